@@ -1,0 +1,164 @@
+"""The network: patches of a latent attend to one another and to the text, modulated by the timestep.
+
+adaLN-single, cross-attention and sine-cosine positions as in PixArt-alpha (Chen et al. 2023, arXiv:2310.00426, section 2.3),
+so that a checkpoint is interchangeable with diffusers' `PixArtTransformer2DModel`.
+
+Shapes: B batch, H and W latent rows and columns, C latent channels, L image tokens, S text tokens, D width, T text channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.attention import AttentionKernel, sdpa_attention
+from models.layers import modulate, sincos_positions_2d, timestep_embedding
+
+TIME_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The sizes of one network.
+
+    Args:
+        depth: transformer blocks.
+        heads: attention heads; the width is heads * head_channels.
+        head_channels: channels a head.
+        in_channels: latent channels.
+        out_channels: channels of the output, in_channels or twice as many where a variance is learned.
+        patch: side of a patch, in latent pixels.
+        sample_size: side of the training latent, in latent pixels; positions are measured against it.
+        text_channels: channels of a text state.
+    """
+
+    depth: int = 6
+    heads: int = 8
+    head_channels: int = 32
+    in_channels: int = 4
+    out_channels: int = 4
+    patch: int = 2
+    sample_size: int = 16
+    text_channels: int = 256
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.heads * self.head_channels
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens x_BLD to a context c_BSD (or to themselves), the kernel handed in."""
+
+    def __init__(self, config: DiTConfig, kernel: AttentionKernel) -> None:
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.kernel = kernel
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x_BLD: Tensor, context_BSD: Tensor | None = None, mask_BS: Tensor | None = None) -> Tensor:
+        context_BSD = x_BLD if context_BSD is None else context_BSD
+        q, k, v = self.to_q(x_BLD), self.to_k(context_BSD), self.to_v(context_BSD)
+        q_BLHE, k_BSHE, v_BSHE = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
+        return self.to_out(self.kernel(q_BLHE, k_BSHE, v_BSHE, mask_BS).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linears four times as wide in between, GELU (tanh form)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; shift, scale and gate from one shared modulation."""
+
+    def __init__(self, config: DiTConfig, kernel: AttentionKernel) -> None:
+        super().__init__()
+        width = config.width
+        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.self_attention = Attention(config, kernel)
+        self.cross_attention = Attention(config, kernel)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x_BLD: Tensor, modulation_B6D: Tensor, text_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+        table = self.scale_shift_table + modulation_B6D
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table.unsqueeze(2).unbind(1)
+        x = x_BLD
+        x = x + gate_a * self.self_attention(modulate(_norm(x), shift_a, scale_a))
+        x = x + self.cross_attention(x, text_BSD, mask_BS)
+        return x + gate_f * self.feed_forward(modulate(_norm(x), shift_f, scale_f))
+
+
+class DiT(nn.Module):
+    """A text-conditioned diffusion transformer: (latent, tau, text) to the network's raw output, a latent.
+
+    Args:
+        config: the sizes.
+        kernel: the attention of every block, q_BLHD, k, v to out (models.attention).
+
+    Source: PixArt-alpha (arXiv:2310.00426); the weights' meaning is that of diffusers' `PixArtTransformer2DModel`.
+    """
+
+    def __init__(self, config: DiTConfig, kernel: AttentionKernel = sdpa_attention) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.patch_embed = nn.Conv2d(config.in_channels, width, kernel_size=config.patch, stride=config.patch)
+        self.time_in = nn.Linear(TIME_CHANNELS, width)
+        self.time_out = nn.Linear(width, width)
+        self.time_modulation = nn.Linear(width, 6 * width)
+        self.text_in = nn.Linear(config.text_channels, width)
+        self.text_out = nn.Linear(width, width)
+        self.blocks = nn.ModuleList([Block(config, kernel) for _ in range(config.depth)])
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.project_out = nn.Linear(width, config.patch**2 * config.out_channels)
+        base = config.sample_size // config.patch
+        self.register_buffer("positions_LD", sincos_positions_2d(base, base, width, base), persistent=False)
+
+    def forward(self, latent_BCHW: Tensor, tau_B: Tensor, text_BST: Tensor, text_mask_BS: Tensor | None = None) -> Tensor:
+        """One evaluation.
+
+        Args:
+            latent_BCHW: the noisy latent, already scaled by c_in.
+            tau_B: what the network is told of the time, one number a sample (1000 t on the flow path).
+            text_BST: text states.
+            text_mask_BS: true where a text token is real.
+        """
+        height, width = (side // self.config.patch for side in latent_BCHW.shape[-2:])
+        x_BLD = self.patch_embed(latent_BCHW).flatten(2).transpose(1, 2) + self._positions(height, width, latent_BCHW)
+        time_BD = self.time_out(F.silu(self.time_in(timestep_embedding(tau_B, TIME_CHANNELS).to(x_BLD.dtype))))
+        modulation_B6D = self.time_modulation(F.silu(time_BD)).unflatten(-1, (6, -1))
+        text_BSD = self.text_out(F.gelu(self.text_in(text_BST), approximate="tanh"))
+        for block in self.blocks:
+            x_BLD = block(x_BLD, modulation_B6D, text_BSD, text_mask_BS)
+        shift, scale = (self.scale_shift_table + time_BD[:, None]).unsqueeze(2).unbind(1)
+        return self._unpatch(self.project_out(modulate(_norm(x_BLD), shift, scale)), height, width)
+
+    def _positions(self, height: int, width: int, like: Tensor) -> Tensor:
+        base = self.config.sample_size // self.config.patch
+        if (height, width) == (base, base):
+            return self.positions_LD.to(like.dtype)
+        return sincos_positions_2d(height, width, self.config.width, base).to(like)
+
+    def _unpatch(self, y_BLP: Tensor, height: int, width: int) -> Tensor:
+        """(B, L, p p C) to (B, C, H, W): a token's outputs are ordered row, column, channel."""
+        patch, channels = self.config.patch, self.config.out_channels
+        y = y_BLP.unflatten(1, (height, width)).unflatten(-1, (patch, patch, channels))
+        return y.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height * patch, width * patch)
+
+
+def _norm(x_BLD: Tensor) -> Tensor:
+    return F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6)

@@ -1,0 +1,109 @@
+"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.attention import AttentionKernel, sdpa_attention
+from models.checkpoint import CheckpointError, load_into, read_tensors
+from models.dit.network import DiT, DiTConfig
+
+# diffusers' PixArtTransformer2DModel on the left, this network on the right.
+NAMES: tuple[tuple[str, str], ...] = (
+    ("pos_embed.proj", "patch_embed"),
+    ("adaln_single.emb.timestep_embedder.linear_1", "time_in"),
+    ("adaln_single.emb.timestep_embedder.linear_2", "time_out"),
+    ("adaln_single.linear", "time_modulation"),
+    ("caption_projection.linear_1", "text_in"),
+    ("caption_projection.linear_2", "text_out"),
+    ("transformer_blocks", "blocks"),
+    ("attn1", "self_attention"),
+    ("attn2", "cross_attention"),
+    ("to_out.0", "to_out"),
+    ("ff.net.0.proj", "feed_forward.up"),
+    ("ff.net.2", "feed_forward.down"),
+    ("proj_out", "project_out"),
+)
+CLASS_NAME = "PixArtTransformer2DModel"
+
+
+def from_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under this network's names."""
+    return {_rename(name, NAMES): tensor for name, tensor in tensors.items()}
+
+
+def to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under diffusers' names."""
+    back = tuple((ours, theirs) for theirs, ours in NAMES)
+    return {_rename(name, back): tensor for name, tensor in tensors.items()}
+
+
+def _rename(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    for old, new in pairs:
+        name = re.sub(rf"(^|\.){re.escape(old)}(?=\.|$)", rf"\g<1>{new}", name)
+    return name
+
+
+def read_config(folder: Path) -> DiTConfig:
+    """The sizes from a `config.json` of diffusers' `PixArtTransformer2DModel`.
+
+    Raises:
+        CheckpointError: no such file, another class, or an option that this network does not have.
+    """
+    path = folder / "config.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable model config ({error})") from error
+    if raw.get("_class_name") != CLASS_NAME:
+        raise CheckpointError(f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {CLASS_NAME}")
+    if raw.get("use_additional_conditions"):
+        raise CheckpointError(f"{path}: use_additional_conditions (size and aspect embeddings) is not supported")
+    return DiTConfig(
+        depth=raw["num_layers"],
+        heads=raw["num_attention_heads"],
+        head_channels=raw["attention_head_dim"],
+        in_channels=raw["in_channels"],
+        out_channels=raw["out_channels"],
+        patch=raw["patch_size"],
+        sample_size=raw["sample_size"],
+        text_channels=raw["caption_channels"],
+    )
+
+
+def config_json(config: DiTConfig) -> dict[str, Any]:
+    """The `config.json` that makes diffusers build the same network."""
+    return {
+        "_class_name": CLASS_NAME,
+        "num_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_channels,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "patch_size": config.patch,
+        "sample_size": config.sample_size,
+        "caption_channels": config.text_channels,
+        "cross_attention_dim": config.width,
+        "norm_type": "ada_norm_single",
+        "use_additional_conditions": False,
+    }
+
+
+def load_dit(
+    folder: Path, kernel: AttentionKernel = sdpa_attention, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> DiT:
+    """The network of a checkpoint folder, in evaluation mode.
+
+    Raises:
+        CheckpointError: no weights, unreadable weights, or names and shapes that do not match; all of them listed.
+    """
+    config = read_config(folder)
+    network = DiT(config, kernel)
+    load_into(network, from_diffusers(read_tensors(folder)), source=str(folder))
+    return network.to(device=device, dtype=dtype).eval()
