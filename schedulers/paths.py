@@ -1,7 +1,7 @@
 """Gaussian noise paths: alpha(t) and sigma(t) of x = alpha * x0 + sigma * eps, and what the network is told at t.
 
-Methods take a Python float or a tensor, work elementwise in float64, and give back what they were given: a float, or a tensor
-of the same shape, device and floating dtype (integer tensors give the default dtype).
+Methods take a Python float or a tensor, work elementwise in float64, and give back what they were given: a float, or
+a tensor of the same shape, device and floating dtype (integer tensors give the default dtype).
 """
 
 import math
@@ -59,7 +59,8 @@ def _elementwise(f: Callable[[Tensor], Tensor], t: Scalar) -> Scalar:
 class FlowPath:
     """Rectified flow: alpha = 1 - t, sigma = t, tau = time_scale * t, t in [0, 1].
 
-    Liu et al. 2022 (arXiv 2209.03003) equation 1 and Lipman et al. 2022 (arXiv 2210.02747), with t = 1 the noise as in SD3 and FLUX.
+    Liu et al. 2022 (arXiv 2209.03003) equation 1 and Lipman et al. 2022 (arXiv 2210.02747), with t = 1 the noise as
+    in SD3 and FLUX.
     """
 
     time_scale: float = 1000.0
@@ -95,9 +96,9 @@ class FlowPath:
 class EDMPath:
     """Variance exploding in EDM's time: alpha = 1, sigma = t, c_in = 1 / sqrt(sigma^2 + sigma_data^2).
 
-    Karras et al. 2022 (arXiv 2206.00364), table 1. What the network is told is the checkpoint's choice:
-    "log_sigma" is log(sigma) / 4 (EDM), "sigma" is sigma itself (NCSN++), and "flow_time" is 1000 sigma / (1 + sigma), the time
-    of a rectified flow at the same sigma / alpha. tau at sigma = 0 is finite; no network is called there.
+    Karras et al. 2022 (arXiv 2206.00364), table 1. What the network is told is the checkpoint's choice: "log_sigma" is
+    log(sigma) / 4 (EDM), "sigma" is sigma itself (NCSN++), and "flow_time" is 1000 sigma / (1 + sigma), the time of a
+    rectified flow at the same sigma / alpha. tau at sigma = 0 is finite; no network is called there.
     """
 
     sigma_data: float = 0.5
@@ -143,8 +144,9 @@ class EDMPath:
 def betas(schedule: BetaSchedule, start: float = 1e-4, end: float = 0.02, steps: int = 1000) -> Tensor:
     """The training noise increments of a discrete path, float64 of shape (steps,).
 
-    "linear" (Ho et al. 2020, arXiv 2006.11239, section 4), "scaled_linear" (linear in the square root; Stable Diffusion) and
-    "squaredcos" (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 17, betas capped at 0.999; start and end are not used).
+    "linear" is Ho et al. 2020 (arXiv 2006.11239), section 4; "scaled_linear" is linear in the square root (Stable
+    Diffusion); "squaredcos" is Nichol and Dhariwal 2021 (arXiv 2102.09672), equation 17, with betas capped at 0.999,
+    and does not use start and end. Raises ValueError for another name.
     """
     if schedule == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
@@ -159,11 +161,11 @@ def betas(schedule: BetaSchedule, start: float = 1e-4, end: float = 0.02, steps:
 
 @dataclass(frozen=True, eq=False)
 class DiscreteVPPath:
-    """Variance preserving on N trained indices: alpha^2 = prod(1 - beta), alpha^2 + sigma^2 = 1, tau = t, t in [0, N - 1].
+    """Variance preserving on N trained indices: alpha^2 = prod(1 - beta), sigma^2 = 1 - alpha^2, tau = t in [0, N - 1].
 
-    Ho et al. 2020 (arXiv 2006.11239), equation 4. Between indices sigma / alpha is interpolated, in its logarithm by default
-    ("log", as k-diffusion and DPM-Solver do) or directly ("linear", as diffusers' EulerDiscrete does for `linspace`).
-    Raises ValueError when a beta is outside (0, 1) or fewer than two are given.
+    Ho et al. 2020 (arXiv 2006.11239), equation 4. Between indices sigma / alpha is interpolated, in its logarithm by
+    default ("log", as k-diffusion and DPM-Solver do) or directly ("linear", as diffusers' EulerDiscrete does for
+    `linspace`). Raises ValueError when a beta is outside (0, 1) or fewer than two are given.
     """
 
     betas: Tensor
@@ -234,8 +236,8 @@ class DiscreteVPPath:
 class VECoordinates:
     """Another path seen in x / alpha: alpha = 1, sigma = the path's sigma / alpha, c_in = the path's alpha.
 
-    The samplers of k-diffusion, and diffusers' Euler and Heun for discrete checkpoints, step in these coordinates. Most solvers
-    give the same sample in both; Heun does not. Raises ValueError for a path that reaches alpha = 0.
+    The samplers of k-diffusion, and diffusers' Euler and Heun for discrete checkpoints, step in these coordinates.
+    Most solvers give the same sample in both; Heun does not. Raises ValueError for a path that reaches alpha = 0.
     """
 
     path: NoisePath

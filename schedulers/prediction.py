@@ -1,7 +1,8 @@
 """What a network's output means: from output and state to an estimate of x0 and eps, and back to a training target.
 
-Every formula is written for any alpha and sigma, so one prediction serves VP, VE and flow coordinates alike. v, flow and edm
-divide by neither alpha nor sigma and are exact at both ends of a path; eps and x0 are floored there and stay finite.
+Every formula is written for any alpha and sigma, so one prediction serves VP, VE and flow coordinates alike. v, flow
+and edm divide by neither alpha nor sigma and are exact at both ends of a path; eps and x0 are floored there and stay
+finite.
 """
 
 import math
@@ -33,7 +34,7 @@ class Prediction(Protocol):
         """Estimate x0 and eps from the raw output and the (unscaled) state x, in x's dtype."""
 
     def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """What the network is trained to output at x = alpha * x0 + sigma * eps; alpha and sigma broadcast against x0."""
+        """What the network is trained to output at x = alpha * x0 + sigma * eps; alpha and sigma broadcast to x0."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class X0:
 class Flow:
     """output u = eps - x0. x0 = (x - sigma * u) / (alpha + sigma), eps = (x + alpha * u) / (alpha + sigma).
 
-    Liu et al. 2022 (arXiv 2209.03003), equation 1, in the sign of SD3 and FLUX; alpha + sigma = 1 on the flow path itself.
+    Liu et al. 2022 (arXiv 2209.03003), equation 1, in the sign of SD3 and FLUX; alpha + sigma = 1 on the flow path
+    itself.
     """
 
     def estimate(self, output: Tensor, x: Tensor, point: Point) -> Estimate:
@@ -103,13 +105,15 @@ class V:
 class EDM:
     """output F of the preconditioned denoiser x0 = c_skip * x + sign * c_out * F.
 
-    At alpha = 1: c_skip = sigma_d^2 / (sigma^2 + sigma_d^2), c_out = sigma * sigma_d / sqrt(sigma^2 + sigma_d^2), the network's
-    input is c_in * x with c_in = 1 / sqrt(sigma^2 + sigma_d^2). Karras et al. 2022 (arXiv 2206.00364), equation 7 and table 1.
-    With D = sqrt(sigma^2 + sigma_d^2 alpha^2), a = sigma_d * alpha / D and s = sigma / D this is the rotation
+    At alpha = 1: c_skip = sigma_d^2 / (sigma^2 + sigma_d^2), c_out = sigma * sigma_d / sqrt(sigma^2 + sigma_d^2), the
+    network's input is c_in * x with c_in = 1 / sqrt(sigma^2 + sigma_d^2). Karras et al. 2022 (arXiv 2206.00364),
+    equation 7 and table 1. With D = sqrt(sigma^2 + sigma_d^2 alpha^2), a = sigma_d * alpha / D and s = sigma / D this
+    is the rotation
 
         x0 / sigma_d = a * x / D + sign * s * F,    eps = s * x / D - sign * a * F,
 
-    which is used here. sign = -1 gives the output the sign of a flow's velocity (and of v, which it equals at sigma_d = 1).
+    which is used here. sign = -1 gives the output the sign of a flow's velocity (and of v, which it equals at sigma_d
+    = 1).
     """
 
     sigma_data: float = 0.5

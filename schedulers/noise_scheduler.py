@@ -1,0 +1,49 @@
+"""The whole recipe for sampling in one frozen object, safe to share between requests."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from schedulers.grid import Grid
+from schedulers.paths import NoisePath
+from schedulers.prediction import Prediction
+from schedulers.solvers.base import Denoise, Memory, Noise, Solver
+from schedulers.spacing import Spacing
+
+
+@dataclass(frozen=True)
+class NoiseScheduler:
+    """A family (path, prediction, spacing) with a solver. It holds no state of a request."""
+
+    path: NoisePath
+    spacing: Spacing
+    prediction: Prediction
+    solver: Solver
+
+    def grid(self, steps: int) -> Grid:
+        """The table of steps + 1 points. Raises ValueError when the path cannot be cut into that many steps."""
+        return self.spacing.grid(self.path, steps)
+
+    def init_noise(self, noise: Tensor, grid: Grid) -> Tensor:
+        """The state at grid[0] from standard normal noise, float32 (float64 stays)."""
+        return grid.init_std * _state(noise)
+
+    def timesteps(self, steps: int) -> Tensor:
+        """What the network is told at each step: float64 of shape (steps,)."""
+        return self.grid(steps).tau[:-1]
+
+    def sigmas(self, steps: int) -> Tensor:
+        """sigma at each point, the last row included: float64 of shape (steps + 1,)."""
+        return self.grid(steps).sigma
+
+    def sample(self, x: Tensor, grid: Grid, denoise: Denoise, noise: Noise, memory: Memory | None = None) -> Tensor:
+        """Walk x from grid[0] to the last row. The state is float32 whatever the network's dtype (float64 stays)."""
+        x, memory = _state(x), Memory() if memory is None else memory
+        for i in range(grid.steps):
+            x = self.solver.step(x, i, grid, denoise, memory, noise)
+        return x
+
+
+def _state(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
