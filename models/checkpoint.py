@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-STEMS = ("diffusion_pytorch_model", "model")
+from models.files import CheckpointError, check_whole, weight_files
+
 SHOWN = 6
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, with what to change in one line."""
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component's folder: one, or the shards that its index names.
-
-    Raises:
-        CheckpointError: none there, or a shard that the index names is missing.
-    """
-    for stem in STEMS:
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise CheckpointError(f"{folder}: shard {missing[0]} is named by {index.name} but is not there")
-            return [folder / name for name in names]
-        single = folder / f"{stem}.safetensors"
-        if single.is_file():
-            return [single]
-    raise CheckpointError(f"{folder}: no weights here; expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors")
-
-
-def check_header(path: Path) -> None:
-    """Refuses a file that is not a whole safetensors file, from its header and length alone.
-
-    Raises:
-        CheckpointError: truncated, or not the safetensors format.
-    """
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            tensors.keys()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({str(error).splitlines()[0]})") from error
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -57,9 +20,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        check_header(path)
-        with safe_open(path, framework="pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+        check_whole(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
     return tensors
 
 

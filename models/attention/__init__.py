@@ -6,7 +6,6 @@ from models.attention.kernels import (
     attention_kernel,
     flash_attention,
     math_attention,
-    resolve_backend,
     sdpa_attention,
 )
 
@@ -16,6 +15,5 @@ __all__ = [
     "attention_kernel",
     "flash_attention",
     "math_attention",
-    "resolve_backend",
     "sdpa_attention",
 ]

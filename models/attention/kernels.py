@@ -6,13 +6,14 @@ Shapes: B batch, L query tokens, S key tokens, H heads, D head dimension. Every 
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from models.registry import resolve_backend
 
 
 class AttentionKernel(Protocol):
@@ -74,21 +75,6 @@ def _flash_attn_cuda(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
 
 
 BACKENDS: dict[str, AttentionKernel] = {"math": math_attention, "sdpa": sdpa_attention, "flash": flash_attention}
-
-
-def resolve_backend(requested: str) -> str:
-    """The backend that `requested` stands for: itself, or for `auto` PyTorch's own choice (`sdpa`), which runs on every device.
-
-    Raises:
-        ValueError: an unknown name, with the nearest known one.
-    """
-    if requested == "auto":
-        return "sdpa"
-    if requested not in BACKENDS:
-        near = difflib.get_close_matches(requested, BACKENDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"attention={requested} is not a backend (auto, {', '.join(BACKENDS)}){hint}")
-    return requested
 
 
 def attention_kernel(requested: str) -> AttentionKernel:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.checkpoint import CheckpointError, load_into, read_tensors
+from models.checkpoint import load_into, read_tensors
 from models.dit.network import DiT, DiTConfig
+from models.files import CheckpointError
 
 # diffusers' PixArtTransformer2DModel on the left, this network on the right.
 NAMES: tuple[tuple[str, str], ...] = (
