@@ -128,7 +128,9 @@ class Linspace:
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
         _trained(path, steps)
-        t = torch.linspace(path.t_max, path.t_min, steps, dtype=torch.float64)
+        stride = (path.t_max - path.t_min) / max(steps - 1, 1)  # multiplied out as numpy does, so that ties round alike
+        t = path.t_min + torch.arange(steps - 1, -1, -1, dtype=torch.float64) * stride
+        t[0] = path.t_max
         return grid_at(path, t.round() if self.integer else t, self.end)
 
 
