@@ -51,7 +51,7 @@ def _elementwise(f: Callable[[Tensor], Tensor], t: Scalar) -> Scalar:
     """Apply f in float64 and return the kind of number that came in."""
     if isinstance(t, Tensor):
         dtype = t.dtype if t.is_floating_point() else torch.get_default_dtype()
-        return f(t.to(torch.float64)).to(dtype)
+        return f(t.to(torch.float64, copy=True)).to(dtype)  # a copy, so that sigma = t never aliases t
     return float(f(torch.tensor(t, dtype=torch.float64)))
 
 

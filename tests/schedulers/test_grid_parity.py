@@ -124,3 +124,10 @@ def test_the_last_noisy_row_of_a_wrong_order_is_refused() -> None:
     t = torch.tensor([0.2, 0.5])
     with pytest.raises(ValueError, match="must not rise"):
         spacing.grid_at(paths.FlowPath(), t)
+
+
+@pytest.mark.parametrize("family", ["rectified_flow", "ddpm", "sgm"])
+def test_a_clean_end_is_the_data_itself(family: str) -> None:
+    last = build(Settings(family)).grid(5)[5]
+    assert (last.t, last.alpha, last.sigma) == (0.0, 1.0, 0.0)
+    assert build(Settings("sgm", tau_map="flow_time", end="t_min")).grid(5)[5].sigma == 0.002

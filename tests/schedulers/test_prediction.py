@@ -110,6 +110,8 @@ def test_paths_give_back_what_they_were_given(named: str) -> None:
         assert method(torch.full((2, 1), 0.5)).dtype == torch.float32
         assert method(torch.full((2, 1), 0.5, dtype=torch.float64)).shape == (2, 1)
         assert method(torch.tensor([1, 1])).dtype == torch.get_default_dtype()
+        t = torch.full((2,), 0.5, dtype=torch.float64)
+        assert method(t).data_ptr() != t.data_ptr()
     assert math.isfinite(path.tau(0.0))
 
 

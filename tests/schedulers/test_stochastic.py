@@ -69,5 +69,5 @@ def test_eta_0_is_euler_to_the_bit_and_eta_1_from_pure_noise_forgets_it(gaussian
     assert torch.equal(*quiet)
     forgotten = DDIM(1.0).step(x, 0, grid, gaussian.denoise, Memory(), lambda i: torch.zeros(9))
     assert forgotten.std().item() == pytest.approx(0.0, abs=1e-7)
-    with pytest.raises(ValueError, match="eta=1.5"):
+    with pytest.raises(ValueError, match=r"eta=1\.5"):
         DDIM(1.5)
