@@ -45,5 +45,7 @@ def load_into(network: nn.Module, tensors: dict[str, Tensor], source: str) -> No
     ]
     if faults:
         more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise CheckpointError(f"{source}: the weights do not fit the network: {'; '.join(sorted(faults)[:SHOWN])}{more}")
+        raise CheckpointError(
+            f"{source}: the weights do not fit the network: {'; '.join(sorted(faults)[:SHOWN])}{more}"
+        )
     network.load_state_dict(tensors)

@@ -26,9 +26,9 @@ def timestep_embedding(tau_B: Tensor, width: int, max_period: float = 10_000.0) 
 def sincos_positions_2d(height: int, width: int, channels: int, base: int, scale: float = 1.0) -> Tensor:
     """Fixed 2-D sine-cosine positions: the first half of the channels for the column, the second for the row.
 
-    Source: ViT / MAE, as in PixArt (Chen et al. 2023) and diffusers' `PatchEmbed`: positions are measured in units of the
-    training grid (`base` tokens a side), so another size interpolates.
-    Shapes: (height * width, channels) float32; `channels` is divisible by 4.
+    Source: ViT / MAE, as in PixArt (Chen et al. 2023) and diffusers' `PatchEmbed`: positions are measured in units of
+    the training grid (`base` tokens a side), so another size interpolates. Shapes: (height * width, channels) float32;
+    `channels` is divisible by 4.
     """
     rows = torch.arange(height, dtype=torch.float32) / (height / base) / scale
     columns = torch.arange(width, dtype=torch.float32) / (width / base) / scale

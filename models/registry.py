@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-ARCHITECTURES: dict[str, str] = {"pixart": "models.pipelines.pixart"}
-"""Architecture to the module whose `load(...)` builds its components (imported only when a rank needs it)."""
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row: the module whose `load(...)` builds the components, and the folders that a checkpoint of it has."""
+
+    module: str
+    weights: tuple[str, ...]
+    configs: tuple[str, ...]
+
+
+ARCHITECTURES = {"dit": Architecture("models.dit.components", ("transformer", "vae", "text_encoder"), ("tokenizer",))}
 
 ATTENTION_BACKENDS = ("math", "sdpa", "flash")
 
@@ -21,7 +31,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def resolve_backend(requested: str) -> str:
-    """The attention backend that `requested` stands for; `auto` is `sdpa`, PyTorch's own choice, which runs on every device.
+    """The attention backend that `requested` stands for; `auto` is `sdpa`, PyTorch's own choice, which runs on every
+    device.
 
     Raises:
         ValueError: an unknown name, with the nearest known one.
@@ -31,7 +42,8 @@ def resolve_backend(requested: str) -> str:
     if requested not in ATTENTION_BACKENDS:
         names = ", ".join(("auto", *ATTENTION_BACKENDS))
         raise ValueError(
-            f"attention.backend={requested} is not a backend{nearest(requested, ATTENTION_BACKENDS)} Choose one of: {names}"
+            f"attention.backend={requested} is not a backend{nearest(requested, ATTENTION_BACKENDS)}. "
+            f"Choose one of: {names}"
         )
     return requested
 

@@ -1,7 +1,8 @@
 """Which kernels compute softmax(q k^T / sqrt(D)) v, and which of them runs on which device.
 
-Shapes: B batch, L query tokens, S key tokens, H heads, D head dimension. Every kernel maps q_BLHD, k_BSHD, v_BSHD to out_BLHD;
-`mask_BS` is boolean and true where a key takes part. A kernel that cannot honour a mask refuses it, it never drops it.
+Shapes: B batch, L query tokens, S key tokens, H heads, D head dimension. Every kernel maps q_BLHD, k_BSHD, v_BSHD to
+out_BLHD; `mask_BS` is boolean and true where a key takes part. A kernel that cannot honour a mask refuses it, it never
+drops it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def sdpa_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tens
 def flash_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
     """FlashAttention (Dao 2023): the flash-attn package on CUDA, PyTorch's own CPU flash kernel on the CPU.
 
-    The CPU kernel takes the key mask as an additive bias; flash-attn on CUDA takes none, so a masked call is refused there.
+    The CPU kernel takes the key mask as an additive bias; flash-attn on CUDA takes none, so a masked call is refused
+    there.
 
     Raises:
         ValueError: a mask on CUDA, where the package has no argument for it.
@@ -69,7 +71,9 @@ def _flash_attn_cuda(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
     try:
         from flash_attn import flash_attn_func
     except ImportError as missing:
-        raise ImportError("attention=flash on CUDA needs the flash-attn package: pip install 'triptych[flash]'") from missing
+        raise ImportError(
+            "attention=flash on CUDA needs the flash-attn package: pip install 'triptych[flash]'"
+        ) from missing
     out_BLHD: Tensor = flash_attn_func(q_BLHD, k_BSHD, v_BSHD)
     return out_BLHD
 

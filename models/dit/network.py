@@ -1,9 +1,10 @@
 """The network: patches of a latent attend to one another and to the text, modulated by the timestep.
 
-adaLN-single, cross-attention and sine-cosine positions as in PixArt-alpha (Chen et al. 2023, arXiv:2310.00426, section 2.3),
-so that a checkpoint is interchangeable with diffusers' `PixArtTransformer2DModel`.
+adaLN-single, cross-attention and sine-cosine positions as in PixArt-alpha (Chen et al. 2023, arXiv:2310.00426, section
+2.3), so that a checkpoint is interchangeable with diffusers' `PixArtTransformer2DModel`.
 
-Shapes: B batch, H and W latent rows and columns, C latent channels, L image tokens, S text tokens, D width, T text channels.
+Shapes: B batch, H and W latent rows and columns, C latent channels, L image tokens, S text tokens, D width, T text
+channels.
 """
 
 from __future__ import annotations
@@ -126,9 +127,12 @@ class DiT(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.project_out = nn.Linear(width, config.patch**2 * config.out_channels)
         base = config.sample_size // config.patch
+        self.positions_LD: Tensor
         self.register_buffer("positions_LD", sincos_positions_2d(base, base, width, base), persistent=False)
 
-    def forward(self, latent_BCHW: Tensor, tau_B: Tensor, text_BST: Tensor, text_mask_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self, latent_BCHW: Tensor, tau_B: Tensor, text_BST: Tensor, text_mask_BS: Tensor | None = None
+    ) -> Tensor:
         """One evaluation.
 
         Args:

@@ -97,7 +97,10 @@ def config_json(config: DiTConfig) -> dict[str, Any]:
 
 
 def load_dit(
-    folder: Path, kernel: AttentionKernel = sdpa_attention, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    folder: Path,
+    kernel: AttentionKernel = sdpa_attention,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> DiT:
     """The network of a checkpoint folder, in evaluation mode.
 

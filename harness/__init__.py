@@ -1,0 +1,1 @@
+"""Triptych's harness: requests, ranks, the staged pipeline, measuring and recording."""

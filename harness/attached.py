@@ -1,0 +1,138 @@
+"""Under a torchrun of the user's own: `torchrun --nproc-per-node 2 -m harness parallel=dp2`.
+
+Every rank composes the same configuration; rank 0 alone claims the run's folder, and draws through a client thread of
+its own while its main thread serves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+from rich.console import Console
+
+from harness.client import DiffusionGenerator
+from harness.compose import Composed, ConfigError, compose_run, to_yaml
+from harness.config.schema import Task
+from harness.engine import AttachedEngine
+from harness.environment import arithmetic
+from harness.generate import run_in
+from harness.launch import post_mortem
+from harness.parallel.mesh import degrees, world_size
+from harness.rank import leave_error, redirect_output, serve
+from harness.records import RunFolder, RunFolderError, Status
+from harness.serving.transport import Addresses, EngineGone
+from harness.terminal import EXIT_BAD_INPUT, complain, exit_status
+
+JOIN_S = 20.0
+
+
+class Assignment(msgspec.Struct, frozen=True):
+    """What rank 0 tells the others before anything is loaded; `refusal` ends them all."""
+
+    folder: str = ""
+    sockets: str = ""
+    refusal: str | None = None
+
+
+class RanksEnded(RuntimeError):
+    """torchrun asked this rank to end, because another one failed or the user stopped it."""
+
+
+def run_under_torchrun(arguments: Sequence[str]) -> int:
+    """One rank's whole life; the exit status."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        composed = _compose(arguments, ranks)
+    except ConfigError as error:
+        return _refuse(rank, error)
+    os.environ.update(arithmetic(composed.config.launch, int(os.environ["LOCAL_WORLD_SIZE"])))
+    import torch.distributed as dist
+
+    from harness.parallel.collectives import Alone, Gloo
+
+    dist.init_process_group("gloo")
+    collectives = Gloo() if ranks > 1 else Alone()
+    mine = _claim(composed) if rank == 0 else None
+    told = msgspec.msgpack.decode(
+        collectives.broadcast(None if mine is None else msgspec.msgpack.encode(mine)), type=Assignment
+    )
+    if told.refusal is not None:
+        dist.destroy_process_group()
+        return _refuse(rank, told.refusal)
+    folder, addresses = RunFolder(Path(told.folder)), Addresses(Path(told.sockets))
+    if rank == 0:
+        return _lead(composed, folder, addresses)
+    redirect_output(folder.log_file(rank))
+    try:
+        serve(composed.config, addresses)
+    except Exception as error:
+        leave_error(folder.path / "logs", rank, error)
+        return 1
+    return 0
+
+
+def _compose(arguments: Sequence[str], ranks: int) -> Composed:
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if flags:
+        raise ConfigError(f"{flags[0]} does not go with torchrun; sweep outside: python -m harness -m ...")
+    composed = compose_run(arguments)
+    if composed.config.task.name is Task.train:
+        raise ConfigError("task=train runs in one process; start it with python -m harness task=train")
+    wanted = world_size(degrees(composed.config.parallel))
+    if wanted != ranks:
+        raise ConfigError(
+            f"the layout has {wanted} ranks, torchrun started {ranks}; "
+            f"use parallel.dp={ranks} or torchrun --nproc-per-node {wanted}"
+        )
+    return composed
+
+
+def _claim(composed: Composed) -> Assignment:
+    try:
+        folder = RunFolder.claim(composed.folder)
+    except RunFolderError as error:
+        return Assignment(refusal=str(error))
+    folder.write_config(to_yaml(composed.config))
+    return Assignment(str(folder.path.resolve()), str(Addresses.private().folder))
+
+
+def _lead(composed: Composed, folder: RunFolder, addresses: Addresses) -> int:
+    """Rank 0: serves in this thread, draws in another; the exit status of the run."""
+    ended: list[str] = []
+
+    def check_alive() -> None:
+        if ended:
+            raise EngineGone(ended[0])
+
+    engine = AttachedEngine(addresses, composed.config.launch.start_timeout_s, dict(os.environ), check_alive)
+    generator = DiffusionGenerator(composed.config, engine, composed.overrides, composed.notes)
+    outcome: list[Status] = []
+    client = threading.Thread(
+        target=lambda: outcome.append(run_in(composed, folder, Console(), generator)), name="client", daemon=True
+    )
+    signal.signal(signal.SIGTERM, _ranks_ended)
+    client.start()
+    try:
+        serve(composed.config, addresses)
+    except Exception as error:
+        leave_error(folder.path / "logs", 0, error)
+        ended.append(post_mortem(folder.path / "logs"))
+    client.join(JOIN_S)
+    addresses.remove()
+    return exit_status(outcome[0]) if outcome else 1
+
+
+def _refuse(rank: int, error: object) -> int:
+    if rank == 0:
+        complain(error)
+    return EXIT_BAD_INPUT
+
+
+def _ranks_ended(number: int, frame: FrameType | None) -> None:
+    raise RanksEnded(f"ended by {signal.Signals(number).name}")

@@ -1,0 +1,109 @@
+"""The command: `python -m harness` and `triptych`, one Hydra application.
+
+A single run is composed here and its ranks are started from here. A sweep (-m) is Hydra's own loop over the same
+function, a failing job being a row and not the end. Under a torchrun of the user's own, every rank comes through here
+and rank 0 owns the run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+
+from harness.client import DiffusionGenerator
+from harness.compose import Composed, ConfigError, check_names, checked, compose_run, register_schema
+from harness.config.schema import Task
+from harness.generate import run_in
+from harness.records import RunFolder, RunFolderError, Status
+from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
+
+
+def main() -> None:
+    """Runs the command line; the exit status is 0 only where everything asked for was done."""
+    arguments = sys.argv[1:]
+    signal.signal(signal.SIGTERM, _terminate)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from harness.attached import run_under_torchrun
+
+        sys.exit(run_under_torchrun(arguments))
+    sys.exit(dispatch(arguments))
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Runs one command line in this process; the exit status."""
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    try:
+        if flags:
+            check_names(overrides)
+            return sweep_or_show(arguments)
+        return run_one(compose_run(overrides))
+    except (ConfigError, RunFolderError) as error:
+        complain(error)
+        return EXIT_BAD_INPUT
+
+
+def run_one(composed: Composed) -> int:
+    """One task in the folder that Hydra names; the exit status."""
+    if composed.config.task.name is Task.train:
+        from harness.train.run import run as train
+
+        train(composed.config.train)
+        return 0
+    folder = RunFolder.claim(composed.folder)
+    return exit_status(run_in(composed, folder, Console(), DiffusionGenerator.from_composed(composed, folder.path)))
+
+
+def sweep_or_show(arguments: Sequence[str]) -> int:
+    """Hydra's own command line: -m sweeps, --cfg, --help and the like; the exit status."""
+    register_schema()
+    statuses: list[Status] = []
+
+    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
+    def job(composed: DictConfig) -> None:
+        statuses.append(run_job(composed))
+        if statuses[-1].state == "cancelled":
+            raise KeyboardInterrupt
+
+    sys.argv = [sys.argv[0], *arguments]
+    try:
+        job()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    failed = [status for status in statuses if status.state != "ok"]
+    if len(statuses) > 1:
+        Console().print(
+            f"{len(statuses)} jobs: {len(statuses) - len(failed)} ok, {len(failed)} not; each has a status.json"
+        )
+    return 1 if failed else 0
+
+
+def run_job(composed: DictConfig) -> Status:
+    """One job of a sweep: whatever goes wrong becomes its status, so that the next job runs."""
+    hydra_config = HydraConfig.get()
+    folder = RunFolder.claim(Path(hydra_config.runtime.output_dir))
+    overrides = list(hydra_config.overrides.task)
+    try:
+        config, notes = checked(composed)
+    except ConfigError as error:
+        folder.finish(Status("failed", str(error)))
+        complain(f"{folder.path.name}: {error}")
+        return Status("failed", str(error))
+    if config.logger.wandb.group is None and hydra_config.mode is RunMode.MULTIRUN:
+        config.logger.wandb.group = Path(hydra_config.sweep.dir).as_posix().replace("/", "-")
+    job = Composed(config, overrides, folder.path, notes)
+    return run_in(job, folder, Console(), DiffusionGenerator.from_composed(job, folder.path))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)

@@ -1,0 +1,222 @@
+"""The Python client: `with DiffusionGenerator.from_config("parallel=dp2") as generator: generator.generate(prompt="red
+apple")`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from harness.compose import Composed, compose_run, to_yaml
+from harness.config.schema import LaunchMode, RequestConfig, RunConfig
+from harness.engine import Engine, OnProgress
+from harness.inprocess import InprocessEngine
+from harness.launch import TorchrunEngine
+from harness.media import grid, pixel_hash, save_png, to_uint8
+from harness.messages import Array, EngineInfo, GenerationRequest, GenerationResult, array
+from harness.records import FirstCall, Record, Repeat, SampleRow
+from harness.results import build_record, measured
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answer to one request: pictures, timings of every rank, and the record.
+
+    Args:
+        pixels: pictures (3, height, width), float32 in [0, 1], in the request's order.
+        result: the engine's answer, with each rank's stage and step times and memory.
+        client_ms: what the client waited.
+        record: the row of this request, as a run of one repeat.
+    """
+
+    pixels: list[Array]
+    result: GenerationResult
+    client_ms: float
+    record: Record
+
+    @property
+    def images(self) -> list[Image]:
+        """The pictures as 8-bit PIL images."""
+        from PIL import Image
+
+        return [Image.fromarray(to_uint8(picture)) for picture in self.pixels]
+
+    def grid(self) -> Image:
+        """One sheet of all pictures with their prompts."""
+        return grid([to_uint8(picture) for picture in self.pixels], [sample.prompt for sample in self.result.samples])
+
+    def save(self, folder: Path, fingerprint: str) -> list[SampleRow]:
+        """Writes `samples/*.png` and `grid.png`; the rows that name them."""
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        rows = []
+        for sample, picture in zip(self.result.samples, (to_uint8(p) for p in self.pixels), strict=True):
+            row = SampleRow(f"samples/{sample.index:04d}.png", sample.prompt, sample.seed, pixel_hash(picture))
+            text = {"prompt": sample.prompt, "seed": str(sample.seed), "fingerprint": fingerprint}
+            save_png(folder / row.path, picture, text)
+            rows.append(row)
+        self.grid().save(folder / "grid.png")
+        return rows
+
+
+class DiffusionGenerator:
+    """A model on running ranks. Use it as a context manager: on leaving, every process it started has ended.
+
+    Args:
+        config: the resolved configuration.
+        engine: the ranks.
+        overrides: what the user wrote, for the record.
+        notes: warnings of the configuration, for the record.
+    """
+
+    def __init__(
+        self, config: RunConfig, engine: Engine, overrides: Sequence[str] = (), notes: Sequence[str] = ()
+    ) -> None:
+        self.config = config
+        self.overrides = list(overrides)
+        self.notes = list(notes)
+        self.info: EngineInfo | None = None
+        self.launch_ms = 0.0
+        self._engine = engine
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def from_config(cls, *overrides: str) -> DiffusionGenerator:
+        """A generator from Hydra overrides, as on the command line: `from_config("model=emoji", "request.steps=8")`.
+
+        Raises:
+            ConfigError: overrides that cannot run; nothing has been started.
+        """
+        scratch = tempfile.TemporaryDirectory(prefix="triptych-run-")
+        generator = cls.from_composed(compose_run(overrides), Path(scratch.name))
+        generator._scratch = scratch
+        return generator
+
+    @classmethod
+    def from_composed(cls, composed: Composed, folder: Path) -> DiffusionGenerator:
+        """A generator whose ranks read `config.yaml` from `folder` and write their logs there."""
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(composed.config))
+        config = composed.config
+        inprocess = config.launch.mode is LaunchMode.inprocess
+        engine: Engine = InprocessEngine(config) if inprocess else TorchrunEngine(config, folder)
+        return cls(config, engine, composed.overrides, composed.notes)
+
+    def start(self, on_wait: Callable[[EngineInfo | None], None] = lambda info: None) -> EngineInfo:
+        """Starts the ranks and waits until they are ready (`with` does this too).
+
+        Raises:
+            EngineGone: a rank died while loading, or was not ready in time.
+        """
+        began = time.perf_counter()
+        self.info = self._engine.start(on_wait)
+        self.launch_ms = (time.perf_counter() - began) * 1e3
+        return self.info
+
+    def stop(self) -> None:
+        """Ends the ranks. Harmless when repeated."""
+        self._engine.stop()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def __enter__(self) -> DiffusionGenerator:
+        try:
+            if self.info is None:
+                self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        prompts: list[str] | None = None,
+        negative_prompt: str | None = None,
+        seed: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        samples_per_prompt: int | None = None,
+        batch_size: int | None = None,
+        on_progress: OnProgress = lambda progress: None,
+    ) -> Generation:
+        """Draws; what is not given is the configuration's `request`.
+
+        Raises:
+            RequestFailed: the engine's typed answer, such as a size that the model cannot make.
+            EngineGone: a rank died.
+        """
+        if self.info is None:
+            raise RuntimeError(
+                "the engine is not running; use `with DiffusionGenerator.from_config(...) as generator:`"
+            )
+        given: dict[str, Any] = {
+            "prompts": [prompt] if prompt is not None else prompts,
+            "negative_prompt": negative_prompt,
+            "seed": seed,
+            "steps": steps,
+            "guidance": guidance,
+            "height": height,
+            "width": width,
+            "samples_per_prompt": samples_per_prompt,
+            "batch_size": batch_size,
+        }
+        asked = replace(self.config.request, **{key: value for key, value in given.items() if value is not None})
+        began = time.perf_counter()
+        result, frames = self._engine.generate(to_message(asked), on_progress)
+        client_ms = (time.perf_counter() - began) * 1e3
+        pixels = [array(sample.pixels, frames) for sample in result.samples]
+        record = self.record(asked, [measured(result, client_ms)], [result], [])
+        return Generation(pixels, result, client_ms, record)
+
+    def record(
+        self, asked: RequestConfig, repeats: list[Repeat], results: list[GenerationResult], warmup_ms: list[float]
+    ) -> Record:
+        """The row of one or more measured requests."""
+        if self.info is None:
+            raise RuntimeError("the engine is not running")
+        first = FirstCall(self.launch_ms, self.info.load_ms, warmup_ms)
+        config = replace(self.config, request=asked)
+        return build_record(
+            config, self.overrides, self.info, self._engine.environment, first, repeats, results, self.notes
+        )
+
+
+def to_message(asked: RequestConfig) -> GenerationRequest:
+    """A resolved `request` group as the message that the engine takes.
+
+    Raises:
+        ValueError: a group that was not resolved against a model.
+    """
+    prompts, steps, guidance, height, width = asked.prompts, asked.steps, asked.guidance, asked.height, asked.width
+    if prompts is None or steps is None or guidance is None or height is None or width is None:
+        raise ValueError("the request was not resolved; compose it with harness.compose.compose_run")
+    return GenerationRequest(
+        request_id=uuid.uuid4().hex,
+        prompts=list(prompts),
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+        negative_prompt=asked.negative_prompt,
+        seed=asked.seed,
+        samples_per_prompt=asked.samples_per_prompt,
+        batch_size=asked.batch_size,
+    )

@@ -1,0 +1,270 @@
+"""From overrides to one checked configuration: names, types, then combinations, each refused in one line.
+
+Everything here runs before a process starts and without importing torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.config.limits import check_request, check_size
+from harness.config.schema import LaunchMode, Load, RunConfig, Task
+from harness.parallel.mesh import AXES, degrees, world_size
+from harness.pipeline.settings import noise_scheduler_settings
+from models.files import CheckpointError, check_checkpoint
+from models.registry import ARCHITECTURES, checkpoint_folder, nearest, resolve_backend
+from schedulers.families import resolve as resolve_settings
+
+BUILT_AXES = ("dp",)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run, with what to change in one line."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A checked configuration, what the user wrote to get it, and the folder that Hydra gives the run."""
+
+    config: RunConfig
+    overrides: list[str]
+    folder: Path
+    notes: list[str]
+
+
+def register_schema() -> None:
+    """Tells Hydra the types of every key. Harmless when repeated."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def compose_run(overrides: Sequence[str]) -> Composed:
+    """Composes, fills in the model's defaults and checks one run.
+
+    Args:
+        overrides: as on the command line, without Hydra's own flags.
+
+    Raises:
+        ConfigError: an unknown group, option or key, a wrong type, or a combination that cannot run.
+    """
+    check_names(overrides)
+    register_schema()
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            composed = compose("config", list(overrides), return_hydra_config=True)
+            folder = Path(str(composed.hydra.run.dir))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    config, notes = checked(composed)
+    return Composed(config, list(overrides), folder, notes)
+
+
+def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
+    """The dataclasses of what Hydra composed, with the model's defaults filled in and combinations checked; and
+    warnings.
+
+    Raises:
+        ConfigError: a wrong type or a combination that cannot run.
+    """
+    plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    if not isinstance(config, RunConfig):
+        raise ConfigError("the configuration is not a RunConfig; keep `- schema` first in conf/config.yaml's defaults")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            _resolve(config)
+        except (ValueError, CheckpointError) as error:
+            raise ConfigError(one_line(error)) from error
+    return config, [str(w.message) for w in caught if w.category is UserWarning]
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain data; enums by name."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    if not isinstance(plain, dict):
+        raise TypeError("a RunConfig is a mapping")
+    return {str(key): value for key, value in plain.items()}
+
+
+def from_yaml(text: str) -> RunConfig:
+    """The configuration that `to_yaml` wrote."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text)))
+    if not isinstance(config, RunConfig):
+        raise ConfigError("not the configuration of a run")
+    return config
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line, without Hydra's advice to set variables."""
+    text = str(error)
+    if text.startswith("Error merging override") and error.__cause__ is not None:
+        text = f"{text.removeprefix('Error merging override ')}: {error.__cause__}"
+    lines = [line.strip() for line in text.splitlines()]
+    kept = [
+        line for line in lines if line and not line.startswith(("Set the environment", "object_type", "reference_type"))
+    ]
+    return "; ".join(kept) or type(error).__name__
+
+
+# ---------------------------------------------------------------- names
+
+
+def check_names(overrides: Sequence[str]) -> None:
+    """Refuses overrides whose group, option or key does not exist, naming the nearest that does.
+
+    Raises:
+        ConfigError: what is unknown, and what was probably meant.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(
+            f"{one_line(error)}; put values with = , {{ }} or quotes in single quotes inside the argument"
+        ) from error
+    for override in parsed:
+        _check_name(override)
+
+
+def _check_name(override: Override) -> None:
+    key = override.key_or_group
+    if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
+        return
+    groups = _groups()
+    if key in groups:
+        for option in _options(override):
+            if option is not None and option not in groups[key]:
+                raise ConfigError(
+                    f"{key}={option}: no such option{_hint(option, groups[key])} (there are {', '.join(groups[key])})"
+                )
+        return
+    keys = set(_keys(RunConfig()))
+    if key not in keys:
+        known = keys | set(groups)
+        raise ConfigError(f"unknown key {key!r}{_hint(key, known)}")
+
+
+def _options(override: Override) -> list[str | None]:
+    value = override.value()
+    if override.is_sweep_override():
+        return [str(v) for v in override.sweep_string_iterator()]
+    return [None if value is None else str(value)]
+
+
+def _groups() -> dict[str, list[str]]:
+    """Every group of conf/, nested ones by path, with the options it has."""
+    root = Path(str(importlib.resources.files("conf")))
+    groups: dict[str, list[str]] = {}
+    for file in sorted(root.rglob("*.yaml")):
+        group = file.parent.relative_to(root).as_posix()
+        if group != ".":
+            groups.setdefault(group, []).append(file.stem)
+    return groups
+
+
+def _keys(node: Any, prefix: str = "") -> Iterable[str]:
+    for name, value in vars(node).items():
+        yield prefix + name
+        if is_dataclass(value):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    names = sorted(known, key=lambda other: (not other.startswith("request."), other))
+    if "." in name and (near := nearest(name, names)):
+        return near
+    leaves = [other.rsplit(".", 1)[-1] for other in names]
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
+    return f"; did you mean {names[leaves.index(close[0])]}?" if close else ""
+
+
+# ---------------------------------------------------------------- combinations
+
+
+def _resolve(config: RunConfig) -> None:
+    """Fills what is null from the model, and refuses what cannot run."""
+    _resolve_request(config)
+    _check_model(config)
+    _check_layout(config)
+    config.scheduler.solver.name = config.scheduler.solver.name.lower()
+    resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
+    resolve_backend(config.attention.backend)
+    if config.task.warmup < 0 or config.task.repeats < 1:
+        raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
+
+
+def _resolve_request(config: RunConfig) -> None:
+    request, model = config.request, config.model
+    if request.prompt is not None and request.prompts is not None:
+        raise ValueError("give request.prompt or request.prompts, not both")
+    if request.prompt is not None:
+        request.prompts, request.prompt = [request.prompt], None
+    if request.prompts is None:
+        request.prompts = list(model.examples)
+    request.steps = model.steps if request.steps is None else request.steps
+    request.guidance = model.guidance if request.guidance is None else request.guidance
+    request.height = model.height if request.height is None else request.height
+    request.width = model.width if request.width is None else request.width
+    check_request(
+        request.prompts,
+        request.negative_prompt,
+        request.samples_per_prompt,
+        request.batch_size,
+        request.seed,
+        request.steps,
+        request.guidance,
+    )
+    check_size(request.height, request.width, model.size_multiple, model.max_pixels)
+
+
+def _check_model(config: RunConfig) -> None:
+    model = config.model
+    if model.architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"model.architecture={model.architecture} is unknown{nearest(model.architecture, ARCHITECTURES)}"
+        )
+    if config.task.name is Task.train:
+        return
+    if model.load is Load.checkpoint and config.scheduler.family != model.family:
+        raise ValueError(
+            f"model={model.name} was trained as {model.family}, not {config.scheduler.family}; "
+            f"use scheduler={model.family}, or model.load=dummy for random weights"
+        )
+    architecture = ARCHITECTURES[model.architecture]
+    check_checkpoint(checkpoint_folder(model.name, model.path), architecture.weights, architecture.configs)
+
+
+def _check_layout(config: RunConfig) -> None:
+    sizes = dict(zip(AXES, degrees(config.parallel), strict=True))
+    for axis, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"parallel.{axis}={size}; a degree is at least 1")
+        if size > 1 and axis not in BUILT_AXES:
+            raise ValueError(f"parallel.{axis}={size} is not built yet; use parallel.dp={size} for {size} ranks")
+    ranks = world_size(list(sizes.values()))
+    if config.launch.mode is LaunchMode.inprocess and ranks > 1:
+        raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
+    threads = config.launch.threads_per_rank
+    if threads is not None and threads < 1:
+        raise ValueError(f"launch.threads_per_rank={threads}; give at least 1, or null for cores / ranks")

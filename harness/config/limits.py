@@ -1,0 +1,66 @@
+"""Bounds on what one request may ask: the same for the command line, the client and the server, each refusal in one
+line.
+"""
+
+import math
+
+MAX_PROMPT_CHARS = 8_000
+MAX_STEPS = 10_000
+MAX_PICTURES = 4_096
+MAX_SEED = 2**63 - MAX_PICTURES - 1  # picture k has seed + k
+
+
+def check_request(
+    prompts: list[str],
+    negative_prompt: str,
+    samples_per_prompt: int,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+) -> None:
+    """Refuses a request that no model could draw.
+
+    Raises:
+        ValueError: the key, its value and what to give instead.
+    """
+    for prompt in (*prompts, negative_prompt):
+        if len(prompt) > MAX_PROMPT_CHARS:
+            raise ValueError(f"a prompt of {len(prompt)} characters; shorten it to {MAX_PROMPT_CHARS} or fewer")
+    pictures = len(prompts) * samples_per_prompt
+    if not 1 <= pictures <= MAX_PICTURES:
+        raise ValueError(
+            f"the request asks for {pictures} pictures; prompts x samples_per_prompt must be 1 to {MAX_PICTURES}"
+        )
+    if batch_size < 1:
+        raise ValueError(f"request.batch_size={batch_size}; give at least 1")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"request.seed={seed}; give 0 to {MAX_SEED}")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"request.steps={steps}; ask for 1 to {MAX_STEPS}")
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise ValueError(f"request.guidance={guidance}; give a number of at least 0 (1 is no guidance)")
+
+
+def check_size(height: int, width: int, multiple: int, max_pixels: int) -> None:
+    """Refuses a size that the VAE and the patches cannot make.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        multiple: pixels; both sides are multiples of it.
+        max_pixels: largest height * width.
+
+    Raises:
+        ValueError: with the nearest side that can be made.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side < multiple or side % multiple:
+            below = side // multiple * multiple
+            near = f"{multiple}" if below < multiple else f"{below} or {below + multiple}"
+            raise ValueError(
+                f"request.{name}={side} is not a multiple of {multiple} pixels; "
+                f"the nearest this model can make is {near}"
+            )
+    if height * width > max_pixels:
+        raise ValueError(f"the request asks for {height} x {width} pixels; height * width may be at most {max_pixels}")

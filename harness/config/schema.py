@@ -1,0 +1,191 @@
+"""Every configuration key of Triptych: one typed field each, with its unit and a default that works.
+
+Hydra composes `conf/` into these dataclasses, so a misspelt key or a wrong type is refused before anything runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from harness.config.train import TrainConfig
+
+
+class Task(Enum):
+    """What one run does."""
+
+    generate = "generate"
+    bench = "bench"
+    train = "train"
+
+
+class LaunchMode(Enum):
+    """Who starts the ranks: torchrun as a child process, or nobody (one rank in the calling process)."""
+
+    torchrun = "torchrun"
+    inprocess = "inprocess"
+
+
+class WandbMode(Enum):
+    """`auto` is online where the user is logged in, and offline elsewhere."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class Load(Enum):
+    """Where weights come from: a checkpoint, or random numbers of the real architecture (for work on speed)."""
+
+    checkpoint = "checkpoint"
+    dummy = "dummy"
+
+
+class DType(Enum):
+    """The dtype of the denoising network and the text encoder; the sampler's state is float32 always."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class TaskConfig:
+    """Group `task`."""
+
+    name: Task = Task.generate
+    warmup: int = 1  # generations before the measured ones (bench)
+    repeats: int = 1  # measured generations
+
+
+@dataclass
+class ModelConfig:
+    """Group `model`: one checkpoint, with the defaults it was published with."""
+
+    name: str = "emoji"
+    architecture: str = "dit"  # which builder in models.registry
+    path: str | None = None  # checkpoint folder in the diffusers layout; null = shipped with the package
+    load: Load = Load.checkpoint
+    family: str = "rectified_flow"  # the noise-scheduler family it was trained in
+    dtype: DType = DType.float32
+    text_tokens: int = 24  # prompt tokens the network attends to; longer prompts are cut, with a warning
+    steps: int = 20  # default of request.steps
+    guidance: float = 3.0  # default of request.guidance
+    height: int = 64  # default of request.height, pixels
+    width: int = 64  # default of request.width, pixels
+    size_multiple: int = 8  # pixels a latent token spans: height and width are multiples of it
+    max_pixels: int = 1_048_576  # largest height * width accepted
+    examples: list[str] = field(default_factory=list)  # prompts when the request names none
+
+
+@dataclass
+class SolverConfig:
+    """Group `scheduler/solver`."""
+
+    name: str = "euler"
+    eta: float | None = None  # noise of the ddim solver: 0 deterministic, 1 ancestral
+
+
+@dataclass
+class SchedulerConfig:
+    """Group `scheduler`: the noise scheduler. null means the family's default (schedulers.families.Settings)."""
+
+    family: str = "rectified_flow"
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    prediction: str | None = None
+    spacing: str | None = None
+    clip: float | None = None
+    shift: float | None = None
+    sigma_last: float | None = None
+    steps_offset: int | None = None
+    integer_timesteps: bool | None = None
+    rho: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    end: str | None = None
+    train_steps: int | None = None
+    beta_schedule: str | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+    coordinates: str | None = None
+    sigma_data: float | None = None
+    tau_map: str | None = None
+    edm_sign: int | None = None
+
+
+@dataclass
+class ParallelConfig:
+    """Group `parallel`: degrees of the mesh; their product is the number of ranks."""
+
+    dp: int = 1  # data parallel: micro-batches dealt over replicas
+    cfg: int = 1  # classifier-free-guidance branches on different ranks
+    tp: int = 1  # tensor parallel
+    ring: int = 1  # ring attention
+    ulysses: int = 1  # Ulysses sequence parallel, innermost
+
+
+@dataclass
+class AttentionConfig:
+    """Group `attention`."""
+
+    backend: str = "auto"  # auto, math, sdpa, flash
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases: a mirror of the record."""
+
+    mode: WandbMode = WandbMode.auto
+    project: str = "triptych"
+    group: str | None = None  # null = the sweep's folder name, or none for a single run
+    name: str | None = None  # null = the run folder's name
+
+
+@dataclass
+class LoggerConfig:
+    """Group `logger`: where results go beside the record."""
+
+    table: bool = True  # print the summary table
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass
+class LaunchConfig:
+    """How ranks are started."""
+
+    mode: LaunchMode = LaunchMode.torchrun
+    threads_per_rank: int | None = None  # CPU threads; null = cores / ranks on this machine
+    start_timeout_s: float = 300.0  # until every rank is ready
+    stop_timeout_s: float = 10.0  # from an orderly shutdown to SIGKILL
+    reproducible: bool = True  # float32 results independent of the thread count (strict MKL, no oneDNN)
+
+
+@dataclass
+class RequestConfig:
+    """What to draw."""
+
+    prompt: str | None = None  # one prompt
+    prompts: list[str] | None = None  # or several; neither = the model's examples
+    negative_prompt: str = ""  # what guidance moves away from
+    seed: int = 0  # picture k (over prompts, then samples) uses seed + k
+    steps: int | None = None  # solver steps; null = the model's default
+    guidance: float | None = None  # 1 = no guidance; null = the model's default
+    height: int | None = None  # pixels; null = the model's default
+    width: int | None = None  # pixels; null = the model's default
+    samples_per_prompt: int = 1
+    batch_size: int = 1  # pictures a forward; 1 makes a picture independent of its neighbours
+
+
+@dataclass
+class RunConfig:
+    """The whole configuration of one run."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    request: RequestConfig = field(default_factory=RequestConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)

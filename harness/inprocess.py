@@ -1,0 +1,106 @@
+"""One rank in the calling process, without sockets or torchrun: for notebooks and for stepping through with a
+debugger.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from harness.config.schema import RunConfig
+from harness.engine import Answer, OnProgress, RequestFailed
+from harness.environment import arithmetic, threads_per_rank
+from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Progress, decode
+from harness.parallel.mesh import Place, degrees
+from models.registry import resolve_backend
+
+if TYPE_CHECKING:
+    from harness.serving.scheduler import RequestScheduler
+
+
+class NoBoard:
+    """Cancellation where nobody else could cancel: a Ctrl-C ends the call itself."""
+
+    def post(self, request_id: str) -> None:
+        return None
+
+    def is_posted(self, request_id: str) -> bool:
+        return False
+
+
+class InprocessEngine:
+    """The same request scheduler and worker at world size 1. `start` sets torch's threads for the process, `stop` sets
+    them back.
+
+    MKL's strict mode can only be chosen before torch is first imported; where it was imported earlier, the record's
+    environment shows that the variable was not set.
+
+    Args:
+        config: the resolved configuration.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._scheduler: RequestScheduler | None = None
+        self._restore: Callable[[], None] = lambda: None
+        self.environment: dict[str, str] = dict(os.environ)
+
+    def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
+        import sys
+
+        if "torch" not in sys.modules:
+            os.environ.update(arithmetic(self._config.launch, 1))
+        self.environment = dict(os.environ)
+        import torch
+
+        from harness.parallel.collectives import Alone
+        from harness.serving.build import build_worker, pick_device, prepare_cpu
+        from harness.serving.scheduler import RequestScheduler
+
+        threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+
+        def restore() -> None:
+            torch.set_num_threads(threads)
+            torch.backends.mkldnn.set_flags(onednn)
+
+        self._restore = restore
+        start = time.perf_counter()
+        wanted, device = threads_per_rank(self._config.launch, 1), pick_device(0)
+        prepare_cpu(self._config, wanted)
+        worker = build_worker(self._config, Place(0, degrees(self._config.parallel)), device)
+        self._scheduler = RequestScheduler(worker, Alone(), NoBoard())
+        return EngineInfo(
+            "ready",
+            1,
+            [os.getpid()],
+            load_ms=(time.perf_counter() - start) * 1e3,
+            device=str(device),
+            attention=resolve_backend(self._config.attention.backend),
+            threads=wanted,
+        )
+
+    def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:
+        if self._scheduler is None:
+            raise RuntimeError("the engine is not running; call start() first")
+        try:
+            self._scheduler.worker.pipeline.check(request)
+        except ValueError as error:
+            raise RequestFailed(Failure(request.request_id, "rejected", str(error))) from error
+
+        def on_step(done: int, total: int) -> None:
+            on_progress(Progress(request.request_id, "denoising", done, total))
+
+        frames = self._scheduler.answer(request, on_step, None)[-1]
+        message = decode(frames)
+        if isinstance(message, GenerationResult):
+            return message, frames
+        if isinstance(message, Failure):
+            raise RequestFailed(message)
+        raise RuntimeError(f"the engine answered with {type(message).__name__}")
+
+    def stop(self) -> None:
+        self._scheduler = None
+        self._restore()
+        self._restore = lambda: None

@@ -1,0 +1,145 @@
+"""Ranks as child processes: torchrun started, watched, and ended so that nothing of it lives on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from harness.config.schema import RunConfig
+from harness.engine import Answer, OnProgress, exchange
+from harness.environment import OWNER, SOCKETS, arithmetic, import_path
+from harness.messages import EngineInfo, GenerationRequest
+from harness.parallel.mesh import degrees, world_size
+from harness.serving.transport import Addresses, Connection, EngineGone
+
+TAIL_LINES = 3
+
+
+class RankError(msgspec.Struct, frozen=True):
+    """What a rank writes to `logs/rankN.error.json` before it dies of an exception; `peer_lost` when another rank went
+    first.
+    """
+
+    rank: int
+    message: str
+    peer_lost: bool
+
+
+class TorchrunEngine:
+    """An engine of `parallel` ranks on this machine under `torchrun --standalone` (also at world size 1).
+
+    Args:
+        config: the resolved configuration.
+        folder: the run's folder, with the configuration in `config.yaml`; logs go to its `logs/`.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self._config = config
+        self._folder = folder
+        self._ranks = world_size(degrees(config.parallel))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._addresses: Addresses | None = None
+        self._connection: Connection | None = None
+        self._pids: list[int] = []
+        self.environment = os.environ | arithmetic(config.launch, self._ranks)
+
+    def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
+        self._addresses = Addresses.private()
+        environment = self.environment | {
+            SOCKETS: str(self._addresses.folder),
+            OWNER: str(os.getpid()),
+            "PYTHONPATH": import_path(os.environ.get("PYTHONPATH")),
+        }
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self._ranks)]
+        command += ["-m", "harness.rank", str(self._folder.resolve())]
+        with self._launch_log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        self._connection = Connection(self._addresses, self._check_alive)
+        info = self._connection.wait_ready(self._config.launch.start_timeout_s, on_wait)
+        self._pids = info.pids
+        return info
+
+    def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:
+        if self._connection is None:
+            raise RuntimeError("the engine is not running; call start() first")
+        return exchange(self._connection, request, on_progress)
+
+    def stop(self) -> None:
+        process, self._process = self._process, None
+        try:
+            if self._connection is not None:
+                if process is not None and process.poll() is None:
+                    self._connection.shutdown()
+                self._connection.close()
+            if process is not None:
+                _end(process, self._config.launch.stop_timeout_s)
+        finally:
+            self._connection = None
+            for pid in self._pids:  # torchrun has ended them already, unless it was killed itself
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._pids = []
+            if self._addresses is not None:
+                self._addresses.remove()
+
+    @property
+    def _launch_log(self) -> Path:
+        return self._folder / "logs" / "launch.log"
+
+    def _check_alive(self) -> None:
+        if self._process is None or self._process.poll() is None:
+            return
+        raise EngineGone(post_mortem(self._folder / "logs"))
+
+
+def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Waits for an orderly end, then SIGTERM (torchrun ends its ranks), then SIGKILL."""
+    for send in (lambda: None, process.terminate, process.kill):
+        send()
+        try:
+            process.wait(patience_s)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        except KeyboardInterrupt:  # a second Ctrl-C: no more patience
+            patience_s = 0.5
+    process.wait()
+
+
+def post_mortem(logs: Path) -> str:
+    """Why the ranks died, in one line: a rank's own error, else the signal or exit code that torchrun saw, else its
+    last lines.
+    """
+    errors = [_read_error(path) for path in sorted(logs.glob("rank*.error.json"))]
+    own = [error for error in errors if error is not None and not error.peer_lost]
+    if own:
+        return f"rank {own[0].rank}: {own[0].message}"
+    log = logs / "launch.log"
+    text = log.read_text(errors="replace") if log.exists() else ""
+    deaths = re.findall(r"rank\s*:\s*(\d+) \(local_rank.*?exitcode\s*:\s*(-?\d+)", text, flags=re.DOTALL)
+    for rank, code in sorted(deaths, key=lambda death: int(death[1]) in (-signal.SIGTERM, 1)):
+        name = signal.Signals(-int(code)).name if int(code) < 0 else f"exit code {code}"
+        return f"rank {rank} died with {name}; {_tail(logs / f'rank{rank}.log')}"
+    return f"the ranks ended unexpectedly; {_tail(log)}"
+
+
+def _read_error(path: Path) -> RankError | None:
+    with suppress(OSError, msgspec.MsgspecError):
+        return msgspec.json.decode(path.read_bytes(), type=RankError)
+    return None
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    last = " | ".join(line.strip() for line in lines[-TAIL_LINES:])
+    return f"last lines of {log}: {last}" if last else f"{log} is empty"

@@ -1,0 +1,1 @@
+"""Mirrors of the record: the terminal's table and Weights & Biases."""

@@ -1,0 +1,109 @@
+"""Weights & Biases: config nested, summary scalars, stage and step tables, memory and the grid. A mirror of the
+record.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+
+from harness.config.schema import WandbConfig, WandbMode
+from harness.records import Record
+
+if TYPE_CHECKING:
+    import wandb
+
+
+def resolve_mode(mode: WandbMode) -> str:
+    """online, offline or disabled; `auto` is online only where an API key is at hand."""
+    if mode is not WandbMode.auto:
+        return mode.name
+    return "online" if logged_in() else "offline"
+
+
+def logged_in() -> bool:
+    """Whether an API key is at hand, in the environment or in ~/.netrc, where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc().authenticators(host) is not None
+    return False
+
+
+def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) -> None:
+    """Writes one finished run, after all timed work.
+
+    Args:
+        config: the `logger.wandb` group.
+        record: what to mirror.
+        folder: the run's folder; `wandb/` and `grid.png` are in it.
+        job_type: the task.
+    """
+    mode = resolve_mode(config.mode)
+    if mode == "disabled":
+        return
+    import wandb
+
+    with _open(config, mode, folder, job_type, record.config) as run:
+        for number, repeat in enumerate(record.repeats):
+            run.log({"repeat": number, "latency_ms": repeat.total_duration_ms, "network_ms": repeat.network_ms})
+        summary = record.summary
+        stages = wandb.Table(columns=["stage", "median_ms", "ci95_low_ms", "ci95_high_ms"])
+        for name, row in summary.stage_ms.items():
+            stages.add_data(name, row.median, *row.ci95)
+        steps = wandb.Table(columns=["repeat", "step", "duration_ms"])
+        for number, repeat in enumerate(record.repeats):
+            for step in repeat.denoise_steps_ms:
+                steps.add_data(number, step.step, step.duration_ms)
+        ranks = wandb.Table(columns=["rank", "peak_memory_mib"])
+        for rank, peak in enumerate(summary.peak_memory_mib):
+            ranks.add_data(rank, peak)
+        pictures = {"grid": wandb.Image(str(folder / "grid.png"))} if (folder / "grid.png").exists() else {}
+        run.log({"stages": stages, "steps": steps, "ranks": ranks, **pictures})
+        run.summary.update(
+            {
+                "state": "ok",
+                "fingerprint": record.fingerprint,
+                "latency_ms_median": summary.latency_ms.median,
+                "latency_ms_ci95_low": summary.latency_ms.ci95[0],
+                "latency_ms_ci95_high": summary.latency_ms.ci95[1],
+                "step_ms_median": summary.step_ms.median,
+                "throughput_per_s": summary.throughput_per_s,
+                "overhead_share_median": summary.overhead_share.median,
+                "nfe": summary.nfe,
+                "peak_memory_mib_max": summary.peak_memory_mib_max,
+                "attention_resolved": record.attention.resolved,
+            }
+        )
+
+
+def log_failure(config: WandbConfig, declared: Mapping[str, object], folder: Path, job_type: str, error: str) -> None:
+    """Writes a run that failed, so that a sweep's group shows it too."""
+    mode = resolve_mode(config.mode)
+    if mode == "disabled":
+        return
+    run = _open(config, mode, folder, job_type, declared)
+    run.summary.update({"state": "failed", "error": error})
+    run.finish(exit_code=1)
+
+
+def _open(config: WandbConfig, mode: str, folder: Path, job_type: str, declared: Mapping[str, object]) -> wandb.Run:
+    import wandb
+
+    return wandb.init(
+        mode="online" if mode == "online" else "offline",
+        project=config.project,
+        group=config.group,
+        name=config.name or folder.name,
+        job_type=job_type,
+        dir=folder,
+        config=dict(declared),
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
+        reinit="finish_previous",
+    )

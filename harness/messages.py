@@ -1,0 +1,202 @@
+"""What clients, rank 0 and the other ranks say to one another: msgspec structs in msgpack, tensors as raw frames.
+
+A message is a list of frames: the header (one struct, tagged by its type), then one raw frame for each array it refers
+to. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float32]
+AnyArray: TypeAlias = NDArray[Any]
+DTYPES = ("float32", "uint8")
+
+
+class ArrayRef(msgspec.Struct, frozen=True):
+    """An array that travels as frame `frame` of the same message, C order."""
+
+    frame: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
+    """Pictures to draw: samples_per_prompt of each prompt; picture k (over prompts, then samples) has seed + k.
+
+    Sizes in pixels; guidance 1 is none; batch_size is the number of pictures a network forward carries.
+    """
+
+    request_id: str
+    prompts: list[str]
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    negative_prompt: str = ""
+    seed: int = 0
+    samples_per_prompt: int = 1
+    batch_size: int = 1
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """Rank 0 has finished `done` of `total` solver steps of its share; `stage` is where it is."""
+
+    request_id: str
+    stage: str
+    done: int
+    total: int
+
+
+class StageTime(msgspec.Struct, frozen=True):
+    """One stage of one rank, device synchronised at both edges."""
+
+    name: str
+    duration_ms: float
+
+
+class StepTime(msgspec.Struct, frozen=True):
+    """One solver step of one micro-batch; `step` counts over the rank's whole share."""
+
+    step: int
+    duration_ms: float
+
+
+class MemoryPoint(msgspec.Struct, frozen=True):
+    """Memory at the end of a stage, MiB: the allocator's on CUDA, the resident set on the CPU."""
+
+    name: str
+    used_mib: float
+
+
+class RankReport(msgspec.Struct, frozen=True):
+    """What one rank did for one request."""
+
+    rank: int
+    stages: list[StageTime]
+    denoise_steps_ms: list[StepTime]
+    network_ms: float
+    network_evaluations: int
+    peak_memory_mib: float
+    memory_checkpoints: list[MemoryPoint]
+    notes: list[str]
+
+
+class SampleResult(msgspec.Struct, frozen=True):
+    """One picture: pixels (3, height, width) float32 in [0, 1]."""
+
+    index: int
+    prompt: str
+    seed: int
+    pixels: ArrayRef
+
+
+class GenerationResult(msgspec.Struct, frozen=True, tag=True):
+    """The answer: pictures in order, and every rank's report. `total_duration_ms` is the slowest rank's."""
+
+    request_id: str
+    samples: list[SampleResult]
+    ranks: list[RankReport]
+    total_duration_ms: float
+
+
+class Failure(msgspec.Struct, frozen=True, tag=True):
+    """The typed answer when there is no picture. `kind`: rejected, cancelled, oom, unsupported or failed."""
+
+    request_id: str
+    kind: str
+    message: str
+    rank: int | None = None
+
+
+class RankOutcome(msgspec.Struct, frozen=True, tag=True):
+    """What a rank hands to rank 0 after a request: its pictures and report, or its failure."""
+
+    samples: list[SampleResult]
+    report: RankReport | None
+    failure: Failure | None = None
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Asks how the engine is; answered at once, also while work runs."""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Stops a request within one step."""
+
+    request_id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Ends the engine in order, after the request in hand."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag=True):
+    """How the engine is. `state`: loading, ready, busy or stopping; `load_ms`: the slowest rank's loading time."""
+
+    state: str
+    world_size: int
+    pids: list[int]
+    queued: int = 0
+    served: int = 0
+    load_ms: float = 0.0
+    device: str = ""
+    attention: str = ""
+    threads: int = 0
+
+
+Message: TypeAlias = (
+    GenerationRequest | Progress | GenerationResult | Failure | RankOutcome | Ping | Cancel | Shutdown | EngineInfo
+)
+
+
+class MessageError(ValueError):
+    """Frames that are not a message of ours."""
+
+
+def encode(message: Message, arrays: Sequence[AnyArray] = ()) -> list[bytes]:
+    """The frames of a message: header first, then its arrays in the order that its ArrayRefs number them from 1."""
+    return [msgspec.msgpack.encode(message), *(np.ascontiguousarray(array).tobytes() for array in arrays)]
+
+
+def decode(frames: Sequence[bytes]) -> Message:
+    """The message of the header frame.
+
+    Raises:
+        MessageError: no frame, bytes that are no message, or a message of an unknown shape.
+    """
+    if not frames:
+        raise MessageError("an empty message")
+    try:
+        return msgspec.msgpack.decode(frames[0], type=Message)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise MessageError(f"not a message of this engine ({error})") from error
+
+
+def array(ref: ArrayRef, frames: Sequence[bytes]) -> AnyArray:
+    """The array that a reference points at, as a read-only view of its frame.
+
+    Raises:
+        MessageError: no such frame, an unknown dtype, or another number of bytes than the shape asks for.
+    """
+    if ref.dtype not in DTYPES or not 0 < ref.frame < len(frames):
+        raise MessageError(f"no {ref.dtype} array in frame {ref.frame} of {len(frames)}")
+    frame = frames[ref.frame]
+    if len(frame) != np.dtype(ref.dtype).itemsize * int(np.prod(ref.shape)):
+        raise MessageError(f"frame {ref.frame} has {len(frame)} bytes, not an array of {ref.dtype} {ref.shape}")
+    return np.frombuffer(frame, dtype=ref.dtype).reshape(ref.shape)
+
+
+def pack(frames: Sequence[bytes]) -> bytes:
+    """Frames as one byte string, for a transport that has no frames of its own."""
+    return msgspec.msgpack.encode(list(frames))
+
+
+def unpack(data: bytes) -> list[bytes]:
+    """The frames of `pack`."""
+    return msgspec.msgpack.decode(data, type=list[bytes])

@@ -1,0 +1,1 @@
+"""Measuring: clocks that synchronise the device, memory, and statistics with their spread."""

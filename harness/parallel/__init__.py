@@ -1,0 +1,1 @@
+"""Ranks: the mesh of a layout, and the collectives that go over it."""

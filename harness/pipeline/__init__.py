@@ -1,0 +1,1 @@
+"""The staged pipeline: text encoding, timesteps, latents, denoising, decoding, run by an executor."""

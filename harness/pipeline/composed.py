@@ -1,0 +1,40 @@
+"""The pipeline of one model: checked stages and the executor that runs them."""
+
+from __future__ import annotations
+
+from harness.messages import GenerationRequest, MemoryPoint
+from harness.pipeline.executor import PipelineExecutor
+from harness.pipeline.stage import Stage, check_wiring
+from harness.pipeline.state import RunContext, Sample
+from harness.pipeline.validate import InputValidation
+
+
+class ComposedPipeline:
+    """Stages in order, wiring checked when it is built.
+
+    Args:
+        validation: the first stage; also asked by rank 0 before it accepts a request.
+        stages: those after it.
+        executor: runs them.
+
+    Raises:
+        ValueError: a stage reads what no earlier one writes.
+    """
+
+    def __init__(self, validation: InputValidation, stages: list[Stage], executor: PipelineExecutor) -> None:
+        self.validation = validation
+        self.stages: list[Stage] = [validation, *stages]
+        self.executor = executor
+        check_wiring(self.stages)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuses a request that this pipeline cannot draw.
+
+        Raises:
+            ValueError: what to change, in one line.
+        """
+        self.validation.check(request)
+
+    def forward(self, samples: list[Sample], run: RunContext) -> list[MemoryPoint]:
+        """Runs every stage over this rank's samples, in place; the memory in use after each."""
+        return self.executor.execute(self.stages, samples, run)

@@ -1,0 +1,26 @@
+"""Decoding: latents to pixels, micro-batch by micro-batch."""
+
+from __future__ import annotations
+
+import torch
+
+from harness.pipeline.state import RunContext, Sample, micro_batches, written
+from models.components import LatentDecoder
+
+
+class Decoding:
+    """Stage 6."""
+
+    name = "decoding"
+    reads = frozenset({"latent"})
+    writes = frozenset({"pixels"})
+
+    def __init__(self, decoder: LatentDecoder) -> None:
+        self.decoder = decoder
+
+    def forward(self, samples: list[Sample], run: RunContext) -> None:
+        for batch in micro_batches(samples, run.batch_size):
+            run.check_cancelled()
+            pixels_BCHW = self.decoder(torch.stack([written(sample.latent) for sample in batch]))
+            for sample, pixels in zip(batch, pixels_BCHW, strict=True):
+                sample.pixels = pixels

@@ -1,0 +1,74 @@
+"""Denoising: the solver pulls network evaluations, micro-batch by micro-batch, down the grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from harness.pipeline.guidance import Branches
+from harness.pipeline.latents import step_noise
+from harness.pipeline.state import RunContext, Sample, micro_batches, written
+from schedulers.grid import Point
+from schedulers.noise_scheduler import NoiseScheduler
+from schedulers.prediction import Estimate
+from schedulers.solvers.base import Denoise, Memory, Noise
+
+
+class Denoising:
+    """Stage 5.
+
+    Args:
+        network: (latent, tau, text states, text mask) to the raw output.
+        dtype: the network's; the state between steps is float32.
+        noise_scheduler: solver and prediction.
+    """
+
+    name = "denoising"
+    reads = frozenset({"ask", "text", "negative", "grid", "latent"})
+    writes = frozenset({"latent"})
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, noise_scheduler: NoiseScheduler) -> None:
+        self.network = network
+        self.dtype = dtype
+        self.noise_scheduler = noise_scheduler
+
+    def forward(self, samples: list[Sample], run: RunContext) -> None:
+        batches = micro_batches(samples, run.batch_size)
+        total = sum(written(batch[0].grid).steps for batch in batches)
+        for batch in batches:
+            self._denoise(batch, run, total)
+
+    def _denoise(self, batch: list[Sample], run: RunContext, total: int) -> None:
+        grid = written(batch[0].grid)
+        x_BCHW = torch.stack([written(sample.latent) for sample in batch])
+        denoise, memory, noise = self._network_call(batch, run), Memory(), _noise(batch, x_BCHW)
+        for i in range(grid.steps):
+            run.check_cancelled()
+            with run.clock.step():
+                x_BCHW = self.noise_scheduler.solver.step(x_BCHW, i, grid, denoise, memory, noise)
+            run.on_step(len(run.clock.steps), total)
+        for sample, latent in zip(batch, x_BCHW, strict=True):
+            sample.latent = latent
+
+    def _network_call(self, batch: list[Sample], run: RunContext) -> Denoise:
+        """The network as a solver sees it: (x, point) to an Estimate, guidance applied to the raw output."""
+        branches = Branches(batch)
+        text, mask = branches.text.states.to(self.dtype), branches.text.mask
+
+        def denoise(x_BCHW: Tensor, point: Point) -> Estimate:
+            fed = branches.spread(x_BCHW * point.c_in).to(self.dtype)
+            tau_B = torch.full((len(fed),), point.tau, dtype=torch.float32, device=fed.device)
+            with run.clock.network():
+                output = self.network(fed, tau_B, text, mask)
+            return self.noise_scheduler.prediction.estimate(branches.combine(output.float()), x_BCHW, point)
+
+        return denoise
+
+
+def _noise(batch: list[Sample], like: Tensor) -> Noise:
+    shape = tuple(like.shape[1:])
+
+    def noise(step: int) -> Tensor:
+        return torch.stack([step_noise(sample.ask.seed, step, shape) for sample in batch]).to(like.device)
+
+    return noise

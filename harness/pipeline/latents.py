@@ -1,0 +1,50 @@
+"""Latent preparation, and the noise of stochastic steps: drawn on the CPU, a generator a picture.
+
+A seed gives the same noise on every device, in any batch and on any rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.pipeline.state import RunContext, Sample, written
+from schedulers.noise_scheduler import NoiseScheduler
+
+STEP_STRIDE = 0x9E3779B97F4A7C15  # odd, so that (seed, step) pairs of nearby seeds do not meet
+
+
+class LatentPreparation:
+    """Stage 4.
+
+    Args:
+        channels: of the latent.
+        stride: pixels a latent pixel spans on a side.
+        noise_scheduler: scales the noise to the state at the grid's first row.
+    """
+
+    name = "latent_preparation"
+    reads = frozenset({"ask", "grid"})
+    writes = frozenset({"latent"})
+
+    def __init__(self, channels: int, stride: int, noise_scheduler: NoiseScheduler) -> None:
+        self.channels = channels
+        self.stride = stride
+        self.noise_scheduler = noise_scheduler
+
+    def forward(self, samples: list[Sample], run: RunContext) -> None:
+        for sample in samples:
+            ask = sample.ask
+            shape = (self.channels, ask.height // self.stride, ask.width // self.stride)
+            noise = seeded_noise(ask.seed, shape).to(run.device)
+            sample.latent = self.noise_scheduler.init_noise(noise, written(sample.grid))
+
+
+def seeded_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise of one picture, float32 on the CPU; diffusers' own for that seed."""
+    return torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(seed))[0]
+
+
+def step_noise(seed: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise of one picture at one step, whatever was drawn before; float32 on the CPU."""
+    return seeded_noise((seed + STEP_STRIDE * (step + 1)) % 2**63, shape)

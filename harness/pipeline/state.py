@@ -1,0 +1,106 @@
+"""The state of one picture on its way through the stages, and what every stage may ask of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from harness.messages import GenerationRequest
+from harness.metrics.clock import Clock
+from harness.metrics.memory import Memory
+from models.components import TextStates
+from schedulers.grid import Grid
+
+T = TypeVar("T")
+
+
+class Cancelled(Exception):
+    """The request was cancelled; raised between two solver steps."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What was asked of one picture; sizes in pixels."""
+
+    index: int
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    height: int
+    width: int
+
+
+@dataclass
+class Sample:
+    """One picture in the making. A field is None until the stage that writes it has run."""
+
+    ask: Ask  # the request
+    text: TextStates | None = None  # text encoding: states (1, S, T) of the prompt
+    negative: TextStates | None = (
+        None  # text encoding: states (1, S, T) of the negative prompt, where guidance needs it
+    )
+    grid: Grid | None = None  # timestep preparation
+    latent: Tensor | None = None  # latent preparation, then denoising: (C, H, W) float32
+    pixels: Tensor | None = None  # decoding: (3, height, width) float32 in [0, 1]
+
+
+@dataclass
+class RunContext:
+    """What the stages share during one request on one rank.
+
+    Args:
+        device: where the networks are.
+        batch_size: pictures a network forward carries.
+        clock: times of this request.
+        memory: the memory account.
+        on_step: called after each solver step with (steps done, steps in all) of this rank.
+        check_cancelled: raises Cancelled once the request is cancelled; the ranks of a replica agree on the step.
+    """
+
+    device: torch.device
+    batch_size: int
+    clock: Clock
+    memory: Memory
+    on_step: Callable[[int, int], None]
+    check_cancelled: Callable[[], None]
+    notes: list[str] = field(default_factory=list)
+
+
+def asks(request: GenerationRequest) -> list[Ask]:
+    """The pictures of a request, prompt by prompt; picture k has seed + k."""
+    prompts = [prompt for prompt in request.prompts for _ in range(request.samples_per_prompt)]
+    return [
+        Ask(
+            index,
+            prompt,
+            request.negative_prompt,
+            request.seed + index,
+            request.steps,
+            request.guidance,
+            request.height,
+            request.width,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def written(value: T | None) -> T:
+    """A field that an earlier stage has written (wiring is checked when the pipeline is built).
+
+    Raises:
+        RuntimeError: it has not.
+    """
+    if value is None:
+        raise RuntimeError("a stage ran before the one that writes what it reads")
+    return value
+
+
+def micro_batches(samples: list[T], size: int) -> list[list[T]]:
+    """Consecutive groups of at most `size`."""
+    return [samples[start : start + size] for start in range(0, len(samples), size)]

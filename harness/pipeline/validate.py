@@ -1,0 +1,47 @@
+"""Input validation: what this pipeline cannot draw is refused on every rank alike, before the first collective."""
+
+from __future__ import annotations
+
+from harness.config.limits import check_request, check_size
+from harness.messages import GenerationRequest
+from harness.pipeline.state import RunContext, Sample
+
+
+class InputValidation:
+    """Stage 1.
+
+    Args:
+        size_multiple: height and width are multiples of it, pixels.
+        max_pixels: largest height * width.
+    """
+
+    name = "input_validation"
+    reads = frozenset({"ask"})
+    writes: frozenset[str] = frozenset()
+
+    def __init__(self, size_multiple: int, max_pixels: int) -> None:
+        self.size_multiple = size_multiple
+        self.max_pixels = max_pixels
+
+    def forward(self, samples: list[Sample], run: RunContext) -> None:
+        for sample in samples:
+            ask = sample.ask
+            check_request([ask.prompt], ask.negative_prompt, 1, run.batch_size, ask.seed, ask.steps, ask.guidance)
+            check_size(ask.height, ask.width, self.size_multiple, self.max_pixels)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuses a whole request, before any rank has seen it.
+
+        Raises:
+            ValueError: what to change, in one line.
+        """
+        check_request(
+            request.prompts,
+            request.negative_prompt,
+            request.samples_per_prompt,
+            request.batch_size,
+            request.seed,
+            request.steps,
+            request.guidance,
+        )
+        check_size(request.height, request.width, self.size_multiple, self.max_pixels)

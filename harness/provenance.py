@@ -1,0 +1,84 @@
+"""Where a number comes from: code, versions, hardware, threads and the environment that matters."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from harness.messages import EngineInfo
+
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "hydra-core", "pyzmq", "wandb")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "MKL_CBWR",
+    "CUDA_VISIBLE_DEVICES",
+    "NCCL_DEBUG",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
+
+
+def provenance(engine: EngineInfo, environment: dict[str, str]) -> dict[str, Any]:
+    """What the record says of its origin.
+
+    Args:
+        engine: what the ranks say of themselves.
+        environment: the ranks' environment.
+    """
+    return {
+        "git": git_state(Path(__file__).parent),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "hardware": {
+            "platform": platform.platform(),
+            "cpu": cpu_name(),
+            "cores": usable_cores(),
+            "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
+            "device": engine.device,
+        },
+        "world_size": engine.world_size,
+        "threads_per_rank": engine.threads,
+        "environment": {name: environment[name] for name in VARIABLES if name in environment},
+        "timing": "device synchronised at the edges of every stage, step and network evaluation",
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit and whether the tree differs from it; empty outside a checkout."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+    )
+    return done.stdout.strip()

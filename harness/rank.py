@@ -1,0 +1,167 @@
+"""One rank: `python -m harness.rank FOLDER` under torchrun. It reads the run's config.yaml, loads, and serves until
+told to stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from harness.compose import ConfigError, from_yaml
+from harness.config.schema import RunConfig
+from harness.environment import OWNER, SOCKETS, threads_per_rank
+from harness.launch import RankError
+from harness.messages import EngineInfo
+from harness.parallel.mesh import Place, degrees
+from harness.processes import is_alive
+from harness.records import write_atomically
+from harness.serving.transport import Addresses, router
+from models.registry import resolve_backend
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+WATCH_S = 0.5
+
+
+class RankFacts(msgspec.Struct, frozen=True):
+    """What a rank says of itself once it has loaded."""
+
+    pid: int
+    load_ms: float
+
+
+class StoreBoard:
+    """Cancellations over the process group's key-value store: rank 0 posts, every rank looks between two steps."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def post(self, request_id: str) -> None:
+        self._store.set(f"cancelled/{request_id}", "1")
+
+    def is_posted(self, request_id: str) -> bool:
+        return bool(self._store.check([f"cancelled/{request_id}"]))
+
+
+def main() -> None:
+    """Entry point under the launcher's torchrun."""
+    folder = Path(sys.argv[1])
+    rank = int(os.environ["RANK"])
+    redirect_output(folder / "logs" / f"rank{rank}.log")
+    watch_parents(int(os.environ.get(OWNER, "0")))
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank{rank} %(levelname)s %(name)s: %(message)s")
+    try:
+        serve(from_yaml((folder / "config.yaml").read_text()), Addresses(Path(os.environ[SOCKETS])))
+    except Exception as error:
+        leave_error(folder / "logs", rank, error)
+        raise
+
+
+def serve(config: RunConfig, addresses: Addresses) -> None:
+    """Joins the process group, loads this rank's part, and takes requests until a client says Shutdown.
+
+    Raises:
+        ConfigError: torchrun started another number of ranks than the layout has.
+        CheckpointError: weights that cannot be loaded.
+    """
+    import torch.distributed as dist
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    place = Place(rank, degrees(config.parallel))
+    if place.world_size != ranks:
+        raise ConfigError(
+            f"the layout has {place.world_size} ranks, torchrun started {ranks}; "
+            f"use parallel=dp{ranks} or torchrun --nproc-per-node {place.world_size}"
+        )
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    try:
+        _serve(config, addresses, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
+    import torch.distributed as dist
+    import zmq
+
+    from harness.parallel.collectives import Alone, Collectives, Gloo
+    from harness.serving.build import build_worker, pick_device, prepare_cpu
+    from harness.serving.control import ControlThread
+    from harness.serving.scheduler import RequestScheduler
+
+    local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    device = pick_device(local_rank)
+    info = EngineInfo(
+        "loading",
+        place.world_size,
+        pids=[os.getpid()],
+        device=str(device),
+        attention=resolve_backend(config.attention.backend),
+        threads=threads_per_rank(config.launch, local_ranks),
+    )
+    context = zmq.Context()
+    control = ControlThread(context, addresses, info) if place.rank == 0 else None
+    collectives: Collectives = Gloo() if place.world_size > 1 else Alone()
+    start = time.perf_counter()
+    prepare_cpu(config, info.threads)
+    worker = build_worker(config, place, device)
+    mine = RankFacts(os.getpid(), (time.perf_counter() - start) * 1e3)
+    facts = [msgspec.msgpack.decode(f, type=RankFacts) for f in collectives.gather(msgspec.msgpack.encode(mine))]
+    store = dist.distributed_c10d._get_default_store()
+    scheduler = RequestScheduler(worker, collectives, StoreBoard(store))
+    if control is None:
+        scheduler.follow()
+        return
+    control.set_info(msgspec.structs.replace(info, pids=[f.pid for f in facts], load_ms=max(f.load_ms for f in facts)))
+    requests = router(context, addresses.requests)
+    try:
+        scheduler.lead(context, requests, control)
+    finally:
+        control.close()
+        requests.close()
+        context.term()
+
+
+def leave_error(logs: Path, rank: int, error: Exception) -> None:
+    """Writes why this rank ends, for whoever started it."""
+    traceback.print_exc()
+    line = (str(error).splitlines() or [""])[0]
+    named = line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
+    peer_lost = any(
+        word in str(error) for word in ("Connection closed by peer", "gloo/transport", "Connection reset by peer")
+    )
+    write_atomically(logs / f"rank{rank}.error.json", msgspec.json.encode(RankError(rank, named, peer_lost)))
+
+
+def redirect_output(log: Path) -> None:
+    """Sends this process's standard output and error to its log, C libraries' included."""
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def watch_parents(owner: int) -> None:
+    """Ends this process when torchrun, or the process that started it, is gone: also after their SIGKILL."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent and (owner == 0 or is_alive(owner)):
+            time.sleep(WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-parents", daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

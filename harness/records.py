@@ -1,0 +1,206 @@
+"""A run's folder and its record: claimed by one owner, written atomically, read back as a table.
+
+`record.json` is the source of truth; everything else (table, wandb) mirrors it. Its keys are stable and versioned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from harness.messages import MemoryPoint, StageTime, StepTime
+from harness.metrics.summary import Summary
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA = 1
+STATES = ("ok", "failed", "oom", "unsupported", "cancelled")
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be used, with what to change."""
+
+
+class Status(msgspec.Struct, frozen=True):
+    """`status.json`: how a run ended, and the error in one line."""
+
+    state: str
+    error: str | None = None
+
+
+class Attention(msgspec.Struct, frozen=True):
+    """What was asked for and what ran."""
+
+    requested: str
+    resolved: str
+
+
+class FirstCall(msgspec.Struct, frozen=True):
+    """What is paid once, apart from the steady state, ms."""
+
+    launch_ms: float
+    load_ms: float
+    warmup_ms: list[float]
+
+
+class Repeat(msgspec.Struct, frozen=True):
+    """One measured request; stages and steps are the slowest rank's, memory the largest rank's."""
+
+    total_duration_ms: float
+    client_duration_ms: float
+    steps: list[StageTime]
+    denoise_steps_ms: list[StepTime]
+    network_ms: float
+    memory_checkpoints: list[MemoryPoint]
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """The row's numbers. `nfe` counts network evaluations of one picture; `overhead_share` is the part of a request
+    outside the network's forwards and the decoder.
+    """
+
+    latency_ms: Summary
+    step_ms: Summary
+    stage_ms: dict[str, Summary]
+    overhead_share: Summary
+    throughput_per_s: float
+    nfe: int
+    peak_memory_mib: list[float]
+    peak_memory_mib_max: float
+
+
+class SampleRow(msgspec.Struct, frozen=True):
+    """One picture; `sha256` is of its 8-bit pixels."""
+
+    path: str
+    prompt: str
+    seed: int
+    sha256: str
+
+
+class Record(msgspec.Struct, frozen=True):
+    """`record.json`."""
+
+    schema: int
+    fingerprint: str
+    overrides: list[str]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    attention: Attention
+    first_call: FirstCall
+    repeats: list[Repeat]
+    summary: Statistics
+    samples: list[SampleRow]
+    notes: list[str]
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """Hash of what was declared: the configuration without where it is logged to."""
+    declared = {key: value for key, value in config.items() if key != "logger"}
+    return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class RunFolder:
+    """One run's folder. Made by `claim`; whoever claims it is its only writer (each rank writes only its own log)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def claim(cls, path: Path) -> RunFolder:
+        """Takes a folder for one run; until `finish`, its status says that the run was cut off.
+
+        Raises:
+            RunFolderError: another run is in it, or it cannot be made.
+        """
+        folder = cls(path)
+        try:
+            (path / "logs").mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path / "status.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError as error:
+            raise RunFolderError(f"{path} already holds a run; choose another folder with hydra.run.dir=...") from error
+        except OSError as error:
+            raise RunFolderError(
+                f"{path} cannot be written ({error.strerror}); choose another with hydra.run.dir=..."
+            ) from error
+        os.close(descriptor)
+        folder.finish(Status("failed", "the run was cut off before it ended"))
+        return folder
+
+    def finish(self, status: Status) -> None:
+        """Writes `status.json`."""
+        write_atomically(self.path / "status.json", msgspec.json.encode(status))
+
+    def write_record(self, record: Record) -> None:
+        """Writes `record.json`."""
+        write_atomically(self.path / "record.json", msgspec.json.format(msgspec.json.encode(record), indent=1))
+
+    def write_config(self, text: str) -> None:
+        """Writes `config.yaml`, the resolved configuration."""
+        write_atomically(self.path / "config.yaml", text.encode())
+
+    def log_file(self, rank: int) -> Path:
+        """The log of one rank."""
+        return self.path / "logs" / f"rank{rank}.log"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def read_status(folder: Path) -> Status:
+    """The status of a run's folder; `failed` where there is none."""
+    try:
+        return msgspec.json.decode((folder / "status.json").read_bytes(), type=Status)
+    except (OSError, msgspec.MsgspecError):
+        return Status("failed", "no readable status.json")
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a run's folder, or None where the run left none.
+
+    Raises:
+        RunFolderError: a record of another schema, or one that cannot be read.
+    """
+    path = folder / "record.json"
+    if not path.exists():
+        return None
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=Record)
+    except msgspec.MsgspecError as error:
+        raise RunFolderError(f"{path}: not a record of schema {SCHEMA} ({error})") from error
+    if record.schema != SCHEMA:
+        raise RunFolderError(f"{path}: schema {record.schema}; this version reads {SCHEMA}")
+    return record
+
+
+def load(path: str | Path) -> pandas.DataFrame:
+    """A table of a tree of runs, one row each, failed ones too; nested keys become dotted columns.
+
+    Args:
+        path: a run's folder, a sweep's, or any folder above them.
+    """
+    import pandas
+
+    rows = []
+    for status_file in sorted(Path(path).rglob("status.json")):
+        folder = status_file.parent
+        status = read_status(folder)
+        record = read_record(folder)
+        row: dict[str, Any] = {"folder": str(folder), "state": status.state, "error": status.error}
+        if record is not None:
+            nested = msgspec.to_builtins(record)
+            row |= {key: nested[key] for key in ("overrides", "repeats", "samples", "notes")}
+            flat = {k: nested[k] for k in ("fingerprint", "config", "provenance", "attention", "first_call", "summary")}
+            row |= {str(key): value for key, value in pandas.json_normalize(flat, sep=".").iloc[0].items()}
+        rows.append(row)
+    return pandas.DataFrame(rows)

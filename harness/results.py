@@ -1,0 +1,88 @@
+"""From answers to a record: the slowest rank's times, every rank's memory, statistics over repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.compose import to_dict
+from harness.config.schema import RunConfig
+from harness.messages import EngineInfo, GenerationResult, RankReport
+from harness.metrics.summary import summarize
+from harness.provenance import provenance
+from harness.records import SCHEMA, Attention, FirstCall, Record, Repeat, Statistics, fingerprint
+
+DECODING = "decoding"
+
+
+def measured(result: GenerationResult, client_ms: float) -> Repeat:
+    """One answer as a repeat: stages and steps of the slowest rank, memory of the largest."""
+    slowest = max(result.ranks, key=_total_ms)
+    largest = max(result.ranks, key=lambda report: report.peak_memory_mib)
+    return Repeat(
+        total_duration_ms=result.total_duration_ms,
+        client_duration_ms=client_ms,
+        steps=slowest.stages,
+        denoise_steps_ms=slowest.denoise_steps_ms,
+        network_ms=slowest.network_ms,
+        memory_checkpoints=largest.memory_checkpoints,
+    )
+
+
+def overhead_share(repeat: Repeat) -> float:
+    """The share of a request, as its client waited for it, that was neither a network forward nor the decoder."""
+    decoding = sum(stage.duration_ms for stage in repeat.steps if stage.name == DECODING)
+    return 1 - (repeat.network_ms + decoding) / repeat.client_duration_ms
+
+
+def statistics(repeats: Sequence[Repeat], last: GenerationResult) -> Statistics:
+    """The row's numbers over all repeats."""
+    stages = [stage.name for stage in repeats[0].steps]
+    durations = {
+        name: [next(stage.duration_ms for stage in repeat.steps if stage.name == name) for repeat in repeats]
+        for name in stages
+    }
+    latency = summarize([repeat.total_duration_ms for repeat in repeats])
+    evaluations = sum(report.network_evaluations for report in last.ranks)
+    batch = last.samples and len(last.samples)
+    return Statistics(
+        latency_ms=latency,
+        step_ms=summarize([step.duration_ms for repeat in repeats for step in repeat.denoise_steps_ms]),
+        stage_ms={name: summarize(values) for name, values in durations.items()},
+        overhead_share=summarize([overhead_share(repeat) for repeat in repeats]),
+        throughput_per_s=1e3 * len(last.samples) / latency.median,
+        nfe=evaluations // batch if batch else 0,
+        peak_memory_mib=[report.peak_memory_mib for report in last.ranks],
+        peak_memory_mib_max=max(report.peak_memory_mib for report in last.ranks),
+    )
+
+
+def build_record(
+    config: RunConfig,
+    overrides: list[str],
+    info: EngineInfo,
+    environment: dict[str, str],
+    first: FirstCall,
+    repeats: list[Repeat],
+    results: list[GenerationResult],
+    notes: list[str],
+) -> Record:
+    """The record of one run; the pictures' rows are added when they are saved."""
+    declared = to_dict(config)
+    said = dict.fromkeys([*notes, *(note for result in results for report in result.ranks for note in report.notes)])
+    return Record(
+        schema=SCHEMA,
+        fingerprint=fingerprint(declared),
+        overrides=overrides,
+        config=declared,
+        provenance=provenance(info, environment),
+        attention=Attention(config.attention.backend, info.attention),
+        first_call=first,
+        repeats=repeats,
+        summary=statistics(repeats, results[-1]),
+        samples=[],
+        notes=list(said),
+    )
+
+
+def _total_ms(report: RankReport) -> float:
+    return sum(stage.duration_ms for stage in report.stages)

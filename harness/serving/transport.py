@@ -1,0 +1,159 @@
+"""Sockets: a ROUTER on rank 0, DEALERs at the clients, over private ipc:// addresses; frames as harness.messages lays
+them out.
+
+An engine has two addresses: requests (which queue while work runs) and control (answered at once, by a thread of its
+own).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from harness.messages import Cancel, EngineInfo, Failure, Message, MessageError, Ping, Shutdown, decode, encode
+
+MAX_FRAME_BYTES = 1 << 31
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where an engine listens."""
+
+    folder: Path
+
+    @property
+    def requests(self) -> str:
+        """ROUTER for GenerationRequests."""
+        return f"ipc://{self.folder}/requests"
+
+    @property
+    def control(self) -> str:
+        """ROUTER for Ping, Cancel and Shutdown."""
+        return f"ipc://{self.folder}/control"
+
+    @classmethod
+    def private(cls) -> Addresses:
+        """Addresses in a new folder that only this user can enter (mode 0700)."""
+        return cls(Path(tempfile.mkdtemp(prefix="triptych-")))
+
+    def remove(self) -> None:
+        """Removes the folder and its sockets."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    """A bound ROUTER. Frames larger than 2 GiB are dropped by the socket with their sender."""
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    socket.bind(address)
+    return socket
+
+
+def dealer(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    """A connected DEALER; messages sent before the engine listens wait for it."""
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(address)
+    return socket
+
+
+class EngineGone(RuntimeError):
+    """The engine stopped answering, or died."""
+
+
+class Connection:
+    """A client's two sockets to one engine.
+
+    Args:
+        addresses: the engine's.
+        check_alive: raises EngineGone with the reason once the engine is known to be dead; asked between polls.
+    """
+
+    POLL_MS = 200
+
+    def __init__(self, addresses: Addresses, check_alive: Callable[[], None] = lambda: None) -> None:
+        self._context = zmq.Context()
+        self._requests = dealer(self._context, addresses.requests)
+        self._control = dealer(self._context, addresses.control)
+        self._check_alive = check_alive
+
+    def send(self, message: Message) -> None:
+        """Queues a message on the request socket."""
+        self._requests.send_multipart(encode(message))
+
+    def receive(self) -> tuple[Message, list[bytes]]:
+        """The next message of the request socket, with its frames.
+
+        Raises:
+            EngineGone: the engine died first.
+        """
+        while not self._requests.poll(self.POLL_MS):
+            self._check_alive()
+        frames = self._requests.recv_multipart()
+        return decode(frames), frames
+
+    def ping(self, timeout_s: float = 1.0) -> EngineInfo | None:
+        """How the engine is, or None when it does not answer in time."""
+        self._drain()
+        self._control.send_multipart(encode(Ping()))
+        deadline = time.monotonic() + timeout_s
+        while self._control.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+            answer = decode(self._control.recv_multipart())
+            if isinstance(answer, EngineInfo):
+                return answer
+        return None
+
+    def wait_ready(
+        self, timeout_s: float, on_wait: Callable[[EngineInfo | None], None] = lambda info: None
+    ) -> EngineInfo:
+        """Returns once every rank has loaded.
+
+        Args:
+            timeout_s: at most.
+            on_wait: told what the engine answers while it loads.
+
+        Raises:
+            EngineGone: it died, or was not ready in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            self._check_alive()
+            info = self.ping(self.POLL_MS / 1000)
+            if info is not None and info.state in ("ready", "busy"):
+                return info
+            on_wait(info)
+            if info is not None:
+                time.sleep(0.02)
+        raise EngineGone(
+            f"the engine was not ready within {timeout_s:g} s; raise launch.start_timeout_s or read its logs"
+        )
+
+    def cancel(self, request_id: str) -> None:
+        """Asks the engine to stop a request; its answer is then a Failure of kind cancelled."""
+        self._control.send_multipart(encode(Cancel(request_id)))
+
+    def shutdown(self) -> None:
+        """Asks the engine to end in order."""
+        self._control.send_multipart(encode(Shutdown()))
+
+    def close(self) -> None:
+        """Closes both sockets; what was not sent within half a second is dropped."""
+        self._requests.close(linger=0)
+        self._control.close(linger=500)
+        self._context.term()
+
+    def _drain(self) -> None:
+        while self._control.poll(0):
+            self._control.recv_multipart()
+
+
+def rejection(error: MessageError) -> Failure:
+    """The answer to frames that are no message."""
+    return Failure("", "rejected", str(error))

@@ -1,0 +1,107 @@
+"""The worker of one rank: a request in, this rank's pictures and report out."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+
+from harness.messages import ArrayRef, Failure, GenerationRequest, RankOutcome, RankReport, SampleResult, encode
+from harness.metrics.clock import Clock
+from harness.metrics.memory import Memory
+from harness.parallel.mesh import Place
+from harness.pipeline.composed import ComposedPipeline
+from harness.pipeline.state import Cancelled, RunContext, Sample, asks, micro_batches, written
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Runs the pipeline over this rank's share of a request.
+
+    Args:
+        pipeline: the built pipeline.
+        place: this rank's place on the mesh.
+        device: where the networks are.
+        memory: the memory account.
+    """
+
+    def __init__(self, pipeline: ComposedPipeline, place: Place, device: torch.device, memory: Memory) -> None:
+        self.pipeline = pipeline
+        self.place = place
+        self.device = device
+        self.memory = memory
+
+    def generate(
+        self,
+        request: GenerationRequest,
+        on_step: Callable[[int, int], None],
+        is_cancelled: Callable[[], bool],
+    ) -> list[bytes]:
+        """The frames of a RankOutcome: this rank's pictures and report, or what went wrong.
+
+        An exception is answered here only where a rank computes a picture alone; where several do, they would be left
+        waiting in a collective, so it ends the rank, and with it the engine.
+        """
+        try:
+            return self._generate(request, on_step, is_cancelled)
+        except Cancelled:
+            return _failure(request, "cancelled", "the request was cancelled", self.place.rank)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            return _failure(request, "oom", f"out of memory: {_line(error)}", self.place.rank)
+        except NotImplementedError as error:
+            return _failure(request, "unsupported", _line(error), self.place.rank)
+        except Exception as error:
+            if self.place.replica_size > 1:
+                raise
+            log.exception("request %s failed", request.request_id)
+            return _failure(request, "failed", f"{type(error).__name__}: {_line(error)}", self.place.rank)
+
+    def _generate(
+        self, request: GenerationRequest, on_step: Callable[[int, int], None], is_cancelled: Callable[[], bool]
+    ) -> list[bytes]:
+        everything = micro_batches([Sample(ask) for ask in asks(request)], request.batch_size)
+        samples = [sample for batch in self.place.share(everything) for sample in batch]
+        self.memory.reset_peak()
+
+        def check_cancelled() -> None:
+            if is_cancelled():
+                raise Cancelled
+
+        clock = Clock(_synchronizer(self.device))
+        run = RunContext(self.device, request.batch_size, clock, self.memory, on_step, check_cancelled)
+        points = self.pipeline.forward(samples, run)
+        report = RankReport(
+            rank=self.place.rank,
+            stages=clock.stages,
+            denoise_steps_ms=clock.steps,
+            network_ms=clock.network_ms,
+            network_evaluations=clock.evaluations,
+            peak_memory_mib=self.memory.peak_mib(),
+            memory_checkpoints=points,
+            notes=run.notes,
+        )
+        pixels = [written(sample.pixels).cpu().numpy() for sample in samples]
+        if not all(math.isfinite(float(picture.sum())) for picture in pixels):
+            raise ValueError("the picture holds values that are not finite; try model.dtype=float32 or another solver")
+        results = [
+            SampleResult(s.ask.index, s.ask.prompt, s.ask.seed, ArrayRef(k, "float32", tuple(p.shape)))
+            for k, (s, p) in enumerate(zip(samples, pixels, strict=True), start=1)
+        ]
+        return encode(RankOutcome(results, report), pixels)
+
+
+def _failure(request: GenerationRequest, kind: str, message: str, rank: int) -> list[bytes]:
+    return encode(RankOutcome([], None, Failure(request.request_id, kind, message, rank)))
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None

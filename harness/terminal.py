@@ -1,0 +1,21 @@
+"""What a run says on the terminal when it ends: one clear line and an exit status."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+
+from harness.records import Status
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def complain(error: object) -> None:
+    """One clear line on standard error."""
+    Console(stderr=True).print(f"[bold red]triptych:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def exit_status(status: Status) -> int:
+    """0 only where everything asked for was done."""
+    return {"ok": 0, "cancelled": EXIT_INTERRUPTED}.get(status.state, 1)
