@@ -6,6 +6,7 @@ its own while its main thread serves.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -24,7 +25,7 @@ from harness.environment import arithmetic
 from harness.generate import run_in
 from harness.launch import post_mortem
 from harness.parallel.mesh import degrees, world_size
-from harness.rank import leave_error, redirect_output, serve
+from harness.rank import LOG_FORMAT, leave_error, redirect_output, serve
 from harness.records import RunFolder, RunFolderError, Status
 from harness.serving.transport import Addresses, EngineGone
 from harness.terminal import EXIT_BAD_INPUT, complain, exit_status
@@ -67,6 +68,7 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
         return _refuse(rank, told.refusal)
     folder, addresses = RunFolder(Path(told.folder)), Addresses(Path(told.sockets))
     if rank == 0:
+        logging.basicConfig(level=logging.INFO, filename=folder.log_file(0), format=LOG_FORMAT)
         return _lead(composed, folder, addresses)
     redirect_output(folder.log_file(rank))
     try:

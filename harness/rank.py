@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 WATCH_S = 0.5
+log = logging.getLogger(__name__)
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class RankFacts(msgspec.Struct, frozen=True):
@@ -58,8 +60,9 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     redirect_output(folder / "logs" / f"rank{rank}.log")
     watch_parents(int(os.environ.get(OWNER, "0")))
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank{rank} %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     try:
+        log.info("rank %d of %s, process %d", rank, os.environ["WORLD_SIZE"], os.getpid())
         serve(from_yaml((folder / "config.yaml").read_text()), Addresses(Path(os.environ[SOCKETS])))
     except Exception as error:
         leave_error(folder / "logs", rank, error)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from models.components import TextStates
 from models.files import CheckpointError
@@ -54,6 +55,7 @@ def load_t5(
     Raises:
         CheckpointError: files that transformers cannot read.
     """
+    transformers_logging.disable_progress_bar()  # a rank's log is a file
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         if dummy:

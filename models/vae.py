@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.files import CheckpointError
 
@@ -37,11 +37,12 @@ def load_kl_decoder(folder: Path, dtype: torch.dtype, device: torch.device, dumm
     """
     try:
         if dummy:
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae", local_files_only=True))
+            config = AutoencoderKL.load_config(folder / "vae", local_files_only=True)
+            vae = nn.Module.to(AutoencoderKL.from_config(config), dtype)
         else:
             vae = AutoencoderKL.from_pretrained(
                 folder / "vae", local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the VAE cannot be read ({str(error).splitlines()[0]})") from error
-    return KLDecoder(vae.to(device=device, dtype=dtype).eval())
+    return KLDecoder(vae.to(device).eval())
