@@ -1,0 +1,214 @@
+"""The data recipe: two emoji sets, drawn from packages, as one folder of pictures and one line of facts each.
+
+``images/*.png`` are 64 x 64 RGB on white, cropped to their content with an equal margin; ``metadata.jsonl`` has one
+row a picture (file_name, name, style, tags, caption, licence, vocabulary). All emoji train the VAE; rows with
+``vocabulary`` true are the distinctive ones that the denoiser learns. The pictures are not part of the repository:
+this recipe builds them.
+"""
+
+import io
+import json
+import logging
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from harness.config.train import DataConfig
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("@iconify-json/noto@1.2.9", "@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0")
+LICENCES = {"noto": "Apache-2.0", "3d": "MIT"}
+STYLES = tuple(LICENCES)
+
+# Emojibase groups from which the vocabulary is filled: no people, components, symbols or flags.
+GROUPS = frozenset({0, 3, 4, 5, 6, 7})
+# Emojibase subgroups left out: faces, cats and hearts that differ by mood or colour (4 to 15), weather, sports, computers,
+# mail, writing and locks; the popular list has what is distinctive there.
+SUBGROUPS_OUT = frozenset({4, 5, 6, 9, 10, 12, 14, 15, 59, 62, 70, 74, 75, 77})
+# Kept whatever the selection says: what people try first.
+POPULAR = frozenset(
+    """
+    grinning face|face with tears of joy|smiling face with heart-eyes|smiling face with sunglasses|winking face
+    |crying face|enraged face|thinking face|sleeping face|face with medical mask|exploding head|cowboy hat face
+    |partying face|cold face|smiling face with halo|smiling face with horns|clown face|alien|ghost|robot|skull
+    |pile of poo|see-no-evil monkey|jack-o-lantern|red heart|blue heart|green heart|collision|hundred points
+    |thumbs up|waving hand|victory hand|folded hands|eyes|brain|Santa Claus|mermaid|astronaut|cat face|dog face
+    |fox|lion|tiger face|unicorn|cow face|pig face|rabbit face|bear|panda|koala|frog|monkey face|mouse face
+    |elephant|giraffe|chicken|penguin|owl|parrot|flamingo|turtle|snake|dragon|T-Rex|whale|dolphin|tropical fish
+    |shark|octopus|crab|snail|butterfly|honeybee|lady beetle|spider|paw prints|rose|sunflower|tulip
+    |cherry blossom|bouquet|deciduous tree|evergreen tree|palm tree|cactus|four leaf clover|maple leaf|mushroom
+    |red apple|green apple|banana|grapes|watermelon|lemon|tangerine|strawberry|cherries|pineapple|peach|avocado
+    |tomato|eggplant|carrot|ear of corn|broccoli|bread|croissant|pretzel|cheese wedge|hamburger|french fries
+    |pizza|hot dog|taco|cooking|popcorn|sushi|rice ball|ice cream|doughnut|cookie|birthday cake|cupcake|lollipop
+    |chocolate bar|hot beverage|wine glass|beer mug|bubble tea|volcano|desert island|house|castle|church|tent
+    |rainbow|sun|crescent moon|star|ringed planet|cloud|cloud with rain|high voltage|snowflake|snowman|fire
+    |droplet|water wave|cyclone|globe showing Americas|ferris wheel|locomotive|bus|ambulance|fire engine
+    |police car|taxi|automobile|tractor|bicycle|sailboat|ship|anchor|airplane|helicopter|rocket|flying saucer
+    |stop sign|vertical traffic light|hourglass done|alarm clock|umbrella|Christmas tree|balloon|party popper
+    |wrapped gift|trophy|soccer ball|basketball|american football|tennis|bowling|bullseye|pool 8 ball|video game
+    |game die|puzzle piece|teddy bear|artist palette|glasses|necktie|t-shirt|jeans|dress|backpack|running shoe
+    |high-heeled shoe|crown|top hat|graduation cap|ring|gem stone|bell|musical note|headphone|guitar|trumpet
+    |violin|drum|mobile phone|telephone|battery|laptop|television|camera|light bulb|candle|open book|books
+    |money bag|credit card|envelope|package|pencil|calendar|pushpin|paperclip|scissors|locked|key|hammer|axe
+    |bomb|shield|wrench|gear|magnet|microscope|syringe|pill|door|toilet|fire extinguisher|shopping cart|moai
+    |radioactive|yin yang|recycling symbol|check mark button|cross mark
+    """.replace("\n", "")
+    .replace("    ", "")
+    .split("|")
+)
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One picture of the folder; the fields are the columns of ``metadata.jsonl``."""
+
+    file_name: str
+    name: str
+    style: str
+    tags: tuple[str, ...]
+    caption: str
+    licence: str
+    vocabulary: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """One emoji as the packages describe it: its name, and for each style the SVG text or the WebP bytes."""
+
+    code: str
+    name: str
+    tags: tuple[str, ...]
+    eligible: bool
+    drawings: dict[str, bytes]
+
+
+def read(folder: Path) -> list[Emoji]:
+    """The rows of a built folder, in file order."""
+    rows = (json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+    return [Emoji(**{**row, "tags": tuple(row["tags"])}) for row in rows]
+
+
+def pixels(folder: Path, rows: list[Emoji]) -> np.ndarray:
+    """The pictures of ``rows`` as uint8 (N, 64, 64, 3)."""
+    return np.stack([np.asarray(Image.open(folder / row.file_name).convert("RGB")) for row in rows])
+
+
+def build(config: DataConfig) -> list[Emoji]:
+    """Build the folder of ``config`` unless it is there, and return its rows.
+
+    Raises ``RuntimeError`` when npm is needed and fails. About a minute on two cores.
+    """
+    folder = Path(config.folder)
+    if (folder / "metadata.jsonl").exists():
+        return read(folder)
+    packages = Path(config.packages)
+    fetch(packages)
+    items = list(sources(packages / "node_modules"))
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    jobs = [(item.drawings[style], style, config.size, config.margin) for item in items for style in STYLES]
+    with ProcessPoolExecutor() as pool:
+        drawn = np.stack(list(pool.map(_draw, jobs, chunksize=32)))
+    both = drawn.reshape(len(items), len(STYLES), config.size, config.size, 3)
+    chosen = select(items, both, config.vocabulary)
+    rows = []
+    for item, pair in zip(items, both, strict=True):
+        for style, picture in zip(STYLES, pair, strict=True):
+            file_name = f"images/{item.code}-{style}.png"
+            Image.fromarray(picture).save(folder / file_name)
+            caption = f"{item.name}, {style}"
+            rows.append(Emoji(file_name, item.name, style, item.tags, caption, LICENCES[style], item.name in chosen))
+    lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    log.info("%d pictures of %d emoji in %s, %d names in the vocabulary", len(rows), len(items), folder, len(chosen))
+    return rows
+
+
+def fetch(packages: Path) -> None:
+    """Install the three packages with npm into ``packages`` unless they are there."""
+    if (packages / "node_modules" / "emojibase-data").exists():
+        return
+    packages.mkdir(parents=True, exist_ok=True)
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(packages), *PACKAGES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"npm install failed; install {PACKAGES} into {packages} by hand: {done.stderr.strip()[-500:]}"
+        )
+
+
+def sources(modules: Path) -> Iterator[Source]:
+    """Every emoji that both sets draw, in Unicode order; codes without U+FE0F, on which the sets disagree."""
+    noto = json.loads((modules / "@iconify-json/noto/icons.json").read_text(encoding="utf-8"))
+    chars = json.loads((modules / "@iconify-json/noto/chars.json").read_text(encoding="utf-8"))
+    icons = {_plain(code): icon for code, icon in chars.items()}
+    fluent = {_plain(path.stem): path for path in (modules / "@lobehub/fluent-emoji-3d/assets").glob("*.webp")}
+    table = json.loads((modules / "emojibase-data/en/data.json").read_text(encoding="utf-8"))
+    for row in sorted(table, key=lambda row: row.get("order", 0)):
+        code = _plain(row["hexcode"])
+        if "group" not in row or code not in icons or code not in fluent:
+            continue
+        icon = noto["icons"].get(icons[code])
+        if icon is None:
+            continue
+        size = (icon.get("width", noto["width"]), icon.get("height", noto["height"]))
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}">{icon["body"]}</svg>'
+        name = row["label"]
+        eligible = name in POPULAR or (row["group"] in GROUPS and row["subgroup"] not in SUBGROUPS_OUT)
+        yield Source(
+            code=code,
+            name=name.lower(),
+            tags=tuple(tag.lower() for tag in row.get("tags", [])),
+            eligible=eligible,
+            drawings={"noto": svg.encode(), "3d": fluent[code].read_bytes()},
+        )
+
+
+def select(items: list[Source], drawn: np.ndarray, count: int) -> set[str]:
+    """``count`` distinctive names: the popular ones, then farthest-point sampling over the eligible rest.
+
+    drawn: uint8 (N, styles, H, W, 3). The distance is Euclidean in 64 principal components of 16 x 16 pixels, both
+    styles side by side, so that an emoji is picked only if it looks unlike all those before it in the two styles
+    together.
+    """
+    x = drawn.reshape(*drawn.shape[:2], 16, drawn.shape[2] // 16, 16, drawn.shape[3] // 16, 3).mean(axis=(3, 5))
+    x = x.reshape(len(items), -1) / 255.0
+    x -= x.mean(axis=0)
+    _, _, components = np.linalg.svd(x, full_matrices=False)
+    z = x @ components[:64].T
+    popular = {name.lower() for name in POPULAR}
+    chosen = [i for i, item in enumerate(items) if item.name in popular][:count]
+    open_ = np.array([item.eligible for item in items])
+    nearest = (
+        np.min([np.linalg.norm(z - z[i], axis=1) for i in chosen], axis=0) if chosen else np.full(len(items), np.inf)
+    )
+    while len(chosen) < min(count, int(open_.sum())):
+        best = int(np.argmax(np.where(open_, nearest, -1.0)))
+        chosen.append(best)
+        nearest = np.minimum(nearest, np.linalg.norm(z - z[best], axis=1))
+    return {items[i].name for i in chosen}
+
+
+def _draw(job: tuple[bytes, str, int, float]) -> np.ndarray:
+    """Render one drawing to uint8 (size, size, 3): crop to content, centre with ``margin`` on white."""
+    data, style, size, margin = job
+    if style == "noto":
+        import resvg_py
+
+        data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=4 * size, height=4 * size))
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    box = image.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox() or (0, 0, *image.size)
+    image = image.crop(box)
+    side = round(max(image.size) / (1.0 - 2.0 * margin))
+    canvas = Image.new("RGBA", (side, side), (255, 255, 255, 255))
+    canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.asarray(canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+
+
+def _plain(code: str) -> str:
+    return "-".join(part.lstrip("0") for part in code.lower().split("-") if part != "fe0f")

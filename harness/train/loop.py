@@ -1,0 +1,209 @@
+"""The one training loop: AdamW, warm-up and linear decay, averaged weights, exact resumption.
+
+A step's batch and noise come from a generator seeded by (seed, step) alone, so a resumed run is the uninterrupted
+run. State is written as safetensors with a JSON header entry, never pickled, and replaced atomically.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from harness.config.train import LoopConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One line of the loss curve."""
+
+    part: str
+    step: int
+    images: int
+    loss: float
+    lr: float
+    images_per_s: float
+    elapsed_s: float
+
+
+Mirror = Callable[[Progress], None]
+
+
+class Ema:
+    """Averaged weights: shadow <- d shadow + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) at update n."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move the shadow towards the weights after update number ``step`` (from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        weights = model.state_dict()
+        torch._foreach_lerp_(list(self.shadow.values()), [weights[name] for name in self.shadow], 1.0 - decay)
+
+
+def learning_rate(step: int, config: LoopConfig) -> float:
+    """Rate of update ``step`` (from 0): linear warm-up, constant, linear to zero over the last ``decay``."""
+    steps = total_steps(config)
+    rise = (step + 1) / config.warmup if step < config.warmup else 1.0
+    fall = (steps - step) / (config.decay * steps) if config.decay else 1.0
+    return config.lr * min(rise, fall, 1.0)
+
+
+def total_steps(config: LoopConfig) -> int:
+    """Updates of the whole run."""
+    return max(1, config.images // config.batch)
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random stream of one step, whatever ran before it."""
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
+    """Rows of batch ``step``, int64 (batch,): slices of a fresh permutation of ``count`` rows each epoch."""
+    first, last = step * batch, (step + 1) * batch
+    epochs = range(first // count, (last - 1) // count + 1)
+    order = torch.cat([torch.randperm(count, generator=step_generator(seed + 1, epoch)) for epoch in epochs])
+    start = first - epochs[0] * count
+    return order[start : start + batch]
+
+
+class Fit:
+    """A model, its optimiser and its average, taken from step to step by ``run``.
+
+    Args:
+        part: name of the optimisation, for the curve and the checkpoint.
+        model: trained in place.
+        config: rates, lengths, seeds.
+        folder: where ``<part>.safetensors`` and ``curve.jsonl`` are; a checkpoint found there is resumed.
+    """
+
+    def __init__(
+        self, part: str, model: nn.Module, config: LoopConfig, folder: Path, mirror: Mirror | None = None
+    ) -> None:
+        self.part, self.model, self.config, self.folder, self.mirror = part, model, config, folder, mirror
+        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+        plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        betas = (config.beta1, config.beta2)
+        self.optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+        self.ema = Ema(model, config.ema)
+        self.step = 0
+        self.elapsed_s = 0.0
+        self.done: set[str] = set()  # one-time changes already made to the weights, remembered by the checkpoint
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.exists():
+            self.load()
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint file."""
+        return self.folder / f"{self.part}.safetensors"
+
+    def run(self, loss_of: Callable[[int], Tensor], until: int | None = None, every: "Every | None" = None) -> None:
+        """Train up to step ``until`` (default: the end). ``loss_of(step)`` is the loss of that step's batch."""
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        torch.set_flush_denormal(True)
+        started, saved = time.monotonic() - self.elapsed_s, time.monotonic()
+        mark, losses = (time.monotonic(), self.step), []
+        until = total_steps(self.config) if until is None else until
+        while self.step < until:
+            losses.append(self.update(loss_of(self.step)))
+            now = time.monotonic()
+            self.elapsed_s = now - started
+            if self.step % self.config.log_every == 0 or self.step == until:
+                rate = (self.step - mark[1]) * self.config.batch / max(now - mark[0], 1e-9)
+                self.report(float(torch.stack(losses).mean()), rate)
+                mark, losses = (now, self.step), []
+            if every is not None and self.step % every.steps == 0:
+                every.call(self)
+            if now - saved > self.config.save_every_s:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+
+    def update(self, loss: Tensor) -> Tensor:
+        """One optimiser step on ``loss``; the detached loss."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.step, self.config)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip, foreach=True)
+        self.optimiser.step()
+        self.step += 1
+        self.ema.update(self.model, self.step)
+        return loss.detach()
+
+    def report(self, loss: float, images_per_s: float) -> None:
+        """Append one line to the loss curve and hand it to the mirror."""
+        images = self.step * self.config.batch
+        rate = learning_rate(self.step, self.config)
+        line = Progress(self.part, self.step, images, loss, rate, images_per_s, self.elapsed_s)
+        with (self.folder / "curve.jsonl").open("a", encoding="utf-8") as curve:
+            curve.write(json.dumps(line.__dict__) + "\n")
+        log.info("%s step %d loss %.4f %.0f images/s", self.part, self.step, loss, images_per_s)
+        if self.mirror is not None:
+            self.mirror(line)
+
+    def save(self) -> None:
+        """Write weights, average, moments and position, replacing the last checkpoint in one move."""
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"ema/{name}": value for name, value in self.ema.shadow.items()}
+        for index, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser/{index}/{name}": value for name, value in state.items()}
+        tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+        position = {"step": str(self.step), "elapsed_s": str(self.elapsed_s), "done": " ".join(sorted(self.done))}
+        partial = self.checkpoint.with_suffix(".partial")
+        save_file(tensors, partial, metadata=position)
+        os.replace(partial, self.checkpoint)
+
+    def load(self) -> None:
+        """Resume from the checkpoint file."""
+        tensors, position = read_checkpoint(self.checkpoint)
+        self.model.load_state_dict(_under(tensors, "model/"))
+        for name, value in _under(tensors, "ema/").items():
+            self.ema.shadow[name].copy_(value)
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _under(tensors, "optimiser/").items():
+            index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = value
+        self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        self.step, self.elapsed_s = int(position["step"]), float(position["elapsed_s"])
+        self.done = set(position.get("done", "").split())
+        log.info("%s resumed at step %d", self.part, self.step)
+
+
+@dataclass(frozen=True)
+class Every:
+    """Something to do each ``steps`` steps, such as looking at samples."""
+
+    steps: int
+    call: Callable[[Fit], None]
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the position of a checkpoint written by ``Fit.save``."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def averaged(path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint."""
+    return _under(read_checkpoint(path)[0], "ema/")
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

