@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -41,13 +42,11 @@ def main() -> None:
 
 def dispatch(arguments: Sequence[str]) -> int:
     """Runs one command line in this process; the exit status."""
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    flags = [argument for argument in arguments if argument.startswith("-")]
     try:
-        if flags:
-            check_names(overrides)
+        if any(argument.startswith("-") for argument in arguments):
+            check_names(get_args_parser().parse_args(list(arguments)).overrides)
             return sweep_or_show(arguments)
-        return run_one(compose_run(overrides))
+        return run_one(compose_run(arguments))
     except (ConfigError, RunFolderError) as error:
         complain(error)
         return EXIT_BAD_INPUT

@@ -35,13 +35,18 @@ class Generation:
         pixels: pictures (3, height, width), float32 in [0, 1], in the request's order.
         result: the engine's answer, with each rank's stage and step times and memory.
         client_ms: what the client waited.
-        record: the row of this request, as a run of one repeat.
+        make_record: makes `record`.
     """
 
     pixels: list[Array]
     result: GenerationResult
     client_ms: float
-    record: Record
+    make_record: Callable[[], Record]
+
+    @property
+    def record(self) -> Record:
+        """The row of this request, as a run of one repeat."""
+        return self.make_record()
 
     @property
     def images(self) -> list[Image]:
@@ -183,8 +188,8 @@ class DiffusionGenerator:
         result, frames = self._engine.generate(to_message(asked), on_progress)
         client_ms = (time.perf_counter() - began) * 1e3
         pixels = [array(sample.pixels, frames) for sample in result.samples]
-        record = self.record(asked, [measured(result, client_ms)], [result], [])
-        return Generation(pixels, result, client_ms, record)
+        repeats = [measured(result, client_ms)]
+        return Generation(pixels, result, client_ms, lambda: self.record(asked, repeats, [result], []))
 
     def record(
         self, asked: RequestConfig, repeats: list[Repeat], results: list[GenerationResult], warmup_ms: list[float]

@@ -6,6 +6,7 @@ Everything here runs before a process starts and without importing torch.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.resources
 import warnings
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,7 @@ from models.registry import ARCHITECTURES, checkpoint_folder, nearest, resolve_b
 from schedulers.families import resolve as resolve_settings
 
 BUILT_AXES = ("dp",)
+MAX_NAME_BYTES = 160
 
 
 class ConfigError(ValueError):
@@ -47,7 +49,8 @@ class Composed:
 
 
 def register_schema() -> None:
-    """Tells Hydra the types of every key. Harmless when repeated."""
+    """Tells Hydra the types of every key, and how a sweep names a job's folder. Harmless when repeated."""
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
@@ -70,6 +73,14 @@ def compose_run(overrides: Sequence[str]) -> Composed:
         raise ConfigError(one_line(error)) from error
     config, notes = checked(composed)
     return Composed(config, list(overrides), folder, notes)
+
+
+def folder_name(overrides: str) -> str:
+    """A job's overrides as one folder's name: no slashes, and never longer than a file system allows."""
+    name = overrides.replace("/", ".")
+    if len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    return f"{name.encode()[:MAX_NAME_BYTES].decode(errors='ignore')}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:

@@ -75,13 +75,13 @@ class MemoryPoint(msgspec.Struct, frozen=True):
 
 
 class RankReport(msgspec.Struct, frozen=True):
-    """What one rank did for one request."""
+    """What one rank did for one request; the networks are text_encoder, denoiser and decoder."""
 
     rank: int
     stages: list[StageTime]
     denoise_steps_ms: list[StepTime]
-    network_ms: float
-    network_evaluations: int
+    networks_ms: dict[str, float]
+    network_evaluations: dict[str, int]
     peak_memory_mib: float
     memory_checkpoints: list[MemoryPoint]
     notes: list[str]

@@ -56,7 +56,7 @@ class Repeat(msgspec.Struct, frozen=True):
     client_duration_ms: float
     steps: list[StageTime]
     denoise_steps_ms: list[StepTime]
-    network_ms: float
+    networks_ms: dict[str, float]
     memory_checkpoints: list[MemoryPoint]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from harness.compose import to_dict
@@ -10,8 +11,6 @@ from harness.messages import EngineInfo, GenerationResult, RankReport
 from harness.metrics.summary import summarize
 from harness.provenance import provenance
 from harness.records import SCHEMA, Attention, FirstCall, Record, Repeat, Statistics, fingerprint
-
-DECODING = "decoding"
 
 
 def measured(result: GenerationResult, client_ms: float) -> Repeat:
@@ -23,34 +22,33 @@ def measured(result: GenerationResult, client_ms: float) -> Repeat:
         client_duration_ms=client_ms,
         steps=slowest.stages,
         denoise_steps_ms=slowest.denoise_steps_ms,
-        network_ms=slowest.network_ms,
+        networks_ms=slowest.networks_ms,
         memory_checkpoints=largest.memory_checkpoints,
     )
 
 
 def overhead_share(repeat: Repeat) -> float:
-    """The share of a request, as its client waited for it, that was neither a network forward nor the decoder."""
-    decoding = sum(stage.duration_ms for stage in repeat.steps if stage.name == DECODING)
-    return 1 - (repeat.network_ms + decoding) / repeat.client_duration_ms
+    """The share of a request, as its client waited for it, that was no network's forward (text encoder, denoiser, VAE)."""
+    return 1 - sum(repeat.networks_ms.values()) / repeat.client_duration_ms
 
 
-def statistics(repeats: Sequence[Repeat], last: GenerationResult) -> Statistics:
-    """The row's numbers over all repeats."""
+def statistics(repeats: Sequence[Repeat], last: GenerationResult, batch_size: int) -> Statistics:
+    """The row's numbers over all repeats; every request drew as many pictures as the last, batch_size a forward."""
     stages = [stage.name for stage in repeats[0].steps]
     durations = {
         name: [next(stage.duration_ms for stage in repeat.steps if stage.name == name) for repeat in repeats]
         for name in stages
     }
     latency = summarize([repeat.total_duration_ms for repeat in repeats])
-    evaluations = sum(report.network_evaluations for report in last.ranks)
-    batch = last.samples and len(last.samples)
+    evaluations = sum(report.network_evaluations.get("denoiser", 0) for report in last.ranks)
+    micro_batches = math.ceil(len(last.samples) / batch_size)
     return Statistics(
         latency_ms=latency,
         step_ms=summarize([step.duration_ms for repeat in repeats for step in repeat.denoise_steps_ms]),
         stage_ms={name: summarize(values) for name, values in durations.items()},
         overhead_share=summarize([overhead_share(repeat) for repeat in repeats]),
         throughput_per_s=1e3 * len(last.samples) / latency.median,
-        nfe=evaluations // batch if batch else 0,
+        nfe=evaluations // micro_batches,
         peak_memory_mib=[report.peak_memory_mib for report in last.ranks],
         peak_memory_mib_max=max(report.peak_memory_mib for report in last.ranks),
     )
@@ -78,7 +76,7 @@ def build_record(
         attention=Attention(config.attention.backend, info.attention),
         first_call=first,
         repeats=repeats,
-        summary=statistics(repeats, results[-1]),
+        summary=statistics(repeats, results[-1], config.request.batch_size),
         samples=[],
         notes=list(said),
     )

@@ -52,7 +52,8 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
 
     with _open(config, mode, folder, job_type, record.config) as run:
         for number, repeat in enumerate(record.repeats):
-            run.log({"repeat": number, "latency_ms": repeat.total_duration_ms, "network_ms": repeat.network_ms})
+            networks = {f"networks_ms/{name}": value for name, value in repeat.networks_ms.items()}
+            run.log({"repeat": number, "latency_ms": repeat.total_duration_ms, **networks})
         summary = record.summary
         stages = wandb.Table(columns=["stage", "median_ms", "ci95_low_ms", "ci95_high_ms"])
         for name, row in summary.stage_ms.items():

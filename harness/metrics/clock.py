@@ -21,8 +21,8 @@ class Clock:
         self._synchronize = synchronize
         self.stages: list[StageTime] = []
         self.steps: list[StepTime] = []
-        self.network_ms = 0.0
-        self.evaluations = 0
+        self.networks_ms: dict[str, float] = {}
+        self.evaluations: dict[str, int] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -39,12 +39,12 @@ class Clock:
         self.steps.append(StepTime(len(self.steps), self._now() - start))
 
     @contextmanager
-    def network(self) -> Iterator[None]:
-        """Times one network evaluation, and counts it."""
+    def network(self, name: str) -> Iterator[None]:
+        """Times one forward of a network (text_encoder, denoiser, decoder), and counts it."""
         start = self._now()
         yield
-        self.network_ms += self._now() - start
-        self.evaluations += 1
+        self.networks_ms[name] = self.networks_ms.get(name, 0.0) + self._now() - start
+        self.evaluations[name] = self.evaluations.get(name, 0) + 1
 
     def _now(self) -> float:
         self._synchronize()

@@ -21,6 +21,8 @@ class Decoding:
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for batch in micro_batches(samples, run.batch_size):
             run.check_cancelled()
-            pixels_BCHW = self.decoder(torch.stack([written(sample.latent) for sample in batch]))
+            latent_BCHW = torch.stack([written(sample.latent) for sample in batch])
+            with run.clock.network("decoder"):
+                pixels_BCHW = self.decoder(latent_BCHW)
             for sample, pixels in zip(batch, pixels_BCHW, strict=True):
                 sample.pixels = pixels

@@ -58,7 +58,7 @@ class Denoising:
         def denoise(x_BCHW: Tensor, point: Point) -> Estimate:
             fed = branches.spread(x_BCHW * point.c_in).to(self.dtype)
             tau_B = torch.full((len(fed),), point.tau, dtype=torch.float32, device=fed.device)
-            with run.clock.network():
+            with run.clock.network("denoiser"):
                 output = self.network(fed, tau_B, text, mask)
             return self.noise_scheduler.prediction.estimate(branches.combine(output.float()), x_BCHW, point)
 

@@ -28,5 +28,6 @@ class TextEncoding:
             tokens = self.encoder.count(prompt)
             if tokens > self.encoder.max_tokens:
                 run.notes.append(f"a prompt of {tokens} tokens was cut to {self.encoder.max_tokens}: {prompt[:40]!r}")
-            known[prompt] = self.encoder([prompt])
+            with run.clock.network("text_encoder"):
+                known[prompt] = self.encoder([prompt])
         return known[prompt]

@@ -35,6 +35,7 @@ from harness.serving.control import WAKE, ControlThread
 from harness.serving.transport import rejection
 from harness.serving.worker import Worker
 
+PROGRESS_S = 0.1  # at most this often, so that a fast step is not spent on telling of it
 log = logging.getLogger(__name__)
 
 
@@ -201,7 +202,14 @@ class Inbox:
 
 
 def _reporter(requests: zmq.Socket[bytes], accepted: Accepted) -> Callable[[int, int], None]:
+    last = 0.0
+
     def on_step(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done < total and now - last < PROGRESS_S:
+            return
+        last = now
         progress = Progress(accepted.request.request_id, "denoising", done, total)
         requests.send_multipart([accepted.client, *encode(progress)])
 

@@ -77,7 +77,7 @@ class Worker:
             rank=self.place.rank,
             stages=clock.stages,
             denoise_steps_ms=clock.steps,
-            network_ms=clock.network_ms,
+            networks_ms=clock.networks_ms,
             network_evaluations=clock.evaluations,
             peak_memory_mib=self.memory.peak_mib(),
             memory_checkpoints=points,
