@@ -22,7 +22,7 @@ from harness.compose import Composed, ConfigError, compose_run, to_yaml
 from harness.config.schema import Task
 from harness.engine import AttachedEngine
 from harness.environment import arithmetic
-from harness.generate import run_in
+from harness.generate import refuse, run_in
 from harness.launch import post_mortem
 from harness.parallel.mesh import degrees, world_size
 from harness.rank import LOG_FORMAT, leave_error, redirect_output, serve
@@ -48,10 +48,12 @@ class RanksEnded(RuntimeError):
 def run_under_torchrun(arguments: Sequence[str]) -> int:
     """One rank's whole life; the exit status."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank that refuses first must not cut off rank 0's word on it
     try:
         composed = _compose(arguments, ranks)
     except ConfigError as error:
-        return _refuse(rank, error)
+        return refuse(arguments, error) if rank == 0 else EXIT_BAD_INPUT
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(arithmetic(composed.config.launch, int(os.environ["LOCAL_WORLD_SIZE"])))
     import torch.distributed as dist
 
@@ -65,7 +67,9 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
     )
     if told.refusal is not None:
         dist.destroy_process_group()
-        return _refuse(rank, told.refusal)
+        if rank == 0:
+            complain(told.refusal)
+        return EXIT_BAD_INPUT
     folder, addresses = RunFolder(Path(told.folder)), Addresses(Path(told.sockets))
     if rank == 0:
         logging.basicConfig(level=logging.INFO, filename=folder.log_file(0), format=LOG_FORMAT)
@@ -128,12 +132,6 @@ def _lead(composed: Composed, folder: RunFolder, addresses: Addresses) -> int:
     client.join(JOIN_S)
     addresses.remove()
     return exit_status(outcome[0]) if outcome else 1
-
-
-def _refuse(rank: int, error: object) -> int:
-    if rank == 0:
-        complain(error)
-    return EXIT_BAD_INPUT
 
 
 def _ranks_ended(number: int, frame: FrameType | None) -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -24,7 +25,8 @@ from rich.console import Console
 from harness.client import DiffusionGenerator
 from harness.compose import Composed, ConfigError, check_names, checked, compose_run, register_schema
 from harness.config.schema import Task
-from harness.generate import run_in
+from harness.generate import refuse, run_in
+from harness.loggers.table import print_sweep
 from harness.records import RunFolder, RunFolderError, Status
 from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
 
@@ -32,11 +34,11 @@ from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_st
 def main() -> None:
     """Runs the command line; the exit status is 0 only where everything asked for was done."""
     arguments = sys.argv[1:]
-    signal.signal(signal.SIGTERM, _terminate)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from harness.attached import run_under_torchrun
 
         sys.exit(run_under_torchrun(arguments))
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(dispatch(arguments))
 
 
@@ -47,7 +49,9 @@ def dispatch(arguments: Sequence[str]) -> int:
             check_names(get_args_parser().parse_args(list(arguments)).overrides)
             return sweep_or_show(arguments)
         return run_one(compose_run(arguments))
-    except (ConfigError, RunFolderError) as error:
+    except ConfigError as error:
+        return refuse(arguments, error)
+    except RunFolderError as error:
         complain(error)
         return EXIT_BAD_INPUT
 
@@ -66,12 +70,12 @@ def run_one(composed: Composed) -> int:
 def sweep_or_show(arguments: Sequence[str]) -> int:
     """Hydra's own command line: -m sweeps, --cfg, --help and the like; the exit status."""
     register_schema()
-    statuses: list[Status] = []
+    jobs: list[Job] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
     def job(composed: DictConfig) -> None:
-        statuses.append(run_job(composed))
-        if statuses[-1].state == "cancelled":
+        jobs.append(run_job(composed))
+        if jobs[-1].status.state == "cancelled":
             raise KeyboardInterrupt
 
     sys.argv = [sys.argv[0], *arguments]
@@ -79,15 +83,20 @@ def sweep_or_show(arguments: Sequence[str]) -> int:
         job()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    failed = [status for status in statuses if status.state != "ok"]
-    if len(statuses) > 1:
-        Console().print(
-            f"{len(statuses)} jobs: {len(statuses) - len(failed)} ok, {len(failed)} not; each has a status.json"
-        )
-    return 1 if failed else 0
+    if len(jobs) > 1:
+        print_sweep([job.folder for job in jobs], Console())
+    return 1 if any(job.status.state != "ok" for job in jobs) else 0
 
 
-def run_job(composed: DictConfig) -> Status:
+@dataclass(frozen=True)
+class Job:
+    """One row of a sweep."""
+
+    folder: Path
+    status: Status
+
+
+def run_job(composed: DictConfig) -> Job:
     """One job of a sweep: whatever goes wrong becomes its status, so that the next job runs."""
     hydra_config = HydraConfig.get()
     folder = RunFolder.claim(Path(hydra_config.runtime.output_dir))
@@ -97,11 +106,18 @@ def run_job(composed: DictConfig) -> Status:
     except ConfigError as error:
         folder.finish(Status("failed", str(error)))
         complain(f"{folder.path.name}: {error}")
-        return Status("failed", str(error))
-    if config.logger.wandb.group is None and hydra_config.mode is RunMode.MULTIRUN:
-        config.logger.wandb.group = Path(hydra_config.sweep.dir).as_posix().replace("/", "-")
+        return Job(folder.path, Status("failed", str(error)))
+    if hydra_config.mode is RunMode.MULTIRUN:
+        config.logger.table = False  # one table of all jobs, at the end
+        config.logger.wandb.group = config.logger.wandb.group or sweep_group(Path(hydra_config.sweep.dir))
     job = Composed(config, overrides, folder.path, notes)
-    return run_in(job, folder, Console(), DiffusionGenerator.from_composed(job, folder.path))
+    generator = DiffusionGenerator.from_composed(job, folder.path)
+    return Job(folder.path, run_in(job, folder, Console(), generator))
+
+
+def sweep_group(folder: Path) -> str:
+    """The wandb group of a sweep: its folder's last parts, such as 2026-01-31-12-00-00."""
+    return "-".join(folder.parts[-2:])
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -83,6 +83,14 @@ def folder_name(overrides: str) -> str:
     return f"{name.encode()[:MAX_NAME_BYTES].decode(errors='ignore')}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+def run_folder(overrides: Sequence[str]) -> Path:
+    """The folder that a run with these overrides has, also where the rest of them cannot be composed."""
+    register_schema()
+    own = [override for override in overrides if override.startswith("hydra.run.dir=")]
+    with initialize_config_module("conf", version_base="1.3"):
+        return Path(str(compose("config", own, return_hydra_config=True).hydra.run.dir))
+
+
 def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
     """The dataclasses of what Hydra composed, with the model's defaults filled in and combinations checked; and
     warnings.

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import msgspec
+from hydra.errors import HydraException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from harness.client import DiffusionGenerator, Generation
-from harness.compose import Composed, to_dict
+from harness.compose import Composed, ConfigError, run_folder, to_dict
 from harness.engine import RequestFailed
 from harness.messages import EngineInfo
 from harness.messages import Progress as StepProgress
-from harness.records import STATES, Record, RunFolder, Status
+from harness.records import STATES, Record, RunFolder, RunFolderError, Status
 from harness.results import measured
 from harness.serving.transport import EngineGone
-from harness.terminal import complain
+from harness.terminal import EXIT_BAD_INPUT, complain
 
 
 def run_in(composed: Composed, folder: RunFolder, console: Console, generator: DiffusionGenerator) -> Status:
@@ -30,6 +31,14 @@ def run_in(composed: Composed, folder: RunFolder, console: Console, generator: D
         status = finish_failed(composed, folder, error)
         complain(f"{status.state}: {status.error} (see {folder.path})")
         return status
+
+
+def refuse(overrides: Sequence[str], error: ConfigError) -> int:
+    """Ends a run that was never started: one line, a status in the folder it would have had, and the exit status."""
+    complain(error)
+    with suppress(RunFolderError, HydraException):
+        RunFolder.claim(run_folder(overrides)).finish(Status("failed", str(error)))
+    return EXIT_BAD_INPUT
 
 
 def run_generate(composed: Composed, folder: RunFolder, generator: DiffusionGenerator, console: Console) -> Record:

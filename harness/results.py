@@ -28,7 +28,7 @@ def measured(result: GenerationResult, client_ms: float) -> Repeat:
 
 
 def overhead_share(repeat: Repeat) -> float:
-    """The share of a request, as its client waited for it, that was no network's forward (text encoder, denoiser, VAE)."""
+    """The share of what a client waited for that was no network's forward (text encoder, denoiser, VAE)."""
     return 1 - sum(repeat.networks_ms.values()) / repeat.client_duration_ms
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from harness.metrics.summary import Summary
-from harness.records import Record
+from harness.records import Record, read_record, read_status
 
 
 def print_record(record: Record, folder: Path, console: Console) -> None:
@@ -40,7 +41,33 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
     )
     for note in record.notes:
         console.print(f"[yellow]note:[/yellow] {note}")
-    console.print(f"pictures {folder / 'samples'}\ngrid     {folder / 'grid.png'}\nrecord   {folder / 'record.json'}")
+    for name, path in (("pictures", "samples"), ("grid", "grid.png"), ("record", "record.json")):
+        console.print(f"{name:8} {folder / path}", soft_wrap=True)
+
+
+def print_sweep(folders: Sequence[Path], console: Console) -> None:
+    """Prints the jobs of a sweep, one row each, failed ones with their error."""
+    table = Table(show_edge=False, pad_edge=False)
+    for heading in ("job", "state"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("request ms", "step ms", "evaluations"):
+        table.add_column(heading, justify="right")
+    table.add_column("error", overflow="fold")
+    names = [set(folder.name.split(",")) for folder in folders]
+    shared = set.intersection(*names)
+    for folder in folders:
+        status, record = read_status(folder), read_record(folder)
+        numbers = ("", "", "")
+        if record is not None:
+            row = record.summary
+            numbers = (f"{row.latency_ms.median:.1f}", f"{row.step_ms.median:.2f}", str(row.nfe))
+        colour = "green" if status.state == "ok" else "red"
+        own = [part for part in folder.name.split(",") if part not in shared]
+        table.add_row(
+            "\n".join(own) or folder.name, f"[{colour}]{status.state}[/{colour}]", *numbers, status.error or ""
+        )
+    console.print(table)
+    console.print(f"folders in {folders[0].parent}", soft_wrap=True)
 
 
 def _cells(row: Summary) -> tuple[str, str, str, str]:
