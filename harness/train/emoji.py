@@ -28,8 +28,8 @@ STYLES = tuple(LICENCES)
 
 # Emojibase groups from which the vocabulary is filled: no people, components, symbols or flags.
 GROUPS = frozenset({0, 3, 4, 5, 6, 7})
-# Emojibase subgroups left out: faces, cats and hearts that differ by mood or colour (4 to 15), weather, sports, computers,
-# mail, writing and locks; the popular list has what is distinctive there.
+# Emojibase subgroups left out: faces, cats and hearts alike but for mood or colour (4 to 15), weather, sports,
+# computers, mail, writing and locks; the popular list has what is distinctive there.
 SUBGROUPS_OUT = frozenset({4, 5, 6, 9, 10, 12, 14, 15, 59, 62, 70, 74, 75, 77})
 # Kept whatever the selection says: what people try first.
 POPULAR = frozenset(

@@ -46,7 +46,7 @@ def export_parts(folder: Path, vae: AutoencoderKL, text: Path, rows: list[Emoji]
     folder.mkdir(parents=True, exist_ok=True)
     copy = AutoencoderKL.from_config(vae.config)
     copy.load_state_dict(vae.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(folder / "vae")
+    copy.bfloat16().save_pretrained(folder / "vae")
     encoder = T5EncoderModel.from_pretrained(text / "text_encoder", dtype=torch.bfloat16)
     encoder.save_pretrained(folder / "text_encoder")
     shutil.copytree(text / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
