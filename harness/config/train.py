@@ -46,9 +46,9 @@ class VaeConfig:
     gradient_l1: float = 0.5  # weight of the L1 error of neighbouring differences
     mse: float = 0.5  # weight of the squared error
     kl: float = 5e-4  # weight of the KL term, nats per latent element
-    fold_at: float = 0.75  # share of the run after which the latent mean and deviation go into the weights
+    fold_at: float = 0.78  # share of the run after which the latent mean and deviation go into the weights
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(images=60_000, batch=32, lr=2e-3, decay=0.6, warmup=50, ema=0.995, clip=1.0)
+        default_factory=lambda: LoopConfig(images=50_000, batch=32, lr=2e-3, decay=0.6, warmup=50, ema=0.995)
     )
 
 
@@ -66,7 +66,7 @@ class TextConfig:
     hidden: int = 768  # channels of the feed-forward
     temperature: float = 0.05  # of the in-batch contrast
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(images=400_000, batch=256, lr=1e-3, warmup=100, decay=0.6, ema=0.99)
+        default_factory=lambda: LoopConfig(images=190_000, batch=256, lr=1e-3, warmup=100, decay=0.6, ema=0.99)
     )
 
 
@@ -88,7 +88,7 @@ class DenoiserConfig:
     style_share: float = 0.5  # captions that name the style
     tag_share: float = 0.15  # captions with a tag
     empty_share: float = 0.1  # captions left empty, for guidance
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(images=300_000))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(images=240_000, batch=32, lr=1e-3, log_every=100))
 
 
 @dataclass

@@ -20,8 +20,8 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def tiny(family: str = "rectified_flow") -> DenoiserConfig:
-    sizes = {"width": 16, "depth": 1, "heads": 2, "text_channels": 8}
-    return DenoiserConfig(family=family, loop=LoopConfig(images=64, batch=4), **sizes)
+    loop = LoopConfig(images=64, batch=4)
+    return DenoiserConfig(family=family, width=16, depth=1, heads=2, text_channels=8, loop=loop)
 
 
 class Oracle(nn.Module):
