@@ -23,7 +23,7 @@ from harness.config.schema import Task
 from harness.engine import AttachedEngine
 from harness.environment import arithmetic
 from harness.generate import refuse, run_in
-from harness.launch import post_mortem
+from harness.launch import rank_error
 from harness.parallel.mesh import degrees, world_size
 from harness.rank import LOG_FORMAT, leave_error, redirect_output, serve
 from harness.records import RunFolder, RunFolderError, Status
@@ -41,7 +41,7 @@ class Assignment(msgspec.Struct, frozen=True):
     refusal: str | None = None
 
 
-class RanksEnded(RuntimeError):
+class RanksEnded(BaseException):
     """torchrun asked this rank to end, because another one failed or the user stopped it."""
 
 
@@ -126,9 +126,13 @@ def _lead(composed: Composed, folder: RunFolder, addresses: Addresses) -> int:
     client.start()
     try:
         serve(composed.config, addresses)
-    except Exception as error:
-        leave_error(folder.path / "logs", 0, error)
-        ended.append(post_mortem(folder.path / "logs"))
+    except (Exception, RanksEnded) as error:
+        if isinstance(error, Exception):
+            leave_error(folder.path / "logs", 0, error)
+        ended.append(
+            rank_error(folder.path / "logs")
+            or "another rank died or torchrun was stopped; torchrun's output says which"
+        )
     client.join(JOIN_S)
     addresses.remove()
     return exit_status(outcome[0]) if outcome else 1

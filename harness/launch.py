@@ -120,10 +120,9 @@ def post_mortem(logs: Path) -> str:
     """Why the ranks died, in one line: a rank's own error, else the signal or exit code that torchrun saw, else its
     last lines.
     """
-    errors = [_read_error(path) for path in sorted(logs.glob("rank*.error.json"))]
-    own = [error for error in errors if error is not None and not error.peer_lost]
-    if own:
-        return f"rank {own[0].rank}: {own[0].message}"
+    error = rank_error(logs)
+    if error is not None:
+        return error
     log = logs / "launch.log"
     text = log.read_text(errors="replace") if log.exists() else ""
     deaths = re.findall(r"rank\s*:\s*(\d+) \(local_rank.*?exitcode\s*:\s*(-?\d+)", text, flags=re.DOTALL)
@@ -131,6 +130,13 @@ def post_mortem(logs: Path) -> str:
         name = signal.Signals(-int(code)).name if int(code) < 0 else f"exit code {code}"
         return f"rank {rank} died with {name}; {_tail(logs / f'rank{rank}.log')}"
     return f"the ranks ended unexpectedly; {_tail(log)}"
+
+
+def rank_error(logs: Path) -> str | None:
+    """The error that a rank left behind, passing over those that only lost their peer; None where there is none."""
+    errors = [_read_error(path) for path in sorted(logs.glob("rank*.error.json"))]
+    own = [error for error in errors if error is not None and not error.peer_lost]
+    return f"rank {own[0].rank}: {own[0].message}" if own else None
 
 
 def _read_error(path: Path) -> RankError | None:

@@ -131,8 +131,7 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
         scheduler.lead(context, requests, control)
     finally:
         control.close()
-        requests.close()
-        context.term()
+        context.destroy(linger=1000)
 
 
 def leave_error(logs: Path, rank: int, error: Exception) -> None:
