@@ -80,13 +80,14 @@ class Connection:
 
     def __init__(self, addresses: Addresses, check_alive: Callable[[], None] = lambda: None) -> None:
         self._context = zmq.Context()
-        self._requests = dealer(self._context, addresses.requests)
+        self._addresses = addresses
+        self._requests: zmq.Socket[bytes] | None = None
         self._control = dealer(self._context, addresses.control)
         self._check_alive = check_alive
 
     def send(self, message: Message) -> None:
         """Queues a message on the request socket."""
-        self._requests.send_multipart(encode(message))
+        self._request_socket().send_multipart(encode(message))
 
     def receive(self) -> tuple[Message, list[bytes]]:
         """The next message of the request socket, with its frames.
@@ -94,9 +95,10 @@ class Connection:
         Raises:
             EngineGone: the engine died first.
         """
-        while not self._requests.poll(self.POLL_MS):
+        socket = self._request_socket()
+        while not socket.poll(self.POLL_MS):
             self._check_alive()
-        frames = self._requests.recv_multipart()
+        frames = socket.recv_multipart()
         return decode(frames), frames
 
     def ping(self, timeout_s: float = 1.0) -> EngineInfo | None:
@@ -145,9 +147,16 @@ class Connection:
 
     def close(self) -> None:
         """Closes both sockets; what was not sent within half a second is dropped."""
-        self._requests.close(linger=0)
+        if self._requests is not None:
+            self._requests.close(linger=0)
         self._control.close(linger=500)
         self._context.term()
+
+    def _request_socket(self) -> zmq.Socket[bytes]:
+        """Connected when first used: a socket that connects before the engine listens retries only every 100 ms."""
+        if self._requests is None:
+            self._requests = dealer(self._context, self._addresses.requests)
+        return self._requests
 
     def _drain(self) -> None:
         while self._control.poll(0):
