@@ -25,7 +25,7 @@ from rich.console import Console
 from harness.client import DiffusionGenerator
 from harness.compose import Composed, ConfigError, check_names, checked, compose_run, register_schema
 from harness.config.schema import Task
-from harness.generate import refuse, run_in
+from harness.generate import refuse, run_in, run_training
 from harness.loggers.table import print_sweep
 from harness.records import RunFolder, RunFolderError, Status
 from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
@@ -59,10 +59,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 def run_one(composed: Composed) -> int:
     """One task in the folder that Hydra names; the exit status."""
     if composed.config.task.name is Task.train:
-        from harness.train.run import run as train
-
-        train(composed.config.train)
-        return 0
+        return exit_status(run_training(composed.config.train))
     folder = RunFolder.claim(composed.folder)
     return exit_status(run_in(composed, folder, Console(), DiffusionGenerator.from_composed(composed, folder.path)))
 

@@ -1,9 +1,11 @@
-"""The tasks `generate` and `bench`: start ranks, draw, save, record, mirror; whatever happens, the status says so."""
+"""The tasks: start ranks, draw, save, record, mirror; whatever happens, the status says so."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import msgspec
 from hydra.errors import HydraException
@@ -12,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.client import DiffusionGenerator, Generation
 from harness.compose import Composed, ConfigError, run_folder, to_dict
+from harness.config.train import TrainConfig
 from harness.engine import RequestFailed
 from harness.messages import EngineInfo
 from harness.messages import Progress as StepProgress
@@ -99,6 +102,23 @@ def status_of(error: BaseException) -> Status:
     if isinstance(error, EngineGone | ValueError):
         return Status("failed", line)
     return Status("failed", f"{type(error).__name__}: {line}")
+
+
+def run_training(config: TrainConfig) -> Status:
+    """Trains the reference model; a run found in its folder is resumed. The status, which is on disk too."""
+    from harness.train.run import run
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    Path(config.folder).mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(Path(config.folder))
+    try:
+        run(config)
+        status = Status("ok")
+    except (Exception, KeyboardInterrupt) as error:
+        status = status_of(error)
+        complain(f"{status.state}: {status.error} (what is trained so far is in {folder.path})")
+    folder.finish(status)
+    return status
 
 
 @contextmanager

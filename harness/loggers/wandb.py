@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 def resolve_mode(mode: WandbMode) -> str:
-    """online, offline or disabled; `auto` is online only where an API key is at hand."""
+    """online, offline or disabled; `auto` is what WANDB_MODE says, else online only where an API key is at hand."""
     if mode is not WandbMode.auto:
         return mode.name
+    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return os.environ["WANDB_MODE"]
     return "online" if logged_in() else "offline"
 
 

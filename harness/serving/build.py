@@ -64,6 +64,8 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         CheckpointError: weights that are missing, broken or do not fit.
         ValueError: settings that do not go together.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     model = config.model
     dtype = getattr(torch, model.dtype.name)
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
