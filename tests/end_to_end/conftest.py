@@ -1,0 +1,100 @@
+"""Real ranks on the built-in checkpoint: one thread each, few steps, every command with a time limit."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from harness.records import Record, Status, read_record, read_status
+
+LIMIT_S = 180
+QUICK = ["launch.threads_per_rank=1", "request.steps=2", "logger=json"]
+ENDLESS = "request.steps=10000"
+
+
+def environment() -> dict[str, str]:
+    """This process's, without what a torchrun of ours would inherit, and with waiting threads asleep."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC", "WANDB", "TRIPTYCH"))}
+    return kept | {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "harness", *QUICK, *overrides]
+
+
+def torchrun(ranks: int, *overrides: str) -> list[str]:
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*runner, "-m", "harness", *QUICK, *overrides]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=LIMIT_S, env=environment())
+
+
+def record_of(folder: Path) -> Record:
+    record = read_record(folder)
+    assert record is not None, f"{folder}: {read_status(folder)}"
+    return record
+
+
+def hashes(folder: Path) -> dict[int, str]:
+    """sha256 of the pixels by seed."""
+    return {row.seed: row.sha256 for row in record_of(folder).samples}
+
+
+def processes_about(folder: Path) -> dict[int, str]:
+    """Living processes (zombies apart) whose command line or environment names this run's folder."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        if str(folder) in line and state != "Z":
+            found[int(entry.name)] = line
+    return found
+
+
+def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {limit_s} s for {what}"
+        time.sleep(0.1)
+
+
+@contextmanager
+def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=LIMIT_S)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def status_of(folder: Path) -> Status:
+    return msgspec.json.decode((folder / "status.json").read_bytes(), type=Status)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures on one rank."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    done = run(command("request.prompts=[rocket,red apple,pizza]", "request.seed=5", f"hydra.run.dir={folder}"))
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,0 +1,146 @@
+"""Whatever goes wrong: one clear line, a status that says so, an exit status, and no process left."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tests.end_to_end.conftest import (
+    ENDLESS,
+    command,
+    processes_about,
+    run,
+    started,
+    status_of,
+    torchrun,
+    wait_for,
+)
+
+from models.registry import REFERENCE
+
+ONE = "request.prompt=rocket"
+
+
+def ranks(folder: Path) -> list[int]:
+    """Process ids of the ranks of a run."""
+    return sorted(pid for pid, line in processes_about(folder).items() if "harness.rank" in line and "run --" not in line)
+
+
+def drawing(folder: Path, count: int) -> bool:
+    """Whether all ranks of a run have loaded and have been at work for a while."""
+    if len(ranks(folder)) != count:
+        return False
+    return all(int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11]) > 600 for pid in ranks(folder))
+
+
+def wait_drawing(folder: Path, count: int) -> None:
+    wait_for(lambda: drawing(folder, count), "the ranks to draw")
+
+
+def one_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.startswith("triptych:")]
+    assert len(lines) == 1, output
+    return lines[0]
+
+
+def test_a_rank_killed_while_denoising(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = [ENDLESS, "request.prompts=[a,b]", "parallel=dp2", f"hydra.run.dir={folder}"]
+    with started(command(*overrides)) as process:
+        wait_drawing(folder, 2)
+        os.kill(ranks(folder)[-1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "died with SIGKILL" in one_line(output)
+    status = status_of(folder)
+    assert status.state == "failed"
+    assert "rank 1 died with SIGKILL" in (status.error or "")
+    assert not processes_about(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_denoising(tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    with started(command(ENDLESS, ONE, f"hydra.run.dir={folder}")) as process:
+        wait_drawing(folder, 1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert status_of(folder).state == "cancelled"
+    assert not processes_about(folder)
+
+
+def test_an_interrupt_while_starting(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with started(command(ENDLESS, ONE, f"hydra.run.dir={folder}")) as process:
+        wait_for(lambda: bool(processes_about(folder)) and (folder / "logs" / "launch.log").exists(), "torchrun to start")
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert status_of(folder).state == "cancelled"
+    wait_for(lambda: not processes_about(folder), "every process to end", 10)
+
+
+def test_ranks_end_when_the_one_who_started_them_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with started(command(ENDLESS, ONE, f"hydra.run.dir={folder}")) as process:
+        wait_drawing(folder, 1)
+        process.kill()
+        process.wait(timeout=10)
+        wait_for(lambda: not processes_about(folder), "every process to end", 20)
+    assert status_of(folder).state == "failed"
+
+
+def test_a_rank_killed_under_a_torchrun_of_the_users_own(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = [ENDLESS, "request.prompts=[a,b]", "parallel=dp2", f"hydra.run.dir={folder}"]
+    with started(torchrun(2, *overrides)) as process:
+        wait_for(lambda: (folder / "logs" / "rank1.log").exists(), "rank 1 to start")
+        time.sleep(8)
+        victims = [pid for pid, line in processes_about(folder).items() if "distributed.run" not in line]
+        os.kill(max(victims), signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert status_of(folder).state == "failed"
+    assert one_line(output).startswith("triptych: failed:")
+    wait_for(lambda: not processes_about(folder), "every process to end", 10)
+
+
+def test_weights_of_another_shape_are_named_by_the_rank_that_reads_them(tmp_path: Path) -> None:
+    folder, checkpoint = tmp_path / "run", Path(shutil.copytree(REFERENCE / "emoji", tmp_path / "checkpoint"))
+    weights = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["proj_out.bias"] = tensors["proj_out.bias"][:-1].clone()
+    save_file(tensors, weights)
+    done = run(command(ONE, f"model.path={checkpoint}", f"hydra.run.dir={folder}"))
+    assert done.returncode == 1
+    assert "project_out.bias is (15,), the network has (16,)" in one_line(done.stderr)
+    assert "project_out.bias" in (status_of(folder).error or "")
+    assert not processes_about(folder)
+
+
+def test_an_occupied_folder_is_left_alone(single: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in single.rglob("*")}
+    done = run(command(ONE, f"hydra.run.dir={single}"))
+    assert done.returncode == 2
+    assert "already holds a run" in one_line(done.stderr)
+    assert {path: path.stat().st_mtime_ns for path in single.rglob("*")} == before
+
+
+@pytest.mark.parametrize("start", [command, lambda *overrides: torchrun(2, *overrides)], ids=["ours", "torchrun"])
+def test_bad_input_leaves_a_status_and_starts_nothing(tmp_path: Path, start) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "run"
+    done = run(start("parallel=dp2", "request.steps=0", f"hydra.run.dir={folder}"))
+    assert done.returncode != 0
+    assert "request.steps=0; ask for 1 to" in one_line(done.stderr)
+    assert status_of(folder).error == "request.steps=0; ask for 1 to 10000"
+    assert not (folder / "logs" / "launch.log").exists()
+
+
+def test_torchrun_with_another_number_of_ranks(tmp_path: Path) -> None:
+    done = run(torchrun(2, ONE, f"hydra.run.dir={tmp_path / 'run'}"))
+    assert done.returncode != 0
+    assert "use parallel.dp=2 or torchrun --nproc-per-node 1" in one_line(done.stderr)

@@ -1,0 +1,94 @@
+"""The same seeds give the same pictures, bit for bit, however the ranks are started and however many there are."""
+
+from pathlib import Path
+
+import msgspec
+from PIL import Image
+from tests.end_to_end.conftest import command, hashes, record_of, run, status_of, torchrun
+
+from harness.media import pixel_hash
+from harness.records import load
+
+ASKED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5"]
+
+
+def test_a_run_leaves_everything_it_promises(single: Path) -> None:
+    assert status_of(single).state == "ok"
+    record = record_of(single)
+    assert [row.seed for row in record.samples] == [5, 6, 7]
+    assert [row.prompt for row in record.samples] == ["rocket", "red apple", "pizza"]
+    for row in record.samples:
+        picture = Image.open(single / row.path)
+        assert picture.size == (64, 64)
+        assert picture.text["prompt"] == row.prompt  # type: ignore[attr-defined]
+        assert picture.text["seed"] == str(row.seed)  # type: ignore[attr-defined]
+        assert picture.text["fingerprint"] == record.fingerprint  # type: ignore[attr-defined]
+        import numpy as np
+
+        assert pixel_hash(np.asarray(picture)) == row.sha256
+    assert (single / "grid.png").exists()
+    assert (single / "logs" / "rank0.log").read_text()
+    assert record.attention.requested == "auto"
+    assert record.attention.resolved == "sdpa"
+    assert record.summary.nfe == 2
+    assert [stage.name for stage in record.repeats[0].steps] == [
+        "input_validation",
+        "text_encoding",
+        "timestep_preparation",
+        "latent_preparation",
+        "denoising",
+        "decoding",
+    ]
+    assert len(record.repeats[0].denoise_steps_ms) == 6
+    assert record.provenance["threads_per_rank"] == 1
+    table = load(single.parent)
+    assert list(table["state"]) == ["ok"]
+    assert table["summary.latency_ms.median"][0] == record.summary.latency_ms.median
+
+
+def test_two_replicas_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
+    done = run(command(*ASKED, "parallel=dp2", f"hydra.run.dir={tmp_path / 'run'}"))
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "run") == hashes(single)
+    assert len(record_of(tmp_path / "run").summary.peak_memory_mib) == 2
+
+
+def test_more_threads_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
+    done = run(command(*ASKED, "launch.threads_per_rank=2", f"hydra.run.dir={tmp_path / 'run'}"))
+    assert done.returncode == 0, done.stderr
+    assert record_of(tmp_path / "run").provenance["threads_per_rank"] == 2
+    assert hashes(tmp_path / "run") == hashes(single)
+
+
+def test_more_replicas_than_pictures(single: Path, tmp_path: Path) -> None:
+    overrides = ["request.prompt=red apple", "request.seed=6", "parallel=dp2", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = run(command(*overrides))
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "run")[6] == hashes(single)[6]
+
+
+def test_one_rank_in_this_process_draws_the_same_bits(single: Path, tmp_path: Path) -> None:
+    done = run(command(*ASKED, "launch.mode=inprocess", f"hydra.run.dir={tmp_path / 'run'}"))
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "run") == hashes(single)
+
+
+def test_a_torchrun_of_the_users_own_gives_the_same_record(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    done = run(command(*ASKED, "parallel=dp2", f"hydra.run.dir={ours}"))
+    assert done.returncode == 0, done.stderr
+    done = run(torchrun(2, *ASKED, "parallel=dp2", f"hydra.run.dir={theirs}"))
+    assert done.returncode == 0, done.stderr
+    assert status_of(theirs).state == "ok"
+    assert (theirs / "logs" / "rank1.log").exists()
+    assert (theirs / "config.yaml").read_text() == (ours / "config.yaml").read_text()
+    left, right = (msgspec.to_builtins(record_of(folder)) for folder in (ours, theirs))
+    for timed in ("first_call", "repeats", "summary"):
+        assert left[timed].keys() == right[timed].keys() if isinstance(left[timed], dict) else True
+    assert left["summary"]["nfe"] == right["summary"]["nfe"]
+    assert len(left["repeats"]) == len(right["repeats"])
+    for row in (left, right):
+        row["overrides"] = [override for override in row["overrides"] if not override.startswith("hydra.")]
+        for timed in ("first_call", "repeats", "summary"):
+            del row[timed]
+    assert left == right

@@ -1,0 +1,149 @@
+"""Every config composes and validates; what cannot run is refused in one line that says what to change."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness.compose import Composed, ConfigError, _groups, compose_run, folder_name, from_yaml, run_folder, to_yaml
+from models.registry import REFERENCE
+
+CHECKPOINT = REFERENCE / "emoji"
+OPTIONS = [(group, option) for group, options in _groups().items() for option in options]
+NEEDS = {
+    ("scheduler", "ddpm"): ["model.load=dummy"],
+    ("scheduler", "sgm"): ["model.load=dummy"],
+    ("experiment", "solvers"): [],
+}
+
+
+def compose(*overrides: str) -> Composed:
+    return compose_run(overrides)
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose(*overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    composed = compose(f"{group}={option}", *NEEDS.get((group, option), []))
+    assert composed.notes == []
+    assert from_yaml(to_yaml(composed.config)) == composed.config
+
+
+def test_groups_are_the_replaceable_objects() -> None:
+    assert {"task", "model", "scheduler", "parallel", "attention", "logger", "experiment"} <= set(_groups())
+
+
+def test_the_model_fills_in_what_the_request_leaves_open() -> None:
+    request = compose("model.steps=11", "model.guidance=2.5").config.request
+    assert (request.steps, request.guidance, request.height, request.width) == (11, 2.5, 64, 64)
+    assert compose("request.prompt=rocket").config.request.prompts == ["rocket"]
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("schedulr=ddpm", "did you mean scheduler?"),
+        ("scheduler=dppm", "did you mean ddpm?"),
+        ("scheduler/solver=hen", "did you mean heun?"),
+        ("attention=flsh", "did you mean flash?"),
+        ("request.stpes=4", "did you mean request.steps?"),
+        ("steps=4", "did you mean request.steps?"),
+        ("model.dtpye=float32", "did you mean model.dtype?"),
+        ("request.steps=many", "could not be converted to Integer"),
+        ("model.dtype=float16", "expected one of [float32, bfloat16]"),
+        ("request.steps=0", "ask for 1 to"),
+        ("request.height=65", "64 or 72"),
+        ("request.width=3", "can make is 8"),
+        ("request.guidance=-1", "at least 0"),
+        ("request.seed=-1", "give 0 to"),
+        ("request.batch_size=0", "at least 1"),
+        ("request.samples_per_prompt=0", "must be 1 to"),
+        ("request.samples_per_prompt=100000", "must be 1 to"),
+        ("request.height=8192", "height * width may be at most"),
+        ("parallel.dp=0", "at least 1"),
+        ("parallel.ulysses=2", "use parallel.dp=2"),
+        ("scheduler=ddpm", "use scheduler=rectified_flow"),
+        ("model.architecture=unet", "model.architecture=unet"),
+        ("launch.threads_per_rank=0", "at least 1"),
+        ("task.repeats=0", "at least 1"),
+        ("request.prompt=a=b", "single quotes"),
+        ("model.path=/no/such/folder", "no such folder"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_what_to_change(override: str, hint: str) -> None:
+    assert hint in refused(override)
+
+
+def test_combinations_are_refused() -> None:
+    assert "not both" in refused("request.prompt=a", "request.prompts=[a]")
+    assert "use launch.mode=torchrun" in refused("parallel=dp2", "launch.mode=inprocess")
+    assert "1000" in refused("scheduler=ddpm", "model.load=dummy", "request.steps=2000")
+
+
+def test_a_prompt_of_two_hundred_thousand_characters_is_refused() -> None:
+    assert "200000 characters" in refused("request.prompt=" + "a" * 200_000)
+
+
+def test_an_option_without_effect_is_said() -> None:
+    notes = compose("scheduler.rho=5").notes
+    assert len(notes) == 1
+    assert "rho" in notes[0]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+
+
+def weights(folder: Path) -> Path:
+    return folder / "transformer" / "diffusion_pytorch_model.safetensors"
+
+
+def test_a_checkpoint_without_weights_is_refused(copy: Path) -> None:
+    weights(copy).unlink()
+    assert "no weights here" in refused(f"model.path={copy}")
+
+
+def test_a_checkpoint_without_a_component_is_refused(copy: Path) -> None:
+    shutil.rmtree(copy / "tokenizer")
+    assert "no tokenizer/ here" in refused(f"model.path={copy}")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 1000, -1])
+def test_a_truncated_file_is_refused(copy: Path, keep: int) -> None:
+    data = weights(copy).read_bytes()
+    weights(copy).write_bytes(data[:keep])
+    assert str(weights(copy)) in refused(f"model.path={copy}")
+
+
+@pytest.mark.parametrize("content", [b"\x80\x04\x95" + b"p" * 500, b"<html>" * 100, b"\x10" + b"\0" * 7 + b"not json at all!"])
+def test_a_foreign_file_is_refused(copy: Path, content: bytes) -> None:
+    weights(copy).write_bytes(content)
+    assert "safetensors file" in refused(f"model.path={copy}")
+
+
+def test_a_missing_shard_is_named(copy: Path) -> None:
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    weights(copy).rename(weights(copy).parent / "one.safetensors")
+    (copy / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert "two.safetensors" in refused(f"model.path={copy}")
+
+
+def test_the_run_folder_is_known_even_where_the_rest_is_wrong(tmp_path: Path) -> None:
+    assert run_folder([f"hydra.run.dir={tmp_path}", "no.such.key=1"]) == tmp_path
+    assert run_folder(["no.such.key=1"]).parts[0] == "runs"
+
+
+def test_a_folder_name_has_no_slash_and_fits() -> None:
+    assert folder_name("scheduler/solver=heun,request.steps=4") == "scheduler.solver=heun,request.steps=4"
+    long = folder_name("request.prompt=" + "ä" * 500)
+    assert len(long.encode()) < 200
+    assert long != folder_name("request.prompt=" + "ä" * 501)

@@ -1,0 +1,108 @@
+"""The import rule: floors point one way, schedulers and models stay apart, clients start without torch, nothing is pickled."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("harness", "models", "schedulers")
+FLOORS: tuple[tuple[str, ...], ...] = (
+    (
+        "harness.messages",
+        "harness.config",
+        "harness.media",
+        "harness.metrics",
+        "harness.loggers",
+        "harness.records",
+        "harness.provenance",
+        "harness.processes",
+        "harness.terminal",
+    ),
+    ("schedulers", "models"),
+    ("harness.parallel",),
+    ("harness.pipeline",),
+    ("harness.serving",),
+    ("harness.environment", "harness.compose", "harness.engine", "harness.launch", "harness.rank", "harness.inprocess"),
+    (
+        "harness.results",
+        "harness.client",
+        "harness.generate",
+        "harness.train",
+        "harness.attached",
+        "harness.cli",
+        "harness.__main__",
+    ),
+)
+APART = {("schedulers", "models"), ("models", "schedulers")}
+LAZY_ONLY = ("torch", "transformers", "diffusers")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> tuple[int, str] | None:
+    """The floor and the room of a module; None for a package's own face (`harness`)."""
+    for number, rooms in enumerate(FLOORS):
+        for room in rooms:
+            if module == room or module.startswith(f"{room}."):
+                return number, room
+    return None
+
+
+def imported(path: Path) -> list[tuple[int, str]]:
+    """Every module of ours that a file imports, wherever in the file (type-checking imports too), with its line."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            assert node.level == 0, f"{path}:{node.lineno} is a relative import"
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return [(line, name) for line, name in found if name.split(".")[0] in PACKAGES]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    importer = room_of(module_of(path))
+    if importer is None:
+        assert module_of(path) in PACKAGES, f"{module_of(path)} has no floor; add it to FLOORS"
+        assert not imported(path), f"{path} is a package's face and imports nothing"
+        return
+    for line, name in imported(path):
+        target = room_of(name)
+        if target is None:
+            continue
+        assert target[0] <= importer[0], f"{path}:{line} imports {name} from floor {target[0]}, above {importer[0]}"
+        assert (importer[1], target[1]) not in APART, f"{path}:{line}: {importer[1]} imports {target[1]}"
+
+
+def test_every_room_exists() -> None:
+    modules = {module_of(path) for path in FILES}
+    for rooms in FLOORS:
+        for room in rooms:
+            assert room in modules, f"{room} is in FLOORS but not in the tree"
+
+
+def test_clients_start_without_torch() -> None:
+    code = f"import sys, harness.cli, harness.client, harness.records; print([m for m in {LAZY_ONLY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_pickled(path: Path) -> None:
+    """No pickle module, no torch.load, no collective of Python objects."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not {"pickle", "cloudpickle", "dill", "joblib"} & set(names), f"{path}:{node.lineno}"
+        if isinstance(node, ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            assert not node.attr.endswith(("object_list", "all_gather_object", "gather_object")), f"{path}:{node.lineno}"
+            assert (owner, node.attr) not in {("torch", "load"), ("torch", "save")}, f"{path}:{node.lineno}"
