@@ -59,7 +59,7 @@ class TorchrunEngine:
             "PYTHONPATH": import_path(os.environ.get("PYTHONPATH")),
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self._ranks)]
-        command += ["-m", "harness.rank", str(self._folder.resolve())]
+        command += ["--log-dir", str(self._addresses.folder / "torchrun"), "-m", "harness.rank", str(self._folder.resolve())]
         with self._launch_log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True

@@ -6,6 +6,7 @@ to. Nothing is ever pickled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[np.float32]
 AnyArray: TypeAlias = NDArray[Any]
 DTYPES = ("float32", "uint8")
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what foreign bytes make of the decoder
 
 
 class ArrayRef(msgspec.Struct, frozen=True):
@@ -174,7 +176,7 @@ def decode(frames: Sequence[bytes]) -> Message:
         raise MessageError("an empty message")
     try:
         return msgspec.msgpack.decode(frames[0], type=Message)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except UNREADABLE as error:
         raise MessageError(f"not a message of this engine ({error})") from error
 
 
@@ -187,7 +189,7 @@ def array(ref: ArrayRef, frames: Sequence[bytes]) -> AnyArray:
     if ref.dtype not in DTYPES or not 0 < ref.frame < len(frames):
         raise MessageError(f"no {ref.dtype} array in frame {ref.frame} of {len(frames)}")
     frame = frames[ref.frame]
-    if len(frame) != np.dtype(ref.dtype).itemsize * int(np.prod(ref.shape)):
+    if min(ref.shape, default=0) < 0 or len(frame) != np.dtype(ref.dtype).itemsize * math.prod(ref.shape):
         raise MessageError(f"frame {ref.frame} has {len(frame)} bytes, not an array of {ref.dtype} {ref.shape}")
     return np.frombuffer(frame, dtype=ref.dtype).reshape(ref.shape)
 
@@ -198,5 +200,12 @@ def pack(frames: Sequence[bytes]) -> bytes:
 
 
 def unpack(data: bytes) -> list[bytes]:
-    """The frames of `pack`."""
-    return msgspec.msgpack.decode(data, type=list[bytes])
+    """The frames of `pack`.
+
+    Raises:
+        MessageError: bytes that `pack` did not make.
+    """
+    try:
+        return msgspec.msgpack.decode(data, type=list[bytes])
+    except UNREADABLE as error:
+        raise MessageError(f"not packed frames ({error})") from error
