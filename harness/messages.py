@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float32]
 AnyArray: TypeAlias = NDArray[Any]
-DTYPES = ("float32", "uint8")
+DTYPES = ("float32",)
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what foreign bytes make of the decoder
 
 
@@ -99,7 +99,7 @@ class SampleResult(msgspec.Struct, frozen=True):
 
 
 class GenerationResult(msgspec.Struct, frozen=True, tag=True):
-    """The answer: pictures in order, and every rank's report. `total_duration_ms` is the slowest rank's."""
+    """The answer: pictures in order, and every rank's report. `total_duration_ms` is rank 0's, until the last rank is done."""
 
     request_id: str
     samples: list[SampleResult]
