@@ -1,0 +1,234 @@
+"""A run's folder has one owner, its files are whole at any time, and its record comes back as a table."""
+
+import json
+import threading
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness.compose import compose_run, to_dict
+from harness.media import pixel_hash, save_png, to_uint8
+from harness.messages import MemoryPoint, StageTime, StepTime
+from harness.metrics.summary import summarize
+from harness.records import (
+    SCHEMA,
+    Attention,
+    FirstCall,
+    Record,
+    Repeat,
+    RunFolder,
+    RunFolderError,
+    SampleRow,
+    Statistics,
+    Status,
+    fingerprint,
+    load,
+    read_record,
+    read_status,
+    write_atomically,
+)
+
+
+def record(latency_ms: float = 10.0, schema: int = SCHEMA) -> Record:
+    """A record of two repeats with made-up numbers."""
+    repeat = Repeat(
+        latency_ms,
+        latency_ms + 1,
+        [StageTime("denoising", latency_ms)],
+        [StepTime(0, latency_ms / 2), StepTime(1, latency_ms / 2)],
+        {"denoiser": latency_ms},
+        [MemoryPoint("denoising", 100.0)],
+    )
+    one = summarize([latency_ms, latency_ms])
+    statistics = Statistics(one, one, {"denoising": one}, one, 1e3 / latency_ms, 2, [100.0], 100.0)
+    return Record(
+        schema,
+        "0123456789abcdef",
+        ["request.steps=2"],
+        {"request": {"steps": 2, "prompts": ["rocket"]}},
+        {"world_size": 1},
+        Attention("auto", "sdpa"),
+        FirstCall(1.0, 2.0, []),
+        [repeat, repeat],
+        statistics,
+        [SampleRow("samples/0000.png", "rocket", 0, "ab")],
+        ["a note"],
+    )
+
+
+def test_exactly_one_of_many_threads_claims_a_folder(tmp_path: Path) -> None:
+    for attempt in range(10):
+        folder, gate = tmp_path / str(attempt), threading.Barrier(4)
+        outcomes: list[str] = []
+
+        def claim(folder: Path = folder, gate: threading.Barrier = gate, outcomes: list[str] = outcomes) -> None:
+            gate.wait()
+            try:
+                RunFolder.claim(folder)
+                outcomes.append("claimed")
+            except RunFolderError as error:
+                outcomes.append(str(error))
+
+        threads = [threading.Thread(target=claim) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+        assert len(outcomes) == 4
+        assert outcomes.count("claimed") == 1
+        assert sum("already holds a run" in outcome for outcome in outcomes) == 3
+
+
+def test_an_occupied_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    RunFolder.claim(tmp_path).finish(Status("ok"))
+    with pytest.raises(RunFolderError, match=r"already holds a run.*hydra\.run\.dir"):
+        RunFolder.claim(tmp_path)
+    assert read_status(tmp_path) == Status("ok")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        RunFolder.claim(tmp_path / "file" / "run")
+
+
+def test_a_run_that_is_cut_off_says_so(tmp_path: Path) -> None:
+    RunFolder.claim(tmp_path)
+    assert read_status(tmp_path) == Status("failed", "the run was cut off before it ended")
+    assert read_record(tmp_path) is None
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    path, done = tmp_path / "record.json", threading.Event()
+    contents = [bytes([letter]) * 400_000 for letter in b"ab"]
+    path.write_bytes(contents[0])
+
+    def write() -> None:
+        for turn in range(300):
+            write_atomically(path, contents[turn % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        seen.add(path.read_bytes())
+    writer.join(timeout=30)
+    assert seen <= set(contents)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record.json"
+    path.write_bytes(b"old")
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_a_record_comes_back_as_written(tmp_path: Path) -> None:
+    folder = RunFolder.claim(tmp_path)
+    folder.write_record(record())
+    assert read_record(tmp_path) == record()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 1}', ""])
+def test_a_file_that_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(RunFolderError, match="not a record of schema"):
+        read_record(tmp_path)
+
+
+def test_a_record_of_another_schema_is_refused(tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_record(record(schema=SCHEMA + 1))
+    with pytest.raises(RunFolderError, match=f"schema {SCHEMA + 1}; this version reads {SCHEMA}"):
+        read_record(tmp_path)
+
+
+def test_the_table_has_every_run_failed_ones_too(tmp_path: Path) -> None:
+    for name, latency in (("a", 10.0), ("deep/b", 20.0)):
+        folder = RunFolder.claim(tmp_path / name)
+        folder.write_record(record(latency))
+        folder.finish(Status("ok"))
+    RunFolder.claim(tmp_path / "c").finish(Status("failed", "rank 1 died"))
+    RunFolder.claim(tmp_path / "d")
+    table = load(tmp_path).set_index("folder")
+    assert list(table.index) == [str(tmp_path / name) for name in ("a", "c", "d", "deep/b")]
+    assert list(table["state"]) == ["ok", "failed", "failed", "ok"]
+    assert table["error"][str(tmp_path / "c")] == "rank 1 died"
+    assert table["summary.latency_ms.median"][str(tmp_path / "deep/b")] == 20.0
+    assert table["config.request.steps"][str(tmp_path / "a")] == 2
+    assert table["summary.latency_ms.median"].isna().sum() == 2
+    assert len(table["repeats"][str(tmp_path / "a")]) == 2
+
+
+def test_an_empty_tree_is_an_empty_table(tmp_path: Path) -> None:
+    assert len(load(tmp_path)) == 0
+
+
+def test_the_fingerprint_is_of_what_was_asked_not_of_where_it_is_logged() -> None:
+    def of(*overrides: str) -> str:
+        return fingerprint(to_dict(compose_run(overrides).config))
+
+    plain = of()
+    assert plain == of("logger=json", "logger.wandb.project=other")
+    assert plain == of("hydra.run.dir=elsewhere")
+    different = ["request.seed=1", "request.prompt=rocket", "request.steps=3", "parallel=dp2", "attention=math"]
+    assert len({plain, *(of(override) for override in different)}) == 1 + len(different)
+
+
+def test_statistics_of_a_known_series() -> None:
+    one_to_hundred = summarize(list(range(1, 101)))
+    assert one_to_hundred.n == 100
+    assert one_to_hundred.median == one_to_hundred.mean == 50.5
+    assert one_to_hundred.p90 == pytest.approx(90.1)
+    assert one_to_hundred.p99 == pytest.approx(99.01)
+    assert one_to_hundred.iqr == pytest.approx(49.5)
+    low, high = one_to_hundred.ci95
+    assert 35 < low < 45 < 50.5 < 56 < high < 66  # binomial ranks 40 and 61, give or take
+    assert summarize(list(range(100, 0, -1))).ci95 == pytest.approx((low, high), abs=5)
+    assert summarize([3.0]).ci95 == (3.0, 3.0)
+    assert summarize([2.0, 2.0, 2.0]).iqr == 0
+    assert summarize([1.0, 1.0, 1.0, 1.0, 1000.0]).median == 1.0
+
+
+def test_the_interval_covers_the_median_about_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(1).exponential(size=(200, 30))
+    inside = sum(low <= np.log(2) <= high for low, high in (summarize(list(row)).ci95 for row in draws))
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_no_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        summarize([])
+
+
+def test_a_png_says_what_it_is(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).uniform(-0.1, 1.1, size=(3, 8, 16)).astype(np.float32)
+    picture = to_uint8(pixels)
+    assert picture.shape == (8, 16, 3)
+    assert picture.min() == 0
+    assert picture.max() == 255
+    assert to_uint8(np.full((3, 1, 1), 0.5 / 255 + 1e-6, np.float32)).max() == 1  # rounded, not cut
+    text = {"prompt": "naïve 日本 🍎", "seed": "7", "fingerprint": "0123"}
+    save_png(tmp_path / "a.png", picture, text)
+    with Image.open(tmp_path / "a.png") as image:
+        assert {key: image.info[key] for key in text} == text
+        assert pixel_hash(np.asarray(image)) == pixel_hash(picture)
+    assert pixel_hash(picture) != pixel_hash(picture[::-1])
+
+
+def test_the_record_on_disk_is_plain_json(tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_record(record())
+    plain = json.loads((tmp_path / "record.json").read_text())
+    assert plain["schema"] == SCHEMA
+    assert set(plain) == set(Record.__struct_fields__)
+    assert msgspec.convert(plain, Record) == record()
