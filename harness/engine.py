@@ -60,7 +60,7 @@ def exchange(connection: Connection, request: GenerationRequest, on_progress: On
                 on_progress(message)
             elif isinstance(message, GenerationResult) and message.request_id == request.request_id:
                 return message, frames
-            elif isinstance(message, Failure):
+            elif isinstance(message, Failure) and message.request_id in (request.request_id, ""):
                 raise RequestFailed(message)
     except KeyboardInterrupt:
         connection.cancel(request.request_id)

@@ -20,6 +20,7 @@ GRID_CELL = 128
 CAPTION = 18
 GAP = 8
 FONT = 12
+CAPTION_CHARS = 80
 
 
 def to_uint8(pixels: Array) -> NDArray[np.uint8]:
@@ -60,6 +61,7 @@ def grid(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> Imag
         x = GAP + (k % columns) * (cell_w + GAP)
         y = GAP + (k // columns) * (cell_h + CAPTION + GAP)
         sheet.paste(Image.fromarray(picture).resize((cell_w, cell_h), Image.Resampling.BICUBIC), (x, y))
+        caption = " ".join(caption.split())[:CAPTION_CHARS]
         while draw.textlength(caption, font=font) > cell_w and len(caption) > 1:
             caption = caption[:-2].rstrip() + "…"
         draw.text((x + cell_w / 2, y + cell_h + 2), caption, fill="#333333", font=font, anchor="ma")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -43,9 +44,26 @@ def load_into(network: nn.Module, tensors: dict[str, Tensor], source: str) -> No
         for name in expected.keys() & tensors.keys()
         if expected[name].shape != tensors[name].shape
     ]
+    _refuse(faults, source)
+    network.load_state_dict(tensors)
+
+
+def refuse_misfits(found: Mapping[str, Iterable[object]], folder: Path) -> None:
+    """Refuses weights that a library loaded only in part, from the loading information it gives.
+
+    Args:
+        found: lists under missing_keys, unexpected_keys and mismatched_keys (transformers' and diffusers' names).
+        folder: the component.
+
+    Raises:
+        CheckpointError: missing, unexpected or misshapen tensors, all in one message.
+    """
+    words = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "misshapen"}
+    _refuse([f"{word} {name}" for kind, word in words.items() for name in found.get(kind, ())], str(folder))
+
+
+def _refuse(faults: list[str], source: str) -> None:
     if faults:
         more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise CheckpointError(
-            f"{source}: the weights do not fit the network: {'; '.join(sorted(faults)[:SHOWN])}{more}"
-        )
-    network.load_state_dict(tensors)
+        shown = "; ".join(sorted(faults)[:SHOWN])
+        raise CheckpointError(f"{source}: the weights do not fit the network: {shown}{more}")

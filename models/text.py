@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from models.checkpoint import refuse_misfits
 from models.components import TextStates
 from models.files import CheckpointError
 
@@ -61,9 +62,16 @@ def load_t5(
         if dummy:
             encoder = T5EncoderModel(T5Config.from_pretrained(folder / "text_encoder", local_files_only=True))
         else:
-            encoder = T5EncoderModel.from_pretrained(
-                folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
+            encoder, found = T5EncoderModel.from_pretrained(
+                folder / "text_encoder",
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError) as error:
+            refuse_misfits(found, folder / "text_encoder")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the text encoder cannot be read ({str(error).splitlines()[0]})") from error
     return T5TextEncoder(encoder.to(device=device, dtype=dtype).eval(), tokenizer, max_tokens)

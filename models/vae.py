@@ -8,6 +8,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
+from models.checkpoint import refuse_misfits
 from models.files import CheckpointError
 
 
@@ -40,9 +41,17 @@ def load_kl_decoder(folder: Path, dtype: torch.dtype, device: torch.device, dumm
             config = AutoencoderKL.load_config(folder / "vae", local_files_only=True)
             vae = nn.Module.to(AutoencoderKL.from_config(config), dtype)
         else:
-            vae = AutoencoderKL.from_pretrained(
-                folder / "vae", local_files_only=True, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False
+            vae, found = AutoencoderKL.from_pretrained(
+                folder / "vae",
+                local_files_only=True,
+                use_safetensors=True,
+                torch_dtype=dtype,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
             )
+            refuse_misfits(found, folder / "vae")
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the VAE cannot be read ({str(error).splitlines()[0]})") from error
     return KLDecoder(vae.to(device).eval())

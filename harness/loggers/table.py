@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from harness.metrics.summary import Summary
@@ -15,7 +16,7 @@ from harness.records import Record, read_record, read_status
 def print_record(record: Record, folder: Path, console: Console) -> None:
     """Prints one run."""
     summary = record.summary
-    table = Table(title=f"{folder}", title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    table = Table(title=escape(str(folder)), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("stage")
     for heading in ("median ms", "95 % interval", "p90 ms", "n"):
         table.add_column(heading, justify="right")
@@ -40,9 +41,9 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
         f"attention {record.attention.requested} ran as {record.attention.resolved}; fingerprint {record.fingerprint}"
     )
     for note in record.notes:
-        console.print(f"[yellow]note:[/yellow] {note}")
-    for name, path in (("pictures", "samples"), ("grid", "grid.png"), ("record", "record.json")):
-        console.print(f"{name:8} {folder / path}", soft_wrap=True)
+        console.print(f"[yellow]note:[/yellow] {escape(note)}")
+    for name, path in (("pictures", "samples"), ("grid", "grid.png"), ("record", "record.json"), ("logs", "logs")):
+        console.print(f"{name:8} {escape(str(folder / path))}", soft_wrap=True)
 
 
 def print_sweep(folders: Sequence[Path], console: Console) -> None:
@@ -67,7 +68,7 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
             "\n".join(own) or folder.name, f"[{colour}]{status.state}[/{colour}]", *numbers, status.error or ""
         )
     console.print(table)
-    console.print(f"folders in {folders[0].parent}", soft_wrap=True)
+    console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
 
 
 def _cells(row: Summary) -> tuple[str, str, str, str]:

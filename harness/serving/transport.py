@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,8 @@ class Connection:
     def ping(self, timeout_s: float = 1.0) -> EngineInfo | None:
         """How the engine is, or None when it does not answer in time."""
         self._drain()
-        self._control.send_multipart(encode(Ping()))
+        with suppress(zmq.Again):  # the queue is full of pings that nobody has answered yet
+            self._control.send_multipart(encode(Ping()), zmq.NOBLOCK)
         deadline = time.monotonic() + timeout_s
         while self._control.poll(max(0, int((deadline - time.monotonic()) * 1000))):
             answer = decode(self._control.recv_multipart())

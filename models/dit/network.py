@@ -34,6 +34,8 @@ class DiTConfig:
         patch: side of a patch, in latent pixels.
         sample_size: side of the training latent, in latent pixels; positions are measured against it.
         text_channels: channels of a text state.
+        position_scale: positions are divided by it (diffusers' interpolation_scale; 2 for PixArt's 1024-pixel
+            checkpoints).
     """
 
     depth: int = 6
@@ -44,6 +46,7 @@ class DiTConfig:
     patch: int = 2
     sample_size: int = 16
     text_channels: int = 256
+    position_scale: float = 1.0
 
     @property
     def width(self) -> int:
@@ -128,7 +131,9 @@ class DiT(nn.Module):
         self.project_out = nn.Linear(width, config.patch**2 * config.out_channels)
         base = config.sample_size // config.patch
         self.positions_LD: Tensor
-        self.register_buffer("positions_LD", sincos_positions_2d(base, base, width, base), persistent=False)
+        self.register_buffer(
+            "positions_LD", sincos_positions_2d(base, base, width, base, config.position_scale), persistent=False
+        )
 
     def forward(
         self, latent_BCHW: Tensor, tau_B: Tensor, text_BST: Tensor, text_mask_BS: Tensor | None = None
@@ -155,7 +160,7 @@ class DiT(nn.Module):
         base = self.config.sample_size // self.config.patch
         if (height, width) == (base, base):
             return self.positions_LD.to(like.dtype)
-        return sincos_positions_2d(height, width, self.config.width, base).to(like)
+        return sincos_positions_2d(height, width, self.config.width, base, self.config.position_scale).to(like)
 
     def _unpatch(self, y_BLP: Tensor, height: int, width: int) -> Tensor:
         """(B, L, p p C) to (B, C, H, W): a token's outputs are ordered row, column, channel."""

@@ -32,6 +32,16 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("proj_out", "project_out"),
 )
 CLASS_NAME = "PixArtTransformer2DModel"
+SIZES = (
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "sample_size",
+    "caption_channels",
+)
 
 
 def from_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,13 +69,17 @@ def read_config(folder: Path) -> DiTConfig:
     """
     path = folder / "config.json"
     try:
-        raw: dict[str, Any] = json.loads(path.read_text())
+        raw: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable model config ({error})") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: not a model config, which is a JSON object")
     if raw.get("_class_name") != CLASS_NAME:
         raise CheckpointError(f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {CLASS_NAME}")
     if raw.get("use_additional_conditions"):
         raise CheckpointError(f"{path}: use_additional_conditions (size and aspect embeddings) is not supported")
+    if missing := [name for name in SIZES if not isinstance(raw.get(name), int)]:
+        raise CheckpointError(f"{path}: no whole number under {', '.join(missing)}")
     return DiTConfig(
         depth=raw["num_layers"],
         heads=raw["num_attention_heads"],
@@ -75,6 +89,7 @@ def read_config(folder: Path) -> DiTConfig:
         patch=raw["patch_size"],
         sample_size=raw["sample_size"],
         text_channels=raw["caption_channels"],
+        position_scale=float(raw.get("interpolation_scale") or max(raw["sample_size"] // 64, 1)),
     )
 
 
@@ -90,6 +105,7 @@ def config_json(config: DiTConfig) -> dict[str, Any]:
         "patch_size": config.patch,
         "sample_size": config.sample_size,
         "caption_channels": config.text_channels,
+        "interpolation_scale": config.position_scale,
         "cross_attention_dim": config.width,
         "norm_type": "ada_norm_single",
         "use_additional_conditions": False,
