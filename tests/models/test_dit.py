@@ -1,0 +1,231 @@
+"""The native DiT computes what diffusers' PixArtTransformer2DModel computes, from the same weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.attention import BACKENDS
+from models.dit import DiT, DiTConfig, from_diffusers, load_dit, to_diffusers
+from models.dit.weights import NAMES, config_json, read_config
+from models.files import CheckpointError
+from models.registry import REFERENCE
+
+SMALL = DiTConfig(depth=2, heads=4, head_channels=8, in_channels=4, out_channels=4, sample_size=8, text_channels=24)
+CONFIGS = {
+    "small": SMALL,
+    "learned variance": DiTConfig(2, 2, 16, 4, 8, 2, 16, 24),
+    "patch 1, odd base": DiTConfig(1, 3, 12, 3, 3, 1, 7, 10),
+    "patch 4": DiTConfig(1, 2, 8, 4, 4, 4, 16, 8),
+    "scaled positions": DiTConfig(1, 2, 8, 4, 4, 2, 8, 8, position_scale=2.0),
+}
+
+
+def their(config: DiTConfig) -> PixArtTransformer2DModel:
+    """diffusers' network with random weights everywhere, biases and tables too."""
+    network = PixArtTransformer2DModel.from_config(config_json(config)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        scale = 0.5 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.2
+        parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+def our(theirs: PixArtTransformer2DModel, config: DiTConfig, backend: str = "sdpa") -> DiT:
+    network = DiT(config, BACKENDS[backend])
+    tensors = {name: tensor for name, tensor in theirs.state_dict().items() if name != "pos_embed.pos_embed"}
+    network.load_state_dict(from_diffusers(tensors))
+    return network.eval()
+
+
+def inputs(config: DiTConfig, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A latent, times, text states, and a mask that hides another number of tokens of each prompt."""
+    generator = torch.Generator().manual_seed(1)
+    latent = torch.randn(batch, config.in_channels, height, width, generator=generator)
+    text = torch.randn(batch, 7, config.text_channels, generator=generator)
+    mask = torch.arange(7)[None] < torch.tensor([3, 7, 1])[:batch, None]
+    return latent, torch.tensor([0.7, 333.25, 999.0])[:batch], text, mask
+
+
+def rel_l2(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_parity_with_diffusers(name: str, batch: int, masked: bool, backend: str) -> None:
+    config = CONFIGS[name]
+    theirs = their(config)
+    ours = our(theirs, config, backend)
+    side = config.sample_size
+    for height, width in ((side, side), (2 * side, side), (side, 3 * config.patch), (side + config.patch, side)):
+        latent, tau, text, mask = inputs(config, batch, height, width)
+        with torch.no_grad():
+            output = ours(latent, tau, text, mask if masked else None)
+            expected = theirs(
+                latent,
+                encoder_hidden_states=text,
+                encoder_attention_mask=mask if masked else None,
+                timestep=tau,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            ).sample
+        assert rel_l2(output, expected) < 1e-5, (height, width)
+
+
+def test_every_input_matters() -> None:
+    """Parity means nothing where the output does not depend on what is compared."""
+    network = our(their(SMALL), SMALL)
+    latent, tau, text, mask = inputs(SMALL, 3, 8, 8)
+    other = torch.randn(text.shape, generator=torch.Generator().manual_seed(2))
+    hidden = torch.where(mask[..., None], text, other)
+    seen = torch.where(mask[..., None], other, text)
+    with torch.no_grad():
+        plain = network(latent, tau, text, mask)
+        assert rel_l2(network(latent, tau + 100, text, mask), plain) > 0.01
+        assert rel_l2(network(latent, tau, seen, mask), plain) > 0.01
+        assert rel_l2(network(latent, tau, text), plain) > 0.001
+        assert torch.equal(network(latent, tau, hidden, mask), plain)
+        shifted = latent.roll(2, dims=-1)
+        assert rel_l2(network(shifted, tau, text, mask).roll(-2, dims=-1), plain) > 0.001  # positions
+
+
+def test_a_batch_is_its_pictures() -> None:
+    network = our(their(SMALL), SMALL)
+    latent, tau, text, mask = inputs(SMALL, 3, 8, 8)
+    with torch.no_grad():
+        together = network(latent, tau, text, mask)
+        for k in range(3):
+            alone = network(latent[k : k + 1], tau[k : k + 1], text[k : k + 1], mask[k : k + 1])
+            assert rel_l2(alone[0], together[k]) < 1e-6
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_names_are_a_bijection(name: str) -> None:
+    config = CONFIGS[name]
+    theirs = {key: value for key, value in their(config).state_dict().items() if key != "pos_embed.pos_embed"}
+    renamed = from_diffusers(theirs)
+    assert len(renamed) == len(theirs)
+    assert {key: value.shape for key, value in renamed.items()} == {
+        key: value.shape for key, value in DiT(config).state_dict().items()
+    }
+    back = to_diffusers(renamed)
+    assert back.keys() == theirs.keys()
+    assert all(back[key] is theirs[key] for key in theirs)
+
+
+def test_no_name_is_part_of_another_pair() -> None:
+    assert len({theirs for theirs, _ in NAMES}) == len({ours for _, ours in NAMES}) == len(NAMES)
+
+
+def test_sizes_come_back_from_the_config(tmp_path: Path) -> None:
+    for config in CONFIGS.values():
+        (tmp_path / "config.json").write_text(json.dumps(config_json(config)))
+        assert read_config(tmp_path) == config
+        assert their(config).config.num_layers == config.depth
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"_class_name": "DiTTransformer2DModel"}, "loads PixArtTransformer2DModel"),
+        ({"use_additional_conditions": True}, "is not supported"),
+        ({"num_layers": None}, "num_layers"),
+    ],
+)
+def test_a_config_of_another_network_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
+    raw = config_json(SMALL) | change
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    with pytest.raises(CheckpointError, match=says):
+        read_config(tmp_path)
+
+
+def test_large_checkpoints_scale_their_positions_unless_told(tmp_path: Path) -> None:
+    """diffusers' rule for a config without interpolation_scale: sample_size // 64, at least 1."""
+    for sample_size, scale in ((16, 1.0), (64, 1.0), (128, 2.0), (256, 4.0)):
+        raw = config_json(DiTConfig(1, 2, 8, 4, 4, 2, sample_size, 8)) | {"interpolation_scale": None}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        config = read_config(tmp_path)
+        assert config.position_scale == scale
+        theirs = PixArtTransformer2DModel.from_config(raw)
+        torch.testing.assert_close(DiT(config).positions_LD, theirs.pos_embed.pos_embed[0], rtol=0, atol=1e-6)
+
+
+def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a readable model config"):
+        read_config(tmp_path)
+    for text in ("<html>", "[]", "3"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="model config"):
+            read_config(tmp_path)
+
+
+def test_a_checkpoint_that_diffusers_wrote_loads(tmp_path: Path) -> None:
+    theirs = their(SMALL)
+    theirs.save_pretrained(tmp_path)
+    ours = load_dit(tmp_path)
+    latent, tau, text, mask = inputs(SMALL, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(ours(latent, tau, text, mask), our(theirs, SMALL)(latent, tau, text, mask))
+    assert not ours.training
+
+
+def test_all_mismatches_come_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_json(SMALL)))
+    tensors = to_diffusers(DiT(SMALL).state_dict())
+    del tensors["proj_out.weight"]
+    tensors["stranger"] = torch.zeros(1)
+    tensors["proj_out.bias"] = torch.zeros(3)
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_dit(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(tmp_path) in message
+    assert "missing project_out.weight" in message
+    assert "unexpected stranger" in message
+    assert "project_out.bias is (3,), the network has (16,)" in message
+
+
+def test_many_mismatches_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_json(SMALL)))
+    save_file({"stranger": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"and {len(DiT(SMALL).state_dict()) + 1 - 6} more"):
+        load_dit(tmp_path)
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
+    network = DiT(SMALL)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(SMALL)))
+    tensors = to_diffusers(network.state_dict())
+    names = sorted(tensors)
+    shards = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = load_dit(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_the_shipped_network_agrees_with_diffusers() -> None:
+    folder = REFERENCE / "emoji" / "transformer"
+    theirs = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
+    ours = load_dit(folder)
+    latent, tau, text, mask = inputs(ours.config, 1, 16, 16)
+    with torch.no_grad():
+        expected = theirs(
+            latent,
+            encoder_hidden_states=text,
+            encoder_attention_mask=mask,
+            timestep=tau,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        ).sample
+        output = ours(latent, tau, text, mask)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
