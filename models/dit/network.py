@@ -30,7 +30,7 @@ class DiTConfig:
         heads: attention heads; the width is heads * head_channels.
         head_channels: channels a head.
         in_channels: latent channels.
-        out_channels: channels of the output, in_channels or twice as many where a variance is learned.
+        out_channels: channels of the output.
         patch: side of a patch, in latent pixels.
         sample_size: side of the training latent, in latent pixels; positions are measured against it.
         text_channels: channels of a text state.

@@ -80,6 +80,8 @@ def read_config(folder: Path) -> DiTConfig:
         raise CheckpointError(f"{path}: use_additional_conditions (size and aspect embeddings) is not supported")
     if missing := [name for name in SIZES if not isinstance(raw.get(name), int)]:
         raise CheckpointError(f"{path}: no whole number under {', '.join(missing)}")
+    if raw["out_channels"] != raw["in_channels"]:
+        raise CheckpointError(f"{path}: out_channels is not in_channels; a learned variance is not supported")
     return DiTConfig(
         depth=raw["num_layers"],
         heads=raw["num_attention_heads"],
