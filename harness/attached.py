@@ -18,7 +18,7 @@ import msgspec
 from rich.console import Console
 
 from harness.client import DiffusionGenerator
-from harness.compose import Composed, ConfigError, compose_run, to_yaml
+from harness.compose import Composed, ConfigError, compose_run, run_folder, to_yaml
 from harness.config.schema import Task
 from harness.engine import AttachedEngine
 from harness.environment import arithmetic
@@ -52,7 +52,9 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
     try:
         composed = _compose(arguments, ranks)
     except ConfigError as error:
-        return refuse(arguments, error) if rank == 0 else EXIT_BAD_INPUT
+        if rank == 0:
+            refuse(run_folder(arguments), error)
+        return EXIT_BAD_INPUT
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(arithmetic(composed.config.launch, int(os.environ["LOCAL_WORLD_SIZE"])))
     import torch.distributed as dist
@@ -110,33 +112,47 @@ def _claim(composed: Composed) -> Assignment:
 
 def _lead(composed: Composed, folder: RunFolder, addresses: Addresses) -> int:
     """Rank 0: serves in this thread, draws in another; the exit status of the run."""
-    ended: list[str] = []
+    ended: list[BaseException] = []
 
     def check_alive() -> None:
         if ended:
-            raise EngineGone(ended[0])
+            raise ended[0]
 
-    engine = AttachedEngine(addresses, composed.config.launch.start_timeout_s, dict(os.environ), check_alive)
-    generator = DiffusionGenerator(composed.config, engine, composed.overrides, composed.notes)
+    def make() -> DiffusionGenerator:
+        engine = AttachedEngine(addresses, composed.config.launch.start_timeout_s, dict(os.environ), check_alive)
+        return DiffusionGenerator(composed.config, engine, composed.overrides, composed.notes)
+
     outcome: list[Status] = []
     client = threading.Thread(
-        target=lambda: outcome.append(run_in(composed, folder, Console(), generator)), name="client", daemon=True
+        target=lambda: outcome.append(run_in(composed, folder, Console(), make)), name="client", daemon=True
     )
-    signal.signal(signal.SIGTERM, _ranks_ended)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _ranks_ended)
     client.start()
     try:
         serve(composed.config, addresses)
+        client.join()
     except (Exception, RanksEnded) as error:
-        if isinstance(error, Exception):
-            leave_error(folder.path / "logs", 0, error)
-        ended.append(
-            rank_error(folder.path / "logs")
-            or "another rank died or torchrun was stopped; torchrun's output says which"
-        )
-    client.join(JOIN_S)
-    addresses.remove()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        ended.append(_reason(error, folder.path / "logs"))
+        client.join(JOIN_S)
+    finally:
+        addresses.remove()
     return exit_status(outcome[0]) if outcome else 1
 
 
+def _reason(error: BaseException, logs: Path) -> BaseException:
+    """What the client's request fails with, now that this rank no longer serves."""
+    if isinstance(error, Exception):
+        leave_error(logs, 0, error)
+    elif str(error) == signal.SIGINT.name:
+        return KeyboardInterrupt()
+    left = rank_error(logs)
+    if left is not None:
+        return EngineGone(f"rank {left.rank}: {left.message}", left.kind)
+    return EngineGone("another rank died or torchrun was stopped; torchrun's output says which")
+
+
 def _ranks_ended(number: int, frame: FrameType | None) -> None:
-    raise RanksEnded(f"ended by {signal.Signals(number).name}")
+    raise RanksEnded(signal.Signals(number).name)

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -23,7 +24,15 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from harness.client import DiffusionGenerator
-from harness.compose import Composed, ConfigError, check_names, checked, compose_run, register_schema
+from harness.compose import (
+    Composed,
+    ConfigError,
+    check_names,
+    checked,
+    compose_run,
+    register_schema,
+    run_folder,
+)
 from harness.config.schema import Task
 from harness.generate import refuse, run_in, run_training
 from harness.loggers.table import print_sweep
@@ -39,7 +48,10 @@ def main() -> None:
 
         sys.exit(run_under_torchrun(arguments))
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(dispatch(arguments))
+    try:
+        sys.exit(dispatch(arguments))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def dispatch(arguments: Sequence[str]) -> int:
@@ -48,20 +60,34 @@ def dispatch(arguments: Sequence[str]) -> int:
         if any(argument.startswith("-") for argument in arguments):
             check_names(get_args_parser().parse_args(list(arguments)).overrides)
             return sweep_or_show(arguments)
-        return run_one(compose_run(arguments))
+        return exit_status(run_one(compose_run(arguments)).status)
     except ConfigError as error:
-        return refuse(arguments, error)
+        refuse(run_folder(arguments), error)
+        return EXIT_BAD_INPUT
     except RunFolderError as error:
         complain(error)
         return EXIT_BAD_INPUT
 
 
-def run_one(composed: Composed) -> int:
-    """One task in the folder that Hydra names; the exit status."""
+@dataclass(frozen=True)
+class Job:
+    """One run and how it ended."""
+
+    folder: Path
+    status: Status
+
+
+def run_one(composed: Composed) -> Job:
+    """One task in the folder that Hydra names.
+
+    Raises:
+        RunFolderError: another run is in it.
+    """
     if composed.config.task.name is Task.train:
-        return exit_status(run_training(composed.config.train))
+        return Job(Path(composed.config.train.folder), run_training(composed.config.train))
     folder = RunFolder.claim(composed.folder)
-    return exit_status(run_in(composed, folder, Console(), DiffusionGenerator.from_composed(composed, folder.path)))
+    make = partial(DiffusionGenerator.from_composed, composed, folder.path)
+    return Job(folder.path, run_in(composed, folder, Console(), make))
 
 
 def sweep_or_show(arguments: Sequence[str]) -> int:
@@ -85,31 +111,21 @@ def sweep_or_show(arguments: Sequence[str]) -> int:
     return 1 if any(job.status.state != "ok" for job in jobs) else 0
 
 
-@dataclass(frozen=True)
-class Job:
-    """One row of a sweep."""
-
-    folder: Path
-    status: Status
-
-
 def run_job(composed: DictConfig) -> Job:
     """One job of a sweep: whatever goes wrong becomes its status, so that the next job runs."""
     hydra_config = HydraConfig.get()
-    folder = RunFolder.claim(Path(hydra_config.runtime.output_dir))
-    overrides = list(hydra_config.overrides.task)
+    folder = Path(hydra_config.runtime.output_dir)
     try:
         config, notes = checked(composed)
+        if hydra_config.mode is RunMode.MULTIRUN:
+            config.logger.table = False  # one table of all jobs, at the end
+            config.logger.wandb.group = config.logger.wandb.group or sweep_group(Path(hydra_config.sweep.dir))
+        return run_one(Composed(config, list(hydra_config.overrides.task), folder, notes))
     except ConfigError as error:
-        folder.finish(Status("failed", str(error)))
-        complain(f"{folder.path.name}: {error}")
-        return Job(folder.path, Status("failed", str(error)))
-    if hydra_config.mode is RunMode.MULTIRUN:
-        config.logger.table = False  # one table of all jobs, at the end
-        config.logger.wandb.group = config.logger.wandb.group or sweep_group(Path(hydra_config.sweep.dir))
-    job = Composed(config, overrides, folder.path, notes)
-    generator = DiffusionGenerator.from_composed(job, folder.path)
-    return Job(folder.path, run_in(job, folder, Console(), generator))
+        return Job(folder, refuse(folder, ConfigError(f"{folder.name}: {error}")))
+    except RunFolderError as error:
+        complain(error)
+        return Job(folder, Status("failed", str(error)))
 
 
 def sweep_group(folder: Path) -> str:

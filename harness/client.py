@@ -91,6 +91,7 @@ class DiffusionGenerator:
         self.info: EngineInfo | None = None
         self.launch_ms = 0.0
         self._engine = engine
+        self._stopped = False
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
@@ -121,6 +122,10 @@ class DiffusionGenerator:
         Raises:
             EngineGone: a rank died while loading, or was not ready in time.
         """
+        if self.info is not None:
+            return self.info
+        if self._stopped:
+            raise RuntimeError("this generator was stopped; make a new one")
         began = time.perf_counter()
         self.info = self._engine.start(on_wait)
         self.launch_ms = (time.perf_counter() - began) * 1e3
@@ -128,6 +133,8 @@ class DiffusionGenerator:
 
     def stop(self) -> None:
         """Ends the ranks. Harmless when repeated."""
+        self.info = None
+        self._stopped = True
         self._engine.stop()
         if self._scratch is not None:
             self._scratch.cleanup()
@@ -135,8 +142,7 @@ class DiffusionGenerator:
 
     def __enter__(self) -> DiffusionGenerator:
         try:
-            if self.info is None:
-                self.start()
+            self.start()
         except BaseException:
             self.stop()
             raise

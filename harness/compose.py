@@ -14,6 +14,8 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,7 +28,7 @@ from harness.config.limits import check_request, check_size
 from harness.config.schema import LaunchMode, Load, RunConfig, Task
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.pipeline.settings import noise_scheduler_settings
-from models.files import CheckpointError, check_checkpoint
+from models.files import check_checkpoint
 from models.registry import ARCHITECTURES, checkpoint_folder, nearest, resolve_backend
 from schedulers.families import resolve as resolve_settings
 
@@ -109,30 +111,25 @@ def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
         warnings.simplefilter("always")
         try:
             _resolve(config)
-        except (ValueError, CheckpointError) as error:
+        except (ValueError, OSError) as error:
             raise ConfigError(one_line(error)) from error
     return config, [str(w.message) for w in caught if w.category is UserWarning]
 
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as plain data; enums by name."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    if not isinstance(plain, dict):
-        raise TypeError("a RunConfig is a mapping")
-    return {str(key): value for key, value in plain.items()}
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    return plain
 
 
 def from_yaml(text: str) -> RunConfig:
-    """The configuration that `to_yaml` wrote."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(text)))
-    if not isinstance(config, RunConfig):
-        raise ConfigError("not the configuration of a run")
-    return config
+    """The configuration that `to_yaml` wrote; nothing in it is interpolated a second time."""
+    return msgspec.convert(yaml.safe_load(text), RunConfig)
 
 
 def one_line(error: BaseException) -> str:
@@ -186,8 +183,10 @@ def _check_name(override: Override) -> None:
 
 def _options(override: Override) -> list[str | None]:
     value = override.value()
-    if override.is_sweep_override():
+    if override.is_choice_sweep():
         return [str(v) for v in override.sweep_string_iterator()]
+    if override.is_sweep_override():
+        return []  # a glob or a range, which Hydra resolves itself
     return [None if value is None else str(value)]
 
 
@@ -226,7 +225,6 @@ def _resolve(config: RunConfig) -> None:
     _resolve_request(config)
     _check_model(config)
     _check_layout(config)
-    config.scheduler.solver.name = config.scheduler.solver.name.lower()
     resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
     resolve_backend(config.attention.backend)
     if config.task.warmup < 0 or config.task.repeats < 1:
@@ -271,7 +269,11 @@ def _check_model(config: RunConfig) -> None:
             f"use scheduler={model.family}, or model.load=dummy for random weights"
         )
     architecture = ARCHITECTURES[model.architecture]
-    check_checkpoint(checkpoint_folder(model.name, model.path), architecture.weights, architecture.configs)
+    folder = checkpoint_folder(model.name, model.path)
+    check_checkpoint(folder, architecture.weights, architecture.configs, weights_needed=model.load is Load.checkpoint)
+    for name in ("text_tokens", "size_multiple", "max_pixels"):
+        if getattr(model, name) < 1:
+            raise ValueError(f"model.{name}={getattr(model, name)}; give at least 1")
 
 
 def _check_layout(config: RunConfig) -> None:

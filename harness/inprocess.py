@@ -64,6 +64,7 @@ class InprocessEngine:
         def restore() -> None:
             torch.set_num_threads(threads)
             torch.backends.mkldnn.set_flags(onednn)
+            torch.set_flush_denormal(False)
 
         self._restore = restore
         start = time.perf_counter()
@@ -92,7 +93,7 @@ class InprocessEngine:
         def on_step(done: int, total: int) -> None:
             on_progress(Progress(request.request_id, "denoising", done, total))
 
-        frames = self._scheduler.answer(request, on_step, None)[-1]
+        frames = self._scheduler.answer(request, on_step, lambda: False)
         message = decode(frames)
         if isinstance(message, GenerationResult):
             return message, frames

@@ -30,6 +30,7 @@ class RankError(msgspec.Struct, frozen=True):
 
     rank: int
     message: str
+    kind: str
     peer_lost: bool
 
 
@@ -59,7 +60,13 @@ class TorchrunEngine:
             "PYTHONPATH": import_path(os.environ.get("PYTHONPATH")),
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self._ranks)]
-        command += ["--log-dir", str(self._addresses.folder / "torchrun"), "-m", "harness.rank", str(self._folder.resolve())]
+        command += [
+            "--log-dir",
+            str(self._addresses.folder / "torchrun"),
+            "-m",
+            "harness.rank",
+            str(self._folder.resolve()),
+        ]
         with self._launch_log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -76,15 +83,16 @@ class TorchrunEngine:
 
     def stop(self) -> None:
         process, self._process = self._process, None
+        connection, self._connection = self._connection, None
+        orderly = bool(self._pids)  # ranks that have not loaded yet do not listen
         try:
-            if self._connection is not None:
-                if process is not None and process.poll() is None:
-                    self._connection.shutdown()
-                self._connection.close()
-            if process is not None:
-                _end(process, self._config.launch.stop_timeout_s)
+            if connection is not None:
+                if orderly:
+                    connection.shutdown()
+                connection.close()
         finally:
-            self._connection = None
+            if process is not None:
+                _end(process, self._config.launch.stop_timeout_s, orderly)
             for pid in self._pids:  # torchrun has ended them already, unless it was killed itself
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -99,12 +107,12 @@ class TorchrunEngine:
     def _check_alive(self) -> None:
         if self._process is None or self._process.poll() is None:
             return
-        raise EngineGone(post_mortem(self._folder / "logs"))
+        raise post_mortem(self._folder / "logs")
 
 
-def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
-    """Waits for an orderly end, then SIGTERM (torchrun ends its ranks), then SIGKILL."""
-    for send in (lambda: None, process.terminate, process.kill):
+def _end(process: subprocess.Popen[bytes], patience_s: float, orderly: bool) -> None:
+    """Waits for an orderly end where one was asked for, then SIGTERM (torchrun ends its ranks), then SIGKILL."""
+    for send in ((lambda: None), process.terminate, process.kill) if orderly else (process.terminate, process.kill):
         send()
         try:
             process.wait(patience_s)
@@ -116,27 +124,27 @@ def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
     process.wait()
 
 
-def post_mortem(logs: Path) -> str:
+def post_mortem(logs: Path) -> EngineGone:
     """Why the ranks died, in one line: a rank's own error, else the signal or exit code that torchrun saw, else its
     last lines.
     """
-    error = rank_error(logs)
-    if error is not None:
-        return error
+    left = rank_error(logs)
+    if left is not None:
+        return EngineGone(f"rank {left.rank}: {left.message}", left.kind)
     log = logs / "launch.log"
     text = log.read_text(errors="replace") if log.exists() else ""
     deaths = re.findall(r"rank\s*:\s*(\d+) \(local_rank.*?exitcode\s*:\s*(-?\d+)", text, flags=re.DOTALL)
-    for rank, code in sorted(deaths, key=lambda death: int(death[1]) in (-signal.SIGTERM, 1)):
-        name = signal.Signals(-int(code)).name if int(code) < 0 else f"exit code {code}"
-        return f"rank {rank} died with {name}; {_tail(logs / f'rank{rank}.log')}"
-    return f"the ranks ended unexpectedly; {_tail(log)}"
+    if not deaths:
+        return EngineGone(f"the ranks ended unexpectedly; {_tail(log)}")
+    rank, code = min(deaths, key=lambda death: int(death[1]) in (-signal.SIGTERM, 1))
+    name = signal.Signals(-int(code)).name if int(code) < 0 else f"exit code {code}"
+    return EngineGone(f"rank {rank} died with {name}; {_tail(logs / f'rank{rank}.log')}")
 
 
-def rank_error(logs: Path) -> str | None:
+def rank_error(logs: Path) -> RankError | None:
     """The error that a rank left behind, passing over those that only lost their peer; None where there is none."""
     errors = [_read_error(path) for path in sorted(logs.glob("rank*.error.json"))]
-    own = [error for error in errors if error is not None and not error.peer_lost]
-    return f"rank {own[0].rank}: {own[0].message}" if own else None
+    return next((error for error in errors if error is not None and not error.peer_lost), None)
 
 
 def _read_error(path: Path) -> RankError | None:

@@ -99,7 +99,7 @@ class SampleResult(msgspec.Struct, frozen=True):
 
 
 class GenerationResult(msgspec.Struct, frozen=True, tag=True):
-    """The answer: pictures in order, and every rank's report. `total_duration_ms` is rank 0's, until the last rank is done."""
+    """The answer: pictures in order, and every rank's report; `total_duration_ms` lasts until the last rank is done."""
 
     request_id: str
     samples: list[SampleResult]

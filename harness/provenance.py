@@ -48,8 +48,10 @@ def provenance(engine: EngineInfo, environment: dict[str, str]) -> dict[str, Any
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and whether the tree differs from it; empty outside a checkout."""
+    """Commit and whether the tree differs from it; empty outside a checkout of this project."""
     try:
+        if Path(_git(folder, "rev-parse", "--show-toplevel")) != folder.parent.resolve():
+            return {}  # an installed copy inside somebody else's checkout
         commit = _git(folder, "rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):

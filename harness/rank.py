@@ -23,6 +23,7 @@ from harness.messages import EngineInfo
 from harness.parallel.mesh import Place, degrees
 from harness.processes import is_alive
 from harness.records import write_atomically
+from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Addresses, router
 from models.registry import resolve_backend
 
@@ -119,7 +120,8 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
     prepare_cpu(config, info.threads)
     worker = build_worker(config, place, device)
     mine = RankFacts(os.getpid(), (time.perf_counter() - start) * 1e3)
-    facts = [msgspec.msgpack.decode(f, type=RankFacts) for f in collectives.gather(msgspec.msgpack.encode(mine))]
+    gathered = collectives.gather([msgspec.msgpack.encode(mine)])
+    facts = [msgspec.msgpack.decode(frames[0], type=RankFacts) for frames in gathered]
     store = dist.distributed_c10d._get_default_store()
     scheduler = RequestScheduler(worker, collectives, StoreBoard(store))
     if control is None:
@@ -137,12 +139,8 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
 def leave_error(logs: Path, rank: int, error: Exception) -> None:
     """Writes why this rank ends, for whoever started it."""
     traceback.print_exc()
-    line = (str(error).splitlines() or [""])[0]
-    named = line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
-    peer_lost = any(
-        word in str(error) for word in ("Connection closed by peer", "gloo/transport", "Connection reset by peer")
-    )
-    write_atomically(logs / f"rank{rank}.error.json", msgspec.json.encode(RankError(rank, named, peer_lost)))
+    left = RankError(rank, failure_line(error), failure_kind(error), is_peer_lost(error))
+    write_atomically(logs / f"rank{rank}.error.json", msgspec.json.encode(left))
 
 
 def redirect_output(log: Path) -> None:

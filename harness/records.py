@@ -61,8 +61,8 @@ class Repeat(msgspec.Struct, frozen=True):
 
 
 class Statistics(msgspec.Struct, frozen=True):
-    """The row's numbers. `nfe` counts network evaluations of one picture; `overhead_share` is the part of a request
-    outside the network's forwards and the decoder.
+    """The row's numbers. `nfe` counts the denoiser's evaluations of one picture, a guided pair as one; `overhead_share`
+    is the part of a request that was no forward of the text encoder, the denoiser or the VAE.
     """
 
     latency_ms: Summary
@@ -101,8 +101,9 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def fingerprint(config: dict[str, Any]) -> str:
-    """Hash of what was declared: the configuration without where it is logged to."""
-    declared = {key: value for key, value in config.items() if key != "logger"}
+    """Hash of what was declared: the configuration without what cannot change a picture or a time."""
+    declared = {key: value for key, value in config.items() if key not in ("logger", "train")}
+    declared["launch"] = {key: value for key, value in config["launch"].items() if not key.endswith("_timeout_s")}
     return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -195,8 +196,12 @@ def load(path: str | Path) -> pandas.DataFrame:
     for status_file in sorted(Path(path).rglob("status.json")):
         folder = status_file.parent
         status = read_status(folder)
-        record = read_record(folder)
         row: dict[str, Any] = {"folder": str(folder), "state": status.state, "error": status.error}
+        try:
+            record = read_record(folder)
+        except RunFolderError as error:
+            record = None
+            row["error"] = str(error)
         if record is not None:
             nested = msgspec.to_builtins(record)
             row |= {key: nested[key] for key in ("overrides", "repeats", "samples", "notes")}

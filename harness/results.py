@@ -32,8 +32,10 @@ def overhead_share(repeat: Repeat) -> float:
     return 1 - sum(repeat.networks_ms.values()) / repeat.client_duration_ms
 
 
-def statistics(repeats: Sequence[Repeat], last: GenerationResult, batch_size: int) -> Statistics:
-    """The row's numbers over all repeats; every request drew as many pictures as the last, batch_size a forward."""
+def statistics(repeats: Sequence[Repeat], results: Sequence[GenerationResult], batch_size: int) -> Statistics:
+    """The row's numbers over all repeats of one request, batch_size pictures a forward."""
+    last = results[-1]
+    peaks = [max(peak) for peak in zip(*([rank.peak_memory_mib for rank in r.ranks] for r in results), strict=True)]
     stages = [stage.name for stage in repeats[0].steps]
     durations = {
         name: [next(stage.duration_ms for stage in repeat.steps if stage.name == name) for repeat in repeats]
@@ -49,8 +51,8 @@ def statistics(repeats: Sequence[Repeat], last: GenerationResult, batch_size: in
         overhead_share=summarize([overhead_share(repeat) for repeat in repeats]),
         throughput_per_s=1e3 * len(last.samples) / latency.median,
         nfe=evaluations // micro_batches,
-        peak_memory_mib=[report.peak_memory_mib for report in last.ranks],
-        peak_memory_mib_max=max(report.peak_memory_mib for report in last.ranks),
+        peak_memory_mib=peaks,
+        peak_memory_mib_max=max(peaks),
     )
 
 
@@ -76,7 +78,7 @@ def build_record(
         attention=Attention(config.attention.backend, info.attention),
         first_call=first,
         repeats=repeats,
-        summary=statistics(repeats, results[-1], config.request.batch_size),
+        summary=statistics(repeats, results, config.request.batch_size),
         samples=[],
         notes=list(said),
     )

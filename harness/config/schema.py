@@ -54,7 +54,7 @@ class TaskConfig:
     """Group `task`."""
 
     name: Task = Task.generate
-    warmup: int = 1  # generations before the measured ones (bench)
+    warmup: int = 0  # generations before the measured ones
     repeats: int = 1  # measured generations
 
 
@@ -156,7 +156,7 @@ class LaunchConfig:
     mode: LaunchMode = LaunchMode.torchrun
     threads_per_rank: int | None = None  # CPU threads; null = cores / ranks on this machine
     start_timeout_s: float = 300.0  # until every rank is ready
-    stop_timeout_s: float = 10.0  # from an orderly shutdown to SIGKILL
+    stop_timeout_s: float = 10.0  # from an orderly shutdown to SIGTERM, and from there to SIGKILL
     reproducible: bool = True  # float32 results independent of the thread count (strict MKL, no oneDNN)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from harness.config.schema import WandbConfig, WandbMode
-from harness.records import Record
+from harness.records import Record, Status
 
 if TYPE_CHECKING:
     import wandb
@@ -86,13 +86,15 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         )
 
 
-def log_failure(config: WandbConfig, declared: Mapping[str, object], folder: Path, job_type: str, error: str) -> None:
-    """Writes a run that failed, so that a sweep's group shows it too."""
+def log_failure(
+    config: WandbConfig, declared: Mapping[str, object], folder: Path, job_type: str, status: Status
+) -> None:
+    """Writes a run that started and did not end well, so that a sweep's group shows it too."""
     mode = resolve_mode(config.mode)
     if mode == "disabled":
         return
     run = _open(config, mode, folder, job_type, declared)
-    run.summary.update({"state": "failed", "error": error})
+    run.summary.update({"state": status.state, "error": status.error})
     run.finish(exit_code=1)
 
 

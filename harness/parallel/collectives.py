@@ -1,4 +1,4 @@
-"""Bytes between ranks, over gloo: broadcast, gather, barrier. At size 1 each is the identity.
+"""Bytes between ranks, over gloo: broadcast and gather. At size 1 each is the identity.
 
 A rank that waits in a broadcast sleeps in the kernel; the group's timeout is long, so that an idle engine can wait for
 days, and a peer that dies closes its sockets, which ends the wait at once.
@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from harness.messages import pack, unpack
+
 IDLE_TIMEOUT = timedelta(days=30)
 
 
@@ -21,11 +23,8 @@ class Collectives(Protocol):
     def broadcast(self, data: bytes | None) -> bytes:
         """Rank 0's bytes on every rank; the others pass None."""
 
-    def gather(self, data: bytes) -> list[bytes]:
-        """Every rank's bytes on rank 0, in rank order; an empty list on the others."""
-
-    def barrier(self) -> None:
-        """Returns when every rank is here."""
+    def gather(self, frames: list[bytes]) -> list[list[bytes]]:
+        """Every rank's frames on rank 0, in rank order; an empty list on the others."""
 
 
 class Alone:
@@ -36,11 +35,8 @@ class Alone:
             raise ValueError("rank 0 broadcasts bytes, not None")
         return data
 
-    def gather(self, data: bytes) -> list[bytes]:
-        return [data]
-
-    def barrier(self) -> None:
-        return None
+    def gather(self, frames: list[bytes]) -> list[list[bytes]]:
+        return [frames]
 
 
 class Gloo:
@@ -58,21 +54,19 @@ class Gloo:
         dist.broadcast(payload, src=0, group=self._group)
         return data if data is not None else payload.numpy().tobytes()
 
-    def gather(self, data: bytes) -> list[bytes]:
+    def gather(self, frames: list[bytes]) -> list[list[bytes]]:
+        data = pack(frames)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self._size)]
         dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
         if self._rank != 0:
             dist.send(_to_tensor(data), dst=0, group=self._group)
             return []
-        received = [data]
+        received = [frames]
         for rank in range(1, self._size):
             payload = torch.empty(int(lengths[rank]), dtype=torch.uint8)
             dist.recv(payload, src=rank, group=self._group)
-            received.append(payload.numpy().tobytes())
+            received.append(unpack(payload.numpy().tobytes()))
         return received
-
-    def barrier(self) -> None:
-        dist.barrier(group=self._group)
 
 
 def _to_tensor(data: bytes) -> torch.Tensor:

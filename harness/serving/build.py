@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass
 
 import torch
 
@@ -30,20 +29,12 @@ from schedulers.build import build as build_noise_scheduler
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CpuSettings:
-    """What was done to this process's CPU arithmetic."""
-
-    threads: int
-    onednn: bool
-
-
 def pick_device(local_rank: int) -> torch.device:
     """The GPU of this rank where there is one, else the CPU."""
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def prepare_cpu(config: RunConfig, threads: int) -> CpuSettings:
+def prepare_cpu(config: RunConfig, threads: int) -> None:
     """Sets threads, and where float32 results shall not depend on their number, takes oneDNN out of the way.
 
     oneDNN picks another blocking, and so another order of additions, for another number of threads (seen with a 1 x 1
@@ -52,9 +43,7 @@ def prepare_cpu(config: RunConfig, threads: int) -> CpuSettings:
     """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    onednn = not (config.launch.reproducible and config.model.dtype.name == "float32")
-    torch.backends.mkldnn.set_flags(onednn)
-    return CpuSettings(threads, onednn)
+    torch.backends.mkldnn.set_flags(not (config.launch.reproducible and config.model.dtype.name == "float32"))
 
 
 def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worker:

@@ -12,6 +12,7 @@ from harness.messages import Cancel, EngineInfo, MessageError, Ping, Shutdown, d
 from harness.serving.transport import Addresses, rejection, router
 
 WAKE = "inproc://wake"
+MAX_CANCELLED = 10_000  # ids of requests that never come would pile up otherwise
 log = logging.getLogger(__name__)
 
 
@@ -78,7 +79,8 @@ class ControlThread:
                 self._socket.send_multipart([client, *encode(info)])
             elif isinstance(message, Cancel):
                 with self._lock:
-                    self._cancelled.add(message.request_id)
+                    if len(self._cancelled) < MAX_CANCELLED:
+                        self._cancelled.add(message.request_id)
             elif isinstance(message, Shutdown):
                 wake.send(b"shutdown")
         wake.close(linger=0)

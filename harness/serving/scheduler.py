@@ -27,8 +27,6 @@ from harness.messages import (
     array,
     decode,
     encode,
-    pack,
-    unpack,
 )
 from harness.parallel.collectives import Collectives
 from harness.serving.control import WAKE, ControlThread
@@ -77,7 +75,7 @@ class RequestScheduler:
                 return
             is_cancelled = partial(self.board.is_posted, message.request_id)
             frames = self.worker.generate(message, lambda done, total: None, is_cancelled)
-            self.collectives.gather(pack(frames))
+            self.collectives.gather(frames)
 
     def lead(
         self, context: zmq.Context[zmq.Socket[bytes]], requests: zmq.Socket[bytes], control: ControlThread
@@ -90,8 +88,9 @@ class RequestScheduler:
         control.update("ready", 0, served)
         while (accepted := inbox.next()) is not None:
             control.update("busy", len(inbox.queue), served)
-            for frames in self.answer(accepted.request, _reporter(requests, accepted), control):
-                requests.send_multipart([accepted.client, *frames])
+            is_cancelled = partial(control.is_cancelled, accepted.request.request_id)
+            frames = self.answer(accepted.request, _reporter(requests, accepted), is_cancelled)
+            requests.send_multipart([accepted.client, *frames])
             control.forget(accepted.request.request_id)
             served += 1
             control.update("ready", len(inbox.queue), served)
@@ -107,23 +106,28 @@ class RequestScheduler:
         self.collectives.broadcast(encode(Shutdown())[0])
 
     def answer(
-        self, request: GenerationRequest, on_step: Callable[[int, int], None], control: ControlThread | None
-    ) -> list[list[bytes]]:
-        """Runs one accepted request on all ranks; the messages (as frames) that answer it."""
+        self, request: GenerationRequest, on_step: Callable[[int, int], None], is_cancelled: Callable[[], bool]
+    ) -> list[bytes]:
+        """Runs one accepted request on all ranks; the frames of the answer.
+
+        Args:
+            request: one that the pipeline has checked.
+            on_step: told (steps done, steps in all) of this rank.
+            is_cancelled: asked between two steps; once it says yes, the other ranks are told.
+        """
         self.collectives.broadcast(encode(request)[0])
         posted = False
 
-        def is_cancelled() -> bool:
+        def post_cancelled() -> bool:
             nonlocal posted
-            if not posted and control is not None and control.is_cancelled(request.request_id):
+            if not posted and is_cancelled():
                 self.board.post(request.request_id)
                 posted = True
             return posted
 
         start = time.perf_counter()
-        frames = self.worker.generate(request, on_step, is_cancelled)
-        outcomes = [unpack(data) for data in self.collectives.gather(pack(frames))]
-        return [merge(request, outcomes, (time.perf_counter() - start) * 1e3)]
+        outcomes = self.collectives.gather(self.worker.generate(request, on_step, post_cancelled))
+        return merge(request, outcomes, (time.perf_counter() - start) * 1e3)
 
 
 def merge(request: GenerationRequest, outcomes: list[list[bytes]], duration_ms: float) -> list[bytes]:
@@ -174,10 +178,10 @@ class Inbox:
         """The next request, first come first served; None when the engine shall end. Sleeps while there is nothing."""
         while True:
             ready = dict(self._poller.poll(0 if self.queue else None))
-            if self._wake in ready:
-                return None
             while self._requests.poll(0):
                 self._accept(self._requests.recv_multipart())
+            if self._wake in ready:
+                return None
             if self.queue:
                 return self.queue.popleft()
 

@@ -66,7 +66,11 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[
 
 
 class EngineGone(RuntimeError):
-    """The engine stopped answering, or died."""
+    """The engine stopped answering, or died. `kind` is failed, oom or unsupported."""
+
+    def __init__(self, message: str, kind: str = "failed") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class Connection:

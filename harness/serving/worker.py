@@ -14,6 +14,7 @@ from harness.metrics.memory import Memory
 from harness.parallel.mesh import Place
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.state import Cancelled, RunContext, Sample, asks, micro_batches, written
+from harness.serving.faults import failure_kind, failure_line
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +50,11 @@ class Worker:
             return self._generate(request, on_step, is_cancelled)
         except Cancelled:
             return _failure(request, "cancelled", "the request was cancelled", self.place.rank)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            return _failure(request, "oom", f"out of memory: {_line(error)}", self.place.rank)
-        except NotImplementedError as error:
-            return _failure(request, "unsupported", _line(error), self.place.rank)
         except Exception as error:
             if self.place.replica_size > 1:
                 raise
             log.exception("request %s failed", request.request_id)
-            return _failure(request, "failed", f"{type(error).__name__}: {_line(error)}", self.place.rank)
+            return _failure(request, failure_kind(error), failure_line(error), self.place.rank)
 
     def _generate(
         self, request: GenerationRequest, on_step: Callable[[int, int], None], is_cancelled: Callable[[], bool]
@@ -95,10 +92,6 @@ class Worker:
 
 def _failure(request: GenerationRequest, kind: str, message: str, rank: int) -> list[bytes]:
     return encode(RankOutcome([], None, Failure(request.request_id, kind, message, rank)))
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _synchronizer(device: torch.device) -> Callable[[], None]:
