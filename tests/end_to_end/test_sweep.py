@@ -1,0 +1,103 @@
+"""A sweep is a folder, a record and a wandb run for each job, failed ones too, and one table at the end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.records import load, read_status
+from tests.end_to_end.conftest import LIMIT_S, environment, record_of, run
+
+HERE = ["launch.mode=inprocess", "launch.threads_per_rank=1", "request.prompt=rocket"]  # torch is imported once a sweep
+
+
+def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", "harness", "-m", *HERE, f"hydra.sweep.dir={folder}", *overrides])
+
+
+def jobs(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.rglob("status.json"))
+
+
+def inspect(job: Path, *flags: str) -> str:
+    """What wandb itself reads back from the offline run in a job's folder."""
+    logs = list((job / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logs) == 1, f"{job} has {len(logs)} offline runs"
+    program = Path(sys.executable).parent / "wandb"
+    command = [str(program), "leet", "inspect", *flags, "--json", str(logs[0])]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT_S, env=environment(), check=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two solvers times two step counts, mirrored to wandb offline."""
+    folder = tmp_path_factory.mktemp("sweep") / "four"
+    done = sweep(
+        folder, "scheduler/solver=euler,heun", "request.steps=1,2", "logger=default", "logger.wandb.mode=offline"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ok") >= 4, done.stdout
+    return folder
+
+
+def test_every_job_has_its_folder_record_and_status(four: Path) -> None:
+    assert len(jobs(four)) == 4
+    seen = {}
+    for job in jobs(four):
+        record = record_of(job)
+        assert read_status(job).state == "ok"
+        assert (job / "config.yaml").exists()
+        assert (job / record.samples[0].path).exists()
+        request, solver = record.config["request"], record.config["scheduler"]["solver"]["name"]
+        seen[solver, request["steps"]] = record.summary.nfe
+        assert f"request.steps={request['steps']}" in job.name
+    assert seen == {("euler", 1): 1, ("euler", 2): 2, ("heun", 1): 1, ("heun", 2): 3}
+    assert len({record_of(job).fingerprint for job in jobs(four)}) == 4
+    table = load(four)
+    assert sorted(table["config.request.steps"]) == [1, 1, 2, 2]
+    assert set(table["state"]) == {"ok"}
+
+
+def test_every_job_is_a_finished_wandb_run_of_one_group(four: Path) -> None:
+    for job in jobs(four):
+        rows: list[dict[str, Any]] = [json.loads(line) for line in inspect(job).splitlines()]
+        (declared,) = [row["run"] for row in rows if row["type"] == "run"]
+        assert declared["run_group"] == "-".join(four.parts[-2:])
+        assert [row["exit"].get("exit_code", 0) for row in rows if row["type"] == "exit"] == [0]
+
+
+def test_wandb_holds_what_the_record_holds(four: Path) -> None:
+    for job in jobs(four)[:2]:
+        record, mirror = record_of(job), json.loads(inspect(job, "--summary"))
+        assert (mirror["state"], mirror["exit_code"], mirror["name"]) == ("finished", 0, job.name)
+        assert mirror["summary"]["latency_ms_median"] == record.summary.latency_ms.median
+        assert mirror["summary"]["step_ms_median"] == record.summary.step_ms.median
+        assert mirror["summary"]["nfe"] == record.summary.nfe
+        assert mirror["summary"]["fingerprint"] == record.fingerprint
+        for group in ("model", "scheduler", "request", "launch"):
+            assert mirror["config"][group] == record.config[group]
+        assert mirror["summary"]["stages"]["nrows"] == len(record.summary.stage_ms)
+        assert mirror["summary"]["grid"]["format"] == "png"
+
+
+def test_a_job_that_fails_is_a_row_and_not_the_end(tmp_path: Path) -> None:
+    done = sweep(tmp_path / "sweep", "request.steps=0,2", "logger=json")
+    assert done.returncode == 1, done.stderr
+    table = load(tmp_path / "sweep").set_index("state")
+    assert sorted(table.index) == ["failed", "ok"]
+    assert "request.steps=0; ask for 1 to" in table["error"]["failed"]
+    assert table["config.request.steps"]["ok"] == 2
+    assert "request.steps=0; ask for 1 to" in " ".join(done.stderr.split())
+    assert "failed" in done.stdout
+
+
+def test_an_unknown_name_stops_a_sweep_before_its_first_job(tmp_path: Path) -> None:
+    done = sweep(tmp_path / "sweep", "scheduler/solver=euler,huen", "logger=json")
+    assert done.returncode == 2
+    assert "did you mean heun?" in done.stderr
+    assert jobs(tmp_path / "sweep") == []
