@@ -147,7 +147,8 @@ def _draw(generator: DiffusionGenerator, bars: Progress, label: str) -> Generati
     task = bars.add_task(label, total=None)
 
     def on_progress(progress: StepProgress) -> None:
-        bars.update(task, completed=progress.done, total=progress.total)
+        stage = progress.stage.replace("_", " ")
+        bars.update(task, description=f"{label}: {stage}", completed=progress.done, total=progress.total or None)
 
     generation = generator.generate(on_progress=on_progress)
     bars.remove_task(task)

@@ -90,10 +90,10 @@ class InprocessEngine:
         except ValueError as error:
             raise RequestFailed(Failure(request.request_id, "rejected", str(error))) from error
 
-        def on_step(done: int, total: int) -> None:
-            on_progress(Progress(request.request_id, "denoising", done, total))
+        def tell(stage: str, done: int, total: int) -> None:
+            on_progress(Progress(request.request_id, stage, done, total))
 
-        frames = self._scheduler.answer(request, on_step, lambda: False)
+        frames = self._scheduler.answer(request, tell, lambda: False)
         message = decode(frames)
         if isinstance(message, GenerationResult):
             return message, frames

@@ -47,7 +47,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0 has finished `done` of `total` solver steps of its share; `stage` is where it is."""
+    """Rank 0 is in `stage`, and has finished `done` of `total` solver steps of its share (0 of 0 in other stages)."""
 
     request_id: str
     stage: str

@@ -63,13 +63,16 @@ def check_whole(path: Path) -> None:
         raise CheckpointError(f"{path}: {size} bytes where its header promises {8 + length + end}; copy the file again")
 
 
-def check_checkpoint(folder: Path, weights: tuple[str, ...], configs: tuple[str, ...]) -> None:
+def check_checkpoint(
+    folder: Path, weights: tuple[str, ...], configs: tuple[str, ...], weights_needed: bool = True
+) -> None:
     """Refuses a checkpoint folder that lacks a component, or one of whose weight files is not whole.
 
     Args:
         folder: the checkpoint, in the diffusers layout.
         weights: names of the components with weights (each with a config.json).
         configs: names of the folders that hold only small files (a tokenizer).
+        weights_needed: false for random weights, which need the configs alone.
 
     Raises:
         CheckpointError: what is missing or broken, and where.
@@ -82,5 +85,5 @@ def check_checkpoint(folder: Path, weights: tuple[str, ...], configs: tuple[str,
     for name in weights:
         if not (folder / name / "config.json").is_file():
             raise CheckpointError(f"{folder / name}: no config.json here")
-        for path in weight_files(folder / name):
+        for path in weight_files(folder / name) if weights_needed else []:
             check_whole(path)

@@ -124,7 +124,10 @@ def test_a_truncated_file_is_refused(copy: Path, keep: int) -> None:
     assert str(weights(copy)) in refused(f"model.path={copy}")
 
 
-@pytest.mark.parametrize("content", [b"\x80\x04\x95" + b"p" * 500, b"<html>" * 100, b"\x10" + b"\0" * 7 + b"not json at all!"])
+FOREIGN = (b"\x80\x04\x95" + b"p" * 500, b"<html>" * 100, b"\x10" + b"\0" * 7 + b"not json at all!")
+
+
+@pytest.mark.parametrize("content", FOREIGN)
 def test_a_foreign_file_is_refused(copy: Path, content: bytes) -> None:
     weights(copy).write_bytes(content)
     assert "safetensors file" in refused(f"model.path={copy}")

@@ -46,7 +46,7 @@ class Denoising:
             run.check_cancelled()
             with run.clock.step():
                 x_BCHW = self.noise_scheduler.solver.step(x_BCHW, i, grid, denoise, memory, noise)
-            run.on_step(len(run.clock.steps), total)
+            run.on_progress(self.name, len(run.clock.steps), total)
         for sample, latent in zip(batch, x_BCHW, strict=True):
             sample.latent = latent
 

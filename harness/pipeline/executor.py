@@ -24,6 +24,7 @@ class SyncExecutor:
         points = []
         with torch.inference_mode():
             for stage in stages:
+                run.on_progress(stage.name, 0, 0)
                 with run.clock.stage(stage.name):
                     stage.forward(samples, run)
                 points.append(MemoryPoint(stage.name, run.memory.used_mib()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from models.components import TextStates
 from schedulers.grid import Grid
 
 T = TypeVar("T")
+OnProgress: TypeAlias = Callable[[str, int, int], None]
 
 
 class Cancelled(Exception):
@@ -59,7 +60,7 @@ class RunContext:
         batch_size: pictures a network forward carries.
         clock: times of this request.
         memory: the memory account.
-        on_step: called after each solver step with (steps done, steps in all) of this rank.
+        on_progress: told (stage, 0, 0) as a stage begins, and (stage, done, total) after each solver step of this rank.
         check_cancelled: raises Cancelled once the request is cancelled; the ranks of a replica agree on the step.
     """
 
@@ -67,7 +68,7 @@ class RunContext:
     batch_size: int
     clock: Clock
     memory: Memory
-    on_step: Callable[[int, int], None]
+    on_progress: OnProgress
     check_cancelled: Callable[[], None]
     notes: list[str] = field(default_factory=list)
 

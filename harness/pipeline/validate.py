@@ -5,6 +5,7 @@ from __future__ import annotations
 from harness.config.limits import check_request, check_size
 from harness.messages import GenerationRequest
 from harness.pipeline.state import RunContext, Sample
+from schedulers.noise_scheduler import NoiseScheduler
 
 
 class InputValidation:
@@ -13,15 +14,17 @@ class InputValidation:
     Args:
         size_multiple: height and width are multiples of it, pixels.
         max_pixels: largest height * width.
+        noise_scheduler: refuses step counts that its path cannot be cut into.
     """
 
     name = "input_validation"
     reads = frozenset({"ask"})
     writes: frozenset[str] = frozenset()
 
-    def __init__(self, size_multiple: int, max_pixels: int) -> None:
+    def __init__(self, size_multiple: int, max_pixels: int, noise_scheduler: NoiseScheduler) -> None:
         self.size_multiple = size_multiple
         self.max_pixels = max_pixels
+        self.noise_scheduler = noise_scheduler
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for sample in samples:
@@ -45,3 +48,4 @@ class InputValidation:
             request.guidance,
         )
         check_size(request.height, request.width, self.size_multiple, self.max_pixels)
+        self.noise_scheduler.grid(request.steps)

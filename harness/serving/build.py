@@ -68,7 +68,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
     )
     noise_scheduler = build_noise_scheduler(noise_scheduler_settings(config.scheduler))
     pipeline = ComposedPipeline(
-        InputValidation(model.size_multiple, model.max_pixels),
+        InputValidation(model.size_multiple, model.max_pixels, noise_scheduler),
         [
             TextEncoding(parts.text),
             TimestepPreparation(noise_scheduler),

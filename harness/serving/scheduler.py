@@ -29,6 +29,7 @@ from harness.messages import (
     encode,
 )
 from harness.parallel.collectives import Collectives
+from harness.pipeline.state import OnProgress
 from harness.serving.control import WAKE, ControlThread
 from harness.serving.transport import rejection
 from harness.serving.worker import Worker
@@ -74,7 +75,7 @@ class RequestScheduler:
             if not isinstance(message, GenerationRequest):
                 return
             is_cancelled = partial(self.board.is_posted, message.request_id)
-            frames = self.worker.generate(message, lambda done, total: None, is_cancelled)
+            frames = self.worker.generate(message, lambda stage, done, total: None, is_cancelled)
             self.collectives.gather(frames)
 
     def lead(
@@ -106,13 +107,13 @@ class RequestScheduler:
         self.collectives.broadcast(encode(Shutdown())[0])
 
     def answer(
-        self, request: GenerationRequest, on_step: Callable[[int, int], None], is_cancelled: Callable[[], bool]
+        self, request: GenerationRequest, on_progress: OnProgress, is_cancelled: Callable[[], bool]
     ) -> list[bytes]:
         """Runs one accepted request on all ranks; the frames of the answer.
 
         Args:
             request: one that the pipeline has checked.
-            on_step: told (steps done, steps in all) of this rank.
+            on_progress: told of each stage and solver step of this rank.
             is_cancelled: asked between two steps; once it says yes, the other ranks are told.
         """
         self.collectives.broadcast(encode(request)[0])
@@ -126,7 +127,7 @@ class RequestScheduler:
             return posted
 
         start = time.perf_counter()
-        outcomes = self.collectives.gather(self.worker.generate(request, on_step, post_cancelled))
+        outcomes = self.collectives.gather(self.worker.generate(request, on_progress, post_cancelled))
         return merge(request, outcomes, (time.perf_counter() - start) * 1e3)
 
 
@@ -205,16 +206,16 @@ class Inbox:
         self.queue.append(Accepted(client, message))
 
 
-def _reporter(requests: zmq.Socket[bytes], accepted: Accepted) -> Callable[[int, int], None]:
+def _reporter(requests: zmq.Socket[bytes], accepted: Accepted) -> OnProgress:
     last = 0.0
 
-    def on_step(done: int, total: int) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if done < total and now - last < PROGRESS_S:
+        if 0 < done < total and now - last < PROGRESS_S:
             return
         last = now
-        progress = Progress(accepted.request.request_id, "denoising", done, total)
+        progress = Progress(accepted.request.request_id, stage, done, total)
         requests.send_multipart([accepted.client, *encode(progress)])
 
-    return on_step
+    return on_progress

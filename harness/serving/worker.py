@@ -13,7 +13,7 @@ from harness.metrics.clock import Clock
 from harness.metrics.memory import Memory
 from harness.parallel.mesh import Place
 from harness.pipeline.composed import ComposedPipeline
-from harness.pipeline.state import Cancelled, RunContext, Sample, asks, micro_batches, written
+from harness.pipeline.state import Cancelled, OnProgress, RunContext, Sample, asks, micro_batches, written
 from harness.serving.faults import failure_kind, failure_line
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Worker:
     def generate(
         self,
         request: GenerationRequest,
-        on_step: Callable[[int, int], None],
+        on_progress: OnProgress,
         is_cancelled: Callable[[], bool],
     ) -> list[bytes]:
         """The frames of a RankOutcome: this rank's pictures and report, or what went wrong.
@@ -47,7 +47,7 @@ class Worker:
         waiting in a collective, so it ends the rank, and with it the engine.
         """
         try:
-            return self._generate(request, on_step, is_cancelled)
+            return self._generate(request, on_progress, is_cancelled)
         except Cancelled:
             return _failure(request, "cancelled", "the request was cancelled", self.place.rank)
         except Exception as error:
@@ -57,7 +57,7 @@ class Worker:
             return _failure(request, failure_kind(error), failure_line(error), self.place.rank)
 
     def _generate(
-        self, request: GenerationRequest, on_step: Callable[[int, int], None], is_cancelled: Callable[[], bool]
+        self, request: GenerationRequest, on_progress: OnProgress, is_cancelled: Callable[[], bool]
     ) -> list[bytes]:
         everything = micro_batches([Sample(ask) for ask in asks(request)], request.batch_size)
         samples = [sample for batch in self.place.share(everything) for sample in batch]
@@ -68,7 +68,7 @@ class Worker:
                 raise Cancelled
 
         clock = Clock(_synchronizer(self.device))
-        run = RunContext(self.device, request.batch_size, clock, self.memory, on_step, check_cancelled)
+        run = RunContext(self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled)
         points = self.pipeline.forward(samples, run)
         report = RankReport(
             rank=self.place.rank,

@@ -50,12 +50,12 @@ def flash_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Ten
     there.
 
     Raises:
-        ValueError: a mask on CUDA, where the package has no argument for it.
+        NotImplementedError: a mask on CUDA, where the package has no argument for it.
         ImportError: CUDA tensors without the flash-attn package.
     """
     if q_BLHD.is_cuda:
         if mask_BS is not None:
-            raise ValueError("attention=flash takes no key mask on CUDA; use attention=sdpa for padded text")
+            raise NotImplementedError("attention=flash takes no key mask on CUDA; use attention=sdpa for padded text")
         return _flash_attn_cuda(q_BLHD, k_BSHD, v_BSHD)
     bias_B11S = None
     if mask_BS is not None:

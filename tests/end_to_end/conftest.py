@@ -20,7 +20,8 @@ ENDLESS = "request.steps=10000"
 
 def environment() -> dict[str, str]:
     """This process's, without what a torchrun of ours would inherit, and with waiting threads asleep."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC", "WANDB", "TRIPTYCH"))}
+    ours = ("TORCHELASTIC", "WANDB", "TRIPTYCH")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return kept | {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -73,7 +74,8 @@ def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 60.0) ->
 
 @contextmanager
 def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    process = subprocess.Popen(arguments, stdout=pipe, stderr=both, text=True, env=environment())
     try:
         yield process
     finally:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+
+from models.registry import REFERENCE
 from tests.end_to_end.conftest import (
     ENDLESS,
     command,
@@ -19,14 +21,13 @@ from tests.end_to_end.conftest import (
     wait_for,
 )
 
-from models.registry import REFERENCE
-
 ONE = "request.prompt=rocket"
 
 
 def ranks(folder: Path) -> list[int]:
     """Process ids of the ranks of a run."""
-    return sorted(pid for pid, line in processes_about(folder).items() if "harness.rank" in line and "run --" not in line)
+    lines = processes_about(folder)
+    return sorted(pid for pid, line in lines.items() if "harness.rank" in line and "run --" not in line)
 
 
 def drawing(folder: Path, count: int) -> bool:
@@ -76,7 +77,7 @@ def test_an_interrupt_while_denoising(tmp_path: Path, number: signal.Signals) ->
 def test_an_interrupt_while_starting(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with started(command(ENDLESS, ONE, f"hydra.run.dir={folder}")) as process:
-        wait_for(lambda: bool(processes_about(folder)) and (folder / "logs" / "launch.log").exists(), "torchrun to start")
+        wait_for((folder / "logs" / "launch.log").exists, "torchrun to start")
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output

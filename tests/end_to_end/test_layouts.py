@@ -4,10 +4,10 @@ from pathlib import Path
 
 import msgspec
 from PIL import Image
-from tests.end_to_end.conftest import command, hashes, record_of, run, status_of, torchrun
 
 from harness.media import pixel_hash
 from harness.records import load
+from tests.end_to_end.conftest import command, hashes, record_of, run, status_of, torchrun
 
 ASKED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5"]
 

@@ -66,7 +66,7 @@ def test_messages_come_back_as_sent(message: Message) -> None:
     assert decode(unpack(pack(encode(message)))) == message
 
 
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("dtype", ["float32"])
 def test_arrays_come_back_bit_for_bit(dtype: str) -> None:
     whole = (np.random.default_rng(0).normal(size=(3, 16, 8)) * 100).astype(dtype)
     turned = whole.transpose(0, 2, 1)  # not contiguous: frames are C order whatever the memory was

@@ -90,7 +90,7 @@ def context(batch_size: int = 1, check_cancelled: object = lambda: None) -> RunC
         batch_size,
         Clock(lambda: None),
         ResidentMemory(),
-        lambda done, total: None,
+        lambda stage, done, total: None,
         check_cancelled,  # type: ignore[arg-type]
     )
 
@@ -104,14 +104,14 @@ def worker(network: nn.Module, settings: Settings = FAMILIES[0], decoder: object
         Denoising(network, torch.float32, scheduler),
         Decoding(decoder or ToyDecoder()),  # type: ignore[arg-type]
     ]
-    pipeline = ComposedPipeline(InputValidation(8, 64 * 64), stages, SyncExecutor())
+    pipeline = ComposedPipeline(InputValidation(8, 64 * 64, scheduler), stages, SyncExecutor())
     return Worker(pipeline, Place(0, (1, 1, 1, 1, 1)), torch.device("cpu"), ResidentMemory())
 
 
 def draw(
     asked: GenerationRequest, network: nn.Module, settings: Settings = FAMILIES[0]
 ) -> tuple[RankOutcome, list[np.ndarray]]:
-    frames = worker(network, settings).generate(asked, lambda done, total: None, lambda: False)
+    frames = worker(network, settings).generate(asked, lambda stage, done, total: None, lambda: False)
     outcome = decode(frames)
     assert isinstance(outcome, RankOutcome)
     return outcome, [array(sample.pixels, frames) for sample in outcome.samples]
@@ -368,19 +368,19 @@ def test_the_network_runs_in_its_dtype_and_the_state_in_float32() -> None:
 def test_a_cancelled_request_stops_within_one_step(after: int, solver: str) -> None:
     network, done = ToyNetwork(), 0
 
-    def on_step(steps: int, total: int) -> None:
+    def on_progress(stage: str, steps: int, total: int) -> None:
         nonlocal done
         done = steps
-        assert total == 100
+        assert total == (100 if steps else 0)
 
     one = worker(network, Settings("rectified_flow", solver=solver))
-    frames = one.generate(request(steps=50), on_step, lambda: done >= after)
+    frames = one.generate(request(steps=50), on_progress, lambda: done >= after)
     outcome = decode(frames)
     assert isinstance(outcome, RankOutcome)
     assert outcome.failure == Failure("r", "cancelled", "the request was cancelled", 0)
     assert outcome.samples == []
     assert network.calls == after * (2 if solver == "heun" else 1)
-    answer = decode(one.generate(request(), lambda done, total: None, lambda: False))
+    answer = decode(one.generate(request(), lambda stage, done, total: None, lambda: False))
     assert isinstance(answer, RankOutcome)
     assert answer.failure is None  # the worker draws on
 
@@ -432,7 +432,7 @@ def test_one_bad_value_in_one_picture_is_enough() -> None:
             return pixels
 
     one = worker(ToyNetwork(), decoder=Spoiled())
-    answer = decode(one.generate(request(), lambda done, total: None, lambda: False))
+    answer = decode(one.generate(request(), lambda stage, done, total: None, lambda: False))
     assert isinstance(answer, RankOutcome)
     assert answer.failure is not None
     assert "not finite" in answer.failure.message
@@ -442,7 +442,7 @@ def test_an_exception_ends_a_rank_that_others_wait_for() -> None:
     one = worker(Broken(RuntimeError("broken")))
     one.place = Place(0, (1, 1, 1, 1, 2))
     with pytest.raises(RuntimeError, match="broken"):
-        one.generate(request(), lambda done, total: None, lambda: False)
+        one.generate(request(), lambda stage, done, total: None, lambda: False)
 
 
 @pytest.mark.parametrize(
