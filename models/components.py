@@ -30,6 +30,7 @@ class Components:
         decoder: turns latents into pixels.
         latent_channels: C.
         latent_stride: pixels a latent pixel spans on a side.
+        size_multiple: pixels a token of the network spans on a side.
     """
 
     network: nn.Module
@@ -37,6 +38,7 @@ class Components:
     decoder: LatentDecoder
     latent_channels: int
     latent_stride: int
+    size_multiple: int
 
 
 class TextEncoder(Protocol):

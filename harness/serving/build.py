@@ -66,6 +66,11 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         model.text_tokens,
         model.load is Load.dummy,
     )
+    if model.size_multiple % parts.size_multiple:
+        raise ValueError(
+            f"model.size_multiple={model.size_multiple}, but this checkpoint draws multiples of {parts.size_multiple} "
+            f"pixels; set model.size_multiple={parts.size_multiple}"
+        )
     noise_scheduler = build_noise_scheduler(noise_scheduler_settings(config.scheduler))
     pipeline = ComposedPipeline(
         InputValidation(model.size_multiple, model.max_pixels, noise_scheduler),

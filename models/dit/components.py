@@ -42,4 +42,5 @@ def load(
             network = DiT(read_config(folder / "transformer"), kernel).to(device=device, dtype=dtype).eval()
         else:
             network = load_dit(folder / "transformer", kernel, dtype, device)
-    return Components(network, text, decoder, decoder.latent_channels, decoder.stride)
+    multiple = decoder.stride * network.config.patch
+    return Components(network, text, decoder, decoder.latent_channels, decoder.stride, multiple)
