@@ -64,9 +64,8 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
             numbers = (f"{row.latency_ms.median:.1f}", f"{row.step_ms.median:.2f}", str(row.nfe))
         colour = "green" if status.state == "ok" else "red"
         own = [part for part in folder.name.split(",") if part not in shared]
-        table.add_row(
-            "\n".join(own) or folder.name, f"[{colour}]{status.state}[/{colour}]", *numbers, status.error or ""
-        )
+        label, state = escape("\n".join(own) or folder.name), f"[{colour}]{status.state}[/{colour}]"
+        table.add_row(label, state, *numbers, escape(status.error or ""))
     console.print(table)
     console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
 
