@@ -102,7 +102,7 @@ def test_arrays_come_back_bit_for_bit(dtype: str) -> None:
 )
 def test_a_reference_that_does_not_fit_its_frame_is_refused(ref: ArrayRef) -> None:
     with pytest.raises(MessageError):
-        array(ref, [b"header", np.arange(4, dtype=np.float32).tobytes()])
+        array(ref, [b"head", np.arange(4, dtype=np.float32).tobytes()])
 
 
 def test_no_frame_is_no_message() -> None:

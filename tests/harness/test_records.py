@@ -180,7 +180,7 @@ def test_the_fingerprint_is_of_what_was_asked_not_of_where_it_is_logged() -> Non
 
     plain = of()
     assert plain == of("logger=json", "logger.wandb.project=other")
-    assert plain == of("hydra.run.dir=elsewhere")
+    assert plain == of("hydra.run.dir=elsewhere", "launch.start_timeout_s=7")
     different = ["request.seed=1", "request.prompt=rocket", "request.steps=3", "parallel=dp2", "attention=math"]
     assert len({plain, *(of(override) for override in different)}) == 1 + len(different)
 
