@@ -20,7 +20,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from harness.client import DiffusionGenerator
@@ -33,9 +33,10 @@ from harness.compose import (
     register_schema,
     run_folder,
 )
-from harness.config.schema import Task
-from harness.generate import refuse, run_in, run_training
+from harness.config.schema import LoggerConfig, Task
+from harness.generate import mirror, refuse, run_in, run_training
 from harness.loggers.table import print_sweep
+from harness.loggers.wandb import log_failure
 from harness.records import RunFolder, RunFolderError, Status
 from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
 
@@ -119,13 +120,25 @@ def run_job(composed: DictConfig) -> Job:
         config, notes = checked(composed)
         if hydra_config.mode is RunMode.MULTIRUN:
             config.logger.table = False  # one table of all jobs, at the end
-            config.logger.wandb.group = config.logger.wandb.group or sweep_group(Path(hydra_config.sweep.dir))
+            config.logger.wandb.group = config.logger.wandb.group or sweep_group(folder.parent)
         return run_one(Composed(config, list(hydra_config.overrides.task), folder, notes))
     except ConfigError as error:
-        return Job(folder, refuse(folder, ConfigError(f"{folder.name}: {error}")))
+        status = refuse(folder, ConfigError(f"{folder.name}: {error}"))
+        mirror_refusal(composed, folder, status)
+        return Job(folder, status)
     except RunFolderError as error:
         complain(error)
         return Job(folder, Status("failed", str(error)))
+
+
+def mirror_refusal(composed: DictConfig, folder: Path, status: Status) -> None:
+    """A refused job of a sweep is a run of its wandb group too, with what was declared, right or wrong."""
+    logger = OmegaConf.to_object(composed.logger)
+    if not isinstance(logger, LoggerConfig):
+        return
+    logger.wandb.group = logger.wandb.group or sweep_group(folder.parent)
+    declared = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["model", "scheduler", "parallel", "request"]))
+    mirror(lambda: log_failure(logger.wandb, {"declared": declared}, folder, composed.task.name.name, status))
 
 
 def sweep_group(folder: Path) -> str:

@@ -34,6 +34,7 @@ def run_in(composed: Composed, folder: RunFolder, console: Console, make: Callab
         console: where the progress and the table go.
         make: makes the generator.
     """
+    config = composed.config
     try:
         record = run_generate(composed, folder, make(), console)
     except (Exception, KeyboardInterrupt) as error:
@@ -41,11 +42,13 @@ def run_in(composed: Composed, folder: RunFolder, console: Console, make: Callab
         folder.finish(status)
         complain(f"{status.state}: {status.error} (see {folder.path})")
         if status.state != "cancelled":
-            _mirror(composed, folder, None, status)
+            mirror(
+                lambda: log_failure(config.logger.wandb, to_dict(config), folder.path, config.task.name.name, status)
+            )
         return status
     folder.finish(Status("ok"))
-    _mirror(composed, folder, record, Status("ok"))
-    if composed.config.logger.table:
+    mirror(lambda: log_run(config.logger.wandb, record, folder.path, config.task.name.name))
+    if config.logger.table:
         print_record(record, folder.path, console)
     return Status("ok")
 
@@ -114,14 +117,10 @@ def status_of(error: BaseException) -> Status:
     return Status("failed", f"{type(error).__name__}: {line}")
 
 
-def _mirror(composed: Composed, folder: RunFolder, record: Record | None, status: Status) -> None:
-    """The run on wandb; what goes wrong there is said, and is not the run's failure."""
-    config = composed.config
+def mirror(log: Callable[[], None]) -> None:
+    """Logs a run elsewhere; what goes wrong there is said, and is not the run's failure."""
     try:
-        if record is not None:
-            log_run(config.logger.wandb, record, folder.path, config.task.name.name)
-        else:
-            log_failure(config.logger.wandb, to_dict(config), folder.path, config.task.name.name, status)
+        log()
     except Exception as error:
         complain(f"the run is on disk, but wandb did not take it: {status_of(error).error}")
 

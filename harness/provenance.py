@@ -7,7 +7,8 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from harness.messages import EngineInfo
 
@@ -22,40 +23,70 @@ VARIABLES = (
 )
 
 
-def provenance(engine: EngineInfo, environment: dict[str, str]) -> dict[str, Any]:
+class Git(msgspec.Struct, frozen=True):
+    """The code: its commit, and whether the tree differed from it."""
+
+    commit: str
+    dirty: bool
+
+
+class Hardware(msgspec.Struct, frozen=True):
+    """The machine of rank 0; `device` is its ranks'."""
+
+    platform: str
+    cpu: str
+    cores: int
+    memory_mib: int
+    device: str
+
+
+class Provenance(msgspec.Struct, frozen=True):
+    """Where a record comes from. `git` is null outside a checkout of this project."""
+
+    git: Git | None
+    python: str
+    packages: dict[str, str | None]
+    hardware: Hardware
+    world_size: int
+    threads_per_rank: int
+    environment: dict[str, str]
+    timing: str
+
+
+def provenance(engine: EngineInfo, environment: dict[str, str]) -> Provenance:
     """What the record says of its origin.
 
     Args:
         engine: what the ranks say of themselves.
         environment: the ranks' environment.
     """
-    return {
-        "git": git_state(Path(__file__).parent),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "hardware": {
-            "platform": platform.platform(),
-            "cpu": cpu_name(),
-            "cores": usable_cores(),
-            "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
-            "device": engine.device,
-        },
-        "world_size": engine.world_size,
-        "threads_per_rank": engine.threads,
-        "environment": {name: environment[name] for name in VARIABLES if name in environment},
-        "timing": "device synchronised at the edges of every stage, step and network evaluation",
-    }
+    return Provenance(
+        git=git_state(Path(__file__).parent),
+        python=platform.python_version(),
+        packages={name: _version(name) for name in PACKAGES},
+        hardware=Hardware(
+            platform=platform.platform(),
+            cpu=cpu_name(),
+            cores=usable_cores(),
+            memory_mib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
+            device=engine.device,
+        ),
+        world_size=engine.world_size,
+        threads_per_rank=engine.threads,
+        environment={name: environment[name] for name in VARIABLES if name in environment},
+        timing="device synchronised at the edges of every stage, step and network evaluation",
+    )
 
 
-def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and whether the tree differs from it; empty outside a checkout of this project."""
+def git_state(folder: Path) -> Git | None:
+    """Commit and whether the tree differs from it; None outside a checkout of this project."""
     try:
         if Path(_git(folder, "rev-parse", "--show-toplevel")) != folder.parent.resolve():
-            return {}  # an installed copy inside somebody else's checkout
+            return None  # an installed copy inside somebody else's checkout
         commit = _git(folder, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain"))}
+        return Git(commit, bool(_git(folder, "status", "--porcelain")))
     except (OSError, subprocess.SubprocessError):
-        return {}
+        return None
 
 
 def cpu_name() -> str:

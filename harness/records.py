@@ -15,6 +15,7 @@ import msgspec
 
 from harness.messages import MemoryPoint, StageTime, StepTime
 from harness.metrics.summary import Summary
+from harness.provenance import Provenance
 
 if TYPE_CHECKING:
     import pandas
@@ -91,7 +92,7 @@ class Record(msgspec.Struct, frozen=True):
     fingerprint: str
     overrides: list[str]
     config: dict[str, Any]
-    provenance: dict[str, Any]
+    provenance: Provenance
     attention: Attention
     first_call: FirstCall
     repeats: list[Repeat]

@@ -24,7 +24,7 @@ class Denoising:
     """
 
     name = "denoising"
-    reads = frozenset({"ask", "text", "negative", "grid", "latent"})
+    reads = frozenset({"ask", "text", "negative", "grid", "start"})
     writes = frozenset({"latent"})
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, noise_scheduler: NoiseScheduler) -> None:
@@ -40,7 +40,7 @@ class Denoising:
 
     def _denoise(self, batch: list[Sample], run: RunContext, total: int) -> None:
         grid = written(batch[0].grid)
-        x_BCHW = torch.stack([written(sample.latent) for sample in batch])
+        x_BCHW = torch.stack([written(sample.start) for sample in batch])
         denoise, memory, noise = self._network_call(batch, run), Memory(), _noise(batch, x_BCHW)
         for i in range(grid.steps):
             run.check_cancelled()

@@ -25,7 +25,7 @@ class LatentPreparation:
 
     name = "latent_preparation"
     reads = frozenset({"ask", "grid"})
-    writes = frozenset({"latent"})
+    writes = frozenset({"start"})
 
     def __init__(self, channels: int, stride: int, noise_scheduler: NoiseScheduler) -> None:
         self.channels = channels
@@ -37,7 +37,7 @@ class LatentPreparation:
             ask = sample.ask
             shape = (self.channels, ask.height // self.stride, ask.width // self.stride)
             noise = seeded_noise(ask.seed, shape).to(run.device)
-            sample.latent = self.noise_scheduler.init_noise(noise, written(sample.grid))
+            sample.start = self.noise_scheduler.init_noise(noise, written(sample.grid))
 
 
 def seeded_noise(seed: int, shape: tuple[int, ...]) -> Tensor:

@@ -47,7 +47,8 @@ class Sample:
         None  # text encoding: states (1, S, T) of the negative prompt, where guidance needs it
     )
     grid: Grid | None = None  # timestep preparation
-    latent: Tensor | None = None  # latent preparation, then denoising: (C, H, W) float32
+    start: Tensor | None = None  # latent preparation: the state at the grid's first row, (C, H, W) float32
+    latent: Tensor | None = None  # denoising: (C, H, W) float32
     pixels: Tensor | None = None  # decoding: (3, height, width) float32 in [0, 1]
 
 

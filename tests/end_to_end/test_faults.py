@@ -95,6 +95,19 @@ def test_ranks_end_when_the_one_who_started_them_is_killed(tmp_path: Path) -> No
     assert status_of(folder).state == "failed"
 
 
+def test_an_interrupt_under_a_torchrun_of_the_users_own(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = [ENDLESS, "request.prompts=[a,b]", "parallel=dp2", f"hydra.run.dir={folder}"]
+    with started(torchrun(2, *overrides)) as process:
+        wait_for(lambda: (folder / "logs" / "rank1.log").exists(), "rank 1 to start")
+        time.sleep(8)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert status_of(folder).state == "cancelled"
+    wait_for(lambda: not processes_about(folder), "every process to end", 10)
+
+
 def test_a_rank_killed_under_a_torchrun_of_the_users_own(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     overrides = [ENDLESS, "request.prompts=[a,b]", "parallel=dp2", f"hydra.run.dir={folder}"]

@@ -40,7 +40,7 @@ def test_a_run_leaves_everything_it_promises(single: Path) -> None:
         "decoding",
     ]
     assert len(record.repeats[0].denoise_steps_ms) == 6
-    assert record.provenance["threads_per_rank"] == 1
+    assert record.provenance.threads_per_rank == 1
     table = load(single.parent)
     assert list(table["state"]) == ["ok"]
     assert table["summary.latency_ms.median"][0] == record.summary.latency_ms.median
@@ -56,7 +56,7 @@ def test_two_replicas_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
 def test_more_threads_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, "launch.threads_per_rank=2", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
-    assert record_of(tmp_path / "run").provenance["threads_per_rank"] == 2
+    assert record_of(tmp_path / "run").provenance.threads_per_rank == 2
     assert hashes(tmp_path / "run") == hashes(single)
 
 

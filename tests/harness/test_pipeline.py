@@ -258,11 +258,9 @@ def test_the_first_state_is_the_noise_scaled_to_the_grid() -> None:
         samples = [Sample(ask, grid=scheduler.grid(ask.steps)) for ask in asks(request())]
         LatentPreparation(4, 2, scheduler).forward(samples, context())
         for k, one in enumerate(samples):
-            assert one.latent is not None
+            assert one.start is not None
             assert one.grid is not None
-            torch.testing.assert_close(
-                one.latent, one.grid.init_std * seeded_noise(5 + k, (4, 8, 8)), rtol=1e-6, atol=0
-            )
+            torch.testing.assert_close(one.start, one.grid.init_std * seeded_noise(5 + k, (4, 8, 8)), rtol=1e-6, atol=0)
 
 
 def test_noise_of_seeds_and_steps_never_meets() -> None:

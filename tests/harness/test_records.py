@@ -11,8 +11,9 @@ from PIL import Image
 
 from harness.compose import compose_run, to_dict
 from harness.media import pixel_hash, save_png, to_uint8
-from harness.messages import MemoryPoint, StageTime, StepTime
+from harness.messages import EngineInfo, MemoryPoint, StageTime, StepTime
 from harness.metrics.summary import summarize
+from harness.provenance import provenance
 from harness.records import (
     SCHEMA,
     Attention,
@@ -49,7 +50,7 @@ def record(latency_ms: float = 10.0, schema: int = SCHEMA) -> Record:
         "0123456789abcdef",
         ["request.steps=2"],
         {"request": {"steps": 2, "prompts": ["rocket"]}},
-        {"world_size": 1},
+        provenance(EngineInfo("ready", 1, [1], device="cpu", threads=1), {"MKL_CBWR": "AUTO,STRICT", "HOME": "/"}),
         Attention("auto", "sdpa"),
         FirstCall(1.0, 2.0, []),
         [repeat, repeat],
