@@ -86,7 +86,7 @@ def test_wandb_holds_what_the_record_holds(four: Path) -> None:
 
 
 def test_a_job_that_fails_is_a_row_and_not_the_end(tmp_path: Path) -> None:
-    done = sweep(tmp_path / "sweep", "request.steps=0,2", "logger=json")
+    done = sweep(tmp_path / "sweep", "request.steps=0,2", "logger=default", "logger.wandb.mode=offline")
     assert done.returncode == 1, done.stderr
     table = load(tmp_path / "sweep").set_index("state")
     assert sorted(table.index) == ["failed", "ok"]
@@ -94,6 +94,12 @@ def test_a_job_that_fails_is_a_row_and_not_the_end(tmp_path: Path) -> None:
     assert table["config.request.steps"]["ok"] == 2
     assert "request.steps=0; ask for 1 to" in " ".join(done.stderr.split())
     assert "failed" in done.stdout
+    for state, code in (("ok", 0), ("failed", 1)):
+        job = Path(table["folder"][state])
+        mirror = json.loads(inspect(job, "--summary"))
+        assert (mirror["summary"]["state"], mirror["exit_code"]) == (state, code)
+        (declared,) = [row["run"] for row in map(json.loads, inspect(job).splitlines()) if row["type"] == "run"]
+        assert declared["run_group"].endswith("-sweep")
 
 
 def test_an_unknown_name_stops_a_sweep_before_its_first_job(tmp_path: Path) -> None:
