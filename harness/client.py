@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +13,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from harness.compose import Composed, compose_run, to_yaml
+from harness.config.request import to_message
 from harness.config.schema import LaunchMode, RequestConfig, RunConfig
 from harness.engine import Engine, OnProgress
 from harness.inprocess import InprocessEngine
 from harness.launch import TorchrunEngine
 from harness.media import grid, pixel_hash, save_png, to_uint8
-from harness.messages import Array, EngineInfo, GenerationRequest, GenerationResult, array
+from harness.messages import Array, EngineInfo, GenerationResult, array
 from harness.records import FirstCall, Record, Repeat, SampleRow
 from harness.results import build_record, measured
 
@@ -208,26 +208,3 @@ class DiffusionGenerator:
         return build_record(
             config, self.overrides, self.info, self._engine.environment, first, repeats, results, self.notes
         )
-
-
-def to_message(asked: RequestConfig) -> GenerationRequest:
-    """A resolved `request` group as the message that the engine takes.
-
-    Raises:
-        ValueError: a group that was not resolved against a model.
-    """
-    prompts, steps, guidance, height, width = asked.prompts, asked.steps, asked.guidance, asked.height, asked.width
-    if prompts is None or steps is None or guidance is None or height is None or width is None:
-        raise ValueError("the request was not resolved; compose it with harness.compose.compose_run")
-    return GenerationRequest(
-        request_id=uuid.uuid4().hex,
-        prompts=list(prompts),
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        negative_prompt=asked.negative_prompt,
-        seed=asked.seed,
-        samples_per_prompt=asked.samples_per_prompt,
-        batch_size=asked.batch_size,
-    )

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.limits import check_request, check_size
+from harness.config.request import to_message
 from harness.config.schema import LaunchMode, Load, RunConfig, Task
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.pipeline.settings import noise_scheduler_settings
@@ -243,15 +244,7 @@ def _resolve_request(config: RunConfig) -> None:
     request.guidance = model.guidance if request.guidance is None else request.guidance
     request.height = model.height if request.height is None else request.height
     request.width = model.width if request.width is None else request.width
-    check_request(
-        request.prompts,
-        request.negative_prompt,
-        request.samples_per_prompt,
-        request.batch_size,
-        request.seed,
-        request.steps,
-        request.guidance,
-    )
+    check_request(to_message(request))
     check_size(request.height, request.width, model.size_multiple, model.max_pixels)
 
 

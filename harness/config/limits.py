@@ -4,42 +4,36 @@ line.
 
 import math
 
+from harness.messages import GenerationRequest
+
 MAX_PROMPT_CHARS = 8_000
 MAX_STEPS = 10_000
 MAX_PICTURES = 4_096
 MAX_SEED = 2**63 - MAX_PICTURES - 1  # picture k has seed + k
 
 
-def check_request(
-    prompts: list[str],
-    negative_prompt: str,
-    samples_per_prompt: int,
-    batch_size: int,
-    seed: int,
-    steps: int,
-    guidance: float,
-) -> None:
+def check_request(request: GenerationRequest) -> None:
     """Refuses a request that no model could draw.
 
     Raises:
         ValueError: the key, its value and what to give instead.
     """
-    for prompt in (*prompts, negative_prompt):
+    for prompt in (*request.prompts, request.negative_prompt):
         if len(prompt) > MAX_PROMPT_CHARS:
             raise ValueError(f"a prompt of {len(prompt)} characters; shorten it to {MAX_PROMPT_CHARS} or fewer")
-    pictures = len(prompts) * samples_per_prompt
+    pictures = len(request.prompts) * request.samples_per_prompt
     if not 1 <= pictures <= MAX_PICTURES:
         raise ValueError(
             f"the request asks for {pictures} pictures; prompts x samples_per_prompt must be 1 to {MAX_PICTURES}"
         )
-    if batch_size < 1:
-        raise ValueError(f"request.batch_size={batch_size}; give at least 1")
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"request.seed={seed}; give 0 to {MAX_SEED}")
-    if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"request.steps={steps}; ask for 1 to {MAX_STEPS}")
-    if not (math.isfinite(guidance) and guidance >= 0):
-        raise ValueError(f"request.guidance={guidance}; give a number of at least 0 (1 is no guidance)")
+    if request.batch_size < 1:
+        raise ValueError(f"request.batch_size={request.batch_size}; give at least 1")
+    if not 0 <= request.seed <= MAX_SEED:
+        raise ValueError(f"request.seed={request.seed}; give 0 to {MAX_SEED}")
+    if not 1 <= request.steps <= MAX_STEPS:
+        raise ValueError(f"request.steps={request.steps}; ask for 1 to {MAX_STEPS}")
+    if not (math.isfinite(request.guidance) and request.guidance >= 0):
+        raise ValueError(f"request.guidance={request.guidance}; give a number of at least 0 (1 is no guidance)")
 
 
 def check_size(height: int, width: int, multiple: int, max_pixels: int) -> None:

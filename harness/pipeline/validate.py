@@ -28,9 +28,7 @@ class InputValidation:
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for sample in samples:
-            ask = sample.ask
-            check_request([ask.prompt], ask.negative_prompt, 1, run.batch_size, ask.seed, ask.steps, ask.guidance)
-            check_size(ask.height, ask.width, self.size_multiple, self.max_pixels)
+            check_size(sample.ask.height, sample.ask.width, self.size_multiple, self.max_pixels)
 
     def check(self, request: GenerationRequest) -> None:
         """Refuses a whole request, before any rank has seen it.
@@ -38,14 +36,6 @@ class InputValidation:
         Raises:
             ValueError: what to change, in one line.
         """
-        check_request(
-            request.prompts,
-            request.negative_prompt,
-            request.samples_per_prompt,
-            request.batch_size,
-            request.seed,
-            request.steps,
-            request.guidance,
-        )
+        check_request(request)
         check_size(request.height, request.width, self.size_multiple, self.max_pixels)
         self.noise_scheduler.grid(request.steps)

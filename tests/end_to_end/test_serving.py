@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import zmq
 
-from harness.client import DiffusionGenerator, Generation, to_message
+from harness.client import DiffusionGenerator, Generation
+from harness.config.request import to_message
 from harness.engine import RequestFailed
 from harness.launch import TorchrunEngine
 from harness.messages import Failure, GenerationRequest, GenerationResult, Ping, Progress, decode, encode
