@@ -100,6 +100,8 @@ def run_training(config: TrainConfig) -> Status:
         status = Status("ok")
     except (Exception, KeyboardInterrupt) as error:
         status = status_of(error)
+        if isinstance(error, ModuleNotFoundError):
+            status = Status("failed", f"training needs the package {error.name}: pip install 'triptych[train]'")
         complain(f"{status.state}: {status.error} (what is trained so far is in {folder.path})")
     folder.finish(status)
     return status
