@@ -59,7 +59,8 @@ def dispatch(arguments: Sequence[str]) -> int:
     """Runs one command line in this process; the exit status."""
     try:
         if any(argument.startswith("-") for argument in arguments):
-            check_names(get_args_parser().parse_args(list(arguments)).overrides)
+            flags = get_args_parser().parse_args(list(arguments))
+            check_names(flags.overrides, sweep=flags.multirun)
             return sweep_or_show(arguments)
         return exit_status(run_one(compose_run(arguments)).status)
     except ConfigError as error:

@@ -148,8 +148,12 @@ def one_line(error: BaseException) -> str:
 # ---------------------------------------------------------------- names
 
 
-def check_names(overrides: Sequence[str]) -> None:
+def check_names(overrides: Sequence[str], sweep: bool = False) -> None:
     """Refuses overrides whose group, option or key does not exist, naming the nearest that does.
+
+    Args:
+        overrides: as on the command line.
+        sweep: whether a value may be a list of choices, one job each.
 
     Raises:
         ConfigError: what is unknown, and what was probably meant.
@@ -162,6 +166,12 @@ def check_names(overrides: Sequence[str]) -> None:
         ) from error
     for override in parsed:
         _check_name(override)
+        if override.is_sweep_override() and not sweep:
+            key, _, value = (override.input_line or override.key_or_group).partition("=")
+            raise ConfigError(
+                f"{key}={value} names several values; to mean one, quote it inside the argument: '{key}=\"{value}\"'; "
+                "to run each, add -m"
+            )
 
 
 def _check_name(override: Override) -> None:

@@ -75,6 +75,7 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("launch.threads_per_rank=0", "at least 1"),
         ("task.repeats=0", "at least 1"),
         ("request.prompt=a=b", "single quotes"),
+        ("request.prompt=red apple, 3d", "'request.prompt=\"red apple, 3d\"'"),
         ("model.path=/no/such/folder", "no such folder"),
     ],
 )
