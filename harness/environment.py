@@ -15,8 +15,14 @@ OWNER = "TRIPTYCH_OWNER"  # process id whose death ends the ranks
 
 
 def threads_per_rank(launch: LaunchConfig, local_ranks: int) -> int:
-    """CPU threads of each rank: what the configuration says, else an even share of the cores."""
-    return launch.threads_per_rank or max(1, usable_cores() // local_ranks)
+    """CPU threads of each rank: what the configuration says, else an even share of the cores.
+
+    Where results shall be reproducible, the share is rounded down to a power of two: elementwise kernels cut a tensor
+    by the number of threads, and a cut that falls inside a vector register rounds otherwise than one between two (seen
+    at 3 threads).
+    """
+    share = max(1, usable_cores() // local_ranks)
+    return launch.threads_per_rank or (1 << (share.bit_length() - 1) if launch.reproducible else share)
 
 
 def arithmetic(launch: LaunchConfig, local_ranks: int) -> dict[str, str]:

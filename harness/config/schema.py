@@ -154,10 +154,10 @@ class LaunchConfig:
     """How ranks are started."""
 
     mode: LaunchMode = LaunchMode.torchrun
-    threads_per_rank: int | None = None  # CPU threads; null = cores / ranks on this machine
+    threads_per_rank: int | None = None  # CPU threads; null = cores / ranks on this machine (see reproducible)
     start_timeout_s: float = 300.0  # until every rank is ready
     stop_timeout_s: float = 10.0  # from an orderly shutdown to SIGTERM, and from there to SIGKILL
-    reproducible: bool = True  # float32 results independent of the thread count (strict MKL, no oneDNN)
+    reproducible: bool = True  # float32 equal at 1, 2, 4 ... threads (strict MKL, no oneDNN)
 
 
 @dataclass
