@@ -88,7 +88,7 @@ class DenoiserConfig:
     style_share: float = 0.5  # captions that name the style
     tag_share: float = 0.15  # captions with a tag
     empty_share: float = 0.1  # captions left empty, for guidance
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(images=240_000, batch=32, lr=1e-3, log_every=100))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(images=265_000, batch=32, lr=1e-3, log_every=100))
 
 
 @dataclass
