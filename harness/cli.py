@@ -124,7 +124,7 @@ def run_job(composed: DictConfig) -> Job:
             config.logger.wandb.group = config.logger.wandb.group or sweep_group(folder.parent)
         return run_one(Composed(config, list(hydra_config.overrides.task), folder, notes))
     except ConfigError as error:
-        status = refuse(folder, ConfigError(f"{folder.name}: {error}"))
+        status = refuse(folder, error)
         mirror_refusal(composed, folder, status)
         return Job(folder, status)
     except RunFolderError as error:
