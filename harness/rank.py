@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -158,6 +159,8 @@ def watch_parents(owner: int) -> None:
     def watch() -> None:
         while os.getppid() == parent and (owner == 0 or is_alive(owner)):
             time.sleep(WATCH_S)
+        if SOCKETS in os.environ:  # nobody else is left to remove it
+            shutil.rmtree(os.environ[SOCKETS], ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="watch-parents", daemon=True).start()

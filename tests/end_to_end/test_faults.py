@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -87,11 +88,13 @@ def test_an_interrupt_while_starting(tmp_path: Path) -> None:
 
 def test_ranks_end_when_the_one_who_started_them_is_killed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
+    sockets = set(Path(tempfile.gettempdir()).glob("triptych-*"))
     with started(command(ENDLESS, ONE, f"hydra.run.dir={folder}")) as process:
         wait_drawing(folder, 1)
         process.kill()
         process.wait(timeout=10)
         wait_for(lambda: not processes_about(folder), "every process to end", 20)
+    assert set(Path(tempfile.gettempdir()).glob("triptych-*")) <= sockets
     assert status_of(folder).state == "failed"
 
 
