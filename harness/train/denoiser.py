@@ -23,7 +23,7 @@ from harness.train.emoji import Emoji
 from harness.train.loop import Every, Fit, Mirror, batch_indices, step_generator
 from models.attention import math_attention
 from models.dit import DiT, DiTConfig
-from schedulers.build import build as build_scheduler
+from schedulers.build import build as build_noise_scheduler
 from schedulers.families import Settings
 from schedulers.noise_scheduler import NoiseScheduler
 
@@ -86,9 +86,9 @@ def part(config: DenoiserConfig) -> str:
     return f"denoiser-{config.family}"
 
 
-def scheduler(config: DenoiserConfig) -> NoiseScheduler:
+def noise_scheduler(config: DenoiserConfig) -> NoiseScheduler:
     """Path, prediction, spacing and solver of the family that is trained."""
-    return build_scheduler(Settings(config.family, config.prediction))
+    return build_noise_scheduler(Settings(config.family, config.prediction))
 
 
 def loss(
@@ -134,7 +134,7 @@ def train(
     """Train, or resume, the denoiser of one family to its end."""
     model = build(config)
     fit = Fit(part(config), model, config.loop, folder, mirror)
-    family = scheduler(config)
+    family = noise_scheduler(config)
 
     def loss_of(step: int) -> Tensor:
         generator = step_generator(config.loop.seed, step)

@@ -126,7 +126,7 @@ def run_score(room: Room) -> Result:
     asked = [rows[i] for i in order[: config.prompts]]
     drawn = sample.pictures(
         load_dit(source / "transformer"),
-        denoiser.scheduler(room.config.denoiser),
+        denoiser.noise_scheduler(room.config.denoiser),
         AutoencoderKL.from_pretrained(source / "vae", dtype=torch.float32, low_cpu_mem_usage=False).eval(),
         *_text_model(source),
         prompts=[captions.caption(row.name, row.style) for row in asked],

@@ -29,7 +29,7 @@ class Oracle(nn.Module):
 
     def __init__(self, family: str, value: float) -> None:
         super().__init__()
-        self.family, self.value, self.time_of = denoiser.scheduler(tiny(family)), value, TIMES[family]
+        self.family, self.value, self.time_of = denoiser.noise_scheduler(tiny(family)), value, TIMES[family]
         self.tau = torch.empty(0)
 
     def forward(self, x: Tensor, tau: Tensor, states: Tensor, mask: Tensor) -> Tensor:
