@@ -25,7 +25,7 @@ from harness.environment import arithmetic
 from harness.generate import refuse, run_in
 from harness.launch import rank_error
 from harness.parallel.mesh import degrees, world_size
-from harness.rank import LOG_FORMAT, leave_error, redirect_output, serve
+from harness.rank import LOG_FORMAT, check_ranks, leave_error, redirect_output, serve
 from harness.records import RunFolder, RunFolderError, Status
 from harness.serving.transport import Addresses, EngineGone
 from harness.terminal import EXIT_BAD_INPUT, complain, exit_status
@@ -92,12 +92,7 @@ def _compose(arguments: Sequence[str], ranks: int) -> Composed:
     composed = compose_run(arguments)
     if composed.config.task.name is Task.train:
         raise ConfigError("task=train runs in one process; start it with python -m harness task=train")
-    wanted = world_size(degrees(composed.config.parallel))
-    if wanted != ranks:
-        raise ConfigError(
-            f"the layout has {wanted} ranks, torchrun started {ranks}; "
-            f"use parallel.dp={ranks} or torchrun --nproc-per-node {wanted}"
-        )
+    check_ranks(world_size(degrees(composed.config.parallel)), ranks)
     return composed
 
 

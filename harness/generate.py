@@ -21,6 +21,7 @@ from harness.messages import EngineInfo, GenerationResult
 from harness.messages import Progress as StepProgress
 from harness.records import STATES, Record, Repeat, RunFolder, RunFolderError, Status
 from harness.results import measured
+from harness.serving.faults import failure_kind, failure_line
 from harness.serving.transport import EngineGone
 from harness.terminal import complain
 
@@ -109,14 +110,11 @@ def run_training(config: TrainConfig) -> Status:
 
 def status_of(error: BaseException) -> Status:
     """The state and the one line that an exception means."""
-    line = (str(error).splitlines() or [""])[0] or type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return Status("cancelled", "interrupted")
     if isinstance(error, RequestFailed | EngineGone):
-        return Status(error.kind if error.kind in STATES else "failed", line)
-    if isinstance(error, ValueError):
-        return Status("failed", line)
-    return Status("failed", f"{type(error).__name__}: {line}")
+        return Status(error.kind if error.kind in STATES else "failed", str(error).splitlines()[0])
+    return Status(failure_kind(error), failure_line(error))
 
 
 def mirror(log: Callable[[], None]) -> None:

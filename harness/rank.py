@@ -82,17 +82,26 @@ def serve(config: RunConfig, addresses: Addresses) -> None:
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     place = Place(rank, degrees(config.parallel))
-    if place.world_size != ranks:
-        raise ConfigError(
-            f"the layout has {place.world_size} ranks, torchrun started {ranks}; "
-            f"use parallel=dp{ranks} or torchrun --nproc-per-node {place.world_size}"
-        )
+    check_ranks(place.world_size, ranks)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     try:
         _serve(config, addresses, place)
     finally:
         dist.destroy_process_group()
+
+
+def check_ranks(layout: int, started: int) -> None:
+    """Refuses a torchrun of another number of ranks than the layout has.
+
+    Raises:
+        ConfigError: with both ways to make them equal.
+    """
+    if layout != started:
+        raise ConfigError(
+            f"the layout has {layout} ranks, torchrun started {started}; "
+            f"use parallel.dp={started} or torchrun --nproc-per-node {layout}"
+        )
 
 
 def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
@@ -116,24 +125,26 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
     )
     context = zmq.Context()
     control = ControlThread(context, addresses, info) if place.rank == 0 else None
-    collectives: Collectives = Gloo() if place.world_size > 1 else Alone()
-    start = time.perf_counter()
-    prepare_cpu(config, info.threads)
-    worker = build_worker(config, place, device)
-    mine = RankFacts(os.getpid(), (time.perf_counter() - start) * 1e3)
-    gathered = collectives.gather([msgspec.msgpack.encode(mine)])
-    facts = [msgspec.msgpack.decode(frames[0], type=RankFacts) for frames in gathered]
-    store = dist.distributed_c10d._get_default_store()
-    scheduler = RequestScheduler(worker, collectives, StoreBoard(store))
-    if control is None:
-        scheduler.follow()
-        return
-    control.set_info(msgspec.structs.replace(info, pids=[f.pid for f in facts], load_ms=max(f.load_ms for f in facts)))
-    requests = router(context, addresses.requests)
     try:
-        scheduler.lead(context, requests, control)
+        collectives: Collectives = Gloo() if place.world_size > 1 else Alone()
+        start = time.perf_counter()
+        prepare_cpu(config, info.threads)
+        worker = build_worker(config, place, device)
+        mine = RankFacts(os.getpid(), (time.perf_counter() - start) * 1e3)
+        gathered = collectives.gather([msgspec.msgpack.encode(mine)])
+        facts = [msgspec.msgpack.decode(frames[0], type=RankFacts) for frames in gathered]
+        request_scheduler = RequestScheduler(
+            worker, collectives, StoreBoard(dist.distributed_c10d._get_default_store())
+        )
+        if control is None:
+            request_scheduler.follow()
+            return
+        pids, load_ms = [f.pid for f in facts], max(f.load_ms for f in facts)
+        control.set_info(msgspec.structs.replace(info, pids=pids, load_ms=load_ms))
+        request_scheduler.lead(context, router(context, addresses.requests), control)
     finally:
-        control.close()
+        if control is not None:
+            control.close()
         context.destroy(linger=1000)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 
 import torch
 
@@ -25,8 +24,6 @@ from models.attention import attention_kernel
 from models.components import ComponentLoader
 from models.registry import ARCHITECTURES, checkpoint_folder
 from schedulers.build import build as build_noise_scheduler
-
-log = logging.getLogger(__name__)
 
 
 def pick_device(local_rank: int) -> torch.device:

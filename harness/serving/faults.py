@@ -20,7 +20,9 @@ def failure_kind(error: BaseException) -> str:
 def failure_line(error: BaseException) -> str:
     """The first line of the message; the type before it where the message was not written for a user."""
     line = (str(error).splitlines() or [""])[0]
-    return line if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: {line}"
+    if line and isinstance(error, ValueError | NotImplementedError):
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def is_peer_lost(error: BaseException) -> bool:
