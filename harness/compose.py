@@ -26,11 +26,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.limits import check_request, check_size
 from harness.config.request import to_message
-from harness.config.schema import LaunchMode, Load, RunConfig, Task
+from harness.config.schema import LaunchMode, Load, ModelConfig, RunConfig, Task, TrainedConfig
+from harness.config.trained import fill_facts, trained_denoiser
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.pipeline.settings import noise_scheduler_settings
 from models.files import check_checkpoint
 from models.registry import ARCHITECTURES, checkpoint_folder, nearest, resolve_backend
+from schedulers.families import FAMILIES
 from schedulers.families import resolve as resolve_settings
 
 BUILT_AXES = ("dp",)
@@ -186,7 +188,7 @@ def _check_name(override: Override) -> None:
                     f"{key}={option}: no such option{_hint(option, groups[key])} (there are {', '.join(groups[key])})"
                 )
         return
-    keys = set(_keys(RunConfig()))
+    keys = set(_keys(RunConfig(model=ModelConfig(trained={family: TrainedConfig() for family in FAMILIES}))))
     if key not in keys:
         known = keys | set(groups)
         raise ConfigError(f"unknown key {key!r}{_hint(key, known)}")
@@ -213,14 +215,14 @@ def _groups() -> dict[str, list[str]]:
 
 
 def _keys(node: Any, prefix: str = "") -> Iterable[str]:
-    for name, value in vars(node).items():
+    for name, value in (node if isinstance(node, dict) else vars(node)).items():
         yield prefix + name
-        if is_dataclass(value):
+        if is_dataclass(value) or isinstance(value, dict):
             yield from _keys(value, f"{prefix}{name}.")
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    names = sorted(known, key=lambda other: (not other.startswith("request."), other))
+    names = sorted(known, key=lambda n: (not n.startswith("request."), n.startswith("model.trained."), n))
     if "." in name and (near := nearest(name, names)):
         return near
     leaves = [other.rsplit(".", 1)[-1] for other in names]
@@ -250,8 +252,11 @@ def _resolve_request(config: RunConfig) -> None:
         request.prompts, request.prompt = [request.prompt], None
     if request.prompts is None:
         request.prompts = list(model.examples)
-    request.steps = model.steps if request.steps is None else request.steps
-    request.guidance = model.guidance if request.guidance is None else request.guidance
+    own = model.trained.get(config.scheduler.family, TrainedConfig())
+    steps = model.steps if own.steps is None else own.steps
+    guidance = model.guidance if own.guidance is None else own.guidance
+    request.steps = steps if request.steps is None else request.steps
+    request.guidance = guidance if request.guidance is None else request.guidance
     request.height = model.height if request.height is None else request.height
     request.width = model.width if request.width is None else request.width
     check_request(to_message(request))
@@ -266,14 +271,12 @@ def _check_model(config: RunConfig) -> None:
         )
     if config.task.name is Task.train:
         return
-    if model.load is Load.checkpoint and config.scheduler.family != model.family:
-        raise ValueError(
-            f"model={model.name} was trained as {model.family}, not {config.scheduler.family}; "
-            f"use scheduler={model.family}, or model.load=dummy for random weights"
-        )
+    denoiser = trained_denoiser(config).weights
+    fill_facts(config)
     architecture = ARCHITECTURES[model.architecture]
     folder = checkpoint_folder(model.name, model.path)
-    check_checkpoint(folder, architecture.weights, architecture.configs, weights_needed=model.load is Load.checkpoint)
+    weights = (denoiser, *architecture.weights)
+    check_checkpoint(folder, weights, architecture.configs, weights_needed=model.load is Load.checkpoint)
     for name in ("text_tokens", "size_multiple", "max_pixels"):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name}={getattr(model, name)}; give at least 1")

@@ -66,6 +66,7 @@ class ComponentLoader(Protocol):
     def __call__(
         self,
         folder: Path,
+        denoiser: str,
         kernel: AttentionKernel,
         dtype: torch.dtype,
         device: torch.device,

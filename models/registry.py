@@ -10,14 +10,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row: the module whose `load(...)` builds the components, and the folders that a checkpoint of it has."""
+    """One row: the module whose `load(...)` builds the components, and the folders that a checkpoint of it has beside
+    its denoiser's, of which it may have several: `weights` hold tensors, `configs` small files only.
+    """
 
     module: str
     weights: tuple[str, ...]
     configs: tuple[str, ...]
 
 
-ARCHITECTURES = {"dit": Architecture("models.dit.components", ("transformer", "vae", "text_encoder"), ("tokenizer",))}
+ARCHITECTURES = {"dit": Architecture("models.dit.components", ("vae", "text_encoder"), ("tokenizer",))}
 
 ATTENTION_BACKENDS = ("math", "sdpa", "flash")
 

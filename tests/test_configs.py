@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from harness.compose import Composed, ConfigError, _groups, compose_run, folder_name, from_yaml, run_folder, to_yaml
+from harness.config.schema import RunConfig, TrainingFacts
+from harness.config.trained import trained_denoiser
 from models.registry import REFERENCE
 
 CHECKPOINT = REFERENCE / "emoji"
@@ -70,7 +73,9 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("request.height=8192", "height * width may be at most"),
         ("parallel.dp=0", "at least 1"),
         ("parallel.ulysses=2", "use parallel.dp=2"),
-        ("scheduler=ddpm", "use scheduler=rectified_flow"),
+        ("model.trained.dppm.weights=a", "did you mean model.trained.ddpm.weights?"),
+        ("model.trained.ddpm.weigths=a", "did you mean model.trained.ddpm.weights?"),
+        ("prediction=v", "did you mean scheduler.prediction?"),
         ("model.architecture=unet", "model.architecture=unet"),
         ("launch.threads_per_rank=0", "at least 1"),
         ("task.repeats=0", "at least 1"),
@@ -89,6 +94,95 @@ def test_combinations_are_refused() -> None:
     assert "1000" in refused("scheduler=ddpm", "model.load=dummy", "request.steps=2000")
 
 
+FACTS = {
+    "rectified_flow": {"prediction": "flow"},
+    "ddpm": {
+        "prediction": "eps",
+        "train_steps": 1000,
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+    },
+    "sgm": {"prediction": "edm", "edm_sign": 1, "sigma_data": 1.0, "tau_map": "flow_time"},
+}
+
+
+def told(config: RunConfig) -> dict[str, object]:
+    """The facts of training that the scheduler is told."""
+    values = {fact.name: getattr(config.scheduler, fact.name) for fact in fields(TrainingFacts)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@pytest.mark.parametrize("family", FACTS)
+def test_the_scheduler_is_told_what_the_weights_were_trained_with(families: Path, family: str) -> None:
+    config = compose(f"model.path={families}", f"scheduler={family}").config
+    assert told(config) == FACTS[family]
+    assert told(from_yaml(to_yaml(config))) == FACTS[family]
+
+
+def test_a_family_may_have_steps_and_guidance_of_its_own(families: Path) -> None:
+    own = [f"model.path={families}", "model.trained.ddpm.steps=31", "model.trained.ddpm.guidance=0"]
+    request = compose("scheduler=ddpm", *own).config.request
+    assert (request.steps, request.guidance) == (31, 0.0)
+    assert compose("scheduler=ddpm", "request.steps=7", *own).config.request.steps == 7
+    request = compose(*own).config.request
+    assert (request.steps, request.guidance) == (20, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "trained"),
+    [
+        ("rectified_flow", "scheduler.prediction=v", "flow"),
+        ("ddpm", "scheduler.prediction=v", "eps"),
+        ("ddpm", "scheduler.beta_end=0.03", "0.02"),
+        ("sgm", "scheduler.edm_sign=-1", "1"),
+        ("sgm", "scheduler.sigma_data=0.5", "1.0"),
+    ],
+)
+def test_trained_weights_are_not_contradicted_and_random_ones_may_be(
+    families: Path, family: str, asked: str, trained: str
+) -> None:
+    chosen = [f"model.path={families}", f"scheduler={family}"]
+    line = refused(*chosen, asked)
+    assert line.startswith(f"{asked} contradicts the checkpoint, which was trained with {trained}; drop it")
+    assert "use model.load=dummy" in line
+    key, value = asked.split("=")
+    name = key.removeprefix("scheduler.")
+    random = told(compose(*chosen, asked, "model.load=dummy").config)
+    assert str(random[name]) == value
+    assert {**random, name: None} == {**FACTS[family], name: None}
+    own = told(compose(*chosen, f"model.trained.{family}.{name}={value}").config)
+    assert str(own[name]) == value
+    compose(*chosen, f"{key}={FACTS[family][name]}")
+
+
+def test_a_family_that_was_not_trained_is_refused(families: Path) -> None:
+    chosen = [f"model.path={families}", "scheduler=ddpm", "~model.trained.ddpm"]
+    line = refused(*chosen)
+    assert "was trained as rectified_flow, sgm, not ddpm" in line
+    assert "use scheduler=rectified_flow or scheduler=sgm, or model.load=dummy" in line
+    assert line.endswith("'+model.trained={ddpm: {weights: FOLDER}}'")
+    assert told(compose(*chosen, "model.load=dummy").config) == {}
+    compose(*chosen, "+model.trained={ddpm: {weights: transformer_ddpm}}")
+
+
+def test_a_model_without_a_denoiser_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"names no denoiser; add one: .*rectified_flow"):
+        trained_denoiser(RunConfig())
+
+
+def test_only_the_chosen_family_has_to_be_there(families: Path) -> None:
+    shutil.rmtree(families / "transformer_ddpm")
+    assert "no transformer_ddpm/ here" in refused(f"model.path={families}", "scheduler=ddpm")
+    compose(f"model.path={families}")
+    compose(f"model.path={families}", "scheduler=sgm")
+    compose(f"model.path={families}", "scheduler=ddpm", "model.trained.ddpm.weights=transformer_sgm")
+
+
+def test_training_asks_nothing_of_a_checkpoint() -> None:
+    assert told(compose("task=train", "scheduler=ddpm", "model.path=/no/such/folder").config) == {}
+
+
 def test_a_prompt_of_two_hundred_thousand_characters_is_refused() -> None:
     assert "200000 characters" in refused("request.prompt=" + "a" * 200_000)
 
@@ -102,6 +196,14 @@ def test_an_option_without_effect_is_said() -> None:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def families(copy: Path) -> Path:
+    """A checkpoint of three families, one network thrice."""
+    for family in ("ddpm", "sgm"):
+        shutil.copytree(copy / "transformer", copy / f"transformer_{family}", dirs_exist_ok=True)
+    return copy
 
 
 def weights(folder: Path) -> Path:

@@ -59,6 +59,32 @@ class TaskConfig:
 
 
 @dataclass
+class TrainingFacts:
+    """What the weights were trained with, and a noise scheduler has to follow; a new fact is one line here.
+
+    Stated under `model.trained`, they fill the keys of the same name of group `scheduler`. null states nothing there.
+    """
+
+    prediction: str | None = None  # what the network outputs
+    train_steps: int | None = None  # N discrete timesteps
+    beta_schedule: str | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+    sigma_data: float | None = None  # standard deviation of the data
+    tau_map: str | None = None  # the number the network is told of its noise level
+    edm_sign: int | None = None  # of the preconditioned output
+
+
+@dataclass
+class TrainedConfig(TrainingFacts):
+    """`model.trained.<family>`: the denoiser of one noise-scheduler family, and what it was trained with."""
+
+    weights: str = "transformer"  # its folder in the checkpoint
+    steps: int | None = None  # default of request.steps; null = model.steps
+    guidance: float | None = None  # default of request.guidance; null = model.guidance
+
+
+@dataclass
 class ModelConfig:
     """Group `model`: one checkpoint, with the defaults it was published with."""
 
@@ -66,7 +92,7 @@ class ModelConfig:
     architecture: str = "dit"  # which builder in models.registry
     path: str | None = None  # checkpoint folder in the diffusers layout; null = shipped with the package
     load: Load = Load.checkpoint
-    family: str = "rectified_flow"  # the noise-scheduler family it was trained in
+    trained: dict[str, TrainedConfig] = field(default_factory=dict)  # its denoisers, one a noise-scheduler family
     dtype: DType = DType.float32
     text_tokens: int = 24  # prompt tokens the network attends to; longer prompts are cut, with a warning
     steps: int = 20  # default of request.steps
@@ -87,12 +113,13 @@ class SolverConfig:
 
 
 @dataclass
-class SchedulerConfig:
-    """Group `scheduler`: the noise scheduler. null means the family's default (schedulers.families.Settings)."""
+class SchedulerConfig(TrainingFacts):
+    """Group `scheduler`: the noise scheduler. null means what the weights were trained with (`model.trained`), and
+    where that says nothing, the family's default (schedulers.families.Settings).
+    """
 
     family: str = "rectified_flow"
     solver: SolverConfig = field(default_factory=SolverConfig)
-    prediction: str | None = None
     spacing: str | None = None
     clip: float | None = None
     shift: float | None = None
@@ -103,14 +130,7 @@ class SchedulerConfig:
     sigma_min: float | None = None
     sigma_max: float | None = None
     end: str | None = None
-    train_steps: int | None = None
-    beta_schedule: str | None = None
-    beta_start: float | None = None
-    beta_end: float | None = None
     coordinates: str | None = None
-    sigma_data: float | None = None
-    tau_map: str | None = None
-    edm_sign: int | None = None
 
 
 @dataclass

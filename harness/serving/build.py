@@ -7,6 +7,7 @@ import importlib
 import torch
 
 from harness.config.schema import Load, RunConfig
+from harness.config.trained import trained_denoiser
 from harness.metrics.cuda import CudaMemory
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.parallel.mesh import Place
@@ -57,6 +58,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     parts = load(
         checkpoint_folder(model.name, model.path),
+        trained_denoiser(config).weights,
         attention_kernel(config.attention.backend),
         dtype,
         device,

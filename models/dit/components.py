@@ -17,7 +17,13 @@ DUMMY_SEED = 0
 
 
 def load(
-    folder: Path, kernel: AttentionKernel, dtype: torch.dtype, device: torch.device, text_tokens: int, dummy: bool
+    folder: Path,
+    denoiser: str,
+    kernel: AttentionKernel,
+    dtype: torch.dtype,
+    device: torch.device,
+    text_tokens: int,
+    dummy: bool,
 ) -> Components:
     """The components of a checkpoint in the layout of diffusers' PixArtSigmaPipeline.
 
@@ -25,6 +31,7 @@ def load(
 
     Args:
         folder: the checkpoint.
+        denoiser: the network's folder in it, `transformer` in diffusers' own layout.
         kernel: the attention of the network.
         dtype: of the network and the text encoder.
         device: where they live.
@@ -39,8 +46,8 @@ def load(
         text = load_t5(folder, dtype, device, text_tokens, dummy)
         decoder = load_kl_decoder(folder, torch.float32, device, dummy)
         if dummy:
-            network = DiT(read_config(folder / "transformer"), kernel).to(device=device, dtype=dtype).eval()
+            network = DiT(read_config(folder / denoiser), kernel).to(device=device, dtype=dtype).eval()
         else:
-            network = load_dit(folder / "transformer", kernel, dtype, device)
+            network = load_dit(folder / denoiser, kernel, dtype, device)
     multiple = decoder.stride * network.config.patch
     return Components(network, text, decoder, decoder.latent_channels, decoder.stride, multiple)
