@@ -4,10 +4,13 @@ Every convention of a published checkpoint (which timesteps, which last row, wha
 numbers, so that a solver never branches on where it is used.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from schedulers.paths import NoisePath
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,26 @@ class Point:
     tau: float
     c_in: float
 
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha, infinite where alpha = 0."""
+        return self.sigma / self.alpha if self.alpha > 0 else math.inf
+
+    @property
+    def log_snr(self) -> float:
+        """lambda = log(alpha / sigma): minus infinity at alpha = 0, infinity at sigma = 0."""
+        if self.sigma == 0:
+            return math.inf
+        return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
     """n + 1 points for n steps, noise first; all columns are float64 tensors of shape (n + 1,) on the CPU.
 
-    init_std is the standard deviation of the noise that a checkpoint expects at the first row.
+    init_std is the standard deviation of the noise that a checkpoint expects at the first row. path is where points
+    between rows come from, for solvers that evaluate there. target, shape (steps,), holds the path's times at which
+    first-order steps land where a published implementation misses the next row; None means the next row.
     Raises ValueError when the columns disagree in length, are not finite, or sigma / alpha rises along the table.
     """
 
@@ -38,6 +55,8 @@ class Grid:
     tau: Tensor
     c_in: Tensor
     init_std: float
+    path: NoisePath | None = None
+    target: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("t", "alpha", "sigma", "tau", "c_in"):
@@ -63,3 +82,31 @@ class Grid:
     def __getitem__(self, i: int) -> Point:
         columns = (self.t, self.alpha, self.sigma, self.tau, self.c_in)
         return Point(*(float(column[i]) for column in columns))
+
+    def at(self, ratio: float) -> Point:
+        """The path's point where sigma / alpha equals `ratio`, on a row or between rows.
+
+        Raises ValueError for a grid made without a path.
+        """
+        if self.path is None:
+            raise ValueError("this grid was made without its path, so there is no point between its rows")
+        return self._point(self.path, self.path.t_of(ratio))
+
+    def landing(self, i: int) -> Point:
+        """Where a first-order step from row i lands: the next row, or the target of a published quirk."""
+        if self.target is None or self.path is None or not math.isfinite(t := float(self.target[i])):
+            return self[i + 1]
+        return self._point(self.path, t)
+
+    @staticmethod
+    def _point(path: NoisePath, t: float) -> Point:
+        return Point(t, path.alpha(t), path.sigma(t), path.tau(t), path.c_in(t))
+
+    def at_time(self, t: float) -> Point:
+        """The path's point at its own time t.
+
+        Raises ValueError for a grid made without a path.
+        """
+        if self.path is None:
+            raise ValueError("this grid was made without its path, so there is no point between its rows")
+        return self._point(self.path, t)

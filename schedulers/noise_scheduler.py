@@ -9,7 +9,7 @@ from schedulers.grid import Grid
 from schedulers.paths import NoisePath
 from schedulers.prediction import Prediction
 from schedulers.solvers.base import Denoise, Memory, Noise, Solver
-from schedulers.spacing import Spacing
+from schedulers.spacing import ResolutionShift, Spacing
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,13 @@ class NoiseScheduler:
     prediction: Prediction
     solver: Solver
 
-    def grid(self, steps: int) -> Grid:
-        """The table of steps + 1 points. Raises ValueError when the path cannot be cut into that many steps."""
+    def grid(self, steps: int, tokens: int | None = None) -> Grid:
+        """The table of steps + 1 points; `tokens`, of one picture, matters only to a resolution-dependent shift.
+
+        Raises ValueError when the path cannot be cut into that many steps, or tokens are needed and not given.
+        """
+        if isinstance(self.spacing, ResolutionShift) and tokens is not None:
+            return self.spacing.at(tokens).grid(self.path, steps)
         return self.spacing.grid(self.path, steps)
 
     def init_noise(self, noise: Tensor, grid: Grid) -> Tensor:

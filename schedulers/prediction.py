@@ -20,11 +20,13 @@ FLOOR = 2.0**-24  # below any alpha or sigma that a published path reaches, far 
 class Estimate:
     """The network's belief about the clean data and the noise, both shaped and typed like the state.
 
-    Both are kept: recomputing one from the other loses digits at small sigma, and clipping changes x0 alone.
+    Both are kept: recomputing one from the other loses digits at small sigma, and clipping changes x0 alone. variance
+    is what a checkpoint with a learned variance says of it, raw, and None for any other.
     """
 
     x0: Tensor
     eps: Tensor
+    variance: Tensor | None = None
 
 
 class Prediction(Protocol):
@@ -63,6 +65,22 @@ class X0:
     def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """x0."""
         return x0
+
+
+@dataclass(frozen=True)
+class Score:
+    """output = the score, -eps / sigma. eps = -sigma * output, x0 = (x + sigma^2 * output) / alpha.
+
+    Song et al. 2021 (arXiv 2011.13456), equation 7 and appendix C.
+    """
+
+    def estimate(self, output: Tensor, x: Tensor, point: Point) -> Estimate:
+        """See the class."""
+        return Eps().estimate(-point.sigma * output.to(x.dtype), x, point)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """-eps / sigma."""
+        return -eps / sigma
 
 
 @dataclass(frozen=True)
@@ -151,8 +169,60 @@ class Clipped:
         """See the class."""
         raw = self.prediction.estimate(output, x, point)
         x0 = raw.x0.clamp(-self.limit, self.limit)
-        return X0().estimate(x0, x, point) if self.recompute_eps else Estimate(x0, raw.eps)
+        eps = X0().estimate(x0, x, point).eps if self.recompute_eps else raw.eps
+        return Estimate(x0, eps, raw.variance)
 
     def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """The target of the prediction inside."""
+        return self.prediction.target(x0, eps, alpha, sigma)
+
+
+@dataclass(frozen=True)
+class Thresholded:
+    """Another prediction with x0 clamped to [-s, s] and divided by s, s the share-quantile of |x0| of each sample.
+
+    s is kept inside [1, limit]. Dynamic thresholding, Saharia et al. 2022 (arXiv 2205.11487), section 2.3, for
+    checkpoints in pixel space.
+    """
+
+    prediction: Prediction
+    share: float = 0.995
+    limit: float = 1.0
+
+    def estimate(self, output: Tensor, x: Tensor, point: Point) -> Estimate:
+        """See the class."""
+        raw = self.prediction.estimate(output, x, point)
+        flat = raw.x0.reshape(len(x), -1)
+        s = flat.abs().quantile(self.share, dim=1, keepdim=True).clamp(1.0, max(self.limit, 1.0))
+        return Estimate((flat.clamp(-s, s) / s).reshape(x.shape), raw.eps, raw.variance)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The target of the prediction inside."""
+        return self.prediction.target(x0, eps, alpha, sigma)
+
+
+@dataclass(frozen=True)
+class LearnedVariance:
+    """Another prediction of a checkpoint with twice the channels: first its output, then the variance.
+
+    use=False drops the second half, as the samplers without a variance of their own do. Nichol and Dhariwal 2021
+    (arXiv 2102.09672), section 3.1; DiT. Channels are dimension 1. Raises ValueError for another number of channels.
+    """
+
+    prediction: Prediction
+    use: bool = True
+
+    def estimate(self, output: Tensor, x: Tensor, point: Point) -> Estimate:
+        """See the class."""
+        if output.shape[1] != 2 * x.shape[1]:
+            raise ValueError(
+                f"a learned variance needs {2 * x.shape[1]} channels, the network gave {output.shape[1]}; "
+                "set learned_variance=null for this checkpoint"
+            )
+        mean, variance = output.chunk(2, dim=1)
+        raw = self.prediction.estimate(mean, x, point)
+        return Estimate(raw.x0, raw.eps, variance.to(x.dtype) if self.use else None)
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The target of the prediction inside; the variance is trained by the bound, not by this."""
         return self.prediction.target(x0, eps, alpha, sigma)

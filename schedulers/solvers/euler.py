@@ -1,4 +1,4 @@
-"""First order: the left end-point of (*), without noise (Euler) and with it (DDIM's eta)."""
+"""First order: the left end-point of (*), without noise (Euler) and with it (DDIM's eta, the ancestral step)."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Euler:
 
     def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
         """See the class."""
-        there = grid[i + 1]
+        there = grid.landing(i)
         now = denoise(x, grid[i])
         return there.alpha * now.x0 + there.sigma * now.eps
 
@@ -37,7 +37,8 @@ class DDIM:
 
     Song et al. 2020 (arXiv 2010.02502), equations 12 and 16, which this equals on a VP path. eta = 0 is Euler, eta =
     1 the DDPM posterior (Ho et al. 2020, arXiv 2006.11239, equations 6 and 7) and, on a VE grid, the ancestral step
-    of Song et al. 2021 (arXiv 2011.13456, equation 47). Raises ValueError when eta is outside [0, 1].
+    of Song et al. 2021 (arXiv 2011.13456, equation 47) and of k-diffusion. Raises ValueError when eta is outside
+    [0, 1].
     """
 
     eta: float = 0.0
@@ -48,7 +49,7 @@ class DDIM:
 
     def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
         """See the class."""
-        here, there = grid[i], grid[i + 1]
+        here, there = grid[i], grid.landing(i)
         now = denoise(x, here)
         shrink = there.sigma * here.alpha / (there.alpha * here.sigma)  # r_next / r, 0 when r is infinite
         s = self.eta * there.sigma * math.sqrt(max(0.0, 1 - shrink**2))

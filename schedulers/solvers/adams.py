@@ -1,0 +1,152 @@
+"""Linear multistep methods on eps: Adams-Bashforth in sigma / alpha (LMS), in its logarithm (DEIS), by index (PNDM)."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from schedulers.grid import Grid, Point
+from schedulers.prediction import Estimate
+from schedulers.solvers.base import Denoise, Memory, Noise, multistep_order
+
+
+def _weights(nodes: list[float], moments: list[float]) -> list[float]:
+    """c with  sum_j c_j nodes_j^k = moments_k: integrates the polynomial through the nodes."""
+    powers = np.array([[node**k for node in nodes] for k in range(len(nodes))])
+    return [float(c) for c in np.linalg.solve(powers, np.array(moments))]
+
+
+def _advance(x: Tensor, here: Point, there: Point, terms: list[tuple[float, Tensor]]) -> Tensor:
+    """x_next / alpha_next = x / alpha + sum_j c_j eps_j."""
+    y = x / here.alpha
+    for c, eps in terms:
+        y = y + c * eps
+    return there.alpha * y
+
+
+@dataclass(frozen=True)
+class LMS:
+    """x / alpha integrated over r = sigma / alpha with the polynomial through the last `order` values of eps:
+
+        x_next / alpha_next = x / alpha + sum_j c_j eps_j,    c_j = integral of l_j(r) dr from r to r_next.
+
+    k-diffusion's LMS (diffusers' LMSDiscreteScheduler), with the integrals exact instead of by quadrature. A step from
+    alpha = 0 is an Euler step. Raises ValueError for an order outside 1 to 4.
+    """
+
+    order: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.order <= 4:
+            raise ValueError(f"order={self.order}; LMS has orders 1 to 4")
+
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+        """See the class."""
+        here, there = grid[i], grid[i + 1]
+        now = denoise(x, here)
+        if here.alpha == 0:
+            return there.alpha * now.x0 + there.sigma * now.eps
+        memory.remember(here, now, self.order)
+        past = memory.history[::-1]
+        length = there.ratio - here.ratio
+        moments = [length ** (k + 1) / (k + 1) for k in range(len(past))]
+        c = _weights([point.ratio - here.ratio for point, _ in past], moments)
+        return _advance(x, here, there, [(c_j, e.eps) for c_j, (_, e) in zip(c, past, strict=True)])
+
+    def evaluations(self, grid: Grid) -> int:
+        """One a step."""
+        return grid.steps
+
+
+@dataclass(frozen=True)
+class DEIS:
+    """As LMS, with the polynomial in log(r): tAB-DEIS in log rho, Zhang and Chen 2022 (arXiv 2204.13902), equation 15.
+
+        c_j = integral of l_j(log r) dr from r to r_next.
+
+    The convention of diffusers' DEISMultistepScheduler. Steps from alpha = 0 and to sigma = 0 are Euler steps. Raises
+    ValueError for an order outside 1 to 3.
+    """
+
+    order: int = 2
+    lower_order_final: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.order <= 3:
+            raise ValueError(f"order={self.order}; DEIS has orders 1 to 3")
+
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+        """See the class."""
+        here, there = grid[i], grid[i + 1]
+        now = denoise(x, here)
+        memory.remember(here, now, self.order)
+        order = multistep_order(self.order, i, grid, self.lower_order_final)
+        if order == 1:
+            return there.alpha * now.x0 + there.sigma * now.eps
+        past = memory.history[: -order - 1 : -1]
+        u = here.log_snr - there.log_snr  # log of r_next / r
+        moments = [here.ratio * math.expm1(u)]
+        for k in range(1, order):
+            moments.append(u**k * there.ratio - k * moments[-1])
+        c = _weights([here.log_snr - point.log_snr for point, _ in past], moments)
+        return _advance(x, here, there, [(c_j, e.eps) for c_j, (_, e) in zip(c, past, strict=True)])
+
+    def evaluations(self, grid: Grid) -> int:
+        """One a step."""
+        return grid.steps
+
+
+AB = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+
+@dataclass(frozen=True)
+class PNDM:
+    """DDIM's step with eps replaced by eps' = the Adams-Bashforth sum (orders up to 4) over the last evaluations.
+
+    Liu et al. 2022 (arXiv 2202.09778), equations 11 to 13, for rows even in time. It starts either with three steps of
+    its Runge-Kutta form, four evaluations each (runge_kutta=True), or with one improved Euler step and rising orders
+    (PLMS of Stable Diffusion; diffusers' PNDMScheduler with skip_prk_steps). Needs alpha > 0 on every row. Half steps
+    are taken half-way in time; whole_times rounds the half length down, as for trained indices.
+    """
+
+    runge_kutta: bool = False
+    whole_times: bool = False
+
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+        """See the class."""
+        here, there = grid[i], grid[i + 1]
+        now = denoise(x, here)
+        memory.remember(here, now, 4)
+        if self.runge_kutta and i < 3:
+            return self._runge_kutta(x, here, there, now, grid, denoise)
+        past = [e.eps for _, e in memory.history[::-1]]
+        if len(past) == 1 and there.sigma > 0:
+            return _transfer(x, here, there, (now.eps + denoise(_transfer(x, here, there, now.eps), there).eps) / 2)
+        eps = now.eps
+        if len(past) > 1:
+            eps = AB[len(past)][0] * past[0]
+            for c, e in zip(AB[len(past)][1:], past[1:], strict=True):
+                eps = eps + c * e
+        return _transfer(x, here, there, eps)
+
+    def _runge_kutta(self, x: Tensor, here: Point, there: Point, now: Estimate, grid: Grid, denoise: Denoise) -> Tensor:
+        """Equation 13: four evaluations, at here, twice half-way in time, and at there."""
+        if there.sigma == 0:
+            return _transfer(x, here, there, now.eps)
+        half = (here.t - there.t) / 2
+        middle = grid.at_time(here.t - (math.floor(half) if self.whole_times else half))
+        second = denoise(_transfer(x, here, middle, now.eps), middle).eps
+        third = denoise(_transfer(x, here, middle, second), middle).eps
+        fourth = denoise(_transfer(x, here, there, third), there).eps
+        return _transfer(x, here, there, (now.eps + 2 * second + 2 * third + fourth) / 6)
+
+    def evaluations(self, grid: Grid) -> int:
+        """One a step; one more for the improved Euler start, three more for each Runge-Kutta step."""
+        starts = (grid.sigma[1:] > 0)[: 3 if self.runge_kutta else 1]
+        return grid.steps + int(starts.sum()) * (3 if self.runge_kutta else 1)
+
+
+def _transfer(x: Tensor, here: Point, there: Point, eps: Tensor) -> Tensor:
+    """DDIM's step for a given eps (PNDM's equation 11)."""
+    return there.alpha * ((x - here.sigma * eps) / here.alpha) + there.sigma * eps

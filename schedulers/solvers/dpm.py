@@ -1,0 +1,83 @@
+"""DPM-Solver: exponential multistep integration in lambda = log(alpha / sigma), orders 1 to 3, ODE and SDE."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from schedulers.grid import Grid
+from schedulers.solvers.base import Denoise, Memory, Noise, multistep_order
+
+
+@dataclass(frozen=True)
+class DPMSolver:
+    """With h the step in lambda, D0 the newest estimate and D1, D2 its divided differences over the last rows,
+
+        x_next = (sigma_next / sigma) * x + alpha_next * (p1 * D0 + p2 * D1 + p3 * D2),
+        p1 = 1 - e^-h,    p2 = 1 - p1 / h  (or p1 / 2, "midpoint" at order 2),    p3 = (p1 - h) / h^2 + 1 / 2.
+
+    form="data" estimates x0: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, Algorithm 2; 3M as in diffusers).
+    form="noise" estimates eps: DPM-Solver (arXiv 2206.00927), the same formulas with alpha and sigma exchanged and h
+    negated; it cannot step to sigma = 0. stochastic=True is the SDE form of the data formulas (diffusers'
+    "sde-dpmsolver++"), with 2 h in place of h, x scaled by e^-h once more, and noise sigma_next * sqrt(1 - e^-2h) * z.
+
+    Convention: diffusers' DPMSolverMultistepScheduler. With lower_order_final, a grid of fewer than 15 steps ends in
+    steps of falling order. euler_at_final makes the last step first order on any grid.
+    Raises ValueError for an order outside 1 to 3, or form="noise" with stochastic=True.
+    """
+
+    order: int = 2
+    kind: Literal["midpoint", "heun"] = "midpoint"
+    form: Literal["data", "noise"] = "data"
+    stochastic: bool = False
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"order={self.order}; DPM-Solver has orders 1, 2 and 3")
+        if self.form == "noise" and self.stochastic:
+            raise ValueError("the SDE form is written for x0; use form=data with it")
+
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+        """See the class. Raises ValueError when form="noise" is asked to step to sigma = 0."""
+        here, there = grid[i], grid[i + 1]
+        memory.remember(here, denoise(x, here), self.order)
+        h = there.log_snr - here.log_snr
+        if self.form == "noise" and not math.isfinite(h):
+            raise ValueError(
+                "DPM-Solver in the noise form cannot step from alpha = 0 or to sigma = 0; use form=data, or end=t_min"
+            )
+        order = multistep_order(self.order, i, grid, self.lower_order_final)
+        if self.euler_at_final and i == grid.steps - 1:
+            order = 1
+        a_next, carry, step = there.alpha, there.sigma / here.sigma, h
+        if self.form == "noise":
+            a_next, carry, step = there.sigma, there.alpha / here.alpha, -h
+        if self.stochastic:
+            carry, step = carry * math.exp(-h), 2 * h
+        x_next = carry * x + a_next * self._sum(memory, order, h, step)
+        s = there.sigma * math.sqrt(-math.expm1(-2 * h)) if self.stochastic else 0.0
+        return x_next + s * noise(i).to(x) if s > 0 else x_next
+
+    def _sum(self, memory: Memory, order: int, h: float, step: float) -> Tensor:
+        """p1 * D0 + p2 * D1 + p3 * D2, the p taken at `step`, the differences in units of h."""
+        values = [e.x0 if self.form == "data" else e.eps for _, e in memory.history]
+        lambdas = [point.log_snr for point, _ in memory.history]
+        p1 = -math.expm1(-step)
+        if order == 1 or h == 0:
+            return p1 * values[-1]
+        r0 = (lambdas[-1] - lambdas[-2]) / h
+        first = (values[-1] - values[-2]) / r0
+        if order == 2:
+            return p1 * values[-1] + (p1 / 2 if self.kind == "midpoint" else 1 - p1 / step) * first
+        r1 = (lambdas[-2] - lambdas[-3]) / h
+        before = (values[-2] - values[-3]) / r1
+        second = (first - before) / (r0 + r1)
+        p2, p3 = 1 - p1 / step, (p1 - step) / step**2 + 0.5
+        return p1 * values[-1] + p2 * (first + r0 * second) + p3 * second
+
+    def evaluations(self, grid: Grid) -> int:
+        """One a step."""
+        return grid.steps
