@@ -112,7 +112,8 @@ class EDMPath:
 
     Karras et al. 2022 (arXiv 2206.00364), table 1. What the network is told is the checkpoint's choice: "log_sigma" is
     log(sigma) / 4 (EDM), "sigma" is sigma itself (NCSN++), "flow_time" is 1000 sigma / (1 + sigma), the time of a
-    rectified flow at the same sigma / alpha, and "arctan" is 2 arctan(sigma) / pi (Stable Audio). tau at sigma = 0 is finite; no network is called there.
+    rectified flow at the same sigma / alpha, and "arctan" is 2 arctan(sigma) / pi (Stable Audio). tau at sigma = 0 is
+    finite; no network is called there.
     """
 
     sigma_data: float = 0.5

@@ -320,9 +320,7 @@ class Custom:
     def __post_init__(self) -> None:
         falling = all(a > b for a, b in itertools.pairwise(self.sigmas))
         if not self.sigmas or min(self.sigmas) <= 0 or not falling or (self.of == "flow" and self.sigmas[0] > 1):
-            raise ValueError(
-                f"sigmas={list(self.sigmas)}; give falling numbers above 0 (a flow's at most 1), without 0"
-            )
+            raise ValueError(f"sigmas={list(self.sigmas)}; give falling numbers above 0 (at most 1 for a flow)")
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
