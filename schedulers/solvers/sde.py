@@ -8,7 +8,7 @@ from torch import Tensor
 
 from schedulers.grid import Grid, Point
 from schedulers.solvers.base import Denoise, Memory, Noise, Solver
-from schedulers.solvers.euler import DDIM
+from schedulers.solvers.posterior import DDPM
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,17 @@ class EDMChurn:
 
 @dataclass(frozen=True)
 class PredictorCorrector:
-    """`corrections` Langevin steps at the row, then a predictor's step (reverse diffusion = DDIM with eta 1):
+    """`corrections` Langevin steps at the row, then a predictor's step:
 
         x <- x + e * score + sqrt(2 e) * z,    score = -eps / sigma,    e = 2 * (snr * |z| / |score|)^2,
 
-    |.| the mean over the batch of the norm of one sample. Song et al. 2021 (arXiv 2011.13456), Algorithms 2 and 4, in
-    the convention of diffusers' ScoreSdeVeScheduler; vp_scale multiplies e by alpha^2 of the step, as Algorithm 5 has
-    it for VP. The step size is shared by the batch, so a picture depends on its neighbours unless it is alone.
+    |.| the mean over the batch of the norm of one sample. The predictor is reverse diffusion, which on a VE path is the
+    DDPM step with the large variance sigma^2 - sigma_next^2. Song et al. 2021 (arXiv 2011.13456), Algorithms 2 and 4,
+    in the convention of diffusers' ScoreSdeVeScheduler; vp_scale multiplies e by alpha^2 of the step, as Algorithm 5
+    has it for VP. The step size is shared by the batch, so a picture depends on its neighbours unless it is alone.
     """
 
-    predictor: Solver = field(default_factory=lambda: DDIM(1.0))
+    predictor: Solver = field(default_factory=lambda: DDPM("large"))
     corrections: int = 1
     snr: float = 0.15
     vp_scale: bool = False
