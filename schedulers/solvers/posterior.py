@@ -42,7 +42,7 @@ class DDPM:
         # k / alpha, written so that it is 0 and not 0 / 0 at alpha = 0
         k_over_alpha = here.alpha * (there.sigma / (there.alpha * here.sigma)) ** 2
         mean = there.alpha * ((1 - k) * now.x0 + k_over_alpha * x)
-        if there.sigma == 0 and not self.final_noise:
+        if there.sigma == 0 and not (self.final_noise and here.t > 0):
             return mean
         s = self._deviation(here, there, k, now)
         return mean + s * noise(i).to(x) if isinstance(s, Tensor) or s > 0 else mean
