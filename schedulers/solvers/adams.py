@@ -107,7 +107,8 @@ class PNDM:
     Liu et al. 2022 (arXiv 2202.09778), equations 11 to 13, for rows even in time. It starts either with three steps of
     its Runge-Kutta form, four evaluations each (runge_kutta=True), or with one improved Euler step and rising orders
     (PLMS of Stable Diffusion; diffusers' PNDMScheduler with skip_prk_steps). Needs alpha > 0 on every row. Half steps
-    are taken half-way in time; whole_times rounds the half length down, as for trained indices.
+    are taken half-way in time; whole_times rounds the half length down from either end, as for trained indices, so that
+    where it is odd the second evaluation is told the middle seen from `there` of a state at the middle from `here`.
     """
 
     runge_kutta: bool = False
@@ -135,8 +136,9 @@ class PNDM:
         if there.sigma == 0:
             return _transfer(x, here, there, now.eps)
         half = (here.t - there.t) / 2
-        middle = grid.at_time(here.t - (math.floor(half) if self.whole_times else half))
-        second = denoise(_transfer(x, here, middle, now.eps), middle).eps
+        half = math.floor(half) if self.whole_times else half
+        first, middle = grid.at_time(here.t - half), grid.at_time(there.t + half)
+        second = denoise(_transfer(x, here, first, now.eps), middle).eps
         third = denoise(_transfer(x, here, middle, second), middle).eps
         fourth = denoise(_transfer(x, here, there, third), there).eps
         return _transfer(x, here, there, (now.eps + 2 * second + 2 * third + fourth) / 6)
