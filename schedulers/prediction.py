@@ -182,19 +182,22 @@ class Thresholded:
     """Another prediction with x0 clamped to [-s, s] and divided by s, s the share-quantile of |x0| of each sample.
 
     s is kept inside [1, limit]. Dynamic thresholding, Saharia et al. 2022 (arXiv 2205.11487), section 2.3, for
-    checkpoints in pixel space.
+    checkpoints in pixel space. eps stays the raw one; recompute_eps derives it again from the thresholded x0.
     """
 
     prediction: Prediction
     share: float = 0.995
     limit: float = 1.0
+    recompute_eps: bool = False
 
     def estimate(self, output: Tensor, x: Tensor, point: Point) -> Estimate:
         """See the class."""
         raw = self.prediction.estimate(output, x, point)
         flat = raw.x0.reshape(len(x), -1)
         s = flat.abs().quantile(self.share, dim=1, keepdim=True).clamp(1.0, max(self.limit, 1.0))
-        return Estimate((flat.clamp(-s, s) / s).reshape(x.shape), raw.eps, raw.variance)
+        x0 = (flat.clamp(-s, s) / s).reshape(x.shape)
+        eps = X0().estimate(x0, x, point).eps if self.recompute_eps else raw.eps
+        return Estimate(x0, eps, raw.variance)
 
     def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """The target of the prediction inside."""
