@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from schedulers.conventions import for_tokens
 from schedulers.grid import Grid
 from schedulers.paths import NoisePath
 from schedulers.prediction import Prediction
 from schedulers.solvers.base import Denoise, Memory, Noise, Solver
-from schedulers.spacing import ResolutionShift, Spacing
+from schedulers.spacing import Spacing
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,8 @@ class NoiseScheduler:
 
         Raises ValueError when the path cannot be cut into that many steps, or tokens are needed and not given.
         """
-        if isinstance(self.spacing, ResolutionShift) and tokens is not None:
-            return self.spacing.at(tokens).grid(self.path, steps)
-        return self.spacing.grid(self.path, steps)
+        spacing = self.spacing if tokens is None else for_tokens(self.spacing, tokens)
+        return spacing.grid(self.path, steps)
 
     def init_noise(self, noise: Tensor, grid: Grid) -> Tensor:
         """The state at grid[0] from standard normal noise, float32 (float64 stays)."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from schedulers.grid import Grid
-from schedulers.paths import NoisePath
+from schedulers.paths import FlowPath, NoisePath
 
-End = Literal["clean", "t_min"]
+End = Literal["clean", "t_min", "repeat"]
 
 
 class Spacing(Protocol):
@@ -25,10 +25,12 @@ class Spacing(Protocol):
 def grid_at(path: NoisePath, t: Tensor, end: End = "clean") -> Grid:
     """The grid with one row at each time of t (shape (steps,), float64, falling), and a last row.
 
-    end="clean" appends alpha = 1, sigma = 0; end="t_min" appends the path's own t_min, where some noise is left.
+    end="clean" appends alpha = 1, sigma = 0; end="t_min" appends the path's own t_min, where some noise is left; and
+    end="repeat" the last row again, so that the last step changes nothing (diffusers' DEIS).
     """
     t = t.to(torch.float64)
-    last = torch.tensor([path.t_of(0.0) if end == "clean" else path.t_min], dtype=torch.float64)
+    ends = {"clean": path.t_of(0.0), "t_min": path.t_min, "repeat": float(t[-1])}
+    last = torch.tensor([ends[end]], dtype=torch.float64)
     t = torch.cat([t, last])
     alpha, sigma = path.alpha(t), path.sigma(t)
     if end == "clean":
@@ -59,7 +61,8 @@ class FlowLinspace:
     diffusers' SD3. A static shift applied twice, as in diffusers' FlowMatchEulerDiscrete (issue 13243), is
     sigma_last = shift * 0.001 / (1 + (shift - 1) * 0.001). spare_row cuts one row more and drops the last one, which is
     then sigma_last (diffusers' DPM-Solver and UniPC). sigma_cap bounds the shifted sigma, for solvers that divide by
-    alpha. terminal stretches the shifted rows so that the last is `terminal` (LTX-Video).
+    alpha. terminal stretches the shifted rows so that the last is `terminal` (LTX-Video). given, noise first, takes the
+    place of the even unshifted sigmas. end is the last row.
     """
 
     shift: float = 1.0
@@ -68,6 +71,8 @@ class FlowLinspace:
     spare_row: bool = False
     sigma_cap: float = 1.0
     terminal: float | None = None
+    given: tuple[float, ...] | None = None
+    end: End = "clean"
 
     def __post_init__(self) -> None:
         if self.shift <= 0:
@@ -79,16 +84,25 @@ class FlowLinspace:
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
-        last = self.sigma_first / _count(steps) if self.sigma_last is None else self.sigma_last
-        rows = steps + 1 if self.spare_row else steps
-        sigma = torch.linspace(self.sigma_first, last, rows, dtype=torch.float64)[:steps]
+        sigma = self._unshifted(_count(steps))
         if not sigma[-1] > 0:
             raise ValueError("the last network evaluation would be at sigma = 0; give sigma_last above 0, or spare_row")
         sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
         if self.terminal is not None:
-            sigma = 1 - (1 - sigma) * ((1 - self.terminal) / (1 - sigma[-1]))
+            sigma = 1 - (1 - sigma) / ((1 - sigma[-1]) / (1 - self.terminal))
         sigma = sigma.clamp(max=self.sigma_cap)
-        return grid_at(path, path.t_of(sigma / (1 - sigma)))
+        if isinstance(path, FlowPath):  # its time is sigma, to the last bit: published samplers cut 1000 sigma
+            return grid_at(path, sigma, self.end)
+        return grid_at(path, path.t_of(sigma / (1 - sigma)), self.end)
+
+    def _unshifted(self, steps: int) -> Tensor:
+        if self.given is not None:
+            if len(self.given) != steps:
+                raise ValueError(f"steps={steps}, but {len(self.given)} sigmas are given; make them agree")
+            return torch.tensor(self.given, dtype=torch.float64)
+        last = self.sigma_first / steps if self.sigma_last is None else self.sigma_last
+        rows = steps + 1 if self.spare_row else steps
+        return torch.from_numpy(np.linspace(self.sigma_first, last, rows))[:steps]
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,10 @@ class ResolutionShift:
 
     def at(self, tokens: int) -> FlowLinspace:
         """The spacing for a picture of that many tokens."""
-        mu = self.mu(tokens)
+        return self.shifted(self.mu(tokens))
+
+    def shifted(self, mu: float) -> FlowLinspace:
+        """The spacing for a mu that is known already."""
         return replace(self.flow, shift=math.exp(mu) if self.kind == "exponential" else mu)
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
@@ -166,11 +183,14 @@ class Trailing:
         stride = total - (total - total / steps)  # the rounding of numpy's arange, so that ties fall as diffusers' do
         t = torch.round(total - torch.arange(steps, dtype=torch.float64) * stride) - 1
         grid = grid_at(path, t, self.end)
-        if not self.stride_target:
-            return grid
-        target = t - total // steps
-        target[target < 0] = math.nan  # the last row, whatever it is
-        return replace(grid, target=target)
+        return _at_stride(grid, total) if self.stride_target else grid
+
+
+def _at_stride(grid: Grid, total: int) -> Grid:
+    """The same rows, with first-order steps landing a whole stride further whatever the next row is."""
+    target = grid.t[:-1] - total // grid.steps
+    target[target < 0] = math.nan  # the last row, whatever it is
+    return replace(grid, target=target)
 
 
 @dataclass(frozen=True)
@@ -179,21 +199,23 @@ class Linspace:
 
     Lin et al. 2023 (arXiv 2305.08891), table 2. integer=True rounds to trained indices (DDIM); False keeps fractions
     (Euler). A single step is taken at t_max. spare_row cuts one row more and drops t_min, as diffusers' DPM-Solver,
-    UniPC and DEIS do.
+    UniPC and DEIS do. stride_target lets first-order steps land at t - N // n, as diffusers' DDIM does.
     """
 
     integer: bool = False
     end: End = "clean"
     spare_row: bool = False
+    stride_target: bool = False
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
-        _trained(path, steps)
+        total = _trained(path, steps)
         rows = steps + 1 if self.spare_row else steps
         stride = (path.t_max - path.t_min) / max(rows - 1, 1)  # multiplied out as numpy does, so that ties round alike
         t = path.t_min + torch.arange(rows - 1, rows - 1 - steps, -1, dtype=torch.float64) * stride
         t[0] = path.t_max
-        return grid_at(path, t.round() if self.integer else t, self.end)
+        grid = grid_at(path, t.round() if self.integer else t, self.end)
+        return _at_stride(grid, total) if self.stride_target else grid
 
 
 @dataclass(frozen=True)
@@ -356,15 +378,19 @@ class Distilled:
 
 @dataclass(frozen=True)
 class Told:
-    """Another spacing, whose rows tell the network a whole number: tau rounded, or cut (truncated towards 0).
+    """Another spacing, whose rows tell the network something else: tau rounded, cut (truncated towards 0), or replaced.
 
-    diffusers' DPM-Solver and UniPC hand the network integers where sigma / alpha falls between trained indices.
+    diffusers' DPM-Solver and UniPC hand the network integers where sigma / alpha falls between trained indices; its
+    Euler with timestep_type="continuous" hands it log(sigma / alpha) / 4 ("log_sigma", 0 at the clean end).
     """
 
     spacing: "Spacing"
-    how: Literal["round", "floor"] = "round"
+    how: Literal["round", "floor", "log_sigma"] = "round"
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
         grid = self.spacing.grid(path, steps)
+        if self.how == "log_sigma":
+            told = (grid.sigma / grid.alpha).log() / 4
+            return replace(grid, tau=torch.where(grid.sigma > 0, told, torch.zeros_like(told)))
         return replace(grid, tau=grid.tau.round() if self.how == "round" else grid.tau.trunc())
