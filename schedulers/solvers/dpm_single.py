@@ -1,0 +1,87 @@
+"""DPM-Solver in its singlestep form: blocks of one to three rows, each step of a block starting at its first row."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from schedulers.grid import Grid
+from schedulers.solvers.base import Denoise, Memory, Noise
+
+
+@dataclass(frozen=True)
+class DPMSingle:
+    """The grid's steps are dealt into blocks of `order`; the k-th step of a block goes from the block's first row s,
+
+        x_next = (sigma_next / sigma_s) * x_s + alpha_next * (p1 * m_s + p2 * D1 + p3 * D2),
+
+    with k estimates and the p of DPMSolver at h = lambda_next - lambda_s. The second step has D1 = (m_1 - m_s) / r_1;
+    kind="midpoint" puts p1 / 2 for p2 there and drops D2 (D1 then the last difference) in the third. DPM-Solver-2S and
+    -3S, Lu et al. 2022 (arXiv 2206.00927, 2211.01095), in the convention of diffusers' DPMSolverSinglestepScheduler.
+    With lower_order_final, or where the grid ends at sigma = 0, the last block ends in a first-order step.
+    form and stochastic as in DPMSolver. Raises ValueError for an order outside 1 to 3, or form="noise" and stochastic.
+    """
+
+    order: int = 2
+    kind: Literal["midpoint", "heun"] = "midpoint"
+    form: Literal["data", "noise"] = "data"
+    stochastic: bool = False
+    lower_order_final: bool = True
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2, 3) or (self.form == "noise" and self.stochastic):
+            raise ValueError(
+                f"order={self.order}, form={self.form}; give an order of 1 to 3, and form=data for the SDE"
+            )
+
+    def orders(self, grid: Grid) -> list[int]:
+        """The place of each step in its block, from 1."""
+        clean = bool(grid.sigma[-1] == 0)
+        places = [i % self.order + 1 for i in range(grid.steps)]
+        if (self.lower_order_final or clean) and grid.steps % self.order == 0 and self.order > 1:
+            places[-self.order :] = [1, 2, 1] if self.order == 3 else [1, 1]
+        if clean:
+            places[-1] = 1
+        return places
+
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+        """See the class."""
+        there, place = grid[i + 1], self.orders(grid)[i]
+        memory.remember(grid[i], denoise(x, grid[i]), self.order)
+        if place == 1:
+            memory.sample = x
+        start, _ = memory.history[-place]
+        assert memory.sample is not None  # the first step of every block sets it
+        h = there.log_snr - start.log_snr
+        a_next, carry, step = there.alpha, there.sigma / start.sigma, h
+        if self.form == "noise":
+            a_next, carry, step = there.sigma, there.alpha / start.alpha, -h
+        if self.stochastic:
+            carry, step = carry * math.exp(-h), 2 * h
+        x_next = carry * memory.sample + a_next * self._sum(memory, place, h, step)
+        s = there.sigma * math.sqrt(-math.expm1(-2 * h)) if self.stochastic else 0.0
+        return x_next + s * noise(i).to(x) if s > 0 else x_next
+
+    def _sum(self, memory: Memory, place: int, h: float, step: float) -> Tensor:
+        """p1 * m_s + p2 * D1 + p3 * D2."""
+        block = memory.history[-place:]
+        values = [e.x0 if self.form == "data" else e.eps for _, e in block]
+        lambdas = [point.log_snr for point, _ in block]
+        p1 = -math.expm1(-step)
+        if place == 1:
+            return p1 * values[0]
+        p2, r = 1 - p1 / step, (lambdas[-1] - lambdas[0]) / h
+        last = (values[-1] - values[0]) / r
+        if place == 2:
+            return p1 * values[0] + (p1 / 2 if self.kind == "midpoint" else p2) * last
+        if self.kind == "midpoint":
+            return p1 * values[0] + p2 * last
+        r1, p3 = (lambdas[1] - lambdas[0]) / h, (p1 - step) / step**2 + 0.5
+        first = (values[1] - values[0]) / r1
+        d1, d2 = (r * first - r1 * last) / (r - r1), 2 * (last - first) / (r - r1)
+        return p1 * values[0] + p2 * d1 + p3 * d2
+
+    def evaluations(self, grid: Grid) -> int:
+        """One a step."""
+        return grid.steps
