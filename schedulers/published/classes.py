@@ -1,0 +1,182 @@
+"""Every mapped class of diffusers and the parts that it stands for."""
+
+from collections.abc import Callable
+
+from schedulers.conventions import Between, CutOn, Start
+from schedulers.noise_scheduler import NoiseScheduler
+from schedulers.paths import ContinuousVPPath, EDMPath, FlowPath, GeometricVEPath, NoisePath, VECoordinates
+from schedulers.prediction import Eps, Flow, LearnedVariance, Score
+from schedulers.published import parts
+from schedulers.published.multistep import deis, dpm, edm_dpm, edm_grid, edm_prediction, unipc
+from schedulers.published.options import Options
+from schedulers.solvers.adams import LMS, PNDM
+from schedulers.solvers.base import Solver
+from schedulers.solvers.euler import DDIM, Euler
+from schedulers.solvers.heun import DPM2, Heun
+from schedulers.solvers.lcm import LCM, TCD
+from schedulers.solvers.posterior import DDPM, Variance
+from schedulers.solvers.sde import EulerMaruyama, PredictorCorrector
+from schedulers.spacing import Distilled, FlowLinspace, Karras, Spacing, Told, UniformTime
+
+Builder = Callable[[Options], NoiseScheduler]
+ALL = ("epsilon", "sample", "v_prediction")
+VARIANCES: dict[str, Variance] = {
+    "fixed_small": "small",
+    "fixed_small_log": "small",
+    "fixed_large": "large",
+    "learned": "learned",
+    "learned_range": "learned_range",
+}
+
+
+def _ddpm(o: Options) -> NoiseScheduler:
+    kind = o.text("variance_type")
+    if kind not in VARIANCES:
+        o.refuse("variance_type", f"use one of {', '.join(VARIANCES)} (fixed_large_log gives no number in diffusers)")
+    meaning = parts.prediction(o, *ALL)
+    if kind.startswith("learned"):
+        meaning = LearnedVariance(meaning)
+    rows = parts.cut(o, "clean", integer=True)
+    return NoiseScheduler(parts.discrete(o, 0.0), rows, meaning, DDPM(VARIANCES[kind], final_noise=True))
+
+
+def _ddim(o: Options) -> NoiseScheduler:
+    rows = parts.cut(o, parts.end(o), integer=True, stride_target=True)
+    return NoiseScheduler(parts.discrete(o, 0.0), rows, parts.prediction(o, *ALL), DDIM(0.0))
+
+
+def _euler(o: Options) -> NoiseScheduler:
+    if o.text("interpolation_type") != "linear":
+        o.refuse("interpolation_type", "its timesteps and sigmas do not belong together; use linear")
+    last, v = parts.end(o), o.text("prediction_type") == "v_prediction"
+    if o.text("timestep_type") != "continuous" or not v:
+        path, spacing = parts.in_ve(o, last)
+        return NoiseScheduler(path, spacing, parts.prediction(o, *ALL), Euler())
+    low, high, levels = o.optional("sigma_min"), o.optional("sigma_max"), parts.levels(o, last)
+    if low is None or high is None or levels is None:
+        path, spacing = parts.in_ve(o, last)
+        return NoiseScheduler(path, Told(spacing, "log_sigma"), parts.prediction(o, *ALL), Euler())
+    if last != "clean":  # Stable Video Diffusion's levels leave the trained table, and the table's end is no end
+        o.refuse("final_sigmas_type", "with sigma_min of its own and timestep_type=continuous; use zero")
+    path = EDMPath(1.0, "log_sigma", low, high)
+    start = Start(levels, "state" if o.text("timestep_spacing") == "leading" else "sigma")
+    return NoiseScheduler(path, start, parts.prediction(o, *ALL), Euler())
+
+
+def _in_ve(solver: Solver, *kinds: str) -> Builder:
+    def build(o: Options) -> NoiseScheduler:
+        path, spacing = parts.in_ve(o, "clean")
+        return NoiseScheduler(path, spacing, parts.prediction(o, *kinds, recompute_eps=True), solver)
+
+    return build
+
+
+def _kdpm2(eta: float) -> Builder:
+    def build(o: Options) -> NoiseScheduler:
+        rows, spacing = parts.in_ve(o, "clean")
+        path = VECoordinates(parts.discrete(o))
+        levels = parts.levels(o, "clean")
+        if levels is None:
+            spacing = CutOn(spacing, rows)
+        elif isinstance(levels, Karras):
+            spacing = Told(spacing, "round")
+        return NoiseScheduler(path, spacing, parts.prediction(o, "epsilon", "v_prediction"), DPM2(eta))
+
+    return build
+
+
+def _pndm(o: Options) -> NoiseScheduler:
+    if o.text("timestep_spacing") != "leading":
+        o.refuse("timestep_spacing", "its steps go to t - N // n, which is the next row with leading only")
+    if o.text("prediction_type") != "epsilon":
+        o.refuse("prediction_type", "it adds up v of several timesteps before reading them as noise; use epsilon")
+    rows = parts.cut(o, parts.end(o), integer=True)
+    solver = PNDM(runge_kutta=not o.flag("skip_prk_steps"), whole_times=True)
+    return NoiseScheduler(parts.discrete(o, 0.0), rows, Eps(), solver)
+
+
+def _lcm(o: Options) -> NoiseScheduler:
+    rows = Distilled(o.count("original_inference_steps"))
+    solver = LCM(timestep_scaling=o.number("timestep_scaling"))
+    return NoiseScheduler(parts.discrete(o, 0.0), rows, parts.prediction(o, *ALL), solver)
+
+
+def _tcd(o: Options) -> NoiseScheduler:
+    rows = Distilled(o.count("original_inference_steps"), end="t_min")
+    unclipped = Options(o.name, {**o.values, "clip_sample": False, "thresholding": False})  # it reads neither
+    return NoiseScheduler(parts.discrete(o, 0.0), rows, parts.prediction(unclipped, *ALL), TCD())
+
+
+def _flow_grid(o: Options) -> tuple[NoisePath, Spacing]:
+    """sigma from 1 to 1 / N, the end shifted once before and all rows shifted again."""
+    total, shift = o.count("num_train_timesteps"), o.number("shift")
+    path: NoisePath = FlowPath(float(total))
+    if "use_dynamic_shifting" not in o.values:
+        return path, FlowLinspace(shift, _shifted(1 / total, shift))
+    if o.flag("invert_sigmas"):
+        o.refuse("invert_sigmas", "a grid goes from noise to data")
+    dynamic, terminal = o.flag("use_dynamic_shifting"), o.optional("shift_terminal") or None
+    last = 1 / total if dynamic else _shifted(1 / total, shift)
+    spacing = parts.shift(o, FlowLinspace(1.0 if dynamic else shift, last, terminal=terminal))
+    levels = parts.levels(o, "clean", of="flow")
+    return path, spacing if levels is None else Between(spacing, levels)
+
+
+def _shifted(sigma: float, shift: float) -> float:
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _flow(solver: Solver) -> Builder:
+    def build(o: Options) -> NoiseScheduler:
+        if o.values.get("scale_factors"):
+            o.refuse("scale_factors", "a state that grows between steps is not written here; leave it null")
+        path, spacing = _flow_grid(o)
+        fresh = "stochastic_sampling" in o.values and o.flag("stochastic_sampling")
+        return NoiseScheduler(path, spacing, Flow(), LCM(boundary=False) if fresh else solver)
+
+    return build
+
+
+def _edm_euler(o: Options) -> NoiseScheduler:
+    path, spacing = edm_grid(o, "log_sigma")
+    return NoiseScheduler(path, spacing, edm_prediction(o), Euler())
+
+
+def _score_ve(o: Options) -> NoiseScheduler:
+    path = GeometricVEPath(o.number("sigma_min"), o.number("sigma_max"), o.number("sampling_eps"))
+    solver = PredictorCorrector(corrections=o.count("correct_steps"), snr=o.number("snr"))
+    return NoiseScheduler(path, UniformTime(geometric_sigma=True), Score(), solver)
+
+
+def _score_vp(o: Options) -> NoiseScheduler:
+    path = ContinuousVPPath(o.number("beta_min"), o.number("beta_max"), t_min=o.number("sampling_eps"))
+    return NoiseScheduler(path, UniformTime(), Eps(), EulerMaruyama(even_dt=True))
+
+
+BUILDERS: dict[str, Builder] = {
+    "DDPMScheduler": _ddpm,
+    "DDPMParallelScheduler": _ddpm,
+    "DDIMScheduler": _ddim,
+    "DDIMParallelScheduler": _ddim,
+    "EulerDiscreteScheduler": _euler,
+    "EulerAncestralDiscreteScheduler": _in_ve(DDIM(1.0), "epsilon", "v_prediction"),
+    "HeunDiscreteScheduler": _in_ve(Heun(), *ALL),
+    "KDPM2DiscreteScheduler": _kdpm2(0.0),
+    "KDPM2AncestralDiscreteScheduler": _kdpm2(1.0),
+    "LMSDiscreteScheduler": _in_ve(LMS(), *ALL),
+    "DPMSolverMultistepScheduler": dpm(single=False),
+    "DPMSolverSinglestepScheduler": dpm(single=True),
+    "UniPCMultistepScheduler": unipc,
+    "DEISMultistepScheduler": deis,
+    "PNDMScheduler": _pndm,
+    "LCMScheduler": _lcm,
+    "TCDScheduler": _tcd,
+    "FlowMatchEulerDiscreteScheduler": _flow(Euler()),
+    "FlowMatchHeunDiscreteScheduler": _flow(Heun()),
+    "FlowMatchLCMScheduler": _flow(LCM(boundary=False)),
+    "EDMEulerScheduler": _edm_euler,
+    "EDMDPMSolverMultistepScheduler": edm_dpm("log_sigma"),
+    "CosineDPMSolverMultistepScheduler": edm_dpm("arctan"),
+    "ScoreSdeVeScheduler": _score_ve,
+    "ScoreSdeVpScheduler": _score_vp,
+}

@@ -1,0 +1,260 @@
+"""The options of diffusers' scheduler classes with their defaults, and the classes that have no counterpart here.
+
+As of diffusers 0.42.1. A scheduler_config.json may leave options out, and may carry options of another class, which
+the class named in it does not read; both are as diffusers treats them.
+"""
+
+import difflib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+Table = dict[str, object]
+
+BETAS: Table = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+}
+SD_BETAS: Table = BETAS | {"beta_start": 0.00085, "beta_end": 0.012}
+EPS: Table = {"prediction_type": "epsilon"}
+ZERO_SNR: Table = {"rescale_betas_zero_snr": False}
+THRESHOLD: Table = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+CLIP: Table = {"clip_sample": True, "clip_sample_range": 1.0}
+SPACED: Table = {"timestep_spacing": "linspace", "steps_offset": 0}
+LEADING: Table = {"timestep_spacing": "leading", "steps_offset": 0}
+LEVELS: Table = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+ENDS: Table = {"sigma_min": None, "sigma_max": None}
+FINAL: Table = {"final_sigmas_type": "zero"}
+SIZED: Table = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+SHIFTED: Table = {"use_dynamic_shifting": False, "time_shift_type": "exponential"}
+MULTISTEP: Table = (
+    BETAS | EPS | THRESHOLD | LEVELS | SHIFTED | {"solver_order": 2, "use_flow_sigmas": False, "flow_shift": 1.0}
+)
+DPM: Table = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True}
+DDPM: Table = BETAS | EPS | THRESHOLD | CLIP | LEADING | ZERO_SNR | {"variance_type": "fixed_small"}
+DDIM: Table = BETAS | EPS | THRESHOLD | CLIP | LEADING | ZERO_SNR | {"set_alpha_to_one": True}
+LCM: Table = (
+    SD_BETAS
+    | EPS
+    | THRESHOLD
+    | CLIP
+    | LEADING
+    | ZERO_SNR
+    | {
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "original_inference_steps": 50,
+        "set_alpha_to_one": True,
+        "timestep_scaling": 10.0,
+    }
+)
+FLOW: Table = {"num_train_timesteps": 1000, "shift": 1.0} | SHIFTED | SIZED | LEVELS
+FLOW |= {"invert_sigmas": False, "shift_terminal": None}
+EDM: Table = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras", "rho": 7.0}
+EDM |= {"num_train_timesteps": 1000} | EPS | FINAL
+EDM_DPM: Table = EDM | {
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "lower_order_final": True,
+    "euler_at_final": False,
+}
+
+DEFAULTS: dict[str, Table] = {
+    "DDPMScheduler": DDPM,
+    "DDPMParallelScheduler": DDPM,
+    "DDIMScheduler": DDIM,
+    "DDIMParallelScheduler": DDIM,
+    "EulerDiscreteScheduler": BETAS
+    | EPS
+    | SPACED
+    | LEVELS
+    | ENDS
+    | FINAL
+    | ZERO_SNR
+    | {"interpolation_type": "linear", "timestep_type": "discrete"},
+    "EulerAncestralDiscreteScheduler": BETAS | EPS | SPACED | ZERO_SNR,
+    "HeunDiscreteScheduler": SD_BETAS | EPS | SPACED | LEVELS | CLIP | {"clip_sample": False},
+    "KDPM2DiscreteScheduler": SD_BETAS | EPS | SPACED | LEVELS,
+    "KDPM2AncestralDiscreteScheduler": SD_BETAS | EPS | SPACED | LEVELS,
+    "LMSDiscreteScheduler": BETAS | EPS | SPACED | LEVELS,
+    "DPMSolverMultistepScheduler": MULTISTEP
+    | DPM
+    | SPACED
+    | FINAL
+    | ZERO_SNR
+    | {
+        "euler_at_final": False,
+        "use_lu_lambdas": False,
+        "lambda_min_clipped": -float("inf"),
+        "variance_type": None,
+    },
+    "DPMSolverSinglestepScheduler": MULTISTEP
+    | DPM
+    | FINAL
+    | {"lower_order_final": False, "lambda_min_clipped": -float("inf"), "variance_type": None},
+    "UniPCMultistepScheduler": MULTISTEP
+    | SPACED
+    | ENDS
+    | FINAL
+    | ZERO_SNR
+    | {
+        "predict_x0": True,
+        "solver_type": "bh2",
+        "lower_order_final": True,
+        "disable_corrector": [],
+        "solver_p": None,
+        "shift_terminal": None,
+    },
+    "DEISMultistepScheduler": MULTISTEP
+    | SPACED
+    | {"algorithm_type": "deis", "solver_type": "logrho", "lower_order_final": True},
+    "PNDMScheduler": BETAS | EPS | LEADING | {"skip_prk_steps": False, "set_alpha_to_one": False},
+    "LCMScheduler": LCM,
+    "TCDScheduler": LCM,
+    "FlowMatchEulerDiscreteScheduler": FLOW | {"stochastic_sampling": False},
+    "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
+    "FlowMatchLCMScheduler": FLOW | {"scale_factors": None, "upscale_mode": "bicubic"},
+    "EDMEulerScheduler": EDM,
+    "EDMDPMSolverMultistepScheduler": EDM_DPM | THRESHOLD | {"algorithm_type": "dpmsolver++"},
+    "CosineDPMSolverMultistepScheduler": EDM_DPM
+    | {
+        "sigma_min": 0.3,
+        "sigma_max": 500.0,
+        "sigma_data": 1.0,
+        "sigma_schedule": "exponential",
+        "prediction_type": "v_prediction",
+    },
+    "ScoreSdeVeScheduler": {
+        "num_train_timesteps": 2000,
+        "snr": 0.15,
+        "sigma_min": 0.01,
+        "sigma_max": 1348.0,
+        "sampling_eps": 1e-5,
+        "correct_steps": 1,
+    },
+    "ScoreSdeVpScheduler": {"num_train_timesteps": 2000, "beta_min": 0.1, "beta_max": 20.0, "sampling_eps": 1e-3},
+}
+"""Every mapped class, with what its constructor takes."""
+
+READ_IN_PASSING: dict[str, Table] = {
+    "DPMSolverMultistepScheduler": ENDS | SIZED,
+    "DPMSolverSinglestepScheduler": ENDS | SIZED,
+    "DEISMultistepScheduler": ENDS | SIZED,
+    "UniPCMultistepScheduler": SIZED,
+    "HeunDiscreteScheduler": ENDS,
+    "KDPM2DiscreteScheduler": ENDS,
+    "KDPM2AncestralDiscreteScheduler": ENDS,
+}
+"""Options that a class (or the pipeline around it) reads where a file has them, though its constructor has not."""
+
+DISCRETE_DATA = "it works on tokens or classes, not on Gaussian noise"
+OWN_PATH = "its noise path is its own, outside the three families"
+REFUSED = {
+    "AmusedScheduler": DISCRETE_DATA,
+    "BlockRefinementScheduler": DISCRETE_DATA,
+    "DiscreteDDIMScheduler": DISCRETE_DATA,
+    "EntropyBoundScheduler": DISCRETE_DATA,
+    "VQDiffusionScheduler": DISCRETE_DATA,
+    "CMStochasticIterativeScheduler": "a consistency model's own boundary and noise levels are not written here",
+    "CogVideoXDDIMScheduler": "its betas are shifted in signal-to-noise for one model; use DDIMScheduler's options",
+    "CogVideoXDPMScheduler": "it needs the network's output at two timesteps at once",
+    "DDIMInverseScheduler": "it walks from data to noise, and a grid goes from noise to data",
+    "DPMSolverMultistepInverseScheduler": "it walks from data to noise, and a grid goes from noise to data",
+    "DDPMWuerstchenScheduler": OWN_PATH,
+    "IPNDMScheduler": OWN_PATH,
+    "SCMScheduler": OWN_PATH,
+    "KarrasVeScheduler": "its table holds sigma squared where its formulas mean sigma; use the sgm family with churn",
+    "DPMSolverSDEScheduler": "its noise is a Brownian path, which one tensor a step does not give",
+    "SASolverScheduler": "stochastic Adams steps with their own variance schedule are not written here",
+    "UnCLIPScheduler": "its previous timestep is handed in by the pipeline",
+    "FlowMapEulerDiscreteScheduler": "a flow map needs the start and the end of a step told to the network",
+    "HeliosScheduler": "it samples several resolutions in stages",
+    "HeliosDMDScheduler": "it samples several resolutions in stages",
+    "LTXEulerAncestralRFScheduler": "its renoising and scaling are one model's own",
+    "MiniMaxH3Scheduler": "its rule is one model's own",
+    "PiflowScheduler": "the network gives a policy for a step, not an estimate at a point",
+    "RFD4ProteinaScheduler": "its rule is one model's own",
+    "RePaintScheduler": "it goes back and forth in time over a mask",
+}
+"""Every other scheduler class of diffusers, and why there is no counterpart."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """One class's options, read by kind; each reader raises ValueError, naming the option, for another kind."""
+
+    name: str
+    values: Mapping[str, object]
+
+    def refuse(self, key: str, why: str) -> NoReturn:
+        """Raise the one line that says which option cannot be honoured, and why."""
+        raise ValueError(f"{self.name} with {key}={self.values[key]!r} is not supported: {why}")
+
+    def number(self, key: str) -> float:
+        """A float."""
+        value = self.values[key]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.refuse(key, "give a number")
+        return float(value)
+
+    def optional(self, key: str) -> float | None:
+        """A float, or None where the file has null or nothing."""
+        return None if self.values.get(key) is None else self.number(key)
+
+    def count(self, key: str) -> int:
+        """A whole number."""
+        if self.number(key) != int(self.number(key)):
+            self.refuse(key, "give a whole number")
+        return int(self.number(key))
+
+    def flag(self, key: str) -> bool:
+        """True or false; null is false."""
+        value = self.values[key]
+        if not isinstance(value, bool | None):
+            self.refuse(key, "give true or false")
+        return bool(value)
+
+    def text(self, key: str) -> str:
+        """A name."""
+        value = self.values[key]
+        if not isinstance(value, str):
+            self.refuse(key, "give a name")
+        return value
+
+    def numbers(self, key: str) -> list[float] | None:
+        """A list of numbers, or None."""
+        value = self.values[key]
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple) or not all(isinstance(v, int | float) for v in value):
+            self.refuse(key, "give a list of numbers")
+        return [float(v) for v in value]
+
+
+def read(config: Mapping[str, object]) -> Options:
+    """The options of the class that config names under _class_name, its defaults filled in.
+
+    Raises ValueError for a class that is missing, unknown (with the nearest name) or without a counterpart (with the
+    reason). Warns of an option that no mapped class has.
+    """
+    name = config.get("_class_name")
+    if not isinstance(name, str):
+        raise ValueError("a scheduler's configuration needs _class_name, as in diffusers' scheduler_config.json")
+    if name in REFUSED:
+        raise ValueError(f"{name} is not supported: {REFUSED[name]}")
+    if name not in DEFAULTS:
+        near = difflib.get_close_matches(name, [*DEFAULTS, *REFUSED], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown class {name!r}; {hint}Mapped classes: {', '.join(sorted(DEFAULTS))}")
+    known = DEFAULTS[name] | READ_IN_PASSING.get(name, {})
+    elsewhere = {key for options in DEFAULTS.values() for key in options}
+    for key in config:
+        if not key.startswith("_") and key not in known and key not in elsewhere:
+            near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.7)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            warnings.warn(f"{name} has no option {key!r}{hint}", stacklevel=3)
+    return Options(name, known | {key: value for key, value in config.items() if key in known})

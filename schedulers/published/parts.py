@@ -1,0 +1,161 @@
+"""From a published class's options to a path, a prediction and a spacing: what several classes have in common."""
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from schedulers.conventions import Between, Start
+from schedulers.paths import BetaSchedule, DiscreteVPPath, FlowPath, NoisePath, VECoordinates, betas, zero_terminal_snr
+from schedulers.prediction import X0, Clipped, Eps, Flow, Prediction, Thresholded, V
+from schedulers.published.options import Options
+from schedulers.spacing import (
+    Beta,
+    End,
+    Exponential,
+    FlowLinspace,
+    Karras,
+    Leading,
+    Level,
+    Linspace,
+    ResolutionShift,
+    Spacing,
+    Told,
+    Trailing,
+)
+
+NAMED: dict[str, BetaSchedule] = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "squaredcos",
+}
+NEARLY_ZERO = 2.0**-24  # what diffusers' samplers in x / alpha put for the last alpha-bar of a zero terminal SNR
+LEVELS = {"use_karras_sigmas": Karras, "use_exponential_sigmas": Exponential, "use_beta_sigmas": Beta}
+
+
+def trained_betas(o: Options, last_alpha_bar: float = 0.0) -> Tensor:
+    """The trained noise increments, float64 of shape (N,), rescaled where the file asks for a zero terminal SNR."""
+    given, steps = o.numbers("trained_betas"), o.count("num_train_timesteps")
+    schedule, start, end = o.text("beta_schedule"), o.number("beta_start"), o.number("beta_end")
+    if given is not None:
+        value = torch.tensor(given, dtype=torch.float64)
+    elif schedule in NAMED:
+        value = betas(NAMED[schedule], start, end, steps)
+    elif schedule == "sigmoid" and o.name.startswith("DDPM"):
+        value = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
+    elif schedule == "exp" and o.name == "HeunDiscreteScheduler":
+        value = torch.full((steps,), -math.expm1(-12 / steps), dtype=torch.float64)
+    else:
+        o.refuse("beta_schedule", f"use one of {', '.join(NAMED)}")
+    return zero_terminal_snr(value, last_alpha_bar) if o.values.get("rescale_betas_zero_snr") else value
+
+
+def discrete(o: Options, last_alpha_bar: float = NEARLY_ZERO) -> DiscreteVPPath:
+    """The trained path."""
+    return DiscreteVPPath(trained_betas(o, last_alpha_bar))
+
+
+def prediction(o: Options, *kinds: str, recompute_eps: bool = False) -> Prediction:
+    """What the output means, x0 clipped or thresholded where the file asks for it; kinds are what the class takes."""
+    named: dict[str, Prediction] = {"epsilon": Eps(), "sample": X0(), "v_prediction": V(), "flow_prediction": Flow()}
+    kind = o.text("prediction_type")
+    if kind not in kinds:
+        o.refuse("prediction_type", f"use one of {', '.join(kinds)}")
+    if "thresholding" in o.values and o.flag("thresholding"):
+        share, limit = o.number("dynamic_thresholding_ratio"), o.number("sample_max_value")
+        return Thresholded(named[kind], share, limit, recompute_eps)
+    if "clip_sample" in o.values and o.flag("clip_sample"):
+        return Clipped(named[kind], o.number("clip_sample_range"), recompute_eps)
+    return named[kind]
+
+
+def end(o: Options) -> End:
+    """The last row by final_sigmas_type or set_alpha_to_one."""
+    if "set_alpha_to_one" in o.values:
+        return "clean" if o.flag("set_alpha_to_one") else "t_min"
+    if "final_sigmas_type" not in o.values or o.text("final_sigmas_type") == "zero":
+        return "clean"
+    if o.text("final_sigmas_type") != "sigma_min":
+        o.refuse("final_sigmas_type", "use zero or sigma_min")
+    return "t_min"
+
+
+def cut(o: Options, last: End, integer: bool, spare_row: bool = False, stride_target: bool = False) -> Spacing:
+    """The trained timesteps by timestep_spacing."""
+    match o.values.get("timestep_spacing", "linspace"):
+        case "leading":
+            return Leading(o.count("steps_offset"), last, spare_row)
+        case "trailing":
+            return Trailing(last, stride_target)
+        case "linspace":
+            return Linspace(integer, last, spare_row, stride_target)
+    o.refuse("timestep_spacing", "use one of linspace, leading, trailing")
+
+
+def levels(o: Options, last: End, of: Level = "ratio") -> Karras | Exponential | Beta | None:
+    """Karras, exponential or beta levels, of which a file can ask for one, with its own ends where it gives them."""
+    asked = [key for key in LEVELS if key in o.values and o.flag(key)]
+    if len(asked) > 1:
+        o.refuse(asked[1], f"{asked[0]} is set too; keep one of them")
+    if not asked:
+        return None
+    return LEVELS[asked[0]](end=last, of=of, sigma_min=o.optional("sigma_min"), sigma_max=o.optional("sigma_max"))
+
+
+def within(o: Options, path: DiscreteVPPath) -> None:
+    """Refuse levels that leave the trained table, where the network would be told the table's end."""
+    low, high = (path.sigma(t) / path.alpha(t) for t in (path.t_min, path.t_max))
+    for key in ("sigma_min", "sigma_max"):
+        level = o.optional(key)
+        if level is not None and not low * (1 - 1e-6) <= level <= high * (1 + 1e-6):
+            o.refuse(key, f"the trained table goes from {low:.6g} to {high:.6g}")
+
+
+def in_ve(o: Options, last: End) -> tuple[NoisePath, Spacing]:
+    """Path and spacing of the samplers that step in x / alpha: Euler, Heun, KDPM2, LMS."""
+    table, leveled = discrete(o), levels(o, last)
+    rows = cut(o, last, integer=False)
+    start: Literal["state", "sigma"] = "state" if o.text("timestep_spacing") == "leading" else "sigma"
+    if leveled is None:
+        return VECoordinates(replace(table, interpolation="linear")), Start(rows, start)
+    within(o, table)
+    return VECoordinates(table), Start(Between(rows, leveled), start)
+
+
+def shift(o: Options, flow: FlowLinspace) -> Spacing:
+    """The flow's spacing, its shift growing with the picture where the file asks for it."""
+    if not o.flag("use_dynamic_shifting"):
+        return flow
+    kind = o.text("time_shift_type")
+    if kind not in ("exponential", "linear"):
+        o.refuse("time_shift_type", "use exponential or linear")
+    return ResolutionShift(
+        flow,
+        o.number("base_shift"),
+        o.number("max_shift"),
+        o.count("base_image_seq_len"),
+        o.count("max_image_seq_len"),
+        "linear" if kind == "linear" else "exponential",
+    )
+
+
+def flow_levels(o: Options, flow: FlowLinspace) -> tuple[NoisePath, Spacing]:
+    """Path and spacing of the multistep samplers with use_flow_sigmas; the network is told whole numbers."""
+    path = FlowPath(float(o.count("num_train_timesteps")))
+    if levels(o, flow.end) is not None:
+        o.refuse("use_flow_sigmas", "it does not go together with karras, exponential or beta sigmas here")
+    return path, Start(Told(shift(o, flow), "floor"), "unit")
+
+
+def multistep(o: Options, last: End, leveled_last: End, rounded: bool) -> tuple[NoisePath, Spacing]:
+    """Path and spacing of DPM-Solver, UniPC and DEIS on trained indices: one spare row, whole numbers told.
+
+    leveled_last is the end of karras, exponential and beta levels; karras timesteps are rounded, the others cut.
+    """
+    table, leveled = discrete(o), levels(o, leveled_last)
+    if leveled is None:
+        return table, cut(o, last, integer=True, spare_row=True)
+    within(o, table)
+    return table, Told(leveled, "round" if isinstance(leveled, Karras) and rounded else "floor")
