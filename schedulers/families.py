@@ -1,4 +1,4 @@
-"""Which family, prediction, solver and spacing go together, as data that can be asked without importing torch.
+"""Which family, path, prediction, solver and spacing go together, as data that can be asked without importing torch.
 
 A configuration is checked here before any process starts; `schedulers.build` turns checked settings into objects.
 """
@@ -11,91 +11,232 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Family:
-    """One row: a path, and the choices that make sense on it. The first of each tuple is the default."""
+class Row:
+    """What makes sense on one path; the first of each tuple is the default."""
 
-    path: Literal["flow", "discrete_vp", "edm"]
     predictions: tuple[str, ...]
     spacings: tuple[str, ...]
     options: tuple[str, ...]
 
 
-PREDICTIONS = ("flow", "eps", "v", "x0", "edm")
-SPACINGS = ("linspace", "leading", "trailing", "karras")
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "rectified_flow": ("flow",),
+    "ddpm": ("discrete_vp",),
+    "sgm": ("edm", "ve", "vp", "sub_vp"),
+}
+"""The paths of each family; the first is the default."""
 
-FAMILIES = {
-    "rectified_flow": Family("flow", ("flow", "v", "x0"), ("linspace",), ()),
-    "ddpm": Family(
-        "discrete_vp",
+LEVELS = ("karras", "exponential", "beta", "custom")
+CONTINUOUS = Row(
+    ("score", "eps", "x0", "v"), ("uniform", *LEVELS), ("beta_min", "beta_max", "t_last", "end", "learned_variance")
+)
+PATHS: dict[str, Row] = {
+    "flow": Row(("flow", "v", "x0"), ("linspace", *LEVELS), ()),
+    "discrete_vp": Row(
         ("eps", "v", "x0"),
-        ("leading", "trailing", "linspace", "karras"),
-        ("train_steps", "beta_schedule", "beta_start", "beta_end", "coordinates", "end"),
+        ("leading", "trailing", "linspace", *LEVELS, "lcm"),
+        (
+            "train_steps",
+            "beta_schedule",
+            "beta_start",
+            "beta_end",
+            "zero_terminal_snr",
+            "coordinates",
+            "end",
+            "learned_variance",
+        ),
     ),
-    "sgm": Family("edm", ("edm", "eps", "x0", "v", "flow"), ("karras",), ("sigma_data", "tau_map", "end")),
+    "edm": Row(("edm", "score", "eps", "x0", "v", "flow"), LEVELS, ("sigma_data", "tau_map", "end")),
+    "ve": Row(("score", "eps", "x0", "v"), ("uniform", *LEVELS), ("sigma_min", "sigma_max", "end")),
+    "vp": CONTINUOUS,
+    "sub_vp": CONTINUOUS,
 }
 
-SOLVERS: dict[str, tuple[str, ...]] = {"euler": (), "ddim": ("eta",), "heun": ()}
+PREDICTIONS = ("flow", "eps", "v", "x0", "score", "edm")
+SPACINGS = ("linspace", "leading", "trailing", "uniform", *LEVELS, "lcm")
+
+SOLVERS: dict[str, tuple[str, ...]] = {
+    "euler": (),
+    "ddim": ("eta",),
+    "ancestral": (),
+    "ddpm": ("variance", "final_noise"),
+    "heun": (),
+    "dpm2": ("eta",),
+    "dpmpp_1": (),
+    "dpmpp_2m": ("kind", "lower_order_final"),
+    "dpmpp_3m": ("lower_order_final",),
+    "dpmpp_2m_sde": ("kind", "lower_order_final"),
+    "unipc": ("order", "b", "corrector", "lower_order_final"),
+    "deis": ("order", "lower_order_final"),
+    "pndm": ("runge_kutta",),
+    "lms": ("order",),
+    "lcm": ("boundary", "timestep_scaling"),
+    "edm_churn": ("s_churn", "s_tmin", "s_tmax", "s_noise"),
+    "euler_maruyama": (),
+    "predictor_corrector": ("corrections", "snr"),
+    "rk45": ("rtol", "atol"),
+}
 """Each solver with the options it reads."""
 
-SPACING_OPTIONS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("flow", "linspace"): ("shift", "sigma_last"),
-    ("discrete_vp", "leading"): ("steps_offset",),
-    ("discrete_vp", "linspace"): ("integer_timesteps",),
-    ("discrete_vp", "karras"): ("rho", "sigma_min", "sigma_max"),
-    ("edm", "karras"): ("rho", "sigma_min", "sigma_max"),
+SPACING_OPTIONS: dict[str, tuple[str, ...]] = {
+    "linspace": ("integer_timesteps", "spare_row"),
+    "leading": ("steps_offset", "spare_row"),
+    "trailing": ("stride_target",),
+    "uniform": ("t_last", "geometric_sigma"),
+    "karras": ("rho", "sigma_min", "sigma_max"),
+    "exponential": ("sigma_min", "sigma_max"),
+    "beta": ("sigma_min", "sigma_max"),
+    "custom": ("sigmas",),
+    "lcm": ("original_steps",),
 }
+FLOW_SHIFT = ("shift", "mu", "base_shift", "max_shift", "base_tokens", "max_tokens")
+FLOW_LINSPACE = (*FLOW_SHIFT, "sigma_last", "sigma_first", "spare_row", "sigma_cap", "shift_terminal")
 PREDICTION_OPTIONS: dict[str, tuple[str, ...]] = {"edm": ("sigma_data", "edm_sign")}
 
+NO_INDICES = "this path has no trained indices to pick from"
+PURE_NOISE = "it starts at alpha = 0"
 REASONS = {
-    ("rectified_flow", "prediction", "eps"): "a flow starts at alpha = 0, where eps says nothing about x0",
-    ("rectified_flow", "prediction", "edm"): "its preconditioning belongs to a checkpoint trained at alpha = 1",
-    ("rectified_flow", "spacing", "karras"): "a flow starts at an infinite sigma / alpha",
-    ("rectified_flow", "spacing", "leading"): "a flow has no trained indices to pick from",
-    ("rectified_flow", "spacing", "trailing"): "a flow has no trained indices to pick from",
-    ("ddpm", "prediction", "flow"): "its checkpoints are trained on alpha^2 + sigma^2 = 1 with eps, v or x0",
-    ("ddpm", "prediction", "edm"): "its checkpoints are trained without preconditioning",
-    ("sgm", "spacing", "linspace"): "even steps in sigma put almost no step where the picture forms",
-    ("sgm", "spacing", "leading"): "this path has no trained indices to pick from",
-    ("sgm", "spacing", "trailing"): "this path has no trained indices to pick from",
+    ("flow", "prediction", "eps"): "a flow starts at alpha = 0, where eps says nothing about x0",
+    ("flow", "prediction", "score"): "a flow starts at alpha = 0, where the score says nothing about x0",
+    ("flow", "prediction", "edm"): "its preconditioning belongs to a checkpoint trained at alpha = 1",
+    ("flow", "spacing", "leading"): NO_INDICES,
+    ("flow", "spacing", "trailing"): NO_INDICES,
+    ("flow", "spacing", "lcm"): NO_INDICES,
+    ("flow", "spacing", "uniform"): "even times of a flow are called linspace",
+    ("flow", "solver", "pndm"): f"{PURE_NOISE}, and PNDM divides by alpha",
+    ("discrete_vp", "prediction", "flow"): "its checkpoints are trained on alpha^2 + sigma^2 = 1 with eps, v or x0",
+    ("discrete_vp", "prediction", "score"): "its checkpoints predict eps, which is -sigma times the score",
+    ("discrete_vp", "prediction", "edm"): "its checkpoints are trained without preconditioning",
+    ("discrete_vp", "spacing", "uniform"): "even trained indices are called linspace, leading and trailing",
+    ("edm", "spacing", "linspace"): "even steps in sigma put almost no step where the picture forms",
+    ("edm", "spacing", "uniform"): "even steps in sigma put almost no step where the picture forms",
+    **{("edm", "spacing", name): NO_INDICES for name in ("leading", "trailing", "lcm")},
+    **{
+        (path, "spacing", name): "even times of this path are called uniform" if name == "linspace" else NO_INDICES
+        for path in ("ve", "vp", "sub_vp")
+        for name in ("linspace", "leading", "trailing", "lcm")
+    },
+    **{
+        (path, "prediction", "edm"): "its checkpoints are trained without EDM's preconditioning"
+        for path in ("ve", "vp", "sub_vp")
+    },
+    **{
+        (path, "prediction", "flow"): "its checkpoints predict the score or eps; a velocity belongs to a flow"
+        for path in ("ve", "vp", "sub_vp")
+    },
+    **{
+        (path, "solver", "pndm"): "its rule is for rows even in trained indices; use lms or deis"
+        for path in ("edm", "ve")
+    },
 }
-"""Why a known (family, part, name) is refused. Solver rows belong here too; today every solver runs everywhere."""
+"""Why a known (path, part, name) is refused."""
+
+AT_PURE_NOISE = {
+    "edm_churn": "no noise can be added above pure noise",
+    "euler_maruyama": "the drift of the reverse SDE is infinite at alpha = 0",
+    "pndm": "PNDM divides by alpha",
+}
+"""Solvers that cannot start at alpha = 0."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Plain parameters of a noise scheduler; None means the family's default, given here in brackets.
+    """Plain parameters of a noise scheduler; None means the path's or solver's default, given here in brackets.
 
-    prediction, spacing: the first of the family's row. solver: euler. clip: clamp x0 to [-clip, clip] [not clamped].
-    eta: noise of the ddim solver, 0 to 1 [0]. shift: static shift of a flow grid [1]. sigma_last: unshifted sigma of
-    a flow's last evaluation [1 / steps]. steps_offset: of leading [0]. integer_timesteps: round a linspace to trained
-    indices [True]. rho [7], sigma_min and sigma_max [the path's; .002 and 80 for sgm]: of karras. end: "clean" or
-    "t_min", the last row [clean]. train_steps [1000], beta_schedule [linear], beta_start [1e-4], beta_end [.02]: the
-    trained noise of ddpm. coordinates: "native", or "ve" to step in x / alpha [native]. sigma_data [.5], tau_map
-    ["log_sigma"; "sigma", "flow_time"], edm_sign [1]: what an sgm checkpoint was trained with.
+    path: of the family [its first]. prediction, spacing: the first of the path's row. solver: euler. state_dtype: round
+    the state to it after each step, as diffusers does ["float32", not rounded].
+
+    What a checkpoint was trained with. train_steps [1000], beta_schedule [linear], beta_start [1e-4], beta_end [.02],
+    zero_terminal_snr [False]: the trained noise of ddpm. learned_variance: the network outputs twice the channels
+    [False]. beta_min [.1], beta_max [20]: of sgm's vp and sub_vp. sigma_min [.01], sigma_max [50]: of its ve.
+    sigma_data [.5], tau_map ["log_sigma"; "sigma", "flow_time", "arctan"], edm_sign [1]: of its edm.
+
+    Prediction. clip: clamp x0 to [-clip, clip] [not clamped]. threshold: clamp to that quantile of |x0| instead.
+
+    Spacing. end: "clean" or "t_min", the last row [clean]. coordinates: "native", or "ve" to step in x / alpha
+    [native]. steps_offset: of leading [0]. integer_timesteps: round a linspace to trained indices [True]. spare_row:
+    cut one row more and drop the last [False]. stride_target: trailing's first-order steps land at t - N // n [False].
+    round_tau: tell the network whole numbers, "round" or "floor" [as they are]. rho [7], sigma_min and sigma_max [the
+    path's; .002 and 80 for edm; .001 and 1 for a flow]: of karras, exponential and beta. sigmas: custom's levels, noise
+    first, without 0. t_last [the path's], geometric_sigma [True on ve]: of uniform. original_steps [50]: of lcm.
+    Of a flow's linspace: shift, static [1]; mu, the same as shift = e^mu; base_shift and max_shift, at base_tokens
+    [256] and max_tokens [4096], the shift that grows with the picture; sigma_last: unshifted sigma of the last
+    evaluation [1 / steps]; sigma_first [1]; sigma_cap [1]; shift_terminal: stretch so that the last sigma is this.
+
+    Solver. eta: noise of ddim and dpm2, 0 to 1 [0]. variance: of ddpm, "small", "large", "learned_range" or "learned"
+    [small]. final_noise: ddpm adds noise at its last step too [False]. kind: "midpoint" or "heun" of dpmpp [midpoint].
+    order: of unipc [2], deis [2] and lms [4]. b: "bh1" or "bh2" of unipc [bh2]. corrector: of unipc [True].
+    lower_order_final [True]. runge_kutta: pndm starts with it [False]. boundary [True on ddpm], timestep_scaling [10]:
+    of lcm. s_churn [40], s_tmin [.05], s_tmax [50], s_noise [1.003]: of edm_churn. corrections [1], snr [.15]: of
+    predictor_corrector. rtol [1e-3], atol [1e-3]: of rk45.
     """
 
     family: str
     prediction: str | None = None
     solver: str | None = None
     spacing: str | None = None
-    clip: float | None = None
-    eta: float | None = None
-    shift: float | None = None
-    sigma_last: float | None = None
-    steps_offset: int | None = None
-    integer_timesteps: bool | None = None
-    rho: float | None = None
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    end: Literal["clean", "t_min"] | None = None
+    path: str | None = None
+    state_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    # what a checkpoint was trained with
     train_steps: int | None = None
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos"] | None = None
     beta_start: float | None = None
     beta_end: float | None = None
-    coordinates: Literal["native", "ve"] | None = None
+    zero_terminal_snr: bool | None = None
+    learned_variance: bool | None = None
+    beta_min: float | None = None
+    beta_max: float | None = None
     sigma_data: float | None = None
-    tau_map: Literal["log_sigma", "flow_time", "sigma"] | None = None
+    tau_map: Literal["log_sigma", "flow_time", "sigma", "arctan"] | None = None
     edm_sign: int | None = None
+    # prediction
+    clip: float | None = None
+    threshold: float | None = None
+    # spacing
+    end: Literal["clean", "t_min"] | None = None
+    coordinates: Literal["native", "ve"] | None = None
+    steps_offset: int | None = None
+    integer_timesteps: bool | None = None
+    spare_row: bool | None = None
+    stride_target: bool | None = None
+    round_tau: Literal["round", "floor"] | None = None
+    rho: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    sigmas: Sequence[float] | None = None
+    t_last: float | None = None
+    geometric_sigma: bool | None = None
+    original_steps: int | None = None
+    shift: float | None = None
+    mu: float | None = None
+    base_shift: float | None = None
+    max_shift: float | None = None
+    base_tokens: int | None = None
+    max_tokens: int | None = None
+    sigma_last: float | None = None
+    sigma_first: float | None = None
+    sigma_cap: float | None = None
+    shift_terminal: float | None = None
+    # solver
+    eta: float | None = None
+    variance: Literal["small", "large", "learned_range", "learned"] | None = None
+    final_noise: bool | None = None
+    kind: Literal["midpoint", "heun"] | None = None
+    order: int | None = None
+    b: Literal["bh1", "bh2"] | None = None
+    corrector: bool | None = None
+    lower_order_final: bool | None = None
+    runge_kutta: bool | None = None
+    boundary: bool | None = None
+    timestep_scaling: float | None = None
+    s_churn: float | None = None
+    s_tmin: float | None = None
+    s_tmax: float | None = None
+    s_noise: float | None = None
+    corrections: int | None = None
+    snr: float | None = None
+    rtol: float | None = None
+    atol: float | None = None
 
 
 def _known(part: str, name: str, names: Sequence[str]) -> None:
@@ -105,47 +246,109 @@ def _known(part: str, name: str, names: Sequence[str]) -> None:
         raise ValueError(f"unknown {part} {name!r}; {hint}Choose one of: {', '.join(names)}")
 
 
-def _legal(settings: Settings, part: str, name: str, legal: Sequence[str], known: Sequence[str]) -> None:
+def _legal(settings: Settings, path: str, part: str, name: str, legal: Sequence[str], known: Sequence[str]) -> None:
     _known(part, name, known)
-    reason = REASONS.get((settings.family, part, name))
+    reason = REASONS.get((path, part, name))
     if reason is not None or name not in legal:
-        allowed = ", ".join(other for other in legal if (settings.family, part, other) not in REASONS)
+        allowed = ", ".join(other for other in legal if (path, part, other) not in REASONS)
         why = reason or "no such combination"
-        raise ValueError(f"{part}={name} cannot run on family={settings.family}: {why}. Use one of: {allowed}")
+        where = f"family={settings.family}" + (f" with path={path}" if len(FAMILIES[settings.family]) > 1 else "")
+        raise ValueError(f"{part}={name} cannot run on {where}: {why}. Use one of: {allowed}")
 
 
 def resolve(settings: Settings, steps: int | None = None) -> Settings:
-    """The settings with prediction, solver and spacing filled in and found legal, with `steps` when it is given.
+    """The settings with path, prediction, solver and spacing filled in and found legal, with `steps` when it is given.
 
     Raises ValueError, naming what to change, for an unknown name (with the nearest one), a combination that cannot
     run (with the reason) and an impossible number of steps. Warns of an option that has no effect.
     """
     _known("family", settings.family, tuple(FAMILIES))
-    family = FAMILIES[settings.family]
-    prediction = settings.prediction or family.predictions[0]
-    spacing = settings.spacing or family.spacings[0]
+    paths = FAMILIES[settings.family]
+    path = settings.path or paths[0]
+    if path not in paths:
+        raise ValueError(f"path={path} does not belong to family={settings.family}. Use one of: {', '.join(paths)}")
+    row = PATHS[path]
+    prediction = settings.prediction or row.predictions[0]
+    spacing = settings.spacing or row.spacings[0]
     solver = settings.solver or "euler"
-    _legal(settings, "prediction", prediction, family.predictions, PREDICTIONS)
-    _legal(settings, "spacing", spacing, family.spacings, SPACINGS)
-    _legal(settings, "solver", solver, tuple(SOLVERS), tuple(SOLVERS))
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps={steps}; ask for at least 1")
-    trained = settings.train_steps or 1000
-    if steps is not None and family.path == "discrete_vp" and spacing != "karras" and steps > trained:
+    _legal(settings, path, "prediction", prediction, row.predictions, PREDICTIONS)
+    _legal(settings, path, "spacing", spacing, row.spacings, SPACINGS)
+    _legal(settings, path, "solver", solver, tuple(SOLVERS), tuple(SOLVERS))
+    full = replace(settings, path=path, prediction=prediction, solver=solver, spacing=spacing)
+    _check_start(full)
+    _check_steps(full, steps)
+    _check_options(full)
+    return full
+
+
+def starts_at_pure_noise(s: Settings) -> bool:
+    """Whether the first row of resolved settings has alpha = 0."""
+    if s.path == "flow":
+        first = {"linspace": s.sigma_first, "custom": s.sigmas[0] if s.sigmas else None}.get(
+            s.spacing or "", s.sigma_max
+        )
+        return min(1.0 if first is None else first, 1.0 if s.sigma_cap is None else s.sigma_cap) >= 1
+    return bool(s.zero_terminal_snr) and s.spacing in ("trailing", "linspace")
+
+
+def _check_start(s: Settings) -> None:
+    """Refuses what cannot be at alpha = 0."""
+    if s.zero_terminal_snr and s.prediction == "eps":
+        raise ValueError("prediction=eps says nothing about x0 at zero terminal SNR, where alpha = 0; use v or x0")
+    if s.zero_terminal_snr and s.coordinates == "ve":
+        raise ValueError("coordinates=ve divides by alpha, which is 0 at zero terminal SNR; use coordinates=native")
+    if s.zero_terminal_snr and s.spacing in ("karras", "exponential", "beta") and s.sigma_max is None:
+        raise ValueError(f"spacing={s.spacing} needs a finite sigma_max, and zero terminal SNR has none; set sigma_max")
+    if s.solver in AT_PURE_NOISE and starts_at_pure_noise(s):
+        key = "sigma_first=0.999" if s.spacing == "linspace" and s.path == "flow" else "sigma_max=0.999"
+        change = f"set {key}" if s.path == "flow" else "use spacing=leading, or zero_terminal_snr=null"
         raise ValueError(
-            f"steps={steps} with spacing={spacing} on a path of {trained} trained timesteps; "
+            f"solver={s.solver} cannot start at alpha = 0, where family={s.family} begins: {AT_PURE_NOISE[s.solver]}; "
+            f"{change}, or another solver"
+        )
+
+
+def _check_steps(s: Settings, steps: int | None) -> None:
+    """Refuses a number of rows that the path cannot be cut into."""
+    if s.spacing == "custom" and not s.sigmas:
+        raise ValueError("spacing=custom needs its levels; set sigmas=[...], falling, without 0")
+    if steps is None:
+        return
+    if steps < 1:
+        raise ValueError(f"steps={steps}; ask for at least 1")
+    if s.spacing == "custom" and s.sigmas and len(s.sigmas) != steps:
+        raise ValueError(f"steps={steps}, but {len(s.sigmas)} sigmas are given; ask for {len(s.sigmas)} steps")
+    if s.spacing == "lcm" and steps > (s.original_steps or 50):
+        raise ValueError(f"steps={steps} of a model distilled on {s.original_steps or 50} steps; ask for that or fewer")
+    trained = s.train_steps or 1000
+    if s.spacing in ("leading", "trailing", "linspace") and s.path == "discrete_vp" and steps > trained:
+        raise ValueError(
+            f"steps={steps} with spacing={s.spacing} on a path of {trained} trained timesteps; "
             f"ask for {trained} or fewer, or use spacing=karras"
         )
-    used = {"family", "prediction", "solver", "spacing", "clip", *family.options, *SOLVERS[solver]}
-    used |= {*SPACING_OPTIONS.get((family.path, spacing), ()), *PREDICTION_OPTIONS.get(prediction, ())}
-    idle = [f.name for f in fields(settings) if f.name not in used and getattr(settings, f.name) is not None]
+
+
+def _check_options(s: Settings) -> None:
+    """Refuses options that contradict one another, and warns of those without effect."""
+    if s.variance in ("learned_range", "learned") and not s.learned_variance:
+        raise ValueError(f"variance={s.variance} needs a checkpoint with learned_variance; use variance=small or large")
+    if s.shift is not None and (s.mu is not None or s.base_shift is not None):
+        raise ValueError("shift, mu and base_shift with max_shift are three ways to say one thing; give one")
+    if (s.base_shift is None) != (s.max_shift is None):
+        raise ValueError("base_shift and max_shift go together; give both, or shift alone")
+    row, path, spacing = PATHS[s.path or ""], s.path, s.spacing or ""
+    used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
+    used |= {*row.options, *SOLVERS[s.solver or ""], *PREDICTION_OPTIONS.get(s.prediction or "", ())}
+    used |= set(FLOW_LINSPACE if (path, spacing) == ("flow", "linspace") else SPACING_OPTIONS[spacing])
+    used |= {"round_tau"} if path in ("flow", "discrete_vp") else set()
+    used -= {"beta_min", "beta_max"} if path == "ve" else set()
+    idle = [f.name for f in fields(s) if f.name not in used and getattr(s, f.name) is not None]
     if idle:
         warnings.warn(
-            f"{', '.join(idle)} has no effect with family={settings.family}, solver={solver}, spacing={spacing}, "
-            f"prediction={prediction}; remove it or change one of these",
-            stacklevel=2,
+            f"{', '.join(idle)} has no effect with family={s.family}, path={path}, solver={s.solver}, "
+            f"spacing={spacing}, prediction={s.prediction}; remove it or change one of these",
+            stacklevel=3,
         )
-    return replace(settings, prediction=prediction, solver=solver, spacing=spacing)
 
 
 def check(

@@ -15,12 +15,17 @@ from schedulers.spacing import Spacing
 
 @dataclass(frozen=True)
 class NoiseScheduler:
-    """A family (path, prediction, spacing) with a solver. It holds no state of a request."""
+    """A family (path, prediction, spacing) with a solver. It holds no state of a request.
+
+    rounded: the state is rounded to this dtype after each step, as diffusers rounds it to the model's; None keeps it in
+    float32.
+    """
 
     path: NoisePath
     spacing: Spacing
     prediction: Prediction
     solver: Solver
+    rounded: torch.dtype | None = None
 
     def grid(self, steps: int, tokens: int | None = None) -> Grid:
         """The table of steps + 1 points; `tokens`, of one picture, matters only to a resolution-dependent shift.
@@ -42,11 +47,16 @@ class NoiseScheduler:
         """sigma at each point, the last row included: float64 of shape (steps + 1,)."""
         return self.grid(steps).sigma
 
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+        """The state at grid[i + 1] from the state x at grid[i]."""
+        x_next = self.solver.step(x, i, grid, denoise, memory, noise)
+        return x_next if self.rounded is None else x_next.to(self.rounded).to(x.dtype)
+
     def sample(self, x: Tensor, grid: Grid, denoise: Denoise, noise: Noise, memory: Memory | None = None) -> Tensor:
         """Walk x from grid[0] to the last row. The state is float32 whatever the network's dtype (float64 stays)."""
         x, memory = _state(x), Memory() if memory is None else memory
         for i in range(grid.steps):
-            x = self.solver.step(x, i, grid, denoise, memory, noise)
+            x = self.step(x, i, grid, denoise, memory, noise)
         return x
 
 

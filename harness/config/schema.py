@@ -65,11 +65,16 @@ class TrainingFacts:
     Stated under `model.trained`, they fill the keys of the same name of group `scheduler`. null states nothing there.
     """
 
+    path: str | None = None  # the Gaussian path, where the family has several
     prediction: str | None = None  # what the network outputs
+    learned_variance: bool | None = None  # it outputs twice the channels
     train_steps: int | None = None  # N discrete timesteps
     beta_schedule: str | None = None
     beta_start: float | None = None
     beta_end: float | None = None
+    zero_terminal_snr: bool | None = None  # the last timestep is pure noise
+    beta_min: float | None = None  # of the score SDE's vp and sub_vp
+    beta_max: float | None = None
     sigma_data: float | None = None  # standard deviation of the data
     tau_map: str | None = None  # the number the network is told of its noise level
     edm_sign: int | None = None  # of the preconditioned output
@@ -106,10 +111,28 @@ class ModelConfig:
 
 @dataclass
 class SolverConfig:
-    """Group `scheduler/solver`."""
+    """Group `scheduler/solver`. null means the solver's own default (schedulers.families.Settings)."""
 
     name: str = "euler"
-    eta: float | None = None  # noise of the ddim solver: 0 deterministic, 1 ancestral
+    eta: float | None = None  # noise of ddim and dpm2: 0 deterministic, 1 ancestral
+    variance: str | None = None  # of ddpm: small, large, learned_range, learned
+    final_noise: bool | None = None  # ddpm adds noise at its last step too
+    kind: str | None = None  # of dpmpp: midpoint or heun
+    order: int | None = None  # of unipc, deis and lms
+    b: str | None = None  # of unipc: bh1 or bh2
+    corrector: bool | None = None  # of unipc
+    lower_order_final: bool | None = None  # the last of few steps are of falling order
+    runge_kutta: bool | None = None  # pndm starts with it
+    boundary: bool | None = None  # of lcm: the boundary scalings of LCM's checkpoints
+    timestep_scaling: float | None = None  # of lcm
+    s_churn: float | None = None  # of edm_churn, as the three below
+    s_tmin: float | None = None
+    s_tmax: float | None = None
+    s_noise: float | None = None
+    corrections: int | None = None  # Langevin steps of predictor_corrector
+    snr: float | None = None  # their size
+    rtol: float | None = None  # of rk45
+    atol: float | None = None
 
 
 @dataclass
@@ -120,17 +143,34 @@ class SchedulerConfig(TrainingFacts):
 
     family: str = "rectified_flow"
     solver: SolverConfig = field(default_factory=SolverConfig)
-    spacing: str | None = None
+    state_dtype: str | None = None  # round the state to it after each step
     clip: float | None = None
-    shift: float | None = None
-    sigma_last: float | None = None
+    threshold: float | None = None
+    spacing: str | None = None
+    end: str | None = None
+    coordinates: str | None = None
     steps_offset: int | None = None
     integer_timesteps: bool | None = None
+    spare_row: bool | None = None
+    stride_target: bool | None = None
+    round_tau: str | None = None
     rho: float | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
-    end: str | None = None
-    coordinates: str | None = None
+    sigmas: list[float] | None = None
+    t_last: float | None = None
+    geometric_sigma: bool | None = None
+    original_steps: int | None = None
+    shift: float | None = None
+    mu: float | None = None
+    base_shift: float | None = None
+    max_shift: float | None = None
+    base_tokens: int | None = None
+    max_tokens: int | None = None
+    sigma_last: float | None = None
+    sigma_first: float | None = None
+    sigma_cap: float | None = None
+    shift_terminal: float | None = None
 
 
 @dataclass

@@ -45,7 +45,7 @@ class Denoising:
         for i in range(grid.steps):
             run.check_cancelled()
             with run.clock.step():
-                x_BCHW = self.noise_scheduler.solver.step(x_BCHW, i, grid, denoise, memory, noise)
+                x_BCHW = self.noise_scheduler.step(x_BCHW, i, grid, denoise, memory, noise)
             run.on_progress(self.name, len(run.clock.steps), total)
         for sample, latent in zip(batch, x_BCHW, strict=True):
             sample.latent = latent

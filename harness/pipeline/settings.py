@@ -7,11 +7,12 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from harness.config.schema import SchedulerConfig
+from harness.config.schema import SchedulerConfig, SolverConfig
 from schedulers.families import Settings
 
 
 def noise_scheduler_settings(config: SchedulerConfig) -> Settings:
     """The same choices as `schedulers.families.Settings`; null stays the family's default."""
     plain: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(SchedulerConfig) if f.name != "solver"}
-    return Settings(solver=config.solver.name, eta=config.solver.eta, **plain)
+    options: dict[str, Any] = {f.name: getattr(config.solver, f.name) for f in fields(SolverConfig) if f.name != "name"}
+    return Settings(solver=config.solver.name, **options, **plain)

@@ -8,19 +8,31 @@ from schedulers.noise_scheduler import NoiseScheduler
 
 
 class TimestepPreparation:
-    """Stage 3."""
+    """Stage 3.
+
+    Args:
+        noise_scheduler: makes the grid.
+        size_multiple: pixels a token of the network spans on a side.
+    """
 
     name = "timestep_preparation"
     reads = frozenset({"ask"})
     writes = frozenset({"grid"})
 
-    def __init__(self, noise_scheduler: NoiseScheduler) -> None:
+    def __init__(self, noise_scheduler: NoiseScheduler, size_multiple: int) -> None:
         self.noise_scheduler = noise_scheduler
+        self.size_multiple = size_multiple
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
-        grids: dict[int, Grid] = {}
+        grids: dict[tuple[int, int], Grid] = {}
         for sample in samples:
-            steps = sample.ask.steps
-            if steps not in grids:
-                grids[steps] = self.noise_scheduler.grid(steps)
-            sample.grid = grids[steps]
+            ask = sample.ask
+            key = (ask.steps, tokens(ask.height, ask.width, self.size_multiple))
+            if key not in grids:
+                grids[key] = self.noise_scheduler.grid(*key)
+            sample.grid = grids[key]
+
+
+def tokens(height: int, width: int, size_multiple: int) -> int:
+    """Image tokens of a picture, each a square of size_multiple pixels; some grids depend on it."""
+    return (height // size_multiple) * (width // size_multiple)

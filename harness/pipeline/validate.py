@@ -5,6 +5,7 @@ from __future__ import annotations
 from harness.config.limits import check_request, check_size
 from harness.messages import GenerationRequest
 from harness.pipeline.state import RunContext, Sample
+from harness.pipeline.timesteps import tokens
 from schedulers.noise_scheduler import NoiseScheduler
 
 
@@ -38,4 +39,4 @@ class InputValidation:
         """
         check_request(request)
         check_size(request.height, request.width, self.size_multiple, self.max_pixels)
-        self.noise_scheduler.grid(request.steps)
+        self.noise_scheduler.grid(request.steps, tokens(request.height, request.width, self.size_multiple))

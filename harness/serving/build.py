@@ -75,7 +75,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         InputValidation(model.size_multiple, model.max_pixels, noise_scheduler),
         [
             TextEncoding(parts.text),
-            TimestepPreparation(noise_scheduler),
+            TimestepPreparation(noise_scheduler, parts.size_multiple),
             LatentPreparation(parts.latent_channels, parts.latent_stride, noise_scheduler),
             Denoising(parts.network, dtype, noise_scheduler),
             Decoding(parts.decoder),

@@ -15,12 +15,15 @@ class DPMSolver:
     """With h the step in lambda, D0 the newest estimate and D1, D2 its divided differences over the last rows,
 
         x_next = (sigma_next / sigma) * x + alpha_next * (p1 * D0 + p2 * D1 + p3 * D2),
-        p1 = 1 - e^-h,    p2 = 1 - p1 / h  (or p1 / 2, "midpoint" at order 2),    p3 = (p1 - h) / h^2 + 1 / 2.
+        p1 = 1 - e^-h,    p2 = 1 - p1 / h  (or p1 / 2, "midpoint" at order 2),    p3 = 2 * (p1 - h) / h^2 + 1.
 
-    form="data" estimates x0: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, Algorithm 2; 3M as in diffusers).
+    form="data" estimates x0: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, Algorithm 2).
     form="noise" estimates eps: DPM-Solver (arXiv 2206.00927), the same formulas with alpha and sigma exchanged and h
     negated; it cannot step to sigma = 0. stochastic=True is the SDE form of the data formulas (diffusers'
     "sde-dpmsolver++"), with 2 h in place of h, x scaled by e^-h once more, and noise sigma_next * sqrt(1 - e^-2h) * z.
+
+    D2 is the second divided difference, half a second derivative, and p3 integrates it in full: order 3 measures 3. The
+    authors' code, diffusers and k-diffusion weigh it by half, and their third order measures 2: that is half_third.
 
     Convention: diffusers' DPMSolverMultistepScheduler. With lower_order_final, a grid of fewer than 15 steps ends in
     steps of falling order. euler_at_final makes the last step first order on any grid.
@@ -33,6 +36,7 @@ class DPMSolver:
     stochastic: bool = False
     lower_order_final: bool = True
     euler_at_final: bool = False
+    half_third: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
@@ -75,7 +79,8 @@ class DPMSolver:
         r1 = (lambdas[-2] - lambdas[-3]) / h
         before = (values[-2] - values[-3]) / r1
         second = (first - before) / (r0 + r1)
-        p2, p3 = 1 - p1 / step, (p1 - step) / step**2 + 0.5
+        p2, p3 = 1 - p1 / step, 2 * (p1 - step) / step**2 + 1
+        p3 = p3 / 2 if self.half_third else p3
         return p1 * values[-1] + p2 * (first + r0 * second) + p3 * second
 
     def evaluations(self, grid: Grid) -> int:

@@ -52,7 +52,8 @@ class RK45:
     def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
         """See the class. Raises ValueError when the tolerances ask for more than max_evaluations in one step."""
         here, there = grid[i], grid[i + 1]
-        u, end, calls = _u(here), max(_u(there), self.clean_below), 1
+        nearest = _u(grid.at(0.0))  # a discrete path has no point below its first index
+        u, end, calls = _u(here), max(_u(there), self.clean_below, nearest), 1
         y = x / (here.alpha + here.sigma)
         slope, now = self._slope(y, here, denoise)
         size = memory.size or (u - end) / 8

@@ -99,7 +99,7 @@ def worker(network: nn.Module, settings: Settings = FAMILIES[0], decoder: object
     scheduler = build(settings)
     stages: list[Stage] = [
         TextEncoding(ToyEncoder()),
-        TimestepPreparation(scheduler),
+        TimestepPreparation(scheduler, 8),
         LatentPreparation(4, 2, scheduler),
         Denoising(network, torch.float32, scheduler),
         Decoding(decoder or ToyDecoder()),  # type: ignore[arg-type]
@@ -349,7 +349,7 @@ def test_the_network_runs_in_its_dtype_and_the_state_in_float32() -> None:
     samples = [Sample(ask) for ask in asks(request())]
     run = context()
     TextEncoding(ToyEncoder()).forward(samples, run)
-    TimestepPreparation(scheduler).forward(samples, run)
+    TimestepPreparation(scheduler, 8).forward(samples, run)
     LatentPreparation(4, 2, scheduler).forward(samples, run)
     Denoising(Seen(), torch.bfloat16, scheduler).forward(samples, run)
     for one in samples:

@@ -1,4 +1,4 @@
-"""Order of convergence on an exact Gaussian in float64, for every family on its own spacing and down to clean data."""
+"""Order of convergence on an exact Gaussian in float64, for every deterministic solver on every path."""
 
 import itertools
 import math
@@ -8,52 +8,164 @@ import pytest
 import torch
 
 from schedulers.build import build
-from schedulers.families import Settings
+from schedulers.families import FAMILIES, SOLVERS, Settings, resolve, starts_at_pure_noise
 from schedulers.solvers.base import Memory
 
-SCHEDULERS = {
-    "rectified_flow": Settings("rectified_flow"),
-    "rectified_flow_shift_3": Settings("rectified_flow", shift=3.0),
+# Rows whose distance in log(sigma / alpha) shrinks everywhere as steps are added; the last step, to clean data, does
+# not, and is left out.
+SPACED = {
+    "flow": Settings("rectified_flow", sigma_first=0.8, sigma_last=0.2),
+    "flow_shift_3": Settings("rectified_flow", shift=3.0, sigma_first=0.9, sigma_last=0.02),
     "ddpm": Settings("ddpm", spacing="karras"),
-    "ddpm_ve": Settings("ddpm", spacing="karras", coordinates="ve"),
-    "sgm": Settings("sgm"),
+    "ddpm_in_ve_coordinates": Settings("ddpm", spacing="karras", coordinates="ve"),
+    "edm": Settings("sgm"),
+    "ve": Settings("sgm", path="ve", spacing="karras"),
+    "vp": Settings("sgm", path="vp", t_last=0.05),
+    "sub_vp": Settings("sgm", path="sub_vp", t_last=0.1),
 }
+# Solver, its options, its order in theory, and how many starting values a multistep rule of that order needs.
+ORDERS: list[tuple[str, dict[str, Any], float, int]] = [
+    ("euler", {}, 1, 0),
+    ("ddim", {}, 1, 0),
+    ("heun", {}, 2, 0),
+    ("dpm2", {}, 2, 0),
+    ("dpmpp_1", {}, 1, 0),
+    ("dpmpp_2m", {}, 2, 1),
+    ("dpmpp_2m", {"kind": "heun"}, 2, 1),
+    ("dpmpp_3m", {}, 3, 2),
+    ("unipc", {"order": 1, "corrector": False}, 1, 0),
+    ("unipc", {"order": 2, "corrector": False}, 2, 1),
+    ("unipc", {"order": 3, "corrector": False}, 3, 2),
+    ("unipc", {"order": 1}, 2, 1),
+    ("unipc", {"order": 2}, 3, 2),
+    ("unipc", {"order": 2, "b": "bh1"}, 3, 2),
+    ("unipc", {"order": 3}, 4, 3),
+    ("deis", {"order": 1}, 1, 0),
+    ("deis", {"order": 2}, 2, 1),
+    ("deis", {"order": 3}, 3, 2),
+    ("lms", {"order": 1}, 1, 0),
+    ("lms", {"order": 2}, 2, 1),
+    ("lms", {"order": 3}, 3, 2),
+    ("lms", {"order": 4}, 4, 3),
+    ("pndm", {}, 2, 0),
+    ("pndm", {"runge_kutta": True}, 2, 0),
+]
+DETERMINISTIC = {name for name, *_ in ORDERS} | {"rk45"}
+STOCHASTIC = {"ancestral", "ddpm", "dpmpp_2m_sde", "lcm", "edm_churn", "euler_maruyama", "predictor_corrector"}
 
 
-@pytest.mark.parametrize("named", list(SCHEDULERS))
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1.0), ("heun", 2.0)])
-def test_order(named: str, solver: str, order: float, gaussian: Any, record_property: Any) -> None:
-    settings = Settings(**{**vars(SCHEDULERS[named]), "solver": solver})
-    scheduler, z = build(settings), torch.linspace(-2, 2, 9, dtype=torch.float64)
-    errors = []
-    for steps in (64, 128, 256, 512):
-        grid = scheduler.grid(steps)
-        # The last step, from the smallest trained sigma to 0, does not shrink with the others; stop before it.
-        last = grid.steps if settings.family == "rectified_flow" else grid.steps - 1
-        x = gaussian.flow(z, grid[0])
-        for i in range(last):
-            x = scheduler.solver.step(x, i, grid, gaussian.denoise, Memory(), torch.zeros)
-        errors.append((x - gaussian.flow(z, grid[last])).abs().max().item())
+def error(settings: Settings, steps: int, exact: int, gaussian: Any) -> float:
+    """The largest error before the step to clean data, with the first `exact` rows set to the solution."""
+    scheduler, memory, z = build(settings), Memory(), torch.linspace(-2, 2, 9, dtype=torch.float64)
+    grid = scheduler.grid(steps)
+    x, last = gaussian.flow(z, grid[0]), grid.steps - 1
+    for i in range(last):
+        x = scheduler.step(x, i, grid, gaussian.denoise, memory, torch.zeros)
+        if i < exact:
+            x, memory.sample = gaussian.flow(z, grid[i + 1]), gaussian.flow(z, grid[i])
+    return float((x - gaussian.flow(z, grid[last])).abs().max())
+
+
+def test_every_solver_is_either_measured_here_or_stochastic() -> None:
+    assert set(SOLVERS) == DETERMINISTIC | STOCHASTIC
+    assert DETERMINISTIC.isdisjoint(STOCHASTIC)
+
+
+@pytest.mark.parametrize("named", list(SPACED))
+@pytest.mark.parametrize(("solver", "options", "order", "exact"), ORDERS, ids=lambda v: str(v))
+def test_order(
+    named: str,
+    solver: str,
+    options: dict[str, Any],
+    order: float,
+    exact: int,
+    gaussian: Any,
+    record_property: Any,
+) -> None:
+    """Multistep rules start from exact values, so that their order is seen and not that of their first step."""
+    full = {"lower_order_final": False} if solver == "unipc" else {}  # it lowers the last steps of every grid
+    settings = Settings(**{**vars(SPACED[named]), "solver": solver, **options, **full})
+    if solver == "pndm" and named not in ("ddpm", "ddpm_in_ve_coordinates", "vp", "sub_vp"):
+        with pytest.raises(ValueError, match="solver=pndm cannot run"):
+            build(settings)
+        return
+    counts = (512, 1024) if order > 2 else (256, 512)
+    errors = [error(settings, steps, exact, gaussian) for steps in counts]
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     record_property("slopes", slopes)
     assert slopes[-1] == pytest.approx(order, abs=0.15), slopes
 
 
+def test_the_published_third_order_is_of_order_two(gaussian: Any) -> None:
+    """Half the weight of the second difference, as in the authors' code and in diffusers."""
+    from dataclasses import replace
+
+    scheduler = build(Settings("sgm", solver="dpmpp_3m"))
+    published = replace(scheduler, solver=replace(scheduler.solver, half_third=True))  # type: ignore[type-var, call-arg]
+    z, errors = torch.linspace(-2, 2, 9, dtype=torch.float64), []
+    for steps in (128, 256):
+        grid, memory = published.grid(steps), Memory()
+        x = gaussian.flow(z, grid[0])
+        for i in range(steps - 1):
+            x = published.step(x, i, grid, gaussian.denoise, memory, torch.zeros)
+        errors.append(float((x - gaussian.flow(z, grid[steps - 1])).abs().max()))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize("named", list(SPACED))
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7])
+def test_the_adaptive_solver_keeps_its_tolerance_and_counts_what_it_spends(
+    named: str, tolerance: float, gaussian: Any
+) -> None:
+    settings = Settings(**{**vars(SPACED[named]), "solver": "rk45", "rtol": tolerance, "atol": tolerance})
+    scheduler, calls = build(settings), 0
+    grid, z = scheduler.grid(2), torch.linspace(-2, 2, 9, dtype=torch.float64)
+
+    def denoise(x: torch.Tensor, point: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        assert point.sigma > 0
+        return gaussian.denoise(x, point)
+
+    x = scheduler.step(gaussian.flow(z, grid[0]), 0, grid, denoise, Memory(), torch.zeros)
+    wanted = gaussian.flow(z, grid[1])
+    assert float(((x - wanted).abs() / (1 + wanted.abs())).max()) < 20 * tolerance
+    clean = scheduler.sample(gaussian.flow(z, grid[0]), grid, denoise, torch.zeros)
+    least = scheduler.path.sigma(scheduler.path.t_min) / scheduler.path.alpha(scheduler.path.t_min)
+    assert float((clean - gaussian.flow(z, grid[2])).abs().max()) < 20 * tolerance + 2 * max(least, 1e-3)
+    assert scheduler.solver.evaluations(grid) is None
+    assert 7 <= calls <= 2000
+
+
+REFUSED = {"flow": ("pndm", "edm_churn", "euler_maruyama"), "edm": ("pndm",), "ve": ("pndm",)}
+
+
 @pytest.mark.parametrize("steps", [1, 6])
-def test_evaluations_are_counted_as_they_happen(steps: int, gaussian: Any) -> None:
-    for settings in [
-        Settings(f, solver=s) for f in ("rectified_flow", "ddpm", "sgm") for s in ("euler", "ddim", "heun")
-    ]:
-        calls: list[Any] = []
-        scheduler = build(settings)
-        grid = scheduler.grid(steps)
+@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"rk45"}))
+def test_evaluations_are_counted_as_they_happen(solver: str, steps: int, gaussian: Any) -> None:
+    for family, paths in FAMILIES.items():
+        for path in paths:
+            settings = Settings(family, path=path, solver=solver)
+            if solver in REFUSED.get(path, ()):
+                with pytest.raises(ValueError, match=f"solver={solver} cannot"):
+                    build(settings)
+                continue
+            scheduler = build(settings)
+            calls: list[Any] = []
+            grid = scheduler.grid(steps)
 
-        def denoise(x: torch.Tensor, point: Any, calls: list[Any] = calls) -> Any:
-            calls.append(point)
-            return gaussian.denoise(x, point)
+            def denoise(x: torch.Tensor, point: Any, calls: list[Any] = calls) -> Any:
+                calls.append(point)
+                return gaussian.denoise(x, point)
 
-        scheduler.sample(torch.zeros(3), grid, denoise, torch.zeros)
-        assert len(calls) == scheduler.solver.evaluations(grid)
-        assert min(point.sigma for point in calls) > 0
+            noise = torch.ones(1, 3)
+            scheduler.sample(noise, grid, denoise, lambda i, noise=noise: noise)  # type: ignore[misc]
+            assert len(calls) == scheduler.solver.evaluations(grid), path
+            assert min(point.sigma for point in calls) > 0
+            assert starts_at_pure_noise(scheduler_settings := resolve(settings)) == (calls[0].alpha == 0)
+            assert scheduler_settings.path == path
+
+
+def test_a_noisy_end_costs_heun_the_second_evaluation() -> None:
     noisy = build(Settings("ddpm", solver="heun", end="t_min"))
     assert noisy.solver.evaluations(noisy.grid(6)) == 12

@@ -1,15 +1,20 @@
-"""DDIM's noise: eta = 1 is the DDPM posterior step by step, and its samples have the data's mean and variance."""
+"""Stochastic solvers: single steps in closed form, and samples with the mean and covariance of a known mixture."""
 
 import math
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from schedulers.build import build
 from schedulers.families import Settings
-from schedulers.solvers.base import Memory
+from schedulers.grid import Grid, Point
+from schedulers.prediction import Estimate
+from schedulers.solvers.base import Denoise, Memory, Noise
 from schedulers.solvers.euler import DDIM, Euler
+from schedulers.solvers.posterior import DDPM
+from schedulers.solvers.sde import PredictorCorrector
 
 
 def test_eta_1_is_the_ddpm_posterior(gaussian: Any) -> None:
@@ -31,23 +36,139 @@ def test_eta_1_is_the_ddpm_posterior(gaussian: Any) -> None:
         torch.testing.assert_close(loud - quiet, std.expand(9), rtol=1e-9, atol=1e-10)
 
 
+class Mixture:
+    """Two Gaussians in the plane: the posterior means of x0 and eps given x, in closed form."""
+
+    weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    means = torch.tensor([[-1.0, 0.5], [0.8, -0.4]], dtype=torch.float64)
+    stds = torch.tensor([0.25, 0.35], dtype=torch.float64)
+
+    def denoise(self, x: Tensor, point: Point) -> Estimate:
+        """E[x0 | x] and E[eps | x] of x (N, 2)."""
+        variance = (point.alpha * self.stds) ** 2 + point.sigma**2
+        off = x[:, None, :].double() - point.alpha * self.means
+        log_likelihood = -(off**2).sum(-1) / (2 * variance) - variance.log()
+        share = (log_likelihood + self.weights.log()).softmax(dim=1)[..., None]
+        x0 = (share * (self.means + (point.alpha * self.stds**2 / variance)[:, None] * off)).sum(1)
+        eps = (share * (point.sigma / variance)[:, None] * off).sum(1)
+        return Estimate(x0.to(x.dtype), eps.to(x.dtype))
+
+    @property
+    def mean(self) -> Tensor:
+        """(2,)."""
+        return self.weights @ self.means
+
+    @property
+    def covariance(self) -> Tensor:
+        """(2, 2)."""
+        off = self.means - self.mean
+        return torch.einsum("k,ki,kj->ij", self.weights, off, off) + (self.weights * self.stds**2).sum() * torch.eye(2)
+
+
+FLOW = {"sigma_first": 0.999}
+CASES: list[tuple[Settings, int]] = [
+    (Settings(family, path=path, solver=solver, **options), steps)  # type: ignore[arg-type]
+    for family, path in [("ddpm", None), ("rectified_flow", None), ("sgm", "edm"), ("sgm", "vp")]
+    for solver, options, steps in [
+        ("ancestral", {}, 200),
+        ("ddpm", {}, 200),
+        ("dpm2", {"eta": 1.0}, 80),
+        ("dpmpp_2m_sde", {}, 80),
+        ("edm_churn", {"s_churn": 30.0, "s_noise": 1.0, **(FLOW if family == "rectified_flow" else {})}, 80),
+        ("euler_maruyama", FLOW if family == "rectified_flow" else {}, 300),
+        ("predictor_corrector", {"snr": 0.1}, 120),
+    ]
+]
+CASES += [
+    (Settings("sgm", path="sub_vp", solver="euler_maruyama"), 300),
+    (Settings("ddpm", solver="ddim", eta=0.5), 150),
+]
+
+
 @pytest.mark.parametrize(
-    ("settings", "steps"),
-    [
-        (Settings("ddpm", solver="ddim", eta=1.0), 1000),
-        (Settings("ddpm", solver="ddim", eta=0.5), 500),
-        (Settings("sgm", solver="ddim", eta=1.0), 400),
-        (Settings("rectified_flow", solver="ddim", eta=1.0), 400),
-    ],
+    ("settings", "steps"), CASES, ids=lambda v: f"{v.family}-{v.path}-{v.solver}" if isinstance(v, Settings) else str(v)
 )
-def test_samples_have_the_mean_and_variance_of_the_data(settings: Settings, steps: int, gaussian: Any) -> None:
-    scheduler, generator, count = build(settings), torch.Generator().manual_seed(5), 20_000
+def test_samples_have_the_mean_and_covariance_of_a_mixture(
+    settings: Settings, steps: int, record_property: Any
+) -> None:
+    """Within 4 standard errors of 3,000 samples, of each mean and each entry of the covariance."""
+    mixture, count = Mixture(), 3_000
+    scheduler, generator = build(settings), torch.Generator().manual_seed(5)
     grid = scheduler.grid(steps)
-    x = scheduler.init_noise(torch.randn(count, generator=generator), grid)
-    x = scheduler.sample(x, grid, gaussian.denoise, lambda i: torch.randn(count, generator=generator))
-    error_of_mean, error_of_std = gaussian.std / math.sqrt(count), gaussian.std / math.sqrt(2 * count)
-    assert x.mean().item() == pytest.approx(gaussian.mean, abs=4 * error_of_mean + 0.005)
-    assert x.std().item() == pytest.approx(gaussian.std, abs=4 * error_of_std + 0.01)
+    x = scheduler.init_noise(torch.randn(count, 2, generator=generator), grid)
+    x = scheduler.sample(x, grid, mixture.denoise, lambda i: torch.randn(count, 2, generator=generator)).double()
+    truth = torch.multinomial(mixture.weights, 200_000, replacement=True, generator=generator)
+    reference = mixture.means[truth] + mixture.stds[truth, None] * torch.randn(200_000, 2, generator=generator).double()
+    off = x.mean(0) - mixture.mean
+    errors = [(off / (mixture.covariance.diagonal() / count).sqrt()).abs().max()]
+    products = torch.einsum("ni,nj->nij", *[x - mixture.mean] * 2)
+    spread = torch.einsum("ni,nj->nij", *[reference - mixture.mean] * 2).std(0)
+    errors.append(((products.mean(0) - mixture.covariance) / (spread / math.sqrt(count))).abs().max())
+    record_property("standard_errors", [round(float(e), 2) for e in errors])
+    assert max(errors) < 4
+
+
+def test_lcm_draws_the_next_row_afresh_around_its_jump(gaussian: Any) -> None:
+    """Luo et al. 2023, Algorithm 3: nothing of the old noise is left."""
+    scheduler = build(Settings("ddpm", solver="lcm", spacing="lcm"))
+    grid = scheduler.grid(4)
+    x, z = torch.linspace(-2, 2, 9, dtype=torch.float64), torch.full((9,), 0.7)
+    u, d = 10 * grid[1].tau, 0.5
+    f = d**2 / (u**2 + d**2) * x + u / math.sqrt(u**2 + d**2) * gaussian.denoise(x, grid[1]).x0
+    moved = scheduler.step(x, 1, grid, gaussian.denoise, Memory(), lambda i: z)
+    torch.testing.assert_close(moved, grid[2].alpha * f + grid[2].sigma * z.double())
+
+
+def test_the_large_variance_is_beta_and_a_learned_one_lies_between(gaussian: Any) -> None:
+    """Ho et al. 2020, section 3.2; Nichol and Dhariwal 2021, equation 15."""
+    grid = build(Settings("ddpm")).grid(1000)
+    x, one = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    beta = float((1e-4 + torch.linspace(0, 1, 1000, dtype=torch.float64) * 0.0199)[999 - 600])
+
+    def spread(variance: str, v: float | None = None, final_noise: bool = False, i: int = 600) -> float:
+        def denoise(x: Tensor, point: Point) -> Estimate:
+            known = gaussian.denoise(x, point)
+            return Estimate(known.x0, known.eps, None if v is None else torch.full_like(x, v))
+
+        solver = DDPM(variance, final_noise)  # type: ignore[arg-type]
+        moved = [solver.step(x, i, grid, denoise, Memory(), lambda i, z=z: z) for z in (one, 0 * one)]  # type: ignore[misc]
+        return float((moved[0] - moved[1])[0])
+
+    small, large = spread("small"), spread("large")
+    assert large**2 == pytest.approx(beta, rel=1e-9)
+    assert small**2 == pytest.approx(beta * grid[601].sigma ** 2 / grid[600].sigma ** 2, rel=1e-9)
+    assert spread("learned_range", -1.0) == pytest.approx(small)
+    assert spread("learned_range", 1.0) == pytest.approx(large)
+    assert spread("learned_range", 0.0) == pytest.approx(math.sqrt(small * large))
+    assert spread("learned", 0.04) == pytest.approx(0.2)
+    assert (spread("large", i=999), spread("large", final_noise=True, i=999)) == (0.0, pytest.approx(0.01))
+    with pytest.raises(ValueError, match="variance=learned_range needs a checkpoint"):
+        spread("learned_range")
+
+
+def test_langevin_corrections_leave_the_marginal_where_it_is(gaussian: Any) -> None:
+    """Corrections alone, at one row, keep samples of that row's own marginal there."""
+    scheduler, generator = build(Settings("sgm", path="vp")), torch.Generator().manual_seed(1)
+    grid = scheduler.grid(10)
+    point, count = grid[5], 40_000
+    still = PredictorCorrector(predictor=Still(), corrections=20, snr=0.05)
+    x = gaussian.flow(torch.randn(count, 1, generator=generator, dtype=torch.float64), point)
+    x = still.step(x, 5, grid, gaussian.denoise, Memory(), lambda i: torch.randn(count, 1, generator=generator))
+    std = math.hypot(point.alpha * gaussian.std, point.sigma)
+    assert float(x.mean()) == pytest.approx(point.alpha * gaussian.mean, abs=4 * std / math.sqrt(count))
+    assert float(x.std()) == pytest.approx(std, abs=4 * std / math.sqrt(2 * count) + 0.01 * std)
+
+
+class Still:
+    """A predictor that stays where it is."""
+
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+        """x."""
+        return x
+
+    def evaluations(self, grid: Grid) -> int:
+        """None made."""
+        return 0
 
 
 def test_noise_is_asked_for_only_where_it_is_added(gaussian: Any) -> None:
