@@ -9,51 +9,93 @@ import pytest
 import torch
 
 import schedulers
+from harness.config.schema import SchedulerConfig, SolverConfig
 from schedulers import Settings, resolve
 from schedulers.build import build
-from schedulers.families import FAMILIES, PREDICTIONS, REASONS, SOLVERS, SPACINGS
+from schedulers.families import (
+    AT_PURE_NOISE,
+    FAMILIES,
+    FLOW_LINSPACE,
+    PATHS,
+    PREDICTION_OPTIONS,
+    PREDICTIONS,
+    REASONS,
+    SOLVERS,
+    SPACING_OPTIONS,
+    SPACINGS,
+    starts_at_pure_noise,
+)
 from schedulers.grid import Point
 from schedulers.prediction import Estimate, Prediction
+from schedulers.solvers.base import Memory
 
-EVERY = [(f, p, s, g) for f in FAMILIES for p in PREDICTIONS for s in SOLVERS for g in SPACINGS]
+EVERY = [
+    (family, path, p, s, g)
+    for family, paths in FAMILIES.items()
+    for path in paths
+    for p in PREDICTIONS
+    for s in SOLVERS
+    for g in SPACINGS
+]
+START = torch.tensor([[1.0, -0.5], [0.3, 2.0]])
 
 
 def test_every_combination_either_samples_or_is_refused_with_a_reason() -> None:
     legal = 0
-    for family, prediction, solver, spaced in EVERY:
-        row = FAMILIES[family]
-        if prediction in row.predictions and spaced in row.spacings:
-            scheduler = build(Settings(family, prediction, solver, spaced))
-            grid = scheduler.grid(5)
+    for family, path, prediction, solver, spaced in EVERY:
+        row = PATHS[path]
+        sigmas = [0.9, 0.7, 0.5, 0.3, 0.1] if spaced == "custom" else None
+        settings = Settings(family, prediction, solver, spaced, path=path, sigmas=sigmas)
+        known = prediction in row.predictions and spaced in row.spacings and (path, "solver", solver) not in REASONS
+        if not known:
+            with pytest.raises(ValueError, match=f"cannot run on family={family}.*: .{{20,}}Use one of: "):
+                resolve(settings, 5)
+            continue
+        if solver in AT_PURE_NOISE and starts_at_pure_noise(settings):
+            with pytest.raises(ValueError, match=r"cannot start at alpha = 0.*set sigma_(first|max)=0\.999"):
+                resolve(settings, 5)
+            continue
+        if prediction != row.predictions[0] and spaced != row.spacings[0]:
+            resolve(settings, 5)
+            continue
+        scheduler = build(settings)
+        grid = scheduler.grid(5)
 
-            def denoise(x: torch.Tensor, p: Point, meaning: Prediction = scheduler.prediction) -> Estimate:
-                return meaning.estimate(torch.tanh(p.c_in * x), x, p)
+        def denoise(x: torch.Tensor, p: Point, meaning: Prediction = scheduler.prediction) -> Estimate:
+            return meaning.estimate(torch.tanh(p.c_in * x), x, p)
 
-            x = scheduler.init_noise(torch.ones(3), grid)
-            x = scheduler.sample(x, grid, denoise, lambda i: torch.ones(3))
-            assert torch.isfinite(x).all(), (family, prediction, solver, spaced)
-            legal += 1
-        else:
-            with pytest.raises(ValueError, match=f"cannot run on family={family}: .{{20,}}Use one of: "):
-                schedulers.check(family=family, prediction=prediction, solver=solver, spacing=spaced, steps=5)
-    assert legal == 3 * (3 * 1 + 3 * 4 + 5 * 1)
+        x = scheduler.sample(scheduler.init_noise(START, grid), grid, denoise, lambda i: START.flip(0))
+        assert torch.isfinite(x).all(), settings
+        legal += 1
+    assert legal > 700
 
 
 def test_every_refusal_has_its_own_reason_and_refuses_nothing_legal() -> None:
-    for family, row in FAMILIES.items():
+    for path, row in PATHS.items():
         assert {p for p in PREDICTIONS if p not in row.predictions} == {
-            name for f, part, name in REASONS if (f, part) == (family, "prediction")
+            name for f, part, name in REASONS if (f, part) == (path, "prediction")
         }
         assert {g for g in SPACINGS if g not in row.spacings} == {
-            name for f, part, name in REASONS if (f, part) == (family, "spacing")
+            name for f, part, name in REASONS if (f, part) == (path, "spacing")
         }
+
+
+def test_every_option_belongs_somewhere() -> None:
+    """An option that nothing reads would be a dead one; each also has a key of the same name for the command line."""
+    read = {name for row in PATHS.values() for name in row.options} | {n for names in SOLVERS.values() for n in names}
+    read |= {name for names in SPACING_OPTIONS.values() for name in names} | set(FLOW_LINSPACE)
+    read |= {name for names in PREDICTION_OPTIONS.values() for name in names}
+    always = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype", "round_tau"}
+    assert set(Settings.__dataclass_fields__) == read | always
+    keys = set(SchedulerConfig.__dataclass_fields__) | set(SolverConfig.__dataclass_fields__) - {"name"}
+    assert set(Settings.__dataclass_fields__) == keys
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"family": "rectified-flow"}, "did you mean 'rectified_flow'"),
-        ({"solver": "hein"}, "did you mean 'heun'. Choose one of: euler, ddim, heun"),
+        ({"solver": "hein"}, "did you mean 'heun'. Choose one of: euler, ddim, ancestral"),
         ({"solver": "zzz"}, "unknown solver 'zzz'; Choose one of"),
         ({"spacing": "karas"}, "did you mean 'karras'"),
         ({"prediction": "epsilon"}, "unknown prediction 'epsilon'"),
@@ -79,6 +121,72 @@ def test_limits_that_depend_on_the_settings() -> None:
     for family in FAMILIES:
         with pytest.raises(ValueError, match="at least 1"):
             build(Settings(family)).grid(0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings("ddpm", zero_terminal_snr=True), "prediction=eps says nothing about x0 at zero terminal SNR"),
+        (Settings("ddpm", "v", zero_terminal_snr=True, coordinates="ve"), "coordinates=ve divides by alpha"),
+        (Settings("ddpm", "v", spacing="karras", zero_terminal_snr=True), "set sigma_max"),
+        (Settings("ddpm", "v", "pndm", "trailing", zero_terminal_snr=True), "use spacing=leading"),
+        (Settings("sgm", path="flow"), "path=flow does not belong to family=sgm. Use one of: edm, ve, vp, sub_vp"),
+        (Settings("ddpm", solver="ddpm", variance="learned"), "needs a checkpoint with learned_variance"),
+        (Settings("rectified_flow", shift=3.0, mu=1.0), "three ways to say one thing"),
+        (Settings("rectified_flow", base_shift=0.5), "go together"),
+        (Settings("rectified_flow", solver="euler_maruyama"), "set sigma_first=0.999"),
+        (Settings("rectified_flow", spacing="custom"), "needs its levels"),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(settings: Settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings("sgm", spacing="custom", sigmas=[3.0, 1.0]), "ask for 2 steps"),
+        (Settings("ddpm", solver="lcm", spacing="lcm"), "distilled on 50 steps"),
+    ],
+)
+def test_a_number_of_steps_that_the_spacing_does_not_have(settings: Settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(settings, 60)
+
+
+def test_what_starts_at_pure_noise_may_start_just_below_it() -> None:
+    flow = build(Settings("rectified_flow", solver="euler_maruyama", sigma_first=0.999))
+    assert 0 < flow.grid(5)[0].alpha < 0.01
+    terminal = build(Settings("ddpm", "v", "ddim", "trailing", zero_terminal_snr=True))
+    assert terminal.grid(5)[0].alpha == 0
+    grid = terminal.grid(5)
+
+    def denoise(x: torch.Tensor, p: Point) -> Estimate:
+        return terminal.prediction.estimate(torch.tanh(x), x, p)
+
+    assert torch.isfinite(terminal.sample(START, grid, denoise, lambda i: START)).all()
+
+
+def test_a_shift_that_grows_with_the_picture() -> None:
+    """FLUX: mu from 0.5 at 256 tokens to 1.15 at 4096."""
+    flux = build(Settings("rectified_flow", base_shift=0.5, max_shift=1.15))
+    for tokens, mu in ((256, 0.5), (4096, 1.15), (2176, 0.825)):
+        torch.testing.assert_close(
+            flux.grid(8, tokens).sigma, build(Settings("rectified_flow", mu=mu)).grid(8).sigma, rtol=1e-12, atol=0
+        )
+    with pytest.raises(ValueError, match="depends on the picture's size"):
+        flux.grid(8)
+
+
+def test_the_state_is_rounded_where_that_is_asked_for(gaussian: Any) -> None:
+    exact = build(Settings("sgm"))
+    rounded = build(Settings("sgm", state_dtype="bfloat16"))
+    grid, x = exact.grid(3), 80 * torch.linspace(-1, 1, 7)
+    fine, coarse = (s.step(x, 0, grid, gaussian.denoise, Memory(), torch.zeros) for s in (exact, rounded))
+    assert coarse.dtype == torch.float32
+    assert torch.equal(coarse, fine.bfloat16().float())
+    assert not torch.equal(coarse, fine)
 
 
 def test_an_option_without_effect_warns_and_one_with_effect_does_not() -> None:
