@@ -83,7 +83,7 @@ def samples(solver: Solver, noise: Callable[[int], Tensor], last: int = 12) -> l
         LCM(boundary=False),
         EDMChurn(s_churn=5.0),
         EDMChurn(s_churn=5.0, heun=False),
-        PredictorCorrector(),
+        PredictorCorrector(predictor=DDPM("small")),
     ],
     ids=str,
 )
