@@ -86,7 +86,7 @@ def run_one(composed: Composed) -> Job:
         RunFolderError: another run is in it.
     """
     if composed.config.task.name is Task.train:
-        return Job(Path(composed.config.train.folder), run_training(composed.config.train))
+        return Job(Path(composed.config.train.folder), run_training(composed.config, Console()))
     folder = RunFolder.claim(composed.folder)
     make = partial(DiffusionGenerator.from_composed, composed, folder.path)
     return Job(folder.path, run_in(composed, folder, Console(), make))

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from harness.client import DiffusionGenerator, Generation
-from harness.compose import Composed, to_dict
-from harness.config.train import TrainConfig
+from harness.compose import Composed, to_dict, to_yaml
+from harness.config.schema import RunConfig
 from harness.engine import RequestFailed
 from harness.loggers.table import print_record
+from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
 from harness.loggers.wandb import log_failure, log_run
 from harness.messages import EngineInfo, GenerationResult
 from harness.messages import Progress as StepProgress
+from harness.pipeline.settings import noise_scheduler_settings
 from harness.records import STATES, Record, Repeat, RunFolder, RunFolderError, Status
 from harness.results import measured
 from harness.serving.faults import failure_kind, failure_line
@@ -89,15 +92,20 @@ def run_generate(composed: Composed, folder: RunFolder, generator: DiffusionGene
     return record
 
 
-def run_training(config: TrainConfig) -> Status:
-    """Trains the reference model; a run found in its folder is resumed. The status, which is on disk too."""
-    from harness.train.run import run
+def run_training(config: RunConfig, console: Console) -> Status:
+    """Trains the family of group `scheduler`; a run found in its folder is resumed. The status, which is on disk too.
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    Path(config.folder).mkdir(parents=True, exist_ok=True)
-    folder = RunFolder(Path(config.folder))
+    Args:
+        config: the whole configuration, composed.
+        console: where the bars go; without a terminal there are log lines.
+    """
+    Path(config.train.folder).mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(Path(config.train.folder))
+    folder.write_config(to_yaml(config))
+    folder.finish(Status("failed", "the run was cut off before it ended"))
+    curve = WandbCurve(config.logger.wandb, to_dict(config), folder.path, config.scheduler.family, mirror)
     try:
-        run(config)
+        _train(config, console, curve)
         status = Status("ok")
     except (Exception, KeyboardInterrupt) as error:
         status = status_of(error)
@@ -105,7 +113,21 @@ def run_training(config: TrainConfig) -> Status:
             status = Status("failed", f"training needs the package {error.name}: pip install 'triptych[train]'")
         complain(f"{status.state}: {status.error} (what is trained so far is in {folder.path})")
     folder.finish(status)
+    curve.finish(status)
     return status
+
+
+def _train(config: RunConfig, console: Console, curve: WandbCurve) -> None:
+    from harness.train.run import run
+
+    settings = noise_scheduler_settings(config.scheduler)
+    if console.is_terminal:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
+        with Bars(console) as bars:
+            run(config.train, settings, Watchers([bars, curve]))
+    else:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        run(config.train, settings, Watchers([LogLines(), curve]))
 
 
 def status_of(error: BaseException) -> Status:
@@ -117,12 +139,14 @@ def status_of(error: BaseException) -> Status:
     return Status(failure_kind(error), failure_line(error))
 
 
-def mirror(log: Callable[[], None]) -> None:
-    """Logs a run elsewhere; what goes wrong there is said, and is not the run's failure."""
+def mirror(log: Callable[[], None]) -> bool:
+    """Logs a run elsewhere; what goes wrong there is said, and is not the run's failure. Whether it went well."""
     try:
         log()
     except Exception as error:
         complain(f"the run is on disk, but wandb did not take it: {status_of(error).error}")
+        return False
+    return True
 
 
 @contextmanager

@@ -3,13 +3,29 @@ fast.
 """
 
 from dataclasses import dataclass, field
+from enum import Enum
+
+
+class TimeSampling(Enum):
+    """How training times are drawn: log(sigma / alpha) normal, or even over the path's own times."""
+
+    log_normal = "log_normal"
+    uniform = "uniform"
+
+
+class Precision(Enum):
+    """The arithmetic of the network in training; weights, optimiser, average and loss are float32 always."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 @dataclass
 class DataConfig:
-    """The picture folder and the recipe that builds it."""
+    """The picture folder (its form: harness/train/folder.py), and the recipe that builds it when it is not there."""
 
-    folder: str = "data/emoji"  # where images/ and metadata.jsonl are, or will be built
+    folder: str = "data/emoji"  # pictures with metadata.jsonl, or with <picture>.txt beside each
+    recipe: str | None = "emoji"  # builds the folder; null = a folder of your own, used as it is
     packages: str = "data/packages"  # cache folder for the npm packages; npm runs only when they are missing
     size: int = 64  # pixels a side
     margin: float = 0.08  # white border, as a share of the side
@@ -72,10 +88,8 @@ class TextConfig:
 
 @dataclass
 class DenoiserConfig:
-    """The network and the objective; a family is the name of a path and what the network predicts on it."""
+    """The network and how it is trained; group `scheduler` says on which path, and what it predicts there."""
 
-    family: str = "rectified_flow"  # schedulers.families
-    prediction: str | None = None  # what the network outputs; None is the family's default
     width: int = 256  # channels of a token
     depth: int = 6  # blocks
     heads: int = 8  # attention heads
@@ -83,21 +97,24 @@ class DenoiserConfig:
     latent_channels: int = 4  # channels of the latent
     latent_size: int = 16  # latent pixels a side
     text_channels: int = 256  # channels of a text state
-    ratio_mean: float = 0.0  # mean of log(sigma / alpha) in training
-    ratio_std: float = 1.0  # its deviation
+    times: TimeSampling | None = None  # how times are drawn; null = the family's (harness/train/objective.py)
+    ratio_mean: float | None = None  # mean of log(sigma / alpha) under log_normal; null = the family's
+    ratio_std: float | None = None  # its deviation
+    dtype: Precision = Precision.float32  # of the network's arithmetic, by autocast
     style_share: float = 0.5  # captions that name the style
     tag_share: float = 0.15  # captions with a tag
     empty_share: float = 0.1  # captions left empty, for guidance
+    sample_every: int = 50_000  # images seen between two sheets of samples; 0 = none
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(images=265_000, batch=32, lr=1e-3, log_every=100))
 
 
 @dataclass
 class ScoreConfig:
-    """Prompt retrieval and the sheet of samples."""
+    """Prompt retrieval and the sheets of samples; the solver is that of group `scheduler`."""
 
     prompts: int = 100  # (name, style) pairs drawn from the vocabulary
     guidance: float = 3.0  # scale of the guided output
-    steps: int = 24  # Euler steps
+    steps: int = 24  # solver steps
     seed: int = 1234  # of the prompts and the noise
 
 
@@ -105,10 +122,9 @@ class ScoreConfig:
 class TrainConfig:
     """``task=train``: which parts run, in this order, and their settings."""
 
-    parts: list[str] = field(
-        default_factory=lambda: ["data", "vae", "text", "denoiser", "export", "score"]
-    )  # any subset
+    parts: list[str] | None = None  # of data, vae, text, denoiser, export, score; null = all that are needed
     folder: str = "runs/train"  # checkpoints, the loss curve and pictures; a run found there is resumed
+    shared: str | None = None  # exported model whose VAE, text encoder and tokenizer are used; null = train them
     export: str = "runs/train/model"  # folder of the exported model, in diffusers' layout
     data: DataConfig = field(default_factory=DataConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)

@@ -52,7 +52,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         return
     import wandb
 
-    with _open(config, mode, folder, job_type, record.config) as run:
+    with open_run(config, mode, folder, job_type, record.config) as run:
         for number, repeat in enumerate(record.repeats):
             networks = {f"networks_ms/{name}": value for name, value in repeat.networks_ms.items()}
             run.log({"repeat": number, "latency_ms": repeat.total_duration_ms, **networks})
@@ -93,19 +93,30 @@ def log_failure(
     mode = resolve_mode(config.mode)
     if mode == "disabled":
         return
-    run = _open(config, mode, folder, job_type, declared)
+    run = open_run(config, mode, folder, job_type, declared)
     run.summary.update({"state": status.state, "error": status.error})
     run.finish(exit_code=1)
 
 
-def _open(config: WandbConfig, mode: str, folder: Path, job_type: str, declared: Mapping[str, object]) -> wandb.Run:
+def open_run(
+    config: WandbConfig,
+    mode: str,
+    folder: Path,
+    job_type: str,
+    declared: Mapping[str, object],
+    name: str | None = None,
+    run_id: str | None = None,
+) -> wandb.Run:
+    """A wandb run in a run's folder, named after it unless ``name`` says otherwise; an id that exists is resumed."""
     import wandb
 
     return wandb.init(
         mode="online" if mode == "online" else "offline",
         project=config.project,
         group=config.group,
-        name=config.name or folder.name,
+        name=config.name or name or folder.name,
+        id=run_id,
+        resume="allow" if run_id is not None else None,
         job_type=job_type,
         dir=folder,
         config=dict(declared),

@@ -1,11 +1,6 @@
-"""The denoiser: one loop for every family; the family's path and prediction say what is fed in and what is asked back.
+"""The denoiser: the network, what it sees, and its training, the same for every family (harness/train/objective.py).
 
-With ratio r = sigma / alpha drawn log-normal, t = t_of(r), and unit noise eps:
-
-    x = alpha x0 + sigma eps,    loss = |network(c_in x, tau, text) - target(x0, eps, alpha, sigma)|^2.
-
-On the flow path log r is the logit of t, so mean 0 and deviation 1 are the logit-normal times of Esser et al. 2024
-(arXiv:2403.03206, section 3.1). Latents and text states are computed once, before training.
+Latents and text states are computed once, before training.
 """
 
 from collections.abc import Sequence
@@ -17,15 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from harness.config.train import DenoiserConfig
+from harness.loggers.training import Watcher
 from harness.train import text
 from harness.train.captions import draw, variants
-from harness.train.emoji import Emoji
-from harness.train.loop import Every, Fit, Mirror, batch_indices, step_generator
+from harness.train.folder import Picture
+from harness.train.loop import Every, Fit, batch_indices, step_generator
+from harness.train.objective import Objective
 from models.attention import math_attention
 from models.dit import DiT, DiTConfig
-from schedulers.build import build as build_noise_scheduler
-from schedulers.families import Settings
-from schedulers.noise_scheduler import NoiseScheduler
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class Examples:
 
 
 def prepare(
-    latents: Tensor, rows: Sequence[Emoji], encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerFast
+    latents: Tensor, rows: Sequence[Picture], encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerFast
 ) -> Examples:
     """Encode every caption that training can draw."""
     written = [variants(row.name, row.style, row.tags) for row in rows]
@@ -81,34 +75,9 @@ def build(config: DenoiserConfig) -> DiT:
     return model
 
 
-def part(config: DenoiserConfig) -> str:
+def part(family: str) -> str:
     """Name of the family's checkpoint and curve."""
-    return f"denoiser-{config.family}"
-
-
-def noise_scheduler(config: DenoiserConfig) -> NoiseScheduler:
-    """Path, prediction, spacing and solver of the family that is trained."""
-    return build_noise_scheduler(Settings(config.family, config.prediction))
-
-
-def loss(
-    model: nn.Module,
-    family: NoiseScheduler,
-    x0: Tensor,
-    states: Tensor,
-    mask: Tensor,
-    config: DenoiserConfig,
-    generator: torch.Generator,
-) -> Tensor:
-    """The module's objective on latents x0 (B, C, h, w), text states (B, L, D) and their mask (B, L)."""
-    z = torch.randn(len(x0), generator=generator, dtype=torch.float64)
-    eps = torch.randn(x0.shape, generator=generator)
-    t = family.path.t_of((config.ratio_mean + config.ratio_std * z).exp())
-    alpha, sigma, c_in = (
-        f(t).float().view(-1, 1, 1, 1) for f in (family.path.alpha, family.path.sigma, family.path.c_in)
-    )
-    output = model(c_in * (alpha * x0 + sigma * eps), family.path.tau(t).float(), states, mask)
-    return (output - family.prediction.target(x0, eps, alpha, sigma)).square().mean()
+    return f"denoiser-{family}"
 
 
 def batch(
@@ -129,17 +98,38 @@ def batch(
 
 
 def train(
-    config: DenoiserConfig, examples: Examples, folder: Path, mirror: Mirror | None = None, every: Every | None = None
+    config: DenoiserConfig,
+    objective: Objective,
+    examples: Examples,
+    folder: Path,
+    watcher: Watcher | None = None,
+    every: Every | None = None,
 ) -> Fit:
-    """Train, or resume, the denoiser of one family to its end."""
-    model = build(config)
-    fit = Fit(part(config), model, config.loop, folder, mirror)
-    family = noise_scheduler(config)
+    """Train, or resume, the denoiser of one family to its end.
+
+    Raises:
+        ValueError: examples of other sizes than the network's, or a checkpoint of another objective.
+    """
+    _check_sizes(config, examples)
+    fit = Fit(part(objective.family), build(config), config.loop, folder, watcher, str(objective))
+    noise_scheduler = objective.noise_scheduler()
 
     def loss_of(step: int) -> Tensor:
         generator = step_generator(config.loop.seed, step)
         x0, states, mask = batch(examples, config, step, generator)
-        return loss(model, family, x0, states, mask, config, generator)
+        return objective.loss(fit.model, noise_scheduler, x0, states, mask, generator)
 
     fit.run(loss_of, every=every)
     return fit
+
+
+def _check_sizes(config: DenoiserConfig, examples: Examples) -> None:
+    channels, height, width = examples.latents.shape[1:]
+    keys = {
+        "latent_channels": (config.latent_channels, channels),
+        "latent_size": (config.latent_size, max(height, width)),
+        "text_channels": (config.text_channels, examples.states.shape[-1]),
+    }
+    for key, (asked, found) in keys.items():
+        if asked != found:
+            raise ValueError(f"train.denoiser.{key}={asked}, but VAE and text encoder give {found}; set it to {found}")

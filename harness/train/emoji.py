@@ -1,9 +1,12 @@
-"""The data recipe: two emoji sets, drawn from packages, as one folder of pictures and one line of facts each.
+"""The data recipe: two emoji sets, drawn from public packages, as one folder of pictures and one line of facts each.
+
+    npm @iconify-json/noto 1.2.9            style "noto"          Apache-2.0    Google's Noto Emoji
+    npm @lobehub/fluent-emoji-3d 1.1.0      style "3d"            MIT           Microsoft's Fluent Emoji, repackaged
+    npm emojibase-data 17.0.0               names, tags, groups   MIT
 
 ``images/*.png`` are 64 x 64 RGB on white, cropped to their content with an equal margin; ``metadata.jsonl`` has one
-row a picture (file_name, name, style, tags, caption, licence, vocabulary). All emoji train the VAE; rows with
-``vocabulary`` true are the distinctive ones that the denoiser learns. The pictures are not part of the repository:
-this recipe builds them.
+row a picture, its licence included (harness/train/folder.py). All emoji train the VAE; rows with ``vocabulary`` true
+are the distinctive ones that the denoiser learns. The pictures are not part of the repository: this recipe builds them.
 """
 
 import io
@@ -19,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from harness.config.train import DataConfig
+from harness.train.folder import Picture
 
 log = logging.getLogger(__name__)
 
@@ -65,19 +69,6 @@ POPULAR = frozenset(
 
 
 @dataclass(frozen=True)
-class Emoji:
-    """One picture of the folder; the fields are the columns of ``metadata.jsonl``."""
-
-    file_name: str
-    name: str
-    style: str
-    tags: tuple[str, ...]
-    caption: str
-    licence: str
-    vocabulary: bool
-
-
-@dataclass(frozen=True)
 class Source:
     """One emoji as the packages describe it: its name, and for each style the SVG text or the WebP bytes."""
 
@@ -88,25 +79,14 @@ class Source:
     drawings: dict[str, bytes]
 
 
-def read(folder: Path) -> list[Emoji]:
-    """The rows of a built folder, in file order."""
-    rows = (json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
-    return [Emoji(**{**row, "tags": tuple(row["tags"])}) for row in rows]
-
-
-def pixels(folder: Path, rows: list[Emoji]) -> np.ndarray:
-    """The pictures of ``rows`` as uint8 (N, 64, 64, 3)."""
-    return np.stack([np.asarray(Image.open(folder / row.file_name).convert("RGB")) for row in rows])
-
-
-def build(config: DataConfig) -> list[Emoji]:
-    """Build the folder of ``config`` unless it is there, and return its rows.
+def build(config: DataConfig) -> None:
+    """Build the folder of ``config`` unless it is there.
 
     Raises ``RuntimeError`` when npm is needed and fails. About a minute on two cores.
     """
     folder = Path(config.folder)
     if (folder / "metadata.jsonl").exists():
-        return read(folder)
+        return
     packages = Path(config.packages)
     fetch(packages)
     items = list(sources(packages / "node_modules"))
@@ -122,11 +102,10 @@ def build(config: DataConfig) -> list[Emoji]:
             file_name = f"images/{item.code}-{style}.png"
             Image.fromarray(picture).save(folder / file_name)
             caption = f"{item.name}, {style}"
-            rows.append(Emoji(file_name, item.name, style, item.tags, caption, LICENCES[style], item.name in chosen))
+            rows.append(Picture(file_name, item.name, style, item.tags, caption, LICENCES[style], item.name in chosen))
     lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     log.info("%d pictures of %d emoji in %s, %d names in the vocabulary", len(rows), len(items), folder, len(chosen))
-    return rows
 
 
 def fetch(packages: Path) -> None:

@@ -1,18 +1,29 @@
-"""The trained parts as one bfloat16 folder in diffusers' layout, for ``PixArtSigmaPipeline.from_pretrained``."""
+"""The trained parts as one bfloat16 folder in diffusers' layout, for ``PixArtSigmaPipeline.from_pretrained``.
+
+VAE, text encoder and tokenizer are there once; each family has a denoiser and a noise scheduler of its own, named
+``transformer/`` and ``scheduler/`` for rectified flow, and with ``_<family>`` behind for the others.
+"""
 
 import json
 import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    SchedulerMixin,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from harness.train.emoji import STYLES, Emoji
+from harness.train.folder import Picture
 from models.dit import DiTConfig, to_diffusers
 from models.dit.weights import config_json
+from schedulers.families import Settings
 
 TRANSFORMER_LIMIT = 16_000_000  # bytes of the denoiser's weights
 COMPONENTS = {
@@ -22,11 +33,25 @@ COMPONENTS = {
     "transformer": ("diffusers", "PixArtTransformer2DModel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
+SHARED = ("vae", "text_encoder", "tokenizer")  # what every family's denoiser works with
+OWN_FAMILY = "rectified_flow"  # whose components have diffusers' plain names
+PUBLISHED = {  # what diffusers calls a prediction, on the path of each family
+    ("rectified_flow", "flow"): "flow_prediction",
+    ("ddpm", "eps"): "epsilon",
+    ("ddpm", "v"): "v_prediction",
+    ("ddpm", "x0"): "sample",
+    ("sgm", "edm"): "epsilon",
+}
 
 
-def export_transformer(folder: Path, weights: dict[str, Tensor], config: DiTConfig) -> None:
-    """Write ``folder/transformer``. Raises ``ValueError`` when the weights exceed ``TRANSFORMER_LIMIT``."""
-    target = folder / "transformer"
+def component(name: str, family: str) -> str:
+    """Folder of a family's ``transformer`` or ``scheduler``."""
+    return name if family == OWN_FAMILY else f"{name}_{family}"
+
+
+def export_transformer(folder: Path, weights: dict[str, Tensor], config: DiTConfig, family: str) -> None:
+    """Write the family's denoiser. Raises ``ValueError`` when the weights exceed ``TRANSFORMER_LIMIT``."""
+    target = folder / component("transformer", family)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in to_diffusers(weights).items()}
     size = sum(value.numel() * value.element_size() for value in tensors.values())
@@ -38,8 +63,51 @@ def export_transformer(folder: Path, weights: dict[str, Tensor], config: DiTConf
     _write_json(target / "config.json", config_json(config))
 
 
-def export_parts(folder: Path, vae: AutoencoderKL, text: Path, rows: list[Emoji]) -> None:
-    """Write all but transformer and card: VAE, text encoder, tokenizer, noise schedule, index, word lists.
+def export_noise_scheduler(folder: Path, settings: Settings) -> None:
+    """Write the family's noise scheduler in diffusers' vocabulary; ``settings`` are resolved.
+
+    Raises:
+        ValueError: settings that diffusers has no name for.
+    """
+    target = folder / component("scheduler", settings.family)
+    published(settings).save_pretrained(target)
+
+
+def published(settings: Settings) -> SchedulerMixin:
+    """diffusers' object for resolved settings. Raises as ``export_noise_scheduler``."""
+    s = settings
+    prediction = PUBLISHED.get((s.family, s.prediction or ""))
+    if prediction is None or s.edm_sign == -1:
+        raise ValueError(
+            f"diffusers has no name for prediction={s.prediction} on {s.family}; train the family's default"
+        )
+    if s.family == "rectified_flow":
+        return DPMSolverMultistepScheduler(prediction_type=prediction, use_flow_sigmas=True, flow_shift=1.0)
+    if s.family == "sgm":
+        return EDMEulerScheduler(
+            sigma_min=0.002 if s.sigma_min is None else s.sigma_min,
+            sigma_max=80.0 if s.sigma_max is None else s.sigma_max,
+            sigma_data=0.5 if s.sigma_data is None else s.sigma_data,
+            prediction_type=prediction,
+            rho=7.0 if s.rho is None else s.rho,
+        )
+    if s.spacing == "karras":
+        raise ValueError("diffusers' DDIM has no karras spacing; export with scheduler.spacing=trailing")
+    return DDIMScheduler(
+        num_train_timesteps=s.train_steps or 1000,
+        beta_start=1e-4 if s.beta_start is None else s.beta_start,
+        beta_end=0.02 if s.beta_end is None else s.beta_end,
+        beta_schedule={"squaredcos": "squaredcos_cap_v2"}.get(s.beta_schedule or "", s.beta_schedule or "linear"),
+        prediction_type=prediction,
+        clip_sample=False,
+        set_alpha_to_one=s.end != "t_min",
+        steps_offset=s.steps_offset or 0,
+        timestep_spacing=s.spacing or "leading",
+    )
+
+
+def export_parts(folder: Path, vae: AutoencoderKL, text: Path, rows: list[Picture]) -> None:
+    """Write what families share: VAE, text encoder, tokenizer, index, word lists.
 
     text: the folder in which ``text_encoder`` and ``tokenizer`` were trained.
     """
@@ -52,12 +120,24 @@ def export_parts(folder: Path, vae: AutoencoderKL, text: Path, rows: list[Emoji]
     shutil.copytree(text / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     settings = folder / "tokenizer" / "tokenizer_config.json"
     _write_json(settings, {**json.loads(settings.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"})
-    schedule = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
-    schedule.save_pretrained(folder / "scheduler")
+    _write_lists(folder, rows)
+
+
+def copy_parts(folder: Path, shared: Path, rows: list[Picture]) -> None:
+    """The same from an exported model, byte for byte; nothing when ``folder`` is that model."""
+    if folder.resolve() == shared.resolve():
+        return
+    for name in SHARED:
+        shutil.copytree(shared / name, folder / name, dirs_exist_ok=True)
+    _write_lists(folder, rows)
+
+
+def _write_lists(folder: Path, rows: list[Picture]) -> None:
     _write_json(folder / "model_index.json", {"_class_name": "PixArtSigmaPipeline", **COMPONENTS})
-    names = list(dict.fromkeys(row.name for row in rows if row.vocabulary))
-    (folder / "vocabulary.txt").write_text("\n".join(sorted(names)) + "\n", encoding="utf-8")
-    (folder / "styles.txt").write_text("\n".join(STYLES) + "\n", encoding="utf-8")
+    names = dict.fromkeys(row.name for row in rows if row.vocabulary)
+    styles = dict.fromkeys(row.style for row in rows if row.vocabulary and row.style)
+    for file_name, words in (("vocabulary.txt", sorted(names)), ("styles.txt", list(styles))):
+        (folder / file_name).write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,24 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.config.train import LoopConfig
+from harness.loggers.training import CurveLine, Watcher
+from harness.records import write_atomically
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One line of the loss curve."""
-
-    part: str
-    step: int
-    images: int
-    loss: float
-    lr: float
-    images_per_s: float
-    elapsed_s: float
-
-
-Mirror = Callable[[Progress], None]
 
 
 class Ema:
@@ -80,6 +66,13 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
     return order[start : start + batch]
 
 
+def settle(config: LoopConfig) -> None:
+    """Threads, and no denormals: flat art is full of them, and they are slow."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.set_flush_denormal(True)
+
+
 class Fit:
     """A model, its optimiser and its average, taken from step to step by ``run``.
 
@@ -88,12 +81,24 @@ class Fit:
         model: trained in place.
         config: rates, lengths, seeds.
         folder: where ``<part>.safetensors`` and ``curve.jsonl`` are; a checkpoint found there is resumed.
+        watcher: is told how it goes.
+        objective: what is minimised, in words; a checkpoint remembers it.
+
+    Raises:
+        ValueError: the checkpoint found was trained with another objective.
     """
 
     def __init__(
-        self, part: str, model: nn.Module, config: LoopConfig, folder: Path, mirror: Mirror | None = None
+        self,
+        part: str,
+        model: nn.Module,
+        config: LoopConfig,
+        folder: Path,
+        watcher: Watcher | None = None,
+        objective: str = "",
     ) -> None:
-        self.part, self.model, self.config, self.folder, self.mirror = part, model, config, folder, mirror
+        self.part, self.model, self.config, self.folder, self.objective = part, model, config, folder, objective
+        self.watcher = Watcher() if watcher is None else watcher
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
         plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -112,16 +117,22 @@ class Fit:
         """The checkpoint file."""
         return self.folder / f"{self.part}.safetensors"
 
+    @property
+    def curve(self) -> Path:
+        """The loss curve, of every part trained in the folder."""
+        return self.folder / "curve.jsonl"
+
     def run(self, loss_of: Callable[[int], Tensor], until: int | None = None, every: "Every | None" = None) -> None:
         """Train up to step ``until`` (default: the end). ``loss_of(step)`` is the loss of that step's batch."""
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
-        torch.set_flush_denormal(True)
+        settle(self.config)
         started, saved = time.monotonic() - self.elapsed_s, time.monotonic()
         mark, losses = (time.monotonic(), self.step), []
-        until = total_steps(self.config) if until is None else until
+        steps = total_steps(self.config)
+        until = steps if until is None else until
+        self.watcher.begin(self.part, self.step, steps)
         while self.step < until:
             losses.append(self.update(loss_of(self.step)))
+            self.watcher.step(self.part, self.step)
             now = time.monotonic()
             self.elapsed_s = now - started
             if self.step % self.config.log_every == 0 or self.step == until:
@@ -148,15 +159,13 @@ class Fit:
         return loss.detach()
 
     def report(self, loss: float, images_per_s: float) -> None:
-        """Append one line to the loss curve and hand it to the mirror."""
+        """Append one line to the loss curve and hand it to the watcher."""
         images = self.step * self.config.batch
         rate = learning_rate(self.step, self.config)
-        line = Progress(self.part, self.step, images, loss, rate, images_per_s, self.elapsed_s)
-        with (self.folder / "curve.jsonl").open("a", encoding="utf-8") as curve:
-            curve.write(json.dumps(line.__dict__) + "\n")
-        log.info("%s step %d loss %.4f %.0f images/s", self.part, self.step, loss, images_per_s)
-        if self.mirror is not None:
-            self.mirror(line)
+        line = CurveLine(self.part, self.step, images, loss, rate, images_per_s, self.elapsed_s)
+        with self.curve.open("a", encoding="utf-8") as curve:
+            curve.write(json.dumps(asdict(line)) + "\n")
+        self.watcher.line(line)
 
     def save(self) -> None:
         """Write weights, average, moments and position, replacing the last checkpoint in one move."""
@@ -166,13 +175,20 @@ class Fit:
             tensors |= {f"optimiser/{index}/{name}": value for name, value in state.items()}
         tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
         position = {"step": str(self.step), "elapsed_s": str(self.elapsed_s), "done": " ".join(sorted(self.done))}
+        position["objective"] = self.objective
         partial = self.checkpoint.with_suffix(".partial")
         save_file(tensors, partial, metadata=position)
         os.replace(partial, self.checkpoint)
 
     def load(self) -> None:
-        """Resume from the checkpoint file."""
+        """Resume from the checkpoint file; lines of the curve that a killed run wrote after it are dropped."""
         tensors, position = read_checkpoint(self.checkpoint)
+        before = position.get("objective", self.objective)
+        if before != self.objective:
+            raise ValueError(
+                f"{self.checkpoint} was trained with another objective ({before}); choose another train.folder, "
+                f"or go back to it from: {self.objective}"
+            )
         self.model.load_state_dict(_under(tensors, "model/"))
         for name, value in _under(tensors, "ema/").items():
             self.ema.shadow[name].copy_(value)
@@ -183,7 +199,22 @@ class Fit:
         self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
         self.step, self.elapsed_s = int(position["step"]), float(position["elapsed_s"])
         self.done = set(position.get("done", "").split())
+        self._cut_curve()
         log.info("%s resumed at step %d", self.part, self.step)
+
+    def _cut_curve(self) -> None:
+        lines = self.curve.read_text(encoding="utf-8").splitlines() if self.curve.exists() else []
+        kept = [line for line in lines if not self._is_ahead(line)]
+        if len(kept) < len(lines):
+            write_atomically(self.curve, "".join(f"{line}\n" for line in kept).encode())
+
+    def _is_ahead(self, line: str) -> bool:
+        """Whether a line of the curve is this part's and after its checkpoint; one that a kill cut short is."""
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return True
+        return bool(row["part"] == self.part and row["step"] > self.step)
 
 
 @dataclass(frozen=True)

