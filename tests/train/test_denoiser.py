@@ -1,65 +1,28 @@
-"""The denoiser's objective: one loop for every family, fed and asked what the family's path and prediction say."""
+"""The denoiser: an untrained network answers zero, and a batch pairs each picture with captions of its own."""
 
-import math
-from collections.abc import Callable
+import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from harness.config.train import DenoiserConfig, LoopConfig
+from harness.config.train import DenoiserConfig, LoopConfig, Precision
 from harness.train import denoiser
 from harness.train.denoiser import Examples
-
-# The inverse of what each family's network is told.
-TIMES: dict[str, Callable[[Tensor], Tensor]] = {
-    "rectified_flow": lambda tau: tau / 1000,
-    "ddpm": lambda tau: tau,
-    "sgm": lambda tau: (4 * tau).exp(),
-}
+from harness.train.objective import objective
+from schedulers.families import Settings
 
 
-def tiny(family: str = "rectified_flow") -> DenoiserConfig:
+def tiny() -> DenoiserConfig:
     loop = LoopConfig(images=64, batch=4)
-    return DenoiserConfig(family=family, width=16, depth=1, heads=2, text_channels=8, loop=loop)
+    return DenoiserConfig(width=16, depth=1, heads=2, text_channels=8, loop=loop)
 
 
-class Oracle(nn.Module):
-    """Knows that every latent is the constant ``value`` and answers with the exact target; keeps what it was told."""
-
-    def __init__(self, family: str, value: float) -> None:
-        super().__init__()
-        self.family, self.value, self.time_of = denoiser.noise_scheduler(tiny(family)), value, TIMES[family]
-        self.tau = torch.empty(0)
-
-    def forward(self, x: Tensor, tau: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-        self.tau = tau
-        path, t_B111 = self.family.path, self.time_of(tau.double()).view(-1, 1, 1, 1)
-        alpha, sigma = path.alpha(t_B111), path.sigma(t_B111)
-        x0 = torch.full_like(x, self.value).double()
-        eps = (x.double() / path.c_in(t_B111) - alpha * x0) / sigma
-        return self.family.prediction.target(x0, eps, alpha, sigma).float()
-
-
-@pytest.mark.parametrize("family", TIMES)
-def test_the_exact_network_has_no_loss(family: str) -> None:
-    oracle = Oracle(family, value=0.7)
-    x0 = torch.full((64, 4, 16, 16), 0.7)
-    states, mask = torch.zeros(64, 3, 8), torch.ones(64, 3, dtype=torch.bool)
+def examples() -> Examples:
     generator = torch.Generator().manual_seed(0)
-    found = denoiser.loss(oracle, oracle.family, x0, states, mask, tiny(family), generator)
-    wrong = denoiser.loss(oracle, oracle.family, x0 + 0.5, states, mask, tiny(family), generator)
-    assert found.item() < 1e-4 < 0.05 < wrong.item()
-
-
-def test_flow_times_are_logit_normal() -> None:
-    oracle = Oracle("rectified_flow", value=0.0)
-    states, mask = torch.zeros(4000, 1, 8), torch.ones(4000, 1, dtype=torch.bool)
-    x0 = torch.zeros(4000, 1, 1, 1)
-    denoiser.loss(oracle, oracle.family, x0, states, mask, tiny(), torch.Generator().manual_seed(0))
-    logits = torch.logit(oracle.tau.double() / 1000)
-    assert logits.mean().item() == pytest.approx(0.0, abs=4 / math.sqrt(4000))
-    assert logits.std().item() == pytest.approx(1.0, abs=0.05)
+    latents, states = torch.randn(5, 4, 16, 16, generator=generator), torch.randn(6, 3, 8, generator=generator)
+    mask = torch.ones(6, 3, dtype=torch.bool)
+    return Examples(latents, states, mask, [[i, i] for i in range(5)], [()] * 5)
 
 
 def test_untrained_network_answers_zero() -> None:
@@ -83,3 +46,19 @@ def test_batch_pairs_each_latent_with_a_caption_of_its_own() -> None:
             seen.add(line)
         assert real.any(dim=0).all()
     assert seen == set(range(13))
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny(), latent_size=8)
+    with pytest.raises(ValueError, match=r"latent_size=8.* set it to 16"):
+        denoiser.train(config, objective(config, Settings("ddpm")), examples(), tmp_path)
+
+
+def test_a_checkpoint_of_another_objective_is_refused(tmp_path: Path) -> None:
+    config = tiny()
+    denoiser.train(config, objective(config, Settings("ddpm")), examples(), tmp_path)
+    again = denoiser.train(config, objective(config, Settings("ddpm", solver="heun")), examples(), tmp_path)
+    assert again.step == 16
+    half = dataclasses.replace(config, dtype=Precision.bfloat16)
+    with pytest.raises(ValueError, match="another objective"):
+        denoiser.train(half, objective(half, Settings("ddpm")), examples(), tmp_path)

@@ -1,21 +1,25 @@
 """The exported folder: diffusers' own pipeline loads it, and its weights are the trained ones in bfloat16."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PixArtSigmaPipeline
+from diffusers import DDIMScheduler, EDMEulerScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from transformers import PreTrainedTokenizerFast
 
 from harness.config.train import DenoiserConfig, TextConfig, VaeConfig
 from harness.train import captions, denoiser, export, text, vae
-from harness.train.emoji import Emoji
+from harness.train.folder import Picture
+from harness.train.objective import objective
 from models.dit import load_dit
+from schedulers.build import build as build_noise_scheduler
+from schedulers.families import Settings
 
 DENOISER = DenoiserConfig(width=32, depth=1, heads=2, text_channels=32)
 TEXT = TextConfig(vocabulary=400, width=32, depth=1, heads=2, hidden=32)
 ROWS = [
-    Emoji(f"{name}-{style}.png", name, style, ("fruit",), captions.caption(name, style), "MIT", name != "pear")
+    Picture(f"{name}-{style}.png", name, style, ("fruit",), captions.caption(name, style), "MIT", name != "pear")
     for name in ("red apple", "pear", "lemon")
     for style in ("noto", "3d")
 ]
@@ -35,7 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     export.export_parts(target, vae.build(VaeConfig(channels=[8, 8, 16]), 64), trained, ROWS)
     model = denoiser.build(DENOISER)
     torch.nn.init.normal_(model.project_out.weight)
-    export.export_transformer(target, model.state_dict(), model.config)
+    for family in ("rectified_flow", "ddpm", "sgm"):
+        export.export_transformer(target, model.state_dict(), model.config, family)
+        export.export_noise_scheduler(target, objective(DENOISER, Settings(family)).settings)
     return target
 
 
@@ -55,6 +61,57 @@ def test_diffusers_draws_from_the_folder_what_this_network_predicts(folder: Path
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_folder_without_rectified_flow_is_still_one_of_diffusers(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    export.copy_parts(target, folder, ROWS)
+    assert not (target / "transformer").exists()
+    for name in ("transformer_ddpm", "scheduler_ddpm"):
+        shutil.copytree(folder / name, target / name)
+    network = PixArtTransformer2DModel.from_pretrained(target, subfolder="transformer_ddpm", low_cpu_mem_usage=False)
+    steps = DDIMScheduler.from_pretrained(target, subfolder="scheduler_ddpm")
+    pipeline = PixArtSigmaPipeline.from_pretrained(
+        target, transformer=network, scheduler=steps, dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("lemon", num_inference_steps=2, use_resolution_binning=False, clean_caption=False).images[0]
+    assert picture.size == (64, 64)
+
+
+def test_the_shared_parts_of_the_model_itself_are_left_alone(folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    export.copy_parts(folder, folder, [])
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_diffusers_walks_the_same_grid_as_this_project(folder: Path) -> None:
+    ours = build_noise_scheduler(objective(DENOISER, Settings("ddpm")).settings)
+    ddim = DDIMScheduler.from_pretrained(folder, subfolder="scheduler_ddpm")
+    ddim.set_timesteps(7)
+    assert ours.timesteps(7).tolist() == ddim.timesteps.tolist()
+    ours = build_noise_scheduler(objective(DENOISER, Settings("sgm")).settings)
+    edm = EDMEulerScheduler.from_pretrained(folder, subfolder="scheduler_sgm")
+    edm.set_timesteps(7)
+    torch.testing.assert_close(ours.sigmas(7).float(), edm.sigmas, rtol=1e-5, atol=1e-6)
+
+
+def test_the_published_edm_scheduler_reads_the_output_as_it_was_trained(folder: Path) -> None:
+    ours = build_noise_scheduler(objective(DENOISER, Settings("sgm")).settings)
+    edm = EDMEulerScheduler.from_pretrained(folder, subfolder="scheduler_sgm")
+    x, output, point = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), ours.grid(5)[2]
+    found = edm.precondition_outputs(x, output, torch.tensor(point.sigma))
+    torch.testing.assert_close(ours.prediction.estimate(output, x, point).x0, found, rtol=1e-5, atol=1e-5)
+    fed = edm.precondition_inputs(x, torch.tensor(point.sigma))
+    torch.testing.assert_close(point.c_in * x, fed, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings", [Settings("rectified_flow", "v"), Settings("sgm", "eps"), Settings("ddpm", spacing="karras")]
+)
+def test_what_diffusers_has_no_name_for_is_refused(settings: Settings) -> None:
+    with pytest.raises(ValueError, match="diffusers"):
+        export.published(objective(DENOISER, settings).settings)
+
+
 def test_word_lists_hold_the_vocabulary(folder: Path) -> None:
     assert (folder / "vocabulary.txt").read_text().split("\n") == ["lemon", "red apple", ""]
     assert (folder / "styles.txt").read_text().split("\n") == ["noto", "3d", ""]
@@ -63,7 +120,7 @@ def test_word_lists_hold_the_vocabulary(folder: Path) -> None:
 def test_a_denoiser_over_the_limit_is_refused(tmp_path: Path) -> None:
     model = denoiser.build(DenoiserConfig(width=320, depth=8))
     with pytest.raises(ValueError, match="lower width or depth"):
-        export.export_transformer(tmp_path, model.state_dict(), model.config)
+        export.export_transformer(tmp_path, model.state_dict(), model.config, "ddpm")
 
 
 @pytest.mark.parametrize("prompt", ["", "Red APPLE, 3d", "~`!@#$%^&*()_+{}|:<>?\t\\", "naïve 日本 🍎"])

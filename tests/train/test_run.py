@@ -19,9 +19,12 @@ from harness.config.train import (
     VaeConfig,
 )
 from harness.train.captions import caption
-from harness.train.emoji import STYLES, Emoji
+from harness.train.emoji import STYLES
+from harness.train.folder import Picture
 from harness.train.run import PARTS, run
+from schedulers.families import Settings
 
+FLOW = Settings("rectified_flow")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 
 
@@ -36,7 +39,7 @@ def write_squares(folder: Path) -> None:
                 picture[8:56, 8:56] = np.array(value) // (1 if chosen else 2)
                 file_name = f"images/{name}-{style}.png"
                 Image.fromarray(picture).save(folder / file_name)
-                rows.append(Emoji(file_name, name, style, (colour,), caption(name, style), "MIT", chosen))
+                rows.append(Picture(file_name, name, style, (colour,), caption(name, style), "MIT", chosen))
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(asdict(row)) for row in rows) + "\n")
 
 
@@ -76,7 +79,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 def test_all_parts_run_and_a_second_run_trains_no_further(config: TrainConfig) -> None:
-    first = run(config)
+    first = run(config, FLOW)
     assert list(first) == list(PARTS)
     assert first["data"] == {"pictures": 16, "vocabulary_pictures": 8}
     assert first["denoiser"]["steps"] == 4
@@ -87,11 +90,11 @@ def test_all_parts_run_and_a_second_run_trains_no_further(config: TrainConfig) -
     curve = (Path(config.folder) / "curve.jsonl").read_text()
     checkpoints = {path: path.read_bytes() for path in Path(config.folder).glob("*.safetensors")}
     assert {path.stem for path in checkpoints} == {"vae", "text", "denoiser-rectified_flow"}
-    second = run(config)
+    second = run(config, FLOW)
     assert second == first
     assert (Path(config.folder) / "curve.jsonl").read_text() == curve
 
 
 def test_unknown_part_is_refused(config: TrainConfig) -> None:
     with pytest.raises(ValueError, match="the parts are"):
-        run(TrainConfig(parts=["denoise"], data=config.data))
+        run(TrainConfig(parts=["denoise"], data=config.data), FLOW)

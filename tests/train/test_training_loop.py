@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config.train import LoopConfig
+from harness.loggers.training import CurveLine, Watcher
 from harness.train.loop import (
     Ema,
     Every,
@@ -55,12 +56,33 @@ def test_training_lowers_the_loss_and_writes_the_curve(tmp_path: Path) -> None:
     seen: list[int] = []
     model = tiny()
     before = loss_on(model, 10_000).item()
-    run = Fit("tiny", model, CONFIG, tmp_path, mirror=lambda line: seen.append(line.step))
+
+    class Watch(Watcher):
+        def line(self, line: CurveLine) -> None:
+            seen.append(line.step)
+
+    run = Fit("tiny", model, CONFIG, tmp_path, Watch())
     run.run(lambda step: loss_on(model, step))
     assert loss_on(model, 10_000).item() < 0.2 * before
     lines = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == seen == [10, 20, 30, 40]
     assert lines[-1]["images"] == 160
+
+
+def test_lines_after_the_checkpoint_are_dropped_when_a_killed_run_goes_on(tmp_path: Path) -> None:
+    whole, killed = fit(tmp_path / "whole", (None,)), fit(tmp_path / "killed", (20,))
+    with killed.curve.open("a") as curve:
+        lines = whole.curve.read_text().splitlines()
+        curve.write("".join(f"{line}\n" for line in [lines[2], '{"part": "other", "step": 99}']) + '{"part": "ti')
+    fit(tmp_path / "killed", (None,))
+    rows = [json.loads(line) for line in killed.curve.read_text().splitlines()]
+    assert [(row["part"], row["step"]) for row in rows] == [
+        ("tiny", 10),
+        ("tiny", 20),
+        ("other", 99),
+        ("tiny", 30),
+        ("tiny", 40),
+    ]
 
 
 def test_every_is_called_before_the_checkpoint_of_its_step(tmp_path: Path) -> None:
