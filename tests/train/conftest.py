@@ -52,19 +52,10 @@ def offline_runs(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
 
 
-def inspect(log: Path, *flags: str) -> str:
-    """What wandb itself reads back from an offline run."""
-    program = Path(sys.executable).parent / "wandb"
-    command = [str(program), "leet", "inspect", *flags, "--json", str(log)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-
 def summary_of(log: Path) -> dict[str, Any]:
-    """Its state, configuration and summary."""
-    summary: dict[str, Any] = json.loads(inspect(log, "--summary"))
+    """State, configuration and summary of an offline run, as wandb itself reads them back."""
+    program = Path(sys.executable).parent / "wandb"
+    command = [str(program), "leet", "inspect", "--summary", "--json", str(log)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    summary: dict[str, Any] = json.loads(done.stdout)
     return summary
-
-
-def rows_of(log: Path) -> list[dict[str, Any]]:
-    """All it holds, in order."""
-    return [json.loads(line) for line in inspect(log).splitlines()]

@@ -155,7 +155,8 @@ def tensors(path: Path) -> dict[str, bytes]:
     ],
 )
 def test_a_wrong_training_ends_in_one_line(squares: Path, tmp_path: Path, overrides: list[str], hint: str) -> None:
-    assert train(tmp_path / "run", squares, "logger=json", *overrides) == "failed"
+    short = ["train.denoiser.loop.images=16", "train.vae.loop.images=32"]
+    assert train(tmp_path / "run", squares, "logger=json", *short, *overrides) == "failed"
     error = read_status(tmp_path / "run").error
     assert error is not None
     assert hint in error
