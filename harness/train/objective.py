@@ -16,6 +16,7 @@ The other two papers are arXiv:2403.03206 and arXiv:2006.11239.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from harness.config.train import DenoiserConfig, Precision, TimeSampling
 from schedulers.build import build as build_noise_scheduler
 from schedulers.families import FAMILIES, Settings, resolve
 from schedulers.noise_scheduler import NoiseScheduler
-from schedulers.paths import NoisePath, TauMap
+from schedulers.paths import NoisePath
 
 TRAIN_STEPS = 1000  # indices of a discrete path, unless its settings say otherwise
 LEARNED = (  # settings that a network is trained with; the others are free in sampling
@@ -38,7 +39,7 @@ class Times:
     """The distribution of training times.
 
     kind: log_normal, log(sigma / alpha) ~ N(mean, std^2); or uniform, over the ``indices`` of a discrete path, or over
-    [0, 1] where there are none.
+    all its times where there are none.
     """
 
     kind: TimeSampling
@@ -52,7 +53,9 @@ class Times:
             z = torch.randn(count, generator=generator, dtype=torch.float64)
             return path.t_of((self.mean + self.std * z).exp())
         u = torch.rand(count, generator=generator, dtype=torch.float64)
-        return u if self.indices is None else (u * self.indices).floor()
+        if self.indices is None:
+            return path.t_min + u * (path.t_max - path.t_min)
+        return (u * self.indices).floor()
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Default:
 
     times: Times
     sigma_data: float | None = None
-    tau_map: TauMap | None = None
+    tau_map: Literal["flow_time"] | None = None
 
 
 DEFAULTS = {

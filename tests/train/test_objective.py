@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import harness.train
+from harness.compose import compose_run
 from harness.config.train import DenoiserConfig, Precision, TimeSampling
+from harness.pipeline.settings import noise_scheduler_settings
 from harness.train.objective import Objective, objective
+from schedulers.build import build as build_noise_scheduler
 from schedulers.families import FAMILIES, Settings
 from schedulers.grid import Point
 
@@ -121,6 +124,17 @@ def test_that_minimum_is_read_as_the_expected_picture(family: str, prediction: s
         expected = expected_x0(x, torch.tensor(alpha), torch.tensor(sigma))
         torch.testing.assert_close(estimate.x0, expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(estimate.eps, (x - alpha * expected) / sigma, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shipped_model_states_what_is_trained(family: str) -> None:
+    stated = compose_run([f"scheduler={family}", "model.load=dummy"]).config.scheduler
+    facts = build_noise_scheduler(noise_scheduler_settings(stated))
+    trained = of(family).noise_scheduler()
+    assert facts.prediction == trained.prediction
+    t = trained.path.t_of(torch.tensor([0.05, 1.0, 20.0], dtype=torch.float64))
+    for name in ("alpha", "sigma", "c_in", "tau"):
+        assert torch.equal(getattr(facts.path, name)(t), getattr(trained.path, name)(t)), name
 
 
 def told(chosen: Objective, count: int = 20_000) -> Tensor:
