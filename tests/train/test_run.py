@@ -1,7 +1,7 @@
 """All parts in order on coloured squares: what each leaves behind, and that a second run repeats nothing."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from harness.train.emoji import STYLES
 from harness.train.folder import Picture
 from harness.train.run import PARTS, run
 from schedulers.families import Settings
+from tests.train.conftest import captioned
 
 FLOW = Settings("rectified_flow")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
@@ -98,3 +99,14 @@ def test_all_parts_run_and_a_second_run_trains_no_further(config: TrainConfig) -
 def test_unknown_part_is_refused(config: TrainConfig) -> None:
     with pytest.raises(ValueError, match="the parts are"):
         run(TrainConfig(parts=["denoise"], data=config.data), FLOW)
+
+
+def test_captions_alone_are_enough_for_every_part(config: TrainConfig, tmp_path: Path) -> None:
+    """No styles, no tags, nothing outside the vocabulary: there is no held-out picture to report on."""
+    data = DataConfig(folder=str(captioned(tmp_path / "data")), recipe=None)
+    own = replace(config, data=data, folder=str(tmp_path / "run"), export=str(tmp_path / "model"))
+    result = run(own, Settings("ddpm"))
+    assert list(result) == list(PARTS)
+    assert "held_out_psnr_db" not in result["vae"]
+    assert (result["score"]["prompts"], result["score"]["family"]) == (4, "ddpm")
+    assert (tmp_path / "model" / "styles.txt").read_text() == ""
