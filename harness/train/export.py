@@ -35,12 +35,12 @@ COMPONENTS = {
 }
 SHARED = ("vae", "text_encoder", "tokenizer")  # what every family's denoiser works with
 OWN_FAMILY = "rectified_flow"  # whose components have diffusers' plain names
-PUBLISHED = {  # what diffusers calls a prediction, on the path of each family
-    ("rectified_flow", "flow"): "flow_prediction",
-    ("ddpm", "eps"): "epsilon",
-    ("ddpm", "v"): "v_prediction",
-    ("ddpm", "x0"): "sample",
-    ("sgm", "edm"): "epsilon",
+PUBLISHED = {  # what diffusers calls a prediction, on each path that an export is written for
+    ("flow", "flow"): "flow_prediction",
+    ("discrete_vp", "eps"): "epsilon",
+    ("discrete_vp", "v"): "v_prediction",
+    ("discrete_vp", "x0"): "sample",
+    ("edm", "edm"): "epsilon",
 }
 
 
@@ -76,10 +76,11 @@ def export_noise_scheduler(folder: Path, settings: Settings) -> None:
 def published(settings: Settings) -> SchedulerMixin:
     """diffusers' object for resolved settings. Raises as ``export_noise_scheduler``."""
     s = settings
-    prediction = PUBLISHED.get((s.family, s.prediction or ""))
-    if prediction is None or s.edm_sign == -1:
+    prediction = PUBLISHED.get((s.path or "", s.prediction or ""))
+    if prediction is None or s.edm_sign == -1 or s.zero_terminal_snr:
         raise ValueError(
-            f"diffusers has no name for prediction={s.prediction} on {s.family}; train the family's default"
+            f"no noise scheduler of diffusers is written for prediction={s.prediction} on path={s.path}; leave "
+            "train.parts without export, or train the family's own path and prediction"
         )
     if s.family == "rectified_flow":
         return DPMSolverMultistepScheduler(prediction_type=prediction, use_flow_sigmas=True, flow_shift=1.0)
@@ -91,8 +92,8 @@ def published(settings: Settings) -> SchedulerMixin:
             prediction_type=prediction,
             rho=7.0 if s.rho is None else s.rho,
         )
-    if s.spacing == "karras":
-        raise ValueError("diffusers' DDIM has no karras spacing; export with scheduler.spacing=trailing")
+    if s.spacing not in ("leading", "trailing", "linspace"):
+        raise ValueError(f"diffusers' DDIM has no spacing={s.spacing}; export with scheduler.spacing=trailing")
     return DDIMScheduler(
         num_train_timesteps=s.train_steps or 1000,
         beta_start=1e-4 if s.beta_start is None else s.beta_start,
@@ -102,7 +103,7 @@ def published(settings: Settings) -> SchedulerMixin:
         clip_sample=False,
         set_alpha_to_one=s.end != "t_min",
         steps_offset=s.steps_offset or 0,
-        timestep_spacing=s.spacing or "leading",
+        timestep_spacing=s.spacing,
     )
 
 

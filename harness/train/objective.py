@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from harness.config.train import DenoiserConfig, Precision, TimeSampling
 from schedulers.build import build as build_noise_scheduler
-from schedulers.families import FAMILIES, Settings, resolve
+from schedulers.families import Settings, resolve
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.paths import NoisePath
 
-TRAIN_STEPS = 1000  # indices of a discrete path, unless its settings say otherwise
+TRAIN_STEPS = 1000  # indices of a discrete path unless its settings say otherwise
 LEARNED = (  # settings that a network is trained with; the others are free in sampling
-    *("family", "prediction", "train_steps", "beta_schedule", "beta_start", "beta_end", "coordinates"),
-    *("sigma_data", "tau_map", "edm_sign"),
+    *("family", "path", "prediction", "train_steps", "beta_schedule", "beta_start", "beta_end", "zero_terminal_snr"),
+    *("beta_min", "beta_max", "coordinates", "sigma_data", "tau_map", "edm_sign"),
 )
 
 
@@ -60,7 +60,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Default:
-    """What a family's training takes where the configuration is silent."""
+    """What the training on a path takes where the configuration is silent."""
 
     times: Times
     sigma_data: float | None = None
@@ -68,9 +68,10 @@ class Default:
 
 
 DEFAULTS = {
-    "rectified_flow": Default(Times(TimeSampling.log_normal, 0.0, 1.0)),
-    "ddpm": Default(Times(TimeSampling.uniform)),
-    "sgm": Default(Times(TimeSampling.log_normal, 0.29, 1.0), sigma_data=1.0, tau_map="flow_time"),
+    "flow": Default(Times(TimeSampling.log_normal, 0.0, 1.0)),
+    "discrete_vp": Default(Times(TimeSampling.uniform)),
+    "edm": Default(Times(TimeSampling.log_normal, 0.29, 1.0), sigma_data=1.0, tau_map="flow_time"),
+    **{path: Default(Times(TimeSampling.uniform)) for path in ("ve", "vp", "sub_vp")},  # Song et al. 2021, equation 7
 }
 
 
@@ -96,7 +97,8 @@ class Objective:
 
     def __str__(self) -> str:
         """What decides the loss, in one line; solver and spacing, with which it is sampled later, do not."""
-        given = {name: getattr(self.settings, name) for name in LEARNED}
+        ends = ("sigma_min", "sigma_max") if self.settings.path == "ve" else ()  # elsewhere they are of the spacing
+        given = {name: getattr(self.settings, name) for name in (*LEARNED, *ends)}
         stated = [f"{name}={value}" for name, value in given.items() if value is not None]
         times = f"times={self.times.kind.name}"
         if self.times.kind is TimeSampling.log_normal:
@@ -128,7 +130,7 @@ def objective(config: DenoiserConfig, settings: Settings) -> Objective:
     Raises:
         ValueError: settings or times that do not go together, with what to change.
     """
-    default = DEFAULTS[resolve(settings).family]
+    default = DEFAULTS[resolve(settings).path or ""]
     full = resolve(
         replace(
             settings,
@@ -136,11 +138,18 @@ def objective(config: DenoiserConfig, settings: Settings) -> Objective:
             tau_map=default.tau_map if settings.tau_map is None else settings.tau_map,
         )
     )
+    if full.prediction == "score":
+        raise ValueError(
+            "a plain square on the score weighs the smallest noise without bound; train with scheduler.prediction=eps, "
+            "which is -sigma times the score"
+        )
+    if full.learned_variance:
+        raise ValueError("the denoiser has no output for a learned variance; drop scheduler.learned_variance")
     return Objective(full, _times(config, full, default.times), config.dtype)
 
 
 def _times(config: DenoiserConfig, settings: Settings, default: Times) -> Times:
-    path = FAMILIES[settings.family].path
+    path = settings.path
     if (config.times or default.kind) is TimeSampling.uniform:
         if path == "edm":
             raise ValueError(
@@ -152,7 +161,9 @@ def _times(config: DenoiserConfig, settings: Settings, default: Times) -> Times:
                 "train.denoiser.ratio_mean and ratio_std mean nothing for uniform times; drop them, or set "
                 "train.denoiser.times=log_normal"
             )
-        return Times(TimeSampling.uniform, indices=settings.train_steps or TRAIN_STEPS if path != "flow" else None)
+        return Times(
+            TimeSampling.uniform, indices=settings.train_steps or TRAIN_STEPS if path == "discrete_vp" else None
+        )
     mean = default.mean if config.ratio_mean is None else config.ratio_mean
     std = default.std if config.ratio_std is None else config.ratio_std
     if std <= 0:

@@ -44,7 +44,7 @@ def pictures(
     """uint8 pictures (N, size, size, 3) for ``prompts``, picture i from the noise of seed + i."""
     stages: list[Stage] = [
         TextEncoding(parts.text),
-        TimestepPreparation(noise_scheduler),
+        TimestepPreparation(noise_scheduler, parts.size_multiple),
         LatentPreparation(parts.latent_channels, parts.latent_stride, noise_scheduler),
         Denoising(parts.network, torch.float32, noise_scheduler),
         Decoding(parts.decoder),
