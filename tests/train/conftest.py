@@ -56,6 +56,6 @@ def summary_of(log: Path) -> dict[str, Any]:
     """State, configuration and summary of an offline run, as wandb itself reads them back."""
     program = Path(sys.executable).parent / "wandb"
     command = [str(program), "leet", "inspect", "--summary", "--json", str(log)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
     summary: dict[str, Any] = json.loads(done.stdout)
     return summary
