@@ -195,16 +195,21 @@ class DiffusionGenerator:
         client_ms = (time.perf_counter() - began) * 1e3
         pixels = [array(sample.pixels, frames) for sample in result.samples]
         repeats = [measured(result, client_ms)]
-        return Generation(pixels, result, client_ms, lambda: self.record(asked, repeats, [result], []))
+        return Generation(pixels, result, client_ms, lambda: self.record(asked, repeats, [result], [], pixels))
 
     def record(
-        self, asked: RequestConfig, repeats: list[Repeat], results: list[GenerationResult], warmup_ms: list[float]
+        self,
+        asked: RequestConfig,
+        repeats: list[Repeat],
+        results: list[GenerationResult],
+        warmup_ms: list[float],
+        pixels: list[Array],
     ) -> Record:
-        """The row of one or more measured requests."""
+        """The row of one or more measured requests; the last one's `pixels` are scored."""
         if self.info is None:
             raise RuntimeError("the engine is not running")
         first = FirstCall(self.launch_ms, self.info.load_ms, warmup_ms)
         config = replace(self.config, request=asked)
         return build_record(
-            config, self.overrides, self.info, self._engine.environment, first, repeats, results, self.notes
+            config, self.overrides, self.info, self._engine.environment, first, repeats, results, pixels, self.notes
         )

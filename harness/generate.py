@@ -84,7 +84,7 @@ def run_generate(composed: Composed, folder: RunFolder, generator: DiffusionGene
                 last = _draw(generator, bars, f"drawing {number + 1} of {config.task.repeats}")
                 repeats.append(measured(last.result, last.client_ms))
                 results.append(last.result)
-            record = generator.record(config.request, repeats, results, warmup_ms)
+            record = generator.record(config.request, repeats, results, warmup_ms, last.pixels)
         finally:
             generator.stop()
     record = msgspec.structs.replace(record, samples=last.save(folder.path, record.fingerprint))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from harness.messages import MemoryPoint, StageTime, StepTime
+from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.provenance import Provenance
 
@@ -86,7 +87,7 @@ class SampleRow(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """`record.json`."""
+    """`record.json`. `quality` is None where nothing could be scored; a note says why."""
 
     schema: int
     fingerprint: str
@@ -99,6 +100,7 @@ class Record(msgspec.Struct, frozen=True):
     summary: Statistics
     samples: list[SampleRow]
     notes: list[str]
+    quality: Quality | None = None
 
 
 def fingerprint(config: dict[str, Any]) -> str:
@@ -206,7 +208,8 @@ def load(path: str | Path) -> pandas.DataFrame:
         if record is not None:
             nested = msgspec.to_builtins(record)
             row |= {key: nested[key] for key in ("overrides", "repeats", "samples", "notes")}
-            flat = {k: nested[k] for k in ("fingerprint", "config", "provenance", "attention", "first_call", "summary")}
+            parts = ("fingerprint", "config", "provenance", "attention", "first_call", "summary", "quality")
+            flat = {key: nested[key] for key in parts if nested[key] is not None}
             row |= {str(key): value for key, value in pandas.json_normalize(flat, sep=".").iloc[0].items()}
         rows.append(row)
     return pandas.DataFrame(rows)

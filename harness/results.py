@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from harness.compose import to_dict
 from harness.config.schema import RunConfig
-from harness.messages import EngineInfo, GenerationResult, RankReport
+from harness.media import to_uint8
+from harness.messages import Array, EngineInfo, GenerationResult, RankReport
+from harness.metrics.gallery import FILE, Gallery, GalleryError
+from harness.metrics.quality import Quality, score
 from harness.metrics.summary import summarize
 from harness.provenance import provenance
 from harness.records import SCHEMA, Attention, FirstCall, Record, Repeat, Statistics, fingerprint
+from models.registry import checkpoint_folder
 
 
 def measured(result: GenerationResult, client_ms: float) -> Repeat:
@@ -56,6 +61,26 @@ def statistics(repeats: Sequence[Repeat], results: Sequence[GenerationResult], b
     )
 
 
+def quality(folder: Path, pixels: Sequence[Array], prompts: Sequence[str]) -> tuple[Quality | None, list[str]]:
+    """The score of one answer's pictures, and why there is none.
+
+    Args:
+        folder: the checkpoint, whose `gallery.safetensors` is what its pictures are compared with.
+        pixels: pictures (3, height, width), float32 in [0, 1].
+        prompts: of each.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None, [f"quality is not scored: the checkpoint has no {FILE}"]
+    try:
+        found = score(Gallery.load(file), [to_uint8(picture) for picture in pixels], prompts)
+    except GalleryError as error:
+        return None, [f"quality is not scored: {error}"]
+    if found is None:
+        return None, [f"quality is not scored: no prompt is a name, or a name and a style, of {FILE}"]
+    return found, []
+
+
 def build_record(
     config: RunConfig,
     overrides: list[str],
@@ -64,11 +89,16 @@ def build_record(
     first: FirstCall,
     repeats: list[Repeat],
     results: list[GenerationResult],
+    pixels: Sequence[Array],
     notes: list[str],
 ) -> Record:
-    """The record of one run; the pictures' rows are added when they are saved."""
+    """The record of one run, `pixels` being the last answer's pictures; their rows are added when they are saved."""
     declared = to_dict(config)
-    said = dict.fromkeys([*notes, *(note for result in results for report in result.ranks for note in report.notes)])
+    prompts = [sample.prompt for sample in results[-1].samples]
+    scored, reasons = quality(checkpoint_folder(config.model.name, config.model.path), pixels, prompts)
+    said = dict.fromkeys(
+        [*notes, *reasons, *(note for result in results for report in result.ranks for note in report.notes)]
+    )
     return Record(
         schema=SCHEMA,
         fingerprint=fingerprint(declared),
@@ -81,6 +111,7 @@ def build_record(
         summary=statistics(repeats, results, config.request.batch_size),
         samples=[],
         notes=list(said),
+        quality=scored,
     )
 
 

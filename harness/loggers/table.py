@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from harness.metrics.intervals import Estimate, Share
+from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.records import Record, read_record, read_status
 
@@ -40,10 +42,33 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
     console.print(
         f"attention {record.attention.requested} ran as {record.attention.resolved}; fingerprint {record.fingerprint}"
     )
+    if record.quality is not None:
+        print_quality(record.quality, console)
     for note in record.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     for name, path in (("pictures", "samples"), ("grid", "grid.png"), ("record", "record.json"), ("logs", "logs")):
         console.print(f"{name:8} {escape(str(folder / path))}", soft_wrap=True)
+
+
+def print_quality(quality: Quality, console: Console) -> None:
+    """Prints the score of one run with its 95 % intervals."""
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column(f"quality of {quality.scored} pictures of {quality.names} names")
+    for heading in ("value", "95 % interval"):
+        table.add_column(heading, justify="right")
+    table.add_row(f"prompt retrieval, top-1 (chance {100 * quality.chance:.1f} %)", *_share(quality.top1))
+    table.add_row("prompt retrieval, top-5", *_share(quality.top5))
+    if quality.top1_style is not None:
+        table.add_row(f"top-1 with its style, {quality.top1_style.n} pictures", *_share(quality.top1_style))
+    table.add_row("distance to the picture asked for (1 = to another name)", *_estimate(quality.distance))
+    if quality.mmd2 is not None:
+        table.add_row("polynomial MMD2 to the pictures asked for", *_estimate(quality.mmd2))
+    if quality.mmd2_real is not None:
+        names = f"two sets of {quality.mmd2_real.n} other real names, middle 95 %"
+        table.add_row(f"  {names}", *_estimate(quality.mmd2_real))
+    console.print(table)
+    if quality.unscored:
+        console.print(f"{quality.unscored} more pictures are not scored: the gallery does not have their prompts")
 
 
 def print_sweep(folders: Sequence[Path], console: Console) -> None:
@@ -51,23 +76,34 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("job", "state"):
         table.add_column(heading, overflow="fold")
-    for heading in ("request ms", "step ms", "evaluations"):
+    for heading in ("request ms", "step ms", "evaluations", "top-1 %"):
         table.add_column(heading, justify="right")
     table.add_column("error", overflow="fold")
     names = [set(folder.name.split(",")) for folder in folders]
     shared = set.intersection(*names)
     for folder in folders:
         status, record = read_status(folder), read_record(folder)
-        numbers = ("", "", "")
+        numbers = ("", "", "", "")
         if record is not None:
             row = record.summary
-            numbers = (f"{row.latency_ms.median:.1f}", f"{row.step_ms.median:.2f}", str(row.nfe))
+            found = "" if record.quality is None else f"{100 * record.quality.top1.value:.1f}"
+            numbers = (f"{row.latency_ms.median:.1f}", f"{row.step_ms.median:.2f}", str(row.nfe), found)
         colour = "green" if status.state == "ok" else "red"
         own = [part for part in folder.name.split(",") if part not in shared]
         label, state = escape("\n".join(own) or folder.name), f"[{colour}]{status.state}[/{colour}]"
         table.add_row(label, state, *numbers, escape(status.error or ""))
     console.print(table)
     console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
+
+
+def _share(share: Share) -> tuple[str, str]:
+    low, high = share.ci95
+    return f"{100 * share.value:.1f} %", f"{100 * low:.1f} .. {100 * high:.1f} %"
+
+
+def _estimate(estimate: Estimate) -> tuple[str, str]:
+    low, high = estimate.ci95
+    return f"{estimate.value:.3f}", f"{low:.3f} .. {high:.3f}"
 
 
 def _cells(row: Summary) -> tuple[str, str, str, str]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from harness.config.schema import WandbConfig, WandbMode
+from harness.metrics.intervals import Estimate, Share
+from harness.metrics.quality import Quality
 from harness.records import Record, Status
 
 if TYPE_CHECKING:
@@ -83,7 +85,27 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
                 "peak_memory_mib_max": summary.peak_memory_mib_max,
                 "attention_resolved": record.attention.resolved,
             }
+            | quality_scalars(record.quality)
         )
+
+
+def quality_scalars(quality: Quality | None) -> dict[str, float]:
+    """The score as flat summary keys: `quality_top1`, `quality_top1_ci95_low`, ...; none where there is none."""
+    if quality is None:
+        return {}
+    scalars: dict[str, float] = {"quality_scored": quality.scored, "quality_unscored": quality.unscored}
+    parts: dict[str, Share | Estimate | None] = {
+        "top1": quality.top1,
+        "top5": quality.top5,
+        "top1_style": quality.top1_style,
+        "distance": quality.distance,
+        "mmd2": quality.mmd2,
+    }
+    for name, measured in parts.items():
+        if measured is not None:
+            scalars[f"quality_{name}"] = measured.value
+            scalars[f"quality_{name}_ci95_low"], scalars[f"quality_{name}_ci95_high"] = measured.ci95
+    return scalars
 
 
 def log_failure(

@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from harness.metrics.gallery import FILE, Gallery
 from harness.train.folder import Picture
 from models.dit import DiTConfig, to_diffusers
 from models.dit.weights import config_json
@@ -139,6 +141,12 @@ def _write_lists(folder: Path, rows: list[Picture]) -> None:
     styles = dict.fromkeys(row.style for row in rows if row.vocabulary and row.style)
     for file_name, words in (("vocabulary.txt", sorted(names)), ("styles.txt", list(styles))):
         (folder / file_name).write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+
+
+def export_gallery(folder: Path, pixels: np.ndarray, rows: list[Picture]) -> None:
+    """Write ``folder/gallery.safetensors`` from the denoiser's pictures, uint8 (N, H, W, 3), and their rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Gallery.build(pixels, [row.name for row in rows], [row.style for row in rows]).save(folder / FILE)
 
 
 def _write_json(path: Path, value: object) -> None:

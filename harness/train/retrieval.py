@@ -1,14 +1,16 @@
-"""Does a picture show what was asked for? Prompt retrieval among the training pictures, with numpy only.
+"""How much does a model repeat its training pictures? Prompt retrieval, and what only the pictures themselves can say.
 
-Pictures are averaged to 32 x 32 pixels and projected on the first 64 principal components of the training pictures; a
-generated picture counts when its nearest training picture has the prompt's name (either style). The share of
-near-exact training pictures and the PSNR to the nearest one stand beside it, because this model is meant to remember.
+A generated picture counts when its nearest training picture (`harness.metrics.gallery`) has the prompt's name in either
+style. The share of near-exact training pictures and the PSNR to the nearest one stand beside it, because this model is
+meant to remember. A run's own score, with intervals, is `harness.metrics.quality`, which needs the gallery alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from harness.metrics import gallery
 
 NEAR_EXACT_DB = 25.0  # PSNR at 64 x 64 from which a picture counts as a training picture again
 
@@ -27,7 +29,7 @@ class Score:
 
 
 class Gallery:
-    """Training pictures in principal components.
+    """Training pictures in principal components, and the pictures themselves.
 
     Args:
         pixels: uint8 (N, H, W, 3), H and W multiples of 32.
@@ -37,19 +39,11 @@ class Gallery:
 
     def __init__(self, pixels: np.ndarray, names: Sequence[str], styles: Sequence[str], components: int = 64) -> None:
         self.pixels, self.names, self.styles = pixels, np.array(names), np.array(styles)
-        x = _small(pixels)
-        self.mean = x.mean(axis=0)
-        self.basis = np.linalg.svd(x - self.mean, full_matrices=False)[2][:components]
-        self.z = self.project(pixels)
-
-    def project(self, pixels: np.ndarray) -> np.ndarray:
-        """Components (M, k) of uint8 pictures (M, H, W, 3)."""
-        return (_small(pixels) - self.mean) @ self.basis.T
+        self.rows = gallery.Gallery.build(pixels, names, styles, components)
 
     def nearest(self, pixels: np.ndarray, count: int = 5) -> np.ndarray:
         """Indices (M, count) of the nearest training pictures, nearest first."""
-        distance = np.linalg.norm(self.project(pixels)[:, None] - self.z[None], axis=-1)
-        return np.argsort(distance, axis=1)[:, :count]
+        return self.rows.nearest(pixels, count)
 
     def score(self, pixels: np.ndarray, names: Sequence[str], styles: Sequence[str]) -> Score:
         """Score uint8 pictures (M, H, W, 3) drawn for prompts of these names and styles."""
@@ -85,9 +79,3 @@ def grid(pixels: np.ndarray, columns: int) -> np.ndarray:
         .swapaxes(1, 2)
         .reshape(rows * height, columns * width, channels)
     )
-
-
-def _small(pixels: np.ndarray) -> np.ndarray:
-    count, height, width, channels = pixels.shape
-    blocks = pixels.reshape(count, 32, height // 32, 32, width // 32, channels)
-    return blocks.mean(axis=(2, 4)).reshape(count, -1) / 255.0

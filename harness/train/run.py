@@ -204,6 +204,7 @@ def run_export(room: Room) -> Result:
         export.export_parts(target, room.autoencoder(), room.folder, room.rows)
     else:
         export.copy_parts(target, Path(config.shared), room.rows)
+    export.export_gallery(target, room.pixels(room.vocabulary).numpy(), room.vocabulary)
     export.export_transformer(target, weights, denoiser.build(config.denoiser).config, family)
     export.export_noise_scheduler(target, room.objective.settings)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

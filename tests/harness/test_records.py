@@ -12,6 +12,8 @@ from PIL import Image
 from harness.compose import compose_run, to_dict
 from harness.media import pixel_hash, save_png, to_uint8
 from harness.messages import EngineInfo, MemoryPoint, StageTime, StepTime
+from harness.metrics.intervals import Estimate, wilson
+from harness.metrics.quality import Quality
 from harness.metrics.summary import summarize
 from harness.provenance import provenance
 from harness.records import (
@@ -225,6 +227,25 @@ def test_a_png_says_what_it_is(tmp_path: Path) -> None:
         assert {key: image.info[key] for key in text} == text
         assert pixel_hash(np.asarray(image)) == pixel_hash(picture)
     assert pixel_hash(picture) != pixel_hash(picture[::-1])
+
+
+def test_a_score_is_columns_of_the_table_and_an_older_record_has_none(tmp_path: Path) -> None:
+    share, gap = wilson(9, 10), Estimate(0.25, (0.2, 0.3), 10)
+    quality = Quality("ab", 10, 2, 10, 0.1, share, share, None, gap, gap, None)
+    scored = msgspec.structs.replace(record(), quality=quality)
+    for name, each in (("a", scored), ("b", record())):
+        folder = RunFolder.claim(tmp_path / name)
+        folder.write_record(each)
+        folder.finish(Status("ok"))
+    older = json.loads((tmp_path / "b" / "record.json").read_text())
+    assert older.pop("quality") is None
+    (tmp_path / "b" / "record.json").write_text(json.dumps(older))
+    assert read_record(tmp_path / "a") == scored
+    assert read_record(tmp_path / "b") == record()
+    table = load(tmp_path)
+    assert list(table["quality.top1.value"].fillna(-1)) == [0.9, -1]
+    assert table["quality.distance.ci95"][0] == (0.2, 0.3)
+    assert "quality" not in table
 
 
 def test_the_record_on_disk_is_plain_json(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from harness.config.train import (
     TrainConfig,
     VaeConfig,
 )
+from harness.metrics.gallery import FILE, Gallery
 from harness.train.captions import caption
 from harness.train.emoji import STYLES
 from harness.train.folder import Picture
@@ -88,6 +89,7 @@ def test_all_parts_run_and_a_second_run_trains_no_further(config: TrainConfig) -
     assert first["score"]["chance"] == pytest.approx(1 / 4)
     assert json.loads((Path(config.folder) / "result.json").read_text()) == first
     assert (Path(config.export) / "model_index.json").exists()
+    assert set(Gallery.load(Path(config.export) / FILE).names) == {f"{colour} square" for colour in COLOURS}
     curve = (Path(config.folder) / "curve.jsonl").read_text()
     checkpoints = {path: path.read_bytes() for path in Path(config.folder).glob("*.safetensors")}
     assert {path.stem for path in checkpoints} == {"vae", "text", "denoiser-rectified_flow"}

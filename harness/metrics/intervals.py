@@ -1,0 +1,71 @@
+"""95 % intervals at small numbers: Wilson's for a share, the percentile bootstrap over groups for the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.metrics.summary import LEVEL, RESAMPLES
+
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+
+
+class Share(msgspec.Struct, frozen=True):
+    """`hits` of `n`, in [0, 1]; `ci95` is Wilson's interval, which takes the n for independent."""
+
+    hits: int
+    n: int
+    value: float
+    ci95: tuple[float, float]
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """A number and its 95 % interval; `n` is what it was computed from."""
+
+    value: float
+    ci95: tuple[float, float]
+    n: int
+
+
+def wilson(hits: int, n: int) -> Share:
+    """Wilson's score interval: the shares p with ``|hits / n - p| <= z sqrt(p (1 - p) / n)`` (Wilson 1927).
+
+    Raises:
+        ValueError: hits is not between 0 and n, or n is 0.
+    """
+    if not 0 <= hits <= n or n < 1:
+        raise ValueError(f"{hits} hits of {n}")
+    share, shrink = hits / n, 1 + Z**2 / n
+    centre = (share + Z**2 / (2 * n)) / shrink
+    half = Z / shrink * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return Share(hits, n, share, (max(0.0, centre - half), min(1.0, centre + half)))
+
+
+def resample(groups: int, count: int = RESAMPLES) -> NDArray[np.int64]:
+    """How often each of `groups` groups is drawn, (count, groups): bootstrap draws as multiplicities."""
+    return np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), size=count)
+
+
+def interval(values: NDArray[np.floating]) -> tuple[float, float]:
+    """The middle 95 % of bootstrap values."""
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def median(values: Sequence[float], group: Sequence[int]) -> Estimate:
+    """The median, with the interval of a bootstrap over groups (pictures of one name are drawn together).
+
+    Args:
+        values: n measurements.
+        group: of each, numbered 0, 1, ... without gaps.
+    """
+    x, of = np.asarray(values, dtype=float), np.asarray(group)
+    order = np.argsort(x)
+    seen = resample(int(of.max()) + 1)[:, of[order]].cumsum(axis=1)
+    middle = (seen >= seen[:, -1:] / 2).argmax(axis=1)  # the weighted median, the lower of two
+    return Estimate(float(np.median(x)), interval(x[order][middle]), len(x))
