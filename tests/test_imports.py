@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.client",
         "harness.generate",
         "harness.train",
+        "harness.plots",
         "harness.attached",
         "harness.cli",
         "harness.__main__",

@@ -43,7 +43,7 @@ def wilson(hits: int, n: int) -> Share:
     share, shrink = hits / n, 1 + Z**2 / n
     centre = (share + Z**2 / (2 * n)) / shrink
     half = Z / shrink * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return Share(hits, n, share, (max(0.0, centre - half), min(1.0, centre + half)))
+    return Share(hits, n, share, (0.0 if hits == 0 else centre - half, 1.0 if hits == n else centre + half))
 
 
 def resample(groups: int, count: int = RESAMPLES) -> NDArray[np.int64]:

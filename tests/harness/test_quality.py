@@ -82,6 +82,7 @@ def test_the_medians_interval_draws_groups_whole() -> None:
     assert repeated.ci95 == apart.ci95  # ten copies of a picture say nothing new
     assert apart.ci95[0] < 0 < apart.ci95[1]
     assert median([3.0], [0]).ci95 == (3.0, 3.0)
+    assert median([0.0, 10.0] * 20, [0, 1] * 20).ci95 == (0.0, 10.0)  # one draw in four has the second group alone
 
 
 def test_the_pictures_asked_for_score_full_marks(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
@@ -113,6 +114,14 @@ def test_the_wrong_name_scores_nothing(gallery: Gallery, pixels: NDArray[np.uint
     assert found is not None
     assert (found.top1.hits, found.top1.n) == (0, 80)
     assert found.distance.ci95[0] > 1
+
+
+def test_top5_counts_the_name_among_the_five_nearest(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
+    blend = (0.6 * np.roll(pixels, 2, axis=0) + 0.4 * pixels).astype(np.uint8)
+    found = score(gallery, list(blend), prompts(gallery))
+    assert found is not None
+    assert found.top1.hits == 0
+    assert found.top5.hits > 60
 
 
 def test_worse_pictures_score_worse(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
@@ -243,8 +252,20 @@ def test_a_file_that_is_no_gallery_is_refused(tmp_path: Path, content: bytes) ->
         Gallery.load(tmp_path / FILE)
 
 
-def test_a_gallery_whose_parts_do_not_fit_is_refused(gallery: Gallery, tmp_path: Path) -> None:
-    replace(gallery, names=gallery.names[:-1]).save(tmp_path / FILE)
+def test_the_basis_is_of_principal_components(gallery: Gallery) -> None:
+    z = gallery.z.astype(np.float64)
+    spread = z.T @ z / len(z)
+    variance = np.diag(spread)
+    assert np.abs(z.mean(axis=0)).max() < 1e-2 * np.sqrt(variance).max()
+    assert np.abs(spread - np.diag(variance)).max() < 1e-3 * variance.max()
+    assert (np.diff(variance) <= 0).all()
+
+
+@pytest.mark.parametrize("part", ["names", "styles", "one name"])
+def test_a_gallery_whose_parts_do_not_fit_is_refused(gallery: Gallery, tmp_path: Path, part: str) -> None:
+    names = {"names": gallery.names[:-1], "one name": gallery.names[:1] * 80}.get(part, gallery.names)
+    styles = gallery.styles[:-1] if part == "styles" else gallery.styles
+    replace(gallery, names=names, styles=styles).save(tmp_path / FILE)
     with pytest.raises(GalleryError, match="is not a gallery"):
         Gallery.load(tmp_path / FILE)
 

@@ -1,0 +1,255 @@
+"""Quality against network evaluations, a panel a family and a line a solver: figure and table from a sweep's records.
+
+    python -m harness -m experiment=families
+    python -m harness.plots.families sweeps/DATE/TIME --out DIR [--readme README.md --budget 8 --budget 24]
+
+Writes `families.png` and `families.md`; with --readme the table replaces what stands between the two markers
+`<!-- families:begin -->` and `<!-- families:end -->` of that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.metrics.intervals import Estimate, Share
+from harness.plots.markers import replace_between
+from harness.plots.sweep import FAMILIES, Point, Sweep, read, within
+from harness.terminal import EXIT_BAD_INPUT, complain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKER = "families"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")  # Okabe and Ito 2008
+SHAPES = ("o", "s", "D", "^", "v", "P", "X", "h")
+INK, FAINT = "#222222", "#D9D9D9"
+LABEL_GAP = 0.052  # of a panel's height, between two labels
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is drawn up the axis."""
+
+    label: str
+    of: Callable[[Point], Share | Estimate]
+    log: bool
+    scale: float
+
+
+METRICS = {
+    "distance": Metric(
+        "distance to the picture asked for\n(1 = to another name; lower is better)",
+        lambda p: p.quality.distance,
+        True,
+        1,
+    ),
+    "top1": Metric("prompt retrieval, top-1 (%; higher is better)", lambda p: p.quality.top1, False, 100),
+}
+
+
+def draw(sweep: Sweep, metric: Metric, path: Path) -> None:
+    """Writes the figure.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    families = sweep.families
+    figure = Figure(figsize=(4.6 * len(families) + 0.6, 5.0), dpi=160, layout="constrained")
+    panels = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+    ticks = sorted({point.nfe for point in sweep.points})
+    ticks = [tick for k, tick in enumerate(ticks) if k == 0 or tick >= 1.25 * ticks[k - 1]] or ticks
+    for panel, family in zip(panels, families, strict=True):
+        panel.set_xscale("log")
+        panel.set_yscale("log" if metric.log else "linear")
+        panel.set_title(FAMILIES.get(family, family), loc="left", fontweight="bold", color=INK)
+        panel.set_xlabel("network evaluations a picture", color=INK)
+        panel.xaxis.set_major_locator(FixedLocator(ticks))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+        panel.xaxis.set_minor_locator(NullLocator())
+        if metric.log:
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.grid(axis="y", color=FAINT, linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(colors=INK, labelsize=9)
+        for line in sweep.lines:
+            _line(panel, sweep, family, line, metric)
+    panels[0].set_ylabel(metric.label, color=INK)
+    first, last = min(p.nfe for p in sweep.points), max(p.nfe for p in sweep.points)
+    for panel, family in zip(panels, families, strict=True):
+        panel.set_xlim(first / 1.12, last * (last / first) ** 0.46)  # room for the labels on the right
+        _labels(panel, sweep, family, metric)
+    scored = sweep.points[0].quality
+    figure.supxlabel(
+        f"{scored.scored} pictures of {scored.names} names a point, the same noise for every solver; "
+        "bars are 95 % intervals",
+        fontsize=9,
+        color="#555555",
+    )
+    figure.savefig(path)
+
+
+def table(sweep: Sweep, budgets: Sequence[int] = ()) -> str:
+    """The points as a markdown table, the best of each family at each number of evaluations in bold.
+
+    Args:
+        sweep: what to show.
+        budgets: show only what each solver reaches within so many evaluations; none = every point.
+    """
+    rows = ["| family | solver | evaluations | top-1 | distance |", "|---|---|---|---|---|"]
+    for family in sweep.families:
+        lines = [points for line in sweep.lines if (points := sweep.of(family, line))]
+        title = FAMILIES.get(family, family)
+        for budget in budgets:
+            rows += _rows(f"{title}, at most {budget}", [p for points in lines if (p := within(points, budget))])
+        every = [point for points in lines for point in points] if not budgets else []
+        for nfe in sorted({point.nfe for point in every}):
+            rows += _rows(title, [point for point in every if point.nfe == nfe])
+    if sweep.left_out:
+        reasons = sorted({reason.replace("|", "/") for reason in sweep.left_out.values()})
+        rows += ["", f"{len(sweep.left_out)} runs are not in the table: " + "; ".join(reasons) + "."]
+    return "\n".join(rows) + "\n"
+
+
+def _rows(title: str, group: Sequence[Point]) -> list[str]:
+    """The rows of points that may be compared with each other, best distance first."""
+    group = sorted(group, key=lambda point: point.quality.distance.value)
+    top = max((point.quality.top1.hits for point in group), default=0)
+    rows = []
+    for place, point in enumerate(group):
+        top1, distance = point.quality.top1, point.quality.distance
+        share = f"{100 * top1.value:.0f} % ({100 * top1.ci95[0]:.0f} to {100 * top1.ci95[1]:.0f})"
+        gap = f"{distance.value:.3f} ({distance.ci95[0]:.3f} to {distance.ci95[1]:.3f})"
+        cells = [
+            title,
+            f"`{point.line}`",
+            str(point.nfe),
+            _bold(share, top1.hits == top and len(group) > 1),
+            _bold(gap, place == 0 and len(group) > 1),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _bold(text: str, best: bool) -> str:
+    return f"**{text}**" if best else text
+
+
+def _look(sweep: Sweep, line: str) -> tuple[str, str]:
+    """Colour and marker of a line, the same in every panel; from the ninth line on, the colours come again."""
+    place = sweep.lines.index(line)
+    return COLOURS[place % len(COLOURS)], SHAPES[(place + place // len(COLOURS)) % len(SHAPES)]
+
+
+def _line(panel: Axes, sweep: Sweep, family: str, line: str, metric: Metric) -> None:
+    points = sweep.of(family, line)
+    if not points:
+        return
+    colour, shape = _look(sweep, line)
+    count = len(sweep.lines)
+    shift = 1 + 0.03 * (sweep.lines.index(line) - (count - 1) / 2) / max(1, count / 2)  # bars side by side
+    x = [point.nfe * shift for point in points]
+    y = [metric.scale * metric.of(point).value for point in points]
+    low = [metric.scale * (metric.of(point).value - metric.of(point).ci95[0]) for point in points]
+    high = [metric.scale * (metric.of(point).ci95[1] - metric.of(point).value) for point in points]
+    bars = [[max(0.0, value) for value in side] for side in (low, high)]
+    panel.errorbar(
+        x,
+        y,
+        yerr=bars,
+        color=colour,
+        marker=shape,
+        markersize=6,
+        linewidth=1.6,
+        elinewidth=0.9,
+        zorder=3,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+    )
+
+
+def _labels(panel: Axes, sweep: Sweep, family: str, metric: Metric) -> None:
+    """Writes each line's name at its right end, apart from the others, with a thin lead."""
+    ends = [(line, points[-1]) for line in sweep.lines if (points := sweep.of(family, line))]
+    to_axes = panel.transData + panel.transAxes.inverted()
+    places = {line: to_axes.transform((p.nfe, metric.scale * metric.of(p).value)) for line, p in ends}
+    right = max((float(place[0]) for place in places.values()), default=0.0) + 0.05
+    order = sorted(places, key=lambda line: float(places[line][1]))
+    heights = spread([float(places[line][1]) for line in order], LABEL_GAP)
+    for line, height in zip(order, heights, strict=True):
+        x, y = (float(value) for value in places[line])
+        colour, _ = _look(sweep, line)
+        panel.plot([x, right - 0.008], [y, height], color=colour, linewidth=0.6, alpha=0.6, transform=panel.transAxes)
+        panel.text(right, height, line, color=colour, fontsize=9, va="center", transform=panel.transAxes, clip_on=False)
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights moved as little as it takes to be `gap` apart and within 0 and 1, as far as they fit there: groups
+    that touch are centred on their mean.
+    """
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _bottom(groups[-1], gap) - _top(groups[-2], gap) < gap - 1e-12:
+            last = groups.pop()
+            groups[-1] += last
+    free = [_bottom(group, gap) + gap * k for group in groups for k in range(len(group))]
+    low = [max(height, gap * k) for k, height in enumerate(free)]
+    return [min(height, 1 - gap * (len(low) - 1 - k)) for k, height in enumerate(low)]
+
+
+def _bottom(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _top(group: Sequence[float], gap: float) -> float:
+    return _bottom(group, gap) + gap * (len(group) - 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.plots.families", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("sweep", type=Path, help="a sweep's folder, or any folder of records")
+    parser.add_argument("--out", type=Path, default=Path(), help="where families.png and families.md go")
+    parser.add_argument("--metric", choices=METRICS, default="distance", help="what the figure shows")
+    parser.add_argument("--budget", type=int, action="append", default=[], help="table: evaluations; may be repeated")
+    parser.add_argument("--readme", type=Path, help="a file whose text between the markers becomes the table")
+    asked = parser.parse_args(arguments)
+    try:
+        sweep = read(asked.sweep)
+        if not sweep.points:
+            reasons = "; ".join(sorted(set(sweep.left_out.values()))) or "no records"
+            raise ValueError(f"{asked.sweep} holds no scored run ({reasons})")
+        asked.out.mkdir(parents=True, exist_ok=True)
+        rows = table(sweep, sorted(asked.budget))
+        (asked.out / "families.md").write_text(rows, encoding="utf-8")
+        if asked.readme is not None:
+            text = asked.readme.read_text(encoding="utf-8")
+            asked.readme.write_text(replace_between(text, MARKER, rows), encoding="utf-8")
+        draw(sweep, METRICS[asked.metric], asked.out / "families.png")
+    except ModuleNotFoundError as error:
+        complain(f"the figure needs {error.name}: pip install 'triptych[notebooks]'")
+        return EXIT_BAD_INPUT
+    except (ValueError, OSError) as error:
+        complain(error)
+        return EXIT_BAD_INPUT
+    print(f"{len(sweep.points)} points, {len(sweep.left_out)} runs left out: {asked.out / 'families.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""Text that a command keeps up to date inside a page that people write: what stands between two comment markers."""
+
+from __future__ import annotations
+
+
+def replace_between(text: str, name: str, content: str) -> str:
+    """`text` with what stands between `<!-- name:begin -->` and `<!-- name:end -->` replaced; the markers stay.
+
+    Raises:
+        ValueError: a marker is missing, there twice, or they are in the wrong order.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the page needs {begin} once and after it {end} once")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content.strip()}\n{end}{rest.split(end)[1]}"

@@ -1,0 +1,122 @@
+"""A tree of records as scored points: quality against network evaluations, one line a noise solver.
+
+Points are compared at equal network evaluations, not at equal steps: a second-order solver pays twice a step.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.metrics.quality import Quality
+from harness.records import Record, RunFolderError, read_record, read_status
+
+
+@dataclass(frozen=True)
+class Point:
+    """One scored run; `line` is the solver, with the settings in which this sweep has several of it."""
+
+    family: str
+    line: str
+    steps: int
+    nfe: int
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a tree holds: scored points, by family, line and evaluations; and why the other runs are not among them."""
+
+    points: list[Point]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def families(self) -> list[str]:
+        """In the order of FAMILIES, then by name."""
+        found = {point.family for point in self.points}
+        return [name for name in FAMILIES if name in found] + sorted(found - set(FAMILIES))
+
+    @property
+    def lines(self) -> list[str]:
+        """Every line of any family, by name."""
+        return sorted({point.line for point in self.points})
+
+    def of(self, family: str, line: str) -> list[Point]:
+        """One line of one family, by evaluations."""
+        return [point for point in self.points if (point.family, point.line) == (family, line)]
+
+
+FAMILIES = {"rectified_flow": "rectified flow", "ddpm": "DDPM", "sgm": "score SDE"}
+
+
+def read(folder: Path) -> Sweep:
+    """Reads every run below a folder.
+
+    Raises:
+        ValueError: two runs of one family, line and number of evaluations, or scores of different galleries or prompts.
+    """
+    records: list[Record] = []
+    left_out: dict[str, str] = {}
+    for file in sorted(folder.rglob("status.json")):
+        run = file.parent
+        status, name = read_status(run), str(run.relative_to(folder))
+        try:
+            record = read_record(run)
+        except RunFolderError as error:
+            left_out[name] = str(error)
+            continue
+        if status.state != "ok" or record is None:
+            left_out[name] = f"{status.state}: {status.error}"
+        elif record.quality is None:
+            left_out[name] = next((note for note in record.notes if "quality" in note), "not scored")
+        else:
+            records.append(record)
+    points = sorted(_points(records), key=lambda point: (point.family, point.line, point.nfe))
+    _check_comparable(records, points)
+    return Sweep(points, left_out)
+
+
+def within(points: Sequence[Point], budget: int) -> Point | None:
+    """What a line reaches with at most `budget` evaluations: its point with the most of them."""
+    affordable = [point for point in points if point.nfe <= budget]
+    return max(affordable, key=lambda point: point.nfe, default=None)
+
+
+def _points(records: Sequence[Record]) -> list[Point]:
+    groups: defaultdict[tuple[str, str], list[tuple[Record, dict[str, object]]]] = defaultdict(list)
+    for record in records:
+        settings = _flat(record.config["scheduler"])
+        groups[str(settings.pop("family")), str(settings.pop("solver.name"))].append((record, settings))
+    points = []
+    for (family, solver), runs in groups.items():
+        varied = [key for key in runs[0][1] if len({repr(settings.get(key)) for _, settings in runs}) > 1]
+        for record, settings in runs:
+            line = ", ".join([solver, *(f"{key.removeprefix('solver.')}={settings[key]}" for key in varied)])
+            if record.quality is not None:
+                steps = int(record.config["request"]["steps"])
+                points.append(Point(family, line, steps, record.summary.nfe, record.quality))
+    return points
+
+
+def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _check_comparable(records: Sequence[Record], points: Sequence[Point]) -> None:
+    seen: set[tuple[str, str, int]] = set()
+    for point in points:
+        key = (point.family, point.line, point.nfe)
+        if key in seen:
+            raise ValueError(
+                f"two runs of {point.family} with {point.line} have {point.nfe} evaluations; give one sweep's folder"
+            )
+        seen.add(key)
+    if len({record.quality.gallery for record in records if record.quality is not None}) > 1:
+        raise ValueError("the runs were scored in different galleries, so they do not compare; give one sweep's folder")
+    if len({tuple(record.config["request"]["prompts"]) for record in records}) > 1:
+        raise ValueError("the runs drew different prompts, so they do not compare; give one sweep's folder")
