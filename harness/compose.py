@@ -28,6 +28,7 @@ from harness.config.limits import check_request, check_size
 from harness.config.request import to_message
 from harness.config.schema import LaunchMode, Load, ModelConfig, RunConfig, Task, TrainedConfig
 from harness.config.trained import fill_facts, trained_denoiser
+from harness.metrics import pretrained
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.pipeline.settings import noise_scheduler_settings
 from models.files import check_checkpoint
@@ -240,6 +241,7 @@ def _resolve(config: RunConfig) -> None:
     _check_layout(config)
     resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
     resolve_backend(config.attention.backend)
+    pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from harness.messages import MemoryPoint, StageTime, StepTime
+from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.provenance import Provenance
@@ -87,7 +88,8 @@ class SampleRow(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """`record.json`. `quality` is None where nothing could be scored; a note says why."""
+    """`record.json`. `quality` is None where nothing could be scored, and a note says why; `pretrained`
+    where no weights for it were given."""
 
     schema: int
     fingerprint: str
@@ -101,11 +103,12 @@ class Record(msgspec.Struct, frozen=True):
     samples: list[SampleRow]
     notes: list[str]
     quality: Quality | None = None
+    pretrained: Pretrained | None = None
 
 
 def fingerprint(config: dict[str, Any]) -> str:
     """Hash of what was declared: the configuration without what cannot change a picture or a time."""
-    declared = {key: value for key, value in config.items() if key not in ("logger", "train")}
+    declared = {key: value for key, value in config.items() if key not in ("logger", "train", "quality")}
     declared["launch"] = {key: value for key, value in config["launch"].items() if not key.endswith("_timeout_s")}
     return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -208,7 +211,16 @@ def load(path: str | Path) -> pandas.DataFrame:
         if record is not None:
             nested = msgspec.to_builtins(record)
             row |= {key: nested[key] for key in ("overrides", "repeats", "samples", "notes")}
-            parts = ("fingerprint", "config", "provenance", "attention", "first_call", "summary", "quality")
+            parts = (
+                "fingerprint",
+                "config",
+                "provenance",
+                "attention",
+                "first_call",
+                "summary",
+                "quality",
+                "pretrained",
+            )
             flat = {key: nested[key] for key in parts if nested[key] is not None}
             row |= {str(key): value for key, value in pandas.json_normalize(flat, sep=".").iloc[0].items()}
         rows.append(row)

@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from harness.compose import to_dict
-from harness.config.schema import RunConfig
+from harness.config.schema import QualityConfig, RunConfig
 from harness.media import to_uint8
 from harness.messages import Array, EngineInfo, GenerationResult, RankReport
+from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import summarize
@@ -81,6 +84,16 @@ def quality(folder: Path, pixels: Sequence[Array], prompts: Sequence[str]) -> tu
     return found, []
 
 
+def pretrained_quality(
+    config: QualityConfig, pixels: Sequence[Array], prompts: Sequence[str]
+) -> tuple[pretrained.Pretrained | None, list[str]]:
+    """The scores on the user's own weights, and why there are none where they were asked for."""
+    try:
+        return pretrained.score(config, [to_uint8(picture) for picture in pixels], prompts), []
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        return None, [f"quality.clip and quality.features are not scored: {' '.join(str(error).split())}"]
+
+
 def build_record(
     config: RunConfig,
     overrides: list[str],
@@ -96,8 +109,9 @@ def build_record(
     declared = to_dict(config)
     prompts = [sample.prompt for sample in results[-1].samples]
     scored, reasons = quality(checkpoint_folder(config.model.name, config.model.path), pixels, prompts)
+    extra, more = pretrained_quality(config.quality, pixels, prompts)
     said = dict.fromkeys(
-        [*notes, *reasons, *(note for result in results for report in result.ranks for note in report.notes)]
+        [*notes, *reasons, *more, *(note for result in results for report in result.ranks for note in report.notes)]
     )
     return Record(
         schema=SCHEMA,
@@ -112,6 +126,7 @@ def build_record(
         samples=[],
         notes=list(said),
         quality=scored,
+        pretrained=extra,
     )
 
 

@@ -237,6 +237,15 @@ class RequestConfig:
 
 
 @dataclass
+class QualityConfig:
+    """Scores beside the gallery's, on pretrained weights of yours (folders of transformers models); null = none."""
+
+    clip: str | None = None  # a CLIP model: CLIP score
+    features: str | None = None  # a vision model (DINOv2, ViT): Frechet distance of its pooled features
+    reference: str | None = None  # the real pictures for it
+
+
+@dataclass
 class RunConfig:
     """The whole configuration of one run."""
 
@@ -248,4 +257,5 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     request: RequestConfig = field(default_factory=RequestConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.metrics.intervals import Estimate, Share
+from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.records import Record, read_record, read_status
@@ -44,6 +45,8 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
     )
     if record.quality is not None:
         print_quality(record.quality, console)
+    if record.pretrained is not None:
+        print_pretrained(record.pretrained, console)
     for note in record.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     for name, path in (("pictures", "samples"), ("grid", "grid.png"), ("record", "record.json"), ("logs", "logs")):
@@ -69,6 +72,19 @@ def print_quality(quality: Quality, console: Console) -> None:
     console.print(table)
     if quality.unscored:
         console.print(f"{quality.unscored} more pictures are not scored: the gallery does not have their prompts")
+
+
+def print_pretrained(scores: Pretrained, console: Console) -> None:
+    """Prints the scores on weights that the user gave."""
+    if scores.clip_score is not None:
+        value, spread = _estimate(scores.clip_score)
+        console.print(f"CLIP score ({escape(scores.clip or '')}) {value} ({spread})")
+    if scores.frechet is not None:
+        row = scores.frechet
+        console.print(
+            f"Frechet distance ({escape(scores.extractor or '')}, {row.features} features) {row.value:.3f} for {row.n} "
+            f"pictures against {row.references}; real against real, {row.real_n} each: {row.real:.3f}"
+        )
 
 
 def print_sweep(folders: Sequence[Path], console: Console) -> None:

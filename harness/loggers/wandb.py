@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 
 from harness.config.schema import WandbConfig, WandbMode
 from harness.metrics.intervals import Estimate, Share
+from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
 from harness.records import Record, Status
 
@@ -86,6 +87,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
                 "attention_resolved": record.attention.resolved,
             }
             | quality_scalars(record.quality)
+            | pretrained_scalars(record.pretrained)
         )
 
 
@@ -105,6 +107,17 @@ def quality_scalars(quality: Quality | None) -> dict[str, float]:
         if measured is not None:
             scalars[f"quality_{name}"] = measured.value
             scalars[f"quality_{name}_ci95_low"], scalars[f"quality_{name}_ci95_high"] = measured.ci95
+    return scalars
+
+
+def pretrained_scalars(scores: Pretrained | None) -> dict[str, float]:
+    """The scores on the user's weights as flat summary keys."""
+    scalars: dict[str, float] = {}
+    if scores is not None and scores.clip_score is not None:
+        scalars["clip_score"] = scores.clip_score.value
+        scalars["clip_score_ci95_low"], scalars["clip_score_ci95_high"] = scores.clip_score.ci95
+    if scores is not None and scores.frechet is not None:
+        scalars |= {"frechet": scores.frechet.value, "frechet_real": scores.frechet.real}
     return scalars
 
 

@@ -86,6 +86,7 @@ def test_the_table_marks_the_best_of_what_may_be_compared(tree: Path) -> None:
     assert rows[-1] == (
         "2 runs are not in the table: failed: no such / solver; quality is not scored: no prompt is a name."
     )
+    assert table(read(tree), [99]).splitlines()[2].startswith("| rectified flow, at most 99 | `heun` | 15 | **100 %")
     every = table(read(tree)).splitlines()
     assert sum(row.startswith(("| rect", "| score")) for row in every) == 8
     assert "**" not in "".join(every)  # nothing else has as many evaluations
