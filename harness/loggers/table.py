@@ -88,15 +88,15 @@ def print_pretrained(scores: Pretrained, console: Console) -> None:
 
 
 def print_sweep(folders: Sequence[Path], console: Console) -> None:
-    """Prints the jobs of a sweep, one row each, failed ones with their error."""
+    """Prints the jobs of a sweep, one row each; below them each error once, by the number that its rows have."""
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("job", "state"):
         table.add_column(heading, overflow="fold")
     for heading in ("request ms", "step ms", "evaluations", "top-1 %"):
         table.add_column(heading, justify="right")
-    table.add_column("error", overflow="fold")
     names = [set(folder.name.split(",")) for folder in folders]
     shared = set.intersection(*names)
+    errors: dict[str, int] = {}
     for folder in folders:
         status, record = read_status(folder), read_record(folder)
         numbers = ("", "", "", "")
@@ -106,9 +106,12 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
             numbers = (f"{row.latency_ms.median:.1f}", f"{row.step_ms.median:.2f}", str(row.nfe), found)
         colour = "green" if status.state == "ok" else "red"
         own = [part for part in folder.name.split(",") if part not in shared]
-        label, state = escape("\n".join(own) or folder.name), f"[{colour}]{status.state}[/{colour}]"
-        table.add_row(label, state, *numbers, escape(status.error or ""))
+        number = f" {errors.setdefault(status.error, len(errors) + 1)}" if status.error else ""
+        label, state = escape("\n".join(own) or folder.name), f"[{colour}]{status.state}{number}[/{colour}]"
+        table.add_row(label, state, *numbers)
     console.print(table)
+    for error, number in errors.items():
+        console.print(f"{number}: {escape(error)}", soft_wrap=True)
     console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,8 +119,11 @@ def table(sweep: Sweep, budgets: Sequence[int] = ()) -> str:
         for nfe in sorted({point.nfe for point in every}):
             rows += _rows(title, [point for point in every if point.nfe == nfe])
     if sweep.left_out:
-        reasons = sorted({reason.replace("|", "/") for reason in sweep.left_out.values()})
-        rows += ["", f"{len(sweep.left_out)} runs are not in the table: " + "; ".join(reasons) + "."]
+        counts = Counter(reason.partition(":")[0] for reason in sweep.left_out.values())
+        rows += [
+            "",
+            "Not in the table: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) + ".",
+        ]
     return "\n".join(rows) + "\n"
 
 
@@ -247,7 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         complain(error)
         return EXIT_BAD_INPUT
-    print(f"{len(sweep.points)} points, {len(sweep.left_out)} runs left out: {asked.out / 'families.png'}")
+    for reason, count in Counter(sweep.left_out.values()).items():
+        complain(f"{count} runs left out: {reason}")
+    print(f"{len(sweep.points)} points: {asked.out / 'families.png'}")
     return 0
 
 

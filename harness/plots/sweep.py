@@ -65,12 +65,14 @@ def read(folder: Path) -> Sweep:
         try:
             record = read_record(run)
         except RunFolderError as error:
-            left_out[name] = str(error)
+            left_out[name] = f"unreadable: {error}"
             continue
         if status.state != "ok" or record is None:
             left_out[name] = f"{status.state}: {status.error}"
         elif record.quality is None:
-            left_out[name] = next((note for note in record.notes if "quality" in note), "not scored")
+            left_out[name] = next(
+                (f"not scored: {note}" for note in record.notes if note.startswith("quality")), "not scored"
+            )
         else:
             records.append(record)
     points = sorted(_points(records), key=lambda point: (point.family, point.line, point.nfe))

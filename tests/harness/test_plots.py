@@ -59,7 +59,7 @@ def test_points_are_the_records_and_the_others_say_why(tree: Path) -> None:
     assert [(p.nfe, p.quality.distance.value) for p in sweep.of("sgm", "heun")] == [(7, 0.4), (15, 0.1)]
     assert sweep.left_out == {
         "refused": "failed: no such | solver",
-        "plain": "quality is not scored: no prompt is a name",
+        "plain": "not scored: quality is not scored: no prompt is a name",
     }
 
 
@@ -83,9 +83,7 @@ def test_the_table_marks_the_best_of_what_may_be_compared(tree: Path) -> None:
         "| score SDE, at most 8 | `ddim` | 8 | 94 % (87 to 97) | **0.200 (0.160 to 0.260)** |",
         "| score SDE, at most 8 | `heun` | 7 | **96 % (90 to 98)** | 0.400 (0.320 to 0.520) |",
     ]
-    assert rows[-1] == (
-        "2 runs are not in the table: failed: no such / solver; quality is not scored: no prompt is a name."
-    )
+    assert rows[-1] == "Not in the table: 1 failed, 1 not scored."
     assert table(read(tree), [99]).splitlines()[2].startswith("| rectified flow, at most 99 | `heun` | 15 | **100 %")
     every = table(read(tree)).splitlines()
     assert sum(row.startswith(("| rect", "| score")) for row in every) == 8
@@ -146,7 +144,9 @@ def test_a_page_without_its_markers_is_refused(page: str) -> None:
         replace_between(page, "a", "new")
 
 
-def test_the_command_writes_figure_table_and_page(tree: Path, tmp_path: Path) -> None:
+def test_the_command_writes_figure_table_and_page(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib", reason="the figure needs triptych[notebooks]")
     page = tmp_path / "README.md"
     page.write_text("a\n<!-- families:begin -->\n<!-- families:end -->\nb\n")
@@ -154,6 +154,7 @@ def test_the_command_writes_figure_table_and_page(tree: Path, tmp_path: Path) ->
         assert main([str(tree), "--out", str(tmp_path / "out"), "--metric", metric, "--readme", str(page)]) == 0
         assert (tmp_path / "out" / "families.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "out" / "families.png").unlink()
+    assert "1 runs left out: failed: no such | solver" in capsys.readouterr().err
     written = (tmp_path / "out" / "families.md").read_text()
     assert written == table(read(tree))
     assert page.read_text() == f"a\n<!-- families:begin -->\n{written}<!-- families:end -->\nb\n"
