@@ -110,8 +110,8 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
         label, state = escape("\n".join(own) or folder.name), f"[{colour}]{status.state}{number}[/{colour}]"
         table.add_row(label, state, *numbers)
     console.print(table)
-    for error, number in errors.items():
-        console.print(f"{number}: {escape(error)}", soft_wrap=True)
+    for error, place in errors.items():
+        console.print(f"{place}: {escape(error)}", soft_wrap=True)
     console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
 
 

@@ -6,7 +6,8 @@ for pairs (x_i, y_i) of a picture and the real one that was asked for: the one-s
 (JMLR 13, lemma 6), with the kernel of Binkowski et al. 2018 (arXiv:1801.01401). Theirs works on Inception features and
 is called KID; here the features are principal components of pixels, so the numbers compare with nothing but each other.
 A pair is never compared with itself, so a model that returns the real pictures scores exactly 0, and one that draws
-other pictures of the same distribution 0 on average (single values may be negative).
+other pictures of the same distribution 0 on average (single values may be negative). It does not ask whether a picture
+fits its own prompt: retrieval does.
 """
 
 from __future__ import annotations

@@ -70,6 +70,8 @@ def draw(sweep: Sweep, metric: Metric, path: Path) -> None:
     panels = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
     ticks = sorted({point.nfe for point in sweep.points})
     ticks = [tick for k, tick in enumerate(ticks) if k == 0 or tick >= 1.25 * ticks[k - 1]] or ticks
+    values = [metric.of(point).value for point in sweep.points]
+    subs = (1, 2, 5) if max(values) > 8 * min(values) else (1, 1.5, 2, 3, 5, 7)
     for panel, family in zip(panels, families, strict=True):
         panel.set_xscale("log")
         panel.set_yscale("log" if metric.log else "linear")
@@ -79,7 +81,7 @@ def draw(sweep: Sweep, metric: Metric, path: Path) -> None:
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         panel.xaxis.set_minor_locator(NullLocator())
         if metric.log:
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_locator(LogLocator(subs=subs))
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -94,8 +96,9 @@ def draw(sweep: Sweep, metric: Metric, path: Path) -> None:
         _labels(panel, sweep, family, metric)
     scored = sweep.points[0].quality
     figure.supxlabel(
-        f"{scored.scored} pictures of {scored.names} names a point, the same noise for every solver; "
-        "bars are 95 % intervals",
+        f"{scored.scored} pictures of {scored.names} names a point, the same noise for every solver;"
+        + ("\n" if len(families) == 1 else " ")
+        + "bars are 95 % intervals",
         fontsize=9,
         color="#555555",
     )

@@ -51,6 +51,8 @@ def test_a_sweeps_table_shows_brackets_as_they_are(tmp_path: Path, text: str) ->
     print_sweep(folders, console)
     shown = console.export_text()
     assert f"because of {text}" in shown
+    assert shown.count("because of") == 1  # each error once, below the table
+    assert shown.count("failed 1") == 2
     assert all(part in shown for part in f"y{text.replace('/', '')}".split(","))
 
 
