@@ -82,8 +82,8 @@ def print_pretrained(scores: Pretrained, console: Console) -> None:
     if scores.frechet is not None:
         row = scores.frechet
         console.print(
-            f"Frechet distance ({escape(scores.extractor or '')}, {row.features} features) {row.value:.3f} for {row.n} "
-            f"pictures against {row.references}; real against real, {row.real_n} each: {row.real:.3f}"
+            f"Frechet distance ({escape(scores.extractor or '')}, {row.features} features) {row.value:.4g} for {row.n} "
+            f"pictures against {row.references}; real against real, {row.real_n} each: {row.real:.4g}"
         )
 
 

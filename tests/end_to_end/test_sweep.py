@@ -79,6 +79,8 @@ def test_wandb_holds_what_the_record_holds(four: Path) -> None:
         assert mirror["summary"]["step_ms_median"] == record.summary.step_ms.median
         assert mirror["summary"]["nfe"] == record.summary.nfe
         assert mirror["summary"]["fingerprint"] == record.fingerprint
+        assert record.quality is not None
+        assert mirror["summary"]["quality_distance"] == record.quality.distance.value
         for group in ("model", "scheduler", "request", "launch"):
             assert mirror["config"][group] == record.config[group]
         assert mirror["summary"]["stages"]["nrows"] == len(record.summary.stage_ms)

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
+from harness.compose import compose_run
 from harness.loggers.table import print_quality
 from harness.loggers.wandb import quality_scalars
 from harness.metrics import mmd
@@ -277,6 +278,15 @@ def test_the_shipped_gallery_is_small_and_is_of_the_vocabulary() -> None:
     assert set(gallery.styles) == set((SHIPPED.parent / "styles.txt").read_text().split())
     assert gallery.z.shape == (512, 64)
     assert np.array_equal(gallery.distances(gallery.z).argmin(axis=1), np.arange(512))
+
+
+def test_the_families_experiment_asks_for_names_of_the_gallery_in_both_styles() -> None:
+    gallery, prompts = Gallery.load(SHIPPED), compose_run(["experiment=families"]).config.request.prompts
+    assert prompts is not None
+    asked = [asked_for(prompt, gallery) for prompt in prompts]
+    assert None not in asked
+    assert len({each.name for each in asked if each is not None}) == 96
+    assert [each.style for each in asked if each is not None].count("3d") == 48
 
 
 def test_scoring_needs_no_torch(tmp_path: Path) -> None:
