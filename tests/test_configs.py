@@ -6,8 +6,20 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
-from harness.compose import Composed, ConfigError, _groups, compose_run, folder_name, from_yaml, run_folder, to_yaml
+import conf
+from harness.compose import (
+    Composed,
+    ConfigError,
+    _groups,
+    check_names,
+    compose_run,
+    folder_name,
+    from_yaml,
+    run_folder,
+    to_yaml,
+)
 from harness.config.schema import RunConfig, TrainingFacts
 from harness.config.trained import trained_denoiser
 from models.registry import REFERENCE
@@ -253,3 +265,11 @@ def test_a_folder_name_has_no_slash_and_fits() -> None:
     long = folder_name("request.prompt=" + "ä" * 500)
     assert len(long.encode()) < 200
     assert long != folder_name("request.prompt=" + "ä" * 501)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(conf.__file__).parent / "experiment").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_an_experiment_sweeps_options_and_keys_that_exist(file: Path) -> None:
+    swept = yaml.safe_load(file.read_text())["hydra"]["sweeper"]["params"]
+    check_names([f"{key}={values}" for key, values in swept.items()], sweep=True)
