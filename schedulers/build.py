@@ -12,9 +12,10 @@ from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.solvers.adams import DEIS, LMS, PNDM
 from schedulers.solvers.base import Solver
 from schedulers.solvers.dpm import DPMSolver
+from schedulers.solvers.dpm_single import DPMSingle
 from schedulers.solvers.euler import DDIM, Euler
 from schedulers.solvers.heun import DPM2, Heun
-from schedulers.solvers.lcm import LCM
+from schedulers.solvers.lcm import LCM, TCD
 from schedulers.solvers.posterior import DDPM
 from schedulers.solvers.rk45 import RK45
 from schedulers.solvers.sde import EDMChurn, EulerMaruyama, PredictorCorrector
@@ -133,6 +134,8 @@ def _solver(s: Settings) -> Solver:
             return _given(DPMSolver, s, order=int(s.solver[6]))
         case "dpmpp_2m_sde":
             return _given(DPMSolver, s, order=2, stochastic=True)
+        case "dpmpp_2s" | "dpmpp_3s":
+            return _given(DPMSingle, s, order=int(s.solver[6]))
         case "unipc":
             return _given(UniPC, s)
         case "deis":
@@ -143,6 +146,8 @@ def _solver(s: Settings) -> Solver:
             return _given(LMS, s)
         case "lcm":
             return _given(LCM, s, boundary=s.path == "discrete_vp" if s.boundary is None else s.boundary)
+        case "tcd":
+            return _given(TCD, s)
         case "edm_churn":
             return _given(EDMChurn, s)
         case "euler_maruyama":

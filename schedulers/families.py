@@ -66,11 +66,14 @@ SOLVERS: dict[str, tuple[str, ...]] = {
     "dpmpp_2m": ("kind", "lower_order_final"),
     "dpmpp_3m": ("lower_order_final",),
     "dpmpp_2m_sde": ("kind", "lower_order_final"),
+    "dpmpp_2s": ("kind", "lower_order_final"),
+    "dpmpp_3s": ("kind", "lower_order_final"),
     "unipc": ("order", "b", "corrector", "lower_order_final"),
     "deis": ("order", "lower_order_final"),
     "pndm": ("runge_kutta",),
     "lms": ("order",),
     "lcm": ("boundary", "timestep_scaling"),
+    "tcd": ("gamma",),
     "edm_churn": ("s_churn", "s_tmin", "s_tmax", "s_noise"),
     "euler_maruyama": (),
     "predictor_corrector": ("corrections", "snr"),
@@ -103,6 +106,10 @@ REASONS = {
     ("flow", "spacing", "trailing"): NO_INDICES,
     ("flow", "spacing", "lcm"): NO_INDICES,
     ("flow", "spacing", "uniform"): "even times of a flow are called linspace",
+    **{
+        (path, "solver", "tcd"): "its rule is for trained indices; use lcm"
+        for path in ("flow", "edm", "ve", "vp", "sub_vp")
+    },
     ("flow", "solver", "pndm"): f"{PURE_NOISE}, and PNDM divides by alpha",
     ("discrete_vp", "prediction", "flow"): "its checkpoints are trained on alpha^2 + sigma^2 = 1 with eps, v or x0",
     ("discrete_vp", "prediction", "score"): "its checkpoints predict eps, which is -sigma times the score",
@@ -167,8 +174,8 @@ class Settings:
     [small]. final_noise: ddpm adds noise at its last step too [False]. kind: "midpoint" or "heun" of dpmpp [midpoint].
     order: of unipc [2], deis [2] and lms [4]. b: "bh1" or "bh2" of unipc [bh2]. corrector: of unipc [True].
     lower_order_final [True]. runge_kutta: pndm starts with it [False]. boundary [True on ddpm], timestep_scaling [10]:
-    of lcm. s_churn [40], s_tmin [.05], s_tmax [50], s_noise [1.003]: of edm_churn. corrections [1], snr [.15]: of
-    predictor_corrector. rtol [1e-3], atol [1e-3]: of rk45.
+    of lcm. gamma [.3]: of tcd. s_churn [40], s_tmin [.05], s_tmax [50], s_noise [1.003]: of edm_churn. corrections [1],
+    snr [.15]: of predictor_corrector. rtol [1e-3], atol [1e-3]: of rk45.
     """
 
     family: str
@@ -229,6 +236,7 @@ class Settings:
     runge_kutta: bool | None = None
     boundary: bool | None = None
     timestep_scaling: float | None = None
+    gamma: float | None = None
     s_churn: float | None = None
     s_tmin: float | None = None
     s_tmax: float | None = None

@@ -125,6 +125,7 @@ class SolverConfig:
     runge_kutta: bool | None = None  # pndm starts with it
     boundary: bool | None = None  # of lcm: the boundary scalings of LCM's checkpoints
     timestep_scaling: float | None = None  # of lcm
+    gamma: float | None = None  # of tcd: share of the next row's noise that is fresh
     s_churn: float | None = None  # of edm_churn, as the three below
     s_tmin: float | None = None
     s_tmax: float | None = None
