@@ -141,7 +141,7 @@ def _solver(s: Settings) -> Solver:
         case "deis":
             return _given(DEIS, s)
         case "pndm":
-            return _given(PNDM, s, whole_times=s.path == "discrete_vp")
+            return _given(PNDM, s, whole_times=s.spacing in ("leading", "trailing"))
         case "lms":
             return _given(LMS, s)
         case "lcm":

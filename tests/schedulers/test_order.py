@@ -17,7 +17,6 @@ SPACED = {
     "flow": Settings("rectified_flow", sigma_first=0.8, sigma_last=0.2),
     "flow_shift_3": Settings("rectified_flow", shift=3.0, sigma_first=0.9, sigma_last=0.02),
     "ddpm": Settings("ddpm", spacing="karras"),
-    "ddpm_in_ve_coordinates": Settings("ddpm", spacing="karras", coordinates="ve"),
     "edm": Settings("sgm"),
     "ve": Settings("sgm", path="ve", spacing="karras"),
     "vp": Settings("sgm", path="vp", t_last=0.05),
@@ -88,11 +87,11 @@ def test_order(
     """Multistep rules start from exact values, so that their order is seen and not that of their first step."""
     full = {"lower_order_final": False} if solver == "unipc" else {}  # it lowers the last steps of every grid
     settings = Settings(**{**vars(SPACED[named]), "solver": solver, **options, **full})
-    if solver == "pndm" and named not in ("ddpm", "ddpm_in_ve_coordinates", "vp", "sub_vp"):
+    if solver == "pndm" and named not in ("ddpm", "vp", "sub_vp"):
         with pytest.raises(ValueError, match="solver=pndm cannot run"):
             build(settings)
         return
-    fine = order > 2 or solver == "dpmpp_2s"
+    fine = order > 2 or solver in ("dpmpp_2s", "deis")
     counts = (505, 1009) if fine else (253, 505)  # less the last step, whole blocks of two and three
     errors = [error(settings, steps, exact, gaussian) for steps in counts]
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
