@@ -102,6 +102,8 @@ class FlowLinspace:
             return torch.tensor(self.given, dtype=torch.float64)
         last = self.sigma_first / steps if self.sigma_last is None else self.sigma_last
         rows = steps + 1 if self.spare_row else steps
+        if last == 0:  # even in 1 - sigma, from the data: to the last bit what diffusers' DPM-Solver cuts
+            return torch.from_numpy(1 - np.linspace(1, 1 - self.sigma_first, rows)).flip(0)[:steps]
         return torch.from_numpy(np.linspace(self.sigma_first, last, rows))[:steps]
 
 
