@@ -32,7 +32,7 @@ VARIANCES: dict[str, Variance] = {
 def _ddpm(o: Options) -> NoiseScheduler:
     kind = o.text("variance_type")
     if kind not in VARIANCES:
-        o.refuse("variance_type", f"use one of {', '.join(VARIANCES)} (fixed_large_log gives no number in diffusers)")
+        o.refuse("variance_type", "it gives no number in diffusers; use fixed_large, fixed_small or a learned one")
     meaning = parts.prediction(o, *ALL)
     if kind.startswith("learned"):
         meaning = LearnedVariance(meaning)
@@ -47,7 +47,7 @@ def _ddim(o: Options) -> NoiseScheduler:
 
 def _euler(o: Options) -> NoiseScheduler:
     if o.text("interpolation_type") != "linear":
-        o.refuse("interpolation_type", "its timesteps and sigmas do not belong together; use linear")
+        o.refuse("interpolation_type", "its timesteps and sigmas belong to different points; use linear")
     last, v = parts.end(o), o.text("prediction_type") == "v_prediction"
     if o.text("timestep_type") != "continuous" or not v:
         path, spacing = parts.in_ve(o, last)

@@ -62,7 +62,7 @@ def _dpm_solver(o: Options, single: bool = False) -> DPMSolver | DPMSingle:
     if algorithm == "dpmsolver" and single and o.flag("thresholding"):
         o.refuse("thresholding", "with algorithm_type=dpmsolver diffusers' singlestep sampler fails")
     if algorithm == "sde-dpmsolver++" and order == 3 and not (single and kind == "midpoint"):
-        o.refuse("solver_order", "diffusers' third-order SDE step has a term of the wrong sign, or none; use 2")
+        o.refuse("solver_order", "diffusers' third-order SDE step has a term of the wrong sign or is missing; use 2")
     if kind not in ("midpoint", "heun", *FOREIGN):
         o.refuse("solver_type", "use midpoint or heun")
     meant: Kind = "heun" if kind == "heun" else "midpoint"

@@ -160,7 +160,7 @@ REFUSED = {
     "EntropyBoundScheduler": DISCRETE_DATA,
     "VQDiffusionScheduler": DISCRETE_DATA,
     "CMStochasticIterativeScheduler": "a consistency model's own boundary and noise levels are not written here",
-    "CogVideoXDDIMScheduler": "its betas are shifted in signal-to-noise for one model; use DDIMScheduler's options",
+    "CogVideoXDDIMScheduler": "its betas are shifted in signal-to-noise for one model",
     "CogVideoXDPMScheduler": "it needs the network's output at two timesteps at once",
     "DDIMInverseScheduler": "it walks from data to noise, and a grid goes from noise to data",
     "DPMSolverMultistepInverseScheduler": "it walks from data to noise, and a grid goes from noise to data",
@@ -174,10 +174,10 @@ REFUSED = {
     "FlowMapEulerDiscreteScheduler": "a flow map needs the start and the end of a step told to the network",
     "HeliosScheduler": "it samples several resolutions in stages",
     "HeliosDMDScheduler": "it samples several resolutions in stages",
-    "LTXEulerAncestralRFScheduler": "its renoising and scaling are one model's own",
-    "MiniMaxH3Scheduler": "its rule is one model's own",
+    "LTXEulerAncestralRFScheduler": "it is written for one model, and not mapped",
+    "MiniMaxH3Scheduler": "it is written for one model, and not mapped",
     "PiflowScheduler": "the network gives a policy for a step, not an estimate at a point",
-    "RFD4ProteinaScheduler": "its rule is one model's own",
+    "RFD4ProteinaScheduler": "it is written for one model, and not mapped",
     "RePaintScheduler": "it goes back and forth in time over a mask",
 }
 """Every other scheduler class of diffusers, and why there is no counterpart."""
