@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test slow lint bench clean
+.PHONY: run test slow lint bench parity clean
 
 run: $(READY)
 	$(BIN)/python -m harness
@@ -24,6 +24,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m harness task=bench request.prompt=rocket
+
+parity: $(READY)
+	$(BIN)/python -m tests.schedulers.parity_table
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,0 +1,42 @@
+"""The README's parity table names every mapped and every refused class, and nothing else."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from schedulers.published.options import DEFAULTS, REFUSED
+from tests.schedulers.parity_table import MARKS, README, refused, write
+
+
+def between_the_marks() -> str:
+    return README.read_text().split(MARKS[0])[1].split(MARKS[1])[0]
+
+
+def test_the_table_lists_exactly_the_mapped_classes() -> None:
+    rows = re.findall(r"^\| (\w+Scheduler) \|", between_the_marks(), re.MULTILINE)
+    assert sorted(rows) == sorted(DEFAULTS)
+    listed = ", ".join(re.findall(r"^- ([\w, ]+):", between_the_marks(), re.MULTILINE)).split(", ")
+    assert sorted(f"{name}Scheduler" for name in listed) == sorted(REFUSED)
+
+
+def test_every_measured_difference_is_small() -> None:
+    cells = re.findall(r"\| ([0-9]e-[0-9]+) \| ([0-9]e-[0-9]+) \|", between_the_marks())
+    assert len(cells) == len(DEFAULTS)
+    assert all(float(as_published) < 3e-4 and float(exact) < 1e-9 for as_published, exact in cells)
+
+
+@pytest.mark.parametrize("name", sorted(DEFAULTS))
+def test_the_refusals_in_the_table_are_todays(name: str) -> None:
+    (row,) = re.findall(rf"^\| {name} \|.*$", between_the_marks(), re.MULTILINE)
+    assert row.endswith(f"| {refused(name)} |")
+
+
+def test_writing_replaces_only_what_is_between_the_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    write("new", page)
+    assert page.read_text() == f"before\n{MARKS[0]}\nnew\n{MARKS[1]}\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="has no"):
+        write("new", page)
