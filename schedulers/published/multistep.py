@@ -70,7 +70,7 @@ def _dpm_solver(o: Options, single: bool = False) -> DPMSolver | DPMSingle:
     sde, lower = algorithm == "sde-dpmsolver++", o.flag("lower_order_final")
     if single:
         return DPMSingle(order, meant, form, sde, lower)
-    return DPMSolver(order, meant, form, sde, lower, o.flag("euler_at_final"))
+    return DPMSolver(order, meant, form, sde, lower, o.flag("euler_at_final"), half_third=True)
 
 
 def dpm(single: bool) -> Callable[[Options], NoiseScheduler]:
