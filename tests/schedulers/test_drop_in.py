@@ -287,18 +287,17 @@ def test_what_the_view_cannot_honour_is_refused() -> None:
 
 
 def test_churn_moves_the_state_before_an_evaluation() -> None:
-    """The pipeline is handed the noised state, at the noised timestep."""
+    """The pipeline is handed the noised state, at the noised timestep; the noise of a replayed step is drawn once."""
     sgm = build(Settings("sgm"))
     scheduler = NoiseScheduler(sgm.path, sgm.spacing, sgm.prediction, EDMChurn())
     view, network = DiffusersView(scheduler), Toy()
     view.set_timesteps(8)
-    view._draw = lambda key, generator: draw(key)  # type: ignore[method-assign]
-    got = push(view, draw(-1) * view.init_noise_sigma, network)
-    grid = scheduler.grid(8)
+    got = push(view, draw(-1) * view.init_noise_sigma, network, generator=torch.Generator().manual_seed(9))
+    grid, generator = scheduler.grid(8), torch.Generator().manual_seed(9)
     pulled = scheduler.sample(
         grid.init_std * draw(-1),
         grid,
         lambda x, p: scheduler.prediction.estimate(network(p.c_in * x, p.tau), x, p),
-        draw,
+        lambda i: torch.randn(SHAPE, generator=generator),
     )
     torch.testing.assert_close(got, pulled, rtol=1e-4, atol=1e-4)
