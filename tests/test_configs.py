@@ -27,9 +27,10 @@ from models.registry import REFERENCE
 CHECKPOINT = REFERENCE / "emoji"
 OPTIONS = [(group, option) for group, options in _groups().items() for option in options]
 NEEDS = {
-    ("scheduler", "ddpm"): ["model.load=dummy"],
-    ("scheduler", "sgm"): ["model.load=dummy"],
-    ("experiment", "solvers"): [],
+    ("scheduler/solver", "edm_churn"): ["scheduler=sgm"],
+    ("scheduler/solver", "euler_maruyama"): ["scheduler=sgm"],
+    ("scheduler/solver", "pndm"): ["scheduler=ddpm"],
+    ("scheduler/solver", "tcd"): ["scheduler=ddpm"],
 }
 
 
