@@ -194,7 +194,7 @@ def _labels(panel: Axes, sweep: Sweep, family: str, metric: Metric) -> None:
     places = {line: to_axes.transform((p.nfe, metric.scale * metric.of(p).value)) for line, p in ends}
     right = max((float(place[0]) for place in places.values()), default=0.0) + 0.05
     order = sorted(places, key=lambda line: float(places[line][1]))
-    heights = spread([float(places[line][1]) for line in order], LABEL_GAP)
+    heights = [0.03 + 0.97 * height for height in spread([float(places[line][1]) for line in order], LABEL_GAP)]
     for line, height in zip(order, heights, strict=True):
         x, y = (float(value) for value in places[line])
         colour, _ = _look(sweep, line)
