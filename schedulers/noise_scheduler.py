@@ -39,13 +39,13 @@ class NoiseScheduler:
         """The state at grid[0] from standard normal noise, float32 (float64 stays)."""
         return grid.init_std * _state(noise)
 
-    def timesteps(self, steps: int) -> Tensor:
+    def timesteps(self, steps: int, tokens: int | None = None) -> Tensor:
         """What the network is told at each step: float64 of shape (steps,)."""
-        return self.grid(steps).tau[:-1]
+        return self.grid(steps, tokens).tau[:-1]
 
-    def sigmas(self, steps: int) -> Tensor:
+    def sigmas(self, steps: int, tokens: int | None = None) -> Tensor:
         """sigma at each point, the last row included: float64 of shape (steps + 1,)."""
-        return self.grid(steps).sigma
+        return self.grid(steps, tokens).sigma
 
     def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
         """The state at grid[i + 1] from the state x at grid[i]."""

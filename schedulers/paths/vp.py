@@ -1,0 +1,215 @@
+"""Variance-preserving paths: on trained indices, and in continuous time."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from schedulers.paths.base import Scalar, elementwise
+
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos"]
+
+
+def betas(schedule: BetaSchedule, start: float = 1e-4, end: float = 0.02, steps: int = 1000) -> Tensor:
+    """The training noise increments of a discrete path, float64 of shape (steps,).
+
+    "linear" is Ho et al. 2020 (arXiv 2006.11239), section 4; "scaled_linear" is linear in the square root (Stable
+    Diffusion); "squaredcos" is Nichol and Dhariwal 2021 (arXiv 2102.09672), equation 17, with betas capped at 0.999,
+    and does not use start and end. Raises ValueError for another name.
+    """
+    if schedule == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float64)
+    if schedule == "scaled_linear":
+        return torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
+    if schedule == "squaredcos":
+        t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    raise ValueError(f"unknown beta schedule {schedule!r}; use linear, scaled_linear or squaredcos")
+
+
+def zero_terminal_snr(betas: Tensor, last_alpha_bar: float = 0.0) -> Tensor:
+    """The same increments with sqrt(alpha-bar) shifted and scaled so that the last is pure noise, the first unchanged.
+
+    Lin et al. 2023 (arXiv 2305.08891), Algorithm 1. last_alpha_bar replaces the 0 at the end where a sampler divides by
+    alpha: diffusers' samplers in x / alpha use 2^-24. Shapes: (N,) to (N,), float64.
+    """
+    root = (1 - betas.double()).cumprod(0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root**2
+    alpha_bar[-1] = last_alpha_bar
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteVPPath:
+    """Variance preserving on N trained indices: alpha^2 = prod(1 - beta), sigma^2 = 1 - alpha^2, tau = t in [0, N - 1].
+
+    Ho et al. 2020 (arXiv 2006.11239), equation 4. Between indices sigma / alpha is interpolated, in its logarithm by
+    default ("log", as k-diffusion and DPM-Solver do) or directly ("linear", as diffusers' EulerDiscrete does for
+    `linspace`). The last beta may be 1, which ends the path at pure noise (zero_terminal_snr). Raises ValueError when
+    another beta is outside (0, 1) or fewer than two are given.
+    """
+
+    betas: Tensor
+    interpolation: Literal["log", "linear"] = "log"
+
+    def __post_init__(self) -> None:
+        betas = self.betas.detach().to("cpu", torch.float64).clone()
+        inside = (betas > 0) & (betas < 1)
+        if betas.ndim != 1 or len(betas) < 2 or not inside[:-1].all() or not 0 < betas[-1] <= 1:
+            raise ValueError("DiscreteVPPath needs at least two betas, each inside (0, 1); the last may be 1")
+        object.__setattr__(self, "betas", betas)
+
+    @property
+    def t_min(self) -> float:
+        """Index 0."""
+        return 0.0
+
+    @property
+    def t_max(self) -> float:
+        """Index N - 1."""
+        return float(len(self.betas) - 1)
+
+    def _knots(self, device: torch.device) -> Tensor:
+        """log(sigma / alpha) or sigma / alpha at the trained indices; expm1 keeps the digits of the first rows."""
+        ratio = torch.expm1(-torch.log1p(-self.betas).cumsum(0)).sqrt()
+        return (ratio.log() if self.interpolation == "log" else ratio).to(device)
+
+    def _ratio(self, t: Tensor) -> Tensor:
+        knots = self._knots(t.device)
+        t = t.clamp(0, len(knots) - 1)
+        low = t.floor().clamp(max=len(knots) - 2).long()
+        share = t - low
+        value = torch.lerp(knots[low], knots[low + 1], share)
+        value = torch.where(share == 1, knots[low + 1], torch.where(share == 0, knots[low], value))
+        return value.exp() if self.interpolation == "log" else value
+
+    def alpha(self, t: Scalar) -> Scalar:
+        """sqrt(alpha_bar) = 1 / sqrt(1 + ratio^2)."""
+        return elementwise(lambda s: (1 + self._ratio(s) ** 2).rsqrt(), t)
+
+    def sigma(self, t: Scalar) -> Scalar:
+        """sqrt(1 - alpha_bar) = ratio / sqrt(1 + ratio^2)."""
+        return elementwise(lambda s: (1 + self._ratio(s) ** -2).rsqrt(), t)
+
+    def tau(self, t: Scalar) -> Scalar:
+        """The index t itself."""
+        return elementwise(lambda s: s, t)
+
+    def c_in(self, t: Scalar) -> Scalar:
+        """1."""
+        return elementwise(torch.ones_like, t)
+
+    def t_of(self, ratio: Scalar) -> Scalar:
+        """The inverse of the interpolation."""
+
+        def inverse(r: Tensor) -> Tensor:
+            knots = self._knots(r.device)
+            value = (r.log() if self.interpolation == "log" else r).clamp(knots[0], knots[-1])
+            high = torch.searchsorted(knots, value).clamp(1, len(knots) - 1)
+            low = high - 1
+            share = (value - knots[low]) / (knots[high] - knots[low])
+            return torch.where(value == knots[high], high.double(), low + share)
+
+        return elementwise(inverse, ratio)
+
+    def init_std(self, t: float) -> float:
+        """1, the standard deviation of the whole state for unit data."""
+        return 1.0
+
+    def _slope(self, t: Tensor) -> Tensor:
+        """d log(sigma / alpha) / dt on the interval that ends at t, where a step towards the data begins."""
+        knots = self._knots(t.device)
+        high = t.clamp(0, len(knots) - 1).ceil().clamp(min=1).long()
+        rise = knots[high] - knots[high - 1]
+        return rise if self.interpolation == "log" else rise / self._ratio(t)
+
+    def drift(self, t: Scalar) -> Scalar:
+        """-sigma^2 times the slope of log(sigma / alpha), since alpha^2 + sigma^2 = 1."""
+        return elementwise(lambda s: -self._slope(s) / (1 + self._ratio(s) ** -2), t)
+
+    def diffusion(self, t: Scalar) -> Scalar:
+        """2 sigma^2 times that slope."""
+        return elementwise(lambda s: 2 * self._slope(s) / (1 + self._ratio(s) ** -2), t)
+
+
+@dataclass(frozen=True)
+class ContinuousVPPath:
+    """Variance preserving in continuous time: beta(t) = beta_min + t (beta_max - beta_min), B(t) its integral,
+
+        VP      alpha = exp(-B / 2),    sigma = sqrt(1 - exp(-B))
+        sub-VP  alpha = exp(-B / 2),    sigma = 1 - exp(-B),         tau = 999 t, t in [t_min, 1].
+
+    Song et al. 2021 (arXiv 2011.13456), equations 29 and 30 (appendix B) and appendix C.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    sub: bool = False
+    time_scale: float = 999.0
+    t_min: float = 1e-3
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min < self.beta_max or not 0 < self.t_min < self.t_max:
+            raise ValueError(
+                f"ContinuousVPPath needs 0 < beta_min < beta_max and 0 < t_min < t_max, got {self.beta_min}, "
+                f"{self.beta_max}, {self.t_min} and {self.t_max}"
+            )
+
+    def _integral(self, t: Tensor) -> Tensor:
+        return self.beta_min * t + (self.beta_max - self.beta_min) / 2 * t**2
+
+    def _beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        variance = -torch.expm1(-self._integral(t))
+        return variance if self.sub else variance.sqrt()
+
+    def alpha(self, t: Scalar) -> Scalar:
+        """exp(-B / 2)."""
+        return elementwise(lambda s: (-self._integral(s) / 2).exp(), t)
+
+    def sigma(self, t: Scalar) -> Scalar:
+        """See the class."""
+        return elementwise(self._sigma, t)
+
+    def tau(self, t: Scalar) -> Scalar:
+        """time_scale * t."""
+        return elementwise(lambda s: self.time_scale * s, t)
+
+    def c_in(self, t: Scalar) -> Scalar:
+        """1."""
+        return elementwise(torch.ones_like, t)
+
+    def t_of(self, ratio: Scalar) -> Scalar:
+        """B from the ratio, then t from the quadratic B(t); at least 0, at most t_max."""
+
+        def inverse(r: Tensor) -> Tensor:
+            # VP: r^2 = e^B - 1. sub-VP: r = 2 sinh(B / 2).
+            integral = 2 * torch.asinh(r / 2) if self.sub else torch.log1p(r**2)
+            slope, curve = self.beta_min, (self.beta_max - self.beta_min) / 2
+            t = 2 * integral / (slope + (slope**2 + 4 * curve * integral).sqrt())
+            return torch.where(r.isinf(), torch.full_like(t, self.t_max), t).clamp(0, self.t_max)
+
+        return elementwise(inverse, ratio)
+
+    def init_std(self, t: float) -> float:
+        """1, the standard deviation of the prior."""
+        return 1.0
+
+    def drift(self, t: Scalar) -> Scalar:
+        """-beta / 2."""
+        return elementwise(lambda s: -self._beta(s) / 2, t)
+
+    def diffusion(self, t: Scalar) -> Scalar:
+        """beta, and for sub-VP beta * (1 - exp(-2 B))."""
+
+        def squared(s: Tensor) -> Tensor:
+            return self._beta(s) * (-torch.expm1(-2 * self._integral(s)) if self.sub else 1.0)
+
+        return elementwise(squared, t)
