@@ -111,7 +111,7 @@ def build_record(
     scored, reasons = quality(checkpoint_folder(config.model.name, config.model.path), pixels, prompts)
     extra, more = pretrained_quality(config.quality, pixels, prompts)
     said = dict.fromkeys(
-        [*notes, *reasons, *more, *(note for result in results for report in result.ranks for note in report.notes)]
+        [*notes, *(note for result in results for report in result.ranks for note in report.notes), *reasons, *more]
     )
     return Record(
         schema=SCHEMA,

@@ -36,11 +36,12 @@ class DPMSingle:
             )
 
     def orders(self, grid: Grid) -> list[int]:
-        """The place of each step in its block, from 1."""
-        clean = bool(grid.sigma[-1] == 0)
-        places = [i % self.order + 1 for i in range(grid.steps)]
-        if (self.lower_order_final or clean) and grid.steps % self.order == 0 and self.order > 1:
+        """The place of each step in its block, from 1. A step from alpha = 0 is a block of its own."""
+        clean, alone = bool(grid.sigma[-1] == 0), int(grid.alpha[0] == 0)
+        places = [i % self.order + 1 for i in range(grid.steps - alone)]
+        if (self.lower_order_final or clean) and places and len(places) % self.order == 0 and self.order > 1:
             places[-self.order :] = [1, 2, 1] if self.order == 3 else [1, 1]
+        places = [1] * alone + places
         if clean:
             places[-1] = 1
         return places
