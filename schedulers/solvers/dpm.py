@@ -6,8 +6,31 @@ from typing import Literal
 
 from torch import Tensor
 
-from schedulers.grid import Grid
+from schedulers.grid import Grid, Point
 from schedulers.solvers.base import Denoise, Memory, Noise, multistep_order
+
+Form = Literal["data", "noise"]
+
+
+@dataclass(frozen=True)
+class Move:
+    """The factors of x_next = carry * x + scale * (p1 * D0 + ...) + spread * z; the p are taken at `step`."""
+
+    carry: float
+    scale: float
+    step: float
+    spread: float
+
+    @staticmethod
+    def between(here: Point, there: Point, form: Form, stochastic: bool) -> "Move":
+        """From one point to another, h = lambda_next - lambda apart; see DPMSolver for form and stochastic."""
+        h = there.log_snr - here.log_snr
+        if form == "noise":
+            return Move(there.alpha / here.alpha, there.sigma, -h, 0.0)
+        carry = there.sigma / here.sigma
+        if not stochastic:
+            return Move(carry, there.alpha, h, 0.0)
+        return Move(carry * math.exp(-h), there.alpha, 2 * h, there.sigma * math.sqrt(-math.expm1(-2 * h)))
 
 
 @dataclass(frozen=True)
@@ -32,7 +55,7 @@ class DPMSolver:
 
     order: int = 2
     kind: Literal["midpoint", "heun"] = "midpoint"
-    form: Literal["data", "noise"] = "data"
+    form: Form = "data"
     stochastic: bool = False
     lower_order_final: bool = True
     euler_at_final: bool = False
@@ -56,14 +79,9 @@ class DPMSolver:
         order = multistep_order(self.order, i, grid, self.lower_order_final)
         if self.euler_at_final and i == grid.steps - 1:
             order = 1
-        a_next, carry, step = there.alpha, there.sigma / here.sigma, h
-        if self.form == "noise":
-            a_next, carry, step = there.sigma, there.alpha / here.alpha, -h
-        if self.stochastic:
-            carry, step = carry * math.exp(-h), 2 * h
-        x_next = carry * x + a_next * self._sum(memory, order, h, step)
-        s = there.sigma * math.sqrt(-math.expm1(-2 * h)) if self.stochastic else 0.0
-        return x_next + s * noise(i).to(x) if s > 0 else x_next
+        move = Move.between(here, there, self.form, self.stochastic)
+        x_next = move.carry * x + move.scale * self._sum(memory, order, h, move.step)
+        return x_next + move.spread * noise(i).to(x) if move.spread > 0 else x_next
 
     def _sum(self, memory: Memory, order: int, h: float, step: float) -> Tensor:
         """p1 * D0 + p2 * D1 + p3 * D2, the p taken at `step`, the differences in units of h."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from schedulers.grid import Grid
 from schedulers.solvers.base import Denoise, Memory, Noise
+from schedulers.solvers.dpm import Form, Move
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class DPMSingle:
 
     order: int = 2
     kind: Literal["midpoint", "heun"] = "midpoint"
-    form: Literal["data", "noise"] = "data"
+    form: Form = "data"
     stochastic: bool = False
     lower_order_final: bool = True
 
@@ -55,14 +56,9 @@ class DPMSingle:
         start, _ = memory.history[-place]
         assert memory.sample is not None  # the first step of every block sets it
         h = there.log_snr - start.log_snr
-        a_next, carry, step = there.alpha, there.sigma / start.sigma, h
-        if self.form == "noise":
-            a_next, carry, step = there.sigma, there.alpha / start.alpha, -h
-        if self.stochastic:
-            carry, step = carry * math.exp(-h), 2 * h
-        x_next = carry * memory.sample + a_next * self._sum(memory, place, h, step)
-        s = there.sigma * math.sqrt(-math.expm1(-2 * h)) if self.stochastic else 0.0
-        return x_next + s * noise(i).to(x) if s > 0 else x_next
+        move = Move.between(start, there, self.form, self.stochastic)
+        x_next = move.carry * memory.sample + move.scale * self._sum(memory, place, h, move.step)
+        return x_next + move.spread * noise(i).to(x) if move.spread > 0 else x_next
 
     def _sum(self, memory: Memory, place: int, h: float, step: float) -> Tensor:
         """p1 * m_s + p2 * D1 + p3 * D2."""
