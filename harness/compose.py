@@ -24,15 +24,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config.limits import check_request, check_size
+from harness.config.limits import check_frames, check_request, check_size
 from harness.config.request import to_message
-from harness.config.schema import LaunchMode, Load, ModelConfig, RunConfig, Task, TrainedConfig
-from harness.config.trained import fill_facts, trained_denoiser
+from harness.config.schema import LaunchMode, ModelConfig, RunConfig, Task, TrainedConfig
+from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from harness.metrics import pretrained
 from harness.parallel.mesh import AXES, degrees, world_size
+from harness.pipeline.checkpoint import check_place, locate
+from harness.pipeline.published import check_published
 from harness.pipeline.settings import noise_scheduler_settings
-from models.files import check_checkpoint
-from models.registry import ARCHITECTURES, checkpoint_folder, nearest, resolve_backend
+from models.registry import ARCHITECTURES, nearest, resolve_backend
 from schedulers.families import FAMILIES
 from schedulers.families import resolve as resolve_settings
 
@@ -239,7 +240,8 @@ def _resolve(config: RunConfig) -> None:
     _resolve_request(config)
     _check_model(config)
     _check_layout(config)
-    resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
+    if config.scheduler.family != PUBLISHED_FAMILY:
+        resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
     resolve_backend(config.attention.backend)
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
@@ -259,10 +261,13 @@ def _resolve_request(config: RunConfig) -> None:
     guidance = model.guidance if own.guidance is None else own.guidance
     request.steps = steps if request.steps is None else request.steps
     request.guidance = guidance if request.guidance is None else request.guidance
-    request.height = model.height if request.height is None else request.height
-    request.width = model.width if request.width is None else request.width
-    check_request(to_message(request))
-    check_size(request.height, request.width, model.size_multiple, model.max_pixels)
+    for name in ("height", "width", "frames", "negative_prompt"):
+        if getattr(request, name) is None:
+            setattr(request, name, getattr(model, name))
+    message = to_message(request)
+    check_request(message)
+    check_size(message.height, message.width, model.size_multiple, model.max_pixels)
+    check_frames(message.frames, model.frame_multiple, model.max_frames)
 
 
 def _check_model(config: RunConfig) -> None:
@@ -275,13 +280,15 @@ def _check_model(config: RunConfig) -> None:
         return
     denoiser = trained_denoiser(config).weights
     fill_facts(config)
-    architecture = ARCHITECTURES[model.architecture]
-    folder = checkpoint_folder(model.name, model.path)
-    weights = (denoiser, *architecture.weights)
-    check_checkpoint(folder, weights, architecture.configs, weights_needed=model.load is Load.checkpoint)
-    for name in ("text_tokens", "size_multiple", "max_pixels"):
+    place = locate(model, denoiser)
+    check_place(model, place, denoiser)
+    if config.scheduler.family == PUBLISHED_FAMILY:
+        check_published(config.scheduler, place.folder)
+    for name in ("size_multiple", "max_pixels", "frame_multiple", "max_frames", "fps"):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name}={getattr(model, name)}; give at least 1")
+    if model.text.tokens < 1:
+        raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
 
 
 def _check_layout(config: RunConfig) -> None:

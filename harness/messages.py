@@ -44,6 +44,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     seed: int = 0
     samples_per_prompt: int = 1
     batch_size: int = 1
+    frames: int = 1
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -90,7 +91,7 @@ class RankReport(msgspec.Struct, frozen=True):
 
 
 class SampleResult(msgspec.Struct, frozen=True):
-    """One picture: pixels (3, height, width) float32 in [0, 1]."""
+    """One picture or video: pixels (3, height, width) or (frames, 3, height, width), float32 in [0, 1]."""
 
     index: int
     prompt: str

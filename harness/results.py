@@ -10,15 +10,16 @@ from safetensors import SafetensorError
 
 from harness.compose import to_dict
 from harness.config.schema import QualityConfig, RunConfig
+from harness.config.trained import trained_denoiser
 from harness.media import to_uint8
 from harness.messages import Array, EngineInfo, GenerationResult, RankReport
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import summarize
+from harness.pipeline.checkpoint import locate
 from harness.provenance import provenance
 from harness.records import SCHEMA, Attention, FirstCall, Record, Repeat, Statistics, fingerprint
-from models.registry import checkpoint_folder
 
 
 def measured(result: GenerationResult, client_ms: float) -> Repeat:
@@ -108,7 +109,7 @@ def build_record(
     """The record of one run, `pixels` being the last answer's pictures; their rows are added when they are saved."""
     declared = to_dict(config)
     prompts = [sample.prompt for sample in results[-1].samples]
-    scored, reasons = quality(checkpoint_folder(config.model.name, config.model.path), pixels, prompts)
+    scored, reasons = quality(locate(config.model, trained_denoiser(config).weights).folder, pixels, prompts)
     extra, more = pretrained_quality(config.quality, pixels, prompts)
     said = dict.fromkeys(
         [*notes, *(note for result in results for report in result.ranks for note in report.notes), *reasons, *more]

@@ -1,23 +1,120 @@
-"""What a checkpoint is made of, once loaded: a denoising network, a text encoder and a latent decoder."""
+"""What a checkpoint is made of, once loaded: a denoising network, a prompt encoder and a latent decoder.
+
+Shapes: B samples, S text tokens, T text channels, P pooled channels, C latent channels, F latent frames (video only),
+H and W latent rows and columns.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.attention import AttentionKernel
+from models.source import Source
 
 
 @dataclass(frozen=True)
-class TextStates:
-    """What the network attends to: states_BST float, and mask_BS, true where a token is real."""
+class Conditioning:
+    """What the network is told beside the latent and the time, one row a sample; a network reads what it has use for.
 
-    states: Tensor
-    mask: Tensor
+    Args:
+        states: token states of the prompt, (B, S, T).
+        mask: (B, S), true where a token is real; None where all are.
+        pooled: one vector a prompt, (B, P).
+        labels: class indices, (B,) int64.
+        scale: the guidance scale that a guidance-distilled network is told, (B,) float32.
+    """
+
+    states: Tensor | None = None
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    labels: Tensor | None = None
+    scale: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Conditioning:
+        """The same with states and pooled vector in the network's dtype."""
+        return replace(
+            self,
+            states=None if self.states is None else self.states.to(dtype),
+            pooled=None if self.pooled is None else self.pooled.to(dtype),
+        )
+
+    def text(self) -> Tensor:
+        """The token states, for a network that cannot do without.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.states is None:
+            raise ValueError("this network needs text states, and its conditioning has none")
+        return self.states
+
+    @staticmethod
+    def stack(parts: Sequence[Conditioning]) -> Conditioning:
+        """Rows of several in one batch; states of different lengths are padded at the end, and masked there."""
+        parts = _of_one_length(parts)
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Conditioning)}
+        return Conditioning(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+
+
+def _of_one_length(parts: Sequence[Conditioning]) -> list[Conditioning]:
+    lengths = [0 if part.states is None else part.states.shape[1] for part in parts]
+    if len(set(lengths)) == 1 and len({part.mask is None for part in parts}) == 1:
+        return list(parts)
+    padded = []
+    for part, length in zip(parts, lengths, strict=True):
+        if part.states is None:
+            raise ValueError("samples with and without text states cannot share a batch")
+        mask = torch.ones(part.states.shape[:2], dtype=torch.bool) if part.mask is None else part.mask
+        tail = max(lengths) - length
+        states = F.pad(part.states, (0, 0, 0, tail))
+        padded.append(replace(part, states=states, mask=F.pad(mask.to(states.device), (0, tail))))
+    return padded
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """The geometry of the state that is denoised.
+
+    Args:
+        channels: C.
+        stride: pixels a latent pixel spans on a side.
+        frame_stride: for video, frames that a latent frame after the first spans; None for pictures.
+    """
+
+    channels: int
+    stride: int
+    frame_stride: int | None = None
+
+    def shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """(C, H, W), or (C, F, H, W) for video, of a picture or video in pixels and frames."""
+        if self.frame_stride is None:
+            return (self.channels, height // self.stride, width // self.stride)
+        return (self.channels, (frames - 1) // self.frame_stride + 1, height // self.stride, width // self.stride)
+
+
+@dataclass(frozen=True)
+class GuidanceRule:
+    """What a checkpoint makes of request.guidance, where the default is classifier-free guidance of the whole output.
+
+    Args:
+        embedded: the network is distilled and told the scale (Conditioning.scale); there is no negative branch.
+        channels: only so many output channels are guided, from the first; the others are the prompt's. None = all.
+        token_norm: every token's guided output is given the norm that the prompt's has there; the side of a token in
+            latent pixels. None = it keeps its own.
+    """
+
+    embedded: bool = False
+    channels: int | None = None
+    token_norm: int | None = None
+
+
+CLASSIFIER_FREE = GuidanceRule()
 
 
 @dataclass(frozen=True)
@@ -25,51 +122,74 @@ class Components:
     """The loaded parts of one checkpoint.
 
     Args:
-        network: (latent_BCHW, tau_B, text_BST, mask_BS) to the raw output (B, out_channels, H, W).
-        text: encodes prompts.
+        network: (latent, tau_B, conditioning) to the raw output, as Denoiser says.
+        load_prompts: loads the prompt encoder; called again when it was dropped from memory.
         decoder: turns latents into pixels.
-        latent_channels: C.
-        latent_stride: pixels a latent pixel spans on a side.
+        latent: the geometry of the state.
         size_multiple: pixels a token of the network spans on a side.
+        guidance: what it makes of request.guidance.
+        check_prompt: raises ValueError for a prompt that the model cannot take (no name of a class).
+        learned_variance: the network outputs 2 C channels.
+        even_sigmas: the published pipeline hands its noise scheduler sigmas from 1 to 1 / n, in place of the
+            scheduler's own (FLUX, Qwen-Image and Z-Image do).
     """
 
     network: nn.Module
-    text: TextEncoder
-    decoder: LatentDecoder
-    latent_channels: int
-    latent_stride: int
+    load_prompts: Callable[[], PromptEncoder]
+    decoder: Decoder
+    latent: LatentSpace
     size_multiple: int
+    guidance: GuidanceRule = CLASSIFIER_FREE
+    check_prompt: Callable[[str], None] = lambda prompt: None
+    learned_variance: bool = False
+    even_sigmas: bool = False
 
 
-class TextEncoder(Protocol):
-    """Prompts to states."""
+class Denoiser(Protocol):
+    """The call of every native network."""
+
+    def __call__(self, latent: Tensor, tau_B: Tensor, condition: Conditioning, /) -> Tensor:
+        """One evaluation.
+
+        Args:
+            latent: the noisy state, already scaled by c_in, (B, C, H, W) or (B, C, F, H, W), in the network's dtype.
+            tau_B: float32, what the noise scheduler tells of the time (1000 t for a flow, the index for DDPM).
+            condition: the prompt's side, in the network's dtype.
+
+        Returns:
+            The raw output of the same spatial shape, with C channels, or 2 C where it learned a variance too.
+        """
+
+
+class PromptEncoder(Protocol):
+    """Prompts to what the network is told of them."""
 
     max_tokens: int
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt before it is cut to max_tokens."""
+        """Tokens of a prompt before it is cut to max_tokens.
 
-    def __call__(self, prompts: list[str]) -> TextStates:
-        """States of shape (B, max_tokens, T)."""
+        Raises:
+            ValueError: a prompt that this encoder cannot take.
+        """
+
+    def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
+        """One row a prompt, each encoded alone, so that it does not depend on its neighbours.
+
+        Args:
+            prompts: texts, or names of classes.
+            negative: they are what guidance moves away from; some checkpoints treat an empty one apart.
+        """
 
 
-class LatentDecoder(Protocol):
+class Decoder(Protocol):
     """Latents to pixels."""
 
-    def __call__(self, latent_BCHW: Tensor) -> Tensor:
-        """Pixels (B, 3, stride * H, stride * W), float32 in [0, 1]."""
+    def __call__(self, latent: Tensor, /) -> Tensor:
+        """Pixels (B, 3, height, width), or (B, frames, 3, height, width) for video, float32 in [0, 1]."""
 
 
 class ComponentLoader(Protocol):
     """What an architecture's module offers as `load`."""
 
-    def __call__(
-        self,
-        folder: Path,
-        denoiser: str,
-        kernel: AttentionKernel,
-        dtype: torch.dtype,
-        device: torch.device,
-        text_tokens: int,
-        dummy: bool,
-    ) -> Components: ...
+    def __call__(self, source: Source, kernel: AttentionKernel) -> Components: ...

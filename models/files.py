@@ -9,11 +9,27 @@ import json
 from pathlib import Path
 
 STEMS = ("diffusion_pytorch_model", "model")
+FLOATS = {"F64", "F32", "F16", "BF16"}
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with what to change in one line."""
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON file that holds an object.
+
+    Raises:
+        CheckpointError: no such file, or other content.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return content
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -56,34 +72,35 @@ def check_whole(path: Path) -> None:
             raise CheckpointError(f"{path}: not a whole safetensors file (its header does not fit its {size} bytes)")
         try:
             header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            kinds = {entry["dtype"]: name for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a safetensors file (its header cannot be read)") from error
     if 8 + length + end != size:
         raise CheckpointError(f"{path}: {size} bytes where its header promises {8 + length + end}; copy the file again")
+    for kind in kinds.keys() - FLOATS:
+        raise CheckpointError(
+            f"{path}: {kinds[kind]} is stored as {kind}, which is not read here; give weights in F32, F16 or BF16"
+        )
 
 
-def check_checkpoint(
-    folder: Path, weights: tuple[str, ...], configs: tuple[str, ...], weights_needed: bool = True
-) -> None:
-    """Refuses a checkpoint folder that lacks a component, or one of whose weight files is not whole.
+def check_component(folder: Path, weights: Path | None, classes: tuple[str, ...] = ()) -> None:
+    """Refuses a component without config.json, of another class, or one of whose weight files is not whole.
 
     Args:
-        folder: the checkpoint, in the diffusers layout.
-        weights: names of the components with weights (each with a config.json).
-        configs: names of the folders that hold only small files (a tokenizer).
-        weights_needed: false for random weights, which need the configs alone.
+        folder: with its config.json.
+        weights: the folder of its weights, or one file of them; None for random weights.
+        classes: the `_class_name`s it may have; empty for any.
 
     Raises:
-        CheckpointError: what is missing or broken, and where.
+        CheckpointError: what is missing, foreign or broken, and where.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"model.path={folder}: no such folder; give a checkpoint in the diffusers layout")
-    for name in (*weights, *configs):
-        if not (folder / name).is_dir():
-            raise CheckpointError(f"{folder}: no {name}/ here; expected the folders {', '.join((*weights, *configs))}")
-    for name in weights:
-        if not (folder / name / "config.json").is_file():
-            raise CheckpointError(f"{folder / name}: no config.json here")
-        for path in weight_files(folder / name) if weights_needed else []:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json here")
+    name = read_json(folder / "config.json").get("_class_name")
+    if classes and name not in classes:
+        raise CheckpointError(f"{folder}: config.json says _class_name={name}; this model wants {' or '.join(classes)}")
+    if weights is not None:
+        for path in [weights] if weights.is_file() else weight_files(weights):
             check_whole(path)

@@ -6,9 +6,14 @@ Shapes: B batch, L tokens, C channels (the network's width), E embedding width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
 
 
 def timestep_embedding(tau_B: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
@@ -23,6 +28,21 @@ def timestep_embedding(tau_B: Tensor, width: int, max_period: float = 10_000.0) 
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Remembers the last results of a pure function of sizes (a table of positions), for it is asked at every step.
+
+    They are made outside inference mode, so that training may use what sampling has asked for first.
+    """
+    remembered: Callable[P, Tensor] = lru_cache(maxsize=16)(torch.inference_mode(False)(make))  # type: ignore[assignment]
+
+    @wraps(make)
+    def ask(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return remembered(*args, **kwargs)
+
+    return ask
+
+
+@kept
 def sincos_positions_2d(height: int, width: int, channels: int, base: int, scale: float = 1.0) -> Tensor:
     """Fixed 2-D sine-cosine positions: the first half of the channels for the column, the second for the row.
 
@@ -45,5 +65,5 @@ def sincos_positions_2d(height: int, width: int, channels: int, base: int, scale
 
 
 def modulate(x_BLC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part, x (1 + scale) + shift (DiT, Peebles and Xie 2022, section 3.2)."""
+    """Adaptive layer norm's affine part, x (1 + scale) + shift (PixArt, Peebles and Xie 2022, section 3.2)."""
     return x_BLC * (1 + scale_B1C) + shift_B1C

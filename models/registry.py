@@ -10,20 +10,65 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row: the module whose `load(...)` builds the components, and the folders that a checkpoint of it has beside
-    its denoiser's, of which it may have several: `weights` hold tensors, `configs` small files only.
+    """One row: how a family of checkpoints is recognised and loaded.
+
+    Args:
+        module: its `load(source, kernel)` builds the components.
+        classes: the `_class_name`s of diffusers that its denoiser's config.json may state.
+        weights: folders with tensors that a checkpoint has beside its denoiser's.
+        configs: folders with small files only.
+        optional: those of them that a checkpoint may lack.
     """
 
     module: str
+    classes: tuple[str, ...]
     weights: tuple[str, ...]
-    configs: tuple[str, ...]
+    configs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
 
-ARCHITECTURES = {"dit": Architecture("models.dit.components", ("vae", "text_encoder"), ("tokenizer",))}
+ARCHITECTURES = {
+    "dit": Architecture("models.dit.components", ("DiTTransformer2DModel", "Transformer2DModel"), ("vae",)),
+    "pixart": Architecture(
+        "models.pixart.components",
+        ("PixArtTransformer2DModel", "Transformer2DModel"),
+        ("vae", "text_encoder"),
+        ("tokenizer",),
+    ),
+    "sd3": Architecture(
+        "models.sd3.components",
+        ("SD3Transformer2DModel",),
+        ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+        ("tokenizer", "tokenizer_2", "tokenizer_3"),
+        optional=("text_encoder_3", "tokenizer_3"),
+    ),
+    "flux": Architecture(
+        "models.flux.components",
+        ("FluxTransformer2DModel",),
+        ("vae", "text_encoder", "text_encoder_2"),
+        ("tokenizer", "tokenizer_2"),
+    ),
+    "qwen_image": Architecture(
+        "models.qwen_image.components", ("QwenImageTransformer2DModel",), ("vae", "text_encoder"), ("tokenizer",)
+    ),
+    "z_image": Architecture(
+        "models.z_image.components", ("ZImageTransformer2DModel",), ("vae", "text_encoder"), ("tokenizer",)
+    ),
+    "wan": Architecture("models.wan.components", ("WanTransformer3DModel",), ("vae", "text_encoder"), ("tokenizer",)),
+    "sd": Architecture("models.unet.sd", ("UNet2DConditionModel",), ("vae", "text_encoder"), ("tokenizer",)),
+    "sdxl": Architecture(
+        "models.unet.sdxl",
+        ("UNet2DConditionModel",),
+        ("vae", "text_encoder", "text_encoder_2"),
+        ("tokenizer", "tokenizer_2"),
+    ),
+    "unet": Architecture("models.unet.unconditional", ("UNet2DModel",), ()),
+}
 
 ATTENTION_BACKENDS = ("math", "sdpa", "flash")
 
 REFERENCE = Path(__file__).parent / "reference"
+PUBLISHED = Path(__file__).parent / "published"  # configurations of published checkpoints, without weights
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -48,8 +93,3 @@ def resolve_backend(requested: str) -> str:
             f"Choose one of: {names}"
         )
     return requested
-
-
-def checkpoint_folder(name: str, path: str | None) -> Path:
-    """The folder of a checkpoint: `path` where the user gives one, else the one shipped under that name."""
-    return Path(path).expanduser() if path is not None else REFERENCE / name

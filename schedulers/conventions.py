@@ -7,7 +7,7 @@ from typing import Literal
 
 from schedulers.grid import Grid
 from schedulers.paths import NoisePath
-from schedulers.spacing import Beta, Exponential, Karras, ResolutionShift, Spacing, Told
+from schedulers.spacing import Beta, Exponential, FlowLinspace, Karras, ResolutionShift, Spacing, Told
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,14 @@ def innermost(spacing: Spacing, change: Callable[[Spacing], Spacing]) -> Spacing
 def for_tokens(spacing: Spacing, tokens: int) -> Spacing:
     """The same spacing for a picture of that many tokens."""
     return innermost(spacing, lambda inner: inner.at(tokens) if isinstance(inner, ResolutionShift) else inner)
+
+
+def from_one(spacing: Spacing) -> Spacing:
+    """The same spacing of a flow with its unshifted sigmas even from 1 to 1 / steps."""
+
+    def change(inner: Spacing) -> Spacing:
+        if isinstance(inner, ResolutionShift):
+            return replace(inner, flow=replace(inner.flow, sigma_last=None))
+        return replace(inner, sigma_last=None) if isinstance(inner, FlowLinspace) else inner
+
+    return innermost(spacing, change)

@@ -89,7 +89,7 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("model.trained.dppm.weights=a", "did you mean model.trained.ddpm.weights?"),
         ("model.trained.ddpm.weigths=a", "did you mean model.trained.ddpm.weights?"),
         ("prediction=v", "did you mean scheduler.prediction?"),
-        ("model.architecture=unet", "model.architecture=unet"),
+        ("model.architecture=pixar", "did you mean pixart"),
         ("launch.threads_per_rank=0", "at least 1"),
         ("task.repeats=0", "at least 1"),
         ("request.prompt=a=b", "single quotes"),

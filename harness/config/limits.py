@@ -36,6 +36,22 @@ def check_request(request: GenerationRequest) -> None:
         raise ValueError(f"request.guidance={request.guidance}; give a number of at least 0 (1 is no guidance)")
 
 
+def check_frames(frames: int, multiple: int, largest: int) -> None:
+    """Refuses a number of frames that the VAE cannot make: 1 and a multiple of `multiple`, `largest` at most.
+
+    Raises:
+        ValueError: with the nearest number that can be made.
+    """
+    if largest == 1 and frames != 1:
+        raise ValueError(f"request.frames={frames}, but this model draws pictures; drop request.frames")
+    if frames < 1 or (frames - 1) % multiple or frames > largest:
+        near = 1 + min(max(round((frames - 1) / multiple), 0), (largest - 1) // multiple) * multiple
+        raise ValueError(
+            f"request.frames={frames}; this model draws 1 + a multiple of {multiple} frames, {largest} at most: the "
+            f"nearest is {near}"
+        )
+
+
 def check_size(height: int, width: int, multiple: int, max_pixels: int) -> None:
     """Refuses a size that the VAE and the patches cannot make.
 

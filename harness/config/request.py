@@ -15,7 +15,10 @@ def to_message(asked: RequestConfig) -> GenerationRequest:
         ValueError: a group that was not resolved against a model.
     """
     prompts, steps, guidance, height, width = asked.prompts, asked.steps, asked.guidance, asked.height, asked.width
+    negative, frames = asked.negative_prompt, asked.frames
     if prompts is None or steps is None or guidance is None or height is None or width is None:
+        raise ValueError("the request was not resolved; compose it with harness.compose.compose_run")
+    if negative is None or frames is None:
         raise ValueError("the request was not resolved; compose it with harness.compose.compose_run")
     return GenerationRequest(
         request_id=uuid.uuid4().hex,
@@ -24,8 +27,9 @@ def to_message(asked: RequestConfig) -> GenerationRequest:
         guidance=guidance,
         height=height,
         width=width,
-        negative_prompt=asked.negative_prompt,
+        negative_prompt=negative,
         seed=asked.seed,
         samples_per_prompt=asked.samples_per_prompt,
         batch_size=asked.batch_size,
+        frames=frames,
     )

@@ -81,7 +81,24 @@ class TrainingFacts:
 
 
 @dataclass
-class TrainedConfig(TrainingFacts):
+class PublishedChoices:
+    """How a checkpoint's authors sample from it, where the noise scheduler is not the published one: defaults of the
+    keys of the same name of group `scheduler`, which may say otherwise.
+    """
+
+    spacing: str | None = None
+    end: str | None = None
+    steps_offset: int | None = None
+    shift: float | None = None
+    base_shift: float | None = None
+    max_shift: float | None = None
+    shift_terminal: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+
+
+@dataclass
+class TrainedConfig(TrainingFacts, PublishedChoices):
     """`model.trained.<family>`: the denoiser of one noise-scheduler family, and what it was trained with."""
 
     weights: str = "transformer"  # its folder in the checkpoint
@@ -90,16 +107,56 @@ class TrainedConfig(TrainingFacts):
 
 
 @dataclass
+class ComponentConfig:
+    """`model.vae`, `model.text_encoder` ...: one component of the checkpoint, replaced or in another dtype."""
+
+    path: str | None = None  # a folder with its config.json, or one safetensors file of the same architecture
+    dtype: DType | None = None  # null = model.dtype; the VAE's own default is float32
+
+
+@dataclass
+class PromptsConfig:
+    """`model.text`: how prompts are encoded."""
+
+    tokens: int = 24  # tokens the network attends to; longer prompts are cut, with a note
+    keep: bool = True  # keep the text encoders in memory; false = load them for new prompts, then drop them
+    cache_mib: float | None = None  # encoded prompts kept, MiB; null = 64, and 0 in task=bench unless keep=false
+
+
+@dataclass
+class LoraConfig:
+    """One low-rank update, merged at load."""
+
+    path: str = "???"  # a safetensors file, diffusers' or kohya's names
+    weight: float = 1.0
+
+
+@dataclass
 class ModelConfig:
     """Group `model`: one checkpoint, with the defaults it was published with."""
 
     name: str = "emoji"
-    architecture: str = "dit"  # which builder in models.registry
-    path: str | None = None  # checkpoint folder in the diffusers layout; null = shipped with the package
+    architecture: str = "pixart"  # which builder in models.registry
+    path: str | None = None  # checkpoint folder in the diffusers layout, denoiser file, or hub name; null = shipped
+    hub: str | None = None  # where it is published, for messages and for model.path=hub
     load: Load = Load.checkpoint
     trained: dict[str, TrainedConfig] = field(default_factory=dict)  # its denoisers, one a noise-scheduler family
     dtype: DType = DType.float32
-    text_tokens: int = 24  # prompt tokens the network attends to; longer prompts are cut, with a warning
+    text: PromptsConfig = field(default_factory=PromptsConfig)
+    denoiser: ComponentConfig = field(default_factory=ComponentConfig)
+    vae: ComponentConfig = field(default_factory=lambda: ComponentConfig(dtype=DType.float32))
+    text_encoder: ComponentConfig = field(default_factory=ComponentConfig)
+    text_encoder_2: ComponentConfig = field(default_factory=ComponentConfig)
+    text_encoder_3: ComponentConfig = field(default_factory=ComponentConfig)
+    tokenizer: ComponentConfig = field(default_factory=ComponentConfig)
+    tokenizer_2: ComponentConfig = field(default_factory=ComponentConfig)
+    tokenizer_3: ComponentConfig = field(default_factory=ComponentConfig)
+    lora: list[LoraConfig] = field(default_factory=list)
+    negative_prompt: str = ""  # default of request.negative_prompt
+    frames: int = 1  # default of request.frames
+    frame_multiple: int = 1  # frames after the first are a multiple of it
+    max_frames: int = 1  # 1 = pictures only
+    fps: int = 16  # of videos
     steps: int = 20  # default of request.steps
     guidance: float = 3.0  # default of request.guidance
     height: int = 64  # default of request.height, pixels
@@ -142,7 +199,7 @@ class SchedulerConfig(TrainingFacts):
     where that says nothing, the family's default (schedulers.families.Settings).
     """
 
-    family: str = "rectified_flow"
+    family: str = "rectified_flow"  # or published: the checkpoint's own scheduler_config.json
     solver: SolverConfig = field(default_factory=SolverConfig)
     state_dtype: str | None = None  # round the state to it after each step
     clip: float | None = None
@@ -227,12 +284,13 @@ class RequestConfig:
 
     prompt: str | None = None  # one prompt
     prompts: list[str] | None = None  # or several; neither = the model's examples
-    negative_prompt: str = ""  # what guidance moves away from
+    negative_prompt: str | None = None  # what guidance moves away from; null = the model's default
     seed: int = 0  # picture k (over prompts, then samples) uses seed + k
     steps: int | None = None  # solver steps; null = the model's default
     guidance: float | None = None  # 1 = no guidance; null = the model's default
     height: int | None = None  # pixels; null = the model's default
     width: int | None = None  # pixels; null = the model's default
+    frames: int | None = None  # of a video; null = the model's default
     samples_per_prompt: int = 1
     batch_size: int = 1  # pictures a forward; 1 makes a picture independent of its neighbours
 

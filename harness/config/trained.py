@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from harness.config.schema import Load, RunConfig, TrainedConfig, TrainingFacts
+from harness.config.schema import Load, PublishedChoices, RunConfig, TrainedConfig, TrainingFacts
+
+PUBLISHED_FAMILY = "published"  # scheduler=published: the noise scheduler of the checkpoint's own file
 
 
 def trained_denoiser(config: RunConfig) -> TrainedConfig:
@@ -19,6 +21,8 @@ def trained_denoiser(config: RunConfig) -> TrainedConfig:
     model, family = config.model, config.scheduler.family
     if family in model.trained:
         return model.trained[family]
+    if family == PUBLISHED_FAMILY and model.trained:
+        return next(iter(model.trained.values()))
     if not model.trained:
         raise ValueError(f"model={model.name} names no denoiser; add one: {_adding(family)}")
     if model.load is Load.checkpoint:
@@ -44,6 +48,9 @@ def fill_facts(config: RunConfig) -> None:
     if asked.family not in model.trained:
         return
     trained = model.trained[asked.family]
+    for name in (choice.name for choice in fields(PublishedChoices)):
+        if getattr(asked, name) is None:
+            setattr(asked, name, getattr(trained, name))
     for name in (fact.name for fact in fields(TrainingFacts)):
         fact, wanted = getattr(trained, name), getattr(asked, name)
         if wanted is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from harness.pipeline.state import RunContext, Sample, micro_batches, written
-from models.components import LatentDecoder
+from models.components import Decoder
 
 
 class Decoding:
@@ -15,14 +15,14 @@ class Decoding:
     reads = frozenset({"latent"})
     writes = frozenset({"pixels"})
 
-    def __init__(self, decoder: LatentDecoder) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for batch in micro_batches(samples, run.batch_size):
             run.check_cancelled()
-            latent_BCHW = torch.stack([written(sample.latent) for sample in batch])
+            latent = torch.stack([written(sample.latent) for sample in batch])
             with run.clock.network("decoder"):
-                pixels_BCHW = self.decoder(latent_BCHW)
-            for sample, pixels in zip(batch, pixels_BCHW, strict=True):
-                sample.pixels = pixels
+                pixels = self.decoder(latent)
+            for sample, picture in zip(batch, pixels, strict=True):
+                sample.pixels = picture

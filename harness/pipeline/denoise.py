@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from harness.pipeline.guidance import Branches
 from harness.pipeline.latents import step_noise
 from harness.pipeline.state import RunContext, Sample, micro_batches, written
+from models.components import CLASSIFIER_FREE, GuidanceRule
 from schedulers.grid import Point
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Estimate
@@ -18,19 +19,27 @@ class Denoising:
     """Stage 5.
 
     Args:
-        network: (latent, tau, text states, text mask) to the raw output.
+        network: (latent, tau, conditioning) to the raw output.
         dtype: the network's; the state between steps is float32.
         noise_scheduler: solver and prediction.
+        rule: how the checkpoint is guided.
     """
 
     name = "denoising"
     reads = frozenset({"ask", "text", "negative", "grid", "start"})
     writes = frozenset({"latent"})
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype, noise_scheduler: NoiseScheduler) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        dtype: torch.dtype,
+        noise_scheduler: NoiseScheduler,
+        rule: GuidanceRule = CLASSIFIER_FREE,
+    ) -> None:
         self.network = network
         self.dtype = dtype
         self.noise_scheduler = noise_scheduler
+        self.rule = rule
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         batches = micro_batches(samples, run.batch_size)
@@ -40,27 +49,27 @@ class Denoising:
 
     def _denoise(self, batch: list[Sample], run: RunContext, total: int) -> None:
         grid = written(batch[0].grid)
-        x_BCHW = torch.stack([written(sample.start) for sample in batch])
-        denoise, memory, noise = self._network_call(batch, run), Memory(), _noise(batch, x_BCHW)
+        x = torch.stack([written(sample.start) for sample in batch])
+        denoise, memory, noise = self._network_call(batch, run), Memory(), _noise(batch, x)
         for i in range(grid.steps):
             run.check_cancelled()
             with run.clock.step():
-                x_BCHW = self.noise_scheduler.step(x_BCHW, i, grid, denoise, memory, noise)
+                x = self.noise_scheduler.step(x, i, grid, denoise, memory, noise)
             run.on_progress(self.name, len(run.clock.steps), total)
-        for sample, latent in zip(batch, x_BCHW, strict=True):
+        for sample, latent in zip(batch, x, strict=True):
             sample.latent = latent
 
     def _network_call(self, batch: list[Sample], run: RunContext) -> Denoise:
         """The network as a solver sees it: (x, point) to an Estimate, guidance applied to the raw output."""
-        branches = Branches(batch)
-        text, mask = branches.text.states.to(self.dtype), branches.text.mask
+        branches = Branches(batch, self.rule)
+        condition = branches.condition.to(self.dtype)
 
-        def denoise(x_BCHW: Tensor, point: Point) -> Estimate:
-            fed = branches.spread(x_BCHW * point.c_in).to(self.dtype)
+        def denoise(x: Tensor, point: Point) -> Estimate:
+            fed = branches.spread(x * point.c_in).to(self.dtype)
             tau_B = torch.full((len(fed),), point.tau, dtype=torch.float32, device=fed.device)
             with run.clock.network("denoiser"):
-                output = self.network(fed, tau_B, text, mask)
-            return self.noise_scheduler.prediction.estimate(branches.combine(output.float()), x_BCHW, point)
+                output = self.network(fed, tau_B, condition)
+            return self.noise_scheduler.prediction.estimate(branches.combine(output.float()), x, point)
 
         return denoise
 

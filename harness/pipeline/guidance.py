@@ -1,40 +1,63 @@
-"""Classifier-free guidance: the raw output of two branches, extrapolated from the negative to the prompt."""
+"""Guidance: the raw output of two branches, extrapolated from the negative to the prompt, by the checkpoint's rule."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from harness.pipeline.state import Sample, written
-from models.components import TextStates
+from harness.pipeline.state import Ask, Sample, written
+from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule
+
+
+def guided(ask: Ask, rule: GuidanceRule) -> bool:
+    """Whether a picture needs a negative branch."""
+    return ask.guidance != 1 and not rule.embedded
 
 
 class Branches:
-    """The text of a micro-batch: the prompts alone, or the negative prompts and the prompts in one batch of 2 B.
+    """The conditioning of a micro-batch: the prompts alone, or negative prompts and prompts in one batch of 2 B.
 
     combine() is eq. 6 of Ho and Salimans 2022 in diffusers' convention, negative + guidance * (prompt - negative), on
-    the network's raw output.
+    the network's raw output; what a checkpoint's rule says otherwise is models.components.GuidanceRule.
     """
 
-    def __init__(self, samples: list[Sample]) -> None:
-        self.guidance = samples[0].ask.guidance
-        texts = [written(sample.text) for sample in samples]
+    def __init__(self, samples: list[Sample], rule: GuidanceRule = CLASSIFIER_FREE) -> None:
+        self.scale = samples[0].ask.guidance
+        self.rule = rule
+        self.guided = guided(samples[0].ask, rule)
+        told = [written(sample.text) for sample in samples]
         if self.guided:
-            texts = [written(sample.negative) for sample in samples] + texts
-        self.text = TextStates(torch.cat([text.states for text in texts]), torch.cat([text.mask for text in texts]))
+            told = [written(sample.negative) for sample in samples] + told
+        self.condition = Conditioning.stack(told)
+        if rule.embedded:
+            device = written(samples[0].start).device
+            self.condition = replace(self.condition, scale=torch.full((len(told),), self.scale, device=device))
 
-    @property
-    def guided(self) -> bool:
-        """Whether there are two branches."""
-        return self.guidance != 1
-
-    def spread(self, x_BCHW: Tensor) -> Tensor:
+    def spread(self, x: Tensor) -> Tensor:
         """The state for every branch: (B, ...) to (B, ...) or (2 B, ...)."""
-        return torch.cat([x_BCHW, x_BCHW]) if self.guided else x_BCHW
+        return torch.cat([x, x]) if self.guided else x
 
     def combine(self, output: Tensor) -> Tensor:
         """The guided output: (B, ...) or (2 B, ...) to (B, ...)."""
         if not self.guided:
             return output
         negative, prompt = output.chunk(2)
-        return negative + self.guidance * (prompt - negative)
+        mixed = negative + self.scale * (prompt - negative)
+        if self.rule.token_norm is not None:
+            mixed = mixed * token_norms(prompt, self.rule.token_norm) / token_norms(mixed, self.rule.token_norm)
+        if self.rule.channels is not None:
+            mixed = torch.cat([mixed[:, : self.rule.channels], prompt[:, self.rule.channels :]], dim=1)
+        return mixed
+
+
+def token_norms(x_BCHW: Tensor, side: int) -> Tensor:
+    """The norm of every token of side x side latent pixels and all channels, at each of its pixels: (B, 1, H, W).
+
+    Source: Qwen-Image (Wu et al. 2025, arXiv:2508.02324), in diffusers' QwenImagePipeline.
+    """
+    squares_B1HW = x_BCHW.square().sum(dim=1, keepdim=True)
+    cells = squares_B1HW.unflatten(-2, (-1, side)).unflatten(-1, (-1, side))
+    sums = cells.sum(dim=(-3, -1), keepdim=True).sqrt().expand_as(cells)
+    return sums.flatten(-2).flatten(-3, -2)

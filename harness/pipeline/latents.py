@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.pipeline.state import RunContext, Sample, written
+from models.components import LatentSpace
 from schedulers.noise_scheduler import NoiseScheduler
 
 STEP_STRIDE = 0x9E3779B97F4A7C15  # odd, so that (seed, step) pairs of nearby seeds do not meet
@@ -18,8 +19,7 @@ class LatentPreparation:
     """Stage 4.
 
     Args:
-        channels: of the latent.
-        stride: pixels a latent pixel spans on a side.
+        space: the geometry of the state.
         noise_scheduler: scales the noise to the state at the grid's first row.
     """
 
@@ -27,16 +27,14 @@ class LatentPreparation:
     reads = frozenset({"ask", "grid"})
     writes = frozenset({"start"})
 
-    def __init__(self, channels: int, stride: int, noise_scheduler: NoiseScheduler) -> None:
-        self.channels = channels
-        self.stride = stride
+    def __init__(self, space: LatentSpace, noise_scheduler: NoiseScheduler) -> None:
+        self.space = space
         self.noise_scheduler = noise_scheduler
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for sample in samples:
             ask = sample.ask
-            shape = (self.channels, ask.height // self.stride, ask.width // self.stride)
-            noise = seeded_noise(ask.seed, shape).to(run.device)
+            noise = seeded_noise(ask.seed, self.space.shape(ask.height, ask.width, ask.frames)).to(run.device)
             sample.start = self.noise_scheduler.init_noise(noise, written(sample.grid))
 
 

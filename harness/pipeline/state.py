@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.messages import GenerationRequest
 from harness.metrics.clock import Clock
 from harness.metrics.memory import Memory
-from models.components import TextStates
+from models.components import Conditioning
 from schedulers.grid import Grid
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Ask:
-    """What was asked of one picture; sizes in pixels."""
+    """What was asked of one picture or video; sizes in pixels."""
 
     index: int
     prompt: str
@@ -35,6 +35,7 @@ class Ask:
     guidance: float
     height: int
     width: int
+    frames: int = 1
 
 
 @dataclass
@@ -42,14 +43,12 @@ class Sample:
     """One picture in the making. A field is None until the stage that writes it has run."""
 
     ask: Ask  # the request
-    text: TextStates | None = None  # text encoding: states (1, S, T) of the prompt
-    negative: TextStates | None = (
-        None  # text encoding: states (1, S, T) of the negative prompt, where guidance needs it
-    )
+    text: Conditioning | None = None  # text encoding: one row, of the prompt
+    negative: Conditioning | None = None  # text encoding: one row, of the negative prompt, where guidance needs it
     grid: Grid | None = None  # timestep preparation
-    start: Tensor | None = None  # latent preparation: the state at the grid's first row, (C, H, W) float32
-    latent: Tensor | None = None  # denoising: (C, H, W) float32
-    pixels: Tensor | None = None  # decoding: (3, height, width) float32 in [0, 1]
+    start: Tensor | None = None  # latent preparation: the state at the grid's first row, LatentSpace.shape, float32
+    latent: Tensor | None = None  # denoising: the same shape, float32
+    pixels: Tensor | None = None  # decoding: (3, height, width), or (frames, 3, height, width), float32 in [0, 1]
 
 
 @dataclass
@@ -87,6 +86,7 @@ def asks(request: GenerationRequest) -> list[Ask]:
             request.guidance,
             request.height,
             request.width,
+            request.frames,
         )
         for index, prompt in enumerate(prompts)
     ]

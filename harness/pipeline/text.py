@@ -1,33 +1,113 @@
-"""Text encoding: each distinct prompt once, and the negative prompt where guidance needs it."""
+"""Text encoding: each distinct prompt once, and the negative prompt where guidance needs it.
+
+What was encoded is kept by content, within a bound, and the encoders themselves can be dropped once they are done.
+"""
 
 from __future__ import annotations
 
+import gc
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import fields
+
+from harness.pipeline.guidance import guided
 from harness.pipeline.state import RunContext, Sample
-from models.components import TextEncoder, TextStates
+from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule, PromptEncoder
+
+Key = tuple[str, bool]  # a prompt, and whether it is a negative one
+
+
+class PromptCache:
+    """The conditioning of prompts seen before, the least recently used dropped beyond `limit_mib` MiB."""
+
+    def __init__(self, limit_mib: float) -> None:
+        self.limit = limit_mib * 2**20
+        self.used = 0
+        self._kept: OrderedDict[Key, Conditioning] = OrderedDict()
+
+    def get(self, key: Key) -> Conditioning | None:
+        """What is kept of a prompt."""
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+        return found
+
+    def put(self, key: Key, value: Conditioning) -> None:
+        """Keeps a prompt's conditioning where it fits."""
+        size = _bytes(value)
+        if size > self.limit or key in self._kept:
+            return
+        self._kept[key] = value
+        self.used += size
+        while self.used > self.limit:
+            _, dropped = self._kept.popitem(last=False)
+            self.used -= _bytes(dropped)
 
 
 class TextEncoding:
-    """Stage 2."""
+    """Stage 2.
+
+    Args:
+        load: loads the prompt encoder.
+        rule: how the checkpoint is guided.
+        cache: what was encoded before.
+        keep: whether the encoder stays in memory; if not, it is loaded when a prompt is new, and dropped after it.
+    """
 
     name = "text_encoding"
     reads = frozenset({"ask"})
     writes = frozenset({"text", "negative"})
 
-    def __init__(self, encoder: TextEncoder) -> None:
-        self.encoder = encoder
+    def __init__(
+        self,
+        load: Callable[[], PromptEncoder],
+        rule: GuidanceRule = CLASSIFIER_FREE,
+        cache: PromptCache | None = None,
+        keep: bool = True,
+    ) -> None:
+        self.load = load
+        self.rule = rule
+        self.cache = PromptCache(0) if cache is None else cache
+        self.keep = keep
+        self._encoder = load() if keep else None
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
-        known: dict[str, TextStates] = {}
+        wanted: dict[Key, Conditioning | None] = {}
         for sample in samples:
-            sample.text = self._states(sample.ask.prompt, known, run)
-            if sample.ask.guidance != 1:
-                sample.negative = self._states(sample.ask.negative_prompt, known, run)
+            wanted[(sample.ask.prompt, False)] = None
+            if guided(sample.ask, self.rule):
+                wanted[(sample.ask.negative_prompt, True)] = None
+        known = {key: found for key in wanted if (found := self.cache.get(key)) is not None}
+        if known:
+            run.notes.append(f"{len(known)} of {len(wanted)} distinct prompts were encoded before and not again")
+        known |= self._encode([key for key in wanted if key not in known], run)
+        for sample in samples:
+            sample.text = known[(sample.ask.prompt, False)]
+            if guided(sample.ask, self.rule):
+                sample.negative = known[(sample.ask.negative_prompt, True)]
 
-    def _states(self, prompt: str, known: dict[str, TextStates], run: RunContext) -> TextStates:
-        if prompt not in known:
-            tokens = self.encoder.count(prompt)
-            if tokens > self.encoder.max_tokens:
-                run.notes.append(f"a prompt of {tokens} tokens was cut to {self.encoder.max_tokens}: {prompt[:40]!r}")
+    def _encode(self, keys: list[Key], run: RunContext) -> dict[Key, Conditioning]:
+        if not keys:
+            return {}
+        encoder = self.load() if self._encoder is None else self._encoder
+        made = {}
+        for prompt, negative in keys:
+            run.check_cancelled()
+            tokens = encoder.count(prompt)
+            if tokens > encoder.max_tokens:
+                run.notes.append(f"a prompt of {tokens} tokens was cut to {encoder.max_tokens}: {prompt[:40]!r}")
             with run.clock.network("text_encoder"):
-                known[prompt] = self.encoder([prompt])
-        return known[prompt]
+                made[(prompt, negative)] = encoder([prompt], negative)
+            self.cache.put((prompt, negative), made[(prompt, negative)])
+        if not self.keep:
+            before = run.memory.used_mib()
+            del encoder
+            gc.collect()
+            freed = before - run.memory.used_mib()
+            run.notes.append(f"the text encoders were loaded for this request and dropped: {freed:.0f} MiB freed")
+        return made
+
+
+def _bytes(value: Conditioning) -> int:
+    tensors = [getattr(value, f.name) for f in fields(value)]
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

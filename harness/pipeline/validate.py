@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from harness.config.limits import check_request, check_size
+from collections.abc import Callable
+
+from harness.config.limits import check_frames, check_request, check_size
 from harness.messages import GenerationRequest
 from harness.pipeline.state import RunContext, Sample
 from harness.pipeline.timesteps import tokens
@@ -16,16 +18,30 @@ class InputValidation:
         size_multiple: height and width are multiples of it, pixels.
         max_pixels: largest height * width.
         noise_scheduler: refuses step counts that its path cannot be cut into.
+        frame_multiple: frames after the first are a multiple of it.
+        max_frames: most frames; 1 = pictures only.
+        check_prompt: refuses prompts that the model cannot take.
     """
 
     name = "input_validation"
     reads = frozenset({"ask"})
     writes: frozenset[str] = frozenset()
 
-    def __init__(self, size_multiple: int, max_pixels: int, noise_scheduler: NoiseScheduler) -> None:
+    def __init__(
+        self,
+        size_multiple: int,
+        max_pixels: int,
+        noise_scheduler: NoiseScheduler,
+        frame_multiple: int = 1,
+        max_frames: int = 1,
+        check_prompt: Callable[[str], None] = lambda prompt: None,
+    ) -> None:
         self.size_multiple = size_multiple
         self.max_pixels = max_pixels
         self.noise_scheduler = noise_scheduler
+        self.frame_multiple = frame_multiple
+        self.max_frames = max_frames
+        self.check_prompt = check_prompt
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for sample in samples:
@@ -39,4 +55,7 @@ class InputValidation:
         """
         check_request(request)
         check_size(request.height, request.width, self.size_multiple, self.max_pixels)
+        check_frames(request.frames, self.frame_multiple, self.max_frames)
+        for prompt in request.prompts:
+            self.check_prompt(prompt)
         self.noise_scheduler.grid(request.steps, tokens(request.height, request.width, self.size_multiple))

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from harness.config.schema import Load, RunConfig
-from harness.config.trained import trained_denoiser
+from harness.config.schema import DType, Load, RunConfig, Task
+from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.metrics.cuda import CudaMemory
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.parallel.mesh import Place
+from harness.pipeline.checkpoint import locate
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
 from harness.pipeline.denoise import Denoising
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.latents import LatentPreparation
+from harness.pipeline.published import scheduler_file
 from harness.pipeline.settings import noise_scheduler_settings
-from harness.pipeline.text import TextEncoding
+from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation
 from harness.serving.worker import Worker
 from models.attention import attention_kernel
-from models.components import ComponentLoader
-from models.registry import ARCHITECTURES, checkpoint_folder
+from models.components import ComponentLoader, Components
+from models.registry import ARCHITECTURES
+from models.source import LoraFile, Source
 from schedulers.build import build as build_noise_scheduler
+from schedulers.noise_scheduler import NoiseScheduler
+from schedulers.prediction import LearnedVariance
+from schedulers.published import from_diffusers
+
+DEFAULT_CACHE_MIB = 64.0
 
 
 def pick_device(local_rank: int) -> torch.device:
@@ -44,6 +54,56 @@ def prepare_cpu(config: RunConfig, threads: int) -> None:
     torch.backends.mkldnn.set_flags(not (config.launch.reproducible and config.model.dtype.name == "float32"))
 
 
+def source_of(config: RunConfig, device: torch.device) -> Source:
+    """Where this run's components are read from.
+
+    Raises:
+        CheckpointError: no such folder or file.
+    """
+    model, denoiser = config.model, trained_denoiser(config).weights
+    place = locate(model, denoiser)
+    return Source(
+        folder=place.folder,
+        denoiser=denoiser,
+        device=device,
+        dtype=torch_dtype(model.dtype),
+        dtypes={name: torch_dtype(dtype) for name, dtype in place.dtypes.items()},
+        replaced=place.replaced,
+        dummy=model.load is Load.dummy,
+        text_tokens=model.text.tokens,
+        loras=tuple(LoraFile(Path(lora.path).expanduser(), lora.weight) for lora in model.lora),
+    )
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """PyTorch's own of a configured dtype."""
+    found: torch.dtype = getattr(torch, dtype.name)
+    return found
+
+
+def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> NoiseScheduler:
+    """The run's noise scheduler: the checkpoint's own, or the one that group `scheduler` composes.
+
+    Raises:
+        ValueError: a published configuration, or settings, that cannot run.
+    """
+    if config.scheduler.family == PUBLISHED_FAMILY:
+        found = from_diffusers(scheduler_file(source.folder), even_sigmas=parts.even_sigmas)
+    else:
+        found = build_noise_scheduler(noise_scheduler_settings(config.scheduler))
+    if parts.learned_variance and not isinstance(found.prediction, LearnedVariance):
+        found = replace(found, prediction=LearnedVariance(found.prediction, use=False))
+    return found
+
+
+def cache_mib(config: RunConfig) -> float:
+    """MiB of encoded prompts to keep: a bench encodes every time, to measure it, unless the encoders are dropped."""
+    text = config.model.text
+    if text.cache_mib is not None:
+        return text.cache_mib
+    return 0.0 if config.task.name is Task.bench and text.keep else DEFAULT_CACHE_MIB
+
+
 def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worker:
     """Loads the components on the device and composes the pipeline.
 
@@ -54,30 +114,29 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model = config.model
-    dtype = getattr(torch, model.dtype.name)
+    source = source_of(config, device)
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
-    parts = load(
-        checkpoint_folder(model.name, model.path),
-        trained_denoiser(config).weights,
-        attention_kernel(config.attention.backend),
-        dtype,
-        device,
-        model.text_tokens,
-        model.load is Load.dummy,
-    )
+    parts = load(source, attention_kernel(config.attention.backend))
     if model.size_multiple % parts.size_multiple:
         raise ValueError(
             f"model.size_multiple={model.size_multiple}, but this checkpoint draws multiples of {parts.size_multiple} "
             f"pixels; set model.size_multiple={parts.size_multiple}"
         )
-    noise_scheduler = build_noise_scheduler(noise_scheduler_settings(config.scheduler))
+    noise_scheduler = noise_scheduler_of(config, source, parts)
     pipeline = ComposedPipeline(
-        InputValidation(model.size_multiple, model.max_pixels, noise_scheduler),
+        InputValidation(
+            model.size_multiple,
+            model.max_pixels,
+            noise_scheduler,
+            model.frame_multiple,
+            model.max_frames,
+            parts.check_prompt,
+        ),
         [
-            TextEncoding(parts.text),
+            TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep),
             TimestepPreparation(noise_scheduler, parts.size_multiple),
-            LatentPreparation(parts.latent_channels, parts.latent_stride, noise_scheduler),
-            Denoising(parts.network, dtype, noise_scheduler),
+            LatentPreparation(parts.latent, noise_scheduler),
+            Denoising(parts.network, source.dtype_of(source.denoiser), noise_scheduler, parts.guidance),
             Decoding(parts.decoder),
         ],
         SyncExecutor(),

@@ -19,7 +19,7 @@ from harness.train.folder import Picture
 from harness.train.loop import Every, Fit, batch_indices, step_generator
 from harness.train.objective import Objective
 from models.attention import math_attention
-from models.dit import DiT, DiTConfig
+from models.pixart import PixArt, PixArtConfig
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ def prepare(
     return Examples(latents, states, mask.bool(), captions, [row.tags for row in rows])
 
 
-def build(config: DenoiserConfig) -> DiT:
+def build(config: DenoiserConfig) -> PixArt:
     """An untrained network: Xavier linears, and an output of zero."""
     torch.manual_seed(config.loop.seed)
     heads = config.heads
-    sizes = DiTConfig(
+    sizes = PixArtConfig(
         depth=config.depth,
         heads=heads,
         head_channels=config.width // heads,
@@ -63,7 +63,7 @@ def build(config: DenoiserConfig) -> DiT:
         sample_size=config.latent_size,
         text_channels=config.text_channels,
     )
-    model = DiT(sizes, math_attention)
+    model = PixArt(sizes, math_attention)
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1))

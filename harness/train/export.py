@@ -23,8 +23,8 @@ from transformers import T5EncoderModel
 
 from harness.metrics.gallery import FILE, Gallery
 from harness.train.folder import Picture
-from models.dit import DiTConfig, to_diffusers
-from models.dit.weights import config_json
+from models.pixart import NAMES, PixArtConfig
+from models.pixart.weights import config_json
 from schedulers.families import Settings
 
 TRANSFORMER_LIMIT = 16_000_000  # bytes of the denoiser's weights
@@ -51,11 +51,11 @@ def component(name: str, family: str) -> str:
     return name if family == OWN_FAMILY else f"{name}_{family}"
 
 
-def export_transformer(folder: Path, weights: dict[str, Tensor], config: DiTConfig, family: str) -> None:
+def export_transformer(folder: Path, weights: dict[str, Tensor], config: PixArtConfig, family: str) -> None:
     """Write the family's denoiser. Raises ``ValueError`` when the weights exceed ``TRANSFORMER_LIMIT``."""
     target = folder / component("transformer", family)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in to_diffusers(weights).items()}
+    tensors = {NAMES.theirs(name): value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     if size > TRANSFORMER_LIMIT:
         raise ValueError(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config.train import DenoiserConfig, Precision, TimeSampling
+from models.components import Conditioning
 from schedulers.build import build as build_noise_scheduler
 from schedulers.families import Settings, resolve
 from schedulers.noise_scheduler import NoiseScheduler
@@ -120,7 +121,7 @@ class Objective:
         eps = torch.randn(x0.shape, generator=generator)
         alpha, sigma, c_in = (f(t).float().view(-1, 1, 1, 1) for f in (path.alpha, path.sigma, path.c_in))
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.dtype is Precision.bfloat16):
-            output = model(c_in * (alpha * x0 + sigma * eps), path.tau(t).float(), states, mask).float()
+            output = model(c_in * (alpha * x0 + sigma * eps), path.tau(t).float(), Conditioning(states, mask)).float()
         return (output - prediction.target(x0, eps, alpha, sigma)).square().mean()
 
 

@@ -20,8 +20,9 @@ from harness.train import captions, denoiser, emoji, export, retrieval, sample, 
 from harness.train.folder import Picture, pixels, read
 from harness.train.loop import Every, Fit, averaged, settle, step_generator
 from harness.train.objective import Objective, objective
-from models.dit import load_dit
-from models.files import check_checkpoint
+from models.files import check_component
+from models.pixart import load_denoiser
+from models.source import Source
 from schedulers.families import Settings
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,10 @@ def run(config: TrainConfig, settings: Settings, watcher: Watcher | None = None)
 def _parts(config: TrainConfig) -> list[str]:
     """The parts that run, in order."""
     if config.shared is not None:
-        check_checkpoint(Path(config.shared), ("vae", "text_encoder"), ("tokenizer",), weights_needed=True)
+        for name in ("vae", "text_encoder"):
+            check_component(Path(config.shared) / name, Path(config.shared) / name)
+        if not (Path(config.shared) / "tokenizer").is_dir():
+            raise ValueError(f"train.shared={config.shared}: no tokenizer/ here")
     trained = ("vae", "text") if config.shared is not None else ()
     if config.parts is None:
         return [part for part in PARTS if part not in trained]
@@ -215,7 +219,7 @@ def run_score(room: Room) -> Result:
     """Prompt retrieval with the exported weights, and a sheet of the first pictures."""
     source, family = Path(room.config.export), room.objective.family
     rows, asked = room.vocabulary, room.asked()
-    network = load_dit(source / export.component("transformer", family))
+    network = load_denoiser(Source(source, export.component("transformer", family)))
     parts = sample.components(network, _autoencoder(source), *_text_model(source))
     prompts = [captions.caption(row.name, row.style) for row in asked]
     drawn = sample.pictures(parts, room.objective.noise_scheduler(), prompts, room.config.score, room.config.data.size)

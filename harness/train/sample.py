@@ -19,23 +19,23 @@ from harness.pipeline.stage import Stage
 from harness.pipeline.state import Ask, RunContext, Sample, written
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
-from models.components import Components
-from models.dit import DiT
-from models.text import T5TextEncoder
-from models.vae import KLDecoder
+from models.components import Components, LatentSpace
+from models.decoders import KLDecoder
+from models.pixart import PixArt
+from models.text.t5 import T5Prompts
 from schedulers.noise_scheduler import NoiseScheduler
 
 BATCH = 16  # pictures a forward
 
 
 def components(
-    network: DiT, autoencoder: AutoencoderKL, encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerFast
+    network: PixArt, autoencoder: AutoencoderKL, encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerFast
 ) -> Components:
     """The parts in memory as a pipeline takes them."""
     decoder = KLDecoder(autoencoder)
-    text = T5TextEncoder(encoder, tokenizer, tokenizer.model_max_length)
-    stride = decoder.stride
-    return Components(network, text, decoder, decoder.latent_channels, stride, stride * network.config.patch)
+    prompts = T5Prompts(encoder, tokenizer, tokenizer.model_max_length)
+    latent = LatentSpace(decoder.latent_channels, decoder.stride)
+    return Components(network, lambda: prompts, decoder, latent, decoder.stride * network.config.patch)
 
 
 def pictures(
@@ -43,9 +43,9 @@ def pictures(
 ) -> np.ndarray:
     """uint8 pictures (N, size, size, 3) for ``prompts``, picture i from the noise of seed + i."""
     stages: list[Stage] = [
-        TextEncoding(parts.text),
+        TextEncoding(parts.load_prompts),
         TimestepPreparation(noise_scheduler, parts.size_multiple),
-        LatentPreparation(parts.latent_channels, parts.latent_stride, noise_scheduler),
+        LatentPreparation(parts.latent, noise_scheduler),
         Denoising(parts.network, torch.float32, noise_scheduler),
         Decoding(parts.decoder),
     ]

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from schedulers.conventions import from_one
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.published.classes import BUILDERS
 from schedulers.published.options import read
@@ -11,11 +13,13 @@ from schedulers.published.options import read
 __all__ = ["from_diffusers"]
 
 
-def from_diffusers(config: Mapping[str, object] | str | Path) -> NoiseScheduler:
+def from_diffusers(config: Mapping[str, object] | str | Path, even_sigmas: bool = False) -> NoiseScheduler:
     """The noise scheduler that a published configuration asks for: same grid, same steps, same noise.
 
     config is the content of diffusers' scheduler_config.json, or the path of such a file. What a diffusers class takes
     as an argument of its step (DDIM's eta, Euler's churn) is not in the file and is off; replace the solver to have it.
+    even_sigmas: the pipeline hands its scheduler sigmas from 1 to 1 / n, as those of FLUX, Qwen-Image and Z-Image do; a
+    flow's only.
     Raises ValueError, in one line, for a class or an option that cannot be honoured, with the reason.
     """
     if not isinstance(config, Mapping):
@@ -24,4 +28,5 @@ def from_diffusers(config: Mapping[str, object] | str | Path) -> NoiseScheduler:
             raise ValueError(f"{config} holds no JSON object; give a scheduler_config.json")
         config = content
     options = read(config)
-    return BUILDERS[options.name](options)
+    found = BUILDERS[options.name](options)
+    return replace(found, spacing=from_one(found.spacing)) if even_sigmas else found

@@ -24,7 +24,7 @@ from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation
 from harness.serving.worker import Worker
-from models.components import TextStates
+from models.components import Conditioning, LatentSpace
 from schedulers.build import build
 from schedulers.families import Settings
 from schedulers.grid import Point
@@ -47,7 +47,9 @@ class ToyNetwork(nn.Module):
         self.calls = 0
         self.batches: list[int] = []
 
-    def forward(self, latent: Tensor, tau: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, tau: Tensor, condition: Conditioning) -> Tensor:
+        text, mask = condition.text(), condition.mask
+        assert mask is not None
         self.calls += 1
         self.batches.append(len(latent))
         told = (text * mask[..., None]).mean(dim=(1, 2))
@@ -65,11 +67,11 @@ class ToyEncoder:
     def count(self, prompt: str) -> int:
         return len(prompt)
 
-    def __call__(self, prompts: list[str]) -> TextStates:
+    def __call__(self, prompts: list[str], negative: bool = False) -> Conditioning:
         self.prompts += prompts
         codes = [[ord(letter) % 17 / 17 for letter in prompt[:8].ljust(8)] for prompt in prompts]
         mask = torch.tensor([[k < len(prompt) or k == 0 for k in range(8)] for prompt in prompts])
-        return TextStates(torch.tensor(codes)[..., None].expand(-1, -1, 4), mask)
+        return Conditioning(torch.tensor(codes)[..., None].expand(-1, -1, 4), mask)
 
 
 class ToyDecoder:
@@ -98,9 +100,9 @@ def context(batch_size: int = 1, check_cancelled: object = lambda: None) -> RunC
 def worker(network: nn.Module, settings: Settings = FAMILIES[0], decoder: object = None) -> Worker:
     scheduler = build(settings)
     stages: list[Stage] = [
-        TextEncoding(ToyEncoder()),
+        TextEncoding(ToyEncoder),
         TimestepPreparation(scheduler, 8),
-        LatentPreparation(4, 2, scheduler),
+        LatentPreparation(LatentSpace(4, 2), scheduler),
         Denoising(network, torch.float32, scheduler),
         Decoding(decoder or ToyDecoder()),  # type: ignore[arg-type]
     ]
@@ -198,15 +200,15 @@ def sample(text: float, negative: float, guidance: float) -> Sample:
     ask = Ask(0, "p", "n", 0, 1, guidance, 16, 16)
     mask = torch.ones(1, 8, dtype=torch.bool)
     return Sample(
-        ask, TextStates(torch.full((1, 8, 4), text), mask), TextStates(torch.full((1, 8, 4), negative), ~mask)
+        ask, Conditioning(torch.full((1, 8, 4), text), mask), Conditioning(torch.full((1, 8, 4), negative), ~mask)
     )
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0, 7.5])
 def test_guidance_extrapolates_from_the_negative_to_the_prompt(guidance: float) -> None:
     branches = Branches([sample(1.0, -1.0, guidance), sample(2.0, -2.0, guidance)])
-    assert branches.text.states[:, 0, 0].tolist() == [-1.0, -2.0, 1.0, 2.0]
-    assert branches.text.mask[:, 0].tolist() == [False, False, True, True]
+    assert branches.condition.states[:, 0, 0].tolist() == [-1.0, -2.0, 1.0, 2.0]
+    assert branches.condition.mask[:, 0].tolist() == [False, False, True, True]
     x = torch.randn(2, 4, 8, 8)
     assert torch.equal(branches.spread(x), torch.cat([x, x]))
     output = torch.randn(4, 4, 8, 8, dtype=torch.float64)
@@ -216,7 +218,7 @@ def test_guidance_extrapolates_from_the_negative_to_the_prompt(guidance: float) 
 
 def test_guidance_one_is_one_branch() -> None:
     branches = Branches([sample(1.0, -1.0, 1.0)])
-    assert branches.text.states.shape[0] == 1
+    assert branches.condition.states.shape[0] == 1
     x = torch.randn(1, 4, 8, 8)
     assert branches.spread(x) is x
     assert branches.combine(x) is x
@@ -225,7 +227,7 @@ def test_guidance_one_is_one_branch() -> None:
     assert set(network.batches) == {1}
     assert network.calls == 8
     samples = [Sample(ask) for ask in asks(request(guidance=1.0))]
-    TextEncoding(encoder).forward(samples, context())
+    TextEncoding(lambda: encoder).forward(samples, context())
     assert encoder.prompts == ["red", "blue"]
     assert all(sample.negative is None for sample in samples)
 
@@ -233,7 +235,7 @@ def test_guidance_one_is_one_branch() -> None:
 def test_each_distinct_prompt_is_encoded_once() -> None:
     encoder = ToyEncoder()
     samples = [Sample(ask) for ask in asks(request(prompts=["red", "red", "blue"], samples_per_prompt=2))]
-    TextEncoding(encoder).forward(samples, context())
+    TextEncoding(lambda: encoder).forward(samples, context())
     assert sorted(encoder.prompts) == ["", "blue", "red"]
 
 
@@ -256,7 +258,7 @@ def test_the_first_state_is_the_noise_scaled_to_the_grid() -> None:
     for settings in FAMILIES:
         scheduler = build(settings)
         samples = [Sample(ask, grid=scheduler.grid(ask.steps)) for ask in asks(request())]
-        LatentPreparation(4, 2, scheduler).forward(samples, context())
+        LatentPreparation(LatentSpace(4, 2), scheduler).forward(samples, context())
         for k, one in enumerate(samples):
             assert one.start is not None
             assert one.grid is not None
@@ -297,11 +299,11 @@ def test_a_request_is_the_schedulers_loop_by_hand(settings: Settings, guidance: 
         text, negative = encoder([prompt]), encoder([""])
         seed = 5 + k
 
-        def denoise(x: Tensor, point: Point, text: TextStates = text, negative: TextStates = negative) -> Estimate:
+        def denoise(x: Tensor, point: Point, text: Conditioning = text, negative: Conditioning = negative) -> Estimate:
             tau = torch.tensor([point.tau], dtype=torch.float32)
-            output = network(x * point.c_in, tau, text.states, text.mask)
+            output = network(x * point.c_in, tau, text)
             if guidance != 1:
-                base = network(x * point.c_in, tau, negative.states, negative.mask)
+                base = network(x * point.c_in, tau, negative)
                 output = base + guidance * (output - base)
             return scheduler.prediction.estimate(output, x, point)
 
@@ -340,17 +342,17 @@ def test_evaluations_and_steps_are_counted() -> None:
 
 def test_the_network_runs_in_its_dtype_and_the_state_in_float32() -> None:
     class Seen(ToyNetwork):
-        def forward(self, latent: Tensor, tau: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-            assert latent.dtype == text.dtype == torch.bfloat16
+        def forward(self, latent: Tensor, tau: Tensor, condition: Conditioning) -> Tensor:
+            assert latent.dtype == condition.text().dtype == torch.bfloat16
             assert tau.dtype == torch.float32
-            return super().forward(latent, tau.to(latent.dtype), text, mask)
+            return super().forward(latent, tau.to(latent.dtype), condition)
 
     scheduler = build(FAMILIES[0])
     samples = [Sample(ask) for ask in asks(request())]
     run = context()
-    TextEncoding(ToyEncoder()).forward(samples, run)
+    TextEncoding(ToyEncoder).forward(samples, run)
     TimestepPreparation(scheduler, 8).forward(samples, run)
-    LatentPreparation(4, 2, scheduler).forward(samples, run)
+    LatentPreparation(LatentSpace(4, 2), scheduler).forward(samples, run)
     Denoising(Seen(), torch.bfloat16, scheduler).forward(samples, run)
     for one in samples:
         assert one.latent is not None
@@ -396,7 +398,7 @@ class Broken(ToyNetwork):
         super().__init__()
         self.outcome = outcome
 
-    def forward(self, latent: Tensor, tau: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, tau: Tensor, condition: Conditioning) -> Tensor:
         if isinstance(self.outcome, BaseException):
             raise self.outcome
         return torch.full_like(latent, self.outcome)

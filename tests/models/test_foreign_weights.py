@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from harness.compose import compose_run
+from models.decoders import load_kl_decoder
 from models.files import CheckpointError
 from models.registry import REFERENCE
-from models.text import load_t5
-from models.vae import load_kl_decoder
-
-CPU = torch.device("cpu")
+from models.source import Source
+from models.text.t5 import load_t5_prompts
 
 
 @pytest.fixture
@@ -27,14 +26,14 @@ def swap(source: Path, target: Path) -> None:
 def test_a_text_encoder_of_other_weights(copy: Path) -> None:
     swap(copy / "vae", copy / "text_encoder")
     with pytest.raises(CheckpointError, match=r"text_encoder: the weights do not fit.*missing") as caught:
-        load_t5(copy, torch.float32, CPU, 24)
+        load_t5_prompts(Source(copy, text_tokens=24))
     assert "\n" not in str(caught.value)
 
 
 def test_a_vae_of_other_weights(copy: Path) -> None:
     swap(copy / "transformer", copy / "vae")
     with pytest.raises(CheckpointError, match=r"vae: the weights do not fit.*missing") as caught:
-        load_kl_decoder(copy, torch.float32, CPU)
+        load_kl_decoder(Source(copy))
     assert "\n" not in str(caught.value)
 
 
@@ -44,6 +43,6 @@ def test_random_weights_need_no_weight_files(copy: Path) -> None:
     with pytest.raises(ValueError, match="no weights here"):
         compose_run([f"model.path={copy}"])
     compose_run([f"model.path={copy}", "model.load=dummy"])
-    states = load_t5(copy, torch.float32, CPU, 24, dummy=True)(["rocket"]).states
+    states = load_t5_prompts(Source(copy, text_tokens=24, dummy=True))(["rocket"]).states
     assert states.shape == (1, 24, 256)
-    assert load_kl_decoder(copy, torch.float32, CPU, dummy=True)(torch.zeros(1, 4, 2, 3)).shape == (1, 3, 8, 12)
+    assert load_kl_decoder(Source(copy, dummy=True))(torch.zeros(1, 4, 2, 3)).shape == (1, 3, 8, 12)

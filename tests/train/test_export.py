@@ -12,7 +12,9 @@ from harness.config.train import DenoiserConfig, TextConfig, VaeConfig
 from harness.train import captions, denoiser, export, text, vae
 from harness.train.folder import Picture
 from harness.train.objective import objective
-from models.dit import load_dit
+from models.components import Conditioning
+from models.pixart import load_denoiser
+from models.source import Source
 from schedulers.build import build as build_noise_scheduler
 from schedulers.families import Settings
 
@@ -54,7 +56,7 @@ def test_diffusers_draws_from_the_folder_what_this_network_predicts(folder: Path
     latent, tau = torch.randn(2, 4, 16, 16), torch.tensor([250.0, 750.0])
     states, mask = text.encode(pipeline.text_encoder, pipeline.tokenizer, ["red apple, 3d", "lemon"])
     with torch.no_grad():
-        ours = load_dit(folder / "transformer")(latent, tau, states, mask.bool())
+        ours = load_denoiser(Source(folder))(latent, tau, Conditioning(states, mask.bool()))
         theirs = pipeline.transformer(
             latent, encoder_hidden_states=states, encoder_attention_mask=mask, timestep=tau, added_cond_kwargs={}
         ).sample

@@ -10,22 +10,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.attention import BACKENDS
-from models.dit import DiT, DiTConfig, from_diffusers, load_dit, to_diffusers
-from models.dit.weights import NAMES, config_json, read_config
+from models.components import Conditioning
 from models.files import CheckpointError
+from models.layers import sincos_positions_2d
+from models.pixart import NAMES, PixArt, PixArtConfig, load_denoiser, read_config
+from models.pixart.weights import config_json
 from models.registry import REFERENCE
+from models.source import Source
 
-SMALL = DiTConfig(depth=2, heads=4, head_channels=8, in_channels=4, out_channels=4, sample_size=8, text_channels=24)
+SMALL = PixArtConfig(depth=2, heads=4, head_channels=8, in_channels=4, out_channels=4, sample_size=8, text_channels=24)
 CONFIGS = {
     "small": SMALL,
-    "learned variance": DiTConfig(2, 2, 16, 4, 8, 2, 16, 24),
-    "patch 1, odd base": DiTConfig(1, 3, 12, 3, 3, 1, 7, 10),
-    "patch 4": DiTConfig(1, 2, 8, 4, 4, 4, 16, 8),
-    "scaled positions": DiTConfig(1, 2, 8, 4, 4, 2, 8, 8, position_scale=2.0),
+    "learned variance": PixArtConfig(2, 2, 16, 4, 8, 2, 16, 24),
+    "patch 1, odd base": PixArtConfig(1, 3, 12, 3, 3, 1, 7, 10),
+    "patch 4": PixArtConfig(1, 2, 8, 4, 4, 4, 16, 8),
+    "scaled positions": PixArtConfig(1, 2, 8, 4, 4, 2, 8, 8, position_scale=2.0),
 }
 
 
-def their(config: DiTConfig) -> PixArtTransformer2DModel:
+def their(config: PixArtConfig) -> PixArtTransformer2DModel:
     """diffusers' network with random weights everywhere, biases and tables too."""
     network = PixArtTransformer2DModel.from_config(config_json(config)).eval()
     generator = torch.Generator().manual_seed(0)
@@ -35,14 +38,14 @@ def their(config: DiTConfig) -> PixArtTransformer2DModel:
     return network
 
 
-def our(theirs: PixArtTransformer2DModel, config: DiTConfig, backend: str = "sdpa") -> DiT:
-    network = DiT(config, BACKENDS[backend])
+def our(theirs: PixArtTransformer2DModel, config: PixArtConfig, backend: str = "sdpa") -> PixArt:
+    network = PixArt(config, BACKENDS[backend])
     tensors = {name: tensor for name, tensor in theirs.state_dict().items() if name != "pos_embed.pos_embed"}
-    network.load_state_dict(from_diffusers(tensors))
+    network.load_state_dict({NAMES.ours(name): tensor for name, tensor in tensors.items()})
     return network.eval()
 
 
-def inputs(config: DiTConfig, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(config: PixArtConfig, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A latent, times, text states, and a mask that hides another number of tokens of each prompt."""
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(batch, config.in_channels, height, width, generator=generator)
@@ -68,7 +71,7 @@ def test_parity_with_diffusers(name: str, batch: int, masked: bool, backend: str
     for height, width in ((side, side), (2 * side, side), (side, 3 * config.patch), (side + config.patch, side)):
         latent, tau, text, mask = inputs(config, batch, height, width)
         with torch.no_grad():
-            output = ours(latent, tau, text, mask if masked else None)
+            output = ours(latent, tau, Conditioning(text, mask if masked else None))
             expected = theirs(
                 latent,
                 encoder_hidden_states=text,
@@ -87,22 +90,22 @@ def test_every_input_matters() -> None:
     hidden = torch.where(mask[..., None], text, other)
     seen = torch.where(mask[..., None], other, text)
     with torch.no_grad():
-        plain = network(latent, tau, text, mask)
-        assert rel_l2(network(latent, tau + 100, text, mask), plain) > 0.01
-        assert rel_l2(network(latent, tau, seen, mask), plain) > 0.01
-        assert rel_l2(network(latent, tau, text), plain) > 0.001
-        assert torch.equal(network(latent, tau, hidden, mask), plain)
+        plain = network(latent, tau, Conditioning(text, mask))
+        assert rel_l2(network(latent, tau + 100, Conditioning(text, mask)), plain) > 0.01
+        assert rel_l2(network(latent, tau, Conditioning(seen, mask)), plain) > 0.01
+        assert rel_l2(network(latent, tau, Conditioning(text)), plain) > 0.001
+        assert torch.equal(network(latent, tau, Conditioning(hidden, mask)), plain)
         shifted = latent.roll(2, dims=-1)
-        assert rel_l2(network(shifted, tau, text, mask).roll(-2, dims=-1), plain) > 0.001  # positions
+        assert rel_l2(network(shifted, tau, Conditioning(text, mask)).roll(-2, dims=-1), plain) > 0.001  # positions
 
 
 def test_a_batch_is_its_pictures() -> None:
     network = our(their(SMALL), SMALL)
     latent, tau, text, mask = inputs(SMALL, 3, 8, 8)
     with torch.no_grad():
-        together = network(latent, tau, text, mask)
+        together = network(latent, tau, Conditioning(text, mask))
         for k in range(3):
-            alone = network(latent[k : k + 1], tau[k : k + 1], text[k : k + 1], mask[k : k + 1])
+            alone = network(latent[k : k + 1], tau[k : k + 1], Conditioning(text[k : k + 1], mask[k : k + 1]))
             assert rel_l2(alone[0], together[k]) < 1e-6
 
 
@@ -110,18 +113,18 @@ def test_a_batch_is_its_pictures() -> None:
 def test_the_names_are_a_bijection(name: str) -> None:
     config = CONFIGS[name]
     theirs = {key: value for key, value in their(config).state_dict().items() if key != "pos_embed.pos_embed"}
-    renamed = from_diffusers(theirs)
+    renamed = {NAMES.ours(key): value for key, value in theirs.items()}
     assert len(renamed) == len(theirs)
     assert {key: value.shape for key, value in renamed.items()} == {
-        key: value.shape for key, value in DiT(config).state_dict().items()
+        key: value.shape for key, value in PixArt(config).state_dict().items()
     }
-    back = to_diffusers(renamed)
+    back = {NAMES.theirs(key): value for key, value in renamed.items()}
     assert back.keys() == theirs.keys()
     assert all(back[key] is theirs[key] for key in theirs)
 
 
 def test_no_name_is_part_of_another_pair() -> None:
-    assert len({theirs for theirs, _ in NAMES}) == len({ours for _, ours in NAMES}) == len(NAMES)
+    assert len({theirs for theirs, _ in NAMES.pairs}) == len({ours for _, ours in NAMES.pairs}) == len(NAMES.pairs)
 
 
 def test_sizes_come_back_from_the_config(tmp_path: Path) -> None:
@@ -151,42 +154,46 @@ def test_a_config_of_another_network_is_refused(tmp_path: Path, change: dict[str
 def test_large_checkpoints_scale_their_positions_unless_told(tmp_path: Path) -> None:
     """diffusers' rule for a config without interpolation_scale: sample_size // 64, at least 1."""
     for sample_size, scale in ((16, 1.0), (64, 1.0), (128, 2.0), (256, 4.0)):
-        raw = config_json(DiTConfig(1, 2, 8, 4, 4, 2, sample_size, 8)) | {"interpolation_scale": None}
+        raw = config_json(PixArtConfig(1, 2, 8, 4, 4, 2, sample_size, 8)) | {"interpolation_scale": None}
         (tmp_path / "config.json").write_text(json.dumps(raw))
         config = read_config(tmp_path)
         assert config.position_scale == scale
         theirs = PixArtTransformer2DModel.from_config(raw)
-        torch.testing.assert_close(DiT(config).positions_LD, theirs.pos_embed.pos_embed[0], rtol=0, atol=1e-6)
+        base = config.sample_size // config.patch
+        ours = sincos_positions_2d(base, base, config.width, base, config.position_scale)
+        torch.testing.assert_close(ours, theirs.pos_embed.pos_embed[0], rtol=0, atol=1e-6)
 
 
 def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a readable model config"):
+    with pytest.raises(CheckpointError, match="not a readable JSON file"):
         read_config(tmp_path)
     for text in ("<html>", "[]", "3"):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(CheckpointError, match="model config"):
+        with pytest.raises(CheckpointError, match="JSON"):
             read_config(tmp_path)
 
 
 def test_a_checkpoint_that_diffusers_wrote_loads(tmp_path: Path) -> None:
     theirs = their(SMALL)
     theirs.save_pretrained(tmp_path)
-    ours = load_dit(tmp_path)
+    ours = load_denoiser(Source(tmp_path.parent, tmp_path.name))
     latent, tau, text, mask = inputs(SMALL, 1, 8, 8)
     with torch.no_grad():
-        assert torch.equal(ours(latent, tau, text, mask), our(theirs, SMALL)(latent, tau, text, mask))
+        assert torch.equal(
+            ours(latent, tau, Conditioning(text, mask)), our(theirs, SMALL)(latent, tau, Conditioning(text, mask))
+        )
     assert not ours.training
 
 
 def test_all_mismatches_come_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_json(SMALL)))
-    tensors = to_diffusers(DiT(SMALL).state_dict())
+    tensors = {NAMES.theirs(key): value for key, value in PixArt(SMALL).state_dict().items()}
     del tensors["proj_out.weight"]
     tensors["stranger"] = torch.zeros(1)
     tensors["proj_out.bias"] = torch.zeros(3)
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        load_dit(tmp_path)
+        load_denoiser(Source(tmp_path.parent, tmp_path.name))
     message = str(caught.value)
     assert "\n" not in message
     assert str(tmp_path) in message
@@ -198,28 +205,28 @@ def test_all_mismatches_come_in_one_line(tmp_path: Path) -> None:
 def test_many_mismatches_are_counted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_json(SMALL)))
     save_file({"stranger": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(CheckpointError, match=rf"and {len(DiT(SMALL).state_dict()) + 1 - 6} more"):
-        load_dit(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"and {len(PixArt(SMALL).state_dict()) + 1 - 6} more"):
+        load_denoiser(Source(tmp_path.parent, tmp_path.name))
 
 
 def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
-    network = DiT(SMALL)
+    network = PixArt(SMALL)
     (tmp_path / "config.json").write_text(json.dumps(config_json(SMALL)))
-    tensors = to_diffusers(network.state_dict())
+    tensors = {NAMES.theirs(key): value for key, value in network.state_dict().items()}
     names = sorted(tensors)
     shards = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
     for file, part in shards.items():
         save_file({name: tensors[name] for name in part}, tmp_path / file)
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    loaded = load_dit(tmp_path).state_dict()
+    loaded = load_denoiser(Source(tmp_path.parent, tmp_path.name)).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_the_shipped_network_agrees_with_diffusers() -> None:
     folder = REFERENCE / "emoji" / "transformer"
     theirs = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
-    ours = load_dit(folder)
+    ours = load_denoiser(Source(REFERENCE / "emoji"))
     latent, tau, text, mask = inputs(ours.config, 1, 16, 16)
     with torch.no_grad():
         expected = theirs(
@@ -229,5 +236,5 @@ def test_the_shipped_network_agrees_with_diffusers() -> None:
             timestep=tau,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ).sample
-        output = ours(latent, tau, text, mask)
+        output = ours(latent, tau, Conditioning(text, mask))
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
+from models.components import Conditioning
 from models.layers import modulate, sincos_positions_2d, timestep_embedding
 
 TIME_CHANNELS = 256
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class PixArtConfig:
     """The sizes of one network.
 
     Args:
@@ -57,7 +58,7 @@ class DiTConfig:
 class Attention(nn.Module):
     """Multi-head attention of tokens x_BLD to a context c_BSD (or to themselves), the kernel handed in."""
 
-    def __init__(self, config: DiTConfig, kernel: AttentionKernel) -> None:
+    def __init__(self, config: PixArtConfig, kernel: AttentionKernel) -> None:
         super().__init__()
         width = config.width
         self.heads = config.heads
@@ -89,7 +90,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; shift, scale and gate from one shared modulation."""
 
-    def __init__(self, config: DiTConfig, kernel: AttentionKernel) -> None:
+    def __init__(self, config: PixArtConfig, kernel: AttentionKernel) -> None:
         super().__init__()
         width = config.width
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
@@ -106,17 +107,17 @@ class Block(nn.Module):
         return x + gate_f * self.feed_forward(modulate(_norm(x), shift_f, scale_f))
 
 
-class DiT(nn.Module):
+class PixArt(nn.Module):
     """A text-conditioned diffusion transformer: (latent, tau, text) to the network's raw output, a latent.
 
     Args:
         config: the sizes.
-        kernel: the attention of every block, q_BLHD, k, v to out (models.attention).
+        kernel: the attention of every block (models.attention).
 
     Source: PixArt-alpha (arXiv:2310.00426); the weights' meaning is that of diffusers' `PixArtTransformer2DModel`.
     """
 
-    def __init__(self, config: DiTConfig, kernel: AttentionKernel = sdpa_attention) -> None:
+    def __init__(self, config: PixArtConfig, kernel: AttentionKernel = sdpa_attention) -> None:
         super().__init__()
         width = config.width
         self.config = config
@@ -129,25 +130,20 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([Block(config, kernel) for _ in range(config.depth)])
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.project_out = nn.Linear(width, config.patch**2 * config.out_channels)
-        base = config.sample_size // config.patch
-        self.positions_LD: Tensor
-        self.register_buffer(
-            "positions_LD", sincos_positions_2d(base, base, width, base, config.position_scale), persistent=False
-        )
 
-    def forward(
-        self, latent_BCHW: Tensor, tau_B: Tensor, text_BST: Tensor, text_mask_BS: Tensor | None = None
-    ) -> Tensor:
-        """One evaluation.
+    def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """One evaluation (models.components.Denoiser); it reads states and mask.
 
-        Args:
-            latent_BCHW: the noisy latent, already scaled by c_in.
-            tau_B: what the network is told of the time, one number a sample (1000 t on the flow path).
-            text_BST: text states.
-            text_mask_BS: true where a text token is real.
+        Raises:
+            ValueError: no text states.
         """
+        text_BST, text_mask_BS = condition.text(), condition.mask
         height, width = (side // self.config.patch for side in latent_BCHW.shape[-2:])
-        x_BLD = self.patch_embed(latent_BCHW).flatten(2).transpose(1, 2) + self._positions(height, width, latent_BCHW)
+        x_BLD = self.patch_embed(latent_BCHW).flatten(2).transpose(1, 2)
+        base = self.config.sample_size // self.config.patch
+        x_BLD = x_BLD + sincos_positions_2d(height, width, self.config.width, base, self.config.position_scale).to(
+            x_BLD
+        )
         time_BD = self.time_out(F.silu(self.time_in(timestep_embedding(tau_B, TIME_CHANNELS).to(x_BLD.dtype))))
         modulation_B6D = self.time_modulation(F.silu(time_BD)).unflatten(-1, (6, -1))
         text_BSD = self.text_out(F.gelu(self.text_in(text_BST), approximate="tanh"))
@@ -155,12 +151,6 @@ class DiT(nn.Module):
             x_BLD = block(x_BLD, modulation_B6D, text_BSD, text_mask_BS)
         shift, scale = (self.scale_shift_table + time_BD[:, None]).unsqueeze(2).unbind(1)
         return self._unpatch(self.project_out(modulate(_norm(x_BLD), shift, scale)), height, width)
-
-    def _positions(self, height: int, width: int, like: Tensor) -> Tensor:
-        base = self.config.sample_size // self.config.patch
-        if (height, width) == (base, base):
-            return self.positions_LD.to(like.dtype)
-        return sincos_positions_2d(height, width, self.config.width, base, self.config.position_scale).to(like)
 
     def _unpatch(self, y_BLP: Tensor, height: int, width: int) -> Tensor:
         """(B, L, p p C) to (B, C, H, W): a token's outputs are ordered row, column, channel."""

@@ -1,0 +1,33 @@
+"""`scheduler=published`: the noise scheduler of the checkpoint's own scheduler_config.json."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from harness.config.schema import SchedulerConfig
+from models.files import CheckpointError, read_json
+
+
+def scheduler_file(folder: Path) -> Path:
+    """Where a checkpoint in the diffusers layout states its noise scheduler."""
+    return folder / "scheduler" / "scheduler_config.json"
+
+
+def check_published(asked: SchedulerConfig, folder: Path) -> None:
+    """Refuses a checkpoint that states no noise scheduler, and keys that would have no effect beside it.
+
+    Raises:
+        ValueError: what to change, in one line.
+    """
+    file = scheduler_file(folder)
+    if not file.is_file():
+        raise CheckpointError(f"{file}: not there; choose scheduler=rectified_flow, ddpm or sgm")
+    read_json(file)
+    plain = SchedulerConfig()
+    given = [f.name for f in fields(asked) if f.name != "family" and getattr(asked, f.name) != getattr(plain, f.name)]
+    if given:
+        raise ValueError(
+            f"scheduler.{given[0]} has no effect beside the checkpoint's own noise scheduler ({file.name}); choose "
+            "scheduler=rectified_flow, ddpm or sgm to set it"
+        )

@@ -1,0 +1,71 @@
+"""Latent decoders, through diffusers' autoencoders, from a folder on disk."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from models.checkpoint import stream_into
+from models.empty import build_empty, fill_dummy
+from models.files import CheckpointError
+from models.names import NameMap
+from models.source import Source
+
+M = TypeVar("M", bound=ModelMixin)
+OLD_ATTENTION = NameMap((("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")))
+"""Names of attention layers in checkpoints from before 2023, and those that diffusers gives them today."""
+
+
+class KLDecoder:
+    """The decoder half of an AutoencoderKL, with the checkpoint's own scale and shift undone first.
+
+    Source: latent diffusion (Rombach et al. 2022), in diffusers' convention: decode(z / scaling_factor + shift_factor).
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self.vae = vae
+        self.latent_channels = int(vae.config.latent_channels)
+        self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def __call__(self, latent_BCHW: Tensor) -> Tensor:
+        """Pixels (B, 3, stride * H, stride * W), float32 in [0, 1]."""
+        z_BCHW = latent_BCHW / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        pixels: Tensor = self.vae.decode(z_BCHW.to(self.vae.dtype), return_dict=False)[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+def load_kl_decoder(source: Source) -> KLDecoder:
+    """The decoder of a checkpoint with `vae/`.
+
+    Raises:
+        CheckpointError: files that diffusers cannot read.
+    """
+    return KLDecoder(load_from_diffusers(source, "vae", AutoencoderKL))
+
+
+def load_from_diffusers(source: Source, component: str, kind: type[M]) -> M:
+    """A model of diffusers in its dtype, on its device, in evaluation mode.
+
+    Args:
+        source: the checkpoint.
+        component: the model's folder in it.
+        kind: its class.
+
+    Raises:
+        CheckpointError: a configuration that diffusers cannot build, or weights that do not fit it.
+    """
+    folder = source.config_folder(component)
+    try:
+        config = kind.load_config(folder, local_files_only=True)
+        model = build_empty(lambda: kind.from_config(config), source.dtype_of(component), source.device)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder}: {component} cannot be built from its config.json ({line})") from error
+    if source.dummy:
+        fill_dummy(model)
+    else:
+        stream_into(model, source.weights(component), OLD_ATTENTION, str(folder))
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,63 @@
+"""Building networks without filling them, and filling them with random numbers at the speed of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TILE = 1_000_003  # prime, so that no two rows of a matrix repeat one another
+STRIDE = 7_919
+N = TypeVar("N", bound=nn.Module)
+FILLS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+
+
+class _WithoutFilling(TorchDispatchMode):
+    """Leaves memory as it was allocated where an initialiser would draw random numbers into it."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func in FILLS else func(*args, **(kwargs or {}))
+
+
+def build_empty(make: Callable[[], N], dtype: torch.dtype, device: torch.device | str = "cpu") -> N:
+    """A module in its dtype, on its device, with buffers computed and parameters left as allocated.
+
+    Nothing is resident until it is written: a network of W bytes costs W bytes to load, not 2 W.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), _WithoutFilling():
+            return make()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def fill_dummy(module: nn.Module, seed: int = 0) -> None:
+    """Random weights of sane scale, in place: matrices and kernels of variance 1 / fan-in, gains 1, biases 0.
+
+    A tile of normal numbers is laid end to end over every tensor, from another place in each, which is as fast as
+    copying memory.
+    """
+    tile = torch.randn(TILE, generator=torch.Generator("cpu").manual_seed(seed))
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(module.named_parameters()):
+            if parameter.ndim > 1:
+                shifted = tile.roll(number * STRIDE) / parameter[0].numel() ** 0.5
+                _lay(parameter, shifted.to(device=parameter.device, dtype=parameter.dtype))
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)
+
+
+def _lay(parameter: Tensor, tile: Tensor) -> None:
+    flat = parameter.view(-1)
+    for start in range(0, len(flat), TILE):
+        part = flat[start : start + TILE]
+        part.copy_(tile[: len(part)])

@@ -1,0 +1,40 @@
+"""A whole text-to-image checkpoint around PixArt: T5 prompts, the network, and a KL autoencoder."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from models.attention import AttentionKernel, sdpa_attention
+from models.checkpoint import load_network
+from models.components import Components, LatentSpace
+from models.decoders import load_kl_decoder
+from models.pixart.network import PixArt
+from models.pixart.weights import NAMES, read_config
+from models.source import Source
+from models.text.t5 import load_t5_prompts
+
+
+def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention) -> PixArt:
+    """The network alone.
+
+    Raises:
+        CheckpointError: a configuration that it cannot be built from, or weights that do not fit it.
+    """
+    config = read_config(source.config_folder(source.denoiser))
+    return load_network(lambda: PixArt(config, kernel), source, source.denoiser, NAMES)
+
+
+def load(source: Source, kernel: AttentionKernel) -> Components:
+    """The components of a checkpoint in the layout of diffusers' PixArtSigmaPipeline.
+
+    Raises:
+        CheckpointError: a component that is missing, unreadable or does not fit.
+    """
+    network, decoder = load_denoiser(source, kernel), load_kl_decoder(source)
+    return Components(
+        network=network,
+        load_prompts=partial(load_t5_prompts, source),
+        decoder=decoder,
+        latent=LatentSpace(decoder.latent_channels, decoder.stride),
+        size_multiple=decoder.stride * network.config.patch,
+    )

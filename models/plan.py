@@ -1,0 +1,42 @@
+"""How a network may be cut over ranks, as data that its folder states and `harness.parallel` applies from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of equal blocks whose tokens can be dealt over ranks.
+
+    Args:
+        blocks: name of the network's nn.ModuleList.
+        sharded: arguments of a block's forward that are cut, with the dimension that counts tokens.
+        replicated: arguments with tokens that every rank holds whole (the text of a cross-attention).
+        outputs: what a block returns, in order: the names of the sharded arguments that take it up in the next one.
+    """
+
+    blocks: str
+    sharded: Mapping[str, int]
+    replicated: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ("x_BLD",)
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """The whole plan of one network.
+
+    Args:
+        heads: name of the config's field that counts attention heads, which Ulysses and tensor parallelism divide.
+        stacks: runs of blocks for sequence parallelism, in the order of the forward.
+        column: linears cut by output features (patterns of fnmatch over module names).
+        row: linears cut by input features, whose outputs are summed over ranks.
+        head_norms: norms over a whole width that column-parallel linears cut; their mean needs a sum over ranks.
+    """
+
+    heads: str
+    stacks: tuple[Stack, ...]
+    column: tuple[str, ...] = ()
+    row: tuple[str, ...] = ()
+    head_norms: tuple[str, ...] = field(default=())

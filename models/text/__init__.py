@@ -1,0 +1,1 @@
+"""Prompt encoders: text encoders and tokenizers through transformers, from a folder on disk and never from a hub."""

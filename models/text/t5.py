@@ -1,0 +1,56 @@
+"""T5 prompts with their padding masked, as PixArt uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
+
+from models.components import Conditioning
+from models.source import Source
+from models.text.load import StandIn, load_encoder, load_tokenizer
+
+T5_STAND_IN = StandIn(
+    special={"<pad>": 0, "</s>": 1, "<unk>": 2},
+    roles={"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
+    template="$A </s>",
+)
+
+
+class T5Prompts:
+    """A T5 encoder with its tokenizer: each prompt padded or cut to `max_tokens`, padding masked.
+
+    Prompts are encoded one at a time, so that a state does not depend on its neighbours in a batch.
+
+    Source: PixArt-alpha's use of T5 (arXiv:2310.00426), as in diffusers' PixArtSigmaPipeline.
+    """
+
+    def __init__(self, encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt before it is cut, the end-of-text token included."""
+        return len(self.tokenizer(prompt).input_ids)
+
+    def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
+        """States (B, max_tokens, T) in the encoder's dtype, and their mask."""
+        return Conditioning.stack([self._encode(prompt) for prompt in prompts])
+
+    def _encode(self, prompt: str) -> Conditioning:
+        tokens = self.tokenizer(
+            prompt, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        ).to(self.encoder.device)
+        states = self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return Conditioning(states, tokens.attention_mask.bool())
+
+
+def load_t5_prompts(source: Source) -> T5Prompts:
+    """The prompt encoder of a checkpoint with `text_encoder/` and `tokenizer/`.
+
+    Raises:
+        CheckpointError: files that transformers cannot read.
+    """
+    tokenizer = load_tokenizer(source, "tokenizer", T5_STAND_IN)
+    return T5Prompts(load_encoder(source, "text_encoder", T5EncoderModel, T5Config), tokenizer, source.text_tokens)
