@@ -1,4 +1,4 @@
-"""One CLIP text encoder: states of a chosen layer and one pooled vector, as Stable Diffusion, SDXL, SD3 and FLUX use it.
+"""One CLIP text encoder: states of a layer and one pooled vector, as Stable Diffusion, SDXL, SD3 and FLUX use it.
 
 Source: CLIP (Radford et al. 2021), through transformers; which layer and which pooled vector a model reads, its own
 folder says.
