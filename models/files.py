@@ -97,7 +97,7 @@ def check_component(folder: Path, weights: Path | None, classes: tuple[str, ...]
         CheckpointError: what is missing, foreign or broken, and where.
     """
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json here")
+        raise CheckpointError(f"{folder}: no {'config.json here' if folder.is_dir() else 'such folder'}")
     name = read_json(folder / "config.json").get("_class_name")
     if classes and name not in classes:
         raise CheckpointError(f"{folder}: config.json says _class_name={name}; this model wants {' or '.join(classes)}")

@@ -10,6 +10,7 @@ from harness.config.train import DenoiserConfig, LoopConfig, Precision
 from harness.train import denoiser
 from harness.train.denoiser import Examples
 from harness.train.objective import objective
+from models.components import Conditioning
 from schedulers.families import Settings
 
 
@@ -27,7 +28,7 @@ def examples() -> Examples:
 
 def test_untrained_network_answers_zero() -> None:
     model = denoiser.build(tiny())
-    answer = model(torch.randn(2, 4, 16, 16), torch.tensor([10.0, 900.0]), torch.randn(2, 3, 8))
+    answer = model(torch.randn(2, 4, 16, 16), torch.tensor([10.0, 900.0]), Conditioning(torch.randn(2, 3, 8)))
     assert torch.equal(answer, torch.zeros(2, 4, 16, 16))
 
 

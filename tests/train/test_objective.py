@@ -14,6 +14,7 @@ from harness.compose import compose_run
 from harness.config.train import DenoiserConfig, Precision, TimeSampling
 from harness.pipeline.settings import noise_scheduler_settings
 from harness.train.objective import Objective, objective
+from models.components import Conditioning
 from schedulers.build import build as build_noise_scheduler
 from schedulers.families import FAMILIES, PATHS, Settings
 from schedulers.grid import Point
@@ -55,7 +56,7 @@ class Told(nn.Module):
         self.noise_scheduler, self.time_of = chosen.noise_scheduler(), TIMES[chosen.settings.path or ""]
         self.tau = torch.empty(0)
 
-    def forward(self, x: Tensor, tau: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tau: Tensor, condition: Conditioning) -> Tensor:
         self.tau = tau
         path, t_B111 = self.noise_scheduler.path, self.time_of(tau.double()).view(-1, 1, 1, 1)
         alpha, sigma = path.alpha(t_B111), path.sigma(t_B111)
@@ -218,7 +219,7 @@ def test_bfloat16_is_the_networks_arithmetic_alone(family: str) -> None:
     seen: list[torch.dtype] = []
 
     class Linear(nn.Linear):
-        def forward(self, x: Tensor, *told: Tensor) -> Tensor:
+        def forward(self, x: Tensor, *told: object) -> Tensor:
             output = super().forward(x)
             seen.append(output.dtype)
             return output
