@@ -140,6 +140,11 @@ def from_yaml(text: str) -> RunConfig:
 def one_line(error: BaseException) -> str:
     """An exception's message on one line, without Hydra's advice to set variables."""
     text = str(error)
+    if text.startswith("Could not override 'scheduler/solver'"):
+        return (
+            "scheduler/solver has no effect beside the checkpoint's own noise scheduler (scheduler=published, this "
+            "model's default); add scheduler=rectified_flow, ddpm or sgm"
+        )
     if text.startswith("Error merging override") and error.__cause__ is not None:
         text = f"{text.removeprefix('Error merging override ')}: {error.__cause__}"
     lines = [line.strip() for line in text.splitlines()]

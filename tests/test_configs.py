@@ -20,6 +20,7 @@ from harness.compose import (
     run_folder,
     to_yaml,
 )
+from harness.config.limits import check_frames
 from harness.config.schema import RunConfig, TrainingFacts
 from harness.config.trained import trained_denoiser
 from models.registry import REFERENCE
@@ -48,7 +49,8 @@ def refused(*overrides: str) -> str:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
-    composed = compose(f"{group}={option}", *NEEDS.get((group, option), []))
+    unshipped = ["model.load=dummy"] if group == "model" and not (REFERENCE / option).is_dir() else []
+    composed = compose(f"{group}={option}", *unshipped, *NEEDS.get((group, option), []))
     assert composed.notes == []
     assert from_yaml(to_yaml(composed.config)) == composed.config
 
@@ -91,6 +93,8 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("prediction=v", "did you mean scheduler.prediction?"),
         ("model.architecture=pixar", "did you mean pixart"),
         ("launch.threads_per_rank=0", "at least 1"),
+        ("request.frames=5", "this model draws pictures"),
+        ("model.text.tokens=0", "at least 1"),
         ("task.repeats=0", "at least 1"),
         ("request.prompt=a=b", "single quotes"),
         ("request.prompt=red apple, 3d", "'request.prompt=\"red apple, 3d\"'"),
@@ -274,3 +278,22 @@ def test_a_folder_name_has_no_slash_and_fits() -> None:
 def test_an_experiment_sweeps_options_and_keys_that_exist(file: Path) -> None:
     swept = yaml.safe_load(file.read_text())["hydra"]["sweeper"]["params"]
     check_names([f"{key}={values}" for key, values in swept.items()], sweep=True)
+
+
+@pytest.mark.parametrize("override", ["scheduler.solver.name=heun", "scheduler/solver=heun", "scheduler.shift=3"])
+def test_nothing_is_set_beside_a_published_noise_scheduler(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"has no effect beside the checkpoint's own noise scheduler.*rectified_flow"):
+        compose_run(["scheduler=published", override])
+
+
+def test_a_checkpoint_without_a_noise_scheduler_names_the_families(tmp_path: Path) -> None:
+    folder = shutil.copytree(REFERENCE / "emoji", tmp_path / "emoji")
+    shutil.rmtree(folder / "scheduler")
+    with pytest.raises(ConfigError, match="scheduler_config.json: not there; choose scheduler=rectified_flow"):
+        compose_run([f"model.path={folder}", "scheduler=published"])
+
+
+@pytest.mark.parametrize(("frames", "near"), [(0, "1"), (2, "1"), (7, "9"), (8, "9"), (100, "81"), (-3, "1")], ids=str)
+def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> None:
+    with pytest.raises(ValueError, match=f"1 \\+ a multiple of 4 frames, 81 at most: the nearest is {near}$"):
+        check_frames(frames, 4, 81)
