@@ -289,7 +289,7 @@ def test_nothing_is_set_beside_a_published_noise_scheduler(override: str) -> Non
 def test_a_checkpoint_without_a_noise_scheduler_names_the_families(tmp_path: Path) -> None:
     folder = shutil.copytree(REFERENCE / "emoji", tmp_path / "emoji")
     shutil.rmtree(folder / "scheduler")
-    with pytest.raises(ConfigError, match="scheduler_config.json: not there; choose scheduler=rectified_flow"):
+    with pytest.raises(ConfigError, match=r"scheduler_config\.json: not there; choose scheduler=rectified_flow"):
         compose_run([f"model.path={folder}", "scheduler=published"])
 
 

@@ -1,4 +1,4 @@
-"""Every published checkpoint maps one to one: each name and shape of diffusers' network is one of ours, none left over."""
+"""Every published checkpoint maps one to one: each name and shape of diffusers' network is one of ours."""
 
 from pathlib import Path
 
