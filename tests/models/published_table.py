@@ -6,9 +6,7 @@ from tests.models.published import CHECKPOINTS, pair
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- models -->", "<!-- /models -->"
-HEADER = (
-    "| `model=` | published as | network of diffusers | parameters | tensors, all mapped | left over: theirs, ours |"
-)
+HEADER = "| `model=` | published as | network of diffusers | parameters | tensors mapped | left over: theirs, ours |"
 
 
 def table() -> str:
