@@ -1,0 +1,43 @@
+"""Video latents to frames, through diffusers' AutoencoderKLWan."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch import Tensor
+
+from models.components import LatentSpace
+from models.decoders import load_from_diffusers
+from models.source import Source
+
+
+class WanDecoder:
+    """The decoder half of an AutoencoderKLWan, with each latent channel's mean and deviation undone first.
+
+    Source: Wan-VAE (arXiv:2503.20314, section 4.1), in diffusers' convention: decode(z * latents_std + latents_mean).
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = vae
+        self.space = LatentSpace(
+            int(vae.config.z_dim), int(vae.config.scale_factor_spatial), int(vae.config.scale_factor_temporal)
+        )
+
+    def __call__(self, latent_BCFHW: Tensor) -> Tensor:
+        """Frames (B, frames, 3, stride * H, stride * W), float32 in [0, 1]."""
+        mean, std = (
+            torch.tensor(values, device=latent_BCFHW.device)[:, None, None, None]
+            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
+        )
+        z_BCFHW = (latent_BCFHW * std + mean).to(self.vae.dtype)
+        video: Tensor = self.vae.decode(z_BCFHW, return_dict=False)[0]
+        return (video.transpose(1, 2).float() / 2 + 0.5).clamp(0, 1)
+
+
+def load_wan_decoder(source: Source) -> WanDecoder:
+    """The decoder of a checkpoint with `vae/`.
+
+    Raises:
+        CheckpointError: files that diffusers cannot read.
+    """
+    return WanDecoder(load_from_diffusers(source, "vae", AutoencoderKLWan))
