@@ -18,29 +18,34 @@ from harness.config.schema import LaunchMode, RequestConfig, RunConfig
 from harness.engine import Engine, OnProgress
 from harness.inprocess import InprocessEngine
 from harness.launch import TorchrunEngine
-from harness.media import grid, pixel_hash, save_png, to_uint8
+from harness.media import grid, pixel_hash, save_mp4, save_png, still, to_uint8
 from harness.messages import Array, EngineInfo, GenerationResult, array
 from harness.records import FirstCall, Record, Repeat, SampleRow
 from harness.results import build_record, measured
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The answer to one request: pictures, timings of every rank, and the record.
+    """The answer to one request: pictures or videos, timings of every rank, and the record.
 
     Args:
-        pixels: pictures (3, height, width), float32 in [0, 1], in the request's order.
+        pixels: pictures (3, height, width) or videos (frames, 3, height, width), float32 in [0, 1], in the request's
+            order.
         result: the engine's answer, with each rank's stage and step times and memory.
         client_ms: what the client waited.
+        fps: frames a second of a video.
         make_record: makes `record`.
     """
 
     pixels: list[Array]
     result: GenerationResult
     client_ms: float
+    fps: int
     make_record: Callable[[], Record]
 
     @property
@@ -50,23 +55,33 @@ class Generation:
 
     @property
     def images(self) -> list[Image]:
-        """The pictures as 8-bit PIL images."""
+        """The pictures as 8-bit PIL images; none where the answer holds videos."""
         from PIL import Image
 
-        return [Image.fromarray(to_uint8(picture)) for picture in self.pixels]
+        return [Image.fromarray(to_uint8(picture)) for picture in self.pixels if picture.ndim == 3]
+
+    @property
+    def videos(self) -> list[NDArray[np.uint8]]:
+        """The videos as 8-bit frames (frames, height, width, 3); none where the answer holds pictures."""
+        return [to_uint8(video) for video in self.pixels if video.ndim == 4]
 
     def grid(self) -> Image:
-        """One sheet of all pictures with their prompts."""
-        return grid([to_uint8(picture) for picture in self.pixels], [sample.prompt for sample in self.result.samples])
+        """One sheet of all pictures, or of three frames of each video, with their prompts."""
+        shown = [still(to_uint8(picture)) for picture in self.pixels]
+        return grid(shown, [sample.prompt for sample in self.result.samples])
 
     def save(self, folder: Path, fingerprint: str) -> list[SampleRow]:
-        """Writes `samples/*.png` and `grid.png`; the rows that name them."""
+        """Writes `samples/*.png` or `samples/*.mp4`, and `grid.png`; the rows that name them."""
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         rows = []
         for sample, picture in zip(self.result.samples, (to_uint8(p) for p in self.pixels), strict=True):
-            row = SampleRow(f"samples/{sample.index:04d}.png", sample.prompt, sample.seed, pixel_hash(picture))
+            name = f"samples/{sample.index:04d}.{'png' if picture.ndim == 3 else 'mp4'}"
+            row = SampleRow(name, sample.prompt, sample.seed, pixel_hash(picture))
             text = {"prompt": sample.prompt, "seed": str(sample.seed), "fingerprint": fingerprint}
-            save_png(folder / row.path, picture, text)
+            if picture.ndim == 3:
+                save_png(folder / row.path, picture, text)
+            else:
+                save_mp4(folder / row.path, picture, self.fps, text)
             rows.append(row)
         self.grid().save(folder / "grid.png")
         return rows
@@ -164,6 +179,7 @@ class DiffusionGenerator:
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        frames: int | None = None,
         samples_per_prompt: int | None = None,
         batch_size: int | None = None,
         on_progress: OnProgress = lambda progress: None,
@@ -186,16 +202,18 @@ class DiffusionGenerator:
             "guidance": guidance,
             "height": height,
             "width": width,
+            "frames": frames,
             "samples_per_prompt": samples_per_prompt,
             "batch_size": batch_size,
         }
         asked = replace(self.config.request, **{key: value for key, value in given.items() if value is not None})
         began = time.perf_counter()
-        result, frames = self._engine.generate(to_message(asked), on_progress)
+        result, parts = self._engine.generate(to_message(asked), on_progress)
         client_ms = (time.perf_counter() - began) * 1e3
-        pixels = [array(sample.pixels, frames) for sample in result.samples]
+        pixels = [array(sample.pixels, parts) for sample in result.samples]
         repeats = [measured(result, client_ms)]
-        return Generation(pixels, result, client_ms, lambda: self.record(asked, repeats, [result], [], pixels))
+        fps = self.config.model.fps
+        return Generation(pixels, result, client_ms, fps, lambda: self.record(asked, repeats, [result], [], pixels))
 
     def record(
         self,

@@ -28,6 +28,7 @@ from harness.config.limits import check_frames, check_request, check_size
 from harness.config.request import to_message
 from harness.config.schema import LaunchMode, ModelConfig, RunConfig, Task, TrainedConfig
 from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
+from harness.media import ffmpeg
 from harness.metrics import pretrained
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.pipeline.checkpoint import check_place, locate
@@ -273,6 +274,8 @@ def _resolve_request(config: RunConfig) -> None:
     check_request(message)
     check_size(message.height, message.width, model.size_multiple, model.max_pixels)
     check_frames(message.frames, model.frame_multiple, model.max_frames)
+    if message.frames > 1:
+        ffmpeg()
 
 
 def _check_model(config: RunConfig) -> None:

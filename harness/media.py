@@ -1,9 +1,10 @@
-"""Pictures on disk: PNGs that say what they are, and a grid to look at."""
+"""Pictures and videos on disk: PNGs and MP4s that say what they are, and a grid to look at."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,15 +22,20 @@ CAPTION = 18
 GAP = 8
 FONT = 12
 CAPTION_CHARS = 80
+CRF = 12  # x264's constant rate factor: 0 is without loss, below 18 none is seen
+COLOUR = (  # bt709, by conversion and by name: players differ in what they take a video for that does not say
+    "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_inp+full_chroma_int,"
+    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+)
 
 
 def to_uint8(pixels: Array) -> NDArray[np.uint8]:
-    """Float pixels (3, H, W) in [0, 1] to 8-bit (H, W, 3), rounded to nearest."""
-    return (pixels.transpose(1, 2, 0) * 255.0).round().clip(0, 255).astype(np.uint8)
+    """Float pixels (..., 3, H, W) in [0, 1] to 8-bit (..., H, W, 3), rounded to nearest."""
+    return (np.moveaxis(pixels, -3, -1) * 255.0).round().clip(0, 255).astype(np.uint8)
 
 
 def pixel_hash(picture: NDArray[np.uint8]) -> str:
-    """sha256 of the 8-bit pixels."""
+    """sha256 of the 8-bit pixels, of a video frame by frame."""
     return hashlib.sha256(np.ascontiguousarray(picture).tobytes()).hexdigest()
 
 
@@ -42,6 +48,51 @@ def save_png(path: Path, picture: NDArray[np.uint8], text: dict[str, str]) -> No
     for key, value in text.items():
         chunks.add_itxt(key, value)
     Image.fromarray(picture).save(path, pnginfo=chunks)
+
+
+def save_mp4(path: Path, video: NDArray[np.uint8], fps: int, text: dict[str, str]) -> None:
+    """Writes 8-bit frames (F, H, W, 3) as H.264 in yuv420p, with `text` in the file's metadata.
+
+    Chroma is stored at half the size, so an odd side is made even by repeating its last row or column.
+
+    Raises:
+        ValueError: there is no ffmpeg.
+        OSError: ffmpeg could not write the file.
+    """
+    height, width = video.shape[1:3]
+    even = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    size = f"{even.shape[2]}x{even.shape[1]}"
+    source = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-")
+    codec = ("-vf", COLOUR, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF))
+    tags = [part for key, value in text.items() for part in ("-metadata", f"{key}={value}".replace("\0", " "))]
+    container = ("-movflags", "+use_metadata_tags+faststart", "-f", "mp4", str(path))
+    command = [ffmpeg(), "-y", "-v", "error", *source, *codec, *tags, *container]
+    done = subprocess.run(command, input=even.tobytes(), capture_output=True, check=False)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        raise OSError(f"{path}: ffmpeg could not write the video ({said[-1]})")
+
+
+def ffmpeg() -> str:
+    """The ffmpeg that writes videos.
+
+    Raises:
+        ValueError: there is none, with the line to install it.
+    """
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        found: str = get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as missing:
+        raise ValueError("videos are written by ffmpeg: pip install 'imageio-ffmpeg>=0.6'") from missing
+    return found
+
+
+def still(shown: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture as it is; of a video (F, H, W, 3) its first, middle and last frame side by side."""
+    if shown.ndim == 3:
+        return shown
+    return np.concatenate([shown[0], shown[len(shown) // 2], shown[-1]], axis=1)
 
 
 def grid(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> Image:

@@ -31,7 +31,8 @@ class ArrayRef(msgspec.Struct, frozen=True):
 class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     """Pictures to draw: samples_per_prompt of each prompt; picture k (over prompts, then samples) has seed + k.
 
-    Sizes in pixels; guidance 1 is none; batch_size is the number of pictures a network forward carries.
+    Sizes in pixels; guidance 1 is none; batch_size is the number of pictures a network forward carries; more than one
+    of frames makes each picture a video.
     """
 
     request_id: str

@@ -12,7 +12,18 @@ import msgspec
 
 from harness.messages import EngineInfo
 
-PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "hydra-core", "pyzmq", "wandb")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "hydra-core",
+    "pyzmq",
+    "wandb",
+    "imageio-ffmpeg",
+    "ftfy",  # where it is installed, it mends Wan's prompts
+)
 VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",

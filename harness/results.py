@@ -70,9 +70,11 @@ def quality(folder: Path, pixels: Sequence[Array], prompts: Sequence[str]) -> tu
 
     Args:
         folder: the checkpoint, whose `gallery.safetensors` is what its pictures are compared with.
-        pixels: pictures (3, height, width), float32 in [0, 1].
+        pixels: pictures (3, height, width), float32 in [0, 1]; or videos, which nothing here scores.
         prompts: of each.
     """
+    if pixels[0].ndim == 4:
+        return None, ["quality is not scored: it is measured on pictures, and these are videos"]
     file = folder / FILE
     if not file.is_file():
         return None, [f"quality is not scored: the checkpoint has no {FILE}"]
@@ -89,6 +91,9 @@ def pretrained_quality(
     config: QualityConfig, pixels: Sequence[Array], prompts: Sequence[str]
 ) -> tuple[pretrained.Pretrained | None, list[str]]:
     """The scores on the user's own weights, and why there are none where they were asked for."""
+    if pixels[0].ndim == 4:
+        asked = config.clip is not None or config.features is not None
+        return None, ["quality.clip and quality.features score pictures, and these are videos"] if asked else []
     try:
         return pretrained.score(config, [to_uint8(picture) for picture in pixels], prompts), []
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:

@@ -32,8 +32,9 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
     first = record.first_call
     peaks = ", ".join(f"{peak:.0f}" for peak in summary.peak_memory_mib)
     share = f"{100 * summary.overhead_share.median:.1f} %"
+    kind = "video" if any(row.path.endswith(".mp4") for row in record.samples) else "picture"
     console.print(
-        f"{summary.throughput_per_s:.2f} pictures/s, {summary.nfe} network evaluations a picture, "
+        f"{summary.throughput_per_s:.2f} {kind}s/s, {summary.nfe} network evaluations a {kind}, "
         f"harness overhead {share}"
     )
     console.print(
@@ -49,7 +50,7 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
         print_pretrained(record.pretrained, console)
     for note in record.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
-    for name, path in (("pictures", "samples"), ("grid", "grid.png"), ("record", "record.json"), ("logs", "logs")):
+    for name, path in ((f"{kind}s", "samples"), ("grid", "grid.png"), ("record", "record.json"), ("logs", "logs")):
         console.print(f"{name:8} {escape(str(folder / path))}", soft_wrap=True)
 
 

@@ -1,5 +1,5 @@
-"""Weights & Biases: config nested, summary scalars, stage and step tables, memory and the grid. A mirror of the
-record.
+"""Weights & Biases: config nested, summary scalars, stage and step tables, memory, the grid and videos. A mirror of
+the record.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from harness.records import Record, Status
 
 if TYPE_CHECKING:
     import wandb
+
+MAX_VIDEOS = 16  # mirrored of one run; the rest are on disk
 
 
 def resolve_mode(mode: WandbMode) -> str:
@@ -47,7 +49,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
     Args:
         config: the `logger.wandb` group.
         record: what to mirror.
-        folder: the run's folder; `wandb/` and `grid.png` are in it.
+        folder: the run's folder; `wandb/`, `grid.png` and the videos are in it.
         job_type: the task.
     """
     mode = resolve_mode(config.mode)
@@ -71,7 +73,9 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         for rank, peak in enumerate(summary.peak_memory_mib):
             ranks.add_data(rank, peak)
         pictures = {"grid": wandb.Image(str(folder / "grid.png"))} if (folder / "grid.png").exists() else {}
-        run.log({"stages": stages, "steps": steps, "ranks": ranks, **pictures})
+        rows = [row for row in record.samples if row.path.endswith(".mp4")][:MAX_VIDEOS]
+        videos = {"videos": [wandb.Video(str(folder / row.path), caption=row.prompt) for row in rows]} if rows else {}
+        run.log({"stages": stages, "steps": steps, "ranks": ranks, **pictures, **videos})
         run.summary.update(
             {
                 "state": "ok",

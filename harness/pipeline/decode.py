@@ -1,4 +1,4 @@
-"""Decoding: latents to pixels, micro-batch by micro-batch."""
+"""Decoding: latents to pixels, micro-batch by micro-batch; one frame of a video model is a picture."""
 
 from __future__ import annotations
 
@@ -25,4 +25,4 @@ class Decoding:
             with run.clock.network("decoder"):
                 pixels = self.decoder(latent)
             for sample, picture in zip(batch, pixels, strict=True):
-                sample.pixels = picture
+                sample.pixels = picture[0] if picture.ndim == 4 and sample.ask.frames == 1 else picture

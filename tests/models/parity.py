@@ -55,4 +55,8 @@ def assert_plan_fits(network: nn.Module, plan: ParallelPlan) -> None:
         found = [name for name in modules if fnmatch(name, pattern)]
         assert found, pattern
         assert all(isinstance(modules[name], nn.Linear) for name in found), pattern
+    for pattern in plan.head_norms:
+        found = [name for name in modules if fnmatch(name, pattern)]
+        assert found, pattern
+        assert all([p.ndim for p in modules[name].parameters()] == [1] for name in found), pattern
     assert hasattr(network.config, plan.heads)
