@@ -28,15 +28,16 @@ class ParallelPlan:
     """The whole plan of one network.
 
     Args:
-        heads: name of the config's field that counts attention heads, which Ulysses and tensor parallelism divide.
-        stacks: runs of blocks for sequence parallelism, in the order of the forward.
+        heads: name of the config's field that counts attention heads, which Ulysses and tensor parallelism divide;
+            None for a network that neither can cut.
+        stacks: runs of blocks for sequence parallelism, in the order of the forward; none where it cannot be.
         column: linears cut by output features (patterns of fnmatch over module names).
         row: linears cut by input features, whose outputs are summed over ranks.
         head_norms: norms over a whole width that column-parallel linears cut; their mean needs a sum over ranks.
     """
 
-    heads: str
-    stacks: tuple[Stack, ...]
+    heads: str | None = None
+    stacks: tuple[Stack, ...] = ()
     column: tuple[str, ...] = ()
     row: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = field(default=())
