@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
+from models.files import CheckpointError
 from models.source import Source
 from models.text.load import StandIn, load_encoder, load_tokenizer
 
@@ -65,11 +66,21 @@ class Clip:
         return ClipStates(found.last_hidden_state, found.hidden_states[-2], pooled)
 
 
-def load_clip(source: Source, encoder: str, tokenizer: str, projected: bool) -> Clip:
-    """The CLIP encoder of a checkpoint's two folders; `projected` where its pooled vector goes through a projection.
+def load_clip(source: Source, encoder: str, tokenizer: str, projected: bool, max_tokens: int = 77) -> Clip:
+    """The CLIP encoder of a checkpoint's two folders.
+
+    Args:
+        source: the checkpoint.
+        encoder: the text encoder's folder in it.
+        tokenizer: the tokenizer's.
+        projected: its pooled vector goes through a projection.
+        max_tokens: tokens a prompt is padded or cut to.
 
     Raises:
-        CheckpointError: files that transformers cannot read.
+        CheckpointError: files that transformers cannot read, or more tokens than the encoder has positions for.
     """
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-    return Clip(load_encoder(source, encoder, kind, CLIPTextConfig), load_tokenizer(source, tokenizer, CLIP_STAND_IN))
+    model = load_encoder(source, encoder, kind, CLIPTextConfig)
+    if max_tokens > (most := model.config.max_position_embeddings):
+        raise CheckpointError(f"{source.config_folder(encoder)}: {max_tokens} tokens, but this encoder takes {most}")
+    return Clip(model, load_tokenizer(source, tokenizer, CLIP_STAND_IN), max_tokens)
