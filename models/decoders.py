@@ -15,14 +15,23 @@ from models.names import NameMap
 from models.source import Source
 
 M = TypeVar("M", bound=ModelMixin)
-OLD_ATTENTION = NameMap((("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")))
-"""Names of attention layers in checkpoints from before 2023, and those that diffusers gives them today."""
+OLD_NAMES = NameMap(
+    (
+        ("query", "to_q"),
+        ("key", "to_k"),
+        ("value", "to_v"),
+        ("proj_attn", "to_out.0"),
+        ("time_proj.W", "time_proj.weight"),
+    )
+)
+"""Names in checkpoints from before 2023 (attention layers, NCSN++'s frequencies), and those of diffusers today."""
 
 
 class KLDecoder:
     """The decoder half of an AutoencoderKL, with the checkpoint's own scale and shift undone first.
 
-    Source: latent diffusion (Rombach et al. 2022), in diffusers' convention: decode(z / scaling_factor + shift_factor).
+    Source: latent diffusion (Rombach et al. 2022), in diffusers' convention: decode(z / scaling_factor + shift_factor),
+    or, where the autoencoder states each channel's own, decode(z * latents_std / scaling_factor + latents_mean).
     """
 
     def __init__(self, vae: AutoencoderKL) -> None:
@@ -32,7 +41,11 @@ class KLDecoder:
 
     def __call__(self, latent_BCHW: Tensor) -> Tensor:
         """Pixels (B, 3, stride * H, stride * W), float32 in [0, 1]."""
-        z_BCHW = latent_BCHW / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        config = self.vae.config
+        z_BCHW = latent_BCHW / config.scaling_factor + (config.shift_factor or 0.0)
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean, std = (latent_BCHW.new_tensor(of)[:, None, None] for of in (config.latents_mean, config.latents_std))
+            z_BCHW = latent_BCHW * std / config.scaling_factor + mean
         pixels: Tensor = self.vae.decode(z_BCHW.to(self.vae.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
@@ -67,5 +80,5 @@ def load_from_diffusers(source: Source, component: str, kind: type[M]) -> M:
     if source.dummy:
         fill_dummy(model)
     else:
-        stream_into(model, source.weights(component), OLD_ATTENTION, str(folder))
+        stream_into(model, source.weights(component), OLD_NAMES, str(folder))
     return model.requires_grad_(False).eval()
