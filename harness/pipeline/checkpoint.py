@@ -63,6 +63,8 @@ def locate(model: ModelConfig, denoiser: str) -> Place:
     if folder.is_file():
         replaced[denoiser] = folder
         folder = PUBLISHED / model.name
+    elif denoiser not in replaced and not (folder / denoiser).is_dir() and (folder / "config.json").is_file():
+        replaced[denoiser] = folder  # of one network, published without folders (google/ddpm-cifar10-32)
     return Place(folder, replaced, dtypes)
 
 

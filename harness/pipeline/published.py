@@ -10,8 +10,9 @@ from models.files import CheckpointError, read_json
 
 
 def scheduler_file(folder: Path) -> Path:
-    """Where a checkpoint in the diffusers layout states its noise scheduler."""
-    return folder / "scheduler" / "scheduler_config.json"
+    """Where a checkpoint in the diffusers layout states its noise scheduler; at the top, where it has one folder."""
+    file, top = folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"
+    return top if top.is_file() and not file.is_file() else file
 
 
 def check_published(asked: SchedulerConfig, folder: Path) -> None:
