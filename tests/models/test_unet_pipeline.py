@@ -1,0 +1,360 @@
+"""Whole checkpoints of the UNet families: this engine and diffusers' pipelines draw the same picture."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DiffusionPipeline,
+    ScoreSdeVePipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.pipelines.ddpm import pipeline_ddpm
+from diffusers.pipelines.deprecated.score_sde_ve import pipeline_score_sde_ve
+from diffusers.schedulers import scheduling_ddpm, scheduling_sde_ve
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
+
+from harness.client import DiffusionGenerator
+from harness.compose import ConfigError, compose_run
+from harness.engine import RequestFailed
+from harness.pipeline.latents import seeded_noise, step_noise
+from models.files import CheckpointError
+from models.registry import PUBLISHED
+from models.source import Source
+from models.text.load import StandIn
+from models.unet.prompts import load_clip_prompts, load_two_clip_prompts
+from tests.models.parity import randomize
+from tests.models.test_unet import NCSNPP, PLAIN, SIZED, SMALL, _blocks
+
+BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
+SEED, STEPS, GUIDANCE, HEIGHT, WIDTH = 11, 6, 4.0, 40, 72
+PROMPTS = ["a red fox", "two small boats under a bridge"]
+NEGATIVE = "blurry"
+STRIDE = 4
+
+
+def tokenizer(pad: str = "<|endoftext|>") -> PreTrainedTokenizerBase:
+    """Bytes between CLIP's two special tokens."""
+    return StandIn(
+        special={"<|startoftext|>": 256, "<|endoftext|>": 257},
+        roles={"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad},
+        template="<|startoftext|> $A <|endoftext|>",
+        first_byte=0,
+        extra={"model_max_length": 77},
+    ).build()
+
+
+def clip(width: int, layers: int, act: str, projected: int = 0) -> CLIPTextModel | CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=258,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        projection_dim=projected or width,
+        hidden_act=act,
+        bos_token_id=256,
+        eos_token_id=257 if projected else 2,  # 2 is what published files say: the end is where the largest id is
+        pad_token_id=1,
+    )
+    model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+    randomize(model)
+    return model.eval()
+
+
+def autoencoder(**options: Any) -> AutoencoderKL:
+    vae = AutoencoderKL(block_out_channels=[8, 8, 16], norm_num_groups=4, **_blocks(3), **options)
+    randomize(vae)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(0.3)  # so that few pixels leave [0, 1]
+    return vae.eval()
+
+
+def network(kind: type, config: dict[str, Any]) -> Any:
+    unet = kind(**config)
+    randomize(unet)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "attn2.to_out" in name:
+                parameter.mul_(8)  # so that the text is seen in the picture
+    return unet.eval()
+
+
+def scheduler_of(name: str, **changes: object) -> Any:
+    """diffusers' scheduler of a published configuration."""
+    raw = json.loads((PUBLISHED / name / "scheduler" / "scheduler_config.json").read_text())
+    return getattr(diffusers, raw["_class_name"]).from_config(raw | changes)
+
+
+def sd(name: str) -> StableDiffusionPipeline:
+    options = {"attention_head_dim": [2, 4, 4], "use_linear_projection": True, "upcast_attention": True}
+    return StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=clip(12, 2, "quick_gelu") if name == "sd15" else clip(12, 3, "gelu"),
+        tokenizer=tokenizer() if name == "sd15" else tokenizer("!"),
+        unet=network(UNet2DConditionModel, SMALL | {"sample_size": 16} | (options if name == "sd21" else {})),
+        scheduler=scheduler_of(name),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(zeros: bool = True, **vae: Any) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(**vae),
+        text_encoder=clip(8, 2, "quick_gelu"),
+        text_encoder_2=clip(12, 3, "gelu", projected=10),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer("!"),
+        unet=network(UNet2DConditionModel, SIZED | {"cross_attention_dim": 20, "sample_size": 16}),
+        scheduler=scheduler_of("sdxl"),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )
+
+
+PEERS = {
+    "sd15": lambda: sd("sd15"),
+    "sd21": lambda: sd("sd21"),
+    "sdxl": sdxl,
+    "sdxl, empty text encoded, channels of their own scale": lambda: sdxl(
+        zeros=False, scaling_factor=0.5, latents_mean=[-1.6, 1.1, 3.1, -1.7], latents_std=[8.4, 5.9, 5.4, 5.9]
+    ),
+}
+
+
+def engine_of(name: str, folder: Path, *overrides: str) -> DiffusionGenerator:
+    common = ["model.dtype=float32", "launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
+    composed = compose_run([f"model={name}", f"model.path={folder}", *common, "attention=math", *overrides])
+    assert composed.notes == []
+    from harness.inprocess import InprocessEngine
+
+    generator = DiffusionGenerator(composed.config, InprocessEngine(composed.config))
+    generator.start()
+    return generator
+
+
+@pytest.fixture(scope="module", params=list(PEERS))
+def both(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, DiffusionPipeline, DiffusionGenerator]]:
+    """A checkpoint's name, diffusers' pipeline, and this engine on what that pipeline saved."""
+    peer = PEERS[request.param]()
+    peer.set_progress_bar_config(disable=True)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    peer.save_pretrained(folder)
+    engine = engine_of(request.param.partition(",")[0], folder)
+    yield request.param, peer, engine
+    engine.stop()
+
+
+@torch.no_grad()
+def theirs(peer: DiffusionPipeline, prompt: str, seed: int, negative: str | None, **changes: Any) -> Tensor:
+    """diffusers' own picture, (3, height, width), from this engine's noise."""
+    asked = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": HEIGHT, "width": WIDTH} | changes
+    noise = seeded_noise(seed, (4, asked["height"] // STRIDE, asked["width"] // STRIDE))[None]
+    found = peer(prompt=prompt, negative_prompt=negative, latents=noise, output_type="pt", **asked)
+    return found.images[0]
+
+
+def ours(engine: DiffusionGenerator, **changes: Any) -> np.ndarray:
+    asked = {"seed": SEED, "steps": STEPS, "guidance": GUIDANCE, "height": HEIGHT, "width": WIDTH} | changes
+    return np.stack(engine.generate(**asked).pixels)
+
+
+def apart(mine: np.ndarray, other: Tensor) -> float:
+    assert mine.shape == tuple(other.shape)
+    return float(np.abs(mine - other.numpy()).max())
+
+
+def is_a_picture(pixels: Tensor, inside: float = 0.5) -> bool:
+    """Not flat, and not clamped in at least this share of it."""
+    return bool(pixels.std() > 0.03 and ((pixels > 0) & (pixels < 1)).float().mean() > inside)
+
+
+def test_pictures_are_diffusers_own(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
+    _, peer, engine = both
+    drawn = ours(engine, prompts=PROMPTS, negative_prompt=NEGATIVE)
+    for k, prompt in enumerate(PROMPTS):
+        expected = theirs(peer, prompt, SEED + k, NEGATIVE)
+        assert is_a_picture(expected)
+        assert apart(drawn[k], expected) < BOUND
+
+
+def test_pictures_without_a_negative_prompt(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
+    """An empty one is what diffusers takes None for, but where SDXL's checkpoint says otherwise."""
+    name, peer, engine = both
+    drawn = ours(engine, prompt=PROMPTS[0], negative_prompt="")[0]
+    expected = theirs(peer, PROMPTS[0], SEED, None)
+    assert apart(drawn, expected) < BOUND
+    encoded = theirs(peer, PROMPTS[0], SEED, "")
+    assert (apart(drawn, encoded) > 20 * BOUND) == (name == "sdxl")
+
+
+def test_pictures_without_guidance_and_of_another_shape(
+    both: tuple[str, DiffusionPipeline, DiffusionGenerator],
+) -> None:
+    _, peer, engine = both
+    drawn = ours(engine, prompt=PROMPTS[1], guidance=1.0, height=64, width=32, steps=4)[0]
+    changes = {"guidance_scale": 1.0, "height": 64, "width": 32, "num_inference_steps": 4}
+    assert apart(drawn, theirs(peer, PROMPTS[1], SEED, None, **changes)) < BOUND
+
+
+def test_a_long_prompt_is_cut_where_diffusers_cuts_it(
+    both: tuple[str, DiffusionPipeline, DiffusionGenerator],
+) -> None:
+    _, peer, engine = both
+    prompt = "a red fox and a green frog beside a yellow boat under a blue sky with a white cloud and one bird"
+    drawn = engine.generate(prompt=prompt, seed=SEED, steps=2, guidance=1.0, height=32, width=32)
+    assert any("was cut to 77" in note for note in drawn.record.notes)
+    changes = {"guidance_scale": 1.0, "height": 32, "width": 32, "num_inference_steps": 2}
+    assert apart(drawn.pixels[0], theirs(peer, prompt, SEED, None, **changes)) < BOUND
+
+
+def test_the_comparison_sees_what_is_asked(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
+    _, _, engine = both
+    asked = {"prompt": PROMPTS[0], "negative_prompt": NEGATIVE}
+    plain = ours(engine, **asked)[0]
+    for change in (
+        {"prompt": PROMPTS[1]},
+        {"negative_prompt": "a red fox"},
+        {"guidance": 3.0},
+        {"seed": SEED + 1},
+        {"steps": STEPS + 1},
+    ):
+        assert np.abs(ours(engine, **(asked | change))[0] - plain).max() > 20 * BOUND, change
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_what_the_network_is_told_is_diffusers_own(name: str, tmp_path: Path) -> None:
+    peer = PEERS[name]()
+    peer.save_pretrained(tmp_path)
+    source = Source(tmp_path, "unet", text_tokens=77)
+    if name == "sd15":
+        prompt, negative = peer.encode_prompt(PROMPTS[0], "cpu", 1, True, NEGATIVE)
+        found = load_clip_prompts(source)([PROMPTS[0], NEGATIVE])
+        assert found.pooled is None
+    else:
+        prompt, negative, pooled, away = peer.encode_prompt(PROMPTS[0], device="cpu", negative_prompt=NEGATIVE)
+        encoder = load_two_clip_prompts(source)
+        found = encoder([PROMPTS[0], NEGATIVE])
+        torch.testing.assert_close(found.pooled, torch.cat([pooled, away]), rtol=1e-5, atol=1e-5)
+        empty = encoder([""], negative=True)
+        assert not empty.text().any()
+        assert empty.pooled is not None
+        assert not empty.pooled.any()
+        assert encoder([""]).text().any()
+    torch.testing.assert_close(found.text(), torch.cat([prompt, negative]), rtol=1e-5, atol=1e-5)
+    assert found.mask is None
+
+
+def test_more_tokens_than_an_encoder_has_positions_for(tmp_path: Path) -> None:
+    sd("sd15").save_pretrained(tmp_path)
+    assert load_clip_prompts(Source(tmp_path, "unet", text_tokens=9))(["a"]).text().shape == (1, 9, 12)
+    with pytest.raises(CheckpointError, match="78 tokens, but this encoder takes 77"):
+        load_clip_prompts(Source(tmp_path, "unet", text_tokens=78))
+
+
+def test_other_solvers_run_on_the_facts_of_training(tmp_path: Path) -> None:
+    """scheduler=ddpm with DDIM's solver, spacing and end is the published DDIM of a v-prediction checkpoint."""
+    sd("sd21").save_pretrained(tmp_path)
+    engine = engine_of("sd21", tmp_path)
+    expected = ours(engine, prompt=PROMPTS[0])
+    engine.stop()
+    same = ["scheduler.spacing=leading", "scheduler.steps_offset=1", "scheduler.end=t_min"]
+    engine = engine_of("sd21", tmp_path, "scheduler=ddpm", "scheduler/solver=ddim", *same)
+    assert np.abs(ours(engine, prompt=PROMPTS[0]) - expected).max() < BOUND
+    engine.stop()
+
+
+# ---------------------------------------------------------------- without a prompt
+
+
+def fed(monkeypatch: pytest.MonkeyPatch, modules: list[Any], draws: list[Tensor]) -> None:
+    """Hands diffusers' pipeline and scheduler this engine's draws, in the order they ask."""
+    left = iter(draws)
+
+    def draw(shape: tuple[int, ...], **_: object) -> Tensor:
+        return next(left).reshape(shape)
+
+    for module in modules:
+        monkeypatch.setattr(module, "randn_tensor", draw)
+
+
+SIDE = 16
+SHAPE = (3, SIDE, SIDE)
+
+
+def ddpm(monkeypatch: pytest.MonkeyPatch, peer: DDPMPipeline, seed: int, steps: int) -> np.ndarray:
+    """One draw to begin with, and one a step but the last."""
+    draws = [seeded_noise(seed, SHAPE), *(step_noise(seed, i, SHAPE) for i in range(steps - 1))]
+    fed(monkeypatch, [pipeline_ddpm, scheduling_ddpm], draws)
+    return peer(num_inference_steps=steps, output_type="pt").images.numpy()
+
+
+def score(monkeypatch: pytest.MonkeyPatch, peer: ScoreSdeVePipeline, seed: int, steps: int) -> np.ndarray:
+    """One draw to begin with, and two a step: of the correction (numbered after all steps) and of the prediction."""
+    order = [number for i in range(steps) for number in (i + steps, i)]
+    draws = [seeded_noise(seed, SHAPE), *(step_noise(seed, number, SHAPE) for number in order)]
+    fed(monkeypatch, [pipeline_score_sde_ve, scheduling_sde_ve], draws)
+    return peer(num_inference_steps=steps, output_type="np").images.transpose(0, 3, 1, 2)
+
+
+def plain(name: str) -> tuple[DiffusionPipeline, Any]:
+    """A checkpoint without a prompt, and how diffusers draws from it."""
+    if name == "ddpm_cifar10":
+        return DDPMPipeline(network(UNet2DModel, PLAIN), scheduler_of(name)), ddpm
+    # random scores do not lead from 380 back to pictures, so the tiny network starts within their range
+    return ScoreSdeVePipeline(network(UNet2DModel, NCSNPP), scheduler_of(name, sigma_max=0.8)), score
+
+
+@pytest.mark.parametrize("layout", ["folders", "flat"])
+@pytest.mark.parametrize("name", ["ddpm_cifar10", "ncsnpp_church"])
+def test_pictures_without_a_prompt_are_diffusers_own(
+    name: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer, draw = plain(name)
+    peer.set_progress_bar_config(disable=True)
+    peer.save_pretrained(tmp_path)
+    if layout == "flat":  # as these were published, before components had folders
+        for folder in ("unet", "scheduler"):
+            for file in (tmp_path / folder).iterdir():
+                shutil.move(file, tmp_path / file.name)
+            (tmp_path / folder).rmdir()
+    engine = engine_of(name, tmp_path, "model.size_multiple=4")
+
+    def mine(seed: int = SEED, steps: int = 7) -> np.ndarray:
+        return np.stack(engine.generate(prompts=["", ""], seed=seed, steps=steps, height=SIDE, width=SIDE).pixels)
+
+    drawn = mine()
+    for k in range(2):
+        expected = draw(monkeypatch, peer, SEED + k, 7)
+        assert is_a_picture(torch.from_numpy(expected), inside=0.25)
+        assert apart(drawn[k : k + 1], torch.from_numpy(expected)) < BOUND
+    assert np.abs(mine(seed=SEED + 1)[:1] - drawn[:1]).max() > 20 * BOUND
+    assert np.abs(mine(steps=8) - drawn).max() > 20 * BOUND
+    with pytest.raises(RequestFailed, match="takes no prompt, and was asked for 'a fox'"):
+        engine.generate(prompt="a fox", seed=SEED, steps=2, height=SIDE, width=SIDE)
+    engine.stop()
+
+
+def test_a_flat_folder_of_another_network_is_refused(tmp_path: Path) -> None:
+    plain("ddpm_cifar10")[0].unet.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"_class_name=UNet2DModel; this model wants UNet2DConditionModel"):
+        compose_run(["model=sd15", f"model.path={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"scheduler_config\.json: not there"):
+        compose_run(["model=ddpm_cifar10", f"model.path={tmp_path}"])
