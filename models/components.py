@@ -54,6 +54,16 @@ class Conditioning:
             raise ValueError("this network needs text states, and its conditioning has none")
         return self.states
 
+    def vector(self) -> Tensor:
+        """The pooled vector, for a network that cannot do without.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.pooled is None:
+            raise ValueError("this network needs a pooled text vector, and its conditioning has none")
+        return self.pooled
+
     @staticmethod
     def stack(parts: Sequence[Conditioning]) -> Conditioning:
         """Rows of several in one batch; states of different lengths are padded at the end, and masked there."""
@@ -132,6 +142,7 @@ class Components:
         learned_variance: the network outputs 2 C channels.
         even_sigmas: the published pipeline hands its noise scheduler sigmas from 1 to 1 / n, in place of the
             scheduler's own (FLUX, Qwen-Image and Z-Image do).
+        max_side: pixels at which the network's positions end; None where they do not.
     """
 
     network: nn.Module
@@ -143,6 +154,7 @@ class Components:
     check_prompt: Callable[[str], None] = lambda prompt: None
     learned_variance: bool = False
     even_sigmas: bool = False
+    max_side: int | None = None
 
 
 class Denoiser(Protocol):

@@ -1,6 +1,7 @@
-"""Small layers that several networks share: sinusoidal embeddings of time and place, adaptive modulation.
+"""Small layers that several networks share: embeddings of time and place, modulation, heads, feed-forward.
 
-Shapes: B batch, L tokens, C channels (the network's width), E embedding width.
+Shapes: B batch, L tokens, C channels (the network's width), H heads, E channels a head or of an embedding, P outputs a
+patch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from functools import lru_cache, wraps
 from typing import ParamSpec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 P = ParamSpec("P")
 
@@ -42,8 +44,7 @@ def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return ask
 
 
-@kept
-def sincos_positions_2d(height: int, width: int, channels: int, base: int, scale: float = 1.0) -> Tensor:
+def sincos_table_2d(height: int, width: int, channels: int, base: int, scale: float = 1.0) -> Tensor:
     """Fixed 2-D sine-cosine positions: the first half of the channels for the column, the second for the row.
 
     Source: ViT / MAE, as in PixArt (Chen et al. 2023) and diffusers' `PatchEmbed`: positions are measured in units of
@@ -57,13 +58,96 @@ def sincos_positions_2d(height: int, width: int, channels: int, base: int, scale
 
     def encode(positions: Tensor) -> Tensor:
         angles = torch.outer(positions.double(), rates)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
     of_column = encode(columns)[None, :, :].expand(height, width, -1)
     of_row = encode(rows)[:, None, :].expand(height, width, -1)
-    return torch.cat([of_column, of_row], dim=-1).reshape(height * width, channels).float()
+    return torch.cat([of_column, of_row], dim=-1).reshape(height * width, channels)
+
+
+sincos_positions_2d = kept(sincos_table_2d)
+"""The same table, remembered."""
+
+
+def rotate(x_BLHE: Tensor, rope_2LF: Tensor) -> Tensor:
+    """Turns each pair of neighbouring channels by its token's angle, in float32.
+
+    Args:
+        x_BLHE: queries or keys.
+        rope_2LF: cosines and sines of the angles, F = E / 2 a token.
+
+    Source: RoFormer (Su et al. 2021, arXiv:2104.09864).
+    """
+    cos_L1F, sin_L1F = rope_2LF[:, :, None]
+    even, odd = x_BLHE.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos_L1F - odd * sin_L1F, even * sin_L1F + odd * cos_L1F], dim=-1)
+    return turned.flatten(-2).type_as(x_BLHE)
 
 
 def modulate(x_BLC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor) -> Tensor:
     """Adaptive layer norm's affine part, x (1 + scale) + shift (PixArt, Peebles and Xie 2022, section 3.2)."""
     return x_BLC * (1 + scale_B1C) + shift_B1C
+
+
+def plain_norm(x_BLC: Tensor, eps: float = 1e-6) -> Tensor:
+    """Layer norm without weights of its own: what `modulate` follows."""
+    return F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=eps)
+
+
+def unpatchify(y_BLP: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """(B, L, p p C) to (B, C, p height, p width): a token's outputs are ordered row, column, channel."""
+    y = y_BLP.unflatten(1, (height, width)).unflatten(-1, (patch, patch, -1))
+    return y.permute(0, 5, 1, 3, 2, 4).reshape(len(y), -1, height * patch, width * patch)
+
+
+class Embedder(nn.Module):
+    """One vector a sample to the network's width: linear, SiLU, linear."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x_BE: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x_BE)))
+
+
+class Heads(nn.Module):
+    """Queries, keys and values of one stream of tokens.
+
+    Args:
+        width: channels of a token.
+        head_channels: channels a head.
+        norm: RMS norms of queries and keys, head by head.
+    """
+
+    def __init__(self, width: int, head_channels: int, norm: bool = True) -> None:
+        super().__init__()
+        self.head_channels = head_channels
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.norm_q = nn.RMSNorm(head_channels, eps=1e-6) if norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(head_channels, eps=1e-6) if norm else nn.Identity()
+
+    def forward(self, x_BLC: Tensor, rope_2LF: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, (B, L, H, E) each; q and k turned by rope_2LF where there are rotary positions."""
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_channels)) for y in (self.to_q(x_BLC), self.to_k(x_BLC), self.to_v(x_BLC))
+        )
+        q, k = self.norm_q(q), self.norm_k(k)
+        if rope_2LF is not None:
+            q, k = rotate(q, rope_2LF), rotate(k, rope_2LF)
+        return q, k, v
+
+
+class FeedForward(nn.Module):
+    """Two linears four times as wide in between, GELU (tanh form)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BLC), approximate="tanh"))

@@ -15,12 +15,14 @@ class Stack:
         sharded: arguments of a block's forward that are cut, with the dimension that counts tokens.
         replicated: arguments with tokens that every rank holds whole (the text of a cross-attention).
         outputs: what a block returns, in order: the names of the sharded arguments that take it up in the next one.
+        streams: the sharded arguments that attention joins, in the order of the concatenation.
     """
 
     blocks: str
     sharded: Mapping[str, int]
     replicated: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ("x_BLD",)
+    streams: tuple[str, ...] = ("x_BLD",)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class ParallelPlan:
         column: linears cut by output features (patterns of fnmatch over module names).
         row: linears cut by input features, whose outputs are summed over ranks.
         head_norms: norms over a whole width that column-parallel linears cut; their mean needs a sum over ranks.
+        joined_rows: row linears (patterns) whose input joins the outputs of several column linears, and the relative
+            widths of those: each is cut on its own.
     """
 
     heads: str | None = None
@@ -41,3 +45,4 @@ class ParallelPlan:
     column: tuple[str, ...] = ()
     row: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = field(default=())
+    joined_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -21,6 +21,7 @@ class InputValidation:
         frame_multiple: frames after the first are a multiple of it.
         max_frames: most frames; 1 = pictures only.
         check_prompt: refuses prompts that the model cannot take.
+        max_side: pixels at which the network's positions end; None where they do not.
     """
 
     name = "input_validation"
@@ -35,6 +36,7 @@ class InputValidation:
         frame_multiple: int = 1,
         max_frames: int = 1,
         check_prompt: Callable[[str], None] = lambda prompt: None,
+        max_side: int | None = None,
     ) -> None:
         self.size_multiple = size_multiple
         self.max_pixels = max_pixels
@@ -42,6 +44,7 @@ class InputValidation:
         self.frame_multiple = frame_multiple
         self.max_frames = max_frames
         self.check_prompt = check_prompt
+        self.max_side = max_side
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for sample in samples:
@@ -55,6 +58,11 @@ class InputValidation:
         """
         check_request(request)
         check_size(request.height, request.width, self.size_multiple, self.max_pixels)
+        if self.max_side is not None and max(request.height, request.width) > self.max_side:
+            raise ValueError(
+                f"the request asks for {request.height} x {request.width} pixels; this checkpoint has positions for "
+                f"{self.max_side} a side"
+            )
         check_frames(request.frames, self.frame_multiple, self.max_frames)
         for prompt in request.prompts:
             self.check_prompt(prompt)

@@ -131,6 +131,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
             model.frame_multiple,
             model.max_frames,
             parts.check_prompt,
+            parts.max_side,
         ),
         [
             TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep),

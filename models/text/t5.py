@@ -1,9 +1,10 @@
-"""T5 prompts with their padding masked, as PixArt uses them."""
+"""T5 text encoders: with their padding masked, as PixArt uses them, and without, as SD3 and FLUX do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from models.components import Conditioning
@@ -54,3 +55,37 @@ def load_t5_prompts(source: Source) -> T5Prompts:
     """
     tokenizer = load_tokenizer(source, "tokenizer", T5_STAND_IN)
     return T5Prompts(load_encoder(source, "text_encoder", T5EncoderModel, T5Config), tokenizer, source.text_tokens)
+
+
+class T5:
+    """A T5 encoder with its tokenizer, one of several of a checkpoint; padding is not masked.
+
+    Source: Stable Diffusion 3 (arXiv:2403.03206) and FLUX.1, in diffusers' pipelines, which tell T5 no mask.
+    """
+
+    def __init__(self, encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt before it is cut, the end-of-text token included."""
+        return len(self.tokenizer(prompt).input_ids)
+
+    def __call__(self, prompt: str) -> Tensor:
+        """States of a prompt padded or cut to max_tokens, (1, max_tokens, T), in the encoder's dtype."""
+        tokens = self.tokenizer(
+            prompt, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        )
+        states: Tensor = self.encoder(tokens.input_ids.to(self.encoder.device)).last_hidden_state
+        return states
+
+
+def load_t5(source: Source, encoder: str, tokenizer: str) -> T5:
+    """The T5 encoder of a checkpoint's two folders.
+
+    Raises:
+        CheckpointError: files that transformers cannot read.
+    """
+    found = load_tokenizer(source, tokenizer, T5_STAND_IN)
+    return T5(load_encoder(source, encoder, T5EncoderModel, T5Config), found, source.text_tokens)
