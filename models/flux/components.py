@@ -1,0 +1,42 @@
+"""A whole checkpoint of FLUX.1: CLIP and T5 prompts, the network, and a KL autoencoder."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from models.attention import AttentionKernel, sdpa_attention
+from models.checkpoint import load_network
+from models.components import Components, GuidanceRule, LatentSpace
+from models.decoders import load_kl_decoder
+from models.flux.network import PATCH, Flux
+from models.flux.prompts import load_flux_prompts
+from models.flux.weights import NAMES, read_config
+from models.source import Source
+
+
+def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention) -> Flux:
+    """The network alone.
+
+    Raises:
+        CheckpointError: a configuration that it cannot be built from, or weights that do not fit it.
+    """
+    config = read_config(source.config_folder(source.denoiser))
+    return load_network(lambda: Flux(config, kernel), source, source.denoiser, NAMES)
+
+
+def load(source: Source, kernel: AttentionKernel) -> Components:
+    """The components of a checkpoint in the layout of diffusers' FluxPipeline.
+
+    Raises:
+        CheckpointError: a component that is missing, unreadable or does not fit.
+    """
+    network, decoder = load_denoiser(source, kernel), load_kl_decoder(source)
+    return Components(
+        network=network,
+        load_prompts=partial(load_flux_prompts, source),
+        decoder=decoder,
+        latent=LatentSpace(decoder.latent_channels, decoder.stride),
+        size_multiple=decoder.stride * PATCH,
+        guidance=GuidanceRule(embedded=network.config.guidance),
+        even_sigmas=True,
+    )

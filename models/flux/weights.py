@@ -1,0 +1,126 @@
+"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from models.files import CheckpointError, read_json
+from models.flux.network import PATCH, FluxConfig
+from models.names import NameMap
+from models.plan import ParallelPlan, Stack
+
+NAMES = NameMap(  # diffusers' FluxTransformer2DModel on the left, this network on the right
+    (
+        ("x_embedder", "image_in"),
+        ("context_embedder", "text_in"),
+        ("time_text_embed.timestep_embedder", "time"),
+        ("time_text_embed.guidance_embedder", "guidance"),
+        ("time_text_embed.text_embedder", "pooled"),
+        ("transformer_blocks", "blocks"),
+        ("single_transformer_blocks", "single_blocks"),
+        ("norm1.linear", "modulation"),
+        ("norm1_context.linear", "text_modulation"),
+        ("attn.to_q", "heads.to_q"),
+        ("attn.to_k", "heads.to_k"),
+        ("attn.to_v", "heads.to_v"),
+        ("attn.norm_q", "heads.norm_q"),
+        ("attn.norm_k", "heads.norm_k"),
+        ("attn.to_out.0", "to_out"),
+        ("attn.add_q_proj", "text_heads.to_q"),
+        ("attn.add_k_proj", "text_heads.to_k"),
+        ("attn.add_v_proj", "text_heads.to_v"),
+        ("attn.norm_added_q", "text_heads.norm_q"),
+        ("attn.norm_added_k", "text_heads.norm_k"),
+        ("attn.to_add_out", "text_to_out"),
+        ("proj_mlp", "up"),  # before those that end in it: theirs() goes backwards
+        ("ff.net.0.proj", "feed_forward.up"),
+        ("ff.net.2", "feed_forward.down"),
+        ("ff_context.net.0.proj", "text_feed_forward.up"),
+        ("ff_context.net.2", "text_feed_forward.down"),
+        ("norm.linear", "single_modulation"),
+        ("norm_out.linear", "head_modulation"),
+        ("proj_out", "project_out"),
+    )
+)
+PLAN = ParallelPlan(
+    heads="heads",
+    stacks=(
+        Stack(
+            "blocks",
+            sharded={"x_BLD": 1, "text_BSD": 1, "rope_2LF": 1},
+            outputs=("x_BLD", "text_BSD"),
+            streams=("text_BSD", "x_BLD"),
+        ),
+        Stack("single_blocks", sharded={"x_BLD": 1, "rope_2LF": 1}),
+    ),
+    column=(
+        "blocks.*.to_q",
+        "blocks.*.to_k",
+        "blocks.*.to_v",
+        "blocks.*.up",
+        "single_blocks.*.to_q",
+        "single_blocks.*.to_k",
+        "single_blocks.*.to_v",
+        "single_blocks.*.up",
+    ),
+    row=("blocks.*.to_out", "blocks.*.text_to_out", "blocks.*.down"),
+    joined_rows={"single_blocks.*.project_out": (1, 4)},  # attention, feed-forward
+)
+CLASS_NAME = "FluxTransformer2DModel"
+DEFAULTS: dict[str, Any] = {  # of diffusers' class, for what a config.json leaves out
+    "patch_size": 1,
+    "in_channels": 64,
+    "out_channels": None,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": False,
+    "axes_dims_rope": [16, 56, 56],
+}
+
+
+def read_config(folder: Path) -> FluxConfig:
+    """The sizes from a `config.json` of diffusers' `FluxTransformer2DModel`.
+
+    Raises:
+        CheckpointError: no such file, another class, or an option that this network does not have.
+    """
+    path = folder / "config.json"
+    raw: dict[str, Any] = DEFAULTS | read_json(path)
+    if raw.get("_class_name") != CLASS_NAME:
+        raise CheckpointError(f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {CLASS_NAME}")
+    raw["out_channels"] = raw["out_channels"] or raw["in_channels"]
+    sizes = [name for name in DEFAULTS if name not in ("guidance_embeds", "axes_dims_rope")]
+    if wrong := [name for name in sizes if type(raw[name]) is not int or raw[name] < 1]:
+        raise CheckpointError(f"{path}: no whole number under {', '.join(wrong)}")
+    if raw["out_channels"] != raw["in_channels"]:
+        raise CheckpointError(
+            f"{path}: in_channels is not out_channels, so the network reads more than a noisy latent (a picture to "
+            "fill in or to follow); only text-to-image checkpoints load here"
+        )
+    if raw["patch_size"] != 1 or raw["in_channels"] % PATCH**2:
+        raise CheckpointError(
+            f"{path}: patch_size={raw['patch_size']}, in_channels={raw['in_channels']}; only latents packed {PATCH} x "
+            f"{PATCH} outside of patches of 1 are supported"
+        )
+    axes = tuple(raw["axes_dims_rope"])
+    if len(axes) != 3 or any(channels % 2 for channels in axes) or sum(axes) != raw["attention_head_dim"]:
+        raise CheckpointError(
+            f"{path}: axes_dims_rope={list(axes)}; give three even numbers that add up to attention_head_dim="
+            f"{raw['attention_head_dim']}"
+        )
+    return FluxConfig(
+        depth=raw["num_layers"],
+        single_depth=raw["num_single_layers"],
+        heads=raw["num_attention_heads"],
+        head_channels=raw["attention_head_dim"],
+        channels=raw["in_channels"] // PATCH**2,
+        text_channels=raw["joint_attention_dim"],
+        pooled_channels=raw["pooled_projection_dim"],
+        axes=axes,
+        guidance=bool(raw["guidance_embeds"]),
+    )

@@ -1,0 +1,183 @@
+"""The network: a picture's tokens and a text's attend to one another as two streams, modulated by time and pooled text.
+
+MMDiT of Stable Diffusion 3 (Esser et al. 2024, arXiv:2403.03206, section 4), and of 3.5 with RMS norms of queries and
+keys and, in its medium size, a second attention of the picture to itself (MMDiT-X); so that a checkpoint is
+interchangeable with diffusers' `SD3Transformer2DModel`.
+
+Shapes: B batch, H and W latent rows and columns, C latent channels, L image tokens, S text tokens, D width, N places of
+the position table, P outputs a patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.attention import AttentionKernel, sdpa_attention
+from models.components import Conditioning
+from models.layers import (
+    Embedder,
+    FeedForward,
+    Heads,
+    modulate,
+    plain_norm,
+    sincos_table_2d,
+    timestep_embedding,
+    unpatchify,
+)
+
+TIME_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class SD3Config:
+    """The sizes of one network.
+
+    Args:
+        depth: blocks.
+        heads: attention heads; the width is heads * head_channels.
+        head_channels: channels a head.
+        channels: latent channels, in and out.
+        patch: side of a patch, in latent pixels.
+        sample_size: side of the training latent, in latent pixels; positions are measured against it.
+        max_positions: side of the position table, in tokens; a picture takes its middle.
+        text_channels: channels of a text state.
+        pooled_channels: channels of the pooled text vector.
+        dual: the blocks, by number, in which the picture also attends to itself alone.
+        qk_norm: RMS norms of queries and keys.
+    """
+
+    depth: int = 24
+    heads: int = 24
+    head_channels: int = 64
+    channels: int = 16
+    patch: int = 2
+    sample_size: int = 128
+    max_positions: int = 192
+    text_channels: int = 4096
+    pooled_channels: int = 2048
+    dual: tuple[int, ...] = ()
+    qk_norm: bool = False
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.heads * self.head_channels
+
+
+class Block(nn.Module):
+    """Two streams with weights of their own, joined in one attention.
+
+    Args:
+        config: the sizes.
+        kernel: the attention.
+        dual: the picture also attends to itself alone.
+        last: the text is read and not written, for nothing reads it after.
+    """
+
+    def __init__(self, config: SD3Config, kernel: AttentionKernel, dual: bool, last: bool) -> None:
+        super().__init__()
+        width = config.width
+        self.kernel = kernel
+        self.modulation = nn.Linear(width, (9 if dual else 6) * width)
+        self.text_modulation = nn.Linear(width, (2 if last else 6) * width)
+        self.heads = Heads(width, config.head_channels, config.qk_norm)
+        self.text_heads = Heads(width, config.head_channels, config.qk_norm)
+        self.to_out = nn.Linear(width, width)
+        self.text_to_out = None if last else nn.Linear(width, width)
+        self.dual_heads = Heads(width, config.head_channels, config.qk_norm) if dual else None
+        self.dual_to_out = nn.Linear(width, width) if dual else None
+        self.feed_forward = FeedForward(width)
+        self.text_feed_forward = None if last else FeedForward(width)
+
+    def forward(self, x_BLD: Tensor, text_BSD: Tensor, time_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Picture and text after the block; the last block hands the text back as it came."""
+        x, text, told_B1D = x_BLD, text_BSD, F.silu(time_BD)[:, None]
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f, *of_dual = _parts(self.modulation(told_B1D), x)
+        normed = plain_norm(x)
+        of_x = self.heads(modulate(normed, shift_a, scale_a))
+        t_shift_a, t_scale_a, *of_text = _parts(self.text_modulation(told_B1D), text)
+        if not of_text:
+            t_shift_a, t_scale_a = t_scale_a, t_shift_a  # the last block's are stored the other way round
+        q, k, v = _joined(self.text_heads(modulate(plain_norm(text), t_shift_a, t_scale_a)), of_x)
+        text_seen, seen = self.kernel(q, k, v).flatten(2).split([text.shape[1], x.shape[1]], dim=1)
+        x = x + gate_a * self.to_out(seen)
+        if self.dual_heads is not None and self.dual_to_out is not None:
+            shift_d, scale_d, gate_d = of_dual
+            own = self.kernel(*self.dual_heads(modulate(normed, shift_d, scale_d))).flatten(2)
+            x = x + gate_d * self.dual_to_out(own)
+        x = x + gate_f * self.feed_forward(modulate(plain_norm(x), shift_f, scale_f))
+        if self.text_to_out is None or self.text_feed_forward is None:
+            return x, text
+        t_gate_a, t_shift_f, t_scale_f, t_gate_f = of_text
+        text = text + t_gate_a * self.text_to_out(text_seen)
+        return x, text + t_gate_f * self.text_feed_forward(modulate(plain_norm(text), t_shift_f, t_scale_f))
+
+
+class SD3(nn.Module):
+    """A text-to-image flow: (latent, tau, text, pooled text) to the velocity, a latent.
+
+    Args:
+        config: the sizes.
+        kernel: the attention of every block (models.attention).
+
+    Source: Stable Diffusion 3 (arXiv:2403.03206); the weights' meaning is that of diffusers' `SD3Transformer2DModel`.
+    """
+
+    def __init__(self, config: SD3Config, kernel: AttentionKernel = sdpa_attention) -> None:
+        super().__init__()
+        width, patch, side = config.width, config.patch, config.max_positions
+        self.config = config
+        self.patch_embed = nn.Conv2d(config.channels, width, kernel_size=patch, stride=patch)
+        table_ND = sincos_table_2d(side, side, width, config.sample_size // patch)  # what a checkpoint has in its place
+        self.register_buffer("positions", table_ND[None].to(torch.get_default_dtype()))
+        self.text_in = nn.Linear(config.text_channels, width)
+        self.time = Embedder(TIME_CHANNELS, width)
+        self.pooled = Embedder(config.pooled_channels, width)
+        self.blocks = nn.ModuleList(
+            [Block(config, kernel, n in config.dual, n == config.depth - 1) for n in range(config.depth)]
+        )
+        self.head_modulation = nn.Linear(width, 2 * width)
+        self.project_out = nn.Linear(width, patch**2 * config.channels)
+
+    def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """One evaluation (models.components.Denoiser); it reads states and pooled.
+
+        Raises:
+            ValueError: no text states, no pooled vector, a mask, or a latent larger than the position table.
+        """
+        if condition.mask is not None:
+            raise ValueError("SD3 attends to every text token, padding too; its conditioning takes no mask")
+        height, width = (side // self.config.patch for side in latent_BCHW.shape[-2:])
+        x_BLD = self.patch_embed(latent_BCHW).flatten(2).transpose(1, 2).contiguous()
+        x_BLD = x_BLD + self._middle(height, width).to(x_BLD)
+        pooled_BP = condition.vector()
+        time_BD = self.time(timestep_embedding(tau_B, TIME_CHANNELS).to(pooled_BP)) + self.pooled(pooled_BP)
+        text_BSD = self.text_in(condition.text())
+        for block in self.blocks:
+            x_BLD, text_BSD = block(x_BLD, text_BSD, time_BD)
+        scale, shift = self.head_modulation(F.silu(time_BD)[:, None]).chunk(2, dim=-1)
+        y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
+        return unpatchify(y_BLP, height, width, self.config.patch)
+
+    def _middle(self, height: int, width: int) -> Tensor:
+        """Positions of height x width tokens: the middle of the table, (1, L, D)."""
+        side = self.config.max_positions
+        if max(height, width) > side:
+            raise ValueError(f"{height} x {width} tokens; this network has positions for {side} a side")
+        top, left = (side - height) // 2, (side - width) // 2
+        table_1HWD = self.get_buffer("positions").unflatten(1, (side, side))
+        return table_1HWD[:, top : top + height, left : left + width].flatten(1, 2)
+
+
+def _parts(modulation_B1M: Tensor, x_BLD: Tensor) -> tuple[Tensor, ...]:
+    """Shifts, scales and gates, (B, 1, D) each, as many as there are."""
+    return modulation_B1M.split(x_BLD.shape[-1], dim=-1)
+
+
+def _joined(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> list[Tensor]:
+    """q, k and v of two streams, the first one's tokens before the second's."""
+    return [torch.cat(both, dim=1) for both in zip(first, second, strict=True)]
