@@ -106,7 +106,7 @@ def read_config(folder: Path) -> SD3Config:
         max_positions=raw["pos_embed_max_size"],
         text_channels=raw["joint_attention_dim"],
         pooled_channels=raw["pooled_projection_dim"],
-        dual=tuple(raw["dual_attention_layers"]),
+        dual=tuple(raw["dual_attention_layers"] or ()),
         qk_norm=raw["qk_norm"] is not None,
     )
     if raw["caption_projection_dim"] != config.width:

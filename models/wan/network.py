@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
 from models.components import Conditioning
-from models.layers import kept, modulate, timestep_embedding
+from models.layers import kept, modulate, rotate, timestep_embedding
 
 THETA = 10_000.0  # of the rotary positions
 
@@ -191,13 +191,6 @@ def rope_3d(frames: int, height: int, width: int, channels: int, device: torch.d
     ]
     angles_LE = torch.cat(angles, dim=-1)
     return torch.stack([angles_LE.cos(), angles_LE.sin()]).float().to(device)
-
-
-def rotate(x_BLAE: Tensor, rope_2LE: Tensor) -> Tensor:
-    """Turns each pair of neighbouring channels by its token's angle, in float32."""
-    cos, sin = rope_2LE[:, :, None]
-    even, odd = x_BLAE.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x_BLAE)
 
 
 def _norm(x_BLD: Tensor, eps: float) -> Tensor:
