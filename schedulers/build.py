@@ -109,11 +109,13 @@ def _prediction(s: Settings) -> prediction.Prediction:
         "edm": prediction.EDM(0.5 if s.sigma_data is None else s.sigma_data, s.edm_sign or 1),
     }
     kind = kinds[s.prediction or ""]
+    if s.threshold is not None:
+        kind = prediction.Thresholded(kind, s.threshold, 1.0 if s.clip is None else s.clip)
+    elif s.clip is not None:
+        kind = prediction.Clipped(kind, s.clip)
     if s.learned_variance:
         kind = prediction.LearnedVariance(kind, use=s.variance in ("learned_range", "learned"))
-    if s.threshold is not None:
-        return prediction.Thresholded(kind, s.threshold, 1.0 if s.clip is None else s.clip)
-    return kind if s.clip is None else prediction.Clipped(kind, s.clip)
+    return kind
 
 
 def _solver(s: Settings) -> Solver:

@@ -64,6 +64,6 @@ class InputValidation:
                 f"{self.max_side} a side"
             )
         check_frames(request.frames, self.frame_multiple, self.max_frames)
-        for prompt in request.prompts:
+        for prompt in (*request.prompts, request.negative_prompt):
             self.check_prompt(prompt)
         self.noise_scheduler.grid(request.steps, tokens(request.height, request.width, self.size_multiple))

@@ -91,7 +91,16 @@ def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> 
         found = from_diffusers(scheduler_file(source.folder), even_sigmas=parts.even_sigmas)
     else:
         found = build_noise_scheduler(noise_scheduler_settings(config.scheduler))
-    if parts.learned_variance and not isinstance(found.prediction, LearnedVariance):
+    told = isinstance(found.prediction, LearnedVariance)
+    if told and not parts.learned_variance:
+        family = config.scheduler.family
+        own = family == PUBLISHED_FAMILY
+        change = "choose another scheduler" if own else f"set model.trained.{family}.learned_variance=false"
+        raise ValueError(
+            "the noise scheduler expects a learned variance, but this network outputs no more channels than the state "
+            f"has; {change}"
+        )
+    if parts.learned_variance and not told:
         found = replace(found, prediction=LearnedVariance(found.prediction, use=False))
     return found
 
