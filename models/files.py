@@ -6,6 +6,7 @@ A launcher asks here before it starts a process; `models.checkpoint` reads the t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 STEMS = ("diffusion_pytorch_model", "model")
@@ -30,6 +31,23 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return content
+
+
+def refuse_options(raw: Mapping[str, object], path: Path, only: Mapping[str, object]) -> None:
+    """Refuses a configuration that states another value of an option than the only one a network has.
+
+    Args:
+        raw: the configuration; what it leaves out has that value.
+        path: its file.
+        only: by name, the value that is computed.
+
+    Raises:
+        CheckpointError: the options that differ.
+    """
+    others = [name for name, value in only.items() if raw.get(name, value) != value]
+    if others:
+        stated = ", ".join(f"{name}={raw[name]}" for name in others)
+        raise CheckpointError(f"{path}: {stated} is not supported; only {', '.join(f'{n}={only[n]}' for n in others)}")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
-"""Small layers that several networks share: embeddings of time and place, modulation, heads, feed-forward.
+"""Small layers that several networks share: embeddings of time and place, modulation, attention, feed-forward.
 
-Shapes: B batch, L tokens, C channels (the network's width), H heads, E channels a head or of an embedding, P outputs a
-patch.
+Shapes: B batch, L tokens, S tokens attended to, C channels (the network's width), H heads, E channels a head or of an
+embedding, F angles a head, P outputs a patch.
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.attention import AttentionKernel
+
 P = ParamSpec("P")
 
 
-def timestep_embedding(tau_B: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(tau_B: Tensor, width: int, max_period: float = 10_000.0, freq_shift: int = 0) -> Tensor:
     """Sinusoidal embedding of the number the network is told, cosines first.
 
-    Source: DDPM (Ho et al. 2020), in the order of diffusers' `Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0)`.
-    Shapes: tau (B,) float32 to (B, width) float32; `width` is even.
+    The slowest of the width / 2 rates is 1 / max_period for freq_shift 1, and one rate short of it for 0.
+
+    Source: DDPM (Ho et al. 2020), in the order of diffusers' `Timesteps(flip_sin_to_cos=True,
+    downscale_freq_shift=freq_shift)`. Shapes: tau (B,) float32 to (B, width) float32; `width` is even.
     """
     half = width // 2
-    rates = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=tau_B.device) / half)
+    count = torch.arange(half, dtype=torch.float32, device=tau_B.device)
+    rates = torch.exp(-math.log(max_period) * count / (half - freq_shift))
     angles = tau_B.float()[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -139,6 +144,25 @@ class Heads(nn.Module):
         if rope_2LF is not None:
             q, k = rotate(q, rope_2LF), rotate(k, rope_2LF)
         return q, k, v
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens x_BLC to a context_BSC (or to themselves), the kernel handed in."""
+
+    def __init__(self, width: int, heads: int, kernel: AttentionKernel) -> None:
+        super().__init__()
+        self.heads = heads
+        self.kernel = kernel
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x_BLC: Tensor, context_BSC: Tensor | None = None, mask_BS: Tensor | None = None) -> Tensor:
+        context_BSC = x_BLC if context_BSC is None else context_BSC
+        q, k, v = self.to_q(x_BLC), self.to_k(context_BSC), self.to_v(context_BSC)
+        q_BLHE, k_BSHE, v_BSHE = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
+        return self.to_out(self.kernel(q_BLHE, k_BSHE, v_BSHE, mask_BS).flatten(2))
 
 
 class FeedForward(nn.Module):

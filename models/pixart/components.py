@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
-from models.components import Components, LatentSpace
+from models.components import Components, GuidanceRule, LatentSpace
 from models.decoders import load_kl_decoder
 from models.pixart.network import PixArt
 from models.pixart.weights import NAMES, read_config
@@ -14,27 +15,32 @@ from models.source import Source
 from models.text.t5 import load_t5_prompts
 
 
-def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention) -> PixArt:
-    """The network alone.
+def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention, stride: int = 8) -> PixArt:
+    """The network alone, for latents of which a pixel spans `stride` pixels of the picture on a side.
 
     Raises:
         CheckpointError: a configuration that it cannot be built from, or weights that do not fit it.
     """
-    config = read_config(source.config_folder(source.denoiser))
+    config = replace(read_config(source.config_folder(source.denoiser)), stride=stride)
     return load_network(lambda: PixArt(config, kernel), source, source.denoiser, NAMES)
 
 
 def load(source: Source, kernel: AttentionKernel) -> Components:
-    """The components of a checkpoint in the layout of diffusers' PixArtSigmaPipeline.
+    """The components of a checkpoint in the layout of diffusers' PixArtAlphaPipeline and PixArtSigmaPipeline.
 
     Raises:
         CheckpointError: a component that is missing, unreadable or does not fit.
     """
-    network, decoder = load_denoiser(source, kernel), load_kl_decoder(source)
+    decoder = load_kl_decoder(source)
+    network = load_denoiser(source, kernel, decoder.stride)
+    config = network.config
+    learned_variance = config.out_channels != config.in_channels
     return Components(
         network=network,
-        load_prompts=partial(load_t5_prompts, source),
+        load_prompts=partial(load_t5_prompts, source, lowercase=True),
         decoder=decoder,
-        latent=LatentSpace(decoder.latent_channels, decoder.stride),
-        size_multiple=decoder.stride * network.config.patch,
+        latent=LatentSpace(config.in_channels, decoder.stride),
+        size_multiple=decoder.stride * config.patch,
+        guidance=GuidanceRule(channels=config.in_channels if learned_variance else None),
+        learned_variance=learned_variance,
     )

@@ -4,7 +4,7 @@ adaLN-single, cross-attention and sine-cosine positions as in PixArt-alpha (Chen
 2.3), so that a checkpoint is interchangeable with diffusers' `PixArtTransformer2DModel`.
 
 Shapes: B batch, H and W latent rows and columns, C latent channels, L image tokens, S text tokens, D width, T text
-channels.
+channels, E sinusoids, F a third of the width, P outputs a patch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
 from models.components import Conditioning
-from models.layers import modulate, sincos_positions_2d, timestep_embedding
+from models.layers import (
+    Attention,
+    FeedForward,
+    modulate,
+    plain_norm,
+    sincos_positions_2d,
+    timestep_embedding,
+    unpatchify,
+)
 
 TIME_CHANNELS = 256
 
@@ -31,12 +39,16 @@ class PixArtConfig:
         heads: attention heads; the width is heads * head_channels.
         head_channels: channels a head.
         in_channels: latent channels.
-        out_channels: channels of the output.
+        out_channels: channels of the output, twice as many where it learned a variance too.
         patch: side of a patch, in latent pixels.
         sample_size: side of the training latent, in latent pixels; positions are measured against it.
         text_channels: channels of a text state.
         position_scale: positions are divided by it (diffusers' interpolation_scale; 2 for PixArt's 1024-pixel
             checkpoints).
+        told_size: the picture's height, width and aspect ratio are embedded with the time (PixArt-alpha's 1024-pixel
+            checkpoints; diffusers' use_additional_conditions).
+        stride: pixels a latent pixel spans on a side, for that size.
+        norm_eps: of the norms in the blocks.
     """
 
     depth: int = 6
@@ -48,43 +60,14 @@ class PixArtConfig:
     sample_size: int = 16
     text_channels: int = 256
     position_scale: float = 1.0
+    told_size: bool = False
+    stride: int = 8
+    norm_eps: float = 1e-6
 
     @property
     def width(self) -> int:
         """Channels of a token."""
         return self.heads * self.head_channels
-
-
-class Attention(nn.Module):
-    """Multi-head attention of tokens x_BLD to a context c_BSD (or to themselves), the kernel handed in."""
-
-    def __init__(self, config: PixArtConfig, kernel: AttentionKernel) -> None:
-        super().__init__()
-        width = config.width
-        self.heads = config.heads
-        self.kernel = kernel
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = nn.Linear(width, width)
-
-    def forward(self, x_BLD: Tensor, context_BSD: Tensor | None = None, mask_BS: Tensor | None = None) -> Tensor:
-        context_BSD = x_BLD if context_BSD is None else context_BSD
-        q, k, v = self.to_q(x_BLD), self.to_k(context_BSD), self.to_v(context_BSD)
-        q_BLHE, k_BSHE, v_BSHE = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
-        return self.to_out(self.kernel(q_BLHE, k_BSHE, v_BSHE, mask_BS).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """Two linears four times as wide in between, GELU (tanh form)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -93,18 +76,38 @@ class Block(nn.Module):
     def __init__(self, config: PixArtConfig, kernel: AttentionKernel) -> None:
         super().__init__()
         width = config.width
+        self.norm_eps = config.norm_eps
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        self.self_attention = Attention(config, kernel)
-        self.cross_attention = Attention(config, kernel)
+        self.self_attention = Attention(width, config.heads, kernel)
+        self.cross_attention = Attention(width, config.heads, kernel)
         self.feed_forward = FeedForward(width)
 
     def forward(self, x_BLD: Tensor, modulation_B6D: Tensor, text_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
         table = self.scale_shift_table + modulation_B6D
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table.unsqueeze(2).unbind(1)
         x = x_BLD
-        x = x + gate_a * self.self_attention(modulate(_norm(x), shift_a, scale_a))
+        x = x + gate_a * self.self_attention(modulate(plain_norm(x, self.norm_eps), shift_a, scale_a))
         x = x + self.cross_attention(x, text_BSD, mask_BS)
-        return x + gate_f * self.feed_forward(modulate(_norm(x), shift_f, scale_f))
+        return x + gate_f * self.feed_forward(modulate(plain_norm(x, self.norm_eps), shift_f, scale_f))
+
+
+class SizeEmbedding(nn.Module):
+    """What the network is told of the picture: height, width and their ratio, each of them a third of the width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.side_in = nn.Linear(TIME_CHANNELS, width // 3)
+        self.side_out = nn.Linear(width // 3, width // 3)
+        self.ratio_in = nn.Linear(TIME_CHANNELS, width // 3)
+        self.ratio_out = nn.Linear(width // 3, width // 3)
+
+    def forward(self, height: int, width: int, like: Tensor) -> Tensor:
+        """(1, D) for a picture of height x width pixels, in `like`'s dtype and on its device."""
+        told = torch.tensor([height, width, height / width], dtype=torch.float32, device=like.device)
+        sides_2E, ratio_1E = timestep_embedding(told, TIME_CHANNELS).to(like.dtype).split([2, 1])
+        sides_2F = self.side_out(F.silu(self.side_in(sides_2E)))
+        ratio_1F = self.ratio_out(F.silu(self.ratio_in(ratio_1E)))
+        return torch.cat([sides_2F, ratio_1F]).flatten()[None]
 
 
 class PixArt(nn.Module):
@@ -124,6 +127,7 @@ class PixArt(nn.Module):
         self.patch_embed = nn.Conv2d(config.in_channels, width, kernel_size=config.patch, stride=config.patch)
         self.time_in = nn.Linear(TIME_CHANNELS, width)
         self.time_out = nn.Linear(width, width)
+        self.size = SizeEmbedding(width) if config.told_size else None
         self.time_modulation = nn.Linear(width, 6 * width)
         self.text_in = nn.Linear(config.text_channels, width)
         self.text_out = nn.Linear(width, width)
@@ -145,19 +149,13 @@ class PixArt(nn.Module):
             x_BLD
         )
         time_BD = self.time_out(F.silu(self.time_in(timestep_embedding(tau_B, TIME_CHANNELS).to(x_BLD.dtype))))
+        if self.size is not None:
+            pixels = [side * self.config.stride for side in latent_BCHW.shape[-2:]]
+            time_BD = time_BD + self.size(*pixels, time_BD)
         modulation_B6D = self.time_modulation(F.silu(time_BD)).unflatten(-1, (6, -1))
         text_BSD = self.text_out(F.gelu(self.text_in(text_BST), approximate="tanh"))
         for block in self.blocks:
             x_BLD = block(x_BLD, modulation_B6D, text_BSD, text_mask_BS)
         shift, scale = (self.scale_shift_table + time_BD[:, None]).unsqueeze(2).unbind(1)
-        return self._unpatch(self.project_out(modulate(_norm(x_BLD), shift, scale)), height, width)
-
-    def _unpatch(self, y_BLP: Tensor, height: int, width: int) -> Tensor:
-        """(B, L, p p C) to (B, C, H, W): a token's outputs are ordered row, column, channel."""
-        patch, channels = self.config.patch, self.config.out_channels
-        y = y_BLP.unflatten(1, (height, width)).unflatten(-1, (patch, patch, channels))
-        return y.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height * patch, width * patch)
-
-
-def _norm(x_BLD: Tensor) -> Tensor:
-    return F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6)
+        y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
+        return unpatchify(y_BLP, height, width, self.config.patch)

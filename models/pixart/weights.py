@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, read_json
+from models.files import CheckpointError, read_json, refuse_options
 from models.names import NameMap
 from models.pixart.network import PixArtConfig
 from models.plan import ParallelPlan, Stack
@@ -15,6 +15,10 @@ NAMES = NameMap(  # diffusers' PixArtTransformer2DModel on the left, this networ
         ("pos_embed.proj", "patch_embed"),
         ("adaln_single.emb.timestep_embedder.linear_1", "time_in"),
         ("adaln_single.emb.timestep_embedder.linear_2", "time_out"),
+        ("adaln_single.emb.resolution_embedder.linear_1", "size.side_in"),
+        ("adaln_single.emb.resolution_embedder.linear_2", "size.side_out"),
+        ("adaln_single.emb.aspect_ratio_embedder.linear_1", "size.ratio_in"),
+        ("adaln_single.emb.aspect_ratio_embedder.linear_2", "size.ratio_out"),
         ("adaln_single.linear", "time_modulation"),
         ("caption_projection.linear_1", "text_in"),
         ("caption_projection.linear_2", "text_out"),
@@ -34,6 +38,7 @@ PLAN = ParallelPlan(
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
 )
 CLASS_NAME = "PixArtTransformer2DModel"
+CLASSES = (CLASS_NAME, "Transformer2DModel")  # the second in older files, which diffusers takes for the first
 SIZES = (
     "num_layers",
     "num_attention_heads",
@@ -44,25 +49,34 @@ SIZES = (
     "sample_size",
     "caption_channels",
 )
+ONLY = {
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_type": "default",
+    "upcast_attention": False,
+}
+SIZE_TOLD_AT = 128  # the sample size from which a file that says nothing of it means a network that is told sizes
 
 
 def read_config(folder: Path) -> PixArtConfig:
-    """The sizes from a `config.json` of diffusers' `PixArtTransformer2DModel`.
+    """The sizes from a `config.json` of diffusers' `PixArtTransformer2DModel`, or of the class it had before.
 
     Raises:
         CheckpointError: no such file, another class, or an option that this network does not have.
     """
     path = folder / "config.json"
     raw: dict[str, Any] = read_json(path)
-    if raw.get("_class_name") != CLASS_NAME:
-        raise CheckpointError(f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {CLASS_NAME}")
-    if raw.get("use_additional_conditions"):
-        raise CheckpointError(f"{path}: use_additional_conditions (size and aspect embeddings) is not supported")
+    if raw.get("_class_name") not in CLASSES:
+        raise CheckpointError(
+            f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {' or '.join(CLASSES)}"
+        )
+    if raw["_class_name"] != CLASS_NAME and "norm_type" not in raw:
+        raise CheckpointError(f"{path}: no norm_type, which says what kind of {raw['_class_name']} this is")
     if missing := [name for name in SIZES if not isinstance(raw.get(name), int)]:
         raise CheckpointError(f"{path}: no whole number under {', '.join(missing)}")
-    if raw["out_channels"] != raw["in_channels"]:
-        raise CheckpointError(f"{path}: out_channels is not in_channels; a learned variance is not supported")
-    return PixArtConfig(
+    config = PixArtConfig(
         depth=raw["num_layers"],
         heads=raw["num_attention_heads"],
         head_channels=raw["attention_head_dim"],
@@ -72,7 +86,20 @@ def read_config(folder: Path) -> PixArtConfig:
         sample_size=raw["sample_size"],
         text_channels=raw["caption_channels"],
         position_scale=float(raw.get("interpolation_scale") or max(raw["sample_size"] // 64, 1)),
+        told_size=_told_size(raw),
+        norm_eps=float(raw.get("norm_eps", 1e-6)),
     )
+    refuse_options(raw, path, ONLY | {"cross_attention_dim": config.width})
+    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise CheckpointError(f"{path}: out_channels={config.out_channels}; a network outputs in_channels, or twice it")
+    if config.told_size and config.width % 3:
+        raise CheckpointError(f"{path}: use_additional_conditions needs a width that 3 divides, not {config.width}")
+    return config
+
+
+def _told_size(raw: dict[str, Any]) -> bool:
+    stated = raw.get("use_additional_conditions")
+    return raw["sample_size"] == SIZE_TOLD_AT if stated is None else bool(stated)
 
 
 def config_json(config: PixArtConfig) -> dict[str, Any]:
@@ -90,5 +117,6 @@ def config_json(config: PixArtConfig) -> dict[str, Any]:
         "interpolation_scale": config.position_scale,
         "cross_attention_dim": config.width,
         "norm_type": "ada_norm_single",
-        "use_additional_conditions": False,
+        "norm_eps": config.norm_eps,
+        "use_additional_conditions": config.told_size,
     }

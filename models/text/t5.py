@@ -23,17 +23,29 @@ class T5Prompts:
 
     Prompts are encoded one at a time, so that a state does not depend on its neighbours in a batch.
 
-    Source: PixArt-alpha's use of T5 (arXiv:2310.00426), as in diffusers' PixArtSigmaPipeline.
+    Args:
+        encoder: the text encoder.
+        tokenizer: its tokenizer.
+        max_tokens: tokens of every prompt.
+        lowercase: prompts are told in lower case, without blanks around them, as the captions of PixArt's training.
+
+    Source: PixArt-alpha's use of T5 (arXiv:2310.00426), as in diffusers' PixArtSigmaPipeline with clean_caption=False.
     """
 
-    def __init__(self, encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    def __init__(
+        self, encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, lowercase: bool = False
+    ) -> None:
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.lowercase = lowercase
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt before it is cut, the end-of-text token included."""
-        return len(self.tokenizer(prompt).input_ids)
+        return len(self.tokenizer(self._plain(prompt)).input_ids)
+
+    def _plain(self, prompt: str) -> str:
+        return prompt.lower().strip() if self.lowercase else prompt
 
     def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """States (B, max_tokens, T) in the encoder's dtype, and their mask."""
@@ -41,20 +53,21 @@ class T5Prompts:
 
     def _encode(self, prompt: str) -> Conditioning:
         tokens = self.tokenizer(
-            prompt, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+            self._plain(prompt), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         ).to(self.encoder.device)
         states = self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return Conditioning(states, tokens.attention_mask.bool())
 
 
-def load_t5_prompts(source: Source) -> T5Prompts:
-    """The prompt encoder of a checkpoint with `text_encoder/` and `tokenizer/`.
+def load_t5_prompts(source: Source, lowercase: bool = False) -> T5Prompts:
+    """The prompt encoder of a checkpoint with `text_encoder/` and `tokenizer/`; `lowercase` as in T5Prompts.
 
     Raises:
         CheckpointError: files that transformers cannot read.
     """
     tokenizer = load_tokenizer(source, "tokenizer", T5_STAND_IN)
-    return T5Prompts(load_encoder(source, "text_encoder", T5EncoderModel, T5Config), tokenizer, source.text_tokens)
+    encoder = load_encoder(source, "text_encoder", T5EncoderModel, T5Config)
+    return T5Prompts(encoder, tokenizer, source.text_tokens, lowercase)
 
 
 class T5:

@@ -1,6 +1,7 @@
 """The native DiT computes what diffusers' PixArtTransformer2DModel computes, from the same weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from models.components import Conditioning
 from models.files import CheckpointError
 from models.layers import sincos_positions_2d
 from models.pixart import NAMES, PixArt, PixArtConfig, load_denoiser, read_config
-from models.pixart.weights import config_json
+from models.pixart.weights import PLAN, config_json
 from models.registry import REFERENCE
 from models.source import Source
+from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
 SMALL = PixArtConfig(depth=2, heads=4, head_channels=8, in_channels=4, out_channels=4, sample_size=8, text_channels=24)
 CONFIGS = {
@@ -25,23 +27,23 @@ CONFIGS = {
     "patch 1, odd base": PixArtConfig(1, 3, 12, 3, 3, 1, 7, 10),
     "patch 4": PixArtConfig(1, 2, 8, 4, 4, 4, 16, 8),
     "scaled positions": PixArtConfig(1, 2, 8, 4, 4, 2, 8, 8, position_scale=2.0),
+    "positions of 256 pixels": PixArtConfig(1, 2, 8, 4, 4, 2, 8, 8, position_scale=0.5),
+    "told its size": PixArtConfig(2, 2, 12, 4, 8, 2, 16, 24, told_size=True),
+    "told its size, another stride": PixArtConfig(1, 3, 8, 4, 8, 2, 16, 24, told_size=True, stride=2),
+    "another epsilon": PixArtConfig(1, 2, 8, 4, 4, 2, 8, 8, norm_eps=0.1),
 }
 
 
 def their(config: PixArtConfig) -> PixArtTransformer2DModel:
     """diffusers' network with random weights everywhere, biases and tables too."""
     network = PixArtTransformer2DModel.from_config(config_json(config)).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        scale = 0.5 / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 0.2
-        parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+    randomize(network)
     return network
 
 
 def our(theirs: PixArtTransformer2DModel, config: PixArtConfig, backend: str = "sdpa") -> PixArt:
     network = PixArt(config, BACKENDS[backend])
-    tensors = {name: tensor for name, tensor in theirs.state_dict().items() if name != "pos_embed.pos_embed"}
-    network.load_state_dict({NAMES.ours(name): tensor for name, tensor in tensors.items()})
+    network.load_state_dict({NAMES.ours(name): tensor for name, tensor in theirs.state_dict().items()})
     return network.eval()
 
 
@@ -54,9 +56,13 @@ def inputs(config: PixArtConfig, batch: int, height: int, width: int) -> tuple[T
     return latent, torch.tensor([0.7, 333.25, 999.0])[:batch], text, mask
 
 
-def rel_l2(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).norm() / theirs.norm())
+def told(config: PixArtConfig, latent: Tensor) -> dict[str, Tensor | None]:
+    """What diffusers' pipeline tells of a picture's size, in pixels."""
+    if not config.told_size:
+        return {"resolution": None, "aspect_ratio": None}
+    height, width = (float(side * config.stride) for side in latent.shape[-2:])
+    row = torch.ones(len(latent), 1)
+    return {"resolution": row * torch.tensor([height, width]), "aspect_ratio": row * (height / width)}
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
@@ -77,7 +83,7 @@ def test_parity_with_diffusers(name: str, batch: int, masked: bool, backend: str
                 encoder_hidden_states=text,
                 encoder_attention_mask=mask if masked else None,
                 timestep=tau,
-                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+                added_cond_kwargs=told(config, latent),
             ).sample
         assert rel_l2(output, expected) < 1e-5, (height, width)
 
@@ -112,15 +118,22 @@ def test_a_batch_is_its_pictures() -> None:
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_the_names_are_a_bijection(name: str) -> None:
     config = CONFIGS[name]
-    theirs = {key: value for key, value in their(config).state_dict().items() if key != "pos_embed.pos_embed"}
-    renamed = {NAMES.ours(key): value for key, value in theirs.items()}
-    assert len(renamed) == len(theirs)
-    assert {key: value.shape for key, value in renamed.items()} == {
-        key: value.shape for key, value in PixArt(config).state_dict().items()
-    }
-    back = {NAMES.theirs(key): value for key, value in renamed.items()}
-    assert back.keys() == theirs.keys()
-    assert all(back[key] is theirs[key] for key in theirs)
+    network = PixArt(config)
+    assert_names_map(network, their(config).state_dict(), NAMES)
+    assert_plan_fits(network, PLAN)
+
+
+def test_the_network_sees_its_size() -> None:
+    """The same latent, told that it is of a larger picture, gives another output; wide is not tall."""
+    config = CONFIGS["told its size"]
+    network = our(their(config), config)
+    latent, tau, text, mask = inputs(config, 1, 16, 16)
+    other = PixArt(replace(config, stride=16))
+    other.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        plain = network(latent, tau, Conditioning(text, mask))
+        assert rel_l2(other(latent, tau, Conditioning(text, mask)), plain) > 0.01
+        assert rel_l2(network.size(128, 64, tau), network.size(64, 128, tau)) > 0.1
 
 
 def test_no_name_is_part_of_another_pair() -> None:
@@ -128,9 +141,9 @@ def test_no_name_is_part_of_another_pair() -> None:
 
 
 def test_sizes_come_back_from_the_config(tmp_path: Path) -> None:
-    for config in (config for name, config in CONFIGS.items() if name != "learned variance"):
+    for config in CONFIGS.values():
         (tmp_path / "config.json").write_text(json.dumps(config_json(config)))
-        assert read_config(tmp_path) == config
+        assert replace(read_config(tmp_path), stride=config.stride) == config
         assert their(config).config.num_layers == config.depth
 
 
@@ -138,10 +151,16 @@ def test_sizes_come_back_from_the_config(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"_class_name": "DiTTransformer2DModel"}, "loads PixArtTransformer2DModel"),
-        ({"use_additional_conditions": True}, "is not supported"),
+        ({"_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero"}, "norm_type=ada_norm_zero is not"),
+        ({"_class_name": "Transformer2DModel", "norm_type": None}, "no norm_type"),
+        ({"use_additional_conditions": True}, "a width that 3 divides, not 32"),
         ({"num_layers": None}, "num_layers"),
         ({"num_layers": "many"}, "num_layers"),
-        ({"out_channels": 8}, "learned variance"),
+        ({"out_channels": 5}, "out_channels=5"),
+        ({"cross_attention_dim": 64}, "cross_attention_dim=64 is not supported; only cross_attention_dim=32"),
+        ({"norm_elementwise_affine": True}, "norm_elementwise_affine=True"),
+        ({"activation_fn": "geglu", "attention_bias": False}, "activation_fn=geglu, attention_bias=False is not"),
+        ({"attention_type": "gated"}, "attention_type=gated"),
     ],
 )
 def test_a_config_of_another_network_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
@@ -162,6 +181,18 @@ def test_large_checkpoints_scale_their_positions_unless_told(tmp_path: Path) -> 
         base = config.sample_size // config.patch
         ours = sincos_positions_2d(base, base, config.width, base, config.position_scale)
         torch.testing.assert_close(ours, theirs.pos_embed.pos_embed[0], rtol=0, atol=1e-6)
+
+
+def test_older_files_name_another_class_and_say_nothing_of_sizes(tmp_path: Path) -> None:
+    """diffusers' rule for a config without use_additional_conditions: a sample size of 128 means that they are told."""
+    config = PixArtConfig(1, 2, 12, 4, 8, 2, 128, 8, position_scale=2.0)
+    for sample_size, told_size in ((128, True), (64, False), (256, False)):
+        raw = config_json(config) | {"_class_name": "Transformer2DModel", "sample_size": sample_size}
+        del raw["use_additional_conditions"]
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        found = read_config(tmp_path)
+        assert found.told_size is told_size
+        assert_names_map(PixArt(found), PixArtTransformer2DModel.from_config(raw).state_dict(), NAMES)
 
 
 def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:

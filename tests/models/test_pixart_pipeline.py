@@ -1,0 +1,190 @@
+"""PixArt-alpha and PixArt-Sigma checkpoints that diffusers saved are drawn as diffusers draws them, words to pixels."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
+from transformers import T5Config, T5EncoderModel
+
+from harness.client import DiffusionGenerator
+from harness.compose import compose_run
+from harness.inprocess import InprocessEngine
+from harness.pipeline.latents import seeded_noise
+from models.attention import sdpa_attention
+from models.pixart.components import load
+from models.registry import REFERENCE
+from models.source import Source
+from models.text.load import load_tokenizer
+from models.text.t5 import T5_STAND_IN, load_t5_prompts
+from tests.models.parity import randomize
+
+BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
+STEPS, GUIDANCE, SEED, TOKENS = 6, 4.5, 11, 20
+PROMPTS = ["  A Red Apple ", "rocket"]
+NEGATIVE = "Blurry"
+ASKED = {"negative_prompt": NEGATIVE, "steps": STEPS, "guidance": GUIDANCE, "height": 32, "width": 32}
+PIPELINES = {
+    "pixart_alpha": (PixArtAlphaPipeline, {"sample_size": 128, "in_channels": 4, "out_channels": 8}),
+    "pixart_sigma": (
+        PixArtSigmaPipeline,
+        {"sample_size": 16, "in_channels": 4, "out_channels": 8, "interpolation_scale": 0.5},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Both:
+    """One checkpoint in both worlds."""
+
+    name: str
+    folder: Path
+    peer: PixArtAlphaPipeline | PixArtSigmaPipeline
+    engine: DiffusionGenerator
+
+
+def save(folder: Path, name: str) -> None:
+    """Every part random and small, saved by diffusers' pipeline; the network under the class of older files."""
+    torch.manual_seed(0)
+    kind, sizes = PIPELINES[name]
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        cross_attention_dim=24,
+        caption_channels=16,
+        **sizes,
+    )
+    encoder = T5EncoderModel(
+        T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    )
+    randomize(transformer)
+    randomize(encoder)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.13025,
+    )
+    kind(T5_STAND_IN.build(), encoder, vae, transformer, DPMSolverMultistepScheduler()).save_pretrained(folder)
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "Transformer2DModel"}))
+
+
+def start(folder: Path, name: str, *overrides: str) -> DiffusionGenerator:
+    model = [f"model={name}", f"model.path={folder}", "model.dtype=float32", "model.size_multiple=4"]
+    process = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
+    config = compose_run([*model, f"model.text.tokens={TOKENS}", *process, *overrides]).config
+    engine = DiffusionGenerator(config, InprocessEngine(config))
+    engine.start()
+    return engine
+
+
+@pytest.fixture(scope="module", params=list(PIPELINES))
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    folder = tmp_path_factory.mktemp(request.param)
+    save(folder, request.param)
+    kind = PIPELINES[request.param][0]
+    peer = kind.from_pretrained(folder, dtype=torch.float32, low_cpu_mem_usage=False)
+    peer.set_progress_bar_config(disable=True)
+    engine = start(folder, request.param)
+    yield Both(request.param, folder, peer, engine)
+    engine.stop()
+
+
+def draw(both: Both, prompt: str, seed: int, **changes: Any) -> np.ndarray:
+    """diffusers' own pipeline, given this harness' noise."""
+    asked = ASKED | changes
+    height, width = asked["height"], asked["width"]
+    images = both.peer(
+        prompt,
+        asked["negative_prompt"],
+        num_inference_steps=asked["steps"],
+        guidance_scale=asked["guidance"],
+        height=height,
+        width=width,
+        latents=seeded_noise(seed, (4, height // 2, width // 2))[None],
+        output_type="np",
+        clean_caption=False,
+        use_resolution_binning=False,
+        max_sequence_length=TOKENS,
+    ).images
+    return images[0].transpose(2, 0, 1)
+
+
+def test_pictures_are_diffusers_own(both: Both) -> None:
+    drawn = both.engine.generate(prompts=PROMPTS, seed=SEED, **ASKED)
+    for k, prompt in enumerate(PROMPTS):
+        theirs = draw(both, prompt, SEED + k)
+        assert theirs.std() > 0.05, "a flat picture proves nothing"
+        assert np.abs(drawn.pixels[k] - theirs).max() < BOUND
+
+
+@pytest.mark.parametrize("size", [(48, 24), (24, 40)])
+def test_a_picture_of_another_shape_without_guidance(both: Both, size: tuple[int, int]) -> None:
+    changes = {"guidance": 1.0, "steps": 3, "height": size[0], "width": size[1]}
+    drawn = both.engine.generate(prompts=PROMPTS, seed=SEED, batch_size=2, **(ASKED | changes))
+    for k, prompt in enumerate(PROMPTS):
+        assert np.abs(drawn.pixels[k] - draw(both, prompt, SEED + k, **changes)).max() < BOUND
+
+
+def test_a_long_prompt_is_cut_where_diffusers_cuts_it(both: Both) -> None:
+    prompt = "A Red Apple beside a green pear and a yellow lemon"
+    drawn = both.engine.generate(prompt=prompt, seed=SEED, **ASKED)
+    assert any(f"was cut to {TOKENS}" in note for note in drawn.record.notes)
+    assert np.abs(drawn.pixels[0] - draw(both, prompt, SEED)).max() < BOUND
+
+
+def test_the_comparison_sees_what_is_asked(both: Both) -> None:
+    def pixels(**changes: Any) -> np.ndarray:
+        return both.engine.generate(**({"prompt": PROMPTS[0], "seed": SEED} | ASKED | changes)).pixels[0]
+
+    plain = pixels()
+    changes = [{"prompt": "rocket"}, {"guidance": 2.0}, {"seed": 12}, {"steps": 7}, {"negative_prompt": "red"}]
+    for change in changes:
+        assert np.abs(pixels(**change) - plain).max() > 20 * BOUND, change
+    assert np.array_equal(pixels(prompt="a red apple", negative_prompt="blurry "), plain)
+
+
+def test_only_the_network_of_1024_pixels_is_told_sizes(both: Both) -> None:
+    """Of the latent's pixels and the decoder's stride, which diffusers' pipeline counts in pixels too."""
+    parts = load(Source(both.folder, text_tokens=TOKENS), sdpa_attention)
+    assert parts.network.config.told_size is (both.name == "pixart_alpha")
+    assert (parts.network.config.stride, parts.size_multiple, parts.learned_variance) == (2, 4, True)
+
+
+def test_the_learned_variance_of_a_text_model_is_used(both: Both) -> None:
+    """By DDPM's solver, whose picture is not that of a fixed variance."""
+    pictures = []
+    for variance in ("learned_range", "small"):
+        ddpm = ["scheduler=ddpm", "scheduler/solver=ddpm", f"scheduler.solver.variance={variance}"]
+        engine = start(both.folder, both.name, *ddpm, "scheduler.spacing=leading")
+        pictures.append(engine.generate(prompt="rocket", seed=SEED, **(ASKED | {"steps": 4})).pixels[0])
+        engine.stop()
+    assert np.isfinite(pictures[0]).all()
+    assert np.abs(pictures[0] - pictures[1]).max() > 20 * BOUND
+
+
+def test_lower_case_is_what_the_reference_tokenizer_makes_of_a_prompt_anyway() -> None:
+    """So that the built-in model, which is loaded by the same code, draws what it drew."""
+    source = Source(REFERENCE / "emoji", text_tokens=24)
+    tokenizer = load_tokenizer(source, "tokenizer")
+    names = (REFERENCE / "emoji" / "vocabulary.txt").read_text().splitlines()
+    for prompt in [*names, "  Red Apple, 3D ", "ROCKET", "Ünïcode CAFÉ", ""]:
+        assert tokenizer(prompt).input_ids == tokenizer(prompt.lower().strip()).input_ids, prompt
+    with torch.no_grad():
+        plain, lower = (load_t5_prompts(source, lowercase)(["  Red Apple, 3D "]) for lowercase in (False, True))
+    assert torch.equal(plain.text(), lower.text())
