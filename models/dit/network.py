@@ -1,0 +1,137 @@
+"""The network: patches of a latent attend to one another, modulated by the timestep and the class.
+
+adaLN-Zero and sine-cosine positions as in DiT (Peebles and Xie 2022, arXiv:2212.09748, section 3.2), so that a
+checkpoint is interchangeable with diffusers' `DiTTransformer2DModel`.
+
+Shapes: B batch, H and W latent rows and columns, C latent channels, L image tokens, D width, E sinusoids of the time, P
+outputs a patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.attention import AttentionKernel, sdpa_attention
+from models.components import Conditioning
+from models.layers import (
+    Attention,
+    FeedForward,
+    modulate,
+    plain_norm,
+    sincos_positions_2d,
+    timestep_embedding,
+    unpatchify,
+)
+
+TIME_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The sizes of one network; the defaults are DiT-XL/2 at 256 x 256.
+
+    Args:
+        depth: transformer blocks.
+        heads: attention heads; the width is heads * head_channels.
+        head_channels: channels a head.
+        in_channels: latent channels.
+        out_channels: channels of the output, twice as many where it learned a variance too.
+        patch: side of a patch, in latent pixels.
+        sample_size: side of the training latent, in latent pixels; positions are measured against it.
+        classes: classes, without the null class, which is the one after them.
+        norm_eps: of the norm before a block's feed-forward; the other norms have 1e-6.
+    """
+
+    depth: int = 28
+    heads: int = 16
+    head_channels: int = 72
+    in_channels: int = 4
+    out_channels: int = 8
+    patch: int = 2
+    sample_size: int = 32
+    classes: int = 1000
+    norm_eps: float = 1e-5
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.heads * self.head_channels
+
+
+class ClassAndTime(nn.Module):
+    """The sum of an embedding of the time and one of the class; every block has its own, as published."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.time_in = nn.Linear(TIME_CHANNELS, width)
+        self.time_out = nn.Linear(width, width)
+        self.classes = nn.Embedding(config.classes + 1, width)
+
+    def forward(self, time_BE: Tensor, labels_B: Tensor) -> Tensor:
+        return self.time_out(F.silu(self.time_in(time_BE))) + self.classes(labels_B)
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward; shift, scale and gate of both from the time and the class."""
+
+    def __init__(self, config: DiTConfig, kernel: AttentionKernel) -> None:
+        super().__init__()
+        width = config.width
+        self.norm_eps = config.norm_eps
+        self.condition = ClassAndTime(config)
+        self.modulation = nn.Linear(width, 6 * width)
+        self.self_attention = Attention(width, config.heads, kernel)
+        self.feed_forward = FeedForward(width)
+
+    def forward(self, x_BLD: Tensor, time_BE: Tensor, labels_B: Tensor) -> Tensor:
+        modulation_B6D = self.modulation(F.silu(self.condition(time_BE, labels_B))).unflatten(-1, (6, -1))
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation_B6D.unsqueeze(2).unbind(1)
+        x = x_BLD
+        x = x + gate_a * self.self_attention(modulate(plain_norm(x), shift_a, scale_a))
+        return x + gate_f * self.feed_forward(modulate(plain_norm(x, self.norm_eps), shift_f, scale_f))
+
+
+class DiT(nn.Module):
+    """A class-conditional diffusion transformer: (latent, tau, class) to the network's raw output, a latent.
+
+    Args:
+        config: the sizes.
+        kernel: the attention of every block (models.attention).
+
+    Source: DiT (arXiv:2212.09748); the weights' meaning is that of diffusers' `DiTTransformer2DModel`, which draws
+    squares only. Positions interpolate here, as in PixArt, so that any shape is drawn.
+    """
+
+    def __init__(self, config: DiTConfig, kernel: AttentionKernel = sdpa_attention) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.patch_embed = nn.Conv2d(config.in_channels, width, kernel_size=config.patch, stride=config.patch)
+        self.blocks = nn.ModuleList([Block(config, kernel) for _ in range(config.depth)])
+        self.head_modulation = nn.Linear(width, 2 * width)
+        self.project_out = nn.Linear(width, config.patch**2 * config.out_channels)
+
+    def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """One evaluation (models.components.Denoiser); it reads labels.
+
+        Raises:
+            ValueError: no labels.
+        """
+        labels_B = condition.labels
+        if labels_B is None:
+            raise ValueError("this network needs class labels, and its conditioning has none")
+        height, width = (side // self.config.patch for side in latent_BCHW.shape[-2:])
+        x_BLD = self.patch_embed(latent_BCHW).flatten(2).transpose(1, 2)
+        base = self.config.sample_size // self.config.patch
+        x_BLD = x_BLD + sincos_positions_2d(height, width, self.config.width, base).to(x_BLD)
+        time_BE = timestep_embedding(tau_B, TIME_CHANNELS, freq_shift=1).to(x_BLD.dtype)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, time_BE, labels_B)
+        condition_BD = self.blocks[0].get_submodule("condition")(time_BE, labels_B)  # the head has none of its own
+        shift, scale = self.head_modulation(F.silu(condition_BD)).unflatten(-1, (2, -1)).unsqueeze(2).unbind(1)
+        y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
+        return unpatchify(y_BLP, height, width, self.config.patch)

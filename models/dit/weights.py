@@ -1,0 +1,86 @@
+"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from models.dit.network import DiTConfig
+from models.files import CheckpointError, read_json, refuse_options
+from models.names import NameMap
+from models.plan import ParallelPlan, Stack
+
+NAMES = NameMap(  # diffusers' DiTTransformer2DModel on the left, this network on the right
+    (
+        ("pos_embed.proj", "patch_embed"),
+        ("transformer_blocks", "blocks"),
+        ("norm1.emb.timestep_embedder.linear_1", "condition.time_in"),
+        ("norm1.emb.timestep_embedder.linear_2", "condition.time_out"),
+        ("norm1.emb.class_embedder.embedding_table", "condition.classes"),
+        ("norm1.linear", "modulation"),
+        ("attn1", "self_attention"),
+        ("to_out.0", "to_out"),
+        ("ff.net.0.proj", "feed_forward.up"),
+        ("ff.net.2", "feed_forward.down"),
+        ("proj_out_1", "head_modulation"),
+        ("proj_out_2", "project_out"),
+    )
+)
+PLAN = ParallelPlan(
+    heads="heads",
+    stacks=(Stack("blocks", sharded={"x_BLD": 1}),),
+    column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
+    row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
+)
+CLASS_NAME = "DiTTransformer2DModel"
+CLASSES = (CLASS_NAME, "Transformer2DModel")  # the second in older files, which diffusers takes for the first
+SIZES = (
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "patch_size",
+    "sample_size",
+    "num_embeds_ada_norm",
+)
+ONLY = {
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "upcast_attention": False,
+}
+
+
+def read_config(folder: Path) -> DiTConfig:
+    """The sizes from a `config.json` of diffusers' `DiTTransformer2DModel`, or of the class it had before.
+
+    Raises:
+        CheckpointError: no such file, another class, or an option that this network does not have.
+    """
+    path = folder / "config.json"
+    raw: dict[str, Any] = read_json(path)
+    if raw.get("_class_name") not in CLASSES:
+        raise CheckpointError(
+            f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {' or '.join(CLASSES)}"
+        )
+    if raw["_class_name"] != CLASS_NAME and "norm_type" not in raw:
+        raise CheckpointError(f"{path}: no norm_type, which says what kind of {raw['_class_name']} this is")
+    refuse_options(raw, path, ONLY)
+    if missing := [name for name in SIZES if not isinstance(raw.get(name), int)]:
+        raise CheckpointError(f"{path}: no whole number under {', '.join(missing)}")
+    channels = raw["in_channels"]
+    out_channels = channels if raw.get("out_channels") is None else raw["out_channels"]
+    if out_channels not in (channels, 2 * channels):
+        raise CheckpointError(f"{path}: out_channels={out_channels}; a network outputs in_channels, or twice it")
+    return DiTConfig(
+        depth=raw["num_layers"],
+        heads=raw["num_attention_heads"],
+        head_channels=raw["attention_head_dim"],
+        in_channels=channels,
+        out_channels=out_channels,
+        patch=raw["patch_size"],
+        sample_size=raw["sample_size"],
+        classes=raw["num_embeds_ada_norm"],
+        norm_eps=float(raw.get("norm_eps", 1e-5)),
+    )

@@ -1,0 +1,190 @@
+"""A class-conditional checkpoint that diffusers saved is drawn as diffusers draws it, from classes to pixels."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch import Tensor
+
+from harness.client import DiffusionGenerator
+from harness.compose import compose_run
+from harness.engine import RequestFailed
+from harness.inprocess import InprocessEngine
+from harness.pipeline.latents import seeded_noise, step_noise
+from tests.models.parity import randomize
+
+BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
+STEPS, GUIDANCE, SEED, SIDE = 6, 4.0, 11, 8  # SIDE of the latent
+NAMES = {"0": "tench, Tinca tinca", "1": "goldfish, Carassius auratus", "7": "cock"}
+CLASSES = {"Tinca tinca": 0, "goldfish": 1, "999": 999}
+LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every part random and small, saved by diffusers' pipeline."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, sample_size=SIDE
+    )
+    randomize(transformer)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.7,
+    )
+    folder = tmp_path_factory.mktemp("dit")
+    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False, **LINEAR)).save_pretrained(folder)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": NAMES}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def peer(checkpoint: Path) -> DiTPipeline:
+    pipeline = DiTPipeline.from_pretrained(checkpoint, dtype=torch.float32, low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def start(checkpoint: Path, *overrides: str) -> DiffusionGenerator:
+    common = [f"model.path={checkpoint}", "model=dit_256", "model.dtype=float32", "model.size_multiple=4"]
+    sizes = [f"model.{name}={2 * SIDE}" for name in ("height", "width")]
+    process = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
+    config = compose_run([*common, *sizes, *process, "model.examples=[goldfish]", *overrides]).config
+    engine = DiffusionGenerator(config, InprocessEngine(config))
+    engine.start()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
+    engine = start(checkpoint)
+    yield engine
+    engine.stop()
+
+
+def draw(peer: DiTPipeline, prompt: str, seed: int, guidance: float, steps: int = STEPS) -> np.ndarray:
+    """diffusers' own pipeline; it draws its noise from the generator, as seeded_noise does."""
+    label = int(prompt) if prompt.isdecimal() else peer.get_label_ids([prompt])[0]
+    noise = torch.Generator().manual_seed(seed)
+    images = peer([label], guidance, noise, num_inference_steps=steps, output_type="np").images
+    return images[0].transpose(2, 0, 1)
+
+
+def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: DiTPipeline) -> None:
+    drawn = engine.generate(prompts=list(CLASSES), seed=SEED, steps=STEPS, guidance=GUIDANCE)
+    for k, prompt in enumerate(CLASSES):
+        theirs = draw(peer, prompt, SEED + k, GUIDANCE)
+        assert theirs.std() > 0.05, "a flat picture proves nothing"
+        assert np.abs(drawn.pixels[k] - theirs).max() < BOUND
+
+
+def test_a_batch_and_no_guidance(engine: DiffusionGenerator, peer: DiTPipeline) -> None:
+    drawn = engine.generate(prompts=list(CLASSES), seed=SEED, steps=5, guidance=1.0, batch_size=3)
+    for k, prompt in enumerate(CLASSES):
+        assert np.abs(drawn.pixels[k] - draw(peer, prompt, SEED + k, 1.0, steps=5)).max() < BOUND
+
+
+def test_the_comparison_sees_class_guidance_and_seed(engine: DiffusionGenerator) -> None:
+    def pixels(**changes: Any) -> np.ndarray:
+        asked = {"prompt": "goldfish", "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
+        return engine.generate(**(asked | changes)).pixels[0]
+
+    plain = pixels()
+    changes = [{"prompt": "cock"}, {"guidance": 2.0}, {"seed": 12}, {"steps": 7}, {"negative_prompt": "cock"}]
+    for change in changes:
+        assert np.abs(pixels(**change) - plain).max() > 20 * BOUND, change
+    assert np.array_equal(pixels(prompt="1"), plain)
+
+
+def test_a_picture_need_not_be_square(engine: DiffusionGenerator) -> None:
+    drawn = engine.generate(prompt="goldfish", seed=SEED, steps=2, height=12, width=24)
+    assert drawn.pixels[0].shape == (3, 12, 24)
+
+
+@pytest.mark.parametrize("where", ["prompt", "negative_prompt"])
+def test_an_unknown_class_is_refused_with_the_nearest(engine: DiffusionGenerator, where: str) -> None:
+    with pytest.raises(RequestFailed, match=r"'goldfisch' is no class; did you mean goldfish\?") as caught:
+        engine.generate(**({"prompt": "cock", "steps": 1} | {where: "goldfisch"}))
+    assert caught.value.kind == "rejected"
+
+
+# ---------------------------------------------------------------- the learned variance
+
+
+@torch.no_grad()
+def ancestral(
+    peer: DiTPipeline, label: int, guidance: float, steps: int, monkeypatch: pytest.MonkeyPatch, **options: object
+) -> Tensor:
+    """DDPM's loop by hand: eps guided, the variance that of the class, noise of each step as this harness draws it."""
+    scheduler = DDPMScheduler(variance_type="learned_range", **LINEAR, **options)
+    scheduler.set_timesteps(steps)
+    drawn = iter(range(steps))
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor",
+        lambda shape, **_: step_noise(SEED, next(drawn), tuple(shape[1:]))[None],
+    )
+    x = seeded_noise(SEED, (4, SIDE, SIDE))[None]
+    for t in scheduler.timesteps:
+        both = peer.transformer(torch.cat([x, x]), t.expand(2), torch.tensor([label, 1000])).sample
+        (eps, null), variance = both.split(4, dim=1)[0].unbind(), both[:1, 4:]
+        output = torch.cat([(null + guidance * (eps - null))[None], variance], dim=1)
+        x = scheduler.step(output, t, x).prev_sample
+    pixels = peer.vae.decode(x / peer.vae.config.scaling_factor).sample
+    return (pixels / 2 + 0.5).clamp(0, 1)[0]
+
+
+DDPM = ["scheduler=ddpm", "scheduler/solver=ddpm", "scheduler.solver.variance=learned_range"]
+CASES = {
+    "leading": ([], {"clip_sample": False}),
+    "trailing": (
+        ["scheduler.spacing=trailing", "scheduler.solver.final_noise=true"],
+        {"clip_sample": False, "timestep_spacing": "trailing"},
+    ),
+    "clipped": (["scheduler.clip=1.0"], {"clip_sample": True}),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_learned_variance_is_the_class_own(
+    checkpoint: Path, peer: DiTPipeline, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    overrides, options = CASES[case]
+    engine = start(checkpoint, *DDPM, "scheduler.spacing=leading", *overrides)
+    try:
+        drawn = engine.generate(prompt="goldfish", seed=SEED, steps=4, guidance=GUIDANCE)
+    finally:
+        engine.stop()
+    theirs = ancestral(peer, 1, GUIDANCE, 4, monkeypatch, **options)
+    assert theirs.std() > 0.05
+    assert np.abs(drawn.pixels[0] - theirs.numpy()).max() < BOUND
+
+
+def test_the_learned_variance_is_neither_of_the_fixed_ones(checkpoint: Path) -> None:
+    pictures = []
+    for variance in ("learned_range", "small", "large"):
+        engine = start(checkpoint, *DDPM[:2], f"scheduler.solver.variance={variance}", "scheduler.spacing=leading")
+        pictures.append(engine.generate(prompt="goldfish", seed=SEED, steps=4, guidance=GUIDANCE).pixels[0])
+        engine.stop()
+    assert min(np.abs(pictures[0] - other).max() for other in pictures[1:]) > 20 * BOUND
+
+
+def test_a_network_without_a_variance_is_not_asked_for_one(checkpoint: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    plain = DiTTransformer2DModel(2, 12, 4, num_layers=1, sample_size=SIDE)
+    plain.save_pretrained(tmp_path / "transformer")
+    (tmp_path / "vae").symlink_to(checkpoint / "vae")
+    with pytest.raises(ValueError, match=r"model\.trained\.ddpm\.learned_variance=false"):
+        start(tmp_path, *DDPM[:2])
+    engine = start(tmp_path, *DDPM[:2], "model.trained.ddpm.learned_variance=false", "model.examples=['1']")
+    assert engine.generate(prompt="1", seed=SEED, steps=2).pixels[0].shape == (3, 2 * SIDE, 2 * SIDE)
+    engine.stop()
