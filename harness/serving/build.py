@@ -95,7 +95,7 @@ def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> 
     if told and not parts.learned_variance:
         family = config.scheduler.family
         own = family == PUBLISHED_FAMILY
-        change = "choose another scheduler" if own else f"set model.trained.{family}.learned_variance=false"
+        change = "choose another noise scheduler" if own else f"set model.trained.{family}.learned_variance=false"
         raise ValueError(
             "the noise scheduler expects a learned variance, but this network outputs no more channels than the state "
             f"has; {change}"
