@@ -20,10 +20,13 @@ from models.attention import AttentionKernel
 P = ParamSpec("P")
 
 
-def timestep_embedding(tau_B: Tensor, width: int, max_period: float = 10_000.0, freq_shift: int = 0) -> Tensor:
+def timestep_embedding(
+    tau_B: Tensor, width: int, max_period: float = 10_000.0, freq_shift: int = 0, scale: float = 1.0
+) -> Tensor:
     """Sinusoidal embedding of the number the network is told, cosines first.
 
-    The slowest of the width / 2 rates is 1 / max_period for freq_shift 1, and one rate short of it for 0.
+    The slowest of the width / 2 rates is 1 / max_period for freq_shift 1, and one rate short of it for 0. The angles
+    are multiplied by scale last, which in float32 is not the same as multiplying tau.
 
     Source: DDPM (Ho et al. 2020), in the order of diffusers' `Timesteps(flip_sin_to_cos=True,
     downscale_freq_shift=freq_shift)`. Shapes: tau (B,) float32 to (B, width) float32; `width` is even.
@@ -31,7 +34,7 @@ def timestep_embedding(tau_B: Tensor, width: int, max_period: float = 10_000.0, 
     half = width // 2
     count = torch.arange(half, dtype=torch.float32, device=tau_B.device)
     rates = torch.exp(-math.log(max_period) * count / (half - freq_shift))
-    angles = tau_B.float()[:, None] * rates
+    angles = scale * (tau_B.float()[:, None] * rates)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -74,16 +77,25 @@ sincos_positions_2d = kept(sincos_table_2d)
 """The same table, remembered."""
 
 
+def rotary_angles(places_L: Tensor, channels: int, theta: float) -> Tensor:
+    """Angles of tokens on one axis: place times theta^(-2 k / channels) for k = 0, 1 ..., (L, channels / 2) float32.
+
+    They are computed in the dtype of the places, which decides their last bits.
+    """
+    rates = 1.0 / theta ** (torch.arange(0, channels, 2, device=places_L.device).to(places_L.dtype) / channels)
+    return torch.outer(places_L, rates).float()
+
+
 def rotate(x_BLHE: Tensor, rope_2LF: Tensor) -> Tensor:
     """Turns each pair of neighbouring channels by its token's angle, in float32.
 
     Args:
         x_BLHE: queries or keys.
-        rope_2LF: cosines and sines of the angles, F = E / 2 a token.
+        rope_2LF: cosines and sines of the angles, F = E / 2 a token; (2, B, L, F) where the rows of a batch differ.
 
     Source: RoFormer (Su et al. 2021, arXiv:2104.09864).
     """
-    cos_L1F, sin_L1F = rope_2LF[:, :, None]
+    cos_L1F, sin_L1F = rope_2LF.unsqueeze(-2)
     even, odd = x_BLHE.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos_L1F - odd * sin_L1F, even * sin_L1F + odd * cos_L1F], dim=-1)
     return turned.flatten(-2).type_as(x_BLHE)
