@@ -106,7 +106,9 @@ def load_encoder(source: Source, component: str, kind: type[M], config_kind: typ
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the text encoder cannot be read ({_first_line(error)})") from error
-    return encoder.to(device=source.device, dtype=dtype).requires_grad_(False).eval()
+    for parameter in encoder.parameters():  # the rates of a rotary embedding, a buffer, stay float32
+        parameter.data = parameter.data.to(dtype)
+    return encoder.to(source.device).requires_grad_(False).eval()
 
 
 def _first_line(error: BaseException) -> str:
