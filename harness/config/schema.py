@@ -92,6 +92,8 @@ class PublishedChoices:
     shift: float | None = None
     base_shift: float | None = None
     max_shift: float | None = None
+    base_tokens: int | None = None
+    max_tokens: int | None = None
     shift_terminal: float | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
