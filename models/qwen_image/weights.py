@@ -1,0 +1,110 @@
+"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from models.files import CheckpointError, read_json
+from models.names import NameMap
+from models.plan import ParallelPlan, Stack
+from models.qwen_image.network import PATCH, QwenImageConfig
+
+NAMES = NameMap(  # diffusers' QwenImageTransformer2DModel on the left, this network on the right
+    (
+        ("time_text_embed.timestep_embedder", "time"),
+        ("txt_norm", "text_norm"),
+        ("txt_in", "text_in"),
+        ("img_in", "image_in"),
+        ("transformer_blocks", "blocks"),
+        ("img_mod.1", "modulation"),
+        ("txt_mod.1", "text_modulation"),
+        ("attn.to_q", "heads.to_q"),
+        ("attn.to_k", "heads.to_k"),
+        ("attn.to_v", "heads.to_v"),
+        ("attn.norm_q", "heads.norm_q"),
+        ("attn.norm_k", "heads.norm_k"),
+        ("attn.to_out.0", "to_out"),
+        ("attn.add_q_proj", "text_heads.to_q"),
+        ("attn.add_k_proj", "text_heads.to_k"),
+        ("attn.add_v_proj", "text_heads.to_v"),
+        ("attn.norm_added_q", "text_heads.norm_q"),
+        ("attn.norm_added_k", "text_heads.norm_k"),
+        ("attn.to_add_out", "text_to_out"),
+        ("img_mlp.net.0.proj", "feed_forward.up"),
+        ("img_mlp.net.2", "feed_forward.down"),
+        ("txt_mlp.net.0.proj", "text_feed_forward.up"),
+        ("txt_mlp.net.2", "text_feed_forward.down"),
+        ("norm_out.linear", "head_modulation"),
+        ("proj_out", "project_out"),
+    )
+)
+PLAN = ParallelPlan(
+    heads="heads",
+    stacks=(
+        Stack(
+            "blocks",
+            sharded={"x_BLD": 1, "text_BSD": 1, "rope_2LF": 1, "text_rope_2SF": 1, "mask_BS": 1},
+            outputs=("x_BLD", "text_BSD"),
+            streams=("text_BSD", "x_BLD"),
+        ),
+    ),
+    column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.up"),
+    row=("blocks.*.to_out", "blocks.*.text_to_out", "blocks.*.down"),
+)
+CLASS_NAME = "QwenImageTransformer2DModel"
+DEFAULTS: dict[str, Any] = {  # of diffusers' class, where a file leaves an option out
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "axes_dims_rope": (16, 56, 56),
+}
+REFUSED = {
+    "guidance_embeds": "a guidance-distilled network, which diffusers' class does not run either",
+    "use_additional_t_cond": "the second time embedding of Qwen-Image-Layered",
+    "use_layer3d_rope": "the layers' positions of Qwen-Image-Layered",
+}
+
+
+def read_config(folder: Path) -> QwenImageConfig:
+    """The sizes from a `config.json` of diffusers' `QwenImageTransformer2DModel`.
+
+    `zero_cond_t` is accepted without effect: it tells the tokens of pictures to be edited another time, and there are
+    none here.
+
+    Raises:
+        CheckpointError: no such file, another class, or an option that this network does not have.
+    """
+    path = folder / "config.json"
+    found = read_json(path)
+    if found.get("_class_name") != CLASS_NAME:
+        raise CheckpointError(f"{path}: _class_name is {found.get('_class_name')!r}, this network loads {CLASS_NAME}")
+    raw: dict[str, Any] = DEFAULTS | found
+    for option, what in REFUSED.items():
+        if raw.get(option):
+            raise CheckpointError(f"{path}: {option} ({what}) is not supported")
+    if wrong := [name for name in DEFAULTS if name != "axes_dims_rope" and not isinstance(raw[name], int)]:
+        raise CheckpointError(f"{path}: no whole number under {', '.join(wrong)}")
+    if raw["patch_size"] != PATCH or raw["in_channels"] != PATCH**2 * raw["out_channels"]:
+        raise CheckpointError(
+            f"{path}: patch_size={raw['patch_size']}, in_channels={raw['in_channels']} and out_channels="
+            f"{raw['out_channels']} do not go together; this network packs {PATCH} x {PATCH} latent pixels"
+        )
+    axes = tuple(raw["axes_dims_rope"])
+    if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != raw["attention_head_dim"]:
+        raise CheckpointError(
+            f"{path}: axes_dims_rope={list(axes)}; give three even numbers that add up to attention_head_dim="
+            f"{raw['attention_head_dim']}"
+        )
+    return QwenImageConfig(
+        depth=raw["num_layers"],
+        heads=raw["num_attention_heads"],
+        head_channels=raw["attention_head_dim"],
+        latent_channels=raw["out_channels"],
+        text_channels=raw["joint_attention_dim"],
+        axes=(axes[0], axes[1], axes[2]),
+    )
