@@ -1,0 +1,41 @@
+"""A whole text-to-image checkpoint of Z-Image: Qwen3 prompts, the network, and a KL autoencoder."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from models.attention import AttentionKernel, sdpa_attention
+from models.checkpoint import load_network
+from models.components import Components, LatentSpace
+from models.decoders import load_kl_decoder
+from models.source import Source
+from models.z_image.network import PATCH, ZImage
+from models.z_image.prompts import load_z_image_prompts
+from models.z_image.weights import NAMES, read_config
+
+
+def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention) -> ZImage:
+    """The network alone.
+
+    Raises:
+        CheckpointError: a configuration that it cannot be built from, or weights that do not fit it.
+    """
+    config = read_config(source.config_folder(source.denoiser))
+    return load_network(lambda: ZImage(config, kernel), source, source.denoiser, NAMES)
+
+
+def load(source: Source, kernel: AttentionKernel) -> Components:
+    """The components of a checkpoint in the layout of diffusers' ZImagePipeline.
+
+    Raises:
+        CheckpointError: a component that is missing, unreadable or does not fit.
+    """
+    network, decoder = load_denoiser(source, kernel), load_kl_decoder(source)
+    return Components(
+        network=network,
+        load_prompts=partial(load_z_image_prompts, source),
+        decoder=decoder,
+        latent=LatentSpace(decoder.latent_channels, decoder.stride),
+        size_multiple=decoder.stride * PATCH,
+        even_sigmas=True,
+    )

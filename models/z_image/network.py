@@ -1,0 +1,254 @@
+"""The network: picture and text are refined apart, then attend to one another as one stream of tokens.
+
+Blocks with a norm before and after each branch, tanh gates, learned tokens that fill picture and text up to a multiple
+of 32, and positions on three axes: a text token's is its number from 1 on, the picture's rows and columns lie behind
+the text's last. Z-Image (arXiv:2511.22699, section 4), interchangeable with diffusers' `ZImageTransformer2DModel` where
+that draws a picture from text alone.
+
+Shapes: B batch, H and W latent rows and columns, C latent channels, L picture tokens, S text tokens, J tokens of a
+stack, D width, T text channels, A channels of the time, E channels a head, F = E / 2 rotary angles, P outputs a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.attention import AttentionKernel, sdpa_attention
+from models.components import Conditioning
+from models.layers import kept, plain_norm, rotary_angles, rotate, timestep_embedding, unpatchify
+
+PATCH = 2  # a token is PATCH x PATCH latent pixels
+MULTIPLE = 32  # tokens of picture and text are filled up to a multiple of it
+TIME_CHANNELS = 256
+TIME_HIDDEN = 1024
+QK_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class ZImageConfig:
+    """The sizes of one network.
+
+    Args:
+        depth: blocks over picture and text together.
+        refiner_depth: blocks over each of them alone, before.
+        heads: attention heads; the width is heads * head_channels.
+        head_channels: channels a head.
+        latent_channels: C.
+        text_channels: channels of a text state.
+        axes: channels of a head that text position, row and column rotate; they add up to head_channels.
+        theta: base of their rates.
+        time_scale: the network is told time_scale * (1 - sigma).
+        norm_eps: of the norms around attention and feed-forward, and of the text's.
+        qk_norm: whether queries and keys are normed.
+    """
+
+    depth: int = 30
+    refiner_depth: int = 2
+    heads: int = 30
+    head_channels: int = 128
+    latent_channels: int = 16
+    text_channels: int = 2560
+    axes: tuple[int, int, int] = (32, 48, 48)
+    theta: float = 256.0
+    time_scale: float = 1000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.heads * self.head_channels
+
+    @property
+    def hidden(self) -> int:
+        """Channels inside a feed-forward."""
+        return int(self.width / 3 * 8)
+
+    @property
+    def time_width(self) -> int:
+        """A, channels of the embedded time."""
+        return min(self.width, TIME_CHANNELS)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a stream to itself, with normed and rotated queries and keys."""
+
+    def __init__(self, config: ZImageConfig, kernel: AttentionKernel) -> None:
+        super().__init__()
+        width = config.width
+        self.head_channels = config.head_channels
+        self.kernel = kernel
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width, bias=False)
+        self.norm_q = nn.RMSNorm(config.head_channels, eps=QK_EPS) if config.qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(config.head_channels, eps=QK_EPS) if config.qk_norm else nn.Identity()
+        self.to_out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_BJD: Tensor, rope_2BJF: Tensor, mask_BJ: Tensor | None) -> Tensor:
+        projected = (linear(x_BJD) for linear in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (y.unflatten(-1, (-1, self.head_channels)) for y in projected)
+        q, k = rotate(self.norm_q(q), rope_2BJF), rotate(self.norm_k(k), rope_2BJF)
+        return self.to_out(self.kernel(q, k, v, mask_BJ).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ZImageConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.hidden, bias=False)
+        self.up = nn.Linear(config.width, config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x_BJD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_BJD)) * self.up(x_BJD))
+
+
+class Parts(nn.Module):
+    """What every block has: attention and feed-forward, each between two norms."""
+
+    def __init__(self, config: ZImageConfig, kernel: AttentionKernel) -> None:
+        super().__init__()
+        self.attention = Attention(config, kernel)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm1 = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm2 = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn_norm1 = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn_norm2 = nn.RMSNorm(config.width, eps=config.norm_eps)
+
+
+class TextBlock(Parts):
+    """A block over the text alone, which is not told the time."""
+
+    def forward(self, x_BJD: Tensor, rope_2BJF: Tensor, mask_BJ: Tensor | None) -> Tensor:
+        x = x_BJD + self.attention_norm2(self.attention(self.attention_norm1(x_BJD), rope_2BJF, mask_BJ))
+        return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+
+
+class Block(Parts):
+    """A block with a scale before, and a gate after, attention and feed-forward: both from the time."""
+
+    def __init__(self, config: ZImageConfig, kernel: AttentionKernel) -> None:
+        super().__init__(config, kernel)
+        self.modulation = nn.Linear(config.time_width, 4 * config.width)
+
+    def forward(self, x_BJD: Tensor, rope_2BJF: Tensor, mask_BJ: Tensor | None, time_BA: Tensor) -> Tensor:
+        scale_a, gate_a, scale_f, gate_f = self.modulation(time_BA).unsqueeze(1).chunk(4, dim=-1)
+        attended = self.attention(self.attention_norm1(x_BJD) * (1 + scale_a), rope_2BJF, mask_BJ)
+        x = x_BJD + gate_a.tanh() * self.attention_norm2(attended)
+        return x + gate_f.tanh() * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + scale_f)))
+
+
+class ZImage(nn.Module):
+    """A single-stream diffusion transformer: (latent, tau, text) to the velocity of the flow, a latent.
+
+    Args:
+        config: the sizes.
+        kernel: the attention of every block (models.attention).
+
+    Source: Z-Image (arXiv:2511.22699); the weights' meaning is that of diffusers' `ZImageTransformer2DModel`, whose
+    output is the velocity from noise to data: forward() negates it.
+    """
+
+    def __init__(self, config: ZImageConfig, kernel: AttentionKernel = sdpa_attention) -> None:
+        super().__init__()
+        width, token_channels = config.width, PATCH**2 * config.latent_channels
+        self.config = config
+        self.image_in = nn.Linear(token_channels, width)
+        self.image_pad = nn.Parameter(torch.zeros(1, width))
+        self.time_in = nn.Linear(TIME_CHANNELS, TIME_HIDDEN)
+        self.time_out = nn.Linear(TIME_HIDDEN, config.time_width)
+        self.text_norm = nn.RMSNorm(config.text_channels, eps=config.norm_eps)
+        self.text_in = nn.Linear(config.text_channels, width)
+        self.text_pad = nn.Parameter(torch.zeros(1, width))
+        self.noise_refiner = nn.ModuleList([Block(config, kernel) for _ in range(config.refiner_depth)])
+        self.context_refiner = nn.ModuleList([TextBlock(config, kernel) for _ in range(config.refiner_depth)])
+        self.layers = nn.ModuleList([Block(config, kernel) for _ in range(config.depth)])
+        self.head_modulation = nn.Linear(config.time_width, width)
+        self.project_out = nn.Linear(width, token_channels)
+
+    def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """One evaluation (models.components.Denoiser); it reads states and mask, whose real tokens come first.
+
+        Raises:
+            ValueError: no text states.
+        """
+        height, width = (side // PATCH for side in latent_BCHW.shape[-2:])
+        # 1 - sigma in steps that round as diffusers' do
+        told_B = (1000 - tau_B) / 1000 * self.config.time_scale
+        time_BC = timestep_embedding(told_B, TIME_CHANNELS).to(latent_BCHW.dtype)
+        time_BA = self.time_out(F.silu(self.time_in(time_BC)))
+
+        text_BSD, text_mask_BS, filled_B = self._embed_text(condition)
+        x_BLD = self.image_in(_patches(latent_BCHW))
+        missing = -x_BLD.shape[1] % MULTIPLE
+        x_BLD = torch.cat([x_BLD, self.image_pad.expand(len(x_BLD), missing, -1)], dim=1)
+        filled = x_BLD.shape[1]
+        rope_2BJF = self._rope(height, width, missing, text_BSD.shape[1], filled_B)
+        for block in self.noise_refiner:
+            x_BLD = block(x_BLD, rope_2BJF[:, :, :filled], None, time_BA)
+        for block in self.context_refiner:
+            text_BSD = block(text_BSD, rope_2BJF[:, :, filled:], text_mask_BS)
+        joint_BJD = torch.cat([x_BLD, text_BSD], dim=1)
+        mask_BJ = None if text_mask_BS is None else F.pad(text_mask_BS, (filled, 0), value=True)
+        for block in self.layers:
+            joint_BJD = block(joint_BJD, rope_2BJF, mask_BJ, time_BA)
+
+        scale_B1D = self.head_modulation(F.silu(time_BA))[:, None]
+        y_BLP = self.project_out(plain_norm(joint_BJD[:, : height * width]) * (1 + scale_B1D))
+        return -unpatchify(y_BLP, height, width, PATCH)
+
+    def _embed_text(self, condition: Conditioning) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The text's tokens, filled up row by row, (B, S, D); which of them take part; and how many those are, (B,)."""
+        text_BST, mask_BS = condition.text(), condition.mask
+        real = text_BST.shape[1]
+        missing = -real % MULTIPLE
+        embedded = self.text_in(self.text_norm(text_BST))
+        text_BSD = torch.cat([embedded, self.text_pad.expand(len(embedded), missing, -1)], dim=1)
+        if mask_BS is None:
+            return text_BSD, None, torch.full((1,), real + missing, device=text_BSD.device)
+        real_B = mask_BS.sum(dim=1)
+        filled_B = real_B + -real_B % MULTIPLE
+        number_S = torch.arange(real + missing, device=text_BSD.device)
+        text_BSD = torch.where((number_S < real_B[:, None])[..., None], text_BSD, self.text_pad)
+        return text_BSD, number_S < filled_B[:, None], filled_B
+
+    def _rope(self, height: int, width: int, missing: int, longest: int, filled_B: Tensor) -> Tensor:
+        """Cosines and sines of every token's angles, picture before text: (2, B, J, E / 2), one row where all agree.
+
+        The picture stands behind each row's own text; tokens that fill it up stand at the origin.
+        """
+        axes, theta, device = self.config.axes, self.config.theta, filled_B.device
+        grid_LF = grid_angles(height, width, axes, theta, device)
+        behind_BF = rotary_angles((filled_B + 1).double(), axes[0], theta)
+        of_text, of_grid = behind_BF[:, None].expand(-1, len(grid_LF), -1), grid_LF.expand(len(behind_BF), -1, -1)
+        image_BLF = F.pad(torch.cat([of_text, of_grid], dim=-1), (0, 0, 0, missing))
+        text_BSF = text_angles(longest, axes, theta, device).expand(len(behind_BF), -1, -1)
+        angles_BJF = torch.cat([image_BLF, text_BSF], dim=1)
+        return torch.stack([angles_BJF.cos(), angles_BJF.sin()])
+
+
+@kept
+def text_angles(count: int, axes: tuple[int, int, int], theta: float, device: torch.device) -> Tensor:
+    """Angles of text tokens at (1, 0, 0), (2, 0, 0) ...: (S, E / 2)."""
+    angles_SF = rotary_angles(torch.arange(1, count + 1).double(), axes[0], theta)
+    return F.pad(angles_SF, (0, (axes[1] + axes[2]) // 2)).to(device)
+
+
+@kept
+def grid_angles(height: int, width: int, axes: tuple[int, int, int], theta: float, device: torch.device) -> Tensor:
+    """Angles of the picture's tokens by row and column: (L, (axes[1] + axes[2]) / 2)."""
+    rows = rotary_angles(torch.arange(height).double(), axes[1], theta)[:, None].expand(-1, width, -1)
+    columns = rotary_angles(torch.arange(width).double(), axes[2], theta)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1).to(device)
+
+
+def _patches(latent_BCHW: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, L, p p C): a token's inputs are ordered row, column, channel."""
+    cells = latent_BCHW.unflatten(-2, (-1, PATCH)).unflatten(-1, (-1, PATCH))
+    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

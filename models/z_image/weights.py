@@ -1,0 +1,107 @@
+"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from models.files import CheckpointError, read_json
+from models.names import NameMap
+from models.plan import ParallelPlan, Stack
+from models.z_image.network import PATCH, ZImageConfig
+
+NAMES = NameMap(  # diffusers' ZImageTransformer2DModel on the left, this network on the right
+    (
+        ("all_x_embedder.2-1", "image_in"),
+        ("all_final_layer.2-1.adaLN_modulation.1", "head_modulation"),
+        ("all_final_layer.2-1.linear", "project_out"),
+        ("x_pad_token", "image_pad"),
+        ("cap_pad_token", "text_pad"),
+        ("t_embedder.mlp.0", "time_in"),
+        ("t_embedder.mlp.2", "time_out"),
+        ("cap_embedder.0", "text_norm"),
+        ("cap_embedder.1", "text_in"),
+        ("adaLN_modulation.0", "modulation"),
+        ("to_out.0", "to_out"),
+        ("feed_forward.w1", "feed_forward.gate"),
+        ("feed_forward.w2", "feed_forward.down"),
+        ("feed_forward.w3", "feed_forward.up"),
+    )
+)
+TOKENS = {"x_BJD": 1, "rope_2BJF": 2, "mask_BJ": 1}
+PLAN = ParallelPlan(
+    heads="heads",
+    stacks=tuple(
+        Stack(name, TOKENS, outputs=("x_BJD",), streams=("x_BJD",))
+        for name in ("noise_refiner", "context_refiner", "layers")
+    ),
+    column=("*.attention.to_q", "*.attention.to_k", "*.attention.to_v", "*.feed_forward.gate", "*.feed_forward.up"),
+    row=("*.attention.to_out", "*.feed_forward.down"),
+)
+CLASS_NAME = "ZImageTransformer2DModel"
+DEFAULTS: dict[str, Any] = {  # of diffusers' class, where a file leaves an option out
+    "all_patch_size": (2,),
+    "all_f_patch_size": (1,),
+    "in_channels": 16,
+    "dim": 3840,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "norm_eps": 1e-5,
+    "qk_norm": True,
+    "cap_feat_dim": 2560,
+    "siglip_feat_dim": None,
+    "rope_theta": 256.0,
+    "t_scale": 1000.0,
+    "axes_dims": (32, 48, 48),
+}
+COUNTS = ("in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads", "cap_feat_dim")
+NUMBERS = ("norm_eps", "rope_theta", "t_scale")
+
+
+def read_config(folder: Path) -> ZImageConfig:
+    """The sizes from a `config.json` of diffusers' `ZImageTransformer2DModel`.
+
+    `axes_lens`, the lengths of diffusers' tables of positions, has no counterpart: they are computed as asked.
+
+    Raises:
+        CheckpointError: no such file, another class, or an option that this network does not have.
+    """
+    path = folder / "config.json"
+    found = read_json(path)
+    if found.get("_class_name") != CLASS_NAME:
+        raise CheckpointError(f"{path}: _class_name is {found.get('_class_name')!r}, this network loads {CLASS_NAME}")
+    raw: dict[str, Any] = DEFAULTS | found
+    if raw["siglip_feat_dim"] is not None:
+        raise CheckpointError(f"{path}: siglip_feat_dim (pictures as conditions, in Z-Image-Omni) is not supported")
+    if wrong := [name for name in COUNTS if not isinstance(raw[name], int)]:
+        raise CheckpointError(f"{path}: no whole number under {', '.join(wrong)}")
+    if wrong := [name for name in NUMBERS if not isinstance(raw[name], int | float)]:
+        raise CheckpointError(f"{path}: no number under {', '.join(wrong)}")
+    patches = list(raw["all_patch_size"]), list(raw["all_f_patch_size"])
+    if patches != ([PATCH], [1]):
+        raise CheckpointError(
+            f"{path}: all_patch_size={patches[0]} and all_f_patch_size={patches[1]}; this network has [{PATCH}] and [1]"
+        )
+    if raw["n_kv_heads"] != raw["n_heads"]:
+        raise CheckpointError(f"{path}: n_kv_heads={raw['n_kv_heads']} is not n_heads={raw['n_heads']}")
+    axes = tuple(raw["axes_dims"])
+    if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) * raw["n_heads"] != raw["dim"]:
+        raise CheckpointError(
+            f"{path}: axes_dims={list(axes)}; give three even numbers that add up to dim / n_heads="
+            f"{raw['dim'] / raw['n_heads']:g}"
+        )
+    return ZImageConfig(
+        depth=raw["n_layers"],
+        refiner_depth=raw["n_refiner_layers"],
+        heads=raw["n_heads"],
+        head_channels=sum(axes),
+        latent_channels=raw["in_channels"],
+        text_channels=raw["cap_feat_dim"],
+        axes=(axes[0], axes[1], axes[2]),
+        theta=float(raw["rope_theta"]),
+        time_scale=float(raw["t_scale"]),
+        norm_eps=float(raw["norm_eps"]),
+        qk_norm=bool(raw["qk_norm"]),
+    )
