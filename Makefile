@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test slow lint bench parity clean
+.PHONY: run test slow lint bench parity models clean
 
 run: $(READY)
 	$(BIN)/python -m harness
@@ -27,6 +27,9 @@ bench: $(READY)
 
 parity: $(READY)
 	$(BIN)/python -m tests.schedulers.parity_table
+
+models: $(READY)
+	$(BIN)/python -m tests.models.published_table
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -30,6 +31,7 @@ class Pair:
     names: NameMap
 
 
+@cache
 def pair(name: str) -> Pair:
     """The denoiser of conf/model/<name>.yaml, at its published size and without memory."""
     config = compose_run([f"model={name}", "model.load=dummy"]).config
