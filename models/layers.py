@@ -163,7 +163,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, kernel: AttentionKernel) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_channels = width // heads
         self.kernel = kernel
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
@@ -173,7 +173,7 @@ class Attention(nn.Module):
     def forward(self, x_BLC: Tensor, context_BSC: Tensor | None = None, mask_BS: Tensor | None = None) -> Tensor:
         context_BSC = x_BLC if context_BSC is None else context_BSC
         q, k, v = self.to_q(x_BLC), self.to_k(context_BSC), self.to_v(context_BSC)
-        q_BLHE, k_BSHE, v_BSHE = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
+        q_BLHE, k_BSHE, v_BSHE = (y.unflatten(-1, (-1, self.head_channels)) for y in (q, k, v))
         return self.to_out(self.kernel(q_BLHE, k_BSHE, v_BSHE, mask_BS).flatten(2))
 
 

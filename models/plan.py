@@ -38,6 +38,7 @@ class ParallelPlan:
         head_norms: norms over a whole width that column-parallel linears cut; their mean needs a sum over ranks.
         joined_rows: row linears (patterns) whose input joins the outputs of several column linears, and the relative
             widths of those: each is cut on its own.
+        local_attention: modules whose keys are replicated (patterns): their queries attend where they are.
     """
 
     heads: str | None = None
@@ -46,3 +47,4 @@ class ParallelPlan:
     row: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = field(default=())
     joined_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    local_attention: tuple[str, ...] = field(default=())

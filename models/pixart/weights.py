@@ -36,6 +36,7 @@ PLAN = ParallelPlan(
     stacks=(Stack("blocks", sharded={"x_BLD": 1}, replicated=("text_BSD",)),),
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
+    local_attention=("blocks.*.cross_attention",),
 )
 CLASS_NAME = "PixArtTransformer2DModel"
 CLASSES = (CLASS_NAME, "Transformer2DModel")  # the second in older files, which diffusers takes for the first

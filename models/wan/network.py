@@ -66,7 +66,7 @@ class Attention(nn.Module):
     def __init__(self, config: WanConfig, kernel: AttentionKernel) -> None:
         super().__init__()
         width = config.width
-        self.heads = config.heads
+        self.head_channels = config.head_channels
         self.kernel = kernel
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, context_BSD: Tensor, rope_2LE: Tensor | None = None) -> Tensor:
         q, k, v = self.norm_q(self.to_q(x_BLD)), self.norm_k(self.to_k(context_BSD)), self.to_v(context_BSD)
-        q_BLAE, k_BSAE, v_BSAE = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))
+        q_BLAE, k_BSAE, v_BSAE = (y.unflatten(-1, (-1, self.head_channels)) for y in (q, k, v))
         if rope_2LE is not None:
             q_BLAE, k_BSAE = rotate(q_BLAE, rope_2LE), rotate(k_BSAE, rope_2LE)
         return self.to_out(self.kernel(q_BLAE, k_BSAE, v_BSAE).flatten(2))

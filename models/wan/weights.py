@@ -32,6 +32,7 @@ PLAN = ParallelPlan(
     stacks=(Stack("blocks", sharded={"x_BLD": 1, "rope_2LE": 1}, replicated=("text_BSD",)),),
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
+    local_attention=("blocks.*.cross_attention",),
     head_norms=("blocks.*.norm_q", "blocks.*.norm_k"),
 )
 KEEP_FLOAT32 = ("time_in.*", "time_out.*", "*scale_shift_table", "blocks.*.cross_norm.*")

@@ -1,0 +1,169 @@
+"""Attention over tokens that are dealt over ranks: Ulysses, ring, and their product, around any kernel.
+
+Ulysses (Jacobs et al. 2023, arXiv:2309.14509): an all-to-all turns (tokens / U, H heads) into (tokens, H / U heads),
+the kernel runs on whole sequences, and a second all-to-all turns back. Ring (Liu et al. 2023, arXiv:2310.01889): keys
+and values travel around the ring while the part at hand is computed, and parts are merged by their log-sum-exp. Ring of
+Ulysses groups is their product (USP, Fang and Zhao 2024, arXiv:2405.07719).
+
+Shapes: B batch, l local tokens, L tokens of a group, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from harness.parallel.group import Group
+from models.attention import AttentionKernel
+from models.attention.lse import LseKernel, merge
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How the token streams of a block are dealt: each is cut into equal parts, its tail padded.
+
+    Args:
+        lengths: tokens of each stream that attention joins, in the order of the concatenation.
+        ranks: over how many ranks.
+    """
+
+    lengths: tuple[int, ...]
+    ranks: int
+
+    def part(self, length: int) -> int:
+        """Tokens of a stream on one rank, padding included."""
+        return -(-length // self.ranks)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The same of each stream."""
+        return tuple(self.part(length) for length in self.lengths)
+
+    @property
+    def padding(self) -> int:
+        """Tokens over all ranks that are none."""
+        return sum(self.parts) * self.ranks - sum(self.lengths)
+
+    def of(self, local: int) -> TokenLayout:
+        """The layout of a call with that many local tokens: of all streams joined, or of one of them.
+
+        Raises:
+            ValueError: neither.
+        """
+        if local == sum(self.parts):
+            return self
+        for length in self.lengths:
+            if self.part(length) == local:
+                return TokenLayout((length,), self.ranks)
+        raise ValueError(f"attention over {local} local tokens, where the block's streams have {self.parts}")
+
+    def columns(self) -> Tensor:
+        """For every token as ranks hold them, its place in the whole concatenation; -1 where it is padding."""
+        starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
+        rows = []
+        for rank in range(self.ranks):
+            for start, length, part in zip(starts.tolist(), self.lengths, self.parts, strict=True):
+                place = torch.arange(part) + rank * part
+                rows.append(torch.where(place < length, place + start, -1))
+        return torch.cat(rows)
+
+    def mask(self, mask_BS: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
+        """A key mask over the whole concatenation in the order of ranks, padding out; None where all take part."""
+        columns = self.columns().to(device)
+        real = columns >= 0
+        if mask_BS is None:
+            return None if self.padding == 0 else real[None].expand(batch, -1)
+        return mask_BS[:, columns.clamp(min=0)] & real
+
+
+@dataclass
+class SequenceState:
+    """The layout of the blocks that run now; set where tokens are dealt, read where they attend."""
+
+    layout: TokenLayout | None = None
+    padded_tokens: int = field(default=0)
+
+
+class SequenceAttention:
+    """An attention kernel over dealt tokens, equal to `kernel` on all of them.
+
+    Args:
+        kernel: computes whole heads; used where the ring has one rank.
+        ring_kernel: returns the log-sum-exp; None where the ring has one rank.
+        ulysses: ranks that share heads.
+        ring: ranks that pass keys and values on.
+        tokens: all of them, ulysses innermost.
+        state: how the tokens at hand are dealt.
+        gather: all-gather keys and values over the ring in place of passing them on.
+    """
+
+    def __init__(
+        self,
+        kernel: AttentionKernel,
+        ring_kernel: LseKernel | None,
+        ulysses: Group,
+        ring: Group,
+        tokens: Group,
+        state: SequenceState,
+        gather: bool = False,
+    ) -> None:
+        self.kernel = kernel
+        self.ring_kernel = ring_kernel
+        self.ulysses = ulysses
+        self.ring = ring
+        self.tokens = tokens
+        self.state = state
+        self.gather = gather
+
+    def __call__(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+        if self.state.layout is None:
+            return self.kernel(q_BlHD, k_BlHD, v_BlHD, mask_BS)
+        layout = self.state.layout.of(k_BlHD.shape[1])
+        if mask_BS is not None and mask_BS.shape[1] == k_BlHD.shape[1]:  # dealt like the tokens
+            dealt_BJ = self.tokens.all_gather(mask_BS).transpose(0, 1).flatten(1, 2)
+            real_BJ = layout.mask(None, len(q_BlHD), q_BlHD.device)
+            mask_BS = dealt_BJ if real_BJ is None else dealt_BJ & real_BJ
+        else:
+            mask_BS = layout.mask(mask_BS, len(q_BlHD), q_BlHD.device)
+        heads = q_BlHD.shape[2]
+        spare = -heads % self.ulysses.size
+        q, k, v = (self._to_heads(F.pad(x, (0, 0, 0, spare))) for x in (q_BlHD, k_BlHD, v_BlHD))
+        return self._to_tokens(self._around(q, k, v, mask_BS))[:, :, :heads]
+
+    def _to_heads(self, x_BlHD: Tensor) -> Tensor:
+        """(B, l, H, D) of every rank to (B, U l, H / U, D)."""
+        if self.ulysses.size == 1:
+            return x_BlHD
+        x_UBlhD = x_BlHD.unflatten(2, (self.ulysses.size, -1)).permute(2, 0, 1, 3, 4)
+        return self.ulysses.all_to_all(x_UBlhD).transpose(0, 1).flatten(1, 2)
+
+    def _to_tokens(self, x_BLhD: Tensor) -> Tensor:
+        """(B, U l, H / U, D) of every rank to (B, l, H, D)."""
+        if self.ulysses.size == 1:
+            return x_BLhD
+        x_UBlhD = x_BLhD.unflatten(1, (self.ulysses.size, -1)).transpose(0, 1)
+        return self.ulysses.all_to_all(x_UBlhD).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def _around(self, q: Tensor, k: Tensor, v: Tensor, mask_BS: Tensor | None) -> Tensor:
+        """Attention of this rank's queries to the keys of the whole ring."""
+        if self.ring.size == 1 or self.gather:
+            return self.kernel(q, _joined(self.ring, k), _joined(self.ring, v), mask_BS)
+        if self.ring_kernel is None:
+            raise ValueError("a ring needs a kernel that returns log-sum-exp")
+        chunks = [None] * self.ring.size if mask_BS is None else list(mask_BS.chunk(self.ring.size, dim=1))
+        packed, found = torch.stack([k, v]), None
+        for turn in range(self.ring.size):
+            last = turn == self.ring.size - 1
+            coming = None if last else self.ring.shift(packed)
+            part = self.ring_kernel(q, packed[0], packed[1], chunks[(self.ring.index - turn) % self.ring.size])
+            found = part if found is None else merge(*found, *part)
+            packed = packed if coming is None else coming()
+        assert found is not None
+        return found[0].to(q.dtype)
+
+
+def _joined(ring: Group, x_BLHD: Tensor) -> Tensor:
+    return ring.all_gather(x_BLHD).transpose(0, 1).flatten(1, 2) if ring.size > 1 else x_BLHD

@@ -1,0 +1,194 @@
+"""Applies a layout to a network from outside, by the plan its folder states: tokens dealt, linears cut.
+
+The network stays as it was written for one device. Its attention kernel is replaced by one over dealt tokens, hooks on
+its blocks deal their arguments and gather what the last one returns, and linears are swapped for their slices.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harness.parallel.attention import SequenceAttention, SequenceState, TokenLayout
+from harness.parallel.group import Group
+from models.attention import AttentionKernel
+from models.attention.lse import LseKernel
+from models.plan import ParallelPlan, Stack
+
+
+def deal_tokens(
+    network: nn.Module,
+    plan: ParallelPlan,
+    kernel: AttentionKernel,
+    ring_kernel: LseKernel | None,
+    ulysses: Group,
+    ring: Group,
+    whole: Group,
+    gather: bool = False,
+) -> SequenceState:
+    """Sequence parallelism in place: every stack of the plan works on this rank's part of its tokens.
+
+    Args:
+        network: written for one device.
+        plan: of its folder.
+        kernel: the attention of whole heads.
+        ring_kernel: the same with log-sum-exp, where the ring has more than one rank.
+        ulysses: ranks that share heads.
+        ring: ranks that pass keys and values on.
+        whole: all ranks that share the tokens of a picture, ulysses innermost.
+        gather: all-gather keys and values over the ring in place of passing them on.
+    """
+    state = SequenceState()
+    attend = SequenceAttention(kernel, ring_kernel, ulysses, ring, whole, state, gather)
+    for stack in plan.stacks:
+        blocks = network.get_submodule(stack.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        for name, module in blocks.named_modules():
+            if "kernel" in vars(module):
+                local = any(fnmatch(f"{stack.blocks}.{name}", pattern) for pattern in plan.local_attention)
+                module.kernel = kernel if local else attend
+        _Dealer(stack, blocks, whole, state).install()
+    return state
+
+
+class _Dealer:
+    """Deals the arguments of a run of blocks, and gathers what its last block returns."""
+
+    def __init__(self, stack: Stack, blocks: nn.ModuleList, whole: Group, state: SequenceState) -> None:
+        self.stack = stack
+        self.blocks = blocks
+        self.whole = whole
+        self.state = state
+        self.signature = inspect.signature(blocks[0].forward)
+
+    def install(self) -> None:
+        """Hooks every block."""
+        for number, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(self._deal_first if number == 0 else self._deal_rest, with_kwargs=True)
+        self.blocks[len(self.blocks) - 1].register_forward_hook(self._gather)
+
+    def _deal_first(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        streams = [bound.arguments[name] for name in self.stack.streams]
+        lengths = tuple(x.shape[self.stack.sharded[n]] for n, x in zip(self.stack.streams, streams, strict=True))
+        self.state.layout = TokenLayout(lengths, self.whole.size)
+        self.state.padded_tokens += self.state.layout.padding
+        return self._dealt(bound, self.stack.sharded)
+
+    def _deal_rest(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        return self._dealt(bound, [name for name in self.stack.sharded if name not in self.stack.outputs])
+
+    def _dealt(self, bound: inspect.BoundArguments, names: Iterable[str]) -> Any:
+        for name in names:
+            if bound.arguments.get(name) is not None:
+                bound.arguments[name] = part(bound.arguments[name], self.stack.sharded[name], self.whole)
+        return bound.args, bound.kwargs
+
+    def _gather(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        layout, self.state.layout = self.state.layout, None
+        assert layout is not None
+        lengths = dict(zip(self.stack.streams, layout.lengths, strict=True))
+        outputs = output if isinstance(output, tuple) else (output,)
+        joined = tuple(
+            None if x is None else whole(x, self.stack.sharded[name], lengths[name], self.whole)
+            for name, x in zip(self.stack.outputs, outputs, strict=True)
+        )
+        return joined if isinstance(output, tuple) else joined[0]
+
+
+def part(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's part of a tensor along `dim`, zeros where the last rank has none."""
+    size = -(-x.shape[dim] // group.size)
+    start = min(group.index * size, x.shape[dim])
+    mine = x.narrow(dim, start, min(size, x.shape[dim] - start))
+    spare = size - mine.shape[dim]
+    if spare == 0:
+        return mine
+    return torch.cat([mine, mine.new_zeros([spare if d == dim else n for d, n in enumerate(x.shape)])], dim=dim)
+
+
+def whole(x: Tensor, dim: int, length: int, group: Group) -> Tensor:
+    """The whole tensor from every rank's part, padding cut off."""
+    dim = dim % x.ndim
+    return group.all_gather(x).movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length)
+
+
+class ColumnLinear(nn.Module):
+    """A linear's slice of output features."""
+
+    def __init__(self, linear: nn.Linear, group: Group) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_slice(linear.weight, 0, group), requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(_slice(linear.bias, 0, group), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """A linear's slice of input features; outputs are summed over ranks, and the bias is added once."""
+
+    def __init__(self, linear: nn.Linear, group: Group, segments: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        pieces = linear.weight.split(segments or (linear.in_features,), dim=1)
+        self.weight = nn.Parameter(torch.cat([_slice(p, 1, group) for p in pieces], dim=1), requires_grad=False)
+        self.bias = linear.bias
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        summed = self.group.all_reduce(F.linear(x, self.weight))
+        return summed if self.bias is None else summed + self.bias
+
+
+def _slice(x: Tensor, dim: int, group: Group) -> Tensor:
+    return x.chunk(group.size, dim=dim)[group.index].clone()
+
+
+class HeadNorm(nn.Module):
+    """This rank's channels of an RMS norm over a whole width; the mean square is that of all ranks' channels."""
+
+    def __init__(self, norm: nn.RMSNorm, group: Group) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_slice(norm.weight, 0, group), requires_grad=False)
+        self.width = norm.weight.shape[0]
+        self.eps = norm.eps if norm.eps is not None else torch.finfo(norm.weight.dtype).eps
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        square = self.group.all_reduce(x.float().square().sum(-1, keepdim=True)) / self.width
+        return (x.float() * (square + self.eps).rsqrt() * self.weight.float()).type_as(x)
+
+
+def cut_linears(network: nn.Module, plan: ParallelPlan, group: Group) -> None:
+    """Tensor parallelism in place: linears and norms of the plan keep this rank's slice."""
+    if group.size == 1:
+        return
+    for name, module in list(network.named_modules()):
+        if (cut := _cut(name, module, plan, group)) is not None:
+            owner, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(owner), leaf, cut)
+
+
+def _cut(name: str, module: nn.Module, plan: ParallelPlan, group: Group) -> nn.Module | None:
+    """This rank's slice of a module that the plan names, None for any other."""
+
+    def named(patterns: Iterable[str]) -> str | None:
+        return next((pattern for pattern in patterns if fnmatch(name, pattern)), None)
+
+    if isinstance(module, nn.RMSNorm):
+        return HeadNorm(module, group) if named(plan.head_norms) else None
+    if not isinstance(module, nn.Linear):
+        return None
+    if named(plan.column):
+        return ColumnLinear(module, group)
+    if pattern := named(plan.joined_rows):
+        shares = plan.joined_rows[pattern]
+        return RowLinear(module, group, tuple(module.in_features * share // sum(shares) for share in shares))
+    return RowLinear(module, group) if named(plan.row) else None

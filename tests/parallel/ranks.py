@@ -1,0 +1,32 @@
+"""Runs a function on several gloo ranks of one thread each, and hands back what each returned."""
+
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Work = Callable[..., dict[str, Tensor]]
+
+
+def on_ranks(size: int, work: Work, *args: object) -> list[dict[str, Tensor]]:
+    """work(rank, size, *args) on every rank; its tensors, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_enter, (size, folder, work, args), nprocs=size)
+        return [load_file(Path(folder) / f"{rank}.safetensors") for rank in range(size)]
+
+
+def _enter(rank: int, size: int, folder: str, work: Work, args: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    with torch.inference_mode():
+        found = work(rank, size, *args)
+    save_file({name: x.contiguous() for name, x in found.items()}, Path(folder) / f"{rank}.safetensors")
+    dist.destroy_process_group()
