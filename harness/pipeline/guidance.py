@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from harness.parallel.group import Group, alone
 from harness.pipeline.state import Ask, Sample, written
 from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule
 
@@ -23,27 +24,34 @@ class Branches:
     the network's raw output; what a checkpoint's rule says otherwise is models.components.GuidanceRule.
     """
 
-    def __init__(self, samples: list[Sample], rule: GuidanceRule = CLASSIFIER_FREE) -> None:
+    def __init__(self, samples: list[Sample], rule: GuidanceRule = CLASSIFIER_FREE, ranks: Group | None = None) -> None:
         self.scale = samples[0].ask.guidance
         self.rule = rule
+        self.ranks = alone() if ranks is None else ranks
         self.guided = guided(samples[0].ask, rule)
         told = [written(sample.text) for sample in samples]
         if self.guided:
-            told = [written(sample.negative) for sample in samples] + told
+            negative = [written(sample.negative) for sample in samples]
+            told = [negative, told][self.ranks.index] if self.apart else negative + told
         self.condition = Conditioning.stack(told)
         if rule.embedded:
             device = written(samples[0].start).device
             self.condition = replace(self.condition, scale=torch.full((len(told),), self.scale, device=device))
 
+    @property
+    def apart(self) -> bool:
+        """Whether each branch has a rank of its own."""
+        return self.guided and self.ranks.size == 2
+
     def spread(self, x: Tensor) -> Tensor:
-        """The state for every branch: (B, ...) to (B, ...) or (2 B, ...)."""
-        return torch.cat([x, x]) if self.guided else x
+        """The state for every branch of this rank: (B, ...) to (B, ...) or (2 B, ...)."""
+        return torch.cat([x, x]) if self.guided and not self.apart else x
 
     def combine(self, output: Tensor) -> Tensor:
         """The guided output: (B, ...) or (2 B, ...) to (B, ...)."""
         if not self.guided:
             return output
-        negative, prompt = output.chunk(2)
+        negative, prompt = self.ranks.all_gather(output) if self.apart else output.chunk(2)
         mixed = negative + self.scale * (prompt - negative)
         if self.rule.token_norm is not None:
             mixed = mixed * token_norms(prompt, self.rule.token_norm) / token_norms(mixed, self.rule.token_norm)
