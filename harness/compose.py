@@ -288,7 +288,7 @@ def _check_model(config: RunConfig) -> None:
         return
     denoiser = trained_denoiser(config).weights
     fill_facts(config)
-    place = locate(model, denoiser)
+    place = locate(model, denoiser, fetch=True)
     check_place(model, place, denoiser)
     if config.scheduler.family == PUBLISHED_FAMILY:
         check_published(config.scheduler, place.folder)

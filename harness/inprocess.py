@@ -80,6 +80,7 @@ class InprocessEngine:
             device=str(device),
             attention=resolve_backend(self._config.attention.backend),
             threads=wanted,
+            loaded=worker.loaded,
         )
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:

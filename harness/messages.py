@@ -140,8 +140,25 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Ends the engine in order, after the request in hand."""
 
 
+class LoadedComponent(msgspec.Struct, frozen=True):
+    """One component as a rank holds it: where it was read, in which dtype, how large it is, and how long that took.
+
+    `merged` counts the tensors that low-rank updates were merged into.
+    """
+
+    component: str
+    path: str
+    dtype: str
+    parameters: int
+    bytes: int
+    load_ms: float
+    merged: int = 0
+
+
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):
-    """How the engine is. `state`: loading, ready, busy or stopping; `load_ms`: the slowest rank's loading time."""
+    """How the engine is. `state`: loading, ready, busy or stopping; `load_ms`: the slowest rank's loading time;
+    `loaded`: rank 0's components, each with the slowest rank's time.
+    """
 
     state: str
     world_size: int
@@ -152,6 +169,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     device: str = ""
     attention: str = ""
     threads: int = 0
+    loaded: list[LoadedComponent] = []
 
 
 Message: TypeAlias = (

@@ -20,7 +20,7 @@ from harness.compose import ConfigError, from_yaml
 from harness.config.schema import RunConfig
 from harness.environment import OWNER, SOCKETS, threads_per_rank
 from harness.launch import RankError
-from harness.messages import EngineInfo
+from harness.messages import EngineInfo, LoadedComponent
 from harness.parallel.mesh import Place, degrees
 from harness.processes import is_alive
 from harness.records import write_atomically
@@ -41,6 +41,7 @@ class RankFacts(msgspec.Struct, frozen=True):
 
     pid: int
     load_ms: float
+    loaded: list[LoadedComponent] = []
 
 
 class StoreBoard:
@@ -130,7 +131,7 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
         start = time.perf_counter()
         prepare_cpu(config, info.threads)
         worker = build_worker(config, place, device)
-        mine = RankFacts(os.getpid(), (time.perf_counter() - start) * 1e3)
+        mine = RankFacts(os.getpid(), (time.perf_counter() - start) * 1e3, worker.loaded)
         gathered = collectives.gather([msgspec.msgpack.encode(mine)])
         facts = [msgspec.msgpack.decode(frames[0], type=RankFacts) for frames in gathered]
         request_scheduler = RequestScheduler(
@@ -140,12 +141,21 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
             request_scheduler.follow()
             return
         pids, load_ms = [f.pid for f in facts], max(f.load_ms for f in facts)
-        control.set_info(msgspec.structs.replace(info, pids=pids, load_ms=load_ms))
+        loaded = slowest([f.loaded for f in facts])
+        control.set_info(msgspec.structs.replace(info, pids=pids, load_ms=load_ms, loaded=loaded))
         request_scheduler.lead(context, router(context, addresses.requests), control)
     finally:
         if control is not None:
             control.close()
         context.destroy(linger=1000)
+
+
+def slowest(ranks: list[list[LoadedComponent]]) -> list[LoadedComponent]:
+    """Rank 0's components, each with the time of the rank that took longest."""
+    times: dict[str, float] = {}
+    for part in (part for rank in ranks for part in rank):
+        times[part.component] = max(part.load_ms, times.get(part.component, 0.0))
+    return [msgspec.structs.replace(part, load_ms=times[part.component]) for part in ranks[0]]
 
 
 def leave_error(logs: Path, rank: int, error: Exception) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from harness.messages import MemoryPoint, StageTime, StepTime
+from harness.messages import LoadedComponent, MemoryPoint, StageTime, StepTime
 from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
@@ -89,7 +89,7 @@ class SampleRow(msgspec.Struct, frozen=True):
 
 class Record(msgspec.Struct, frozen=True):
     """`record.json`. `quality` is None where nothing could be scored, and a note says why; `pretrained`
-    where no weights for it were given."""
+    where no weights for it were given. `loaded` are the components in memory when the ranks were ready."""
 
     schema: int
     fingerprint: str
@@ -104,6 +104,7 @@ class Record(msgspec.Struct, frozen=True):
     notes: list[str]
     quality: Quality | None = None
     pretrained: Pretrained | None = None
+    loaded: list[LoadedComponent] = []
 
 
 def fingerprint(config: dict[str, Any]) -> str:
@@ -210,7 +211,7 @@ def load(path: str | Path) -> pandas.DataFrame:
             row["error"] = str(error)
         if record is not None:
             nested = msgspec.to_builtins(record)
-            row |= {key: nested[key] for key in ("overrides", "repeats", "samples", "notes")}
+            row |= {key: nested[key] for key in ("overrides", "repeats", "samples", "notes", "loaded")}
             parts = (
                 "fingerprint",
                 "config",

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from harness.compose import to_dict
-from harness.config.schema import QualityConfig, RunConfig
+from harness.config.schema import ModelConfig, QualityConfig, RunConfig
 from harness.config.trained import trained_denoiser
 from harness.media import to_uint8
 from harness.messages import Array, EngineInfo, GenerationResult, RankReport
@@ -20,6 +20,7 @@ from harness.metrics.summary import summarize
 from harness.pipeline.checkpoint import locate
 from harness.provenance import provenance
 from harness.records import SCHEMA, Attention, FirstCall, Record, Repeat, Statistics, fingerprint
+from models import hub
 
 
 def measured(result: GenerationResult, client_ms: float) -> Repeat:
@@ -100,6 +101,12 @@ def pretrained_quality(
         return None, [f"quality.clip and quality.features are not scored: {' '.join(str(error).split())}"]
 
 
+def fetched(model: ModelConfig, folder: Path) -> list[str]:
+    """Which commit a hub name stood for, where the checkpoint has one."""
+    found = hub.commit(folder)
+    return [] if model.path is None or found is None else [f"model.path={model.path} is commit {found}, in {folder}"]
+
+
 def build_record(
     config: RunConfig,
     overrides: list[str],
@@ -114,10 +121,17 @@ def build_record(
     """The record of one run, `pixels` being the last answer's pictures; their rows are added when they are saved."""
     declared = to_dict(config)
     prompts = [sample.prompt for sample in results[-1].samples]
-    scored, reasons = quality(locate(config.model, trained_denoiser(config).weights).folder, pixels, prompts)
+    folder = locate(config.model, trained_denoiser(config).weights).folder
+    scored, reasons = quality(folder, pixels, prompts)
     extra, more = pretrained_quality(config.quality, pixels, prompts)
     said = dict.fromkeys(
-        [*notes, *(note for result in results for report in result.ranks for note in report.notes), *reasons, *more]
+        [
+            *notes,
+            *fetched(config.model, folder),
+            *(note for result in results for report in result.ranks for note in report.notes),
+            *reasons,
+            *more,
+        ]
     )
     return Record(
         schema=SCHEMA,
@@ -133,6 +147,7 @@ def build_record(
         notes=list(said),
         quality=scored,
         pretrained=extra,
+        loaded=info.loaded,
     )
 
 

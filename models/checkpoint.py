@@ -1,24 +1,24 @@
-"""Reading weights: safetensors only, never a pickle, streamed tensor by tensor, every mismatch listed in one error."""
+"""Reading weights: safetensors only, never a pickle, streamed piece by piece, every mismatch listed in one error."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from models.empty import build_empty, fill_dummy
-from models.files import CheckpointError, check_whole
+from models.files import CheckpointError, tensors_of
+from models.lora import LowRank, merged, updates_of
 from models.names import NameMap
 from models.source import Source
+from models.tensors import copy_stored
 
 SHOWN = 6
-REOPEN_BYTES = 64 * 2**20  # pages of a mapped file count as memory in use until it is closed
 N = TypeVar("N", bound=nn.Module)
 Shape = tuple[int, ...]
 
@@ -38,70 +38,62 @@ def load_network(
     Raises:
         CheckpointError: no weights, unreadable ones, or names and shapes that do not match; all of them listed.
     """
+    began = time.perf_counter()
     network = build_empty(make, source.dtype_of(component), source.device)
     for name, parameter in network.named_parameters():
         if any(fnmatch(name, pattern) for pattern in keep_float32):
             parameter.data = torch.empty_like(parameter, dtype=torch.float32)
-    if source.dummy:
-        fill_dummy(network)
-    else:
-        stream_into(network, source.weights(component), names, str(source.config_folder(component)))
+    fill(network, source, component, names, began)
     return network.requires_grad_(False).eval()
 
 
-def stream_into(network: nn.Module, files: Sequence[Path], names: NameMap, origin: str) -> None:
-    """Copies the tensors of safetensors files into a network, one at a time, to its dtypes and device.
+def fill(network: nn.Module, source: Source, component: str, names: NameMap, began: float) -> None:
+    """Fills a network that was built empty, with the checkpoint's weights or random ones, and notes what it took.
+
+    Raises:
+        CheckpointError: as `stream_into`.
+    """
+    updates: Mapping[str, Sequence[LowRank]] = {}
+    if source.dummy:
+        fill_dummy(network)
+    else:
+        updates = updates_of(source, component)
+        stream_into(network, source.weights(component), names, str(source.path_of(component)), updates)
+    source.record(component, network, began, len(updates))
+
+
+def stream_into(
+    network: nn.Module,
+    files: Sequence[Path],
+    names: NameMap,
+    origin: str,
+    updates: Mapping[str, Sequence[LowRank]] | None = None,
+) -> None:
+    """Copies the tensors of safetensors files into a network, piece by piece, to its dtypes and device.
+
+    Args:
+        network: what is filled.
+        files: the component's.
+        names: from the published names to the network's own.
+        origin: the component, for messages.
+        updates: by published name, what is added to a tensor before it is rounded to the network's dtype.
 
     Raises:
         CheckpointError: missing, unexpected or misshapen tensors, all in one message, before any is copied.
     """
-    expected = network.state_dict()
+    expected, stored = network.state_dict(), tensors_of(files)
     refuse_mismatch(
         {name: tuple(tensor.shape) for name, tensor in expected.items()},
-        {names.ours(name): shape for path in files for name, shape in _shapes(path).items()},
+        {names.ours(name): tensor.shape for name, tensor in stored.items()},
         origin,
     )
     with torch.no_grad():
-        for path in files:
-            for name, tensor in _tensors(path):
-                expected[names.ours(name)].copy_(tensor)
-
-
-def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
-    """All tensors of safetensors files, on the CPU, in the dtype they are stored in.
-
-    Raises:
-        CheckpointError: a file that is truncated or foreign.
-    """
-    return {name: tensor.clone() for path in files for name, tensor in _tensors(path)}
-
-
-def _shapes(path: Path) -> dict[str, Shape]:
-    with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file in its order, each to be used before the next is asked for."""
-    with _opened(path) as file:
-        pending = sorted(file.keys(), key=lambda name: -math.prod(file.get_slice(name).get_shape()))
-    while pending:
-        read = 0
-        with _opened(path) as file:
-            while pending and read < REOPEN_BYTES:
-                name = pending.pop()
-                tensor = file.get_tensor(name)
-                read += tensor.numel() * tensor.element_size()
-                yield name, tensor
-                del tensor
-
-
-def _opened(path: Path) -> safe_open:
-    check_whole(path)
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
+        for name, tensor in stored.items():
+            added = (updates or {}).get(name)
+            if added:
+                expected[names.ours(name)].copy_(merged(tensor, added))
+            else:
+                copy_stored(tensor, expected[names.ours(name)])
 
 
 def refuse_mismatch(expected: Mapping[str, Shape], found: Mapping[str, Shape], origin: str) -> None:

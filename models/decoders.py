@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import TypeVar
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from models.checkpoint import stream_into
-from models.empty import build_empty, fill_dummy
+from models.checkpoint import fill
+from models.empty import build_empty
 from models.files import CheckpointError
 from models.names import NameMap
 from models.source import Source
@@ -70,15 +71,14 @@ def load_from_diffusers(source: Source, component: str, kind: type[M]) -> M:
     Raises:
         CheckpointError: a configuration that diffusers cannot build, or weights that do not fit it.
     """
-    folder = source.config_folder(component)
+    folder, began = source.config_folder(component), time.perf_counter()
+    if (name := source.config(component).get("_class_name", kind.__name__)) != kind.__name__:
+        raise CheckpointError(f"{folder}: config.json says _class_name={name}; {component} is a {kind.__name__} here")
     try:
         config = kind.load_config(folder, local_files_only=True)
         model = build_empty(lambda: kind.from_config(config), source.dtype_of(component), source.device)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder}: {component} cannot be built from its config.json ({line})") from error
-    if source.dummy:
-        fill_dummy(model)
-    else:
-        stream_into(model, source.weights(component), OLD_NAMES, str(folder))
+    fill(model, source, component, OLD_NAMES, began)
     return model.requires_grad_(False).eval()

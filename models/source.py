@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from models.files import read_json, weight_files
+from models.files import config_home, read_json, weight_files
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,29 @@ class LoraFile:
 
     path: Path
     weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of one component.
+
+    Args:
+        component: its folder's name.
+        path: where its weights, or for random ones its configuration, were read.
+        dtype: asked for; a network may keep a part in float32.
+        parameters: how many numbers.
+        bytes: that they take.
+        load_ms: what building and filling it took.
+        merged: tensors that low-rank updates were merged into.
+    """
+
+    component: str
+    path: Path
+    dtype: str
+    parameters: int
+    bytes: int
+    load_ms: float
+    merged: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,7 @@ class Source:
         dummy: random weights of the architecture that the config files describe; no weights are read.
         text_tokens: tokens a prompt is padded or cut to.
         loras: updates merged into the denoiser and the text encoders, in order.
+        loaded: by component, what was loaded last; those who load write it.
     """
 
     folder: Path
@@ -47,6 +70,7 @@ class Source:
     dummy: bool = False
     text_tokens: int = 128
     loras: tuple[LoraFile, ...] = ()
+    loaded: dict[str, Loaded] = field(default_factory=dict, compare=False)
 
     def has(self, component: str) -> bool:
         """Whether the checkpoint has this component (some are optional)."""
@@ -54,8 +78,7 @@ class Source:
 
     def config_folder(self, component: str) -> Path:
         """The folder with the component's config.json, or its tokenizer's files."""
-        other = self.replaced.get(component)
-        return other if other is not None and other.is_dir() else self.folder / component
+        return config_home(self.replaced.get(component), self.folder / component)
 
     def config(self, component: str) -> dict[str, object]:
         """The component's config.json.
@@ -76,6 +99,10 @@ class Source:
             return [other]
         return weight_files(self.config_folder(component))
 
+    def path_of(self, component: str) -> Path:
+        """Where the component's weights are: a folder, or the file that replaces them."""
+        return self.replaced.get(component, self.folder / component)
+
     def dtype_of(self, component: str) -> torch.dtype:
         """The dtype the component is loaded in."""
         return self.dtypes.get(component, self.dtype)
@@ -85,17 +112,15 @@ class Source:
         path = self.folder / "model_index.json"
         return read_json(path) if path.is_file() else {}
 
-    @contextmanager
-    def as_folder(self, component: str) -> Iterator[Path]:
-        """The component as a folder that transformers and diffusers load, also where a single file replaces its
-        weights.
-        """
-        other = self.replaced.get(component)
-        if other is None or other.is_dir():
-            yield self.config_folder(component)
-            return
-        with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
-            for name in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
-                (Path(folder) / name).symlink_to(other.resolve())
-            (Path(folder) / "config.json").write_text(json.dumps(self.config(component)))
-            yield Path(folder)
+    def record(self, component: str, module: nn.Module, began: float, merged: int = 0) -> None:
+        """Notes a component that was loaded, `began` being time.perf_counter() before."""
+        parameters = list(module.parameters())
+        self.loaded[component] = Loaded(
+            component,
+            self.path_of(component),
+            str(self.dtype_of(component)).removeprefix("torch."),
+            sum(p.numel() for p in parameters),
+            sum(p.numel() * p.element_size() for p in parameters),
+            (time.perf_counter() - began) * 1e3,
+            merged,
+        )

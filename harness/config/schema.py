@@ -140,7 +140,8 @@ class ModelConfig:
     name: str = "emoji"
     architecture: str = "pixart"  # which builder in models.registry
     path: str | None = None  # checkpoint folder in the diffusers layout, denoiser file, or hub name; null = shipped
-    hub: str | None = None  # where it is published, for messages and for model.path=hub
+    hub: str | None = None  # where it is published; model.path=hub means this name
+    revision: str | None = None  # branch, tag or commit of a hub name; null = its main branch
     load: Load = Load.checkpoint
     trained: dict[str, TrainedConfig] = field(default_factory=dict)  # its denoisers, one a noise-scheduler family
     dtype: DType = DType.float32

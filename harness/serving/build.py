@@ -10,6 +10,7 @@ import torch
 
 from harness.config.schema import DType, Load, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
+from harness.messages import LoadedComponent
 from harness.metrics.cuda import CudaMemory
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.parallel.mesh import Place
@@ -152,4 +153,8 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         SyncExecutor(),
     )
     memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
-    return Worker(pipeline, place, device, memory)
+    loaded = [
+        LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged)
+        for p in source.loaded.values()
+    ]
+    return Worker(pipeline, place, device, memory, loaded)

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from harness.messages import ArrayRef, Failure, GenerationRequest, RankOutcome, RankReport, SampleResult, encode
+from harness.messages import (
+    ArrayRef,
+    Failure,
+    GenerationRequest,
+    LoadedComponent,
+    RankOutcome,
+    RankReport,
+    SampleResult,
+    encode,
+)
 from harness.metrics.clock import Clock
 from harness.metrics.memory import Memory
 from harness.parallel.mesh import Place
@@ -27,13 +36,22 @@ class Worker:
         place: this rank's place on the mesh.
         device: where the networks are.
         memory: the memory account.
+        loaded: what was loaded for the pipeline.
     """
 
-    def __init__(self, pipeline: ComposedPipeline, place: Place, device: torch.device, memory: Memory) -> None:
+    def __init__(
+        self,
+        pipeline: ComposedPipeline,
+        place: Place,
+        device: torch.device,
+        memory: Memory,
+        loaded: Sequence[LoadedComponent] = (),
+    ) -> None:
         self.pipeline = pipeline
         self.place = place
         self.device = device
         self.memory = memory
+        self.loaded = list(loaded)
 
     def generate(
         self,

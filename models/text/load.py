@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import EllipsisType
 from typing import TypeVar
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.utils import logging as transformers_logging
 
 from models.checkpoint import refuse_misfits
 from models.empty import build_empty, fill_dummy
-from models.files import CheckpointError
+from models.files import CheckpointError, Stored, tensors_of
+from models.lora import LowRank, merged, updates_of
 from models.source import Source
+from models.tensors import read_stored
 
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -90,25 +96,65 @@ def load_encoder(source: Source, component: str, kind: type[M], config_kind: typ
         CheckpointError: files that transformers cannot read, or weights that do not fit.
     """
     transformers_logging.disable_progress_bar()  # a rank's log is a file
-    folder, dtype = source.config_folder(component), source.dtype_of(component)
+    folder, dtype, began = source.config_folder(component), source.dtype_of(component), time.perf_counter()
+    updates: Mapping[str, Sequence[LowRank]] = {}
     try:
+        config = config_kind.from_pretrained(folder, local_files_only=True)
         if source.dummy:
-            config = config_kind.from_pretrained(folder, local_files_only=True)
             encoder = build_empty(lambda: kind(config), dtype, source.device)
             fill_dummy(encoder)
         else:
-            with source.as_folder(component) as files:
-                encoder, found = kind.from_pretrained(
-                    files, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
-                )
-            refuse_misfits(found, folder)
+            updates = updates_of(source, component)
+            encoder = _filled(kind, config, source, component, updates)
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the text encoder cannot be read ({_first_line(error)})") from error
-    for parameter in encoder.parameters():  # the rates of a rotary embedding, a buffer, stay float32
-        parameter.data = parameter.data.to(dtype)
-    return encoder.to(source.device).requires_grad_(False).eval()
+    encoder = encoder.to(source.device).requires_grad_(False).eval()
+    source.record(component, encoder, began, len(updates))
+    return encoder
+
+
+def _filled(
+    kind: type[M],
+    config: PreTrainedConfig,
+    source: Source,
+    component: str,
+    updates: Mapping[str, Sequence[LowRank]],
+) -> M:
+    """An encoder with the checkpoint's weights; transformers maps their names and picks what stays float32."""
+    dtype = source.dtype_of(component)
+    wanted = None if kind._keep_in_fp32_modules_strict else dtype
+    stored = tensors_of(source.weights(component))
+    encoder, found = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict={name: Unread(tensor, wanted, updates.get(name, ())) for name, tensor in stored.items()},
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    refuse_misfits(found, source.path_of(component))
+    return encoder
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A stored tensor that is read where `[...]` asks for it, as a slice of a safetensors file is.
+
+    Args:
+        stored: where it lies.
+        dtype: to read it in; None for its own.
+        updates: merged into it first.
+    """
+
+    stored: Stored
+    dtype: torch.dtype | None
+    updates: Sequence[LowRank] = ()
+
+    def __getitem__(self, index: EllipsisType) -> Tensor:
+        if self.updates:
+            return merged(self.stored, self.updates)
+        return read_stored(self.stored, self.dtype)
 
 
 def _first_line(error: BaseException) -> str:
