@@ -90,7 +90,7 @@ def locate(model: ModelConfig, denoiser: str, fetch: bool = False) -> Place:
     if folder.is_file():
         replaced.setdefault(denoiser, folder)
         folder = _around(model, folder)
-    elif not row.weights and denoiser not in replaced and not (folder / denoiser).is_dir() and is_component(folder):
+    elif not row.weights and denoiser not in replaced and not (folder / denoiser).is_dir() and class_name(folder):
         replaced[denoiser] = folder  # of one network, published without folders (google/ddpm-cifar10-32)
     return Place(folder, replaced, dtypes)
 
@@ -199,8 +199,8 @@ def _refuse_foreign(model: ModelConfig, place: Place, denoiser: str) -> None:
         parent = folder.resolve().parent
         whole = f"model.path={parent}" if (parent / "model_index.json").is_file() else "the checkpoint's folder"
         raise CheckpointError(
-            f"{folder}: one component ({class_name(folder) or 'with a config.json'}), not a checkpoint; give {whole}, "
-            "or replace one component: model.denoiser.path=, model.vae.path= ..."
+            f"{folder}: one component ({class_name(folder) or 'with a config.json'}), not a checkpoint of "
+            f"{' or '.join(row.classes)} and the rest; give {whole}, or replace one component: model.denoiser.path=DIR"
         )
     found = denoiser_class(folder, denoiser)
     fits = architectures_of(folder, denoiser)
