@@ -117,11 +117,13 @@ class GuidanceRule:
         channels: only so many output channels are guided, from the first; the others are the prompt's. None = all.
         token_norm: every token's guided output is given the norm that the prompt's has there; the side of a token in
             latent pixels. None = it keeps its own.
+        possible: there is a prompt to be guided by.
     """
 
     embedded: bool = False
     channels: int | None = None
     token_norm: int | None = None
+    possible: bool = True
 
 
 CLASSIFIER_FREE = GuidanceRule()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 from harness.pipeline.guidance import guided
 from harness.pipeline.state import RunContext, Sample
@@ -17,31 +17,39 @@ from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule, Promp
 Key = tuple[str, bool]  # a prompt, and whether it is a negative one
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What became of one prompt, and what is to be said of it."""
+
+    condition: Conditioning
+    notes: tuple[str, ...] = ()
+
+
 class PromptCache:
-    """The conditioning of prompts seen before, the least recently used dropped beyond `limit_mib` MiB."""
+    """Prompts encoded before, the least recently used dropped beyond `limit_mib` MiB."""
 
     def __init__(self, limit_mib: float) -> None:
         self.limit = limit_mib * 2**20
         self.used = 0
-        self._kept: OrderedDict[Key, Conditioning] = OrderedDict()
+        self._kept: OrderedDict[Key, Encoded] = OrderedDict()
 
-    def get(self, key: Key) -> Conditioning | None:
+    def get(self, key: Key) -> Encoded | None:
         """What is kept of a prompt."""
         found = self._kept.get(key)
         if found is not None:
             self._kept.move_to_end(key)
         return found
 
-    def put(self, key: Key, value: Conditioning) -> None:
-        """Keeps a prompt's conditioning where it fits."""
-        size = _bytes(value)
+    def put(self, key: Key, value: Encoded) -> None:
+        """Keeps what became of a prompt where it fits."""
+        size = _bytes(value.condition)
         if size > self.limit or key in self._kept:
             return
         self._kept[key] = value
         self.used += size
         while self.used > self.limit:
             _, dropped = self._kept.popitem(last=False)
-            self.used -= _bytes(dropped)
+            self.used -= _bytes(dropped.condition)
 
 
 class TextEncoding:
@@ -72,32 +80,34 @@ class TextEncoding:
         self._encoder = load() if keep else None
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
-        wanted: dict[Key, Conditioning | None] = {}
+        wanted: dict[Key, None] = {}
         for sample in samples:
             wanted[(sample.ask.prompt, False)] = None
             if guided(sample.ask, self.rule):
                 wanted[(sample.ask.negative_prompt, True)] = None
+            elif sample.ask.negative_prompt:
+                run.notes.append(f"request.negative_prompt has no effect: {_why_unguided(self.rule)}")
         known = {key: found for key in wanted if (found := self.cache.get(key)) is not None}
         if known:
             run.notes.append(f"{len(known)} of {len(wanted)} distinct prompts were encoded before and not again")
         known |= self._encode([key for key in wanted if key not in known], run)
+        run.notes.extend(note for key in wanted for note in known[key].notes)
         for sample in samples:
-            sample.text = known[(sample.ask.prompt, False)]
+            sample.text = known[(sample.ask.prompt, False)].condition
             if guided(sample.ask, self.rule):
-                sample.negative = known[(sample.ask.negative_prompt, True)]
+                sample.negative = known[(sample.ask.negative_prompt, True)].condition
 
-    def _encode(self, keys: list[Key], run: RunContext) -> dict[Key, Conditioning]:
+    def _encode(self, keys: list[Key], run: RunContext) -> dict[Key, Encoded]:
         if not keys:
             return {}
         encoder = self.load() if self._encoder is None else self._encoder
         made = {}
         for prompt, negative in keys:
             run.check_cancelled()
-            tokens = encoder.count(prompt)
-            if tokens > encoder.max_tokens:
-                run.notes.append(f"a prompt of {tokens} tokens was cut to {encoder.max_tokens}: {prompt[:40]!r}")
+            tokens, most = encoder.count(prompt), encoder.max_tokens
+            notes = (f"a prompt of {tokens} tokens was cut to {most}: {prompt[:40]!r}",) if tokens > most else ()
             with run.clock.network("text_encoder"):
-                made[(prompt, negative)] = encoder([prompt], negative)
+                made[(prompt, negative)] = Encoded(encoder([prompt], negative), notes)
             self.cache.put((prompt, negative), made[(prompt, negative)])
         if not self.keep:
             before = run.memory.used_mib()
@@ -106,6 +116,12 @@ class TextEncoding:
             freed = before - run.memory.used_mib()
             run.notes.append(f"the text encoders were loaded for this request and dropped: {freed:.0f} MiB freed")
         return made
+
+
+def _why_unguided(rule: GuidanceRule) -> str:
+    if rule.embedded:
+        return "this network is told its guidance scale and has no negative branch"
+    return "request.guidance=1 is no guidance"
 
 
 def _bytes(value: Conditioning) -> int:

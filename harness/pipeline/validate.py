@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from harness.config.limits import check_frames, check_request, check_size
 from harness.messages import GenerationRequest
@@ -11,44 +12,48 @@ from harness.pipeline.timesteps import tokens
 from schedulers.noise_scheduler import NoiseScheduler
 
 
-class InputValidation:
-    """Stage 1.
+@dataclass(frozen=True)
+class Limits:
+    """What a model can draw.
 
     Args:
         size_multiple: height and width are multiples of it, pixels.
         max_pixels: largest height * width.
-        noise_scheduler: refuses step counts that its path cannot be cut into.
         frame_multiple: frames after the first are a multiple of it.
         max_frames: most frames; 1 = pictures only.
-        check_prompt: refuses prompts that the model cannot take.
         max_side: pixels at which the network's positions end; None where they do not.
+        guided: whether there is something to be guided by.
+        check_prompt: raises ValueError for a prompt that the model cannot take.
+    """
+
+    size_multiple: int
+    max_pixels: int
+    frame_multiple: int = 1
+    max_frames: int = 1
+    max_side: int | None = None
+    guided: bool = True
+    check_prompt: Callable[[str], None] = lambda prompt: None
+
+
+class InputValidation:
+    """Stage 1.
+
+    Args:
+        limits: of the model.
+        noise_scheduler: refuses step counts that its path cannot be cut into.
     """
 
     name = "input_validation"
     reads = frozenset({"ask"})
     writes: frozenset[str] = frozenset()
 
-    def __init__(
-        self,
-        size_multiple: int,
-        max_pixels: int,
-        noise_scheduler: NoiseScheduler,
-        frame_multiple: int = 1,
-        max_frames: int = 1,
-        check_prompt: Callable[[str], None] = lambda prompt: None,
-        max_side: int | None = None,
-    ) -> None:
-        self.size_multiple = size_multiple
-        self.max_pixels = max_pixels
+    def __init__(self, limits: Limits, noise_scheduler: NoiseScheduler) -> None:
+        self.limits = limits
         self.noise_scheduler = noise_scheduler
-        self.frame_multiple = frame_multiple
-        self.max_frames = max_frames
-        self.check_prompt = check_prompt
-        self.max_side = max_side
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for sample in samples:
-            check_size(sample.ask.height, sample.ask.width, self.size_multiple, self.max_pixels)
+            check_size(sample.ask.height, sample.ask.width, self.limits.size_multiple, self.limits.max_pixels)
 
     def check(self, request: GenerationRequest) -> None:
         """Refuses a whole request, before any rank has seen it.
@@ -56,14 +61,17 @@ class InputValidation:
         Raises:
             ValueError: what to change, in one line.
         """
+        limits = self.limits
         check_request(request)
-        check_size(request.height, request.width, self.size_multiple, self.max_pixels)
-        if self.max_side is not None and max(request.height, request.width) > self.max_side:
+        check_size(request.height, request.width, limits.size_multiple, limits.max_pixels)
+        if limits.max_side is not None and max(request.height, request.width) > limits.max_side:
             raise ValueError(
                 f"the request asks for {request.height} x {request.width} pixels; this checkpoint has positions for "
-                f"{self.max_side} a side"
+                f"{limits.max_side} a side"
             )
-        check_frames(request.frames, self.frame_multiple, self.max_frames)
+        check_frames(request.frames, limits.frame_multiple, limits.max_frames)
+        if request.guidance != 1 and not limits.guided:
+            raise ValueError(f"request.guidance={request.guidance}, but this model has nothing to be guided by; give 1")
         for prompt in (*request.prompts, request.negative_prompt):
-            self.check_prompt(prompt)
-        self.noise_scheduler.grid(request.steps, tokens(request.height, request.width, self.size_multiple))
+            limits.check_prompt(prompt)
+        self.noise_scheduler.grid(request.steps, tokens(request.height, request.width, limits.size_multiple))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from harness.config.schema import DType, Load, RunConfig, Task
+from harness.config.schema import DType, Load, ModelConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.messages import LoadedComponent
 from harness.metrics.cuda import CudaMemory
@@ -24,7 +24,7 @@ from harness.pipeline.published import scheduler_file
 from harness.pipeline.settings import noise_scheduler_settings
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
-from harness.pipeline.validate import InputValidation
+from harness.pipeline.validate import InputValidation, Limits
 from harness.serving.worker import Worker
 from models.attention import attention_kernel
 from models.components import ComponentLoader, Components
@@ -106,6 +106,19 @@ def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> 
     return found
 
 
+def limits_of(model: ModelConfig, parts: Components) -> Limits:
+    """What the configuration and the checkpoint let a request ask."""
+    return Limits(
+        model.size_multiple,
+        model.max_pixels,
+        model.frame_multiple,
+        model.max_frames,
+        parts.max_side,
+        parts.guidance.possible,
+        parts.check_prompt,
+    )
+
+
 def cache_mib(config: RunConfig) -> float:
     """MiB of encoded prompts to keep: a bench encodes every time, to measure it, unless the encoders are dropped."""
     text = config.model.text
@@ -134,15 +147,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         )
     noise_scheduler = noise_scheduler_of(config, source, parts)
     pipeline = ComposedPipeline(
-        InputValidation(
-            model.size_multiple,
-            model.max_pixels,
-            noise_scheduler,
-            model.frame_multiple,
-            model.max_frames,
-            parts.check_prompt,
-            parts.max_side,
-        ),
+        InputValidation(limits_of(model, parts), noise_scheduler),
         [
             TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep),
             TimestepPreparation(noise_scheduler, parts.size_multiple),

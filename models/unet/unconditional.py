@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.components import Components, LatentSpace
+from models.components import Components, GuidanceRule, LatentSpace
 from models.source import Source
 from models.unet.network import UnconditionalUNet
 from models.unet.prompts import Unconditional, check_no_prompt
@@ -52,5 +52,6 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         decoder=PixelDecoder(centered=source.index().get("_class_name") not in UNIT_RANGE),
         latent=LatentSpace(config.in_channels, 1),
         size_multiple=2 ** (len(config.block_out_channels) - 1),
+        guidance=GuidanceRule(possible=False),
         check_prompt=check_no_prompt,
     )

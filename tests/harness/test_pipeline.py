@@ -22,7 +22,7 @@ from harness.pipeline.stage import Stage, check_wiring
 from harness.pipeline.state import Ask, Cancelled, RunContext, Sample, asks, micro_batches
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
-from harness.pipeline.validate import InputValidation
+from harness.pipeline.validate import InputValidation, Limits
 from harness.serving.worker import Worker
 from models.components import Conditioning, LatentSpace
 from schedulers.build import build
@@ -106,7 +106,7 @@ def worker(network: nn.Module, settings: Settings = FAMILIES[0], decoder: object
         Denoising(network, torch.float32, scheduler),
         Decoding(decoder or ToyDecoder()),  # type: ignore[arg-type]
     ]
-    pipeline = ComposedPipeline(InputValidation(8, 64 * 64, scheduler), stages, SyncExecutor())
+    pipeline = ComposedPipeline(InputValidation(Limits(8, 64 * 64), scheduler), stages, SyncExecutor())
     return Worker(pipeline, Place(0, (1, 1, 1, 1, 1)), torch.device("cpu"), ResidentMemory())
 
 
