@@ -30,15 +30,16 @@ from harness.config.schema import LaunchMode, ModelConfig, RunConfig, Task, Trai
 from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from harness.media import ffmpeg
 from harness.metrics import pretrained
+from harness.parallel.legal import Facts, check_layout
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.pipeline.checkpoint import check_place, locate
 from harness.pipeline.published import check_published
 from harness.pipeline.settings import noise_scheduler_settings
-from models.registry import ARCHITECTURES, nearest, resolve_backend
+from models.files import read_json
+from models.registry import ARCHITECTURES, WITH_LSE, nearest, resolve_backend
 from schedulers.families import FAMILIES
 from schedulers.families import resolve as resolve_settings
 
-BUILT_AXES = ("dp",)
 MAX_NAME_BYTES = 160
 
 
@@ -304,11 +305,31 @@ def _check_layout(config: RunConfig) -> None:
     for axis, size in sizes.items():
         if size < 1:
             raise ValueError(f"parallel.{axis}={size}; a degree is at least 1")
-        if size > 1 and axis not in BUILT_AXES:
-            raise ValueError(f"parallel.{axis}={size} is not built yet; use parallel.dp={size} for {size} ranks")
     ranks = world_size(list(sizes.values()))
     if config.launch.mode is LaunchMode.inprocess and ranks > 1:
         raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
+    if config.task.name is not Task.train:
+        for note in check_layout(config.parallel, _layout_facts(config)):
+            warnings.warn(note, stacklevel=2)
     threads = config.launch.threads_per_rank
     if threads is not None and threads < 1:
         raise ValueError(f"launch.threads_per_rank={threads}; give at least 1, or null for cores / ranks")
+
+
+def _layout_facts(config: RunConfig) -> Facts:
+    """What the layout has to fit: heads from the denoiser's config.json, tokens and guidance from the request."""
+    model, request = config.model, config.request
+    denoiser = trained_denoiser(config).weights
+    network = read_json(locate(model, denoiser).config_folder(denoiser) / "config.json")
+    heads = network.get(ARCHITECTURES[model.architecture].heads or "")
+    message = to_message(request)
+    frames = (message.frames - 1) // model.frame_multiple + 1
+    return Facts(
+        model=model.name,
+        heads=heads if isinstance(heads, int) else None,
+        tokens=frames * (message.height // model.size_multiple) * (message.width // model.size_multiple),
+        guidance=message.guidance,
+        embedded=network.get("guidance_embeds") is True,
+        returns_lse=resolve_backend(config.attention.backend, needs_lse=True) in WITH_LSE,
+        backend=config.attention.backend,
+    )

@@ -78,7 +78,7 @@ class InprocessEngine:
             [os.getpid()],
             load_ms=(time.perf_counter() - start) * 1e3,
             device=str(device),
-            attention=resolve_backend(self._config.attention.backend),
+            attention=resolve_backend(self._config.attention.backend, needs_lse=self._config.parallel.ring > 1),
             threads=wanted,
             loaded=worker.loaded,
         )

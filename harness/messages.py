@@ -78,6 +78,14 @@ class MemoryPoint(msgspec.Struct, frozen=True):
     used_mib: float
 
 
+class Traffic(msgspec.Struct, frozen=True):
+    """What one rank sent to the ranks that it computes with, by one kind of collective."""
+
+    bytes: int
+    calls: int
+    exposed_ms: float
+
+
 class RankReport(msgspec.Struct, frozen=True):
     """What one rank did for one request; the networks are text_encoder, denoiser and decoder."""
 
@@ -89,6 +97,7 @@ class RankReport(msgspec.Struct, frozen=True):
     peak_memory_mib: float
     memory_checkpoints: list[MemoryPoint]
     notes: list[str]
+    comm: dict[str, Traffic] = {}
 
 
 class SampleResult(msgspec.Struct, frozen=True):

@@ -121,7 +121,7 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
         place.world_size,
         pids=[os.getpid()],
         device=str(device),
-        attention=resolve_backend(config.attention.backend),
+        attention=resolve_backend(config.attention.backend, needs_lse=config.parallel.ring > 1),
         threads=threads_per_rank(config.launch, local_ranks),
     )
     context = zmq.Context()

@@ -17,6 +17,7 @@ from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import summarize
+from harness.parallel.mesh import Place, degrees
 from harness.pipeline.checkpoint import locate
 from harness.provenance import provenance
 from harness.records import SCHEMA, Attention, FirstCall, Record, Repeat, Statistics, fingerprint
@@ -42,8 +43,13 @@ def overhead_share(repeat: Repeat) -> float:
     return 1 - sum(repeat.networks_ms.values()) / repeat.client_duration_ms
 
 
-def statistics(repeats: Sequence[Repeat], results: Sequence[GenerationResult], batch_size: int) -> Statistics:
-    """The row's numbers over all repeats of one request, batch_size pictures a forward."""
+def statistics(
+    repeats: Sequence[Repeat], results: Sequence[GenerationResult], batch_size: int, replica_size: int = 1
+) -> Statistics:
+    """The row's numbers over all repeats of one request.
+
+    batch_size is in pictures a forward, replica_size in ranks a picture.
+    """
     last = results[-1]
     peaks = [max(peak) for peak in zip(*([rank.peak_memory_mib for rank in r.ranks] for r in results), strict=True)]
     stages = [stage.name for stage in repeats[0].steps]
@@ -52,7 +58,7 @@ def statistics(repeats: Sequence[Repeat], results: Sequence[GenerationResult], b
         for name in stages
     }
     latency = summarize([repeat.total_duration_ms for repeat in repeats])
-    evaluations = sum(report.network_evaluations.get("denoiser", 0) for report in last.ranks)
+    evaluations = sum(report.network_evaluations.get("denoiser", 0) for report in last.ranks[::replica_size])
     micro_batches = math.ceil(len(last.samples) / batch_size)
     return Statistics(
         latency_ms=latency,
@@ -63,6 +69,7 @@ def statistics(repeats: Sequence[Repeat], results: Sequence[GenerationResult], b
         nfe=evaluations // micro_batches,
         peak_memory_mib=peaks,
         peak_memory_mib_max=max(peaks),
+        comm=max((report.comm for report in last.ranks), key=lambda comm: sum(kind.bytes for kind in comm.values())),
     )
 
 
@@ -142,7 +149,9 @@ def build_record(
         attention=Attention(config.attention.backend, info.attention),
         first_call=first,
         repeats=repeats,
-        summary=statistics(repeats, results, config.request.batch_size),
+        summary=statistics(
+            repeats, results, config.request.batch_size, Place(0, degrees(config.parallel)).replica_size
+        ),
         samples=[],
         notes=list(said),
         quality=scored,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel
+from models.plan import WHOLE, ParallelPlan
 from models.source import Source
 
 
@@ -140,6 +141,7 @@ class Components:
         latent: the geometry of the state.
         size_multiple: pixels a token of the network spans on a side.
         guidance: what it makes of request.guidance.
+        plan: how the network may be cut over ranks.
         check_prompt: raises ValueError for a prompt that the model cannot take (no name of a class).
         learned_variance: the network outputs 2 C channels.
         even_sigmas: the published pipeline hands its noise scheduler sigmas from 1 to 1 / n, in place of the
@@ -153,6 +155,7 @@ class Components:
     latent: LatentSpace
     size_multiple: int
     guidance: GuidanceRule = CLASSIFIER_FREE
+    plan: ParallelPlan = WHOLE
     check_prompt: Callable[[str], None] = lambda prompt: None
     learned_variance: bool = False
     even_sigmas: bool = False

@@ -48,3 +48,7 @@ class ParallelPlan:
     head_norms: tuple[str, ...] = field(default=())
     joined_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     local_attention: tuple[str, ...] = field(default=())
+
+
+WHOLE = ParallelPlan()
+"""Of a network that is not cut."""

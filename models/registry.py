@@ -18,6 +18,7 @@ class Architecture:
         weights: folders with tensors that a checkpoint has beside its denoiser's.
         configs: folders with small files only.
         optional: those of them that a checkpoint may lack.
+        heads: the key of its denoiser's config.json that counts attention heads; None for a UNet, which has many.
     """
 
     module: str
@@ -25,6 +26,7 @@ class Architecture:
     weights: tuple[str, ...]
     configs: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    heads: str | None = "num_attention_heads"
 
 
 ARCHITECTURES = {
@@ -52,20 +54,28 @@ ARCHITECTURES = {
         "models.qwen_image.components", ("QwenImageTransformer2DModel",), ("vae", "text_encoder"), ("tokenizer",)
     ),
     "z_image": Architecture(
-        "models.z_image.components", ("ZImageTransformer2DModel",), ("vae", "text_encoder"), ("tokenizer",)
+        "models.z_image.components",
+        ("ZImageTransformer2DModel",),
+        ("vae", "text_encoder"),
+        ("tokenizer",),
+        heads="n_heads",
     ),
     "wan": Architecture("models.wan.components", ("WanTransformer3DModel",), ("vae", "text_encoder"), ("tokenizer",)),
-    "sd": Architecture("models.unet.sd", ("UNet2DConditionModel",), ("vae", "text_encoder"), ("tokenizer",)),
+    "sd": Architecture(
+        "models.unet.sd", ("UNet2DConditionModel",), ("vae", "text_encoder"), ("tokenizer",), heads=None
+    ),
     "sdxl": Architecture(
         "models.unet.sdxl",
         ("UNet2DConditionModel",),
         ("vae", "text_encoder", "text_encoder_2"),
         ("tokenizer", "tokenizer_2"),
+        heads=None,
     ),
-    "unet": Architecture("models.unet.unconditional", ("UNet2DModel",), ()),
+    "unet": Architecture("models.unet.unconditional", ("UNet2DModel",), (), heads=None),
 }
 
 ATTENTION_BACKENDS = ("math", "sdpa", "flash")
+WITH_LSE = ("math", "flash")  # those that return the log-sum-exp of their scores
 
 REFERENCE = Path(__file__).parent / "reference"
 PUBLISHED = Path(__file__).parent / "published"  # configurations of published checkpoints, without weights
@@ -77,15 +87,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def resolve_backend(requested: str) -> str:
+def resolve_backend(requested: str, needs_lse: bool = False) -> str:
     """The attention backend that `requested` stands for; `auto` is `sdpa`, PyTorch's own choice, which runs on every
-    device.
+    device, or `flash` where the log-sum-exp is needed, as in a ring.
 
     Raises:
         ValueError: an unknown name, with the nearest known one.
     """
     if requested == "auto":
-        return "sdpa"
+        return "flash" if needs_lse else "sdpa"
     if requested not in ATTENTION_BACKENDS:
         names = ", ".join(("auto", *ATTENTION_BACKENDS))
         raise ValueError(

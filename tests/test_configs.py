@@ -87,7 +87,10 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("request.samples_per_prompt=100000", "must be 1 to"),
         ("request.height=8192", "height * width may be at most"),
         ("parallel.dp=0", "at least 1"),
-        ("parallel.ulysses=2", "use parallel.dp=2"),
+        ("parallel.ulysses=16", "use parallel.ulysses=8 or fewer"),
+        ("parallel.tp=3", "the nearest that does is parallel.tp=2"),
+        ("parallel.cfg=3", "use 1 or 2"),
+        ("parallel.ring=128", "use 64 ranks or fewer"),
         ("model.trained.dppm.weights=a", "did you mean model.trained.ddpm.weights?"),
         ("model.trained.ddpm.weigths=a", "did you mean model.trained.ddpm.weights?"),
         ("prediction=v", "did you mean scheduler.prediction?"),
@@ -297,3 +300,23 @@ def test_a_checkpoint_without_a_noise_scheduler_names_the_families(tmp_path: Pat
 def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> None:
     with pytest.raises(ValueError, match=f"1 \\+ a multiple of 4 frames, 81 at most: the nearest is {near}$"):
         check_frames(frames, 4, 81)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (["parallel.cfg=2", "request.guidance=1"], "request.guidance=1 is none"),
+        (["parallel.ring=2", "attention=sdpa"], "use attention=flash or attention=math"),
+        (["parallel.cfg=2", "model=flux", "model.load=dummy"], "has one branch; use parallel.cfg=1"),
+        (["parallel.ulysses=2", "model=sd15", "model.load=dummy"], "use parallel.dp=2, or parallel.cfg=2"),
+    ],
+)
+def test_an_illegal_layout_names_a_legal_one(overrides: list[str], hint: str) -> None:
+    assert hint in refused(*overrides)
+
+
+def test_padding_is_said() -> None:
+    assert compose("parallel.ulysses=3").notes == [
+        "64 image tokens over 3 ranks: 2 are padding",
+        "8 attention heads over 3 ulysses ranks: 1 are padding",
+    ]

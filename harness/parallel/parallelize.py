@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.parallel.attention import SequenceAttention, SequenceState, TokenLayout
+from harness.parallel.connect import Axes
 from harness.parallel.group import Group
 from models.attention import AttentionKernel
 from models.attention.lse import LseKernel
@@ -27,9 +28,7 @@ def deal_tokens(
     plan: ParallelPlan,
     kernel: AttentionKernel,
     ring_kernel: LseKernel | None,
-    ulysses: Group,
-    ring: Group,
-    whole: Group,
+    axes: Axes,
     gather: bool = False,
 ) -> SequenceState:
     """Sequence parallelism in place: every stack of the plan works on this rank's part of its tokens.
@@ -39,13 +38,11 @@ def deal_tokens(
         plan: of its folder.
         kernel: the attention of whole heads.
         ring_kernel: the same with log-sum-exp, where the ring has more than one rank.
-        ulysses: ranks that share heads.
-        ring: ranks that pass keys and values on.
-        whole: all ranks that share the tokens of a picture, ulysses innermost.
+        axes: this rank's groups.
         gather: all-gather keys and values over the ring in place of passing them on.
     """
     state = SequenceState()
-    attend = SequenceAttention(kernel, ring_kernel, ulysses, ring, whole, state, gather)
+    attend = SequenceAttention(kernel, ring_kernel, axes.ulysses, axes.ring, axes.tokens, state, gather)
     for stack in plan.stacks:
         blocks = network.get_submodule(stack.blocks)
         assert isinstance(blocks, nn.ModuleList)
@@ -53,7 +50,7 @@ def deal_tokens(
             if "kernel" in vars(module):
                 local = any(fnmatch(f"{stack.blocks}.{name}", pattern) for pattern in plan.local_attention)
                 module.kernel = kernel if local else attend
-        _Dealer(stack, blocks, whole, state).install()
+        _Dealer(stack, blocks, axes.tokens, state).install()
     return state
 
 

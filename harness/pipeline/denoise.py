@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from harness.parallel.group import Group
 from harness.pipeline.guidance import Branches
 from harness.pipeline.latents import step_noise
 from harness.pipeline.state import RunContext, Sample, micro_batches, written
@@ -23,6 +24,7 @@ class Denoising:
         dtype: the network's; the state between steps is float32.
         noise_scheduler: solver and prediction.
         rule: how the checkpoint is guided.
+        cfg: the ranks of the guidance branches; None for this rank alone.
     """
 
     name = "denoising"
@@ -35,11 +37,13 @@ class Denoising:
         dtype: torch.dtype,
         noise_scheduler: NoiseScheduler,
         rule: GuidanceRule = CLASSIFIER_FREE,
+        cfg: Group | None = None,
     ) -> None:
         self.network = network
         self.dtype = dtype
         self.noise_scheduler = noise_scheduler
         self.rule = rule
+        self.cfg = cfg
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         batches = micro_batches(samples, run.batch_size)
@@ -61,7 +65,7 @@ class Denoising:
 
     def _network_call(self, batch: list[Sample], run: RunContext) -> Denoise:
         """The network as a solver sees it: (x, point) to an Estimate, guidance applied to the raw output."""
-        branches = Branches(batch, self.rule)
+        branches = Branches(batch, self.rule, self.cfg)
         condition = branches.condition.to(self.dtype)
 
         def denoise(x: Tensor, point: Point) -> Estimate:

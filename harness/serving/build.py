@@ -13,7 +13,9 @@ from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.messages import LoadedComponent
 from harness.metrics.cuda import CudaMemory
 from harness.metrics.memory import Memory, ResidentMemory
+from harness.parallel.connect import Axes, connect
 from harness.parallel.mesh import Place
+from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.pipeline.checkpoint import locate
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
@@ -27,8 +29,9 @@ from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
 from harness.serving.worker import Worker
 from models.attention import attention_kernel
+from models.attention.lse import lse_kernel
 from models.components import ComponentLoader, Components
-from models.registry import ARCHITECTURES
+from models.registry import ARCHITECTURES, resolve_backend
 from models.source import LoraFile, Source
 from schedulers.build import build as build_noise_scheduler
 from schedulers.noise_scheduler import NoiseScheduler
@@ -127,6 +130,24 @@ def cache_mib(config: RunConfig) -> float:
     return 0.0 if config.task.name is Task.bench and text.keep else DEFAULT_CACHE_MIB
 
 
+def backend_of(config: RunConfig) -> str:
+    """The attention backend that runs, by name."""
+    return resolve_backend(config.attention.backend, needs_lse=config.parallel.ring > 1)
+
+
+def deal(config: RunConfig, parts: Components, axes: Axes) -> None:
+    """Cuts the network over this rank's axes, in place.
+
+    Raises:
+        ValueError: an attention backend that ring attention cannot use.
+    """
+    backend = backend_of(config)
+    cut_linears(parts.network, parts.plan, axes.tp)
+    if axes.tokens.size > 1:
+        ring_kernel = lse_kernel(backend) if axes.ring.size > 1 else None
+        deal_tokens(parts.network, parts.plan, attention_kernel(backend), ring_kernel, axes)
+
+
 def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worker:
     """Loads the components on the device and composes the pipeline.
 
@@ -139,12 +160,14 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
     model = config.model
     source = source_of(config, device)
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
-    parts = load(source, attention_kernel(config.attention.backend))
+    parts = load(source, attention_kernel(backend_of(config)))
     if model.size_multiple % parts.size_multiple:
         raise ValueError(
             f"model.size_multiple={model.size_multiple}, but this checkpoint draws multiples of {parts.size_multiple} "
             f"pixels; set model.size_multiple={parts.size_multiple}"
         )
+    axes = connect(place, device)
+    deal(config, parts, axes)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     pipeline = ComposedPipeline(
         InputValidation(limits_of(model, parts), noise_scheduler),
@@ -152,7 +175,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
             TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep),
             TimestepPreparation(noise_scheduler, parts.size_multiple),
             LatentPreparation(parts.latent, noise_scheduler),
-            Denoising(parts.network, source.dtype_of(source.denoiser), noise_scheduler, parts.guidance),
+            Denoising(parts.network, source.dtype_of(source.denoiser), noise_scheduler, parts.guidance, axes.cfg),
             Decoding(parts.decoder),
         ],
         SyncExecutor(),
@@ -162,4 +185,4 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged)
         for p in source.loaded.values()
     ]
-    return Worker(pipeline, place, device, memory, loaded)
+    return Worker(pipeline, place, device, memory, loaded, axes)

@@ -16,10 +16,12 @@ from harness.messages import (
     RankOutcome,
     RankReport,
     SampleResult,
+    Traffic,
     encode,
 )
 from harness.metrics.clock import Clock
 from harness.metrics.memory import Memory
+from harness.parallel.connect import Axes, one_rank
 from harness.parallel.mesh import Place
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.state import Cancelled, OnProgress, RunContext, Sample, asks, micro_batches, written
@@ -37,6 +39,7 @@ class Worker:
         device: where the networks are.
         memory: the memory account.
         loaded: what was loaded for the pipeline.
+        axes: the ranks that it computes with; None for a rank alone.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class Worker:
         device: torch.device,
         memory: Memory,
         loaded: Sequence[LoadedComponent] = (),
+        axes: Axes | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.place = place
         self.device = device
         self.memory = memory
         self.loaded = list(loaded)
+        self.axes = one_rank() if axes is None else axes
 
     def generate(
         self,
@@ -80,9 +85,10 @@ class Worker:
         everything = micro_batches([Sample(ask) for ask in asks(request)], request.batch_size)
         samples = [sample for batch in self.place.share(everything) for sample in batch]
         self.memory.reset_peak()
+        self.axes.traffic.reset()
 
         def check_cancelled() -> None:
-            if is_cancelled():
+            if self.axes.any_of_picture(is_cancelled()):
                 raise Cancelled
 
         clock = Clock(_synchronizer(self.device))
@@ -97,7 +103,10 @@ class Worker:
             peak_memory_mib=self.memory.peak_mib(),
             memory_checkpoints=points,
             notes=run.notes,
+            comm=self._comm(),
         )
+        if self.place.rank % self.place.replica_size:
+            return encode(RankOutcome([], report))  # the first rank of a replica answers for it
         pixels = [written(sample.pixels).cpu().numpy() for sample in samples]
         if not all(math.isfinite(float(picture.sum())) for picture in pixels):
             raise ValueError("the picture holds values that are not finite; try model.dtype=float32 or another solver")
@@ -106,6 +115,12 @@ class Worker:
             for k, (s, p) in enumerate(zip(samples, pixels, strict=True), start=1)
         ]
         return encode(RankOutcome(results, report), pixels)
+
+    def _comm(self) -> dict[str, Traffic]:
+        sent = self.axes.traffic
+        return {
+            kind: Traffic(count, sent.calls[kind], sent.exposed_ms[kind]) for kind, count in sent.sent_bytes.items()
+        }
 
 
 def _failure(request: GenerationRequest, kind: str, message: str, rank: int) -> list[bytes]:

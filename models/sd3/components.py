@@ -10,7 +10,7 @@ from models.components import Components, LatentSpace
 from models.decoders import load_kl_decoder
 from models.sd3.network import SD3
 from models.sd3.prompts import load_sd3_prompts
-from models.sd3.weights import NAMES, read_config
+from models.sd3.weights import NAMES, PLAN, read_config
 from models.source import Source
 
 
@@ -36,6 +36,7 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         network=network,
         load_prompts=partial(load_sd3_prompts, source, network.config.text_channels),
         decoder=decoder,
+        plan=PLAN,
         latent=LatentSpace(decoder.latent_channels, decoder.stride),
         size_multiple=token,
         max_side=token * network.config.max_positions,

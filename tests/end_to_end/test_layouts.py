@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import pytest
 from PIL import Image
 
 from harness.media import pixel_hash
@@ -23,8 +25,6 @@ def test_a_run_leaves_everything_it_promises(single: Path) -> None:
         assert picture.text["prompt"] == row.prompt  # type: ignore[attr-defined]
         assert picture.text["seed"] == str(row.seed)  # type: ignore[attr-defined]
         assert picture.text["fingerprint"] == record.fingerprint  # type: ignore[attr-defined]
-        import numpy as np
-
         assert pixel_hash(np.asarray(picture)) == row.sha256
     assert (single / "grid.png").exists()
     assert (single / "logs" / "rank0.log").read_text()
@@ -51,6 +51,33 @@ def test_two_replicas_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run") == hashes(single)
     assert len(record_of(tmp_path / "run").summary.peak_memory_mib) == 2
+
+
+def difference(one: Path, other: Path) -> int:
+    """The largest difference of two runs' 8-bit pictures."""
+    return max(
+        int(np.abs(np.asarray(Image.open(one / row.path), int) - np.asarray(Image.open(other / row.path), int)).max())
+        for row in record_of(one).samples
+    )
+
+
+@pytest.mark.parametrize("layout", ["ulysses2", "ring2", "tp2", "cfg2"])
+def test_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp_path: Path) -> None:
+    done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
+    assert done.returncode == 0, done.stderr
+    assert difference(single, tmp_path / "run") <= 1  # rounding to 8 bits; float32 differs in the last digits
+    record = record_of(tmp_path / "run")
+    assert record.summary.nfe == record_of(single).summary.nfe
+    assert sum(kind.bytes for kind in record.summary.comm.values()) > 0
+    assert record.attention.resolved == ("flash" if layout == "ring2" else "sdpa")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["usp4", "cfg2_ulysses2", "tp2_ulysses2", "ulysses4"])
+def test_four_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp_path: Path) -> None:
+    done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
+    assert done.returncode == 0, done.stderr
+    assert difference(single, tmp_path / "run") <= 1
 
 
 def test_more_threads_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
@@ -91,4 +118,6 @@ def test_a_torchrun_of_the_users_own_gives_the_same_record(tmp_path: Path) -> No
         row["overrides"] = [override for override in row["overrides"] if not override.startswith("hydra.")]
         for timed in ("first_call", "repeats", "summary"):
             del row[timed]
+        for component in row["loaded"]:
+            del component["load_ms"]
     assert left == right

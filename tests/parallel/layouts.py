@@ -19,6 +19,6 @@ def forward(rank: int, size: int, cases: list[tuple[str, tuple[int, ...], bool]]
         tiny = TINY[name]
         network = tiny.build(math_attention)
         cut_linears(network, tiny.plan, axes.tp)
-        deal_tokens(network, tiny.plan, math_attention, math_lse, axes.ulysses, axes.ring, axes.tokens, gather)
+        deal_tokens(network, tiny.plan, math_attention, math_lse, axes, gather)
         found[f"{name} {degrees} {gather}"] = network(*tiny.inputs)
     return found

@@ -1,0 +1,92 @@
+"""Which layouts a network and a request can have, asked before any process starts and without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.config.schema import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a layout has to fit.
+
+    Args:
+        model: name, for messages.
+        heads: attention heads of the network; None where tokens and heads cannot be cut (a UNet).
+        tokens: image tokens of the request.
+        guidance: of the request.
+        embedded: the network is told its guidance scale and has no negative branch.
+        returns_lse: whether the attention backend returns the log-sum-exp that a ring merges.
+        backend: its name.
+    """
+
+    model: str
+    heads: int | None
+    tokens: int
+    guidance: float
+    embedded: bool
+    returns_lse: bool
+    backend: str
+
+
+def check_layout(layout: ParallelConfig, facts: Facts) -> list[str]:
+    """Refuses a layout that cannot run; what it wastes, in words.
+
+    Raises:
+        ValueError: the rule, and the nearest layout that keeps it.
+    """
+    _check_branches(layout, facts)
+    shared = layout.ring * layout.ulysses
+    if facts.heads is None:
+        if layout.tp * shared > 1:
+            raise ValueError(
+                f"model={facts.model} is a UNet, whose convolutions mix tokens: tp, ring and ulysses cannot cut it; "
+                f"use parallel.dp={layout.tp * shared * layout.dp}, or parallel.cfg=2"
+            )
+        return []
+    if facts.heads % layout.tp:
+        near = [n for n in range(1, facts.heads + 1) if facts.heads % n == 0]
+        best = min(near, key=lambda n: abs(n - layout.tp))
+        raise ValueError(
+            f"parallel.tp={layout.tp} does not divide the {facts.heads} attention heads of model={facts.model}; the "
+            f"nearest that does is parallel.tp={best}"
+        )
+    heads = facts.heads // layout.tp
+    if layout.ulysses > heads:
+        raise ValueError(
+            f"parallel.ulysses={layout.ulysses} is more than the {heads} attention heads a rank has; use "
+            f"parallel.ulysses={heads} or fewer, and parallel.ring for the rest"
+        )
+    if shared > facts.tokens:
+        raise ValueError(
+            f"parallel.ring x parallel.ulysses = {shared} ranks for {facts.tokens} image tokens; use {facts.tokens} "
+            "ranks or fewer, or a larger picture"
+        )
+    if layout.ring > 1 and not facts.returns_lse:
+        raise ValueError(
+            f"parallel.ring={layout.ring} merges by log-sum-exp, which attention.backend={facts.backend} does not "
+            "return; use attention=flash or attention=math"
+        )
+    return _waste(layout, facts.tokens, heads)
+
+
+def _check_branches(layout: ParallelConfig, facts: Facts) -> None:
+    if layout.cfg not in (1, 2):
+        raise ValueError(f"parallel.cfg={layout.cfg}; guidance has two branches: use 1 or 2")
+    if layout.cfg == 2 and facts.embedded:
+        raise ValueError(
+            f"parallel.cfg=2, but model={facts.model} is told its guidance scale and has one branch; use parallel.cfg=1"
+        )
+    if layout.cfg == 2 and facts.guidance == 1:
+        raise ValueError("parallel.cfg=2 needs guidance, and request.guidance=1 is none; use parallel.cfg=1")
+
+
+def _waste(layout: ParallelConfig, tokens: int, heads: int) -> list[str]:
+    """Padding, in words."""
+    shared, notes = layout.ring * layout.ulysses, []
+    if spare := -tokens % shared:
+        notes.append(f"{tokens} image tokens over {shared} ranks: {spare} are padding")
+    if spare := -heads % layout.ulysses:
+        notes.append(f"{heads} attention heads over {layout.ulysses} ulysses ranks: {spare} are padding")
+    return notes
