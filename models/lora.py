@@ -100,7 +100,7 @@ def _resolved(source: Source, file: _LoraTensors) -> tuple[Targets, dict[str, di
     named = layers(file.shapes, file.path)
     parts = {source.denoiser, *(owner(layer.name, source.denoiser)[0] for layer in named)}
     tensors = {part: tensors_of(source.weights(part)) for part in sorted(parts) if source.has(part)}
-    return resolve(named, tensors, source.denoiser), tensors
+    return resolve(named, tensors, source.denoiser, file.path), tensors
 
 
 class Adapter(msgspec.Struct, frozen=True):

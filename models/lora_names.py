@@ -129,13 +129,17 @@ class Targets:
     unknown: list[Layer]
 
 
-def resolve(found: Sequence[Layer], tensors: Mapping[str, Iterable[str]], denoiser: str) -> Targets:
+def resolve(found: Sequence[Layer], tensors: Mapping[str, Iterable[str]], denoiser: str, path: Path) -> Targets:
     """The tensors that layers update.
 
     Args:
         found: the layers of a file.
         tensors: by component, the published names of its tensors.
         denoiser: the component that names without a prefix belong to.
+        path: the file.
+
+    Raises:
+        CheckpointError: two layers for one tensor.
     """
     tables = {component: _table(names) for component, names in tensors.items()}
     targets: dict[str, dict[str, Layer]] = {component: {} for component in tensors}
@@ -144,8 +148,11 @@ def resolve(found: Sequence[Layer], tensors: Mapping[str, Iterable[str]], denois
         component, name = owner(layer.name, denoiser)
         table = tables.get(component, {})
         tensor = next((table[spelling] for spelling in _spellings(name) if spelling in table), None)
-        if tensor is None or tensor in targets[component]:
+        if tensor is None:
             unknown.append(layer)
+        elif tensor in targets[component]:
+            names = f"{targets[component][tensor].name} and {layer.name}"
+            raise CheckpointError(f"{path}: {tensor} has two updates, {names}")
         else:
             targets[component][tensor] = layer
     return Targets(targets, unknown)

@@ -258,7 +258,7 @@ def _check_loras(model: ModelConfig, place: Place, denoiser: str) -> None:
         if path.is_dir():
             raise CheckpointError(f"model.lora: path={path}: a folder; give its safetensors file")
         stored, _ = read_header(path)
-        targets = resolve(layers(stored, path), tensors, denoiser)
+        targets = resolve(layers(stored, path), tensors, denoiser, path)
         if targets.unknown and class_name(place.config_folder(denoiser)) in CONVERTERS:
             continue
         refuse_unknown(targets, path)

@@ -1,0 +1,664 @@
+"""Low-rank updates are W + weight * (alpha / rank) * B A, by whatever names a trainer wrote; other kinds are refused.
+
+The other side is a checkpoint whose weights were updated by hand, in diffusers' names.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, ModelMixin, UNet2DConditionModel, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from harness.client import DiffusionGenerator
+from harness.compose import ConfigError, compose_run
+from models.decoders import load_from_diffusers
+from models.files import CheckpointError
+from models.lora import updates_of
+from models.pixart import load_denoiser
+from models.registry import REFERENCE
+from models.source import LoraFile, Source
+from models.text.load import load_encoder
+from tests.models.parity import randomize, rel_l2
+
+EMOJI = REFERENCE / "emoji"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (16, 32, 32),
+    "norm_num_groups": 8,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 8,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}  # SDXL's blocks
+FLUX = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 20,
+    "axes_dims_rope": (4, 6, 6),
+    "guidance_embeds": True,
+}
+WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 1,
+}
+CLIP = CLIPTextConfig(
+    vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16
+)
+
+
+@dataclass
+class Made:
+    """A LoRA in the making: the tensors of its file, and what it adds to a checkpoint's tensors."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
+
+    def matrices(self, shape: tuple[int, ...], rank: int) -> tuple[Tensor, Tensor]:
+        """A and B of a matrix or a kernel, at a scale that moves outputs."""
+        self.seed += 1
+        generator = torch.Generator().manual_seed(self.seed)
+        down = torch.randn(rank, *shape[1:], generator=generator) / math.prod(shape[1:]) ** 0.5
+        up = torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=generator) / rank**0.5
+        return down, up
+
+    def layer(
+        self,
+        target: str,
+        shape: tuple[int, ...],
+        name: str,
+        rank: int = 3,
+        alpha: float | None = None,
+        ends: tuple[str, str] = (".lora_A.weight", ".lora_B.weight"),
+        scale: float | None = None,
+    ) -> None:
+        """One layer under the name a trainer gives it; `scale` where it is not alpha / rank."""
+        down, up = self.matrices(shape, rank)
+        self.tensors |= {name + ends[0]: down, name + ends[1]: up}
+        if alpha is not None:
+            self.tensors[f"{name}.alpha"] = torch.tensor(alpha)
+        factor = scale if scale is not None else 1.0 if alpha is None else alpha / rank
+        self.added[target] = factor * torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1)).reshape(shape)
+
+    def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> LoraFile:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(self.tensors, path, metadata=dict(metadata or {}))
+        return LoraFile(path)
+
+
+KOHYA = (".lora_down.weight", ".lora_up.weight")
+
+
+def kohya(prefix: str, layer: str) -> str:
+    return prefix + layer.replace(".", "_")
+
+
+def save(network: ModelMixin, folder: Path, added: Mapping[str, Tensor] | None = None) -> Path:
+    """A network's checkpoint, with its weights updated by hand."""
+    network.save_pretrained(folder)
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    for name, update in (added or {}).items():
+        tensors[name] = tensors[name] + update
+    save_file(tensors, file)
+    return folder
+
+
+def save_clip(
+    encoder: CLIPTextModel, folder: Path, added: Mapping[str, Tensor] | None = None, flat: bool = False
+) -> None:
+    """A text encoder's checkpoint, as CLIP's are published, or `flat` without what their names begin with; the denoiser
+    beside it is one number.
+    """
+    encoder.save_pretrained(folder / "text_encoder")
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
+    for name, update in (added or {}).items():
+        tensors[name] = tensors[name] + update
+    save_file({name.removeprefix("text_model.") if flat else name: t for name, t in tensors.items()}, file)
+    (folder / "unet").mkdir(exist_ok=True)
+    if not (folder / "unet" / WEIGHTS).exists():
+        save_file({"one": torch.ones(1)}, folder / "unet" / WEIGHTS)
+
+
+def tiny(kind: type[ModelMixin], config: Mapping[str, object]) -> ModelMixin:
+    network = kind.from_config(dict(config)).eval()
+    randomize(network)
+    return network
+
+
+def apart(ours: nn.Module, theirs: nn.Module) -> float:
+    """The largest relative difference between parameters of one name."""
+    mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert mine.keys() == other.keys()
+    return max(rel_l2(mine[name].detach().float(), other[name].detach().float()) for name in mine)
+
+
+def moved(added: Mapping[str, Tensor], network: nn.Module) -> bool:
+    """Every update is a sizeable part of what it is added to, so that leaving one out is seen."""
+    return all(float(update.norm()) > 0.05 for update in added.values()) and len(added) > 0
+
+
+# ---------------------------------------------------------------- a native network, in diffusers' and PEFT's names
+
+PIXART = {
+    "transformer_blocks.0.attn1.to_q": (3, 3.0),
+    "transformer_blocks.1.attn2.to_out.0": (2, 5.0),
+    "transformer_blocks.2.ff.net.0.proj": (4, 1.0),
+    "transformer_blocks.2.ff.net.2": (1, 0.5),
+    "adaln_single.linear": (2, 2.0),
+    "pos_embed.proj": (3, 3.0),
+    "caption_projection.linear_1": (2, 8.0),
+    "proj_out": (2, 2.0),
+}
+PARAMETERS = load_file(EMOJI / "transformer" / WEIGHTS)
+
+
+def pixart_lora(spell: Callable[[str], str], ends: tuple[str, str], alphas: bool, seed: int = 0) -> Made:
+    made = Made(seed=seed)
+    for layer, (rank, alpha) in PIXART.items():
+        shape = tuple(PARAMETERS[f"{layer}.weight"].shape)
+        made.layer(f"{layer}.weight", shape, spell(layer), rank, alpha if alphas else None, ends)
+    return made
+
+
+@pytest.fixture
+def by_hand(tmp_path: Path) -> Callable[[Mapping[str, Tensor]], Source]:
+    """The shipped checkpoint with its denoiser updated by hand."""
+
+    def make(added: Mapping[str, Tensor]) -> Source:
+        folder = Path(shutil.copytree(EMOJI, tmp_path / "by_hand"))
+        tensors = {name: t + added[name] if name in added else t for name, t in PARAMETERS.items()}
+        save_file(tensors, folder / "transformer" / WEIGHTS)
+        return Source(folder)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("spell", "ends", "alphas"),
+    [
+        (lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False),
+        (lambda layer: f"transformer.{layer}", (".lora.down.weight", ".lora.up.weight"), False),
+        (lambda layer: layer, (".lora_A.default.weight", ".lora_B.default.weight"), False),
+        (lambda layer: f"base_model.model.{layer}", (".lora_A.weight", ".lora_B.weight"), False),
+        (lambda layer: f"diffusion_model.{layer}", KOHYA, True),
+        (lambda layer: kohya("lora_unet_", layer), KOHYA, True),
+        (lambda layer: kohya("lora_transformer_", layer), KOHYA, True),
+    ],
+    ids=["diffusers", "diffusers-old", "peft-bare", "peft", "dotted", "kohya", "kohya-transformer"],
+)
+def test_every_spelling_is_one_update(
+    spell: Callable[[str], str],
+    ends: tuple[str, str],
+    alphas: bool,
+    by_hand: Callable[[Mapping[str, Tensor]], Source],
+    tmp_path: Path,
+) -> None:
+    made = pixart_lora(spell, ends, alphas)
+    source = Source(EMOJI, loras=(made.save(tmp_path / "a.safetensors"),))
+    ours, theirs = load_denoiser(source), load_denoiser(by_hand(made.added))
+    assert moved(made.added, theirs)
+    assert apart(ours, theirs) < 1e-6
+    assert source.loaded["transformer"].merged == len(PIXART)
+    assert apart(ours, load_denoiser(Source(EMOJI))) > 0.1
+
+
+def test_several_add_up_each_with_its_weight(by_hand: Callable[[Mapping[str, Tensor]], Source], tmp_path: Path) -> None:
+    first = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
+    second = pixart_lora(lambda layer: kohya("lora_unet_", layer), KOHYA, True, seed=50)
+    loras = (
+        LoraFile(first.save(tmp_path / "a.safetensors").path, 0.7),
+        LoraFile(second.save(tmp_path / "b.safetensors").path, -1.5),
+    )
+    together = {name: 0.7 * update - 1.5 * second.added[name] for name, update in first.added.items()}
+    assert apart(load_denoiser(Source(EMOJI, loras=loras)), load_denoiser(by_hand(together))) < 1e-6
+
+
+def test_the_sum_is_rounded_once(tmp_path: Path) -> None:
+    """bfloat16 weights are those of the float32 sum, not of a rounded weight plus a rounded update."""
+    made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
+    loras = (LoraFile(made.save(tmp_path / "a.safetensors").path, 0.01),) * 3
+    exact = load_denoiser(Source(EMOJI, loras=loras))
+    rounded = load_denoiser(Source(EMOJI, loras=loras, dtype=torch.bfloat16))
+    for ours, theirs in zip(rounded.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [
+        ({"lora_alpha": 6}, lambda rank, name: 6 / rank),
+        ({"lora_alpha": 6, "use_rslora": True}, lambda rank, name: 6 / math.sqrt(rank)),
+        (
+            {"lora_alpha": 6, "alpha_pattern": {"ff.net.2": 2.0}},
+            lambda rank, name: (2 if name.endswith(".2") else 6) / rank,
+        ),
+        ({"r": 4}, lambda rank, name: 1.0),
+    ],
+    ids=["alpha", "rslora", "pattern", "none"],
+)
+@pytest.mark.parametrize("where", ["metadata", "beside"])
+def test_what_peft_says_of_the_scale_counts(
+    where: str,
+    options: dict[str, object],
+    scale: Callable[[int, str], float],
+    by_hand: Callable[[Mapping[str, Tensor]], Source],
+    tmp_path: Path,
+) -> None:
+    made, path = Made(), tmp_path / "lora" / "adapter_model.safetensors"
+    prefix = "transformer." if where == "metadata" else "base_model.model."
+    for layer, (rank, _) in PIXART.items():
+        shape = tuple(PARAMETERS[f"{layer}.weight"].shape)
+        made.layer(f"{layer}.weight", shape, prefix + layer, rank, scale=scale(rank, layer))
+    if where == "metadata":
+        said = {f"transformer.{name}": value for name, value in options.items()}
+        lora = made.save(path, {"lora_adapter_metadata": json.dumps(said), "format": "pt"})
+    else:
+        lora = made.save(path)
+        (path.parent / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **options}))
+    assert apart(load_denoiser(Source(EMOJI, loras=(lora,))), load_denoiser(by_hand(made.added))) < 1e-6
+
+
+def test_a_picture_is_that_of_the_updated_weights(
+    by_hand: Callable[[Mapping[str, Tensor]], Source], tmp_path: Path
+) -> None:
+    """From the command line's own words to pixels, the denoiser and the text encoder updated from one file."""
+    made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
+    stored = load_file(EMOJI / "text_encoder" / "model.safetensors")
+    name = "encoder.block.0.layer.0.SelfAttention.v.weight"
+    encoder = Made(seed=90)
+    encoder.layer(name, tuple(stored[name].shape), f"text_encoder.{name.removesuffix('.weight')}", alpha=2.0)
+    made.tensors |= encoder.tensors
+    file = made.save(tmp_path / "a.safetensors").path
+    source = by_hand({key: 0.5 * update for key, update in made.added.items()})
+    stored[name] = stored[name] + 0.5 * encoder.added[name]
+    save_file(stored, source.folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+
+    def draw(*overrides: str) -> tuple[Tensor, list[int]]:
+        plain = ("launch.mode=inprocess", "launch.threads_per_rank=1", "request.steps=4", "request.seed=3")
+        with DiffusionGenerator.from_config(*plain, "request.prompt=rocket", *overrides) as generator:
+            drawn = generator.generate()
+            merged = {row.component: row.merged for row in drawn.record.loaded}
+        return torch.from_numpy(drawn.pixels[0].copy()), [merged[k] for k in ("transformer", "text_encoder", "vae")]
+
+    ours, merged = draw(f"model.lora=[{{path: {file}, weight: 0.5}}]")
+    theirs, none = draw(f"model.path={source.folder}")
+    assert merged == [len(PIXART), 1, 0]
+    assert none == [0, 0, 0]
+    assert float((ours - theirs).abs().max()) < 1e-4
+    for other in ([], [f"model.lora=[{{path: {file}}}]"]):
+        assert float((ours - draw(*other)[0]).abs().max()) > 0.05
+
+
+# ---------------------------------------------------------------- UNets
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    return tiny(UNet2DConditionModel, UNET)
+
+
+def layers_of(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            yield name, tuple(module.weight.shape)
+
+
+def unet_layers(network: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """Linears and 1 x 1 and 3 x 3 convolutions, of every kind a trainer updates."""
+    kinds = ("to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv2", "conv_shortcut", "conv")
+    ends = (*kinds, "time_emb_proj", "conv_in", "conv_out", "linear_1")
+    return [(name, shape) for name, shape in layers_of(network) if name.endswith(ends)]
+
+
+def reloaded(kind: type[ModelMixin], component: str, base: Path, loras: tuple[LoraFile, ...] = ()) -> ModelMixin:
+    return load_from_diffusers(Source(base, component, loras=loras), component, kind)
+
+
+@pytest.mark.parametrize("style", ["kohya", "peft", "processor"])
+def test_a_unet_is_updated_convolutions_too(style: str, unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    made = Made()
+    for number, (name, shape) in enumerate(unet_layers(unet)):
+        if style == "kohya":
+            made.layer(f"{name}.weight", shape, kohya("lora_unet_", name), 2 + number % 3, 1.0 + number % 2, KOHYA)
+        elif style == "peft" or "attn" not in name:
+            made.layer(f"{name}.weight", shape, f"unet.{name}")
+        else:  # diffusers' files from before it used PEFT
+            parent, _, last = name.replace("to_out.0", "to_out").rpartition(".")
+            ends = (f".{last}_lora.down.weight", f".{last}_lora.up.weight")
+            if last in ("to_q", "to_out"):
+                made.layer(f"{name}.weight", shape, f"unet.{parent}.processor", ends=ends)
+    save(unet, tmp_path / "base" / "unet")
+    save(unet, tmp_path / "hand" / "unet", made.added)
+    ours = reloaded(UNet2DConditionModel, "unet", tmp_path / "base", (made.save(tmp_path / "a.safetensors"),))
+    theirs = reloaded(UNet2DConditionModel, "unet", tmp_path / "hand")
+    assert {len(update.shape) for update in made.added.values()} == {2, 4}
+    assert moved(made.added, theirs)
+    assert apart(ours, theirs) < 1e-6
+    latent, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24)
+    with torch.no_grad():
+        drawn = [net(latent, torch.tensor(7), text).sample for net in (ours, theirs, unet)]
+    assert rel_l2(drawn[0], drawn[1]) < 1e-5
+    assert rel_l2(drawn[0], drawn[2]) > 0.1
+
+
+def test_a_linear_stored_as_a_1x1_kernel_is_the_same(unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    name, shape = next((n, s) for n, s in layers_of(unet) if n.endswith("proj_in"))
+    made = Made()
+    made.layer(f"{name}.weight", shape, f"unet.{name}")
+    save(unet, tmp_path / "base" / "unet")
+    save(unet, tmp_path / "hand" / "unet", made.added)
+    made.tensors = {key: tensor.flatten(1) for key, tensor in made.tensors.items()}
+    lora = made.save(tmp_path / "a.safetensors")
+    ours = reloaded(UNet2DConditionModel, "unet", tmp_path / "base", (lora,))
+    assert apart(ours, reloaded(UNet2DConditionModel, "unet", tmp_path / "hand")) < 1e-6
+
+
+SGM = {  # the first publisher's names of SDXL's layers, and diffusers'
+    "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks_2_0_out_layers_3": "down_blocks.0.resnets.1.conv2",
+    "input_blocks_2_0_emb_layers_1": "down_blocks.0.resnets.1.time_emb_proj",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks_4_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+    "input_blocks_4_1_proj_in": "down_blocks.1.attentions.0.proj_in",
+    "input_blocks_5_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q",
+    "input_blocks_8_1_transformer_blocks_0_attn2_to_out_0": (
+        "down_blocks.2.attentions.1.transformer_blocks.0.attn2.to_out.0"
+    ),
+    "middle_block_1_transformer_blocks_0_ff_net_0_proj": ("mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"),
+    "output_blocks_0_1_transformer_blocks_0_attn1_to_v": "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v",
+    "output_blocks_5_1_transformer_blocks_0_ff_net_2": "up_blocks.1.attentions.2.transformer_blocks.0.ff.net.2",
+}
+
+
+def test_sdxl_in_its_first_publishers_names(unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    """With a text encoder of kohya's in the same file, each layer with an alpha of its own."""
+    shapes, made, encoder = dict(layers_of(unet)), Made(), CLIPTextModel(CLIP)
+    for number, (theirs, ours) in enumerate(SGM.items()):
+        made.layer(f"{ours}.weight", shapes[ours], f"lora_unet_{theirs}", 2 + number % 3, 0.5 + number, KOHYA)
+    part = "text_model.encoder.layers.1.self_attn.out_proj"
+    text = Made(seed=70)
+    text.layer(f"{part}.weight", (16, 16), kohya("lora_te1_", part), 2, 3.0, KOHYA)
+    added, text_added = dict(made.added), dict(text.added)
+    made.tensors |= text.tensors
+    lora = made.save(tmp_path / "a.safetensors")
+    for folder, change, change_text in (("base", None, None), ("hand", added, text_added)):
+        save(unet, tmp_path / folder / "unet", change)
+        save_clip(encoder, tmp_path / folder, change_text)
+    ours = reloaded(UNet2DConditionModel, "unet", tmp_path / "base", (lora,))
+    assert apart(ours, reloaded(UNet2DConditionModel, "unet", tmp_path / "hand")) < 1e-6
+    source = Source(tmp_path / "base", "unet", loras=(lora,))
+    mine = load_encoder(source, "text_encoder", CLIPTextModel, CLIPTextConfig)
+    hand = load_encoder(Source(tmp_path / "hand", "unet"), "text_encoder", CLIPTextModel, CLIPTextConfig)
+    assert apart(mine, hand) < 1e-6
+    assert apart(mine, encoder) > 0.05
+    assert source.loaded["text_encoder"].merged == 1
+
+
+# ---------------------------------------------------------------- text encoders
+
+
+def encoders(made: Made, tmp_path: Path, flat: bool = False, dtype: torch.dtype = torch.float32) -> list[nn.Module]:
+    """A text encoder with a file's updates, and with the same by hand."""
+    encoder = CLIPTextModel(CLIP)
+    save_clip(encoder, tmp_path / "base", flat=flat)
+    save_clip(encoder, tmp_path / "hand", made.added, flat)
+    lora = made.save(tmp_path / "a.safetensors")
+    sources = (Source(tmp_path / "base", "unet", loras=(lora,), dtype=dtype), Source(tmp_path / "hand", dtype=dtype))
+    return [load_encoder(source, "text_encoder", CLIPTextModel, CLIPTextConfig) for source in sources]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("flat", [False, True], ids=["published", "flat"])
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda layer: f"text_encoder.{layer}",
+        lambda layer: f"text_encoder.{layer.removeprefix('text_model.')}",
+        lambda layer: kohya("lora_te_", layer),
+        lambda layer: kohya("lora_te_", layer.removeprefix("text_model.")),
+    ],
+    ids=["dotted", "dotted-flat", "kohya", "kohya-flat"],
+)
+def test_a_text_encoder_is_updated(spell: Callable[[str], str], flat: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    made = Made()
+    for part, shape in (("mlp.fc1", (32, 16)), ("self_attn.q_proj", (16, 16)), ("mlp.fc2", (16, 32))):
+        layer = f"text_model.encoder.layers.0.{part}"
+        made.layer(f"{layer}.weight", shape, spell(layer), 2, 1.5, KOHYA)
+    ours, hand = encoders(made, tmp_path, flat, dtype)
+    assert apart(ours, hand) < 1e-6
+    assert {p.dtype for p in ours.parameters()} == {dtype}
+
+
+def test_before_peft_diffusers_named_attention_otherwise(tmp_path: Path) -> None:
+    made = Made()
+    for old, new in (("to_q", "q_proj"), ("to_out", "out_proj")):
+        layer = "text_model.encoder.layers.0.self_attn"
+        ends = (f".{old}_lora.down.weight", f".{old}_lora.up.weight")
+        made.layer(f"{layer}.{new}.weight", (16, 16), f"text_encoder.{layer}", ends=ends)
+    layer = "text_model.encoder.layers.1.mlp.fc1"
+    ends = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
+    made.layer(f"{layer}.weight", (32, 16), f"text_encoder.{layer}", ends=ends)
+    ours, hand = encoders(made, tmp_path)
+    assert apart(ours, hand) < 1e-6
+
+
+# ---------------------------------------------------------------- other publishers' names, by diffusers' conversion
+
+
+def flux_lora(made: Made, prefix: str, rank: int = 4, alpha: float = 3.0) -> None:
+    """kohya's FLUX names: q, k and v in one layer."""
+    for stream, parts in (("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))):
+        whole = Made(seed=made.seed + 1)
+        whole.layer("qkv", (96, 32), f"{prefix}double_blocks_0_{stream}_attn_qkv", rank, alpha, KOHYA)
+        made.seed = whole.seed
+        made.tensors |= whole.tensors
+        for part, update in zip(parts, whole.added["qkv"].chunk(3), strict=True):
+            made.added[f"transformer_blocks.0.attn.{part}.weight"] = update
+    for theirs, ours, shape in (
+        ("double_blocks_0_img_attn_proj", "transformer_blocks.0.attn.to_out.0", (32, 32)),
+        ("double_blocks_0_txt_attn_proj", "transformer_blocks.0.attn.to_add_out", (32, 32)),
+        ("double_blocks_0_img_mlp_0", "transformer_blocks.0.ff.net.0.proj", (128, 32)),
+        ("double_blocks_0_txt_mlp_2", "transformer_blocks.0.ff_context.net.2", (32, 128)),
+        ("double_blocks_0_img_mod_lin", "transformer_blocks.0.norm1.linear", (192, 32)),
+        ("single_blocks_0_linear2", "single_transformer_blocks.0.proj_out", (32, 160)),
+        ("single_blocks_0_modulation_lin", "single_transformer_blocks.0.norm.linear", (96, 32)),
+    ):
+        made.layer(f"{ours}.weight", shape, prefix + theirs, rank, alpha, KOHYA)
+
+
+def test_flux_in_kohyas_names(tmp_path: Path) -> None:
+    network, made = tiny(FluxTransformer2DModel, FLUX), Made()
+    flux_lora(made, "lora_unet_")
+    save(network, tmp_path / "base" / "transformer")
+    save(network, tmp_path / "hand" / "transformer", made.added)
+    ours = reloaded(FluxTransformer2DModel, "transformer", tmp_path / "base", (made.save(tmp_path / "a.safetensors"),))
+    assert moved(made.added, network)
+    assert apart(ours, reloaded(FluxTransformer2DModel, "transformer", tmp_path / "hand")) < 1e-6
+
+
+def test_flux_in_diffusers_names_with_underscores(tmp_path: Path) -> None:
+    network, made = tiny(FluxTransformer2DModel, FLUX), Made()
+    for name, shape in layers_of(network):
+        made.layer(f"{name}.weight", shape, kohya("lora_transformer_", name), 2, 1.0, KOHYA)
+    save(network, tmp_path / "base" / "transformer")
+    save(network, tmp_path / "hand" / "transformer", made.added)
+    ours = reloaded(FluxTransformer2DModel, "transformer", tmp_path / "base", (made.save(tmp_path / "a.safetensors"),))
+    assert apart(ours, reloaded(FluxTransformer2DModel, "transformer", tmp_path / "hand")) < 1e-6
+
+
+def test_wan_in_its_publishers_names(tmp_path: Path) -> None:
+    network, made = tiny(WanTransformer3DModel, WAN), Made()
+    for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn")):
+        for part, there in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o")):
+            made.layer(f"blocks.0.{ours}.{part}.weight", (24, 24), f"diffusion_model.blocks.0.{theirs}.{there}")
+    for part, there, shape in (("net.0.proj", "0", (32, 24)), ("net.2", "2", (24, 32))):
+        made.layer(f"blocks.0.ffn.{part}.weight", shape, f"diffusion_model.blocks.0.ffn.{there}")
+    save(network, tmp_path / "base" / "transformer")
+    save(network, tmp_path / "hand" / "transformer", made.added)
+    ours = reloaded(WanTransformer3DModel, "transformer", tmp_path / "base", (made.save(tmp_path / "a.safetensors"),))
+    assert apart(ours, reloaded(WanTransformer3DModel, "transformer", tmp_path / "hand")) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "stray",
+    ["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q", "lora_te1_text_projection"],
+)
+def test_what_a_conversion_drops_is_refused(stray: str, tmp_path: Path) -> None:
+    """diffusers' conversion leaves a T5's update, or a projection's, out with a line in a log."""
+    network, made = tiny(FluxTransformer2DModel, FLUX), Made()
+    flux_lora(made, "lora_unet_")
+    made.layer("-", (16, 16), stray, ends=KOHYA, alpha=3.0)
+    save(network, tmp_path / "transformer")
+    with pytest.raises(CheckpointError, match=r"reads 0\.\d+ of this LoRA's squared size, so it drops or rescales"):
+        reloaded(FluxTransformer2DModel, "transformer", tmp_path, (made.save(tmp_path / "a.safetensors"),))
+
+
+def test_what_a_conversion_cannot_name_is_refused(tmp_path: Path) -> None:
+    network, made = tiny(FluxTransformer2DModel, FLUX), Made()
+    made.layer("-", (16, 16), "lora_unet_triple_blocks_0_linear", ends=KOHYA)
+    save(network, tmp_path / "transformer")
+    with pytest.raises(
+        CheckpointError, match=r"lora_unet_triple_blocks_0_linear, and diffusers' FluxLoraLoaderMixin"
+    ) as caught:
+        reloaded(FluxTransformer2DModel, "transformer", tmp_path, (made.save(tmp_path / "a.safetensors"),))
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- refusals, before a process starts
+
+
+def refused(path: Path | str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose_run([f"model.lora=[{{path: {path}}}]"])
+    line = str(caught.value)
+    assert "\n" not in line
+    assert str(path) in line
+    return line
+
+
+def test_layers_that_match_nothing_are_listed(tmp_path: Path) -> None:
+    made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
+    for n in range(8):
+        made.layer("-", (16, 16), f"transformer.layers.{n}.to_q")
+    line = refused(made.save(tmp_path / "a.safetensors").path)
+    assert "no layer of transformer, text_encoder matches transformer.layers.0.to_q, transformer.layers.1.to_q" in line
+    assert "and 2 more" in line
+
+
+@pytest.mark.parametrize("name", ["text_encoder_2.encoder.layers.0.mlp.fc1", "lora_te3_encoder", "vae.decoder.conv_in"])
+def test_a_component_that_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
+    made = Made()
+    made.layer("-", (16, 16), name)
+    assert f"matches {name}; was the LoRA trained on this model?" in refused(made.save(tmp_path / "a.safetensors").path)
+
+
+def test_shapes_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    made, width = Made(), PARAMETERS["transformer_blocks.0.attn1.to_q.weight"].shape[0]
+    made.layer("-", (width, width + 1), "transformer.transformer_blocks.0.attn1.to_q")
+    made.layer("-", (width - 1, width), "transformer.transformer_blocks.0.attn1.to_k")
+    made.layer("-", (width, width), "transformer.transformer_blocks.0.attn1.to_v")
+    ranks = "transformer.transformer_blocks.1.attn1.to_v"
+    made.tensors |= {f"{ranks}.lora_A.weight": torch.zeros(3, width), f"{ranks}.lora_B.weight": torch.zeros(width, 2)}
+    line = refused(made.save(tmp_path / "a.safetensors").path)
+    assert f"transformer_blocks.0.attn1.to_q.weight is ({width}, {width}), its update ({width}, 3) times" in line
+    assert "attn1.to_k.weight" in line
+    assert "blocks.1.attn1.to_v.weight" in line
+    assert "blocks.0.attn1.to_v.weight" not in line
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("transformer.proj_out.lora_magnitude_vector", "DoRA"),
+        ("lora_unet_proj_out.dora_scale", "DoRA"),
+        ("lora_unet_proj_out.lokr_w1", "LoKr"),
+        ("lora_unet_proj_out.hada_w1_a", "LoHa"),
+        ("lora_unet_proj_out.oft_blocks", "OFT"),
+        ("lora_unet_proj_out.lora_mid.weight", "LoCon with a middle matrix"),
+        ("transformer.proj_out.lora_B.bias", "LoRA with a bias"),
+        ("diffusion_model.proj_out.diff", "a whole difference"),
+        ("diffusion_model.proj_out.diff_b", "a whole difference"),
+        ("diffusion_model.proj_out.weight", "no matrix of a LoRA"),
+        ("transformer.proj_out.lora_embedding_A", "LoRA of an embedding"),
+    ],
+)
+def test_other_kinds_of_update_are_refused(key: str, kind: str, tmp_path: Path) -> None:
+    made = Made()
+    made.layer("-", (16, 16), "transformer.proj_out")
+    made.tensors[key] = torch.zeros(16)
+    assert f"{key} is {kind}; what is merged here is LoRA" in refused(made.save(tmp_path / "a.safetensors").path)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}])
+def test_peft_options_that_change_the_sum_are_refused(options: dict[str, object], tmp_path: Path) -> None:
+    made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
+    said = json.dumps({f"transformer.{name}": value for name, value in options.items()})
+    lora = made.save(tmp_path / "a.safetensors", {"lora_adapter_metadata": said})
+    with pytest.raises(CheckpointError, match="what is merged here is plain LoRA"):
+        updates_of(Source(EMOJI, loras=(lora,)), "transformer")
+
+
+def test_half_a_layer_and_a_layer_twice_are_refused(tmp_path: Path) -> None:
+    made = Made()
+    made.layer("-", (16, 16), "transformer.proj_out")
+    made.tensors["transformer.caption_projection.linear_1.lora_A.weight"] = torch.zeros(2, 16)
+    line = refused(made.save(tmp_path / "a.safetensors").path)
+    assert "one of the two matrices of transformer.caption_projection.linear_1 is missing" in line
+    made = Made()
+    made.layer("-", (16, 16), "transformer.proj_out")
+    made.layer("-", (16, 16), "transformer.proj_out", ends=KOHYA)
+    assert "transformer.proj_out has two updates" in refused(made.save(tmp_path / "a.safetensors").path)
+    made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
+    made.tensors |= pixart_lora(lambda layer: kohya("lora_unet_", layer), KOHYA, False).tensors
+    assert "weight has two updates, lora_unet_" in refused(made.save(tmp_path / "a.safetensors").path)
+
+
+def test_files_that_are_no_lora_are_refused(tmp_path: Path) -> None:
+    assert "no such folder or file" in refused("/no/such/lora.safetensors")
+    assert "a folder; give its safetensors file" in refused(tmp_path)
+    (tmp_path / "a.bin").write_bytes(b"\x80\x04\x95" + b"p" * 500)
+    assert "safetensors file" in refused(tmp_path / "a.bin")
+    save_file({}, tmp_path / "none.safetensors")
+    assert "there is no tensor in it" in refused(tmp_path / "none.safetensors")
+    save_file({"a.lora_A.weight": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "int.safetensors")
+    assert "quantised weights are not read here" in refused(tmp_path / "int.safetensors")
+
+
+def test_random_weights_say_that_a_lora_has_no_effect(tmp_path: Path) -> None:
+    notes = compose_run(["model.load=dummy", "model.lora=[{path: /no/such.safetensors}]"]).notes
+    assert notes == ["model.lora has no effect on random weights (model.load=dummy)"]
+
+
+def test_an_update_is_read_and_checked_once_for_all_its_components(tmp_path: Path) -> None:
+    """A VAE asks for none, whatever the file says."""
+    made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
+    source = Source(EMOJI, loras=(made.save(tmp_path / "a.safetensors"),))
+    assert updates_of(source, "vae") == {}
+    assert updates_of(source, "text_encoder") == {}
+    assert updates_of(source, "transformer").keys() == made.added.keys()
