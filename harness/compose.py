@@ -296,6 +296,8 @@ def _check_model(config: RunConfig) -> None:
     for name in ("size_multiple", "max_pixels", "frame_multiple", "max_frames", "fps"):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name}={getattr(model, name)}; give at least 1")
+    if model.text.cache_mib is not None and model.text.cache_mib < 0:
+        raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which keeps none")
     if model.text.tokens < 1:
         raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
 

@@ -5,6 +5,7 @@ A launcher asks here before it starts a process; `models.checkpoint` reads the t
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,11 @@ FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 INDICES = {"I64": 8, "BOOL": 1}  # counters and positions that some checkpoints carry along; never a weight
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+SENTENCEPIECE = ("spiece.model",)
 TOKENIZER_FILES = (
     ("tokenizer.json",),
     ("vocab.json", "merges.txt"),
-    ("spiece.model",),
+    SENTENCEPIECE,
     ("tokenizer.model",),
     ("vocab.txt",),
 )
@@ -212,14 +214,19 @@ def config_home(path: Path | None, own: Path) -> Path:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuses a folder that holds no tokenizer.
+    """Refuses a folder that holds no tokenizer, or one that no installed package reads.
 
     Raises:
-        CheckpointError: the files that make one.
+        CheckpointError: the files that make one, or the package to install.
     """
-    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
+    found = [names for names in TOKENIZER_FILES if all((folder / name).is_file() for name in names)]
+    if not found:
         expected = ", or ".join(" and ".join(names) for names in TOKENIZER_FILES)
         raise CheckpointError(f"{folder}: no tokenizer's files here; expected {expected}")
+    if found == [SENTENCEPIECE] and importlib.util.find_spec("sentencepiece") is None:
+        raise CheckpointError(
+            f"{folder}: {SENTENCEPIECE[0]} wants the package sentencepiece: pip install sentencepiece"
+        )
 
 
 def check_component(folder: Path, weights: Path | None, classes: tuple[str, ...] = ()) -> None:

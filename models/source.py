@@ -54,7 +54,8 @@ class Source:
         device: where components live.
         dtype: of the denoiser, and of what `dtypes` does not name.
         dtypes: by component.
-        replaced: by component, another folder (with its config.json) or one safetensors file (for the same config).
+        replaced: by component, another folder (with its config.json) or one safetensors file (described by a
+            config.json beside it, else by the checkpoint's own).
         dummy: random weights of the architecture that the config files describe; no weights are read.
         text_tokens: tokens a prompt is padded or cut to.
         loras: updates merged into the denoiser and the text encoders, in order.

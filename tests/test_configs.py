@@ -21,7 +21,7 @@ from harness.compose import (
     to_yaml,
 )
 from harness.config.limits import check_frames
-from harness.config.schema import RunConfig, TrainingFacts
+from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
 from harness.config.trained import trained_denoiser
 from models.registry import REFERENCE
 
@@ -261,6 +261,48 @@ def test_a_missing_shard_is_named(copy: Path) -> None:
     weights(copy).rename(weights(copy).parent / "one.safetensors")
     (copy / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     assert "two.safetensors" in refused(f"model.path={copy}")
+
+
+def test_keys_of_loading_come_back_from_the_resolved_configuration(tmp_path: Path) -> None:
+    overrides = [
+        f"model.vae.path={CHECKPOINT / 'vae'}",
+        "model.vae.dtype=bfloat16",
+        "model.denoiser.dtype=bfloat16",
+        "model.text_encoder.dtype=float32",
+        "model.text.keep=false",
+        "model.text.cache_mib=3.5",
+    ]
+    model = compose(*overrides).config.model
+    assert (model.vae.path, model.vae.dtype) == (str(CHECKPOINT / "vae"), DType.bfloat16)
+    assert (model.denoiser.path, model.denoiser.dtype) == (None, DType.bfloat16)
+    assert (model.text.keep, model.text.cache_mib) == (False, 3.5)
+    config = compose(*overrides).config
+    assert from_yaml(to_yaml(config)) == config
+
+
+def test_loras_are_a_list_of_files_and_weights() -> None:
+    listed = "model.lora=[{path: a.safetensors, weight: 0.8}, {path: b.safetensors}]"
+    composed = compose(listed, "model.load=dummy")
+    assert composed.config.model.lora == [LoraConfig("a.safetensors", 0.8), LoraConfig("b.safetensors", 1.0)]
+    assert from_yaml(to_yaml(composed.config)) == composed.config
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("model.lora=[{weight: 0.8}]", "path"),
+        ("model.lora=[{path: a.safetensors, wieght: 0.8}]", "wieght"),
+        ("model.lora=[{path: a.safetensors, weight: much}]", "Float"),
+        ("model.lora=[{path: /no/such.safetensors}]", "/no/such.safetensors: no such folder or file"),
+        ("model.revison=v1", "did you mean model.revision?"),
+        ("model.vae.dtype=float16", "expected one of [float32, bfloat16]"),
+        ("model.text_encoder_2.path=/tmp", "has no text_encoder_2"),
+        ("model.text.cache_mib=-1", "at least 0"),
+        ("model.text.keep=sometimes", "sometimes"),
+    ],
+)
+def test_keys_of_loading_are_refused_with_what_to_change(override: str, hint: str) -> None:
+    assert hint in refused(override)
 
 
 def test_the_run_folder_is_known_even_where_the_rest_is_wrong(tmp_path: Path) -> None:

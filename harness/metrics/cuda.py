@@ -17,5 +17,8 @@ class CudaMemory:
     def peak_mib(self) -> float:
         return torch.cuda.max_memory_allocated(self._device) / 2**20
 
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ class Memory(Protocol):
     def reset_peak(self) -> None:
         """Starts a new peak where the platform can; else the peak is the process's."""
 
+    def release(self) -> None:
+        """Gives back what was freed and an allocator keeps for later."""
+
 
 class ResidentMemory:
     """The resident set of this process; the kernel's high-water mark catches peaks between samples (Linux)."""
@@ -38,6 +42,12 @@ class ResidentMemory:
             CLEAR_REFS.write_text("5")
         except OSError:
             return  # not Linux, or not allowed: the peak stays the process's own
+
+    def release(self) -> None:
+        if STATUS.exists():
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+            if trim is not None:
+                trim(0)
 
 
 def _lifetime_peak_mib() -> float:

@@ -6,6 +6,7 @@ What was encoded is kept by content, within a bound, and the encoders themselves
 from __future__ import annotations
 
 import gc
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -100,7 +101,9 @@ class TextEncoding:
     def _encode(self, keys: list[Key], run: RunContext) -> dict[Key, Encoded]:
         if not keys:
             return {}
+        began = time.perf_counter()
         encoder = self.load() if self._encoder is None else self._encoder
+        load_ms = (time.perf_counter() - began) * 1e3
         made = {}
         for prompt, negative in keys:
             run.check_cancelled()
@@ -113,8 +116,11 @@ class TextEncoding:
             before = run.memory.used_mib()
             del encoder
             gc.collect()
+            run.memory.release()
             freed = before - run.memory.used_mib()
-            run.notes.append(f"the text encoders were loaded for this request and dropped: {freed:.0f} MiB freed")
+            run.notes.append(
+                f"the text encoders were loaded for this request in {load_ms:.0f} ms and dropped: {freed:.0f} MiB freed"
+            )
         return made
 
 
@@ -125,5 +131,6 @@ def _why_unguided(rule: GuidanceRule) -> str:
 
 
 def _bytes(value: Conditioning) -> int:
+    """What a conditioning keeps in memory; a part of a larger tensor keeps all of it."""
     tensors = [getattr(value, f.name) for f in fields(value)]
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)

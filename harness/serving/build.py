@@ -55,7 +55,8 @@ def prepare_cpu(config: RunConfig, threads: int) -> None:
     """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    torch.backends.mkldnn.set_flags(not (config.launch.reproducible and config.model.dtype.name == "float32"))
+    dtype = config.model.denoiser.dtype or config.model.dtype
+    torch.backends.mkldnn.set_flags(not (config.launch.reproducible and dtype is DType.float32))
 
 
 def source_of(config: RunConfig, device: torch.device) -> Source:

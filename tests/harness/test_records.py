@@ -104,6 +104,14 @@ def test_a_run_that_is_cut_off_says_so(tmp_path: Path) -> None:
     assert read_record(tmp_path) is None
 
 
+def test_a_record_from_before_a_key_was_added_is_read(tmp_path: Path) -> None:
+    RunFolder.claim(tmp_path).write_record(record())
+    content = json.loads((tmp_path / "record.json").read_text())
+    assert content.pop("loaded") == []
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    assert read_record(tmp_path) == record()
+
+
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     path, done = tmp_path / "record.json", threading.Event()
     contents = [bytes([letter]) * 400_000 for letter in b"ab"]

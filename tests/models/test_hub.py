@@ -12,6 +12,8 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from harness.compose import ConfigError, compose_run
 from harness.config.schema import Load
@@ -128,6 +130,24 @@ def test_only_the_launcher_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> 
     config = compose_run([f"model.path={NAME}"]).config
     locate(config.model, "transformer")
     assert asked == [(NAME, None, False), (NAME, None, True)]
+
+
+def test_a_launcher_checks_a_checkpoint_without_torch(cache: Path, tmp_path: Path) -> None:
+    """A hub name and a LoRA, down to names and shapes."""
+    lora = {f"transformer.proj_out.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
+    save_file(lora, tmp_path / "a.safetensors")
+    overrides = [f"model.path={NAME}", f"model.lora=[{{path: {tmp_path / 'a.safetensors'}}}]"]
+    code = (
+        "import sys\nfrom harness.compose import ConfigError, compose_run\n"
+        f"try:\n    compose_run({overrides!r})\nexcept ConfigError as error:\n    print(error)\n"
+        "print([m for m in ('torch', 'transformers', 'diffusers') if m in sys.modules])"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    refusal, modules = done.stdout.splitlines()
+    assert "the LoRA does not fit the network: proj_out.weight is (" in refusal
+    assert modules == "[]"
 
 
 FLUX = [

@@ -406,6 +406,16 @@ def test_a_tokenizer_without_its_files_lists_them(copy: Path) -> None:
     compose_run([f"model.path={copy}", f"model.tokenizer.path={EMOJI / 'tokenizer'}"])
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_sentencepiece_model_says_what_reads_it(copy: Path, installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / "tokenizer" / "tokenizer.json").rename(copy / "tokenizer" / "spiece.model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    if installed:
+        compose_run([f"model.path={copy}"])
+    else:
+        assert "spiece.model wants the package sentencepiece: pip install" in refused(f"model.path={copy}")
+
+
 def test_an_empty_folder_lists_what_is_expected(tmp_path: Path) -> None:
     line = refused(f"model.path={tmp_path}")
     assert "no transformer/, no vae/, no text_encoder/, no tokenizer/ here" in line

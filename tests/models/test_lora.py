@@ -1,4 +1,4 @@
-"""Low-rank updates are W + weight * (alpha / rank) * B A, by whatever names a trainer wrote; other kinds are refused.
+"""Low-rank updates are W + weight * (alpha / rank) * B A, by whatever names a trainer wrote.
 
 The other side is a checkpoint whose weights were updated by hand, in diffusers' names.
 """
@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from harness.client import DiffusionGenerator
-from harness.compose import ConfigError, compose_run
 from models.decoders import load_from_diffusers
 from models.files import CheckpointError
-from models.lora import updates_of
 from models.pixart import load_denoiser
 from models.registry import REFERENCE
 from models.source import LoraFile, Source
@@ -424,12 +422,14 @@ def test_sdxl_in_its_first_publishers_names(unet: UNet2DConditionModel, tmp_path
 
 
 def encoders(made: Made, tmp_path: Path, flat: bool = False, dtype: torch.dtype = torch.float32) -> list[nn.Module]:
-    """A text encoder with a file's updates, and with the same by hand."""
+    """A text encoder with a file's updates, with the same by hand, and with none."""
+    torch.manual_seed(0)
     encoder = CLIPTextModel(CLIP)
     save_clip(encoder, tmp_path / "base", flat=flat)
     save_clip(encoder, tmp_path / "hand", made.added, flat)
     lora = made.save(tmp_path / "a.safetensors")
-    sources = (Source(tmp_path / "base", "unet", loras=(lora,), dtype=dtype), Source(tmp_path / "hand", dtype=dtype))
+    base, hand = Source(tmp_path / "base", "unet", dtype=dtype), Source(tmp_path / "hand", "unet", dtype=dtype)
+    sources = (replace(base, loras=(lora,)), hand, base)
     return [load_encoder(source, "text_encoder", CLIPTextModel, CLIPTextConfig) for source in sources]
 
 
@@ -450,8 +450,9 @@ def test_a_text_encoder_is_updated(spell: Callable[[str], str], flat: bool, dtyp
     for part, shape in (("mlp.fc1", (32, 16)), ("self_attn.q_proj", (16, 16)), ("mlp.fc2", (16, 32))):
         layer = f"text_model.encoder.layers.0.{part}"
         made.layer(f"{layer}.weight", shape, spell(layer), 2, 1.5, KOHYA)
-    ours, hand = encoders(made, tmp_path, flat, dtype)
-    assert apart(ours, hand) < 1e-6
+    ours, hand, plain = encoders(made, tmp_path, flat, dtype)
+    assert apart(ours, hand) < (1e-6 if dtype is torch.float32 else 2e-3)  # a float32 sum may round to either side
+    assert apart(ours, plain) > 0.05
     assert {p.dtype for p in ours.parameters()} == {dtype}
 
 
@@ -464,8 +465,9 @@ def test_before_peft_diffusers_named_attention_otherwise(tmp_path: Path) -> None
     layer = "text_model.encoder.layers.1.mlp.fc1"
     ends = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
     made.layer(f"{layer}.weight", (32, 16), f"text_encoder.{layer}", ends=ends)
-    ours, hand = encoders(made, tmp_path)
+    ours, hand, plain = encoders(made, tmp_path)
     assert apart(ours, hand) < 1e-6
+    assert apart(ours, plain) > 0.05
 
 
 # ---------------------------------------------------------------- other publishers' names, by diffusers' conversion
@@ -548,117 +550,3 @@ def test_what_a_conversion_cannot_name_is_refused(tmp_path: Path) -> None:
     ) as caught:
         reloaded(FluxTransformer2DModel, "transformer", tmp_path, (made.save(tmp_path / "a.safetensors"),))
     assert "\n" not in str(caught.value)
-
-
-# ---------------------------------------------------------------- refusals, before a process starts
-
-
-def refused(path: Path | str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        compose_run([f"model.lora=[{{path: {path}}}]"])
-    line = str(caught.value)
-    assert "\n" not in line
-    assert str(path) in line
-    return line
-
-
-def test_layers_that_match_nothing_are_listed(tmp_path: Path) -> None:
-    made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
-    for n in range(8):
-        made.layer("-", (16, 16), f"transformer.layers.{n}.to_q")
-    line = refused(made.save(tmp_path / "a.safetensors").path)
-    assert "no layer of transformer, text_encoder matches transformer.layers.0.to_q, transformer.layers.1.to_q" in line
-    assert "and 2 more" in line
-
-
-@pytest.mark.parametrize("name", ["text_encoder_2.encoder.layers.0.mlp.fc1", "lora_te3_encoder", "vae.decoder.conv_in"])
-def test_a_component_that_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
-    made = Made()
-    made.layer("-", (16, 16), name)
-    assert f"matches {name}; was the LoRA trained on this model?" in refused(made.save(tmp_path / "a.safetensors").path)
-
-
-def test_shapes_that_do_not_fit_are_listed(tmp_path: Path) -> None:
-    made, width = Made(), PARAMETERS["transformer_blocks.0.attn1.to_q.weight"].shape[0]
-    made.layer("-", (width, width + 1), "transformer.transformer_blocks.0.attn1.to_q")
-    made.layer("-", (width - 1, width), "transformer.transformer_blocks.0.attn1.to_k")
-    made.layer("-", (width, width), "transformer.transformer_blocks.0.attn1.to_v")
-    ranks = "transformer.transformer_blocks.1.attn1.to_v"
-    made.tensors |= {f"{ranks}.lora_A.weight": torch.zeros(3, width), f"{ranks}.lora_B.weight": torch.zeros(width, 2)}
-    line = refused(made.save(tmp_path / "a.safetensors").path)
-    assert f"transformer_blocks.0.attn1.to_q.weight is ({width}, {width}), its update ({width}, 3) times" in line
-    assert "attn1.to_k.weight" in line
-    assert "blocks.1.attn1.to_v.weight" in line
-    assert "blocks.0.attn1.to_v.weight" not in line
-
-
-@pytest.mark.parametrize(
-    ("key", "kind"),
-    [
-        ("transformer.proj_out.lora_magnitude_vector", "DoRA"),
-        ("lora_unet_proj_out.dora_scale", "DoRA"),
-        ("lora_unet_proj_out.lokr_w1", "LoKr"),
-        ("lora_unet_proj_out.hada_w1_a", "LoHa"),
-        ("lora_unet_proj_out.oft_blocks", "OFT"),
-        ("lora_unet_proj_out.lora_mid.weight", "LoCon with a middle matrix"),
-        ("transformer.proj_out.lora_B.bias", "LoRA with a bias"),
-        ("diffusion_model.proj_out.diff", "a whole difference"),
-        ("diffusion_model.proj_out.diff_b", "a whole difference"),
-        ("diffusion_model.proj_out.weight", "no matrix of a LoRA"),
-        ("transformer.proj_out.lora_embedding_A", "LoRA of an embedding"),
-    ],
-)
-def test_other_kinds_of_update_are_refused(key: str, kind: str, tmp_path: Path) -> None:
-    made = Made()
-    made.layer("-", (16, 16), "transformer.proj_out")
-    made.tensors[key] = torch.zeros(16)
-    assert f"{key} is {kind}; what is merged here is LoRA" in refused(made.save(tmp_path / "a.safetensors").path)
-
-
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}])
-def test_peft_options_that_change_the_sum_are_refused(options: dict[str, object], tmp_path: Path) -> None:
-    made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
-    said = json.dumps({f"transformer.{name}": value for name, value in options.items()})
-    lora = made.save(tmp_path / "a.safetensors", {"lora_adapter_metadata": said})
-    with pytest.raises(CheckpointError, match="what is merged here is plain LoRA"):
-        updates_of(Source(EMOJI, loras=(lora,)), "transformer")
-
-
-def test_half_a_layer_and_a_layer_twice_are_refused(tmp_path: Path) -> None:
-    made = Made()
-    made.layer("-", (16, 16), "transformer.proj_out")
-    made.tensors["transformer.caption_projection.linear_1.lora_A.weight"] = torch.zeros(2, 16)
-    line = refused(made.save(tmp_path / "a.safetensors").path)
-    assert "one of the two matrices of transformer.caption_projection.linear_1 is missing" in line
-    made = Made()
-    made.layer("-", (16, 16), "transformer.proj_out")
-    made.layer("-", (16, 16), "transformer.proj_out", ends=KOHYA)
-    assert "transformer.proj_out has two updates" in refused(made.save(tmp_path / "a.safetensors").path)
-    made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
-    made.tensors |= pixart_lora(lambda layer: kohya("lora_unet_", layer), KOHYA, False).tensors
-    assert "weight has two updates, lora_unet_" in refused(made.save(tmp_path / "a.safetensors").path)
-
-
-def test_files_that_are_no_lora_are_refused(tmp_path: Path) -> None:
-    assert "no such folder or file" in refused("/no/such/lora.safetensors")
-    assert "a folder; give its safetensors file" in refused(tmp_path)
-    (tmp_path / "a.bin").write_bytes(b"\x80\x04\x95" + b"p" * 500)
-    assert "safetensors file" in refused(tmp_path / "a.bin")
-    save_file({}, tmp_path / "none.safetensors")
-    assert "there is no tensor in it" in refused(tmp_path / "none.safetensors")
-    save_file({"a.lora_A.weight": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "int.safetensors")
-    assert "quantised weights are not read here" in refused(tmp_path / "int.safetensors")
-
-
-def test_random_weights_say_that_a_lora_has_no_effect(tmp_path: Path) -> None:
-    notes = compose_run(["model.load=dummy", "model.lora=[{path: /no/such.safetensors}]"]).notes
-    assert notes == ["model.lora has no effect on random weights (model.load=dummy)"]
-
-
-def test_an_update_is_read_and_checked_once_for_all_its_components(tmp_path: Path) -> None:
-    """A VAE asks for none, whatever the file says."""
-    made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
-    source = Source(EMOJI, loras=(made.save(tmp_path / "a.safetensors"),))
-    assert updates_of(source, "vae") == {}
-    assert updates_of(source, "text_encoder") == {}
-    assert updates_of(source, "transformer").keys() == made.added.keys()
