@@ -10,7 +10,7 @@ from harness.compose import ConfigError, compose_run
 from harness.metrics.clock import Clock
 from harness.metrics.memory import ResidentMemory
 from harness.pipeline.state import Ask, Cancelled, RunContext, Sample
-from harness.pipeline.text import PromptCache, TextEncoding
+from harness.pipeline.text import Encoded, PromptCache, TextEncoding
 from harness.serving.build import DEFAULT_CACHE_MIB, cache_mib
 from models.components import Conditioning, GuidanceRule
 from models.registry import REFERENCE
@@ -111,24 +111,24 @@ def test_the_cache_keeps_within_its_bound_and_drops_the_least_recent() -> None:
     cache = PromptCache(3)
     encoder = Encoder([])
     for prompt in "abc":
-        cache.put((prompt, False), encoder([prompt]))
+        cache.put((prompt, False), Encoded(encoder([prompt])))
     assert cache.used == 3 * MIB
     assert cache.get(("a", False)) is not None  # now "b" is the least recent
-    cache.put(("d", False), encoder(["d"]))
+    cache.put(("d", False), Encoded(encoder(["d"])))
     assert cache.used == 3 * MIB
     assert [prompt for prompt in "abcd" if cache.get((prompt, False)) is not None] == ["a", "c", "d"]
 
 
 def test_what_is_larger_than_the_bound_is_not_kept() -> None:
     cache = PromptCache(0.5)
-    cache.put(("a", False), Encoder([])(["a"]))
+    cache.put(("a", False), Encoded(Encoder([])(["a"])))
     assert cache.get(("a", False)) is None
     assert cache.used == 0
 
 
 def test_a_part_of_a_larger_tensor_counts_as_what_it_keeps() -> None:
     cache = PromptCache(64)
-    cache.put(("a", False), Conditioning(torch.zeros(1, 8, MIB // 4)[:, :1]))
+    cache.put(("a", False), Encoded(Conditioning(torch.zeros(1, 8, MIB // 4)[:, :1])))
     assert cache.used == 8 * MIB
 
 
@@ -168,9 +168,11 @@ def test_dropping_gives_the_memory_back() -> None:
     assert ResidentMemory().used_mib() - before > 280
 
 
-def test_a_long_prompt_says_that_it_was_cut_when_it_is_encoded() -> None:
+def test_a_long_prompt_says_that_it_was_cut_also_from_the_cache() -> None:
     stage = TextEncoding(Loader(), cache=PromptCache(64))
-    assert encode(stage, "123456789")[1] == ["a prompt of 9 tokens was cut to 8: '123456789'"]
+    cut = "a prompt of 9 tokens was cut to 8: '123456789'"
+    assert encode(stage, "123456789")[1] == [cut]
+    assert encode(stage, "123456789")[1] == ["2 of 2 distinct prompts were encoded before and not again", cut]
     assert encode(stage, "12345678")[1] == ["1 of 2 distinct prompts were encoded before and not again"]
 
 
