@@ -61,7 +61,9 @@ def difference(one: Path, other: Path) -> int:
     )
 
 
-@pytest.mark.parametrize("layout", ["ulysses2", "ring2", "tp2", "cfg2"])
+@pytest.mark.parametrize(
+    "layout", ["ring2", "cfg2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2", "ulysses2"))]
+)
 def test_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,7 @@ LAYOUTS: dict[
 }
 
 
-@pytest.mark.parametrize("ranks", list(LAYOUTS))
+@pytest.mark.parametrize("ranks", [2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_every_layout_is_one_rank(ranks: int) -> None:
     cases = [(name, degrees, gather) for name in TINY for degrees, gather in LAYOUTS[ranks]]
     with torch.inference_mode():

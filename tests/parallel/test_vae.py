@@ -36,7 +36,7 @@ def decode(rank: int, size: int) -> dict[str, Tensor]:
     return {"pixels": group.all_gather_uneven(rows, dim=2)}
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_decoding_by_rows_is_decoding_at_once(ranks: int) -> None:
     with torch.inference_mode():
         alone = vae().decode(latent(), return_dict=False)[0]
