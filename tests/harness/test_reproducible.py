@@ -17,6 +17,7 @@ import torch
 from harness.compose import compose_run
 from harness.parallel.mesh import Place
 from harness.serving.build import build_worker, prepare_cpu
+from models.components import Conditioning
 
 config = compose_run([]).config
 stages = build_worker(config, Place(0, (1, 1, 1, 1, 1)), torch.device("cpu")).pipeline.stages
@@ -31,7 +32,7 @@ for threads in (1, 2, 4):
         for batch in (1, 2):
             latent, text = torch.randn(batch, 4, 16, 16), torch.randn(batch, 24, 256)
             mask = torch.arange(24).expand(batch, -1) < 7
-            found.append((threads, network(latent, torch.full((batch,), 700.0), text, mask), decoder(latent)))
+            found.append((threads, network(latent, torch.full((batch,), 700.0), Conditioning(text, mask)), decoder(latent)))
 for threads, output, pixels in found[2:]:
     reference = found[len(output) - 1]
     print(threads, len(output), torch.equal(output, reference[1]), torch.equal(pixels, reference[2]))
