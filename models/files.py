@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -54,6 +55,49 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return content
+
+
+def network_config(folder: Path, classes: tuple[str, ...], defaults: Mapping[str, object]) -> dict[str, Any]:
+    """A network's config.json over the defaults of its class in diffusers.
+
+    Args:
+        folder: the component.
+        classes: the `_class_name`s that a network loads.
+        defaults: of the class, for what a file leaves out.
+
+    Raises:
+        CheckpointError: no such file, or another class.
+    """
+    path = folder / "config.json"
+    found = read_json(path)
+    if found.get("_class_name") not in classes:
+        raise CheckpointError(
+            f"{path}: _class_name is {found.get('_class_name')!r}, this network loads {' or '.join(classes)}"
+        )
+    return {**defaults, **found}
+
+
+def refuse_sizes(raw: Mapping[str, object], path: Path, names: Iterable[str], least: int = 1) -> None:
+    """Refuses sizes that are not whole numbers of at least `least`.
+
+    Raises:
+        CheckpointError: all that are not.
+    """
+    wrong = [name for name in names if type(size := raw.get(name)) is not int or size < least]
+    if wrong:
+        raise CheckpointError(f"{path}: no whole number under {', '.join(wrong)}")
+
+
+def rotary_axes(raw: Mapping[str, Any], path: Path, name: str, channels: int) -> tuple[int, int, int]:
+    """Channels of a head that each of three axes rotates.
+
+    Raises:
+        CheckpointError: not three even numbers that add up to a head's channels.
+    """
+    axes = tuple(raw[name])
+    if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != channels:
+        raise CheckpointError(f"{path}: {name}={list(axes)}; give three even numbers that add up to {channels}")
+    return axes
 
 
 def refuse_options(raw: Mapping[str, object], path: Path, only: Mapping[str, object]) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from models.dit.network import DiTConfig
-from models.files import CheckpointError, read_json, refuse_options
+from models.files import CheckpointError, network_config, refuse_options, refuse_sizes
 from models.names import NameMap
 from models.plan import ParallelPlan, Stack
 
@@ -58,17 +57,11 @@ def read_config(folder: Path) -> DiTConfig:
     Raises:
         CheckpointError: no such file, another class, or an option that this network does not have.
     """
-    path = folder / "config.json"
-    raw: dict[str, Any] = read_json(path)
-    if raw.get("_class_name") not in CLASSES:
-        raise CheckpointError(
-            f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {' or '.join(CLASSES)}"
-        )
+    path, raw = folder / "config.json", network_config(folder, CLASSES, {})
     if raw["_class_name"] != CLASS_NAME and "norm_type" not in raw:
         raise CheckpointError(f"{path}: no norm_type, which says what kind of {raw['_class_name']} this is")
     refuse_options(raw, path, ONLY)
-    if missing := [name for name in SIZES if not isinstance(raw.get(name), int)]:
-        raise CheckpointError(f"{path}: no whole number under {', '.join(missing)}")
+    refuse_sizes(raw, path, SIZES)
     channels = raw["in_channels"]
     out_channels = channels if raw.get("out_channels") is None else raw["out_channels"]
     if out_channels not in (channels, 2 * channels):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, read_json
+from models.files import CheckpointError, network_config, refuse_sizes, rotary_axes
 from models.flux.network import PATCH, FluxConfig
 from models.names import NameMap
 from models.plan import ParallelPlan, Stack
@@ -89,14 +89,10 @@ def read_config(folder: Path) -> FluxConfig:
     Raises:
         CheckpointError: no such file, another class, or an option that this network does not have.
     """
-    path = folder / "config.json"
-    raw: dict[str, Any] = DEFAULTS | read_json(path)
-    if raw.get("_class_name") != CLASS_NAME:
-        raise CheckpointError(f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {CLASS_NAME}")
+    path, raw = folder / "config.json", network_config(folder, (CLASS_NAME,), DEFAULTS)
     raw["out_channels"] = raw["out_channels"] or raw["in_channels"]
     sizes = [name for name in DEFAULTS if name not in ("guidance_embeds", "axes_dims_rope")]
-    if wrong := [name for name in sizes if type(raw[name]) is not int or raw[name] < 1]:
-        raise CheckpointError(f"{path}: no whole number under {', '.join(wrong)}")
+    refuse_sizes(raw, path, sizes)
     if raw["out_channels"] != raw["in_channels"]:
         raise CheckpointError(
             f"{path}: in_channels is not out_channels, so the network reads more than a noisy latent (a picture to "
@@ -107,12 +103,7 @@ def read_config(folder: Path) -> FluxConfig:
             f"{path}: patch_size={raw['patch_size']}, in_channels={raw['in_channels']}; only latents packed {PATCH} x "
             f"{PATCH} outside of patches of 1 are supported"
         )
-    axes = tuple(raw["axes_dims_rope"])
-    if len(axes) != 3 or any(channels % 2 for channels in axes) or sum(axes) != raw["attention_head_dim"]:
-        raise CheckpointError(
-            f"{path}: axes_dims_rope={list(axes)}; give three even numbers that add up to attention_head_dim="
-            f"{raw['attention_head_dim']}"
-        )
+    axes = rotary_axes(raw, path, "axes_dims_rope", raw["attention_head_dim"])
     return FluxConfig(
         depth=raw["num_layers"],
         single_depth=raw["num_single_layers"],

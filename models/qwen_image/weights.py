@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, read_json
+from models.files import CheckpointError, network_config, refuse_sizes, rotary_axes
 from models.names import NameMap
 from models.plan import ParallelPlan, Stack
 from models.qwen_image.network import PATCH, QwenImageConfig
@@ -79,32 +79,22 @@ def read_config(folder: Path) -> QwenImageConfig:
     Raises:
         CheckpointError: no such file, another class, or an option that this network does not have.
     """
-    path = folder / "config.json"
-    found = read_json(path)
-    if found.get("_class_name") != CLASS_NAME:
-        raise CheckpointError(f"{path}: _class_name is {found.get('_class_name')!r}, this network loads {CLASS_NAME}")
-    raw: dict[str, Any] = DEFAULTS | found
+    path, raw = folder / "config.json", network_config(folder, (CLASS_NAME,), DEFAULTS)
     for option, what in REFUSED.items():
         if raw.get(option):
             raise CheckpointError(f"{path}: {option} ({what}) is not supported")
-    if wrong := [name for name in DEFAULTS if name != "axes_dims_rope" and not isinstance(raw[name], int)]:
-        raise CheckpointError(f"{path}: no whole number under {', '.join(wrong)}")
+    refuse_sizes(raw, path, [name for name in DEFAULTS if name != "axes_dims_rope"])
     if raw["patch_size"] != PATCH or raw["in_channels"] != PATCH**2 * raw["out_channels"]:
         raise CheckpointError(
             f"{path}: patch_size={raw['patch_size']}, in_channels={raw['in_channels']} and out_channels="
             f"{raw['out_channels']} do not go together; this network packs {PATCH} x {PATCH} latent pixels"
         )
-    axes = tuple(raw["axes_dims_rope"])
-    if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != raw["attention_head_dim"]:
-        raise CheckpointError(
-            f"{path}: axes_dims_rope={list(axes)}; give three even numbers that add up to attention_head_dim="
-            f"{raw['attention_head_dim']}"
-        )
+    axes = rotary_axes(raw, path, "axes_dims_rope", raw["attention_head_dim"])
     return QwenImageConfig(
         depth=raw["num_layers"],
         heads=raw["num_attention_heads"],
         head_channels=raw["attention_head_dim"],
         latent_channels=raw["out_channels"],
         text_channels=raw["joint_attention_dim"],
-        axes=(axes[0], axes[1], axes[2]),
+        axes=axes,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, read_json
+from models.files import CheckpointError, network_config, refuse_sizes
 from models.names import NameMap
 from models.plan import ParallelPlan, Stack
 from models.sd3.network import SD3Config
@@ -83,15 +83,11 @@ def read_config(folder: Path) -> SD3Config:
     Raises:
         CheckpointError: no such file, another class, or an option that this network does not have.
     """
-    path = folder / "config.json"
-    raw: dict[str, Any] = DEFAULTS | read_json(path)
-    if raw.get("_class_name") != CLASS_NAME:
-        raise CheckpointError(f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {CLASS_NAME}")
+    path, raw = folder / "config.json", network_config(folder, (CLASS_NAME,), DEFAULTS)
     if raw["out_channels"] is None:
         raw["out_channels"] = raw["in_channels"]
     sizes = [name for name in DEFAULTS if name not in ("dual_attention_layers", "qk_norm")]
-    if wrong := [name for name in sizes if type(raw[name]) is not int or raw[name] < 1]:
-        raise CheckpointError(f"{path}: no whole number under {', '.join(wrong)}")
+    refuse_sizes(raw, path, sizes)
     if raw["out_channels"] != raw["in_channels"]:
         raise CheckpointError(f"{path}: out_channels is not in_channels; only networks that output a latent load here")
     if raw["qk_norm"] not in (None, "rms_norm"):

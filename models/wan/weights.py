@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, read_json
+from models.files import CheckpointError, network_config, refuse_sizes
 from models.names import NameMap
 from models.plan import ParallelPlan, Stack
 from models.wan.network import WanConfig
@@ -73,10 +73,7 @@ def read_config(folder: Path) -> WanConfig:
     Raises:
         CheckpointError: no such file, another class, or an option that this network does not have.
     """
-    path = folder / "config.json"
-    raw: dict[str, Any] = DEFAULTS | read_json(path)
-    if raw.get("_class_name") != CLASS_NAME:
-        raise CheckpointError(f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {CLASS_NAME}")
+    path, raw = folder / "config.json", network_config(folder, (CLASS_NAME,), DEFAULTS)
     if given := [name for name in IMAGE_OPTIONS if raw.get(name) is not None]:
         raise CheckpointError(f"{path}: {given[0]} belongs to image-to-video; only text-to-video checkpoints load here")
     if (raw["out_channels"] or raw["in_channels"]) != raw["in_channels"]:
@@ -84,8 +81,7 @@ def read_config(folder: Path) -> WanConfig:
             f"{path}: in_channels is not out_channels, so the network reads more than a noisy latent; only "
             "text-to-video checkpoints load here"
         )
-    if wrong := [name for name in SIZES if type(raw[name]) is not int or raw[name] < 1]:
-        raise CheckpointError(f"{path}: no whole number under {', '.join(wrong)}")
+    refuse_sizes(raw, path, SIZES)
     if raw["attention_head_dim"] % 2 or raw["freq_dim"] % 2:
         raise CheckpointError(f"{path}: attention_head_dim and freq_dim must be even")
     if raw["qk_norm"] != "rms_norm_across_heads":

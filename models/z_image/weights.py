@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, read_json
+from models.files import CheckpointError, network_config, refuse_sizes, rotary_axes
 from models.names import NameMap
 from models.plan import ParallelPlan, Stack
 from models.z_image.network import PATCH, ZImageConfig
@@ -68,15 +68,10 @@ def read_config(folder: Path) -> ZImageConfig:
     Raises:
         CheckpointError: no such file, another class, or an option that this network does not have.
     """
-    path = folder / "config.json"
-    found = read_json(path)
-    if found.get("_class_name") != CLASS_NAME:
-        raise CheckpointError(f"{path}: _class_name is {found.get('_class_name')!r}, this network loads {CLASS_NAME}")
-    raw: dict[str, Any] = DEFAULTS | found
+    path, raw = folder / "config.json", network_config(folder, (CLASS_NAME,), DEFAULTS)
     if raw["siglip_feat_dim"] is not None:
         raise CheckpointError(f"{path}: siglip_feat_dim (pictures as conditions, in Z-Image-Omni) is not supported")
-    if wrong := [name for name in COUNTS if not isinstance(raw[name], int)]:
-        raise CheckpointError(f"{path}: no whole number under {', '.join(wrong)}")
+    refuse_sizes(raw, path, COUNTS, least=0)
     if wrong := [name for name in NUMBERS if not isinstance(raw[name], int | float)]:
         raise CheckpointError(f"{path}: no number under {', '.join(wrong)}")
     patches = list(raw["all_patch_size"]), list(raw["all_f_patch_size"])
@@ -86,12 +81,7 @@ def read_config(folder: Path) -> ZImageConfig:
         )
     if raw["n_kv_heads"] != raw["n_heads"]:
         raise CheckpointError(f"{path}: n_kv_heads={raw['n_kv_heads']} is not n_heads={raw['n_heads']}")
-    axes = tuple(raw["axes_dims"])
-    if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) * raw["n_heads"] != raw["dim"]:
-        raise CheckpointError(
-            f"{path}: axes_dims={list(axes)}; give three even numbers that add up to dim / n_heads="
-            f"{raw['dim'] / raw['n_heads']:g}"
-        )
+    axes = rotary_axes(raw, path, "axes_dims", raw["dim"] // raw["n_heads"])
     return ZImageConfig(
         depth=raw["n_layers"],
         refiner_depth=raw["n_refiner_layers"],
@@ -99,7 +89,7 @@ def read_config(folder: Path) -> ZImageConfig:
         head_channels=sum(axes),
         latent_channels=raw["in_channels"],
         text_channels=raw["cap_feat_dim"],
-        axes=(axes[0], axes[1], axes[2]),
+        axes=axes,
         theta=float(raw["rope_theta"]),
         time_scale=float(raw["t_scale"]),
         norm_eps=float(raw["norm_eps"]),

@@ -32,7 +32,8 @@ for threads in (1, 2, 4):
         for batch in (1, 2):
             latent, text = torch.randn(batch, 4, 16, 16), torch.randn(batch, 24, 256)
             mask = torch.arange(24).expand(batch, -1) < 7
-            found.append((threads, network(latent, torch.full((batch,), 700.0), Conditioning(text, mask)), decoder(latent)))
+            output = network(latent, torch.full((batch,), 700.0), Conditioning(text, mask))
+            found.append((threads, output, decoder(latent)))
 for threads, output, pixels in found[2:]:
     reference = found[len(output) - 1]
     print(threads, len(output), torch.equal(output, reference[1]), torch.equal(pixels, reference[2]))

@@ -194,7 +194,7 @@ def test_a_mask_and_missing_inputs_are_refused(tmp_path: Path) -> None:
         ({"in_channels": 18}, "packed 2 x 2"),
         ({"num_layers": "many"}, "num_layers"),
         ({"num_attention_heads": True}, "num_attention_heads"),
-        ({"axes_dims_rope": [4, 4, 4]}, "add up to attention_head_dim=16"),
+        ({"axes_dims_rope": [4, 4, 4]}, "add up to 16"),
         ({"axes_dims_rope": [5, 5, 6]}, "even numbers"),
     ],
 )

@@ -168,7 +168,7 @@ def test_names_of_the_published_network_map_one_to_one() -> None:
         ({"patch_size": 1}, "packs 2 x 2"),
         ({"in_channels": 68}, "do not go together"),
         ({"axes_dims_rope": [16, 56]}, "three even numbers"),
-        ({"axes_dims_rope": [16, 56, 40]}, "attention_head_dim=128"),
+        ({"axes_dims_rope": [16, 56, 40]}, "add up to 128"),
         ({"axes_dims_rope": [16, 55, 57]}, "three even numbers"),
     ],
 )
