@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,9 @@ ARCHITECTURES = {
     "unet": Architecture("models.unet.unconditional", ("UNet2DModel",), (), heads=None),
 }
 
-ATTENTION_BACKENDS = ("math", "sdpa", "flash")
-WITH_LSE = ("math", "flash")  # those that return the log-sum-exp of their scores
+ATTENTION_BACKENDS = ("math", "sdpa", "flash", "flex", "sage")
+ATTENTION_PACKAGES = {"sage": "sageattention"}  # without which a backend runs nowhere
+WITH_LSE = ("math", "flash", "flex", "sage")  # those that return the log-sum-exp of their scores
 
 REFERENCE = Path(__file__).parent / "reference"
 PUBLISHED = Path(__file__).parent / "published"  # configurations of published checkpoints, without weights
@@ -88,11 +90,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def resolve_backend(requested: str, needs_lse: bool = False) -> str:
-    """The attention backend that `requested` stands for; `auto` is `sdpa`, PyTorch's own choice, which runs on every
-    device, or `flash` where the log-sum-exp is needed, as in a ring.
+    """The attention backend that `requested` stands for, without asking which device there is.
+
+    `auto` is `sdpa`, PyTorch's own choice, which runs on every device, or `flash` where the log-sum-exp is needed, as
+    in a ring (models/attention/table.py chooses by device where it is asked for `auto` itself).
 
     Raises:
-        ValueError: an unknown name, with the nearest known one.
+        ValueError: an unknown name, with the nearest known one; or a backend whose package is not installed, with the
+            line that installs it.
     """
     if requested == "auto":
         return "flash" if needs_lse else "sdpa"
@@ -102,4 +107,17 @@ def resolve_backend(requested: str, needs_lse: bool = False) -> str:
             f"attention.backend={requested} is not a backend{nearest(requested, ATTENTION_BACKENDS)}. "
             f"Choose one of: {names}"
         )
+    if line := missing_package(requested):
+        raise ValueError(line)
     return requested
+
+
+def missing_package(backend: str) -> str:
+    """One line on the package that an attention backend lacks on this machine, or nothing."""
+    package = ATTENTION_PACKAGES.get(backend)
+    if package is None or importlib.util.find_spec(package) is not None:
+        return ""
+    return (
+        f"attention={backend} needs the {package} package and a CUDA device: "
+        f"pip install {package}, or use attention=sdpa"
+    )

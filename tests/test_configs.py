@@ -23,7 +23,7 @@ from harness.compose import (
 from harness.config.limits import check_frames
 from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
 from harness.config.trained import trained_denoiser
-from models.registry import REFERENCE
+from models.registry import REFERENCE, missing_package
 
 CHECKPOINT = REFERENCE / "emoji"
 OPTIONS = [(group, option) for group, options in _groups().items() for option in options]
@@ -49,6 +49,9 @@ def refused(*overrides: str) -> str:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    if group == "attention" and missing_package(option):
+        assert "pip install" in refused(f"attention={option}")
+        return
     unshipped = ["model.load=dummy"] if group == "model" and not (REFERENCE / option).is_dir() else []
     composed = compose(f"{group}={option}", *unshipped, *NEEDS.get((group, option), []))
     assert composed.notes == []

@@ -1,48 +1,71 @@
-"""Kernels with log-sum-exp agree with the formula, and parts over disjoint keys merge into one softmax."""
+"""Kernels with log-sum-exp agree with the reference, and parts over disjoint keys merge into one softmax."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from models.attention import math_attention
 from models.attention.lse import WITH_LSE, lse_kernel, merge
+from tests.models.attention_cases import assert_within, exact, mask_of, tensors
+
+FUSED = ("flash",)  # keep their scores in float32; flex runs unfused where log-sum-exp is asked of a CPU
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # flex warns where it is not compiled
 
 
-def tensors(dtype: torch.dtype, queries: int, keys: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(queries + keys)
-    q, k, v = (torch.randn(2, n, 3, 10, generator=generator, dtype=torch.float64) for n in (queries, keys, keys))
-    return (scale * q).to(dtype), k.to(dtype), v.to(dtype)
-
-
-@pytest.mark.parametrize("name", list(WITH_LSE))
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 3e-6), (torch.bfloat16, 0.03)])
-@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (9, 40), (130, 257)])
-def test_parts_merge_into_one_softmax(
-    name: str, dtype: torch.dtype, bound: float, masked: bool, queries: int, keys: int
-) -> None:
-    q, k, v = tensors(dtype, queries, keys)
-    mask = torch.ones(2, keys, dtype=torch.bool)
-    if masked:
-        mask[0, : keys // 2] = keys == 1
-    exact = math_attention(q.double(), k.double(), v.double(), mask)
-    scores = torch.einsum("blhd,bshd->blhs", q.double(), k.double()) / 10**0.5
-    lse = scores.masked_fill(~mask[:, None, None], float("-inf")).logsumexp(-1)
-    part = -(-keys // 4)
+def in_parts(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cuts: list[int]) -> tuple[Tensor, Tensor]:
+    """Keys in parts of their own, as a ring brings them, merged one after the other."""
     found = None
-    for start in range(0, keys, part):
-        keep = slice(start, start + part)
-        one = WITH_LSE[name](q, k[:, keep], v[:, keep], mask[:, keep] if masked else None)
+    for start, stop in zip([0, *cuts], [*cuts, k.shape[1]], strict=True):
+        keep = slice(start, stop)
+        one = WITH_LSE[name](q, k[:, keep], v[:, keep], None if mask is None else mask[:, keep])
         found = one if found is None else merge(*found, *one)
     assert found is not None
-    torch.testing.assert_close(found[0].double(), exact, rtol=bound, atol=bound)
-    torch.testing.assert_close(found[1].double(), lse, rtol=bound, atol=bound)
+    return found
+
+
+def score_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if name in FUSED else dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["none", "random", "tail", "empty"])
+@pytest.mark.parametrize(
+    ("name", "queries", "keys"),
+    [
+        *((name, *sizes) for name in ("math", "flash") for sizes in ((1, 1), (9, 41), (130, 257))),
+        ("flex", 9, 41),  # which traces every kind of size anew
+    ],
+)
+def test_parts_merge_into_one_softmax(name: str, dtype: torch.dtype, kind: str, queries: int, keys: int) -> None:
+    q, k, v = tensors(queries, keys, 10, dtype)
+    mask = mask_of(kind, len(q), keys)
+    wanted = exact(q, k, v, mask)
+    out, lse = in_parts(name, q, k, v, mask, [keys // 4, keys // 2, keys - keys // 5] if keys > 1 else [])
+    scores = score_dtype(name, dtype)
+    assert lse.dtype == torch.promote_types(dtype, torch.float32)
+    assert_within(out, wanted.out_BLHD, wanted.out_bound(dtype, scores))
+    assert_within(lse, wanted.lse_BLH, wanted.lse_bound(dtype, scores))
+
+
+@pytest.mark.parametrize("name", ["math", "flash"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["none", "random", "tail", "empty"])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(9, 4097, 64), (7, 3001, 72), (65, 513, 80), (15, 2000, 128)])
+def test_long_sequences_merge_into_one_softmax(
+    name: str, dtype: torch.dtype, kind: str, queries: int, keys: int, width: int
+) -> None:
+    q, k, v = tensors(queries, keys, width, dtype, 2.0)
+    mask = mask_of(kind, len(q), keys)
+    wanted = exact(q, k, v, mask)
+    out, lse = in_parts(name, q, k, v, mask, [keys // 3, keys - 1])
+    scores = score_dtype(name, dtype)
+    assert_within(out, wanted.out_BLHD, wanted.out_bound(dtype, scores))
+    assert_within(lse, wanted.lse_BLH, wanted.lse_bound(dtype, scores))
 
 
 @pytest.mark.parametrize("name", list(WITH_LSE))
 def test_a_sample_without_keys_is_left_out(name: str) -> None:
-    q, k, v = tensors(torch.float32, 5, 7)
-    mask = torch.tensor([[False] * 7, [True] * 7])
+    q, k, v = tensors(5, 7, 10, torch.float32)
+    mask = torch.tensor([[False] * 7, [True] * 7, [True] * 7])
     out, lse = WITH_LSE[name](q, k, v, mask)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert (lse[0] == float("-inf")).all()
@@ -50,18 +73,42 @@ def test_a_sample_without_keys_is_left_out(name: str) -> None:
     merged = merge(out, lse, *whole)
     torch.testing.assert_close(merged[0][0], whole[0][0])
     nothing = merge(out, lse, out, lse)
-    assert nothing[0][0].isfinite().all()
+    assert torch.equal(nothing[0][0], torch.zeros_like(out[0]))
+    assert (nothing[1][0] == float("-inf")).all()
 
 
 @pytest.mark.parametrize("name", list(WITH_LSE))
 @pytest.mark.parametrize("scale", [1e3, 1e6])
 def test_extreme_scores_stay_finite(name: str, scale: float) -> None:
-    q, k, v = tensors(torch.float64, 5, 8, scale)
-    halves = [WITH_LSE[name](q, k[:, part], v[:, part], None) for part in (slice(0, 4), slice(4, 8))]
-    torch.testing.assert_close(merge(*halves[0], *halves[1])[0], math_attention(q, k, v), rtol=1e-9, atol=1e-9)
+    q, k, v = tensors(5, 8, 10, torch.float64, scale)
+    wanted = exact(q, k, v)
+    out, lse = in_parts(name, q, k, v, None, [4])
+    torch.testing.assert_close(out, wanted.out_BLHD, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(lse, wanted.lse_BLH, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", list(WITH_LSE))
+def test_nothing_is_written_into_what_a_ring_sends_on(name: str) -> None:
+    q, k, v = tensors(5, 8, 10, torch.float64)
+    mask = mask_of("empty", len(q), 8)
+    assert mask is not None
+    before = [x.clone() for x in (q, k, v, mask)]
+    WITH_LSE[name](q, k, v, mask)
+    assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v, mask), strict=True))
+
+
+def test_the_order_of_parts_does_not_matter() -> None:
+    q, k, v = tensors(9, 40, 10, torch.float64)
+    parts = [WITH_LSE["math"](q, k[:, cut], v[:, cut], None) for cut in (slice(0, 8), slice(8, 30), slice(30, 40))]
+    here, there = (merge(*merge(*parts[a], *parts[b]), *parts[c]) for a, b, c in ((0, 1, 2), (2, 0, 1)))
+    torch.testing.assert_close(here[0], there[0], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(here[1], there[1], rtol=1e-13, atol=1e-13)
 
 
 def test_a_backend_without_log_sum_exp_is_refused() -> None:
-    assert lse_kernel("auto") is WITH_LSE["flash"]
-    with pytest.raises(ValueError, match=r"attention\.backend=sdpa returns no log-sum-exp.*math or flash"):
+    q, k, v = tensors(5, 8, 10, torch.float32)
+    automatic, flash = lse_kernel("auto")(q, k, v), WITH_LSE["flash"](q, k, v)
+    assert torch.equal(automatic[0], flash[0])
+    assert torch.equal(automatic[1], flash[1])
+    with pytest.raises(ValueError, match=r"attention\.backend=sdpa returns no log-sum-exp.*math, flash, flex"):
         lse_kernel("sdpa")
