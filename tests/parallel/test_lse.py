@@ -87,7 +87,7 @@ def test_extreme_scores_stay_finite(name: str, scale: float) -> None:
     torch.testing.assert_close(lse, wanted.lse_BLH, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", list(WITH_LSE))
+@pytest.mark.parametrize("name", ["math", "flash"])
 def test_nothing_is_written_into_what_a_ring_sends_on(name: str) -> None:
     q, k, v = tensors(5, 8, 10, torch.float64)
     mask = mask_of("empty", len(q), 8)
