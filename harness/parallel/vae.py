@@ -1,42 +1,172 @@
-"""Decoding one picture on several ranks: each holds a band of rows, and what a layer needs of its neighbours is sent.
+"""Decoding one picture or video on several ranks: each holds a band of rows of every frame, and what a layer needs of
+the others is sent.
 
-Nothing is approximated: convolutions fetch the rows beyond their band (halos), group norms sum their statistics over
-ranks, and the attention of the middle block gathers keys and values. The decoder stays diffusers' own; its layers are
-replaced from outside.
+Nothing is approximated: convolutions fetch the rows beyond their band (halos), group norms merge their statistics over
+ranks, and the attention of the middle block gathers keys and values. Norms over channels, nearest upsampling and
+convolutions over time alone need no other rows. The decoders stay diffusers' own (AutoencoderKL, AutoencoderKLWan,
+AutoencoderKLQwenImage); their layers are replaced from outside.
 
-Shapes: B batch, C channels, h rows of this rank's band, W columns.
+Shapes: B batch, C channels, F frames, h rows of this rank's band, W columns, L = h W tokens of a frame on this rank, S
+those of all ranks.
 """
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageAttentionBlock, QwenImageCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.parallel.group import Group
+from models.components import Decoder
+from models.decoders import KLDecoder
+from models.qwen_image.decoder import QwenImageDecoder
+from models.wan.decoder import WanDecoder
+
+RowsDecoder: TypeAlias = KLDecoder | WanDecoder | QwenImageDecoder
+"""Decoders whose layers can work on a band of rows; any other decodes on every rank alike."""
+CAUSAL = (WanCausalConv3d, QwenImageCausalConv3d)
+"""Convolutions over rows, columns and the frames before."""
+FRAME_ATTENTION = (WanAttentionBlock, QwenImageAttentionBlock)
+"""One head of attention among the pixels of each frame."""
+
+
+def parallel_decoder(decoder: Decoder, group: Group) -> Decoder:
+    """The decoder with its work dealt over ranks by rows; latents and pixels are whole on every one of them.
+
+    Its layers are replaced in place. At size 1, and where it has no layers that can be dealt (pixels already), it is
+    handed back as it is.
+
+    Args:
+        decoder: written for one device.
+        group: ranks that hold the same latents.
+    """
+    if group.size == 1 or not isinstance(decoder, RowsDecoder):
+        return decoder
+    deal_rows(decoder.vae.decoder, group)
+    return BandDecoder(decoder, group)
+
+
+class BandDecoder:
+    """A decoder that was dealt over ranks by rows, between whole latents and whole pixels."""
+
+    def __init__(self, decoder: Decoder, group: Group) -> None:
+        self.decoder = decoder
+        self.group = group
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        """As models.components.Decoder.
+
+        Raises:
+            ValueError: fewer latent rows than ranks; on every rank alike, before any of them sends.
+        """
+        return self.group.all_gather_uneven(self.decoder(band(latent, self.group)), dim=-2)
+
+
+def band(x: Tensor, group: Group) -> Tensor:
+    """This rank's rows of (..., H, W).
+
+    Raises:
+        ValueError: fewer rows than ranks.
+    """
+    if x.shape[-2] < group.size:
+        raise ValueError(f"{x.shape[-2]} latent rows cannot be dealt over {group.size} ranks; ask for a higher picture")
+    return x.tensor_split(group.size, dim=-2)[group.index]
+
+
+def deal_rows(decoder: nn.Module, group: Group) -> None:
+    """Makes every layer of a decoder work on a band of rows, in place.
+
+    Raises:
+        ValueError: a convolution that reaches past the neighbouring rows.
+    """
+    children = [(owner, name, child) for owner in decoder.modules() for name, child in owner.named_children()]
+    for owner, name, child in children:
+        if isinstance(child, Attention):
+            child.set_processor(BandAttention(group))
+        elif (dealt := _dealt(child, group)) is not None:
+            setattr(owner, name, dealt)
+
+
+def _dealt(module: nn.Module, group: Group) -> nn.Module | None:
+    """The same layer over a band of rows; None where it needs no other."""
+    if isinstance(module, CAUSAL):
+        return HaloConv3d(module, group) if halo(module) else None
+    if isinstance(module, nn.Conv2d):
+        return HaloConv2d(module, group) if halo(module) else None
+    if isinstance(module, nn.GroupNorm):
+        return BandGroupNorm(module, group)
+    return BandFrameAttention(module, group) if isinstance(module, FRAME_ATTENTION) else None
+
+
+def halo(conv: nn.Conv2d | WanCausalConv3d | QwenImageCausalConv3d) -> int:
+    """Rows beyond a band, on each side, that a convolution needs: 0 or 1.
+
+    Raises:
+        ValueError: neither, or rows that are skipped.
+    """
+    rows = int(conv._padding[2]) if isinstance(conv, CAUSAL) else int(conv.padding[-2])
+    if (conv.kernel_size[-2], conv.stride[-2], conv.dilation[-2]) != (2 * rows + 1, 1, 1) or rows > 1:
+        raise ValueError(f"a band of rows is convolved with kernels of 1 or 3 rows and stride 1, which {conv} has not")
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"a band of rows is convolved with zeros around the picture, which {conv} has not")
+    return rows
+
+
+def _with_halo(x: Tensor, group: Group) -> Tensor:
+    """(..., h, W) to (..., h + 2, W): a row of the band above, the band, a row of the band below; zeros at the ends."""
+    before, after = group.neighbours(x[..., :1, :], x[..., -1:, :])
+    return torch.cat([before, x, after], dim=-2)
 
 
 class HaloConv2d(nn.Module):
-    """A convolution of stride 1 over a band of rows."""
+    """A convolution of 3 rows over a band."""
 
     def __init__(self, conv: nn.Conv2d, group: Group) -> None:
         super().__init__()
-        if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
-            raise ValueError("a band of rows is convolved with stride 1 and zero padding only")
         self.conv = conv
         self.group = group
-        self.halo, self.columns = (int(side) for side in conv.padding)
 
     def forward(self, x_BChW: Tensor) -> Tensor:
-        if self.halo:
-            before, after = self.group.neighbours(x_BChW[:, :, : self.halo], x_BChW[:, :, -self.halo :])
-            x_BChW = torch.cat([before, x_BChW, after], dim=2)
-        return F.conv2d(x_BChW, self.conv.weight, self.conv.bias, padding=(0, self.columns), groups=self.conv.groups)
+        conv = self.conv
+        padding = (0, int(conv.padding[1]))
+        return F.conv2d(
+            _with_halo(x_BChW, self.group), conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
+        )
+
+
+class HaloConv3d(nn.Module):
+    """A causal convolution of 3 rows over a band of every frame, and over frames that it is handed from before.
+
+    Those frames are cached as its caller made them, without halos, so that their halos are fetched again.
+    """
+
+    def __init__(self, conv: WanCausalConv3d | QwenImageCausalConv3d, group: Group) -> None:
+        super().__init__()
+        self.conv = conv
+        self.group = group
+
+    def forward(self, x_BCFhW: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        left, right, _, _, frames, _ = self.conv._padding
+        if cache_x is not None and frames > 0:
+            x_BCFhW = torch.cat([cache_x, x_BCFhW], dim=2)
+            frames -= cache_x.shape[2]
+        x_BCFhW = F.pad(_with_halo(x_BCFhW, self.group), (left, right, 0, 0, frames, 0))
+        return F.conv3d(x_BCFhW, self.conv.weight, self.conv.bias, self.conv.stride)
 
 
 class BandGroupNorm(nn.Module):
-    """A group norm whose mean and variance are those of all bands, in float32 and two passes."""
+    """A group norm whose mean and variance are those of all bands, in float32.
+
+        w_r = n_r / n,    mean = sum_r w_r mean_r,    var = sum_r w_r (var_r + (mean_r - mean)^2)
+
+    over ranks r of n_r numbers a group, so that one collective does. Source: Chan, Golub and LeVeque 1979 ("Updating
+    formulae and a pairwise algorithm for computing sample variances").
+    """
 
     def __init__(self, norm: nn.GroupNorm, group: Group) -> None:
         super().__init__()
@@ -46,11 +176,14 @@ class BandGroupNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x is (B, C, ...), whatever comes behind the channels."""
         grouped = x.float().unflatten(1, (self.norm.num_groups, -1)).flatten(2)
-        count = self.group.all_reduce(torch.tensor([float(grouped.shape[-1])], device=x.device))
-        mean = self.group.all_reduce(grouped.sum(-1, keepdim=True)) / count
-        centred = grouped - mean
-        variance = self.group.all_reduce(centred.square().sum(-1, keepdim=True)) / count
-        normal = (centred * (variance + self.norm.eps).rsqrt()).view(x.shape)
+        var, mean = torch.var_mean(grouped, dim=-1, correction=0)
+        count = mean.new_full((1,), float(grouped.shape[-1]))
+        told = self.group.all_gather(torch.cat([count, mean.flatten(), var.flatten()]))
+        weights = (told[:, :1] / told[:, :1].sum(0))[..., None]
+        means, variances = told[:, 1:].unflatten(1, (2, *mean.shape)).unbind(1)
+        mean = (weights * means).sum(0)
+        var = (weights * (variances + (means - mean).square())).sum(0)
+        normal = ((grouped - mean[..., None]) * (var + self.norm.eps).rsqrt()[..., None]).view(x.shape)
         if self.norm.affine:
             sides = (1, -1, *[1] * (x.ndim - 2))
             normal = normal * self.norm.weight.float().view(sides) + self.norm.bias.float().view(sides)
@@ -58,8 +191,8 @@ class BandGroupNorm(nn.Module):
 
 
 class BandAttention:
-    """The spatial attention of a VAE's middle block, as a processor of diffusers' Attention: queries of this band,
-    keys and values of all.
+    """The spatial attention of a picture's VAE, as a processor of diffusers' Attention: queries of this band, keys and
+    values of all.
     """
 
     def __init__(self, group: Group) -> None:
@@ -78,32 +211,32 @@ class BandAttention:
         if attn.group_norm is not None:
             x_BCL = attn.group_norm(x_BCL)
         x_BLC = x_BCL.transpose(1, 2)
-        q, k, v = attn.to_q(x_BLC), attn.to_k(x_BLC), attn.to_v(x_BLC)
-        k, v = (self.group.all_gather_uneven(side, dim=1) for side in (k, v))
-        q_BHLD, k_BHSD, v_BHSD = (side.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for side in (q, k, v))
-        out = F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD).transpose(1, 2).flatten(2)
-        out = attn.to_out[0](out).transpose(1, 2).reshape(batch, channels, rows, columns)
+        q, k, v = (linear(x_BLC).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+        out_BLC = _attend(q, k, v, self.group).flatten(2)
+        out = attn.to_out[0](out_BLC).transpose(1, 2).reshape(batch, channels, rows, columns)
         return (out + hidden_states if attn.residual_connection else out) / attn.rescale_output_factor
 
 
-def deal_rows(decoder: nn.Module, group: Group) -> None:
-    """Makes every layer of a decoder work on a band of rows, in place."""
-    for name, module in list(decoder.named_modules()):
-        owner, _, leaf = name.rpartition(".")
-        if isinstance(module, nn.Conv2d):
-            setattr(decoder.get_submodule(owner), leaf, HaloConv2d(module, group))
-        elif isinstance(module, nn.GroupNorm):
-            setattr(decoder.get_submodule(owner), leaf, BandGroupNorm(module, group))
-        elif isinstance(module, Attention):
-            module.set_processor(BandAttention(group))
+class BandFrameAttention(nn.Module):
+    """The attention block of a video's VAE, in which the pixels of a frame attend to all of that frame."""
+
+    def __init__(self, block: WanAttentionBlock | QwenImageAttentionBlock, group: Group) -> None:
+        super().__init__()
+        self.block = block
+        self.group = group
+
+    def forward(self, x_BCFhW: Tensor) -> Tensor:
+        block, (batch, _, _, rows, _) = self.block, x_BCFhW.shape
+        x_NChW = x_BCFhW.transpose(1, 2).flatten(0, 1)  # N = B F
+        qkv_NLHC = block.to_qkv(block.norm(x_NChW)).flatten(2).transpose(1, 2)[:, :, None]
+        q, k, v = qkv_NLHC.chunk(3, dim=-1)
+        out_NLC = _attend(q, k, v, self.group).flatten(2)
+        out_NChW = block.proj(out_NLC.transpose(1, 2).unflatten(2, (rows, -1)))
+        return out_NChW.unflatten(0, (batch, -1)).transpose(1, 2) + x_BCFhW
 
 
-def band(x: Tensor, group: Group) -> Tensor:
-    """This rank's rows of (..., H, W).
-
-    Raises:
-        ValueError: fewer rows than ranks.
-    """
-    if x.shape[-2] < group.size:
-        raise ValueError(f"{x.shape[-2]} latent rows cannot be dealt over {group.size} ranks; ask for a higher picture")
-    return x.tensor_split(group.size, dim=-2)[group.index]
+def _attend(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, group: Group) -> Tensor:
+    """Attention of this band's queries to all bands: (B, L, H, D)."""
+    k_BSHD, v_BSHD = group.all_gather_uneven(torch.stack([k_BLHD, v_BLHD]), dim=2).unbind(0)
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

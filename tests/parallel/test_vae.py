@@ -1,50 +1,77 @@
-"""A decoder dealt over ranks by rows is the decoder on one rank, for any division of the rows."""
+"""A decoder dealt over ranks by rows is the decoder on one rank, for any division of the rows, pictures and videos."""
+
+from functools import cache
 
 import pytest
 import torch
-import torch.distributed as dist
-from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
-from harness.parallel.group import Group, Traffic
-from harness.parallel.vae import band, deal_rows
-from tests.models.parity import randomize, rel_l2
-from tests.parallel.ranks import on_ranks
-
-
-def vae() -> AutoencoderKL:
-    model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    randomize(model)
-    return model.eval()
+from harness.parallel.group import Group, Traffic, alone
+from harness.parallel.vae import band, deal_rows, parallel_decoder
+from models.unet.unconditional import PixelDecoder
+from tests.models.parity import rel_l2
+from tests.parallel.decoders import CASES, ranks_found
 
 
-def latent() -> Tensor:
-    return torch.randn(2, 4, 9, 11, generator=torch.Generator().manual_seed(0))
-
-
-def decode(rank: int, size: int) -> dict[str, Tensor]:
-    group = Group(range(size), rank, dist.new_group(list(range(size))), Traffic())
-    model = vae()
-    deal_rows(model.decoder, group)
-    rows = model.decode(band(latent(), group), return_dict=False)[0]
-    return {"pixels": group.all_gather_uneven(rows, dim=2)}
-
-
-@pytest.mark.parametrize("ranks", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
-def test_decoding_by_rows_is_decoding_at_once(ranks: int) -> None:
+@cache
+def one_rank(name: str, dtype: torch.dtype) -> Tensor:
+    """A case on one rank."""
     with torch.inference_mode():
-        alone = vae().decode(latent(), return_dict=False)[0]
-    assert alone.std() > 0.1
-    for found in on_ranks(ranks, decode):
-        assert rel_l2(found["pixels"], alone) < 1e-5
+        return CASES[name].build(dtype)(CASES[name].latent())
 
 
-def test_fewer_rows_than_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match="9 latent rows cannot be dealt over 10 ranks"):
-        band(latent(), Group(range(10), 0, None, Traffic()))
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_decoding_by_rows_is_decoding_at_once(size: int, name: str) -> None:
+    whole = one_rank(name, torch.float32)
+    assert whole.std() > 0.03
+    assert ((whole > 0) & (whole < 1)).float().mean() > 0.9
+    for found in ranks_found(size):
+        assert rel_l2(found[f"{name} torch.float32"], whole) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_bfloat16_is_as_near_to_float32_as_on_one_rank(size: int, name: str) -> None:
+    exact = one_rank(name, torch.float32)
+    error = rel_l2(one_rank(name, torch.bfloat16), exact)
+    assert error > 1e-4
+    for found in ranks_found(size):
+        assert rel_l2(found[f"{name} torch.bfloat16"], exact) < 1.5 * error
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bands_without_their_neighbours_are_another_picture(name: str) -> None:
+    decoder, latent = CASES[name].build(), CASES[name].latent()
+    with torch.inference_mode():
+        apart = torch.cat([decoder(part) for part in latent.tensor_split(2, dim=-2)], dim=-2)
+    assert rel_l2(apart, one_rank(name, torch.float32)) > 1e-3
+
+
+def ranks_of(size: int) -> Group:
+    """The first of a group's ranks, which is not connected to the others."""
+    return Group(range(size), 0, None, Traffic())
+
+
+def test_one_rank_and_pixels_are_left_as_they_are() -> None:
+    decoder = CASES["wan"].build()
+    assert parallel_decoder(decoder, alone()) is decoder
+    pixels = PixelDecoder(centered=True)
+    assert parallel_decoder(pixels, ranks_of(2)) is pixels
+
+
+@pytest.mark.parametrize("name", ["kl", "wan", "qwen image"])
+def test_fewer_rows_than_ranks_are_refused(name: str) -> None:
+    rows = CASES[name].shape[-2]
+    message = f"{rows} latent rows cannot be dealt over {rows + 1} ranks; ask for a higher picture"
+    with pytest.raises(ValueError, match=message):
+        CASES[name].parallel(ranks_of(rows + 1), torch.float32)(CASES[name].latent())
+    assert band(CASES[name].latent(), ranks_of(rows)).shape[-2] == 1
+
+
+@pytest.mark.parametrize(
+    "conv", [nn.Conv2d(4, 4, 5, padding=2), nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3)], ids=str
+)
+def test_a_convolution_that_reaches_further_is_refused(conv: nn.Conv2d) -> None:
+    with pytest.raises(ValueError, match="kernels of 1 or 3 rows and stride 1"):
+        deal_rows(nn.Sequential(conv), ranks_of(2))
