@@ -1,24 +1,93 @@
-"""What each rank of a layout computes of one network: the output, the traffic, the padding."""
+"""What each rank of a layout computes of one network, and what it sends for that."""
+
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from harness.parallel.connect import connect
-from harness.parallel.mesh import Place
+from harness.parallel.group import Group
+from harness.parallel.mesh import Place, world_size
 from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.pipeline.guidance import Branches
+from harness.pipeline.state import Ask, Sample
 from models.attention import math_attention
 from models.attention.lse import math_lse
-from tests.parallel.networks import TINY
+from models.components import Conditioning
+from tests.parallel.networks import TINY, Inputs
+from tests.parallel.ranks import on_ranks
 
 
-def forward(rank: int, size: int, cases: list[tuple[str, tuple[int, ...], bool]]) -> dict[str, Tensor]:
-    """Every case (network, degrees, gather) of this world size, one after another."""
+@dataclass(frozen=True)
+class Layout:
+    """One way to deal a network.
+
+    Args:
+        degrees: of dp, cfg, tp, ring and ulysses.
+        gather: the ring gathers keys and values at once.
+        dtype: of the network.
+    """
+
+    degrees: tuple[int, ...]
+    gather: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+LAYOUTS = (
+    Layout((1, 2, 1, 1, 1)),
+    Layout((1, 1, 2, 1, 1)),
+    Layout((1, 1, 1, 2, 1)),
+    Layout((1, 1, 1, 2, 1), gather=True),
+    Layout((1, 1, 1, 1, 2)),
+    Layout((1, 1, 1, 3, 1)),
+    Layout((1, 1, 1, 1, 3)),
+    Layout((1, 2, 1, 1, 2)),
+    Layout((1, 1, 2, 1, 2)),
+    Layout((1, 1, 2, 2, 1)),
+    Layout((1, 1, 1, 2, 2)),
+    Layout((1, 1, 1, 2, 2), gather=True),
+    Layout((1, 1, 1, 1, 4)),
+    Layout((1, 1, 2, 1, 2), dtype=torch.bfloat16),
+    Layout((1, 1, 1, 2, 2), dtype=torch.bfloat16),
+    Layout((1, 1, 2, 2, 2)),
+    Layout((1, 1, 1, 2, 4)),
+)
+"""Every axis alone and with others, over 2, 3, 4 and 8 ranks."""
+
+
+def layouts(ranks: int) -> list[Layout]:
+    """Those of one world size."""
+    return [layout for layout in LAYOUTS if world_size(layout.degrees) == ranks]
+
+
+@cache
+def ranks_found(ranks: int) -> list[dict[str, Tensor]]:
+    """What every rank of a world made of every network under every layout; asked once."""
+    return on_ranks(ranks, forward)
+
+
+def forward(rank: int, size: int) -> dict[str, Tensor]:
+    """The outputs, by name of the network and layout, and the bytes that were sent, by kind behind those."""
     found = {}
-    for name, degrees, gather in cases:
-        axes = connect(Place(rank, degrees), torch.device("cpu"))
-        tiny = TINY[name]
-        network = tiny.build(math_attention)
-        cut_linears(network, tiny.plan, axes.tp)
-        deal_tokens(network, tiny.plan, math_attention, math_lse, axes, gather)
-        found[f"{name} {degrees} {gather}"] = network(*tiny.inputs)
+    for layout in layouts(size):
+        axes = connect(Place(rank, layout.degrees), torch.device("cpu"))
+        for name, tiny in TINY.items():
+            network = tiny.build(math_attention, layout.dtype)
+            cut_linears(network, tiny.plan, axes.tp)
+            deal_tokens(network, tiny.plan, math_attention, math_lse, axes, layout.gather)
+            latent, tau_B, condition = tiny.inputs
+            axes.traffic.reset()
+            output = network(latent.to(layout.dtype), tau_B, condition.to(layout.dtype)).float()
+            found[f"{name} {layout}"] = branches(tiny.inputs, axes.cfg).combine(output)
+            sent = axes.traffic.sent_bytes.items()
+            found |= {f"{name} {layout} {kind}": torch.tensor(count) for kind, count in sent}
     return found
+
+
+def branches(inputs: Inputs, cfg: Group) -> Branches:
+    """Guidance of a batch by its own prompts, which changes nothing; on one rank, none."""
+    rows = len(inputs[0])
+    ask = Ask(0, "", "", 0, 1, guidance=float(cfg.size), height=1, width=1)
+    sample = Sample(ask, text=Conditioning(), negative=Conditioning())
+    return Branches([replace(sample) for _ in range(rows)], ranks=cfg)

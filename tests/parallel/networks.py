@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from models.sd3 import PLAN as SD3_PLAN
 from models.sd3 import SD3, SD3Config
 from models.wan import PLAN as WAN_PLAN
 from models.wan import Wan, WanConfig
+from models.wan.weights import KEEP_FLOAT32 as WAN_KEEPS_FLOAT32
 from models.z_image import PLAN as Z_PLAN
 from models.z_image import ZImage, ZImageConfig
 from tests.models.parity import randomize
@@ -30,16 +32,20 @@ Inputs = tuple[Tensor, Tensor, Conditioning]
 
 @dataclass(frozen=True)
 class Tiny:
-    """One network, its plan, and what it is asked."""
+    """One network, its plan, what it is asked, and the parameters (patterns) that it keeps in float32."""
 
     make: Callable[[AttentionKernel], nn.Module]
     plan: ParallelPlan
     inputs: Inputs
+    keep_float32: tuple[str, ...] = ()
 
-    def build(self, kernel: AttentionKernel) -> nn.Module:
+    def build(self, kernel: AttentionKernel, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The same random weights on every rank."""
         network = self.make(kernel)
         randomize(network)
+        for name, parameter in network.named_parameters():
+            if not any(fnmatch(name, pattern) for pattern in self.keep_float32):
+                parameter.data = parameter.data.to(dtype)
         return network.requires_grad_(False).eval()
 
 
@@ -88,5 +94,6 @@ TINY: dict[str, Tiny] = {
         lambda kernel: Wan(WanConfig(2, 4, 12, 40, 4, text_channels=24, time_channels=32), kernel),
         WAN_PLAN,
         (_drawn(2, 4, 3, 6, 10), TAU, Conditioning(_drawn(2, 7, 24))),
+        WAN_KEEPS_FLOAT32,
     ),
 }

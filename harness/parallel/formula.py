@@ -1,0 +1,240 @@
+"""How many bytes a rank sends in one evaluation of a network, by kind of collective, from shapes alone.
+
+A network as it was written for one device is traced on the meta device: it computes shapes and no numbers. What it told
+then decides what every layout sends. With T = ring x ulysses ranks that share tokens,
+
+    l = B sum_i ceil(L_i / T)       tokens a rank holds of streams of L_i tokens in a batch of B, padding included
+    a = ulysses ceil(A / (tp ulysses))      heads it computes of A, padding included
+    x = l a E s                     bytes of its queries, of its keys and of its values: E channels a head of s bytes
+
+it sends (harness.parallel.group says what each collective of N ranks costs)
+
+    for every attention
+        all_to_all      4 x (ulysses - 1) / ulysses     queries, keys and values to whole sequences, and outputs back:
+                                                        x is as large there, more tokens of as many times fewer heads
+        shift           2 x (ring - 1)                  keys and values, at every turn of the ring but the last
+        or all_gather   2 x (ring - 1)                  the same bytes where they are gathered at once
+        all_gather      l (T - 1)                       its key mask, a byte a token, where that is dealt like tokens
+    for every output of a stack of blocks, of C channels
+        all_gather      l C s (T - 1)
+    for every linear that is cut by its inputs, of C outputs
+        all_reduce      2 l C s (tp - 1) / tp
+    for every norm over a width that is cut
+        all_reduce      2 l 4 (tp - 1) / tp             a sum of squares a token, in float32
+    for an output of n numbers, in float32, where the branches of guidance are apart
+        all_gather      4 n (cfg - 1)
+
+Outside of stacks, and for tokens that every rank holds whole (the text of a cross-attention), l counts all tokens.
+Attention to such tokens sends nothing. Data parallelism sends nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from fnmatch import fnmatch
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.parallel.attention import TokenLayout
+from models.components import Conditioning
+from models.empty import build_empty
+from models.plan import ParallelPlan, Stack
+
+FLOAT32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What an operation works on: streams of tokens in a batch.
+
+    Args:
+        batch: B.
+        lengths: L_i, of each stream.
+        dealt: whether each is cut over ranks.
+    """
+
+    batch: int
+    lengths: tuple[int, ...]
+    dealt: bool = True
+
+    def on(self, ranks: int) -> int:
+        """Tokens of the whole batch on one of so many ranks: l."""
+        return self.batch * sum(TokenLayout(self.lengths, ranks if self.dealt else 1).parts)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of tokens to themselves.
+
+    Args:
+        tokens: of all streams that it joins.
+        heads: A, of the whole network.
+        channels: E, a head.
+        dealt_mask: its key mask is cut over ranks like the tokens.
+    """
+
+    tokens: Tokens
+    heads: int
+    channels: int
+    dealt_mask: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one evaluation of a network does that any layout sends bytes for.
+
+    Args:
+        attention: calls whose tokens are dealt.
+        outputs: of every stack of blocks: tokens and channels.
+        rows: of every linear that is cut by its inputs: tokens and output channels.
+        norms: of every norm over a width that is cut: tokens.
+        numbers: n, of the network's output.
+    """
+
+    attention: tuple[Attention, ...]
+    outputs: tuple[tuple[Tokens, int], ...]
+    rows: tuple[tuple[Tokens, int], ...]
+    norms: tuple[Tokens, ...]
+    numbers: int
+
+
+def sent_bytes(trace: Trace, degrees: tuple[int, ...], item: int, gather: bool = False) -> dict[str, int]:
+    """Bytes that each rank of a layout sends in one evaluation, by kind of collective, without kinds that send none.
+
+    Args:
+        trace: of the network, for the batch that one rank evaluates (with branches apart, that of one branch).
+        degrees: of dp, cfg, tp, ring and ulysses (harness.parallel.mesh.AXES).
+        item: s, bytes of a number of the network's dtype.
+        gather: the ring gathers keys and values at once.
+    """
+    _, cfg, tp, ring, ulysses = degrees
+    shared, sent = ring * ulysses, Counter[str]()
+    for call in trace.attention:
+        tokens, heads = call.tokens.on(shared), -(-(call.heads // tp) // ulysses) * ulysses
+        part = tokens * heads * call.channels * item
+        sent["all_to_all"] += 4 * part * (ulysses - 1) // ulysses
+        sent["all_gather" if gather else "shift"] += 2 * part * (ring - 1)
+        sent["all_gather"] += tokens * (shared - 1) * call.dealt_mask
+    for output, channels in trace.outputs:
+        sent["all_gather"] += output.on(shared) * channels * item * (shared - 1)
+    for row, channels in trace.rows:
+        sent["all_reduce"] += 2 * row.on(shared) * channels * item * (tp - 1) // tp
+    for norm in trace.norms:
+        sent["all_reduce"] += 2 * norm.on(shared) * FLOAT32 * (tp - 1) // tp
+    sent["all_gather"] += FLOAT32 * trace.numbers * (cfg - 1)
+    return {kind: count for kind, count in sent.items() if count}
+
+
+def trace_network(
+    make: Callable[[], nn.Module], plan: ParallelPlan, inputs: tuple[Tensor, Tensor, Conditioning]
+) -> Trace:
+    """Runs a network once without any numbers.
+
+    Args:
+        make: builds the network, for one device.
+        plan: of its folder.
+        inputs: latent, tau_B and conditioning of the sizes in question, on any device (meta is enough).
+    """
+    network = build_empty(make, torch.float32, "meta")
+    recorder = _Recorder(plan)
+    recorder.listen(network)
+    latent, tau_B, condition = inputs
+    told = {f.name: getattr(condition, f.name) for f in fields(Conditioning)}
+    there = Conditioning(**{name: None if x is None else x.to("meta") for name, x in told.items()})
+    with torch.no_grad():
+        output: Tensor = network(latent.to("meta"), tau_B.to("meta"), there)
+    return Trace(
+        tuple(recorder.attention),
+        tuple(recorder.outputs),
+        tuple(recorder.rows),
+        tuple(recorder.norms),
+        output.numel(),
+    )
+
+
+class _Recorder:
+    """Listens to a network by hooks, and stands in for the attention whose tokens are dealt."""
+
+    def __init__(self, plan: ParallelPlan) -> None:
+        self.plan = plan
+        self.attention: list[Attention] = []
+        self.outputs: list[tuple[Tokens, int]] = []
+        self.rows: list[tuple[Tokens, int]] = []
+        self.norms: list[Tokens] = []
+        self._lengths: tuple[int, ...] = ()  # of the streams of the block that runs now
+        self._dealt_mask = False
+        self._replicated: list[Tensor] = []  # what every rank holds whole in that block
+
+    def listen(self, network: nn.Module) -> None:
+        """Hooks it."""
+        for stack in self.plan.stacks:
+            blocks = network.get_submodule(stack.blocks)
+            assert isinstance(blocks, nn.ModuleList)
+            for name, module in blocks.named_modules():
+                if "kernel" in vars(module) and not _named(f"{stack.blocks}.{name}", self.plan.local_attention):
+                    module.kernel = self._attend
+            for block in blocks:
+                block.register_forward_pre_hook(partial(self._enter, stack), with_kwargs=True)
+            blocks[len(blocks) - 1].register_forward_hook(partial(self._leave, stack))
+        for name, module in network.named_modules():
+            if isinstance(module, nn.RMSNorm) and _named(name, self.plan.head_norms):
+                module.register_forward_hook(self._norm)
+            elif isinstance(module, nn.Linear) and self._cut_by_inputs(name):
+                module.register_forward_hook(self._row)
+            if not list(module.children()):
+                module.register_forward_hook(self._follow)
+
+    def _cut_by_inputs(self, name: str) -> bool:
+        return _named(name, (*self.plan.row, *self.plan.joined_rows)) and not _named(name, self.plan.column)
+
+    def _enter(self, stack: Stack, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+        self._lengths = tuple(given[name].shape[stack.sharded[name]] for name in stack.streams)
+        dealt = [given[name] for name in stack.sharded if given.get(name) is not None]
+        self._dealt_mask = any(x.dtype is torch.bool for x in dealt)
+        self._replicated = [given[name] for name in stack.replicated]
+
+    def _leave(self, stack: Stack, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        lengths = dict(zip(stack.streams, self._lengths, strict=True))
+        for name, x in zip(stack.outputs, output if isinstance(output, tuple) else (output,), strict=True):
+            if x is not None:
+                self.outputs.append((Tokens(len(x), (lengths[name],)), x.shape[-1]))
+        self._lengths, self._replicated = (), []
+
+    def _attend(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+        joined = TokenLayout(self._lengths, 1).of(k_BSHD.shape[1])
+        batch, _, heads, channels = q_BLHD.shape
+        dealt_mask = mask_BS is not None and self._dealt_mask
+        self.attention.append(Attention(Tokens(batch, joined.lengths), heads, channels, dealt_mask))
+        return torch.empty_like(q_BLHD)
+
+    def _row(self, linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.rows.append((self._tokens(args[0]), output.shape[-1]))
+
+    def _norm(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.norms.append(self._tokens(args[0]))
+
+    def _tokens(self, x: Tensor) -> Tokens:
+        """Of what a layer is given, (B, n, C): the streams of the block it is in, or what every rank holds whole."""
+        batch, count = len(x), x[0, ..., 0].numel()
+        if not self._known(x) and count in (sum(self._lengths), *self._lengths):
+            return Tokens(batch, TokenLayout(self._lengths, 1).of(count).lengths)
+        return Tokens(batch, (count,), dealt=False)
+
+    def _follow(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """What a layer makes of something that every rank holds whole is held whole too."""
+        if args and self._known(args[0]):
+            self._replicated.append(output)
+
+    def _known(self, x: Tensor) -> bool:
+        return any(x is held for held in self._replicated)
+
+
+def _named(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
