@@ -50,12 +50,14 @@ class TokenLayout:
     def of(self, local: int) -> TokenLayout:
         """The layout of a call with that many local tokens: of all streams joined, or of one of them.
 
+        Where the parts of several have that length it is the last one's: the picture, which also attends to itself.
+
         Raises:
             ValueError: neither.
         """
         if local == sum(self.parts):
             return self
-        for length in self.lengths:
+        for length in reversed(self.lengths):
             if self.part(length) == local:
                 return TokenLayout((length,), self.ranks)
         raise ValueError(f"attention over {local} local tokens, where the block's streams have {self.parts}")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.parallel.attention import TokenLayout
 from models.attention import math_attention
 from tests.models.parity import rel_l2
 from tests.parallel.layouts import layouts, ranks_found
@@ -27,3 +28,10 @@ def test_every_layout_is_one_rank(ranks: int) -> None:
             for name in TINY:
                 error = rel_l2(found[f"{name} {layout}"], one_rank(name))
                 assert error < bound, (name, layout, rank, error)
+
+
+def test_a_picture_attends_to_itself_where_the_text_is_dealt_in_as_many_tokens() -> None:
+    """7 tokens of text and 8 of a picture are 4 a rank both; one of the text's is padding, and none of the picture's."""
+    alone = TokenLayout((7, 8), 2).of(4)
+    assert alone.lengths == (8,)
+    assert alone.mask(None, 1, torch.device("cpu")) is None
