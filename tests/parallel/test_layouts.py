@@ -31,7 +31,7 @@ def test_every_layout_is_one_rank(ranks: int) -> None:
 
 
 def test_a_picture_attends_to_itself_where_the_text_is_dealt_in_as_many_tokens() -> None:
-    """7 tokens of text and 8 of a picture are 4 a rank both; one of the text's is padding, and none of the picture's."""
+    """7 tokens of text and 8 of a picture are 4 a rank both; one of the text's is padding, none of the picture's."""
     alone = TokenLayout((7, 8), 2).of(4)
     assert alone.lengths == (8,)
     assert alone.mask(None, 1, torch.device("cpu")) is None
