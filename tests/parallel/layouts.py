@@ -39,6 +39,7 @@ LAYOUTS = (
     Layout((1, 1, 2, 1, 1)),
     Layout((1, 1, 1, 2, 1)),
     Layout((1, 1, 1, 2, 1), gather=True),
+    Layout((1, 1, 1, 2, 1), dtype=torch.bfloat16),
     Layout((1, 1, 1, 1, 2)),
     Layout((1, 1, 1, 3, 1)),
     Layout((1, 1, 1, 1, 3)),
@@ -49,7 +50,6 @@ LAYOUTS = (
     Layout((1, 1, 1, 2, 2), gather=True),
     Layout((1, 1, 1, 1, 4)),
     Layout((1, 1, 2, 1, 2), dtype=torch.bfloat16),
-    Layout((1, 1, 1, 2, 2), dtype=torch.bfloat16),
     Layout((1, 1, 2, 2, 2)),
     Layout((1, 1, 1, 2, 4)),
 )

@@ -51,7 +51,7 @@ def test_a_layout_sends_what_the_formula_says(ranks: int, name: str) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_decoding_sends_what_the_formula_says(ranks: int, name: str) -> None:
     for index, found in enumerate(decoders.ranks_found(ranks)):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in CASES[name].dtypes:
             said = decode_bytes(decode_traced(name), ranks, index, dtype.itemsize)
             assert said == counted(found, f"{name} {dtype}")
 

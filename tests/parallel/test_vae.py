@@ -30,7 +30,7 @@ def test_decoding_by_rows_is_decoding_at_once(size: int, name: str) -> None:
         assert rel_l2(found[f"{name} torch.float32"], whole) < 1e-5
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if torch.bfloat16 in case.dtypes])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_bfloat16_is_as_near_to_float32_as_on_one_rank(size: int, name: str) -> None:
     exact = one_rank(name, torch.float32)
