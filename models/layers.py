@@ -1,7 +1,8 @@
 """Small layers that several networks share: embeddings of time and place, modulation, attention, feed-forward.
 
 Shapes: B batch, L tokens, S tokens attended to, C channels (the network's width), H heads, E channels a head or of an
-embedding, F angles a head, P outputs a patch.
+embedding, F angles a head, P outputs a patch; J text and picture joined, and D for C in a block, whose arguments
+plans name.
 """
 
 from __future__ import annotations
@@ -187,3 +188,47 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x_BLC), approximate="tanh"))
+
+
+class JointBlock(nn.Module):
+    """Two streams of tokens with weights of their own, joined in one attention, text first; each then has its
+    feed-forward. Text without text_rope_2SF is not turned; mask_BS hides text.
+
+    Source: the double blocks of FLUX.1 and of Qwen-Image (arXiv:2508.02324).
+    """
+
+    def __init__(self, width: int, head_channels: int, kernel: AttentionKernel) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.modulation = nn.Linear(width, 6 * width)
+        self.text_modulation = nn.Linear(width, 6 * width)
+        self.heads = Heads(width, head_channels)
+        self.text_heads = Heads(width, head_channels)
+        self.to_out = nn.Linear(width, width)
+        self.text_to_out = nn.Linear(width, width)
+        self.feed_forward = FeedForward(width)
+        self.text_feed_forward = FeedForward(width)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        text_BSD: Tensor,
+        time_BD: Tensor,
+        rope_2LF: Tensor,
+        text_rope_2SF: Tensor | None = None,
+        mask_BS: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        x, text = x_BLD, text_BSD
+        told_B1D = F.silu(time_BD)[:, None]
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(told_B1D).chunk(6, dim=-1)
+        of_x = self.heads(modulate(plain_norm(x), shift_a, scale_a), rope_2LF)
+        t_shift_a, t_scale_a, t_gate_a, t_shift_f, t_scale_f, t_gate_f = self.text_modulation(told_B1D).chunk(6, dim=-1)
+        of_text = self.text_heads(modulate(plain_norm(text), t_shift_a, t_scale_a), text_rope_2SF)
+        q, k, v = (torch.cat(both, dim=1) for both in zip(of_text, of_x, strict=True))
+        mask_BJ = None if mask_BS is None else F.pad(mask_BS, (0, x.shape[1]), value=True)
+        text_seen, seen = self.kernel(q, k, v, mask_BJ).flatten(2).split([text.shape[1], x.shape[1]], dim=1)
+        x = x + gate_a * self.to_out(seen)
+        x = x + gate_f * self.feed_forward(modulate(plain_norm(x), shift_f, scale_f))
+        text = text + t_gate_a * self.text_to_out(text_seen)
+        text = text + t_gate_f * self.text_feed_forward(modulate(plain_norm(text), t_shift_f, t_scale_f))
+        return x, text

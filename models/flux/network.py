@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
 from models.components import Conditioning
-from models.layers import Embedder, FeedForward, Heads, kept, modulate, plain_norm, timestep_embedding
+from models.layers import Embedder, Heads, JointBlock, kept, modulate, plain_norm, timestep_embedding
 
 TIME_CHANNELS = 256
 PATCH = 2  # a token is PATCH x PATCH latent pixels
@@ -56,38 +56,6 @@ class FluxConfig:
     def width(self) -> int:
         """Channels of a token."""
         return self.heads * self.head_channels
-
-
-class DoubleBlock(nn.Module):
-    """Two streams with weights of their own, joined in one attention; text without positions."""
-
-    def __init__(self, config: FluxConfig, kernel: AttentionKernel) -> None:
-        super().__init__()
-        width = config.width
-        self.kernel = kernel
-        self.modulation = nn.Linear(width, 6 * width)
-        self.text_modulation = nn.Linear(width, 6 * width)
-        self.heads = Heads(width, config.head_channels)
-        self.text_heads = Heads(width, config.head_channels)
-        self.to_out = nn.Linear(width, width)
-        self.text_to_out = nn.Linear(width, width)
-        self.feed_forward = FeedForward(width)
-        self.text_feed_forward = FeedForward(width)
-
-    def forward(self, x_BLD: Tensor, text_BSD: Tensor, time_BD: Tensor, rope_2LF: Tensor) -> tuple[Tensor, Tensor]:
-        x, text = x_BLD, text_BSD
-        told_B1D = F.silu(time_BD)[:, None]
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(told_B1D).chunk(6, dim=-1)
-        of_x = self.heads(modulate(plain_norm(x), shift_a, scale_a), rope_2LF)
-        t_shift_a, t_scale_a, t_gate_a, t_shift_f, t_scale_f, t_gate_f = self.text_modulation(told_B1D).chunk(6, dim=-1)
-        of_text = self.text_heads(modulate(plain_norm(text), t_shift_a, t_scale_a))
-        q, k, v = (torch.cat(both, dim=1) for both in zip(of_text, of_x, strict=True))
-        text_seen, seen = self.kernel(q, k, v).flatten(2).split([text.shape[1], x.shape[1]], dim=1)
-        x = x + gate_a * self.to_out(seen)
-        x = x + gate_f * self.feed_forward(modulate(plain_norm(x), shift_f, scale_f))
-        text = text + t_gate_a * self.text_to_out(text_seen)
-        text = text + t_gate_f * self.text_feed_forward(modulate(plain_norm(text), t_shift_f, t_scale_f))
-        return x, text
 
 
 class SingleBlock(nn.Module):
@@ -129,7 +97,9 @@ class Flux(nn.Module):
         self.time = Embedder(TIME_CHANNELS, width)
         self.guidance = Embedder(TIME_CHANNELS, width) if config.guidance else None
         self.pooled = Embedder(config.pooled_channels, width)
-        self.blocks = nn.ModuleList([DoubleBlock(config, kernel) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList(
+            [JointBlock(config.width, config.head_channels, kernel) for _ in range(config.depth)]
+        )
         self.single_blocks = nn.ModuleList([SingleBlock(config, kernel) for _ in range(config.single_depth)])
         self.head_modulation = nn.Linear(width, 2 * width)
         self.project_out = nn.Linear(width, patch_channels)
