@@ -10,7 +10,8 @@ Shapes: B batch, l local tokens, L tokens of a group, H heads, D head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -62,23 +63,28 @@ class TokenLayout:
                 return TokenLayout((length,), self.ranks)
         raise ValueError(f"attention over {local} local tokens, where the block's streams have {self.parts}")
 
-    def columns(self) -> Tensor:
-        """For every token as ranks hold them, its place in the whole concatenation; -1 where it is padding."""
-        starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
-        rows = []
-        for rank in range(self.ranks):
-            for start, length, part in zip(starts.tolist(), self.lengths, self.parts, strict=True):
-                place = torch.arange(part) + rank * part
-                rows.append(torch.where(place < length, place + start, -1))
-        return torch.cat(rows)
-
     def mask(self, mask_BS: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
         """A key mask over the whole concatenation in the order of ranks, padding out; None where all take part."""
-        columns = self.columns().to(device)
+        columns = _columns(self).to(device)
         real = columns >= 0
         if mask_BS is None:
             return None if self.padding == 0 else real[None].expand(batch, -1)
         return mask_BS[:, columns.clamp(min=0)] & real
+
+
+@lru_cache(maxsize=16)
+def _columns(layout: TokenLayout) -> Tensor:
+    """For every token as ranks hold them, its place in the whole concatenation; -1 where it is padding.
+
+    Remembered, for every block asks at every step.
+    """
+    starts = torch.tensor([0, *layout.lengths[:-1]]).cumsum(0)
+    rows = []
+    for rank in range(layout.ranks):
+        for start, length, part in zip(starts.tolist(), layout.lengths, layout.parts, strict=True):
+            place = torch.arange(part) + rank * part
+            rows.append(torch.where(place < length, place + start, -1))
+    return torch.cat(rows)
 
 
 @dataclass
@@ -86,7 +92,6 @@ class SequenceState:
     """The layout of the blocks that run now; set where tokens are dealt, read where they attend."""
 
     layout: TokenLayout | None = None
-    padded_tokens: int = field(default=0)
 
 
 class SequenceAttention:

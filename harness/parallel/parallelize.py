@@ -30,7 +30,7 @@ def deal_tokens(
     ring_kernel: LseKernel | None,
     axes: Axes,
     gather: bool = False,
-) -> SequenceState:
+) -> None:
     """Sequence parallelism in place: every stack of the plan works on this rank's part of its tokens.
 
     Args:
@@ -51,7 +51,6 @@ def deal_tokens(
                 local = any(fnmatch(f"{stack.blocks}.{name}", pattern) for pattern in plan.local_attention)
                 module.kernel = kernel if local else attend
         _Dealer(stack, blocks, axes.tokens, state).install()
-    return state
 
 
 class _Dealer:
@@ -75,7 +74,6 @@ class _Dealer:
         streams = [bound.arguments[name] for name in self.stack.streams]
         lengths = tuple(x.shape[self.stack.sharded[n]] for n, x in zip(self.stack.streams, streams, strict=True))
         self.state.layout = TokenLayout(lengths, self.whole.size)
-        self.state.padded_tokens += self.state.layout.padding
         return self._dealt(bound, self.stack.sharded)
 
     def _deal_rest(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
