@@ -245,8 +245,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
 def _resolve(config: RunConfig) -> None:
     """Fills what is null from the model, and refuses what cannot run."""
     _resolve_request(config)
-    _check_model(config)
-    _check_layout(config)
+    _check_layout(config, _check_model(config))
     if config.scheduler.family != PUBLISHED_FAMILY:
         resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
     resolve_backend(config.attention.backend)
@@ -279,14 +278,15 @@ def _resolve_request(config: RunConfig) -> None:
         ffmpeg()
 
 
-def _check_model(config: RunConfig) -> None:
+def _check_model(config: RunConfig) -> Path | None:
+    """Refuses a checkpoint that cannot run; the folder of its denoiser's config.json, None where none is read."""
     model = config.model
     if model.architecture not in ARCHITECTURES:
         raise ValueError(
             f"model.architecture={model.architecture} is unknown{nearest(model.architecture, ARCHITECTURES)}"
         )
     if config.task.name is Task.train:
-        return
+        return None
     denoiser = trained_denoiser(config).weights
     fill_facts(config)
     place = locate(model, denoiser, fetch=True)
@@ -300,9 +300,10 @@ def _check_model(config: RunConfig) -> None:
         raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which keeps none")
     if model.text.tokens < 1:
         raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
+    return place.config_folder(denoiser)
 
 
-def _check_layout(config: RunConfig) -> None:
+def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
     sizes = dict(zip(AXES, degrees(config.parallel), strict=True))
     for axis, size in sizes.items():
         if size < 1:
@@ -310,19 +311,18 @@ def _check_layout(config: RunConfig) -> None:
     ranks = world_size(list(sizes.values()))
     if config.launch.mode is LaunchMode.inprocess and ranks > 1:
         raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
-    if config.task.name is not Task.train:
-        for note in check_layout(config.parallel, _layout_facts(config)):
+    if denoiser is not None:
+        for note in check_layout(config.parallel, _layout_facts(config, denoiser)):
             warnings.warn(note, stacklevel=2)
     threads = config.launch.threads_per_rank
     if threads is not None and threads < 1:
         raise ValueError(f"launch.threads_per_rank={threads}; give at least 1, or null for cores / ranks")
 
 
-def _layout_facts(config: RunConfig) -> Facts:
+def _layout_facts(config: RunConfig, denoiser: Path) -> Facts:
     """What the layout has to fit: heads from the denoiser's config.json, tokens and guidance from the request."""
     model, request = config.model, config.request
-    denoiser = trained_denoiser(config).weights
-    network = read_json(locate(model, denoiser).config_folder(denoiser) / "config.json")
+    network = read_json(denoiser / "config.json")
     heads = network.get(ARCHITECTURES[model.architecture].heads or "")
     message = to_message(request)
     frames = (message.frames - 1) // model.frame_multiple + 1
