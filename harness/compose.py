@@ -330,8 +330,9 @@ def _layout_facts(config: RunConfig, denoiser: Path) -> Facts:
         model=model.name,
         heads=heads if isinstance(heads, int) else None,
         tokens=frames * (message.height // model.size_multiple) * (message.width // model.size_multiple),
+        rows=message.height // model.size_multiple,
         guidance=message.guidance,
         embedded=network.get("guidance_embeds") is True,
-        returns_lse=resolve_backend(config.attention.backend, needs_lse=True) in WITH_LSE,
+        returns_lse=resolve_backend(config.attention.backend, with_lse=True) in WITH_LSE,
         backend=config.attention.backend,
     )

@@ -14,7 +14,6 @@ from harness.engine import Answer, OnProgress, RequestFailed
 from harness.environment import arithmetic, threads_per_rank
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Progress, decode
 from harness.parallel.mesh import Place, degrees
-from models.registry import resolve_backend
 
 if TYPE_CHECKING:
     from harness.serving.scheduler import RequestScheduler
@@ -56,7 +55,7 @@ class InprocessEngine:
         import torch
 
         from harness.parallel.collectives import Alone
-        from harness.serving.build import build_worker, pick_device, prepare_cpu
+        from harness.serving.build import attention_name, build_worker, pick_device, prepare_cpu
         from harness.serving.scheduler import RequestScheduler
 
         threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
@@ -78,7 +77,7 @@ class InprocessEngine:
             [os.getpid()],
             load_ms=(time.perf_counter() - start) * 1e3,
             device=str(device),
-            attention=resolve_backend(self._config.attention.backend, needs_lse=self._config.parallel.ring > 1),
+            attention=attention_name(self._config, device),
             threads=wanted,
             loaded=worker.loaded,
         )

@@ -87,7 +87,9 @@ class Traffic(msgspec.Struct, frozen=True):
 
 
 class RankReport(msgspec.Struct, frozen=True):
-    """What one rank did for one request; the networks are text_encoder, denoiser and decoder."""
+    """What one rank did for one request; the networks are text_encoder, denoiser and decoder, `comm` is what it sent by
+    stage and kind of collective.
+    """
 
     rank: int
     stages: list[StageTime]
@@ -97,7 +99,7 @@ class RankReport(msgspec.Struct, frozen=True):
     peak_memory_mib: float
     memory_checkpoints: list[MemoryPoint]
     notes: list[str]
-    comm: dict[str, Traffic] = {}
+    comm: dict[str, dict[str, Traffic]] = {}
 
 
 class SampleResult(msgspec.Struct, frozen=True):

@@ -26,7 +26,6 @@ from harness.processes import is_alive
 from harness.records import write_atomically
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Addresses, router
-from models.registry import resolve_backend
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -110,7 +109,7 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
     import zmq
 
     from harness.parallel.collectives import Alone, Collectives, Gloo
-    from harness.serving.build import build_worker, pick_device, prepare_cpu
+    from harness.serving.build import attention_name, build_worker, pick_device, prepare_cpu
     from harness.serving.control import ControlThread
     from harness.serving.scheduler import RequestScheduler
 
@@ -121,7 +120,7 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
         place.world_size,
         pids=[os.getpid()],
         device=str(device),
-        attention=resolve_backend(config.attention.backend, needs_lse=config.parallel.ring > 1),
+        attention=attention_name(config, device),
         threads=threads_per_rank(config.launch, local_ranks),
     )
     context = zmq.Context()

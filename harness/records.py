@@ -66,7 +66,7 @@ class Repeat(msgspec.Struct, frozen=True):
 class Statistics(msgspec.Struct, frozen=True):
     """The row's numbers. `nfe` counts the denoiser's evaluations of one picture, a guided pair as one; `overhead_share`
     is the part of a request that was no forward of the text encoder, the denoiser or the VAE; `comm` is what the
-    busiest rank sent to the ranks that it computes with, in the last request, by kind of collective.
+    busiest rank sent to the ranks that it computes with, in the last request, by stage and kind of collective.
     """
 
     latency_ms: Summary
@@ -77,7 +77,7 @@ class Statistics(msgspec.Struct, frozen=True):
     nfe: int
     peak_memory_mib: list[float]
     peak_memory_mib_max: float
-    comm: dict[str, Traffic] = {}
+    comm: dict[str, dict[str, Traffic]] = {}
 
 
 class SampleRow(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,7 +12,7 @@ from harness.compose import to_dict
 from harness.config.schema import ModelConfig, QualityConfig, RunConfig
 from harness.config.trained import trained_denoiser
 from harness.media import to_uint8
-from harness.messages import Array, EngineInfo, GenerationResult, RankReport
+from harness.messages import Array, EngineInfo, GenerationResult, RankReport, Traffic
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
@@ -69,8 +69,13 @@ def statistics(
         nfe=evaluations // micro_batches,
         peak_memory_mib=peaks,
         peak_memory_mib_max=max(peaks),
-        comm=max((report.comm for report in last.ranks), key=lambda comm: sum(kind.bytes for kind in comm.values())),
+        comm=max((report.comm for report in last.ranks), key=sent_bytes),
     )
+
+
+def sent_bytes(comm: Mapping[str, Mapping[str, Traffic]]) -> int:
+    """All bytes that a rank sent, over stages and kinds of collective."""
+    return sum(kind.bytes for stage in comm.values() for kind in stage.values())
 
 
 def quality(folder: Path, pixels: Sequence[Array], prompts: Sequence[str]) -> tuple[Quality | None, list[str]]:

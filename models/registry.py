@@ -89,18 +89,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def resolve_backend(requested: str, needs_lse: bool = False) -> str:
-    """The attention backend that `requested` stands for, without asking which device there is.
+def resolve_backend(requested: str, device_type: str = "cpu", with_lse: bool = False) -> str:
+    """The attention backend that `requested` stands for on a device.
 
-    `auto` is `sdpa`, PyTorch's own choice, which runs on every device, or `flash` where the log-sum-exp is needed, as
-    in a ring (models/attention/table.py chooses by device where it is asked for `auto` itself).
+    `auto` is what runs with every mask, dtype and head dimension and needs no package beside PyTorch: `sdpa`,
+    PyTorch's own choice; where the log-sum-exp is needed too, as in a ring, `flash` on the CPU and `flex` elsewhere.
 
     Raises:
         ValueError: an unknown name, with the nearest known one; or a backend whose package is not installed, with the
             line that installs it.
     """
     if requested == "auto":
-        return "flash" if needs_lse else "sdpa"
+        return "sdpa" if not with_lse else "flash" if device_type == "cpu" else "flex"
     if requested not in ATTENTION_BACKENDS:
         names = ", ".join(("auto", *ATTENTION_BACKENDS))
         raise ValueError(

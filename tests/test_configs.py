@@ -94,6 +94,7 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("parallel.tp=3", "the nearest that does is parallel.tp=2"),
         ("parallel.cfg=3", "use 1 or 2"),
         ("parallel.ring=128", "use 64 ranks or fewer"),
+        ("parallel.ring=16", "use 8 ranks or fewer a picture"),
         ("model.trained.dppm.weights=a", "did you mean model.trained.ddpm.weights?"),
         ("model.trained.ddpm.weigths=a", "did you mean model.trained.ddpm.weights?"),
         ("prediction=v", "did you mean scheduler.prediction?"),
@@ -351,7 +352,7 @@ def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> N
     ("overrides", "hint"),
     [
         (["parallel.cfg=2", "request.guidance=1"], "request.guidance=1 is none"),
-        (["parallel.ring=2", "attention=sdpa"], "use attention=flash or attention=math"),
+        (["parallel.ring=2", "attention=sdpa"], "use attention=flash, flex or math"),
         (["parallel.cfg=2", "model=flux", "model.load=dummy"], "has one branch; use parallel.cfg=1"),
         (["parallel.ulysses=2", "model=sd15", "model.load=dummy"], "use parallel.dp=2, or parallel.cfg=2"),
     ],

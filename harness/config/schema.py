@@ -249,7 +249,7 @@ class ParallelConfig:
 class AttentionConfig:
     """Group `attention`."""
 
-    backend: str = "auto"  # auto, math, sdpa, flash
+    backend: str = "auto"  # auto, math, sdpa, flash, flex, sage (models.registry)
 
 
 @dataclass

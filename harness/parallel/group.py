@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from harness import messages
+
 
 @dataclass
 class Traffic:
@@ -31,6 +33,15 @@ class Traffic:
         self.sent_bytes[kind] = self.sent_bytes.get(kind, 0) + sent
         self.calls[kind] = self.calls.get(kind, 0) + 1
         self.exposed_ms[kind] = self.exposed_ms.get(kind, 0.0) + ms
+
+    def take(self) -> dict[str, messages.Traffic]:
+        """What was counted, by kind; counting begins anew."""
+        taken = {
+            kind: messages.Traffic(sent, self.calls[kind], self.exposed_ms[kind])
+            for kind, sent in self.sent_bytes.items()
+        }
+        self.reset()
+        return taken
 
     def reset(self) -> None:
         """Forgets what was counted."""

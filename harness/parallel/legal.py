@@ -15,6 +15,7 @@ class Facts:
         model: name, for messages.
         heads: attention heads of the network; None where tokens and heads cannot be cut (a UNet).
         tokens: image tokens of the request.
+        rows: of tokens in a frame; the latent has at least as many.
         guidance: of the request.
         embedded: the network is told its guidance scale and has no negative branch.
         returns_lse: whether the attention backend returns the log-sum-exp that a ring merges.
@@ -24,6 +25,7 @@ class Facts:
     model: str
     heads: int | None
     tokens: int
+    rows: int
     guidance: float
     embedded: bool
     returns_lse: bool
@@ -66,8 +68,9 @@ def check_layout(layout: ParallelConfig, facts: Facts) -> list[str]:
     if layout.ring > 1 and not facts.returns_lse:
         raise ValueError(
             f"parallel.ring={layout.ring} merges by log-sum-exp, which attention.backend={facts.backend} does not "
-            "return; use attention=flash or attention=math"
+            "return; use attention=flash, flex or math"
         )
+    _check_rows(layout, facts)
     return _waste(layout, facts.tokens, heads)
 
 
@@ -80,6 +83,16 @@ def _check_branches(layout: ParallelConfig, facts: Facts) -> None:
         )
     if layout.cfg == 2 and facts.guidance == 1:
         raise ValueError("parallel.cfg=2 needs guidance, and request.guidance=1 is none; use parallel.cfg=1")
+
+
+def _check_rows(layout: ParallelConfig, facts: Facts) -> None:
+    """Every rank that computes a picture decodes a band of its rows."""
+    ranks = layout.cfg * layout.tp * layout.ring * layout.ulysses
+    if ranks > facts.rows:
+        raise ValueError(
+            f"parallel.cfg x tp x ring x ulysses = {ranks} ranks decode a picture of {facts.rows} rows of tokens; use "
+            f"{facts.rows} ranks or fewer a picture and parallel.dp for the rest, or a higher picture"
+        )
 
 
 def _waste(layout: ParallelConfig, tokens: int, heads: int) -> list[str]:

@@ -27,5 +27,7 @@ class SyncExecutor:
                 run.on_progress(stage.name, 0, 0)
                 with run.clock.stage(stage.name):
                     stage.forward(samples, run)
+                if sent := run.traffic.take():
+                    run.comm[stage.name] = sent
                 points.append(MemoryPoint(stage.name, run.memory.used_mib()))
         return points

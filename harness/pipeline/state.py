@@ -9,9 +9,11 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from harness import messages
 from harness.messages import GenerationRequest
 from harness.metrics.clock import Clock
 from harness.metrics.memory import Memory
+from harness.parallel.group import Traffic
 from models.components import Conditioning
 from schedulers.grid import Grid
 
@@ -62,6 +64,9 @@ class RunContext:
         memory: the memory account.
         on_progress: told (stage, 0, 0) as a stage begins, and (stage, done, total) after each solver step of this rank.
         check_cancelled: raises Cancelled once the request is cancelled; the ranks of a replica agree on the step.
+        traffic: counts what this rank sends to those that it computes with.
+        notes: for the record.
+        comm: what was sent, by stage and kind of collective; the executor writes it.
     """
 
     device: torch.device
@@ -70,7 +75,9 @@ class RunContext:
     memory: Memory
     on_progress: OnProgress
     check_cancelled: Callable[[], None]
+    traffic: Traffic = field(default_factory=Traffic)
     notes: list[str] = field(default_factory=list)
+    comm: dict[str, dict[str, messages.Traffic]] = field(default_factory=dict)
 
 
 def asks(request: GenerationRequest) -> list[Ask]:

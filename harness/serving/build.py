@@ -16,6 +16,7 @@ from harness.metrics.memory import Memory, ResidentMemory
 from harness.parallel.connect import Axes, connect
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.vae import parallel_decoder
 from harness.pipeline.checkpoint import locate
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
@@ -28,7 +29,7 @@ from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
 from harness.serving.worker import Worker
-from models.attention import attention_kernel
+from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
 from models.components import ComponentLoader, Components
 from models.registry import ARCHITECTURES, resolve_backend
@@ -131,18 +132,26 @@ def cache_mib(config: RunConfig) -> float:
     return 0.0 if config.task.name is Task.bench and text.keep else DEFAULT_CACHE_MIB
 
 
-def backend_of(config: RunConfig) -> str:
-    """The attention backend that runs, by name."""
-    return resolve_backend(config.attention.backend, needs_lse=config.parallel.ring > 1)
+def backend_of(config: RunConfig, device: torch.device) -> str:
+    """The attention backend that computes on the device."""
+    return resolve_backend(config.attention.backend, device.type, with_lse=config.parallel.ring > 1)
 
 
-def deal(config: RunConfig, parts: Components, axes: Axes) -> None:
+def attention_name(config: RunConfig, device: torch.device) -> str:
+    """What computes attention, by its own name.
+
+    Raises:
+        NotImplementedError: the backend that was asked for does not run on this machine.
+    """
+    return resolved_name(config.attention.backend, device.type, with_lse=config.parallel.ring > 1)
+
+
+def deal(parts: Components, axes: Axes, backend: str) -> None:
     """Cuts the network over this rank's axes, in place.
 
     Raises:
         ValueError: an attention backend that ring attention cannot use.
     """
-    backend = backend_of(config)
     cut_linears(parts.network, parts.plan, axes.tp)
     if axes.tokens.size > 1:
         ring_kernel = lse_kernel(backend) if axes.ring.size > 1 else None
@@ -161,14 +170,15 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
     model = config.model
     source = source_of(config, device)
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
-    parts = load(source, attention_kernel(backend_of(config)))
+    backend = backend_of(config, device)
+    parts = load(source, attention_kernel(backend))
     if model.size_multiple % parts.size_multiple:
         raise ValueError(
             f"model.size_multiple={model.size_multiple}, but this checkpoint draws multiples of {parts.size_multiple} "
             f"pixels; set model.size_multiple={parts.size_multiple}"
         )
     axes = connect(place, device)
-    deal(config, parts, axes)
+    deal(parts, axes, backend)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     pipeline = ComposedPipeline(
         InputValidation(limits_of(model, parts), noise_scheduler),
@@ -177,7 +187,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
             TimestepPreparation(noise_scheduler, parts.size_multiple),
             LatentPreparation(parts.latent, noise_scheduler),
             Denoising(parts.network, source.dtype_of(source.denoiser), noise_scheduler, parts.guidance, axes.cfg),
-            Decoding(parts.decoder),
+            Decoding(parallel_decoder(parts.decoder, axes.picture)),
         ],
         SyncExecutor(),
     )

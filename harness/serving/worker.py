@@ -16,7 +16,6 @@ from harness.messages import (
     RankOutcome,
     RankReport,
     SampleResult,
-    Traffic,
     encode,
 )
 from harness.metrics.clock import Clock
@@ -92,7 +91,9 @@ class Worker:
                 raise Cancelled
 
         clock = Clock(_synchronizer(self.device))
-        run = RunContext(self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled)
+        run = RunContext(
+            self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled, self.axes.traffic
+        )
         points = self.pipeline.forward(samples, run)
         report = RankReport(
             rank=self.place.rank,
@@ -103,7 +104,7 @@ class Worker:
             peak_memory_mib=self.memory.peak_mib(),
             memory_checkpoints=points,
             notes=run.notes,
-            comm=self._comm(),
+            comm=run.comm,
         )
         if self.place.rank % self.place.replica_size:
             return encode(RankOutcome([], report))  # the first rank of a replica answers for it
@@ -115,12 +116,6 @@ class Worker:
             for k, (s, p) in enumerate(zip(samples, pixels, strict=True), start=1)
         ]
         return encode(RankOutcome(results, report), pixels)
-
-    def _comm(self) -> dict[str, Traffic]:
-        sent = self.axes.traffic
-        return {
-            kind: Traffic(count, sent.calls[kind], sent.exposed_ms[kind]) for kind, count in sent.sent_bytes.items()
-        }
 
 
 def _failure(request: GenerationRequest, kind: str, message: str, rank: int) -> list[bytes]:

@@ -1,8 +1,6 @@
-"""Which backend a name stands for, and what `auto` is on which device."""
+"""Which backend a name stands for."""
 
 from __future__ import annotations
-
-from torch import Tensor
 
 from models.attention.backend import AttentionKernel, Backend, LseKernel
 from models.attention.flash import flash
@@ -15,23 +13,6 @@ from models.registry import resolve_backend
 TABLE: dict[str, Backend] = {"math": MATH, "sdpa": SDPA, "flash": flash(), "flex": flex(), "sage": sage()}
 
 
-def _auto_lse_name(device_type: str) -> str:
-    return "flash" if device_type == "cpu" else "flex"
-
-
-def _auto_lse(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    attend_lse = TABLE[_auto_lse_name(q_BLHD.device.type)].attend_lse
-    assert attend_lse is not None
-    return attend_lse(q_BLHD, k_BSHD, v_BSHD, mask_BS)
-
-
-def _auto_runs_as(device_type: str, with_lse: bool) -> str:
-    return TABLE[_auto_lse_name(device_type) if with_lse else resolve_backend("auto")].runs_as(device_type, with_lse)
-
-
-# What runs with every mask, dtype and head dimension of a device, and needs no package that PyTorch does not bring.
-AUTO = Backend(TABLE[resolve_backend("auto")].attend, _auto_lse, _auto_runs_as)
-
 # Those that run at once wherever PyTorch's CPU build does, for tests of networks: flex compiles, sage is CUDA's.
 BACKENDS: dict[str, AttentionKernel] = {name: TABLE[name].attend for name in ("math", "sdpa", "flash")}
 WITH_LSE: dict[str, LseKernel] = {
@@ -40,16 +21,16 @@ WITH_LSE: dict[str, LseKernel] = {
 
 
 def backend(requested: str) -> Backend:
-    """The backend of a name, `auto` included.
+    """The backend of a name; `auto` is what it is without log-sum-exp (models.registry.resolve_backend).
 
     Raises:
         ValueError: an unknown name, or a backend whose package is not installed.
     """
-    return AUTO if requested == "auto" else TABLE[resolve_backend(requested)]
+    return TABLE[resolve_backend(requested)]
 
 
 def attention_kernel(requested: str) -> AttentionKernel:
-    """The kernel of a backend name, `auto` included.
+    """The kernel of a backend name.
 
     Raises:
         ValueError: an unknown name, or a backend whose package is not installed.
@@ -85,6 +66,7 @@ def resolved_name(requested: str, device_type: str, with_lse: bool = False) -> s
         ValueError: an unknown name, a backend whose package is not installed, or one without log-sum-exp.
         NotImplementedError: it does not run on this machine, with what to use or to install, in one line.
     """
+    name = resolve_backend(requested, device_type, with_lse)
     if with_lse:
-        lse_kernel(requested)
-    return backend(requested).runs_as(device_type, with_lse)
+        lse_kernel(name)
+    return TABLE[name].runs_as(device_type, with_lse)

@@ -1,14 +1,23 @@
 """The same seeds give the same pictures, bit for bit, however the ranks are started and however many there are."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from harness.media import pixel_hash
-from harness.records import load
+from harness.parallel.formula import sent_bytes, trace_network
+from harness.parallel.formula_vae import decode_bytes, trace_decode
+from harness.records import Record, load
+from models.components import Conditioning
+from models.decoders import KLDecoder
+from models.pixart import PLAN, PixArt, read_config
+from models.registry import REFERENCE
 from tests.end_to_end.conftest import command, hashes, record_of, run, status_of, torchrun
 
 ASKED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5"]
@@ -29,7 +38,7 @@ def test_a_run_leaves_everything_it_promises(single: Path) -> None:
     assert (single / "grid.png").exists()
     assert (single / "logs" / "rank0.log").read_text()
     assert record.attention.requested == "auto"
-    assert record.attention.resolved == "sdpa"
+    assert record.attention.resolved == "torch sdpa"
     assert record.summary.nfe == 2
     assert [stage.name for stage in record.repeats[0].steps] == [
         "input_validation",
@@ -61,6 +70,33 @@ def difference(one: Path, other: Path) -> int:
     )
 
 
+def sent(record: Record, stage: str) -> dict[str, int]:
+    """Bytes by kind of collective that the record has of one stage."""
+    return {kind: traffic.bytes for kind, traffic in record.summary.comm[stage].items()}
+
+
+def denoising_bytes(layout: str, evaluations: int) -> dict[str, int]:
+    """What the formula says of so many evaluations of the reference model's guided pair."""
+    degrees = {"cfg2": (1, 2, 1, 1, 1), "tp2": (1, 1, 2, 1, 1), "ring2": (1, 1, 1, 2, 1), "ulysses2": (1, 1, 1, 1, 2)}
+    config = replace(read_config(REFERENCE / "emoji" / "transformer"), stride=4)
+    rows = 1 if layout == "cfg2" else 2
+    condition = Conditioning(torch.empty(rows, 24, config.text_channels))
+    inputs = (torch.empty(rows, config.in_channels, 16, 16), torch.empty(rows), condition)
+    said = sent_bytes(trace_network(lambda: PixArt(config), PLAN, inputs), degrees[layout], item=4)
+    return {kind: count * evaluations for kind, count in said.items()}
+
+
+def decoding_bytes(pictures: int) -> dict[str, int]:
+    """What the formula says of decoding so many pictures of the reference model on two ranks."""
+    config = AutoencoderKL.load_config(REFERENCE / "emoji" / "vae")
+
+    def make() -> KLDecoder:
+        return KLDecoder(AutoencoderKL.from_config(config))
+
+    said = decode_bytes(trace_decode(make, torch.empty(1, make().latent_channels, 16, 16)), ranks=2, index=0, item=4)
+    return {kind: count * pictures for kind, count in said.items()}
+
+
 @pytest.mark.parametrize(
     "layout", ["ring2", "cfg2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2", "ulysses2"))]
 )
@@ -70,8 +106,9 @@ def test_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp
     assert difference(single, tmp_path / "run") <= 1  # rounding to 8 bits; float32 differs in the last digits
     record = record_of(tmp_path / "run")
     assert record.summary.nfe == record_of(single).summary.nfe
-    assert sum(kind.bytes for kind in record.summary.comm.values()) > 0
-    assert record.attention.resolved == ("flash" if layout == "ring2" else "sdpa")
+    assert sent(record, "denoising") == denoising_bytes(layout, record.summary.nfe * len(record.samples))
+    assert sent(record, "decoding") == decoding_bytes(len(record.samples))
+    assert record.attention.resolved == ("torch cpu flash" if layout == "ring2" else "torch sdpa")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from models.attention.lse import WITH_LSE, lse_kernel, merge
+from models.registry import resolve_backend
 from tests.models.attention_cases import assert_within, exact, mask_of, tensors
 
 FUSED = ("flash",)  # keep their scores in float32; flex runs unfused where log-sum-exp is asked of a CPU
@@ -107,7 +108,7 @@ def test_the_order_of_parts_does_not_matter() -> None:
 
 def test_a_backend_without_log_sum_exp_is_refused() -> None:
     q, k, v = tensors(5, 8, 10, torch.float32)
-    automatic, flash = lse_kernel("auto")(q, k, v), WITH_LSE["flash"](q, k, v)
+    automatic, flash = lse_kernel(resolve_backend("auto", with_lse=True))(q, k, v), WITH_LSE["flash"](q, k, v)
     assert torch.equal(automatic[0], flash[0])
     assert torch.equal(automatic[1], flash[1])
     with pytest.raises(ValueError, match=r"attention\.backend=sdpa returns no log-sum-exp.*math, flash, flex"):
