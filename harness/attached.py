@@ -90,8 +90,9 @@ def _compose(arguments: Sequence[str], ranks: int) -> Composed:
     if flags:
         raise ConfigError(f"{flags[0]} does not go with torchrun; sweep outside: python -m harness -m ...")
     composed = compose_run(arguments)
-    if composed.config.task.name is Task.train:
-        raise ConfigError("task=train runs in one process; start it with python -m harness task=train")
+    task = composed.config.task.name
+    if task in (Task.train, Task.compare):
+        raise ConfigError(f"task={task.name} starts its own processes; start it with python -m harness, not torchrun")
     check_ranks(world_size(degrees(composed.config.parallel)), ranks)
     return composed
 

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from harness.client import DiffusionGenerator
+from harness.compare import compare_in, sides
 from harness.compose import (
     Composed,
     ConfigError,
@@ -34,6 +35,7 @@ from harness.compose import (
     run_folder,
 )
 from harness.config.schema import LoggerConfig, Task
+from harness.config.sides import quoted
 from harness.generate import mirror, refuse, run_in, run_training
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
@@ -57,6 +59,7 @@ def main() -> None:
 
 def dispatch(arguments: Sequence[str]) -> int:
     """Runs one command line in this process; the exit status."""
+    arguments = [quoted(argument) for argument in arguments]
     try:
         if any(argument.startswith("-") for argument in arguments):
             flags = get_args_parser().parse_args(list(arguments))
@@ -84,10 +87,16 @@ def run_one(composed: Composed) -> Job:
 
     Raises:
         RunFolderError: another run is in it.
+        ConfigError: a side of a comparison that cannot run.
     """
     if composed.config.task.name is Task.train:
         return Job(Path(composed.config.train.folder), run_training(composed.config, Console()))
+    compares = composed.config.task.name is Task.compare
+    if compares:
+        sides(composed)  # either can run
     folder = RunFolder.claim(composed.folder)
+    if compares:
+        return Job(folder.path, compare_in(composed, folder, Console()))
     make = partial(DiffusionGenerator.from_composed, composed, folder.path)
     return Job(folder.path, run_in(composed, folder, Console(), make))
 

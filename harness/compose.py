@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.config.limits import check_frames, check_request, check_size
 from harness.config.request import to_message
 from harness.config.schema import LaunchMode, ModelConfig, RunConfig, Task, TrainedConfig
+from harness.config.sides import check_sides, quoted
 from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from harness.media import ffmpeg
 from harness.metrics import pretrained
@@ -72,6 +73,7 @@ def compose_run(overrides: Sequence[str]) -> Composed:
     Raises:
         ConfigError: an unknown group, option or key, a wrong type, or a combination that cannot run.
     """
+    overrides = [quoted(override) for override in overrides]
     check_names(overrides)
     register_schema()
     try:
@@ -244,6 +246,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
 
 def _resolve(config: RunConfig) -> None:
     """Fills what is null from the model, and refuses what cannot run."""
+    check_sides(config)
     _resolve_request(config)
     _check_layout(config, _check_model(config))
     if config.scheduler.family != PUBLISHED_FAMILY:

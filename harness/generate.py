@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-import msgspec
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from harness.client import DiffusionGenerator, Generation
+from harness.client import DiffusionGenerator
 from harness.compose import Composed, to_dict, to_yaml
 from harness.config.schema import RunConfig
 from harness.engine import RequestFailed
 from harness.loggers.table import print_record
 from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
 from harness.loggers.wandb import log_failure, log_run
-from harness.messages import EngineInfo, GenerationResult
-from harness.messages import Progress as StepProgress
 from harness.pipeline.settings import noise_scheduler_settings
-from harness.records import STATES, Record, Repeat, RunFolder, RunFolderError, Status
-from harness.results import measured
+from harness.records import STATES, Record, RunFolder, RunFolderError, Status
+from harness.series import Series, progress_bars
 from harness.serving.faults import failure_kind, failure_line
 from harness.serving.transport import EngineGone
 from harness.terminal import complain
+
+T = TypeVar("T")
 
 
 def run_in(composed: Composed, folder: RunFolder, console: Console, make: Callable[[], DiffusionGenerator]) -> Status:
@@ -39,8 +38,22 @@ def run_in(composed: Composed, folder: RunFolder, console: Console, make: Callab
         make: makes the generator.
     """
     config = composed.config
+    status, record = ended(composed, folder, lambda: run_generate(composed, folder, make(), console))
+    if record is not None:
+        mirror(lambda: log_run(config.logger.wandb, record, folder.path, config.task.name.name))
+        if config.logger.table:
+            print_record(record, folder.path, console)
+    return status
+
+
+def ended(composed: Composed, folder: RunFolder, work: Callable[[], T]) -> tuple[Status, T | None]:
+    """Does the work of a claimed folder, whatever happens; the status, which is on disk, and what came of it.
+
+    What goes wrong is said in one line and mirrored; what goes well is the caller's to mirror.
+    """
+    config = composed.config
     try:
-        record = run_generate(composed, folder, make(), console)
+        done = work()
     except (Exception, KeyboardInterrupt) as error:
         status = status_of(error)
         folder.finish(status)
@@ -49,12 +62,9 @@ def run_in(composed: Composed, folder: RunFolder, console: Console, make: Callab
             mirror(
                 lambda: log_failure(config.logger.wandb, to_dict(config), folder.path, config.task.name.name, status)
             )
-        return status
+        return status, None
     folder.finish(Status("ok"))
-    mirror(lambda: log_run(config.logger.wandb, record, folder.path, config.task.name.name))
-    if config.logger.table:
-        print_record(record, folder.path, console)
-    return Status("ok")
+    return Status("ok"), done
 
 
 def refuse(folder: Path, error: Exception) -> Status:
@@ -73,23 +83,17 @@ def run_generate(composed: Composed, folder: RunFolder, generator: DiffusionGene
         RequestFailed: the engine's typed answer.
         EngineGone: a rank died, or was not ready in time.
     """
-    config = composed.config
-    repeats: list[Repeat] = []
-    results: list[GenerationResult] = []
-    with _bars(console) as bars:
+    with progress_bars(console) as bars:
+        series = Series(generator, bars)
         try:
-            _start(generator, bars)
-            warmup_ms = [_draw(generator, bars, "warming up").client_ms for _ in range(config.task.warmup)]
-            for number in range(config.task.repeats):
-                last = _draw(generator, bars, f"drawing {number + 1} of {config.task.repeats}")
-                repeats.append(measured(last.result, last.client_ms))
-                results.append(last.result)
-            record = generator.record(config.request, repeats, results, warmup_ms, last.pixels)
+            series.start()
+            series.warm_up()
+            for _ in range(composed.config.task.repeats):
+                series.repeat()
+            record = series.record()
         finally:
             generator.stop()
-    record = msgspec.structs.replace(record, samples=last.save(folder.path, record.fingerprint))
-    folder.write_record(record)
-    return record
+    return series.save(record, folder)
 
 
 def run_training(config: RunConfig, console: Console) -> Status:
@@ -147,32 +151,3 @@ def mirror(log: Callable[[], None]) -> bool:
         complain(f"the run is on disk, but wandb did not take it: {status_of(error).error}")
         return False
     return True
-
-
-@contextmanager
-def _bars(console: Console) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield bars
-
-
-def _start(generator: DiffusionGenerator, bars: Progress) -> None:
-    task = bars.add_task("starting ranks", total=None)
-
-    def on_wait(info: EngineInfo | None) -> None:
-        bars.update(task, description="starting ranks" if info is None else f"{info.state} on {info.world_size} ranks")
-
-    generator.start(on_wait)
-    bars.remove_task(task)
-
-
-def _draw(generator: DiffusionGenerator, bars: Progress, label: str) -> Generation:
-    task = bars.add_task(label, total=None)
-
-    def on_progress(progress: StepProgress) -> None:
-        stage = progress.stage.replace("_", " ")
-        bars.update(task, description=f"{label}: {stage}", completed=progress.done, total=progress.total or None)
-
-    generation = generator.generate(on_progress=on_progress)
-    bars.remove_task(task)
-    return generation

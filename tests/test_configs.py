@@ -32,6 +32,7 @@ NEEDS = {
     ("scheduler/solver", "euler_maruyama"): ["scheduler=sgm"],
     ("scheduler/solver", "pndm"): ["scheduler=ddpm"],
     ("scheduler/solver", "tcd"): ["scheduler=ddpm"],
+    ("task", "compare"): ["a=[]", "b=[]"],
 }
 
 

@@ -29,6 +29,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "harness.results",
         "harness.client",
+        "harness.series",
+        "harness.compare",
         "harness.generate",
         "harness.train",
         "harness.plots",

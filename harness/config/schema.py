@@ -16,6 +16,7 @@ class Task(Enum):
 
     generate = "generate"
     bench = "bench"
+    compare = "compare"
     train = "train"
 
 
@@ -309,7 +310,7 @@ class QualityConfig:
 
 @dataclass
 class RunConfig:
-    """The whole configuration of one run."""
+    """The whole configuration of one run; `a` and `b` are the overrides of either side of task=compare."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -321,3 +322,5 @@ class RunConfig:
     request: RequestConfig = field(default_factory=RequestConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    a: list[str] | None = None
+    b: list[str] | None = None

@@ -9,11 +9,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from harness.metrics.comparison import Comparison, read_comparison
+from harness.metrics.difference import Difference
 from harness.metrics.intervals import Estimate, Share
+from harness.metrics.paired import Ratio
 from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.records import Record, read_record, read_status
+
+SHOWN_SHARE = 0.005  # of a request: stages that take less are in comparison.json only
 
 
 def print_record(record: Record, folder: Path, console: Console) -> None:
@@ -88,8 +93,53 @@ def print_pretrained(scores: Pretrained, console: Console) -> None:
         )
 
 
+def print_comparison(comparison: Comparison, folder: Path, console: Console) -> None:
+    """Prints what B is against A."""
+    table = Table(title=escape(str(folder)), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    level = f"{100 * next(iter(comparison.ratios.values())).level:.0f} % interval"
+    table.add_column("timed")
+    for heading in ("a, median ms", "b, median ms", "a / b", level, "found from", "efficiency"):
+        table.add_column(heading, justify="right")
+    for name, row in comparison.ratios.items():
+        if row.a_ms < SHOWN_SHARE * comparison.ratios["request"].a_ms:
+            continue
+        efficiency = "" if comparison.efficiency is None else f"{100 * comparison.efficiency[name]:.0f} %"
+        times = (f"{row.a_ms:.2f}", f"{row.b_ms:.2f}", f"{row.ratio:.3f}")
+        spread = (f"{row.interval[0]:.3f} .. {row.interval[1]:.3f}", f"{100 * row.detectable:.1f} %")
+        table.add_row(name.replace("_", " "), *times, *spread, efficiency)
+    console.print(table)
+    console.print(f"a is {escape(' '.join(comparison.a) or 'as composed')}", soft_wrap=True)
+    console.print(f"b is {escape(' '.join(comparison.b) or 'as composed')}", soft_wrap=True)
+    console.print(verdict(comparison.ratios["request"]))
+    if comparison.output is not None:
+        console.print(said(comparison.output))
+    for note in comparison.notes:
+        console.print(f"[yellow]note:[/yellow] {escape(note)}")
+
+
+def verdict(row: Ratio) -> str:
+    """What the whole request's ratio says, in words."""
+    if not row.differs:
+        return f"no difference found; {100 * row.detectable:.1f} % would be, four times of five"
+    faster, by = ("b", row.ratio) if row.ratio > 1 else ("a", 1 / row.ratio)
+    other = "a" if faster == "b" else "b"
+    return f"{faster} is {by:.3f} times as fast as {other}, of {row.n} rounds"
+
+
+def said(output: Difference) -> str:
+    """How far pictures are apart, in words."""
+    if output.identical:
+        return "the pictures are equal, bit for bit"
+    ssim = "" if output.ssim is None else f", SSIM {output.ssim:.5f}"
+    psnr = "" if output.psnr_db is None else f", PSNR {output.psnr_db:.1f} dB"
+    return f"pictures differ by {output.rel_l2:.2g} (relative L2), at most {output.max_abs:.2g}{psnr}{ssim}"
+
+
 def print_sweep(folders: Sequence[Path], console: Console) -> None:
     """Prints the jobs of a sweep, one row each; below them each error once, by the number that its rows have."""
+    if any(read_comparison(folder) is not None for folder in folders):
+        _print_comparisons(folders, console)
+        return
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("job", "state"):
         table.add_column(heading, overflow="fold")
@@ -113,6 +163,30 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
     console.print(table)
     for error, place in errors.items():
         console.print(f"{place}: {escape(error)}", soft_wrap=True)
+    console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
+
+
+def _print_comparisons(folders: Sequence[Path], console: Console) -> None:
+    """A sweep of comparisons, one row each, by the solver step and the whole request."""
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("job", overflow="fold")
+    for heading in ("state", "step, a / b", "interval", "efficiency", "request, a / b", "interval", "difference"):
+        table.add_column(heading, justify="right")
+    for folder in folders:
+        status, found = read_status(folder), read_comparison(folder)
+        label = escape(folder.name)
+        if found is None:
+            table.add_row(label, f"[red]{status.state}[/red]", escape(status.error or ""))
+            continue
+        cells = []
+        for name in ("step", "request"):
+            row = found.ratios[name]
+            cells += [f"{row.ratio:.2f}", f"{row.interval[0]:.2f} .. {row.interval[1]:.2f}"]
+            if name == "step":
+                cells.append("" if found.efficiency is None else f"{100 * found.efficiency[name]:.0f} %")
+        apart = "" if found.output is None else f"{found.output.rel_l2:.1g}"
+        table.add_row(label, status.state, *cells, apart)
+    console.print(table)
     console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
 
 

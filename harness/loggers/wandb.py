@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from harness.config.schema import WandbConfig, WandbMode
+from harness.metrics.comparison import Comparison
 from harness.metrics.intervals import Estimate, Share
 from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
@@ -93,6 +94,25 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
             | quality_scalars(record.quality)
             | pretrained_scalars(record.pretrained)
         )
+
+
+def log_comparison(config: WandbConfig, comparison: Comparison, folder: Path) -> None:
+    """Writes one finished comparison, after all timed work."""
+    mode = resolve_mode(config.mode)
+    if mode == "disabled":
+        return
+    import wandb
+
+    declared = {"a": comparison.a, "b": comparison.b, "ranks": list(comparison.ranks)}
+    with open_run(config, mode, folder, "compare", declared) as run:
+        table = wandb.Table(columns=["timed", "a_ms", "b_ms", "ratio", "low", "high", "detectable"])
+        for name, row in comparison.ratios.items():
+            table.add_data(name, row.a_ms, row.b_ms, row.ratio, *row.interval, row.detectable)
+            run.summary.update({f"ratio_{name}": row.ratio, f"differs_{name}": row.differs})
+        run.log({"ratios": table})
+        run.summary.update({"state": "ok"})
+        if comparison.output is not None:
+            run.summary.update({"rel_l2": comparison.output.rel_l2, "identical": comparison.output.identical})
 
 
 def quality_scalars(quality: Quality | None) -> dict[str, float]:

@@ -1,0 +1,116 @@
+"""task=compare: two configurations drawn in alternation on engines that stay warm, and what differs between them.
+
+A B, B A, A B ...: both see the same drift of the machine, and neither always goes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from rich.console import Console
+
+from harness.client import DiffusionGenerator
+from harness.compose import Composed, ConfigError, compose_run, to_yaml
+from harness.config.schema import LaunchMode
+from harness.config.sides import SIDES, side_overrides
+from harness.generate import ended, mirror
+from harness.loggers.table import print_comparison
+from harness.loggers.wandb import log_comparison
+from harness.metrics.comparison import FILE, SCHEMA, Comparison, ratios_of
+from harness.metrics.difference import difference
+from harness.metrics.paired import fewest_rounds
+from harness.parallel.mesh import degrees, world_size
+from harness.records import RunFolder, Status, write_atomically
+from harness.series import Series, progress_bars
+
+
+def sides(composed: Composed) -> tuple[Composed, Composed]:
+    """The two runs that are compared, each checked as a run of its own.
+
+    Raises:
+        ConfigError: too few rounds, or a side that cannot run, by its name.
+    """
+    config = composed.config
+    if config.launch.mode is LaunchMode.inprocess:
+        raise ConfigError("task=compare keeps two engines warm, each in processes of its own; use launch.mode=torchrun")
+    if config.task.repeats < fewest_rounds():
+        raise ConfigError(f"task.repeats={config.task.repeats}: task=compare needs {fewest_rounds()} rounds or more")
+    return _side(composed, "a"), _side(composed, "b")
+
+
+def _side(composed: Composed, name: str) -> Composed:
+    own: list[str] = getattr(composed.config, name)
+    try:
+        side = compose_run(side_overrides(composed.overrides, own, composed.config))
+    except ConfigError as error:
+        raise ConfigError(f"{name}={own}: {error}") from error
+    return Composed(side.config, side.overrides, composed.folder / name, side.notes)
+
+
+def compare_in(composed: Composed, folder: RunFolder, console: Console) -> Status:
+    """Compares in a claimed folder, whatever happens: the status, which is on disk before anything is mirrored."""
+    config = composed.config
+    status, comparison = ended(composed, folder, lambda: run_compare(composed, folder, console))
+    if comparison is not None:
+        mirror(lambda: log_comparison(config.logger.wandb, comparison, folder.path))
+        if config.logger.table:
+            print_comparison(comparison, folder.path, console)
+    return status
+
+
+def run_compare(composed: Composed, folder: RunFolder, console: Console) -> Comparison:
+    """Draws both sides in alternation; either's row is a run's folder of its own, `a` and `b`, in this one.
+
+    Raises:
+        ConfigError: a side that cannot run.
+        RequestFailed: an engine's typed answer.
+        EngineGone: a rank died, or was not ready in time.
+    """
+    pair = sides(composed)
+    folder.write_config(to_yaml(composed.config))
+    folders = [RunFolder.claim(side.folder) for side in pair]
+    generators = [DiffusionGenerator.from_composed(side, own.path) for side, own in zip(pair, folders, strict=True)]
+    with progress_bars(console) as bars:
+        both = [Series(generator, bars, name) for generator, name in zip(generators, SIDES, strict=True)]
+        try:
+            for series in both:
+                series.start()
+            for series in both:
+                series.warm_up()
+            for number in range(composed.config.task.repeats):
+                for series in both if number % 2 == 0 else both[::-1]:
+                    series.repeat()
+            records = [series.record() for series in both]
+        finally:
+            for generator in generators:
+                generator.stop()
+    for series, record, own in zip(both, records, folders, strict=True):
+        series.save(record, own)
+        own.finish(Status("ok"))
+    comparison = compared(composed, pair, both)
+    write_atomically(folder.path / FILE, msgspec.json.format(msgspec.json.encode(comparison), indent=1))
+    return comparison
+
+
+def compared(composed: Composed, pair: tuple[Composed, Composed], both: Sequence[Series]) -> Comparison:
+    """What two finished series say of one another."""
+    a, b = both
+    ratios = ratios_of(a.repeats, b.repeats)
+    ranks_a, ranks_b = (world_size(degrees(side.config.parallel)) for side in pair)
+    output, notes = None, []
+    try:
+        output = difference(a.pixels, b.pixels, pixels=True)
+    except ValueError as error:
+        notes.append(f"the output difference is not measured: {error}")
+    return Comparison(
+        schema=SCHEMA,
+        common=[override for override in composed.overrides if override.partition("=")[0] not in SIDES],
+        a=list(composed.config.a or ()),
+        b=list(composed.config.b or ()),
+        ranks=(ranks_a, ranks_b),
+        ratios=ratios,
+        efficiency={n: row.ratio * ranks_a / ranks_b for n, row in ratios.items()} if ranks_b > ranks_a else None,
+        output=output,
+        notes=notes,
+    )

@@ -1,0 +1,115 @@
+"""The requests of one configuration, in the order they were made, and the row that they become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from harness.client import DiffusionGenerator, Generation
+from harness.messages import Array, EngineInfo, GenerationResult
+from harness.messages import Progress as StepProgress
+from harness.records import Record, Repeat, RunFolder
+from harness.results import measured
+
+
+class Series:
+    """Warm-up and repeats on one generator, which stays warm between them.
+
+    Args:
+        generator: of the configuration.
+        bars: where the progress goes.
+        name: of the series, before what its bars say.
+    """
+
+    def __init__(self, generator: DiffusionGenerator, bars: Progress, name: str = "") -> None:
+        self.generator = generator
+        self.repeats: list[Repeat] = []
+        self._last: Generation | None = None
+        self._bars = bars
+        self._name = f"{name}: " if name else ""
+        self._results: list[GenerationResult] = []
+        self._warmup_ms: list[float] = []
+
+    def start(self) -> None:
+        """Starts the ranks.
+
+        Raises:
+            EngineGone: a rank died, or was not ready in time.
+        """
+        task = self._bars.add_task(f"{self._name}starting ranks", total=None)
+
+        def on_wait(info: EngineInfo | None) -> None:
+            state = "starting ranks" if info is None else f"{info.state} on {info.world_size} ranks"
+            self._bars.update(task, description=f"{self._name}{state}")
+
+        self.generator.start(on_wait)
+        self._bars.remove_task(task)
+
+    def warm_up(self) -> None:
+        """Draws as often as the configuration warms up; the times are kept apart.
+
+        Raises:
+            RequestFailed: the engine's typed answer.
+            EngineGone: a rank died.
+        """
+        self._warmup_ms += [
+            self._draw("warming up").client_ms for _ in range(self.generator.config.task.warmup - len(self._warmup_ms))
+        ]
+
+    def repeat(self) -> None:
+        """Draws once, measured.
+
+        Raises:
+            RequestFailed: the engine's typed answer.
+            EngineGone: a rank died.
+        """
+        drawn = self._last = self._draw(f"drawing {len(self.repeats) + 1} of {self.generator.config.task.repeats}")
+        self.repeats.append(measured(drawn.result, drawn.client_ms))
+        self._results.append(drawn.result)
+
+    @property
+    def last(self) -> Generation:
+        """The answer to the last repeat."""
+        if self._last is None:
+            raise RuntimeError("nothing was measured; call repeat() first")
+        return self._last
+
+    @property
+    def pixels(self) -> list[Array]:
+        """Its pictures."""
+        return self.last.pixels
+
+    def record(self) -> Record:
+        """The row of all repeats so far, without the pictures' files."""
+        return self.generator.record(
+            self.generator.config.request, self.repeats, self._results, self._warmup_ms, self.pixels
+        )
+
+    def save(self, record: Record, folder: RunFolder) -> Record:
+        """Writes the last repeat's pictures, and the record with their names."""
+        record = msgspec.structs.replace(record, samples=self.last.save(folder.path, record.fingerprint))
+        folder.write_record(record)
+        return record
+
+    def _draw(self, label: str) -> Generation:
+        task = self._bars.add_task(self._name + label, total=None)
+
+        def on_progress(progress: StepProgress) -> None:
+            said = f"{self._name}{label}: {progress.stage.replace('_', ' ')}"
+            self._bars.update(task, description=said, completed=progress.done, total=progress.total or None)
+
+        generation = self.generator.generate(on_progress=on_progress)
+        self._bars.remove_task(task)
+        return generation
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Progress]:
+    """Bars while it lasts; none where nobody is at the terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield bars

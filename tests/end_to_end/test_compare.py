@@ -1,0 +1,58 @@
+"""Two configurations in alternation through the command line: what is the same is called so, what is not is found."""
+
+from pathlib import Path
+
+import pytest
+
+from harness.metrics.comparison import read_comparison
+from harness.records import load
+from tests.end_to_end.conftest import command, record_of, run, status_of
+
+pytestmark = pytest.mark.slow
+COMMON = ["task=compare", "task.repeats=10", "launch.threads_per_rank=1", "request.prompts=[rocket,pizza]"]
+
+
+def test_a_comparison_leaves_both_rows_and_what_they_say(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    sides = ["a=[request.steps=3]", "b=[request.steps=3,parallel=dp2]"]
+    done = run(command(*COMMON, *sides, f"hydra.run.dir={folder}"))
+    assert done.returncode == 0, done.stderr
+    found = read_comparison(folder)
+    assert found is not None
+    assert (found.a, found.b) == (["request.steps=3"], ["request.steps=3", "parallel=dp2"])
+    assert found.output is not None
+    assert found.output.identical
+    assert found.ranks == (1, 2)
+    assert found.efficiency is not None
+    request = found.ratios["request"]
+    assert found.efficiency["request"] == pytest.approx(request.ratio / 2)
+    assert request.interval[0] <= request.ratio <= request.interval[1]
+    for side, ranks in (("a", 1), ("b", 2)):
+        record = record_of(folder / side)
+        assert status_of(folder / side).state == "ok"
+        assert len(record.repeats) == 10
+        assert len(record.summary.peak_memory_mib) == ranks
+    assert sorted(load(folder)["state"]) == ["ok", "ok", "ok"]
+
+
+def test_four_times_the_steps_are_found_and_change_the_picture(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run(command(*COMMON, "a=[request.steps=4]", "b=[request.steps=16]", f"hydra.run.dir={folder}"))
+    assert done.returncode == 0, done.stderr
+    found = read_comparison(folder)
+    assert found is not None
+    assert found.ratios["denoising"].differs
+    assert found.ratios["denoising"].ratio < 0.5
+    assert found.output is not None
+    assert not found.output.identical
+    assert found.output.rel_l2 > 0.001
+    assert found.efficiency is None
+
+
+def test_a_side_that_dies_fails_the_comparison_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = ["a=[request.steps=2]", "b=[request.steps=2,launch.start_timeout_s=0.01]"]
+    done = run(command(*COMMON, *overrides, f"hydra.run.dir={folder}"))
+    assert done.returncode == 1
+    assert status_of(folder).state == "failed"
+    assert read_comparison(folder) is None

@@ -1,0 +1,71 @@
+"""The two sides of a comparison: how they are written, and which runs they are."""
+
+import pytest
+
+from harness.compare import sides
+from harness.compose import ConfigError, compose_run
+from harness.config.sides import quoted, split
+
+PAIR = ["a=[]", "b=[parallel=dp2]"]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("b=[parallel=dp2]", ["parallel=dp2"]),
+        ("b=[parallel=dp2, attention=flash]", ["parallel=dp2", "attention=flash"]),
+        ("b=['model.lora=[{path: x, weight: 1}]']", ["model.lora=[{path: x, weight: 1}]"]),
+        ("b=[request.prompts=[rocket,pizza]]", ["request.prompts=[rocket,pizza]"]),
+        ("b=[request.prompt='a \"b\", c']", ["request.prompt='a \"b\", c'"]),
+        ("b=[]", []),
+    ],
+)
+def test_sides_are_written_without_quotes(written: str, meant: list[str]) -> None:
+    overrides = ["task=compare", "a=[]", written]
+    assert compose_run(overrides).config.b == meant
+
+
+def test_other_arguments_and_choices_of_sides_are_left_alone() -> None:
+    assert quoted("request.prompt=[x=1]") == "request.prompt=[x=1]"
+    assert quoted("b=null") == "b=null"
+    assert quoted("b=[x=1],[y=2,z=3]") == 'b=["x=1"],["y=2","z=3"]'
+    assert split("a,'b,c',[d,{e: f,g}]") == ["a", "'b,c'", "[d,{e: f,g}]"]
+
+
+def test_each_side_is_a_bench_of_its_own() -> None:
+    composed = compose_run(["task=compare", "request.steps=4", "task.repeats=9", *PAIR, "hydra.run.dir=somewhere"])
+    a, b = sides(composed)
+    for side in (a, b):
+        assert (side.config.task.name.name, side.config.task.repeats, side.config.task.warmup) == ("bench", 9, 1)
+        assert side.config.request.steps == 4
+        assert (side.config.a, side.config.b) == (None, None)
+    assert (a.config.parallel.dp, b.config.parallel.dp) == (1, 2)
+    assert (a.folder.as_posix(), b.folder.as_posix()) == ("somewhere/a", "somewhere/b")
+
+
+def test_a_side_has_the_last_word() -> None:
+    composed = compose_run(
+        ["task=compare", "parallel=dp4", "request.steps=4", "a=[request.steps=5]", "b=[parallel=dp2]"]
+    )
+    a, b = sides(composed)
+    assert (a.config.parallel.dp, a.config.request.steps) == (4, 5)
+    assert (b.config.parallel.dp, b.config.request.steps) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (["task=compare"], "add a=[...] b=[...]"),
+        (["task=compare", "a=[]"], "add b=[...]"),
+        (["a=[]"], "with task=compare only"),
+        (["task=compare", *PAIR, "task.repeats=5"], "needs 8 rounds or more"),
+        (["task=compare", "a=[]", "b=[parallel.tp=3]"], "b=['parallel.tp=3']: parallel.tp=3 does not divide"),
+        (["task=compare", "a=[]", "b=[paralel=dp2]"], "did you mean parallel?"),
+        (["task=compare", *PAIR, "launch.mode=inprocess"], "use launch.mode=torchrun"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(overrides: list[str], hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sides(compose_run(overrides))
+    assert hint in str(caught.value)
+    assert "\n" not in str(caught.value)
