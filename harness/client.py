@@ -7,10 +7,12 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from harness.compose import Composed, compose_run, to_yaml
 from harness.config.request import to_message
@@ -19,7 +21,7 @@ from harness.engine import Engine, OnProgress
 from harness.inprocess import InprocessEngine
 from harness.launch import TorchrunEngine
 from harness.media import grid, pixel_hash, save_mp4, save_png, still, to_uint8
-from harness.messages import Array, EngineInfo, GenerationResult, array
+from harness.messages import Array, EngineInfo, GenerationResult, Latents, array
 from harness.records import FirstCall, Record, Repeat, SampleRow
 from harness.results import build_record, measured
 
@@ -40,6 +42,7 @@ class Generation:
         client_ms: what the client waited.
         fps: frames a second of a video.
         make_record: makes `record`.
+        latents: of each picture, (1 or solver steps, *latent shape), where they were asked for.
     """
 
     pixels: list[Array]
@@ -47,6 +50,7 @@ class Generation:
     client_ms: float
     fps: int
     make_record: Callable[[], Record]
+    latents: list[Array] = field(default_factory=list)
 
     @property
     def record(self) -> Record:
@@ -182,9 +186,14 @@ class DiffusionGenerator:
         frames: int | None = None,
         samples_per_prompt: int | None = None,
         batch_size: int | None = None,
+        latents: Latents = "none",
+        count_flops: bool = False,
         on_progress: OnProgress = lambda progress: None,
     ) -> Generation:
         """Draws; what is not given is the configuration's `request`.
+
+        `latents` asks for the final latent ("last") or the state after every step ("steps"); `count_flops` has the
+        networks' operations counted, which slows the request down.
 
         Raises:
             RequestFailed: the engine's typed answer, such as a size that the model cannot make.
@@ -208,12 +217,16 @@ class DiffusionGenerator:
         }
         asked = replace(self.config.request, **{key: value for key, value in given.items() if value is not None})
         began = time.perf_counter()
-        result, parts = self._engine.generate(to_message(asked), on_progress)
+        message = msgspec.structs.replace(to_message(asked), latents=latents, count_flops=count_flops)
+        result, parts = self._engine.generate(message, on_progress)
         client_ms = (time.perf_counter() - began) * 1e3
         pixels = [array(sample.pixels, parts) for sample in result.samples]
+        states = [array(sample.latents, parts) for sample in result.samples if sample.latents is not None]
         repeats = [measured(result, client_ms)]
         fps = self.config.model.fps
-        return Generation(pixels, result, client_ms, fps, lambda: self.record(asked, repeats, [result], [], pixels))
+        return Generation(
+            pixels, result, client_ms, fps, lambda: self.record(asked, repeats, [result], [], pixels), states
+        )
 
     def record(
         self,
@@ -222,12 +235,23 @@ class DiffusionGenerator:
         results: list[GenerationResult],
         warmup_ms: list[float],
         pixels: list[Array],
+        counted: GenerationResult | None = None,
     ) -> Record:
-        """The row of one or more measured requests; the last one's `pixels` are scored."""
+        """The row of one or more measured requests; the last one's `pixels` are scored, `counted` has the operations of
+        one."""
         if self.info is None:
             raise RuntimeError("the engine is not running")
         first = FirstCall(self.launch_ms, self.info.load_ms, warmup_ms)
         config = replace(self.config, request=asked)
         return build_record(
-            config, self.overrides, self.info, self._engine.environment, first, repeats, results, pixels, self.notes
+            config,
+            self.overrides,
+            self.info,
+            self._engine.environment,
+            first,
+            repeats,
+            results,
+            pixels,
+            self.notes,
+            counted,
         )

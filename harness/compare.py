@@ -51,7 +51,9 @@ def _side(composed: Composed, name: str) -> Composed:
 def compare_in(composed: Composed, folder: RunFolder, console: Console) -> Status:
     """Compares in a claimed folder, whatever happens: the status, which is on disk before anything is mirrored."""
     config = composed.config
-    status, comparison = ended(composed, folder, lambda: run_compare(composed, folder, console))
+    status, comparison = ended(
+        composed, folder, lambda: run_compare(composed, folder, console), lambda done: Status("ok")
+    )
     if comparison is not None:
         mirror(lambda: log_comparison(config.logger.wandb, comparison, folder.path))
         if config.logger.table:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -15,9 +16,11 @@ from harness.client import DiffusionGenerator
 from harness.compose import Composed, to_dict, to_yaml
 from harness.config.schema import RunConfig
 from harness.engine import RequestFailed
+from harness.fidelity import Drawn, measure
 from harness.loggers.table import print_record
 from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
 from harness.loggers.wandb import log_failure, log_run
+from harness.metrics.fidelity import BROKEN
 from harness.pipeline.settings import noise_scheduler_settings
 from harness.records import STATES, Record, RunFolder, RunFolderError, Status
 from harness.series import Series, progress_bars
@@ -38,7 +41,12 @@ def run_in(composed: Composed, folder: RunFolder, console: Console, make: Callab
         make: makes the generator.
     """
     config = composed.config
-    status, record = ended(composed, folder, lambda: run_generate(composed, folder, make(), console))
+
+    def work() -> Record:
+        return run_generate(composed, folder, make(), console)
+
+    outcome = ended(composed, folder, work, judged)
+    status, record = outcome
     if record is not None:
         mirror(lambda: log_run(config.logger.wandb, record, folder.path, config.task.name.name))
         if config.logger.table:
@@ -46,10 +54,12 @@ def run_in(composed: Composed, folder: RunFolder, console: Console, make: Callab
     return status
 
 
-def ended(composed: Composed, folder: RunFolder, work: Callable[[], T]) -> tuple[Status, T | None]:
+def ended(
+    composed: Composed, folder: RunFolder, work: Callable[[], T], judge: Callable[[T], Status]
+) -> tuple[Status, T | None]:
     """Does the work of a claimed folder, whatever happens; the status, which is on disk, and what came of it.
 
-    What goes wrong is said in one line and mirrored; what goes well is the caller's to mirror.
+    What goes wrong is said in one line and mirrored; what comes of it is the caller's to mirror.
     """
     config = composed.config
     try:
@@ -63,8 +73,25 @@ def ended(composed: Composed, folder: RunFolder, work: Callable[[], T]) -> tuple
                 lambda: log_failure(config.logger.wandb, to_dict(config), folder.path, config.task.name.name, status)
             )
         return status, None
-    folder.finish(Status("ok"))
-    return Status("ok"), done
+    status = judge(done)
+    folder.finish(status)
+    if status.error is not None:
+        complain(f"{status.error} (see {folder.path})")
+    return status, done
+
+
+def judged(record: Record) -> Status:
+    """A run whose method keeps less than it claims has failed, with its record on disk."""
+    row = record.fidelity
+    if row is None or row.verdict != BROKEN:
+        return Status("ok")
+    used = f" ({', '.join(row.methods)})" if row.methods else ""
+    return Status(
+        "failed",
+        f"broken: declared {row.method_class}{used}, but the error is {row.latent.rel_l2:.2g} at the latent and "
+        f"{row.pixel.rel_l2:.2g} at the pixel, where rounding alone makes {row.floor_latent:.2g} and "
+        f"{row.floor_pixel:.2g}",
+    )
 
 
 def refuse(folder: Path, error: Exception) -> Status:
@@ -93,6 +120,10 @@ def run_generate(composed: Composed, folder: RunFolder, generator: DiffusionGene
             record = series.record()
         finally:
             generator.stop()
+        if composed.config.task.fidelity:
+            row = Drawn(series.last.latents, series.pixels)
+            found, notes = measure(composed.config, row, bars)
+            record = msgspec.structs.replace(record, fidelity=found, notes=[*record.notes, *notes])
     return series.save(record, folder)
 
 

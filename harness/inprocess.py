@@ -55,7 +55,7 @@ class InprocessEngine:
         import torch
 
         from harness.parallel.collectives import Alone
-        from harness.serving.build import attention_name, build_worker, pick_device, prepare_cpu
+        from harness.serving.build import attention_name, build_worker, ceiling, pick_device, prepare_cpu
         from harness.serving.scheduler import RequestScheduler
 
         threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
@@ -71,15 +71,17 @@ class InprocessEngine:
         prepare_cpu(self._config, wanted)
         worker = build_worker(self._config, Place(0, degrees(self._config.parallel)), device)
         self._scheduler = RequestScheduler(worker, Alone(), NoBoard())
+        load_ms = (time.perf_counter() - start) * 1e3
         return EngineInfo(
             "ready",
             1,
             [os.getpid()],
-            load_ms=(time.perf_counter() - start) * 1e3,
+            load_ms=load_ms,
             device=str(device),
             attention=attention_name(self._config, device),
             threads=wanted,
             loaded=worker.loaded,
+            ceiling_tflops=[ceiling(self._config, device)],
         )
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float32]
 AnyArray: TypeAlias = NDArray[Any]
+Latents: TypeAlias = Literal["none", "last", "steps"]
 DTYPES = ("float32",)
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what foreign bytes make of the decoder
 
@@ -32,7 +33,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     """Pictures to draw: samples_per_prompt of each prompt; picture k (over prompts, then samples) has seed + k.
 
     Sizes in pixels; guidance 1 is none; batch_size is the number of pictures a network forward carries; more than one
-    of frames makes each picture a video.
+    of frames makes each picture a video. `latents` asks for latents beside the pixels: the final one, or the state
+    after every solver step. `count_flops` counts operations, which slows the request down.
     """
 
     request_id: str
@@ -46,6 +48,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     samples_per_prompt: int = 1
     batch_size: int = 1
     frames: int = 1
+    latents: Latents = "none"
+    count_flops: bool = False
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -88,7 +92,7 @@ class Traffic(msgspec.Struct, frozen=True):
 
 class RankReport(msgspec.Struct, frozen=True):
     """What one rank did for one request; the networks are text_encoder, denoiser and decoder, `comm` is what it sent by
-    stage and kind of collective.
+    stage and kind of collective, `flops` the operations of each network where they were counted.
     """
 
     rank: int
@@ -100,15 +104,19 @@ class RankReport(msgspec.Struct, frozen=True):
     memory_checkpoints: list[MemoryPoint]
     notes: list[str]
     comm: dict[str, dict[str, Traffic]] = {}
+    flops: dict[str, int] = {}
 
 
 class SampleResult(msgspec.Struct, frozen=True):
-    """One picture or video: pixels (3, height, width) or (frames, 3, height, width), float32 in [0, 1]."""
+    """One picture or video: pixels (3, height, width) or (frames, 3, height, width), float32 in [0, 1]; and where they
+    were asked for latents, (1 or solver steps, *latent shape), float32.
+    """
 
     index: int
     prompt: str
     seed: int
     pixels: ArrayRef
+    latents: ArrayRef | None = None
 
 
 class GenerationResult(msgspec.Struct, frozen=True, tag=True):
@@ -168,7 +176,8 @@ class LoadedComponent(msgspec.Struct, frozen=True):
 
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """How the engine is. `state`: loading, ready, busy or stopping; `load_ms`: the slowest rank's loading time;
-    `loaded`: rank 0's components, each with the slowest rank's time.
+    `loaded`: rank 0's components, each with the slowest rank's time; `ceiling_tflops`: by rank, the rate of a matrix
+    product in the denoiser's dtype, where it was measured.
     """
 
     state: str
@@ -181,6 +190,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     attention: str = ""
     threads: int = 0
     loaded: list[LoadedComponent] = []
+    ceiling_tflops: list[float] = []
 
 
 Message: TypeAlias = (

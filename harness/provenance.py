@@ -74,7 +74,7 @@ def provenance(engine: EngineInfo, environment: dict[str, str]) -> Provenance:
     return Provenance(
         git=git_state(Path(__file__).parent),
         python=platform.python_version(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: version(name) for name in PACKAGES},
         hardware=Hardware(
             platform=platform.platform(),
             cpu=cpu_name(),
@@ -114,7 +114,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """The installed version of a package, None where it is not there."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -41,6 +41,7 @@ class RankFacts(msgspec.Struct, frozen=True):
     pid: int
     load_ms: float
     loaded: list[LoadedComponent] = []
+    ceiling_tflops: float = 0.0
 
 
 class StoreBoard:
@@ -109,7 +110,7 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
     import zmq
 
     from harness.parallel.collectives import Alone, Collectives, Gloo
-    from harness.serving.build import attention_name, build_worker, pick_device, prepare_cpu
+    from harness.serving.build import attention_name, build_worker, ceiling, pick_device, prepare_cpu
     from harness.serving.control import ControlThread
     from harness.serving.scheduler import RequestScheduler
 
@@ -130,7 +131,9 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
         start = time.perf_counter()
         prepare_cpu(config, info.threads)
         worker = build_worker(config, place, device)
-        mine = RankFacts(os.getpid(), (time.perf_counter() - start) * 1e3, worker.loaded)
+        load_ms = (time.perf_counter() - start) * 1e3
+        collectives.gather([])  # all have loaded, so that all measure at once
+        mine = RankFacts(os.getpid(), load_ms, worker.loaded, ceiling(config, device))
         gathered = collectives.gather([msgspec.msgpack.encode(mine)])
         facts = [msgspec.msgpack.decode(frames[0], type=RankFacts) for frames in gathered]
         request_scheduler = RequestScheduler(
@@ -140,8 +143,10 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
             request_scheduler.follow()
             return
         pids, load_ms = [f.pid for f in facts], max(f.load_ms for f in facts)
-        loaded = slowest([f.loaded for f in facts])
-        control.set_info(msgspec.structs.replace(info, pids=pids, load_ms=load_ms, loaded=loaded))
+        loaded, ceilings = slowest([f.loaded for f in facts]), [f.ceiling_tflops for f in facts]
+        control.set_info(
+            msgspec.structs.replace(info, pids=pids, load_ms=load_ms, loaded=loaded, ceiling_tflops=ceilings)
+        )
         request_scheduler.lead(context, router(context, addresses.requests), control)
     finally:
         if control is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from harness.messages import LoadedComponent, MemoryPoint, StageTime, StepTime, Traffic
+from harness.metrics.fidelity import Fidelity
 from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
@@ -67,6 +68,10 @@ class Statistics(msgspec.Struct, frozen=True):
     """The row's numbers. `nfe` counts the denoiser's evaluations of one picture, a guided pair as one; `overhead_share`
     is the part of a request that was no forward of the text encoder, the denoiser or the VAE; `comm` is what the
     busiest rank sent to the ranks that it computes with, in the last request, by stage and kind of collective.
+
+    `flops_per_step` are the operations that the ranks of one picture do in one solver step of one micro-batch, padding
+    included; `achieved_tflops` is their rate in a median step, `ceiling_tflops` that of a matrix product in the same
+    dtype on the same ranks at once.
     """
 
     latency_ms: Summary
@@ -77,6 +82,9 @@ class Statistics(msgspec.Struct, frozen=True):
     nfe: int
     peak_memory_mib: list[float]
     peak_memory_mib_max: float
+    flops_per_step: float | None = None
+    achieved_tflops: float | None = None
+    ceiling_tflops: float | None = None
     comm: dict[str, dict[str, Traffic]] = {}
 
 
@@ -90,8 +98,10 @@ class SampleRow(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """`record.json`. `quality` is None where nothing could be scored, and a note says why; `pretrained`
-    where no weights for it were given. `loaded` are the components in memory when the ranks were ready."""
+    """`record.json`. `quality` is None where nothing could be scored, and a note says why; `pretrained` where no
+    weights for it were given; `fidelity` where it was not asked for, or a note says why not. `loaded` are the
+    components in memory when the ranks were ready.
+    """
 
     schema: int
     fingerprint: str
@@ -107,6 +117,7 @@ class Record(msgspec.Struct, frozen=True):
     quality: Quality | None = None
     pretrained: Pretrained | None = None
     loaded: list[LoadedComponent] = []
+    fidelity: Fidelity | None = None
 
 
 def fingerprint(config: dict[str, Any]) -> str:
@@ -223,6 +234,7 @@ def load(path: str | Path) -> pandas.DataFrame:
                 "summary",
                 "quality",
                 "pretrained",
+                "fidelity",
             )
             flat = {key: nested[key] for key in parts if nested[key] is not None}
             row |= {str(key): value for key, value in pandas.json_normalize(flat, sep=".").iloc[0].items()}

@@ -44,11 +44,22 @@ def overhead_share(repeat: Repeat) -> float:
 
 
 def statistics(
-    repeats: Sequence[Repeat], results: Sequence[GenerationResult], batch_size: int, replica_size: int = 1
+    repeats: Sequence[Repeat],
+    results: Sequence[GenerationResult],
+    batch_size: int,
+    replica_size: int = 1,
+    counted: GenerationResult | None = None,
+    ceilings: Sequence[float] = (),
 ) -> Statistics:
     """The row's numbers over all repeats of one request.
 
-    batch_size is in pictures a forward, replica_size in ranks a picture.
+    Args:
+        repeats: at least one.
+        results: the answers.
+        batch_size: pictures a forward.
+        replica_size: ranks a picture.
+        counted: an answer whose operations were counted.
+        ceilings: of every rank, TFLOP/s.
     """
     last = results[-1]
     peaks = [max(peak) for peak in zip(*([rank.peak_memory_mib for rank in r.ranks] for r in results), strict=True)]
@@ -60,17 +71,28 @@ def statistics(
     latency = summarize([repeat.total_duration_ms for repeat in repeats])
     evaluations = sum(report.network_evaluations.get("denoiser", 0) for report in last.ranks[::replica_size])
     micro_batches = math.ceil(len(last.samples) / batch_size)
+    step = summarize([step.duration_ms for repeat in repeats for step in repeat.denoise_steps_ms])
+    flops = None if counted is None else flops_per_step(counted, replica_size)
     return Statistics(
         latency_ms=latency,
-        step_ms=summarize([step.duration_ms for repeat in repeats for step in repeat.denoise_steps_ms]),
+        step_ms=step,
         stage_ms={name: summarize(values) for name, values in durations.items()},
         overhead_share=summarize([overhead_share(repeat) for repeat in repeats]),
         throughput_per_s=1e3 * len(last.samples) / latency.median,
         nfe=evaluations // micro_batches,
         peak_memory_mib=peaks,
         peak_memory_mib_max=max(peaks),
+        flops_per_step=flops,
+        achieved_tflops=None if flops is None else flops / step.median / 1e9,
+        ceiling_tflops=sum(ceilings[:replica_size]) or None,
         comm=max((report.comm for report in last.ranks), key=sent_bytes),
     )
+
+
+def flops_per_step(counted: GenerationResult, replica_size: int) -> float:
+    """Operations of one solver step of one micro-batch, over the ranks of the first replica."""
+    replica = counted.ranks[:replica_size]
+    return sum(report.flops["denoiser"] for report in replica) / len(replica[0].denoise_steps_ms)
 
 
 def sent_bytes(comm: Mapping[str, Mapping[str, Traffic]]) -> int:
@@ -129,6 +151,7 @@ def build_record(
     results: list[GenerationResult],
     pixels: Sequence[Array],
     notes: list[str],
+    counted: GenerationResult | None = None,
 ) -> Record:
     """The record of one run, `pixels` being the last answer's pictures; their rows are added when they are saved."""
     declared = to_dict(config)
@@ -155,7 +178,12 @@ def build_record(
         first_call=first,
         repeats=repeats,
         summary=statistics(
-            repeats, results, config.request.batch_size, Place(0, degrees(config.parallel)).replica_size
+            repeats,
+            results,
+            config.request.batch_size,
+            Place(0, degrees(config.parallel)).replica_size,
+            counted,
+            info.ceiling_tflops,
         ),
         samples=[],
         notes=list(said),

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from harness.client import DiffusionGenerator, Generation
-from harness.messages import Array, EngineInfo, GenerationResult
+from harness.config.schema import Task
+from harness.messages import Array, EngineInfo, GenerationResult, Latents
 from harness.messages import Progress as StepProgress
 from harness.records import Record, Repeat, RunFolder
 from harness.results import measured
@@ -33,6 +34,7 @@ class Series:
         self._name = f"{name}: " if name else ""
         self._results: list[GenerationResult] = []
         self._warmup_ms: list[float] = []
+        self._counted: GenerationResult | None = None
 
     def start(self) -> None:
         """Starts the ranks.
@@ -50,15 +52,19 @@ class Series:
         self._bars.remove_task(task)
 
     def warm_up(self) -> None:
-        """Draws as often as the configuration warms up; the times are kept apart.
+        """Draws as often as the configuration warms up; the times are kept apart. A bench counts the operations of the
+        first.
 
         Raises:
             RequestFailed: the engine's typed answer.
             EngineGone: a rank died.
         """
-        self._warmup_ms += [
-            self._draw("warming up").client_ms for _ in range(self.generator.config.task.warmup - len(self._warmup_ms))
-        ]
+        task = self.generator.config.task
+        for number in range(task.warmup):
+            counts = number == 0 and task.name is Task.bench
+            drawn = self._draw("warming up", counts)
+            self._warmup_ms.append(drawn.client_ms)
+            self._counted = drawn.result if counts else self._counted
 
     def repeat(self) -> None:
         """Draws once, measured.
@@ -86,7 +92,7 @@ class Series:
     def record(self) -> Record:
         """The row of all repeats so far, without the pictures' files."""
         return self.generator.record(
-            self.generator.config.request, self.repeats, self._results, self._warmup_ms, self.pixels
+            self.generator.config.request, self.repeats, self._results, self._warmup_ms, self.pixels, self._counted
         )
 
     def save(self, record: Record, folder: RunFolder) -> Record:
@@ -95,14 +101,16 @@ class Series:
         folder.write_record(record)
         return record
 
-    def _draw(self, label: str) -> Generation:
+    def _draw(self, label: str, count_flops: bool = False) -> Generation:
+        wanted = self.generator.config.task
+        latents: Latents = "steps" if wanted.states else "last" if wanted.fidelity else "none"
         task = self._bars.add_task(self._name + label, total=None)
 
         def on_progress(progress: StepProgress) -> None:
             said = f"{self._name}{label}: {progress.stage.replace('_', ' ')}"
             self._bars.update(task, description=said, completed=progress.done, total=progress.total or None)
 
-        generation = self.generator.generate(on_progress=on_progress)
+        generation = self.generator.generate(latents=latents, count_flops=count_flops, on_progress=on_progress)
         self._bars.remove_task(task)
         return generation
 

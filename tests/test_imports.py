@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.client",
         "harness.series",
         "harness.compare",
+        "harness.fidelity",
         "harness.generate",
         "harness.train",
         "harness.plots",

@@ -57,6 +57,9 @@ class TaskConfig:
     name: Task = Task.generate
     warmup: int = 0  # generations before the measured ones
     repeats: int = 1  # measured generations
+    fidelity: bool = False  # hold the pictures against a float32 reference on one rank (drawn once, then kept)
+    states: bool = False  # and the state after every solver step
+    references: str | None = None  # folder of kept references; null = triptych/references in the user's cache
 
 
 @dataclass

@@ -72,4 +72,4 @@ def side_overrides(common: Sequence[str], side: Sequence[str], config: RunConfig
     own = {override.partition("=")[0].lstrip("+~") for override in side}
     kept = [o for o in common if o.partition("=")[0].lstrip("+~") not in {*SIDES, "task", *own}]
     counts = [f"task.warmup={config.task.warmup}", f"task.repeats={config.task.repeats}"]
-    return [*kept, *side, "task=bench", *counts, "a=null", "b=null"]
+    return [*kept, *side, "task=bench", *counts, "task.fidelity=false", "a=null", "b=null"]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from harness.metrics.comparison import Comparison, read_comparison
 from harness.metrics.difference import Difference
+from harness.metrics.fidelity import BROKEN, Fidelity
 from harness.metrics.intervals import Estimate, Share
 from harness.metrics.paired import Ratio
 from harness.metrics.pretrained import Pretrained
@@ -49,6 +50,23 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
     console.print(
         f"attention {record.attention.requested} ran as {record.attention.resolved}; fingerprint {record.fingerprint}"
     )
+    if summary.flops_per_step is not None and summary.achieved_tflops is not None:
+        share = ""
+        if summary.ceiling_tflops:
+            reached = 100 * summary.achieved_tflops / summary.ceiling_tflops
+            share = f", {reached:.0f} % of the {summary.ceiling_tflops:.2f} of a matrix product here"
+        console.print(
+            f"{summary.flops_per_step / 1e9:.4g} GFLOP a step at {summary.achieved_tflops:.3f} TFLOP/s{share}"
+        )
+    if summary.comm:
+        sent = ", ".join(
+            f"{stage.replace('_', ' ')} {sum(t.bytes for t in kinds.values()) / 1e6:.3g} MB "
+            f"({sum(t.exposed_ms for t in kinds.values()):.0f} ms waited)"
+            for stage, kinds in summary.comm.items()
+        )
+        console.print(f"sent by the busiest rank: {sent}")
+    if record.fidelity is not None:
+        print_fidelity(record.fidelity, console)
     if record.quality is not None:
         print_quality(record.quality, console)
     if record.pretrained is not None:
@@ -57,6 +75,17 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     for name, path in ((f"{kind}s", "samples"), ("grid", "grid.png"), ("record", "record.json"), ("logs", "logs")):
         console.print(f"{name:8} {escape(str(folder / path))}", soft_wrap=True)
+
+
+def print_fidelity(row: Fidelity, console: Console) -> None:
+    """Prints the error against the reference, and what it means."""
+    colour = "bold red" if row.verdict == BROKEN else "green"
+    named = f" ({escape(', '.join(row.methods))})" if row.methods else ""
+    console.print(
+        f"fidelity: [{colour}]{row.verdict.replace('_', ' ')}[/{colour}], declared {row.method_class}{named}; latent "
+        f"{row.latent.rel_l2:.2g}, pixel {row.pixel.rel_l2:.2g} (relative L2), rounding alone {row.floor_latent:.2g} "
+        f"and {row.floor_pixel:.2g}"
+    )
 
 
 def print_quality(quality: Quality, console: Console) -> None:

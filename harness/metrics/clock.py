@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from harness.messages import StageTime, StepTime
 
@@ -15,14 +15,17 @@ class Clock:
     Args:
         synchronize: waits until the device has done all its work; called at each edge. On the CPU there is nothing to
             wait for.
+        count_flops: whether the networks' operations are counted too; what is timed is then not worth much.
     """
 
-    def __init__(self, synchronize: Callable[[], None]) -> None:
+    def __init__(self, synchronize: Callable[[], None], count_flops: bool = False) -> None:
         self._synchronize = synchronize
+        self._count_flops = count_flops
         self.stages: list[StageTime] = []
         self.steps: list[StepTime] = []
         self.networks_ms: dict[str, float] = {}
         self.evaluations: dict[str, int] = {}
+        self.flops: dict[str, int] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -42,9 +45,20 @@ class Clock:
     def network(self, name: str) -> Iterator[None]:
         """Times one forward of a network (text_encoder, denoiser, decoder), and counts it."""
         start = self._now()
-        yield
+        with self._counting(name):
+            yield
         self.networks_ms[name] = self.networks_ms.get(name, 0.0) + self._now() - start
         self.evaluations[name] = self.evaluations.get(name, 0) + 1
+
+    def _counting(self, name: str) -> AbstractContextManager[None]:
+        if not self._count_flops:
+            return nullcontext()
+        from harness.metrics.flops import counted
+
+        def add(flops: int) -> None:
+            self.flops[name] = self.flops.get(name, 0) + flops
+
+        return counted(add)
 
     def _now(self) -> float:
         self._synchronize()

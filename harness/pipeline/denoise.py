@@ -29,7 +29,7 @@ class Denoising:
 
     name = "denoising"
     reads = frozenset({"ask", "text", "negative", "grid", "start"})
-    writes = frozenset({"latent"})
+    writes = frozenset({"latent", "states"})
 
     def __init__(
         self,
@@ -59,6 +59,9 @@ class Denoising:
             run.check_cancelled()
             with run.clock.step():
                 x = self.noise_scheduler.step(x, i, grid, denoise, memory, noise)
+            if run.keep_states:
+                for sample, state in zip(batch, x, strict=True):
+                    sample.states.append(state)
             run.on_progress(self.name, len(run.clock.steps), total)
         for sample, latent in zip(batch, x, strict=True):
             sample.latent = latent

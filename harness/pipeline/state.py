@@ -50,6 +50,7 @@ class Sample:
     grid: Grid | None = None  # timestep preparation
     start: Tensor | None = None  # latent preparation: the state at the grid's first row, LatentSpace.shape, float32
     latent: Tensor | None = None  # denoising: the same shape, float32
+    states: list[Tensor] = field(default_factory=list)  # denoising: the state after every step, where it is asked for
     pixels: Tensor | None = None  # decoding: (3, height, width), or (frames, 3, height, width), float32 in [0, 1]
 
 
@@ -67,6 +68,7 @@ class RunContext:
         traffic: counts what this rank sends to those that it computes with.
         notes: for the record.
         comm: what was sent, by stage and kind of collective; the executor writes it.
+        keep_states: whether samples keep their state after every step.
     """
 
     device: torch.device
@@ -78,6 +80,7 @@ class RunContext:
     traffic: Traffic = field(default_factory=Traffic)
     notes: list[str] = field(default_factory=list)
     comm: dict[str, dict[str, messages.Traffic]] = field(default_factory=dict)
+    keep_states: bool = False
 
 
 def asks(request: GenerationRequest) -> list[Ask]:

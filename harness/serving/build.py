@@ -12,6 +12,7 @@ from harness.config.schema import DType, Load, ModelConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.messages import LoadedComponent
 from harness.metrics.cuda import CudaMemory
+from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.parallel.connect import Axes, connect
 from harness.parallel.mesh import Place
@@ -28,7 +29,7 @@ from harness.pipeline.settings import noise_scheduler_settings
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
-from harness.serving.worker import Worker
+from harness.serving.worker import Worker, synchronizer
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
 from models.components import ComponentLoader, Components
@@ -156,6 +157,13 @@ def deal(parts: Components, axes: Axes, backend: str) -> None:
     if axes.tokens.size > 1:
         ring_kernel = lse_kernel(backend) if axes.ring.size > 1 else None
         deal_tokens(parts.network, parts.plan, attention_kernel(backend), ring_kernel, axes)
+
+
+def ceiling(config: RunConfig, device: torch.device) -> float:
+    """The rate of a matrix product on this rank in the denoiser's dtype, TFLOP/s; 0 where nothing is measured."""
+    if config.task.name is not Task.bench:
+        return 0.0
+    return ceiling_tflops(device, torch_dtype(config.model.denoiser.dtype or config.model.dtype), synchronizer(device))
 
 
 def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worker:

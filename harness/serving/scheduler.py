@@ -133,7 +133,7 @@ class RequestScheduler:
 
 def merge(request: GenerationRequest, outcomes: list[list[bytes]], duration_ms: float) -> list[bytes]:
     """The ranks' outcomes as one answer: pictures in the request's order, or the first failure."""
-    samples: list[tuple[SampleResult, bytes]] = []
+    samples: list[tuple[SampleResult, list[bytes]]] = []
     reports = []
     for frames in outcomes:
         outcome = decode(frames)
@@ -143,16 +143,24 @@ def merge(request: GenerationRequest, outcomes: list[list[bytes]], duration_ms: 
             return encode(outcome.failure)
         if outcome.report is not None:
             reports.append(outcome.report)
-        for sample in outcome.samples:
-            array(sample.pixels, frames)  # the shape and the bytes agree
-            samples.append((sample, frames[sample.pixels.frame]))
+        samples += [(sample, frames) for sample in outcome.samples]
     samples.sort(key=lambda pair: pair[0].index)
+    parts: list[bytes] = []
+
+    def moved(ref: ArrayRef, frames: list[bytes]) -> ArrayRef:
+        array(ref, frames)  # the shape and the bytes agree
+        parts.append(frames[ref.frame])
+        return msgspec.structs.replace(ref, frame=len(parts))
+
     renumbered = [
-        msgspec.structs.replace(sample, pixels=ArrayRef(frame, sample.pixels.dtype, sample.pixels.shape))
-        for frame, (sample, _) in enumerate(samples, start=1)
+        msgspec.structs.replace(
+            sample,
+            pixels=moved(sample.pixels, frames),
+            latents=None if sample.latents is None else moved(sample.latents, frames),
+        )
+        for sample, frames in samples
     ]
-    result = GenerationResult(request.request_id, renumbered, reports, duration_ms)
-    return [*encode(result), *(data for _, data in samples)]
+    return [*encode(GenerationResult(request.request_id, renumbered, reports, duration_ms)), *parts]
 
 
 class Inbox:

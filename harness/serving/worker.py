@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from harness.messages import (
+    Array,
     ArrayRef,
     Failure,
     GenerationRequest,
+    Latents,
     LoadedComponent,
     RankOutcome,
     RankReport,
@@ -90,10 +92,11 @@ class Worker:
             if self.axes.any_of_picture(is_cancelled()):
                 raise Cancelled
 
-        clock = Clock(_synchronizer(self.device))
+        clock = Clock(synchronizer(self.device), request.count_flops)
         run = RunContext(
             self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled, self.axes.traffic
         )
+        run.keep_states = request.latents == "steps"
         points = self.pipeline.forward(samples, run)
         report = RankReport(
             rank=self.place.rank,
@@ -105,24 +108,40 @@ class Worker:
             memory_checkpoints=points,
             notes=run.notes,
             comm=run.comm,
+            flops=clock.flops,
         )
         if self.place.rank % self.place.replica_size:
             return encode(RankOutcome([], report))  # the first rank of a replica answers for it
         pixels = [written(sample.pixels).cpu().numpy() for sample in samples]
         if not all(math.isfinite(float(picture.sum())) for picture in pixels):
             raise ValueError("the picture holds values that are not finite; try model.dtype=float32 or another solver")
-        results = [
-            SampleResult(s.ask.index, s.ask.prompt, s.ask.seed, ArrayRef(k, "float32", tuple(p.shape)))
-            for k, (s, p) in enumerate(zip(samples, pixels, strict=True), start=1)
-        ]
-        return encode(RankOutcome(results, report), pixels)
+        arrays: list[Array] = []
+
+        def sent(x: Array) -> ArrayRef:
+            arrays.append(x)
+            return ArrayRef(len(arrays), "float32", tuple(x.shape))
+
+        results = []
+        for sample, picture in zip(samples, pixels, strict=True):
+            told, pixel_ref = latents(sample, request.latents), sent(picture)
+            latent_ref = None if told is None else sent(told)
+            results.append(SampleResult(sample.ask.index, sample.ask.prompt, sample.ask.seed, pixel_ref, latent_ref))
+        return encode(RankOutcome(results, report), arrays)
+
+
+def latents(sample: Sample, wanted: Latents) -> Array | None:
+    """What was asked for of a sample's latents: (1 or solver steps, *latent shape)."""
+    if wanted == "none":
+        return None
+    told: Array = torch.stack(sample.states if wanted == "steps" else [written(sample.latent)]).cpu().numpy()
+    return told
 
 
 def _failure(request: GenerationRequest, kind: str, message: str, rank: int) -> list[bytes]:
     return encode(RankOutcome([], None, Failure(request.request_id, kind, message, rank)))
 
 
-def _synchronizer(device: torch.device) -> Callable[[], None]:
+def synchronizer(device: torch.device) -> Callable[[], None]:
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None

@@ -1,0 +1,218 @@
+"""task.fidelity: the reference of a request, drawn once and kept, and what a row's error against it means.
+
+harness.metrics.fidelity says what the reference and the floor are.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.progress import Progress
+from safetensors.numpy import load_file, save
+
+from harness.client import DiffusionGenerator
+from harness.compose import Composed, to_dict
+from harness.config.schema import DType, ParallelConfig, RunConfig, Task, TaskConfig
+from harness.config.trained import trained_denoiser
+from harness.engine import RequestFailed
+from harness.messages import Array
+from harness.metrics.difference import difference
+from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, verdict
+from harness.parallel.mesh import Place, degrees
+from harness.pipeline.checkpoint import COMPONENTS, locate
+from harness.provenance import PACKAGES, cpu_name, version
+from harness.records import write_atomically
+from harness.serving.transport import EngineGone
+
+STRENGTH = (APPROXIMATE, EQUIVALENT, EXACT)
+CODE = ("models", "schedulers", "harness/pipeline", "harness/serving/build.py", "harness/serving/worker.py")
+
+
+class Method(NamedTuple):
+    """Something that a configuration may use where the reference does not, and what it claims to keep."""
+
+    name: str
+    method_class: str
+    used: Callable[[RunConfig], bool]
+
+
+METHODS = (
+    Method("8-bit attention", APPROXIMATE, lambda c: c.attention.backend == "sage"),
+    Method("attention kernel", EQUIVALENT, lambda c: c.attention.backend not in ("math", "sage")),
+    Method("shared picture", EQUIVALENT, lambda c: Place(0, degrees(c.parallel)).replica_size > 1),
+    Method("batching", EQUIVALENT, lambda c: c.request.batch_size > 1),
+    Method("dtype", EQUIVALENT, lambda c: dtypes(c) != {DType.float32}),
+    Method("free order of additions", EQUIVALENT, lambda c: not c.launch.reproducible),
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one run drew, picture by picture: latents (1 or solver steps, *latent shape) and pixels."""
+
+    latents: list[Array]
+    pixels: list[Array]
+
+
+def method_class(config: RunConfig, methods: Sequence[Method] = METHODS) -> tuple[str, list[str]]:
+    """The weakest claim among the methods that a configuration uses, and those methods."""
+    used = [method for method in methods if method.used(config)]
+    return min([EXACT, *(method.method_class for method in used)], key=STRENGTH.index), [m.name for m in used]
+
+
+def measure(
+    config: RunConfig, row: Drawn, bars: Progress, methods: Sequence[Method] = METHODS
+) -> tuple[Fidelity | None, list[str]]:
+    """A row's error against its reference, and why there is none.
+
+    Args:
+        config: the row's.
+        row: what it drew.
+        bars: where the progress goes.
+        methods: what a configuration may use, with what each claims.
+    """
+    try:
+        reference = kept(reference_config(config, None), config, bars, "reference")
+        floor = kept(reference_config(config, config), config, bars, "rounding floor")
+    except (RequestFailed, EngineGone, OSError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        return None, [f"fidelity is not measured, as its reference failed: {line}; task.fidelity=false goes without"]
+    claimed, names = method_class(config, methods)
+    latent, pixel = difference(last(reference), last(row)), difference(reference.pixels, row.pixels, pixels=True)
+    floor_latent = difference(last(reference), last(floor)).rel_l2
+    floor_pixel = difference(reference.pixels, floor.pixels).rel_l2
+    found = Fidelity(
+        method_class=claimed,
+        methods=names,
+        latent=latent,
+        pixel=pixel,
+        floor_latent=floor_latent,
+        floor_pixel=floor_pixel,
+        verdict=verdict(claimed, latent, pixel, floor_latent, floor_pixel),
+        reference=key(reference_config(config, None), config),
+        steps_rel_l2=by_step(reference, row) if config.task.states else None,
+    )
+    return found, []
+
+
+def last(drawn: Drawn) -> list[Array]:
+    """The final latents."""
+    return [latents[-1] for latents in drawn.latents]
+
+
+def by_step(reference: Drawn, row: Drawn) -> list[float]:
+    """Relative L2 of the state after every solver step, over all pictures."""
+    steps = range(len(reference.latents[0]))
+    return [difference([x[i] for x in reference.latents], [x[i] for x in row.latents]).rel_l2 for i in steps]
+
+
+def reference_config(config: RunConfig, rounded_as: RunConfig | None) -> RunConfig:
+    """The reference's configuration; or the floor's, which has the dtypes of a row and another order of additions."""
+    found = copy.deepcopy(config)
+    found.task = TaskConfig(Task.generate, states=config.task.states)
+    found.parallel, found.attention.backend = ParallelConfig(), "math"
+    found.request.batch_size = 1
+    found.model.text.keep, found.model.text.cache_mib = True, None
+    if rounded_as is None:
+        found.launch.reproducible = True
+        found.model.dtype = DType.float32
+        for name in ("denoiser", *COMPONENTS):
+            part = getattr(found.model, name)
+            part.dtype = None if part.dtype is None else DType.float32
+    else:
+        found.launch.reproducible = False
+    return found
+
+
+def kept(reference: RunConfig, row: RunConfig, bars: Progress, what: str) -> Drawn:
+    """What a configuration draws: read where it was drawn before, else drawn, and kept.
+
+    Raises:
+        RequestFailed, EngineGone: it could not be drawn.
+        ValueError: it cannot be drawn here.
+    """
+    file = folder(row) / f"{key(reference, row)}.safetensors"
+    if file.exists():
+        tensors = load_file(file)
+        count = len(tensors) // 2
+        return Drawn([tensors[f"latents.{k}"] for k in range(count)], [tensors[f"pixels.{k}"] for k in range(count)])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError("under a torchrun no other engine is started; run the same once with python -m harness")
+    drawn = draw(reference, bars, what)
+    arrays = {f"latents.{k}": np.ascontiguousarray(x) for k, x in enumerate(drawn.latents)}
+    arrays |= {f"pixels.{k}": np.ascontiguousarray(x) for k, x in enumerate(drawn.pixels)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, save(arrays))
+    return drawn
+
+
+def draw(config: RunConfig, bars: Progress, what: str) -> Drawn:
+    """Draws on an engine of its own.
+
+    Raises:
+        RequestFailed, EngineGone: it could not be drawn.
+    """
+    task = bars.add_task(f"drawing the {what}", total=None)
+    with tempfile.TemporaryDirectory(prefix="triptych-reference-") as scratch:
+        composed = Composed(config, [], Path(scratch), [])
+        with DiffusionGenerator.from_composed(composed, Path(scratch)) as generator:
+            drawn = generator.generate(latents="steps" if config.task.states else "last")
+    bars.remove_task(task)
+    return Drawn(drawn.latents, drawn.pixels)
+
+
+def folder(config: RunConfig) -> Path:
+    """Where references are kept."""
+    if config.task.references is not None:
+        return Path(config.task.references).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "triptych" / "references"
+
+
+def key(reference: RunConfig, row: RunConfig) -> str:
+    """What a kept reference depends on: what is drawn, by which code, on what machine, from which weights.
+
+    Args:
+        reference: the configuration that is drawn.
+        row: the one that it is the reference of, whose checkpoint both read.
+    """
+    declared = to_dict(reference)
+    drawn = {name: declared[name] for name in ("task", "model", "scheduler", "request", "launch")}
+    machine = [cpu_name(), platform.platform(), {name: version(name) for name in PACKAGES}]
+    facts = [drawn, code(), machine, weights(row)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def code() -> str:
+    """A hash of every source file that a picture passes through."""
+    home, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for part in CODE:
+        root = home / part
+        for file in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            digest.update(file.relative_to(home).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def weights(config: RunConfig) -> list[tuple[str, int, int]]:
+    """The files of a checkpoint: their names, sizes and times of change."""
+    place = locate(config.model, trained_denoiser(config).weights)
+    roots = [place.folder, *place.replaced.values(), *(Path(lora.path).expanduser() for lora in config.model.lora)]
+    files = [file for root in roots for file in (sorted(root.rglob("*")) if root.is_dir() else [root])]
+    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+
+
+def dtypes(config: RunConfig) -> set[DType]:
+    """Those that any component is computed in."""
+    model = config.model
+    parts = [getattr(model, name).dtype for name in ("denoiser", *COMPONENTS)]
+    return {model.dtype, *(part for part in parts if part is not None)}

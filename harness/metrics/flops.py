@@ -1,0 +1,53 @@
+"""Floating-point operations: those that a forward does, counted operator by operator, and how many the machine can do.
+
+A multiplication and an addition are two operations; only matrix products, convolutions and attention count, as in
+torch.utils.flop_counter. What a rank does is counted, padding and repeated work included.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+SIDES = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is the ceiling
+MEASURE_S = 0.4
+
+
+@contextmanager
+def counted(add: Callable[[int], None]) -> Iterator[None]:
+    """Counts what is computed while it lasts; slower than without, so nothing is timed meanwhile."""
+    mapping: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        yield
+    add(counter.get_total_flops())
+
+
+def _attention(q_BHLD: Any, k_BHSD: Any, v_BHSE: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
+    """Of shapes: q k^T and its product with v."""
+    batch, heads, queries, width = q_BHLD
+    keys, out_width = k_BHSD[2], v_BHSE[3]
+    found: int = 2 * batch * heads * queries * keys * (width + out_width)
+    return found
+
+
+def ceiling_tflops(device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]) -> float:
+    """The best rate of a square matrix product on this rank, with the threads that it has, TFLOP/s.
+
+    Every rank measures at once, as they compute at once.
+    """
+    side = SIDES.get(device.type, SIDES["cuda"])
+    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    out = torch.mm(a, b)
+    best, until = float("inf"), time.perf_counter() + MEASURE_S
+    while best == float("inf") or time.perf_counter() < until:
+        synchronize()
+        began = time.perf_counter()
+        torch.mm(a, b, out=out)
+        synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best / 1e12
