@@ -81,6 +81,7 @@ WITH_LSE = ("math", "flash", "flex", "sage")  # those that return the log-sum-ex
 
 REFERENCE = Path(__file__).parent / "reference"
 PUBLISHED = Path(__file__).parent / "published"  # configurations of published checkpoints, without weights
+SIZED = Path(__file__).parent / "sized"  # configurations of the same architectures at sizes that a CPU measures
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

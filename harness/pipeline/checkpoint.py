@@ -26,7 +26,7 @@ from models.files import (
 )
 from models.lora_names import CONVERTERS, layers, misfits, refuse_misfits, refuse_unknown, resolve
 from models.recognise import architectures_of, class_name, denoiser_class, is_component, pipeline_name
-from models.registry import ARCHITECTURES, PUBLISHED, REFERENCE, Architecture
+from models.registry import ARCHITECTURES, PUBLISHED, REFERENCE, SIZED, Architecture
 
 COMPONENTS = (
     "vae",
@@ -119,7 +119,7 @@ def _base(model: ModelConfig, denoiser: str, replaced: dict[str, Path], fetch: b
         raise CheckpointError(f"model.revision={model.revision} has no effect: model.path={path} is no hub name")
     if path is not None:
         return _existing("model.path", path)
-    for shipped in (REFERENCE / model.name, PUBLISHED / model.name):
+    for shipped in (REFERENCE / model.name, PUBLISHED / model.name, SIZED / model.name):
         if shipped.is_dir() and (shipped.parent == REFERENCE or model.load is Load.dummy or model.denoiser.path):
             return shipped
     where = f", or its hub name: model.path={model.hub}" if model.hub else ""
@@ -152,7 +152,7 @@ def _around(model: ModelConfig, file: Path) -> Path:
             f"model.path={file}: not a safetensors file, and no other is read (pickles never are); convert it first"
         )
     own = file.resolve().parent.parent
-    for folder in (own, REFERENCE / model.name, PUBLISHED / model.name):
+    for folder in (own, REFERENCE / model.name, PUBLISHED / model.name, SIZED / model.name):
         if (folder / "model_index.json").is_file():
             return folder
     raise CheckpointError(
@@ -228,7 +228,7 @@ def _refuse_lacking(model: ModelConfig, place: Place, denoiser: str) -> None:
     absent = [name for name in (denoiser, *row.weights) if not place.config_folder(name).is_dir()]
     absent += [name for name in row.configs if not (dummy or place.config_folder(name).is_dir())]
     absent = [name for name in absent if name not in row.optional]
-    if place.folder.parent == PUBLISHED and not dummy:  # configurations without weights
+    if place.folder.parent in (PUBLISHED, SIZED) and not dummy:  # configurations without weights
         absent += [n for n in row.weights if n not in place.replaced and not has_weights(place.folder / n)]
         lacking = [name for name in (*row.weights, *row.configs) if name in absent and name not in row.optional]
         if lacking:
