@@ -33,6 +33,7 @@ from harness.media import ffmpeg
 from harness.metrics import pretrained
 from harness.parallel.legal import Facts, check_layout
 from harness.parallel.mesh import AXES, degrees, world_size
+from harness.peer.check import check_engine
 from harness.pipeline.checkpoint import check_place, locate
 from harness.pipeline.published import check_published
 from harness.pipeline.settings import noise_scheduler_settings
@@ -252,6 +253,7 @@ def _resolve(config: RunConfig) -> None:
     if config.scheduler.family != PUBLISHED_FAMILY:
         resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
     resolve_backend(config.attention.backend)
+    check_engine(config)
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")

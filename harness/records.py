@@ -45,6 +45,13 @@ class Attention(msgspec.Struct, frozen=True):
     resolved: str
 
 
+class Engine(msgspec.Struct, frozen=True):
+    """Who drew, and the version of its package."""
+
+    name: str
+    version: str
+
+
 class FirstCall(msgspec.Struct, frozen=True):
     """What is paid once, apart from the steady state, ms."""
 
@@ -100,7 +107,7 @@ class SampleRow(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct, frozen=True):
     """`record.json`. `quality` is None where nothing could be scored, and a note says why; `pretrained` where no
     weights for it were given; `fidelity` where it was not asked for, or a note says why not. `loaded` are the
-    components in memory when the ranks were ready.
+    components in memory when the ranks were ready. A record without an `engine` is a native run's.
     """
 
     schema: int
@@ -118,6 +125,7 @@ class Record(msgspec.Struct, frozen=True):
     pretrained: Pretrained | None = None
     loaded: list[LoadedComponent] = []
     fidelity: Fidelity | None = None
+    engine: Engine = Engine("native", "")
 
 
 def fingerprint(config: dict[str, Any]) -> str:
@@ -229,6 +237,7 @@ def load(path: str | Path) -> pandas.DataFrame:
                 "fingerprint",
                 "config",
                 "provenance",
+                "engine",
                 "attention",
                 "first_call",
                 "summary",

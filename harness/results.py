@@ -18,9 +18,10 @@ from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import summarize
 from harness.parallel.mesh import Place, degrees
+from harness.peer.table import engine_version
 from harness.pipeline.checkpoint import locate
 from harness.provenance import provenance
-from harness.records import SCHEMA, Attention, FirstCall, Record, Repeat, Statistics, fingerprint
+from harness.records import SCHEMA, Attention, Engine, FirstCall, Record, Repeat, Statistics, fingerprint
 from models import hub
 
 
@@ -190,6 +191,7 @@ def build_record(
         quality=scored,
         pretrained=extra,
         loaded=info.loaded,
+        engine=Engine(config.engine.name, engine_version(config.engine.name)),
     )
 
 

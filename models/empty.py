@@ -38,17 +38,21 @@ def build_empty(make: Callable[[], N], dtype: torch.dtype, device: torch.device 
         torch.set_default_dtype(before)
 
 
-def fill_dummy(module: nn.Module, seed: int = 0) -> None:
+def fill_dummy(module: nn.Module, seed: int = 0, places: Mapping[str, int] | None = None) -> None:
     """Random weights of sane scale, in place: matrices and kernels of variance 1 / fan-in, gains 1, biases 0.
 
     A tile of normal numbers is laid end to end over every tensor, from another place in each, which is as fast as
-    copying memory.
+    copying memory. `places` numbers the parameters by name, where it is not their order in the module that decides:
+    two modules of one network under other names and in another order then have the same numbers.
     """
     tile = torch.randn(TILE, generator=torch.Generator("cpu").manual_seed(seed))
     with torch.no_grad():
         for number, (name, parameter) in enumerate(module.named_parameters()):
+            if parameter.is_meta:
+                continue
+            place = number if places is None else places[name]
             if parameter.ndim > 1:
-                shifted = tile.roll(number * STRIDE) / parameter[0].numel() ** 0.5
+                shifted = tile.roll(place * STRIDE) / parameter[0].numel() ** 0.5
                 _lay(parameter, shifted.to(device=parameter.device, dtype=parameter.dtype))
             elif name.endswith("bias"):
                 parameter.zero_()

@@ -6,7 +6,7 @@ again from its start; when the solver asks for one more, the view stops there an
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,13 +75,19 @@ class DiffusersView:
     It holds the state of one request, as diffusers' own objects do: use one view per pipeline, and one request at a
     time; the NoiseScheduler inside stays shared. Inside, the state is float32 whatever the pipeline's dtype, as long as
     the pipeline hands back what it was given. config is shown to the pipeline and not read. tokens, of one picture,
-    decides a resolution-dependent shift where the pipeline passes no mu. Steps start at the first row only.
+    decides a resolution-dependent shift where the pipeline passes no mu. noise, of a step's key, takes the place of
+    what the pipeline's generators would give; where the pipeline holds its state twice, so is the noise. Steps start at
+    the first row only.
     """
 
     def __init__(
-        self, scheduler: NoiseScheduler, config: Mapping[str, object] | None = None, tokens: int | None = None
+        self,
+        scheduler: NoiseScheduler,
+        config: Mapping[str, object] | None = None,
+        tokens: int | None = None,
+        noise: Callable[[int], Tensor] | None = None,
     ) -> None:
-        self.scheduler, self.tokens = scheduler, tokens
+        self.scheduler, self.tokens, self.noise = scheduler, tokens, noise
         self.config = Config({"num_train_timesteps": 1000, "steps_offset": 1, "clip_sample": False, **(config or {})})
         self._grid: Grid | None = None
 
@@ -205,13 +211,16 @@ class DiffusersView:
     def _draw(self, key: int, generator: Generators) -> Tensor:
         """The noise of a key, drawn once a step of the solver, on the generator's device."""
         assert self._x is not None
+        if self.noise is not None:
+            drawn = self.noise(key).to(self._x)
+            return torch.cat([drawn] * (len(self._x) // len(drawn)))
         if key not in self._drawn:
             shape, several = self._x.shape, generator if isinstance(generator, list) else [generator]
             rows = shape[0] // len(several)
-            drawn = [
+            parts = [
                 torch.randn((rows, *shape[1:]), generator=g, device="cpu" if g is None else g.device) for g in several
             ]
-            self._drawn[key] = torch.cat(drawn).to(self._x.device)
+            self._drawn[key] = torch.cat(parts).to(self._x.device)
         return self._drawn[key]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

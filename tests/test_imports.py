@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schedulers", "models"),
     ("harness.parallel",),
     ("harness.pipeline",),
+    ("harness.peer",),
     ("harness.serving",),
     ("harness.environment", "harness.compose", "harness.engine", "harness.launch", "harness.rank", "harness.inprocess"),
     (

@@ -257,6 +257,13 @@ class AttentionConfig:
 
 
 @dataclass
+class EngineConfig:
+    """Group `engine`: who draws."""
+
+    name: str = "native"  # or diffusers: the checkpoint's own pipeline there, one rank, measured by the same code
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases: a mirror of the record."""
 
@@ -316,6 +323,7 @@ class RunConfig:
     """The whole configuration of one run; `a` and `b` are the overrides of either side of task=compare."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

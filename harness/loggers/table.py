@@ -48,7 +48,8 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
         f"peak memory MiB by rank: {peaks}"
     )
     console.print(
-        f"attention {record.attention.requested} ran as {record.attention.resolved}; fingerprint {record.fingerprint}"
+        f"engine {record.engine.name}; attention {record.attention.requested} ran as {record.attention.resolved}; "
+        f"fingerprint {record.fingerprint}"
     )
     if summary.flops_per_step is not None and summary.achieved_tflops is not None:
         share = ""

@@ -42,13 +42,15 @@ class Clock:
         self.steps.append(StepTime(len(self.steps), self._now() - start))
 
     @contextmanager
-    def network(self, name: str) -> Iterator[None]:
-        """Times one forward of a network (text_encoder, denoiser, decoder), and counts it."""
+    def network(self, name: str, counted: bool = True) -> Iterator[None]:
+        """Times one forward of a network (text_encoder, denoiser, decoder), and counts it as an evaluation; the second
+        forward of a guided pair is not counted.
+        """
         start = self._now()
         with self._counting(name):
             yield
         self.networks_ms[name] = self.networks_ms.get(name, 0.0) + self._now() - start
-        self.evaluations[name] = self.evaluations.get(name, 0) + 1
+        self.evaluations[name] = self.evaluations.get(name, 0) + counted
 
     def _counting(self, name: str) -> AbstractContextManager[None]:
         if not self._count_flops:

@@ -14,10 +14,12 @@ from harness.messages import LoadedComponent
 from harness.metrics.cuda import CudaMemory
 from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
-from harness.parallel.connect import Axes, connect
+from harness.parallel.connect import Axes, connect, one_rank
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.vae import parallel_decoder
+from harness.peer.build import native_facts, peer_stages
+from harness.peer.table import NATIVE, resolved_attention
 from harness.pipeline.checkpoint import locate
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
@@ -144,6 +146,8 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
     Raises:
         NotImplementedError: the backend that was asked for does not run on this machine.
     """
+    if config.engine.name != NATIVE:
+        return f"{config.engine.name} {resolved_attention(config)}"
     return resolved_name(config.attention.backend, device.type, with_lse=config.parallel.ring > 1)
 
 
@@ -166,26 +170,19 @@ def ceiling(config: RunConfig, device: torch.device) -> float:
     return ceiling_tflops(device, torch_dtype(config.model.denoiser.dtype or config.model.dtype), synchronizer(device))
 
 
-def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worker:
-    """Loads the components on the device and composes the pipeline.
+def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[ComposedPipeline, Axes]:
+    """The stages around the native network, and the axes of ranks that it is dealt over.
 
     Raises:
         CheckpointError: weights that are missing, broken or do not fit.
         ValueError: settings that do not go together.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     model = config.model
-    source = source_of(config, device)
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
-    backend = backend_of(config, device)
+    backend = backend_of(config, source.device)
     parts = load(source, attention_kernel(backend))
-    if model.size_multiple % parts.size_multiple:
-        raise ValueError(
-            f"model.size_multiple={model.size_multiple}, but this checkpoint draws multiples of {parts.size_multiple} "
-            f"pixels; set model.size_multiple={parts.size_multiple}"
-        )
-    axes = connect(place, device)
+    check_multiple(model, parts)
+    axes = connect(place, source.device)
     deal(parts, axes, backend)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     pipeline = ComposedPipeline(
@@ -199,6 +196,50 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         ],
         SyncExecutor(),
     )
+    return pipeline, axes
+
+
+def peer_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:
+    """The stages around diffusers' pipeline of the checkpoint.
+
+    Raises:
+        CheckpointError: weights that are missing, broken or do not fit.
+        ValueError: settings that do not go together.
+    """
+    parts = native_facts(config.model.architecture, source)
+    check_multiple(config.model, parts)
+    noise_scheduler, limits = noise_scheduler_of(config, source, parts), limits_of(config.model, parts)
+    found = peer_stages(config, source, parts, noise_scheduler, limits, cache_mib(config))
+    return ComposedPipeline(found.validation, found.stages, SyncExecutor())
+
+
+def check_multiple(model: ModelConfig, parts: Components) -> None:
+    """Refuses a multiple of sizes that the checkpoint's tokens do not divide.
+
+    Raises:
+        ValueError: the multiple to set.
+    """
+    if model.size_multiple % parts.size_multiple:
+        raise ValueError(
+            f"model.size_multiple={model.size_multiple}, but this checkpoint draws multiples of {parts.size_multiple} "
+            f"pixels; set model.size_multiple={parts.size_multiple}"
+        )
+
+
+def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worker:
+    """Loads the components on the device and composes the pipeline.
+
+    Raises:
+        CheckpointError: weights that are missing, broken or do not fit.
+        ValueError: settings that do not go together.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    source = source_of(config, device)
+    if config.engine.name == NATIVE:
+        pipeline, axes = native_pipeline(config, source, place)
+    else:
+        pipeline, axes = peer_pipeline(config, source), one_rank()
     memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
     loaded = [
         LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged)

@@ -1,0 +1,117 @@
+"""From a configuration and a checkpoint to a peer's stages: text, noise, denoising and decoding by its pipeline."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+
+import torch
+
+from harness.config.schema import RunConfig
+from harness.config.trained import PUBLISHED_FAMILY
+from harness.messages import GenerationRequest
+from harness.peer.denoise import NoisePreparation, PeerDenoising
+from harness.peer.family import PeerLoader, PeerModel
+from harness.peer.noise import own_slot, published_slot
+from harness.peer.table import PEERS, resolved_attention
+from harness.pipeline.decode import Decoding
+from harness.pipeline.stage import Stage
+from harness.pipeline.state import asks
+from harness.pipeline.text import PromptCache, TextEncoding
+from harness.pipeline.timesteps import TimestepPreparation
+from harness.pipeline.validate import InputValidation, Limits
+from models.attention import sdpa_attention
+from models.components import ComponentLoader, Components
+from models.registry import ARCHITECTURES
+from models.source import Source
+from schedulers.noise_scheduler import NoiseScheduler
+
+
+class PeerValidation(InputValidation):
+    """Stage 1, with what the pipeline cannot draw.
+
+    Args:
+        limits: of the model.
+        noise_scheduler: refuses step counts that its path cannot be cut into.
+        model: the pipeline.
+    """
+
+    def __init__(self, limits: Limits, noise_scheduler: NoiseScheduler, model: PeerModel) -> None:
+        super().__init__(limits, noise_scheduler)
+        self.model = model
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuses a whole request. Raises ValueError."""
+        super().check(request)
+        self.model.check(asks(request)[0])
+
+
+def native_facts(architecture: str, source: Source) -> Components:
+    """The native components on the meta device, which takes no memory: what they say of geometry, guidance and order.
+
+    Raises:
+        CheckpointError: a configuration that they cannot be built from.
+    """
+    load: ComponentLoader = importlib.import_module(ARCHITECTURES[architecture].module).load
+    empty = replace(source, device=torch.device("meta"), dummy=True, loras=(), loaded={})
+    return load(empty, sdpa_attention)
+
+
+def load_peer(architecture: str, source: Source, parts: Components) -> PeerModel:
+    """diffusers' pipeline of a checkpoint, quiet, since a rank's log is a file.
+
+    Raises:
+        CheckpointError: weights that are missing, broken or do not fit.
+    """
+    load: PeerLoader = importlib.import_module(PEERS[architecture].module).load
+    model = load(source, parts)
+    model.pipeline.set_progress_bar_config(disable=True)
+    return model
+
+
+@dataclass(frozen=True)
+class PeerStages:
+    """Validation and the stages after it."""
+
+    validation: PeerValidation
+    stages: list[Stage]
+
+
+def peer_stages(
+    config: RunConfig,
+    source: Source,
+    parts: Components,
+    noise_scheduler: NoiseScheduler,
+    limits: Limits,
+    cache_mib: float,
+) -> PeerStages:
+    """Loads the pipeline and lays the stages around it, with the names that they have in a native run.
+
+    Raises:
+        CheckpointError: weights that are missing, broken or do not fit.
+        ValueError: a noise scheduler that the pipeline cannot be driven by.
+    """
+    architecture, published = config.model.architecture, config.scheduler.family == PUBLISHED_FAMILY
+    if published:
+        make_slot = published_slot(source)
+    else:
+        make_slot = own_slot(noise_scheduler, PEERS[architecture].scales, config.request.steps or config.model.steps)
+    model = load_peer(architecture, source, parts)
+    return PeerStages(
+        PeerValidation(limits, noise_scheduler, model),
+        [
+            TextEncoding(lambda: model.prompts, parts.guidance, PromptCache(cache_mib)),
+            TimestepPreparation(noise_scheduler, parts.size_multiple),
+            NoisePreparation(parts.latent),
+            PeerDenoising(
+                model,
+                make_slot,
+                noise_scheduler,
+                parts.guidance,
+                resolved_attention(config),
+                parts.size_multiple,
+                own_draws=published,
+            ),
+            Decoding(model.decode),
+        ],
+    )

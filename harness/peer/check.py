@@ -1,0 +1,72 @@
+"""Whether the chosen engine can run a configuration; asked before a process starts, without torch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from harness.config.schema import RunConfig, Task
+from harness.config.trained import PUBLISHED_FAMILY
+from harness.parallel.mesh import degrees
+from harness.peer.table import NATIVE, PEERS, refuse_unknown_engine, resolved_attention
+
+LEARNED = ("learned", "learned_range")
+FLOWS = ("rectified_flow", PUBLISHED_FAMILY)
+
+
+def check_engine(config: RunConfig) -> None:
+    """Refuses what the engine cannot run, and warns of what has no effect in it.
+
+    Raises:
+        ValueError: what to change, in one line.
+    """
+    name = config.engine.name
+    refuse_unknown_engine(name)
+    if name == NATIVE:
+        return
+    if config.task.name is Task.train:
+        raise ValueError(f"engine={name} has no effect on task=train; drop it")
+    architecture = config.model.architecture
+    if architecture not in PEERS:
+        raise ValueError(
+            f"engine={name} does not run architecture {architecture}; it runs {', '.join(PEERS)}: use engine=native"
+        )
+    if (ranks := math.prod(degrees(config.parallel))) > 1:
+        raise ValueError(f"engine={name} runs one rank, the layout has {ranks}; use parallel=single")
+    resolved_attention(config)
+    _check_noise_scheduler(config)
+    _check_request(config)
+    if not config.model.text.keep:
+        warnings.warn(f"model.text.keep=false has no effect with engine={name}", stacklevel=2)
+
+
+def _check_noise_scheduler(config: RunConfig) -> None:
+    name, family, solver = config.model.name, config.scheduler.family, config.scheduler.solver
+    if not PEERS[config.model.architecture].scales and config.model.architecture != "dit" and family not in FLOWS:
+        raise ValueError(
+            f"scheduler={family} does not fit diffusers' pipeline of model={name}, which is a flow's; choose "
+            "scheduler=rectified_flow or published, or engine=native"
+        )
+    if family != PUBLISHED_FAMILY and solver.name == "rk45":
+        raise ValueError(
+            "scheduler/solver=rk45 chooses its timesteps by the picture, and diffusers asks for them first; choose "
+            "another solver, or engine=native"
+        )
+    if family != PUBLISHED_FAMILY and solver.variance in LEARNED:
+        raise ValueError(
+            f"scheduler.solver.variance={solver.variance}: diffusers' pipeline of model={name} drops the learned "
+            "variance; choose small or large, or engine=native"
+        )
+
+
+def _check_request(config: RunConfig) -> None:
+    guidance, negative = config.request.guidance, config.request.negative_prompt
+    if guidance is not None and guidance < 1 and config.model.architecture != "flux":
+        raise ValueError(
+            f"request.guidance={guidance}: diffusers guides above 1 only; give at least 1, or use engine=native"
+        )
+    if config.model.architecture == "dit" and negative:
+        raise ValueError(
+            f"request.negative_prompt={negative!r}: diffusers' DiTPipeline moves away from no class; drop it, or use "
+            "engine=native"
+        )

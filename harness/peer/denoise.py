@@ -1,0 +1,175 @@
+"""Denoising by a pipeline of diffusers: its own loop, watched through hooks of the network in it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+
+import torch
+from diffusers.models.attention_dispatch import attention_backend
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from harness.peer.family import Batch, PeerModel
+from harness.peer.noise import MakeSlot, draws_noise
+from harness.pipeline.guidance import guided
+from harness.pipeline.latents import seeded_noise, step_noise
+from harness.pipeline.state import RunContext, Sample, micro_batches, written
+from harness.pipeline.timesteps import tokens
+from models.components import Conditioning, GuidanceRule, LatentSpace
+from schedulers.drop_in import evaluation_points
+from schedulers.noise_scheduler import NoiseScheduler
+
+KERNELS = {"sdpa_math": SDPBackend.MATH, "sdpa_flash": SDPBackend.FLASH_ATTENTION}
+"""Names of harness.peer.table for layers that call PyTorch's attention themselves."""
+
+
+class NoisePreparation:
+    """Stage 4: standard normal noise, which the pipeline scales itself.
+
+    Args:
+        space: the geometry of the state.
+    """
+
+    name = "latent_preparation"
+    reads = frozenset({"ask"})
+    writes = frozenset({"start"})
+
+    def __init__(self, space: LatentSpace) -> None:
+        self.space = space
+
+    def forward(self, samples: list[Sample], run: RunContext) -> None:
+        for sample in samples:
+            ask = sample.ask
+            sample.start = seeded_noise(ask.seed, self.space.shape(ask.height, ask.width, ask.frames)).to(run.device)
+
+
+class PeerDenoising:
+    """Stage 5.
+
+    Args:
+        model: the pipeline.
+        make_slot: makes the noise scheduler of a micro-batch.
+        noise_scheduler: that of a native run, whose solver steps are counted.
+        rule: how the checkpoint is guided.
+        attention: by the name of harness.peer.table.
+        size_multiple: pixels a token of the network spans on a side.
+        own_draws: the noise of steps is diffusers' own.
+    """
+
+    name = "denoising"
+    reads = frozenset({"ask", "text", "negative", "grid", "start"})
+    writes = frozenset({"latent"})
+
+    def __init__(
+        self,
+        model: PeerModel,
+        make_slot: MakeSlot,
+        noise_scheduler: NoiseScheduler,
+        rule: GuidanceRule,
+        attention: str,
+        size_multiple: int,
+        own_draws: bool,
+    ) -> None:
+        self.model = model
+        self.make_slot = make_slot
+        self.noise_scheduler = noise_scheduler
+        self.rule = rule
+        self.attention = attention
+        self.size_multiple = size_multiple
+        self.own_draws = own_draws
+
+    def forward(self, samples: list[Sample], run: RunContext) -> None:
+        batches = micro_batches(samples, run.batch_size)
+        total = sum(written(batch[0].grid).steps for batch in batches)
+        for batch in batches:
+            self._denoise(batch, run, total)
+
+    def _denoise(self, samples: list[Sample], run: RunContext, total: int) -> None:
+        grid, ask = written(samples[0].grid), samples[0].ask
+        if self.own_draws and draws_noise(self.noise_scheduler, grid):
+            run.notes.append("the noise of each step is diffusers' own: pictures are not those of engine=native")
+        is_guided = guided(ask, self.rule)
+        batch = Batch(
+            [sample.ask for sample in samples],
+            torch.stack([written(sample.start) for sample in samples]),
+            Conditioning.stack([written(sample.text) for sample in samples]),
+            Conditioning.stack([written(sample.negative) for sample in samples]) if is_guided else None,
+        )
+
+        def noise(step: int) -> Tensor:
+            shape = tuple(batch.noise.shape[1:])
+            return self.model.pack(torch.stack([step_noise(a.seed, step, shape) for a in batch.asks])).to(run.device)
+
+        self.model.pipeline.scheduler = self.make_slot(tokens(ask.height, ask.width, self.size_multiple), noise)
+        evaluations = [len(points) for points in evaluation_points(self.noise_scheduler, grid)]
+        forwards = 2 if is_guided and self.model.pair_apart else 1
+        with kernel(self.attention), Watch(self.model.network, run, evaluations, forwards, total):
+            latents = self.model.denoise(batch)
+        for sample, latent in zip(samples, latents.float(), strict=True):
+            sample.latent = latent
+
+
+def kernel(attention: str) -> AbstractContextManager[object]:
+    """The attention that runs inside, by the name of harness.peer.table."""
+    if attention == "sdpa":
+        return ExitStack()
+    if attention in KERNELS:
+        return sdpa_kernel(KERNELS[attention])
+    found: AbstractContextManager[object] = attention_backend(attention)
+    return found
+
+
+class Watch:
+    """Times a pipeline's network and steps from outside: a step lasts from its first forward to that of the next.
+
+    What comes before the first forward is in the stage and in no step. Cancellation is checked at each step's start.
+
+    Args:
+        network: the denoiser.
+        run: of the request.
+        evaluations: network evaluations of each solver step.
+        forwards: of one evaluation; a guided pair counts as one.
+        total: solver steps of the request, for its progress.
+    """
+
+    def __init__(self, network: nn.Module, run: RunContext, evaluations: list[int], forwards: int, total: int) -> None:
+        self.network = network
+        self.run = run
+        self.forwards = forwards
+        self.total = total
+        self._begins = {sum(evaluations[:i]) for i in range(len(evaluations))}
+        self._done = 0
+        self._step = ExitStack()
+        self._forward = ExitStack()
+
+    def __enter__(self) -> None:
+        self._hooks = (
+            self.network.register_forward_pre_hook(self._before),
+            self.network.register_forward_hook(self._after),
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if error is None:
+            self._end_step()
+
+    def _before(self, network: nn.Module, given: object) -> None:
+        evaluation, part = divmod(self._done, self.forwards)
+        if part == 0 and evaluation in self._begins:
+            self._end_step()
+            self.run.check_cancelled()
+            self._step.enter_context(self.run.clock.step())
+        self._forward.enter_context(self.run.clock.network("denoiser", counted=part == 0))
+
+    def _after(self, network: nn.Module, given: object, output: object) -> None:
+        self._forward.close()
+        self._done += 1
+
+    def _end_step(self) -> None:
+        if self._done:
+            self._step.close()
+            self.run.on_progress("denoising", len(self.run.clock.steps), self.total)

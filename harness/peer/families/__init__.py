@@ -1,0 +1,1 @@
+"""One file a family of diffusers' pipelines: how it is built, called and decoded."""

@@ -1,0 +1,71 @@
+"""diffusers' FluxPipeline, of distilled networks and of those guided without a classifier."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from torch import Tensor
+
+from harness.peer.family import Batch, PeerModel, PeerPrompts, check_guidance, check_nothing, kl_pixels
+from harness.peer.load import load_denoiser
+from models.components import Components, Conditioning
+from models.decoders import load_from_diffusers
+from models.flux.prompts import load_flux_prompts
+from models.flux.weights import NAMES
+from models.source import Source
+
+
+def _denoise(pipeline: FluxPipeline, batch: Batch) -> Tensor:
+    """The pipeline's loop."""
+    negative, scale = batch.negative, batch.ask.guidance
+    packed: Tensor = pipeline(
+        prompt_embeds=batch.text.states,
+        pooled_prompt_embeds=batch.text.pooled,
+        negative_prompt_embeds=None if negative is None else negative.states,
+        negative_pooled_prompt_embeds=None if negative is None else negative.pooled,
+        guidance_scale=scale,
+        true_cfg_scale=1.0 if negative is None else scale,
+        **batch.common(pipeline._pack_latents(batch.noise, *batch.noise.shape).to(pipeline.transformer.dtype)),
+    )[0]
+    height, width = batch.ask.height, batch.ask.width
+    return pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)
+
+
+def _decode(pipeline: FluxPipeline, latent: Tensor, /) -> Tensor:
+    """As the pipeline."""
+    vae = pipeline.vae
+    z = latent / vae.config.scaling_factor + vae.config.shift_factor
+    return kl_pixels(vae, pipeline.image_processor, z)
+
+
+def load(source: Source, parts: Components) -> PeerModel:
+    """The pipeline of a checkpoint. Raises CheckpointError."""
+    told = load_flux_prompts(source)
+    told.clip.tokenizer.model_max_length = told.clip.max_tokens  # where the pipeline reads it
+    pipeline = FluxPipeline(
+        scheduler=None,
+        vae=load_from_diffusers(source, "vae", AutoencoderKL),
+        text_encoder=told.clip.encoder,
+        tokenizer=told.clip.tokenizer,
+        text_encoder_2=told.t5.encoder,
+        tokenizer_2=told.t5.tokenizer,
+        transformer=load_denoiser(source, FluxTransformer2DModel, parts.network, NAMES),
+    )
+
+    def encode(prompt: str, negative: bool) -> Conditioning:
+        states, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=source.text_tokens)
+        return Conditioning(states, pooled=pooled)
+
+    return PeerModel(
+        pipeline,
+        pipeline.transformer,
+        PeerPrompts(told, encode),
+        partial(_denoise, pipeline),
+        partial(_decode, pipeline),
+        pack=lambda latent: pipeline._pack_latents(latent, *latent.shape),
+        pair_apart=True,
+        check=check_nothing if parts.guidance.embedded else check_guidance,
+    )

@@ -1,0 +1,70 @@
+"""diffusers' PixArtAlphaPipeline and PixArtSigmaPipeline; also the built-in reference model's."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
+from torch import Tensor
+
+from harness.peer.family import Batch, PeerModel, PeerPrompts, kl_pixels
+from harness.peer.load import load_denoiser
+from models.components import Components, Conditioning
+from models.decoders import load_from_diffusers
+from models.pixart.weights import NAMES
+from models.source import Source
+from models.text.t5 import load_t5_prompts
+
+
+def _denoise(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, batch: Batch) -> Tensor:
+    """The pipeline's loop, without its choice of another size and its cleaning of captions."""
+    negative = batch.negative
+    latents: Tensor = pipeline(
+        prompt=None,
+        negative_prompt=None,
+        prompt_embeds=batch.text.states,
+        prompt_attention_mask=batch.text.mask,
+        negative_prompt_embeds=None if negative is None else negative.states,
+        negative_prompt_attention_mask=None if negative is None else negative.mask,
+        guidance_scale=batch.ask.guidance,
+        use_resolution_binning=False,
+        clean_caption=False,
+        **batch.common(batch.noise.to(pipeline.transformer.dtype)),
+    )[0]
+    return latents
+
+
+def _decode(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, latent: Tensor, /) -> Tensor:
+    """As the pipeline."""
+    vae = pipeline.vae
+    return kl_pixels(vae, pipeline.image_processor, latent / vae.config.scaling_factor)
+
+
+def load(source: Source, parts: Components) -> PeerModel:
+    """The pipeline of a checkpoint: the one that it names, else PixArt-Sigma's. Raises CheckpointError."""
+    kind = PixArtAlphaPipeline if source.index().get("_class_name") == "PixArtAlphaPipeline" else PixArtSigmaPipeline
+    told = load_t5_prompts(source, lowercase=True)
+    pipeline = kind(
+        tokenizer=told.tokenizer,
+        text_encoder=told.encoder,
+        vae=load_from_diffusers(source, "vae", AutoencoderKL),
+        transformer=load_denoiser(source, PixArtTransformer2DModel, parts.network, NAMES, ("Transformer2DModel",)),
+        scheduler=None,
+    )
+
+    def encode(prompt: str, negative: bool) -> Conditioning:
+        states, mask, _, _ = pipeline.encode_prompt(
+            prompt, False, clean_caption=False, max_sequence_length=source.text_tokens
+        )
+        return Conditioning(states, mask.bool())
+
+    return PeerModel(
+        pipeline,
+        pipeline.transformer,
+        PeerPrompts(told, encode),
+        partial(_denoise, pipeline),
+        partial(_decode, pipeline),
+    )

@@ -1,0 +1,76 @@
+"""diffusers' QwenImagePipeline, whose text encoder is the whole vision-language model."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from harness.peer.family import Batch, PeerModel, PeerPrompts
+from harness.peer.load import load_denoiser
+from models.components import Components, Conditioning
+from models.decoders import load_from_diffusers
+from models.qwen_image.prompts import QwenImagePrompts
+from models.qwen_image.weights import NAMES
+from models.source import Source
+from models.text.load import load_encoder, load_tokenizer
+from models.text.qwen import QWEN_STAND_IN
+
+
+def _denoise(pipeline: QwenImagePipeline, batch: Batch) -> Tensor:
+    """The pipeline's loop."""
+    negative = batch.negative
+    packed: Tensor = pipeline(
+        prompt_embeds=batch.text.states,
+        prompt_embeds_mask=batch.text.mask,
+        negative_prompt_embeds=None if negative is None else negative.states,
+        negative_prompt_embeds_mask=None if negative is None else negative.mask,
+        true_cfg_scale=batch.ask.guidance,
+        **batch.common(pipeline._pack_latents(batch.noise, *batch.noise.shape).to(pipeline.transformer.dtype)),
+    )[0]
+    height, width = batch.ask.height, batch.ask.width
+    return pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)[:, :, 0]
+
+
+def _decode(pipeline: QwenImagePipeline, latent: Tensor, /) -> Tensor:
+    """As the pipeline."""
+    vae = pipeline.vae
+    mean, std = (
+        latent.new_tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    z = latent.unsqueeze(2) * std + mean
+    image = vae.decode(z.to(vae.dtype), return_dict=False)[0][:, :, 0]
+    pixels: Tensor = pipeline.image_processor.postprocess(image, output_type="pt")
+    return pixels.float()
+
+
+def load(source: Source, parts: Components) -> PeerModel:
+    """The pipeline of a checkpoint. Raises CheckpointError."""
+    whole = load_encoder(source, "text_encoder", Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig)
+    tokenizer = load_tokenizer(source, "tokenizer", QWEN_STAND_IN)
+    pipeline = QwenImagePipeline(
+        scheduler=None,
+        vae=load_from_diffusers(source, "vae", AutoencoderKLQwenImage),
+        text_encoder=whole,
+        tokenizer=tokenizer,
+        transformer=load_denoiser(source, QwenImageTransformer2DModel, parts.network, NAMES),
+    )
+
+    def encode(prompt: str, negative: bool) -> Conditioning:
+        states, mask = pipeline.encode_prompt(prompt, max_sequence_length=source.text_tokens)
+        return Conditioning(states, None if mask is None else mask.bool())
+
+    counted = QwenImagePrompts(whole.model.language_model, tokenizer, source.text_tokens)
+    return PeerModel(
+        pipeline,
+        pipeline.transformer,
+        PeerPrompts(counted, encode),
+        partial(_denoise, pipeline),
+        partial(_decode, pipeline),
+        pack=lambda latent: pipeline._pack_latents(latent, *latent.shape),
+        pair_apart=True,
+    )

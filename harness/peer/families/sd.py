@@ -1,0 +1,64 @@
+"""diffusers' StableDiffusionPipeline, without its safety checker, which is no part of what is compared."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from torch import Tensor
+
+from harness.peer.family import Batch, PeerModel, PeerPrompts, kl_pixels
+from harness.peer.load import load_denoiser
+from models.components import Components, Conditioning
+from models.decoders import OLD_NAMES, load_from_diffusers
+from models.names import NameMap
+from models.source import Source
+from models.unet.prompts import load_clip_prompts
+
+
+def _denoise(pipeline: StableDiffusionPipeline, batch: Batch) -> Tensor:
+    """The pipeline's loop."""
+    latents: Tensor = pipeline(
+        prompt_embeds=batch.text.states,
+        negative_prompt_embeds=None if batch.negative is None else batch.negative.states,
+        guidance_scale=batch.ask.guidance,
+        **batch.common(batch.noise.to(pipeline.unet.dtype)),
+    )[0]
+    return latents
+
+
+def _decode(pipeline: StableDiffusionPipeline, latent: Tensor, /) -> Tensor:
+    """As the pipeline."""
+    vae = pipeline.vae
+    return kl_pixels(vae, pipeline.image_processor, latent / vae.config.scaling_factor)
+
+
+def load(source: Source, parts: Components) -> PeerModel:
+    """The pipeline of a checkpoint. Raises CheckpointError."""
+    native = parts.network.get_submodule("unet")
+    told = load_clip_prompts(source)
+    told.clip.tokenizer.model_max_length = told.max_tokens  # where the pipeline reads it
+    pipeline = StableDiffusionPipeline(
+        vae=load_from_diffusers(source, "vae", AutoencoderKL),
+        text_encoder=told.clip.encoder,
+        tokenizer=told.clip.tokenizer,
+        unet=load_denoiser(source, UNet2DConditionModel, native, NameMap(), stored=OLD_NAMES),
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+    def encode(prompt: str, negative: bool) -> Conditioning:
+        states, _ = pipeline.encode_prompt(prompt, source.device, 1, False)
+        return Conditioning(states)
+
+    return PeerModel(
+        pipeline,
+        pipeline.unet,
+        PeerPrompts(told, encode),
+        partial(_denoise, pipeline),
+        partial(_decode, pipeline),
+    )

@@ -1,0 +1,66 @@
+"""diffusers' WanPipeline, of Wan 2.1's text-to-video checkpoints."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from torch import Tensor
+
+from harness.peer.family import Batch, PeerModel, PeerPrompts
+from harness.peer.load import load_denoiser
+from models.components import Components, Conditioning
+from models.decoders import load_from_diffusers
+from models.source import Source
+from models.wan.prompts import load_umt5_prompts
+from models.wan.weights import NAMES
+
+
+def _denoise(pipeline: WanPipeline, batch: Batch) -> Tensor:
+    """The pipeline's loop, whose state is float32."""
+    latents: Tensor = pipeline(
+        prompt_embeds=batch.text.states,
+        negative_prompt_embeds=None if batch.negative is None else batch.negative.states,
+        num_frames=batch.ask.frames,
+        guidance_scale=batch.ask.guidance,
+        **batch.common(batch.noise),
+    )[0]
+    return latents
+
+
+def _decode(pipeline: WanPipeline, latent: Tensor, /) -> Tensor:
+    """As the pipeline."""
+    vae = pipeline.vae
+    mean, std = (
+        latent.new_tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    video = vae.decode((latent * std + mean).to(vae.dtype), return_dict=False)[0]
+    pixels: Tensor = pipeline.video_processor.postprocess_video(video, output_type="pt")
+    return pixels.float()
+
+
+def load(source: Source, parts: Components) -> PeerModel:
+    """The pipeline of a checkpoint. Raises CheckpointError."""
+    told = load_umt5_prompts(source)
+    pipeline = WanPipeline(
+        tokenizer=told.tokenizer,
+        text_encoder=told.encoder,
+        vae=load_from_diffusers(source, "vae", AutoencoderKLWan),
+        scheduler=None,
+        transformer=load_denoiser(source, WanTransformer3DModel, parts.network, NAMES),
+    )
+
+    def encode(prompt: str, negative: bool) -> Conditioning:
+        states, _ = pipeline.encode_prompt(prompt, None, False, max_sequence_length=source.text_tokens)
+        return Conditioning(states)
+
+    return PeerModel(
+        pipeline,
+        pipeline.transformer,
+        PeerPrompts(told, encode),
+        partial(_denoise, pipeline),
+        partial(_decode, pipeline),
+        pair_apart=True,
+    )
