@@ -25,8 +25,7 @@ CLASSES = {"Tinca tinca": 0, "goldfish": 1, "999": 999}
 LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save(folder: Path) -> None:
     """Every part random and small, saved by diffusers' pipeline."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
@@ -41,10 +40,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         norm_num_groups=4,
         scaling_factor=0.7,
     )
-    folder = tmp_path_factory.mktemp("dit")
     DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False, **LINEAR)).save_pretrained(folder)
     index = folder / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": NAMES}))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dit")
+    save(folder)
     return folder
 
 

@@ -38,8 +38,8 @@ BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 MEAN, STD = [0.3, -0.2, 0.1, 0.4], [1.5, 0.8, 1.1, 2.0]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save(folder: Path) -> None:
+    """Every part random and small, saved by diffusers' pipeline."""
     text = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -80,9 +80,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         randomize(network, seed)
     listen(parts["transformer"], ".norm_", ".add_v_proj.weight", gain=3.0)
     published = read_json(PUBLISHED / "qwen_image" / "scheduler" / "scheduler_config.json")
-    folder = tmp_path_factory.mktemp("qwen") / "checkpoint"
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(published)
     QwenImagePipeline(scheduler=scheduler, tokenizer=tiny_tokenizer(), **parts).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen") / "checkpoint"
+    save(folder)
     return folder
 
 

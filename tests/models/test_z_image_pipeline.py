@@ -32,8 +32,8 @@ NEGATIVE = "shape"
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save(folder: Path) -> None:
+    """Every part random and small, saved by diffusers' pipeline."""
     parts = {
         "text_encoder": Qwen3Model(
             Qwen3Config(
@@ -74,9 +74,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         randomize(network, seed)
     listen(parts["transformer"], ".norm_q", ".norm_k", gain=2.0)
     published = read_json(PUBLISHED / "z_image_turbo" / "scheduler" / "scheduler_config.json")
-    folder = tmp_path_factory.mktemp("z") / "checkpoint"
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(published)
     ZImagePipeline(scheduler=scheduler, tokenizer=tiny_tokenizer(), **parts).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("z") / "checkpoint"
+    save(folder)
     return folder
 
 
