@@ -113,7 +113,7 @@ class DiffusersView:
         self.order = math.ceil(len(self._points) / steps)
         self.num_inference_steps = steps
         self.timesteps = torch.tensor([p.tau for p in self._points], dtype=torch.float32, device=device)
-        self.sigmas = grid.sigma.to(torch.float32)
+        self.sigmas = torch.tensor([*(p.sigma for p in self._points), grid[steps].sigma], dtype=torch.float32)
         self._memory, self._i, self._index = Memory(), 0, 0
         self._outputs: list[Tensor] = []
         self._drawn: dict[int, Tensor] = {}
@@ -211,9 +211,9 @@ class DiffusersView:
     def _draw(self, key: int, generator: Generators) -> Tensor:
         """The noise of a key, drawn once a step of the solver, on the generator's device."""
         assert self._x is not None
-        if self.noise is not None:
-            drawn = self.noise(key).to(self._x)
-            return torch.cat([drawn] * (len(self._x) // len(drawn)))
+        if key not in self._drawn and self.noise is not None:
+            given = self.noise(key).to(self._x)
+            self._drawn[key] = torch.cat([given] * (len(self._x) // len(given)))
         if key not in self._drawn:
             shape, several = self._x.shape, generator if isinstance(generator, list) else [generator]
             rows = shape[0] // len(several)

@@ -95,7 +95,8 @@ def peer_stages(
     if published:
         make_slot = published_slot(source)
     else:
-        make_slot = own_slot(noise_scheduler, PEERS[architecture].scales, config.request.steps or config.model.steps)
+        scales, steps = PEERS[architecture].families is None, config.request.steps or config.model.steps
+        make_slot = own_slot(noise_scheduler, scales, steps)
     model = load_peer(architecture, source, parts)
     return PeerStages(
         PeerValidation(limits, noise_scheduler, model),

@@ -11,7 +11,6 @@ from harness.parallel.mesh import degrees
 from harness.peer.table import NATIVE, PEERS, refuse_unknown_engine, resolved_attention
 
 LEARNED = ("learned", "learned_range")
-FLOWS = ("rectified_flow", PUBLISHED_FAMILY)
 
 
 def check_engine(config: RunConfig) -> None:
@@ -42,10 +41,11 @@ def check_engine(config: RunConfig) -> None:
 
 def _check_noise_scheduler(config: RunConfig) -> None:
     name, family, solver = config.model.name, config.scheduler.family, config.scheduler.solver
-    if not PEERS[config.model.architecture].scales and config.model.architecture != "dit" and family not in FLOWS:
+    fitting = PEERS[config.model.architecture].families
+    if fitting is not None and family not in fitting:
         raise ValueError(
-            f"scheduler={family} does not fit diffusers' pipeline of model={name}, which is a flow's; choose "
-            "scheduler=rectified_flow or published, or engine=native"
+            f"scheduler={family} does not fit diffusers' pipeline of model={name}, which does not scale what it feeds its "
+            f"network; choose scheduler={' or scheduler='.join(fitting)}, or engine=native"
         )
     if family != PUBLISHED_FAMILY and solver.name == "rk45":
         raise ValueError(

@@ -74,7 +74,7 @@ def own_slot(noise_scheduler: NoiseScheduler, scales: bool, steps: int) -> MakeS
     if not scales and (grid.init_std != 1 or bool((grid.c_in != 1).any())):
         raise ValueError(
             "this pipeline of diffusers neither scales noise nor network input, and this noise scheduler wants it; "
-            "choose scheduler.prediction=flow or eps, or use engine=native"
+            "choose another scheduler.path or scheduler.prediction, or use engine=native"
         )
     return make
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from harness.config.schema import RunConfig
+from harness.config.trained import PUBLISHED_FAMILY
 from models.registry import nearest, resolve_backend
 
 NATIVE, DIFFUSERS = "native", "diffusers"
@@ -25,32 +26,34 @@ class PeerRow:
     Args:
         module: its `load` builds the pipeline.
         attention: from a backend's name here to the name of what then runs there.
-        scales: its pipeline scales noise and network input as the noise scheduler says; else only a noise scheduler
-            that scales neither fits it.
+        families: of noise schedulers that fit its pipeline; None = all, since it scales noise and network input as it
+            is told.
     """
 
     module: str
     attention: Mapping[str, str]
-    scales: bool = False
+    families: tuple[str, ...] | None
 
 
 DISPATCHED = {"sdpa": "native", "math": "_native_math", "flash": "_native_flash", "flex": "flex"}
 """Names of diffusers' attention dispatch."""
+DISPATCHED_MASKED = {name: there for name, there in DISPATCHED.items() if name != "flash"}
+"""Those of layers that tell it a mask where prompts differ in length, which the flash kernel does not take."""
 DIRECT = {"sdpa": "sdpa", "math": "sdpa_math", "flash": "sdpa_flash"}
 """Layers that call PyTorch's attention themselves: its own choice, or one of its kernels."""
-MASKED = {"sdpa": "sdpa", "math": "sdpa_math"}
-"""Those that also tell it a mask, which the flash kernel does not take."""
+DIRECT_MASKED = {name: there for name, there in DIRECT.items() if name != "flash"}
+FLOWS = ("rectified_flow", PUBLISHED_FAMILY)
 
 PEERS = {
-    "dit": PeerRow("harness.peer.families.dit", DIRECT),
-    "pixart": PeerRow("harness.peer.families.pixart", MASKED, scales=True),
-    "sd3": PeerRow("harness.peer.families.sd3", DIRECT),
-    "flux": PeerRow("harness.peer.families.flux", DISPATCHED),
-    "qwen_image": PeerRow("harness.peer.families.qwen_image", DISPATCHED),
-    "z_image": PeerRow("harness.peer.families.z_image", DISPATCHED),
-    "wan": PeerRow("harness.peer.families.wan", DISPATCHED),
-    "sd": PeerRow("harness.peer.families.sd", DIRECT, scales=True),
-    "sdxl": PeerRow("harness.peer.families.sdxl", DIRECT, scales=True),
+    "dit": PeerRow("harness.peer.families.dit", DIRECT, (*FLOWS, "ddpm")),
+    "pixart": PeerRow("harness.peer.families.pixart", DIRECT_MASKED, None),
+    "sd3": PeerRow("harness.peer.families.sd3", DIRECT, FLOWS),
+    "flux": PeerRow("harness.peer.families.flux", DISPATCHED, FLOWS),
+    "qwen_image": PeerRow("harness.peer.families.qwen_image", DISPATCHED_MASKED, FLOWS),
+    "z_image": PeerRow("harness.peer.families.z_image", DISPATCHED_MASKED, FLOWS),
+    "wan": PeerRow("harness.peer.families.wan", DISPATCHED, FLOWS),
+    "sd": PeerRow("harness.peer.families.sd", DIRECT, None),
+    "sdxl": PeerRow("harness.peer.families.sdxl", DIRECT, None),
 }
 
 

@@ -1,20 +1,32 @@
 """engine=diffusers and engine=native: the same pictures and the same counts from the same request, family by family."""
 
+import importlib
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from harness.client import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.engine import RequestFailed
 from harness.inprocess import InprocessEngine
-from harness.records import Record
-from models.registry import REFERENCE
+from harness.messages import GenerationRequest, RankOutcome, decode
+from harness.parallel.mesh import Place
+from harness.peer.build import load_peer, native_facts
+from harness.records import Record, load
+from harness.serving.build import build_worker, source_of
+from models.files import read_json
+from models.names import NameMap
+from models.registry import ARCHITECTURES
 from tests.models import (
     test_dit_pipeline,
     test_flux_pipeline,
@@ -31,6 +43,13 @@ SHORT = ("model.text.tokens=20",)
 PATCHES = ("model.size_multiple=4",)
 SIZE = {"height": 48, "width": 32}
 PROMPTS = ["a red fox", "two small boats"]
+LEARNED = ("scheduler=ddpm", "scheduler/solver=ddpm", "scheduler.solver.variance=learned_range")
+SLOW = ("pixart_sigma", "sd3", "sd21")  # each like another one
+
+
+def slowly(*values: object) -> ParameterSet:
+    """A case for the slow suite."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,7 @@ class Case:
         save: writes the checkpoint to a folder.
         overrides: beside the folder and float32.
         asked: of every request.
-        steps: denoising steps that a request of 3 takes in evaluations.
+        evaluations: of the network, for 3 steps.
     """
 
     model: str
@@ -109,6 +128,7 @@ class Pair:
         for mine, other in zip(ours.pixels, theirs.pixels, strict=True):
             assert mine.shape == other.shape
             assert other.std() > 0.01, "a flat picture proves nothing"
+            assert ((other > 0) & (other < 1)).mean() > 0.2, "a clamped picture proves little"
             apart.append(np.abs(mine - other).max())
         return apart, ours.record, theirs.record
 
@@ -117,7 +137,7 @@ def overrides_of(case: Case, folder: Path) -> list[str]:
     return [f"model={case.model}", f"model.path={folder}", "model.dtype=float32", *case.overrides]
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(scope="module", params=[slowly(name) if name in SLOW else name for name in CASES])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     case, folder = CASES[request.param], tmp_path_factory.mktemp(request.param)
     case.save(folder)
@@ -126,7 +146,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield Pair(case, native, peer)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("batch_size", [slowly(1), 2])
 def test_guided_pictures_are_the_native_ones(pair: Pair, batch_size: int) -> None:
     apart, ours, theirs = pair.draw(guidance=3.5, batch_size=batch_size)
     assert max(apart) < BOUND
@@ -149,3 +169,184 @@ def test_the_record_names_who_drew(pair: Pair) -> None:
     assert theirs.engine.version == theirs.provenance.packages["diffusers"]
     assert ours.fingerprint != theirs.fingerprint
     assert {part.component for part in ours.loaded} == {part.component for part in theirs.loaded}
+    old = msgspec.to_builtins(ours)
+    del old["engine"]
+    assert msgspec.convert(old, Record).engine.name == "native"
+
+
+# ---------------------------------------------------------------- other noise schedulers and attention
+
+
+def both(tmp_path: Path, name: str, *overrides: str) -> Pair:
+    """Both engines over a checkpoint of one case, not started."""
+    case = CASES[name]
+    case.save(tmp_path)
+    own = [*overrides_of(case, tmp_path), *overrides]
+    return Pair(case, generator(*own), generator(*own, "engine=diffusers"))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "evaluations"),
+    [
+        ("flux_schnell", ["scheduler=rectified_flow", "scheduler/solver=heun"], 5),
+        slowly("wan", ["scheduler=rectified_flow", "scheduler/solver=heun"], 5),
+        slowly("flux_schnell", ["scheduler=rectified_flow", "scheduler/solver=ancestral"], 3),
+        slowly("sd21", ["scheduler=ddpm", "scheduler/solver=ancestral", "scheduler.clip=1.0"], 3),
+        ("dit", ["scheduler=ddpm", "scheduler/solver=ddpm", "scheduler.clip=1.0"], 3),
+        slowly("flux_schnell", ["attention=math"], 3),
+        ("flux", ["attention=flash"], 3),
+        slowly("sd21", ["attention=math"], 3),
+        slowly("z_image", ["attention=flex"], 3),
+    ],
+    ids=str,
+)
+def test_our_noise_schedulers_and_kernels_run_in_their_pipelines(
+    tmp_path: Path, name: str, overrides: list[str], evaluations: int
+) -> None:
+    """Several evaluations a step, and the noise of stochastic steps, drawn as a native run draws it."""
+    pair = both(tmp_path, name, *overrides)
+    with pair.native, pair.peer:
+        apart, ours, theirs = pair.draw(guidance=2.0)
+    assert max(apart) < BOUND
+    assert ours.summary.nfe == theirs.summary.nfe == evaluations
+    assert len(theirs.repeats[0].denoise_steps_ms) == 6
+
+
+@pytest.mark.parametrize("family", [slowly("rectified_flow"), slowly("ddpm"), "sgm"])
+def test_the_reference_model_is_drawn_by_pixart_sigmas_pipeline(family: str) -> None:
+    own = ("model=emoji", f"scheduler={family}")
+    case = Case("emoji", lambda folder: None, own, {"prompts": ["red apple", "rocket, 3d"]})
+    with generator(*own) as native, generator(*own, "engine=diffusers") as peer:
+        apart, _, theirs = Pair(case, native, peer).draw(guidance=3.0, batch_size=2, steps=2)
+    assert max(apart) < BOUND
+    assert theirs.quality is not None
+
+
+@pytest.mark.slow
+def test_steps_whose_noise_is_diffusers_own_are_noted(tmp_path: Path) -> None:
+    """A checkpoint's own class draws by itself; ours would have to be given in its place."""
+    CASES["sd21"].save(tmp_path)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(read_json(file) | {"_class_name": "DDPMScheduler"}))
+    own = overrides_of(CASES["sd21"], tmp_path)
+    with generator(*own, "engine=diffusers") as peer:
+        record = peer.generate(prompt="a", seed=1, steps=2, **SIZE).record
+        assert any("the noise of each step is diffusers' own" in note for note in record.notes)
+
+
+# ---------------------------------------------------------------- random weights
+
+
+@pytest.mark.parametrize(
+    "name", ["pixart_alpha", "wan", "sd15", *map(slowly, ("dit", "sd35_medium", "flux", "qwen_image", "z_image"))]
+)
+def test_random_weights_are_the_native_ones(tmp_path: Path, name: str) -> None:
+    """The same numbers in the denoiser, name by name, in the dtypes that a bfloat16 network has."""
+    case = CASES[name]
+    case.save(tmp_path)
+    config = compose_run([*overrides_of(case, tmp_path), "model.load=dummy", "model.dtype=bfloat16"]).config
+    source, architecture = source_of(config, torch.device("cpu")), config.model.architecture
+    native = importlib.import_module(ARCHITECTURES[architecture].module).load_denoiser(source)
+    peer = load_peer(architecture, source, native_facts(architecture, source)).network
+    if architecture == "sd":
+        names, native = NameMap(), native.unet
+    else:
+        names = importlib.import_module(f"models.{architecture}.weights").NAMES
+    theirs = dict(peer.named_parameters())
+    assert theirs.keys() == {names.theirs(key) for key, _ in native.named_parameters()}
+    for key, parameter in native.named_parameters():
+        assert torch.equal(parameter, theirs[names.theirs(key)]), key
+        assert parameter.dtype == theirs[names.theirs(key)].dtype, key
+
+
+@pytest.mark.slow
+def test_pictures_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
+    pair = both(tmp_path, "sd35_medium", "model.load=dummy")
+    with pair.native, pair.peer:
+        apart, *_ = pair.draw(guidance=2.0)
+    assert max(apart) < BOUND
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["engine=sglang"], r"package sglang is not installed \(pip install 'sglang\[diffusion\]'\).*no adapter"),
+        (["engine=diffusers", "parallel=dp2"], "runs one rank, the layout has 2; use parallel=single"),
+        (["engine=diffusers", "model=ddpm_cifar10", "model.load=dummy"], "does not run architecture unet"),
+        (["engine=diffusers", "attention=flex"], "attention=flex does not run.*choose auto, sdpa, math"),
+        (["engine=diffusers", "scheduler/solver=rk45"], "rk45 chooses its timesteps by the picture"),
+        (["engine=diffusers", "request.guidance=0.5"], "guides above 1 only"),
+        (["engine=diffusers", "model=flux", "model.load=dummy", "scheduler=ddpm"], "scheduler=ddpm does not fit"),
+        (["engine=diffusers", "model=dit_256", "model.load=dummy", *LEARNED], "drops the learned variance"),
+        (
+            ["engine=diffusers", "model=dit_256", "model.load=dummy", "request.negative_prompt=cock"],
+            "moves away from no class",
+        ),
+        (["engine.name=diffuser"], "engine=diffuser is unknown; did you mean diffusers"),
+    ],
+    ids=str,
+)
+def test_what_a_peer_cannot_run_is_refused_before_it_starts(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_run(overrides)
+
+
+def test_what_has_no_effect_is_said() -> None:
+    notes = compose_run(["engine=diffusers", "model.text.keep=false"]).notes
+    assert notes == ["model.text.keep=false has no effect with engine=diffusers"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("dit", {"height": 24}, "DiTPipeline draws 16 x 16"),
+        ("sd21", {"guidance": 0.5}, "guides above 1 only"),
+    ],
+)
+def test_what_a_pipeline_cannot_draw_is_rejected(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    CASES[name].save(tmp_path)
+    asked = {"prompts": PROMPTS, "seed": 1, "steps": 1} | CASES[name].asked | changes
+    with generator(*overrides_of(CASES[name], tmp_path), "engine=diffusers") as peer:
+        with pytest.raises(RequestFailed, match=message) as caught:
+            peer.generate(**asked)
+        assert caught.value.kind == "rejected"
+
+
+def test_a_cancelled_request_ends_at_the_next_step_and_leaves_no_hook(tmp_path: Path) -> None:
+    case = CASES["sd21"]
+    case.save(tmp_path)
+    config = compose_run([*overrides_of(case, tmp_path), "engine=diffusers"]).config
+    worker = build_worker(config, Place(0, [1, 1, 1, 1, 1]), torch.device("cpu"))
+    steps: list[int] = []
+    request = GenerationRequest("r", ["a"], 5, 2.0, 48, 32)
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if stage == "denoising" and total:
+            steps.append(done)
+
+    failed = decode(worker.generate(request, tell, lambda: len(steps) == 2))
+    assert isinstance(failed, RankOutcome)
+    assert failed.failure is not None
+    assert failed.failure.kind == "cancelled"
+    assert steps == [1, 2]
+    answer = decode(worker.generate(request, tell, lambda: False))
+    assert isinstance(answer, RankOutcome)
+    assert answer.report is not None
+    assert len(answer.report.denoise_steps_ms) == answer.report.network_evaluations["denoiser"] == 5
+
+
+@pytest.mark.slow
+def test_a_rank_under_torchrun_runs_the_peer(tmp_path: Path) -> None:
+    """From the command line: a sweep over both engines is two rows of one table."""
+    command = [sys.executable, "-m", "harness", "-m", "engine=native,diffusers", "request.steps=2", "logger=json"]
+    command += ["request.prompt=rocket", f"hydra.sweep.dir={tmp_path}"]
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    table = load(tmp_path)
+    assert sorted(table["engine.name"]) == ["diffusers", "native"]
+    assert list(table["state"]) == ["ok", "ok"]
+    assert list(table["summary.nfe"]) == [2, 2]

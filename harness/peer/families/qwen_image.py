@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
@@ -62,7 +63,9 @@ def load(source: Source, parts: Components) -> PeerModel:
 
     def encode(prompt: str, negative: bool) -> Conditioning:
         states, mask = pipeline.encode_prompt(prompt, max_sequence_length=source.text_tokens)
-        return Conditioning(states, None if mask is None else mask.bool())
+        if mask is None:  # all tokens are real; said again, lest the pipeline warn of a mask that was not given
+            mask = torch.ones(states.shape[:2], device=states.device)
+        return Conditioning(states, mask.bool())
 
     counted = QwenImagePrompts(whole.model.language_model, tokenizer, source.text_tokens)
     return PeerModel(
