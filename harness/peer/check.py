@@ -44,8 +44,8 @@ def _check_noise_scheduler(config: RunConfig) -> None:
     fitting = PEERS[config.model.architecture].families
     if fitting is not None and family not in fitting:
         raise ValueError(
-            f"scheduler={family} does not fit diffusers' pipeline of model={name}, which does not scale what it feeds its "
-            f"network; choose scheduler={' or scheduler='.join(fitting)}, or engine=native"
+            f"scheduler={family} does not fit diffusers' pipeline of model={name}, which does not scale what it feeds "
+            f"its network; choose scheduler={' or scheduler='.join(fitting)}, or engine=native"
         )
     if family != PUBLISHED_FAMILY and solver.name == "rk45":
         raise ValueError(

@@ -44,7 +44,8 @@ PATCHES = ("model.size_multiple=4",)
 SIZE = {"height": 48, "width": 32}
 PROMPTS = ["a red fox", "two small boats"]
 LEARNED = ("scheduler=ddpm", "scheduler/solver=ddpm", "scheduler.solver.variance=learned_range")
-SLOW = ("pixart_sigma", "sd3", "sd21")  # each like another one
+OTHERS = ("dit", "sd35_medium", "flux", "qwen_image", "z_image")
+SLOW = ("pixart_sigma", "sd3", "sd21")  # each like another one; OTHERS are those of the test of random weights
 
 
 def slowly(*values: object) -> ParameterSet:
@@ -237,9 +238,7 @@ def test_steps_whose_noise_is_diffusers_own_are_noted(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- random weights
 
 
-@pytest.mark.parametrize(
-    "name", ["pixart_alpha", "wan", "sd15", *map(slowly, ("dit", "sd35_medium", "flux", "qwen_image", "z_image"))]
-)
+@pytest.mark.parametrize("name", ["pixart_alpha", "wan", "sd15", *map(slowly, OTHERS)])
 def test_random_weights_are_the_native_ones(tmp_path: Path, name: str) -> None:
     """The same numbers in the denoiser, name by name, in the dtypes that a bfloat16 network has."""
     case = CASES[name]
