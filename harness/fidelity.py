@@ -22,19 +22,21 @@ from safetensors.numpy import load_file, save
 
 from harness.client import DiffusionGenerator
 from harness.compose import Composed, to_dict
-from harness.config.schema import DType, ParallelConfig, RunConfig, Task, TaskConfig
+from harness.config.schema import DType, EngineConfig, ParallelConfig, RunConfig, Task, TaskConfig
 from harness.config.trained import trained_denoiser
 from harness.engine import RequestFailed
 from harness.messages import Array
 from harness.metrics.difference import difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, verdict
 from harness.parallel.mesh import Place, degrees
+from harness.peer.table import NATIVE
 from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.provenance import PACKAGES, cpu_name, version
 from harness.records import write_atomically
 from harness.serving.transport import EngineGone
 
 STRENGTH = (APPROXIMATE, EQUIVALENT, EXACT)
+FLOAT32 = {DType.float32}
 CODE = ("models", "schedulers", "harness/pipeline", "harness/serving/build.py", "harness/serving/worker.py")
 
 
@@ -51,7 +53,11 @@ METHODS = (
     Method("attention kernel", EQUIVALENT, lambda c: c.attention.backend not in ("math", "sage")),
     Method("shared picture", EQUIVALENT, lambda c: Place(0, degrees(c.parallel)).replica_size > 1),
     Method("batching", EQUIVALENT, lambda c: c.request.batch_size > 1),
-    Method("dtype", EQUIVALENT, lambda c: dtypes(c) != {DType.float32}),
+    Method("dtype", EQUIVALENT, lambda c: dtypes(c) != FLOAT32),
+    Method("peer engine", EQUIVALENT, lambda c: c.engine.name != NATIVE),
+    Method(
+        "a peer's own rounding of the state", APPROXIMATE, lambda c: c.engine.name != NATIVE and dtypes(c) != FLOAT32
+    ),
     Method("free order of additions", EQUIVALENT, lambda c: not c.launch.reproducible),
 )
 
@@ -120,7 +126,7 @@ def reference_config(config: RunConfig, rounded_as: RunConfig | None) -> RunConf
     """The reference's configuration; or the floor's, which has the dtypes of a row and another order of additions."""
     found = copy.deepcopy(config)
     found.task = TaskConfig(Task.generate, states=config.task.states)
-    found.parallel, found.attention.backend = ParallelConfig(), "math"
+    found.engine, found.parallel, found.attention.backend = EngineConfig(), ParallelConfig(), "math"
     found.request.batch_size = 1
     found.model.text.keep, found.model.text.cache_mib = True, None
     if rounded_as is None:

@@ -113,7 +113,7 @@ class DiffusersView:
         self.order = math.ceil(len(self._points) / steps)
         self.num_inference_steps = steps
         self.timesteps = torch.tensor([p.tau for p in self._points], dtype=torch.float32, device=device)
-        self.sigmas = torch.tensor([*(p.sigma for p in self._points), grid[steps].sigma], dtype=torch.float32)
+        self.sigmas = grid.sigma.to(torch.float32)
         self._memory, self._i, self._index = Memory(), 0, 0
         self._outputs: list[Tensor] = []
         self._drawn: dict[int, Tensor] = {}

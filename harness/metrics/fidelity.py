@@ -1,8 +1,9 @@
 """What a method costs in the picture: its error against a reference, beside the error that rounding alone makes.
 
-The reference is the same request on one rank in float32 with `math` attention, batch 1 and nothing approximated. The
-floor is the error of that reference itself when it is computed in the row's dtype, with another order of additions
-(oneDNN's products in place of MKL's strict ones): what no implementation of the same arithmetic can be blamed for.
+The reference is the same request by the native engine, on one rank in float32 with `math` attention, batch 1 and
+nothing approximated. The floor is the error of that reference itself when it is computed in the row's dtype, with
+another order of additions (oneDNN's products in place of MKL's strict ones): what no implementation of the same
+arithmetic can be blamed for.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from harness.messages import GenerationRequest
 from harness.peer.denoise import NoisePreparation, PeerDenoising
 from harness.peer.family import PeerLoader, PeerModel
 from harness.peer.noise import own_slot, published_slot
-from harness.peer.table import PEERS, resolved_attention
+from harness.peer.table import PEERS, peer_attention
 from harness.pipeline.decode import Decoding
 from harness.pipeline.stage import Stage
 from harness.pipeline.state import asks
@@ -109,7 +109,7 @@ def peer_stages(
                 make_slot,
                 noise_scheduler,
                 parts.guidance,
-                resolved_attention(config),
+                peer_attention(config),
                 parts.size_multiple,
                 own_draws=published,
             ),

@@ -8,7 +8,7 @@ import warnings
 from harness.config.schema import RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY
 from harness.parallel.mesh import degrees
-from harness.peer.table import NATIVE, PEERS, refuse_unknown_engine, resolved_attention
+from harness.peer.table import NATIVE, PEERS, peer_attention, refuse_unknown_engine
 
 LEARNED = ("learned", "learned_range")
 
@@ -32,7 +32,9 @@ def check_engine(config: RunConfig) -> None:
         )
     if (ranks := math.prod(degrees(config.parallel))) > 1:
         raise ValueError(f"engine={name} runs one rank, the layout has {ranks}; use parallel=single")
-    resolved_attention(config)
+    if config.task.states:
+        raise ValueError(f"task.states reads the state after every step, which engine={name} does not give; drop it")
+    peer_attention(config)
     _check_noise_scheduler(config)
     _check_request(config)
     if not config.model.text.keep:

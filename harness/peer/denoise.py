@@ -86,6 +86,8 @@ class PeerDenoising:
             self._denoise(batch, run, total)
 
     def _denoise(self, samples: list[Sample], run: RunContext, total: int) -> None:
+        if run.keep_states:
+            raise ValueError("diffusers' pipelines give no state after every step; ask for the last latents")
         grid, ask = written(samples[0].grid), samples[0].ask
         if self.own_draws and draws_noise(self.noise_scheduler, grid):
             run.notes.append("the noise of each step is diffusers' own: pictures are not those of engine=native")

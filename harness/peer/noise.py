@@ -38,6 +38,8 @@ class OwnGrid(DiffusersView):
         """Begin a request. Raises ValueError where no number of steps is given."""
         steps = len(sigmas) if num_inference_steps is None and sigmas is not None else num_inference_steps
         super().set_timesteps(steps, device)
+        # WanPipeline looks a sigma up for every evaluation, of which a solver's step may have several
+        self.sigmas = torch.tensor([*(point.sigma for point in self._points), self.sigmas[-1]], dtype=torch.float32)
 
 
 def published_slot(source: Source) -> MakeSlot:

@@ -76,7 +76,7 @@ def refuse_unknown_engine(name: str) -> None:
     raise ValueError(f"engine={name}: {lacking}this version has no adapter for it; choose {' or '.join(ENGINES)}")
 
 
-def resolved_attention(config: RunConfig) -> str:
+def peer_attention(config: RunConfig) -> str:
     """The attention of a peer, by the name that it has there.
 
     Raises:

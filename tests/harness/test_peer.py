@@ -169,6 +169,7 @@ def test_the_record_names_who_drew(pair: Pair) -> None:
     assert (ours.engine.name, theirs.engine.name) == ("native", "diffusers")
     assert theirs.engine.version == theirs.provenance.packages["diffusers"]
     assert ours.fingerprint != theirs.fingerprint
+    assert theirs.attention.resolved in ("diffusers sdpa", "diffusers native")
     assert {part.component for part in ours.loaded} == {part.component for part in theirs.loaded}
     old = msgspec.to_builtins(ours)
     del old["engine"]
@@ -276,6 +277,7 @@ def test_pictures_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
         (["engine=diffusers", "parallel=dp2"], "runs one rank, the layout has 2; use parallel=single"),
         (["engine=diffusers", "model=ddpm_cifar10", "model.load=dummy"], "does not run architecture unet"),
         (["engine=diffusers", "attention=flex"], "attention=flex does not run.*choose auto, sdpa, math"),
+        (["engine=diffusers", "task.states=true"], "task.states reads the state after every step"),
         (["engine=diffusers", "scheduler/solver=rk45"], "rk45 chooses its timesteps by the picture"),
         (["engine=diffusers", "request.guidance=0.5"], "guides above 1 only"),
         (["engine=diffusers", "model=flux", "model.load=dummy", "scheduler=ddpm"], "scheduler=ddpm does not fit"),
