@@ -23,6 +23,7 @@ from harness.compose import (
 from harness.config.limits import check_frames
 from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
 from harness.config.trained import trained_denoiser
+from harness.peer.table import ENGINES
 from models.registry import REFERENCE, missing_package
 
 CHECKPOINT = REFERENCE / "emoji"
@@ -53,6 +54,9 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     if group == "attention" and missing_package(option):
         assert "pip install" in refused(f"attention={option}")
         return
+    if group == "engine" and option not in ENGINES:
+        assert "no adapter for it" in refused(f"engine={option}")
+        return
     unshipped = ["model.load=dummy"] if group == "model" and not (REFERENCE / option).is_dir() else []
     composed = compose(f"{group}={option}", *unshipped, *NEEDS.get((group, option), []))
     assert composed.notes == []
@@ -60,7 +64,7 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
 
 
 def test_groups_are_the_replaceable_objects() -> None:
-    assert {"task", "model", "scheduler", "parallel", "attention", "logger", "experiment"} <= set(_groups())
+    assert {"task", "engine", "model", "scheduler", "parallel", "attention", "logger", "experiment"} <= set(_groups())
 
 
 def test_the_model_fills_in_what_the_request_leaves_open() -> None:

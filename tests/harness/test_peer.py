@@ -45,7 +45,7 @@ SIZE = {"height": 48, "width": 32}
 PROMPTS = ["a red fox", "two small boats"]
 LEARNED = ("scheduler=ddpm", "scheduler/solver=ddpm", "scheduler.solver.variance=learned_range")
 OTHERS = ("dit", "sd35_medium", "flux", "qwen_image", "z_image")
-SLOW = ("pixart_sigma", "sd3", "sd21")  # each like another one; OTHERS are those of the test of random weights
+SLOW = ("pixart_sigma", "sd3", "sd21", "flux")  # each like another one; OTHERS are those of the test of random weights
 
 
 def slowly(*values: object) -> ParameterSet:
@@ -162,6 +162,13 @@ def test_pictures_without_guidance_are_the_native_ones(pair: Pair) -> None:
     apart, ours, theirs = pair.draw(guidance=1.0, negative_prompt="", prompts=pair.case.asked.get("prompts", PROMPTS))
     assert max(apart) < BOUND
     assert ours.summary.nfe == theirs.summary.nfe
+
+
+@pytest.mark.parametrize("pair", ["sdxl", slowly("sd35_medium"), slowly("qwen_image")], indirect=True)
+def test_an_empty_negative_prompt_is_the_native_one(pair: Pair) -> None:
+    """SDXL's is zeros."""
+    apart, *_ = pair.draw(guidance=3.5, negative_prompt="")
+    assert max(apart) < BOUND
 
 
 def test_the_record_names_who_drew(pair: Pair) -> None:
