@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 
+import pytest
 import torch
 from torch import Tensor
 
 from harness.parallel.connect import connect
 from harness.parallel.group import Group
-from harness.parallel.mesh import Place, world_size
+from harness.parallel.mesh import AXES, Place, world_size
 from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.pipeline.guidance import Branches
 from harness.pipeline.state import Ask, Sample
@@ -33,46 +35,115 @@ class Layout:
     gather: bool = False
     dtype: torch.dtype = torch.float32
 
+    def fits(self, heads: int) -> bool:
+        """Whether a network of so many attention heads can be cut so."""
+        return heads % self.degrees[AXES.index("tp")] == 0
+
 
 LAYOUTS = (
     Layout((1, 2, 1, 1, 1)),
     Layout((1, 1, 2, 1, 1)),
     Layout((1, 1, 1, 2, 1)),
     Layout((1, 1, 1, 2, 1), gather=True),
-    Layout((1, 1, 1, 2, 1), dtype=torch.bfloat16),
     Layout((1, 1, 1, 1, 2)),
+    Layout((1, 2, 1, 1, 1), dtype=torch.bfloat16),
+    Layout((1, 1, 2, 1, 1), dtype=torch.bfloat16),
+    Layout((1, 1, 1, 2, 1), dtype=torch.bfloat16),
+    Layout((1, 1, 1, 1, 2), dtype=torch.bfloat16),
     Layout((1, 1, 1, 3, 1)),
     Layout((1, 1, 1, 1, 3)),
+    Layout((1, 1, 1, 3, 1), dtype=torch.bfloat16),
+    Layout((1, 1, 1, 1, 3), dtype=torch.bfloat16),
     Layout((1, 2, 1, 1, 2)),
     Layout((1, 1, 2, 1, 2)),
     Layout((1, 1, 2, 2, 1)),
     Layout((1, 1, 1, 2, 2)),
     Layout((1, 1, 1, 2, 2), gather=True),
     Layout((1, 1, 1, 1, 4)),
+    Layout((1, 1, 4, 1, 1), dtype=torch.bfloat16),
     Layout((1, 1, 2, 1, 2), dtype=torch.bfloat16),
-    Layout((1, 1, 2, 2, 2)),
-    Layout((1, 1, 1, 2, 4)),
+    Layout((1, 1, 1, 2, 2), dtype=torch.bfloat16),
 )
-"""Every axis alone and with others, over 2, 3, 4 and 8 ranks."""
+"""Every axis alone and with others, over 2, 3 and 4 ranks, in both dtypes."""
+
+MORE = (
+    *(
+        Layout(degrees)
+        for degrees in (
+            (1, 2, 2, 1, 1),
+            (1, 2, 1, 2, 1),
+            (1, 1, 4, 1, 1),
+            (1, 1, 1, 4, 1),
+            (1, 2, 4, 1, 1),
+            (1, 2, 2, 2, 1),
+            (1, 2, 2, 1, 2),
+            (1, 2, 1, 4, 1),
+            (1, 2, 1, 2, 2),
+            (1, 2, 1, 1, 4),
+            (1, 1, 4, 2, 1),
+            (1, 1, 4, 1, 2),
+            (1, 1, 2, 4, 1),
+            (1, 1, 2, 2, 2),
+            (1, 1, 2, 1, 4),
+            (1, 1, 1, 8, 1),
+            (1, 1, 1, 4, 2),
+            (1, 1, 1, 2, 4),
+            (1, 1, 1, 1, 8),
+        )
+    ),
+    *(
+        Layout(degrees, dtype=torch.bfloat16)
+        for degrees in (
+            (1, 2, 2, 1, 1),
+            (1, 2, 1, 2, 1),
+            (1, 2, 1, 1, 2),
+            (1, 1, 2, 2, 1),
+            (1, 1, 1, 4, 1),
+            (1, 1, 1, 1, 4),
+            (1, 2, 1, 2, 2),
+            (1, 1, 4, 1, 2),
+            (1, 1, 2, 2, 2),
+            (1, 1, 1, 4, 2),
+            (1, 1, 1, 2, 4),
+        )
+    ),
+)
+"""The other products over 4 ranks, and those over 8, which the slow suite adds."""
 
 
-def layouts(ranks: int) -> list[Layout]:
+SIZES = [
+    (2, False),
+    (3, False),
+    (4, False),
+    pytest.param(4, True, marks=pytest.mark.slow),
+    pytest.param(8, True, marks=pytest.mark.slow),
+]
+"""World sizes, and whether with the products that the slow suite adds."""
+
+
+def layouts(ranks: int, more: bool = False) -> list[Layout]:
     """Those of one world size."""
-    return [layout for layout in LAYOUTS if world_size(layout.degrees) == ranks]
+    return [layout for layout in (MORE if more else LAYOUTS) if world_size(layout.degrees) == ranks]
+
+
+def cases(ranks: int, more: bool = False) -> list[tuple[str, Layout]]:
+    """Every network under every layout of a world size that fits it."""
+    return [(name, layout) for layout in layouts(ranks, more) for name in TINY if layout.fits(TINY[name].heads())]
 
 
 @cache
-def ranks_found(ranks: int) -> list[dict[str, Tensor]]:
-    """What every rank of a world made of every network under every layout; asked once."""
-    return on_ranks(ranks, forward)
+def ranks_found(ranks: int, more: bool = False) -> list[dict[str, Tensor]]:
+    """What every rank of a world made of its cases; asked once."""
+    return on_ranks(ranks, forward, more)
 
 
-def forward(rank: int, size: int) -> dict[str, Tensor]:
+def forward(rank: int, size: int, more: bool) -> dict[str, Tensor]:
     """The outputs, by name of the network and layout, and the bytes that were sent, by kind behind those."""
     found = {}
-    for layout in layouts(size):
+    for layout, networks in groupby(cases(size, more), key=lambda case: case[1]):
         axes = connect(Place(rank, layout.degrees), torch.device("cpu"))
-        for name, tiny in TINY.items():
+        for name, _ in networks:
+            tiny = TINY[name]
             network = tiny.build(math_attention, layout.dtype)
             cut_linears(network, tiny.plan, axes.tp)
             deal_tokens(network, tiny.plan, math_attention, math_lse, axes, layout.gather)

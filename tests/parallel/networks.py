@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor, nn
 
-from models.attention import AttentionKernel
+from models.attention import AttentionKernel, math_attention
 from models.components import Conditioning
 from models.dit import PLAN as DIT_PLAN
 from models.dit import DiT, DiTConfig
@@ -47,6 +47,12 @@ class Tiny:
             if not any(fnmatch(name, pattern) for pattern in self.keep_float32):
                 parameter.data = parameter.data.to(dtype)
         return network.requires_grad_(False).eval()
+
+    def heads(self) -> int:
+        """Attention heads, by the plan."""
+        assert self.plan.heads is not None
+        heads: int = getattr(self.make(math_attention).config, self.plan.heads)
+        return heads
 
 
 def _drawn(*shape: int) -> Tensor:

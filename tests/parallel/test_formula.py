@@ -16,7 +16,7 @@ from models.wan import PLAN as WAN_PLAN
 from models.wan import Wan, WanConfig
 from tests.parallel import decoders
 from tests.parallel.decoders import CASES
-from tests.parallel.layouts import layouts, ranks_found
+from tests.parallel.layouts import SIZES, cases, ranks_found
 from tests.parallel.networks import TINY
 
 
@@ -37,14 +37,13 @@ def counted(found: dict[str, torch.Tensor], what: str) -> dict[str, int]:
     return {name.removeprefix(f"{what} "): int(x) for name, x in found.items() if name.startswith(f"{what} ")}
 
 
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_a_layout_sends_what_the_formula_says(ranks: int, name: str) -> None:
-    for found in ranks_found(ranks):
-        for layout in layouts(ranks):
-            said = sent_bytes(traced(name), layout.degrees, layout.dtype.itemsize, layout.gather)
-            assert said
-            assert said == counted(found, f"{name} {layout}"), layout
+@pytest.mark.parametrize(("ranks", "more"), SIZES)
+def test_a_layout_sends_what_the_formula_says(ranks: int, more: bool) -> None:
+    for name, layout in cases(ranks, more):
+        said = sent_bytes(traced(name), layout.degrees, layout.dtype.itemsize, layout.gather)
+        assert said
+        for found in ranks_found(ranks, more):
+            assert said == counted(found, f"{name} {layout}"), (name, layout)
 
 
 @pytest.mark.parametrize("name", CASES)
