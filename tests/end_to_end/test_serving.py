@@ -68,7 +68,7 @@ def test_the_sockets_are_private_and_the_ranks_are_known(generator: DiffusionGen
     assert folder.stat().st_mode & 0o777 == 0o700
     info = generator.info
     assert info is not None
-    assert (info.world_size, info.device, info.attention, info.threads) == (2, "cpu", "sdpa", 1)
+    assert (info.world_size, info.device, info.attention, info.threads) == (2, "cpu", "torch sdpa", 1)
     lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in info.pids]
     assert len(set(info.pids)) == 2
     assert all(b"harness.rank" in line for line in lines)
