@@ -156,5 +156,11 @@ def sweep_group(folder: Path) -> str:
     return "-".join(folder.parts[-2:])
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. CPython ends with SIGINT, whatever exit status was asked for, once a KeyboardInterrupt proper has passed
+    through exec() (run_eval_code_obj in pythonrun.c), as when a library that makes its classes so is being imported.
+    """
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)
+    raise Terminated(signal.Signals(number).name)

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import harness
 from models.registry import REFERENCE
 from tests.end_to_end.conftest import (
     ENDLESS,
@@ -161,3 +164,15 @@ def test_torchrun_with_another_number_of_ranks(tmp_path: Path) -> None:
     done = run(torchrun(2, ONE, f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode != 0
     assert "use parallel.dp=2 or torchrun --nproc-per-node 1" in one_line(done.stderr)
+
+
+def test_a_termination_in_the_middle_of_an_exec_has_its_own_exit_status(tmp_path: Path) -> None:
+    """Libraries make classes by exec() while they are imported; CPython remembers what passes through one."""
+    (tmp_path / "terminated.py").write_text(
+        "import os, signal\n"
+        "from harness import cli\n"
+        "cli.dispatch = lambda arguments: exec('os.kill(os.getpid(), signal.SIGTERM)')\n"
+        "cli.main()\n"
+    )
+    paths = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(harness.__file__).parent.parent}"}
+    assert subprocess.run([sys.executable, "-m", "terminated"], env=paths, timeout=60).returncode == 130
