@@ -59,9 +59,9 @@ def main() -> None:
 
 def dispatch(arguments: Sequence[str]) -> int:
     """Runs one command line in this process; the exit status."""
-    arguments = [quoted(argument) for argument in arguments]
     try:
         if any(argument.startswith("-") for argument in arguments):
+            arguments = [quoted(argument) for argument in arguments]
             flags = get_args_parser().parse_args(list(arguments))
             check_names(flags.overrides, sweep=flags.multirun)
             return sweep_or_show(arguments)
@@ -91,12 +91,11 @@ def run_one(composed: Composed) -> Job:
     """
     if composed.config.task.name is Task.train:
         return Job(Path(composed.config.train.folder), run_training(composed.config, Console()))
-    compares = composed.config.task.name is Task.compare
-    if compares:
-        sides(composed)  # either can run
+    if composed.config.task.name is Task.compare:
+        pair = sides(composed)  # refused before a folder is claimed
+        folder = RunFolder.claim(composed.folder)
+        return Job(folder.path, compare_in(composed, pair, folder, Console()))
     folder = RunFolder.claim(composed.folder)
-    if compares:
-        return Job(folder.path, compare_in(composed, folder, Console()))
     make = partial(DiffusionGenerator.from_composed, composed, folder.path)
     return Job(folder.path, run_in(composed, folder, Console(), make))
 

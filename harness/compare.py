@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 from rich.console import Console
 
 from harness.client import DiffusionGenerator
@@ -21,7 +20,7 @@ from harness.metrics.comparison import FILE, SCHEMA, Comparison, ratios_of
 from harness.metrics.difference import difference
 from harness.metrics.paired import fewest_rounds
 from harness.parallel.mesh import degrees, world_size
-from harness.records import RunFolder, Status, write_atomically
+from harness.records import RunFolder, Status
 from harness.series import Series, progress_bars
 
 
@@ -48,11 +47,11 @@ def _side(composed: Composed, name: str) -> Composed:
     return Composed(side.config, side.overrides, composed.folder / name, side.notes)
 
 
-def compare_in(composed: Composed, folder: RunFolder, console: Console) -> Status:
+def compare_in(composed: Composed, pair: tuple[Composed, Composed], folder: RunFolder, console: Console) -> Status:
     """Compares in a claimed folder, whatever happens: the status, which is on disk before anything is mirrored."""
     config = composed.config
     status, comparison = ended(
-        composed, folder, lambda: run_compare(composed, folder, console), lambda done: Status("ok")
+        composed, folder, lambda: run_compare(composed, pair, folder, console), lambda done: Status("ok")
     )
     if comparison is not None:
         mirror(lambda: log_comparison(config.logger.wandb, comparison, folder.path))
@@ -61,15 +60,13 @@ def compare_in(composed: Composed, folder: RunFolder, console: Console) -> Statu
     return status
 
 
-def run_compare(composed: Composed, folder: RunFolder, console: Console) -> Comparison:
+def run_compare(composed: Composed, pair: tuple[Composed, Composed], folder: RunFolder, console: Console) -> Comparison:
     """Draws both sides in alternation; either's row is a run's folder of its own, `a` and `b`, in this one.
 
     Raises:
-        ConfigError: a side that cannot run.
         RequestFailed: an engine's typed answer.
         EngineGone: a rank died, or was not ready in time.
     """
-    pair = sides(composed)
     folder.write_config(to_yaml(composed.config))
     folders = [RunFolder.claim(side.folder) for side in pair]
     generators = [DiffusionGenerator.from_composed(side, own.path) for side, own in zip(pair, folders, strict=True)]
@@ -91,7 +88,7 @@ def run_compare(composed: Composed, folder: RunFolder, console: Console) -> Comp
         series.save(record, own)
         own.finish(Status("ok"))
     comparison = compared(composed, pair, both)
-    write_atomically(folder.path / FILE, msgspec.json.format(msgspec.json.encode(comparison), indent=1))
+    folder.write_json(FILE, comparison)
     return comparison
 
 

@@ -88,8 +88,11 @@ def measure(
         methods: what a configuration may use, with what each claims.
     """
     try:
-        reference = kept(reference_config(config, None), config, bars, "reference")
-        floor = kept(reference_config(config, config), config, bars, "rounding floor")
+        facts, home = origin(config), folder(config)
+        plain, rounded = reference_config(config), floor_config(config)
+        name = key(plain, facts)
+        reference = kept(plain, home / f"{name}.safetensors", bars, "reference")
+        floor = kept(rounded, home / f"{key(rounded, facts)}.safetensors", bars, "rounding floor")
     except (RequestFailed, EngineGone, OSError, ValueError) as error:
         line = str(error).splitlines()[0]
         return None, [f"fidelity is not measured, as its reference failed: {line}; task.fidelity=false goes without"]
@@ -105,7 +108,7 @@ def measure(
         floor_latent=floor_latent,
         floor_pixel=floor_pixel,
         verdict=verdict(claimed, latent, pixel, floor_latent, floor_pixel),
-        reference=key(reference_config(config, None), config),
+        reference=name,
         steps_rel_l2=by_step(reference, row) if config.task.states else None,
     )
     return found, []
@@ -122,39 +125,48 @@ def by_step(reference: Drawn, row: Drawn) -> list[float]:
     return [difference([x[i] for x in reference.latents], [x[i] for x in row.latents]).rel_l2 for i in steps]
 
 
-def reference_config(config: RunConfig, rounded_as: RunConfig | None) -> RunConfig:
-    """The reference's configuration; or the floor's, which has the dtypes of a row and another order of additions."""
+def reference_config(config: RunConfig) -> RunConfig:
+    """The configuration of a row's reference: one rank, float32, nothing that a method changes."""
+    found = _plain(config)
+    found.launch.reproducible = True
+    found.model.dtype = DType.float32
+    for name in ("denoiser", *COMPONENTS):
+        part = getattr(found.model, name)
+        part.dtype = None if part.dtype is None else DType.float32
+    return found
+
+
+def floor_config(config: RunConfig) -> RunConfig:
+    """The configuration of the floor: the reference in the row's dtypes, with another order of additions."""
+    found = _plain(config)
+    found.launch.reproducible = False
+    return found
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """A row's request on one rank, without what is measured and without methods that change its arithmetic."""
     found = copy.deepcopy(config)
     found.task = TaskConfig(Task.generate, states=config.task.states)
     found.engine, found.parallel, found.attention.backend = EngineConfig(), ParallelConfig(), "math"
     found.request.batch_size = 1
     found.model.text.keep, found.model.text.cache_mib = True, None
-    if rounded_as is None:
-        found.launch.reproducible = True
-        found.model.dtype = DType.float32
-        for name in ("denoiser", *COMPONENTS):
-            part = getattr(found.model, name)
-            part.dtype = None if part.dtype is None else DType.float32
-    else:
-        found.launch.reproducible = False
     return found
 
 
-def kept(reference: RunConfig, row: RunConfig, bars: Progress, what: str) -> Drawn:
-    """What a configuration draws: read where it was drawn before, else drawn, and kept.
+def kept(config: RunConfig, file: Path, bars: Progress, what: str) -> Drawn:
+    """What a configuration draws: read from its file where it was drawn before, else drawn, and kept there.
 
     Raises:
         RequestFailed, EngineGone: it could not be drawn.
         ValueError: it cannot be drawn here.
     """
-    file = folder(row) / f"{key(reference, row)}.safetensors"
     if file.exists():
         tensors = load_file(file)
         count = len(tensors) // 2
         return Drawn([tensors[f"latents.{k}"] for k in range(count)], [tensors[f"pixels.{k}"] for k in range(count)])
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError("under a torchrun no other engine is started; run the same once with python -m harness")
-    drawn = draw(reference, bars, what)
+    drawn = draw(config, bars, what)
     arrays = {f"latents.{k}": np.ascontiguousarray(x) for k, x in enumerate(drawn.latents)}
     arrays |= {f"pixels.{k}": np.ascontiguousarray(x) for k, x in enumerate(drawn.pixels)}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -185,18 +197,17 @@ def folder(config: RunConfig) -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "triptych" / "references"
 
 
-def key(reference: RunConfig, row: RunConfig) -> str:
-    """What a kept reference depends on: what is drawn, by which code, on what machine, from which weights.
-
-    Args:
-        reference: the configuration that is drawn.
-        row: the one that it is the reference of, whose checkpoint both read.
-    """
-    declared = to_dict(reference)
+def key(config: RunConfig, facts: list[object]) -> str:
+    """The name of what a configuration draws, from facts of its origin."""
+    declared = to_dict(config)
     drawn = {name: declared[name] for name in ("task", "model", "scheduler", "request", "launch")}
+    return hashlib.sha256(json.dumps([drawn, *facts], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def origin(config: RunConfig) -> list[object]:
+    """What a drawn picture depends on beside what is asked: by which code, on what machine, from which weights."""
     machine = [cpu_name(), platform.platform(), {name: version(name) for name in PACKAGES}]
-    facts = [drawn, code(), machine, weights(row)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return [code(), machine, weights(config)]
 
 
 def code() -> str:

@@ -168,7 +168,11 @@ class RunFolder:
 
     def write_record(self, record: Record) -> None:
         """Writes `record.json`."""
-        write_atomically(self.path / "record.json", msgspec.json.format(msgspec.json.encode(record), indent=1))
+        self.write_json("record.json", record)
+
+    def write_json(self, name: str, data: msgspec.Struct) -> None:
+        """Writes a struct as an indented file."""
+        write_atomically(self.path / name, msgspec.json.format(msgspec.json.encode(data), indent=1))
 
     def write_config(self, text: str) -> None:
         """Writes `config.yaml`, the resolved configuration."""

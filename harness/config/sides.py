@@ -68,8 +68,9 @@ def check_sides(config: RunConfig) -> None:
 
 
 def side_overrides(common: Sequence[str], side: Sequence[str], config: RunConfig) -> list[str]:
-    """The overrides of one side's own run: those of both, then its own; its repeats are the comparison's."""
-    own = {override.partition("=")[0].lstrip("+~") for override in side}
-    kept = [o for o in common if o.partition("=")[0].lstrip("+~") not in {*SIDES, "task", *own}]
+    """The overrides of one side's own run: those of both, then its own, which have the last word; its repeats are the
+    comparison's.
+    """
+    kept = [override for override in common if override.partition("=")[0] not in (*SIDES, "task")]
     counts = [f"task.warmup={config.task.warmup}", f"task.repeats={config.task.repeats}"]
     return [*kept, *side, "task=bench", *counts, "task.fidelity=false", "a=null", "b=null"]

@@ -11,7 +11,7 @@ from harness import fidelity
 from harness.client import DiffusionGenerator
 from harness.compose import Composed, compose_run
 from harness.config.schema import DType
-from harness.fidelity import METHODS, Drawn, Method, measure, method_class, reference_config
+from harness.fidelity import METHODS, Drawn, Method, floor_config, measure, method_class, reference_config
 from harness.generate import judged, run_in
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, bound, verdict
@@ -80,7 +80,7 @@ def test_the_weakest_method_decides() -> None:
 
 def test_the_reference_is_one_rank_in_float32() -> None:
     row = compose_run(["parallel=cfg2", "attention=flash", "model.dtype=bfloat16", "request.batch_size=4"]).config
-    reference, floor = reference_config(row, None), reference_config(row, row)
+    reference, floor = reference_config(row), floor_config(row)
     for config in (reference, floor):
         assert (config.parallel.cfg, config.attention.backend, config.request.batch_size) == (1, "math", 1)
         assert config.request.steps == row.request.steps
