@@ -63,11 +63,31 @@ def _check_noise_scheduler(config: RunConfig) -> None:
 
 def _check_request(config: RunConfig) -> None:
     guidance, negative = config.request.guidance, config.request.negative_prompt
-    if guidance is not None and guidance < 1 and config.model.architecture != "flux":
+    if guidance is not None and config.model.architecture != "flux":
+        refuse_weak_guidance(guidance)
+    if config.model.architecture == "dit":
+        refuse_negative_class(negative or "")
+
+
+def refuse_weak_guidance(guidance: float) -> None:
+    """Refuses a scale below 1, at which a pipeline does not guide.
+
+    Raises:
+        ValueError: what to give instead.
+    """
+    if guidance < 1:
         raise ValueError(
             f"request.guidance={guidance}: diffusers guides above 1 only; give at least 1, or use engine=native"
         )
-    if config.model.architecture == "dit" and negative:
+
+
+def refuse_negative_class(negative: str) -> None:
+    """Refuses a negative prompt to DiTPipeline.
+
+    Raises:
+        ValueError: what to do instead.
+    """
+    if negative:
         raise ValueError(
             f"request.negative_prompt={negative!r}: diffusers' DiTPipeline moves away from no class; drop it, or use "
             "engine=native"

@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
+from harness.peer.check import refuse_weak_guidance
 from harness.pipeline.state import Ask
 from models.components import Components, Conditioning, PromptEncoder
 from models.source import Source
@@ -49,17 +50,24 @@ class Batch:
             "return_dict": False,
         }
 
+    def states(self) -> dict[str, Tensor | None]:
+        """The token states, by the names that pipelines give them."""
+        return {
+            "prompt_embeds": self.text.states,
+            "negative_prompt_embeds": None if self.negative is None else self.negative.states,
+        }
+
+    def vectors(self) -> dict[str, Tensor | None]:
+        """The pooled vectors, by the names that pipelines give them."""
+        return {
+            "pooled_prompt_embeds": self.text.pooled,
+            "negative_pooled_prompt_embeds": None if self.negative is None else self.negative.pooled,
+        }
+
 
 def check_guidance(ask: Ask) -> None:
-    """Refuses a scale below 1, at which a pipeline does not guide.
-
-    Raises:
-        ValueError: what to give instead.
-    """
-    if ask.guidance < 1:
-        raise ValueError(
-            f"request.guidance={ask.guidance}: diffusers guides above 1 only; give at least 1, or use engine=native"
-        )
+    """For a pipeline that guides above 1 only. Raises ValueError."""
+    refuse_weak_guidance(ask.guidance)
 
 
 def check_nothing(ask: Ask) -> None:

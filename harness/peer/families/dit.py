@@ -14,6 +14,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 from torch import Tensor
 
+from harness.peer.check import refuse_negative_class
 from harness.peer.family import Batch, PeerModel, check_guidance, kl_pixels
 from harness.peer.load import load_denoiser
 from harness.pipeline.state import Ask, written
@@ -57,10 +58,7 @@ def _check(side: int, ask: Ask) -> None:
         raise ValueError(
             f"the request asks for {ask.height} x {ask.width} pixels; diffusers' DiTPipeline draws {side} x {side}"
         )
-    if ask.negative_prompt:
-        raise ValueError(
-            f"request.negative_prompt={ask.negative_prompt!r}: diffusers' DiTPipeline moves away from no class; drop it"
-        )
+    refuse_negative_class(ask.negative_prompt)
 
 
 def load(source: Source, parts: Components) -> PeerModel:

@@ -18,17 +18,21 @@ from models.flux.weights import NAMES
 from models.source import Source
 
 
+def _pack(pipeline: FluxPipeline, latent: Tensor, /) -> Tensor:
+    """A state as the pipeline holds it: patches of 2 x 2 as tokens."""
+    packed: Tensor = pipeline._pack_latents(latent, *latent.shape)
+    return packed
+
+
 def _denoise(pipeline: FluxPipeline, batch: Batch) -> Tensor:
     """The pipeline's loop."""
-    negative, scale = batch.negative, batch.ask.guidance
+    scale = batch.ask.guidance
     packed: Tensor = pipeline(
-        prompt_embeds=batch.text.states,
-        pooled_prompt_embeds=batch.text.pooled,
-        negative_prompt_embeds=None if negative is None else negative.states,
-        negative_pooled_prompt_embeds=None if negative is None else negative.pooled,
+        **batch.states(),
+        **batch.vectors(),
         guidance_scale=scale,
-        true_cfg_scale=1.0 if negative is None else scale,
-        **batch.common(pipeline._pack_latents(batch.noise, *batch.noise.shape).to(pipeline.transformer.dtype)),
+        true_cfg_scale=1.0 if batch.negative is None else scale,
+        **batch.common(_pack(pipeline, batch.noise).to(pipeline.transformer.dtype)),
     )[0]
     height, width = batch.ask.height, batch.ask.width
     return pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)
@@ -65,7 +69,7 @@ def load(source: Source, parts: Components) -> PeerModel:
         PeerPrompts(told, encode),
         partial(_denoise, pipeline),
         partial(_decode, pipeline),
-        pack=lambda latent: pipeline._pack_latents(latent, *latent.shape),
+        pack=partial(_pack, pipeline),
         pair_apart=True,
         check=check_nothing if parts.guidance.embedded else check_guidance,
     )

@@ -25,9 +25,8 @@ def _denoise(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, batch: Batch) 
     latents: Tensor = pipeline(
         prompt=None,
         negative_prompt=None,
-        prompt_embeds=batch.text.states,
+        **batch.states(),
         prompt_attention_mask=batch.text.mask,
-        negative_prompt_embeds=None if negative is None else negative.states,
         negative_prompt_attention_mask=None if negative is None else negative.mask,
         guidance_scale=batch.ask.guidance,
         use_resolution_binning=False,

@@ -22,16 +22,21 @@ from models.text.load import load_encoder, load_tokenizer
 from models.text.qwen import QWEN_STAND_IN
 
 
+def _pack(pipeline: QwenImagePipeline, latent: Tensor, /) -> Tensor:
+    """A state as the pipeline holds it: patches of 2 x 2 as tokens."""
+    packed: Tensor = pipeline._pack_latents(latent, *latent.shape)
+    return packed
+
+
 def _denoise(pipeline: QwenImagePipeline, batch: Batch) -> Tensor:
     """The pipeline's loop."""
     negative = batch.negative
     packed: Tensor = pipeline(
-        prompt_embeds=batch.text.states,
+        **batch.states(),
         prompt_embeds_mask=batch.text.mask,
-        negative_prompt_embeds=None if negative is None else negative.states,
         negative_prompt_embeds_mask=None if negative is None else negative.mask,
         true_cfg_scale=batch.ask.guidance,
-        **batch.common(pipeline._pack_latents(batch.noise, *batch.noise.shape).to(pipeline.transformer.dtype)),
+        **batch.common(_pack(pipeline, batch.noise).to(pipeline.transformer.dtype)),
     )[0]
     height, width = batch.ask.height, batch.ask.width
     return pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)[:, :, 0]
@@ -74,6 +79,6 @@ def load(source: Source, parts: Components) -> PeerModel:
         PeerPrompts(counted, encode),
         partial(_denoise, pipeline),
         partial(_decode, pipeline),
-        pack=lambda latent: pipeline._pack_latents(latent, *latent.shape),
+        pack=partial(_pack, pipeline),
         pair_apart=True,
     )

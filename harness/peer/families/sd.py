@@ -21,8 +21,7 @@ from models.unet.prompts import load_clip_prompts
 def _denoise(pipeline: StableDiffusionPipeline, batch: Batch) -> Tensor:
     """The pipeline's loop."""
     latents: Tensor = pipeline(
-        prompt_embeds=batch.text.states,
-        negative_prompt_embeds=None if batch.negative is None else batch.negative.states,
+        **batch.states(),
         guidance_scale=batch.ask.guidance,
         **batch.common(batch.noise.to(pipeline.unet.dtype)),
     )[0]

@@ -20,12 +20,9 @@ from models.source import Source
 
 def _denoise(pipeline: StableDiffusion3Pipeline, batch: Batch) -> Tensor:
     """The pipeline's loop."""
-    negative = batch.negative
     latents: Tensor = pipeline(
-        prompt_embeds=batch.text.states,
-        pooled_prompt_embeds=batch.text.pooled,
-        negative_prompt_embeds=None if negative is None else negative.states,
-        negative_pooled_prompt_embeds=None if negative is None else negative.pooled,
+        **batch.states(),
+        **batch.vectors(),
         guidance_scale=batch.ask.guidance,
         **batch.common(batch.noise.to(pipeline.transformer.dtype)),
     )[0]

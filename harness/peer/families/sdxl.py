@@ -21,12 +21,9 @@ from models.unet.prompts import load_two_clip_prompts
 
 def _denoise(pipeline: StableDiffusionXLPipeline, batch: Batch) -> Tensor:
     """The pipeline's loop."""
-    negative = batch.negative
     latents: Tensor = pipeline(
-        prompt_embeds=batch.text.states,
-        pooled_prompt_embeds=batch.text.pooled,
-        negative_prompt_embeds=None if negative is None else negative.states,
-        negative_pooled_prompt_embeds=None if negative is None else negative.pooled,
+        **batch.states(),
+        **batch.vectors(),
         guidance_scale=batch.ask.guidance,
         **batch.common(batch.noise.to(pipeline.unet.dtype)),
     )[0]

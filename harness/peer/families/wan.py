@@ -21,8 +21,7 @@ from models.wan.weights import NAMES
 def _denoise(pipeline: WanPipeline, batch: Batch) -> Tensor:
     """The pipeline's loop, whose state is float32."""
     latents: Tensor = pipeline(
-        prompt_embeds=batch.text.states,
-        negative_prompt_embeds=None if batch.negative is None else batch.negative.states,
+        **batch.states(),
         num_frames=batch.ask.frames,
         guidance_scale=batch.ask.guidance,
         **batch.common(batch.noise),
