@@ -1,8 +1,18 @@
-"""The CUDA allocator's account of memory, MiB. Not run on a machine without a GPU."""
+"""What is asked of CUDA itself: to finish its work, and the allocator's account of memory, MiB.
+
+Not run on a machine without a GPU.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """What waits until a device has done all its work; on the CPU there is nothing to wait for."""
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
 
 class CudaMemory:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from harness.metrics.cuda import synchronizer
 from harness.parallel.group import Group, Traffic, alone
 from harness.parallel.mesh import AXES, Place
 
@@ -53,7 +54,7 @@ def connect(place: Place, device: torch.device) -> Axes:
         return one_rank()
     mesh = init_device_mesh(device.type, place.degrees, mesh_dim_names=AXES)
     traffic = Traffic()
-    synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    synchronize = synchronizer(device)
 
     def group(*names: str) -> Group:
         return _group(mesh, names, place.rank, traffic, synchronize)

@@ -11,7 +11,7 @@ import torch
 from harness.config.schema import DType, Load, ModelConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.messages import LoadedComponent
-from harness.metrics.cuda import CudaMemory
+from harness.metrics.cuda import CudaMemory, synchronizer
 from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.parallel.connect import Axes, connect, one_rank
@@ -31,7 +31,7 @@ from harness.pipeline.settings import noise_scheduler_settings
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
-from harness.serving.worker import Worker, synchronizer
+from harness.serving.worker import Worker
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
 from models.components import ComponentLoader, Components
@@ -59,8 +59,13 @@ def prepare_cpu(config: RunConfig, threads: int) -> None:
     """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    dtype = config.model.denoiser.dtype or config.model.dtype
-    torch.backends.mkldnn.set_flags(not (config.launch.reproducible and dtype is DType.float32))
+    plain = denoiser_dtype(config.model) is DType.float32
+    torch.backends.mkldnn.set_flags(not (config.launch.reproducible and plain))
+
+
+def denoiser_dtype(model: ModelConfig) -> DType:
+    """What the denoiser is loaded in."""
+    return model.denoiser.dtype or model.dtype
 
 
 def source_of(config: RunConfig, device: torch.device) -> Source:
@@ -167,7 +172,7 @@ def ceiling(config: RunConfig, device: torch.device) -> float:
     """The rate of a matrix product on this rank in the denoiser's dtype, TFLOP/s; 0 where nothing is measured."""
     if config.task.name is not Task.bench:
         return 0.0
-    return ceiling_tflops(device, torch_dtype(config.model.denoiser.dtype or config.model.dtype), synchronizer(device))
+    return ceiling_tflops(device, torch_dtype(denoiser_dtype(config.model)), synchronizer(device))
 
 
 def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[ComposedPipeline, Axes]:

@@ -21,6 +21,7 @@ from harness.messages import (
     encode,
 )
 from harness.metrics.clock import Clock
+from harness.metrics.cuda import synchronizer
 from harness.metrics.memory import Memory
 from harness.parallel.connect import Axes, one_rank
 from harness.parallel.mesh import Place
@@ -139,9 +140,3 @@ def latents(sample: Sample, wanted: Latents) -> Array | None:
 
 def _failure(request: GenerationRequest, kind: str, message: str, rank: int) -> list[bytes]:
     return encode(RankOutcome([], None, Failure(request.request_id, kind, message, rank)))
-
-
-def synchronizer(device: torch.device) -> Callable[[], None]:
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return lambda: None
