@@ -9,7 +9,8 @@ import difflib
 import hashlib
 import importlib.resources
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import msgspec
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -78,13 +80,24 @@ def compose_run(overrides: Sequence[str]) -> Composed:
     check_names(overrides)
     register_schema()
     try:
-        with initialize_config_module("conf", version_base="1.3"):
+        with _hydra():
             composed = compose("config", list(overrides), return_hydra_config=True)
             folder = Path(str(composed.hydra.run.dir))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     config, notes = checked(composed)
     return Composed(config, list(overrides), folder, notes)
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra on conf/ while it lasts; also inside a job of its own sweep, whose state is put back."""
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def folder_name(overrides: str) -> str:
@@ -99,7 +112,7 @@ def run_folder(overrides: Sequence[str]) -> Path:
     """The folder that a run with these overrides has, also where the rest of them cannot be composed."""
     register_schema()
     own = [override for override in overrides if override.startswith("hydra.run.dir=")]
-    with initialize_config_module("conf", version_base="1.3"):
+    with _hydra():
         return Path(str(compose("config", own, return_hydra_config=True).hydra.run.dir))
 
 

@@ -1,6 +1,8 @@
 """The two sides of a comparison: how they are written, and which runs they are."""
 
 import pytest
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 
 from harness.compare import sides
 from harness.compose import ConfigError, compose_run
@@ -41,6 +43,15 @@ def test_each_side_is_a_bench_of_its_own() -> None:
         assert (side.config.a, side.config.b) == (None, None)
     assert (a.config.parallel.dp, b.config.parallel.dp) == (1, 2)
     assert (a.folder.as_posix(), b.folder.as_posix()) == ("somewhere/a", "somewhere/b")
+
+
+def test_a_job_of_a_sweep_composes_its_sides_and_leaves_the_sweep_as_it_was() -> None:
+    composed = compose_run(["task=compare", *PAIR])
+    with initialize_config_module("conf", version_base="1.3"):
+        sweep = GlobalHydra.instance().hydra
+        _, b = sides(composed)
+        assert GlobalHydra.instance().hydra is sweep
+    assert b.config.parallel.dp == 2
 
 
 def test_a_side_has_the_last_word() -> None:
