@@ -17,10 +17,9 @@ from types import FrameType
 import msgspec
 from rich.console import Console
 
-from harness.client import DiffusionGenerator
 from harness.compose import Composed, ConfigError, compose_run, run_folder, to_yaml
-from harness.config.schema import Task
-from harness.engine import AttachedEngine
+from harness.config.schema import RunConfig, Task
+from harness.engine import AttachedEngine, Engine
 from harness.environment import arithmetic
 from harness.generate import refuse, run_in
 from harness.launch import rank_error
@@ -114,13 +113,12 @@ def _lead(composed: Composed, folder: RunFolder, addresses: Addresses) -> int:
         if ended:
             raise ended[0]
 
-    def make() -> DiffusionGenerator:
-        engine = AttachedEngine(addresses, composed.config.launch.start_timeout_s, dict(os.environ), check_alive)
-        return DiffusionGenerator(composed.config, engine, composed.overrides, composed.notes)
+    def attach(config: RunConfig, folder: Path) -> Engine:
+        return AttachedEngine(addresses, config.launch.start_timeout_s, dict(os.environ), check_alive)
 
     outcome: list[Status] = []
     client = threading.Thread(
-        target=lambda: outcome.append(run_in(composed, folder, Console(), make)), name="client", daemon=True
+        target=lambda: outcome.append(run_in(composed, folder, Console(), attach)), name="client", daemon=True
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ranks_ended)

@@ -7,12 +7,12 @@ and rank 0 owns the run.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -23,8 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness.client import DiffusionGenerator
-from harness.compare import compare_in, sides
+from harness.compare import compare_in, is_compared, sides
 from harness.compose import (
     Composed,
     ConfigError,
@@ -33,13 +32,15 @@ from harness.compose import (
     compose_run,
     register_schema,
     run_folder,
+    to_dict,
 )
-from harness.config.schema import LoggerConfig, Task
+from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.config.sides import quoted
 from harness.generate import mirror, refuse, run_in, run_training
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
-from harness.records import RunFolder, RunFolderError, Status
+from harness.pool import EnginePool, MakeEngine, new_engine
+from harness.records import RunFolder, RunFolderError, Status, is_done, read_record, read_status
 from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
 
 
@@ -65,7 +66,7 @@ def dispatch(arguments: Sequence[str]) -> int:
             flags = get_args_parser().parse_args(list(arguments))
             check_names(flags.overrides, sweep=flags.multirun)
             return sweep_or_show(arguments)
-        return exit_status(run_one(compose_run(arguments)).status)
+        return exit_status(run_one(compose_run(arguments), new_engine).status)
     except ConfigError as error:
         refuse(run_folder(arguments), error)
         return EXIT_BAD_INPUT
@@ -76,14 +77,20 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """One run and how it ended."""
+    """One run and how it ended; `kept` where an earlier command had done it."""
 
     folder: Path
     status: Status
+    kept: bool = False
 
 
-def run_one(composed: Composed) -> Job:
+def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) -> Job:
     """One task in the folder that Hydra names.
+
+    Args:
+        composed: the run.
+        make_engine: makes its engine, or finds one that is warm.
+        again: also in the folder of a run that did not end well.
 
     Raises:
         RunFolderError: another run is in it.
@@ -93,51 +100,86 @@ def run_one(composed: Composed) -> Job:
         return Job(Path(composed.config.train.folder), run_training(composed.config, Console()))
     if composed.config.task.name is Task.compare:
         pair = sides(composed)  # refused before a folder is claimed
-        folder = RunFolder.claim(composed.folder)
+        folder = RunFolder.claim(composed.folder, again)
         return Job(folder.path, compare_in(composed, pair, folder, Console()))
-    folder = RunFolder.claim(composed.folder)
-    make = partial(DiffusionGenerator.from_composed, composed, folder.path)
-    return Job(folder.path, run_in(composed, folder, Console(), make))
+    folder = RunFolder.claim(composed.folder, again)
+    return Job(folder.path, run_in(composed, folder, Console(), make_engine))
 
 
 def sweep_or_show(arguments: Sequence[str]) -> int:
     """Hydra's own command line: -m sweeps, --cfg, --help and the like; the exit status."""
     register_schema()
     jobs: list[Job] = []
+    pool = EnginePool()
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
-    def job(composed: DictConfig) -> None:
-        jobs.append(run_job(composed))
+    def job(composed: DictConfig) -> float:
+        jobs.append(run_job(composed, pool.engine))
         if jobs[-1].status.state == "cancelled":
             raise KeyboardInterrupt
+        return value(jobs[-1])
 
     sys.argv = [sys.argv[0], *arguments]
     try:
-        job()
+        with pool:
+            job()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     if len(jobs) > 1:
         print_sweep([job.folder for job in jobs], Console())
+        print_savings(sum(job.kept for job in jobs), pool, Console())
     return 1 if any(job.status.state != "ok" for job in jobs) else 0
 
 
-def run_job(composed: DictConfig) -> Job:
+def print_savings(kept: int, pool: EnginePool, console: Console) -> None:
+    """What a sweep did not do twice."""
+    if kept:
+        console.print(f"{kept} jobs had been done before, with the same configuration, and were kept")
+    if pool.reuses:
+        console.print(
+            f"ranks were started {pool.starts} times and reused {pool.reuses} times, "
+            f"which saved {pool.saved_ms / 1e3:.1f} s of starting"
+        )
+
+
+def value(job: Job) -> float:
+    """What a sweeper of Hydra's minimises: the median latency, ms; infinite where the run failed, or where its error at
+    the pixel is above task.bound.
+    """
+    record = read_record(job.folder) if job.status.state == "ok" else None
+    if record is None:
+        return math.inf
+    bound = record.config["task"]["bound"]
+    if bound is not None and (record.fidelity is None or not record.fidelity.pixel.rel_l2 <= bound):
+        return math.inf
+    return record.summary.latency_ms.median
+
+
+def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:
     """One job of a sweep: whatever goes wrong becomes its status, so that the next job runs."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    sweeps = hydra_config.mode is RunMode.MULTIRUN
     try:
         config, notes = checked(composed)
-        if hydra_config.mode is RunMode.MULTIRUN:
+        if sweeps and had(folder, config):
+            return Job(folder, read_status(folder), kept=True)
+        if sweeps:
             config.logger.table = False  # one table of all jobs, at the end
             config.logger.wandb.group = config.logger.wandb.group or sweep_group(folder.parent)
-        return run_one(Composed(config, list(hydra_config.overrides.task), folder, notes))
+        return run_one(Composed(config, list(hydra_config.overrides.task), folder, notes), make_engine, again=sweeps)
     except ConfigError as error:
-        status = refuse(folder, error)
+        status = refuse(folder, error, again=sweeps)
         mirror_refusal(composed, folder, status)
         return Job(folder, status)
     except RunFolderError as error:
         complain(error)
         return Job(folder, Status("failed", str(error)))
+
+
+def had(folder: Path, config: RunConfig) -> bool:
+    """Whether an earlier command has left the row of this very configuration."""
+    return is_compared(folder, config) if config.task.name is Task.compare else is_done(folder, to_dict(config))
 
 
 def mirror_refusal(composed: DictConfig, folder: Path, status: Status) -> None:

@@ -270,6 +270,10 @@ def _resolve(config: RunConfig) -> None:
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
+    if config.task.bound is not None and not config.task.fidelity:
+        raise ValueError(f"task.bound={config.task.bound} bounds a measured error; add task.fidelity=true")
+    if config.launch.reuse < 0:
+        raise ValueError(f"launch.reuse={config.launch.reuse}; give at least 0, which starts fresh ranks for every job")
 
 
 def _resolve_request(config: RunConfig) -> None:

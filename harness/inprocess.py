@@ -44,6 +44,7 @@ class InprocessEngine:
         self._config = config
         self._scheduler: RequestScheduler | None = None
         self._restore: Callable[[], None] = lambda: None
+        self.reused: str | None = None
         self.environment: dict[str, str] = dict(os.environ)
 
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:

@@ -26,7 +26,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("harness.pipeline",),
     ("harness.peer",),
     ("harness.serving",),
-    ("harness.environment", "harness.compose", "harness.engine", "harness.launch", "harness.rank", "harness.inprocess"),
+    (
+        "harness.environment",
+        "harness.compose",
+        "harness.engine",
+        "harness.launch",
+        "harness.rank",
+        "harness.inprocess",
+        "harness.pool",
+    ),
     (
         "harness.results",
         "harness.client",

@@ -59,6 +59,7 @@ class TaskConfig:
     repeats: int = 1  # measured generations
     fidelity: bool = False  # hold the pictures against a float32 reference on one rank (drawn once, then kept)
     states: bool = False  # and the state after every solver step
+    bound: float | None = None  # what a sweeper minimises is infinite where the pixels' relative L2 is above this
     references: str | None = None  # folder of kept references; null = triptych/references in the user's cache
 
 
@@ -289,6 +290,7 @@ class LaunchConfig:
     threads_per_rank: int | None = None  # CPU threads; null = cores / ranks on this machine (see reproducible)
     start_timeout_s: float = 300.0  # until every rank is ready
     stop_timeout_s: float = 10.0  # from an orderly shutdown to SIGTERM, and from there to SIGKILL
+    reuse: int = 1  # engines kept warm between the jobs of a sweep, each with its weights; 0 = fresh ranks every job
     reproducible: bool = True  # float32 equal at 1, 2, 4 ... threads (strict MKL, no oneDNN)
 
 

@@ -109,3 +109,22 @@ def test_an_unknown_name_stops_a_sweep_before_its_first_job(tmp_path: Path) -> N
     assert done.returncode == 2
     assert "did you mean heun?" in done.stderr
     assert jobs(tmp_path / "sweep") == []
+
+
+def test_a_sweep_starts_ranks_once_an_engine_and_again_only_what_is_not_done(tmp_path: Path) -> None:
+    folder, axes = tmp_path / "sweep", ["request.steps=1,2,0", "logger=json"]
+    done = sweep(folder, *axes)
+    assert done.returncode == 1
+    assert "ranks were started 1 times and reused 1 times, which saved" in done.stdout
+    assert "kept" not in done.stdout
+    before = {job.name: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
+    refused, started, reused = (next(job for job in jobs(folder) if f"steps={n}" in job.name) for n in (0, 1, 2))
+    assert record_of(started).first_call.reused is None
+    assert record_of(reused).first_call.reused == str(started)
+    (started / "status.json").write_text('{"state": "failed", "error": "the run was cut off before it ended"}')
+    done = sweep(folder, *axes)
+    assert done.returncode == 1, done.stderr
+    assert "1 jobs had been done before" in done.stdout
+    after = {job.name: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
+    assert {name for name in after if after[name] != before[name]} == {started.name, refused.name}
+    assert read_status(started).state == "ok"
