@@ -45,6 +45,7 @@ from schedulers.families import FAMILIES
 from schedulers.families import resolve as resolve_settings
 
 MAX_NAME_BYTES = 160
+MAX_COLLECTIVE_S = 86_400
 
 
 class ConfigError(ValueError):
@@ -335,6 +336,9 @@ def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
     threads = config.launch.threads_per_rank
     if threads is not None and threads < 1:
         raise ValueError(f"launch.threads_per_rank={threads}; give at least 1, or null for cores / ranks")
+    waiting = config.launch.collective_timeout_s
+    if not 1 <= waiting <= MAX_COLLECTIVE_S:
+        raise ValueError(f"launch.collective_timeout_s={waiting:g}; give 1 to {MAX_COLLECTIVE_S} seconds")
 
 
 def _layout_facts(config: RunConfig, denoiser: Path) -> Facts:

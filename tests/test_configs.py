@@ -105,6 +105,7 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("prediction=v", "did you mean scheduler.prediction?"),
         ("model.architecture=pixar", "did you mean pixart"),
         ("launch.threads_per_rank=0", "at least 1"),
+        ("launch.collective_timeout_s=0", "give 1 to 86400 seconds"),
         ("request.frames=5", "this model draws pictures"),
         ("model.text.tokens=0", "at least 1"),
         ("task.repeats=0", "at least 1"),

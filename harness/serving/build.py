@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -183,11 +184,12 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
         ValueError: settings that do not go together.
     """
     model = config.model
+    waiting = timedelta(seconds=config.launch.collective_timeout_s)
+    axes = connect(place, source.device, waiting)  # before loading, which may take the ranks unequal times
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = backend_of(config, source.device)
     parts = load(source, attention_kernel(backend))
     check_multiple(model, parts)
-    axes = connect(place, source.device)
     deal(parts, axes, backend)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     pipeline = ComposedPipeline(

@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 import pytest
@@ -73,9 +74,11 @@ def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 60.0) ->
 
 
 @contextmanager
-def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+def started(
+    arguments: list[str], variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[subprocess.Popen[str]]:
     pipe, both = subprocess.PIPE, subprocess.STDOUT
-    process = subprocess.Popen(arguments, stdout=pipe, stderr=both, text=True, env=environment())
+    process = subprocess.Popen(arguments, stdout=pipe, stderr=both, text=True, env=environment() | dict(variables))
     try:
         yield process
     finally:
