@@ -33,13 +33,14 @@ from harness.compose import (
     compose_run,
     register_schema,
     run_folder,
+    sweep_folder,
 )
 from harness.config.schema import LoggerConfig, Task
 from harness.config.sides import quoted
 from harness.generate import mirror, refuse, run_in, run_training
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
-from harness.records import RunFolder, RunFolderError, Status
+from harness.records import RunFolder, RunFolderError, Status, read_status
 from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
 
 
@@ -64,7 +65,9 @@ def dispatch(arguments: Sequence[str]) -> int:
             arguments = [quoted(argument) for argument in arguments]
             flags = get_args_parser().parse_args(list(arguments))
             check_names(flags.overrides, sweep=flags.multirun)
-            return sweep_or_show(arguments)
+            if flags.multirun:
+                return sweep(arguments, flags.overrides)
+            return 1 if any(job.status.state != "ok" for job in by_hydra(arguments)) else 0
         return exit_status(run_one(compose_run(arguments)).status)
     except ConfigError as error:
         refuse(run_folder(arguments), error)
@@ -100,22 +103,50 @@ def run_one(composed: Composed) -> Job:
     return Job(folder.path, run_in(composed, folder, Console(), make))
 
 
-def sweep_or_show(arguments: Sequence[str]) -> int:
-    """Hydra's own command line: -m sweeps, --cfg, --help and the like; the exit status."""
-    register_schema()
-    jobs: list[Job] = []
+class Ran:
+    """The jobs that Hydra ran in this process, in which it knows our types and resolvers from now on.
+
+    A launcher such as submitit's pickles it with the rest of a job; the process of that job makes one of its own.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        register_schema()
+
+    def __reduce__(self) -> tuple[type[Ran], tuple[()]]:
+        return Ran, ()
+
+
+def by_hydra(arguments: Sequence[str]) -> list[Job]:
+    """The jobs that Hydra ran in this process for a command line of its own."""
+    ran = Ran()
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
     def job(composed: DictConfig) -> None:
-        jobs.append(run_job(composed))
-        if jobs[-1].status.state == "cancelled":
+        ran.jobs.append(run_job(composed))
+        if ran.jobs[-1].status.state == "cancelled":
             raise KeyboardInterrupt
 
     sys.argv = [sys.argv[0], *arguments]
+    job()
+    return ran.jobs
+
+
+def sweep(arguments: Sequence[str], overrides: Sequence[str]) -> int:
+    """Hydra's -m, whose launcher runs the jobs here or in processes of its own; the exit status.
+
+    Args:
+        arguments: the command line.
+        overrides: those of the arguments that are no flags.
+    """
+    folder, at = sweep_folder(overrides), arguments.index(overrides[0]) if overrides else len(arguments)
+    pinned = [] if any(o.startswith("hydra.sweep.dir=") for o in overrides) else [f"hydra.sweep.dir={folder}"]
     try:
-        job()
+        jobs = by_hydra([*arguments[:at], *pinned, *arguments[at:]])
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    if not jobs:
+        jobs = [Job(file.parent, read_status(file.parent)) for file in sorted(folder.rglob("status.json"))]
     if len(jobs) > 1:
         print_sweep([job.folder for job in jobs], Console())
     return 1 if any(job.status.state != "ok" for job in jobs) else 0

@@ -39,6 +39,7 @@ from harness.peer.check import check_engine
 from harness.pipeline.checkpoint import check_place, locate
 from harness.pipeline.published import check_published
 from harness.pipeline.settings import noise_scheduler_settings
+from harness.provenance import version
 from models.files import read_json
 from models.registry import ARCHITECTURES, WITH_LSE, nearest, resolve_backend
 from schedulers.families import FAMILIES
@@ -46,6 +47,7 @@ from schedulers.families import resolve as resolve_settings
 
 MAX_NAME_BYTES = 160
 MAX_COLLECTIVE_S = 86_400
+SUBMITIT = ("slurm", "submitit_slurm", "submitit_local")
 
 
 class ConfigError(ValueError):
@@ -111,10 +113,21 @@ def folder_name(overrides: str) -> str:
 
 def run_folder(overrides: Sequence[str]) -> Path:
     """The folder that a run with these overrides has, also where the rest of them cannot be composed."""
+    return Path(str(_own_settings(overrides).run.dir))
+
+
+def sweep_folder(overrides: Sequence[str]) -> Path:
+    """The folder that a sweep with these overrides has."""
+    return Path(str(_own_settings(overrides).sweep.dir))
+
+
+def _own_settings(overrides: Sequence[str]) -> DictConfig:
+    """Hydra's node, with what these overrides say of folders."""
     register_schema()
-    own = [override for override in overrides if override.startswith("hydra.run.dir=")]
+    own = [override for override in overrides if override.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
     with _hydra():
-        return Path(str(compose("config", own, return_hydra_config=True).hydra.run.dir))
+        settings: DictConfig = compose("config", own, return_hydra_config=True).hydra
+        return settings
 
 
 def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
@@ -204,6 +217,8 @@ def check_names(overrides: Sequence[str], sweep: bool = False) -> None:
 
 def _check_name(override: Override) -> None:
     key = override.key_or_group
+    if key == "hydra/launcher":
+        _check_launcher(str(override.value()))
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return
     groups = _groups()
@@ -218,6 +233,13 @@ def _check_name(override: Override) -> None:
     if key not in keys:
         known = keys | set(groups)
         raise ConfigError(f"unknown key {key!r}{_hint(key, known)}")
+
+
+def _check_launcher(name: str) -> None:
+    if name in SUBMITIT and version("hydra-submitit-launcher") is None:
+        raise ConfigError(
+            f"hydra/launcher={name} needs the package hydra-submitit-launcher: pip install 'triptych[slurm]'"
+        )
 
 
 def _options(override: Override) -> list[str | None]:

@@ -24,6 +24,7 @@ from harness.config.limits import check_frames
 from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
 from harness.config.trained import trained_denoiser
 from harness.peer.table import ENGINES
+from harness.provenance import version
 from models.registry import REFERENCE, missing_package
 
 CHECKPOINT = REFERENCE / "emoji"
@@ -56,6 +57,9 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         return
     if group == "engine" and option not in ENGINES:
         assert "no adapter for it" in refused(f"engine={option}")
+        return
+    if group == "hydra/launcher" and version("hydra-submitit-launcher") is None:
+        assert "pip install 'triptych[slurm]'" in refused(f"{group}={option}")
         return
     unshipped = ["model.load=dummy"] if group == "model" and not (REFERENCE / option).is_dir() else []
     composed = compose(f"{group}={option}", *unshipped, *NEEDS.get((group, option), []))

@@ -109,3 +109,16 @@ def test_an_unknown_name_stops_a_sweep_before_its_first_job(tmp_path: Path) -> N
     assert done.returncode == 2
     assert "did you mean heun?" in done.stderr
     assert jobs(tmp_path / "sweep") == []
+
+
+@pytest.mark.slow
+def test_a_launcher_may_run_the_jobs_in_processes_of_its_own(tmp_path: Path) -> None:
+    """As on a cluster: submitit pickles each job, and what came of it is read back from the sweep's folder."""
+    pytest.importorskip("submitit", reason="pip install 'triptych[slurm]'")
+    overrides = ["hydra/launcher=submitit_local", "logger=json", "request.steps=1", "request.height=64,65"]
+    done = sweep(tmp_path / "sweep", *overrides, "launch.mode=torchrun", "parallel=dp2")
+    assert done.returncode == 1, done.stderr
+    drawn, refused = jobs(tmp_path / "sweep")
+    assert (read_status(drawn).state, read_status(refused).state) == ("ok", "failed")
+    assert record_of(drawn).provenance.world_size == 2
+    assert "the nearest this model can make is 64 or 72" in done.stdout
