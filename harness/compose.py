@@ -33,15 +33,15 @@ from harness.config.sides import check_sides, quoted
 from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from harness.media import ffmpeg
 from harness.metrics import pretrained
-from harness.parallel.legal import Facts, check_layout
+from harness.parallel.legal import check_layout
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.peer.check import check_engine
 from harness.pipeline.checkpoint import check_place, locate
+from harness.pipeline.layout import layout_facts
 from harness.pipeline.published import check_published
 from harness.pipeline.settings import noise_scheduler_settings
 from harness.provenance import version
-from models.files import read_json
-from models.registry import ARCHITECTURES, WITH_LSE, nearest, resolve_backend
+from models.registry import ARCHITECTURES, nearest, resolve_backend
 from schedulers.families import FAMILIES
 from schedulers.families import resolve as resolve_settings
 
@@ -353,7 +353,7 @@ def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
     if config.launch.mode is LaunchMode.inprocess and ranks > 1:
         raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
     if denoiser is not None:
-        for note in check_layout(config.parallel, _layout_facts(config, denoiser)):
+        for note in check_layout(config.parallel, layout_facts(config, denoiser)):
             warnings.warn(note, stacklevel=2)
     threads = config.launch.threads_per_rank
     if threads is not None and threads < 1:
@@ -361,22 +361,3 @@ def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
     waiting = config.launch.collective_timeout_s
     if not 1 <= waiting <= MAX_COLLECTIVE_S:
         raise ValueError(f"launch.collective_timeout_s={waiting:g}; give 1 to {MAX_COLLECTIVE_S} seconds")
-
-
-def _layout_facts(config: RunConfig, denoiser: Path) -> Facts:
-    """What the layout has to fit: heads from the denoiser's config.json, tokens and guidance from the request."""
-    model, request = config.model, config.request
-    network = read_json(denoiser / "config.json")
-    heads = network.get(ARCHITECTURES[model.architecture].heads or "")
-    message = to_message(request)
-    frames = (message.frames - 1) // model.frame_multiple + 1
-    return Facts(
-        model=model.name,
-        heads=heads if isinstance(heads, int) else None,
-        tokens=frames * (message.height // model.size_multiple) * (message.width // model.size_multiple),
-        rows=message.height // model.size_multiple,
-        guidance=message.guidance,
-        embedded=network.get("guidance_embeds") is True,
-        returns_lse=resolve_backend(config.attention.backend, with_lse=True) in WITH_LSE,
-        backend=config.attention.backend,
-    )

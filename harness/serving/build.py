@@ -11,11 +11,12 @@ import torch
 
 from harness.config.schema import DType, Load, ModelConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
-from harness.messages import LoadedComponent
+from harness.messages import GenerationRequest, LoadedComponent
 from harness.metrics.cuda import CudaMemory, synchronizer
 from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.parallel.connect import Axes, connect, one_rank
+from harness.parallel.legal import check_layout
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.vae import parallel_decoder
@@ -27,6 +28,7 @@ from harness.pipeline.decode import Decoding
 from harness.pipeline.denoise import Denoising
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.latents import LatentPreparation
+from harness.pipeline.layout import layout_facts, of_request
 from harness.pipeline.published import scheduler_file
 from harness.pipeline.settings import noise_scheduler_settings
 from harness.pipeline.text import PromptCache, TextEncoding
@@ -120,8 +122,14 @@ def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> 
     return found
 
 
-def limits_of(model: ModelConfig, parts: Components) -> Limits:
-    """What the configuration and the checkpoint let a request ask."""
+def limits_of(config: RunConfig, parts: Components) -> Limits:
+    """What the configuration, its layout and the checkpoint let a request ask."""
+    model, denoiser = config.model, trained_denoiser(config).weights
+    facts = layout_facts(config, locate(model, denoiser).config_folder(denoiser))
+
+    def check(request: GenerationRequest) -> None:
+        check_layout(config.parallel, of_request(facts, model, request))
+
     return Limits(
         model.size_multiple,
         model.max_pixels,
@@ -130,6 +138,7 @@ def limits_of(model: ModelConfig, parts: Components) -> Limits:
         parts.max_side,
         parts.guidance.possible,
         parts.check_prompt,
+        check,
     )
 
 
@@ -193,7 +202,7 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     deal(parts, axes, backend)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     pipeline = ComposedPipeline(
-        InputValidation(limits_of(model, parts), noise_scheduler),
+        InputValidation(limits_of(config, parts), noise_scheduler),
         [
             TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep),
             TimestepPreparation(noise_scheduler, parts.size_multiple),
@@ -215,7 +224,7 @@ def peer_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:
     """
     parts = native_facts(config.model.architecture, source)
     check_multiple(config.model, parts)
-    noise_scheduler, limits = noise_scheduler_of(config, source, parts), limits_of(config.model, parts)
+    noise_scheduler, limits = noise_scheduler_of(config, source, parts), limits_of(config, parts)
     found = peer_stages(config, source, parts, noise_scheduler, limits, cache_mib(config))
     return ComposedPipeline(found.validation, found.stages, SyncExecutor())
 
