@@ -7,6 +7,7 @@ and rank 0 owns the run.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import signal
@@ -32,6 +33,7 @@ from harness.compose import (
     compose_run,
     register_schema,
     run_folder,
+    sweep_folder,
     to_dict,
 )
 from harness.config.schema import LoggerConfig, RunConfig, Task
@@ -65,7 +67,9 @@ def dispatch(arguments: Sequence[str]) -> int:
             arguments = [quoted(argument) for argument in arguments]
             flags = get_args_parser().parse_args(list(arguments))
             check_names(flags.overrides, sweep=flags.multirun)
-            return sweep_or_show(arguments)
+            if flags.multirun:
+                return sweep(arguments, flags.overrides)
+            return 1 if any(job.status.state != "ok" for job in by_hydra(arguments).jobs) else 0
         return exit_status(run_one(compose_run(arguments), new_engine).status)
     except ConfigError as error:
         refuse(run_folder(arguments), error)
@@ -106,28 +110,59 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
     return Job(folder.path, run_in(composed, folder, Console(), make_engine))
 
 
-def sweep_or_show(arguments: Sequence[str]) -> int:
-    """Hydra's own command line: -m sweeps, --cfg, --help and the like; the exit status."""
-    register_schema()
-    jobs: list[Job] = []
-    pool = EnginePool()
+class Ran:
+    """The jobs that Hydra ran in this process, in which it knows our types and resolvers from now on, and the engines
+    that they share.
+
+    A launcher such as submitit's pickles it with the rest of a job; the process of that job makes one of its own.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.pool = EnginePool()
+        atexit.register(self.pool.close)
+        register_schema()
+
+    def __reduce__(self) -> tuple[type[Ran], tuple[()]]:
+        return Ran, ()
+
+
+def by_hydra(arguments: Sequence[str]) -> Ran:
+    """The jobs that Hydra ran in this process for a command line of its own."""
+    ran = Ran()
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
     def job(composed: DictConfig) -> float:
-        jobs.append(run_job(composed, pool.engine))
-        if jobs[-1].status.state == "cancelled":
+        ran.jobs.append(run_job(composed, ran.pool.engine))
+        if ran.jobs[-1].status.state == "cancelled":
             raise KeyboardInterrupt
-        return value(jobs[-1])
+        return value(ran.jobs[-1])
 
     sys.argv = [sys.argv[0], *arguments]
+    with ran.pool:
+        job()
+    return ran
+
+
+def sweep(arguments: Sequence[str], overrides: Sequence[str]) -> int:
+    """Hydra's -m, whose launcher runs the jobs here or in processes of its own; the exit status.
+
+    Args:
+        arguments: the command line.
+        overrides: those of the arguments that are no flags.
+    """
+    folder, at = sweep_folder(overrides), arguments.index(overrides[0]) if overrides else len(arguments)
+    pinned = [] if any(o.startswith("hydra.sweep.dir=") for o in overrides) else [f"hydra.sweep.dir={folder}"]
     try:
-        with pool:
-            job()
+        ran = by_hydra([*arguments[:at], *pinned, *arguments[at:]])
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    jobs = ran.jobs
+    if not jobs:  # they ran in other processes
+        jobs = [Job(file.parent, read_status(file.parent)) for file in sorted(folder.rglob("status.json"))]
     if len(jobs) > 1:
         print_sweep([job.folder for job in jobs], Console())
-        print_savings(sum(job.kept for job in jobs), pool, Console())
+        print_savings(sum(job.kept for job in jobs), ran.pool, Console())
     return 1 if any(job.status.state != "ok" for job in jobs) else 0
 
 

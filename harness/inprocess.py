@@ -5,6 +5,7 @@ debugger.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -83,6 +84,7 @@ class InprocessEngine:
             threads=wanted,
             loaded=worker.loaded,
             ceiling_tflops=[ceiling(self._config, device)],
+            hosts=[socket.gethostname()],
         )
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:

@@ -177,7 +177,7 @@ class LoadedComponent(msgspec.Struct, frozen=True):
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """How the engine is. `state`: loading, ready, busy or stopping; `load_ms`: the slowest rank's loading time;
     `loaded`: rank 0's components, each with the slowest rank's time; `ceiling_tflops`: by rank, the rate of a matrix
-    product in the denoiser's dtype, where it was measured.
+    product in the denoiser's dtype, where it was measured; `hosts`: by node (a torchrun agent), the machine's name.
     """
 
     state: str
@@ -191,6 +191,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     threads: int = 0
     loaded: list[LoadedComponent] = []
     ceiling_tflops: list[float] = []
+    hosts: list[str] = []
 
 
 Message: TypeAlias = (

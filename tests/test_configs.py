@@ -24,6 +24,7 @@ from harness.config.limits import check_frames
 from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
 from harness.config.trained import trained_denoiser
 from harness.peer.table import ENGINES
+from harness.provenance import version
 from models.registry import REFERENCE, missing_package
 
 CHECKPOINT = REFERENCE / "emoji"
@@ -56,6 +57,9 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         return
     if group == "engine" and option not in ENGINES:
         assert "no adapter for it" in refused(f"engine={option}")
+        return
+    if group == "hydra/launcher" and version("hydra-submitit-launcher") is None:
+        assert "pip install 'triptych[slurm]'" in refused(f"{group}={option}")
         return
     unshipped = ["model.load=dummy"] if group == "model" and not (REFERENCE / option).is_dir() else []
     composed = compose(f"{group}={option}", *unshipped, *NEEDS.get((group, option), []))
@@ -105,6 +109,7 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("prediction=v", "did you mean scheduler.prediction?"),
         ("model.architecture=pixar", "did you mean pixart"),
         ("launch.threads_per_rank=0", "at least 1"),
+        ("launch.collective_timeout_s=0", "give 1 to 86400 seconds"),
         ("request.frames=5", "this model draws pictures"),
         ("model.text.tokens=0", "at least 1"),
         ("task.repeats=0", "at least 1"),

@@ -289,6 +289,7 @@ class LaunchConfig:
     mode: LaunchMode = LaunchMode.torchrun
     threads_per_rank: int | None = None  # CPU threads; null = cores / ranks on this machine (see reproducible)
     start_timeout_s: float = 300.0  # until every rank is ready
+    collective_timeout_s: float = 600.0  # a rank waits for another one in a forward; idle ranks wait for ever
     stop_timeout_s: float = 10.0  # from an orderly shutdown to SIGTERM, and from there to SIGKILL
     reuse: int = 1  # engines kept warm between the jobs of a sweep, each with its weights; 0 = fresh ranks every job
     reproducible: bool = True  # float32 equal at 1, 2, 4 ... threads (strict MKL, no oneDNN)

@@ -82,7 +82,9 @@ def _check_branches(layout: ParallelConfig, facts: Facts) -> None:
             f"parallel.cfg=2, but model={facts.model} is told its guidance scale and has one branch; use parallel.cfg=1"
         )
     if layout.cfg == 2 and facts.guidance == 1:
-        raise ValueError("parallel.cfg=2 needs guidance, and request.guidance=1 is none; use parallel.cfg=1")
+        raise ValueError(
+            "parallel.cfg=2 needs guidance, and request.guidance=1 is none; ask for another, or use parallel.cfg=1"
+        )
 
 
 def _check_rows(layout: ParallelConfig, facts: Facts) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from harness.config.schema import DType, Load, ModelConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
-from harness.messages import LoadedComponent
+from harness.messages import GenerationRequest, LoadedComponent
 from harness.metrics.cuda import CudaMemory, synchronizer
 from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.parallel.connect import Axes, connect, one_rank
+from harness.parallel.legal import check_layout
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.vae import parallel_decoder
@@ -26,6 +28,7 @@ from harness.pipeline.decode import Decoding
 from harness.pipeline.denoise import Denoising
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.latents import LatentPreparation
+from harness.pipeline.layout import layout_facts, of_request
 from harness.pipeline.published import scheduler_file
 from harness.pipeline.settings import noise_scheduler_settings
 from harness.pipeline.text import PromptCache, TextEncoding
@@ -119,8 +122,14 @@ def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> 
     return found
 
 
-def limits_of(model: ModelConfig, parts: Components) -> Limits:
-    """What the configuration and the checkpoint let a request ask."""
+def limits_of(config: RunConfig, parts: Components) -> Limits:
+    """What the configuration, its layout and the checkpoint let a request ask."""
+    model, denoiser = config.model, trained_denoiser(config).weights
+    facts = layout_facts(config, locate(model, denoiser).config_folder(denoiser))
+
+    def check(request: GenerationRequest) -> None:
+        check_layout(config.parallel, of_request(facts, model, request))
+
     return Limits(
         model.size_multiple,
         model.max_pixels,
@@ -129,6 +138,7 @@ def limits_of(model: ModelConfig, parts: Components) -> Limits:
         parts.max_side,
         parts.guidance.possible,
         parts.check_prompt,
+        check,
     )
 
 
@@ -183,15 +193,16 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
         ValueError: settings that do not go together.
     """
     model = config.model
+    waiting = timedelta(seconds=config.launch.collective_timeout_s)
+    axes = connect(place, source.device, waiting)  # before loading, which may take the ranks unequal times
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = backend_of(config, source.device)
     parts = load(source, attention_kernel(backend))
     check_multiple(model, parts)
-    axes = connect(place, source.device)
     deal(parts, axes, backend)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     pipeline = ComposedPipeline(
-        InputValidation(limits_of(model, parts), noise_scheduler),
+        InputValidation(limits_of(config, parts), noise_scheduler),
         [
             TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep),
             TimestepPreparation(noise_scheduler, parts.size_multiple),
@@ -213,7 +224,7 @@ def peer_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:
     """
     parts = native_facts(config.model.architecture, source)
     check_multiple(config.model, parts)
-    noise_scheduler, limits = noise_scheduler_of(config, source, parts), limits_of(config.model, parts)
+    noise_scheduler, limits = noise_scheduler_of(config, source, parts), limits_of(config, parts)
     found = peer_stages(config, source, parts, noise_scheduler, limits, cache_mib(config))
     return ComposedPipeline(found.validation, found.stages, SyncExecutor())
 

@@ -18,7 +18,7 @@ from models.components import Conditioning
 from models.decoders import KLDecoder
 from models.pixart import PLAN, PixArt, read_config
 from models.registry import REFERENCE
-from tests.end_to_end.conftest import command, hashes, record_of, run, status_of, torchrun
+from tests.end_to_end.conftest import command, difference, hashes, record_of, run, status_of, torchrun
 
 ASKED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5"]
 
@@ -60,14 +60,6 @@ def test_two_replicas_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run") == hashes(single)
     assert len(record_of(tmp_path / "run").summary.peak_memory_mib) == 2
-
-
-def difference(one: Path, other: Path) -> int:
-    """The largest difference of two runs' 8-bit pictures."""
-    return max(
-        int(np.abs(np.asarray(Image.open(one / row.path), int) - np.asarray(Image.open(other / row.path), int)).max())
-        for row in record_of(one).samples
-    )
 
 
 def sent(record: Record, stage: str) -> dict[str, int]:

@@ -128,3 +128,16 @@ def test_a_sweep_starts_ranks_once_an_engine_and_again_only_what_is_not_done(tmp
     after = {job.name: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
     assert {name for name in after if after[name] != before[name]} == {started.name, refused.name}
     assert read_status(started).state == "ok"
+
+
+@pytest.mark.slow
+def test_a_launcher_may_run_the_jobs_in_processes_of_its_own(tmp_path: Path) -> None:
+    """As on a cluster: submitit pickles each job, and what came of it is read back from the sweep's folder."""
+    pytest.importorskip("submitit", reason="pip install 'triptych[slurm]'")
+    overrides = ["hydra/launcher=submitit_local", "logger=json", "request.steps=1", "request.height=64,65"]
+    done = sweep(tmp_path / "sweep", *overrides, "launch.mode=torchrun", "parallel=dp2")
+    assert done.returncode == 1, done.stderr
+    drawn, refused = jobs(tmp_path / "sweep")
+    assert (read_status(drawn).state, read_status(refused).state) == ("ok", "failed")
+    assert record_of(drawn).provenance.world_size == 2
+    assert "the nearest this model can make is 64 or 72" in done.stdout
