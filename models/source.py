@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models.files import config_home, read_json, weight_files
+from models.parts import Cut
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Loaded:
         bytes: that they take.
         load_ms: what building and filling it took.
         merged: tensors that low-rank updates were merged into.
+        read_bytes: of the checkpoint's files, low-rank updates apart.
     """
 
     component: str
@@ -42,6 +44,7 @@ class Loaded:
     bytes: int
     load_ms: float
     merged: int = 0
+    read_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Source:
         dummy: random weights of the architecture that the config files describe; no weights are read.
         text_tokens: tokens a prompt is padded or cut to.
         loras: updates merged into the denoiser and the text encoders, in order.
+        cut: what the denoiser is made smaller by before it is read; None for the whole network.
         loaded: by component, what was loaded last; those who load write it.
     """
 
@@ -71,6 +75,7 @@ class Source:
     dummy: bool = False
     text_tokens: int = 128
     loras: tuple[LoraFile, ...] = ()
+    cut: Cut | None = None
     loaded: dict[str, Loaded] = field(default_factory=dict, compare=False)
 
     def has(self, component: str) -> bool:
@@ -113,7 +118,7 @@ class Source:
         path = self.folder / "model_index.json"
         return read_json(path) if path.is_file() else {}
 
-    def record(self, component: str, module: nn.Module, began: float, merged: int = 0) -> None:
+    def record(self, component: str, module: nn.Module, began: float, merged: int = 0, read_bytes: int = 0) -> None:
         """Notes a component that was loaded, `began` being time.perf_counter() before."""
         parameters = list(module.parameters())
         self.loaded[component] = Loaded(
@@ -124,4 +129,5 @@ class Source:
             sum(p.numel() * p.element_size() for p in parameters),
             (time.perf_counter() - began) * 1e3,
             merged,
+            read_bytes,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -157,12 +158,11 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
 
 
 def deal(parts: Components, axes: Axes, backend: str) -> None:
-    """Cuts the network over this rank's axes, in place.
+    """Deals the network's tokens over this rank's axes, in place.
 
     Raises:
         ValueError: an attention backend that ring attention cannot use.
     """
-    cut_linears(parts.network, parts.plan, axes.tp)
     if axes.tokens.size > 1:
         ring_kernel = lse_kernel(backend) if axes.ring.size > 1 else None
         deal_tokens(parts.network, parts.plan, attention_kernel(backend), ring_kernel, axes)
@@ -185,9 +185,10 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     model = config.model
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = backend_of(config, source.device)
-    parts = load(source, attention_kernel(backend))
-    check_multiple(model, parts)
     axes = connect(place, source.device)
+    cut = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
+    parts = load(replace(source, cut=cut), attention_kernel(backend))
+    check_multiple(model, parts)
     deal(parts, axes, backend)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     pipeline = ComposedPipeline(
@@ -247,7 +248,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         pipeline, axes = peer_pipeline(config, source), one_rank()
     memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
     loaded = [
-        LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged)
+        LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged, p.read_bytes)
         for p in source.loaded.values()
     ]
     return Worker(pipeline, place, device, memory, loaded, axes)
