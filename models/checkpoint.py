@@ -47,7 +47,8 @@ def load_network(
         CheckpointError: no weights, unreadable ones, or names and shapes that do not match; all of them listed.
     """
     began = time.perf_counter()
-    network = build_empty(make, source.dtype_of(component), source.device if source.cut is None else "cpu")
+    device = source.device_of(component)
+    network = build_empty(make, source.dtype_of(component), device if source.cut is None else "cpu")
     for name, parameter in network.named_parameters():
         if any(fnmatch(name, pattern) for pattern in keep_float32):
             parameter.data = torch.empty_like(parameter, dtype=torch.float32)
@@ -55,8 +56,8 @@ def load_network(
     if source.cut is not None:
         allocate(network, "meta")  # so that what is cut off never takes memory
         parts = source.cut(network, plan)
-        allocate(network, source.device)
-        network.to(source.device)
+        allocate(network, device)
+        network.to(device)
     fill(network, source, component, names, began, parts)
     return network.requires_grad_(False).eval()
 

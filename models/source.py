@@ -55,6 +55,7 @@ class Source:
         folder: the checkpoint.
         denoiser: the network's folder in it.
         device: where components live.
+        devices: by component, where a native network is loaded to instead.
         dtype: of the denoiser, and of what `dtypes` does not name.
         dtypes: by component.
         replaced: by component, another folder (with its config.json) or one safetensors file (described by a
@@ -69,6 +70,7 @@ class Source:
     folder: Path
     denoiser: str = "transformer"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    devices: Mapping[str, torch.device] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     replaced: Mapping[str, Path] = field(default_factory=dict)
@@ -112,6 +114,10 @@ class Source:
     def dtype_of(self, component: str) -> torch.dtype:
         """The dtype the component is loaded in."""
         return self.dtypes.get(component, self.dtype)
+
+    def device_of(self, component: str) -> torch.device:
+        """The device that a native network is loaded to."""
+        return self.devices.get(component, self.device)
 
     def index(self) -> dict[str, object]:
         """model_index.json of the checkpoint, empty where there is none."""

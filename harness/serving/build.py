@@ -18,6 +18,7 @@ from harness.metrics.memory import Memory, ResidentMemory
 from harness.parallel.connect import Axes, connect, one_rank
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.shard import shard_weights
 from harness.parallel.vae import parallel_decoder
 from harness.peer.build import native_facts, peer_stages
 from harness.peer.table import NATIVE, peer_attention
@@ -187,9 +188,12 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     backend = backend_of(config, source.device)
     axes = connect(place, source.device)
     cut = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
-    parts = load(replace(source, cut=cut), attention_kernel(backend))
+    homes = {source.denoiser: torch.device("cpu")} if config.parallel.shard_weights else {}
+    parts = load(replace(source, cut=cut, devices=homes), attention_kernel(backend))
     check_multiple(model, parts)
     deal(parts, axes, backend)
+    if config.parallel.shard_weights:
+        shard_weights(parts.network, parts.plan, axes.weights, source.device)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     pipeline = ComposedPipeline(
         InputValidation(limits_of(model, parts), noise_scheduler),
@@ -247,6 +251,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
     else:
         pipeline, axes = peer_pipeline(config, source), one_rank()
     memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
+    memory.release()  # of what loading took and left
     loaded = [
         LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged, p.read_bytes)
         for p in source.loaded.values()
