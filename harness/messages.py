@@ -162,7 +162,8 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 class LoadedComponent(msgspec.Struct, frozen=True):
     """One component as a rank holds it: where it was read, in which dtype, how large it is, and how long that took.
 
-    `merged` counts the tensors that low-rank updates were merged into.
+    `parameters` and `bytes` are those that the rank holds, `read_bytes` what it read of the checkpoint's files (0 for
+    random weights); `merged` counts the tensors that low-rank updates were merged into.
     """
 
     component: str
@@ -172,6 +173,7 @@ class LoadedComponent(msgspec.Struct, frozen=True):
     bytes: int
     load_ms: float
     merged: int = 0
+    read_bytes: int = 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):

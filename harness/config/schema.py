@@ -248,6 +248,7 @@ class ParallelConfig:
     tp: int = 1  # tensor parallel
     ring: int = 1  # ring attention
     ulysses: int = 1  # Ulysses sequence parallel, innermost
+    shard_weights: bool = False  # deal the denoiser's weights over cfg x ring x ulysses, and gather a block to run it
 
 
 @dataclass

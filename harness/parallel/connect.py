@@ -26,6 +26,7 @@ class Axes:
         ring: ranks that pass keys and values on.
         ulysses: ranks that share heads.
         tokens: ranks that share the tokens of a picture: ring x ulysses, ulysses innermost.
+        weights: ranks that hold the same weights of a picture's network: cfg x ring x ulysses.
         picture: all ranks that compute one picture: cfg x tp x ring x ulysses.
         traffic: what this rank has sent to any of them.
         any_of_picture: whether a flag is up on any rank of `picture`.
@@ -36,6 +37,7 @@ class Axes:
     ring: Group
     ulysses: Group
     tokens: Group
+    weights: Group
     picture: Group
     traffic: Traffic
     any_of_picture: Callable[[bool], bool]
@@ -44,7 +46,7 @@ class Axes:
 def one_rank() -> Axes:
     """The axes of world size 1."""
     group = alone()
-    return Axes(group, group, group, group, group, group, group.traffic, lambda flag: flag)
+    return Axes(group, group, group, group, group, group, group, group.traffic, lambda flag: flag)
 
 
 def connect(place: Place, device: torch.device, timeout: timedelta) -> Axes:
@@ -76,6 +78,7 @@ def connect(place: Place, device: torch.device, timeout: timedelta) -> Axes:
         group("ring"),
         group("ulysses"),
         group("ring", "ulysses"),
+        group("cfg", "ring", "ulysses"),
         picture,
         traffic,
         _agreement(place, timeout),

@@ -21,6 +21,8 @@ it sends (harness.parallel.group says what each collective of N ranks costs)
         all_reduce      2 l C s (tp - 1) / tp
     for every norm over a width that is cut
         all_reduce      2 l 4 (tp - 1) / tp             a sum of squares a token, in float32
+    for every block of a stack whose weights are dealt over S = cfg x ring x ulysses ranks, and once for those outside
+        all_gather weights      (S - 1) sum_p ceil(n_p / S) m_p s_p     of parameters of n_p rows of m_p numbers
     for an output of n numbers, in float32, where the branches of guidance are apart
         all_gather      4 n (cfg - 1)
 
@@ -129,6 +131,20 @@ def sent_bytes(trace: Trace, degrees: tuple[int, ...], item: int, gather: bool =
         sent["all_reduce"] += 2 * norm.on(shared) * FLOAT32 * (tp - 1) // tp
     sent["all_gather"] += FLOAT32 * trace.numbers * (cfg - 1)
     return {kind: count for kind, count in sent.items() if count}
+
+
+def weight_bytes(network: nn.Module, plan: ParallelPlan, ranks: int) -> int:
+    """Bytes that a rank sends in one evaluation to gather dealt weights (harness.parallel.shard).
+
+    Args:
+        network: in its dtypes and cut as a rank has it, on any device (meta is enough).
+        plan: of its folder.
+        ranks: S.
+    """
+    kept = {parameter for name in plan.called_outside for parameter in network.get_submodule(name).parameters()}
+    dealt = [p for p in network.parameters() if p not in kept]
+    parts = (-(-len(p) // ranks) * p[0].numel() * p.element_size() for p in dealt)
+    return (ranks - 1) * sum(parts)
 
 
 def trace_network(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from harness.parallel.connect import Axes, connect, one_rank
 from harness.parallel.legal import check_layout
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.shard import shard_weights
 from harness.parallel.vae import parallel_decoder
 from harness.peer.build import native_facts, peer_stages
 from harness.peer.table import NATIVE, peer_attention
@@ -167,12 +169,11 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
 
 
 def deal(parts: Components, axes: Axes, backend: str) -> None:
-    """Cuts the network over this rank's axes, in place.
+    """Deals the network's tokens over this rank's axes, in place.
 
     Raises:
         ValueError: an attention backend that ring attention cannot use.
     """
-    cut_linears(parts.network, parts.plan, axes.tp)
     if axes.tokens.size > 1:
         ring_kernel = lse_kernel(backend) if axes.ring.size > 1 else None
         deal_tokens(parts.network, parts.plan, attention_kernel(backend), ring_kernel, axes)
@@ -197,9 +198,13 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     axes = connect(place, source.device, waiting)  # before loading, which may take the ranks unequal times
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = backend_of(config, source.device)
-    parts = load(source, attention_kernel(backend))
+    cut = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
+    homes = {source.denoiser: torch.device("cpu")} if config.parallel.shard_weights else {}
+    parts = load(replace(source, cut=cut, devices=homes), attention_kernel(backend))
     check_multiple(model, parts)
     deal(parts, axes, backend)
+    if config.parallel.shard_weights:
+        shard_weights(parts.network, parts.plan, axes.weights, source.device)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     pipeline = ComposedPipeline(
         InputValidation(limits_of(config, parts), noise_scheduler),
@@ -257,8 +262,9 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
     else:
         pipeline, axes = peer_pipeline(config, source), one_rank()
     memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
+    memory.release()  # of what loading took and left
     loaded = [
-        LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged)
+        LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged, p.read_bytes)
         for p in source.loaded.values()
     ]
     return Worker(pipeline, place, device, memory, loaded, axes)
