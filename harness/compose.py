@@ -36,6 +36,7 @@ from harness.metrics import pretrained
 from harness.parallel.legal import check_layout
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.peer.check import check_engine
+from harness.peer.table import NATIVE
 from harness.pipeline.checkpoint import check_place, locate
 from harness.pipeline.layout import layout_facts
 from harness.pipeline.published import check_published
@@ -343,6 +344,11 @@ def _check_model(config: RunConfig) -> Path | None:
             raise ValueError(f"model.{name}={getattr(model, name)}; give at least 1")
     if model.text.cache_mib is not None and model.text.cache_mib < 0:
         raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which keeps none")
+    if model.offload and not (model.text.keep and config.engine.name == NATIVE and not config.parallel.shard_weights):
+        raise ValueError(
+            "model.offload=true keeps every network in CPU memory; leave out model.text.keep=false, "
+            "parallel.shard_weights=true and engine=diffusers"
+        )
     if model.text.tokens < 1:
         raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
     return place.config_folder(denoiser)

@@ -55,7 +55,7 @@ class Source:
         folder: the checkpoint.
         denoiser: the network's folder in it.
         device: where components live.
-        devices: by component, where a native network is loaded to instead.
+        devices: by component, where it is loaded to instead.
         dtype: of the denoiser, and of what `dtypes` does not name.
         dtypes: by component.
         replaced: by component, another folder (with its config.json) or one safetensors file (described by a
@@ -116,7 +116,7 @@ class Source:
         return self.dtypes.get(component, self.dtype)
 
     def device_of(self, component: str) -> torch.device:
-        """The device that a native network is loaded to."""
+        """The device that a component is loaded to."""
         return self.devices.get(component, self.device)
 
     def index(self) -> dict[str, object]:

@@ -365,6 +365,7 @@ def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> N
         (["parallel.ring=2", "attention=sdpa"], "use attention=flash, flex or math"),
         (["parallel.cfg=2", "model=flux", "model.load=dummy"], "has one branch; use parallel.cfg=1"),
         (["parallel.ulysses=2", "model=sd15", "model.load=dummy"], "use parallel.dp=2, or parallel.cfg=2"),
+        (["model.offload=true", "model.text.keep=false"], "leave out model.text.keep=false"),
         (["parallel.shard_weights=true"], "which is one rank; use parallel=ulysses2"),
         (["parallel.shard_weights=true", "parallel=tp2"], "which is one rank; use parallel=ulysses2"),
         (["parallel.shard_weights=true", "parallel=cfg2", "model=sd15", "model.load=dummy"], "a UNet, has not"),

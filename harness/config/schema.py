@@ -160,6 +160,7 @@ class ModelConfig:
     tokenizer_2: ComponentConfig = field(default_factory=ComponentConfig)
     tokenizer_3: ComponentConfig = field(default_factory=ComponentConfig)
     lora: list[LoraConfig] = field(default_factory=list)
+    offload: bool = False  # networks live in CPU memory and are on the GPU only while their stage runs
     negative_prompt: str = ""  # default of request.negative_prompt
     frames: int = 1  # default of request.frames
     frame_multiple: int = 1  # frames after the first are a multiple of it

@@ -24,15 +24,17 @@ from harness.parallel.shard import shard_weights
 from harness.parallel.vae import parallel_decoder
 from harness.peer.build import native_facts, peer_stages
 from harness.peer.table import NATIVE, peer_attention
-from harness.pipeline.checkpoint import locate
+from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
 from harness.pipeline.denoise import Denoising
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.latents import LatentPreparation
 from harness.pipeline.layout import layout_facts, of_request
+from harness.pipeline.offload import Offloaded, networks_in
 from harness.pipeline.published import scheduler_file
 from harness.pipeline.settings import noise_scheduler_settings
+from harness.pipeline.stage import Stage
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
@@ -199,25 +201,42 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = backend_of(config, source.device)
     cut = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
-    homes = {source.denoiser: torch.device("cpu")} if config.parallel.shard_weights else {}
+    homes = dict.fromkeys(away(config, source), torch.device("cpu"))
     parts = load(replace(source, cut=cut, devices=homes), attention_kernel(backend))
     check_multiple(model, parts)
     deal(parts, axes, backend)
     if config.parallel.shard_weights:
         shard_weights(parts.network, parts.plan, axes.weights, source.device)
     noise_scheduler = noise_scheduler_of(config, source, parts)
-    pipeline = ComposedPipeline(
-        InputValidation(limits_of(config, parts), noise_scheduler),
-        [
-            TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep),
-            TimestepPreparation(noise_scheduler, parts.size_multiple),
-            LatentPreparation(parts.latent, noise_scheduler),
-            Denoising(parts.network, source.dtype_of(source.denoiser), noise_scheduler, parts.guidance, axes.cfg),
-            Decoding(parallel_decoder(parts.decoder, axes.picture)),
-        ],
-        SyncExecutor(),
-    )
-    return pipeline, axes
+    text = TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
+    dtype = source.dtype_of(source.denoiser)
+    denoising = Denoising(parts.network, dtype, noise_scheduler, parts.guidance, axes.cfg)
+    decoding = Decoding(parallel_decoder(parts.decoder, axes.picture))
+
+    def homed(stage: Stage, part: object) -> Stage:
+        return Offloaded(stage, networks_in(part), source.device) if model.offload else stage
+
+    stages = [
+        homed(text, text.encoder),
+        TimestepPreparation(noise_scheduler, parts.size_multiple),
+        LatentPreparation(parts.latent, noise_scheduler),
+        homed(denoising, parts.network),
+        homed(decoding, parts.decoder),
+    ]
+    return ComposedPipeline(InputValidation(limits_of(config, parts), noise_scheduler), stages, SyncExecutor()), axes
+
+
+def away(config: RunConfig, source: Source) -> list[str]:
+    """The components that are loaded to CPU memory, wherever they compute.
+
+    Raises:
+        NotImplementedError: offload on a machine that has no other memory.
+    """
+    if config.model.offload and source.device.type == "cpu":
+        raise NotImplementedError(
+            "model.offload=true takes networks from a GPU's memory to the CPU's, and this machine has no GPU"
+        )
+    return [source.denoiser, *COMPONENTS] if config.model.offload else [source.denoiser] * config.parallel.shard_weights
 
 
 def peer_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:

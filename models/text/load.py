@@ -102,7 +102,7 @@ def load_encoder(source: Source, component: str, kind: type[M], config_kind: typ
     try:
         config = config_kind.from_pretrained(folder, local_files_only=True)
         if source.dummy:
-            encoder = build_empty(lambda: kind(config), dtype, source.device)
+            encoder = build_empty(lambda: kind(config), dtype, source.device_of(component))
             fill_dummy(encoder)
         else:
             updates = updates_of(source, component)
@@ -113,7 +113,7 @@ def load_encoder(source: Source, component: str, kind: type[M], config_kind: typ
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the text encoder cannot be read ({_first_line(error)})") from error
-    encoder = encoder.to(source.device).requires_grad_(False).eval()
+    encoder = encoder.to(source.device_of(component)).requires_grad_(False).eval()
     source.record(component, encoder, began, len(updates), read)
     return encoder
 
