@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from harness.records import load, read_status
-from tests.end_to_end.conftest import LIMIT_S, environment, record_of, run
+from harness.records import CUT_OFF, load, read_status
+from tests.end_to_end.conftest import LIMIT_S, environment, processes_about, record_of, run, started, wait_for
 
 HERE = ["launch.mode=inprocess", "launch.threads_per_rank=1", "request.prompt=rocket"]  # torch is imported once a sweep
 
@@ -37,9 +37,9 @@ def inspect(job: Path, *flags: str) -> str:
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two solvers times two step counts, mirrored to wandb offline."""
     folder = tmp_path_factory.mktemp("sweep") / "four"
-    done = sweep(
-        folder, "scheduler/solver=euler,heun", "request.steps=1,2", "logger=default", "logger.wandb.mode=offline"
-    )
+    measured = ["task=bench", "task.repeats=2", f"task.references={folder.parent / 'references'}"]
+    mirrored = ["logger=default", "logger.wandb.mode=offline"]
+    done = sweep(folder, "scheduler/solver=euler,heun", "request.steps=1,2", *measured, *mirrored)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ok") >= 4, done.stdout
     return folder
@@ -79,6 +79,12 @@ def test_wandb_holds_what_the_record_holds(four: Path) -> None:
         assert mirror["summary"]["step_ms_median"] == record.summary.step_ms.median
         assert mirror["summary"]["nfe"] == record.summary.nfe
         assert mirror["summary"]["fingerprint"] == record.fingerprint
+        assert mirror["summary"]["flops_per_step"] == record.summary.flops_per_step
+        assert mirror["summary"]["achieved_tflops"] == record.summary.achieved_tflops
+        assert record.fidelity is not None
+        assert mirror["summary"]["fidelity_verdict"] == record.fidelity.verdict == "within_floor"
+        assert mirror["summary"]["fidelity_pixel_rel_l2"] == record.fidelity.pixel.rel_l2
+        assert mirror["summary"]["fidelity_floor_latent"] == record.fidelity.floor_latent
         assert record.quality is not None
         assert mirror["summary"]["quality_distance"] == record.quality.distance.value
         for group in ("model", "scheduler", "request", "launch"):
@@ -128,6 +134,44 @@ def test_a_sweep_starts_ranks_once_an_engine_and_again_only_what_is_not_done(tmp
     after = {job.name: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
     assert {name for name in after if after[name] != before[name]} == {started.name, refused.name}
     assert read_status(started).state == "ok"
+
+
+SWEEPS = (
+    ["launch.mode=inprocess", "model.load=checkpoint,dummy", "request.steps=1,2"],
+    ["launch.mode=inprocess", "scheduler=rectified_flow,ddpm,sgm", "scheduler/solver=ddim,heun", "request.steps=2"],
+    ["attention=sdpa,math", "parallel=single,dp2", "request.samples_per_prompt=2", "request.steps=1,2"],
+    ["launch.mode=inprocess", "request.guidance=1", "request.steps=1,2,3,4,5,0"],
+)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_ends_with_every_row_once(tmp_path: Path) -> None:
+    """24 jobs over model, family, solver, steps, attention and layout; one cannot run, and one command is killed."""
+    folder = tmp_path / "sweep"
+    common = [sys.executable, "-m", "harness", "-m", "launch.threads_per_rank=1", "request.prompt=rocket"]
+    commands = [[*common, "logger=json", f"hydra.sweep.dir={folder}", *axes] for axes in SWEEPS]
+    assert [run(command).returncode for command in commands[:2]] == [0, 0]
+    with started(commands[2]) as process:
+        wait_for(lambda: len(jobs(folder)) == 13, "the third job of eight to start", LIMIT_S)
+        process.kill()
+        process.wait(timeout=LIMIT_S)
+    wait_for(lambda: not processes_about(folder), "its ranks to end")
+    before = {job: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
+    cut = [job for job in before if read_status(job) == CUT_OFF]
+    assert len(before) == 13
+    assert len(cut) == 1
+    outcomes = [run(command) for command in commands]
+    assert [done.returncode for done in outcomes] == [0, 0, 0, 1], [done.stderr for done in outcomes]
+    kept = [next(line for line in done.stdout.splitlines() if "had been done" in line) for done in outcomes[:3]]
+    assert [line.split()[0] for line in kept] == ["4", "6", "2"]
+    table = load(folder)
+    assert len(table) == 24
+    assert table["fingerprint"].nunique() == 23
+    assert table["state"].value_counts().to_dict() == {"ok": 23, "failed": 1}
+    (error,) = table["error"].dropna()
+    assert error.startswith("request.steps=0")
+    again = {job for job, at in before.items() if (job / "status.json").stat().st_mtime_ns != at}
+    assert again == set(cut)
 
 
 @pytest.mark.slow
