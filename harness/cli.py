@@ -96,6 +96,10 @@ def run_one(composed: Composed) -> Job:
         folder = RunFolder.claim(composed.folder)
         return Job(folder.path, compare_in(composed, pair, folder, Console()))
     folder = RunFolder.claim(composed.folder)
+    if composed.config.task.name is Task.plan:
+        from harness.plan.run import plan_in
+
+        return Job(folder.path, plan_in(composed, folder, Console()))
     make = partial(DiffusionGenerator.from_composed, composed, folder.path)
     return Job(folder.path, run_in(composed, folder, Console(), make))
 

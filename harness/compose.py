@@ -27,8 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.limits import check_frames, check_request, check_size
+from harness.config.plan import check_plan
 from harness.config.request import to_message
-from harness.config.schema import LaunchMode, ModelConfig, RunConfig, Task, TrainedConfig
+from harness.config.schema import LaunchMode, Load, ModelConfig, ParallelConfig, RunConfig, Task, TrainedConfig
 from harness.config.sides import check_sides, quoted
 from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from harness.media import ffmpeg
@@ -261,6 +262,11 @@ def _hint(name: str, known: Iterable[str]) -> str:
 def _resolve(config: RunConfig) -> None:
     """Fills what is null from the model, and refuses what cannot run."""
     check_sides(config)
+    if config.task.name is Task.plan:
+        config.model.load = Load.dummy  # shapes are all that is asked of a network
+        check_plan(config.plan, config.hardware)
+        if config.parallel != ParallelConfig():
+            warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
     _resolve_request(config)
     _check_layout(config, _check_model(config))
     if config.scheduler.family != PUBLISHED_FAMILY:
@@ -330,15 +336,15 @@ def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
     if config.launch.mode is LaunchMode.inprocess and ranks > 1:
         raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
     if denoiser is not None:
-        for note in check_layout(config.parallel, _layout_facts(config, denoiser)):
+        for note in check_layout(config.parallel, layout_facts(config, denoiser)):
             warnings.warn(note, stacklevel=2)
     threads = config.launch.threads_per_rank
     if threads is not None and threads < 1:
         raise ValueError(f"launch.threads_per_rank={threads}; give at least 1, or null for cores / ranks")
 
 
-def _layout_facts(config: RunConfig, denoiser: Path) -> Facts:
-    """What the layout has to fit: heads from the denoiser's config.json, tokens and guidance from the request."""
+def layout_facts(config: RunConfig, denoiser: Path) -> Facts:
+    """What a layout has to fit: heads from the denoiser's config.json, tokens and guidance from the request."""
     model, request = config.model, config.request
     network = read_json(denoiser / "config.json")
     heads = network.get(ARCHITECTURES[model.architecture].heads or "")
