@@ -107,6 +107,10 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
         folder = RunFolder.claim(composed.folder, again)
         return Job(folder.path, compare_in(composed, pair, folder, Console()))
     folder = RunFolder.claim(composed.folder, again)
+    if composed.config.task.name is Task.plan:
+        from harness.plan.run import plan_in
+
+        return Job(folder.path, plan_in(composed, folder, Console()))
     return Job(folder.path, run_in(composed, folder, Console(), make_engine))
 
 

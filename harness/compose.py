@@ -27,8 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.limits import check_frames, check_request, check_size
+from harness.config.plan import check_plan
 from harness.config.request import to_message
-from harness.config.schema import LaunchMode, ModelConfig, RunConfig, Task, TrainedConfig
+from harness.config.schema import LaunchMode, Load, ModelConfig, ParallelConfig, RunConfig, Task, TrainedConfig
 from harness.config.sides import check_sides, quoted
 from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from harness.media import ffmpeg
@@ -285,6 +286,11 @@ def _hint(name: str, known: Iterable[str]) -> str:
 def _resolve(config: RunConfig) -> None:
     """Fills what is null from the model, and refuses what cannot run."""
     check_sides(config)
+    if config.task.name is Task.plan:
+        config.model.load = Load.dummy  # shapes are all that is asked of a network
+        check_plan(config.plan, config.hardware)
+        if config.parallel != ParallelConfig():
+            warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
     _resolve_request(config)
     _check_layout(config, _check_model(config))
     if config.scheduler.family != PUBLISHED_FAMILY:

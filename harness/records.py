@@ -137,7 +137,8 @@ class Record(msgspec.Struct, frozen=True):
 
 def fingerprint(config: dict[str, Any]) -> str:
     """Hash of what was declared: the configuration without what cannot change a picture or a time."""
-    declared = {key: value for key, value in config.items() if key not in ("logger", "train", "quality", "a", "b")}
+    apart = ("logger", "train", "quality", "plan", "hardware", "a", "b")
+    declared = {key: value for key, value in config.items() if key not in apart}
     launch = config["launch"].items()
     declared["launch"] = {key: value for key, value in launch if key != "reuse" and not key.endswith("_timeout_s")}
     return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()[:16]

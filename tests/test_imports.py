@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.generate",
         "harness.train",
         "harness.plots",
+        "harness.plan",
         "harness.attached",
         "harness.cli",
         "harness.__main__",

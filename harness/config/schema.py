@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from harness.config.plan import HardwareConfig, PlanConfig
 from harness.config.train import TrainConfig
 
 
@@ -18,6 +19,7 @@ class Task(Enum):
     bench = "bench"
     compare = "compare"
     train = "train"
+    plan = "plan"
 
 
 class LaunchMode(Enum):
@@ -338,5 +340,7 @@ class RunConfig:
     request: RequestConfig = field(default_factory=RequestConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     a: list[str] | None = None
     b: list[str] | None = None
