@@ -261,6 +261,9 @@ def _hint(name: str, known: Iterable[str]) -> str:
 def _resolve(config: RunConfig) -> None:
     """Fills what is null from the model, and refuses what cannot run."""
     check_sides(config)
+    _check_report(config)
+    if config.task.name is Task.report:
+        return  # draws nothing, so nothing of what is drawn has to fit
     _resolve_request(config)
     _check_layout(config, _check_model(config))
     if config.scheduler.family != PUBLISHED_FAMILY:
@@ -270,6 +273,14 @@ def _resolve(config: RunConfig) -> None:
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
+
+
+def _check_report(config: RunConfig) -> None:
+    if config.task.name is Task.report:
+        if config.runs is None:
+            raise ValueError("task=report needs a folder of runs; add runs=DIR, such as runs=sweeps")
+    elif config.runs is not None or config.task.out is not None:
+        raise ValueError("runs and task.out have an effect with task=report only; add it, or drop them")
 
 
 def _resolve_request(config: RunConfig) -> None:

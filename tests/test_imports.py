@@ -36,6 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.generate",
         "harness.train",
         "harness.plots",
+        "harness.report",
         "harness.attached",
         "harness.cli",
         "harness.__main__",

@@ -18,6 +18,7 @@ class Task(Enum):
     bench = "bench"
     compare = "compare"
     train = "train"
+    report = "report"
 
 
 class LaunchMode(Enum):
@@ -60,6 +61,7 @@ class TaskConfig:
     fidelity: bool = False  # hold the pictures against a float32 reference on one rank (drawn once, then kept)
     states: bool = False  # and the state after every solver step
     references: str | None = None  # folder of kept references; null = triptych/references in the user's cache
+    out: str | None = None  # the page of task=report; null = report.html in `runs`
 
 
 @dataclass
@@ -320,7 +322,9 @@ class QualityConfig:
 
 @dataclass
 class RunConfig:
-    """The whole configuration of one run; `a` and `b` are the overrides of either side of task=compare."""
+    """The whole configuration of one run; `a` and `b` are the overrides of either side of task=compare, `runs` is the
+    tree of records of task=report.
+    """
 
     task: TaskConfig = field(default_factory=TaskConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -335,3 +339,4 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     a: list[str] | None = None
     b: list[str] | None = None
+    runs: str | None = None
