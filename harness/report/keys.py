@@ -1,7 +1,8 @@
-"""Which configuration keys tell the runs of a tree apart, and a short name for each run made of them."""
+"""Which configuration keys tell the runs of a tree apart, and a short name for each run, made of them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from harness.parallel.mesh import AXES
@@ -11,6 +12,7 @@ Cell = str | float | None
 LEADS = ("model.name", "scheduler.family", "scheduler.solver.name")
 FOLLOWERS = ("model.", "scheduler.")  # groups of which most keys follow from the three names
 ASIDE = ("logger", "train", "a", "b", "runs")  # change neither a picture nor a time
+NAME_LETTERS = 32  # of a value in a run's name
 NAMES = ("name", "family", "backend")  # last parts of keys whose value says enough
 
 
@@ -50,10 +52,14 @@ def varying(rows: Sequence[Mapping[str, Cell]], overridden: Collection[str]) -> 
 
 
 def labels(rows: Sequence[Mapping[str, Cell]], keys: Sequence[str], folders: Sequence[str]) -> list[str]:
-    """A short and different name for every run: what tells it apart, and its folder where that does not."""
+    """A short and different name for every run: its values that not most runs have, and its folder where they do not
+    tell it apart.
+    """
+    counts = {key: Counter(row[key] for row in rows if key in row) for key in keys}
+    own = [[key for key in keys if key in row and 2 * counts[key][row[key]] <= counts[key].total()] for row in rows]
     short = [
-        " ".join(_named(key, row[key]) for key in keys if row.get(key) is not None) or folder
-        for row, folder in zip(rows, folders, strict=True)
+        " ".join(_named(key, row[key]) for key in kept) or folder
+        for row, kept, folder in zip(rows, own, folders, strict=True)
     ]
     return [
         name if short.count(name) == 1 else f"{name} ({folder})" for name, folder in zip(short, folders, strict=True)
@@ -63,6 +69,7 @@ def labels(rows: Sequence[Mapping[str, Cell]], keys: Sequence[str], folders: Seq
 def _named(key: str, value: Cell) -> str:
     last = key.rpartition(".")[2]
     shown = f"{value:g}" if isinstance(value, float) else str(value)
+    shown = shown if len(shown) <= NAME_LETTERS else f"{shown[: NAME_LETTERS - 1]}…"
     return shown if last in NAMES or key == "parallel" else f"{last}={shown}"
 
 

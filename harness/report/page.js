@@ -39,7 +39,7 @@ const short = (text, length) => (text.length > length ? `${text.slice(0, length 
 const spread = (low, high, show = number) => element("span", { class: "spread" }, `${show(low)} to ${show(high)}`);
 
 /** A column of the table: `of` gives what is sorted by, `show` what stands there. */
-function column(key, title, of, show = number, kind = "number") {
+function column(key, title, of, show = (value) => number(value), kind = "number") {
   return { key, title, of, show: (row) => (known(of(row)) ? [].concat(show(of(row), row)) : []), kind };
 }
 
@@ -47,9 +47,9 @@ const toned = (value) => element("span", { class: TONES[value] ?? "" }, words(va
 const measured = (of) => (value, row) => [number(value), spread(...of(row).ci95)];
 
 const COLUMNS = [
-  ...page.keys.map((key) => column(`key:${key}`, key, (row) => row.values[key],
-    (value) => (typeof value === "number" ? String(value) : value), "text")),
   column("state", "state", (row) => row.state, toned, "text"),
+  ...page.keys.map((key) => column(`key:${key}`, key, (row) => row.values[key],
+    (value) => element("span", { title: value }, short(String(value), 60)), "text")),
   column("latency", "latency, ms", (row) => row.latency?.median, measured((row) => row.latency)),
   column("step", "solver step, ms", (row) => row.step?.median, measured((row) => row.step)),
   column("nfe", "evaluations", (row) => row.nfe),
@@ -78,7 +78,7 @@ function speedupSpread(row) {
 // ---------------------------------------------------------------- what is shown, and in which order
 
 const searched = new Map(rows.map((row) => [row, [row.folder, row.state, row.verdict, row.error, row.label,
-  ...Object.entries(row.values).map(([key, value]) => `${key}=${value}`)].filter(known).join(" ").toLowerCase()]));
+  ...Object.entries(row.values).map(([key, value]) => `${key}=${value}`)].filter(known).map((text) => `${text} `.toLowerCase()).join("")]));
 
 function matches(row) {
   return view.words.every((word) => searched.get(row).includes(word))
@@ -101,11 +101,14 @@ function ordered(shown) {
 
 // ---------------------------------------------------------------- parts of the page
 
+/** A dotted key that may go on in the next line after a dot. */
+const breakable = (key) => key.split(/(?<=\.)/).flatMap((part) => [part, element("wbr", {})]);
+
 function drawTable(shown) {
   const heads = [RUN, ...COLUMNS].map(({ key, title }) => {
     const sorted = view.sort.key === key ? (view.sort.down ? "descending" : "ascending") : "none";
     const arrow = { ascending: " ▲", descending: " ▼", none: "" }[sorted];
-    const button = element("button", { type: "button", "data-sort": key }, title + arrow);
+    const button = element("button", { type: "button", "data-sort": key }, ...breakable(title), arrow);
     return element("th", { scope: "col", "aria-sort": sorted }, button);
   });
   const body = shown.map((row) => element("tr", {}, element("th", { scope: "row" }, row.folder),
@@ -116,29 +119,35 @@ function drawTable(shown) {
   $("count").textContent = `${shown.length} of ${rows.length} runs`;
 }
 
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
 function plot(id, traces, layout, height) {
-  const style = getComputedStyle(document.documentElement);
-  const colour = (name) => style.getPropertyValue(name).trim();
   const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
   const { xaxis, yaxis, ...rest } = layout;
   const base = {
     height, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--ink"), size: 12 },
     margin: { l: 10, r: 20, t: 10, b: 10 }, bargap: 0.3, hoverlabel: { align: "left" },
-    legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0 },
+    legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0, traceorder: "normal" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--faint"), activecolor: colour("--ink") },
     xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis },
   };
   if (!$(id).querySelector(".plot-container")) $(id).replaceChildren();
-  Plotly.react(id, traces, { ...base, ...rest }, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
+  $(id).style.height = `${height}px`;
+  Plotly.react(id, traces, { ...base, ...rest }, { responsive: true, displaylogo: false,
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] });
 }
 
 function empty(id, text) {
   Plotly.purge(id);
+  $(id).style.height = "";
   $(id).replaceChildren(none(text));
 }
 
+const NARROW = matchMedia("(max-width: 600px)");
+
 /** An axis with one place a bar, the first on top. */
 function places(names) {
-  const room = $("runs").clientWidth < 600 ? 18 : 44;
+  const room = NARROW.matches ? 16 : 44;
   return { tickvals: names.map((_, k) => k), ticktext: names.map((name) => plain(short(name, room))),
     range: [names.length - 0.5, -0.5], showgrid: false, zeroline: false };
 }
@@ -186,7 +195,7 @@ function drawScaling(shown) {
     return {
       type: "bar", orientation: "h", name: alternated ? "b over a, in alternation" : "runs apart",
       marker: { color: COLOURS[alternated ? 2 : 0] }, x: own.map((each) => each.value), y: own.map((each) => each.place),
-      error_x: { type: "data", symmetric: false, thickness: 1.5, array: own.map((each) => each.interval[1] - each.value),
+      error_x: { type: "data", symmetric: false, thickness: 1.5, color: colour("--ink"), array: own.map((each) => each.interval[1] - each.value),
         arrayminus: own.map((each) => each.value - each.interval[0]) },
       hoverinfo: "text", textposition: "none",
       text: own.map((each) => plain(`${each.name}: ${number(each.value, 3)} (${each.layout})`)),
@@ -264,12 +273,15 @@ function drawPareto(shown) {
     group("failed", others.filter(({ row }) => row.state !== "ok"), { color: COLOURS[5], symbol: "x" }),
   ].filter((trace) => trace.x.length);
   const equal = points.some(({ row }) => metric.perfect(row))
-    ? [{ xref: "paper", x: 1, xanchor: "right", y: metric.log ? Math.log10(edge) : edge, yanchor: "bottom", showarrow: false,
+    ? [{ xref: "paper", x: 0, xanchor: "left", y: metric.log ? Math.log10(edge) : edge, yanchor: "bottom", showarrow: false,
       text: "equal, bit for bit" }] : [];
   plot("pareto", traces, { annotations: equal, xaxis: { title: { text: "median latency of the request, ms" }, rangemode: "tozero" },
-    yaxis: { title: { text: plain(metric.title) }, type: metric.log ? "log" : "linear", exponentformat: "power" } }, 460);
+    yaxis: { title: { text: plain(metric.title) }, ...(metric.log && logarithmic(points.map(({ y }) => y))) } }, 460);
   $("front").replaceChildren(...front.map((point) => element("li", {}, said(point))));
 }
+
+const logarithmic = (values) => ({ type: "log", exponentformat: "power",
+  dtick: Math.max(...values) > 1e4 * Math.min(...values) ? 1 : "D2" });
 
 function bars(intervals, values) {
   return { type: "data", symmetric: false, thickness: 1, width: 3, array: intervals.map(([, high], k) => high - values[k]),
@@ -344,7 +356,8 @@ function start() {
   ["state", ...page.keys].forEach(addPick);
   Object.keys(METRICS).forEach(addMetric);
   $("words").addEventListener("input", ({ target }) => {
-    view.words = target.value.toLowerCase().split(/\s+/).filter(Boolean);
+    // steps=4 is not steps=40, but a word that is half typed finds what it may become
+    view.words = target.value.toLowerCase().split(/\s+/).filter(Boolean).map((word) => (/=./.test(word) ? `${word} ` : word));
     render();
   });
   $("filter").addEventListener("submit", (event) => event.preventDefault());
@@ -355,7 +368,7 @@ function start() {
     view.sort = { key, down: view.sort.key === key && !view.sort.down };
     render();
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
+  for (const query of [NARROW, matchMedia("(prefers-color-scheme: dark)")]) query.addEventListener("change", render);
   render();
 }
 
