@@ -43,7 +43,10 @@ from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.pool import EnginePool, MakeEngine, new_engine
 from harness.records import RunFolder, RunFolderError, Status, is_done, read_record, read_status
+from harness.report.page import write_report
 from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
+
+REPORT = "task=report"
 
 
 def main() -> None:
@@ -67,12 +70,17 @@ def dispatch(arguments: Sequence[str]) -> int:
             arguments = [quoted(argument) for argument in arguments]
             flags = get_args_parser().parse_args(list(arguments))
             check_names(flags.overrides, sweep=flags.multirun)
+            if flags.multirun and REPORT in arguments:
+                raise ConfigError("task=report makes one page over all runs; run it without -m")
             if flags.multirun:
                 return sweep(arguments, flags.overrides)
             return 1 if any(job.status.state != "ok" for job in by_hydra(arguments).jobs) else 0
         return exit_status(run_one(compose_run(arguments), new_engine).status)
     except ConfigError as error:
-        refuse(run_folder(arguments), error)
+        if REPORT in arguments:  # has no folder of its own
+            complain(error)
+        else:
+            refuse(run_folder(arguments), error)
         return EXIT_BAD_INPUT
     except RunFolderError as error:
         complain(error)
@@ -98,10 +106,12 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
 
     Raises:
         RunFolderError: another run is in it.
-        ConfigError: a side of a comparison that cannot run.
+        ConfigError: a side of a comparison that cannot run, or a report over nothing.
     """
     if composed.config.task.name is Task.train:
         return Job(Path(composed.config.train.folder), run_training(composed.config, Console()))
+    if composed.config.task.name is Task.report:
+        return Job(composed.folder, write_report(composed.config, Console()))
     if composed.config.task.name is Task.compare:
         pair = sides(composed)  # refused before a folder is claimed
         folder = RunFolder.claim(composed.folder, again)

@@ -286,6 +286,9 @@ def _hint(name: str, known: Iterable[str]) -> str:
 def _resolve(config: RunConfig) -> None:
     """Fills what is null from the model, and refuses what cannot run."""
     check_sides(config)
+    _check_report(config)
+    if config.task.name is Task.report:
+        return  # draws nothing, so nothing of what is drawn has to fit
     if config.task.name is Task.plan:
         config.model.load = Load.dummy  # shapes are all that is asked of a network
         check_plan(config.plan, config.hardware)
@@ -304,6 +307,14 @@ def _resolve(config: RunConfig) -> None:
         raise ValueError(f"task.bound={config.task.bound} bounds a measured error; add task.fidelity=true")
     if config.launch.reuse < 0:
         raise ValueError(f"launch.reuse={config.launch.reuse}; give at least 0, which starts fresh ranks for every job")
+
+
+def _check_report(config: RunConfig) -> None:
+    if config.task.name is Task.report:
+        if config.runs is None:
+            raise ValueError("task=report needs a folder of runs; add runs=DIR, such as runs=sweeps")
+    elif config.runs is not None or config.task.out is not None:
+        raise ValueError("runs and task.out have an effect with task=report only; add it, or drop them")
 
 
 def _resolve_request(config: RunConfig) -> None:

@@ -35,6 +35,7 @@ NEEDS = {
     ("scheduler/solver", "pndm"): ["scheduler=ddpm"],
     ("scheduler/solver", "tcd"): ["scheduler=ddpm"],
     ("task", "compare"): ["a=[]", "b=[]"],
+    ("task", "report"): ["runs=runs"],
 }
 
 

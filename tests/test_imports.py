@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.generate",
         "harness.train",
         "harness.plots",
+        "harness.report",
         "harness.plan",
         "harness.attached",
         "harness.cli",

@@ -20,6 +20,7 @@ class Task(Enum):
     compare = "compare"
     train = "train"
     plan = "plan"
+    report = "report"
 
 
 class LaunchMode(Enum):
@@ -63,6 +64,7 @@ class TaskConfig:
     states: bool = False  # and the state after every solver step
     bound: float | None = None  # what a sweeper minimises is infinite where the pixels' relative L2 is above this
     references: str | None = None  # folder of kept references; null = triptych/references in the user's cache
+    out: str | None = None  # the page of task=report; null = report.html in `runs`
 
 
 @dataclass
@@ -327,7 +329,9 @@ class QualityConfig:
 
 @dataclass
 class RunConfig:
-    """The whole configuration of one run; `a` and `b` are the overrides of either side of task=compare."""
+    """The whole configuration of one run; `a` and `b` are the overrides of either side of task=compare, `runs` is the
+    tree of records of task=report.
+    """
 
     task: TaskConfig = field(default_factory=TaskConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -344,3 +348,4 @@ class RunConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     a: list[str] | None = None
     b: list[str] | None = None
+    runs: str | None = None

@@ -89,7 +89,7 @@ def within(points: Sequence[Point], budget: int) -> Point | None:
 def _points(records: Sequence[Record]) -> list[Point]:
     groups: defaultdict[tuple[str, str], list[tuple[Record, dict[str, object]]]] = defaultdict(list)
     for record in records:
-        settings = _flat(record.config["scheduler"])
+        settings = flat(record.config["scheduler"])
         groups[str(settings.pop("family")), str(settings.pop("solver.name"))].append((record, settings))
     points = []
     for (family, solver), runs in groups.items():
@@ -102,11 +102,12 @@ def _points(records: Sequence[Record]) -> list[Point]:
     return points
 
 
-def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
+def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested settings by dotted keys."""
+    found: dict[str, object] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def _check_comparable(records: Sequence[Record], points: Sequence[Point]) -> None:

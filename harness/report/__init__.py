@@ -1,0 +1,1 @@
+"""task=report: one self-contained page over a tree of records."""

@@ -1,0 +1,375 @@
+"use strict";
+// Draws the page from its JSON. What comes from records is set as text, never as markup.
+
+const page = JSON.parse(document.getElementById("data").textContent);
+const rows = page.rows.map((row, id) => ({ ...row, id }));
+const view = { words: [], picks: new Map(), sort: { key: "", down: false }, metric: "rel_l2" };
+
+const COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C", "#B0A000"]; // Okabe and Ito 2008
+const TONES = { ok: "good", failed: "bad", oom: "bad", unsupported: "fair", cancelled: "fair",
+  identical: "good", within_floor: "good", approximate: "fair", broken: "bad" };
+
+// ---------------------------------------------------------------- text
+
+const $ = (id) => document.getElementById(id);
+
+function element(tag, attributes, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children.filter((child) => child != null));
+  return made;
+}
+
+const none = (text) => element("p", { class: "none" }, text);
+const known = (value) => value !== null && value !== undefined && value !== "";
+const words = (name) => name.replaceAll("_", " ");
+const percent = (share) => `${number(100 * share, 3)} %`;
+
+function number(value, digits = 4) {
+  if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(1);
+  return value.toLocaleString("en", { maximumSignificantDigits: digits });
+}
+
+// plotly takes some tags in text for markup
+const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const short = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
+
+// ---------------------------------------------------------------- columns
+
+const spread = (low, high, show = number) => element("span", { class: "spread" }, `${show(low)} to ${show(high)}`);
+
+/** A column of the table: `of` gives what is sorted by, `show` what stands there. */
+function column(key, title, of, show = (value) => number(value), kind = "number") {
+  return { key, title, of, show: (row) => (known(of(row)) ? [].concat(show(of(row), row)) : []), kind };
+}
+
+const toned = (value) => element("span", { class: TONES[value] ?? "" }, words(value));
+const measured = (of) => (value, row) => [number(value), spread(...of(row).ci95)];
+
+const COLUMNS = [
+  column("state", "state", (row) => row.state, toned, "text"),
+  ...page.keys.map((key) => column(`key:${key}`, key, (row) => row.values[key],
+    (value) => element("span", { title: value }, short(String(value), 60)), "text")),
+  column("latency", "latency, ms", (row) => row.latency?.median, measured((row) => row.latency)),
+  column("step", "solver step, ms", (row) => row.step?.median, measured((row) => row.step)),
+  column("nfe", "evaluations", (row) => row.nfe),
+  column("speedup", "speed-up", speedup, (value, row) => [number(value, 3), spread(...speedupSpread(row), (x) => number(x, 3))]),
+  column("memory", "peak memory, MiB", (row) => row.memory_mib),
+  column("tflops", "TFLOP/s", (row) => row.tflops, (value) => number(value, 3)),
+  column("ceiling", "of a matrix product", (row) => row.ceiling_share, percent),
+  column("comm", "sent by a rank, MB", (row) => row.comm_mb, (value) => number(value, 3)),
+  column("verdict", "fidelity", (row) => row.verdict, (value, row) => [toned(value),
+    element("span", { class: "spread" }, `declared ${words(row.declared)}`)], "text"),
+  column("rel_l2", "pixel error, relative L2", (row) => row.pixel?.rel_l2, (value, row) => (row.pixel.identical ? "0, equal" : number(value, 2))),
+  column("distance", "distance (0 = as asked)", (row) => row.distance?.value, measured((row) => row.distance)),
+  column("top1", "top-1", (row) => row.top1?.value, (value, row) => [percent(value), spread(...row.top1.ci95, percent)]),
+  column("error", "error", (row) => row.error, (value) => value, "error"),
+].filter(({ of }) => rows.some((row) => known(of(row)) && of(row) !== 0));
+const RUN = column("run", "run", (row) => row.folder, (value) => value, "text");
+
+function speedup(row) {
+  return row.comparison ? row.comparison.ratios.request.ratio : row.scaling?.speedup.value;
+}
+
+function speedupSpread(row) {
+  return row.comparison ? row.comparison.ratios.request.interval : row.scaling.speedup.ci95;
+}
+
+// ---------------------------------------------------------------- what is shown, and in which order
+
+const searched = new Map(rows.map((row) => [row, [row.folder, row.state, row.verdict, row.error, row.label,
+  ...Object.entries(row.values).map(([key, value]) => `${key}=${value}`)].filter(known).map((text) => `${text} `.toLowerCase()).join("")]));
+
+function matches(row) {
+  return view.words.every((word) => searched.get(row).includes(word))
+    && [...view.picks].every(([key, text]) => picked(row, key) === text);
+}
+
+const picked = (row, key) => (key === "state" ? row.state : known(row.values[key]) ? String(row.values[key]) : "(none)");
+
+function ordered(shown) {
+  const { key, down } = view.sort;
+  const by = [RUN, ...COLUMNS].find((each) => each.key === key);
+  if (!by) return shown;
+  const side = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
+  return shown.toSorted((a, b) => {
+    const [x, y] = [by.of(a), by.of(b)];
+    if (!known(x) || !known(y)) return known(y) - known(x); // what has no value is last either way
+    return down ? side(y, x) : side(x, y);
+  });
+}
+
+// ---------------------------------------------------------------- parts of the page
+
+/** A dotted key that may go on in the next line after a dot. */
+const breakable = (key) => key.split(/(?<=\.)/).flatMap((part) => [part, element("wbr", {})]);
+
+function drawTable(shown) {
+  const heads = [RUN, ...COLUMNS].map(({ key, title }) => {
+    const sorted = view.sort.key === key ? (view.sort.down ? "descending" : "ascending") : "none";
+    const arrow = { ascending: " ▲", descending: " ▼", none: "" }[sorted];
+    const button = element("button", { type: "button", "data-sort": key }, ...breakable(title), arrow);
+    return element("th", { scope: "col", "aria-sort": sorted }, button);
+  });
+  const body = shown.map((row) => element("tr", {}, element("th", { scope: "row" }, row.folder),
+    ...COLUMNS.map((each) => element("td", { class: each.kind }, ...each.show(row)))));
+  const focused = document.activeElement?.dataset?.sort;
+  $("table").replaceChildren(element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...body));
+  if (focused) document.querySelector(`[data-sort="${CSS.escape(focused)}"]`)?.focus();
+  $("count").textContent = `${shown.length} of ${rows.length} runs`;
+}
+
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function plot(id, traces, layout, height) {
+  const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
+  const { xaxis, yaxis, ...rest } = layout;
+  const base = {
+    height, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--ink"), size: 12 },
+    margin: { l: 10, r: 20, t: 10, b: 10 }, bargap: 0.3, hoverlabel: { align: "left" },
+    legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0, traceorder: "normal" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--faint"), activecolor: colour("--ink") },
+    xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis },
+  };
+  if (!$(id).querySelector(".plot-container")) $(id).replaceChildren();
+  $(id).style.height = `${height}px`;
+  Plotly.react(id, traces, { ...base, ...rest }, { responsive: true, displaylogo: false,
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] });
+}
+
+function empty(id, text) {
+  Plotly.purge(id);
+  $(id).style.height = "";
+  $(id).replaceChildren(none(text));
+}
+
+const NARROW = matchMedia("(max-width: 600px)");
+
+/** An axis with one place a bar, the first on top. */
+function places(names) {
+  const room = NARROW.matches ? 16 : 44;
+  return { tickvals: names.map((_, k) => k), ticktext: names.map((name) => plain(short(name, room))),
+    range: [names.length - 0.5, -0.5], showgrid: false, zeroline: false };
+}
+
+const barsHeight = (count) => 110 + 26 * count;
+
+const STAGES = [...new Set(rows.flatMap((row) => Object.keys(row.stages)))];
+
+function drawStages(shown) {
+  const timed = shown.filter((row) => Object.keys(row.stages).length);
+  if (!timed.length) return empty("stages", "No run shown has times.");
+  const traces = STAGES.map((stage, k) => ({
+    type: "bar", orientation: "h", name: words(stage), marker: { color: COLOURS[k % COLOURS.length] },
+    x: timed.map((row) => row.stages[stage] ?? 0), y: timed.map((_, place) => place), hoverinfo: "text", textposition: "none",
+    text: timed.map((row) => plain(`${row.label}: ${words(stage)} ${number(row.stages[stage] ?? 0)} ms`)),
+  }));
+  plot("stages", traces, { barmode: "stack", xaxis: { title: { text: "median, ms" }, rangemode: "tozero" },
+    yaxis: places(timed.map((row) => row.label)) }, barsHeight(timed.length));
+}
+
+function worth(row) {
+  if (row.comparison) {
+    const { ratios, efficiency, ranks } = row.comparison;
+    return ["request", "step"].filter((name) => ratios[name]).map((name) => ({
+      name: `${row.label}, ${name === "step" ? "solver step" : "request"}`, against: "a, in alternation",
+      ranks: ranks[0] === ranks[1] ? null : ranks[1] / ranks[0], value: ratios[name].ratio, interval: ratios[name].interval,
+      level: ratios[name].level, efficiency: efficiency?.[name], alternated: true,
+      layout: `${ranks[0]} to ${ranks[1]} ranks`,
+    }));
+  }
+  if (!row.scaling) return [];
+  const { base, ranks, speedup: found, efficiency } = row.scaling;
+  return [{ name: row.label, against: rows[base].label, ranks, value: found.value, interval: found.ci95, level: 0.95, efficiency,
+    alternated: false, layout: `${ranks} ranks of ${threads(row)}, against 1 of ${threads(rows[base])}` }];
+}
+
+const threads = (row) => `${row.threads} thread${row.threads === 1 ? "" : "s"}`;
+
+function drawScaling(shown) {
+  const found = shown.flatMap(worth);
+  $("speedups").replaceChildren();
+  if (!found.length) return empty("scaling", "No run shown has a one-rank run of the same everything else, or is a comparison.");
+  const bars = [false, true].map((alternated) => {
+    const own = found.map((each, place) => ({ ...each, place })).filter((each) => each.alternated === alternated);
+    return {
+      type: "bar", orientation: "h", name: alternated ? "b over a, in alternation" : "runs apart",
+      marker: { color: COLOURS[alternated ? 2 : 0] }, x: own.map((each) => each.value), y: own.map((each) => each.place),
+      error_x: { type: "data", symmetric: false, thickness: 1.5, color: colour("--ink"), array: own.map((each) => each.interval[1] - each.value),
+        arrayminus: own.map((each) => each.value - each.interval[0]) },
+      hoverinfo: "text", textposition: "none",
+      text: own.map((each) => plain(`${each.name}: ${number(each.value, 3)} (${each.layout})`)),
+    };
+  }).filter((trace) => trace.x.length);
+  const ideal = found.flatMap((each, place) => (each.ranks ? [{ type: "line", x0: each.ranks, x1: each.ranks,
+    y0: place - 0.45, y1: place + 0.45, line: { color: "#8C8C8C", width: 2 } }] : []));
+  plot("scaling", bars, { barmode: "overlay", shapes: ideal, xaxis: { title: { text: "speed-up, times" }, rangemode: "tozero",
+    range: [0, 1.08 * Math.max(...found.map((each) => Math.max(each.ranks ?? 1, each.interval[1])))] },
+    yaxis: places(found.map((each) => each.name)) }, barsHeight(found.length));
+  const titles = ["run", "ranks", "against", "speed-up", "interval", "efficiency"];
+  $("speedups").replaceChildren(heading(titles), element("tbody", {}, ...found.map((each) => element("tr", {},
+    element("th", { scope: "row" }, each.name), element("td", { class: "text" }, each.layout),
+    element("td", { class: "text" }, each.against), element("td", { class: "number" }, number(each.value, 3)),
+    element("td", { class: "number" }, `${number(each.interval[0], 3)} to ${number(each.interval[1], 3)} (${percent(each.level)})`),
+    element("td", { class: "number" }, known(each.efficiency) ? percent(each.efficiency) : "")))));
+}
+
+const heading = (titles) => element("thead", {}, element("tr", {}, ...titles.map((title) => element("th", { scope: "col" }, title))));
+
+const METRICS = {
+  rel_l2: { name: "pixel error", title: "pixel error, relative L2 (lower is better)", of: (row) => row.pixel?.rel_l2, sign: -1,
+    log: true, perfect: (row) => row.pixel?.identical || row.pixel?.rel_l2 === 0 },
+  psnr_db: { name: "PSNR", title: "PSNR, dB (higher is better)", of: (row) => row.pixel?.psnr_db, sign: 1,
+    perfect: (row) => row.pixel?.identical },
+  distance: { name: "quality distance", title: "distance to the picture asked for (lower is better)", of: (row) => row.distance?.value,
+    interval: (row) => row.distance.ci95, sign: -1, perfect: () => false },
+  top1: { name: "top-1", title: "prompt retrieval, top-1, % (higher is better)", of: (row) => scaled(row.top1?.value),
+    interval: (row) => row.top1.ci95.map(scaled), sign: 1, perfect: () => false },
+};
+const scaled = (share) => (known(share) ? 100 * share : share);
+const scored = (row, metric) => row.latency && (metric.perfect(row) || known(metric.of(row)));
+
+/** Of runs that ended well: those than which none is both as fast and as good, and better in one. */
+function paretoFront(points, sign) {
+  const front = [];
+  const sorted = points.filter(({ row }) => row.state === "ok").toSorted((a, b) => a.x - b.x || sign * (b.value - a.value));
+  for (const point of sorted) {
+    if (!front.length || sign * point.value > sign * front.at(-1).value) front.push(point);
+  }
+  return front;
+}
+
+/** Where equal pictures are drawn, whose error has no logarithm and whose PSNR no end. */
+function beyond(values, metric) {
+  if (!values.length) return metric.log ? 1e-7 : 100;
+  return metric.log ? 10 ** Math.floor(Math.log10(Math.min(...values)) - 0.5) : Math.max(...values) + 10;
+}
+
+function drawPareto(shown) {
+  const metric = METRICS[view.metric];
+  const drawn = shown.filter((row) => scored(row, metric));
+  const missing = shown.length - drawn.length;
+  $("undrawn").textContent = missing ? `${missing} of the ${shown.length} runs shown have no ${metric.name} or no latency.` : "";
+  $("front").replaceChildren();
+  if (!drawn.length) return empty("pareto", `No run shown has a ${metric.name} and a latency.`);
+  const edge = beyond(drawn.filter((row) => !metric.perfect(row)).map(metric.of), metric);
+  const points = drawn.map((row) => ({ row, x: row.latency.median, y: metric.perfect(row) ? edge : metric.of(row),
+    value: metric.perfect(row) ? metric.sign * Infinity : metric.of(row) }));
+  const front = paretoFront(points, metric.sign);
+  const on = new Set(front.map(({ row }) => row));
+  const said = ({ row, value }) => `${row.label}: ${number(row.latency.median)} ms, ${Number.isFinite(value) ? number(value, 3) : "equal"}`;
+  const group = (name, own, marker) => ({
+    type: "scatter", mode: "markers", name, x: own.map(({ x }) => x), y: own.map(({ y }) => y), marker: { size: 10, ...marker },
+    text: own.map((point) => plain(said(point))), hoverinfo: "text",
+    error_x: bars(own.map(({ row }) => row.latency.ci95), own.map(({ x }) => x)),
+    ...(metric.interval && { error_y: bars(own.map(({ row }) => metric.interval(row)), own.map(({ y }) => y)) }),
+  });
+  const others = points.filter(({ row }) => !on.has(row));
+  const traces = [
+    { type: "scatter", mode: "lines", name: "front", x: front.map(({ x }) => x), y: front.map(({ y }) => y), hoverinfo: "skip",
+      line: { color: COLOURS[2], shape: "hv", width: 2 }, showlegend: false },
+    group("on the front", front, { color: COLOURS[2], symbol: "circle", size: 12 }),
+    group("behind it", others.filter(({ row }) => row.state === "ok"), { color: COLOURS[0], symbol: "circle-open" }),
+    group("failed", others.filter(({ row }) => row.state !== "ok"), { color: COLOURS[5], symbol: "x" }),
+  ].filter((trace) => trace.x.length);
+  const equal = points.some(({ row }) => metric.perfect(row))
+    ? [{ xref: "paper", x: 0, xanchor: "left", y: metric.log ? Math.log10(edge) : edge, yanchor: "bottom", showarrow: false,
+      text: "equal, bit for bit" }] : [];
+  plot("pareto", traces, { annotations: equal, xaxis: { title: { text: "median latency of the request, ms" }, rangemode: "tozero" },
+    yaxis: { title: { text: plain(metric.title) }, ...(metric.log && logarithmic(points.map(({ y }) => y))) } }, 460);
+  $("front").replaceChildren(...front.map((point) => element("li", {}, said(point))));
+}
+
+const logarithmic = (values) => ({ type: "log", exponentformat: "power",
+  dtick: Math.max(...values) > 1e4 * Math.min(...values) ? 1 : "D2" });
+
+function bars(intervals, values) {
+  return { type: "data", symmetric: false, thickness: 1, width: 3, array: intervals.map(([, high], k) => high - values[k]),
+    arrayminus: intervals.map(([low], k) => values[k] - low) };
+}
+
+function drawGrids(shown) {
+  const drawn = shown.filter((row) => row.grid);
+  const figures = drawn.map((row) => element("figure", {},
+    element("img", { src: row.grid, alt: `pictures of ${row.label}`, loading: "lazy" }),
+    element("figcaption", {}, row.label, " ", row.verdict && toned(row.verdict),
+      element("small", {}, [row.latency && `${number(row.latency.median)} ms`, row.state !== "ok" && row.state].filter(Boolean).join(", ")),
+      element("small", {}, short(row.prompts.join(" · "), 160)))));
+  $("grids").replaceChildren(...(figures.length ? figures : [none("No run shown has pictures.")]));
+}
+
+function drawNotes(shown) {
+  const said = Map.groupBy(shown.flatMap((row) => row.notes.map((note) => ({ note, row }))), ({ note }) => note);
+  const parts = [...said].flatMap(([note, by]) => [element("dt", {}, note),
+    element("dd", {}, by.length === shown.length ? "every run shown" : short(by.map(({ row }) => row.label).join("; "), 400))]);
+  $("said").replaceChildren(...(parts.length ? parts : [none("No run shown has notes.")]));
+}
+
+function drawOrigin(shown) {
+  const from = shown.filter((row) => Object.keys(row.provenance).length);
+  const keys = [...new Set(from.flatMap((row) => Object.keys(row.provenance)))].sort();
+  const value = (row, key) => String(row.provenance[key] ?? "none");
+  const counts = new Map(keys.map((key) => [key, Map.groupBy(from, (row) => value(row, key))]));
+  const usual = (key) => [...counts.get(key)].toSorted((a, b) => b[1].length - a[1].length)[0][0];
+  const differ = keys.filter((key) => counts.get(key).size > 1);
+  const body = from.map((row) => element("tr", {}, element("th", { scope: "row" }, row.label),
+    ...differ.map((key) => element("td", { class: value(row, key) === usual(key) ? "text" : "text odd" }, value(row, key)))));
+  $("different").replaceChildren(...(differ.length ? [heading(["run", ...differ]), element("tbody", {}, ...body)]
+    : [element("caption", { class: "none" }, from.length ? "Nothing differs." : "No run shown has a record.")]));
+  $("same").replaceChildren(...keys.filter((key) => !differ.includes(key))
+    .flatMap((key) => [element("dt", {}, key), element("dd", {}, value(from[0], key))]));
+}
+
+// ---------------------------------------------------------------- what the reader does
+
+function render() {
+  const shown = ordered(rows.filter(matches));
+  for (const part of [drawTable, drawStages, drawScaling, drawPareto, drawGrids, drawNotes, drawOrigin]) part(shown);
+}
+
+function addPick(key) {
+  const choices = [...new Set(rows.map((row) => picked(row, key)))].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+  if (choices.length < 2) return;
+  const options = choices.map((text) => element("option", { value: text }, short(text, 40)));
+  const select = element("select", { "data-pick": key }, element("option", { value: "", "data-all": "" }, "all"), ...options);
+  select.addEventListener("change", () => {
+    if (select.selectedIndex) view.picks.set(key, select.value); else view.picks.delete(key);
+    render();
+  });
+  $("picks").append(element("label", {}, key, select));
+}
+
+function addMetric(key) {
+  const metric = METRICS[key];
+  const some = rows.some((row) => scored(row, metric));
+  const radio = element("input", { type: "radio", name: "metric", value: key, ...(some ? {} : { disabled: "" }) });
+  radio.checked = key === view.metric;
+  radio.addEventListener("change", () => { view.metric = key; render(); });
+  $("metrics").append(element("label", {}, radio, metric.name));
+}
+
+function start() {
+  const states = [...Map.groupBy(rows, (row) => row.state)].map(([state, own]) => `${own.length} ${state}`).join(", ");
+  $("about").textContent = `${rows.length} runs in ${page.root}: ${states}. Made on ${page.made}.`;
+  document.title = `Triptych report: ${page.root}`;
+  view.metric = Object.keys(METRICS).find((key) => rows.some((row) => scored(row, METRICS[key]))) ?? view.metric;
+  ["state", ...page.keys].forEach(addPick);
+  Object.keys(METRICS).forEach(addMetric);
+  $("words").addEventListener("input", ({ target }) => {
+    // steps=4 is not steps=40, but a word that is half typed finds what it may become
+    view.words = target.value.toLowerCase().split(/\s+/).filter(Boolean).map((word) => (/=./.test(word) ? `${word} ` : word));
+    render();
+  });
+  $("filter").addEventListener("submit", (event) => event.preventDefault());
+  $("filter").addEventListener("reset", () => { view.words = []; view.picks.clear(); render(); });
+  $("table").addEventListener("click", ({ target }) => {
+    const key = target.closest("[data-sort]")?.dataset.sort;
+    if (key === undefined) return;
+    view.sort = { key, down: view.sort.key === key && !view.sort.down };
+    render();
+  });
+  for (const query of [NARROW, matchMedia("(prefers-color-scheme: dark)")]) query.addEventListener("change", render);
+  render();
+}
+
+start();

@@ -1,0 +1,95 @@
+"""The page: data, style, script and plotly in one HTML file that fetches nothing.
+
+Text of records is data throughout. It reaches the page as JSON in which no tag can begin, and the script puts it there
+as text, never as markup; a content security policy holds both, and that nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+
+from harness.compose import ConfigError
+from harness.config.schema import RunConfig
+from harness.records import Status, write_atomically
+from harness.report.rows import Row, read_table
+
+FILE = "report.html"
+ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
+class Page(msgspec.Struct, frozen=True):
+    """What the script reads: what the page is over, when it was made, and the rows."""
+
+    root: str
+    made: str
+    keys: list[str]
+    rows: list[Row]
+
+
+def write_report(config: RunConfig, console: Console) -> Status:
+    """Writes the page over `runs` to `task.out`, or beside them.
+
+    Raises:
+        ConfigError: no plotly, no folder, or no run in it.
+    """
+    root = Path(config.runs or "")
+    script = plotly_script()
+    if not root.is_dir():
+        raise ConfigError(f"runs={root}: there is no such folder; give one that holds runs")
+    table = read_table(root)
+    if not table.rows:
+        raise ConfigError(f"runs={root} holds no run (a folder with a status.json); give one that does")
+    out = Path(config.task.out) if config.task.out is not None else root / FILE
+    page = Page(str(root), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", table.keys, table.rows)
+    text = render(page, script)
+    try:
+        write_atomically(out, text.encode())
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another with task.out=...") from error
+    states = Counter(row.state for row in table.rows)
+    counted = ", ".join(f"{count} {state}" for state, count in states.items())
+    console.print(
+        f"{escape(str(out))}: {len(table.rows)} runs ({counted}), {len(text.encode()) / 1e6:.1f} MB", soft_wrap=True
+    )
+    return Status("ok")
+
+
+def render(page: Page, plotly: str) -> str:
+    """The HTML of a page, with plotly's script in it."""
+    files = importlib.resources.files(__package__)
+    parts = {
+        "style": files.joinpath("page.css").read_text(),
+        "plotly": plotly,
+        "data": as_script(page),
+        "script": files.joinpath("page.js").read_text(),
+    }
+    # in one pass, so that a mark inside a part stays what it is
+    return re.sub(r"/\*(\w+)\*/", lambda mark: parts[mark[1]], files.joinpath("page.html").read_text())
+
+
+def as_script(page: Page) -> str:
+    """JSON that no tag, comment or line end of HTML or JavaScript can end."""
+    text = msgspec.json.encode(page).decode()
+    return "".join(ESCAPED.get(letter, letter) for letter in text)
+
+
+def plotly_script() -> str:
+    """plotly's own JavaScript, as its package has it.
+
+    Raises:
+        ConfigError: plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as error:
+        raise ConfigError("task=report draws with plotly; pip install 'triptych[report]'") from error
+    script: str = get_plotlyjs()
+    return script

@@ -1,0 +1,151 @@
+"""The page of task=report in a browser: what a reader types and clicks changes table, charts and front alike.
+
+Skipped where there is no Chromium with its driver; .ci/run sees to it that there is.
+"""
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from harness.cli import dispatch
+from tests.harness.report_tree import HOSTILE, make_tree
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,900")
+BARS = "return document.getElementById('stages').data.map(t => t.x.length)"
+FRONT = "return [...document.querySelectorAll('#front li')].map(e => e.textContent.split(': ')[0])"
+DRAWN = "return document.getElementById('pareto').data.filter(t => t.mode === 'markers').map(t => [t.name, t.x.length])"
+ROWS = "return [...document.querySelectorAll('#table tbody th')].map(e => e.textContent)"
+FETCHED = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith('data:'))"
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The page of `make_tree` in a headless browser."""
+    pytest.importorskip("plotly")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    root = tmp_path_factory.mktemp("runs")
+    make_tree(root)
+    assert dispatch(["task=report", f"runs={root}"]) == 0
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in FLAGS:
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        driver.get((root / "report.html").as_uri())
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def fresh(browser: Any) -> Any:
+    """The page as it opens."""
+    browser.refresh()
+    return browser
+
+
+def find(browser: Any, selector: str) -> Any:
+    return browser.find_element("css selector", selector)
+
+
+def test_it_opens_with_every_run_and_fetches_nothing(fresh: Any) -> None:
+    assert len(fresh.execute_script(ROWS)) == 15
+    assert find(fresh, "#count").text == "15 of 15 runs"
+    assert fresh.execute_script(BARS) == [11, 11, 11]
+    assert fresh.execute_script(DRAWN) == [["on the front", 4], ["behind it", 1], ["failed", 1]]
+    assert len(fresh.find_elements("css selector", "#grids img")) == 11
+    assert fresh.get_log("browser") == []
+    assert fresh.execute_script(FETCHED) == []
+
+
+def test_hostile_text_is_text(fresh: Any) -> None:
+    shown = find(fresh, "#said").get_attribute("textContent")
+    assert HOSTILE in shown
+    assert fresh.find_elements("css selector", "main b, main script, svg script, svg a") == []
+    assert len(fresh.find_elements("css selector", "script")) == 3
+
+
+def test_words_filter_table_charts_and_front(fresh: Any) -> None:
+    find(fresh, "#words").send_keys("steps=8 HEUN")
+    assert fresh.execute_script(ROWS) == ["heun8"]
+    assert fresh.execute_script(BARS) == [1, 1, 1]
+    assert fresh.execute_script(FRONT) == ["heun steps=8"]
+    find(fresh, "#words").send_keys(" nothing")
+    assert fresh.execute_script(ROWS) == []
+    assert "No run shown" in find(fresh, "#stages").text
+    find(fresh, "button[type=reset]").click()
+    assert len(fresh.execute_script(ROWS)) == 15
+    assert fresh.execute_script(BARS) == [11, 11, 11]
+    assert fresh.get_log("browser") == []
+
+
+def test_a_drop_down_filters(fresh: Any) -> None:
+    select = find(fresh, "[data-pick=parallel]")
+    find(select, "option[value=dp2]").click()
+    assert fresh.execute_script(ROWS) == ["layouts/dp2"]
+    assert find(fresh, "#speedups tbody").text.split()[-2:] == ["93.8", "%"]
+    find(select, "option[data-all]").click()
+    find(fresh, "[data-pick=state] option[value=oom]").click()
+    assert fresh.execute_script(ROWS) == ["large"]
+    assert HOSTILE[:9] in find(fresh, "#table td.error").text
+
+
+def test_a_heading_sorts_table_and_charts_by_mouse_and_by_key(fresh: Any) -> None:
+    find(fresh, "[data-sort=latency]").click()
+    rising = fresh.execute_script(ROWS)
+    assert rising[:3] == ["broken", "euler4", "layouts/usp4"]
+    assert rising[10] == "heun8"
+    assert find(fresh, "th:has([data-sort=latency])").get_attribute("aria-sort") == "ascending"
+    totals = "return document.getElementById('stages').data[1].x"
+    assert fresh.execute_script(totals) == sorted(fresh.execute_script(totals))
+    fresh.switch_to.active_element.send_keys("\ue007")  # Enter: the heading has kept the focus
+    falling = fresh.execute_script(ROWS)
+    assert falling[0] == "heun8"
+    assert falling[11:] == rising[11:]  # runs without a latency are last either way
+
+
+def test_the_front_is_of_the_metric_that_is_chosen(fresh: Any) -> None:
+    ids = "return document.getElementById('pareto').layout.yaxis.title.text"
+    fronts = {}
+    for metric in ("rel_l2", "psnr_db", "distance", "top1"):
+        find(fresh, f"[name=metric][value={metric}]").click()
+        fronts[metric] = (fresh.execute_script(ids).split(",")[0], fresh.execute_script(FRONT))
+    assert fronts["rel_l2"][0] == "pixel error"
+    assert fronts["psnr_db"][0] == "PSNR"
+    assert fronts["rel_l2"][1] == fronts["psnr_db"][1]
+    assert [name for name in fronts["rel_l2"][1] if not name.startswith("prompts")] == [
+        "steps=4",
+        "steps=8",
+        "heun steps=8",
+    ]
+    assert fronts["top1"][1] == [
+        "steps=4",
+        "steps=8",
+        "heun steps=8",
+    ]  # the broken run is as good and faster, and failed
+    assert fronts["distance"][1] == fronts["top1"][1]
+    assert fresh.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_overflows(fresh: Any, width: int, scheme: str) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    fresh.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    fresh.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    fresh.refresh()
+    inner, whole = (f"return document.documentElement.{name}Width" for name in ("client", "scroll"))
+    assert fresh.execute_script(whole) <= fresh.execute_script(inner) <= width
+    ink = fresh.execute_script("return document.getElementById('stages').layout.font.color")
+    assert ink == ("#e4e7ea" if scheme == "dark" else "#1d2125")
+    charts = "return [...document.querySelectorAll('.chart')].every(c => c.clientHeight >= c.layout.height)"
+    assert fresh.execute_script(charts)

@@ -1,0 +1,153 @@
+"""A made-up tree of runs in which everything that a report shows occurs: see `make_tree`."""
+
+import base64
+import copy
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import yaml
+from PIL import Image
+
+from harness.compose import compose_run, to_dict
+from harness.media import save_png
+from harness.messages import Traffic
+from harness.metrics.comparison import Comparison
+from harness.metrics.difference import Difference
+from harness.metrics.fidelity import Fidelity
+from harness.metrics.intervals import Estimate, wilson
+from harness.metrics.paired import ratio
+from harness.metrics.quality import Quality
+from harness.metrics.summary import summarize
+from harness.records import Record, Repeat, RunFolder, SampleRow, Status
+from tests.harness.test_records import record
+
+HOSTILE = "</script><script>fetch('https://example.com')</script> <b>%{x} \"it's\" & $x$ /*script*/ \u2028"
+
+
+class Maker:
+    """Makes records from one composed configuration, which takes a second, and changes to it."""
+
+    def __init__(self) -> None:
+        self._config = to_dict(compose_run([]).config)
+
+    def config(self, changes: Mapping[str, object]) -> dict[str, Any]:
+        """The default configuration with some dotted keys changed."""
+        made = copy.deepcopy(self._config)
+        for key, value in changes.items():
+            *groups, last = key.split(".")
+            node = made
+            for group in groups:
+                node = node[group]
+            assert last in node, key
+            node[last] = value
+        return made
+
+    def record(
+        self,
+        changes: Mapping[str, object],
+        latency_ms: float,
+        pixel: Difference | None = None,
+        verdict: str = "approximate",
+        hits: int = 40,
+        ranks: int = 1,
+        notes: Sequence[str] = (),
+    ) -> Record:
+        """A record with made-up numbers; its overrides are the changes."""
+        base, config = record(latency_ms), self.config(changes)
+        times = [latency_ms * factor for factor in (0.98, 1.0, 1.02, 1.0, 1.01)]
+        stages = {"text_encoding": 0.05, "denoising": 0.8, "decoding": 0.15}
+        share, gap = wilson(hits, 48), Estimate(4 / hits, (3.5 / hits, 4.6 / hits), 48)
+        summary = msgspec.structs.replace(
+            base.summary,
+            latency_ms=summarize(times),
+            stage_ms={name: summarize([part * time for time in times]) for name, part in stages.items()},
+            achieved_tflops=0.02,
+            ceiling_tflops=0.05,
+            comm={"denoising": {"all_to_all": Traffic(2_500_000, 4, 1.0)}} if ranks > 1 else {},
+        )
+        fidelity = pixel and Fidelity("approximate", ["solver"], pixel, pixel, 1e-7, 1e-7, verdict, "k")
+        return msgspec.structs.replace(
+            base,
+            overrides=[f"{key}={value}" for key, value in changes.items()],
+            config=config,
+            provenance=msgspec.structs.replace(base.provenance, world_size=ranks),
+            repeats=[Repeat(t, t + 1, [], base.repeats[0].denoise_steps_ms, {}, []) for t in times],
+            summary=summary,
+            samples=[SampleRow("samples/0000.png", str(config["request"]["prompts"][0]), 0, "ab")],
+            notes=list(notes),
+            quality=Quality("ab", 48, 0, 48, 1 / 256, share, share, None, gap, None, None),
+            fidelity=fidelity,
+        )
+
+
+def write(folder: Path, row: Record, status: Status | None = None, colour: int = 90) -> None:
+    """A finished run with a grid of one colour."""
+    claimed = RunFolder.claim(folder)
+    claimed.write_record(row)
+    claimed.finish(status or Status("ok"))
+    save_png(folder / "grid.png", np.full((700, 900, 3), colour, np.uint8), {})
+
+
+def apart(error: float) -> Difference:
+    """Pixels with this relative L2; 0 is equal."""
+    return Difference(error, error, None if error == 0 else -20 * float(np.log10(error)), 1 - error, error == 0)
+
+
+def make_tree(root: Path) -> None:
+    """Fifteen rows: three solver runs, the third slower and worse than the second, and a fourth that is equal to its
+    reference; a broken one; three layouts; a comparison with its two sides; one with hostile text; one refused; one out
+    of memory, with its configuration; one unreadable.
+    """
+    make = Maker()
+    for solver, steps, time, error in (("euler", 4, 100, 0.3), ("euler", 8, 200, 0.1), ("heun", 4, 210, 0.2)):
+        own = {"scheduler.solver.name": solver, "request.steps": steps}
+        row = make.record(own, time, apart(error), hits=40 + steps // 4, notes=["shared note"])
+        write(root / f"{solver}{steps}", row)
+    exact = {"scheduler.solver.name": "heun", "request.steps": 8}
+    write(root / "heun8", make.record(exact, 400, apart(0.0), "identical", hits=47), colour=200)
+    broken = make.record({"attention.backend": "math"}, 90, apart(0.01), "broken")
+    write(root / "broken", broken, Status("failed", "broken: declared exact"))
+    for layout, degrees, time in (
+        ("single", {}, 300),
+        ("dp2", {"dp": 2}, 160),
+        ("usp4", {"ring": 2, "ulysses": 2}, 100),
+    ):
+        own = {f"parallel.{axis}": degree for axis, degree in degrees.items()} | {"request.samples_per_prompt": 2}
+        write(root / "layouts" / layout, make.record(own, time, ranks=math.prod(degrees.values())))
+    write_comparison(root / "compared", make)
+    hostile = make.record({"request.prompts": [HOSTILE]}, 150, apart(0.2), notes=[HOSTILE])
+    write(root / "hostile", hostile)
+    RunFolder.claim(root / "refused").finish(Status("failed", "no such | solver"))
+    large = RunFolder.claim(root / "large")
+    large.write_config(yaml.safe_dump(make.config({"request.batch_size": 64})))
+    large.finish(Status("oom", f"out of memory {HOSTILE}"))
+    unreadable = RunFolder.claim(root / "unreadable")
+    (unreadable.path / "record.json").write_text("{")
+    (unreadable.path / "grid.png").write_text("no picture")
+    unreadable.finish(Status("ok"))
+
+
+def write_comparison(folder: Path, make: Maker) -> None:
+    """Two layouts in alternation, either with its row."""
+    a, b = [200.0 + k % 3 for k in range(16)], [110.0 + k % 2 for k in range(16)]
+    claimed = RunFolder.claim(folder)
+    found = {"request": ratio(a, b), "step": ratio(a, b)}
+    efficiency = {name: row.ratio / 2 for name, row in found.items()}
+    sides = (["parallel=single"], ["parallel=ulysses2"])
+    output = Difference(1e-7, 1e-6, 140.0, 1.0)
+    made = Comparison(1, [], *sides, (1, 2), found, efficiency, output, ["note of a comparison"])
+    claimed.write_json("comparison.json", made)
+    claimed.write_config(yaml.safe_dump(make.config({"task.name": "compare"})))
+    claimed.finish(Status("ok"))
+    write(folder / "a", make.record({"task.name": "bench"}, 200.0))
+    write(folder / "b", make.record({"task.name": "bench", "parallel.ulysses": 2}, 110.0, ranks=2))
+
+
+def page_image(uri: str) -> Image.Image:
+    """The picture in a data URI."""
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
