@@ -10,11 +10,11 @@ from nbclient import NotebookClient
 from tests.end_to_end.conftest import environment, run
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-COMMON = ["launch.threads_per_rank=1", "logger=json", "request.steps=2"]
-BENCH = ["task=bench", "task.repeats=3", "request.prompt=rocket"]
+COMMON = ["launch.threads_per_rank=1", "logger=json"]
+BENCH = ["-m", "task=bench", "task.repeats=3", "request.prompt=rocket", "request.steps=2"]
 SWEEPS = {
     "families": [
-        *["launch.mode=inprocess", "request.prompts=[rocket,pizza]", "request.steps=2,4"],
+        *["-m", "launch.mode=inprocess", "request.prompts=[rocket,pizza]", "request.steps=2,4"],
         *["scheduler=rectified_flow,ddpm", "scheduler/solver=ddim,heun"],
     ],
     "scaling": [*BENCH, "parallel=single,ulysses2"],
@@ -24,7 +24,7 @@ DRAWN = {"families": 2, "scaling": 1, "fidelity": 1, "roofline": 1}
 
 
 def harness(*overrides: str) -> None:
-    done = run([sys.executable, "-m", "harness", *COMMON, *overrides])
+    done = run([sys.executable, "-m", "harness", *overrides, *COMMON])
     assert done.returncode == 0, done.stderr
 
 
@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     for name, axes in SWEEPS.items():
         kept = [] if name == "families" else [f"task.references={root / 'references'}"]
-        harness("-m", *axes, *kept, f"hydra.sweep.dir={root / name}")
+        harness(*axes, *kept, f"hydra.sweep.dir={root / name}")
     (root / "roofline").symlink_to(root / "scaling")
     planned = ["task=plan", "hardware=measured", f"plan.runs={root / 'scaling'}", f"hydra.run.dir={root / 'plan'}"]
     harness(*planned)
