@@ -17,7 +17,7 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-u
 BARS = "return document.getElementById('stages').data.map(t => t.x.length)"
 FRONT = "return [...document.querySelectorAll('#front li')].map(e => e.textContent.split(': ')[0])"
 DRAWN = "return document.getElementById('pareto').data.filter(t => t.mode === 'markers').map(t => [t.name, t.x.length])"
-ROWS = "return [...document.querySelectorAll('#table tbody th')].map(e => e.textContent)"
+ROWS = "return [...document.querySelectorAll('#table tbody td.folder')].map(e => e.textContent)"
 FETCHED = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith('data:'))"
 FITTED = "return [...document.querySelectorAll('.chart')].every(c => c._fullLayout.width === c.clientWidth)"
 ROOM = """return [...document.querySelectorAll('.chart')].map(
