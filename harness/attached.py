@@ -1,7 +1,9 @@
-"""Under a torchrun of the user's own: `torchrun --nproc-per-node 2 -m harness parallel=dp2`.
+"""Under a torchrun of the user's own, on one machine or on several: `torchrun --nproc-per-node 2 -m harness
+parallel=dp2`.
 
 Every rank composes the same configuration; rank 0 alone claims the run's folder, and draws through a client thread of
-its own while its main thread serves.
+its own while its main thread serves. The ranks of its node log in that folder; those of other nodes, which need not see
+it, write to the output of their own torchrun.
 """
 
 from __future__ import annotations
@@ -17,20 +19,21 @@ from types import FrameType
 import msgspec
 from rich.console import Console
 
-from harness.client import DiffusionGenerator
 from harness.compose import Composed, ConfigError, compose_run, run_folder, to_yaml
-from harness.config.schema import Task
-from harness.engine import AttachedEngine
+from harness.config.schema import RunConfig, Task
+from harness.engine import AttachedEngine, Engine
 from harness.environment import arithmetic
 from harness.generate import refuse, run_in
 from harness.launch import rank_error
 from harness.parallel.mesh import degrees, world_size
 from harness.rank import LOG_FORMAT, check_ranks, leave_error, redirect_output, serve
 from harness.records import RunFolder, RunFolderError, Status
+from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone
 from harness.terminal import EXIT_BAD_INPUT, complain, exit_status
 
 JOIN_S = 20.0
+log = logging.getLogger(__name__)
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -54,6 +57,8 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         if rank == 0:
             refuse(run_folder(arguments), error)
+        elif _speaks():
+            complain(error)
         return EXIT_BAD_INPUT
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(arithmetic(composed.config.launch, int(os.environ["LOCAL_WORLD_SIZE"])))
@@ -69,18 +74,39 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
     )
     if told.refusal is not None:
         dist.destroy_process_group()
-        if rank == 0:
+        if rank == 0 or _speaks():
             complain(told.refusal)
         return EXIT_BAD_INPUT
     folder, addresses = RunFolder(Path(told.folder)), Addresses(Path(told.sockets))
     if rank == 0:
         logging.basicConfig(level=logging.INFO, filename=folder.log_file(0), format=LOG_FORMAT)
         return _lead(composed, folder, addresses)
-    redirect_output(folder.log_file(rank))
+    return _follow(composed, folder if _node() == 0 else None, addresses, rank)
+
+
+def _node() -> int:
+    """Which of torchrun's agents started this rank; 0 started rank 0."""
+    return int(os.environ["GROUP_RANK"])
+
+
+def _speaks() -> bool:
+    """Whether this rank says on its terminal what rank 0 says on its own: the first of another node."""
+    return _node() > 0 and os.environ["LOCAL_RANK"] == "0"
+
+
+def _follow(composed: Composed, folder: RunFolder | None, addresses: Addresses, rank: int) -> int:
+    """Any other rank: serves, with its log in the run's folder where that is on its node; its exit status."""
+    if folder is None:
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    else:
+        redirect_output(folder.log_file(rank))
     try:
         serve(composed.config, addresses)
     except Exception as error:
-        leave_error(folder.path / "logs", rank, error)
+        if folder is None:
+            log.exception("rank %d of node %d: %s", rank, _node(), failure_line(error))
+        else:
+            leave_error(folder.path / "logs", rank, error)
         return 1
     return 0
 
@@ -118,13 +144,12 @@ def _lead(composed: Composed, folder: RunFolder, addresses: Addresses) -> int:
         if ended:
             raise ended[0]
 
-    def make() -> DiffusionGenerator:
-        engine = AttachedEngine(addresses, composed.config.launch.start_timeout_s, dict(os.environ), check_alive)
-        return DiffusionGenerator(composed.config, engine, composed.overrides, composed.notes)
+    def attach(config: RunConfig, folder: Path) -> Engine:
+        return AttachedEngine(addresses, config.launch.start_timeout_s, dict(os.environ), check_alive)
 
     outcome: list[Status] = []
     client = threading.Thread(
-        target=lambda: outcome.append(run_in(composed, folder, Console(), make)), name="client", daemon=True
+        target=lambda: outcome.append(run_in(composed, folder, Console(), attach)), name="client", daemon=True
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ranks_ended)

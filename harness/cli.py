@@ -7,12 +7,13 @@ and rank 0 owns the run.
 
 from __future__ import annotations
 
+import atexit
+import math
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -23,8 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness.client import DiffusionGenerator
-from harness.compare import compare_in, sides
+from harness.compare import compare_in, is_compared, sides
 from harness.compose import (
     Composed,
     ConfigError,
@@ -33,13 +33,16 @@ from harness.compose import (
     compose_run,
     register_schema,
     run_folder,
+    sweep_folder,
+    to_dict,
 )
-from harness.config.schema import LoggerConfig, Task
+from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.config.sides import quoted
 from harness.generate import mirror, refuse, run_in, run_training
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
-from harness.records import RunFolder, RunFolderError, Status
+from harness.pool import EnginePool, MakeEngine, new_engine
+from harness.records import RunFolder, RunFolderError, Status, is_done, read_record, read_status
 from harness.report.page import write_report
 from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
 
@@ -69,8 +72,10 @@ def dispatch(arguments: Sequence[str]) -> int:
             check_names(flags.overrides, sweep=flags.multirun)
             if flags.multirun and REPORT in arguments:
                 raise ConfigError("task=report makes one page over all runs; run it without -m")
-            return sweep_or_show(arguments)
-        return exit_status(run_one(compose_run(arguments)).status)
+            if flags.multirun:
+                return sweep(arguments, flags.overrides)
+            return 1 if any(job.status.state != "ok" for job in by_hydra(arguments).jobs) else 0
+        return exit_status(run_one(compose_run(arguments), new_engine).status)
     except ConfigError as error:
         if REPORT in arguments:  # has no folder of its own
             complain(error)
@@ -84,14 +89,20 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """One run and how it ended."""
+    """One run and how it ended; `kept` where an earlier command had done it."""
 
     folder: Path
     status: Status
+    kept: bool = False
 
 
-def run_one(composed: Composed) -> Job:
+def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) -> Job:
     """One task in the folder that Hydra names.
+
+    Args:
+        composed: the run.
+        make_engine: makes its engine, or finds one that is warm.
+        again: also in the folder of a run that did not end well.
 
     Raises:
         RunFolderError: another run is in it.
@@ -103,51 +114,121 @@ def run_one(composed: Composed) -> Job:
         return Job(composed.folder, write_report(composed.config, Console()))
     if composed.config.task.name is Task.compare:
         pair = sides(composed)  # refused before a folder is claimed
-        folder = RunFolder.claim(composed.folder)
+        folder = RunFolder.claim(composed.folder, again)
         return Job(folder.path, compare_in(composed, pair, folder, Console()))
-    folder = RunFolder.claim(composed.folder)
-    make = partial(DiffusionGenerator.from_composed, composed, folder.path)
-    return Job(folder.path, run_in(composed, folder, Console(), make))
+    folder = RunFolder.claim(composed.folder, again)
+    if composed.config.task.name is Task.plan:
+        from harness.plan.run import plan_in
+
+        return Job(folder.path, plan_in(composed, folder, Console()))
+    return Job(folder.path, run_in(composed, folder, Console(), make_engine))
 
 
-def sweep_or_show(arguments: Sequence[str]) -> int:
-    """Hydra's own command line: -m sweeps, --cfg, --help and the like; the exit status."""
-    register_schema()
-    jobs: list[Job] = []
+class Ran:
+    """The jobs that Hydra ran in this process, in which it knows our types and resolvers from now on, and the engines
+    that they share.
+
+    A launcher such as submitit's pickles it with the rest of a job; the process of that job makes one of its own.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.pool = EnginePool()
+        atexit.register(self.pool.close)
+        register_schema()
+
+    def __reduce__(self) -> tuple[type[Ran], tuple[()]]:
+        return Ran, ()
+
+
+def by_hydra(arguments: Sequence[str]) -> Ran:
+    """The jobs that Hydra ran in this process for a command line of its own."""
+    ran = Ran()
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
-    def job(composed: DictConfig) -> None:
-        jobs.append(run_job(composed))
-        if jobs[-1].status.state == "cancelled":
+    def job(composed: DictConfig) -> float:
+        ran.jobs.append(run_job(composed, ran.pool.engine))
+        if ran.jobs[-1].status.state == "cancelled":
             raise KeyboardInterrupt
+        return value(ran.jobs[-1])
 
     sys.argv = [sys.argv[0], *arguments]
-    try:
+    with ran.pool:
         job()
+    return ran
+
+
+def sweep(arguments: Sequence[str], overrides: Sequence[str]) -> int:
+    """Hydra's -m, whose launcher runs the jobs here or in processes of its own; the exit status.
+
+    Args:
+        arguments: the command line.
+        overrides: those of the arguments that are no flags.
+    """
+    folder, at = sweep_folder(overrides), arguments.index(overrides[0]) if overrides else len(arguments)
+    pinned = [] if any(o.startswith("hydra.sweep.dir=") for o in overrides) else [f"hydra.sweep.dir={folder}"]
+    try:
+        ran = by_hydra([*arguments[:at], *pinned, *arguments[at:]])
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    jobs = ran.jobs
+    if not jobs:  # they ran in other processes
+        jobs = [Job(file.parent, read_status(file.parent)) for file in sorted(folder.rglob("status.json"))]
     if len(jobs) > 1:
         print_sweep([job.folder for job in jobs], Console())
+        print_savings(sum(job.kept for job in jobs), ran.pool, Console())
     return 1 if any(job.status.state != "ok" for job in jobs) else 0
 
 
-def run_job(composed: DictConfig) -> Job:
+def print_savings(kept: int, pool: EnginePool, console: Console) -> None:
+    """What a sweep did not do twice."""
+    if kept:
+        console.print(f"{kept} jobs had been done before, with the same configuration, and were kept")
+    if pool.reuses:
+        console.print(
+            f"ranks were started {pool.starts} times and reused {pool.reuses} times, "
+            f"which saved {pool.saved_ms / 1e3:.1f} s of starting"
+        )
+
+
+def value(job: Job) -> float:
+    """What a sweeper of Hydra's minimises: the median latency, ms; infinite where the run failed, or where its error at
+    the pixel is above task.bound.
+    """
+    record = read_record(job.folder) if job.status.state == "ok" else None
+    if record is None:
+        return math.inf
+    bound = record.config["task"]["bound"]
+    if bound is not None and (record.fidelity is None or not record.fidelity.pixel.rel_l2 <= bound):
+        return math.inf
+    return record.summary.latency_ms.median
+
+
+def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:
     """One job of a sweep: whatever goes wrong becomes its status, so that the next job runs."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    sweeps = hydra_config.mode is RunMode.MULTIRUN
     try:
         config, notes = checked(composed)
-        if hydra_config.mode is RunMode.MULTIRUN:
+        if sweeps and had(folder, config):
+            return Job(folder, read_status(folder), kept=True)
+        if sweeps:
             config.logger.table = False  # one table of all jobs, at the end
             config.logger.wandb.group = config.logger.wandb.group or sweep_group(folder.parent)
-        return run_one(Composed(config, list(hydra_config.overrides.task), folder, notes))
+        return run_one(Composed(config, list(hydra_config.overrides.task), folder, notes), make_engine, again=sweeps)
     except ConfigError as error:
-        status = refuse(folder, error)
+        status = refuse(folder, error, again=sweeps)
         mirror_refusal(composed, folder, status)
         return Job(folder, status)
     except RunFolderError as error:
         complain(error)
         return Job(folder, Status("failed", str(error)))
+
+
+def had(folder: Path, config: RunConfig) -> bool:
+    """Whether an earlier command has left the row of this very configuration."""
+    return is_compared(folder, config) if config.task.name is Task.compare else is_done(folder, to_dict(config))
 
 
 def mirror_refusal(composed: DictConfig, folder: Path, status: Status) -> None:

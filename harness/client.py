@@ -16,12 +16,11 @@ import msgspec
 
 from harness.compose import Composed, compose_run, to_yaml
 from harness.config.request import to_message
-from harness.config.schema import LaunchMode, RequestConfig, RunConfig
+from harness.config.schema import RequestConfig, RunConfig
 from harness.engine import Engine, OnProgress
-from harness.inprocess import InprocessEngine
-from harness.launch import TorchrunEngine
 from harness.media import grid, pixel_hash, save_mp4, save_png, still, to_uint8
 from harness.messages import Array, EngineInfo, GenerationResult, Latents, array
+from harness.pool import MakeEngine, new_engine
 from harness.records import FirstCall, Record, Repeat, SampleRow
 from harness.results import build_record, measured
 
@@ -126,14 +125,20 @@ class DiffusionGenerator:
         return generator
 
     @classmethod
-    def from_composed(cls, composed: Composed, folder: Path) -> DiffusionGenerator:
-        """A generator whose ranks read `config.yaml` from `folder` and write their logs there."""
+    def from_composed(
+        cls, composed: Composed, folder: Path, make_engine: MakeEngine = new_engine
+    ) -> DiffusionGenerator:
+        """A generator whose ranks read `config.yaml` from `folder` and write their logs there.
+
+        Args:
+            composed: a checked configuration.
+            folder: of the run.
+            make_engine: makes its engine, or finds one that is warm.
+        """
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(composed.config))
-        config = composed.config
-        inprocess = config.launch.mode is LaunchMode.inprocess
-        engine: Engine = InprocessEngine(config) if inprocess else TorchrunEngine(config, folder)
-        return cls(config, engine, composed.overrides, composed.notes)
+        engine = make_engine(composed.config, folder)
+        return cls(composed.config, engine, composed.overrides, composed.notes)
 
     def start(self, on_wait: Callable[[EngineInfo | None], None] = lambda info: None) -> EngineInfo:
         """Starts the ranks and waits until they are ready (`with` does this too).
@@ -241,7 +246,7 @@ class DiffusionGenerator:
         one."""
         if self.info is None:
             raise RuntimeError("the engine is not running")
-        first = FirstCall(self.launch_ms, self.info.load_ms, warmup_ms)
+        first = FirstCall(self.launch_ms, self.info.load_ms, warmup_ms, self._engine.reused)
         config = replace(self.config, request=asked)
         return build_record(
             config,

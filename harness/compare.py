@@ -6,21 +6,22 @@ A B, B A, A B ...: both see the same drift of the machine, and neither always go
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
 from harness.client import DiffusionGenerator
-from harness.compose import Composed, ConfigError, compose_run, to_yaml
-from harness.config.schema import LaunchMode
+from harness.compose import Composed, ConfigError, compose_run, to_dict, to_yaml
+from harness.config.schema import LaunchMode, RunConfig
 from harness.config.sides import SIDES, side_overrides
 from harness.generate import ended, mirror
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
-from harness.metrics.comparison import FILE, SCHEMA, Comparison, ratios_of
+from harness.metrics.comparison import FILE, SCHEMA, Comparison, ratios_of, read_comparison
 from harness.metrics.difference import difference
 from harness.metrics.paired import fewest_rounds
 from harness.parallel.mesh import degrees, world_size
-from harness.records import RunFolder, Status
+from harness.records import RunFolder, Status, fingerprint, read_status
 from harness.series import Series, progress_bars
 
 
@@ -112,4 +113,13 @@ def compared(composed: Composed, pair: tuple[Composed, Composed], both: Sequence
         efficiency={n: row.ratio * ranks_a / ranks_b for n, row in ratios.items()} if ranks_b > ranks_a else None,
         output=output,
         notes=notes,
+        fingerprint=fingerprint(to_dict(composed.config)),
     )
+
+
+def is_compared(folder: Path, config: RunConfig) -> bool:
+    """Whether this very comparison is in a folder."""
+    found = read_comparison(folder) if read_status(folder).state == "ok" else None
+    if found is None:
+        return False
+    return (found.fingerprint, found.a, found.b) == (fingerprint(to_dict(config)), config.a or [], config.b or [])

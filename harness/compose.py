@@ -27,24 +27,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.limits import check_frames, check_request, check_size
+from harness.config.plan import check_plan
 from harness.config.request import to_message
-from harness.config.schema import LaunchMode, ModelConfig, RunConfig, Task, TrainedConfig
+from harness.config.schema import LaunchMode, Load, ModelConfig, ParallelConfig, RunConfig, Task, TrainedConfig
 from harness.config.sides import check_sides, quoted
 from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from harness.media import ffmpeg
 from harness.metrics import pretrained
-from harness.parallel.legal import Facts, check_layout
+from harness.parallel.legal import check_layout
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.peer.check import check_engine
+from harness.peer.table import NATIVE
 from harness.pipeline.checkpoint import check_place, locate
+from harness.pipeline.layout import layout_facts
 from harness.pipeline.published import check_published
 from harness.pipeline.settings import noise_scheduler_settings
-from models.files import read_json
-from models.registry import ARCHITECTURES, WITH_LSE, nearest, resolve_backend
+from harness.provenance import version
+from models.registry import ARCHITECTURES, nearest, resolve_backend
 from schedulers.families import FAMILIES
 from schedulers.families import resolve as resolve_settings
 
 MAX_NAME_BYTES = 160
+MAX_COLLECTIVE_S = 86_400
+SUBMITIT = ("slurm", "submitit_slurm", "submitit_local")
 
 
 class ConfigError(ValueError):
@@ -110,10 +115,21 @@ def folder_name(overrides: str) -> str:
 
 def run_folder(overrides: Sequence[str]) -> Path:
     """The folder that a run with these overrides has, also where the rest of them cannot be composed."""
+    return Path(str(_own_settings(overrides).run.dir))
+
+
+def sweep_folder(overrides: Sequence[str]) -> Path:
+    """The folder that a sweep with these overrides has."""
+    return Path(str(_own_settings(overrides).sweep.dir))
+
+
+def _own_settings(overrides: Sequence[str]) -> DictConfig:
+    """Hydra's node, with what these overrides say of folders."""
     register_schema()
-    own = [override for override in overrides if override.startswith("hydra.run.dir=")]
+    own = [override for override in overrides if override.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
     with _hydra():
-        return Path(str(compose("config", own, return_hydra_config=True).hydra.run.dir))
+        settings: DictConfig = compose("config", own, return_hydra_config=True).hydra
+        return settings
 
 
 def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
@@ -203,6 +219,8 @@ def check_names(overrides: Sequence[str], sweep: bool = False) -> None:
 
 def _check_name(override: Override) -> None:
     key = override.key_or_group
+    if key == "hydra/launcher":
+        _check_launcher(str(override.value()))
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return
     groups = _groups()
@@ -217,6 +235,13 @@ def _check_name(override: Override) -> None:
     if key not in keys:
         known = keys | set(groups)
         raise ConfigError(f"unknown key {key!r}{_hint(key, known)}")
+
+
+def _check_launcher(name: str) -> None:
+    if name in SUBMITIT and version("hydra-submitit-launcher") is None:
+        raise ConfigError(
+            f"hydra/launcher={name} needs the package hydra-submitit-launcher: pip install 'triptych[slurm]'"
+        )
 
 
 def _options(override: Override) -> list[str | None]:
@@ -264,6 +289,11 @@ def _resolve(config: RunConfig) -> None:
     _check_report(config)
     if config.task.name is Task.report:
         return  # draws nothing, so nothing of what is drawn has to fit
+    if config.task.name is Task.plan:
+        config.model.load = Load.dummy  # shapes are all that is asked of a network
+        check_plan(config.plan, config.hardware)
+        if config.parallel != ParallelConfig():
+            warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
     _resolve_request(config)
     _check_layout(config, _check_model(config))
     if config.scheduler.family != PUBLISHED_FAMILY:
@@ -273,6 +303,10 @@ def _resolve(config: RunConfig) -> None:
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
+    if config.task.bound is not None and not config.task.fidelity:
+        raise ValueError(f"task.bound={config.task.bound} bounds a measured error; add task.fidelity=true")
+    if config.launch.reuse < 0:
+        raise ValueError(f"launch.reuse={config.launch.reuse}; give at least 0, which starts fresh ranks for every job")
 
 
 def _check_report(config: RunConfig) -> None:
@@ -327,6 +361,11 @@ def _check_model(config: RunConfig) -> Path | None:
             raise ValueError(f"model.{name}={getattr(model, name)}; give at least 1")
     if model.text.cache_mib is not None and model.text.cache_mib < 0:
         raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which keeps none")
+    if model.offload and not (model.text.keep and config.engine.name == NATIVE and not config.parallel.shard_weights):
+        raise ValueError(
+            "model.offload=true keeps every network in CPU memory; leave out model.text.keep=false, "
+            "parallel.shard_weights=true and engine=diffusers"
+        )
     if model.text.tokens < 1:
         raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
     return place.config_folder(denoiser)
@@ -341,27 +380,11 @@ def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
     if config.launch.mode is LaunchMode.inprocess and ranks > 1:
         raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
     if denoiser is not None:
-        for note in check_layout(config.parallel, _layout_facts(config, denoiser)):
+        for note in check_layout(config.parallel, layout_facts(config, denoiser)):
             warnings.warn(note, stacklevel=2)
     threads = config.launch.threads_per_rank
     if threads is not None and threads < 1:
         raise ValueError(f"launch.threads_per_rank={threads}; give at least 1, or null for cores / ranks")
-
-
-def _layout_facts(config: RunConfig, denoiser: Path) -> Facts:
-    """What the layout has to fit: heads from the denoiser's config.json, tokens and guidance from the request."""
-    model, request = config.model, config.request
-    network = read_json(denoiser / "config.json")
-    heads = network.get(ARCHITECTURES[model.architecture].heads or "")
-    message = to_message(request)
-    frames = (message.frames - 1) // model.frame_multiple + 1
-    return Facts(
-        model=model.name,
-        heads=heads if isinstance(heads, int) else None,
-        tokens=frames * (message.height // model.size_multiple) * (message.width // model.size_multiple),
-        rows=message.height // model.size_multiple,
-        guidance=message.guidance,
-        embedded=network.get("guidance_embeds") is True,
-        returns_lse=resolve_backend(config.attention.backend, with_lse=True) in WITH_LSE,
-        backend=config.attention.backend,
-    )
+    waiting = config.launch.collective_timeout_s
+    if not 1 <= waiting <= MAX_COLLECTIVE_S:
+        raise ValueError(f"launch.collective_timeout_s={waiting:g}; give 1 to {MAX_COLLECTIVE_S} seconds")

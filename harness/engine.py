@@ -22,9 +22,12 @@ class RequestFailed(RuntimeError):
 
 
 class Engine(Protocol):
-    """Ranks that draw."""
+    """Ranks that draw. `environment` is theirs, `reused` the folder of the run that started them, where that is another
+    one's.
+    """
 
     environment: dict[str, str]
+    reused: str | None
 
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
         """Returns once every rank is ready.
@@ -85,6 +88,7 @@ class AttachedEngine:
         check_alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.environment = environment
+        self.reused: str | None = None
         self._connection: Connection | None = Connection(addresses, check_alive)
         self._start_timeout_s = start_timeout_s
 

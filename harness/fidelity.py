@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, v
 from harness.parallel.mesh import Place, degrees
 from harness.peer.table import NATIVE
 from harness.pipeline.checkpoint import COMPONENTS, locate
+from harness.pool import MakeEngine, new_engine
 from harness.provenance import PACKAGES, cpu_name, version
 from harness.records import write_atomically
 from harness.serving.transport import EngineGone
@@ -70,6 +70,34 @@ class Drawn:
     pixels: list[Array]
 
 
+@dataclass(frozen=True)
+class Artist:
+    """Draws references on engines of their own.
+
+    Args:
+        folder: of the run, in which each engine has a folder for its configuration and logs.
+        bars: where the progress goes.
+        make_engine: makes an engine, or finds one that is warm.
+    """
+
+    folder: Path
+    bars: Progress
+    make_engine: MakeEngine = new_engine
+
+    def draw(self, config: RunConfig, what: str) -> Drawn:
+        """What a configuration draws.
+
+        Raises:
+            RequestFailed, EngineGone: it could not be drawn.
+        """
+        task = self.bars.add_task(f"drawing the {what}", total=None)
+        composed = Composed(config, [], self.folder / what, [])
+        with DiffusionGenerator.from_composed(composed, composed.folder, self.make_engine) as generator:
+            drawn = generator.generate(latents="steps" if config.task.states else "last")
+        self.bars.remove_task(task)
+        return Drawn(drawn.latents, drawn.pixels)
+
+
 def method_class(config: RunConfig, methods: Sequence[Method] = METHODS) -> tuple[str, list[str]]:
     """The weakest claim among the methods that a configuration uses, and those methods."""
     used = [method for method in methods if method.used(config)]
@@ -77,22 +105,25 @@ def method_class(config: RunConfig, methods: Sequence[Method] = METHODS) -> tupl
 
 
 def measure(
-    config: RunConfig, row: Drawn, bars: Progress, methods: Sequence[Method] = METHODS
+    config: RunConfig,
+    row: Drawn,
+    artist: Artist,
+    methods: Sequence[Method] = METHODS,
 ) -> tuple[Fidelity | None, list[str]]:
     """A row's error against its reference, and why there is none.
 
     Args:
         config: the row's.
         row: what it drew.
-        bars: where the progress goes.
+        artist: draws what was not drawn before.
         methods: what a configuration may use, with what each claims.
     """
     try:
         facts, home = origin(config), folder(config)
         plain, rounded = reference_config(config), floor_config(config)
         name = key(plain, facts)
-        reference = kept(plain, home / f"{name}.safetensors", bars, "reference")
-        floor = kept(rounded, home / f"{key(rounded, facts)}.safetensors", bars, "rounding floor")
+        reference = kept(plain, home / f"{name}.safetensors", artist, "reference")
+        floor = kept(rounded, home / f"{key(rounded, facts)}.safetensors", artist, "floor")
     except (RequestFailed, EngineGone, OSError, ValueError) as error:
         line = str(error).splitlines()[0]
         return None, [f"fidelity is not measured, as its reference failed: {line}; task.fidelity=false goes without"]
@@ -153,7 +184,7 @@ def _plain(config: RunConfig) -> RunConfig:
     return found
 
 
-def kept(config: RunConfig, file: Path, bars: Progress, what: str) -> Drawn:
+def kept(config: RunConfig, file: Path, artist: Artist, what: str) -> Drawn:
     """What a configuration draws: read from its file where it was drawn before, else drawn, and kept there.
 
     Raises:
@@ -166,27 +197,12 @@ def kept(config: RunConfig, file: Path, bars: Progress, what: str) -> Drawn:
         return Drawn([tensors[f"latents.{k}"] for k in range(count)], [tensors[f"pixels.{k}"] for k in range(count)])
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError("under a torchrun no other engine is started; run the same once with python -m harness")
-    drawn = draw(config, bars, what)
+    drawn = artist.draw(config, what)
     arrays = {f"latents.{k}": np.ascontiguousarray(x) for k, x in enumerate(drawn.latents)}
     arrays |= {f"pixels.{k}": np.ascontiguousarray(x) for k, x in enumerate(drawn.pixels)}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, save(arrays))
     return drawn
-
-
-def draw(config: RunConfig, bars: Progress, what: str) -> Drawn:
-    """Draws on an engine of its own.
-
-    Raises:
-        RequestFailed, EngineGone: it could not be drawn.
-    """
-    task = bars.add_task(f"drawing the {what}", total=None)
-    with tempfile.TemporaryDirectory(prefix="triptych-reference-") as scratch:
-        composed = Composed(config, [], Path(scratch), [])
-        with DiffusionGenerator.from_composed(composed, Path(scratch)) as generator:
-            drawn = generator.generate(latents="steps" if config.task.states else "last")
-    bars.remove_task(task)
-    return Drawn(drawn.latents, drawn.pixels)
 
 
 def folder(config: RunConfig) -> Path:

@@ -16,13 +16,14 @@ from harness.client import DiffusionGenerator
 from harness.compose import Composed, to_dict, to_yaml
 from harness.config.schema import RunConfig
 from harness.engine import RequestFailed
-from harness.fidelity import Drawn, measure
+from harness.fidelity import Artist, Drawn, measure
 from harness.loggers.table import print_record
 from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
 from harness.loggers.wandb import log_failure, log_run
 from harness.metrics.fidelity import BROKEN
 from harness.pipeline.settings import noise_scheduler_settings
-from harness.records import STATES, Record, RunFolder, RunFolderError, Status
+from harness.pool import MakeEngine, new_engine
+from harness.records import CUT_OFF, STATES, Record, RunFolder, RunFolderError, Status
 from harness.series import Series, progress_bars
 from harness.serving.faults import failure_kind, failure_line
 from harness.serving.transport import EngineGone
@@ -31,19 +32,19 @@ from harness.terminal import complain
 T = TypeVar("T")
 
 
-def run_in(composed: Composed, folder: RunFolder, console: Console, make: Callable[[], DiffusionGenerator]) -> Status:
+def run_in(composed: Composed, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine) -> Status:
     """Draws in a claimed folder, whatever happens: the status, which is on disk before anything is mirrored.
 
     Args:
         composed: what to draw.
         folder: the claimed folder.
         console: where the progress and the table go.
-        make: makes the generator.
+        make_engine: makes its engine, or finds one that is warm.
     """
     config = composed.config
 
     def work() -> Record:
-        return run_generate(composed, folder, make(), console)
+        return run_generate(composed, folder, console, make_engine)
 
     outcome = ended(composed, folder, work, judged)
     status, record = outcome
@@ -94,22 +95,25 @@ def judged(record: Record) -> Status:
     )
 
 
-def refuse(folder: Path, error: Exception) -> Status:
-    """Ends a run that was never started: one line, and a status in the folder it would have had."""
+def refuse(folder: Path, error: Exception, again: bool = False) -> Status:
+    """Ends a run that was never started: one line, and a status in the folder it would have had (`again`: also where
+    another one is that did not end well).
+    """
     complain(error)
     status = Status("failed", str(error))
     with suppress(RunFolderError):
-        RunFolder.claim(folder).finish(status)
+        RunFolder.claim(folder, again).finish(status)
     return status
 
 
-def run_generate(composed: Composed, folder: RunFolder, generator: DiffusionGenerator, console: Console) -> Record:
-    """One run in a claimed folder: the record, after it is on disk; the ranks have ended.
+def run_generate(composed: Composed, folder: RunFolder, console: Console, make_engine: MakeEngine) -> Record:
+    """One run in a claimed folder: the record, after it is on disk; the ranks have ended, or are their pool's.
 
     Raises:
         RequestFailed: the engine's typed answer.
         EngineGone: a rank died, or was not ready in time.
     """
+    generator = DiffusionGenerator.from_composed(composed, folder.path, make_engine)
     with progress_bars(console) as bars:
         series = Series(generator, bars)
         try:
@@ -122,7 +126,7 @@ def run_generate(composed: Composed, folder: RunFolder, generator: DiffusionGene
             generator.stop()
         if composed.config.task.fidelity:
             row = Drawn(series.last.latents, series.pixels)
-            found, notes = measure(composed.config, row, bars)
+            found, notes = measure(composed.config, row, Artist(folder.path, bars, make_engine))
             record = msgspec.structs.replace(record, fidelity=found, notes=[*record.notes, *notes])
     return series.save(record, folder)
 
@@ -137,7 +141,7 @@ def run_training(config: RunConfig, console: Console) -> Status:
     Path(config.train.folder).mkdir(parents=True, exist_ok=True)
     folder = RunFolder(Path(config.train.folder))
     folder.write_config(to_yaml(config))
-    folder.finish(Status("failed", "the run was cut off before it ended"))
+    folder.finish(CUT_OFF)
     curve = WandbCurve(config.logger.wandb, to_dict(config), folder.path, config.scheduler.family, mirror)
     try:
         _train(config, console, curve)

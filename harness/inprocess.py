@@ -5,6 +5,7 @@ debugger.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ class InprocessEngine:
         self._config = config
         self._scheduler: RequestScheduler | None = None
         self._restore: Callable[[], None] = lambda: None
+        self.reused: str | None = None
         self.environment: dict[str, str] = dict(os.environ)
 
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
@@ -82,6 +84,7 @@ class InprocessEngine:
             threads=wanted,
             loaded=worker.loaded,
             ceiling_tflops=[ceiling(self._config, device)],
+            hosts=[socket.gethostname()],
         )
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:

@@ -50,6 +50,7 @@ class TorchrunEngine:
         self._addresses: Addresses | None = None
         self._connection: Connection | None = None
         self._pids: list[int] = []
+        self.reused: str | None = None
         self.environment = os.environ | arithmetic(config.launch, self._ranks)
 
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:

@@ -162,7 +162,8 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 class LoadedComponent(msgspec.Struct, frozen=True):
     """One component as a rank holds it: where it was read, in which dtype, how large it is, and how long that took.
 
-    `merged` counts the tensors that low-rank updates were merged into.
+    `parameters` and `bytes` are those that the rank holds, `read_bytes` what it read of the checkpoint's files (0 for
+    random weights); `merged` counts the tensors that low-rank updates were merged into.
     """
 
     component: str
@@ -172,12 +173,13 @@ class LoadedComponent(msgspec.Struct, frozen=True):
     bytes: int
     load_ms: float
     merged: int = 0
+    read_bytes: int = 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """How the engine is. `state`: loading, ready, busy or stopping; `load_ms`: the slowest rank's loading time;
     `loaded`: rank 0's components, each with the slowest rank's time; `ceiling_tflops`: by rank, the rate of a matrix
-    product in the denoiser's dtype, where it was measured.
+    product in the denoiser's dtype, where it was measured; `hosts`: by node (a torchrun agent), the machine's name.
     """
 
     state: str
@@ -191,6 +193,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     threads: int = 0
     loaded: list[LoadedComponent] = []
     ceiling_tflops: list[float] = []
+    hosts: list[str] = []
 
 
 Message: TypeAlias = (

@@ -52,7 +52,9 @@ class Hardware(msgspec.Struct, frozen=True):
 
 
 class Provenance(msgspec.Struct, frozen=True):
-    """Where a record comes from. `git` is null outside a checkout of this project."""
+    """Where a record comes from. `git` is null outside a checkout of this project; `hosts` are the machines' names, one
+    a node (a torchrun agent).
+    """
 
     git: Git | None
     python: str
@@ -62,6 +64,7 @@ class Provenance(msgspec.Struct, frozen=True):
     threads_per_rank: int
     environment: dict[str, str]
     timing: str
+    hosts: list[str] = []
 
 
 def provenance(engine: EngineInfo, environment: dict[str, str]) -> Provenance:
@@ -86,6 +89,7 @@ def provenance(engine: EngineInfo, environment: dict[str, str]) -> Provenance:
         threads_per_rank=engine.threads,
         environment={name: environment[name] for name in VARIABLES if name in environment},
         timing="device synchronised at the edges of every stage, step and network evaluation",
+        hosts=engine.hosts,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -42,6 +43,8 @@ class RankFacts(msgspec.Struct, frozen=True):
     load_ms: float
     loaded: list[LoadedComponent] = []
     ceiling_tflops: float = 0.0
+    node: int = 0
+    host: str = ""
 
 
 class StoreBoard:
@@ -133,7 +136,8 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
         worker = build_worker(config, place, device)
         load_ms = (time.perf_counter() - start) * 1e3
         collectives.gather([])  # all have loaded, so that all measure at once
-        mine = RankFacts(os.getpid(), load_ms, worker.loaded, ceiling(config, device))
+        node, host = int(os.environ["GROUP_RANK"]), socket.gethostname()
+        mine = RankFacts(os.getpid(), load_ms, worker.loaded, ceiling(config, device), node, host)
         gathered = collectives.gather([msgspec.msgpack.encode(mine)])
         facts = [msgspec.msgpack.decode(frames[0], type=RankFacts) for frames in gathered]
         request_scheduler = RequestScheduler(
@@ -144,8 +148,11 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
             return
         pids, load_ms = [f.pid for f in facts], max(f.load_ms for f in facts)
         loaded, ceilings = slowest([f.loaded for f in facts]), [f.ceiling_tflops for f in facts]
+        hosts = list({f.node: f.host for f in facts}.values())
         control.set_info(
-            msgspec.structs.replace(info, pids=pids, load_ms=load_ms, loaded=loaded, ceiling_tflops=ceilings)
+            msgspec.structs.replace(
+                info, pids=pids, load_ms=load_ms, loaded=loaded, ceiling_tflops=ceilings, hosts=hosts
+            )
         )
         request_scheduler.lead(context, router(context, addresses.requests), control)
     finally:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
@@ -38,6 +39,9 @@ class Status(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
+CUT_OFF = Status("failed", "the run was cut off before it ended")
+
+
 class Attention(msgspec.Struct, frozen=True):
     """What was asked for and what ran."""
 
@@ -53,11 +57,14 @@ class Engine(msgspec.Struct, frozen=True):
 
 
 class FirstCall(msgspec.Struct, frozen=True):
-    """What is paid once, apart from the steady state, ms."""
+    """What is paid once, apart from the steady state, ms; `reused` is the folder of the run that started these ranks,
+    where that is an earlier job of a sweep, and started and loaded nothing itself.
+    """
 
     launch_ms: float
     load_ms: float
     warmup_ms: list[float]
+    reused: str | None = None
 
 
 class Repeat(msgspec.Struct, frozen=True):
@@ -130,8 +137,10 @@ class Record(msgspec.Struct, frozen=True):
 
 def fingerprint(config: dict[str, Any]) -> str:
     """Hash of what was declared: the configuration without what cannot change a picture or a time."""
-    declared = {key: value for key, value in config.items() if key not in ("logger", "train", "quality", "a", "b")}
-    declared["launch"] = {key: value for key, value in config["launch"].items() if not key.endswith("_timeout_s")}
+    apart = ("logger", "train", "quality", "plan", "hardware", "a", "b")
+    declared = {key: value for key, value in config.items() if key not in apart}
+    launch = config["launch"].items()
+    declared["launch"] = {key: value for key, value in launch if key != "reuse" and not key.endswith("_timeout_s")}
     return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -140,10 +149,15 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._owned: BinaryIO | None = None
 
     @classmethod
-    def claim(cls, path: Path) -> RunFolder:
+    def claim(cls, path: Path, again: bool = False) -> RunFolder:
         """Takes a folder for one run; until `finish`, its status says that the run was cut off.
+
+        Args:
+            path: the folder.
+            again: also where a run is in it that did not end well, and whose process is gone; what it left is removed.
 
         Raises:
             RunFolderError: another run is in it, or it cannot be made.
@@ -151,16 +165,23 @@ class RunFolder:
         folder = cls(path)
         try:
             (path / "logs").mkdir(parents=True, exist_ok=True)
+            folder._owned = own(path / "logs" / "owner")
+            if again and read_status(path).state != "ok":
+                folder._clear()
             descriptor = os.open(path / "status.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError as error:
+        except (FileExistsError, BlockingIOError) as error:
             raise RunFolderError(f"{path} already holds a run; choose another folder with hydra.run.dir=...") from error
         except OSError as error:
             raise RunFolderError(
                 f"{path} cannot be written ({error.strerror}); choose another with hydra.run.dir=..."
             ) from error
         os.close(descriptor)
-        folder.finish(Status("failed", "the run was cut off before it ended"))
+        folder.finish(CUT_OFF)
         return folder
+
+    def _clear(self) -> None:
+        for left in (*self.path.glob("*.json"), *self.path.glob("logs/*.error.json")):
+            left.unlink()
 
     def finish(self, status: Status) -> None:
         """Writes `status.json`."""
@@ -181,6 +202,21 @@ class RunFolder:
     def log_file(self, rank: int) -> Path:
         """The log of one rank."""
         return self.path / "logs" / f"rank{rank}.log"
+
+
+def own(path: Path) -> BinaryIO:
+    """A file that is locked while the process lives, or until it is closed.
+
+    Raises:
+        BlockingIOError: another living process has it.
+    """
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -214,6 +250,15 @@ def read_record(folder: Path) -> Record | None:
     if record.schema != SCHEMA:
         raise RunFolderError(f"{path}: schema {record.schema}; this version reads {SCHEMA}")
     return record
+
+
+def is_done(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the row of this very configuration is in a folder, well or ill."""
+    try:
+        record = read_record(folder)
+    except RunFolderError:
+        return False
+    return record is not None and record.fingerprint == fingerprint(config) and read_status(folder) != CUT_OFF
 
 
 def load(path: str | Path) -> pandas.DataFrame:

@@ -76,7 +76,7 @@ def load_from_diffusers(source: Source, component: str, kind: type[M]) -> M:
         raise CheckpointError(f"{folder}: config.json says _class_name={name}; {component} is a {kind.__name__} here")
     try:
         config = kind.load_config(folder, local_files_only=True)
-        model = build_empty(lambda: kind.from_config(config), source.dtype_of(component), source.device)
+        model = build_empty(lambda: kind.from_config(config), source.dtype_of(component), source.device_of(component))
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder}: {component} cannot be built from its config.json ({line})") from error

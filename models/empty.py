@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.parts import Part
+
 TILE = 1_000_003  # prime, so that no two rows of a matrix repeat one another
 STRIDE = 7_919
 N = TypeVar("N", bound=nn.Module)
@@ -38,12 +40,25 @@ def build_empty(make: Callable[[], N], dtype: torch.dtype, device: torch.device 
         torch.set_default_dtype(before)
 
 
-def fill_dummy(module: nn.Module, seed: int = 0, places: Mapping[str, int] | None = None) -> None:
+def allocate(module: nn.Module, device: torch.device | str) -> None:
+    """Gives every parameter new memory on a device (none on `meta`), left as it was allocated; buffers stay."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
+
+
+def fill_dummy(
+    module: nn.Module,
+    seed: int = 0,
+    places: Mapping[str, int] | None = None,
+    parts: Mapping[str, Part] | None = None,
+) -> None:
     """Random weights of sane scale, in place: matrices and kernels of variance 1 / fan-in, gains 1, biases 0.
 
     A tile of normal numbers is laid end to end over every tensor, from another place in each, which is as fast as
     copying memory. `places` numbers the parameters by name, where it is not their order in the module that decides:
-    two modules of one network under other names and in another order then have the same numbers.
+    two modules of one network under other names and in another order then have the same numbers. `parts` says by name
+    which part of a whole parameter one is: it has the numbers that the whole one would have there.
     """
     tile = torch.randn(TILE, generator=torch.Generator("cpu").manual_seed(seed))
     with torch.no_grad():
@@ -52,8 +67,12 @@ def fill_dummy(module: nn.Module, seed: int = 0, places: Mapping[str, int] | Non
                 continue
             place = number if places is None else places[name]
             if parameter.ndim > 1:
-                shifted = tile.roll(place * STRIDE) / parameter[0].numel() ** 0.5
-                _lay(parameter, shifted.to(device=parameter.device, dtype=parameter.dtype))
+                part = (parts or {}).get(name)
+                whole = parameter if part is None else parameter.new_empty(part.whole(parameter.shape))
+                shifted = tile.roll(place * STRIDE) / whole[0].numel() ** 0.5
+                _lay(whole, shifted.to(device=whole.device, dtype=whole.dtype))
+                if part is not None:
+                    parameter.copy_(part.of(whole))
             elif name.endswith("bias"):
                 parameter.zero_()
             else:

@@ -39,6 +39,8 @@ class ParallelPlan:
         joined_rows: row linears (patterns) whose input joins the outputs of several column linears, and the relative
             widths of those: each is cut on its own.
         local_attention: modules whose keys are replicated (patterns): their queries attend where they are.
+        called_outside: modules of a block that the network calls itself too; where weights are dealt over ranks, these
+            stay whole.
     """
 
     heads: str | None = None
@@ -48,6 +50,7 @@ class ParallelPlan:
     head_norms: tuple[str, ...] = field(default=())
     joined_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     local_attention: tuple[str, ...] = field(default=())
+    called_outside: tuple[str, ...] = field(default=())
 
 
 WHOLE = ParallelPlan()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models.files import config_home, read_json, weight_files
+from models.parts import Cut
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Loaded:
         bytes: that they take.
         load_ms: what building and filling it took.
         merged: tensors that low-rank updates were merged into.
+        read_bytes: of the checkpoint's files, low-rank updates apart.
     """
 
     component: str
@@ -42,6 +44,7 @@ class Loaded:
     bytes: int
     load_ms: float
     merged: int = 0
+    read_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Source:
         folder: the checkpoint.
         denoiser: the network's folder in it.
         device: where components live.
+        devices: by component, where it is loaded to instead.
         dtype: of the denoiser, and of what `dtypes` does not name.
         dtypes: by component.
         replaced: by component, another folder (with its config.json) or one safetensors file (described by a
@@ -59,18 +63,21 @@ class Source:
         dummy: random weights of the architecture that the config files describe; no weights are read.
         text_tokens: tokens a prompt is padded or cut to.
         loras: updates merged into the denoiser and the text encoders, in order.
+        cut: what the denoiser is made smaller by before it is read; None for the whole network.
         loaded: by component, what was loaded last; those who load write it.
     """
 
     folder: Path
     denoiser: str = "transformer"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    devices: Mapping[str, torch.device] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     replaced: Mapping[str, Path] = field(default_factory=dict)
     dummy: bool = False
     text_tokens: int = 128
     loras: tuple[LoraFile, ...] = ()
+    cut: Cut | None = None
     loaded: dict[str, Loaded] = field(default_factory=dict, compare=False)
 
     def has(self, component: str) -> bool:
@@ -108,12 +115,16 @@ class Source:
         """The dtype the component is loaded in."""
         return self.dtypes.get(component, self.dtype)
 
+    def device_of(self, component: str) -> torch.device:
+        """The device that a component is loaded to."""
+        return self.devices.get(component, self.device)
+
     def index(self) -> dict[str, object]:
         """model_index.json of the checkpoint, empty where there is none."""
         path = self.folder / "model_index.json"
         return read_json(path) if path.is_file() else {}
 
-    def record(self, component: str, module: nn.Module, began: float, merged: int = 0) -> None:
+    def record(self, component: str, module: nn.Module, began: float, merged: int = 0, read_bytes: int = 0) -> None:
         """Notes a component that was loaded, `began` being time.perf_counter() before."""
         parameters = list(module.parameters())
         self.loaded[component] = Loaded(
@@ -124,4 +135,5 @@ class Source:
             sum(p.numel() * p.element_size() for p in parameters),
             (time.perf_counter() - began) * 1e3,
             merged,
+            read_bytes,
         )

@@ -24,6 +24,7 @@ from harness.config.limits import check_frames
 from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
 from harness.config.trained import trained_denoiser
 from harness.peer.table import ENGINES
+from harness.provenance import version
 from models.registry import REFERENCE, missing_package
 
 CHECKPOINT = REFERENCE / "emoji"
@@ -57,6 +58,9 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         return
     if group == "engine" and option not in ENGINES:
         assert "no adapter for it" in refused(f"engine={option}")
+        return
+    if group == "hydra/launcher" and version("hydra-submitit-launcher") is None:
+        assert "pip install 'triptych[slurm]'" in refused(f"{group}={option}")
         return
     unshipped = ["model.load=dummy"] if group == "model" and not (REFERENCE / option).is_dir() else []
     composed = compose(f"{group}={option}", *unshipped, *NEEDS.get((group, option), []))
@@ -106,6 +110,7 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("prediction=v", "did you mean scheduler.prediction?"),
         ("model.architecture=pixar", "did you mean pixart"),
         ("launch.threads_per_rank=0", "at least 1"),
+        ("launch.collective_timeout_s=0", "give 1 to 86400 seconds"),
         ("request.frames=5", "this model draws pictures"),
         ("model.text.tokens=0", "at least 1"),
         ("task.repeats=0", "at least 1"),
@@ -361,6 +366,10 @@ def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> N
         (["parallel.ring=2", "attention=sdpa"], "use attention=flash, flex or math"),
         (["parallel.cfg=2", "model=flux", "model.load=dummy"], "has one branch; use parallel.cfg=1"),
         (["parallel.ulysses=2", "model=sd15", "model.load=dummy"], "use parallel.dp=2, or parallel.cfg=2"),
+        (["model.offload=true", "model.text.keep=false"], "leave out model.text.keep=false"),
+        (["parallel.shard_weights=true"], "which is one rank; use parallel=ulysses2"),
+        (["parallel.shard_weights=true", "parallel=tp2"], "which is one rank; use parallel=ulysses2"),
+        (["parallel.shard_weights=true", "parallel=cfg2", "model=sd15", "model.load=dummy"], "a UNet, has not"),
     ],
 )
 def test_an_illegal_layout_names_a_legal_one(overrides: list[str], hint: str) -> None:

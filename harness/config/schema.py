@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from harness.config.plan import HardwareConfig, PlanConfig
 from harness.config.train import TrainConfig
 
 
@@ -18,6 +19,7 @@ class Task(Enum):
     bench = "bench"
     compare = "compare"
     train = "train"
+    plan = "plan"
     report = "report"
 
 
@@ -60,6 +62,7 @@ class TaskConfig:
     repeats: int = 1  # measured generations
     fidelity: bool = False  # hold the pictures against a float32 reference on one rank (drawn once, then kept)
     states: bool = False  # and the state after every solver step
+    bound: float | None = None  # what a sweeper minimises is infinite where the pixels' relative L2 is above this
     references: str | None = None  # folder of kept references; null = triptych/references in the user's cache
     out: str | None = None  # the page of task=report; null = report.html in `runs`
 
@@ -161,6 +164,7 @@ class ModelConfig:
     tokenizer_2: ComponentConfig = field(default_factory=ComponentConfig)
     tokenizer_3: ComponentConfig = field(default_factory=ComponentConfig)
     lora: list[LoraConfig] = field(default_factory=list)
+    offload: bool = False  # networks live in CPU memory and are on the GPU only while their stage runs
     negative_prompt: str = ""  # default of request.negative_prompt
     frames: int = 1  # default of request.frames
     frame_multiple: int = 1  # frames after the first are a multiple of it
@@ -249,6 +253,7 @@ class ParallelConfig:
     tp: int = 1  # tensor parallel
     ring: int = 1  # ring attention
     ulysses: int = 1  # Ulysses sequence parallel, innermost
+    shard_weights: bool = False  # deal the denoiser's weights over cfg x ring x ulysses, and gather a block to run it
 
 
 @dataclass
@@ -290,7 +295,9 @@ class LaunchConfig:
     mode: LaunchMode = LaunchMode.torchrun
     threads_per_rank: int | None = None  # CPU threads; null = cores / ranks on this machine (see reproducible)
     start_timeout_s: float = 300.0  # until every rank is ready
+    collective_timeout_s: float = 600.0  # a rank waits for another one in a forward; idle ranks wait for ever
     stop_timeout_s: float = 10.0  # from an orderly shutdown to SIGTERM, and from there to SIGKILL
+    reuse: int = 1  # engines kept warm between the jobs of a sweep, each with its weights; 0 = fresh ranks every job
     reproducible: bool = True  # float32 equal at 1, 2, 4 ... threads (strict MKL, no oneDNN)
 
 
@@ -337,6 +344,8 @@ class RunConfig:
     request: RequestConfig = field(default_factory=RequestConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     a: list[str] | None = None
     b: list[str] | None = None
     runs: str | None = None

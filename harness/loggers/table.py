@@ -80,13 +80,18 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
 
 def print_fidelity(row: Fidelity, console: Console) -> None:
     """Prints the error against the reference, and what it means."""
-    colour = "bold red" if row.verdict == BROKEN else "green"
     named = f" ({escape(', '.join(row.methods))})" if row.methods else ""
     console.print(
-        f"fidelity: [{colour}]{row.verdict.replace('_', ' ')}[/{colour}], declared {row.method_class}{named}; latent "
+        f"fidelity: {coloured(row.verdict)}, declared {row.method_class}{named}; latent "
         f"{row.latent.rel_l2:.2g}, pixel {row.pixel.rel_l2:.2g} (relative L2), rounding alone {row.floor_latent:.2g} "
         f"and {row.floor_pixel:.2g}"
     )
+
+
+def coloured(verdict: str) -> str:
+    """A verdict in words, red where a claim is broken."""
+    colour = "bold red" if verdict == BROKEN else "green"
+    return f"[{colour}]{verdict.replace('_', ' ')}[/{colour}]"
 
 
 def print_quality(quality: Quality, console: Console) -> None:
@@ -175,21 +180,23 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
         table.add_column(heading, overflow="fold")
     for heading in ("request ms", "step ms", "evaluations", "top-1 %"):
         table.add_column(heading, justify="right")
+    table.add_column("fidelity", overflow="fold")
     names = [set(folder.name.split(",")) for folder in folders]
     shared = set.intersection(*names)
     errors: dict[str, int] = {}
     for folder in folders:
         status, record = read_status(folder), read_record(folder)
-        numbers = ("", "", "", "")
+        numbers, held = ("", "", "", ""), ""
         if record is not None:
             row = record.summary
             found = "" if record.quality is None else f"{100 * record.quality.top1.value:.1f}"
             numbers = (f"{row.latency_ms.median:.1f}", f"{row.step_ms.median:.2f}", str(row.nfe), found)
+            held = "" if record.fidelity is None else coloured(record.fidelity.verdict)
         colour = "green" if status.state == "ok" else "red"
         own = [part for part in folder.name.split(",") if part not in shared]
         number = f" {errors.setdefault(status.error, len(errors) + 1)}" if status.error else ""
         label, state = escape("\n".join(own) or folder.name), f"[{colour}]{status.state}{number}[/{colour}]"
-        table.add_row(label, state, *numbers)
+        table.add_row(label, state, *numbers, held)
     console.print(table)
     for error, place in errors.items():
         console.print(f"{place}: {escape(error)}", soft_wrap=True)

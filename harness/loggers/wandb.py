@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
+import msgspec
+
 from harness.config.schema import WandbConfig, WandbMode
 from harness.metrics.comparison import Comparison
+from harness.metrics.fidelity import Fidelity
 from harness.metrics.intervals import Estimate, Share
 from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
-from harness.records import Record, Status
+from harness.records import Record, Statistics, Status
 
 if TYPE_CHECKING:
     import wandb
@@ -73,10 +76,14 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         ranks = wandb.Table(columns=["rank", "peak_memory_mib"])
         for rank, peak in enumerate(summary.peak_memory_mib):
             ranks.add_data(rank, peak)
+        traffic = wandb.Table(columns=["stage", "kind", "bytes", "calls", "exposed_ms"])
+        for name, kinds in summary.comm.items():
+            for kind, sent in kinds.items():
+                traffic.add_data(name, kind, sent.bytes, sent.calls, sent.exposed_ms)
         pictures = {"grid": wandb.Image(str(folder / "grid.png"))} if (folder / "grid.png").exists() else {}
         rows = [row for row in record.samples if row.path.endswith(".mp4")][:MAX_VIDEOS]
         videos = {"videos": [wandb.Video(str(folder / row.path), caption=row.prompt) for row in rows]} if rows else {}
-        run.log({"stages": stages, "steps": steps, "ranks": ranks, **pictures, **videos})
+        run.log({"stages": stages, "steps": steps, "ranks": ranks, "comm": traffic, **pictures, **videos})
         run.summary.update(
             {
                 "state": "ok",
@@ -90,7 +97,13 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
                 "nfe": summary.nfe,
                 "peak_memory_mib_max": summary.peak_memory_mib_max,
                 "attention_resolved": record.attention.resolved,
+                "engine": record.engine.name,
+                "load_ms": record.first_call.load_ms,
+                "comm_bytes": sum(sent.bytes for kinds in summary.comm.values() for sent in kinds.values()),
+                "comm_exposed_ms": sum(sent.exposed_ms for kinds in summary.comm.values() for sent in kinds.values()),
             }
+            | flops_scalars(summary)
+            | fidelity_scalars(record.fidelity)
             | quality_scalars(record.quality)
             | pretrained_scalars(record.pretrained)
         )
@@ -113,6 +126,28 @@ def log_comparison(config: WandbConfig, comparison: Comparison, folder: Path) ->
         run.summary.update({"state": "ok"})
         if comparison.output is not None:
             run.summary.update({"rel_l2": comparison.output.rel_l2, "identical": comparison.output.identical})
+
+
+def flops_scalars(summary: Statistics) -> dict[str, float]:
+    """Operations and rates as flat summary keys; none where they were not counted."""
+    scalars = {name: getattr(summary, name) for name in ("flops_per_step", "achieved_tflops", "ceiling_tflops")}
+    return {name: value for name, value in scalars.items() if value is not None}
+
+
+def fidelity_scalars(row: Fidelity | None) -> dict[str, float | str | bool]:
+    """The error against the reference as flat summary keys: `fidelity_verdict`, `fidelity_latent_rel_l2` ..."""
+    if row is None:
+        return {}
+    scalars: dict[str, float | str | bool] = {
+        "fidelity_verdict": row.verdict,
+        "fidelity_method_class": row.method_class,
+        "fidelity_floor_latent": row.floor_latent,
+        "fidelity_floor_pixel": row.floor_pixel,
+    }
+    for name, error in (("latent", row.latent), ("pixel", row.pixel)):
+        measured = msgspec.to_builtins(error).items()
+        scalars |= {f"fidelity_{name}_{key}": value for key, value in measured if value is not None}
+    return scalars
 
 
 def quality_scalars(quality: Quality | None) -> dict[str, float]:

@@ -21,7 +21,7 @@ class Comparison(msgspec.Struct, frozen=True):
 
     `ratios` are by what was timed: the whole request, one solver step (a request's median) and every stage that takes
     time; `efficiency` is each speed-up over the growth of ranks, null where B has no more ranks than A. `output` is how
-    far B's pixels are from A's, null where they do not correspond.
+    far B's pixels are from A's, null where they do not correspond. `fingerprint` is of the common configuration.
     """
 
     schema: int
@@ -33,6 +33,7 @@ class Comparison(msgspec.Struct, frozen=True):
     efficiency: dict[str, float] | None
     output: Difference | None
     notes: list[str] = []
+    fingerprint: str = ""
 
 
 def ratios_of(a: Sequence[Repeat], b: Sequence[Repeat]) -> dict[str, Ratio]:

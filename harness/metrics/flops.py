@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-SIDES = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is the ceiling
+SIDES = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is the ceiling, at most
+SMALLEST = 256
+PRODUCT_S = 0.05  # a product that takes longer is large enough
 MEASURE_S = 0.4
 
 
@@ -38,16 +40,27 @@ def _attention(q_BHLD: Any, k_BHSD: Any, v_BHSE: Any, *rest: Any, out_shape: Any
 def ceiling_tflops(device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]) -> float:
     """The best rate of a square matrix product on this rank, with the threads that it has, TFLOP/s.
 
-    Every rank measures at once, as they compute at once.
+    Every rank measures at once, as they compute at once. Matrices grow until a product takes long enough: a dtype that
+    a processor has no instructions for would take minutes at the largest.
     """
-    side = SIDES.get(device.type, SIDES["cuda"])
+    largest = SIDES.get(device.type, SIDES["cuda"])
+    side = min(SMALLEST, largest)
+    best = product_s(side, device, dtype, synchronize)
+    while best < PRODUCT_S and side < largest:
+        side *= 2
+        best = product_s(side, device, dtype, synchronize)
+    until = time.perf_counter() + MEASURE_S
+    while time.perf_counter() < until:
+        best = min(best, product_s(side, device, dtype, synchronize))
+    return 2 * side**3 / best / 1e12
+
+
+def product_s(side: int, device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]) -> float:
+    """Seconds of one product, after one that is not timed."""
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.mm(a, b)
-    best, until = float("inf"), time.perf_counter() + MEASURE_S
-    while best == float("inf") or time.perf_counter() < until:
-        synchronize()
-        began = time.perf_counter()
-        torch.mm(a, b, out=out)
-        synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best / 1e12
+    synchronize()
+    began = time.perf_counter()
+    torch.mm(a, b, out=out)
+    synchronize()
+    return time.perf_counter() - began

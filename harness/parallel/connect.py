@@ -8,13 +8,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch._C._distributed_c10d import Backend
+from torch.distributed.device_mesh import init_device_mesh
 
 from harness.metrics.cuda import synchronizer
 from harness.parallel.group import Group, Traffic, alone
 from harness.parallel.mesh import AXES, Place
-
-COMPUTE_TIMEOUT = timedelta(minutes=10)  # longer than any collective of a forward; a dead peer ends the wait at once
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Axes:
         ring: ranks that pass keys and values on.
         ulysses: ranks that share heads.
         tokens: ranks that share the tokens of a picture: ring x ulysses, ulysses innermost.
+        weights: ranks that hold the same weights of a picture's network: cfg x ring x ulysses.
         picture: all ranks that compute one picture: cfg x tp x ring x ulysses.
         traffic: what this rank has sent to any of them.
         any_of_picture: whether a flag is up on any rank of `picture`.
@@ -37,6 +37,7 @@ class Axes:
     ring: Group
     ulysses: Group
     tokens: Group
+    weights: Group
     picture: Group
     traffic: Traffic
     any_of_picture: Callable[[bool], bool]
@@ -45,19 +46,30 @@ class Axes:
 def one_rank() -> Axes:
     """The axes of world size 1."""
     group = alone()
-    return Axes(group, group, group, group, group, group, group.traffic, lambda flag: flag)
+    return Axes(group, group, group, group, group, group, group, group.traffic, lambda flag: flag)
 
 
-def connect(place: Place, device: torch.device) -> Axes:
-    """The groups of this rank; every rank of the world calls it at once."""
+def connect(place: Place, device: torch.device, timeout: timedelta) -> Axes:
+    """The groups of this rank; every rank of the world calls it at once.
+
+    Args:
+        place: of this rank.
+        device: where the tensors are that they exchange.
+        timeout: longest wait for another rank, here and in a collective; one that died ends the wait at once.
+    """
     if place.world_size == 1:
         return one_rank()
-    mesh = init_device_mesh(device.type, place.degrees, mesh_dim_names=AXES)
+    options = Backend.Options("gloo", timeout)
+    mesh = init_device_mesh(
+        device.type, place.degrees, mesh_dim_names=AXES, backend_override=dict.fromkeys(AXES, options)
+    )
     traffic = Traffic()
     synchronize = synchronizer(device)
 
     def group(*names: str) -> Group:
-        return _group(mesh, names, place.rank, traffic, synchronize)
+        part = mesh[names] if len(names) == 1 else mesh[names]._flatten("_".join(names), backend_override=options)
+        handle = part.get_group()
+        return Group(dist.get_process_group_ranks(handle), place.rank, handle, traffic, synchronize)
 
     picture = group("cfg", "tp", "ring", "ulysses")
     return Axes(
@@ -66,26 +78,19 @@ def connect(place: Place, device: torch.device) -> Axes:
         group("ring"),
         group("ulysses"),
         group("ring", "ulysses"),
+        group("cfg", "ring", "ulysses"),
         picture,
         traffic,
-        _agreement(place),
+        _agreement(place, timeout),
     )
 
 
-def _group(
-    mesh: DeviceMesh, names: tuple[str, ...], rank: int, traffic: Traffic, synchronize: Callable[[], None]
-) -> Group:
-    part = mesh[names] if len(names) == 1 else mesh[names]._flatten("_".join(names))
-    handle = part.get_group()
-    return Group(dist.get_process_group_ranks(handle), rank, handle, traffic, synchronize)
-
-
-def _agreement(place: Place) -> Callable[[bool], bool]:
+def _agreement(place: Place, timeout: timedelta) -> Callable[[bool], bool]:
     """Over gloo on the CPU, outside the counted traffic: one byte a rank."""
     mine = None
     for first in range(0, place.world_size, place.replica_size):
         ranks = list(range(first, first + place.replica_size))
-        handle = dist.new_group(ranks, backend="gloo", timeout=COMPUTE_TIMEOUT)
+        handle = dist.new_group(ranks, backend="gloo", timeout=timeout)
         mine = handle if place.rank in ranks else mine
 
     def any_of_picture(flag: bool) -> bool:

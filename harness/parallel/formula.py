@@ -21,9 +21,12 @@ it sends (harness.parallel.group says what each collective of N ranks costs)
         all_reduce      2 l C s (tp - 1) / tp
     for every norm over a width that is cut
         all_reduce      2 l 4 (tp - 1) / tp             a sum of squares a token, in float32
+    for every block of a stack whose weights are dealt over S = cfg x ring x ulysses ranks, and once for those outside
+        all_gather weights      (S - 1) sum_p ceil(n_p / S) m_p s_p     of parameters of n_p rows of m_p numbers
     for an output of n numbers, in float32, where the branches of guidance are apart
         all_gather      4 n (cfg - 1)
 
+What every rank computes is in harness.parallel.formula_flops, what it holds in formula_memory, from the same trace.
 Outside of stacks, and for tokens that every rank holds whole (the text of a cross-attention), l counts all tokens.
 Attention to such tokens sends nothing. Data parallelism sends nothing.
 """
@@ -36,11 +39,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from harness.metrics.flops import counted
 from harness.parallel.attention import TokenLayout
 from models.components import Conditioning
 from models.empty import build_empty
@@ -86,22 +90,66 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What one evaluation of a network does that any layout sends bytes for.
+class Linear:
+    """One call of a linear.
 
     Args:
+        tokens: that it works on.
+        inputs: features in, of the whole network.
+        outputs: features out.
+        cut: by which of the two it is cut over ranks; None where every rank has it whole.
+    """
+
+    tokens: Tokens
+    inputs: int
+    outputs: int
+    cut: Literal["inputs", "outputs"] | None
+
+
+@dataclass(frozen=True)
+class LocalAttention:
+    """One attention whose keys every rank holds whole.
+
+    Args:
+        queries: its tokens.
+        keys: how many a sample.
+        heads: A, of the whole network.
+        channels: E, a head.
+    """
+
+    queries: Tokens
+    keys: int
+    heads: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one evaluation of a network does that a layout divides or sends bytes for.
+
+    Args:
+        batch: B, of the evaluation.
         attention: calls whose tokens are dealt.
         outputs: of every stack of blocks: tokens and channels.
         rows: of every linear that is cut by its inputs: tokens and output channels.
         norms: of every norm over a width that is cut: tokens.
         numbers: n, of the network's output.
+        linears: all of them.
+        local_attention: all other calls of the attention kernel.
+        other_flops: operations that are neither; every rank does them.
+        widest: numbers that the layer outside of stacks with the largest input and output has of both.
     """
 
+    batch: int
     attention: tuple[Attention, ...]
     outputs: tuple[tuple[Tokens, int], ...]
     rows: tuple[tuple[Tokens, int], ...]
     norms: tuple[Tokens, ...]
     numbers: int
+    linears: tuple[Linear, ...]
+    local_attention: tuple[LocalAttention, ...]
+    other_flops: int
+    widest: int
 
 
 def sent_bytes(trace: Trace, degrees: tuple[int, ...], item: int, gather: bool = False) -> dict[str, int]:
@@ -131,6 +179,20 @@ def sent_bytes(trace: Trace, degrees: tuple[int, ...], item: int, gather: bool =
     return {kind: count for kind, count in sent.items() if count}
 
 
+def weight_bytes(network: nn.Module, plan: ParallelPlan, ranks: int) -> int:
+    """Bytes that a rank sends in one evaluation to gather dealt weights (harness.parallel.shard).
+
+    Args:
+        network: in its dtypes and cut as a rank has it, on any device (meta is enough).
+        plan: of its folder.
+        ranks: S.
+    """
+    kept = {parameter for name in plan.called_outside for parameter in network.get_submodule(name).parameters()}
+    dealt = [p for p in network.parameters() if p not in kept]
+    parts = (-(-len(p) // ranks) * p[0].numel() * p.element_size() for p in dealt)
+    return (ranks - 1) * sum(parts)
+
+
 def trace_network(
     make: Callable[[], nn.Module], plan: ParallelPlan, inputs: tuple[Tensor, Tensor, Conditioning]
 ) -> Trace:
@@ -147,14 +209,21 @@ def trace_network(
     latent, tau_B, condition = inputs
     told = {f.name: getattr(condition, f.name) for f in fields(Conditioning)}
     there = Conditioning(**{name: None if x is None else x.to("meta") for name, x in told.items()})
-    with torch.no_grad():
+    flops: list[int] = []
+    with torch.no_grad(), counted(flops.append):
         output: Tensor = network(latent.to("meta"), tau_B.to("meta"), there)
+    linears = sum(2 * call.tokens.on(1) * call.inputs * call.outputs for call in recorder.linears)
     return Trace(
+        len(latent),
         tuple(recorder.attention),
         tuple(recorder.outputs),
         tuple(recorder.rows),
         tuple(recorder.norms),
         output.numel(),
+        tuple(recorder.linears),
+        tuple(recorder.local_attention),
+        flops[0] - linears,
+        recorder.widest,
     )
 
 
@@ -167,12 +236,18 @@ class _Recorder:
         self.outputs: list[tuple[Tokens, int]] = []
         self.rows: list[tuple[Tokens, int]] = []
         self.norms: list[Tokens] = []
+        self.linears: list[Linear] = []
+        self.local_attention: list[LocalAttention] = []
+        self.widest = 0
         self._lengths: tuple[int, ...] = ()  # of the streams of the block that runs now
         self._dealt_mask = False
         self._replicated: list[Tensor] = []  # what every rank holds whole in that block
 
     def listen(self, network: nn.Module) -> None:
         """Hooks it."""
+        for module in network.modules():
+            if "kernel" in (own := vars(module)):
+                own["kernel"] = self._attend_locally
         for stack in self.plan.stacks:
             blocks = network.get_submodule(stack.blocks)
             assert isinstance(blocks, nn.ModuleList)
@@ -185,13 +260,15 @@ class _Recorder:
         for name, module in network.named_modules():
             if isinstance(module, nn.RMSNorm) and _named(name, self.plan.head_norms):
                 module.register_forward_hook(self._norm)
-            elif isinstance(module, nn.Linear) and self._cut_by_inputs(name):
-                module.register_forward_hook(self._row)
+            elif isinstance(module, nn.Linear):
+                module.register_forward_hook(partial(self._linear, self._cut(name)))
             if not list(module.children()):
                 module.register_forward_hook(self._follow)
 
-    def _cut_by_inputs(self, name: str) -> bool:
-        return _named(name, (*self.plan.row, *self.plan.joined_rows)) and not _named(name, self.plan.column)
+    def _cut(self, name: str) -> Literal["inputs", "outputs"] | None:
+        if _named(name, self.plan.column):
+            return "outputs"
+        return "inputs" if _named(name, (*self.plan.row, *self.plan.joined_rows)) else None
 
     def _enter(self, stack: Stack, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
@@ -214,8 +291,19 @@ class _Recorder:
         self.attention.append(Attention(Tokens(batch, joined.lengths), heads, channels, dealt_mask))
         return torch.empty_like(q_BLHD)
 
-    def _row(self, linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.rows.append((self._tokens(args[0]), output.shape[-1]))
+    def _attend_locally(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+        _, _, heads, channels = q_BLHD.shape
+        queries = self._tokens(q_BLHD.flatten(2))
+        self.local_attention.append(LocalAttention(queries, k_BSHD.shape[1], heads, channels))
+        return torch.empty_like(q_BLHD)
+
+    def _linear(
+        self, cut: Literal["inputs", "outputs"] | None, linear: nn.Linear, args: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        tokens = self._tokens(args[0])
+        self.linears.append(Linear(tokens, linear.in_features, linear.out_features, cut))
+        if cut == "inputs":
+            self.rows.append((tokens, linear.out_features))
 
     def _norm(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         self.norms.append(self._tokens(args[0]))
@@ -231,6 +319,8 @@ class _Recorder:
         """What a layer makes of something that every rank holds whole is held whole too."""
         if args and self._known(args[0]):
             self._replicated.append(output)
+        if not self._lengths and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            self.widest = max(self.widest, args[0].numel() + output.numel())
 
     def _known(self, x: Tensor) -> bool:
         return any(x is held for held in self._replicated)

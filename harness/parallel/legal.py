@@ -40,6 +40,7 @@ def check_layout(layout: ParallelConfig, facts: Facts) -> list[str]:
     """
     _check_branches(layout, facts)
     shared = layout.ring * layout.ulysses
+    _check_shards(layout, facts)
     if facts.heads is None:
         if layout.tp * shared > 1:
             raise ValueError(
@@ -82,7 +83,22 @@ def _check_branches(layout: ParallelConfig, facts: Facts) -> None:
             f"parallel.cfg=2, but model={facts.model} is told its guidance scale and has one branch; use parallel.cfg=1"
         )
     if layout.cfg == 2 and facts.guidance == 1:
-        raise ValueError("parallel.cfg=2 needs guidance, and request.guidance=1 is none; use parallel.cfg=1")
+        raise ValueError(
+            "parallel.cfg=2 needs guidance, and request.guidance=1 is none; ask for another, or use parallel.cfg=1"
+        )
+
+
+def _check_shards(layout: ParallelConfig, facts: Facts) -> None:
+    """Weights are dealt over the ranks of a picture that would hold the same ones."""
+    if not layout.shard_weights:
+        return
+    if facts.heads is None:
+        raise ValueError(f"parallel.shard_weights=true deals equal blocks, which model={facts.model}, a UNet, has not")
+    if layout.cfg * layout.ring * layout.ulysses == 1:
+        raise ValueError(
+            "parallel.shard_weights=true deals weights over parallel.cfg x ring x ulysses, which is one rank; use "
+            "parallel=ulysses2 with it, or shard_weights=false"
+        )
 
 
 def _check_rows(layout: ParallelConfig, facts: Facts) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from harness.parallel.connect import Axes
 from harness.parallel.group import Group
 from models.attention import AttentionKernel
 from models.attention.lse import LseKernel
+from models.parts import Part
 from models.plan import ParallelPlan, Stack
 
 
@@ -115,13 +117,22 @@ def whole(x: Tensor, dim: int, length: int, group: Group) -> Tensor:
     return group.all_gather(x).movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length)
 
 
+def share(size: int, group: Group) -> tuple[int, int]:
+    """(first, behind the last) of this rank's indices of `size`."""
+    each = -(-size // group.size)
+    first = min(group.index * each, size)
+    return first, min(first + each, size)
+
+
 class ColumnLinear(nn.Module):
     """A linear's slice of output features."""
 
     def __init__(self, linear: nn.Linear, group: Group) -> None:
         super().__init__()
-        self.weight = nn.Parameter(_slice(linear.weight, 0, group), requires_grad=False)
-        self.bias = None if linear.bias is None else nn.Parameter(_slice(linear.bias, 0, group), requires_grad=False)
+        out = Part(0, linear.out_features, (share(linear.out_features, group),))
+        self.parts = {"weight": out} if linear.bias is None else {"weight": out, "bias": out}
+        self.weight = nn.Parameter(out.of(linear.weight), requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(out.of(linear.bias), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -132,8 +143,11 @@ class RowLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, group: Group, segments: tuple[int, ...] | None = None) -> None:
         super().__init__()
-        pieces = linear.weight.split(segments or (linear.in_features,), dim=1)
-        self.weight = nn.Parameter(torch.cat([_slice(p, 1, group) for p in pieces], dim=1), requires_grad=False)
+        widths = segments or (linear.in_features,)
+        starts = accumulate(widths, initial=0)
+        runs = tuple((at + a, at + b) for at, (a, b) in zip(starts, (share(w, group) for w in widths), strict=False))
+        self.parts = {"weight": Part(1, linear.in_features, runs)}
+        self.weight = nn.Parameter(self.parts["weight"].of(linear.weight), requires_grad=False)
         self.bias = linear.bias
         self.group = group
 
@@ -142,17 +156,14 @@ class RowLinear(nn.Module):
         return summed if self.bias is None else summed + self.bias
 
 
-def _slice(x: Tensor, dim: int, group: Group) -> Tensor:
-    return x.chunk(group.size, dim=dim)[group.index].clone()
-
-
 class HeadNorm(nn.Module):
     """This rank's channels of an RMS norm over a whole width; the mean square is that of all ranks' channels."""
 
     def __init__(self, norm: nn.RMSNorm, group: Group) -> None:
         super().__init__()
-        self.weight = nn.Parameter(_slice(norm.weight, 0, group), requires_grad=False)
         self.width = norm.weight.shape[0]
+        self.parts = {"weight": Part(0, self.width, (share(self.width, group),))}
+        self.weight = nn.Parameter(self.parts["weight"].of(norm.weight), requires_grad=False)
         self.eps = norm.eps if norm.eps is not None else torch.finfo(norm.weight.dtype).eps
         self.group = group
 
@@ -161,17 +172,25 @@ class HeadNorm(nn.Module):
         return (x.float() * (square + self.eps).rsqrt() * self.weight.float()).type_as(x)
 
 
-def cut_linears(network: nn.Module, plan: ParallelPlan, group: Group) -> None:
-    """Tensor parallelism in place: linears and norms of the plan keep this rank's slice."""
+def cut_linears(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[str, Part]:
+    """Tensor parallelism in place: linears and norms of the plan keep this rank's slice.
+
+    Returns:
+        By parameter, which part it now is of the whole one: what is to be read of a checkpoint where the network was
+        cut before it was filled.
+    """
+    parts: dict[str, Part] = {}
     if group.size == 1:
-        return
+        return parts
     for name, module in list(network.named_modules()):
         if (cut := _cut(name, module, plan, group)) is not None:
             owner, _, leaf = name.rpartition(".")
             setattr(network.get_submodule(owner), leaf, cut)
+            parts |= {f"{name}.{parameter}": part for parameter, part in cut.parts.items()}
+    return parts
 
 
-def _cut(name: str, module: nn.Module, plan: ParallelPlan, group: Group) -> nn.Module | None:
+def _cut(name: str, module: nn.Module, plan: ParallelPlan, group: Group) -> ColumnLinear | RowLinear | HeadNorm | None:
     """This rank's slice of a module that the plan names, None for any other."""
 
     def named(patterns: Iterable[str]) -> str | None:

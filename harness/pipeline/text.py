@@ -78,7 +78,7 @@ class TextEncoding:
         self.rule = rule
         self.cache = PromptCache(0) if cache is None else cache
         self.keep = keep
-        self._encoder = load() if keep else None
+        self.encoder = load() if keep else None
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         wanted: dict[Key, None] = {}
@@ -102,7 +102,7 @@ class TextEncoding:
         if not keys:
             return {}
         began = time.perf_counter()
-        encoder = self.load() if self._encoder is None else self._encoder
+        encoder = self.load() if self.encoder is None else self.encoder
         load_ms = (time.perf_counter() - began) * 1e3
         made = {}
         for prompt, negative in keys:

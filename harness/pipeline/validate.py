@@ -24,6 +24,7 @@ class Limits:
         max_side: pixels at which the network's positions end; None where they do not.
         guided: whether there is something to be guided by.
         check_prompt: raises ValueError for a prompt that the model cannot take.
+        check_layout: raises ValueError for a request that the ranks cannot share.
     """
 
     size_multiple: int
@@ -33,6 +34,7 @@ class Limits:
     max_side: int | None = None
     guided: bool = True
     check_prompt: Callable[[str], None] = lambda prompt: None
+    check_layout: Callable[[GenerationRequest], None] = lambda request: None
 
 
 class InputValidation:
@@ -72,6 +74,7 @@ class InputValidation:
         check_frames(request.frames, limits.frame_multiple, limits.max_frames)
         if request.guidance != 1 and not limits.guided:
             raise ValueError(f"request.guidance={request.guidance}, but this model has nothing to be guided by; give 1")
+        limits.check_layout(request)
         for prompt in (*request.prompts, request.negative_prompt):
             limits.check_prompt(prompt)
         self.noise_scheduler.grid(request.steps, tokens(request.height, request.width, limits.size_multiple))

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from harness.config.schema import DType, Load, ModelConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
-from harness.messages import LoadedComponent
+from harness.messages import GenerationRequest, LoadedComponent
 from harness.metrics.cuda import CudaMemory, synchronizer
 from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.parallel.connect import Axes, connect, one_rank
+from harness.parallel.legal import check_layout
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.shard import shard_weights
 from harness.parallel.vae import parallel_decoder
 from harness.peer.build import native_facts, peer_stages
 from harness.peer.table import NATIVE, peer_attention
-from harness.pipeline.checkpoint import locate
+from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
 from harness.pipeline.denoise import Denoising
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.latents import LatentPreparation
+from harness.pipeline.layout import layout_facts, of_request
+from harness.pipeline.offload import Offloaded, networks_in
 from harness.pipeline.published import scheduler_file
 from harness.pipeline.settings import noise_scheduler_settings
+from harness.pipeline.stage import Stage
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
@@ -119,8 +126,14 @@ def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> 
     return found
 
 
-def limits_of(model: ModelConfig, parts: Components) -> Limits:
-    """What the configuration and the checkpoint let a request ask."""
+def limits_of(config: RunConfig, parts: Components) -> Limits:
+    """What the configuration, its layout and the checkpoint let a request ask."""
+    model, denoiser = config.model, trained_denoiser(config).weights
+    facts = layout_facts(config, locate(model, denoiser).config_folder(denoiser))
+
+    def check(request: GenerationRequest) -> None:
+        check_layout(config.parallel, of_request(facts, model, request))
+
     return Limits(
         model.size_multiple,
         model.max_pixels,
@@ -129,6 +142,7 @@ def limits_of(model: ModelConfig, parts: Components) -> Limits:
         parts.max_side,
         parts.guidance.possible,
         parts.check_prompt,
+        check,
     )
 
 
@@ -157,12 +171,11 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
 
 
 def deal(parts: Components, axes: Axes, backend: str) -> None:
-    """Cuts the network over this rank's axes, in place.
+    """Deals the network's tokens over this rank's axes, in place.
 
     Raises:
         ValueError: an attention backend that ring attention cannot use.
     """
-    cut_linears(parts.network, parts.plan, axes.tp)
     if axes.tokens.size > 1:
         ring_kernel = lse_kernel(backend) if axes.ring.size > 1 else None
         deal_tokens(parts.network, parts.plan, attention_kernel(backend), ring_kernel, axes)
@@ -183,25 +196,47 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
         ValueError: settings that do not go together.
     """
     model = config.model
+    waiting = timedelta(seconds=config.launch.collective_timeout_s)
+    axes = connect(place, source.device, waiting)  # before loading, which may take the ranks unequal times
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = backend_of(config, source.device)
-    parts = load(source, attention_kernel(backend))
+    cut = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
+    homes = dict.fromkeys(away(config, source), torch.device("cpu"))
+    parts = load(replace(source, cut=cut, devices=homes), attention_kernel(backend))
     check_multiple(model, parts)
-    axes = connect(place, source.device)
     deal(parts, axes, backend)
+    if config.parallel.shard_weights:
+        shard_weights(parts.network, parts.plan, axes.weights, source.device)
     noise_scheduler = noise_scheduler_of(config, source, parts)
-    pipeline = ComposedPipeline(
-        InputValidation(limits_of(model, parts), noise_scheduler),
-        [
-            TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep),
-            TimestepPreparation(noise_scheduler, parts.size_multiple),
-            LatentPreparation(parts.latent, noise_scheduler),
-            Denoising(parts.network, source.dtype_of(source.denoiser), noise_scheduler, parts.guidance, axes.cfg),
-            Decoding(parallel_decoder(parts.decoder, axes.picture)),
-        ],
-        SyncExecutor(),
-    )
-    return pipeline, axes
+    text = TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
+    dtype = source.dtype_of(source.denoiser)
+    denoising = Denoising(parts.network, dtype, noise_scheduler, parts.guidance, axes.cfg)
+    decoding = Decoding(parallel_decoder(parts.decoder, axes.picture))
+
+    def homed(stage: Stage, part: object) -> Stage:
+        return Offloaded(stage, networks_in(part), source.device) if model.offload else stage
+
+    stages = [
+        homed(text, text.encoder),
+        TimestepPreparation(noise_scheduler, parts.size_multiple),
+        LatentPreparation(parts.latent, noise_scheduler),
+        homed(denoising, parts.network),
+        homed(decoding, parts.decoder),
+    ]
+    return ComposedPipeline(InputValidation(limits_of(config, parts), noise_scheduler), stages, SyncExecutor()), axes
+
+
+def away(config: RunConfig, source: Source) -> list[str]:
+    """The components that are loaded to CPU memory, wherever they compute.
+
+    Raises:
+        NotImplementedError: offload on a machine that has no other memory.
+    """
+    if config.model.offload and source.device.type == "cpu":
+        raise NotImplementedError(
+            "model.offload=true takes networks from a GPU's memory to the CPU's, and this machine has no GPU"
+        )
+    return [source.denoiser, *COMPONENTS] if config.model.offload else [source.denoiser] * config.parallel.shard_weights
 
 
 def peer_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:
@@ -213,7 +248,7 @@ def peer_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:
     """
     parts = native_facts(config.model.architecture, source)
     check_multiple(config.model, parts)
-    noise_scheduler, limits = noise_scheduler_of(config, source, parts), limits_of(config.model, parts)
+    noise_scheduler, limits = noise_scheduler_of(config, source, parts), limits_of(config, parts)
     found = peer_stages(config, source, parts, noise_scheduler, limits, cache_mib(config))
     return ComposedPipeline(found.validation, found.stages, SyncExecutor())
 
@@ -246,8 +281,9 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
     else:
         pipeline, axes = peer_pipeline(config, source), one_rank()
     memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
+    memory.release()  # of what loading took and left
     loaded = [
-        LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged)
+        LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged, p.read_bytes)
         for p in source.loaded.values()
     ]
     return Worker(pipeline, place, device, memory, loaded, axes)

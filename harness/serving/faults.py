@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # c10/core/CPUAllocator; a RuntimeError, unlike CUDA's
+TIMED_OUT = re.compile(r"Timed out waiting (\d+)ms")  # gloo's words, of a collective
 PEER_LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -20,11 +23,16 @@ def failure_kind(error: BaseException) -> str:
 def failure_line(error: BaseException) -> str:
     """The first line of the message; the type before it where the message was not written for a user."""
     line = (str(error).splitlines() or [""])[0]
+    if waited := TIMED_OUT.search(str(error)):
+        return (
+            f"another rank did not answer within {int(waited[1]) / 1000:g} s: it has stopped, or is slower than "
+            "launch.collective_timeout_s allows"
+        )
     if line and isinstance(error, ValueError | NotImplementedError):
         return line
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether a rank failed only because another one went first."""
-    return any(words in str(error) for words in PEER_LOST)
+    """Whether a rank failed only because another one went first, not because it waited in vain for one."""
+    return not TIMED_OUT.search(str(error)) and any(words in str(error) for words in PEER_LOST)

@@ -30,6 +30,7 @@ PLAN = ParallelPlan(
     stacks=(Stack("blocks", sharded={"x_BLD": 1}),),
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
+    called_outside=("blocks.0.condition",),
 )
 CLASS_NAME = "DiTTransformer2DModel"
 CLASSES = (CLASS_NAME, "Transformer2DModel")  # the second in older files, which diffusers takes for the first

@@ -21,7 +21,7 @@ def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention) -> F
         CheckpointError: a configuration that it cannot be built from, or weights that do not fit it.
     """
     config = read_config(source.config_folder(source.denoiser))
-    return load_network(lambda: Flux(config, kernel), source, source.denoiser, NAMES)
+    return load_network(lambda: Flux(config, kernel), source, source.denoiser, NAMES, PLAN)
 
 
 def load(source: Source, kernel: AttentionKernel) -> Components:

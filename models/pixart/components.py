@@ -22,7 +22,7 @@ def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention, stri
         CheckpointError: a configuration that it cannot be built from, or weights that do not fit it.
     """
     config = replace(read_config(source.config_folder(source.denoiser)), stride=stride)
-    return load_network(lambda: PixArt(config, kernel), source, source.denoiser, NAMES)
+    return load_network(lambda: PixArt(config, kernel), source, source.denoiser, NAMES, PLAN)
 
 
 def load(source: Source, kernel: AttentionKernel) -> Components:

@@ -98,20 +98,23 @@ def load_encoder(source: Source, component: str, kind: type[M], config_kind: typ
     transformers_logging.disable_progress_bar()  # a rank's log is a file
     folder, dtype, began = source.config_folder(component), source.dtype_of(component), time.perf_counter()
     updates: Mapping[str, Sequence[LowRank]] = {}
+    read = 0
     try:
         config = config_kind.from_pretrained(folder, local_files_only=True)
         if source.dummy:
-            encoder = build_empty(lambda: kind(config), dtype, source.device)
+            encoder = build_empty(lambda: kind(config), dtype, source.device_of(component))
             fill_dummy(encoder)
         else:
             updates = updates_of(source, component)
-            encoder = _filled(kind, config, source, component, updates)
+            stored = tensors_of(source.weights(component))
+            encoder = _filled(kind, config, source, component, stored, updates)
+            read = sum(tensor.end - tensor.start for tensor in stored.values())
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the text encoder cannot be read ({_first_line(error)})") from error
-    encoder = encoder.to(source.device).requires_grad_(False).eval()
-    source.record(component, encoder, began, len(updates))
+    encoder = encoder.to(source.device_of(component)).requires_grad_(False).eval()
+    source.record(component, encoder, began, len(updates), read)
     return encoder
 
 
@@ -120,12 +123,12 @@ def _filled(
     config: PreTrainedConfig,
     source: Source,
     component: str,
+    stored: Mapping[str, Stored],
     updates: Mapping[str, Sequence[LowRank]],
 ) -> M:
     """An encoder with the checkpoint's weights; transformers maps their names and picks what stays float32."""
     dtype = source.dtype_of(component)
     wanted = None if kind._keep_in_fp32_modules_strict else dtype
-    stored = tensors_of(source.weights(component))
     encoder, found = kind.from_pretrained(
         None,
         config=config,

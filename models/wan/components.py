@@ -22,7 +22,7 @@ def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention) -> W
         CheckpointError: a configuration that it cannot be built from, or weights that do not fit it.
     """
     config = read_config(source.config_folder(source.denoiser))
-    return load_network(lambda: Wan(config, kernel), source, source.denoiser, NAMES, KEEP_FLOAT32)
+    return load_network(lambda: Wan(config, kernel), source, source.denoiser, NAMES, PLAN, KEEP_FLOAT32)
 
 
 def load(source: Source, kernel: AttentionKernel) -> Components:

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
+import numpy as np
 import pytest
+from PIL import Image
 
 from harness.records import Record, Status, read_record, read_status
 
@@ -34,6 +37,13 @@ def torchrun(ranks: int, *overrides: str) -> list[str]:
     return [*runner, "-m", "harness", *QUICK, *overrides]
 
 
+def agents(nodes: int, port: int, *overrides: str) -> list[list[str]]:
+    """The commands of as many torchrun agents, one rank each, that meet at a port of this machine."""
+    runner = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", "1"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    return [[*runner, *meeting, "-m", "harness", *QUICK, *overrides]] * nodes
+
+
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=LIMIT_S, env=environment())
 
@@ -47,6 +57,14 @@ def record_of(folder: Path) -> Record:
 def hashes(folder: Path) -> dict[int, str]:
     """sha256 of the pixels by seed."""
     return {row.seed: row.sha256 for row in record_of(folder).samples}
+
+
+def difference(one: Path, other: Path) -> int:
+    """The largest difference of two runs' 8-bit pictures."""
+    return max(
+        int(np.abs(np.asarray(Image.open(one / row.path), int) - np.asarray(Image.open(other / row.path), int)).max())
+        for row in record_of(one).samples
+    )
 
 
 def processes_about(folder: Path) -> dict[int, str]:
@@ -73,9 +91,11 @@ def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 60.0) ->
 
 
 @contextmanager
-def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+def started(
+    arguments: list[str], variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[subprocess.Popen[str]]:
     pipe, both = subprocess.PIPE, subprocess.STDOUT
-    process = subprocess.Popen(arguments, stdout=pipe, stderr=both, text=True, env=environment())
+    process = subprocess.Popen(arguments, stdout=pipe, stderr=both, text=True, env=environment() | dict(variables))
     try:
         yield process
     finally:

@@ -16,6 +16,7 @@ import harness
 from models.registry import REFERENCE
 from tests.end_to_end.conftest import (
     ENDLESS,
+    LIMIT_S,
     command,
     processes_about,
     run,
@@ -24,6 +25,7 @@ from tests.end_to_end.conftest import (
     torchrun,
     wait_for,
 )
+from tests.end_to_end.faults import planted
 
 ONE = "request.prompt=rocket"
 
@@ -64,6 +66,54 @@ def test_a_rank_killed_while_denoising(tmp_path: Path) -> None:
     assert status.state == "failed"
     assert "rank 1 died with SIGKILL" in (status.error or "")
     assert not processes_about(folder)
+
+
+SAYS = {
+    "killed": "rank 1 died with SIGKILL",
+    "raises": "rank 1: planted fault",
+    "stopped": "rank 0: another rank did not answer within 5 s",
+}
+
+
+def seconds_to_end(process: "subprocess.Popen[str]", tmp_path: Path) -> float:
+    """How long after its planted fault a run has ended, its output read."""
+    process.communicate(timeout=LIMIT_S)
+    return time.time() - (tmp_path / "fault").stat().st_mtime
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "layout"),
+    [("killed", "ulysses2"), ("killed", "ring2"), ("raises", "ulysses2"), ("raises", "ring2"), ("stopped", "ring2")],
+)
+def test_a_rank_that_ends_inside_a_collective_ends_the_run(tmp_path: Path, end: str, layout: str) -> None:
+    folder = tmp_path / "run"
+    overrides = [ENDLESS, ONE, f"parallel={layout}", f"hydra.run.dir={folder}"]
+    if end == "stopped":
+        overrides.append("launch.collective_timeout_s=5")
+    with started(command(*overrides), planted(tmp_path, end)) as process:
+        assert seconds_to_end(process, tmp_path) < 60
+    assert process.returncode == 1
+    assert status_of(folder).state == "failed"
+    assert SAYS[end] in (status_of(folder).error or "")
+    assert not processes_about(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "layout", "says"),
+    [("killed", "ulysses2", "torchrun's output says which"), ("raises", "ring2", SAYS["raises"])],
+)
+def test_a_rank_that_ends_inside_a_collective_of_the_users_own_torchrun(
+    tmp_path: Path, end: str, layout: str, says: str
+) -> None:
+    folder = tmp_path / "run"
+    overrides = [ENDLESS, ONE, f"parallel={layout}", f"hydra.run.dir={folder}"]
+    with started(torchrun(2, *overrides), planted(tmp_path, end)) as process:
+        assert seconds_to_end(process, tmp_path) < 60
+    assert process.returncode != 0
+    assert says in (status_of(folder).error or "")
+    wait_for(lambda: not processes_about(folder), "every process to end", 10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

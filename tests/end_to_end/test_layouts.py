@@ -11,14 +11,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from harness.media import pixel_hash
-from harness.parallel.formula import sent_bytes, trace_network
+from harness.parallel.formula import sent_bytes, trace_network, weight_bytes
 from harness.parallel.formula_vae import decode_bytes, trace_decode
 from harness.records import Record, load
 from models.components import Conditioning
 from models.decoders import KLDecoder
+from models.empty import build_empty
 from models.pixart import PLAN, PixArt, read_config
 from models.registry import REFERENCE
-from tests.end_to_end.conftest import command, hashes, record_of, run, status_of, torchrun
+from tests.end_to_end.conftest import command, difference, hashes, record_of, run, status_of, torchrun
 
 ASKED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5"]
 
@@ -62,14 +63,6 @@ def test_two_replicas_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
     assert len(record_of(tmp_path / "run").summary.peak_memory_mib) == 2
 
 
-def difference(one: Path, other: Path) -> int:
-    """The largest difference of two runs' 8-bit pictures."""
-    return max(
-        int(np.abs(np.asarray(Image.open(one / row.path), int) - np.asarray(Image.open(other / row.path), int)).max())
-        for row in record_of(one).samples
-    )
-
-
 def sent(record: Record, stage: str) -> dict[str, int]:
     """Bytes by kind of collective that the record has of one stage."""
     return {kind: traffic.bytes for kind, traffic in record.summary.comm[stage].items()}
@@ -109,6 +102,18 @@ def test_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp
     assert sent(record, "denoising") == denoising_bytes(layout, record.summary.nfe * len(record.samples))
     assert sent(record, "decoding") == decoding_bytes(len(record.samples))
     assert record.attention.resolved == ("torch cpu flash" if layout == "ring2" else "torch sdpa")
+
+
+@pytest.mark.slow
+def test_dealt_weights_draw_the_same_bits(tmp_path: Path) -> None:
+    for layout in ("ulysses2", "ulysses2_sharded"):
+        done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / layout}"))
+        assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "ulysses2_sharded") == hashes(tmp_path / "ulysses2")
+    whole, dealt = sent(record_of(tmp_path / "ulysses2"), "denoising"), record_of(tmp_path / "ulysses2_sharded")
+    network = build_empty(lambda: PixArt(read_config(REFERENCE / "emoji" / "transformer")), torch.float32, "meta")
+    weights = weight_bytes(network, PLAN, ranks=2) * dealt.summary.nfe * len(dealt.samples)
+    assert sent(dealt, "denoising") == whole | {"all_gather weights": weights}
 
 
 @pytest.mark.slow

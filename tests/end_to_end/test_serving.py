@@ -108,6 +108,24 @@ def test_what_cannot_be_drawn_is_refused_and_the_engine_serves_on(
     assert len(generator.generate().pixels) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "changes", "says"),
+    [
+        ("parallel=cfg2", {"guidance": 1.0}, "parallel.cfg=2 needs guidance"),
+        ("parallel=ring2", {"height": 8, "width": 64}, "2 ranks decode a picture of 1 rows of tokens; use 1 ranks"),
+    ],
+)
+def test_a_request_that_the_ranks_cannot_share_is_refused_and_they_serve_on(
+    layout: str, changes: dict[str, object], says: str
+) -> None:
+    with DiffusionGenerator.from_config(layout, "launch.threads_per_rank=1", "request.steps=1") as shared:
+        with pytest.raises(RequestFailed, match=says) as caught:
+            shared.generate(prompt="rocket", **changes)  # type: ignore[arg-type]
+        assert caught.value.kind == "rejected"
+        assert len(shared.generate(prompt="rocket").pixels) == 1
+
+
 def test_progress_streams_to_the_end(generator: DiffusionGenerator) -> None:
     seen: list[Progress] = []
     result = generator.generate(steps=40, on_progress=seen.append).result

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from harness.records import load, read_status
-from tests.end_to_end.conftest import LIMIT_S, environment, record_of, run
+from harness.records import CUT_OFF, load, read_status
+from tests.end_to_end.conftest import LIMIT_S, environment, processes_about, record_of, run, started, wait_for
 
 HERE = ["launch.mode=inprocess", "launch.threads_per_rank=1", "request.prompt=rocket"]  # torch is imported once a sweep
 
@@ -37,9 +37,9 @@ def inspect(job: Path, *flags: str) -> str:
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two solvers times two step counts, mirrored to wandb offline."""
     folder = tmp_path_factory.mktemp("sweep") / "four"
-    done = sweep(
-        folder, "scheduler/solver=euler,heun", "request.steps=1,2", "logger=default", "logger.wandb.mode=offline"
-    )
+    measured = ["task=bench", "task.repeats=2", f"task.references={folder.parent / 'references'}"]
+    mirrored = ["logger=default", "logger.wandb.mode=offline"]
+    done = sweep(folder, "scheduler/solver=euler,heun", "request.steps=1,2", *measured, *mirrored)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ok") >= 4, done.stdout
     return folder
@@ -79,6 +79,12 @@ def test_wandb_holds_what_the_record_holds(four: Path) -> None:
         assert mirror["summary"]["step_ms_median"] == record.summary.step_ms.median
         assert mirror["summary"]["nfe"] == record.summary.nfe
         assert mirror["summary"]["fingerprint"] == record.fingerprint
+        assert mirror["summary"]["flops_per_step"] == record.summary.flops_per_step
+        assert mirror["summary"]["achieved_tflops"] == record.summary.achieved_tflops
+        assert record.fidelity is not None
+        assert mirror["summary"]["fidelity_verdict"] == record.fidelity.verdict == "within_floor"
+        assert mirror["summary"]["fidelity_pixel_rel_l2"] == record.fidelity.pixel.rel_l2
+        assert mirror["summary"]["fidelity_floor_latent"] == record.fidelity.floor_latent
         assert record.quality is not None
         assert mirror["summary"]["quality_distance"] == record.quality.distance.value
         for group in ("model", "scheduler", "request", "launch"):
@@ -109,3 +115,73 @@ def test_an_unknown_name_stops_a_sweep_before_its_first_job(tmp_path: Path) -> N
     assert done.returncode == 2
     assert "did you mean heun?" in done.stderr
     assert jobs(tmp_path / "sweep") == []
+
+
+def test_a_sweep_starts_ranks_once_an_engine_and_again_only_what_is_not_done(tmp_path: Path) -> None:
+    folder, axes = tmp_path / "sweep", ["request.steps=1,2,0", "logger=json"]
+    done = sweep(folder, *axes)
+    assert done.returncode == 1
+    assert "ranks were started 1 times and reused 1 times, which saved" in done.stdout
+    assert "kept" not in done.stdout
+    before = {job.name: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
+    refused, started, reused = (next(job for job in jobs(folder) if f"steps={n}" in job.name) for n in (0, 1, 2))
+    assert record_of(started).first_call.reused is None
+    assert record_of(reused).first_call.reused == str(started)
+    (started / "status.json").write_text('{"state": "failed", "error": "the run was cut off before it ended"}')
+    done = sweep(folder, *axes)
+    assert done.returncode == 1, done.stderr
+    assert "1 jobs had been done before" in done.stdout
+    after = {job.name: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
+    assert {name for name in after if after[name] != before[name]} == {started.name, refused.name}
+    assert read_status(started).state == "ok"
+
+
+SWEEPS = (
+    ["launch.mode=inprocess", "model.load=checkpoint,dummy", "request.steps=1,2"],
+    ["launch.mode=inprocess", "scheduler=rectified_flow,ddpm,sgm", "scheduler/solver=ddim,heun", "request.steps=2"],
+    ["attention=sdpa,math", "parallel=single,dp2", "request.samples_per_prompt=2", "request.steps=1,2"],
+    ["launch.mode=inprocess", "request.guidance=1", "request.steps=1,2,3,4,5,0"],
+)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_ends_with_every_row_once(tmp_path: Path) -> None:
+    """24 jobs over model, family, solver, steps, attention and layout; one cannot run, and one command is killed."""
+    folder = tmp_path / "sweep"
+    common = [sys.executable, "-m", "harness", "-m", "launch.threads_per_rank=1", "request.prompt=rocket"]
+    commands = [[*common, "logger=json", f"hydra.sweep.dir={folder}", *axes] for axes in SWEEPS]
+    assert [run(command).returncode for command in commands[:2]] == [0, 0]
+    with started(commands[2]) as process:
+        wait_for(lambda: len(jobs(folder)) == 13, "the third job of eight to start", LIMIT_S)
+        process.kill()
+        process.wait(timeout=LIMIT_S)
+    wait_for(lambda: not processes_about(folder), "its ranks to end")
+    before = {job: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
+    cut = [job for job in before if read_status(job) == CUT_OFF]
+    assert len(before) == 13
+    assert len(cut) == 1
+    outcomes = [run(command) for command in commands]
+    assert [done.returncode for done in outcomes] == [0, 0, 0, 1], [done.stderr for done in outcomes]
+    kept = [next(line for line in done.stdout.splitlines() if "had been done" in line) for done in outcomes[:3]]
+    assert [line.split()[0] for line in kept] == ["4", "6", "2"]
+    table = load(folder)
+    assert len(table) == 24
+    assert table["fingerprint"].nunique() == 23
+    assert table["state"].value_counts().to_dict() == {"ok": 23, "failed": 1}
+    (error,) = table["error"].dropna()
+    assert error.startswith("request.steps=0")
+    again = {job for job, at in before.items() if (job / "status.json").stat().st_mtime_ns != at}
+    assert again == set(cut)
+
+
+@pytest.mark.slow
+def test_a_launcher_may_run_the_jobs_in_processes_of_its_own(tmp_path: Path) -> None:
+    """As on a cluster: submitit pickles each job, and what came of it is read back from the sweep's folder."""
+    pytest.importorskip("submitit", reason="pip install 'triptych[slurm]'")
+    overrides = ["hydra/launcher=submitit_local", "logger=json", "request.steps=1", "request.height=64,65"]
+    done = sweep(tmp_path / "sweep", *overrides, "launch.mode=torchrun", "parallel=dp2")
+    assert done.returncode == 1, done.stderr
+    drawn, refused = jobs(tmp_path / "sweep")
+    assert (read_status(drawn).state, read_status(refused).state) == ("ok", "failed")
+    assert record_of(drawn).provenance.world_size == 2
+    assert "the nearest this model can make is 64 or 72" in done.stdout

@@ -11,7 +11,7 @@ from harness import fidelity
 from harness.client import DiffusionGenerator
 from harness.compose import Composed, compose_run
 from harness.config.schema import DType
-from harness.fidelity import METHODS, Drawn, Method, floor_config, measure, method_class, reference_config
+from harness.fidelity import METHODS, Artist, Drawn, Method, floor_config, measure, method_class, reference_config
 from harness.generate import judged, run_in
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, bound, verdict
@@ -38,7 +38,7 @@ def bench(folder: Path, references: Path, *overrides: str) -> Composed:
 def ran(composed: Composed) -> Fidelity | None:
     """Runs a bench as the command does; its row's fidelity."""
     folder = RunFolder.claim(composed.folder)
-    run_in(composed, folder, Console(quiet=True), lambda: DiffusionGenerator.from_composed(composed, folder.path))
+    run_in(composed, folder, Console(quiet=True))
     record = read_record(folder.path)
     assert record is not None
     assert record.summary.flops_per_step is not None
@@ -140,7 +140,7 @@ def test_an_approximation_declared_exact_is_broken(tmp_path: Path, references: P
     with progress_bars(Console(quiet=True)) as bars:
         for claimed, meant in ((EXACT, "broken"), (EQUIVALENT, "broken"), (APPROXIMATE, "approximate")):
             cache = Method("cache", claimed, lambda config: True)
-            found, notes = measure(config, row, bars, [*METHODS, cache])
+            found, notes = measure(config, row, Artist(tmp_path, bars), [*METHODS, cache])
             assert notes == []
             assert found is not None
             assert (found.verdict, found.methods) == (meant, ["cache"])

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from harness import generate
 from harness.compose import compose_run, from_yaml, to_yaml
-from harness.config.schema import WandbMode
+from harness.config.schema import RunConfig, WandbMode
+from harness.engine import Engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import logged_in, resolve_mode
 from harness.media import GRID_CELL, grid, to_uint8
@@ -73,7 +74,7 @@ def test_a_fault_of_wandb_is_not_the_runs(
     composed = compose_run(["request.prompt=a"])
     folder = RunFolder.claim(tmp_path / "run")
 
-    def make() -> generate.DiffusionGenerator:
+    def make(config: RunConfig, folder: Path) -> Engine:
         raise ValueError("no ranks today")
 
     assert generate.run_in(composed, folder, Console(), make) == Status("failed", "no ranks today")

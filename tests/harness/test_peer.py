@@ -4,7 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,9 @@ from harness.serving.build import build_worker, source_of
 from models.files import read_json
 from models.names import NameMap
 from models.registry import ARCHITECTURES
-from tests.models import (
-    test_dit_pipeline,
-    test_flux_pipeline,
-    test_pixart_pipeline,
-    test_qwen_image_pipeline,
-    test_sd3_pipeline,
-    test_unet_pipeline,
-    test_z_image_pipeline,
-)
-from tests.models.wan_checkpoint import tiny_wan
+from tests.models.checkpoints import CASES, PROMPTS, SIZE, Case, overrides_of
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
-SHORT = ("model.text.tokens=20",)
-PATCHES = ("model.size_multiple=4",)
-SIZE = {"height": 48, "width": 32}
-PROMPTS = ["a red fox", "two small boats"]
 LEARNED = ("scheduler=ddpm", "scheduler/solver=ddpm", "scheduler.solver.variance=learned_range")
 OTHERS = ("dit", "sd35_medium", "flux", "qwen_image", "z_image")
 SLOW = ("pixart_sigma", "sd3", "sd21", "flux")  # each like another one; OTHERS are those of the test of random weights
@@ -51,60 +38,6 @@ SLOW = ("pixart_sigma", "sd3", "sd21", "flux")  # each like another one; OTHERS 
 def slowly(*values: object) -> ParameterSet:
     """A case for the slow suite."""
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A tiny checkpoint, and what a run of it is told.
-
-    Args:
-        model: the option of group model.
-        save: writes the checkpoint to a folder.
-        overrides: beside the folder and float32.
-        asked: of every request.
-        evaluations: of the network, for 3 steps.
-    """
-
-    model: str
-    save: Callable[[Path], object]
-    overrides: tuple[str, ...]
-    asked: dict[str, Any]
-    evaluations: int = 3
-
-
-CASES = {
-    "dit": Case(
-        "dit_256",
-        test_dit_pipeline.save,
-        (*PATCHES, "model.height=16", "model.width=16", "model.examples=[cock]"),
-        {"prompts": ["cock", "999"], "height": 16, "width": 16, "negative_prompt": ""},
-    ),
-    "pixart_alpha": Case(
-        "pixart_alpha", lambda folder: test_pixart_pipeline.save(folder, "pixart_alpha"), (*PATCHES, *SHORT), SIZE
-    ),
-    "pixart_sigma": Case(
-        "pixart_sigma", lambda folder: test_pixart_pipeline.save(folder, "pixart_sigma"), (*PATCHES, *SHORT), SIZE
-    ),
-    "sd3": Case("sd3", lambda folder: test_sd3_pipeline.checkpoint(folder, False), (*PATCHES, *SHORT), SIZE),
-    "sd35_medium": Case(
-        "sd35_medium", lambda folder: test_sd3_pipeline.checkpoint(folder, True), (*PATCHES, *SHORT), SIZE
-    ),
-    "flux": Case("flux", lambda folder: test_flux_pipeline.checkpoint(folder, True), (*PATCHES, *SHORT), SIZE),
-    "flux_schnell": Case(
-        "flux_schnell", lambda folder: test_flux_pipeline.checkpoint(folder, False), (*PATCHES, *SHORT), SIZE
-    ),
-    "qwen_image": Case("qwen_image", test_qwen_image_pipeline.save, ("model.text.tokens=40",), SIZE),
-    "z_image": Case("z_image_turbo", test_z_image_pipeline.save, ("model.text.tokens=48",), SIZE),
-    "wan": Case(
-        "wan_1_3b",
-        lambda folder: tiny_wan().save_pretrained(folder),
-        ("model.text.tokens=24",),
-        {"height": 32, "width": 16, "frames": 5},
-    ),
-    "sd15": Case("sd15", lambda folder: test_unet_pipeline.sd("sd15").save_pretrained(folder), (), SIZE, evaluations=4),
-    "sd21": Case("sd21", lambda folder: test_unet_pipeline.sd("sd21").save_pretrained(folder), (), SIZE),
-    "sdxl": Case("sdxl", lambda folder: test_unet_pipeline.sdxl().save_pretrained(folder), (), SIZE),
-}
 
 
 def generator(*overrides: str) -> DiffusionGenerator:
@@ -132,10 +65,6 @@ class Pair:
             assert ((other > 0) & (other < 1)).mean() > 0.2, "a clamped picture proves little"
             apart.append(np.abs(mine - other).max())
         return apart, ours.record, theirs.record
-
-
-def overrides_of(case: Case, folder: Path) -> list[str]:
-    return [f"model={case.model}", f"model.path={folder}", "model.dtype=float32", *case.overrides]
 
 
 @pytest.fixture(scope="module", params=[slowly(name) if name in SLOW else name for name in CASES])

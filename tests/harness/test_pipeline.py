@@ -18,6 +18,7 @@ from harness.pipeline.denoise import Denoising
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.guidance import Branches
 from harness.pipeline.latents import LatentPreparation, seeded_noise, step_noise
+from harness.pipeline.offload import Offloaded, networks_in
 from harness.pipeline.stage import Stage, check_wiring
 from harness.pipeline.state import Ask, Cancelled, RunContext, Sample, asks, micro_batches
 from harness.pipeline.text import TextEncoding
@@ -467,3 +468,53 @@ def test_what_cannot_be_drawn_is_refused_before_any_stage(changes: dict[str, obj
         worker(network).pipeline.check(request(**changes))
     assert "\n" not in str(caught.value)
     assert network.calls == 0
+
+
+class Holder:
+    """A decoder as models/ makes them: a network in an attribute of an attribute."""
+
+    def __init__(self) -> None:
+        self.vae = nn.Linear(2, 3)
+        self.inner = ToyHolder(nn.BatchNorm1d(2))
+
+
+@dataclasses.dataclass
+class ToyHolder:
+    network: nn.Module
+
+
+def test_offloaded_networks_are_on_the_device_only_while_their_stage_runs() -> None:
+    """The device is the CPU here, on which a copy stands for the visit."""
+    holder = Holder()
+    networks = networks_in(holder)
+    assert networks == [holder.vae, holder.inner.network]
+    tensors = [x for n in networks for x in (*n.parameters(), *n.buffers())]
+    homes, values = [x.data_ptr() for x in tensors], [x.clone() for x in tensors]
+
+    class Looking(Decoding):
+        def forward(self, samples: list[Sample], run: RunContext) -> None:
+            assert all(torch.equal(x, value) for x, value in zip(tensors, values, strict=True))
+            assert not {x.data_ptr() for x in tensors} & set(homes)
+            raise Cancelled
+
+    stage = Offloaded(Looking(ToyDecoder()), networks, torch.device("cpu"))
+    assert (stage.name, stage.reads, stage.writes) == ("decoding", Decoding.reads, Decoding.writes)
+    with pytest.raises(Cancelled):
+        stage.forward([], context())
+    assert [x.data_ptr() for x in tensors] == homes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloaded_networks_leave_the_gpu() -> None:
+    holder, device = Holder(), torch.device("cuda")
+    networks, seen = networks_in(holder), set[str]()
+
+    class Looking(Decoding):
+        def forward(self, samples: list[Sample], run: RunContext) -> None:
+            seen.update(x.device.type for n in networks for x in (*n.parameters(), *n.buffers()))
+
+    before = torch.cuda.memory_allocated()
+    Offloaded(Looking(ToyDecoder()), networks, device).forward([], context())
+    assert seen == {"cuda"}
+    assert torch.cuda.memory_allocated() == before

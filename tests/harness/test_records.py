@@ -17,6 +17,7 @@ from harness.metrics.quality import Quality
 from harness.metrics.summary import summarize
 from harness.provenance import provenance
 from harness.records import (
+    CUT_OFF,
     SCHEMA,
     Attention,
     FirstCall,
@@ -28,6 +29,7 @@ from harness.records import (
     Statistics,
     Status,
     fingerprint,
+    is_done,
     load,
     read_record,
     read_status,
@@ -90,6 +92,39 @@ def test_an_occupied_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"already holds a run.*hydra\.run\.dir"):
         RunFolder.claim(tmp_path)
     assert read_status(tmp_path) == Status("ok")
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled", "oom"])
+def test_the_folder_of_a_run_that_did_not_end_well_is_taken_over(tmp_path: Path, state: str) -> None:
+    first = RunFolder.claim(tmp_path)
+    first.write_record(record())
+    (tmp_path / "logs" / "rank0.error.json").write_text("{}")
+    first.finish(Status(state, "no"))
+    with pytest.raises(RunFolderError, match="already holds a run"):  # its process lives
+        RunFolder.claim(tmp_path, again=True)
+    assert read_status(tmp_path) == Status(state, "no")
+    del first
+    RunFolder.claim(tmp_path, again=True)
+    assert read_status(tmp_path) == CUT_OFF
+    assert read_record(tmp_path) is None
+    assert not list((tmp_path / "logs").glob("*.json"))
+
+
+def test_a_run_that_ended_well_is_never_taken_over(tmp_path: Path) -> None:
+    RunFolder.claim(tmp_path).finish(Status("ok"))
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        RunFolder.claim(tmp_path, again=True)
+    assert read_status(tmp_path) == Status("ok")
+
+
+def test_a_row_is_done_once_its_status_is_there(tmp_path: Path) -> None:
+    declared = to_dict(compose_run(["request.prompt=rocket"]).config)
+    folder = RunFolder.claim(tmp_path)
+    folder.write_record(msgspec.structs.replace(record(), fingerprint=fingerprint(declared)))
+    assert not is_done(tmp_path, declared)  # cut off before its end
+    folder.finish(Status("failed", "broken: ..."))
+    assert is_done(tmp_path, declared)
+    assert not is_done(tmp_path, declared | {"request": {}})
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

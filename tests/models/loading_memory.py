@@ -1,11 +1,13 @@
 """Loads one component in a process of its own and prints its weights' bytes and the peak of its resident set over them.
 
-`python -m tests.models.loading_memory KIND FOLDER DTYPE`, KIND being pixart, vae, unet, t5 or clip.
+`python -m tests.models.loading_memory KIND FOLDER DTYPE`, KIND being pixart, pixart_half, vae, unet, t5 or clip.
 """
 
 import gc
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +16,17 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from harness.metrics.memory import ResidentMemory
+from harness.parallel.group import Group, Traffic
+from harness.parallel.parallelize import cut_linears
 from models.decoders import load_from_diffusers
 from models.pixart import load_denoiser
 from models.source import Source
 from models.text.load import load_encoder
 
+HALF = partial(cut_linears, group=Group((0, 1), 0, None, Traffic()))
 LOAD: dict[str, Callable[[Source], nn.Module]] = {
     "pixart": load_denoiser,
+    "pixart_half": lambda source: load_denoiser(replace(source, cut=HALF)),
     "vae": lambda source: load_from_diffusers(source, "vae", AutoencoderKL),
     "unet": lambda source: load_from_diffusers(source, "unet", UNet2DConditionModel),
     "t5": lambda source: load_encoder(source, "text_encoder", T5EncoderModel, T5Config),

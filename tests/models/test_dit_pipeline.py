@@ -25,11 +25,11 @@ CLASSES = {"Tinca tinca": 0, "goldfish": 1, "999": 999}
 LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 
 
-def save(folder: Path) -> None:
+def save(folder: Path, heads: int = 2) -> None:
     """Every part random and small, saved by diffusers' pipeline."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, sample_size=SIDE
+        num_attention_heads=heads, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, sample_size=SIDE
     )
     randomize(transformer)
     vae = AutoencoderKL(

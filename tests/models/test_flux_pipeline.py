@@ -32,14 +32,14 @@ class Case:
     folder: Path
 
 
-def checkpoint(folder: Path, distilled: bool) -> FluxPipeline:
+def checkpoint(folder: Path, distilled: bool, heads: int = 2) -> FluxPipeline:
     """A tiny checkpoint of the kind of FLUX.1 [dev], or of [schnell]."""
     network = FluxTransformer2DModel(
         in_channels=16,
         num_layers=2,
         num_single_layers=2,
         attention_head_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         joint_attention_dim=24,
         pooled_projection_dim=12,
         axes_dims_rope=(4, 6, 6),

@@ -1,5 +1,7 @@
 """Loading takes the memory of the weights, and at most 0.15 of them more, whatever dtype they are stored in.
 
+A rank of two that share the linears has half of them, and takes no more than its half.
+
 The peak is the resident set's high-water mark (VmHWM, reset through /proc/self/clear_refs), over the baseline after
 imports, in a child process a case.
 """
@@ -62,6 +64,7 @@ def make(kind: str, stored: torch.dtype, shards: int, folder: Path) -> None:
     """Random weights of one kind of network."""
     build = {
         "pixart": lambda: PixArt(PIXART),
+        "pixart_half": lambda: PixArt(PIXART),
         "vae": lambda: AutoencoderKL(**VAE),
         "unet": lambda: UNet2DConditionModel(**UNET),
         "t5": lambda: T5EncoderModel(T5),
@@ -69,7 +72,7 @@ def make(kind: str, stored: torch.dtype, shards: int, folder: Path) -> None:
     }[kind]
     network: nn.Module = build_empty(build, stored)
     fill_dummy(network)
-    if kind == "pixart":
+    if kind.startswith("pixart"):
         cut(
             {NAMES.theirs(name): tensor for name, tensor in network.state_dict().items()},
             folder / "transformer",
@@ -87,6 +90,8 @@ def make(kind: str, stored: torch.dtype, shards: int, folder: Path) -> None:
         ("pixart", "bfloat16", 1, "float32"),
         ("pixart", "float32", 1, "bfloat16"),
         ("pixart", "float32", 3, "bfloat16"),
+        ("pixart_half", "bfloat16", 1, "bfloat16"),
+        ("pixart_half", "float32", 3, "bfloat16"),
         ("vae", "float32", 1, "bfloat16"),
         ("vae", "float32", 1, "float32"),
         ("unet", "float32", 1, "bfloat16"),
@@ -106,3 +111,6 @@ def test_loading_takes_the_memory_of_the_weights(
     weights, peak = map(float, done.stdout.split())
     print(f"{kind} {stored} x {shards} to {wanted}: {weights:.0f} MiB, peak {peak / weights:.3f} of them")
     assert 0.9 < peak / weights < BOUND
+    if kind == "pixart_half":
+        whole = build_empty(lambda: PixArt(PIXART), torch.bfloat16, "meta")
+        assert weights < 0.55 * sum(p.numel() * p.element_size() for p in whole.parameters()) / 2**20

@@ -54,15 +54,15 @@ class Both:
     engine: DiffusionGenerator
 
 
-def save(folder: Path, name: str) -> None:
+def save(folder: Path, name: str, heads: int = 2) -> None:
     """Every part random and small, saved by diffusers' pipeline; the network under the class of older files."""
     torch.manual_seed(0)
     kind, sizes = PIPELINES[name]
     transformer = PixArtTransformer2DModel(
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=12,
         num_layers=2,
-        cross_attention_dim=24,
+        cross_attention_dim=12 * heads,
         caption_channels=16,
         **sizes,
     )

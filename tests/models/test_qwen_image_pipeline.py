@@ -38,7 +38,7 @@ BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 MEAN, STD = [0.3, -0.2, 0.1, 0.4], [1.5, 0.8, 1.1, 2.0]
 
 
-def save(folder: Path) -> None:
+def save(folder: Path, heads: int = 2) -> None:
     """Every part random and small, saved by diffusers' pipeline."""
     text = {
         "vocab_size": VOCABULARY,
@@ -62,7 +62,7 @@ def save(folder: Path) -> None:
             out_channels=4,
             num_layers=2,
             attention_head_dim=16,
-            num_attention_heads=2,
+            num_attention_heads=heads,
             joint_attention_dim=32,
             axes_dims_rope=(4, 6, 6),
         ),

@@ -36,7 +36,7 @@ class Case:
     folder: Path
 
 
-def checkpoint(folder: Path, medium: bool) -> StableDiffusion3Pipeline:
+def checkpoint(folder: Path, medium: bool, heads: int = 4) -> StableDiffusion3Pipeline:
     """A tiny checkpoint of 3.5 medium's kind, or one of 3 medium's without its third text encoder."""
     options = {"qk_norm": "rms_norm", "dual_attention_layers": [0, 1]} if medium else {}
     network = SD3Transformer2DModel(
@@ -45,9 +45,9 @@ def checkpoint(folder: Path, medium: bool) -> StableDiffusion3Pipeline:
         out_channels=4,
         num_layers=3,
         attention_head_dim=8,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         joint_attention_dim=40,
-        caption_projection_dim=32,
+        caption_projection_dim=8 * heads,
         pooled_projection_dim=14,
         pos_embed_max_size=13,
         **options,

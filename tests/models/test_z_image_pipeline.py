@@ -32,7 +32,7 @@ NEGATIVE = "shape"
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 
 
-def save(folder: Path) -> None:
+def save(folder: Path, heads: int = 3) -> None:
     """Every part random and small, saved by diffusers' pipeline."""
     parts = {
         "text_encoder": Qwen3Model(
@@ -49,11 +49,11 @@ def save(folder: Path) -> None:
         ),
         "transformer": ZImageTransformer2DModel(
             in_channels=4,
-            dim=48,
+            dim=16 * heads,
             n_layers=2,
             n_refiner_layers=1,
-            n_heads=3,
-            n_kv_heads=3,
+            n_heads=heads,
+            n_kv_heads=heads,
             cap_feat_dim=32,
             axes_dims=[4, 6, 6],
             axes_lens=[256, 64, 64],

@@ -14,10 +14,10 @@ OVERRIDES = ("model=wan_1_3b", "model.dtype=float32", f"model.text.tokens={TOKEN
 """What a run of it is told beside model.path: the published settings, in float32 and with short prompts."""
 
 
-def tiny_wan() -> WanPipeline:
+def tiny_wan(heads: int = 2) -> WanPipeline:
     """diffusers' pipeline of Wan with the published noise scheduler, float32, everything in it random and lively."""
     transformer = WanTransformer3DModel(
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=12,
         in_channels=4,
         out_channels=4,

@@ -1,6 +1,7 @@
 """What each rank of a layout computes of one network, and what it sends for that."""
 
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache
 from itertools import groupby
 
@@ -141,7 +142,7 @@ def forward(rank: int, size: int, more: bool) -> dict[str, Tensor]:
     """The outputs, by name of the network and layout, and the bytes that were sent, by kind behind those."""
     found = {}
     for layout, networks in groupby(cases(size, more), key=lambda case: case[1]):
-        axes = connect(Place(rank, layout.degrees), torch.device("cpu"))
+        axes = connect(Place(rank, layout.degrees), torch.device("cpu"), timedelta(seconds=60))
         for name, _ in networks:
             tiny = TINY[name]
             network = tiny.build(math_attention, layout.dtype)

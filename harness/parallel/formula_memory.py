@@ -1,0 +1,107 @@
+"""How much memory a rank needs, from shapes alone: weights exactly, activations by a stated rule.
+
+With the letters of harness.parallel.formula, in numbers of the network's dtype, one evaluation holds at its peak
+
+    2 l C                   the residual stream of its widest stack, before and after a block
+    4 x                     queries, keys, values and output of its widest attention,
+    + 2 x (ring > 1)        keys and values that are on their way,
+    + 3 x (ulysses > 1)     queries, keys and values as they were dealt
+    l (C_in + C_out)        of its widest linear, a side that is cut over tp
+    L C                     what a stack returns, gathered (T > 1)
+    widest                  in and out of the widest layer outside of stacks (of a UNet: of the widest layer)
+
+and decoding its band of rows the widest layer's input and output, and an output-sized residual. Not in it: workspaces
+of kernels, fragmentation, skip connections of a UNet, frames that a video decoder keeps, and the runtime itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.parallel.formula import Trace
+from models.plan import ParallelPlan
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a network's parameters.
+
+    Args:
+        whole: of all of them.
+        cut: of those that tensor parallelism divides.
+    """
+
+    whole: int
+    cut: int
+
+    def on(self, tp: int) -> int:
+        """Bytes on one rank of so many."""
+        return self.whole - self.cut + self.cut // tp
+
+
+def network_weights(network: nn.Module, plan: ParallelPlan) -> Weights:
+    """What a network's parameters take, in their own dtypes, by what harness.parallel.parallelize cuts."""
+    cut = 0
+    for name, module in network.named_modules():
+        rows = isinstance(module, nn.Linear) and _named(name, (*plan.row, *plan.joined_rows))
+        columns = isinstance(module, nn.Linear) and _named(name, plan.column)
+        norms = isinstance(module, nn.RMSNorm) and _named(name, plan.head_norms)
+        for key, parameter in module.named_parameters(recurse=False):
+            if columns or norms or (rows and key == "weight"):
+                cut += parameter.nbytes
+    return Weights(sum(parameter.nbytes for parameter in network.parameters()), cut)
+
+
+def activation_numbers(trace: Trace, degrees: tuple[int, ...]) -> int:
+    """Numbers that one evaluation holds at its peak, on each rank."""
+    _, _, tp, ring, ulysses = degrees
+    shared = ring * ulysses
+    streams = [(tokens.on(shared) * channels, tokens.on(1) * channels) for tokens, channels in trace.outputs]
+    dealt, gathered = max((part for part, _ in streams), default=0), max((full for _, full in streams), default=0)
+    of_attention = [call.tokens.on(shared) * (call.heads // tp) * call.channels for call in trace.attention]
+    linears = [
+        call.tokens.on(shared)
+        * (call.inputs // (tp if call.cut == "inputs" else 1) + call.outputs // (tp if call.cut == "outputs" else 1))
+        for call in trace.linears
+    ]
+    copies = 4 + 2 * (ring > 1) + 3 * (ulysses > 1)
+    return (
+        2 * dealt
+        + copies * max(of_attention, default=0)
+        + max(linears, default=0)
+        + gathered * (shared > 1)
+        + trace.widest
+    )
+
+
+def decode_numbers(decode: Callable[[Tensor], Tensor], layers: nn.Module, latent: Tensor) -> int:
+    """Numbers that decoding one latent on one rank holds at its peak.
+
+    Args:
+        decode: latents to pixels, on the meta device.
+        layers: the module that does it.
+        latent: (1, ...), on the meta device.
+    """
+    widest = 0
+
+    def look(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal widest
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            widest = max(widest, args[0].numel() + 2 * output.numel())
+
+    handles = [layer.register_forward_hook(look) for layer in layers.modules() if not list(layer.children())]
+    with torch.no_grad():
+        decode(latent)
+    for handle in handles:
+        handle.remove()
+    return widest
+
+
+def _named(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

@@ -1,0 +1,43 @@
+"""What a layout has to fit, of a configuration's network and of each request; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from harness.config.request import to_message
+from harness.config.schema import ModelConfig, RunConfig
+from harness.messages import GenerationRequest
+from harness.parallel.legal import Facts
+from models.files import read_json
+from models.registry import ARCHITECTURES, WITH_LSE, resolve_backend
+
+
+def layout_facts(config: RunConfig, denoiser: Path) -> Facts:
+    """Heads from the denoiser's config.json, tokens and guidance from the configuration's request.
+
+    Args:
+        config: the resolved configuration.
+        denoiser: the folder of the denoiser's config.json.
+    """
+    model = config.model
+    network = read_json(denoiser / "config.json")
+    heads = network.get(ARCHITECTURES[model.architecture].heads or "")
+    facts = Facts(
+        model=model.name,
+        heads=heads if isinstance(heads, int) else None,
+        tokens=0,
+        rows=0,
+        guidance=1.0,
+        embedded=network.get("guidance_embeds") is True,
+        returns_lse=resolve_backend(config.attention.backend, with_lse=True) in WITH_LSE,
+        backend=config.attention.backend,
+    )
+    return of_request(facts, model, to_message(config.request))
+
+
+def of_request(facts: Facts, model: ModelConfig, request: GenerationRequest) -> Facts:
+    """The same network asked for another request."""
+    frames = (request.frames - 1) // model.frame_multiple + 1
+    rows, columns = request.height // model.size_multiple, request.width // model.size_multiple
+    return replace(facts, tokens=frames * rows * columns, rows=rows, guidance=request.guidance)

@@ -1,0 +1,74 @@
+"""Predictions against records: step time, bytes and operations of runs that are on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+
+from harness.compose import one_line
+from harness.config.plan import HardwareConfig
+from harness.config.schema import Load, ParallelConfig, RunConfig
+from harness.parallel.mesh import degrees, world_size
+from harness.plan.cost import device, predict, traffic
+from harness.plan.network import trace_request
+from harness.plan.rows import Check
+from harness.records import Record, read_record
+from harness.serving.build import denoiser_dtype, torch_dtype
+
+
+def records(tree: Path) -> Iterator[tuple[Path, Record]]:
+    """The records of native runs below a folder.
+
+    Raises:
+        RunFolderError: a record of another schema.
+    """
+    for file in sorted(tree.rglob("record.json")):
+        record = read_record(file.parent)
+        if record is not None and record.engine.name == "native":
+            yield file.parent, record
+
+
+def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> Check:
+    """One record beside what is predicted of its run.
+
+    Args:
+        folder: where it is.
+        record: of a native run.
+        hardware: the machine, with the rates for a dtype.
+    """
+    summary = record.summary
+    found = Check(
+        folder=folder.name,
+        layout=msgspec.convert(record.config["parallel"], ParallelConfig),
+        threads=record.provenance.threads_per_rank,
+        step_ms=summary.step_ms.median,
+        sent_bytes={kind: traffic.bytes for kind, traffic in summary.comm.get("denoising", {}).items()},
+        flops=summary.flops_per_step,
+    )
+    try:
+        return _predicted(found, record, hardware)
+    except (ValueError, OSError) as error:
+        return msgspec.structs.replace(found, reason=one_line(error))
+
+
+def _predicted(found: Check, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> Check:
+    config = msgspec.convert(record.config, RunConfig)
+    config.model.load = Load.dummy
+    request, steps, layout = config.request, config.request.steps or 1, found.layout
+    dtype = torch_dtype(denoiser_dtype(config.model))
+    traced = trace_request(config)
+    row = predict(traced, layout, device(hardware(dtype), dtype.itemsize), record.summary.nfe, 1, [])
+    a_step = record.summary.nfe / steps
+    micro_batches = math.ceil(len(record.samples) / request.batch_size)
+    evaluations = record.summary.nfe * math.ceil(micro_batches / layout.dp)
+    return msgspec.structs.replace(
+        found,
+        predicted_step_ms=row.step_ms * a_step,
+        error=row.step_ms * a_step / found.step_ms - 1,
+        predicted_bytes={kind: count * evaluations for kind, count in traffic(traced, layout).items()},
+        predicted_flops=row.flops * world_size(degrees(layout)[1:]) * a_step,
+    )

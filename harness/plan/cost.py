@@ -1,0 +1,212 @@
+"""From a traced request to the time and memory of one layout: a roofline, and communication by kind.
+
+One evaluation on a device of F operations and W bytes a second (peak x attainable share) takes
+
+    max(flops / F, moved / W) + exposed communication
+
+`moved` is every weight once, every linear's input and output, and queries, keys, values and output of every attention;
+elementwise work is taken to be fused into those, and the launches of kernels to be hidden, as they are with large
+tensors. A collective of `bytes` (harness.parallel.formula) in `calls` takes
+
+    calls x latency + bytes / bandwidth
+
+of the links in a node, or, where its ranks are on more than one, of those between nodes. Exposed is
+
+    ulysses all-to-all, tp all-reduce, gathering of outputs and masks, the exchange of branches      all of it
+    the ring's shifts       what is longer than the attention that is computed meanwhile, ring - 1 of ring turns
+
+Ranks are counted as harness.parallel.mesh counts them, ulysses innermost, so that an axis is in a node where its ranks
+and those of the axes inside it are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from harness.config.plan import HardwareConfig
+from harness.config.schema import ParallelConfig
+from harness.parallel.formula import FLOAT32, Trace, sent_bytes
+from harness.parallel.formula_flops import attention_flops, dealt_attention_flops, rank_flops
+from harness.parallel.formula_memory import activation_numbers
+from harness.parallel.legal import Facts, check_layout
+from harness.parallel.mesh import degrees, world_size
+from harness.plan.network import Traced
+from harness.plan.rows import Exchange, Prediction
+
+AXIS = {"all_to_all": "ulysses", "shift": "ring", "all_reduce": "tp", "all_gather": "tokens"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine as the formulas read it: rates that are attained, in units a second.
+
+    Args:
+        flops: in the denoiser's dtype.
+        memory: bytes.
+        memory_bytes: its size.
+        link: bytes out of a device within a node, and seconds of a collective's latency.
+        network: the same between nodes; None where nodes are not linked.
+        node: devices in one; None = as many as there are.
+    """
+
+    flops: float
+    memory: float
+    memory_bytes: float
+    link: tuple[float, float]
+    network: tuple[float, float] | None
+    node: int | None
+
+
+def device(hardware: HardwareConfig, item: int) -> Device:
+    """The machine, for numbers of so many bytes.
+
+    Raises:
+        ValueError: a rate that is neither given nor measured.
+    """
+    key = "bfloat16_tflops" if item == 2 else "float32_tflops"
+
+    def given(name: str) -> float:
+        value: float | None = getattr(hardware, name)
+        if value is None:
+            raise ValueError(f"hardware.{name} is null; give it, or use hardware=measured")
+        return value
+
+    network = None
+    if hardware.network_gb_s is not None:
+        latency = (hardware.network_latency_us or 0.0) * 1e-6
+        network = (hardware.network_gb_s * 1e9 * hardware.link_share, latency)
+    return Device(
+        flops=given(key) * 1e12 * hardware.compute_share,
+        memory=given("memory_gb_s") * 1e9 * hardware.memory_share,
+        memory_bytes=given("memory_gb") * 1e9,
+        link=(given("link_gb_s") * 1e9 * hardware.link_share, given("link_latency_us") * 1e-6),
+        network=network,
+        node=hardware.devices_per_node,
+    )
+
+
+def predict(
+    traced: Traced, layout: ParallelConfig, on: Device, evaluations: int, micro_batches: int, notes: list[str]
+) -> Prediction:
+    """What one layout costs.
+
+    Args:
+        traced: the request.
+        layout: legal.
+        on: the machine.
+        evaluations: of the denoiser, a picture.
+        micro_batches: of the request.
+        notes: what is to be said of the layout.
+    """
+    sizes = degrees(layout)
+    trace = _evaluated(traced, layout)
+    flops, moved = rank_flops(trace, sizes), traced.weights.on(layout.tp) + traced.item * moved_numbers(trace, sizes)
+    compute_s, memory_s = flops / on.flops, moved / on.memory
+    exchanges = list(_exchanges(trace, layout, traced.item, on))
+    exposed_ms = sum(exchange.exposed_ms for exchange in exchanges)
+    picture = world_size(sizes[1:])
+    activations = max(traced.item * activation_numbers(trace, sizes), traced.decode_bytes // picture)
+    weights = traced.weights.on(layout.tp)
+    memory_bytes = weights + traced.other_weights + activations + traced.latent_bytes
+    step_ms = 1e3 * max(compute_s, memory_s) + exposed_ms
+    return Prediction(
+        layout=layout,
+        ranks=world_size(sizes),
+        flops=flops,
+        attention_flops=attention_flops(trace, sizes),
+        moved_bytes=moved,
+        weight_bytes=weights,
+        other_weight_bytes=traced.other_weights,
+        activation_bytes=activations,
+        memory_bytes=memory_bytes,
+        fits=memory_bytes <= on.memory_bytes,
+        compute_ms=1e3 * compute_s,
+        memory_ms=1e3 * memory_s,
+        exchanges=exchanges,
+        exposed_ms=exposed_ms,
+        step_ms=step_ms,
+        denoising_ms=step_ms * evaluations * math.ceil(micro_batches / layout.dp),
+        notes=notes,
+    )
+
+
+def traffic(traced: Traced, layout: ParallelConfig) -> dict[str, int]:
+    """Bytes that a rank sends in one evaluation, by kind of collective."""
+    return sent_bytes(_evaluated(traced, layout), degrees(layout), traced.item)
+
+
+def legal_layouts(facts: Facts, ranks: int, micro_batches: int) -> Iterator[tuple[ParallelConfig, list[str]]]:
+    """Every layout of up to so many ranks that may run, and its padding in words; replicas that would be idle apart."""
+    for cfg in (1, 2):
+        for tp in range(1, ranks // cfg + 1):
+            for ring in range(1, ranks // (cfg * tp) + 1):
+                for ulysses in range(1, ranks // (cfg * tp * ring) + 1):
+                    layout = ParallelConfig(cfg=cfg, tp=tp, ring=ring, ulysses=ulysses)
+                    try:
+                        notes = check_layout(layout, facts)
+                    except ValueError:
+                        continue
+                    for dp in range(1, min(ranks // (cfg * tp * ring * ulysses), micro_batches) + 1):
+                        yield replace(layout, dp=dp), notes
+
+
+def moved_numbers(trace: Trace, sizes: tuple[int, ...]) -> int:
+    """Numbers that linears and attention read and write, weights apart."""
+    _, _, tp, ring, ulysses = sizes
+    shared = ring * ulysses
+    linears = sum(
+        call.tokens.on(shared)
+        * (call.inputs // (tp if call.cut == "inputs" else 1) + call.outputs // (tp if call.cut == "outputs" else 1))
+        for call in trace.linears
+    )
+    own = sum(4 * call.tokens.on(shared) * (call.heads // tp) * call.channels for call in trace.attention)
+    other = sum(
+        2 * (call.queries.on(shared) + call.queries.batch * call.keys) * (call.heads // tp) * call.channels
+        for call in trace.local_attention
+    )
+    return linears + own + other
+
+
+def _evaluated(traced: Traced, layout: ParallelConfig) -> Trace:
+    return traced.branch if layout.cfg == 2 and traced.branch is not None else traced.whole
+
+
+def _exchanges(trace: Trace, layout: ParallelConfig, item: int, on: Device) -> Iterator[Exchange]:
+    sizes, calls = degrees(layout), _calls(trace, layout)
+    ranks, extent = world_size(sizes), _extents(layout)
+    sent = sent_bytes(trace, degrees(replace(layout, cfg=1)), item)
+    rows = [(AXIS[kind], kind, count) for kind, count in sent.items()]
+    if layout.cfg > 1:
+        rows.append(("cfg", "all_gather", FLOAT32 * trace.numbers * (layout.cfg - 1)))
+    for axis, kind, count in rows:
+        away = _between_nodes(extent[axis], ranks, on.node)
+        rate, latency = on.network if away and on.network is not None else on.link
+        taken = calls[axis] * latency + count / rate
+        hidden = 0.0
+        if axis == "ring":
+            hidden = dealt_attention_flops(trace, sizes) / on.flops * (layout.ring - 1) / layout.ring
+        yield Exchange(axis, kind, count, calls[axis], away, 1e3 * taken, 1e3 * max(0.0, taken - hidden))
+
+
+def _calls(trace: Trace, layout: ParallelConfig) -> dict[str, int]:
+    """Collectives of one evaluation, by axis: what harness.parallel.attention and parallelize call."""
+    return {
+        "ulysses": 4 * len(trace.attention),
+        "ring": (layout.ring - 1) * len(trace.attention),
+        "tp": len(trace.rows) + len(trace.norms),
+        "tokens": len(trace.outputs) + sum(call.dealt_mask for call in trace.attention),
+        "cfg": 1,
+    }
+
+
+def _extents(layout: ParallelConfig) -> dict[str, int]:
+    """Consecutive ranks that an axis and those inside it span."""
+    tokens = layout.ring * layout.ulysses
+    tp = tokens * layout.tp
+    return {"ulysses": layout.ulysses, "ring": tokens, "tokens": tokens, "tp": tp, "cfg": tp * layout.cfg}
+
+
+def _between_nodes(extent: int, ranks: int, node: int | None) -> bool:
+    return node is not None and ranks > node and (extent > node or node % extent > 0)

@@ -1,0 +1,130 @@
+"""A request's denoiser, decoder and text encoders on the meta device: every shape, and no numbers.
+
+Nothing is read but configurations (and a tokenizer, where the checkpoint has one), so a 14 B model takes seconds and no
+memory. What a layout divides is traced once; harness.plan.cost makes a prediction of it for each layout.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness.config.request import to_message
+from harness.config.schema import RunConfig
+from harness.parallel.formula import Trace, trace_network
+from harness.parallel.formula_memory import Weights, decode_numbers, network_weights
+from harness.parallel.vae import RowsDecoder
+from harness.pipeline.checkpoint import COMPONENTS
+from harness.serving.build import denoiser_dtype, source_of, torch_dtype
+from models.attention import attention_kernel
+from models.components import ComponentLoader, Components, Conditioning
+from models.registry import ARCHITECTURES
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What every layout of one request shares.
+
+    Args:
+        whole: one evaluation of a micro-batch, both branches of guidance in it.
+        branch: the same where each branch has a rank of its own; None where there is no guidance.
+        weights: of the denoiser.
+        other_weights: bytes of text encoders and decoder, which every rank has whole.
+        item: bytes of a number of the denoiser.
+        latent_bytes: of the micro-batch's state, in float32.
+        decode_bytes: that decoding one latent on one rank holds at its peak.
+    """
+
+    whole: Trace
+    branch: Trace | None
+    weights: Weights
+    other_weights: int
+    item: int
+    latent_bytes: int
+    decode_bytes: int
+
+
+class _Unasked(TorchDispatchMode):
+    """Answers where a text encoder asks what a tensor without numbers says (is every token real?): yes.
+
+    What it does of the answer is a shorter way to the same shapes.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True if args[0].dtype is torch.bool else 1
+        return func(*args, **(kwargs or {}))
+
+
+def trace_request(config: RunConfig) -> Traced:
+    """Builds and traces the first micro-batch of a request.
+
+    Raises:
+        CheckpointError: a configuration that no network can be built from.
+    """
+    source = source_of(config, META)
+    load: ComponentLoader = importlib.import_module(ARCHITECTURES[config.model.architecture].module).load
+    parts = load(source, attention_kernel("math"))
+    prompts, negatives = conditions(config, parts)
+    guided = to_message(config.request).guidance != 1 and not parts.guidance.embedded
+    dtype = torch_dtype(denoiser_dtype(config.model))
+    latent = _latent(config, parts)
+    weights = network_weights(parts.network, parts.plan)
+
+    def traced(told: Sequence[Conditioning]) -> Trace:
+        condition = Conditioning.stack(told)
+        if parts.guidance.embedded:
+            condition = replace(condition, scale=torch.empty(len(told), device=META))
+        x = torch.empty(len(told), *latent, dtype=dtype, device=META)
+        tau_B = torch.empty(len(told), device=META)
+        return trace_network(lambda: parts.network, parts.plan, (x, tau_B, condition.to(dtype)))
+
+    whole = traced([*negatives, *prompts] if guided else prompts)
+    loaded = source.loaded.values()
+    return Traced(
+        whole=whole,
+        branch=traced(prompts) if guided else None,
+        weights=weights,
+        other_weights=sum(part.bytes for part in loaded if part.component in kept(config)),
+        item=dtype.itemsize,
+        latent_bytes=4 * len(prompts) * torch.Size(latent).numel(),
+        decode_bytes=_decode_bytes(parts, latent),
+    )
+
+
+def conditions(config: RunConfig, parts: Components) -> tuple[list[Conditioning], list[Conditioning]]:
+    """What the first micro-batch is told of its prompts, and of its negative prompts."""
+    request = to_message(config.request)
+    asked = [prompt for prompt in request.prompts for _ in range(request.samples_per_prompt)][: request.batch_size]
+    with _Unasked(), torch.no_grad():
+        encode = parts.load_prompts()
+        told = {prompt: encode([prompt]) for prompt in asked}
+        negative = encode([request.negative_prompt], negative=True) if parts.guidance.possible else Conditioning()
+    return [told[prompt] for prompt in asked], [negative] * len(asked)
+
+
+def kept(config: RunConfig) -> list[str]:
+    """The components beside the denoiser that stay in memory while it works."""
+    return [name for name in COMPONENTS if config.model.text.keep or not name.startswith("text_encoder")]
+
+
+def _latent(config: RunConfig, parts: Components) -> tuple[int, ...]:
+    request = to_message(config.request)
+    return parts.latent.shape(request.height, request.width, request.frames)
+
+
+def _decode_bytes(parts: Components, latent: tuple[int, ...]) -> int:
+    """0 where the state is the picture."""
+    if not isinstance(parts.decoder, RowsDecoder):
+        return 0
+    vae = parts.decoder.vae
+    return vae.dtype.itemsize * decode_numbers(parts.decoder, vae.decoder, torch.empty(1, *latent, device=META))

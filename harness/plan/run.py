@@ -1,0 +1,97 @@
+"""task=plan: predicts every legal layout of a request, or holds predictions against records, in a claimed folder."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+
+import msgspec
+import torch
+from rich.console import Console
+
+from harness.compose import Composed, to_dict, to_yaml
+from harness.config.plan import HardwareConfig
+from harness.config.request import to_message
+from harness.config.schema import RunConfig
+from harness.config.trained import trained_denoiser
+from harness.generate import ended
+from harness.pipeline.checkpoint import locate
+from harness.pipeline.layout import layout_facts
+from harness.plan.check import check, records
+from harness.plan.cost import device, legal_layouts, predict
+from harness.plan.measure import filled
+from harness.plan.network import trace_request
+from harness.plan.rows import PLAN_SCHEMA, Plan, Prediction
+from harness.plan.table import print_checks, print_plan
+from harness.records import RunFolder, Status
+from harness.serving.build import denoiser_dtype, torch_dtype
+
+FILE = "plan.json"
+
+
+def plan_in(composed: Composed, folder: RunFolder, console: Console) -> Status:
+    """Plans in a claimed folder, whatever happens: the status, which is on disk."""
+    config = composed.config
+    status, plan = ended(composed, folder, lambda: run_plan(config, folder), lambda done: Status("ok"))
+    if plan is not None and config.logger.table:
+        if config.plan.runs is None:
+            print_plan(plan, config.plan.rows, folder.path, console)
+        else:
+            print_checks(plan, folder.path, console)
+    return status
+
+
+def run_plan(config: RunConfig, folder: RunFolder) -> Plan:
+    """The plan, after it is on disk.
+
+    Raises:
+        CheckpointError: a configuration that no network can be built from.
+        ValueError: hardware that could not be measured.
+    """
+    folder.write_config(to_yaml(config))
+    plan = planned(config) if config.plan.runs is None else checked(config, Path(config.plan.runs).expanduser())
+    folder.write_json(FILE, plan)
+    return plan
+
+
+def planned(config: RunConfig) -> Plan:
+    """Every legal layout: those that fit memory first, by the predicted time of the request's denoising."""
+    dtype, request = torch_dtype(denoiser_dtype(config.model)), to_message(config.request)
+    traced = trace_request(config)
+    hardware, measured = filled(config.hardware, dtype, config.launch)
+    on = device(hardware, dtype.itemsize)
+    denoiser = trained_denoiser(config).weights
+    facts = layout_facts(config, locate(config.model, denoiser).config_folder(denoiser))
+    micro_batches = math.ceil(len(request.prompts) * request.samples_per_prompt / request.batch_size)
+    rows = [
+        predict(traced, layout, on, request.steps, micro_batches, notes)
+        for layout, notes in legal_layouts(facts, config.plan.ranks, micro_batches)
+    ]
+    return _plan(config, hardware, measured, layouts=sorted(rows, key=_rank))
+
+
+def checked(config: RunConfig, tree: Path) -> Plan:
+    """Predictions against the records of a tree."""
+    measured: list[str] = []
+    hardware = config.hardware
+
+    @cache
+    def on(dtype: torch.dtype) -> HardwareConfig:
+        nonlocal hardware
+        hardware, names = filled(hardware, dtype, config.launch)
+        measured.extend(names)
+        return hardware
+
+    checks = [check(folder, record, on) for folder, record in records(tree)]
+    return msgspec.structs.replace(_plan(config, hardware, measured), checks=checks)
+
+
+def _plan(
+    config: RunConfig, hardware: HardwareConfig, measured: list[str], layouts: list[Prediction] | None = None
+) -> Plan:
+    return Plan(PLAN_SCHEMA, hardware, measured, to_dict(config), layouts or [], [])
+
+
+def _rank(row: Prediction) -> tuple[bool, float, int]:
+    return (not row.fits, row.denoising_ms, row.ranks)

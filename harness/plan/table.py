@@ -1,0 +1,99 @@
+"""What task=plan prints: layouts by predicted time, or predictions against records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from harness.config.schema import ParallelConfig
+from harness.parallel.mesh import AXES, degrees
+from harness.plan.rows import Check, Plan, Prediction
+
+
+def name_of(layout: ParallelConfig) -> str:
+    """`cfg2 ulysses4`, or `single`."""
+    sizes = zip(AXES, degrees(layout), strict=True)
+    return " ".join(f"{axis}{size}" for axis, size in sizes if size > 1) or "single"
+
+
+def print_plan(plan: Plan, rows: int, folder: Path, console: Console) -> None:
+    """Prints the first so many layouts."""
+    model = plan.config["model"]["name"]
+    said = f"prediction, nothing of this was run: {model} on {plan.hardware.name}"
+    table = Table(title=escape(said), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    table.add_column("layout")
+    for heading in (
+        "ranks",
+        "step ms",
+        "compute ms",
+        "memory ms",
+        "exposed ms",
+        "speed-up",
+        "GB a rank",
+        "MB sent",
+        "fits",
+    ):
+        table.add_column(heading, justify="right")
+    alone = next((row for row in plan.layouts if row.ranks == 1), None)
+    for row in plan.layouts[:rows]:
+        table.add_row(name_of(row.layout), *_cells(row, alone))
+    console.print(table)
+    if len(plan.layouts) > rows:
+        console.print(f"{len(plan.layouts) - rows} more in plan.json (plan.rows={len(plan.layouts)} shows them)")
+    console.print("speed-up is of the request's denoising, over one rank; a step is one evaluation of the denoiser")
+    _print_origin(plan, folder, console)
+
+
+def _cells(row: Prediction, alone: Prediction | None) -> list[str]:
+    sent = sum(exchange.bytes for exchange in row.exchanges)
+    return [
+        str(row.ranks),
+        f"{row.step_ms:.4g}",
+        f"{row.compute_ms:.4g}",
+        f"{row.memory_ms:.4g}",
+        f"{row.exposed_ms:.3g}",
+        "" if alone is None else f"{alone.denoising_ms / row.denoising_ms:.2f}",
+        f"{row.memory_bytes / 1e9:.3g}",
+        f"{sent / 1e6:.4g}",
+        "yes" if row.fits else "no",
+    ]
+
+
+def print_checks(plan: Plan, folder: Path, console: Console) -> None:
+    """Prints every record with what is predicted of it."""
+    said = f"predictions for {plan.hardware.name} against records"
+    table = Table(title=escape(said), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    table.add_column("run")
+    for heading in ("layout", "threads", "step ms", "predicted", "error", "bytes", "FLOPs"):
+        table.add_column(heading, justify="right")
+    for check in plan.checks:
+        table.add_row(escape(check.folder), name_of(check.layout), str(check.threads), *_check_cells(check))
+    console.print(table)
+    _print_origin(plan, folder, console)
+
+
+def _check_cells(check: Check) -> list[str]:
+    if check.predicted_step_ms is None or check.error is None:
+        return [f"{check.step_ms:.4g}", escape(check.reason or ""), "", "", ""]
+    counted = "not counted"
+    if check.flops is not None:
+        counted = "equal" if check.flops == check.predicted_flops else f"{check.flops:.6g}, {check.predicted_flops:.6g}"
+    same = check.sent_bytes == check.predicted_bytes
+    sent = [f"{sum(found.values()):,}" for found in (check.sent_bytes, check.predicted_bytes)]
+    return [
+        f"{check.step_ms:.4g}",
+        f"{check.predicted_step_ms:.4g}",
+        f"{100 * check.error:+.0f} %",
+        "equal" if same else ", ".join(sent),
+        counted,
+    ]
+
+
+def _print_origin(plan: Plan, folder: Path, console: Console) -> None:
+    if plan.measured:
+        rates = ", ".join(f"{name} {getattr(plan.hardware, name):.4g}" for name in plan.measured)
+        console.print(f"measured on this machine: {rates}")
+    console.print(f"{escape(str(folder))}/plan.json has every number", soft_wrap=True)

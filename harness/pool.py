@@ -1,0 +1,137 @@
+"""Engines that stay warm between the jobs of a sweep: launch.reuse of them, by what they were built from."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
+
+import msgspec
+
+from harness.compose import to_dict
+from harness.config.schema import LaunchMode, RunConfig
+from harness.engine import Answer, Engine, OnProgress, RequestFailed
+from harness.inprocess import InprocessEngine
+from harness.launch import TorchrunEngine
+from harness.messages import EngineInfo, GenerationRequest
+
+BUILT_FROM = ("engine", "model", "scheduler", "parallel", "attention", "launch")
+HARMLESS = ("rejected",)  # kinds of failure after which ranks are as they were before
+
+MakeEngine: TypeAlias = Callable[[RunConfig, Path], Engine]
+
+
+def new_engine(config: RunConfig, folder: Path) -> Engine:
+    """Fresh ranks, as launch.mode says; their logs go to `folder`."""
+    inprocess = config.launch.mode is LaunchMode.inprocess
+    return InprocessEngine(config) if inprocess else TorchrunEngine(config, folder)
+
+
+def engine_key(config: RunConfig) -> str:
+    """What an engine is built from: two configurations with equal keys can be served by the same ranks."""
+    declared = to_dict(config)
+    return json.dumps([config.task.name.name, *(declared[part] for part in BUILT_FROM)], sort_keys=True)
+
+
+class EnginePool:
+    """At most `capacity` engines alive, the least recently used ended first. Use it as a context manager: on leaving,
+    every process it started has ended. Engines in the calling process are alone in it, whatever the capacity.
+
+    Args:
+        make: makes fresh engines.
+    """
+
+    def __init__(self, make: MakeEngine = new_engine) -> None:
+        self.saved_ms = 0.0
+        self.starts = 0
+        self.reuses = 0
+        self._make = make
+        self._warm: dict[str, PooledEngine] = {}  # the most recently used last
+
+    def engine(self, config: RunConfig, folder: Path) -> Engine:
+        """The engine of a configuration: warm where its ranks run already, else fresh ones that log to `folder`."""
+        if config.launch.reuse < 1:
+            self._make_room(0)
+            return self._make(config, folder)
+        key = engine_key(config)
+        found = self._warm.pop(key, None)
+        if found is None:
+            alone = config.launch.mode is LaunchMode.inprocess
+            self._make_room(0 if alone else config.launch.reuse - 1)
+            found = PooledEngine(self, self._make(config, folder), folder)
+        self._warm[key] = found
+        return found
+
+    def forget(self, engine: PooledEngine) -> None:
+        """Ends an engine that is not to be used again."""
+        self._warm = {key: warm for key, warm in self._warm.items() if warm is not engine}
+        engine.end()
+
+    def close(self) -> None:
+        """Ends every engine. Harmless when repeated."""
+        self._make_room(0)
+
+    def __enter__(self) -> EnginePool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _make_room(self, left: int) -> None:
+        for engine in list(self._warm.values())[: max(0, len(self._warm) - left)]:
+            self.forget(engine)
+
+
+class PooledEngine:
+    """An engine whose `stop` leaves it warm, unless a request of it failed.
+
+    Args:
+        pool: that it belongs to.
+        engine: that does the work.
+        folder: of the run that starts it.
+    """
+
+    def __init__(self, pool: EnginePool, engine: Engine, folder: Path) -> None:
+        self.environment = engine.environment
+        self.reused: str | None = None
+        self._pool = pool
+        self._engine = engine
+        self._folder = folder
+        self._info: EngineInfo | None = None
+        self._start_ms = 0.0
+        self._failed = False
+
+    def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
+        if self._info is not None:
+            self.reused = str(self._folder)
+            self._pool.reuses += 1
+            self._pool.saved_ms += self._start_ms
+            return msgspec.structs.replace(self._info, load_ms=0.0)
+        began = time.perf_counter()
+        self._failed = True  # until it is ready
+        self._info = self._engine.start(on_wait)
+        self._failed = False
+        self._start_ms = (time.perf_counter() - began) * 1e3
+        self._pool.starts += 1
+        self.environment = self._engine.environment
+        return self._info
+
+    def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:
+        try:
+            return self._engine.generate(request, on_progress)
+        except BaseException as error:
+            self._failed = not (isinstance(error, RequestFailed) and error.kind in HARMLESS)
+            raise
+
+    def stop(self) -> None:
+        if self._failed:
+            self._pool.forget(self)
+
+    def end(self) -> None:
+        """Ends the ranks."""
+        self._engine.stop()

@@ -1,0 +1,55 @@
+"""Every notebook runs from its first cell to its last on small sweeps that are made here, and draws."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.end_to_end.conftest import environment, run
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+COMMON = ["launch.threads_per_rank=1", "logger=json", "request.steps=2"]
+BENCH = ["task=bench", "task.repeats=3", "request.prompt=rocket"]
+SWEEPS = {
+    "families": [
+        *["launch.mode=inprocess", "request.prompts=[rocket,pizza]", "request.steps=2,4"],
+        *["scheduler=rectified_flow,ddpm", "scheduler/solver=ddim,heun"],
+    ],
+    "scaling": [*BENCH, "parallel=single,ulysses2"],
+    "fidelity": [*BENCH, "launch.mode=inprocess", "attention=math,sdpa,flash"],
+}
+DRAWN = {"families": 2, "scaling": 1, "fidelity": 1, "roofline": 1}
+
+
+def harness(*overrides: str) -> None:
+    done = run([sys.executable, "-m", "harness", *COMMON, *overrides])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    for name, axes in SWEEPS.items():
+        kept = [] if name == "families" else [f"task.references={root / 'references'}"]
+        harness("-m", *axes, *kept, f"hydra.sweep.dir={root / name}")
+    (root / "roofline").symlink_to(root / "scaling")
+    planned = ["task=plan", "hardware=measured", f"plan.runs={root / 'scaling'}", f"hydra.run.dir={root / 'plan'}"]
+    harness(*planned)
+    (root / "plan").rename(root / "scaling" / "plan")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
+def test_a_notebook_runs_and_draws(name: str, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRIPTYCH_RUNS", str(runs / name))
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
+    for key, value in environment().items():
+        monkeypatch.setenv(key, value)
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == DRAWN[name]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]

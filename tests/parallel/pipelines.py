@@ -1,0 +1,50 @@
+"""What each rank of a layout draws with a whole pipeline."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from harness.config.schema import ParallelConfig, RunConfig
+from harness.messages import GenerationRequest, RankOutcome, array, decode
+from harness.parallel.mesh import Place
+from harness.serving.build import build_worker
+
+Degrees = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One request of one checkpoint under one layout.
+
+    Args:
+        name: of the checkpoint.
+        config: of one rank; the layout is that of `degrees`.
+        request: what is drawn.
+        degrees: of dp, cfg, tp, ring and ulysses.
+    """
+
+    name: str
+    config: RunConfig
+    request: GenerationRequest
+    degrees: Degrees
+
+    def __str__(self) -> str:
+        """The checkpoint and the layout."""
+        return f"{self.name} {'x'.join(map(str, self.degrees))}"
+
+
+def draw(rank: int, size: int, drawing: Drawing) -> dict[str, Tensor]:
+    """Latents and pixels of the pictures that this rank answers for, by name and number; loads the checkpoint."""
+    config = replace(drawing.config, parallel=ParallelConfig(*drawing.degrees))
+    worker = build_worker(config, Place(rank, drawing.degrees), torch.device("cpu"))
+    frames = worker.generate(drawing.request, lambda stage, done, total: None, lambda: False)
+    outcome = decode(frames)
+    assert isinstance(outcome, RankOutcome)
+    assert outcome.failure is None, (str(drawing), outcome.failure)
+    found = {}
+    for sample in outcome.samples:
+        assert sample.latents is not None
+        for kind, ref in (("latent", sample.latents), ("pixels", sample.pixels)):
+            found[f"{drawing} {kind} {sample.index}"] = torch.from_numpy(array(ref, frames).copy())
+    return found

@@ -1,0 +1,60 @@
+"""The formulas of a layout's operations and weights are what a dealt network does and holds, for every network."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.metrics.flops import counted
+from harness.parallel.connect import Axes
+from harness.parallel.formula import trace_network
+from harness.parallel.formula_flops import rank_flops
+from harness.parallel.formula_memory import network_weights
+from harness.parallel.group import Group, Traffic
+from harness.parallel.mesh import world_size
+from harness.parallel.parallelize import cut_linears, deal_tokens
+from models.attention import math_attention
+from models.attention.lse import math_lse
+from tests.parallel.networks import TINY
+
+
+class Silent(Group):
+    """The first rank of a group that has no others: shapes are right, numbers are not."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(range(size), 0, None, Traffic())
+
+    def shift(self, x: Tensor) -> Callable[[], Tensor]:
+        return lambda: x
+
+    def _timed(self, kind: str, sent: int, call: Callable[[], object]) -> None:
+        pass
+
+
+def silent(degrees: Sequence[int]) -> Axes:
+    """The axes of the first rank of a layout."""
+    _, cfg, tp, ring, ulysses = (Silent(size) for size in degrees)
+    tokens = Silent(ring.size * ulysses.size)
+    return Axes(cfg, tp, ring, ulysses, tokens, Silent(world_size(degrees)), tokens.traffic, lambda flag: flag)
+
+
+CASES = ((1, 1, 1, 1, 1), (1, 1, 2, 1, 1), (1, 1, 1, 3, 1), (1, 1, 1, 1, 3), (1, 1, 2, 1, 2), (1, 1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_rank_does_and_holds_what_the_formulas_say(name: str) -> None:
+    tiny = TINY[name]
+    trace = trace_network(lambda: tiny.make(math_attention), tiny.plan, tiny.inputs)
+    weights = network_weights(tiny.make(math_attention), tiny.plan)
+    for degrees in CASES:
+        if tiny.heads() % degrees[2] or degrees[4] > tiny.heads() // degrees[2]:
+            continue
+        network, axes, flops = tiny.build(math_attention), silent(degrees), []
+        cut_linears(network, tiny.plan, axes.tp)
+        deal_tokens(network, tiny.plan, math_attention, math_lse, axes)
+        with torch.no_grad(), counted(flops.append):
+            network(*tiny.inputs)
+        assert flops == [rank_flops(trace, degrees)], degrees
+        held = sum(parameter.nbytes for parameter in network.parameters())
+        assert held == weights.on(degrees[2]), degrees

@@ -1,0 +1,141 @@
+"""Whole pipelines, from prompts to pixels, draw at every layout what one rank draws, for every family."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from harness.compose import compose_run
+from harness.config.schema import RunConfig
+from harness.messages import GenerationRequest
+from harness.parallel.mesh import world_size
+from tests.models.checkpoints import CASES, overrides_of
+from tests.models.parity import rel_l2
+from tests.parallel.pipelines import Degrees, Drawing, draw
+from tests.parallel.ranks import on_worlds
+
+BOUND = 1e-5  # relative L2 of latents and of pixels, in float32
+ONE_RANK = (1, 1, 1, 1, 1)
+PROMPTS = ["fox", "a red apple under a blue sky", "two boats"]  # in batches of two: one of them has one alone
+LOW = {"height": 36, "width": 20}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint and what is asked of it: 9 rows of 5 tokens, which 8 ranks can share and none divides.
+
+    Args:
+        heads: of attention, no fewer than 8 ranks; None for a UNet.
+        branches: of guidance.
+        asked: of a request.
+    """
+
+    heads: int | None
+    branches: int = 2
+    asked: dict[str, Any] = field(default_factory=lambda: LOW)
+
+    def fits(self, layout: Degrees) -> bool:
+        """Whether it can be dealt so."""
+        _, cfg, tp, ring, ulysses = layout
+        if self.heads is None:
+            return tp * ring * ulysses == 1
+        return cfg <= self.branches and self.heads % tp == 0 and ulysses <= self.heads // tp
+
+
+FAMILIES = {
+    "emoji": Family(8, asked={"height": 72, "width": 40, "prompts": ["rocket", "red apple, 3d", "pizza"]}),
+    "dit": Family(12, asked=LOW | {"prompts": ["cock", "999", "goldfish"]}),
+    "pixart_sigma": Family(12),
+    "sd35_medium": Family(12),
+    "flux": Family(12, branches=1),
+    "flux_schnell": Family(10),
+    "qwen_image": Family(12, asked={"height": 72, "width": 40}),
+    "z_image": Family(10),
+    "wan": Family(10, asked={"height": 72, "width": 40, "frames": 5}),
+    "sd15": Family(None, asked={"height": 72, "width": 40}),
+    "sdxl": Family(None, asked={"height": 72, "width": 40}),
+}
+FEW = {
+    2: ((2, 1, 1, 1, 1), (1, 2, 1, 1, 1), (1, 1, 2, 1, 1), (1, 1, 1, 2, 1), (1, 1, 1, 1, 2)),
+    4: ((1, 2, 1, 1, 2), (1, 1, 2, 2, 1)),
+}
+"""Layouts of the default suite by world size: every axis, and two products."""
+
+MORE = {
+    2: FEW[2],
+    3: ((3, 1, 1, 1, 1), (1, 1, 3, 1, 1), (1, 1, 1, 3, 1), (1, 1, 1, 1, 3)),
+    4: (
+        (4, 1, 1, 1, 1),
+        (2, 2, 1, 1, 1),
+        (2, 1, 1, 1, 2),
+        (1, 2, 2, 1, 1),
+        (1, 2, 1, 2, 1),
+        (1, 2, 1, 1, 2),
+        (1, 1, 2, 2, 1),
+        (1, 1, 2, 1, 2),
+        (1, 1, 1, 2, 2),
+        (1, 1, 1, 1, 4),
+    ),
+    8: (
+        (4, 2, 1, 1, 1),
+        (2, 2, 1, 1, 2),
+        (1, 2, 2, 2, 1),
+        (1, 2, 1, 2, 2),
+        (1, 1, 2, 2, 2),
+        (1, 1, 1, 4, 2),
+        (1, 1, 1, 1, 8),
+    ),
+}
+"""Those of the slow suite; tests/parallel/layouts.py has the networks alone under every product."""
+
+Load = Callable[[str], tuple[RunConfig, GenerationRequest]]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """From a family's name to its saved checkpoint's configuration, and the request."""
+
+    @cache
+    def one(name: str) -> tuple[RunConfig, GenerationRequest]:
+        family, overrides = FAMILIES[name], ["model=emoji"]
+        if name in CASES:
+            folder, case = tmp_path_factory.mktemp(name), CASES[name]
+            sizes = {} if family.heads is None else {"heads": family.heads}
+            case.save(folder, **sizes)
+            overrides = overrides_of(case, folder)
+        asked = {"prompts": PROMPTS, "negative_prompt": "" if name == "dit" else "blurry"} | family.asked
+        request = GenerationRequest(name, steps=2, guidance=3.5, seed=7, batch_size=2, latents="last", **asked)
+        return compose_run(overrides).config, request
+
+    return one
+
+
+def assert_one_rank(load: Load, names: Sequence[str], layouts: Sequence[Degrees]) -> None:
+    """These families draw the latents and pixels of one rank; replicas alone, bit for bit."""
+    ranks = world_size(layouts[0])
+    alone = {name: Drawing(name, *load(name), ONE_RANK) for name in names}
+    dealt = [Drawing(name, *load(name), layout) for name in names for layout in layouts if FAMILIES[name].fits(layout)]
+    (wanted,) = on_worlds(1, draw, [(drawing,) for drawing in alone.values()])
+    found = {name: x for one in on_worlds(ranks, draw, [(drawing,) for drawing in dealt]) for name, x in one.items()}
+    for drawing in dealt:
+        for what in (f"{kind} {k}" for k in range(len(PROMPTS)) for kind in ("latent", "pixels")):
+            ours, theirs = found.pop(f"{drawing} {what}"), wanted[f"{alone[drawing.name]} {what}"]
+            assert theirs.std() > 0.01, f"{drawing} {what}: flat, which proves nothing"
+            error = rel_l2(ours, theirs)
+            assert error <= BOUND, f"{drawing} {what}: relative L2 {error:.1e}"
+            assert drawing.degrees[0] < ranks or torch.equal(ours, theirs), f"{drawing} {what}: replicas differ"
+    assert not found
+
+
+@pytest.mark.parametrize("ranks", list(FEW))
+def test_joint_attention_and_a_video_draw_what_one_rank_draws(load: Load, ranks: int) -> None:
+    assert_one_rank(load, ("sd35_medium", "wan"), FEW[ranks])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", list(MORE))
+def test_every_family_draws_what_one_rank_draws(load: Load, ranks: int) -> None:
+    assert_one_rank(load, list(FAMILIES), MORE[ranks])

@@ -1,0 +1,108 @@
+"""Dealt weights change nothing but where they are: same numbers, a part of the memory, and traffic by its formula."""
+
+from functools import cache
+from itertools import groupby
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from harness.parallel.connect import Axes, connect
+from harness.parallel.formula import weight_bytes
+from harness.parallel.mesh import Place
+from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.shard import KIND, shard_weights
+from models.attention import math_attention
+from models.attention.lse import math_lse
+from tests.parallel.layouts import branches
+from tests.parallel.networks import TINY, Tiny
+from tests.parallel.ranks import on_ranks
+
+LAYOUTS = {
+    2: [(1, 2, 1, 1, 1), (1, 1, 1, 1, 2)],
+    3: [(1, 1, 1, 3, 1)],
+    4: [(1, 2, 1, 1, 2), (1, 1, 2, 2, 1)],
+}
+CASES = {
+    ranks: [
+        (name, degrees, dtype)
+        for degrees in layouts
+        for dtype in ((torch.float32,) if ranks == 2 else (torch.float32, torch.bfloat16))
+        for name in TINY
+        if TINY[name].heads() % degrees[2] == 0
+    ]
+    for ranks, layouts in LAYOUTS.items()
+}
+
+
+def forward(rank: int, size: int) -> dict[str, Tensor]:
+    """Outputs with weights whole and dealt, what was sent for the latter, and the numbers held."""
+    found = {}
+    for degrees, cases in groupby(CASES[size], key=lambda case: case[1]):
+        axes = connect(Place(rank, degrees), torch.device("cpu"))
+        for name, _, dtype in cases:
+            found |= {f"{name} {degrees} {dtype} {what}": x for what, x in both(TINY[name], dtype, axes).items()}
+    return found
+
+
+def both(tiny: Tiny, dtype: torch.dtype, axes: Axes) -> dict[str, Tensor]:
+    """One network with its weights whole, then dealt."""
+    network = tiny.build(math_attention, dtype)
+    cut_linears(network, tiny.plan, axes.tp)
+    said = weight_bytes(network, tiny.plan, axes.weights.size)
+    deal_tokens(network, tiny.plan, math_attention, math_lse, axes)
+    latent, tau_B, condition = tiny.inputs
+
+    def output() -> Tensor:
+        return branches(tiny.inputs, axes.cfg).combine(network(latent.to(dtype), tau_B, condition.to(dtype)).float())
+
+    def numbers() -> int:
+        kept = [p for name in tiny.plan.called_outside for p in network.get_submodule(name).parameters()]
+        held = [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]
+        return sum(p.numel() for p in held) - sum(p.numel() for p in kept)
+
+    whole, before = output(), numbers()
+    shard_weights(network, tiny.plan, axes.weights, torch.device("cpu"))
+    axes.traffic.reset()
+    return {
+        "whole": whole,
+        "dealt": output(),
+        "again": output(),
+        "sent": torch.tensor([axes.traffic.sent_bytes[KIND], 2 * said]),
+        "held": torch.tensor([numbers(), before]),
+    }
+
+
+RANKS = [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
+
+
+@cache
+def found(ranks: int) -> list[dict[str, Tensor]]:
+    return on_ranks(ranks, forward)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_dealt_weights_give_the_same_numbers(ranks: int) -> None:
+    for of_rank in found(ranks):
+        for case in CASES[ranks]:
+            name, degrees, dtype = case
+            outputs = [of_rank[f"{name} {degrees} {dtype} {kind}"] for kind in ("whole", "dealt", "again")]
+            assert torch.equal(outputs[0], outputs[1]), case
+            assert torch.equal(outputs[0], outputs[2]), case
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_dealt_weights_send_what_the_formula_says(ranks: int) -> None:
+    for of_rank in found(ranks):
+        for name, degrees, dtype in CASES[ranks]:
+            sent, said = of_rank[f"{name} {degrees} {dtype} sent"].tolist()
+            assert sent == said > 0, (name, degrees, dtype)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ranks_hold_the_weights_once(ranks: int) -> None:
+    for name, degrees, dtype in CASES[ranks]:
+        held, numbers = torch.stack([of_rank[f"{name} {degrees} {dtype} held"] for of_rank in found(ranks)]).unbind(1)
+        assert int(held.sum()) == int(numbers[0]) * degrees[2], (name, degrees)
+        assert int(held[0]) < 0.6 * int(numbers[0]), (name, degrees)
