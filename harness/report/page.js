@@ -64,8 +64,9 @@ const COLUMNS = [
   column("distance", "distance (0 = as asked)", (row) => row.distance?.value, measured((row) => row.distance)),
   column("top1", "top-1", (row) => row.top1?.value, (value, row) => [percent(value), spread(...row.top1.ci95, percent)]),
   column("error", "error", (row) => row.error, (value) => value, "error"),
+  column("folder", "folder", (row) => row.folder, (value) => value, "folder"),
 ].filter(({ of }) => rows.some((row) => known(of(row)) && of(row) !== 0));
-const RUN = column("run", "run", (row) => row.folder, (value) => value, "text");
+const RUN = column("run", "run", (row) => row.label, (value) => value, "text");
 
 function speedup(row) {
   return row.comparison ? row.comparison.ratios.request.ratio : row.scaling?.speedup.value;
@@ -111,7 +112,7 @@ function drawTable(shown) {
     const button = element("button", { type: "button", "data-sort": key }, ...breakable(title), arrow);
     return element("th", { scope: "col", "aria-sort": sorted }, button);
   });
-  const body = shown.map((row) => element("tr", {}, element("th", { scope: "row" }, row.folder),
+  const body = shown.map((row) => element("tr", {}, element("th", { scope: "row" }, row.label),
     ...COLUMNS.map((each) => element("td", { class: each.kind }, ...each.show(row)))));
   const focused = document.activeElement?.dataset?.sort;
   $("table").replaceChildren(element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...body));
@@ -126,14 +127,14 @@ function plot(id, traces, layout, height) {
   const { xaxis, yaxis, ...rest } = layout;
   const base = {
     height, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--ink"), size: 12 },
-    margin: { l: 10, r: 20, t: 10, b: 10 }, bargap: 0.3, hoverlabel: { align: "left" },
-    legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0, traceorder: "normal" },
+    margin: { l: 10, r: 20, t: 40, b: 10 }, bargap: 0.3, hoverlabel: { align: "left" },
+    legend: { orientation: "h", yref: "container", y: 1, yanchor: "top", x: 0, traceorder: "normal" },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--faint"), activecolor: colour("--ink") },
     xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis },
   };
   if (!$(id).querySelector(".plot-container")) $(id).replaceChildren();
   $(id).style.height = `${height}px`;
-  Plotly.react(id, traces, { ...base, ...rest }, { responsive: true, displaylogo: false,
+  Plotly.react(id, traces, { ...base, ...rest }, { responsive: true, displaylogo: false, displayModeBar: !NARROW.matches,
     modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] });
 }
 
@@ -152,7 +153,7 @@ function places(names) {
     range: [names.length - 0.5, -0.5], showgrid: false, zeroline: false };
 }
 
-const barsHeight = (count) => 110 + 26 * count;
+const barsHeight = (count) => (NARROW.matches ? 230 : 140) + 26 * count;
 
 const STAGES = [...new Set(rows.flatMap((row) => Object.keys(row.stages)))];
 
@@ -242,7 +243,7 @@ function paretoFront(points, sign) {
 /** Where equal pictures are drawn, whose error has no logarithm and whose PSNR no end. */
 function beyond(values, metric) {
   if (!values.length) return metric.log ? 1e-7 : 100;
-  return metric.log ? 10 ** Math.floor(Math.log10(Math.min(...values)) - 0.5) : Math.max(...values) + 10;
+  return metric.log ? 10 ** Math.floor(Math.log10(Math.min(...values)) - 1) : Math.max(...values) + 10;
 }
 
 function drawPareto(shown) {
@@ -272,16 +273,20 @@ function drawPareto(shown) {
     group("behind it", others.filter(({ row }) => row.state === "ok"), { color: COLOURS[0], symbol: "circle-open" }),
     group("failed", others.filter(({ row }) => row.state !== "ok"), { color: COLOURS[5], symbol: "x" }),
   ].filter((trace) => trace.x.length);
+  const scale = metric.log ? logarithmic(points.map(({ y }) => y)) : {};
   const equal = points.some(({ row }) => metric.perfect(row))
-    ? [{ xref: "paper", x: 0, xanchor: "left", y: metric.log ? Math.log10(edge) : edge, yanchor: "bottom", showarrow: false,
+    ? [{ xref: "paper", x: 0, xanchor: "left", y: scale.type === "log" ? Math.log10(edge) : edge, yanchor: "bottom", showarrow: false,
       text: "equal, bit for bit" }] : [];
   plot("pareto", traces, { annotations: equal, xaxis: { title: { text: "median latency of the request, ms" }, rangemode: "tozero" },
-    yaxis: { title: { text: plain(metric.title) }, ...(metric.log && logarithmic(points.map(({ y }) => y))) } }, 460);
+    yaxis: { title: { text: plain(metric.title) }, ...scale } }, 460);
   $("front").replaceChildren(...front.map((point) => element("li", {}, said(point))));
 }
 
-const logarithmic = (values) => ({ type: "log", exponentformat: "power",
-  dtick: Math.max(...values) > 1e4 * Math.min(...values) ? 1 : "D2" });
+function logarithmic(values) {
+  const ratio = Math.max(...values) / Math.min(...values);
+  if (ratio < 5) return { tickformat: "~e" }; // a logarithmic axis would have a tick or none
+  return { type: "log", tickformat: ".1~e", dtick: ratio > 1e4 ? 1 : "D2" };
+}
 
 function bars(intervals, values) {
   return { type: "data", symmetric: false, thickness: 1, width: 3, array: intervals.map(([, high], k) => high - values[k]),

@@ -26,7 +26,7 @@ from harness.metrics.summary import summarize
 from harness.records import Record, Repeat, RunFolder, SampleRow, Status
 from tests.harness.test_records import record
 
-HOSTILE = "</script><script>fetch('https://example.com')</script> <b>%{x} \"it's\" & $x$ /*script*/ \u2028"
+HOSTILE = "<b>x</b></script><script>fetch('https://example.com')</script> %{x} \"it's\" & $x$ /*script*/ \u2028"
 
 
 class Maker:

@@ -11,8 +11,8 @@ from harness.cli import dispatch
 from harness.report.keys import labels, layout_name, varying
 from harness.report.page import Page, as_script, render
 from harness.report.rows import Row, read_table
-from harness.report.scaling import ratio_of_medians
-from tests.harness.report_tree import HOSTILE, make_tree, page_image
+from harness.report.scaling import ratio_of_medians, scalings
+from tests.harness.report_tree import HOSTILE, Maker, make_tree, page_image
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,15 @@ def test_a_layout_is_held_against_the_one_rank_run_of_the_same_everything_else(t
     assert found["layouts/usp4"].efficiency == pytest.approx(0.75)
     low, high = found["layouts/usp4"].speedup.ci95
     assert 2.9 < low < 3.0 < high < 3.1
+
+
+def test_of_several_one_rank_runs_the_one_beside_a_run_is_its_base() -> None:
+    make = Maker()
+    one, two = make.record({}, 100.0), make.record({"parallel.dp": 2}, 60.0, ranks=2)
+    folders = [Path("first/a"), Path("second/a"), Path("second/b"), Path("third/b")]
+    found = scalings(folders, dict(enumerate([one, one, two, two])))
+    assert {place: each.base for place, each in found.items()} == {2: 1, 3: 0}
+    assert scalings(folders, {2: two, 3: two}) == {}
 
 
 def test_a_ratio_of_medians_has_the_spread_of_both() -> None:
