@@ -69,7 +69,9 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
 
 
 def test_groups_are_the_replaceable_objects() -> None:
-    assert {"task", "engine", "model", "scheduler", "parallel", "attention", "logger", "experiment"} <= set(_groups())
+    assert {"task", "engine", "model", "scheduler", "parallel", "attention", "hardware", "logger", "experiment"} <= set(
+        _groups()
+    )
 
 
 def test_the_model_fills_in_what_the_request_leaves_open() -> None:
@@ -114,6 +116,7 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("request.frames=5", "this model draws pictures"),
         ("model.text.tokens=0", "at least 1"),
         ("task.repeats=0", "at least 1"),
+        ("hardware=h100sxm", "did you mean h100_sxm?"),
         ("request.prompt=a=b", "single quotes"),
         ("request.prompt=red apple, 3d", "'request.prompt=\"red apple, 3d\"'"),
         ("model.path=/no/such/folder", "no such folder"),
@@ -121,6 +124,26 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
 )
 def test_what_cannot_run_is_refused_with_what_to_change(override: str, hint: str) -> None:
     assert hint in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("plan.ranks=0", "give at least 1"),
+        ("plan.rows=0", "give at least 1"),
+        ("plan.runs=/no/such/folder", "no such folder"),
+        ("hardware.link_gb_s=-1", "give more than 0"),
+        ("hardware.compute_share=60", "a share is at most 1"),
+        ("hardware.network_gb_s=null plan.ranks=9", "use plan.ranks=8 or fewer"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(override: str, hint: str) -> None:
+    assert hint in refused("task=plan", *override.split())
+
+
+def test_a_plan_reads_no_weights_and_lists_every_layout() -> None:
+    composed = compose("task=plan", "model=flux", "parallel=ulysses2")
+    assert composed.notes == ["parallel has no effect with task=plan, which lists every layout"]
 
 
 def test_combinations_are_refused() -> None:

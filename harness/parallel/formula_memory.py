@@ -80,13 +80,13 @@ def activation_numbers(trace: Trace, degrees: tuple[int, ...]) -> int:
     )
 
 
-def decode_numbers(decode: Callable[[Tensor], Tensor], layers: nn.Module, latent: Tensor) -> int:
-    """Numbers that decoding one latent on one rank holds at its peak.
+def decode_numbers(decode: Callable[[Tensor], Tensor], layers: nn.Module, latents: Tensor) -> int:
+    """Numbers that decoding a batch on one rank holds at its peak.
 
     Args:
         decode: latents to pixels, on the meta device.
         layers: the module that does it.
-        latent: (1, ...), on the meta device.
+        latents: on the meta device.
     """
     widest = 0
 
@@ -97,7 +97,7 @@ def decode_numbers(decode: Callable[[Tensor], Tensor], layers: nn.Module, latent
 
     handles = [layer.register_forward_hook(look) for layer in layers.modules() if not list(layer.children())]
     with torch.no_grad():
-        decode(latent)
+        decode(latents)
     for handle in handles:
         handle.remove()
     return widest

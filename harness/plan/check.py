@@ -70,5 +70,5 @@ def _predicted(found: Check, record: Record, hardware: Callable[[torch.dtype], H
         predicted_step_ms=row.step_ms * a_step,
         error=row.step_ms * a_step / found.step_ms - 1,
         predicted_bytes={kind: count * evaluations for kind, count in traffic(traced, layout).items()},
-        predicted_flops=row.flops * world_size(degrees(layout)[1:]) * a_step,
+        predicted_flops=row.flops * world_size(degrees(layout)[1:]) * record.summary.nfe / steps,
     )

@@ -39,7 +39,7 @@ class Traced:
         other_weights: bytes of text encoders and decoder, which every rank has whole.
         item: bytes of a number of the denoiser.
         latent_bytes: of the micro-batch's state, in float32.
-        decode_bytes: that decoding one latent on one rank holds at its peak.
+        decode_bytes: that decoding the micro-batch on one rank holds at its peak.
     """
 
     whole: Trace
@@ -97,7 +97,7 @@ def trace_request(config: RunConfig) -> Traced:
         other_weights=sum(part.bytes for part in loaded if part.component in kept(config)),
         item=dtype.itemsize,
         latent_bytes=4 * len(prompts) * torch.Size(latent).numel(),
-        decode_bytes=_decode_bytes(parts, latent),
+        decode_bytes=_decode_bytes(parts, (len(prompts), *latent)),
     )
 
 
@@ -122,9 +122,9 @@ def _latent(config: RunConfig, parts: Components) -> tuple[int, ...]:
     return parts.latent.shape(request.height, request.width, request.frames)
 
 
-def _decode_bytes(parts: Components, latent: tuple[int, ...]) -> int:
+def _decode_bytes(parts: Components, latents: tuple[int, ...]) -> int:
     """0 where the state is the picture."""
     if not isinstance(parts.decoder, RowsDecoder):
         return 0
     vae = parts.decoder.vae
-    return vae.dtype.itemsize * decode_numbers(parts.decoder, vae.decoder, torch.empty(1, *latent, device=META))
+    return vae.dtype.itemsize * decode_numbers(parts.decoder, vae.decoder, torch.empty(*latents, device=META))

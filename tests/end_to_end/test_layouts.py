@@ -10,9 +10,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from harness.compose import compose_run
 from harness.media import pixel_hash
 from harness.parallel.formula import sent_bytes, trace_network, weight_bytes
 from harness.parallel.formula_vae import decode_bytes, trace_decode
+from harness.plan.check import check
 from harness.records import Record, load
 from models.components import Conditioning
 from models.decoders import KLDecoder
@@ -101,6 +103,8 @@ def test_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp
     assert record.summary.nfe == record_of(single).summary.nfe
     assert sent(record, "denoising") == denoising_bytes(layout, record.summary.nfe * len(record.samples))
     assert sent(record, "decoding") == decoding_bytes(len(record.samples))
+    found = check(tmp_path / "run", record, lambda dtype: compose_run([]).config.hardware)
+    assert found.predicted_bytes == found.sent_bytes == sent(record, "denoising")
     assert record.attention.resolved == ("torch cpu flash" if layout == "ring2" else "torch sdpa")
 
 
