@@ -12,10 +12,10 @@ run: $(READY)
 	$(BIN)/python -m harness
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=10
 
 slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations=40
 
 lint: $(READY)
 	$(BIN)/ruff check .
