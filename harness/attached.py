@@ -91,7 +91,7 @@ def _compose(arguments: Sequence[str], ranks: int) -> Composed:
         raise ConfigError(f"{flags[0]} does not go with torchrun; sweep outside: python -m harness -m ...")
     composed = compose_run(arguments)
     task = composed.config.task.name
-    if task in (Task.train, Task.compare):
+    if task in (Task.train, Task.compare, Task.plan):
         raise ConfigError(f"task={task.name} starts its own processes; start it with python -m harness, not torchrun")
     check_ranks(world_size(degrees(composed.config.parallel)), ranks)
     return composed
