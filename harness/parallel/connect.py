@@ -59,15 +59,15 @@ def connect(place: Place, device: torch.device, timeout: timedelta) -> Axes:
     """
     if place.world_size == 1:
         return one_rank()
-    options = Backend.Options("gloo", timeout)
+    backend = _backend(device, timeout)
     mesh = init_device_mesh(
-        device.type, place.degrees, mesh_dim_names=AXES, backend_override=dict.fromkeys(AXES, options)
+        device.type, place.degrees, mesh_dim_names=AXES, backend_override=dict.fromkeys(AXES, backend)
     )
     traffic = Traffic()
     synchronize = synchronizer(device)
 
     def group(*names: str) -> Group:
-        part = mesh[names] if len(names) == 1 else mesh[names]._flatten("_".join(names), backend_override=options)
+        part = mesh[names] if len(names) == 1 else mesh[names]._flatten("_".join(names), backend_override=backend)
         handle = part.get_group()
         return Group(dist.get_process_group_ranks(handle), place.rank, handle, traffic, synchronize)
 
@@ -83,6 +83,17 @@ def connect(place: Place, device: torch.device, timeout: timedelta) -> Axes:
         traffic,
         _agreement(place, timeout),
     )
+
+
+def _backend(device: torch.device, timeout: timedelta) -> tuple[str, Backend.Options]:
+    """NCCL between GPUs, gloo between processors; DeviceMesh takes a timeout in their options only."""
+    if device.type == "cuda":
+        from torch.distributed import ProcessGroupNCCL
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return "nccl", options
+    return "gloo", Backend.Options("gloo", timeout)
 
 
 def _agreement(place: Place, timeout: timedelta) -> Callable[[bool], bool]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from harness.attached import _compose
 from harness.client import DiffusionGenerator
-from harness.compose import compose_run, layout_facts
+from harness.compose import ConfigError, compose_run, layout_facts
 from harness.config.plan import HardwareConfig
 from harness.config.schema import LaunchConfig, ParallelConfig
 from harness.generate import run_in
@@ -197,6 +198,11 @@ def test_a_record_whose_model_is_gone_says_so(bench: Record) -> None:
     found = check(Path("run"), gone, h100)
     assert found.predicted_step_ms is None
     assert "no such folder" in str(found.reason)
+
+
+def test_ranks_that_were_started_for_a_plan_are_refused() -> None:
+    with pytest.raises(ConfigError, match="start it with python -m harness, not torchrun"):
+        _compose(["task=plan"], ranks=1)
 
 
 def test_what_is_given_is_not_measured() -> None:
