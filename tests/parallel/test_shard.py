@@ -1,5 +1,6 @@
 """Dealt weights change nothing but where they are: same numbers, a part of the memory, and traffic by its formula."""
 
+from datetime import timedelta
 from functools import cache
 from itertools import groupby
 
@@ -40,7 +41,7 @@ def forward(rank: int, size: int) -> dict[str, Tensor]:
     """Outputs with weights whole and dealt, what was sent for the latter, and the numbers held."""
     found = {}
     for degrees, cases in groupby(CASES[size], key=lambda case: case[1]):
-        axes = connect(Place(rank, degrees), torch.device("cpu"))
+        axes = connect(Place(rank, degrees), torch.device("cpu"), timedelta(seconds=60))
         for name, _, dtype in cases:
             found |= {f"{name} {degrees} {dtype} {what}": x for what, x in both(TINY[name], dtype, axes).items()}
     return found
