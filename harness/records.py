@@ -165,7 +165,7 @@ class RunFolder:
         folder = cls(path)
         try:
             (path / "logs").mkdir(parents=True, exist_ok=True)
-            folder._owned = own(path / "logs" / "owner")
+            folder._owned = own(path / ".owner")
             if again and read_status(path).state != "ok":
                 folder._clear()
             descriptor = os.open(path / "status.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
