@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 
 from harness.attached import _compose
-from harness.client import DiffusionGenerator
 from harness.compose import ConfigError, compose_run, layout_facts
 from harness.config.plan import HardwareConfig
 from harness.config.schema import LaunchConfig, ParallelConfig
@@ -174,7 +173,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Record:
     asked += ["request.prompts=[rocket,red apple]", "request.steps=2", f"hydra.run.dir={folder}"]
     composed = compose_run([*asked, "scheduler/solver=heun", "launch.threads_per_rank=1"])
     claimed = RunFolder.claim(composed.folder)
-    run_in(composed, claimed, Console(quiet=True), lambda: DiffusionGenerator.from_composed(composed, claimed.path))
+    run_in(composed, claimed, Console(quiet=True))
     record = read_record(claimed.path)
     assert record is not None
     return record
