@@ -99,7 +99,7 @@ def test_a_plain_bench_is_within_the_floor_and_draws_its_reference_once(
     assert len(found.steps_rel_l2) == 3
     assert found.steps_rel_l2[-1] == pytest.approx(found.latent.rel_l2)
     assert len(list(references.glob("*.safetensors"))) == 2
-    monkeypatch.setattr(fidelity, "draw", lambda *rest: pytest.fail("drawn a second time"))
+    monkeypatch.setattr(fidelity.Artist, "draw", lambda *rest: pytest.fail("drawn a second time"))
     again = ran(bench(tmp_path / "second", references, "task.states=true", "attention=math"))
     assert again is not None
     assert (again.method_class, again.verdict) == ("exact", "identical")
