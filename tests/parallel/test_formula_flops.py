@@ -36,7 +36,8 @@ def silent(degrees: Sequence[int]) -> Axes:
     """The axes of the first rank of a layout."""
     _, cfg, tp, ring, ulysses = (Silent(size) for size in degrees)
     tokens = Silent(ring.size * ulysses.size)
-    return Axes(cfg, tp, ring, ulysses, tokens, Silent(world_size(degrees)), tokens.traffic, lambda flag: flag)
+    weights, picture = Silent(cfg.size * tokens.size), Silent(world_size(degrees))
+    return Axes(cfg, tp, ring, ulysses, tokens, weights, picture, tokens.traffic, lambda flag: flag)
 
 
 CASES = ((1, 1, 1, 1, 1), (1, 1, 2, 1, 1), (1, 1, 1, 3, 1), (1, 1, 1, 1, 3), (1, 1, 2, 1, 2), (1, 1, 1, 2, 2))
