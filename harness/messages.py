@@ -7,7 +7,7 @@ to. Nothing is ever pickled.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -88,6 +88,11 @@ class Traffic(msgspec.Struct, frozen=True):
     bytes: int
     calls: int
     exposed_ms: float
+
+
+def sent_bytes(comm: Mapping[str, Mapping[str, Traffic]]) -> int:
+    """All bytes that a rank sent, over stages and kinds of collective."""
+    return sum(kind.bytes for stage in comm.values() for kind in stage.values())
 
 
 class RankReport(msgspec.Struct, frozen=True):

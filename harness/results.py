@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,7 +12,7 @@ from harness.compose import to_dict
 from harness.config.schema import ModelConfig, QualityConfig, RunConfig
 from harness.config.trained import trained_denoiser
 from harness.media import to_uint8
-from harness.messages import Array, EngineInfo, GenerationResult, RankReport, Traffic
+from harness.messages import Array, EngineInfo, GenerationResult, RankReport, sent_bytes
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
@@ -94,11 +94,6 @@ def flops_per_step(counted: GenerationResult, replica_size: int) -> float:
     """Operations of one solver step of one micro-batch, over the ranks of the first replica."""
     replica = counted.ranks[:replica_size]
     return sum(report.flops["denoiser"] for report in replica) / len(replica[0].denoise_steps_ms)
-
-
-def sent_bytes(comm: Mapping[str, Mapping[str, Traffic]]) -> int:
-    """All bytes that a rank sent, over stages and kinds of collective."""
-    return sum(kind.bytes for stage in comm.values() for kind in stage.values())
 
 
 def quality(folder: Path, pixels: Sequence[Array], prompts: Sequence[str]) -> tuple[Quality | None, list[str]]:

@@ -45,22 +45,28 @@ def ceiling_tflops(device: torch.device, dtype: torch.dtype, synchronize: Callab
     """
     largest = SIDES.get(device.type, SIDES["cuda"])
     side = min(SMALLEST, largest)
-    best = product_s(side, device, dtype, synchronize)
-    while best < PRODUCT_S and side < largest:
+    product_s = timed_product(side, device, dtype, synchronize)
+    while (best := product_s()) < PRODUCT_S and side < largest:
         side *= 2
-        best = product_s(side, device, dtype, synchronize)
+        product_s = timed_product(side, device, dtype, synchronize)
     until = time.perf_counter() + MEASURE_S
     while time.perf_counter() < until:
-        best = min(best, product_s(side, device, dtype, synchronize))
+        best = min(best, product_s())
     return 2 * side**3 / best / 1e12
 
 
-def product_s(side: int, device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]) -> float:
-    """Seconds of one product, after one that is not timed."""
+def timed_product(
+    side: int, device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]
+) -> Callable[[], float]:
+    """Computes one product of square matrices again, and says how many seconds it took; the first is not timed."""
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.mm(a, b)
-    synchronize()
-    began = time.perf_counter()
-    torch.mm(a, b, out=out)
-    synchronize()
-    return time.perf_counter() - began
+
+    def product_s() -> float:
+        synchronize()
+        began = time.perf_counter()
+        torch.mm(a, b, out=out)
+        synchronize()
+        return time.perf_counter() - began
+
+    return product_s

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
+from harness.messages import sent_bytes
 from harness.metrics.comparison import Comparison, read_comparison
 from harness.metrics.difference import Difference
 from harness.metrics.intervals import Estimate, Share
@@ -142,7 +143,7 @@ def _measured(plain: Row, record: Record, scaling: Scaling | None) -> Row:
         memory_mib=summary.peak_memory_mib_max,
         tflops=reached,
         ceiling_share=reached / ceiling if reached is not None and ceiling else None,
-        comm_mb=sum(t.bytes for kinds in summary.comm.values() for t in kinds.values()) / 1e6,
+        comm_mb=sent_bytes(summary.comm) / 1e6,
         verdict=None if fidelity is None else fidelity.verdict,
         declared=None if fidelity is None else fidelity.method_class,
         pixel=None if fidelity is None else fidelity.pixel,
