@@ -30,6 +30,7 @@ from harness.config.limits import check_frames, check_request, check_size
 from harness.config.plan import check_plan
 from harness.config.request import to_message
 from harness.config.schema import LaunchMode, Load, ModelConfig, ParallelConfig, RunConfig, Task, TrainedConfig
+from harness.config.serve import check_load, check_serve
 from harness.config.sides import check_sides, quoted
 from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from harness.media import ffmpeg
@@ -300,6 +301,9 @@ def _resolve(config: RunConfig) -> None:
         resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
     resolve_backend(config.attention.backend)
     check_engine(config)
+    if config.task.name in (Task.serve, Task.load):
+        check_serve(config.serve, config.engine.name == NATIVE and not config.model.offload)
+        check_load(config.load)
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")

@@ -18,6 +18,7 @@ Array: TypeAlias = NDArray[np.float32]
 AnyArray: TypeAlias = NDArray[Any]
 Latents: TypeAlias = Literal["none", "last", "steps"]
 DTYPES = ("float32",)
+QUEUED = "queued"  # the stage of a request that waits
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what foreign bytes make of the decoder
 
 
@@ -34,7 +35,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
 
     Sizes in pixels; guidance 1 is none; batch_size is the number of pictures a network forward carries; more than one
     of frames makes each picture a video. `latents` asks for latents beside the pixels: the final one, or the state
-    after every solver step. `count_flops` counts operations, which slows the request down.
+    after every solver step. `count_flops` counts operations, which slows the request down. `timeout_s` counts from the
+    request's arrival at rank 0; what is not drawn by then is answered with a Failure of kind expired.
     """
 
     request_id: str
@@ -50,10 +52,14 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     frames: int = 1
     latents: Latents = "none"
     count_flops: bool = False
+    timeout_s: float | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0 is in `stage`, and has finished `done` of `total` solver steps of its share (0 of 0 in other stages)."""
+    """Rank 0 is in `stage`, and has finished `done` of `total` solver steps of its share (0 of 0 in other stages).
+
+    The first is of stage QUEUED, sent when the request is accepted: `done` requests are ahead of it.
+    """
 
     request_id: str
     stage: str
@@ -134,12 +140,17 @@ class GenerationResult(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failure(msgspec.Struct, frozen=True, tag=True):
-    """The typed answer when there is no picture. `kind`: rejected, cancelled, oom, unsupported or failed."""
+    """The typed answer when there is no picture.
+
+    `kind`: rejected (ask for something else), busy (the queue is full; try again in `retry_after_s`), expired (its
+    deadline passed), cancelled, oom, unsupported or failed.
+    """
 
     request_id: str
     kind: str
     message: str
     rank: int | None = None
+    retry_after_s: float | None = None
 
 
 class RankOutcome(msgspec.Struct, frozen=True, tag=True):
@@ -185,6 +196,9 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """How the engine is. `state`: loading, ready, busy or stopping; `load_ms`: the slowest rank's loading time;
     `loaded`: rank 0's components, each with the slowest rank's time; `ceiling_tflops`: by rank, the rate of a matrix
     product in the denoiser's dtype, where it was measured; `hosts`: by node (a torchrun agent), the machine's name.
+
+    `queued` requests wait, `running` are being drawn, `served` were answered; `evaluations` counts the forwards of the
+    denoiser on rank 0 since it was ready.
     """
 
     state: str
@@ -199,6 +213,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     loaded: list[LoadedComponent] = []
     ceiling_tflops: list[float] = []
     hosts: list[str] = []
+    running: int = 0
+    evaluations: int = 0
 
 
 Message: TypeAlias = (

@@ -18,7 +18,7 @@ from harness.inprocess import InprocessEngine
 from harness.launch import TorchrunEngine
 from harness.messages import EngineInfo, GenerationRequest
 
-BUILT_FROM = ("engine", "model", "scheduler", "parallel", "attention", "launch")
+BUILT_FROM = ("engine", "model", "scheduler", "parallel", "attention", "launch", "serve")
 HARMLESS = ("rejected",)  # kinds of failure after which ranks are as they were before
 
 MakeEngine: TypeAlias = Callable[[RunConfig, Path], Engine]

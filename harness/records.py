@@ -137,7 +137,9 @@ class Record(msgspec.Struct, frozen=True):
 
 def fingerprint(config: dict[str, Any]) -> str:
     """Hash of what was declared: the configuration without what cannot change a picture or a time."""
-    apart = ("logger", "train", "quality", "plan", "hardware", "a", "b")
+    apart: tuple[str, ...] = ("logger", "train", "quality", "plan", "hardware", "a", "b")
+    if config["task"]["name"] not in ("serve", "load"):
+        apart += ("serve", "load")
     declared = {key: value for key, value in config.items() if key not in apart}
     launch = config["launch"].items()
     declared["launch"] = {key: value for key, value in launch if key != "reuse" and not key.endswith("_timeout_s")}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from harness.config.plan import HardwareConfig, PlanConfig
+from harness.config.serve import LoadConfig, ServeConfig
 from harness.config.train import TrainConfig
 
 
@@ -21,6 +22,8 @@ class Task(Enum):
     train = "train"
     plan = "plan"
     report = "report"
+    serve = "serve"
+    load = "load"
 
 
 class LaunchMode(Enum):
@@ -346,6 +349,8 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    load: LoadConfig = field(default_factory=LoadConfig)
     a: list[str] | None = None
     b: list[str] | None = None
     runs: str | None = None

@@ -226,13 +226,14 @@ def test_foreign_frames_are_answered_or_ignored(generator: DiffusionGenerator, s
 
 
 def test_idle_ranks_sleep(generator: DiffusionGenerator) -> None:
+    """A rank that spins would use its whole core."""
     assert generator.info is not None
     generator.generate()
     time.sleep(0.5)
     before = {pid: cpu_seconds(pid) for pid in generator.info.pids}
     time.sleep(3)
     used = {pid: cpu_seconds(pid) - before[pid] for pid in before}
-    assert max(used.values()) < 0.1, used
+    assert max(used.values()) < 0.1 * 3, used
 
 
 def test_a_shutdown_finishes_what_runs_answers_what_waits_and_leaves_nothing(generator: DiffusionGenerator) -> None:
