@@ -165,6 +165,21 @@ async def test_ranks_that_die_answer_what_they_drew_and_the_next_draw_what_waite
     assert [path.name for path in (tmp_path / "logs").rglob("*")] == ["died1", "rank1.error.json"]
 
 
+async def test_a_request_that_ranks_choke_on_is_not_given_to_a_third_set(tmp_path: Path) -> None:
+    fleet = Fleet()
+    async with serving(tmp_path, fleet, restarts=3) as supervisor:
+        first = supervisor.submit(asked("first", steps=10))
+        await until(lambda: first.state == "running")
+        before, poison, *after = (supervisor.submit(asked(name, "choke" if name == "b" else "")) for name in "abcd")
+        for job in (first, before, poison, *after):
+            await job.wait()
+        assert kinds([first, before, poison, *after]) == ["failed", None, "failed", None, None]
+        assert poison.failure is not None
+        assert "whenever they were given this request" in poison.failure.message
+        assert (supervisor.state, len(fleet.lives)) == ("ready", 3)
+    assert fleet.drawn == ["a", "c", "d"]
+
+
 async def test_an_answer_that_was_sent_before_the_death_counts(tmp_path: Path) -> None:
     fleet = Fleet()
     async with serving(tmp_path, fleet) as supervisor:
