@@ -22,6 +22,7 @@ from harness.http.link import Link
 from harness.launch import TorchrunEngine
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Message, MessageError, Progress
 from harness.serving.faults import failure_line
+from harness.serving.policy import Accepted, key_of
 from harness.serving.transport import Addresses, EngineGone
 
 log = logging.getLogger(__name__)
@@ -156,10 +157,11 @@ class Supervisor:
             raise ValueError(f"a request {request.request_id} is here already; give it another id")
         waiting = len(self._queue())
         if waiting >= self._config.serve.max_queue:
-            raise Busy(f"{waiting} requests wait, as many as serve.max_queue allows", self._retry_after_s())
+            raise Busy(f"{waiting} requests wait, which is serve.max_queue", self._retry_after_s())
         timeout_s = min(self._config.serve.timeout_s, request.timeout_s or self._config.serve.timeout_s)
-        job = Job(request, ahead=waiting, expires=time.monotonic() + timeout_s)
+        job = Job(request, expires=time.monotonic() + timeout_s)
         self.jobs[request.request_id] = self._outstanding[request.request_id] = job
+        self._count()
         self._send(job)
         return job
 
@@ -392,11 +394,15 @@ class Supervisor:
         self._count()
 
     def _count(self) -> None:
-        for ahead, job in enumerate(self._queue()):
+        queue = self._queue()
+        for ahead, job in enumerate(queue, start=len(self._outstanding) - len(queue)):
             job.move(ahead)
 
     def _queue(self) -> list[Job]:
-        return [job for job in self._outstanding.values() if job.state == "queued"]
+        """What waits, in the order in which the ranks take it."""
+        key = key_of(self._config.serve.policy)
+        queued = [job for job in self._outstanding.values() if job.state == "queued"]
+        return sorted(queued, key=lambda job: key(Accepted(b"", job.request, job.arrived, job.expires)))
 
     def _retry_after_s(self) -> float:
         """A place is free once a request has been drawn; the mean of the last ones says when."""
