@@ -39,8 +39,8 @@ class Fleet:
     """Makes engines, and remembers what they did: `lives` of them, the requests `drawn` and `seen`, in order.
 
     A prompt says what becomes of its request: `choke` ends the engine before it says a word of it, `die` at its second
-    step, `answer and die` just before its answer arrives, `oom` is a failure, `hang` reports nothing more, `mute` answers no ping
-    either. Engines whose number is in `stillborn` die while they load.
+    step, `answer and die` just before its answer arrives, `oom` is a failure, `hang` reports nothing more, `mute`
+    answers no ping either. Engines whose number is in `stillborn` die while they load.
     """
 
     stillborn: tuple[int, ...] = ()
