@@ -67,9 +67,11 @@ def dispatch(arguments: Sequence[str]) -> int:
     """Runs one command line in this process; the exit status."""
     try:
         if any(argument.startswith("-") for argument in arguments):
-            arguments = [quoted(argument) for argument in arguments]
+            arguments = flags_first([quoted(argument) for argument in arguments])
             flags = get_args_parser().parse_args(list(arguments))
             check_names(flags.overrides, sweep=flags.multirun)
+            if flags.multirun and flags.cfg:
+                raise ConfigError("-m runs jobs and --cfg prints one configuration; leave out one of them")
             if flags.multirun and REPORT in arguments:
                 raise ConfigError("task=report makes one page over all runs; run it without -m")
             if flags.multirun:
@@ -85,6 +87,12 @@ def dispatch(arguments: Sequence[str]) -> int:
     except RunFolderError as error:
         complain(error)
         return EXIT_BAD_INPUT
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The same with -m in front, where Hydra's parser takes it among any overrides."""
+    sweeps = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    return [*sweeps[:1], *(argument for argument in arguments if argument not in sweeps)]
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def _resolve(config: RunConfig) -> None:
         return  # draws nothing, so nothing of what is drawn has to fit
     if config.task.name is Task.plan:
         config.model.load = Load.dummy  # shapes are all that is asked of a network
-        check_plan(config.plan, config.hardware)
+        check_plan(config.plan, config.hardware, config.runs)
         if config.parallel != ParallelConfig():
             warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
     _resolve_request(config)
@@ -317,8 +317,10 @@ def _check_report(config: RunConfig) -> None:
     if config.task.name is Task.report:
         if config.runs is None:
             raise ValueError("task=report needs a folder of runs; add runs=DIR, such as runs=sweeps")
-    elif config.runs is not None or config.task.out is not None:
-        raise ValueError("runs and task.out have an effect with task=report only; add it, or drop them")
+    elif config.task.out is not None:
+        raise ValueError("task.out has an effect with task=report only; add it, or drop it")
+    elif config.runs is not None and config.task.name is not Task.plan:
+        raise ValueError("runs has an effect with task=report and task=plan only; add one, or drop it")
 
 
 def _resolve_request(config: RunConfig) -> None:

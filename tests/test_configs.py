@@ -131,7 +131,7 @@ def test_what_cannot_run_is_refused_with_what_to_change(override: str, hint: str
     [
         ("plan.ranks=0", "give at least 1"),
         ("plan.rows=0", "give at least 1"),
-        ("plan.runs=/no/such/folder", "no such folder"),
+        ("runs=/no/such/folder", "no such folder"),
         ("hardware.link_gb_s=-1", "give more than 0"),
         ("hardware.compute_share=60", "a share is at most 1"),
         ("hardware.network_gb_s=null plan.ranks=9", "use plan.ranks=8 or fewer"),

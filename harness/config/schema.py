@@ -333,7 +333,7 @@ class QualityConfig:
 @dataclass
 class RunConfig:
     """The whole configuration of one run; `a` and `b` are the overrides of either side of task=compare, `runs` is the
-    tree of records of task=report.
+    tree of records of task=report, or that task=plan is held against.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
