@@ -47,6 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.report",
         "harness.plan",
         "harness.attached",
+        "harness.http",
         "harness.cli",
         "harness.__main__",
     ),

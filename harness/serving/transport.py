@@ -14,12 +14,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import zmq
 
 from harness.messages import Cancel, EngineInfo, Failure, Message, MessageError, Ping, Shutdown, decode, encode
 
 MAX_FRAME_BYTES = 1 << 31
+DealerT = TypeVar("DealerT", bound=zmq.Socket[Any])  # a thread's, or asyncio's
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[
     return socket
 
 
-def dealer(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+def dealer(context: zmq.Context[DealerT], address: str) -> DealerT:
     """A connected DEALER; messages sent before the engine listens wait for it."""
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
