@@ -23,11 +23,11 @@ from harness.config.serve import ServeConfig
 from harness.http.app import make_app
 from harness.http.supervisor import MakeRanks, Supervisor
 from harness.launch import TorchrunEngine
+from harness.rank import LOG_FORMAT
 from harness.records import RunFolder, Status
 from harness.serving.transport import EngineGone
 
 LOG = "server.log"
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 BACKLOG = 512
 CLOSE_S = 5  # for connections to end, once every request has its answer
 

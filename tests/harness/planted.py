@@ -1,13 +1,10 @@
 """A supervisor without ranks: one request after another, flat pictures, and failures on demand."""
 
 import asyncio
-from pathlib import Path
 
 import numpy as np
 
-from harness.compose import compose_run
 from harness.config.schema import RunConfig
-from harness.http.app import make_app
 from harness.http.jobs import Job
 from harness.http.supervisor import Busy, NotServing
 from harness.messages import (
@@ -84,10 +81,3 @@ def picture(request: GenerationRequest) -> tuple[GenerationResult, list[bytes]]:
     ]
     result = GenerationResult(request.request_id, samples, [], 12.0)
     return result, encode(result, arrays)
-
-
-def planted_app(folder: Path, *overrides: str, step_s: float = 0.0) -> tuple[object, Planted]:
-    """An application over a planted supervisor, in a running loop."""
-    config = compose_run(["task=serve", *overrides]).config
-    supervisor = Planted(config, step_s)
-    return make_app(config, supervisor, folder), supervisor  # type: ignore[arg-type]
