@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import numpy as np
@@ -22,6 +22,7 @@ from harness.compose import Composed, ConfigError, compose_run
 from harness.config.schema import LaunchMode, RunConfig
 from harness.http import saving
 from harness.http.app import make_app
+from harness.http.desk import Desk
 from harness.http.forms import as_json, boundary_of
 from harness.http.problem import STATUS, Problem
 from harness.media import ffmpeg
@@ -39,6 +40,11 @@ def config() -> RunConfig:
     return compose_run(["task=serve", "serve.max_queue=2", "serve.max_body_kib=32"]).config
 
 
+@pytest.fixture(scope="module")
+def app(config: RunConfig) -> Any:
+    return make_app(config, Planted(config), Path())  # type: ignore[arg-type]
+
+
 @dataclass
 class Site:
     client: httpx.AsyncClient
@@ -47,27 +53,40 @@ class Site:
 
 
 @asynccontextmanager
-async def site(config: RunConfig, folder: Path, step_s: float = 0.0) -> AsyncIterator[Site]:
+async def site(app: Any, config: RunConfig, folder: Path, step_s: float) -> AsyncIterator[Site]:
+    """The application with a desk of its own."""
     engine = Planted(config, step_s)
-    app = make_app(config, engine, folder)  # type: ignore[arg-type]
+    app.state.desk = Desk(config, engine, folder)  # type: ignore[arg-type]
     wire = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=wire, base_url="http://127.0.0.1:8000", timeout=LIMIT_S) as client:
         yield Site(client, engine, app)
     await app.state.desk.close()
 
 
-def run(
-    config: RunConfig, folder: Path, talk: Callable[[Site], Awaitable[None]], step_s: float = 0.0
-) -> list[dict[str, Any]]:
+class Talk(Protocol):
     """Talks to a server; the lines of its requests.jsonl."""
 
-    async def whole() -> None:
-        async with asyncio.timeout(LIMIT_S), site(config, folder, step_s) as at:
-            await talk(at)
+    def __call__(
+        self, talk: Callable[[Site], Awaitable[None]], step_s: float = 0.0, config: RunConfig | None = None
+    ) -> list[dict[str, Any]]: ...
 
-    asyncio.run(whole())
-    lines = folder / saving.LINES
-    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+
+@pytest.fixture
+def run(app: Any, config: RunConfig, tmp_path: Path) -> Talk:
+    own = config
+
+    def run(
+        talk: Callable[[Site], Awaitable[None]], step_s: float = 0.0, config: RunConfig | None = None
+    ) -> list[dict[str, Any]]:
+        async def whole() -> None:
+            async with asyncio.timeout(LIMIT_S), site(app, config or own, tmp_path, step_s) as at:
+                await talk(at)
+
+        asyncio.run(whole())
+        lines = tmp_path / saving.LINES
+        return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+
+    return run
 
 
 def error(answer: httpx.Response, status: int, code: str) -> str:
@@ -94,7 +113,7 @@ async def until(client: httpx.AsyncClient, request_id: str, *states: str) -> dic
         await asyncio.sleep(0.01)
 
 
-def test_pictures_come_as_they_were_asked_for(config: RunConfig, tmp_path: Path) -> None:
+def test_pictures_come_as_they_were_asked_for(run: Talk, tmp_path: Path) -> None:
     settings = {"steps": 3, "seed": 5, "guidance": 1.5, "negative_prompt": "blue", "timeout_s": 9}
     body = {"prompt": "red apple", "n": 2, "size": "32x16", "user": "ann", "model": "emoji", "triptych": settings}
 
@@ -111,12 +130,12 @@ def test_pictures_come_as_they_were_asked_for(config: RunConfig, tmp_path: Path)
         assert (sent.samples_per_prompt, sent.batch_size) == (2, 2)  # its pictures share forwards
         assert (sent.steps, sent.seed, sent.guidance, sent.negative_prompt, sent.timeout_s) == (3, 5, 1.5, "blue", 9)
 
-    (line,) = run(config, tmp_path, talk)
+    (line,) = run(talk)
     assert (line["outcome"], line["user"], len(line["samples"])) == ("ok", "ann", 2)
     assert all((tmp_path / sample["path"]).is_file() for sample in line["samples"])
 
 
-def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(config: RunConfig, tmp_path: Path) -> None:
+def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(run: Talk) -> None:
     async def talk(at: Site) -> None:
         answers = [(await at.client.post(IMAGES, json={"prompt": "x", "response_format": "url"})).json() for _ in "ab"]
         assert answers[0]["triptych"]["seed"] != answers[1]["triptych"]["seed"]
@@ -125,7 +144,7 @@ def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(config: RunConf
         assert opened(picture.content).size == (64, 64)
         assert (await at.client.get(answers[0]["data"][0]["url"][:-1] + "1")).status_code == 404
 
-    run(config, tmp_path, talk)
+    run(talk)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +174,7 @@ def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(config: RunConf
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_the_engine_is_asked(
-    config: RunConfig, tmp_path: Path, path: str, body: object, code: str, words: str
+    run: Talk, path: str, body: object, code: str, words: str
 ) -> None:
     async def talk(at: Site) -> None:
         answer = await at.client.post(path, json=body)
@@ -163,7 +182,7 @@ def test_what_cannot_be_drawn_is_refused_before_the_engine_is_asked(
         assert answer.headers["x-should-retry"] == "false"
         assert at.engine.jobs == {}
 
-    run(config, tmp_path, talk)
+    run(talk)
 
 
 @pytest.mark.parametrize(
@@ -182,17 +201,15 @@ def test_what_cannot_be_drawn_is_refused_before_the_engine_is_asked(
         (b"--b\r\n\r\nx\r\n--b--", {"content-type": "multipart/form-data; boundary=b"}, 400, "rejected"),
     ],
 )
-def test_bodies_that_are_none(
-    config: RunConfig, tmp_path: Path, content: bytes, headers: dict[str, str], status: int, code: str
-) -> None:
+def test_bodies_that_are_none(run: Talk, content: bytes, headers: dict[str, str], status: int, code: str) -> None:
     async def talk(at: Site) -> None:
         error(await at.client.post(IMAGES, content=content, headers=headers), status, code)
         assert at.engine.jobs == {}
 
-    run(config, tmp_path, talk)
+    run(talk)
 
 
-def test_a_body_without_a_length_is_bounded_too(config: RunConfig, tmp_path: Path) -> None:
+def test_a_body_without_a_length_is_bounded_too(run: Talk) -> None:
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -205,7 +222,7 @@ def test_a_body_without_a_length_is_bounded_too(config: RunConfig, tmp_path: Pat
         error(await at.client.post(IMAGES, content=endless(), headers=JSON), 413, "too_large")
         assert sent <= 34_000
 
-    run(config, tmp_path, talk)
+    run(talk)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +237,7 @@ def test_a_body_without_a_length_is_bounded_too(config: RunConfig, tmp_path: Pat
     ],
 )
 def test_a_failure_of_the_engine_is_an_answer_of_its_kind(
-    config: RunConfig, tmp_path: Path, kind: str, status: int, retry_after: str | None
+    run: Talk, kind: str, status: int, retry_after: str | None
 ) -> None:
     async def talk(at: Site) -> None:
         answer = await at.client.post(IMAGES, json={"prompt": kind})
@@ -229,11 +246,11 @@ def test_a_failure_of_the_engine_is_an_answer_of_its_kind(
         assert answer.headers["x-should-retry"] == str(kind == "busy").lower()
         assert f'triptych_requests_total{{outcome="{kind}"}} 1.0' in (await at.client.get("/metrics")).text
 
-    (line,) = run(config, tmp_path, talk)
+    (line,) = run(talk)
     assert (line["outcome"], line["error"]) == (kind, "rank 1: planted")
 
 
-def test_a_full_queue_and_a_server_that_has_stopped_say_when_to_come_again(config: RunConfig, tmp_path: Path) -> None:
+def test_a_full_queue_and_a_server_that_has_stopped_say_when_to_come_again(run: Talk) -> None:
     async def talk(at: Site) -> None:
         drawn = (await at.client.post(REQUESTS, json={"prompt": "x"})).json()["id"]
         await until(at.client, drawn, "running")
@@ -249,10 +266,10 @@ def test_a_full_queue_and_a_server_that_has_stopped_say_when_to_come_again(confi
         assert error(answer, 503, "not_serving") == "rank 1 died with SIGKILL"
         assert answer.headers["retry-after"] == "60"
 
-    run(config, tmp_path, talk, step_s=0.1)
+    run(talk, step_s=0.1)
 
 
-def test_health_is_honest(config: RunConfig, tmp_path: Path) -> None:
+def test_health_is_honest(run: Talk) -> None:
     async def talk(at: Site) -> None:
         assert (await at.client.get("/ready")).status_code == 200
         at.engine.state, at.engine.reason, at.engine.info = "restarting", "rank 1 died with SIGKILL", None
@@ -263,10 +280,10 @@ def test_health_is_honest(config: RunConfig, tmp_path: Path) -> None:
         assert (health.json()["state"], health.json()["ranks"]) == ("restarting", 0)
         assert "triptych_ready 0.0" in (await at.client.get("/metrics")).text
 
-    run(config, tmp_path, talk)
+    run(talk)
 
 
-def test_a_client_that_goes_away_cancels_its_request(config: RunConfig, tmp_path: Path) -> None:
+def test_a_client_that_goes_away_cancels_its_request(run: Talk) -> None:
     async def talk(at: Site) -> None:
         asking = asyncio.create_task(hang_up(at.app, {"prompt": "x"}, after_s=0.2))
         await asyncio.wait_for(asking, WITHIN_S)
@@ -275,7 +292,7 @@ def test_a_client_that_goes_away_cancels_its_request(config: RunConfig, tmp_path
         assert job.failure is not None
         assert job.failure.kind == "cancelled"
 
-    (line,) = run(config, tmp_path, talk, step_s=1.0)
+    (line,) = run(talk, step_s=1.0)
     assert line["outcome"] == "cancelled"
 
 
@@ -297,7 +314,7 @@ async def hang_up(app: Any, body: object, after_s: float) -> None:
     await app(scope | {"headers": headers, "scheme": "http", "server": ("localhost", 80)}, receive, send)
 
 
-def test_requests_are_cancelled_where_they_are(config: RunConfig, tmp_path: Path) -> None:
+def test_requests_are_cancelled_where_they_are(run: Talk) -> None:
     async def talk(at: Site) -> None:
         first, second = [(await at.client.post(REQUESTS, json={"prompt": "x"})).json() for _ in range(2)]
         assert (second["status"], second["total"]) == ("queued", 20)
@@ -311,10 +328,10 @@ def test_requests_are_cancelled_where_they_are(config: RunConfig, tmp_path: Path
             assert ended["error"]["code"] == "cancelled"
             error(await at.client.get(f"{REQUESTS}/{request['id']}/content/0"), 409, "cancelled")
 
-    run(config, tmp_path, talk, step_s=0.05)
+    run(talk, step_s=0.05)
 
 
-def test_progress_streams_until_the_picture_is_there(config: RunConfig, tmp_path: Path) -> None:
+def test_progress_streams_until_the_picture_is_there(run: Talk) -> None:
     async def talk(at: Site) -> None:
         asked = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": {"steps": 4}})).json()
         stream = await at.client.get(f"{REQUESTS}/{asked['id']}/events")
@@ -325,7 +342,7 @@ def test_progress_streams_until_the_picture_is_there(config: RunConfig, tmp_path
         assert (told[-1]["status"], len(told[-1]["urls"])) == ("done", 1)
         assert all(one["urls"] == [] for one in told[:-1])
 
-    run(config, tmp_path, talk, step_s=0.02)
+    run(talk, step_s=0.02)
 
 
 def as_form(fields: dict[str, str]) -> tuple[bytes, dict[str, str]]:
@@ -333,7 +350,7 @@ def as_form(fields: dict[str, str]) -> tuple[bytes, dict[str, str]]:
     return "".join([*parts, "--b--\r\n"]).encode(), {"content-type": "multipart/form-data; boundary=b"}
 
 
-def test_a_video_is_a_job(config: RunConfig, tmp_path: Path) -> None:
+def test_a_video_is_a_job(run: Talk, config: RunConfig, tmp_path: Path) -> None:
     ffmpeg()
     videos = replace(config, model=replace(config.model, max_frames=17, frame_multiple=4, fps=8))
 
@@ -361,7 +378,7 @@ def test_a_video_is_a_job(config: RunConfig, tmp_path: Path) -> None:
         image = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": {"frames": 1}})).json()
         error(await at.client.get(f"{VIDEOS}/{image['id']}"), 404, "not_found")
 
-    run(videos, tmp_path, talk)
+    run(talk, config=videos)
     assert list((tmp_path / "samples").glob("*.mp4")) == []
 
 
@@ -380,7 +397,7 @@ def test_a_form_is_the_object_that_it_stands_for() -> None:
 
 
 def test_a_full_disk_is_an_answer_and_leaves_no_half_pictures(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = saving.save_png
 
@@ -398,7 +415,7 @@ def test_a_full_disk_is_an_answer_and_leaves_no_half_pictures(
         monkeypatch.setattr(saving, "save_png", whole)
         assert (await at.client.post(IMAGES, json={"prompt": "x", "n": 2})).status_code == 200
 
-    run(config, tmp_path, talk)
+    run(talk)
 
 
 @pytest.mark.parametrize(
@@ -411,26 +428,24 @@ def test_a_full_disk_is_an_answer_and_leaves_no_half_pictures(
         ({"host": "[::1]:8000"}, 200),
     ],
 )
-def test_pages_of_other_sites_are_kept_out(
-    config: RunConfig, tmp_path: Path, headers: dict[str, str], status: int
-) -> None:
+def test_pages_of_other_sites_are_kept_out(run: Talk, headers: dict[str, str], status: int) -> None:
     async def talk(at: Site) -> None:
         assert (await at.client.post(IMAGES, json={"prompt": "x"}, headers=headers)).status_code == status
 
-    run(config, tmp_path, talk)
+    run(talk)
 
 
-def test_what_is_no_longer_kept_is_gone(config: RunConfig, tmp_path: Path) -> None:
+def test_what_is_no_longer_kept_is_gone(run: Talk) -> None:
     async def talk(at: Site) -> None:
         first = (await at.client.post(IMAGES, json={"prompt": "x"})).json()["triptych"]["request_id"]
         del at.engine.jobs[first]
         await at.client.post(IMAGES, json={"prompt": "x"})
         error(await at.client.get(f"{REQUESTS}/{first}"), 404, "not_found")
 
-    run(config, tmp_path, talk)
+    run(talk)
 
 
-def test_the_page_needs_nothing_from_elsewhere(config: RunConfig, tmp_path: Path) -> None:
+def test_the_page_needs_nothing_from_elsewhere(run: Talk) -> None:
     async def talk(at: Site) -> None:
         for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
             answer = await at.client.get(path)
@@ -439,7 +454,7 @@ def test_the_page_needs_nothing_from_elsewhere(config: RunConfig, tmp_path: Path
             assert "unsafe" not in answer.headers["content-security-policy"]
             assert "://" not in answer.text
 
-    run(config, tmp_path, talk)
+    run(talk)
 
 
 def test_what_cannot_be_served_is_refused_before_a_folder_is_claimed(config: RunConfig, tmp_path: Path) -> None:
