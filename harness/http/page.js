@@ -78,6 +78,7 @@ function draw(request) {
   Object.assign(made.querySelector("progress"), { value: request.done, max: Math.max(1, request.total) });
   made.querySelector(".error").textContent = request.error ? request.error.message : "";
   const pictures = made.querySelector(".pictures");
+  pictures.style.setProperty("--columns", Math.ceil(Math.sqrt(request.n)));
   if (pictures.childElementCount !== request.urls.length)
     pictures.replaceChildren(...request.urls.map(url => picture(url, request)));
   return [outstanding ? field("queue") : field("answers"), made];
@@ -102,8 +103,9 @@ async function refresh() {
   try {
     const [requests, health] = await Promise.all([call("/v1/requests"), call("/health")]);
     const drawn = requests.data.map(draw);
-    for (const list of [field("queue"), field("answers")])
-      place(list, drawn.filter(([where]) => where === list).map(([, made]) => made));
+    const of = list => drawn.filter(([where]) => where === list).map(([, made]) => made);
+    place(field("queue"), of(field("queue")).reverse()); // the next to be drawn on top
+    place(field("answers"), of(field("answers"))); // the newest on top
     for (const id of shown.keys()) if (!requests.data.some(request => request.id === id)) shown.delete(id);
     outstanding = health.running + health.queued;
     say(health);
