@@ -85,9 +85,9 @@ class Job:
             MessageError: pixels that the frames do not hold.
             RuntimeError: it was answered before.
         """
-        self.pixels = [array(sample.pixels, frames) for sample in answer.samples]
-        self.answer = answer
+        pixels = [array(sample.pixels, frames) for sample in answer.samples]
         self._end("done")
+        self.answer, self.pixels = answer, pixels
 
     def fail(self, failure: Failure) -> None:
         """It was not drawn.
@@ -95,8 +95,8 @@ class Job:
         Raises:
             RuntimeError: it was answered before.
         """
-        self.failure = failure
         self._end("failed")
+        self.failure = failure
 
     def _end(self, state: str) -> None:
         if self.answered:

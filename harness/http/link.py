@@ -10,6 +10,8 @@ import zmq.asyncio
 from harness.messages import Cancel, EngineInfo, GenerationRequest, Message, Ping, decode, encode
 from harness.serving.transport import Addresses, dealer
 
+ARRIVE_MS = 50  # what a dead process has written is still read from its socket
+
 
 class Link:
     """Two sockets to an engine that listens already.
@@ -41,8 +43,8 @@ class Link:
         return decode(frames), frames
 
     async def left(self) -> bool:
-        """Whether a message has come that was not received."""
-        return bool(await self._requests.poll(0))
+        """Whether there is a message that was not received, of an engine that says nothing more."""
+        return bool(await self._requests.poll(ARRIVE_MS))
 
     async def ping(self, timeout_s: float) -> EngineInfo | None:
         """How the engine is, or None when it does not answer in time."""
