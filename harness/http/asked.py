@@ -6,7 +6,7 @@ import re
 import secrets
 import uuid
 
-from harness.config.limits import check_frames, check_request, check_size
+from harness.config.limits import check_frames, check_request, check_served, check_size
 from harness.config.request import to_message
 from harness.config.schema import RunConfig
 from harness.http.openai import Asked, Settings, VideoRequest
@@ -97,18 +97,15 @@ def _size(size: str | None, own: GenerationRequest) -> tuple[int, int]:
 
 def _check_bounds(request: GenerationRequest, config: RunConfig) -> None:
     serve, model = config.serve, config.model
-    bounds: tuple[tuple[str, float, float, float], ...] = (
-        ("n", request.samples_per_prompt, 1, serve.max_pictures),
-        ("triptych.steps", request.steps, 1, serve.max_steps),
-    )
-    for param, value, least, most in bounds:
-        if not least <= value <= most:
-            raise Problem("rejected", f"{param}={value}; this server takes {least} to {most}", param)
+    if not 1 <= request.samples_per_prompt <= serve.max_pictures:
+        said = f"n={request.samples_per_prompt}; this server takes 1 to {serve.max_pictures}"
+        raise Problem("rejected", said, "n")
     if request.timeout_s is None or not 0 < request.timeout_s <= serve.timeout_s:
         said = f"timeout_s={request.timeout_s}; give more than 0 and at most {serve.timeout_s:g} seconds"
         raise Problem("rejected", said, "triptych.timeout_s")
     try:
         check_request(request)
+        check_served(request, serve)
         check_frames(request.frames, model.frame_multiple, model.max_frames)
         check_size(request.height, request.width, model.size_multiple, model.max_pixels)
     except ValueError as error:

@@ -35,9 +35,8 @@ class Live(Collector):
         yield CounterMetricFamily("triptych_restarts", "restarts of the ranks", engine.restarts)
         if engine.info is not None:
             yield GaugeMetricFamily("triptych_ranks", "processes of the engine", engine.info.world_size)
-            yield CounterMetricFamily(
-                "triptych_evaluations", "forwards of the denoiser on rank 0", engine.info.evaluations
-            )
+            yield CounterMetricFamily("triptych_evaluations", "forwards of the denoiser", engine.info.evaluations)
+            yield CounterMetricFamily("triptych_rows", "what those forwards carried", engine.info.rows)
 
 
 class Meter:
