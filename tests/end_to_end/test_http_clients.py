@@ -41,6 +41,35 @@ def use_images(client: Any) -> None:
     assert httpx.get(linked.data[0].url).headers["content-type"] == "image/png"
 
 
+def keep_to_its_document(url: str, examples: int) -> None:
+    """Requests that the document allows, and bodies that it does not: no 5xx, and only answers that it states."""
+    schemathesis, hypothesis = pytest.importorskip("schemathesis"), pytest.importorskip("hypothesis")
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+
+    checks = [not_a_server_error, response_schema_conformance, status_code_conformance]
+    document = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    operations = [found.ok() for found in document.get_all_operations()]
+    assert len(operations) >= 15
+    settings = hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    right, wrong = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+    for operation in operations:
+        for mode in (right, wrong) if operation.body else (right,):
+
+            @settings
+            @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+            def holds(case: Any) -> None:
+                case.call_and_validate(checks=checks, timeout=60)
+
+            holds()
+
+
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 def test_openais_client_draws_pictures_and_videos(site: Live) -> None:
     openai = pytest.importorskip("openai")
@@ -66,32 +95,7 @@ def test_openais_client_draws_pictures_and_videos(site: Live) -> None:
 
 @pytest.mark.slow
 def test_requests_made_from_our_document_find_no_fault(site: Live) -> None:
-    """No 5xx, and every answer is one that the document states."""
-    schemathesis, hypothesis = pytest.importorskip("schemathesis"), pytest.importorskip("hypothesis")
-    from schemathesis.checks import not_a_server_error
-    from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
-
-    checks = [not_a_server_error, response_schema_conformance, status_code_conformance]
-    document = schemathesis.openapi.from_url(f"{site.url}/openapi.json")
-    operations = [found.ok() for found in document.get_all_operations()]
-    assert len(operations) >= 15
-    settings = hypothesis.settings(
-        max_examples=10,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    right, wrong = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
-    for operation in operations:
-        for mode in (right, wrong) if operation.body else (right,):
-
-            @settings
-            @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
-            def holds(case: Any) -> None:
-                case.call_and_validate(checks=checks, timeout=10)
-
-            holds()
+    keep_to_its_document(site.url, examples=10)
 
 
 def test_malformed_requests_are_the_clients_fault(site: Live) -> None:

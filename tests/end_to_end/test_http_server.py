@@ -18,7 +18,7 @@ from harness.environment import SOCKETS
 from harness.messages import Cancel, GenerationRequest, encode
 from tests.end_to_end.conftest import LIMIT_S, command, processes_about, started, status_of, wait_for
 from tests.end_to_end.http_abuse import abuse
-from tests.end_to_end.test_http_clients import use_images
+from tests.end_to_end.test_http_clients import keep_to_its_document, use_images
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,8 @@ class Serving:
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("serving") / "run"
-    with started(command("task=serve", "serve.port=0", "serve.max_body_kib=32", f"hydra.run.dir={folder}")) as process:
+    bounds = ("serve.port=0", "serve.max_body_kib=32", "serve.max_steps=60")
+    with started(command("task=serve", *bounds, f"hydra.run.dir={folder}")) as process:
         assert process.stdout is not None
         found = re.search(r"http://127.0.0.1:\d+", process.stdout.readline())
         assert found is not None
@@ -76,6 +77,10 @@ def test_openais_client_draws_on_real_ranks(serving: Serving) -> None:
         use_images(client)
 
 
+def test_requests_made_from_its_document_find_no_fault(serving: Serving) -> None:
+    keep_to_its_document(serving.url, examples=3)
+
+
 def test_a_thousand_malformed_requests_leave_it_ready(serving: Serving) -> None:
     told = abuse(int(serving.url.rsplit(":", 1)[1]), number=1000, seed=2)
     assert set(told) <= set(range(400, 500)), told
@@ -89,7 +94,7 @@ def test_a_thousand_malformed_requests_leave_it_ready(serving: Serving) -> None:
 
 def test_it_ends_in_order(serving: Serving) -> None:
     """The last test of this server: what is outstanding is answered, the status is ok, and no process is left."""
-    asked = {"prompt": "x", "triptych": {"steps": 250}}
+    asked = {"prompt": "x", "n": 8, "triptych": {"steps": 60}}
     request = httpx.post(f"{serving.url}/v1/requests", json=asked).json()
     where = f"{serving.url}/v1/requests/{request['id']}"
     wait_for(lambda: httpx.get(where).json()["status"] == "running", "its start")
