@@ -38,7 +38,7 @@ from harness.compose import (
 )
 from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.config.sides import quoted
-from harness.generate import mirror, refuse, run_in, run_training
+from harness.generate import ended, mirror, refuse, run_in, run_training
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.pool import EnginePool, MakeEngine, new_engine
@@ -124,12 +124,25 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
         pair = sides(composed)  # refused before a folder is claimed
         folder = RunFolder.claim(composed.folder, again)
         return Job(folder.path, compare_in(composed, pair, folder, Console()))
+    if composed.config.task.name is Task.serve:
+        return serve(composed, again)
     folder = RunFolder.claim(composed.folder, again)
     if composed.config.task.name is Task.plan:
         from harness.plan.run import plan_in
 
         return Job(folder.path, plan_in(composed, folder, Console()))
     return Job(folder.path, run_in(composed, folder, Console(), make_engine))
+
+
+def serve(composed: Composed, again: bool) -> Job:
+    """The server, until it is told to stop; its address is had before a folder is claimed."""
+    from harness.http.serve import check, listen, serve_in
+
+    check(composed.config)
+    with listen(composed.config.serve) as listening:
+        folder = RunFolder.claim(composed.folder, again)
+        status, _ = ended(composed, folder, lambda: serve_in(composed, folder, listening), lambda status: status)
+    return Job(folder.path, status)
 
 
 class Ran:

@@ -46,6 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.plots",
         "harness.report",
         "harness.plan",
+        "harness.http",
         "harness.attached",
         "harness.http",
         "harness.cli",
