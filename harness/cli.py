@@ -39,6 +39,7 @@ from harness.compose import (
 from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.config.sides import quoted
 from harness.generate import mirror, refuse, run_in, run_training
+from harness.load.run import load_in
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.pool import EnginePool, MakeEngine, new_engine
@@ -121,6 +122,8 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
         from harness.plan.run import plan_in
 
         return Job(folder.path, plan_in(composed, folder, Console()))
+    if composed.config.task.name is Task.load:
+        return Job(folder.path, load_in(composed, folder, Console(), make_engine))
     return Job(folder.path, run_in(composed, folder, Console(), make_engine))
 
 
@@ -192,8 +195,8 @@ def print_savings(kept: int, pool: EnginePool, console: Console) -> None:
 
 
 def value(job: Job) -> float:
-    """What a sweeper of Hydra's minimises: the median latency, ms; infinite where the run failed, or where its error at
-    the pixel is above task.bound.
+    """What a sweeper of Hydra's minimises: the median latency, ms; infinite where the run failed or answered nothing,
+    or where its error at the pixel is above task.bound.
     """
     record = read_record(job.folder) if job.status.state == "ok" else None
     if record is None:
@@ -201,7 +204,9 @@ def value(job: Job) -> float:
     bound = record.config["task"]["bound"]
     if bound is not None and (record.fidelity is None or not record.fidelity.pixel.rel_l2 <= bound):
         return math.inf
-    return record.summary.latency_ms.median
+    if record.summary is not None:
+        return record.summary.latency_ms.median
+    return math.inf if record.load is None or record.load.latency_ms is None else record.load.latency_ms.p50
 
 
 def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:

@@ -304,6 +304,8 @@ def _resolve(config: RunConfig) -> None:
     if config.task.name in (Task.serve, Task.load):
         check_serve(config.serve, config.engine.name == NATIVE and not config.model.offload)
         check_load(config.load)
+    if config.task.name is Task.load:
+        _check_drawn(config)
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
@@ -343,6 +345,17 @@ def _resolve_request(config: RunConfig) -> None:
     check_frames(message.frames, model.frame_multiple, model.max_frames)
     if message.frames > 1:
         ffmpeg()
+
+
+def _check_drawn(config: RunConfig) -> None:
+    """Refuses a load of which a request cannot be drawn, or that nobody takes."""
+    message = to_message(config.request)
+    for steps in config.load.steps:
+        check_request(msgspec.structs.replace(message, steps=steps))
+    for side in config.load.sizes:
+        check_size(side, side, config.model.size_multiple, config.model.max_pixels)
+    if config.launch.mode is LaunchMode.inprocess:
+        raise ValueError("task=load sends many requests at once to ranks of their own; use launch.mode=torchrun")
 
 
 def _check_model(config: RunConfig) -> Path | None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from harness.loggers.load import loaded, print_loads
 from harness.metrics.comparison import Comparison, read_comparison
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import BROKEN, Fidelity
@@ -24,7 +25,7 @@ SHOWN_SHARE = 0.005  # of a request: stages that take less are in comparison.jso
 
 def print_record(record: Record, folder: Path, console: Console) -> None:
     """Prints one run."""
-    summary = record.summary
+    summary = record.timed
     table = Table(title=escape(str(folder)), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("stage")
     for heading in ("median ms", "95 % interval", "p90 ms", "n"):
@@ -175,6 +176,9 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
     if any(read_comparison(folder) is not None for folder in folders):
         _print_comparisons(folders, console)
         return
+    if any(loaded(folder) for folder in folders):
+        print_loads(folders, console)
+        return
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("job", "state"):
         table.add_column(heading, overflow="fold")
@@ -187,7 +191,7 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
     for folder in folders:
         status, record = read_status(folder), read_record(folder)
         numbers, held = ("", "", "", ""), ""
-        if record is not None:
+        if record is not None and record.summary is not None:
             row = record.summary
             found = "" if record.quality is None else f"{100 * record.quality.top1.value:.1f}"
             numbers = (f"{row.latency_ms.median:.1f}", f"{row.step_ms.median:.2f}", str(row.nfe), found)
