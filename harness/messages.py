@@ -198,7 +198,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     product in the denoiser's dtype, where it was measured; `hosts`: by node (a torchrun agent), the machine's name.
 
     `queued` requests wait, `running` are being drawn, `served` were answered; `evaluations` counts the forwards of the
-    denoiser on rank 0 since it was ready.
+    denoiser since the ranks were ready, on the first rank of each replica, and `rows` what they carried (a guided
+    picture is two rows, a guided picture of cfg=2 one).
     """
 
     state: str
@@ -215,6 +216,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     hosts: list[str] = []
     running: int = 0
     evaluations: int = 0
+    rows: int = 0
 
 
 Message: TypeAlias = (

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from harness.compose import ConfigError, from_yaml
-from harness.config.schema import RunConfig
+from harness.config.schema import RunConfig, Task
 from harness.environment import OWNER, SOCKETS, threads_per_rank
 from harness.launch import RankError
 from harness.messages import EngineInfo, LoadedComponent
@@ -114,8 +114,11 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
 
     from harness.parallel.collectives import Alone, Collectives, Gloo
     from harness.serving.build import attention_name, build_worker, ceiling, pick_device, prepare_cpu
-    from harness.serving.control import ControlThread
+    from harness.serving.control import ControlThread, listener
+    from harness.serving.inbox import Inbox, served_check
+    from harness.serving.policy import key_of
     from harness.serving.scheduler import RequestScheduler
+    from harness.serving.steps import StepScheduler
 
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = pick_device(local_rank)
@@ -140,9 +143,13 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
         mine = RankFacts(os.getpid(), load_ms, worker.loaded, ceiling(config, device), node, host)
         gathered = collectives.gather([msgspec.msgpack.encode(mine)])
         facts = [msgspec.msgpack.decode(frames[0], type=RankFacts) for frames in gathered]
-        request_scheduler = RequestScheduler(
-            worker, collectives, StoreBoard(dist.distributed_c10d._get_default_store())
-        )
+        serves = config.task.name in (Task.serve, Task.load)
+        request_scheduler: RequestScheduler | StepScheduler
+        if serves and config.serve.max_batch > 1:
+            request_scheduler = StepScheduler(worker, collectives, config.serve.max_batch)
+        else:
+            board = StoreBoard(dist.distributed_c10d._get_default_store())
+            request_scheduler = RequestScheduler(worker, collectives, board)
         if control is None:
             request_scheduler.follow()
             return
@@ -154,7 +161,14 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
                 info, pids=pids, load_ms=load_ms, loaded=loaded, ceiling_tflops=ceilings, hosts=hosts
             )
         )
-        request_scheduler.lead(context, router(context, addresses.requests), control)
+        requests, wake = router(context, addresses.requests), listener(context)
+        if serves:
+            check = served_check(worker.pipeline.check, config.serve)
+            key, limit, timeout_s = key_of(config.serve.policy), config.serve.max_queue, config.serve.timeout_s
+            inbox = Inbox(requests, wake, check, control, key, limit, timeout_s)
+        else:
+            inbox = Inbox(requests, wake, worker.pipeline.check, control)
+        request_scheduler.lead(inbox, control)
     finally:
         if control is not None:
             control.close()

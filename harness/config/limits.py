@@ -4,6 +4,7 @@ line.
 
 import math
 
+from harness.config.serve import ServeConfig
 from harness.messages import GenerationRequest
 
 MAX_PROMPT_CHARS = 8_000
@@ -34,6 +35,23 @@ def check_request(request: GenerationRequest) -> None:
         raise ValueError(f"request.steps={request.steps}; ask for 1 to {MAX_STEPS}")
     if not (math.isfinite(request.guidance) and request.guidance >= 0):
         raise ValueError(f"request.guidance={request.guidance}; give a number of at least 0 (1 is no guidance)")
+    if request.timeout_s is not None and not request.timeout_s > 0:
+        raise ValueError(f"timeout_s={request.timeout_s}; give more than 0 seconds")
+
+
+def check_served(request: GenerationRequest, serve: ServeConfig) -> None:
+    """Refuses a request that a server does not take, whatever its model can draw.
+
+    Raises:
+        ValueError: what is asked for, and what is taken.
+    """
+    pictures = len(request.prompts) * request.samples_per_prompt
+    if pictures > serve.max_pictures:
+        raise ValueError(f"the request asks for {pictures} pictures; this server draws {serve.max_pictures} a request")
+    if request.steps > serve.max_steps:
+        raise ValueError(f"the request asks for {request.steps} steps; this server takes {serve.max_steps} at most")
+    if request.count_flops and serve.max_batch > 1:
+        raise ValueError("count_flops counts what a request does alone; set serve.max_batch=1")
 
 
 def check_frames(frames: int, multiple: int, largest: int) -> None:

@@ -75,7 +75,7 @@ class Denoising:
             fed = branches.spread(x * point.c_in).to(self.dtype)
             tau_B = torch.full((len(fed),), point.tau, dtype=torch.float32, device=fed.device)
             with run.clock.network("denoiser"):
-                output = self.network(fed, tau_B, condition)
+                output = run.evaluate(self.network, fed, tau_B, condition)
             return self.noise_scheduler.prediction.estimate(branches.combine(output.float()), x, point)
 
         return denoise

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness import messages
 from harness.messages import GenerationRequest
@@ -21,8 +21,20 @@ T = TypeVar("T")
 OnProgress: TypeAlias = Callable[[str, int, int], None]
 
 
+class Evaluate(Protocol):
+    """How an evaluation of the denoiser is made: at once, or together with those of other requests."""
+
+    def __call__(self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, /) -> Tensor: ...
+
+
+def at_once(network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+    """An evaluation alone."""
+    output: Tensor = network(latent, tau_B, condition)
+    return output
+
+
 class Cancelled(Exception):
-    """The request was cancelled; raised between two solver steps."""
+    """The request shall not be drawn to its end; raised between two solver steps."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ class RunContext:
         notes: for the record.
         comm: what was sent, by stage and kind of collective; the executor writes it.
         keep_states: whether samples keep their state after every step.
+        evaluate: makes the denoiser's evaluations.
     """
 
     device: torch.device
@@ -81,6 +94,7 @@ class RunContext:
     notes: list[str] = field(default_factory=list)
     comm: dict[str, dict[str, messages.Traffic]] = field(default_factory=dict)
     keep_states: bool = False
+    evaluate: Evaluate = at_once
 
 
 def asks(request: GenerationRequest) -> list[Ask]:

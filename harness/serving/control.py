@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -14,6 +15,13 @@ from harness.serving.transport import Addresses, rejection, router
 WAKE = "inproc://wake"
 MAX_CANCELLED = 10_000  # ids of requests that never come would pile up otherwise
 log = logging.getLogger(__name__)
+
+
+def listener(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """Where the main thread hears that the engine shall end."""
+    wake = context.socket(zmq.PULL)
+    wake.bind(WAKE)
+    return wake
 
 
 class ControlThread:
@@ -28,6 +36,7 @@ class ControlThread:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], addresses: Addresses, info: EngineInfo) -> None:
         self._context = context
         self._info = info
+        self._counted: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -40,10 +49,15 @@ class ControlThread:
         with self._lock:
             self._info = info
 
-    def update(self, state: str, queued: int, served: int) -> None:
+    def update(self, state: str, queued: int, served: int, running: int = 0) -> None:
         """Changes what a ping is answered with."""
         with self._lock:
-            self._info = msgspec.structs.replace(self._info, state=state, queued=queued, served=served)
+            self._info = msgspec.structs.replace(self._info, state=state, queued=queued, served=served, running=running)
+
+    def watch(self, counted: Callable[[], tuple[int, int]]) -> None:
+        """Where a ping finds the evaluations and their rows so far."""
+        with self._lock:
+            self._counted = counted
 
     def is_cancelled(self, request_id: str) -> bool:
         """Whether a client has cancelled this request."""
@@ -75,7 +89,8 @@ class ControlThread:
                 continue
             if isinstance(message, Ping):
                 with self._lock:
-                    info = self._info
+                    evaluations, rows = self._counted()
+                    info = msgspec.structs.replace(self._info, evaluations=evaluations, rows=rows)
                 self._socket.send_multipart([client, *encode(info)])
             elif isinstance(message, Cancel):
                 with self._lock:

@@ -51,8 +51,12 @@ class Addresses:
 
 
 def router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
-    """A bound ROUTER. Frames larger than 2 GiB are dropped by the socket with their sender."""
+    """A bound ROUTER, which says when it cannot reach a client (EHOSTUNREACH), and keeps any number of messages for one
+    that does not read. Frames larger than 2 GiB are dropped by the socket with their sender.
+    """
     socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.LINGER, 2000)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     socket.bind(address)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from harness.messages import (
     Array,
@@ -26,10 +28,35 @@ from harness.metrics.memory import Memory
 from harness.parallel.connect import Axes, one_rank
 from harness.parallel.mesh import Place
 from harness.pipeline.composed import ComposedPipeline
-from harness.pipeline.state import Cancelled, OnProgress, RunContext, Sample, asks, micro_batches, written
+from harness.pipeline.interleave import Course
+from harness.pipeline.state import (
+    Cancelled,
+    Evaluate,
+    OnProgress,
+    RunContext,
+    Sample,
+    asks,
+    at_once,
+    micro_batches,
+    written,
+)
 from harness.serving.faults import failure_kind, failure_line
+from models.components import Conditioning
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Counter:
+    """Forwards of the denoiser on this rank, and the rows that they carried; a guided picture is two."""
+
+    evaluations: int = 0
+    rows: int = 0
+
+    def add(self, rows: int) -> None:
+        """Counts a forward."""
+        self.evaluations += 1
+        self.rows += rows
 
 
 class Worker:
@@ -59,6 +86,7 @@ class Worker:
         self.memory = memory
         self.loaded = list(loaded)
         self.axes = one_rank() if axes is None else axes
+        self.counter = Counter()
 
     def generate(
         self,
@@ -71,19 +99,6 @@ class Worker:
         An exception is answered here only where a rank computes a picture alone; where several do, they would be left
         waiting in a collective, so it ends the rank, and with it the engine.
         """
-        try:
-            return self._generate(request, on_progress, is_cancelled)
-        except Cancelled:
-            return _failure(request, "cancelled", "the request was cancelled", self.place.rank)
-        except Exception as error:
-            if self.place.replica_size > 1:
-                raise
-            log.exception("request %s failed", request.request_id)
-            return _failure(request, failure_kind(error), failure_line(error), self.place.rank)
-
-    def _generate(
-        self, request: GenerationRequest, on_progress: OnProgress, is_cancelled: Callable[[], bool]
-    ) -> list[bytes]:
         everything = micro_batches([Sample(ask) for ask in asks(request)], request.batch_size)
         samples = [sample for batch in self.place.share(everything) for sample in batch]
         self.memory.reset_peak()
@@ -93,23 +108,63 @@ class Worker:
             if self.axes.any_of_picture(is_cancelled()):
                 raise Cancelled
 
+        def counted(network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+            self.counter.add(len(latent))
+            return at_once(network, latent, tau_B, condition)
+
+        run = self._context(request, on_progress, check_cancelled, counted)
+        run.traffic = self.axes.traffic
+        return self._answered(request, samples, run)
+
+    def course(self, request: GenerationRequest, on_progress: OnProgress) -> Course[list[bytes]]:
+        """The same of all pictures of a request, on a stack of its own that stops at every evaluation; `Cancelled` put
+        in place of an output ends it. What it sends is not told from what others send, and so is not in its report.
+        """
+
+        def work(evaluate: Evaluate) -> list[bytes]:
+            run = self._context(request, on_progress, lambda: None, evaluate)
+            run.notes.append("its network forwards were shared with other requests, and its times include theirs")
+            return self._answered(request, [Sample(ask) for ask in asks(request)], run)
+
+        return Course(work)
+
+    def _context(
+        self,
+        request: GenerationRequest,
+        on_progress: OnProgress,
+        check_cancelled: Callable[[], None],
+        evaluate: Evaluate,
+    ) -> RunContext:
         clock = Clock(synchronizer(self.device), request.count_flops)
-        run = RunContext(
-            self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled, self.axes.traffic
-        )
+        run = RunContext(self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled)
         run.keep_states = request.latents == "steps"
+        run.evaluate = evaluate
+        return run
+
+    def _answered(self, request: GenerationRequest, samples: list[Sample], run: RunContext) -> list[bytes]:
+        try:
+            return self._draw(request, samples, run)
+        except Cancelled:
+            return _failure(request, "cancelled", "the request was cancelled", self.place.rank)
+        except Exception as error:
+            if self.place.replica_size > 1:
+                raise
+            log.exception("request %s failed", request.request_id)
+            return _failure(request, failure_kind(error), failure_line(error), self.place.rank)
+
+    def _draw(self, request: GenerationRequest, samples: list[Sample], run: RunContext) -> list[bytes]:
         points = self.pipeline.forward(samples, run)
         report = RankReport(
             rank=self.place.rank,
-            stages=clock.stages,
-            denoise_steps_ms=clock.steps,
-            networks_ms=clock.networks_ms,
-            network_evaluations=clock.evaluations,
+            stages=run.clock.stages,
+            denoise_steps_ms=run.clock.steps,
+            networks_ms=run.clock.networks_ms,
+            network_evaluations=run.clock.evaluations,
             peak_memory_mib=self.memory.peak_mib(),
             memory_checkpoints=points,
             notes=run.notes,
             comm=run.comm,
-            flops=clock.flops,
+            flops=run.clock.flops,
         )
         if self.place.rank % self.place.replica_size:
             return encode(RankOutcome([], report))  # the first rank of a replica answers for it

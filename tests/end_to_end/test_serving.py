@@ -16,7 +16,7 @@ from harness.client import DiffusionGenerator, Generation
 from harness.config.request import to_message
 from harness.engine import RequestFailed
 from harness.launch import TorchrunEngine
-from harness.messages import Failure, GenerationRequest, GenerationResult, Ping, Progress, decode, encode
+from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Ping, Progress, decode, encode
 from harness.serving.transport import Addresses, Connection, dealer
 from tests.end_to_end.conftest import cpu_seconds, wait_for
 
@@ -57,6 +57,12 @@ def answer(connection: Connection) -> GenerationResult | Failure:
         message, _ = connection.receive()
         if isinstance(message, GenerationResult | Failure):
             return message
+
+
+def runs(connection: Connection) -> bool:
+    """Whether the next message tells of work."""
+    message, _ = connection.receive()
+    return isinstance(message, Progress) and message.stage != QUEUED
 
 
 def same(one: Generation, other: Generation) -> bool:
@@ -130,7 +136,8 @@ def test_progress_streams_to_the_end(generator: DiffusionGenerator) -> None:
     seen: list[Progress] = []
     result = generator.generate(steps=40, on_progress=seen.append).result
     stages = [stage.name for stage in result.ranks[0].stages]
-    order = [stages.index(progress.stage) for progress in seen]
+    assert (seen[0].stage, seen[0].done) == (QUEUED, 0)
+    order = [stages.index(progress.stage) for progress in seen[1:]]
     assert order == sorted(order)
     steps = [progress.done for progress in seen if progress.stage == "denoising"]
     assert steps == sorted(steps)
@@ -173,7 +180,7 @@ def test_clients_are_served_in_turn_and_a_waiting_request_can_be_cancelled(gener
     with connected(generator) as first, connected(generator) as second:
         running, waiting, last = (request(generator, request_id=name, steps=LONG) for name in ("a", "b", "c"))
         first.send(running)
-        wait_for(lambda: isinstance(first.receive()[0], Progress), "the first request to run")
+        wait_for(lambda: runs(first), "the first request to run")
         second.send(waiting)
         second.send(msgspec.structs.replace(last, steps=2))
         second.cancel("b")
@@ -242,7 +249,7 @@ def test_a_shutdown_finishes_what_runs_answers_what_waits_and_leaves_nothing(gen
     pids, folder = generator.info.pids, addresses(generator).folder
     with connected(generator) as connection:
         connection.send(request(generator, request_id="runs", steps=60))
-        wait_for(lambda: isinstance(connection.receive()[0], Progress), "the request to run")
+        wait_for(lambda: runs(connection), "the request to run")
         connection.send(request(generator, request_id="waits"))
         connection.ping()
         connection.shutdown()

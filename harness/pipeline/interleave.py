@@ -1,0 +1,123 @@
+"""Requests that share network forwards.
+
+Each runs through the stages on a stack of its own (a greenlet), and stops at every evaluation of the denoiser. Whoever
+drives them evaluates what they stopped at together, and lets each go on with its own rows: solver, guidance and memory
+stay one request's, whatever its number of steps, and a request joins or leaves between any two evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Generic, TypeVar
+
+import torch
+from greenlet import greenlet
+from torch import Tensor, nn
+
+from harness.pipeline.state import Evaluate
+from models.components import Conditioning
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call:
+    """An evaluation that a request waits for: `network(latent, tau_B, condition)`, as models.components.Denoiser."""
+
+    network: nn.Module
+    latent: Tensor
+    tau_B: Tensor
+    condition: Conditioning
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What calls have in common that can be made in one: network, shape but for the batch, and what is told."""
+        told = tuple(getattr(self.condition, f.name) is None for f in fields(Conditioning) if f.name != "mask")
+        return id(self.network), tuple(self.latent.shape[1:]), told
+
+
+class Course(Generic[T]):
+    """One request on its way through the stages.
+
+    Args:
+        work: is handed how it evaluates the denoiser; its result is the course's.
+    """
+
+    def __init__(self, work: Callable[[Evaluate], T]) -> None:
+        self.call: Call | None = None
+        self._result: list[T] = []
+        self._work = work
+        self._stack = greenlet(self._run)
+        self._driver = greenlet.getcurrent()
+        self._go(None)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the work is done."""
+        return bool(self._stack.dead)
+
+    @property
+    def result(self) -> T:
+        """Of the work.
+
+        Raises:
+            IndexError: it has not ended.
+        """
+        return self._result[0]
+
+    def advance(self, output: Tensor | Exception) -> None:
+        """Goes on to the next evaluation, or to the end, with the output of this one, or with what became of it.
+
+        Raises:
+            Exception: what the work raises.
+        """
+        self._go(output)
+
+    def _run(self, first: None) -> None:
+        self._result.append(self._work(self._evaluate))
+
+    def _go(self, output: Tensor | Exception | None) -> None:
+        self.call = None
+        self._driver = self._stack.parent = greenlet.getcurrent()
+        self._stack.switch(output)
+
+    def _evaluate(self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        self.call = Call(network, latent, tau_B, condition)
+        output: Tensor | Exception = self._driver.switch()
+        if isinstance(output, Exception):
+            raise output
+        return output
+
+
+def evaluate(calls: Sequence[Call], apart: bool, count: Callable[[int], None]) -> list[Tensor | Exception]:
+    """The output of each call, in their order; calls of a kind share a forward.
+
+    Args:
+        calls: of as many requests.
+        apart: where a shared forward fails, its calls are made one by one, so that only those fail that cannot be made;
+            ranks that compute a picture together cannot do so, and the exception is raised.
+        count: told the rows of each forward.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, call in enumerate(calls):
+        groups.setdefault(call.kind, []).append(index)
+    outputs: dict[int, Tensor | Exception] = {}
+    for members in groups.values():
+        outputs |= zip(members, _together([calls[i] for i in members], apart, count), strict=True)
+    return [outputs[index] for index in range(len(calls))]
+
+
+def _together(calls: list[Call], apart: bool, count: Callable[[int], None]) -> list[Tensor | Exception]:
+    count(sum(len(call.latent) for call in calls))
+    try:
+        latent, tau_B = torch.cat([call.latent for call in calls]), torch.cat([call.tau_B for call in calls])
+        condition = Conditioning.stack([call.condition for call in calls])
+        output: Tensor = calls[0].network(latent, tau_B, condition)
+        return list(output.split([len(call.latent) for call in calls]))
+    except Exception as error:
+        if not apart:
+            raise
+        if len(calls) == 1:
+            return [error]
+    return [result for call in calls for result in _together([call], apart, count)]

@@ -1,0 +1,276 @@
+"""An engine that serves: shared forwards, deadlines, a bounded queue, policies, and clients that go."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+import numpy as np
+import pytest
+
+from harness.client import DiffusionGenerator
+from harness.config.request import to_message
+from harness.launch import TorchrunEngine
+from harness.messages import (
+    QUEUED,
+    Array,
+    EngineInfo,
+    Failure,
+    GenerationRequest,
+    GenerationResult,
+    Progress,
+    array,
+)
+from harness.serving.transport import Connection
+from tests.end_to_end.conftest import wait_for
+
+LONG = 240
+FLOOR = 1e-5  # relative L2 between a float32 picture drawn alone and in a batch
+MIXED = {
+    "a": {"prompts": ["rocket"], "seed": 1, "steps": 9, "guidance": 3.0},
+    "b": {"prompts": ["red apple"], "seed": 2, "steps": 4, "guidance": 1.0},
+    "c": {"prompts": ["pizza", "cat face"], "seed": 3, "steps": 6, "guidance": 5.0, "batch_size": 2},
+    "d": {"prompts": ["rocket"], "seed": 4, "steps": 3, "guidance": 2.0, "height": 32, "width": 64},
+    "e": {"prompts": ["sun"], "seed": 5, "steps": 12, "guidance": 3.0},
+}
+
+
+def serving(*overrides: str) -> DiffusionGenerator:
+    return DiffusionGenerator.from_config(
+        "task=serve", "launch.threads_per_rank=1", "request.prompt=rocket", "logger=json", *overrides
+    )
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[DiffusionGenerator]:
+    with serving("serve.max_batch=4", "serve.max_queue=4", "serve.policy=shortest", "serve.max_pictures=2") as made:
+        yield made
+
+
+@contextmanager
+def connected(engine: DiffusionGenerator) -> Iterator[Connection]:
+    assert isinstance(engine._engine, TorchrunEngine)
+    assert engine._engine._addresses is not None
+    connection = Connection(engine._engine._addresses, lambda: None)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def request(engine: DiffusionGenerator, request_id: str, **changes: object) -> GenerationRequest:
+    return msgspec.structs.replace(to_message(engine.config.request), request_id=request_id, **changes)
+
+
+def answers(connection: Connection, count: int) -> dict[str, tuple[GenerationResult | Failure, list[Array]]]:
+    """The next answers in the order in which they came, with their pictures."""
+    found: dict[str, tuple[GenerationResult | Failure, list[Array]]] = {}
+    while len(found) < count:
+        message, frames = connection.receive()
+        if isinstance(message, GenerationResult):
+            found[message.request_id] = message, [array(sample.pixels, frames) for sample in message.samples]
+        elif isinstance(message, Failure):
+            found[message.request_id] = message, []
+    return found
+
+
+def kinds(answered: dict[str, tuple[GenerationResult | Failure, list[Array]]]) -> dict[str, str]:
+    return {name: a.kind if isinstance(a, Failure) else "ok" for name, (a, _) in answered.items()}
+
+
+def rel_l2(one: Array, other: Array) -> float:
+    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
+
+
+def info(connection: Connection) -> EngineInfo:
+    found = connection.ping(5.0)
+    assert found is not None
+    return found
+
+
+def running(connection: Connection) -> None:
+    """Returns once the next message tells of a step."""
+    while not (isinstance(message := connection.receive()[0], Progress) and message.done > 0):
+        pass
+
+
+def draw(engine: DiffusionGenerator, changes: dict[str, dict[str, object]]) -> dict[str, list[Array]]:
+    with connected(engine) as connection:
+        for name, change in changes.items():
+            connection.send(request(engine, name, **change))
+        answered = answers(connection, len(changes))
+    assert kinds(answered) == dict.fromkeys(changes, "ok")
+    return {name: pictures for name, (_, pictures) in answered.items()}
+
+
+def test_requests_share_forwards_and_their_pictures_do_not_change(engine: DiffusionGenerator) -> None:
+    alone = {name: draw(engine, {name: change})[name] for name, change in MIXED.items()}
+    with connected(engine) as connection:
+        before = info(connection)
+        together = draw(engine, {name: change for name, change in MIXED.items() if name != "e"})
+        after = info(connection)
+    for name, pictures in together.items():
+        for picture, expected in zip(pictures, alone[name], strict=True):
+            assert rel_l2(picture, expected) < FLOOR
+    evaluations, rows = after.evaluations - before.evaluations, after.rows - before.rows
+    assert rows == 2 * 9 + 4 + 4 * 6 + 2 * 3
+    assert evaluations < 9 + 4 + 6 + 3
+
+
+def test_a_request_joins_and_leaves_between_steps(engine: DiffusionGenerator) -> None:
+    """A short one that comes later is answered first, having shared its steps."""
+    with connected(engine) as connection:
+        connection.send(request(engine, "long", steps=60, seed=5))
+        running(connection)
+        before = info(connection)
+        connection.send(request(engine, "short", steps=3, seed=1))
+        answered = answers(connection, 2)
+        after = info(connection)
+    assert list(answered) == ["short", "long"]
+    assert kinds(answered) == {"short": "ok", "long": "ok"}
+    assert after.evaluations - before.evaluations <= 60
+
+
+def test_a_cancelled_request_stops_computing_within_one_step(engine: DiffusionGenerator) -> None:
+    with connected(engine) as connection:
+        connection.send(request(engine, "x", steps=LONG))
+        running(connection)
+        connection.cancel("x")
+        assert kinds(answers(connection, 1)) == {"x": "cancelled"}
+        stopped = info(connection)
+        assert stopped.running == 0
+        time.sleep(0.3)
+        assert info(connection).evaluations == stopped.evaluations < LONG + 200
+
+
+def test_a_deadline_ends_what_runs_and_what_waits(engine: DiffusionGenerator) -> None:
+    with connected(engine) as connection:
+        connection.send(request(engine, "slow", steps=LONG, timeout_s=0.5, prompts=["a", "b"], batch_size=2))
+        connection.send(request(engine, "beside", steps=LONG, prompts=["a", "b"], batch_size=2, timeout_s=1.0))
+        connection.send(request(engine, "waits", steps=LONG + 1, timeout_s=0.2))
+        answered = answers(connection, 3)
+    assert kinds(answered) == dict.fromkeys(("waits", "slow", "beside"), "expired")
+    assert list(answered) == ["waits", "slow", "beside"]
+    failure = answered["waits"][0]
+    assert isinstance(failure, Failure)
+    assert "0.2 s" in failure.message
+
+
+def test_a_full_queue_says_when_to_come_again_and_the_shortest_is_next(engine: DiffusionGenerator) -> None:
+    with connected(engine) as connection:
+        for name in ("one", "two"):
+            connection.send(request(engine, name, steps=40, prompts=["a", "b"], batch_size=2))
+        running(connection)
+        for name, steps in (("farthest", 35), ("far", 30), ("near", 2), ("middle", 9)):
+            connection.send(request(engine, name, steps=steps, prompts=["a", "b"], batch_size=2, guidance=1.0))
+        connection.send(request(engine, "late"))
+        answered = answers(connection, 7)
+    failure = answered["late"][0]
+    assert isinstance(failure, Failure)
+    assert failure.kind == "busy"
+    assert failure.retry_after_s is not None
+    assert failure.retry_after_s >= 1
+    order = [name for name in answered if name not in ("one", "two", "late")]
+    assert order == ["near", "middle", "far", "farthest"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"steps": 300}, "250 at most"),
+        ({"prompts": ["a"] * 3}, "2 a request"),
+        ({"timeout_s": -1.0}, "more than 0"),
+        ({"timeout_s": math.nan}, "more than 0"),
+        ({"count_flops": True}, "max_batch=1"),
+        ({"height": 63}, "multiple"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_a_server_does_not_take_is_refused(
+    engine: DiffusionGenerator, changes: dict[str, object], says: str
+) -> None:
+    with connected(engine) as connection:
+        connection.send(request(engine, "x", **changes))
+        answer, _ = answers(connection, 1)["x"]
+    assert isinstance(answer, Failure)
+    assert answer.kind == "rejected"
+    assert says in answer.message
+
+
+def test_an_id_in_use_is_refused(engine: DiffusionGenerator) -> None:
+    with connected(engine) as first, connected(engine) as second:
+        first.send(request(engine, "same", steps=LONG))
+        running(first)
+        second.send(request(engine, "same", steps=2))
+        assert kinds(answers(second, 1)) == {"same": "rejected"}
+        first.cancel("same")
+        assert kinds(answers(first, 1)) == {"same": "cancelled"}
+
+
+def test_the_requests_of_a_client_that_has_gone_are_dropped(engine: DiffusionGenerator) -> None:
+    with connected(engine) as watcher:
+        with connected(engine) as goes:
+            goes.send(request(engine, "left", steps=LONG))
+            running(goes)
+            assert info(watcher).running == 1
+        wait_for(lambda: info(watcher).running == 0, "the engine to notice", 10)
+        assert info(watcher).state == "ready"
+
+
+@pytest.mark.slow
+def test_a_shutdown_draws_what_runs_and_answers_what_waits() -> None:
+    with serving("serve.max_batch=2") as made, connected(made) as connection:
+        for name in ("a", "b", "c"):
+            connection.send(request(made, name, steps=40))
+        running(connection)
+        connection.shutdown()
+        answered = kinds(answers(connection, 3))
+    assert answered == {"a": "ok", "b": "ok", "c": "cancelled"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dp2", "cfg2", "ulysses2"])
+def test_ranks_share_forwards_and_the_pictures_are_those_of_one_rank(engine: DiffusionGenerator, layout: str) -> None:
+    asked = {name: MIXED[name] for name in ("a", "c", "e")}
+    expected = {name: draw(engine, {name: change})[name] for name, change in asked.items()}
+    with serving(f"parallel={layout}", "serve.max_batch=4") as ranks, connected(ranks) as connection:
+        drawn = draw(ranks, asked)
+        counted = info(connection)
+        connection.send(request(ranks, "x", steps=LONG))
+        running(connection)
+        connection.cancel("x")
+        assert kinds(answers(connection, 1)) == {"x": "cancelled"}
+    for name, pictures in drawn.items():
+        for picture, alone in zip(pictures, expected[name], strict=True):
+            assert rel_l2(picture, alone) < FLOOR
+    branches = 1 if layout == "cfg2" else 2
+    assert counted.rows == branches * (9 + 2 * 6 + 12)
+    assert counted.evaluations < 9 + 6 + 12
+
+
+@pytest.mark.slow
+def test_one_after_another_honours_deadlines_too() -> None:
+    with serving("serve.max_batch=1") as made, connected(made) as connection:
+        connection.send(request(made, "slow", steps=LONG, timeout_s=0.5))
+        connection.send(request(made, "waits", steps=2))
+        answered = answers(connection, 2)
+        counted = info(connection)
+    assert kinds(answered) == {"slow": "expired", "waits": "ok"}
+    assert counted.evaluations == counted.rows // 2 < LONG
+
+
+def test_the_queue_is_told_with_the_acceptance(engine: DiffusionGenerator) -> None:
+    with connected(engine) as connection:
+        connection.send(request(engine, "first", steps=LONG, prompts=["a", "b"], batch_size=2))
+        connection.send(request(engine, "second", steps=LONG, prompts=["a", "b"], batch_size=2))
+        running(connection)
+        connection.send(request(engine, "third", steps=2))
+        while not (isinstance(told := connection.receive()[0], Progress) and told.request_id == "third"):
+            pass
+        for name in ("first", "second", "third"):
+            connection.cancel(name)
+        answers(connection, 3)
+    assert (told.stage, told.done) == (QUEUED, 2)
