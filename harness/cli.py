@@ -39,6 +39,7 @@ from harness.compose import (
 from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.config.sides import quoted
 from harness.generate import mirror, refuse, run_in, run_training
+from harness.load.compare import compare_loads_in
 from harness.load.run import load_in
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
@@ -113,10 +114,11 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
         return Job(Path(composed.config.train.folder), run_training(composed.config, Console()))
     if composed.config.task.name is Task.report:
         return Job(composed.folder, write_report(composed.config, Console()))
-    if composed.config.task.name is Task.compare:
+    if composed.config.a is not None:
         pair = sides(composed)  # refused before a folder is claimed
         folder = RunFolder.claim(composed.folder, again)
-        return Job(folder.path, compare_in(composed, pair, folder, Console()))
+        compare = compare_loads_in if composed.config.task.name is Task.load else compare_in
+        return Job(folder.path, compare(composed, pair, folder, Console()))
     folder = RunFolder.claim(composed.folder, again)
     if composed.config.task.name is Task.plan:
         from harness.plan.run import plan_in
@@ -233,7 +235,7 @@ def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:
 
 def had(folder: Path, config: RunConfig) -> bool:
     """Whether an earlier command has left the row of this very configuration."""
-    return is_compared(folder, config) if config.task.name is Task.compare else is_done(folder, to_dict(config))
+    return is_compared(folder, config) if config.a is not None else is_done(folder, to_dict(config))
 
 
 def mirror_refusal(composed: DictConfig, folder: Path, status: Status) -> None:

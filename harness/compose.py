@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config.limits import check_frames, check_request, check_size
+from harness.config.limits import check_frames, check_request, check_served, check_size
 from harness.config.plan import check_plan
 from harness.config.request import to_message
 from harness.config.schema import LaunchMode, Load, ModelConfig, ParallelConfig, RunConfig, Task, TrainedConfig
@@ -350,8 +350,10 @@ def _resolve_request(config: RunConfig) -> None:
 def _check_drawn(config: RunConfig) -> None:
     """Refuses a load of which a request cannot be drawn, or that nobody takes."""
     message = to_message(config.request)
-    for steps in config.load.steps:
-        check_request(msgspec.structs.replace(message, steps=steps))
+    for steps in config.load.steps or [message.steps]:
+        asked = msgspec.structs.replace(message, prompts=message.prompts[:1], steps=steps)
+        check_request(asked)
+        check_served(asked, config.serve)
     for side in config.load.sizes:
         check_size(side, side, config.model.size_multiple, config.model.max_pixels)
     if config.launch.mode is LaunchMode.inprocess:

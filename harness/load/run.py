@@ -58,7 +58,7 @@ def load_in(composed: Composed, folder: RunFolder, console: Console, make_engine
     def work() -> Record:
         return run_load(composed, folder, console, make_engine)
 
-    outcome = ended(composed, folder, work, judged)
+    outcome = ended(composed, folder, work, lambda record: judged([record.load] if record.load else []))
     status, record = outcome
     if record is not None and record.load is not None:
         load = record.load
@@ -68,15 +68,15 @@ def load_in(composed: Composed, folder: RunFolder, console: Console, make_engine
     return status
 
 
-def judged(record: Record) -> Status:
-    """A load in which a request was answered never, or twice, has failed, with its record on disk."""
-    load = record.load
-    if load is None or not (load.strays or load.outcomes.get(LOST)):
+def judged(loads: Sequence[LoadSummary]) -> Status:
+    """Loads in which a request was answered never, or twice, have failed, with their records on disk."""
+    lost, strays = sum(load.outcomes.get(LOST, 0) for load in loads), sum(load.strays for load in loads)
+    if not lost and not strays:
         return Status("ok")
+    sent = sum(load.sent for load in loads)
     return Status(
         "failed",
-        f"of {load.sent} requests {load.outcomes.get(LOST, 0)} were never answered, and {load.strays} answers came "
-        "that nobody waited for",
+        f"of {sent} requests {lost} were never answered, and {strays} answers came that nobody waited for",
     )
 
 
@@ -90,9 +90,7 @@ def run_load(composed: Composed, folder: RunFolder, console: Console, make_engin
     engine = make_engine(composed.config, folder.path)
     with progress_bars(console) as bars:
         try:
-            began = time.perf_counter()
-            info = engine.start(lambda info: None)
-            launch_ms = (time.perf_counter() - began) * 1e3
+            info, launch_ms = started(engine)
             measured = load_engine(composed.config, engine, bars)
         finally:
             engine.stop()
@@ -101,6 +99,17 @@ def run_load(composed: Composed, folder: RunFolder, console: Console, make_engin
     write_rows(folder.path, measured.rows)
     folder.write_record(record)
     return record
+
+
+def started(engine: Engine) -> tuple[EngineInfo, float]:
+    """Starts ranks: what they say, and how long it took, ms.
+
+    Raises:
+        EngineGone: a rank died, or was not ready in time.
+    """
+    began = time.perf_counter()
+    info = engine.start(lambda info: None)
+    return info, (time.perf_counter() - began) * 1e3
 
 
 def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int = 0) -> Measured:
@@ -134,10 +143,8 @@ def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int =
             phase(load.warmup_s, 2 * number, "warming up")
         before = connection.ping()
         account = phase(load.duration_s, 2 * number + 1, "loading")
-        return Measured(
-            summarized(config, account, forwards(before, connection.ping())),
-            account.rows,
-        )
+        evaluations = forwards(before, connection.ping())
+        return Measured(summarized(config, account.rows, account.strays, evaluations), account.rows)
 
     return engine.attend(clients)
 
@@ -148,17 +155,19 @@ def forwards(before: EngineInfo | None, after: EngineInfo | None) -> int | None:
     return counted or None
 
 
-def summarized(config: RunConfig, account: Account, evaluations: int | None) -> LoadSummary:
-    """The row of one phase of sending."""
+def summarized(
+    config: RunConfig, rows: Sequence[RequestRow], strays: int, evaluations: int | None, rounds: int = 1
+) -> LoadSummary:
+    """The row of one load, or of several rounds of it that follow one another."""
     load = config.load
     return summarize_load(
-        account.rows,
+        rows,
         load.transport.name,
         load.rate,
         load.clients,
-        load.duration_s,
+        load.duration_s * rounds,
         load.slo_ms,
-        account.strays,
+        strays,
         evaluations,
     )
 

@@ -12,7 +12,7 @@ from harness.metrics.load import OK
 from harness.serving.transport import Connection
 
 BACKOFF_S = 0.1  # of a closed loop's client that was refused, where the answer does not say
-LISTEN_S = 0.2  # after the last answer, for one that is given twice
+LISTEN_S = 0.1  # after the last answer, for one that is given twice
 
 
 def drive(

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from harness.compare import sides
 from harness.compose import ConfigError, compose_run
 from harness.config.schema import RunConfig
 from harness.config.serve import LoadConfig
 from harness.engine import AttachedEngine
 from harness.load.account import Account
 from harness.load.arrivals import Schedule, poisson, requests, schedule
-from harness.load.run import FILE, judged, load_in
+from harness.load.compare import compare_loads, timed, together
+from harness.load.run import FILE, Measured, judged, load_in
 from harness.load.zeromq import drive
-from harness.messages import GenerationRequest
+from harness.messages import GenerationRequest, Message
 from harness.metrics.load import OK, RequestRow, percentiles, summarize_load
 from harness.records import RunFolder, Status, load, read_record
 from harness.serving.transport import Connection
@@ -198,6 +200,8 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
         (["load.sizes=[65]"], "the nearest this model can make is 64 or 72"),
         (["launch.mode=inprocess"], "use launch.mode=torchrun"),
         (["load.rate=0"], "load.rate=0.0; give more than 0"),
+        (["serve.max_steps=3", "load.steps=[2,4]"], "asks for 4 steps; this server takes 3"),
+        (["a=[]"], "give a=.* and b=.*, or neither"),
     ],
 )
 def test_what_cannot_be_sent_is_refused(overrides: list[str], line: str) -> None:
@@ -205,8 +209,69 @@ def test_what_cannot_be_sent_is_refused(overrides: list[str], line: str) -> None
         compose_run(["task=load", *overrides])
 
 
+def test_sides_get_the_same_arrivals_in_alternation_and_their_ratio_is_found(tmp_path: Path) -> None:
+    wait_s = {"a": 0.08, "b": 0.03}
+    composed = compose_run(
+        [
+            "task=load",
+            "load.clients=2",
+            "load.duration_s=0.2",
+            "load.warmup_s=0",
+            "logger=json",
+            "a=[serve.max_batch=1]",
+            "b=[serve.max_batch=4]",
+            f"hydra.run.dir={tmp_path / 'run'}",
+        ]
+    )
+    said: list[tuple[str, int]] = []
+
+    def script(name: str) -> Script:
+        def answer(request: GenerationRequest, number: int) -> list[tuple[float, Message]]:
+            said.append((name, request.seed))
+            return [(wait_s[name], drawn(request))]
+
+        return answer
+
+    with planted(script("a")) as (_, a), planted(script("b")) as (_, b):
+        comparison, loads = compare_loads(
+            composed,
+            sides(composed),
+            RunFolder.claim(tmp_path / "run"),
+            Console(quiet=True),
+            lambda config, path: AttachedEngine(a if path.name == "a" else b, 5.0, {}),
+        )
+    rounds = "".join(name for name, seed in said if seed == 0)
+    assert rounds == "abba" * 4
+    assert list(comparison.ratios) == ["answer", "latency_p50", "latency_p99"]
+    assert 1.3 < comparison.ratios["latency_p50"].ratio < 4
+    assert comparison.headline.differs
+    assert comparison.headline.n == 8
+    for name, summary in zip("ab", loads, strict=True):
+        found = read_record(tmp_path / "run" / name)
+        assert found is not None
+        assert found.load == summary
+        assert summary.duration_s == pytest.approx(1.6)
+        assert 0 < summary.throughput_per_s <= 2 / wait_s[name]
+
+
+def test_rounds_of_one_load_follow_one_another(config: RunConfig) -> None:
+    rows = [[row(0.0, 1.0)], [row(0.25, 1.5), row(0.5, None, "lost")]]
+    rounds = [Measured(summarize_load(own, "zmq", 4.0, 4, 1.0, evaluations=2), own) for own in rows]
+    whole = together(config, rounds)
+    assert [each.due_s for each in whole.rows] == [0.0, 1.25, 1.5]
+    assert [each.ended_s for each in whole.rows] == [1.0, 2.5, None]
+    assert [each.latency_ms for each in whole.rows][:2] == [1000.0, 1250.0]
+    assert whole.summary.evaluations == 4
+    assert whole.summary.outcomes == {"ok": 2, "lost": 1}
+
+
+def test_a_round_without_a_good_answer_does_not_compare() -> None:
+    with pytest.raises(ValueError, match="nothing was answered well"):
+        timed(summarize_load([row(0.0, 1.0, "busy"), row(0.0, 1.0, "busy")], "zmq", 4.0, 4, 1.0))
+
+
 def test_a_record_of_another_task_has_no_load() -> None:
     assert record().load is None
-    assert judged(record()).state == "ok"
+    assert judged([]).state == "ok"
     with pytest.raises(ValueError, match="no summary"):
         _ = msgspec.structs.replace(record(), summary=None).timed
