@@ -39,6 +39,8 @@ from harness.compose import (
 from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.config.sides import quoted
 from harness.generate import ended, mirror, refuse, run_in, run_training
+from harness.load.compare import compare_loads_in
+from harness.load.run import load_in
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.pool import EnginePool, MakeEngine, new_engine
@@ -120,10 +122,11 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
         return Job(Path(composed.config.train.folder), run_training(composed.config, Console()))
     if composed.config.task.name is Task.report:
         return Job(composed.folder, write_report(composed.config, Console()))
-    if composed.config.task.name is Task.compare:
+    if composed.config.a is not None:
         pair = sides(composed)  # refused before a folder is claimed
         folder = RunFolder.claim(composed.folder, again)
-        return Job(folder.path, compare_in(composed, pair, folder, Console()))
+        compare = compare_loads_in if composed.config.task.name is Task.load else compare_in
+        return Job(folder.path, compare(composed, pair, folder, Console()))
     if composed.config.task.name is Task.serve:
         return serve(composed, again)
     folder = RunFolder.claim(composed.folder, again)
@@ -131,6 +134,8 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
         from harness.plan.run import plan_in
 
         return Job(folder.path, plan_in(composed, folder, Console()))
+    if composed.config.task.name is Task.load:
+        return Job(folder.path, load_in(composed, folder, Console(), make_engine))
     return Job(folder.path, run_in(composed, folder, Console(), make_engine))
 
 
@@ -213,8 +218,8 @@ def print_savings(kept: int, pool: EnginePool, console: Console) -> None:
 
 
 def value(job: Job) -> float:
-    """What a sweeper of Hydra's minimises: the median latency, ms; infinite where the run failed, or where its error at
-    the pixel is above task.bound.
+    """What a sweeper of Hydra's minimises: the median latency, ms; infinite where the run failed or answered nothing,
+    or where its error at the pixel is above task.bound.
     """
     record = read_record(job.folder) if job.status.state == "ok" else None
     if record is None:
@@ -222,7 +227,9 @@ def value(job: Job) -> float:
     bound = record.config["task"]["bound"]
     if bound is not None and (record.fidelity is None or not record.fidelity.pixel.rel_l2 <= bound):
         return math.inf
-    return record.summary.latency_ms.median
+    if record.summary is not None:
+        return record.summary.latency_ms.median
+    return math.inf if record.load is None or record.load.latency_ms is None else record.load.latency_ms.p50
 
 
 def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:
@@ -249,7 +256,7 @@ def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:
 
 def had(folder: Path, config: RunConfig) -> bool:
     """Whether an earlier command has left the row of this very configuration."""
-    return is_compared(folder, config) if config.task.name is Task.compare else is_done(folder, to_dict(config))
+    return is_compared(folder, config) if config.a is not None else is_done(folder, to_dict(config))
 
 
 def mirror_refusal(composed: DictConfig, folder: Path, status: Status) -> None:

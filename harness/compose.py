@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config.limits import check_frames, check_request, check_size
+from harness.config.limits import check_frames, check_request, check_served, check_size
 from harness.config.plan import check_plan
 from harness.config.request import to_message
 from harness.config.schema import LaunchMode, Load, ModelConfig, ParallelConfig, RunConfig, Task, TrainedConfig
@@ -310,6 +310,8 @@ def _resolve(config: RunConfig) -> None:
     if config.task.name in (Task.serve, Task.load):
         check_serve(config.serve, config.engine.name == NATIVE and not config.model.offload)
         check_load(config.load)
+    if config.task.name is Task.load:
+        _check_drawn(config)
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
@@ -351,6 +353,19 @@ def _resolve_request(config: RunConfig) -> None:
     check_frames(message.frames, model.frame_multiple, model.max_frames)
     if message.frames > 1:
         ffmpeg()
+
+
+def _check_drawn(config: RunConfig) -> None:
+    """Refuses a load of which a request cannot be drawn, or that nobody takes."""
+    message = to_message(config.request)
+    for steps in config.load.steps or [message.steps]:
+        asked = msgspec.structs.replace(message, prompts=message.prompts[:1], steps=steps)
+        check_request(asked)
+        check_served(asked, config.serve)
+    for side in config.load.sizes:
+        check_size(side, side, config.model.size_multiple, config.model.max_pixels)
+    if config.launch.mode is LaunchMode.inprocess:
+        raise ValueError("task=load sends many requests at once to ranks of their own; use launch.mode=torchrun")
 
 
 def _check_model(config: RunConfig) -> Path | None:

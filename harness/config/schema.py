@@ -340,8 +340,8 @@ class QualityConfig:
 
 @dataclass
 class RunConfig:
-    """The whole configuration of one run; `a` and `b` are the overrides of either side of task=compare, `runs` is the
-    tree of records of task=report, or that task=plan is held against.
+    """The whole configuration of one run; `a` and `b` are the overrides of either side of task=compare (or task=load,
+    where it compares), `runs` is the tree of records of task=report, or that task=plan is held against.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
