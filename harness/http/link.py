@@ -10,7 +10,7 @@ import zmq.asyncio
 from harness.messages import Cancel, EngineInfo, GenerationRequest, Message, Ping, decode, encode
 from harness.serving.transport import Addresses, dealer
 
-ARRIVE_MS = 50  # what a dead process has written is still read from its socket
+ARRIVE_MS = 200  # what a dead process has written is still read from its socket
 
 
 class Link:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import zmq
 from harness.config.schema import RunConfig
 from harness.messages import (
     QUEUED,
+    Array,
     ArrayRef,
     Cancel,
     EngineInfo,
@@ -29,6 +31,7 @@ from harness.messages import (
 from harness.serving.transport import Addresses, EngineGone, router
 
 STEP_S = 0.01
+IN_FLIGHT_S = 0.05  # from a death that is seen to the last bytes of the dead
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Fleet:
     """Makes engines, and remembers what they did: `lives` of them, the requests `drawn` and `seen`, in order.
 
     A prompt says what becomes of its request: `choke` ends the engine before it says a word of it, `die` at its second
-    step, `answer and die` after its answer, `oom` is a failure, `hang` reports nothing more, `mute` answers no ping
+    step, `answer and die` just before its answer arrives, `oom` is a failure, `hang` reports nothing more, `mute` answers no ping
     either. Engines whose number is in `stillborn` die while they load.
     """
 
@@ -60,7 +63,7 @@ class Planted:
 
     def __init__(self, fleet: Fleet, number: int) -> None:
         self.addresses = Addresses.private()
-        self.death: str | None = None  # once its sockets are closed, as a process's are
+        self.death: str | None = None
         self.fleet = fleet
         self._number = number
         self._dying: str | None = None
@@ -147,10 +150,11 @@ class Planted:
         self.fleet.drawn.append(name)
         pixels = np.full((3, 2, 2), request.seed, np.float32)
         sample = SampleResult(0, prompt, request.seed, ArrayRef(1, "float32", pixels.shape))
-        self._requests.send_multipart([client, *encode(GenerationResult(name, [sample], [], 1.0), [pixels])])
         if prompt == "answer and die":
-            self._dying = "rank 1 died with SIGKILL"
-        return None
+            self.death = self._dying = "rank 1 died with SIGKILL"
+            time.sleep(IN_FLIGHT_S)
+        return self._tell(client, GenerationResult(name, [sample], [], 1.0), pixels)
 
-    def _tell(self, client: bytes, message: Message) -> None:
-        self._requests.send_multipart([client, *encode(message)])
+    def _tell(self, client: bytes, message: Message, *arrays: Array) -> None:
+        with suppress(zmq.ZMQError):  # a client that has gone
+            self._requests.send_multipart([client, *encode(message, arrays)])

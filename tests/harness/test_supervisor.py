@@ -189,7 +189,7 @@ async def test_a_request_that_ranks_choke_on_is_not_given_to_a_third_set(tmp_pat
     assert fleet.drawn == ["a", "c", "d"]
 
 
-async def test_an_answer_that_was_sent_before_the_death_counts(tmp_path: Path) -> None:
+async def test_an_answer_that_is_on_its_way_at_the_death_counts(tmp_path: Path) -> None:
     fleet = Fleet()
     async with serving(tmp_path, fleet) as supervisor:
         jobs = [supervisor.submit(asked(name, "answer and die")) for name in "ab"]
@@ -283,7 +283,7 @@ async def test_a_stop_answers_everything_and_leaves_no_engine(tmp_path: Path) ->
 
 
 async def test_a_stop_while_ranks_load_ends_the_wait(tmp_path: Path) -> None:
-    fleet = Fleet(load_s=1000.0)
+    fleet = Fleet(load_s=15.0)
     supervisor = Supervisor(configured(), tmp_path, fleet.make)
     starting = asyncio.create_task(supervisor.start())
     await asyncio.sleep(0.05)
