@@ -408,26 +408,34 @@ def test_a_form_is_the_object_that_it_stands_for() -> None:
         as_json(file, b"b")
 
 
-def test_a_full_disk_is_an_answer_and_leaves_no_half_pictures(
-    run: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("raised", "status", "code", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 507, "not_saved", "No space left on device"),
+        (RuntimeError("planted"), 500, "internal", "RuntimeError"),
+    ],
+)
+def test_what_cannot_be_saved_is_an_answer_too(
+    run: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, status: int, code: str, words: str
 ) -> None:
     whole = saving.save_png
 
-    def full_after_one(path: Path, picture: Any, text: dict[str, str]) -> None:
+    def fail_at_the_second(path: Path, picture: Any, text: dict[str, str]) -> None:
         if path.name.endswith("-01.png"):
             path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise raised
         whole(path, picture, text)
 
     async def talk(at: Site) -> None:
-        monkeypatch.setattr(saving, "save_png", full_after_one)
+        monkeypatch.setattr(saving, "save_png", fail_at_the_second)
         answer = await at.client.post(IMAGES, json={"prompt": "x", "n": 2})
-        assert "No space left on device" in error(answer, 507, "not_saved")
+        assert words in error(answer, status, code)
         assert list((tmp_path / "samples").iterdir()) == []
         monkeypatch.setattr(saving, "save_png", whole)
         assert (await at.client.post(IMAGES, json={"prompt": "x", "n": 2})).status_code == 200
 
-    run(talk)
+    lines = run(talk)
+    assert [line["outcome"] for line in lines] == [code, "ok"]
 
 
 @pytest.mark.parametrize(
@@ -450,6 +458,8 @@ def test_pages_of_other_sites_are_kept_out(run: Talk, headers: dict[str, str], s
 def test_what_is_no_longer_kept_is_gone(run: Talk) -> None:
     async def talk(at: Site) -> None:
         first = (await at.client.post(IMAGES, json={"prompt": "x"})).json()["triptych"]["request_id"]
+        assert [one["id"] for one in (await at.client.get(REQUESTS)).json()["data"]] == [first]
+        assert (await at.client.get(REQUESTS, params={"limit": 0})).json()["data"] == []
         del at.engine.jobs[first]
         await at.client.post(IMAGES, json={"prompt": "x"})
         error(await at.client.get(f"{REQUESTS}/{first}"), 404, "not_found")
