@@ -102,11 +102,13 @@ class TorchrunEngine:
                 self._addresses.remove()
 
     def kill(self) -> None:
-        """Ends ranks that may not answer any more (a stopped process heeds no SIGTERM); no process of them is left."""
+        """Ends ranks at once that may not answer any more (a stopped process heeds no SIGTERM); no process of them is
+        left. Those that still load, torchrun ends: only it knows them.
+        """
         for pid in self._pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if self._process is not None:
+        if self._process is not None and self._pids:
             self._process.kill()
         self.stop()
 

@@ -16,7 +16,7 @@ class Job:
 
     Args:
         request: as it came.
-        ahead: requests that came before it and wait as well, while it is queued.
+        ahead: requests before it that are drawn or wait, while it is queued.
         expires: `time.monotonic()` of its deadline.
         state: queued, running, done or failed (whatever the kind of the failure).
         done: solver steps that are finished, of `total`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -22,6 +22,7 @@ from harness.http.link import Link
 from harness.launch import TorchrunEngine
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Message, MessageError, Progress
 from harness.serving.faults import failure_line
+from harness.serving.policy import Accepted, key_of
 from harness.serving.transport import Addresses, EngineGone
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ class Supervisor:
         self._outstanding: dict[str, Job] = {}  # in the order of their arrival
         self._answered: deque[str] = deque()
         self._link: Link | None = None
-        self._unanswered: set[str] = set()  # what these ranks were sent
+        self._sent: dict[str, bool] = {}  # what these ranks have not answered, and whether they said anything of it
+        self._suspects: Counter[str] = Counter()
         self._last_word = 0.0
         self._start_s = 0.0
         self._drawn_s: deque[float] = deque(maxlen=20)
@@ -155,10 +157,11 @@ class Supervisor:
             raise ValueError(f"a request {request.request_id} is here already; give it another id")
         waiting = len(self._queue())
         if waiting >= self._config.serve.max_queue:
-            raise Busy(f"{waiting} requests wait, as many as serve.max_queue allows", self._retry_after_s())
+            raise Busy(f"{waiting} requests wait, which is serve.max_queue", self._retry_after_s())
         timeout_s = min(self._config.serve.timeout_s, request.timeout_s or self._config.serve.timeout_s)
-        job = Job(request, ahead=waiting, expires=time.monotonic() + timeout_s)
+        job = Job(request, expires=time.monotonic() + timeout_s)
         self.jobs[request.request_id] = self._outstanding[request.request_id] = job
+        self._count()
         self._send(job)
         return job
 
@@ -192,19 +195,21 @@ class Supervisor:
     async def _live(self) -> EngineGone | None:
         """One set of ranks, from its start to its end: why it died, or None where the server stops."""
         engine = self._make_engine(self._config, self._folder)
+        end = engine.kill
         try:
             began = time.monotonic()
             self.info = await self._load(engine)
             self._start_s = time.monotonic() - began
             self._take_over()
             await self._serve(engine)
+            end = engine.stop
+            return None
         except (EngineGone, MessageError, OSError) as error:
             gone = error if isinstance(error, EngineGone) else EngineGone(failure_line(error))
             self._lost(gone)
-            await asyncio.to_thread(engine.kill)
             return None if self._stopping.is_set() else gone
-        await asyncio.to_thread(engine.stop)
-        return None
+        finally:
+            await asyncio.to_thread(end)
 
     async def _load(self, engine: Ranks) -> EngineInfo:
         def give_up(info: EngineInfo | None) -> None:
@@ -271,11 +276,11 @@ class Supervisor:
         raise EngineGone(f"rank 0 answered no ping for {self.PINGS * self.PING_S:g} s: it has stopped")
 
     async def _watch(self, engine: Ranks) -> None:
-        patience_s = self._config.launch.collective_timeout_s
         while True:
             engine.check_alive()
             self._expire(self.GRACE_S)
-            if self._unanswered and time.monotonic() - self._last_word > patience_s + self.GRACE_S:
+            patience_s = self._config.launch.collective_timeout_s
+            if self._sent and time.monotonic() - self._last_word > patience_s + self.GRACE_S:
                 raise EngineGone(
                     f"rank 0 reported nothing of its requests for {patience_s:g} s: a rank has stopped, or is slower "
                     "than launch.collective_timeout_s allows"
@@ -290,7 +295,9 @@ class Supervisor:
             return
         self._last_word = time.monotonic()
         if not isinstance(message, Progress):
-            self._unanswered.discard(message.request_id)
+            self._sent.pop(message.request_id, None)
+        elif message.request_id in self._sent:
+            self._sent[message.request_id] = True
         job = self._outstanding.get(message.request_id)
         if job is None:
             return
@@ -305,15 +312,25 @@ class Supervisor:
             self._forget(job)
 
     def _lost(self, gone: EngineGone) -> None:
-        """The ranks are gone: what they drew is answered, what waited is kept."""
+        """The ranks are gone: what they drew is answered, what waited is kept.
+
+        They take requests in the order that these were sent, so the first of which they said nothing may have been
+        their end. Once may be chance; the second time it is answered.
+        """
         log.error("%s", gone)
         self.info = None
-        self._unanswered.clear()
+        suspects = [request_id for request_id, heard in self._sent.items() if not heard][:1]
+        self._suspects.update(suspects)
+        self._sent.clear()
         if not self._stopping.is_set():
             self._set("restarting" if self._first.is_set() else "starting", str(gone))
         for job in list(self._outstanding.values()):
             if job.state == "running":
                 self._fail(job, gone.kind, str(gone), self._start_s)
+            elif job.request.request_id in suspects and self._suspects[job.request.request_id] > 1:
+                self._fail(
+                    job, "failed", f"the ranks died whenever they were given this request; the last time: {gone}"
+                )
 
     def _may_restart(self, gone: EngineGone) -> bool:
         """Whether new ranks shall be started; else the state is failed."""
@@ -343,9 +360,9 @@ class Supervisor:
     def _send(self, job: Job) -> None:
         if self._link is None:
             return
-        if not self._unanswered:
+        if not self._sent:
             self._last_word = time.monotonic()
-        self._unanswered.add(job.request.request_id)
+        self._sent[job.request.request_id] = False
         left_s = max(0.001, job.expires - time.monotonic())
         self._link.send(msgspec.structs.replace(job.request, timeout_s=left_s))
 
@@ -368,6 +385,7 @@ class Supervisor:
         """A job is answered."""
         request_id = job.request.request_id
         del self._outstanding[request_id]
+        del self._suspects[request_id]
         self._answered.append(request_id)
         while len(self._answered) > self._config.serve.keep:
             del self.jobs[self._answered.popleft()]
@@ -376,11 +394,15 @@ class Supervisor:
         self._count()
 
     def _count(self) -> None:
-        for ahead, job in enumerate(self._queue()):
+        queue = self._queue()
+        for ahead, job in enumerate(queue, start=len(self._outstanding) - len(queue)):
             job.move(ahead)
 
     def _queue(self) -> list[Job]:
-        return [job for job in self._outstanding.values() if job.state == "queued"]
+        """What waits, in the order in which the ranks take it."""
+        key = key_of(self._config.serve.policy)
+        queued = [job for job in self._outstanding.values() if job.state == "queued"]
+        return sorted(queued, key=lambda job: key(Accepted(b"", job.request, job.arrived, job.expires)))
 
     def _retry_after_s(self) -> float:
         """A place is free once a request has been drawn; the mean of the last ones says when."""

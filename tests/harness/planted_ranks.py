@@ -35,9 +35,9 @@ STEP_S = 0.01
 class Fleet:
     """Makes engines, and remembers what they did: `lives` of them, the requests `drawn` and `seen`, in order.
 
-    A prompt says what becomes of its request: `die` ends the engine at its second step, `answer and die` after its
-    answer, `oom` is a failure, `hang` reports nothing more, `mute` answers no ping either. Engines whose number is in
-    `stillborn` die while they load.
+    A prompt says what becomes of its request: `choke` ends the engine before it says a word of it, `die` at its second
+    step, `answer and die` after its answer, `oom` is a failure, `hang` reports nothing more, `mute` answers no ping
+    either. Engines whose number is in `stillborn` die while they load.
     """
 
     stillborn: tuple[int, ...] = ()
@@ -101,7 +101,7 @@ class Planted:
         self._cancelled: set[str] = set()
         while not self._ended.is_set() and self._dying is None:
             self._listen()
-            if self._queue:
+            if self._queue and self._dying is None:
                 self._draw(*self._queue.popleft())
         context.destroy(linger=100)
         self.death = self._dying
@@ -120,6 +120,9 @@ class Planted:
             request = decode(frames)
             assert isinstance(request, GenerationRequest)
             self.fleet.seen.append(request)
+            if request.prompts[0] == "choke":
+                self._dying = "rank 0: TypeError"
+                return
             self._tell(client, Progress(request.request_id, QUEUED, len(self._queue), 0))
             self._queue.append((client, request))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.config.schema import RunConfig
+from harness.config.serve import Policy
 from harness.http.jobs import Job
 from harness.http.supervisor import Busy, NotServing, Supervisor
 from harness.messages import Failure, GenerationRequest, GenerationResult, Progress
@@ -28,7 +29,7 @@ def asked(name: str, prompt: str = "rocket", steps: int = STEPS, **changes: floa
     return GenerationRequest(name, [prompt], steps, 1.0, 2, 2, **changes)  # type: ignore[arg-type]
 
 
-def configured(**serve: float) -> RunConfig:
+def configured(**serve: object) -> RunConfig:
     config = RunConfig()
     for key, value in serve.items():
         setattr(config.serve, key, value)
@@ -36,7 +37,7 @@ def configured(**serve: float) -> RunConfig:
 
 
 @asynccontextmanager
-async def serving(folder: Path, fleet: Fleet, **serve: float) -> AsyncIterator[Supervisor]:
+async def serving(folder: Path, fleet: Fleet, **serve: object) -> AsyncIterator[Supervisor]:
     """A supervisor that is ready; at the end nothing of its engines is left."""
     (folder / "logs").mkdir()
     supervisor = Supervisor(configured(**serve), folder, fleet.make)
@@ -67,7 +68,7 @@ async def test_requests_are_drawn_in_order_and_each_has_its_own_picture(tmp_path
         assert [job.ahead for job in jobs] == [0, 1, 2, 3]
         await jobs[0].wait()
         await until(lambda: jobs[1].state == "running")
-        assert [job.ahead for job in jobs] == [0, 0, 0, 1]
+        assert [job.ahead for job in jobs] == [0, 0, 1, 2]
         for job in jobs:
             await job.wait()
     assert fleet.drawn == list("abcd")
@@ -113,6 +114,14 @@ async def test_one_request_more_than_may_wait_is_told_when_to_come_again(tmp_pat
         await supervisor.submit(asked("c")).wait()
 
 
+async def test_the_place_in_the_queue_is_that_of_the_policy(tmp_path: Path) -> None:
+    async with serving(tmp_path, Fleet(), policy=Policy.shortest) as supervisor:
+        first = supervisor.submit(asked("first", steps=10_000))
+        await until(lambda: first.state == "running")
+        assert [supervisor.submit(asked(f"{steps}", steps=steps)).ahead for steps in (300, 100, 200)] == [1, 1, 2]
+        assert {name: job.ahead for name, job in supervisor.jobs.items()} == {"first": 0, "300": 3, "100": 1, "200": 2}
+
+
 async def test_an_id_is_one_request(tmp_path: Path) -> None:
     async with serving(tmp_path, Fleet()) as supervisor:
         supervisor.submit(asked("a"))
@@ -127,7 +136,7 @@ async def test_a_request_is_cancelled_while_it_waits_and_while_it_is_drawn(tmp_p
         await until(lambda: drawn.done > 0)
         assert supervisor.cancel("b")
         assert waiting.state == "failed"
-        assert last.ahead == 0
+        assert last.ahead == 1
         assert supervisor.cancel("a")
         await drawn.wait()
         await until(lambda: last.state == "running")
@@ -163,6 +172,21 @@ async def test_ranks_that_die_answer_what_they_drew_and_the_next_draw_what_waite
         assert (supervisor.state, supervisor.restarts, len(fleet.lives)) == ("ready", 1, 2)
     assert fleet.drawn == ["a", "c"]
     assert [path.name for path in (tmp_path / "logs").rglob("*")] == ["died1", "rank1.error.json"]
+
+
+async def test_a_request_that_ranks_choke_on_is_not_given_to_a_third_set(tmp_path: Path) -> None:
+    fleet = Fleet()
+    async with serving(tmp_path, fleet, restarts=3) as supervisor:
+        first = supervisor.submit(asked("first", steps=10))
+        await until(lambda: first.state == "running")
+        before, poison, *after = (supervisor.submit(asked(name, "choke" if name == "b" else "")) for name in "abcd")
+        for job in (first, before, poison, *after):
+            await job.wait()
+        assert kinds([first, before, poison, *after]) == ["failed", None, "failed", None, None]
+        assert poison.failure is not None
+        assert "whenever they were given this request" in poison.failure.message
+        assert (supervisor.state, len(fleet.lives)) == ("ready", 3)
+    assert fleet.drawn == ["a", "c", "d"]
 
 
 async def test_an_answer_that_was_sent_before_the_death_counts(tmp_path: Path) -> None:
