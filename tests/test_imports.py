@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.series",
         "harness.compare",
         "harness.fidelity",
+        "harness.load",
         "harness.generate",
         "harness.train",
         "harness.plots",
