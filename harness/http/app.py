@@ -41,7 +41,9 @@ def make_app(config: RunConfig, supervisor: Supervisor, folder: Path) -> FastAPI
     install(app)
     for routes in (model_routes(), image_routes(), video_routes(), request_routes(), state_routes(), page_routes()):
         app.include_router(routes)
-    app.add_middleware(Guard, max_bytes=1024 * config.serve.max_body_kib, loopback=is_local(config.serve.host))
+    host = config.serve.host
+    loopback = is_local(f"[{host}]" if ":" in host else host)
+    app.add_middleware(Guard, max_bytes=1024 * config.serve.max_body_kib, loopback=loopback)
     return app
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from harness.http import saving
 from harness.http.jobs import Job
 from harness.http.metrics import Meter
 from harness.http.openai import Status
-from harness.http.problem import Problem
+from harness.http.problem import Problem, as_problem
 from harness.http.supervisor import Busy, NotServing, Supervisor
 from harness.messages import GenerationRequest
 from harness.records import SampleRow, fingerprint
 from harness.terminal import complain
+
+log = logging.getLogger(__name__)
 
 
 class Order:
@@ -146,30 +149,49 @@ class Desk:
         await asyncio.to_thread(saving.remove, self._folder, order.rows)
 
     async def _settle(self, order: Order) -> None:
+        """Whatever happens, the request is settled."""
         await order.job.wait()
         try:
             await asyncio.to_thread(self._save, order)
         except OSError as error:
-            said = (
-                f"the pictures could not be saved in the server's folder ({error.strerror or error}); make room there"
-            )
-            order.problem = Problem("not_saved", said)
-            complain(f"request {order.id}: {said}")
+            order.problem = Problem("not_saved", f"the pictures could not be saved ({reason(error)}); make room there")
+        except Exception as error:
+            log.exception("request %s", order.id)
+            order.problem = as_problem(error)
         finally:
             order.job.pixels.clear()  # they are on disk, and a server keeps many jobs
-            self.meter.count("ok" if order.problem is None else order.problem.code)
+            await asyncio.to_thread(self._note, order)
+            self.meter.count(outcome(order))
             if order.problem is None:
                 self.meter.measure(order.job)
             order.settled.set()
 
     def _save(self, order: Order) -> None:
-        """Pictures and line of an answered request; in a thread of its own."""
+        """The pictures of an answered request; in a thread of its own."""
         job, fps = order.job, self.config.model.fps
         if job.failure is not None:
             order.problem = Problem.of(job.failure)
         elif job.answer is not None:
             order.rows = saving.save(self._folder, job.request, job.answer.samples, job.pixels, fps, self._fingerprint)
-        saving.append(self._folder, row(order))
+
+    def _note(self, order: Order) -> None:
+        """Its line."""
+        if order.problem is not None and order.job.failure is None:
+            complain(f"request {order.id}: {order.problem.message}")
+        try:
+            saving.append(self._folder, row(order))
+        except OSError as error:
+            complain(f"request {order.id} has no line in {saving.LINES} ({reason(error)}); make room there")
+
+
+def outcome(order: Order) -> str:
+    """ok, or the code of what went wrong."""
+    return "ok" if order.problem is None else order.problem.code
+
+
+def reason(error: OSError) -> str:
+    """What the system says, without the file's name."""
+    return error.strerror or str(error)
 
 
 def row(order: Order) -> saving.RequestRow:
@@ -177,7 +199,7 @@ def row(order: Order) -> saving.RequestRow:
     job = order.job
     return saving.RequestRow(
         request=job.request,
-        outcome="ok" if job.failure is None else job.failure.kind,
+        outcome=outcome(order),
         arrived=job.arrived,
         began=job.began,
         ended=job.ended,

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse
 
@@ -141,9 +141,14 @@ def request_routes() -> APIRouter:
         return request_object(desk.accept(request, asked.user), http)
 
     @router.get("")
-    async def requests(desk: TheDesk, http: Request) -> openai.Requests:
-        """The requests that are outstanding or kept, the newest first."""
-        return openai.Requests(data=[request_object(order, http) for order in desk.orders()])
+    async def requests(
+        desk: TheDesk, http: Request, limit: Annotated[int, Query(ge=0, le=1000)] = 50
+    ) -> openai.Requests:
+        """The requests that are outstanding, and the last `limit` that are not; the newest first."""
+        orders = desk.orders()
+        kept = {order.id for order in [order for order in orders if order.settled.is_set()][:limit]}
+        shown = [order for order in orders if order.id in kept or not order.settled.is_set()]
+        return openai.Requests(data=[request_object(order, http) for order in shown])
 
     @router.get("/{request_id}")
     async def request(order: TheOrder, http: Request) -> openai.RequestObject:

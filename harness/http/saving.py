@@ -17,7 +17,7 @@ LINES = "requests.jsonl"
 
 
 class RequestRow(msgspec.Struct, frozen=True):
-    """A line of requests.jsonl. `outcome` is ok or the kind of a failure; times in seconds since 1970; `total_ms` is
+    """A line of requests.jsonl. `outcome` is ok or the code of an error; times in seconds since 1970; `total_ms` is
     the engine's own, from its start on the request to the last rank's end.
     """
 
@@ -51,7 +51,7 @@ def save(
         fingerprint: of the server's configuration.
 
     Raises:
-        OSError: the disk is full, or the folder is gone; no part of the request's pictures is left.
+        OSError: the disk is full, or the folder is gone; as after any error, no part of the request's pictures is left.
     """
     (folder / "samples").mkdir(exist_ok=True)
     rows: list[SampleRow] = []
@@ -65,7 +65,7 @@ def save(
                 save_png(folder / name, picture, text)
             else:
                 save_mp4(folder / name, picture, fps, text)
-    except OSError:
+    except Exception:
         remove(folder, rows)
         raise
     return rows

@@ -212,15 +212,27 @@ def test_bodies_that_are_none(run: Talk, content: bytes, headers: dict[str, str]
 def test_a_body_without_a_length_is_bounded_too(run: Talk) -> None:
     sent = 0
 
-    async def endless() -> AsyncIterator[bytes]:
+    async def long() -> AsyncIterator[bytes]:
         nonlocal sent
-        while True:
+        for _ in range(100):
             sent += 1000
             yield b"x" * 1000
 
     async def talk(at: Site) -> None:
-        error(await at.client.post(IMAGES, content=endless(), headers=JSON), 413, "too_large")
+        error(await at.client.post(IMAGES, content=long(), headers=JSON), 413, "too_large")
         assert sent <= 34_000
+
+    run(talk)
+
+
+def test_a_body_that_states_too_much_is_refused_unread(run: Talk) -> None:
+    async def unread() -> AsyncIterator[bytes]:
+        pytest.fail("the body was read")
+        yield b""
+
+    async def talk(at: Site) -> None:
+        headers = JSON | {"content-length": str(10**9)}
+        error(await at.client.post(IMAGES, content=unread(), headers=headers), 413, "too_large")
 
     run(talk)
 
@@ -396,26 +408,34 @@ def test_a_form_is_the_object_that_it_stands_for() -> None:
         as_json(file, b"b")
 
 
-def test_a_full_disk_is_an_answer_and_leaves_no_half_pictures(
-    run: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("raised", "status", "code", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 507, "not_saved", "No space left on device"),
+        (RuntimeError("planted"), 500, "internal", "RuntimeError"),
+    ],
+)
+def test_what_cannot_be_saved_is_an_answer_too(
+    run: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, status: int, code: str, words: str
 ) -> None:
     whole = saving.save_png
 
-    def full_after_one(path: Path, picture: Any, text: dict[str, str]) -> None:
+    def fail_at_the_second(path: Path, picture: Any, text: dict[str, str]) -> None:
         if path.name.endswith("-01.png"):
             path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise raised
         whole(path, picture, text)
 
     async def talk(at: Site) -> None:
-        monkeypatch.setattr(saving, "save_png", full_after_one)
+        monkeypatch.setattr(saving, "save_png", fail_at_the_second)
         answer = await at.client.post(IMAGES, json={"prompt": "x", "n": 2})
-        assert "No space left on device" in error(answer, 507, "not_saved")
+        assert words in error(answer, status, code)
         assert list((tmp_path / "samples").iterdir()) == []
         monkeypatch.setattr(saving, "save_png", whole)
         assert (await at.client.post(IMAGES, json={"prompt": "x", "n": 2})).status_code == 200
 
-    run(talk)
+    lines = run(talk)
+    assert [line["outcome"] for line in lines] == [code, "ok"]
 
 
 @pytest.mark.parametrize(
@@ -438,6 +458,8 @@ def test_pages_of_other_sites_are_kept_out(run: Talk, headers: dict[str, str], s
 def test_what_is_no_longer_kept_is_gone(run: Talk) -> None:
     async def talk(at: Site) -> None:
         first = (await at.client.post(IMAGES, json={"prompt": "x"})).json()["triptych"]["request_id"]
+        assert [one["id"] for one in (await at.client.get(REQUESTS)).json()["data"]] == [first]
+        assert (await at.client.get(REQUESTS, params={"limit": 0})).json()["data"] == []
         del at.engine.jobs[first]
         await at.client.post(IMAGES, json={"prompt": "x"})
         error(await at.client.get(f"{REQUESTS}/{first}"), 404, "not_found")

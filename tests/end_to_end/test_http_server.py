@@ -44,13 +44,17 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield Serving(process, found[0], folder)
 
 
+def rank(folder: Path) -> int:
+    """The process of a run's rank."""
+    lines = processes_about(folder).items()
+    (pid,) = (pid for pid, line in lines if "harness.rank" in line and "torch.distributed" not in line)
+    return pid
+
+
 def sockets(folder: Path) -> Path:
-    """Where the ranks of a run listen, as their environment says."""
-    for pid, line in processes_about(folder).items():
-        if "harness.rank" in line and "torch.distributed" not in line:
-            variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
-            return Path(variables[SOCKETS])
-    raise AssertionError("no rank")
+    """Where it listens, as its environment says."""
+    variables = Path(f"/proc/{rank(folder)}/environ").read_text().split("\0")
+    return Path(dict(variable.split("=", 1) for variable in variables if "=" in variable)[SOCKETS])
 
 
 def send_foreign_frames(folder: Path, number: int, seed: int) -> None:
@@ -90,6 +94,25 @@ def test_a_thousand_malformed_requests_leave_it_ready(serving: Serving) -> None:
         f"{serving.url}/v1/images/generations", json={"prompt": "x", "triptych": {"steps": 2}}, timeout=LIMIT_S
     )
     assert answer.status_code == 200, answer.text
+
+
+def test_a_rank_that_is_killed_is_told_and_replaced(serving: Serving) -> None:
+    asked = {"prompt": "x", "n": 8, "triptych": {"steps": 60}}
+    drawing, waiting = (httpx.post(f"{serving.url}/v1/requests", json=asked | {"n": n}).json() for n in (8, 1))
+    where = f"{serving.url}/v1/requests"
+    wait_for(lambda: httpx.get(f"{where}/{drawing['id']}").json()["done"] > 0, "its first step")
+    os.kill(rank(serving.folder), signal.SIGKILL)
+    wait_for(lambda: httpx.get(f"{where}/{drawing['id']}").json()["status"] == "failed", "the word of it")
+    told = httpx.get(f"{where}/{drawing['id']}").json()["error"]
+    assert told["code"] == "failed"
+    assert "SIGKILL" in told["message"]
+    ready = httpx.get(f"{serving.url}/ready")
+    assert (ready.status_code, ready.headers["retry-after"]) == (503, "1")
+    assert httpx.get(f"{serving.url}/health").json()["state"] == "restarting"
+    wait_for(lambda: httpx.get(f"{serving.url}/ready").status_code == 200, "new ranks", LIMIT_S)
+    assert httpx.get(f"{serving.url}/ready").json()["restarts"] == 1
+    ends = ("done", "failed")
+    wait_for(lambda: httpx.get(f"{where}/{waiting['id']}").json()["status"] in ends, "an answer to the other", LIMIT_S)
 
 
 def test_it_ends_in_order(serving: Serving) -> None:
