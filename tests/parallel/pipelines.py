@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.config.schema import ParallelConfig, RunConfig
+from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest, RankOutcome, array, decode
-from harness.parallel.mesh import Place
+from harness.parallel.mesh import AXES, Place
 from harness.serving.build import build_worker
 
 Degrees = tuple[int, ...]
@@ -20,7 +20,7 @@ class Drawing:
 
     Args:
         name: of the checkpoint.
-        config: of one rank; the layout is that of `degrees`, decoding by what is dealt here.
+        config: of one rank; the degrees of its layout are `degrees`.
         request: what is drawn.
         degrees: of dp, cfg, tp, ring and ulysses.
     """
@@ -48,8 +48,16 @@ def draw_counted(rank: int, size: int, drawing: Drawing) -> dict[str, Tensor]:
     return _pictures(drawing, outcome, frames) | sent
 
 
+def draw_peak(rank: int, size: int, drawing: Drawing) -> dict[str, Tensor]:
+    """The peak of this rank's memory while it drew, MiB, as records have it."""
+    outcome, _ = _answer(rank, drawing)
+    assert outcome.report is not None
+    return {"peak_mib": torch.tensor(outcome.report.peak_memory_mib)}
+
+
 def _answer(rank: int, drawing: Drawing) -> tuple[RankOutcome, Sequence[bytes]]:
-    config = replace(drawing.config, parallel=ParallelConfig(*drawing.degrees, decode=drawing.config.parallel.decode))
+    layout = replace(drawing.config.parallel, **dict(zip(AXES, drawing.degrees, strict=True)))
+    config = replace(drawing.config, parallel=layout)
     worker = build_worker(config, Place(rank, drawing.degrees), torch.device("cpu"))
     frames = worker.generate(drawing.request, lambda stage, done, total: None, lambda: False)
     outcome = decode(frames)
