@@ -38,7 +38,9 @@ from harness.compose import (
 )
 from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.config.sides import quoted
-from harness.generate import mirror, refuse, run_in, run_training
+from harness.generate import ended, mirror, refuse, run_in, run_training
+from harness.load.compare import compare_loads_in
+from harness.load.run import load_in
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.pool import EnginePool, MakeEngine, new_engine
@@ -67,9 +69,11 @@ def dispatch(arguments: Sequence[str]) -> int:
     """Runs one command line in this process; the exit status."""
     try:
         if any(argument.startswith("-") for argument in arguments):
-            arguments = [quoted(argument) for argument in arguments]
+            arguments = flags_first([quoted(argument) for argument in arguments])
             flags = get_args_parser().parse_args(list(arguments))
             check_names(flags.overrides, sweep=flags.multirun)
+            if flags.multirun and flags.cfg:
+                raise ConfigError("-m runs jobs and --cfg prints one configuration; leave out one of them")
             if flags.multirun and REPORT in arguments:
                 raise ConfigError("task=report makes one page over all runs; run it without -m")
             if flags.multirun:
@@ -85,6 +89,12 @@ def dispatch(arguments: Sequence[str]) -> int:
     except RunFolderError as error:
         complain(error)
         return EXIT_BAD_INPUT
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The same with -m in front, where Hydra's parser takes it among any overrides."""
+    sweeps = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    return [*sweeps[:1], *(argument for argument in arguments if argument not in sweeps)]
 
 
 @dataclass(frozen=True)
@@ -112,16 +122,32 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
         return Job(Path(composed.config.train.folder), run_training(composed.config, Console()))
     if composed.config.task.name is Task.report:
         return Job(composed.folder, write_report(composed.config, Console()))
-    if composed.config.task.name is Task.compare:
+    if composed.config.a is not None:
         pair = sides(composed)  # refused before a folder is claimed
         folder = RunFolder.claim(composed.folder, again)
-        return Job(folder.path, compare_in(composed, pair, folder, Console()))
+        compare = compare_loads_in if composed.config.task.name is Task.load else compare_in
+        return Job(folder.path, compare(composed, pair, folder, Console()))
+    if composed.config.task.name is Task.serve:
+        return serve(composed, again)
     folder = RunFolder.claim(composed.folder, again)
     if composed.config.task.name is Task.plan:
         from harness.plan.run import plan_in
 
         return Job(folder.path, plan_in(composed, folder, Console()))
+    if composed.config.task.name is Task.load:
+        return Job(folder.path, load_in(composed, folder, Console(), make_engine))
     return Job(folder.path, run_in(composed, folder, Console(), make_engine))
+
+
+def serve(composed: Composed, again: bool) -> Job:
+    """The server, until it is told to stop; its address is had before a folder is claimed."""
+    from harness.http.serve import check, listen, serve_in
+
+    check(composed.config)
+    with listen(composed.config.serve) as listening:
+        folder = RunFolder.claim(composed.folder, again)
+        status, _ = ended(composed, folder, lambda: serve_in(composed, folder, listening), lambda status: status)
+    return Job(folder.path, status)
 
 
 class Ran:
@@ -192,8 +218,8 @@ def print_savings(kept: int, pool: EnginePool, console: Console) -> None:
 
 
 def value(job: Job) -> float:
-    """What a sweeper of Hydra's minimises: the median latency, ms; infinite where the run failed, or where its error at
-    the pixel is above task.bound.
+    """What a sweeper of Hydra's minimises: the median latency, ms; infinite where the run failed or answered nothing,
+    or where its error at the pixel is above task.bound.
     """
     record = read_record(job.folder) if job.status.state == "ok" else None
     if record is None:
@@ -201,7 +227,9 @@ def value(job: Job) -> float:
     bound = record.config["task"]["bound"]
     if bound is not None and (record.fidelity is None or not record.fidelity.pixel.rel_l2 <= bound):
         return math.inf
-    return record.summary.latency_ms.median
+    if record.summary is not None:
+        return record.summary.latency_ms.median
+    return math.inf if record.load is None or record.load.latency_ms is None else record.load.latency_ms.p50
 
 
 def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:
@@ -228,7 +256,7 @@ def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:
 
 def had(folder: Path, config: RunConfig) -> bool:
     """Whether an earlier command has left the row of this very configuration."""
-    return is_compared(folder, config) if config.task.name is Task.compare else is_done(folder, to_dict(config))
+    return is_compared(folder, config) if config.a is not None else is_done(folder, to_dict(config))
 
 
 def mirror_refusal(composed: DictConfig, folder: Path, status: Status) -> None:

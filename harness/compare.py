@@ -12,14 +12,14 @@ from rich.console import Console
 
 from harness.client import DiffusionGenerator
 from harness.compose import Composed, ConfigError, compose_run, to_dict, to_yaml
-from harness.config.schema import LaunchMode, RunConfig
+from harness.config.schema import LaunchMode, RunConfig, Task
 from harness.config.sides import SIDES, side_overrides
 from harness.generate import ended, mirror
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
 from harness.metrics.comparison import FILE, SCHEMA, Comparison, ratios_of, read_comparison
-from harness.metrics.difference import difference
-from harness.metrics.paired import fewest_rounds
+from harness.metrics.difference import Difference, difference
+from harness.metrics.paired import Ratio, fewest_rounds
 from harness.parallel.mesh import degrees, world_size
 from harness.records import RunFolder, Status, fingerprint, read_status
 from harness.series import Series, progress_bars
@@ -32,10 +32,11 @@ def sides(composed: Composed) -> tuple[Composed, Composed]:
         ConfigError: too few rounds, or a side that cannot run, by its name.
     """
     config = composed.config
+    task = f"task={config.task.name.name}" + (" with sides" if config.task.name is Task.load else "")
     if config.launch.mode is LaunchMode.inprocess:
-        raise ConfigError("task=compare keeps two engines warm, each in processes of its own; use launch.mode=torchrun")
+        raise ConfigError(f"{task} keeps two engines warm, each in processes of its own; use launch.mode=torchrun")
     if config.task.repeats < fewest_rounds():
-        raise ConfigError(f"task.repeats={config.task.repeats}: task=compare needs {fewest_rounds()} rounds or more")
+        raise ConfigError(f"task.repeats={config.task.repeats}: {task} needs {fewest_rounds()} rounds or more")
     return _side(composed, "a"), _side(composed, "b")
 
 
@@ -96,13 +97,23 @@ def run_compare(composed: Composed, pair: tuple[Composed, Composed], folder: Run
 def compared(composed: Composed, pair: tuple[Composed, Composed], both: Sequence[Series]) -> Comparison:
     """What two finished series say of one another."""
     a, b = both
-    ratios = ratios_of(a.repeats, b.repeats)
-    ranks_a, ranks_b = (world_size(degrees(side.config.parallel)) for side in pair)
     output, notes = None, []
     try:
         output = difference(a.pixels, b.pixels, pixels=True)
     except ValueError as error:
         notes.append(f"the output difference is not measured: {error}")
+    return stated(composed, pair, ratios_of(a.repeats, b.repeats), output, notes)
+
+
+def stated(
+    composed: Composed,
+    pair: tuple[Composed, Composed],
+    ratios: dict[str, Ratio],
+    output: Difference | None = None,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """A comparison with its two sides, their ranks and the efficiency of more."""
+    ranks_a, ranks_b = (world_size(degrees(side.config.parallel)) for side in pair)
     return Comparison(
         schema=SCHEMA,
         common=[override for override in composed.overrides if override.partition("=")[0] not in SIDES],
@@ -112,7 +123,7 @@ def compared(composed: Composed, pair: tuple[Composed, Composed], both: Sequence
         ratios=ratios,
         efficiency={n: row.ratio * ranks_a / ranks_b for n, row in ratios.items()} if ranks_b > ranks_a else None,
         output=output,
-        notes=notes,
+        notes=list(notes),
         fingerprint=fingerprint(to_dict(composed.config)),
     )
 

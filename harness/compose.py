@@ -11,7 +11,7 @@ import importlib.resources
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config.limits import check_frames, check_request, check_size
+from harness.config.limits import check_frames, check_request, check_served, check_size
 from harness.config.plan import check_plan
 from harness.config.request import to_message
 from harness.config.schema import LaunchMode, Load, ModelConfig, ParallelConfig, RunConfig, Task, TrainedConfig
@@ -69,8 +69,9 @@ class Composed:
 
 def register_schema() -> None:
     """Tells Hydra the types of every key, and how a sweep names a job's folder. Harmless when repeated."""
-    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+    if not OmegaConf.has_resolver("folder_name"):
+        OmegaConf.register_new_resolver("folder_name", folder_name)
+        ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def compose_run(overrides: Sequence[str]) -> Composed:
@@ -140,13 +141,12 @@ def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
     Raises:
         ConfigError: a wrong type or a combination that cannot run.
     """
-    plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    if OmegaConf.get_type(composed) is not RunConfig:
+        raise ConfigError("the configuration is not a RunConfig; keep `- schema` first in conf/config.yaml's defaults")
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+        config = RunConfig(**{f.name: _plain(composed, f.name) for f in fields(RunConfig)})
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
-    if not isinstance(config, RunConfig):
-        raise ConfigError("the configuration is not a RunConfig; keep `- schema` first in conf/config.yaml's defaults")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -154,6 +154,12 @@ def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
         except (ValueError, OSError) as error:
             raise ConfigError(one_line(error)) from error
     return config, [str(w.message) for w in caught if w.category is UserWarning]
+
+
+def _plain(composed: DictConfig, name: str) -> Any:
+    """One part of what Hydra composed and typed, as its dataclass."""
+    value = composed[name]
+    return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -292,7 +298,7 @@ def _resolve(config: RunConfig) -> None:
         return  # draws nothing, so nothing of what is drawn has to fit
     if config.task.name is Task.plan:
         config.model.load = Load.dummy  # shapes are all that is asked of a network
-        check_plan(config.plan, config.hardware)
+        check_plan(config.plan, config.hardware, config.runs)
         if config.parallel != ParallelConfig():
             warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
     _resolve_request(config)
@@ -304,6 +310,8 @@ def _resolve(config: RunConfig) -> None:
     if config.task.name in (Task.serve, Task.load):
         check_serve(config.serve, config.engine.name == NATIVE and not config.model.offload)
         check_load(config.load)
+    if config.task.name is Task.load:
+        _check_drawn(config)
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
@@ -317,8 +325,10 @@ def _check_report(config: RunConfig) -> None:
     if config.task.name is Task.report:
         if config.runs is None:
             raise ValueError("task=report needs a folder of runs; add runs=DIR, such as runs=sweeps")
-    elif config.runs is not None or config.task.out is not None:
-        raise ValueError("runs and task.out have an effect with task=report only; add it, or drop them")
+    elif config.task.out is not None:
+        raise ValueError("task.out has an effect with task=report only; add it, or drop it")
+    elif config.runs is not None and config.task.name is not Task.plan:
+        raise ValueError("runs has an effect with task=report and task=plan only; add one, or drop it")
 
 
 def _resolve_request(config: RunConfig) -> None:
@@ -343,6 +353,19 @@ def _resolve_request(config: RunConfig) -> None:
     check_frames(message.frames, model.frame_multiple, model.max_frames)
     if message.frames > 1:
         ffmpeg()
+
+
+def _check_drawn(config: RunConfig) -> None:
+    """Refuses a load of which a request cannot be drawn, or that nobody takes."""
+    message = to_message(config.request)
+    for steps in config.load.steps or [message.steps]:
+        asked = msgspec.structs.replace(message, prompts=message.prompts[:1], steps=steps)
+        check_request(asked)
+        check_served(asked, config.serve)
+    for side in config.load.sizes:
+        check_size(side, side, config.model.size_multiple, config.model.max_pixels)
+    if config.launch.mode is LaunchMode.inprocess:
+        raise ValueError("task=load sends many requests at once to ranks of their own; use launch.mode=torchrun")
 
 
 def _check_model(config: RunConfig) -> Path | None:

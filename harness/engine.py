@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from contextlib import closing
+from typing import Protocol, TypeAlias, TypeVar
 
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Progress
 from harness.serving.transport import Addresses, Connection
 
 OnProgress: TypeAlias = Callable[[Progress], None]
 Answer: TypeAlias = tuple[GenerationResult, list[bytes]]
+T = TypeVar("T")
 
 
 class RequestFailed(RuntimeError):
@@ -41,6 +43,13 @@ class Engine(Protocol):
 
         Raises:
             RequestFailed: the engine's typed answer.
+            EngineGone: a rank died.
+        """
+
+    def attend(self, clients: Callable[[Connection], T]) -> T:
+        """Hands clients of many requests at once a connection of their own, which is closed when they are done.
+
+        Raises:
             EngineGone: a rank died.
         """
 
@@ -89,6 +98,8 @@ class AttachedEngine:
     ) -> None:
         self.environment = environment
         self.reused: str | None = None
+        self._addresses = addresses
+        self._check_alive = check_alive
         self._connection: Connection | None = Connection(addresses, check_alive)
         self._start_timeout_s = start_timeout_s
 
@@ -97,6 +108,10 @@ class AttachedEngine:
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:
         return exchange(self._connected(), request, on_progress)
+
+    def attend(self, clients: Callable[[Connection], T]) -> T:
+        with closing(Connection(self._addresses, self._check_alive)) as connection:
+            return clients(connection)
 
     def stop(self) -> None:
         if self._connection is not None:

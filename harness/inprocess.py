@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from harness.config.schema import RunConfig
 from harness.engine import Answer, OnProgress, RequestFailed
@@ -18,6 +18,9 @@ from harness.parallel.mesh import Place, degrees
 
 if TYPE_CHECKING:
     from harness.serving.scheduler import RequestScheduler
+    from harness.serving.transport import Connection
+
+T = TypeVar("T")
 
 
 class NoBoard:
@@ -105,6 +108,9 @@ class InprocessEngine:
         if isinstance(message, Failure):
             raise RequestFailed(message)
         raise RuntimeError(f"the engine answered with {type(message).__name__}")
+
+    def attend(self, clients: Callable[[Connection], T]) -> T:
+        raise RuntimeError("launch.mode=inprocess has no sockets; use launch.mode=torchrun")
 
     def stop(self) -> None:
         self._scheduler = None

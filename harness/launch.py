@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -21,6 +22,7 @@ from harness.parallel.mesh import degrees, world_size
 from harness.serving.transport import Addresses, Connection, EngineGone
 
 TAIL_LINES = 3
+T = TypeVar("T")
 
 
 class RankError(msgspec.Struct, frozen=True):
@@ -81,6 +83,10 @@ class TorchrunEngine:
         if self._connection is None:
             raise RuntimeError("the engine is not running; call start() first")
         return exchange(self._connection, request, on_progress)
+
+    def attend(self, clients: Callable[[Connection], T]) -> T:
+        with closing(Connection(self.addresses, self.check_alive)) as connection:
+            return clients(connection)
 
     def stop(self) -> None:
         process, self._process = self._process, None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
@@ -17,10 +17,12 @@ from harness.engine import Answer, Engine, OnProgress, RequestFailed
 from harness.inprocess import InprocessEngine
 from harness.launch import TorchrunEngine
 from harness.messages import EngineInfo, GenerationRequest
+from harness.serving.transport import Connection
 
 BUILT_FROM = ("engine", "model", "scheduler", "parallel", "attention", "launch", "serve")
 HARMLESS = ("rejected",)  # kinds of failure after which ranks are as they were before
 
+T = TypeVar("T")
 MakeEngine: TypeAlias = Callable[[RunConfig, Path], Engine]
 
 
@@ -126,6 +128,13 @@ class PooledEngine:
             return self._engine.generate(request, on_progress)
         except BaseException as error:
             self._failed = not (isinstance(error, RequestFailed) and error.kind in HARMLESS)
+            raise
+
+    def attend(self, clients: Callable[[Connection], T]) -> T:
+        try:
+            return self._engine.attend(clients)
+        except BaseException:
+            self._failed = True
             raise
 
     def stop(self) -> None:

@@ -16,6 +16,7 @@ import msgspec
 
 from harness.messages import LoadedComponent, MemoryPoint, StageTime, StepTime, Traffic
 from harness.metrics.fidelity import Fidelity
+from harness.metrics.load import LoadSummary
 from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
@@ -114,7 +115,8 @@ class SampleRow(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct, frozen=True):
     """`record.json`. `quality` is None where nothing could be scored, and a note says why; `pretrained` where no
     weights for it were given; `fidelity` where it was not asked for, or a note says why not. `loaded` are the
-    components in memory when the ranks were ready. A record without an `engine` is a native run's.
+    components in memory when the ranks were ready. A record without an `engine` is a native run's. `load` is what
+    clients of task=load measured, whose record has no `summary`, repeats nor samples.
     """
 
     schema: int
@@ -125,7 +127,7 @@ class Record(msgspec.Struct, frozen=True):
     attention: Attention
     first_call: FirstCall
     repeats: list[Repeat]
-    summary: Statistics
+    summary: Statistics | None
     samples: list[SampleRow]
     notes: list[str]
     quality: Quality | None = None
@@ -133,6 +135,18 @@ class Record(msgspec.Struct, frozen=True):
     loaded: list[LoadedComponent] = []
     fidelity: Fidelity | None = None
     engine: Engine = Engine("native", "")
+    load: LoadSummary | None = None
+
+    @property
+    def timed(self) -> Statistics:
+        """The summary of a run that has one.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.summary is None:
+            raise ValueError("task=load leaves no summary of one request; its record's `load` has what it measured")
+        return self.summary
 
 
 def fingerprint(config: dict[str, Any]) -> str:
@@ -295,6 +309,7 @@ def load(path: str | Path) -> pandas.DataFrame:
                 "quality",
                 "pretrained",
                 "fidelity",
+                "load",
             )
             flat = {key: nested[key] for key in parts if nested[key] is not None}
             row |= {str(key): value for key, value in pandas.json_normalize(flat, sep=".").iloc[0].items()}

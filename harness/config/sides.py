@@ -1,4 +1,6 @@
-"""The two sides of task=compare: `a='[parallel=single]' b='[parallel=ulysses2,attention=flash]'` as override lists."""
+"""The two sides of task=compare, or of task=load: `a='[parallel=single]' b='[parallel=ulysses2,attention=flash]'` as
+override lists.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def split(text: str) -> list[str]:
 
 
 def check_sides(config: RunConfig) -> None:
-    """Refuses a comparison without sides, and sides without a comparison.
+    """Refuses a comparison without sides, and sides of what compares nothing.
 
     Raises:
         ValueError: what to change.
@@ -63,8 +65,11 @@ def check_sides(config: RunConfig) -> None:
                 f"task=compare needs two sides; add {' '.join(f'{n}=[...]' for n in lacking)}, lists of overrides such "
                 "as b='[parallel=ulysses2]' ([] changes nothing)"
             )
+    elif config.task.name is Task.load:
+        if len([side for side in given.values() if side is not None]) == 1:
+            raise ValueError("task=load compares two sides; give a=[...] and b=[...], or neither")
     elif stray := [name for name, side in given.items() if side is not None]:
-        raise ValueError(f"{' and '.join(stray)} have an effect with task=compare only; add it, or drop them")
+        raise ValueError(f"{' and '.join(stray)} have an effect with task=compare or load only; add one, or drop them")
 
 
 def side_overrides(common: Sequence[str], side: Sequence[str], config: RunConfig) -> list[str]:
@@ -73,4 +78,5 @@ def side_overrides(common: Sequence[str], side: Sequence[str], config: RunConfig
     """
     kept = [override for override in common if override.partition("=")[0] not in (*SIDES, "task")]
     counts = [f"task.warmup={config.task.warmup}", f"task.repeats={config.task.repeats}"]
-    return [*kept, *side, "task=bench", *counts, "task.fidelity=false", "a=null", "b=null"]
+    task = "task=load" if config.task.name is Task.load else "task=bench"
+    return [*kept, *side, task, *counts, "task.fidelity=false", "a=null", "b=null"]

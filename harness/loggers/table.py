@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from harness.loggers.load import loaded, print_loads
 from harness.metrics.comparison import Comparison, read_comparison
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import BROKEN, Fidelity
@@ -19,12 +20,13 @@ from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.records import Record, read_record, read_status
 
+SWEPT = ("step", "request", "answer", "latency_p99")  # what a sweep of comparisons shows, where it was timed
 SHOWN_SHARE = 0.005  # of a request: stages that take less are in comparison.json only
 
 
 def print_record(record: Record, folder: Path, console: Console) -> None:
     """Prints one run."""
-    summary = record.summary
+    summary = record.timed
     table = Table(title=escape(str(folder)), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("stage")
     for heading in ("median ms", "95 % interval", "p90 ms", "n"):
@@ -136,7 +138,7 @@ def print_comparison(comparison: Comparison, folder: Path, console: Console) -> 
     for heading in ("a, median ms", "b, median ms", "a / b", level, "found from", "efficiency"):
         table.add_column(heading, justify="right")
     for name, row in comparison.ratios.items():
-        if row.a_ms < SHOWN_SHARE * comparison.ratios["request"].a_ms:
+        if row.a_ms < SHOWN_SHARE * comparison.headline.a_ms:
             continue
         efficiency = "" if comparison.efficiency is None else f"{100 * comparison.efficiency[name]:.0f} %"
         times = (f"{row.a_ms:.2f}", f"{row.b_ms:.2f}", f"{row.ratio:.3f}")
@@ -145,7 +147,7 @@ def print_comparison(comparison: Comparison, folder: Path, console: Console) -> 
     console.print(table)
     console.print(f"a is {escape(' '.join(comparison.a) or 'as composed')}", soft_wrap=True)
     console.print(f"b is {escape(' '.join(comparison.b) or 'as composed')}", soft_wrap=True)
-    console.print(verdict(comparison.ratios["request"]))
+    console.print(verdict(comparison.headline))
     if comparison.output is not None:
         console.print(said(comparison.output))
     for note in comparison.notes:
@@ -175,6 +177,9 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
     if any(read_comparison(folder) is not None for folder in folders):
         _print_comparisons(folders, console)
         return
+    if any(loaded(folder) for folder in folders):
+        print_loads(folders, console)
+        return
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("job", "state"):
         table.add_column(heading, overflow="fold")
@@ -187,7 +192,7 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
     for folder in folders:
         status, record = read_status(folder), read_record(folder)
         numbers, held = ("", "", "", ""), ""
-        if record is not None:
+        if record is not None and record.summary is not None:
             row = record.summary
             found = "" if record.quality is None else f"{100 * record.quality.top1.value:.1f}"
             numbers = (f"{row.latency_ms.median:.1f}", f"{row.step_ms.median:.2f}", str(row.nfe), found)
@@ -204,27 +209,33 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
 
 
 def _print_comparisons(folders: Sequence[Path], console: Console) -> None:
-    """A sweep of comparisons, one row each, by the solver step and the whole request."""
+    """A sweep of comparisons, one row each, by what is told first of them."""
+    found = [read_comparison(folder) for folder in folders]
+    names = [name for name in SWEPT if any(each is not None and name in each.ratios for each in found)]
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("job", overflow="fold")
-    for heading in ("state", "step, a / b", "interval", "efficiency", "request, a / b", "interval", "difference"):
+    for heading in ("state", *(cell for name in names for cell in (f"{name.replace('_', ' ')}, a / b", "interval"))):
         table.add_column(heading, justify="right")
-    for folder in folders:
-        status, found = read_status(folder), read_comparison(folder)
+    for heading in ("efficiency", "difference"):
+        table.add_column(heading, justify="right")
+    for folder, comparison in zip(folders, found, strict=True):
+        status = read_status(folder)
         label = escape(folder.name)
-        if found is None:
+        if comparison is None:
             table.add_row(label, f"[red]{status.state}[/red]", escape(status.error or ""))
             continue
-        cells = []
-        for name in ("step", "request"):
-            row = found.ratios[name]
-            cells += [f"{row.ratio:.2f}", f"{row.interval[0]:.2f} .. {row.interval[1]:.2f}"]
-            if name == "step":
-                cells.append("" if found.efficiency is None else f"{100 * found.efficiency[name]:.0f} %")
-        apart = "" if found.output is None else f"{found.output.rel_l2:.1g}"
-        table.add_row(label, status.state, *cells, apart)
+        rows = [comparison.ratios.get(name) for name in names]
+        cells = [cell for row in rows for cell in (_ratio(row) if row is not None else ("", ""))]
+        efficiency = comparison.efficiency
+        shown = "" if efficiency is None else f"{100 * efficiency[next(n for n in names if n in efficiency)]:.0f} %"
+        apart = "" if comparison.output is None else f"{comparison.output.rel_l2:.1g}"
+        table.add_row(label, status.state, *cells, shown, apart)
     console.print(table)
     console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
+
+
+def _ratio(row: Ratio) -> tuple[str, str]:
+    return f"{row.ratio:.2f}", f"{row.interval[0]:.2f} .. {row.interval[1]:.2f}"
 
 
 def _share(share: Share) -> tuple[str, str]:

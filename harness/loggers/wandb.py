@@ -19,6 +19,7 @@ from harness.messages import sent_bytes
 from harness.metrics.comparison import Comparison
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.intervals import Estimate, Share
+from harness.metrics.load import LoadSummary
 from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
 from harness.records import Record, Statistics, Status
@@ -66,7 +67,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         for number, repeat in enumerate(record.repeats):
             networks = {f"networks_ms/{name}": value for name, value in repeat.networks_ms.items()}
             run.log({"repeat": number, "latency_ms": repeat.total_duration_ms, **networks})
-        summary = record.summary
+        summary = record.timed
         stages = wandb.Table(columns=["stage", "median_ms", "ci95_low_ms", "ci95_high_ms"])
         for name, row in summary.stage_ms.items():
             stages.add_data(name, row.median, *row.ci95)
@@ -108,6 +109,41 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
             | quality_scalars(record.quality)
             | pretrained_scalars(record.pretrained)
         )
+
+
+def log_load(config: WandbConfig, record: Record, load: LoadSummary, folder: Path) -> None:
+    """Writes one finished load."""
+    mode = resolve_mode(config.mode)
+    if mode == "disabled":
+        return
+    import wandb
+
+    with open_run(config, mode, folder, "load", record.config) as run:
+        table = wandb.Table(columns=["measured", "p50_ms", "p90_ms", "p99_ms", "mean_ms", "n"])
+        for name, row in (("latency", load.latency_ms), ("queue", load.queue_ms), ("late", load.late_ms)):
+            if row is not None:
+                table.add_data(name, row.p50, row.p90, row.p99, row.mean, row.n)
+        run.log({"percentiles": table})
+        run.summary.update({"state": "ok", "fingerprint": record.fingerprint} | load_scalars(load))
+
+
+def load_scalars(load: LoadSummary) -> dict[str, float]:
+    """What clients measured as flat summary keys: `throughput_per_s`, `latency_ms_p99`, `outcome_busy` ..."""
+    scalars = {
+        "offered_per_s": load.offered_per_s,
+        "clients": load.clients,
+        "sent": load.sent,
+        "strays": load.strays,
+        "throughput_per_s": load.throughput_per_s,
+        "goodput_per_s": load.goodput_per_s,
+        "evaluations": load.evaluations,
+        "pictures_per_evaluation": load.pictures_per_evaluation,
+    }
+    if load.latency_ms is not None:
+        row = load.latency_ms
+        scalars |= {"latency_ms_p50": row.p50, "latency_ms_p90": row.p90, "latency_ms_p99": row.p99}
+    scalars |= {f"outcome_{kind}": count for kind, count in load.outcomes.items()}
+    return {name: value for name, value in scalars.items() if value is not None}
 
 
 def log_comparison(config: WandbConfig, comparison: Comparison, folder: Path) -> None:

@@ -19,8 +19,9 @@ SCHEMA = 1
 class Comparison(msgspec.Struct, frozen=True):
     """B against A, two lists of overrides on top of what both have in common.
 
-    `ratios` are by what was timed: the whole request, one solver step (a request's median) and every stage that takes
-    time; `efficiency` is each speed-up over the growth of ranks, null where B has no more ranks than A. `output` is how
+    `ratios` are by what was timed, the headline first: the whole request, one solver step (a request's median) and
+    every stage that takes time; or of loads an answer (one over the throughput) and percentiles of the latency.
+    `efficiency` is each speed-up over the growth of ranks, null where B has no more ranks than A. `output` is how
     far B's pixels are from A's, null where they do not correspond. `fingerprint` is of the common configuration.
     """
 
@@ -34,6 +35,11 @@ class Comparison(msgspec.Struct, frozen=True):
     output: Difference | None
     notes: list[str] = []
     fingerprint: str = ""
+
+    @property
+    def headline(self) -> Ratio:
+        """The ratio that tells most: of the whole request, or of an answer."""
+        return next(iter(self.ratios.values()))
 
 
 def ratios_of(a: Sequence[Repeat], b: Sequence[Repeat]) -> dict[str, Ratio]:

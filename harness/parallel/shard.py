@@ -5,6 +5,7 @@ Source: PyTorch FSDP (Zhao et al. 2023, arXiv:2304.11277), `torch.distributed.fs
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator, Sequence
 
@@ -19,13 +20,15 @@ from harness.parallel.group import Group, Traffic
 from models.plan import ParallelPlan
 
 KIND = "all_gather weights"
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20  # of glibc's malloc.h; tensors from here on are mapped one by one
 
 
 def shard_weights(network: nn.Module, plan: ParallelPlan, group: Group, device: torch.device) -> None:
     """Leaves this rank its part of every weight, in place, and takes that to the device.
 
     Every block of the plan's stacks is gathered as it runs and let go behind it, the parameters outside of them with
-    the first. A block at a time is whole on the device, here and in a forward.
+    the first. Here a block at a time is whole on the device; in a forward, one that runs and what gathering keeps take
+    the memory of about four (measured on the CPU).
 
     Args:
         network: whole, on the device or the CPU.
@@ -34,6 +37,8 @@ def shard_weights(network: nn.Module, plan: ParallelPlan, group: Group, device: 
         device: where it computes.
     """
     assert group.handle is not None
+    if device.type == "cpu":
+        _give_back_freed()
     kept = {parameter for name in plan.called_outside for parameter in network.get_submodule(name).parameters()}
     mesh, gather = DeviceMesh.from_group(group.handle, device.type), _Counted(group.traffic)
     for unit in units(network, plan):
@@ -41,6 +46,17 @@ def shard_weights(network: nn.Module, plan: ParallelPlan, group: Group, device: 
         sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         assert isinstance(sharded, FSDPModule)
         sharded.set_custom_all_gather(gather)
+
+
+def _give_back_freed() -> None:
+    """Makes this process return to the system what it frees of a gathered block.
+
+    glibc moves its threshold up with what is freed, up to 32 MiB, and keeps smaller tensors on a heap that the blocks
+    break into pieces: dealing them then takes more memory than it spares.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def units(network: nn.Module, plan: ParallelPlan) -> Iterator[nn.Module]:

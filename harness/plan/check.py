@@ -21,14 +21,14 @@ from harness.serving.build import denoiser_dtype, torch_dtype
 
 
 def records(tree: Path) -> Iterator[tuple[Path, Record]]:
-    """The records of native runs below a folder.
+    """The records of native runs below a folder in which requests were timed.
 
     Raises:
         RunFolderError: a record of another schema.
     """
     for file in sorted(tree.rglob("record.json")):
         record = read_record(file.parent)
-        if record is not None and record.engine.name == "native":
+        if record is not None and record.summary is not None and record.engine.name == "native":
             yield file.parent, record
 
 
@@ -40,7 +40,7 @@ def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], Hardwa
         record: of a native run.
         hardware: the machine, with the rates for a dtype.
     """
-    summary = record.summary
+    summary = record.timed
     found = Check(
         folder=folder.name,
         layout=msgspec.convert(record.config["parallel"], ParallelConfig),
@@ -61,14 +61,14 @@ def _predicted(found: Check, record: Record, hardware: Callable[[torch.dtype], H
     request, steps, layout = config.request, config.request.steps or 1, found.layout
     dtype = torch_dtype(denoiser_dtype(config.model))
     traced = trace_request(config)
-    row = predict(traced, layout, device(hardware(dtype), dtype.itemsize), record.summary.nfe, 1, [])
-    a_step = record.summary.nfe / steps
+    row = predict(traced, layout, device(hardware(dtype), dtype.itemsize), record.timed.nfe, 1, [])
+    a_step = record.timed.nfe / steps
     micro_batches = math.ceil(len(record.samples) / request.batch_size)
-    evaluations = record.summary.nfe * math.ceil(micro_batches / layout.dp)
+    evaluations = record.timed.nfe * math.ceil(micro_batches / layout.dp)
     return msgspec.structs.replace(
         found,
         predicted_step_ms=row.step_ms * a_step,
         error=row.step_ms * a_step / found.step_ms - 1,
         predicted_bytes={kind: count * evaluations for kind, count in traffic(traced, layout).items()},
-        predicted_flops=row.flops * world_size(degrees(layout)[1:]) * record.summary.nfe / steps,
+        predicted_flops=row.flops * world_size(degrees(layout)[1:]) * record.timed.nfe / steps,
     )

@@ -14,9 +14,10 @@ from harness.messages import sent_bytes
 from harness.metrics.comparison import Comparison, read_comparison
 from harness.metrics.difference import Difference
 from harness.metrics.intervals import Estimate, Share
+from harness.metrics.load import LoadSummary
 from harness.metrics.summary import Summary
 from harness.plots.sweep import flat
-from harness.records import Record, RunFolderError, Status, read_record, read_status
+from harness.records import Record, RunFolderError, Statistics, Status, read_record, read_status
 from harness.report.keys import Cell, cells, labels, varying
 from harness.report.scaling import Scaling, scalings
 
@@ -29,8 +30,8 @@ class Row(msgspec.Struct, frozen=True):
     """One run. Times are ms, memory MiB, traffic MB, shares in [0, 1]; null is what was not measured.
 
     values: of the keys that vary. stages: median ms by stage. ceiling_share: of a matrix product's TFLOP/s on the same
-    ranks. pixel: error against the reference, with its `verdict`. scaling: against the one-rank run of the same
-    everything else. grid: the shrunk picture as a data URI.
+    ranks. load: what clients of task=load measured. pixel: error against the reference, with its `verdict`. scaling:
+    against the one-rank run of the same everything else. grid: the shrunk picture as a data URI.
     """
 
     label: str
@@ -42,6 +43,7 @@ class Row(msgspec.Struct, frozen=True):
     latency: Summary | None = None
     step: Summary | None = None
     stages: dict[str, float] = {}
+    load: LoadSummary | None = None
     nfe: int | None = None
     memory_mib: float | None = None
     tflops: float | None = None
@@ -86,7 +88,9 @@ def read_table(root: Path) -> Table:
     overridden = {o.partition("=")[0].lstrip("+") for run in runs if run.record for o in run.record.overrides}
     keys = varying([run.config for run in runs if run.config], overridden)
     names = [folder.relative_to(root).as_posix() for folder in folders]
-    found = scalings(folders, {place: run.record for place, run in enumerate(runs) if run.record is not None})
+    found = scalings(
+        folders, {place: run.record for place, run in enumerate(runs) if run.record is not None and run.record.repeats}
+    )
     called = labels([run.config for run in runs], keys, names)
     rows = [_row(run, keys, called[k], names[k], found.get(k)) for k, run in enumerate(runs)]
     return Table(keys, rows)
@@ -130,20 +134,12 @@ def _row(run: Run, keys: list[str], label: str, folder: str, scaling: Scaling | 
 
 def _measured(plain: Row, record: Record, scaling: Scaling | None) -> Row:
     """A row with its record's numbers."""
-    summary, fidelity, quality = record.summary, record.fidelity, record.quality
-    reached, ceiling = summary.achieved_tflops, summary.ceiling_tflops
+    fidelity, quality = record.fidelity, record.quality
     origin = {**msgspec.to_builtins(record.provenance), "engine": msgspec.to_builtins(record.engine)}
     return msgspec.structs.replace(
-        plain,
+        plain if record.summary is None else _timed(plain, record.summary),
         notes=[*record.notes, *plain.notes],
-        latency=summary.latency_ms,
-        step=summary.step_ms,
-        stages={name: stage.median for name, stage in summary.stage_ms.items()},
-        nfe=summary.nfe,
-        memory_mib=summary.peak_memory_mib_max,
-        tflops=reached,
-        ceiling_share=reached / ceiling if reached is not None and ceiling else None,
-        comm_mb=sent_bytes(summary.comm) / 1e6,
+        load=record.load,
         verdict=None if fidelity is None else fidelity.verdict,
         declared=None if fidelity is None else fidelity.method_class,
         pixel=None if fidelity is None else fidelity.pixel,
@@ -154,6 +150,22 @@ def _measured(plain: Row, record: Record, scaling: Scaling | None) -> Row:
         scaling=scaling,
         provenance={**cells(flat(origin)), "attention.resolved": record.attention.resolved},
         prompts=list(dict.fromkeys(sample.prompt for sample in record.samples)),
+    )
+
+
+def _timed(plain: Row, summary: Statistics) -> Row:
+    """A row with the times of one request."""
+    reached, ceiling = summary.achieved_tflops, summary.ceiling_tflops
+    return msgspec.structs.replace(
+        plain,
+        latency=summary.latency_ms,
+        step=summary.step_ms,
+        stages={name: stage.median for name, stage in summary.stage_ms.items()},
+        nfe=summary.nfe,
+        memory_mib=summary.peak_memory_mib_max,
+        tflops=reached,
+        ceiling_share=reached / ceiling if reached is not None and ceiling else None,
+        comm_mb=sent_bytes(summary.comm) / 1e6,
     )
 
 

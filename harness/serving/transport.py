@@ -7,6 +7,7 @@ own).
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -22,6 +23,7 @@ from harness.messages import Cancel, EngineInfo, Failure, Message, MessageError,
 
 MAX_FRAME_BYTES = 1 << 31
 DealerT = TypeVar("DealerT", bound=zmq.Socket[Any])  # a thread's, or asyncio's
+MAX_WAITING = 1000
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,12 @@ def router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[
     return socket
 
 
-def dealer(context: zmq.Context[DealerT], address: str) -> DealerT:
-    """A connected DEALER; messages sent before the engine listens wait for it."""
+def dealer(context: zmq.Context[DealerT], address: str, waiting: int = MAX_WAITING) -> DealerT:
+    """A connected DEALER; messages sent before the engine listens wait for it: at most `waiting`, and any number if
+    that is 0, so that sending never waits.
+    """
     socket = context.socket(zmq.DEALER)
+    socket.set_hwm(waiting)
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(address)
     return socket
@@ -111,6 +116,19 @@ class Connection:
             self._check_alive()
         frames = socket.recv_multipart()
         return decode(frames), frames
+
+    def receive_within(self, timeout_s: float) -> Message | None:
+        """The next message of the request socket, without its arrays; None where none comes within that time, or within
+        a poll's, whichever is shorter.
+
+        Raises:
+            EngineGone: the engine died first.
+        """
+        socket = self._request_socket()
+        if socket.poll(min(self.POLL_MS, max(0, math.ceil(1e3 * min(timeout_s, 1.0))))):
+            return decode(socket.recv_multipart())
+        self._check_alive()
+        return None
 
     def ping(self, timeout_s: float = 1.0) -> EngineInfo | None:
         """How the engine is, or None when it does not answer in time."""
@@ -167,7 +185,7 @@ class Connection:
     def _request_socket(self) -> zmq.Socket[bytes]:
         """Connected when first used: a socket that connects before the engine listens retries only every 100 ms."""
         if self._requests is None:
-            self._requests = dealer(self._context, self._addresses.requests)
+            self._requests = dealer(self._context, self._addresses.requests, waiting=0)
         return self._requests
 
     def _drain(self) -> None:

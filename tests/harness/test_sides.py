@@ -68,7 +68,7 @@ def test_a_side_has_the_last_word() -> None:
     [
         (["task=compare"], "add a=[...] b=[...]"),
         (["task=compare", "a=[]"], "add b=[...]"),
-        (["a=[]"], "with task=compare only"),
+        (["a=[]"], "with task=compare or load only"),
         (["task=compare", *PAIR, "task.repeats=5"], "needs 8 rounds or more"),
         (["task=compare", "a=[]", "b=[parallel.tp=3]"], "b=['parallel.tp=3']: parallel.tp=3 does not divide"),
         (["task=compare", "a=[]", "b=[paralel=dp2]"], "did you mean parallel?"),

@@ -1,0 +1,116 @@
+"""The tables of task=load: one load, and a sweep of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from harness.metrics.load import OK, LoadSummary
+from harness.records import Record, read_record, read_status
+
+
+def print_load(record: Record, load: LoadSummary, folder: Path, console: Console) -> None:
+    """Prints one load."""
+    table = Table(title=escape(str(folder)), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    table.add_column("ms")
+    for heading in ("p50", "p90", "p99", "mean", "n"):
+        table.add_column(heading, justify="right")
+    for name, row in (("latency", load.latency_ms), ("in the queue", load.queue_ms), ("sent late", load.late_ms)):
+        if row is not None:
+            table.add_row(name, *(f"{value:.1f}" for value in (row.p50, row.p90, row.p99, row.mean)), str(row.n))
+    console.print(table)
+    offered = f"{load.clients} clients" if load.offered_per_s is None else f"{load.offered_per_s:g} requests/s offered"
+    console.print(
+        f"{offered} over {load.transport} for {load.duration_s:g} s, all answered after {load.elapsed_s:.1f} s; "
+        f"of {load.sent}: {outcomes(load)}"
+    )
+    good = "" if load.goodput_per_s is None else f", {load.goodput_per_s:.2f} within {load.slo_ms:g} ms"
+    console.print(f"{load.throughput_per_s:.2f} answers/s{good}{batching(load)}")
+    for line in (chaos(load), memory(load)):
+        if line:
+            console.print(line)
+    for note in record.notes:
+        console.print(f"[yellow]note:[/yellow] {escape(note)}")
+    for name, path in (("record", "record.json"), ("requests", "requests.jsonl"), ("logs", "logs")):
+        console.print(f"{name:8} {escape(str(folder / path))}", soft_wrap=True)
+
+
+def outcomes(load: LoadSummary) -> str:
+    """How many requests ended how, the good ones first."""
+    parts = sorted(load.outcomes.items(), key=lambda part: (part[0] != OK, part[0]))
+    strays = [f"and {load.strays} answers nobody waited for"] if load.strays else []
+    return ", ".join([*(f"{count} {kind}" for kind, count in parts), *strays]) or "none"
+
+
+def batching(load: LoadSummary) -> str:
+    """How many pictures shared a forward, in words; empty where the engine did not tell."""
+    if load.pictures_per_evaluation is None:
+        return ""
+    return f"; {load.evaluations} forwards of the denoiser, {load.pictures_per_evaluation:.2f} pictures each"
+
+
+def chaos(load: LoadSummary) -> str:
+    """What was killed, in words; empty where nothing was to be."""
+    if load.chaos is None:
+        return ""
+    return f"{load.chaos.kills} ranks were killed; {load.chaos.leaked} processes outlived the server"
+
+
+def memory(load: LoadSummary) -> str:
+    """How the server's memory grew, in words; empty where it was not read."""
+    if load.memory is None:
+        return ""
+    row = load.memory
+    return (
+        f"server's resident memory {row.start_mib:.0f} MiB at first, {row.end_mib:.0f} at last, "
+        f"{row.slope_mib_per_min:+.2f} a minute"
+    )
+
+
+def loaded(folder: Path) -> bool:
+    """Whether a load's record is in a folder."""
+    record = read_record(folder)
+    return record is not None and record.load is not None
+
+
+def print_loads(folders: Sequence[Path], console: Console) -> None:
+    """Prints the loads of a sweep, one row each; below them each error once."""
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("job", overflow="fold")
+    table.add_column("state")
+    for heading in ("offered/s", "answers/s", "p50 ms", "p99 ms", "good/s", "a forward", "not ok"):
+        table.add_column(heading, justify="right")
+    shared = set.intersection(*(set(folder.name.split(",")) for folder in folders))
+    errors: dict[str, None] = {}
+    for folder in folders:
+        status, record = read_status(folder), read_record(folder)
+        cells = [""] * 7 if record is None or record.load is None else _cells(record.load)
+        own = [part for part in folder.name.split(",") if part not in shared]
+        colour = "green" if status.state == "ok" else "red"
+        table.add_row(escape("\n".join(own) or folder.name), f"[{colour}]{status.state}[/{colour}]", *cells)
+        errors |= {status.error: None} if status.error else {}
+    console.print(table)
+    for error in errors:
+        console.print(escape(error), soft_wrap=True)
+    console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
+
+
+def _cells(load: LoadSummary) -> list[str]:
+    def shown(value: float | None, digits: int = 2) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    offered = f"{load.clients} clients" if load.offered_per_s is None else f"{load.offered_per_s:g}"
+    latency = load.latency_ms
+    return [
+        offered,
+        shown(load.throughput_per_s),
+        shown(None if latency is None else latency.p50, 0),
+        shown(None if latency is None else latency.p99, 0),
+        shown(load.goodput_per_s),
+        shown(load.pictures_per_evaluation),
+        str(load.sent - load.outcomes.get(OK, 0)),
+    ]
