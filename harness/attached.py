@@ -121,7 +121,7 @@ def _compose(arguments: Sequence[str], ranks: int) -> Composed:
         raise ConfigError(
             "task=report draws nothing, so it has no ranks; start it with python -m harness, not torchrun"
         )
-    if task in (Task.train, Task.compare, Task.plan, Task.load):
+    if task in (Task.train, Task.compare, Task.plan, Task.serve, Task.load):
         raise ConfigError(f"task={task.name} starts its own processes; start it with python -m harness, not torchrun")
     check_ranks(world_size(degrees(composed.config.parallel)), ranks)
     return composed

@@ -38,7 +38,7 @@ from harness.compose import (
 )
 from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.config.sides import quoted
-from harness.generate import mirror, refuse, run_in, run_training
+from harness.generate import ended, mirror, refuse, run_in, run_training
 from harness.load.compare import compare_loads_in
 from harness.load.run import load_in
 from harness.loggers.table import print_sweep
@@ -69,9 +69,11 @@ def dispatch(arguments: Sequence[str]) -> int:
     """Runs one command line in this process; the exit status."""
     try:
         if any(argument.startswith("-") for argument in arguments):
-            arguments = [quoted(argument) for argument in arguments]
+            arguments = flags_first([quoted(argument) for argument in arguments])
             flags = get_args_parser().parse_args(list(arguments))
             check_names(flags.overrides, sweep=flags.multirun)
+            if flags.multirun and flags.cfg:
+                raise ConfigError("-m runs jobs and --cfg prints one configuration; leave out one of them")
             if flags.multirun and REPORT in arguments:
                 raise ConfigError("task=report makes one page over all runs; run it without -m")
             if flags.multirun:
@@ -87,6 +89,12 @@ def dispatch(arguments: Sequence[str]) -> int:
     except RunFolderError as error:
         complain(error)
         return EXIT_BAD_INPUT
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The same with -m in front, where Hydra's parser takes it among any overrides."""
+    sweeps = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    return [*sweeps[:1], *(argument for argument in arguments if argument not in sweeps)]
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,8 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
         folder = RunFolder.claim(composed.folder, again)
         compare = compare_loads_in if composed.config.task.name is Task.load else compare_in
         return Job(folder.path, compare(composed, pair, folder, Console()))
+    if composed.config.task.name is Task.serve:
+        return serve(composed, again)
     folder = RunFolder.claim(composed.folder, again)
     if composed.config.task.name is Task.plan:
         from harness.plan.run import plan_in
@@ -127,6 +137,17 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
     if composed.config.task.name is Task.load:
         return Job(folder.path, load_in(composed, folder, Console(), make_engine))
     return Job(folder.path, run_in(composed, folder, Console(), make_engine))
+
+
+def serve(composed: Composed, again: bool) -> Job:
+    """The server, until it is told to stop; its address is had before a folder is claimed."""
+    from harness.http.serve import check, listen, serve_in
+
+    check(composed.config)
+    with listen(composed.config.serve) as listening:
+        folder = RunFolder.claim(composed.folder, again)
+        status, _ = ended(composed, folder, lambda: serve_in(composed, folder, listening), lambda status: status)
+    return Job(folder.path, status)
 
 
 class Ran:

@@ -11,7 +11,7 @@ import importlib.resources
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,9 @@ class Composed:
 
 def register_schema() -> None:
     """Tells Hydra the types of every key, and how a sweep names a job's folder. Harmless when repeated."""
-    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+    if not OmegaConf.has_resolver("folder_name"):
+        OmegaConf.register_new_resolver("folder_name", folder_name)
+        ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def compose_run(overrides: Sequence[str]) -> Composed:
@@ -140,13 +141,12 @@ def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
     Raises:
         ConfigError: a wrong type or a combination that cannot run.
     """
-    plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    if OmegaConf.get_type(composed) is not RunConfig:
+        raise ConfigError("the configuration is not a RunConfig; keep `- schema` first in conf/config.yaml's defaults")
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+        config = RunConfig(**{f.name: _plain(composed, f.name) for f in fields(RunConfig)})
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
-    if not isinstance(config, RunConfig):
-        raise ConfigError("the configuration is not a RunConfig; keep `- schema` first in conf/config.yaml's defaults")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -154,6 +154,12 @@ def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
         except (ValueError, OSError) as error:
             raise ConfigError(one_line(error)) from error
     return config, [str(w.message) for w in caught if w.category is UserWarning]
+
+
+def _plain(composed: DictConfig, name: str) -> Any:
+    """One part of what Hydra composed and typed, as its dataclass."""
+    value = composed[name]
+    return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -292,7 +298,7 @@ def _resolve(config: RunConfig) -> None:
         return  # draws nothing, so nothing of what is drawn has to fit
     if config.task.name is Task.plan:
         config.model.load = Load.dummy  # shapes are all that is asked of a network
-        check_plan(config.plan, config.hardware)
+        check_plan(config.plan, config.hardware, config.runs)
         if config.parallel != ParallelConfig():
             warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
     _resolve_request(config)
@@ -319,8 +325,10 @@ def _check_report(config: RunConfig) -> None:
     if config.task.name is Task.report:
         if config.runs is None:
             raise ValueError("task=report needs a folder of runs; add runs=DIR, such as runs=sweeps")
-    elif config.runs is not None or config.task.out is not None:
-        raise ValueError("runs and task.out have an effect with task=report only; add it, or drop them")
+    elif config.task.out is not None:
+        raise ValueError("task.out has an effect with task=report only; add it, or drop it")
+    elif config.runs is not None and config.task.name is not Task.plan:
+        raise ValueError("runs has an effect with task=report and task=plan only; add one, or drop it")
 
 
 def _resolve_request(config: RunConfig) -> None:

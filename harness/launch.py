@@ -74,7 +74,7 @@ class TorchrunEngine:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        self._connection = Connection(self._addresses, self._check_alive)
+        self._connection = Connection(self._addresses, self.check_alive)
         info = self._connection.wait_ready(self._config.launch.start_timeout_s, on_wait)
         self._pids = info.pids
         return info
@@ -85,9 +85,7 @@ class TorchrunEngine:
         return exchange(self._connection, request, on_progress)
 
     def attend(self, clients: Callable[[Connection], T]) -> T:
-        if self._addresses is None:
-            raise RuntimeError("the engine is not running; call start() first")
-        with closing(Connection(self._addresses, self._check_alive)) as connection:
+        with closing(Connection(self.addresses, self.check_alive)) as connection:
             return clients(connection)
 
     def stop(self) -> None:
@@ -109,14 +107,44 @@ class TorchrunEngine:
             if self._addresses is not None:
                 self._addresses.remove()
 
+    def kill(self) -> None:
+        """Ends ranks at once that may not answer any more (a stopped process heeds no SIGTERM); no process of them is
+        left. Those that still load, torchrun ends: only it knows them.
+        """
+        for pid in self._pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self._process is not None and self._pids:
+            self._process.kill()
+        self.stop()
+
+    @property
+    def addresses(self) -> Addresses:
+        """Where the ranks listen.
+
+        Raises:
+            RuntimeError: they were not started.
+        """
+        if self._addresses is None:
+            raise RuntimeError("the engine is not running; call start() first")
+        return self._addresses
+
+    def check_alive(self) -> None:
+        """Asks how the ranks are.
+
+        Raises:
+            EngineGone: torchrun has ended them, or is about to since one has left its error.
+        """
+        if self._process is not None and (self._process.poll() is not None or rank_error(self._logs) is not None):
+            raise post_mortem(self._logs)
+
+    @property
+    def _logs(self) -> Path:
+        return self._folder / "logs"
+
     @property
     def _launch_log(self) -> Path:
-        return self._folder / "logs" / "launch.log"
-
-    def _check_alive(self) -> None:
-        if self._process is None or self._process.poll() is None:
-            return
-        raise post_mortem(self._folder / "logs")
+        return self._logs / "launch.log"
 
 
 def _end(process: subprocess.Popen[bytes], patience_s: float, orderly: bool) -> None:

@@ -131,7 +131,7 @@ def test_what_cannot_run_is_refused_with_what_to_change(override: str, hint: str
     [
         ("plan.ranks=0", "give at least 1"),
         ("plan.rows=0", "give at least 1"),
-        ("plan.runs=/no/such/folder", "no such folder"),
+        ("runs=/no/such/folder", "no such folder"),
         ("hardware.link_gb_s=-1", "give more than 0"),
         ("hardware.compute_share=60", "a share is at most 1"),
         ("hardware.network_gb_s=null plan.ranks=9", "use plan.ranks=8 or fewer"),
@@ -393,10 +393,21 @@ def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> N
         (["parallel.shard_weights=true"], "which is one rank; use parallel=ulysses2"),
         (["parallel.shard_weights=true", "parallel=tp2"], "which is one rank; use parallel=ulysses2"),
         (["parallel.shard_weights=true", "parallel=cfg2", "model=sd15", "model.load=dummy"], "a UNet, has not"),
+        (["parallel.decode=frames", "parallel=cfg2"], "a picture is asked for; use parallel.decode=rows"),
+        (
+            ["parallel.decode=frames", "parallel.ulysses=3", "model=wan_1_3b", "model.load=dummy", "request.frames=17"],
+            "3 ranks, 2 or more each; use 2 ranks or fewer, a longer video, or parallel.decode=rows",
+        ),
     ],
 )
 def test_an_illegal_layout_names_a_legal_one(overrides: list[str], hint: str) -> None:
     assert hint in refused(*overrides)
+
+
+def test_frames_that_one_rank_has_alone_are_said() -> None:
+    assert compose("parallel.decode=frames").notes == [
+        "parallel.decode=frames has no effect: one rank decodes a picture"
+    ]
 
 
 def test_padding_is_said() -> None:

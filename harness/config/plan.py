@@ -12,7 +12,6 @@ class PlanConfig:
 
     ranks: int = 8  # layouts of up to so many ranks
     rows: int = 12  # of the table; plan.json has all
-    runs: str | None = None  # a tree of records to hold predictions against, in place of the layouts
 
 
 @dataclass
@@ -41,8 +40,13 @@ class HardwareConfig:
 MEASURED = ("bfloat16_tflops", "float32_tflops", "memory_gb_s", "memory_gb", "link_gb_s", "link_latency_us")
 
 
-def check_plan(plan: PlanConfig, hardware: HardwareConfig) -> None:
+def check_plan(plan: PlanConfig, hardware: HardwareConfig, runs: str | None) -> None:
     """Refuses what cannot be predicted.
+
+    Args:
+        plan: what is listed.
+        hardware: that it is listed for.
+        runs: a tree of records to hold predictions against, in place of the layouts.
 
     Raises:
         ValueError: the key, and what to give.
@@ -50,8 +54,8 @@ def check_plan(plan: PlanConfig, hardware: HardwareConfig) -> None:
     for name in ("ranks", "rows"):
         if getattr(plan, name) < 1:
             raise ValueError(f"plan.{name}={getattr(plan, name)}; give at least 1")
-    if plan.runs is not None and not Path(plan.runs).expanduser().is_dir():
-        raise ValueError(f"plan.runs={plan.runs}: no such folder; give a run's folder, a sweep's, or one above them")
+    if runs is not None and not Path(runs).expanduser().is_dir():
+        raise ValueError(f"runs={runs}: no such folder; give a run's folder, a sweep's, or one above them")
     for key in fields(HardwareConfig):
         value = getattr(hardware, key.name)
         if isinstance(value, int | float) and value <= 0:
@@ -59,7 +63,7 @@ def check_plan(plan: PlanConfig, hardware: HardwareConfig) -> None:
         if key.name.endswith("_share") and value > 1:
             raise ValueError(f"hardware.{key.name}={value}; a share is at most 1")
     node = hardware.devices_per_node
-    if plan.runs is None and node is not None and plan.ranks > node and hardware.network_gb_s is None:
+    if runs is None and node is not None and plan.ranks > node and hardware.network_gb_s is None:
         raise ValueError(
             f"plan.ranks={plan.ranks}, but hardware={hardware.name} has {node} devices and no network to others; use "
             f"plan.ranks={node} or fewer, or give hardware.network_gb_s and hardware.network_latency_us"

@@ -247,6 +247,13 @@ class SchedulerConfig(TrainingFacts):
     shift_terminal: float | None = None
 
 
+class Decode(Enum):
+    """What the ranks of a picture deal to decode it: rows of it, or the latent frames of a video."""
+
+    rows = "rows"
+    frames = "frames"
+
+
 @dataclass
 class ParallelConfig:
     """Group `parallel`: degrees of the mesh; their product is the number of ranks."""
@@ -257,6 +264,7 @@ class ParallelConfig:
     ring: int = 1  # ring attention
     ulysses: int = 1  # Ulysses sequence parallel, innermost
     shard_weights: bool = False  # deal the denoiser's weights over cfg x ring x ulysses, and gather a block to run it
+    decode: Decode = Decode.rows  # frames: fewer and one-sided messages, a video's latent frames of a rank at once
 
 
 @dataclass
@@ -333,7 +341,7 @@ class QualityConfig:
 @dataclass
 class RunConfig:
     """The whole configuration of one run; `a` and `b` are the overrides of either side of task=compare (or task=load,
-    where it compares), `runs` is the tree of records of task=report.
+    where it compares), `runs` is the tree of records of task=report, or that task=plan is held against.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)

@@ -145,28 +145,30 @@ class Group:
     def neighbours(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """Sends `first` to the rank before and `last` to the one after; what those sent, zeros at the ends."""
         before, after = first.new_zeros(first.shape), last.new_zeros(last.shape)
+        above, below = self.index - 1, self.index + 1
+        self._meet_neighbours([(above, first), (below, last)], [(above, before), (below, after)])
+        return before, after
+
+    def from_before(self, last: Tensor) -> Tensor:
+        """Sends `last` to the rank after; what the rank before sent, of the same shape, zeros at the first."""
+        before = last.new_zeros(last.shape)
+        self._meet_neighbours([(self.index + 1, last)], [(self.index - 1, before)])
+        return before
+
+    def _meet_neighbours(self, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]) -> None:
+        """Sends and fills tensors, each with a rank's index; those beyond the first and the last are left out."""
         if self.size == 1:
-            return before, after
-        ops, sent = [], 0
-        if self.index > 0:
-            ops += [
-                dist.P2POp(dist.isend, first.contiguous(), self.ranks[self.index - 1], self.handle),
-                dist.P2POp(dist.irecv, before, self.ranks[self.index - 1], self.handle),
-            ]
-            sent += _bytes(first)
-        if self.index < self.size - 1:
-            ops += [
-                dist.P2POp(dist.isend, last.contiguous(), self.ranks[self.index + 1], self.handle),
-                dist.P2POp(dist.irecv, after, self.ranks[self.index + 1], self.handle),
-            ]
-            sent += _bytes(last)
+            return
+        sent = [(index, x.contiguous()) for index, x in sent if index in range(self.size)]
+        received = [(index, x) for index, x in received if index in range(self.size)]
+        ops = [dist.P2POp(dist.isend, x, self.ranks[index], self.handle) for index, x in sent]
+        ops += [dist.P2POp(dist.irecv, x, self.ranks[index], self.handle) for index, x in received]
 
         def exchange() -> None:
             for work in dist.batch_isend_irecv(ops):
                 work.wait()
 
-        self._timed("neighbours", sent, exchange)
-        return before, after
+        self._timed("neighbours", sum(_bytes(x) for _, x in sent), exchange)
 
     def _timed(self, kind: str, sent: int, call: Callable[[], object]) -> None:
         self.synchronize()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.config.schema import ParallelConfig
+from harness.config.schema import Decode, ParallelConfig
+
+REACH = 2
+"""Latent frames that a rank needs where a video is decoded by frames: as many as a convolution over time looks back."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class Facts:
         heads: attention heads of the network; None where tokens and heads cannot be cut (a UNet).
         tokens: image tokens of the request.
         rows: of tokens in a frame; the latent has at least as many.
+        frames: of the latent; a picture has one.
         guidance: of the request.
         embedded: the network is told its guidance scale and has no negative branch.
         returns_lse: whether the attention backend returns the log-sum-exp that a ring merges.
@@ -26,6 +30,7 @@ class Facts:
     heads: int | None
     tokens: int
     rows: int
+    frames: int
     guidance: float
     embedded: bool
     returns_lse: bool
@@ -41,13 +46,14 @@ def check_layout(layout: ParallelConfig, facts: Facts) -> list[str]:
     _check_branches(layout, facts)
     shared = layout.ring * layout.ulysses
     _check_shards(layout, facts)
+    _check_frames(layout, facts)
     if facts.heads is None:
         if layout.tp * shared > 1:
             raise ValueError(
                 f"model={facts.model} is a UNet, whose convolutions mix tokens: tp, ring and ulysses cannot cut it; "
                 f"use parallel.dp={layout.tp * shared * layout.dp}, or parallel.cfg=2"
             )
-        return []
+        return _unused(layout)
     if facts.heads % layout.tp:
         near = [n for n in range(1, facts.heads + 1) if facts.heads % n == 0]
         best = min(near, key=lambda n: abs(n - layout.tp))
@@ -72,7 +78,7 @@ def check_layout(layout: ParallelConfig, facts: Facts) -> list[str]:
             "return; use attention=flash, flex or math"
         )
     _check_rows(layout, facts)
-    return _waste(layout, facts.tokens, heads)
+    return _unused(layout) + _waste(layout, facts.tokens, heads)
 
 
 def _check_branches(layout: ParallelConfig, facts: Facts) -> None:
@@ -103,12 +109,39 @@ def _check_shards(layout: ParallelConfig, facts: Facts) -> None:
 
 def _check_rows(layout: ParallelConfig, facts: Facts) -> None:
     """Every rank that computes a picture decodes a band of its rows."""
-    ranks = layout.cfg * layout.tp * layout.ring * layout.ulysses
-    if ranks > facts.rows:
+    ranks = _of_picture(layout)
+    if layout.decode is Decode.rows and ranks > facts.rows:
         raise ValueError(
             f"parallel.cfg x tp x ring x ulysses = {ranks} ranks decode a picture of {facts.rows} rows of tokens; use "
             f"{facts.rows} ranks or fewer a picture and parallel.dp for the rest, or a higher picture"
         )
+
+
+def _check_frames(layout: ParallelConfig, facts: Facts) -> None:
+    """Or decodes as many latent frames of a video as a convolution over time looks back, or more."""
+    ranks = _of_picture(layout)
+    if layout.decode is Decode.rows or ranks == 1:
+        return
+    if facts.frames == 1:
+        raise ValueError("parallel.decode=frames deals a video, and a picture is asked for; use parallel.decode=rows")
+    if facts.frames < REACH * ranks:
+        raise ValueError(
+            f"parallel.decode=frames deals {facts.frames} latent frames over parallel.cfg x tp x ring x ulysses = "
+            f"{ranks} ranks, {REACH} or more each; use {facts.frames // REACH} ranks or fewer, a longer video, or "
+            "parallel.decode=rows"
+        )
+
+
+def _of_picture(layout: ParallelConfig) -> int:
+    """The ranks that compute one picture."""
+    return layout.cfg * layout.tp * layout.ring * layout.ulysses
+
+
+def _unused(layout: ParallelConfig) -> list[str]:
+    """Options without effect, in words."""
+    if layout.decode is Decode.frames and _of_picture(layout) == 1:
+        return ["parallel.decode=frames has no effect: one rank decodes a picture"]
+    return []
 
 
 def _waste(layout: ParallelConfig, tokens: int, heads: int) -> list[str]:

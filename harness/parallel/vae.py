@@ -1,5 +1,5 @@
 """Decoding one picture or video on several ranks: each holds a band of rows of every frame, and what a layer needs of
-the others is sent.
+the others is sent. A video can be dealt by latent frames instead (harness.parallel.frames).
 
 Nothing is approximated: convolutions fetch the rows beyond their band (halos), group norms merge their statistics over
 ranks, and the attention of the middle block gathers keys and values. Norms over channels, nearest upsampling and
@@ -21,6 +21,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.config.schema import Decode
+from harness.parallel.frames import FramesDecoder
 from harness.parallel.group import Group
 from models.components import Decoder
 from models.decoders import KLDecoder
@@ -35,8 +37,8 @@ FRAME_ATTENTION = (WanAttentionBlock, QwenImageAttentionBlock)
 """One head of attention among the pixels of each frame."""
 
 
-def parallel_decoder(decoder: Decoder, group: Group) -> Decoder:
-    """The decoder with its work dealt over ranks by rows; latents and pixels are whole on every one of them.
+def parallel_decoder(decoder: Decoder, group: Group, by: Decode = Decode.rows) -> Decoder:
+    """The decoder with its work dealt over ranks; latents and pixels are whole on every one of them.
 
     Its layers are replaced in place. At size 1, and where it has no layers that can be dealt (pixels already), it is
     handed back as it is.
@@ -44,9 +46,17 @@ def parallel_decoder(decoder: Decoder, group: Group) -> Decoder:
     Args:
         decoder: written for one device.
         group: ranks that hold the same latents.
+        by: what is dealt.
+
+    Raises:
+        ValueError: frames of a decoder of pictures.
     """
     if group.size == 1 or not isinstance(decoder, RowsDecoder):
         return decoder
+    if by is Decode.frames:
+        if not isinstance(decoder, WanDecoder):
+            raise ValueError("parallel.decode=frames deals a video, and this model draws pictures; use rows")
+        return FramesDecoder(decoder, group)
     deal_rows(decoder.vae.decoder, group)
     return BandDecoder(decoder, group)
 

@@ -28,6 +28,7 @@ def layout_facts(config: RunConfig, denoiser: Path) -> Facts:
         heads=heads if isinstance(heads, int) else None,
         tokens=0,
         rows=0,
+        frames=0,
         guidance=1.0,
         embedded=network.get("guidance_embeds") is True,
         returns_lse=resolve_backend(config.attention.backend, with_lse=True) in WITH_LSE,
@@ -40,4 +41,4 @@ def of_request(facts: Facts, model: ModelConfig, request: GenerationRequest) -> 
     """The same network asked for another request."""
     frames = (request.frames - 1) // model.frame_multiple + 1
     rows, columns = request.height // model.size_multiple, request.width // model.size_multiple
-    return replace(facts, tokens=frames * rows * columns, rows=rows, guidance=request.guidance)
+    return replace(facts, tokens=frames * rows * columns, rows=rows, frames=frames, guidance=request.guidance)

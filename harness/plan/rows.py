@@ -105,7 +105,7 @@ class Plan(msgspec.Struct, frozen=True):
         measured: its keys that were measured on this machine, in this run.
         config: the resolved configuration.
         layouts: by predicted time, those that do not fit last.
-        checks: predictions against records, where plan.runs names some.
+        checks: predictions against records, where runs names some.
     """
 
     schema: int

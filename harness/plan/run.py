@@ -35,7 +35,7 @@ def plan_in(composed: Composed, folder: RunFolder, console: Console) -> Status:
     config = composed.config
     status, plan = ended(composed, folder, lambda: run_plan(config, folder), lambda done: Status("ok"))
     if plan is not None and config.logger.table:
-        if config.plan.runs is None:
+        if config.runs is None:
             print_plan(plan, config.plan.rows, folder.path, console)
         else:
             print_checks(plan, folder.path, console)
@@ -50,7 +50,7 @@ def run_plan(config: RunConfig, folder: RunFolder) -> Plan:
         ValueError: hardware that could not be measured.
     """
     folder.write_config(to_yaml(config))
-    plan = planned(config) if config.plan.runs is None else checked(config, Path(config.plan.runs).expanduser())
+    plan = planned(config) if config.runs is None else checked(config, Path(config.runs).expanduser())
     folder.write_json(FILE, plan)
     return plan
 

@@ -211,7 +211,7 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     text = TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
     dtype = source.dtype_of(source.denoiser)
     denoising = Denoising(parts.network, dtype, noise_scheduler, parts.guidance, axes.cfg)
-    decoding = Decoding(parallel_decoder(parts.decoder, axes.picture))
+    decoding = Decoding(parallel_decoder(parts.decoder, axes.picture, config.parallel.decode))
 
     def homed(stage: Stage, part: object) -> Stage:
         return Offloaded(stage, networks_in(part), source.device) if model.offload else stage

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import zmq
 
@@ -22,6 +23,7 @@ from harness.messages import Cancel, EngineInfo, Failure, Message, MessageError,
 
 MAX_FRAME_BYTES = 1 << 31
 MAX_WAITING = 1000
+DealerT = TypeVar("DealerT", bound=zmq.Socket[Any])  # a thread's, or asyncio's
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[
     return socket
 
 
-def dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, waiting: int = MAX_WAITING) -> zmq.Socket[bytes]:
+def dealer(context: zmq.Context[DealerT], address: str, waiting: int = MAX_WAITING) -> DealerT:
     """A connected DEALER; messages sent before the engine listens wait for it: at most `waiting`, and any number if
     that is 0, so that sending never waits.
     """

@@ -25,13 +25,20 @@ class WanDecoder:
 
     def __call__(self, latent_BCFHW: Tensor) -> Tensor:
         """Frames (B, frames, 3, stride * H, stride * W), float32 in [0, 1]."""
+        return self.pixels(self.vae.decode(self.unscaled(latent_BCFHW), return_dict=False)[0])
+
+    def unscaled(self, latent_BCFHW: Tensor) -> Tensor:
+        """What the autoencoder decodes, in its dtype."""
         mean, std = (
             torch.tensor(values, device=latent_BCFHW.device)[:, None, None, None]
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
         )
-        z_BCFHW = (latent_BCFHW * std + mean).to(self.vae.dtype)
-        video: Tensor = self.vae.decode(z_BCFHW, return_dict=False)[0]
-        return (video.transpose(1, 2).float() / 2 + 0.5).clamp(0, 1)
+        return (latent_BCFHW * std + mean).to(self.vae.dtype)
+
+    @staticmethod
+    def pixels(video_BCFHW: Tensor) -> Tensor:
+        """Frames (B, F, C, H, W), float32 in [0, 1], of what the autoencoder decoded, in [-1, 1] or somewhat beyond."""
+        return (video_BCFHW.transpose(1, 2).float() / 2 + 0.5).clamp(0, 1)
 
 
 def load_wan_decoder(source: Source) -> WanDecoder:

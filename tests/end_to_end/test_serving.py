@@ -34,8 +34,7 @@ def generator() -> Iterator[DiffusionGenerator]:
 
 def addresses(generator: DiffusionGenerator) -> Addresses:
     assert isinstance(generator._engine, TorchrunEngine)
-    assert generator._engine._addresses is not None
-    return generator._engine._addresses
+    return generator._engine.addresses
 
 
 @contextmanager

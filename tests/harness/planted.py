@@ -1,104 +1,83 @@
-"""A planted engine: a thread that speaks harness.messages on an engine's two addresses, and draws nothing."""
+"""A supervisor without ranks: one request after another, flat pictures, and failures on demand."""
 
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import asyncio
 
-import msgspec
-import zmq
+import numpy as np
 
+from harness.config.schema import RunConfig
+from harness.http.jobs import Job
+from harness.http.supervisor import Busy, NotServing
 from harness.messages import (
-    QUEUED,
-    Cancel,
+    ArrayRef,
     EngineInfo,
     Failure,
     GenerationRequest,
     GenerationResult,
-    Message,
-    Ping,
     Progress,
-    decode,
+    SampleResult,
     encode,
 )
-from harness.serving.transport import Addresses, router
 
-Script = Callable[[GenerationRequest, int], list[tuple[float, Message]]]
-
-
-def drawn(request: GenerationRequest) -> GenerationResult:
-    """An answer without pictures."""
-    return GenerationResult(request.request_id, [], [], 1.0)
-
-
-def progress(request: GenerationRequest, stage: str = QUEUED) -> Progress:
-    return Progress(request.request_id, stage, 0, request.steps)
-
-
-def failure(request: GenerationRequest, kind: str, retry_after_s: float | None = None) -> Failure:
-    return Failure(request.request_id, kind, f"planted {kind}", retry_after_s=retry_after_s)
+FAILURES = ("oom", "failed", "expired", "rejected", "unsupported", "busy")  # a prompt of this name ends so
 
 
 class Planted:
-    """Answers request number k with the messages of `script(request, k)`, each so many seconds after its arrival.
+    """What harness.http.supervisor.Supervisor is to the routes.
 
-    Every GenerationResult counts as `steps` evaluations of the denoiser.
+    Args:
+        config: resolved.
+        step_s: of each solver step.
     """
 
-    def __init__(self, addresses: Addresses, script: Script) -> None:
-        self.seen: list[GenerationRequest] = []
-        self.cancelled: list[str] = []
-        self.info = EngineInfo("ready", 1, [])
-        self._script = script
-        self._stop = threading.Event()
-        self._context = zmq.Context()
-        self._requests = router(self._context, addresses.requests)
-        self._control = router(self._context, addresses.control)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+    def __init__(self, config: RunConfig, step_s: float = 0.0) -> None:
+        self.state, self.reason, self.restarts = "ready", "", 0
+        self.info = EngineInfo("ready", 1, [1], evaluations=7)
+        self.jobs: dict[str, Job] = {}
+        self.drawn: list[GenerationRequest] = []
+        self.step_s = step_s
+        self._config = config
+        self._cancelled: set[str] = set()
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._context.destroy(linger=0)
+    def submit(self, request: GenerationRequest) -> Job:
+        if self.state in ("failed", "stopping"):
+            raise NotServing(self.reason, 60.0)
+        waiting = sum(job.state == "queued" for job in self.jobs.values())
+        if waiting >= self._config.serve.max_queue:
+            raise Busy(f"{waiting} requests wait", 2.5)
+        job = self.jobs[request.request_id] = Job(request, ahead=waiting)
+        task = asyncio.create_task(self._draw(job))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return job
 
-    def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._requests, zmq.POLLIN)
-        poller.register(self._control, zmq.POLLIN)
-        waiting: list[tuple[float, bytes, Message]] = []
-        while not self._stop.is_set():
-            ready = dict(poller.poll(2))
-            if self._control in ready:
-                client, *frames = self._control.recv_multipart()
-                message = decode(frames)
-                if isinstance(message, Cancel):
-                    self.cancelled.append(message.request_id)
-                elif isinstance(message, Ping):
-                    self._control.send_multipart([client, *encode(self.info)])
-            if self._requests in ready:
-                client, *frames = self._requests.recv_multipart()
-                request = decode(frames)
-                assert isinstance(request, GenerationRequest)
-                said = self._script(request, len(self.seen))
-                self.seen.append(request)
-                waiting += [(time.monotonic() + after_s, client, message) for after_s, message in said]
-            due = [each for each in waiting if each[0] <= time.monotonic()]
-            waiting = [each for each in waiting if each not in due]
-            for _, client, message in due:
-                if isinstance(message, GenerationResult):
-                    steps = next(r.steps for r in self.seen if r.request_id == message.request_id)
-                    self.info = msgspec.structs.replace(self.info, evaluations=self.info.evaluations + steps)
-                self._requests.send_multipart([client, *encode(message)])
+    def cancel(self, request_id: str) -> bool:
+        self._cancelled.add(request_id)
+        return True
+
+    async def _draw(self, job: Job) -> None:
+        request = job.request
+        async with self._turn:
+            for step in range(request.steps):
+                if request.request_id in self._cancelled:
+                    return job.fail(Failure(request.request_id, "cancelled", "the request was cancelled"))
+                job.hear(Progress(request.request_id, "denoising", step, request.steps))
+                await asyncio.sleep(self.step_s)
+            if request.prompts[0] in FAILURES:
+                return job.fail(Failure(request.request_id, request.prompts[0], "planted", rank=1))
+            self.drawn.append(request)
+            job.finish(*picture(request))
 
 
-@contextmanager
-def planted(script: Script) -> Iterator[tuple[Planted, Addresses]]:
-    """A planted engine while it lasts."""
-    addresses = Addresses.private()
-    engine = Planted(addresses, script)
-    try:
-        yield engine, addresses
-    finally:
-        engine.close()
-        addresses.remove()
+def picture(request: GenerationRequest) -> tuple[GenerationResult, list[bytes]]:
+    """Flat pictures, the first black and every next one a little lighter."""
+    shape = (3, request.height, request.width)
+    shape = shape if request.frames == 1 else (request.frames, *shape)
+    arrays = [np.full(shape, k / 10, np.float32) for k in range(request.samples_per_prompt)]
+    samples = [
+        SampleResult(k, request.prompts[0], request.seed + k, ArrayRef(k + 1, "float32", shape))
+        for k in range(len(arrays))
+    ]
+    result = GenerationResult(request.request_id, samples, [], 12.0)
+    return result, encode(result, arrays)

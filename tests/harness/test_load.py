@@ -24,7 +24,7 @@ from harness.messages import GenerationRequest, Message
 from harness.metrics.load import OK, RequestRow, percentiles, summarize_load
 from harness.records import RunFolder, Status, load, read_record
 from harness.serving.transport import Connection
-from tests.harness.planted import Script, drawn, failure, planted, progress
+from tests.harness.planted_engine import Script, drawn, failure, planted, progress
 from tests.harness.test_records import record
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 from torch import Tensor
 
+from harness.config.schema import Decode
 from harness.parallel.group import Group, Traffic
 from harness.parallel.vae import band, deal_rows, parallel_decoder
 from models.components import Decoder
@@ -87,14 +88,14 @@ class Case:
         """Random numbers."""
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(0))
 
-    def parallel(self, group: Group, dtype: torch.dtype) -> Decoder:
+    def parallel(self, group: Group, dtype: torch.dtype, by: Decode = Decode.rows) -> Decoder:
         """The decoder over the ranks of a group."""
         decoder = self.build(dtype)
         if isinstance(decoder, QwenVideo):
             deal_rows(decoder.vae.decoder, group)
             decoder.ranks = group
             return decoder
-        return parallel_decoder(decoder, group)
+        return parallel_decoder(decoder, group, by)
 
 
 CASES: dict[str, Case] = {
@@ -112,6 +113,15 @@ CASES: dict[str, Case] = {
 }
 
 
+VIDEOS: dict[str, Case] = {
+    "wan": Case(wan, (2, 4, 9, 3, 2)),
+    "wan of the fewest frames": Case(wan, (1, 4, 8, 2, 3)),
+    "wan doubled once": Case(lambda: wan(temperal_downsample=[True, False]), (1, 4, 11, 2, 2)),
+    "wan 2.2": Case(CASES["wan 2.2"].make, (1, 4, 9, 2, 2)),
+}
+"""Those that are dealt by latent frames too: 4 ranks have 2 or 3 each, and a first rank of 2 doubles one."""
+
+
 @cache
 def ranks_found(size: int) -> list[dict[str, Tensor]]:
     """What every rank of a world made of every case; asked once."""
@@ -122,10 +132,11 @@ def decode(rank: int, size: int) -> dict[str, Tensor]:
     """The pixels of every case in each of its dtypes, and the bytes that this rank sent for them, by kind."""
     traffic, found = Traffic(), {}
     group = Group(range(size), rank, dist.new_group(list(range(size))), traffic)
-    for name, case in CASES.items():
-        for dtype in case.dtypes:
-            decoder = case.parallel(group, dtype)
-            traffic.reset()
-            found[f"{name} {dtype}"] = decoder(case.latent())
-            found |= {f"{name} {dtype} {kind}": torch.tensor(sent) for kind, sent in traffic.sent_bytes.items()}
+    dealt = [(name, case, dtype, Decode.rows) for name, case in CASES.items() for dtype in case.dtypes]
+    dealt += [(f"{name} by frames", case, torch.float32, Decode.frames) for name, case in VIDEOS.items()]
+    for name, case, dtype, by in dealt:
+        decoder = case.parallel(group, dtype, by)
+        traffic.reset()
+        found[f"{name} {dtype}"] = decoder(case.latent())
+        found |= {f"{name} {dtype} {kind}": torch.tensor(sent) for kind, sent in traffic.sent_bytes.items()}
     return found

@@ -1,5 +1,6 @@
 """What each rank of a layout draws with a whole pipeline."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,7 @@ class Drawing:
 
     Args:
         name: of the checkpoint.
-        config: of one rank; the layout is that of `degrees`.
+        config: of one rank; the layout is that of `degrees`, decoding by what is dealt here.
         request: what is drawn.
         degrees: of dp, cfg, tp, ring and ulysses.
     """
@@ -36,12 +37,28 @@ class Drawing:
 
 def draw(rank: int, size: int, drawing: Drawing) -> dict[str, Tensor]:
     """Latents and pixels of the pictures that this rank answers for, by name and number; loads the checkpoint."""
-    config = replace(drawing.config, parallel=ParallelConfig(*drawing.degrees))
+    return _pictures(drawing, *_answer(rank, drawing))
+
+
+def draw_counted(rank: int, size: int, drawing: Drawing) -> dict[str, Tensor]:
+    """The same, and the bytes that this rank sent to decode them, by kind of collective."""
+    outcome, frames = _answer(rank, drawing)
+    assert outcome.report is not None
+    sent = {kind: torch.tensor(traffic.bytes) for kind, traffic in outcome.report.comm["decoding"].items()}
+    return _pictures(drawing, outcome, frames) | sent
+
+
+def _answer(rank: int, drawing: Drawing) -> tuple[RankOutcome, Sequence[bytes]]:
+    config = replace(drawing.config, parallel=ParallelConfig(*drawing.degrees, decode=drawing.config.parallel.decode))
     worker = build_worker(config, Place(rank, drawing.degrees), torch.device("cpu"))
     frames = worker.generate(drawing.request, lambda stage, done, total: None, lambda: False)
     outcome = decode(frames)
     assert isinstance(outcome, RankOutcome)
     assert outcome.failure is None, (str(drawing), outcome.failure)
+    return outcome, frames
+
+
+def _pictures(drawing: Drawing, outcome: RankOutcome, frames: Sequence[bytes]) -> dict[str, Tensor]:
     found = {}
     for sample in outcome.samples:
         assert sample.latents is not None

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from harness.parallel.formula import Tokens, Trace, sent_bytes, trace_network
+from harness.parallel.formula_frames import FramesTrace, frames_bytes, trace_frames
 from harness.parallel.formula_vae import DecodeTrace, decode_bytes, trace_decode
 from models.attention import math_attention
 from models.components import Conditioning
@@ -15,7 +16,7 @@ from models.flux import Flux, FluxConfig
 from models.wan import PLAN as WAN_PLAN
 from models.wan import Wan, WanConfig
 from tests.parallel import decoders
-from tests.parallel.decoders import CASES
+from tests.parallel.decoders import CASES, VIDEOS
 from tests.parallel.layouts import SIZES, cases, ranks_found
 from tests.parallel.networks import TINY
 
@@ -53,6 +54,20 @@ def test_decoding_sends_what_the_formula_says(ranks: int, name: str) -> None:
         for dtype in CASES[name].dtypes:
             said = decode_bytes(decode_traced(name), ranks, index, dtype.itemsize)
             assert said == counted(found, f"{name} {dtype}")
+
+
+@cache
+def video_traced(name: str) -> FramesTrace:
+    """A decoder's trace, of the video that is dealt by frames."""
+    return trace_frames(VIDEOS[name].make, VIDEOS[name].latent())
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_decoding_by_frames_sends_what_the_formula_says(ranks: int, name: str) -> None:
+    for index, found in enumerate(decoders.ranks_found(ranks)):
+        said = frames_bytes(video_traced(name), ranks, index, torch.float32.itemsize)
+        assert said == counted(found, f"{name} by frames torch.float32")
 
 
 def wan_inputs(text_tokens: int) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:

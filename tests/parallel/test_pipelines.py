@@ -1,21 +1,26 @@
 """Whole pipelines, from prompts to pixels, draw at every layout what one rank draws, for every family."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from harness.compose import compose_run
-from harness.config.schema import RunConfig
+from harness.config.schema import Decode, ParallelConfig, RunConfig
 from harness.messages import GenerationRequest
+from harness.parallel.formula_frames import frames_bytes, trace_frames
 from harness.parallel.mesh import world_size
+from models.wan.decoder import WanDecoder
 from tests.models.checkpoints import CASES, overrides_of
 from tests.models.parity import rel_l2
-from tests.parallel.pipelines import Degrees, Drawing, draw
-from tests.parallel.ranks import on_worlds
+from tests.parallel.pipelines import Degrees, Drawing, draw, draw_counted
+from tests.parallel.ranks import on_ranks, on_worlds
 
 BOUND = 1e-5  # relative L2 of latents and of pixels, in float32
 ONE_RANK = (1, 1, 1, 1, 1)
@@ -128,6 +133,25 @@ def assert_one_rank(load: Load, names: Sequence[str], layouts: Sequence[Degrees]
 @pytest.mark.parametrize("ranks", list(FEW))
 def test_joint_attention_and_a_video_draw_what_one_rank_draws(load: Load, ranks: int) -> None:
     assert_one_rank(load, ("sd35_medium", "wan"), FEW[ranks])
+
+
+@pytest.mark.slow
+def test_a_video_decoded_by_frames_is_what_one_rank_draws(load: Load) -> None:
+    config, asked = load("wan")
+    by_frames = replace(config, parallel=ParallelConfig(decode=Decode.frames))
+    asked = msgspec.structs.replace(asked, frames=17, prompts=PROMPTS[:2])  # 5 latent frames: 3 and 2
+    alone, dealt = Drawing("wan", config, asked, ONE_RANK), Drawing("wan", by_frames, asked, (1, 2, 1, 1, 1))
+    (wanted,), (found, _) = on_ranks(1, draw, alone), on_ranks(2, draw_counted, dealt)
+    for k in range(2):
+        theirs = wanted[f"{alone} pixels {k}"]
+        assert theirs.shape[0] == 17
+        assert theirs.std() > 0.01
+        assert rel_l2(found[f"{dealt} pixels {k}"], theirs) <= BOUND
+    vae = AutoencoderKLWan.load_config(Path(str(config.model.path)) / "vae")
+    latents = torch.empty(2, 4, 5, asked.height // 4, asked.width // 4)
+    trace = trace_frames(lambda: WanDecoder(AutoencoderKLWan.from_config(vae)), latents)
+    said = frames_bytes(trace, ranks=2, index=0, item=4)
+    assert said == {kind: int(found[kind]) for kind in said}
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""A decoder dealt over ranks by rows is the decoder on one rank, for any division of the rows, pictures and videos."""
+"""A decoder dealt over ranks by rows is the decoder on one rank, for any division of the rows, pictures and videos; and
+one dealt by latent frames, for any division of those.
+"""
 
 from functools import cache
 
@@ -6,11 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harness.config.schema import Decode
 from harness.parallel.group import Group, Traffic, alone
 from harness.parallel.vae import band, deal_rows, parallel_decoder
 from models.unet.unconditional import PixelDecoder
 from tests.models.parity import rel_l2
-from tests.parallel.decoders import CASES, ranks_found
+from tests.parallel.decoders import CASES, VIDEOS, ranks_found
+
+
+@cache
+def one_rank_of(name: str) -> Tensor:
+    """A video on one rank, by diffusers' own frame after frame."""
+    with torch.inference_mode():
+        return VIDEOS[name].build()(VIDEOS[name].latent())
 
 
 @cache
@@ -28,6 +38,24 @@ def test_decoding_by_rows_is_decoding_at_once(size: int, name: str) -> None:
     assert ((whole > 0) & (whole < 1)).float().mean() > 0.9
     for found in ranks_found(size):
         assert rel_l2(found[f"{name} torch.float32"], whole) < 1e-5
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_decoding_by_frames_is_decoding_one_by_one(size: int, name: str) -> None:
+    whole = one_rank_of(name)
+    assert whole.std() > 0.03
+    assert ((whole > 0) & (whole < 1)).float().mean() > 0.9
+    for found in ranks_found(size):
+        assert rel_l2(found[f"{name} by frames torch.float32"], whole) < 1e-5
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_frames_without_those_before_are_another_video(name: str) -> None:
+    decoder, latent, whole = VIDEOS[name].build(), VIDEOS[name].latent(), one_rank_of(name)
+    with torch.inference_mode():
+        later = decoder(latent[:, :, 3:])[:, 1:]
+    assert rel_l2(later, whole[:, -later.shape[1] :]) > 1e-3
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if torch.bfloat16 in case.dtypes])
@@ -67,6 +95,18 @@ def test_fewer_rows_than_ranks_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=message):
         CASES[name].parallel(ranks_of(rows + 1), torch.float32)(CASES[name].latent())
     assert band(CASES[name].latent(), ranks_of(rows)).shape[-2] == 1
+
+
+def test_fewer_than_two_latent_frames_a_rank_are_refused() -> None:
+    decoder = VIDEOS["wan"].parallel(ranks_of(5), torch.float32, Decode.frames)
+    with pytest.raises(ValueError, match="9 latent frames cannot be dealt over 5 ranks, 2 or more each"):
+        decoder(VIDEOS["wan"].latent())
+
+
+@pytest.mark.parametrize("name", ["kl", "qwen image"])
+def test_a_picture_has_no_frames_to_deal(name: str) -> None:
+    with pytest.raises(ValueError, match="deals a video, and this model draws pictures; use rows"):
+        CASES[name].parallel(ranks_of(2), torch.float32, Decode.frames)
 
 
 @pytest.mark.parametrize(

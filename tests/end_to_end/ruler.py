@@ -1,0 +1,69 @@
+"""Is the ruler straight? `python -m tests.end_to_end.ruler`, on a machine that does nothing else; some 15 minutes.
+
+A run compared with itself twenty times (experiment=self): how many say that there is no difference. The same compared
+with one of 5 % more steps: whether it is found. The same bench five times: how far each median lies outside the printed
+intervals of the other four.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from harness.metrics.comparison import read_comparison
+from harness.metrics.paired import Ratio
+from harness.records import read_record
+
+COMMON = ("logger=json", "logger.table=false", "launch.threads_per_rank=1", "request.prompt=rocket")
+
+
+def run(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "harness", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def ratios(folder: Path) -> list[Ratio]:
+    """Of the whole request, of every comparison below a folder."""
+    found = [read_comparison(file.parent) for file in sorted(folder.rglob("comparison.json"))]
+    return [comparison.ratios["request"] for comparison in found if comparison is not None]
+
+
+def with_itself(folder: Path) -> None:
+    run("-m", "experiment=self", "logger=json", f"hydra.sweep.dir={folder}")
+    rows = ratios(folder)
+    same = sum(not row.differs for row in rows)
+    spread = sorted(row.ratio for row in rows)
+    print(f"compared with itself: no difference in {same} of {len(rows)}; ratios {spread[0]:.4f} to {spread[-1]:.4f}")
+
+
+def with_a_slower_one(folder: Path) -> None:
+    run("task=compare", "a=[]", "b=[request.steps=21]", "request.steps=20", *COMMON, f"hydra.run.dir={folder}")
+    row = ratios(folder)[0]
+    low, high = row.interval
+    found = "found" if row.differs else "not found"
+    print(f"20 against 21 steps: ratio {row.ratio:.4f} ({low:.4f} to {high:.4f}), {found}")
+
+
+def five_benches(folder: Path) -> None:
+    run("-m", "task=bench", "task.repeats=15", "request.seed=range(5)", *COMMON, f"hydra.sweep.dir={folder}")
+    found = [read_record(file.parent) for file in sorted(folder.rglob("record.json"))]
+    rows = [record.summary.latency_ms for record in found if record is not None]
+    for row in rows:
+        print(f"bench: median {row.median:.1f} ms, 95 % interval {row.ci95[0]:.1f} to {row.ci95[1]:.1f}")
+    pairs = list(itertools.permutations(rows, 2))
+    inside = sum(one.ci95[0] <= other.median <= one.ci95[1] for one, other in pairs)
+    print(f"a median lies in another's interval in {inside} of {len(pairs)} pairs")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with_itself(folder / "self")
+        with_a_slower_one(folder / "slower")
+        five_benches(folder / "benches")
+
+
+if __name__ == "__main__":
+    main()

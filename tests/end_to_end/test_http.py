@@ -1,0 +1,470 @@
+"""The HTTP server's routes over a planted supervisor: what is drawn, what is refused, what a client is told."""
+
+import asyncio
+import base64
+import errno
+import io
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness.cli import run_one
+from harness.compose import Composed, ConfigError, compose_run
+from harness.config.schema import LaunchMode, RunConfig
+from harness.http import saving
+from harness.http.app import make_app
+from harness.http.desk import Desk
+from harness.http.forms import as_json, boundary_of
+from harness.http.problem import STATUS, Problem
+from harness.media import ffmpeg
+from harness.pool import new_engine
+from tests.harness.planted import Planted
+
+IMAGES, VIDEOS, REQUESTS = "/v1/images/generations", "/v1/videos", "/v1/requests"
+JSON = {"content-type": "application/json"}
+LIMIT_S = 20
+WITHIN_S = 3.0
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return compose_run(["task=serve", "serve.max_queue=2", "serve.max_body_kib=32"]).config
+
+
+@pytest.fixture(scope="module")
+def app(config: RunConfig) -> Any:
+    return make_app(config, Planted(config), Path())  # type: ignore[arg-type]
+
+
+@dataclass
+class Site:
+    client: httpx.AsyncClient
+    engine: Planted
+    app: Any
+
+
+@asynccontextmanager
+async def site(app: Any, config: RunConfig, folder: Path, step_s: float) -> AsyncIterator[Site]:
+    """The application with a desk of its own."""
+    engine = Planted(config, step_s)
+    app.state.desk = Desk(config, engine, folder)  # type: ignore[arg-type]
+    wire = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=wire, base_url="http://127.0.0.1:8000", timeout=LIMIT_S) as client:
+        yield Site(client, engine, app)
+    await app.state.desk.close()
+
+
+class Talk(Protocol):
+    """Talks to a server; the lines of its requests.jsonl."""
+
+    def __call__(
+        self, talk: Callable[[Site], Awaitable[None]], step_s: float = 0.0, config: RunConfig | None = None
+    ) -> list[dict[str, Any]]: ...
+
+
+@pytest.fixture
+def run(app: Any, config: RunConfig, tmp_path: Path) -> Talk:
+    own = config
+
+    def run(
+        talk: Callable[[Site], Awaitable[None]], step_s: float = 0.0, config: RunConfig | None = None
+    ) -> list[dict[str, Any]]:
+        async def whole() -> None:
+            async with asyncio.timeout(LIMIT_S), site(app, config or own, tmp_path, step_s) as at:
+                await talk(at)
+
+        asyncio.run(whole())
+        lines = tmp_path / saving.LINES
+        return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+
+    return run
+
+
+def error(answer: httpx.Response, status: int, code: str) -> str:
+    """The line of an error that has OpenAI's shape."""
+    assert answer.status_code == status, answer.text
+    told = answer.json()["error"]
+    assert set(told) == {"message", "type", "param", "code"}
+    assert told["code"] == code
+    assert told["message"]
+    assert "\n" not in told["message"]
+    line: str = told["message"]
+    return line
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+async def until(client: httpx.AsyncClient, request_id: str, *states: str) -> dict[str, Any]:
+    while True:
+        found: dict[str, Any] = (await client.get(f"{REQUESTS}/{request_id}")).json()
+        if found["status"] in states:
+            return found
+        await asyncio.sleep(0.01)
+
+
+def test_pictures_come_as_they_were_asked_for(run: Talk, tmp_path: Path) -> None:
+    settings = {"steps": 3, "seed": 5, "guidance": 1.5, "negative_prompt": "blue", "timeout_s": 9}
+    body = {"prompt": "red apple", "n": 2, "size": "32x16", "user": "ann", "model": "emoji", "triptych": settings}
+
+    async def talk(at: Site) -> None:
+        answer = (await at.client.post(IMAGES, json=body)).json()
+        pictures = [opened(base64.b64decode(picture["b64_json"])) for picture in answer["data"]]
+        assert [np.asarray(picture).max() for picture in pictures] == [0, 26]  # the order of the engine's
+        assert {picture.size for picture in pictures} == {(32, 16)}
+        assert pictures[1].text["seed"] == "6"  # type: ignore[attr-defined]
+        assert answer["size"] == "32x16"
+        assert answer["triptych"]["seed"] == 5
+        (sent,) = at.engine.drawn
+        assert sent.prompts == ["red apple"]
+        assert (sent.samples_per_prompt, sent.batch_size) == (2, 2)  # its pictures share forwards
+        assert (sent.steps, sent.seed, sent.guidance, sent.negative_prompt, sent.timeout_s) == (3, 5, 1.5, "blue", 9)
+
+    (line,) = run(talk)
+    assert (line["outcome"], line["user"], len(line["samples"])) == ("ok", "ann", 2)
+    assert all((tmp_path / sample["path"]).is_file() for sample in line["samples"])
+
+
+def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(run: Talk) -> None:
+    async def talk(at: Site) -> None:
+        answers = [(await at.client.post(IMAGES, json={"prompt": "x", "response_format": "url"})).json() for _ in "ab"]
+        assert answers[0]["triptych"]["seed"] != answers[1]["triptych"]["seed"]
+        picture = await at.client.get(answers[0]["data"][0]["url"])
+        assert picture.headers["content-type"] == "image/png"
+        assert opened(picture.content).size == (64, 64)
+        assert (await at.client.get(answers[0]["data"][0]["url"][:-1] + "1")).status_code == 404
+
+    run(talk)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code", "words"),
+    [
+        (IMAGES, {}, "rejected", "prompt: Field required"),
+        (IMAGES, [], "rejected", "JSON object"),
+        (IMAGES, {"prompt": "x", "promt": "y"}, "rejected", "promt: there is no such field"),
+        (IMAGES, {"prompt": "x" * 8001}, "rejected", "shorten it to 8000"),
+        (IMAGES, {"prompt": "x", "n": 9}, "rejected", "n=9; this server takes 1 to 8"),
+        (IMAGES, {"prompt": "x", "n": 0}, "rejected", "n=0; this server takes 1 to 8"),
+        (IMAGES, {"prompt": "x", "size": "65x64"}, "rejected", "64 or 72"),
+        (IMAGES, {"prompt": "x", "size": "large"}, "rejected", "such as 64x64"),
+        (IMAGES, {"prompt": "x", "size": "4096x4096"}, "rejected", "may be at most 262144"),
+        (IMAGES, {"prompt": "x", "model": "dall-e-3"}, "model_not_found", "ask for emoji"),
+        (IMAGES, {"prompt": "x", "quality": "hd"}, "rejected", "quality: Input should be 'auto' or 'standard'"),
+        (IMAGES, {"prompt": "x", "stream": True}, "rejected", "stream"),
+        (IMAGES, {"prompt": "x", "triptych": {"steps": 251}}, "rejected", "takes 250 at most"),
+        (IMAGES, {"prompt": "x", "triptych": {"seed": -1}}, "rejected", "seed=-1; give 0 to"),
+        (IMAGES, {"prompt": "x", "triptych": {"guidance": -1}}, "rejected", "guidance=-1.0"),
+        (IMAGES, {"prompt": "x", "triptych": {"timeout_s": 601}}, "rejected", "at most 600 seconds"),
+        (IMAGES, {"prompt": "x", "triptych": {"timeout_s": 0}}, "rejected", "more than 0"),
+        (IMAGES, {"prompt": "x", "triptych": {"scheduler": "ddpm"}}, "rejected", "noise scheduler is rectified_flow"),
+        (IMAGES, {"prompt": "x", "triptych": {"frames": 5}}, "rejected", "post to /v1/videos"),
+        (REQUESTS, {"prompt": "x", "triptych": {"frames": 5}}, "rejected", "this model draws pictures"),
+        (VIDEOS, {"prompt": "x"}, "rejected", "post to /v1/images/generations"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_engine_is_asked(
+    run: Talk, path: str, body: object, code: str, words: str
+) -> None:
+    async def talk(at: Site) -> None:
+        answer = await at.client.post(path, json=body)
+        assert words in error(answer, STATUS[code], code)
+        assert answer.headers["x-should-retry"] == "false"
+        assert at.engine.jobs == {}
+
+    run(talk)
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "code"),
+    [
+        (b'{"prompt": ', JSON, 400, "rejected"),
+        (b'{"prompt": "\\ud800"}', JSON, 400, "rejected"),
+        (b'{"prompt": "x", "\\ud800": 1}', JSON, 400, "rejected"),
+        (b'{"prompt": "x", "n": 1' + b"0" * 5000 + b"}", JSON, 400, "rejected"),
+        (b'{"prompt": "x", "triptych": {"guidance": NaN}}', JSON, 400, "rejected"),
+        (b"[" * 30_000, JSON, 400, "rejected"),
+        (b"\xff\xfe", JSON, 400, "rejected"),
+        (b'{"prompt": "x"}', {"content-type": "text/plain"}, 400, "rejected"),
+        (b"x" * 40_000, JSON, 413, "too_large"),
+        (b"", {"content-type": "multipart/form-data"}, 400, "rejected"),
+        (b"--b\r\n\r\nx\r\n--b--", {"content-type": "multipart/form-data; boundary=b"}, 400, "rejected"),
+    ],
+)
+def test_bodies_that_are_none(run: Talk, content: bytes, headers: dict[str, str], status: int, code: str) -> None:
+    async def talk(at: Site) -> None:
+        error(await at.client.post(IMAGES, content=content, headers=headers), status, code)
+        assert at.engine.jobs == {}
+
+    run(talk)
+
+
+def test_a_body_without_a_length_is_bounded_too(run: Talk) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1000
+            yield b"x" * 1000
+
+    async def talk(at: Site) -> None:
+        error(await at.client.post(IMAGES, content=endless(), headers=JSON), 413, "too_large")
+        assert sent <= 34_000
+
+    run(talk)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "retry_after"),
+    [
+        ("rejected", 400, None),
+        ("unsupported", 400, None),
+        ("expired", 408, None),
+        ("busy", 429, None),
+        ("failed", 503, "1"),
+        ("oom", 507, None),
+    ],
+)
+def test_a_failure_of_the_engine_is_an_answer_of_its_kind(
+    run: Talk, kind: str, status: int, retry_after: str | None
+) -> None:
+    async def talk(at: Site) -> None:
+        answer = await at.client.post(IMAGES, json={"prompt": kind})
+        assert error(answer, status, kind) == "rank 1: planted"
+        assert answer.headers.get("retry-after") == retry_after
+        assert answer.headers["x-should-retry"] == str(kind == "busy").lower()
+        assert f'triptych_requests_total{{outcome="{kind}"}} 1.0' in (await at.client.get("/metrics")).text
+
+    (line,) = run(talk)
+    assert (line["outcome"], line["error"]) == (kind, "rank 1: planted")
+
+
+def test_a_full_queue_and_a_server_that_has_stopped_say_when_to_come_again(run: Talk) -> None:
+    async def talk(at: Site) -> None:
+        drawn = (await at.client.post(REQUESTS, json={"prompt": "x"})).json()["id"]
+        await until(at.client, drawn, "running")
+        waiting = [(await at.client.post(REQUESTS, json={"prompt": "x"})).json()["id"] for _ in range(2)]
+        answer = await at.client.post(IMAGES, json={"prompt": "x"})
+        error(answer, 429, "busy")
+        assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("3", "true")
+        for request_id in (drawn, *waiting):
+            await at.client.delete(f"{REQUESTS}/{request_id}")
+            await until(at.client, request_id, "failed")
+        at.engine.state, at.engine.reason = "failed", "rank 1 died with SIGKILL"
+        answer = await at.client.post(IMAGES, json={"prompt": "x"})
+        assert error(answer, 503, "not_serving") == "rank 1 died with SIGKILL"
+        assert answer.headers["retry-after"] == "60"
+
+    run(talk, step_s=0.1)
+
+
+def test_health_is_honest(run: Talk) -> None:
+    async def talk(at: Site) -> None:
+        assert (await at.client.get("/ready")).status_code == 200
+        at.engine.state, at.engine.reason, at.engine.info = "restarting", "rank 1 died with SIGKILL", None
+        answer = await at.client.get("/ready")
+        assert error(answer, 503, "not_serving") == "restarting: rank 1 died with SIGKILL"
+        health = await at.client.get("/health")
+        assert health.status_code == 200
+        assert (health.json()["state"], health.json()["ranks"]) == ("restarting", 0)
+        assert "triptych_ready 0.0" in (await at.client.get("/metrics")).text
+
+    run(talk)
+
+
+def test_a_client_that_goes_away_cancels_its_request(run: Talk) -> None:
+    async def talk(at: Site) -> None:
+        asking = asyncio.create_task(hang_up(at.app, {"prompt": "x"}, after_s=0.2))
+        await asyncio.wait_for(asking, WITHIN_S)
+        (job,) = at.engine.jobs.values()
+        await asyncio.wait_for(job.wait(), WITHIN_S)
+        assert job.failure is not None
+        assert job.failure.kind == "cancelled"
+
+    (line,) = run(talk, step_s=1.0)
+    assert line["outcome"] == "cancelled"
+
+
+async def hang_up(app: Any, body: object, after_s: float) -> None:
+    """Posts, and closes the connection before there is an answer."""
+    said = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if said:
+            return said.pop()
+        await asyncio.sleep(after_s)
+        return {"type": "http.disconnect"}
+
+    async def send(message: object) -> None:
+        pass
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": IMAGES, "raw_path": IMAGES.encode(), "query_string": b""}
+    await app(scope | {"headers": headers, "scheme": "http", "server": ("localhost", 80)}, receive, send)
+
+
+def test_requests_are_cancelled_where_they_are(run: Talk) -> None:
+    async def talk(at: Site) -> None:
+        first, second = [(await at.client.post(REQUESTS, json={"prompt": "x"})).json() for _ in range(2)]
+        assert (second["status"], second["total"]) == ("queued", 20)
+        await until(at.client, first["id"], "running")
+        assert [r["id"] for r in (await at.client.get(REQUESTS)).json()["data"]] == [second["id"], first["id"]]
+        waiting = asyncio.create_task(at.client.get(f"{REQUESTS}/{second['id']}/content/0"))
+        error(await waiting, 409, "not_done")
+        for request in (first, second):
+            assert (await at.client.delete(f"{REQUESTS}/{request['id']}")).status_code == 202
+            ended = await until(at.client, request["id"], "failed")
+            assert ended["error"]["code"] == "cancelled"
+            error(await at.client.get(f"{REQUESTS}/{request['id']}/content/0"), 409, "cancelled")
+
+    run(talk, step_s=0.05)
+
+
+def test_progress_streams_until_the_picture_is_there(run: Talk) -> None:
+    async def talk(at: Site) -> None:
+        asked = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": {"steps": 4}})).json()
+        stream = await at.client.get(f"{REQUESTS}/{asked['id']}/events")
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        told = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: ")]
+        assert [one["done"] for one in told] == sorted(one["done"] for one in told)
+        assert {one["done"] for one in told} >= {1, 2, 3}
+        assert (told[-1]["status"], len(told[-1]["urls"])) == ("done", 1)
+        assert all(one["urls"] == [] for one in told[:-1])
+
+    run(talk, step_s=0.02)
+
+
+def as_form(fields: dict[str, str]) -> tuple[bytes, dict[str, str]]:
+    parts = (f'--b\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in fields.items())
+    return "".join([*parts, "--b--\r\n"]).encode(), {"content-type": "multipart/form-data; boundary=b"}
+
+
+def test_a_video_is_a_job(run: Talk, config: RunConfig, tmp_path: Path) -> None:
+    ffmpeg()
+    videos = replace(config, model=replace(config.model, max_frames=17, frame_multiple=4, fps=8))
+
+    async def talk(at: Site) -> None:
+        body, headers = as_form({"prompt": "a fox", "seconds": "1", "triptych[steps]": "3"})
+        made = (await at.client.post(VIDEOS, content=body, headers=headers)).json()
+        assert (made["object"], made["status"], made["seconds"]) == ("video", "queued", "1.125")
+        await until(at.client, made["id"], "done")
+        found = (await at.client.get(f"{VIDEOS}/{made['id']}")).json()
+        assert (found["status"], found["progress"], found["error"]) == ("completed", 100, None)
+        video = await at.client.get(f"{VIDEOS}/{made['id']}/content")
+        assert video.headers["content-type"] == "video/mp4"
+        assert video.content[4:8] == b"ftyp"
+        assert (at.engine.drawn[0].frames, at.engine.drawn[0].steps) == (9, 3)
+        assert [one["id"] for one in (await at.client.get(VIDEOS)).json()["data"]] == [made["id"]]
+        assert (await at.client.delete(f"{VIDEOS}/{made['id']}")).json()["deleted"] is True
+        error(await at.client.get(f"{VIDEOS}/{made['id']}"), 404, "not_found")
+        for body_, words in (
+            ({"seconds": 3}, "at most 2.125"),
+            ({"triptych": {"frames": 6}}, "the nearest is 5"),
+            ({"seconds": 1, "triptych": {"frames": 5}}, "not both"),
+            ({}, "is a picture"),
+        ):
+            assert words in error(await at.client.post(VIDEOS, json={"prompt": "x", **body_}), 400, "rejected")
+        image = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": {"frames": 1}})).json()
+        error(await at.client.get(f"{VIDEOS}/{image['id']}"), 404, "not_found")
+
+    run(talk, config=videos)
+    assert list((tmp_path / "samples").glob("*.mp4")) == []
+
+
+def test_a_form_is_the_object_that_it_stands_for() -> None:
+    body, headers = as_form({"prompt": 'Ä "fox"\r\n--', "triptych[seed]": "3", "triptych[steps]": "4"})
+    boundary = boundary_of(headers["content-type"])
+    assert boundary == b"b"
+    assert json.loads(as_json(body, boundary)) == {
+        "prompt": 'Ä "fox"\r\n--',
+        "triptych": {"seed": "3", "steps": "4"},
+    }
+    assert boundary_of("application/json") is None
+    file = b'--b\r\nContent-Disposition: form-data; name="input_reference"; filename="a.png"\r\n\r\nx\r\n--b--'
+    with pytest.raises(Problem, match="files are not read"):
+        as_json(file, b"b")
+
+
+def test_a_full_disk_is_an_answer_and_leaves_no_half_pictures(
+    run: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = saving.save_png
+
+    def full_after_one(path: Path, picture: Any, text: dict[str, str]) -> None:
+        if path.name.endswith("-01.png"):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path, picture, text)
+
+    async def talk(at: Site) -> None:
+        monkeypatch.setattr(saving, "save_png", full_after_one)
+        answer = await at.client.post(IMAGES, json={"prompt": "x", "n": 2})
+        assert "No space left on device" in error(answer, 507, "not_saved")
+        assert list((tmp_path / "samples").iterdir()) == []
+        monkeypatch.setattr(saving, "save_png", whole)
+        assert (await at.client.post(IMAGES, json={"prompt": "x", "n": 2})).status_code == 200
+
+    run(talk)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"origin": "https://evil.example"}, 403),
+        ({"host": "evil.example"}, 403),
+        ({"origin": "http://127.0.0.1:8000"}, 200),
+        ({"host": "localhost:8000"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+    ],
+)
+def test_pages_of_other_sites_are_kept_out(run: Talk, headers: dict[str, str], status: int) -> None:
+    async def talk(at: Site) -> None:
+        assert (await at.client.post(IMAGES, json={"prompt": "x"}, headers=headers)).status_code == status
+
+    run(talk)
+
+
+def test_what_is_no_longer_kept_is_gone(run: Talk) -> None:
+    async def talk(at: Site) -> None:
+        first = (await at.client.post(IMAGES, json={"prompt": "x"})).json()["triptych"]["request_id"]
+        del at.engine.jobs[first]
+        await at.client.post(IMAGES, json={"prompt": "x"})
+        error(await at.client.get(f"{REQUESTS}/{first}"), 404, "not_found")
+
+    run(talk)
+
+
+def test_the_page_needs_nothing_from_elsewhere(run: Talk) -> None:
+    async def talk(at: Site) -> None:
+        for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+            answer = await at.client.get(path)
+            assert answer.headers["content-type"].startswith(kind)
+            assert "default-src 'none'" in answer.headers["content-security-policy"]
+            assert "unsafe" not in answer.headers["content-security-policy"]
+            assert "://" not in answer.text
+
+    run(talk)
+
+
+def test_what_cannot_be_served_is_refused_before_a_folder_is_claimed(config: RunConfig, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for key, value, words in (
+            ("serve", replace(config.serve, port=port), f"serve.port={port} on 127.0.0.1 cannot be had"),
+            ("serve", replace(config.serve, host="no.such.invalid"), "serve.host=no.such.invalid is no address"),
+            ("launch", replace(config.launch, mode=LaunchMode.inprocess), "drop launch.mode=inprocess"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                run_one(Composed(replace(config, **{key: value}), [], tmp_path / "run", []), new_engine)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,145 @@
+"""The server's page in a browser: ask, watch the steps, see the picture, cancel, be refused.
+
+Skipped where there is no Chromium with its driver; .ci/run sees to it that there is.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from harness.compose import compose_run
+from tests.end_to_end.http_site import Live, live
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,900")
+LIMIT_S = 20.0
+ELSEWHERE = (
+    "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(location.origin))"
+)
+LOADED = "return [...document.querySelectorAll('#answers img')].filter(i => i.complete && i.naturalWidth > 0).length"
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    config = compose_run(["task=serve", "serve.port=0"]).config
+    with live(config, tmp_path_factory.mktemp("site"), step_s=0.2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser(site: Live) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in FLAGS:
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def page(browser: Any, site: Live) -> Any:
+    """As it opens."""
+    browser.get(site.url)
+    until(lambda: "ready" in find(browser, "#state").text, "the state")
+    return browser
+
+
+def find(page: Any, selector: str) -> Any:
+    return page.find_element("css selector", selector)
+
+
+def texts(page: Any, selector: str) -> list[str]:
+    return [found.text for found in page.find_elements("css selector", selector)]
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """The page draws itself anew, so an element may be gone between two looks at it."""
+    stale = pytest.importorskip("selenium.common.exceptions").WebDriverException
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        try:
+            if condition():
+                return
+        except stale:
+            pass
+        time.sleep(0.02)
+    pytest.fail(f"waited {LIMIT_S} s for {what}")
+
+
+def ask(page: Any, **given: str) -> None:
+    for name, value in given.items():
+        found = find(page, f"#{name}")
+        found.clear()
+        found.send_keys(value)
+    find(page, "#ask button").click()
+
+
+def test_a_picture_is_asked_for_watched_and_shown(page: Any, site: Live) -> None:
+    before = page.execute_script(LOADED)
+    seen: set[str] = set()
+    ask(page, prompt="<b>red</b> apple", negative_prompt="blue", steps="8", seed="7", guidance="2", n="2")
+
+    def shown() -> bool:
+        seen.update(texts(page, "#queue .where"))
+        return bool(page.execute_script(LOADED) == before + 2)
+
+    until(shown, "two pictures")
+    assert len({where for where in seen if where.startswith("step ")}) >= 3, seen
+    assert texts(page, "#answers li:first-child .prompt") == ["<b>red</b> apple"]
+    assert texts(page, "#answers li:first-child .settings") == ["seed 7 to 8 · 8 steps · guidance 2 · 64x64"]
+    sent = site.engine.drawn[-1]
+    assert (sent.negative_prompt, sent.seed, sent.steps, sent.guidance, sent.batch_size) == ("blue", 7, 8, 2.0, 2)
+    assert page.find_elements("css selector", "main b") == []
+    assert page.get_log("browser") == []
+    assert page.execute_script(ELSEWHERE) == []
+
+
+def test_the_queue_is_seen_and_cancelled(page: Any) -> None:
+    for prompt in ("one", "two", "three"):
+        ask(page, prompt=prompt, steps="40")
+    until(lambda: texts(page, "#queue .prompt") == ["one", "two", "three"], "the queue in its order")
+    until(lambda: "1 being drawn, 2 waiting" in find(page, "#state").text, "the counts")
+    find(page, "#queue li:nth-child(2) button").click()
+    find(page, "#queue li:nth-child(1) button").click()
+    until(lambda: texts(page, "#queue .prompt") == ["three"], "what is left")
+    until(lambda: texts(page, "#queue .where")[0].startswith("step "), "the third is drawn")
+    find(page, "#queue li button").click()
+    until(lambda: texts(page, "#queue .prompt") == [], "an empty queue")
+    assert texts(page, "#answers li:nth-child(-n+3) .error") == ["the request was cancelled"] * 3
+
+
+def test_refusals_and_faults_are_told(page: Any, site: Live) -> None:
+    ask(page, prompt="x", size="65x64")
+    until(lambda: "64 or 72" in find(page, "#refusal").text, "the refusal")
+    ask(page, prompt="oom", size="64x64", steps="1")
+    until(lambda: texts(page, "#answers li:first-child .error") == ["rank 1: planted"], "the fault")
+    assert find(page, "#refusal").text == ""
+    site.engine.state, site.engine.reason = "restarting", "rank 1 died with SIGKILL"
+    until(lambda: find(page, "#state").text == "restarting: rank 1 died with SIGKILL", "the state")
+    site.engine.state = "ready"
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_overflows(page: Any, width: int, scheme: str) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    ask(page, prompt="nobreak" * 60, steps="1", n="8")
+    until(lambda: texts(page, "#answers li:first-child .prompt")[0].startswith("nobreak"), "the answer")
+    inner, whole = (f"return document.documentElement.{name}Width" for name in ("client", "scroll"))
+    assert page.execute_script(whole) <= page.execute_script(inner) <= width
+    ink = page.execute_script("return getComputedStyle(document.body).color")
+    assert ink == ("rgb(228, 231, 234)" if scheme == "dark" else "rgb(29, 33, 37)")

@@ -1,0 +1,108 @@
+"""task=serve with real ranks: OpenAI's client, a thousand broken requests and foreign frames, and an orderly end."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import zmq
+
+from harness.environment import SOCKETS
+from harness.messages import Cancel, GenerationRequest, encode
+from tests.end_to_end.conftest import LIMIT_S, command, processes_about, started, status_of, wait_for
+from tests.end_to_end.http_abuse import abuse
+from tests.end_to_end.test_http_clients import keep_to_its_document, use_images
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Serving:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    folder = tmp_path_factory.mktemp("serving") / "run"
+    bounds = ("serve.port=0", "serve.max_body_kib=32", "serve.max_steps=60")
+    with started(command("task=serve", *bounds, f"hydra.run.dir={folder}")) as process:
+        assert process.stdout is not None
+        found = re.search(r"http://127.0.0.1:\d+", process.stdout.readline())
+        assert found is not None
+        wait_for(lambda: httpx.get(f"{found[0]}/ready").status_code == 200, "the ranks", LIMIT_S)
+        yield Serving(process, found[0], folder)
+
+
+def sockets(folder: Path) -> Path:
+    """Where the ranks of a run listen, as their environment says."""
+    for pid, line in processes_about(folder).items():
+        if "harness.rank" in line and "torch.distributed" not in line:
+            variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+            return Path(variables[SOCKETS])
+    raise AssertionError("no rank")
+
+
+def send_foreign_frames(folder: Path, number: int, seed: int) -> None:
+    """Bytes that are no message, messages that nobody may send, and arrays without a header, to both of rank 0's
+    sockets.
+    """
+    dice, context = random.Random(seed), zmq.Context()
+    good = encode(GenerationRequest("x", ["x"], steps=1, guidance=1.0, height=64, width=64))[0]
+    for name in ("requests", "control"):
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.connect(f"ipc://{sockets(folder)}/{name}")
+        for _ in range(number):
+            torn = good[: dice.randrange(len(good))]
+            frames = dice.choice(([], [b""], [dice.randbytes(60)], [torn], [torn, b"x" * 9000], encode(Cancel("no"))))
+            socket.send_multipart(frames or [b""])
+        socket.close()
+    context.term()
+
+
+def test_openais_client_draws_on_real_ranks(serving: Serving) -> None:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{serving.url}/v1", api_key="none") as client:
+        use_images(client)
+
+
+def test_requests_made_from_its_document_find_no_fault(serving: Serving) -> None:
+    keep_to_its_document(serving.url, examples=3)
+
+
+def test_a_thousand_malformed_requests_leave_it_ready(serving: Serving) -> None:
+    told = abuse(int(serving.url.rsplit(":", 1)[1]), number=1000, seed=2)
+    assert set(told) <= set(range(400, 500)), told
+    send_foreign_frames(serving.folder, 200, seed=3)
+    assert httpx.get(f"{serving.url}/ready").json()["restarts"] == 0
+    answer = httpx.post(
+        f"{serving.url}/v1/images/generations", json={"prompt": "x", "triptych": {"steps": 2}}, timeout=LIMIT_S
+    )
+    assert answer.status_code == 200, answer.text
+
+
+def test_it_ends_in_order(serving: Serving) -> None:
+    """The last test of this server: what is outstanding is answered, the status is ok, and no process is left."""
+    asked = {"prompt": "x", "n": 8, "triptych": {"steps": 60}}
+    request = httpx.post(f"{serving.url}/v1/requests", json=asked).json()
+    where = f"{serving.url}/v1/requests/{request['id']}"
+    wait_for(lambda: httpx.get(where).json()["status"] == "running", "its start")
+    os.kill(serving.process.pid, signal.SIGTERM)
+    said, _ = serving.process.communicate(timeout=LIMIT_S)
+    assert serving.process.returncode == 0, said
+    assert status_of(serving.folder).state == "ok"
+    assert processes_about(serving.folder) == {}
+    lines = [json.loads(line) for line in (serving.folder / "requests.jsonl").read_text().splitlines()]
+    assert lines[-1]["request"]["request_id"] == request["id"]
+    assert lines[-1]["outcome"] == "cancelled"
