@@ -108,5 +108,7 @@ def check_load(load: LoadConfig) -> None:
         raise ValueError(f"load.warmup_s={load.warmup_s}; give at least 0")
     if load.url is not None and load.transport is not Transport.http:
         raise ValueError("load.url names an HTTP server; add load.transport=http")
+    if load.kill_every_s is not None and load.transport is not Transport.http:
+        raise ValueError("load.kill_every_s kills ranks of a server, which starts them again; add load.transport=http")
     if load.kill_every_s is not None and load.url is not None:
         raise ValueError("load.kill_every_s kills ranks of a server that it has started; drop load.url")

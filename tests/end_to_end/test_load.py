@@ -39,7 +39,7 @@ def test_every_request_is_answered_and_requests_share_forwards(tmp_path: Path) -
 def test_a_sweep_over_rates_is_a_table_a_group_and_a_curve(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     mirrored = ["logger=default", "logger.wandb.mode=offline", "load.slo_ms=2000"]
-    arguments = command(*BRIEF, *mirrored, "load.rate=1,4", f"hydra.sweep.dir={folder}")
+    arguments = command(*BRIEF, *mirrored, "load.rate=3,6", f"hydra.sweep.dir={folder}")
     done = run([*arguments[:3], "-m", *arguments[3:]])
     assert done.returncode == 0, done.stderr
     assert "ranks were started 1 times and reused 1 times" in done.stdout
@@ -47,7 +47,7 @@ def test_a_sweep_over_rates_is_a_table_a_group_and_a_curve(tmp_path: Path) -> No
         assert heading in done.stdout
     jobs = sorted(file.parent for file in folder.rglob("status.json"))
     assert [read_status(job).state for job in jobs] == ["ok", "ok"]
-    assert sorted(load(folder)["load.offered_per_s"]) == [1.0, 4.0]
+    assert sorted(load(folder)["load.offered_per_s"]) == [3.0, 6.0]
     for job in jobs:
         found, mirror = record_of(job).load, json.loads(inspect(job, "--summary"))["summary"]
         assert found is not None
@@ -57,5 +57,5 @@ def test_a_sweep_over_rates_is_a_table_a_group_and_a_curve(tmp_path: Path) -> No
     again = run([*arguments[:3], "-m", *arguments[3:]])
     assert "2 jobs had been done before" in again.stdout
     rows = read_table(folder).rows
-    assert sorted(str(row.values["load.rate"]) for row in rows) == ["1.0", "4.0"]
+    assert sorted(str(row.values["load.rate"]) for row in rows) == ["3.0", "6.0"]
     assert all(row.load is not None for row in rows)
