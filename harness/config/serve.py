@@ -53,7 +53,7 @@ class LoadConfig:
     steps: list[int] = field(default_factory=list)  # drawn from for each request; empty = request.steps
     sizes: list[int] = field(default_factory=list)  # pixels a side, drawn from; empty = request.height and width
     seed: int = 0  # of arrivals and draws
-    kill_every_s: float | None = None  # a rank is killed as often, of a server that task=load has started itself
+    kill_every_s: float | None = None  # a rank that is ready is killed as often, of a server that task=load has started
 
 
 LEAST = {

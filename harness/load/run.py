@@ -167,8 +167,10 @@ async def load_own_server(config: RunConfig, server: Server, bars: Progress) -> 
     url = await server.ready()
     launch_ms = (time.perf_counter() - began) * 1e3
     watchers = [asyncio.create_task(server.watch_memory())]
-    if config.load.kill_every_s is not None:
-        watchers.append(asyncio.create_task(server.kill_ranks(config.load.kill_every_s, config.load.seed)))
+    load = config.load
+    if load.kill_every_s is not None:
+        sending_s = load.warmup_s + load.duration_s
+        watchers.append(asyncio.create_task(server.kill_ranks(url, load.kill_every_s, sending_s, load.seed)))
     try:
         return await load_server(config, url, bars), launch_ms
     finally:

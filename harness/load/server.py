@@ -24,6 +24,7 @@ from harness.serving.transport import EngineGone
 RANKS = b"harness.rank"  # in their command line
 ADDRESS = re.compile(r" on (http://\S+),")
 SAMPLE_S = 1.0
+POLL_S = 0.2
 STOP_S = 60.0
 LEAK_S = 5.0  # until processes of a server that has ended are gone
 
@@ -70,22 +71,30 @@ class Server:
         async with httpx.AsyncClient(timeout=5.0) as client:
             while time.monotonic() < deadline and self._process.poll() is None:
                 found = ADDRESS.search(self._log.read_text(errors="replace"))
-                with suppress(httpx.HTTPError):
-                    if found is not None and (await client.get(f"{found[1]}/ready")).is_success:
-                        return found[1]
-                await asyncio.sleep(0.2)
+                if found is not None and await is_ready(client, found[1]):
+                    return found[1]
+                await asyncio.sleep(POLL_S)
         said = " ".join(self._log.read_text(errors="replace").split())[-400:]
         raise EngineGone(f"the server of task=load was not ready; {self._log} ends with: {said}")
 
-    async def kill_ranks(self, every_s: float, seed: int) -> None:
-        """Kills one of its ranks, drawn by seed, every so often; without end."""
-        draw = random.Random(seed)
-        while True:
-            await asyncio.sleep(every_s)
-            if ranks := sorted(pid for pid in descendants(self._process.pid) if RANKS in command_line(pid)):
-                with suppress(ProcessLookupError):
-                    os.kill(draw.choice(ranks), signal.SIGKILL)
-                    self.kills += 1
+    async def kill_ranks(self, url: str, every_s: float, for_s: float, seed: int) -> None:
+        """Kills one of its ranks, drawn by seed, every so often while requests are sent; ranks that start are let be.
+
+        Args:
+            url: of the server.
+            every_s: between two kills; more where ranks take longer to start.
+            for_s: how long.
+            seed: of the draws.
+        """
+        draw, until = random.Random(seed), time.monotonic() + for_s
+        async with httpx.AsyncClient(base_url=url, timeout=5.0) as client:
+            while time.monotonic() + every_s < until:
+                await asyncio.sleep(every_s)
+                while not await is_ready(client):
+                    await asyncio.sleep(POLL_S)
+                ranks = sorted(pid for pid in descendants(self._process.pid) if RANKS in command_line(pid))
+                os.kill(draw.choice(ranks), signal.SIGKILL)
+                self.kills += 1
 
     async def watch_memory(self) -> None:
         """Reads its resident memory every second; without end."""
@@ -119,6 +128,13 @@ class Server:
     def memory(self) -> Memory | None:
         """How its memory grew; None where it was read less than twice."""
         return memory(self._samples)
+
+
+async def is_ready(client: httpx.AsyncClient, url: str = "") -> bool:
+    """Whether a server says that its ranks are warm."""
+    with suppress(httpx.HTTPError):
+        return (await client.get(f"{url}/ready")).is_success
+    return False
 
 
 def memory(samples: Sequence[tuple[float, float]]) -> Memory | None:

@@ -54,8 +54,8 @@ def batching(load: LoadSummary) -> str:
 
 
 def chaos(load: LoadSummary) -> str:
-    """What was killed, in words; empty where nothing was to be."""
-    if load.chaos is None:
+    """What was killed, in words; empty where nothing was."""
+    if load.chaos is None or not (load.chaos.kills or load.chaos.leaked):
         return ""
     return f"{load.chaos.kills} ranks were killed; {load.chaos.leaked} processes outlived the server"
 

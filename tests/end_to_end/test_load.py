@@ -59,3 +59,23 @@ def test_a_sweep_over_rates_is_a_table_a_group_and_a_curve(tmp_path: Path) -> No
     rows = read_table(folder).rows
     assert sorted(str(row.values["load.rate"]) for row in rows) == ["3.0", "6.0"]
     assert all(row.load is not None for row in rows)
+
+
+@pytest.mark.slow
+def test_over_http_every_request_is_answered_though_ranks_are_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    asked = ["load.transport=http", "load.rate=3", "load.duration_s=25", "load.kill_every_s=6", "parallel=dp2"]
+    done = run(command(*BRIEF, *asked, "request.samples_per_prompt=2", "serve.restarts=100", f"hydra.run.dir={folder}"))
+    assert done.returncode == 0, done.stderr
+    found = record_of(folder).load
+    assert found is not None
+    assert found.chaos is not None
+    assert found.chaos.kills >= 1
+    assert found.chaos.leaked == 0
+    assert set(found.outcomes) <= {"ok", "failed"}
+    assert found.outcomes["ok"] > found.outcomes.get("failed", 0)
+    assert sum(found.outcomes.values()) == found.sent > 40
+    assert found.strays == 0
+    assert found.memory is not None
+    assert found.memory.n > 20
+    assert not processes_about(folder)
