@@ -13,6 +13,7 @@ from rich.console import Console
 from harness.client import DiffusionGenerator
 from harness.compose import Composed, ConfigError, compose_run, to_dict, to_yaml
 from harness.config.schema import LaunchMode, RunConfig, Task
+from harness.config.serve import Transport
 from harness.config.sides import SIDES, side_overrides
 from harness.generate import ended, mirror
 from harness.loggers.table import print_comparison
@@ -35,6 +36,8 @@ def sides(composed: Composed) -> tuple[Composed, Composed]:
     task = f"task={config.task.name.name}" + (" with sides" if config.task.name is Task.load else "")
     if config.launch.mode is LaunchMode.inprocess:
         raise ConfigError(f"{task} keeps two engines warm, each in processes of its own; use launch.mode=torchrun")
+    if config.task.name is Task.load and config.load.transport is not Transport.zmq:
+        raise ConfigError("task=load with sides loads two engines, not servers; drop load.transport=http")
     if config.task.repeats < fewest_rounds():
         raise ConfigError(f"task.repeats={config.task.repeats}: {task} needs {fewest_rounds()} rounds or more")
     return _side(composed, "a"), _side(composed, "b")

@@ -53,7 +53,7 @@ class LoadConfig:
     steps: list[int] = field(default_factory=list)  # drawn from for each request; empty = request.steps
     sizes: list[int] = field(default_factory=list)  # pixels a side, drawn from; empty = request.height and width
     seed: int = 0  # of arrivals and draws
-    kill_every_s: float | None = None  # a rank is killed as often, of a server that task=load has started itself
+    kill_every_s: float | None = None  # a rank that is ready is killed as often, of a server that task=load has started
 
 
 LEAST = {
@@ -108,5 +108,7 @@ def check_load(load: LoadConfig) -> None:
         raise ValueError(f"load.warmup_s={load.warmup_s}; give at least 0")
     if load.url is not None and load.transport is not Transport.http:
         raise ValueError("load.url names an HTTP server; add load.transport=http")
+    if load.kill_every_s is not None and load.transport is not Transport.http:
+        raise ValueError("load.kill_every_s kills ranks of a server, which starts them again; add load.transport=http")
     if load.kill_every_s is not None and load.url is not None:
         raise ValueError("load.kill_every_s kills ranks of a server that it has started; drop load.url")

@@ -42,11 +42,11 @@ class Account:
         self._rows[request.request_id] = row
         self._outstanding.add(request.request_id)
 
-    def began(self, request_id: str) -> None:
-        """A request has left the queue, if it had not before."""
+    def began(self, request_id: str, at_s: float | None = None) -> None:
+        """A request has left the queue, now or at `at_s`, if it had not before."""
         row = self._rows.get(request_id)
         if row is not None and row.began_s is None:
-            row.began_s = self.clock()
+            row.began_s = self.clock() if at_s is None else at_s
 
     def answered(self, request_id: str, outcome: str, message: str = "") -> bool:
         """An answer has come; whether it was wanted: one that was not is a stray."""

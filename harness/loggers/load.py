@@ -54,8 +54,8 @@ def batching(load: LoadSummary) -> str:
 
 
 def chaos(load: LoadSummary) -> str:
-    """What was killed, in words; empty where nothing was to be."""
-    if load.chaos is None:
+    """What was killed, in words; empty where nothing was."""
+    if load.chaos is None or not (load.chaos.kills or load.chaos.leaked):
         return ""
     return f"{load.chaos.kills} ranks were killed; {load.chaos.leaked} processes outlived the server"
 
@@ -81,9 +81,9 @@ def print_loads(folders: Sequence[Path], console: Console) -> None:
     """Prints the loads of a sweep, one row each; below them each error once."""
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("job", overflow="fold")
-    table.add_column("state")
+    table.add_column("state", no_wrap=True)
     for heading in ("offered/s", "answers/s", "p50 ms", "p99 ms", "good/s", "a forward", "not ok"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     shared = set.intersection(*(set(folder.name.split(",")) for folder in folders))
     errors: dict[str, None] = {}
     for folder in folders:

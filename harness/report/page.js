@@ -53,6 +53,16 @@ const COLUMNS = [
   column("latency", "latency, ms", (row) => row.latency?.median, measured((row) => row.latency)),
   column("step", "solver step, ms", (row) => row.step?.median, measured((row) => row.step)),
   column("nfe", "evaluations", (row) => row.nfe),
+  column("offered", "offered, requests/s", (row) => row.load?.offered_per_s),
+  column("throughput", "answers/s", (row) => row.load?.throughput_per_s),
+  column("p50", "p50 under load, ms", (row) => row.load?.latency_ms?.p50),
+  column("p99", "p99 under load, ms", (row) => row.load?.latency_ms?.p99, (value, row) => [number(value),
+    element("span", { class: "spread" }, `of ${row.load.latency_ms.n}`)]),
+  column("goodput", "good answers/s", (row) => row.load?.goodput_per_s, (value, row) => [number(value),
+    element("span", { class: "spread" }, `within ${number(row.load.slo_ms)} ms`)]),
+  column("carried", "pictures a forward", (row) => row.load?.pictures_per_evaluation, (value) => number(value, 3)),
+  column("unanswered", "not ok", (row) => row.load && row.load.sent - (row.load.outcomes.ok ?? 0), (value, row) => [number(value),
+    element("span", { class: "spread" }, Object.entries(row.load.outcomes).filter(([kind]) => kind !== "ok").map(([kind, count]) => `${count} ${kind}`).join(", "))]),
   column("speedup", "speed-up", speedup, (value, row) => [number(value, 3), spread(...speedupSpread(row), (x) => number(x, 3))]),
   column("memory", "peak memory, MiB", (row) => row.memory_mib),
   column("tflops", "TFLOP/s", (row) => row.tflops, (value) => number(value, 3)),
@@ -69,11 +79,16 @@ const COLUMNS = [
 const RUN = column("run", "run", (row) => row.label, (value) => value, "text");
 
 function speedup(row) {
-  return row.comparison ? row.comparison.ratios.request.ratio : row.scaling?.speedup.value;
+  return row.comparison ? headline(row).ratio : row.scaling?.speedup.value;
 }
 
 function speedupSpread(row) {
-  return row.comparison ? row.comparison.ratios.request.interval : row.scaling.speedup.ci95;
+  return row.comparison ? headline(row).interval : row.scaling.speedup.ci95;
+}
+
+/** Of a comparison's ratios the first: of the whole request, or of an answer under load. */
+function headline(row) {
+  return Object.values(row.comparison.ratios)[0];
 }
 
 // ---------------------------------------------------------------- what is shown, and in which order
@@ -169,11 +184,14 @@ function drawStages(shown) {
     yaxis: places(timed.map((row) => row.label)) }, barsHeight(timed.length));
 }
 
+const COMPARED = [["request", "request"], ["step", "solver step"], ["answer", "throughput"], ["latency_p50", "p50 under load"],
+  ["latency_p99", "p99 under load"]];
+
 function worth(row) {
   if (row.comparison) {
     const { ratios, efficiency, ranks } = row.comparison;
-    return ["request", "step"].filter((name) => ratios[name]).map((name) => ({
-      name: `${row.label}, ${name === "step" ? "solver step" : "request"}`, against: "a, in alternation",
+    return COMPARED.filter(([name]) => ratios[name]).map(([name, said]) => ({
+      name: `${row.label}, ${said}`, against: "a, in alternation",
       ranks: ranks[0] === ranks[1] ? null : ranks[1] / ranks[0], value: ratios[name].ratio, interval: ratios[name].interval,
       level: ratios[name].level, efficiency: efficiency?.[name], alternated: true,
       layout: `${ranks[0]} to ${ranks[1]} ranks`,
@@ -216,6 +234,29 @@ function drawScaling(shown) {
 }
 
 const heading = (titles) => element("thead", {}, element("tr", {}, ...titles.map((title) => element("th", { scope: "col" }, title))));
+
+const RATES = ["load.rate", "load.clients"]; // keys along a line of the load's chart
+
+function drawCurve(shown) {
+  const loaded = shown.filter((row) => row.load?.latency_ms);
+  if (!loaded.length) return empty("curve", "No run shown was loaded with task=load.");
+  const rest = (row) => Object.entries(row.values).filter(([key, value]) => !RATES.includes(key) && known(value));
+  const lines = [...Map.groupBy(loaded, (row) => JSON.stringify(rest(row))).values()];
+  const traces = lines.flatMap((own, k) => ["p50", "p99"].map((name) => {
+    const along = own.toSorted((a, b) => (a.load.offered_per_s ?? a.load.clients) - (b.load.offered_per_s ?? b.load.clients));
+    const differing = rest(own[0]).filter(([key, value]) => loaded.some((row) => row.values[key] !== value));
+    const said = differing.map(([key, value]) => `${key.split(".").at(-1)}=${value}`).join(" ");
+    return {
+      type: "scatter", mode: "lines+markers", name: plain([short(said, 50), name].filter(Boolean).join(" ")),
+      x: along.map((row) => row.load.throughput_per_s), y: along.map((row) => row.load.latency_ms[name]), hoverinfo: "text",
+      line: { color: COLOURS[k % COLOURS.length], dash: name === "p50" ? "solid" : "dot", width: 2 }, marker: { size: 8 },
+      text: along.map((row) => plain(`${row.label}: ${name} ${number(row.load.latency_ms[name])} ms at ${number(row.load.throughput_per_s, 3)} answers/s`)),
+    };
+  }));
+  const values = traces.flatMap(({ y }) => y);
+  plot("curve", traces, { xaxis: { title: { text: "answers a second" }, rangemode: "tozero" },
+    yaxis: { title: { text: "latency, ms" }, ...(Math.max(...values) < 5 * Math.min(...values) ? { rangemode: "tozero" } : { type: "log" }) } }, 420);
+}
 
 const METRICS = {
   rel_l2: { name: "pixel error", title: "pixel error, relative L2 (lower is better)", of: (row) => row.pixel?.rel_l2, sign: -1,
@@ -329,7 +370,7 @@ function drawOrigin(shown) {
 
 function render() {
   const shown = ordered(rows.filter(matches));
-  for (const part of [drawTable, drawStages, drawScaling, drawPareto, drawGrids, drawNotes, drawOrigin]) part(shown);
+  for (const part of [drawTable, drawStages, drawScaling, drawCurve, drawPareto, drawGrids, drawNotes, drawOrigin]) part(shown);
 }
 
 function addPick(key) {

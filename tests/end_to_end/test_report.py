@@ -5,12 +5,13 @@ Skipped where there is no Chromium with its driver; .ci/run sees to it that ther
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.cli import dispatch
-from tests.harness.report_tree import HOSTILE, make_tree
+from tests.harness.report_tree import HOSTILE, make_loads, make_tree
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,900")
@@ -19,8 +20,10 @@ FRONT = "return [...document.querySelectorAll('#front li')].map(e => e.textConte
 DRAWN = "return document.getElementById('pareto').data.filter(t => t.mode === 'markers').map(t => [t.name, t.x.length])"
 ROWS = "return [...document.querySelectorAll('#table tbody td.folder')].map(e => e.textContent)"
 FETCHED = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith('data:'))"
-FITTED = "return [...document.querySelectorAll('.chart')].every(c => c._fullLayout.width === c.clientWidth)"
-ROOM = """return [...document.querySelectorAll('.chart')].map(
+FITTED = (
+    "return [...document.querySelectorAll('.chart:has(.main-svg)')].every(c => c._fullLayout.width === c.clientWidth)"
+)
+ROOM = """return [...document.querySelectorAll('.chart:has(.main-svg)')].map(
     c => c.getBoundingClientRect().bottom - c.querySelector('.main-svg').getBoundingClientRect().bottom)"""
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")]
@@ -153,3 +156,34 @@ def test_nothing_overflows(fresh: Any, width: int, scheme: str) -> None:
     ink = fresh.execute_script("return document.getElementById('stages').layout.font.color")
     assert ink == ("#e4e7ea" if scheme == "dark" else "#1d2125")
     assert all(below >= -1 for below in fresh.execute_script(ROOM))
+
+
+@pytest.fixture
+def loads(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """The page of `make_loads`; the other one afterwards."""
+    before = browser.current_url
+    make_loads(tmp_path)
+    assert dispatch(["task=report", f"runs={tmp_path}"]) == 0
+    browser.get((tmp_path / "report.html").as_uri())
+    yield browser
+    browser.get(before)
+
+
+def test_a_line_for_each_configuration_bends_where_requests_come_faster_than_answers(loads: Any) -> None:
+    lines = loads.execute_script(
+        "return document.getElementById('curve').data.map(t => [t.name, t.x, t.y[0] < t.y.at(-1)])"
+    )
+    assert lines == [
+        ["max_batch=1 p50", [2, 3, 3], True],
+        ["max_batch=1 p99", [2, 3, 3], True],
+        ["max_batch=8 p50", [2, 4, 8], False],
+        ["max_batch=8 p99", [2, 4, 8], False],
+    ]
+    worth = [row.text for row in loads.find_elements("css selector", "#speedups tbody th")]
+    assert [text.rpartition(", ")[2] for text in worth] == ["throughput", "p50 under load", "p99 under load"]
+    assert find(loads, "[data-sort=throughput]").text == "answers/s"
+    assert "5 busy" in find(loads, "#table tbody").text
+    find(loads, "#words").send_keys("max_batch=8")
+    assert len(loads.execute_script("return document.getElementById('curve').data")) == 2
+    assert loads.get_log("browser") == []
+    assert loads.execute_script(FETCHED) == []

@@ -20,6 +20,7 @@ from harness.metrics.comparison import Comparison
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.intervals import Estimate, wilson
+from harness.metrics.load import LoadSummary, Percentiles
 from harness.metrics.paired import ratio
 from harness.metrics.quality import Quality
 from harness.metrics.summary import summarize
@@ -146,6 +147,38 @@ def write_comparison(folder: Path, make: Maker) -> None:
     claimed.finish(Status("ok"))
     write(folder / "a", make.record({"task.name": "bench"}, 200.0))
     write(folder / "b", make.record({"task.name": "bench", "parallel.ulysses": 2}, 110.0, ranks=2))
+
+
+def make_loads(root: Path) -> None:
+    """Seven rows: batches of 1 and of 8 at three rates each, the first past what it can answer at the last two; and a
+    comparison of the two.
+    """
+    make = Maker()
+    for batch, capacity in ((1, 3.0), (8, 9.0)):
+        for rate in (2.0, 4.0, 8.0):
+            reached = min(rate, capacity)
+            summary = under_load(rate, reached, 1e3 / capacity * (1 if rate < capacity else 20))
+            row = make.record({"task.name": "load", "load.rate": rate, "serve.max_batch": batch}, 1.0)
+            write(
+                root / f"batch{batch}" / f"{rate:g}",
+                msgspec.structs.replace(row, load=summary, summary=None, repeats=[]),
+            )
+    a, b = [320.0 + k % 3 for k in range(8)], [120.0 + k % 2 for k in range(8)]
+    found = {name: ratio(a, b) for name in ("answer", "latency_p50", "latency_p99")}
+    claimed = RunFolder.claim(root / "compared")
+    sides = (["serve.max_batch=1"], ["serve.max_batch=8"])
+    claimed.write_json("comparison.json", Comparison(1, [], *sides, (1, 1), found, None, None))
+    claimed.write_config(yaml.safe_dump(make.config({"task.name": "load"})))
+    claimed.finish(Status("ok"))
+
+
+def under_load(rate: float, reached: float, p50: float) -> LoadSummary:
+    """What clients might have measured."""
+    latency = Percentiles(100, p50, 2 * p50, 3 * p50, 1.1 * p50)
+    return LoadSummary(
+        "zmq", rate, None, 50.0, 100 / reached, 105, {"ok": 100, "busy": 5}, 0, latency, latency, None, reached,
+        slo_ms=500.0, goodput_per_s=reached / 2, evaluations=100, pictures_per_evaluation=2.0,
+    )  # fmt: skip
 
 
 def page_image(uri: str) -> Image.Image:

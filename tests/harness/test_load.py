@@ -1,10 +1,16 @@
 """Clients of task=load: arrivals by rate and seed, percentiles, and one outcome for every request."""
 
+import asyncio
+import json
 import math
+import os
+import subprocess
+import sys
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
+import httpx
 import msgspec
 import numpy as np
 import pytest
@@ -15,13 +21,15 @@ from harness.compose import ConfigError, compose_run
 from harness.config.schema import RunConfig
 from harness.config.serve import LoadConfig
 from harness.engine import AttachedEngine
+from harness.load import http
 from harness.load.account import Account
 from harness.load.arrivals import Schedule, poisson, requests, schedule
 from harness.load.compare import compare_loads, timed, together
-from harness.load.run import FILE, Measured, judged, load_in
+from harness.load.run import FILE, Measured, judged, load_in, served
+from harness.load.server import command_line, descendants, memory
 from harness.load.zeromq import drive
 from harness.messages import GenerationRequest, Message
-from harness.metrics.load import OK, RequestRow, percentiles, summarize_load
+from harness.metrics.load import OK, Chaos, RequestRow, percentiles, summarize_load
 from harness.records import RunFolder, Status, load, read_record
 from harness.serving.transport import Connection
 from tests.harness.planted_engine import Script, drawn, failure, planted, progress
@@ -201,6 +209,7 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
         (["launch.mode=inprocess"], "use launch.mode=torchrun"),
         (["load.rate=0"], "load.rate=0.0; give more than 0"),
         (["serve.max_steps=3", "load.steps=[2,4]"], "asks for 4 steps; this server takes 3"),
+        (["load.kill_every_s=5"], "add load.transport=http"),
         (["a=[]"], "give a=.* and b=.*, or neither"),
     ],
 )
@@ -268,6 +277,61 @@ def test_rounds_of_one_load_follow_one_another(config: RunConfig) -> None:
 def test_a_round_without_a_good_answer_does_not_compare() -> None:
     with pytest.raises(ValueError, match="nothing was answered well"):
         timed(summarize_load([row(0.0, 1.0, "busy"), row(0.0, 1.0, "busy")], "zmq", 4.0, 4, 1.0))
+
+
+def answer_of(request: httpx.Request) -> httpx.Response:
+    """What a server says to the k-th request, by its seed."""
+    asked = json.loads(request.content)
+    seed = asked["triptych"]["seed"]
+    if seed == 0:
+        return httpx.Response(200, json={"data": [], "triptych": {"queued_ms": 250.0, "seed": 0}})
+    if seed == 1:
+        return httpx.Response(429, json={"error": {"code": "busy", "message": "m"}}, headers={"retry-after": "3"})
+    if seed == 2:
+        raise httpx.ReadError("the connection broke off")
+    return httpx.Response(408, json={"error": {"code": "expired", "message": "late"}})
+
+
+def test_over_http_an_outcome_is_the_error_s_code_and_a_broken_connection_is_lost(config: RunConfig) -> None:
+    async def run() -> Account:
+        async with httpx.AsyncClient(base_url="http://planted", transport=httpx.MockTransport(answer_of)) as client:
+            return await http.drive(client, Schedule([0.0] * 4), requests(config, 0))
+
+    rows = asyncio.run(run()).rows
+    assert [each.outcome for each in rows] == ["ok", "busy", "lost", "expired"]
+    assert rows[0].began_s == pytest.approx(rows[0].sent_s + 0.25, abs=0.05)
+    assert rows[2].message == "ReadError: the connection broke off"
+    sent = http.body(next(requests(config, 0)))
+    assert (sent["prompt"], sent["size"], sent["n"]) == ("red apple", "64x64", 1)
+    assert http.wait_s({"retry-after": "3"}) == 3.0
+
+
+def test_a_server_s_overrides_are_the_load_s_without_what_is_ours_alone() -> None:
+    common = ["parallel=dp2", "request.steps=4", "serve.max_batch=2"]
+    ours = ["task=load", "load.rate=4", "logger=json", "logger.table=true", "hydra.run.dir=x", "+load.seed=1"]
+    assert served([*ours, *common]) == common
+
+
+def test_growth_is_a_slope_and_descendants_are_found() -> None:
+    found = memory([(10.0 + k, 100.0 + 0.5 * k) for k in range(5)])
+    assert found is not None
+    assert (found.n, found.start_mib, found.end_mib) == (5, 100.0, 102.0)
+    assert found.slope_mib_per_min == pytest.approx(30.0)
+    assert memory([(0.0, 1.0)]) is None
+    with subprocess.Popen(
+        [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], stdout=-1
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert child.pid in descendants(os.getpid())
+        assert b"time.sleep" in command_line(child.pid)
+        child.kill()
+    assert command_line(child.pid) == b""
+
+
+def test_a_process_that_outlives_its_server_fails_the_load() -> None:
+    leaked = msgspec.structs.replace(summarize_load([], "http", None, 1, 1.0), chaos=Chaos(2, 1))
+    assert judged([leaked]).state == "failed"
 
 
 def test_a_record_of_another_task_has_no_load() -> None:

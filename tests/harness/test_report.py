@@ -12,7 +12,7 @@ from harness.report.keys import labels, layout_name, varying
 from harness.report.page import Page, as_script, render
 from harness.report.rows import Row, read_table
 from harness.report.scaling import ratio_of_medians, scalings
-from tests.harness.report_tree import HOSTILE, Maker, make_tree, page_image
+from tests.harness.report_tree import HOSTILE, Maker, make_loads, make_tree, page_image
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,21 @@ def test_a_comparison_is_in_its_row(rows: dict[str, Row]) -> None:
     assert comparison.ratios["request"].ratio == pytest.approx(1.82, abs=0.02)
     assert rows["compared"].notes == ["note of a comparison"]
     assert rows["compared"].latency is None
+
+
+def test_loads_are_rows_without_times_of_one_request(tmp_path: Path) -> None:
+    make_loads(tmp_path)
+    table = read_table(tmp_path)
+    found = {row.folder: row for row in table.rows}
+    assert len(found) == 7
+    assert {"load.rate", "serve.max_batch"} <= set(table.keys)
+    row = found["batch1/4"]
+    assert row.load is not None
+    assert (row.load.throughput_per_s, row.values["load.rate"]) == (3.0, 4.0)
+    assert (row.latency, row.nfe, row.stages, row.scaling) == (None, None, {}, None)
+    compared = found["compared"].comparison
+    assert compared is not None
+    assert compared.headline == compared.ratios["answer"]
 
 
 def test_grids_are_shrunk_and_embedded(rows: dict[str, Row]) -> None:

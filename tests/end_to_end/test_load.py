@@ -1,0 +1,81 @@
+"""Clients on real ranks: what was sent is answered once, forwards are shared, and a sweep is a curve."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from harness.load.run import FILE
+from harness.metrics.load import RequestRow
+from harness.records import load, read_status
+from harness.report.rows import read_table
+from tests.end_to_end.conftest import command, processes_about, record_of, run
+from tests.end_to_end.test_sweep import inspect
+
+BRIEF = ["task=load", "load.duration_s=2", "load.warmup_s=0.5", "request.prompts=[rocket,pizza]"]
+
+
+def test_every_request_is_answered_and_requests_share_forwards(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    asked = ["load.clients=6", "load.steps=[2,3]", "load.slo_ms=60000", "logger.table=true"]
+    done = run(command(*BRIEF, *asked, f"hydra.run.dir={folder}"))
+    assert done.returncode == 0, done.stderr
+    found = record_of(folder).load
+    assert found is not None
+    assert found.outcomes == {"ok": found.sent}
+    assert found.sent >= 6
+    assert found.goodput_per_s == found.throughput_per_s > 0
+    assert found.pictures_per_evaluation is not None
+    assert found.pictures_per_evaluation > 2
+    rows = [msgspec.json.decode(line, type=RequestRow) for line in (folder / FILE).read_bytes().splitlines()]
+    assert {row.steps for row in rows} == {2, 3}
+    assert all(row.sent_s < (row.began_s or 0) < (row.ended_s or 0) for row in rows)
+    assert f"of {found.sent}: {found.sent} ok" in " ".join(done.stdout.split())
+    assert not processes_about(folder)
+
+
+@pytest.mark.slow
+def test_a_sweep_over_rates_is_a_table_a_group_and_a_curve(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    mirrored = ["logger=default", "logger.wandb.mode=offline", "load.slo_ms=2000"]
+    arguments = command(*BRIEF, *mirrored, "load.rate=3,6", f"hydra.sweep.dir={folder}")
+    done = run([*arguments[:3], "-m", *arguments[3:]])
+    assert done.returncode == 0, done.stderr
+    assert "ranks were started 1 times and reused 1 times" in done.stdout
+    for heading in ("offered/s", "answers/s", "p99 ms", "good/s"):
+        assert heading in done.stdout
+    jobs = sorted(file.parent for file in folder.rglob("status.json"))
+    assert [read_status(job).state for job in jobs] == ["ok", "ok"]
+    assert sorted(load(folder)["load.offered_per_s"]) == [3.0, 6.0]
+    for job in jobs:
+        found, mirror = record_of(job).load, json.loads(inspect(job, "--summary"))["summary"]
+        assert found is not None
+        assert mirror["throughput_per_s"] == found.throughput_per_s
+        assert mirror["outcome_ok"] == found.outcomes["ok"]
+        assert found.latency_ms is None or mirror["latency_ms_p99"] == found.latency_ms.p99
+    again = run([*arguments[:3], "-m", *arguments[3:]])
+    assert "2 jobs had been done before" in again.stdout
+    rows = read_table(folder).rows
+    assert sorted(str(row.values["load.rate"]) for row in rows) == ["3.0", "6.0"]
+    assert all(row.load is not None for row in rows)
+
+
+@pytest.mark.slow
+def test_over_http_every_request_is_answered_though_ranks_are_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    asked = ["load.transport=http", "load.rate=3", "load.duration_s=25", "load.kill_every_s=6", "parallel=dp2"]
+    done = run(command(*BRIEF, *asked, "request.samples_per_prompt=2", "serve.restarts=100", f"hydra.run.dir={folder}"))
+    assert done.returncode == 0, done.stderr
+    found = record_of(folder).load
+    assert found is not None
+    assert found.chaos is not None
+    assert found.chaos.kills >= 1
+    assert found.chaos.leaked == 0
+    assert set(found.outcomes) <= {"ok", "failed"}
+    assert found.outcomes["ok"] > found.outcomes.get("failed", 0)
+    assert sum(found.outcomes.values()) == found.sent > 40
+    assert found.strays == 0
+    assert found.memory is not None
+    assert found.memory.n > 20
+    assert not processes_about(folder)
