@@ -49,6 +49,7 @@ from harness.report.page import write_report
 from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
 
 REPORT = "task=report"
+SERVE = "task=serve"
 
 
 def main() -> None:
@@ -76,6 +77,8 @@ def dispatch(arguments: Sequence[str]) -> int:
                 raise ConfigError("-m runs jobs and --cfg prints one configuration; leave out one of them")
             if flags.multirun and REPORT in arguments:
                 raise ConfigError("task=report makes one page over all runs; run it without -m")
+            if flags.multirun and SERVE in arguments:
+                raise ConfigError("task=serve serves until it is told to stop; run it without -m")
             if flags.multirun:
                 return sweep(arguments, flags.overrides)
             return 1 if any(job.status.state != "ok" for job in by_hydra(arguments).jobs) else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -20,10 +21,12 @@ from rich.markup import escape
 from harness.compose import Composed, ConfigError, to_yaml
 from harness.config.schema import LaunchMode, RunConfig
 from harness.config.serve import ServeConfig
+from harness.environment import OWNER
 from harness.http.app import make_app
 from harness.http.supervisor import MakeRanks, Supervisor
 from harness.launch import TorchrunEngine
-from harness.rank import LOG_FORMAT
+from harness.processes import is_alive
+from harness.rank import LOG_FORMAT, WATCH_S
 from harness.records import RunFolder, Status
 from harness.serving.transport import EngineGone
 
@@ -109,6 +112,7 @@ async def _serve(config: RunConfig, folder: RunFolder, listening: socket.socket,
     console.print(f"{escape(config.model.name)} on {address(listening)}, in {escape(str(folder.path))}", soft_wrap=True)
     ranks = asyncio.create_task(_announce(supervisor, console))
     stopped = asyncio.create_task(stop.wait())
+    orphaned = asyncio.create_task(_orphaned(int(os.environ.get(OWNER, "0")), stop))
     try:
         await asyncio.wait((http, ranks, stopped), return_when=asyncio.FIRST_COMPLETED)
         if ranks.done():
@@ -122,6 +126,15 @@ async def _serve(config: RunConfig, folder: RunFolder, listening: socket.socket,
         server.should_exit = True
         await http
         stopped.cancel()
+        orphaned.cancel()
+
+
+async def _orphaned(owner: int, stop: asyncio.Event) -> None:
+    """Stops the server when the process that started it for a task of its own is gone: also after its SIGKILL."""
+    while owner and is_alive(owner):
+        await asyncio.sleep(WATCH_S)
+    if owner:
+        stop.set()
 
 
 async def _announce(supervisor: Supervisor, console: Console) -> None:

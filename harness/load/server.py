@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from harness.environment import import_path
+from harness.environment import OWNER, import_path
 from harness.metrics.load import Chaos, Memory
 from harness.serving.transport import EngineGone
 
@@ -45,7 +45,11 @@ class Server:
         self._log = folder.with_name("server.log")
         self._start_timeout_s = start_timeout_s
         own = ["task=serve", "serve.port=0", f"hydra.run.dir={folder}", "a=null", "b=null"]
-        environment = os.environ | {"PYTHONPATH": import_path(os.environ.get("PYTHONPATH")), "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": import_path(os.environ.get("PYTHONPATH")),
+            "PYTHONUNBUFFERED": "1",
+            OWNER: str(os.getpid()),
+        }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "harness", *overrides, *own],
