@@ -7,7 +7,8 @@ stay one request's, whatever its number of steps, and a request joins or leaves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
 
@@ -19,6 +20,13 @@ from harness.pipeline.state import Evaluate
 from models.components import Conditioning
 
 T = TypeVar("T")
+
+
+@contextmanager
+def kept_mode() -> Iterator[None]:
+    """Gives a stack its own inference mode back when it goes on: PyTorch keeps one a thread, whichever stack set it."""
+    with torch.inference_mode(torch.is_inference_mode_enabled()):
+        yield
 
 
 @dataclass(frozen=True)
@@ -80,11 +88,13 @@ class Course(Generic[T]):
     def _go(self, output: Tensor | Exception | None) -> None:
         self.call = None
         self._driver = self._stack.parent = greenlet.getcurrent()
-        self._stack.switch(output)
+        with kept_mode():
+            self._stack.switch(output)
 
     def _evaluate(self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
         self.call = Call(network, latent, tau_B, condition)
-        output: Tensor | Exception = self._driver.switch()
+        with kept_mode():
+            output: Tensor | Exception = self._driver.switch()
         if isinstance(output, Exception):
             raise output
         return output

@@ -129,3 +129,23 @@ def test_what_a_course_raises_reaches_whoever_drives_it() -> None:
     with pytest.raises(RuntimeError, match="planted"):
         course.advance(RuntimeError("planted"))
     assert course.ended
+
+
+def test_each_stack_keeps_its_own_inference_mode() -> None:
+    """Of two that overlap, the first to end would otherwise leave the other's mode behind, in all that is run later."""
+    modes: list[bool] = []
+
+    def work(evaluation: Evaluate) -> float:
+        with torch.inference_mode():
+            for _ in range(3):
+                evaluation(Doubling(), torch.ones(1, 3), torch.zeros(1), Conditioning())
+                modes.append(torch.is_inference_mode_enabled())
+        return 0.0
+
+    one = Course(work)
+    other = Course(work)
+    assert not torch.is_inference_mode_enabled()
+    drive([one, other])
+    assert modes == [True] * 6
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
