@@ -1,4 +1,5 @@
 # Two commands: `make run` draws pictures with the built-in model, `make test` passes the tests.
+# (Those that start ranks by the command line come one by one, the others side by side.)
 # Both make the environment they need (.venv) when it is missing or pyproject.toml has changed.
 
 PYTHON ?= python3
@@ -12,7 +13,8 @@ run: $(READY)
 	$(BIN)/python -m harness
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/end_to_end -n auto --dist loadfile --durations=10
+	$(BIN)/python -m pytest -m "not slow" tests/end_to_end --durations=10
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow --durations=40

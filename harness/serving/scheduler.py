@@ -59,9 +59,9 @@ class RequestScheduler:
             frames = self.answer(
                 accepted.request, partial(inbox.tell, accepted), lambda: inbox.stopped(accepted) is not None
             )
-            inbox.answer(accepted, inbox.reasoned(accepted, frames))
             served += 1
-            control.update("ready", len(inbox.queue), served)
+            control.update("ready", len(inbox.queue), served)  # before a client that has its answer can ask
+            inbox.answer(accepted, inbox.reasoned(accepted, frames))
         control.update("stopping", len(inbox.queue), served)
         inbox.close()
         self.stop()

@@ -139,8 +139,10 @@ class StepScheduler:
             joins = [] if inbox.ending else self._admit(inbox)
             if joins or self._running:
                 self._tell(inbox, control)
-                self._tick(Tick(joins, self._stops(inbox)), inbox)
-                self._tell(inbox, control)
+                ended = self._tick(Tick(joins, self._stops(inbox)), inbox)
+                self._tell(inbox, control)  # before a client that has its answer can ask
+                for accepted, frames in ended:
+                    inbox.answer(accepted, inbox.reasoned(accepted, frames))
         control.update("stopping", len(inbox.queue), self._served)
         inbox.close()
         self.collectives.broadcast(msgspec.msgpack.encode(Tick(last=True)))
@@ -180,7 +182,8 @@ class StepScheduler:
                 ids.append(request_id)
         return ids
 
-    def _tick(self, tick: Tick, inbox: Inbox) -> None:
+    def _tick(self, tick: Tick, inbox: Inbox) -> list[tuple[Accepted, list[bytes]]]:
+        """One tick of all ranks: the answers of what ended in it."""
         self.collectives.broadcast(msgspec.msgpack.encode(tick))
         gathered = self.collectives.gather(self._steps.tick(tick))
         outcomes: dict[str, list[list[bytes]]] = {}
@@ -196,11 +199,9 @@ class StepScheduler:
                 for p in told.progress:
                     inbox.tell(self._running[p.request_id].accepted, p.stage, p.done, p.total)
         self._counted = (counted[0], counted[1])
-        for request_id, of_ranks in outcomes.items():
-            self._answer(self._running.pop(request_id), of_ranks, inbox)
+        self._served += len(outcomes)
+        return [self._answer(self._running.pop(name), of_ranks) for name, of_ranks in outcomes.items()]
 
-    def _answer(self, running: Running, outcomes: list[list[bytes]], inbox: Inbox) -> None:
+    def _answer(self, running: Running, outcomes: list[list[bytes]]) -> tuple[Accepted, list[bytes]]:
         took_ms = (time.perf_counter() - running.began) * 1e3
-        frames = merge(running.accepted.request, outcomes, took_ms)
-        inbox.answer(running.accepted, inbox.reasoned(running.accepted, frames))
-        self._served += 1
+        return running.accepted, merge(running.accepted.request, outcomes, took_ms)
