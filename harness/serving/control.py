@@ -10,7 +10,7 @@ import msgspec
 import zmq
 
 from harness.messages import Cancel, EngineInfo, MessageError, Ping, Shutdown, decode, encode
-from harness.serving.transport import Addresses, rejection, router
+from harness.serving.transport import Addresses, rejection, reply, router
 
 WAKE = "inproc://wake"
 MAX_CANCELLED = 10_000  # ids of requests that never come would pile up otherwise
@@ -85,13 +85,13 @@ class ControlThread:
                 message = decode(frames)
             except MessageError as error:
                 log.warning("control: %s", error)
-                self._socket.send_multipart([client, *encode(rejection(error))])
+                reply(self._socket, client, encode(rejection(error)))
                 continue
             if isinstance(message, Ping):
                 with self._lock:
                     evaluations, rows = self._counted()
                     info = msgspec.structs.replace(self._info, evaluations=evaluations, rows=rows)
-                self._socket.send_multipart([client, *encode(info)])
+                reply(self._socket, client, encode(info))
             elif isinstance(message, Cancel):
                 with self._lock:
                     if len(self._cancelled) < MAX_CANCELLED:

@@ -24,7 +24,7 @@ from harness.messages import (
     encode,
 )
 from harness.serving.policy import Accepted, Key
-from harness.serving.transport import rejection
+from harness.serving.transport import rejection, reply
 
 HINT_ANSWERS = 16  # answers over which the time between two is averaged
 PROGRESS_S = 0.1  # at most this often, so that a fast step is not spent on telling of it
@@ -210,11 +210,7 @@ class Inbox:
         """Never waits: the socket keeps any number of messages for a client that does not read, none for one that has
         gone.
         """
-        try:
-            self._requests.send_multipart([client, *frames])
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
+        if not reply(self._requests, client, frames):
             self._gone.add(client)
 
 

@@ -65,6 +65,17 @@ def router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[
     return socket
 
 
+def reply(socket: zmq.Socket[bytes], client: bytes, frames: list[bytes]) -> bool:
+    """Sends a client of a ROUTER its answer; whether the client is still there."""
+    try:
+        socket.send_multipart([client, *frames])
+    except zmq.ZMQError as error:
+        if error.errno != zmq.EHOSTUNREACH:
+            raise
+        return False
+    return True
+
+
 def dealer(context: zmq.Context[DealerT], address: str, waiting: int = MAX_WAITING) -> DealerT:
     """A connected DEALER; messages sent before the engine listens wait for it: at most `waiting`, and any number if
     that is 0, so that sending never waits.

@@ -231,6 +231,15 @@ def test_foreign_frames_are_answered_or_ignored(generator: DiffusionGenerator, s
     assert same(generator.generate(seed=9), expected)
 
 
+def test_clients_that_do_not_wait_for_a_ping_are_let_go(generator: DiffusionGenerator) -> None:
+    for _ in range(20):
+        with connected(generator) as hasty:
+            for _ in range(20):
+                hasty._control.send_multipart(encode(Ping()))
+    with connected(generator) as connection:
+        wait_for(lambda: connection.ping() is not None, "the control socket to answer", 10)
+
+
 def test_idle_ranks_sleep(generator: DiffusionGenerator) -> None:
     """A rank that spins would use its whole core."""
     assert generator.info is not None
