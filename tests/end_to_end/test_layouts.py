@@ -135,6 +135,7 @@ def test_more_threads_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
     assert hashes(tmp_path / "run") == hashes(single)
 
 
+@pytest.mark.slow
 def test_more_replicas_than_pictures(single: Path, tmp_path: Path) -> None:
     overrides = ["request.prompt=red apple", "request.seed=6", "parallel=dp2", f"hydra.run.dir={tmp_path / 'run'}"]
     done = run(command(*overrides))
@@ -148,6 +149,7 @@ def test_one_rank_in_this_process_draws_the_same_bits(single: Path, tmp_path: Pa
     assert hashes(tmp_path / "run") == hashes(single)
 
 
+@pytest.mark.slow
 def test_a_torchrun_of_the_users_own_gives_the_same_record(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     done = run(command(*ASKED, "parallel=dp2", f"hydra.run.dir={ours}"))

@@ -16,6 +16,7 @@ from tests.end_to_end.test_sweep import inspect
 BRIEF = ["task=load", "load.duration_s=2", "load.warmup_s=0.5", "request.prompts=[rocket,pizza]"]
 
 
+@pytest.mark.slow
 def test_every_request_is_answered_and_requests_share_forwards(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     asked = ["load.clients=6", "load.steps=[2,3]", "load.slo_ms=60000", "logger.table=true"]

@@ -117,6 +117,7 @@ def test_an_unknown_name_stops_a_sweep_before_its_first_job(tmp_path: Path) -> N
     assert jobs(tmp_path / "sweep") == []
 
 
+@pytest.mark.slow
 def test_a_sweep_starts_ranks_once_an_engine_and_again_only_what_is_not_done(tmp_path: Path) -> None:
     folder, axes = tmp_path / "sweep", ["request.steps=1,2,0", "logger=json"]
     done = sweep(folder, *axes)

@@ -105,6 +105,7 @@ def test_a_plain_bench_is_within_the_floor_and_draws_its_reference_once(
     assert (again.method_class, again.verdict) == ("exact", "identical")
 
 
+@pytest.mark.slow
 def test_bfloat16_is_rounding_and_a_wrong_scale_in_one_head_is_not(
     tmp_path: Path, references: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def test_default_threads_are_a_power_of_two(
     assert threads_per_rank(launch, ranks) == 3
 
 
+@pytest.mark.slow
 def test_network_and_decoder_are_equal_bit_for_bit_at_one_two_and_four_threads() -> None:
     environment = os.environ | arithmetic(compose_run([]).config.launch, 1)
     done = subprocess.run(

@@ -209,6 +209,7 @@ def test_only_what_is_read_is_fetched() -> None:
     assert fetched(Load.dummy) == {name for name in whole if not name.endswith(".safetensors")}
 
 
+@pytest.mark.slow
 def test_ranks_find_what_the_launcher_found(cache: Path, tmp_path: Path) -> None:
     """The whole run from the command line, two ranks, offline; the record says which commit it drew from."""
     environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}

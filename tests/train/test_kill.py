@@ -85,6 +85,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(tmp_path: Path, dtype: str
     assert summary["summary"][f"{PART}/images"] == 4 * STEPS
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_says_so_and_ends_its_wandb_run(tmp_path: Path) -> None:
     folder, data = tmp_path / "run", captioned(tmp_path / "squares")
     overrides = [*WANTED, f"train.data.folder={data}", f"train.folder={folder}", "train.denoiser.loop.images=4000000"]
