@@ -50,7 +50,12 @@ from schedulers.families import resolve as resolve_settings
 
 MAX_NAME_BYTES = 160
 MAX_COLLECTIVE_S = 86_400
-SUBMITIT = ("slurm", "submitit_slurm", "submitit_local")
+PLUGINS = {  # Hydra's own packages: what needs which, and the extra that installs it
+    ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),
+    ("hydra/launcher", "submitit_slurm"): ("hydra-submitit-launcher", "slurm"),
+    ("hydra/launcher", "submitit_local"): ("hydra-submitit-launcher", "slurm"),
+    ("hydra/sweeper", "optuna"): ("hydra-optuna-sweeper", "optuna"),
+}
 
 
 class ConfigError(ValueError):
@@ -226,8 +231,8 @@ def check_names(overrides: Sequence[str], sweep: bool = False) -> None:
 
 def _check_name(override: Override) -> None:
     key = override.key_or_group
-    if key == "hydra/launcher":
-        _check_launcher(str(override.value()))
+    if key in ("hydra/launcher", "hydra/sweeper"):
+        _check_plugin(key, str(override.value()))
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return
     groups = _groups()
@@ -244,11 +249,10 @@ def _check_name(override: Override) -> None:
         raise ConfigError(f"unknown key {key!r}{_hint(key, known)}")
 
 
-def _check_launcher(name: str) -> None:
-    if name in SUBMITIT and version("hydra-submitit-launcher") is None:
-        raise ConfigError(
-            f"hydra/launcher={name} needs the package hydra-submitit-launcher: pip install 'triptych[slurm]'"
-        )
+def _check_plugin(group: str, name: str) -> None:
+    package, extra = PLUGINS.get((group, name), (None, None))
+    if package is not None and version(package) is None:
+        raise ConfigError(f"{group}={name} needs the package {package}: pip install 'triptych[{extra}]'")
 
 
 def _options(override: Override) -> list[str | None]:

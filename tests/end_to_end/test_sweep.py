@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from harness.records import CUT_OFF, load, read_status
 from tests.end_to_end.conftest import LIMIT_S, environment, processes_about, record_of, run, started, wait_for
@@ -186,3 +187,19 @@ def test_a_launcher_may_run_the_jobs_in_processes_of_its_own(tmp_path: Path) -> 
     assert (read_status(drawn).state, read_status(refused).state) == ("ok", "failed")
     assert record_of(drawn).provenance.world_size == 2
     assert "the nearest this model can make is 64 or 72" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_sweeper_that_searches_is_told_what_each_job_took(tmp_path: Path) -> None:
+    """Optuna's: its best trial is the job with the smallest median, a refused one being no candidate."""
+    pytest.importorskip("optuna", reason="pip install 'triptych[optuna]'")
+    folder = tmp_path / "search"
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=1", "hydra/sweeper/sampler=grid"]
+    arguments = command(*search, "launch.mode=inprocess", "request.prompt=rocket", f"hydra.sweep.dir={folder}")
+    done = run([*arguments[:3], "-m", *arguments[3:], "request.steps=choice(1,2,6)", "request.height=choice(64,65)"])
+    found = yaml.safe_load((folder / "optimization_results.yaml").read_text())
+    assert done.returncode == 1, done.stderr  # for the jobs that were refused
+    assert found["name"] == "optuna"
+    assert found["best_evaluated_params"]["request.height"] == 64
+    medians = [record_of(job).summary for job in jobs(folder) if read_status(job).state == "ok"]
+    assert found["best_value"] == min(row.latency_ms.median for row in medians if row is not None)
