@@ -194,9 +194,13 @@ def test_a_sweeper_that_searches_is_told_what_each_job_took(tmp_path: Path) -> N
     """Optuna's: its best trial is the job with the smallest median, a refused one being no candidate."""
     pytest.importorskip("optuna", reason="pip install 'triptych[optuna]'")
     folder = tmp_path / "search"
-    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=1", "hydra/sweeper/sampler=grid"]
-    arguments = command(*search, "launch.mode=inprocess", "request.prompt=rocket", f"hydra.sweep.dir={folder}")
-    done = run([*arguments[:3], "-m", *arguments[3:], "request.steps=choice(1,2,6)", "request.height=choice(64,65)"])
+    search = [
+        "hydra/sweeper=optuna",
+        "hydra/sweeper/sampler=grid",
+        "hydra.sweeper.n_trials=6",
+        "hydra.sweeper.n_jobs=1",
+    ]
+    done = sweep(folder, *search, "logger=json", "request.steps=choice(1,2,6)", "request.height=choice(64,65)")
     found = yaml.safe_load((folder / "optimization_results.yaml").read_text())
     assert done.returncode == 1, done.stderr  # for the jobs that were refused
     assert found["name"] == "optuna"
