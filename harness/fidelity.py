@@ -28,7 +28,7 @@ from harness.messages import Array
 from harness.metrics.difference import difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, verdict
 from harness.parallel.mesh import Place, degrees
-from harness.peer.table import NATIVE
+from harness.peer.table import CACHE_DIT, NATIVE
 from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.pool import MakeEngine, new_engine
 from harness.provenance import PACKAGES, cpu_name, version
@@ -58,6 +58,7 @@ METHODS = (
     Method(
         "a peer's own rounding of the state", APPROXIMATE, lambda c: c.engine.name != NATIVE and dtypes(c) != FLOAT32
     ),
+    Method("cache-dit", APPROXIMATE, lambda c: c.engine.name == CACHE_DIT),
     Method("free order of additions", EQUIVALENT, lambda c: not c.launch.reproducible),
 )
 

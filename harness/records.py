@@ -80,13 +80,14 @@ class Repeat(msgspec.Struct, frozen=True):
 
 
 class Statistics(msgspec.Struct, frozen=True):
-    """The row's numbers. `nfe` counts the denoiser's evaluations of one picture, a guided pair as one; `overhead_share`
-    is the part of a request that was no forward of the text encoder, the denoiser or the VAE; `comm` is what the
-    busiest rank sent to the ranks that it computes with, in the last request, by stage and kind of collective.
+    """The row's numbers. `nfe` counts the denoiser's evaluations of one picture, a guided pair as one, without
+    those that a cache cut short (a note says which); `overhead_share` is the part of a request that was no forward of
+    the text encoder, the denoiser or the VAE; `comm` is what the busiest rank sent to the ranks that it computes with,
+    in the last request, by stage and kind of collective.
 
     `flops_per_step` are the operations that the ranks of one picture do in one solver step of one micro-batch, padding
-    included; `achieved_tflops` is their rate in a median step, `ceiling_tflops` that of a matrix product in the same
-    dtype on the same ranks at once.
+    included; `achieved_tflops` is their rate in a median step (over all steps where a cache makes them differ),
+    `ceiling_tflops` that of a matrix product in the same dtype on the same ranks at once.
     """
 
     latency_ms: Summary

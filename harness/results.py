@@ -18,7 +18,7 @@ from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import summarize
 from harness.parallel.mesh import Place, degrees
-from harness.peer.table import engine_version
+from harness.peer.table import CACHE_DIT, engine_version
 from harness.pipeline.checkpoint import locate
 from harness.provenance import provenance
 from harness.records import SCHEMA, Attention, Engine, FirstCall, Record, Repeat, Statistics, fingerprint
@@ -51,6 +51,7 @@ def statistics(
     replica_size: int = 1,
     counted: GenerationResult | None = None,
     ceilings: Sequence[float] = (),
+    even: bool = True,
 ) -> Statistics:
     """The row's numbers over all repeats of one request.
 
@@ -61,6 +62,7 @@ def statistics(
         replica_size: ranks a picture.
         counted: an answer whose operations were counted.
         ceilings: of every rank, TFLOP/s.
+        even: every step does the same operations, so that a median step is a typical one.
     """
     last = results[-1]
     peaks = [max(peak) for peak in zip(*([rank.peak_memory_mib for rank in r.ranks] for r in results), strict=True)]
@@ -84,7 +86,7 @@ def statistics(
         peak_memory_mib=peaks,
         peak_memory_mib_max=max(peaks),
         flops_per_step=flops,
-        achieved_tflops=None if flops is None else flops / step.median / 1e9,
+        achieved_tflops=None if flops is None else flops / (step.median if even else step.mean) / 1e9,
         ceiling_tflops=sum(ceilings[:replica_size]) or None,
         comm=max((report.comm for report in last.ranks), key=sent_bytes),
     )
@@ -180,6 +182,7 @@ def build_record(
             Place(0, degrees(config.parallel)).replica_size,
             counted,
             info.ceiling_tflops,
+            even=config.engine.name != CACHE_DIT,
         ),
         samples=[],
         notes=list(said),

@@ -23,7 +23,7 @@ from harness.compose import (
 from harness.config.limits import check_frames
 from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
 from harness.config.trained import trained_denoiser
-from harness.peer.table import ENGINES
+from harness.peer.table import CACHE_DIT, ENGINES
 from harness.provenance import version
 from models.registry import REFERENCE, missing_package
 
@@ -58,6 +58,9 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
         return
     if group == "engine" and option not in ENGINES:
         assert "no adapter for it" in refused(f"engine={option}")
+        return
+    if option == CACHE_DIT and version("cache-dit") is None:
+        assert "pip install 'triptych[cache_dit]'" in refused(f"engine={option}")
         return
     if group == "hydra/launcher" and version("hydra-submitit-launcher") is None:
         assert "pip install 'triptych[slurm]'" in refused(f"{group}={option}")

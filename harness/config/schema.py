@@ -275,10 +275,23 @@ class AttentionConfig:
 
 
 @dataclass
+class BlockCacheConfig:
+    """Of engine=cache_dit: which evaluations of the network it cuts short after their first blocks (its DBCache); the
+    defaults are those that SGLang runs it with.
+    """
+
+    first_blocks: int = 1  # computed in every evaluation; their change tells whether the others are computed too
+    warmup: int = 4  # evaluations before the first that may be cut short
+    threshold: float = 0.24  # relative L1 of that change, below which the others add what they added before
+
+
+@dataclass
 class EngineConfig:
     """Group `engine`: who draws."""
 
-    name: str = "native"  # or diffusers: the checkpoint's own pipeline there, one rank, measured by the same code
+    name: str = "native"  # or diffusers: the checkpoint's own pipeline there, one rank, measured by the same code;
+    # cache_dit: that pipeline with its blocks cached
+    cache: BlockCacheConfig = field(default_factory=BlockCacheConfig)
 
 
 @dataclass

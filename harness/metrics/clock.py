@@ -52,6 +52,10 @@ class Clock:
         self.networks_ms[name] = self.networks_ms.get(name, 0.0) + self._now() - start
         self.evaluations[name] = self.evaluations.get(name, 0) + counted
 
+    def discount(self, name: str, evaluations: int) -> None:
+        """Takes back evaluations of a network that turned out to have been cut short."""
+        self.evaluations[name] -= evaluations
+
     def _counting(self, name: str) -> AbstractContextManager[None]:
         if not self._count_flops:
             return nullcontext()

@@ -10,10 +10,11 @@ import torch
 from harness.config.schema import RunConfig
 from harness.config.trained import PUBLISHED_FAMILY
 from harness.messages import GenerationRequest
+from harness.peer.cache import BlockCache
 from harness.peer.denoise import NoisePreparation, PeerDenoising
 from harness.peer.family import PeerLoader, PeerModel
 from harness.peer.noise import own_slot, published_slot
-from harness.peer.table import PEERS, peer_attention
+from harness.peer.table import CACHE_DIT, PEERS, peer_attention
 from harness.pipeline.decode import Decoding
 from harness.pipeline.stage import Stage
 from harness.pipeline.state import asks
@@ -89,7 +90,7 @@ def peer_stages(
 
     Raises:
         CheckpointError: weights that are missing, broken or do not fit.
-        ValueError: a noise scheduler that the pipeline cannot be driven by.
+        ValueError: a noise scheduler that the pipeline cannot be driven by, or a cache that skips nothing.
     """
     architecture, published = config.model.architecture, config.scheduler.family == PUBLISHED_FAMILY
     if published:
@@ -98,6 +99,7 @@ def peer_stages(
         scales, steps = PEERS[architecture].families is None, config.request.steps or config.model.steps
         make_slot = own_slot(noise_scheduler, scales, steps)
     model = load_peer(architecture, source, parts)
+    cache = BlockCache(model, config.engine.cache) if config.engine.name == CACHE_DIT else None
     return PeerStages(
         PeerValidation(limits, noise_scheduler, model),
         [
@@ -112,6 +114,7 @@ def peer_stages(
                 peer_attention(config),
                 parts.size_multiple,
                 own_draws=published,
+                cache=cache,
             ),
             Decoding(model.decode),
         ],

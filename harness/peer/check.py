@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 
-from harness.config.schema import RunConfig, Task
+from harness.config.schema import BlockCacheConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY
 from harness.parallel.mesh import degrees
-from harness.peer.table import NATIVE, PEERS, peer_attention, refuse_unknown_engine
+from harness.peer.table import CACHE_DIT, NATIVE, PEERS, peer_attention, refuse_unknown_engine
 
 LEARNED = ("learned", "learned_range")
 
@@ -21,6 +21,8 @@ def check_engine(config: RunConfig) -> None:
     """
     name = config.engine.name
     refuse_unknown_engine(name)
+    if name != CACHE_DIT and config.engine.cache != BlockCacheConfig():
+        warnings.warn(f"engine.cache has no effect with engine={name}", stacklevel=2)
     if name == NATIVE:
         return
     if config.task.name is Task.train:
@@ -37,6 +39,8 @@ def check_engine(config: RunConfig) -> None:
     peer_attention(config)
     _check_noise_scheduler(config)
     _check_request(config)
+    if name == CACHE_DIT:
+        _check_cache(config)
     if not config.model.text.keep:
         warnings.warn(f"model.text.keep=false has no effect with engine={name}", stacklevel=2)
 
@@ -67,6 +71,23 @@ def _check_request(config: RunConfig) -> None:
         refuse_weak_guidance(guidance)
     if config.model.architecture == "dit":
         refuse_negative_class(negative or "")
+
+
+def _check_cache(config: RunConfig) -> None:
+    if not PEERS[config.model.architecture].cached:
+        raise ValueError(
+            f"engine={CACHE_DIT} skips blocks of transformers, and model={config.model.name} has a U-Net; use "
+            "engine=diffusers"
+        )
+    cache = config.engine.cache
+    if cache.first_blocks < 1 or cache.warmup < 1:
+        raise ValueError(
+            f"engine.cache.first_blocks={cache.first_blocks}, engine.cache.warmup={cache.warmup}; give at least 1"
+        )
+    if not cache.threshold > 0:
+        raise ValueError(
+            f"engine.cache.threshold={cache.threshold} skips nothing; give more than 0, or use engine=diffusers"
+        )
 
 
 def refuse_weak_guidance(guidance: float) -> None:

@@ -10,6 +10,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from harness.peer.cache import BlockCache
 from harness.peer.family import Batch, PeerModel
 from harness.peer.noise import MakeSlot, draws_noise
 from harness.pipeline.guidance import guided
@@ -55,6 +56,7 @@ class PeerDenoising:
         attention: by the name of harness.peer.table.
         size_multiple: pixels a token of the network spans on a side.
         own_draws: the noise of steps is diffusers' own.
+        cache: of the network's blocks.
     """
 
     name = "denoising"
@@ -70,6 +72,7 @@ class PeerDenoising:
         attention: str,
         size_multiple: int,
         own_draws: bool,
+        cache: BlockCache | None = None,
     ) -> None:
         self.model = model
         self.make_slot = make_slot
@@ -78,6 +81,7 @@ class PeerDenoising:
         self.attention = attention
         self.size_multiple = size_multiple
         self.own_draws = own_draws
+        self.cache = cache
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         batches = micro_batches(samples, run.batch_size)
@@ -106,8 +110,14 @@ class PeerDenoising:
         self.model.pipeline.scheduler = self.make_slot(tokens(ask.height, ask.width, self.size_multiple), noise)
         evaluations = [len(points) for points in evaluation_points(self.noise_scheduler, grid)]
         forwards = 2 if is_guided and self.model.pair_apart else 1
+        if self.cache is not None:
+            self.cache.begin(pairs=forwards == 2)
         with kernel(self.attention), Watch(self.model.network, run, evaluations, forwards, total):
             latents = self.model.denoise(batch)
+        if self.cache is not None:
+            skips = self.cache.skips()
+            run.clock.discount("denoiser", len(skips.whole))
+            run.notes.append(skips.note(sum(evaluations)))
         for sample, latent in zip(samples, latents.float(), strict=True):
             sample.latent = latent
 

@@ -11,9 +11,9 @@ from harness.config.schema import RunConfig
 from harness.config.trained import PUBLISHED_FAMILY
 from models.registry import nearest, resolve_backend
 
-NATIVE, DIFFUSERS = "native", "diffusers"
-ENGINES = (NATIVE, DIFFUSERS)
-NAMED = {"sglang": ("sglang", "'sglang[diffusion]'"), "cache_dit": ("cache_dit", "cache-dit")}
+NATIVE, DIFFUSERS, CACHE_DIT = "native", "diffusers", "cache_dit"
+ENGINES = (NATIVE, DIFFUSERS, CACHE_DIT)
+NAMED = {"sglang": ("sglang", "'sglang[diffusion]'")}
 """Engines that a configuration may name and nothing here runs: the module, and what pip installs."""
 
 PACKAGE = "triptych"
@@ -28,11 +28,13 @@ class PeerRow:
         attention: from a backend's name here to the name of what then runs there.
         families: of noise schedulers that fit its pipeline; None = all, since it scales noise and network input as it
             is told.
+        cached: cache-dit knows the blocks of its network, which no U-Net's are.
     """
 
     module: str
     attention: Mapping[str, str]
     families: tuple[str, ...] | None
+    cached: bool = True
 
 
 DISPATCHED = {"sdpa": "native", "math": "_native_math", "flash": "_native_flash", "flex": "flex"}
@@ -52,17 +54,21 @@ PEERS = {
     "qwen_image": PeerRow("harness.peer.families.qwen_image", DISPATCHED_MASKED, FLOWS),
     "z_image": PeerRow("harness.peer.families.z_image", DISPATCHED_MASKED, FLOWS),
     "wan": PeerRow("harness.peer.families.wan", DISPATCHED, FLOWS),
-    "sd": PeerRow("harness.peer.families.sd", DIRECT, None),
-    "sdxl": PeerRow("harness.peer.families.sdxl", DIRECT, None),
+    "sd": PeerRow("harness.peer.families.sd", DIRECT, None, cached=False),
+    "sdxl": PeerRow("harness.peer.families.sdxl", DIRECT, None, cached=False),
 }
 
 
 def refuse_unknown_engine(name: str) -> None:
-    """Refuses an engine that does not run here.
+    """Refuses an engine that does not run here, or whose package is not installed.
 
     Raises:
         ValueError: what to choose, or to install, in one line.
     """
+    if name == CACHE_DIT and importlib.util.find_spec(name) is None:
+        raise ValueError(
+            f"engine={name} needs the package cache-dit: pip install 'triptych[cache_dit]', or use engine={DIFFUSERS}"
+        )
     if name in ENGINES:
         return
     if name not in NAMED:

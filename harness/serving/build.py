@@ -23,7 +23,7 @@ from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.shard import shard_weights
 from harness.parallel.vae import parallel_decoder
 from harness.peer.build import native_facts, peer_stages
-from harness.peer.table import NATIVE, peer_attention
+from harness.peer.table import DIFFUSERS, NATIVE, peer_attention
 from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
@@ -166,7 +166,7 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
         NotImplementedError: the backend that was asked for does not run on this machine.
     """
     if config.engine.name != NATIVE:
-        return f"{config.engine.name} {peer_attention(config)}"
+        return f"{DIFFUSERS} {peer_attention(config)}"
     return resolved_name(config.attention.backend, device.type, with_lse=config.parallel.ring > 1)
 
 
