@@ -32,6 +32,7 @@ from harness.serving.transport import EngineGone
 
 LOG = "server.log"
 BACKLOG = 512
+KEEP_ALIVE_S = 75  # longer than clients keep a connection (httpx 5 s): who closes first loses no request
 CLOSE_S = 5  # for connections to end, once every request has its answer
 
 
@@ -103,7 +104,12 @@ def serve_in(
 async def _serve(config: RunConfig, folder: RunFolder, listening: socket.socket, supervisor: Supervisor) -> None:
     app, console, stop = make_app(config, supervisor, folder.path), Console(), asyncio.Event()
     settings = uvicorn.Config(
-        app, lifespan="off", log_config=None, log_level="warning", timeout_graceful_shutdown=CLOSE_S
+        app,
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=CLOSE_S,
     )
     server = Server(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
