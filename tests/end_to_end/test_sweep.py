@@ -204,6 +204,6 @@ def test_a_sweeper_that_searches_is_told_what_each_job_took(tmp_path: Path) -> N
     found = yaml.safe_load((folder / "optimization_results.yaml").read_text())
     assert done.returncode == 1, done.stderr  # for the jobs that were refused
     assert found["name"] == "optuna"
-    assert found["best_evaluated_params"]["request.height"] == 64
+    assert found["best_params"]["request.height"] == 64
     medians = [record_of(job).summary for job in jobs(folder) if read_status(job).state == "ok"]
     assert found["best_value"] == min(row.latency_ms.median for row in medians if row is not None)
