@@ -39,8 +39,6 @@ from harness.compose import (
 from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.config.sides import quoted
 from harness.generate import ended, mirror, refuse, run_in, run_training
-from harness.load.compare import compare_loads_in
-from harness.load.run import load_in
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.pool import EnginePool, MakeEngine, new_engine
@@ -128,8 +126,11 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
     if composed.config.a is not None:
         pair = sides(composed)  # refused before a folder is claimed
         folder = RunFolder.claim(composed.folder, again)
-        compare = compare_loads_in if composed.config.task.name is Task.load else compare_in
-        return Job(folder.path, compare(composed, pair, folder, Console()))
+        if composed.config.task.name is Task.load:
+            from harness.load.compare import compare_loads_in
+
+            return Job(folder.path, compare_loads_in(composed, pair, folder, Console()))
+        return Job(folder.path, compare_in(composed, pair, folder, Console()))
     if composed.config.task.name is Task.serve:
         return serve(composed, again)
     folder = RunFolder.claim(composed.folder, again)
@@ -138,6 +139,8 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
 
         return Job(folder.path, plan_in(composed, folder, Console()))
     if composed.config.task.name is Task.load:
+        from harness.load.run import load_in
+
         return Job(folder.path, load_in(composed, folder, Console(), make_engine))
     return Job(folder.path, run_in(composed, folder, Console(), make_engine))
 
