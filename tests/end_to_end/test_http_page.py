@@ -1,9 +1,5 @@
-"""The server's page in a browser: ask, watch the steps, see the picture, cancel, be refused.
+"""The server's page in a browser: ask, watch the steps, see the picture, cancel, be refused."""
 
-Skipped where there is no Chromium with its driver; .ci/run sees to it that there is.
-"""
-
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,17 +7,16 @@ from typing import Any
 import pytest
 
 from harness.compose import compose_run
+from tests.end_to_end.chromium import MARKS, emulate, headless, widths
 from tests.end_to_end.http_site import Live, live
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,900")
 LIMIT_S = 20.0
 ELSEWHERE = (
     "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(location.origin))"
 )
 LOADED = "return [...document.querySelectorAll('#answers img')].filter(i => i.complete && i.naturalWidth > 0).length"
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +28,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def browser(site: Live) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in FLAGS:
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
+    with headless() as driver:
         yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture
@@ -132,14 +118,10 @@ def test_refusals_and_faults_are_told(page: Any, site: Live) -> None:
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_overflows(page: Any, width: int, scheme: str) -> None:
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    page.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    )
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    emulate(page, width, scheme)
     ask(page, prompt="nobreak" * 60, steps="1", n="8")
     until(lambda: texts(page, "#answers li:first-child .prompt")[0].startswith("nobreak"), "the answer")
-    inner, whole = (f"return document.documentElement.{name}Width" for name in ("client", "scroll"))
-    assert page.execute_script(whole) <= page.execute_script(inner) <= width
+    whole, inner = widths(page)
+    assert whole <= inner <= width
     ink = page.execute_script("return getComputedStyle(document.body).color")
     assert ink == ("rgb(228, 231, 234)" if scheme == "dark" else "rgb(29, 33, 37)")

@@ -1,9 +1,5 @@
-"""The page of task=report in a browser: what a reader types and clicks changes table, charts and front alike.
+"""The page of task=report in a browser: what a reader types and clicks changes table, charts and front alike."""
 
-Skipped where there is no Chromium with its driver; .ci/run sees to it that there is.
-"""
-
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +7,9 @@ from typing import Any
 import pytest
 
 from harness.cli import dispatch
+from tests.end_to_end.chromium import MARKS, emulate, headless, widths
 from tests.harness.report_tree import HOSTILE, make_loads, make_tree
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,900")
 BARS = "return document.getElementById('stages').data.map(t => t.x.length)"
 FRONT = "return [...document.querySelectorAll('#front li')].map(e => e.textContent.split(': ')[0])"
 DRAWN = "return document.getElementById('pareto').data.filter(t => t.mode === 'markers').map(t => [t.name, t.x.length])"
@@ -26,28 +21,19 @@ FITTED = (
 ROOM = """return [...document.querySelectorAll('.chart:has(.main-svg)')].map(
     c => c.getBoundingClientRect().bottom - c.querySelector('.main-svg').getBoundingClientRect().bottom)"""
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The page of `make_tree` in a headless browser."""
     pytest.importorskip("plotly")
-    webdriver = pytest.importorskip("selenium.webdriver")
     root = tmp_path_factory.mktemp("runs")
     make_tree(root)
     assert dispatch(["task=report", f"runs={root}"]) == 0
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in FLAGS:
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
+    with headless() as driver:
         driver.get((root / "report.html").as_uri())
         yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture
@@ -144,15 +130,11 @@ def test_the_front_is_of_the_metric_that_is_chosen(fresh: Any) -> None:
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_overflows(fresh: Any, width: int, scheme: str) -> None:
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    fresh.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    )
-    fresh.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    emulate(fresh, width, scheme)
     waiting = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait(fresh, 20)
     waiting.until(lambda page: page.execute_script(FITTED))
-    inner, whole = (f"return document.documentElement.{name}Width" for name in ("client", "scroll"))
-    assert fresh.execute_script(whole) <= fresh.execute_script(inner) <= width
+    whole, inner = widths(fresh)
+    assert whole <= inner <= width
     ink = fresh.execute_script("return document.getElementById('stages').layout.font.color")
     assert ink == ("#e4e7ea" if scheme == "dark" else "#1d2125")
     assert all(below >= -1 for below in fresh.execute_script(ROOM))
