@@ -17,7 +17,8 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" tests/end_to_end --durations=10
 
 slow: $(READY)
-	$(BIN)/python -m pytest -m slow --durations=40
+	$(BIN)/python -m pytest -m slow --ignore tests/end_to_end -n auto --dist loadfile --durations=20
+	$(BIN)/python -m pytest -m slow tests/end_to_end --durations=40
 
 lint: $(READY)
 	$(BIN)/ruff check .

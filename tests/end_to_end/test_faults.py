@@ -151,6 +151,7 @@ def test_ranks_end_when_the_one_who_started_them_is_killed(tmp_path: Path) -> No
     assert status_of(folder).state == "failed"
 
 
+@pytest.mark.slow
 def test_an_interrupt_under_a_torchrun_of_the_users_own(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     overrides = [ENDLESS, "request.prompts=[a,b]", "parallel=dp2", f"hydra.run.dir={folder}"]
@@ -164,6 +165,7 @@ def test_an_interrupt_under_a_torchrun_of_the_users_own(tmp_path: Path) -> None:
     wait_for(lambda: not processes_about(folder), "every process to end", 10)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_under_a_torchrun_of_the_users_own(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     overrides = [ENDLESS, "request.prompts=[a,b]", "parallel=dp2", f"hydra.run.dir={folder}"]
@@ -179,6 +181,7 @@ def test_a_rank_killed_under_a_torchrun_of_the_users_own(tmp_path: Path) -> None
     wait_for(lambda: not processes_about(folder), "every process to end", 10)
 
 
+@pytest.mark.slow
 def test_weights_of_another_shape_are_named_by_the_rank_that_reads_them(tmp_path: Path) -> None:
     folder, checkpoint = tmp_path / "run", Path(shutil.copytree(REFERENCE / "emoji", tmp_path / "checkpoint"))
     weights = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"

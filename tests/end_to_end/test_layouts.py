@@ -128,6 +128,7 @@ def test_four_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path
     assert difference(single, tmp_path / "run") <= 1
 
 
+@pytest.mark.slow
 def test_more_threads_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, "launch.threads_per_rank=2", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr

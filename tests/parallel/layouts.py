@@ -114,12 +114,12 @@ MORE = (
 
 SIZES = [
     (2, False),
-    (3, False),
-    (4, False),
+    pytest.param(3, False, marks=pytest.mark.slow),
+    pytest.param(4, False, marks=pytest.mark.slow),
     pytest.param(4, True, marks=pytest.mark.slow),
     pytest.param(8, True, marks=pytest.mark.slow),
 ]
-"""World sizes, and whether with the products that the slow suite adds."""
+"""World sizes, and whether with the further products."""
 
 
 def layouts(ranks: int, more: bool = False) -> list[Layout]:

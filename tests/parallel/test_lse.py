@@ -33,7 +33,7 @@ def score_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     ("name", "queries", "keys"),
     [
         *((name, *sizes) for name in ("math", "flash") for sizes in ((1, 1), (9, 41), (130, 257))),
-        ("flex", 9, 41),  # which traces every kind of size anew
+        pytest.param("flex", 9, 41, marks=pytest.mark.slow),  # which traces every kind of size anew
     ],
 )
 def test_parts_merge_into_one_softmax(name: str, dtype: torch.dtype, kind: str, queries: int, keys: int) -> None:

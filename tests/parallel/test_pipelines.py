@@ -130,7 +130,7 @@ def assert_one_rank(load: Load, names: Sequence[str], layouts: Sequence[Degrees]
     assert not found
 
 
-@pytest.mark.parametrize("ranks", list(FEW))
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_joint_attention_and_a_video_draw_what_one_rank_draws(load: Load, ranks: int) -> None:
     assert_one_rank(load, ("sd35_medium", "wan"), FEW[ranks])
 

@@ -22,6 +22,7 @@ SPACED = {
     "vp": Settings("sgm", path="vp", t_last=0.05),
     "sub_vp": Settings("sgm", path="sub_vp", t_last=0.1),
 }
+FEW = ("flow_shift_3", "ddpm", "edm")  # of the default suite
 # Solver, its options, its order in theory, and how many starting values a multistep rule of that order needs.
 ORDERS: list[tuple[str, dict[str, Any], float, int]] = [
     ("euler", {}, 1, 0),
@@ -73,7 +74,7 @@ def test_every_solver_is_either_measured_here_or_stochastic() -> None:
     assert DETERMINISTIC.isdisjoint(STOCHASTIC)
 
 
-@pytest.mark.parametrize("named", list(SPACED))
+@pytest.mark.parametrize("named", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in SPACED])
 @pytest.mark.parametrize(("solver", "options", "order", "exact"), ORDERS, ids=lambda v: str(v))
 def test_order(
     named: str,

@@ -9,10 +9,12 @@ from tests.schedulers.parity import Case, compare
 from tests.schedulers.published_cases import CASES, bound
 
 diffusers.utils.logging.set_verbosity_error()
+THIRD = [pytest.param(case, marks=pytest.mark.slow if k % 3 else ()) for k, case in enumerate(CASES)]
+"""All, two of three in the slow suite; every grid is in the default one."""
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", THIRD, ids=str)
 def test_the_formulas_are_the_same(case: Case) -> None:
     """With float32 read as float64 on both sides: what remains is the rounding of float64."""
     for difference in compare(case, tuple(n for n in (5, 20) if n <= case.most), wide=True):
@@ -21,7 +23,7 @@ def test_the_formulas_are_the_same(case: Case) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", THIRD, ids=str)
 def test_as_published_in_float32(case: Case, record_property: Callable[[str, object], None]) -> None:
     """Within 1e-5 of the largest value, but for the cases whose bound says why."""
     for difference in compare(case, tuple(n for n in (10, 50) if n <= case.most), wide=False):

@@ -55,7 +55,8 @@ def curve_of(folder: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows]
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_killed_training_ends_as_if_it_had_not_been(tmp_path: Path, dtype: str) -> None:
     data = captioned(tmp_path / "squares")
     same = [*WANTED, f"train.data.folder={data}", f"train.denoiser.dtype={dtype}"]
