@@ -1,4 +1,6 @@
-"""How a network may be cut over ranks, as data that its folder states and `harness.parallel` applies from outside."""
+"""How a network may be cut over ranks, and what of it computed beforehand: data that its folder states, and that
+`harness.parallel` and `harness.optimize` apply from outside.
+"""
 
 from __future__ import annotations
 
@@ -55,3 +57,19 @@ class ParallelPlan:
 
 WHOLE = ParallelPlan()
 """Of a network that is not cut."""
+
+
+@dataclass(frozen=True)
+class AheadPlan:
+    """Modules of an AheadNetwork whose outputs depend on its `tell`, or on its `read`, alone.
+
+    A chain is the names of modules that feed one another, the first of them fed what was told (and the class labels,
+    where there are any) or read. They share one `*`, the number of a block.
+
+    Args:
+        told: chains that nothing but `tell` feeds; together they must take all that is made of it.
+        read: the same of `read`.
+    """
+
+    told: tuple[tuple[str, ...], ...] = ()
+    read: tuple[tuple[str, ...], ...] = ()

@@ -7,7 +7,7 @@ from typing import Any
 
 from models.files import CheckpointError, network_config, refuse_sizes, rotary_axes
 from models.names import NameMap
-from models.plan import ParallelPlan, Stack
+from models.plan import AheadPlan, ParallelPlan, Stack
 from models.qwen_image.network import PATCH, QwenImageConfig
 
 NAMES = NameMap(  # diffusers' QwenImageTransformer2DModel on the left, this network on the right
@@ -52,6 +52,7 @@ PLAN = ParallelPlan(
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.up"),
     row=("blocks.*.to_out", "blocks.*.text_to_out", "blocks.*.down"),
 )
+AHEAD = AheadPlan(told=(("blocks.*.modulation",), ("blocks.*.text_modulation",), ("head_modulation",)))
 CLASS_NAME = "QwenImageTransformer2DModel"
 DEFAULTS: dict[str, Any] = {  # of diffusers' class, where a file leaves an option out
     "patch_size": 2,
