@@ -68,8 +68,12 @@ class AheadPlan:
 
     Args:
         told: chains that nothing but `tell` feeds; together they must take all that is made of it.
+        told_as: the argument of the blocks that hands it to them.
         read: the same of `read`.
+        read_as: likewise.
     """
 
     told: tuple[tuple[str, ...], ...] = ()
+    told_as: str = ""
     read: tuple[tuple[str, ...], ...] = ()
+    read_as: str = ""

@@ -10,10 +10,12 @@ Shapes: B rows of a forward, V rows of different labels or vectors (1 where ther
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
-from typing import cast
+from itertools import accumulate, groupby
+from operator import itemgetter
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,23 +63,47 @@ class First(nn.Module):
 class Chains:
     """Modules that one input feeds, replaced in place by their columns of what is computed beforehand.
 
+    A block is handed its own columns alone, so that the modules in it do not differ from those of the next block.
+
     Args:
         network: whose modules they are.
         patterns: of models.plan.AheadPlan.
+        argument: of the blocks that takes the columns.
     """
 
-    def __init__(self, network: nn.Module, patterns: Sequence[tuple[str, ...]]) -> None:
-        named = list(expanded(network, patterns))
-        self._chains = [[network.get_submodule(name) for name in names] for names in named]
+    def __init__(self, network: nn.Module, patterns: Sequence[tuple[str, ...]], argument: str) -> None:
+        found = sorted(expanded(network, patterns), key=itemgetter(0))
+        self._chains = [[network.get_submodule(name) for name in names] for _, names in found]
         stops = list(accumulate(chain[-1].get_parameter("weight").shape[0] for chain in self._chains))
-        for names, chain, start, stop in zip(named, self._chains, [0, *stops], stops, strict=False):
-            for name, module in zip(names[:-1], chain, strict=False):
-                _put(network, name, First(module))
-            _put(network, names[-1], Columns(chain[-1], start, stop, stops[-1]))
+        columns = list(zip(found, self._chains, [0, *stops[:-1]], stops, strict=True))
+        for block, group in groupby(columns, key=lambda column: column[0][0]):
+            own = list(group)
+            first, last = (own[0][2], own[-1][3]) if block else (0, stops[-1])
+            for (_, names), chain, start, stop in own:
+                for name, module in zip(names[:-1], chain, strict=False):
+                    _put(network, name, First(module))
+                _put(network, names[-1], Columns(chain[-1], start - first, stop - first, last - first))
+            if block:
+                hook = _Narrowed(network.get_submodule(block), argument, first, last)
+                network.get_submodule(block).register_forward_pre_hook(hook, with_kwargs=True)
 
     def __call__(self, fed: Tensor, *beside: Tensor) -> Tensor:
         """All columns, (..., M), of what the first module of every chain is fed; `fed` itself where there is none."""
         return torch.cat([_through(chain, fed, beside) for chain in self._chains], dim=-1) if self._chains else fed
+
+
+class _Narrowed:
+    """A hook before a block: of what it is handed, its own columns."""
+
+    def __init__(self, block: nn.Module, argument: str, start: int, stop: int) -> None:
+        self.signature = inspect.signature(block.forward)
+        self.argument = argument
+        self.start, self.stop = start, stop
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.arguments[self.argument] = bound.arguments[self.argument][..., self.start : self.stop]
+        return bound.args, bound.kwargs
 
 
 def _through(chain: Sequence[nn.Module], fed: Tensor, beside: tuple[Tensor, ...]) -> Tensor:
@@ -87,15 +113,15 @@ def _through(chain: Sequence[nn.Module], fed: Tensor, beside: tuple[Tensor, ...]
     return made
 
 
-def expanded(network: nn.Module, patterns: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """The chains that patterns stand for in a network, block by block."""
+def expanded(network: nn.Module, patterns: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The chains that patterns stand for in a network, each behind the name of its block, empty outside of them."""
     names = [name for name, _ in network.named_modules()]
     for chain in patterns:
         before, star, behind = chain[-1].partition("*")
         for name in names if star else chain[-1:]:
             number = name.removeprefix(before).removesuffix(behind) if star else ""
             if name == f"{before}{number}{behind}" and number.isdigit() == bool(star):
-                yield tuple(link.replace("*", number) for link in chain)
+                yield f"{before}{number}" if star else "", tuple(link.replace("*", number) for link in chain)
 
 
 def _put(network: nn.Module, name: str, module: nn.Module) -> None:
@@ -115,8 +141,8 @@ class Ahead:
 
     def __init__(self, network: nn.Module, plan: AheadPlan, modulation: bool = True, text: bool = True) -> None:
         self._network = cast("AheadNetwork", network)
-        self._told = Chains(network, plan.told) if modulation else None
-        self._read = Chains(network, plan.read) if text else None
+        self._told = Chains(network, plan.told, plan.told_as) if modulation else None
+        self._read = Chains(network, plan.read, plan.read_as) if text else None
 
     def request(self, condition: Conditioning, taus: Sequence[float]) -> Told:
         """Of one micro-batch: its conditioning, and the times that it will probably be evaluated at, in order."""

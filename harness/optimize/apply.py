@@ -9,7 +9,7 @@ import torch
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
 from harness.optimize.ahead import Ahead
-from harness.optimize.compiled import compile_blocks
+from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.decoder import channels_last
 from harness.optimize.fuse import fuse_projections
 from harness.optimize.prepack import prepack
@@ -41,11 +41,14 @@ def optimize(parts: Components, engine: EngineConfig, device: torch.device, dtyp
         done += ["modulation ahead"] * eager.modulation + ["text ahead"] * eager.text
     if eager.fused_projections and fuse_projections(parts.network, parts.plan):
         done.append("fused projections")
-    if engine.optimize is Optimize.compile:
-        done.append(compile_blocks(parts.network, parts.plan, engine.compile, device))
-    elif eager.prepack and packs(device, dtype):
-        prepack(parts.network)
-        done.append("prepacked linears")
+    blocks = blocks_of(parts.network, parts.plan)
+    compiled = engine.optimize is Optimize.compile
+    if eager.prepack and packs(device, dtype) and not (compiled and engine.compile.freezing):
+        for block in blocks:
+            prepack(block)
+        done += ["prepacked linears"] * bool(blocks)
+    if compiled:
+        done.append(f"blocks {compile_forwards(blocks or [parts.network], engine.compile, device)}")
     if eager.channels_last and _lays_out(device) and channels_last(parts.decoder):
         done.append("channels-last decoder")
     return Optimized(ahead, (f"engine.optimize={engine.optimize.name}: {', '.join(done) or 'nothing here'}",))

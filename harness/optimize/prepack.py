@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from harness.optimize.ahead import Columns, First
 from harness.parallel.parallelize import ColumnLinear
 
 
@@ -25,14 +26,15 @@ class PackedLinear(nn.Module):
         return made
 
 
-def prepack(network: nn.Module) -> None:
-    """Packs a network's linears in place, but those that modulate or are summed over ranks; a GELU behind one goes into
-    its kernel.
+def prepack(module: nn.Module) -> None:
+    """Packs the linears in a module, in place, but those that modulate, are computed beforehand or summed over ranks; a
+    GELU behind one goes into its kernel.
     """
-    for owner in list(network.modules()):
-        for name, child in list(owner.named_children()):
-            if type(child) in (nn.Linear, ColumnLinear):
-                gelu = name == "up" and isinstance(owner._modules.get("activation"), nn.GELU)
-                setattr(owner, name, PackedLinear(child, gelu))
-                if gelu:
-                    owner.activation = nn.Identity()
+    for name, child in list(module.named_children()):
+        if type(child) in (nn.Linear, ColumnLinear):
+            gelu = name == "up" and isinstance(module._modules.get("activation"), nn.GELU)
+            setattr(module, name, PackedLinear(child, gelu))
+            if gelu:
+                module.activation = nn.Identity()
+        elif not isinstance(child, Columns | First):
+            prepack(child)

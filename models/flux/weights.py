@@ -73,7 +73,8 @@ AHEAD = AheadPlan(
         ("blocks.*.text_modulation",),
         ("single_blocks.*.single_modulation",),
         ("head_modulation",),
-    )
+    ),
+    told_as="time_BD",
 )
 CLASS_NAME = "FluxTransformer2DModel"
 DEFAULTS: dict[str, Any] = {  # of diffusers' class, for what a config.json leaves out

@@ -38,7 +38,10 @@ PLAN = ParallelPlan(
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     local_attention=("blocks.*.cross_attention",),
 )
-AHEAD = AheadPlan(read=(("blocks.*.cross_attention.to_k",), ("blocks.*.cross_attention.to_v",)))
+AHEAD = AheadPlan(
+    read=(("blocks.*.cross_attention.to_k",), ("blocks.*.cross_attention.to_v",)),
+    read_as="text_BSD",
+)
 CLASS_NAME = "PixArtTransformer2DModel"
 CLASSES = (CLASS_NAME, "Transformer2DModel")  # the second in older files, which diffusers takes for the first
 SIZES = (

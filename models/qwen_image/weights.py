@@ -52,7 +52,10 @@ PLAN = ParallelPlan(
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.up"),
     row=("blocks.*.to_out", "blocks.*.text_to_out", "blocks.*.down"),
 )
-AHEAD = AheadPlan(told=(("blocks.*.modulation",), ("blocks.*.text_modulation",), ("head_modulation",)))
+AHEAD = AheadPlan(
+    told=(("blocks.*.modulation",), ("blocks.*.text_modulation",), ("head_modulation",)),
+    told_as="time_BD",
+)
 CLASS_NAME = "QwenImageTransformer2DModel"
 DEFAULTS: dict[str, Any] = {  # of diffusers' class, where a file leaves an option out
     "patch_size": 2,

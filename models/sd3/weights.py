@@ -59,7 +59,10 @@ PLAN = ParallelPlan(
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.up"),
     row=("blocks.*.to_out", "blocks.*.text_to_out", "blocks.*.dual_to_out", "blocks.*.down"),
 )
-AHEAD = AheadPlan(told=(("blocks.*.modulation",), ("blocks.*.text_modulation",), ("head_modulation",)))
+AHEAD = AheadPlan(
+    told=(("blocks.*.modulation",), ("blocks.*.text_modulation",), ("head_modulation",)),
+    told_as="time_BD",
+)
 CLASS_NAME = "SD3Transformer2DModel"
 DEFAULTS: dict[str, Any] = {  # of diffusers' class, for what a config.json leaves out
     "sample_size": 128,

@@ -39,7 +39,8 @@ AHEAD = AheadPlan(
     read=(
         ("blocks.*.cross_attention.to_k", "blocks.*.cross_attention.norm_k"),
         ("blocks.*.cross_attention.to_v",),
-    )
+    ),
+    read_as="text_BSD",
 )
 KEEP_FLOAT32 = ("time_in.*", "time_out.*", "*scale_shift_table", "blocks.*.cross_norm.*")
 """Parameters that stay float32 in a bfloat16 network (diffusers' `_keep_in_fp32_modules`)."""

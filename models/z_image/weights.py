@@ -38,7 +38,10 @@ PLAN = ParallelPlan(
     column=("*.attention.to_q", "*.attention.to_k", "*.attention.to_v", "*.feed_forward.gate", "*.feed_forward.up"),
     row=("*.attention.to_out", "*.feed_forward.down"),
 )
-AHEAD = AheadPlan(told=(("noise_refiner.*.modulation",), ("layers.*.modulation",), ("head_modulation",)))
+AHEAD = AheadPlan(
+    told=(("noise_refiner.*.modulation",), ("layers.*.modulation",), ("head_modulation",)),
+    told_as="time_BA",
+)
 CLASS_NAME = "ZImageTransformer2DModel"
 DEFAULTS: dict[str, Any] = {  # of diffusers' class, where a file leaves an option out
     "all_patch_size": (2,),

@@ -3,23 +3,37 @@
 import importlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
+from harness.client import DiffusionGenerator, Generation
 from harness.compose import ConfigError, compose_run
 from harness.fidelity import method_class, reference_config
+from harness.inprocess import InprocessEngine
+from harness.messages import GenerationRequest, RankOutcome, array, decode
 from harness.optimize.ahead import Ahead, Columns
+from harness.optimize.compiled import blocks_of
+from harness.optimize.decoder import channels_last
 from harness.optimize.fuse import fuse_projections
 from harness.optimize.prepack import PackedLinear, prepack
+from harness.parallel.mesh import Place, degrees
+from harness.pipeline.interleave import evaluate
+from harness.serving.build import build_worker
 from models.attention import math_attention
 from models.components import Conditioning
+from models.decoders import KLDecoder
 from models.plan import AheadPlan
-from tests.models.parity import rel_l2
+from tests.models.parity import randomize, rel_l2
 from tests.parallel.networks import TINY
 
 BOUND = 1e-5
 TAUS = [990.0, 700.0, 20.0]
+NEEDS_BFLOAT16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN packs bfloat16 from AVX-512 or AVX-NE-CONVERT on"
+)
 
 
 def ahead_plan(name: str) -> AheadPlan:
@@ -100,14 +114,15 @@ def test_joined_projections_are_the_three(name: str) -> None:
         assert rel_l2(network(*TINY[name].inputs), plain(*TINY[name].inputs)) < BOUND
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=NEEDS_BFLOAT16)])
 @pytest.mark.parametrize("name", list(TINY))
 def test_packed_linears_are_the_plain_ones(name: str, dtype: torch.dtype) -> None:
     """In bfloat16 as near to float32 as the plain network is."""
     latent, tau_B, condition = TINY[name].inputs
     exact = TINY[name].build(math_attention)
     plain, network = TINY[name].build(math_attention, dtype), TINY[name].build(math_attention, dtype)
-    prepack(network)
+    for block in blocks_of(network, TINY[name].plan):
+        prepack(block)
     packed = [module for module in network.modules() if isinstance(module, PackedLinear)]
     assert any(module.activation[0] == "gelu" for module in packed) or name == "z_image"
     low = latent.to(dtype), tau_B, condition.to(dtype)
@@ -117,6 +132,77 @@ def test_packed_linears_are_the_plain_ones(name: str, dtype: torch.dtype) -> Non
             assert rel_l2(mine, theirs) < BOUND
         else:
             assert rel_l2(mine, truth) < 1.2 * rel_l2(theirs, truth)
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm2"])
+def test_a_request_is_drawn_like_without(solver: str) -> None:
+    """Guided pictures of the reference model, by a solver that evaluates between the grid's rows too."""
+    plain, other = (drawn_by(f"scheduler/solver={solver}", f"engine.optimize={how}") for how in ("none", "eager"))
+    for mine, theirs in zip(other.pixels, plain.pixels, strict=True):
+        assert mine.std() > 0.1
+        assert np.abs(mine - theirs).max() < 1e-4
+    (said,) = [note for note in other.record.notes if note.startswith("engine.optimize=eager")]
+    assert "modulation ahead, text ahead, fused projections" in said
+    assert not any(note.startswith("engine.optimize") for note in plain.record.notes)
+    assert other.record.summary.nfe == plain.record.summary.nfe
+
+
+def drawn_by(*overrides: str) -> Generation:
+    process = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
+    asked = ["request.prompts=[rocket,red apple]", "request.steps=3", "request.batch_size=2"]
+    config = compose_run([*process, *asked, *overrides]).config
+    with DiffusionGenerator(config, InprocessEngine(config)) as generator:
+        return generator.generate()
+
+
+def test_requests_at_other_steps_are_drawn_like_alone() -> None:
+    """Step by step in shared forwards, prompts and numbers of steps of their own."""
+    config = compose_run(["engine.optimize=eager", "request.prompt=rocket"]).config
+    worker = build_worker(config, Place(0, degrees(config.parallel)), torch.device("cpu"))
+    asked = [
+        GenerationRequest(prompt, [prompt], steps=steps, guidance=guidance, seed=7, height=32, width=32, latents="last")
+        for prompt, steps, guidance in (("rocket", 4, 3.0), ("a red apple, 3d", 2, 1.0), ("sun", 3, 5.0))
+    ]
+    alone = [latent_of(worker.generate(request, lambda *told: None, lambda: False)) for request in asked]
+    rows: list[int] = []
+    with torch.inference_mode():
+        courses = [worker.course(request, lambda *told: None) for request in asked]
+        while waiting := [(course, course.call) for course in courses if course.call is not None]:
+            outputs = evaluate([call for _, call in waiting], apart=False, count=rows.append)
+            for (course, _), output in zip(waiting, outputs, strict=True):
+                course.advance(output)
+    assert rows == [5, 5, 4, 2]
+    for course, wanted in zip(courses, alone, strict=True):
+        assert rel_l2(latent_of(course.result), wanted) < BOUND
+
+
+def latent_of(frames: list[bytes]) -> Tensor:
+    outcome = decode(frames)
+    assert isinstance(outcome, RankOutcome)
+    assert outcome.failure is None
+    (sample,) = outcome.samples
+    assert sample.latents is not None
+    return torch.from_numpy(array(sample.latents, frames).copy())
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_channels_last_decoder_decodes_the_same(onednn: bool) -> None:
+    vae = AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        sample_size=16,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    ).eval()
+    randomize(vae)
+    decoder, latent = KLDecoder(vae), torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=onednn):
+        plain = decoder(latent)
+        assert channels_last(decoder)
+        assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        assert plain.std() > 0.01
+        torch.testing.assert_close(decoder(latent), plain, rtol=0, atol=1e-5)
 
 
 def test_it_is_declared_and_its_reference_goes_without() -> None:
