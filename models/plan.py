@@ -71,9 +71,11 @@ class AheadPlan:
         told_as: the argument of the blocks that hands it to them.
         read: the same of `read`.
         read_as: likewise.
+        text: the network reads a text.
     """
 
     told: tuple[tuple[str, ...], ...] = ()
     told_as: str = ""
     read: tuple[tuple[str, ...], ...] = ()
     read_as: str = ""
+    text: bool = True

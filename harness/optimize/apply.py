@@ -37,8 +37,9 @@ def optimize(parts: Components, engine: EngineConfig, device: torch.device, dtyp
         return Optimized()
     eager, done, ahead = engine.eager, [], None
     if parts.ahead is not None and (eager.modulation or eager.text):
-        ahead = Ahead(parts.network, parts.ahead, eager.modulation, eager.text)
-        done += ["modulation ahead"] * eager.modulation + ["text ahead"] * eager.text
+        text = eager.text and parts.ahead.text
+        ahead = Ahead(parts.network, parts.ahead, eager.modulation, text)
+        done += ["modulation ahead"] * eager.modulation + ["text ahead"] * text
     if eager.fused_projections and fuse_projections(parts.network, parts.plan):
         done.append("fused projections")
     blocks = blocks_of(parts.network, parts.plan)

@@ -35,6 +35,7 @@ PLAN = ParallelPlan(
 AHEAD = AheadPlan(
     told=(("blocks.*.condition", "blocks.*.modulation"), ("blocks.0.condition", "head_modulation")),
     told_as="time_BE",
+    text=False,
 )
 CLASS_NAME = "DiTTransformer2DModel"
 CLASSES = (CLASS_NAME, "Transformer2DModel")  # the second in older files, which diffusers takes for the first
