@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save
 
 from harness.client import DiffusionGenerator
 from harness.compose import Composed, to_dict
+from harness.config.optimize import Optimize
 from harness.config.schema import DType, EngineConfig, ParallelConfig, RunConfig, Task, TaskConfig
 from harness.config.trained import trained_denoiser
 from harness.engine import RequestFailed
@@ -37,7 +38,14 @@ from harness.serving.transport import EngineGone
 
 STRENGTH = (APPROXIMATE, EQUIVALENT, EXACT)
 FLOAT32 = {DType.float32}
-CODE = ("models", "schedulers", "harness/pipeline", "harness/serving/build.py", "harness/serving/worker.py")
+CODE = (
+    "models",
+    "schedulers",
+    "harness/optimize",
+    "harness/pipeline",
+    "harness/serving/build.py",
+    "harness/serving/worker.py",
+)
 
 
 class Method(NamedTuple):
@@ -58,6 +66,7 @@ METHODS = (
     Method(
         "a peer's own rounding of the state", APPROXIMATE, lambda c: c.engine.name != NATIVE and dtypes(c) != FLOAT32
     ),
+    Method("optimised network", EQUIVALENT, lambda c: c.engine.optimize is not Optimize.none),
     Method("cache-dit", APPROXIMATE, lambda c: c.engine.name == CACHE_DIT),
     Method("free order of additions", EQUIVALENT, lambda c: not c.launch.reproducible),
 )
@@ -179,7 +188,11 @@ def _plain(config: RunConfig) -> RunConfig:
     """A row's request on one rank, without what is measured and without methods that change its arithmetic."""
     found = copy.deepcopy(config)
     found.task = TaskConfig(Task.generate, states=config.task.states)
-    found.engine, found.parallel, found.attention.backend = EngineConfig(), ParallelConfig(), "math"
+    found.engine, found.parallel, found.attention.backend = (
+        EngineConfig(optimize=Optimize.none),
+        ParallelConfig(),
+        "math",
+    )
     found.request.batch_size = 1
     found.model.text.keep, found.model.text.cache_mib = True, None
     return found

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel
-from models.plan import WHOLE, ParallelPlan
+from models.plan import WHOLE, AheadPlan, ParallelPlan
 from models.source import Source
 
 
@@ -29,6 +29,8 @@ class Conditioning:
         pooled: one vector a prompt, (B, P).
         labels: class indices, (B,) int64.
         scale: the guidance scale that a guidance-distilled network is told, (B,) float32.
+        told: what the network makes of time and vectors, (B, ...), where it was made beforehand (AheadNetwork).
+        context: what it makes of the states, (B, S, ...), likewise; it stands in their place, and mask is then its own.
     """
 
     states: Tensor | None = None
@@ -36,6 +38,8 @@ class Conditioning:
     pooled: Tensor | None = None
     labels: Tensor | None = None
     scale: Tensor | None = None
+    told: Tensor | None = None
+    context: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Conditioning:
         """The same with states and pooled vector in the network's dtype."""
@@ -74,17 +78,19 @@ class Conditioning:
 
 
 def _of_one_length(parts: Sequence[Conditioning]) -> list[Conditioning]:
-    lengths = [0 if part.states is None else part.states.shape[1] for part in parts]
+    texts = [part.states if part.context is None else part.context for part in parts]
+    lengths = [0 if text is None else text.shape[1] for text in texts]
     if len(set(lengths)) == 1 and len({part.mask is None for part in parts}) == 1:
         return list(parts)
     padded = []
-    for part, length in zip(parts, lengths, strict=True):
-        if part.states is None:
+    for part, text, length in zip(parts, texts, lengths, strict=True):
+        if text is None:
             raise ValueError("samples with and without text states cannot share a batch")
-        mask = torch.ones(part.states.shape[:2], dtype=torch.bool) if part.mask is None else part.mask
+        mask = torch.ones(text.shape[:2], dtype=torch.bool) if part.mask is None else part.mask
         tail = max(lengths) - length
-        states = F.pad(part.states, (0, 0, 0, tail))
-        padded.append(replace(part, states=states, mask=F.pad(mask.to(states.device), (0, tail))))
+        mask, text = F.pad(mask.to(text.device), (0, tail)), F.pad(text, (0, 0, 0, tail))
+        read = {"states": text} if part.context is None else {"context": text}
+        padded.append(replace(part, mask=mask, **read))
     return padded
 
 
@@ -142,6 +148,7 @@ class Components:
         size_multiple: pixels a token of the network spans on a side.
         guidance: what it makes of request.guidance.
         plan: how the network may be cut over ranks.
+        ahead: what of it can be computed before its evaluations; None where it is no AheadNetwork.
         check_prompt: raises ValueError for a prompt that the model cannot take (no name of a class).
         learned_variance: the network outputs 2 C channels.
         even_sigmas: the published pipeline hands its noise scheduler sigmas from 1 to 1 / n, in place of the
@@ -156,6 +163,7 @@ class Components:
     size_multiple: int
     guidance: GuidanceRule = CLASSIFIER_FREE
     plan: ParallelPlan = WHOLE
+    ahead: AheadPlan | None = None
     check_prompt: Callable[[str], None] = lambda prompt: None
     learned_variance: bool = False
     even_sigmas: bool = False
@@ -176,6 +184,35 @@ class Denoiser(Protocol):
         Returns:
             The raw output of the same spatial shape, with C channels, or 2 C where it learned a variance too.
         """
+
+
+class AheadNetwork(Denoiser, Protocol):
+    """A network that can be told beforehand what stays the same between evaluations; every transformer here is one."""
+
+    def tell(self, latent: Tensor, tau_B: Tensor, condition: Conditioning, /) -> Tensor:
+        """What its blocks are told of time and vectors, (B, ...): Conditioning.told, where no chains go on.
+
+        Args:
+            latent: of any number of samples; only their shape and dtype are read.
+            tau_B: as in an evaluation.
+            condition: as in an evaluation; text is not read.
+        """
+
+    def read(self, condition: Conditioning, /) -> Conditioning:
+        """The same with context in place of states."""
+
+
+def told_of(network: AheadNetwork, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+    """What a network's blocks are told in an evaluation: what was made beforehand, or else its own `tell`."""
+    return network.tell(latent, tau_B, condition) if condition.told is None else condition.told
+
+
+def text_of(network: AheadNetwork, condition: Conditioning) -> tuple[Tensor, Tensor | None]:
+    """The text that a network's blocks take up, (B, S, ...), and its mask: made beforehand, or by its own `read`."""
+    read = network.read(condition) if condition.context is None else condition
+    if read.context is None:
+        raise ValueError("this network reads no text")
+    return read.context, read.mask
 
 
 class PromptEncoder(Protocol):

@@ -118,6 +118,17 @@ def unpatchify(y_BLP: Tensor, height: int, width: int, patch: int) -> Tensor:
     return y.permute(0, 5, 1, 3, 2, 4).reshape(len(y), -1, height * patch, width * patch)
 
 
+class Modulation(nn.Linear):
+    """What a block is told of the time, (B, C), to shifts, scales and gates, (B, 1, M): one linear, of its SiLU."""
+
+    def __init__(self, width: int, out: int, silu: bool = True) -> None:
+        super().__init__(width, out)
+        self.silu = silu
+
+    def forward(self, told_BC: Tensor) -> Tensor:
+        return super().forward(F.silu(told_BC) if self.silu else told_BC)[:, None]
+
+
 class Embedder(nn.Module):
     """One vector a sample to the network's width: linear, SiLU, linear."""
 
@@ -130,7 +141,25 @@ class Embedder(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x_BE)))
 
 
-class Heads(nn.Module):
+class Projections(nn.Module):
+    """The linears to queries, keys and values; one that joins them can be put in their place (`to_qkv`)."""
+
+    def __init__(self, width: int, bias: bool = True) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(width, width, bias)
+        self.to_k = nn.Linear(width, width, bias)
+        self.to_v = nn.Linear(width, width, bias)
+        self.to_qkv: nn.Module | None = None
+
+    def qkv(self, x_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the same tokens, (B, L, H E) each."""
+        if self.to_qkv is None:
+            return self.to_q(x_BLC), self.to_k(x_BLC), self.to_v(x_BLC)
+        q, k, v = self.to_qkv(x_BLC).chunk(3, dim=-1)
+        return q, k, v
+
+
+class Heads(Projections):
     """Queries, keys and values of one stream of tokens.
 
     Args:
@@ -140,54 +169,49 @@ class Heads(nn.Module):
     """
 
     def __init__(self, width: int, head_channels: int, norm: bool = True) -> None:
-        super().__init__()
+        super().__init__(width)
         self.head_channels = head_channels
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
         self.norm_q = nn.RMSNorm(head_channels, eps=1e-6) if norm else nn.Identity()
         self.norm_k = nn.RMSNorm(head_channels, eps=1e-6) if norm else nn.Identity()
 
     def forward(self, x_BLC: Tensor, rope_2LF: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, (B, L, H, E) each; q and k turned by rope_2LF where there are rotary positions."""
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_channels)) for y in (self.to_q(x_BLC), self.to_k(x_BLC), self.to_v(x_BLC))
-        )
+        q, k, v = (y.unflatten(-1, (-1, self.head_channels)) for y in self.qkv(x_BLC))
         q, k = self.norm_q(q), self.norm_k(k)
         if rope_2LF is not None:
             q, k = rotate(q, rope_2LF), rotate(k, rope_2LF)
         return q, k, v
 
 
-class Attention(nn.Module):
+class Attention(Projections):
     """Multi-head attention of tokens x_BLC to a context_BSC (or to themselves), the kernel handed in."""
 
     def __init__(self, width: int, heads: int, kernel: AttentionKernel) -> None:
-        super().__init__()
+        super().__init__(width)
         self.head_channels = width // heads
         self.kernel = kernel
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x_BLC: Tensor, context_BSC: Tensor | None = None, mask_BS: Tensor | None = None) -> Tensor:
-        context_BSC = x_BLC if context_BSC is None else context_BSC
-        q, k, v = self.to_q(x_BLC), self.to_k(context_BSC), self.to_v(context_BSC)
-        q_BLHE, k_BSHE, v_BSHE = (y.unflatten(-1, (-1, self.head_channels)) for y in (q, k, v))
+        if context_BSC is None:
+            qkv = self.qkv(x_BLC)
+        else:
+            qkv = self.to_q(x_BLC), self.to_k(context_BSC), self.to_v(context_BSC)
+        q_BLHE, k_BSHE, v_BSHE = (y.unflatten(-1, (-1, self.head_channels)) for y in qkv)
         return self.to_out(self.kernel(q_BLHE, k_BSHE, v_BSHE, mask_BS).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """Two linears four times as wide in between, GELU (tanh form)."""
+    """Two linears, GELU (tanh form) in between; four times as wide there where `hidden` says nothing."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int | None = None) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = nn.Linear(width, hidden or 4 * width)
+        self.activation = nn.GELU("tanh")
+        self.down = nn.Linear(hidden or 4 * width, width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLC), approximate="tanh"))
+        return self.down(self.activation(self.up(x_BLC)))
 
 
 class JointBlock(nn.Module):
@@ -200,8 +224,8 @@ class JointBlock(nn.Module):
     def __init__(self, width: int, head_channels: int, kernel: AttentionKernel) -> None:
         super().__init__()
         self.kernel = kernel
-        self.modulation = nn.Linear(width, 6 * width)
-        self.text_modulation = nn.Linear(width, 6 * width)
+        self.modulation = Modulation(width, 6 * width)
+        self.text_modulation = Modulation(width, 6 * width)
         self.heads = Heads(width, head_channels)
         self.text_heads = Heads(width, head_channels)
         self.to_out = nn.Linear(width, width)
@@ -219,10 +243,9 @@ class JointBlock(nn.Module):
         mask_BS: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         x, text = x_BLD, text_BSD
-        told_B1D = F.silu(time_BD)[:, None]
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(told_B1D).chunk(6, dim=-1)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(time_BD).chunk(6, dim=-1)
         of_x = self.heads(modulate(plain_norm(x), shift_a, scale_a), rope_2LF)
-        t_shift_a, t_scale_a, t_gate_a, t_shift_f, t_scale_f, t_gate_f = self.text_modulation(told_B1D).chunk(6, dim=-1)
+        t_shift_a, t_scale_a, t_gate_a, t_shift_f, t_scale_f, t_gate_f = self.text_modulation(time_BD).chunk(6, dim=-1)
         of_text = self.text_heads(modulate(plain_norm(text), t_shift_a, t_scale_a), text_rope_2SF)
         q, k, v = (torch.cat(both, dim=1) for both in zip(of_text, of_x, strict=True))
         mask_BJ = None if mask_BS is None else F.pad(mask_BS, (0, x.shape[1]), value=True)

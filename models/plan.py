@@ -1,4 +1,6 @@
-"""How a network may be cut over ranks, as data that its folder states and `harness.parallel` applies from outside."""
+"""How a network may be cut over ranks, and what of it computed beforehand: data that its folder states, and that
+`harness.parallel` and `harness.optimize` apply from outside.
+"""
 
 from __future__ import annotations
 
@@ -55,3 +57,25 @@ class ParallelPlan:
 
 WHOLE = ParallelPlan()
 """Of a network that is not cut."""
+
+
+@dataclass(frozen=True)
+class AheadPlan:
+    """Modules of an AheadNetwork whose outputs depend on its `tell`, or on its `read`, alone.
+
+    A chain is the names of modules that feed one another, the first of them fed what was told (and the class labels,
+    where there are any) or read. They share one `*`, the number of a block.
+
+    Args:
+        told: chains that nothing but `tell` feeds; together they must take all that is made of it.
+        told_as: the argument of the blocks that hands it to them.
+        read: the same of `read`.
+        read_as: likewise.
+        text: the network reads a text.
+    """
+
+    told: tuple[tuple[str, ...], ...] = ()
+    told_as: str = ""
+    read: tuple[tuple[str, ...], ...] = ()
+    read_as: str = ""
+    text: bool = True

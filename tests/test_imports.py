@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("schedulers", "models"),
     ("harness.parallel",),
+    ("harness.optimize",),
     ("harness.pipeline",),
     ("harness.peer",),
     ("harness.serving",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from harness.config.optimize import CompileConfig, EagerConfig, Optimize
 from harness.config.plan import HardwareConfig, PlanConfig
 from harness.config.serve import LoadConfig, ServeConfig
 from harness.config.train import TrainConfig
@@ -291,6 +292,9 @@ class EngineConfig:
 
     name: str = "native"  # or diffusers: the checkpoint's own pipeline there, one rank, measured by the same code;
     # cache_dit: that pipeline with its blocks cached
+    optimize: Optimize = Optimize.none  # none, eager, compile; of diffusers: none, compile
+    eager: EagerConfig = field(default_factory=EagerConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
     cache: BlockCacheConfig = field(default_factory=BlockCacheConfig)
 
 

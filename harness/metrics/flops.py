@@ -6,6 +6,7 @@ torch.utils.flop_counter. What a rank does is counted, padding and repeated work
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,10 @@ class Unnamed:
 @contextmanager
 def counted(add: Callable[[int], None]) -> Iterator[None]:
     """Counts what is computed while it lasts; slower than without, so nothing is timed meanwhile."""
-    mapping: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    mapping: dict[Any, Any] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        torch.ops.mkldnn._linear_pointwise: _linear,
+    }
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     counter.mod_tracker = Unnamed()  # type: ignore[assignment]
     with counter:
@@ -50,6 +54,12 @@ def _attention(q_BHLD: Any, k_BHSD: Any, v_BHSE: Any, *rest: Any, out_shape: Any
     batch, heads, queries, width = q_BHLD
     keys, out_width = k_BHSD[2], v_BHSE[3]
     found: int = 2 * batch * heads * queries * keys * (width + out_width)
+    return found
+
+
+def _linear(x_BLC: Any, weight_NC: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
+    """Of shapes: a linear of the last dimension."""
+    found: int = 2 * math.prod(x_BLC) * weight_NC[0]
     return found
 
 

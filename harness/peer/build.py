@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
 from harness.config.trained import PUBLISHED_FAMILY
 from harness.messages import GenerationRequest
+from harness.optimize.compiled import compile_forwards
 from harness.peer.cache import BlockCache
 from harness.peer.denoise import NoisePreparation, PeerDenoising
 from harness.peer.family import PeerLoader, PeerModel
@@ -100,6 +102,10 @@ def peer_stages(
         make_slot = own_slot(noise_scheduler, scales, steps)
     model = load_peer(architecture, source, parts)
     cache = BlockCache(model, config.engine.cache) if config.engine.name == CACHE_DIT else None
+    notes = []
+    if config.engine.optimize is Optimize.compile:
+        how = compile_forwards([model.network], config.engine.compile, source.device)
+        notes.append(f"engine.optimize=compile: diffusers' network {how}")
     return PeerStages(
         PeerValidation(limits, noise_scheduler, model),
         [
@@ -115,6 +121,7 @@ def peer_stages(
                 parts.size_multiple,
                 own_draws=published,
                 cache=cache,
+                notes=notes,
             ),
             Decoding(model.decode),
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 
@@ -57,6 +58,7 @@ class PeerDenoising:
         size_multiple: pixels a token of the network spans on a side.
         own_draws: the noise of steps is diffusers' own.
         cache: of the network's blocks.
+        notes: for the record of every request.
     """
 
     name = "denoising"
@@ -73,6 +75,7 @@ class PeerDenoising:
         size_multiple: int,
         own_draws: bool,
         cache: BlockCache | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.make_slot = make_slot
@@ -82,8 +85,10 @@ class PeerDenoising:
         self.size_multiple = size_multiple
         self.own_draws = own_draws
         self.cache = cache
+        self.notes = notes
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        run.notes.extend(self.notes)
         batches = micro_batches(samples, run.batch_size)
         total = sum(written(batch[0].grid).steps for batch in batches)
         for batch in batches:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from harness.optimize.ahead import Ahead
 from harness.parallel.group import Group
 from harness.pipeline.guidance import Branches
 from harness.pipeline.latents import step_noise
 from harness.pipeline.state import RunContext, Sample, micro_batches, written
 from models.components import CLASSIFIER_FREE, GuidanceRule
-from schedulers.grid import Point
+from schedulers.grid import Grid, Point
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Estimate
 from schedulers.solvers.base import Denoise, Memory, Noise
@@ -25,6 +28,8 @@ class Denoising:
         noise_scheduler: solver and prediction.
         rule: how the checkpoint is guided.
         cfg: the ranks of the guidance branches; None for this rank alone.
+        ahead: computes what evaluations share beforehand; None where each computes all.
+        notes: for the record of every request.
     """
 
     name = "denoising"
@@ -38,14 +43,19 @@ class Denoising:
         noise_scheduler: NoiseScheduler,
         rule: GuidanceRule = CLASSIFIER_FREE,
         cfg: Group | None = None,
+        ahead: Ahead | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.network = network
         self.dtype = dtype
         self.noise_scheduler = noise_scheduler
         self.rule = rule
         self.cfg = cfg
+        self.ahead = ahead
+        self.notes = notes
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        run.notes.extend(self.notes)
         batches = micro_batches(samples, run.batch_size)
         total = sum(written(batch[0].grid).steps for batch in batches)
         for batch in batches:
@@ -54,7 +64,7 @@ class Denoising:
     def _denoise(self, batch: list[Sample], run: RunContext, total: int) -> None:
         grid = written(batch[0].grid)
         x = torch.stack([written(sample.start) for sample in batch])
-        denoise, memory, noise = self._network_call(batch, run), Memory(), _noise(batch, x)
+        denoise, memory, noise = self._network_call(batch, run, grid), Memory(), _noise(batch, x)
         for i in range(grid.steps):
             run.check_cancelled()
             with run.clock.step():
@@ -66,16 +76,18 @@ class Denoising:
         for sample, latent in zip(batch, x, strict=True):
             sample.latent = latent
 
-    def _network_call(self, batch: list[Sample], run: RunContext) -> Denoise:
+    def _network_call(self, batch: list[Sample], run: RunContext, grid: Grid) -> Denoise:
         """The network as a solver sees it: (x, point) to an Estimate, guidance applied to the raw output."""
         branches = Branches(batch, self.rule, self.cfg)
         condition = branches.condition.to(self.dtype)
+        told = None if self.ahead is None else self.ahead.request(condition, grid.tau[:-1].tolist())
 
         def denoise(x: Tensor, point: Point) -> Estimate:
             fed = branches.spread(x * point.c_in).to(self.dtype)
             tau_B = torch.full((len(fed),), point.tau, dtype=torch.float32, device=fed.device)
             with run.clock.network("denoiser"):
-                output = run.evaluate(self.network, fed, tau_B, condition)
+                now = condition if told is None else told.at(fed, point.tau)
+                output = run.evaluate(self.network, fed, tau_B, now)
             return self.noise_scheduler.prediction.estimate(branches.combine(output.float()), x, point)
 
         return denoise

@@ -16,6 +16,7 @@ from harness.messages import GenerationRequest, LoadedComponent
 from harness.metrics.cuda import CudaMemory, synchronizer
 from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
+from harness.optimize.apply import optimize
 from harness.parallel.connect import Axes, connect, one_rank
 from harness.parallel.legal import check_layout
 from harness.parallel.mesh import Place
@@ -210,7 +211,8 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     noise_scheduler = noise_scheduler_of(config, source, parts)
     text = TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
     dtype = source.dtype_of(source.denoiser)
-    denoising = Denoising(parts.network, dtype, noise_scheduler, parts.guidance, axes.cfg)
+    made = optimize(parts, config.engine, source.device, dtype)
+    denoising = Denoising(parts.network, dtype, noise_scheduler, parts.guidance, axes.cfg, made.ahead, made.notes)
     decoding = Decoding(parallel_decoder(parts.decoder, axes.picture, config.parallel.decode))
 
     def homed(stage: Stage, part: object) -> Stage:

@@ -8,7 +8,7 @@ from models.components import Components, GuidanceRule, LatentSpace
 from models.decoders import load_kl_decoder
 from models.dit.network import DiT
 from models.dit.prompts import ClassLabels, read_names
-from models.dit.weights import NAMES, PLAN, read_config
+from models.dit.weights import AHEAD, NAMES, PLAN, read_config
 from models.source import Source
 
 
@@ -36,6 +36,7 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         load_prompts=lambda: labels,
         decoder=decoder,
         plan=PLAN,
+        ahead=AHEAD,
         latent=LatentSpace(config.in_channels, decoder.stride),
         size_multiple=decoder.stride * config.patch,
         guidance=GuidanceRule(channels=config.in_channels),

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.components import Conditioning
+from models.components import Conditioning, told_of
 from models.layers import (
     Attention,
     FeedForward,
+    Modulation,
     modulate,
     plain_norm,
     sincos_positions_2d,
@@ -83,13 +84,13 @@ class Block(nn.Module):
         width = config.width
         self.norm_eps = config.norm_eps
         self.condition = ClassAndTime(config)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = Modulation(width, 6 * width)
         self.self_attention = Attention(width, config.heads, kernel)
         self.feed_forward = FeedForward(width)
 
     def forward(self, x_BLD: Tensor, time_BE: Tensor, labels_B: Tensor) -> Tensor:
-        modulation_B6D = self.modulation(F.silu(self.condition(time_BE, labels_B))).unflatten(-1, (6, -1))
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation_B6D.unsqueeze(2).unbind(1)
+        modulation_B1M = self.modulation(self.condition(time_BE, labels_B))
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation_B1M.chunk(6, dim=-1)
         x = x_BLD
         x = x + gate_a * self.self_attention(modulate(plain_norm(x), shift_a, scale_a))
         return x + gate_f * self.feed_forward(modulate(plain_norm(x, self.norm_eps), shift_f, scale_f))
@@ -112,7 +113,7 @@ class DiT(nn.Module):
         self.config = config
         self.patch_embed = nn.Conv2d(config.in_channels, width, kernel_size=config.patch, stride=config.patch)
         self.blocks = nn.ModuleList([Block(config, kernel) for _ in range(config.depth)])
-        self.head_modulation = nn.Linear(width, 2 * width)
+        self.head_modulation = Modulation(width, 2 * width)
         self.project_out = nn.Linear(width, config.patch**2 * config.out_channels)
 
     def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
@@ -128,10 +129,18 @@ class DiT(nn.Module):
         x_BLD = self.patch_embed(latent_BCHW).flatten(2).transpose(1, 2)
         base = self.config.sample_size // self.config.patch
         x_BLD = x_BLD + sincos_positions_2d(height, width, self.config.width, base).to(x_BLD)
-        time_BE = timestep_embedding(tau_B, TIME_CHANNELS, freq_shift=1).to(x_BLD.dtype)
+        time_BE = told_of(self, latent_BCHW, tau_B, condition)
         for block in self.blocks:
             x_BLD = block(x_BLD, time_BE, labels_B)
         condition_BD = self.blocks[0].get_submodule("condition")(time_BE, labels_B)  # the head has none of its own
-        shift, scale = self.head_modulation(F.silu(condition_BD)).unflatten(-1, (2, -1)).unsqueeze(2).unbind(1)
+        shift, scale = self.head_modulation(condition_BD).chunk(2, dim=-1)
         y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
         return unpatchify(y_BLP, height, width, self.config.patch)
+
+    def tell(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """The sinusoids of the time (models.components.AheadNetwork)."""
+        return timestep_embedding(tau_B, TIME_CHANNELS, freq_shift=1).to(latent_BCHW.dtype)
+
+    def read(self, condition: Conditioning) -> Conditioning:
+        """There is no text."""
+        return condition

@@ -7,7 +7,7 @@ from pathlib import Path
 from models.dit.network import DiTConfig
 from models.files import CheckpointError, network_config, refuse_options, refuse_sizes
 from models.names import NameMap
-from models.plan import ParallelPlan, Stack
+from models.plan import AheadPlan, ParallelPlan, Stack
 
 NAMES = NameMap(  # diffusers' DiTTransformer2DModel on the left, this network on the right
     (
@@ -31,6 +31,11 @@ PLAN = ParallelPlan(
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     called_outside=("blocks.0.condition",),
+)
+AHEAD = AheadPlan(
+    told=(("blocks.*.condition", "blocks.*.modulation"), ("blocks.0.condition", "head_modulation")),
+    told_as="time_BE",
+    text=False,
 )
 CLASS_NAME = "DiTTransformer2DModel"
 CLASSES = (CLASS_NAME, "Transformer2DModel")  # the second in older files, which diffusers takes for the first

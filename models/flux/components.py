@@ -10,7 +10,7 @@ from models.components import Components, GuidanceRule, LatentSpace
 from models.decoders import load_kl_decoder
 from models.flux.network import PATCH, Flux
 from models.flux.prompts import load_flux_prompts
-from models.flux.weights import NAMES, PLAN, read_config
+from models.flux.weights import AHEAD, NAMES, PLAN, read_config
 from models.source import Source
 
 
@@ -36,6 +36,7 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         load_prompts=partial(load_flux_prompts, source),
         decoder=decoder,
         plan=PLAN,
+        ahead=AHEAD,
         latent=LatentSpace(decoder.latent_channels, decoder.stride),
         size_multiple=decoder.stride * PATCH,
         guidance=GuidanceRule(embedded=network.config.guidance),

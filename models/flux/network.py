@@ -11,15 +11,15 @@ heads, E channels a head, F = E / 2 rotary angles, T text channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.components import Conditioning
-from models.layers import Embedder, Heads, JointBlock, kept, modulate, plain_norm, timestep_embedding
+from models.components import Conditioning, text_of, told_of
+from models.layers import Embedder, Heads, JointBlock, Modulation, kept, modulate, plain_norm, timestep_embedding
 
 TIME_CHANNELS = 256
 PATCH = 2  # a token is PATCH x PATCH latent pixels
@@ -65,16 +65,17 @@ class SingleBlock(nn.Module):
         super().__init__()
         width = config.width
         self.kernel = kernel
-        self.single_modulation = nn.Linear(width, 3 * width)
+        self.single_modulation = Modulation(width, 3 * width)
         self.heads = Heads(width, config.head_channels)
         self.up = nn.Linear(width, 4 * width)
+        self.activation = nn.GELU("tanh")
         self.project_out = nn.Linear(5 * width, width)
 
     def forward(self, x_BLD: Tensor, time_BD: Tensor, rope_2LF: Tensor) -> Tensor:
-        shift, scale, gate = self.single_modulation(F.silu(time_BD)[:, None]).chunk(3, dim=-1)
+        shift, scale, gate = self.single_modulation(time_BD).chunk(3, dim=-1)
         told = modulate(plain_norm(x_BLD), shift, scale)
         seen = self.kernel(*self.heads(told, rope_2LF)).flatten(2)
-        fed = F.gelu(self.up(told), approximate="tanh")
+        fed = self.activation(self.up(told))
         return x_BLD + gate * self.project_out(torch.cat([seen, fed], dim=-1))
 
 
@@ -101,7 +102,7 @@ class Flux(nn.Module):
             [JointBlock(config.width, config.head_channels, kernel) for _ in range(config.depth)]
         )
         self.single_blocks = nn.ModuleList([SingleBlock(config, kernel) for _ in range(config.single_depth)])
-        self.head_modulation = nn.Linear(width, 2 * width)
+        self.head_modulation = Modulation(width, 2 * width)
         self.project_out = nn.Linear(width, patch_channels)
 
     def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
@@ -113,8 +114,8 @@ class Flux(nn.Module):
         if condition.mask is not None:
             raise ValueError("FLUX attends to every text token, padding too; its conditioning takes no mask")
         height, width = (side // PATCH for side in latent_BCHW.shape[-2:])
-        text_BSD = self.text_in(condition.text())
-        time_BD = self._told(tau_B, condition)
+        text_BSD, _ = text_of(self, condition)
+        time_BD = told_of(self, latent_BCHW, tau_B, condition)
         x_BLD = self.image_in(F.pixel_unshuffle(latent_BCHW, PATCH).flatten(2).transpose(1, 2))
         text_tokens = text_BSD.shape[1]
         rope_2LF = rotary_positions(text_tokens, height, width, self.config.axes, latent_BCHW.device)
@@ -123,12 +124,12 @@ class Flux(nn.Module):
         x_BLD = torch.cat([text_BSD, x_BLD], dim=1)
         for block in self.single_blocks:
             x_BLD = block(x_BLD, time_BD, rope_2LF)
-        scale, shift = self.head_modulation(F.silu(time_BD)[:, None]).chunk(2, dim=-1)
+        scale, shift = self.head_modulation(time_BD).chunk(2, dim=-1)
         y_BLP = self.project_out(modulate(plain_norm(x_BLD[:, text_tokens:]), shift, scale))
         return F.pixel_shuffle(y_BLP.transpose(1, 2).unflatten(2, (height, width)), PATCH)
 
-    def _told(self, tau_B: Tensor, condition: Conditioning) -> Tensor:
-        """The vector that modulates every block: time, guidance scale and pooled text.
+    def tell(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """Time, guidance scale and pooled text as one vector (models.components.AheadNetwork).
 
         In bfloat16 diffusers rounds tau and the scale to 8 bits before it takes their sines; here both are float32 up
         to the sines, so that near times stay apart.
@@ -140,6 +141,10 @@ class Flux(nn.Module):
                 raise ValueError("this network is told the guidance scale, and its conditioning has none")
             time_BD = time_BD + self.guidance(timestep_embedding(1000 * condition.scale, TIME_CHANNELS).to(pooled_BP))
         return time_BD + self.pooled(pooled_BP)
+
+    def read(self, condition: Conditioning) -> Conditioning:
+        """The text in the network's width (models.components.AheadNetwork)."""
+        return replace(condition, states=None, context=self.text_in(condition.text()))
 
 
 @kept

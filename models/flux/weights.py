@@ -8,7 +8,7 @@ from typing import Any
 from models.files import CheckpointError, network_config, refuse_sizes, rotary_axes
 from models.flux.network import PATCH, FluxConfig
 from models.names import NameMap
-from models.plan import ParallelPlan, Stack
+from models.plan import AheadPlan, ParallelPlan, Stack
 
 NAMES = NameMap(  # diffusers' FluxTransformer2DModel on the left, this network on the right
     (
@@ -66,6 +66,15 @@ PLAN = ParallelPlan(
     ),
     row=("blocks.*.to_out", "blocks.*.text_to_out", "blocks.*.down"),
     joined_rows={"single_blocks.*.project_out": (1, 4)},  # attention, feed-forward
+)
+AHEAD = AheadPlan(
+    told=(
+        ("blocks.*.modulation",),
+        ("blocks.*.text_modulation",),
+        ("single_blocks.*.single_modulation",),
+        ("head_modulation",),
+    ),
+    told_as="time_BD",
 )
 CLASS_NAME = "FluxTransformer2DModel"
 DEFAULTS: dict[str, Any] = {  # of diffusers' class, for what a config.json leaves out

@@ -10,7 +10,7 @@ from models.checkpoint import load_network
 from models.components import Components, GuidanceRule, LatentSpace
 from models.decoders import load_kl_decoder
 from models.pixart.network import PixArt
-from models.pixart.weights import NAMES, PLAN, read_config
+from models.pixart.weights import AHEAD, NAMES, PLAN, read_config
 from models.source import Source
 from models.text.t5 import load_t5_prompts
 
@@ -40,6 +40,7 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         load_prompts=partial(load_t5_prompts, source, lowercase=True),
         decoder=decoder,
         plan=PLAN,
+        ahead=AHEAD,
         latent=LatentSpace(config.in_channels, decoder.stride),
         size_multiple=decoder.stride * config.patch,
         guidance=GuidanceRule(channels=config.in_channels if learned_variance else None),

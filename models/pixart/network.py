@@ -9,14 +9,14 @@ channels, E sinusoids, F a third of the width, P outputs a patch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.components import Conditioning
+from models.components import Conditioning, text_of, told_of
 from models.layers import (
     Attention,
     FeedForward,
@@ -141,21 +141,32 @@ class PixArt(nn.Module):
         Raises:
             ValueError: no text states.
         """
-        text_BST, text_mask_BS = condition.text(), condition.mask
+        text_BSD, text_mask_BS = text_of(self, condition)
         height, width = (side // self.config.patch for side in latent_BCHW.shape[-2:])
         x_BLD = self.patch_embed(latent_BCHW).flatten(2).transpose(1, 2)
         base = self.config.sample_size // self.config.patch
         x_BLD = x_BLD + sincos_positions_2d(height, width, self.config.width, base, self.config.position_scale).to(
             x_BLD
         )
-        time_BD = self.time_out(F.silu(self.time_in(timestep_embedding(tau_B, TIME_CHANNELS).to(x_BLD.dtype))))
+        told_B7D = told_of(self, latent_BCHW, tau_B, condition)
+        modulation_B6D, time_B1D = told_B7D.split([6, 1], dim=1)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, modulation_B6D, text_BSD, text_mask_BS)
+        shift, scale = (self.scale_shift_table + time_B1D).unsqueeze(2).unbind(1)
+        y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
+        return unpatchify(y_BLP, height, width, self.config.patch)
+
+    def tell(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """The modulation that all blocks share, and the time (models.components.AheadNetwork)."""
+        sines_BE = timestep_embedding(tau_B, TIME_CHANNELS).to(latent_BCHW.dtype)
+        time_BD = self.time_out(F.silu(self.time_in(sines_BE)))
         if self.size is not None:
             pixels = [side * self.config.stride for side in latent_BCHW.shape[-2:]]
             time_BD = time_BD + self.size(*pixels, time_BD)
         modulation_B6D = self.time_modulation(F.silu(time_BD)).unflatten(-1, (6, -1))
-        text_BSD = self.text_out(F.gelu(self.text_in(text_BST), approximate="tanh"))
-        for block in self.blocks:
-            x_BLD = block(x_BLD, modulation_B6D, text_BSD, text_mask_BS)
-        shift, scale = (self.scale_shift_table + time_BD[:, None]).unsqueeze(2).unbind(1)
-        y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
-        return unpatchify(y_BLP, height, width, self.config.patch)
+        return torch.cat([modulation_B6D, time_BD[:, None]], dim=1)
+
+    def read(self, condition: Conditioning) -> Conditioning:
+        """The text in the network's width (models.components.AheadNetwork)."""
+        text_BSD = self.text_out(F.gelu(self.text_in(condition.text()), approximate="tanh"))
+        return replace(condition, states=None, context=text_BSD)

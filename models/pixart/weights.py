@@ -8,7 +8,7 @@ from typing import Any
 from models.files import CheckpointError, network_config, refuse_options, refuse_sizes
 from models.names import NameMap
 from models.pixart.network import PixArtConfig
-from models.plan import ParallelPlan, Stack
+from models.plan import AheadPlan, ParallelPlan, Stack
 
 NAMES = NameMap(  # diffusers' PixArtTransformer2DModel on the left, this network on the right
     (
@@ -37,6 +37,10 @@ PLAN = ParallelPlan(
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     local_attention=("blocks.*.cross_attention",),
+)
+AHEAD = AheadPlan(
+    read=(("blocks.*.cross_attention.to_k",), ("blocks.*.cross_attention.to_v",)),
+    read_as="text_BSD",
 )
 CLASS_NAME = "PixArtTransformer2DModel"
 CLASSES = (CLASS_NAME, "Transformer2DModel")  # the second in older files, which diffusers takes for the first

@@ -2,6 +2,6 @@
 
 from models.qwen_image.components import load_denoiser
 from models.qwen_image.network import QwenImage, QwenImageConfig
-from models.qwen_image.weights import NAMES, PLAN, read_config
+from models.qwen_image.weights import AHEAD, NAMES, PLAN, read_config
 
-__all__ = ["NAMES", "PLAN", "QwenImage", "QwenImageConfig", "load_denoiser", "read_config"]
+__all__ = ["AHEAD", "NAMES", "PLAN", "QwenImage", "QwenImageConfig", "load_denoiser", "read_config"]

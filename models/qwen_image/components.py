@@ -10,7 +10,7 @@ from models.components import Components, GuidanceRule, LatentSpace
 from models.qwen_image.decoder import load_qwen_image_decoder
 from models.qwen_image.network import PATCH, QwenImage
 from models.qwen_image.prompts import load_qwen_image_prompts
-from models.qwen_image.weights import NAMES, PLAN, read_config
+from models.qwen_image.weights import AHEAD, NAMES, PLAN, read_config
 from models.source import Source
 
 
@@ -36,6 +36,7 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         load_prompts=partial(load_qwen_image_prompts, source),
         decoder=decoder,
         plan=PLAN,
+        ahead=AHEAD,
         latent=LatentSpace(decoder.latent_channels, decoder.stride),
         size_multiple=decoder.stride * PATCH,
         guidance=GuidanceRule(token_norm=PATCH),

@@ -10,15 +10,24 @@ width, E channels a head, F = E / 2 rotary angles, P outputs a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.components import Conditioning
-from models.layers import Embedder, JointBlock, kept, modulate, plain_norm, rotary_angles, timestep_embedding
+from models.components import Conditioning, text_of, told_of
+from models.layers import (
+    Embedder,
+    JointBlock,
+    Modulation,
+    kept,
+    modulate,
+    plain_norm,
+    rotary_angles,
+    timestep_embedding,
+)
 
 TIME_CHANNELS = 256
 PATCH = 2  # a token is PATCH x PATCH latent pixels
@@ -72,7 +81,7 @@ class QwenImage(nn.Module):
         self.blocks = nn.ModuleList(
             [JointBlock(config.width, config.head_channels, kernel) for _ in range(config.depth)]
         )
-        self.head_modulation = nn.Linear(width, 2 * width)
+        self.head_modulation = Modulation(width, 2 * width)
         self.project_out = nn.Linear(width, token_channels)
 
     def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
@@ -82,18 +91,26 @@ class QwenImage(nn.Module):
             ValueError: no text states.
         """
         height, width = (side // PATCH for side in latent_BCHW.shape[-2:])
-        text_BSD = self.text_in(self.text_norm(condition.text()))
+        text_BSD, mask_BS = text_of(self, condition)
         x_BLD = self.image_in(F.pixel_unshuffle(latent_BCHW, PATCH).flatten(2).transpose(1, 2))
-        # as diffusers rounds in float32; in bfloat16 it cuts tau itself to 8 bits, which is not followed
-        time_BD = self.time(timestep_embedding(tau_B / 1000, TIME_CHANNELS, scale=1000.0).to(x_BLD.dtype))
+        time_BD = told_of(self, latent_BCHW, tau_B, condition)
         axes, device = self.config.axes, latent_BCHW.device
         rope_2LF = image_rope(height, width, axes, device)
         text_rope_2SF = text_rope(max(height // 2, width // 2), text_BSD.shape[1], axes, device)
         for block in self.blocks:
-            x_BLD, text_BSD = block(x_BLD, text_BSD, time_BD, rope_2LF, text_rope_2SF, condition.mask)
-        scale, shift = self.head_modulation(F.silu(time_BD)[:, None]).chunk(2, dim=-1)
+            x_BLD, text_BSD = block(x_BLD, text_BSD, time_BD, rope_2LF, text_rope_2SF, mask_BS)
+        scale, shift = self.head_modulation(time_BD).chunk(2, dim=-1)
         y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
         return F.pixel_shuffle(y_BLP.transpose(1, 2).unflatten(2, (height, width)), PATCH)
+
+    def tell(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """The time as a vector (models.components.AheadNetwork)."""
+        # as diffusers rounds in float32; in bfloat16 it cuts tau itself to 8 bits, which is not followed
+        return self.time(timestep_embedding(tau_B / 1000, TIME_CHANNELS, scale=1000.0).to(latent_BCHW.dtype))
+
+    def read(self, condition: Conditioning) -> Conditioning:
+        """The text in the network's width (models.components.AheadNetwork)."""
+        return replace(condition, states=None, context=self.text_in(self.text_norm(condition.text())))
 
 
 @kept

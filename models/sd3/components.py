@@ -10,7 +10,7 @@ from models.components import Components, LatentSpace
 from models.decoders import load_kl_decoder
 from models.sd3.network import SD3
 from models.sd3.prompts import load_sd3_prompts
-from models.sd3.weights import NAMES, PLAN, read_config
+from models.sd3.weights import AHEAD, NAMES, PLAN, read_config
 from models.source import Source
 
 
@@ -37,6 +37,7 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         load_prompts=partial(load_sd3_prompts, source, network.config.text_channels),
         decoder=decoder,
         plan=PLAN,
+        ahead=AHEAD,
         latent=LatentSpace(decoder.latent_channels, decoder.stride),
         size_multiple=token,
         max_side=token * network.config.max_positions,

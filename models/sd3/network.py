@@ -10,18 +10,18 @@ the position table, P outputs a patch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.components import Conditioning
+from models.components import Conditioning, text_of, told_of
 from models.layers import (
     Embedder,
     FeedForward,
     Heads,
+    Modulation,
     modulate,
     plain_norm,
     sincos_table_2d,
@@ -82,8 +82,8 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.kernel = kernel
-        self.modulation = nn.Linear(width, (9 if dual else 6) * width)
-        self.text_modulation = nn.Linear(width, (2 if last else 6) * width)
+        self.modulation = Modulation(width, (9 if dual else 6) * width)
+        self.text_modulation = Modulation(width, (2 if last else 6) * width)
         self.heads = Heads(width, config.head_channels, config.qk_norm)
         self.text_heads = Heads(width, config.head_channels, config.qk_norm)
         self.to_out = nn.Linear(width, width)
@@ -95,11 +95,11 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor, text_BSD: Tensor, time_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Picture and text after the block; the last block hands the text back as it came."""
-        x, text, told_B1D = x_BLD, text_BSD, F.silu(time_BD)[:, None]
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f, *of_dual = _parts(self.modulation(told_B1D), x)
+        x, text = x_BLD, text_BSD
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f, *of_dual = _parts(self.modulation(time_BD), x)
         normed = plain_norm(x)
         of_x = self.heads(modulate(normed, shift_a, scale_a))
-        t_shift_a, t_scale_a, *of_text = _parts(self.text_modulation(told_B1D), text)
+        t_shift_a, t_scale_a, *of_text = _parts(self.text_modulation(time_BD), text)
         if not of_text:
             t_shift_a, t_scale_a = t_scale_a, t_shift_a  # the last block's are stored the other way round
         q, k, v = _joined(self.text_heads(modulate(plain_norm(text), t_shift_a, t_scale_a)), of_x)
@@ -140,7 +140,7 @@ class SD3(nn.Module):
         self.blocks = nn.ModuleList(
             [Block(config, kernel, n in config.dual, n == config.depth - 1) for n in range(config.depth)]
         )
-        self.head_modulation = nn.Linear(width, 2 * width)
+        self.head_modulation = Modulation(width, 2 * width)
         self.project_out = nn.Linear(width, patch**2 * config.channels)
 
     def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
@@ -154,14 +154,22 @@ class SD3(nn.Module):
         height, width = (side // self.config.patch for side in latent_BCHW.shape[-2:])
         x_BLD = self.patch_embed(latent_BCHW).flatten(2).transpose(1, 2).contiguous()
         x_BLD = x_BLD + self._middle(height, width).to(x_BLD)
-        pooled_BP = condition.vector()
-        time_BD = self.time(timestep_embedding(tau_B, TIME_CHANNELS).to(pooled_BP)) + self.pooled(pooled_BP)
-        text_BSD = self.text_in(condition.text())
+        time_BD = told_of(self, latent_BCHW, tau_B, condition)
+        text_BSD, _ = text_of(self, condition)
         for block in self.blocks:
             x_BLD, text_BSD = block(x_BLD, text_BSD, time_BD)
-        scale, shift = self.head_modulation(F.silu(time_BD)[:, None]).chunk(2, dim=-1)
+        scale, shift = self.head_modulation(time_BD).chunk(2, dim=-1)
         y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
         return unpatchify(y_BLP, height, width, self.config.patch)
+
+    def tell(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """Time and pooled text as one vector (models.components.AheadNetwork)."""
+        pooled_BP = condition.vector()
+        return self.time(timestep_embedding(tau_B, TIME_CHANNELS).to(pooled_BP)) + self.pooled(pooled_BP)
+
+    def read(self, condition: Conditioning) -> Conditioning:
+        """The text in the network's width (models.components.AheadNetwork)."""
+        return replace(condition, states=None, context=self.text_in(condition.text()))
 
     def _middle(self, height: int, width: int) -> Tensor:
         """Positions of height x width tokens: the middle of the table, (1, L, D)."""

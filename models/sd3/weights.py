@@ -7,7 +7,7 @@ from typing import Any
 
 from models.files import CheckpointError, network_config, refuse_sizes
 from models.names import NameMap
-from models.plan import ParallelPlan, Stack
+from models.plan import AheadPlan, ParallelPlan, Stack
 from models.sd3.network import SD3Config
 
 NAMES = NameMap(  # diffusers' SD3Transformer2DModel on the left, this network on the right
@@ -58,6 +58,10 @@ PLAN = ParallelPlan(
     ),
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.up"),
     row=("blocks.*.to_out", "blocks.*.text_to_out", "blocks.*.dual_to_out", "blocks.*.down"),
+)
+AHEAD = AheadPlan(
+    told=(("blocks.*.modulation",), ("blocks.*.text_modulation",), ("head_modulation",)),
+    told_as="time_BD",
 )
 CLASS_NAME = "SD3Transformer2DModel"
 DEFAULTS: dict[str, Any] = {  # of diffusers' class, for what a config.json leaves out

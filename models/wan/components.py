@@ -12,7 +12,7 @@ from models.source import Source
 from models.wan.decoder import load_wan_decoder
 from models.wan.network import Wan
 from models.wan.prompts import load_umt5_prompts
-from models.wan.weights import KEEP_FLOAT32, NAMES, PLAN, read_config
+from models.wan.weights import AHEAD, KEEP_FLOAT32, NAMES, PLAN, read_config
 
 
 def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention) -> Wan:
@@ -49,6 +49,7 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         load_prompts=partial(load_umt5_prompts, source),
         decoder=decoder,
         plan=PLAN,
+        ahead=AHEAD,
         latent=decoder.space,
         size_multiple=decoder.space.stride * network.config.patch,
     )

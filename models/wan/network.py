@@ -11,15 +11,15 @@ row by row), S text tokens, D width, A attention heads, E channels a head, T tex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.components import Conditioning
-from models.layers import kept, modulate, rotate, timestep_embedding
+from models.components import Conditioning, text_of, told_of
+from models.layers import FeedForward, Projections, kept, modulate, rotate, timestep_embedding
 
 THETA = 10_000.0  # of the rotary positions
 
@@ -60,39 +60,30 @@ class WanConfig:
         return self.heads * self.head_channels
 
 
-class Attention(nn.Module):
-    """Multi-head attention with RMS norms over the whole width of q and k, the kernel handed in."""
+class Attention(Projections):
+    """Multi-head attention of tokens x_BLD to a context_BSD (or to themselves), with RMS norms over the whole width of
+    q and k, the kernel handed in.
+    """
 
     def __init__(self, config: WanConfig, kernel: AttentionKernel) -> None:
-        super().__init__()
         width = config.width
+        super().__init__(width)
         self.head_channels = config.head_channels
         self.kernel = kernel
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
         self.to_out = nn.Linear(width, width)
         self.norm_q = nn.RMSNorm(width, eps=config.eps)
         self.norm_k = nn.RMSNorm(width, eps=config.eps)
 
-    def forward(self, x_BLD: Tensor, context_BSD: Tensor, rope_2LE: Tensor | None = None) -> Tensor:
-        q, k, v = self.norm_q(self.to_q(x_BLD)), self.norm_k(self.to_k(context_BSD)), self.to_v(context_BSD)
-        q_BLAE, k_BSAE, v_BSAE = (y.unflatten(-1, (-1, self.head_channels)) for y in (q, k, v))
+    def forward(self, x_BLD: Tensor, context_BSD: Tensor | None = None, rope_2LE: Tensor | None = None) -> Tensor:
+        if context_BSD is None:
+            q, k, v = self.qkv(x_BLD)
+        else:
+            q, k, v = self.to_q(x_BLD), self.to_k(context_BSD), self.to_v(context_BSD)
+        heads = (y.unflatten(-1, (-1, self.head_channels)) for y in (self.norm_q(q), self.norm_k(k), v))
+        q_BLAE, k_BSAE, v_BSAE = heads
         if rope_2LE is not None:
             q_BLAE, k_BSAE = rotate(q_BLAE, rope_2LE), rotate(k_BSAE, rope_2LE)
         return self.to_out(self.kernel(q_BLAE, k_BSAE, v_BSAE).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """Two linears with a GELU (tanh form) in between."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -113,7 +104,7 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table.unsqueeze(2).unbind(1)
         x = x_BLD
         seen = modulate(_norm(x, self.eps), shift_a, scale_a).type_as(x)
-        x = (x.float() + self.self_attention(seen, seen, rope_2LE) * gate_a).type_as(x)
+        x = (x.float() + self.self_attention(seen, rope_2LE=rope_2LE) * gate_a).type_as(x)
         x = x + self.cross_attention(self.cross_norm(x.float()).type_as(x), text_BSD)
         seen = modulate(_norm(x, self.eps), shift_f, scale_f).type_as(x)
         return (x.float() + self.feed_forward(seen).float() * gate_f).type_as(x)
@@ -151,21 +142,32 @@ class Wan(nn.Module):
         """
         if condition.mask is not None:
             raise ValueError("Wan reads text padded with zeros, not a mask")
-        config, text_BST = self.config, condition.text()
+        config = self.config
+        text_BSD, _ = text_of(self, condition)
         frames, height, width = latent_BCFHW.shape[2], *(side // config.patch for side in latent_BCFHW.shape[-2:])
         if max(frames, height, width) > config.max_positions:
             raise ValueError(f"{frames} x {height} x {width} tokens; positions end at {config.max_positions} a side")
         rope_2LE = rope_3d(frames, height, width, config.head_channels, latent_BCFHW.device)
         x_BLD = self.patch_embed(latent_BCFHW).flatten(2).transpose(1, 2).contiguous()
-        told_BE = timestep_embedding(tau_B, config.time_channels).to(self.time_in.weight.dtype)
-        time_BD = self.time_out(F.silu(self.time_in(told_BE))).type_as(x_BLD)
-        modulation_B6D = self.time_modulation(F.silu(time_BD)).unflatten(-1, (6, -1))
-        text_BSD = self.text_out(F.gelu(self.text_in(text_BST), approximate="tanh"))
+        told_B7D = told_of(self, latent_BCFHW, tau_B, condition)
+        modulation_B6D, time_B1D = told_B7D.split([6, 1], dim=1)
         for block in self.blocks:
             x_BLD = block(x_BLD, text_BSD, modulation_B6D, rope_2LE)
-        shift, scale = (self.scale_shift_table + time_BD[:, None]).unsqueeze(2).unbind(1)
+        shift, scale = (self.scale_shift_table + time_B1D).unsqueeze(2).unbind(1)
         y_BLP = self.project_out(modulate(_norm(x_BLD, config.eps), shift, scale).type_as(x_BLD))
         return self._unpatch(y_BLP, frames, height, width)
+
+    def tell(self, latent_BCFHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """The modulation that all blocks share, and the time (models.components.AheadNetwork)."""
+        sines_BE = timestep_embedding(tau_B, self.config.time_channels).to(self.time_in.weight.dtype)
+        time_BD = self.time_out(F.silu(self.time_in(sines_BE))).type_as(latent_BCFHW)
+        modulation_B6D = self.time_modulation(F.silu(time_BD)).unflatten(-1, (6, -1))
+        return torch.cat([modulation_B6D, time_BD[:, None]], dim=1)
+
+    def read(self, condition: Conditioning) -> Conditioning:
+        """The text in the network's width (models.components.AheadNetwork)."""
+        text_BSD = self.text_out(F.gelu(self.text_in(condition.text()), approximate="tanh"))
+        return replace(condition, states=None, context=text_BSD)
 
     def _unpatch(self, y_BLP: Tensor, frames: int, height: int, width: int) -> Tensor:
         """(B, L, p p C) to (B, C, F, H, W): a token's outputs are ordered row, column, channel."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from models.files import CheckpointError, network_config, refuse_sizes
 from models.names import NameMap
-from models.plan import ParallelPlan, Stack
+from models.plan import AheadPlan, ParallelPlan, Stack
 from models.wan.network import WanConfig
 
 NAMES = NameMap(  # diffusers' WanTransformer3DModel on the left, this network on the right
@@ -34,6 +34,13 @@ PLAN = ParallelPlan(
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     local_attention=("blocks.*.cross_attention",),
     head_norms=("blocks.*.norm_q", "blocks.*.norm_k"),
+)
+AHEAD = AheadPlan(
+    read=(
+        ("blocks.*.cross_attention.to_k", "blocks.*.cross_attention.norm_k"),
+        ("blocks.*.cross_attention.to_v",),
+    ),
+    read_as="text_BSD",
 )
 KEEP_FLOAT32 = ("time_in.*", "time_out.*", "*scale_shift_table", "blocks.*.cross_norm.*")
 """Parameters that stay float32 in a bfloat16 network (diffusers' `_keep_in_fp32_modules`)."""

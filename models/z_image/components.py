@@ -11,7 +11,7 @@ from models.decoders import load_kl_decoder
 from models.source import Source
 from models.z_image.network import PATCH, ZImage
 from models.z_image.prompts import load_z_image_prompts
-from models.z_image.weights import NAMES, PLAN, read_config
+from models.z_image.weights import AHEAD, NAMES, PLAN, read_config
 
 
 def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention) -> ZImage:
@@ -36,6 +36,7 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         load_prompts=partial(load_z_image_prompts, source),
         decoder=decoder,
         plan=PLAN,
+        ahead=AHEAD,
         latent=LatentSpace(decoder.latent_channels, decoder.stride),
         size_multiple=decoder.stride * PATCH,
         even_sigmas=True,

@@ -11,15 +11,24 @@ stack, D width, T text channels, A channels of the time, E channels a head, F = 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.components import Conditioning
-from models.layers import kept, plain_norm, rotary_angles, rotate, timestep_embedding, unpatchify
+from models.components import Conditioning, text_of, told_of
+from models.layers import (
+    Modulation,
+    Projections,
+    kept,
+    plain_norm,
+    rotary_angles,
+    rotate,
+    timestep_embedding,
+    unpatchify,
+)
 
 PATCH = 2  # a token is PATCH x PATCH latent pixels
 MULTIPLE = 32  # tokens of picture and text are filled up to a multiple of it
@@ -74,24 +83,20 @@ class ZImageConfig:
         return min(self.width, TIME_CHANNELS)
 
 
-class Attention(nn.Module):
+class Attention(Projections):
     """Multi-head attention of a stream to itself, with normed and rotated queries and keys."""
 
     def __init__(self, config: ZImageConfig, kernel: AttentionKernel) -> None:
-        super().__init__()
         width = config.width
+        super().__init__(width, bias=False)
         self.head_channels = config.head_channels
         self.kernel = kernel
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(width, width, bias=False)
-        self.to_v = nn.Linear(width, width, bias=False)
         self.norm_q = nn.RMSNorm(config.head_channels, eps=QK_EPS) if config.qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(config.head_channels, eps=QK_EPS) if config.qk_norm else nn.Identity()
         self.to_out = nn.Linear(width, width, bias=False)
 
     def forward(self, x_BJD: Tensor, rope_2BJF: Tensor, mask_BJ: Tensor | None) -> Tensor:
-        projected = (linear(x_BJD) for linear in (self.to_q, self.to_k, self.to_v))
-        q, k, v = (y.unflatten(-1, (-1, self.head_channels)) for y in projected)
+        q, k, v = (y.unflatten(-1, (-1, self.head_channels)) for y in self.qkv(x_BJD))
         q, k = rotate(self.norm_q(q), rope_2BJF), rotate(self.norm_k(k), rope_2BJF)
         return self.to_out(self.kernel(q, k, v, mask_BJ).flatten(2))
 
@@ -135,10 +140,10 @@ class Block(Parts):
 
     def __init__(self, config: ZImageConfig, kernel: AttentionKernel) -> None:
         super().__init__(config, kernel)
-        self.modulation = nn.Linear(config.time_width, 4 * config.width)
+        self.modulation = Modulation(config.time_width, 4 * config.width, silu=False)
 
     def forward(self, x_BJD: Tensor, rope_2BJF: Tensor, mask_BJ: Tensor | None, time_BA: Tensor) -> Tensor:
-        scale_a, gate_a, scale_f, gate_f = self.modulation(time_BA).unsqueeze(1).chunk(4, dim=-1)
+        scale_a, gate_a, scale_f, gate_f = self.modulation(time_BA).chunk(4, dim=-1)
         attended = self.attention(self.attention_norm1(x_BJD) * (1 + scale_a), rope_2BJF, mask_BJ)
         x = x_BJD + gate_a.tanh() * self.attention_norm2(attended)
         return x + gate_f.tanh() * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + scale_f)))
@@ -169,7 +174,7 @@ class ZImage(nn.Module):
         self.noise_refiner = nn.ModuleList([Block(config, kernel) for _ in range(config.refiner_depth)])
         self.context_refiner = nn.ModuleList([TextBlock(config, kernel) for _ in range(config.refiner_depth)])
         self.layers = nn.ModuleList([Block(config, kernel) for _ in range(config.depth)])
-        self.head_modulation = nn.Linear(config.time_width, width)
+        self.head_modulation = Modulation(config.time_width, width)
         self.project_out = nn.Linear(width, token_channels)
 
     def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
@@ -179,44 +184,54 @@ class ZImage(nn.Module):
             ValueError: no text states.
         """
         height, width = (side // PATCH for side in latent_BCHW.shape[-2:])
-        # 1 - sigma in steps that round as diffusers' do
-        told_B = (1000 - tau_B) / 1000 * self.config.time_scale
-        time_BC = timestep_embedding(told_B, TIME_CHANNELS).to(latent_BCHW.dtype)
-        time_BA = self.time_out(F.silu(self.time_in(time_BC)))
-
-        text_BSD, text_mask_BS, filled_B = self._embed_text(condition)
+        time_BA = told_of(self, latent_BCHW, tau_B, condition)
+        text_BSD, text_mask_BS = text_of(self, condition)
         x_BLD = self.image_in(_patches(latent_BCHW))
         missing = -x_BLD.shape[1] % MULTIPLE
         x_BLD = torch.cat([x_BLD, self.image_pad.expand(len(x_BLD), missing, -1)], dim=1)
         filled = x_BLD.shape[1]
+        filled_B = _filled(text_BSD, text_mask_BS)
         rope_2BJF = self._rope(height, width, missing, text_BSD.shape[1], filled_B)
         for block in self.noise_refiner:
             x_BLD = block(x_BLD, rope_2BJF[:, :, :filled], None, time_BA)
-        for block in self.context_refiner:
-            text_BSD = block(text_BSD, rope_2BJF[:, :, filled:], text_mask_BS)
         joint_BJD = torch.cat([x_BLD, text_BSD], dim=1)
         mask_BJ = None if text_mask_BS is None else F.pad(text_mask_BS, (filled, 0), value=True)
         for block in self.layers:
             joint_BJD = block(joint_BJD, rope_2BJF, mask_BJ, time_BA)
 
-        scale_B1D = self.head_modulation(F.silu(time_BA))[:, None]
-        y_BLP = self.project_out(plain_norm(joint_BJD[:, : height * width]) * (1 + scale_B1D))
+        y_BLP = self.project_out(plain_norm(joint_BJD[:, : height * width]) * (1 + self.head_modulation(time_BA)))
         return -unpatchify(y_BLP, height, width, PATCH)
 
-    def _embed_text(self, condition: Conditioning) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The text's tokens, filled up row by row, (B, S, D); which of them take part; and how many those are, (B,)."""
+    def tell(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """The time as a vector (models.components.AheadNetwork)."""
+        # 1 - sigma in steps that round as diffusers' do
+        told_B = (1000 - tau_B) / 1000 * self.config.time_scale
+        sines_BC = timestep_embedding(told_B, TIME_CHANNELS).to(latent_BCHW.dtype)
+        return self.time_out(F.silu(self.time_in(sines_BC)))
+
+    def read(self, condition: Conditioning) -> Conditioning:
+        """The text refined alone, filled up; the mask says which tokens take part (models.components.AheadNetwork)."""
+        text_BSD, mask_BS = self._embed_text(condition)
+        angles_SF = text_angles(text_BSD.shape[1], self.config.axes, self.config.theta, text_BSD.device)
+        rope_2BSF = torch.stack([angles_SF.cos(), angles_SF.sin()])[:, None]
+        for block in self.context_refiner:
+            text_BSD = block(text_BSD, rope_2BSF, mask_BS)
+        return replace(condition, states=None, context=text_BSD, mask=mask_BS)
+
+    def _embed_text(self, condition: Conditioning) -> tuple[Tensor, Tensor | None]:
+        """The text's tokens, filled up row by row, (B, S, D), and which of them take part."""
         text_BST, mask_BS = condition.text(), condition.mask
         real = text_BST.shape[1]
         missing = -real % MULTIPLE
         embedded = self.text_in(self.text_norm(text_BST))
         text_BSD = torch.cat([embedded, self.text_pad.expand(len(embedded), missing, -1)], dim=1)
         if mask_BS is None:
-            return text_BSD, None, torch.full((1,), real + missing, device=text_BSD.device)
+            return text_BSD, None
         real_B = mask_BS.sum(dim=1)
         filled_B = real_B + -real_B % MULTIPLE
         number_S = torch.arange(real + missing, device=text_BSD.device)
         text_BSD = torch.where((number_S < real_B[:, None])[..., None], text_BSD, self.text_pad)
-        return text_BSD, number_S < filled_B[:, None], filled_B
+        return text_BSD, number_S < filled_B[:, None]
 
     def _rope(self, height: int, width: int, missing: int, longest: int, filled_B: Tensor) -> Tensor:
         """Cosines and sines of every token's angles, picture before text: (2, B, J, E / 2), one row where all agree.
@@ -246,6 +261,11 @@ def grid_angles(height: int, width: int, axes: tuple[int, int, int], theta: floa
     rows = rotary_angles(torch.arange(height).double(), axes[1], theta)[:, None].expand(-1, width, -1)
     columns = rotary_angles(torch.arange(width).double(), axes[2], theta)[None].expand(height, -1, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1).to(device)
+
+
+def _filled(text_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+    """How many text tokens take part, (B,), or (1,) where all do."""
+    return torch.full((1,), text_BSD.shape[1], device=text_BSD.device) if mask_BS is None else mask_BS.sum(dim=1)
 
 
 def _patches(latent_BCHW: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from models.files import CheckpointError, network_config, refuse_sizes, rotary_axes
 from models.names import NameMap
-from models.plan import ParallelPlan, Stack
+from models.plan import AheadPlan, ParallelPlan, Stack
 from models.z_image.network import PATCH, ZImageConfig
 
 NAMES = NameMap(  # diffusers' ZImageTransformer2DModel on the left, this network on the right
@@ -37,6 +37,10 @@ PLAN = ParallelPlan(
     ),
     column=("*.attention.to_q", "*.attention.to_k", "*.attention.to_v", "*.feed_forward.gate", "*.feed_forward.up"),
     row=("*.attention.to_out", "*.feed_forward.down"),
+)
+AHEAD = AheadPlan(
+    told=(("noise_refiner.*.modulation",), ("layers.*.modulation",), ("head_modulation",)),
+    told_as="time_BA",
 )
 CLASS_NAME = "ZImageTransformer2DModel"
 DEFAULTS: dict[str, Any] = {  # of diffusers' class, where a file leaves an option out

@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from harness.compose import compose_run
-from harness.config.schema import Decode, ParallelConfig, RunConfig
+from harness.config.optimize import Optimize
+from harness.config.schema import Decode, EngineConfig, ParallelConfig, RunConfig
 from harness.messages import GenerationRequest
 from harness.parallel.formula_frames import frames_bytes, trace_frames
 from harness.parallel.mesh import world_size
@@ -113,11 +114,17 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     return one
 
 
-def assert_one_rank(load: Load, names: Sequence[str], layouts: Sequence[Degrees]) -> None:
-    """These families draw the latents and pixels of one rank; replicas alone, bit for bit."""
+def assert_one_rank(
+    load: Load, names: Sequence[str], layouts: Sequence[Degrees], optimize: Optimize = Optimize.none
+) -> None:
+    """These families draw, optimised or not, the latents and pixels of one rank that is not; replicas of networks as
+    they are written, bit for bit.
+    """
     ranks = world_size(layouts[0])
     alone = {name: Drawing(name, *load(name), ONE_RANK) for name in names}
-    dealt = [Drawing(name, *load(name), layout) for name in names for layout in layouts if FAMILIES[name].fits(layout)]
+    engine = EngineConfig(optimize=optimize)
+    asked = {name: (replace(config, engine=engine), request) for name in names for config, request in [load(name)]}
+    dealt = [Drawing(name, *asked[name], layout) for name in names for layout in layouts if FAMILIES[name].fits(layout)]
     (wanted,) = on_worlds(1, draw, [(drawing,) for drawing in alone.values()])
     found = {name: x for one in on_worlds(ranks, draw, [(drawing,) for drawing in dealt]) for name, x in one.items()}
     for drawing in dealt:
@@ -126,13 +133,18 @@ def assert_one_rank(load: Load, names: Sequence[str], layouts: Sequence[Degrees]
             assert theirs.std() > 0.01, f"{drawing} {what}: flat, which proves nothing"
             error = rel_l2(ours, theirs)
             assert error <= BOUND, f"{drawing} {what}: relative L2 {error:.1e}"
-            assert drawing.degrees[0] < ranks or torch.equal(ours, theirs), f"{drawing} {what}: replicas differ"
+            exact = optimize is Optimize.none and drawing.degrees[0] == ranks
+            assert torch.equal(ours, theirs) or not exact, f"{drawing} {what}: replicas differ"
     assert not found
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_joint_attention_and_a_video_draw_what_one_rank_draws(load: Load, ranks: int) -> None:
     assert_one_rank(load, ("sd35_medium", "wan"), FEW[ranks])
+
+
+def test_what_is_optimised_draws_what_one_plain_rank_draws(load: Load) -> None:
+    assert_one_rank(load, ("wan", "z_image"), FEW[2][2:], Optimize.eager)
 
 
 @pytest.mark.slow
@@ -158,3 +170,10 @@ def test_a_video_decoded_by_frames_is_what_one_rank_draws(load: Load) -> None:
 @pytest.mark.parametrize("ranks", list(MORE))
 def test_every_family_draws_what_one_rank_draws(load: Load, ranks: int) -> None:
     assert_one_rank(load, list(FAMILIES), MORE[ranks])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_optimised_family_draws_what_one_plain_rank_draws(load: Load, ranks: int) -> None:
+    layouts = {1: (ONE_RANK,), **MORE}[ranks]
+    assert_one_rank(load, list(FAMILIES), layouts, Optimize.eager)

@@ -1,0 +1,35 @@
+"""`engine.optimize`: what is done to a network so that its evaluations take less time, with the same result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Optimize(Enum):
+    """`none` runs the network as it is written; `eager` computes, joins and packs parts of it beforehand; `compile`
+    compiles its blocks too.
+    """
+
+    none = "none"
+    eager = "eager"
+    compile = "compile"
+
+
+@dataclass
+class EagerConfig:
+    """`engine.eager`: what optimize=eager and compile do, each for itself."""
+
+    modulation: bool = True  # what depends on time and vectors alone, once a request for all evaluations
+    text: bool = True  # what depends on the text alone, keys and values of cross-attention too, once a request
+    fused_projections: bool = True  # queries, keys and values of a stream by one linear
+    prepack: bool = True  # on the CPU: weights in oneDNN's own order, with the GELU in the product
+    channels_last: bool = True  # the decoder's convolutions with their channels innermost
+
+
+@dataclass
+class CompileConfig:
+    """`engine.compile`: how optimize=compile compiles the blocks (torch.compile)."""
+
+    freezing: bool = True  # on the CPU: weights are constants of the graph, which inductor packs; a graph a block
+    cuda_graphs: bool = False  # on CUDA: mode=reduce-overhead

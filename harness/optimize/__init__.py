@@ -1,0 +1,1 @@
+"""What makes a network's evaluations faster without another result: engine.optimize."""

@@ -1,0 +1,69 @@
+"""engine.optimize, applied to what was loaded: each part in its order, and what was done in one line for the record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from harness.config.optimize import Optimize
+from harness.config.schema import EngineConfig
+from harness.optimize.ahead import Ahead
+from harness.optimize.compiled import blocks_of, compile_forwards
+from harness.optimize.decoder import channels_last
+from harness.optimize.fuse import fuse_projections
+from harness.optimize.prepack import prepack
+from models.components import Components
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """What computes beforehand, and the notes for the record."""
+
+    ahead: Ahead | None = None
+    notes: tuple[str, ...] = ()
+
+
+def optimize(parts: Components, engine: EngineConfig, device: torch.device, dtype: torch.dtype) -> Optimized:
+    """Does to loaded parts, in place, what is configured and what the device has use for.
+
+    Args:
+        parts: whose network was cut and dealt over ranks already.
+        engine: what is configured.
+        device: where they compute.
+        dtype: of the network.
+    """
+    if engine.optimize is Optimize.none:
+        return Optimized()
+    eager, done, ahead = engine.eager, [], None
+    if parts.ahead is not None and (eager.modulation or eager.text):
+        text = eager.text and parts.ahead.text
+        ahead = Ahead(parts.network, parts.ahead, eager.modulation, text)
+        done += ["modulation ahead"] * eager.modulation + ["text ahead"] * text
+    if eager.fused_projections and fuse_projections(parts.network, parts.plan):
+        done.append("fused projections")
+    blocks = blocks_of(parts.network, parts.plan)
+    compiled = engine.optimize is Optimize.compile
+    if eager.prepack and packs(device, dtype) and not (compiled and engine.compile.freezing):
+        for block in blocks:
+            prepack(block)
+        done += ["prepacked linears"] * bool(blocks)
+    if compiled:
+        done.append(f"blocks {compile_forwards(blocks or [parts.network], engine.compile, device)}")
+    if eager.channels_last and _lays_out(device) and channels_last(parts.decoder):
+        done.append("channels-last decoder")
+    return Optimized(ahead, (f"engine.optimize={engine.optimize.name}: {', '.join(done) or 'nothing here'}",))
+
+
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes linears here: on a CPU, in bfloat16 where it knows that, and where it was not turned off
+    for reproducible float32 (harness.serving.build.prepare_cpu).
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.enabled:
+        return False
+    return dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _lays_out(device: torch.device) -> bool:
+    """Whether convolutions here are faster with channels innermost: by cuDNN and oneDNN, not by plain ones."""
+    return device.type == "cuda" or torch.backends.mkldnn.enabled

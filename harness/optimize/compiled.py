@@ -1,0 +1,58 @@
+"""torch.compile by repeated block: the blocks of a stack run one function, so one graph serves them all.
+
+A module's `forward` is compiled and not the module, so that hooks, which deal tokens to ranks and time a peer's
+network, stay outside of it. The first sizes make a graph of their own; where other ones come, a dimension that changed
+is left open in the next graph, so that there are few of them. Graphs are kept on disk for the next process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from harness.config.optimize import CompileConfig
+from models.plan import ParallelPlan
+
+SIZES = 16  # graphs of one function for sizes, dtypes and masks; more are an error, for each takes seconds
+
+
+def blocks_of(network: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
+    """The blocks of every stack of a plan."""
+    return [block for stack in plan.stacks for block in network.get_submodule(stack.blocks).children()]
+
+
+def compile_forwards(modules: Sequence[nn.Module], config: CompileConfig, device: torch.device) -> str:
+    """Compiles the forward of each module, in place, when it is first called; what was set, for the record.
+
+    Args:
+        modules: those of one class share their graphs, but where weights are frozen into them.
+        config: how.
+        device: where they compute.
+
+    Raises:
+        NotImplementedError: no C++ compiler, which inductor needs on the CPU; or no GPU for its graphs.
+    """
+    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        raise NotImplementedError("engine.optimize=compile needs a C++ compiler; install g++, or use optimize=eager")
+    if config.cuda_graphs and device.type == "cpu":
+        raise NotImplementedError("engine.compile.cuda_graphs=true needs a GPU; drop it")
+    freezing = config.freezing and device.type == "cpu"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+    torch._inductor.config.freezing = freezing  # torch.compile(options=...) does not reach what reads it
+    torch._dynamo.config.recompile_limit = SIZES * (len(modules) if freezing else 1)
+    torch._dynamo.config.accumulated_recompile_limit = SIZES * len(modules)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for module in modules:
+        module.forward = torch.compile(module.forward, mode="reduce-overhead" if config.cuda_graphs else None)
+    return "compiled" + ", frozen" * freezing + ", in CUDA graphs" * config.cuda_graphs
+
+
+def cache_folder() -> Path:
+    """Where inductor keeps its graphs."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "triptych" / "inductor"

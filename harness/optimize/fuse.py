@@ -1,0 +1,46 @@
+"""Queries, keys and values of one stream of tokens by one linear, whose rows are those of the three."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+import torch
+from torch import nn
+
+from harness.parallel.parallelize import ColumnLinear
+from models.layers import Projections
+from models.plan import ParallelPlan
+
+PLAIN = (nn.Linear, ColumnLinear)
+
+
+def fuse_projections(network: nn.Module, plan: ParallelPlan) -> int:
+    """Joins the three linears of every attention of a stream to itself, in place, as they are on this rank.
+
+    Args:
+        network: after its linears were cut and its updates merged.
+        plan: of its folder; attention to a text, which it calls local, keeps its own.
+
+    Returns:
+        How many were joined.
+    """
+    count = 0
+    for name, module in network.named_modules():
+        if isinstance(module, Projections) and not any(fnmatch(name, pattern) for pattern in plan.local_attention):
+            linears = [module.to_q, module.to_k, module.to_v]
+            if all(isinstance(linear, PLAIN) for linear in linears):
+                module.to_qkv = joined(linears)
+                del module.to_q, module.to_k, module.to_v
+                count += 1
+    return count
+
+
+def joined(linears: Sequence[nn.Module]) -> nn.Linear:
+    """One linear whose outputs are theirs, one behind another."""
+    weight = torch.cat([linear.get_parameter("weight") for linear in linears])
+    one = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
+    one.weight = nn.Parameter(weight, requires_grad=False)
+    if linears[0].bias is not None:
+        one.bias = nn.Parameter(torch.cat([linear.get_parameter("bias") for linear in linears]), requires_grad=False)
+    return one

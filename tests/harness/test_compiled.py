@@ -1,0 +1,75 @@
+"""engine.optimize=compile: one graph a kind of block, and the plain network's numbers, at every size."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from harness.config.optimize import CompileConfig
+from harness.optimize.ahead import Ahead
+from harness.optimize.compiled import blocks_of, compile_forwards
+from harness.optimize.fuse import fuse_projections
+from models.attention import sdpa_attention
+from tests.models.parity import rel_l2
+from tests.parallel.networks import TINY
+
+BOUND = 1e-5
+KINDS = {"pixart": 1, "dit": 1, "sd3": 3, "flux": 2, "qwen_image": 1, "z_image": 3, "wan": 1}
+"""Kinds of blocks: SD3's with a second attention, without, and the last; FLUX's double and single ones; Z-Image's of
+the picture, of the text and of both.
+"""
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(TINY))
+def test_blocks_share_a_graph_and_give_the_plain_numbers(name: str) -> None:
+    tiny = TINY[name]
+    plain, network = tiny.build(sdpa_attention), tiny.build(sdpa_attention)
+    ahead = Ahead(network, importlib.import_module(f"models.{name}").AHEAD)
+    fuse_projections(network, tiny.plan)
+    assert compile_forwards(blocks_of(network, tiny.plan), CompileConfig(freezing=False), CPU) == "compiled"
+    latent, _, condition = tiny.inputs
+    with torch.inference_mode():
+        told = ahead.request(condition, [700.0, 20.0])
+        for tau in (700.0, 20.0, 333.0):
+            tau_B = torch.full((len(latent),), tau)
+            assert rel_l2(network(latent, tau_B, told.at(latent, tau)), plain(latent, tau_B, condition)) < BOUND
+        assert counters["stats"]["unique_graphs"] == KINDS[name]
+        for width in (6, 8, 12, 16):
+            other, tau_B = latent[..., :width].repeat(1, *[1] * (latent.ndim - 2), 2), torch.full((len(latent),), 5.0)
+            other = other[..., :width]
+            assert (
+                rel_l2(
+                    network(other, tau_B, ahead.request(condition, []).at(other, 5.0)), plain(other, tau_B, condition)
+                )
+                < BOUND
+            )
+        assert counters["stats"]["unique_graphs"] <= 2 * KINDS[name]
+
+
+@pytest.mark.slow
+def test_frozen_blocks_give_the_plain_numbers() -> None:
+    tiny = TINY["dit"]
+    plain, network = tiny.build(sdpa_attention), tiny.build(sdpa_attention)
+    assert compile_forwards(blocks_of(network, tiny.plan), CompileConfig(), CPU) == "compiled, frozen"
+    with torch.inference_mode():
+        assert rel_l2(network(*tiny.inputs), plain(*tiny.inputs)) < BOUND
+    torch._inductor.config.freezing = False
+
+
+def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotImplementedError, match="needs a GPU"):
+        compile_forwards([], CompileConfig(cuda_graphs=True), CPU)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(NotImplementedError, match=r"C\+\+ compiler"):
+        compile_forwards([], CompileConfig(), CPU)
