@@ -87,11 +87,12 @@ def check_cache(cache: CacheConfig, model: str, has_blocks: bool, guidance: floa
         )
     if cache.name in OF_GUIDANCE and guidance == 1:
         warnings.warn(f"cache={cache.name} has no effect with request.guidance=1, which has one branch", stacklevel=2)
-    _fill(cache, model)
+    fill(cache, model)
     _check_numbers(cache)
 
 
-def _fill(cache: CacheConfig, model: str) -> None:
+def fill(cache: CacheConfig, model: str = "") -> None:
+    """Fills the keys that a cache reads and that are null, in place."""
     tea, taylor = cache.name == "teacache", cache.name == "taylorseer"
     known = PUBLISHED.get(model, Published(IDENTITY))
     defaults: dict[str, object] = {

@@ -18,7 +18,7 @@ from models.attention import math_attention
 from models.components import Conditioning
 from models.plan import Stack
 from tests.models.parity import rel_l2
-from tests.parallel.networks import TINY, Inputs
+from tests.parallel.networks import TINY, Inputs, rows
 
 FAMILIES = list(TINY)
 NEVER = 1e9  # a threshold that no change reaches
@@ -40,12 +40,6 @@ def evaluations(name: str, count: int) -> list[Inputs]:
     latent, tau_B, condition = TINY[name].inputs
     drift = torch.randn(latent.shape, generator=torch.Generator().manual_seed(9))
     return [(latent + 0.05 * k * drift, tau_B * 0.95**k, condition) for k in range(count)]
-
-
-def rows(inputs: Inputs, which: Sequence[int]) -> Inputs:
-    latent, tau_B, condition = inputs
-    of = {name: None if x is None else x[list(which)] for name, x in vars(condition).items()}
-    return latent[list(which)], tau_B[list(which)], Conditioning(**of)
 
 
 class Adds(nn.Module):
