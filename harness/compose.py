@@ -26,6 +26,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.config.cache import NONE as NO_CACHE
+from harness.config.cache import check_cache
 from harness.config.limits import check_frames, check_request, check_served, check_size
 from harness.config.plan import check_plan
 from harness.config.request import to_message
@@ -311,6 +313,7 @@ def _resolve(config: RunConfig) -> None:
         resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
     resolve_backend(config.attention.backend)
     check_engine(config)
+    _check_cache(config)
     if config.task.name in (Task.serve, Task.load):
         check_serve(config.serve, config.engine.name == NATIVE and not config.model.offload)
         check_load(config.load)
@@ -321,6 +324,7 @@ def _resolve(config: RunConfig) -> None:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
     if config.task.bound is not None and not config.task.fidelity:
         raise ValueError(f"task.bound={config.task.bound} bounds a measured error; add task.fidelity=true")
+    _check_reference(config)
     if config.launch.reuse < 0:
         raise ValueError(f"launch.reuse={config.launch.reuse}; give at least 0, which starts fresh ranks for every job")
 
@@ -400,6 +404,31 @@ def _check_model(config: RunConfig) -> Path | None:
     if model.text.tokens < 1:
         raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
     return place.config_folder(denoiser)
+
+
+def _check_cache(config: RunConfig) -> None:
+    has_blocks = ARCHITECTURES[config.model.architecture].heads is not None
+    check_cache(config.cache, config.model.name, has_blocks, to_message(config.request).guidance)
+    if config.cache.name == NO_CACHE:
+        return
+    if config.engine.name != NATIVE:
+        raise ValueError(
+            f"cache={config.cache.name} is of the native engine; leave out engine={config.engine.name}, or use "
+            "engine=cache_dit with cache=none"
+        )
+    if config.task.name in (Task.plan, Task.train):
+        warnings.warn(f"cache has no effect with task={config.task.name.name}", stacklevel=2)
+
+
+def _check_reference(config: RunConfig) -> None:
+    steps = config.task.reference_steps
+    if steps is None:
+        return
+    if not config.task.fidelity:
+        raise ValueError(f"task.reference_steps={steps} is of a measured error; add task.fidelity=true")
+    if config.task.states and steps != config.request.steps:
+        raise ValueError("task.states compares step by step, and task.reference_steps is another number; drop one")
+    check_request(msgspec.structs.replace(to_message(config.request), steps=steps))
 
 
 def _check_layout(config: RunConfig, denoiser: Path | None) -> None:

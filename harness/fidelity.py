@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save
 
 from harness.client import DiffusionGenerator
 from harness.compose import Composed, to_dict
+from harness.config.cache import NONE, CacheConfig
 from harness.config.optimize import Optimize
 from harness.config.schema import DType, EngineConfig, ParallelConfig, RunConfig, Task, TaskConfig
 from harness.config.trained import trained_denoiser
@@ -68,6 +69,8 @@ METHODS = (
     ),
     Method("optimised network", EQUIVALENT, lambda c: c.engine.optimize is not Optimize.none),
     Method("cache-dit", APPROXIMATE, lambda c: c.engine.name == CACHE_DIT),
+    Method("cache", APPROXIMATE, lambda c: c.cache.name != NONE),
+    Method("fewer steps", APPROXIMATE, lambda c: c.task.reference_steps not in (None, c.request.steps)),
     Method("free order of additions", EQUIVALENT, lambda c: not c.launch.reproducible),
 )
 
@@ -185,15 +188,15 @@ def floor_config(config: RunConfig) -> RunConfig:
 
 
 def _plain(config: RunConfig) -> RunConfig:
-    """A row's request on one rank, without what is measured and without methods that change its arithmetic."""
+    """A row's request on one rank, without what is measured and without methods that change its arithmetic, in as many
+    steps as its reference has.
+    """
     found = copy.deepcopy(config)
     found.task = TaskConfig(Task.generate, states=config.task.states)
-    found.engine, found.parallel, found.attention.backend = (
-        EngineConfig(optimize=Optimize.none),
-        ParallelConfig(),
-        "math",
-    )
+    found.engine, found.parallel = EngineConfig(optimize=Optimize.none), ParallelConfig()
+    found.attention.backend, found.cache = "math", CacheConfig()
     found.request.batch_size = 1
+    found.request.steps = config.task.reference_steps or config.request.steps
     found.model.text.keep, found.model.text.cache_mib = True, None
     return found
 

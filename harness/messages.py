@@ -101,9 +101,23 @@ def sent_bytes(comm: Mapping[str, Mapping[str, Traffic]]) -> int:
     return sum(kind.bytes for stage in comm.values() for kind in stage.values())
 
 
+class Skips(msgspec.Struct, frozen=True):
+    """What a cache spared picture `index`: of `evaluations` of the denoiser it made do in those of `skipped`, numbered
+    from 0, with what earlier ones had computed; of their `branches`, two where a picture is guided, `branches_computed`
+    went through the whole network.
+    """
+
+    index: int
+    evaluations: int
+    skipped: list[int]
+    branches: int
+    branches_computed: int
+
+
 class RankReport(msgspec.Struct, frozen=True):
     """What one rank did for one request; the networks are text_encoder, denoiser and decoder, `comm` is what it sent by
-    stage and kind of collective, `flops` the operations of each network where they were counted.
+    stage and kind of collective, `flops` the operations of each network where they were counted, `skips` what a cache
+    spared its pictures.
     """
 
     rank: int
@@ -116,6 +130,7 @@ class RankReport(msgspec.Struct, frozen=True):
     notes: list[str]
     comm: dict[str, dict[str, Traffic]] = {}
     flops: dict[str, int] = {}
+    skips: list[Skips] = []
 
 
 class SampleResult(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ from harness.launch import TorchrunEngine
 from harness.messages import EngineInfo, GenerationRequest
 from harness.serving.transport import Connection
 
-BUILT_FROM = ("engine", "model", "scheduler", "parallel", "attention", "launch", "serve")
+BUILT_FROM = ("engine", "model", "scheduler", "parallel", "attention", "cache", "launch", "serve")
 HARMLESS = ("rejected",)  # kinds of failure after which ranks are as they were before
 
 T = TypeVar("T")

@@ -79,11 +79,22 @@ class Repeat(msgspec.Struct, frozen=True):
     memory_checkpoints: list[MemoryPoint]
 
 
+class CacheUse(msgspec.Struct, frozen=True):
+    """What a cache spared, means over pictures: of `evaluations` of the denoiser those that were `computed`, and of
+    their `branches` (two where a picture is guided) those that went through the whole network.
+    """
+
+    evaluations: float
+    computed: float
+    branches: float
+    branches_computed: float
+
+
 class Statistics(msgspec.Struct, frozen=True):
     """The row's numbers. `nfe` counts the denoiser's evaluations of one picture, a guided pair as one, without
-    those that a cache cut short (a note says which); `overhead_share` is the part of a request that was no forward of
-    the text encoder, the denoiser or the VAE; `comm` is what the busiest rank sent to the ranks that it computes with,
-    in the last request, by stage and kind of collective.
+    those that a cache cut short (`cache` counts both, a note says which); `overhead_share` is the part of a request
+    that was no forward of the text encoder, the denoiser or the VAE; `comm` is what the busiest rank sent to the ranks
+    that it computes with, in the last request, by stage and kind of collective.
 
     `flops_per_step` are the operations that the ranks of one picture do in one solver step of one micro-batch, padding
     included; `achieved_tflops` is their rate in a median step (over all steps where a cache makes them differ),
@@ -102,6 +113,7 @@ class Statistics(msgspec.Struct, frozen=True):
     achieved_tflops: float | None = None
     ceiling_tflops: float | None = None
     comm: dict[str, dict[str, Traffic]] = {}
+    cache: CacheUse | None = None
 
 
 class SampleRow(msgspec.Struct, frozen=True):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from safetensors import SafetensorError
 
 from harness.compose import to_dict
+from harness.config.cache import IDENTITY, NONE, CacheConfig
 from harness.config.schema import ModelConfig, QualityConfig, RunConfig
 from harness.config.trained import trained_denoiser
 from harness.media import to_uint8
-from harness.messages import Array, EngineInfo, GenerationResult, RankReport, sent_bytes
+from harness.messages import Array, EngineInfo, GenerationResult, RankReport, Skips, sent_bytes
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
@@ -21,7 +23,7 @@ from harness.parallel.mesh import Place, degrees
 from harness.peer.table import CACHE_DIT, engine_version
 from harness.pipeline.checkpoint import locate
 from harness.provenance import provenance
-from harness.records import SCHEMA, Attention, Engine, FirstCall, Record, Repeat, Statistics, fingerprint
+from harness.records import SCHEMA, Attention, CacheUse, Engine, FirstCall, Record, Repeat, Statistics, fingerprint
 from models import hub
 
 
@@ -89,7 +91,39 @@ def statistics(
         achieved_tflops=None if flops is None else flops / (step.median if even else step.mean) / 1e9,
         ceiling_tflops=sum(ceilings[:replica_size]) or None,
         comm=max((report.comm for report in last.ranks), key=sent_bytes),
+        cache=cache_use([skips for report in last.ranks[::replica_size] for skips in report.skips]),
     )
+
+
+def cache_use(skips: Sequence[Skips]) -> CacheUse | None:
+    """Means over pictures; None where no cache was used."""
+    if not skips:
+        return None
+    return CacheUse(
+        evaluations=fmean(s.evaluations for s in skips),
+        computed=fmean(s.evaluations - len(s.skipped) for s in skips),
+        branches=fmean(s.branches for s in skips),
+        branches_computed=fmean(s.branches_computed for s in skips),
+    )
+
+
+def cache_notes(config: CacheConfig, model: str, skips: Sequence[Skips]) -> list[str]:
+    """What a cache did, in words, of all pictures."""
+    use = cache_use(skips)
+    if use is None:
+        return []
+    said = f"cache={config.name} computed {use.branches_computed:.4g} of {use.branches:.4g} branches a picture"
+    if use.branches == use.branches_computed:
+        return [f"{said}: it spared nothing"]
+    if use.computed < use.evaluations:
+        first = ", ".join(map(str, skips[0].skipped)) or "none"
+        said += (
+            f", in {use.computed:.4g} of {use.evaluations:.4g} evaluations; nfe does not count the others, of the "
+            f"first picture {first}"
+        )
+    identity = config.coefficients == list(IDENTITY)
+    of_model = f"TeaCache's polynomial is the identity, for none is published for model={model}"
+    return [said, of_model] if identity else [said]
 
 
 def flops_per_step(counted: GenerationResult, replica_size: int) -> float:
@@ -162,6 +196,7 @@ def build_record(
             *notes,
             *fetched(config.model, folder),
             *(note for result in results for report in result.ranks for note in report.notes),
+            *cache_notes(config.cache, config.model.name, [s for report in results[-1].ranks for s in report.skips]),
             *reasons,
             *more,
         ]
@@ -182,7 +217,7 @@ def build_record(
             Place(0, degrees(config.parallel)).replica_size,
             counted,
             info.ceiling_tflops,
-            even=config.engine.name != CACHE_DIT,
+            even=config.engine.name != CACHE_DIT and config.cache.name == NONE,
         ),
         samples=[],
         notes=list(said),

@@ -18,6 +18,8 @@ class Stack:
         replicated: arguments with tokens that every rank holds whole (the text of a cross-attention).
         outputs: what a block returns, in order: the names of the sharded arguments that take it up in the next one.
         streams: the sharded arguments that attention joins, in the order of the concatenation.
+        cached: whether a cache of blocks may pass it by; not where it prepares what a later one works on.
+        signal: what TeaCache looks at: an argument of the first block, or the module of it whose input that is.
     """
 
     blocks: str
@@ -25,6 +27,8 @@ class Stack:
     replicated: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ("x_BLD",)
     streams: tuple[str, ...] = ("x_BLD",)
+    cached: bool = True
+    signal: str = ""
 
 
 @dataclass(frozen=True)

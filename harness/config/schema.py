@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from harness.config.cache import CacheConfig
 from harness.config.optimize import CompileConfig, EagerConfig, Optimize
 from harness.config.plan import HardwareConfig, PlanConfig
 from harness.config.serve import LoadConfig, ServeConfig
@@ -67,6 +68,7 @@ class TaskConfig:
     fidelity: bool = False  # hold the pictures against a float32 reference on one rank (drawn once, then kept)
     states: bool = False  # and the state after every solver step
     bound: float | None = None  # what a sweeper minimises is infinite where the pixels' relative L2 is above this
+    reference_steps: int | None = None  # of the reference, where a row with fewer is held against it; null = as many
     references: str | None = None  # folder of kept references; null = triptych/references in the user's cache
     out: str | None = None  # the page of task=report; null = report.html in `runs`
 
@@ -367,6 +369,7 @@ class RunConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     request: RequestConfig = field(default_factory=RequestConfig)

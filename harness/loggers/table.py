@@ -41,8 +41,9 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
     peaks = ", ".join(f"{peak:.0f}" for peak in summary.peak_memory_mib)
     share = f"{100 * summary.overhead_share.median:.1f} %"
     kind = "video" if any(row.path.endswith(".mp4") for row in record.samples) else "picture"
+    spared = "" if summary.cache is None else f" of {summary.cache.evaluations:.4g} without a cache"
     console.print(
-        f"{summary.throughput_per_s:.2f} {kind}s/s, {summary.nfe} network evaluations a {kind}, "
+        f"{summary.throughput_per_s:.2f} {kind}s/s, {summary.nfe} network evaluations a {kind}{spared}, "
         f"harness overhead {share}"
     )
     console.print(

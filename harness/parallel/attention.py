@@ -89,9 +89,12 @@ def _columns(layout: TokenLayout) -> Tensor:
 
 @dataclass
 class SequenceState:
-    """The layout of the blocks that run now; set where tokens are dealt, read where they attend."""
+    """The layout of the blocks that run now, and this rank's place in it; set where tokens are dealt, read where they
+    attend.
+    """
 
     layout: TokenLayout | None = None
+    index: int = 0
 
 
 class SequenceAttention:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from harness.parallel.attention import SequenceAttention, SequenceState, TokenLayout
 from harness.parallel.connect import Axes
+from harness.parallel.gates import signature
 from harness.parallel.group import Group
 from models.attention import AttentionKernel
 from models.attention.lse import LseKernel
@@ -32,6 +33,7 @@ def deal_tokens(
     ring_kernel: LseKernel | None,
     axes: Axes,
     gather: bool = False,
+    state: SequenceState | None = None,
 ) -> None:
     """Sequence parallelism in place: every stack of the plan works on this rank's part of its tokens.
 
@@ -42,8 +44,10 @@ def deal_tokens(
         ring_kernel: the same with log-sum-exp, where the ring has more than one rank.
         axes: this rank's groups.
         gather: all-gather keys and values over the ring in place of passing them on.
+        state: where it is told how the tokens at hand are dealt; None where nobody else reads it.
     """
-    state = SequenceState()
+    state = SequenceState() if state is None else state
+    state.index = axes.tokens.index
     attend = SequenceAttention(kernel, ring_kernel, axes.ulysses, axes.ring, axes.tokens, state, gather)
     for stack in plan.stacks:
         blocks = network.get_submodule(stack.blocks)
@@ -63,7 +67,7 @@ class _Dealer:
         self.blocks = blocks
         self.whole = whole
         self.state = state
-        self.signature = inspect.signature(blocks[0].forward)
+        self.signature = signature(blocks[0])
 
     def install(self) -> None:
         """Hooks every block."""

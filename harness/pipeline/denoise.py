@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from harness.messages import Skips
 from harness.optimize.ahead import Ahead
+from harness.parallel.gates import History
 from harness.parallel.group import Group
-from harness.pipeline.guidance import Branches
+from harness.pipeline.guidance import Branches, Way, When, always
 from harness.pipeline.latents import step_noise
 from harness.pipeline.state import RunContext, Sample, micro_batches, written
-from models.components import CLASSIFIER_FREE, GuidanceRule
+from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule
 from schedulers.grid import Grid, Point
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Estimate
-from schedulers.solvers.base import Denoise, Memory, Noise
+from schedulers.solvers.base import Memory, Noise
+
+Tell: TypeAlias = Callable[[Tensor, float], Conditioning]  # of an evaluation's latent and tau
 
 
 class Denoising:
@@ -30,6 +35,8 @@ class Denoising:
         cfg: the ranks of the guidance branches; None for this rank alone.
         ahead: computes what evaluations share beforehand; None where each computes all.
         notes: for the record of every request.
+        when: which evaluations are of both branches.
+        gated: the network's blocks are behind gates, and it is told whose rows it is given.
     """
 
     name = "denoising"
@@ -45,6 +52,8 @@ class Denoising:
         cfg: Group | None = None,
         ahead: Ahead | None = None,
         notes: Sequence[str] = (),
+        when: When = always,
+        gated: bool = False,
     ) -> None:
         self.network = network
         self.dtype = dtype
@@ -53,6 +62,8 @@ class Denoising:
         self.cfg = cfg
         self.ahead = ahead
         self.notes = notes
+        self.when = when
+        self.gated = gated
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         run.notes.extend(self.notes)
@@ -64,33 +75,65 @@ class Denoising:
     def _denoise(self, batch: list[Sample], run: RunContext, total: int) -> None:
         grid = written(batch[0].grid)
         x = torch.stack([written(sample.start) for sample in batch])
-        denoise, memory, noise = self._network_call(batch, run, grid), Memory(), _noise(batch, x)
+        call, memory, noise = _NetworkCall(self, batch, run, grid), Memory(), _noise(batch, x)
         for i in range(grid.steps):
             run.check_cancelled()
+            call.begin_step(final=i == grid.steps - 1)
             with run.clock.step():
-                x = self.noise_scheduler.step(x, i, grid, denoise, memory, noise)
+                x = self.noise_scheduler.step(x, i, grid, call, memory, noise)
             if run.keep_states:
                 for sample, state in zip(batch, x, strict=True):
                     sample.states.append(state)
             run.on_progress(self.name, len(run.clock.steps), total)
         for sample, latent in zip(batch, x, strict=True):
             sample.latent = latent
+        if self.gated or self.when is not always:
+            run.skips += call.skips()
 
-    def _network_call(self, batch: list[Sample], run: RunContext, grid: Grid) -> Denoise:
-        """The network as a solver sees it: (x, point) to an Estimate, guidance applied to the raw output."""
-        branches = Branches(batch, self.rule, self.cfg)
-        condition = branches.condition.to(self.dtype)
-        told = None if self.ahead is None else self.ahead.request(condition, grid.tau[:-1].tolist())
+    def tell(self, condition: Conditioning, grid: Grid) -> Tell:
+        """What an evaluation is told: the conditioning, with what is computed beforehand where anything is."""
+        if self.ahead is None:
+            return lambda fed, tau: condition
+        return self.ahead.request(condition, grid.tau[:-1].tolist()).at
 
-        def denoise(x: Tensor, point: Point) -> Estimate:
-            fed = branches.spread(x * point.c_in).to(self.dtype)
-            tau_B = torch.full((len(fed),), point.tau, dtype=torch.float32, device=fed.device)
-            with run.clock.network("denoiser"):
-                now = condition if told is None else told.at(fed, point.tau)
-                output = run.evaluate(self.network, fed, tau_B, now)
-            return self.noise_scheduler.prediction.estimate(branches.combine(output.float()), x, point)
 
-        return denoise
+class _NetworkCall:
+    """The network as a solver sees it: (x, point) to an Estimate, guidance applied to the raw output."""
+
+    def __init__(self, stage: Denoising, batch: list[Sample], run: RunContext, grid: Grid) -> None:
+        self._stage, self._batch, self._run = stage, batch, run
+        self._branches = Branches(batch, stage.rule, stage.cfg)
+        self._told = {way: stage.tell(self._branches.told(way).to(stage.dtype), grid) for way in Way}
+        self._histories = tuple(History() for _ in batch)
+        self._ways: list[Way] = []
+
+    def begin_step(self, final: bool) -> None:
+        """The evaluations that come are of another solver step."""
+        for history in self._histories:
+            history.final = final
+
+    def __call__(self, x: Tensor, point: Point) -> Estimate:
+        stage, branches, run = self._stage, self._branches, self._run
+        way = stage.when(len(self._ways), point)
+        fed = branches.spread(x * point.c_in, way).to(stage.dtype)
+        tau_B = torch.full((len(fed),), point.tau, dtype=torch.float32, device=fed.device)
+        owners = self._histories * (len(fed) // len(self._batch)) if stage.gated else ()
+        with run.clock.network("denoiser"):
+            output = run.evaluate(stage.network, fed, tau_B, self._told[way](fed, point.tau), owners)
+        if stage.gated and not any(history.computed[-1] for history in self._histories):
+            run.clock.discount("denoiser", 1)
+        self._ways.append(way)
+        return stage.noise_scheduler.prediction.estimate(branches.combine(output.float(), way), x, point)
+
+    def skips(self) -> list[Skips]:
+        """Of every picture, once it is drawn."""
+        found, asked = [], self._branches.rows(Way.both)
+        for sample, history in zip(self._batch, self._histories, strict=True):
+            computed = history.computed if self._stage.gated else [True] * len(self._ways)
+            skipped = [k for k, done in enumerate(computed) if not done]
+            rows = sum(self._branches.rows(way) for way, done in zip(self._ways, computed, strict=True) if done)
+            found.append(Skips(sample.ask.index, len(computed), skipped, asked * len(computed), rows))
+        return found
 
 
 def _noise(batch: list[Sample], like: Tensor) -> Noise:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from harness.parallel.group import Group, alone
 from harness.pipeline.state import Ask, Sample, written
 from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule
+from schedulers.grid import Point
 
 
 def guided(ask: Ask, rule: GuidanceRule) -> bool:
@@ -17,11 +20,62 @@ def guided(ask: Ask, rule: GuidanceRule) -> bool:
     return ask.guidance != 1 and not rule.embedded
 
 
+class Way(Enum):
+    """How one evaluation of a guided picture is made: of both branches; of the prompt's, with the difference between
+    the two as it was last; or of the prompt's alone, which is not guided.
+    """
+
+    both = "both"
+    kept = "kept"
+    alone = "alone"
+
+
+class When(Protocol):
+    """Which way an evaluation goes."""
+
+    def __call__(self, evaluation: int, point: Point) -> Way:
+        """Of evaluation number `evaluation`, from 0, at a point of the path."""
+
+
+def always(evaluation: int, point: Point) -> Way:
+    """Every evaluation is of both branches."""
+    return Way.both
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Guided where low < sigma / alpha <= high, and nowhere else.
+
+    Source: Kynkaanniemi et al. 2024 (arXiv:2404.07724), whose sigma is that of alpha = 1.
+    """
+
+    low: float
+    high: float
+
+    def __call__(self, evaluation: int, point: Point) -> Way:
+        return Way.both if self.low < point.ratio <= self.high else Way.alone
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """After a warm-up one evaluation of `interval` is of both branches; the others keep the difference it found.
+
+    Source: the guidance cache of FasterCache (Lv et al. 2024, arXiv:2410.19355), without its weights of frequencies.
+    """
+
+    warmup: int
+    interval: int
+
+    def __call__(self, evaluation: int, point: Point) -> Way:
+        return Way.both if evaluation < self.warmup or (evaluation - self.warmup + 1) % self.interval == 0 else Way.kept
+
+
 class Branches:
     """The conditioning of a micro-batch: the prompts alone, or negative prompts and prompts in one batch of 2 B.
 
     combine() is eq. 6 of Ho and Salimans 2022 in diffusers' convention, negative + guidance * (prompt - negative), on
-    the network's raw output; what a checkpoint's rule says otherwise is models.components.GuidanceRule.
+    the network's raw output; what a checkpoint's rule says otherwise is models.components.GuidanceRule. Where an
+    evaluation goes another way than that of both branches, every rank of the two makes it of the prompt.
     """
 
     def __init__(self, samples: list[Sample], rule: GuidanceRule = CLASSIFIER_FREE, ranks: Group | None = None) -> None:
@@ -37,21 +91,36 @@ class Branches:
         if rule.embedded:
             device = written(samples[0].start).device
             self.condition = replace(self.condition, scale=torch.full((len(told),), self.scale, device=device))
+        prompts = [written(sample.text) for sample in samples]
+        self.prompt = Conditioning.stack(prompts) if self.guided else self.condition
+        self._difference: Tensor | None = None
+
+    def told(self, way: Way) -> Conditioning:
+        """What the network is told in an evaluation that goes this way."""
+        return self.condition if way is Way.both else self.prompt
+
+    def rows(self, way: Way) -> int:
+        """Branches of a picture that are evaluated, on whichever ranks."""
+        return 2 if self.guided and way is Way.both else 1
 
     @property
     def apart(self) -> bool:
         """Whether each branch has a rank of its own."""
         return self.guided and self.ranks.size == 2
 
-    def spread(self, x: Tensor) -> Tensor:
+    def spread(self, x: Tensor, way: Way = Way.both) -> Tensor:
         """The state for every branch of this rank: (B, ...) to (B, ...) or (2 B, ...)."""
-        return torch.cat([x, x]) if self.guided and not self.apart else x
+        return torch.cat([x, x]) if self.guided and not self.apart and way is Way.both else x
 
-    def combine(self, output: Tensor) -> Tensor:
+    def combine(self, output: Tensor, way: Way = Way.both) -> Tensor:
         """The guided output: (B, ...) or (2 B, ...) to (B, ...)."""
-        if not self.guided:
+        if not self.guided or way is Way.alone:
             return output
-        negative, prompt = self.ranks.all_gather(output) if self.apart else output.chunk(2)
+        if way is Way.both:
+            negative, prompt = self.ranks.all_gather(output) if self.apart else output.chunk(2)
+            self._difference = prompt - negative
+        else:
+            negative, prompt = output - written(self._difference), output
         mixed = negative + self.scale * (prompt - negative)
         if self.rule.token_norm is not None:
             mixed = mixed * token_norms(prompt, self.rule.token_norm) / token_norms(mixed, self.rule.token_norm)

@@ -16,7 +16,7 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
-from harness.pipeline.state import Evaluate
+from harness.pipeline.state import Evaluate, Owners, at_once
 from models.components import Conditioning
 
 T = TypeVar("T")
@@ -31,12 +31,13 @@ def kept_mode() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Call:
-    """An evaluation that a request waits for: `network(latent, tau_B, condition)`, as models.components.Denoiser."""
+    """An evaluation that a request waits for, as harness.pipeline.state.Evaluate makes it."""
 
     network: nn.Module
     latent: Tensor
     tau_B: Tensor
     condition: Conditioning
+    owners: Owners = ()
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -91,8 +92,10 @@ class Course(Generic[T]):
         with kept_mode():
             self._stack.switch(output)
 
-    def _evaluate(self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
-        self.call = Call(network, latent, tau_B, condition)
+    def _evaluate(
+        self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Owners = ()
+    ) -> Tensor:
+        self.call = Call(network, latent, tau_B, condition, owners)
         with kept_mode():
             output: Tensor | Exception = self._driver.switch()
         if isinstance(output, Exception):
@@ -123,7 +126,8 @@ def _together(calls: list[Call], apart: bool, count: Callable[[int], None]) -> l
     try:
         latent, tau_B = torch.cat([call.latent for call in calls]), torch.cat([call.tau_B for call in calls])
         condition = Conditioning.stack([call.condition for call in calls])
-        output: Tensor = calls[0].network(latent, tau_B, condition)
+        owners = tuple(owner for call in calls for owner in call.owners)
+        output = at_once(calls[0].network, latent, tau_B, condition, owners)
         return list(output.split([len(call.latent) for call in calls]))
     except Exception as error:
         if not apart:

@@ -13,23 +13,29 @@ from harness import messages
 from harness.messages import GenerationRequest
 from harness.metrics.clock import Clock
 from harness.metrics.memory import Memory
+from harness.parallel.gates import History
 from harness.parallel.group import Traffic
 from models.components import Conditioning
 from schedulers.grid import Grid
 
 T = TypeVar("T")
 OnProgress: TypeAlias = Callable[[str, int, int], None]
+Owners: TypeAlias = tuple[History, ...]
 
 
 class Evaluate(Protocol):
-    """How an evaluation of the denoiser is made: at once, or together with those of other requests."""
+    """How an evaluation of the denoiser is made: at once, or together with those of other requests. `owners` are the
+    histories of each row's picture, which a network behind gates reads; none for any other.
+    """
 
-    def __call__(self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, /) -> Tensor: ...
+    def __call__(
+        self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Owners, /
+    ) -> Tensor: ...
 
 
-def at_once(network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+def at_once(network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Owners = ()) -> Tensor:
     """An evaluation alone."""
-    output: Tensor = network(latent, tau_B, condition)
+    output: Tensor = network(latent, tau_B, condition, *([owners] if owners else []))
     return output
 
 
@@ -82,6 +88,7 @@ class RunContext:
         comm: what was sent, by stage and kind of collective; the executor writes it.
         keep_states: whether samples keep their state after every step.
         evaluate: makes the denoiser's evaluations.
+        skips: what a cache spared each picture; denoising writes it.
     """
 
     device: torch.device
@@ -95,6 +102,7 @@ class RunContext:
     comm: dict[str, dict[str, messages.Traffic]] = field(default_factory=dict)
     keep_states: bool = False
     evaluate: Evaluate = at_once
+    skips: list[messages.Skips] = field(default_factory=list)
 
 
 def asks(request: GenerationRequest) -> list[Ask]:

@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from harness.compose import one_line
+from harness.config.cache import NONE
 from harness.config.plan import HardwareConfig
 from harness.config.schema import Load, ParallelConfig, RunConfig
 from harness.parallel.mesh import degrees, world_size
@@ -58,6 +59,8 @@ def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], Hardwa
 def _predicted(found: Check, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> Check:
     config = msgspec.convert(record.config, RunConfig)
     config.model.load = Load.dummy
+    if config.cache.name != NONE:
+        raise ValueError(f"cache={config.cache.name} computes fewer evaluations, which is not predicted")
     request, steps, layout = config.request, config.request.steps or 1, found.layout
     dtype = torch_dtype(denoiser_dtype(config.model))
     traced = trace_request(config)

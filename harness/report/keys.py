@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+from harness.config.cache import READ, CacheConfig, fill
 from harness.parallel.mesh import AXES
 from harness.plots.sweep import flat
 
@@ -17,16 +18,28 @@ NAMES = ("name", "family", "backend")  # last parts of keys whose value says eno
 
 
 def cells(config: Mapping[str, object]) -> dict[str, Cell]:
-    """A resolved configuration as dotted keys with values to show; the layout is one of them."""
+    """A resolved configuration as dotted keys with values to show; the layout is one of them, and the cache."""
     kept = {key: value for key, value in config.items() if key not in ASIDE}
     if isinstance(layout := kept.get("parallel"), Mapping):
         kept["parallel"] = layout_name(layout)
+    if isinstance(cache := kept.get("cache"), Mapping):
+        kept["cache"] = cache_name(cache)
     return {key: _cell(value) for key, value in flat(kept).items()}
 
 
 def layout_name(degrees: Mapping[str, object]) -> str:
     """Such as `cfg2 ulysses2`; `single` for one rank."""
     return " ".join(f"{axis}{degrees[axis]}" for axis in AXES if degrees.get(axis, 1) != 1) or "single"
+
+
+def cache_name(cache: Mapping[str, object]) -> str:
+    """Such as `first_block threshold=0.2`: what it is, and its first key with those that are not its defaults."""
+    name = str(cache["name"])
+    plain = CacheConfig(name)
+    fill(plain)
+    keys = [key for key in READ[name] if key != "coefficients" and cache[key] is not None]
+    said = [f"{key}={_cell(cache[key])}" for key in keys if key == READ[name][0] or cache[key] != getattr(plain, key)]
+    return " ".join([name, *said])
 
 
 def varying(rows: Sequence[Mapping[str, Cell]], overridden: Collection[str]) -> list[str]:
@@ -70,7 +83,7 @@ def _named(key: str, value: Cell) -> str:
     last = key.rpartition(".")[2]
     shown = f"{value:g}" if isinstance(value, float) else str(value)
     shown = shown if len(shown) <= NAME_LETTERS else f"{shown[: NAME_LETTERS - 1]}…"
-    return shown if last in NAMES or key == "parallel" else f"{last}={shown}"
+    return shown if last in NAMES or key in ("parallel", "cache") else f"{last}={shown}"
 
 
 def _cell(value: object) -> Cell:

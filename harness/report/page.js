@@ -52,7 +52,7 @@ const COLUMNS = [
     (value) => element("span", { title: value }, short(String(value), 60)), "text")),
   column("latency", "latency, ms", (row) => row.latency?.median, measured((row) => row.latency)),
   column("step", "solver step, ms", (row) => row.step?.median, measured((row) => row.step)),
-  column("nfe", "evaluations", (row) => row.nfe),
+  column("nfe", "evaluations", (row) => row.nfe, (value, row) => [number(value), row.cache && element("span", { class: "spread" }, `${number(row.cache.branches_computed, 3)} of ${number(row.cache.branches, 3)} branches`)]),
   column("offered", "offered, requests/s", (row) => row.load?.offered_per_s),
   column("throughput", "answers/s", (row) => row.load?.throughput_per_s),
   column("p50", "p50 under load, ms", (row) => row.load?.latency_ms?.p50),
@@ -235,6 +235,25 @@ function drawScaling(shown) {
 
 const heading = (titles) => element("thead", {}, element("tr", {}, ...titles.map((title) => element("th", { scope: "col" }, title))));
 
+function drawRivals(shown) {
+  const found = shown.filter((row) => row.rival);
+  const body = found.map((row) => {
+    const { plain: place, error_as_long: asLong, better } = row.rival;
+    const plainRun = rows[place];
+    const { evaluations, branches, branches_computed: computed } = row.cache;
+    const numbers = [evaluations * computed / branches, row.latency.median, row.pixel.rel_l2];
+    const beside = [plainRun.nfe, plainRun.latency.median, plainRun.pixel.rel_l2];
+    const cell = (value) => element("td", { class: "number" }, known(value) ? number(value, 3) : "");
+    return element("tr", {}, element("th", { scope: "row" }, row.label), ...numbers.map(cell),
+      element("td", { class: "text" }, plainRun.label), ...beside.map(cell), cell(asLong),
+      element("td", { class: better === "cache" ? "text good" : "text fair" }, better));
+  });
+  const titles = ["cached run", "evaluations", "latency, ms", "error", "in fewer steps", "evaluations", "latency, ms", "error",
+    "error as long", "smaller error"];
+  $("rivals").replaceChildren(...(found.length ? [heading(titles), element("tbody", {}, ...body)]
+    : [element("caption", { class: "none" }, "No run shown has a cache and a run without one that is as fast, held against the same reference.")]));
+}
+
 const RATES = ["load.rate", "load.clients"]; // keys along a line of the load's chart
 
 function drawCurve(shown) {
@@ -370,7 +389,7 @@ function drawOrigin(shown) {
 
 function render() {
   const shown = ordered(rows.filter(matches));
-  for (const part of [drawTable, drawStages, drawScaling, drawCurve, drawPareto, drawGrids, drawNotes, drawOrigin]) part(shown);
+  for (const part of [drawTable, drawStages, drawScaling, drawRivals, drawCurve, drawPareto, drawGrids, drawNotes, drawOrigin]) part(shown);
 }
 
 function addPick(key) {

@@ -17,8 +17,9 @@ from harness.metrics.intervals import Estimate, Share
 from harness.metrics.load import LoadSummary
 from harness.metrics.summary import Summary
 from harness.plots.sweep import flat
-from harness.records import Record, RunFolderError, Statistics, Status, read_record, read_status
+from harness.records import CacheUse, Record, RunFolderError, Statistics, Status, read_record, read_status
 from harness.report.keys import Cell, cells, labels, varying
+from harness.report.rivals import Rival, rivals
 from harness.report.scaling import Scaling, scalings
 
 FILES = ("status.json", "record.json", "comparison.json")  # any of them makes a folder a run's
@@ -31,7 +32,8 @@ class Row(msgspec.Struct, frozen=True):
 
     values: of the keys that vary. stages: median ms by stage. ceiling_share: of a matrix product's TFLOP/s on the same
     ranks. load: what clients of task=load measured. pixel: error against the reference, with its `verdict`. scaling:
-    against the one-rank run of the same everything else. grid: the shrunk picture as a data URI.
+    against the one-rank run of the same everything else. cache: what it spared, with the `rival` of fewer steps. grid:
+    the shrunk picture as a data URI.
     """
 
     label: str
@@ -57,6 +59,8 @@ class Row(msgspec.Struct, frozen=True):
     ranks: int | None = None
     threads: int | None = None
     scaling: Scaling | None = None
+    cache: CacheUse | None = None
+    rival: Rival | None = None
     comparison: Comparison | None = None
     provenance: dict[str, Cell] = {}
     prompts: list[str] = []
@@ -88,12 +92,11 @@ def read_table(root: Path) -> Table:
     overridden = {o.partition("=")[0].lstrip("+") for run in runs if run.record for o in run.record.overrides}
     keys = varying([run.config for run in runs if run.config], overridden)
     names = [folder.relative_to(root).as_posix() for folder in folders]
-    found = scalings(
-        folders, {place: run.record for place, run in enumerate(runs) if run.record is not None and run.record.repeats}
-    )
+    records = {place: run.record for place, run in enumerate(runs) if run.record is not None and run.record.repeats}
+    found, beside = scalings(folders, records), rivals(records)
     called = labels([run.config for run in runs], keys, names)
     rows = [_row(run, keys, called[k], names[k], found.get(k)) for k, run in enumerate(runs)]
-    return Table(keys, rows)
+    return Table(keys, [msgspec.structs.replace(row, rival=beside.get(k)) for k, row in enumerate(rows)])
 
 
 def read_run(folder: Path) -> Run:
@@ -162,6 +165,7 @@ def _timed(plain: Row, summary: Statistics) -> Row:
         step=summary.step_ms,
         stages={name: stage.median for name, stage in summary.stage_ms.items()},
         nfe=summary.nfe,
+        cache=summary.cache,
         memory_mib=summary.peak_memory_mib_max,
         tflops=reached,
         ceiling_share=reached / ceiling if reached is not None and ceiling else None,

@@ -17,6 +17,7 @@ from harness.metrics.cuda import CudaMemory, synchronizer
 from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.optimize.apply import optimize
+from harness.parallel.attention import SequenceState
 from harness.parallel.connect import Axes, connect, one_rank
 from harness.parallel.legal import check_layout
 from harness.parallel.mesh import Place
@@ -25,6 +26,7 @@ from harness.parallel.shard import shard_weights
 from harness.parallel.vae import parallel_decoder
 from harness.peer.build import native_facts, peer_stages
 from harness.peer.table import DIFFUSERS, NATIVE, peer_attention
+from harness.pipeline.caches import cached_network, guidance_when
 from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
@@ -171,15 +173,15 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
     return resolved_name(config.attention.backend, device.type, with_lse=config.parallel.ring > 1)
 
 
-def deal(parts: Components, axes: Axes, backend: str) -> None:
-    """Deals the network's tokens over this rank's axes, in place.
+def deal(parts: Components, axes: Axes, backend: str, state: SequenceState) -> None:
+    """Deals the network's tokens over this rank's axes, in place; how, the state says.
 
     Raises:
         ValueError: an attention backend that ring attention cannot use.
     """
     if axes.tokens.size > 1:
         ring_kernel = lse_kernel(backend) if axes.ring.size > 1 else None
-        deal_tokens(parts.network, parts.plan, attention_kernel(backend), ring_kernel, axes)
+        deal_tokens(parts.network, parts.plan, attention_kernel(backend), ring_kernel, axes, state=state)
 
 
 def ceiling(config: RunConfig, device: torch.device) -> float:
@@ -205,14 +207,19 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     homes = dict.fromkeys(away(config, source), torch.device("cpu"))
     parts = load(replace(source, cut=cut, devices=homes), attention_kernel(backend))
     check_multiple(model, parts)
-    deal(parts, axes, backend)
+    dtype = source.dtype_of(source.denoiser)
+    made = optimize(parts, config.engine, source.device, dtype)
+    state = SequenceState()
+    gated = cached_network(config.cache, parts.network, parts.plan, axes.picture, state)  # before what hooks its blocks
+    deal(parts, axes, backend, state)
     if config.parallel.shard_weights:
         shard_weights(parts.network, parts.plan, axes.weights, source.device)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     text = TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
-    dtype = source.dtype_of(source.denoiser)
-    made = optimize(parts, config.engine, source.device, dtype)
-    denoising = Denoising(parts.network, dtype, noise_scheduler, parts.guidance, axes.cfg, made.ahead, made.notes)
+    network, when = parts.network if gated is None else gated, guidance_when(config.cache)
+    denoising = Denoising(
+        network, dtype, noise_scheduler, parts.guidance, axes.cfg, made.ahead, made.notes, when, gated is not None
+    )
     decoding = Decoding(parallel_decoder(parts.decoder, axes.picture, config.parallel.decode))
 
     def homed(stage: Stage, part: object) -> Stage:

@@ -33,6 +33,7 @@ from harness.pipeline.state import (
     Cancelled,
     Evaluate,
     OnProgress,
+    Owners,
     RunContext,
     Sample,
     asks,
@@ -108,9 +109,11 @@ class Worker:
             if self.axes.any_of_picture(is_cancelled()):
                 raise Cancelled
 
-        def counted(network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        def counted(
+            network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Owners
+        ) -> Tensor:
             self.counter.add(len(latent))
-            return at_once(network, latent, tau_B, condition)
+            return at_once(network, latent, tau_B, condition, owners)
 
         run = self._context(request, on_progress, check_cancelled, counted)
         run.traffic = self.axes.traffic
@@ -165,6 +168,7 @@ class Worker:
             notes=run.notes,
             comm=run.comm,
             flops=run.clock.flops,
+            skips=run.skips,
         )
         if self.place.rank % self.place.replica_size:
             return encode(RankOutcome([], report))  # the first rank of a replica answers for it

@@ -27,7 +27,7 @@ NAMES = NameMap(  # diffusers' DiTTransformer2DModel on the left, this network o
 )
 PLAN = ParallelPlan(
     heads="heads",
-    stacks=(Stack("blocks", sharded={"x_BLD": 1}),),
+    stacks=(Stack("blocks", sharded={"x_BLD": 1}, signal="self_attention"),),
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     called_outside=("blocks.0.condition",),

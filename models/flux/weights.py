@@ -51,6 +51,7 @@ PLAN = ParallelPlan(
             sharded={"x_BLD": 1, "text_BSD": 1, "rope_2LF": 1},
             outputs=("x_BLD", "text_BSD"),
             streams=("text_BSD", "x_BLD"),
+            signal="heads",
         ),
         Stack("single_blocks", sharded={"x_BLD": 1, "rope_2LF": 1}),
     ),

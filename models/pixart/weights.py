@@ -33,7 +33,7 @@ NAMES = NameMap(  # diffusers' PixArtTransformer2DModel on the left, this networ
 )
 PLAN = ParallelPlan(
     heads="heads",
-    stacks=(Stack("blocks", sharded={"x_BLD": 1}, replicated=("text_BSD",)),),
+    stacks=(Stack("blocks", sharded={"x_BLD": 1}, replicated=("text_BSD",), signal="self_attention"),),
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     local_attention=("blocks.*.cross_attention",),

@@ -54,6 +54,7 @@ PLAN = ParallelPlan(
             sharded={"x_BLD": 1, "text_BSD": 1},
             outputs=("x_BLD", "text_BSD"),
             streams=("text_BSD", "x_BLD"),
+            signal="heads",
         ),
     ),
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.up"),

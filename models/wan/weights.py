@@ -29,7 +29,7 @@ NAMES = NameMap(  # diffusers' WanTransformer3DModel on the left, this network o
 )
 PLAN = ParallelPlan(
     heads="heads",
-    stacks=(Stack("blocks", sharded={"x_BLD": 1, "rope_2LE": 1}, replicated=("text_BSD",)),),
+    stacks=(Stack("blocks", sharded={"x_BLD": 1, "rope_2LE": 1}, replicated=("text_BSD",), signal="modulation_B6D"),),
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     local_attention=("blocks.*.cross_attention",),

@@ -31,9 +31,10 @@ NAMES = NameMap(  # diffusers' ZImageTransformer2DModel on the left, this networ
 TOKENS = {"x_BJD": 1, "rope_2BJF": 2, "mask_BJ": 1}
 PLAN = ParallelPlan(
     heads="heads",
-    stacks=tuple(
-        Stack(name, TOKENS, outputs=("x_BJD",), streams=("x_BJD",))
-        for name in ("noise_refiner", "context_refiner", "layers")
+    stacks=(
+        Stack("noise_refiner", TOKENS, outputs=("x_BJD",), streams=("x_BJD",), cached=False),
+        Stack("context_refiner", TOKENS, outputs=("x_BJD",), streams=("x_BJD",), cached=False),
+        Stack("layers", TOKENS, outputs=("x_BJD",), streams=("x_BJD",), signal="attention"),
     ),
     column=("*.attention.to_q", "*.attention.to_k", "*.attention.to_v", "*.feed_forward.gate", "*.feed_forward.up"),
     row=("*.attention.to_out", "*.feed_forward.down"),

@@ -1,6 +1,6 @@
 """A tiny network of every family with inputs whose tokens, text and heads do not divide evenly over ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -53,6 +53,13 @@ class Tiny:
         assert self.plan.heads is not None
         heads: int = getattr(self.make(math_attention).config, self.plan.heads)
         return heads
+
+
+def rows(inputs: Inputs, which: Sequence[int]) -> Inputs:
+    """Some rows of a batch."""
+    latent, tau_B, condition = inputs
+    of = {name: None if x is None else x[list(which)] for name, x in vars(condition).items()}
+    return latent[list(which)], tau_B[list(which)], Conditioning(**of)
 
 
 def _drawn(*shape: int) -> Tensor:

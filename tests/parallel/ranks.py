@@ -21,6 +21,7 @@ from models.registry import ARCHITECTURES
 Work = Callable[..., dict[str, Tensor]]
 IMPORTED = [
     "tests.parallel.layouts",
+    "tests.parallel.gated",
     "tests.parallel.decoders",
     "tests.parallel.pipelines",
     *(row.module for row in ARCHITECTURES.values()),

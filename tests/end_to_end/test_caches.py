@@ -1,0 +1,32 @@
+"""A server whose denoiser is cached: requests at different steps share forwards, and their pictures do not change."""
+
+import pytest
+
+from harness.client import DiffusionGenerator
+from tests.end_to_end.test_batching import FLOOR, MIXED, connected, draw, info, rel_l2, serving
+
+CACHES = {
+    "first_block": ["cache=first_block", "cache.threshold=0.3"],
+    "teacache": ["cache=teacache", "cache.threshold=0.3"],
+    "guidance_skip": ["cache=guidance_skip"],
+}
+
+
+def drawn_alone_and_together(engine: DiffusionGenerator) -> None:
+    alone = {name: draw(engine, {name: MIXED[name]})[name] for name in ("a", "c", "e")}
+    with connected(engine) as connection:
+        before = info(connection)
+        together = draw(engine, {name: MIXED[name] for name in alone})
+        after = info(connection)
+    assert after.evaluations - before.evaluations < 9 + 6 + 12
+    for name, pictures in together.items():
+        for picture, expected in zip(pictures, alone[name], strict=True):
+            assert rel_l2(picture, expected) < FLOOR, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["single", "cfg2", "ulysses2"])
+@pytest.mark.parametrize("cache", list(CACHES))
+def test_a_picture_does_not_know_who_shared_its_forwards(cache: str, layout: str) -> None:
+    with serving(*CACHES[cache], f"parallel={layout}", "serve.max_batch=4") as engine:
+        drawn_alone_and_together(engine)

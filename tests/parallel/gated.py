@@ -1,0 +1,75 @@
+"""What each rank of a layout computes of a guided picture behind gates, evaluation by evaluation."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from harness.parallel.attention import SequenceState
+from harness.parallel.connect import Axes, connect, one_rank
+from harness.parallel.gates import History, Rule
+from harness.parallel.mesh import Place
+from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.pipeline.caches import CachedNetwork, FirstBlock, TaylorSeer, TeaCache
+from models.attention import math_attention
+from models.attention.lse import math_lse
+from tests.parallel.networks import TINY, Inputs, rows
+
+NEVER = 1e9  # a threshold that no change reaches
+KINDS = ("teacache", "first_block", "taylorseer")
+DEGREES = ((1, 2, 1, 1, 1), (1, 1, 2, 1, 1), (1, 1, 1, 2, 1), (1, 1, 1, 1, 2))
+NAMES = ("pixart", "flux", "z_image", "wan")
+EVALUATIONS = 6
+
+
+def rule_of(kind: str, threshold: float) -> Rule:
+    """A rule that computes every evaluation at 0."""
+    if kind == "taylorseer":
+        return TaylorSeer(2, False, 1, 3 if threshold else 1)
+    return (TeaCache(1, False, 0, threshold, (1.0, 0.0))) if kind == "teacache" else FirstBlock(1, False, 0, threshold)
+
+
+def evaluations(name: str, count: int) -> Iterator[Inputs]:
+    """A latent and a time that move a little from one to the next; both rows are one picture's."""
+    latent, tau_B, condition = TINY[name].inputs
+    drift = torch.randn(latent.shape, generator=torch.Generator().manual_seed(9))
+    for k in range(count):
+        yield latent + 0.05 * k * drift, tau_B * 0.95**k, condition
+
+
+def run(name: str, kind: str, threshold: float, axes: Axes) -> tuple[Tensor, History]:
+    """(evaluations, 2, ...): the outputs of both rows, and which evaluations were computed."""
+    tiny, state, owner = TINY[name], SequenceState(), History()
+    network = tiny.build(math_attention)
+    cut_linears(network, tiny.plan, axes.tp)
+    cached = CachedNetwork(network, tiny.plan, rule_of(kind, threshold), axes.picture, state)
+    if axes.tokens.size > 1:
+        deal_tokens(network, tiny.plan, math_attention, math_lse, axes, state=state)
+    outputs = []
+    for inputs in evaluations(name, EVALUATIONS):
+        mine = rows(inputs, [axes.cfg.index] if axes.cfg.size == 2 else [0, 1])
+        output = cached(*mine, (owner,) * len(mine[0]))
+        outputs.append(axes.cfg.all_gather(output).flatten(0, 1))
+    return torch.stack(outputs), owner
+
+
+def alone(name: str, kind: str) -> tuple[float, Tensor, History]:
+    """A threshold that a change between two evaluations stays below and one over more does not, and what one rank makes
+    with it.
+    """
+    changes = run(name, kind, NEVER, one_rank())[1].change / (EVALUATIONS - 1)
+    threshold = 1.5 * changes if kind == "teacache" else 0.6 * (EVALUATIONS - 1) * changes
+    return threshold or 1.0, *run(name, kind, threshold or 1.0, one_rank())
+
+
+def on_rank(rank: int, size: int, thresholds: dict[str, float]) -> dict[str, Tensor]:
+    """Outputs and computed evaluations, by network, rule and layout."""
+    found = {}
+    for degrees in DEGREES:
+        axes = connect(Place(rank, degrees), torch.device("cpu"), timedelta(seconds=60))
+        for case, threshold in thresholds.items():
+            output, owner = run(*case.split(), threshold, axes)
+            found[f"{case} {degrees}"] = output
+            found[f"{case} {degrees} computed"] = torch.tensor(owner.computed)
+    return found

@@ -1,0 +1,20 @@
+"""A picture that several ranks compute is passed by in the same evaluations as on one rank, and is the same picture."""
+
+import torch
+
+from tests.models.parity import rel_l2
+from tests.parallel.gated import DEGREES, KINDS, NAMES, alone, on_rank
+from tests.parallel.ranks import on_ranks
+
+
+def test_every_axis_skips_what_one_rank_skips() -> None:
+    with torch.inference_mode():
+        expected = {f"{name} {kind}": alone(name, kind) for name in NAMES for kind in KINDS}
+    first, second = on_ranks(2, on_rank, {case: threshold for case, (threshold, *_) in expected.items()})
+    for case, (_, output, owner) in expected.items():
+        assert {True, False} == set(owner.computed[2:]), (case, owner.computed)  # so that it proves something
+        for degrees in DEGREES:
+            what = f"{case} {degrees}"
+            assert first[f"{what} computed"].tolist() == owner.computed, what
+            assert torch.equal(first[what], second[what]), what
+            assert rel_l2(first[what], output) < 1e-5, what

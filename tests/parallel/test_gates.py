@@ -1,0 +1,250 @@
+"""Blocks behind gates: nothing changes where nothing is passed by; where something is, it is what a hand would add."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.parallel.attention import SequenceState
+from harness.parallel.gates import History, Rule, forecast
+from harness.parallel.group import alone
+from harness.pipeline.caches import CachedNetwork, FirstBlock, TaylorSeer, TeaCache
+from models.attention import math_attention
+from models.components import Conditioning
+from models.plan import Stack
+from tests.models.parity import rel_l2
+from tests.parallel.networks import TINY, Inputs, rows
+
+FAMILIES = list(TINY)
+NEVER = 1e9  # a threshold that no change reaches
+EXACT = 1e-6  # relative L2 between two orders of the same additions
+RULES: dict[str, Callable[[float], Rule]] = {
+    "teacache": lambda threshold: TeaCache(1, False, 0, threshold, (1.0, 0.0)),
+    "first_block": lambda threshold: FirstBlock(1, False, 0, threshold),
+    "taylorseer": lambda threshold: TaylorSeer(3, False, 2, 3 if threshold else 1),
+}
+
+
+def cached(name: str, rule: Rule) -> CachedNetwork:
+    tiny = TINY[name]
+    return CachedNetwork(tiny.build(math_attention), tiny.plan, rule, alone(), SequenceState())
+
+
+def evaluations(name: str, count: int) -> list[Inputs]:
+    """A latent and a time that move a little from one to the next."""
+    latent, tau_B, condition = TINY[name].inputs
+    drift = torch.randn(latent.shape, generator=torch.Generator().manual_seed(9))
+    return [(latent + 0.05 * k * drift, tau_B * 0.95**k, condition) for k in range(count)]
+
+
+class Adds(nn.Module):
+    """In the place of a stack's blocks: adds known tensors to its streams."""
+
+    def __init__(self, stack: Stack, block: nn.Module, added: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.stack, self.signature, self.added = stack, inspect.signature(block.forward), added
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        given = self.signature.bind(*args, **kwargs).arguments
+        streams = [given[name] + added for name, added in zip(self.stack.outputs, self.added, strict=True)]
+        return tuple(streams) if len(streams) > 1 else streams[0]
+
+
+class ByHand:
+    """A plain network whose cached stacks are taken out and put back by hand."""
+
+    def __init__(self, name: str, first_block: bool) -> None:
+        self.network = TINY[name].build(math_attention)
+        self.stacks = [stack for stack in TINY[name].plan.stacks if stack.cached]
+        self.blocks = [self.network.get_submodule(stack.blocks) for stack in self.stacks]
+        self.kept = [list(blocks)[: 1 if first_block and n == 0 else 0] for n, blocks in enumerate(self.blocks)]
+
+    def gained(self, inputs: Inputs) -> tuple[Tensor, list[list[Tensor]]]:
+        """The output, and what each stack adds to its streams (behind the kept blocks)."""
+        seen: list[tuple[list[Tensor], list[Tensor]]] = []
+        hooks = []
+        for stack, blocks, kept in zip(self.stacks, self.blocks, self.kept, strict=True):
+            signature = inspect.signature(blocks[0].forward)
+
+            def before(block: nn.Module, args: tuple, kwargs: dict, s: Stack = stack, g: object = signature) -> None:
+                given = g.bind(*args, **kwargs).arguments  # type: ignore[attr-defined]
+                seen.append(([given[name] for name in s.outputs], []))
+
+            def after(block: nn.Module, args: tuple, output: object) -> None:
+                seen[-1][1].extend(output if isinstance(output, tuple) else [output])
+
+            hooks += [
+                blocks[len(kept)].register_forward_pre_hook(before, with_kwargs=True),
+                blocks[len(blocks) - 1].register_forward_hook(after),
+            ]
+        output = self.network(*inputs)
+        for hook in hooks:
+            hook.remove()
+        return output, [[b - a for a, b in zip(came, went, strict=True)] for came, went in seen]
+
+    def adding(self, inputs: Inputs, added: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The output where each stack is only what it adds."""
+        for stack, blocks, kept, own in zip(self.stacks, self.blocks, self.kept, added, strict=True):
+            owner, _, leaf = stack.blocks.rpartition(".")
+            setattr(self.network.get_submodule(owner), leaf, nn.ModuleList([*kept, Adds(stack, blocks[0], own)]))
+            # DiT's head asks its first block for what it is told
+            if not kept and "condition" in dict(blocks[0].named_children()):
+                self.network.get_submodule(stack.blocks)[0].condition = blocks[0].condition
+        output: Tensor = self.network(*inputs)
+        for stack, blocks in zip(self.stacks, self.blocks, strict=True):
+            owner, _, leaf = stack.blocks.rpartition(".")
+            setattr(self.network.get_submodule(owner), leaf, blocks)
+        return output
+
+
+def drawn(network: CachedNetwork, asked: Sequence[Inputs], owners: tuple[History, ...]) -> list[Tensor]:
+    with torch.inference_mode():
+        return [network(*inputs, owners) for inputs in asked]
+
+
+def between(name: str, kind: str) -> Rule:
+    """A rule whose threshold is half as far again as the first picture changes in its second evaluation."""
+    history = History()
+    drawn(cached(name, RULES[kind](NEVER)), [rows(inputs, [0]) for inputs in evaluations(name, 2)], (history,))
+    return RULES[kind](1.5 * history.change or 1.0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", list(RULES))
+def test_with_nothing_to_skip_it_is_the_plain_network_bit_for_bit(name: str, kind: str) -> None:
+    histories = (History(), History())
+    asked = evaluations(name, 3)
+    found = drawn(cached(name, RULES[kind](0.0)), asked, histories)
+    with torch.inference_mode():
+        plain = TINY[name].build(math_attention)
+        assert all(torch.equal(y, plain(*inputs)) for y, inputs in zip(found, asked, strict=True))
+    assert all(history.computed == [True] * 3 for history in histories)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", ["teacache", "first_block"])
+def test_what_the_blocks_added_is_added_again(name: str, kind: str) -> None:
+    asked = evaluations(name, 3)
+    histories = (History(), History())
+    found = drawn(cached(name, RULES[kind](NEVER)), asked, histories)
+    assert [history.computed for history in histories] == [[True, False, False]] * 2
+    by_hand = ByHand(name, first_block=kind == "first_block")
+    with torch.inference_mode():
+        _, gained = by_hand.gained(asked[0])
+        for y, inputs in zip(found[1:], asked[1:], strict=True):
+            assert rel_l2(y, by_hand.adding(inputs, gained)) < EXACT
+            assert rel_l2(y, by_hand.network(*inputs)) > 1e-4  # so that it proves something
+
+
+@pytest.mark.parametrize("name", ["pixart", "flux"])
+def test_a_forecast_is_the_taylor_series_of_what_the_blocks_added(name: str) -> None:
+    asked = evaluations(name, 7)
+    histories = (History(), History())
+    found = drawn(cached(name, RULES["taylorseer"](1.0)), asked, histories)
+    assert histories[0].computed == [True, True, True, False, False, True, False]
+    by_hand = ByHand(name, first_block=False)
+    with torch.inference_mode():
+        f = {k: by_hand.gained(asked[k])[1] for k in (0, 1, 2, 5)}
+
+        def series(f0: Tensor, f1: Tensor, f2: Tensor, gaps: tuple[int, int, int], k: int) -> Tensor:
+            """Newest first, with evaluations between f1 and f0 and so on."""
+            first, before = (f0 - f1) / gaps[0], (f1 - f2) / gaps[1]
+            return f0 + k * first + k**2 / 2 * (first - before) / gaps[0]
+
+        for k, newest, gaps in ((3, (2, 1, 0), (1, 1, 0)), (4, (2, 1, 0), (1, 1, 0)), (6, (5, 2, 1), (3, 1, 0))):
+            added = [
+                [series(*(f[n][s][i] for n in newest), gaps, k - newest[0]) for i in range(len(f[0][s]))]
+                for s in range(len(f[0]))
+            ]
+            assert rel_l2(found[k], by_hand.adding(asked[k], added)) < EXACT
+
+
+def test_a_forecast_of_order_m_is_exact_for_polynomials_of_degree_m() -> None:
+    x = torch.tensor([2.0])
+    assert forecast([5 * x, 3 * x, 4 * x], 2) == 5 * 2 + 3 * 2 * 2 + 4 * 2 * 4 / 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", list(RULES))
+def test_pictures_in_one_forward_do_not_know_of_one_another(name: str, kind: str) -> None:
+    """One picture is two evaluations ahead of the other, whose text may be longer."""
+    asked = evaluations(name, 6)
+    network = cached(name, between(name, kind))
+    one, other = History(), History()
+    alone_one, alone_other = (
+        [y[0] for y in drawn(network, [rows(inputs, [n]) for inputs in asked], (owner,))]
+        for n, owner in ((0, one), (1, other))
+    )
+    first, second = History(), History()
+    found_first = [y[0] for y in drawn(network, [rows(inputs, [0]) for inputs in asked[:2]], (first,))]
+    found_second = []
+    with torch.inference_mode():
+        for k in range(4):
+            ahead, behind = asked[k + 2], asked[k]
+            both = (
+                torch.stack([ahead[0][0], behind[0][1]]),
+                torch.stack([ahead[1][0], behind[1][1]]),
+                ahead[2],
+            )
+            y = network(*both, (first, second))
+            found_first.append(y[0])
+            found_second.append(y[1])
+    assert first.computed == one.computed
+    assert second.computed == other.computed[:4]
+    assert not all(first.computed)
+    for y, expected in zip([*found_first, *found_second], [*alone_one, *alone_other[:4]], strict=True):
+        assert rel_l2(y, expected) < 1e-5
+
+
+def test_both_rows_of_a_guided_picture_go_one_way() -> None:
+    asked = evaluations("pixart", 5)
+    owner = History()
+    network = cached("pixart", between("pixart", "first_block"))
+    drawn(network, asked, (owner, owner))
+    assert len(owner.computed) == 5
+    assert set(owner.computed) == {True, False}
+
+
+def test_teacache_adds_up_rescaled_changes_of_the_modulated_input() -> None:
+    name, coefficients, threshold = "pixart", (3.0, 0.5, 0.001), 0.06
+    asked = [rows(inputs, [0]) for inputs in evaluations(name, 6)]
+    owner = History()
+    drawn(cached(name, TeaCache(1, False, 0, threshold, coefficients)), asked, (owner,))
+    network = TINY[name].build(math_attention)
+    seen: list[Tensor] = []
+    network.blocks[0].self_attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.inference_mode():
+        for inputs in asked:
+            network(*inputs)
+    expected, total = [True], 0.0
+    for old, new in pairwise(seen):
+        change = float((new - old).abs().mean() / old.abs().mean())
+        total += 3.0 * change**2 + 0.5 * change + 0.001
+        expected.append(total >= threshold)
+        total = 0.0 if expected[-1] else total
+    assert owner.computed == expected
+    assert expected.count(False) > 1
+    assert expected[1:].count(True) > 0
+
+
+def test_a_forward_that_fails_leaves_no_trace() -> None:
+    network, owner = cached("pixart", RULES["first_block"](NEVER)), History()
+    latent, tau_B, condition = rows(TINY["pixart"].inputs, [0])
+    drawn(network, [(latent, tau_B, condition)], (owner,))
+    terms = owner.terms
+    with pytest.raises(ValueError, match="text states"), torch.inference_mode():
+        network(latent, tau_B, Conditioning(), (owner,))
+    assert owner.computed == [True]
+    assert owner.terms is terms
+
+
+def test_warm_up_and_the_last_step_are_computed() -> None:
+    rule = FirstBlock(2, True, 0, NEVER)
+    assert not rule.skips(History(computed=[True]), 0.0)
+    assert rule.skips(History(computed=[True, True]), 0.0)
+    assert not rule.skips(History(final=True, computed=[True, True]), 0.0)
