@@ -75,7 +75,7 @@ class Chains:
         found = sorted(expanded(network, patterns), key=itemgetter(0))
         self._chains = [[network.get_submodule(name) for name in names] for _, names in found]
         stops = list(accumulate(chain[-1].get_parameter("weight").shape[0] for chain in self._chains))
-        columns = list(zip(found, self._chains, [0, *stops[:-1]], stops, strict=True))
+        columns = list(zip(found, self._chains, [0, *stops][: len(stops)], stops, strict=True))
         for block, group in groupby(columns, key=lambda column: column[0][0]):
             own = list(group)
             first, last = (own[0][2], own[-1][3]) if block else (0, stops[-1])
