@@ -43,7 +43,7 @@ class Look(Enum):
     first_block = "first block"
 
 
-@dataclass
+@dataclass(eq=False)
 class History:
     """What is kept of one picture from evaluation to evaluation.
 
@@ -221,7 +221,7 @@ class Reached(Exception):
         self.signal = signal
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """One stack behind gates.
 

@@ -83,8 +83,8 @@ def cache_name(record: Record) -> str:
 
 def _circumstances(record: Record) -> tuple[str, ...]:
     """What runs that compare have in common: reference, machine, threads, and all but the cache and the steps."""
-    rest = copy.deepcopy({**record.config, "cache": None, "task": None})
-    rest["request"]["steps"] = None
+    rest = copy.deepcopy({**record.config, "cache": None})
+    rest["request"]["steps"], rest["task"] = None, {"name": "bench"}
     origin = record.provenance
     reference = "" if record.fidelity is None else record.fidelity.reference
     return reference, origin.hardware.cpu, origin.hardware.device, str(origin.threads_per_rank), fingerprint(rest)

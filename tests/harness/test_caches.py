@@ -114,7 +114,7 @@ def test_a_network_without_gates_and_guidance_as_it_was_are_the_default() -> Non
     config = compose_run([]).config.cache
     network = TINY["pixart"].build(math_attention)
     assert cached_network(config, network, TINY["pixart"].plan, alone(), SequenceState()) is None
-    assert Denoising(network, torch.float32, build(Settings())).when is guidance_when(config)
+    assert Denoising(network, torch.float32, build(FAMILIES[0])).when is guidance_when(config)
 
 
 # ---------------------------------------------------------------- guidance, by hand
@@ -187,7 +187,7 @@ def test_guidance_everywhere_is_guidance(when: When) -> None:
 
 
 def test_requests_that_share_forwards_skip_their_own_evaluations() -> None:
-    tiny, rule = TINY["pixart"], FirstBlock(1, False, 0, 0.3)
+    tiny, rule = TINY["pixart"], FirstBlock(1, False, 0, 0.12)
     network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, alone(), SequenceState())
     latent, tau_B, condition = tiny.inputs
     drift = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))

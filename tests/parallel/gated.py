@@ -35,10 +35,10 @@ def evaluations(name: str, count: int) -> Iterator[Inputs]:
     latent, tau_B, condition = TINY[name].inputs
     drift = torch.randn(latent.shape, generator=torch.Generator().manual_seed(9))
     for k in range(count):
-        yield latent + 0.05 * k * drift, tau_B * 0.95**k, condition
+        yield latent + 0.1 * k * drift, tau_B * 0.999**k, condition
 
 
-def run(name: str, kind: str, threshold: float, axes: Axes) -> tuple[Tensor, History]:
+def run(name: str, kind: str, threshold: float, axes: Axes, count: int = EVALUATIONS) -> tuple[Tensor, History]:
     """(evaluations, 2, ...): the outputs of both rows, and which evaluations were computed."""
     tiny, state, owner = TINY[name], SequenceState(), History()
     network = tiny.build(math_attention)
@@ -47,7 +47,7 @@ def run(name: str, kind: str, threshold: float, axes: Axes) -> tuple[Tensor, His
     if axes.tokens.size > 1:
         deal_tokens(network, tiny.plan, math_attention, math_lse, axes, state=state)
     outputs = []
-    for inputs in evaluations(name, EVALUATIONS):
+    for inputs in evaluations(name, count):
         mine = rows(inputs, [axes.cfg.index] if axes.cfg.size == 2 else [0, 1])
         output = cached(*mine, (owner,) * len(mine[0]))
         outputs.append(axes.cfg.all_gather(output).flatten(0, 1))
@@ -55,12 +55,10 @@ def run(name: str, kind: str, threshold: float, axes: Axes) -> tuple[Tensor, His
 
 
 def alone(name: str, kind: str) -> tuple[float, Tensor, History]:
-    """A threshold that a change between two evaluations stays below and one over more does not, and what one rank makes
-    with it.
-    """
-    changes = run(name, kind, NEVER, one_rank())[1].change / (EVALUATIONS - 1)
-    threshold = 1.5 * changes if kind == "teacache" else 0.6 * (EVALUATIONS - 1) * changes
-    return threshold or 1.0, *run(name, kind, threshold or 1.0, one_rank())
+    """A threshold half as far again as the second evaluation changes, and what one rank makes with it."""
+    changed = run(name, kind, NEVER, one_rank(), 2)[1].change
+    threshold = 1.5 * changed or 1.0
+    return threshold, *run(name, kind, threshold, one_rank())
 
 
 def on_rank(rank: int, size: int, thresholds: dict[str, float]) -> dict[str, Tensor]:
