@@ -35,7 +35,7 @@ from harness.config.sides import check_sides, quoted
 from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from harness.media import ffmpeg
 from harness.metrics import pretrained
-from harness.parallel.legal import check_layout
+from harness.parallel.legal import check_layout, keeps
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.peer.check import check_engine
 from harness.peer.table import NATIVE
@@ -312,7 +312,8 @@ def _resolve(config: RunConfig) -> None:
     resolve_backend(config.attention.backend)
     check_engine(config)
     if config.task.name in (Task.serve, Task.load):
-        check_serve(config.serve, config.engine.name == NATIVE and not config.model.offload)
+        whole = config.model.offload or keeps(config.parallel)
+        check_serve(config.serve, config.engine.name == NATIVE and not whole)
         check_load(config.load)
     if config.task.name is Task.load:
         _check_drawn(config)
@@ -403,11 +404,10 @@ def _check_model(config: RunConfig) -> Path | None:
 
 
 def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
-    sizes = dict(zip(AXES, degrees(config.parallel), strict=True))
-    for axis, size in sizes.items():
-        if size < 1:
+    for axis in (*AXES, "pipe"):
+        if (size := getattr(config.parallel, axis)) < 1:
             raise ValueError(f"parallel.{axis}={size}; a degree is at least 1")
-    ranks = world_size(list(sizes.values()))
+    ranks = world_size(degrees(config.parallel))
     if config.launch.mode is LaunchMode.inprocess and ranks > 1:
         raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
     if denoiser is not None:

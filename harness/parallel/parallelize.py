@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from harness.parallel.attention import SequenceAttention, SequenceState, TokenLayout
 from harness.parallel.connect import Axes
+from harness.parallel.displaced import Displaced
 from harness.parallel.group import Group
 from models.attention import AttentionKernel
 from models.attention.lse import LseKernel
@@ -32,6 +33,7 @@ def deal_tokens(
     ring_kernel: LseKernel | None,
     axes: Axes,
     gather: bool = False,
+    displaced: Displaced | None = None,
 ) -> None:
     """Sequence parallelism in place: every stack of the plan works on this rank's part of its tokens.
 
@@ -39,19 +41,25 @@ def deal_tokens(
         network: written for one device.
         plan: of its folder.
         kernel: the attention of whole heads.
-        ring_kernel: the same with log-sum-exp, where the ring has more than one rank.
+        ring_kernel: the same with log-sum-exp, where keys and values are passed on over a ring of more than one rank.
         axes: this rank's groups.
         gather: all-gather keys and values over the ring in place of passing them on.
+        displaced: or meet those of the evaluation before; counts the network's evaluations from now on.
     """
     state = SequenceState()
-    attend = SequenceAttention(kernel, ring_kernel, axes.ulysses, axes.ring, axes.tokens, state, gather)
+
+    def attend() -> SequenceAttention:
+        return SequenceAttention(kernel, ring_kernel, axes.ulysses, axes.ring, axes.tokens, state, gather, displaced)
+
+    if displaced is not None:
+        displaced.watch(network)
     for stack in plan.stacks:
         blocks = network.get_submodule(stack.blocks)
         assert isinstance(blocks, nn.ModuleList)
         for name, module in blocks.named_modules():
             if "kernel" in vars(module):
                 local = any(fnmatch(f"{stack.blocks}.{name}", pattern) for pattern in plan.local_attention)
-                module.kernel = kernel if local else attend
+                module.kernel = kernel if local else attend()
         _Dealer(stack, blocks, axes.tokens, state).install()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.parallel.group import Group
+from harness.parallel.stale import Stale
 from harness.pipeline.guidance import Branches
 from harness.pipeline.latents import step_noise
 from harness.pipeline.state import RunContext, Sample, micro_batches, written
@@ -25,6 +26,7 @@ class Denoising:
         noise_scheduler: solver and prediction.
         rule: how the checkpoint is guided.
         cfg: the ranks of the guidance branches; None for this rank alone.
+        stale: what the layout keeps between the evaluations of a micro-batch; None where those are independent.
     """
 
     name = "denoising"
@@ -38,18 +40,24 @@ class Denoising:
         noise_scheduler: NoiseScheduler,
         rule: GuidanceRule = CLASSIFIER_FREE,
         cfg: Group | None = None,
+        stale: Stale | None = None,
     ) -> None:
         self.network = network
         self.dtype = dtype
         self.noise_scheduler = noise_scheduler
         self.rule = rule
         self.cfg = cfg
+        self.stale = stale
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         batches = micro_batches(samples, run.batch_size)
         total = sum(written(batch[0].grid).steps for batch in batches)
         for batch in batches:
+            if self.stale is not None:
+                self.stale.begin()
             self._denoise(batch, run, total)
+            if self.stale is not None:
+                run.notes.append(self.stale.end())
 
     def _denoise(self, batch: list[Sample], run: RunContext, total: int) -> None:
         grid = written(batch[0].grid)

@@ -10,17 +10,20 @@ from pathlib import Path
 
 import torch
 
-from harness.config.schema import DType, Load, ModelConfig, RunConfig, Task
+from harness.config.schema import DType, Load, ModelConfig, ParallelConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.messages import GenerationRequest, LoadedComponent
 from harness.metrics.cuda import CudaMemory, synchronizer
 from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.parallel.connect import Axes, connect, one_rank
-from harness.parallel.legal import check_layout
+from harness.parallel.displaced import Displaced
+from harness.parallel.legal import check_layout, merges, patches_of
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from harness.parallel.shard import shard_weights
+from harness.parallel.stale import Stale
 from harness.parallel.vae import parallel_decoder
 from harness.peer.build import native_facts, peer_stages
 from harness.peer.table import DIFFUSERS, NATIVE, peer_attention
@@ -42,6 +45,7 @@ from harness.serving.worker import Worker
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
 from models.components import ComponentLoader, Components
+from models.parts import Cut
 from models.registry import ARCHITECTURES, resolve_backend
 from models.source import LoraFile, Source
 from schedulers.build import build as build_noise_scheduler
@@ -156,7 +160,7 @@ def cache_mib(config: RunConfig) -> float:
 
 def backend_of(config: RunConfig, device: torch.device) -> str:
     """The attention backend that computes on the device."""
-    return resolve_backend(config.attention.backend, device.type, with_lse=config.parallel.ring > 1)
+    return resolve_backend(config.attention.backend, device.type, with_lse=merges(config.parallel))
 
 
 def attention_name(config: RunConfig, device: torch.device) -> str:
@@ -167,18 +171,25 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
     """
     if config.engine.name != NATIVE:
         return f"{DIFFUSERS} {peer_attention(config)}"
-    return resolved_name(config.attention.backend, device.type, with_lse=config.parallel.ring > 1)
+    return resolved_name(config.attention.backend, device.type, with_lse=merges(config.parallel))
 
 
-def deal(parts: Components, axes: Axes, backend: str) -> None:
-    """Deals the network's tokens over this rank's axes, in place.
+def deal(parts: Components, axes: Axes, backend: str, layout: ParallelConfig) -> Stale | None:
+    """Deals the network's tokens or blocks over this rank's axes, in place; what it keeps between evaluations, if any.
 
     Raises:
         ValueError: an attention backend that ring attention cannot use.
     """
-    if axes.tokens.size > 1:
-        ring_kernel = lse_kernel(backend) if axes.ring.size > 1 else None
-        deal_tokens(parts.network, parts.plan, attention_kernel(backend), ring_kernel, axes)
+    if layout.pipe > 1:
+        pipeline = PipeFusion(axes.ring, patches_of(layout), layout.warmup)
+        pipeline.install(parts.network, parts.plan, attention_kernel(backend))
+        return pipeline
+    if axes.tokens.size == 1:
+        return None
+    displaced = Displaced(axes.ring, layout.warmup) if layout.displaced else None
+    ring_kernel = lse_kernel(backend) if merges(layout) else None
+    deal_tokens(parts.network, parts.plan, attention_kernel(backend), ring_kernel, axes, displaced=displaced)
+    return displaced
 
 
 def ceiling(config: RunConfig, device: torch.device) -> float:
@@ -200,17 +211,19 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     axes = connect(place, source.device, waiting)  # before loading, which may take the ranks unequal times
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = backend_of(config, source.device)
-    cut = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
+    cut: Cut | None = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
+    if config.parallel.pipe > 1:
+        cut = partial(drop_blocks, group=axes.ring)
     homes = dict.fromkeys(away(config, source), torch.device("cpu"))
     parts = load(replace(source, cut=cut, devices=homes), attention_kernel(backend))
     check_multiple(model, parts)
-    deal(parts, axes, backend)
+    stale = deal(parts, axes, backend, config.parallel)
     if config.parallel.shard_weights:
         shard_weights(parts.network, parts.plan, axes.weights, source.device)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     text = TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
     dtype = source.dtype_of(source.denoiser)
-    denoising = Denoising(parts.network, dtype, noise_scheduler, parts.guidance, axes.cfg)
+    denoising = Denoising(parts.network, dtype, noise_scheduler, parts.guidance, axes.cfg, stale)
     decoding = Decoding(parallel_decoder(parts.decoder, axes.picture, config.parallel.decode))
 
     def homed(stage: Stage, part: object) -> Stage:
