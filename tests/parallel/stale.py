@@ -21,8 +21,11 @@ from models.plan import Stack
 from tests.parallel.layouts import branches
 from tests.parallel.networks import TINY, Inputs, Tiny
 
-EVALUATIONS = 4
-SETTLING = 6  # evaluations of one input, after one of another
+EVALUATIONS = 3
+PICTURES = {1: 2, 2: 1, EVALUATIONS: 1}
+"""How many are drawn one after another, by the number of exact evaluations."""
+
+SETTLING = 5  # evaluations of one input, after one of another
 
 Ask = Callable[[Tiny, int], Inputs]
 """From a network and the number of an evaluation to what it is asked."""
@@ -133,8 +136,8 @@ def outputs(network: nn.Module, tiny: Tiny, axes: Axes, ask: Ask, count: int) ->
 
 
 def drawn(build: Callable[[int], tuple[nn.Module, Stale]], tiny: Tiny, axes: Axes) -> dict[str, Tensor]:
-    """Outputs by evaluation of a state that moves, two pictures of it, with 1, 2 and all evaluations exact, and what
-    was sent and kept for them; and of a state that stays.
+    """Outputs of a state that moves, by the number of exact evaluations and the picture, and what was sent and kept for
+    them; and of a state that stays.
 
     Args:
         build: the network for a number of exact evaluations, and what it keeps.
@@ -142,12 +145,12 @@ def drawn(build: Callable[[int], tuple[nn.Module, Stale]], tiny: Tiny, axes: Axe
         axes: of this rank.
     """
     found = {}
-    for warmup in (1, 2, EVALUATIONS):
+    for warmup, pictures in PICTURES.items():
         network, stale = build(warmup)
         axes.traffic.reset()
-        for again in ("", " again"):
+        for picture in range(pictures):
             stale.begin()
-            found[f"{warmup}{again}"] = outputs(network, tiny, axes, asked, EVALUATIONS)
+            found[f"{warmup} {picture}"] = outputs(network, tiny, axes, asked, EVALUATIONS)
             found[f"{warmup} kept"] = torch.tensor(stale.kept_bytes)
             stale.end()
         found |= {f"{warmup} sent {kind}": torch.tensor(count) for kind, count in axes.traffic.sent_bytes.items()}

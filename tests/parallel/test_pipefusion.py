@@ -15,11 +15,11 @@ from models.source import Source
 from tests.models.parity import rel_l2
 from tests.parallel.networks import TINY
 from tests.parallel.ranks import on_ranks
-from tests.parallel.stale import EVALUATIONS, SETTLING, asked, exact, piped, settling, simulated
+from tests.parallel.stale import EVALUATIONS, PICTURES, SETTLING, asked, exact, piped, settling, simulated
 from tests.parallel.test_sliced_loading import group_of, load, saved
 
-PIPELINES = [(2, 2), (3, 4)]
-"""Ranks and patches: of 2 blocks, and where one of the ranks has none."""
+PIPELINES = [(2, 3), pytest.param(3, 4, marks=pytest.mark.slow)]
+"""Ranks and patches: a block a rank, and where one of the ranks has none."""
 
 
 @cache
@@ -44,7 +44,7 @@ def test_ranks_compute_what_the_definition_says(ranks: int, patches: int) -> Non
         for found in ranks_found(ranks, patches):
             for warmup in (1, 2):
                 theirs = said(name, patches, warmup)
-                for n, ours in enumerate(found[f"{name} {warmup}"]):
+                for n, ours in enumerate(found[f"{name} {warmup} 0"]):
                     assert rel_l2(ours, theirs[n]) < 1e-5, (name, warmup, n)
                     assert (rel_l2(ours, plain[n]) < 1e-5) == (n < warmup), (name, warmup, n)
 
@@ -54,7 +54,7 @@ def test_exact_evaluations_are_those_of_one_rank_bit_for_bit(ranks: int, patches
     for name in TINY:
         plain = torch.stack(exact(name, asked, EVALUATIONS))
         for found in ranks_found(ranks, patches):
-            assert torch.equal(found[f"{name} {EVALUATIONS}"], plain), name
+            assert torch.equal(found[f"{name} {EVALUATIONS} 0"], plain), name
 
 
 @pytest.mark.parametrize(("ranks", "patches"), PIPELINES)
@@ -62,18 +62,18 @@ def test_pictures_are_apart_and_ranks_hold_one_output(ranks: int, patches: int) 
     first, *_ = ranks_found(ranks, patches)
     for found in ranks_found(ranks, patches):
         for name in TINY:
-            assert torch.equal(found[f"{name} 1"], found[f"{name} 1 again"]), name
-            assert torch.equal(found[f"{name} 1"], first[f"{name} 1"]), name
+            assert torch.equal(found[f"{name} 1 0"], found[f"{name} 1 1"]), name
+            assert torch.equal(found[f"{name} 1 0"], first[f"{name} 1 0"]), name
 
 
 @pytest.mark.parametrize(("ranks", "patches"), PIPELINES)
 def test_a_state_that_stays_is_exact_after_an_evaluation_a_block(ranks: int, patches: int) -> None:
-    """The first block's keys are right in the second evaluation of it, and are met in the third; then the second's."""
+    """A block's keys are right in the evaluation after all before it were: 2 blocks take 3, more take longer."""
     for name in ("pixart", "dit", "qwen_image", "wan"):
         plain = exact(name, settling, SETTLING)
         errors = [rel_l2(x, plain[n]) for n, x in enumerate(ranks_found(ranks, patches)[0][f"{name} settling"])]
         assert errors[0] < 1e-5
-        assert min(errors[1:3]) > 1e-4, (name, errors)
+        assert min(errors[1:3]) > 2e-5, (name, errors)
         assert max(errors[3:]) < 1e-5, (name, errors)
 
 
@@ -84,10 +84,10 @@ def test_what_is_sent_and_kept_is_what_the_formulas_say(ranks: int, patches: int
         kept = 0
         for index, found in enumerate(ranks_found(ranks, patches)):
             once = pipe_bytes(trace, TINY[name].plan, ranks, index, 4)
-            for warmup in (1, 2, EVALUATIONS):
+            for warmup, pictures in PICTURES.items():
                 key = f"{name} {warmup} sent "
                 sent = {kind.removeprefix(key): int(x) for kind, x in found.items() if kind.startswith(key) and x}
-                assert sent == {kind: 2 * EVALUATIONS * count for kind, count in once.items()}, (name, warmup)
+                assert sent == {kind: pictures * EVALUATIONS * count for kind, count in once.items()}, (name, warmup)
             kept += int(found[f"{name} 1 kept"])
         assert kept == 4 * displaced_numbers(trace, (1, 1, 1, 1, 1))
 
