@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.cache import NONE as NO_CACHE
-from harness.config.cache import check_cache
+from harness.config.cache import OF_BLOCKS, check_cache
 from harness.config.limits import check_frames, check_request, check_served, check_size
 from harness.config.plan import check_plan
 from harness.config.request import to_message
@@ -40,7 +40,7 @@ from harness.config.written import to_dict as to_dict
 from harness.config.written import to_yaml as to_yaml
 from harness.media import ffmpeg
 from harness.metrics import pretrained
-from harness.parallel.legal import check_layout
+from harness.parallel.legal import check_layout, keeps
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.peer.check import check_engine
 from harness.peer.table import NATIVE
@@ -298,7 +298,8 @@ def _resolve(config: RunConfig) -> None:
     check_engine(config)
     _check_cache(config)
     if config.task.name in (Task.serve, Task.load):
-        check_serve(config.serve, config.engine.name == NATIVE and not config.model.offload)
+        whole = config.model.offload or keeps(config.parallel)
+        check_serve(config.serve, config.engine.name == NATIVE and not whole)
         check_load(config.load)
     if config.task.name is Task.load:
         _check_drawn(config)
@@ -399,6 +400,11 @@ def _check_cache(config: RunConfig) -> None:
             f"cache={config.cache.name} is of the native engine; leave out engine={config.engine.name}, or use "
             "engine=cache_dit with cache=none"
         )
+    if config.cache.name in OF_BLOCKS and keeps(config.parallel):
+        raise ValueError(
+            f"cache={config.cache.name} passes by blocks whose keys and values this layout keeps from evaluation to "
+            "evaluation; leave out parallel.displaced and parallel.pipe, or use cache=none"
+        )
     if config.task.name in (Task.plan, Task.train):
         warnings.warn(f"cache has no effect with task={config.task.name.name}", stacklevel=2)
 
@@ -415,11 +421,10 @@ def _check_reference(config: RunConfig) -> None:
 
 
 def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
-    sizes = dict(zip(AXES, degrees(config.parallel), strict=True))
-    for axis, size in sizes.items():
-        if size < 1:
+    for axis in (*AXES, "pipe"):
+        if (size := getattr(config.parallel, axis)) < 1:
             raise ValueError(f"parallel.{axis}={size}; a degree is at least 1")
-    ranks = world_size(list(sizes.values()))
+    ranks = world_size(degrees(config.parallel))
     if config.launch.mode is LaunchMode.inprocess and ranks > 1:
         raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
     if denoiser is not None:

@@ -60,6 +60,8 @@ class Method(NamedTuple):
 METHODS = (
     Method("8-bit attention", APPROXIMATE, lambda c: c.attention.backend == "sage"),
     Method("attention kernel", EQUIVALENT, lambda c: c.attention.backend not in ("math", "sage")),
+    Method("displaced patches", APPROXIMATE, lambda c: c.parallel.displaced),
+    Method("PipeFusion", APPROXIMATE, lambda c: c.parallel.pipe > 1),
     Method("shared picture", EQUIVALENT, lambda c: Place(0, degrees(c.parallel)).replica_size > 1),
     Method("batching", EQUIVALENT, lambda c: c.request.batch_size > 1),
     Method("dtype", EQUIVALENT, lambda c: dtypes(c) != FLOAT32),

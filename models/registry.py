@@ -20,6 +20,7 @@ class Architecture:
         configs: folders with small files only.
         optional: those of them that a checkpoint may lack.
         heads: the key of its denoiser's config.json that counts attention heads; None for a UNet, which has many.
+        depth: the key that counts its transformer blocks, of the first kind where there are several.
     """
 
     module: str
@@ -28,6 +29,7 @@ class Architecture:
     configs: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     heads: str | None = "num_attention_heads"
+    depth: str = "num_layers"
 
 
 ARCHITECTURES = {
@@ -60,6 +62,7 @@ ARCHITECTURES = {
         ("vae", "text_encoder"),
         ("tokenizer",),
         heads="n_heads",
+        depth="n_layers",
     ),
     "wan": Architecture("models.wan.components", ("WanTransformer3DModel",), ("vae", "text_encoder"), ("tokenizer",)),
     "sd": Architecture(

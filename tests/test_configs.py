@@ -401,6 +401,16 @@ def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> N
             ["parallel.decode=frames", "parallel.ulysses=3", "model=wan_1_3b", "model.load=dummy", "request.frames=17"],
             "3 ranks, 2 or more each; use 2 ranks or fewer, a longer video, or parallel.decode=rows",
         ),
+        (["parallel.displaced=true", "parallel=ulysses2"], "which is one rank; use parallel=displaced2"),
+        (["parallel=displaced2", "parallel.warmup=0"], "give at least 1"),
+        (["parallel=displaced2", "task=serve"], "serve.max_batch=8, but"),
+        (["parallel=pipe2", "task=load"], "set serve.max_batch=1"),
+        (["parallel.pipe=0"], "a degree is at least 1"),
+        (["parallel.pipe=7"], "the 6 blocks of model=emoji; use parallel.pipe=6 or fewer"),
+        (["parallel=pipe2", "parallel.patches=65"], "of 64 image tokens; use 64 or fewer"),
+        (["parallel=pipe2", "parallel.patches=0"], "or null for as many as ranks"),
+        (["parallel=pipe2", "parallel.tp=2"], "goes with parallel.dp and parallel.cfg alone"),
+        (["parallel=pipe2", "model=sd15", "model.load=dummy"], "use parallel.dp=2, or parallel.cfg=2"),
     ],
 )
 def test_an_illegal_layout_names_a_legal_one(overrides: list[str], hint: str) -> None:
@@ -410,6 +420,17 @@ def test_an_illegal_layout_names_a_legal_one(overrides: list[str], hint: str) ->
 def test_frames_that_one_rank_has_alone_are_said() -> None:
     assert compose("parallel.decode=frames").notes == [
         "parallel.decode=frames has no effect: one rank decodes a picture"
+    ]
+
+
+def test_a_layout_without_stale_keys_has_no_use_for_their_options() -> None:
+    assert compose("parallel=ring2", "parallel.warmup=3", "parallel.patches=4").notes == [
+        "parallel.warmup=3 has no effect: every evaluation is exact",
+        "parallel.patches=4 has no effect: there is no pipeline",
+    ]
+    assert compose("parallel=displaced2", "attention=sdpa", "parallel.warmup=3").notes == []
+    assert compose("parallel=pipe4", "parallel.patches=2").notes == [
+        "2 patches in a pipeline of 4 ranks: no more than 2 compute at once"
     ]
 
 

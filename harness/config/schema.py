@@ -266,6 +266,10 @@ class ParallelConfig:
     tp: int = 1  # tensor parallel
     ring: int = 1  # ring attention
     ulysses: int = 1  # Ulysses sequence parallel, innermost
+    pipe: int = 1  # PipeFusion: ranks hold runs of blocks, patches go through them; approximate
+    patches: int | None = None  # of pipe; null = as many as ranks
+    displaced: bool = False  # keys and values of the ring's other ranks are those of the evaluation before: approximate
+    warmup: int = 1  # exact evaluations of a picture before those that are not
     shard_weights: bool = False  # deal the denoiser's weights over cfg x ring x ulysses, and gather a block to run it
     decode: Decode = Decode.rows  # frames: fewer and one-sided messages, a video's latent frames of a rank at once
 

@@ -28,7 +28,7 @@ def optimize(parts: Components, engine: EngineConfig, device: torch.device, dtyp
     """Does to loaded parts, in place, what is configured and what the device has use for.
 
     Args:
-        parts: whose network was cut and dealt over ranks already.
+        parts: whose linears were cut already; before its blocks are put behind gates or its tokens dealt.
         engine: what is configured.
         device: where they compute.
         dtype: of the network.

@@ -3,7 +3,8 @@
 Ulysses (Jacobs et al. 2023, arXiv:2309.14509): an all-to-all turns (tokens / U, H heads) into (tokens, H / U heads),
 the kernel runs on whole sequences, and a second all-to-all turns back. Ring (Liu et al. 2023, arXiv:2310.01889): keys
 and values travel around the ring while the part at hand is computed, and parts are merged by their log-sum-exp. Ring of
-Ulysses groups is their product (USP, Fang and Zhao 2024, arXiv:2405.07719).
+Ulysses groups is their product (USP, Fang and Zhao 2024, arXiv:2405.07719). In place of a ring, keys and values are
+gathered at once, or met as they were one evaluation ago (harness.parallel.displaced).
 
 Shapes: B batch, l local tokens, L tokens of a group, H heads, D head dimension.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from harness.parallel.displaced import Displaced
 from harness.parallel.group import Group
 from models.attention import AttentionKernel
 from models.attention.lse import LseKernel, merge
@@ -108,6 +110,7 @@ class SequenceAttention:
         tokens: all of them, ulysses innermost.
         state: how the tokens at hand are dealt.
         gather: all-gather keys and values over the ring in place of passing them on.
+        displaced: or meet those of the evaluation before.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class SequenceAttention:
         tokens: Group,
         state: SequenceState,
         gather: bool = False,
+        displaced: Displaced | None = None,
     ) -> None:
         self.kernel = kernel
         self.ring_kernel = ring_kernel
@@ -127,6 +131,7 @@ class SequenceAttention:
         self.tokens = tokens
         self.state = state
         self.gather = gather
+        self.displaced = displaced
 
     def __call__(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         if self.state.layout is None:
@@ -141,7 +146,7 @@ class SequenceAttention:
         heads = q_BlHD.shape[2]
         spare = -heads % self.ulysses.size
         q, k, v = (self._to_heads(F.pad(x, (0, 0, 0, spare))) for x in (q_BlHD, k_BlHD, v_BlHD))
-        return self._to_tokens(self._around(q, k, v, mask_BS))[:, :, :heads]
+        return self._to_tokens(self._around(layout, q, k, v, mask_BS))[:, :, :heads]
 
     def _to_heads(self, x_BlHD: Tensor) -> Tensor:
         """(B, l, H, D) of every rank to (B, U l, H / U, D)."""
@@ -157,8 +162,10 @@ class SequenceAttention:
         x_UBlhD = x_BLhD.unflatten(1, (self.ulysses.size, -1)).transpose(0, 1)
         return self.ulysses.all_to_all(x_UBlhD).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
-    def _around(self, q: Tensor, k: Tensor, v: Tensor, mask_BS: Tensor | None) -> Tensor:
+    def _around(self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Attention of this rank's queries to the keys of the whole ring."""
+        if self.displaced is not None:
+            return self.kernel(q, *self.displaced.joined((self, layout), k, v), mask_BS)
         if self.ring.size == 1 or self.gather:
             return self.kernel(q, _joined(self.ring, k), _joined(self.ring, v), mask_BS)
         if self.ring_kernel is None:

@@ -23,7 +23,7 @@ class Axes:
     Args:
         cfg: the ranks of the guidance branches.
         tp: ranks with slices of one network.
-        ring: ranks that pass keys and values on.
+        ring: ranks that pass keys and values on, or in a pipeline patches.
         ulysses: ranks that share heads.
         tokens: ranks that share the tokens of a picture: ring x ulysses, ulysses innermost.
         weights: ranks that hold the same weights of a picture's network: cfg x ring x ulysses.

@@ -14,6 +14,7 @@ it sends (harness.parallel.group says what each collective of N ranks costs)
                                                         x is as large there, more tokens of as many times fewer heads
         shift           2 x (ring - 1)                  keys and values, at every turn of the ring but the last
         or all_gather   2 x (ring - 1)                  the same bytes where they are gathered at once
+        or all_gather displaced                         or where those of the evaluation before are met
         all_gather      l (T - 1)                       its key mask, a byte a token, where that is dealt like tokens
     for every output of a stack of blocks, of C channels
         all_gather      l C s (T - 1)
@@ -25,6 +26,11 @@ it sends (harness.parallel.group says what each collective of N ranks costs)
         all_gather weights      (S - 1) sum_p ceil(n_p / S) m_p s_p     of parameters of n_p rows of m_p numbers
     for an output of n numbers, in float32, where the branches of guidance are apart
         all_gather      4 n (cfg - 1)
+
+and in a pipeline of N ranks (harness.parallel.pipefusion), over all of its patches,
+
+        send            L C s       for every output of a stack of blocks; the last rank those of the last stack not
+        broadcast       n s (N - 1) for an output of n numbers; the last rank alone
 
 What every rank computes is in harness.parallel.formula_flops, what it holds in formula_memory, from the same trace.
 Outside of stacks, and for tokens that every rank holds whole (the text of a cross-attention), l counts all tokens.
@@ -152,7 +158,9 @@ class Trace:
     widest: int
 
 
-def sent_bytes(trace: Trace, degrees: tuple[int, ...], item: int, gather: bool = False) -> dict[str, int]:
+def sent_bytes(
+    trace: Trace, degrees: tuple[int, ...], item: int, gather: bool = False, displaced: bool = False
+) -> dict[str, int]:
     """Bytes that each rank of a layout sends in one evaluation, by kind of collective, without kinds that send none.
 
     Args:
@@ -160,14 +168,16 @@ def sent_bytes(trace: Trace, degrees: tuple[int, ...], item: int, gather: bool =
         degrees: of dp, cfg, tp, ring and ulysses (harness.parallel.mesh.AXES).
         item: s, bytes of a number of the network's dtype.
         gather: the ring gathers keys and values at once.
+        displaced: the ring meets those of the evaluation before.
     """
     _, cfg, tp, ring, ulysses = degrees
     shared, sent = ring * ulysses, Counter[str]()
+    around = "all_gather displaced" if displaced else "all_gather" if gather else "shift"
     for call in trace.attention:
         tokens, heads = call.tokens.on(shared), -(-(call.heads // tp) // ulysses) * ulysses
         part = tokens * heads * call.channels * item
         sent["all_to_all"] += 4 * part * (ulysses - 1) // ulysses
-        sent["all_gather" if gather else "shift"] += 2 * part * (ring - 1)
+        sent[around] += 2 * part * (ring - 1)
         sent["all_gather"] += tokens * (shared - 1) * call.dealt_mask
     for output, channels in trace.outputs:
         sent["all_gather"] += output.on(shared) * channels * item * (shared - 1)
@@ -176,6 +186,23 @@ def sent_bytes(trace: Trace, degrees: tuple[int, ...], item: int, gather: bool =
     for norm in trace.norms:
         sent["all_reduce"] += 2 * norm.on(shared) * FLOAT32 * (tp - 1) // tp
     sent["all_gather"] += FLOAT32 * trace.numbers * (cfg - 1)
+    return {kind: count for kind, count in sent.items() if count}
+
+
+def pipe_bytes(trace: Trace, plan: ParallelPlan, ranks: int, index: int, item: int) -> dict[str, int]:
+    """Bytes that one rank of a pipeline sends in one evaluation, by kind of collective, without kinds that send none.
+
+    Args:
+        trace: of the network, for the batch that one rank evaluates.
+        plan: of its folder.
+        ranks: N.
+        index: of the rank in the pipeline.
+        item: s, bytes of a number of the network's dtype.
+    """
+    sizes = [tokens.on(1) * channels * item for tokens, channels in trace.outputs]
+    if index < ranks - 1:
+        return {"send": sum(sizes)}
+    sent = {"send": sum(sizes[: -len(plan.stacks[-1].outputs)]), "broadcast": trace.numbers * item * (ranks - 1)}
     return {kind: count for kind, count in sent.items() if count}
 
 

@@ -80,6 +80,16 @@ def activation_numbers(trace: Trace, degrees: tuple[int, ...]) -> int:
     )
 
 
+def displaced_numbers(trace: Trace, degrees: tuple[int, ...]) -> int:
+    """What a rank of displaced patches keeps: of every attention the keys and values of the whole ring, padding too."""
+    _, _, tp, ring, ulysses = degrees
+    parts = (
+        call.tokens.on(ring * ulysses) * (-(-(call.heads // tp) // ulysses) * ulysses) * call.channels
+        for call in trace.attention
+    )
+    return 2 * ring * sum(parts)
+
+
 def decode_numbers(decode: Callable[[Tensor], Tensor], layers: nn.Module, latents: Tensor) -> int:
     """Numbers that decoding a batch on one rank holds at its peak.
 

@@ -4,7 +4,10 @@ At size 1 each collective is the identity and counts nothing, so that one path s
 what this rank sends, by the usual algorithms: N ranks, x the bytes of its own tensor,
 
     all_to_all   x (N - 1) / N        all_gather   x (N - 1)
-    all_reduce   2 x (N - 1) / N      shift        x
+    all_reduce   2 x (N - 1) / N      shift, send  x
+    broadcast    x (N - 1), of the rank that has it
+
+An all_gather whose answer is asked for later is a kind of its own, `all_gather displaced`.
 """
 
 from __future__ import annotations
@@ -97,6 +100,20 @@ class Group:
         self._timed("all_gather", _bytes(x) * (self.size - 1), lambda: dist.all_gather(parts, x, group=self.handle))
         return out
 
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """Starts all_gather; the answer waits for it, and only that wait is exposed time."""
+        if self.size == 1:
+            return lambda: x[None]
+        x = x.contiguous()
+        out = x.new_empty((self.size, *x.shape))
+        work = dist.all_gather(list(out.unbind(0)), x, group=self.handle, async_op=True)
+
+        def wait() -> Tensor:
+            self._timed("all_gather displaced", _bytes(x) * (self.size - 1), work.wait)
+            return out
+
+        return wait
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks."""
         if self.size == 1:
@@ -131,6 +148,36 @@ class Group:
             return out
 
         return wait
+
+    def send(self, x: Tensor, to: int) -> Callable[[], None]:
+        """Starts to send x to the rank of that index; the answer waits until it has gone."""
+        x = x.contiguous()
+        work = dist.isend(x, self.ranks[to], group=self.handle)
+        assert work is not None
+        return lambda: self._timed("send", _bytes(x), work.wait)
+
+    def receive(self, out: Tensor, sender: int) -> Callable[[], Tensor]:
+        """Starts to fill `out`, contiguous, with what the rank of that index sends; the answer waits for it.
+
+        Its wait is exposed time of the messages that are sent.
+        """
+        work = dist.irecv(out, self.ranks[sender], group=self.handle)
+        assert work is not None
+
+        def wait() -> Tensor:
+            self._timed("send", 0, work.wait)
+            return out
+
+        return wait
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """The x of the rank of that index, on all of them; the others give one of its shape."""
+        if self.size == 1:
+            return x
+        out = x.clone(memory_format=torch.contiguous_format)
+        sent = _bytes(x) * (self.size - 1) if self.index == source else 0
+        self._timed("broadcast", sent, lambda: dist.broadcast(out, self.ranks[source], group=self.handle))
+        return out
 
     def all_gather_uneven(self, x: Tensor, dim: int) -> Tensor:
         """Every rank's x joined along `dim`, where their lengths may differ."""

@@ -17,6 +17,7 @@ class Facts:
     Args:
         model: name, for messages.
         heads: attention heads of the network; None where tokens and heads cannot be cut (a UNet).
+        depth: its blocks, of its first kind where it has several.
         tokens: image tokens of the request.
         rows: of tokens in a frame; the latent has at least as many.
         frames: of the latent; a picture has one.
@@ -28,6 +29,7 @@ class Facts:
 
     model: str
     heads: int | None
+    depth: int
     tokens: int
     rows: int
     frames: int
@@ -44,14 +46,15 @@ def check_layout(layout: ParallelConfig, facts: Facts) -> list[str]:
         ValueError: the rule, and the nearest layout that keeps it.
     """
     _check_branches(layout, facts)
+    _check_stale(layout)
     shared = layout.ring * layout.ulysses
     _check_shards(layout, facts)
     _check_frames(layout, facts)
     if facts.heads is None:
-        if layout.tp * shared > 1:
+        if layout.tp * shared * layout.pipe > 1:
             raise ValueError(
-                f"model={facts.model} is a UNet, whose convolutions mix tokens: tp, ring and ulysses cannot cut it; "
-                f"use parallel.dp={layout.tp * shared * layout.dp}, or parallel.cfg=2"
+                f"model={facts.model} is a UNet, whose convolutions mix tokens: tp, pipe, ring and ulysses cannot cut "
+                f"it; use parallel.dp={layout.tp * layout.pipe * shared * layout.dp}, or parallel.cfg=2"
             )
         return _unused(layout)
     if facts.heads % layout.tp:
@@ -72,13 +75,24 @@ def check_layout(layout: ParallelConfig, facts: Facts) -> list[str]:
             f"parallel.ring x parallel.ulysses = {shared} ranks for {facts.tokens} image tokens; use {facts.tokens} "
             "ranks or fewer, or a larger picture"
         )
-    if layout.ring > 1 and not facts.returns_lse:
+    if merges(layout) and not facts.returns_lse:
         raise ValueError(
             f"parallel.ring={layout.ring} merges by log-sum-exp, which attention.backend={facts.backend} does not "
             "return; use attention=flash, flex or math"
         )
+    _check_pipe(layout, facts)
     _check_rows(layout, facts)
     return _unused(layout) + _waste(layout, facts.tokens, heads)
+
+
+def merges(layout: ParallelConfig) -> bool:
+    """Whether attention merges parts by their log-sum-exp: what a ring passes on, and not what it keeps."""
+    return layout.ring > 1 and not layout.displaced
+
+
+def keeps(layout: ParallelConfig) -> bool:
+    """Whether something is kept of one evaluation of a picture for the next, which is then approximate."""
+    return layout.displaced or layout.pipe > 1
 
 
 def _check_branches(layout: ParallelConfig, facts: Facts) -> None:
@@ -92,6 +106,47 @@ def _check_branches(layout: ParallelConfig, facts: Facts) -> None:
         raise ValueError(
             "parallel.cfg=2 needs guidance, and request.guidance=1 is none; ask for another, or use parallel.cfg=1"
         )
+
+
+def _check_stale(layout: ParallelConfig) -> None:
+    if layout.warmup < 1:
+        raise ValueError(
+            f"parallel.warmup={layout.warmup}; the first evaluation of a picture has none before it to take keys and "
+            "values of: give at least 1"
+        )
+    if layout.patches is not None and layout.patches < 1:
+        raise ValueError(f"parallel.patches={layout.patches}; give at least 1, or null for as many as ranks")
+    if layout.displaced and layout.ring == 1:
+        raise ValueError(
+            "parallel.displaced=true takes keys and values of parallel.ring's other ranks, which is one rank; use "
+            "parallel=displaced2, or displaced=false"
+        )
+
+
+def _check_pipe(layout: ParallelConfig, facts: Facts) -> None:
+    """Every rank of a pipeline has a block, every patch a token, and nothing else cuts a block."""
+    if layout.pipe == 1:
+        return
+    if layout.tp * layout.ring * layout.ulysses > 1 or layout.shard_weights:
+        raise ValueError(
+            f"parallel.pipe={layout.pipe} goes with parallel.dp and parallel.cfg alone; leave out tp, ring, ulysses, "
+            "displaced and shard_weights, or use parallel.pipe=1"
+        )
+    if layout.pipe > facts.depth:
+        raise ValueError(
+            f"parallel.pipe={layout.pipe} is more than the {facts.depth} blocks of model={facts.model}; use "
+            f"parallel.pipe={facts.depth} or fewer"
+        )
+    if (patches := patches_of(layout)) > facts.tokens:
+        raise ValueError(
+            f"parallel.patches={patches} of {facts.tokens} image tokens; use {facts.tokens} or fewer, or a larger "
+            "picture"
+        )
+
+
+def patches_of(layout: ParallelConfig) -> int:
+    """Patches that go through a pipeline."""
+    return layout.pipe if layout.patches is None else layout.patches
 
 
 def _check_shards(layout: ParallelConfig, facts: Facts) -> None:
@@ -112,8 +167,8 @@ def _check_rows(layout: ParallelConfig, facts: Facts) -> None:
     ranks = _of_picture(layout)
     if layout.decode is Decode.rows and ranks > facts.rows:
         raise ValueError(
-            f"parallel.cfg x tp x ring x ulysses = {ranks} ranks decode a picture of {facts.rows} rows of tokens; use "
-            f"{facts.rows} ranks or fewer a picture and parallel.dp for the rest, or a higher picture"
+            f"parallel.cfg x tp x pipe x ring x ulysses = {ranks} ranks decode a picture of {facts.rows} rows of "
+            f"tokens; use {facts.rows} ranks or fewer a picture and parallel.dp for the rest, or a higher picture"
         )
 
 
@@ -134,19 +189,26 @@ def _check_frames(layout: ParallelConfig, facts: Facts) -> None:
 
 def _of_picture(layout: ParallelConfig) -> int:
     """The ranks that compute one picture."""
-    return layout.cfg * layout.tp * layout.ring * layout.ulysses
+    return layout.cfg * layout.tp * layout.pipe * layout.ring * layout.ulysses
 
 
 def _unused(layout: ParallelConfig) -> list[str]:
     """Options without effect, in words."""
+    notes = []
+    if layout.warmup > 1 and not keeps(layout):
+        notes.append(f"parallel.warmup={layout.warmup} has no effect: every evaluation is exact")
+    if layout.patches is not None and layout.pipe == 1:
+        notes.append(f"parallel.patches={layout.patches} has no effect: there is no pipeline")
     if layout.decode is Decode.frames and _of_picture(layout) == 1:
-        return ["parallel.decode=frames has no effect: one rank decodes a picture"]
-    return []
+        notes.append("parallel.decode=frames has no effect: one rank decodes a picture")
+    return notes
 
 
 def _waste(layout: ParallelConfig, tokens: int, heads: int) -> list[str]:
     """Padding, in words."""
     shared, notes = layout.ring * layout.ulysses, []
+    if (patches := patches_of(layout)) < layout.pipe:
+        notes.append(f"{patches} patches in a pipeline of {layout.pipe} ranks: no more than {patches} compute at once")
     if spare := -tokens % shared:
         notes.append(f"{tokens} image tokens over {shared} ranks: {spare} are padding")
     if spare := -heads % layout.ulysses:

@@ -1,4 +1,7 @@
-"""Which rank is where: world size = dp x cfg x tp x ring x ulysses, ulysses innermost."""
+"""Which rank is where: world size = dp x cfg x tp x ring x ulysses, ulysses innermost.
+
+A layout has a ring or a pipeline: the ranks of a pipeline stand on the ring's axis.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class Place:
 
 def degrees(parallel: ParallelConfig) -> tuple[int, ...]:
     """The sizes of the axes, in the order of AXES."""
-    return (parallel.dp, parallel.cfg, parallel.tp, parallel.ring, parallel.ulysses)
+    return (parallel.dp, parallel.cfg, parallel.tp, parallel.ring * parallel.pipe, parallel.ulysses)
 
 
 def world_size(sizes: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from harness.parallel.attention import SequenceAttention, SequenceState, TokenLayout
 from harness.parallel.connect import Axes
+from harness.parallel.displaced import Displaced
 from harness.parallel.gates import signature
 from harness.parallel.group import Group
 from models.attention import AttentionKernel
@@ -34,6 +35,7 @@ def deal_tokens(
     axes: Axes,
     gather: bool = False,
     state: SequenceState | None = None,
+    displaced: Displaced | None = None,
 ) -> None:
     """Sequence parallelism in place: every stack of the plan works on this rank's part of its tokens.
 
@@ -41,21 +43,27 @@ def deal_tokens(
         network: written for one device.
         plan: of its folder.
         kernel: the attention of whole heads.
-        ring_kernel: the same with log-sum-exp, where the ring has more than one rank.
+        ring_kernel: the same with log-sum-exp, where keys and values are passed on over a ring of more than one rank.
         axes: this rank's groups.
         gather: all-gather keys and values over the ring in place of passing them on.
         state: where it is told how the tokens at hand are dealt; None where nobody else reads it.
+        displaced: or meet those of the evaluation before; counts the network's evaluations from now on.
     """
     state = SequenceState() if state is None else state
     state.index = axes.tokens.index
-    attend = SequenceAttention(kernel, ring_kernel, axes.ulysses, axes.ring, axes.tokens, state, gather)
+
+    def attend() -> SequenceAttention:
+        return SequenceAttention(kernel, ring_kernel, axes.ulysses, axes.ring, axes.tokens, state, gather, displaced)
+
+    if displaced is not None:
+        displaced.watch(network)
     for stack in plan.stacks:
         blocks = network.get_submodule(stack.blocks)
         assert isinstance(blocks, nn.ModuleList)
         for name, module in blocks.named_modules():
             if "kernel" in vars(module):
                 local = any(fnmatch(f"{stack.blocks}.{name}", pattern) for pattern in plan.local_attention)
-                module.kernel = kernel if local else attend
+                module.kernel = kernel if local else attend()
         _Dealer(stack, blocks, axes.tokens, state).install()
 
 

@@ -63,6 +63,11 @@ def _check_optimize(config: RunConfig) -> None:
             f"{how} uses a block's weights apart from the block, and parallel.shard_weights=true deals them; use "
             "engine.optimize=none, or drop parallel.shard_weights"
         )
+    if config.parallel.pipe > 1:
+        raise ValueError(
+            f"{how} computes for all blocks at once, and parallel.pipe={config.parallel.pipe} deals them; use "
+            "engine.optimize=none, or drop parallel.pipe"
+        )
     if engine.name == CACHE_DIT or (engine.name != NATIVE and engine.optimize is Optimize.eager):
         raise ValueError(f"{how} does not go with engine={engine.name}; use engine=native, or engine.optimize=none")
     if engine.name != NATIVE and engine.eager != EagerConfig():

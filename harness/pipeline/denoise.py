@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from harness.messages import Skips
 from harness.optimize.ahead import Ahead
 from harness.parallel.gates import History
 from harness.parallel.group import Group
+from harness.parallel.stale import Stale
 from harness.pipeline.guidance import Branches, Way, When, always
 from harness.pipeline.latents import step_noise
 from harness.pipeline.state import RunContext, Sample, micro_batches, written
@@ -24,6 +26,28 @@ from schedulers.solvers.base import Memory, Noise
 Tell: TypeAlias = Callable[[Tensor, float], Conditioning]  # of an evaluation's latent and tau
 
 
+@dataclass(frozen=True)
+class Savings:
+    """What an evaluation does not compute, or not again.
+
+    Args:
+        ahead: computes what evaluations share beforehand; None where each computes all.
+        when: which evaluations are of both branches.
+        gated: the network's blocks are behind gates, and it is told whose rows it is given.
+        stale: what the layout keeps between the evaluations of a micro-batch; None where those are independent.
+        notes: for the record of every request.
+    """
+
+    ahead: Ahead | None = None
+    when: When = always
+    gated: bool = False
+    stale: Stale | None = None
+    notes: tuple[str, ...] = ()
+
+
+NOTHING = Savings()
+
+
 class Denoising:
     """Stage 5.
 
@@ -33,10 +57,7 @@ class Denoising:
         noise_scheduler: solver and prediction.
         rule: how the checkpoint is guided.
         cfg: the ranks of the guidance branches; None for this rank alone.
-        ahead: computes what evaluations share beforehand; None where each computes all.
-        notes: for the record of every request.
-        when: which evaluations are of both branches.
-        gated: the network's blocks are behind gates, and it is told whose rows it is given.
+        savings: what an evaluation does not compute.
     """
 
     name = "denoising"
@@ -50,27 +71,25 @@ class Denoising:
         noise_scheduler: NoiseScheduler,
         rule: GuidanceRule = CLASSIFIER_FREE,
         cfg: Group | None = None,
-        ahead: Ahead | None = None,
-        notes: Sequence[str] = (),
-        when: When = always,
-        gated: bool = False,
+        savings: Savings = NOTHING,
     ) -> None:
         self.network = network
         self.dtype = dtype
         self.noise_scheduler = noise_scheduler
         self.rule = rule
         self.cfg = cfg
-        self.ahead = ahead
-        self.notes = notes
-        self.when = when
-        self.gated = gated
+        self.savings = savings
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
-        run.notes.extend(self.notes)
+        run.notes.extend(self.savings.notes)
         batches = micro_batches(samples, run.batch_size)
         total = sum(written(batch[0].grid).steps for batch in batches)
         for batch in batches:
+            if self.savings.stale is not None:
+                self.savings.stale.begin()
             self._denoise(batch, run, total)
+            if self.savings.stale is not None:
+                run.notes.append(self.savings.stale.end())
 
     def _denoise(self, batch: list[Sample], run: RunContext, total: int) -> None:
         grid = written(batch[0].grid)
@@ -87,14 +106,14 @@ class Denoising:
             run.on_progress(self.name, len(run.clock.steps), total)
         for sample, latent in zip(batch, x, strict=True):
             sample.latent = latent
-        if self.gated or self.when is not always:
+        if self.savings.gated or self.savings.when is not always:
             run.skips += call.skips()
 
     def tell(self, condition: Conditioning, grid: Grid) -> Tell:
         """What an evaluation is told: the conditioning, with what is computed beforehand where anything is."""
-        if self.ahead is None:
+        if self.savings.ahead is None:
             return lambda fed, tau: condition
-        return self.ahead.request(condition, grid.tau[:-1].tolist()).at
+        return self.savings.ahead.request(condition, grid.tau[:-1].tolist()).at
 
 
 class _NetworkCall:
@@ -114,13 +133,13 @@ class _NetworkCall:
 
     def __call__(self, x: Tensor, point: Point) -> Estimate:
         stage, branches, run = self._stage, self._branches, self._run
-        way = stage.when(len(self._ways), point)
+        way = stage.savings.when(len(self._ways), point)
         fed = branches.spread(x * point.c_in, way).to(stage.dtype)
         tau_B = torch.full((len(fed),), point.tau, dtype=torch.float32, device=fed.device)
-        owners = self._histories * (len(fed) // len(self._batch)) if stage.gated else ()
+        owners = self._histories * (len(fed) // len(self._batch)) if stage.savings.gated else ()
         with run.clock.network("denoiser"):
             output = run.evaluate(stage.network, fed, tau_B, self._told[way](fed, point.tau), owners)
-        if stage.gated and not any(history.computed[-1] for history in self._histories):
+        if stage.savings.gated and not any(history.computed[-1] for history in self._histories):
             run.clock.discount("denoiser", 1)
         self._ways.append(way)
         return stage.noise_scheduler.prediction.estimate(branches.combine(output.float(), way), x, point)
@@ -129,7 +148,7 @@ class _NetworkCall:
         """Of every picture, once it is drawn."""
         found, asked = [], self._branches.rows(Way.both)
         for sample, history in zip(self._batch, self._histories, strict=True):
-            computed = history.computed if self._stage.gated else [True] * len(self._ways)
+            computed = history.computed if self._stage.savings.gated else [True] * len(self._ways)
             skipped = [k for k, done in enumerate(computed) if not done]
             rows = sum(self._branches.rows(way) for way, done in zip(self._ways, computed, strict=True) if done)
             found.append(Skips(sample.ask.index, len(computed), skipped, asked * len(computed), rows))

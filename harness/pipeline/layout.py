@@ -14,7 +14,7 @@ from models.registry import ARCHITECTURES, WITH_LSE, resolve_backend
 
 
 def layout_facts(config: RunConfig, denoiser: Path) -> Facts:
-    """Heads from the denoiser's config.json, tokens and guidance from the configuration's request.
+    """Heads and blocks from the denoiser's config.json, tokens and guidance from the configuration's request.
 
     Args:
         config: the resolved configuration.
@@ -22,10 +22,12 @@ def layout_facts(config: RunConfig, denoiser: Path) -> Facts:
     """
     model = config.model
     network = read_json(denoiser / "config.json")
-    heads = network.get(ARCHITECTURES[model.architecture].heads or "")
+    row = ARCHITECTURES[model.architecture]
+    heads, depth = network.get(row.heads or ""), network.get(row.depth)
     facts = Facts(
         model=model.name,
         heads=heads if isinstance(heads, int) else None,
+        depth=depth if isinstance(depth, int) else 0,
         tokens=0,
         rows=0,
         frames=0,

@@ -13,6 +13,7 @@ from harness.compose import one_line
 from harness.config.cache import NONE
 from harness.config.plan import HardwareConfig
 from harness.config.schema import Load, ParallelConfig, RunConfig
+from harness.parallel.legal import keeps
 from harness.parallel.mesh import degrees, world_size
 from harness.plan.cost import device, predict, traffic
 from harness.plan.network import trace_request
@@ -62,6 +63,8 @@ def _predicted(found: Check, record: Record, hardware: Callable[[torch.dtype], H
     if config.cache.name != NONE:
         raise ValueError(f"cache={config.cache.name} computes fewer evaluations, which is not predicted")
     request, steps, layout = config.request, config.request.steps or 1, found.layout
+    if keeps(layout):
+        raise ValueError("not predicted: its keys and values are stale, and plans are of exact layouts")
     dtype = torch_dtype(denoiser_dtype(config.model))
     traced = trace_request(config)
     row = predict(traced, layout, device(hardware(dtype), dtype.itemsize), record.timed.nfe, 1, [])

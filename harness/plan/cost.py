@@ -138,7 +138,9 @@ def traffic(traced: Traced, layout: ParallelConfig) -> dict[str, int]:
 
 
 def legal_layouts(facts: Facts, ranks: int, micro_batches: int) -> Iterator[tuple[ParallelConfig, list[str]]]:
-    """Every layout of up to so many ranks that may run, and its padding in words; replicas that would be idle apart."""
+    """Every exact layout of up to so many ranks that may run, and its padding in words; replicas that would be idle
+    apart, and layouts with stale keys and values.
+    """
     for cfg in (1, 2):
         for tp in range(1, ranks // cfg + 1):
             for ring in range(1, ranks // (cfg * tp) + 1):

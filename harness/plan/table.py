@@ -9,14 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.config.schema import ParallelConfig
-from harness.parallel.mesh import AXES, degrees
+from harness.parallel.mesh import AXES
 from harness.plan.rows import Check, Plan, Prediction
 
 
 def name_of(layout: ParallelConfig) -> str:
     """`cfg2 ulysses4`, or `single`."""
-    sizes = zip(AXES, degrees(layout), strict=True)
-    return " ".join(f"{axis}{size}" for axis, size in sizes if size > 1) or "single"
+    names = [f"{axis}{size}" for axis in (*AXES, "pipe") if (size := getattr(layout, axis)) > 1]
+    return " ".join([*names, *["displaced"] * layout.displaced]) or "single"
 
 
 def print_plan(plan: Plan, rows: int, folder: Path, console: Console) -> None:

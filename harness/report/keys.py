@@ -29,7 +29,9 @@ def cells(config: Mapping[str, object]) -> dict[str, Cell]:
 
 def layout_name(degrees: Mapping[str, object]) -> str:
     """Such as `cfg2 ulysses2`; `single` for one rank."""
-    return " ".join(f"{axis}{degrees[axis]}" for axis in AXES if degrees.get(axis, 1) != 1) or "single"
+    counts = (*AXES, "pipe", "patches", "warmup")
+    names = [f"{name}{degrees[name]}" for name in counts if degrees.get(name) not in (None, 1)]
+    return " ".join([*names, *["displaced"] * (degrees.get("displaced") is True)]) or "single"
 
 
 def cache_name(cache: Mapping[str, object]) -> str:

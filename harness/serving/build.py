@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from harness.config.schema import DType, Load, ModelConfig, RunConfig, Task
+from harness.config.schema import DType, Load, ModelConfig, ParallelConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.messages import GenerationRequest, LoadedComponent
 from harness.metrics.cuda import CudaMemory, synchronizer
@@ -19,10 +19,13 @@ from harness.metrics.memory import Memory, ResidentMemory
 from harness.optimize.apply import optimize
 from harness.parallel.attention import SequenceState
 from harness.parallel.connect import Axes, connect, one_rank
-from harness.parallel.legal import check_layout
+from harness.parallel.displaced import Displaced
+from harness.parallel.legal import check_layout, merges, patches_of
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from harness.parallel.shard import shard_weights
+from harness.parallel.stale import Stale
 from harness.parallel.vae import parallel_decoder
 from harness.peer.build import native_facts, peer_stages
 from harness.peer.table import DIFFUSERS, NATIVE, peer_attention
@@ -30,7 +33,7 @@ from harness.pipeline.caches import cached_network, guidance_when
 from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
-from harness.pipeline.denoise import Denoising
+from harness.pipeline.denoise import Denoising, Savings
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.latents import LatentPreparation
 from harness.pipeline.layout import layout_facts, of_request
@@ -45,6 +48,7 @@ from harness.serving.worker import Worker
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
 from models.components import ComponentLoader, Components
+from models.parts import Cut
 from models.registry import ARCHITECTURES, resolve_backend
 from models.source import LoraFile, Source
 from schedulers.build import build as build_noise_scheduler
@@ -159,7 +163,7 @@ def cache_mib(config: RunConfig) -> float:
 
 def backend_of(config: RunConfig, device: torch.device) -> str:
     """The attention backend that computes on the device."""
-    return resolve_backend(config.attention.backend, device.type, with_lse=config.parallel.ring > 1)
+    return resolve_backend(config.attention.backend, device.type, with_lse=merges(config.parallel))
 
 
 def attention_name(config: RunConfig, device: torch.device) -> str:
@@ -170,18 +174,27 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
     """
     if config.engine.name != NATIVE:
         return f"{DIFFUSERS} {peer_attention(config)}"
-    return resolved_name(config.attention.backend, device.type, with_lse=config.parallel.ring > 1)
+    return resolved_name(config.attention.backend, device.type, with_lse=merges(config.parallel))
 
 
-def deal(parts: Components, axes: Axes, backend: str, state: SequenceState) -> None:
-    """Deals the network's tokens over this rank's axes, in place; how, the state says.
+def deal(parts: Components, axes: Axes, backend: str, layout: ParallelConfig, state: SequenceState) -> Stale | None:
+    """Deals the network's tokens or blocks over this rank's axes, in place; what it keeps between evaluations, if any.
+    How tokens are dealt, the state says.
 
     Raises:
         ValueError: an attention backend that ring attention cannot use.
     """
-    if axes.tokens.size > 1:
-        ring_kernel = lse_kernel(backend) if axes.ring.size > 1 else None
-        deal_tokens(parts.network, parts.plan, attention_kernel(backend), ring_kernel, axes, state=state)
+    if layout.pipe > 1:
+        pipeline = PipeFusion(axes.ring, patches_of(layout), layout.warmup)
+        pipeline.install(parts.network, parts.plan, attention_kernel(backend))
+        return pipeline
+    if axes.tokens.size == 1:
+        return None
+    displaced = Displaced(axes.ring, layout.warmup) if layout.displaced else None
+    ring_kernel = lse_kernel(backend) if merges(layout) else None
+    kernel = attention_kernel(backend)
+    deal_tokens(parts.network, parts.plan, kernel, ring_kernel, axes, state=state, displaced=displaced)
+    return displaced
 
 
 def ceiling(config: RunConfig, device: torch.device) -> float:
@@ -203,7 +216,9 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     axes = connect(place, source.device, waiting)  # before loading, which may take the ranks unequal times
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = backend_of(config, source.device)
-    cut = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
+    cut: Cut | None = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
+    if config.parallel.pipe > 1:
+        cut = partial(drop_blocks, group=axes.ring)
     homes = dict.fromkeys(away(config, source), torch.device("cpu"))
     parts = load(replace(source, cut=cut, devices=homes), attention_kernel(backend))
     check_multiple(model, parts)
@@ -211,15 +226,14 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     made = optimize(parts, config.engine, source.device, dtype)
     state = SequenceState()
     gated = cached_network(config.cache, parts.network, parts.plan, axes.picture, state)  # before what hooks its blocks
-    deal(parts, axes, backend, state)
+    stale = deal(parts, axes, backend, config.parallel, state)
     if config.parallel.shard_weights:
         shard_weights(parts.network, parts.plan, axes.weights, source.device)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     text = TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
-    network, when = parts.network if gated is None else gated, guidance_when(config.cache)
-    denoising = Denoising(
-        network, dtype, noise_scheduler, parts.guidance, axes.cfg, made.ahead, made.notes, when, gated is not None
-    )
+    network = parts.network if gated is None else gated
+    savings = Savings(made.ahead, guidance_when(config.cache), gated is not None, stale, made.notes)
+    denoising = Denoising(network, dtype, noise_scheduler, parts.guidance, axes.cfg, savings)
     decoding = Decoding(parallel_decoder(parts.decoder, axes.picture, config.parallel.decode))
 
     def homed(stage: Stage, part: object) -> Stage:

@@ -18,7 +18,7 @@ from harness.parallel.attention import SequenceState
 from harness.parallel.gates import History
 from harness.parallel.group import alone
 from harness.pipeline.caches import CachedNetwork, FirstBlock, cached_network, guidance_when
-from harness.pipeline.denoise import Denoising
+from harness.pipeline.denoise import Denoising, Savings
 from harness.pipeline.guidance import Interval, Reuse, When
 from harness.pipeline.interleave import Course, evaluate
 from harness.pipeline.latents import LatentPreparation, seeded_noise
@@ -114,7 +114,7 @@ def test_a_network_without_gates_and_guidance_as_it_was_are_the_default() -> Non
     config = compose_run([]).config.cache
     network = TINY["pixart"].build(math_attention)
     assert cached_network(config, network, TINY["pixart"].plan, alone(), SequenceState()) is None
-    assert Denoising(network, torch.float32, build(FAMILIES[0])).when is guidance_when(config)
+    assert Denoising(network, torch.float32, build(FAMILIES[0])).savings.when is guidance_when(config)
 
 
 # ---------------------------------------------------------------- guidance, by hand
@@ -164,7 +164,7 @@ def test_guidance_is_what_a_loop_by_hand_draws(case: str, settings: Settings) ->
     when, by_hand = CASES[case]
     (sample,) = samples_for(6, settings)
     network, run = ToyNetwork(), context()
-    Denoising(network, torch.float32, build(settings), when=when).forward([sample], run)
+    Denoising(network, torch.float32, build(settings), savings=Savings(when=when)).forward([sample], run)
     assert sample.latent is not None
     assert rel_l2(sample.latent, drawn_by_hand(settings, sample, by_hand)) < 1e-5
     assert set(network.batches) == {1, 2}
@@ -177,7 +177,7 @@ def test_guidance_is_what_a_loop_by_hand_draws(case: str, settings: Settings) ->
 def test_guidance_everywhere_is_guidance(when: When) -> None:
     (plain,), (sample,) = samples_for(5, FAMILIES[0]), samples_for(5, FAMILIES[0])
     Denoising(ToyNetwork(), torch.float32, build(FAMILIES[0])).forward([plain], context())
-    Denoising(ToyNetwork(), torch.float32, build(FAMILIES[0]), when=when).forward([sample], context())
+    Denoising(ToyNetwork(), torch.float32, build(FAMILIES[0]), savings=Savings(when=when)).forward([sample], context())
     assert plain.latent is not None
     assert sample.latent is not None
     assert torch.equal(plain.latent, sample.latent)

@@ -10,7 +10,7 @@ from torch import Tensor
 from harness import fidelity
 from harness.client import DiffusionGenerator
 from harness.compose import Composed, compose_run
-from harness.config.schema import DType
+from harness.config.schema import DType, ParallelConfig
 from harness.fidelity import METHODS, Artist, Drawn, Method, floor_config, measure, method_class, reference_config
 from harness.generate import judged, run_in
 from harness.metrics.difference import Difference
@@ -76,6 +76,13 @@ def test_the_weakest_method_decides() -> None:
     assert method_class(compose_run(["model.dtype=bfloat16", "attention=math"]).config) == (EQUIVALENT, ["dtype"])
     cache = Method("cache", APPROXIMATE, lambda config: config.request.steps == 3)
     assert method_class(compose_run(["request.steps=3"]).config, [*METHODS, cache])[0] == APPROXIMATE
+
+
+@pytest.mark.parametrize(("layout", "name"), [("displaced2", "displaced patches"), ("pipe2", "PipeFusion")])
+def test_stale_keys_are_approximate_and_the_reference_has_none(layout: str, name: str) -> None:
+    row = compose_run([f"parallel={layout}", "attention=math"]).config
+    assert method_class(row) == (APPROXIMATE, [name, "shared picture"])
+    assert reference_config(row).parallel == floor_config(row).parallel == ParallelConfig()
 
 
 def test_the_reference_is_one_rank_in_float32() -> None:

@@ -183,6 +183,15 @@ def h100(dtype: torch.dtype) -> HardwareConfig:
     return compose_run([]).config.hardware
 
 
+def test_an_approximate_layout_is_not_predicted(bench: Record) -> None:
+    layout = bench.config["parallel"] | {"pipe": 2}
+    found = check(Path("run"), msgspec.structs.replace(bench, config=bench.config | {"parallel": layout}), h100)
+    assert found.predicted_step_ms is None
+    assert found.reason is not None
+    assert "plans are of exact layouts" in found.reason
+    assert name_of(found.layout) == "pipe2"
+
+
 def test_operations_are_those_of_a_record(bench: Record) -> None:
     found = check(Path("run"), bench, h100)
     assert found.flops is not None

@@ -1,5 +1,6 @@
 """What each rank of a layout draws with a whole pipeline."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest, RankOutcome, array, decode
-from harness.parallel.mesh import AXES, Place
+from harness.parallel.mesh import AXES, Place, degrees
 from harness.serving.build import build_worker
 
 Degrees = tuple[int, ...]
@@ -48,6 +49,18 @@ def draw_counted(rank: int, size: int, drawing: Drawing) -> dict[str, Tensor]:
     return _pictures(drawing, outcome, frames) | sent
 
 
+def draw_stale(rank: int, size: int, drawing: Drawing) -> dict[str, Tensor]:
+    """Pictures, the bytes that this rank sent to denoise them, by kind, and the evaluations that its notes call exact,
+    of all of them, with the MiB that it kept.
+    """
+    outcome, frames = _answer(rank, drawing)
+    assert outcome.report is not None
+    sent = {kind: torch.tensor(traffic.bytes) for kind, traffic in outcome.report.comm["denoising"].items()}
+    (note,) = set(outcome.report.notes)
+    told = [float(number) for number in re.findall(r"[0-9]+(?:\.[0-9]+)?", note)]
+    return _pictures(drawing, outcome, frames) | sent | {"told": torch.tensor(told, dtype=torch.float64)}
+
+
 def draw_peak(rank: int, size: int, drawing: Drawing) -> dict[str, Tensor]:
     """The peak of this rank's memory while it drew, MiB, as records have it."""
     outcome, _ = _answer(rank, drawing)
@@ -58,7 +71,7 @@ def draw_peak(rank: int, size: int, drawing: Drawing) -> dict[str, Tensor]:
 def _answer(rank: int, drawing: Drawing) -> tuple[RankOutcome, Sequence[bytes]]:
     layout = replace(drawing.config.parallel, **dict(zip(AXES, drawing.degrees, strict=True)))
     config = replace(drawing.config, parallel=layout)
-    worker = build_worker(config, Place(rank, drawing.degrees), torch.device("cpu"))
+    worker = build_worker(config, Place(rank, degrees(layout)), torch.device("cpu"))
     frames = worker.generate(drawing.request, lambda stage, done, total: None, lambda: False)
     outcome = decode(frames)
     assert isinstance(outcome, RankOutcome)
