@@ -157,7 +157,7 @@ class PatchAttention:
             return self.kernel(q_BlHD, k_BlHD, v_BlHD, mask_Bl)
         kept_2BSHD, mask_BS = self.kept[patch.lengths]
         patch.put(fresh_2BlHD, kept_2BSHD)
-        return self.kernel(q_BlHD, *kept_2BSHD.unbind(0), mask_BS)
+        return self.kernel(q_BlHD, kept_2BSHD[0], kept_2BSHD[1], mask_BS)
 
 
 class PipelinedBlocks(nn.Module):
