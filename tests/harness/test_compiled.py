@@ -1,7 +1,6 @@
 """engine.optimize=compile: one graph a kind of block, and the plain network's numbers, at every size."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +22,15 @@ the picture, of the text and of both.
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where graphs are kept, with the headers that all of them include."""
+    return str(tmp_path_factory.mktemp("inductor"))
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def _own_graphs(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", graphs)
     torch._dynamo.reset()
     counters.clear()
 
