@@ -288,7 +288,7 @@ class Gate(nn.Module):
         """The block on the streams' rows; where there is none, they are handed on."""
         if not len(streams[0]):
             return streams
-        arguments = dict(zip(self._lane.stack.outputs, streams, strict=True))
+        arguments: dict[str, Any] = dict(zip(self._lane.stack.outputs, streams, strict=True))
         arguments |= {name: passage.narrowed(name, x) for name, x in given.items() if name not in arguments}
         output = self.block(**arguments)
         return list(output) if isinstance(output, tuple) else [output]
