@@ -23,7 +23,7 @@ from harness.client import DiffusionGenerator
 from harness.compose import Composed, to_dict
 from harness.config.cache import NONE, CacheConfig
 from harness.config.optimize import Optimize
-from harness.config.schema import DType, EngineConfig, ParallelConfig, RunConfig, Task, TaskConfig
+from harness.config.schema import DType, EngineConfig, ParallelConfig, Quantize, RunConfig, Task, TaskConfig
 from harness.config.trained import trained_denoiser
 from harness.engine import RequestFailed
 from harness.messages import Array
@@ -59,6 +59,7 @@ class Method(NamedTuple):
 
 METHODS = (
     Method("8-bit attention", APPROXIMATE, lambda c: c.attention.backend == "sage"),
+    Method("8-bit linears", APPROXIMATE, lambda c: c.model.quantize is not Quantize.none),
     Method("attention kernel", EQUIVALENT, lambda c: c.attention.backend not in ("math", "sage")),
     Method("displaced patches", APPROXIMATE, lambda c: c.parallel.displaced),
     Method("PipeFusion", APPROXIMATE, lambda c: c.parallel.pipe > 1),
@@ -197,6 +198,7 @@ def _plain(config: RunConfig) -> RunConfig:
     found.task = TaskConfig(Task.generate, states=config.task.states)
     found.engine, found.parallel = EngineConfig(optimize=Optimize.none), ParallelConfig()
     found.attention.backend, found.cache = "math", CacheConfig()
+    found.model.quantize = Quantize.none
     found.request.batch_size = 1
     found.request.steps = config.task.reference_steps or config.request.steps
     found.model.text.keep, found.model.text.cache_mib = True, None

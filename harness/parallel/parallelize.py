@@ -34,8 +34,8 @@ def deal_tokens(
     ring_kernel: LseKernel | None,
     axes: Axes,
     gather: bool = False,
-    state: SequenceState | None = None,
     displaced: Displaced | None = None,
+    state: SequenceState | None = None,
 ) -> None:
     """Sequence parallelism in place: every stack of the plan works on this rank's part of its tokens.
 
@@ -46,8 +46,8 @@ def deal_tokens(
         ring_kernel: the same with log-sum-exp, where keys and values are passed on over a ring of more than one rank.
         axes: this rank's groups.
         gather: all-gather keys and values over the ring in place of passing them on.
-        state: where it is told how the tokens at hand are dealt; None where nobody else reads it.
         displaced: or meet those of the evaluation before; counts the network's evaluations from now on.
+        state: where it is told how the tokens at hand are dealt; None where nobody else reads it.
     """
     state = SequenceState() if state is None else state
     state.index = axes.tokens.index
