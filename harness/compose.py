@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -33,6 +32,10 @@ from harness.config.schema import LaunchMode, Load, ModelConfig, ParallelConfig,
 from harness.config.serve import check_load, check_serve
 from harness.config.sides import check_sides, quoted
 from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
+from harness.config.written import ConfigError as ConfigError
+from harness.config.written import from_yaml as from_yaml
+from harness.config.written import to_dict as to_dict
+from harness.config.written import to_yaml as to_yaml
 from harness.media import ffmpeg
 from harness.metrics import pretrained
 from harness.parallel.legal import check_layout
@@ -56,10 +59,6 @@ PLUGINS = {  # Hydra's own packages: what needs which, and the extra that instal
     ("hydra/launcher", "submitit_local"): ("hydra-submitit-launcher", "slurm"),
     ("hydra/sweeper", "optuna"): ("hydra-optuna-sweeper", "optuna"),
 }
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run, with what to change in one line."""
 
 
 @dataclass(frozen=True)
@@ -165,22 +164,6 @@ def _plain(composed: DictConfig, name: str) -> Any:
     """One part of what Hydra composed and typed, as its dataclass."""
     value = composed[name]
     return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The resolved configuration as plain data; enums by name."""
-    plain: dict[str, Any] = msgspec.to_builtins(config)
-    return plain
-
-
-def from_yaml(text: str) -> RunConfig:
-    """The configuration that `to_yaml` wrote; nothing in it is interpolated a second time."""
-    return msgspec.convert(yaml.safe_load(text), RunConfig)
 
 
 def one_line(error: BaseException) -> str:

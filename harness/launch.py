@@ -62,14 +62,9 @@ class TorchrunEngine:
             OWNER: str(os.getpid()),
             "PYTHONPATH": import_path(os.environ.get("PYTHONPATH")),
         }
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self._ranks)]
-        command += [
-            "--log-dir",
-            str(self._addresses.folder / "torchrun"),
-            "-m",
-            "harness.rank",
-            str(self._folder.resolve()),
-        ]
+        command = [sys.executable, "-u", "-m", "harness.agent", "--standalone", "--nproc-per-node", str(self._ranks)]
+        command += ["--log-dir", str(self._addresses.folder / "torchrun")]
+        command += ["-m", "harness.rank", str(self._folder.resolve())]
         with self._launch_log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True

@@ -1,5 +1,5 @@
-"""One rank: `python -m harness.rank FOLDER` under torchrun. It reads the run's config.yaml, loads, and serves until
-told to stop.
+"""One rank, which torchrun starts by exec or forks from its agent (harness.agent). It reads the run's config.yaml,
+loads, and serves until told to stop.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from harness.compose import ConfigError, from_yaml
 from harness.config.schema import RunConfig, Task
+from harness.config.written import ConfigError, from_yaml
 from harness.environment import OWNER, SOCKETS, threads_per_rank
 from harness.launch import RankError
 from harness.messages import EngineInfo, LoadedComponent
@@ -62,6 +63,7 @@ class StoreBoard:
 
 def main() -> None:
     """Entry point under the launcher's torchrun."""
+    reset_signals()
     folder = Path(sys.argv[1])
     rank = int(os.environ["RANK"])
     redirect_output(folder / "logs" / f"rank{rank}.log")
@@ -72,7 +74,14 @@ def main() -> None:
         serve(from_yaml((folder / "config.yaml").read_text()), Addresses(Path(os.environ[SOCKETS])))
     except Exception as error:
         leave_error(folder / "logs", rank, error)
-        raise
+        sys.exit(1)
+
+
+def reset_signals() -> None:
+    """Python's own handlers, in place of those of the agent that this rank was forked from."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def serve(config: RunConfig, addresses: Addresses) -> None:

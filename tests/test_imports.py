@@ -3,9 +3,15 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from harness.agent import imports
+from harness.config.schema import ModelConfig, RunConfig
+from harness.peer.table import PEERS
+from models.registry import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("harness", "models", "schedulers")
@@ -31,6 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.compose",
         "harness.engine",
         "harness.launch",
+        "harness.agent",
         "harness.rank",
         "harness.inprocess",
         "harness.pool",
@@ -55,7 +62,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
 )
 APART = {("schedulers", "models"), ("models", "schedulers")}
-LAZY_ONLY = ("torch", "transformers", "diffusers")
+PAGES = ("pandas", "matplotlib", "plotly", "fastapi", "uvicorn", "httpx", "wandb")
+NEVER_BY_CLIENTS = ("torch", "transformers", "diffusers", "scipy", "PIL", *PAGES)  # before ranks are starting
+NEVER_BY_RANKS = ("hydra", "omegaconf", "rich", *PAGES)
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
@@ -107,10 +116,41 @@ def test_every_room_exists() -> None:
             assert room in modules, f"{room} is in FLOORS but not in the tree"
 
 
-def test_clients_start_without_torch() -> None:
-    code = f"import sys, harness.cli, harness.client; print(*[m for m in {LAZY_ONLY} if m in sys.modules])"
+def test_clients_start_without_what_ranks_or_pages_need() -> None:
+    code = f"import sys, harness.cli, harness.client; print(*[m for m in {NEVER_BY_CLIENTS} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, cwd=ROOT, check=True)
     assert done.stdout.split() == []
+
+
+def run_at_import(nodes: list[ast.stmt]) -> Iterator[str]:
+    """What a module imports as it is imported, `a.b.c` also where c is a name in a.b."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            yield from run_at_import([*node.body, *node.orelse])
+        elif isinstance(node, ast.Try | ast.With | ast.ClassDef):
+            yield from run_at_import(node.body)
+
+
+def test_ranks_start_without_what_clients_need() -> None:
+    """Over all of our modules that a rank of any architecture or engine imports, agents' own among them."""
+    sources = {module_of(path): path for path in FILES}
+    configs = [RunConfig(model=ModelConfig(architecture=name)) for name in ARCHITECTURES]
+    wanted = ["harness.agent", "harness.rank", *(name for config in configs for name in imports(config))]
+    wanted += [row.module for row in PEERS.values()]
+    seen: set[str] = set()
+    while wanted:
+        name = wanted.pop()
+        if name not in sources or name in seen:
+            continue
+        seen.add(name)
+        for found in run_at_import(ast.parse(sources[name].read_text()).body):
+            assert found.split(".")[0] not in NEVER_BY_RANKS, f"{sources[name]} imports {found}"
+            wanted += [found, found.rpartition(".")[0]]
+    assert {"harness.serving.build", "models.flux.network", "harness.peer.families.sd"} <= seen
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -83,6 +83,20 @@ def processes_about(folder: Path) -> dict[int, str]:
     return found
 
 
+def ranks(folder: Path) -> list[int]:
+    """Process ids of the ranks of a run, in the order they were started: those with a parent that is about them too."""
+    found = [pid for pid, line in processes_about(folder).items() if "harness.rank" in line]
+    return sorted(pid for pid in found if parent(pid) in found)
+
+
+def parent(pid: int) -> int | None:
+    """The process that started another one; None of one that has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None
+
+
 def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():

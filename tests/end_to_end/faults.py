@@ -5,6 +5,7 @@ at a prompt that asks for it.
 from pathlib import Path
 
 import harness
+from harness.environment import SOCKETS
 
 ENDS = {
     "killed": "os.kill(os.getpid(), signal.SIGKILL)",
@@ -14,17 +15,31 @@ ENDS = {
 }
 PLANTED = """
 import os, signal
-if os.environ.get("RANK") == "{rank}":
+if {about}:
     from harness.parallel.group import Group
     whole, calls = Group._timed, []
     def timed(self, *rest):
-        calls.append(None)
+        if os.environ["RANK"] == "{rank}":
+            calls.append(None)
         if len(calls) == {collective}:
             open({marker!r}, "w").close()
             {end}
         return whole(self, *rest)
     Group._timed = timed
 """
+POISONED = """
+import os, signal
+if {about}:
+    from harness.pipeline.decode import Decoding
+    whole = Decoding.forward
+    def forward(self, samples, run):
+        for sample in samples:
+            if os.environ["RANK"] == "{rank}":
+                exec({ends!r}.get(sample.ask.prompt, "pass"))
+        whole(self, samples, run)
+    Decoding.forward = forward
+"""
+ABOUT = f'"RANK" in os.environ or {SOCKETS!r} in os.environ'  # a rank, or the agent that it is forked from
 
 
 def planted(folder: Path, end: str, rank: int = 1, collective: int = 100) -> dict[str, str]:
@@ -32,25 +47,13 @@ def planted(folder: Path, end: str, rank: int = 1, collective: int = 100) -> dic
 
     Python imports a sitecustomize that it finds on its path before anything else.
     """
-    text = PLANTED.format(rank=rank, collective=collective, marker=str(folder / "fault"), end=ENDS[end])
+    marker = str(folder / "fault")
+    text = PLANTED.format(about=ABOUT, rank=rank, collective=collective, marker=marker, end=ENDS[end])
     (folder / "sitecustomize.py").write_text(text)
     return {"PYTHONPATH": f"{folder}:{Path(harness.__file__).parent.parent}"}
 
 
-POISONED = """
-import os, signal
-if os.environ.get("RANK") == "{rank}":
-    from harness.pipeline.decode import Decoding
-    whole = Decoding.forward
-    def forward(self, samples, run):
-        for sample in samples:
-            exec({ends!r}.get(sample.ask.prompt, "pass"))
-        whole(self, samples, run)
-    Decoding.forward = forward
-"""
-
-
 def poisoned(folder: Path, rank: int = 1) -> dict[str, str]:
     """The environment in which a rank that decodes a picture of the prompt "killed", "raises" ... comes to that end."""
-    (folder / "sitecustomize.py").write_text(POISONED.format(rank=rank, ends=ENDS))
+    (folder / "sitecustomize.py").write_text(POISONED.format(about=ABOUT, rank=rank, ends=ENDS))
     return {"PYTHONPATH": f"{folder}:{Path(harness.__file__).parent.parent}"}

@@ -16,7 +16,7 @@ import zmq
 
 from harness.environment import SOCKETS
 from harness.messages import Cancel, GenerationRequest, encode
-from tests.end_to_end.conftest import LIMIT_S, command, processes_about, started, status_of, wait_for
+from tests.end_to_end.conftest import LIMIT_S, command, processes_about, ranks, started, status_of, wait_for
 from tests.end_to_end.http_abuse import abuse
 from tests.end_to_end.test_http_clients import keep_to_its_document, use_images
 
@@ -46,8 +46,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 def rank(folder: Path) -> int:
     """The process of a run's rank."""
-    lines = processes_about(folder).items()
-    (pid,) = (pid for pid, line in lines if "harness.rank" in line and "torch.distributed" not in line)
+    (pid,) = ranks(folder)
     return pid
 
 
