@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +21,7 @@ from harness.engine import RequestFailed
 from harness.fidelity import Artist, Drawn, measure
 from harness.loggers.table import print_record
 from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
-from harness.loggers.wandb import log_failure, log_run
+from harness.loggers.wandb import log_failure, log_run, resolve_mode
 from harness.metrics.fidelity import BROKEN
 from harness.pipeline.settings import noise_scheduler_settings
 from harness.pool import MakeEngine, new_engine
@@ -49,9 +51,9 @@ def run_in(composed: Composed, folder: RunFolder, console: Console, make_engine:
     outcome = ended(composed, folder, work, judged)
     status, record = outcome
     if record is not None:
-        mirror(lambda: log_run(config.logger.wandb, record, folder.path, config.task.name.name))
         if config.logger.table:
             print_record(record, folder.path, console)
+        mirror(lambda: log_run(config.logger.wandb, record, folder.path, config.task.name.name))
     return status
 
 
@@ -117,18 +119,46 @@ def run_generate(composed: Composed, folder: RunFolder, console: Console, make_e
     with progress_bars(console) as bars:
         series = Series(generator, bars)
         try:
-            series.start()
+            with imported_meanwhile(imports(composed.config)):
+                series.start()
             series.warm_up()
             for _ in range(composed.config.task.repeats):
                 series.repeat()
-            record = series.record()
+            pictures = series.save_pictures(folder)  # what was asked for, before anything that can wait
+            record = msgspec.structs.replace(series.record(), samples=pictures)
         finally:
             generator.stop()
         if composed.config.task.fidelity:
             row = Drawn(series.last.latents, series.pixels)
             found, notes = measure(composed.config, row, Artist(folder.path, bars, make_engine))
             record = msgspec.structs.replace(record, fidelity=found, notes=[*record.notes, *notes])
-    return series.save(record, folder)
+    folder.write_record(record)
+    return record
+
+
+def imports(config: RunConfig) -> list[str]:
+    """What saving and mirroring the pictures of a run will import."""
+    mirrored = resolve_mode(config.logger.wandb.mode) != "disabled"
+    return ["PIL.ImageDraw", "PIL.ImageFont", "PIL.PngImagePlugin", *(["wandb"] if mirrored else [])]
+
+
+@contextmanager
+def imported_meanwhile(names: Sequence[str]) -> Iterator[None]:
+    """Imports modules while the block waits for other processes, so that nothing waits for them later; it is done when
+    the block is left, before anything is timed. What cannot be imported is said where it is used.
+    """
+
+    def work() -> None:
+        for name in names:
+            with suppress(ImportError):
+                importlib.import_module(name)
+
+    thread = threading.Thread(target=work, name="imports")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def run_training(config: RunConfig, console: Console) -> Status:

@@ -11,9 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.client import DiffusionGenerator, Generation
 from harness.config.schema import Task
+from harness.config.written import to_dict
 from harness.messages import Array, EngineInfo, GenerationResult, Latents
 from harness.messages import Progress as StepProgress
-from harness.records import Record, Repeat, RunFolder
+from harness.records import Record, Repeat, RunFolder, SampleRow, fingerprint
 from harness.results import measured
 
 
@@ -95,11 +96,13 @@ class Series:
             self.generator.config.request, self.repeats, self._results, self._warmup_ms, self.pixels, self._counted
         )
 
-    def save(self, record: Record, folder: RunFolder) -> Record:
+    def save_pictures(self, folder: RunFolder) -> list[SampleRow]:
+        """Writes the last repeat's pictures; the rows that name them."""
+        return self.last.save(folder.path, fingerprint(to_dict(self.generator.config)))
+
+    def save(self, record: Record, folder: RunFolder) -> None:
         """Writes the last repeat's pictures, and the record with their names."""
-        record = msgspec.structs.replace(record, samples=self.last.save(folder.path, record.fingerprint))
-        folder.write_record(record)
-        return record
+        folder.write_record(msgspec.structs.replace(record, samples=self.save_pictures(folder)))
 
     def _draw(self, label: str, count_flops: bool = False) -> Generation:
         wanted = self.generator.config.task

@@ -1,0 +1,98 @@
+"""What a run costs beside its work: `python -m tests.end_to_end.startup [tries=5] [OVERRIDES]`, on a machine that does
+nothing else.
+
+The work is what no launcher can save: importing PyTorch, transformers and diffusers, in a fresh process that does
+nothing more, and drawing, as the record has it. Both and the whole command are timed in alternation, after a first
+round that fills the page cache and is not counted; medians, with the smallest and the largest in brackets.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.records import read_record
+
+POLL_S = 0.002
+LIBRARIES = "import torch, transformers, diffusers"
+LOG_TIME = "%Y-%m-%d %H:%M:%S,%f"
+
+
+class Run(NamedTuple):
+    """One run of the command, s: its phases in order, of which `draw` is the record's, and what came of them."""
+
+    compose: float  # from the command to a configuration that was checked
+    start: float  # from there to a rank's first word: torchrun, and importing
+    load: float  # from there to ready ranks
+    draw: float
+    save: float  # what else passes before the first picture is on disk
+    end: float  # from there to the end of the command: record, ranks, table, wandb
+
+    @property
+    def first_picture(self) -> float:
+        """From the command to the first picture on disk."""
+        return sum(self[:5])
+
+
+def imported() -> float:
+    """Seconds of a fresh process that imports the libraries."""
+    began = time.time()
+    subprocess.run([sys.executable, "-c", LIBRARIES], check=True)
+    return time.time() - began
+
+
+def drawn(folder: Path, overrides: Sequence[str]) -> Run:
+    """One run of the command in a new folder."""
+    began = time.time()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", *overrides, f"hydra.run.dir={folder}"], stdout=subprocess.DEVNULL
+    )
+    while not (folder / "samples" / "0000.png").exists() and process.poll() is None:
+        time.sleep(POLL_S)
+    pictured = time.time()
+    if process.wait():
+        raise SystemExit(f"the run failed; its folder was {folder}")
+    ended, record = time.time(), read_record(folder)
+    assert record is not None
+    composed = (folder / "config.yaml").stat().st_mtime
+    said = " ".join((folder / "logs" / "rank0.log").read_text().split(maxsplit=2)[:2])
+    spoken, ready = datetime.strptime(said, LOG_TIME).timestamp(), composed + record.first_call.launch_ms / 1e3
+    draw = record.repeats[0].total_duration_ms / 1e3
+    return Run(composed - began, spoken - composed, ready - spoken, draw, pictured - ready - draw, ended - pictured)
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main() -> None:
+    tries = 5
+    overrides = sys.argv[1:]
+    if overrides and overrides[0].startswith("tries="):
+        tries = int(overrides.pop(0).removeprefix("tries="))
+    os.environ.setdefault("WANDB_MODE", "offline")
+    imports, runs = [], []
+    with tempfile.TemporaryDirectory() as home:
+        for number in range(tries + 1):
+            imports.append(imported())
+            runs.append(drawn(Path(home) / str(number), overrides))
+    imports, runs = imports[1:], runs[1:]
+    print(f"{LIBRARIES}: {spread(imports)} s")
+    for name in Run._fields:
+        print(f"  {name}: {spread([getattr(run, name) for run in runs])} s")
+    print(f"first picture on disk: {spread([run.first_picture for run in runs])} s")
+    print(f"end of the command: {spread([sum(run) for run in runs])} s")
+    ratios = [run.first_picture / (alone + run.draw) for alone, run in zip(imports, runs, strict=True)]
+    print(f"first picture / (imports + drawing): {spread(ratios)}")
+
+
+if __name__ == "__main__":
+    main()
