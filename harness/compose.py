@@ -47,6 +47,7 @@ from harness.pipeline.layout import layout_facts
 from harness.pipeline.published import check_published
 from harness.pipeline.settings import noise_scheduler_settings
 from harness.provenance import version
+from harness.quantized import check_quantize
 from models.registry import ARCHITECTURES, nearest, resolve_backend
 from schedulers.families import FAMILIES
 from schedulers.families import resolve as resolve_settings
@@ -294,6 +295,7 @@ def _resolve(config: RunConfig) -> None:
         resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
     resolve_backend(config.attention.backend)
     check_engine(config)
+    check_quantize(config)
     if config.task.name in (Task.serve, Task.load):
         check_serve(config.serve, config.engine.name == NATIVE and not config.model.offload)
         check_load(config.load)

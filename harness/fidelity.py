@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 
 from harness.client import DiffusionGenerator
 from harness.compose import Composed, to_dict
-from harness.config.schema import DType, EngineConfig, ParallelConfig, RunConfig, Task, TaskConfig
+from harness.config.schema import DType, EngineConfig, ParallelConfig, Quantize, RunConfig, Task, TaskConfig
 from harness.config.trained import trained_denoiser
 from harness.engine import RequestFailed
 from harness.messages import Array
@@ -50,6 +50,7 @@ class Method(NamedTuple):
 
 METHODS = (
     Method("8-bit attention", APPROXIMATE, lambda c: c.attention.backend == "sage"),
+    Method("8-bit linears", APPROXIMATE, lambda c: c.model.quantize is not Quantize.none),
     Method("attention kernel", EQUIVALENT, lambda c: c.attention.backend not in ("math", "sage")),
     Method("shared picture", EQUIVALENT, lambda c: Place(0, degrees(c.parallel)).replica_size > 1),
     Method("batching", EQUIVALENT, lambda c: c.request.batch_size > 1),
@@ -180,6 +181,7 @@ def _plain(config: RunConfig) -> RunConfig:
     found = copy.deepcopy(config)
     found.task = TaskConfig(Task.generate, states=config.task.states)
     found.engine, found.parallel, found.attention.backend = EngineConfig(), ParallelConfig(), "math"
+    found.model.quantize = Quantize.none
     found.request.batch_size = 1
     found.model.text.keep, found.model.text.cache_mib = True, None
     return found

@@ -37,6 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.compose",
         "harness.engine",
         "harness.launch",
+        "harness.quantized",
         "harness.agent",
         "harness.rank",
         "harness.inprocess",

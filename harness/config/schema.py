@@ -56,6 +56,17 @@ class DType(Enum):
     bfloat16 = "bfloat16"
 
 
+class Quantize(Enum):
+    """What of the denoiser's attention and feed-forward is in 8 bits, through torchao: nothing, the weights, or the
+    inputs too (fp8 on CUDA).
+    """
+
+    none = "none"
+    int8_weight_only = "int8_weight_only"
+    int8_dynamic = "int8_dynamic"
+    fp8 = "fp8"
+
+
 @dataclass
 class TaskConfig:
     """Group `task`."""
@@ -167,6 +178,7 @@ class ModelConfig:
     tokenizer_2: ComponentConfig = field(default_factory=ComponentConfig)
     tokenizer_3: ComponentConfig = field(default_factory=ComponentConfig)
     lora: list[LoraConfig] = field(default_factory=list)
+    quantize: Quantize = Quantize.none  # once loaded, and low-rank updates merged
     offload: bool = False  # networks live in CPU memory and are on the GPU only while their stage runs
     negative_prompt: str = ""  # default of request.negative_prompt
     frames: int = 1  # default of request.frames

@@ -37,12 +37,22 @@ class Unnamed:
 @contextmanager
 def counted(add: Callable[[int], None]) -> Iterator[None]:
     """Counts what is computed while it lasts; slower than without, so nothing is timed meanwhile."""
-    mapping: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    mapping: dict[Any, Any] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        torch.ops.aten._int_mm: _product,
+    }
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     counter.mod_tracker = Unnamed()  # type: ignore[assignment]
     with counter:
         yield
     add(counter.get_total_flops())
+
+
+def _product(a_MK: Any, b_KN: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
+    """Of shapes: a b, in integers."""
+    (rows, inner), columns = a_MK, b_KN[1]
+    found: int = 2 * rows * inner * columns
+    return found
 
 
 def _attention(q_BHLD: Any, k_BHSD: Any, v_BHSE: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:

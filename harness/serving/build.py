@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from harness.config.schema import DType, Load, ModelConfig, RunConfig, Task
+from harness.config.schema import DType, Load, ModelConfig, Quantize, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.messages import GenerationRequest, LoadedComponent
 from harness.metrics.cuda import CudaMemory, synchronizer
@@ -42,6 +42,7 @@ from harness.serving.worker import Worker
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
 from models.components import ComponentLoader, Components
+from models.quantize import quantize
 from models.registry import ARCHITECTURES, resolve_backend
 from models.source import LoraFile, Source
 from schedulers.build import build as build_noise_scheduler
@@ -204,6 +205,8 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     homes = dict.fromkeys(away(config, source), torch.device("cpu"))
     parts = load(replace(source, cut=cut, devices=homes), attention_kernel(backend))
     check_multiple(model, parts)
+    if model.quantize is not Quantize.none:
+        quantize(parts.network, parts.plan, model.quantize.name, source)
     deal(parts, axes, backend)
     if config.parallel.shard_weights:
         shard_weights(parts.network, parts.plan, axes.weights, source.device)
