@@ -42,7 +42,7 @@ def quantize(network: nn.Module, plan: ParallelPlan, scheme: str, source: Source
 
     wanted = linears(network, plan)
     quantize_(network, _config(scheme, source.device), lambda module, name: name in wanted)
-    left = [name for name, linear in wanted.items() if not is_traceable_wrapper_subclass(linear.weight)]
+    left = [name for name, linear in wanted.items() if not _is_composed(linear.weight)]
     if left:
         raise ValueError(f"torchao left {left[0]} and {len(left) - 1} other linears as they were; drop model.quantize")
     loaded = source.loaded[source.denoiser]
@@ -65,10 +65,15 @@ def linears(network: nn.Module, plan: ParallelPlan) -> dict[str, nn.Linear]:
 
 def stored_bytes(tensor: torch.Tensor) -> int:
     """What a tensor takes, one of torchao's the tensors that it is made of."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if not _is_composed(tensor):
         return tensor.numel() * tensor.element_size()
-    names, _ = tensor.__tensor_flatten__()
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     return sum(stored_bytes(getattr(tensor, name)) for name in names)
+
+
+def _is_composed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of torchao's, made of others."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def _config(scheme: str, device: torch.device) -> AOBaseConfig:
