@@ -66,4 +66,4 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _lays_out(device: torch.device) -> bool:
     """Whether convolutions here are faster with channels innermost: by cuDNN and oneDNN, not by plain ones."""
-    return device.type == "cuda" or torch.backends.mkldnn.enabled
+    return device.type == "cuda" or bool(torch.backends.mkldnn.enabled)
