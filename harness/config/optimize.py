@@ -18,12 +18,12 @@ class Optimize(Enum):
 
 @dataclass
 class EagerConfig:
-    """`engine.eager`: what optimize=eager and compile do, each for itself."""
+    """`engine.eager`: what optimize=eager does, and compile too but for prepack, each for itself."""
 
     modulation: bool = True  # what depends on time and vectors alone, once a request for all evaluations
     text: bool = True  # what depends on the text alone, keys and values of cross-attention too, once a request
     fused_projections: bool = True  # queries, keys and values of a stream by one linear
-    prepack: bool = True  # on the CPU: weights in oneDNN's own order, with the GELU in the product
+    prepack: bool = True  # on the CPU, not compiled: weights in oneDNN's own order, the GELU in the product
     channels_last: bool = True  # the decoder's convolutions with their channels innermost
 
 

@@ -43,13 +43,12 @@ def optimize(parts: Components, engine: EngineConfig, device: torch.device, dtyp
     if eager.fused_projections and fuse_projections(parts.network, parts.plan):
         done.append("fused projections")
     blocks = blocks_of(parts.network, parts.plan)
-    compiled = engine.optimize is Optimize.compile
-    if eager.prepack and packs(device, dtype) and not (compiled and engine.compile.freezing):
+    if engine.optimize is Optimize.compile:  # inductor packs weights itself, and takes no packed ones
+        done.append(f"blocks {compile_forwards(blocks or [parts.network], engine.compile, device)}")
+    elif blocks and eager.prepack and packs(device, dtype):
         for block in blocks:
             prepack(block)
-        done += ["prepacked linears"] * bool(blocks)
-    if compiled:
-        done.append(f"blocks {compile_forwards(blocks or [parts.network], engine.compile, device)}")
+        done.append("prepacked linears")
     if eager.channels_last and _lays_out(device) and channels_last(parts.decoder):
         done.append("channels-last decoder")
     return Optimized(ahead, (f"engine.optimize={engine.optimize.name}: {', '.join(done) or 'nothing here'}",))
@@ -66,4 +65,4 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _lays_out(device: torch.device) -> bool:
     """Whether convolutions here are faster with channels innermost: by cuDNN and oneDNN, not by plain ones."""
-    return device.type == "cuda" or torch.backends.mkldnn.enabled
+    return device.type == "cuda" or bool(torch.backends.mkldnn.enabled)

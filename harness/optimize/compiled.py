@@ -18,6 +18,7 @@ from torch import nn
 from harness.config.optimize import CompileConfig
 from models.plan import ParallelPlan
 
+KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
 SIZES = 16  # graphs of one function for sizes, dtypes and masks; more are an error, for each takes seconds
 
 
@@ -41,8 +42,11 @@ def compile_forwards(modules: Sequence[nn.Module], config: CompileConfig, device
         raise NotImplementedError("engine.optimize=compile needs a C++ compiler; install g++, or use optimize=eager")
     if config.cuda_graphs and device.type == "cpu":
         raise NotImplementedError("engine.compile.cuda_graphs=true needs a GPU; drop it")
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # a second that only compiling pays
+
     freezing = config.freezing and device.type == "cpu"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+    if os.environ.get(KEPT_IN) in (None, default_cache_dir()):  # inductor sets its default itself
+        os.environ[KEPT_IN] = str(cache_folder())
     torch._inductor.config.freezing = freezing  # torch.compile(options=...) does not reach what reads it
     torch._dynamo.config.recompile_limit = SIZES * (len(modules) if freezing else 1)
     torch._dynamo.config.accumulated_recompile_limit = SIZES * len(modules)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from harness.optimize.ahead import Columns, First
 from harness.parallel.parallelize import ColumnLinear
+from models.layers import Modulation
 
 
 class PackedLinear(nn.Module):
@@ -19,7 +20,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = linear.bias
-        self.activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        self.activation: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.activation)
@@ -31,7 +32,7 @@ def prepack(module: nn.Module) -> None:
     GELU behind one goes into its kernel.
     """
     for name, child in list(module.named_children()):
-        if type(child) in (nn.Linear, ColumnLinear):
+        if isinstance(child, nn.Linear | ColumnLinear) and not isinstance(child, Modulation):
             gelu = name == "up" and isinstance(module._modules.get("activation"), nn.GELU)
             setattr(module, name, PackedLinear(child, gelu))
             if gelu:

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from harness.config.optimize import CompileConfig
+from harness.metrics.flops import counted
 from harness.optimize.ahead import Ahead
 from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.fuse import fuse_projections
@@ -70,6 +71,17 @@ def test_frozen_blocks_give_the_plain_numbers() -> None:
     with torch.inference_mode():
         assert rel_l2(network(*tiny.inputs), plain(*tiny.inputs)) < BOUND
     torch._inductor.config.freezing = False
+
+
+def test_what_is_counted_first_is_compiled_all_the_same() -> None:
+    compiled, x, found = torch.compile(torch.nn.Linear(4, 4).forward, backend="eager"), torch.ones(2, 4), list[int]()
+    with torch.inference_mode():
+        with counted(found.append):
+            compiled(x)
+        assert found == [2 * 2 * 4 * 4]
+        assert counters["stats"]["unique_graphs"] == 0
+        compiled(x)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
