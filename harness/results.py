@@ -75,6 +75,7 @@ def statistics(
     }
     latency = summarize([repeat.total_duration_ms for repeat in repeats])
     evaluations = sum(report.network_evaluations.get("denoiser", 0) for report in last.ranks[::replica_size])
+    spared = cache_use([skips for report in last.ranks[::replica_size] for skips in report.skips])
     micro_batches = math.ceil(len(last.samples) / batch_size)
     step = summarize([step.duration_ms for repeat in repeats for step in repeat.denoise_steps_ms])
     flops = None if counted is None else flops_per_step(counted, replica_size)
@@ -84,14 +85,14 @@ def statistics(
         stage_ms={name: summarize(values) for name, values in durations.items()},
         overhead_share=summarize([overhead_share(repeat) for repeat in repeats]),
         throughput_per_s=1e3 * len(last.samples) / latency.median,
-        nfe=evaluations // micro_batches,
+        nfe=evaluations // micro_batches if spared is None else round(spared.computed),
         peak_memory_mib=peaks,
         peak_memory_mib_max=max(peaks),
         flops_per_step=flops,
         achieved_tflops=None if flops is None else flops / (step.median if even else step.mean) / 1e9,
         ceiling_tflops=sum(ceilings[:replica_size]) or None,
         comm=max((report.comm for report in last.ranks), key=sent_bytes),
-        cache=cache_use([skips for report in last.ranks[::replica_size] for skips in report.skips]),
+        cache=spared,
     )
 
 

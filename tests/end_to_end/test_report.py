@@ -8,7 +8,7 @@ import pytest
 
 from harness.cli import dispatch
 from tests.end_to_end.chromium import MARKS, emulate, headless, widths
-from tests.harness.report_tree import HOSTILE, make_loads, make_tree
+from tests.harness.report_tree import HOSTILE, make_caches, make_loads, make_tree
 
 BARS = "return document.getElementById('stages').data.map(t => t.x.length)"
 FRONT = "return [...document.querySelectorAll('#front li')].map(e => e.textContent.split(': ')[0])"
@@ -169,3 +169,37 @@ def test_a_line_for_each_configuration_bends_where_requests_come_faster_than_ans
     assert len(loads.execute_script("return document.getElementById('curve').data")) == 2
     assert loads.get_log("browser") == []
     assert loads.execute_script(FETCHED) == []
+
+
+@pytest.fixture
+def caches(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """The page of `make_caches`; the other one afterwards."""
+    before = browser.current_url
+    make_caches(tmp_path)
+    assert dispatch(["task=report", f"runs={tmp_path}"]) == 0
+    browser.get((tmp_path / "report.html").as_uri())
+    yield browser
+    browser.get(before)
+
+
+def test_a_cached_run_stands_beside_a_plain_one_of_fewer_steps(caches: Any) -> None:
+    cells = "return [...document.querySelectorAll('#rivals tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    better, worse = caches.execute_script(cells)
+    assert better == [
+        "first_block threshold=0.1",
+        "8",
+        "200",
+        "0.05",
+        "none steps=5",
+        "2",
+        "100",
+        "0.3",
+        "0.2",
+        "cache",
+    ]
+    assert (worse[0], worse[-1]) == ("first_block threshold=0.3", "fewer steps")
+    assert "16 of 40 branches" in find(caches, "#table tbody").text
+    find(caches, "#words").send_keys("steps=5")
+    assert caches.execute_script(cells) == []
+    assert "No run shown has a cache" in find(caches, "#rivals").text
+    assert caches.get_log("browser") == []

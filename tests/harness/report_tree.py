@@ -24,7 +24,7 @@ from harness.metrics.load import LoadSummary, Percentiles
 from harness.metrics.paired import ratio
 from harness.metrics.quality import Quality
 from harness.metrics.summary import summarize
-from harness.records import Record, Repeat, RunFolder, SampleRow, Status
+from harness.records import CacheUse, Record, Repeat, RunFolder, SampleRow, Status
 from tests.harness.test_records import record
 
 HOSTILE = "<b>x</b></script><script>fetch('https://example.com')</script> %{x} \"it's\" & $x$ /*script*/ \u2028"
@@ -170,6 +170,18 @@ def make_loads(root: Path) -> None:
     claimed.write_json("comparison.json", Comparison(1, [], *sides, (1, 1), found, None, None))
     claimed.write_config(yaml.safe_dump(make.config({"task.name": "load"})))
     claimed.finish(Status("ok"))
+
+
+def make_caches(root: Path) -> None:
+    """Four rows: a cache that is better than fewer steps, one that is worse, and two plain runs around them."""
+    make = Maker()
+    for steps, time, error in ((5, 100, 0.3), (20, 400, 1e-7)):
+        write(root / f"plain{steps}", make.record({"request.steps": steps}, time, apart(error)))
+    for threshold, error in ((0.1, 0.05), (0.3, 0.25)):
+        own = {"cache.name": "first_block", "cache.threshold": threshold, "request.steps": 20}
+        row = make.record(own, 200, apart(error))
+        spared = msgspec.structs.replace(row.timed, cache=CacheUse(20, 8, 40, 16), nfe=8)
+        write(root / f"cached{threshold}", msgspec.structs.replace(row, summary=spared))
 
 
 def under_load(rate: float, reached: float, p50: float) -> LoadSummary:

@@ -11,6 +11,7 @@ from harness.parallel.connect import Axes, connect, one_rank
 from harness.parallel.gates import History, Rule
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.shard import shard_weights
 from harness.pipeline.caches import CachedNetwork, FirstBlock, TaylorSeer, TeaCache
 from models.attention import math_attention
 from models.attention.lse import math_lse
@@ -21,6 +22,7 @@ KINDS = ("teacache", "first_block", "taylorseer")
 DEGREES = ((1, 2, 1, 1, 1), (1, 1, 2, 1, 1), (1, 1, 1, 2, 1), (1, 1, 1, 1, 2))
 NAMES = ("pixart", "flux", "z_image", "wan")
 EVALUATIONS = 6
+SHARDED = "dit first_block"  # dealt weights too, of a network that asks its first block for a part
 
 
 def rule_of(kind: str, threshold: float) -> Rule:
@@ -38,7 +40,9 @@ def evaluations(name: str, count: int) -> Iterator[Inputs]:
         yield latent + 0.1 * k * drift, tau_B * 0.999**k, condition
 
 
-def run(name: str, kind: str, threshold: float, axes: Axes, count: int = EVALUATIONS) -> tuple[Tensor, History]:
+def run(
+    name: str, kind: str, threshold: float, axes: Axes, count: int = EVALUATIONS, shard: bool = False
+) -> tuple[Tensor, History]:
     """(evaluations, 2, ...): the outputs of both rows, and which evaluations were computed."""
     tiny, state, owner = TINY[name], SequenceState(), History()
     network = tiny.build(math_attention)
@@ -46,6 +50,8 @@ def run(name: str, kind: str, threshold: float, axes: Axes, count: int = EVALUAT
     cached = CachedNetwork(network, tiny.plan, rule_of(kind, threshold), axes.picture, state)
     if axes.tokens.size > 1:
         deal_tokens(network, tiny.plan, math_attention, math_lse, axes, state=state)
+    if shard:
+        shard_weights(network, tiny.plan, axes.weights, torch.device("cpu"))
     outputs = []
     for inputs in evaluations(name, count):
         mine = rows(inputs, [axes.cfg.index] if axes.cfg.size == 2 else [0, 1])
@@ -67,7 +73,8 @@ def on_rank(rank: int, size: int, thresholds: dict[str, float]) -> dict[str, Ten
     for degrees in DEGREES:
         axes = connect(Place(rank, degrees), torch.device("cpu"), timedelta(seconds=60))
         for case, threshold in thresholds.items():
-            output, owner = run(*case.split(), threshold, axes)
+            name, kind = case.split()
+            output, owner = run(name, kind, threshold, axes, shard=case == SHARDED and axes.tokens.size > 1)
             found[f"{case} {degrees}"] = output
             found[f"{case} {degrees} computed"] = torch.tensor(owner.computed)
     return found

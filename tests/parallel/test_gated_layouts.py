@@ -3,13 +3,14 @@
 import torch
 
 from tests.models.parity import rel_l2
-from tests.parallel.gated import DEGREES, KINDS, NAMES, alone, on_rank
+from tests.parallel.gated import DEGREES, KINDS, NAMES, SHARDED, alone, on_rank
 from tests.parallel.ranks import on_ranks
 
 
 def test_every_axis_skips_what_one_rank_skips() -> None:
     with torch.inference_mode():
-        expected = {f"{name} {kind}": alone(name, kind) for name in NAMES for kind in KINDS}
+        cases = [*(f"{name} {kind}" for name in NAMES for kind in KINDS), SHARDED]
+        expected = {case: alone(*case.split()) for case in cases}
     first, second = on_ranks(2, on_rank, {case: threshold for case, (threshold, *_) in expected.items()})
     for case, (_, output, owner) in expected.items():
         assert {True, False} == set(owner.computed[2:]), (case, owner.computed)  # so that it proves something

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.parallel.attention import SequenceState
-from harness.parallel.gates import History, Rule, forecast
+from harness.parallel.attention import SequenceState, TokenLayout
+from harness.parallel.gates import History, Passage, Rule, forecast
 from harness.parallel.group import alone
 from harness.pipeline.caches import CachedNetwork, FirstBlock, TaylorSeer, TeaCache
 from models.attention import math_attention
@@ -199,6 +199,41 @@ def test_pictures_in_one_forward_do_not_know_of_one_another(name: str, kind: str
     assert not all(first.computed)
     for y, expected in zip([*found_first, *found_second], [*alone_one, *alone_other[:4]], strict=True):
         assert rel_l2(y, expected) < 1e-5
+
+
+def test_a_neighbour_with_a_longer_text_changes_nothing() -> None:
+    """Its padding is in the stream that the rule looks at, and in what is added."""
+    latent, tau_B, _ = TINY["z_image"].inputs
+    states = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(4))
+    mask = torch.arange(40)[None] < torch.tensor([3, 40])[:, None]
+    own, shared = Conditioning(states[:1, :3]), Conditioning(states, mask)
+    drift = torch.randn(latent.shape, generator=torch.Generator().manual_seed(9))
+    moved = [(latent + 0.05 * k * drift, tau_B * 0.999**k) for k in range(5)]
+    totals: list[list[float]] = [[], []]
+    outputs: list[list[Tensor]] = [[], []]
+    network = cached("z_image", RULES["first_block"](NEVER))
+    one, first, second = History(), History(), History()
+    with torch.inference_mode():
+        for x, tau in moved:
+            outputs[0].append(network(x[:1], tau[:1], own, (one,))[0])
+            totals[0].append(one.change)
+        for k, (x, tau) in enumerate(moved):
+            alone_now = k == 0  # the neighbour joins behind the first
+            given = (x[:1], tau[:1], own, (first,)) if alone_now else (x, tau, shared, (first, second))
+            outputs[1].append(network(*given)[0])
+            totals[1].append(first.change)
+    assert first.computed == one.computed == [True, False, False, False, False]
+    assert totals[1] == pytest.approx(totals[0], rel=1e-4)
+    assert all(rel_l2(y, x) < 1e-5 for x, y in zip(*outputs, strict=True))
+
+
+def test_padding_of_dealt_tokens_weighs_nothing() -> None:
+    state = SequenceState(TokenLayout((35,), 2), 1)
+    rule, tiny = RULES["first_block"](1.0), TINY["pixart"]
+    network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, alone(), state)
+    gate = network.network.get_submodule("blocks")[0]
+    weight = gate._weight(Passage((History(),), rule, alone(), state), {}, torch.zeros(1, 18, 4))
+    assert weight[0, :, 0].tolist() == [1.0] * 17 + [0.0]
 
 
 def test_both_rows_of_a_guided_picture_go_one_way() -> None:
