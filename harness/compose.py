@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.cache import NONE as NO_CACHE
-from harness.config.cache import OF_BLOCKS, check_cache
+from harness.config.cache import check_cache
 from harness.config.limits import check_frames, check_request, check_served, check_size
 from harness.config.plan import check_plan
 from harness.config.request import to_message
@@ -402,10 +402,10 @@ def _check_cache(config: RunConfig) -> None:
             f"cache={config.cache.name} is of the native engine; leave out engine={config.engine.name}, or use "
             "engine=cache_dit with cache=none"
         )
-    if config.cache.name in OF_BLOCKS and keeps(config.parallel):
+    if keeps(config.parallel):
         raise ValueError(
-            f"cache={config.cache.name} passes by blocks whose keys and values this layout keeps from evaluation to "
-            "evaluation; leave out parallel.displaced and parallel.pipe, or use cache=none"
+            f"cache={config.cache.name} leaves out what this layout keeps from each evaluation for the next, keys and "
+            "values; leave out parallel.displaced and parallel.pipe, or use cache=none"
         )
     if config.task.name in (Task.plan, Task.train):
         warnings.warn(f"cache has no effect with task={config.task.name.name}", stacklevel=2)

@@ -411,6 +411,8 @@ def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> N
         (["parallel=pipe2", "parallel.patches=0"], "or null for as many as ranks"),
         (["parallel=pipe2", "parallel.tp=2"], "goes with parallel.dp and parallel.cfg alone"),
         (["parallel=pipe2", "model=sd15", "model.load=dummy"], "use parallel.dp=2, or parallel.cfg=2"),
+        (["parallel=displaced2", "cache=guidance_skip"], "leave out parallel.displaced and parallel.pipe"),
+        (["parallel=pipe2", "engine.optimize=eager"], "deals them; use engine.optimize=none, or drop parallel.pipe"),
     ],
 )
 def test_an_illegal_layout_names_a_legal_one(overrides: list[str], hint: str) -> None:
