@@ -402,6 +402,11 @@ def _check_cache(config: RunConfig) -> None:
             f"cache={config.cache.name} is of the native engine; leave out engine={config.engine.name}, or use "
             "engine=cache_dit with cache=none"
         )
+    if config.cache.name == "teacache" and config.engine.optimize.name == "compile":
+        raise ValueError(
+            "cache=teacache looks into a block, which engine.optimize=compile makes a graph of; use cache=first_block "
+            "or engine.optimize=eager"
+        )
     if keeps(config.parallel):
         raise ValueError(
             f"cache={config.cache.name} leaves out what this layout keeps from each evaluation for the next, keys and "

@@ -52,6 +52,7 @@ from tests.parallel.networks import TINY, Inputs, rows
             "model=sd15 has a U-Net; use cache=guidance_interval",
         ),
         (["cache=teacache", "engine=diffusers"], "cache=teacache is of the native engine; leave out engine=diffusers"),
+        (["cache=teacache", "engine.optimize=compile"], "cache=teacache looks into a block"),
         (["cache=taylorseer", "cache.interval=0"], "cache.interval=0; give at least 1"),
         (["cache=first_block", "cache.threshold=-0.1"], "cache.threshold=-0.1; give at least 0"),
         (["cache=first_block", "cache.warmup=0"], "cache.warmup=0; give at least 1"),
