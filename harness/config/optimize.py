@@ -31,5 +31,5 @@ class EagerConfig:
 class CompileConfig:
     """`engine.compile`: how optimize=compile compiles the blocks (torch.compile)."""
 
-    freezing: bool = True  # on the CPU: weights are constants of the graph, which inductor packs; a graph a block
+    freezing: bool = False  # on the CPU: weights are constants of the graph, which inductor packs; a graph a block
     cuda_graphs: bool = False  # on CUDA: mode=reduce-overhead

@@ -43,7 +43,7 @@ def test_blocks_share_a_graph_and_give_the_plain_numbers(name: str) -> None:
     plain, network = tiny.build(sdpa_attention), tiny.build(sdpa_attention)
     ahead = Ahead(network, importlib.import_module(f"models.{name}").AHEAD)
     fuse_projections(network, tiny.plan)
-    assert compile_forwards(blocks_of(network, tiny.plan), CompileConfig(freezing=False), CPU) == "compiled"
+    assert compile_forwards(blocks_of(network, tiny.plan), CompileConfig(), CPU) == "compiled"
     latent, _, condition = tiny.inputs
     with torch.inference_mode():
         told = ahead.request(condition, [700.0, 20.0])
@@ -67,7 +67,7 @@ def test_blocks_share_a_graph_and_give_the_plain_numbers(name: str) -> None:
 def test_frozen_blocks_give_the_plain_numbers() -> None:
     tiny = TINY["dit"]
     plain, network = tiny.build(sdpa_attention), tiny.build(sdpa_attention)
-    assert compile_forwards(blocks_of(network, tiny.plan), CompileConfig(), CPU) == "compiled, frozen"
+    assert compile_forwards(blocks_of(network, tiny.plan), CompileConfig(freezing=True), CPU) == "compiled, frozen"
     with torch.inference_mode():
         assert rel_l2(network(*tiny.inputs), plain(*tiny.inputs)) < BOUND
     torch._inductor.config.freezing = False

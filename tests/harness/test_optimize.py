@@ -226,6 +226,6 @@ def test_what_does_not_go_together_is_refused(overrides: list[str], says: str) -
         compose_run(overrides)
 
 
-@pytest.mark.parametrize("key", ["engine.eager.text=false", "engine.compile.freezing=false"])
+@pytest.mark.parametrize("key", ["engine.eager.text=false", "engine.compile.freezing=true"])
 def test_a_key_without_effect_warns(key: str) -> None:
     assert any("no effect with engine.optimize=none" in note for note in compose_run([key]).notes)
