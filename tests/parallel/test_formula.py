@@ -48,7 +48,7 @@ def test_a_layout_sends_what_the_formula_says(ranks: int, more: bool) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
 def test_decoding_sends_what_the_formula_says(ranks: int, name: str) -> None:
     for index, found in enumerate(decoders.ranks_found(ranks)):
         for dtype in CASES[name].dtypes:
@@ -63,7 +63,7 @@ def video_traced(name: str) -> FramesTrace:
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
 def test_decoding_by_frames_sends_what_the_formula_says(ranks: int, name: str) -> None:
     for index, found in enumerate(decoders.ranks_found(ranks)):
         said = frames_bytes(video_traced(name), ranks, index, torch.float32.itemsize)

@@ -143,6 +143,7 @@ def test_joint_attention_and_a_video_draw_what_one_rank_draws(load: Load, ranks:
     assert_one_rank(load, ("sd35_medium", "wan"), FEW[ranks])
 
 
+@pytest.mark.slow
 def test_what_is_optimised_draws_what_one_plain_rank_draws(load: Load) -> None:
     assert_one_rank(load, ("wan", "z_image"), FEW[2][2:], Optimize.eager)
 

@@ -23,6 +23,9 @@ def one_rank_of(name: str) -> Tensor:
         return VIDEOS[name].build()(VIDEOS[name].latent())
 
 
+SIZES = [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))]
+
+
 @cache
 def one_rank(name: str, dtype: torch.dtype) -> Tensor:
     """A case on one rank."""
@@ -31,7 +34,7 @@ def one_rank(name: str, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_decoding_by_rows_is_decoding_at_once(size: int, name: str) -> None:
     whole = one_rank(name, torch.float32)
     assert whole.std() > 0.03
@@ -41,7 +44,7 @@ def test_decoding_by_rows_is_decoding_at_once(size: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_decoding_by_frames_is_decoding_one_by_one(size: int, name: str) -> None:
     whole = one_rank_of(name)
     assert whole.std() > 0.03
@@ -59,7 +62,7 @@ def test_frames_without_those_before_are_another_video(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if torch.bfloat16 in case.dtypes])
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_bfloat16_is_as_near_to_float32_as_on_one_rank(size: int, name: str) -> None:
     exact = one_rank(name, torch.float32)
     error = rel_l2(one_rank(name, torch.bfloat16), exact)
