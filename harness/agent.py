@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from harness import rank
 from harness.config.schema import RunConfig
 from harness.config.written import from_yaml
+from harness.environment import OWNER
 from harness.peer.table import NATIVE, PEERS
 from models.registry import ARCHITECTURES
+
+POLL_S = 0.2
 
 
 def main() -> None:
@@ -28,12 +35,34 @@ def main() -> None:
 
     start = [flag, name]
     if not torch.accelerator.is_available():
-        for module in imports(from_yaml((Path(folder) / "config.yaml").read_text())):
-            importlib.import_module(module)
+        with ended_with(int(os.environ[OWNER])):
+            for module in imports(from_yaml((Path(folder) / "config.yaml").read_text())):
+                importlib.import_module(module)
         gc.freeze()  # so that no rank's collector touches, and so copies, what they share
         start = ["--start-method", "fork", "--run-path", rank.__file__]
     gc.enable()
     run.main([*options, *start, folder])
+
+
+@contextmanager
+def ended_with(owner: int) -> Iterator[None]:
+    """Ends this process if its parent does meanwhile: an interrupt may come before the parent knows of its child. (The
+    ranks that are forked later watch for themselves.)
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(POLL_S):
+            if os.getppid() != owner:
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, name="owner")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()  # nothing but this thread may be there when ranks are forked
 
 
 def imports(config: RunConfig) -> list[str]:

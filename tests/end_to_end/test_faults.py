@@ -13,6 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import harness
+from harness.compose import compose_run
+from harness.config.written import to_yaml
+from harness.environment import OWNER
 from models.registry import REFERENCE
 from tests.end_to_end.conftest import (
     ENDLESS,
@@ -132,6 +135,24 @@ def test_an_interrupt_while_starting(tmp_path: Path) -> None:
     assert process.returncode == 130, output
     assert status_of(folder).state == "cancelled"
     wait_for(lambda: not processes_about(folder), "every process to end", 10)
+
+
+ORPHAN = """
+import os, subprocess, sys
+agent = [sys.executable, "-m", "harness.agent", "--standalone", "--log-dir", sys.argv[2]]
+quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+subprocess.Popen([*agent, "-m", "harness.rank", sys.argv[1]], env=os.environ | {{"{owner}": str(os.getpid())}}, **quiet)
+"""
+
+
+def test_an_agent_that_nobody_knows_of_starts_no_ranks(tmp_path: Path) -> None:
+    """Its parent has ended while it imports."""
+    (tmp_path / "config.yaml").write_text(to_yaml(compose_run([]).config))
+    arguments = [str(tmp_path), str(tmp_path / "torchrun")]
+    subprocess.run([sys.executable, "-c", ORPHAN.format(owner=OWNER), *arguments], check=True, timeout=LIMIT_S)
+    assert processes_about(tmp_path)
+    wait_for(lambda: not processes_about(tmp_path), "the agent to end")
+    assert not (tmp_path / "torchrun").exists()
 
 
 def test_ranks_end_when_the_one_who_started_them_is_killed(tmp_path: Path) -> None:
