@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from harness.client import DiffusionGenerator, Generation
+from harness.config.optimize import Optimize
 from harness.config.schema import Task
 from harness.config.written import to_dict
 from harness.messages import Array, EngineInfo, GenerationResult, Latents
@@ -54,18 +55,23 @@ class Series:
 
     def warm_up(self) -> None:
         """Draws as often as the configuration warms up; the times are kept apart. A bench counts the operations of the
-        first.
+        first, which runs uncompiled for it (harness.metrics.flops): where blocks are compiled it draws once more.
 
         Raises:
             RequestFailed: the engine's typed answer.
             EngineGone: a rank died.
         """
         task = self.generator.config.task
-        for number in range(task.warmup):
+        for number in range(task.warmup + self._compiles()):
             counts = number == 0 and task.name is Task.bench
             drawn = self._draw("warming up", counts)
             self._warmup_ms.append(drawn.client_ms)
             self._counted = drawn.result if counts else self._counted
+
+    def _compiles(self) -> bool:
+        """Whether the first draw after the counted one compiles."""
+        config = self.generator.config
+        return config.task.warmup > 0 and config.task.name is Task.bench and config.engine.optimize is Optimize.compile
 
     def repeat(self) -> None:
         """Draws once, measured.
