@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.config.cache import NONE as NO_CACHE
 from harness.config.cache import check_cache
 from harness.config.limits import check_frames, check_request, check_served, check_size
+from harness.config.optimize import Optimize
 from harness.config.plan import check_plan
 from harness.config.request import to_message
 from harness.config.schema import LaunchMode, Load, ModelConfig, ParallelConfig, RunConfig, Task, TrainedConfig
@@ -402,7 +403,7 @@ def _check_cache(config: RunConfig) -> None:
             f"cache={config.cache.name} is of the native engine; leave out engine={config.engine.name}, or use "
             "engine=cache_dit with cache=none"
         )
-    if config.cache.name == "teacache" and config.engine.optimize.name == "compile":
+    if config.cache.name == "teacache" and config.engine.optimize is Optimize.compile:
         raise ValueError(
             "cache=teacache looks into a block, which engine.optimize=compile makes a graph of; use cache=first_block "
             "or engine.optimize=eager"

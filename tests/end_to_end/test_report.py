@@ -1,6 +1,6 @@
 """The page of task=report in a browser: what a reader types and clicks changes table, charts and front alike."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +140,20 @@ def test_nothing_overflows(fresh: Any, width: int, scheme: str) -> None:
     assert all(below >= -1 for below in fresh.execute_script(ROOM))
 
 
+def opened(browser: Any, make: Callable[[Path], Any], folder: Path) -> Iterator[Any]:
+    """The page of a tree that is made in a folder; afterwards the one that was open."""
+    before = browser.current_url
+    make(folder)
+    assert dispatch(["task=report", f"runs={folder}"]) == 0
+    browser.get((folder / "report.html").as_uri())
+    yield browser
+    browser.get(before)
+
+
 @pytest.fixture
 def loads(browser: Any, tmp_path: Path) -> Iterator[Any]:
     """The page of `make_loads`; the other one afterwards."""
-    before = browser.current_url
-    make_loads(tmp_path)
-    assert dispatch(["task=report", f"runs={tmp_path}"]) == 0
-    browser.get((tmp_path / "report.html").as_uri())
-    yield browser
-    browser.get(before)
+    yield from opened(browser, make_loads, tmp_path)
 
 
 def test_a_line_for_each_configuration_bends_where_requests_come_faster_than_answers(loads: Any) -> None:
@@ -174,12 +179,7 @@ def test_a_line_for_each_configuration_bends_where_requests_come_faster_than_ans
 @pytest.fixture
 def caches(browser: Any, tmp_path: Path) -> Iterator[Any]:
     """The page of `make_caches`; the other one afterwards."""
-    before = browser.current_url
-    make_caches(tmp_path)
-    assert dispatch(["task=report", f"runs={tmp_path}"]) == 0
-    browser.get((tmp_path / "report.html").as_uri())
-    yield browser
-    browser.get(before)
+    yield from opened(browser, make_caches, tmp_path)
 
 
 def test_a_cached_run_stands_beside_a_plain_one_of_fewer_steps(caches: Any) -> None:
