@@ -240,7 +240,7 @@ def test_statistics_of_a_known_series() -> None:
     assert one_to_hundred.p99 == pytest.approx(99.01)
     assert one_to_hundred.iqr == pytest.approx(49.5)
     low, high = one_to_hundred.ci95
-    assert 35 < low < 45 < 50.5 < 56 < high < 66  # binomial ranks 40 and 61, give or take
+    assert 30 < low < 45 < 50.5 < 56 < high < 71  # binomial ranks 40 and 61, give or take
     assert summarize(101 - shuffled).ci95 == pytest.approx((101 - high, 101 - low), abs=5)
     assert summarize([3.0]).ci95 == (3.0, 3.0)
     assert summarize([2.0, 2.0, 2.0]).iqr == 0
@@ -262,6 +262,15 @@ def test_so_it_does_where_neighbours_are_alike() -> None:
         low, high = summarize(row[40:]).ci95
         inside += low <= 0 <= high
     assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_what_drifts_while_it_is_measured_is_in_the_interval() -> None:
+    """The same values from one machine: as they come, and in the order of one that grows slower all the time."""
+    values = np.random.default_rng(3).uniform(10, 14, size=40)
+    steady, drifting = summarize(values).ci95, summarize(np.sort(values)).ci95
+    assert drifting[1] - drifting[0] > 2 * (steady[1] - steady[0])
+    three = summarize([10.0, 12.0, 11.0])
+    assert 10 <= three.ci95[0] < three.ci95[1] <= 12  # too few to be batched
 
 
 def test_no_values_are_refused() -> None:
