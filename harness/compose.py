@@ -41,6 +41,7 @@ from harness.config.written import to_dict as to_dict
 from harness.config.written import to_yaml as to_yaml
 from harness.media import ffmpeg
 from harness.metrics import pretrained
+from harness.optimized import resolve_optimize
 from harness.parallel.legal import check_layout, keeps
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.peer.check import check_engine
@@ -298,6 +299,7 @@ def _resolve(config: RunConfig) -> None:
         resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
     resolve_backend(config.attention.backend)
     check_engine(config)
+    resolve_optimize(config)
     _check_cache(config)
     check_quantize(config)
     if config.task.name in (Task.serve, Task.load):

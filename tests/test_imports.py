@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.compose",
         "harness.engine",
         "harness.launch",
+        "harness.optimized",
         "harness.quantized",
         "harness.agent",
         "harness.rank",

@@ -310,7 +310,9 @@ class EngineConfig:
 
     name: str = "native"  # or diffusers: the checkpoint's own pipeline there, one rank, measured by the same code;
     # cache_dit: that pipeline with its blocks cached
-    optimize: Optimize = Optimize.none  # none, eager, compile; of diffusers: none, compile
+    optimize: Optimize = (
+        Optimize.auto
+    )  # none, eager, compile (of diffusers: none, compile); auto is eager where it works
     eager: EagerConfig = field(default_factory=EagerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     cache: BlockCacheConfig = field(default_factory=BlockCacheConfig)

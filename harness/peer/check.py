@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 
-from harness.config.optimize import CompileConfig, EagerConfig, Optimize
 from harness.config.schema import BlockCacheConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY
 from harness.parallel.mesh import degrees
@@ -22,7 +21,6 @@ def check_engine(config: RunConfig) -> None:
     """
     name = config.engine.name
     refuse_unknown_engine(name)
-    _check_optimize(config)
     if name != CACHE_DIT and config.engine.cache != BlockCacheConfig():
         warnings.warn(f"engine.cache has no effect with engine={name}", stacklevel=2)
     if name == NATIVE:
@@ -45,33 +43,6 @@ def check_engine(config: RunConfig) -> None:
         _check_cache(config)
     if not config.model.text.keep:
         warnings.warn(f"model.text.keep=false has no effect with engine={name}", stacklevel=2)
-
-
-def _check_optimize(config: RunConfig) -> None:
-    engine = config.engine
-    how = f"engine.optimize={engine.optimize.name}"
-    if engine.optimize is Optimize.none and engine.eager != EagerConfig():
-        warnings.warn(f"engine.eager has no effect with {how}", stacklevel=2)
-    if engine.optimize is not Optimize.compile and engine.compile != CompileConfig():
-        warnings.warn(f"engine.compile has no effect with {how}", stacklevel=2)
-    if engine.optimize is Optimize.none:
-        return
-    if config.task.name is Task.train:
-        raise ValueError(f"{how} has no effect on task=train; drop it")
-    if engine.name == NATIVE and config.parallel.shard_weights:
-        raise ValueError(
-            f"{how} uses a block's weights apart from the block, and parallel.shard_weights=true deals them; use "
-            "engine.optimize=none, or drop parallel.shard_weights"
-        )
-    if config.parallel.pipe > 1:
-        raise ValueError(
-            f"{how} computes for all blocks at once, and parallel.pipe={config.parallel.pipe} deals them; use "
-            "engine.optimize=none, or drop parallel.pipe"
-        )
-    if engine.name == CACHE_DIT or (engine.name != NATIVE and engine.optimize is Optimize.eager):
-        raise ValueError(f"{how} does not go with engine={engine.name}; use engine=native, or engine.optimize=none")
-    if engine.name != NATIVE and engine.eager != EagerConfig():
-        warnings.warn(f"engine.eager has no effect with engine={engine.name}", stacklevel=2)
 
 
 def _check_noise_scheduler(config: RunConfig) -> None:

@@ -23,6 +23,7 @@ from models.attention.sdpa import sdpa_attention
 
 BENCH = ["task=bench", "task.repeats=1", "task.warmup=1", "launch.mode=inprocess", "launch.threads_per_rank=1"]
 ASKED = ["request.prompt=rocket", "request.steps=3", "logger=json"]
+PLAIN = ["attention=math", "engine.optimize=none"]
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +70,21 @@ def test_verdicts(claimed: str, error: float, floor: float, meant: str) -> None:
 
 
 def test_the_weakest_method_decides() -> None:
-    plain = compose_run(["attention=math"]).config
-    assert method_class(plain) == (EXACT, [])
-    assert method_class(compose_run(["attention=math", "parallel=dp2"]).config) == (EXACT, [])
-    assert method_class(compose_run(["parallel=ring2"]).config) == (EQUIVALENT, ["attention kernel", "shared picture"])
-    assert method_class(compose_run(["model.dtype=bfloat16", "attention=math"]).config) == (EQUIVALENT, ["dtype"])
+    def of(*overrides: str) -> tuple[str, list[str]]:
+        return method_class(compose_run([*PLAIN, *overrides]).config)
+
+    assert of() == (EXACT, [])
+    assert of("parallel=dp2") == (EXACT, [])
+    assert of("attention=sdpa", "parallel=ring2") == (EQUIVALENT, ["attention kernel", "shared picture"])
+    assert of("model.dtype=bfloat16") == (EQUIVALENT, ["dtype"])
+    assert of("engine.optimize=auto") == (EQUIVALENT, ["optimised network"])
     cache = Method("cache", APPROXIMATE, lambda config: config.request.steps == 3)
     assert method_class(compose_run(["request.steps=3"]).config, [*METHODS, cache])[0] == APPROXIMATE
 
 
 @pytest.mark.parametrize(("layout", "name"), [("displaced2", "displaced patches"), ("pipe2", "PipeFusion")])
 def test_stale_keys_are_approximate_and_the_reference_has_none(layout: str, name: str) -> None:
-    row = compose_run([f"parallel={layout}", "attention=math"]).config
+    row = compose_run([*PLAIN, f"parallel={layout}"]).config
     assert method_class(row) == (APPROXIMATE, [name, "shared picture"])
     assert reference_config(row).parallel == floor_config(row).parallel == ParallelConfig()
 
@@ -107,7 +111,7 @@ def test_a_plain_bench_is_within_the_floor_and_draws_its_reference_once(
     assert found.steps_rel_l2[-1] == pytest.approx(found.latent.rel_l2)
     assert len(list(references.glob("*.safetensors"))) == 2
     monkeypatch.setattr(fidelity.Artist, "draw", lambda *rest: pytest.fail("drawn a second time"))
-    again = ran(bench(tmp_path / "second", references, "task.states=true", "attention=math"))
+    again = ran(bench(tmp_path / "second", references, "task.states=true", *PLAIN))
     assert again is not None
     assert (again.method_class, again.verdict) == ("exact", "identical")
 
@@ -141,9 +145,9 @@ def test_bfloat16_is_rounding_and_a_wrong_scale_in_one_head_is_not(
 
 def test_an_approximation_declared_exact_is_broken(tmp_path: Path, references: Path) -> None:
     """Fewer steps stand for a cache: its picture is another one."""
-    with DiffusionGenerator.from_config(*BENCH[3:], *ASKED, "request.steps=2", "attention=math") as generator:
+    with DiffusionGenerator.from_config(*BENCH[3:], *ASKED, "request.steps=2", *PLAIN) as generator:
         drawn = generator.generate(latents="last")
-    config = compose_run([*BENCH, *ASKED, "attention=math", f"task.references={references}"]).config
+    config = compose_run([*BENCH, *ASKED, *PLAIN, f"task.references={references}"]).config
     row = Drawn(drawn.latents, drawn.pixels)
     with progress_bars(Console(quiet=True)) as bars:
         for claimed, meant in ((EXACT, "broken"), (EQUIVALENT, "broken"), (APPROXIMATE, "approximate")):

@@ -226,6 +226,26 @@ def test_what_does_not_go_together_is_refused(overrides: list[str], says: str) -
         compose_run(overrides)
 
 
-@pytest.mark.parametrize("key", ["engine.eager.text=false", "engine.compile.freezing=true"])
-def test_a_key_without_effect_warns(key: str) -> None:
-    assert any("no effect with engine.optimize=none" in note for note in compose_run([key]).notes)
+@pytest.mark.parametrize(
+    ("optimize", "key"), [("none", "engine.eager.text=false"), ("eager", "engine.compile.freezing=true")]
+)
+def test_a_key_without_effect_warns(optimize: str, key: str) -> None:
+    notes = compose_run([f"engine.optimize={optimize}", key]).notes
+    assert any(f"no effect with engine.optimize={optimize}" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "chosen"),
+    [
+        ([], "eager"),
+        (["engine.optimize=auto", "request.steps=1"], "eager"),
+        (["engine.optimize=none"], "none"),
+        (["parallel=ulysses2"], "eager"),
+        (["parallel=pipe2"], "none"),
+        (["parallel=ulysses2", "parallel.shard_weights=true"], "none"),
+        (["engine=diffusers"], "none"),
+        (["task=train"], "none"),
+    ],
+)
+def test_what_is_not_asked_for_is_chosen_and_written_down(overrides: list[str], chosen: str) -> None:
+    assert compose_run(overrides).config.engine.optimize.name == chosen
