@@ -21,6 +21,7 @@ from harness.metrics.summary import Summary
 from harness.records import read_record
 
 COMMON = ("logger=json", "logger.table=false", "launch.threads_per_rank=1", "request.prompt=rocket")
+BENCH = ("-m", "task=bench", "task.fidelity=false", "task.repeats=20", "request.seed=range(5)")
 ROUNDS = "task.repeats=80"
 
 
@@ -56,7 +57,7 @@ def five_benches(folder: Path) -> None:
     pairs: list[tuple[Summary, Summary]] = []
     for time in range(3):
         swept = folder / str(time)
-        run("-m", "task=bench", "task.repeats=15", "request.seed=range(5)", *COMMON, f"hydra.sweep.dir={swept}")
+        run(*BENCH, *COMMON, f"hydra.sweep.dir={swept}")
         found = [read_record(file.parent) for file in sorted(swept.rglob("record.json"))]
         rows = [record.summary.latency_ms for record in found if record is not None]
         for row in rows:
