@@ -193,12 +193,13 @@ class DiffusionGenerator:
         batch_size: int | None = None,
         latents: Latents = "none",
         count_flops: bool = False,
+        profile: bool = False,
         on_progress: OnProgress = lambda progress: None,
     ) -> Generation:
         """Draws; what is not given is the configuration's `request`.
 
         `latents` asks for the final latent ("last") or the state after every step ("steps"); `count_flops` has the
-        networks' operations counted, which slows the request down.
+        networks' operations counted, and `profile` their operators timed, which slows the request down.
 
         Raises:
             RequestFailed: the engine's typed answer, such as a size that the model cannot make.
@@ -222,7 +223,7 @@ class DiffusionGenerator:
         }
         asked = replace(self.config.request, **{key: value for key, value in given.items() if value is not None})
         began = time.perf_counter()
-        message = msgspec.structs.replace(to_message(asked), latents=latents, count_flops=count_flops)
+        message = msgspec.structs.replace(to_message(asked), latents=latents, count_flops=count_flops, profile=profile)
         result, parts = self._engine.generate(message, on_progress)
         client_ms = (time.perf_counter() - began) * 1e3
         pixels = [array(sample.pixels, parts) for sample in result.samples]
@@ -241,9 +242,10 @@ class DiffusionGenerator:
         warmup_ms: list[float],
         pixels: list[Array],
         counted: GenerationResult | None = None,
+        profiled: GenerationResult | None = None,
     ) -> Record:
         """The row of one or more measured requests; the last one's `pixels` are scored, `counted` has the operations of
-        one."""
+        one, `profiled` the operators of one."""
         if self.info is None:
             raise RuntimeError("the engine is not running")
         first = FirstCall(self.launch_ms, self.info.load_ms, warmup_ms, self._engine.reused)
@@ -259,4 +261,5 @@ class DiffusionGenerator:
             pixels,
             self.notes,
             counted,
+            profiled,
         )

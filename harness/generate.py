@@ -124,6 +124,8 @@ def run_generate(composed: Composed, folder: RunFolder, console: Console, make_e
             series.warm_up()
             for _ in range(composed.config.task.repeats):
                 series.repeat()
+            if composed.config.task.profile:
+                series.profile()
             pictures = series.save_pictures(folder)  # what was asked for, before anything that can wait
             record = msgspec.structs.replace(series.record(), samples=pictures)
         finally:

@@ -35,8 +35,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
 
     Sizes in pixels; guidance 1 is none; batch_size is the number of pictures a network forward carries; more than one
     of frames makes each picture a video. `latents` asks for latents beside the pixels: the final one, or the state
-    after every solver step. `count_flops` counts operations, which slows the request down. `timeout_s` counts from the
-    request's arrival at rank 0; what is not drawn by then is answered with a Failure of kind expired.
+    after every solver step. `count_flops` counts operations and `profile` times operators, either slows the request
+    down. `timeout_s` counts from the request's arrival at rank 0; what is not drawn by then is answered with a Failure
+    of kind expired.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     frames: int = 1
     latents: Latents = "none"
     count_flops: bool = False
+    profile: bool = False
     timeout_s: float | None = None
 
 
@@ -114,10 +116,20 @@ class Skips(msgspec.Struct, frozen=True):
     branches_computed: int
 
 
+class OperatorTime(msgspec.Struct, frozen=True):
+    """An operator of PyTorch: how often it was called, and its time without that of the operators that it calls, on the
+    device, ms.
+    """
+
+    name: str
+    calls: int
+    self_ms: float
+
+
 class RankReport(msgspec.Struct, frozen=True):
     """What one rank did for one request; the networks are text_encoder, denoiser and decoder, `comm` is what it sent by
-    stage and kind of collective, `flops` the operations of each network where they were counted, `skips` what a cache
-    spared its pictures.
+    stage and kind of collective, `flops` the operations of each network where they were counted, `operators` its
+    operators where they were timed, `skips` what a cache spared its pictures.
     """
 
     rank: int
@@ -130,6 +142,7 @@ class RankReport(msgspec.Struct, frozen=True):
     notes: list[str]
     comm: dict[str, dict[str, Traffic]] = {}
     flops: dict[str, int] = {}
+    operators: dict[str, list[OperatorTime]] = {}
     skips: list[Skips] = []
 
 

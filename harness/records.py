@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
-from harness.messages import LoadedComponent, MemoryPoint, StageTime, StepTime, Traffic
+from harness.messages import LoadedComponent, MemoryPoint, OperatorTime, StageTime, StepTime, Traffic
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.load import LoadSummary
 from harness.metrics.pretrained import Pretrained
@@ -129,7 +129,8 @@ class Record(msgspec.Struct, frozen=True):
     """`record.json`. `quality` is None where nothing could be scored, and a note says why; `pretrained` where no
     weights for it were given; `fidelity` where it was not asked for, or a note says why not. `loaded` are the
     components in memory when the ranks were ready. A record without an `engine` is a native run's. `load` is what
-    clients of task=load measured, whose record has no `summary`, repeats nor samples.
+    clients of task=load measured, whose record has no `summary`, repeats nor samples. `profile` are the operators of
+    each network in one more request on the slowest rank, the slowest first, where task.profile asked for them.
     """
 
     schema: int
@@ -149,6 +150,7 @@ class Record(msgspec.Struct, frozen=True):
     fidelity: Fidelity | None = None
     engine: Engine = Engine("native", "")
     load: LoadSummary | None = None
+    profile: dict[str, list[OperatorTime]] = {}
 
     @property
     def timed(self) -> Statistics:

@@ -14,7 +14,7 @@ from harness.config.cache import IDENTITY, NONE, CacheConfig
 from harness.config.schema import ModelConfig, QualityConfig, RunConfig
 from harness.config.trained import trained_denoiser
 from harness.media import to_uint8
-from harness.messages import Array, EngineInfo, GenerationResult, RankReport, Skips, sent_bytes
+from harness.messages import Array, EngineInfo, GenerationResult, OperatorTime, RankReport, Skips, sent_bytes
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
@@ -25,6 +25,8 @@ from harness.pipeline.checkpoint import locate
 from harness.provenance import provenance
 from harness.records import SCHEMA, Attention, CacheUse, Engine, FirstCall, Record, Repeat, Statistics, fingerprint
 from models import hub
+
+OPERATORS = 20  # that a profile names
 
 
 def measured(result: GenerationResult, client_ms: float) -> Repeat:
@@ -133,6 +135,25 @@ def flops_per_step(counted: GenerationResult, replica_size: int) -> float:
     return sum(report.flops["denoiser"] for report in replica) / len(replica[0].denoise_steps_ms)
 
 
+def operators(profiled: GenerationResult) -> dict[str, list[OperatorTime]]:
+    """Of each network, the operators of the slowest rank: one row each, the slowest first, 20 and all others together,
+    without those that took no time.
+    """
+    slowest = max(profiled.ranks, key=_total_ms)
+    return {name: _summed(parts) for name, parts in slowest.operators.items()}
+
+
+def _summed(parts: Sequence[OperatorTime]) -> list[OperatorTime]:
+    by_name: dict[str, OperatorTime] = {}
+    for part in parts:
+        known = by_name.get(part.name, OperatorTime(part.name, 0, 0.0))
+        by_name[part.name] = OperatorTime(part.name, known.calls + part.calls, known.self_ms + part.self_ms)
+    rows = sorted((row for row in by_name.values() if row.self_ms > 0), key=lambda row: -row.self_ms)
+    rest = rows[OPERATORS:]
+    others = OperatorTime("others", sum(row.calls for row in rest), sum(row.self_ms for row in rest))
+    return [*rows[:OPERATORS], *([others] if rest else [])]
+
+
 def quality(folder: Path, pixels: Sequence[Array], prompts: Sequence[str]) -> tuple[Quality | None, list[str]]:
     """The score of one answer's pictures, and why there is none.
 
@@ -185,6 +206,7 @@ def build_record(
     pixels: Sequence[Array],
     notes: list[str],
     counted: GenerationResult | None = None,
+    profiled: GenerationResult | None = None,
 ) -> Record:
     """The record of one run, `pixels` being the last answer's pictures; their rows are added when they are saved."""
     declared = to_dict(config)
@@ -226,6 +248,7 @@ def build_record(
         pretrained=extra,
         loaded=info.loaded,
         engine=Engine(config.engine.name, engine_version(config.engine.name)),
+        profile={} if profiled is None else operators(profiled),
     )
 
 

@@ -37,6 +37,7 @@ class Series:
         self._results: list[GenerationResult] = []
         self._warmup_ms: list[float] = []
         self._counted: GenerationResult | None = None
+        self._profiled: GenerationResult | None = None
 
     def start(self) -> None:
         """Starts the ranks.
@@ -96,10 +97,25 @@ class Series:
         """Its pictures."""
         return self.last.pixels
 
+    def profile(self) -> None:
+        """Draws once, its operators timed.
+
+        Raises:
+            RequestFailed: the engine's typed answer.
+            EngineGone: a rank died.
+        """
+        self._profiled = self._draw("profiling", profile=True).result
+
     def record(self) -> Record:
         """The row of all repeats so far, without the pictures' files."""
         return self.generator.record(
-            self.generator.config.request, self.repeats, self._results, self._warmup_ms, self.pixels, self._counted
+            self.generator.config.request,
+            self.repeats,
+            self._results,
+            self._warmup_ms,
+            self.pixels,
+            self._counted,
+            self._profiled,
         )
 
     def save_pictures(self, folder: RunFolder) -> list[SampleRow]:
@@ -110,7 +126,7 @@ class Series:
         """Writes the last repeat's pictures, and the record with their names."""
         folder.write_record(msgspec.structs.replace(record, samples=self.save_pictures(folder)))
 
-    def _draw(self, label: str, count_flops: bool = False) -> Generation:
+    def _draw(self, label: str, count_flops: bool = False, profile: bool = False) -> Generation:
         wanted = self.generator.config.task
         latents: Latents = "steps" if wanted.states else "last" if wanted.fidelity else "none"
         task = self._bars.add_task(self._name + label, total=None)
@@ -119,7 +135,9 @@ class Series:
             said = f"{self._name}{label}: {progress.stage.replace('_', ' ')}"
             self._bars.update(task, description=said, completed=progress.done, total=progress.total or None)
 
-        generation = self.generator.generate(latents=latents, count_flops=count_flops, on_progress=on_progress)
+        generation = self.generator.generate(
+            latents=latents, count_flops=count_flops, profile=profile, on_progress=on_progress
+        )
         self._bars.remove_task(task)
         return generation
 

@@ -50,8 +50,9 @@ def check_served(request: GenerationRequest, serve: ServeConfig) -> None:
         raise ValueError(f"the request asks for {pictures} pictures; this server draws {serve.max_pictures} a request")
     if request.steps > serve.max_steps:
         raise ValueError(f"the request asks for {request.steps} steps; this server takes {serve.max_steps} at most")
-    if request.count_flops and serve.max_batch > 1:
-        raise ValueError("count_flops counts what a request does alone; set serve.max_batch=1")
+    if (request.count_flops or request.profile) and serve.max_batch > 1:
+        asked = "count_flops counts" if request.count_flops else "profile times"
+        raise ValueError(f"{asked} what a request does alone; set serve.max_batch=1")
 
 
 def check_frames(frames: int, multiple: int, largest: int) -> None:

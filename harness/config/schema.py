@@ -77,6 +77,7 @@ class TaskConfig:
     warmup: int = 0  # generations before the measured ones
     repeats: int = 1  # measured generations
     fidelity: bool = False  # hold the pictures against a float32 reference on one rank (drawn once, then kept)
+    profile: bool = False  # draw once more, with every network's operators timed
     states: bool = False  # and the state after every solver step
     bound: float | None = None  # what a sweeper minimises is infinite where the pixels' relative L2 is above this
     reference_steps: int | None = None  # of the reference, where a row with fewer is held against it; null = as many

@@ -21,6 +21,7 @@ from harness.metrics.summary import Summary
 from harness.records import Record, read_record, read_status
 
 SWEPT = ("step", "request", "answer", "latency_p99")  # what a sweep of comparisons shows, where it was timed
+SHOWN_OPERATORS = 8  # of a profile; the record has more
 SHOWN_SHARE = 0.005  # of a request: stages that take less are in comparison.json only
 
 
@@ -69,6 +70,10 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
             for stage, kinds in summary.comm.items()
         )
         console.print(f"sent by the busiest rank: {sent}")
+    for network, rows in record.profile.items():
+        total = sum(row.self_ms for row in rows)
+        shares = ", ".join(f"{row.name} {row.self_ms / total:.0%}" for row in rows[:SHOWN_OPERATORS])
+        console.print(f"{network.replace('_', ' ')}, time by operator: {escape(shares)}")
     if record.fidelity is not None:
         print_fidelity(record.fidelity, console)
     if record.quality is not None:

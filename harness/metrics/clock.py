@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
-from harness.messages import StageTime, StepTime
+from harness.messages import OperatorTime, StageTime, StepTime
 
 
 class Clock:
@@ -16,16 +16,19 @@ class Clock:
         synchronize: waits until the device has done all its work; called at each edge. On the CPU there is nothing to
             wait for.
         count_flops: whether the networks' operations are counted too; what is timed is then not worth much.
+        profile: whether their operators are timed too, at the same cost.
     """
 
-    def __init__(self, synchronize: Callable[[], None], count_flops: bool = False) -> None:
+    def __init__(self, synchronize: Callable[[], None], count_flops: bool = False, profile: bool = False) -> None:
         self._synchronize = synchronize
         self._count_flops = count_flops
+        self._profile = profile
         self.stages: list[StageTime] = []
         self.steps: list[StepTime] = []
         self.networks_ms: dict[str, float] = {}
         self.evaluations: dict[str, int] = {}
         self.flops: dict[str, int] = {}
+        self.operators: dict[str, list[OperatorTime]] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -47,7 +50,8 @@ class Clock:
         forward of a guided pair is not counted.
         """
         start = self._now()
-        with self._counting(name):
+        with ExitStack() as watchers:
+            self._watch(name, watchers)
             yield
         self.networks_ms[name] = self.networks_ms.get(name, 0.0) + self._now() - start
         self.evaluations[name] = self.evaluations.get(name, 0) + counted
@@ -56,15 +60,18 @@ class Clock:
         """Takes back evaluations of a network that turned out to have been cut short."""
         self.evaluations[name] -= evaluations
 
-    def _counting(self, name: str) -> AbstractContextManager[None]:
-        if not self._count_flops:
-            return nullcontext()
-        from harness.metrics.flops import counted
+    def _watch(self, name: str, watchers: ExitStack) -> None:
+        if self._count_flops:
+            from harness.metrics.flops import counted
 
-        def add(flops: int) -> None:
-            self.flops[name] = self.flops.get(name, 0) + flops
+            def add(flops: int) -> None:
+                self.flops[name] = self.flops.get(name, 0) + flops
 
-        return counted(add)
+            watchers.enter_context(counted(add))
+        if self._profile:
+            from harness.metrics.profile import profiled
+
+            watchers.enter_context(profiled(self.operators.setdefault(name, []).extend))
 
     def _now(self) -> float:
         self._synchronize()

@@ -138,7 +138,7 @@ class Worker:
         check_cancelled: Callable[[], None],
         evaluate: Evaluate,
     ) -> RunContext:
-        clock = Clock(synchronizer(self.device), request.count_flops)
+        clock = Clock(synchronizer(self.device), request.count_flops, request.profile)
         run = RunContext(self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled)
         run.keep_states = request.latents == "steps"
         run.evaluate = evaluate
@@ -168,6 +168,7 @@ class Worker:
             notes=run.notes,
             comm=run.comm,
             flops=run.clock.flops,
+            operators=run.clock.operators,
             skips=run.skips,
         )
         if self.place.rank % self.place.replica_size:

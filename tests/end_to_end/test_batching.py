@@ -185,6 +185,7 @@ def test_a_full_queue_says_when_to_come_again_and_the_shortest_is_next(engine: D
         ({"timeout_s": -1.0}, "more than 0"),
         ({"timeout_s": math.nan}, "more than 0"),
         ({"count_flops": True}, "max_batch=1"),
+        ({"profile": True}, "max_batch=1"),
         ({"height": 63}, "multiple"),
     ],
     ids=lambda value: str(value)[:20],
