@@ -11,6 +11,7 @@ import torch
 
 from harness.compose import one_line
 from harness.config.cache import NONE
+from harness.config.optimize import Optimize
 from harness.config.plan import HardwareConfig
 from harness.config.schema import Load, ParallelConfig, RunConfig
 from harness.parallel.legal import keeps
@@ -70,11 +71,12 @@ def _predicted(found: Check, record: Record, hardware: Callable[[torch.dtype], H
     row = predict(traced, layout, device(hardware(dtype), dtype.itemsize), record.timed.nfe, 1, [])
     a_step = record.timed.nfe / steps
     micro_batches = math.ceil(len(record.samples) / request.batch_size)
+    spared = config.engine.optimize in (Optimize.eager, Optimize.compile)
     evaluations = record.timed.nfe * math.ceil(micro_batches / layout.dp)
     return msgspec.structs.replace(
         found,
         predicted_step_ms=row.step_ms * a_step,
         error=row.step_ms * a_step / found.step_ms - 1,
         predicted_bytes={kind: count * evaluations for kind, count in traffic(traced, layout).items()},
-        predicted_flops=row.flops * world_size(degrees(layout)[1:]) * record.timed.nfe / steps,
+        predicted_flops=None if spared else row.flops * world_size(degrees(layout)[1:]) * record.timed.nfe / steps,
     )

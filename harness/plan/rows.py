@@ -80,7 +80,8 @@ class Check(msgspec.Struct, frozen=True):
     """A record, and what is predicted of its run; `error` is predicted over measured step time, less 1.
 
     Bytes are what the busiest rank sent while it denoised a request, operations those of all ranks of a picture in one
-    solver step. Where nothing is predicted, `reason` says why.
+    solver step. Operations are predicted of the network as it is written, so not where engine.optimize spares some of
+    them. Where nothing is predicted, `reason` says why.
     """
 
     folder: str

@@ -78,8 +78,8 @@ def print_checks(plan: Plan, folder: Path, console: Console) -> None:
 def _check_cells(check: Check) -> list[str]:
     if check.predicted_step_ms is None or check.error is None:
         return [f"{check.step_ms:.4g}", escape(check.reason or ""), "", "", ""]
-    counted = "not counted"
-    if check.flops is not None:
+    counted = "not counted" if check.flops is None else "not predicted"
+    if check.flops is not None and check.predicted_flops is not None:
         counted = "equal" if check.flops == check.predicted_flops else f"{check.flops:.6g}, {check.predicted_flops:.6g}"
     same = check.sent_bytes == check.predicted_bytes
     sent = [f"{sum(found.values()):,}" for found in (check.sent_bytes, check.predicted_bytes)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from harness.plan.rows import Check
+from harness.plan.table import name_of
 from harness.plots.families import COLOURS, FAINT, INK
 from harness.report.rows import Row, Table
 
@@ -87,7 +88,7 @@ def roofline(checks: Sequence[Check]) -> Figure:
     for check, predicted in found:
         place = (check.step_ms, predicted)
         axes.plot(*place, "o", color=COLOURS[0], markersize=7)
-        label = f"{check.folder[-24:]}, {100 * (predicted / check.step_ms - 1):+.0f} %"
+        label = f"{name_of(check.layout)}, {100 * (predicted / check.step_ms - 1):+.0f} %"
         axes.annotate(label, place, (7, -3), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -17,7 +17,7 @@ SWEEPS = {
         *["-m", "launch.mode=inprocess", "request.prompts=[rocket,pizza]", "request.steps=2,4"],
         *["scheduler=rectified_flow,ddpm", "scheduler/solver=ddim"],
     ],
-    "scaling": [*BENCH, "parallel=single,ulysses2"],
+    "scaling": [*BENCH, "parallel=single,ulysses2", "engine.optimize=none"],
     "fidelity": [*BENCH, "launch.mode=inprocess", "attention=math,sdpa,flash"],
 }
 DRAWN = {"families": 2, "scaling": 1, "fidelity": 1, "roofline": 1}

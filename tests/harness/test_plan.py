@@ -169,6 +169,7 @@ def test_a_plan_is_a_run_folder_with_every_number(tmp_path: Path) -> None:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Record:
     """A bench of two steps in this process."""
     asked = ["task=bench", "task.fidelity=false", "task.repeats=1", "launch.mode=inprocess", "logger=json"]
+    asked += ["engine.optimize=none"]
     folder = tmp_path_factory.mktemp("plan") / "run"
     asked += ["request.prompts=[rocket,red apple]", "request.steps=2", f"hydra.run.dir={folder}"]
     composed = compose_run([*asked, "scheduler/solver=heun", "launch.threads_per_rank=1"])
@@ -198,6 +199,13 @@ def test_operations_are_those_of_a_record(bench: Record) -> None:
     assert found.predicted_flops == found.flops
     assert found.predicted_bytes == found.sent_bytes == {}
     assert found.error == pytest.approx(found.predicted_step_ms / found.step_ms - 1)  # type: ignore[operator]
+
+
+def test_operations_that_are_spared_are_not_predicted(bench: Record) -> None:
+    engine = bench.config["engine"] | {"optimize": "eager"}
+    found = check(Path("run"), msgspec.structs.replace(bench, config=bench.config | {"engine": engine}), h100)
+    assert found.predicted_flops is None
+    assert found.predicted_step_ms is not None
 
 
 def test_a_record_whose_model_is_gone_says_so(bench: Record) -> None:
