@@ -75,7 +75,7 @@ def test_the_weakest_method_decides() -> None:
 
     assert of() == (EXACT, [])
     assert of("parallel=dp2") == (EXACT, [])
-    assert of("attention=sdpa", "parallel=ring2") == (EQUIVALENT, ["attention kernel", "shared picture"])
+    assert of("attention=flash", "parallel=ring2") == (EQUIVALENT, ["attention kernel", "shared picture"])
     assert of("model.dtype=bfloat16") == (EQUIVALENT, ["dtype"])
     assert of("engine.optimize=auto") == (EQUIVALENT, ["optimised network"])
     cache = Method("cache", APPROXIMATE, lambda config: config.request.steps == 3)
