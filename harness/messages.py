@@ -129,7 +129,8 @@ class OperatorTime(msgspec.Struct, frozen=True):
 class RankReport(msgspec.Struct, frozen=True):
     """What one rank did for one request; the networks are text_encoder, denoiser and decoder, `comm` is what it sent by
     stage and kind of collective, `flops` the operations of each network where they were counted, `operators` its
-    operators where they were timed, `skips` what a cache spared its pictures.
+    operators where they were timed, `skips` what a cache spared its pictures, `energy_j` what its GPU used meanwhile,
+    or on the first rank of a machine its processors; None where that is not reported, or shared.
     """
 
     rank: int
@@ -144,6 +145,7 @@ class RankReport(msgspec.Struct, frozen=True):
     flops: dict[str, int] = {}
     operators: dict[str, list[OperatorTime]] = {}
     skips: list[Skips] = []
+    energy_j: float | None = None
 
 
 class SampleResult(msgspec.Struct, frozen=True):

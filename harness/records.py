@@ -98,7 +98,8 @@ class Statistics(msgspec.Struct, frozen=True):
 
     `flops_per_step` are the operations that the ranks of one picture do in one solver step of one micro-batch, padding
     included; `achieved_tflops` is their rate in a median step (over all steps where a cache makes them differ),
-    `ceiling_tflops` that of a matrix product in the same dtype on the same ranks at once.
+    `ceiling_tflops` that of a matrix product in the same dtype on the same ranks at once. `energy_j` is what the
+    machines' GPUs, or their processors, used in a request, at rest too; None where they do not report it.
     """
 
     latency_ms: Summary
@@ -114,6 +115,7 @@ class Statistics(msgspec.Struct, frozen=True):
     ceiling_tflops: float | None = None
     comm: dict[str, dict[str, Traffic]] = {}
     cache: CacheUse | None = None
+    energy_j: Summary | None = None
 
 
 class SampleRow(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from harness.messages import Array, EngineInfo, GenerationResult, OperatorTime, 
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
-from harness.metrics.summary import summarize
+from harness.metrics.summary import Summary, summarize
 from harness.parallel.mesh import Place, degrees
 from harness.peer.table import CACHE_DIT, engine_version
 from harness.pipeline.checkpoint import locate
@@ -95,7 +95,14 @@ def statistics(
         ceiling_tflops=sum(ceilings[:replica_size]) or None,
         comm=max((report.comm for report in last.ranks), key=sent_bytes),
         cache=spared,
+        energy_j=energy(results),
     )
+
+
+def energy(results: Sequence[GenerationResult]) -> Summary | None:
+    """Of a request, over all ranks that report it, J; None where none does."""
+    told = [[report.energy_j for report in result.ranks if report.energy_j is not None] for result in results]
+    return summarize([sum(parts) for parts in told]) if all(told) else None
 
 
 def cache_use(skips: Sequence[Skips]) -> CacheUse | None:

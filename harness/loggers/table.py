@@ -63,6 +63,9 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
         console.print(
             f"{summary.flops_per_step / 1e9:.4g} GFLOP a step at {summary.achieved_tflops:.3f} TFLOP/s{share}"
         )
+    if summary.energy_j is not None:
+        used, (low, high) = summary.energy_j.median, summary.energy_j.ci95
+        console.print(f"energy of a request {used:.1f} J ({low:.1f} to {high:.1f}), at rest too")
     if summary.comm:
         sent = ", ".join(
             f"{stage.replace('_', ' ')} {sum(t.bytes for t in kinds.values()) / 1e6:.3g} MB "

@@ -1,11 +1,13 @@
-"""What is asked of CUDA itself: to finish its work, and the allocator's account of memory, MiB.
+"""What is asked of CUDA itself: to finish its work, the allocator's account of memory, MiB, and energy, J.
 
 Not run on a machine without a GPU.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -32,3 +34,28 @@ class CudaMemory:
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
+
+
+class CudaEnergy:
+    """One GPU, by NVML's counter since the driver was loaded (Volta and later; package nvidia-ml-py).
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._nvml: Any = importlib.import_module("pynvml")
+        self._nvml.nvmlInit()
+        self._gpu = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        self._before = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        self._before = self._counter_j()
+
+    def used_j(self) -> float | None:
+        return self._counter_j() - self._before
+
+    def _counter_j(self) -> float:
+        counted: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu)
+        return counted / 1e3

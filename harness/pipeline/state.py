@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from harness import messages
 from harness.messages import GenerationRequest
 from harness.metrics.clock import Clock
+from harness.metrics.energy import Energy, NoEnergy
 from harness.metrics.memory import Memory
 from harness.parallel.gates import History
 from harness.parallel.group import Traffic
@@ -84,6 +85,7 @@ class RunContext:
         on_progress: told (stage, 0, 0) as a stage begins, and (stage, done, total) after each solver step of this rank.
         check_cancelled: raises Cancelled once the request is cancelled; the ranks of a replica agree on the step.
         traffic: counts what this rank sends to those that it computes with.
+        energy: what its GPU, or its machine, uses.
         notes: for the record.
         comm: what was sent, by stage and kind of collective; the executor writes it.
         keep_states: whether samples keep their state after every step.
@@ -98,6 +100,7 @@ class RunContext:
     on_progress: OnProgress
     check_cancelled: Callable[[], None]
     traffic: Traffic = field(default_factory=Traffic)
+    energy: Energy = field(default_factory=NoEnergy)
     notes: list[str] = field(default_factory=list)
     comm: dict[str, dict[str, messages.Traffic]] = field(default_factory=dict)
     keep_states: bool = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import os
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -13,7 +14,8 @@ import torch
 from harness.config.schema import DType, Load, ModelConfig, ParallelConfig, Quantize, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.messages import GenerationRequest, LoadedComponent
-from harness.metrics.cuda import CudaMemory, synchronizer
+from harness.metrics.cuda import CudaEnergy, CudaMemory, synchronizer
+from harness.metrics.energy import Energy, NoEnergy, PackageEnergy
 from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.optimize.apply import optimize
@@ -308,8 +310,16 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         pipeline, axes = peer_pipeline(config, source), one_rank()
     memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
     memory.release()  # of what loading took and left
+    energy = energy_meter(device)
     loaded = [
         LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged, p.read_bytes)
         for p in source.loaded.values()
     ]
-    return Worker(pipeline, place, device, memory, loaded, axes)
+    return Worker(pipeline, place, device, memory, loaded, axes, energy)
+
+
+def energy_meter(device: torch.device) -> Energy:
+    """Of a GPU where NVML is installed; of the machine's processors on its first rank."""
+    if device.type == "cuda":
+        return CudaEnergy(device) if importlib.util.find_spec("pynvml") else NoEnergy()
+    return PackageEnergy() if os.environ.get("LOCAL_RANK", "0") == "0" else NoEnergy()

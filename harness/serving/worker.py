@@ -24,6 +24,7 @@ from harness.messages import (
 )
 from harness.metrics.clock import Clock
 from harness.metrics.cuda import synchronizer
+from harness.metrics.energy import Energy, NoEnergy
 from harness.metrics.memory import Memory
 from harness.parallel.connect import Axes, one_rank
 from harness.parallel.mesh import Place
@@ -70,6 +71,7 @@ class Worker:
         memory: the memory account.
         loaded: what was loaded for the pipeline.
         axes: the ranks that it computes with; None for a rank alone.
+        energy: what its GPU, or its machine, uses; None where that is not reported.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Worker:
         memory: Memory,
         loaded: Sequence[LoadedComponent] = (),
         axes: Axes | None = None,
+        energy: Energy | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.place = place
@@ -87,6 +90,7 @@ class Worker:
         self.memory = memory
         self.loaded = list(loaded)
         self.axes = one_rank() if axes is None else axes
+        self.energy = NoEnergy() if energy is None else energy
         self.counter = Counter()
 
     def generate(
@@ -104,6 +108,7 @@ class Worker:
         samples = [sample for batch in self.place.share(everything) for sample in batch]
         self.memory.reset_peak()
         self.axes.traffic.reset()
+        self.energy.reset()
 
         def check_cancelled() -> None:
             if self.axes.any_of_picture(is_cancelled()):
@@ -116,7 +121,7 @@ class Worker:
             return at_once(network, latent, tau_B, condition, owners)
 
         run = self._context(request, on_progress, check_cancelled, counted)
-        run.traffic = self.axes.traffic
+        run.traffic, run.energy = self.axes.traffic, self.energy
         return self._answered(request, samples, run)
 
     def course(self, request: GenerationRequest, on_progress: OnProgress) -> Course[list[bytes]]:
@@ -170,6 +175,7 @@ class Worker:
             flops=run.clock.flops,
             operators=run.clock.operators,
             skips=run.skips,
+            energy_j=run.energy.used_j(),
         )
         if self.place.rank % self.place.replica_size:
             return encode(RankOutcome([], report))  # the first rank of a replica answers for it
