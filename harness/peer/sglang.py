@@ -66,7 +66,7 @@ class Resident:
     _stage_name_mapping: dict[str, object] = field(default_factory=dict)
 
 
-class QuietDenoising(DenoisingStage):
+class QuietDenoising(DenoisingStage):  # type: ignore[misc]
     """Its loop without a progress bar, since a rank's log is a file."""
 
     def progress_bar(self, total: int, batch: Req) -> tqdm[None]:
@@ -197,7 +197,7 @@ def settings(row: SglangRow, source: Source, parts: Components, folder: str) -> 
     )
     set_global_server_args(args)
     if not dist.is_initialized():  # the rank runs in a process of the user's
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     maybe_init_distributed_environment_and_model_parallel(tp_size=1, sp_size=1)
     return args
 
@@ -232,7 +232,7 @@ def own(slot: Slot) -> Slot:
     return kind.from_config(slot.config)
 
 
-def shift(config: Mapping[str, float], size: int) -> float | None:
+def shift(config: Mapping[str, object], size: int) -> float | None:
     """How a noise scheduler is to be shifted for a picture of so many tokens, as diffusers' pipelines read its file."""
     if not config.get("use_dynamic_shifting"):
         return None
