@@ -6,7 +6,7 @@ import warnings
 
 from harness.config.optimize import CompileConfig, EagerConfig, Optimize
 from harness.config.schema import Quantize, RunConfig, Task
-from harness.peer.table import CACHE_DIT, NATIVE
+from harness.peer.table import CACHE_DIT, NATIVE, SGLANG
 
 
 def resolve_optimize(config: RunConfig) -> None:
@@ -42,7 +42,7 @@ def resolve_optimize(config: RunConfig) -> None:
             f"{how} computes for all blocks at once, and parallel.pipe={config.parallel.pipe} deals them; use "
             "engine.optimize=none, or drop parallel.pipe"
         )
-    if engine.name == CACHE_DIT or (engine.name != NATIVE and engine.optimize is Optimize.eager):
+    if engine.name in (CACHE_DIT, SGLANG) or (engine.name != NATIVE and engine.optimize is Optimize.eager):
         raise ValueError(f"{how} does not go with engine={engine.name}; use engine=native, or engine.optimize=none")
     if engine.name != NATIVE and engine.eager != EagerConfig():
         warnings.warn(f"engine.eager has no effect with engine={engine.name}", stacklevel=2)

@@ -310,7 +310,7 @@ class EngineConfig:
     """Group `engine`: who draws."""
 
     name: str = "native"  # or diffusers: the checkpoint's own pipeline there, one rank, measured by the same code;
-    # cache_dit: that pipeline with its blocks cached
+    # cache_dit: that pipeline with its blocks cached; sglang: that pipeline with SGLang-Diffusion's network and loop
     optimize: Optimize = (
         Optimize.auto
     )  # none, eager, compile (of diffusers: none, compile); auto is eager where it works

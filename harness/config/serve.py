@@ -87,7 +87,7 @@ def check_serve(serve: ServeConfig, batches: bool) -> None:
         raise ValueError(f"serve.port={serve.port}; give 0 to 65535")
     if serve.max_batch > 1 and not batches:
         raise ValueError(
-            f"serve.max_batch={serve.max_batch}, but engine=diffusers, engine=cache_dit, model.offload=true and "
+            f"serve.max_batch={serve.max_batch}, but engines other than native, model.offload=true and "
             "approximate layouts draw one request after another; set serve.max_batch=1"
         )
 

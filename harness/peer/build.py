@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +16,8 @@ from harness.optimize.compiled import compile_forwards
 from harness.peer.cache import BlockCache
 from harness.peer.denoise import NoisePreparation, PeerDenoising
 from harness.peer.family import PeerLoader, PeerModel
-from harness.peer.noise import own_slot, published_slot
-from harness.peer.table import CACHE_DIT, PEERS, peer_attention
+from harness.peer.noise import MakeSlot, own_slot, published_slot
+from harness.peer.table import CACHE_DIT, PEERS, SGLANG, SglangRow, engine_version, peer_attention
 from harness.pipeline.decode import Decoding
 from harness.pipeline.stage import Stage
 from harness.pipeline.state import asks
@@ -72,6 +73,23 @@ def load_peer(architecture: str, source: Source, parts: Components) -> PeerModel
     return model
 
 
+def load_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Components, make_slot: MakeSlot) -> PeerModel:
+    """diffusers' pipeline with SGLang-Diffusion's network and loop in it (harness.peer.sglang).
+
+    Raises:
+        CheckpointError: SGLang cannot load the network by itself.
+        ValueError: something that it imports is not installed, or it has no such noise scheduler.
+    """
+    if source.device.type == "cpu":
+        os.environ.setdefault("SGLANG_DIFFUSION_PLATFORM_OVERRIDE", "cpu")  # it looks for drivers, we asked torch
+    try:
+        sglang = importlib.import_module("harness.peer.sglang")
+    except ImportError as error:
+        raise ValueError(f"engine={SGLANG} cannot import SGLang ({error}); install what is named with pip") from error
+    drawn: PeerModel = sglang.with_sglang(model, row, source, parts, make_slot)
+    return drawn
+
+
 @dataclass(frozen=True)
 class PeerStages:
     """Validation and the stages after it."""
@@ -102,7 +120,14 @@ def peer_stages(
         make_slot = own_slot(noise_scheduler, scales, steps)
     model = load_peer(architecture, source, parts)
     cache = BlockCache(model, config.engine.cache) if config.engine.name == CACHE_DIT else None
-    notes = []
+    notes, row = [], PEERS[architecture].sglang
+    if config.engine.name == SGLANG and row is not None:
+        model = load_sglang(model, row, source, parts, make_slot)
+        notes.append(
+            f"engine={SGLANG}: the network, what it is told, guidance and the loop are those of SGLang-Diffusion "
+            f"{engine_version(SGLANG)}; text encoding, decoding, the first noise and the noise scheduler those of "
+            "engine=diffusers"
+        )
     if config.engine.optimize is Optimize.compile:
         how = compile_forwards([model.network], config.engine.compile, source.device)
         notes.append(f"engine.optimize=compile: diffusers' network {how}")

@@ -8,7 +8,7 @@ import warnings
 from harness.config.schema import BlockCacheConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY
 from harness.parallel.mesh import degrees
-from harness.peer.table import CACHE_DIT, NATIVE, PEERS, peer_attention, refuse_unknown_engine
+from harness.peer.table import CACHE_DIT, NATIVE, PEERS, SGLANG, peer_attention, refuse_unknown_engine
 
 LEARNED = ("learned", "learned_range")
 
@@ -28,9 +28,10 @@ def check_engine(config: RunConfig) -> None:
     if config.task.name is Task.train:
         raise ValueError(f"engine={name} has no effect on task=train; drop it")
     architecture = config.model.architecture
-    if architecture not in PEERS:
+    runs = [key for key, row in PEERS.items() if name != SGLANG or row.sglang is not None]
+    if architecture not in runs:
         raise ValueError(
-            f"engine={name} does not run architecture {architecture}; it runs {', '.join(PEERS)}: use engine=native"
+            f"engine={name} does not run architecture {architecture}; it runs {', '.join(runs)}: use engine=native"
         )
     if (ranks := math.prod(degrees(config.parallel))) > 1:
         raise ValueError(f"engine={name} runs one rank, the layout has {ranks}; use parallel=single")

@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 
 from harness.config.schema import RunConfig
 from harness.config.trained import PUBLISHED_FAMILY
 from models.registry import nearest, resolve_backend
 
-NATIVE, DIFFUSERS, CACHE_DIT = "native", "diffusers", "cache_dit"
-ENGINES = (NATIVE, DIFFUSERS, CACHE_DIT)
-NAMED = {"sglang": ("sglang", "'sglang[diffusion]'")}
-"""Engines that a configuration may name and nothing here runs: the module, and what pip installs."""
+NATIVE, DIFFUSERS, CACHE_DIT, SGLANG = "native", "diffusers", "cache_dit", "sglang"
+ENGINES = (NATIVE, DIFFUSERS, CACHE_DIT, SGLANG)
+NEEDED = {
+    CACHE_DIT: "the package cache-dit: pip install 'triptych[cache_dit]'",
+    SGLANG: "the package sglang: pip install --no-deps sglang==0.5.23, and what it imports (README, Peers), since its "
+    "own requirements would replace torch and diffusers",
+}
+"""What an engine wants installed, by its module's name, which is the engine's own."""
 
 PACKAGE = "triptych"
+
+
+@dataclass(frozen=True)
+class SglangRow:
+    """How SGLang-Diffusion's stages are asked for an architecture.
+
+    Args:
+        config: module and class of its pipeline's configuration, in its package of those.
+        attention: from a backend's name here to the name of what then runs there.
+        encodings: how many text encodings it counts, of which its network reads the last.
+        no_guidance: the scale that it takes for none.
+        renamed: names in config.json that it reads, by those under which the same values are published.
+    """
+
+    config: str
+    attention: Mapping[str, str]
+    encodings: int = 1
+    no_guidance: float = 1.0
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -29,12 +52,14 @@ class PeerRow:
         families: of noise schedulers that fit its pipeline; None = all, since it scales noise and network input as it
             is told.
         cached: cache-dit knows the blocks of its network, which no U-Net's are.
+        sglang: how SGLang-Diffusion runs it; None where that is not known to draw diffusers' picture.
     """
 
     module: str
     attention: Mapping[str, str]
     families: tuple[str, ...] | None
     cached: bool = True
+    sglang: SglangRow | None = None
 
 
 DISPATCHED = {"sdpa": "native", "math": "_native_math", "flash": "_native_flash", "flex": "flex"}
@@ -49,10 +74,30 @@ FLOWS = ("rectified_flow", PUBLISHED_FAMILY)
 PEERS = {
     "dit": PeerRow("harness.peer.families.dit", DIRECT, (*FLOWS, "ddpm")),
     "pixart": PeerRow("harness.peer.families.pixart", DIRECT_MASKED, None),
-    "sd3": PeerRow("harness.peer.families.sd3", DIRECT, FLOWS),
-    "flux": PeerRow("harness.peer.families.flux", DISPATCHED, FLOWS),
+    "sd3": PeerRow(
+        "harness.peer.families.sd3",
+        DIRECT,
+        FLOWS,
+        sglang=SglangRow("stablediffusion3:StableDiffusion3PipelineConfig", DIRECT),
+    ),
+    "flux": PeerRow(
+        "harness.peer.families.flux",
+        DISPATCHED,
+        FLOWS,
+        sglang=SglangRow("flux:FluxPipelineConfig", DIRECT, encodings=2),
+    ),
     "qwen_image": PeerRow("harness.peer.families.qwen_image", DISPATCHED_MASKED, FLOWS),
-    "z_image": PeerRow("harness.peer.families.z_image", DISPATCHED_MASKED, FLOWS),
+    "z_image": PeerRow(
+        "harness.peer.families.z_image",
+        DISPATCHED_MASKED,
+        FLOWS,
+        sglang=SglangRow(
+            "zimage:ZImagePipelineConfig",
+            DIRECT_MASKED,
+            no_guidance=0.0,
+            renamed={"n_layers": "num_layers", "n_heads": "num_attention_heads", "in_channels": "out_channels"},
+        ),
+    ),
     "wan": PeerRow("harness.peer.families.wan", DISPATCHED, FLOWS),
     "sd": PeerRow("harness.peer.families.sd", DIRECT, None, cached=False),
     "sdxl": PeerRow("harness.peer.families.sdxl", DIRECT, None, cached=False),
@@ -65,21 +110,10 @@ def refuse_unknown_engine(name: str) -> None:
     Raises:
         ValueError: what to choose, or to install, in one line.
     """
-    if name == CACHE_DIT and importlib.util.find_spec(name) is None:
-        raise ValueError(
-            f"engine={name} needs the package cache-dit: pip install 'triptych[cache_dit]', or use engine={DIFFUSERS}"
-        )
-    if name in ENGINES:
-        return
-    if name not in NAMED:
+    if name not in ENGINES:
         raise ValueError(f"engine={name} is unknown{nearest(name, ENGINES)}; choose {' or '.join(ENGINES)}")
-    module, wheel = NAMED[name]
-    lacking = (
-        f"the package {module} is not installed (pip install {wheel}), and "
-        if importlib.util.find_spec(module) is None
-        else ""
-    )
-    raise ValueError(f"engine={name}: {lacking}this version has no adapter for it; choose {' or '.join(ENGINES)}")
+    if name in NEEDED and importlib.util.find_spec(name) is None:
+        raise ValueError(f"engine={name} needs {NEEDED[name]}; or use engine={DIFFUSERS}")
 
 
 def peer_attention(config: RunConfig) -> str:
@@ -90,10 +124,13 @@ def peer_attention(config: RunConfig) -> str:
     """
     asked = config.attention.backend
     backend = resolve_backend(asked)
-    names = PEERS[config.model.architecture].attention
+    row, where = PEERS[config.model.architecture], "diffusers' pipeline"
+    names = row.attention
+    if config.engine.name == SGLANG and row.sglang is not None:
+        names, where = row.sglang.attention, "SGLang-Diffusion's network"
     if backend not in names:
         raise ValueError(
-            f"attention={asked} does not run in diffusers' pipeline of model={config.model.name}; "
+            f"attention={asked} does not run in {where} of model={config.model.name}; "
             f"choose {', '.join(('auto', *names))}, or engine=native"
         )
     return names[backend]

@@ -30,7 +30,7 @@ from harness.parallel.shard import shard_weights
 from harness.parallel.stale import Stale
 from harness.parallel.vae import parallel_decoder
 from harness.peer.build import native_facts, peer_stages
-from harness.peer.table import DIFFUSERS, NATIVE, peer_attention
+from harness.peer.table import DIFFUSERS, NATIVE, SGLANG, peer_attention
 from harness.pipeline.caches import cached_network, guidance_when
 from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.pipeline.composed import ComposedPipeline
@@ -176,7 +176,7 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
         NotImplementedError: the backend that was asked for does not run on this machine.
     """
     if config.engine.name != NATIVE:
-        return f"{DIFFUSERS} {peer_attention(config)}"
+        return f"{SGLANG if config.engine.name == SGLANG else DIFFUSERS} {peer_attention(config)}"
     return resolved_name(config.attention.backend, device.type, with_lse=merges(config.parallel))
 
 

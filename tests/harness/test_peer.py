@@ -209,7 +209,6 @@ def test_pictures_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["engine=sglang"], r"package sglang is not installed \(pip install 'sglang\[diffusion\]'\).*no adapter"),
         (["engine=diffusers", "parallel=dp2"], "runs one rank, the layout has 2; use parallel=single"),
         (["engine=diffusers", "model=ddpm_cifar10", "model.load=dummy"], "does not run architecture unet"),
         (["engine=diffusers", "attention=flex"], "attention=flex does not run.*choose auto, sdpa, math"),

@@ -1,0 +1,256 @@
+"""engine=sglang: SGLang-Diffusion's own network in its own denoising loop, between the stages of engine=diffusers.
+
+SGLang's are the loading of the network, what the network is told (rotary tables, guidance, masks), the forward context
+and attention layer around it, how guidance combines two forwards, and the loop (github.com/sgl-project/sglang,
+python/sglang/multimodal_gen: TransformerLoader, LatentPreparationStage, TimestepPreparationStage, DenoisingStage). Text
+encoding, decoding, the first noise and the noise scheduler are those of engine=diffusers, so that both draw the same; a
+class of diffusers that the checkpoint names is SGLang's version of it.
+
+Its loader is called where there is no way back to diffusers' network, which its pipeline would take without a word.
+Importing this module imports SGLang, which takes half a minute and chooses its platform.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from safetensors.torch import save_file
+from sglang.multimodal_gen.configs.pipeline_configs.base import PipelineConfig
+from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+from sglang.multimodal_gen.runtime.distributed.parallel_state import (
+    maybe_init_distributed_environment_and_model_parallel,
+)
+from sglang.multimodal_gen.runtime.loader.component_loaders.transformer_loader import TransformerLoader
+from sglang.multimodal_gen.runtime.managers.memory_managers.component_manager import ComponentResidencyManager
+from sglang.multimodal_gen.runtime.models.registry import ModelRegistry
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
+from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
+from sglang.multimodal_gen.runtime.pipelines_core.stages.latent_preparation import LatentPreparationStage
+from sglang.multimodal_gen.runtime.pipelines_core.stages.timestep_preparation import TimestepPreparationStage
+from sglang.multimodal_gen.runtime.server_args import ServerArgs, set_global_server_args
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from harness.peer.family import Batch, PeerModel
+from harness.peer.noise import MakeSlot, Slot
+from harness.peer.table import SglangRow
+from harness.pipeline.timesteps import tokens
+from models.components import Components, Conditioning
+from models.files import CheckpointError
+from models.source import Source
+from schedulers.drop_in import DiffusersView
+
+CONFIGS = "sglang.multimodal_gen.configs.pipeline_configs"
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass
+class Resident:
+    """The pipeline that SGLang's manager of memory asks for: one network, which stays where it is."""
+
+    modules: dict[str, nn.Module]
+    component_residency_strategies: dict[str, object] = field(default_factory=dict)
+    _stage_name_mapping: dict[str, object] = field(default_factory=dict)
+
+
+class QuietDenoising(DenoisingStage):  # type: ignore[misc]
+    """Its loop without a progress bar, since a rank's log is a file."""
+
+    def progress_bar(self, total: int, batch: Req) -> tqdm[None]:
+        return tqdm(total=total, disable=True)
+
+
+class SglangDenoiser:
+    """SGLang's three stages around its network.
+
+    Args:
+        row: how they are asked.
+        args: SGLang's settings, which its stages also read globally.
+        network: its own.
+        model: the pipeline whose noise scheduler is set before each micro-batch.
+        size_multiple: pixels a token of the network spans on a side.
+    """
+
+    def __init__(
+        self, row: SglangRow, args: ServerArgs, network: nn.Module, model: PeerModel, size_multiple: int
+    ) -> None:
+        self.row = row
+        self.args = args
+        self.model = model
+        self.size_multiple = size_multiple
+        denoising = QuietDenoising(network, None)
+        denoising.set_component_residency_manager(ComponentResidencyManager(Resident({"transformer": network}), args))
+        shift = TimestepPreparationStage(None, [lambda batch, args: ("mu", batch.extra["mu"])])
+        self.stages = [LatentPreparationStage(None, network), shift, denoising]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Its loop; latents of the noise's shape."""
+        config, dtype = self.args.pipeline_config, batch.text.text().dtype
+        config.embedded_cfg_scale = batch.ask.guidance
+        request = self._request(batch)
+        shape = config.prepare_latent_shape(request, len(batch.asks), 1)
+        request.latents = batch.noise.reshape(shape).to(config.get_latent_dtype(dtype))
+        for stage in self.stages:
+            request = stage(request, self.args)
+        latents: Tensor = request.latents
+        return latents.reshape(batch.noise.shape)
+
+    def _request(self, batch: Batch) -> Req:
+        ask, negative = batch.ask, batch.negative
+        asked = SamplingParams(
+            negative_prompt=None,
+            height=ask.height,
+            width=ask.width,
+            num_frames=1,
+            num_inference_steps=ask.steps,
+            guidance_scale=ask.guidance - 1 + self.row.no_guidance,
+        )
+        noise_scheduler = own(self.model.pipeline.scheduler)
+        request = Req(
+            sampling_params=asked,
+            prompt_embeds=[batch.text.text()] * self.row.encodings,
+            pooled_embeds=_vectors(batch.text),
+            prompt_seq_lens=[_lengths(batch.text)] * self.row.encodings,
+            do_classifier_free_guidance=negative is not None,
+            generator=torch.Generator(),
+            scheduler=noise_scheduler,
+            extra={"mu": shift(noise_scheduler.config, tokens(ask.height, ask.width, self.size_multiple))},
+        )
+        if negative is not None:
+            request.negative_prompt_embeds = [negative.text()] * self.row.encodings
+            request.neg_pooled_embeds = _vectors(negative)
+            request.negative_prompt_seq_lens = [_lengths(negative)] * self.row.encodings
+        return request
+
+
+def with_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Components, make_slot: MakeSlot) -> PeerModel:
+    """A pipeline of diffusers with SGLang's network and loop in the place of its own, whose memory is given back.
+
+    Raises:
+        CheckpointError: SGLang cannot load the network by itself.
+        ValueError: it has no such noise scheduler.
+    """
+    own(make_slot(1, torch.zeros))
+    began, component = perf_counter(), source.denoiser
+    with kept_logging(), tempfile.TemporaryDirectory() as folder:
+        read = lay_out(Path(folder), source, model.network, row)
+        for parameter in model.network.parameters():
+            parameter.data = parameter.new_empty(0)
+        args = settings(row, source, parts, folder)
+        try:
+            network = TransformerLoader().load_customized(folder, args, "transformer")
+        except Exception as error:  # of any kind: SGLang itself would go on with diffusers' network
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"{source.config_folder(component)}: SGLang-Diffusion cannot load {component} by itself ({line}); use "
+                "engine=diffusers"
+            ) from error
+        denoiser = SglangDenoiser(row, args, network, model, parts.size_multiple)
+    network.requires_grad_(False).eval()
+    source.record(component, network, began, len(source.loras), read)
+    return replace(model, network=network, denoise=denoiser, pair_apart=True)
+
+
+def lay_out(folder: Path, source: Source, network: nn.Module, row: SglangRow) -> int:
+    """Writes what SGLang's loader is shown: a config.json in its words, and the weights.
+
+    Those are the checkpoint's files as they are; of a network that has other numbers than they (random ones, or merged
+    updates), a copy of its own.
+
+    Returns:
+        Bytes of the checkpoint's files.
+    """
+    config = source.config(source.denoiser)
+    config |= {theirs: config[ours] for ours, theirs in row.renamed.items() if ours in config}
+    (folder / "config.json").write_text(json.dumps(config))
+    if source.dummy or source.loras:
+        save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS)
+        return 0
+    files = source.weights(source.denoiser)
+    for file in files:
+        (folder / file.name).symlink_to(file.resolve())
+    return sum(file.stat().st_size for file in files)
+
+
+def settings(row: SglangRow, source: Source, parts: Components, folder: str) -> ServerArgs:
+    """SGLang's settings for one rank, also made the global ones, with its groups of ranks."""
+    module, name = row.config.split(":")
+    kind: type[PipelineConfig] = getattr(importlib.import_module(f"{CONFIGS}.{module}"), name)
+    config = kind(dit_precision=PRECISIONS[source.dtype_of(source.denoiser)])
+    geometry = config.vae_config.arch_config
+    geometry.vae_scale_factor = geometry.spatial_compression_ratio = parts.latent.stride
+    args = ServerArgs(
+        model_path=folder, pipeline_config=config, num_gpus=1, attention_backend="torch_sdpa", log_level="error"
+    )
+    set_global_server_args(args)
+    if not dist.is_initialized():  # the rank runs in a process of the user's
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    maybe_init_distributed_environment_and_model_parallel(tp_size=1, sp_size=1)
+    return args
+
+
+@contextmanager
+def kept_logging() -> Iterator[None]:
+    """Leaves the root logger as it was, which SGLang's settings would take for themselves."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def own(slot: Slot) -> Slot:
+    """SGLang's version of a class of diffusers, which its loop wants; a noise scheduler of ours as it is.
+
+    Raises:
+        ValueError: it has no such class.
+    """
+    if isinstance(slot, DiffusersView):
+        return slot
+    name = type(slot).__name__
+    if name not in ModelRegistry.get_supported_archs():
+        raise ValueError(
+            f"SGLang-Diffusion has no {name}, which this checkpoint names; choose scheduler=rectified_flow, or "
+            "engine=diffusers"
+        )
+    kind: type[SchedulerMixin] = ModelRegistry.resolve_model_cls(name)[0]
+    return kind.from_config(slot.config)
+
+
+def shift(config: Mapping[str, object], size: int) -> float | None:
+    """How a noise scheduler is to be shifted for a picture of so many tokens, as diffusers' pipelines read its file."""
+    if not config.get("use_dynamic_shifting"):
+        return None
+    found: float = calculate_shift(
+        size,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    return found
+
+
+def _vectors(text: Conditioning) -> list[Tensor]:
+    return [] if text.pooled is None else [text.pooled]
+
+
+def _lengths(text: Conditioning) -> list[int]:
+    states = text.text()
+    lengths: list[int] = [states.shape[1]] * len(states) if text.mask is None else text.mask.sum(1).tolist()
+    return lengths

@@ -1,0 +1,136 @@
+"""engine=sglang: SGLang-Diffusion's own network and loop draw what engine=diffusers draws, family by family."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from harness.compose import ConfigError, compose_run
+from harness.fidelity import method_class
+from harness.peer.build import load_peer, load_sglang, native_facts
+from harness.peer.noise import published_slot
+from harness.peer.table import PEERS
+from harness.serving.build import source_of
+from models.files import CheckpointError
+from tests.harness.test_peer import generator
+from tests.models.checkpoints import CASES, PROMPTS, overrides_of
+
+FIND = importlib.util.find_spec
+BOUND = 1e-4  # relative L2 of latents in float32
+FAMILIES = ["flux", "flux_schnell", "sd3", "sd35_medium", "z_image"]
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
+    """SGLang is installed, or is not."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: found if name == "sglang" else FIND(name))
+
+
+def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, None)
+    with pytest.raises(ConfigError, match=r"^engine=sglang needs the package sglang: pip install --no-deps sglang"):
+        compose_run(["engine=sglang"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=wan_1_3b"], "does not run architecture wan; it runs sd3, flux, z_image: use engine=native"),
+        ([], "does not run architecture pixart"),
+        (["model=flux", "parallel=dp2"], "runs one rank, the layout has 2"),
+        (["model=flux", "engine.optimize=compile"], "engine.optimize=compile does not go with engine=sglang"),
+        (
+            ["model=z_image_turbo", "attention=flash"],
+            "does not run in SGLang-Diffusion's network of model=z_image_turb",
+        ),
+        (["model=flux", "task.states=true"], "task.states reads the state after every step"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str) -> None:
+    pretend(monkeypatch, object())
+    with pytest.raises(ConfigError, match=message):
+        compose_run(["engine=sglang", "model.load=dummy", *overrides])
+
+
+@pytest.mark.parametrize(("dtype", "claimed"), [("float32", "fp_equivalent"), ("bfloat16", "approximate")])
+def test_it_claims_what_a_peer_claims(monkeypatch: pytest.MonkeyPatch, dtype: str, claimed: str) -> None:
+    pretend(monkeypatch, object())
+    config = compose_run(["engine=sglang", "model=flux_160m", f"model.dtype={dtype}"]).config
+    assert method_class(config)[0] == claimed
+
+
+# ---------------------------------------------------------------- with the package
+
+installed = pytest.mark.skipif(FIND("sglang") is None, reason="sglang is not installed")
+"""Found without importing it, which takes half a minute; and so all of these are slow."""
+
+
+def apart(folder: Path, name: str, overrides: list[str], asked: dict[str, object]) -> float:
+    """The largest relative L2 between both engines' latents, checked to be of the same work."""
+    own, asked = [*overrides_of(CASES[name], folder), *overrides], CASES[name].asked | asked
+    with generator(*own, "engine=diffusers") as theirs, generator(*own, "engine=sglang") as sglang:
+        expected, found = (
+            engine.generate(prompts=PROMPTS, seed=7, latents="last", **asked) for engine in (theirs, sglang)
+        )
+        assert found.record.engine.name == "sglang"
+        assert found.record.engine.version
+        assert found.record.attention.resolved.startswith("sglang sdpa")
+        assert any("those of SGLang-Diffusion" in note for note in found.record.notes)
+        assert {part.component for part in expected.record.loaded} == {part.component for part in found.record.loaded}
+        assert expected.record.summary.nfe == found.record.summary.nfe
+        assert len(expected.record.repeats[0].denoise_steps_ms) == len(found.record.repeats[0].denoise_steps_ms)
+    for picture in found.pixels:
+        assert picture.std() > 0.01, "a flat picture proves nothing"
+    pairs = zip(expected.latents, found.latents, strict=True)
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in pairs)
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(("guidance", "negative"), [(3.5, "blurry"), (1.0, "")], ids=["guided", "plain"])
+def test_pictures_are_those_of_diffusers(
+    tmp_path: Path, name: str, batch_size: int, guidance: float, negative: str
+) -> None:
+    CASES[name].save(tmp_path)
+    asked = {"guidance": guidance, "negative_prompt": negative, "batch_size": batch_size, "steps": 3}
+    assert apart(tmp_path, name, [], asked) < BOUND
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("flux", ["model.load=dummy"]),
+        ("z_image", ["attention=math"]),
+        ("sd3", ["attention=flash"]),
+        ("flux_schnell", ["scheduler=rectified_flow", "scheduler/solver=heun"]),
+    ],
+    ids=str,
+)
+def test_random_weights_kernels_and_our_noise_schedulers(tmp_path: Path, name: str, overrides: list[str]) -> None:
+    CASES[name].save(tmp_path)
+    assert apart(tmp_path, name, overrides, {"guidance": 2.0, "steps": 3, "batch_size": 2}) < BOUND
+
+
+@installed
+@pytest.mark.slow
+def test_nothing_of_diffusers_network_is_left_and_a_failure_is_no_fall_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its own names for a few keys, SGLang builds the published Z-Image, which these weights do not fit."""
+    CASES["z_image"].save(tmp_path)
+    source = source_of(compose_run(overrides_of(CASES["z_image"], tmp_path)).config, torch.device("cpu"))
+    parts, row, slot = native_facts("z_image", source), PEERS["z_image"].sglang, published_slot(source)
+    assert row is not None
+    theirs = load_peer("z_image", source, parts)
+    found = load_sglang(theirs, row, source, parts, slot)
+    assert type(found.network).__module__ == "sglang.multimodal_gen.runtime.models.dits.zimage"
+    assert sum(parameter.numel() for parameter in theirs.network.parameters()) == 0
+    with pytest.raises(CheckpointError, match=r"SGLang-Diffusion cannot load transformer by itself.*engine=diffusers"):
+        load_sglang(load_peer("z_image", source, parts), replace(row, renamed={}), source, parts, slot)
