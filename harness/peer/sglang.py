@@ -199,6 +199,7 @@ def settings(row: SglangRow, source: Source, parts: Components, folder: str) -> 
     if not dist.is_initialized():  # the rank runs in a process of the user's
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     maybe_init_distributed_environment_and_model_parallel(tp_size=1, sp_size=1)
+    logging.getLogger("sglang").setLevel(logging.WARNING)  # else it tells of every stage
     return args
 
 

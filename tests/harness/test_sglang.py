@@ -1,12 +1,15 @@
 """engine=sglang: SGLang-Diffusion's own network and loop draw what engine=diffusers draws, family by family."""
 
+import importlib
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 
 from harness.compose import ConfigError, compose_run
 from harness.fidelity import method_class
@@ -60,6 +63,18 @@ def test_it_claims_what_a_peer_claims(monkeypatch: pytest.MonkeyPatch, dtype: st
     pretend(monkeypatch, object())
     config = compose_run(["engine=sglang", "model=flux_160m", f"model.dtype={dtype}"]).config
     assert method_class(config)[0] == claimed
+
+
+def test_what_it_cannot_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_DIFFUSION_PLATFORM_OVERRIDE", "cpu")
+    monkeypatch.setitem(sys.modules, "sglang", None)
+    monkeypatch.delitem(sys.modules, "harness.peer.sglang", raising=False)
+    CASES["sd3"].save(tmp_path)
+    source = source_of(compose_run(overrides_of(CASES["sd3"], tmp_path)).config, torch.device("cpu"))
+    parts, row, slot = native_facts("sd3", source), PEERS["sd3"].sglang, published_slot(source)
+    assert row is not None
+    with pytest.raises(ValueError, match=r"^engine=sglang cannot import SGLang \(.*sglang.*; install what is named"):
+        load_sglang(load_peer("sd3", source, parts), row, source, parts, slot)
 
 
 # ---------------------------------------------------------------- with the package
@@ -134,3 +149,11 @@ def test_nothing_of_diffusers_network_is_left_and_a_failure_is_no_fall_back(
     assert sum(parameter.numel() for parameter in theirs.network.parameters()) == 0
     with pytest.raises(CheckpointError, match=r"SGLang-Diffusion cannot load transformer by itself.*engine=diffusers"):
         load_sglang(load_peer("z_image", source, parts), replace(row, renamed={}), source, parts, slot)
+
+
+@installed
+@pytest.mark.slow
+def test_a_noise_scheduler_that_it_lacks_is_refused() -> None:
+    sglang = importlib.import_module("harness.peer.sglang")
+    with pytest.raises(ValueError, match=r"SGLang-Diffusion has no FlowMatchHeunDiscreteScheduler.*rectified_flow"):
+        sglang.own(FlowMatchHeunDiscreteScheduler())
