@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+from safetensors.torch import save_file
 
 from harness.compose import ConfigError, compose_run
 from harness.fidelity import method_class
@@ -131,6 +132,16 @@ def test_pictures_are_those_of_diffusers(
 def test_random_weights_kernels_and_our_noise_schedulers(tmp_path: Path, name: str, overrides: list[str]) -> None:
     CASES[name].save(tmp_path)
     assert apart(tmp_path, name, overrides, {"guidance": 2.0, "steps": 3, "batch_size": 2}) < BOUND
+
+
+@installed
+@pytest.mark.slow
+def test_merged_updates_reach_its_network(tmp_path: Path) -> None:
+    CASES["flux"].save(tmp_path)
+    layer, width = "transformer.transformer_blocks.0.attn.to_q", 32
+    update = {f"{layer}.lora_A.weight": torch.randn(4, width), f"{layer}.lora_B.weight": torch.randn(width, 4)}
+    save_file(update, tmp_path / "update.safetensors")
+    assert apart(tmp_path, "flux", [f"model.lora=[{{path: {tmp_path / 'update.safetensors'}}}]"], {"steps": 2}) < BOUND
 
 
 @installed
