@@ -96,6 +96,8 @@ def apart(folder: Path, name: str, overrides: list[str], asked: dict[str, object
         assert found.record.attention.resolved.startswith("sglang sdpa")
         assert any("those of SGLang-Diffusion" in note for note in found.record.notes)
         assert {part.component for part in expected.record.loaded} == {part.component for part in found.record.loaded}
+        merged = [[part.merged for part in drawn.record.loaded] for drawn in (expected, found)]
+        assert sorted(merged[0]) == sorted(merged[1])
         assert expected.record.summary.nfe == found.record.summary.nfe
         assert len(expected.record.repeats[0].denoise_steps_ms) == len(found.record.repeats[0].denoise_steps_ms)
     for picture in found.pixels:
