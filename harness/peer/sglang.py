@@ -93,8 +93,8 @@ class SglangDenoiser:
         self.size_multiple = size_multiple
         denoising = QuietDenoising(network, None)
         denoising.set_component_residency_manager(ComponentResidencyManager(Resident({"transformer": network}), args))
-        shift = TimestepPreparationStage(None, [lambda batch, args: ("mu", batch.extra["mu"])])
-        self.stages = [LatentPreparationStage(None, network), shift, denoising]
+        timesteps = TimestepPreparationStage(None, [lambda batch, args: ("mu", batch.extra["mu"])])
+        self.stages = [LatentPreparationStage(None, network), timesteps, denoising]
 
     def __call__(self, batch: Batch) -> Tensor:
         """Its loop; latents of the noise's shape."""
@@ -160,7 +160,7 @@ def with_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Compone
             ) from error
         denoiser = SglangDenoiser(row, args, network, model, parts.size_multiple)
     network.requires_grad_(False).eval()
-    source.record(component, network, began, len(source.loras), read)
+    source.record(component, network, began, source.loaded[component].merged, read)
     return replace(model, network=network, denoise=denoiser, pair_apart=True)
 
 
@@ -199,6 +199,7 @@ def settings(row: SglangRow, source: Source, parts: Components, folder: str) -> 
     if not dist.is_initialized():  # the rank runs in a process of the user's
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     maybe_init_distributed_environment_and_model_parallel(tp_size=1, sp_size=1)
+    logging.getLogger("sglang").setLevel(logging.WARNING)  # else it tells of every stage
     return args
 
 

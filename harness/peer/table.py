@@ -15,8 +15,8 @@ NATIVE, DIFFUSERS, CACHE_DIT, SGLANG = "native", "diffusers", "cache_dit", "sgla
 ENGINES = (NATIVE, DIFFUSERS, CACHE_DIT, SGLANG)
 NEEDED = {
     CACHE_DIT: "the package cache-dit: pip install 'triptych[cache_dit]'",
-    SGLANG: "the package sglang: pip install --no-deps sglang==0.5.23, and what it imports (README, Peers), since its "
-    "own requirements would replace torch and diffusers",
+    SGLANG: "the package sglang: pip install --no-deps sglang==0.5.23, and what it imports (the README lists it), "
+    "since its own requirements would replace torch and diffusers",
 }
 """What an engine wants installed, by its module's name, which is the engine's own."""
 

@@ -1,12 +1,16 @@
 """engine=sglang: SGLang-Diffusion's own network and loop draw what engine=diffusers draws, family by family."""
 
+import importlib
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+from safetensors.torch import save_file
 
 from harness.compose import ConfigError, compose_run
 from harness.fidelity import method_class
@@ -62,6 +66,18 @@ def test_it_claims_what_a_peer_claims(monkeypatch: pytest.MonkeyPatch, dtype: st
     assert method_class(config)[0] == claimed
 
 
+def test_what_it_cannot_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_DIFFUSION_PLATFORM_OVERRIDE", "cpu")
+    monkeypatch.setitem(sys.modules, "sglang", None)
+    monkeypatch.delitem(sys.modules, "harness.peer.sglang", raising=False)
+    CASES["sd3"].save(tmp_path)
+    source = source_of(compose_run(overrides_of(CASES["sd3"], tmp_path)).config, torch.device("cpu"))
+    parts, row, slot = native_facts("sd3", source), PEERS["sd3"].sglang, published_slot(source)
+    assert row is not None
+    with pytest.raises(ValueError, match=r"^engine=sglang cannot import SGLang \(.*sglang.*; install what is named"):
+        load_sglang(load_peer("sd3", source, parts), row, source, parts, slot)
+
+
 # ---------------------------------------------------------------- with the package
 
 installed = pytest.mark.skipif(FIND("sglang") is None, reason="sglang is not installed")
@@ -80,6 +96,8 @@ def apart(folder: Path, name: str, overrides: list[str], asked: dict[str, object
         assert found.record.attention.resolved.startswith("sglang sdpa")
         assert any("those of SGLang-Diffusion" in note for note in found.record.notes)
         assert {part.component for part in expected.record.loaded} == {part.component for part in found.record.loaded}
+        merged = [[part.merged for part in drawn.record.loaded] for drawn in (expected, found)]
+        assert sorted(merged[0]) == sorted(merged[1])
         assert expected.record.summary.nfe == found.record.summary.nfe
         assert len(expected.record.repeats[0].denoise_steps_ms) == len(found.record.repeats[0].denoise_steps_ms)
     for picture in found.pixels:
@@ -120,6 +138,16 @@ def test_random_weights_kernels_and_our_noise_schedulers(tmp_path: Path, name: s
 
 @installed
 @pytest.mark.slow
+def test_merged_updates_reach_its_network(tmp_path: Path) -> None:
+    CASES["flux"].save(tmp_path)
+    layer, width = "transformer.transformer_blocks.0.attn.to_q", 32
+    update = {f"{layer}.lora_A.weight": torch.randn(4, width), f"{layer}.lora_B.weight": torch.randn(width, 4)}
+    save_file(update, tmp_path / "update.safetensors")
+    assert apart(tmp_path, "flux", [f"model.lora=[{{path: {tmp_path / 'update.safetensors'}}}]"], {"steps": 2}) < BOUND
+
+
+@installed
+@pytest.mark.slow
 def test_nothing_of_diffusers_network_is_left_and_a_failure_is_no_fall_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,3 +162,11 @@ def test_nothing_of_diffusers_network_is_left_and_a_failure_is_no_fall_back(
     assert sum(parameter.numel() for parameter in theirs.network.parameters()) == 0
     with pytest.raises(CheckpointError, match=r"SGLang-Diffusion cannot load transformer by itself.*engine=diffusers"):
         load_sglang(load_peer("z_image", source, parts), replace(row, renamed={}), source, parts, slot)
+
+
+@installed
+@pytest.mark.slow
+def test_a_noise_scheduler_that_it_lacks_is_refused() -> None:
+    sglang = importlib.import_module("harness.peer.sglang")
+    with pytest.raises(ValueError, match=r"SGLang-Diffusion has no FlowMatchHeunDiscreteScheduler.*rectified_flow"):
+        sglang.own(FlowMatchHeunDiscreteScheduler())
