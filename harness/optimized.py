@@ -20,29 +20,37 @@ def resolve_optimize(config: RunConfig) -> None:
     """
     engine = config.engine
     if engine.optimize is Optimize.auto:
-        plain = config.task.name is Task.train or engine.name != NATIVE or config.model.quantize is not Quantize.none
-        apart = config.parallel.shard_weights or config.parallel.pipe > 1
-        engine.optimize = Optimize.none if plain or apart else Optimize.eager
+        engine.optimize = Optimize.eager
+        if _refusal(config) is not None or config.model.quantize is not Quantize.none:
+            engine.optimize = Optimize.none
     how = f"engine.optimize={engine.optimize.name}"
     if engine.optimize is Optimize.none and engine.eager != EagerConfig():
         warnings.warn(f"engine.eager has no effect with {how}", stacklevel=2)
     if engine.optimize is not Optimize.compile and engine.compile != CompileConfig():
         warnings.warn(f"engine.compile has no effect with {how}", stacklevel=2)
+    if (refusal := _refusal(config)) is not None:
+        raise ValueError(f"{how} {refusal}")
+    if engine.optimize is not Optimize.none and engine.name != NATIVE and engine.eager != EagerConfig():
+        warnings.warn(f"engine.eager has no effect with engine={engine.name}", stacklevel=2)
+
+
+def _refusal(config: RunConfig) -> str | None:
+    """Why what engine.optimize names cannot be done, and what to change."""
+    engine = config.engine
     if engine.optimize is Optimize.none:
-        return
+        return None
     if config.task.name is Task.train:
-        raise ValueError(f"{how} has no effect on task=train; drop it")
+        return "has no effect on task=train; drop it"
     if engine.name == NATIVE and config.parallel.shard_weights:
-        raise ValueError(
-            f"{how} uses a block's weights apart from the block, and parallel.shard_weights=true deals them; use "
+        return (
+            "uses a block's weights apart from the block, and parallel.shard_weights=true deals them; use "
             "engine.optimize=none, or drop parallel.shard_weights"
         )
     if config.parallel.pipe > 1:
-        raise ValueError(
-            f"{how} computes for all blocks at once, and parallel.pipe={config.parallel.pipe} deals them; use "
+        return (
+            f"computes for all blocks at once, and parallel.pipe={config.parallel.pipe} deals them; use "
             "engine.optimize=none, or drop parallel.pipe"
         )
     if engine.name in (CACHE_DIT, SGLANG) or (engine.name != NATIVE and engine.optimize is Optimize.eager):
-        raise ValueError(f"{how} does not go with engine={engine.name}; use engine=native, or engine.optimize=none")
-    if engine.name != NATIVE and engine.eager != EagerConfig():
-        warnings.warn(f"engine.eager has no effect with engine={engine.name}", stacklevel=2)
+        return f"does not go with engine={engine.name}; use engine=native, or engine.optimize=none"
+    return None

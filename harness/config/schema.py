@@ -311,7 +311,7 @@ class EngineConfig:
 
     name: str = "native"  # or diffusers: the checkpoint's own pipeline there, one rank, measured by the same code;
     # cache_dit: that pipeline with its blocks cached; sglang: that pipeline with SGLang-Diffusion's network and loop
-    optimize: Optimize = Optimize.auto  # eager where it works; else none, eager, compile (peers: none, compile)
+    optimize: Optimize = Optimize.auto  # eager where it works; none, eager, compile (of diffusers: none, compile)
     eager: EagerConfig = field(default_factory=EagerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     cache: BlockCacheConfig = field(default_factory=BlockCacheConfig)

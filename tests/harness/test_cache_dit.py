@@ -1,6 +1,5 @@
 """engine=cache_dit: diffusers' pictures but for the blocks that it skips, and evaluations cut short counted as none."""
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,11 @@ from harness.peer.cache import Skips
 from harness.records import Record
 from tests.harness.test_peer import generator
 from tests.models.checkpoints import CASES, PROMPTS, overrides_of
-
-FIND = importlib.util.find_spec
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
-    """cache-dit is installed, or is not."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: found if name == "cache_dit" else FIND(name))
+from tests.packages import pretend
 
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, None)
+    pretend(monkeypatch, "cache_dit", None)
     with pytest.raises(ConfigError, match=r"^engine=cache_dit needs the package cache-dit: pip install 'triptych\[cac"):
         compose_run(["engine=cache_dit"])
 
@@ -45,13 +38,13 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
     ids=str,
 )
 def test_what_it_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str) -> None:
-    pretend(monkeypatch, object())
+    pretend(monkeypatch, "cache_dit", object())
     with pytest.raises(ConfigError, match=message):
         compose_run(["engine=cache_dit", *overrides])
 
 
 def test_it_is_declared_approximate(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, object())
+    pretend(monkeypatch, "cache_dit", object())
     claimed, methods = method_class(compose_run(["engine=cache_dit"]).config)
     assert (claimed, "cache-dit" in methods) == ("approximate", True)
 

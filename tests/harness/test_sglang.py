@@ -21,19 +21,15 @@ from harness.serving.build import source_of
 from models.files import CheckpointError
 from tests.harness.test_peer import generator
 from tests.models.checkpoints import CASES, PROMPTS, overrides_of
+from tests.packages import pretend
 
 FIND = importlib.util.find_spec
 BOUND = 1e-4  # relative L2 of latents in float32
 FAMILIES = ["flux", "flux_schnell", "sd3", "sd35_medium", "z_image"]
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
-    """SGLang is installed, or is not."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: found if name == "sglang" else FIND(name))
-
-
 def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, None)
+    pretend(monkeypatch, "sglang", None)
     with pytest.raises(ConfigError, match=r"^engine=sglang needs the package sglang: pip install --no-deps sglang"):
         compose_run(["engine=sglang"])
 
@@ -54,14 +50,14 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
     ids=str,
 )
 def test_what_it_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str) -> None:
-    pretend(monkeypatch, object())
+    pretend(monkeypatch, "sglang", object())
     with pytest.raises(ConfigError, match=message):
         compose_run(["engine=sglang", "model.load=dummy", *overrides])
 
 
 @pytest.mark.parametrize(("dtype", "claimed"), [("float32", "fp_equivalent"), ("bfloat16", "approximate")])
 def test_it_claims_what_a_peer_claims(monkeypatch: pytest.MonkeyPatch, dtype: str, claimed: str) -> None:
-    pretend(monkeypatch, object())
+    pretend(monkeypatch, "sglang", object())
     config = compose_run(["engine=sglang", "model=flux_160m", f"model.dtype={dtype}"]).config
     assert method_class(config)[0] == claimed
 

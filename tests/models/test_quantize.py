@@ -3,7 +3,6 @@ the rest of the network as it was; refused where it cannot be, before torchao is
 """
 
 import copy
-import importlib.util
 
 import pytest
 import torch
@@ -22,19 +21,14 @@ from models.registry import REFERENCE
 from models.source import Source
 from tests.harness.test_peer import generator
 from tests.models.parity import rel_l2
+from tests.packages import pretend
 
-FIND = importlib.util.find_spec
 STEPS = 255  # from the negative of a row's largest magnitude to it
 SLACK = 1 + 1e-4  # of half a step: float32 rounds up to 127.5 steps in four operations, 4 x 127.5 x 2^-24 of a step
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
-    """torchao is installed, or is not."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: found if name == "torchao" else FIND(name))
-
-
 def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, None)
+    pretend(monkeypatch, "torchao", None)
     with pytest.raises(ConfigError, match=r"^model.quantize=fp8 needs the package torchao: pip install 'trip"):
         compose_run(["model.quantize=fp8"])
 
@@ -55,13 +49,13 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
 def test_what_it_does_not_go_with_is_refused(
     monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
 ) -> None:
-    pretend(monkeypatch, object())
+    pretend(monkeypatch, "torchao", object())
     with pytest.raises(ConfigError, match=message):
         compose_run(["model.quantize=int8_dynamic", *overrides])
 
 
 def test_it_is_declared_approximate_and_its_reference_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, object())
+    pretend(monkeypatch, "torchao", object())
     row = compose_run(["model.quantize=int8_weight_only", "parallel=ulysses2"]).config
     claimed, methods = method_class(row)
     assert (claimed, "8-bit linears" in methods) == ("approximate", True)
