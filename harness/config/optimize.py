@@ -24,7 +24,7 @@ class EagerConfig:
     modulation: bool = True  # what depends on time and vectors alone, once a request for all evaluations
     text: bool = True  # what depends on the text alone, keys and values of cross-attention too, once a request
     fused_projections: bool = True  # queries, keys and values of a stream by one linear
-    prepack: bool = True  # on the CPU, not compiled: weights in oneDNN's own order, the GELU in the product
+    prepack: bool = True  # bfloat16 on the CPU, not compiled: weights in oneDNN's own order, the GELU in the product
     channels_last: bool = True  # the decoder's convolutions with their channels innermost
 
 

@@ -15,6 +15,7 @@ from harness.fidelity import method_class, reference_config
 from harness.inprocess import InprocessEngine
 from harness.messages import Array, GenerationRequest, RankOutcome, array, decode
 from harness.optimize.ahead import Ahead, Columns
+from harness.optimize.apply import packs
 from harness.optimize.compiled import blocks_of
 from harness.optimize.decoder import channels_last
 from harness.optimize.fuse import fuse_projections
@@ -133,6 +134,13 @@ def test_packed_linears_are_the_plain_ones(name: str, dtype: torch.dtype) -> Non
             assert rel_l2(mine, theirs) < BOUND
         else:
             assert rel_l2(mine, truth) < 1.2 * rel_l2(theirs, truth)
+
+
+def test_packs_where_packed_linears_are_the_faster_ones() -> None:
+    cpu, supported = torch.device("cpu"), torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert packs(cpu, torch.bfloat16) == supported
+    assert not packs(cpu, torch.float32)
+    assert not packs(torch.device("cuda"), torch.bfloat16)
 
 
 def test_a_request_is_drawn_like_without() -> None:
