@@ -8,7 +8,6 @@ outlive a fork; where there is one, ranks start by exec, as under any torchrun.
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import sys
 import threading
@@ -17,11 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harness import rank
-from harness.config.schema import RunConfig
 from harness.config.written import from_yaml
 from harness.environment import OWNER
-from harness.peer.table import NATIVE, PEERS
-from models.registry import ARCHITECTURES
+from harness.imports import import_parts
 
 POLL_S = 0.2
 
@@ -36,8 +33,7 @@ def main() -> None:
     start = [flag, name]
     if not torch.accelerator.is_available():
         with ended_with(int(os.environ[OWNER])):
-            for module in imports(from_yaml((Path(folder) / "config.yaml").read_text())):
-                importlib.import_module(module)
+            import_parts(from_yaml((Path(folder) / "config.yaml").read_text()))
         gc.freeze()  # so that no rank's collector touches, and so copies, what they share
         start = ["--start-method", "fork", "--run-path", rank.__file__]
     gc.enable()
@@ -63,13 +59,6 @@ def ended_with(owner: int) -> Iterator[None]:
     finally:
         done.set()
         thread.join()  # nothing but this thread may be there when ranks are forked
-
-
-def imports(config: RunConfig) -> list[str]:
-    """The modules that a rank of this configuration imports, with all that they import."""
-    architecture = config.model.architecture
-    peer = [] if config.engine.name == NATIVE else [PEERS[architecture].module]
-    return ["harness.serving.build", "harness.serving.steps", ARCHITECTURES[architecture].module, *peer]
 
 
 if __name__ == "__main__":

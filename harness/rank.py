@@ -21,6 +21,7 @@ import msgspec
 from harness.config.schema import RunConfig, Task
 from harness.config.written import ConfigError, from_yaml
 from harness.environment import OWNER, SOCKETS, threads_per_rank
+from harness.imports import import_parts
 from harness.launch import RankError
 from harness.messages import EngineInfo, LoadedComponent
 from harness.parallel.mesh import Place, degrees
@@ -118,6 +119,7 @@ def check_ranks(layout: int, started: int) -> None:
 
 
 def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
+    import_parts(config)
     import torch.distributed as dist
     import zmq
 

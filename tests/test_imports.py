@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.agent import imports
 from harness.config.schema import ModelConfig, RunConfig
+from harness.imports import parts_of
 from harness.peer.table import PEERS
 from models.registry import ARCHITECTURES
 
@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "harness.optimized",
         "harness.quantized",
         "harness.agent",
+        "harness.imports",
         "harness.rank",
         "harness.inprocess",
         "harness.pool",
@@ -142,8 +143,8 @@ def test_ranks_start_without_what_clients_need() -> None:
     """Over all of our modules that a rank of any architecture or engine imports, agents' own among them."""
     sources = {module_of(path): path for path in FILES}
     configs = [RunConfig(model=ModelConfig(architecture=name)) for name in ARCHITECTURES]
-    wanted = ["harness.agent", "harness.rank", *(name for config in configs for name in imports(config))]
-    wanted += [row.module for row in PEERS.values()]
+    wanted = ["harness.agent", "harness.rank", *(name for config in configs for name in parts_of(config))]
+    wanted += ["harness.peer.build", "harness.parallel.vae", *(row.module for row in PEERS.values())]
     seen: set[str] = set()
     while wanted:
         name = wanted.pop()
@@ -154,6 +155,27 @@ def test_ranks_start_without_what_clients_need() -> None:
             assert found.split(".")[0] not in NEVER_BY_RANKS, f"{sources[name]} imports {found}"
             wanted += [found, found.rpartition(".")[0]]
     assert {"harness.serving.build", "models.flux.network", "harness.peer.families.sd"} <= seen
+
+
+def test_native_ranks_import_the_modules_of_diffusers_that_they_need() -> None:
+    """And whoever wants the packages later has them, with the same classes in them."""
+    code = """
+import sys
+from harness.config.schema import ModelConfig, RunConfig
+from harness.imports import import_parts
+from models.registry import ARCHITECTURES
+for name in ARCHITECTURES:
+    import_parts(RunConfig(model=ModelConfig(architecture=name)))
+print(*[name for name in sys.modules if name.startswith("diffusers.models.transformers.")])
+from models.decoders import AutoencoderKL
+import diffusers
+from diffusers.models.transformers import FluxTransformer2DModel
+assert diffusers.AutoencoderKL is AutoencoderKL
+assert diffusers.FluxTransformer2DModel is FluxTransformer2DModel
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) < 5, done.stdout
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

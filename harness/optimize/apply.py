@@ -10,7 +10,7 @@ from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
 from harness.optimize.ahead import Ahead
 from harness.optimize.compiled import blocks_of, compile_forwards
-from harness.optimize.decoder import channels_last
+from harness.optimize.decoder import channels_last, winograd
 from harness.optimize.fuse import fuse_projections
 from harness.optimize.prepack import prepack
 from models.components import Components
@@ -24,7 +24,9 @@ class Optimized:
     notes: tuple[str, ...] = ()
 
 
-def optimize(parts: Components, engine: EngineConfig, device: torch.device, dtype: torch.dtype) -> Optimized:
+def optimize(
+    parts: Components, engine: EngineConfig, device: torch.device, dtype: torch.dtype, dealt: bool = False
+) -> Optimized:
     """Does to loaded parts, in place, what is configured and what the device has use for.
 
     Args:
@@ -32,6 +34,7 @@ def optimize(parts: Components, engine: EngineConfig, device: torch.device, dtyp
         engine: what is configured.
         device: where they compute.
         dtype: of the network.
+        dealt: whether the decoder's convolutions will be dealt over ranks, which takes them as they are.
     """
     if engine.optimize is Optimize.none:
         return Optimized()
@@ -51,6 +54,8 @@ def optimize(parts: Components, engine: EngineConfig, device: torch.device, dtyp
         done.append("prepacked linears")
     if eager.channels_last and _lays_out(device) and channels_last(parts.decoder):
         done.append("channels-last decoder")
+    if eager.winograd and device.type == "cpu" and not dealt and winograd(parts.decoder):
+        done.append("Winograd decoder")
     return Optimized(ahead, (f"engine.optimize={engine.optimize.name}: {', '.join(done) or 'nothing here'}",))
 
 

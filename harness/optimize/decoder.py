@@ -1,11 +1,21 @@
-"""A picture's decoder with the channels of its convolutions innermost, which is how oneDNN and cuDNN compute them."""
+"""A picture's decoder with the channels of its convolutions innermost, which is how oneDNN and cuDNN compute them, and
+with fewer products in them.
+"""
 
 from __future__ import annotations
 
-import torch
+from typing import TypeGuard
 
+import torch
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from harness.optimize.winograd import WinogradConv2d
 from models.components import Decoder
 from models.decoders import KLDecoder
+
+LEAST_CHANNELS = 128
+"""Of fewer, the transforms cost what the products save."""
 
 
 def channels_last(decoder: Decoder) -> bool:
@@ -14,3 +24,37 @@ def channels_last(decoder: Decoder) -> bool:
         return False
     decoder.vae.to(memory_format=torch.channels_last)
     return True
+
+
+def winograd(decoder: Decoder) -> bool:
+    """Puts Winograd's convolutions in the place of a decoder's wide ones, and of the upsamplings before them.
+
+    Returns:
+        Whether there were any; there are none outside float32, in which alone they are as accurate.
+    """
+    if not isinstance(decoder, KLDecoder) or decoder.vae.dtype is not torch.float32:
+        return False
+    return _replace(decoder.vae.decoder) > 0
+
+
+def _replace(module: nn.Module) -> int:
+    """In place; how many."""
+    count = 0
+    for name, child in module.named_children():
+        if isinstance(child, Upsample2D) and child.interpolate and child.norm is None and _is_wide(child.conv):
+            setattr(module, name, WinogradConv2d(child.conv, upsampled=True))
+        elif _is_wide(child):
+            setattr(module, name, WinogradConv2d(child))
+        else:
+            count += _replace(child)
+            continue
+        count += 1
+    return count
+
+
+def _is_wide(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a plain convolution of 3 x 3 with many channels."""
+    if not isinstance(conv, nn.Conv2d) or min(conv.in_channels, conv.out_channels) < LEAST_CHANNELS:
+        return False
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")

@@ -28,8 +28,6 @@ from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from harness.parallel.shard import shard_weights
 from harness.parallel.stale import Stale
-from harness.parallel.vae import parallel_decoder
-from harness.peer.build import native_facts, peer_stages
 from harness.peer.table import DIFFUSERS, NATIVE, SGLANG, peer_attention
 from harness.pipeline.caches import cached_network, guidance_when
 from harness.pipeline.checkpoint import COMPONENTS, locate
@@ -49,7 +47,7 @@ from harness.pipeline.validate import InputValidation, Limits
 from harness.serving.worker import Worker
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
-from models.components import ComponentLoader, Components
+from models.components import ComponentLoader, Components, Decoder
 from models.parts import Cut
 from models.quantize import quantize
 from models.registry import ARCHITECTURES, resolve_backend
@@ -228,7 +226,7 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     if model.quantize is not Quantize.none:
         quantize(parts.network, parts.plan, model.quantize.name, source)
     dtype = source.dtype_of(source.denoiser)
-    made = optimize(parts, config.engine, source.device, dtype)
+    made = optimize(parts, config.engine, source.device, dtype, dealt=axes.picture.size > 1)
     state = SequenceState()
     gated = cached_network(config.cache, parts.network, parts.plan, axes.picture, state)  # before what hooks its blocks
     stale = deal(parts, axes, backend, config.parallel, state)
@@ -239,7 +237,7 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     network = parts.network if gated is None else gated
     savings = Savings(made.ahead, guidance_when(config.cache), gated is not None, stale, made.notes)
     denoising = Denoising(network, dtype, noise_scheduler, parts.guidance, axes.cfg, savings)
-    decoding = Decoding(parallel_decoder(parts.decoder, axes.picture, config.parallel.decode))
+    decoding = Decoding(decoder_of(parts, axes, config.parallel))
 
     def homed(stage: Stage, part: object) -> Stage:
         return Offloaded(stage, networks_in(part), source.device) if model.offload else stage
@@ -252,6 +250,19 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
         homed(decoding, parts.decoder),
     ]
     return ComposedPipeline(InputValidation(limits_of(config, parts), noise_scheduler), stages, SyncExecutor()), axes
+
+
+def decoder_of(parts: Components, axes: Axes, layout: ParallelConfig) -> Decoder:
+    """The decoder as it is, or dealt over the ranks of a picture.
+
+    Raises:
+        ValueError: frames of a decoder of pictures.
+    """
+    if axes.picture.size == 1:
+        return parts.decoder
+    from harness.parallel.vae import parallel_decoder  # brings every autoencoder that can be dealt
+
+    return parallel_decoder(parts.decoder, axes.picture, layout.decode)
 
 
 def away(config: RunConfig, source: Source) -> list[str]:
@@ -274,6 +285,8 @@ def peer_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:
         CheckpointError: weights that are missing, broken or do not fit.
         ValueError: settings that do not go together.
     """
+    from harness.peer.build import native_facts, peer_stages  # brings diffusers' pipelines
+
     parts = native_facts(config.model.architecture, source)
     check_multiple(config.model, parts)
     noise_scheduler, limits = noise_scheduler_of(config, source, parts), limits_of(config, parts)

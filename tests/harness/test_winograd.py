@@ -1,0 +1,76 @@
+"""Winograd's convolutions against direct ones, alone and in a decoder."""
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harness.optimize import winograd as module
+from harness.optimize.decoder import winograd
+from harness.optimize.winograd import WinogradConv2d
+from models.decoders import KLDecoder
+from tests.models.parity import randomize, rel_l2
+
+SIZES = [(8, 8), (7, 12), (16, 5), (1, 1), (33, 2)]
+
+
+def direct(conv: nn.Conv2d, x_BCHW: Tensor, upsampled: bool) -> Tensor:
+    if upsampled:
+        x_BCHW = F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
+    return F.conv2d(
+        x_BCHW, conv.weight.to(x_BCHW.dtype), None if conv.bias is None else conv.bias.to(x_BCHW.dtype), padding=1
+    )
+
+
+@pytest.mark.parametrize("band_bytes", [1, 40_000, 8 << 20], ids=["a row", "some rows", "all rows"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("upsampled", [False, True])
+def test_is_a_convolution(upsampled: bool, bias: bool, band_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64 to rounding, in float32 no further from it than a direct one is, and a picture alone as in a batch."""
+    monkeypatch.setattr(module, "BAND_BYTES", band_bytes)
+    for height, width in SIZES:
+        conv = nn.Conv2d(24, 10, 3, padding=1, bias=bias).double()
+        x_BCHW = torch.randn(2, 24, height, width, dtype=torch.float64)
+        wanted = direct(conv, x_BCHW, upsampled)
+        with torch.inference_mode():
+            found = WinogradConv2d(conv, upsampled)(x_BCHW)
+            assert found.stride(1) == 1, "the channels are innermost"
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
+            low, x_low = conv.float(), x_BCHW.float()
+            mine = WinogradConv2d(low, upsampled)(x_low)
+            assert rel_l2(mine.double(), wanted) < 2 * rel_l2(direct(low, x_low, upsampled).double(), wanted) + 1e-7
+            assert torch.equal(WinogradConv2d(low, upsampled)(x_low[1:]), mine[1:])
+
+
+def wide() -> KLDecoder:
+    vae = AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(32, 128, 192),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+    ).eval()
+    randomize(vae)
+    return KLDecoder(vae)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_decoder_decodes_the_same_with_fewer_products(onednn: bool) -> None:
+    decoder, latent = wide(), torch.randn(2, 4, 5, 6)
+    with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=onednn):
+        plain = decoder(latent)
+        assert plain.std() > 0.01
+        assert winograd(decoder)
+        made = [child for child in decoder.vae.decoder.modules() if isinstance(child, WinogradConv2d)]
+        assert [conv.upsampled for conv in made].count(True) == 2
+        assert len(made) == 14  # 4 in the middle, 5 in each of the wide up blocks, none in the narrow one
+        torch.testing.assert_close(decoder(latent), plain, rtol=0, atol=1e-5)
+    assert not winograd(decoder), "nothing is left to replace"
+
+
+def test_a_decoder_outside_float32_keeps_its_convolutions() -> None:
+    decoder = wide()
+    decoder.vae.to(torch.bfloat16)
+    assert not winograd(decoder)
