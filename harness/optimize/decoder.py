@@ -16,6 +16,8 @@ from models.decoders import KLDecoder
 
 LEAST_CHANNELS = 128
 """Of fewer, the transforms cost what the products save."""
+MOST_IN_LARGE_TILES = 256 * 512
+"""Pairs of channels: more are too many weights to have four times, and are found where a picture is small."""
 
 
 def channels_last(decoder: Decoder) -> bool:
@@ -42,9 +44,10 @@ def _replace(module: nn.Module) -> int:
     count = 0
     for name, child in module.named_children():
         if isinstance(child, Upsample2D) and child.interpolate and child.norm is None and _is_wide(child.conv):
-            setattr(module, name, WinogradConv2d(child.conv, upsampled=True))
+            setattr(module, name, WinogradConv2d(child.conv, step=1))
         elif _is_wide(child):
-            setattr(module, name, WinogradConv2d(child))
+            large = child.in_channels * child.out_channels <= MOST_IN_LARGE_TILES
+            setattr(module, name, WinogradConv2d(child, step=4 if large else 2))
         else:
             count += _replace(child)
             continue
