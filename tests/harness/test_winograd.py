@@ -74,3 +74,19 @@ def test_a_decoder_outside_float32_keeps_its_convolutions() -> None:
     decoder = wide()
     decoder.vae.to(torch.bfloat16)
     assert not winograd(decoder)
+
+
+@pytest.mark.slow
+def test_a_published_decoder_is_no_further_from_float64_than_direct_convolutions_of_onednn() -> None:
+    """Stable Diffusion's VAE, weights as they are drawn, 64 px."""
+    sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    decoder, latent = KLDecoder(AutoencoderKL(**sizes, **blocks).eval()), torch.randn(1, 4, 8, 8)
+    with torch.inference_mode():
+        direct = decoder.vae.decode(latent)[0].double()
+        exact = decoder.vae.double().decode(latent.double())[0]
+        decoder.vae.float()
+        assert winograd(decoder)
+        mine = decoder.vae.decode(latent)[0].double()
+    print(f"relative L2: {rel_l2(mine, exact):.1e}, direct {rel_l2(direct, exact):.1e}")
+    assert rel_l2(mine, exact) <= rel_l2(direct, exact)
