@@ -18,9 +18,7 @@ SIZES = [(8, 8), (7, 12), (16, 5), (1, 1), (33, 2)]
 def direct(conv: nn.Conv2d, x_BCHW: Tensor, upsampled: bool) -> Tensor:
     if upsampled:
         x_BCHW = F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
-    return F.conv2d(
-        x_BCHW, conv.weight.to(x_BCHW.dtype), None if conv.bias is None else conv.bias.to(x_BCHW.dtype), padding=1
-    )
+    return F.conv2d(x_BCHW, conv.weight, conv.bias, padding=1)
 
 
 @pytest.mark.parametrize("band_bytes", [1, 40_000, 8 << 20], ids=["a row", "some rows", "all rows"])
