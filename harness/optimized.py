@@ -30,6 +30,11 @@ def resolve_optimize(config: RunConfig) -> None:
         warnings.warn(f"engine.compile has no effect with {how}", stacklevel=2)
     if (refusal := _refusal(config)) is not None:
         raise ValueError(f"{how} {refusal}")
+    if engine.name == NATIVE and engine.compile.cuda_graphs:
+        raise ValueError(
+            "engine.compile.cuda_graphs=true is of engine=diffusers; the native network is in CUDA graphs with "
+            "engine.eager.cuda_graphs=true, the default; drop it"
+        )
     if engine.optimize is not Optimize.none and engine.name != NATIVE and engine.eager != EagerConfig():
         warnings.warn(f"engine.eager has no effect with engine={engine.name}", stacklevel=2)
 

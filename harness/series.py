@@ -15,6 +15,7 @@ from harness.config.schema import Task
 from harness.config.written import to_dict
 from harness.messages import Array, EngineInfo, GenerationResult, Latents
 from harness.messages import Progress as StepProgress
+from harness.peer.table import NATIVE
 from harness.records import Record, Repeat, RunFolder, SampleRow, fingerprint
 from harness.results import measured
 
@@ -56,23 +57,29 @@ class Series:
 
     def warm_up(self) -> None:
         """Draws as often as the configuration warms up; the times are kept apart. A bench counts the operations of the
-        first, which runs uncompiled for it (harness.metrics.flops): where blocks are compiled it draws once more.
+        first, which runs uncompiled for it (harness.metrics.flops): where those after it prepare something, it draws
+        more.
 
         Raises:
             RequestFailed: the engine's typed answer.
             EngineGone: a rank died.
         """
         task = self.generator.config.task
-        for number in range(task.warmup + self._compiles()):
+        for number in range(task.warmup + self._preparing()):
             counts = number == 0 and task.name is Task.bench
             drawn = self._draw("warming up", counts)
             self._warmup_ms.append(drawn.client_ms)
             self._counted = drawn.result if counts else self._counted
 
-    def _compiles(self) -> bool:
-        """Whether the first draw after the counted one compiles."""
-        config = self.generator.config
-        return config.task.warmup > 0 and config.task.name is Task.bench and config.engine.optimize is Optimize.compile
+    def _preparing(self) -> int:
+        """Draws after the counted one that compile blocks, or run what is recorded next (harness.optimize.graphs)."""
+        config, engine = self.generator.config, self.generator.config.engine
+        if config.task.warmup == 0 or config.task.name is not Task.bench or engine.optimize is Optimize.none:
+            return 0
+        device = self.generator.info.device if self.generator.info else ""
+        if engine.name == NATIVE and engine.eager.cuda_graphs and device.startswith("cuda"):
+            return 2
+        return int(engine.optimize is Optimize.compile)
 
     def repeat(self) -> None:
         """Draws once, measured.

@@ -154,6 +154,8 @@ class Components:
         even_sigmas: the published pipeline hands its noise scheduler sigmas from 1 to 1 / n, in place of the
             scheduler's own (FLUX, Qwen-Image and Z-Image do).
         max_side: pixels at which the network's positions end; None where they do not.
+        recordable: an evaluation of sizes that came before reads nothing of the CPU's memory, so that what it does on
+            a GPU can be recorded and replayed.
     """
 
     network: nn.Module
@@ -168,6 +170,7 @@ class Components:
     learned_variance: bool = False
     even_sigmas: bool = False
     max_side: int | None = None
+    recordable: bool = True
 
 
 class Denoiser(Protocol):

@@ -8,7 +8,8 @@ plans name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from typing import ParamSpec
 
@@ -39,6 +40,9 @@ def timestep_embedding(
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+_holders: list[list[Tensor]] = []
+
+
 def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Remembers the last results of a pure function of sizes (a table of positions), for it is asked at every step.
 
@@ -48,9 +52,23 @@ def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @wraps(make)
     def ask(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        return remembered(*args, **kwargs)
+        found = remembered(*args, **kwargs)
+        for holder in _holders:
+            holder.append(found)
+        return found
 
     return ask
+
+
+@contextmanager
+def holding() -> Iterator[list[Tensor]]:
+    """Collects what `kept` functions hand out meanwhile, for who reads it longer than they remember it."""
+    holder: list[Tensor] = []
+    _holders.append(holder)
+    try:
+        yield holder
+    finally:
+        _holders.remove(holder)
 
 
 def sincos_table_2d(height: int, width: int, channels: int, base: int, scale: float = 1.0) -> Tensor:
@@ -74,8 +92,12 @@ def sincos_table_2d(height: int, width: int, channels: int, base: int, scale: fl
     return torch.cat([of_column, of_row], dim=-1).reshape(height * width, channels)
 
 
-sincos_positions_2d = kept(sincos_table_2d)
-"""The same table, remembered."""
+@kept
+def sincos_positions_2d(
+    height: int, width: int, channels: int, base: int, scale: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The same table where it is added, remembered."""
+    return sincos_table_2d(height, width, channels, base, scale).to(device, dtype)
 
 
 def rotary_angles(places_L: Tensor, channels: int, theta: float) -> Tensor:

@@ -26,6 +26,7 @@ class EagerConfig:
     fused_projections: bool = True  # queries, keys and values of a stream by one linear
     prepack: bool = True  # bfloat16 on the CPU, not compiled: weights in oneDNN's own order, the GELU in the product
     channels_last: bool = True  # the decoder's convolutions with their channels innermost
+    cuda_graphs: bool = True  # on a GPU: an evaluation of a network that one rank has whole is recorded and replayed
     winograd: bool = True  # float32 on the CPU: the decoder's wide convolutions with 4 products a pixel, not 9
 
 
@@ -34,4 +35,4 @@ class CompileConfig:
     """`engine.compile`: how optimize=compile compiles the blocks (torch.compile)."""
 
     freezing: bool = False  # on the CPU: weights are constants of the graph, which inductor packs; a graph a block
-    cuda_graphs: bool = False  # on CUDA: mode=reduce-overhead
+    cuda_graphs: bool = False  # of diffusers' network, on a GPU: mode=reduce-overhead

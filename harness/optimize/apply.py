@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
@@ -12,20 +13,27 @@ from harness.optimize.ahead import Ahead
 from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.decoder import channels_last, winograd
 from harness.optimize.fuse import fuse_projections
+from harness.optimize.graphs import Graphs
 from harness.optimize.prepack import prepack
 from models.components import Components
 
 
 @dataclass(frozen=True)
 class Optimized:
-    """What computes beforehand, and the notes for the record."""
+    """What computes beforehand, the network as it is to be evaluated, and the notes for the record."""
 
+    network: nn.Module
     ahead: Ahead | None = None
     notes: tuple[str, ...] = ()
 
 
 def optimize(
-    parts: Components, engine: EngineConfig, device: torch.device, dtype: torch.dtype, dealt: bool = False
+    parts: Components,
+    engine: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    dealt: bool = False,
+    stays: bool = True,
 ) -> Optimized:
     """Does to loaded parts, in place, what is configured and what the device has use for.
 
@@ -35,9 +43,10 @@ def optimize(
         device: where they compute.
         dtype: of the network.
         dealt: whether the decoder's convolutions will be dealt over ranks, which takes them as they are.
+        stays: whether all of the network will stay on the device, and compute alone whatever it is handed.
     """
     if engine.optimize is Optimize.none:
-        return Optimized()
+        return Optimized(parts.network)
     eager, done, ahead = engine.eager, [], None
     if parts.ahead is not None and (eager.modulation or eager.text):
         text = eager.text and parts.ahead.text
@@ -56,7 +65,11 @@ def optimize(
         done.append("channels-last decoder")
     if eager.winograd and device.type == "cpu" and not dealt and winograd(parts.decoder):
         done.append("Winograd decoder")
-    return Optimized(ahead, (f"engine.optimize={engine.optimize.name}: {', '.join(done) or 'nothing here'}",))
+    network = parts.network
+    if eager.cuda_graphs and device.type == "cuda" and stays and parts.recordable:
+        network = Graphs(network)
+        done.append("CUDA graphs")
+    return Optimized(network, ahead, (f"engine.optimize={engine.optimize.name}: {', '.join(done) or 'nothing here'}",))
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from harness.config.cache import OF_BLOCKS
 from harness.config.schema import DType, Load, ModelConfig, ParallelConfig, Quantize, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.messages import GenerationRequest, LoadedComponent
@@ -226,7 +227,9 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     if model.quantize is not Quantize.none:
         quantize(parts.network, parts.plan, model.quantize.name, source)
     dtype = source.dtype_of(source.denoiser)
-    made = optimize(parts, config.engine, source.device, dtype, dealt=axes.picture.size > 1)
+    caches = config.cache.name in OF_BLOCKS
+    stays = axes.tp.size == axes.tokens.size == 1 and not (caches or config.parallel.shard_weights or model.offload)
+    made = optimize(parts, config.engine, source.device, dtype, dealt=axes.picture.size > 1, stays=stays)
     state = SequenceState()
     gated = cached_network(config.cache, parts.network, parts.plan, axes.picture, state)  # before what hooks its blocks
     stale = deal(parts, axes, backend, config.parallel, state)
@@ -234,7 +237,7 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
         shard_weights(parts.network, parts.plan, axes.weights, source.device)
     noise_scheduler = noise_scheduler_of(config, source, parts)
     text = TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
-    network = parts.network if gated is None else gated
+    network = made.network if gated is None else gated
     savings = Savings(made.ahead, guidance_when(config.cache), gated is not None, stale, made.notes)
     denoising = Denoising(network, dtype, noise_scheduler, parts.guidance, axes.cfg, savings)
     decoding = Decoding(decoder_of(parts, axes, config.parallel))

@@ -128,7 +128,7 @@ class DiT(nn.Module):
         height, width = (side // self.config.patch for side in latent_BCHW.shape[-2:])
         x_BLD = self.patch_embed(latent_BCHW).flatten(2).transpose(1, 2)
         base = self.config.sample_size // self.config.patch
-        x_BLD = x_BLD + sincos_positions_2d(height, width, self.config.width, base).to(x_BLD)
+        x_BLD = x_BLD + sincos_positions_2d(height, width, self.config.width, base, 1.0, x_BLD.dtype, x_BLD.device)
         time_BE = told_of(self, latent_BCHW, tau_B, condition)
         for block in self.blocks:
             x_BLD = block(x_BLD, time_BE, labels_B)

@@ -103,7 +103,7 @@ class SizeEmbedding(nn.Module):
 
     def forward(self, height: int, width: int, like: Tensor) -> Tensor:
         """(1, D) for a picture of height x width pixels, in `like`'s dtype and on its device."""
-        told = torch.tensor([height, width, height / width], dtype=torch.float32, device=like.device)
+        told = torch.cat([like.new_full((1,), x, dtype=torch.float32) for x in (height, width, height / width)])
         sides_2E, ratio_1E = timestep_embedding(told, TIME_CHANNELS).to(like.dtype).split([2, 1])
         sides_2F = self.side_out(F.silu(self.side_in(sides_2E)))
         ratio_1F = self.ratio_out(F.silu(self.ratio_in(ratio_1E)))
@@ -144,9 +144,9 @@ class PixArt(nn.Module):
         text_BSD, text_mask_BS = text_of(self, condition)
         height, width = (side // self.config.patch for side in latent_BCHW.shape[-2:])
         x_BLD = self.patch_embed(latent_BCHW).flatten(2).transpose(1, 2)
-        base = self.config.sample_size // self.config.patch
-        x_BLD = x_BLD + sincos_positions_2d(height, width, self.config.width, base, self.config.position_scale).to(
-            x_BLD
+        config, base = self.config, self.config.sample_size // self.config.patch
+        x_BLD = x_BLD + sincos_positions_2d(
+            height, width, config.width, base, config.position_scale, x_BLD.dtype, x_BLD.device
         )
         told_B7D = told_of(self, latent_BCHW, tau_B, condition)
         modulation_B6D, time_B1D = told_B7D.split([6, 1], dim=1)

@@ -5,8 +5,11 @@ Shapes: B batch, C channels, H and W rows and columns of the latent or, for pixe
 
 from __future__ import annotations
 
+import torch
+from diffusers.models.downsampling import FirDownsample2D
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.upsampling import FirUpsample2D
 from torch import Tensor, nn
 
 from models.components import Conditioning
@@ -58,7 +61,8 @@ class SizedUNet(nn.Module):
         if condition.pooled is None:
             raise ValueError("this network needs a pooled text vector, and its conditioning has none")
         height, width = (side * self.stride for side in latent_BCHW.shape[-2:])
-        sizes_B6 = tau_B.new_tensor([height, width, 0, 0, height, width]).expand(len(tau_B), -1)
+        told = (height, width, 0, 0, height, width)
+        sizes_B6 = torch.stack([tau_B.new_full((len(tau_B),), side) for side in told], dim=1)
         return self.unet(
             latent_BCHW,
             tau_B,
@@ -79,3 +83,8 @@ class UnconditionalUNet(nn.Module):
     def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
         """One evaluation (models.components.Denoiser); it reads nothing of the conditioning."""
         return self.unet(latent_BCHW, tau_B, return_dict=False)[0]
+
+
+def recordable(network: nn.Module) -> bool:
+    """Components.recordable of these networks: diffusers makes the filters of NCSN++ on the CPU in every forward."""
+    return not any(isinstance(module, FirDownsample2D | FirUpsample2D) for module in network.modules())

@@ -9,7 +9,7 @@ from torch import Tensor
 from models.attention import AttentionKernel, sdpa_attention
 from models.components import Components, GuidanceRule, LatentSpace
 from models.source import Source
-from models.unet.network import UnconditionalUNet
+from models.unet.network import UnconditionalUNet, recordable
 from models.unet.prompts import Unconditional, check_no_prompt
 from models.unet.weights import load_unconditional
 
@@ -54,4 +54,5 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         size_multiple=2 ** (len(config.block_out_channels) - 1),
         guidance=GuidanceRule(possible=False),
         check_prompt=check_no_prompt,
+        recordable=recordable(network),
     )

@@ -91,10 +91,13 @@ def info(connection: Connection) -> EngineInfo:
     return found
 
 
-def running(connection: Connection) -> None:
-    """Returns once the next message tells of a step."""
-    while not (isinstance(message := connection.receive()[0], Progress) and message.done > 0):
-        pass
+def running(connection: Connection, requests: int = 1) -> None:
+    """Returns once so many requests have told of a step."""
+    told: set[str] = set()
+    while len(told) < requests:
+        message, _ = connection.receive()
+        if isinstance(message, Progress) and message.done > 0:
+            told.add(message.request_id)
 
 
 def draw(engine: DiffusionGenerator, changes: dict[str, dict[str, object]]) -> dict[str, list[Array]]:
@@ -163,7 +166,7 @@ def test_a_full_queue_says_when_to_come_again_and_the_shortest_is_next(engine: D
     with connected(engine) as connection:
         for name in ("one", "two"):
             connection.send(request(engine, name, steps=40, prompts=["a", "b"], batch_size=2))
-        running(connection)
+        running(connection, requests=2)  # while the second waits, there is no room in the queue for all that follow
         for name, steps in (("farthest", 35), ("far", 30), ("near", 2), ("middle", 9)):
             connection.send(request(engine, name, steps=steps, prompts=["a", "b"], batch_size=2, guidance=1.0))
         connection.send(request(engine, "late"))
@@ -173,6 +176,7 @@ def test_a_full_queue_says_when_to_come_again_and_the_shortest_is_next(engine: D
     assert failure.kind == "busy"
     assert failure.retry_after_s is not None
     assert failure.retry_after_s >= 1
+    assert kinds(answered) == dict.fromkeys(answered, "ok") | {"late": "busy"}
     order = [name for name in answered if name not in ("one", "two", "late")]
     assert order == ["near", "middle", "far", "farthest"]
 

@@ -1,19 +1,16 @@
 """engine.optimize=compile: one graph a kind of block, and the plain network's numbers, at every size."""
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from harness.compose import compose_run
 from harness.config.optimize import CompileConfig
 from harness.metrics.flops import counted
 from harness.optimize.ahead import Ahead
 from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.fuse import fuse_projections
-from harness.series import Series
 from models.attention import sdpa_attention
 from tests.models.parity import rel_l2
 from tests.parallel.networks import TINY
@@ -93,18 +90,3 @@ def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(NotImplementedError, match=r"C\+\+ compiler"):
         compile_forwards([], CompileConfig(), CPU)
-
-
-@pytest.mark.parametrize(("how", "counted"), [("none", [True]), ("compile", [True, False])])
-def test_no_measured_draw_compiles(how: str, counted: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The counted warm-up runs uncompiled, so another one follows it."""
-    config, drawn = compose_run(["task=bench", f"engine.optimize={how}"]).config, []
-
-    def draw(description: str, counts: bool = False) -> SimpleNamespace:
-        drawn.append(counts)
-        return SimpleNamespace(client_ms=1.0, result=None)
-
-    series = Series(SimpleNamespace(config=config), SimpleNamespace())  # type: ignore[arg-type]
-    monkeypatch.setattr(series, "_draw", draw)
-    series.warm_up()
-    assert drawn == counted

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.attention import BACKENDS
 from models.components import Conditioning
 from models.files import CheckpointError
-from models.layers import sincos_positions_2d
+from models.layers import sincos_table_2d
 from models.pixart import NAMES, PixArt, PixArtConfig, load_denoiser, read_config
 from models.pixart.weights import PLAN, config_json
 from models.registry import REFERENCE
@@ -179,7 +179,7 @@ def test_large_checkpoints_scale_their_positions_unless_told(tmp_path: Path) -> 
         assert config.position_scale == scale
         theirs = PixArtTransformer2DModel.from_config(raw)
         base = config.sample_size // config.patch
-        ours = sincos_positions_2d(base, base, config.width, base, config.position_scale)
+        ours = sincos_table_2d(base, base, config.width, base, config.position_scale)
         torch.testing.assert_close(ours, theirs.pos_embed.pos_embed[0], rtol=0, atol=1e-6)
 
 

@@ -1,0 +1,275 @@
+"""An evaluation that is recorded and replayed gives what the plain network gives."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from harness.compose import ConfigError, compose_run
+from harness.config.optimize import Optimize
+from harness.config.schema import EngineConfig
+from harness.metrics.flops import counted
+from harness.metrics.profile import profiled
+from harness.optimize import apply
+from harness.optimize.ahead import Ahead
+from harness.optimize.apply import optimize
+from harness.optimize.graphs import KINDS, Graphs
+from harness.series import Series
+from models.attention import sdpa_attention
+from models.components import Components, Conditioning, LatentSpace
+from models.layers import holding, kept
+from models.unet.network import ConditionalUNet, SizedUNet, UnconditionalUNet, recordable
+from tests.harness.test_optimize import TAUS, ahead_plan
+from tests.models.parity import rel_l2
+from tests.models.test_unet import NCSNPP, PLAIN, POOLED, SIZED, SMALL, TEXT
+from tests.parallel.networks import TINY, Inputs
+
+
+class Again:
+    """In place of a graph: runs the same once more, and writes to where the output is."""
+
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self.run = run
+        self.output = run()
+
+    def replay(self) -> None:
+        self.output.copy_(self.run())
+
+
+class Counting(nn.Module):
+    """A network that does next to nothing, and how often it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        self.runs += 1
+        return latent @ latent.mT + tau_B[:, None, None]
+
+
+def moved(inputs: Inputs, device: str) -> Inputs:
+    latent, tau_B, condition = inputs
+    told = {f.name: getattr(condition, f.name) for f in fields(Conditioning)}
+    on_device = {name: None if x is None else x.to(device) for name, x in told.items()}
+    return latent.to(device), tau_B.to(device), Conditioning(**on_device)
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_a_replay_reads_what_it_is_handed(name: str) -> None:
+    """Told beforehand, at other times and of other latents; what was returned earlier stays as it was."""
+    latent, _, condition = TINY[name].inputs
+    plain, network = TINY[name].build(sdpa_attention), TINY[name].build(sdpa_attention)
+    request = Ahead(network, ahead_plan(name)).request(condition, TAUS)
+    graphs, found, expected = Graphs(network, Again), [], []
+    for n, tau in enumerate([*TAUS, TAUS[0]]):
+        fed, tau_B = latent * (1 + n), torch.full((len(latent),), tau)
+        found.append(graphs(fed, tau_B, request.at(fed, tau)))
+        expected.append(plain(fed, tau_B, condition))
+    assert all(rel_l2(mine, other) < 1e-5 for mine, other in zip(found, expected, strict=True))
+
+
+def test_a_kind_is_run_then_recorded_then_replayed() -> None:
+    network, made = Counting(), list[Again]()
+
+    def record(run: Callable[[], Tensor]) -> Again:
+        made.append(Again(run))
+        return made[-1]
+
+    graphs = Graphs(network, record)
+    for sizes, recorded in (([2, 2, 2], 1), ([3], 1), ([2, 3, 3], 2)):
+        for rows in sizes:
+            x, tau_B = torch.rand(rows, 4, 4), torch.rand(rows)
+            assert torch.equal(graphs(x, tau_B, Conditioning()), x @ x.mT + tau_B[:, None, None])
+        assert len(made) == recorded
+    graphs(x.double(), tau_B, Conditioning())
+    graphs(x, tau_B, Conditioning(scale=tau_B))
+    assert len(made) == 2  # of another dtype, and told something else
+
+
+def test_the_graphs_of_the_last_kinds_are_kept() -> None:
+    made: list[Again] = []
+
+    def record(run: Callable[[], Tensor]) -> Again:
+        made.append(Again(run))
+        return made[-1]
+
+    graphs = Graphs(Counting(), record)
+
+    def draw(side: int) -> None:
+        graphs(torch.rand(1, side, side), torch.rand(1), Conditioning())
+
+    for side in range(1, KINDS + 2):
+        draw(side), draw(side)
+    assert len(made) == KINDS + 1
+    draw(KINDS + 1)
+    draw(2)
+    assert len(made) == KINDS + 1
+    draw(1), draw(1)
+    assert len(made) == KINDS + 2
+
+
+@pytest.mark.parametrize("watch", [counted, profiled])
+def test_what_is_watched_is_run(watch: Any) -> None:
+    network = Counting()
+    graphs = Graphs(network, Again)
+    x, tau_B = torch.rand(2, 8, 8), torch.rand(2)
+    for _ in range(2):
+        graphs(x, tau_B, Conditioning())
+    runs, seen = network.runs, list[Any]()
+    with watch(seen.append):
+        graphs(x, tau_B, Conditioning())
+    assert network.runs == runs + 1
+    assert seen == [2 * 2 * 8**3] or any(row.name == "aten::bmm" for row in seen[0])
+
+
+def test_tables_live_as_long_as_what_reads_them() -> None:
+    table = kept(lambda side: torch.zeros(side))
+    with holding() as held:
+        first = table(1)
+        assert table(2) is table(2)
+    table(3)
+    assert [len(t) for t in held] == [1, 2, 2]
+    assert held[0] is first
+
+
+class OneDevice(TorchDispatchMode):
+    """Tells of operations that read or make a tensor elsewhere; one that waits for a value fails on `meta`."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.seen, self.elsewhere = 0, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.seen += 1
+        tensors = [x for x in tree_leaves((args, kwargs, made)) if isinstance(x, Tensor)]
+        self.elsewhere += [str(func) for x in tensors if x.device.type != self.device]
+        return made
+
+
+def stays(network: nn.Module, evaluate: Callable[[], Tensor]) -> bool:
+    """Whether an evaluation whose sizes came before stays on the device of its network."""
+    evaluate()
+    with OneDevice("meta") as watched:
+        evaluate()
+    assert watched.seen > 20
+    return not watched.elsewhere
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("name", list(TINY))
+def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, ahead: bool) -> None:
+    """What is recorded may not read the CPU's memory: every transformer here, told beforehand or not."""
+    latent, tau_B, condition = moved(TINY[name].inputs, "meta")
+    network = TINY[name].build(sdpa_attention).to("meta")
+    if ahead:
+        condition = Ahead(network, ahead_plan(name)).request(condition, TAUS).at(latent, TAUS[0])
+    assert stays(network, lambda: network(latent, tau_B, condition))
+
+
+UNETS = {
+    "sd": (ConditionalUNet(UNet2DConditionModel(**SMALL)), True),
+    "sdxl": (SizedUNet(UNet2DConditionModel(**SIZED), 8), True),
+    "ddpm": (UnconditionalUNet(UNet2DModel(**PLAIN)), True),
+    "ncsn++": (UnconditionalUNet(UNet2DModel(**NCSNPP)), False),
+}
+
+
+@pytest.mark.parametrize("name", list(UNETS))
+def test_a_unet_is_recordable_where_it_stays_on_its_device(name: str) -> None:
+    network, expected = UNETS[name]
+    network = network.to("meta")
+    latent = torch.empty(2, network.unet.config.in_channels, 16, 16, device="meta")
+    tau_B, states = torch.empty(2, device="meta"), torch.empty(2, 7, TEXT, device="meta")
+    condition = Conditioning(states=states, pooled=torch.empty(2, POOLED, device="meta"))
+    assert stays(network, lambda: network(latent, tau_B, condition)) is expected
+    assert recordable(network) is expected
+
+
+COMPONENTS = Components(Counting(), lambda: None, lambda x: x, LatentSpace(4, 8), 2)  # type: ignore[arg-type,return-value]
+CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("how", "parts", "device", "alone", "recorded"),
+    [
+        ("eager", COMPONENTS, CUDA, True, True),
+        ("none", COMPONENTS, CUDA, True, False),
+        ("eager", replace(COMPONENTS, recordable=False), CUDA, True, False),
+        ("eager", COMPONENTS, torch.device("cpu"), True, False),
+        ("eager", COMPONENTS, CUDA, False, False),
+    ],
+)
+def test_what_is_recorded(
+    how: str,
+    parts: Components,
+    device: torch.device,
+    alone: bool,
+    recorded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(apply, "Graphs", lambda network: Graphs(network, Again))
+    engine = EngineConfig(optimize=Optimize[how])
+    made = optimize(parts, engine, device, BF16, stays=alone)
+    assert isinstance(made.network, Graphs) is recorded
+    assert any("CUDA graphs" in note for note in made.notes) is recorded
+    engine.eager.cuda_graphs = False
+    assert optimize(parts, engine, device, BF16, stays=alone).network is parts.network
+
+
+def test_the_peers_graphs_are_not_the_native_ones() -> None:
+    asked = ["engine.optimize=compile", "engine.compile.cuda_graphs=true"]
+    compose_run(["task=bench", "engine=diffusers", *asked])
+    with pytest.raises(ConfigError, match=r"engine\.eager\.cuda_graphs=true"):
+        compose_run(["task=bench", *asked])
+
+
+@pytest.mark.parametrize(
+    ("how", "device", "draws"),
+    [("eager", "cuda:0", 3), ("none", "cuda:0", 1), ("compile", "cpu", 2), ("eager", "cpu", 1)],
+)
+def test_no_measured_draw_records(how: str, device: str, draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counted warm-up is not recorded, so one follows it that runs, and one that records."""
+    config, drawn = compose_run(["task=bench", f"engine.optimize={how}"]).config, list[bool]()
+
+    def draw(description: str, counts: bool = False) -> SimpleNamespace:
+        drawn.append(counts)
+        return SimpleNamespace(client_ms=1.0, result=None)
+
+    generator = SimpleNamespace(config=config, info=SimpleNamespace(device=device))
+    series = Series(generator, SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setattr(series, "_draw", draw)
+    series.warm_up()
+    assert drawn == [True, *[False] * (draws - 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(TINY))
+def test_a_graph_gives_the_plain_numbers(name: str, dtype: torch.dtype) -> None:
+    latent, _, condition = moved(TINY[name].inputs, "cuda")
+    plain, network = (TINY[name].build(sdpa_attention, dtype).cuda() for _ in range(2))
+    fed, condition = latent.to(dtype), condition.to(dtype)
+    request, beside = (Ahead(n, ahead_plan(name)).request(condition, TAUS) for n in (network, plain))
+    graphs = Graphs(network)
+    for n, tau in enumerate([*TAUS, TAUS[0]]):
+        x, tau_B = fed * (1 + n), torch.full((len(fed),), tau, device="cuda")
+        found, expected = graphs(x, tau_B, request.at(x, tau)), plain(x, tau_B, beside.at(x, tau))
+        assert rel_l2(found.float().cpu(), expected.float().cpu()) < 1e-5, tau
