@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TypeVar
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from models.checkpoint import fill
 from models.empty import build_empty
 from models.files import CheckpointError
+from models.layers import kept
 from models.names import NameMap
 from models.source import Source
 
@@ -45,10 +47,17 @@ class KLDecoder:
         config = self.vae.config
         z_BCHW = latent_BCHW / config.scaling_factor + (config.shift_factor or 0.0)
         if config.latents_mean is not None and config.latents_std is not None:
-            mean, std = (latent_BCHW.new_tensor(of)[:, None, None] for of in (config.latents_mean, config.latents_std))
+            device, dtype = latent_BCHW.device, latent_BCHW.dtype
+            mean, std = (of_channels(tuple(of), dtype, device) for of in (config.latents_mean, config.latents_std))
             z_BCHW = latent_BCHW * std / config.scaling_factor + mean
         pixels: Tensor = self.vae.decode(z_BCHW.to(self.vae.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+@kept
+def of_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One number a channel, (C, 1, 1)."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 def load_kl_decoder(source: Source) -> KLDecoder:

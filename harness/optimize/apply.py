@@ -13,18 +13,28 @@ from harness.optimize.ahead import Ahead
 from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.decoder import channels_last, winograd
 from harness.optimize.fuse import fuse_projections
-from harness.optimize.graphs import Graphs
+from harness.optimize.graphs import RecordedDecoder, RecordedNetwork, in_cuda_graphs
 from harness.optimize.prepack import prepack
-from models.components import Components
+from models.components import Components, Decoder
+from models.decoders import KLDecoder
 
 
 @dataclass(frozen=True)
 class Optimized:
-    """What computes beforehand, the network as it is to be evaluated, and the notes for the record."""
+    """Network and decoder as they are to be run, what computes beforehand, and the notes for the record."""
 
     network: nn.Module
+    decoder: Decoder
     ahead: Ahead | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Replayable:
+    """Which of them stay on the device, whole on this rank, and compute the same way whatever they are handed."""
+
+    network: bool = True
+    decoder: bool = True
 
 
 def optimize(
@@ -33,7 +43,7 @@ def optimize(
     device: torch.device,
     dtype: torch.dtype,
     dealt: bool = False,
-    stays: bool = True,
+    replayed: Replayable = Replayable(),
 ) -> Optimized:
     """Does to loaded parts, in place, what is configured and what the device has use for.
 
@@ -43,10 +53,10 @@ def optimize(
         device: where they compute.
         dtype: of the network.
         dealt: whether the decoder's convolutions will be dealt over ranks, which takes them as they are.
-        stays: whether all of the network will stay on the device, and compute alone whatever it is handed.
+        replayed: what may be.
     """
     if engine.optimize is Optimize.none:
-        return Optimized(parts.network)
+        return Optimized(parts.network, parts.decoder)
     eager, done, ahead = engine.eager, [], None
     if parts.ahead is not None and (eager.modulation or eager.text):
         text = eager.text and parts.ahead.text
@@ -65,11 +75,18 @@ def optimize(
         done.append("channels-last decoder")
     if eager.winograd and device.type == "cpu" and not dealt and winograd(parts.decoder):
         done.append("Winograd decoder")
-    network = parts.network
-    if eager.cuda_graphs and device.type == "cuda" and stays and parts.recordable:
-        network = Graphs(network)
-        done.append("CUDA graphs")
-    return Optimized(network, ahead, (f"engine.optimize={engine.optimize.name}: {', '.join(done) or 'nothing here'}",))
+    network, decoder = parts.network, parts.decoder
+    if eager.cuda_graphs and device.type == "cuda":
+        record = in_cuda_graphs()
+        if replayed.network and parts.recordable:
+            network = RecordedNetwork(network, record)
+            done.append("network in CUDA graphs")
+        if replayed.decoder and isinstance(decoder, KLDecoder):
+            decoder = RecordedDecoder(decoder, record)
+            done.append("decoder in CUDA graphs")
+    return Optimized(
+        network, decoder, ahead, (f"engine.optimize={engine.optimize.name}: {', '.join(done) or 'nothing here'}",)
+    )
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,8 +1,8 @@
-"""An evaluation of the network as one launch: its kernels, recorded in a CUDA graph for every kind of input.
+"""A network's evaluation, or a decoder's, as one launch: its kernels, recorded in a CUDA graph for every kind of input.
 
 A kernel over the tokens of one picture can take less time than its launch, of which a network has hundreds. A kind of
-input (shapes and dtypes of latent and conditioning) is evaluated plainly when it comes first, which settles what
-libraries choose, compile and remember; recorded when it comes again; and replayed from then on.
+input (shapes and dtypes) is run plainly when it comes first, which settles what libraries choose, compile and remember;
+recorded when it comes again; and replayed from then on.
 
 Source: CUDA graphs as PyTorch offers them (Nguyen et al. 2021, "Accelerating PyTorch with CUDA Graphs").
 """
@@ -21,12 +21,14 @@ from torch.autograd import profiler
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from models.components import Conditioning
+from models.decoders import KLDecoder
 from models.layers import holding
 
-KINDS = 16  # of which graphs are kept, those that came last; each holds memory for one evaluation's inputs and output
+KINDS = 16  # of which graphs are kept, those that came last; each holds memory for one run's inputs and output
+DECODED = 4 * 512**2  # pixels of pictures that are decoded in a graph, which keeps memory for them: 4 of 512 x 512
 TOLD = tuple(f.name for f in fields(Conditioning))
 
-Inputs: TypeAlias = tuple[Tensor | None, ...]  # latent, tau_B, and the fields of a conditioning in their order
+Inputs: TypeAlias = tuple[Tensor | None, ...]  # of a network: latent, tau_B, and a conditioning's fields in their order
 
 
 class Recording(Protocol):
@@ -38,15 +40,18 @@ class Recording(Protocol):
         """Runs it again on what its inputs hold now."""
 
 
+Record: TypeAlias = Callable[[Callable[[], Tensor]], Recording]
+
+
 class CudaRecording:
     """In a CUDA graph.
 
     Args:
-        pool: memory that graphs share, since no two run at once and no output is read after the next run.
         run: queues kernels on the GPU and does not wait for them.
+        pool: memory that graphs share, since no two run at once and no output is read after the next run.
     """
 
-    def __init__(self, pool: Any, run: Callable[[], Tensor]) -> None:
+    def __init__(self, run: Callable[[], Tensor], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.output = run()
@@ -55,31 +60,33 @@ class CudaRecording:
         self._graph.replay()
 
 
-class Graphs(nn.Module):
-    """A network (models.components.Denoiser) that is recorded and replayed; weights must stay where they are.
+def in_cuda_graphs() -> Record:
+    """Records in CUDA graphs that share their memory."""
+    return partial(CudaRecording, pool=torch.cuda.graph_pool_handle())
 
-    While operations are counted or profiled the network runs as it is: a replay shows none.
+
+class Replayed:
+    """A function of tensors that is run, recorded and replayed; a tensor that it reads beside them must stay in place.
+
+    While operations are counted or profiled it runs as it is: a replay shows none.
 
     Args:
-        network: with a forward that reads nothing of the CPU's memory once it has run (Components.recordable).
+        run: reads nothing of the CPU's memory once it has run on tensors of these shapes and dtypes.
         record: makes a Recording of a run.
     """
 
-    def __init__(self, network: nn.Module, record: Callable[[Callable[[], Tensor]], Recording] | None = None) -> None:
-        super().__init__()
-        self.network = network
-        self._record = partial(CudaRecording, torch.cuda.graph_pool_handle()) if record is None else record
+    def __init__(self, run: Callable[[Inputs], Tensor], record: Record) -> None:
+        self._run = run
+        self._record = record
         self._kinds: OrderedDict[tuple[object, ...], _Kind] = OrderedDict()
 
-    def forward(self, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
-        """One evaluation; the output is the caller's."""
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """The output, which is the caller's."""
         if _watched():
-            output: Tensor = self.network(latent, tau_B, condition)
-            return output
-        inputs = (latent, tau_B, *(getattr(condition, name) for name in TOLD))
+            return self._run(inputs)
         name = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
-        kind = self._kinds.pop(name, None) or _Kind(self.network, inputs)
-        output = kind.evaluate(inputs, self._record)
+        kind = self._kinds.pop(name, None) or _Kind(self._run, inputs)
+        output = kind(inputs, self._record)
         self._kinds[name] = kind
         if len(self._kinds) > KINDS:
             self._kinds.popitem(last=False)
@@ -87,16 +94,16 @@ class Graphs(nn.Module):
 
 
 class _Kind:
-    """The evaluations of one kind of input."""
+    """Of one kind of input."""
 
-    def __init__(self, network: nn.Module, like: Inputs) -> None:
-        self._network = network
+    def __init__(self, run: Callable[[Inputs], Tensor], like: Inputs) -> None:
         self._inputs = tuple(None if x is None else x.new_empty(x.shape) for x in like)
-        self._held: list[Tensor] = []
+        self._run = partial(run, self._inputs)
         self._ran = False
+        self._held: list[Tensor] = []
         self._recording: Recording | None = None
 
-    def evaluate(self, inputs: Inputs, record: Callable[[Callable[[], Tensor]], Recording]) -> Tensor:
+    def __call__(self, inputs: Inputs, record: Record) -> Tensor:
         for mine, given in zip(self._inputs, inputs, strict=True):
             if mine is not None and given is not None:
                 mine.copy_(given)
@@ -110,10 +117,47 @@ class _Kind:
         self._recording.replay()
         return self._recording.output.clone()
 
-    def _run(self) -> Tensor:
-        latent, tau_B, *told = self._inputs
-        output: Tensor = self._network(latent, tau_B, Conditioning(**dict(zip(TOLD, told, strict=True))))
+
+class RecordedNetwork(nn.Module):
+    """A network (models.components.Denoiser) whose evaluations are replayed.
+
+    Args:
+        network: with Components.recordable.
+        record: makes a Recording of a run.
+    """
+
+    def __init__(self, network: nn.Module, record: Record) -> None:
+        super().__init__()
+        self.network = network
+        self._replayed = Replayed(self._run, record)
+
+    def forward(self, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """One evaluation."""
+        return self._replayed((latent, tau_B, *(getattr(condition, name) for name in TOLD)))
+
+    def _run(self, inputs: Inputs) -> Tensor:
+        latent, tau_B, *told = inputs
+        output: Tensor = self.network(latent, tau_B, Conditioning(**dict(zip(TOLD, told, strict=True))))
         return output
+
+
+class RecordedDecoder:
+    """A decoder of pictures (models.components.Decoder), replayed where they are few and small; others keep a GPU busy
+    as it is.
+
+    Args:
+        decoder: of a KL autoencoder.
+        record: makes a Recording of a run.
+    """
+
+    def __init__(self, decoder: KLDecoder, record: Record) -> None:
+        self.decoder = decoder
+        self._replayed = Replayed(lambda inputs: decoder(*(x for x in inputs if x is not None)), record)
+
+    def __call__(self, latent_BCHW: Tensor) -> Tensor:
+        """Pixels (B, 3, height, width), float32 in [0, 1]."""
+        pixels = latent_BCHW[:, 0].numel() * self.decoder.stride**2
+        return self.decoder(latent_BCHW) if pixels > DECODED else self._replayed((latent_BCHW,))
 
 
 def _watched() -> bool:

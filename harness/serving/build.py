@@ -19,7 +19,7 @@ from harness.metrics.cuda import CudaEnergy, CudaMemory, synchronizer
 from harness.metrics.energy import Energy, NoEnergy, PackageEnergy
 from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
-from harness.optimize.apply import optimize
+from harness.optimize.apply import Replayable, optimize
 from harness.parallel.attention import SequenceState
 from harness.parallel.connect import Axes, connect, one_rank
 from harness.parallel.displaced import Displaced
@@ -77,6 +77,13 @@ def prepare_cpu(config: RunConfig, threads: int) -> None:
     torch.set_flush_denormal(True)
     plain = denoiser_dtype(config.model) is DType.float32
     torch.backends.mkldnn.set_flags(not (config.launch.reproducible and plain))
+
+
+def prepare_cuda(device: torch.device) -> None:
+    """Takes the GPU, whose convolutions PyTorch would cut to 10 bits of float32's 23: float32 is to be float32."""
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def denoiser_dtype(model: ModelConfig) -> DType:
@@ -227,9 +234,7 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     if model.quantize is not Quantize.none:
         quantize(parts.network, parts.plan, model.quantize.name, source)
     dtype = source.dtype_of(source.denoiser)
-    caches = config.cache.name in OF_BLOCKS
-    stays = axes.tp.size == axes.tokens.size == 1 and not (caches or config.parallel.shard_weights or model.offload)
-    made = optimize(parts, config.engine, source.device, dtype, dealt=axes.picture.size > 1, stays=stays)
+    made = optimize(parts, config.engine, source.device, dtype, axes.picture.size > 1, replayable(config, axes))
     state = SequenceState()
     gated = cached_network(config.cache, parts.network, parts.plan, axes.picture, state)  # before what hooks its blocks
     stale = deal(parts, axes, backend, config.parallel, state)
@@ -240,7 +245,7 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     network = made.network if gated is None else gated
     savings = Savings(made.ahead, guidance_when(config.cache), gated is not None, stale, made.notes)
     denoising = Denoising(network, dtype, noise_scheduler, parts.guidance, axes.cfg, savings)
-    decoding = Decoding(decoder_of(parts, axes, config.parallel))
+    decoding = Decoding(decoder_of(made.decoder, axes, config.parallel))
 
     def homed(stage: Stage, part: object) -> Stage:
         return Offloaded(stage, networks_in(part), source.device) if model.offload else stage
@@ -255,17 +260,24 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     return ComposedPipeline(InputValidation(limits_of(config, parts), noise_scheduler), stages, SyncExecutor()), axes
 
 
-def decoder_of(parts: Components, axes: Axes, layout: ParallelConfig) -> Decoder:
+def replayable(config: RunConfig, axes: Axes) -> Replayable:
+    """What may be replayed: not what is dealt, carried from and to the CPU, or cut short by a cache of blocks."""
+    here = not (config.model.offload or config.parallel.shard_weights)
+    whole = axes.tp.size == axes.tokens.size == 1 and config.cache.name not in OF_BLOCKS
+    return Replayable(network=here and whole, decoder=here and axes.picture.size == 1)
+
+
+def decoder_of(decoder: Decoder, axes: Axes, layout: ParallelConfig) -> Decoder:
     """The decoder as it is, or dealt over the ranks of a picture.
 
     Raises:
         ValueError: frames of a decoder of pictures.
     """
     if axes.picture.size == 1:
-        return parts.decoder
+        return decoder
     from harness.parallel.vae import parallel_decoder  # brings every autoencoder that can be dealt
 
-    return parallel_decoder(parts.decoder, axes.picture, layout.decode)
+    return parallel_decoder(decoder, axes.picture, layout.decode)
 
 
 def away(config: RunConfig, source: Source) -> list[str]:
@@ -318,7 +330,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         ValueError: settings that do not go together.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        prepare_cuda(device)
     source = source_of(config, device)
     if config.engine.name == NATIVE:
         pipeline, axes = native_pipeline(config, source, place)

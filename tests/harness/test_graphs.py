@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
@@ -19,12 +20,16 @@ from harness.config.schema import EngineConfig
 from harness.metrics.flops import counted
 from harness.metrics.profile import profiled
 from harness.optimize import apply
+from harness.optimize import graphs as graphs_module
 from harness.optimize.ahead import Ahead
-from harness.optimize.apply import optimize
-from harness.optimize.graphs import KINDS, Graphs
+from harness.optimize.apply import Replayable, optimize
+from harness.optimize.graphs import DECODED, KINDS, RecordedDecoder, RecordedNetwork, in_cuda_graphs
+from harness.parallel.connect import one_rank
 from harness.series import Series
+from harness.serving.build import replayable
 from models.attention import sdpa_attention
 from models.components import Components, Conditioning, LatentSpace
+from models.decoders import KLDecoder
 from models.layers import holding, kept
 from models.unet.network import ConditionalUNet, SizedUNet, UnconditionalUNet, recordable
 from tests.harness.test_optimize import TAUS, ahead_plan
@@ -75,7 +80,7 @@ def test_a_replay_reads_what_it_is_handed(name: str) -> None:
     latent, _, condition = TINY[name].inputs
     plain, network = TINY[name].build(sdpa_attention), TINY[name].build(sdpa_attention)
     request = Ahead(network, ahead_plan(name)).request(condition, TAUS)
-    graphs, found, expected = Graphs(network, Again), [], []
+    graphs, found, expected = RecordedNetwork(network, Again), [], []
     for n, tau in enumerate([*TAUS, TAUS[0]]):
         fed, tau_B = latent * (1 + n), torch.full((len(latent),), tau)
         found.append(graphs(fed, tau_B, request.at(fed, tau)))
@@ -90,7 +95,7 @@ def test_a_kind_is_run_then_recorded_then_replayed() -> None:
         made.append(Again(run))
         return made[-1]
 
-    graphs = Graphs(network, record)
+    graphs = RecordedNetwork(network, record)
     for sizes, recorded in (([2, 2, 2], 1), ([3], 1), ([2, 3, 3], 2)):
         for rows in sizes:
             x, tau_B = torch.rand(rows, 4, 4), torch.rand(rows)
@@ -108,7 +113,7 @@ def test_the_graphs_of_the_last_kinds_are_kept() -> None:
         made.append(Again(run))
         return made[-1]
 
-    graphs = Graphs(Counting(), record)
+    graphs = RecordedNetwork(Counting(), record)
 
     def draw(side: int) -> None:
         graphs(torch.rand(1, side, side), torch.rand(1), Conditioning())
@@ -126,7 +131,7 @@ def test_the_graphs_of_the_last_kinds_are_kept() -> None:
 @pytest.mark.parametrize("watch", [counted, profiled])
 def test_what_is_watched_is_run(watch: Any) -> None:
     network = Counting()
-    graphs = Graphs(network, Again)
+    graphs = RecordedNetwork(network, Again)
     x, tau_B = torch.rand(2, 8, 8), torch.rand(2)
     for _ in range(2):
         graphs(x, tau_B, Conditioning())
@@ -163,11 +168,11 @@ class OneDevice(TorchDispatchMode):
         return made
 
 
-def stays(network: nn.Module, evaluate: Callable[[], Tensor]) -> bool:
-    """Whether an evaluation whose sizes came before stays on the device of its network."""
-    evaluate()
+def stays(run: Callable[[], Tensor]) -> bool:
+    """Whether a run on sizes that came before stays on the device, `meta`."""
+    run()
     with OneDevice("meta") as watched:
-        evaluate()
+        run()
     assert watched.seen > 20
     return not watched.elsewhere
 
@@ -180,7 +185,7 @@ def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, ahead: bool
     network = TINY[name].build(sdpa_attention).to("meta")
     if ahead:
         condition = Ahead(network, ahead_plan(name)).request(condition, TAUS).at(latent, TAUS[0])
-    assert stays(network, lambda: network(latent, tau_B, condition))
+    assert stays(lambda: network(latent, tau_B, condition))
 
 
 UNETS = {
@@ -198,39 +203,94 @@ def test_a_unet_is_recordable_where_it_stays_on_its_device(name: str) -> None:
     latent = torch.empty(2, network.unet.config.in_channels, 16, 16, device="meta")
     tau_B, states = torch.empty(2, device="meta"), torch.empty(2, 7, TEXT, device="meta")
     condition = Conditioning(states=states, pooled=torch.empty(2, POOLED, device="meta"))
-    assert stays(network, lambda: network(latent, tau_B, condition)) is expected
+    assert stays(lambda: network(latent, tau_B, condition)) is expected
     assert recordable(network) is expected
 
 
-COMPONENTS = Components(Counting(), lambda: None, lambda x: x, LatentSpace(4, 8), 2)  # type: ignore[arg-type,return-value]
-CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+def vae() -> KLDecoder:
+    channels = {"block_out_channels": [8, 8], "norm_num_groups": 4, "latent_channels": 4}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    scaled = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    made: AutoencoderKL = AutoencoderKL(**channels, **blocks, **scaled).eval()  # type: ignore[arg-type]
+    return KLDecoder(made)
+
+
+def test_a_decoder_is_replayed_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, made = vae(), list[Again]()
+
+    def record(run: Callable[[], Tensor]) -> Again:
+        made.append(Again(run))
+        return made[-1]
+
+    monkeypatch.setattr(graphs_module, "DECODED", 2 * 16**2)
+    recorded = RecordedDecoder(decoder, record)
+    for latents in (torch.rand(3, 2, 4, 8, 8), torch.rand(3, 3, 4, 8, 8)):
+        for latent in latents:
+            assert torch.equal(recorded(latent), decoder(latent))
+    assert len(made) == 1
+    assert DECODED == 4 * 512**2
+
+
+def test_a_decoder_stays_on_its_device() -> None:
+    decoder = vae()
+    decoder.vae.to("meta")
+    assert stays(lambda: decoder(torch.empty(1, 4, 8, 8, device="meta")))
+
+
+COMPONENTS = Components(Counting(), lambda: None, vae(), LatentSpace(4, 8), 2)  # type: ignore[arg-type,return-value]
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("how", "parts", "device", "alone", "recorded"),
+    ("how", "parts", "device", "may", "network", "decoder"),
     [
-        ("eager", COMPONENTS, CUDA, True, True),
-        ("none", COMPONENTS, CUDA, True, False),
-        ("eager", replace(COMPONENTS, recordable=False), CUDA, True, False),
-        ("eager", COMPONENTS, torch.device("cpu"), True, False),
-        ("eager", COMPONENTS, CUDA, False, False),
+        ("eager", COMPONENTS, CUDA, Replayable(), True, True),
+        ("none", COMPONENTS, CUDA, Replayable(), False, False),
+        ("eager", COMPONENTS, CPU, Replayable(), False, False),
+        ("eager", replace(COMPONENTS, recordable=False), CUDA, Replayable(), False, True),
+        ("eager", COMPONENTS, CUDA, Replayable(network=False), False, True),
+        ("eager", COMPONENTS, CUDA, Replayable(decoder=False), True, False),
+        ("eager", replace(COMPONENTS, decoder=lambda x: x), CUDA, Replayable(), True, False),
     ],
 )
 def test_what_is_recorded(
     how: str,
     parts: Components,
     device: torch.device,
-    alone: bool,
-    recorded: bool,
+    may: Replayable,
+    network: bool,
+    decoder: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(apply, "Graphs", lambda network: Graphs(network, Again))
+    """And the record's note says so."""
+    monkeypatch.setattr(apply, "in_cuda_graphs", lambda: Again)
     engine = EngineConfig(optimize=Optimize[how])
-    made = optimize(parts, engine, device, BF16, stays=alone)
-    assert isinstance(made.network, Graphs) is recorded
-    assert any("CUDA graphs" in note for note in made.notes) is recorded
+    made = optimize(parts, engine, device, torch.bfloat16, replayed=may)
+    assert isinstance(made.network, RecordedNetwork) is network
+    assert isinstance(made.decoder, RecordedDecoder) is decoder
+    assert any("network in CUDA graphs" in note for note in made.notes) is network
+    assert any("decoder in CUDA graphs" in note for note in made.notes) is decoder
     engine.eager.cuda_graphs = False
-    assert optimize(parts, engine, device, BF16, stays=alone).network is parts.network
+    plain = optimize(parts, engine, device, torch.bfloat16, replayed=may)
+    assert (plain.network, plain.decoder) == (parts.network, parts.decoder)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens", "expected"),
+    [
+        ([], 1, Replayable(True, True)),
+        (["cache=teacache"], 1, Replayable(False, True)),
+        (["cache=guidance_interval"], 1, Replayable(True, True)),
+        ([], 2, Replayable(False, False)),
+    ],
+)
+def test_what_may_be_replayed(overrides: list[str], tokens: int, expected: Replayable) -> None:
+    config = compose_run(["task=bench", *overrides]).config
+    group = SimpleNamespace(size=tokens)
+    axes = replace(one_rank(), tokens=group, picture=group)  # type: ignore[arg-type]
+    assert replayable(config, axes) == expected
+    config.model.offload = True
+    assert replayable(config, axes) == Replayable(False, False)
 
 
 def test_the_peers_graphs_are_not_the_native_ones() -> None:
@@ -268,8 +328,18 @@ def test_a_graph_gives_the_plain_numbers(name: str, dtype: torch.dtype) -> None:
     plain, network = (TINY[name].build(sdpa_attention, dtype).cuda() for _ in range(2))
     fed, condition = latent.to(dtype), condition.to(dtype)
     request, beside = (Ahead(n, ahead_plan(name)).request(condition, TAUS) for n in (network, plain))
-    graphs = Graphs(network)
+    graphs = RecordedNetwork(network, in_cuda_graphs())
     for n, tau in enumerate([*TAUS, TAUS[0]]):
         x, tau_B = fed * (1 + n), torch.full((len(fed),), tau, device="cuda")
         found, expected = graphs(x, tau_B, request.at(x, tau)), plain(x, tau_B, beside.at(x, tau))
         assert rel_l2(found.float().cpu(), expected.float().cpu()) < 1e-5, tau
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_decoder_in_a_graph_gives_the_plain_pixels() -> None:
+    decoder = vae()
+    decoder.vae.cuda()
+    recorded = RecordedDecoder(decoder, in_cuda_graphs())
+    for latent in torch.rand(4, 2, 4, 8, 8, device="cuda"):
+        assert rel_l2(recorded(latent).cpu(), decoder(latent).cpu()) < 1e-5
