@@ -230,7 +230,7 @@ def test_a_shutdown_draws_what_runs_and_answers_what_waits() -> None:
     with serving("serve.max_batch=2") as made, connected(made) as connection:
         for name in ("a", "b", "c"):
             connection.send(request(made, name, steps=40))
-        running(connection)
+        running(connection, requests=2)
         connection.shutdown()
         answered = kinds(answers(connection, 3))
     assert answered == {"a": "ok", "b": "ok", "c": "cancelled"}
