@@ -31,6 +31,7 @@ from models.attention import sdpa_attention
 from models.components import Components, Conditioning, LatentSpace
 from models.decoders import KLDecoder
 from models.layers import holding, kept
+from models.pixart.network import SizeEmbedding
 from models.unet.network import ConditionalUNet, SizedUNet, UnconditionalUNet, recordable
 from tests.harness.test_optimize import TAUS, ahead_plan
 from tests.models.parity import rel_l2
@@ -47,6 +48,24 @@ class Again:
 
     def replay(self) -> None:
         self.output.copy_(self.run())
+
+
+class Once(Again):
+    """What nothing is to be read from again."""
+
+    def replay(self) -> None:
+        pass
+
+
+class Recorder:
+    """Makes them, and remembers which."""
+
+    def __init__(self) -> None:
+        self.made: list[Again] = []
+
+    def __call__(self, run: Callable[[], Tensor]) -> Again:
+        self.made.append(Again(run))
+        return self.made[-1]
 
 
 class Counting(nn.Module):
@@ -89,49 +108,40 @@ def test_a_replay_reads_what_it_is_handed(name: str) -> None:
 
 
 def test_a_kind_is_run_then_recorded_then_replayed() -> None:
-    network, made = Counting(), list[Again]()
-
-    def record(run: Callable[[], Tensor]) -> Again:
-        made.append(Again(run))
-        return made[-1]
-
-    graphs = RecordedNetwork(network, record)
+    record = Recorder()
+    graphs = RecordedNetwork(Counting(), record)
     for sizes, recorded in (([2, 2, 2], 1), ([3], 1), ([2, 3, 3], 2)):
         for rows in sizes:
             x, tau_B = torch.rand(rows, 4, 4), torch.rand(rows)
             assert torch.equal(graphs(x, tau_B, Conditioning()), x @ x.mT + tau_B[:, None, None])
-        assert len(made) == recorded
-    graphs(x.double(), tau_B, Conditioning())
+        assert len(record.made) == recorded
+    assert graphs(x.double(), tau_B, Conditioning()).dtype is torch.float64
     graphs(x, tau_B, Conditioning(scale=tau_B))
-    assert len(made) == 2  # of another dtype, and told something else
+    assert len(record.made) == 2  # of another dtype, and told something else
 
 
 def test_the_graphs_of_the_last_kinds_are_kept() -> None:
-    made: list[Again] = []
-
-    def record(run: Callable[[], Tensor]) -> Again:
-        made.append(Again(run))
-        return made[-1]
-
+    record = Recorder()
     graphs = RecordedNetwork(Counting(), record)
 
     def draw(side: int) -> None:
         graphs(torch.rand(1, side, side), torch.rand(1), Conditioning())
 
-    for side in range(1, KINDS + 2):
+    for side in range(1, KINDS + 1):
         draw(side), draw(side)
-    assert len(made) == KINDS + 1
-    draw(KINDS + 1)
-    draw(2)
-    assert len(made) == KINDS + 1
-    draw(1), draw(1)
-    assert len(made) == KINDS + 2
+    draw(1)  # so that 2 is the one that came longest ago
+    draw(KINDS + 1), draw(KINDS + 1)
+    assert len(record.made) == KINDS + 1
+    draw(1), draw(1), draw(KINDS + 1)
+    assert len(record.made) == KINDS + 1
+    draw(2), draw(2)
+    assert len(record.made) == KINDS + 2
 
 
 @pytest.mark.parametrize("watch", [counted, profiled])
 def test_what_is_watched_is_run(watch: Any) -> None:
     network = Counting()
-    graphs = RecordedNetwork(network, Again)
+    graphs = RecordedNetwork(network, Once)
     x, tau_B = torch.rand(2, 8, 8), torch.rand(2)
     for _ in range(2):
         graphs(x, tau_B, Conditioning())
@@ -188,6 +198,11 @@ def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, ahead: bool
     assert stays(lambda: network(latent, tau_B, condition))
 
 
+def test_the_size_that_pixart_is_told_stays_on_its_device() -> None:
+    sizes, like = SizeEmbedding(48).to("meta"), torch.empty(1, device="meta")
+    assert stays(lambda: sizes(64, 32, like))
+
+
 UNETS = {
     "sd": (ConditionalUNet(UNet2DConditionModel(**SMALL)), True),
     "sdxl": (SizedUNet(UNet2DConditionModel(**SIZED), 8), True),
@@ -216,18 +231,13 @@ def vae() -> KLDecoder:
 
 
 def test_a_decoder_is_replayed_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, made = vae(), list[Again]()
-
-    def record(run: Callable[[], Tensor]) -> Again:
-        made.append(Again(run))
-        return made[-1]
-
+    decoder, record = vae(), Recorder()
     monkeypatch.setattr(graphs_module, "DECODED", 2 * 16**2)
     recorded = RecordedDecoder(decoder, record)
     for latents in (torch.rand(3, 2, 4, 8, 8), torch.rand(3, 3, 4, 8, 8)):
         for latent in latents:
             assert torch.equal(recorded(latent), decoder(latent))
-    assert len(made) == 1
+    assert len(record.made) == 1
     assert DECODED == 4 * 512**2
 
 

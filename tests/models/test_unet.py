@@ -413,3 +413,4 @@ def test_published_networks_without_text_draw_any_multiple_of_their_size(name: s
     with torch.device("meta"):
         drawn = parts.network(torch.zeros(2, 3, side, 2 * side), torch.ones(2), Conditioning())
     assert drawn.shape == (2, *parts.latent.shape(side, 2 * side))
+    assert parts.recordable is (name == "ddpm_cifar10")
