@@ -53,7 +53,7 @@ def optimize(
         device: where they compute.
         dtype: of the network.
         dealt: whether the decoder's convolutions will be dealt over ranks, which takes them as they are.
-        replayed: what may be.
+        replayed: which of network and decoder may be, on a GPU.
     """
     if engine.optimize is Optimize.none:
         return Optimized(parts.network, parts.decoder)
