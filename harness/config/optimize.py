@@ -26,7 +26,7 @@ class EagerConfig:
     fused_projections: bool = True  # queries, keys and values of a stream by one linear
     prepack: bool = True  # bfloat16 on the CPU, not compiled: weights in oneDNN's own order, the GELU in the product
     channels_last: bool = True  # the decoder's convolutions with their channels innermost
-    cuda_graphs: bool = True  # on a GPU: what a network or decoder that one rank has whole does is recorded and replayed
+    cuda_graphs: bool = True  # on a GPU: network and decoder, where one rank has them whole, are recorded and replayed
     winograd: bool = True  # float32 on the CPU: the decoder's wide convolutions with 4 products a pixel, not 9
 
 
