@@ -250,3 +250,11 @@ class ComponentLoader(Protocol):
     """What an architecture's module offers as `load`."""
 
     def __call__(self, source: Source, kernel: AttentionKernel) -> Components: ...
+
+
+def networks_in(part: object) -> list[nn.Module]:
+    """The networks that a prompt encoder or a decoder holds, in its attributes at any depth."""
+    if isinstance(part, nn.Module):
+        return [part]
+    held = vars(part).values() if hasattr(part, "__dict__") else ()
+    return [network for value in held for network in networks_in(value)]

@@ -25,9 +25,11 @@ class EagerConfig:
     text: bool = True  # what depends on the text alone, keys and values of cross-attention too, once a request
     fused_projections: bool = True  # queries, keys and values of a stream by one linear
     prepack: bool = True  # bfloat16 on the CPU, not compiled: weights in oneDNN's own order, the GELU in the product
+    widen: bool = True  # bfloat16 on a CPU without instructions for it: products of float32 numbers
     channels_last: bool = True  # the decoder's convolutions with their channels innermost
     cuda_graphs: bool = True  # on a GPU: network and decoder, where one rank has them whole, are recorded and replayed
-    winograd: bool = True  # float32 on the CPU: the decoder's wide convolutions with 4 products a pixel, not 9
+    keep_memory: bool = True  # on the CPU: freed memory is kept for the next tensor (glibc)
+    winograd: bool = True  # float32, or widened, on the CPU: the decoder's wide convolutions with 4 products a pixel
 
 
 @dataclass

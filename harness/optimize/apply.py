@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,17 +16,20 @@ from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.decoder import channels_last, winograd
 from harness.optimize.fuse import fuse_projections
 from harness.optimize.graphs import RecordedDecoder, RecordedNetwork, in_cuda_graphs
+from harness.optimize.heap import keep_freed
 from harness.optimize.prepack import prepack
-from models.components import Components, Decoder
+from harness.optimize.widen import widen, widens
+from models.components import Components, Decoder, PromptEncoder, networks_in
 from models.decoders import KLDecoder
 
 
 @dataclass(frozen=True)
 class Optimized:
-    """Network and decoder as they are to be run, what computes beforehand, and the notes for the record."""
+    """Network, decoder and prompt encoder as they are to be run, what computes beforehand, the notes for the record."""
 
     network: nn.Module
     decoder: Decoder
+    load_prompts: Callable[[], PromptEncoder]
     ahead: Ahead | None = None
     notes: tuple[str, ...] = ()
 
@@ -56,7 +61,7 @@ def optimize(
         replayed: which of network and decoder may be, on a GPU.
     """
     if engine.optimize is Optimize.none:
-        return Optimized(parts.network, parts.decoder)
+        return Optimized(parts.network, parts.decoder, parts.load_prompts)
     eager, done, ahead = engine.eager, [], None
     if parts.ahead is not None and (eager.modulation or eager.text):
         text = eager.text and parts.ahead.text
@@ -64,6 +69,11 @@ def optimize(
         done += ["modulation ahead"] * eager.modulation + ["text ahead"] * text
     if eager.fused_projections and fuse_projections(parts.network, parts.plan):
         done.append("fused projections")
+    load_prompts = parts.load_prompts
+    if eager.widen and widens(device, torch.bfloat16):
+        load_prompts = partial(_widened_prompts, load_prompts)
+        wide = [widen(part) for part in (parts.network, *networks_in(parts.decoder))]
+        done += ["products in float32"] * any(wide)
     blocks = blocks_of(parts.network, parts.plan)
     if engine.optimize is Optimize.compile:  # inductor packs weights itself, and takes no packed ones
         done.append(f"blocks {compile_forwards(blocks or [parts.network], engine.compile, device)}")
@@ -73,8 +83,10 @@ def optimize(
         done.append("prepacked linears")
     if eager.channels_last and _lays_out(device) and channels_last(parts.decoder):
         done.append("channels-last decoder")
-    if eager.winograd and device.type == "cpu" and not dealt and winograd(parts.decoder):
+    if eager.winograd and device.type == "cpu" and not dealt and winograd(parts.decoder, eager.widen):
         done.append("Winograd decoder")
+    if eager.keep_memory and device.type == "cpu" and keep_freed():
+        done.append("freed memory kept")
     network, decoder = parts.network, parts.decoder
     if eager.cuda_graphs and device.type == "cuda":
         record = in_cuda_graphs()
@@ -84,9 +96,15 @@ def optimize(
         if replayed.decoder and isinstance(decoder, KLDecoder):
             decoder = RecordedDecoder(decoder, record)
             done.append("decoder in CUDA graphs")
-    return Optimized(
-        network, decoder, ahead, (f"engine.optimize={engine.optimize.name}: {', '.join(done) or 'nothing here'}",)
-    )
+    note = f"engine.optimize={engine.optimize.name}: {', '.join(done) or 'nothing here'}"
+    return Optimized(network, decoder, load_prompts, ahead, (note,))
+
+
+def _widened_prompts(load: Callable[[], PromptEncoder]) -> PromptEncoder:
+    encoder = load()
+    for network in networks_in(encoder):
+        widen(network)
+    return encoder
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from harness.optimize.widen import widens
 from harness.optimize.winograd import WinogradConv2d
 from models.components import Decoder
 from models.decoders import KLDecoder
@@ -28,13 +29,20 @@ def channels_last(decoder: Decoder) -> bool:
     return True
 
 
-def winograd(decoder: Decoder) -> bool:
+def winograd(decoder: Decoder, wide: bool = False) -> bool:
     """Puts Winograd's convolutions in the place of a decoder's wide ones, and of the upsamplings before them.
 
+    Args:
+        decoder: on the CPU.
+        wide: also in bfloat16 where its products are float32's, in which alone they are as accurate.
+
     Returns:
-        Whether there were any; there are none outside float32, in which alone they are as accurate.
+        Whether there were any.
     """
-    if not isinstance(decoder, KLDecoder) or decoder.vae.dtype is not torch.float32:
+    if not isinstance(decoder, KLDecoder):
+        return False
+    dtype = decoder.vae.dtype
+    if dtype is not torch.float32 and not (wide and widens(decoder.vae.device, dtype)):
         return False
     return _replace(decoder.vae.decoder) > 0
 

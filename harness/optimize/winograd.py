@@ -26,7 +26,7 @@ BAND_BYTES = 8 << 20
 
 
 class WinogradConv2d(nn.Module):
-    """A convolution of 3 x 3 with stride 1 and zeros around the picture.
+    """A convolution of 3 x 3 with stride 1 and zeros around the picture, computed in float32 at least.
 
     Args:
         conv: whose weights it takes, 4 times as many of them in a large tile, else 1.8 times (behind an upsampling 1).
@@ -39,7 +39,7 @@ class WinogradConv2d(nn.Module):
         self.step = step
         rows = filter_rows(step)
         filters = torch.einsum("ia,kcab,jb->jick", rows, conv.weight.detach().double(), rows)
-        self.filters_ssCK = filters.to(conv.weight.dtype).contiguous()
+        self.filters_ssCK = filters.to(torch.promote_types(conv.weight.dtype, torch.float32)).contiguous()
         self.bias = conv.bias
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -48,11 +48,11 @@ class WinogradConv2d(nn.Module):
         step, tile = self.step, max(2, self.step)
         h, w = -(-H // step), -(-W // step)
         band = Band(self.filters_ssCK, step, h, w)
-        y_BHWK = x_BCHW.new_empty(B, tile * h, tile * w, self.filters_ssCK.shape[-1])
+        y_BHWK = self.filters_ssCK.new_empty(B, tile * h, tile * w, self.filters_ssCK.shape[-1])
         for x_HWC, y_HWK in zip(x_BCHW.permute(0, 2, 3, 1), y_BHWK, strict=True):
             for row in range(0, h, band.rows):
                 band.convolve(x_HWC, y_HWK, min(row, h - band.rows), self.bias)
-        return y_BHWK[:, : tile * H // step, : tile * W // step].permute(0, 3, 1, 2)
+        return y_BHWK[:, : tile * H // step, : tile * W // step].permute(0, 3, 1, 2).to(x_BCHW.dtype)
 
 
 class Band:

@@ -164,8 +164,12 @@ class RowLinear(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        summed = self.group.all_reduce(F.linear(x, self.weight))
+        summed = self.group.all_reduce(self.product(x))
         return summed if self.bias is None else summed + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """This rank's summand."""
+        return F.linear(x, self.weight)
 
 
 class HeadNorm(nn.Module):

@@ -12,6 +12,7 @@ those of all ranks.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TypeAlias
 
 import torch
@@ -138,15 +139,13 @@ class HaloConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, group: Group) -> None:
         super().__init__()
-        self.conv = conv
+        self.conv = copy(conv)  # of the same weights
+        self.conv.padding = (0, int(conv.padding[1]))
         self.group = group
 
     def forward(self, x_BChW: Tensor) -> Tensor:
-        conv = self.conv
-        padding = (0, int(conv.padding[1]))
-        return F.conv2d(
-            _with_halo(x_BChW, self.group), conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
-        )
+        made: Tensor = self.conv(_with_halo(x_BChW, self.group))
+        return made
 
 
 class HaloConv3d(nn.Module):
@@ -166,7 +165,7 @@ class HaloConv3d(nn.Module):
             x_BCFhW = torch.cat([cache_x, x_BCFhW], dim=2)
             frames -= cache_x.shape[2]
         x_BCFhW = F.pad(_with_halo(x_BCFhW, self.group), (left, right, 0, 0, frames, 0))
-        return F.conv3d(x_BCFhW, self.conv.weight, self.conv.bias, self.conv.stride)
+        return self.conv._conv_forward(x_BCFhW, self.conv.weight, self.conv.bias)  # which does not pad it again
 
 
 class BandGroupNorm(nn.Module):

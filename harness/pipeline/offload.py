@@ -48,11 +48,3 @@ def _tensors(networks: Iterable[nn.Module]) -> Iterator[Tensor]:
 def _at_home(tensor: Tensor, device: torch.device) -> Tensor:
     """In CPU memory, from which a GPU copies without help of the processor."""
     return tensor.data.pin_memory() if device.type == "cuda" else tensor.data
-
-
-def networks_in(part: object) -> list[nn.Module]:
-    """The networks that a prompt encoder or a decoder holds, in its attributes at any depth."""
-    if isinstance(part, nn.Module):
-        return [part]
-    held = vars(part).values() if hasattr(part, "__dict__") else ()
-    return [network for value in held for network in networks_in(value)]

@@ -20,6 +20,7 @@ from harness.metrics.energy import Energy, NoEnergy, PackageEnergy
 from harness.metrics.flops import ceiling_tflops
 from harness.metrics.memory import Memory, ResidentMemory
 from harness.optimize.apply import Replayable, optimize
+from harness.optimize.widen import widens
 from harness.parallel.attention import SequenceState
 from harness.parallel.connect import Axes, connect, one_rank
 from harness.parallel.displaced import Displaced
@@ -38,7 +39,7 @@ from harness.pipeline.denoise import Denoising, Savings
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.latents import LatentPreparation
 from harness.pipeline.layout import layout_facts, of_request
-from harness.pipeline.offload import Offloaded, networks_in
+from harness.pipeline.offload import Offloaded
 from harness.pipeline.published import scheduler_file
 from harness.pipeline.settings import noise_scheduler_settings
 from harness.pipeline.stage import Stage
@@ -48,7 +49,7 @@ from harness.pipeline.validate import InputValidation, Limits
 from harness.serving.worker import Worker
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
-from models.components import ComponentLoader, Components, Decoder
+from models.components import ComponentLoader, Components, Decoder, networks_in
 from models.parts import Cut
 from models.quantize import quantize
 from models.registry import ARCHITECTURES, resolve_backend
@@ -207,10 +208,13 @@ def deal(parts: Components, axes: Axes, backend: str, layout: ParallelConfig, st
 
 
 def ceiling(config: RunConfig, device: torch.device) -> float:
-    """The rate of a matrix product on this rank in the denoiser's dtype, TFLOP/s; 0 where nothing is measured."""
+    """The rate of a matrix product on this rank in the denoiser's dtype, or in float32 where that is how it is computed
+    best, TFLOP/s; 0 where nothing is measured.
+    """
     if config.task.name is not Task.bench:
         return 0.0
-    return ceiling_tflops(device, torch_dtype(denoiser_dtype(config.model)), synchronizer(device))
+    dtype = torch_dtype(denoiser_dtype(config.model))
+    return ceiling_tflops(device, torch.float32 if widens(device, dtype) else dtype, synchronizer(device))
 
 
 def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[ComposedPipeline, Axes]:
@@ -241,7 +245,7 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     if config.parallel.shard_weights:
         shard_weights(parts.network, parts.plan, axes.weights, source.device)
     noise_scheduler = noise_scheduler_of(config, source, parts)
-    text = TextEncoding(parts.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
+    text = TextEncoding(made.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
     network = made.network if gated is None else gated
     savings = Savings(made.ahead, guidance_when(config.cache), gated is not None, stale, made.notes)
     denoising = Denoising(network, dtype, noise_scheduler, parts.guidance, axes.cfg, savings)

@@ -20,6 +20,7 @@ from harness.optimize.compiled import blocks_of
 from harness.optimize.decoder import channels_last
 from harness.optimize.fuse import fuse_projections
 from harness.optimize.prepack import PackedLinear, prepack
+from harness.optimize.widen import widens
 from harness.parallel.mesh import Place, degrees
 from harness.pipeline.interleave import evaluate
 from harness.records import Record
@@ -28,6 +29,7 @@ from models.attention import math_attention
 from models.components import Conditioning
 from models.decoders import KLDecoder
 from models.plan import AheadPlan
+from tests.harness.products import Products
 from tests.models.parity import randomize, rel_l2
 from tests.parallel.networks import TINY
 
@@ -152,6 +154,22 @@ def test_a_request_is_drawn_like_without() -> None:
     assert "modulation ahead, text ahead, fused projections" in said
     assert not any(note.startswith("engine.optimize") for note in plain.notes)
     assert other.summary.nfe == plain.summary.nfe == 4
+
+
+def test_bfloat16_is_multiplied_in_float32_where_a_cpu_has_no_other() -> None:
+    """In every network of a request, the text's too; and nowhere else, nor where it is not wanted."""
+    slow = widens(torch.device("cpu"), torch.bfloat16)
+    for overrides, wide in (([], slow), (["engine.eager.widen=false"], False), (["engine.optimize=none"], False)):
+        config = compose_run(["model.dtype=bfloat16", *overrides]).config
+        worker = build_worker(config, Place(0, degrees(config.parallel)), torch.device("cpu"))
+        asked = GenerationRequest("a", ["rocket"], steps=1, guidance=3.0, seed=7, height=32, width=32)
+        with Products() as seen:
+            outcome = decode(worker.generate(asked, lambda *told: None, lambda: False))
+        assert isinstance(outcome, RankOutcome)
+        assert outcome.report is not None
+        assert any("products in float32" in note for note in outcome.report.notes) == wide
+        assert (torch.bfloat16 not in seen.dtypes) == wide
+        assert not wide or seen.dtypes
 
 
 def drawn_by(*overrides: str) -> tuple[list[Array], Record]:

@@ -18,14 +18,14 @@ from harness.pipeline.denoise import Denoising
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.guidance import Branches
 from harness.pipeline.latents import LatentPreparation, seeded_noise, step_noise
-from harness.pipeline.offload import Offloaded, networks_in
+from harness.pipeline.offload import Offloaded
 from harness.pipeline.stage import Stage, check_wiring
 from harness.pipeline.state import Ask, Cancelled, RunContext, Sample, asks, micro_batches
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
 from harness.serving.worker import Worker
-from models.components import Conditioning, LatentSpace
+from models.components import Conditioning, LatentSpace, networks_in
 from schedulers.build import build
 from schedulers.families import Settings
 from schedulers.grid import Point
