@@ -11,12 +11,12 @@ from torch import nn
 
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
+from harness.metrics.heap import keep_freed
 from harness.optimize.ahead import Ahead
 from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.decoder import channels_last, winograd
 from harness.optimize.fuse import fuse_projections
 from harness.optimize.graphs import RecordedDecoder, RecordedNetwork, in_cuda_graphs
-from harness.optimize.heap import keep_freed
 from harness.optimize.prepack import prepack
 from harness.optimize.widen import widen, widens
 from models.components import Components, Decoder, PromptEncoder, networks_in

@@ -5,7 +5,6 @@ Source: PyTorch FSDP (Zhao et al. 2023, arXiv:2304.11277), `torch.distributed.fs
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Iterator, Sequence
 
@@ -16,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather  # what set_custom_all_gather takes
 
+from harness.metrics.heap import give_back_freed
 from harness.parallel.group import Group, Traffic
 from models.plan import ParallelPlan
 
 KIND = "all_gather weights"
-M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20  # of glibc's malloc.h; tensors from here on are mapped one by one
 
 
 def shard_weights(network: nn.Module, plan: ParallelPlan, group: Group, device: torch.device) -> None:
@@ -38,7 +37,7 @@ def shard_weights(network: nn.Module, plan: ParallelPlan, group: Group, device: 
     """
     assert group.handle is not None
     if device.type == "cpu":
-        _give_back_freed()
+        give_back_freed()  # a heap that gathered blocks break into pieces takes more memory than dealing them spares
     kept = {parameter for name in plan.called_outside for parameter in network.get_submodule(name).parameters()}
     mesh, gather = DeviceMesh.from_group(group.handle, device.type), _Counted(group.traffic)
     for unit in units(network, plan):
@@ -46,17 +45,6 @@ def shard_weights(network: nn.Module, plan: ParallelPlan, group: Group, device: 
         sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         assert isinstance(sharded, FSDPModule)
         sharded.set_custom_all_gather(gather)
-
-
-def _give_back_freed() -> None:
-    """Makes this process return to the system what it frees of a gathered block.
-
-    glibc moves its threshold up with what is freed, up to 32 MiB, and keeps smaller tensors on a heap that the blocks
-    break into pieces: dealing them then takes more memory than it spares.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def units(network: nn.Module, plan: ParallelPlan) -> Iterator[nn.Module]:
