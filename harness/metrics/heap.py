@@ -1,7 +1,7 @@
 """What becomes of memory that the CPU's tensors leave: kept for the next ones, as on a GPU, or given back.
 
 glibc maps what takes more than 32 MiB anew for every tensor and unmaps it behind it, and the kernel clears each page
-when it is first touched: a SiLU over the activations of a decoder spends three quarters of its time on that.
+when it is first touched, which takes a SiLU over the activations of a decoder longer than computing it.
 """
 
 from __future__ import annotations

@@ -19,9 +19,7 @@ FEW = 8  # rows, of which a product takes no longer than widening its weights
 
 
 def widens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products are the faster ones in float32: of bfloat16 where oneDNN has none, and PyTorch's own loops took
-    7 times as long for linears and 700 for convolutions.
-    """
+    """Whether products are the faster ones in float32: of bfloat16 where oneDNN has none, and PyTorch its own loops."""
     return device.type == "cpu" and dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
