@@ -16,11 +16,11 @@ from harness.metrics.difference import Difference
 from harness.metrics.intervals import Estimate, Share
 from harness.metrics.load import LoadSummary
 from harness.metrics.summary import Summary
-from harness.plots.sweep import flat
 from harness.records import CacheUse, Record, RunFolderError, Statistics, Status, read_record, read_status
 from harness.report.keys import Cell, cells, labels, varying
 from harness.report.rivals import Rival, rivals
 from harness.report.scaling import Scaling, scalings
+from harness.report.sweep import flat
 
 FILES = ("status.json", "record.json", "comparison.json")  # any of them makes a folder a run's
 THUMBNAIL = (600, 900)  # pixels, at most

@@ -8,10 +8,10 @@ import pytest
 
 from harness.metrics.intervals import Estimate, wilson
 from harness.metrics.quality import Quality
-from harness.plots.families import main, spread, table
-from harness.plots.markers import replace_between
-from harness.plots.sweep import read, within
 from harness.records import Record, RunFolder, Status
+from harness.report.families import main, spread, table
+from harness.report.markers import replace_between
+from harness.report.sweep import read, within
 from tests.harness.test_records import record
 
 N = 96

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from harness.plan.rows import Check
 from harness.plan.table import name_of
-from harness.plots.families import COLOURS, FAINT, INK
+from harness.report.families import COLOURS, FAINT, INK
 from harness.report.rows import Row, Table
 
 if TYPE_CHECKING:
