@@ -44,14 +44,14 @@ from harness.metrics import pretrained
 from harness.optimized import resolve_optimize
 from harness.parallel.legal import check_layout, keeps
 from harness.parallel.mesh import AXES, degrees, world_size
-from harness.peer.check import check_engine
-from harness.peer.table import NATIVE
 from harness.pipeline.checkpoint import check_place, locate
 from harness.pipeline.layout import layout_facts
 from harness.pipeline.published import check_published
 from harness.pipeline.settings import noise_scheduler_settings
 from harness.provenance import version
 from harness.quantized import check_quantize
+from harness.resolve.engine import check_engine
+from harness.resolve.engines_table import NATIVE
 from models.registry import ARCHITECTURES, nearest, resolve_backend
 from schedulers.families import FAMILIES
 from schedulers.families import resolve as resolve_settings

@@ -30,11 +30,11 @@ from harness.messages import Array
 from harness.metrics.difference import difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, verdict
 from harness.parallel.mesh import Place, degrees
-from harness.peer.table import CACHE_DIT, NATIVE
 from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.pool import MakeEngine, new_engine
 from harness.provenance import PACKAGES, cpu_name, version
 from harness.records import write_atomically
+from harness.resolve.engines_table import CACHE_DIT, NATIVE
 from harness.serving.transport import EngineGone
 
 STRENGTH = (APPROXIMATE, EQUIVALENT, EXACT)

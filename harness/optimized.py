@@ -6,7 +6,7 @@ import warnings
 
 from harness.config.optimize import CompileConfig, EagerConfig, Optimize
 from harness.config.schema import Quantize, RunConfig, Task
-from harness.peer.table import CACHE_DIT, NATIVE, SGLANG
+from harness.resolve.engines_table import CACHE_DIT, NATIVE, SGLANG
 
 
 def resolve_optimize(config: RunConfig) -> None:

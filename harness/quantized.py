@@ -6,7 +6,7 @@ import importlib.util
 
 from harness.config.optimize import Optimize
 from harness.config.schema import Quantize, RunConfig, Task
-from harness.peer.table import NATIVE
+from harness.resolve.engines_table import NATIVE
 from models.registry import ARCHITECTURES
 
 PACKAGE = "torchao"

@@ -20,10 +20,10 @@ from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import Summary, summarize
 from harness.parallel.mesh import Place, degrees
-from harness.peer.table import CACHE_DIT, engine_version
 from harness.pipeline.checkpoint import locate
 from harness.provenance import provenance
 from harness.records import SCHEMA, Attention, CacheUse, Engine, FirstCall, Record, Repeat, Statistics, fingerprint
+from harness.resolve.engines_table import CACHE_DIT, engine_version
 from models import hub
 
 OPERATORS = 20  # that a profile names

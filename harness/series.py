@@ -15,8 +15,8 @@ from harness.config.schema import Task
 from harness.config.written import to_dict
 from harness.messages import Array, EngineInfo, GenerationResult, Latents
 from harness.messages import Progress as StepProgress
-from harness.peer.table import NATIVE
 from harness.records import Record, Repeat, RunFolder, SampleRow, fingerprint
+from harness.resolve.engines_table import NATIVE
 from harness.results import measured
 
 

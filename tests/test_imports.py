@@ -10,7 +10,7 @@ import pytest
 
 from harness.config.schema import ModelConfig, RunConfig
 from harness.imports import parts_of
-from harness.peer.table import PEERS
+from harness.resolve.engines_table import PEERS
 from models.registry import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("harness.loggers", "harness.parallel"),
     ("harness.optimize",),
     ("harness.pipeline",),
-    ("harness.peer", "harness.train"),
+    ("harness.baselines", "harness.train"),
     ("harness.imports", "harness.optimized", "harness.quantized", "harness.serving"),
     ("harness.compose", "harness.engine"),
     ("harness.inprocess", "harness.launch", "harness.results"),
@@ -140,7 +140,7 @@ def test_ranks_start_without_what_clients_need() -> None:
     sources = {module_of(path): path for path in FILES}
     configs = [RunConfig(model=ModelConfig(architecture=name)) for name in ARCHITECTURES]
     wanted = ["harness.agent", "harness.rank", *(name for config in configs for name in parts_of(config))]
-    wanted += ["harness.peer.build", "harness.parallel.vae", *(row.module for row in PEERS.values())]
+    wanted += ["harness.baselines.build", "harness.parallel.vae", *(row.module for row in PEERS.values())]
     seen: set[str] = set()
     while wanted:
         name = wanted.pop()
@@ -150,7 +150,7 @@ def test_ranks_start_without_what_clients_need() -> None:
         for found in run_at_import(ast.parse(sources[name].read_text()).body):
             assert found.split(".")[0] not in NEVER_BY_RANKS, f"{sources[name]} imports {found}"
             wanted += [found, found.rpartition(".")[0]]
-    assert {"harness.serving.build", "models.flux.network", "harness.peer.families.sd"} <= seen
+    assert {"harness.serving.build", "models.flux.network", "harness.baselines.families.sd"} <= seen
 
 
 def test_native_ranks_import_the_modules_of_diffusers_that_they_need() -> None:

@@ -31,7 +31,6 @@ from harness.loggers.wandb import log_load
 from harness.messages import EngineInfo
 from harness.metrics.load import LOST, LoadSummary, RequestRow, summarize_load
 from harness.parallel.mesh import degrees, world_size
-from harness.peer.table import engine_version
 from harness.pool import MakeEngine, new_engine
 from harness.provenance import provenance
 from harness.records import (
@@ -45,6 +44,7 @@ from harness.records import (
     write_atomically,
 )
 from harness.records import Engine as EngineName
+from harness.resolve.engines_table import engine_version
 from harness.series import progress_bars
 from harness.serving.transport import Connection
 

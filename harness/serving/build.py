@@ -30,7 +30,6 @@ from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from harness.parallel.shard import shard_weights
 from harness.parallel.stale import Stale
-from harness.peer.table import DIFFUSERS, NATIVE, SGLANG, peer_attention
 from harness.pipeline.caches import cached_network, guidance_when
 from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.pipeline.composed import ComposedPipeline
@@ -46,6 +45,7 @@ from harness.pipeline.stage import Stage
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
+from harness.resolve.engines_table import DIFFUSERS, NATIVE, SGLANG, peer_attention
 from harness.serving.worker import Worker
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
@@ -304,7 +304,7 @@ def peer_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:
         CheckpointError: weights that are missing, broken or do not fit.
         ValueError: settings that do not go together.
     """
-    from harness.peer.build import native_facts, peer_stages  # brings diffusers' pipelines
+    from harness.baselines.build import native_facts, peer_stages  # brings diffusers' pipelines
 
     parts = native_facts(config.model.architecture, source)
     check_multiple(config.model, parts)

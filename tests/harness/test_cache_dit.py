@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from harness.baselines.cache import Skips
 from harness.compose import ConfigError, compose_run
 from harness.fidelity import method_class
 from harness.metrics.flops import counted
-from harness.peer.cache import Skips
 from harness.records import Record
 from tests.harness.test_peer import generator
 from tests.models.checkpoints import CASES, PROMPTS, overrides_of

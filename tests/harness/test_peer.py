@@ -15,13 +15,13 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 
+from harness.baselines.build import load_peer, native_facts
 from harness.client import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.engine import RequestFailed
 from harness.inprocess import InprocessEngine
 from harness.messages import GenerationRequest, RankOutcome, decode
 from harness.parallel.mesh import Place
-from harness.peer.build import load_peer, native_facts
 from harness.records import Record, load
 from harness.serving.build import build_worker, source_of
 from models.files import read_json

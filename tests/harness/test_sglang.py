@@ -12,11 +12,11 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from safetensors.torch import save_file
 
+from harness.baselines.build import load_peer, load_sglang, native_facts
+from harness.baselines.noise import published_slot
 from harness.compose import ConfigError, compose_run
 from harness.fidelity import method_class
-from harness.peer.build import load_peer, load_sglang, native_facts
-from harness.peer.noise import published_slot
-from harness.peer.table import PEERS
+from harness.resolve.engines_table import PEERS
 from harness.serving.build import source_of
 from models.files import CheckpointError
 from tests.harness.test_peer import generator
@@ -65,7 +65,7 @@ def test_it_claims_what_a_peer_claims(monkeypatch: pytest.MonkeyPatch, dtype: st
 def test_what_it_cannot_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_DIFFUSION_PLATFORM_OVERRIDE", "cpu")
     monkeypatch.setitem(sys.modules, "sglang", None)
-    monkeypatch.delitem(sys.modules, "harness.peer.sglang", raising=False)
+    monkeypatch.delitem(sys.modules, "harness.baselines.sglang", raising=False)
     CASES["sd3"].save(tmp_path)
     source = source_of(compose_run(overrides_of(CASES["sd3"], tmp_path)).config, torch.device("cpu"))
     parts, row, slot = native_facts("sd3", source), PEERS["sd3"].sglang, published_slot(source)
@@ -163,6 +163,6 @@ def test_nothing_of_diffusers_network_is_left_and_a_failure_is_no_fall_back(
 @installed
 @pytest.mark.slow
 def test_a_noise_scheduler_that_it_lacks_is_refused() -> None:
-    sglang = importlib.import_module("harness.peer.sglang")
+    sglang = importlib.import_module("harness.baselines.sglang")
     with pytest.raises(ValueError, match=r"SGLang-Diffusion has no FlowMatchHeunDiscreteScheduler.*rectified_flow"):
         sglang.own(FlowMatchHeunDiscreteScheduler())

@@ -14,10 +14,10 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 from torch import Tensor
 
-from harness.peer.check import refuse_negative_class
-from harness.peer.family import Batch, PeerModel, check_guidance, kl_pixels
-from harness.peer.load import load_denoiser
+from harness.baselines.family import Batch, PeerModel, check_guidance, kl_pixels
+from harness.baselines.load import load_denoiser
 from harness.pipeline.state import Ask, written
+from harness.resolve.engine import refuse_negative_class
 from models.components import Components
 from models.decoders import load_from_diffusers
 from models.dit.prompts import ClassLabels, read_names

@@ -9,8 +9,8 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor
 
-from harness.peer.family import Batch, PeerModel, PeerPrompts, check_guidance, check_nothing, kl_pixels
-from harness.peer.load import load_denoiser
+from harness.baselines.family import Batch, PeerModel, PeerPrompts, check_guidance, check_nothing, kl_pixels
+from harness.baselines.load import load_denoiser
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.flux.prompts import load_flux_prompts

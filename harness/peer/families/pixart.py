@@ -10,8 +10,8 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPi
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
 from torch import Tensor
 
-from harness.peer.family import Batch, PeerModel, PeerPrompts, kl_pixels
-from harness.peer.load import load_denoiser
+from harness.baselines.family import Batch, PeerModel, PeerPrompts, kl_pixels
+from harness.baselines.load import load_denoiser
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.pixart.weights import NAMES

@@ -11,8 +11,8 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from harness.peer.family import Batch, PeerModel, PeerPrompts
-from harness.peer.load import load_denoiser
+from harness.baselines.family import Batch, PeerModel, PeerPrompts
+from harness.baselines.load import load_denoiser
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.qwen_image.prompts import QwenImagePrompts

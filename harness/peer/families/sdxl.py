@@ -10,8 +10,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from torch import Tensor
 
-from harness.peer.family import Batch, PeerModel, PeerPrompts, kl_pixels
-from harness.peer.load import load_denoiser
+from harness.baselines.family import Batch, PeerModel, PeerPrompts, kl_pixels
+from harness.baselines.load import load_denoiser
 from models.components import Components, Conditioning
 from models.decoders import OLD_NAMES, load_from_diffusers
 from models.names import NameMap

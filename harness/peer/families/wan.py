@@ -9,8 +9,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from torch import Tensor
 
-from harness.peer.family import Batch, PeerModel, PeerPrompts
-from harness.peer.load import load_denoiser
+from harness.baselines.family import Batch, PeerModel, PeerPrompts
+from harness.baselines.load import load_denoiser
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.source import Source

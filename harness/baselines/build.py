@@ -8,22 +8,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from harness.baselines.cache import BlockCache
+from harness.baselines.denoise import NoisePreparation, PeerDenoising
+from harness.baselines.family import PeerLoader, PeerModel
+from harness.baselines.noise import MakeSlot, own_slot, published_slot
 from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
 from harness.config.trained import PUBLISHED_FAMILY
 from harness.messages import GenerationRequest
 from harness.optimize.compiled import compile_forwards
-from harness.peer.cache import BlockCache
-from harness.peer.denoise import NoisePreparation, PeerDenoising
-from harness.peer.family import PeerLoader, PeerModel
-from harness.peer.noise import MakeSlot, own_slot, published_slot
-from harness.peer.table import CACHE_DIT, PEERS, SGLANG, SglangRow, engine_version, peer_attention
 from harness.pipeline.decode import Decoding
 from harness.pipeline.stage import Stage
 from harness.pipeline.state import asks
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
+from harness.resolve.engines_table import CACHE_DIT, PEERS, SGLANG, SglangRow, engine_version, peer_attention
 from models.attention import sdpa_attention
 from models.components import ComponentLoader, Components
 from models.registry import ARCHITECTURES
@@ -74,7 +74,7 @@ def load_peer(architecture: str, source: Source, parts: Components) -> PeerModel
 
 
 def load_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Components, make_slot: MakeSlot) -> PeerModel:
-    """diffusers' pipeline with SGLang-Diffusion's network and loop in it (harness.peer.sglang).
+    """diffusers' pipeline with SGLang-Diffusion's network and loop in it (harness.baselines.sglang).
 
     Raises:
         CheckpointError: SGLang cannot load the network by itself.
@@ -83,7 +83,7 @@ def load_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Compone
     if source.device.type == "cpu":
         os.environ.setdefault("SGLANG_DIFFUSION_PLATFORM_OVERRIDE", "cpu")  # it looks for drivers, we asked torch
     try:
-        sglang = importlib.import_module("harness.peer.sglang")
+        sglang = importlib.import_module("harness.baselines.sglang")
     except ImportError as error:
         raise ValueError(f"engine={SGLANG} cannot import SGLang ({error}); install what is named with pip") from error
     drawn: PeerModel = sglang.with_sglang(model, row, source, parts, make_slot)

@@ -11,9 +11,9 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harness.peer.cache import BlockCache
-from harness.peer.family import Batch, PeerModel
-from harness.peer.noise import MakeSlot, draws_noise
+from harness.baselines.cache import BlockCache
+from harness.baselines.family import Batch, PeerModel
+from harness.baselines.noise import MakeSlot, draws_noise
 from harness.pipeline.guidance import guided
 from harness.pipeline.latents import seeded_noise, step_noise
 from harness.pipeline.state import RunContext, Sample, micro_batches, written
@@ -23,7 +23,7 @@ from schedulers.drop_in import evaluation_points
 from schedulers.noise_scheduler import NoiseScheduler
 
 KERNELS = {"sdpa_math": SDPBackend.MATH, "sdpa_flash": SDPBackend.FLASH_ATTENTION}
-"""Names of harness.peer.table for layers that call PyTorch's attention themselves."""
+"""Names of harness.resolve.engines_table for layers that call PyTorch's attention themselves."""
 
 
 class NoisePreparation:
@@ -54,7 +54,7 @@ class PeerDenoising:
         make_slot: makes the noise scheduler of a micro-batch.
         noise_scheduler: that of a native run, whose solver steps are counted.
         rule: how the checkpoint is guided.
-        attention: by the name of harness.peer.table.
+        attention: by the name of harness.resolve.engines_table.
         size_multiple: pixels a token of the network spans on a side.
         own_draws: the noise of steps is diffusers' own.
         cache: of the network's blocks.
@@ -128,7 +128,7 @@ class PeerDenoising:
 
 
 def kernel(attention: str) -> AbstractContextManager[object]:
-    """The attention that runs inside, by the name of harness.peer.table."""
+    """The attention that runs inside, by the name of harness.resolve.engines_table."""
     if attention == "sdpa":
         return ExitStack()
     if attention in KERNELS:

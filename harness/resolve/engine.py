@@ -8,7 +8,7 @@ import warnings
 from harness.config.schema import BlockCacheConfig, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY
 from harness.parallel.mesh import degrees
-from harness.peer.table import CACHE_DIT, NATIVE, PEERS, SGLANG, peer_attention, refuse_unknown_engine
+from harness.resolve.engines_table import CACHE_DIT, NATIVE, PEERS, SGLANG, peer_attention, refuse_unknown_engine
 
 LEARNED = ("learned", "learned_range")
 

@@ -72,23 +72,23 @@ DIRECT_MASKED = {name: there for name, there in DIRECT.items() if name != "flash
 FLOWS = ("rectified_flow", PUBLISHED_FAMILY)
 
 PEERS = {
-    "dit": PeerRow("harness.peer.families.dit", DIRECT, (*FLOWS, "ddpm")),
-    "pixart": PeerRow("harness.peer.families.pixart", DIRECT_MASKED, None),
+    "dit": PeerRow("harness.baselines.families.dit", DIRECT, (*FLOWS, "ddpm")),
+    "pixart": PeerRow("harness.baselines.families.pixart", DIRECT_MASKED, None),
     "sd3": PeerRow(
-        "harness.peer.families.sd3",
+        "harness.baselines.families.sd3",
         DIRECT,
         FLOWS,
         sglang=SglangRow("stablediffusion3:StableDiffusion3PipelineConfig", DIRECT),
     ),
     "flux": PeerRow(
-        "harness.peer.families.flux",
+        "harness.baselines.families.flux",
         DISPATCHED,
         FLOWS,
         sglang=SglangRow("flux:FluxPipelineConfig", DIRECT, encodings=2),
     ),
-    "qwen_image": PeerRow("harness.peer.families.qwen_image", DISPATCHED_MASKED, FLOWS),
+    "qwen_image": PeerRow("harness.baselines.families.qwen_image", DISPATCHED_MASKED, FLOWS),
     "z_image": PeerRow(
-        "harness.peer.families.z_image",
+        "harness.baselines.families.z_image",
         DISPATCHED_MASKED,
         FLOWS,
         sglang=SglangRow(
@@ -98,9 +98,9 @@ PEERS = {
             renamed={"n_layers": "num_layers", "n_heads": "num_attention_heads", "in_channels": "out_channels"},
         ),
     ),
-    "wan": PeerRow("harness.peer.families.wan", DISPATCHED, FLOWS),
-    "sd": PeerRow("harness.peer.families.sd", DIRECT, None, cached=False),
-    "sdxl": PeerRow("harness.peer.families.sdxl", DIRECT, None, cached=False),
+    "wan": PeerRow("harness.baselines.families.wan", DISPATCHED, FLOWS),
+    "sd": PeerRow("harness.baselines.families.sd", DIRECT, None, cached=False),
+    "sdxl": PeerRow("harness.baselines.families.sdxl", DIRECT, None, cached=False),
 }
 
 

@@ -12,8 +12,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from harness.peer.check import refuse_weak_guidance
 from harness.pipeline.state import Ask
+from harness.resolve.engine import refuse_weak_guidance
 from models.components import Components, Conditioning, PromptEncoder
 from models.source import Source
 

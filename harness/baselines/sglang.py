@@ -43,10 +43,10 @@ from sglang.multimodal_gen.runtime.server_args import ServerArgs, set_global_ser
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from harness.peer.family import Batch, PeerModel
-from harness.peer.noise import MakeSlot, Slot
-from harness.peer.table import SglangRow
+from harness.baselines.family import Batch, PeerModel
+from harness.baselines.noise import MakeSlot, Slot
 from harness.pipeline.timesteps import tokens
+from harness.resolve.engines_table import SglangRow
 from models.components import Components, Conditioning
 from models.files import CheckpointError
 from models.source import Source

@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass
 from types import ModuleType
 
+from harness.baselines.family import PeerModel
 from harness.config.schema import BlockCacheConfig
-from harness.peer.family import PeerModel
 
 MOST_IN_A_ROW = 3  # evaluations cut short one after another, as SGLang has it
 
