@@ -44,7 +44,7 @@ CODE = (
     "schedulers",
     "harness/optimize",
     "harness/pipeline",
-    "harness/serving/build.py",
+    "harness/build/pipeline.py",
     "harness/serving/worker.py",
 )
 

@@ -59,8 +59,8 @@ class InprocessEngine:
         self.environment = dict(os.environ)
         import torch
 
+        from harness.build.pipeline import attention_name, build_worker, ceiling, pick_device, prepare_cpu
         from harness.parallel.collectives import Alone
-        from harness.serving.build import attention_name, build_worker, ceiling, pick_device, prepare_cpu
         from harness.serving.scheduler import RequestScheduler
 
         threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled

@@ -123,8 +123,8 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
     import torch.distributed as dist
     import zmq
 
+    from harness.build.pipeline import attention_name, build_worker, ceiling, pick_device, prepare_cpu
     from harness.parallel.collectives import Alone, Collectives, Gloo
-    from harness.serving.build import attention_name, build_worker, ceiling, pick_device, prepare_cpu
     from harness.serving.control import ControlThread, listener
     from harness.serving.inbox import Inbox, served_check
     from harness.serving.policy import key_of

@@ -150,7 +150,7 @@ def test_ranks_start_without_what_clients_need() -> None:
         for found in run_at_import(ast.parse(sources[name].read_text()).body):
             assert found.split(".")[0] not in NEVER_BY_RANKS, f"{sources[name]} imports {found}"
             wanted += [found, found.rpartition(".")[0]]
-    assert {"harness.serving.build", "models.flux.network", "harness.baselines.families.sd"} <= seen
+    assert {"harness.build.pipeline", "models.flux.network", "harness.baselines.families.sd"} <= seen
 
 
 def test_native_ranks_import_the_modules_of_diffusers_that_they_need() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from harness.build.pipeline import denoiser_dtype, torch_dtype
 from harness.compose import one_line
 from harness.config.cache import NONE
 from harness.config.optimize import Optimize
@@ -20,7 +21,6 @@ from harness.plan.cost import device, predict, traffic
 from harness.plan.network import trace_request
 from harness.plan.rows import Check
 from harness.records import Record, read_record
-from harness.serving.build import denoiser_dtype, torch_dtype
 
 
 def records(tree: Path) -> Iterator[tuple[Path, Record]]:

@@ -22,6 +22,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from harness.build.pipeline import pick_device
 from harness.config.plan import MEASURED, HardwareConfig
 from harness.config.schema import LaunchConfig
 from harness.environment import arithmetic, import_path
@@ -30,7 +31,6 @@ from harness.metrics.flops import ceiling_tflops
 from harness.parallel.connect import connect
 from harness.parallel.mesh import Place
 from harness.provenance import usable_cores
-from harness.serving.build import pick_device
 
 RANKS = 2
 COPIED = 2**28  # bytes

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.build.pipeline import denoiser_dtype, source_of, torch_dtype
 from harness.config.request import to_message
 from harness.config.schema import RunConfig
 from harness.parallel.formula import Trace, trace_network
 from harness.parallel.formula_memory import Weights, decode_numbers, network_weights
 from harness.parallel.vae import RowsDecoder
 from harness.pipeline.checkpoint import COMPONENTS
-from harness.serving.build import denoiser_dtype, source_of, torch_dtype
 from models.attention import attention_kernel
 from models.components import ComponentLoader, Components, Conditioning
 from models.registry import ARCHITECTURES

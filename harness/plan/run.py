@@ -10,6 +10,7 @@ import msgspec
 import torch
 from rich.console import Console
 
+from harness.build.pipeline import denoiser_dtype, torch_dtype
 from harness.compose import Composed, to_dict, to_yaml
 from harness.config.plan import HardwareConfig
 from harness.config.request import to_message
@@ -25,7 +26,6 @@ from harness.plan.network import trace_request
 from harness.plan.rows import PLAN_SCHEMA, Plan, Prediction
 from harness.plan.table import print_checks, print_plan
 from harness.records import RunFolder, Status
-from harness.serving.build import denoiser_dtype, torch_dtype
 
 FILE = "plan.json"
 

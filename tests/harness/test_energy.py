@@ -5,11 +5,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from harness.build import pipeline as build
 from harness.client import DiffusionGenerator
 from harness.messages import GenerationResult, Progress, RankReport
 from harness.metrics.energy import PackageEnergy
 from harness.results import energy as energy_of
-from harness.serving import build
 
 END_UJ = 1_000_000_000
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harness.build.pipeline import replayable
 from harness.compose import ConfigError, compose_run
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
@@ -26,7 +27,6 @@ from harness.optimize.apply import Replayable, optimize
 from harness.optimize.graphs import DECODED, KINDS, RecordedDecoder, RecordedNetwork, in_cuda_graphs
 from harness.parallel.connect import one_rank
 from harness.series import Series
-from harness.serving.build import replayable
 from models.attention import sdpa_attention
 from models.components import Components, Conditioning, LatentSpace
 from models.decoders import KLDecoder

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
+from harness.build.pipeline import build_worker
 from harness.client import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.fidelity import method_class, reference_config
@@ -24,7 +25,6 @@ from harness.optimize.widen import widens
 from harness.parallel.mesh import Place, degrees
 from harness.pipeline.interleave import evaluate
 from harness.records import Record
-from harness.serving.build import build_worker
 from models.attention import math_attention
 from models.components import Conditioning
 from models.decoders import KLDecoder

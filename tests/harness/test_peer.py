@@ -16,6 +16,7 @@ import torch
 from _pytest.mark import ParameterSet
 
 from harness.baselines.build import load_peer, native_facts
+from harness.build.pipeline import build_worker, source_of
 from harness.client import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.engine import RequestFailed
@@ -23,7 +24,6 @@ from harness.inprocess import InprocessEngine
 from harness.messages import GenerationRequest, RankOutcome, decode
 from harness.parallel.mesh import Place
 from harness.records import Record, load
-from harness.serving.build import build_worker, source_of
 from models.files import read_json
 from models.names import NameMap
 from models.registry import ARCHITECTURES

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.build.pipeline import DEFAULT_CACHE_MIB, cache_mib
 from harness.client import DiffusionGenerator, Generation
 from harness.compose import ConfigError, compose_run
 from harness.metrics.clock import Clock
@@ -15,7 +16,6 @@ from harness.metrics.memory import ResidentMemory
 from harness.pipeline.state import Ask, Cancelled, RunContext, Sample
 from harness.pipeline.text import Encoded, PromptCache, TextEncoding
 from harness.records import read_record
-from harness.serving.build import DEFAULT_CACHE_MIB, cache_mib
 from models.components import Conditioning, GuidanceRule
 from models.registry import REFERENCE
 

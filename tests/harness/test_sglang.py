@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from harness.baselines.build import load_peer, load_sglang, native_facts
 from harness.baselines.noise import published_slot
+from harness.build.pipeline import source_of
 from harness.compose import ConfigError, compose_run
 from harness.fidelity import method_class
 from harness.resolve.engines_table import PEERS
-from harness.serving.build import source_of
 from models.files import CheckpointError
 from tests.harness.test_peer import generator
 from tests.models.checkpoints import CASES, PROMPTS, overrides_of

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from harness.build.pipeline import source_of
 from harness.client import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.messages import LoadedComponent
 from harness.pipeline.checkpoint import locate, models_of
 from harness.rank import slowest
-from harness.serving.build import source_of
 from models.components import Components
 from models.empty import build_empty
 from models.files import CheckpointError, read_header

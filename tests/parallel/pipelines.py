@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from harness.build.pipeline import build_worker
 from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest, RankOutcome, array, decode
 from harness.parallel.mesh import AXES, Place, degrees
-from harness.serving.build import build_worker
 
 Degrees = tuple[int, ...]
 
