@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from harness.caching.policies import cached_network, guidance_when
 from harness.config.cache import OF_BLOCKS
 from harness.config.schema import DType, Load, ModelConfig, ParallelConfig, Quantize, RunConfig, Task
 from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
@@ -30,7 +31,6 @@ from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from harness.parallel.shard import shard_weights
 from harness.parallel.stale import Stale
-from harness.pipeline.caches import cached_network, guidance_when
 from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding

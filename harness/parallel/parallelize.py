@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.caching.blocks import signature
 from harness.parallel.attention import SequenceAttention, SequenceState, TokenLayout
 from harness.parallel.connect import Axes
 from harness.parallel.displaced import Displaced
-from harness.parallel.gates import signature
 from harness.parallel.group import Group
 from models.attention import AttentionKernel
 from models.attention.lse import LseKernel

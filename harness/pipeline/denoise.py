@@ -9,9 +9,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from harness.caching.blocks import History
 from harness.messages import Skips
 from harness.optimize.ahead import Ahead
-from harness.parallel.gates import History
 from harness.parallel.group import Group
 from harness.parallel.stale import Stale
 from harness.pipeline.guidance import Branches, Way, When, always

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from harness.caching.blocks import History
+from harness.caching.policies import CachedNetwork, FirstBlock, cached_network, guidance_when
 from harness.client import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.config.cache import PUBLISHED
 from harness.fidelity import floor_config, key, method_class, reference_config
 from harness.parallel.attention import SequenceState
-from harness.parallel.gates import History
 from harness.parallel.group import alone
-from harness.pipeline.caches import CachedNetwork, FirstBlock, cached_network, guidance_when
 from harness.pipeline.denoise import Denoising, Savings
 from harness.pipeline.guidance import Interval, Reuse, When
 from harness.pipeline.interleave import Course, evaluate

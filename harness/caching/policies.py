@@ -1,6 +1,6 @@
 """Caches of the denoiser: the rules by which an evaluation, or its negative branch, is not computed.
 
-Blocks are passed by as harness.parallel.gates does it; the three rules differ in what they look at:
+Blocks are passed by as harness.caching.blocks does it; the three rules differ in what they look at:
 
     TeaCache      how far the first block's modulated input has moved, added up from evaluation to evaluation
     first block   how far what the first block adds is from what it added when all were last computed
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from harness.caching.blocks import Gates, History, Look, Passage, Rule
 from harness.config.cache import OF_BLOCKS, CacheConfig
 from harness.parallel.attention import SequenceState
-from harness.parallel.gates import Gates, History, Look, Passage, Rule
 from harness.parallel.group import Group
 from harness.pipeline.guidance import Interval, Reuse, When, always
 from models.components import Conditioning
