@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import Composed, ConfigError, compose_run, to_dict, to_yaml
 from harness.config.schema import LaunchMode, RunConfig, Task
 from harness.config.serve import Transport

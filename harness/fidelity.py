@@ -19,7 +19,7 @@ import numpy as np
 from rich.progress import Progress
 from safetensors.numpy import load_file, save
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import Composed, to_dict
 from harness.config.cache import NONE, CacheConfig
 from harness.config.optimize import Optimize

@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.logging import RichHandler
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import Composed, to_dict, to_yaml
 from harness.config.schema import RunConfig
 from harness.engine import RequestFailed

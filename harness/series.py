@@ -9,7 +9,8 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from harness.client import DiffusionGenerator, Generation
+from harness.client.generator import DiffusionGenerator, Generation
+from harness.client.results import measured
 from harness.config.optimize import Optimize
 from harness.config.schema import Task
 from harness.config.written import to_dict
@@ -17,7 +18,6 @@ from harness.messages import Array, EngineInfo, GenerationResult, Latents
 from harness.messages import Progress as StepProgress
 from harness.records import Record, Repeat, RunFolder, SampleRow, fingerprint
 from harness.resolve.engines_table import NATIVE
-from harness.results import measured
 
 
 class Series:

@@ -27,9 +27,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("harness.baselines", "harness.train"),
     ("harness.imports", "harness.optimized", "harness.quantized", "harness.serving"),
     ("harness.compose", "harness.engine"),
-    ("harness.inprocess", "harness.launch", "harness.results"),
+    ("harness.inprocess", "harness.launch", "harness.client.results"),
     ("harness.pool", "harness.rank"),
-    ("harness.agent", "harness.client", "harness.http"),
+    ("harness.agent", "harness.client.generator", "harness.http"),
     ("harness.fidelity", "harness.series"),
     ("harness.generate",),
     ("harness.attached", "harness.compare", "harness.plan"),
@@ -117,7 +117,7 @@ def test_every_room_exists() -> None:
 
 
 def test_clients_start_without_what_ranks_or_pages_need() -> None:
-    code = f"import sys, harness.cli, harness.client; print(*[m for m in {NEVER_BY_CLIENTS} if m in sys.modules])"
+    code = f"import sys, harness.cli, harness.client.generator; print(*[m for m in {NEVER_BY_CLIENTS} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, cwd=ROOT, check=True)
     assert done.stdout.split() == []
 

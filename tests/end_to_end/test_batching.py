@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.config.request import to_message
 from harness.launch import TorchrunEngine
 from harness.messages import (

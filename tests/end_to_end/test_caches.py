@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from tests.end_to_end.test_batching import FLOOR, MIXED, connected, draw, info, rel_l2, serving
 
 CACHES = {

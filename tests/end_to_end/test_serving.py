@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zmq
 
-from harness.client import DiffusionGenerator, Generation
+from harness.client.generator import DiffusionGenerator, Generation
 from harness.config.request import to_message
 from harness.engine import RequestFailed
 from harness.launch import TorchrunEngine

@@ -12,7 +12,7 @@ import torch
 
 from harness.caching.blocks import History
 from harness.caching.policies import CachedNetwork, FirstBlock, cached_network, guidance_when
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.config.cache import PUBLISHED
 from harness.fidelity import floor_config, key, method_class, reference_config

@@ -6,10 +6,10 @@ import msgspec
 import pytest
 
 from harness.build import pipeline as build
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
+from harness.client.results import energy as energy_of
 from harness.messages import GenerationResult, Progress, RankReport
 from harness.metrics.energy import PackageEnergy
-from harness.results import energy as energy_of
 
 END_UJ = 1_000_000_000
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from harness.client import DiffusionGenerator, Generation
+from harness.client.generator import DiffusionGenerator, Generation
 from models.registry import REFERENCE
 
 FOLDERS = {"rectified_flow": "transformer", "ddpm": "transformer_ddpm", "sgm": "transformer_sgm"}

@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import Tensor
 
 from harness import fidelity
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import Composed, compose_run
 from harness.config.schema import DType, ParallelConfig
 from harness.fidelity import METHODS, Artist, Drawn, Method, floor_config, measure, method_class, reference_config

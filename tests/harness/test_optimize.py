@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from harness.build.pipeline import build_worker
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.fidelity import method_class, reference_config
 from harness.inprocess import InprocessEngine

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, PixArtSigmaPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
 from harness.config.schema import SchedulerConfig
 from harness.pipeline.settings import noise_scheduler_settings

@@ -17,7 +17,7 @@ from _pytest.mark import ParameterSet
 
 from harness.baselines.build import load_peer, native_facts
 from harness.build.pipeline import build_worker, source_of
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.engine import RequestFailed
 from harness.inprocess import InprocessEngine

@@ -23,6 +23,7 @@ from transformers import (
     ViTModel,
 )
 
+from harness.client.results import pretrained_quality
 from harness.compose import ConfigError, compose_run, to_dict
 from harness.config.schema import QualityConfig
 from harness.loggers.table import print_pretrained
@@ -30,7 +31,6 @@ from harness.loggers.wandb import pretrained_scalars
 from harness.metrics import pretrained
 from harness.metrics.pretrained import Frechet, Pretrained
 from harness.records import fingerprint
-from harness.results import pretrained_quality
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["red apple", "rocket, 3d", "Zebra!", "#~", "qq", "012"] * 3  # more than one batch

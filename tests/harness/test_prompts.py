@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness.build.pipeline import DEFAULT_CACHE_MIB, cache_mib
-from harness.client import DiffusionGenerator, Generation
+from harness.client.generator import DiffusionGenerator, Generation
 from harness.compose import ConfigError, compose_run
 from harness.metrics.clock import Clock
 from harness.metrics.memory import ResidentMemory

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from harness.cli import dispatch
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
+from harness.client.results import pretrained_quality
 from harness.compose import ConfigError, compose_run, to_dict
 from harness.config.schema import QualityConfig
 from harness.engine import RequestFailed
 from harness.media import GAP, ffmpeg, grid, pixel_hash, save_mp4, still, to_uint8
 from harness.records import Record, fingerprint, read_record, read_status
-from harness.results import pretrained_quality
 from tests.models.wan_checkpoint import OVERRIDES, tiny_wan
 
 PROMPTS = ["a red fox", "two owls = one; #owl ü 🦊"]

@@ -15,7 +15,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
 from models.text.load import StandIn
 from tests.models.parity import randomize

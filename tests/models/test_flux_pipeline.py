@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.pipeline.latents import seeded_noise
 from models.flux.prompts import load_flux_prompts
 from models.source import Source

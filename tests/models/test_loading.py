@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from harness.build.pipeline import source_of
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.messages import LoadedComponent
 from harness.pipeline.checkpoint import locate, models_of

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from models.decoders import load_from_diffusers
 from models.files import CheckpointError
 from models.pixart import load_denoiser

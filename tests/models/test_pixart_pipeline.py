@@ -18,7 +18,7 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
 from harness.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise

@@ -16,7 +16,7 @@ from diffusers import (
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
 from harness.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise

@@ -26,7 +26,7 @@ from diffusers.schedulers import scheduling_ddpm, scheduling_sde_ve
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.engine import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise

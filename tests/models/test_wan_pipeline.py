@@ -10,7 +10,7 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from harness.client import DiffusionGenerator
+from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
 from harness.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise

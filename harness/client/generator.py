@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from harness.client.results import build_record, measured
 from harness.compose import Composed, compose_run, to_yaml
 from harness.config.request import to_message
 from harness.config.schema import RequestConfig, RunConfig
@@ -22,7 +23,6 @@ from harness.media import grid, pixel_hash, save_mp4, save_png, still, to_uint8
 from harness.messages import Array, EngineInfo, GenerationResult, Latents, array
 from harness.pool import MakeEngine, new_engine
 from harness.records import FirstCall, Record, Repeat, SampleRow
-from harness.results import build_record, measured
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,0 +1,1 @@
+"""DiffusionGenerator, and what it returns."""
