@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harness import rank
-from harness.config.written import from_yaml
+from harness.config.yaml import from_yaml
 from harness.environment import OWNER
 from harness.imports import import_parts
 

@@ -35,10 +35,10 @@ from harness.config.schema import LaunchMode, Load, ModelConfig, ParallelConfig,
 from harness.config.serve import check_load, check_serve
 from harness.config.sides import check_sides, quoted
 from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
-from harness.config.written import ConfigError as ConfigError
-from harness.config.written import from_yaml as from_yaml
-from harness.config.written import to_dict as to_dict
-from harness.config.written import to_yaml as to_yaml
+from harness.config.yaml import ConfigError as ConfigError
+from harness.config.yaml import from_yaml as from_yaml
+from harness.config.yaml import to_dict as to_dict
+from harness.config.yaml import to_yaml as to_yaml
 from harness.media import ffmpeg
 from harness.metrics import pretrained
 from harness.optimized import resolve_optimize

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from harness.config.schema import RunConfig, Task
-from harness.config.written import ConfigError, from_yaml
+from harness.config.yaml import ConfigError, from_yaml
 from harness.environment import OWNER, SOCKETS, threads_per_rank
 from harness.imports import import_parts
 from harness.launch import RankError

@@ -13,7 +13,7 @@ from harness.client.generator import DiffusionGenerator, Generation
 from harness.client.results import measured
 from harness.config.optimize import Optimize
 from harness.config.schema import Task
-from harness.config.written import to_dict
+from harness.config.yaml import to_dict
 from harness.messages import Array, EngineInfo, GenerationResult, Latents
 from harness.messages import Progress as StepProgress
 from harness.records import Record, Repeat, RunFolder, SampleRow, fingerprint

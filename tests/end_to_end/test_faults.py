@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import harness
 from harness.compose import compose_run
-from harness.config.written import to_yaml
+from harness.config.yaml import to_yaml
 from harness.environment import OWNER
 from models.registry import REFERENCE
 from tests.end_to_end.conftest import (
