@@ -15,11 +15,11 @@ from harness.config.cache import NONE
 from harness.config.optimize import Optimize
 from harness.config.plan import HardwareConfig
 from harness.config.schema import Load, ParallelConfig, RunConfig
+from harness.costs.network import trace_request
+from harness.costs.rows import Check
+from harness.costs.time import device, predict, traffic
 from harness.parallel.legal import keeps
 from harness.parallel.mesh import degrees, world_size
-from harness.plan.cost import device, predict, traffic
-from harness.plan.network import trace_request
-from harness.plan.rows import Check
 from harness.records import Record, read_record
 
 

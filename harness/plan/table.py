@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.config.schema import ParallelConfig
+from harness.costs.rows import Check, Plan, Prediction
 from harness.parallel.mesh import AXES
-from harness.plan.rows import Check, Plan, Prediction
 
 
 def name_of(layout: ParallelConfig) -> str:

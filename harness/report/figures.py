@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from harness.plan.rows import Check
+from harness.costs.rows import Check
 from harness.plan.table import name_of
 from harness.report.families import COLOURS, FAINT, INK
 from harness.report.rows import Row, Table

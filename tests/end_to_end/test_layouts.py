@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from harness.compose import compose_run
+from harness.costs.traffic import sent_bytes, trace_network, weight_bytes
+from harness.costs.vae_traffic import decode_bytes, trace_decode
 from harness.media import pixel_hash
-from harness.parallel.formula import sent_bytes, trace_network, weight_bytes
-from harness.parallel.formula_vae import decode_bytes, trace_decode
 from harness.plan.check import check
 from harness.records import Record, load
 from models.components import Conditioning

@@ -13,17 +13,17 @@ from harness.attached import _compose
 from harness.compose import ConfigError, compose_run, layout_facts
 from harness.config.plan import HardwareConfig
 from harness.config.schema import LaunchConfig, ParallelConfig
+from harness.costs.memory import Weights
+from harness.costs.network import Traced, trace_request
+from harness.costs.rows import Plan, Prediction
+from harness.costs.time import Device, legal_layouts, predict, traffic
+from harness.costs.traffic import Attention, Linear, Tokens, Trace
 from harness.generate import run_in
 from harness.metrics.flops import counted
-from harness.parallel.formula import Attention, Linear, Tokens, Trace
-from harness.parallel.formula_memory import Weights
 from harness.parallel.legal import check_layout
 from harness.pipeline.checkpoint import locate
 from harness.plan.check import check
-from harness.plan.cost import Device, legal_layouts, predict, traffic
 from harness.plan.measure import filled
-from harness.plan.network import Traced, trace_request
-from harness.plan.rows import Plan, Prediction
 from harness.plan.run import FILE, plan_in, planned
 from harness.plan.table import name_of
 from harness.records import Record, RunFolder, read_record, read_status

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.parallel.formula import sent_bytes, trace_network
-from harness.parallel.formula_memory import displaced_numbers
+from harness.costs.memory import displaced_numbers
+from harness.costs.traffic import sent_bytes, trace_network
 from models.attention import math_attention
 from tests.models.parity import rel_l2
 from tests.parallel.networks import TINY

@@ -6,9 +6,9 @@ from functools import cache
 import pytest
 import torch
 
-from harness.parallel.formula import Tokens, Trace, sent_bytes, trace_network
-from harness.parallel.formula_frames import FramesTrace, frames_bytes, trace_frames
-from harness.parallel.formula_vae import DecodeTrace, decode_bytes, trace_decode
+from harness.costs.frames_traffic import FramesTrace, frames_bytes, trace_frames
+from harness.costs.traffic import Tokens, Trace, sent_bytes, trace_network
+from harness.costs.vae_traffic import DecodeTrace, decode_bytes, trace_decode
 from models.attention import math_attention
 from models.components import Conditioning
 from models.flux import PLAN as FLUX_PLAN

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.costs.flops import rank_flops
+from harness.costs.memory import network_weights
+from harness.costs.traffic import trace_network
 from harness.metrics.flops import counted
 from harness.parallel.connect import Axes
-from harness.parallel.formula import trace_network
-from harness.parallel.formula_flops import rank_flops
-from harness.parallel.formula_memory import network_weights
 from harness.parallel.group import Group, Traffic
 from harness.parallel.mesh import world_size
 from harness.parallel.parallelize import cut_linears, deal_tokens

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.parallel.formula import pipe_bytes, trace_network
-from harness.parallel.formula_memory import displaced_numbers
+from harness.costs.memory import displaced_numbers
+from harness.costs.traffic import pipe_bytes, trace_network
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from models.attention import math_attention
 from models.source import Source

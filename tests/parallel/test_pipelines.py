@@ -14,8 +14,8 @@ from diffusers import AutoencoderKLWan
 from harness.compose import compose_run
 from harness.config.optimize import Optimize
 from harness.config.schema import Decode, EngineConfig, ParallelConfig, RunConfig
+from harness.costs.frames_traffic import frames_bytes, trace_frames
 from harness.messages import GenerationRequest
-from harness.parallel.formula_frames import frames_bytes, trace_frames
 from harness.parallel.mesh import world_size
 from models.wan.decoder import WanDecoder
 from tests.models.checkpoints import CASES, overrides_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from harness.costs.traffic import weight_bytes
 from harness.parallel.connect import Axes, connect
-from harness.parallel.formula import weight_bytes
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.shard import KIND, shard_weights

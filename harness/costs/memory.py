@@ -1,6 +1,6 @@
 """How much memory a rank needs, from shapes alone: weights exactly, activations by a stated rule.
 
-With the letters of harness.parallel.formula, in numbers of the network's dtype, one evaluation holds at its peak
+With the letters of harness.costs.traffic, in numbers of the network's dtype, one evaluation holds at its peak
 
     2 l C                   the residual stream of its widest stack, before and after a block
     4 x                     queries, keys, values and output of its widest attention,
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.parallel.formula import Trace
+from harness.costs.traffic import Trace
 from models.plan import ParallelPlan
 
 

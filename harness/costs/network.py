@@ -1,7 +1,7 @@
 """A request's denoiser, decoder and text encoders on the meta device: every shape, and no numbers.
 
 Nothing is read but configurations (and a tokenizer, where the checkpoint has one), so a 14 B model takes seconds and no
-memory. What a layout divides is traced once; harness.plan.cost makes a prediction of it for each layout.
+memory. What a layout divides is traced once; harness.costs.time makes a prediction of it for each layout.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harness.build.pipeline import denoiser_dtype, source_of, torch_dtype
 from harness.config.request import to_message
 from harness.config.schema import RunConfig
-from harness.parallel.formula import Trace, trace_network
-from harness.parallel.formula_memory import Weights, decode_numbers, network_weights
+from harness.costs.memory import Weights, decode_numbers, network_weights
+from harness.costs.traffic import Trace, trace_network
 from harness.parallel.vae import RowsDecoder
 from harness.pipeline.checkpoint import COMPONENTS
 from models.attention import attention_kernel

@@ -32,7 +32,7 @@ and in a pipeline of N ranks (harness.parallel.pipefusion), over all of its patc
         send            L C s       for every output of a stack of blocks; the last rank those of the last stack not
         broadcast       n s (N - 1) for an output of n numbers; the last rank alone
 
-What every rank computes is in harness.parallel.formula_flops, what it holds in formula_memory, from the same trace.
+What every rank computes is in harness.costs.flops, what it holds in formula_memory, from the same trace.
 Outside of stacks, and for tokens that every rank holds whole (the text of a cross-attention), l counts all tokens.
 Attention to such tokens sends nothing. Data parallelism sends nothing.
 """

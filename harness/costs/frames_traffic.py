@@ -22,7 +22,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
-from harness.parallel.formula import FLOAT32
+from harness.costs.traffic import FLOAT32
 from harness.parallel.frames import over_time
 from harness.parallel.legal import REACH
 from models.wan.decoder import WanDecoder

@@ -1,6 +1,6 @@
 """How many operations a rank does in one evaluation of a network, from shapes alone.
 
-With the letters of harness.parallel.formula, T = ring x ulysses, and 2 operations a multiply-add, a rank does
+With the letters of harness.costs.traffic, T = ring x ulysses, and 2 operations a multiply-add, a rank does
 
     2 l C_in C_out                    in every linear, over tp where it is cut
     4 (ulysses l) (T l / B) a' E      in every attention over dealt tokens: after the all-to-all a rank has the queries
@@ -14,7 +14,7 @@ harness.metrics.flops, which counts the same number on ranks that compute.
 
 from __future__ import annotations
 
-from harness.parallel.formula import Trace
+from harness.costs.traffic import Trace
 
 
 def rank_flops(trace: Trace, degrees: tuple[int, ...]) -> int:

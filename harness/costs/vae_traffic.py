@@ -27,7 +27,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from harness.parallel.formula import FLOAT32
+from harness.costs.traffic import FLOAT32
 from harness.parallel.vae import CAUSAL, FRAME_ATTENTION, RowsDecoder, halo
 
 LENGTH = 8  # bytes of a band's height, where heights are told

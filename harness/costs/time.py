@@ -6,7 +6,7 @@ One evaluation on a device of F operations and W bytes a second (peak x attainab
 
 `moved` is every weight once, every linear's input and output, and queries, keys, values and output of every attention;
 elementwise work is taken to be fused into those, and the launches of kernels to be hidden, as they are with large
-tensors. A collective of `bytes` (harness.parallel.formula) in `calls` takes
+tensors. A collective of `bytes` (harness.costs.traffic) in `calls` takes
 
     calls x latency + bytes / bandwidth
 
@@ -27,13 +27,13 @@ from dataclasses import dataclass, replace
 
 from harness.config.plan import HardwareConfig
 from harness.config.schema import ParallelConfig
-from harness.parallel.formula import FLOAT32, Trace, sent_bytes
-from harness.parallel.formula_flops import attention_flops, dealt_attention_flops, rank_flops
-from harness.parallel.formula_memory import activation_numbers
+from harness.costs.flops import attention_flops, dealt_attention_flops, rank_flops
+from harness.costs.memory import activation_numbers
+from harness.costs.network import Traced
+from harness.costs.rows import Exchange, Prediction
+from harness.costs.traffic import FLOAT32, Trace, sent_bytes
 from harness.parallel.legal import Facts, check_layout
 from harness.parallel.mesh import degrees, world_size
-from harness.plan.network import Traced
-from harness.plan.rows import Exchange, Prediction
 
 AXIS = {"all_to_all": "ulysses", "shift": "ring", "all_reduce": "tp", "all_gather": "tokens"}
 

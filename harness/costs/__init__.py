@@ -1,0 +1,1 @@
+"""Operations, traffic, memory and time of a layout in closed form."""
