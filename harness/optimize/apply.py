@@ -11,7 +11,7 @@ from torch import nn
 
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
-from harness.metrics.heap import keep_freed
+from harness.device.malloc import keep_freed
 from harness.optimize.ahead import Ahead
 from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.decoder import channels_last, winograd

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather  # what set_custom_all_gather takes
 
-from harness.metrics.heap import give_back_freed
+from harness.device.malloc import give_back_freed
 from harness.parallel.group import Group, Traffic
 from models.plan import ParallelPlan
 

@@ -10,7 +10,7 @@ PROGRAM = """
 import resource, sys
 import torch
 from harness.metrics.memory import ResidentMemory
-from harness.metrics.heap import keep_freed
+from harness.device.malloc import keep_freed
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,0 +1,1 @@
+"""Choosing and preparing a device: clock, memory, energy, allocator."""
