@@ -21,12 +21,12 @@ from rich.console import Console
 
 from harness.compose import Composed, ConfigError, compose_run, run_folder, to_yaml
 from harness.config.schema import RunConfig, Task
-from harness.engine import AttachedEngine, Engine
-from harness.environment import arithmetic
+from harness.engines.environment import arithmetic
+from harness.engines.protocol import AttachedEngine, Engine
+from harness.engines.rank import LOG_FORMAT, check_ranks, leave_error, redirect_output, serve
+from harness.engines.torchrun import rank_error
 from harness.generate import refuse, run_in
-from harness.launch import rank_error
 from harness.parallel.mesh import degrees, world_size
-from harness.rank import LOG_FORMAT, check_ranks, leave_error, redirect_output, serve
 from harness.records import RunFolder, RunFolderError, Status
 from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone

@@ -17,14 +17,14 @@ from rich.logging import RichHandler
 from harness.client.generator import DiffusionGenerator
 from harness.compose import Composed, to_dict, to_yaml
 from harness.config.schema import RunConfig
-from harness.engine import RequestFailed
+from harness.engines.pool import MakeEngine, new_engine
+from harness.engines.protocol import RequestFailed
 from harness.fidelity import Artist, Drawn, measure
 from harness.loggers.table import print_record
 from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
 from harness.loggers.wandb import log_failure, log_run, resolve_mode
 from harness.metrics.fidelity import BROKEN
 from harness.pipeline.settings import noise_scheduler_settings
-from harness.pool import MakeEngine, new_engine
 from harness.records import CUT_OFF, STATES, Record, RunFolder, RunFolderError, Status
 from harness.series import Series, progress_bars
 from harness.serving.faults import failure_kind, failure_line

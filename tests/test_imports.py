@@ -9,27 +9,27 @@ from pathlib import Path
 import pytest
 
 from harness.config.schema import ModelConfig, RunConfig
-from harness.imports import parts_of
+from harness.engines.preimport import parts_of
 from harness.resolve.engines_table import PEERS
 from models.registry import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("harness", "models", "schedulers")
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("models", "schedulers", "harness.messages", "harness.processes"),
+    ("models", "schedulers", "harness.messages", "harness.engines.processes"),
     ("harness.config", "harness.media", "harness.provenance"),
-    ("harness.environment", "harness.metrics"),
+    ("harness.engines.environment", "harness.metrics"),
     ("harness.records",),
     ("harness.metrics.comparison", "harness.terminal"),
     ("harness.loggers", "harness.parallel"),
     ("harness.optimize",),
     ("harness.pipeline",),
     ("harness.baselines", "harness.train"),
-    ("harness.imports", "harness.optimized", "harness.quantized", "harness.serving"),
-    ("harness.compose", "harness.engine"),
-    ("harness.inprocess", "harness.launch", "harness.client.results"),
-    ("harness.pool", "harness.rank"),
-    ("harness.agent", "harness.client.generator", "harness.http"),
+    ("harness.engines.preimport", "harness.optimized", "harness.quantized", "harness.serving"),
+    ("harness.compose", "harness.engines.protocol"),
+    ("harness.engines.inprocess", "harness.engines.torchrun", "harness.client.results"),
+    ("harness.engines.pool", "harness.engines.rank"),
+    ("harness.engines.fork_agent", "harness.client.generator", "harness.http"),
     ("harness.fidelity", "harness.series"),
     ("harness.generate",),
     ("harness.attached", "harness.compare", "harness.plan"),
@@ -139,7 +139,11 @@ def test_ranks_start_without_what_clients_need() -> None:
     """Over all of our modules that a rank of any architecture or engine imports, agents' own among them."""
     sources = {module_of(path): path for path in FILES}
     configs = [RunConfig(model=ModelConfig(architecture=name)) for name in ARCHITECTURES]
-    wanted = ["harness.agent", "harness.rank", *(name for config in configs for name in parts_of(config))]
+    wanted = [
+        "harness.engines.fork_agent",
+        "harness.engines.rank",
+        *(name for config in configs for name in parts_of(config)),
+    ]
     wanted += ["harness.baselines.build", "harness.parallel.vae", *(row.module for row in PEERS.values())]
     seen: set[str] = set()
     while wanted:
@@ -158,7 +162,7 @@ def test_native_ranks_import_the_modules_of_diffusers_that_they_need() -> None:
     code = """
 import sys
 from harness.config.schema import ModelConfig, RunConfig
-from harness.imports import import_parts
+from harness.engines.preimport import import_parts
 from models.registry import ARCHITECTURES
 for name in ARCHITECTURES:
     import_parts(RunConfig(model=ModelConfig(architecture=name)))

@@ -18,10 +18,10 @@ from harness.client.results import build_record, measured
 from harness.compose import Composed, compose_run, to_yaml
 from harness.config.request import to_message
 from harness.config.schema import RequestConfig, RunConfig
-from harness.engine import Engine, OnProgress
+from harness.engines.pool import MakeEngine, new_engine
+from harness.engines.protocol import Engine, OnProgress
 from harness.media import grid, pixel_hash, save_mp4, save_png, still, to_uint8
 from harness.messages import Array, EngineInfo, GenerationResult, Latents, array
-from harness.pool import MakeEngine, new_engine
 from harness.records import FirstCall, Record, Repeat, SampleRow
 
 if TYPE_CHECKING:

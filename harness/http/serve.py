@@ -21,12 +21,12 @@ from rich.markup import escape
 from harness.compose import Composed, ConfigError, to_yaml
 from harness.config.schema import LaunchMode, RunConfig
 from harness.config.serve import ServeConfig
-from harness.environment import OWNER
+from harness.engines.environment import OWNER
+from harness.engines.processes import is_alive
+from harness.engines.rank import LOG_FORMAT, WATCH_S
+from harness.engines.torchrun import TorchrunEngine
 from harness.http.app import make_app
 from harness.http.supervisor import MakeRanks, Supervisor
-from harness.launch import TorchrunEngine
-from harness.processes import is_alive
-from harness.rank import LOG_FORMAT, WATCH_S
 from harness.records import RunFolder, Status
 from harness.serving.transport import EngineGone
 

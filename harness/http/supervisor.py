@@ -17,9 +17,9 @@ from typing import Protocol, TypeAlias
 import msgspec
 
 from harness.config.schema import RunConfig
+from harness.engines.torchrun import TorchrunEngine
 from harness.http.jobs import Job
 from harness.http.link import Link
-from harness.launch import TorchrunEngine
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Message, MessageError, Progress
 from harness.serving.faults import failure_line
 from harness.serving.policy import Accepted, key_of
@@ -36,7 +36,7 @@ class Ranks(Protocol):
         """Where it listens, once it is started."""
 
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
-        """As harness.engine.Engine's; what `on_wait` raises ends the wait."""
+        """As harness.engines.protocol.Engine's; what `on_wait` raises ends the wait."""
 
     def check_alive(self) -> None:
         """Raises EngineGone with the reason once the engine is known to be dead."""

@@ -16,7 +16,8 @@ from harness.compare import stated
 from harness.compose import Composed, to_yaml
 from harness.config.schema import RunConfig
 from harness.config.sides import SIDES
-from harness.engine import Engine
+from harness.engines.pool import MakeEngine, new_engine
+from harness.engines.protocol import Engine
 from harness.generate import ended, mirror
 from harness.load.run import Measured, build_load_record, judged, load_engine, started, summarized, write_rows
 from harness.loggers.load import batching, outcomes
@@ -26,7 +27,6 @@ from harness.messages import EngineInfo
 from harness.metrics.comparison import FILE, Comparison
 from harness.metrics.load import LoadSummary, RequestRow
 from harness.metrics.paired import ratio
-from harness.pool import MakeEngine, new_engine
 from harness.records import FirstCall, RunFolder, Status
 from harness.series import progress_bars
 

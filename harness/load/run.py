@@ -18,8 +18,9 @@ from rich.progress import Progress
 from harness.compose import Composed, to_dict, to_yaml
 from harness.config.schema import RunConfig
 from harness.config.serve import Transport
-from harness.engine import Engine
-from harness.environment import threads_per_rank
+from harness.engines.environment import threads_per_rank
+from harness.engines.pool import MakeEngine, new_engine
+from harness.engines.protocol import Engine
 from harness.generate import ended, mirror
 from harness.load import http
 from harness.load.account import Account
@@ -31,7 +32,6 @@ from harness.loggers.wandb import log_load
 from harness.messages import EngineInfo
 from harness.metrics.load import LOST, LoadSummary, RequestRow, summarize_load
 from harness.parallel.mesh import degrees, world_size
-from harness.pool import MakeEngine, new_engine
 from harness.provenance import provenance
 from harness.records import (
     SCHEMA,

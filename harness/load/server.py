@@ -17,11 +17,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from harness.environment import OWNER, import_path
+from harness.engines.environment import OWNER, import_path
 from harness.metrics.load import Chaos, Memory
 from harness.serving.transport import EngineGone
 
-RANKS = b"harness.rank"  # in their command line
+RANKS = b"harness.engines.rank"  # in their command line
 ADDRESS = re.compile(r" on (http://\S+),")
 SAMPLE_S = 1.0
 POLL_S = 0.2

@@ -85,7 +85,7 @@ def processes_about(folder: Path) -> dict[int, str]:
 
 def ranks(folder: Path) -> list[int]:
     """Process ids of the ranks of a run, in the order they were started: those with a parent that is about them too."""
-    found = [pid for pid, line in processes_about(folder).items() if "harness.rank" in line]
+    found = [pid for pid, line in processes_about(folder).items() if "harness.engines.rank" in line]
     return sorted(pid for pid in found if parent(pid) in found)
 
 

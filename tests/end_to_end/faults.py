@@ -5,7 +5,7 @@ at a prompt that asks for it.
 from pathlib import Path
 
 import harness
-from harness.environment import SOCKETS
+from harness.engines.environment import SOCKETS
 
 ENDS = {
     "killed": "os.kill(os.getpid(), signal.SIGKILL)",

@@ -13,7 +13,7 @@ import pytest
 
 from harness.client.generator import DiffusionGenerator
 from harness.config.request import to_message
-from harness.launch import TorchrunEngine
+from harness.engines.torchrun import TorchrunEngine
 from harness.messages import (
     QUEUED,
     Array,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import harness
 from harness.compose import compose_run
 from harness.config.yaml import to_yaml
-from harness.environment import OWNER
+from harness.engines.environment import OWNER
 from models.registry import REFERENCE
 from tests.end_to_end.conftest import (
     ENDLESS,
@@ -139,9 +139,9 @@ def test_an_interrupt_while_starting(tmp_path: Path) -> None:
 
 ORPHAN = """
 import os, subprocess, sys
-agent = [sys.executable, "-m", "harness.agent", "--standalone", "--log-dir", sys.argv[2]]
+agent = [sys.executable, "-m", "harness.engines.fork_agent", "--standalone", "--log-dir", sys.argv[2]]
 quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-subprocess.Popen([*agent, "-m", "harness.rank", sys.argv[1]], env=os.environ | {{"{owner}": str(os.getpid())}}, **quiet)
+subprocess.Popen([*agent, "-m", "harness.engines.rank", sys.argv[1]], env=os.environ | {{"{owner}": str(os.getpid())}}, **quiet)
 """
 
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import zmq
 
-from harness.environment import SOCKETS
+from harness.engines.environment import SOCKETS
 from harness.messages import Cancel, GenerationRequest, encode
 from tests.end_to_end.conftest import LIMIT_S, command, processes_about, ranks, started, status_of, wait_for
 from tests.end_to_end.http_abuse import abuse

@@ -14,8 +14,8 @@ import zmq
 
 from harness.client.generator import DiffusionGenerator, Generation
 from harness.config.request import to_message
-from harness.engine import RequestFailed
-from harness.launch import TorchrunEngine
+from harness.engines.protocol import RequestFailed
+from harness.engines.torchrun import TorchrunEngine
 from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Ping, Progress, decode, encode
 from harness.serving.transport import Addresses, Connection, dealer
 from tests.end_to_end.conftest import cpu_seconds, wait_for
@@ -76,7 +76,7 @@ def test_the_sockets_are_private_and_the_ranks_are_known(generator: DiffusionGen
     assert (info.world_size, info.device, info.attention, info.threads) == (2, "cpu", "torch sdpa", 1)
     lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in info.pids]
     assert len(set(info.pids)) == 2
-    assert all(b"harness.rank" in line for line in lines)
+    assert all(b"harness.engines.rank" in line for line in lines)
 
 
 def test_a_seed_is_a_picture_however_often_and_beside_whatever(generator: DiffusionGenerator) -> None:

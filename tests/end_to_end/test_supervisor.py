@@ -17,9 +17,9 @@ import pytest
 from harness.compose import compose_run, to_yaml
 from harness.config.request import to_message
 from harness.config.schema import RunConfig
+from harness.engines.torchrun import TorchrunEngine
 from harness.http.jobs import Job
 from harness.http.supervisor import Supervisor
-from harness.launch import TorchrunEngine
 from harness.messages import Failure
 from tests.end_to_end.conftest import LIMIT_S, QUICK, processes_about
 from tests.end_to_end.faults import poisoned

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from harness.engine import RequestFailed, exchange
+from harness.engines.protocol import RequestFailed, exchange
 from harness.generate import status_of
 from harness.messages import Failure, GenerationRequest, GenerationResult, Message, Progress, encode
 from harness.records import Status

@@ -20,7 +20,7 @@ from harness.compare import sides
 from harness.compose import ConfigError, compose_run
 from harness.config.schema import RunConfig
 from harness.config.serve import LoadConfig
-from harness.engine import AttachedEngine
+from harness.engines.protocol import AttachedEngine
 from harness.load import http
 from harness.load.account import Account
 from harness.load.arrivals import Schedule, poisson, requests, schedule

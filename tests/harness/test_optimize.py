@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from harness.build.pipeline import build_worker
 from harness.client.generator import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
+from harness.engines.inprocess import InprocessEngine
 from harness.fidelity import method_class, reference_config
-from harness.inprocess import InprocessEngine
 from harness.messages import Array, GenerationRequest, RankOutcome, array, decode
 from harness.optimize.ahead import Ahead, Columns
 from harness.optimize.apply import packs

@@ -54,7 +54,7 @@ def peer(checkpoint: Path) -> PixArtSigmaPipeline:
 def engine(checkpoint: Path) -> DiffusionGenerator:
     overrides = [f"model.path={checkpoint}", "launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
     composed = compose_run([*overrides, "attention=math"])
-    from harness.inprocess import InprocessEngine
+    from harness.engines.inprocess import InprocessEngine
 
     generator = DiffusionGenerator(composed.config, InprocessEngine(composed.config))
     generator.start()

@@ -10,7 +10,7 @@ from rich.console import Console
 from harness import generate
 from harness.compose import compose_run, from_yaml, to_yaml
 from harness.config.schema import RunConfig, WandbMode
-from harness.engine import Engine
+from harness.engines.protocol import Engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import logged_in, resolve_mode
 from harness.media import GRID_CELL, grid, to_uint8

@@ -19,8 +19,8 @@ from harness.baselines.build import load_peer, native_facts
 from harness.build.pipeline import build_worker, source_of
 from harness.client.generator import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
-from harness.engine import RequestFailed
-from harness.inprocess import InprocessEngine
+from harness.engines.inprocess import InprocessEngine
+from harness.engines.protocol import RequestFailed
 from harness.messages import GenerationRequest, RankOutcome, decode
 from harness.parallel.mesh import Place
 from harness.records import Record, load

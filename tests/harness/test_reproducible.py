@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import harness.environment
+import harness.engines.environment
 from harness.compose import compose_run
-from harness.environment import arithmetic, threads_per_rank
+from harness.engines.environment import arithmetic, threads_per_rank
 
 ROOT = Path(__file__).parent.parent.parent
 CODE = """
@@ -44,7 +44,7 @@ for threads, output, pixels in found[2:]:
 def test_default_threads_are_a_power_of_two(
     monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, threads: int
 ) -> None:
-    monkeypatch.setattr(harness.environment, "usable_cores", lambda: cores)
+    monkeypatch.setattr(harness.engines.environment, "usable_cores", lambda: cores)
     launch = compose_run([]).config.launch
     assert threads_per_rank(launch, ranks) == threads
     launch.reproducible = False

@@ -109,7 +109,7 @@ def engine(model: str, folder: Path, *overrides: str) -> Iterator[DiffusionGener
         "launch.threads_per_rank=1",
         "logger=json",
     ]
-    from harness.inprocess import InprocessEngine
+    from harness.engines.inprocess import InprocessEngine
 
     config = compose_run([*own, *overrides]).config
     with DiffusionGenerator(config, InprocessEngine(config)) as generator:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
-from harness.engine import RequestFailed
-from harness.inprocess import InprocessEngine
+from harness.engines.inprocess import InprocessEngine
+from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise
 from tests.models.parity import randomize
 

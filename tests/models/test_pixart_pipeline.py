@@ -20,7 +20,7 @@ from transformers import T5Config, T5EncoderModel
 
 from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
-from harness.inprocess import InprocessEngine
+from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from models.attention import sdpa_attention
 from models.pixart.components import load

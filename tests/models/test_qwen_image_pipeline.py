@@ -18,7 +18,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
-from harness.inprocess import InprocessEngine
+from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from harness.pipeline.settings import noise_scheduler_settings
 from models.files import read_json

@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
-from harness.engine import RequestFailed
+from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise
 from models.files import CheckpointError
 from models.sd3.prompts import load_sd3_prompts

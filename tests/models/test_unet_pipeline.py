@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from harness.client.generator import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
-from harness.engine import RequestFailed
+from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise
 from models.files import CheckpointError
 from models.registry import PUBLISHED
@@ -140,7 +140,7 @@ def engine_of(name: str, folder: Path, *overrides: str) -> DiffusionGenerator:
     common = ["model.dtype=float32", "launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
     composed = compose_run([f"model={name}", f"model.path={folder}", *common, "attention=math", *overrides])
     assert composed.notes == []
-    from harness.inprocess import InprocessEngine
+    from harness.engines.inprocess import InprocessEngine
 
     generator = DiffusionGenerator(composed.config, InprocessEngine(composed.config))
     generator.start()

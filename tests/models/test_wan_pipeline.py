@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
-from harness.inprocess import InprocessEngine
+from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from models.source import Source
 from models.wan.prompts import load_umt5_prompts

@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
-from harness.inprocess import InprocessEngine
+from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from harness.pipeline.settings import noise_scheduler_settings
 from models.files import CheckpointError, read_json

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from harness.config.schema import RunConfig
-from harness.engine import Answer, OnProgress, RequestFailed
-from harness.environment import arithmetic, threads_per_rank
+from harness.engines.environment import arithmetic, threads_per_rank
+from harness.engines.protocol import Answer, OnProgress, RequestFailed
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Progress, decode
 from harness.parallel.mesh import Place, degrees
 

@@ -1,4 +1,4 @@
-"""One rank, which torchrun starts by exec or forks from its agent (harness.agent). It reads the run's config.yaml,
+"""One rank, which torchrun starts by exec or forks from its agent (harness.engines.fork_agent). It reads the run's config.yaml,
 loads, and serves until told to stop.
 """
 
@@ -20,12 +20,12 @@ import msgspec
 
 from harness.config.schema import RunConfig, Task
 from harness.config.yaml import ConfigError, from_yaml
-from harness.environment import OWNER, SOCKETS, threads_per_rank
-from harness.imports import import_parts
-from harness.launch import RankError
+from harness.engines.environment import OWNER, SOCKETS, threads_per_rank
+from harness.engines.preimport import import_parts
+from harness.engines.processes import is_alive
+from harness.engines.torchrun import RankError
 from harness.messages import EngineInfo, LoadedComponent
 from harness.parallel.mesh import Place, degrees
-from harness.processes import is_alive
 from harness.records import write_atomically
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Addresses, router

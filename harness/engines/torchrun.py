@@ -15,8 +15,8 @@ from typing import TypeVar
 import msgspec
 
 from harness.config.schema import RunConfig
-from harness.engine import Answer, OnProgress, exchange
-from harness.environment import OWNER, SOCKETS, arithmetic, import_path
+from harness.engines.environment import OWNER, SOCKETS, arithmetic, import_path
+from harness.engines.protocol import Answer, OnProgress, exchange
 from harness.messages import EngineInfo, GenerationRequest
 from harness.parallel.mesh import degrees, world_size
 from harness.serving.transport import Addresses, Connection, EngineGone
@@ -62,9 +62,17 @@ class TorchrunEngine:
             OWNER: str(os.getpid()),
             "PYTHONPATH": import_path(os.environ.get("PYTHONPATH")),
         }
-        command = [sys.executable, "-u", "-m", "harness.agent", "--standalone", "--nproc-per-node", str(self._ranks)]
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "harness.engines.fork_agent",
+            "--standalone",
+            "--nproc-per-node",
+            str(self._ranks),
+        ]
         command += ["--log-dir", str(self._addresses.folder / "torchrun")]
-        command += ["-m", "harness.rank", str(self._folder.resolve())]
+        command += ["-m", "harness.engines.rank", str(self._folder.resolve())]
         with self._launch_log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True

@@ -13,9 +13,9 @@ import msgspec
 
 from harness.compose import to_dict
 from harness.config.schema import LaunchMode, RunConfig
-from harness.engine import Answer, Engine, OnProgress, RequestFailed
-from harness.inprocess import InprocessEngine
-from harness.launch import TorchrunEngine
+from harness.engines.inprocess import InprocessEngine
+from harness.engines.protocol import Answer, Engine, OnProgress, RequestFailed
+from harness.engines.torchrun import TorchrunEngine
 from harness.messages import EngineInfo, GenerationRequest
 from harness.serving.transport import Connection
 

@@ -1,4 +1,4 @@
-"""torchrun with what its ranks import already imported: `python -m harness.agent` takes torchrun's own command line.
+"""torchrun with what its ranks import already imported: `python -m harness.engines.fork_agent` takes torchrun's own command line.
 
 Ranks are forked from torchrun's agent (its own --start-method fork): one process of a machine imports PyTorch,
 transformers and diffusers, not the agent and every rank, and all share that memory. The driver of a GPU does not
@@ -15,17 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness import rank
 from harness.config.yaml import from_yaml
-from harness.environment import OWNER
-from harness.imports import import_parts
+from harness.engines import rank
+from harness.engines.environment import OWNER
+from harness.engines.preimport import import_parts
 
 POLL_S = 0.2
 
 
 def main() -> None:
     """Entry point of the launcher's child process; it ends when all ranks have."""
-    *options, flag, name, folder = sys.argv[1:]  # ... -m harness.rank FOLDER
+    *options, flag, name, folder = sys.argv[1:]  # ... -m harness.engines.rank FOLDER
     gc.disable()  # imports leave next to nothing to collect
     import torch
     from torch.distributed import run

@@ -1,0 +1,1 @@
+"""Who runs the ranks: torchrun, the fork agent, this process, a pool."""
