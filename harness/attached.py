@@ -27,7 +27,7 @@ from harness.engines.rank import LOG_FORMAT, check_ranks, leave_error, redirect_
 from harness.engines.torchrun import rank_error
 from harness.generate import refuse, run_in
 from harness.parallel.mesh import degrees, world_size
-from harness.records import RunFolder, RunFolderError, Status
+from harness.records.record import RunFolder, RunFolderError, Status
 from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone
 from harness.terminal import EXIT_BAD_INPUT, complain, exit_status

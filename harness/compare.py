@@ -18,11 +18,11 @@ from harness.config.sides import SIDES, side_overrides
 from harness.generate import ended, mirror
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
-from harness.metrics.comparison import FILE, SCHEMA, Comparison, ratios_of, read_comparison
 from harness.metrics.difference import Difference, difference
 from harness.metrics.paired import Ratio, fewest_rounds
 from harness.parallel.mesh import degrees, world_size
-from harness.records import RunFolder, Status, fingerprint, read_status
+from harness.records.comparison import FILE, SCHEMA, Comparison, ratios_of, read_comparison
+from harness.records.record import RunFolder, Status, fingerprint, read_status
 from harness.series import Series, progress_bars
 
 

@@ -39,7 +39,6 @@ from harness.config.yaml import ConfigError as ConfigError
 from harness.config.yaml import from_yaml as from_yaml
 from harness.config.yaml import to_dict as to_dict
 from harness.config.yaml import to_yaml as to_yaml
-from harness.media import ffmpeg
 from harness.metrics import pretrained
 from harness.optimized import resolve_optimize
 from harness.parallel.legal import check_layout, keeps
@@ -48,8 +47,9 @@ from harness.pipeline.checkpoint import check_place, locate
 from harness.pipeline.layout import layout_facts
 from harness.pipeline.published import check_published
 from harness.pipeline.settings import noise_scheduler_settings
-from harness.provenance import version
 from harness.quantized import check_quantize
+from harness.records.media import ffmpeg
+from harness.records.provenance import version
 from harness.resolve.engine import check_engine
 from harness.resolve.engines_table import NATIVE
 from models.registry import ARCHITECTURES, nearest, resolve_backend

@@ -32,8 +32,8 @@ from harness.metrics.difference import difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, verdict
 from harness.parallel.mesh import Place, degrees
 from harness.pipeline.checkpoint import COMPONENTS, locate
-from harness.provenance import PACKAGES, cpu_name, version
-from harness.records import write_atomically
+from harness.records.provenance import PACKAGES, cpu_name, version
+from harness.records.record import write_atomically
 from harness.resolve.engines_table import CACHE_DIT, NATIVE
 from harness.serving.transport import EngineGone
 

@@ -16,7 +16,7 @@ from harness.config.schema import Task
 from harness.config.yaml import to_dict
 from harness.messages import Array, EngineInfo, GenerationResult, Latents
 from harness.messages import Progress as StepProgress
-from harness.records import Record, Repeat, RunFolder, SampleRow, fingerprint
+from harness.records.record import Record, Repeat, RunFolder, SampleRow, fingerprint
 from harness.resolve.engines_table import NATIVE
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
-from harness.records import Status
+from harness.records.record import Status
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

@@ -23,7 +23,7 @@ from harness.compose import (
 from harness.config.limits import check_frames
 from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
 from harness.config.trained import trained_denoiser
-from harness.provenance import version
+from harness.records.provenance import version
 from harness.resolve.engines_table import NEEDED
 from models.registry import REFERENCE, missing_package
 

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("harness", "models", "schedulers")
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("models", "schedulers", "harness.messages", "harness.engines.processes"),
-    ("harness.config", "harness.media", "harness.provenance"),
+    ("harness.config", "harness.records.media", "harness.records.provenance"),
     ("harness.engines.environment", "harness.metrics"),
-    ("harness.records",),
-    ("harness.metrics.comparison", "harness.terminal"),
+    ("harness.records.record",),
+    ("harness.records.comparison", "harness.terminal"),
     ("harness.loggers", "harness.parallel"),
     ("harness.optimize",),
     ("harness.pipeline",),
@@ -94,7 +94,7 @@ def test_imports_point_down(path: Path) -> None:
 PLANTS = {
     "a model reads the configuration": ("models.plan", "from harness.config.schema import RunConfig"),
     "a solver knows a network": ("schedulers.grid", "from models.layers import RMSNorm"),
-    "a lower room knows a higher one": ("harness.records", "from harness.loggers.wandb import log_run"),
+    "a lower room knows a higher one": ("harness.records.record", "from harness.loggers.wandb import log_run"),
     "two rooms of a floor": ("harness.pipeline.state", "def late() -> None:\n    import harness.serving.worker"),
     "for its types alone": (
         "harness.parallel.mesh",

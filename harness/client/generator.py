@@ -20,9 +20,9 @@ from harness.config.request import to_message
 from harness.config.schema import RequestConfig, RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine, OnProgress
-from harness.media import grid, pixel_hash, save_mp4, save_png, still, to_uint8
 from harness.messages import Array, EngineInfo, GenerationResult, Latents, array
-from harness.records import FirstCall, Record, Repeat, SampleRow
+from harness.records.media import grid, pixel_hash, save_mp4, save_png, still, to_uint8
+from harness.records.record import FirstCall, Record, Repeat, SampleRow
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,6 @@ from harness.compose import to_dict
 from harness.config.cache import IDENTITY, NONE, CacheConfig
 from harness.config.schema import ModelConfig, QualityConfig, RunConfig
 from harness.config.trained import trained_denoiser
-from harness.media import to_uint8
 from harness.messages import Array, EngineInfo, GenerationResult, OperatorTime, RankReport, Skips, sent_bytes
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
@@ -21,8 +20,19 @@ from harness.metrics.quality import Quality, score
 from harness.metrics.summary import Summary, summarize
 from harness.parallel.mesh import Place, degrees
 from harness.pipeline.checkpoint import locate
-from harness.provenance import provenance
-from harness.records import SCHEMA, Attention, CacheUse, Engine, FirstCall, Record, Repeat, Statistics, fingerprint
+from harness.records.media import to_uint8
+from harness.records.provenance import provenance
+from harness.records.record import (
+    SCHEMA,
+    Attention,
+    CacheUse,
+    Engine,
+    FirstCall,
+    Record,
+    Repeat,
+    Statistics,
+    fingerprint,
+)
 from harness.resolve.engines_table import CACHE_DIT, engine_version
 from models import hub
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import harness
 from harness.config.schema import LaunchConfig
-from harness.provenance import usable_cores
+from harness.records.provenance import usable_cores
 
 SOCKETS = "TRIPTYCH_SOCKETS"  # folder of the engine's ipc:// sockets
 OWNER = "TRIPTYCH_OWNER"  # process id whose death ends the ranks

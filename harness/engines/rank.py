@@ -26,7 +26,7 @@ from harness.engines.processes import is_alive
 from harness.engines.torchrun import RankError
 from harness.messages import EngineInfo, LoadedComponent
 from harness.parallel.mesh import Place, degrees
-from harness.records import write_atomically
+from harness.records.record import write_atomically
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Addresses, router
 

@@ -16,7 +16,7 @@ from harness.http.guard import Guard, is_local
 from harness.http.problem import STATUS, ErrorBody, Problem, install
 from harness.http.routes import TheDesk, image_routes, model_routes, request_routes, video_routes
 from harness.http.supervisor import Supervisor
-from harness.provenance import version
+from harness.records.provenance import version
 
 PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 POLICY = (

@@ -16,7 +16,7 @@ from harness.http.openai import Status
 from harness.http.problem import Problem, as_problem
 from harness.http.supervisor import Busy, NotServing, Supervisor
 from harness.messages import GenerationRequest
-from harness.records import SampleRow, fingerprint
+from harness.records.record import SampleRow, fingerprint
 from harness.terminal import complain
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from harness.media import pixel_hash, save_mp4, save_png, to_uint8
 from harness.messages import Array, GenerationRequest, SampleResult
-from harness.records import SampleRow
+from harness.records.media import pixel_hash, save_mp4, save_png, to_uint8
+from harness.records.record import SampleRow
 
 LINES = "requests.jsonl"
 

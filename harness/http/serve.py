@@ -27,7 +27,7 @@ from harness.engines.rank import LOG_FORMAT, WATCH_S
 from harness.engines.torchrun import TorchrunEngine
 from harness.http.app import make_app
 from harness.http.supervisor import MakeRanks, Supervisor
-from harness.records import RunFolder, Status
+from harness.records.record import RunFolder, Status
 from harness.serving.transport import EngineGone
 
 LOG = "server.log"

@@ -24,10 +24,10 @@ from harness.loggers.load import batching, outcomes
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
 from harness.messages import EngineInfo
-from harness.metrics.comparison import FILE, Comparison
 from harness.metrics.load import LoadSummary, RequestRow
 from harness.metrics.paired import ratio
-from harness.records import FirstCall, RunFolder, Status
+from harness.records.comparison import FILE, Comparison
+from harness.records.record import FirstCall, RunFolder, Status
 from harness.series import progress_bars
 
 

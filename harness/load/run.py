@@ -32,8 +32,8 @@ from harness.loggers.wandb import log_load
 from harness.messages import EngineInfo
 from harness.metrics.load import LOST, LoadSummary, RequestRow, summarize_load
 from harness.parallel.mesh import degrees, world_size
-from harness.provenance import provenance
-from harness.records import (
+from harness.records.provenance import provenance
+from harness.records.record import (
     SCHEMA,
     Attention,
     FirstCall,
@@ -43,7 +43,7 @@ from harness.records import (
     fingerprint,
     write_atomically,
 )
-from harness.records import Engine as EngineName
+from harness.records.record import Engine as EngineName
 from harness.resolve.engines_table import engine_version
 from harness.series import progress_bars
 from harness.serving.transport import Connection

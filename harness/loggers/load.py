@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.metrics.load import OK, LoadSummary
-from harness.records import Record, read_record, read_status
+from harness.records.record import Record, read_record, read_status
 
 
 def print_load(record: Record, load: LoadSummary, folder: Path, console: Console) -> None:

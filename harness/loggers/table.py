@@ -10,7 +10,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.loggers.load import loaded, print_loads
-from harness.metrics.comparison import Comparison, read_comparison
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import BROKEN, Fidelity
 from harness.metrics.intervals import Estimate, Share
@@ -18,7 +17,8 @@ from harness.metrics.paired import Ratio
 from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
-from harness.records import Record, read_record, read_status
+from harness.records.comparison import Comparison, read_comparison
+from harness.records.record import Record, read_record, read_status
 
 SWEPT = ("step", "request", "answer", "latency_p99")  # what a sweep of comparisons shows, where it was timed
 SHOWN_OPERATORS = 8  # of a profile; the record has more

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from harness.config.schema import WandbConfig
 from harness.loggers.wandb import open_run, resolve_mode
-from harness.records import Status, write_atomically
+from harness.records.record import Status, write_atomically
 
 if TYPE_CHECKING:
     import wandb

@@ -16,13 +16,13 @@ import msgspec
 
 from harness.config.schema import WandbConfig, WandbMode
 from harness.messages import sent_bytes
-from harness.metrics.comparison import Comparison
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.intervals import Estimate, Share
 from harness.metrics.load import LoadSummary
 from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
-from harness.records import Record, Statistics, Status
+from harness.records.comparison import Comparison
+from harness.records.record import Record, Statistics, Status
 
 if TYPE_CHECKING:
     import wandb

@@ -20,7 +20,7 @@ from harness.costs.rows import Check
 from harness.costs.time import device, predict, traffic
 from harness.parallel.legal import keeps
 from harness.parallel.mesh import degrees, world_size
-from harness.records import Record, read_record
+from harness.records.record import Record, read_record
 
 
 def records(tree: Path) -> Iterator[tuple[Path, Record]]:

@@ -30,7 +30,7 @@ from harness.metrics.cuda import synchronizer
 from harness.metrics.flops import ceiling_tflops
 from harness.parallel.connect import connect
 from harness.parallel.mesh import Place
-from harness.provenance import usable_cores
+from harness.records.provenance import usable_cores
 
 RANKS = 2
 COPIED = 2**28  # bytes

@@ -25,7 +25,7 @@ from harness.pipeline.layout import layout_facts
 from harness.plan.check import check, records
 from harness.plan.measure import filled
 from harness.plan.table import print_checks, print_plan
-from harness.records import RunFolder, Status
+from harness.records.record import RunFolder, Status
 
 FILE = "plan.json"
 

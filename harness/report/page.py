@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from harness.compose import ConfigError
 from harness.config.schema import RunConfig
-from harness.records import Status, write_atomically
+from harness.records.record import Status, write_atomically
 from harness.report.rows import Row, read_table
 
 FILE = "report.html"

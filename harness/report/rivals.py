@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from harness.config.cache import NONE
-from harness.records import Record, fingerprint
+from harness.records.record import Record, fingerprint
 
 Winner = Literal["cache", "fewer steps"]
 

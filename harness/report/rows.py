@@ -11,12 +11,12 @@ import msgspec
 import yaml
 
 from harness.messages import sent_bytes
-from harness.metrics.comparison import Comparison, read_comparison
 from harness.metrics.difference import Difference
 from harness.metrics.intervals import Estimate, Share
 from harness.metrics.load import LoadSummary
 from harness.metrics.summary import Summary
-from harness.records import CacheUse, Record, RunFolderError, Statistics, Status, read_record, read_status
+from harness.records.comparison import Comparison, read_comparison
+from harness.records.record import CacheUse, Record, RunFolderError, Statistics, Status, read_record, read_status
 from harness.report.keys import Cell, cells, labels, varying
 from harness.report.rivals import Rival, rivals
 from harness.report.scaling import Scaling, scalings

@@ -11,7 +11,7 @@ import numpy as np
 
 from harness.metrics.intervals import Estimate, interval
 from harness.metrics.summary import RESAMPLES
-from harness.records import Record, fingerprint
+from harness.records.record import Record, fingerprint
 
 
 class Scaling(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.metrics.quality import Quality
-from harness.records import Record, RunFolderError, read_record, read_status
+from harness.records.record import Record, RunFolderError, read_record, read_status
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from harness.config.train import LoopConfig
 from harness.loggers.training import CurveLine, Watcher
-from harness.records import write_atomically
+from harness.records.record import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from harness.config.train import DataConfig, ScoreConfig, TrainConfig
 from harness.loggers.training import Watcher
-from harness.media import grid
+from harness.records.media import grid
 from harness.train import captions, denoiser, emoji, export, retrieval, sample, text, vae
 from harness.train.folder import Picture, pixels, read
 from harness.train.loop import Every, Fit, averaged, settle, step_generator

@@ -8,7 +8,6 @@ from diffusers import AutoencoderKL
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from harness.config.train import ScoreConfig
-from harness.media import to_uint8
 from harness.metrics.clock import Clock
 from harness.metrics.memory import ResidentMemory
 from harness.pipeline.decode import Decoding
@@ -19,6 +18,7 @@ from harness.pipeline.stage import Stage
 from harness.pipeline.state import Ask, RunContext, Sample, written
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
+from harness.records.media import to_uint8
 from models.components import Components, LatentSpace
 from models.decoders import KLDecoder
 from models.pixart import PixArt

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.records import Record, Status, read_record, read_status
+from harness.records.record import Record, Status, read_record, read_status
 
 LIMIT_S = 180
 QUICK = ["launch.threads_per_rank=1", "request.steps=2", "logger=json"]

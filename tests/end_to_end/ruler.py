@@ -15,10 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness.metrics.comparison import read_comparison
 from harness.metrics.paired import Ratio
 from harness.metrics.summary import Summary
-from harness.records import read_record
+from harness.records.comparison import read_comparison
+from harness.records.record import read_record
 
 COMMON = ("logger=json", "logger.table=false", "launch.threads_per_rank=1", "request.prompt=rocket")
 BENCH = ("-m", "task=bench", "task.fidelity=false", "task.repeats=20", "request.seed=range(5)")

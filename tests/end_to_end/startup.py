@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.records import read_record
+from harness.records.record import read_record
 
 POLL_S = 0.002
 LIBRARIES = "import torch, transformers, diffusers"

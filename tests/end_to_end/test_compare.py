@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.metrics.comparison import read_comparison
-from harness.records import load
+from harness.records.comparison import read_comparison
+from harness.records.record import load
 from tests.end_to_end.conftest import command, record_of, run, status_of
 
 pytestmark = pytest.mark.slow

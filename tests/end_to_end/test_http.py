@@ -26,7 +26,7 @@ from harness.http.app import make_app
 from harness.http.desk import Desk
 from harness.http.forms import as_json, boundary_of
 from harness.http.problem import STATUS, Problem
-from harness.media import ffmpeg
+from harness.records.media import ffmpeg
 from tests.harness.planted import Planted
 
 IMAGES, VIDEOS, REQUESTS = "/v1/images/generations", "/v1/videos", "/v1/requests"

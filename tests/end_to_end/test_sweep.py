@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.records import CUT_OFF, load, read_status
+from harness.records.record import CUT_OFF, load, read_status
 from tests.end_to_end.conftest import LIMIT_S, environment, processes_about, record_of, run, started, wait_for
 
 HERE = ["launch.mode=inprocess", "launch.threads_per_rank=1", "request.prompt=rocket"]  # torch is imported once a sweep

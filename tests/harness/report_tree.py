@@ -14,9 +14,7 @@ import yaml
 from PIL import Image
 
 from harness.compose import compose_run, to_dict
-from harness.media import save_png
 from harness.messages import Traffic
-from harness.metrics.comparison import Comparison
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.intervals import Estimate, wilson
@@ -24,7 +22,9 @@ from harness.metrics.load import LoadSummary, Percentiles
 from harness.metrics.paired import ratio
 from harness.metrics.quality import Quality
 from harness.metrics.summary import summarize
-from harness.records import CacheUse, Record, Repeat, RunFolder, SampleRow, Status
+from harness.records.comparison import Comparison
+from harness.records.media import save_png
+from harness.records.record import CacheUse, Record, Repeat, RunFolder, SampleRow, Status
 from tests.harness.test_records import record
 
 HOSTILE = "<b>x</b></script><script>fetch('https://example.com')</script> %{x} \"it's\" & $x$ /*script*/ \u2028"

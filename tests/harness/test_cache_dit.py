@@ -14,7 +14,7 @@ from harness.baselines.cache import Skips
 from harness.compose import ConfigError, compose_run
 from harness.fidelity import method_class
 from harness.metrics.flops import counted
-from harness.records import Record
+from harness.records.record import Record
 from tests.harness.test_peer import generator
 from tests.models.checkpoints import CASES, PROMPTS, overrides_of
 from tests.packages import pretend

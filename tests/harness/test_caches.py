@@ -25,7 +25,7 @@ from harness.pipeline.latents import LatentPreparation, seeded_noise
 from harness.pipeline.state import Evaluate, Sample, asks
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
-from harness.records import CacheUse, Record
+from harness.records.record import CacheUse, Record
 from harness.report.keys import cache_name
 from harness.report.rivals import Point as Plain
 from harness.report.rivals import rival, rivals

@@ -15,7 +15,7 @@ from harness.fidelity import METHODS, Artist, Drawn, Method, floor_config, measu
 from harness.generate import judged, run_in
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, bound, verdict
-from harness.records import RunFolder, read_record, read_status
+from harness.records.record import RunFolder, read_record, read_status
 from harness.series import progress_bars
 from models.attention import table
 from models.attention.backend import Backend

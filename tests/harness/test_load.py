@@ -30,7 +30,7 @@ from harness.load.server import command_line, descendants, memory
 from harness.load.zeromq import drive
 from harness.messages import GenerationRequest, Message
 from harness.metrics.load import OK, Chaos, RequestRow, percentiles, summarize_load
-from harness.records import RunFolder, Status, load, read_record
+from harness.records.record import RunFolder, Status, load, read_record
 from harness.serving.transport import Connection
 from tests.harness.planted_engine import Script, drawn, failure, planted, progress
 from tests.harness.test_records import record

@@ -24,7 +24,7 @@ from harness.optimize.prepack import PackedLinear, prepack
 from harness.optimize.widen import widens
 from harness.parallel.mesh import Place, degrees
 from harness.pipeline.interleave import evaluate
-from harness.records import Record
+from harness.records.record import Record
 from models.attention import math_attention
 from models.components import Conditioning
 from models.decoders import KLDecoder

@@ -13,8 +13,8 @@ from harness.config.schema import RunConfig, WandbMode
 from harness.engines.protocol import Engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import logged_in, resolve_mode
-from harness.media import GRID_CELL, grid, to_uint8
-from harness.records import RunFolder, Status, load
+from harness.records.media import GRID_CELL, grid, to_uint8
+from harness.records.record import RunFolder, Status, load
 
 
 def black(count: int) -> list[np.ndarray]:

@@ -23,7 +23,7 @@ from harness.engines.inprocess import InprocessEngine
 from harness.engines.protocol import RequestFailed
 from harness.messages import GenerationRequest, RankOutcome, decode
 from harness.parallel.mesh import Place
-from harness.records import Record, load
+from harness.records.record import Record, load
 from models.files import read_json
 from models.names import NameMap
 from models.registry import ARCHITECTURES

@@ -26,7 +26,7 @@ from harness.plan.check import check
 from harness.plan.measure import filled
 from harness.plan.run import FILE, plan_in, planned
 from harness.plan.table import name_of
-from harness.records import Record, RunFolder, read_record, read_status
+from harness.records.record import Record, RunFolder, read_record, read_status
 from models.attention import sdpa_attention
 from models.components import Conditioning
 from models.dit import DiT, read_config

@@ -8,7 +8,7 @@ import pytest
 
 from harness.metrics.intervals import Estimate, wilson
 from harness.metrics.quality import Quality
-from harness.records import Record, RunFolder, Status
+from harness.records.record import Record, RunFolder, Status
 from harness.report.families import main, spread, table
 from harness.report.markers import replace_between
 from harness.report.sweep import read, within

@@ -30,7 +30,7 @@ from harness.loggers.table import print_pretrained
 from harness.loggers.wandb import pretrained_scalars
 from harness.metrics import pretrained
 from harness.metrics.pretrained import Frechet, Pretrained
-from harness.records import fingerprint
+from harness.records.record import fingerprint
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["red apple", "rocket, 3d", "Zebra!", "#~", "qq", "012"] * 3  # more than one batch

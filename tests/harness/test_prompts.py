@@ -15,7 +15,7 @@ from harness.metrics.clock import Clock
 from harness.metrics.memory import ResidentMemory
 from harness.pipeline.state import Ask, Cancelled, RunContext, Sample
 from harness.pipeline.text import Encoded, PromptCache, TextEncoding
-from harness.records import read_record
+from harness.records.record import read_record
 from models.components import Conditioning, GuidanceRule
 from models.registry import REFERENCE
 

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from harness.compose import compose_run, to_dict
-from harness.media import pixel_hash, save_png, to_uint8
 from harness.messages import EngineInfo, MemoryPoint, StageTime, StepTime
 from harness.metrics.intervals import Estimate, wilson
 from harness.metrics.quality import Quality
 from harness.metrics.summary import summarize
-from harness.provenance import provenance
-from harness.records import (
+from harness.records.media import pixel_hash, save_png, to_uint8
+from harness.records.provenance import provenance
+from harness.records.record import (
     CUT_OFF,
     SCHEMA,
     Attention,

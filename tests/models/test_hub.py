@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from harness.compose import ConfigError, compose_run
 from harness.config.schema import Load
 from harness.pipeline.checkpoint import _wanted, locate
-from harness.records import read_record
+from harness.records.record import read_record
 from models import hub
 from models.registry import REFERENCE
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from harness.compose import compose_run
 from harness.generate import run_training
-from harness.records import read_status
+from harness.records.record import read_status
 from harness.train.folder import DataError, pixels, read
 from tests.train.conftest import COLOURS, TINY, offline_runs, square, summary_of
 

@@ -10,7 +10,7 @@ import msgspec
 
 from harness.metrics.difference import Difference
 from harness.metrics.paired import Ratio, ratio
-from harness.records import Repeat, RunFolderError
+from harness.records.record import Repeat, RunFolderError
 
 FILE = "comparison.json"
 SCHEMA = 1

@@ -20,7 +20,7 @@ from harness.metrics.load import LoadSummary
 from harness.metrics.pretrained import Pretrained
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
-from harness.provenance import Provenance
+from harness.records.provenance import Provenance
 
 if TYPE_CHECKING:
     import pandas
