@@ -37,13 +37,13 @@ from harness.compose import (
     to_dict,
 )
 from harness.config.schema import LoggerConfig, RunConfig, Task
-from harness.config.sides import quoted
 from harness.engines.pool import EnginePool, MakeEngine, new_engine
 from harness.generate import ended, mirror, refuse, run_in, run_training
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.records.record import RunFolder, RunFolderError, Status, is_done, read_record, read_status
 from harness.report.page import write_report
+from harness.resolve.comparison import quoted
 from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
 
 REPORT = "task=report"

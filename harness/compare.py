@@ -14,7 +14,6 @@ from harness.client.generator import DiffusionGenerator
 from harness.compose import Composed, ConfigError, compose_run, to_dict, to_yaml
 from harness.config.schema import LaunchMode, RunConfig, Task
 from harness.config.serve import Transport
-from harness.config.sides import SIDES, side_overrides
 from harness.generate import ended, mirror
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
@@ -23,6 +22,7 @@ from harness.metrics.paired import Ratio, fewest_rounds
 from harness.parallel.mesh import degrees, world_size
 from harness.records.comparison import FILE, SCHEMA, Comparison, ratios_of, read_comparison
 from harness.records.record import RunFolder, Status, fingerprint, read_status
+from harness.resolve.comparison import SIDES, side_overrides
 from harness.series import Series, progress_bars
 
 

@@ -27,31 +27,31 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.cache import NONE as NO_CACHE
 from harness.config.cache import check_cache
-from harness.config.limits import check_frames, check_request, check_served, check_size
 from harness.config.optimize import Optimize
 from harness.config.plan import check_plan
-from harness.config.request import to_message
 from harness.config.schema import LaunchMode, Load, ModelConfig, ParallelConfig, RunConfig, Task, TrainedConfig
 from harness.config.serve import check_load, check_serve
-from harness.config.sides import check_sides, quoted
-from harness.config.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from harness.config.yaml import ConfigError as ConfigError
 from harness.config.yaml import from_yaml as from_yaml
 from harness.config.yaml import to_dict as to_dict
 from harness.config.yaml import to_yaml as to_yaml
 from harness.metrics import pretrained
-from harness.optimized import resolve_optimize
-from harness.parallel.legal import check_layout, keeps
 from harness.parallel.mesh import AXES, degrees, world_size
-from harness.pipeline.checkpoint import check_place, locate
-from harness.pipeline.layout import layout_facts
-from harness.pipeline.published import check_published
-from harness.pipeline.settings import noise_scheduler_settings
-from harness.quantized import check_quantize
 from harness.records.media import ffmpeg
 from harness.records.provenance import version
+from harness.resolve.checkpoint import check_place, locate
+from harness.resolve.comparison import check_sides, quoted
 from harness.resolve.engine import check_engine
 from harness.resolve.engines_table import NATIVE
+from harness.resolve.layout import layout_facts
+from harness.resolve.layout_rules import check_layout, keeps
+from harness.resolve.limits import check_frames, check_request, check_served, check_size
+from harness.resolve.optimize import resolve_optimize
+from harness.resolve.published_scheduler import check_published
+from harness.resolve.quantize import check_quantize
+from harness.resolve.request import to_message
+from harness.resolve.scheduler import noise_scheduler_settings
+from harness.resolve.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from models.registry import ARCHITECTURES, nearest, resolve_backend
 from schedulers.families import FAMILIES
 from schedulers.families import resolve as resolve_settings

@@ -24,17 +24,17 @@ from harness.compose import Composed, to_dict
 from harness.config.cache import NONE, CacheConfig
 from harness.config.optimize import Optimize
 from harness.config.schema import DType, EngineConfig, ParallelConfig, Quantize, RunConfig, Task, TaskConfig
-from harness.config.trained import trained_denoiser
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import RequestFailed
 from harness.messages import Array
 from harness.metrics.difference import difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, verdict
 from harness.parallel.mesh import Place, degrees
-from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.records.provenance import PACKAGES, cpu_name, version
 from harness.records.record import write_atomically
+from harness.resolve.checkpoint import COMPONENTS, locate
 from harness.resolve.engines_table import CACHE_DIT, NATIVE
+from harness.resolve.trained import trained_denoiser
 from harness.serving.transport import EngineGone
 
 STRENGTH = (APPROXIMATE, EQUIVALENT, EXACT)

@@ -24,8 +24,8 @@ from harness.loggers.table import print_record
 from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
 from harness.loggers.wandb import log_failure, log_run, resolve_mode
 from harness.metrics.fidelity import BROKEN
-from harness.pipeline.settings import noise_scheduler_settings
 from harness.records.record import CUT_OFF, STATES, Record, RunFolder, RunFolderError, Status
+from harness.resolve.scheduler import noise_scheduler_settings
 from harness.series import Series, progress_bars
 from harness.serving.faults import failure_kind, failure_line
 from harness.serving.transport import EngineGone

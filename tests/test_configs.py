@@ -20,11 +20,11 @@ from harness.compose import (
     run_folder,
     to_yaml,
 )
-from harness.config.limits import check_frames
 from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
-from harness.config.trained import trained_denoiser
 from harness.records.provenance import version
 from harness.resolve.engines_table import NEEDED
+from harness.resolve.limits import check_frames
+from harness.resolve.trained import trained_denoiser
 from models.registry import REFERENCE, missing_package
 
 CHECKPOINT = REFERENCE / "emoji"

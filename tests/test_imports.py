@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("harness.optimize",),
     ("harness.pipeline",),
     ("harness.baselines", "harness.train"),
-    ("harness.engines.preimport", "harness.optimized", "harness.quantized", "harness.serving"),
+    ("harness.engines.preimport", "harness.resolve.optimize", "harness.resolve.quantize", "harness.serving"),
     ("harness.compose", "harness.engines.protocol"),
     ("harness.engines.inprocess", "harness.engines.torchrun", "harness.client.results"),
     ("harness.engines.pool", "harness.engines.rank"),

@@ -14,7 +14,6 @@ from harness.baselines.family import PeerLoader, PeerModel
 from harness.baselines.noise import MakeSlot, own_slot, published_slot
 from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
-from harness.config.trained import PUBLISHED_FAMILY
 from harness.messages import GenerationRequest
 from harness.optimize.compiled import compile_forwards
 from harness.pipeline.decode import Decoding
@@ -24,6 +23,7 @@ from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
 from harness.resolve.engines_table import CACHE_DIT, PEERS, SGLANG, SglangRow, engine_version, peer_attention
+from harness.resolve.trained import PUBLISHED_FAMILY
 from models.attention import sdpa_attention
 from models.components import ComponentLoader, Components
 from models.registry import ARCHITECTURES

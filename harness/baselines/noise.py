@@ -11,7 +11,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from harness.pipeline.published import scheduler_file
+from harness.resolve.published_scheduler import scheduler_file
 from models.files import read_json
 from models.source import Source
 from schedulers.drop_in import DiffusersView

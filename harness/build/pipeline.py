@@ -14,7 +14,6 @@ import torch
 from harness.caching.policies import cached_network, guidance_when
 from harness.config.cache import OF_BLOCKS
 from harness.config.schema import DType, Load, ModelConfig, ParallelConfig, Quantize, RunConfig, Task
-from harness.config.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.messages import GenerationRequest, LoadedComponent
 from harness.metrics.cuda import CudaEnergy, CudaMemory, synchronizer
 from harness.metrics.energy import Energy, NoEnergy, PackageEnergy
@@ -25,27 +24,28 @@ from harness.optimize.widen import widens
 from harness.parallel.attention import SequenceState
 from harness.parallel.connect import Axes, connect, one_rank
 from harness.parallel.displaced import Displaced
-from harness.parallel.legal import check_layout, merges, patches_of
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from harness.parallel.shard import shard_weights
 from harness.parallel.stale import Stale
-from harness.pipeline.checkpoint import COMPONENTS, locate
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
 from harness.pipeline.denoise import Denoising, Savings
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.latents import LatentPreparation
-from harness.pipeline.layout import layout_facts, of_request
 from harness.pipeline.offload import Offloaded
-from harness.pipeline.published import scheduler_file
-from harness.pipeline.settings import noise_scheduler_settings
 from harness.pipeline.stage import Stage
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
+from harness.resolve.checkpoint import COMPONENTS, locate
 from harness.resolve.engines_table import DIFFUSERS, NATIVE, SGLANG, peer_attention
+from harness.resolve.layout import layout_facts, of_request
+from harness.resolve.layout_rules import check_layout, merges, patches_of
+from harness.resolve.published_scheduler import scheduler_file
+from harness.resolve.scheduler import noise_scheduler_settings
+from harness.resolve.trained import PUBLISHED_FAMILY, trained_denoiser
 from harness.serving.worker import Worker
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel

@@ -12,14 +12,12 @@ from safetensors import SafetensorError
 from harness.compose import to_dict
 from harness.config.cache import IDENTITY, NONE, CacheConfig
 from harness.config.schema import ModelConfig, QualityConfig, RunConfig
-from harness.config.trained import trained_denoiser
 from harness.messages import Array, EngineInfo, GenerationResult, OperatorTime, RankReport, Skips, sent_bytes
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import Summary, summarize
 from harness.parallel.mesh import Place, degrees
-from harness.pipeline.checkpoint import locate
 from harness.records.media import to_uint8
 from harness.records.provenance import provenance
 from harness.records.record import (
@@ -33,7 +31,9 @@ from harness.records.record import (
     Statistics,
     fingerprint,
 )
+from harness.resolve.checkpoint import locate
 from harness.resolve.engines_table import CACHE_DIT, engine_version
+from harness.resolve.trained import trained_denoiser
 from models import hub
 
 OPERATORS = 20  # that a profile names

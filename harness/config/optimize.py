@@ -8,7 +8,7 @@ from enum import Enum
 
 class Optimize(Enum):
     """`none` runs the network as it is written; `eager` computes, joins and packs parts of it beforehand; `compile`
-    compiles its blocks too; `auto` is one of them, which harness.optimized puts in its place.
+    compiles its blocks too; `auto` is one of them, which harness.resolve.optimize puts in its place.
     """
 
     auto = "auto"

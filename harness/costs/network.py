@@ -15,12 +15,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.build.pipeline import denoiser_dtype, source_of, torch_dtype
-from harness.config.request import to_message
 from harness.config.schema import RunConfig
 from harness.costs.memory import Weights, decode_numbers, network_weights
 from harness.costs.traffic import Trace, trace_network
 from harness.parallel.vae import RowsDecoder
-from harness.pipeline.checkpoint import COMPONENTS
+from harness.resolve.checkpoint import COMPONENTS
+from harness.resolve.request import to_message
 from models.attention import attention_kernel
 from models.components import ComponentLoader, Components, Conditioning
 from models.registry import ARCHITECTURES

@@ -32,8 +32,8 @@ from harness.costs.memory import activation_numbers
 from harness.costs.network import Traced
 from harness.costs.rows import Exchange, Prediction
 from harness.costs.traffic import FLOAT32, Trace, sent_bytes
-from harness.parallel.legal import Facts, check_layout
 from harness.parallel.mesh import degrees, world_size
+from harness.resolve.layout_rules import Facts, check_layout
 
 AXIS = {"all_to_all": "ulysses", "shift": "ring", "all_reduce": "tp", "all_gather": "tokens"}
 

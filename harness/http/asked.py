@@ -6,12 +6,12 @@ import re
 import secrets
 import uuid
 
-from harness.config.limits import check_frames, check_request, check_served, check_size
-from harness.config.request import to_message
 from harness.config.schema import RunConfig
 from harness.http.openai import Asked, Settings, VideoRequest
 from harness.http.problem import Problem
 from harness.messages import GenerationRequest
+from harness.resolve.limits import check_frames, check_request, check_served, check_size
+from harness.resolve.request import to_message
 
 SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 MAX_DRAWN_SEED = 2**31

@@ -6,10 +6,10 @@ from typing import Literal
 
 from fastapi import Request
 
-from harness.config.request import to_message
 from harness.config.schema import RunConfig
 from harness.http import openai
 from harness.http.desk import Order
+from harness.resolve.request import to_message
 
 
 def request_object(order: Order, http: Request) -> openai.RequestObject:

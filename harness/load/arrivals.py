@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from harness.config.request import to_message
 from harness.config.schema import RunConfig
 from harness.config.serve import LoadConfig
 from harness.messages import GenerationRequest
+from harness.resolve.request import to_message
 
 
 def poisson(rate: float, length_s: float, random: np.random.Generator) -> list[float]:

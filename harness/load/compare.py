@@ -15,7 +15,6 @@ from rich.progress import Progress
 from harness.compare import stated
 from harness.compose import Composed, to_yaml
 from harness.config.schema import RunConfig
-from harness.config.sides import SIDES
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine
 from harness.generate import ended, mirror
@@ -28,6 +27,7 @@ from harness.metrics.load import LoadSummary, RequestRow
 from harness.metrics.paired import ratio
 from harness.records.comparison import FILE, Comparison
 from harness.records.record import FirstCall, RunFolder, Status
+from harness.resolve.comparison import SIDES
 from harness.series import progress_bars
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from harness.config.limits import check_frames, check_request, check_size
 from harness.messages import GenerationRequest
 from harness.pipeline.state import RunContext, Sample
 from harness.pipeline.timesteps import tokens
+from harness.resolve.limits import check_frames, check_request, check_size
 from schedulers.noise_scheduler import NoiseScheduler
 
 

@@ -18,9 +18,9 @@ from harness.config.schema import Load, ParallelConfig, RunConfig
 from harness.costs.network import trace_request
 from harness.costs.rows import Check
 from harness.costs.time import device, predict, traffic
-from harness.parallel.legal import keeps
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import Record, read_record
+from harness.resolve.layout_rules import keeps
 
 
 def records(tree: Path) -> Iterator[tuple[Path, Record]]:

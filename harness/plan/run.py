@@ -13,19 +13,19 @@ from rich.console import Console
 from harness.build.pipeline import denoiser_dtype, torch_dtype
 from harness.compose import Composed, to_dict, to_yaml
 from harness.config.plan import HardwareConfig
-from harness.config.request import to_message
 from harness.config.schema import RunConfig
-from harness.config.trained import trained_denoiser
 from harness.costs.network import trace_request
 from harness.costs.rows import PLAN_SCHEMA, Plan, Prediction
 from harness.costs.time import device, legal_layouts, predict
 from harness.generate import ended
-from harness.pipeline.checkpoint import locate
-from harness.pipeline.layout import layout_facts
 from harness.plan.check import check, records
 from harness.plan.measure import filled
 from harness.plan.table import print_checks, print_plan
 from harness.records.record import RunFolder, Status
+from harness.resolve.checkpoint import locate
+from harness.resolve.layout import layout_facts
+from harness.resolve.request import to_message
+from harness.resolve.trained import trained_denoiser
 
 FILE = "plan.json"
 

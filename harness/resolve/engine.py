@@ -6,9 +6,9 @@ import math
 import warnings
 
 from harness.config.schema import BlockCacheConfig, RunConfig, Task
-from harness.config.trained import PUBLISHED_FAMILY
 from harness.parallel.mesh import degrees
 from harness.resolve.engines_table import CACHE_DIT, NATIVE, PEERS, SGLANG, peer_attention, refuse_unknown_engine
+from harness.resolve.trained import PUBLISHED_FAMILY
 
 LEARNED = ("learned", "learned_range")
 

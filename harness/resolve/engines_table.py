@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 from harness.config.schema import RunConfig
-from harness.config.trained import PUBLISHED_FAMILY
+from harness.resolve.trained import PUBLISHED_FAMILY
 from models.registry import nearest, resolve_backend
 
 NATIVE, DIFFUSERS, CACHE_DIT, SGLANG = "native", "diffusers", "cache_dit", "sglang"

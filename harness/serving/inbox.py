@@ -11,7 +11,6 @@ from typing import Protocol
 
 import zmq
 
-from harness.config.limits import check_served
 from harness.config.serve import ServeConfig
 from harness.messages import (
     QUEUED,
@@ -23,6 +22,7 @@ from harness.messages import (
     decode,
     encode,
 )
+from harness.resolve.limits import check_served
 from harness.serving.policy import Accepted, Key
 from harness.serving.transport import rejection, reply
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from harness.client.generator import DiffusionGenerator
-from harness.config.request import to_message
 from harness.engines.torchrun import TorchrunEngine
 from harness.messages import (
     QUEUED,
@@ -24,6 +23,7 @@ from harness.messages import (
     Progress,
     array,
 )
+from harness.resolve.request import to_message
 from harness.serving.transport import Connection
 from tests.end_to_end.conftest import wait_for
 

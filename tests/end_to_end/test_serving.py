@@ -13,10 +13,10 @@ import pytest
 import zmq
 
 from harness.client.generator import DiffusionGenerator, Generation
-from harness.config.request import to_message
 from harness.engines.protocol import RequestFailed
 from harness.engines.torchrun import TorchrunEngine
 from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Ping, Progress, decode, encode
+from harness.resolve.request import to_message
 from harness.serving.transport import Addresses, Connection, dealer
 from tests.end_to_end.conftest import cpu_seconds, wait_for
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
 from harness.config.schema import SchedulerConfig
-from harness.pipeline.settings import noise_scheduler_settings
+from harness.resolve.scheduler import noise_scheduler_settings
 from models.registry import REFERENCE
 from models.source import Source
 from models.text.t5 import load_t5_prompts

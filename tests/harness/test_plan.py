@@ -20,13 +20,13 @@ from harness.costs.time import Device, legal_layouts, predict, traffic
 from harness.costs.traffic import Attention, Linear, Tokens, Trace
 from harness.generate import run_in
 from harness.metrics.flops import counted
-from harness.parallel.legal import check_layout
-from harness.pipeline.checkpoint import locate
 from harness.plan.check import check
 from harness.plan.measure import filled
 from harness.plan.run import FILE, plan_in, planned
 from harness.plan.table import name_of
 from harness.records.record import Record, RunFolder, read_record, read_status
+from harness.resolve.checkpoint import locate
+from harness.resolve.layout_rules import check_layout
 from models.attention import sdpa_attention
 from models.components import Conditioning
 from models.dit import DiT, read_config

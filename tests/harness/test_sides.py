@@ -6,7 +6,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from harness.compare import sides
 from harness.compose import ConfigError, compose_run
-from harness.config.sides import quoted, split
+from harness.resolve.comparison import quoted, split
 
 PAIR = ["a=[]", "b=[parallel=dp2]"]
 

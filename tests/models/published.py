@@ -11,7 +11,7 @@ from torch import nn
 
 from harness.compose import compose_run
 from harness.config.schema import RunConfig
-from harness.config.trained import trained_denoiser
+from harness.resolve.trained import trained_denoiser
 from models.files import read_json
 from models.names import NameMap
 from models.registry import ARCHITECTURES, PUBLISHED

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from harness.compose import ConfigError, compose_run
 from harness.config.schema import Load
-from harness.pipeline.checkpoint import _wanted, locate
 from harness.records.record import read_record
+from harness.resolve.checkpoint import _wanted, locate
 from models import hub
 from models.registry import REFERENCE
 

@@ -15,7 +15,7 @@ from harness.client.generator import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.engines.rank import slowest
 from harness.messages import LoadedComponent
-from harness.pipeline.checkpoint import locate, models_of
+from harness.resolve.checkpoint import locate, models_of
 from models.components import Components
 from models.empty import build_empty
 from models.files import CheckpointError, read_header

@@ -20,7 +20,7 @@ from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
 from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
-from harness.pipeline.settings import noise_scheduler_settings
+from harness.resolve.scheduler import noise_scheduler_settings
 from models.files import read_json
 from models.qwen_image.prompts import load_qwen_image_prompts
 from models.registry import PUBLISHED

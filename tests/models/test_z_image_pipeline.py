@@ -15,7 +15,7 @@ from harness.client.generator import DiffusionGenerator
 from harness.compose import compose_run
 from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
-from harness.pipeline.settings import noise_scheduler_settings
+from harness.resolve.scheduler import noise_scheduler_settings
 from models.files import CheckpointError, read_json
 from models.registry import PUBLISHED
 from models.source import Source

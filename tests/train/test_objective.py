@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import harness.train
 from harness.compose import compose_run
 from harness.config.train import DenoiserConfig, Precision, TimeSampling
-from harness.pipeline.settings import noise_scheduler_settings
+from harness.resolve.scheduler import noise_scheduler_settings
 from harness.train.objective import Objective, objective
 from models.components import Conditioning
 from schedulers.build import build as build_noise_scheduler

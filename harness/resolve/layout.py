@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from harness.config.request import to_message
 from harness.config.schema import ModelConfig, RunConfig
 from harness.messages import GenerationRequest
-from harness.parallel.legal import Facts
+from harness.resolve.layout_rules import Facts
+from harness.resolve.request import to_message
 from models.files import read_json
 from models.registry import ARCHITECTURES, WITH_LSE, resolve_backend
 
