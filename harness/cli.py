@@ -24,7 +24,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness.compare import compare_in, is_compared, sides
 from harness.compose import (
     Composed,
     ConfigError,
@@ -38,13 +37,14 @@ from harness.compose import (
 )
 from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.engines.pool import EnginePool, MakeEngine, new_engine
-from harness.generate import ended, mirror, refuse, run_in, run_training
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.records.record import RunFolder, RunFolderError, Status, is_done, read_record, read_status
 from harness.report.page import write_report
 from harness.resolve.comparison import quoted
-from harness.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
+from harness.tasks.compare import compare_in, is_compared, sides
+from harness.tasks.generate import ended, mirror, refuse, run_in, run_training
+from harness.tasks.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
 
 REPORT = "task=report"
 SERVE = "task=serve"
@@ -54,7 +54,7 @@ def main() -> None:
     """Runs the command line; the exit status is 0 only where everything asked for was done."""
     arguments = sys.argv[1:]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from harness.attached import run_under_torchrun
+        from harness.tasks.under_torchrun import run_under_torchrun
 
         sys.exit(run_under_torchrun(arguments))
     signal.signal(signal.SIGTERM, _terminate)

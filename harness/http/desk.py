@@ -17,7 +17,7 @@ from harness.http.problem import Problem, as_problem
 from harness.http.supervisor import Busy, NotServing, Supervisor
 from harness.messages import GenerationRequest
 from harness.records.record import SampleRow, fingerprint
-from harness.terminal import complain
+from harness.tasks.terminal import complain
 
 log = logging.getLogger(__name__)
 

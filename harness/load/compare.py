@@ -12,12 +12,10 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
-from harness.compare import stated
 from harness.compose import Composed, to_yaml
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine
-from harness.generate import ended, mirror
 from harness.load.run import Measured, build_load_record, judged, load_engine, started, summarized, write_rows
 from harness.loggers.load import batching, outcomes
 from harness.loggers.table import print_comparison
@@ -28,7 +26,9 @@ from harness.metrics.paired import ratio
 from harness.records.comparison import FILE, Comparison
 from harness.records.record import FirstCall, RunFolder, Status
 from harness.resolve.comparison import SIDES
-from harness.series import progress_bars
+from harness.tasks.compare import stated
+from harness.tasks.generate import ended, mirror
+from harness.tasks.session import progress_bars
 
 
 def compare_loads_in(

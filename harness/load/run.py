@@ -21,7 +21,6 @@ from harness.config.serve import Transport
 from harness.engines.environment import threads_per_rank
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine
-from harness.generate import ended, mirror
 from harness.load import http
 from harness.load.account import Account
 from harness.load.arrivals import requests, schedule
@@ -45,8 +44,9 @@ from harness.records.record import (
 )
 from harness.records.record import Engine as EngineName
 from harness.resolve.engines_table import engine_version
-from harness.series import progress_bars
 from harness.serving.transport import Connection
+from harness.tasks.generate import ended, mirror
+from harness.tasks.session import progress_bars
 
 FILE = "requests.jsonl"
 GRACE_S = 30.0  # beyond a request's own deadline; what has no answer then is lost

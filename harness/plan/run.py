@@ -17,7 +17,6 @@ from harness.config.schema import RunConfig
 from harness.costs.network import trace_request
 from harness.costs.rows import PLAN_SCHEMA, Plan, Prediction
 from harness.costs.time import device, legal_layouts, predict
-from harness.generate import ended
 from harness.plan.check import check, records
 from harness.plan.measure import filled
 from harness.plan.table import print_checks, print_plan
@@ -26,6 +25,7 @@ from harness.resolve.checkpoint import locate
 from harness.resolve.layout import layout_facts
 from harness.resolve.request import to_message
 from harness.resolve.trained import trained_denoiser
+from harness.tasks.generate import ended
 
 FILE = "plan.json"
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from harness.metrics.intervals import Estimate, Share
 from harness.report.markers import replace_between
 from harness.report.sweep import FAMILIES, Point, Sweep, read, within
-from harness.terminal import EXIT_BAD_INPUT, complain
+from harness.tasks.terminal import EXIT_BAD_INPUT, complain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,6 @@ from harness.caching.policies import CachedNetwork, FirstBlock, cached_network, 
 from harness.client.generator import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.config.cache import PUBLISHED
-from harness.fidelity import floor_config, key, method_class, reference_config
 from harness.parallel.attention import SequenceState
 from harness.parallel.group import alone
 from harness.pipeline.denoise import Denoising, Savings
@@ -29,6 +28,7 @@ from harness.records.record import CacheUse, Record
 from harness.report.keys import cache_name
 from harness.report.rivals import Point as Plain
 from harness.report.rivals import rival, rivals
+from harness.tasks.fidelity import floor_config, key, method_class, reference_config
 from models.attention import math_attention
 from models.components import LatentSpace
 from schedulers.build import build

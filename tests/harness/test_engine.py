@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from harness.engines.protocol import RequestFailed, exchange
-from harness.generate import status_of
 from harness.messages import Failure, GenerationRequest, GenerationResult, Message, Progress, encode
 from harness.records.record import Status
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Connection, EngineGone
+from harness.tasks.generate import status_of
 
 
 class Script(Connection):

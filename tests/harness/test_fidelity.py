@@ -7,16 +7,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from harness import fidelity
 from harness.client.generator import DiffusionGenerator
 from harness.compose import Composed, compose_run
 from harness.config.schema import DType, ParallelConfig
-from harness.fidelity import METHODS, Artist, Drawn, Method, floor_config, measure, method_class, reference_config
-from harness.generate import judged, run_in
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, bound, verdict
 from harness.records.record import RunFolder, read_record, read_status
-from harness.series import progress_bars
+from harness.tasks import fidelity
+from harness.tasks.fidelity import METHODS, Artist, Drawn, Method, floor_config, measure, method_class, reference_config
+from harness.tasks.generate import judged, run_in
+from harness.tasks.session import progress_bars
 from models.attention import table
 from models.attention.backend import Backend
 from models.attention.sdpa import sdpa_attention

@@ -26,7 +26,7 @@ from harness.optimize.ahead import Ahead
 from harness.optimize.apply import Replayable, optimize
 from harness.optimize.graphs import DECODED, KINDS, RecordedDecoder, RecordedNetwork, in_cuda_graphs
 from harness.parallel.connect import one_rank
-from harness.series import Series
+from harness.tasks.session import Series
 from models.attention import sdpa_attention
 from models.components import Components, Conditioning, LatentSpace
 from models.decoders import KLDecoder

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from harness.compare import sides
 from harness.compose import ConfigError, compose_run
 from harness.config.schema import RunConfig
 from harness.config.serve import LoadConfig
@@ -32,6 +31,7 @@ from harness.messages import GenerationRequest, Message
 from harness.metrics.load import OK, Chaos, RequestRow, percentiles, summarize_load
 from harness.records.record import RunFolder, Status, load, read_record
 from harness.serving.transport import Connection
+from harness.tasks.compare import sides
 from tests.harness.planted_engine import Script, drawn, failure, planted, progress
 from tests.harness.test_records import record
 

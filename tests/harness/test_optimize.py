@@ -13,7 +13,6 @@ from harness.build.pipeline import build_worker
 from harness.client.generator import DiffusionGenerator
 from harness.compose import ConfigError, compose_run
 from harness.engines.inprocess import InprocessEngine
-from harness.fidelity import method_class, reference_config
 from harness.messages import Array, GenerationRequest, RankOutcome, array, decode
 from harness.optimize.ahead import Ahead, Columns
 from harness.optimize.apply import packs
@@ -25,6 +24,7 @@ from harness.optimize.widen import widens
 from harness.parallel.mesh import Place, degrees
 from harness.pipeline.interleave import evaluate
 from harness.records.record import Record
+from harness.tasks.fidelity import method_class, reference_config
 from models.attention import math_attention
 from models.components import Conditioning
 from models.decoders import KLDecoder

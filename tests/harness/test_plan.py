@@ -9,7 +9,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from harness.attached import _compose
 from harness.compose import ConfigError, compose_run, layout_facts
 from harness.config.plan import HardwareConfig
 from harness.config.schema import LaunchConfig, ParallelConfig
@@ -18,7 +17,6 @@ from harness.costs.network import Traced, trace_request
 from harness.costs.rows import Plan, Prediction
 from harness.costs.time import Device, legal_layouts, predict, traffic
 from harness.costs.traffic import Attention, Linear, Tokens, Trace
-from harness.generate import run_in
 from harness.metrics.flops import counted
 from harness.plan.check import check
 from harness.plan.measure import filled
@@ -27,6 +25,8 @@ from harness.plan.table import name_of
 from harness.records.record import Record, RunFolder, read_record, read_status
 from harness.resolve.checkpoint import locate
 from harness.resolve.layout_rules import check_layout
+from harness.tasks.generate import run_in
+from harness.tasks.under_torchrun import _compose
 from models.attention import sdpa_attention
 from models.components import Conditioning
 from models.dit import DiT, read_config

@@ -7,9 +7,9 @@ from rich.console import Console
 
 from harness.client.results import operators
 from harness.compose import compose_run
-from harness.generate import run_in
 from harness.messages import GenerationResult, OperatorTime, RankReport, StageTime
 from harness.records.record import Record, RunFolder, read_record
+from harness.tasks.generate import run_in
 
 BENCH = ["task=bench", "task.repeats=1", "task.fidelity=false", "launch.mode=inprocess", "launch.threads_per_rank=1"]
 ASKED = ["request.prompt=rocket", "request.steps=2", "logger=json", "logger.table=false"]

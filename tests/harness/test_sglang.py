@@ -16,8 +16,8 @@ from harness.baselines.build import load_peer, load_sglang, native_facts
 from harness.baselines.noise import published_slot
 from harness.build.pipeline import source_of
 from harness.compose import ConfigError, compose_run
-from harness.fidelity import method_class
 from harness.resolve.engines_table import PEERS
+from harness.tasks.fidelity import method_class
 from models.files import CheckpointError
 from tests.harness.test_peer import generator
 from tests.models.checkpoints import CASES, PROMPTS, overrides_of

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from harness.compose import ConfigError, compose_run
 from harness.config.schema import Quantize
-from harness.fidelity import floor_config, method_class, reference_config
 from harness.metrics.flops import counted
+from harness.tasks.fidelity import floor_config, method_class, reference_config
 from models.components import Conditioning
 from models.pixart import PixArt, load_denoiser
 from models.pixart.weights import PLAN

@@ -9,8 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from harness.compose import compose_run
-from harness.generate import run_training
 from harness.records.record import read_status
+from harness.tasks.generate import run_training
 from harness.train.folder import DataError, pixels, read
 from tests.train.conftest import COLOURS, TINY, offline_runs, square, summary_of
 

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from harness.compose import compose_run
-from harness.generate import run_training
 from harness.records.record import read_status
+from harness.tasks.generate import run_training
 from harness.train.loop import read_checkpoint
 from tests.train.conftest import TINY, captioned, offline_runs, summary_of
 

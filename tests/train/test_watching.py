@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from harness.compose import compose_run
-from harness.generate import run_training
+from harness.tasks.generate import run_training
 from tests.train.conftest import TINY
 
 

@@ -14,7 +14,6 @@ from harness.client.generator import DiffusionGenerator
 from harness.compose import Composed, ConfigError, compose_run, to_dict, to_yaml
 from harness.config.schema import LaunchMode, RunConfig, Task
 from harness.config.serve import Transport
-from harness.generate import ended, mirror
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
 from harness.metrics.difference import Difference, difference
@@ -23,7 +22,8 @@ from harness.parallel.mesh import degrees, world_size
 from harness.records.comparison import FILE, SCHEMA, Comparison, ratios_of, read_comparison
 from harness.records.record import RunFolder, Status, fingerprint, read_status
 from harness.resolve.comparison import SIDES, side_overrides
-from harness.series import Series, progress_bars
+from harness.tasks.generate import ended, mirror
+from harness.tasks.session import Series, progress_bars
 
 
 def sides(composed: Composed) -> tuple[Composed, Composed]:

@@ -25,12 +25,12 @@ from harness.engines.environment import arithmetic
 from harness.engines.protocol import AttachedEngine, Engine
 from harness.engines.rank import LOG_FORMAT, check_ranks, leave_error, redirect_output, serve
 from harness.engines.torchrun import rank_error
-from harness.generate import refuse, run_in
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import RunFolder, RunFolderError, Status
 from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone
-from harness.terminal import EXIT_BAD_INPUT, complain, exit_status
+from harness.tasks.generate import refuse, run_in
+from harness.tasks.terminal import EXIT_BAD_INPUT, complain, exit_status
 
 JOIN_S = 20.0
 log = logging.getLogger(__name__)

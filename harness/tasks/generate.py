@@ -19,17 +19,17 @@ from harness.compose import Composed, to_dict, to_yaml
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import RequestFailed
-from harness.fidelity import Artist, Drawn, measure
 from harness.loggers.table import print_record
 from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
 from harness.loggers.wandb import log_failure, log_run, resolve_mode
 from harness.metrics.fidelity import BROKEN
 from harness.records.record import CUT_OFF, STATES, Record, RunFolder, RunFolderError, Status
 from harness.resolve.scheduler import noise_scheduler_settings
-from harness.series import Series, progress_bars
 from harness.serving.faults import failure_kind, failure_line
 from harness.serving.transport import EngineGone
-from harness.terminal import complain
+from harness.tasks.fidelity import Artist, Drawn, measure
+from harness.tasks.session import Series, progress_bars
+from harness.tasks.terminal import complain
 
 T = TypeVar("T")
 
