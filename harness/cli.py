@@ -127,7 +127,7 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
         pair = sides(composed)  # refused before a folder is claimed
         folder = RunFolder.claim(composed.folder, again)
         if composed.config.task.name is Task.load:
-            from harness.load.compare import compare_loads_in
+            from harness.tasks.load.compare import compare_loads_in
 
             return Job(folder.path, compare_loads_in(composed, pair, folder, Console()))
         return Job(folder.path, compare_in(composed, pair, folder, Console()))
@@ -139,7 +139,7 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
 
         return Job(folder.path, plan_in(composed, folder, Console()))
     if composed.config.task.name is Task.load:
-        from harness.load.run import load_in
+        from harness.tasks.load.run import load_in
 
         return Job(folder.path, load_in(composed, folder, Console(), make_engine))
     return Job(folder.path, run_in(composed, folder, Console(), make_engine))

@@ -6,10 +6,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.load.run import FILE
 from harness.metrics.load import RequestRow
 from harness.records.record import load, read_status
 from harness.report.rows import read_table
+from harness.tasks.load.run import FILE
 from tests.end_to_end.conftest import command, processes_about, record_of, run
 from tests.end_to_end.test_sweep import inspect
 

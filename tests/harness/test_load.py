@@ -20,18 +20,18 @@ from harness.compose import ConfigError, compose_run
 from harness.config.schema import RunConfig
 from harness.config.serve import LoadConfig
 from harness.engines.protocol import AttachedEngine
-from harness.load import http
-from harness.load.account import Account
-from harness.load.arrivals import Schedule, poisson, requests, schedule
-from harness.load.compare import compare_loads, timed, together
-from harness.load.run import FILE, Measured, judged, load_in, served
-from harness.load.server import command_line, descendants, memory
-from harness.load.zeromq import drive
 from harness.messages import GenerationRequest, Message
 from harness.metrics.load import OK, Chaos, RequestRow, percentiles, summarize_load
 from harness.records.record import RunFolder, Status, load, read_record
 from harness.serving.transport import Connection
 from harness.tasks.compare import sides
+from harness.tasks.load import http
+from harness.tasks.load.account import Account
+from harness.tasks.load.arrivals import Schedule, poisson, requests, schedule
+from harness.tasks.load.compare import compare_loads, timed, together
+from harness.tasks.load.run import FILE, Measured, judged, load_in, served
+from harness.tasks.load.server import command_line, descendants, memory
+from harness.tasks.load.zeromq import drive
 from tests.harness.planted_engine import Script, drawn, failure, planted, progress
 from tests.harness.test_records import record
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from harness.load.account import Account
-from harness.load.arrivals import Schedule
 from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Message, Progress
 from harness.metrics.load import OK
 from harness.serving.transport import Connection
+from harness.tasks.load.account import Account
+from harness.tasks.load.arrivals import Schedule
 
 BACKOFF_S = 0.1  # of a closed loop's client that was refused, where the answer does not say
 LISTEN_S = 0.1  # after the last answer, for one that is given twice

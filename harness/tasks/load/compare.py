@@ -16,7 +16,6 @@ from harness.compose import Composed, to_yaml
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine
-from harness.load.run import Measured, build_load_record, judged, load_engine, started, summarized, write_rows
 from harness.loggers.load import batching, outcomes
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
@@ -28,6 +27,7 @@ from harness.records.record import FirstCall, RunFolder, Status
 from harness.resolve.comparison import SIDES
 from harness.tasks.compare import stated
 from harness.tasks.generate import ended, mirror
+from harness.tasks.load.run import Measured, build_load_record, judged, load_engine, started, summarized, write_rows
 from harness.tasks.session import progress_bars
 
 

@@ -21,11 +21,6 @@ from harness.config.serve import Transport
 from harness.engines.environment import threads_per_rank
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine
-from harness.load import http
-from harness.load.account import Account
-from harness.load.arrivals import requests, schedule
-from harness.load.server import Server
-from harness.load.zeromq import drive
 from harness.loggers.load import print_load
 from harness.loggers.wandb import log_load
 from harness.messages import EngineInfo
@@ -46,6 +41,11 @@ from harness.records.record import Engine as EngineName
 from harness.resolve.engines_table import engine_version
 from harness.serving.transport import Connection
 from harness.tasks.generate import ended, mirror
+from harness.tasks.load import http
+from harness.tasks.load.account import Account
+from harness.tasks.load.arrivals import requests, schedule
+from harness.tasks.load.server import Server
+from harness.tasks.load.zeromq import drive
 from harness.tasks.session import progress_bars
 
 FILE = "requests.jsonl"

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 import httpx
 import msgspec
 
-from harness.load.account import Account
-from harness.load.arrivals import Schedule
-from harness.load.zeromq import BACKOFF_S
 from harness.messages import GenerationRequest
 from harness.metrics.load import LOST, OK
+from harness.tasks.load.account import Account
+from harness.tasks.load.arrivals import Schedule
+from harness.tasks.load.zeromq import BACKOFF_S
 
 ROUTE = "/v1/images/generations"
 EVALUATIONS = re.compile(r"^triptych_evaluations_total (\S+)$", re.MULTILINE)
