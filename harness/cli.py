@@ -135,7 +135,7 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
         return serve(composed, again)
     folder = RunFolder.claim(composed.folder, again)
     if composed.config.task.name is Task.plan:
-        from harness.plan.run import plan_in
+        from harness.tasks.plan.run import plan_in
 
         return Job(folder.path, plan_in(composed, folder, Console()))
     if composed.config.task.name is Task.load:

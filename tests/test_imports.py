@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("harness.engines.fork_agent", "harness.client.generator", "harness.http"),
     ("harness.tasks.fidelity", "harness.tasks.session"),
     ("harness.tasks.generate",),
-    ("harness.tasks.under_torchrun", "harness.tasks.compare", "harness.plan"),
+    ("harness.tasks.under_torchrun", "harness.tasks.compare", "harness.tasks.plan"),
     ("harness.tasks.load", "harness.report"),
     ("harness.cli",),
     ("harness.__main__",),

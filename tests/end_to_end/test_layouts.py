@@ -13,9 +13,9 @@ from PIL import Image
 from harness.compose import compose_run
 from harness.costs.traffic import sent_bytes, trace_network, weight_bytes
 from harness.costs.vae_traffic import decode_bytes, trace_decode
-from harness.plan.check import check
 from harness.records.media import pixel_hash
 from harness.records.record import Record, load
+from harness.tasks.plan.check import check
 from models.components import Conditioning
 from models.decoders import KLDecoder
 from models.empty import build_empty

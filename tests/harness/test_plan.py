@@ -18,14 +18,14 @@ from harness.costs.rows import Plan, Prediction
 from harness.costs.time import Device, legal_layouts, predict, traffic
 from harness.costs.traffic import Attention, Linear, Tokens, Trace
 from harness.metrics.flops import counted
-from harness.plan.check import check
-from harness.plan.measure import filled
-from harness.plan.run import FILE, plan_in, planned
-from harness.plan.table import name_of
 from harness.records.record import Record, RunFolder, read_record, read_status
 from harness.resolve.checkpoint import locate
 from harness.resolve.layout_rules import check_layout
 from harness.tasks.generate import run_in
+from harness.tasks.plan.check import check
+from harness.tasks.plan.measure import filled
+from harness.tasks.plan.run import FILE, plan_in, planned
+from harness.tasks.plan.table import name_of
 from harness.tasks.under_torchrun import _compose
 from models.attention import sdpa_attention
 from models.components import Conditioning

@@ -17,15 +17,15 @@ from harness.config.schema import RunConfig
 from harness.costs.network import trace_request
 from harness.costs.rows import PLAN_SCHEMA, Plan, Prediction
 from harness.costs.time import device, legal_layouts, predict
-from harness.plan.check import check, records
-from harness.plan.measure import filled
-from harness.plan.table import print_checks, print_plan
 from harness.records.record import RunFolder, Status
 from harness.resolve.checkpoint import locate
 from harness.resolve.layout import layout_facts
 from harness.resolve.request import to_message
 from harness.resolve.trained import trained_denoiser
 from harness.tasks.generate import ended
+from harness.tasks.plan.check import check, records
+from harness.tasks.plan.measure import filled
+from harness.tasks.plan.table import print_checks, print_plan
 
 FILE = "plan.json"
 

@@ -82,7 +82,7 @@ def measure(dtype: torch.dtype, launch: LaunchConfig) -> Rates:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rates.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-        command += ["-m", "harness.plan.measure", str(out), str(dtype).removeprefix("torch.")]
+        command += ["-m", "harness.tasks.plan.measure", str(out), str(dtype).removeprefix("torch.")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=launch.start_timeout_s)
         if not out.exists():
             lines = done.stderr.strip().splitlines() or ["without a word"]
