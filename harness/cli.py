@@ -40,10 +40,10 @@ from harness.engines.pool import EnginePool, MakeEngine, new_engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.records.record import RunFolder, RunFolderError, Status, is_done, read_record, read_status
-from harness.report.page import write_report
 from harness.resolve.comparison import quoted
 from harness.tasks.compare import compare_in, is_compared, sides
 from harness.tasks.generate import ended, mirror, refuse, run_in, run_training
+from harness.tasks.report.page import write_report
 from harness.tasks.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
 
 REPORT = "task=report"

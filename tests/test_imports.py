@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("harness.tasks.fidelity", "harness.tasks.session"),
     ("harness.tasks.generate",),
     ("harness.tasks.under_torchrun", "harness.tasks.compare", "harness.tasks.plan"),
-    ("harness.tasks.load", "harness.report"),
+    ("harness.tasks.load", "harness.tasks.report"),
     ("harness.cli",),
     ("harness.__main__",),
 )

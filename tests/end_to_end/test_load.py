@@ -8,8 +8,8 @@ import pytest
 
 from harness.metrics.load import RequestRow
 from harness.records.record import load, read_status
-from harness.report.rows import read_table
 from harness.tasks.load.run import FILE
+from harness.tasks.report.rows import read_table
 from tests.end_to_end.conftest import command, processes_about, record_of, run
 from tests.end_to_end.test_sweep import inspect
 

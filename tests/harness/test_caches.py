@@ -25,10 +25,10 @@ from harness.pipeline.state import Evaluate, Sample, asks
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.records.record import CacheUse, Record
-from harness.report.keys import cache_name
-from harness.report.rivals import Point as Plain
-from harness.report.rivals import rival, rivals
 from harness.tasks.fidelity import floor_config, key, method_class, reference_config
+from harness.tasks.report.keys import cache_name
+from harness.tasks.report.rivals import Point as Plain
+from harness.tasks.report.rivals import rival, rivals
 from models.attention import math_attention
 from models.components import LatentSpace
 from schedulers.build import build

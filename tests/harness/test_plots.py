@@ -9,9 +9,9 @@ import pytest
 from harness.metrics.intervals import Estimate, wilson
 from harness.metrics.quality import Quality
 from harness.records.record import Record, RunFolder, Status
-from harness.report.families import main, spread, table
-from harness.report.markers import replace_between
-from harness.report.sweep import read, within
+from harness.tasks.report.families import main, spread, table
+from harness.tasks.report.markers import replace_between
+from harness.tasks.report.sweep import read, within
 from tests.harness.test_records import record
 
 N = 96

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 from harness.cli import dispatch
-from harness.report.keys import labels, layout_name, varying
-from harness.report.page import Page, as_script, render
-from harness.report.rows import Row, read_table
-from harness.report.scaling import ratio_of_medians, scalings
+from harness.tasks.report.keys import labels, layout_name, varying
+from harness.tasks.report.page import Page, as_script, render
+from harness.tasks.report.rows import Row, read_table
+from harness.tasks.report.scaling import ratio_of_medians, scalings
 from tests.harness.report_tree import HOSTILE, Maker, make_loads, make_tree, page_image
 
 
@@ -199,7 +199,7 @@ def test_what_makes_no_page_is_one_line_and_no_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("harness.report.page.plotly_script", lambda: "")
+    monkeypatch.setattr("harness.tasks.report.page.plotly_script", lambda: "")
     (tmp_path / "empty").mkdir()
     (tmp_path / "tree").symlink_to(tree)
     before = sorted(tmp_path.rglob("*"))
@@ -214,7 +214,7 @@ def test_the_page_is_written_beside_the_runs_or_where_asked(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("harness.report.page.plotly_script", lambda: "")
+    monkeypatch.setattr("harness.tasks.report.page.plotly_script", lambda: "")
     out = tmp_path / "page.html"
     assert dispatch(["task=report", f"runs={tree}", f"task.out={out}"]) == 0
     assert "15 runs (2 failed, 12 ok, 1 oom)" in capsys.readouterr().out

@@ -17,10 +17,10 @@ from harness.metrics.load import LoadSummary
 from harness.metrics.summary import Summary
 from harness.records.comparison import Comparison, read_comparison
 from harness.records.record import CacheUse, Record, RunFolderError, Statistics, Status, read_record, read_status
-from harness.report.keys import Cell, cells, labels, varying
-from harness.report.rivals import Rival, rivals
-from harness.report.scaling import Scaling, scalings
-from harness.report.sweep import flat
+from harness.tasks.report.keys import Cell, cells, labels, varying
+from harness.tasks.report.rivals import Rival, rivals
+from harness.tasks.report.scaling import Scaling, scalings
+from harness.tasks.report.sweep import flat
 
 FILES = ("status.json", "record.json", "comparison.json")  # any of them makes a folder a run's
 THUMBNAIL = (600, 900)  # pixels, at most

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from harness.config.cache import READ, CacheConfig, fill
 from harness.parallel.mesh import AXES
-from harness.report.sweep import flat
+from harness.tasks.report.sweep import flat
 
 Cell = str | float | None
 LEADS = ("model.name", "scheduler.family", "scheduler.solver.name")

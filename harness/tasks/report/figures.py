@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from harness.costs.rows import Check
-from harness.report.families import COLOURS, FAINT, INK
-from harness.report.rows import Row, Table
 from harness.tasks.plan.table import name_of
+from harness.tasks.report.families import COLOURS, FAINT, INK
+from harness.tasks.report.rows import Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,7 +1,7 @@
 """Quality against network evaluations, a panel a family and a line a solver: figure and table from a sweep's records.
 
     python -m harness -m experiment=families
-    python -m harness.report.families sweeps/DATE/TIME --out DIR [--readme README.md --budget 8 --budget 24]
+    python -m harness.tasks.report.families sweeps/DATE/TIME --out DIR [--readme README.md --budget 8 --budget 24]
 
 Writes `families.png` and `families.md`; with --readme the table replaces what stands between the two markers
 `<!-- families:begin -->` and `<!-- families:end -->` of that file.
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.metrics.intervals import Estimate, Share
-from harness.report.markers import replace_between
-from harness.report.sweep import FAMILIES, Point, Sweep, read, within
+from harness.tasks.report.markers import replace_between
+from harness.tasks.report.sweep import FAMILIES, Point, Sweep, read, within
 from harness.tasks.terminal import EXIT_BAD_INPUT, complain
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _top(group: Sequence[float], gap: float) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m harness.report.families", description=(__doc__ or "").split("\n")[0]
+        prog="python -m harness.tasks.report.families", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("sweep", type=Path, help="a sweep's folder, or any folder of records")
     parser.add_argument("--out", type=Path, default=Path(), help="where families.png and families.md go")

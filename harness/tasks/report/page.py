@@ -19,7 +19,7 @@ from rich.markup import escape
 from harness.compose import ConfigError
 from harness.config.schema import RunConfig
 from harness.records.record import Status, write_atomically
-from harness.report.rows import Row, read_table
+from harness.tasks.report.rows import Row, read_table
 
 FILE = "report.html"
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
