@@ -147,7 +147,7 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
 
 def serve(composed: Composed, again: bool) -> Job:
     """The server, until it is told to stop; its address is had before a folder is claimed."""
-    from harness.http.serve import check, listen, serve_in
+    from harness.tasks.serve.serve import check, listen, serve_in
 
     check(composed.config)
     with listen(composed.config.serve) as listening:

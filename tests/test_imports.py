@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("harness.compose", "harness.engines.protocol"),
     ("harness.engines.inprocess", "harness.engines.torchrun", "harness.client.results"),
     ("harness.engines.pool", "harness.engines.rank"),
-    ("harness.engines.fork_agent", "harness.client.generator", "harness.http"),
+    ("harness.engines.fork_agent", "harness.client.generator", "harness.tasks.serve"),
     ("harness.tasks.fidelity", "harness.tasks.session"),
     ("harness.tasks.generate",),
     ("harness.tasks.under_torchrun", "harness.tasks.compare", "harness.tasks.plan"),

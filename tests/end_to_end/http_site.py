@@ -11,8 +11,8 @@ from pathlib import Path
 import uvicorn
 
 from harness.config.schema import RunConfig
-from harness.http.app import make_app
-from harness.http.serve import Server, address, listen
+from harness.tasks.serve.app import make_app
+from harness.tasks.serve.serve import Server, address, listen
 from tests.harness.planted import Planted
 
 

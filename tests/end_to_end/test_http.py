@@ -21,12 +21,12 @@ from harness.cli import run_one
 from harness.compose import Composed, ConfigError, compose_run
 from harness.config.schema import LaunchMode, RunConfig
 from harness.engines.pool import new_engine
-from harness.http import saving
-from harness.http.app import make_app
-from harness.http.desk import Desk
-from harness.http.forms import as_json, boundary_of
-from harness.http.problem import STATUS, Problem
 from harness.records.media import ffmpeg
+from harness.tasks.serve import saving
+from harness.tasks.serve.app import make_app
+from harness.tasks.serve.desk import Desk
+from harness.tasks.serve.forms import as_json, boundary_of
+from harness.tasks.serve.problem import STATUS, Problem
 from tests.harness.planted import Planted
 
 IMAGES, VIDEOS, REQUESTS = "/v1/images/generations", "/v1/videos", "/v1/requests"

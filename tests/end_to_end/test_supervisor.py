@@ -17,10 +17,10 @@ import pytest
 from harness.compose import compose_run, to_yaml
 from harness.config.schema import RunConfig
 from harness.engines.torchrun import TorchrunEngine
-from harness.http.jobs import Job
-from harness.http.supervisor import Supervisor
 from harness.messages import Failure
 from harness.resolve.request import to_message
+from harness.tasks.serve.jobs import Job
+from harness.tasks.serve.supervisor import Supervisor
 from tests.end_to_end.conftest import LIMIT_S, QUICK, processes_about
 from tests.end_to_end.faults import poisoned
 

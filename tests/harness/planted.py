@@ -5,8 +5,6 @@ import asyncio
 import numpy as np
 
 from harness.config.schema import RunConfig
-from harness.http.jobs import Job
-from harness.http.supervisor import Busy, NotServing
 from harness.messages import (
     ArrayRef,
     EngineInfo,
@@ -17,12 +15,14 @@ from harness.messages import (
     SampleResult,
     encode,
 )
+from harness.tasks.serve.jobs import Job
+from harness.tasks.serve.supervisor import Busy, NotServing
 
 FAILURES = ("oom", "failed", "expired", "rejected", "unsupported", "busy")  # a prompt of this name ends so
 
 
 class Planted:
-    """What harness.http.supervisor.Supervisor is to the routes.
+    """What harness.tasks.serve.supervisor.Supervisor is to the routes.
 
     Args:
         config: resolved.

@@ -9,10 +9,10 @@ import pytest
 
 from harness.config.schema import RunConfig
 from harness.config.serve import Policy
-from harness.http.jobs import Job
-from harness.http.supervisor import Busy, NotServing, Supervisor
 from harness.messages import Failure, GenerationRequest, GenerationResult, Progress
 from harness.serving.transport import EngineGone
+from harness.tasks.serve.jobs import Job
+from harness.tasks.serve.supervisor import Busy, NotServing, Supervisor
 from tests.harness.planted_ranks import Fleet
 
 pytestmark = pytest.mark.anyio

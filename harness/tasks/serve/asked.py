@@ -7,11 +7,11 @@ import secrets
 import uuid
 
 from harness.config.schema import RunConfig
-from harness.http.openai import Asked, Settings, VideoRequest
-from harness.http.problem import Problem
 from harness.messages import GenerationRequest
 from harness.resolve.limits import check_frames, check_request, check_served, check_size
 from harness.resolve.request import to_message
+from harness.tasks.serve.openai import Asked, Settings, VideoRequest
+from harness.tasks.serve.problem import Problem
 
 SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 MAX_DRAWN_SEED = 2**31

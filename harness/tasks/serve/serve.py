@@ -25,10 +25,10 @@ from harness.engines.environment import OWNER
 from harness.engines.processes import is_alive
 from harness.engines.rank import LOG_FORMAT, WATCH_S
 from harness.engines.torchrun import TorchrunEngine
-from harness.http.app import make_app
-from harness.http.supervisor import MakeRanks, Supervisor
 from harness.records.record import RunFolder, Status
 from harness.serving.transport import EngineGone
+from harness.tasks.serve.app import make_app
+from harness.tasks.serve.supervisor import MakeRanks, Supervisor
 
 LOG = "server.log"
 BACKLOG = 512

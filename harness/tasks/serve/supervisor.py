@@ -18,12 +18,12 @@ import msgspec
 
 from harness.config.schema import RunConfig
 from harness.engines.torchrun import TorchrunEngine
-from harness.http.jobs import Job
-from harness.http.link import Link
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Message, MessageError, Progress
 from harness.serving.faults import failure_line
 from harness.serving.policy import Accepted, key_of
 from harness.serving.transport import Addresses, EngineGone
+from harness.tasks.serve.jobs import Job
+from harness.tasks.serve.link import Link
 
 log = logging.getLogger(__name__)
 

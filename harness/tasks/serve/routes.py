@@ -14,11 +14,11 @@ from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse
 
 from harness.config.schema import RunConfig
-from harness.http import openai
-from harness.http.asked import frames_of, to_request
-from harness.http.desk import Desk, Order
-from harness.http.problem import Problem
-from harness.http.shown import address, defaults, drawn, request_object, size, video_object
+from harness.tasks.serve import openai
+from harness.tasks.serve.asked import frames_of, to_request
+from harness.tasks.serve.desk import Desk, Order
+from harness.tasks.serve.problem import Problem
+from harness.tasks.serve.shown import address, defaults, drawn, request_object, size, video_object
 
 FORM = {"requestBody": {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/VideoRequest"}}}}}
 

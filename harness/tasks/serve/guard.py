@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from harness.http.forms import as_json, boundary_of
-from harness.http.problem import Problem
+from harness.tasks.serve.forms import as_json, boundary_of
+from harness.tasks.serve.problem import Problem
 
 JSON = (b"content-type", b"application/json")
 BODY_S = 30.0  # a body that takes longer is a client that went, or one that only holds the connection

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from harness.compose import to_dict
 from harness.config.schema import RunConfig
-from harness.http import saving
-from harness.http.jobs import Job
-from harness.http.metrics import Meter
-from harness.http.openai import Status
-from harness.http.problem import Problem, as_problem
-from harness.http.supervisor import Busy, NotServing, Supervisor
 from harness.messages import GenerationRequest
 from harness.records.record import SampleRow, fingerprint
+from harness.tasks.serve import saving
+from harness.tasks.serve.jobs import Job
+from harness.tasks.serve.metrics import Meter
+from harness.tasks.serve.openai import Status
+from harness.tasks.serve.problem import Problem, as_problem
+from harness.tasks.serve.supervisor import Busy, NotServing, Supervisor
 from harness.tasks.terminal import complain
 
 log = logging.getLogger(__name__)

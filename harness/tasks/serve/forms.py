@@ -7,7 +7,7 @@ import re
 from email.message import Message
 from typing import TypeAlias
 
-from harness.http.problem import Problem
+from harness.tasks.serve.problem import Problem
 
 NAME = re.compile(rb'content-disposition:\s*form-data;(?:.*;)?\s*name="([^"\r\n]*)"([^\r\n]*)', re.IGNORECASE)
 FIELD = re.compile(r"(\w+)(?:\[(\w+)\])?")

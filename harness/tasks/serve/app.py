@@ -10,13 +10,13 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from harness.config.schema import RunConfig
-from harness.http import openai
-from harness.http.desk import Desk
-from harness.http.guard import Guard, is_local
-from harness.http.problem import STATUS, ErrorBody, Problem, install
-from harness.http.routes import TheDesk, image_routes, model_routes, request_routes, video_routes
-from harness.http.supervisor import Supervisor
 from harness.records.provenance import version
+from harness.tasks.serve import openai
+from harness.tasks.serve.desk import Desk
+from harness.tasks.serve.guard import Guard, is_local
+from harness.tasks.serve.problem import STATUS, ErrorBody, Problem, install
+from harness.tasks.serve.routes import TheDesk, image_routes, model_routes, request_routes, video_routes
+from harness.tasks.serve.supervisor import Supervisor
 
 PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 POLICY = (

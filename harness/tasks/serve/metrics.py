@@ -9,8 +9,8 @@ import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from harness.http.jobs import Job
-from harness.http.supervisor import Supervisor
+from harness.tasks.serve.jobs import Job
+from harness.tasks.serve.supervisor import Supervisor
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
 
