@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("harness.loggers", "harness.parallel"),
     ("harness.optimize",),
     ("harness.pipeline",),
-    ("harness.baselines", "harness.train"),
+    ("harness.baselines", "harness.tasks.train"),
     ("harness.engines.preimport", "harness.resolve.optimize", "harness.resolve.quantize", "harness.serving"),
     ("harness.compose", "harness.engines.protocol"),
     ("harness.engines.inprocess", "harness.engines.torchrun", "harness.client.results"),

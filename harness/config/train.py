@@ -22,7 +22,7 @@ class Precision(Enum):
 
 @dataclass
 class DataConfig:
-    """The picture folder (its form: harness/train/folder.py), and the recipe that builds it when it is not there."""
+    """The picture folder (its form: harness/tasks/train/folder.py), and the recipe that builds it when it is not there."""
 
     folder: str = "data/emoji"  # pictures with metadata.jsonl, or with <picture>.txt beside each
     recipe: str | None = "emoji"  # builds the folder; null = a folder of your own, used as it is
@@ -97,7 +97,7 @@ class DenoiserConfig:
     latent_channels: int = 4  # channels of the latent
     latent_size: int = 16  # latent pixels a side
     text_channels: int = 256  # channels of a text state
-    times: TimeSampling | None = None  # how times are drawn; null = the family's (harness/train/objective.py)
+    times: TimeSampling | None = None  # how times are drawn; null = the family's (harness/tasks/train/objective.py)
     ratio_mean: float | None = None  # mean of log(sigma / alpha) under log_normal; null = the family's
     ratio_std: float | None = None  # its deviation
     dtype: Precision = Precision.float32  # of the network's arithmetic, by autocast

@@ -189,7 +189,7 @@ def run_training(config: RunConfig, console: Console) -> Status:
 
 
 def _train(config: RunConfig, console: Console, curve: WandbCurve) -> None:
-    from harness.train.run import run
+    from harness.tasks.train.run import run
 
     settings = noise_scheduler_settings(config.scheduler)
     if console.is_terminal:

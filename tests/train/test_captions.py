@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from harness.train.captions import draw, variants
+from harness.tasks.train.captions import draw, variants
 
 
 def test_variants_are_name_tag_and_style() -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from harness.config.train import DenoiserConfig, LoopConfig, Precision
-from harness.train import denoiser
-from harness.train.denoiser import Examples
-from harness.train.objective import objective
+from harness.tasks.train import denoiser
+from harness.tasks.train.denoiser import Examples
+from harness.tasks.train.objective import objective
 from models.components import Conditioning
 from schedulers.families import Settings
 

@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, PixArtSigmaPipeline, Pix
 from transformers import PreTrainedTokenizerFast
 
 from harness.config.train import DenoiserConfig, TextConfig, VaeConfig
-from harness.train import captions, denoiser, export, text, vae
-from harness.train.folder import Picture
-from harness.train.objective import objective
+from harness.tasks.train import captions, denoiser, export, text, vae
+from harness.tasks.train.folder import Picture
+from harness.tasks.train.objective import objective
 from models.components import Conditioning
 from models.pixart import load_denoiser
 from models.source import Source

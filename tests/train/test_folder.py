@@ -11,7 +11,7 @@ from rich.console import Console
 from harness.compose import compose_run
 from harness.records.record import read_status
 from harness.tasks.generate import run_training
-from harness.train.folder import DataError, pixels, read
+from harness.tasks.train.folder import DataError, pixels, read
 from tests.train.conftest import COLOURS, TINY, offline_runs, square, summary_of
 
 
@@ -140,7 +140,7 @@ def test_sheets_leave_the_training_as_it_is(squares: Path, tmp_path: Path) -> No
 
 
 def tensors(path: Path) -> dict[str, bytes]:
-    from harness.train.loop import read_checkpoint
+    from harness.tasks.train.loop import read_checkpoint
 
     return {name: tensor.numpy().tobytes() for name, tensor in read_checkpoint(path)[0].items()}
 

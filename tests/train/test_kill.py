@@ -14,7 +14,7 @@ from rich.console import Console
 from harness.compose import compose_run
 from harness.records.record import read_status
 from harness.tasks.generate import run_training
-from harness.train.loop import read_checkpoint
+from harness.tasks.train.loop import read_checkpoint
 from tests.train.conftest import TINY, captioned, offline_runs, summary_of
 
 LIMIT_S = 120

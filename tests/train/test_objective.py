@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import harness.train
+import harness.tasks.train
 from harness.compose import compose_run
 from harness.config.train import DenoiserConfig, Precision, TimeSampling
 from harness.resolve.scheduler import noise_scheduler_settings
-from harness.train.objective import Objective, objective
+from harness.tasks.train.objective import Objective, objective
 from models.components import Conditioning
 from schedulers.build import build as build_noise_scheduler
 from schedulers.families import FAMILIES, PATHS, Settings
@@ -239,7 +239,7 @@ def test_bfloat16_is_the_networks_arithmetic_alone(family: str) -> None:
 def test_there_is_one_loop_and_no_branch_on_a_family() -> None:
     """One place descends a gradient; families are rows of a table, which only the export compares by name."""
     descents, compared = [], []
-    for path in Path(harness.train.__path__[0]).glob("*.py"):
+    for path in Path(harness.tasks.train.__path__[0]).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr == "backward":
                 descents.append(path.name)

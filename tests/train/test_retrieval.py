@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from harness.train.retrieval import Gallery, grid
+from harness.tasks.train.retrieval import Gallery, grid
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from harness.config.train import (
     VaeConfig,
 )
 from harness.metrics.gallery import FILE, Gallery
-from harness.train.captions import caption
-from harness.train.emoji import STYLES
-from harness.train.folder import Picture
-from harness.train.run import PARTS, run
+from harness.tasks.train.captions import caption
+from harness.tasks.train.emoji import STYLES
+from harness.tasks.train.folder import Picture
+from harness.tasks.train.run import PARTS, run
 from schedulers.families import Settings
 from tests.train.conftest import captioned
 

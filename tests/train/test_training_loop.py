@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harness.config.train import LoopConfig
 from harness.loggers.training import CurveLine, Watcher
-from harness.train.loop import (
+from harness.tasks.train.loop import (
     Ema,
     Every,
     Fit,

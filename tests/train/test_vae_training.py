@@ -3,7 +3,7 @@
 import torch
 
 from harness.config.train import VaeConfig
-from harness.train import vae
+from harness.tasks.train import vae
 
 CONFIG = VaeConfig(channels=[8, 8, 16])
 

@@ -1,4 +1,4 @@
-"""The denoiser: the network, what it sees, and its training, the same for every family (harness/train/objective.py).
+"""The denoiser: the network, what it sees, and its training, the same for every family (harness/tasks/train/objective.py).
 
 Latents and text states are computed once, before training.
 """
@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from harness.config.train import DenoiserConfig
 from harness.loggers.training import Watcher
-from harness.train import text
-from harness.train.captions import draw, variants
-from harness.train.folder import Picture
-from harness.train.loop import Every, Fit, batch_indices, step_generator
-from harness.train.objective import Objective
+from harness.tasks.train import text
+from harness.tasks.train.captions import draw, variants
+from harness.tasks.train.folder import Picture
+from harness.tasks.train.loop import Every, Fit, batch_indices, step_generator
+from harness.tasks.train.objective import Objective
 from models.attention import math_attention
 from models.pixart import PixArt, PixArtConfig
 

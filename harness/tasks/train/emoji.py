@@ -5,7 +5,7 @@
     npm emojibase-data 17.0.0               names, tags, groups   MIT
 
 ``images/*.png`` are 64 x 64 RGB on white, cropped to their content with an equal margin; ``metadata.jsonl`` has one
-row a picture, its licence included (harness/train/folder.py). All emoji train the VAE; rows with ``vocabulary`` true
+row a picture, its licence included (harness/tasks/train/folder.py). All emoji train the VAE; rows with ``vocabulary`` true
 are the distinctive ones that the denoiser learns. The pictures are not part of the repository: this recipe builds them.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from harness.config.train import DataConfig
-from harness.train.folder import Picture
+from harness.tasks.train.folder import Picture
 
 log = logging.getLogger(__name__)
 

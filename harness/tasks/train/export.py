@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from harness.metrics.gallery import FILE, Gallery
-from harness.train.folder import Picture
+from harness.tasks.train.folder import Picture
 from models.pixart import NAMES, PixArtConfig
 from models.pixart.weights import config_json
 from schedulers.families import Settings

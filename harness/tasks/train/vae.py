@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.config.train import VaeConfig
 from harness.loggers.training import Watcher
-from harness.train.loop import Every, Fit, averaged, batch_indices, step_generator, total_steps
+from harness.tasks.train.loop import Every, Fit, averaged, batch_indices, step_generator, total_steps
 
 
 def build(config: VaeConfig, size: int) -> AutoencoderKL:
