@@ -24,10 +24,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness.compose import (
+from harness.config.schema import LoggerConfig, RunConfig, Task
+from harness.engines.pool import EnginePool, MakeEngine, new_engine
+from harness.loggers.table import print_sweep
+from harness.loggers.wandb import log_failure
+from harness.records.record import RunFolder, RunFolderError, Status, is_done, read_record, read_status
+from harness.resolve.comparison import quoted
+from harness.resolve.compose import (
     Composed,
     ConfigError,
-    check_names,
     checked,
     compose_run,
     register_schema,
@@ -35,14 +40,10 @@ from harness.compose import (
     sweep_folder,
     to_dict,
 )
-from harness.config.schema import LoggerConfig, RunConfig, Task
-from harness.engines.pool import EnginePool, MakeEngine, new_engine
-from harness.loggers.table import print_sweep
-from harness.loggers.wandb import log_failure
-from harness.records.record import RunFolder, RunFolderError, Status, is_done, read_record, read_status
-from harness.resolve.comparison import quoted
+from harness.resolve.names import check_names
 from harness.tasks.compare import compare_in, is_compared, sides
-from harness.tasks.generate import ended, mirror, refuse, run_in, run_training
+from harness.tasks.generate import run_in, run_training
+from harness.tasks.lifecycle import ended, mirror, refuse
 from harness.tasks.report.page import write_report
 from harness.tasks.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
 

@@ -9,21 +9,12 @@ import pytest
 import yaml
 
 import conf
-from harness.compose import (
-    Composed,
-    ConfigError,
-    _groups,
-    check_names,
-    compose_run,
-    folder_name,
-    from_yaml,
-    run_folder,
-    to_yaml,
-)
 from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
 from harness.records.provenance import version
+from harness.resolve.compose import Composed, ConfigError, compose_run, folder_name, from_yaml, run_folder, to_yaml
 from harness.resolve.engines_table import NEEDED
 from harness.resolve.limits import check_frames
+from harness.resolve.names import _groups, check_names
 from harness.resolve.trained import trained_denoiser
 from models.registry import REFERENCE, missing_package
 

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("harness.pipeline",),
     ("harness.baselines", "harness.tasks.train"),
     ("harness.engines.preimport", "harness.resolve.optimize", "harness.resolve.quantize", "harness.serving"),
-    ("harness.compose", "harness.engines.protocol"),
+    ("harness.resolve.compose", "harness.engines.protocol"),
     ("harness.engines.inprocess", "harness.engines.torchrun", "harness.client.results"),
     ("harness.engines.pool", "harness.engines.rank"),
     ("harness.engines.fork_agent", "harness.client.generator", "harness.tasks.serve"),

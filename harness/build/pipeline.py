@@ -13,7 +13,8 @@ import torch
 
 from harness.caching.policies import cached_network, guidance_when
 from harness.config.cache import OF_BLOCKS
-from harness.config.schema import DType, Load, ModelConfig, ParallelConfig, Quantize, RunConfig, Task
+from harness.config.schema import Load, ModelConfig, ParallelConfig, Quantize, RunConfig, Task
+from harness.device.device import denoiser_dtype, prepare_cuda, torch_dtype
 from harness.messages import GenerationRequest, LoadedComponent
 from harness.metrics.cuda import CudaEnergy, CudaMemory, synchronizer
 from harness.metrics.energy import Energy, NoEnergy, PackageEnergy
@@ -62,36 +63,6 @@ from schedulers.published import from_diffusers
 DEFAULT_CACHE_MIB = 64.0
 
 
-def pick_device(local_rank: int) -> torch.device:
-    """The GPU of this rank where there is one, else the CPU."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def prepare_cpu(config: RunConfig, threads: int) -> None:
-    """Sets threads, and where float32 results shall not depend on their number, takes oneDNN out of the way.
-
-    oneDNN picks another blocking, and so another order of additions, for another number of threads (seen with a 1 x 1
-    convolution at batch 1); the plain convolutions end in MKL products, which strict mode (MKL_CBWR, set by the
-    launcher) makes equal.
-    """
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    plain = denoiser_dtype(config.model) is DType.float32
-    torch.backends.mkldnn.set_flags(not (config.launch.reproducible and plain))
-
-
-def prepare_cuda(device: torch.device) -> None:
-    """Takes the GPU, whose convolutions PyTorch would cut to 10 bits of float32's 23: float32 is to be float32."""
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def denoiser_dtype(model: ModelConfig) -> DType:
-    """What the denoiser is loaded in."""
-    return model.denoiser.dtype or model.dtype
-
-
 def source_of(config: RunConfig, device: torch.device) -> Source:
     """Where this run's components are read from.
 
@@ -111,12 +82,6 @@ def source_of(config: RunConfig, device: torch.device) -> Source:
         text_tokens=model.text.tokens,
         loras=tuple(LoraFile(Path(lora.path).expanduser(), lora.weight) for lora in model.lora),
     )
-
-
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """PyTorch's own of a configured dtype."""
-    found: torch.dtype = getattr(torch, dtype.name)
-    return found
 
 
 def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> NoiseScheduler:

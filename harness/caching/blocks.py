@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial, update_wrapper
 from typing import Any, Protocol
 
 import torch
@@ -27,10 +28,8 @@ from torch.nn import functional as F
 
 from harness.parallel.attention import SequenceState, TokenLayout
 from harness.parallel.group import Group
+from harness.pipeline.cache_state import History, Place
 from models.plan import ParallelPlan, Stack
-
-Place = tuple[str, str]  # a stack and a stream of it
-Terms = Mapping[Place, Sequence[Tensor]]
 
 
 class Look(Enum):
@@ -41,32 +40,6 @@ class Look(Enum):
     nothing = "nothing"
     signal = "signal"
     first_block = "first block"
-
-
-@dataclass(eq=False)
-class History:
-    """What is kept of one picture from evaluation to evaluation.
-
-    Args:
-        final: the evaluation that comes belongs to the last solver step; whoever steps says so.
-        computed: of every evaluation so far, whether it was.
-        change: what the rule has added up since the last computed one.
-        signal: what the rule was shown and compares with, the picture's rows of it.
-        layout: how tokens were dealt in the last computed one.
-        terms: d_0, d_1 ... by stack and stream.
-    """
-
-    final: bool = False
-    computed: list[bool] = field(default_factory=list)
-    change: float = 0.0
-    signal: Tensor | None = None
-    layout: TokenLayout | None = None
-    terms: Terms = field(default_factory=dict)
-
-    @property
-    def behind(self) -> int:
-        """Evaluations from the last computed one to the one that comes; 0 where none was computed."""
-        return 1 + self.computed[::-1].index(True) if True in self.computed else 0
 
 
 class Rule(Protocol):
@@ -253,11 +226,12 @@ class Gate(nn.Module):
         self.block = block
         self.signature = inspect.signature(block.forward)
         self._lane, self._first, self._last = lane, first, last
+        self.forward = update_wrapper(partial(self._pass), block.forward)  # the block's signature for who inspects it
 
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name) if name == "block" else getattr(self.block, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
         lane = self._lane
         passage = lane.gates.passage
         if passage is None:
@@ -353,8 +327,3 @@ class Gates:
         finally:
             self.passage = None
         passage.keep()
-
-
-def signature(block: nn.Module) -> inspect.Signature:
-    """Of a block's forward, behind a gate or not."""
-    return block.signature if isinstance(block, Gate) else inspect.signature(block.forward)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from harness.caching.blocks import Gates, History, Look, Passage, Rule
+from harness.caching.blocks import Gates, Look, Passage, Rule
 from harness.config.cache import OF_BLOCKS, CacheConfig
 from harness.parallel.attention import SequenceState
 from harness.parallel.group import Group
+from harness.pipeline.cache_state import History
 from harness.pipeline.guidance import Interval, Reuse, When, always
 from models.components import Conditioning
 from models.plan import ParallelPlan

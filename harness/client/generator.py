@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from harness.client.results import build_record, measured
-from harness.compose import Composed, compose_run, to_yaml
 from harness.config.schema import RequestConfig, RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine, OnProgress
 from harness.messages import Array, EngineInfo, GenerationResult, Latents, array
 from harness.records.media import grid, pixel_hash, save_mp4, save_png, still, to_uint8
 from harness.records.record import FirstCall, Record, Repeat, SampleRow
+from harness.resolve.compose import Composed, compose_run, to_yaml
 from harness.resolve.request import to_message
 
 if TYPE_CHECKING:

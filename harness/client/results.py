@@ -9,7 +9,6 @@ from statistics import fmean
 
 from safetensors import SafetensorError
 
-from harness.compose import to_dict
 from harness.config.cache import IDENTITY, NONE, CacheConfig
 from harness.config.schema import ModelConfig, QualityConfig, RunConfig
 from harness.messages import Array, EngineInfo, GenerationResult, OperatorTime, RankReport, Skips, sent_bytes
@@ -32,6 +31,7 @@ from harness.records.record import (
     fingerprint,
 )
 from harness.resolve.checkpoint import locate
+from harness.resolve.compose import to_dict
 from harness.resolve.engines_table import CACHE_DIT, engine_version
 from harness.resolve.trained import trained_denoiser
 from models import hub

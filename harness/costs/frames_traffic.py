@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from harness.costs.traffic import FLOAT32
 from harness.parallel.frames import over_time
-from harness.resolve.layout_rules import REACH
+from harness.parallel.mesh import REACH
 from models.wan.decoder import WanDecoder
 
 LENGTH = 8  # bytes of a number of frames, where those are told

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.build.pipeline import denoiser_dtype, source_of, torch_dtype
+from harness.build.pipeline import source_of
 from harness.config.schema import RunConfig
 from harness.costs.memory import Weights, decode_numbers, network_weights
 from harness.costs.traffic import Trace, trace_network
+from harness.device.device import denoiser_dtype, torch_dtype
 from harness.parallel.vae import RowsDecoder
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.request import to_message

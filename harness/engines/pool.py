@@ -11,12 +11,12 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from harness.compose import to_dict
 from harness.config.schema import LaunchMode, RunConfig
 from harness.engines.inprocess import InprocessEngine
 from harness.engines.protocol import Answer, Engine, OnProgress, RequestFailed
 from harness.engines.torchrun import TorchrunEngine
 from harness.messages import EngineInfo, GenerationRequest
+from harness.resolve.compose import to_dict
 from harness.serving.transport import Connection
 
 BUILT_FROM = ("engine", "model", "scheduler", "parallel", "attention", "cache", "launch", "serve")

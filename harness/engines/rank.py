@@ -123,7 +123,8 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
     import torch.distributed as dist
     import zmq
 
-    from harness.build.pipeline import attention_name, build_worker, ceiling, pick_device, prepare_cpu
+    from harness.build.pipeline import attention_name, build_worker, ceiling
+    from harness.device.device import pick_device, prepare_cpu
     from harness.parallel.collectives import Alone, Collectives, Gloo
     from harness.serving.control import ControlThread, listener
     from harness.serving.inbox import Inbox, served_check

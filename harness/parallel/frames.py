@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.parallel.group import Group
-from harness.resolve.layout_rules import REACH
+from harness.parallel.mesh import REACH
 from models.wan.decoder import WanDecoder
 
 

@@ -58,3 +58,7 @@ def world_size(sizes: Sequence[int]) -> int:
     for size in sizes:
         product *= size
     return product
+
+
+REACH = 2
+"""Latent frames that a rank needs where a video is decoded by frames: as many as a convolution over time looks back."""

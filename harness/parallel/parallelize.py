@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.caching.blocks import signature
 from harness.parallel.attention import SequenceAttention, SequenceState, TokenLayout
 from harness.parallel.connect import Axes
 from harness.parallel.displaced import Displaced
@@ -75,7 +74,7 @@ class _Dealer:
         self.blocks = blocks
         self.whole = whole
         self.state = state
-        self.signature = signature(blocks[0])
+        self.signature = inspect.signature(blocks[0].forward)
 
     def install(self) -> None:
         """Hooks every block."""

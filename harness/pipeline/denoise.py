@@ -9,11 +9,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from harness.caching.blocks import History
 from harness.messages import Skips
 from harness.optimize.ahead import Ahead
 from harness.parallel.group import Group
 from harness.parallel.stale import Stale
+from harness.pipeline.cache_state import History
 from harness.pipeline.guidance import Branches, Way, When, always
 from harness.pipeline.latents import step_noise
 from harness.pipeline.state import RunContext, Sample, micro_batches, written

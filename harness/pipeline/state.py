@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from harness import messages
-from harness.caching.blocks import History
 from harness.messages import GenerationRequest
 from harness.metrics.clock import Clock
 from harness.metrics.energy import Energy, NoEnergy
 from harness.metrics.memory import Memory
 from harness.parallel.group import Traffic
+from harness.pipeline.cache_state import History
 from models.components import Conditioning
 from schedulers.grid import Grid
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.config.schema import Decode, ParallelConfig
-
-REACH = 2
-"""Latent frames that a rank needs where a video is decoded by frames: as many as a convolution over time looks back."""
+from harness.parallel.mesh import REACH
 
 
 @dataclass(frozen=True)

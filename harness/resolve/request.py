@@ -17,9 +17,9 @@ def to_message(asked: RequestConfig) -> GenerationRequest:
     prompts, steps, guidance, height, width = asked.prompts, asked.steps, asked.guidance, asked.height, asked.width
     negative, frames = asked.negative_prompt, asked.frames
     if prompts is None or steps is None or guidance is None or height is None or width is None:
-        raise ValueError("the request was not resolved; compose it with harness.compose.compose_run")
+        raise ValueError("the request was not resolved; compose it with harness.resolve.compose.compose_run")
     if negative is None or frames is None:
-        raise ValueError("the request was not resolved; compose it with harness.compose.compose_run")
+        raise ValueError("the request was not resolved; compose it with harness.resolve.compose.compose_run")
     return GenerationRequest(
         request_id=uuid.uuid4().hex,
         prompts=list(prompts),

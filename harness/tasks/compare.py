@@ -11,7 +11,6 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import Composed, ConfigError, compose_run, to_dict, to_yaml
 from harness.config.schema import LaunchMode, RunConfig, Task
 from harness.config.serve import Transport
 from harness.loggers.table import print_comparison
@@ -22,7 +21,8 @@ from harness.parallel.mesh import degrees, world_size
 from harness.records.comparison import FILE, SCHEMA, Comparison, ratios_of, read_comparison
 from harness.records.record import RunFolder, Status, fingerprint, read_status
 from harness.resolve.comparison import SIDES, side_overrides
-from harness.tasks.generate import ended, mirror
+from harness.resolve.compose import Composed, ConfigError, compose_run, to_dict, to_yaml
+from harness.tasks.lifecycle import ended, mirror
 from harness.tasks.session import Series, progress_bars
 
 

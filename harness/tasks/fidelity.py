@@ -20,7 +20,6 @@ from rich.progress import Progress
 from safetensors.numpy import load_file, save
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import Composed, to_dict
 from harness.config.cache import NONE, CacheConfig
 from harness.config.optimize import Optimize
 from harness.config.schema import DType, EngineConfig, ParallelConfig, Quantize, RunConfig, Task, TaskConfig
@@ -33,6 +32,7 @@ from harness.parallel.mesh import Place, degrees
 from harness.records.provenance import PACKAGES, cpu_name, version
 from harness.records.record import write_atomically
 from harness.resolve.checkpoint import COMPONENTS, locate
+from harness.resolve.compose import Composed, to_dict
 from harness.resolve.engines_table import CACHE_DIT, NATIVE
 from harness.resolve.trained import trained_denoiser
 from harness.serving.transport import EngineGone

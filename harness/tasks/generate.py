@@ -5,33 +5,28 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 from rich.console import Console
 from rich.logging import RichHandler
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import Composed, to_dict, to_yaml
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
-from harness.engines.protocol import RequestFailed
 from harness.loggers.table import print_record
 from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
-from harness.loggers.wandb import log_failure, log_run, resolve_mode
+from harness.loggers.wandb import log_run, resolve_mode
 from harness.metrics.fidelity import BROKEN
-from harness.records.record import CUT_OFF, STATES, Record, RunFolder, RunFolderError, Status
+from harness.records.record import CUT_OFF, Record, RunFolder, Status
+from harness.resolve.compose import Composed, to_dict, to_yaml
 from harness.resolve.scheduler import noise_scheduler_settings
-from harness.serving.faults import failure_kind, failure_line
-from harness.serving.transport import EngineGone
 from harness.tasks.fidelity import Artist, Drawn, measure
+from harness.tasks.lifecycle import ended, mirror, status_of
 from harness.tasks.session import Series, progress_bars
 from harness.tasks.terminal import complain
-
-T = TypeVar("T")
 
 
 def run_in(composed: Composed, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine) -> Status:
@@ -57,32 +52,6 @@ def run_in(composed: Composed, folder: RunFolder, console: Console, make_engine:
     return status
 
 
-def ended(
-    composed: Composed, folder: RunFolder, work: Callable[[], T], judge: Callable[[T], Status]
-) -> tuple[Status, T | None]:
-    """Does the work of a claimed folder, whatever happens; the status, which is on disk, and what came of it.
-
-    What goes wrong is said in one line and mirrored; what comes of it is the caller's to mirror.
-    """
-    config = composed.config
-    try:
-        done = work()
-    except (Exception, KeyboardInterrupt) as error:
-        status = status_of(error)
-        folder.finish(status)
-        complain(f"{status.state}: {status.error} (see {folder.path})")
-        if status.state != "cancelled":
-            mirror(
-                lambda: log_failure(config.logger.wandb, to_dict(config), folder.path, config.task.name.name, status)
-            )
-        return status, None
-    status = judge(done)
-    folder.finish(status)
-    if status.error is not None:
-        complain(f"{status.error} (see {folder.path})")
-    return status, done
-
-
 def judged(record: Record) -> Status:
     """A run whose method keeps less than it claims has failed, with its record on disk."""
     row = record.fidelity
@@ -95,17 +64,6 @@ def judged(record: Record) -> Status:
         f"{row.pixel.rel_l2:.2g} at the pixel, where rounding alone makes {row.floor_latent:.2g} and "
         f"{row.floor_pixel:.2g}",
     )
-
-
-def refuse(folder: Path, error: Exception, again: bool = False) -> Status:
-    """Ends a run that was never started: one line, and a status in the folder it would have had (`again`: also where
-    another one is that did not end well).
-    """
-    complain(error)
-    status = Status("failed", str(error))
-    with suppress(RunFolderError):
-        RunFolder.claim(folder, again).finish(status)
-    return status
 
 
 def run_generate(composed: Composed, folder: RunFolder, console: Console, make_engine: MakeEngine) -> Record:
@@ -199,22 +157,3 @@ def _train(config: RunConfig, console: Console, curve: WandbCurve) -> None:
     else:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         run(config.train, settings, Watchers([LogLines(), curve]))
-
-
-def status_of(error: BaseException) -> Status:
-    """The state and the one line that an exception means."""
-    if isinstance(error, KeyboardInterrupt):
-        return Status("cancelled", "interrupted")
-    if isinstance(error, RequestFailed | EngineGone):
-        return Status(error.kind if error.kind in STATES else "failed", str(error).splitlines()[0])
-    return Status(failure_kind(error), failure_line(error))
-
-
-def mirror(log: Callable[[], None]) -> bool:
-    """Logs a run elsewhere; what goes wrong there is said, and is not the run's failure. Whether it went well."""
-    try:
-        log()
-    except Exception as error:
-        complain(f"the run is on disk, but wandb did not take it: {status_of(error).error}")
-        return False
-    return True

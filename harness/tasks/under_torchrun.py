@@ -19,7 +19,6 @@ from types import FrameType
 import msgspec
 from rich.console import Console
 
-from harness.compose import Composed, ConfigError, compose_run, run_folder, to_yaml
 from harness.config.schema import RunConfig, Task
 from harness.engines.environment import arithmetic
 from harness.engines.protocol import AttachedEngine, Engine
@@ -27,9 +26,11 @@ from harness.engines.rank import LOG_FORMAT, check_ranks, leave_error, redirect_
 from harness.engines.torchrun import rank_error
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import RunFolder, RunFolderError, Status
+from harness.resolve.compose import Composed, ConfigError, compose_run, run_folder, to_yaml
 from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone
-from harness.tasks.generate import refuse, run_in
+from harness.tasks.generate import run_in
+from harness.tasks.lifecycle import refuse
 from harness.tasks.terminal import EXIT_BAD_INPUT, complain, exit_status
 
 JOIN_S = 20.0

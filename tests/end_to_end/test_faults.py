@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import harness
-from harness.compose import compose_run
 from harness.config.yaml import to_yaml
 from harness.engines.environment import OWNER
+from harness.resolve.compose import compose_run
 from models.registry import REFERENCE
 from tests.end_to_end.conftest import (
     ENDLESS,

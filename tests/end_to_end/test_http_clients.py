@@ -10,8 +10,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from harness.compose import compose_run
 from harness.config.schema import RunConfig
+from harness.resolve.compose import compose_run
 from tests.end_to_end.http_abuse import abuse
 from tests.end_to_end.http_site import Live, live
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from harness.compose import compose_run
+from harness.resolve.compose import compose_run
 from tests.end_to_end.chromium import MARKS, emulate, headless, widths
 from tests.end_to_end.http_site import Live, live
 

@@ -10,11 +10,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from harness.compose import compose_run
 from harness.costs.traffic import sent_bytes, trace_network, weight_bytes
 from harness.costs.vae_traffic import decode_bytes, trace_decode
 from harness.records.media import pixel_hash
 from harness.records.record import Record, load
+from harness.resolve.compose import compose_run
 from harness.tasks.plan.check import check
 from models.components import Conditioning
 from models.decoders import KLDecoder

@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from harness.compose import compose_run, to_yaml
 from harness.config.schema import RunConfig
 from harness.engines.torchrun import TorchrunEngine
 from harness.messages import Failure
+from harness.resolve.compose import compose_run, to_yaml
 from harness.resolve.request import to_message
 from harness.tasks.serve.jobs import Job
 from harness.tasks.serve.supervisor import Supervisor

@@ -13,7 +13,6 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from harness.compose import compose_run, to_dict
 from harness.messages import Traffic
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import Fidelity
@@ -25,6 +24,7 @@ from harness.metrics.summary import summarize
 from harness.records.comparison import Comparison
 from harness.records.media import save_png
 from harness.records.record import CacheUse, Record, Repeat, RunFolder, SampleRow, Status
+from harness.resolve.compose import compose_run, to_dict
 from tests.harness.test_records import record
 
 HOSTILE = "<b>x</b></script><script>fetch('https://example.com')</script> %{x} \"it's\" & $x$ /*script*/ \u2028"

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from harness.baselines.cache import Skips
-from harness.compose import ConfigError, compose_run
 from harness.metrics.flops import counted
 from harness.records.record import Record
+from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import method_class
 from tests.harness.test_peer import generator
 from tests.models.checkpoints import CASES, PROMPTS, overrides_of

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from harness.caching.blocks import History
 from harness.caching.policies import CachedNetwork, FirstBlock, cached_network, guidance_when
 from harness.client.generator import DiffusionGenerator
-from harness.compose import ConfigError, compose_run
 from harness.config.cache import PUBLISHED
 from harness.parallel.attention import SequenceState
 from harness.parallel.group import alone
+from harness.pipeline.cache_state import History
 from harness.pipeline.denoise import Denoising, Savings
 from harness.pipeline.guidance import Interval, Reuse, When
 from harness.pipeline.interleave import Course, evaluate
@@ -25,6 +24,7 @@ from harness.pipeline.state import Evaluate, Sample, asks
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.records.record import CacheUse, Record
+from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import floor_config, key, method_class, reference_config
 from harness.tasks.report.keys import cache_name
 from harness.tasks.report.rivals import Point as Plain

@@ -8,11 +8,11 @@ from rich.console import Console
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import Composed, compose_run
 from harness.config.schema import DType, ParallelConfig
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, bound, verdict
 from harness.records.record import RunFolder, read_record, read_status
+from harness.resolve.compose import Composed, compose_run
 from harness.tasks import fidelity
 from harness.tasks.fidelity import METHODS, Artist, Drawn, Method, floor_config, measure, method_class, reference_config
 from harness.tasks.generate import judged, run_in

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harness.build.pipeline import replayable
-from harness.compose import ConfigError, compose_run
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
 from harness.metrics.flops import counted
@@ -26,6 +25,7 @@ from harness.optimize.ahead import Ahead
 from harness.optimize.apply import Replayable, optimize
 from harness.optimize.graphs import DECODED, KINDS, RecordedDecoder, RecordedNetwork, in_cuda_graphs
 from harness.parallel.connect import one_rank
+from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.session import Series
 from models.attention import sdpa_attention
 from models.components import Components, Conditioning, LatentSpace

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from harness.compose import ConfigError, compose_run
 from harness.config.schema import RunConfig
 from harness.config.serve import LoadConfig
 from harness.engines.protocol import AttachedEngine
 from harness.messages import GenerationRequest, Message
 from harness.metrics.load import OK, Chaos, RequestRow, percentiles, summarize_load
 from harness.records.record import RunFolder, Status, load, read_record
+from harness.resolve.compose import ConfigError, compose_run
 from harness.serving.transport import Connection
 from harness.tasks.compare import sides
 from harness.tasks.load import http

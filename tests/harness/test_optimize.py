@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from harness.build.pipeline import build_worker
 from harness.client.generator import DiffusionGenerator
-from harness.compose import ConfigError, compose_run
 from harness.engines.inprocess import InprocessEngine
 from harness.messages import Array, GenerationRequest, RankOutcome, array, decode
 from harness.optimize.ahead import Ahead, Columns
@@ -24,6 +23,7 @@ from harness.optimize.widen import widens
 from harness.parallel.mesh import Place, degrees
 from harness.pipeline.interleave import evaluate
 from harness.records.record import Record
+from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import method_class, reference_config
 from models.attention import math_attention
 from models.components import Conditioning

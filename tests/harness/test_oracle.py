@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import compose_run
 from harness.config.schema import SchedulerConfig
+from harness.resolve.compose import compose_run
 from harness.resolve.scheduler import noise_scheduler_settings
 from models.registry import REFERENCE
 from models.source import Source

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from harness.compose import compose_run, from_yaml, to_yaml
 from harness.config.schema import RunConfig, WandbMode
 from harness.engines.protocol import Engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import logged_in, resolve_mode
 from harness.records.media import GRID_CELL, grid, to_uint8
 from harness.records.record import RunFolder, Status, load
+from harness.resolve.compose import compose_run, from_yaml, to_yaml
 from harness.tasks import generate
 
 

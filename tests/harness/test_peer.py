@@ -18,12 +18,12 @@ from _pytest.mark import ParameterSet
 from harness.baselines.build import load_peer, native_facts
 from harness.build.pipeline import build_worker, source_of
 from harness.client.generator import DiffusionGenerator
-from harness.compose import ConfigError, compose_run
 from harness.engines.inprocess import InprocessEngine
 from harness.engines.protocol import RequestFailed
 from harness.messages import GenerationRequest, RankOutcome, decode
 from harness.parallel.mesh import Place
 from harness.records.record import Record, load
+from harness.resolve.compose import ConfigError, compose_run
 from models.files import read_json
 from models.names import NameMap
 from models.registry import ARCHITECTURES

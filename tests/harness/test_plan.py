@@ -9,7 +9,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from harness.compose import ConfigError, compose_run, layout_facts
 from harness.config.plan import HardwareConfig
 from harness.config.schema import LaunchConfig, ParallelConfig
 from harness.costs.memory import Weights
@@ -20,6 +19,7 @@ from harness.costs.traffic import Attention, Linear, Tokens, Trace
 from harness.metrics.flops import counted
 from harness.records.record import Record, RunFolder, read_record, read_status
 from harness.resolve.checkpoint import locate
+from harness.resolve.compose import ConfigError, compose_run, layout_facts
 from harness.resolve.layout_rules import check_layout
 from harness.tasks.generate import run_in
 from harness.tasks.plan.check import check

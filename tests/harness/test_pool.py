@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.compose import compose_run
 from harness.config.schema import DType, LaunchMode, RunConfig, Task
 from harness.engines.pool import EnginePool
 from harness.engines.protocol import Answer, Engine, OnProgress, RequestFailed
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult
+from harness.resolve.compose import compose_run
 from harness.resolve.request import to_message
 
 LOADED_MS = 7.0

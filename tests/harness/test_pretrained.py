@@ -24,13 +24,13 @@ from transformers import (
 )
 
 from harness.client.results import pretrained_quality
-from harness.compose import ConfigError, compose_run, to_dict
 from harness.config.schema import QualityConfig
 from harness.loggers.table import print_pretrained
 from harness.loggers.wandb import pretrained_scalars
 from harness.metrics import pretrained
 from harness.metrics.pretrained import Frechet, Pretrained
 from harness.records.record import fingerprint
+from harness.resolve.compose import ConfigError, compose_run, to_dict
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["red apple", "rocket, 3d", "Zebra!", "#~", "qq", "012"] * 3  # more than one batch
@@ -191,7 +191,7 @@ def test_a_broken_model_folder_is_refused(
 def test_scores_change_no_fingerprint_and_checking_needs_no_torch(clip: Path) -> None:
     asked = to_dict(compose_run([f"quality.clip={clip}"]).config)
     assert fingerprint(asked) == fingerprint(to_dict(compose_run([]).config))
-    code = f"import sys, harness.compose as c; c.compose_run(['quality.clip={clip}']); print('torch' in sys.modules)"
+    code = f"import sys, harness.resolve.compose as c; c.compose_run(['quality.clip={clip}']); print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True
     )

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from harness.client.results import operators
-from harness.compose import compose_run
 from harness.messages import GenerationResult, OperatorTime, RankReport, StageTime
 from harness.records.record import Record, RunFolder, read_record
+from harness.resolve.compose import compose_run
 from harness.tasks.generate import run_in
 
 BENCH = ["task=bench", "task.repeats=1", "task.fidelity=false", "launch.mode=inprocess", "launch.threads_per_rank=1"]

@@ -10,12 +10,12 @@ import torch
 
 from harness.build.pipeline import DEFAULT_CACHE_MIB, cache_mib
 from harness.client.generator import DiffusionGenerator, Generation
-from harness.compose import ConfigError, compose_run
 from harness.metrics.clock import Clock
 from harness.metrics.memory import ResidentMemory
 from harness.pipeline.state import Ask, Cancelled, RunContext, Sample
 from harness.pipeline.text import Encoded, PromptCache, TextEncoding
 from harness.records.record import read_record
+from harness.resolve.compose import ConfigError, compose_run
 from models.components import Conditioning, GuidanceRule
 from models.registry import REFERENCE
 

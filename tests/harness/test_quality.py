@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from harness.client.results import quality
-from harness.compose import compose_run
 from harness.loggers.table import print_quality
 from harness.loggers.wandb import quality_scalars
 from harness.metrics import mmd
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.intervals import median, wilson
 from harness.metrics.quality import asked_for, score
+from harness.resolve.compose import compose_run
 from models.registry import REFERENCE
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.compose import compose_run, to_dict
 from harness.messages import EngineInfo, MemoryPoint, StageTime, StepTime
 from harness.metrics.intervals import Estimate, wilson
 from harness.metrics.quality import Quality
@@ -35,6 +34,7 @@ from harness.records.record import (
     read_status,
     write_atomically,
 )
+from harness.resolve.compose import compose_run, to_dict
 
 
 def record(latency_ms: float = 10.0, schema: int = SCHEMA) -> Record:

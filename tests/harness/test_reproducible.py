@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 import harness.engines.environment
-from harness.compose import compose_run
 from harness.engines.environment import arithmetic, threads_per_rank
+from harness.resolve.compose import compose_run
 
 ROOT = Path(__file__).parent.parent.parent
 CODE = """
 import torch
-from harness.compose import compose_run
+from harness.resolve.compose import compose_run
 from harness.parallel.mesh import Place
 from harness.build.pipeline import build_worker, prepare_cpu
 from models.components import Conditioning

@@ -4,8 +4,8 @@ import pytest
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
-from harness.compose import ConfigError, compose_run
 from harness.resolve.comparison import quoted, split
+from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.compare import sides
 
 PAIR = ["a=[]", "b=[parallel=dp2]"]

@@ -17,11 +17,11 @@ from PIL import Image
 from harness.cli import dispatch
 from harness.client.generator import DiffusionGenerator
 from harness.client.results import pretrained_quality
-from harness.compose import ConfigError, compose_run, to_dict
 from harness.config.schema import QualityConfig
 from harness.engines.protocol import RequestFailed
 from harness.records.media import GAP, ffmpeg, grid, pixel_hash, save_mp4, still, to_uint8
 from harness.records.record import Record, fingerprint, read_record, read_status
+from harness.resolve.compose import ConfigError, compose_run, to_dict
 from tests.models.wan_checkpoint import OVERRIDES, tiny_wan
 
 PROMPTS = ["a red fox", "two owls = one; #owl ü 🦊"]

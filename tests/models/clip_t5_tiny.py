@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import compose_run
+from harness.resolve.compose import compose_run
 from models.text.load import StandIn
 from tests.models.parity import randomize
 

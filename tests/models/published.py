@@ -9,8 +9,8 @@ import diffusers
 import torch
 from torch import nn
 
-from harness.compose import compose_run
 from harness.config.schema import RunConfig
+from harness.resolve.compose import compose_run
 from harness.resolve.trained import trained_denoiser
 from models.files import read_json
 from models.names import NameMap

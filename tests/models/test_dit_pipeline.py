@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, 
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import compose_run
 from harness.engines.inprocess import InprocessEngine
 from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise
+from harness.resolve.compose import compose_run
 from tests.models.parity import randomize
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.compose import compose_run
+from harness.resolve.compose import compose_run
 from models.decoders import load_kl_decoder
 from models.files import CheckpointError
 from models.registry import REFERENCE

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.compose import ConfigError, compose_run
 from harness.config.schema import Load
 from harness.records.record import read_record
 from harness.resolve.checkpoint import _wanted, locate
+from harness.resolve.compose import ConfigError, compose_run
 from models import hub
 from models.registry import REFERENCE
 
@@ -139,7 +139,7 @@ def test_a_launcher_checks_a_checkpoint_without_torch(cache: Path, tmp_path: Pat
     save_file(lora, tmp_path / "a.safetensors")
     overrides = [f"model.path={NAME}", f"model.lora=[{{path: {tmp_path / 'a.safetensors'}}}]"]
     code = (
-        "import sys\nfrom harness.compose import ConfigError, compose_run\n"
+        "import sys\nfrom harness.resolve.compose import ConfigError, compose_run\n"
         f"try:\n    compose_run({overrides!r})\nexcept ConfigError as error:\n    print(error)\n"
         "print([m for m in ('torch', 'transformers', 'diffusers') if m in sys.modules])"
     )

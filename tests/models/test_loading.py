@@ -12,10 +12,10 @@ from torch import nn
 
 from harness.build.pipeline import source_of
 from harness.client.generator import DiffusionGenerator
-from harness.compose import ConfigError, compose_run
 from harness.engines.rank import slowest
 from harness.messages import LoadedComponent
 from harness.resolve.checkpoint import locate, models_of
+from harness.resolve.compose import ConfigError, compose_run
 from models.components import Components
 from models.empty import build_empty
 from models.files import CheckpointError, read_header

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.compose import ConfigError, compose_run
+from harness.resolve.compose import ConfigError, compose_run
 from models.files import CheckpointError
 from models.lora import updates_of
 from models.source import Source

@@ -19,9 +19,9 @@ from diffusers import (
 from transformers import T5Config, T5EncoderModel
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import compose_run
 from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
+from harness.resolve.compose import compose_run
 from models.attention import sdpa_attention
 from models.pixart.components import load
 from models.registry import REFERENCE

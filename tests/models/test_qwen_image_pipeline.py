@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import compose_run
 from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
+from harness.resolve.compose import compose_run
 from harness.resolve.scheduler import noise_scheduler_settings
 from models.files import read_json
 from models.qwen_image.prompts import load_qwen_image_prompts

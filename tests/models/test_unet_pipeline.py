@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import ConfigError, compose_run
 from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise
+from harness.resolve.compose import ConfigError, compose_run
 from models.files import CheckpointError
 from models.registry import PUBLISHED
 from models.source import Source

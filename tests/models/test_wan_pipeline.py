@@ -11,9 +11,9 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import compose_run
 from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
+from harness.resolve.compose import compose_run
 from models.source import Source
 from models.wan.prompts import load_umt5_prompts
 from tests.models.wan_checkpoint import OVERRIDES, TOKENS, tiny_wan

@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from harness.client.generator import DiffusionGenerator
-from harness.compose import compose_run
 from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
+from harness.resolve.compose import compose_run
 from harness.resolve.scheduler import noise_scheduler_settings
 from models.files import CheckpointError, read_json
 from models.registry import PUBLISHED

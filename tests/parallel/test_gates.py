@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.caching.blocks import History, Passage, Rule, forecast
+from harness.caching.blocks import Passage, Rule, forecast
 from harness.caching.policies import CachedNetwork, FirstBlock, TaylorSeer, TeaCache
 from harness.parallel.attention import SequenceState, TokenLayout
 from harness.parallel.group import alone
+from harness.pipeline.cache_state import History
 from models.attention import math_attention
 from models.components import Conditioning
 from models.plan import Stack

@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from harness.compose import compose_run
 from harness.config.optimize import Optimize
 from harness.config.schema import Decode, EngineConfig, ParallelConfig, RunConfig
 from harness.costs.frames_traffic import frames_bytes, trace_frames
 from harness.messages import GenerationRequest
 from harness.parallel.mesh import world_size
+from harness.resolve.compose import compose_run
 from models.wan.decoder import WanDecoder
 from tests.models.checkpoints import CASES, overrides_of
 from tests.models.parity import rel_l2

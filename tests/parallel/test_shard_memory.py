@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.compose import compose_run
 from harness.config.schema import ParallelConfig
 from harness.messages import GenerationRequest
+from harness.resolve.compose import compose_run
 from models.empty import build_empty
 from models.pixart import PLAN, PixArt, read_config
 from tests.models.checkpoints import CASES, overrides_of

@@ -7,11 +7,11 @@ import msgspec
 import pytest
 import torch
 
-from harness.compose import compose_run
 from harness.config.schema import ParallelConfig, RunConfig
 from harness.costs.memory import displaced_numbers
 from harness.costs.traffic import pipe_bytes, sent_bytes, trace_network
 from harness.messages import GenerationRequest
+from harness.resolve.compose import compose_run
 from models.components import Conditioning
 from models.pixart import PLAN, PixArt, read_config
 from models.registry import REFERENCE

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from harness.compose import compose_run
 from harness.records.record import read_status
+from harness.resolve.compose import compose_run
 from harness.tasks.generate import run_training
 from harness.tasks.train.folder import DataError, pixels, read
 from tests.train.conftest import COLOURS, TINY, offline_runs, square, summary_of

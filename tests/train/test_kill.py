@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.compose import compose_run
 from harness.records.record import read_status
+from harness.resolve.compose import compose_run
 from harness.tasks.generate import run_training
 from harness.tasks.train.loop import read_checkpoint
 from tests.train.conftest import TINY, captioned, offline_runs, summary_of

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import harness.tasks.train
-from harness.compose import compose_run
 from harness.config.train import DenoiserConfig, Precision, TimeSampling
+from harness.resolve.compose import compose_run
 from harness.resolve.scheduler import noise_scheduler_settings
 from harness.tasks.train.objective import Objective, objective
 from models.components import Conditioning

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.compose import compose_run
+from harness.resolve.compose import compose_run
 from harness.tasks.generate import run_training
 from tests.train.conftest import TINY
 

@@ -12,7 +12,6 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
-from harness.compose import Composed, to_yaml
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine
@@ -25,8 +24,9 @@ from harness.metrics.paired import ratio
 from harness.records.comparison import FILE, Comparison
 from harness.records.record import FirstCall, RunFolder, Status
 from harness.resolve.comparison import SIDES
+from harness.resolve.compose import Composed, to_yaml
 from harness.tasks.compare import stated
-from harness.tasks.generate import ended, mirror
+from harness.tasks.lifecycle import ended, mirror
 from harness.tasks.load.run import Measured, build_load_record, judged, load_engine, started, summarized, write_rows
 from harness.tasks.session import progress_bars
 

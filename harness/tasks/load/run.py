@@ -15,7 +15,6 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
-from harness.compose import Composed, to_dict, to_yaml
 from harness.config.schema import RunConfig
 from harness.config.serve import Transport
 from harness.engines.environment import threads_per_rank
@@ -38,9 +37,10 @@ from harness.records.record import (
     write_atomically,
 )
 from harness.records.record import Engine as EngineName
+from harness.resolve.compose import Composed, to_dict, to_yaml
 from harness.resolve.engines_table import engine_version
 from harness.serving.transport import Connection
-from harness.tasks.generate import ended, mirror
+from harness.tasks.lifecycle import ended, mirror
 from harness.tasks.load import http
 from harness.tasks.load.account import Account
 from harness.tasks.load.arrivals import requests, schedule

@@ -9,8 +9,6 @@ from pathlib import Path
 import msgspec
 import torch
 
-from harness.build.pipeline import denoiser_dtype, torch_dtype
-from harness.compose import one_line
 from harness.config.cache import NONE
 from harness.config.optimize import Optimize
 from harness.config.plan import HardwareConfig
@@ -18,9 +16,11 @@ from harness.config.schema import Load, ParallelConfig, RunConfig
 from harness.costs.network import trace_request
 from harness.costs.rows import Check
 from harness.costs.time import device, predict, traffic
+from harness.device.device import denoiser_dtype, torch_dtype
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import Record, read_record
 from harness.resolve.layout_rules import keeps
+from harness.resolve.names import one_line
 
 
 def records(tree: Path) -> Iterator[tuple[Path, Record]]:

@@ -22,9 +22,9 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from harness.build.pipeline import pick_device
 from harness.config.plan import MEASURED, HardwareConfig
 from harness.config.schema import LaunchConfig
+from harness.device.device import pick_device
 from harness.engines.environment import arithmetic, import_path
 from harness.metrics.cuda import synchronizer
 from harness.metrics.flops import ceiling_tflops

@@ -10,19 +10,19 @@ import msgspec
 import torch
 from rich.console import Console
 
-from harness.build.pipeline import denoiser_dtype, torch_dtype
-from harness.compose import Composed, to_dict, to_yaml
 from harness.config.plan import HardwareConfig
 from harness.config.schema import RunConfig
 from harness.costs.network import trace_request
 from harness.costs.rows import PLAN_SCHEMA, Plan, Prediction
 from harness.costs.time import device, legal_layouts, predict
+from harness.device.device import denoiser_dtype, torch_dtype
 from harness.records.record import RunFolder, Status
 from harness.resolve.checkpoint import locate
+from harness.resolve.compose import Composed, to_dict, to_yaml
 from harness.resolve.layout import layout_facts
 from harness.resolve.request import to_message
 from harness.resolve.trained import trained_denoiser
-from harness.tasks.generate import ended
+from harness.tasks.lifecycle import ended
 from harness.tasks.plan.check import check, records
 from harness.tasks.plan.measure import filled
 from harness.tasks.plan.table import print_checks, print_plan

@@ -16,9 +16,9 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from harness.compose import ConfigError
 from harness.config.schema import RunConfig
 from harness.records.record import Status, write_atomically
+from harness.resolve.compose import ConfigError
 from harness.tasks.report.rows import Row, read_table
 
 FILE = "report.html"

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Coroutine
 from pathlib import Path
 
-from harness.compose import to_dict
 from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest
 from harness.records.record import SampleRow, fingerprint
+from harness.resolve.compose import to_dict
 from harness.tasks.serve import saving
 from harness.tasks.serve.jobs import Job
 from harness.tasks.serve.metrics import Meter

@@ -18,7 +18,6 @@ import uvicorn
 from rich.console import Console
 from rich.markup import escape
 
-from harness.compose import Composed, ConfigError, to_yaml
 from harness.config.schema import LaunchMode, RunConfig
 from harness.config.serve import ServeConfig
 from harness.engines.environment import OWNER
@@ -26,6 +25,7 @@ from harness.engines.processes import is_alive
 from harness.engines.rank import LOG_FORMAT, WATCH_S
 from harness.engines.torchrun import TorchrunEngine
 from harness.records.record import RunFolder, Status
+from harness.resolve.compose import Composed, ConfigError, to_yaml
 from harness.serving.transport import EngineGone
 from harness.tasks.serve.app import make_app
 from harness.tasks.serve.supervisor import MakeRanks, Supervisor

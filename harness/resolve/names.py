@@ -1,0 +1,132 @@
+"""Names of groups, options and keys: an unknown one is refused with the nearest that exists."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from harness.config.schema import ModelConfig, RunConfig, TrainedConfig
+from harness.config.yaml import ConfigError as ConfigError
+from harness.records.provenance import version
+from models.registry import nearest
+from schedulers.families import FAMILIES
+
+PLUGINS = {  # Hydra's own packages: what needs which, and the extra that installs it
+    ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),
+    ("hydra/launcher", "submitit_slurm"): ("hydra-submitit-launcher", "slurm"),
+    ("hydra/launcher", "submitit_local"): ("hydra-submitit-launcher", "slurm"),
+    ("hydra/sweeper", "optuna"): ("hydra-optuna-sweeper", "optuna"),
+}
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line, without Hydra's advice to set variables."""
+    text = str(error)
+    if text.startswith("Could not override 'scheduler/solver'"):
+        return (
+            "scheduler/solver has no effect beside the checkpoint's own noise scheduler (scheduler=published, this "
+            "model's default); add scheduler=rectified_flow, ddpm or sgm"
+        )
+    if text.startswith("Error merging override") and error.__cause__ is not None:
+        text = f"{text.removeprefix('Error merging override ')}: {error.__cause__}"
+    lines = [line.strip() for line in text.splitlines()]
+    kept = [
+        line for line in lines if line and not line.startswith(("Set the environment", "object_type", "reference_type"))
+    ]
+    return "; ".join(kept) or type(error).__name__
+
+
+def check_names(overrides: Sequence[str], sweep: bool = False) -> None:
+    """Refuses overrides whose group, option or key does not exist, naming the nearest that does.
+
+    Args:
+        overrides: as on the command line.
+        sweep: whether a value may be a list of choices, one job each.
+
+    Raises:
+        ConfigError: what is unknown, and what was probably meant.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(
+            f"{one_line(error)}; put values with = , {{ }} or quotes in single quotes inside the argument"
+        ) from error
+    for override in parsed:
+        _check_name(override)
+        if override.is_sweep_override() and not sweep:
+            key, _, value = (override.input_line or override.key_or_group).partition("=")
+            raise ConfigError(
+                f"{key}={value} names several values; to mean one, quote it inside the argument: '{key}=\"{value}\"'; "
+                "to run each, add -m"
+            )
+
+
+def _check_name(override: Override) -> None:
+    key = override.key_or_group
+    if key in ("hydra/launcher", "hydra/sweeper"):
+        _check_plugin(key, str(override.value()))
+    if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
+        return
+    groups = _groups()
+    if key in groups:
+        for option in _options(override):
+            if option is not None and option not in groups[key]:
+                raise ConfigError(
+                    f"{key}={option}: no such option{_hint(option, groups[key])} (there are {', '.join(groups[key])})"
+                )
+        return
+    keys = set(_keys(RunConfig(model=ModelConfig(trained={family: TrainedConfig() for family in FAMILIES}))))
+    if key not in keys:
+        known = keys | set(groups)
+        raise ConfigError(f"unknown key {key!r}{_hint(key, known)}")
+
+
+def _check_plugin(group: str, name: str) -> None:
+    package, extra = PLUGINS.get((group, name), (None, None))
+    if package is not None and version(package) is None:
+        raise ConfigError(f"{group}={name} needs the package {package}: pip install 'triptych[{extra}]'")
+
+
+def _options(override: Override) -> list[str | None]:
+    value = override.value()
+    if override.is_choice_sweep():
+        return [str(v) for v in override.sweep_string_iterator()]
+    if override.is_sweep_override():
+        return []  # a glob or a range, which Hydra resolves itself
+    return [None if value is None else str(value)]
+
+
+def _groups() -> dict[str, list[str]]:
+    """Every group of conf/, nested ones by path, with the options it has."""
+    root = Path(str(importlib.resources.files("conf")))
+    groups: dict[str, list[str]] = {}
+    for file in sorted(root.rglob("*.yaml")):
+        group = file.parent.relative_to(root).as_posix()
+        if group != ".":
+            groups.setdefault(group, []).append(file.stem)
+    return groups
+
+
+def _keys(node: Any, prefix: str = "") -> Iterable[str]:
+    for name, value in (node if isinstance(node, dict) else vars(node)).items():
+        yield prefix + name
+        if is_dataclass(value) or isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    names = sorted(known, key=lambda n: (not n.startswith("request."), n.startswith("model.trained."), n))
+    if "." in name and (near := nearest(name, names)):
+        return near
+    leaves = [other.rsplit(".", 1)[-1] for other in names]
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
+    return f"; did you mean {names[leaves.index(close[0])]}?" if close else ""

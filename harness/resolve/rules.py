@@ -1,0 +1,201 @@
+"""What is left out is filled in from the model, and combinations that cannot run are refused."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import msgspec
+
+from harness.config.cache import NONE as NO_CACHE
+from harness.config.cache import check_cache
+from harness.config.optimize import Optimize
+from harness.config.plan import check_plan
+from harness.config.schema import LaunchMode, Load, ParallelConfig, RunConfig, Task, TrainedConfig
+from harness.config.serve import check_load, check_serve
+from harness.metrics import pretrained
+from harness.parallel.mesh import AXES, degrees, world_size
+from harness.records.media import ffmpeg
+from harness.resolve.checkpoint import check_place, locate
+from harness.resolve.comparison import check_sides
+from harness.resolve.engine import check_engine
+from harness.resolve.engines_table import NATIVE
+from harness.resolve.layout import layout_facts
+from harness.resolve.layout_rules import check_layout, keeps
+from harness.resolve.limits import check_frames, check_request, check_served, check_size
+from harness.resolve.optimize import resolve_optimize
+from harness.resolve.published_scheduler import check_published
+from harness.resolve.quantize import check_quantize
+from harness.resolve.request import to_message
+from harness.resolve.scheduler import noise_scheduler_settings
+from harness.resolve.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
+from models.registry import ARCHITECTURES, nearest, resolve_backend
+from schedulers.families import resolve as resolve_settings
+
+MAX_COLLECTIVE_S = 86_400
+
+
+def _resolve(config: RunConfig) -> None:
+    """Fills what is null from the model, and refuses what cannot run."""
+    check_sides(config)
+    _check_report(config)
+    if config.task.name is Task.report:
+        return  # draws nothing, so nothing of what is drawn has to fit
+    if config.task.name is Task.plan:
+        config.model.load = Load.dummy  # shapes are all that is asked of a network
+        check_plan(config.plan, config.hardware, config.runs)
+        if config.parallel != ParallelConfig():
+            warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
+    _resolve_request(config)
+    _check_layout(config, _check_model(config))
+    if config.scheduler.family != PUBLISHED_FAMILY:
+        resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
+    resolve_backend(config.attention.backend)
+    check_engine(config)
+    resolve_optimize(config)
+    _check_cache(config)
+    check_quantize(config)
+    if config.task.name in (Task.serve, Task.load):
+        whole = config.model.offload or keeps(config.parallel)
+        check_serve(config.serve, config.engine.name == NATIVE and not whole)
+        check_load(config.load)
+    if config.task.name is Task.load:
+        _check_drawn(config)
+    pretrained.check(config.quality)
+    if config.task.warmup < 0 or config.task.repeats < 1:
+        raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
+    if config.task.bound is not None and not config.task.fidelity:
+        raise ValueError(f"task.bound={config.task.bound} bounds a measured error; add task.fidelity=true")
+    _check_reference(config)
+    if config.launch.reuse < 0:
+        raise ValueError(f"launch.reuse={config.launch.reuse}; give at least 0, which starts fresh ranks for every job")
+
+
+def _check_report(config: RunConfig) -> None:
+    if config.task.name is Task.report:
+        if config.runs is None:
+            raise ValueError("task=report needs a folder of runs; add runs=DIR, such as runs=sweeps")
+    elif config.task.out is not None:
+        raise ValueError("task.out has an effect with task=report only; add it, or drop it")
+    elif config.runs is not None and config.task.name is not Task.plan:
+        raise ValueError("runs has an effect with task=report and task=plan only; add one, or drop it")
+
+
+def _resolve_request(config: RunConfig) -> None:
+    request, model = config.request, config.model
+    if request.prompt is not None and request.prompts is not None:
+        raise ValueError("give request.prompt or request.prompts, not both")
+    if request.prompt is not None:
+        request.prompts, request.prompt = [request.prompt], None
+    if request.prompts is None:
+        request.prompts = list(model.examples)
+    own = model.trained.get(config.scheduler.family, TrainedConfig())
+    steps = model.steps if own.steps is None else own.steps
+    guidance = model.guidance if own.guidance is None else own.guidance
+    request.steps = steps if request.steps is None else request.steps
+    request.guidance = guidance if request.guidance is None else request.guidance
+    for name in ("height", "width", "frames", "negative_prompt"):
+        if getattr(request, name) is None:
+            setattr(request, name, getattr(model, name))
+    message = to_message(request)
+    check_request(message)
+    check_size(message.height, message.width, model.size_multiple, model.max_pixels)
+    check_frames(message.frames, model.frame_multiple, model.max_frames)
+    if message.frames > 1:
+        ffmpeg()
+
+
+def _check_drawn(config: RunConfig) -> None:
+    """Refuses a load of which a request cannot be drawn, or that nobody takes."""
+    message = to_message(config.request)
+    for steps in config.load.steps or [message.steps]:
+        asked = msgspec.structs.replace(message, prompts=message.prompts[:1], steps=steps)
+        check_request(asked)
+        check_served(asked, config.serve)
+    for side in config.load.sizes:
+        check_size(side, side, config.model.size_multiple, config.model.max_pixels)
+    if config.launch.mode is LaunchMode.inprocess:
+        raise ValueError("task=load sends many requests at once to ranks of their own; use launch.mode=torchrun")
+
+
+def _check_model(config: RunConfig) -> Path | None:
+    """Refuses a checkpoint that cannot run; the folder of its denoiser's config.json, None where none is read."""
+    model = config.model
+    if model.architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"model.architecture={model.architecture} is unknown{nearest(model.architecture, ARCHITECTURES)}"
+        )
+    if config.task.name is Task.train:
+        return None
+    denoiser = trained_denoiser(config).weights
+    fill_facts(config)
+    place = locate(model, denoiser, fetch=True)
+    check_place(model, place, denoiser)
+    if config.scheduler.family == PUBLISHED_FAMILY:
+        check_published(config.scheduler, place.folder)
+    for name in ("size_multiple", "max_pixels", "frame_multiple", "max_frames", "fps"):
+        if getattr(model, name) < 1:
+            raise ValueError(f"model.{name}={getattr(model, name)}; give at least 1")
+    if model.text.cache_mib is not None and model.text.cache_mib < 0:
+        raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which keeps none")
+    if model.offload and not (model.text.keep and config.engine.name == NATIVE and not config.parallel.shard_weights):
+        raise ValueError(
+            "model.offload=true keeps every network in CPU memory; leave out model.text.keep=false, "
+            "parallel.shard_weights=true and engine=diffusers"
+        )
+    if model.text.tokens < 1:
+        raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
+    return place.config_folder(denoiser)
+
+
+def _check_cache(config: RunConfig) -> None:
+    has_blocks = ARCHITECTURES[config.model.architecture].heads is not None
+    check_cache(config.cache, config.model.name, has_blocks, to_message(config.request).guidance)
+    if config.cache.name == NO_CACHE:
+        return
+    if config.engine.name != NATIVE:
+        raise ValueError(
+            f"cache={config.cache.name} is of the native engine; leave out engine={config.engine.name}, or use "
+            "engine=cache_dit with cache=none"
+        )
+    if config.cache.name == "teacache" and config.engine.optimize is Optimize.compile:
+        raise ValueError(
+            "cache=teacache looks into a block, which engine.optimize=compile makes a graph of; use cache=first_block "
+            "or engine.optimize=eager"
+        )
+    if keeps(config.parallel):
+        raise ValueError(
+            f"cache={config.cache.name} leaves out what this layout keeps from each evaluation for the next, keys and "
+            "values; leave out parallel.displaced and parallel.pipe, or use cache=none"
+        )
+    if config.task.name in (Task.plan, Task.train):
+        warnings.warn(f"cache has no effect with task={config.task.name.name}", stacklevel=2)
+
+
+def _check_reference(config: RunConfig) -> None:
+    steps = config.task.reference_steps
+    if steps is None:
+        return
+    if not config.task.fidelity:
+        raise ValueError(f"task.reference_steps={steps} is of a measured error; add task.fidelity=true")
+    if config.task.states and steps != config.request.steps:
+        raise ValueError("task.states compares step by step, and task.reference_steps is another number; drop one")
+    check_request(msgspec.structs.replace(to_message(config.request), steps=steps))
+
+
+def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
+    for axis in (*AXES, "pipe"):
+        if (size := getattr(config.parallel, axis)) < 1:
+            raise ValueError(f"parallel.{axis}={size}; a degree is at least 1")
+    ranks = world_size(degrees(config.parallel))
+    if config.launch.mode is LaunchMode.inprocess and ranks > 1:
+        raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
+    if denoiser is not None:
+        for note in check_layout(config.parallel, layout_facts(config, denoiser)):
+            warnings.warn(note, stacklevel=2)
+    threads = config.launch.threads_per_rank
+    if threads is not None and threads < 1:
+        raise ValueError(f"launch.threads_per_rank={threads}; give at least 1, or null for cores / ranks")
+    waiting = config.launch.collective_timeout_s
+    if not 1 <= waiting <= MAX_COLLECTIVE_S:
+        raise ValueError(f"launch.collective_timeout_s={waiting:g}; give 1 to {MAX_COLLECTIVE_S} seconds")
