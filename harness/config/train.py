@@ -22,7 +22,7 @@ class Precision(Enum):
 
 @dataclass
 class DataConfig:
-    """The picture folder (its form: harness/tasks/train/folder.py), and the recipe that builds it when it is not there."""
+    """The image folder (its form: harness/tasks/train/folder.py), and the recipe that builds it when it is missing."""
 
     folder: str = "data/emoji"  # pictures with metadata.jsonl, or with <picture>.txt beside each
     recipe: str | None = "emoji"  # builds the folder; null = a folder of your own, used as it is

@@ -9,7 +9,7 @@ With the letters of harness.costs.traffic, T = ring x ulysses, and 2 operations 
     4 l S (A / tp) E                  in every attention to S keys that every rank holds whole
 
 and the rest, convolutions among it, whole. Matrix products, convolutions and attention count, as in
-harness.metrics.flops, which counts the same number on ranks that compute.
+harness.device.flops, which counts the same number on ranks that compute.
 """
 
 from __future__ import annotations

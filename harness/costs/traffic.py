@@ -50,7 +50,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.metrics.flops import counted
+from harness.device.flops import counted
 from harness.parallel.attention import TokenLayout
 from models.components import Conditioning
 from models.empty import build_empty

@@ -1,4 +1,6 @@
-"""torchrun with what its ranks import already imported: `python -m harness.engines.fork_agent` takes torchrun's own command line.
+"""torchrun with what its ranks import already imported.
+
+`python -m harness.engines.fork_agent` takes torchrun's own command line.
 
 Ranks are forked from torchrun's agent (its own --start-method fork): one process of a machine imports PyTorch,
 transformers and diffusers, not the agent and every rank, and all share that memory. The driver of a GPU does not

@@ -59,7 +59,8 @@ class InprocessEngine:
         self.environment = dict(os.environ)
         import torch
 
-        from harness.build.pipeline import attention_name, build_worker, ceiling
+        from harness.build.native import attention_name
+        from harness.build.worker import build_worker, ceiling
         from harness.device.device import pick_device, prepare_cpu
         from harness.parallel.collectives import Alone
         from harness.serving.scheduler import RequestScheduler

@@ -1,5 +1,6 @@
-"""One rank, which torchrun starts by exec or forks from its agent (harness.engines.fork_agent). It reads the run's config.yaml,
-loads, and serves until told to stop.
+"""One rank, which torchrun starts by exec or forks from its agent (harness.engines.fork_agent).
+
+It reads the run's config.yaml, loads, and serves until a client asks it to stop.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
     import torch.distributed as dist
     import zmq
 
-    from harness.build.pipeline import attention_name, build_worker, ceiling
+    from harness.build.native import attention_name
+    from harness.build.worker import build_worker, ceiling
     from harness.device.device import pick_device, prepare_cpu
     from harness.parallel.collectives import Alone, Collectives, Gloo
     from harness.serving.control import ControlThread, listener

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Backend
 from torch.distributed.device_mesh import init_device_mesh
 
-from harness.metrics.cuda import synchronizer
+from harness.device.cuda import synchronizer
 from harness.parallel.group import Group, Traffic, alone
 from harness.parallel.mesh import AXES, Place
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from harness import messages
+from harness.device.clock import Clock
+from harness.device.energy import Energy, NoEnergy
+from harness.device.memory import Memory
 from harness.messages import GenerationRequest
-from harness.metrics.clock import Clock
-from harness.metrics.energy import Energy, NoEnergy
-from harness.metrics.memory import Memory
 from harness.parallel.group import Traffic
 from harness.pipeline.cache_state import History
 from models.components import Conditioning

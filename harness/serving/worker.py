@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from harness.device.clock import Clock
+from harness.device.cuda import synchronizer
+from harness.device.energy import Energy, NoEnergy
+from harness.device.memory import Memory
 from harness.messages import (
     Array,
     ArrayRef,
@@ -22,10 +26,6 @@ from harness.messages import (
     SampleResult,
     encode,
 )
-from harness.metrics.clock import Clock
-from harness.metrics.cuda import synchronizer
-from harness.metrics.energy import Energy, NoEnergy
-from harness.metrics.memory import Memory
 from harness.parallel.connect import Axes, one_rank
 from harness.parallel.mesh import Place
 from harness.pipeline.composed import ComposedPipeline

@@ -42,9 +42,14 @@ FLOAT32 = {DType.float32}
 CODE = (
     "models",
     "schedulers",
+    "harness/build",
+    "harness/device/device.py",
     "harness/optimize",
     "harness/pipeline",
-    "harness/build/pipeline.py",
+    "harness/resolve/checkpoint.py",
+    "harness/resolve/layout.py",
+    "harness/resolve/published_scheduler.py",
+    "harness/resolve/scheduler.py",
     "harness/serving/worker.py",
 )
 

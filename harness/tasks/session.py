@@ -57,7 +57,7 @@ class Series:
 
     def warm_up(self) -> None:
         """Draws as often as the configuration warms up; the times are kept apart. A bench counts the operations of the
-        first, which runs uncompiled for it (harness.metrics.flops): where those after it prepare something, it draws
+        first, which runs uncompiled for it (harness.device.flops): where those after it prepare something, it draws
         more.
 
         Raises:

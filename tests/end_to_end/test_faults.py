@@ -141,7 +141,8 @@ ORPHAN = """
 import os, subprocess, sys
 agent = [sys.executable, "-m", "harness.engines.fork_agent", "--standalone", "--log-dir", sys.argv[2]]
 quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-subprocess.Popen([*agent, "-m", "harness.engines.rank", sys.argv[1]], env=os.environ | {{"{owner}": str(os.getpid())}}, **quiet)
+command = [*agent, "-m", "harness.engines.rank", sys.argv[1]]
+subprocess.Popen(command, env=os.environ | {{"{owner}": str(os.getpid())}}, **quiet)
 """
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from harness.baselines.cache import Skips
-from harness.metrics.flops import counted
+from harness.device.flops import counted
 from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import method_class

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from harness.config.optimize import CompileConfig
-from harness.metrics.flops import counted
+from harness.device.flops import counted
 from harness.optimize.ahead import Ahead
 from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.fuse import fuse_projections

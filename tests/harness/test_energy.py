@@ -8,8 +8,8 @@ import pytest
 from harness.build import pipeline as build
 from harness.client.generator import DiffusionGenerator
 from harness.client.results import energy as energy_of
+from harness.device.energy import PackageEnergy
 from harness.messages import GenerationResult, Progress, RankReport
-from harness.metrics.energy import PackageEnergy
 
 END_UJ = 1_000_000_000
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness.build.pipeline import replayable
+from harness.build.native import replayable
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
-from harness.metrics.flops import counted
-from harness.metrics.profile import profiled
+from harness.device.flops import counted
+from harness.device.profile import profiled
 from harness.optimize import apply
 from harness.optimize import graphs as graphs_module
 from harness.optimize.ahead import Ahead

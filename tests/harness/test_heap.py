@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from harness.metrics.memory import ResidentMemory
+from harness.device.memory import ResidentMemory
 from harness.device.malloc import keep_freed
 
 def faults():

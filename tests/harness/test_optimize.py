@@ -9,7 +9,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
-from harness.build.pipeline import build_worker
+from harness.build.worker import build_worker
 from harness.client.generator import DiffusionGenerator
 from harness.engines.inprocess import InprocessEngine
 from harness.messages import Array, GenerationRequest, RankOutcome, array, decode

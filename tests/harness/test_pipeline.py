@@ -8,9 +8,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from harness.device.clock import Clock
+from harness.device.memory import ResidentMemory
 from harness.messages import Failure, GenerationRequest, RankOutcome, array, decode
-from harness.metrics.clock import Clock
-from harness.metrics.memory import ResidentMemory
 from harness.parallel.mesh import Place
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding

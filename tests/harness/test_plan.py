@@ -16,7 +16,7 @@ from harness.costs.network import Traced, trace_request
 from harness.costs.rows import Plan, Prediction
 from harness.costs.time import Device, legal_layouts, predict, traffic
 from harness.costs.traffic import Attention, Linear, Tokens, Trace
-from harness.metrics.flops import counted
+from harness.device.flops import counted
 from harness.records.record import Record, RunFolder, read_record, read_status
 from harness.resolve.checkpoint import locate
 from harness.resolve.compose import ConfigError, compose_run, layout_facts

@@ -191,7 +191,8 @@ def test_a_broken_model_folder_is_refused(
 def test_scores_change_no_fingerprint_and_checking_needs_no_torch(clip: Path) -> None:
     asked = to_dict(compose_run([f"quality.clip={clip}"]).config)
     assert fingerprint(asked) == fingerprint(to_dict(compose_run([]).config))
-    code = f"import sys, harness.resolve.compose as c; c.compose_run(['quality.clip={clip}']); print('torch' in sys.modules)"
+    composed = f"from harness.resolve.compose import compose_run; compose_run(['quality.clip={clip}'])"
+    code = f"import sys; {composed}; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True
     )

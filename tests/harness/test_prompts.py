@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.build.pipeline import DEFAULT_CACHE_MIB, cache_mib
+from harness.build.parts import DEFAULT_CACHE_MIB, cache_mib
 from harness.client.generator import DiffusionGenerator, Generation
-from harness.metrics.clock import Clock
-from harness.metrics.memory import ResidentMemory
+from harness.device.clock import Clock
+from harness.device.memory import ResidentMemory
 from harness.pipeline.state import Ask, Cancelled, RunContext, Sample
 from harness.pipeline.text import Encoded, PromptCache, TextEncoding
 from harness.records.record import read_record

@@ -16,7 +16,7 @@ CODE = """
 import torch
 from harness.resolve.compose import compose_run
 from harness.parallel.mesh import Place
-from harness.build.pipeline import build_worker, prepare_cpu
+from harness.build.worker import build_worker, prepare_cpu
 from models.components import Conditioning
 
 config = compose_run([]).config

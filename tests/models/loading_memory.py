@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from harness.metrics.memory import ResidentMemory
+from harness.device.memory import ResidentMemory
 from harness.parallel.group import Group, Traffic
 from harness.parallel.parallelize import cut_linears
 from models.decoders import load_from_diffusers

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.config.schema import Quantize
-from harness.metrics.flops import counted
+from harness.device.flops import counted
 from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import floor_config, method_class, reference_config
 from models.components import Conditioning

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.build.pipeline import build_worker
+from harness.build.worker import build_worker
 from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest, RankOutcome, array, decode
 from harness.parallel.mesh import AXES, Place, degrees

@@ -9,7 +9,7 @@ from torch import Tensor
 from harness.costs.flops import rank_flops
 from harness.costs.memory import network_weights
 from harness.costs.traffic import trace_network
-from harness.metrics.flops import counted
+from harness.device.flops import counted
 from harness.parallel.connect import Axes
 from harness.parallel.group import Group, Traffic
 from harness.parallel.mesh import world_size

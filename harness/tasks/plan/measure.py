@@ -1,6 +1,6 @@
 """hardware=measured: the rates of this machine, by ranks that measure at once as ranks compute at once.
 
-    a square matrix product in the denoiser's dtype     TFLOP/s (harness.metrics.flops.ceiling_tflops)
+    a square matrix product in the denoiser's dtype     TFLOP/s (harness.device.flops.ceiling_tflops)
     a copy of 256 MiB                                   GB/s, read and written
     an all-gather of 16 MiB and of 8 bytes              GB/s out of a rank, and the latency of one collective
 
@@ -24,10 +24,10 @@ import torch.distributed as dist
 
 from harness.config.plan import MEASURED, HardwareConfig
 from harness.config.schema import LaunchConfig
+from harness.device.cuda import synchronizer
 from harness.device.device import pick_device
+from harness.device.flops import ceiling_tflops
 from harness.engines.environment import arithmetic, import_path
-from harness.metrics.cuda import synchronizer
-from harness.metrics.flops import ceiling_tflops
 from harness.parallel.connect import connect
 from harness.parallel.mesh import Place
 from harness.records.provenance import usable_cores

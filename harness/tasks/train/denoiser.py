@@ -1,4 +1,4 @@
-"""The denoiser: the network, what it sees, and its training, the same for every family (harness/tasks/train/objective.py).
+"""The denoiser: the network, its inputs, and its training, the same for every family.
 
 Latents and text states are computed once, before training.
 """

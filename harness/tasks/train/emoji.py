@@ -5,8 +5,8 @@
     npm emojibase-data 17.0.0               names, tags, groups   MIT
 
 ``images/*.png`` are 64 x 64 RGB on white, cropped to their content with an equal margin; ``metadata.jsonl`` has one
-row a picture, its licence included (harness/tasks/train/folder.py). All emoji train the VAE; rows with ``vocabulary`` true
-are the distinctive ones that the denoiser learns. The pictures are not part of the repository: this recipe builds them.
+row an image, its licence included (harness/tasks/train/folder.py). All emoji train the VAE; rows with ``vocabulary``
+true are the distinctive ones that the denoiser learns. The images are not in the repository: this recipe builds them.
 """
 
 import io

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from harness.config.train import ScoreConfig
-from harness.metrics.clock import Clock
-from harness.metrics.memory import ResidentMemory
+from harness.device.clock import Clock
+from harness.device.memory import ResidentMemory
 from harness.pipeline.decode import Decoding
 from harness.pipeline.denoise import Denoising
 from harness.pipeline.executor import SyncExecutor

@@ -62,14 +62,14 @@ class Clock:
 
     def _watch(self, name: str, watchers: ExitStack) -> None:
         if self._count_flops:
-            from harness.metrics.flops import counted
+            from harness.device.flops import counted
 
             def add(flops: int) -> None:
                 self.flops[name] = self.flops.get(name, 0) + flops
 
             watchers.enter_context(counted(add))
         if self._profile:
-            from harness.metrics.profile import profiled
+            from harness.device.profile import profiled
 
             watchers.enter_context(profiled(self.operators.setdefault(name, []).extend))
 

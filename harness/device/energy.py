@@ -1,4 +1,4 @@
-"""The energy that a machine says it uses, J: its processor packages' (Linux, RAPL), or a GPU's (harness.metrics.cuda).
+"""The energy that a machine says it uses, J: its processor packages' (Linux, RAPL), or a GPU's (harness.device.cuda).
 
 It is all that they use meanwhile, whoever it is for, and at rest too.
 """
