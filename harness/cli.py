@@ -31,7 +31,7 @@ from harness.loggers.wandb import log_failure
 from harness.records.record import RunFolder, RunFolderError, Status, is_done, read_record, read_status
 from harness.resolve.comparison import quoted
 from harness.resolve.compose import (
-    Composed,
+    ResolvedRun,
     ConfigError,
     checked,
     compose_run,
@@ -108,7 +108,7 @@ class Job:
     kept: bool = False
 
 
-def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) -> Job:
+def run_one(composed: ResolvedRun, make_engine: MakeEngine, again: bool = False) -> Job:
     """One task in the folder that Hydra names.
 
     Args:
@@ -146,7 +146,7 @@ def run_one(composed: Composed, make_engine: MakeEngine, again: bool = False) ->
     return Job(folder.path, run_in(composed, folder, Console(), make_engine))
 
 
-def serve(composed: Composed, again: bool) -> Job:
+def serve(composed: ResolvedRun, again: bool) -> Job:
     """The server, until it is told to stop; its address is had before a folder is claimed."""
     from harness.tasks.serve.serve import check, listen, serve_in
 
@@ -251,7 +251,7 @@ def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:
         if sweeps:
             config.logger.table = False  # one table of all jobs, at the end
             config.logger.wandb.group = config.logger.wandb.group or sweep_group(folder.parent)
-        return run_one(Composed(config, list(hydra_config.overrides.task), folder, notes), make_engine, again=sweeps)
+        return run_one(ResolvedRun(config, list(hydra_config.overrides.task), folder, notes), make_engine, again=sweeps)
     except ConfigError as error:
         status = refuse(folder, error, again=sweeps)
         mirror_refusal(composed, folder, status)

@@ -21,7 +21,7 @@ from harness.engines.protocol import Engine, OnProgress
 from harness.messages import Array, EngineInfo, GenerationResult, Latents, array
 from harness.records.media import grid, pixel_hash, save_mp4, save_png, still, to_uint8
 from harness.records.record import FirstCall, Record, Repeat, SampleRow
-from harness.resolve.compose import Composed, compose_run, to_yaml
+from harness.resolve.compose import ResolvedRun, compose_run, to_yaml
 from harness.resolve.request import to_message
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class DiffusionGenerator:
 
     @classmethod
     def from_composed(
-        cls, composed: Composed, folder: Path, make_engine: MakeEngine = new_engine
+        cls, composed: ResolvedRun, folder: Path, make_engine: MakeEngine = new_engine
     ) -> DiffusionGenerator:
         """A generator whose ranks read `config.yaml` from `folder` and write their logs there.
 

@@ -33,7 +33,7 @@ MAX_NAME_BYTES = 160
 
 
 @dataclass(frozen=True)
-class Composed:
+class ResolvedRun:
     """A checked configuration, what the user wrote to get it, and the folder that Hydra gives the run."""
 
     config: RunConfig
@@ -49,7 +49,7 @@ def register_schema() -> None:
         ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
-def compose_run(overrides: Sequence[str]) -> Composed:
+def compose_run(overrides: Sequence[str]) -> ResolvedRun:
     """Composes, fills in the model's defaults and checks one run.
 
     Args:
@@ -68,7 +68,7 @@ def compose_run(overrides: Sequence[str]) -> Composed:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     config, notes = checked(composed)
-    return Composed(config, list(overrides), folder, notes)
+    return ResolvedRun(config, list(overrides), folder, notes)
 
 
 @contextmanager

@@ -21,12 +21,12 @@ from harness.parallel.mesh import degrees, world_size
 from harness.records.comparison import FILE, SCHEMA, Comparison, ratios_of, read_comparison
 from harness.records.record import RunFolder, Status, fingerprint, read_status
 from harness.resolve.comparison import SIDES, side_overrides
-from harness.resolve.compose import Composed, ConfigError, compose_run, to_dict, to_yaml
+from harness.resolve.compose import ResolvedRun, ConfigError, compose_run, to_dict, to_yaml
 from harness.tasks.lifecycle import ended, mirror
 from harness.tasks.session import Series, progress_bars
 
 
-def sides(composed: Composed) -> tuple[Composed, Composed]:
+def sides(composed: ResolvedRun) -> tuple[ResolvedRun, ResolvedRun]:
     """The two runs that are compared, each checked as a run of its own.
 
     Raises:
@@ -43,16 +43,18 @@ def sides(composed: Composed) -> tuple[Composed, Composed]:
     return _side(composed, "a"), _side(composed, "b")
 
 
-def _side(composed: Composed, name: str) -> Composed:
+def _side(composed: ResolvedRun, name: str) -> ResolvedRun:
     own: list[str] = getattr(composed.config, name)
     try:
         side = compose_run(side_overrides(composed.overrides, own, composed.config))
     except ConfigError as error:
         raise ConfigError(f"{name}={own}: {error}") from error
-    return Composed(side.config, side.overrides, composed.folder / name, side.notes)
+    return ResolvedRun(side.config, side.overrides, composed.folder / name, side.notes)
 
 
-def compare_in(composed: Composed, pair: tuple[Composed, Composed], folder: RunFolder, console: Console) -> Status:
+def compare_in(
+    composed: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], folder: RunFolder, console: Console
+) -> Status:
     """Compares in a claimed folder, whatever happens: the status, which is on disk before anything is mirrored."""
     config = composed.config
     status, comparison = ended(
@@ -65,7 +67,9 @@ def compare_in(composed: Composed, pair: tuple[Composed, Composed], folder: RunF
     return status
 
 
-def run_compare(composed: Composed, pair: tuple[Composed, Composed], folder: RunFolder, console: Console) -> Comparison:
+def run_compare(
+    composed: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], folder: RunFolder, console: Console
+) -> Comparison:
     """Draws both sides in alternation; either's row is a run's folder of its own, `a` and `b`, in this one.
 
     Raises:
@@ -97,7 +101,7 @@ def run_compare(composed: Composed, pair: tuple[Composed, Composed], folder: Run
     return comparison
 
 
-def compared(composed: Composed, pair: tuple[Composed, Composed], both: Sequence[Series]) -> Comparison:
+def compared(composed: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], both: Sequence[Series]) -> Comparison:
     """What two finished series say of one another."""
     a, b = both
     output, notes = None, []
@@ -109,8 +113,8 @@ def compared(composed: Composed, pair: tuple[Composed, Composed], both: Sequence
 
 
 def stated(
-    composed: Composed,
-    pair: tuple[Composed, Composed],
+    composed: ResolvedRun,
+    pair: tuple[ResolvedRun, ResolvedRun],
     ratios: dict[str, Ratio],
     output: Difference | None = None,
     notes: Sequence[str] = (),

@@ -32,7 +32,7 @@ from harness.parallel.mesh import Place, degrees
 from harness.records.provenance import PACKAGES, cpu_name, version
 from harness.records.record import write_atomically
 from harness.resolve.checkpoint import COMPONENTS, locate
-from harness.resolve.compose import Composed, to_dict
+from harness.resolve.compose import ResolvedRun, to_dict
 from harness.resolve.engines_table import CACHE_DIT, NATIVE
 from harness.resolve.trained import trained_denoiser
 from harness.serving.transport import EngineGone
@@ -112,7 +112,7 @@ class Artist:
             RequestFailed, EngineGone: it could not be drawn.
         """
         task = self.bars.add_task(f"drawing the {what}", total=None)
-        composed = Composed(config, [], self.folder / what, [])
+        composed = ResolvedRun(config, [], self.folder / what, [])
         with DiffusionGenerator.from_composed(composed, composed.folder, self.make_engine) as generator:
             drawn = generator.generate(latents="steps" if config.task.states else "last")
         self.bars.remove_task(task)

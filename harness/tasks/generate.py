@@ -21,7 +21,7 @@ from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
 from harness.loggers.wandb import log_run, resolve_mode
 from harness.metrics.fidelity import BROKEN
 from harness.records.record import CUT_OFF, Record, RunFolder, Status
-from harness.resolve.compose import Composed, to_dict, to_yaml
+from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
 from harness.resolve.scheduler import noise_scheduler_settings
 from harness.tasks.fidelity import Artist, Drawn, measure
 from harness.tasks.lifecycle import ended, mirror, status_of
@@ -29,7 +29,7 @@ from harness.tasks.session import Series, progress_bars
 from harness.tasks.terminal import complain
 
 
-def run_in(composed: Composed, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine) -> Status:
+def run_in(composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine) -> Status:
     """Draws in a claimed folder, whatever happens: the status, which is on disk before anything is mirrored.
 
     Args:
@@ -66,7 +66,7 @@ def judged(record: Record) -> Status:
     )
 
 
-def run_generate(composed: Composed, folder: RunFolder, console: Console, make_engine: MakeEngine) -> Record:
+def run_generate(composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine) -> Record:
     """One run in a claimed folder: the record, after it is on disk; the ranks have ended, or are their pool's.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import TypeVar
 from harness.engines.protocol import RequestFailed
 from harness.loggers.wandb import log_failure
 from harness.records.record import STATES, RunFolder, RunFolderError, Status
-from harness.resolve.compose import Composed, to_dict
+from harness.resolve.compose import ResolvedRun, to_dict
 from harness.serving.faults import failure_kind, failure_line
 from harness.serving.transport import EngineGone
 from harness.tasks.terminal import complain
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def ended(
-    composed: Composed, folder: RunFolder, work: Callable[[], T], judge: Callable[[T], Status]
+    composed: ResolvedRun, folder: RunFolder, work: Callable[[], T], judge: Callable[[T], Status]
 ) -> tuple[Status, T | None]:
     """Does the work of a claimed folder, whatever happens; the status, which is on disk, and what came of it.
 

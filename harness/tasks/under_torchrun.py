@@ -26,7 +26,7 @@ from harness.engines.rank import LOG_FORMAT, check_ranks, leave_error, redirect_
 from harness.engines.torchrun import rank_error
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import RunFolder, RunFolderError, Status
-from harness.resolve.compose import Composed, ConfigError, compose_run, run_folder, to_yaml
+from harness.resolve.compose import ResolvedRun, ConfigError, compose_run, run_folder, to_yaml
 from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone
 from harness.tasks.generate import run_in
@@ -95,7 +95,7 @@ def _speaks() -> bool:
     return _node() > 0 and os.environ["LOCAL_RANK"] == "0"
 
 
-def _follow(composed: Composed, folder: RunFolder | None, addresses: Addresses, rank: int) -> int:
+def _follow(composed: ResolvedRun, folder: RunFolder | None, addresses: Addresses, rank: int) -> int:
     """Any other rank: serves, with its log in the run's folder where that is on its node; its exit status."""
     if folder is None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
@@ -112,7 +112,7 @@ def _follow(composed: Composed, folder: RunFolder | None, addresses: Addresses, 
     return 0
 
 
-def _compose(arguments: Sequence[str], ranks: int) -> Composed:
+def _compose(arguments: Sequence[str], ranks: int) -> ResolvedRun:
     flags = [argument for argument in arguments if argument.startswith("-")]
     if flags:
         raise ConfigError(f"{flags[0]} does not go with torchrun; sweep outside: python -m harness -m ...")
@@ -128,7 +128,7 @@ def _compose(arguments: Sequence[str], ranks: int) -> Composed:
     return composed
 
 
-def _claim(composed: Composed) -> Assignment:
+def _claim(composed: ResolvedRun) -> Assignment:
     try:
         folder = RunFolder.claim(composed.folder)
     except RunFolderError as error:
@@ -137,7 +137,7 @@ def _claim(composed: Composed) -> Assignment:
     return Assignment(str(folder.path.resolve()), str(Addresses.private().folder))
 
 
-def _lead(composed: Composed, folder: RunFolder, addresses: Addresses) -> int:
+def _lead(composed: ResolvedRun, folder: RunFolder, addresses: Addresses) -> int:
     """Rank 0: serves in this thread, draws in another; the exit status of the run."""
     ended: list[BaseException] = []
 

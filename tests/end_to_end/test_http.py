@@ -21,7 +21,7 @@ from harness.cli import run_one
 from harness.config.schema import LaunchMode, RunConfig
 from harness.engines.pool import new_engine
 from harness.records.media import ffmpeg
-from harness.resolve.compose import Composed, ConfigError, compose_run
+from harness.resolve.compose import ResolvedRun, ConfigError, compose_run
 from harness.tasks.serve import saving
 from harness.tasks.serve.app import make_app
 from harness.tasks.serve.desk import Desk
@@ -488,5 +488,5 @@ def test_what_cannot_be_served_is_refused_before_a_folder_is_claimed(config: Run
             ("launch", replace(config.launch, mode=LaunchMode.inprocess), "drop launch.mode=inprocess"),
         ):
             with pytest.raises(ConfigError, match=words):
-                run_one(Composed(replace(config, **{key: value}), [], tmp_path / "run", []), new_engine)
+                run_one(ResolvedRun(replace(config, **{key: value}), [], tmp_path / "run", []), new_engine)
     assert not (tmp_path / "run").exists()

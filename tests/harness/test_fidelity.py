@@ -12,7 +12,7 @@ from harness.config.schema import DType, ParallelConfig
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, bound, verdict
 from harness.records.record import RunFolder, read_record, read_status
-from harness.resolve.compose import Composed, compose_run
+from harness.resolve.compose import ResolvedRun, compose_run
 from harness.tasks import fidelity
 from harness.tasks.fidelity import METHODS, Artist, Drawn, Method, floor_config, measure, method_class, reference_config
 from harness.tasks.generate import judged, run_in
@@ -31,12 +31,12 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("references")
 
 
-def bench(folder: Path, references: Path, *overrides: str) -> Composed:
+def bench(folder: Path, references: Path, *overrides: str) -> ResolvedRun:
     kept = [f"task.references={references}", "logger.wandb.mode=disabled", f"hydra.run.dir={folder}"]
     return compose_run([*BENCH, *ASKED, *kept, *overrides])
 
 
-def ran(composed: Composed) -> Fidelity | None:
+def ran(composed: ResolvedRun) -> Fidelity | None:
     """Runs a bench as the command does; its row's fidelity."""
     folder = RunFolder.claim(composed.folder)
     run_in(composed, folder, Console(quiet=True))

@@ -24,7 +24,7 @@ from harness.metrics.paired import ratio
 from harness.records.comparison import FILE, Comparison
 from harness.records.record import FirstCall, RunFolder, Status
 from harness.resolve.comparison import SIDES
-from harness.resolve.compose import Composed, to_yaml
+from harness.resolve.compose import ResolvedRun, to_yaml
 from harness.tasks.compare import stated
 from harness.tasks.lifecycle import ended, mirror
 from harness.tasks.load.run import Measured, build_load_record, judged, load_engine, started, summarized, write_rows
@@ -32,7 +32,7 @@ from harness.tasks.session import progress_bars
 
 
 def compare_loads_in(
-    composed: Composed, pair: tuple[Composed, Composed], folder: RunFolder, console: Console
+    composed: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], folder: RunFolder, console: Console
 ) -> Status:
     """Compares in a claimed folder, whatever happens: the status, which is on disk before anything is mirrored."""
     config = composed.config
@@ -53,8 +53,8 @@ def compare_loads_in(
 
 
 def compare_loads(
-    composed: Composed,
-    pair: tuple[Composed, Composed],
+    composed: ResolvedRun,
+    pair: tuple[ResolvedRun, ResolvedRun],
     folder: RunFolder,
     console: Console,
     make_engine: MakeEngine = new_engine,
@@ -92,7 +92,7 @@ class Side:
         engine: for it.
     """
 
-    def __init__(self, composed: Composed, folder: RunFolder, engine: Engine) -> None:
+    def __init__(self, composed: ResolvedRun, folder: RunFolder, engine: Engine) -> None:
         self.engine = engine
         self.rounds: list[Measured] = []
         self._composed = composed
@@ -101,7 +101,7 @@ class Side:
         self._launch_ms = 0.0
 
     @classmethod
-    def claimed(cls, composed: Composed, make_engine: MakeEngine) -> Side:
+    def claimed(cls, composed: ResolvedRun, make_engine: MakeEngine) -> Side:
         """A side in its own run folder, which says what it runs."""
         folder = RunFolder.claim(composed.folder)
         folder.write_config(to_yaml(composed.config))
@@ -134,7 +134,9 @@ class Side:
         return whole.summary
 
 
-def compared(composed: Composed, pair: tuple[Composed, Composed], rounds: Sequence[list[Measured]]) -> Comparison:
+def compared(
+    composed: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], rounds: Sequence[list[Measured]]
+) -> Comparison:
     """What the rounds of two sides say of one another.
 
     Raises:

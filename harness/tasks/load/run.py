@@ -37,7 +37,7 @@ from harness.records.record import (
     write_atomically,
 )
 from harness.records.record import Engine as EngineName
-from harness.resolve.compose import Composed, to_dict, to_yaml
+from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
 from harness.resolve.engines_table import engine_version
 from harness.serving.transport import Connection
 from harness.tasks.lifecycle import ended, mirror
@@ -60,7 +60,7 @@ class Measured:
     rows: list[RequestRow]
 
 
-def load_in(composed: Composed, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine) -> Status:
+def load_in(composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine) -> Status:
     """Loads an engine in a claimed folder, whatever happens: the status, which is on disk before it is mirrored."""
     config = composed.config
 
@@ -93,7 +93,7 @@ def judged(loads: Sequence[LoadSummary]) -> Status:
     )
 
 
-def run_load(composed: Composed, folder: RunFolder, console: Console, make_engine: MakeEngine) -> Record:
+def run_load(composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine) -> Record:
     """One load: the record, after it is on disk; the ranks have ended, or are their pool's.
 
     Raises:
@@ -110,7 +110,7 @@ def run_load(composed: Composed, folder: RunFolder, console: Console, make_engin
 
 
 def run_over_zmq(
-    composed: Composed, folder: RunFolder, console: Console, make_engine: MakeEngine
+    composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine
 ) -> tuple[Record, Measured]:
     """Loads ranks of this run's own, or of its pool.
 
@@ -128,7 +128,7 @@ def run_over_zmq(
     return build_load_record(composed, info, engine.environment, first, measured.summary), measured
 
 
-def run_over_http(composed: Composed, folder: RunFolder, console: Console) -> tuple[Record, Measured]:
+def run_over_http(composed: ResolvedRun, folder: RunFolder, console: Console) -> tuple[Record, Measured]:
     """Loads a server: the one at load.url, or one that is started for it, whose ranks may be killed meanwhile.
 
     Raises:
@@ -140,7 +140,7 @@ def run_over_http(composed: Composed, folder: RunFolder, console: Console) -> tu
             measured = asyncio.run(load_server(config, config.load.url, bars))
             note = f"the server at {config.load.url} has a configuration of its own; load.* and request.* are ours"
             info, first = EngineInfo("ready", 0, []), FirstCall(0.0, 0.0, [])
-            said = Composed(config, composed.overrides, composed.folder, [*composed.notes, note])
+            said = ResolvedRun(config, composed.overrides, composed.folder, [*composed.notes, note])
             return build_load_record(said, info, environment, first, measured.summary), measured
         with Server(served(composed.overrides), folder.path / "server", config.launch.start_timeout_s) as server:
             measured, launch_ms = asyncio.run(load_own_server(config, server, bars))
@@ -274,7 +274,7 @@ def summarized(
 
 
 def build_load_record(
-    composed: Composed, info: EngineInfo, environment: dict[str, str], first: FirstCall, load: LoadSummary
+    composed: ResolvedRun, info: EngineInfo, environment: dict[str, str], first: FirstCall, load: LoadSummary
 ) -> Record:
     """The record of one load."""
     config, declared = composed.config, to_dict(composed.config)

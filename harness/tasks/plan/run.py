@@ -18,7 +18,7 @@ from harness.costs.time import device, legal_layouts, predict
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.records.record import RunFolder, Status
 from harness.resolve.checkpoint import locate
-from harness.resolve.compose import Composed, to_dict, to_yaml
+from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
 from harness.resolve.layout import layout_facts
 from harness.resolve.request import to_message
 from harness.resolve.trained import trained_denoiser
@@ -30,7 +30,7 @@ from harness.tasks.plan.table import print_checks, print_plan
 FILE = "plan.json"
 
 
-def plan_in(composed: Composed, folder: RunFolder, console: Console) -> Status:
+def plan_in(composed: ResolvedRun, folder: RunFolder, console: Console) -> Status:
     """Plans in a claimed folder, whatever happens: the status, which is on disk."""
     config = composed.config
     status, plan = ended(composed, folder, lambda: run_plan(config, folder), lambda done: Status("ok"))
