@@ -31,8 +31,8 @@ from harness.loggers.wandb import log_failure
 from harness.records.record import RunFolder, RunFolderError, Status, is_done, read_record, read_status
 from harness.resolve.comparison import quoted
 from harness.resolve.compose import (
-    ResolvedRun,
     ConfigError,
+    ResolvedRun,
     checked,
     compose_run,
     register_schema,

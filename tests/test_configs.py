@@ -11,7 +11,7 @@ import yaml
 import conf
 from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
 from harness.records.provenance import version
-from harness.resolve.compose import ResolvedRun, ConfigError, compose_run, folder_name, from_yaml, run_folder, to_yaml
+from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, folder_name, from_yaml, run_folder, to_yaml
 from harness.resolve.engines_table import NEEDED
 from harness.resolve.limits import check_frames
 from harness.resolve.names import _groups, check_names

@@ -21,7 +21,7 @@ from harness.parallel.mesh import degrees, world_size
 from harness.records.comparison import FILE, SCHEMA, Comparison, ratios_of, read_comparison
 from harness.records.record import RunFolder, Status, fingerprint, read_status
 from harness.resolve.comparison import SIDES, side_overrides
-from harness.resolve.compose import ResolvedRun, ConfigError, compose_run, to_dict, to_yaml
+from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, to_dict, to_yaml
 from harness.tasks.lifecycle import ended, mirror
 from harness.tasks.session import Series, progress_bars
 

@@ -26,7 +26,7 @@ from harness.engines.rank import LOG_FORMAT, check_ranks, leave_error, redirect_
 from harness.engines.torchrun import rank_error
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import RunFolder, RunFolderError, Status
-from harness.resolve.compose import ResolvedRun, ConfigError, compose_run, run_folder, to_yaml
+from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, run_folder, to_yaml
 from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone
 from harness.tasks.generate import run_in

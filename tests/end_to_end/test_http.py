@@ -21,7 +21,7 @@ from harness.cli import run_one
 from harness.config.schema import LaunchMode, RunConfig
 from harness.engines.pool import new_engine
 from harness.records.media import ffmpeg
-from harness.resolve.compose import ResolvedRun, ConfigError, compose_run
+from harness.resolve.compose import ConfigError, ResolvedRun, compose_run
 from harness.tasks.serve import saving
 from harness.tasks.serve.app import make_app
 from harness.tasks.serve.desk import Desk

@@ -25,7 +25,7 @@ from harness.engines.processes import is_alive
 from harness.engines.rank import LOG_FORMAT, WATCH_S
 from harness.engines.torchrun import TorchrunEngine
 from harness.records.record import RunFolder, Status
-from harness.resolve.compose import ResolvedRun, ConfigError, to_yaml
+from harness.resolve.compose import ConfigError, ResolvedRun, to_yaml
 from harness.serving.transport import EngineGone
 from harness.tasks.serve.app import make_app
 from harness.tasks.serve.supervisor import MakeRanks, Supervisor
