@@ -5,6 +5,6 @@ every Gaussian path x = alpha * x0 + sigma * eps. Nothing in this package knows 
 file.
 """
 
-from schedulers.families import Settings, check, resolve
+from schedulers.compatibility import NoiseSchedulerSettings, check, resolve
 
-__all__ = ["Settings", "check", "resolve"]
+__all__ = ["NoiseSchedulerSettings", "check", "resolve"]

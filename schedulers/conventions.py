@@ -7,11 +7,11 @@ from typing import Literal
 
 from schedulers.grid import Grid
 from schedulers.paths import NoisePath
-from schedulers.spacing import Beta, Exponential, FlowLinspace, Karras, ResolutionShift, Spacing, Told
+from schedulers.spacing import Beta, Exponential, FlowLinspace, Karras, ResolutionShift, Spacing, TimestepMap
 
 
 @dataclass(frozen=True)
-class Between:
+class RespacedLevels:
     """Levels between the first and the last row (the end left out) of another spacing, where they give no ends.
 
     diffusers' Euler, Heun, KDPM2 and LMS cut the trained timesteps first (timestep_spacing) and spread karras,
@@ -26,7 +26,7 @@ class Between:
         rows = self.spacing.grid(path, steps)
         first, last = rows[0], rows[steps - 1]
         high, low = self.levels.sigma_max, self.levels.sigma_min
-        if self.levels.of == "flow":
+        if self.levels.level_kind == "flow":
             ends = (first.sigma / (first.alpha + first.sigma), last.sigma / (last.alpha + last.sigma))
         else:
             ends = (first.ratio, last.ratio)
@@ -37,7 +37,7 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Start:
+class InitStdOverride:
     """Another spacing with its own deviation of the first noise.
 
     "sigma" is that of the noise alone, "state" sqrt(alpha^2 + sigma^2), that of the whole state for unit data, and
@@ -56,33 +56,35 @@ class Start:
 
 
 @dataclass(frozen=True)
-class CutOn:
+class RowsFromPath:
     """Another spacing cut on a path of its own, while points between rows stay those of the scheduler's path.
 
     diffusers' KDPM2 interpolates sigma / alpha for its rows and the logarithm of it for its midpoints.
     """
 
     spacing: Spacing
-    rows: NoisePath
+    row_path: NoisePath
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
-        return replace(self.spacing.grid(self.rows, steps), path=path)
+        return replace(self.spacing.grid(self.row_path, steps), path=path)
 
 
-def innermost(spacing: Spacing, change: Callable[[Spacing], Spacing]) -> Spacing:
+def replace_innermost(spacing: Spacing, change: Callable[[Spacing], Spacing]) -> Spacing:
     """The same nest of spacings with `change` applied to the one that holds no other."""
-    if isinstance(spacing, Between | Start | CutOn | Told):
-        return replace(spacing, spacing=innermost(spacing.spacing, change))
+    if isinstance(spacing, RespacedLevels | InitStdOverride | RowsFromPath | TimestepMap):
+        return replace(spacing, spacing=replace_innermost(spacing.spacing, change))
     return change(spacing)
 
 
 def for_tokens(spacing: Spacing, tokens: int) -> Spacing:
     """The same spacing for a picture of that many tokens."""
-    return innermost(spacing, lambda inner: inner.at(tokens) if isinstance(inner, ResolutionShift) else inner)
+    return replace_innermost(
+        spacing, lambda inner: inner.for_tokens(tokens) if isinstance(inner, ResolutionShift) else inner
+    )
 
 
-def from_one(spacing: Spacing) -> Spacing:
+def with_even_sigmas(spacing: Spacing) -> Spacing:
     """The same spacing of a flow with its unshifted sigmas even from 1 to 1 / steps."""
 
     def change(inner: Spacing) -> Spacing:
@@ -90,4 +92,4 @@ def from_one(spacing: Spacing) -> Spacing:
             return replace(inner, flow=replace(inner.flow, sigma_last=None))
         return replace(inner, sigma_last=None) if isinstance(inner, FlowLinspace) else inner
 
-    return innermost(spacing, change)
+    return replace_innermost(spacing, change)

@@ -56,7 +56,7 @@ class Grid:
     c_in: Tensor
     init_std: float
     path: NoisePath | None = None
-    target: Tensor | None = None
+    landing_t: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("t", "alpha", "sigma", "tau", "c_in"):
@@ -83,23 +83,23 @@ class Grid:
         columns = (self.t, self.alpha, self.sigma, self.tau, self.c_in)
         return Point(*(float(column[i]) for column in columns))
 
-    def at(self, ratio: float) -> Point:
+    def at_ratio(self, ratio: float) -> Point:
         """The path's point where sigma / alpha equals `ratio`, on a row or between rows.
 
         Raises ValueError for a grid made without a path.
         """
         if self.path is None:
             raise ValueError("this grid was made without its path, so there is no point between its rows")
-        return self._point(self.path, self.path.t_of(ratio))
+        return self._point_at(self.path, self.path.t_of(ratio))
 
     def landing(self, i: int) -> Point:
         """Where a first-order step from row i lands: the next row, or the target of a published quirk."""
-        if self.target is None or self.path is None or not math.isfinite(t := float(self.target[i])):
+        if self.landing_t is None or self.path is None or not math.isfinite(t := float(self.landing_t[i])):
             return self[i + 1]
-        return self._point(self.path, t)
+        return self._point_at(self.path, t)
 
     @staticmethod
-    def _point(path: NoisePath, t: float) -> Point:
+    def _point_at(path: NoisePath, t: float) -> Point:
         return Point(t, path.alpha(t), path.sigma(t), path.tau(t), path.c_in(t))
 
     def at_time(self, t: float) -> Point:
@@ -109,4 +109,4 @@ class Grid:
         """
         if self.path is None:
             raise ValueError("this grid was made without its path, so there is no point between its rows")
-        return self._point(self.path, t)
+        return self._point_at(self.path, t)

@@ -186,7 +186,7 @@ class Thresholded:
     """
 
     prediction: Prediction
-    share: float = 0.995
+    quantile: float = 0.995
     limit: float = 1.0
     recompute_eps: bool = False
 
@@ -194,7 +194,7 @@ class Thresholded:
         """See the class."""
         raw = self.prediction.estimate(output, x, point)
         flat = raw.x0.reshape(len(x), -1)
-        s = flat.abs().quantile(self.share, dim=1, keepdim=True).clamp(1.0, max(self.limit, 1.0))
+        s = flat.abs().quantile(self.quantile, dim=1, keepdim=True).clamp(1.0, max(self.limit, 1.0))
         x0 = (flat.clamp(-s, s) / s).reshape(x.shape)
         eps = X0().estimate(x0, x, point).eps if self.recompute_eps else raw.eps
         return Estimate(x0, eps, raw.variance)

@@ -38,16 +38,16 @@ def grid_at(path: NoisePath, t: Tensor, end: End = "clean") -> Grid:
     return Grid(t, alpha, sigma, path.tau(t), path.c_in(t), path.init_std(float(t[0])), path)
 
 
-def _count(steps: int) -> int:
+def _check_steps(steps: int) -> int:
     if steps < 1:
         raise ValueError(f"steps={steps}; ask for at least 1")
     return steps
 
 
-def _trained(path: NoisePath, steps: int) -> int:
+def _count_trained_timesteps(path: NoisePath, steps: int) -> int:
     """The number of trained indices, once it is known that `steps` of them can be picked."""
     total = round(path.t_max - path.t_min) + 1
-    if _count(steps) > total:
+    if _check_steps(steps) > total:
         raise ValueError(f"steps={steps} on a path of {total} trained timesteps; ask for {total} or fewer")
     return total
 
@@ -71,7 +71,7 @@ class FlowLinspace:
     spare_row: bool = False
     sigma_cap: float = 1.0
     terminal: float | None = None
-    given: tuple[float, ...] | None = None
+    unshifted_sigmas: tuple[float, ...] | None = None
     end: End = "clean"
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class FlowLinspace:
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
-        sigma = self._unshifted(_count(steps))
+        sigma = self._unshifted(_check_steps(steps))
         if not sigma[-1] > 0:
             raise ValueError("the last network evaluation would be at sigma = 0; give sigma_last above 0, or spare_row")
         sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
@@ -96,10 +96,10 @@ class FlowLinspace:
         return grid_at(path, path.t_of(sigma / (1 - sigma)), self.end)
 
     def _unshifted(self, steps: int) -> Tensor:
-        if self.given is not None:
-            if len(self.given) != steps:
-                raise ValueError(f"steps={steps}, but {len(self.given)} sigmas are given; make them agree")
-            return torch.tensor(self.given, dtype=torch.float64)
+        if self.unshifted_sigmas is not None:
+            if len(self.unshifted_sigmas) != steps:
+                raise ValueError(f"steps={steps}, but {len(self.unshifted_sigmas)} sigmas are given; make them agree")
+            return torch.tensor(self.unshifted_sigmas, dtype=torch.float64)
         last = self.sigma_first / steps if self.sigma_last is None else self.sigma_last
         rows = steps + 1 if self.spare_row else steps
         if last == 0:  # even in 1 - sigma, from the data: to the last bit what diffusers' DPM-Solver cuts
@@ -129,11 +129,11 @@ class ResolutionShift:
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return self.base_shift + (tokens - self.base_tokens) * slope
 
-    def at(self, tokens: int) -> FlowLinspace:
+    def for_tokens(self, tokens: int) -> FlowLinspace:
         """The spacing for a picture of that many tokens."""
-        return self.shifted(self.mu(tokens))
+        return self.with_mu(self.mu(tokens))
 
-    def shifted(self, mu: float) -> FlowLinspace:
+    def with_mu(self, mu: float) -> FlowLinspace:
         """The spacing for a mu that is known already."""
         return replace(self.flow, shift=math.exp(mu) if self.kind == "exponential" else mu)
 
@@ -157,7 +157,7 @@ class Leading:
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
-        total = _trained(path, steps)
+        total = _count_trained_timesteps(path, steps)
         first = 1 if self.spare_row else 0
         t = torch.arange(steps - 1 + first, first - 1, -1) * (total // (steps + first)) + self.steps_offset
         if not 0 <= int(t[-1]) <= int(t[0]) <= total - 1:
@@ -181,18 +181,18 @@ class Trailing:
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
-        total = _trained(path, steps)
+        total = _count_trained_timesteps(path, steps)
         stride = total - (total - total / steps)  # the rounding of numpy's arange, so that ties fall as diffusers' do
         t = torch.round(total - torch.arange(steps, dtype=torch.float64) * stride) - 1
         grid = grid_at(path, t, self.end)
-        return _at_stride(grid, total) if self.stride_target else grid
+        return _with_stride_landing(grid, total) if self.stride_target else grid
 
 
-def _at_stride(grid: Grid, total: int) -> Grid:
+def _with_stride_landing(grid: Grid, total: int) -> Grid:
     """The same rows, with first-order steps landing a whole stride further whatever the next row is."""
-    target = grid.t[:-1] - total // grid.steps
-    target[target < 0] = math.nan  # the last row, whatever it is
-    return replace(grid, target=target)
+    landing_t = grid.t[:-1] - total // grid.steps
+    landing_t[landing_t < 0] = math.nan  # the last row, whatever it is
+    return replace(grid, landing_t=landing_t)
 
 
 @dataclass(frozen=True)
@@ -211,13 +211,13 @@ class Linspace:
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
-        total = _trained(path, steps)
+        total = _count_trained_timesteps(path, steps)
         rows = steps + 1 if self.spare_row else steps
         stride = (path.t_max - path.t_min) / max(rows - 1, 1)  # multiplied out as numpy does, so that ties round alike
         t = path.t_min + torch.arange(rows - 1, rows - 1 - steps, -1, dtype=torch.float64) * stride
         t[0] = path.t_max
         grid = grid_at(path, t.round() if self.integer else t, self.end)
-        return _at_stride(grid, total) if self.stride_target else grid
+        return _with_stride_landing(grid, total) if self.stride_target else grid
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class UniformTime:
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
         last = path.t_min if self.t_last is None else self.t_last
-        t = torch.linspace(path.t_max, last, _count(steps), dtype=torch.float64)
+        t = torch.linspace(path.t_max, last, _check_steps(steps), dtype=torch.float64)
         grid = grid_at(path, t, self.end)
         if not self.geometric_sigma:
             return grid
@@ -244,12 +244,14 @@ class UniformTime:
         return replace(grid, sigma=sigma)
 
 
-Level = Literal["ratio", "flow"]
+LevelKind = Literal["ratio", "flow"]
 
 
-def _levels(path: NoisePath, of: Level, low: float | None, high: float | None, name: str) -> tuple[float, float]:
+def _level_range(
+    path: NoisePath, level_kind: LevelKind, low: float | None, high: float | None, name: str
+) -> tuple[float, float]:
     """The ends that a spacing of levels goes between: as given, or the path's own at t_min and t_max."""
-    if of == "flow":
+    if level_kind == "flow":
         return (low if low is not None else 1e-3), (high if high is not None else 1.0)
     if high is None and path.alpha(path.t_max) <= 0:
         raise ValueError(f"{name} spacing needs a finite sigma / alpha, and this path reaches alpha = 0; use linspace")
@@ -260,9 +262,9 @@ def _levels(path: NoisePath, of: Level, low: float | None, high: float | None, n
     return low, high
 
 
-def _grid_of_levels(path: NoisePath, of: Level, levels: Tensor, end: End) -> Grid:
+def _grid_at_levels(path: NoisePath, level_kind: LevelKind, levels: Tensor, end: End) -> Grid:
     """Rows at levels of sigma / alpha ("ratio"), or of sigma / (alpha + sigma), a flow's own sigma ("flow")."""
-    return grid_at(path, path.t_of(levels / (1 - levels) if of == "flow" else levels), end)
+    return grid_at(path, path.t_of(levels / (1 - levels) if level_kind == "flow" else levels), end)
 
 
 @dataclass(frozen=True)
@@ -278,16 +280,16 @@ class Karras:
     sigma_min: float | None = None
     sigma_max: float | None = None
     end: End = "clean"
-    of: Level = "ratio"
+    level_kind: LevelKind = "ratio"
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
         if self.rho <= 0:
             raise ValueError(f"karras spacing needs rho > 0, got {self.rho}")
-        low, high = _levels(path, self.of, self.sigma_min, self.sigma_max, "karras")
-        ramp = torch.linspace(0, 1, _count(steps), dtype=torch.float64)
+        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "karras")
+        ramp = torch.linspace(0, 1, _check_steps(steps), dtype=torch.float64)
         levels = (high ** (1 / self.rho) + ramp * (low ** (1 / self.rho) - high ** (1 / self.rho))) ** self.rho
-        return _grid_of_levels(path, self.of, levels, self.end)
+        return _grid_at_levels(path, self.level_kind, levels, self.end)
 
 
 @dataclass(frozen=True)
@@ -300,14 +302,14 @@ class Exponential:
     sigma_min: float | None = None
     sigma_max: float | None = None
     end: End = "clean"
-    of: Level = "ratio"
+    level_kind: LevelKind = "ratio"
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
-        low, high = _levels(path, self.of, self.sigma_min, self.sigma_max, "exponential")
-        levels = torch.linspace(math.log(high), math.log(low), _count(steps), dtype=torch.float64).exp()
+        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "exponential")
+        levels = torch.linspace(math.log(high), math.log(low), _check_steps(steps), dtype=torch.float64).exp()
         levels[0] = high  # the logarithm and back is not exact, and a flow's 1 must stay 1
-        return _grid_of_levels(path, self.of, levels, self.end)
+        return _grid_at_levels(path, self.level_kind, levels, self.end)
 
 
 @dataclass(frozen=True)
@@ -322,15 +324,15 @@ class Beta:
     sigma_min: float | None = None
     sigma_max: float | None = None
     end: End = "clean"
-    of: Level = "ratio"
+    level_kind: LevelKind = "ratio"
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
         from scipy.stats import beta  # half a second to import, and only this spacing needs it
 
-        low, high = _levels(path, self.of, self.sigma_min, self.sigma_max, "beta")
-        quantile = beta.ppf(1 - np.linspace(0, 1, _count(steps)), self.a, self.b)
-        return _grid_of_levels(path, self.of, torch.from_numpy(low + quantile * (high - low)), self.end)
+        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "beta")
+        quantile = beta.ppf(1 - np.linspace(0, 1, _check_steps(steps)), self.a, self.b)
+        return _grid_at_levels(path, self.level_kind, torch.from_numpy(low + quantile * (high - low)), self.end)
 
 
 @dataclass(frozen=True)
@@ -339,11 +341,16 @@ class Custom:
 
     sigmas: tuple[float, ...]
     end: End = "clean"
-    of: Level = "ratio"
+    level_kind: LevelKind = "ratio"
 
     def __post_init__(self) -> None:
         falling = all(a > b for a, b in itertools.pairwise(self.sigmas))
-        if not self.sigmas or min(self.sigmas) <= 0 or not falling or (self.of == "flow" and self.sigmas[0] > 1):
+        if (
+            not self.sigmas
+            or min(self.sigmas) <= 0
+            or not falling
+            or (self.level_kind == "flow" and self.sigmas[0] > 1)
+        ):
             raise ValueError(f"sigmas={list(self.sigmas)}; give falling numbers above 0 (at most 1 for a flow)")
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
@@ -352,7 +359,7 @@ class Custom:
             raise ValueError(
                 f"steps={steps}, but {len(self.sigmas)} sigmas are given; ask for {len(self.sigmas)} steps"
             )
-        return _grid_of_levels(path, self.of, torch.tensor(self.sigmas, dtype=torch.float64), self.end)
+        return _grid_at_levels(path, self.level_kind, torch.tensor(self.sigmas, dtype=torch.float64), self.end)
 
 
 @dataclass(frozen=True)
@@ -368,7 +375,7 @@ class Distilled:
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """See the class."""
-        if _count(steps) > self.original_steps:
+        if _check_steps(steps) > self.original_steps:
             raise ValueError(
                 f"steps={steps} of a model distilled on {self.original_steps}; ask for {self.original_steps} or fewer"
             )
@@ -379,7 +386,7 @@ class Distilled:
 
 
 @dataclass(frozen=True)
-class Told:
+class TimestepMap:
     """Another spacing, whose rows tell the network something else: tau rounded, cut (truncated towards 0), or replaced.
 
     diffusers' DPM-Solver and UniPC hand the network integers where sigma / alpha falls between trained indices; its
@@ -393,6 +400,6 @@ class Told:
         """See the class."""
         grid = self.spacing.grid(path, steps)
         if self.how == "log_sigma":
-            told = (grid.sigma / grid.alpha).log() / 4
-            return replace(grid, tau=torch.where(grid.sigma > 0, told, torch.zeros_like(told)))
+            log_sigma = (grid.sigma / grid.alpha).log() / 4
+            return replace(grid, tau=torch.where(grid.sigma > 0, log_sigma, torch.zeros_like(log_sigma)))
         return replace(grid, tau=grid.tau.round() if self.how == "round" else grid.tau.trunc())

@@ -19,7 +19,7 @@ from harness.pipeline.latents import seeded_noise, step_noise
 from harness.pipeline.state import RunContext, Sample, micro_batches, written
 from harness.pipeline.timesteps import tokens
 from models.components import Conditioning, GuidanceRule, LatentSpace
-from schedulers.drop_in import evaluation_points
+from schedulers.diffusers_adapter import evaluation_points
 from schedulers.noise_scheduler import NoiseScheduler
 
 KERNELS = {"sdpa_math": SDPBackend.MATH, "sdpa_flash": SDPBackend.FLASH_ATTENTION}

@@ -14,18 +14,18 @@ from torch import Tensor
 from harness.resolve.published_scheduler import scheduler_file
 from models.files import read_json
 from models.source import Source
-from schedulers.drop_in import DiffusersView
+from schedulers.diffusers_adapter import DiffusersAdapter
 from schedulers.grid import Grid, Point
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Estimate, LearnedVariance
-from schedulers.solvers.base import Memory
+from schedulers.solvers.base import SolverState
 
-Slot: TypeAlias = SchedulerMixin | DiffusersView
+Slot: TypeAlias = SchedulerMixin | DiffusersAdapter
 MakeSlot: TypeAlias = Callable[[int, Callable[[int], Tensor]], Slot]
 """What goes into a pipeline's slot, from the tokens of a picture and the noise of each step."""
 
 
-class OwnGrid(DiffusersView):
+class OwnGrid(DiffusersAdapter):
     """The run's own grid, whatever sigmas and shift a pipeline would give a flow's noise scheduler."""
 
     def set_timesteps(
@@ -60,7 +60,7 @@ def own_slot(noise_scheduler: NoiseScheduler, scales: bool, steps: int) -> MakeS
     Raises:
         ValueError: the pipeline cannot be driven by it.
     """
-    if noise_scheduler.rounded is not None:
+    if noise_scheduler.state_dtype is not None:
         raise ValueError("scheduler.state_dtype has no effect in diffusers' pipelines; drop it, or use engine=native")
     prediction = noise_scheduler.prediction
     if isinstance(prediction, LearnedVariance):
@@ -84,7 +84,7 @@ def own_slot(noise_scheduler: NoiseScheduler, scales: bool, steps: int) -> MakeS
 def draws_noise(noise_scheduler: NoiseScheduler, grid: Grid) -> bool:
     """Whether a solver adds noise between its first state and its last, found by walking it over one number."""
     asked: list[int] = []
-    one, memory = torch.ones(1, 1, 1, 1, dtype=torch.float64), Memory()
+    one, state = torch.ones(1, 1, 1, 1, dtype=torch.float64), SolverState()
 
     def denoise(x: Tensor, point: Point) -> Estimate:
         return Estimate(one, one, one)
@@ -94,5 +94,5 @@ def draws_noise(noise_scheduler: NoiseScheduler, grid: Grid) -> bool:
         return one
 
     for i in range(grid.steps):
-        noise_scheduler.solver.step(one, i, grid, denoise, memory, noise)
+        noise_scheduler.solver.step(one, i, grid, denoise, state, noise)
     return bool(asked)

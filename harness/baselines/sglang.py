@@ -50,7 +50,7 @@ from harness.resolve.engines_table import SglangRow
 from models.components import Components, Conditioning
 from models.files import CheckpointError
 from models.source import Source
-from schedulers.drop_in import DiffusersView
+from schedulers.diffusers_adapter import DiffusersAdapter
 
 CONFIGS = "sglang.multimodal_gen.configs.pipeline_configs"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -221,7 +221,7 @@ def own(slot: Slot) -> Slot:
     Raises:
         ValueError: it has no such class.
     """
-    if isinstance(slot, DiffusersView):
+    if isinstance(slot, DiffusersAdapter):
         return slot
     name = type(slot).__name__
     if name not in ModelRegistry.get_supported_archs():

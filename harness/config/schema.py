@@ -200,7 +200,7 @@ class ModelConfig:
 
 @dataclass
 class SolverConfig:
-    """Group `scheduler/solver`. null means the solver's own default (schedulers.families.Settings)."""
+    """Group `scheduler/solver`. null means the solver's own default (schedulers.compatibility.NoiseSchedulerSettings)."""
 
     name: str = "euler"
     eta: float | None = None  # noise of ddim and dpm2: 0 deterministic, 1 ancestral
@@ -228,7 +228,7 @@ class SolverConfig:
 @dataclass
 class SchedulerConfig(TrainingFacts):
     """Group `scheduler`: the noise scheduler. null means what the weights were trained with (`model.trained`), and
-    where that says nothing, the family's default (schedulers.families.Settings).
+    where that says nothing, the family's default (schedulers.compatibility.NoiseSchedulerSettings).
     """
 
     family: str = "rectified_flow"  # or published: the checkpoint's own scheduler_config.json

@@ -21,7 +21,7 @@ from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule
 from schedulers.grid import Grid, Point
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Estimate
-from schedulers.solvers.base import Memory, Noise
+from schedulers.solvers.base import Noise, SolverState
 
 Tell: TypeAlias = Callable[[Tensor, float], Conditioning]  # of an evaluation's latent and tau
 
@@ -94,12 +94,12 @@ class Denoising:
     def _denoise(self, batch: list[Sample], run: RunContext, total: int) -> None:
         grid = written(batch[0].grid)
         x = torch.stack([written(sample.start) for sample in batch])
-        call, memory, noise = _NetworkCall(self, batch, run, grid), Memory(), _noise(batch, x)
+        call, solver_state, noise = _NetworkCall(self, batch, run, grid), SolverState(), _noise(batch, x)
         for i in range(grid.steps):
             run.check_cancelled()
             call.begin_step(final=i == grid.steps - 1)
             with run.clock.step():
-                x = self.noise_scheduler.step(x, i, grid, call, memory, noise)
+                x = self.noise_scheduler.step(x, i, grid, call, solver_state, noise)
             if run.keep_states:
                 for sample, state in zip(batch, x, strict=True):
                     sample.states.append(state)

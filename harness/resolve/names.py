@@ -17,7 +17,7 @@ from harness.config.schema import ModelConfig, RunConfig, TrainedConfig
 from harness.config.yaml import ConfigError as ConfigError
 from harness.records.provenance import version
 from models.registry import nearest
-from schedulers.families import FAMILIES
+from schedulers.compatibility import FAMILIES
 
 PLUGINS = {  # Hydra's own packages: what needs which, and the extra that installs it
     ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),

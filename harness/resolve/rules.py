@@ -30,7 +30,7 @@ from harness.resolve.request import to_message
 from harness.resolve.scheduler import noise_scheduler_settings
 from harness.resolve.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
 from models.registry import ARCHITECTURES, nearest, resolve_backend
-from schedulers.families import resolve as resolve_settings
+from schedulers.compatibility import resolve as resolve_settings
 
 MAX_COLLECTIVE_S = 86_400
 

@@ -82,9 +82,9 @@ class DiscreteVPPath:
         knots = self._knots(t.device)
         t = t.clamp(0, len(knots) - 1)
         low = t.floor().clamp(max=len(knots) - 2).long()
-        share = t - low
-        value = torch.lerp(knots[low], knots[low + 1], share)
-        value = torch.where(share == 1, knots[low + 1], torch.where(share == 0, knots[low], value))
+        fraction = t - low
+        value = torch.lerp(knots[low], knots[low + 1], fraction)
+        value = torch.where(fraction == 1, knots[low + 1], torch.where(fraction == 0, knots[low], value))
         return value.exp() if self.interpolation == "log" else value
 
     def alpha(self, t: Scalar) -> Scalar:
@@ -111,8 +111,8 @@ class DiscreteVPPath:
             value = (r.log() if self.interpolation == "log" else r).clamp(knots[0], knots[-1])
             high = torch.searchsorted(knots, value).clamp(1, len(knots) - 1)
             low = high - 1
-            share = (value - knots[low]) / (knots[high] - knots[low])
-            return torch.where(value == knots[high], high.double(), low + share)
+            fraction = (value - knots[low]) / (knots[high] - knots[low])
+            return torch.where(value == knots[high], high.double(), low + fraction)
 
         return elementwise(inverse, ratio)
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from schedulers.conventions import from_one
+from schedulers.conventions import with_even_sigmas
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.published.classes import BUILDERS
-from schedulers.published.options import read
+from schedulers.published.options import parse_options
 
 __all__ = ["from_diffusers"]
 
@@ -27,6 +27,6 @@ def from_diffusers(config: Mapping[str, object] | str | Path, even_sigmas: bool 
         if not isinstance(content, dict):
             raise ValueError(f"{config} holds no JSON object; give a scheduler_config.json")
         config = content
-    options = read(config)
+    options = parse_options(config)
     found = BUILDERS[options.name](options)
-    return replace(found, spacing=from_one(found.spacing)) if even_sigmas else found
+    return replace(found, spacing=with_even_sigmas(found.spacing)) if even_sigmas else found

@@ -24,25 +24,30 @@ EPS: Table = {"prediction_type": "epsilon"}
 ZERO_SNR: Table = {"rescale_betas_zero_snr": False}
 THRESHOLD: Table = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 CLIP: Table = {"clip_sample": True, "clip_sample_range": 1.0}
-SPACED: Table = {"timestep_spacing": "linspace", "steps_offset": 0}
-LEADING: Table = {"timestep_spacing": "leading", "steps_offset": 0}
-LEVELS: Table = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-ENDS: Table = {"sigma_min": None, "sigma_max": None}
-FINAL: Table = {"final_sigmas_type": "zero"}
-SIZED: Table = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-SHIFTED: Table = {"use_dynamic_shifting": False, "time_shift_type": "exponential"}
+TIMESTEP_SPACING: Table = {"timestep_spacing": "linspace", "steps_offset": 0}
+LEADING_SPACING: Table = {"timestep_spacing": "leading", "steps_offset": 0}
+SIGMA_LEVELS: Table = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+SIGMA_ENDS: Table = {"sigma_min": None, "sigma_max": None}
+FINAL_SIGMA: Table = {"final_sigmas_type": "zero"}
+RESOLUTION_SHIFT: Table = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+DYNAMIC_SHIFT: Table = {"use_dynamic_shifting": False, "time_shift_type": "exponential"}
 MULTISTEP: Table = (
-    BETAS | EPS | THRESHOLD | LEVELS | SHIFTED | {"solver_order": 2, "use_flow_sigmas": False, "flow_shift": 1.0}
+    BETAS
+    | EPS
+    | THRESHOLD
+    | SIGMA_LEVELS
+    | DYNAMIC_SHIFT
+    | {"solver_order": 2, "use_flow_sigmas": False, "flow_shift": 1.0}
 )
 DPM: Table = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True}
-DDPM: Table = BETAS | EPS | THRESHOLD | CLIP | LEADING | ZERO_SNR | {"variance_type": "fixed_small"}
-DDIM: Table = BETAS | EPS | THRESHOLD | CLIP | LEADING | ZERO_SNR | {"set_alpha_to_one": True}
+DDPM: Table = BETAS | EPS | THRESHOLD | CLIP | LEADING_SPACING | ZERO_SNR | {"variance_type": "fixed_small"}
+DDIM: Table = BETAS | EPS | THRESHOLD | CLIP | LEADING_SPACING | ZERO_SNR | {"set_alpha_to_one": True}
 LCM: Table = (
     SD_BETAS
     | EPS
     | THRESHOLD
     | CLIP
-    | LEADING
+    | LEADING_SPACING
     | ZERO_SNR
     | {
         "beta_schedule": "scaled_linear",
@@ -52,10 +57,10 @@ LCM: Table = (
         "timestep_scaling": 10.0,
     }
 )
-FLOW: Table = {"num_train_timesteps": 1000, "shift": 1.0} | SHIFTED | SIZED | LEVELS
+FLOW: Table = {"num_train_timesteps": 1000, "shift": 1.0} | DYNAMIC_SHIFT | RESOLUTION_SHIFT | SIGMA_LEVELS
 FLOW |= {"invert_sigmas": False, "shift_terminal": None}
 EDM: Table = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras", "rho": 7.0}
-EDM |= {"num_train_timesteps": 1000} | EPS | FINAL
+EDM |= {"num_train_timesteps": 1000} | EPS | FINAL_SIGMA
 EDM_DPM: Table = EDM | {
     "solver_order": 2,
     "solver_type": "midpoint",
@@ -70,21 +75,21 @@ DEFAULTS: dict[str, Table] = {
     "DDIMParallelScheduler": DDIM,
     "EulerDiscreteScheduler": BETAS
     | EPS
-    | SPACED
-    | LEVELS
-    | ENDS
-    | FINAL
+    | TIMESTEP_SPACING
+    | SIGMA_LEVELS
+    | SIGMA_ENDS
+    | FINAL_SIGMA
     | ZERO_SNR
     | {"interpolation_type": "linear", "timestep_type": "discrete"},
-    "EulerAncestralDiscreteScheduler": BETAS | EPS | SPACED | ZERO_SNR,
-    "HeunDiscreteScheduler": SD_BETAS | EPS | SPACED | LEVELS | CLIP | {"clip_sample": False},
-    "KDPM2DiscreteScheduler": SD_BETAS | EPS | SPACED | LEVELS,
-    "KDPM2AncestralDiscreteScheduler": SD_BETAS | EPS | SPACED | LEVELS,
-    "LMSDiscreteScheduler": BETAS | EPS | SPACED | LEVELS,
+    "EulerAncestralDiscreteScheduler": BETAS | EPS | TIMESTEP_SPACING | ZERO_SNR,
+    "HeunDiscreteScheduler": SD_BETAS | EPS | TIMESTEP_SPACING | SIGMA_LEVELS | CLIP | {"clip_sample": False},
+    "KDPM2DiscreteScheduler": SD_BETAS | EPS | TIMESTEP_SPACING | SIGMA_LEVELS,
+    "KDPM2AncestralDiscreteScheduler": SD_BETAS | EPS | TIMESTEP_SPACING | SIGMA_LEVELS,
+    "LMSDiscreteScheduler": BETAS | EPS | TIMESTEP_SPACING | SIGMA_LEVELS,
     "DPMSolverMultistepScheduler": MULTISTEP
     | DPM
-    | SPACED
-    | FINAL
+    | TIMESTEP_SPACING
+    | FINAL_SIGMA
     | ZERO_SNR
     | {
         "euler_at_final": False,
@@ -94,12 +99,12 @@ DEFAULTS: dict[str, Table] = {
     },
     "DPMSolverSinglestepScheduler": MULTISTEP
     | DPM
-    | FINAL
+    | FINAL_SIGMA
     | {"lower_order_final": False, "lambda_min_clipped": -float("inf"), "variance_type": None},
     "UniPCMultistepScheduler": MULTISTEP
-    | SPACED
-    | ENDS
-    | FINAL
+    | TIMESTEP_SPACING
+    | SIGMA_ENDS
+    | FINAL_SIGMA
     | ZERO_SNR
     | {
         "predict_x0": True,
@@ -110,9 +115,9 @@ DEFAULTS: dict[str, Table] = {
         "shift_terminal": None,
     },
     "DEISMultistepScheduler": MULTISTEP
-    | SPACED
+    | TIMESTEP_SPACING
     | {"algorithm_type": "deis", "solver_type": "logrho", "lower_order_final": True},
-    "PNDMScheduler": BETAS | EPS | LEADING | {"skip_prk_steps": False, "set_alpha_to_one": False},
+    "PNDMScheduler": BETAS | EPS | LEADING_SPACING | {"skip_prk_steps": False, "set_alpha_to_one": False},
     "LCMScheduler": LCM,
     "TCDScheduler": LCM,
     "FlowMatchEulerDiscreteScheduler": FLOW | {"stochastic_sampling": False},
@@ -140,20 +145,20 @@ DEFAULTS: dict[str, Table] = {
 }
 """Every mapped class, with what its constructor takes."""
 
-READ_IN_PASSING: dict[str, Table] = {
-    "DPMSolverMultistepScheduler": ENDS | SIZED,
-    "DPMSolverSinglestepScheduler": ENDS | SIZED,
-    "DEISMultistepScheduler": ENDS | SIZED,
-    "UniPCMultistepScheduler": SIZED,
-    "HeunDiscreteScheduler": ENDS,
-    "KDPM2DiscreteScheduler": ENDS,
-    "KDPM2AncestralDiscreteScheduler": ENDS,
+UNDECLARED_OPTIONS: dict[str, Table] = {
+    "DPMSolverMultistepScheduler": SIGMA_ENDS | RESOLUTION_SHIFT,
+    "DPMSolverSinglestepScheduler": SIGMA_ENDS | RESOLUTION_SHIFT,
+    "DEISMultistepScheduler": SIGMA_ENDS | RESOLUTION_SHIFT,
+    "UniPCMultistepScheduler": RESOLUTION_SHIFT,
+    "HeunDiscreteScheduler": SIGMA_ENDS,
+    "KDPM2DiscreteScheduler": SIGMA_ENDS,
+    "KDPM2AncestralDiscreteScheduler": SIGMA_ENDS,
 }
 """Options that a class (or the pipeline around it) reads where a file has them, though its constructor has not."""
 
 DISCRETE_DATA = "it works on tokens or classes, not on Gaussian noise"
 OWN_PATH = "its noise path is its own, outside the three families"
-REFUSED = {
+UNSUPPORTED = {
     "AmusedScheduler": DISCRETE_DATA,
     "BlockRefinementScheduler": DISCRETE_DATA,
     "DiscreteDDIMScheduler": DISCRETE_DATA,
@@ -235,7 +240,7 @@ class Options:
         return [float(v) for v in value]
 
 
-def read(config: Mapping[str, object]) -> Options:
+def parse_options(config: Mapping[str, object]) -> Options:
     """The options of the class that config names under _class_name, its defaults filled in.
 
     Raises ValueError for a class that is missing, unknown (with the nearest name) or without a counterpart (with the
@@ -244,13 +249,13 @@ def read(config: Mapping[str, object]) -> Options:
     name = config.get("_class_name")
     if not isinstance(name, str):
         raise ValueError("a scheduler's configuration needs _class_name, as in diffusers' scheduler_config.json")
-    if name in REFUSED:
-        raise ValueError(f"{name} is not supported: {REFUSED[name]}")
+    if name in UNSUPPORTED:
+        raise ValueError(f"{name} is not supported: {UNSUPPORTED[name]}")
     if name not in DEFAULTS:
-        near = difflib.get_close_matches(name, [*DEFAULTS, *REFUSED], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*DEFAULTS, *UNSUPPORTED], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown class {name!r}; {hint}Mapped classes: {', '.join(sorted(DEFAULTS))}")
-    known = DEFAULTS[name] | READ_IN_PASSING.get(name, {})
+    known = DEFAULTS[name] | UNDECLARED_OPTIONS.get(name, {})
     elsewhere = {key for options in DEFAULTS.values() for key in options}
     for key in config:
         if not key.startswith("_") and key not in known and key not in elsewhere:

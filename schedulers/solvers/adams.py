@@ -8,7 +8,7 @@ from torch import Tensor
 
 from schedulers.grid import Grid, Point
 from schedulers.prediction import Estimate
-from schedulers.solvers.base import Denoise, Memory, Noise, multistep_order
+from schedulers.solvers.base import Denoise, Noise, SolverState, multistep_order
 
 
 def _weights(nodes: list[float], moments: list[float]) -> list[float]:
@@ -41,14 +41,14 @@ class LMS:
         if not 1 <= self.order <= 4:
             raise ValueError(f"order={self.order}; LMS has orders 1 to 4")
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class."""
         here, there = grid[i], grid[i + 1]
         now = denoise(x, here)
         if here.alpha == 0:
             return there.alpha * now.x0 + there.sigma * now.eps
-        memory.remember(here, now, self.order)
-        past = memory.history[::-1]
+        state.append(here, now, self.order)
+        past = state.history[::-1]
         length = there.ratio - here.ratio
         moments = [length ** (k + 1) / (k + 1) for k in range(len(past))]
         c = _weights([point.ratio - here.ratio for point, _ in past], moments)
@@ -76,15 +76,15 @@ class DEIS:
         if not 1 <= self.order <= 3:
             raise ValueError(f"order={self.order}; DEIS has orders 1 to 3")
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class."""
         here, there = grid[i], grid[i + 1]
         now = denoise(x, here)
-        memory.remember(here, now, self.order)
+        state.append(here, now, self.order)
         order = multistep_order(self.order, i, grid, self.lower_order_final)
         if order == 1:
             return there.alpha * now.x0 + there.sigma * now.eps
-        past = memory.history[: -order - 1 : -1]
+        past = state.history[: -order - 1 : -1]
         u = here.log_snr - there.log_snr  # log of r_next / r
         moments = [here.ratio * math.expm1(u)]
         for k in range(1, order):
@@ -114,34 +114,34 @@ class PNDM:
     runge_kutta: bool = False
     whole_times: bool = False
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class."""
         here, there = grid[i], grid[i + 1]
         now = denoise(x, here)
-        memory.remember(here, now, 4)
+        state.append(here, now, 4)
         if self.runge_kutta and i < 3:
             return self._runge_kutta(x, here, there, now, grid, denoise)
-        past = [e.eps for _, e in memory.history[::-1]]
+        past = [e.eps for _, e in state.history[::-1]]
         if len(past) == 1 and there.sigma > 0:
-            return _transfer(x, here, there, (now.eps + denoise(_transfer(x, here, there, now.eps), there).eps) / 2)
+            return _ddim_step(x, here, there, (now.eps + denoise(_ddim_step(x, here, there, now.eps), there).eps) / 2)
         eps = now.eps
         if len(past) > 1:
             eps = AB[len(past)][0] * past[0]
             for c, e in zip(AB[len(past)][1:], past[1:], strict=True):
                 eps = eps + c * e
-        return _transfer(x, here, there, eps)
+        return _ddim_step(x, here, there, eps)
 
     def _runge_kutta(self, x: Tensor, here: Point, there: Point, now: Estimate, grid: Grid, denoise: Denoise) -> Tensor:
         """Equation 13: four evaluations, at here, twice half-way in time, and at there."""
         if there.sigma == 0:
-            return _transfer(x, here, there, now.eps)
+            return _ddim_step(x, here, there, now.eps)
         half = (here.t - there.t) / 2
         half = math.floor(half) if self.whole_times else half
         first, middle = grid.at_time(here.t - half), grid.at_time(there.t + half)
-        second = denoise(_transfer(x, here, first, now.eps), middle).eps
-        third = denoise(_transfer(x, here, middle, second), middle).eps
-        fourth = denoise(_transfer(x, here, there, third), there).eps
-        return _transfer(x, here, there, (now.eps + 2 * second + 2 * third + fourth) / 6)
+        second = denoise(_ddim_step(x, here, first, now.eps), middle).eps
+        third = denoise(_ddim_step(x, here, middle, second), middle).eps
+        fourth = denoise(_ddim_step(x, here, there, third), there).eps
+        return _ddim_step(x, here, there, (now.eps + 2 * second + 2 * third + fourth) / 6)
 
     def evaluations(self, grid: Grid) -> int:
         """One a step; one more for the improved Euler start, three more for each Runge-Kutta step."""
@@ -149,6 +149,6 @@ class PNDM:
         return grid.steps + int(starts.sum()) * (3 if self.runge_kutta else 1)
 
 
-def _transfer(x: Tensor, here: Point, there: Point, eps: Tensor) -> Tensor:
+def _ddim_step(x: Tensor, here: Point, there: Point, eps: Tensor) -> Tensor:
     """DDIM's step for a given eps (PNDM's equation 11)."""
     return there.alpha * ((x - here.sigma * eps) / here.alpha) + there.sigma * eps

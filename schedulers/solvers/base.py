@@ -27,7 +27,7 @@ that needs more than one draw a step asks for draw k under the key i + k * grid.
 
 
 @dataclass
-class Memory:
+class SolverState:
     """What a solver remembers of one request; one object a request, never shared.
 
     history: points and estimates of earlier steps, oldest first. sample: an earlier state, for solvers that step again
@@ -37,21 +37,21 @@ class Memory:
     history: list[tuple[Point, Estimate]] = field(default_factory=list)
     sample: Tensor | None = None
     order: int = 0
-    size: float | None = None
+    step_size: float | None = None
 
-    def remember(self, point: Point, estimate: Estimate, length: int) -> None:
+    def append(self, point: Point, estimate: Estimate, length: int) -> None:
         """Append, and keep the last `length` entries."""
         self.history = [*self.history, (point, estimate)][-length:]
 
-    def copy(self) -> "Memory":
+    def copy(self) -> "SolverState":
         """An independent copy; the tensors, which no solver changes, are shared."""
-        return Memory(list(self.history), self.sample, self.order, self.size)
+        return SolverState(list(self.history), self.sample, self.order, self.step_size)
 
 
 class Solver(Protocol):
     """A frozen rule for one step."""
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """The state at grid[i + 1] from the state x at grid[i], same shape and dtype."""
 
     def evaluations(self, grid: Grid) -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from schedulers.grid import Grid
-from schedulers.solvers.base import Denoise, Memory, Noise
+from schedulers.solvers.base import Denoise, Noise, SolverState
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Euler:
     2209.03003, section 2.1).
     """
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class."""
         there = grid.landing(i)
         now = denoise(x, grid[i])
@@ -47,7 +47,7 @@ class DDIM:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta}; give a number from 0 (no noise) to 1 (the DDPM posterior)")
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class."""
         here, there = grid[i], grid.landing(i)
         now = denoise(x, here)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from schedulers.grid import Grid
-from schedulers.solvers.base import Denoise, Memory, Noise
+from schedulers.solvers.base import Denoise, Noise, SolverState
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Heun:
     Euler's.
     """
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class."""
         here, there = grid[i], grid[i + 1]
         now = denoise(x, here)
@@ -54,7 +54,7 @@ class DPM2:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta}; give a number from 0 (no noise) to 1 (ancestral)")
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class."""
         here, there = grid[i], grid[i + 1]
         now = denoise(x, here)
@@ -62,7 +62,7 @@ class DPM2:
             return there.alpha * now.x0 + there.sigma * now.eps
         up = self.eta * there.ratio * math.sqrt(max(0.0, 1 - (there.ratio / here.ratio) ** 2))
         down = math.sqrt(there.ratio**2 - up**2)
-        middle = grid.at(math.sqrt(here.ratio * down))
+        middle = grid.at_ratio(math.sqrt(here.ratio * down))
         then = denoise(middle.alpha * now.x0 + middle.sigma * now.eps, middle)
         x_next = there.alpha * (x / here.alpha + (down - here.ratio) * then.eps)
         return x_next + there.alpha * up * noise(i).to(x) if up > 0 else x_next

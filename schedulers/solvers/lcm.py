@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from schedulers.grid import Grid
-from schedulers.solvers.base import Denoise, Memory, Noise
+from schedulers.solvers.base import Denoise, Noise, SolverState
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class LCM:
     timestep_scaling: float = 10.0
     sigma_data: float = 0.5
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class."""
         here, there = grid[i], grid[i + 1]
         f = denoise(x, here).x0
@@ -54,7 +54,7 @@ class TCD:
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma}; give a number from 0 (no noise) to 1 (all of it fresh)")
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class."""
         there, now = grid[i + 1], denoise(x, grid[i])
         beyond = grid.at_time(math.floor((1 - self.gamma) * there.t))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from schedulers.grid import Grid, Point
 from schedulers.prediction import Estimate
-from schedulers.solvers.base import Denoise, Memory, Noise
+from schedulers.solvers.base import Denoise, Noise, SolverState
 
 Variance = Literal["small", "large", "learned_range", "learned"]
 
@@ -34,7 +34,7 @@ class DDPM:
     variance: Variance = "small"
     final_noise: bool = False
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class. Raises ValueError when a learned variance is asked of an output without one."""
         here, there = grid[i], grid.landing(i)
         now = denoise(x, here)
@@ -44,10 +44,10 @@ class DDPM:
         mean = there.alpha * ((1 - k) * now.x0 + k_over_alpha * x)
         if there.sigma == 0 and not (self.final_noise and here.t > 0):
             return mean
-        s = self._deviation(here, there, k, now)
+        s = self._noise_std(here, there, k, now)
         return mean + s * noise(i).to(x) if isinstance(s, Tensor) or s > 0 else mean
 
-    def _deviation(self, here: Point, there: Point, k: float, now: Estimate) -> Tensor | float:
+    def _noise_std(self, here: Point, there: Point, k: float, now: Estimate) -> Tensor | float:
         small, large = there.sigma * math.sqrt(1 - k), here.sigma * math.sqrt(1 - k)
         if self.variance == "small":
             return small
@@ -60,9 +60,9 @@ class DDPM:
             )
         if self.variance == "learned":
             return now.variance.clamp(min=0).sqrt()
-        share = (now.variance + 1) / 2
+        fraction = (now.variance + 1) / 2
         log_small, log_large = math.log(max(small, 1e-10)), math.log(max(large, 1e-10))
-        return torch.exp(share * log_large + (1 - share) * log_small)
+        return torch.exp(fraction * log_large + (1 - fraction) * log_small)
 
     def evaluations(self, grid: Grid) -> int:
         """One a step."""

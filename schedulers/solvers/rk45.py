@@ -8,7 +8,7 @@ from torch import Tensor
 
 from schedulers.grid import Grid, Point
 from schedulers.prediction import Estimate
-from schedulers.solvers.base import Denoise, Memory, Noise
+from schedulers.solvers.base import Denoise, Noise, SolverState
 
 # Dormand and Prince 1980: stages, fifth-order weights, and the difference from the fourth-order ones.
 C = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0)
@@ -49,18 +49,18 @@ class RK45:
                 f"rk45 needs rtol, atol > 0 and 0 < clean_below < 1, got {self.rtol}, {self.atol}, {self.clean_below}"
             )
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class. Raises ValueError when the tolerances ask for more than max_evaluations in one step."""
         here, there = grid[i], grid[i + 1]
-        nearest = _u(grid.at(0.0))  # a discrete path has no point below its first index
+        nearest = _u(grid.at_ratio(0.0))  # a discrete path has no point below its first index
         u, end, calls = _u(here), max(_u(there), self.clean_below, nearest), 1
         y = x / (here.alpha + here.sigma)
         slope, now = self._slope(y, here, denoise)
-        size = memory.size or (u - end) / 8
+        size = state.step_size or (u - end) / 8
         while u > end:
             size = min(size, u - end)
             stop = end if size == u - end else u - size
-            proposed, then, error = self._try(y, u, stop - u, slope, grid, denoise)
+            proposed, then, error = self._trial_step(y, u, stop - u, slope, grid, denoise)
             calls += 6
             if calls > self.max_evaluations:
                 raise ValueError(
@@ -68,25 +68,25 @@ class RK45:
                 )
             if error <= 1:
                 y, u, (slope, now) = proposed, stop, then
-                memory.size = size
+                state.step_size = size
             size *= min(5.0, max(0.2, 0.9 * error**-0.2)) if error > 0 else 5.0
         if there.sigma == 0:
             return now.x0
         return (there.alpha + there.sigma) * y
 
-    def _try(
+    def _trial_step(
         self, y: Tensor, u: float, du: float, slope: Tensor, grid: Grid, denoise: Denoise
     ) -> tuple[Tensor, tuple[Tensor, Estimate], float]:
         """One trial: the state at u + du, its slope and estimate there, and the error in units of the tolerance."""
         slopes = [slope]
         for c, row in zip(C[1:], A[1:], strict=True):
-            slopes.append(self._slope(y + du * _mix(row, slopes), _at(grid, u + c * du), denoise)[0])
-        proposed = y + du * _mix(B, slopes)
+            slopes.append(self._slope(y + du * _weighted_sum(row, slopes), _at(grid, u + c * du), denoise)[0])
+        proposed = y + du * _weighted_sum(B, slopes)
         last = self._slope(proposed, _at(grid, u + du), denoise)
         scale = self.atol + self.rtol * torch.maximum(y.abs(), proposed.abs())
-        off = du * _mix(E, [*slopes, last[0]]) / scale
-        each = off.reshape(len(off), -1).square().mean(dim=-1).sqrt()
-        return proposed, last, float(each.max())
+        scaled_error = du * _weighted_sum(E, [*slopes, last[0]]) / scale
+        error_per_sample = scaled_error.reshape(len(scaled_error), -1).square().mean(dim=-1).sqrt()
+        return proposed, last, float(error_per_sample.max())
 
     @staticmethod
     def _slope(y: Tensor, point: Point, denoise: Denoise) -> tuple[Tensor, Estimate]:
@@ -103,10 +103,10 @@ def _u(point: Point) -> float:
 
 
 def _at(grid: Grid, u: float) -> Point:
-    return grid.at(u / (1 - u) if u < 1 else math.inf)
+    return grid.at_ratio(u / (1 - u) if u < 1 else math.inf)
 
 
-def _mix(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+def _weighted_sum(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
     total = weights[0] * slopes[0]
     for w, slope in zip(weights[1:], slopes[1:], strict=True):
         if w:

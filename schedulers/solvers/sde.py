@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from schedulers.grid import Grid, Point
-from schedulers.solvers.base import Denoise, Memory, Noise, Solver
+from schedulers.solvers.base import Denoise, Noise, Solver, SolverState
 from schedulers.solvers.posterior import DDPM
 
 
@@ -22,7 +22,7 @@ class EulerMaruyama:
 
     even_dt: bool = False
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class. Raises ValueError on a row with alpha = 0, where the drift is infinite."""
         here, there = grid[i], grid[i + 1]
         if here.alpha == 0 or grid.path is None:
@@ -65,14 +65,14 @@ class EDMChurn:
                 f"{self.s_tmax} and {self.s_noise}"
             )
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class. Raises ValueError on a row with alpha = 0, above which there is no noisier point."""
         here, there = grid[i], grid[i + 1]
         if here.alpha == 0:
             raise ValueError("churn cannot start at alpha = 0, where no noise can be added; set sigma_first=0.999")
         y, hat = x / here.alpha, here
         if gamma := self._gamma(here, grid):
-            hat = grid.at(here.ratio * (1 + gamma))
+            hat = grid.at_ratio(here.ratio * (1 + gamma))
             added = math.sqrt(max(hat.ratio**2 - here.ratio**2, 0.0))
             y = y + added * self.s_noise * noise(i).to(x)
         now = denoise(hat.alpha * y, hat)
@@ -114,7 +114,7 @@ class PredictorCorrector:
                 f"corrections={self.corrections} and snr={self.snr}; give at least one correction and a snr above 0"
             )
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class."""
         here, there = grid[i], grid[i + 1]
         for k in range(self.corrections):
@@ -124,7 +124,7 @@ class PredictorCorrector:
             if self.vp_scale:
                 size = size * (here.alpha / there.alpha) ** 2
             x = x + size * score + (2 * size).sqrt() * z
-        return self.predictor.step(x, i, grid, denoise, memory, noise)
+        return self.predictor.step(x, i, grid, denoise, state, noise)
 
     def evaluations(self, grid: Grid) -> int | None:
         """The predictor's, and one for each correction."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from schedulers.grid import Grid, Point
 from schedulers.prediction import Estimate
-from schedulers.solvers.base import Denoise, Memory, Noise
+from schedulers.solvers.base import Denoise, Noise, SolverState
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class UniPC:
     form: Literal["data", "noise"] = "data"
     lower_order_final: bool = True
     corrector: bool = True
-    uncorrected: tuple[int, ...] = ()
+    disable_corrector: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
             raise ValueError(f"order={self.order}; UniPC is offered with orders 1, 2 and 3")
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class. Raises ValueError when form="noise" is asked to step from alpha = 0 or to sigma = 0."""
         here, there = grid[i], grid[i + 1]
         now = denoise(x, here)
-        if self.corrector and i - 1 not in self.uncorrected and memory.sample is not None and memory.order > 0:
-            x = self._move(memory.sample, memory.history, here, memory.order, now)
-        memory.remember(here, now, self.order)
+        if self.corrector and i - 1 not in self.disable_corrector and state.sample is not None and state.order > 0:
+            x = self._update(state.sample, state.history, here, state.order, now)
+        state.append(here, now, self.order)
         order = min(self.order, grid.steps - i) if self.lower_order_final else self.order
         order = min(order, i + 1 if grid.alpha[0] > 0 else max(i, 1))
         if there.sigma == 0:
@@ -54,20 +54,20 @@ class UniPC:
             raise ValueError(
                 "UniPC in the noise form cannot step from alpha = 0 or to sigma = 0; use form=data, or end=t_min"
             )
-        memory.sample, memory.order = x, order if finite else 0
-        return self._move(x, memory.history, there, order, None)
+        state.sample, state.order = x, order if finite else 0
+        return self._update(x, state.history, there, order, None)
 
-    def _move(
+    def _update(
         self, x: Tensor, history: list[tuple[Point, Estimate]], there: Point, order: int, then: Estimate | None
     ) -> Tensor:
         """From the last row of history to `there`: predicted, or corrected where `then` is the estimate made there."""
         here, latest = history[-1]
         h = there.log_snr - here.log_snr
-        a_next, carry, step = there.alpha, there.sigma / here.sigma, -h
+        a_next, x_factor, step = there.alpha, there.sigma / here.sigma, -h
         if self.form == "noise":
-            a_next, carry, step = there.sigma, there.alpha / here.alpha, h
+            a_next, x_factor, step = there.sigma, there.alpha / here.alpha, h
         m0, phi = self._value(latest), math.expm1(step)
-        x_next = carry * x - a_next * phi * m0
+        x_next = x_factor * x - a_next * phi * m0
         others = [(self._value(e), (point.log_snr - here.log_snr) / h) for point, e in history[-2 : -order - 1 : -1]]
         if then is not None:
             others.append((self._value(then), 1.0))
@@ -84,13 +84,13 @@ class UniPC:
         """The weights of the differences, from the order conditions."""
         if (then is None and order == 2) or (then is not None and order == 1):
             return np.array([0.5])
-        count, value, factorial, wanted = len(ratios), math.expm1(step) / step - 1, 1.0, []
+        count, value, factorial, moments = len(ratios), math.expm1(step) / step - 1, 1.0, []
         for k in range(1, count + 1):
-            wanted.append(value * factorial / scale)
+            moments.append(value * factorial / scale)
             factorial *= k + 1
             value = value / step - 1 / factorial
         rows = np.array([[r**k for r in ratios] for k in range(count)])
-        return np.asarray(np.linalg.solve(rows, np.array(wanted)), dtype=np.float64)
+        return np.asarray(np.linalg.solve(rows, np.array(moments)), dtype=np.float64)
 
     def _value(self, estimate: Estimate) -> Tensor:
         return estimate.x0 if self.form == "data" else estimate.eps

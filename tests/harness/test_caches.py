@@ -32,7 +32,7 @@ from harness.tasks.report.rivals import rival, rivals
 from models.attention import math_attention
 from models.components import LatentSpace
 from schedulers.build import build
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 from schedulers.grid import Point
 from schedulers.prediction import Estimate
 from tests.harness.report_tree import Maker, apart
@@ -121,7 +121,7 @@ def test_a_network_without_gates_and_guidance_as_it_was_are_the_default() -> Non
 # ---------------------------------------------------------------- guidance, by hand
 
 
-def samples_for(steps: int, settings: Settings) -> list[Sample]:
+def samples_for(steps: int, settings: NoiseSchedulerSettings) -> list[Sample]:
     scheduler, run = build(settings), context()
     samples = [Sample(ask) for ask in asks(request(prompts=["red"], steps=steps))]
     TextEncoding(ToyEncoder).forward(samples, run)
@@ -130,7 +130,9 @@ def samples_for(steps: int, settings: Settings) -> list[Sample]:
     return samples
 
 
-def drawn_by_hand(settings: Settings, sample: Sample, guided: Callable[[int, Point], str]) -> torch.Tensor:
+def drawn_by_hand(
+    settings: NoiseSchedulerSettings, sample: Sample, guided: Callable[[int, Point], str]
+) -> torch.Tensor:
     """A loop over the schedulers with two calls of the network where an evaluation is of both branches."""
     scheduler, network = build(settings), ToyNetwork()
     assert sample.grid is not None
@@ -161,7 +163,7 @@ CASES: dict[str, tuple[When, Callable[[int, Point], str]]] = {
 
 @pytest.mark.parametrize("settings", [FAMILIES[2], FAMILIES[4]], ids=["ddim", "sgm heun"])
 @pytest.mark.parametrize("case", list(CASES))
-def test_guidance_is_what_a_loop_by_hand_draws(case: str, settings: Settings) -> None:
+def test_guidance_is_what_a_loop_by_hand_draws(case: str, settings: NoiseSchedulerSettings) -> None:
     when, by_hand = CASES[case]
     (sample,) = samples_for(6, settings)
     network, run = ToyNetwork(), context()

@@ -27,16 +27,16 @@ from harness.pipeline.validate import InputValidation, Limits
 from harness.serving.worker import Worker
 from models.components import Conditioning, LatentSpace, networks_in
 from schedulers.build import build
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 from schedulers.grid import Point
 from schedulers.prediction import Estimate
 
 FAMILIES = [
-    Settings("rectified_flow"),
-    Settings("rectified_flow", solver="heun", shift=3.0),
-    Settings("ddpm", solver="ddim", eta=0.0),
-    Settings("ddpm", solver="ddim", eta=1.0),
-    Settings("sgm", solver="heun"),
+    NoiseSchedulerSettings("rectified_flow"),
+    NoiseSchedulerSettings("rectified_flow", solver="heun", shift=3.0),
+    NoiseSchedulerSettings("ddpm", solver="ddim", eta=0.0),
+    NoiseSchedulerSettings("ddpm", solver="ddim", eta=1.0),
+    NoiseSchedulerSettings("sgm", solver="heun"),
 ]
 
 
@@ -98,7 +98,7 @@ def context(batch_size: int = 1, check_cancelled: object = lambda: None) -> RunC
     )
 
 
-def worker(network: nn.Module, settings: Settings = FAMILIES[0], decoder: object = None) -> Worker:
+def worker(network: nn.Module, settings: NoiseSchedulerSettings = FAMILIES[0], decoder: object = None) -> Worker:
     scheduler = build(settings)
     stages: list[Stage] = [
         TextEncoding(ToyEncoder),
@@ -112,7 +112,7 @@ def worker(network: nn.Module, settings: Settings = FAMILIES[0], decoder: object
 
 
 def draw(
-    asked: GenerationRequest, network: nn.Module, settings: Settings = FAMILIES[0]
+    asked: GenerationRequest, network: nn.Module, settings: NoiseSchedulerSettings = FAMILIES[0]
 ) -> tuple[RankOutcome, list[np.ndarray]]:
     frames = worker(network, settings).generate(asked, lambda stage, done, total: None, lambda: False)
     outcome = decode(frames)
@@ -292,7 +292,7 @@ def test_picture_k_has_seed_plus_k_over_prompts_then_samples() -> None:
 
 @pytest.mark.parametrize("settings", FAMILIES, ids=str)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_request_is_the_schedulers_loop_by_hand(settings: Settings, guidance: float) -> None:
+def test_a_request_is_the_schedulers_loop_by_hand(settings: NoiseSchedulerSettings, guidance: float) -> None:
     network, encoder, scheduler = ToyNetwork(), ToyEncoder(), build(settings)
     _, pictures = draw(request(guidance=guidance), network, settings)
     grid = scheduler.grid(4)
@@ -317,7 +317,7 @@ def test_a_request_is_the_schedulers_loop_by_hand(settings: Settings, guidance: 
 
 
 @pytest.mark.parametrize("settings", FAMILIES, ids=str)
-def test_a_picture_does_not_depend_on_its_batch(settings: Settings) -> None:
+def test_a_picture_does_not_depend_on_its_batch(settings: NoiseSchedulerSettings) -> None:
     prompts = ["red", "blue", "green"]
     _, alone = draw(request(prompts=prompts), ToyNetwork(), settings)
     for size in (2, 3, 8):
@@ -330,7 +330,7 @@ def test_a_picture_does_not_depend_on_its_batch(settings: Settings) -> None:
 
 
 def test_evaluations_and_steps_are_counted() -> None:
-    outcome, _ = draw(request(steps=5), ToyNetwork(), Settings("rectified_flow", solver="heun"))
+    outcome, _ = draw(request(steps=5), ToyNetwork(), NoiseSchedulerSettings("rectified_flow", solver="heun"))
     report = outcome.report
     assert report is not None
     assert report.network_evaluations == {"text_encoder": 3, "denoiser": 2 * 9, "decoder": 2}
@@ -374,7 +374,7 @@ def test_a_cancelled_request_stops_within_one_step(after: int, solver: str) -> N
         done = steps
         assert total == (100 if steps else 0)
 
-    one = worker(network, Settings("rectified_flow", solver=solver))
+    one = worker(network, NoiseSchedulerSettings("rectified_flow", solver=solver))
     frames = one.generate(request(steps=50), on_progress, lambda: done >= after)
     outcome = decode(frames)
     assert isinstance(outcome, RankOutcome)

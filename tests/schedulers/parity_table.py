@@ -11,7 +11,7 @@ import torch
 
 from schedulers.published import from_diffusers
 from schedulers.published.classes import BUILDERS
-from schedulers.published.options import REFUSED
+from schedulers.published.options import UNSUPPORTED
 from tests.schedulers.parity import compare
 from tests.schedulers.published_cases import CASES, REFUSALS
 
@@ -78,7 +78,7 @@ def table() -> str:
         varied = f"{len(cases)}: {', '.join(sorted(options))}"
         rows.append(f"| {name} | {varied} | {worst(name, False):.0e} | {worst(name, True):.0e} | {refused(name)} |")
     reasons: dict[str, list[str]] = defaultdict(list)
-    for name, reason in REFUSED.items():
+    for name, reason in UNSUPPORTED.items():
         reasons[reason].append(name.removesuffix("Scheduler"))
     rows += ["", "Without a counterpart, and refused by name:", ""]
     rows += [f"- {', '.join(names)}: {reason}." for reason, names in reasons.items()]

@@ -10,7 +10,7 @@ from schedulers import paths
 from schedulers.grid import Point
 from schedulers.prediction import Estimate
 from schedulers.solvers.adams import DEIS, LMS, PNDM
-from schedulers.solvers.base import Memory, Solver
+from schedulers.solvers.base import Solver, SolverState
 from schedulers.solvers.dpm import DPMSolver
 from schedulers.solvers.euler import DDIM, Euler
 from schedulers.solvers.heun import DPM2, Heun
@@ -47,9 +47,9 @@ def samples(solver: Solver, noise: Callable[[int], Tensor], last: int = 12) -> l
     for path in PATHS:
         grid = grid_at(path, path.t_of(ratios))
         torch.testing.assert_close(grid.sigma[:-1] / grid.alpha[:-1], ratios, rtol=1e-12, atol=0)
-        x, memory = grid[0].alpha * (10 * noise(99).double()), Memory()
+        x, state = grid[0].alpha * (10 * noise(99).double()), SolverState()
         for i in range(min(grid.steps, last)):
-            x = solver.step(x, i, grid, denoise, memory, lambda i: noise(i).double())
+            x = solver.step(x, i, grid, denoise, state, lambda i: noise(i).double())
         results.append(x / grid[min(grid.steps, last)].alpha)
     return results
 

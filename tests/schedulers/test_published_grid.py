@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from schedulers import paths
-from schedulers.drop_in import evaluation_points
+from schedulers.diffusers_adapter import evaluation_points
 from schedulers.published import from_diffusers
 from schedulers.published.classes import BUILDERS
-from schedulers.published.options import DEFAULTS, REFUSED
+from schedulers.published.options import DEFAULTS, UNSUPPORTED
 from tests.schedulers.parity import Case, module_of, published, table, told
 from tests.schedulers.published_cases import CASES, OPTIONS, REFUSALS, UNKNOWN
 
@@ -58,8 +58,8 @@ def test_grid_as_published(name: str) -> None:
 
 def test_every_class_of_diffusers_is_mapped_or_refused_and_every_mapped_one_is_run() -> None:
     theirs = {name for name in dir(diffusers) if name.endswith("Scheduler")} | {"ScoreSdeVpScheduler"}
-    assert theirs == set(DEFAULTS) | set(REFUSED)
-    assert not set(DEFAULTS) & set(REFUSED)
+    assert theirs == set(DEFAULTS) | set(UNSUPPORTED)
+    assert not set(DEFAULTS) & set(UNSUPPORTED)
     assert set(BUILDERS) == set(DEFAULTS) == set(OPTIONS)
 
 

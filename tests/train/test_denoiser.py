@@ -11,7 +11,7 @@ from harness.tasks.train import denoiser
 from harness.tasks.train.denoiser import Examples
 from harness.tasks.train.objective import objective
 from models.components import Conditioning
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 
 
 def tiny() -> DenoiserConfig:
@@ -52,14 +52,16 @@ def test_batch_pairs_each_latent_with_a_caption_of_its_own() -> None:
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(tiny(), latent_size=8)
     with pytest.raises(ValueError, match=r"latent_size=8.* set it to 16"):
-        denoiser.train(config, objective(config, Settings("ddpm")), examples(), tmp_path)
+        denoiser.train(config, objective(config, NoiseSchedulerSettings("ddpm")), examples(), tmp_path)
 
 
 def test_a_checkpoint_of_another_objective_is_refused(tmp_path: Path) -> None:
     config = tiny()
-    denoiser.train(config, objective(config, Settings("ddpm")), examples(), tmp_path)
-    again = denoiser.train(config, objective(config, Settings("ddpm", solver="heun")), examples(), tmp_path)
+    denoiser.train(config, objective(config, NoiseSchedulerSettings("ddpm")), examples(), tmp_path)
+    again = denoiser.train(
+        config, objective(config, NoiseSchedulerSettings("ddpm", solver="heun")), examples(), tmp_path
+    )
     assert again.step == 16
     half = dataclasses.replace(config, dtype=Precision.bfloat16)
     with pytest.raises(ValueError, match="another objective"):
-        denoiser.train(half, objective(half, Settings("ddpm")), examples(), tmp_path)
+        denoiser.train(half, objective(half, NoiseSchedulerSettings("ddpm")), examples(), tmp_path)

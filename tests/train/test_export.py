@@ -16,7 +16,7 @@ from models.components import Conditioning
 from models.pixart import load_denoiser
 from models.source import Source
 from schedulers.build import build as build_noise_scheduler
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 
 DENOISER = DenoiserConfig(width=32, depth=1, heads=2, text_channels=32)
 TEXT = TextConfig(vocabulary=400, width=32, depth=1, heads=2, hidden=32)
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     torch.nn.init.normal_(model.project_out.weight)
     for family in ("rectified_flow", "ddpm", "sgm"):
         export.export_transformer(target, model.state_dict(), model.config, family)
-        export.export_noise_scheduler(target, objective(DENOISER, Settings(family)).settings)
+        export.export_noise_scheduler(target, objective(DENOISER, NoiseSchedulerSettings(family)).settings)
     return target
 
 
@@ -86,18 +86,18 @@ def test_the_shared_parts_of_the_model_itself_are_left_alone(folder: Path) -> No
 
 
 def test_diffusers_walks_the_same_grid_as_this_project(folder: Path) -> None:
-    ours = build_noise_scheduler(objective(DENOISER, Settings("ddpm")).settings)
+    ours = build_noise_scheduler(objective(DENOISER, NoiseSchedulerSettings("ddpm")).settings)
     ddim = DDIMScheduler.from_pretrained(folder, subfolder="scheduler_ddpm")
     ddim.set_timesteps(7)
     assert ours.timesteps(7).tolist() == ddim.timesteps.tolist()
-    ours = build_noise_scheduler(objective(DENOISER, Settings("sgm")).settings)
+    ours = build_noise_scheduler(objective(DENOISER, NoiseSchedulerSettings("sgm")).settings)
     edm = EDMEulerScheduler.from_pretrained(folder, subfolder="scheduler_sgm")
     edm.set_timesteps(7)
     torch.testing.assert_close(ours.sigmas(7).float(), edm.sigmas, rtol=1e-5, atol=1e-6)
 
 
 def test_the_published_edm_scheduler_reads_the_output_as_it_was_trained(folder: Path) -> None:
-    ours = build_noise_scheduler(objective(DENOISER, Settings("sgm")).settings)
+    ours = build_noise_scheduler(objective(DENOISER, NoiseSchedulerSettings("sgm")).settings)
     edm = EDMEulerScheduler.from_pretrained(folder, subfolder="scheduler_sgm")
     x, output, point = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), ours.grid(5)[2]
     found = edm.precondition_outputs(x, output, torch.tensor(point.sigma))
@@ -107,9 +107,14 @@ def test_the_published_edm_scheduler_reads_the_output_as_it_was_trained(folder: 
 
 
 @pytest.mark.parametrize(
-    "settings", [Settings("rectified_flow", "v"), Settings("sgm", "eps"), Settings("ddpm", spacing="karras")]
+    "settings",
+    [
+        NoiseSchedulerSettings("rectified_flow", "v"),
+        NoiseSchedulerSettings("sgm", "eps"),
+        NoiseSchedulerSettings("ddpm", spacing="karras"),
+    ],
 )
-def test_what_diffusers_has_no_name_for_is_refused(settings: Settings) -> None:
+def test_what_diffusers_has_no_name_for_is_refused(settings: NoiseSchedulerSettings) -> None:
     with pytest.raises(ValueError, match="diffusers"):
         export.published(objective(DENOISER, settings).settings)
 

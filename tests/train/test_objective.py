@@ -16,7 +16,7 @@ from harness.resolve.scheduler import noise_scheduler_settings
 from harness.tasks.train.objective import Objective, objective
 from models.components import Conditioning
 from schedulers.build import build as build_noise_scheduler
-from schedulers.families import FAMILIES, PATHS, Settings
+from schedulers.compatibility import FAMILIES, PATHS, NoiseSchedulerSettings
 from schedulers.grid import Point
 
 # The inverse of what each family's network is told.
@@ -29,7 +29,7 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
     "sub_vp": lambda tau: tau / 999,
 }
 EVERY = [
-    pytest.param(Settings(family, prediction, path=path), id=f"{path}-{prediction}")
+    pytest.param(NoiseSchedulerSettings(family, prediction, path=path), id=f"{path}-{prediction}")
     for family, paths in FAMILIES.items()
     for path in paths
     for prediction in PATHS[path].predictions
@@ -39,7 +39,7 @@ MEAN, STD = 0.5, 0.8
 
 
 def of(family: str, config: DenoiserConfig | None = None) -> Objective:
-    return objective(config or DenoiserConfig(), Settings(family))
+    return objective(config or DenoiserConfig(), NoiseSchedulerSettings(family))
 
 
 def loss(chosen: Objective, model: nn.Module, x0: Tensor, seed: int = 0) -> Tensor:
@@ -105,7 +105,7 @@ def test_the_exact_network_has_no_loss(family: str) -> None:
 
 
 @pytest.mark.parametrize("settings", EVERY)
-def test_the_minimum_on_gaussian_data_is_the_closed_form(settings: Settings) -> None:
+def test_the_minimum_on_gaussian_data_is_the_closed_form(settings: NoiseSchedulerSettings) -> None:
     """The loss is a parabola in scale and shift; Newton's step from (0, 0) lands on its minimum, which is (1, 0)."""
     chosen = objective(DenoiserConfig(), settings)
     x0 = MEAN + STD * torch.randn(100_000, 1, 1, 1, generator=torch.Generator().manual_seed(1))
@@ -123,7 +123,7 @@ def test_the_minimum_on_gaussian_data_is_the_closed_form(settings: Settings) -> 
 
 
 @pytest.mark.parametrize("settings", EVERY)
-def test_that_minimum_is_read_as_the_expected_picture(settings: Settings) -> None:
+def test_that_minimum_is_read_as_the_expected_picture(settings: NoiseSchedulerSettings) -> None:
     chosen = objective(DenoiserConfig(), settings)
     path = chosen.noise_scheduler().path
     x = torch.linspace(-3, 3, 7, dtype=torch.float64)
@@ -181,10 +181,10 @@ def test_times_can_be_chosen() -> None:
     narrow = told(of("sgm", config=DenoiserConfig(ratio_mean=-1.2, ratio_std=0.5)))
     logits = torch.logit(narrow / 1000)
     assert (logits.mean().item(), logits.std().item()) == pytest.approx((-1.2, 0.5), abs=0.02)
-    continuous = told(objective(DenoiserConfig(), Settings("sgm", "eps", path="vp"))) / 999
+    continuous = told(objective(DenoiserConfig(), NoiseSchedulerSettings("sgm", "eps", path="vp"))) / 999
     assert (continuous.min().item(), continuous.max().item()) == pytest.approx((1e-3, 1.0), abs=1e-3)
     assert continuous.mean().item() == pytest.approx(0.5, abs=0.01)
-    few = told(objective(DenoiserConfig(), Settings("ddpm", train_steps=10)))
+    few = told(objective(DenoiserConfig(), NoiseSchedulerSettings("ddpm", train_steps=10)))
     assert sorted(set(few.tolist())) == [float(i) for i in range(10)]
 
 
@@ -204,12 +204,12 @@ def test_times_that_cannot_be_are_refused(family: str, config: DenoiserConfig, h
 @pytest.mark.parametrize(
     ("settings", "hint"),
     [
-        (Settings("sgm", path="vp"), "prediction=eps"),
-        (Settings("sgm", "score"), "prediction=eps"),
-        (Settings("ddpm", learned_variance=True), "learned_variance"),
+        (NoiseSchedulerSettings("sgm", path="vp"), "prediction=eps"),
+        (NoiseSchedulerSettings("sgm", "score"), "prediction=eps"),
+        (NoiseSchedulerSettings("ddpm", learned_variance=True), "learned_variance"),
     ],
 )
-def test_what_the_loss_is_not_made_for_is_refused(settings: Settings, hint: str) -> None:
+def test_what_the_loss_is_not_made_for_is_refused(settings: NoiseSchedulerSettings, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
         objective(DenoiserConfig(), settings)
 

@@ -23,10 +23,10 @@ from harness.tasks.train.captions import caption
 from harness.tasks.train.emoji import STYLES
 from harness.tasks.train.folder import Picture
 from harness.tasks.train.run import PARTS, run
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 from tests.train.conftest import captioned
 
-FLOW = Settings("rectified_flow")
+FLOW = NoiseSchedulerSettings("rectified_flow")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 
 
@@ -107,7 +107,7 @@ def test_captions_alone_are_enough_for_every_part(config: TrainConfig, tmp_path:
     """No styles, no tags, nothing outside the vocabulary: there is no held-out picture to report on."""
     data = DataConfig(folder=str(captioned(tmp_path / "data")), recipe=None)
     own = replace(config, data=data, folder=str(tmp_path / "run"), export=str(tmp_path / "model"))
-    result = run(own, Settings("ddpm"))
+    result = run(own, NoiseSchedulerSettings("ddpm"))
     assert list(result) == list(PARTS)
     assert "held_out_psnr_db" not in result["vae"]
     assert (result["score"]["prompts"], result["score"]["family"]) == (4, "ddpm")

@@ -25,7 +25,7 @@ from harness.metrics.gallery import FILE, Gallery
 from harness.tasks.train.folder import Picture
 from models.pixart import NAMES, PixArtConfig
 from models.pixart.weights import config_json
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 
 TRANSFORMER_LIMIT = 16_000_000  # bytes of the denoiser's weights
 COMPONENTS = {
@@ -65,7 +65,7 @@ def export_transformer(folder: Path, weights: dict[str, Tensor], config: PixArtC
     _write_json(target / "config.json", config_json(config))
 
 
-def export_noise_scheduler(folder: Path, settings: Settings) -> None:
+def export_noise_scheduler(folder: Path, settings: NoiseSchedulerSettings) -> None:
     """Write the family's noise scheduler in diffusers' vocabulary; ``settings`` are resolved.
 
     Raises:
@@ -75,7 +75,7 @@ def export_noise_scheduler(folder: Path, settings: Settings) -> None:
     published(settings).save_pretrained(target)
 
 
-def published(settings: Settings) -> SchedulerMixin:
+def published(settings: NoiseSchedulerSettings) -> SchedulerMixin:
     """diffusers' object for resolved settings. Raises as ``export_noise_scheduler``."""
     s = settings
     prediction = PUBLISHED.get((s.path or "", s.prediction or ""))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from harness.config.train import DenoiserConfig, Precision, TimeSampling
 from models.components import Conditioning
 from schedulers.build import build as build_noise_scheduler
-from schedulers.families import Settings, resolve
+from schedulers.compatibility import NoiseSchedulerSettings, resolve
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.paths import NoisePath
 
@@ -83,13 +83,13 @@ class Objective:
     settings: the noise scheduler's, resolved. times: how t is drawn. dtype: the network's arithmetic, by autocast.
     """
 
-    settings: Settings
+    settings: NoiseSchedulerSettings
     times: Times
     dtype: Precision = Precision.float32
 
     @property
     def family(self) -> str:
-        """Its name in schedulers.families."""
+        """Its name in schedulers.compatibility."""
         return self.settings.family
 
     def noise_scheduler(self) -> NoiseScheduler:
@@ -125,7 +125,7 @@ class Objective:
         return (output - prediction.target(x0, eps, alpha, sigma)).square().mean()
 
 
-def objective(config: DenoiserConfig, settings: Settings) -> Objective:
+def objective(config: DenoiserConfig, settings: NoiseSchedulerSettings) -> Objective:
     """The objective of a configuration, the family's own choices filled in where it is silent.
 
     Raises:
@@ -149,7 +149,7 @@ def objective(config: DenoiserConfig, settings: Settings) -> Objective:
     return Objective(full, _times(config, full, default.times), config.dtype)
 
 
-def _times(config: DenoiserConfig, settings: Settings, default: Times) -> Times:
+def _times(config: DenoiserConfig, settings: NoiseSchedulerSettings, default: Times) -> Times:
     path = settings.path
     if (config.times or default.kind) is TimeSampling.uniform:
         if path == "edm":

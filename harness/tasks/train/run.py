@@ -23,7 +23,7 @@ from harness.tasks.train.objective import Objective, objective
 from models.files import check_component
 from models.pixart import load_denoiser
 from models.source import Source
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Room:
         return [self.vocabulary[i] for i in order[: config.prompts]]
 
 
-def run(config: TrainConfig, settings: Settings, watcher: Watcher | None = None) -> dict[str, Result]:
+def run(config: TrainConfig, settings: NoiseSchedulerSettings, watcher: Watcher | None = None) -> dict[str, Result]:
     """Run the parts of ``config`` and return what each reports; also written to ``result.json`` in the run folder.
 
     Args:

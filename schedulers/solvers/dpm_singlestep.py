@@ -7,12 +7,12 @@ from typing import Literal
 from torch import Tensor
 
 from schedulers.grid import Grid
-from schedulers.solvers.base import Denoise, Memory, Noise
-from schedulers.solvers.dpm import Form, Move
+from schedulers.solvers.base import Denoise, Noise, SolverState
+from schedulers.solvers.dpm import Form, StepFactors
 
 
 @dataclass(frozen=True)
-class DPMSingle:
+class DPMSolverSinglestep:
     """The grid's steps are dealt into blocks of `order`; the k-th step of a block goes from the block's first row s,
 
         x_next = (sigma_next / sigma_s) * x_s + alpha_next * (p1 * m_s + p2 * D1 + p3 * D2),
@@ -36,41 +36,41 @@ class DPMSingle:
                 f"order={self.order}, form={self.form}; give an order of 1 to 3, and form=data for the SDE"
             )
 
-    def orders(self, grid: Grid) -> list[int]:
+    def block_positions(self, grid: Grid) -> list[int]:
         """The place of each step in its block, from 1. A step from alpha = 0 is a block of its own."""
-        clean, alone = bool(grid.sigma[-1] == 0), int(grid.alpha[0] == 0)
-        places = [i % self.order + 1 for i in range(grid.steps - alone)]
-        if (self.lower_order_final or clean) and places and len(places) % self.order == 0 and self.order > 1:
-            places[-self.order :] = [1, 2, 1] if self.order == 3 else [1, 1]
-        places = [1] * alone + places
+        clean, first_alone = bool(grid.sigma[-1] == 0), int(grid.alpha[0] == 0)
+        positions = [i % self.order + 1 for i in range(grid.steps - first_alone)]
+        if (self.lower_order_final or clean) and positions and len(positions) % self.order == 0 and self.order > 1:
+            positions[-self.order :] = [1, 2, 1] if self.order == 3 else [1, 1]
+        positions = [1] * first_alone + positions
         if clean:
-            places[-1] = 1
-        return places
+            positions[-1] = 1
+        return positions
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """See the class."""
-        there, place = grid[i + 1], self.orders(grid)[i]
-        memory.remember(grid[i], denoise(x, grid[i]), self.order)
-        if place == 1:
-            memory.sample = x
-        start, _ = memory.history[-place]
-        assert memory.sample is not None  # the first step of every block sets it
+        there, position = grid[i + 1], self.block_positions(grid)[i]
+        state.append(grid[i], denoise(x, grid[i]), self.order)
+        if position == 1:
+            state.sample = x
+        start, _ = state.history[-position]
+        assert state.sample is not None  # the first step of every block sets it
         h = there.log_snr - start.log_snr
-        move = Move.between(start, there, self.form, self.stochastic)
-        x_next = move.carry * memory.sample + move.scale * self._sum(memory, place, h, move.step)
-        return x_next + move.spread * noise(i).to(x) if move.spread > 0 else x_next
+        factors = StepFactors.between(start, there, self.form, self.stochastic)
+        x_next = factors.x_factor * state.sample + factors.estimate_factor * self._sum(state, position, h, factors.step)
+        return x_next + factors.noise_std * noise(i).to(x) if factors.noise_std > 0 else x_next
 
-    def _sum(self, memory: Memory, place: int, h: float, step: float) -> Tensor:
+    def _sum(self, state: SolverState, position: int, h: float, step: float) -> Tensor:
         """p1 * m_s + p2 * D1 + p3 * D2."""
-        block = memory.history[-place:]
+        block = state.history[-position:]
         values = [e.x0 if self.form == "data" else e.eps for _, e in block]
         lambdas = [point.log_snr for point, _ in block]
         p1 = -math.expm1(-step)
-        if place == 1:
+        if position == 1:
             return p1 * values[0]
         p2, r = 1 - p1 / step, (lambdas[-1] - lambdas[0]) / h
         last = (values[-1] - values[0]) / r
-        if place == 2:
+        if position == 2:
             return p1 * values[0] + (p1 / 2 if self.kind == "midpoint" else p2) * last
         if self.kind == "midpoint":
             return p1 * values[0] + p2 * last

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from schedulers.conventions import Between, Start
+from schedulers.conventions import InitStdOverride, RespacedLevels
 from schedulers.paths import BetaSchedule, DiscreteVPPath, FlowPath, NoisePath, VECoordinates, betas, zero_terminal_snr
 from schedulers.prediction import X0, Clipped, Eps, Flow, Prediction, Thresholded, V
 from schedulers.published.options import Options
@@ -18,21 +18,21 @@ from schedulers.spacing import (
     FlowLinspace,
     Karras,
     Leading,
-    Level,
+    LevelKind,
     Linspace,
     ResolutionShift,
     Spacing,
-    Told,
+    TimestepMap,
     Trailing,
 )
 
-NAMED: dict[str, BetaSchedule] = {
+BETA_SCHEDULES: dict[str, BetaSchedule] = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
     "squaredcos_cap_v2": "squaredcos",
 }
 NEARLY_ZERO = 2.0**-24  # what diffusers' samplers in x / alpha put for the last alpha-bar of a zero terminal SNR
-LEVELS = {"use_karras_sigmas": Karras, "use_exponential_sigmas": Exponential, "use_beta_sigmas": Beta}
+LEVEL_FLAGS = {"use_karras_sigmas": Karras, "use_exponential_sigmas": Exponential, "use_beta_sigmas": Beta}
 
 
 def trained_betas(o: Options, last_alpha_bar: float = 0.0) -> Tensor:
@@ -41,18 +41,18 @@ def trained_betas(o: Options, last_alpha_bar: float = 0.0) -> Tensor:
     schedule, start, end = o.text("beta_schedule"), o.number("beta_start"), o.number("beta_end")
     if given is not None:
         value = torch.tensor(given, dtype=torch.float64)
-    elif schedule in NAMED:
-        value = betas(NAMED[schedule], start, end, steps)
+    elif schedule in BETA_SCHEDULES:
+        value = betas(BETA_SCHEDULES[schedule], start, end, steps)
     elif schedule == "sigmoid" and o.name.startswith("DDPM"):
         value = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
     elif schedule == "exp" and o.name == "HeunDiscreteScheduler":
         value = torch.full((steps,), -math.expm1(-12 / steps), dtype=torch.float64)
     else:
-        o.refuse("beta_schedule", f"use one of {', '.join(NAMED)}")
+        o.refuse("beta_schedule", f"use one of {', '.join(BETA_SCHEDULES)}")
     return zero_terminal_snr(value, last_alpha_bar) if o.values.get("rescale_betas_zero_snr") else value
 
 
-def discrete(o: Options, last_alpha_bar: float = NEARLY_ZERO) -> DiscreteVPPath:
+def discrete_path(o: Options, last_alpha_bar: float = NEARLY_ZERO) -> DiscreteVPPath:
     """The trained path."""
     return DiscreteVPPath(trained_betas(o, last_alpha_bar))
 
@@ -71,7 +71,7 @@ def prediction(o: Options, *kinds: str, recompute_eps: bool = False) -> Predicti
     return named[kind]
 
 
-def end(o: Options) -> End:
+def last_row(o: Options) -> End:
     """The last row by final_sigmas_type or set_alpha_to_one."""
     if "set_alpha_to_one" in o.values:
         return "clean" if o.flag("set_alpha_to_one") else "t_min"
@@ -82,7 +82,9 @@ def end(o: Options) -> End:
     return "t_min"
 
 
-def cut(o: Options, last: End, integer: bool, spare_row: bool = False, stride_target: bool = False) -> Spacing:
+def timestep_spacing(
+    o: Options, last: End, integer: bool, spare_row: bool = False, stride_target: bool = False
+) -> Spacing:
     """The trained timesteps by timestep_spacing."""
     match o.values.get("timestep_spacing", "linspace"):
         case "leading":
@@ -94,17 +96,19 @@ def cut(o: Options, last: End, integer: bool, spare_row: bool = False, stride_ta
     o.refuse("timestep_spacing", "use one of linspace, leading, trailing")
 
 
-def levels(o: Options, last: End, of: Level = "ratio") -> Karras | Exponential | Beta | None:
+def level_spacing(o: Options, last: End, level_kind: LevelKind = "ratio") -> Karras | Exponential | Beta | None:
     """Karras, exponential or beta levels, of which a file can ask for one, with its own ends where it gives them."""
-    asked = [key for key in LEVELS if key in o.values and o.flag(key)]
-    if len(asked) > 1:
-        o.refuse(asked[1], f"{asked[0]} is set too; keep one of them")
-    if not asked:
+    requested = [key for key in LEVEL_FLAGS if key in o.values and o.flag(key)]
+    if len(requested) > 1:
+        o.refuse(requested[1], f"{requested[0]} is set too; keep one of them")
+    if not requested:
         return None
-    return LEVELS[asked[0]](end=last, of=of, sigma_min=o.optional("sigma_min"), sigma_max=o.optional("sigma_max"))
+    return LEVEL_FLAGS[requested[0]](
+        end=last, level_kind=level_kind, sigma_min=o.optional("sigma_min"), sigma_max=o.optional("sigma_max")
+    )
 
 
-def within(o: Options, path: DiscreteVPPath) -> None:
+def check_level_range(o: Options, path: DiscreteVPPath) -> None:
     """Refuse levels that leave the trained table, where the network would be told the table's end."""
     low, high = (path.sigma(t) / path.alpha(t) for t in (path.t_min, path.t_max))
     for key in ("sigma_min", "sigma_max"):
@@ -113,18 +117,18 @@ def within(o: Options, path: DiscreteVPPath) -> None:
             o.refuse(key, f"the trained table goes from {low:.6g} to {high:.6g}")
 
 
-def in_ve(o: Options, last: End) -> tuple[NoisePath, Spacing]:
+def ve_path_and_spacing(o: Options, last: End) -> tuple[NoisePath, Spacing]:
     """Path and spacing of the samplers that step in x / alpha: Euler, Heun, KDPM2, LMS."""
-    table, leveled = discrete(o), levels(o, last)
-    rows = cut(o, last, integer=False)
+    table, levels = discrete_path(o), level_spacing(o, last)
+    rows = timestep_spacing(o, last, integer=False)
     start: Literal["state", "sigma"] = "state" if o.text("timestep_spacing") == "leading" else "sigma"
-    if leveled is None:
-        return VECoordinates(replace(table, interpolation="linear")), Start(rows, start)
-    within(o, table)
-    return VECoordinates(table), Start(Between(rows, leveled), start)
+    if levels is None:
+        return VECoordinates(replace(table, interpolation="linear")), InitStdOverride(rows, start)
+    check_level_range(o, table)
+    return VECoordinates(table), InitStdOverride(RespacedLevels(rows, levels), start)
 
 
-def shift(o: Options, flow: FlowLinspace) -> Spacing:
+def dynamic_shift(o: Options, flow: FlowLinspace) -> Spacing:
     """The flow's spacing, its shift growing with the picture where the file asks for it."""
     if not o.flag("use_dynamic_shifting"):
         return flow
@@ -141,21 +145,21 @@ def shift(o: Options, flow: FlowLinspace) -> Spacing:
     )
 
 
-def flow_levels(o: Options, flow: FlowLinspace) -> tuple[NoisePath, Spacing]:
+def flow_path_and_spacing(o: Options, flow: FlowLinspace) -> tuple[NoisePath, Spacing]:
     """Path and spacing of the multistep samplers with use_flow_sigmas; the network is told whole numbers."""
     path = FlowPath(float(o.count("num_train_timesteps")))
-    if levels(o, flow.end) is not None:
+    if level_spacing(o, flow.end) is not None:
         o.refuse("use_flow_sigmas", "it does not go together with karras, exponential or beta sigmas here")
-    return path, Start(Told(shift(o, flow), "floor"), "unit")
+    return path, InitStdOverride(TimestepMap(dynamic_shift(o, flow), "floor"), "unit")
 
 
-def multistep(o: Options, last: End, leveled_last: End, rounded: bool) -> tuple[NoisePath, Spacing]:
+def trained_path_and_spacing(o: Options, last: End, levels_last: End, rounded: bool) -> tuple[NoisePath, Spacing]:
     """Path and spacing of DPM-Solver, UniPC and DEIS on trained indices: one spare row, whole numbers told.
 
     leveled_last is the end of karras, exponential and beta levels; karras timesteps are rounded, the others cut.
     """
-    table, leveled = discrete(o), levels(o, leveled_last)
-    if leveled is None:
-        return table, cut(o, last, integer=True, spare_row=True)
-    within(o, table)
-    return table, Told(leveled, "round" if isinstance(leveled, Karras) and rounded else "floor")
+    table, levels = discrete_path(o), level_spacing(o, levels_last)
+    if levels is None:
+        return table, timestep_spacing(o, last, integer=True, spare_row=True)
+    check_level_range(o, table)
+    return table, TimestepMap(levels, "round" if isinstance(levels, Karras) and rounded else "floor")

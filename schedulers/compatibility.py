@@ -11,7 +11,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Row:
+class PathRules:
     """What makes sense on one path; the first of each tuple is the default."""
 
     predictions: tuple[str, ...]
@@ -26,15 +26,17 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 """The paths of each family; the first is the default."""
 
-LEVELS = ("karras", "exponential", "beta", "custom")
-CONTINUOUS = Row(
-    ("score", "eps", "x0", "v"), ("uniform", *LEVELS), ("beta_min", "beta_max", "t_last", "end", "learned_variance")
+LEVEL_SPACINGS = ("karras", "exponential", "beta", "custom")
+CONTINUOUS_VP = PathRules(
+    ("score", "eps", "x0", "v"),
+    ("uniform", *LEVEL_SPACINGS),
+    ("beta_min", "beta_max", "t_last", "end", "learned_variance"),
 )
-PATHS: dict[str, Row] = {
-    "flow": Row(("flow", "v", "x0"), ("linspace", *LEVELS), ()),
-    "discrete_vp": Row(
+PATHS: dict[str, PathRules] = {
+    "flow": PathRules(("flow", "v", "x0"), ("linspace", *LEVEL_SPACINGS), ()),
+    "discrete_vp": PathRules(
         ("eps", "v", "x0"),
-        ("leading", "trailing", "linspace", *LEVELS, "lcm"),
+        ("leading", "trailing", "linspace", *LEVEL_SPACINGS, "lcm"),
         (
             "train_steps",
             "beta_schedule",
@@ -46,14 +48,14 @@ PATHS: dict[str, Row] = {
             "learned_variance",
         ),
     ),
-    "edm": Row(("edm", "score", "eps", "x0", "v", "flow"), LEVELS, ("sigma_data", "tau_map", "end")),
-    "ve": Row(("score", "eps", "x0", "v"), ("uniform", *LEVELS), ("sigma_min", "sigma_max", "end")),
-    "vp": CONTINUOUS,
-    "sub_vp": CONTINUOUS,
+    "edm": PathRules(("edm", "score", "eps", "x0", "v", "flow"), LEVEL_SPACINGS, ("sigma_data", "tau_map", "end")),
+    "ve": PathRules(("score", "eps", "x0", "v"), ("uniform", *LEVEL_SPACINGS), ("sigma_min", "sigma_max", "end")),
+    "vp": CONTINUOUS_VP,
+    "sub_vp": CONTINUOUS_VP,
 }
 
 PREDICTIONS = ("flow", "eps", "v", "x0", "score", "edm")
-SPACINGS = ("linspace", "leading", "trailing", "uniform", *LEVELS, "lcm")
+SPACINGS = ("linspace", "leading", "trailing", "uniform", *LEVEL_SPACINGS, "lcm")
 
 SOLVERS: dict[str, tuple[str, ...]] = {
     "euler": (),
@@ -92,8 +94,8 @@ SPACING_OPTIONS: dict[str, tuple[str, ...]] = {
     "custom": ("sigmas",),
     "lcm": ("original_steps",),
 }
-FLOW_SHIFT = ("shift", "mu", "base_shift", "max_shift", "base_tokens", "max_tokens")
-FLOW_LINSPACE = (*FLOW_SHIFT, "sigma_last", "sigma_first", "spare_row", "sigma_cap", "shift_terminal")
+FLOW_SHIFT_OPTIONS = ("shift", "mu", "base_shift", "max_shift", "base_tokens", "max_tokens")
+FLOW_LINSPACE_OPTIONS = (*FLOW_SHIFT_OPTIONS, "sigma_last", "sigma_first", "spare_row", "sigma_cap", "shift_terminal")
 PREDICTION_OPTIONS: dict[str, tuple[str, ...]] = {"edm": ("sigma_data", "edm_sign")}
 
 NO_INDICES = "this path has no trained indices to pick from"
@@ -138,7 +140,7 @@ REASONS = {
 }
 """Why a known (path, part, name) is refused."""
 
-AT_PURE_NOISE = {
+UNSUPPORTED_AT_PURE_NOISE = {
     "edm_churn": "no noise can be added above pure noise",
     "euler_maruyama": "the drift of the reverse SDE is infinite at alpha = 0",
     "pndm": "PNDM divides by alpha",
@@ -147,7 +149,7 @@ AT_PURE_NOISE = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class NoiseSchedulerSettings:
     """Plain parameters of a noise scheduler; None means the path's or solver's default, given here in brackets.
 
     path: of the family [its first]. prediction, spacing: the first of the path's row. solver: euler. state_dtype: round
@@ -247,41 +249,43 @@ class Settings:
     atol: float | None = None
 
 
-def _known(part: str, name: str, names: Sequence[str]) -> None:
+def _require_known(part: str, name: str, names: Sequence[str]) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown {part} {name!r}; {hint}Choose one of: {', '.join(names)}")
 
 
-def _legal(settings: Settings, path: str, part: str, name: str, legal: Sequence[str], known: Sequence[str]) -> None:
-    _known(part, name, known)
+def _require_supported(
+    settings: NoiseSchedulerSettings, path: str, part: str, name: str, supported: Sequence[str], known: Sequence[str]
+) -> None:
+    _require_known(part, name, known)
     reason = REASONS.get((path, part, name))
-    if reason is not None or name not in legal:
-        allowed = ", ".join(other for other in legal if (path, part, other) not in REASONS)
+    if reason is not None or name not in supported:
+        allowed = ", ".join(other for other in supported if (path, part, other) not in REASONS)
         why = reason or "no such combination"
         where = f"family={settings.family}" + (f" with path={path}" if len(FAMILIES[settings.family]) > 1 else "")
         raise ValueError(f"{part}={name} cannot run on {where}: {why}. Use one of: {allowed}")
 
 
-def resolve(settings: Settings, steps: int | None = None) -> Settings:
+def resolve(settings: NoiseSchedulerSettings, steps: int | None = None) -> NoiseSchedulerSettings:
     """The settings with path, prediction, solver and spacing filled in and found legal, with `steps` when it is given.
 
     Raises ValueError, naming what to change, for an unknown name (with the nearest one), a combination that cannot
     run (with the reason) and an impossible number of steps. Warns of an option that has no effect.
     """
-    _known("family", settings.family, tuple(FAMILIES))
+    _require_known("family", settings.family, tuple(FAMILIES))
     paths = FAMILIES[settings.family]
     path = settings.path or paths[0]
     if path not in paths:
         raise ValueError(f"path={path} does not belong to family={settings.family}. Use one of: {', '.join(paths)}")
-    row = PATHS[path]
-    prediction = settings.prediction or row.predictions[0]
-    spacing = settings.spacing or row.spacings[0]
+    rules = PATHS[path]
+    prediction = settings.prediction or rules.predictions[0]
+    spacing = settings.spacing or rules.spacings[0]
     solver = settings.solver or "euler"
-    _legal(settings, path, "prediction", prediction, row.predictions, PREDICTIONS)
-    _legal(settings, path, "spacing", spacing, row.spacings, SPACINGS)
-    _legal(settings, path, "solver", solver, tuple(SOLVERS), tuple(SOLVERS))
+    _require_supported(settings, path, "prediction", prediction, rules.predictions, PREDICTIONS)
+    _require_supported(settings, path, "spacing", spacing, rules.spacings, SPACINGS)
+    _require_supported(settings, path, "solver", solver, tuple(SOLVERS), tuple(SOLVERS))
     full = replace(settings, path=path, prediction=prediction, solver=solver, spacing=spacing)
     _check_start(full)
     _check_steps(full, steps)
@@ -289,7 +293,7 @@ def resolve(settings: Settings, steps: int | None = None) -> Settings:
     return full
 
 
-def starts_at_pure_noise(s: Settings) -> bool:
+def starts_at_pure_noise(s: NoiseSchedulerSettings) -> bool:
     """Whether the first row of resolved settings has alpha = 0."""
     if s.path == "flow":
         first = {"linspace": s.sigma_first, "custom": s.sigmas[0] if s.sigmas else None}.get(
@@ -299,7 +303,7 @@ def starts_at_pure_noise(s: Settings) -> bool:
     return bool(s.zero_terminal_snr) and s.spacing in ("trailing", "linspace")
 
 
-def _check_start(s: Settings) -> None:
+def _check_start(s: NoiseSchedulerSettings) -> None:
     """Refuses what cannot be at alpha = 0."""
     if s.zero_terminal_snr and s.prediction == "eps":
         raise ValueError("prediction=eps says nothing about x0 at zero terminal SNR, where alpha = 0; use v or x0")
@@ -307,16 +311,16 @@ def _check_start(s: Settings) -> None:
         raise ValueError("coordinates=ve divides by alpha, which is 0 at zero terminal SNR; use coordinates=native")
     if s.zero_terminal_snr and s.spacing in ("karras", "exponential", "beta") and s.sigma_max is None:
         raise ValueError(f"spacing={s.spacing} needs a finite sigma_max, and zero terminal SNR has none; set sigma_max")
-    if s.solver in AT_PURE_NOISE and starts_at_pure_noise(s):
+    if s.solver in UNSUPPORTED_AT_PURE_NOISE and starts_at_pure_noise(s):
         key = "sigma_first=0.999" if s.spacing == "linspace" and s.path == "flow" else "sigma_max=0.999"
         change = f"set {key}" if s.path == "flow" else "use spacing=leading, or zero_terminal_snr=null"
         raise ValueError(
-            f"solver={s.solver} cannot start at alpha = 0, where family={s.family} begins: {AT_PURE_NOISE[s.solver]}; "
-            f"{change}, or another solver"
+            f"solver={s.solver} cannot start at alpha = 0, where family={s.family} begins: "
+            f"{UNSUPPORTED_AT_PURE_NOISE[s.solver]}; {change}, or another solver"
         )
 
 
-def _check_steps(s: Settings, steps: int | None) -> None:
+def _check_steps(s: NoiseSchedulerSettings, steps: int | None) -> None:
     """Refuses a number of rows that the path cannot be cut into."""
     if s.spacing == "custom" and not s.sigmas:
         raise ValueError("spacing=custom needs its levels; set sigmas=[...], falling, without 0")
@@ -336,7 +340,7 @@ def _check_steps(s: Settings, steps: int | None) -> None:
         )
 
 
-def _check_options(s: Settings) -> None:
+def _check_options(s: NoiseSchedulerSettings) -> None:
     """Refuses options that contradict one another, and warns of those without effect."""
     if s.variance in ("learned_range", "learned") and not s.learned_variance:
         raise ValueError(f"variance={s.variance} needs a checkpoint with learned_variance; use variance=small or large")
@@ -344,16 +348,16 @@ def _check_options(s: Settings) -> None:
         raise ValueError("shift, mu and base_shift with max_shift are three ways to say one thing; give one")
     if (s.base_shift is None) != (s.max_shift is None):
         raise ValueError("base_shift and max_shift go together; give both, or shift alone")
-    row, path, spacing = PATHS[s.path or ""], s.path, s.spacing or ""
+    rules, path, spacing = PATHS[s.path or ""], s.path, s.spacing or ""
     used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
-    used |= {*row.options, *SOLVERS[s.solver or ""], *PREDICTION_OPTIONS.get(s.prediction or "", ())}
-    used |= set(FLOW_LINSPACE if (path, spacing) == ("flow", "linspace") else SPACING_OPTIONS[spacing])
+    used |= {*rules.options, *SOLVERS[s.solver or ""], *PREDICTION_OPTIONS.get(s.prediction or "", ())}
+    used |= set(FLOW_LINSPACE_OPTIONS if (path, spacing) == ("flow", "linspace") else SPACING_OPTIONS[spacing])
     used |= {"round_tau"} if path in ("flow", "discrete_vp") else set()
     used -= {"beta_min", "beta_max"} if path == "ve" else set()
-    idle = [f.name for f in fields(s) if f.name not in used and getattr(s, f.name) is not None]
-    if idle:
+    unused = [f.name for f in fields(s) if f.name not in used and getattr(s, f.name) is not None]
+    if unused:
         warnings.warn(
-            f"{', '.join(idle)} has no effect with family={s.family}, path={path}, solver={s.solver}, "
+            f"{', '.join(unused)} has no effect with family={s.family}, path={path}, solver={s.solver}, "
             f"spacing={spacing}, prediction={s.prediction}; remove it or change one of these",
             stacklevel=3,
         )
@@ -365,6 +369,6 @@ def check(
     solver: str | None = None,
     spacing: str | None = None,
     steps: int | None = None,
-) -> Settings:
+) -> NoiseSchedulerSettings:
     """resolve() for the four names and a number of steps: raises ValueError when they do not go together."""
-    return resolve(Settings(family, prediction, solver, spacing), steps)
+    return resolve(NoiseSchedulerSettings(family, prediction, solver, spacing), steps)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from schedulers.build import build
-from schedulers.drop_in import DiffusersView, StepOutput
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
+from schedulers.diffusers_adapter import DiffusersAdapter, StepOutput
 from schedulers.grid import Point
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Estimate
@@ -25,7 +25,7 @@ EMOJI = Path(__file__).parents[2] / "models" / "reference" / "emoji"
 STEPS = 5
 
 
-def push(view: DiffusersView, x: Tensor, network: Toy, **step: Any) -> Tensor:
+def push(view: DiffusersAdapter, x: Tensor, network: Toy, **step: Any) -> Tensor:
     """The loop of a pipeline."""
     for t in view.timesteps:
         x = view.step(network(view.scale_model_input(x, t), t.item()), t, x, **step).prev_sample  # type: ignore[union-attr]
@@ -37,7 +37,7 @@ def test_pushing_is_pulling(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
     """For every published sampler: the same evaluations, noise and result; the draws are keyed alike here."""
     pulled = Toy(case.options.get("variance_type", ""))
     wanted, grid = ours(case, STEPS, pulled)
-    view, pushed = DiffusersView(case.ours()), Toy(pulled.variance)
+    view, pushed = DiffusersAdapter(case.ours()), Toy(pulled.variance)
     view.set_timesteps(STEPS, **case.set_timesteps)
     monkeypatch.setattr(view, "_draw", lambda key, generator: draw(key))
     got = push(view, draw(-1) * view.init_noise_sigma, pushed)
@@ -57,7 +57,7 @@ def test_a_generator_gives_the_draws_of_diffusers(name: str) -> None:
     for t in theirs.timesteps:
         fed = theirs.scale_model_input(wanted, t)
         wanted = theirs.step(network(fed, t.item()), t, wanted, generator=generator).prev_sample
-    view = DiffusersView(from_diffusers({"_class_name": name, **options}))
+    view = DiffusersAdapter(from_diffusers({"_class_name": name, **options}))
     view.set_timesteps(STEPS)
     got = push(view, x, network, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
@@ -96,15 +96,17 @@ def picture(pixart: Any, scheduler: Any, **changes: Any) -> Tensor:
 )
 def test_pixart_draws_the_same_picture_with_the_view(pixart: Any, name: str, options: dict[str, Any]) -> None:
     theirs = picture(pixart, getattr(diffusers, name)(**options))
-    view = DiffusersView(from_diffusers({"_class_name": name, **options}))
+    view = DiffusersAdapter(from_diffusers({"_class_name": name, **options}))
     assert theirs.std() > 0.05
     assert (picture(pixart, view) - theirs).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
 def test_pixart_with_the_view_draws_what_our_loop_draws(pixart: Any, solver: str) -> None:
-    scheduler = build(Settings("rectified_flow", solver=solver, eta=0.7 if solver == "ddim" else None, shift=2.0))
-    drawn = picture(pixart, DiffusersView(scheduler))
+    scheduler = build(
+        NoiseSchedulerSettings("rectified_flow", solver=solver, eta=0.7 if solver == "ddim" else None, shift=2.0)
+    )
+    drawn = picture(pixart, DiffusersAdapter(scheduler))
     states = pixart.encode_prompt("red apple, 3d", True, "blurry", clean_caption=False, max_sequence_length=24)
     generator = torch.Generator().manual_seed(2)
 
@@ -163,7 +165,7 @@ def stable_diffusion() -> Any:
 def test_stable_diffusion_with_several_evaluations_a_step_and_with_noise(stable_diffusion: Any, name: str) -> None:
     options = {**SD, "timestep_spacing": "leading", "steps_offset": 1}
     options |= {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-    view = DiffusersView(from_diffusers({"_class_name": name, **options}))
+    view = DiffusersAdapter(from_diffusers({"_class_name": name, **options}))
     embedding = torch.randn((1, 4, 16), generator=torch.Generator().manual_seed(5))
     drawn = []
     for scheduler in (getattr(diffusers, name)(**options), view):
@@ -192,7 +194,7 @@ def test_ddpm_pipeline() -> None:
     )
     pipeline, drawn = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), []
     pipeline.set_progress_bar_config(disable=True)
-    for scheduler in (pipeline.scheduler, DiffusersView(from_diffusers({"_class_name": "DDPMScheduler"}))):
+    for scheduler in (pipeline.scheduler, DiffusersAdapter(from_diffusers({"_class_name": "DDPMScheduler"}))):
         pipeline.scheduler = scheduler
         generator = torch.Generator().manual_seed(7)
         drawn.append(pipeline(num_inference_steps=STEPS, generator=generator, output_type="np").images)
@@ -200,18 +202,18 @@ def test_ddpm_pipeline() -> None:
 
 
 def flow(**changes: Any) -> NoiseScheduler:
-    return build(Settings("rectified_flow", **changes))
+    return build(NoiseSchedulerSettings("rectified_flow", **changes))
 
 
 def test_given_sigmas_and_mu_are_those_of_flux() -> None:
     options = {"use_dynamic_shifting": True}
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(**options)
     theirs.set_timesteps(sigmas=[1.0, 0.7, 0.2], mu=0.9)
-    view = DiffusersView(from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler", **options}))
+    view = DiffusersAdapter(from_diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler", **options}))
     view.set_timesteps(sigmas=[1.0, 0.7, 0.2], mu=0.9)
     torch.testing.assert_close(view.sigmas, theirs.sigmas)
     torch.testing.assert_close(view.timesteps, theirs.timesteps)
-    sized = DiffusersView(view.scheduler, tokens=4096)
+    sized = DiffusersAdapter(view.scheduler, tokens=4096)
     sized.set_timesteps(4)
     theirs.set_timesteps(4, mu=1.15)
     torch.testing.assert_close(sized.sigmas, theirs.sigmas)
@@ -219,7 +221,7 @@ def test_given_sigmas_and_mu_are_those_of_flux() -> None:
 
 def test_the_state_stays_float32_inside_a_bfloat16_pipeline() -> None:
     """Far nearer to the float32 result than a state rounded at every step, as diffusers' own is."""
-    view = DiffusersView(flow())
+    view = DiffusersAdapter(flow())
     results = []
     for rounded in (False, True):
         view.set_timesteps(50)
@@ -227,14 +229,16 @@ def test_the_state_stays_float32_inside_a_bfloat16_pipeline() -> None:
         for t in view.timesteps:
             if rounded:
                 x = x * 1.0000001 + 0
-                view._asked = None if view._asked is None else view._asked + 1  # nothing handed back is recognised
+                view._requested_state = (
+                    None if view._requested_state is None else view._requested_state + 1
+                )  # nothing handed back is recognised
             x = view.step(torch.full_like(x, 0.123), t, x).prev_sample  # type: ignore[union-attr]
         results.append((x.float() - (1 - 0.123)).abs().max().item())
     assert results[0] < 4e-3 < results[1]
 
 
 def test_add_noise_is_the_path_at_the_row() -> None:
-    view = DiffusersView(flow())
+    view = DiffusersAdapter(flow())
     view.set_timesteps(4)
     x0, noise = torch.ones(2, 1), torch.full((2, 1), 3.0)
     torch.testing.assert_close(view.add_noise(x0, noise, view.timesteps[[0, 2]]), torch.tensor([[3.0], [2.0]]))
@@ -243,7 +247,7 @@ def test_add_noise_is_the_path_at_the_row() -> None:
 
 
 def test_a_changed_state_is_taken_up_between_steps_and_refused_inside_one() -> None:
-    view, x = DiffusersView(flow(solver="heun")), torch.ones(1, 1)
+    view, x = DiffusersAdapter(flow(solver="heun")), torch.ones(1, 1)
     view.set_timesteps(2)
     first = view.step(torch.zeros(1, 1), view.timesteps[0], x)
     assert isinstance(first, StepOutput)
@@ -256,7 +260,7 @@ def test_a_changed_state_is_taken_up_between_steps_and_refused_inside_one() -> N
 
 
 def test_what_the_view_cannot_honour_is_refused() -> None:
-    view, x = DiffusersView(flow()), torch.ones(1, 1)
+    view, x = DiffusersAdapter(flow()), torch.ones(1, 1)
     with pytest.raises(ValueError, match="call set_timesteps"):
         view.scale_model_input(x)
     with pytest.raises(ValueError, match="give one of them"):
@@ -264,7 +268,7 @@ def test_what_the_view_cannot_honour_is_refused() -> None:
     with pytest.raises(ValueError, match="mu is given"):
         view.set_timesteps(3, mu=0.5)
     with pytest.raises(ValueError, match="sigmas are given"):
-        DiffusersView(build(Settings("sgm"))).set_timesteps(sigmas=[3.0, 1.0])
+        DiffusersAdapter(build(NoiseSchedulerSettings("sgm"))).set_timesteps(sigmas=[3.0, 1.0])
     view.set_timesteps(2)
     view.set_begin_index(0)
     with pytest.raises(ValueError, match="begin_index=1"):
@@ -279,18 +283,18 @@ def test_what_the_view_cannot_honour_is_refused() -> None:
         _ = view.config.shift_terminal
     adaptive = NoiseScheduler(view.scheduler.path, view.scheduler.spacing, view.scheduler.prediction, RK45())
     with pytest.raises(ValueError, match="RK45 chooses its timesteps"):
-        DiffusersView(adaptive).set_timesteps(3)
-    sgm = build(Settings("sgm"))
+        DiffusersAdapter(adaptive).set_timesteps(3)
+    sgm = build(NoiseSchedulerSettings("sgm"))
     churned = NoiseScheduler(sgm.path, sgm.spacing, sgm.prediction, EDMChurn(s_tmax=100.0))
     with pytest.raises(ValueError, match="lower its s_tmax"):
-        DiffusersView(churned).set_timesteps(3)
+        DiffusersAdapter(churned).set_timesteps(3)
 
 
 def test_churn_moves_the_state_before_an_evaluation() -> None:
     """The pipeline is handed the noised state, at the noised timestep; the noise of a replayed step is drawn once."""
-    sgm = build(Settings("sgm"))
+    sgm = build(NoiseSchedulerSettings("sgm"))
     scheduler = NoiseScheduler(sgm.path, sgm.spacing, sgm.prediction, EDMChurn())
-    view, network = DiffusersView(scheduler), Toy()
+    view, network = DiffusersAdapter(scheduler), Toy()
     view.set_timesteps(8)
     got = push(view, draw(-1) * view.init_noise_sigma, network, generator=torch.Generator().manual_seed(9))
     grid, generator = scheduler.grid(8), torch.Generator().manual_seed(9)
