@@ -1,4 +1,4 @@
-"""From plain settings to a NoiseScheduler: the one place that branches on names."""
+"""From plain settings to a NoiseScheduler: the only place that branches on names."""
 
 import math
 from dataclasses import fields
@@ -25,14 +25,24 @@ Component = TypeVar("Component")
 
 
 def build(settings: NoiseSchedulerSettings) -> NoiseScheduler:
-    """The noise scheduler that the settings name. Raises ValueError as `families.resolve` does, or for a bad value."""
+    """Return the noise scheduler that the settings name.
+
+    Args:
+        settings: The settings; `None` values take their defaults.
+
+    Returns:
+        The noise scheduler, frozen.
+
+    Raises:
+        ValueError: As `compatibility.resolve`, or for a value out of range.
+    """
     s = resolve(settings)
     state_dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(s.state_dtype or "")
     return NoiseScheduler(_path(s), _spacing(s), _prediction(s), _solver(s), state_dtype)
 
 
 def _from_settings(kind: type[Component], s: NoiseSchedulerSettings, **fixed: Any) -> Component:
-    """A dataclass whose fields are the settings of the same names; None leaves its own default."""
+    """Return a `kind` whose fields take the settings of the same names; a setting of None keeps the field's default."""
     settings = {f.name for f in fields(s)}
     names = [f.name for f in fields(kind) if f.name in settings and f.name not in fixed]  # type: ignore[arg-type]
     return kind(**{name: value for name in names if (value := getattr(s, name)) is not None}, **fixed)
@@ -59,7 +69,7 @@ def _path(s: NoiseSchedulerSettings) -> paths.NoisePath:
             )
             path = paths.DiscreteVPPath(paths.zero_terminal_snr(betas) if s.zero_terminal_snr else betas)
             return paths.VECoordinates(path) if s.coordinates == "ve" else path
-    raise ValueError(f"path={s.path} has no object behind it")
+    raise ValueError(f"path={s.path} is not implemented")
 
 
 def _spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
@@ -91,7 +101,7 @@ def _base_spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
             return _from_settings(spacing.Custom, s, level_kind=level_kind, sigmas=tuple(s.sigmas or ()))
         case "lcm":
             return _from_settings(spacing.Distilled, s)
-    raise ValueError(f"spacing={s.spacing} has no object behind it on path={s.path}")
+    raise ValueError(f"spacing={s.spacing} is not implemented on path={s.path}")
 
 
 def _flow_linspace(s: NoiseSchedulerSettings) -> spacing.Spacing:
@@ -159,4 +169,4 @@ def _solver(s: NoiseSchedulerSettings) -> Solver:
             return _from_settings(PredictorCorrector, s, vp_scale=s.path in ("discrete_vp", "vp", "sub_vp"))
         case "rk45":
             return _from_settings(RK45, s)
-    raise ValueError(f"solver={s.solver} has no object behind it")
+    raise ValueError(f"solver={s.solver} is not implemented")

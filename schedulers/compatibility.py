@@ -1,4 +1,4 @@
-"""Which family, path, prediction, solver and spacing go together, as data that can be asked without importing torch.
+"""Which family, path, prediction, solver and spacing go together, as data that does not import torch.
 
 A configuration is checked here before any process starts; `schedulers.build` turns checked settings into objects.
 """
@@ -12,7 +12,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class PathRules:
-    """What makes sense on one path; the first of each tuple is the default."""
+    """What one path supports; the first of each tuple is the default.
+
+    Attributes:
+        predictions: The predictions that the path supports.
+        spacings: The spacings that the path supports.
+        options: The settings that the path uses.
+    """
 
     predictions: tuple[str, ...]
     spacings: tuple[str, ...]
@@ -81,7 +87,7 @@ SOLVERS: dict[str, tuple[str, ...]] = {
     "predictor_corrector": ("corrections", "snr"),
     "rk45": ("rtol", "atol"),
 }
-"""Each solver with the options it reads."""
+"""Each solver with the options that it uses."""
 
 SPACING_OPTIONS: dict[str, tuple[str, ...]] = {
     "linspace": ("integer_timesteps", "spare_row"),
@@ -101,13 +107,13 @@ PREDICTION_OPTIONS: dict[str, tuple[str, ...]] = {"edm": ("sigma_data", "edm_sig
 NO_INDICES = "this path has no trained indices to pick from"
 PURE_NOISE = "it starts at alpha = 0"
 REASONS = {
-    ("flow", "prediction", "eps"): "a flow starts at alpha = 0, where eps says nothing about x0",
-    ("flow", "prediction", "score"): "a flow starts at alpha = 0, where the score says nothing about x0",
+    ("flow", "prediction", "eps"): "a flow starts at alpha = 0, where eps does not determine x0",
+    ("flow", "prediction", "score"): "a flow starts at alpha = 0, where the score does not determine x0",
     ("flow", "prediction", "edm"): "its preconditioning belongs to a checkpoint trained at alpha = 1",
     ("flow", "spacing", "leading"): NO_INDICES,
     ("flow", "spacing", "trailing"): NO_INDICES,
     ("flow", "spacing", "lcm"): NO_INDICES,
-    ("flow", "spacing", "uniform"): "even times of a flow are called linspace",
+    ("flow", "spacing", "uniform"): "evenly spaced times of a flow are spacing=linspace",
     **{
         (path, "solver", "tcd"): "its rule is for trained indices; use lcm"
         for path in ("flow", "edm", "ve", "vp", "sub_vp")
@@ -116,12 +122,14 @@ REASONS = {
     ("discrete_vp", "prediction", "flow"): "its checkpoints are trained on alpha^2 + sigma^2 = 1 with eps, v or x0",
     ("discrete_vp", "prediction", "score"): "its checkpoints predict eps, which is -sigma times the score",
     ("discrete_vp", "prediction", "edm"): "its checkpoints are trained without preconditioning",
-    ("discrete_vp", "spacing", "uniform"): "even trained indices are called linspace, leading and trailing",
-    ("edm", "spacing", "linspace"): "even steps in sigma put almost no step where the picture forms",
-    ("edm", "spacing", "uniform"): "even steps in sigma put almost no step where the picture forms",
+    ("discrete_vp", "spacing", "uniform"): "evenly spaced trained indices are spacing=linspace, leading or trailing",
+    ("edm", "spacing", "linspace"): "even steps in sigma put almost no step where the image forms",
+    ("edm", "spacing", "uniform"): "even steps in sigma put almost no step where the image forms",
     **{("edm", "spacing", name): NO_INDICES for name in ("leading", "trailing", "lcm")},
     **{
-        (path, "spacing", name): "even times of this path are called uniform" if name == "linspace" else NO_INDICES
+        (path, "spacing", name): "evenly spaced times of this path are spacing=uniform"
+        if name == "linspace"
+        else NO_INDICES
         for path in ("ve", "vp", "sub_vp")
         for name in ("linspace", "leading", "trailing", "lcm")
     },
@@ -138,46 +146,86 @@ REASONS = {
         for path in ("edm", "ve")
     },
 }
-"""Why a known (path, part, name) is refused."""
+"""The reason why a known (path, part, name) is not supported."""
 
 UNSUPPORTED_AT_PURE_NOISE = {
     "edm_churn": "no noise can be added above pure noise",
     "euler_maruyama": "the drift of the reverse SDE is infinite at alpha = 0",
     "pndm": "PNDM divides by alpha",
 }
-"""Solvers that cannot start at alpha = 0."""
+"""Solvers that cannot start at alpha = 0, with the reason."""
 
 
 @dataclass(frozen=True)
 class NoiseSchedulerSettings:
-    """Plain parameters of a noise scheduler; None means the path's or solver's default, given here in brackets.
+    """Plain parameters of a noise scheduler. None means the default of the path or solver, in brackets below.
 
-    path: of the family [its first]. prediction, spacing: the first of the path's row. solver: euler. state_dtype: round
-    the state to it after each step, as diffusers does ["float32", not rounded].
-
-    What a checkpoint was trained with. train_steps [1000], beta_schedule [linear], beta_start [1e-4], beta_end [.02],
-    zero_terminal_snr [False]: the trained noise of ddpm. learned_variance: the network outputs twice the channels
-    [False]. beta_min [.1], beta_max [20]: of sgm's vp and sub_vp. sigma_min [.01], sigma_max [50]: of its ve.
-    sigma_data [.5], tau_map ["log_sigma"; "sigma", "flow_time", "arctan"], edm_sign [1]: of its edm.
-
-    Prediction. clip: clamp x0 to [-clip, clip] [not clamped]. threshold: clamp to that quantile of |x0| instead.
-
-    Spacing. end: "clean" or "t_min", the last row [clean]. coordinates: "native", or "ve" to step in x / alpha
-    [native]. steps_offset: of leading [0]. integer_timesteps: round a linspace to trained indices [True]. spare_row:
-    cut one row more and drop the last [False]. stride_target: trailing's first-order steps land at t - N // n [False].
-    round_tau: tell the network whole numbers, "round" or "floor" [as they are]. rho [7], sigma_min and sigma_max [the
-    path's; .002 and 80 for edm; .001 and 1 for a flow]: of karras, exponential and beta. sigmas: custom's levels, noise
-    first, without 0. t_last [the path's], geometric_sigma [True on ve]: of uniform. original_steps [50]: of lcm.
-    Of a flow's linspace: shift, static [1]; mu, the same as shift = e^mu; base_shift and max_shift, at base_tokens
-    [256] and max_tokens [4096], the shift that grows with the picture; sigma_last: unshifted sigma of the last
-    evaluation [1 / steps]; sigma_first [1]; sigma_cap [1]; shift_terminal: stretch so that the last sigma is this.
-
-    Solver. eta: noise of ddim and dpm2, 0 to 1 [0]. variance: of ddpm, "small", "large", "learned_range" or "learned"
-    [small]. final_noise: ddpm adds noise at its last step too [False]. kind: "midpoint" or "heun" of dpmpp [midpoint].
-    order: of unipc [2], deis [2] and lms [4]. b: "bh1" or "bh2" of unipc [bh2]. corrector: of unipc [True].
-    lower_order_final [True]. runge_kutta: pndm starts with it [False]. boundary [True on ddpm], timestep_scaling [10]:
-    of lcm. gamma [.3]: of tcd. s_churn [40], s_tmin [.05], s_tmax [50], s_noise [1.003]: of edm_churn. corrections [1],
-    snr [.15]: of predictor_corrector. rtol [1e-3], atol [1e-3]: of rk45.
+    Attributes:
+        family: The family, a key of FAMILIES.
+        prediction: The meaning of the network's output [the first of the path's predictions].
+        solver: The rule for one step [euler].
+        spacing: The choice of the points [the first of the path's spacings].
+        path: The noise path, one of the family's [its first].
+        state_dtype: The dtype that the state is rounded to after each step, as in diffusers ["float32", not rounded].
+        train_steps: The number of trained timesteps of ddpm [1000].
+        beta_schedule: The noise schedule that a ddpm checkpoint was trained with [linear].
+        beta_start: The first beta of ddpm [1e-4].
+        beta_end: The last beta of ddpm [.02].
+        zero_terminal_snr: Whether the betas of ddpm are rescaled to end at pure noise [False].
+        learned_variance: Whether the network outputs twice the channels [False].
+        beta_min: The first beta of sgm's vp and sub_vp [.1].
+        beta_max: The last beta of sgm's vp and sub_vp [20].
+        sigma_data: The standard deviation of the data, for sgm's edm [.5].
+        tau_map: The timestep of sgm's edm: "log_sigma", "sigma", "flow_time" or "arctan" ["log_sigma"].
+        edm_sign: The sign of the output of sgm's edm, 1 or -1 [1].
+        clip: The limit that x0 is clamped to, [-clip, clip] [not clamped].
+        threshold: The quantile of |x0| that x0 is clamped to per sample, in place of a fixed limit [not clamped].
+        end: The last row, "clean" or "t_min" [clean].
+        coordinates: The coordinates of the steps: "native", or "ve" for x / alpha [native].
+        steps_offset: The offset of the timesteps of leading [0].
+        integer_timesteps: Whether a linspace is rounded to trained indices [True].
+        spare_row: Whether one more row is made and the last one dropped [False].
+        stride_target: Whether first-order steps of trailing land at t - N // n [False].
+        round_tau: The rounding of the timestep for the network, "round" or "floor" [not rounded].
+        rho: The exponent of karras [7].
+        sigma_min: The lowest level of karras, exponential and beta [the path's; .002 for edm, .001 for a flow]. For the
+            path ve, its lowest sigma [.01].
+        sigma_max: The highest level of karras, exponential and beta [the path's; 80 for edm, 1 for a flow]. For the
+            path ve, its highest sigma [50].
+        sigmas: The levels of custom, noise first, without 0.
+        t_last: The time of the last evaluation of uniform [the path's].
+        geometric_sigma: Whether uniform steps with sigmas even in their logarithm [True on ve].
+        original_steps: The number of timesteps that a checkpoint was distilled on, for spacing=lcm [50].
+        shift: The static shift of a flow's linspace [1].
+        mu: The logarithm of that shift, in place of shift.
+        base_shift: The mu at base_tokens, for a shift that grows with the resolution.
+        max_shift: The mu at max_tokens.
+        base_tokens: The smaller number of latent tokens [256].
+        max_tokens: The larger number of latent tokens [4096].
+        sigma_last: The unshifted sigma of the last evaluation of a flow's linspace [1 / steps].
+        sigma_first: The unshifted sigma of its first evaluation [1].
+        sigma_cap: The largest shifted sigma [1].
+        shift_terminal: The last shifted sigma, to which the others are stretched [not stretched].
+        eta: The strength of the noise of ddim and dpm2, 0 to 1 [0].
+        variance: The variance of ddpm: "small", "large", "learned_range" or "learned" [small].
+        final_noise: Whether ddpm adds noise at its last step too [False].
+        kind: The variant of dpmpp, "midpoint" or "heun" [midpoint].
+        order: The order of unipc [2], deis [2] and lms [4].
+        b: The function B of unipc, "bh1" or "bh2" [bh2].
+        corrector: Whether unipc corrects its steps [True].
+        lower_order_final: Whether the last steps are of falling order [True].
+        runge_kutta: Whether pndm starts with Runge-Kutta steps [False].
+        boundary: Whether lcm has its boundary scalings [True on ddpm].
+        timestep_scaling: The factor of the timestep in those scalings [10].
+        gamma: The share of new noise in tcd [.3].
+        s_churn: The amount of noise of edm_churn over all steps [40].
+        s_tmin: The lowest sigma / alpha at which edm_churn adds noise [.05].
+        s_tmax: The highest sigma / alpha at which edm_churn adds noise [50].
+        s_noise: The factor of that noise [1.003].
+        corrections: The number of Langevin steps per row of predictor_corrector [1].
+        snr: The signal-to-noise ratio of these steps [.15].
+        rtol: The relative tolerance of rk45 [1e-3].
+        atol: The absolute tolerance of rk45 [1e-3].
     """
 
     family: str
@@ -186,7 +234,7 @@ class NoiseSchedulerSettings:
     spacing: str | None = None
     path: str | None = None
     state_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    # what a checkpoint was trained with
+    # checkpoint defaults
     train_steps: int | None = None
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos"] | None = None
     beta_start: float | None = None
@@ -269,10 +317,20 @@ def _require_supported(
 
 
 def resolve(settings: NoiseSchedulerSettings, steps: int | None = None) -> NoiseSchedulerSettings:
-    """The settings with path, prediction, solver and spacing filled in and found legal, with `steps` when it is given.
+    """Return the settings with path, prediction, solver and spacing filled in, checked against each other.
 
-    Raises ValueError, naming what to change, for an unknown name (with the nearest one), a combination that cannot
-    run (with the reason) and an impossible number of steps. Warns of an option that has no effect.
+    An option that has no effect gives a warning.
+
+    Args:
+        settings: The settings as the user gives them.
+        steps: The number of steps to check as well, if known.
+
+    Returns:
+        The complete settings.
+
+    Raises:
+        ValueError: A name is unknown, a combination cannot run, or the number of steps is impossible. The message says
+            what to change, with the nearest name or the reason.
     """
     _require_known("family", settings.family, tuple(FAMILIES))
     paths = FAMILIES[settings.family]
@@ -294,7 +352,7 @@ def resolve(settings: NoiseSchedulerSettings, steps: int | None = None) -> Noise
 
 
 def starts_at_pure_noise(s: NoiseSchedulerSettings) -> bool:
-    """Whether the first row of resolved settings has alpha = 0."""
+    """Return whether the first row of resolved settings has alpha = 0."""
     if s.path == "flow":
         first = {"linspace": s.sigma_first, "custom": s.sigmas[0] if s.sigmas else None}.get(
             s.spacing or "", s.sigma_max
@@ -304,9 +362,9 @@ def starts_at_pure_noise(s: NoiseSchedulerSettings) -> bool:
 
 
 def _check_start(s: NoiseSchedulerSettings) -> None:
-    """Refuses what cannot be at alpha = 0."""
+    """Raise ValueError for what cannot start at alpha = 0."""
     if s.zero_terminal_snr and s.prediction == "eps":
-        raise ValueError("prediction=eps says nothing about x0 at zero terminal SNR, where alpha = 0; use v or x0")
+        raise ValueError("prediction=eps does not determine x0 at zero terminal SNR, where alpha = 0; use v or x0")
     if s.zero_terminal_snr and s.coordinates == "ve":
         raise ValueError("coordinates=ve divides by alpha, which is 0 at zero terminal SNR; use coordinates=native")
     if s.zero_terminal_snr and s.spacing in ("karras", "exponential", "beta") and s.sigma_max is None:
@@ -321,31 +379,33 @@ def _check_start(s: NoiseSchedulerSettings) -> None:
 
 
 def _check_steps(s: NoiseSchedulerSettings, steps: int | None) -> None:
-    """Refuses a number of rows that the path cannot be cut into."""
+    """Raise ValueError for a number of steps that the spacing cannot give."""
     if s.spacing == "custom" and not s.sigmas:
         raise ValueError("spacing=custom needs its levels; set sigmas=[...], falling, without 0")
     if steps is None:
         return
     if steps < 1:
-        raise ValueError(f"steps={steps}; ask for at least 1")
+        raise ValueError(f"steps={steps}; use at least 1")
     if s.spacing == "custom" and s.sigmas and len(s.sigmas) != steps:
-        raise ValueError(f"steps={steps}, but {len(s.sigmas)} sigmas are given; ask for {len(s.sigmas)} steps")
+        raise ValueError(f"steps={steps}, but {len(s.sigmas)} sigmas are given; use {len(s.sigmas)} steps")
     if s.spacing == "lcm" and steps > (s.original_steps or 50):
-        raise ValueError(f"steps={steps} of a model distilled on {s.original_steps or 50} steps; ask for that or fewer")
+        raise ValueError(
+            f"steps={steps} of a model distilled on {s.original_steps or 50} steps; use that number or fewer"
+        )
     trained = s.train_steps or 1000
     if s.spacing in ("leading", "trailing", "linspace") and s.path == "discrete_vp" and steps > trained:
         raise ValueError(
             f"steps={steps} with spacing={s.spacing} on a path of {trained} trained timesteps; "
-            f"ask for {trained} or fewer, or use spacing=karras"
+            f"use {trained} or fewer, or spacing=karras"
         )
 
 
 def _check_options(s: NoiseSchedulerSettings) -> None:
-    """Refuses options that contradict one another, and warns of those without effect."""
+    """Raise ValueError for options that contradict one another, and warn of options without effect."""
     if s.variance in ("learned_range", "learned") and not s.learned_variance:
         raise ValueError(f"variance={s.variance} needs a checkpoint with learned_variance; use variance=small or large")
     if s.shift is not None and (s.mu is not None or s.base_shift is not None):
-        raise ValueError("shift, mu and base_shift with max_shift are three ways to say one thing; give one")
+        raise ValueError("shift, mu and base_shift with max_shift all set the shift; give only one of them")
     if (s.base_shift is None) != (s.max_shift is None):
         raise ValueError("base_shift and max_shift go together; give both, or shift alone")
     rules, path, spacing = PATHS[s.path or ""], s.path, s.spacing or ""
@@ -370,5 +430,5 @@ def check(
     spacing: str | None = None,
     steps: int | None = None,
 ) -> NoiseSchedulerSettings:
-    """resolve() for the four names and a number of steps: raises ValueError when they do not go together."""
+    """Return `resolve` of the four names and a number of steps; raise ValueError if they do not go together."""
     return resolve(NoiseSchedulerSettings(family, prediction, solver, spacing), steps)

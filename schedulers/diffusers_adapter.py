@@ -1,8 +1,9 @@
-"""A NoiseScheduler in the vocabulary of diffusers: pipeline.scheduler = DiffusersAdapter(noise_scheduler).
+"""A NoiseScheduler with diffusers' interface: pipeline.scheduler = DiffusersAdapter(noise_scheduler).
 
-A solver here pulls: it calls the network itself. A pipeline pushes: it calls the network and hands the output to step.
-The view bridges the two by replay. It keeps the outputs it was given for the solver's current step and runs that step
-again from its start; when the solver asks for one more, the view stops there and hands the pipeline what it asked for.
+A solver here pulls: it calls the network itself. A pipeline pushes: it calls the network and passes the output to step.
+The adapter connects the two by replay. It stores the outputs for the solver's current step and runs that step again
+from its start. When the solver requests one more evaluation, the adapter stops and returns that evaluation's state to
+the pipeline.
 """
 
 import math
@@ -24,7 +25,12 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 @dataclass
 class StepOutput:
-    """prev_sample is the state for the next evaluation, pred_original_sample the estimate of x0 at this one."""
+    """The result of a step, with diffusers' names.
+
+    Attributes:
+        prev_sample: The state for the next evaluation.
+        pred_original_sample: The estimate of x0 at this evaluation.
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor
@@ -40,7 +46,7 @@ class ConfigDict(dict[str, object]):
 
 
 class _EvaluationRequest(Exception):
-    """The solver wants the network at a point, and no output is left to answer with."""
+    """The solver needs the network at a point, and no output is left."""
 
     def __init__(self, x: Tensor, point: Point) -> None:
         super().__init__()
@@ -48,13 +54,22 @@ class _EvaluationRequest(Exception):
 
 
 def evaluation_points(scheduler: NoiseScheduler, grid: Grid) -> list[list[Point]]:
-    """Where the network is called, step by step, found by walking the solver over a state of one number.
+    """Return the points at which the network is called, from a run of the solver on a state of one number.
 
-    Raises ValueError for a solver that decides by the sample where it goes.
+    Args:
+        scheduler: The noise scheduler.
+        grid: The points of the solver.
+
+    Returns:
+        One list of points per step.
+
+    Raises:
+        ValueError: The solver chooses its points from the sample.
     """
     if scheduler.solver.evaluations(grid) is None:
         raise ValueError(
-            f"{type(scheduler.solver).__name__} chooses its timesteps by the sample; diffusers asks for them first"
+            f"{type(scheduler.solver).__name__} chooses its timesteps from the sample, and diffusers needs them first; "
+            "use another solver"
         )
     found: list[list[Point]] = []
     one, state = torch.ones(1, 1, 1, 1, dtype=torch.float64), SolverState()
@@ -70,14 +85,19 @@ def evaluation_points(scheduler: NoiseScheduler, grid: Grid) -> list[list[Point]
 
 
 class DiffusersAdapter:
-    """Shows a NoiseScheduler as diffusers' pipelines expect one.
+    """Gives a NoiseScheduler the interface that diffusers' pipelines expect.
 
-    It holds the state of one request, as diffusers' own objects do: use one view per pipeline, and one request at a
-    time; the NoiseScheduler inside stays shared. Inside, the state is float32 whatever the pipeline's dtype, as long as
-    the pipeline hands back what it was given. config is shown to the pipeline and not read. tokens, of one picture,
-    decides a resolution-dependent shift where the pipeline passes no mu. noise, of a step's key, takes the place of
-    what the pipeline's generators would give; where the pipeline holds its state twice, so is the noise. Steps start at
-    the first row only.
+    It holds the state of one request, as diffusers' own objects do: use one adapter per pipeline, and one request at a
+    time. The NoiseScheduler inside stays shared. The internal state is float32 whatever the pipeline's dtype, as long
+    as the pipeline returns the state unchanged. Steps start only at the first row.
+
+    Attributes:
+        scheduler: The noise scheduler.
+        config: The scheduler configuration for the pipeline; the adapter itself does not read it.
+        tokens: The number of latent tokens of one sample, for a resolution-dependent shift if the pipeline passes no
+            mu.
+        noise: The noise for a step's key, in place of the pipeline's generators. If the pipeline holds its state twice,
+            the noise is repeated.
     """
 
     def __init__(
@@ -100,9 +120,16 @@ class DiffusersAdapter:
         sigmas: list[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Begin a request. sigmas are a flow's unshifted ones in place of even ones, mu the shift of a picture's size.
+        """Begin a request.
 
-        Raises ValueError where the spacing has no use for what is given, or no number of steps follows.
+        Args:
+            num_inference_steps: The number of steps, if no sigmas are given.
+            device: The device of `timesteps`.
+            sigmas: A flow's unshifted sigmas, in place of even ones.
+            mu: The mu of the resolution, for a resolution-dependent shift.
+
+        Raises:
+            ValueError: The spacing does not use an argument, or the arguments give no number of steps.
         """
         steps = len(sigmas) if sigmas is not None else num_inference_steps
         if steps is None or (num_inference_steps is not None and num_inference_steps != steps):
@@ -141,17 +168,17 @@ class DiffusersAdapter:
         return spacing if self.tokens is None or mu is not None else for_tokens(spacing, self.tokens)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Raises ValueError for another start than 0: a multistep solver would lack the steps before."""
+        """Raise ValueError for another start than 0: a multistep solver would lack the steps before."""
         if begin_index != 0:
-            raise ValueError(f"begin_index={begin_index}; sampling starts at the first row here")
+            raise ValueError(f"begin_index={begin_index}; use 0, since sampling starts at the first row here")
 
     @property
     def init_noise_sigma(self) -> float:
-        """The deviation of the first noise."""
+        """The standard deviation of the first noise."""
         return self._require_grid().init_std
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """What the network is fed at the next evaluation; sample may be doubled for guidance."""
+        """Return the network's input at the next evaluation; sample may be doubled for guidance."""
         self._require_grid()
         return sample * self._points[self._next_index(timestep)].c_in
 
@@ -163,10 +190,21 @@ class DiffusersAdapter:
         generator: Generators = None,
         return_dict: bool = True,
     ) -> StepOutput | tuple[Tensor, Tensor]:
-        """Take the output at the next evaluation. The first of the pair, in model_output's dtype, is where the next is.
+        """Take the network's output at the next evaluation.
 
-        Raises ValueError for a timestep out of order, a finished request, or a state that was changed where the solver
-        cannot take it up.
+        Args:
+            model_output: The network's output.
+            timestep: The timestep of the evaluation, for a check.
+            sample: The state at the evaluation.
+            generator: The source of the noise.
+            return_dict: Whether the result is a StepOutput instead of a pair.
+
+        Returns:
+            The state of the following evaluation, in model_output's dtype, and the estimate of x0.
+
+        Raises:
+            ValueError: The timestep is out of order, the request is finished, or the state was changed inside a solver
+                step.
         """
         self._next_index(timestep)
         grid, point = self._require_grid(), self._points[self._index]
@@ -179,7 +217,7 @@ class DiffusersAdapter:
         return StepOutput(prev, x0) if return_dict else (prev, x0)
 
     def _accept_state(self, sample: Tensor, point: Point, grid: Grid) -> None:
-        """The state as the pipeline holds it; ours where it is the same but for the dtype."""
+        """Take the pipeline's state; keep the internal one if the two are equal except for the dtype."""
         if self._requested_state is not None and torch.equal(self._requested_state.to(sample.dtype), sample):
             return
         if self._outputs or point != grid[self._i]:
@@ -187,7 +225,7 @@ class DiffusersAdapter:
         self._x = at_least_float32(sample)
 
     def _replay(self, grid: Grid, generator: Generators) -> Tensor:
-        """Where the solver asks next, or the final state; completed steps are kept."""
+        """Return the state of the next evaluation, or the final state; completed steps are stored."""
         while self._i < grid.steps:
             assert self._x is not None  # set by the first step
             state, remaining = self._solver_state.copy(), iter(list(self._outputs))
@@ -211,7 +249,7 @@ class DiffusersAdapter:
         return self._x
 
     def _noise_for(self, key: int, generator: Generators) -> Tensor:
-        """The noise of a key, drawn once a step of the solver, on the generator's device."""
+        """Return the noise of a key, sampled once per solver step on the generator's device."""
         assert self._x is not None
         if key not in self._sampled_noise and self.noise is not None:
             given = self.noise(key).to(self._x)
@@ -227,9 +265,18 @@ class DiffusersAdapter:
         return self._sampled_noise[key]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha * x0 + sigma * noise at timesteps, each one of `timesteps`; shape (batch,) or ().
+        """Return alpha * x0 + sigma * noise at the given timesteps.
 
-        Raises ValueError for another timestep.
+        Args:
+            original_samples: The clean data x0, shape (batch, ...).
+            noise: Standard normal noise, shaped like original_samples.
+            timesteps: Timesteps of this request, shape (batch,) or ().
+
+        Returns:
+            The noisy state, shaped like original_samples.
+
+        Raises:
+            ValueError: A timestep is not one of this request's.
         """
         self._require_grid()
         points = []
@@ -251,7 +298,7 @@ class DiffusersAdapter:
         return self._grid
 
     def _next_index(self, timestep: Tensor | float | None) -> int:
-        """The index of the next evaluation, once it is known that the pipeline is there too."""
+        """Return the index of the next evaluation, after checking that the pipeline is at the same one."""
         self._require_grid()
         if self._index == len(self._points):
             raise ValueError("this request is finished; call set_timesteps for the next")

@@ -1,4 +1,4 @@
-"""Every mapped class of diffusers and the parts that it stands for."""
+"""Every supported scheduler class of diffusers, and the parts that it maps to."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,9 @@ VARIANCES: dict[str, Variance] = {
 def _ddpm(o: Options) -> NoiseScheduler:
     kind = o.text("variance_type")
     if kind not in VARIANCES:
-        o.refuse("variance_type", "it gives no number in diffusers; use fixed_large, fixed_small or a learned one")
+        o.refuse(
+            "variance_type", "diffusers gives no valid number for it; use fixed_large, fixed_small or a learned one"
+        )
     prediction = common.prediction(o, *ALL)
     if kind.startswith("learned"):
         prediction = LearnedVariance(prediction)
@@ -56,8 +58,8 @@ def _euler(o: Options) -> NoiseScheduler:
     if low is None or high is None or levels is None:
         path, spacing = common.ve_path_and_spacing(o, last)
         return NoiseScheduler(path, TimestepMap(spacing, "log_sigma"), common.prediction(o, *ALL), Euler())
-    if last != "clean":  # Stable Video Diffusion's levels leave the trained table, and the table's end is no end
-        o.refuse("final_sigmas_type", "with sigma_min of its own and timestep_type=continuous; use zero")
+    if last != "clean":  # Stable Video Diffusion's levels leave the trained table, so its end is no last row
+        o.refuse("final_sigmas_type", "sigma_min is set and timestep_type=continuous; use zero")
     path = EDMPath(1.0, "log_sigma", low, high)
     start = InitStdOverride(levels, "state" if o.text("timestep_spacing") == "leading" else "sigma")
     return NoiseScheduler(path, start, common.prediction(o, *ALL), Euler())
@@ -89,7 +91,7 @@ def _pndm(o: Options) -> NoiseScheduler:
     if o.text("timestep_spacing") != "leading":
         o.refuse("timestep_spacing", "its steps go to t - N // n, which is the next row with leading only")
     if o.text("prediction_type") != "epsilon":
-        o.refuse("prediction_type", "it adds up v of several timesteps before reading them as noise; use epsilon")
+        o.refuse("prediction_type", "diffusers sums v over timesteps before it converts them to noise; use epsilon")
     rows = common.timestep_spacing(o, common.last_row(o), integer=True)
     solver = PNDM(runge_kutta=not o.flag("skip_prk_steps"), whole_times=True)
     return NoiseScheduler(common.discrete_path(o, 0.0), rows, Eps(), solver)
@@ -103,12 +105,12 @@ def _lcm(o: Options) -> NoiseScheduler:
 
 def _tcd(o: Options) -> NoiseScheduler:
     rows = Distilled(o.count("original_inference_steps"), end="t_min")
-    unclipped = Options(o.name, {**o.values, "clip_sample": False, "thresholding": False})  # it reads neither
+    unclipped = Options(o.name, {**o.values, "clip_sample": False, "thresholding": False})  # TCD ignores both
     return NoiseScheduler(common.discrete_path(o, 0.0), rows, common.prediction(unclipped, *ALL), TCD())
 
 
 def _flow_path_and_spacing(o: Options) -> tuple[NoisePath, Spacing]:
-    """sigma from 1 to 1 / N, the end shifted once before and all rows shifted again."""
+    """Return a flow with sigma from 1 to 1 / N: the end is shifted once first, then all rows are shifted."""
     total, shift = o.count("num_train_timesteps"), o.number("shift")
     path: NoisePath = FlowPath(float(total))
     if "use_dynamic_shifting" not in o.values:
@@ -129,7 +131,7 @@ def _shifted(sigma: float, shift: float) -> float:
 def _flow(solver: Solver) -> Builder:
     def build(o: Options) -> NoiseScheduler:
         if o.values.get("scale_factors"):
-            o.refuse("scale_factors", "a state that grows between steps is not written here; leave it null")
+            o.refuse("scale_factors", "a state that grows between steps is not implemented; leave it null")
         path, spacing = _flow_path_and_spacing(o)
         stochastic = "stochastic_sampling" in o.values and o.flag("stochastic_sampling")
         return NoiseScheduler(path, spacing, Flow(), LCM(boundary=False) if stochastic else solver)

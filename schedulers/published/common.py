@@ -1,4 +1,4 @@
-"""From a published class's options to a path, a prediction and a spacing: what several classes have in common."""
+"""What several published classes share: from options to a path, a prediction and a spacing."""
 
 import math
 from dataclasses import replace
@@ -31,12 +31,12 @@ BETA_SCHEDULES: dict[str, BetaSchedule] = {
     "scaled_linear": "scaled_linear",
     "squaredcos_cap_v2": "squaredcos",
 }
-NEARLY_ZERO = 2.0**-24  # what diffusers' samplers in x / alpha put for the last alpha-bar of a zero terminal SNR
+NEARLY_ZERO = 2.0**-24  # the last alpha-bar of a zero terminal SNR, in diffusers' samplers in x / alpha
 LEVEL_FLAGS = {"use_karras_sigmas": Karras, "use_exponential_sigmas": Exponential, "use_beta_sigmas": Beta}
 
 
 def trained_betas(o: Options, last_alpha_bar: float = 0.0) -> Tensor:
-    """The trained noise increments, float64 of shape (N,), rescaled where the file asks for a zero terminal SNR."""
+    """Return the trained noise increments, float64 of shape (N,), rescaled if the file wants a zero terminal SNR."""
     given, steps = o.numbers("trained_betas"), o.count("num_train_timesteps")
     schedule, start, end = o.text("beta_schedule"), o.number("beta_start"), o.number("beta_end")
     if given is not None:
@@ -53,12 +53,12 @@ def trained_betas(o: Options, last_alpha_bar: float = 0.0) -> Tensor:
 
 
 def discrete_path(o: Options, last_alpha_bar: float = NEARLY_ZERO) -> DiscreteVPPath:
-    """The trained path."""
+    """Return the trained path."""
     return DiscreteVPPath(trained_betas(o, last_alpha_bar))
 
 
 def prediction(o: Options, *kinds: str, recompute_eps: bool = False) -> Prediction:
-    """What the output means, x0 clipped or thresholded where the file asks for it; kinds are what the class takes."""
+    """Return the prediction of the file, one of `kinds`, with x0 clipped or thresholded as the file says."""
     named: dict[str, Prediction] = {"epsilon": Eps(), "sample": X0(), "v_prediction": V(), "flow_prediction": Flow()}
     kind = o.text("prediction_type")
     if kind not in kinds:
@@ -72,7 +72,7 @@ def prediction(o: Options, *kinds: str, recompute_eps: bool = False) -> Predicti
 
 
 def last_row(o: Options) -> End:
-    """The last row by final_sigmas_type or set_alpha_to_one."""
+    """Return the last row, from final_sigmas_type or set_alpha_to_one."""
     if "set_alpha_to_one" in o.values:
         return "clean" if o.flag("set_alpha_to_one") else "t_min"
     if "final_sigmas_type" not in o.values or o.text("final_sigmas_type") == "zero":
@@ -85,7 +85,7 @@ def last_row(o: Options) -> End:
 def timestep_spacing(
     o: Options, last: End, integer: bool, spare_row: bool = False, stride_target: bool = False
 ) -> Spacing:
-    """The trained timesteps by timestep_spacing."""
+    """Return the spacing of the trained timesteps, from the option timestep_spacing."""
     match o.values.get("timestep_spacing", "linspace"):
         case "leading":
             return Leading(o.count("steps_offset"), last, spare_row)
@@ -97,7 +97,7 @@ def timestep_spacing(
 
 
 def level_spacing(o: Options, last: End, level_kind: LevelKind = "ratio") -> Karras | Exponential | Beta | None:
-    """Karras, exponential or beta levels, of which a file can ask for one, with its own ends where it gives them."""
+    """Return karras, exponential or beta levels, with the file's own ends, or None if the file sets none of them."""
     requested = [key for key in LEVEL_FLAGS if key in o.values and o.flag(key)]
     if len(requested) > 1:
         o.refuse(requested[1], f"{requested[0]} is set too; keep one of them")
@@ -109,7 +109,7 @@ def level_spacing(o: Options, last: End, level_kind: LevelKind = "ratio") -> Kar
 
 
 def check_level_range(o: Options, path: DiscreteVPPath) -> None:
-    """Refuse levels that leave the trained table, where the network would be told the table's end."""
+    """Refuse levels outside the trained table, at which the network would get the timestep of the table's end."""
     low, high = (path.sigma(t) / path.alpha(t) for t in (path.t_min, path.t_max))
     for key in ("sigma_min", "sigma_max"):
         level = o.optional(key)
@@ -118,7 +118,7 @@ def check_level_range(o: Options, path: DiscreteVPPath) -> None:
 
 
 def ve_path_and_spacing(o: Options, last: End) -> tuple[NoisePath, Spacing]:
-    """Path and spacing of the samplers that step in x / alpha: Euler, Heun, KDPM2, LMS."""
+    """Return path and spacing of the samplers that step in x / alpha: Euler, Heun, KDPM2, LMS."""
     table, levels = discrete_path(o), level_spacing(o, last)
     rows = timestep_spacing(o, last, integer=False)
     start: Literal["state", "sigma"] = "state" if o.text("timestep_spacing") == "leading" else "sigma"
@@ -129,7 +129,7 @@ def ve_path_and_spacing(o: Options, last: End) -> tuple[NoisePath, Spacing]:
 
 
 def dynamic_shift(o: Options, flow: FlowLinspace) -> Spacing:
-    """The flow's spacing, its shift growing with the picture where the file asks for it."""
+    """Return the flow's spacing, with a shift that grows with the resolution if the file sets use_dynamic_shifting."""
     if not o.flag("use_dynamic_shifting"):
         return flow
     kind = o.text("time_shift_type")
@@ -146,17 +146,24 @@ def dynamic_shift(o: Options, flow: FlowLinspace) -> Spacing:
 
 
 def flow_path_and_spacing(o: Options, flow: FlowLinspace) -> tuple[NoisePath, Spacing]:
-    """Path and spacing of the multistep samplers with use_flow_sigmas; the network is told whole numbers."""
+    """Return path and spacing of the multistep samplers with use_flow_sigmas; the network gets whole timesteps."""
     path = FlowPath(float(o.count("num_train_timesteps")))
     if level_spacing(o, flow.end) is not None:
-        o.refuse("use_flow_sigmas", "it does not go together with karras, exponential or beta sigmas here")
+        o.refuse("use_flow_sigmas", "it cannot be combined with karras, exponential or beta sigmas here")
     return path, InitStdOverride(TimestepMap(dynamic_shift(o, flow), "floor"), "unit")
 
 
 def trained_path_and_spacing(o: Options, last: End, levels_last: End, rounded: bool) -> tuple[NoisePath, Spacing]:
-    """Path and spacing of DPM-Solver, UniPC and DEIS on trained indices: one spare row, whole numbers told.
+    """Return path and spacing of DPM-Solver, UniPC and DEIS on trained indices, with one spare row and whole timesteps.
 
-    leveled_last is the end of karras, exponential and beta levels; karras timesteps are rounded, the others cut.
+    Args:
+        o: The options of the class.
+        last: The last row of trained timesteps.
+        levels_last: The last row of karras, exponential and beta levels.
+        rounded: Whether karras timesteps are rounded. All other levels truncate theirs.
+
+    Returns:
+        The path and the spacing.
     """
     table, levels = discrete_path(o), level_spacing(o, levels_last)
     if levels is None:

@@ -21,11 +21,16 @@ from schedulers.spacing import End, Exponential, FlowLinspace, Karras, Spacing, 
 
 Form = Literal["data", "noise"]
 Kind = Literal["midpoint", "heun"]
-OTHER_SOLVER_TYPES = ("logrho", "bh1", "bh2")  # another sampler's solver_type, which diffusers reads as its own default
+OTHER_SOLVER_TYPES = (
+    "logrho",
+    "bh1",
+    "bh2",
+)  # another sampler's solver_type, which diffusers replaces by its own default
 
 
 def _prediction(o: Options, form: Form = "data") -> Prediction:
-    """With use_flow_sigmas alpha + sigma is 1 and v means something else; without, a flow's velocity does."""
+    """Return the prediction that the file names."""
+    # With use_flow_sigmas alpha + sigma is 1, where v has another meaning; without it, a flow's velocity has.
     flow = o.flag("use_flow_sigmas")
     kinds = ("epsilon", "sample", "flow_prediction") if flow else ("epsilon", "sample", "v_prediction")
     prediction = common.prediction(o, *kinds, recompute_eps=form == "noise")
@@ -54,7 +59,7 @@ def _dpm_path_and_spacing(o: Options) -> tuple[NoisePath, Spacing]:
 
 
 def _dpm_solver(o: Options, single: bool = False) -> DPMSolver | DPMSolverSinglestep:
-    """The solver of the four DPM-Solver classes; the cosine one has no algorithm_type and is stochastic."""
+    """Return the solver of the four DPM-Solver classes; the cosine one has no algorithm_type and is stochastic."""
     algorithm = o.text("algorithm_type") if "algorithm_type" in o.values else "sde-dpmsolver++"
     order, kind = o.count("solver_order"), o.text("solver_type")
     if algorithm not in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "deis"):
@@ -76,11 +81,11 @@ def _dpm_solver(o: Options, single: bool = False) -> DPMSolver | DPMSolverSingle
 
 
 def dpm(single: bool) -> Callable[[Options], NoiseScheduler]:
-    """The builder of DPMSolverMultistepScheduler or DPMSolverSinglestepScheduler."""
+    """Return the builder of DPMSolverMultistepScheduler or DPMSolverSinglestepScheduler."""
 
     def build(o: Options) -> NoiseScheduler:
         if o.values.get("use_lu_lambdas"):
-            o.refuse("use_lu_lambdas", "levels even in lambda end short of the data there; use karras sigmas")
+            o.refuse("use_lu_lambdas", "diffusers' levels even in lambda end before the data; use karras sigmas")
         solver = _dpm_solver(o, single)
         path, spacing = _dpm_path_and_spacing(o)
         return NoiseScheduler(path, spacing, _prediction(o, solver.form), solver)
@@ -89,9 +94,9 @@ def dpm(single: bool) -> Callable[[Options], NoiseScheduler]:
 
 
 def unipc(o: Options) -> NoiseScheduler:
-    """UniPCMultistepScheduler."""
+    """Build UniPCMultistepScheduler."""
     if o.values["solver_p"] is not None:
-        o.refuse("solver_p", "another sampler as the predictor is not written here; leave it null")
+        o.refuse("solver_p", "another sampler as the predictor is not implemented; leave it null")
     last, form = common.last_row(o), "data" if o.flag("predict_x0") else "noise"
     if form == "noise" and last == "clean":
         o.refuse("final_sigmas_type", "predict_x0=false cannot step to sigma = 0; use sigma_min")
@@ -113,7 +118,7 @@ def unipc(o: Options) -> NoiseScheduler:
 
 
 def _unipc_flow_path_and_spacing(o: Options, last: End) -> tuple[NoisePath, Spacing]:
-    """Flow rows that stop short of pure noise; karras levels are the trained table's sigma / alpha, on a flow."""
+    """Return flow rows that stop short of pure noise; karras levels are the trained sigma / alpha, on a flow."""
     total = o.count("num_train_timesteps")
     levels = common.level_spacing(o, last)
     if isinstance(levels, Karras):
@@ -128,7 +133,7 @@ def _unipc_flow_path_and_spacing(o: Options, last: End) -> tuple[NoisePath, Spac
 
 
 def deis(o: Options) -> NoiseScheduler:
-    """DEISMultistepScheduler."""
+    """Build DEISMultistepScheduler."""
     solver = DEIS(o.count("solver_order"), o.flag("lower_order_final"))
     if o.flag("use_flow_sigmas"):
         first = 1 - 1 / o.count("num_train_timesteps")
@@ -141,7 +146,7 @@ def deis(o: Options) -> NoiseScheduler:
 
 
 def edm_path_and_spacing(o: Options, tau_map: TauMap) -> tuple[NoisePath, Spacing]:
-    """Path and spacing of the classes in EDM's coordinates; their first noise is that of the whole state."""
+    """Return path and spacing of the classes in EDM's coordinates; their first noise is that of the whole state."""
     path = EDMPath(o.number("sigma_data"), tau_map, o.number("sigma_min"), o.number("sigma_max"))
     last = common.last_row(o)
     schedules: dict[str, Spacing] = {
@@ -154,7 +159,7 @@ def edm_path_and_spacing(o: Options, tau_map: TauMap) -> tuple[NoisePath, Spacin
 
 
 def edm_prediction(o: Options) -> Prediction:
-    """EDM's preconditioning, with the sign of v for v_prediction."""
+    """Return EDM's preconditioning, with the sign of v for v_prediction."""
     signs = {"epsilon": 1, "v_prediction": -1}
     if o.text("prediction_type") not in signs:
         o.refuse("prediction_type", "use epsilon or v_prediction")
@@ -165,7 +170,7 @@ def edm_prediction(o: Options) -> Prediction:
 
 
 def edm_dpm(tau_map: TauMap) -> Callable[[Options], NoiseScheduler]:
-    """The builder of EDMDPMSolverMultistepScheduler or CosineDPMSolverMultistepScheduler."""
+    """Return the builder of EDMDPMSolverMultistepScheduler or CosineDPMSolverMultistepScheduler."""
 
     def build(o: Options) -> NoiseScheduler:
         solver: Solver = _dpm_solver(o)

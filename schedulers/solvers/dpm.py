@@ -14,7 +14,14 @@ Form = Literal["data", "noise"]
 
 @dataclass(frozen=True)
 class StepFactors:
-    """The factors of x_next = carry * x + scale * (p1 * D0 + ...) + spread * z; the p are taken at `step`."""
+    """The factors of x_next = x_factor * x + estimate_factor * (p1 * D0 + ...) + noise_std * z.
+
+    Attributes:
+        x_factor: The factor of the state.
+        estimate_factor: The factor of the sum of estimates.
+        step: The step in lambda at which the p are evaluated.
+        noise_std: The standard deviation of the noise.
+    """
 
     x_factor: float
     estimate_factor: float
@@ -23,7 +30,17 @@ class StepFactors:
 
     @staticmethod
     def between(here: Point, there: Point, form: Form, stochastic: bool) -> "StepFactors":
-        """From one point to another, h = lambda_next - lambda apart; see DPMSolver for form and stochastic."""
+        """Return the factors from one point to another, a step h = lambda_next - lambda apart.
+
+        Args:
+            here: The point where the step starts.
+            there: The point where the step ends.
+            form: The estimate that is integrated, as in `DPMSolver`.
+            stochastic: Whether the step is that of the SDE, as in `DPMSolver`.
+
+        Returns:
+            The factors.
+        """
         h = there.log_snr - here.log_snr
         if form == "noise":
             return StepFactors(there.alpha / here.alpha, there.sigma, -h, 0.0)
@@ -35,22 +52,32 @@ class StepFactors:
 
 @dataclass(frozen=True)
 class DPMSolver:
-    """With h the step in lambda, D0 the newest estimate and D1, D2 its divided differences over the last rows,
+    """DPM-Solver and DPM-Solver++, multistep.
+
+    With h the step in lambda, D0 the newest estimate, and D1 and D2 its divided differences over the last rows,
 
         x_next = (sigma_next / sigma) * x + alpha_next * (p1 * D0 + p2 * D1 + p3 * D2),
         p1 = 1 - e^-h,    p2 = 1 - p1 / h  (or p1 / 2, "midpoint" at order 2),    p3 = 2 * (p1 - h) / h^2 + 1.
 
-    form="data" estimates x0: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, Algorithm 2).
-    form="noise" estimates eps: DPM-Solver (arXiv 2206.00927), the same formulas with alpha and sigma exchanged and h
-    negated; it cannot step to sigma = 0. stochastic=True is the SDE form of the data formulas (diffusers'
-    "sde-dpmsolver++"), with 2 h in place of h, x scaled by e^-h once more, and noise sigma_next * sqrt(1 - e^-2h) * z.
-
     D2 is the second divided difference, half a second derivative, and p3 integrates it in full: order 3 measures 3. The
-    authors' code, diffusers and k-diffusion weigh it by half, and their third order measures 2: that is halve_d2.
+    authors' code, diffusers and k-diffusion weigh D2 by half, and their third order measures 2.
 
-    Convention: diffusers' DPMSolverMultistepScheduler. With lower_order_final, a grid of fewer than 15 steps ends in
-    steps of falling order. euler_at_final makes the last step first order on any grid.
-    Raises ValueError for an order outside 1 to 3, or form="noise" with stochastic=True.
+    Convention: diffusers' DPMSolverMultistepScheduler.
+
+    Attributes:
+        order: The order, 1 to 3.
+        kind: The form of p2 at order 2, "midpoint" or "heun".
+        form: The estimate that is integrated. "data" is x0: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, Algorithm
+            2). "noise" is eps: DPM-Solver (arXiv 2206.00927), the same formulas with alpha and sigma exchanged and h
+            negated. It cannot step to sigma = 0.
+        stochastic: Whether the step is the SDE form of the data formulas (diffusers' "sde-dpmsolver++"). It has 2 h in
+            place of h, x scaled by e^-h once more, and noise sigma_next * sqrt(1 - e^-2h) * z.
+        lower_order_final: Whether a grid of fewer than 15 steps ends in steps of falling order.
+        euler_at_final: Whether the last step is first order on any grid.
+        halve_d2: Whether D2 is weighed by half, as in diffusers.
+
+    Raises:
+        ValueError: The order is outside 1 to 3, or form="noise" is combined with stochastic=True.
     """
 
     order: int = 2
@@ -65,10 +92,10 @@ class DPMSolver:
         if self.order not in (1, 2, 3):
             raise ValueError(f"order={self.order}; DPM-Solver has orders 1, 2 and 3")
         if self.form == "noise" and self.stochastic:
-            raise ValueError("the SDE form is written for x0; use form=data with it")
+            raise ValueError("the SDE form integrates x0; use form=data with it")
 
     def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
-        """See the class. Raises ValueError when form="noise" is asked to step to sigma = 0."""
+        """Take one multistep step. Raise ValueError if form="noise" would step from alpha = 0 or to sigma = 0."""
         here, there = grid[i], grid[i + 1]
         state.append(here, denoise(x, here), self.order)
         h = there.log_snr - here.log_snr
@@ -84,7 +111,7 @@ class DPMSolver:
         return x_next + factors.noise_std * noise(i).to(x) if factors.noise_std > 0 else x_next
 
     def _sum(self, state: SolverState, order: int, h: float, step: float) -> Tensor:
-        """p1 * D0 + p2 * D1 + p3 * D2, the p taken at `step`, the differences in units of h."""
+        """Return p1 * D0 + p2 * D1 + p3 * D2, with the p evaluated at `step` and the differences in units of h."""
         values = [e.x0 if self.form == "data" else e.eps for _, e in state.history]
         lambdas = [point.log_snr for point, _ in state.history]
         p1 = -math.expm1(-step)
@@ -102,5 +129,5 @@ class DPMSolver:
         return p1 * values[-1] + p2 * (first + r0 * second) + p3 * second
 
     def evaluations(self, grid: Grid) -> int:
-        """One a step."""
+        """Return the number of steps: one evaluation per step."""
         return grid.steps

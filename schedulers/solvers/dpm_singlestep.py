@@ -1,4 +1,4 @@
-"""DPM-Solver in its singlestep form: blocks of one to three rows, each step of a block starting at its first row."""
+"""DPM-Solver in its singlestep form: blocks of one to three rows; each step starts at the first row of its block."""
 
 import math
 from dataclasses import dataclass
@@ -13,15 +13,26 @@ from schedulers.solvers.dpm import Form, StepFactors
 
 @dataclass(frozen=True)
 class DPMSolverSinglestep:
-    """The grid's steps are dealt into blocks of `order`; the k-th step of a block goes from the block's first row s,
+    """DPM-Solver-2S and -3S: the grid's steps form blocks of `order`, and each step starts at its block's first row s.
+
+    Lu et al. 2022 (arXiv 2206.00927, 2211.01095), in the convention of diffusers' DPMSolverSinglestepScheduler. The
+    k-th step of a block is
 
         x_next = (sigma_next / sigma_s) * x_s + alpha_next * (p1 * m_s + p2 * D1 + p3 * D2),
 
-    with k estimates and the p of DPMSolver at h = lambda_next - lambda_s. The second step has D1 = (m_1 - m_s) / r_1;
-    kind="midpoint" puts p1 / 2 for p2 there and drops D2 (D1 then the last difference) in the third. DPM-Solver-2S and
-    -3S, Lu et al. 2022 (arXiv 2206.00927, 2211.01095), in the convention of diffusers' DPMSolverSinglestepScheduler.
-    With lower_order_final, or where the grid ends at sigma = 0, the last block ends in a first-order step.
-    form and stochastic as in DPMSolver. Raises ValueError for an order outside 1 to 3, or form="noise" and stochastic.
+    with k estimates and the p of DPMSolver at h = lambda_next - lambda_s. The second step has D1 = (m_1 - m_s) / r_1.
+    With lower_order_final, or if the grid ends at sigma = 0, the last block ends in a first-order step.
+
+    Attributes:
+        order: The order and the length of a block, 1 to 3.
+        kind: The form of p2. "midpoint" uses p1 / 2 for p2 in the second step. In the third step it drops D2, and D1 is
+            the last difference. "heun" uses the formula above.
+        form: The estimate that is integrated, as in DPMSolver.
+        stochastic: Whether the step is that of the SDE, as in DPMSolver.
+        lower_order_final: Whether the last block ends in a first-order step.
+
+    Raises:
+        ValueError: The order is outside 1 to 3, or form="noise" is combined with stochastic=True.
     """
 
     order: int = 2
@@ -37,7 +48,7 @@ class DPMSolverSinglestep:
             )
 
     def block_positions(self, grid: Grid) -> list[int]:
-        """The place of each step in its block, from 1. A step from alpha = 0 is a block of its own."""
+        """Return the position of each step in its block, from 1. A step from alpha = 0 is a block of its own."""
         clean, first_alone = bool(grid.sigma[-1] == 0), int(grid.alpha[0] == 0)
         positions = [i % self.order + 1 for i in range(grid.steps - first_alone)]
         if (self.lower_order_final or clean) and positions and len(positions) % self.order == 0 and self.order > 1:
@@ -48,7 +59,7 @@ class DPMSolverSinglestep:
         return positions
 
     def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
-        """See the class."""
+        """Take one step from the first row of the block."""
         there, position = grid[i + 1], self.block_positions(grid)[i]
         state.append(grid[i], denoise(x, grid[i]), self.order)
         if position == 1:
@@ -61,7 +72,7 @@ class DPMSolverSinglestep:
         return x_next + factors.noise_std * noise(i).to(x) if factors.noise_std > 0 else x_next
 
     def _sum(self, state: SolverState, position: int, h: float, step: float) -> Tensor:
-        """p1 * m_s + p2 * D1 + p3 * D2."""
+        """Return p1 * m_s + p2 * D1 + p3 * D2."""
         block = state.history[-position:]
         values = [e.x0 if self.form == "data" else e.eps for _, e in block]
         lambdas = [point.log_snr for point, _ in block]
@@ -80,5 +91,5 @@ class DPMSolverSinglestep:
         return p1 * values[0] + p2 * d1 + p3 * d2
 
     def evaluations(self, grid: Grid) -> int:
-        """One a step."""
+        """Return the number of steps: one evaluation per step."""
         return grid.steps

@@ -1,4 +1,4 @@
-"""Ancestral sampling with the DDPM posterior: its variance small, large or learned."""
+"""Ancestral sampling with the DDPM posterior, its variance small, large or learned."""
 
 import math
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ Variance = Literal["small", "large", "learned_range", "learned"]
 
 @dataclass(frozen=True)
 class DDPM:
-    """x_next = alpha_next * ((1 - k) * x0 + k * x / alpha) + s * z,    k = (r_next / r)^2,    r = sigma / alpha.
+    """The DDPM posterior: x_next = alpha_next * ((1 - k) * x0 + k * x / alpha) + s * z, with k = (r_next / r)^2.
 
-    Ho et al. 2020 (arXiv 2006.11239), equations 6, 7 and 11, on any Gaussian path; the mean is a function of x and x0,
-    so it uses x0 as clipped. The variance s^2 is
+    Here r = sigma / alpha. Ho et al. 2020 (arXiv 2006.11239), equations 6, 7 and 11, on any Gaussian path. The mean is
+    a function of x and x0, so it uses the clipped x0. The variance s^2 is
 
         small          sigma_next^2 * (1 - k)                 the posterior's own (beta-tilde)
         large          sigma^2 * (1 - k)                      the forward step's (beta), which depends on coordinates
@@ -27,15 +27,18 @@ class DDPM:
                                                               (arXiv 2102.09672), equation 15
         learned        the output itself
 
-    The two learned ones need a checkpoint with twice the channels (prediction.LearnedVariance). A step to sigma = 0
-    adds no noise unless final_noise is set: diffusers adds it whenever the step starts above the first trained index.
+    Attributes:
+        variance: The variance, from the table above. The two learned ones need a checkpoint with twice the channels
+            (prediction.LearnedVariance).
+        final_noise: Whether a step to sigma = 0 adds noise. diffusers adds it whenever the step starts above the first
+            trained index.
     """
 
     variance: Variance = "small"
     final_noise: bool = False
 
     def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
-        """See the class. Raises ValueError when a learned variance is asked of an output without one."""
+        """Take one step of the posterior. Raise ValueError if the variance is learned and the output has none."""
         here, there = grid[i], grid.landing(i)
         now = denoise(x, here)
         k = (there.sigma * here.alpha / (there.alpha * here.sigma)) ** 2
@@ -65,5 +68,5 @@ class DDPM:
         return torch.exp(fraction * log_large + (1 - fraction) * log_small)
 
     def evaluations(self, grid: Grid) -> int:
-        """One a step."""
+        """Return the number of steps: one evaluation per step."""
         return grid.steps

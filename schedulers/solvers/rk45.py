@@ -1,4 +1,4 @@
-"""The probability-flow ODE by an adaptive Runge-Kutta method, which decides itself how often to call the network."""
+"""The probability-flow ODE by an adaptive Runge-Kutta method, which itself decides how often to call the network."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from schedulers.grid import Grid, Point
 from schedulers.prediction import Estimate
 from schedulers.solvers.base import Denoise, Noise, SolverState
 
-# Dormand and Prince 1980: stages, fifth-order weights, and the difference from the fourth-order ones.
+# Dormand and Prince 1980: nodes C, stages A, fifth-order weights B, and their difference E to the fourth-order ones.
 C = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0)
 A = (
     (),
@@ -26,16 +26,25 @@ E = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40
 
 @dataclass(frozen=True)
 class RK45:
-    """In the coordinates y = x / (alpha + sigma) and u = sigma / (alpha + sigma), in which (*) reads on every path
+    """Dormand-Prince 5(4) with adaptive steps, in coordinates y = x / (alpha + sigma) and u = sigma / (alpha + sigma).
 
-        dy / du = eps - x0,    u from 1 (noise) to 0 (data),
+    On every path (*) reads, in these coordinates,
 
-    Dormand-Prince 5(4) with steps accepted while the error of every sample, in root mean square of
-    error / (atol + rtol * |y|), is at most 1. Song et al. 2021 (arXiv 2011.13456), section 4.3 and appendix D.4, use
-    the same method (SciPy's RK45) in the path's own time. Rows of the grid are hit exactly, so one step is enough; from
-    u = clean_below the estimate of x0 is the result, since the network is never called at sigma = 0. The number of
-    evaluations depends on the sample: `evaluations` says None, and whoever wraps denoise counts them. The step size is
-    shared by a batch. Raises ValueError for tolerances that are not above 0.
+        dy / du = eps - x0,    u from 1 (noise) to 0 (data).
+
+    A step is accepted if the error of every sample is at most 1: the root mean square of error / (atol + rtol * |y|).
+    Song et al. 2021 (arXiv 2011.13456), section 4.3 and appendix D.4, use the same method (SciPy's RK45) in the path's
+    own time. The method hits the grid's rows exactly, so one step is enough. The number of evaluations depends on the
+    sample: `evaluations` returns None, and the wrapper of denoise counts them. A batch shares the step size.
+
+    Attributes:
+        rtol: The relative tolerance, above 0.
+        atol: The absolute tolerance, above 0.
+        clean_below: The u at which the estimate of x0 is the result, since the network is never called at sigma = 0.
+        max_evaluations: The largest number of evaluations in one step.
+
+    Raises:
+        ValueError: A tolerance or clean_below is out of range.
     """
 
     rtol: float = 1e-3
@@ -50,7 +59,7 @@ class RK45:
             )
 
     def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
-        """See the class. Raises ValueError when the tolerances ask for more than max_evaluations in one step."""
+        """Integrate to the next row. Raise ValueError if that needs more than max_evaluations evaluations."""
         here, there = grid[i], grid[i + 1]
         nearest = _u(grid.at_ratio(0.0))  # a discrete path has no point below its first index
         u, end, calls = _u(here), max(_u(there), self.clean_below, nearest), 1
@@ -77,7 +86,19 @@ class RK45:
     def _trial_step(
         self, y: Tensor, u: float, du: float, slope: Tensor, grid: Grid, denoise: Denoise
     ) -> tuple[Tensor, tuple[Tensor, Estimate], float]:
-        """One trial: the state at u + du, its slope and estimate there, and the error in units of the tolerance."""
+        """Take one trial step.
+
+        Args:
+            y: The state at u.
+            u: The time.
+            du: The step in u, negative.
+            slope: The slope dy / du at u.
+            grid: The source of the points.
+            denoise: The network as a function of state and point.
+
+        Returns:
+            The state at u + du, its slope and estimate there, and the error in units of the tolerance.
+        """
         slopes = [slope]
         for c, row in zip(C[1:], A[1:], strict=True):
             slopes.append(self._slope(y + du * _weighted_sum(row, slopes), _at(grid, u + c * du), denoise)[0])
@@ -94,7 +115,7 @@ class RK45:
         return estimate.eps - estimate.x0, estimate
 
     def evaluations(self, grid: Grid) -> None:
-        """Unknown beforehand."""
+        """Return None: the number of evaluations is not known before the run."""
         return
 
 

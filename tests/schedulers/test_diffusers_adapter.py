@@ -39,7 +39,7 @@ def test_pushing_is_pulling(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
     wanted, grid = ours(case, STEPS, pulled)
     view, pushed = DiffusersAdapter(case.ours()), Toy(pulled.variance)
     view.set_timesteps(STEPS, **case.set_timesteps)
-    monkeypatch.setattr(view, "_draw", lambda key, generator: draw(key))
+    monkeypatch.setattr(view, "_noise_for", lambda key, generator: draw(key))
     got = push(view, draw(-1) * view.init_noise_sigma, pushed)
     assert pushed.told == pytest.approx(pulled.told, rel=1e-6)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())

@@ -99,8 +99,8 @@ def test_every_option_belongs_somewhere() -> None:
         ({"solver": "zzz"}, "unknown solver 'zzz'; Choose one of"),
         ({"spacing": "karas"}, "did you mean 'karras'"),
         ({"prediction": "epsilon"}, "unknown prediction 'epsilon'"),
-        ({"steps": 0}, "steps=0; ask for at least 1"),
-        ({"steps": 1001}, "ask for 1000 or fewer"),
+        ({"steps": 0}, "steps=0; use at least 1"),
+        ({"steps": 1001}, "use 1000 or fewer"),
         ({"family": "rectified_flow", "prediction": "eps"}, "alpha = 0"),
     ],
 )
@@ -128,7 +128,7 @@ def test_limits_that_depend_on_the_settings() -> None:
     [
         (
             NoiseSchedulerSettings("ddpm", zero_terminal_snr=True),
-            "prediction=eps says nothing about x0 at zero terminal SNR",
+            "prediction=eps does not determine x0 at zero terminal SNR",
         ),
         (
             NoiseSchedulerSettings("ddpm", "v", zero_terminal_snr=True, coordinates="ve"),
@@ -141,7 +141,7 @@ def test_limits_that_depend_on_the_settings() -> None:
             "path=flow does not belong to family=sgm. Use one of: edm, ve, vp, sub_vp",
         ),
         (NoiseSchedulerSettings("ddpm", solver="ddpm", variance="learned"), "needs a checkpoint with learned_variance"),
-        (NoiseSchedulerSettings("rectified_flow", shift=3.0, mu=1.0), "three ways to say one thing"),
+        (NoiseSchedulerSettings("rectified_flow", shift=3.0, mu=1.0), "give only one of them"),
         (NoiseSchedulerSettings("rectified_flow", base_shift=0.5), "go together"),
         (NoiseSchedulerSettings("rectified_flow", solver="euler_maruyama"), "set sigma_first=0.999"),
         (NoiseSchedulerSettings("rectified_flow", spacing="custom"), "needs its levels"),
@@ -155,7 +155,7 @@ def test_settings_that_contradict_one_another_are_refused(settings: NoiseSchedul
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (NoiseSchedulerSettings("sgm", spacing="custom", sigmas=[3.0, 1.0]), "ask for 2 steps"),
+        (NoiseSchedulerSettings("sgm", spacing="custom", sigmas=[3.0, 1.0]), "use 2 steps"),
         (NoiseSchedulerSettings("ddpm", solver="lcm", spacing="lcm"), "distilled on 50 steps"),
     ],
 )
@@ -187,7 +187,7 @@ def test_a_shift_that_grows_with_the_picture() -> None:
             rtol=1e-12,
             atol=0,
         )
-    with pytest.raises(ValueError, match="depends on the picture's size"):
+    with pytest.raises(ValueError, match="depends on the image size"):
         flux.grid(8)
 
 
