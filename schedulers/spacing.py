@@ -123,7 +123,7 @@ class FlowLinspace:
         Raises:
             ValueError: The last evaluation would be at sigma = 0, or the number of steps does not fit.
         """
-        sigma = self._unshifted(_check_steps(steps))
+        sigma = self._unshifted_rows(_check_steps(steps))
         if not sigma[-1] > 0:
             raise ValueError("the last network evaluation would be at sigma = 0; give sigma_last above 0, or spare_row")
         sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
@@ -134,7 +134,7 @@ class FlowLinspace:
             return grid_at(path, sigma, self.end)
         return grid_at(path, path.t_of(sigma / (1 - sigma)), self.end)
 
-    def _unshifted(self, steps: int) -> Tensor:
+    def _unshifted_rows(self, steps: int) -> Tensor:
         if self.unshifted_sigmas is not None:
             if len(self.unshifted_sigmas) != steps:
                 raise ValueError(

@@ -114,17 +114,17 @@ def _flow_path_and_spacing(o: Options) -> tuple[NoisePath, Spacing]:
     total, shift = o.count("num_train_timesteps"), o.number("shift")
     path: NoisePath = FlowPath(float(total))
     if "use_dynamic_shifting" not in o.values:
-        return path, FlowLinspace(shift, _shifted(1 / total, shift))
+        return path, FlowLinspace(shift, _shift_sigma(1 / total, shift))
     if o.flag("invert_sigmas"):
         o.refuse("invert_sigmas", "a grid goes from noise to data")
     dynamic, terminal = o.flag("use_dynamic_shifting"), o.optional("shift_terminal") or None
-    last = 1 / total if dynamic else _shifted(1 / total, shift)
+    last = 1 / total if dynamic else _shift_sigma(1 / total, shift)
     spacing = common.dynamic_shift(o, FlowLinspace(1.0 if dynamic else shift, last, terminal=terminal))
     levels = common.level_spacing(o, "clean", level_kind="flow")
     return path, spacing if levels is None else RespacedLevels(spacing, levels)
 
 
-def _shifted(sigma: float, shift: float) -> float:
+def _shift_sigma(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

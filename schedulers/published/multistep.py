@@ -53,8 +53,8 @@ def _dpm_path_and_spacing(o: Options) -> tuple[NoisePath, Spacing]:
         if isinstance(spacing, Trailing):
             o.refuse("lambda_min_clipped", "with trailing timesteps it changes the number of steps; use linspace")
         t = torch.arange(len(path.betas), dtype=torch.float64)
-        kept = int(((path.alpha(t) / path.sigma(t)).log() >= lowest).sum())
-        path = DiscreteVPPath(path.betas[:kept])
+        count = int(((path.alpha(t) / path.sigma(t)).log() >= lowest).sum())
+        path = DiscreteVPPath(path.betas[:count])
     return path, spacing
 
 
@@ -72,12 +72,12 @@ def _dpm_solver(o: Options, single: bool = False) -> DPMSolver | DPMSolverSingle
         o.refuse("solver_order", "diffusers' third-order SDE step has a term of the wrong sign or is missing; use 2")
     if kind not in ("midpoint", "heun", *OTHER_SOLVER_TYPES):
         o.refuse("solver_type", "use midpoint or heun")
-    meant: Kind = "heun" if kind == "heun" else "midpoint"
+    variant: Kind = "heun" if kind == "heun" else "midpoint"
     form: Form = "noise" if algorithm == "dpmsolver" else "data"
     sde, lower = algorithm == "sde-dpmsolver++", o.flag("lower_order_final")
     if single:
-        return DPMSolverSinglestep(order, meant, form, sde, lower)
-    return DPMSolver(order, meant, form, sde, lower, o.flag("euler_at_final"), halve_d2=True)
+        return DPMSolverSinglestep(order, variant, form, sde, lower)
+    return DPMSolver(order, variant, form, sde, lower, o.flag("euler_at_final"), halve_d2=True)
 
 
 def dpm(single: bool) -> Callable[[Options], NoiseScheduler]:
