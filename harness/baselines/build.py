@@ -25,9 +25,9 @@ from harness.pipeline.validate import InputValidation, Limits
 from harness.resolve.engines_table import CACHE_DIT, PEERS, SGLANG, SglangRow, engine_version, peer_attention
 from harness.resolve.trained import PUBLISHED_FAMILY
 from models.attention import sdpa_attention
+from models.checkpoint_source import CheckpointSource
 from models.components import ComponentLoader, Components
 from models.registry import ARCHITECTURES
-from models.source import Source
 from schedulers.noise_scheduler import NoiseScheduler
 
 
@@ -50,7 +50,7 @@ class PeerValidation(InputValidation):
         self.model.check(asks(request)[0])
 
 
-def native_facts(architecture: str, source: Source) -> Components:
+def native_facts(architecture: str, source: CheckpointSource) -> Components:
     """The native components on the meta device, which takes no memory: what they say of geometry, guidance and order.
 
     Raises:
@@ -61,7 +61,7 @@ def native_facts(architecture: str, source: Source) -> Components:
     return load(empty, sdpa_attention)
 
 
-def load_peer(architecture: str, source: Source, parts: Components) -> PeerModel:
+def load_peer(architecture: str, source: CheckpointSource, parts: Components) -> PeerModel:
     """diffusers' pipeline of a checkpoint, quiet, since a rank's log is a file.
 
     Raises:
@@ -73,7 +73,9 @@ def load_peer(architecture: str, source: Source, parts: Components) -> PeerModel
     return model
 
 
-def load_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Components, make_slot: MakeSlot) -> PeerModel:
+def load_sglang(
+    model: PeerModel, row: SglangRow, source: CheckpointSource, parts: Components, make_slot: MakeSlot
+) -> PeerModel:
     """diffusers' pipeline with SGLang-Diffusion's network and loop in it (harness.baselines.sglang).
 
     Raises:
@@ -100,7 +102,7 @@ class PeerStages:
 
 def peer_stages(
     config: RunConfig,
-    source: Source,
+    source: CheckpointSource,
     parts: Components,
     noise_scheduler: NoiseScheduler,
     limits: Limits,

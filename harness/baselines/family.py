@@ -14,8 +14,8 @@ from torch import Tensor
 
 from harness.pipeline.state import Ask
 from harness.resolve.engine import refuse_weak_guidance
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning, PromptEncoder
-from models.source import Source
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Batch:
     def states(self) -> dict[str, Tensor | None]:
         """The token states, by the names that pipelines give them."""
         return {
-            "prompt_embeds": self.text.states,
-            "negative_prompt_embeds": None if self.negative is None else self.negative.states,
+            "prompt_embeds": self.text.prompt_embeds,
+            "negative_prompt_embeds": None if self.negative is None else self.negative.prompt_embeds,
         }
 
     def vectors(self) -> dict[str, Tensor | None]:
@@ -102,7 +102,7 @@ class PeerModel:
 class PeerLoader(Protocol):
     """What a family's module offers as `load`."""
 
-    def __call__(self, source: Source, parts: Components) -> PeerModel:
+    def __call__(self, source: CheckpointSource, parts: Components) -> PeerModel:
         """The pipeline with its weights.
 
         Args:

@@ -9,18 +9,18 @@ from typing import TypeVar
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from models.checkpoint import fill
-from models.empty import build_empty, fill_dummy
+from models.checkpoint import load_weights
+from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError
+from models.meta_init import build_empty, fill_dummy
 from models.names import NameMap
-from models.source import Source
 
 SAME = NameMap()
 M = TypeVar("M", bound=ModelMixin)
 
 
 def load_denoiser(
-    source: Source,
+    source: CheckpointSource,
     kind: type[M],
     native: nn.Module,
     names: NameMap,
@@ -55,11 +55,11 @@ def load_denoiser(
         raise CheckpointError(f"{folder}: {component} cannot be built from its config.json ({line})") from error
     _keep_float32(model)
     if source.dummy:
-        places = {names.theirs(name): place for place, (name, _) in enumerate(native.named_parameters())}
-        fill_dummy(model, places=places)
+        order = {names.to_published(name): place for place, (name, _) in enumerate(native.named_parameters())}
+        fill_dummy(model, order=order)
         source.record(component, model, began)
     else:
-        fill(model, source, component, stored, began)
+        load_weights(model, source, component, stored, began)
     return model.requires_grad_(False).eval()
 
 

@@ -12,8 +12,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from harness.resolve.published_scheduler import scheduler_file
+from models.checkpoint_source import CheckpointSource
 from models.files import read_json
-from models.source import Source
 from schedulers.drop_in import DiffusersView
 from schedulers.grid import Grid, Point
 from schedulers.noise_scheduler import NoiseScheduler
@@ -42,7 +42,7 @@ class OwnGrid(DiffusersView):
         self.sigmas = torch.tensor([*(point.sigma for point in self._points), self.sigmas[-1]], dtype=torch.float32)
 
 
-def published_slot(source: Source) -> MakeSlot:
+def published_slot(source: CheckpointSource) -> MakeSlot:
     """The class that the checkpoint's scheduler_config.json names, as it is."""
     raw = read_json(scheduler_file(source.folder))
     kind: type[SchedulerMixin] = getattr(diffusers, str(raw["_class_name"]))

@@ -47,9 +47,9 @@ from harness.baselines.family import Batch, PeerModel
 from harness.baselines.noise import MakeSlot, Slot
 from harness.pipeline.timesteps import tokens
 from harness.resolve.engines_table import SglangRow
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
 from models.files import CheckpointError
-from models.source import Source
 from schedulers.drop_in import DiffusersView
 
 CONFIGS = "sglang.multimodal_gen.configs.pipeline_configs"
@@ -98,7 +98,7 @@ class SglangDenoiser:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Its loop; latents of the noise's shape."""
-        config, dtype = self.args.pipeline_config, batch.text.text().dtype
+        config, dtype = self.args.pipeline_config, batch.text.require_prompt_embeds().dtype
         config.embedded_cfg_scale = batch.ask.guidance
         request = self._request(batch)
         shape = config.prepare_latent_shape(request, len(batch.asks), 1)
@@ -121,7 +121,7 @@ class SglangDenoiser:
         noise_scheduler = own(self.model.pipeline.scheduler)
         request = Req(
             sampling_params=asked,
-            prompt_embeds=[batch.text.text()] * self.row.encodings,
+            prompt_embeds=[batch.text.require_prompt_embeds()] * self.row.encodings,
             pooled_embeds=_vectors(batch.text),
             prompt_seq_lens=[_lengths(batch.text)] * self.row.encodings,
             do_classifier_free_guidance=negative is not None,
@@ -130,13 +130,15 @@ class SglangDenoiser:
             extra={"mu": shift(noise_scheduler.config, tokens(ask.height, ask.width, self.size_multiple))},
         )
         if negative is not None:
-            request.negative_prompt_embeds = [negative.text()] * self.row.encodings
+            request.negative_prompt_embeds = [negative.require_prompt_embeds()] * self.row.encodings
             request.neg_pooled_embeds = _vectors(negative)
             request.negative_prompt_seq_lens = [_lengths(negative)] * self.row.encodings
         return request
 
 
-def with_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Components, make_slot: MakeSlot) -> PeerModel:
+def with_sglang(
+    model: PeerModel, row: SglangRow, source: CheckpointSource, parts: Components, make_slot: MakeSlot
+) -> PeerModel:
     """A pipeline of diffusers with SGLang's network and loop in the place of its own, whose memory is given back.
 
     Raises:
@@ -164,7 +166,7 @@ def with_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Compone
     return replace(model, network=network, denoise=denoiser, pair_apart=True)
 
 
-def lay_out(folder: Path, source: Source, network: nn.Module, row: SglangRow) -> int:
+def lay_out(folder: Path, source: CheckpointSource, network: nn.Module, row: SglangRow) -> int:
     """Writes what SGLang's loader is shown: a config.json in its words, and the weights.
 
     Those are the checkpoint's files as they are; of a network that has other numbers than they (random ones, or merged
@@ -185,7 +187,7 @@ def lay_out(folder: Path, source: Source, network: nn.Module, row: SglangRow) ->
     return sum(file.stat().st_size for file in files)
 
 
-def settings(row: SglangRow, source: Source, parts: Components, folder: str) -> ServerArgs:
+def settings(row: SglangRow, source: CheckpointSource, parts: Components, folder: str) -> ServerArgs:
     """SGLang's settings for one rank, also made the global ones, with its groups of ranks."""
     module, name = row.config.split(":")
     kind: type[PipelineConfig] = getattr(importlib.import_module(f"{CONFIGS}.{module}"), name)
@@ -252,6 +254,6 @@ def _vectors(text: Conditioning) -> list[Tensor]:
 
 
 def _lengths(text: Conditioning) -> list[int]:
-    states = text.text()
+    states = text.require_prompt_embeds()
     lengths: list[int] = [states.shape[1]] * len(states) if text.mask is None else text.mask.sum(1).tolist()
     return lengths

@@ -7,10 +7,10 @@ from harness.build.parts import cache_mib, check_multiple, limits_of, noise_sche
 from harness.config.schema import RunConfig
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.executor import SyncExecutor
-from models.source import Source
+from models.checkpoint_source import CheckpointSource
 
 
-def peer_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:
+def peer_pipeline(config: RunConfig, source: CheckpointSource) -> ComposedPipeline:
     """The stages around diffusers' pipeline of the checkpoint.
 
     Raises:

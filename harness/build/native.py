@@ -37,11 +37,11 @@ from harness.resolve.engines_table import DIFFUSERS, NATIVE, SGLANG, peer_attent
 from harness.resolve.layout_rules import merges, patches_of
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
+from models.checkpoint_source import CheckpointSource
 from models.components import ComponentLoader, Components, Decoder, networks_in
-from models.parts import Cut
 from models.quantize import quantize
 from models.registry import ARCHITECTURES, resolve_backend
-from models.source import Source
+from models.tensor_slice import ShardWeights
 
 
 def backend_of(config: RunConfig, device: torch.device) -> str:
@@ -80,7 +80,7 @@ def deal(parts: Components, axes: Axes, backend: str, layout: ParallelConfig, st
     return displaced
 
 
-def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[ComposedPipeline, Axes]:
+def native_pipeline(config: RunConfig, source: CheckpointSource, place: Place) -> tuple[ComposedPipeline, Axes]:
     """The stages around the native network, and the axes of ranks that it is dealt over.
 
     Raises:
@@ -92,11 +92,11 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     axes = connect(place, source.device, waiting)  # before loading, which may take the ranks unequal times
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = backend_of(config, source.device)
-    cut: Cut | None = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
+    shard_network: ShardWeights | None = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
     if config.parallel.pipe > 1:
-        cut = partial(drop_blocks, group=axes.ring)
+        shard_network = partial(drop_blocks, group=axes.ring)
     homes = dict.fromkeys(away(config, source), torch.device("cpu"))
-    parts = load(replace(source, cut=cut, devices=homes), attention_kernel(backend))
+    parts = load(replace(source, shard_network=shard_network, devices=homes), attention_kernel(backend))
     check_multiple(model, parts)
     if model.quantize is not Quantize.none:
         quantize(parts.network, parts.plan, model.quantize.name, source)
@@ -148,7 +148,7 @@ def decoder_of(decoder: Decoder, axes: Axes, layout: ParallelConfig) -> Decoder:
     return parallel_decoder(decoder, axes.picture, layout.decode)
 
 
-def away(config: RunConfig, source: Source) -> list[str]:
+def away(config: RunConfig, source: CheckpointSource) -> list[str]:
     """The components that are loaded to CPU memory, wherever they compute.
 
     Raises:

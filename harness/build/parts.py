@@ -17,8 +17,8 @@ from harness.resolve.layout_rules import check_layout
 from harness.resolve.published_scheduler import scheduler_file
 from harness.resolve.scheduler import noise_scheduler_settings
 from harness.resolve.trained import PUBLISHED_FAMILY, trained_denoiser
+from models.checkpoint_source import CheckpointSource, LoraFile
 from models.components import Components
-from models.source import LoraFile, Source
 from schedulers.build import build as build_noise_scheduler
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import LearnedVariance
@@ -27,7 +27,7 @@ from schedulers.published import from_diffusers
 DEFAULT_CACHE_MIB = 64.0
 
 
-def source_of(config: RunConfig, device: torch.device) -> Source:
+def source_of(config: RunConfig, device: torch.device) -> CheckpointSource:
     """Where this run's components are read from.
 
     Raises:
@@ -35,7 +35,7 @@ def source_of(config: RunConfig, device: torch.device) -> Source:
     """
     model, denoiser = config.model, trained_denoiser(config).weights
     place = locate(model, denoiser)
-    return Source(
+    return CheckpointSource(
         folder=place.folder,
         denoiser=denoiser,
         device=device,
@@ -48,7 +48,7 @@ def source_of(config: RunConfig, device: torch.device) -> Source:
     )
 
 
-def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> NoiseScheduler:
+def noise_scheduler_of(config: RunConfig, source: CheckpointSource, parts: Components) -> NoiseScheduler:
     """The run's noise scheduler: the checkpoint's own, or the one that group `scheduler` composes.
 
     Raises:

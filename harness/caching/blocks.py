@@ -312,7 +312,7 @@ class Gates:
 
     def __init__(self, network: nn.Module, plan: ParallelPlan) -> None:
         self.passage: Passage | None = None
-        for number, stack in enumerate(stack for stack in plan.stacks if stack.cached):
+        for number, stack in enumerate(stack for stack in plan.stacks if stack.cacheable):
             blocks, lane = network.get_submodule(stack.blocks), Lane(stack, self, leads=number == 0)
             assert isinstance(blocks, nn.ModuleList)
             for k, block in enumerate(blocks):

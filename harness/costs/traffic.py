@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from harness.device.flops import counted
 from harness.parallel.attention import TokenLayout
 from models.components import Conditioning
-from models.empty import build_empty
+from models.meta_init import build_empty
 from models.plan import ParallelPlan, Stack
 
 FLOAT32 = 4  # bytes

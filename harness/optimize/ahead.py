@@ -1,9 +1,9 @@
 """What stays the same between the evaluations of a request, computed once: modulation and text.
 
-A network's folder says, as data (models.plan.AheadPlan), which modules are fed by nothing but what it tells its blocks
-of the time, or by the text. Their outputs for many evaluations are one matrix product a linear; in an evaluation each
-of these modules takes its columns of what came out. The sampling grid says which times will be asked for; one that is
-not among them (a solver's point between two rows) is computed when it comes.
+A network's folder says, as data (models.plan.PrecomputePlan), which modules are fed by nothing but what it tells its
+blocks of the time, or by the text. Their outputs for many evaluations are one matrix product a linear; in an evaluation
+each of these modules takes its columns of what came out. The sampling grid says which times will be asked for; one that
+is not among them (a solver's point between two rows) is computed when it comes.
 
 Shapes: B rows of a forward, V rows of different labels or vectors (1 where there are none), N evaluations, M columns.
 """
@@ -20,8 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.components import AheadNetwork, Conditioning
-from models.plan import AheadPlan
+from models.components import Conditioning, PrecomputableNetwork
+from models.plan import PrecomputePlan
 
 EVALUATIONS = 32  # computed at once: enough for a matrix product to be worth its name, and a bound of what is kept
 VECTORS = ("pooled", "labels", "scale")  # fields of a conditioning that a network may tell its blocks beside the time
@@ -67,7 +67,7 @@ class Chains:
 
     Args:
         network: whose modules they are.
-        patterns: of models.plan.AheadPlan.
+        patterns: of models.plan.PrecomputePlan.
         argument: of the blocks that takes the columns.
     """
 
@@ -139,16 +139,16 @@ class Ahead:
         text: what depends on the text.
     """
 
-    def __init__(self, network: nn.Module, plan: AheadPlan, modulation: bool = True, text: bool = True) -> None:
-        self._network = cast("AheadNetwork", network)
-        self._told = Chains(network, plan.told, plan.told_as) if modulation else None
-        self._read = Chains(network, plan.read, plan.read_as) if text else None
+    def __init__(self, network: nn.Module, plan: PrecomputePlan, modulation: bool = True, text: bool = True) -> None:
+        self._network = cast("PrecomputableNetwork", network)
+        self._told = Chains(network, plan.time_chains, plan.time_argument) if modulation else None
+        self._read = Chains(network, plan.text_chains, plan.text_argument) if text else None
 
     def request(self, condition: Conditioning, taus: Sequence[float]) -> Told:
         """Of one micro-batch: its conditioning, and the times that it will probably be evaluated at, in order."""
         return Told(self, condition, taus)
 
-    def told(self, latent: Tensor, taus: Sequence[float], condition: Conditioning) -> Tensor | None:
+    def temb(self, latent: Tensor, taus: Sequence[float], condition: Conditioning) -> Tensor | None:
         """What the blocks are told at every time, (N, V, ..., M); None where that is left to the evaluations."""
         if self._told is None:
             return None
@@ -157,15 +157,19 @@ class Ahead:
         tau_B = torch.tensor(taus, dtype=torch.float32, device=latent.device).repeat_interleave(rows)
         many = Conditioning(**{name: torch.cat([x] * len(taus)) for name, x in vectors.items()})
         beside = () if many.labels is None else (many.labels,)
-        made = self._told(self._network.tell(latent[:1], tau_B, many), *beside)
+        made = self._told(self._network.embed_time(latent[:1], tau_B, many), *beside)
         return made.unflatten(0, (len(taus), rows))
 
     def read(self, condition: Conditioning) -> Conditioning:
         """The conditioning with what the blocks read of the text."""
         if self._read is None:
             return condition
-        read = self._network.read(condition)
-        return read if read.context is None else replace(read, context=self._read(read.context))
+        read = self._network.embed_text(condition)
+        return (
+            read
+            if read.encoder_hidden_states is None
+            else replace(read, encoder_hidden_states=self._read(read.encoder_hidden_states))
+        )
 
 
 class Told:
@@ -182,17 +186,17 @@ class Told:
         """That of an evaluation of `latent`, (B, ...), at one time."""
         if self._read is None:
             self._read = self._ahead.read(self._plain)
-        if (told := self._row(latent, tau)) is None:
+        if (temb := self._row(latent, tau)) is None:
             return self._read
-        return replace(self._read, told=told.expand(len(latent), *told.shape[1:]))
+        return replace(self._read, temb=temb.expand(len(latent), *temb.shape[1:]))
 
     def _row(self, latent: Tensor, tau: float) -> Tensor | None:
         if tau in self._rows:
             return self._rows[tau]
         ahead = self._taus[self._taus.index(tau) :][:EVALUATIONS] if tau in self._taus else [tau]
-        told = self._ahead.told(latent, ahead, self._plain)
-        if told is None:
+        temb = self._ahead.temb(latent, ahead, self._plain)
+        if temb is None:
             return None
         if tau in self._taus:
-            self._rows = dict(zip(ahead, told, strict=True))
-        return told[0]
+            self._rows = dict(zip(ahead, temb, strict=True))
+        return temb[0]

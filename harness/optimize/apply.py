@@ -63,9 +63,9 @@ def optimize(
     if engine.optimize is Optimize.none:
         return Optimized(parts.network, parts.decoder, parts.load_prompts)
     eager, done, ahead = engine.eager, [], None
-    if parts.ahead is not None and (eager.modulation or eager.text):
-        text = eager.text and parts.ahead.text
-        ahead = Ahead(parts.network, parts.ahead, eager.modulation, text)
+    if parts.precompute is not None and (eager.modulation or eager.text):
+        text = eager.text and parts.precompute.has_text
+        ahead = Ahead(parts.network, parts.precompute, eager.modulation, text)
         done += ["modulation ahead"] * eager.modulation + ["text ahead"] * text
     if eager.fused_projections and fuse_projections(parts.network, parts.plan):
         done.append("fused projections")
@@ -90,7 +90,7 @@ def optimize(
     network, decoder = parts.network, parts.decoder
     if eager.cuda_graphs and device.type == "cuda":
         record = in_cuda_graphs()
-        if replayed.network and parts.recordable:
+        if replayed.network and parts.capturable:
             network = RecordedNetwork(network, record)
             done.append("network in CUDA graphs")
         if replayed.decoder and isinstance(decoder, KLDecoder):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from harness.parallel.parallelize import ColumnLinear
-from models.layers import Projections
+from models.layers import QKVProjection
 from models.plan import ParallelPlan
 
 PLAIN = (nn.Linear, ColumnLinear)
@@ -27,7 +27,7 @@ def fuse_projections(network: nn.Module, plan: ParallelPlan) -> int:
     """
     count = 0
     for name, module in network.named_modules():
-        if isinstance(module, Projections) and not any(fnmatch(name, pattern) for pattern in plan.local_attention):
+        if isinstance(module, QKVProjection) and not any(fnmatch(name, pattern) for pattern in plan.local_attention):
             linears = [module.to_q, module.to_k, module.to_v]
             if all(isinstance(linear, PLAIN) for linear in linears):
                 module.to_qkv = joined(linears)

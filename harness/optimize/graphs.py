@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from models.components import Conditioning
 from models.decoders import KLDecoder
-from models.layers import holding
+from models.layers import collect_cached_tensors
 
 KINDS = 16  # of which graphs are kept, those that came last; each holds memory for one run's inputs and output
 DECODED = 4 * 512**2  # pixels of pictures that are decoded in a graph, which keeps memory for them: 4 of 512 x 512
@@ -112,7 +112,7 @@ class _Kind:
             self._ran = True
             return output
         if self._recording is None:
-            with holding() as self._held:
+            with collect_cached_tensors() as self._held:
                 self._recording = record(self._run)
         self._recording.replay()
         return self._recording.output.clone()

@@ -47,7 +47,7 @@ class FramesDecoder:
             ValueError: fewer than two latent frames a rank; on every rank alike, before any of them sends.
         """
         vae = self.decoder.vae
-        z_BCFHW = self.decoder.unscaled(frames_of(latent_BCFHW, self.group))
+        z_BCFHW = self.decoder.denormalize(frames_of(latent_BCFHW, self.group))
         video_BCFHW = vae.decoder(vae.post_quant_conv(z_BCFHW), first_chunk=self.group.index == 0)
         if vae.config.patch_size is not None:
             video_BCFHW = unpatchify(video_BCFHW, vae.config.patch_size)

@@ -22,8 +22,8 @@ from harness.parallel.displaced import Displaced
 from harness.parallel.group import Group
 from models.attention import AttentionKernel
 from models.attention.lse import LseKernel
-from models.parts import Part
 from models.plan import ParallelPlan, Stack
+from models.tensor_slice import TensorSlice
 
 
 def deal_tokens(
@@ -140,7 +140,7 @@ class ColumnLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, group: Group) -> None:
         super().__init__()
-        out = Part(0, linear.out_features, (share(linear.out_features, group),))
+        out = TensorSlice(0, linear.out_features, (share(linear.out_features, group),))
         self.parts = {"weight": out} if linear.bias is None else {"weight": out, "bias": out}
         self.weight = nn.Parameter(out.of(linear.weight), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(out.of(linear.bias), requires_grad=False)
@@ -157,7 +157,7 @@ class RowLinear(nn.Module):
         widths = segments or (linear.in_features,)
         starts = accumulate(widths, initial=0)
         runs = tuple((at + a, at + b) for at, (a, b) in zip(starts, (share(w, group) for w in widths), strict=False))
-        self.parts = {"weight": Part(1, linear.in_features, runs)}
+        self.parts = {"weight": TensorSlice(1, linear.in_features, runs)}
         self.weight = nn.Parameter(self.parts["weight"].of(linear.weight), requires_grad=False)
         self.bias = linear.bias
         self.group = group
@@ -177,7 +177,7 @@ class HeadNorm(nn.Module):
     def __init__(self, norm: nn.RMSNorm, group: Group) -> None:
         super().__init__()
         self.width = norm.weight.shape[0]
-        self.parts = {"weight": Part(0, self.width, (share(self.width, group),))}
+        self.parts = {"weight": TensorSlice(0, self.width, (share(self.width, group),))}
         self.weight = nn.Parameter(self.parts["weight"].of(norm.weight), requires_grad=False)
         self.eps = norm.eps if norm.eps is not None else torch.finfo(norm.weight.dtype).eps
         self.group = group
@@ -187,14 +187,14 @@ class HeadNorm(nn.Module):
         return (x.float() * (square + self.eps).rsqrt() * self.weight.float()).type_as(x)
 
 
-def cut_linears(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[str, Part]:
+def cut_linears(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[str, TensorSlice]:
     """Tensor parallelism in place: linears and norms of the plan keep this rank's slice.
 
     Returns:
         By parameter, which part it now is of the whole one: what is to be read of a checkpoint where the network was
         cut before it was filled.
     """
-    parts: dict[str, Part] = {}
+    parts: dict[str, TensorSlice] = {}
     if group.size == 1:
         return parts
     for name, module in list(network.named_modules()):

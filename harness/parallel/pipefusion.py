@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from harness.parallel.group import Group
 from harness.parallel.stale import Stale
 from models.attention import AttentionKernel
-from models.parts import Part
 from models.plan import ParallelPlan, Stack
+from models.tensor_slice import TensorSlice
 
 Span = tuple[int, int]
 """(first, behind the last)"""
@@ -44,13 +44,13 @@ def spans(length: int, parts: int) -> list[Span]:
     return [(length * part // parts, length * (part + 1) // parts) for part in range(parts)]
 
 
-def drop_blocks(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[str, Part]:
+def drop_blocks(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[str, TensorSlice]:
     """Leaves this rank the parameters of its run of blocks and of what lies outside of blocks, in place.
 
     Returns:
         By parameter of a dropped block that none of it is held, as harness.parallel.parallelize.cut_linears says it.
     """
-    parts: dict[str, Part] = {}
+    parts: dict[str, TensorSlice] = {}
     for stack in plan.stacks:
         blocks = network.get_submodule(stack.blocks)
         first, behind = spans(len(list(blocks.children())), group.size)[group.index]
@@ -60,12 +60,12 @@ def drop_blocks(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[st
     return parts
 
 
-def _dropped(block: nn.Module, path: str, called_outside: Sequence[str]) -> Iterator[tuple[str, Part]]:
+def _dropped(block: nn.Module, path: str, called_outside: Sequence[str]) -> Iterator[tuple[str, TensorSlice]]:
     for prefix, module in block.named_modules(prefix=path):
         if any(f"{prefix}.".startswith(f"{kept}.") for kept in called_outside):
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            part = Part(0, len(parameter), ((0, 0),))
+            part = TensorSlice(0, len(parameter), ((0, 0),))
             setattr(module, name, nn.Parameter(part.of(parameter), requires_grad=False))
             yield f"{prefix}.{name}", part
 

@@ -14,18 +14,25 @@ import yaml
 
 from harness.config.schema import ComponentConfig, DType, Load, ModelConfig
 from models import hub
+from models.detect import class_name, denoiser_class, is_component, matching_architectures, pipeline_name
 from models.files import (
     CheckpointError,
     check_component,
     check_tokenizer,
-    config_home,
+    find_config_folder,
     has_weights,
+    list_tensors,
     read_header,
-    tensors_of,
     weight_files,
 )
-from models.lora_names import CONVERTERS, layers, misfits, refuse_misfits, refuse_unknown, resolve
-from models.recognise import architectures_of, class_name, denoiser_class, is_component, pipeline_name
+from models.lora_names import (
+    CONVERTERS,
+    check_all_matched,
+    check_update_shapes,
+    match_layers,
+    parse_layers,
+    shape_mismatches,
+)
 from models.registry import ARCHITECTURES, PUBLISHED, REFERENCE, SIZED, Architecture
 
 COMPONENTS = (
@@ -49,7 +56,7 @@ class Place:
 
     def config_folder(self, component: str) -> Path:
         """The folder with the component's config.json."""
-        return config_home(self.replaced.get(component), self.folder / component)
+        return find_config_folder(self.replaced.get(component), self.folder / component)
 
     def weights(self, component: str) -> Path:
         """The folder of its weights, or the one file of them."""
@@ -134,8 +141,8 @@ def _wanted(model: ModelConfig, denoiser: str, replaced: dict[str, Path]) -> lis
     row = ARCHITECTURES[model.architecture]
     networks = (denoiser, *row.weights)
     full = [] if model.load is Load.dummy else [name for name in networks if name not in replaced]
-    found = hub.wanted(full, [*(name for name in networks if name not in full), *row.configs, "scheduler"])
-    return found if row.weights else [*found, *hub.WITHOUT_FOLDERS]
+    found = hub.download_patterns(full, [*(name for name in networks if name not in full), *row.configs, "scheduler"])
+    return found if row.weights else [*found, *hub.SINGLE_FOLDER_FILES]
 
 
 def _existing(key: str, path: str) -> Path:
@@ -203,7 +210,7 @@ def _refuse_foreign(model: ModelConfig, place: Place, denoiser: str) -> None:
             f"{' or '.join(row.classes)} and the rest; give {whole}, or replace one component: model.denoiser.path=DIR"
         )
     found = denoiser_class(folder, denoiser)
-    fits = architectures_of(folder, denoiser)
+    fits = matching_architectures(folder, denoiser)
     if found is None or model.architecture in fits:
         return
     if found in row.classes and not fits:
@@ -252,14 +259,16 @@ def _check_loras(model: ModelConfig, place: Place, denoiser: str) -> None:
         warnings.warn("model.lora has no effect on random weights (model.load=dummy)", stacklevel=2)
         return
     parts = [name for name in _present(ARCHITECTURES[model.architecture], place, denoiser) if name != "vae"]
-    tensors = {part: tensors_of(place.files(part)) for part in parts}
+    tensors = {part: list_tensors(place.files(part)) for part in parts}
     for lora in model.lora:
         path = _existing("model.lora: path", lora.path)
         if path.is_dir():
             raise CheckpointError(f"model.lora: path={path}: a folder; give its safetensors file")
         stored, _ = read_header(path)
-        targets = resolve(layers(stored, path), tensors, denoiser, path)
+        targets = match_layers(parse_layers(stored, path), tensors, denoiser, path)
         if targets.unknown and class_name(place.config_folder(denoiser)) in CONVERTERS:
             continue
-        refuse_unknown(targets, path)
-        refuse_misfits(misfits(targets, tensors, {name: tensor.shape for name, tensor in stored.items()}), path)
+        check_all_matched(targets, path)
+        check_update_shapes(
+            shape_mismatches(targets, tensors, {name: tensor.shape for name, tensor in stored.items()}), path
+        )

@@ -9,7 +9,7 @@ from importlib import metadata
 
 from harness.config.schema import RunConfig
 from harness.resolve.trained import PUBLISHED_FAMILY
-from models.registry import nearest, resolve_backend
+from models.registry import did_you_mean, resolve_backend
 
 NATIVE, DIFFUSERS, CACHE_DIT, SGLANG = "native", "diffusers", "cache_dit", "sglang"
 ENGINES = (NATIVE, DIFFUSERS, CACHE_DIT, SGLANG)
@@ -111,7 +111,7 @@ def refuse_unknown_engine(name: str) -> None:
         ValueError: what to choose, or to install, in one line.
     """
     if name not in ENGINES:
-        raise ValueError(f"engine={name} is unknown{nearest(name, ENGINES)}; choose {' or '.join(ENGINES)}")
+        raise ValueError(f"engine={name} is unknown{did_you_mean(name, ENGINES)}; choose {' or '.join(ENGINES)}")
     if name in NEEDED and importlib.util.find_spec(name) is None:
         raise ValueError(f"engine={name} needs {NEEDED[name]}; or use engine={DIFFUSERS}")
 

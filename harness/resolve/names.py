@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from harness.config.schema import ModelConfig, RunConfig, TrainedConfig
 from harness.config.yaml import ConfigError as ConfigError
 from harness.records.provenance import version
-from models.registry import nearest
+from models.registry import did_you_mean
 from schedulers.families import FAMILIES
 
 PLUGINS = {  # Hydra's own packages: what needs which, and the extra that installs it
@@ -125,7 +125,7 @@ def _keys(node: Any, prefix: str = "") -> Iterable[str]:
 
 def _hint(name: str, known: Iterable[str]) -> str:
     names = sorted(known, key=lambda n: (not n.startswith("request."), n.startswith("model.trained."), n))
-    if "." in name and (near := nearest(name, names)):
+    if "." in name and (near := did_you_mean(name, names)):
         return near
     leaves = [other.rsplit(".", 1)[-1] for other in names]
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)

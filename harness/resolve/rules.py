@@ -29,7 +29,7 @@ from harness.resolve.quantize import check_quantize
 from harness.resolve.request import to_message
 from harness.resolve.scheduler import noise_scheduler_settings
 from harness.resolve.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
-from models.registry import ARCHITECTURES, nearest, resolve_backend
+from models.registry import ARCHITECTURES, did_you_mean, resolve_backend
 from schedulers.families import resolve as resolve_settings
 
 MAX_COLLECTIVE_S = 86_400
@@ -123,7 +123,7 @@ def _check_model(config: RunConfig) -> Path | None:
     model = config.model
     if model.architecture not in ARCHITECTURES:
         raise ValueError(
-            f"model.architecture={model.architecture} is unknown{nearest(model.architecture, ARCHITECTURES)}"
+            f"model.architecture={model.architecture} is unknown{did_you_mean(model.architecture, ARCHITECTURES)}"
         )
     if config.task.name is Task.train:
         return None

@@ -18,7 +18,7 @@ from harness.resolve.compose import compose_run
 from harness.tasks.plan.check import check
 from models.components import Conditioning
 from models.decoders import KLDecoder
-from models.empty import build_empty
+from models.meta_init import build_empty
 from models.pixart import PLAN, PixArt, read_config
 from models.registry import REFERENCE
 from tests.end_to_end.conftest import command, difference, hashes, record_of, run, status_of, torchrun

@@ -41,7 +41,7 @@ def _own_graphs(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_share_a_graph_and_give_the_plain_numbers(name: str) -> None:
     tiny = TINY[name]
     plain, network = tiny.build(sdpa_attention), tiny.build(sdpa_attention)
-    ahead = Ahead(network, importlib.import_module(f"models.{name}").AHEAD)
+    ahead = Ahead(network, importlib.import_module(f"models.{name}").PRECOMPUTE)
     fuse_projections(network, tiny.plan)
     assert compile_forwards(blocks_of(network, tiny.plan), CompileConfig(), CPU) == "compiled"
     latent, _, condition = tiny.inputs

@@ -30,9 +30,9 @@ from harness.tasks.session import Series
 from models.attention import sdpa_attention
 from models.components import Components, Conditioning, LatentSpace
 from models.decoders import KLDecoder
-from models.layers import holding, kept
+from models.layers import cached_tensor, collect_cached_tensors
 from models.pixart.network import SizeEmbedding
-from models.unet.network import ConditionalUNet, SizedUNet, UnconditionalUNet, recordable
+from models.unet.network import ConditionalUNet, SizeConditionedUNet, UnconditionalUNet, capturable
 from tests.harness.test_optimize import TAUS, ahead_plan
 from tests.models.parity import rel_l2
 from tests.models.test_unet import NCSNPP, PLAIN, POOLED, SIZED, SMALL, TEXT
@@ -153,8 +153,8 @@ def test_what_is_watched_is_run(watch: Any) -> None:
 
 
 def test_tables_live_as_long_as_what_reads_them() -> None:
-    table = kept(lambda side: torch.zeros(side))
-    with holding() as held:
+    table = cached_tensor(lambda side: torch.zeros(side))
+    with collect_cached_tensors() as held:
         first = table(1)
         assert table(2) is table(2)
     table(3)
@@ -205,7 +205,7 @@ def test_the_size_that_pixart_is_told_stays_on_its_device() -> None:
 
 UNETS = {
     "sd": (ConditionalUNet(UNet2DConditionModel(**SMALL)), True),
-    "sdxl": (SizedUNet(UNet2DConditionModel(**SIZED), 8), True),
+    "sdxl": (SizeConditionedUNet(UNet2DConditionModel(**SIZED), 8), True),
     "ddpm": (UnconditionalUNet(UNet2DModel(**PLAIN)), True),
     "ncsn++": (UnconditionalUNet(UNet2DModel(**NCSNPP)), False),
 }
@@ -216,10 +216,10 @@ def test_a_unet_is_recordable_where_it_stays_on_its_device(name: str) -> None:
     network, expected = UNETS[name]
     network = network.to("meta")
     latent = torch.empty(2, network.unet.config.in_channels, 16, 16, device="meta")
-    tau_B, states = torch.empty(2, device="meta"), torch.empty(2, 7, TEXT, device="meta")
-    condition = Conditioning(states=states, pooled=torch.empty(2, POOLED, device="meta"))
+    tau_B, prompt_embeds = torch.empty(2, device="meta"), torch.empty(2, 7, TEXT, device="meta")
+    condition = Conditioning(prompt_embeds=prompt_embeds, pooled=torch.empty(2, POOLED, device="meta"))
     assert stays(lambda: network(latent, tau_B, condition)) is expected
-    assert recordable(network) is expected
+    assert capturable(network) is expected
 
 
 def vae() -> KLDecoder:
@@ -257,7 +257,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
         ("eager", COMPONENTS, CUDA, Replayable(), True, True),
         ("none", COMPONENTS, CUDA, Replayable(), False, False),
         ("eager", COMPONENTS, CPU, Replayable(), False, False),
-        ("eager", replace(COMPONENTS, recordable=False), CUDA, Replayable(), False, True),
+        ("eager", replace(COMPONENTS, capturable=False), CUDA, Replayable(), False, True),
         ("eager", COMPONENTS, CUDA, Replayable(network=False), False, True),
         ("eager", COMPONENTS, CUDA, Replayable(decoder=False), True, False),
         ("eager", replace(COMPONENTS, decoder=lambda x: x), CUDA, Replayable(), True, False),

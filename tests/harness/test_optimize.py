@@ -28,7 +28,7 @@ from harness.tasks.fidelity import method_class, reference_config
 from models.attention import math_attention
 from models.components import Conditioning
 from models.decoders import KLDecoder
-from models.plan import AheadPlan
+from models.plan import PrecomputePlan
 from tests.harness.products import Products
 from tests.models.parity import randomize, rel_l2
 from tests.parallel.networks import TINY
@@ -40,9 +40,9 @@ NEEDS_BFLOAT16 = pytest.mark.skipif(
 )
 
 
-def ahead_plan(name: str) -> AheadPlan:
-    plan = importlib.import_module(f"models.{name}").AHEAD
-    assert isinstance(plan, AheadPlan)
+def ahead_plan(name: str) -> PrecomputePlan:
+    plan = importlib.import_module(f"models.{name}").PRECOMPUTE
+    assert isinstance(plan, PrecomputePlan)
     return plan
 
 
@@ -71,8 +71,8 @@ def test_requests_at_other_steps_share_a_forward(name: str) -> None:
     latent, _, condition = TINY[name].inputs
     plain, network = TINY[name].build(math_attention), TINY[name].build(math_attention)
     other = condition
-    if condition.mask is not None and condition.states is not None:
-        other = replace(condition, states=condition.states[:, :5], mask=condition.mask[:, :5])
+    if condition.mask is not None and condition.prompt_embeds is not None:
+        other = replace(condition, prompt_embeds=condition.prompt_embeds[:, :5], mask=condition.mask[:, :5])
     with torch.inference_mode():
         ahead = Ahead(network, ahead_plan(name))
         asked = [(condition, 700.0), (other, 20.0)]
@@ -83,7 +83,7 @@ def test_requests_at_other_steps_share_a_forward(name: str) -> None:
             assert rel_l2(rows, evaluated(plain, latent, tau, c)) < BOUND
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if ahead_plan(name).told])
+@pytest.mark.parametrize("name", [name for name in TINY if ahead_plan(name).time_chains])
 def test_every_modulation_is_computed_beforehand(name: str) -> None:
     """No block's modulation, nor the head's, is left to the evaluations; a conditioning without it is refused."""
     network = TINY[name].build(math_attention)
@@ -94,7 +94,7 @@ def test_every_modulation_is_computed_beforehand(name: str) -> None:
     latent, tau_B, condition = TINY[name].inputs
     with torch.inference_mode(), pytest.raises(ValueError, match="computed beforehand"):
         network(latent, tau_B, condition)
-    assert ahead.read(condition).context is not None or condition.states is None
+    assert ahead.read(condition).encoder_hidden_states is not None or condition.prompt_embeds is None
 
 
 def test_many_evaluations_are_computed_in_pieces() -> None:

@@ -14,8 +14,8 @@ from harness.client.generator import DiffusionGenerator
 from harness.config.schema import SchedulerConfig
 from harness.resolve.compose import compose_run
 from harness.resolve.scheduler import noise_scheduler_settings
+from models.checkpoint_source import CheckpointSource
 from models.registry import REFERENCE
-from models.source import Source
 from models.text.t5 import load_t5_prompts
 from schedulers.build import build
 
@@ -138,13 +138,13 @@ def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator
 
 
 def test_text_states_are_diffusers_own(engine: DiffusionGenerator, peer: PixArtSigmaPipeline, checkpoint: Path) -> None:
-    encoder = load_t5_prompts(Source(checkpoint, text_tokens=24))
+    encoder = load_t5_prompts(CheckpointSource(checkpoint, text_tokens=24))
     with torch.no_grad():
         ours = encoder(PROMPTS)
         for k, prompt in enumerate(PROMPTS):
             states, mask, _, _ = peer.encode_prompt(prompt, False, clean_caption=False, max_sequence_length=24)
             assert torch.equal(ours.mask[k], mask[0].bool())
-            torch.testing.assert_close(ours.states[k], states[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours.prompt_embeds[k], states[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_sigmas_are_the_grid_of_the_default_scheduler(peer: PixArtSigmaPipeline) -> None:

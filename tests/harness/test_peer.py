@@ -190,10 +190,10 @@ def test_random_weights_are_the_native_ones(tmp_path: Path, name: str) -> None:
     else:
         names = importlib.import_module(f"models.{architecture}.weights").NAMES
     theirs = dict(peer.named_parameters())
-    assert theirs.keys() == {names.theirs(key) for key, _ in native.named_parameters()}
+    assert theirs.keys() == {names.to_published(key) for key, _ in native.named_parameters()}
     for key, parameter in native.named_parameters():
-        assert torch.equal(parameter, theirs[names.theirs(key)]), key
-        assert parameter.dtype == theirs[names.theirs(key)].dtype, key
+        assert torch.equal(parameter, theirs[names.to_published(key)]), key
+        assert parameter.dtype == theirs[names.to_published(key)].dtype, key
 
 
 @pytest.mark.slow

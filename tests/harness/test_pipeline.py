@@ -49,7 +49,7 @@ class ToyNetwork(nn.Module):
         self.batches: list[int] = []
 
     def forward(self, latent: Tensor, tau: Tensor, condition: Conditioning) -> Tensor:
-        text, mask = condition.text(), condition.mask
+        text, mask = condition.require_prompt_embeds(), condition.mask
         assert mask is not None
         self.calls += 1
         self.batches.append(len(latent))
@@ -208,7 +208,7 @@ def sample(text: float, negative: float, guidance: float) -> Sample:
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0, 7.5])
 def test_guidance_extrapolates_from_the_negative_to_the_prompt(guidance: float) -> None:
     branches = Branches([sample(1.0, -1.0, guidance), sample(2.0, -2.0, guidance)])
-    assert branches.condition.states[:, 0, 0].tolist() == [-1.0, -2.0, 1.0, 2.0]
+    assert branches.condition.prompt_embeds[:, 0, 0].tolist() == [-1.0, -2.0, 1.0, 2.0]
     assert branches.condition.mask[:, 0].tolist() == [False, False, True, True]
     x = torch.randn(2, 4, 8, 8)
     assert torch.equal(branches.spread(x), torch.cat([x, x]))
@@ -219,7 +219,7 @@ def test_guidance_extrapolates_from_the_negative_to_the_prompt(guidance: float) 
 
 def test_guidance_one_is_one_branch() -> None:
     branches = Branches([sample(1.0, -1.0, 1.0)])
-    assert branches.condition.states.shape[0] == 1
+    assert branches.condition.prompt_embeds.shape[0] == 1
     x = torch.randn(1, 4, 8, 8)
     assert branches.spread(x) is x
     assert branches.combine(x) is x
@@ -344,7 +344,7 @@ def test_evaluations_and_steps_are_counted() -> None:
 def test_the_network_runs_in_its_dtype_and_the_state_in_float32() -> None:
     class Seen(ToyNetwork):
         def forward(self, latent: Tensor, tau: Tensor, condition: Conditioning) -> Tensor:
-            assert latent.dtype == condition.text().dtype == torch.bfloat16
+            assert latent.dtype == condition.require_prompt_embeds().dtype == torch.bfloat16
             assert tau.dtype == torch.float32
             return super().forward(latent, tau.to(latent.dtype), condition)
 

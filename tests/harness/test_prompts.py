@@ -73,7 +73,7 @@ def encode(
 
 def code(value: Conditioning | None) -> float:
     assert value is not None
-    return float(value.text()[0, 0, 0])
+    return float(value.require_prompt_embeds()[0, 0, 0])
 
 
 def test_a_prompt_that_was_seen_is_not_encoded_again() -> None:

@@ -21,7 +21,7 @@ from harness.parallel.vae import HaloConv2d, HaloConv3d
 from models.attention import math_attention, sdpa_attention
 from models.components import Components, LatentSpace
 from models.layers import Modulation
-from models.unet.unconditional import Unconditional
+from models.unet.unconditional import UnconditionalPrompts
 from tests.harness.products import Products
 from tests.harness.test_winograd import wide
 from tests.models.parity import randomize, rel_l2
@@ -132,7 +132,7 @@ def test_a_decoder_is_widened_with_fewer_products_too() -> None:
 def test_the_decoder_is_widened_with_the_network(on: bool) -> None:
     network, decoder = TINY["dit"].build(math_attention, NARROW), wide()
     decoder.vae.to(NARROW)
-    parts = Components(network, Unconditional, decoder, LatentSpace(4, 4), 8, plan=TINY["dit"].plan)
+    parts = Components(network, UnconditionalPrompts, decoder, LatentSpace(4, 4), 8, plan=TINY["dit"].plan)
     engine = EngineConfig(optimize=Optimize.eager, eager=EagerConfig(widen=on))
     made = optimize(parts, engine, CPU, NARROW)
     slow = widens(CPU, NARROW)

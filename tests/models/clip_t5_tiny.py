@@ -17,7 +17,7 @@ from transformers import (
 
 from harness.client.generator import DiffusionGenerator
 from harness.resolve.compose import compose_run
-from models.text.load import StandIn
+from models.text.load import DummyTokenizer
 from tests.models.parity import randomize
 
 T5_TOKENS = 20
@@ -53,7 +53,7 @@ def clip(
     special = {"<|pad|>": 297, "<|startoftext|>": 298, "<|endoftext|>": 299}
     roles = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad}
     template = "<|startoftext|> $A <|endoftext|>"
-    tokenizer = StandIn(special, roles, template, first_byte=0, extra={"model_max_length": 77}).build()
+    tokenizer = DummyTokenizer(special, roles, template, first_byte=0, extra={"model_max_length": 77}).build()
     return encoder, tokenizer
 
 
@@ -75,7 +75,7 @@ def t5(width: int, seed: int) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
     randomize(encoder, seed)
     special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     roles = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return encoder, StandIn(special, roles, "$A </s>", extra={"model_max_length": 512}).build()
+    return encoder, DummyTokenizer(special, roles, "$A </s>", extra={"model_max_length": 512}).build()
 
 
 def vae(channels: int, scaling: float, shift: float) -> AutoencoderKL:

@@ -18,15 +18,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from harness.device.memory import ResidentMemory
 from harness.parallel.group import Group, Traffic
 from harness.parallel.parallelize import cut_linears
+from models.checkpoint_source import CheckpointSource
 from models.decoders import load_from_diffusers
 from models.pixart import load_denoiser
-from models.source import Source
 from models.text.load import load_encoder
 
 HALF = partial(cut_linears, group=Group((0, 1), 0, None, Traffic()))
-LOAD: dict[str, Callable[[Source], nn.Module]] = {
+LOAD: dict[str, Callable[[CheckpointSource], nn.Module]] = {
     "pixart": load_denoiser,
-    "pixart_half": lambda source: load_denoiser(replace(source, cut=HALF)),
+    "pixart_half": lambda source: load_denoiser(replace(source, shard_network=HALF)),
     "vae": lambda source: load_from_diffusers(source, "vae", AutoencoderKL),
     "unet": lambda source: load_from_diffusers(source, "unet", UNet2DConditionModel),
     "t5": lambda source: load_encoder(source, "text_encoder", T5EncoderModel, T5Config),
@@ -38,7 +38,7 @@ def main(kind: str, folder: str, dtype: str) -> None:
     """Peak bytes over the baseline after imports, and the weights' own."""
     torch.set_num_threads(1)
     memory = ResidentMemory()
-    source = Source(Path(folder), "unet" if kind == "unet" else "transformer", dtype=getattr(torch, dtype))
+    source = CheckpointSource(Path(folder), "unet" if kind == "unet" else "transformer", dtype=getattr(torch, dtype))
     gc.collect()
     memory.reset_peak()
     before = memory.used_mib()

@@ -43,10 +43,10 @@ def rel_l2(ours: Tensor, theirs: Tensor) -> float:
 def assert_names_map(ours: nn.Module, theirs: Mapping[str, Tensor], names: NameMap) -> None:
     """Every published tensor has one of ours of the same shape, and the other way round, with nothing left over."""
     mine = {name: tuple(tensor.shape) for name, tensor in ours.state_dict().items()}
-    published = {names.ours(name): tuple(tensor.shape) for name, tensor in theirs.items()}
+    published = {names.to_native(name): tuple(tensor.shape) for name, tensor in theirs.items()}
     assert len(published) == len(theirs)
     assert published == mine
-    assert {names.theirs(name) for name in mine} == set(theirs)
+    assert {names.to_published(name) for name in mine} == set(theirs)
 
 
 def assert_plan_fits(network: nn.Module, plan: ParallelPlan) -> None:

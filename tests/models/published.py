@@ -12,10 +12,10 @@ from torch import nn
 from harness.config.schema import RunConfig
 from harness.resolve.compose import compose_run
 from harness.resolve.trained import trained_denoiser
+from models.checkpoint_source import CheckpointSource
 from models.files import read_json
 from models.names import NameMap
 from models.registry import ARCHITECTURES, PUBLISHED
-from models.source import Source
 
 CHECKPOINTS = sorted(path.name for path in PUBLISHED.iterdir() if path.is_dir()) if PUBLISHED.is_dir() else []
 REMAPPED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
@@ -36,7 +36,9 @@ def pair(name: str) -> Pair:
     """The denoiser of conf/model/<name>.yaml, at its published size and without memory."""
     config = compose_run([f"model={name}", "model.load=dummy"]).config
     row = ARCHITECTURES[config.model.architecture]
-    source = Source(PUBLISHED / name, trained_denoiser(config).weights, device=torch.device("meta"), dummy=True)
+    source = CheckpointSource(
+        PUBLISHED / name, trained_denoiser(config).weights, device=torch.device("meta"), dummy=True
+    )
     module = importlib.import_module(row.module)
     package = importlib.import_module(row.module.rpartition(".")[0])
     return Pair(config, module.load_denoiser(source), their(PUBLISHED / name / source.denoiser), names_of(package))

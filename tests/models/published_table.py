@@ -19,7 +19,7 @@ def row(name: str) -> str:
     found = pair(name)
     prefix = "" if found.names.pairs else f"{next(iter(found.ours.state_dict())).partition('.')[0]}."
     mine = {(key.removeprefix(prefix), tuple(t.shape)) for key, t in found.ours.state_dict().items()}
-    theirs = {(found.names.ours(key), tuple(t.shape)) for key, t in found.theirs.state_dict().items()}
+    theirs = {(found.names.to_native(key), tuple(t.shape)) for key, t in found.theirs.state_dict().items()}
     size = sum(parameter.numel() for parameter in found.ours.parameters())
     shown = f"{size / 1e9:.2f} B" if size >= 1e9 else f"{size / 1e6:.1f} M"
     cells = (

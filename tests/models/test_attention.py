@@ -14,9 +14,9 @@ from torch import Tensor
 import conf
 from models.attention import BACKENDS, attention_kernel, math_attention, resolved_name, sdpa_attention
 from models.attention.flash import FlashPackage, flash_package
-from models.attention.flash import with_package as flash_with
+from models.attention.flash import run_package as flash_with
 from models.attention.sage import SagePackage
-from models.attention.sage import with_package as sage_with
+from models.attention.sage import run_package as sage_with
 from models.attention.table import TABLE
 from models.registry import ATTENTION_BACKENDS, WITH_LSE, resolve_backend
 from tests.models.attention_cases import assert_within, exact, mask_of, tensors
@@ -343,8 +343,8 @@ def sageattn_1(
     return out
 
 
-SAGE = SagePackage("sageattention 2.2.0", sageattn, gives_lse=True)
-SAGE_1 = SagePackage("sageattention 1.0.6", sageattn_1, gives_lse=False)
+SAGE = SagePackage("sageattention 2.2.0", sageattn, returns_lse=True)
+SAGE_1 = SagePackage("sageattention 1.0.6", sageattn_1, returns_lse=False)
 
 
 @pytest.mark.parametrize("package", [SAGE, SAGE_1], ids=lambda package: package.name)
@@ -352,7 +352,7 @@ SAGE_1 = SagePackage("sageattention 1.0.6", sageattn_1, gives_lse=False)
 def test_sage_is_handed_what_it_takes(package: SagePackage, width: int) -> None:
     q, k, v = tensors(5, 19, width, torch.bfloat16)
     before, wanted = k.clone(), exact(q, k, v)
-    out, lse = sage_with(package, q, k, v, None, with_lse=package.gives_lse)
+    out, lse = sage_with(package, q, k, v, None, with_lse=package.returns_lse)
     assert torch.equal(k, before)
     torch.testing.assert_close(out, wanted.out_BLHD, rtol=1e-12, atol=1e-12)
     if lse is not None:

@@ -11,13 +11,13 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 from models.attention import BACKENDS
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.dit import NAMES, PLAN, DiT, DiTConfig, load_denoiser, read_config
 from models.dit.prompts import ClassLabels, read_names
 from models.files import CheckpointError, read_json
 from models.layers import unpatchify
 from models.registry import PUBLISHED
-from models.source import Source
 from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
 SMALL = DiTConfig(
@@ -60,7 +60,7 @@ def their(config: DiTConfig) -> DiTTransformer2DModel:
 
 def our(theirs: DiTTransformer2DModel, config: DiTConfig, backend: str = "sdpa") -> DiT:
     network = DiT(config, BACKENDS[backend])
-    network.load_state_dict({NAMES.ours(name): tensor for name, tensor in theirs.state_dict().items()})
+    network.load_state_dict({NAMES.to_native(name): tensor for name, tensor in theirs.state_dict().items()})
     return network.eval()
 
 
@@ -146,7 +146,7 @@ def test_the_names_are_a_bijection(name: str) -> None:
 def test_a_checkpoint_that_diffusers_wrote_loads(tmp_path: Path) -> None:
     theirs = their(SMALL)
     theirs.save_pretrained(tmp_path / "transformer")
-    ours = load_denoiser(Source(tmp_path))
+    ours = load_denoiser(CheckpointSource(tmp_path))
     assert ours.config == SMALL
     latent, tau, labels = inputs(SMALL, 3, 8, 8)
     with torch.no_grad():
@@ -195,21 +195,21 @@ def test_a_prompt_is_the_name_or_the_number_of_a_class() -> None:
     assert labels(["Tinca tinca", "tench", " tench ", "4", "7", "", "crane"]).labels.tolist() == [0, 0, 0, 4, 1, 9, 3]
     assert labels([""], negative=True).labels.dtype == torch.int64
     for prompt, says in {
-        "trench": "'trench' is no class; did you mean tench.* a number from 0 to 8",
-        "9": "'9' is no class",
-        "-1": "'-1' is no class",
+        "trench": "'trench' is not a class; did you mean tench.* a number from 0 to 8",
+        "9": "'9' is not a class",
+        "-1": "'-1' is not a class",
         "zebra crossing": r"no class \(give a name",
     }.items():
         with pytest.raises(ValueError, match=says):
             labels.check(prompt)
-        with pytest.raises(ValueError, match="is no class"):
+        with pytest.raises(ValueError, match="is not a class"):
             labels.count(prompt)
 
 
 def test_a_checkpoint_without_names_takes_numbers() -> None:
     labels = ClassLabels(read_names({}), 3)
     assert labels(["2", ""]).labels.tolist() == [2, 3]
-    with pytest.raises(ValueError, match="the checkpoint names none"):
+    with pytest.raises(ValueError, match="the checkpoint has no class names"):
         labels.check("tench")
     with pytest.raises(CheckpointError, match="no object"):
         read_names({"id2label": ["tench"]})

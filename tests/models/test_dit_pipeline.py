@@ -117,7 +117,7 @@ def test_a_picture_need_not_be_square(engine: DiffusionGenerator) -> None:
 
 @pytest.mark.parametrize("where", ["prompt", "negative_prompt"])
 def test_an_unknown_class_is_refused_with_the_nearest(engine: DiffusionGenerator, where: str) -> None:
-    with pytest.raises(RequestFailed, match=r"'goldfisch' is no class; did you mean goldfish\?") as caught:
+    with pytest.raises(RequestFailed, match=r"'goldfisch' is not a class; did you mean goldfish\?") as caught:
         engine.generate(**({"prompt": "cock", "steps": 1} | {where: "goldfisch"}))
     assert caught.value.kind == "rejected"
 

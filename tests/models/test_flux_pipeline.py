@@ -12,8 +12,8 @@ from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
 from harness.pipeline.latents import seeded_noise
+from models.checkpoint_source import CheckpointSource
 from models.flux.prompts import load_flux_prompts
-from models.source import Source
 from tests.models.clip_t5_tiny import STRIDE, T5_TOKENS, clip, engine, lively, t5, vae
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
@@ -142,13 +142,13 @@ def test_a_distilled_network_has_no_negative_branch(dev: Case) -> None:
 
 
 def test_text_states_are_diffusers_own(dev: Case) -> None:
-    encoder = load_flux_prompts(Source(dev.folder, text_tokens=T5_TOKENS))
+    encoder = load_flux_prompts(CheckpointSource(dev.folder, text_tokens=T5_TOKENS))
     with torch.no_grad():
         found = encoder(PROMPTS)
-        states, pooled, _ = dev.peer.encode_prompt(PROMPTS, max_sequence_length=T5_TOKENS)
+        prompt_embeds, pooled, _ = dev.peer.encode_prompt(PROMPTS, max_sequence_length=T5_TOKENS)
     assert found.mask is None
-    torch.testing.assert_close(found.text(), states, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.vector(), pooled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.require_prompt_embeds(), prompt_embeds, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.require_pooled(), pooled, rtol=1e-5, atol=1e-5)
 
 
 def test_a_cut_prompt_is_noted(dev: Case) -> None:

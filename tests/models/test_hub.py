@@ -101,10 +101,10 @@ def test_a_snapshot_that_lacks_a_file_is_refused(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        ("GatedRepoError", "licence accepted: do so on huggingface.co/someone/new"),
+        ("GatedRepoError", "licence must be accepted first: do so on huggingface.co/someone/new"),
         ("RepositoryNotFoundError", "no such name on the hub"),
         ("RevisionNotFoundError", "the hub has no revision v3"),
-        ("HfHubHTTPError", "the hub could not be asked (first line)"),
+        ("HfHubHTTPError", "the hub could not be reached (first line)"),
     ],
 )
 def test_what_the_hub_answers_is_one_line(error: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,10 @@ from harness.messages import LoadedComponent
 from harness.resolve.checkpoint import locate, models_of
 from harness.resolve.compose import ConfigError, compose_run
 from models.components import Components
-from models.empty import build_empty
+from models.detect import matching_architectures
 from models.files import CheckpointError, read_header
+from models.meta_init import build_empty
 from models.pixart.components import load
-from models.recognise import architectures_of
 from models.registry import ARCHITECTURES, PUBLISHED, REFERENCE
 from models.tensors import read_stored
 from models.text.load import load_encoder
@@ -158,7 +158,7 @@ def test_a_tokenizer_is_replaced(tmp_path: Path) -> None:
     (other / "tokenizer.json").write_text(json.dumps(content))
     parts, _ = loaded(f"model.tokenizer.path={other}")
     encoder = parts.load_prompts()
-    assert torch.equal(encoder(["rocket"]).text(), encoder(["panda"]).text())
+    assert torch.equal(encoder(["rocket"]).require_prompt_embeds(), encoder(["panda"]).require_prompt_embeds())
     assert "give the folder of a tokenizer" in refused(f"model.tokenizer.path={other / 'tokenizer.json'}")
 
 
@@ -227,7 +227,7 @@ def test_a_published_checkpoint_is_recognised(name: str, tmp_path: Path) -> None
     folder = lookalike(name, tmp_path / name)
     composed = compose_run([f"model={name}", f"model.path={folder}"])
     denoiser = next(iter(composed.config.model.trained.values())).weights
-    assert architectures_of(folder, denoiser) == [composed.config.model.architecture]
+    assert matching_architectures(folder, denoiser) == [composed.config.model.architecture]
 
 
 def test_every_architecture_has_models() -> None:
@@ -278,7 +278,7 @@ def test_a_component_is_no_checkpoint(copy: Path, tmp_path: Path) -> None:
 
 def test_a_denoiser_of_another_class_does_not_replace(tmp_path: Path) -> None:
     line = refused(f"model.denoiser.path={lookalike('flux', tmp_path / 'flux') / 'transformer'}")
-    assert "_class_name=FluxTransformer2DModel; this model wants PixArtTransformer2DModel" in line
+    assert "_class_name=FluxTransformer2DModel; this model needs PixArtTransformer2DModel" in line
 
 
 def test_a_vae_of_another_class_is_refused_at_load(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_positions_that_old_text_encoders_carry_are_no_fault(tmp_path: Path) -> 
     """CLIP's published files hold position_ids, whole numbers, which transformers leaves out."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from models.source import Source
+    from models.checkpoint_source import CheckpointSource
 
     config = CLIPTextConfig(
         vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
@@ -355,7 +355,7 @@ def test_positions_that_old_text_encoders_carry_are_no_fault(tmp_path: Path) -> 
     file = tmp_path / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
     save_file({**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]}, file)
-    found = load_encoder(Source(tmp_path), "text_encoder", CLIPTextModel, CLIPTextConfig)
+    found = load_encoder(CheckpointSource(tmp_path), "text_encoder", CLIPTextModel, CLIPTextConfig)
     assert all(torch.equal(p, q) for p, q in zip(found.parameters(), encoder.parameters(), strict=True))
 
 
@@ -371,7 +371,7 @@ def test_an_index_names_files_of_its_own_folder(copy: Path, bad: object) -> None
     shards(copy / "transformer")
     index = copy / "transformer" / f"{WEIGHTS}.index.json"
     index.write_text(json.dumps({"weight_map": {"a": bad}}))
-    assert "is no file of its own folder" in refused(f"model.path={copy}")
+    assert "is not a file in the folder of the index" in refused(f"model.path={copy}")
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_a_variant_is_pointed_at(copy: Path) -> None:
 def test_a_tokenizer_without_its_files_lists_them(copy: Path) -> None:
     (copy / "tokenizer" / "tokenizer.json").unlink()
     line = refused(f"model.path={copy}")
-    assert "no tokenizer's files here; expected tokenizer.json, or vocab.json and merges.txt, or spiece.model" in line
+    assert "no tokenizer files here; expected tokenizer.json, or vocab.json and merges.txt, or spiece.model" in line
     compose_run([f"model.path={copy}", f"model.tokenizer.path={EMOJI / 'tokenizer'}"])
 
 
@@ -413,7 +413,7 @@ def test_a_sentencepiece_model_says_what_reads_it(copy: Path, installed: bool, m
     if installed:
         compose_run([f"model.path={copy}"])
     else:
-        assert "spiece.model wants the package sentencepiece: pip install" in refused(f"model.path={copy}")
+        assert "spiece.model needs the package sentencepiece: pip install" in refused(f"model.path={copy}")
 
 
 def test_an_empty_folder_lists_what_is_expected(tmp_path: Path) -> None:

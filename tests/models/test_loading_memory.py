@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from models.empty import build_empty, fill_dummy
+from models.meta_init import build_empty, fill_dummy
 from models.pixart import NAMES, PixArt, PixArtConfig
 from models.pixart.weights import config_json
 
@@ -74,7 +74,7 @@ def make(kind: str, stored: torch.dtype, shards: int, folder: Path) -> None:
     fill_dummy(network)
     if kind.startswith("pixart"):
         cut(
-            {NAMES.theirs(name): tensor for name, tensor in network.state_dict().items()},
+            {NAMES.to_published(name): tensor for name, tensor in network.state_dict().items()},
             folder / "transformer",
             shards,
         )

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from harness.client.generator import DiffusionGenerator
+from models.checkpoint_source import CheckpointSource, LoraFile
 from models.decoders import load_from_diffusers
 from models.files import CheckpointError
 from models.pixart import load_denoiser
 from models.registry import REFERENCE
-from models.source import LoraFile, Source
 from models.text.load import load_encoder
 from tests.models.parity import randomize, rel_l2
 
@@ -185,14 +185,14 @@ def pixart_lora(spell: Callable[[str], str], ends: tuple[str, str], alphas: bool
 
 
 @pytest.fixture
-def by_hand(tmp_path: Path) -> Callable[[Mapping[str, Tensor]], Source]:
+def by_hand(tmp_path: Path) -> Callable[[Mapping[str, Tensor]], CheckpointSource]:
     """The shipped checkpoint with its denoiser updated by hand."""
 
-    def make(added: Mapping[str, Tensor]) -> Source:
+    def make(added: Mapping[str, Tensor]) -> CheckpointSource:
         folder = Path(shutil.copytree(EMOJI, tmp_path / "by_hand"))
         tensors = {name: t + added[name] if name in added else t for name, t in PARAMETERS.items()}
         save_file(tensors, folder / "transformer" / WEIGHTS)
-        return Source(folder)
+        return CheckpointSource(folder)
 
     return make
 
@@ -214,19 +214,21 @@ def test_every_spelling_is_one_update(
     spell: Callable[[str], str],
     ends: tuple[str, str],
     alphas: bool,
-    by_hand: Callable[[Mapping[str, Tensor]], Source],
+    by_hand: Callable[[Mapping[str, Tensor]], CheckpointSource],
     tmp_path: Path,
 ) -> None:
     made = pixart_lora(spell, ends, alphas)
-    source = Source(EMOJI, loras=(made.save(tmp_path / "a.safetensors"),))
+    source = CheckpointSource(EMOJI, loras=(made.save(tmp_path / "a.safetensors"),))
     ours, theirs = load_denoiser(source), load_denoiser(by_hand(made.added))
     assert moved(made.added, theirs)
     assert apart(ours, theirs) < 1e-6
     assert source.loaded["transformer"].merged == len(PIXART)
-    assert apart(ours, load_denoiser(Source(EMOJI))) > 0.1
+    assert apart(ours, load_denoiser(CheckpointSource(EMOJI))) > 0.1
 
 
-def test_several_add_up_each_with_its_weight(by_hand: Callable[[Mapping[str, Tensor]], Source], tmp_path: Path) -> None:
+def test_several_add_up_each_with_its_weight(
+    by_hand: Callable[[Mapping[str, Tensor]], CheckpointSource], tmp_path: Path
+) -> None:
     first = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
     second = pixart_lora(lambda layer: kohya("lora_unet_", layer), KOHYA, True, seed=50)
     loras = (
@@ -234,15 +236,15 @@ def test_several_add_up_each_with_its_weight(by_hand: Callable[[Mapping[str, Ten
         LoraFile(second.save(tmp_path / "b.safetensors").path, -1.5),
     )
     together = {name: 0.7 * update - 1.5 * second.added[name] for name, update in first.added.items()}
-    assert apart(load_denoiser(Source(EMOJI, loras=loras)), load_denoiser(by_hand(together))) < 1e-6
+    assert apart(load_denoiser(CheckpointSource(EMOJI, loras=loras)), load_denoiser(by_hand(together))) < 1e-6
 
 
 def test_the_sum_is_rounded_once(tmp_path: Path) -> None:
     """bfloat16 weights are those of the float32 sum, not of a rounded weight plus a rounded update."""
     made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
     loras = (LoraFile(made.save(tmp_path / "a.safetensors").path, 0.01),) * 3
-    exact = load_denoiser(Source(EMOJI, loras=loras))
-    rounded = load_denoiser(Source(EMOJI, loras=loras, dtype=torch.bfloat16))
+    exact = load_denoiser(CheckpointSource(EMOJI, loras=loras))
+    rounded = load_denoiser(CheckpointSource(EMOJI, loras=loras, dtype=torch.bfloat16))
     for ours, theirs in zip(rounded.parameters(), exact.parameters(), strict=True):
         assert torch.equal(ours, theirs.bfloat16())
 
@@ -265,7 +267,7 @@ def test_what_peft_says_of_the_scale_counts(
     where: str,
     options: dict[str, object],
     scale: Callable[[int, str], float],
-    by_hand: Callable[[Mapping[str, Tensor]], Source],
+    by_hand: Callable[[Mapping[str, Tensor]], CheckpointSource],
     tmp_path: Path,
 ) -> None:
     made, path = Made(), tmp_path / "lora" / "adapter_model.safetensors"
@@ -279,11 +281,11 @@ def test_what_peft_says_of_the_scale_counts(
     else:
         lora = made.save(path)
         (path.parent / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **options}))
-    assert apart(load_denoiser(Source(EMOJI, loras=(lora,))), load_denoiser(by_hand(made.added))) < 1e-6
+    assert apart(load_denoiser(CheckpointSource(EMOJI, loras=(lora,))), load_denoiser(by_hand(made.added))) < 1e-6
 
 
 def test_a_picture_is_that_of_the_updated_weights(
-    by_hand: Callable[[Mapping[str, Tensor]], Source], tmp_path: Path
+    by_hand: Callable[[Mapping[str, Tensor]], CheckpointSource], tmp_path: Path
 ) -> None:
     """From the command line's own words to pixels, the denoiser and the text encoder updated from one file."""
     made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
@@ -335,7 +337,7 @@ def unet_layers(network: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def reloaded(kind: type[ModelMixin], component: str, base: Path, loras: tuple[LoraFile, ...] = ()) -> ModelMixin:
-    return load_from_diffusers(Source(base, component, loras=loras), component, kind)
+    return load_from_diffusers(CheckpointSource(base, component, loras=loras), component, kind)
 
 
 @pytest.mark.parametrize("style", ["kohya", "peft", "processor"])
@@ -410,9 +412,9 @@ def test_sdxl_in_its_first_publishers_names(unet: UNet2DConditionModel, tmp_path
         save_clip(encoder, tmp_path / folder, change_text)
     ours = reloaded(UNet2DConditionModel, "unet", tmp_path / "base", (lora,))
     assert apart(ours, reloaded(UNet2DConditionModel, "unet", tmp_path / "hand")) < 1e-6
-    source = Source(tmp_path / "base", "unet", loras=(lora,))
+    source = CheckpointSource(tmp_path / "base", "unet", loras=(lora,))
     mine = load_encoder(source, "text_encoder", CLIPTextModel, CLIPTextConfig)
-    hand = load_encoder(Source(tmp_path / "hand", "unet"), "text_encoder", CLIPTextModel, CLIPTextConfig)
+    hand = load_encoder(CheckpointSource(tmp_path / "hand", "unet"), "text_encoder", CLIPTextModel, CLIPTextConfig)
     assert apart(mine, hand) < 1e-6
     assert apart(mine, encoder) > 0.05
     assert source.loaded["text_encoder"].merged == 1
@@ -428,7 +430,10 @@ def encoders(made: Made, tmp_path: Path, flat: bool = False, dtype: torch.dtype 
     save_clip(encoder, tmp_path / "base", flat=flat)
     save_clip(encoder, tmp_path / "hand", made.added, flat)
     lora = made.save(tmp_path / "a.safetensors")
-    base, hand = Source(tmp_path / "base", "unet", dtype=dtype), Source(tmp_path / "hand", "unet", dtype=dtype)
+    base, hand = (
+        CheckpointSource(tmp_path / "base", "unet", dtype=dtype),
+        CheckpointSource(tmp_path / "hand", "unet", dtype=dtype),
+    )
     sources = (replace(base, loras=(lora,)), hand, base)
     return [load_encoder(source, "text_encoder", CLIPTextModel, CLIPTextConfig) for source in sources]
 
@@ -537,7 +542,7 @@ def test_what_a_conversion_drops_is_refused(stray: str, tmp_path: Path) -> None:
     flux_lora(made, "lora_unet_")
     made.layer("-", (16, 16), stray, ends=KOHYA, alpha=3.0)
     save(network, tmp_path / "transformer")
-    with pytest.raises(CheckpointError, match=r"reads 0\.\d+ of this LoRA's squared size, so it drops or rescales"):
+    with pytest.raises(CheckpointError, match=r"keeps 0\.\d+ of this LoRA's squared norm, so it drops or rescales"):
         reloaded(FluxTransformer2DModel, "transformer", tmp_path, (made.save(tmp_path / "a.safetensors"),))
 
 

@@ -7,11 +7,11 @@ import torch
 from diffusers import PixArtTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
+from models.checkpoint_source import CheckpointSource, LoraFile
 from models.components import Conditioning
 from models.decoders import load_from_diffusers
 from models.pixart import load_denoiser
 from models.registry import REFERENCE
-from models.source import LoraFile, Source
 from tests.models.parity import rel_l2
 from tests.models.test_lora import KOHYA, UNET, Made, kohya, tiny, unet_layers
 
@@ -53,7 +53,7 @@ def test_a_transformer_that_peft_trained(rslora: bool, tmp_path: Path) -> None:
         expected = trained(latent, text, tau, added_cond_kwargs=told).sample
         trained.save_pretrained(tmp_path)
         lora = LoraFile(tmp_path / "adapter_model.safetensors")
-        ours = load_denoiser(Source(REFERENCE / "emoji", loras=(lora,)))(latent, tau, Conditioning(text))
+        ours = load_denoiser(CheckpointSource(REFERENCE / "emoji", loras=(lora,)))(latent, tau, Conditioning(text))
     assert rel_l2(ours, expected) < BOUND
     assert rel_l2(plain, expected) > 0.1
 
@@ -81,7 +81,7 @@ def test_a_unet_that_diffusers_saved(rslora: bool, weight: float, tmp_path: Path
         theirs.set_adapters(["default"], [weight])
         expected = theirs(*inputs).sample
         lora = LoraFile(tmp_path / "pytorch_lora_weights.safetensors", weight)
-        ours = load_from_diffusers(Source(tmp_path, "unet", loras=(lora,)), "unet", UNet2DConditionModel)
+        ours = load_from_diffusers(CheckpointSource(tmp_path, "unet", loras=(lora,)), "unet", UNet2DConditionModel)
         assert rel_l2(ours(*inputs).sample, expected) < BOUND
     assert rel_l2(plain, expected) > 0.1
 
@@ -98,6 +98,6 @@ def test_kohyas_unet_as_diffusers_loads_it(tmp_path: Path) -> None:
         state, alphas = StableDiffusionPipeline.lora_state_dict(str(lora.path))
         StableDiffusionPipeline.load_lora_into_unet(state, alphas, theirs)
         expected = theirs(*inputs).sample
-        ours = load_from_diffusers(Source(tmp_path, "unet", loras=(lora,)), "unet", UNet2DConditionModel)
+        ours = load_from_diffusers(CheckpointSource(tmp_path, "unet", loras=(lora,)), "unet", UNet2DConditionModel)
         assert rel_l2(ours(*inputs).sample, expected) < BOUND
     assert rel_l2(plain, expected) > 0.1

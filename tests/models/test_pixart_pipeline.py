@@ -23,11 +23,11 @@ from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from harness.resolve.compose import compose_run
 from models.attention import sdpa_attention
+from models.checkpoint_source import CheckpointSource
 from models.pixart.components import load
 from models.registry import REFERENCE
-from models.source import Source
 from models.text.load import load_tokenizer
-from models.text.t5 import T5_STAND_IN, load_t5_prompts
+from models.text.t5 import T5_DUMMY_TOKENIZER, load_t5_prompts
 from tests.models.parity import randomize
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
@@ -79,7 +79,7 @@ def save(folder: Path, name: str, heads: int = 2) -> None:
         norm_num_groups=4,
         scaling_factor=0.13025,
     )
-    kind(T5_STAND_IN.build(), encoder, vae, transformer, DPMSolverMultistepScheduler()).save_pretrained(folder)
+    kind(T5_DUMMY_TOKENIZER.build(), encoder, vae, transformer, DPMSolverMultistepScheduler()).save_pretrained(folder)
     config = folder / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "Transformer2DModel"}))
 
@@ -161,8 +161,8 @@ def test_the_comparison_sees_what_is_asked(both: Both) -> None:
 
 def test_only_the_network_of_1024_pixels_is_told_sizes(both: Both) -> None:
     """Of the latent's pixels and the decoder's stride, which diffusers' pipeline counts in pixels too."""
-    parts = load(Source(both.folder, text_tokens=TOKENS), sdpa_attention)
-    assert parts.network.config.told_size is (both.name == "pixart_alpha")
+    parts = load(CheckpointSource(both.folder, text_tokens=TOKENS), sdpa_attention)
+    assert parts.network.config.size_conditioning is (both.name == "pixart_alpha")
     assert (parts.network.config.stride, parts.size_multiple, parts.learned_variance) == (2, 4, True)
 
 
@@ -180,11 +180,11 @@ def test_the_learned_variance_of_a_text_model_is_used(both: Both) -> None:
 
 def test_lower_case_is_what_the_reference_tokenizer_makes_of_a_prompt_anyway() -> None:
     """So that the built-in model, which is loaded by the same code, draws what it drew."""
-    source = Source(REFERENCE / "emoji", text_tokens=24)
+    source = CheckpointSource(REFERENCE / "emoji", text_tokens=24)
     tokenizer = load_tokenizer(source, "tokenizer")
     names = (REFERENCE / "emoji" / "vocabulary.txt").read_text().splitlines()
     for prompt in [*names, "  Red Apple, 3D ", "ROCKET", "Ünïcode CAFÉ", ""]:
         assert tokenizer(prompt).input_ids == tokenizer(prompt.lower().strip()).input_ids, prompt
     with torch.no_grad():
         plain, lower = (load_t5_prompts(source, lowercase)(["  Red Apple, 3D "]) for lowercase in (False, True))
-    assert torch.equal(plain.text(), lower.text())
+    assert torch.equal(plain.require_prompt_embeds(), lower.require_prompt_embeds())

@@ -13,12 +13,12 @@ from harness.config.schema import Quantize
 from harness.device.flops import counted
 from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import floor_config, method_class, reference_config
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.pixart import PixArt, load_denoiser
 from models.pixart.weights import PLAN
-from models.quantize import linears, quantize, stored_bytes
+from models.quantize import find_linears, quantize, stored_bytes
 from models.registry import REFERENCE
-from models.source import Source
 from tests.harness.test_peer import generator
 from tests.models.parity import rel_l2
 from tests.packages import pretend
@@ -62,14 +62,14 @@ def test_it_is_declared_approximate_and_its_reference_goes_without(monkeypatch: 
     assert {reference_config(row).model.quantize, floor_config(row).model.quantize} == {Quantize.none}
 
 
-def loaded() -> tuple[PixArt, Source]:
-    source = Source(REFERENCE / "emoji")
+def loaded() -> tuple[PixArt, CheckpointSource]:
+    source = CheckpointSource(REFERENCE / "emoji")
     return load_denoiser(source), source
 
 
 def test_the_plan_names_attention_and_feed_forward() -> None:
     network, _ = loaded()
-    found = linears(network, PLAN)
+    found = find_linears(network, PLAN)
     assert len(found) == 10 * network.config.depth, "q, k, v, out of two attentions; up, down"
     assert all(name.startswith("blocks.") for name in found)
     inside = {f"blocks.{name}" for name, part in network.blocks.named_modules() if isinstance(part, nn.Linear)}
@@ -91,7 +91,7 @@ def test_weights_are_within_half_a_step_and_nothing_else_changes() -> None:
     network, source = loaded()
     plain, before = copy.deepcopy(network), source.loaded["transformer"].bytes
     quantize(network, PLAN, "int8_weight_only", source)
-    wanted = {f"{name}.weight" for name in linears(network, PLAN)}
+    wanted = {f"{name}.weight" for name in find_linears(network, PLAN)}
     for (name, was), now in zip(plain.named_parameters(), network.parameters(), strict=True):
         if name in wanted:
             step = was.abs().amax(1, keepdim=True) / (STEPS / 2)
@@ -111,7 +111,7 @@ def test_the_network_computes_with_its_rounded_weights() -> None:
     network, source = loaded()
     rounded, plain = copy.deepcopy(network), drawn(network)
     quantize(network, PLAN, "int8_weight_only", source)
-    for name, linear in linears(rounded, PLAN).items():
+    for name, linear in find_linears(rounded, PLAN).items():
         linear.weight.data = network.get_submodule(name).weight.dequantize()
     assert rel_l2(drawn(network), drawn(rounded)) < 1e-5
     assert 1e-4 < rel_l2(drawn(network), plain) < 0.05

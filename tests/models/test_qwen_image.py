@@ -9,11 +9,11 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
 
 from models.attention import BACKENDS
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.files import CheckpointError
 from models.qwen_image import NAMES, PLAN, QwenImage, load_denoiser, read_config
 from models.registry import PUBLISHED
-from models.source import Source
 from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
 SMALL = {
@@ -45,7 +45,7 @@ def their(options: dict[str, object]) -> QwenImageTransformer2DModel:
 
 def our(theirs: QwenImageTransformer2DModel, folder: Path, backend: str = "sdpa") -> QwenImage:
     theirs.save_pretrained(folder / "transformer")
-    return load_denoiser(Source(folder), BACKENDS[backend])
+    return load_denoiser(CheckpointSource(folder), BACKENDS[backend])
 
 
 def inputs(network: QwenImage, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -110,7 +110,7 @@ def test_every_input_matters(tmp_path: Path) -> None:
         assert rel_l2(shifted, plain) > 0.001  # positions
         swapped = network(latent, tau, Conditioning(text.flip(1), mask.flip(1)))
         assert rel_l2(swapped, plain) > 0.001  # the text's too
-        with pytest.raises(ValueError, match="text states"):
+        with pytest.raises(ValueError, match="prompt embeddings"):
             network(latent, tau, Conditioning())
 
 

@@ -21,10 +21,10 @@ from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from harness.resolve.compose import compose_run
 from harness.resolve.scheduler import noise_scheduler_settings
+from models.checkpoint_source import CheckpointSource
 from models.files import read_json
 from models.qwen_image.prompts import load_qwen_image_prompts
 from models.registry import PUBLISHED
-from models.source import Source
 from schedulers.build import build
 from schedulers.published import from_diffusers
 from tests.models.parity import listen, randomize
@@ -169,7 +169,7 @@ def test_noise_in_the_order_of_diffusers(peer: QwenImagePipeline) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_text_states_are_diffusers_own(checkpoint: Path, dtype: torch.dtype) -> None:
     pipeline = QwenImagePipeline.from_pretrained(checkpoint, dtype=dtype)
-    encoder = load_qwen_image_prompts(Source(checkpoint, dtype=dtype, text_tokens=TOKENS))
+    encoder = load_qwen_image_prompts(CheckpointSource(checkpoint, dtype=dtype, text_tokens=TOKENS))
     with torch.no_grad():
         ours = encoder(PROMPTS)
         for k, prompt in enumerate(PROMPTS):
@@ -177,8 +177,8 @@ def test_text_states_are_diffusers_own(checkpoint: Path, dtype: torch.dtype) -> 
             assert mask is None
             length = encoder.count(prompt)
             assert theirs.shape[1] == length == ours.mask[k].sum()
-            assert torch.equal(ours.states[k, :length], theirs[0])
-            assert ours.states.dtype == dtype
+            assert torch.equal(ours.prompt_embeds[k, :length], theirs[0])
+            assert ours.prompt_embeds.dtype == dtype
 
 
 def test_the_text_encoder_is_saved_under_the_hubs_names(checkpoint: Path) -> None:
@@ -194,16 +194,16 @@ def test_random_weights_need_neither_weights_nor_a_tokenizer(checkpoint: Path, t
     config = read_json(checkpoint / "text_encoder" / "config.json")
     config["text_config"] |= {"vocab_size": 152_064}
     (folder / "config.json").write_text(json.dumps(config))
-    encoder = load_qwen_image_prompts(Source(tmp_path, text_tokens=512, dummy=True))
+    encoder = load_qwen_image_prompts(CheckpointSource(tmp_path, text_tokens=512, dummy=True))
     with torch.no_grad():
-        states = encoder(["hi"]).states
-    assert states.shape == (1, encoder.count("hi"), 32)
-    assert states.isfinite().all()
+        prompt_embeds = encoder(["hi"]).prompt_embeds
+    assert prompt_embeds.shape == (1, encoder.count("hi"), 32)
+    assert prompt_embeds.isfinite().all()
 
 
 def test_too_many_text_tokens_are_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="1024 or fewer"):
-        load_qwen_image_prompts(Source(checkpoint, text_tokens=1025))
+        load_qwen_image_prompts(CheckpointSource(checkpoint, text_tokens=1025))
 
 
 @pytest.mark.parametrize("tokens", [256, 6889, 9000])

@@ -10,10 +10,10 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from models.attention import BACKENDS
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.files import CheckpointError
 from models.sd3 import NAMES, PLAN, SD3, load_denoiser, read_config
-from models.source import Source
 from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
 TINY: dict[str, object] = {
@@ -63,7 +63,7 @@ def their(config: dict[str, object]) -> SD3Transformer2DModel:
 
 def our(theirs: SD3Transformer2DModel, folder: Path, backend: str = "sdpa", dtype: torch.dtype = torch.float32) -> SD3:
     theirs.save_pretrained(folder / "transformer")
-    return load_denoiser(Source(folder, dtype=dtype), BACKENDS[backend])
+    return load_denoiser(CheckpointSource(folder, dtype=dtype), BACKENDS[backend])
 
 
 def inputs(config: dict[str, object], batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -75,7 +75,12 @@ def inputs(config: dict[str, object], batch: int, height: int, width: int) -> tu
 
 
 def expected(theirs: SD3Transformer2DModel, latent: Tensor, tau: Tensor, told: Conditioning) -> Tensor:
-    return theirs(latent, encoder_hidden_states=told.text(), pooled_projections=told.vector(), timestep=tau).sample
+    return theirs(
+        latent,
+        encoder_hidden_states=told.require_prompt_embeds(),
+        pooled_projections=told.require_pooled(),
+        timestep=tau,
+    ).sample
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -107,8 +112,8 @@ def test_every_input_matters(tmp_path: Path) -> None:
         plain = ours(latent, tau, told)
         assert rel_l2(ours(latent.flip(0), tau, told), plain) > 0.1
         assert rel_l2(ours(latent, tau + 100, told), plain) > 0.01
-        assert rel_l2(ours(latent, tau, replace(told, states=other)), plain) > 0.01
-        assert rel_l2(ours(latent, tau, replace(told, pooled=told.vector() + 1)), plain) > 0.01
+        assert rel_l2(ours(latent, tau, replace(told, prompt_embeds=other)), plain) > 0.01
+        assert rel_l2(ours(latent, tau, replace(told, pooled=told.require_pooled() + 1)), plain) > 0.01
         for axis in (-1, -2):  # positions
             moved = ours(latent.roll(2, dims=axis), tau, told).roll(-2, dims=axis)
             assert rel_l2(moved, plain) > 0.001
@@ -122,7 +127,7 @@ def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
         together = ours(latent, tau, told)
         for k in range(3):
             row = slice(k, k + 1)
-            alone = Conditioning(told.text()[row], pooled=told.vector()[row])
+            alone = Conditioning(told.require_prompt_embeds()[row], pooled=told.require_pooled()[row])
             assert rel_l2(ours(latent[row], tau[row], alone)[0], together[k]) < 1e-6
 
 
@@ -154,7 +159,7 @@ def test_random_weights_have_diffusers_own_positions(name: str, tmp_path: Path) 
     folder = tmp_path / "transformer"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
-    ours = load_denoiser(Source(tmp_path, dummy=True))
+    ours = load_denoiser(CheckpointSource(tmp_path, dummy=True))
     theirs = SD3Transformer2DModel.from_config(CONFIGS[name])
     torch.testing.assert_close(ours.get_buffer("positions"), theirs.pos_embed.pos_embed, rtol=0, atol=1e-6)
 
@@ -162,11 +167,11 @@ def test_random_weights_have_diffusers_own_positions(name: str, tmp_path: Path) 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     ours = our(their(TINY), tmp_path)
     latent, tau, told = inputs(TINY, 1, 4, 24)
-    with pytest.raises(ValueError, match="positions for 11 a side"):
+    with pytest.raises(ValueError, match="positions for 11 per side"):
         ours(latent, tau, told)
     for change, says in (
-        ({"mask": torch.ones(1, 7, dtype=torch.bool)}, "takes no mask"),
-        ({"states": None}, "needs text states"),
+        ({"mask": torch.ones(1, 7, dtype=torch.bool)}, "must have no mask"),
+        ({"prompt_embeds": None}, "needs prompt embeddings"),
         ({"pooled": None}, "needs a pooled"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -179,7 +184,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ({"_class_name": "FluxTransformer2DModel"}, "loads SD3Transformer2DModel"),
         ({"out_channels": 8}, "out_channels is not in_channels"),
         ({"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
-        ({"caption_projection_dim": 24}, "as wide as the picture, 32"),
+        ({"caption_projection_dim": 24}, "the width of the image tokens, 32"),
         ({"num_layers": "many"}, "num_layers"),
         ({"pos_embed_max_size": None}, "pos_embed_max_size"),
     ],

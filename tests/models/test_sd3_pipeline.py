@@ -15,9 +15,9 @@ from torch import Tensor
 from harness.client.generator import DiffusionGenerator
 from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise
+from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError
 from models.sd3.prompts import load_sd3_prompts
-from models.source import Source
 from tests.models.clip_t5_tiny import STRIDE, T5_TOKENS, clip, engine, lively, t5, vae
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
@@ -121,27 +121,27 @@ def test_the_comparison_sees_all_that_is_asked(case: Case) -> None:
 
 
 def test_text_states_are_diffusers_own(case: Case) -> None:
-    encoder = load_sd3_prompts(Source(case.folder, text_tokens=T5_TOKENS), 40)
+    encoder = load_sd3_prompts(CheckpointSource(case.folder, text_tokens=T5_TOKENS), 40)
     with torch.no_grad():
         found = encoder(PROMPTS)
-        states, _, pooled, _ = case.peer.encode_prompt(
+        prompt_embeds, _, pooled, _ = case.peer.encode_prompt(
             PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
         )
     assert found.mask is None
-    torch.testing.assert_close(found.text(), states, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.vector(), pooled, rtol=1e-5, atol=1e-5)
-    assert (found.text()[:, 77:] == 0).all() == (case.peer.text_encoder_3 is None)
+    torch.testing.assert_close(found.require_prompt_embeds(), prompt_embeds, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.require_pooled(), pooled, rtol=1e-5, atol=1e-5)
+    assert (found.require_prompt_embeds()[:, 77:] == 0).all() == (case.peer.text_encoder_3 is None)
 
 
 def test_a_picture_beyond_the_positions_is_refused_before_it_runs(case: Case) -> None:
-    with pytest.raises(RequestFailed, match="has positions for 52 a side"):
+    with pytest.raises(RequestFailed, match="has positions for 52 per side"):
         ours(case.generator, steps=2, height=56)
 
 
 def test_a_third_encoder_that_is_named_and_missing_is_refused(case: Case, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(case.folder, tmp_path / "copy"))
     shutil.rmtree(folder / "text_encoder_3", ignore_errors=True)
-    source = Source(folder, text_tokens=T5_TOKENS)
+    source = CheckpointSource(folder, text_tokens=T5_TOKENS)
     if case.peer.text_encoder_3 is None:
         assert load_sd3_prompts(source, 40).t5 is None
         return

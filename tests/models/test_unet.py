@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.attention import BACKENDS, math_attention, sdpa_attention
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.decoders import load_kl_decoder
 from models.files import CheckpointError
 from models.registry import PUBLISHED
-from models.source import Source
 from models.unet import PLAN, route_attention, sd, sdxl, unconditional
-from models.unet.network import ConditionalUNet, SizedUNet, UnconditionalUNet
+from models.unet.network import ConditionalUNet, SizeConditionedUNet, UnconditionalUNet
 from tests.models.parity import assert_plan_fits, randomize, rel_l2
 
 BOUND = 1e-5  # relative L2, float32
@@ -130,8 +130,8 @@ def saved(kind: type, config: dict[str, Any], folder: Path) -> Any:
     return theirs.eval()
 
 
-def source(folder: Path, **options: Any) -> Source:
-    return Source(folder, "unet", **options)
+def source(folder: Path, **options: Any) -> CheckpointSource:
+    return CheckpointSource(folder, "unet", **options)
 
 
 def inputs(channels: int, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -145,7 +145,7 @@ def inputs(channels: int, batch: int, height: int, width: int) -> tuple[Tensor, 
 
 
 def unmasked(condition: Conditioning) -> Conditioning:
-    return Conditioning(condition.states, pooled=condition.pooled)
+    return Conditioning(condition.prompt_embeds, pooled=condition.pooled)
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def test_text_networks_agree_with_diffusers(name: str, backend: str, tmp_path: P
     for batch, height, width in ((1, 8, 8), (3, 12, 20), (3, *odd)):
         latent, tau, condition = inputs(4, batch, height, width)
         for told in (condition, unmasked(condition)):
-            expected = theirs(latent, tau, told.states, encoder_attention_mask=told.mask).sample
+            expected = theirs(latent, tau, told.prompt_embeds, encoder_attention_mask=told.mask).sample
             assert rel_l2(ours(latent, tau, told), expected) < BOUND, (batch, height, width)
 
 
@@ -173,7 +173,7 @@ def test_the_network_that_is_told_sizes_agrees_with_diffusers(backend: str, tmp_
         for told in (condition, unmasked(condition)):
             added = {"text_embeds": told.pooled, "time_ids": sizes}
             expected = theirs(
-                latent, tau, told.states, encoder_attention_mask=told.mask, added_cond_kwargs=added
+                latent, tau, told.prompt_embeds, encoder_attention_mask=told.mask, added_cond_kwargs=added
             ).sample
             assert rel_l2(ours(latent, tau, told), expected) < BOUND, (batch, height, width)
 
@@ -193,21 +193,21 @@ def test_every_input_matters(tmp_path: Path) -> None:
     saved(UNet2DConditionModel, SIZED, tmp_path)
     network = sdxl.load_denoiser(source(tmp_path))
     latent, tau, condition = inputs(4, 3, 12, 20)
-    assert condition.states is not None
+    assert condition.prompt_embeds is not None
     assert condition.mask is not None
     assert condition.pooled is not None
     plain = network(latent, tau, condition)
-    other = torch.randn(condition.states.shape, generator=torch.Generator().manual_seed(2))
-    hidden = torch.where(condition.mask[..., None], condition.states, other)
-    seen = torch.where(condition.mask[..., None], other, condition.states)
+    other = torch.randn(condition.prompt_embeds.shape, generator=torch.Generator().manual_seed(2))
+    hidden = torch.where(condition.mask[..., None], condition.prompt_embeds, other)
+    seen = torch.where(condition.mask[..., None], other, condition.prompt_embeds)
     assert torch.equal(network(latent, tau, Conditioning(hidden, condition.mask, condition.pooled)), plain)
     changed = {
         "time": network(latent, tau + 100, condition),
         "text": network(latent, tau, Conditioning(seen, condition.mask, condition.pooled)),
         "mask": network(latent, tau, unmasked(condition)),
-        "pooled": network(latent, tau, Conditioning(condition.states, condition.mask, condition.pooled.flip(0))),
+        "pooled": network(latent, tau, Conditioning(condition.prompt_embeds, condition.mask, condition.pooled.flip(0))),
         "latent": network(latent.flip(-1), tau, condition).flip(-1),
-        "size": SizedUNet(network.unet, 2 * STRIDE)(latent, tau, condition),
+        "size": SizeConditionedUNet(network.unet, 2 * STRIDE)(latent, tau, condition),
     }
     for name, output in changed.items():
         assert rel_l2(output, plain) > 0.001, name
@@ -231,7 +231,7 @@ def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
     latent, tau, told = inputs(4, 3, 12, 20)
     together = network(latent, tau, told)
     for k in range(3):
-        row = Conditioning(told.states[k : k + 1], told.mask[k : k + 1], told.pooled[k : k + 1])  # type: ignore[index]
+        row = Conditioning(told.prompt_embeds[k : k + 1], told.mask[k : k + 1], told.pooled[k : k + 1])  # type: ignore[index]
         assert rel_l2(network(latent[k : k + 1], tau[k : k + 1], row)[0], together[k]) < 1e-6
 
 
@@ -329,7 +329,7 @@ def test_a_network_is_loaded_in_its_dtype_and_told_the_time_in_float32(tmp_path:
     pixels = (STRIDE * 12, STRIDE * 20)
     added = {"text_embeds": told.pooled, "time_ids": torch.tensor([[*pixels, 0, 0, *pixels]] * 3)}
     with torch.no_grad():
-        expected = theirs(fed, tau, told.states, added_cond_kwargs=added).sample
+        expected = theirs(fed, tau, told.prompt_embeds, added_cond_kwargs=added).sample
         assert rel_l2(ours(fed, tau, told).float(), expected.float()) < 0.01
 
 
@@ -344,10 +344,14 @@ def rewrite(folder: Path, component: str, **changes: object) -> None:
         (sd, {"_class_name": "UNet2DModel"}, "loads UNet2DConditionModel"),
         (sd, {"addition_embed_type": "text_time"}, "use model.architecture=sdxl"),
         (sd, {"addition_embed_type": "image"}, "addition_embed_type=image, which is not supported"),
-        (sd, {"class_embed_type": "timestep"}, "class_embed_type=timestep is not supported .it is told classes"),
+        (
+            sd,
+            {"class_embed_type": "timestep"},
+            "class_embed_type=timestep is not supported .it is conditioned on classes",
+        ),
         (sd, {"num_class_embeds": 10}, "num_class_embeds=10 is not supported"),
-        (sd, {"time_cond_proj_dim": 8}, "told the guidance scale"),
-        (sd, {"encoder_hid_dim_type": "image_proj"}, "told pictures"),
+        (sd, {"time_cond_proj_dim": 8}, "conditioned on the guidance scale"),
+        (sd, {"encoder_hid_dim_type": "image_proj"}, "conditioned on images"),
         (sd, {"attention_type": "gated"}, "attention_type=gated is not supported"),
         (sd, {"dual_cross_attention": True}, "dual_cross_attention=True is not supported"),
         (sd, {"in_channels": 9}, "in_channels=9 and out_channels=4; networks for inpainting"),
@@ -398,19 +402,19 @@ def test_missing_conditioning_is_named(tmp_path: Path) -> None:
     network = sdxl.load_denoiser(source(tmp_path))
     latent, tau, condition = inputs(4, 1, 8, 8)
     with pytest.raises(ValueError, match="needs a pooled text vector"):
-        network(latent, tau, Conditioning(condition.states))
-    with pytest.raises(ValueError, match="needs text states"):
+        network(latent, tau, Conditioning(condition.prompt_embeds))
+    with pytest.raises(ValueError, match="needs prompt embeddings"):
         network(latent, tau, Conditioning(pooled=condition.pooled))
 
 
 @pytest.mark.parametrize("name", ["ddpm_cifar10", "ncsnpp_church"])
 def test_published_networks_without_text_draw_any_multiple_of_their_size(name: str) -> None:
     """At full size on the meta device, as the smallest picture that size_multiple allows."""
-    here = Source(PUBLISHED / name, "unet", device=torch.device("meta"), dummy=True)
+    here = CheckpointSource(PUBLISHED / name, "unet", device=torch.device("meta"), dummy=True)
     parts = unconditional.load(here, sdpa_attention)
     assert isinstance(parts.network, UnconditionalUNet)
     side = parts.size_multiple
     with torch.device("meta"):
         drawn = parts.network(torch.zeros(2, 3, side, 2 * side), torch.ones(2), Conditioning())
     assert drawn.shape == (2, *parts.latent.shape(side, 2 * side))
-    assert parts.recordable is (name == "ddpm_cifar10")
+    assert parts.capturable is (name == "ddpm_cifar10")

@@ -30,10 +30,10 @@ from harness.client.generator import DiffusionGenerator
 from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise
 from harness.resolve.compose import ConfigError, compose_run
+from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError
 from models.registry import PUBLISHED
-from models.source import Source
-from models.text.load import StandIn
+from models.text.load import DummyTokenizer
 from models.unet.prompts import load_clip_prompts, load_two_clip_prompts
 from tests.models.parity import randomize
 from tests.models.test_unet import NCSNPP, PLAIN, SIZED, SMALL, _blocks
@@ -47,7 +47,7 @@ STRIDE = 4
 
 def tokenizer(pad: str = "<|endoftext|>") -> PreTrainedTokenizerBase:
     """Bytes between CLIP's two special tokens."""
-    return StandIn(
+    return DummyTokenizer(
         special={"<|startoftext|>": 256, "<|endoftext|>": 257},
         roles={"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad},
         template="<|startoftext|> $A <|endoftext|>",
@@ -243,7 +243,7 @@ def test_the_comparison_sees_what_is_asked(both: tuple[str, DiffusionPipeline, D
 def test_what_the_network_is_told_is_diffusers_own(name: str, tmp_path: Path) -> None:
     peer = PEERS[name]()
     peer.save_pretrained(tmp_path)
-    source = Source(tmp_path, "unet", text_tokens=77)
+    source = CheckpointSource(tmp_path, "unet", text_tokens=77)
     if name == "sd15":
         prompt, negative = peer.encode_prompt(PROMPTS[0], "cpu", 1, True, NEGATIVE)
         found = load_clip_prompts(source)([PROMPTS[0], NEGATIVE])
@@ -254,19 +254,21 @@ def test_what_the_network_is_told_is_diffusers_own(name: str, tmp_path: Path) ->
         found = encoder([PROMPTS[0], NEGATIVE])
         torch.testing.assert_close(found.pooled, torch.cat([pooled, away]), rtol=1e-5, atol=1e-5)
         empty = encoder([""], negative=True)
-        assert not empty.text().any()
+        assert not empty.require_prompt_embeds().any()
         assert empty.pooled is not None
         assert not empty.pooled.any()
-        assert encoder([""]).text().any()
-    torch.testing.assert_close(found.text(), torch.cat([prompt, negative]), rtol=1e-5, atol=1e-5)
+        assert encoder([""]).require_prompt_embeds().any()
+    torch.testing.assert_close(found.require_prompt_embeds(), torch.cat([prompt, negative]), rtol=1e-5, atol=1e-5)
     assert found.mask is None
 
 
 def test_more_tokens_than_an_encoder_has_positions_for(tmp_path: Path) -> None:
     sd("sd15").save_pretrained(tmp_path)
-    assert load_clip_prompts(Source(tmp_path, "unet", text_tokens=9))(["a"]).text().shape == (1, 9, 12)
+    assert load_clip_prompts(CheckpointSource(tmp_path, "unet", text_tokens=9))(
+        ["a"]
+    ).require_prompt_embeds().shape == (1, 9, 12)
     with pytest.raises(CheckpointError, match="78 tokens, but this encoder takes 77"):
-        load_clip_prompts(Source(tmp_path, "unet", text_tokens=78))
+        load_clip_prompts(CheckpointSource(tmp_path, "unet", text_tokens=78))
 
 
 def test_other_solvers_run_on_the_facts_of_training(tmp_path: Path) -> None:
@@ -347,7 +349,7 @@ def test_pictures_without_a_prompt_are_diffusers_own(
         assert apart(drawn[k : k + 1], torch.from_numpy(expected)) < BOUND
     assert np.abs(mine(seed=SEED + 1)[:1] - drawn[:1]).max() > 20 * BOUND
     assert np.abs(mine(steps=8) - drawn).max() > 20 * BOUND
-    with pytest.raises(RequestFailed, match="takes no prompt, and was asked for 'a fox'"):
+    with pytest.raises(RequestFailed, match="takes no prompt, but got 'a fox'"):
         engine.generate(prompt="a fox", seed=SEED, steps=2, height=SIDE, width=SIDE)
     with pytest.raises(RequestFailed, match="nothing to be guided by; give 1"):
         engine.generate(prompt="", guidance=2.0, seed=SEED, steps=2, height=SIDE, width=SIDE)

@@ -14,7 +14,7 @@ from harness.client.generator import DiffusionGenerator
 from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from harness.resolve.compose import compose_run
-from models.source import Source
+from models.checkpoint_source import CheckpointSource
 from models.wan.prompts import load_umt5_prompts
 from tests.models.wan_checkpoint import OVERRIDES, TOKENS, tiny_wan
 
@@ -122,14 +122,14 @@ def test_the_comparison_sees_all_that_is_asked(engine: DiffusionGenerator) -> No
 
 
 def test_text_states_are_diffusers_own(peer: WanPipeline, checkpoint: Path) -> None:
-    encoder = load_umt5_prompts(Source(checkpoint, text_tokens=TOKENS))
+    encoder = load_umt5_prompts(CheckpointSource(checkpoint, text_tokens=TOKENS))
     for prompt in (*PROMPTS, LONG, ""):
         with torch.no_grad():
-            states, _ = peer.encode_prompt(prompt, None, False, max_sequence_length=TOKENS)
+            prompt_embeds, _ = peer.encode_prompt(prompt, None, False, max_sequence_length=TOKENS)
             ours = encoder([prompt])
         assert ours.mask is None
-        torch.testing.assert_close(ours.states, states, rtol=1e-6, atol=1e-6)
-        padding = ours.states[0, encoder.count(prompt) :]
+        torch.testing.assert_close(ours.prompt_embeds, prompt_embeds, rtol=1e-6, atol=1e-6)
+        padding = ours.prompt_embeds[0, encoder.count(prompt) :]
         assert padding.shape[0] == max(0, TOKENS - encoder.count(prompt))
         assert not padding.any()
 

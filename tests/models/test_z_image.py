@@ -9,10 +9,10 @@ from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
 from models.attention import BACKENDS
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.files import CheckpointError
 from models.registry import PUBLISHED
-from models.source import Source
 from models.z_image import NAMES, PLAN, ZImage, load_denoiser, read_config
 from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
@@ -47,7 +47,7 @@ def their(options: dict[str, object]) -> ZImageTransformer2DModel:
 
 def our(theirs: ZImageTransformer2DModel, folder: Path, backend: str = "sdpa") -> ZImage:
     theirs.save_pretrained(folder / "transformer")
-    return load_denoiser(Source(folder), BACKENDS[backend])
+    return load_denoiser(CheckpointSource(folder), BACKENDS[backend])
 
 
 def inputs(network: ZImage, lengths: tuple[int, ...], height: int, width: int) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -59,7 +59,7 @@ def inputs(network: ZImage, lengths: tuple[int, ...], height: int, width: int) -
 
 
 def stacked(text: list[Tensor]) -> Conditioning:
-    return Conditioning.stack([Conditioning(states) for states in text])
+    return Conditioning.stack([Conditioning(prompt_embeds) for prompt_embeds in text])
 
 
 def predict(theirs: ZImageTransformer2DModel, latent: Tensor, tau: Tensor, text: list[Tensor]) -> Tensor:
@@ -86,22 +86,22 @@ def test_every_input_matters(tmp_path: Path) -> None:
     network = our(their(SMALL), tmp_path)
     latent, tau, text = inputs(network, (40, 7, 33), 6, 10)
     condition = stacked(text)
-    assert condition.states is not None
+    assert condition.prompt_embeds is not None
     assert condition.mask is not None
-    other = torch.randn(condition.states.shape, generator=torch.Generator().manual_seed(2))
-    hidden = torch.where(condition.mask[..., None], condition.states, other)
-    seen = torch.where(condition.mask[..., None], other, condition.states)
+    other = torch.randn(condition.prompt_embeds.shape, generator=torch.Generator().manual_seed(2))
+    hidden = torch.where(condition.mask[..., None], condition.prompt_embeds, other)
+    seen = torch.where(condition.mask[..., None], other, condition.prompt_embeds)
     with torch.no_grad():
         plain = network(latent, tau, condition)
         assert rel_l2(network(latent, tau + 100, condition), plain) > 0.01
         assert rel_l2(network(latent, tau, Conditioning(seen, condition.mask)), plain) > 0.01
-        assert rel_l2(network(latent, tau, Conditioning(condition.states)), plain) > 0.001
+        assert rel_l2(network(latent, tau, Conditioning(condition.prompt_embeds)), plain) > 0.001
         assert torch.equal(network(latent, tau, Conditioning(hidden, condition.mask)), plain)
         shifted = network(latent.roll(2, dims=-1), tau, condition).roll(-2, dims=-1)
         assert rel_l2(shifted, plain) > 0.001  # positions
-        turned = network(latent, tau, stacked([states.flip(1) for states in text]))
+        turned = network(latent, tau, stacked([prompt_embeds.flip(1) for prompt_embeds in text]))
         assert rel_l2(turned, plain) > 0.001  # the text's too
-        with pytest.raises(ValueError, match="text states"):
+        with pytest.raises(ValueError, match="prompt embeddings"):
             network(latent, tau, Conditioning())
 
 
@@ -132,7 +132,7 @@ def test_bfloat16_stays_near(tmp_path: Path) -> None:
     latent, tau, text = inputs(ours, (40, 7, 32), 6, 14)
     with torch.no_grad():
         exact = ours(latent, tau, stacked(text))
-        low, low_text = latent.bfloat16(), [states.bfloat16() for states in text]
+        low, low_text = latent.bfloat16(), [prompt_embeds.bfloat16() for prompt_embeds in text]
         output = ours.bfloat16()(low, tau, stacked(low_text))
         peer = predict(theirs.bfloat16(), low, tau, low_text)
     assert output.dtype == torch.bfloat16

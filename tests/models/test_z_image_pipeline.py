@@ -16,9 +16,9 @@ from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from harness.resolve.compose import compose_run
 from harness.resolve.scheduler import noise_scheduler_settings
+from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError, read_json
 from models.registry import PUBLISHED
-from models.source import Source
 from models.z_image.prompts import load_z_image_prompts
 from schedulers.build import build
 from schedulers.published import from_diffusers
@@ -166,7 +166,7 @@ def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_text_states_are_diffusers_own(checkpoint: Path, dtype: torch.dtype) -> None:
     pipeline = ZImagePipeline.from_pretrained(checkpoint, dtype=dtype)
-    encoder = load_z_image_prompts(Source(checkpoint, dtype=dtype, text_tokens=TOKENS))
+    encoder = load_z_image_prompts(CheckpointSource(checkpoint, dtype=dtype, text_tokens=TOKENS))
     bound = 1e-5 if dtype is torch.float32 else 0.02  # diffusers pads, which sums in another order
     with torch.no_grad():
         ours = encoder(PROMPTS)
@@ -174,9 +174,9 @@ def test_text_states_are_diffusers_own(checkpoint: Path, dtype: torch.dtype) -> 
             theirs = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=TOKENS)[0][0]
             length = encoder.count(prompt)
             assert len(theirs) == length == ours.mask[k].sum()
-            states = ours.states[k, :length]
-            assert (states - theirs).float().norm() < bound * theirs.float().norm()
-            assert ours.states.dtype == dtype
+            prompt_embeds = ours.prompt_embeds[k, :length]
+            assert (prompt_embeds - theirs).float().norm() < bound * theirs.float().norm()
+            assert ours.prompt_embeds.dtype == dtype
 
 
 def test_a_checkpoint_of_the_whole_language_model_loads(checkpoint: Path, tmp_path: Path) -> None:
@@ -184,18 +184,18 @@ def test_a_checkpoint_of_the_whole_language_model_loads(checkpoint: Path, tmp_pa
     whole = Qwen3ForCausalLM(Qwen3Config.from_pretrained(checkpoint / "text_encoder", tie_word_embeddings=True))
     whole.model.load_state_dict(Qwen3Model.from_pretrained(checkpoint / "text_encoder").state_dict())
     whole.save_pretrained(tmp_path)
-    plain = load_z_image_prompts(Source(checkpoint, text_tokens=TOKENS))(PROMPTS)
-    replaced = load_z_image_prompts(Source(checkpoint, text_tokens=TOKENS, replaced={"text_encoder": tmp_path}))(
-        PROMPTS
-    )
-    assert torch.equal(plain.states, replaced.states)
+    plain = load_z_image_prompts(CheckpointSource(checkpoint, text_tokens=TOKENS))(PROMPTS)
+    replaced = load_z_image_prompts(
+        CheckpointSource(checkpoint, text_tokens=TOKENS, replaced={"text_encoder": tmp_path})
+    )(PROMPTS)
+    assert torch.equal(plain.prompt_embeds, replaced.prompt_embeds)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     (folder / "tokenizer" / "chat_template.jinja").unlink()
     with pytest.raises(CheckpointError, match="no chat template here"):
-        load_z_image_prompts(Source(folder, text_tokens=TOKENS))
+        load_z_image_prompts(CheckpointSource(folder, text_tokens=TOKENS))
 
 
 def test_random_weights_need_neither_weights_nor_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
@@ -204,15 +204,15 @@ def test_random_weights_need_neither_weights_nor_a_tokenizer(checkpoint: Path, t
     folder.mkdir()
     config = read_json(checkpoint / "text_encoder" / "config.json") | {"vocab_size": 151_936}
     (folder / "config.json").write_text(json.dumps(config))
-    encoder = load_z_image_prompts(Source(tmp_path, text_tokens=TOKENS, dummy=True))
+    encoder = load_z_image_prompts(CheckpointSource(tmp_path, text_tokens=TOKENS, dummy=True))
     said = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     ids = encoder.tokenizer(said).input_ids
     assert encoder.count("hi") == len(ids) == len("|user.hi|.|assistant.")
     assert [n for n in ids if n > 255] == [151_644, 151_645, 151_644]
     with torch.no_grad():
-        states = encoder(["hi"]).states
-    assert states.shape == (1, len(ids), 32)
-    assert states.isfinite().all()
+        prompt_embeds = encoder(["hi"]).prompt_embeds
+    assert prompt_embeds.shape == (1, len(ids), 32)
+    assert prompt_embeds.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["z_image_turbo", "z_image"])

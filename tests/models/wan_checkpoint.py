@@ -6,7 +6,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from models.files import read_json
 from models.registry import PUBLISHED
-from models.text.t5 import T5_STAND_IN
+from models.text.t5 import T5_DUMMY_TOKENIZER
 from tests.models.parity import randomize
 
 TOKENS = 24
@@ -45,7 +45,7 @@ def tiny_wan(heads: int = 2) -> WanPipeline:
         randomize(part.eval(), number)
     file = PUBLISHED / "wan_1_3b" / "scheduler" / "scheduler_config.json"
     pipeline = WanPipeline(
-        tokenizer=T5_STAND_IN.build(),
+        tokenizer=T5_DUMMY_TOKENIZER.build(),
         text_encoder=encoder,
         vae=vae,
         scheduler=UniPCMultistepScheduler.from_config(read_json(file)),

@@ -73,7 +73,7 @@ def test_decoding_by_frames_sends_what_the_formula_says(ranks: int, name: str) -
 def wan_inputs(text_tokens: int) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
     """A video of 3 x 3 x 5 tokens and a text."""
     latent, tau_B, condition = TINY["wan"].inputs
-    return latent, tau_B, replace(condition, states=torch.zeros(2, text_tokens, 24))
+    return latent, tau_B, replace(condition, prompt_embeds=torch.zeros(2, text_tokens, 24))
 
 
 @pytest.mark.parametrize("text_tokens", [7, 45])

@@ -61,7 +61,7 @@ class ByHand:
 
     def __init__(self, name: str, first_block: bool) -> None:
         self.network = TINY[name].build(math_attention)
-        self.stacks = [stack for stack in TINY[name].plan.stacks if stack.cached]
+        self.stacks = [stack for stack in TINY[name].plan.stacks if stack.cacheable]
         self.blocks = [self.network.get_submodule(stack.blocks) for stack in self.stacks]
         self.kept = [list(blocks)[: 1 if first_block and n == 0 else 0] for n, blocks in enumerate(self.blocks)]
 
@@ -273,7 +273,7 @@ def test_a_forward_that_fails_leaves_no_trace() -> None:
     latent, tau_B, condition = rows(TINY["pixart"].inputs, [0])
     drawn(network, [(latent, tau_B, condition)], (owner,))
     terms = owner.terms
-    with pytest.raises(ValueError, match="text states"), torch.inference_mode():
+    with pytest.raises(ValueError, match="prompt embeddings"), torch.inference_mode():
         network(latent, tau_B, Conditioning(), (owner,))
     assert owner.computed == [True]
     assert owner.terms is terms

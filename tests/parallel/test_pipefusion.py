@@ -11,7 +11,7 @@ from harness.costs.memory import displaced_numbers
 from harness.costs.traffic import pipe_bytes, trace_network
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from models.attention import math_attention
-from models.source import Source
+from models.checkpoint_source import CheckpointSource
 from tests.models.parity import rel_l2
 from tests.parallel.networks import TINY
 from tests.parallel.ranks import on_ranks
@@ -95,10 +95,10 @@ def test_what_is_sent_and_kept_is_what_the_formulas_say(ranks: int, patches: int
 @pytest.mark.parametrize("name", TINY)
 def test_a_rank_reads_its_blocks_and_what_lies_outside(name: str, tmp_path: Path) -> None:
     saved(name, tmp_path)
-    whole = load(name, Source(tmp_path)).state_dict()
+    whole = load(name, CheckpointSource(tmp_path)).state_dict()
     held: dict[str, int] = dict.fromkeys(whole, 0)
     for rank in range(2):
-        source = Source(tmp_path, cut=partial(drop_blocks, group=group_of(2, rank)))
+        source = CheckpointSource(tmp_path, shard_network=partial(drop_blocks, group=group_of(2, rank)))
         network = load(name, source)
         for key, x in network.state_dict().items():
             assert x.numel() == 0 or torch.equal(x, whole[key])

@@ -10,7 +10,7 @@ import torch
 from harness.config.schema import ParallelConfig
 from harness.messages import GenerationRequest
 from harness.resolve.compose import compose_run
-from models.empty import build_empty
+from models.meta_init import build_empty
 from models.pixart import PLAN, PixArt, read_config
 from tests.models.checkpoints import CASES, overrides_of
 from tests.parallel.pipelines import Drawing, draw_peak

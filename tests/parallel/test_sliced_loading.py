@@ -14,8 +14,8 @@ from harness.parallel.group import Group, Traffic
 from harness.parallel.parallelize import cut_linears
 from models.attention import math_attention
 from models.checkpoint import load_network
+from models.checkpoint_source import CheckpointSource, LoraFile
 from models.names import NameMap
-from models.source import LoraFile, Source
 from tests.parallel.networks import TINY
 
 
@@ -32,22 +32,22 @@ def group_of(size: int, rank: int) -> Group:
 def saved(name: str, folder: Path) -> dict[str, Tensor]:
     """Writes a family's tiny network as a checkpoint in float32; its tensors by published name."""
     tensors = TINY[name].build(math_attention).state_dict()
-    published = {names_of(name).theirs(own): tensor for own, tensor in tensors.items()}
+    published = {names_of(name).to_published(own): tensor for own, tensor in tensors.items()}
     (folder / "transformer").mkdir()
     (folder / "transformer" / "config.json").write_text("{}")
     save_file(published, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     return published
 
 
-def load(name: str, source: Source) -> nn.Module:
+def load(name: str, source: CheckpointSource) -> nn.Module:
     tiny = TINY[name]
     make = partial(tiny.make, math_attention)
     return load_network(make, source, "transformer", names_of(name), tiny.plan, tiny.keep_float32)
 
 
-def assert_slices(name: str, source: Source, group: Group) -> None:
+def assert_slices(name: str, source: CheckpointSource, group: Group) -> None:
     """Holds the slices that are read to those that are cut."""
-    sliced = load(name, replace(source, cut=partial(cut_linears, group=group), loaded={}))
+    sliced = load(name, replace(source, shard_network=partial(cut_linears, group=group), loaded={}))
     whole = load(name, source)
     parts = cut_linears(whole, TINY[name].plan, group)
     assert parts
@@ -64,12 +64,12 @@ def test_slices_of_a_checkpoint_are_those_of_the_whole(name: str, tmp_path: Path
     saved(name, tmp_path)
     for size, rank in ((2, 0), (2, 1), (TINY[name].heads(), 3)):
         for dtype in (torch.float32, torch.bfloat16):
-            assert_slices(name, Source(tmp_path, dtype=dtype), group_of(size, rank))
+            assert_slices(name, CheckpointSource(tmp_path, dtype=dtype), group_of(size, rank))
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_slices_of_random_weights_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
-    assert_slices(name, Source(tmp_path, dummy=True), group_of(2, 1))
+    assert_slices(name, CheckpointSource(tmp_path, dummy=True), group_of(2, 1))
 
 
 @pytest.mark.parametrize("layer", ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_out"])
@@ -78,7 +78,7 @@ def test_slices_with_a_lora_are_those_of_the_whole(layer: str, tmp_path: Path) -
     matrices = {"lora_A": torch.randn(3, into), "lora_B": torch.randn(out, 3)}
     file = tmp_path / "lora.safetensors"
     save_file({f"transformer.{layer}.{key}.weight": x for key, x in matrices.items()}, file)
-    source = Source(tmp_path, loras=(LoraFile(file, 0.5),))
+    source = CheckpointSource(tmp_path, loras=(LoraFile(file, 0.5),))
     assert_slices("flux", source, group_of(2, 1))
     assert source.loaded["transformer"].merged == 1
 
@@ -86,16 +86,18 @@ def test_slices_with_a_lora_are_those_of_the_whole(layer: str, tmp_path: Path) -
 def test_a_rank_reads_its_slices_and_what_is_not_cut(tmp_path: Path) -> None:
     tensors = saved("flux", tmp_path)
     total = sum(x.numel() * 4 for x in tensors.values())
-    whole = Source(tmp_path)
+    whole = CheckpointSource(tmp_path)
     load("flux", whole)
     assert whole.loaded["transformer"].read_bytes == total
     halves = []
     for rank in range(2):
-        source = Source(tmp_path, dtype=torch.bfloat16, cut=partial(cut_linears, group=group_of(2, rank)))
+        source = CheckpointSource(
+            tmp_path, dtype=torch.bfloat16, shard_network=partial(cut_linears, group=group_of(2, rank))
+        )
         held = sum(x.numel() for x in load("flux", source).state_dict().values())
         halves.append(source.loaded["transformer"])
         assert halves[-1].read_bytes == held * 4
         assert halves[-1].bytes == held * 2
     parts = cut_linears(TINY["flux"].build(math_attention), TINY["flux"].plan, group_of(2, 0))
-    cut = sum(tensors[names_of("flux").theirs(name)].numel() * 4 for name in parts)
-    assert [half.read_bytes for half in halves] == [total - cut // 2] * 2
+    shard_network = sum(tensors[names_of("flux").to_published(name)].numel() * 4 for name in parts)
+    assert [half.read_bytes for half in halves] == [total - shard_network // 2] * 2

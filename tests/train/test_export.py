@@ -12,9 +12,9 @@ from harness.config.train import DenoiserConfig, TextConfig, VaeConfig
 from harness.tasks.train import captions, denoiser, export, text, vae
 from harness.tasks.train.folder import Picture
 from harness.tasks.train.objective import objective
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.pixart import load_denoiser
-from models.source import Source
 from schedulers.build import build as build_noise_scheduler
 from schedulers.families import Settings
 
@@ -56,7 +56,7 @@ def test_diffusers_draws_from_the_folder_what_this_network_predicts(folder: Path
     latent, tau = torch.randn(2, 4, 16, 16), torch.tensor([250.0, 750.0])
     states, mask = text.encode(pipeline.text_encoder, pipeline.tokenizer, ["red apple, 3d", "lemon"])
     with torch.no_grad():
-        ours = load_denoiser(Source(folder))(latent, tau, Conditioning(states, mask.bool()))
+        ours = load_denoiser(CheckpointSource(folder))(latent, tau, Conditioning(states, mask.bool()))
         theirs = pipeline.transformer(
             latent, encoder_hidden_states=states, encoder_attention_mask=mask, timestep=tau, added_cond_kwargs={}
         ).sample

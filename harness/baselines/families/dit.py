@@ -18,11 +18,11 @@ from harness.baselines.family import Batch, PeerModel, check_guidance, kl_pixels
 from harness.baselines.load import load_denoiser
 from harness.pipeline.state import Ask, written
 from harness.resolve.engine import refuse_negative_class
+from models.checkpoint_source import CheckpointSource
 from models.components import Components
 from models.decoders import load_from_diffusers
 from models.dit.prompts import ClassLabels, read_names
 from models.dit.weights import NAMES
-from models.source import Source
 
 
 class Undecoded:
@@ -61,7 +61,7 @@ def _check(side: int, ask: Ask) -> None:
     refuse_negative_class(ask.negative_prompt)
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: CheckpointSource, parts: Components) -> PeerModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
     network = load_denoiser(source, DiTTransformer2DModel, parts.network, NAMES, ("Transformer2DModel",))
     vae, undecoded = load_from_diffusers(source, "vae", AutoencoderKL), Undecoded()

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from harness.baselines.family import Batch, PeerModel, PeerPrompts, check_guidance, check_nothing, kl_pixels
 from harness.baselines.load import load_denoiser
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.flux.prompts import load_flux_prompts
 from models.flux.weights import NAMES
-from models.source import Source
 
 
 def _pack(pipeline: FluxPipeline, latent: Tensor, /) -> Tensor:
@@ -45,7 +45,7 @@ def _decode(pipeline: FluxPipeline, latent: Tensor, /) -> Tensor:
     return kl_pixels(vae, pipeline.image_processor, z)
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: CheckpointSource, parts: Components) -> PeerModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
     told = load_flux_prompts(source)
     told.clip.tokenizer.model_max_length = told.clip.max_tokens  # where the pipeline reads it

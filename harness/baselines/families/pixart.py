@@ -12,10 +12,10 @@ from torch import Tensor
 
 from harness.baselines.family import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.pixart.weights import NAMES
-from models.source import Source
 from models.text.t5 import load_t5_prompts
 
 
@@ -42,7 +42,7 @@ def _decode(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, latent: Tensor,
     return kl_pixels(vae, pipeline.image_processor, latent / vae.config.scaling_factor)
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: CheckpointSource, parts: Components) -> PeerModel:
     """The pipeline of a checkpoint: the one that it names, else PixArt-Sigma's. Raises CheckpointError."""
     kind = PixArtAlphaPipeline if source.index().get("_class_name") == "PixArtAlphaPipeline" else PixArtSigmaPipeline
     told = load_t5_prompts(source, lowercase=True)

@@ -13,13 +13,13 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from harness.baselines.family import Batch, PeerModel, PeerPrompts
 from harness.baselines.load import load_denoiser
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.qwen_image.prompts import QwenImagePrompts
 from models.qwen_image.weights import NAMES
-from models.source import Source
 from models.text.load import load_encoder, load_tokenizer
-from models.text.qwen import QWEN_STAND_IN
+from models.text.qwen import QWEN_DUMMY_TOKENIZER
 
 
 def _pack(pipeline: QwenImagePipeline, latent: Tensor, /) -> Tensor:
@@ -54,10 +54,10 @@ def _decode(pipeline: QwenImagePipeline, latent: Tensor, /) -> Tensor:
     return pixels.float()
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: CheckpointSource, parts: Components) -> PeerModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
     whole = load_encoder(source, "text_encoder", Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig)
-    tokenizer = load_tokenizer(source, "tokenizer", QWEN_STAND_IN)
+    tokenizer = load_tokenizer(source, "tokenizer", QWEN_DUMMY_TOKENIZER)
     pipeline = QwenImagePipeline(
         scheduler=None,
         vae=load_from_diffusers(source, "vae", AutoencoderKLQwenImage),

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from harness.baselines.family import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
-from models.decoders import OLD_NAMES, load_from_diffusers
+from models.decoders import LEGACY_NAMES, load_from_diffusers
 from models.names import NameMap
-from models.source import Source
 from models.unet.prompts import load_clip_prompts
 
 
@@ -34,7 +34,7 @@ def _decode(pipeline: StableDiffusionPipeline, latent: Tensor, /) -> Tensor:
     return kl_pixels(vae, pipeline.image_processor, latent / vae.config.scaling_factor)
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: CheckpointSource, parts: Components) -> PeerModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
     native = parts.network.get_submodule("unet")
     told = load_clip_prompts(source)
@@ -43,7 +43,7 @@ def load(source: Source, parts: Components) -> PeerModel:
         vae=load_from_diffusers(source, "vae", AutoencoderKL),
         text_encoder=told.clip.encoder,
         tokenizer=told.clip.tokenizer,
-        unet=load_denoiser(source, UNet2DConditionModel, native, NameMap(), stored=OLD_NAMES),
+        unet=load_denoiser(source, UNet2DConditionModel, native, NameMap(), stored=LEGACY_NAMES),
         scheduler=None,
         safety_checker=None,
         feature_extractor=None,

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from harness.baselines.family import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.sd3.prompts import load_sd3_prompts
 from models.sd3.weights import NAMES
-from models.source import Source
 
 
 def _denoise(pipeline: StableDiffusion3Pipeline, batch: Batch) -> Tensor:
@@ -36,7 +36,7 @@ def _decode(pipeline: StableDiffusion3Pipeline, latent: Tensor, /) -> Tensor:
     return kl_pixels(vae, pipeline.image_processor, z)
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: CheckpointSource, parts: Components) -> PeerModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
     network = load_denoiser(source, SD3Transformer2DModel, parts.network, NAMES)
     told = load_sd3_prompts(source, network.config.joint_attention_dim)

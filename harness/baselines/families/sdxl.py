@@ -12,10 +12,10 @@ from torch import Tensor
 
 from harness.baselines.family import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
-from models.decoders import OLD_NAMES, load_from_diffusers
+from models.decoders import LEGACY_NAMES, load_from_diffusers
 from models.names import NameMap
-from models.source import Source
 from models.unet.prompts import load_two_clip_prompts
 
 
@@ -41,7 +41,7 @@ def _decode(pipeline: StableDiffusionXLPipeline, latent: Tensor, /) -> Tensor:
     return kl_pixels(vae, pipeline.image_processor, z)
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: CheckpointSource, parts: Components) -> PeerModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
     native = parts.network.get_submodule("unet")
     told = load_two_clip_prompts(source)
@@ -53,7 +53,7 @@ def load(source: Source, parts: Components) -> PeerModel:
         text_encoder_2=told.second.encoder,
         tokenizer=told.first.tokenizer,
         tokenizer_2=told.second.tokenizer,
-        unet=load_denoiser(source, UNet2DConditionModel, native, NameMap(), stored=OLD_NAMES),
+        unet=load_denoiser(source, UNet2DConditionModel, native, NameMap(), stored=LEGACY_NAMES),
         scheduler=None,
         force_zeros_for_empty_prompt=told.zeros_for_empty,
         add_watermarker=False,

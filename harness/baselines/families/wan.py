@@ -11,9 +11,9 @@ from torch import Tensor
 
 from harness.baselines.family import Batch, PeerModel, PeerPrompts
 from harness.baselines.load import load_denoiser
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
-from models.source import Source
 from models.wan.prompts import load_umt5_prompts
 from models.wan.weights import NAMES
 
@@ -40,7 +40,7 @@ def _decode(pipeline: WanPipeline, latent: Tensor, /) -> Tensor:
     return pixels.float()
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: CheckpointSource, parts: Components) -> PeerModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
     told = load_umt5_prompts(source)
     pipeline = WanPipeline(

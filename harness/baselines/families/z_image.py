@@ -11,9 +11,9 @@ from torch import Tensor
 
 from harness.baselines.family import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
-from models.source import Source
 from models.z_image.prompts import load_z_image_prompts
 from models.z_image.weights import NAMES
 
@@ -38,11 +38,11 @@ def _decode(pipeline: ZImagePipeline, latent: Tensor, /) -> Tensor:
 
 def _rows(text: Conditioning) -> list[Tensor]:
     """Each prompt's states without padding."""
-    states = text.text()
+    states = text.require_prompt_embeds()
     return list(states) if text.mask is None else [row[mask] for row, mask in zip(states, text.mask, strict=True)]
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: CheckpointSource, parts: Components) -> PeerModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
     told = load_z_image_prompts(source)
     pipeline = ZImagePipeline(

@@ -55,7 +55,7 @@ def export_transformer(folder: Path, weights: dict[str, Tensor], config: PixArtC
     """Write the family's denoiser. Raises ``ValueError`` when the weights exceed ``TRANSFORMER_LIMIT``."""
     target = folder / component("transformer", family)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = {NAMES.theirs(name): value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
+    tensors = {NAMES.to_published(name): value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     if size > TRANSFORMER_LIMIT:
         raise ValueError(

@@ -20,9 +20,9 @@ from harness.tasks.train import captions, denoiser, emoji, export, retrieval, sa
 from harness.tasks.train.folder import Picture, pixels, read
 from harness.tasks.train.loop import Every, Fit, averaged, settle, step_generator
 from harness.tasks.train.objective import Objective, objective
+from models.checkpoint_source import CheckpointSource
 from models.files import check_component
 from models.pixart import load_denoiser
-from models.source import Source
 from schedulers.families import Settings
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def run_score(room: Room) -> Result:
     """Prompt retrieval with the exported weights, and a sheet of the first pictures."""
     source, family = Path(room.config.export), room.objective.family
     rows, asked = room.vocabulary, room.asked()
-    network = load_denoiser(Source(source, export.component("transformer", family)))
+    network = load_denoiser(CheckpointSource(source, export.component("transformer", family)))
     parts = sample.components(network, _autoencoder(source), *_text_model(source))
     prompts = [captions.caption(row.name, row.style) for row in asked]
     drawn = sample.pictures(parts, room.objective.noise_scheduler(), prompts, room.config.score, room.config.data.size)
