@@ -198,7 +198,7 @@ def test_a_prompt_is_the_name_or_the_number_of_a_class() -> None:
         "trench": "'trench' is not a class; did you mean tench.* a number from 0 to 8",
         "9": "'9' is not a class",
         "-1": "'-1' is not a class",
-        "zebra crossing": r"no class \(give a name",
+        "zebra crossing": r"not a class \(give a name",
     }.items():
         with pytest.raises(ValueError, match=says):
             labels.check(prompt)
@@ -211,7 +211,7 @@ def test_a_checkpoint_without_names_takes_numbers() -> None:
     assert labels(["2", ""]).labels.tolist() == [2, 3]
     with pytest.raises(ValueError, match="the checkpoint has no class names"):
         labels.check("tench")
-    with pytest.raises(CheckpointError, match="no object"):
+    with pytest.raises(CheckpointError, match="not an object"):
         read_names({"id2label": ["tench"]})
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_names({"id2label": {"0": 3}})

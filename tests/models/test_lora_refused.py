@@ -106,7 +106,7 @@ def test_files_that_are_no_lora_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"\x80\x04\x95" + b"p" * 500)
     assert "safetensors file" in refused(tmp_path / "a.bin")
     save_file({}, tmp_path / "none.safetensors")
-    assert "there is no tensor in it" in refused(tmp_path / "none.safetensors")
+    assert "it holds no tensor" in refused(tmp_path / "none.safetensors")
     save_file({"a.lora_A.weight": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "int.safetensors")
     assert "quantised weights are not read here" in refused(tmp_path / "int.safetensors")
 
