@@ -15,7 +15,7 @@ from harness.baselines.noise import MakeSlot, own_slot, published_slot
 from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest
-from harness.optimize.compiled import compile_forwards
+from harness.optimize.compile_blocks import compile_forwards
 from harness.pipeline.decode import Decoding
 from harness.pipeline.stage import Stage
 from harness.pipeline.state import asks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.baselines.build import native_facts, peer_stages
-from harness.build.parts import cache_mib, check_multiple, limits_of, noise_scheduler_of
+from harness.build.common import cache_mib, check_multiple, limits_of, noise_scheduler_of
 from harness.config.schema import RunConfig
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.executor import SyncExecutor

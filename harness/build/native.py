@@ -9,19 +9,19 @@ from functools import partial
 
 import torch
 
-from harness.build.parts import cache_mib, check_multiple, limits_of, noise_scheduler_of
+from harness.build.common import cache_mib, check_multiple, limits_of, noise_scheduler_of
 from harness.caching.policies import cached_network, guidance_when
 from harness.config.cache import OF_BLOCKS
 from harness.config.schema import ParallelConfig, Quantize, RunConfig
 from harness.optimize.apply import Replayable, optimize
 from harness.parallel.attention import SequenceState
-from harness.parallel.connect import Axes, connect
 from harness.parallel.displaced import Displaced
+from harness.parallel.fsdp import shard_weights
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
-from harness.parallel.shard import shard_weights
-from harness.parallel.stale import Stale
+from harness.parallel.process_groups import Axes, connect
+from harness.parallel.stale_kv import Stale
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
 from harness.pipeline.denoise import Denoising, Savings

@@ -7,8 +7,8 @@ import os
 
 import torch
 
+from harness.build.common import source_of
 from harness.build.native import native_pipeline
-from harness.build.parts import source_of
 from harness.config.schema import RunConfig, Task
 from harness.device.cuda import CudaEnergy, CudaMemory, synchronizer
 from harness.device.device import denoiser_dtype, prepare_cuda, torch_dtype
@@ -16,9 +16,9 @@ from harness.device.energy import Energy, NoEnergy, PackageEnergy
 from harness.device.flops import ceiling_tflops
 from harness.device.memory import Memory, ResidentMemory
 from harness.messages import LoadedComponent
-from harness.optimize.widen import widens
-from harness.parallel.connect import one_rank
+from harness.optimize.upcast import widens
 from harness.parallel.mesh import Place
+from harness.parallel.process_groups import one_rank
 from harness.resolve.engines_table import NATIVE
 from harness.serving.worker import Worker
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.build.parts import source_of
+from harness.build.common import source_of
 from harness.config.schema import RunConfig
 from harness.costs.memory import Weights, decode_numbers, network_weights
 from harness.costs.traffic import Trace, trace_network

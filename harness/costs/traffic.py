@@ -207,7 +207,7 @@ def pipe_bytes(trace: Trace, plan: ParallelPlan, ranks: int, index: int, item: i
 
 
 def weight_bytes(network: nn.Module, plan: ParallelPlan, ranks: int) -> int:
-    """Bytes that a rank sends in one evaluation to gather dealt weights (harness.parallel.shard).
+    """Bytes that a rank sends in one evaluation to gather dealt weights (harness.parallel.fsdp).
 
     Args:
         network: in its dtypes and cut as a rank has it, on any device (meta is enough).

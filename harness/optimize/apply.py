@@ -12,13 +12,13 @@ from torch import nn
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
 from harness.device.malloc import keep_freed
-from harness.optimize.ahead import Ahead
-from harness.optimize.compiled import blocks_of, compile_forwards
+from harness.optimize.compile_blocks import blocks_of, compile_forwards
 from harness.optimize.decoder import channels_last, winograd
 from harness.optimize.fuse import fuse_projections
 from harness.optimize.graphs import RecordedDecoder, RecordedNetwork, in_cuda_graphs
+from harness.optimize.precompute import Ahead
 from harness.optimize.prepack import prepack
-from harness.optimize.widen import widen, widens
+from harness.optimize.upcast import widen, widens
 from models.components import Components, Decoder, PromptEncoder, networks_in
 from models.decoders import KLDecoder
 

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from harness.optimize.widen import widens
+from harness.optimize.upcast import widens
 from harness.optimize.winograd import WinogradConv2d
 from models.components import Decoder
 from models.decoders import KLDecoder

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from harness.optimize.ahead import Columns, First
+from harness.optimize.precompute import Columns, First
 from harness.parallel.parallelize import ColumnLinear
 from models.layers import Modulation
 

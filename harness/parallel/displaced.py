@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from harness.parallel.group import Group
-from harness.parallel.stale import Stale
+from harness.parallel.stale_kv import Stale
 
 
 class Displaced(Stale):

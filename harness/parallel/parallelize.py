@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.parallel.attention import SequenceAttention, SequenceState, TokenLayout
-from harness.parallel.connect import Axes
 from harness.parallel.displaced import Displaced
 from harness.parallel.group import Group
+from harness.parallel.process_groups import Axes
 from models.attention import AttentionKernel
 from models.attention.lse import LseKernel
 from models.parts import Part

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.parallel.group import Group
-from harness.parallel.stale import Stale
+from harness.parallel.stale_kv import Stale
 from models.attention import AttentionKernel
 from models.parts import Part
 from models.plan import ParallelPlan, Stack

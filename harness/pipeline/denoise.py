@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from harness.messages import Skips
-from harness.optimize.ahead import Ahead
+from harness.optimize.precompute import Ahead
 from harness.parallel.group import Group
-from harness.parallel.stale import Stale
+from harness.parallel.stale_kv import Stale
 from harness.pipeline.cache_state import History
 from harness.pipeline.guidance import Branches, Way, When, always
 from harness.pipeline.latents import step_noise

@@ -16,8 +16,8 @@ import torch
 
 from harness.messages import GenerationRequest, Progress
 from harness.parallel.collectives import Collectives
-from harness.pipeline.interleave import Course, evaluate
 from harness.pipeline.state import Cancelled
+from harness.pipeline.step_batching import Course, evaluate
 from harness.serving.answer import merge
 from harness.serving.control import ControlThread
 from harness.serving.inbox import Inbox

@@ -26,10 +26,9 @@ from harness.messages import (
     SampleResult,
     encode,
 )
-from harness.parallel.connect import Axes, one_rank
 from harness.parallel.mesh import Place
+from harness.parallel.process_groups import Axes, one_rank
 from harness.pipeline.composed import ComposedPipeline
-from harness.pipeline.interleave import Course
 from harness.pipeline.state import (
     Cancelled,
     Evaluate,
@@ -42,6 +41,7 @@ from harness.pipeline.state import (
     micro_batches,
     written,
 )
+from harness.pipeline.step_batching import Course
 from harness.serving.faults import failure_kind, failure_line
 from models.components import Conditioning
 

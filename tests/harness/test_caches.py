@@ -18,9 +18,9 @@ from harness.parallel.group import alone
 from harness.pipeline.cache_state import History
 from harness.pipeline.denoise import Denoising, Savings
 from harness.pipeline.guidance import Interval, Reuse, When
-from harness.pipeline.interleave import Course, evaluate
 from harness.pipeline.latents import LatentPreparation, seeded_noise
 from harness.pipeline.state import Evaluate, Sample, asks
+from harness.pipeline.step_batching import Course, evaluate
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.records.record import CacheUse, Record

@@ -8,9 +8,9 @@ from torch._dynamo.utils import counters
 
 from harness.config.optimize import CompileConfig
 from harness.device.flops import counted
-from harness.optimize.ahead import Ahead
-from harness.optimize.compiled import blocks_of, compile_forwards
+from harness.optimize.compile_blocks import blocks_of, compile_forwards
 from harness.optimize.fuse import fuse_projections
+from harness.optimize.precompute import Ahead
 from models.attention import sdpa_attention
 from tests.models.parity import rel_l2
 from tests.parallel.networks import TINY

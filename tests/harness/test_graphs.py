@@ -21,10 +21,10 @@ from harness.device.flops import counted
 from harness.device.profile import profiled
 from harness.optimize import apply
 from harness.optimize import graphs as graphs_module
-from harness.optimize.ahead import Ahead
 from harness.optimize.apply import Replayable, optimize
 from harness.optimize.graphs import DECODED, KINDS, RecordedDecoder, RecordedNetwork, in_cuda_graphs
-from harness.parallel.connect import one_rank
+from harness.optimize.precompute import Ahead
+from harness.parallel.process_groups import one_rank
 from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.session import Series
 from models.attention import sdpa_attention

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.pipeline.interleave import Call, Course, evaluate
 from harness.pipeline.state import Cancelled, Evaluate
+from harness.pipeline.step_batching import Call, Course, evaluate
 from models.components import Conditioning
 
 

@@ -13,15 +13,15 @@ from harness.build.worker import build_worker
 from harness.client.generator import DiffusionGenerator
 from harness.engines.inprocess import InprocessEngine
 from harness.messages import Array, GenerationRequest, RankOutcome, array, decode
-from harness.optimize.ahead import Ahead, Columns
 from harness.optimize.apply import packs
-from harness.optimize.compiled import blocks_of
+from harness.optimize.compile_blocks import blocks_of
 from harness.optimize.decoder import channels_last
 from harness.optimize.fuse import fuse_projections
+from harness.optimize.precompute import Ahead, Columns
 from harness.optimize.prepack import PackedLinear, prepack
-from harness.optimize.widen import widens
+from harness.optimize.upcast import widens
 from harness.parallel.mesh import Place, degrees
-from harness.pipeline.interleave import evaluate
+from harness.pipeline.step_batching import evaluate
 from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import method_class, reference_config

@@ -16,7 +16,7 @@ import torch
 from _pytest.mark import ParameterSet
 
 from harness.baselines.build import load_peer, native_facts
-from harness.build.parts import source_of
+from harness.build.common import source_of
 from harness.build.worker import build_worker
 from harness.client.generator import DiffusionGenerator
 from harness.engines.inprocess import InprocessEngine

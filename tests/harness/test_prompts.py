@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.build.parts import DEFAULT_CACHE_MIB, cache_mib
+from harness.build.common import DEFAULT_CACHE_MIB, cache_mib
 from harness.client.generator import DiffusionGenerator, Generation
 from harness.device.clock import Clock
 from harness.device.memory import ResidentMemory

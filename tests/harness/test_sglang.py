@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from harness.baselines.build import load_peer, load_sglang, native_facts
 from harness.baselines.noise import published_slot
-from harness.build.parts import source_of
+from harness.build.common import source_of
 from harness.resolve.compose import ConfigError, compose_run
 from harness.resolve.engines_table import PEERS
 from harness.tasks.fidelity import method_class

@@ -13,7 +13,7 @@ from harness.config.optimize import EagerConfig, Optimize
 from harness.config.schema import EngineConfig
 from harness.optimize.apply import optimize
 from harness.optimize.decoder import winograd
-from harness.optimize.widen import FEW, widen, widens
+from harness.optimize.upcast import FEW, widen, widens
 from harness.optimize.winograd import WinogradConv2d
 from harness.parallel.group import Group, alone
 from harness.parallel.parallelize import ColumnLinear, RowLinear
@@ -184,7 +184,7 @@ def test_a_convolution_of_a_band_is_widened_with_its_own(name: str) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiled_blocks_are_widened(frozen: bool) -> None:
     from harness.config.optimize import CompileConfig
-    from harness.optimize.compiled import blocks_of, compile_forwards
+    from harness.optimize.compile_blocks import blocks_of, compile_forwards
 
     tiny = TINY["dit"]
     exact, plain, network = (tiny.build(math_attention, dtype) for dtype in (torch.float32, NARROW, NARROW))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from harness.build.parts import source_of
+from harness.build.common import source_of
 from harness.client.generator import DiffusionGenerator
 from harness.engines.rank import slowest
 from harness.messages import LoadedComponent

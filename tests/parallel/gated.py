@@ -9,10 +9,10 @@ from torch import Tensor
 from harness.caching.blocks import Rule
 from harness.caching.policies import CachedNetwork, FirstBlock, TaylorSeer, TeaCache
 from harness.parallel.attention import SequenceState
-from harness.parallel.connect import Axes, connect, one_rank
+from harness.parallel.fsdp import shard_weights
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
-from harness.parallel.shard import shard_weights
+from harness.parallel.process_groups import Axes, connect, one_rank
 from harness.pipeline.cache_state import History
 from models.attention import math_attention
 from models.attention.lse import math_lse

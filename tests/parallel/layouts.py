@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.parallel.connect import connect
 from harness.parallel.group import Group
 from harness.parallel.mesh import AXES, Place, world_size
 from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.process_groups import connect
 from harness.pipeline.guidance import Branches
 from harness.pipeline.state import Ask, Sample
 from models.attention import math_attention

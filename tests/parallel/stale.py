@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from harness.parallel.connect import Axes, connect
 from harness.parallel.displaced import Displaced
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
-from harness.parallel.stale import Stale
+from harness.parallel.process_groups import Axes, connect
+from harness.parallel.stale_kv import Stale
 from models.attention import math_attention
 from models.attention.lse import math_lse
 from models.plan import Stack

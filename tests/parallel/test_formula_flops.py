@@ -10,10 +10,10 @@ from harness.costs.flops import rank_flops
 from harness.costs.memory import network_weights
 from harness.costs.traffic import trace_network
 from harness.device.flops import counted
-from harness.parallel.connect import Axes
 from harness.parallel.group import Group, Traffic
 from harness.parallel.mesh import world_size
 from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.process_groups import Axes
 from models.attention import math_attention
 from models.attention.lse import math_lse
 from tests.parallel.networks import TINY

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from harness.costs.traffic import weight_bytes
-from harness.parallel.connect import Axes, connect
+from harness.parallel.fsdp import KIND, shard_weights
 from harness.parallel.mesh import Place
 from harness.parallel.parallelize import cut_linears, deal_tokens
-from harness.parallel.shard import KIND, shard_weights
+from harness.parallel.process_groups import Axes, connect
 from models.attention import math_attention
 from models.attention.lse import math_lse
 from tests.parallel.layouts import branches

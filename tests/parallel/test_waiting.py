@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.parallel.connect import connect
 from harness.parallel.mesh import Place
+from harness.parallel.process_groups import connect
 from harness.serving.faults import failure_line, is_peer_lost
 from tests.parallel.ranks import on_ranks
 

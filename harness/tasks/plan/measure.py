@@ -28,8 +28,8 @@ from harness.device.cuda import synchronizer
 from harness.device.device import pick_device
 from harness.device.flops import ceiling_tflops
 from harness.engines.environment import arithmetic, import_path
-from harness.parallel.connect import connect
 from harness.parallel.mesh import Place
+from harness.parallel.process_groups import connect
 from harness.records.provenance import usable_cores
 
 RANKS = 2

@@ -44,7 +44,7 @@ class Columns(nn.Module):
         if made_BM.shape[-1] != self.count:
             raise ValueError(
                 f"a network with engine.optimize takes {self.count} columns that were computed beforehand, not "
-                f"{made_BM.shape[-1]}; evaluate it with a conditioning of harness.optimize.ahead"
+                f"{made_BM.shape[-1]}; evaluate it with a conditioning of harness.optimize.precompute"
             )
         return made_BM[..., self.start : self.stop]
 
