@@ -18,7 +18,7 @@ from harness.messages import GenerationRequest
 from harness.optimize.compile_blocks import compile_forwards
 from harness.pipeline.decode import Decoding
 from harness.pipeline.stage import Stage
-from harness.pipeline.state import asks
+from harness.pipeline.state import image_specs
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
@@ -47,7 +47,7 @@ class PeerValidation(InputValidation):
     def check(self, request: GenerationRequest) -> None:
         """Refuses a whole request. Raises ValueError."""
         super().check(request)
-        self.model.check(asks(request)[0])
+        self.model.check(image_specs(request)[0])
 
 
 def native_facts(architecture: str, source: Source) -> Components:

@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from harness.baselines.cache import BlockCache
 from harness.baselines.family import Batch, PeerModel
 from harness.baselines.noise import MakeSlot, draws_noise
-from harness.pipeline.guidance import guided
+from harness.pipeline.guidance import needs_negative
 from harness.pipeline.latents import seeded_noise, step_noise
-from harness.pipeline.state import RunContext, Sample, micro_batches, written
-from harness.pipeline.timesteps import tokens
+from harness.pipeline.state import RunContext, Sample, micro_batches, require
+from harness.pipeline.timesteps import image_tokens
 from models.components import Conditioning, GuidanceRule, LatentSpace
 from schedulers.drop_in import evaluation_points
 from schedulers.noise_scheduler import NoiseScheduler
@@ -34,7 +34,7 @@ class NoisePreparation:
     """
 
     name = "latent_preparation"
-    reads = frozenset({"ask"})
+    reads = frozenset({"spec"})
     writes = frozenset({"start"})
 
     def __init__(self, space: LatentSpace) -> None:
@@ -42,8 +42,10 @@ class NoisePreparation:
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for sample in samples:
-            ask = sample.ask
-            sample.start = seeded_noise(ask.seed, self.space.shape(ask.height, ask.width, ask.frames)).to(run.device)
+            spec = sample.spec
+            sample.start = seeded_noise(spec.seed, self.space.shape(spec.height, spec.width, spec.frames)).to(
+                run.device
+            )
 
 
 class PeerDenoising:
@@ -62,7 +64,7 @@ class PeerDenoising:
     """
 
     name = "denoising"
-    reads = frozenset({"ask", "text", "negative", "grid", "start"})
+    reads = frozenset({"spec", "text", "negative", "grid", "start"})
     writes = frozenset({"latent"})
 
     def __init__(
@@ -90,29 +92,29 @@ class PeerDenoising:
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         run.notes.extend(self.notes)
         batches = micro_batches(samples, run.batch_size)
-        total = sum(written(batch[0].grid).steps for batch in batches)
+        total = sum(require(batch[0].grid).steps for batch in batches)
         for batch in batches:
             self._denoise(batch, run, total)
 
     def _denoise(self, samples: list[Sample], run: RunContext, total: int) -> None:
         if run.keep_states:
             raise ValueError("diffusers' pipelines give no state after every step; ask for the last latents")
-        grid, ask = written(samples[0].grid), samples[0].ask
+        grid, spec = require(samples[0].grid), samples[0].spec
         if self.own_draws and draws_noise(self.noise_scheduler, grid):
             run.notes.append("the noise of each step is diffusers' own: pictures are not those of engine=native")
-        is_guided = guided(ask, self.rule)
+        is_guided = needs_negative(spec, self.rule)
         batch = Batch(
-            [sample.ask for sample in samples],
-            torch.stack([written(sample.start) for sample in samples]),
-            Conditioning.stack([written(sample.text) for sample in samples]),
-            Conditioning.stack([written(sample.negative) for sample in samples]) if is_guided else None,
+            [sample.spec for sample in samples],
+            torch.stack([require(sample.start) for sample in samples]),
+            Conditioning.stack([require(sample.text) for sample in samples]),
+            Conditioning.stack([require(sample.negative) for sample in samples]) if is_guided else None,
         )
 
         def noise(step: int) -> Tensor:
             shape = tuple(batch.noise.shape[1:])
-            return self.model.pack(torch.stack([step_noise(a.seed, step, shape) for a in batch.asks])).to(run.device)
+            return self.model.pack(torch.stack([step_noise(a.seed, step, shape) for a in batch.specs])).to(run.device)
 
-        self.model.pipeline.scheduler = self.make_slot(tokens(ask.height, ask.width, self.size_multiple), noise)
+        self.model.pipeline.scheduler = self.make_slot(image_tokens(spec.height, spec.width, self.size_multiple), noise)
         evaluations = [len(points) for points in evaluation_points(self.noise_scheduler, grid)]
         forwards = 2 if is_guided and self.model.pair_apart else 1
         if self.cache is not None:

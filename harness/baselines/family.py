@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
-from harness.pipeline.state import Ask
+from harness.pipeline.state import ImageSpec
 from harness.resolve.engine import refuse_weak_guidance
 from models.components import Components, Conditioning, PromptEncoder
 from models.source import Source
@@ -29,22 +29,22 @@ class Batch:
         negative: one row a picture where guidance needs it.
     """
 
-    asks: Sequence[Ask]
+    specs: Sequence[ImageSpec]
     noise: Tensor
     text: Conditioning
     negative: Conditioning | None
 
     @property
-    def ask(self) -> Ask:
+    def spec(self) -> ImageSpec:
         """What is asked of every picture."""
-        return self.asks[0]
+        return self.specs[0]
 
     def common(self, latents: Tensor) -> dict[str, object]:
         """The arguments that every pipeline names alike."""
         return {
-            "num_inference_steps": self.ask.steps,
-            "height": self.ask.height,
-            "width": self.ask.width,
+            "num_inference_steps": self.spec.steps,
+            "height": self.spec.height,
+            "width": self.spec.width,
             "latents": latents,
             "output_type": "latent",
             "return_dict": False,
@@ -65,12 +65,12 @@ class Batch:
         }
 
 
-def check_guidance(ask: Ask) -> None:
+def check_guidance(spec: ImageSpec) -> None:
     """For a pipeline that guides above 1 only. Raises ValueError."""
-    refuse_weak_guidance(ask.guidance)
+    refuse_weak_guidance(spec.guidance)
 
 
-def check_nothing(ask: Ask) -> None:
+def check_nothing(spec: ImageSpec) -> None:
     """For a pipeline that draws all that the native one does."""
 
 
@@ -94,7 +94,7 @@ class PeerModel:
     prompts: PromptEncoder
     denoise: Callable[[Batch], Tensor]
     decode: Callable[[Tensor], Tensor]
-    check: Callable[[Ask], None] = check_guidance
+    check: Callable[[ImageSpec], None] = check_guidance
     pack: Callable[[Tensor], Tensor] = lambda latent: latent
     pair_apart: bool = False
 

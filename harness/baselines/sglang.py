@@ -45,7 +45,7 @@ from tqdm.auto import tqdm
 
 from harness.baselines.family import Batch, PeerModel
 from harness.baselines.noise import MakeSlot, Slot
-from harness.pipeline.timesteps import tokens
+from harness.pipeline.timesteps import image_tokens
 from harness.resolve.engines_table import SglangRow
 from models.components import Components, Conditioning
 from models.files import CheckpointError
@@ -99,9 +99,9 @@ class SglangDenoiser:
     def __call__(self, batch: Batch) -> Tensor:
         """Its loop; latents of the noise's shape."""
         config, dtype = self.args.pipeline_config, batch.text.text().dtype
-        config.embedded_cfg_scale = batch.ask.guidance
+        config.embedded_cfg_scale = batch.spec.guidance
         request = self._request(batch)
-        shape = config.prepare_latent_shape(request, len(batch.asks), 1)
+        shape = config.prepare_latent_shape(request, len(batch.specs), 1)
         request.latents = batch.noise.reshape(shape).to(config.get_latent_dtype(dtype))
         for stage in self.stages:
             request = stage(request, self.args)
@@ -109,14 +109,14 @@ class SglangDenoiser:
         return latents.reshape(batch.noise.shape)
 
     def _request(self, batch: Batch) -> Req:
-        ask, negative = batch.ask, batch.negative
+        spec, negative = batch.spec, batch.negative
         asked = SamplingParams(
             negative_prompt=None,
-            height=ask.height,
-            width=ask.width,
+            height=spec.height,
+            width=spec.width,
             num_frames=1,
-            num_inference_steps=ask.steps,
-            guidance_scale=ask.guidance - 1 + self.row.no_guidance,
+            num_inference_steps=spec.steps,
+            guidance_scale=spec.guidance - 1 + self.row.no_guidance,
         )
         noise_scheduler = own(self.model.pipeline.scheduler)
         request = Req(
@@ -127,7 +127,7 @@ class SglangDenoiser:
             do_classifier_free_guidance=negative is not None,
             generator=torch.Generator(),
             scheduler=noise_scheduler,
-            extra={"mu": shift(noise_scheduler.config, tokens(ask.height, ask.width, self.size_multiple))},
+            extra={"mu": shift(noise_scheduler.config, image_tokens(spec.height, spec.width, self.size_multiple))},
         )
         if negative is not None:
             request.negative_prompt_embeds = [negative.text()] * self.row.encodings

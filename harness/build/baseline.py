@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from harness.baselines.build import native_facts, peer_stages
-from harness.build.common import cache_mib, check_multiple, limits_of, noise_scheduler_of
+from harness.build.common import cache_mib, check_size_multiple, limits_of, noise_scheduler_of
 from harness.config.schema import RunConfig
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.executor import SyncExecutor
 from models.source import Source
 
 
-def peer_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:
+def baseline_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:
     """The stages around diffusers' pipeline of the checkpoint.
 
     Raises:
         CheckpointError: weights that are missing, broken or do not fit.
         ValueError: settings that do not go together.
     """
-    parts = native_facts(config.model.architecture, source)
-    check_multiple(config.model, parts)
-    noise_scheduler, limits = noise_scheduler_of(config, source, parts), limits_of(config, parts)
-    found = peer_stages(config, source, parts, noise_scheduler, limits, cache_mib(config))
-    return ComposedPipeline(found.validation, found.stages, SyncExecutor())
+    components = native_facts(config.model.architecture, source)
+    check_size_multiple(config.model, components)
+    noise_scheduler, limits = noise_scheduler_of(config, source, components), limits_of(config, components)
+    stages = peer_stages(config, source, components, noise_scheduler, limits, cache_mib(config))
+    return ComposedPipeline(stages.validation, stages.stages, SyncExecutor())

@@ -48,18 +48,18 @@ def source_of(config: RunConfig, device: torch.device) -> Source:
     )
 
 
-def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> NoiseScheduler:
+def noise_scheduler_of(config: RunConfig, source: Source, components: Components) -> NoiseScheduler:
     """The run's noise scheduler: the checkpoint's own, or the one that group `scheduler` composes.
 
     Raises:
         ValueError: a published configuration, or settings, that cannot run.
     """
     if config.scheduler.family == PUBLISHED_FAMILY:
-        found = from_diffusers(scheduler_file(source.folder), even_sigmas=parts.even_sigmas)
+        noise_scheduler = from_diffusers(scheduler_file(source.folder), even_sigmas=components.even_sigmas)
     else:
-        found = build_noise_scheduler(noise_scheduler_settings(config.scheduler))
-    told = isinstance(found.prediction, LearnedVariance)
-    if told and not parts.learned_variance:
+        noise_scheduler = build_noise_scheduler(noise_scheduler_settings(config.scheduler))
+    learns_variance = isinstance(noise_scheduler.prediction, LearnedVariance)
+    if learns_variance and not components.learned_variance:
         family = config.scheduler.family
         own = family == PUBLISHED_FAMILY
         change = "choose another noise scheduler" if own else f"set model.trained.{family}.learned_variance=false"
@@ -67,27 +67,27 @@ def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> 
             "the noise scheduler expects a learned variance, but this network outputs no more channels than the state "
             f"has; {change}"
         )
-    if parts.learned_variance and not told:
-        found = replace(found, prediction=LearnedVariance(found.prediction, use=False))
-    return found
+    if components.learned_variance and not learns_variance:
+        noise_scheduler = replace(noise_scheduler, prediction=LearnedVariance(noise_scheduler.prediction, use=False))
+    return noise_scheduler
 
 
-def limits_of(config: RunConfig, parts: Components) -> Limits:
+def limits_of(config: RunConfig, components: Components) -> Limits:
     """What the configuration, its layout and the checkpoint let a request ask."""
     model, denoiser = config.model, trained_denoiser(config).weights
-    facts = layout_facts(config, locate(model, denoiser).config_folder(denoiser))
+    shape = layout_facts(config, locate(model, denoiser).config_folder(denoiser))
 
     def check(request: GenerationRequest) -> None:
-        check_layout(config.parallel, of_request(facts, model, request))
+        check_layout(config.parallel, of_request(shape, model, request))
 
     return Limits(
         model.size_multiple,
         model.max_pixels,
         model.frame_multiple,
         model.max_frames,
-        parts.max_side,
-        parts.guidance.possible,
-        parts.check_prompt,
+        components.max_side,
+        components.guidance.possible,
+        components.check_prompt,
         check,
     )
 
@@ -100,14 +100,14 @@ def cache_mib(config: RunConfig) -> float:
     return 0.0 if config.task.name is Task.bench and text.keep else DEFAULT_CACHE_MIB
 
 
-def check_multiple(model: ModelConfig, parts: Components) -> None:
+def check_size_multiple(model: ModelConfig, components: Components) -> None:
     """Refuses a multiple of sizes that the checkpoint's tokens do not divide.
 
     Raises:
         ValueError: the multiple to set.
     """
-    if model.size_multiple % parts.size_multiple:
+    if model.size_multiple % components.size_multiple:
         raise ValueError(
-            f"model.size_multiple={model.size_multiple}, but this checkpoint draws multiples of {parts.size_multiple} "
-            f"pixels; set model.size_multiple={parts.size_multiple}"
+            f"model.size_multiple={model.size_multiple}, but this checkpoint draws multiples of {components.size_multiple} "
+            f"pixels; set model.size_multiple={components.size_multiple}"
         )

@@ -16,24 +16,24 @@ from harness.device.energy import Energy, NoEnergy, PackageEnergy
 from harness.device.flops import ceiling_tflops
 from harness.device.memory import Memory, ResidentMemory
 from harness.messages import LoadedComponent
-from harness.optimize.upcast import widens
-from harness.parallel.mesh import Place
-from harness.parallel.process_groups import one_rank
+from harness.optimize.upcast import should_upcast
+from harness.parallel.mesh import RankPosition
+from harness.parallel.process_groups import single_rank_groups
 from harness.resolve.engines_table import NATIVE
 from harness.serving.worker import Worker
 
 
-def ceiling(config: RunConfig, device: torch.device) -> float:
+def measure_ceiling(config: RunConfig, device: torch.device) -> float:
     """The rate of a matrix product on this rank in the denoiser's dtype, or in float32 where that is how it is computed
     best, TFLOP/s; 0 where nothing is measured.
     """
     if config.task.name is not Task.bench:
         return 0.0
     dtype = torch_dtype(denoiser_dtype(config.model))
-    return ceiling_tflops(device, torch.float32 if widens(device, dtype) else dtype, synchronizer(device))
+    return ceiling_tflops(device, torch.float32 if should_upcast(device, dtype) else dtype, synchronizer(device))
 
 
-def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worker:
+def build_worker(config: RunConfig, position: RankPosition, device: torch.device) -> Worker:
     """Loads the components on the device and composes the pipeline.
 
     Raises:
@@ -44,11 +44,11 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         prepare_cuda(device)
     source = source_of(config, device)
     if config.engine.name == NATIVE:
-        pipeline, axes = native_pipeline(config, source, place)
+        pipeline, groups = native_pipeline(config, source, position)
     else:
-        from harness.build.baseline import peer_pipeline  # brings diffusers' pipelines
+        from harness.build.baseline import baseline_pipeline  # brings diffusers' pipelines
 
-        pipeline, axes = peer_pipeline(config, source), one_rank()
+        pipeline, groups = baseline_pipeline(config, source), single_rank_groups()
     memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
     memory.release()  # of what loading took and left
     energy = energy_meter(device)
@@ -56,7 +56,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged, p.read_bytes)
         for p in source.loaded.values()
     ]
-    return Worker(pipeline, place, device, memory, loaded, axes, energy)
+    return Worker(pipeline, position, device, memory, loaded, groups, energy)
 
 
 def energy_meter(device: torch.device) -> Energy:

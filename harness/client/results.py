@@ -16,7 +16,7 @@ from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import Summary, summarize
-from harness.parallel.mesh import Place, degrees
+from harness.parallel.mesh import RankPosition, degrees
 from harness.records.media import to_uint8
 from harness.records.provenance import provenance
 from harness.records.record import (
@@ -254,7 +254,7 @@ def build_record(
             repeats,
             results,
             config.request.batch_size,
-            Place(0, degrees(config.parallel)).replica_size,
+            RankPosition(0, degrees(config.parallel)).replica_size,
             counted,
             info.ceiling_tflops,
             even=config.engine.name != CACHE_DIT and config.cache.name == NONE,

@@ -23,8 +23,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
 from harness.costs.traffic import FLOAT32
-from harness.parallel.frames import over_time
-from harness.parallel.mesh import REACH
+from harness.parallel.frames import is_temporal
+from harness.parallel.mesh import TEMPORAL_HALO
 from models.wan.decoder import WanDecoder
 
 LENGTH = 8  # bytes of a number of frames, where those are told
@@ -77,11 +77,11 @@ def trace_frames(make: Callable[[], WanDecoder], latent: Tensor) -> FramesTrace:
     before: dict[nn.Module, int] = {}
 
     def convolve(conv: nn.Module, args: tuple[Any, ...]) -> None:
-        before[conv] = REACH * args[0].numel() // args[0].shape[2]
+        before[conv] = TEMPORAL_HALO * args[0].numel() // args[0].shape[2]
 
     for module in decoder.vae.decoder.modules():
-        if isinstance(module, WanCausalConv3d) and over_time(module):
+        if isinstance(module, WanCausalConv3d) and is_temporal(module):
             module.register_forward_pre_hook(convolve)
     with torch.no_grad():
-        pixels = decoder(latent[:, :, :REACH].to("meta"))
+        pixels = decoder(latent[:, :, :TEMPORAL_HALO].to("meta"))
     return FramesTrace(latent.shape[2], pixels.shape[1] - 1, tuple(before.values()), pixels[:, :1].numel())

@@ -19,7 +19,7 @@ from harness.config.schema import RunConfig
 from harness.costs.memory import Weights, decode_numbers, network_weights
 from harness.costs.traffic import Trace, trace_network
 from harness.device.device import denoiser_dtype, torch_dtype
-from harness.parallel.vae import RowsDecoder
+from harness.parallel.vae import RowShardableDecoder
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.request import to_message
 from models.attention import attention_kernel
@@ -125,7 +125,7 @@ def _latent(config: RunConfig, parts: Components) -> tuple[int, ...]:
 
 def _decode_bytes(parts: Components, latents: tuple[int, ...]) -> int:
     """0 where the state is the picture."""
-    if not isinstance(parts.decoder, RowsDecoder):
+    if not isinstance(parts.decoder, RowShardableDecoder):
         return 0
     vae = parts.decoder.vae
     return vae.dtype.itemsize * decode_numbers(parts.decoder, vae.decoder, torch.empty(*latents, device=META))

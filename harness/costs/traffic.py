@@ -75,7 +75,7 @@ class Tokens:
 
     def on(self, ranks: int) -> int:
         """Tokens of the whole batch on one of so many ranks: l."""
-        return self.batch * sum(TokenLayout(self.lengths, ranks if self.dealt else 1).parts)
+        return self.batch * sum(TokenLayout(self.lengths, ranks if self.dealt else 1).local_lengths)
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ class _Recorder:
         self._lengths, self._replicated = (), []
 
     def _attend(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-        joined = TokenLayout(self._lengths, 1).of(k_BSHD.shape[1])
+        joined = TokenLayout(self._lengths, 1).for_tokens(k_BSHD.shape[1])
         batch, _, heads, channels = q_BLHD.shape
         dealt_mask = mask_BS is not None and self._dealt_mask
         self.attention.append(Attention(Tokens(batch, joined.lengths), heads, channels, dealt_mask))
@@ -339,7 +339,7 @@ class _Recorder:
         """Of what a layer is given, (B, n, C): the streams of the block it is in, or what every rank holds whole."""
         batch, count = len(x), x[0, ..., 0].numel()
         if not self._known(x) and count in (sum(self._lengths), *self._lengths):
-            return Tokens(batch, TokenLayout(self._lengths, 1).of(count).lengths)
+            return Tokens(batch, TokenLayout(self._lengths, 1).for_tokens(count).lengths)
         return Tokens(batch, (count,), dealt=False)
 
     def _follow(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -28,7 +28,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from harness.costs.traffic import FLOAT32
-from harness.parallel.vae import CAUSAL, FRAME_ATTENTION, RowsDecoder, halo
+from harness.parallel.vae import CAUSAL, FRAME_ATTENTION, RowShardableDecoder, halo_rows
 
 LENGTH = 8  # bytes of a band's height, where heights are told
 
@@ -70,7 +70,7 @@ def decode_bytes(trace: DecodeTrace, ranks: int, index: int, item: int) -> dict[
     return {kind: count for kind, count in sent.items() if count}
 
 
-def trace_decode(make: Callable[[], RowsDecoder], latent: Tensor) -> DecodeTrace:
+def trace_decode(make: Callable[[], RowShardableDecoder], latent: Tensor) -> DecodeTrace:
     """Decodes once without any numbers.
 
     Args:
@@ -102,7 +102,7 @@ class _Recorder:
     def listen(self, module: nn.Module) -> None:
         """Hooks one layer, if it is one that needs other rows."""
         if isinstance(module, (*CAUSAL, nn.Conv2d)):
-            if halo(module):
+            if halo_rows(module):
                 module.register_forward_pre_hook(self._convolve)
         elif isinstance(module, nn.GroupNorm):
             module.register_forward_pre_hook(self._norm)

@@ -14,7 +14,7 @@ from harness.config.schema import RunConfig
 from harness.engines.environment import arithmetic, threads_per_rank
 from harness.engines.protocol import Answer, OnProgress, RequestFailed
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Progress, decode
-from harness.parallel.mesh import Place, degrees
+from harness.parallel.mesh import RankPosition, degrees
 
 if TYPE_CHECKING:
     from harness.serving.scheduler import RequestScheduler
@@ -60,9 +60,9 @@ class InprocessEngine:
         import torch
 
         from harness.build.native import attention_name
-        from harness.build.worker import build_worker, ceiling
+        from harness.build.worker import build_worker, measure_ceiling
         from harness.device.device import pick_device, prepare_cpu
-        from harness.parallel.collectives import Alone
+        from harness.parallel.collectives import LocalCollectives
         from harness.serving.scheduler import RequestScheduler
 
         threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
@@ -76,8 +76,8 @@ class InprocessEngine:
         start = time.perf_counter()
         wanted, device = threads_per_rank(self._config.launch, 1), pick_device(0)
         prepare_cpu(self._config, wanted)
-        worker = build_worker(self._config, Place(0, degrees(self._config.parallel)), device)
-        self._scheduler = RequestScheduler(worker, Alone(), NoBoard())
+        worker = build_worker(self._config, RankPosition(0, degrees(self._config.parallel)), device)
+        self._scheduler = RequestScheduler(worker, LocalCollectives(), NoBoard())
         load_ms = (time.perf_counter() - start) * 1e3
         return EngineInfo(
             "ready",
@@ -88,7 +88,7 @@ class InprocessEngine:
             attention=attention_name(self._config, device),
             threads=wanted,
             loaded=worker.loaded,
-            ceiling_tflops=[ceiling(self._config, device)],
+            ceiling_tflops=[measure_ceiling(self._config, device)],
             hosts=[socket.gethostname()],
         )
 

@@ -26,7 +26,7 @@ from harness.engines.preimport import import_parts
 from harness.engines.processes import is_alive
 from harness.engines.torchrun import RankError
 from harness.messages import EngineInfo, LoadedComponent
-from harness.parallel.mesh import Place, degrees
+from harness.parallel.mesh import RankPosition, degrees
 from harness.records.record import write_atomically
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Addresses, router
@@ -96,12 +96,12 @@ def serve(config: RunConfig, addresses: Addresses) -> None:
     import torch.distributed as dist
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    place = Place(rank, degrees(config.parallel))
-    check_ranks(place.world_size, ranks)
+    position = RankPosition(rank, degrees(config.parallel))
+    check_ranks(position.world_size, ranks)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     try:
-        _serve(config, addresses, place)
+        _serve(config, addresses, position)
     finally:
         dist.destroy_process_group()
 
@@ -119,15 +119,15 @@ def check_ranks(layout: int, started: int) -> None:
         )
 
 
-def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
+def _serve(config: RunConfig, addresses: Addresses, position: RankPosition) -> None:
     import_parts(config)
     import torch.distributed as dist
     import zmq
 
     from harness.build.native import attention_name
-    from harness.build.worker import build_worker, ceiling
+    from harness.build.worker import build_worker, measure_ceiling
     from harness.device.device import pick_device, prepare_cpu
-    from harness.parallel.collectives import Alone, Collectives, Gloo
+    from harness.parallel.collectives import Collectives, GlooCollectives, LocalCollectives
     from harness.serving.control import ControlThread, listener
     from harness.serving.inbox import Inbox, served_check
     from harness.serving.policy import key_of
@@ -138,23 +138,23 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
     device = pick_device(local_rank)
     info = EngineInfo(
         "loading",
-        place.world_size,
+        position.world_size,
         pids=[os.getpid()],
         device=str(device),
         attention=attention_name(config, device),
         threads=threads_per_rank(config.launch, local_ranks),
     )
     context = zmq.Context()
-    control = ControlThread(context, addresses, info) if place.rank == 0 else None
+    control = ControlThread(context, addresses, info) if position.rank == 0 else None
     try:
-        collectives: Collectives = Gloo() if place.world_size > 1 else Alone()
+        collectives: Collectives = GlooCollectives() if position.world_size > 1 else LocalCollectives()
         start = time.perf_counter()
         prepare_cpu(config, info.threads)
-        worker = build_worker(config, place, device)
+        worker = build_worker(config, position, device)
         load_ms = (time.perf_counter() - start) * 1e3
         collectives.gather([])  # all have loaded, so that all measure at once
         node, host = int(os.environ["GROUP_RANK"]), socket.gethostname()
-        mine = RankFacts(os.getpid(), load_ms, worker.loaded, ceiling(config, device), node, host)
+        mine = RankFacts(os.getpid(), load_ms, worker.loaded, measure_ceiling(config, device), node, host)
         gathered = collectives.gather([msgspec.msgpack.encode(mine)])
         facts = [msgspec.msgpack.decode(frames[0], type=RankFacts) for frames in gathered]
         serves = config.task.name in (Task.serve, Task.load)

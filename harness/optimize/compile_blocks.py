@@ -18,8 +18,10 @@ from torch import nn
 from harness.config.optimize import CompileConfig
 from models.plan import ParallelPlan
 
-KEPT_IN = "TORCHINDUCTOR_CACHE_DIR"
-SIZES = 16  # graphs of one function for sizes, dtypes and masks; more are an error, for each takes seconds
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+MAX_GRAPHS_PER_FUNCTION = (
+    16  # graphs of one function for sizes, dtypes and masks; more are an error, for each takes seconds
+)
 
 
 def blocks_of(network: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
@@ -45,11 +47,11 @@ def compile_forwards(modules: Sequence[nn.Module], config: CompileConfig, device
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # a second that only compiling pays
 
     freezing = config.freezing and device.type == "cpu"
-    if os.environ.get(KEPT_IN) in (None, default_cache_dir()):  # inductor sets its default itself
-        os.environ[KEPT_IN] = str(cache_folder())
+    if os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir()):  # inductor sets its default itself
+        os.environ[CACHE_VARIABLE] = str(cache_folder())
     torch._inductor.config.freezing = freezing  # torch.compile(options=...) does not reach what reads it
-    torch._dynamo.config.recompile_limit = SIZES * (len(modules) if freezing else 1)
-    torch._dynamo.config.accumulated_recompile_limit = SIZES * len(modules)
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS_PER_FUNCTION * (len(modules) if freezing else 1)
+    torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS_PER_FUNCTION * len(modules)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for module in modules:
         module.forward = torch.compile(module.forward, mode="reduce-overhead" if config.cuda_graphs else None)

@@ -8,11 +8,11 @@ from fnmatch import fnmatch
 import torch
 from torch import nn
 
-from harness.parallel.parallelize import ColumnLinear
+from harness.parallel.parallelize import ColumnParallelLinear
 from models.layers import Projections
 from models.plan import ParallelPlan
 
-PLAIN = (nn.Linear, ColumnLinear)
+FUSABLE = (nn.Linear, ColumnParallelLinear)
 
 
 def fuse_projections(network: nn.Module, plan: ParallelPlan) -> int:
@@ -29,14 +29,14 @@ def fuse_projections(network: nn.Module, plan: ParallelPlan) -> int:
     for name, module in network.named_modules():
         if isinstance(module, Projections) and not any(fnmatch(name, pattern) for pattern in plan.local_attention):
             linears = [module.to_q, module.to_k, module.to_v]
-            if all(isinstance(linear, PLAIN) for linear in linears):
-                module.to_qkv = joined(linears)
+            if all(isinstance(linear, FUSABLE) for linear in linears):
+                module.to_qkv = concatenate_linears(linears)
                 del module.to_q, module.to_k, module.to_v
                 count += 1
     return count
 
 
-def joined(linears: Sequence[nn.Module]) -> nn.Linear:
+def concatenate_linears(linears: Sequence[nn.Module]) -> nn.Linear:
     """One linear whose outputs are theirs, one behind another."""
     weight = torch.cat([linear.get_parameter("weight") for linear in linears])
     one = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")

@@ -24,9 +24,11 @@ from models.components import Conditioning
 from models.decoders import KLDecoder
 from models.layers import holding
 
-KINDS = 16  # of which graphs are kept, those that came last; each holds memory for one run's inputs and output
-DECODED = 4 * 512**2  # pixels of pictures that are decoded in a graph, which keeps memory for them: 4 of 512 x 512
-TOLD = tuple(f.name for f in fields(Conditioning))
+MAX_GRAPHS = 16  # of which graphs are kept, those that came last; each holds memory for one run's inputs and output
+MAX_DECODED_PIXELS = (
+    4 * 512**2
+)  # pixels of pictures that are decoded in a graph, which keeps memory for them: 4 of 512 x 512
+CONDITION_FIELDS = tuple(f.name for f in fields(Conditioning))
 
 Inputs: TypeAlias = tuple[Tensor | None, ...]  # of a network: latent, tau_B, and a conditioning's fields in their order
 
@@ -40,7 +42,7 @@ class Recording(Protocol):
         """Runs it again on what its inputs hold now."""
 
 
-Record: TypeAlias = Callable[[Callable[[], Tensor]], Recording]
+GraphRecorder: TypeAlias = Callable[[Callable[[], Tensor]], Recording]
 
 
 class CudaRecording:
@@ -52,20 +54,20 @@ class CudaRecording:
     """
 
     def __init__(self, run: Callable[[], Tensor], pool: Any) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        self._cuda_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._cuda_graph, pool=pool, capture_error_mode="thread_local"):
             self.output = run()
 
     def replay(self) -> None:
-        self._graph.replay()
+        self._cuda_graph.replay()
 
 
-def in_cuda_graphs() -> Record:
+def cuda_graph_recorder() -> GraphRecorder:
     """Records in CUDA graphs that share their memory."""
     return partial(CudaRecording, pool=torch.cuda.graph_pool_handle())
 
 
-class Replayed:
+class ReplayedFunction:
     """A function of tensors that is run, recorded and replayed; a tensor that it reads beside them must stay in place.
 
     While operations are counted or profiled it runs as it is: a replay shows none.
@@ -75,25 +77,25 @@ class Replayed:
         record: makes a Recording of a run.
     """
 
-    def __init__(self, run: Callable[[Inputs], Tensor], record: Record) -> None:
+    def __init__(self, run: Callable[[Inputs], Tensor], record: GraphRecorder) -> None:
         self._run = run
         self._record = record
-        self._kinds: OrderedDict[tuple[object, ...], _Kind] = OrderedDict()
+        self._graphs: OrderedDict[tuple[object, ...], _ShapeGraph] = OrderedDict()
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """The output, which is the caller's."""
-        if _watched():
+        if _is_traced():
             return self._run(inputs)
-        name = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
-        kind = self._kinds.pop(name, None) or _Kind(self._run, inputs)
-        output = kind(inputs, self._record)
-        self._kinds[name] = kind
-        if len(self._kinds) > KINDS:
-            self._kinds.popitem(last=False)
+        key = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
+        graph = self._graphs.pop(key, None) or _ShapeGraph(self._run, inputs)
+        output = graph(inputs, self._record)
+        self._graphs[key] = graph
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
         return output
 
 
-class _Kind:
+class _ShapeGraph:
     """Of one kind of input."""
 
     def __init__(self, run: Callable[[Inputs], Tensor], like: Inputs) -> None:
@@ -103,7 +105,7 @@ class _Kind:
         self._held: list[Tensor] = []
         self._recording: Recording | None = None
 
-    def __call__(self, inputs: Inputs, record: Record) -> Tensor:
+    def __call__(self, inputs: Inputs, record: GraphRecorder) -> Tensor:
         for mine, given in zip(self._inputs, inputs, strict=True):
             if mine is not None and given is not None:
                 mine.copy_(given)
@@ -126,18 +128,20 @@ class RecordedNetwork(nn.Module):
         record: makes a Recording of a run.
     """
 
-    def __init__(self, network: nn.Module, record: Record) -> None:
+    def __init__(self, network: nn.Module, record: GraphRecorder) -> None:
         super().__init__()
         self.network = network
-        self._replayed = Replayed(self._run, record)
+        self._replayed = ReplayedFunction(self._run, record)
 
     def forward(self, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
         """One evaluation."""
-        return self._replayed((latent, tau_B, *(getattr(condition, name) for name in TOLD)))
+        return self._replayed((latent, tau_B, *(getattr(condition, key) for key in CONDITION_FIELDS)))
 
     def _run(self, inputs: Inputs) -> Tensor:
-        latent, tau_B, *told = inputs
-        output: Tensor = self.network(latent, tau_B, Conditioning(**dict(zip(TOLD, told, strict=True))))
+        latent, tau_B, *condition_fields = inputs
+        output: Tensor = self.network(
+            latent, tau_B, Conditioning(**dict(zip(CONDITION_FIELDS, condition_fields, strict=True)))
+        )
         return output
 
 
@@ -150,16 +154,16 @@ class RecordedDecoder:
         record: makes a Recording of a run.
     """
 
-    def __init__(self, decoder: KLDecoder, record: Record) -> None:
+    def __init__(self, decoder: KLDecoder, record: GraphRecorder) -> None:
         self.decoder = decoder
-        self._replayed = Replayed(lambda inputs: decoder(*(x for x in inputs if x is not None)), record)
+        self._replayed = ReplayedFunction(lambda inputs: decoder(*(x for x in inputs if x is not None)), record)
 
     def __call__(self, latent_BCHW: Tensor) -> Tensor:
         """Pixels (B, 3, height, width), float32 in [0, 1]."""
         pixels = latent_BCHW[:, 0].numel() * self.decoder.stride**2
-        return self.decoder(latent_BCHW) if pixels > DECODED else self._replayed((latent_BCHW,))
+        return self.decoder(latent_BCHW) if pixels > MAX_DECODED_PIXELS else self._replayed((latent_BCHW,))
 
 
-def _watched() -> bool:
+def _is_traced() -> bool:
     """Whether operations are counted or profiled."""
     return _get_current_dispatch_mode() is not None or profiler._is_profiler_enabled

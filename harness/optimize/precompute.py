@@ -1,11 +1,11 @@
-"""What stays the same between the evaluations of a request, computed once: modulation and text.
+"""Computes once what the evaluations of a request share: modulation, and what the blocks use of the text.
 
-A network's folder says, as data (models.plan.AheadPlan), which modules are fed by nothing but what it tells its blocks
-of the time, or by the text. Their outputs for many evaluations are one matrix product a linear; in an evaluation each
-of these modules takes its columns of what came out. The sampling grid says which times will be asked for; one that is
-not among them (a solver's point between two rows) is computed when it comes.
+The package of a network states, as data (models.plan.AheadPlan), which modules depend on its time embedding alone, or
+on its text embedding alone. The outputs of such modules for many evaluations take one matrix product per linear. In an
+evaluation each of these modules returns its slice of the precomputed outputs. The sampling grid gives the times of the
+evaluations in advance. A time outside the grid (the point of a solver between two rows) is computed when it is needed.
 
-Shapes: B rows of a forward, V rows of different labels or vectors (1 where there are none), N evaluations, M columns.
+Shapes: B rows of a forward, V rows of different labels or vectors (1 without them), N evaluations, M output features.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ from torch import Tensor, nn
 from models.components import AheadNetwork, Conditioning
 from models.plan import AheadPlan
 
-EVALUATIONS = 32  # computed at once: enough for a matrix product to be worth its name, and a bound of what is kept
-VECTORS = ("pooled", "labels", "scale")  # fields of a conditioning that a network may tell its blocks beside the time
+CHUNK_EVALUATIONS = 32
+"""Evaluations that are computed at once: enough for an efficient matrix product, and a bound of the memory it takes."""
+VECTOR_FIELDS = ("pooled", "labels", "scale")
+"""Fields of a conditioning that a network may embed together with the time."""
 
 
-class Columns(nn.Module):
-    """In place of a module whose output was computed beforehand: its columns of all that was.
+class OutputSlice(nn.Module):
+    """Stands in for a module whose output was precomputed, and returns its slice of all precomputed outputs.
 
     Args:
-        source: the module.
-        start, stop, count: its columns of so many.
+        source: the module that it replaces.
+        start: the first feature of the slice.
+        stop: one past the last feature of the slice.
+        count: the number of features that it expects.
     """
 
     def __init__(self, source: nn.Module, start: int, stop: int, count: int) -> None:
@@ -40,60 +44,84 @@ class Columns(nn.Module):
         self.source = source
         self.start, self.stop, self.count = start, stop, count
 
-    def forward(self, made_BM: Tensor) -> Tensor:
-        if made_BM.shape[-1] != self.count:
+    def forward(self, outputs_BM: Tensor) -> Tensor:
+        """Return the slice, (B, ..., stop - start).
+
+        Args:
+            outputs_BM: precomputed outputs, (B, ..., count).
+
+        Returns:
+            The slice of this module.
+
+        Raises:
+            ValueError: The input is no precomputed output.
+        """
+        if outputs_BM.shape[-1] != self.count:
             raise ValueError(
-                f"a network with engine.optimize takes {self.count} columns that were computed beforehand, not "
-                f"{made_BM.shape[-1]}; evaluate it with a conditioning of harness.optimize.precompute"
+                f"a network with engine.optimize takes {self.count} precomputed features, not "
+                f"{outputs_BM.shape[-1]}; evaluate it with a conditioning of harness.optimize.precompute"
             )
-        return made_BM[..., self.start : self.stop]
+        return outputs_BM[..., self.start : self.stop]
 
 
-class First(nn.Module):
-    """In place of a module whose output is in the columns: hands them on."""
+class Passthrough(nn.Module):
+    """Stands in for a module whose effect is already in the precomputed outputs, and returns its input.
+
+    Args:
+        source: the module that it replaces.
+    """
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         self.source = source
 
-    def forward(self, made_BM: Tensor, *beside: Tensor) -> Tensor:
-        return made_BM
+    def forward(self, outputs_BM: Tensor, *extra: Tensor) -> Tensor:
+        """Return the precomputed outputs unchanged."""
+        return outputs_BM
 
 
-class Chains:
-    """Modules that one input feeds, replaced in place by their columns of what is computed beforehand.
+class ModuleChains:
+    """Chains of modules with one common input, each replaced in place by its slice of the precomputed outputs.
 
-    A block is handed its own columns alone, so that the modules in it do not differ from those of the next block.
+    A block receives only its own slice, so that its modules do not differ from those of the next block.
 
     Args:
-        network: whose modules they are.
-        patterns: of models.plan.AheadPlan.
-        argument: of the blocks that takes the columns.
+        network: the network with the modules, changed in place.
+        patterns: the chains, as models.plan.AheadPlan states them.
+        argument: the argument of the blocks that takes the precomputed outputs.
     """
 
     def __init__(self, network: nn.Module, patterns: Sequence[tuple[str, ...]], argument: str) -> None:
-        found = sorted(expanded(network, patterns), key=itemgetter(0))
+        found = sorted(expand_patterns(network, patterns), key=itemgetter(0))
         self._chains = [[network.get_submodule(name) for name in names] for _, names in found]
         stops = list(accumulate(chain[-1].get_parameter("weight").shape[0] for chain in self._chains))
-        columns = list(zip(found, self._chains, [0, *stops][: len(stops)], stops, strict=True))
-        for block, group in groupby(columns, key=lambda column: column[0][0]):
+        slices = list(zip(found, self._chains, [0, *stops][: len(stops)], stops, strict=True))
+        for block, group in groupby(slices, key=lambda slice_: slice_[0][0]):
             own = list(group)
             first, last = (own[0][2], own[-1][3]) if block else (0, stops[-1])
             for (_, names), chain, start, stop in own:
                 for name, module in zip(names[:-1], chain, strict=False):
-                    _put(network, name, First(module))
-                _put(network, names[-1], Columns(chain[-1], start - first, stop - first, last - first))
+                    _replace_module(network, name, Passthrough(module))
+                _replace_module(network, names[-1], OutputSlice(chain[-1], start - first, stop - first, last - first))
             if block:
-                hook = _Narrowed(network.get_submodule(block), argument, first, last)
+                hook = _SliceForBlock(network.get_submodule(block), argument, first, last)
                 network.get_submodule(block).register_forward_pre_hook(hook, with_kwargs=True)
 
-    def __call__(self, fed: Tensor, *beside: Tensor) -> Tensor:
-        """All columns, (..., M), of what the first module of every chain is fed; `fed` itself where there is none."""
-        return torch.cat([_through(chain, fed, beside) for chain in self._chains], dim=-1) if self._chains else fed
+    def __call__(self, x: Tensor, *extra: Tensor) -> Tensor:
+        """Compute the outputs of all chains, joined along the last dimension.
+
+        Args:
+            x: the common input, (..., channels).
+            extra: further inputs of the first module of each chain.
+
+        Returns:
+            The outputs, (..., M); `x` itself if there are no chains.
+        """
+        return torch.cat([_run_chain(chain, x, extra) for chain in self._chains], dim=-1) if self._chains else x
 
 
-class _Narrowed:
-    """A hook before a block: of what it is handed, its own columns."""
+class _SliceForBlock:
+    """A hook before a block, which narrows the precomputed outputs to those of the block."""
 
     def __init__(self, block: nn.Module, argument: str, start: int, stop: int) -> None:
         self.signature = inspect.signature(block.forward)
@@ -106,93 +134,134 @@ class _Narrowed:
         return bound.args, bound.kwargs
 
 
-def _through(chain: Sequence[nn.Module], fed: Tensor, beside: tuple[Tensor, ...]) -> Tensor:
-    made: Tensor = chain[0](fed, *beside)
+def _run_chain(chain: Sequence[nn.Module], x: Tensor, extra: tuple[Tensor, ...]) -> Tensor:
+    output: Tensor = chain[0](x, *extra)
     for module in chain[1:]:
-        made = module(made)
-    return made
+        output = module(output)
+    return output
 
 
-def expanded(network: nn.Module, patterns: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The chains that patterns stand for in a network, each behind the name of its block, empty outside of them."""
+def expand_patterns(network: nn.Module, patterns: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Find the chains of modules in a network that patterns stand for.
+
+    Args:
+        network: the network to search.
+        patterns: chains of module names, with one `*` for the number of a block.
+
+    Yields:
+        The name of the chain's block, empty outside of blocks, and the names of the chain's modules.
+    """
     names = [name for name, _ in network.named_modules()]
     for chain in patterns:
-        before, star, behind = chain[-1].partition("*")
+        prefix, star, suffix = chain[-1].partition("*")
         for name in names if star else chain[-1:]:
-            number = name.removeprefix(before).removesuffix(behind) if star else ""
-            if name == f"{before}{number}{behind}" and number.isdigit() == bool(star):
-                yield f"{before}{number}" if star else "", tuple(link.replace("*", number) for link in chain)
+            number = name.removeprefix(prefix).removesuffix(suffix) if star else ""
+            if name == f"{prefix}{number}{suffix}" and number.isdigit() == bool(star):
+                yield f"{prefix}{number}" if star else "", tuple(link.replace("*", number) for link in chain)
 
 
-def _put(network: nn.Module, name: str, module: nn.Module) -> None:
+def _replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(owner), leaf, module)
 
 
-class Ahead:
-    """A network whose modules were replaced by what is computed beforehand; one a worker, shared by its requests.
+class PrecomputedModulation:
+    """A network whose modulation and text modules return precomputed outputs; one object per worker serves all requests.
 
     Args:
-        network: changed in place; it can be evaluated only as its plan says from then on.
-        plan: of its folder.
-        modulation: what depends on time and vectors.
-        text: what depends on the text.
+        network: the network, changed in place; from then on it can be evaluated only as its plan says.
+        plan: the network's modules that can be precomputed.
+        modulation: whether to precompute what depends on time and vectors.
+        text: whether to precompute what depends on the text.
     """
 
     def __init__(self, network: nn.Module, plan: AheadPlan, modulation: bool = True, text: bool = True) -> None:
         self._network = cast("AheadNetwork", network)
-        self._told = Chains(network, plan.told, plan.told_as) if modulation else None
-        self._read = Chains(network, plan.read, plan.read_as) if text else None
+        self._time_chains = ModuleChains(network, plan.told, plan.told_as) if modulation else None
+        self._text_chains = ModuleChains(network, plan.read, plan.read_as) if text else None
 
-    def request(self, condition: Conditioning, taus: Sequence[float]) -> Told:
-        """Of one micro-batch: its conditioning, and the times that it will probably be evaluated at, in order."""
-        return Told(self, condition, taus)
+    def for_batch(self, condition: Conditioning, taus: Sequence[float]) -> PrecomputedConditioning:
+        """Return the conditioning of one micro-batch.
 
-    def told(self, latent: Tensor, taus: Sequence[float], condition: Conditioning) -> Tensor | None:
-        """What the blocks are told at every time, (N, V, ..., M); None where that is left to the evaluations."""
-        if self._told is None:
+        Args:
+            condition: the conditioning of the micro-batch.
+            taus: the times at which it will probably be evaluated, in order.
+
+        Returns:
+            The conditioning, evaluation by evaluation.
+        """
+        return PrecomputedConditioning(self, condition, taus)
+
+    def modulation(self, latent: Tensor, taus: Sequence[float], condition: Conditioning) -> Tensor | None:
+        """Compute what the blocks need of every time.
+
+        Args:
+            latent: the state of the micro-batch, (B, ...).
+            taus: the N times.
+            condition: the conditioning, with V rows of vectors.
+
+        Returns:
+            The outputs of all chains, (N, V, ..., M); None if the evaluations compute them.
+        """
+        if self._time_chains is None:
             return None
-        vectors = {name: x for name in VECTORS if (x := getattr(condition, name)) is not None}
+        vectors = {name: x for name in VECTOR_FIELDS if (x := getattr(condition, name)) is not None}
         rows = max((len(x) for x in vectors.values()), default=1)
         tau_B = torch.tensor(taus, dtype=torch.float32, device=latent.device).repeat_interleave(rows)
-        many = Conditioning(**{name: torch.cat([x] * len(taus)) for name, x in vectors.items()})
-        beside = () if many.labels is None else (many.labels,)
-        made = self._told(self._network.tell(latent[:1], tau_B, many), *beside)
-        return made.unflatten(0, (len(taus), rows))
+        repeated = Conditioning(**{name: torch.cat([x] * len(taus)) for name, x in vectors.items()})
+        extra = () if repeated.labels is None else (repeated.labels,)
+        outputs = self._time_chains(self._network.tell(latent[:1], tau_B, repeated), *extra)
+        return outputs.unflatten(0, (len(taus), rows))
 
-    def read(self, condition: Conditioning) -> Conditioning:
-        """The conditioning with what the blocks read of the text."""
-        if self._read is None:
+    def embed_text(self, condition: Conditioning) -> Conditioning:
+        """Return the conditioning with the outputs of the text chains in place of the prompt embeddings."""
+        if self._text_chains is None:
             return condition
-        read = self._network.read(condition)
-        return read if read.context is None else replace(read, context=self._read(read.context))
+        embedded = self._network.read(condition)
+        if embedded.context is None:
+            return embedded
+        return replace(embedded, context=self._text_chains(embedded.context))
 
 
-class Told:
-    """The conditioning of one micro-batch, evaluation by evaluation; all is computed when it is first asked for."""
+class PrecomputedConditioning:
+    """The conditioning of one micro-batch, evaluation by evaluation; each part is computed when it is first needed.
 
-    def __init__(self, ahead: Ahead, condition: Conditioning, taus: Sequence[float]) -> None:
-        self._ahead = ahead
-        self._plain = condition
+    Args:
+        precompute: what computes the parts.
+        condition: the conditioning of the micro-batch.
+        taus: the times at which it will probably be evaluated, in order.
+    """
+
+    def __init__(self, precompute: PrecomputedModulation, condition: Conditioning, taus: Sequence[float]) -> None:
+        self._precompute = precompute
+        self._condition = condition
         self._taus = list(taus)
-        self._read: Conditioning | None = None
+        self._embedded: Conditioning | None = None
         self._rows: dict[float, Tensor] = {}
 
     def at(self, latent: Tensor, tau: float) -> Conditioning:
-        """That of an evaluation of `latent`, (B, ...), at one time."""
-        if self._read is None:
-            self._read = self._ahead.read(self._plain)
-        if (told := self._row(latent, tau)) is None:
-            return self._read
-        return replace(self._read, told=told.expand(len(latent), *told.shape[1:]))
+        """Return the conditioning of one evaluation.
+
+        Args:
+            latent: the state that is evaluated, (B, ...).
+            tau: the time of the evaluation.
+
+        Returns:
+            The conditioning, with a time embedding of B rows if it was precomputed.
+        """
+        if self._embedded is None:
+            self._embedded = self._precompute.embed_text(self._condition)
+        if (temb := self._row(latent, tau)) is None:
+            return self._embedded
+        return replace(self._embedded, told=temb.expand(len(latent), *temb.shape[1:]))
 
     def _row(self, latent: Tensor, tau: float) -> Tensor | None:
         if tau in self._rows:
             return self._rows[tau]
-        ahead = self._taus[self._taus.index(tau) :][:EVALUATIONS] if tau in self._taus else [tau]
-        told = self._ahead.told(latent, ahead, self._plain)
-        if told is None:
+        chunk = self._taus[self._taus.index(tau) :][:CHUNK_EVALUATIONS] if tau in self._taus else [tau]
+        rows = self._precompute.modulation(latent, chunk, self._condition)
+        if rows is None:
             return None
         if tau in self._taus:
-            self._rows = dict(zip(ahead, told, strict=True))
-        return told[0]
+            self._rows = dict(zip(chunk, rows, strict=True))
+        return rows[0]

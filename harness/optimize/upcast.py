@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.parallel.parallelize import ColumnLinear, RowLinear
+from harness.parallel.parallelize import ColumnParallelLinear, RowParallelLinear
 
-FEW = 8  # rows, of which a product takes no longer than widening its weights
+FEW_ROWS = 8  # rows, of which a product takes no longer than widening its weights
 
 
-def widens(device: torch.device, dtype: torch.dtype) -> bool:
+def should_upcast(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products are the faster ones in float32: of bfloat16 where oneDNN has none, and PyTorch its own loops."""
     return device.type == "cpu" and dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def widen(network: nn.Module) -> int:
+def upcast(network: nn.Module) -> int:
     """Makes the linears and convolutions of a network that have bfloat16 weights widen what they multiply, in place.
 
     Args:
@@ -37,74 +37,81 @@ def widen(network: nn.Module) -> int:
         weight = module._parameters.get("weight")
         if weight is not None and weight.dtype is torch.bfloat16 and type(weight.data) is Tensor:
             kind = type(module)
-            module.__class__ = _wide(kind)  # type: ignore[arg-type]  # classes are hashable
+            module.__class__ = _upcast_class(kind)  # type: ignore[arg-type]  # classes are hashable
             count += type(module) is not kind
     return count
 
 
-def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def upcast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As F.linear, in float32, rounded to the dtype of x."""
-    if x.numel() < FEW * x.shape[-1]:
+    if x.numel() < FEW_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
-    return _rounded(F.linear, x, weight, bias)
+    return _upcast_product(F.linear, x, weight, bias)
 
 
-def _rounded(product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+def _upcast_product(partial_product: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return partial_product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-class WideLinear(nn.Linear):
+class UpcastLinear(nn.Linear):
     """A linear that widens what it multiplies."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return wide_linear(input, self.weight, self.bias)
+        return upcast_linear(input, self.weight, self.bias)
 
 
-class WideColumnLinear(ColumnLinear):
+class UpcastColumnParallelLinear(ColumnParallelLinear):
     """The same of a rank's output features."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return wide_linear(x, self.weight, self.bias)
+        return upcast_linear(x, self.weight, self.bias)
 
 
-class WideRowLinear(RowLinear):
+class UpcastRowParallelLinear(RowParallelLinear):
     """The same of a rank's input features."""
 
-    def product(self, x: Tensor) -> Tensor:
-        return wide_linear(x, self.weight)
+    def partial_product(self, x: Tensor) -> Tensor:
+        return upcast_linear(x, self.weight)
 
 
-class WideConv1d(nn.Conv1d):
+class UpcastConv1d(nn.Conv1d):
     """A convolution that widens what it multiplies."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _rounded(super()._conv_forward, input, weight, bias)
+        return _upcast_product(super()._conv_forward, input, weight, bias)
 
 
-class WideConv2d(nn.Conv2d):
+class UpcastConv2d(nn.Conv2d):
     """The same of pictures."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _rounded(super()._conv_forward, input, weight, bias)
+        return _upcast_product(super()._conv_forward, input, weight, bias)
 
 
-class WideConv3d(nn.Conv3d):
+class UpcastConv3d(nn.Conv3d):
     """The same of videos."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _rounded(super()._conv_forward, input, weight, bias)
+        return _upcast_product(super()._conv_forward, input, weight, bias)
 
 
-WIDE: tuple[type[nn.Module], ...] = (WideLinear, WideColumnLinear, WideRowLinear, WideConv1d, WideConv2d, WideConv3d)
+UPCAST_CLASSES: tuple[type[nn.Module], ...] = (
+    UpcastLinear,
+    UpcastColumnParallelLinear,
+    UpcastRowParallelLinear,
+    UpcastConv1d,
+    UpcastConv2d,
+    UpcastConv3d,
+)
 
 
 @cache
-def _wide(kind: type[nn.Module]) -> type[nn.Module]:
+def _upcast_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class of the same modules that multiplies in float32, a kind's own method around it; else the kind itself."""
-    for wide in WIDE:
-        plain = wide.__mro__[1]
+    for upcast_class in UPCAST_CLASSES:
+        plain = upcast_class.__mro__[1]
         if kind is plain:
-            return wide
-        if issubclass(kind, plain) and not issubclass(kind, wide):
-            return type(f"Wide{kind.__name__}", (kind, wide), {})
+            return upcast_class
+        if issubclass(kind, plain) and not issubclass(kind, upcast_class):
+            return type(f"Wide{kind.__name__}", (kind, upcast_class), {})
     return kind

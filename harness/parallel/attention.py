@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.parallel.displaced import Displaced
+from harness.parallel.displaced import DisplacedPatches
 from harness.parallel.group import Group
 from models.attention import AttentionKernel
 from models.attention.lse import LseKernel, merge
@@ -36,21 +36,21 @@ class TokenLayout:
     lengths: tuple[int, ...]
     ranks: int
 
-    def part(self, length: int) -> int:
+    def tokens_per_rank(self, length: int) -> int:
         """Tokens of a stream on one rank, padding included."""
         return -(-length // self.ranks)
 
     @property
-    def parts(self) -> tuple[int, ...]:
+    def local_lengths(self) -> tuple[int, ...]:
         """The same of each stream."""
-        return tuple(self.part(length) for length in self.lengths)
+        return tuple(self.tokens_per_rank(length) for length in self.lengths)
 
     @property
     def padding(self) -> int:
         """Tokens over all ranks that are none."""
-        return sum(self.parts) * self.ranks - sum(self.lengths)
+        return sum(self.local_lengths) * self.ranks - sum(self.lengths)
 
-    def of(self, local: int) -> TokenLayout:
+    def for_tokens(self, local: int) -> TokenLayout:
         """The layout of a call with that many local tokens: of all streams joined, or of one of them.
 
         Where the parts of several have that length it is the last one's: the picture, which also attends to itself.
@@ -58,24 +58,24 @@ class TokenLayout:
         Raises:
             ValueError: neither.
         """
-        if local == sum(self.parts):
+        if local == sum(self.local_lengths):
             return self
         for length in reversed(self.lengths):
-            if self.part(length) == local:
+            if self.tokens_per_rank(length) == local:
                 return TokenLayout((length,), self.ranks)
-        raise ValueError(f"attention over {local} local tokens, where the block's streams have {self.parts}")
+        raise ValueError(f"attention over {local} local tokens, where the block's streams have {self.local_lengths}")
 
     def mask(self, mask_BS: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
         """A key mask over the whole concatenation in the order of ranks, padding out; None where all take part."""
-        columns = _columns(self).to(device)
-        real = columns >= 0
+        positions = _token_positions(self).to(device)
+        real = positions >= 0
         if mask_BS is None:
             return None if self.padding == 0 else real[None].expand(batch, -1)
-        return mask_BS[:, columns.clamp(min=0)] & real
+        return mask_BS[:, positions.clamp(min=0)] & real
 
 
 @lru_cache(maxsize=16)
-def _columns(layout: TokenLayout) -> Tensor:
+def _token_positions(layout: TokenLayout) -> Tensor:
     """For every token as ranks hold them, its place in the whole concatenation; -1 where it is padding.
 
     Remembered, for every block asks at every step.
@@ -83,9 +83,9 @@ def _columns(layout: TokenLayout) -> Tensor:
     starts = torch.tensor([0, *layout.lengths[:-1]]).cumsum(0)
     rows = []
     for rank in range(layout.ranks):
-        for start, length, part in zip(starts.tolist(), layout.lengths, layout.parts, strict=True):
-            place = torch.arange(part) + rank * part
-            rows.append(torch.where(place < length, place + start, -1))
+        for start, length, part in zip(starts.tolist(), layout.lengths, layout.local_lengths, strict=True):
+            position = torch.arange(part) + rank * part
+            rows.append(torch.where(position < length, position + start, -1))
     return torch.cat(rows)
 
 
@@ -122,7 +122,7 @@ class SequenceAttention:
         tokens: Group,
         state: SequenceState,
         gather: bool = False,
-        displaced: Displaced | None = None,
+        displaced: DisplacedPatches | None = None,
     ) -> None:
         self.kernel = kernel
         self.ring_kernel = ring_kernel
@@ -136,17 +136,17 @@ class SequenceAttention:
     def __call__(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         if self.state.layout is None:
             return self.kernel(q_BlHD, k_BlHD, v_BlHD, mask_BS)
-        layout = self.state.layout.of(k_BlHD.shape[1])
+        layout = self.state.layout.for_tokens(k_BlHD.shape[1])
         if mask_BS is not None and mask_BS.shape[1] == k_BlHD.shape[1]:  # dealt like the tokens
-            dealt_BJ = self.tokens.all_gather(mask_BS).transpose(0, 1).flatten(1, 2)
+            local_BJ = self.tokens.all_gather(mask_BS).transpose(0, 1).flatten(1, 2)
             real_BJ = layout.mask(None, len(q_BlHD), q_BlHD.device)
-            mask_BS = dealt_BJ if real_BJ is None else dealt_BJ & real_BJ
+            mask_BS = local_BJ if real_BJ is None else local_BJ & real_BJ
         else:
             mask_BS = layout.mask(mask_BS, len(q_BlHD), q_BlHD.device)
         heads = q_BlHD.shape[2]
         spare = -heads % self.ulysses.size
         q, k, v = (self._to_heads(F.pad(x, (0, 0, 0, spare))) for x in (q_BlHD, k_BlHD, v_BlHD))
-        return self._to_tokens(self._around(layout, q, k, v, mask_BS))[:, :, :heads]
+        return self._to_tokens(self._attend_over_ring(layout, q, k, v, mask_BS))[:, :, :heads]
 
     def _to_heads(self, x_BlHD: Tensor) -> Tensor:
         """(B, l, H, D) of every rank to (B, U l, H / U, D)."""
@@ -162,12 +162,12 @@ class SequenceAttention:
         x_UBlhD = x_BLhD.unflatten(1, (self.ulysses.size, -1)).transpose(0, 1)
         return self.ulysses.all_to_all(x_UBlhD).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
-    def _around(self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask_BS: Tensor | None) -> Tensor:
+    def _attend_over_ring(self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Attention of this rank's queries to the keys of the whole ring."""
         if self.displaced is not None:
-            return self.kernel(q, *self.displaced.joined((self, layout), k, v), mask_BS)
+            return self.kernel(q, *self.displaced.gather_kv((self, layout), k, v), mask_BS)
         if self.ring.size == 1 or self.gather:
-            return self.kernel(q, _joined(self.ring, k), _joined(self.ring, v), mask_BS)
+            return self.kernel(q, _gather_ring(self.ring, k), _gather_ring(self.ring, v), mask_BS)
         if self.ring_kernel is None:
             raise ValueError("a ring needs a kernel that returns log-sum-exp")
         chunks = [None] * self.ring.size if mask_BS is None else list(mask_BS.chunk(self.ring.size, dim=1))
@@ -182,5 +182,5 @@ class SequenceAttention:
         return found[0].to(q.dtype)
 
 
-def _joined(ring: Group, x_BLHD: Tensor) -> Tensor:
+def _gather_ring(ring: Group, x_BLHD: Tensor) -> Tensor:
     return ring.all_gather(x_BLHD).transpose(0, 1).flatten(1, 2) if ring.size > 1 else x_BLHD

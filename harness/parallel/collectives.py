@@ -27,7 +27,7 @@ class Collectives(Protocol):
         """Every rank's frames on rank 0, in rank order; an empty list on the others."""
 
 
-class Alone:
+class LocalCollectives:
     """World size 1."""
 
     def broadcast(self, data: bytes | None) -> bytes:
@@ -39,7 +39,7 @@ class Alone:
         return [frames]
 
 
-class Gloo:
+class GlooCollectives:
     """A gloo group over all ranks of the process group, which must be initialised."""
 
     def __init__(self) -> None:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from harness.parallel.group import Group
-from harness.parallel.stale_kv import Stale
+from harness.parallel.stale_kv import StaleKVCache
 
 
-class Displaced(Stale):
+class DisplacedPatches(StaleKVCache):
     """What every attention of a network keeps of the ring.
 
     Args:
@@ -36,9 +36,9 @@ class Displaced(Stale):
     def __init__(self, ring: Group, warmup: int) -> None:
         super().__init__(warmup)
         self.ring = ring
-        self._coming: dict[Hashable, Callable[[], Tensor]] = {}
+        self._pending: dict[Hashable, Callable[[], Tensor]] = {}
 
-    def joined(self, call: Hashable, k_BlHD: Tensor, v_BlHD: Tensor) -> tuple[Tensor, Tensor]:
+    def gather_kv(self, call: Hashable, k_BlHD: Tensor, v_BlHD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole ring, (B, S, H, D) both: this rank's fresh, the others' exact or stale.
 
         Args:
@@ -46,21 +46,21 @@ class Displaced(Stale):
             k_BlHD: this rank's keys.
             v_BlHD: its values.
         """
-        mine = torch.stack([k_BlHD, v_BlHD])
-        before, coming = self._coming.pop(call, None), self.ring.start_all_gather(mine)
-        if before is None:
-            self.kept_bytes += mine.nbytes * self.ring.size
-        if self.exact or before is None:
-            found = coming()
-            self._coming[call] = lambda: found
+        local = torch.stack([k_BlHD, v_BlHD])
+        previous, pending = self._pending.pop(call, None), self.ring.start_all_gather(local)
+        if previous is None:
+            self.cached_bytes += local.nbytes * self.ring.size
+        if self.is_exact or previous is None:
+            gathered = pending()
+            self._pending[call] = lambda: gathered
         else:
-            found = before()
-            found[self.ring.index] = mine
-            self._coming[call] = coming
-        k_BSHD, v_BSHD = found.movedim(0, 2).flatten(2, 3).unbind(0)
+            gathered = previous()
+            gathered[self.ring.index] = local
+            self._pending[call] = pending
+        k_BSHD, v_BSHD = gathered.movedim(0, 2).flatten(2, 3).unbind(0)
         return k_BSHD, v_BSHD
 
-    def release(self) -> None:
-        for coming in self._coming.values():
-            coming()
-        self._coming.clear()
+    def _release(self) -> None:
+        for pending in self._pending.values():
+            pending()
+        self._pending.clear()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.parallel.group import Group
-from harness.parallel.mesh import REACH
+from harness.parallel.mesh import TEMPORAL_HALO
 from models.wan.decoder import WanDecoder
 
 
@@ -36,7 +36,7 @@ class FramesDecoder:
     """
 
     def __init__(self, decoder: WanDecoder, group: Group) -> None:
-        deal_frames(decoder.vae.decoder, group)
+        shard_frames(decoder.vae.decoder, group)
         self.decoder = decoder
         self.group = group
 
@@ -47,39 +47,39 @@ class FramesDecoder:
             ValueError: fewer than two latent frames a rank; on every rank alike, before any of them sends.
         """
         vae = self.decoder.vae
-        z_BCFHW = self.decoder.unscaled(frames_of(latent_BCFHW, self.group))
+        z_BCFHW = self.decoder.unscaled(local_frames(latent_BCFHW, self.group))
         video_BCFHW = vae.decoder(vae.post_quant_conv(z_BCFHW), first_chunk=self.group.index == 0)
         if vae.config.patch_size is not None:
             video_BCFHW = unpatchify(video_BCFHW, vae.config.patch_size)
         return self.group.all_gather_uneven(self.decoder.pixels(video_BCFHW), dim=1)
 
 
-def frames_of(latent_BCFHW: Tensor, group: Group) -> Tensor:
+def local_frames(latent_BCFHW: Tensor, group: Group) -> Tensor:
     """This rank's latent frames.
 
     Raises:
         ValueError: fewer than two a rank.
     """
     frames = latent_BCFHW.shape[2]
-    if frames < REACH * group.size:
+    if frames < TEMPORAL_HALO * group.size:
         raise ValueError(
-            f"{frames} latent frames cannot be dealt over {group.size} ranks, {REACH} or more each; ask for a longer "
+            f"{frames} latent frames cannot be dealt over {group.size} ranks, {TEMPORAL_HALO} or more each; ask for a longer "
             "video, or use parallel.decode=rows"
         )
     return latent_BCFHW.tensor_split(group.size, dim=2)[group.index]
 
 
-def deal_frames(decoder: nn.Module, group: Group) -> None:
+def shard_frames(decoder: nn.Module, group: Group) -> None:
     """Makes every layer of a decoder work on a rank's frames, all at once, in place."""
     children = [(owner, name, child) for owner in decoder.modules() for name, child in owner.named_children()]
     for owner, name, child in children:
-        if isinstance(child, WanCausalConv3d) and over_time(child):
+        if isinstance(child, WanCausalConv3d) and is_temporal(child):
             setattr(owner, name, FramesConv3d(child, group))
         elif isinstance(child, WanResample) and child.mode == "upsample3d":
             setattr(owner, name, FramesUpsample(child, group))
 
 
-def over_time(conv: WanCausalConv3d) -> bool:
+def is_temporal(conv: WanCausalConv3d) -> bool:
     """Whether a convolution needs frames before its own."""
     return conv.kernel_size[0] > 1
 
@@ -93,9 +93,9 @@ class FramesConv3d(nn.Module):
         self.group = group
 
     def forward(self, x_BCFHW: Tensor) -> Tensor:
-        last_BCFHW = x_BCFHW[:, :, -REACH:]
-        missing = REACH - last_BCFHW.shape[2]  # on the first rank, where two latent frames are one to double
-        return self.conv(x_BCFHW, self.group.from_before(F.pad(last_BCFHW, (0, 0, 0, 0, missing, 0))))
+        last_BCFHW = x_BCFHW[:, :, -TEMPORAL_HALO:]
+        missing = TEMPORAL_HALO - last_BCFHW.shape[2]  # on the first rank, where two latent frames are one to double
+        return self.conv(x_BCFHW, self.group.shift_last(F.pad(last_BCFHW, (0, 0, 0, 0, missing, 0))))
 
 
 class FramesUpsample(nn.Module):
@@ -104,10 +104,10 @@ class FramesUpsample(nn.Module):
     def __init__(self, block: WanResample, group: Group) -> None:
         super().__init__()
         self.block = block
-        self.single = 1 if group.index == 0 else 0
+        self.first_frames = 1 if group.index == 0 else 0
 
     def forward(self, x_BCFHW: Tensor) -> Tensor:
-        first, rest = x_BCFHW[:, :, : self.single], x_BCFHW[:, :, self.single :]
+        first, rest = x_BCFHW[:, :, : self.first_frames], x_BCFHW[:, :, self.first_frames :]
         pairs = self.block.time_conv(rest).unflatten(1, (2, -1))
         doubled = pairs.movedim(1, 3).flatten(2, 3)
         x_NCHW = torch.cat([first, doubled], dim=2).transpose(1, 2).flatten(0, 1)  # N = B F

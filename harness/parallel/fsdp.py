@@ -16,13 +16,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather  # what set_custom_all_gather takes
 
 from harness.device.malloc import give_back_freed
-from harness.parallel.group import Group, Traffic
+from harness.parallel.group import Group, TrafficCounter
 from models.plan import ParallelPlan
 
-KIND = "all_gather weights"
+TRAFFIC_KIND = "all_gather weights"
 
 
-def shard_weights(network: nn.Module, plan: ParallelPlan, group: Group, device: torch.device) -> None:
+def apply_fsdp(network: nn.Module, plan: ParallelPlan, group: Group, device: torch.device) -> None:
     """Leaves this rank its part of every weight, in place, and takes that to the device.
 
     Every block of the plan's stacks is gathered as it runs and let go behind it, the parameters outside of them with
@@ -38,26 +38,26 @@ def shard_weights(network: nn.Module, plan: ParallelPlan, group: Group, device: 
     assert group.handle is not None
     if device.type == "cpu":
         give_back_freed()  # a heap that gathered blocks break into pieces takes more memory than dealing them spares
-    kept = {parameter for name in plan.called_outside for parameter in network.get_submodule(name).parameters()}
-    mesh, gather = DeviceMesh.from_group(group.handle, device.type), _Counted(group.traffic)
-    for unit in units(network, plan):
+    ignored = {parameter for name in plan.called_outside for parameter in network.get_submodule(name).parameters()}
+    mesh, gather = DeviceMesh.from_group(group.handle, device.type), _CountedAllGather(group.traffic)
+    for unit in fsdp_units(network, plan):
         unit.to(device)
-        sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+        sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
         assert isinstance(sharded, FSDPModule)
         sharded.set_custom_all_gather(gather)
 
 
-def units(network: nn.Module, plan: ParallelPlan) -> Iterator[nn.Module]:
+def fsdp_units(network: nn.Module, plan: ParallelPlan) -> Iterator[nn.Module]:
     """What is gathered at once: every block, then the network for what lies outside of them."""
     for stack in plan.stacks:
         yield from network.get_submodule(stack.blocks).children()
     yield network
 
 
-class _Counted(AllGather):
+class _CountedAllGather(AllGather):
     """FSDP's own gathering, counted. Its time is what the call blocks for: on CUDA it runs beside the computation."""
 
-    def __init__(self, traffic: Traffic) -> None:
+    def __init__(self, traffic: TrafficCounter) -> None:
         self.traffic = traffic
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -69,5 +69,5 @@ class _Counted(AllGather):
         start = time.perf_counter()
         work = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
         sent = input_tensor.numel() * input_tensor.element_size() * (group.size() - 1)
-        self.traffic.add(KIND, sent, (time.perf_counter() - start) * 1e3)
+        self.traffic.add(TRAFFIC_KIND, sent, (time.perf_counter() - start) * 1e3)
         return work

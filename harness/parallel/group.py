@@ -24,7 +24,7 @@ from harness import messages
 
 
 @dataclass
-class Traffic:
+class TrafficCounter:
     """What this rank has sent since the last reset: bytes, calls and exposed time by kind of collective."""
 
     sent_bytes: dict[str, int] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Group:
         ranks: Sequence[int],
         rank: int,
         handle: dist.ProcessGroup | None,
-        traffic: Traffic,
+        traffic: TrafficCounter,
         synchronize: Callable[[], None] = lambda: None,
     ) -> None:
         self.ranks = tuple(ranks)
@@ -84,10 +84,10 @@ class Group:
             return x
         x = x.contiguous()
         out = torch.empty_like(x)
-        self._timed("all_to_all", _bytes(x) * (self.size - 1) // self.size, lambda: self._exchange(out, x))
+        self._run_timed("all_to_all", _bytes(x) * (self.size - 1) // self.size, lambda: self._all_to_all_single(out, x))
         return out
 
-    def _exchange(self, out: Tensor, x: Tensor) -> None:
+    def _all_to_all_single(self, out: Tensor, x: Tensor) -> None:
         dist.all_to_all_single(out, x, group=self.handle)
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Group:
         x = x.contiguous()
         out = x.new_empty((self.size, *x.shape))
         parts = list(out.unbind(0))
-        self._timed("all_gather", _bytes(x) * (self.size - 1), lambda: dist.all_gather(parts, x, group=self.handle))
+        self._run_timed("all_gather", _bytes(x) * (self.size - 1), lambda: dist.all_gather(parts, x, group=self.handle))
         return out
 
     def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
@@ -109,7 +109,7 @@ class Group:
         work = dist.all_gather(list(out.unbind(0)), x, group=self.handle, async_op=True)
 
         def wait() -> Tensor:
-            self._timed("all_gather displaced", _bytes(x) * (self.size - 1), work.wait)
+            self._run_timed("all_gather displaced", _bytes(x) * (self.size - 1), work.wait)
             return out
 
         return wait
@@ -120,7 +120,7 @@ class Group:
             return x
         out = x.clone(memory_format=torch.contiguous_format)
         sent = 2 * _bytes(x) * (self.size - 1) // self.size
-        self._timed("all_reduce", sent, lambda: dist.all_reduce(out, group=self.handle))
+        self._run_timed("all_reduce", sent, lambda: dist.all_reduce(out, group=self.handle))
         return out
 
     def shift(self, x: Tensor) -> Callable[[], Tensor]:
@@ -132,10 +132,14 @@ class Group:
             return lambda: x
         x = x.contiguous()
         out = torch.empty_like(x)
-        here, after, before = self.index, self.ranks[(self.index + 1) % self.size], self.ranks[self.index - 1]
+        here, from_next, from_previous = (
+            self.index,
+            self.ranks[(self.index + 1) % self.size],
+            self.ranks[self.index - 1],
+        )
         ops = [
-            dist.P2POp(dist.isend, x, after, self.handle),
-            dist.P2POp(dist.irecv, out, before, self.handle),
+            dist.P2POp(dist.isend, x, from_next, self.handle),
+            dist.P2POp(dist.irecv, out, from_previous, self.handle),
         ]
         works = dist.batch_isend_irecv(ops if here % 2 == 0 else ops[::-1])
 
@@ -144,7 +148,7 @@ class Group:
                 for work in works:
                     work.wait()
 
-            self._timed("shift", _bytes(x), all_of_them)
+            self._run_timed("shift", _bytes(x), all_of_them)
             return out
 
         return wait
@@ -154,7 +158,7 @@ class Group:
         x = x.contiguous()
         work = dist.isend(x, self.ranks[to], group=self.handle)
         assert work is not None
-        return lambda: self._timed("send", _bytes(x), work.wait)
+        return lambda: self._run_timed("send", _bytes(x), work.wait)
 
     def receive(self, out: Tensor, sender: int) -> Callable[[], Tensor]:
         """Starts to fill `out`, contiguous, with what the rank of that index sends; the answer waits for it.
@@ -165,7 +169,7 @@ class Group:
         assert work is not None
 
         def wait() -> Tensor:
-            self._timed("send", 0, work.wait)
+            self._run_timed("send", 0, work.wait)
             return out
 
         return wait
@@ -176,7 +180,7 @@ class Group:
             return x
         out = x.clone(memory_format=torch.contiguous_format)
         sent = _bytes(x) * (self.size - 1) if self.index == source else 0
-        self._timed("broadcast", sent, lambda: dist.broadcast(out, self.ranks[source], group=self.handle))
+        self._run_timed("broadcast", sent, lambda: dist.broadcast(out, self.ranks[source], group=self.handle))
         return out
 
     def all_gather_uneven(self, x: Tensor, dim: int) -> Tensor:
@@ -189,20 +193,24 @@ class Group:
         parts = self.all_gather(torch.cat([x, filler], dim=dim))
         return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, lengths, strict=True)], dim=dim)
 
-    def neighbours(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    def exchange_halos(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """Sends `first` to the rank before and `last` to the one after; what those sent, zeros at the ends."""
-        before, after = first.new_zeros(first.shape), last.new_zeros(last.shape)
-        above, below = self.index - 1, self.index + 1
-        self._meet_neighbours([(above, first), (below, last)], [(above, before), (below, after)])
-        return before, after
+        from_previous, from_next = first.new_zeros(first.shape), last.new_zeros(last.shape)
+        previous, following = self.index - 1, self.index + 1
+        self._exchange_with_neighbours(
+            [(previous, first), (following, last)], [(previous, from_previous), (following, from_next)]
+        )
+        return from_previous, from_next
 
-    def from_before(self, last: Tensor) -> Tensor:
+    def shift_last(self, last: Tensor) -> Tensor:
         """Sends `last` to the rank after; what the rank before sent, of the same shape, zeros at the first."""
-        before = last.new_zeros(last.shape)
-        self._meet_neighbours([(self.index + 1, last)], [(self.index - 1, before)])
-        return before
+        from_previous = last.new_zeros(last.shape)
+        self._exchange_with_neighbours([(self.index + 1, last)], [(self.index - 1, from_previous)])
+        return from_previous
 
-    def _meet_neighbours(self, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]) -> None:
+    def _exchange_with_neighbours(
+        self, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]
+    ) -> None:
         """Sends and fills tensors, each with a rank's index; those beyond the first and the last are left out."""
         if self.size == 1:
             return
@@ -215,9 +223,9 @@ class Group:
             for work in dist.batch_isend_irecv(ops):
                 work.wait()
 
-        self._timed("neighbours", sum(_bytes(x) for _, x in sent), exchange)
+        self._run_timed("neighbours", sum(_bytes(x) for _, x in sent), exchange)
 
-    def _timed(self, kind: str, sent: int, call: Callable[[], object]) -> None:
+    def _run_timed(self, kind: str, sent: int, call: Callable[[], object]) -> None:
         self.synchronize()
         start = time.perf_counter()
         call()
@@ -225,9 +233,9 @@ class Group:
         self.traffic.add(kind, sent, (time.perf_counter() - start) * 1e3)
 
 
-def alone(rank: int = 0) -> Group:
+def single_process_group(rank: int = 0) -> Group:
     """A group of this rank only."""
-    return Group((rank,), rank, None, Traffic())
+    return Group((rank,), rank, None, TrafficCounter())
 
 
 def _bytes(x: Tensor) -> int:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPosition:
     """One rank's coordinates on the mesh.
 
     Args:
@@ -42,7 +42,7 @@ class Place:
         """Which data-parallel replica this rank belongs to."""
         return self.rank // self.replica_size
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def replica_items(self, items: Sequence[T]) -> list[T]:
         """This replica's part of a list: every dp-th item, so that an item is the same work at any degree."""
         return list(items[self.replica :: self.degrees[0]])
 
@@ -60,5 +60,5 @@ def world_size(sizes: Sequence[int]) -> int:
     return product
 
 
-REACH = 2
+TEMPORAL_HALO = 2
 """Latent frames that a rank needs where a video is decoded by frames: as many as a convolution over time looks back."""

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.parallel.group import Group
-from harness.parallel.stale_kv import Stale
+from harness.parallel.stale_kv import StaleKVCache
 from models.attention import AttentionKernel
 from models.parts import Part
 from models.plan import ParallelPlan, Stack
@@ -39,7 +39,7 @@ Span = tuple[int, int]
 """(first, behind the last)"""
 
 
-def spans(length: int, parts: int) -> list[Span]:
+def split_evenly(length: int, parts: int) -> list[Span]:
     """`length` things in so many runs, as even as they can be."""
     return [(length * part // parts, length * (part + 1) // parts) for part in range(parts)]
 
@@ -48,19 +48,19 @@ def drop_blocks(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[st
     """Leaves this rank the parameters of its run of blocks and of what lies outside of blocks, in place.
 
     Returns:
-        By parameter of a dropped block that none of it is held, as harness.parallel.parallelize.cut_linears says it.
+        By parameter of a dropped block that none of it is held, as harness.parallel.parallelize.shard_linears says it.
     """
     parts: dict[str, Part] = {}
     for stack in plan.stacks:
         blocks = network.get_submodule(stack.blocks)
-        first, behind = spans(len(list(blocks.children())), group.size)[group.index]
+        first, behind = split_evenly(len(list(blocks.children())), group.size)[group.index]
         for number, block in blocks.named_children():
             if not first <= int(number) < behind:
-                parts |= _dropped(block, f"{stack.blocks}.{number}", plan.called_outside)
+                parts |= _empty_parameters(block, f"{stack.blocks}.{number}", plan.called_outside)
     return parts
 
 
-def _dropped(block: nn.Module, path: str, called_outside: Sequence[str]) -> Iterator[tuple[str, Part]]:
+def _empty_parameters(block: nn.Module, path: str, called_outside: Sequence[str]) -> Iterator[tuple[str, Part]]:
     for prefix, module in block.named_modules(prefix=path):
         if any(f"{prefix}.".startswith(f"{kept}.") for kept in called_outside):
             continue
@@ -82,22 +82,22 @@ class Patch:
     lengths: tuple[int, ...]
     spans: tuple[Span, ...]
 
-    def of(self, local: int) -> Patch:
+    def for_tokens(self, local: int) -> Patch:
         """The patch as a call of attention has it: of all streams joined, or of the last one, the picture, alone."""
         if local == sum(behind - first for first, behind in self.spans):
             return self
         return Patch(self.lengths[-1:], self.spans[-1:])
 
-    def put(self, fresh_2BlHD: Tensor, kept_2BSHD: Tensor) -> None:
+    def write(self, fresh_2BlHD: Tensor, cached_2BSHD: Tensor) -> None:
         """Its keys and values to where they belong among those of all patches."""
         start = taken = 0
         for length, (first, behind) in zip(self.lengths, self.spans, strict=True):
             count = behind - first
-            kept_2BSHD[:, :, start + first : start + behind] = fresh_2BlHD[:, :, taken : taken + count]
+            cached_2BSHD[:, :, start + first : start + behind] = fresh_2BlHD[:, :, taken : taken + count]
             start, taken = start + length, taken + count
 
 
-class PipeFusion(Stale):
+class PipeFusion(StaleKVCache):
     """One rank's place in the pipeline of a network, and the keys and values that its blocks keep.
 
     Args:
@@ -123,7 +123,7 @@ class PipeFusion(Stale):
             plan: of its folder.
             kernel: its attention.
         """
-        self.watch(network)
+        self.count_evaluations_of(network)
         for stack in plan.stacks:
             blocks = network.get_submodule(stack.blocks)
             assert isinstance(blocks, nn.ModuleList)
@@ -135,9 +135,9 @@ class PipeFusion(Stale):
             network.set_submodule(stack.blocks, PipelinedBlocks(blocks, stack, self, stack is plan.stacks[-1]))
         network.register_forward_hook(lambda _, args, output: self.group.broadcast(output, self.group.size - 1))
 
-    def release(self) -> None:
+    def _release(self) -> None:
         for attention in self._attention:
-            attention.kept.clear()
+            attention.kv_cache.clear()
 
 
 class PatchAttention:
@@ -146,18 +146,18 @@ class PatchAttention:
     def __init__(self, kernel: AttentionKernel, pipeline: PipeFusion) -> None:
         self.kernel = kernel
         self.pipeline = pipeline
-        self.kept: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        self.kv_cache: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
 
     def __call__(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, mask_Bl: Tensor | None = None) -> Tensor:
-        patch, fresh_2BlHD = self.pipeline.patch.of(k_BlHD.shape[1]), torch.stack([k_BlHD, v_BlHD])
-        if self.pipeline.exact:
-            if patch.lengths not in self.kept:
-                self.pipeline.kept_bytes += fresh_2BlHD.nbytes
-            self.kept[patch.lengths] = fresh_2BlHD, mask_Bl
+        patch, fresh_2BlHD = self.pipeline.patch.for_tokens(k_BlHD.shape[1]), torch.stack([k_BlHD, v_BlHD])
+        if self.pipeline.is_exact:
+            if patch.lengths not in self.kv_cache:
+                self.pipeline.cached_bytes += fresh_2BlHD.nbytes
+            self.kv_cache[patch.lengths] = fresh_2BlHD, mask_Bl
             return self.kernel(q_BlHD, k_BlHD, v_BlHD, mask_Bl)
-        kept_2BSHD, mask_BS = self.kept[patch.lengths]
-        patch.put(fresh_2BlHD, kept_2BSHD)
-        return self.kernel(q_BlHD, kept_2BSHD[0], kept_2BSHD[1], mask_BS)
+        cached_2BSHD, mask_BS = self.kv_cache[patch.lengths]
+        patch.write(fresh_2BlHD, cached_2BSHD)
+        return self.kernel(q_BlHD, cached_2BSHD[0], cached_2BSHD[1], mask_BS)
 
 
 class PipelinedBlocks(nn.Module):
@@ -175,10 +175,10 @@ class PipelinedBlocks(nn.Module):
         self.stack = stack
         self.pipeline = pipeline
         self.signature = inspect.signature(blocks[0].forward)
-        self.own = range(*spans(len(blocks), size)[index])
-        self.is_given = index == 0
-        self.comes_back = index == 0 and not ends
-        self.goes_on = index < size - 1 or not ends
+        self.own = range(*split_evenly(len(blocks), size)[index])
+        self.is_first_rank = index == 0
+        self.receives_output = index == 0 and not ends
+        self.sends_output = index < size - 1 or not ends
 
     def __iter__(self) -> Iterator[nn.Module]:
         yield self
@@ -192,56 +192,62 @@ class PipelinedBlocks(nn.Module):
         Raises:
             ValueError: fewer tokens than patches; on every rank alike, before any of them sends.
         """
-        given = self.signature.bind(*args, **kwargs).arguments
-        patches, group = self._patches(given), self.pipeline.group
-        coming = [] if self.is_given else [self._coming(given, patch) for patch in patches]
-        done: list[dict[str, Tensor]] = []
-        leaving: list[Callable[[], None]] = []
+        bound = self.signature.bind(*args, **kwargs).arguments
+        patches, group = self._patches(bound), self.pipeline.group
+        receiving = [] if self.is_first_rank else [self._receive(bound, patch) for patch in patches]
+        outputs_by_patch: list[dict[str, Tensor]] = []
+        sends: list[Callable[[], None]] = []
         for number, patch in enumerate(patches):
-            here = given | {name: _narrow(given[name], self.stack.sharded[name], span) for name, span in patch.items()}
-            if coming:
-                here |= {name: wait() for name, wait in coming[number].items()}
-            found = self._compute(here, self._patch(given, patch))
-            if self.goes_on:
-                leaving += [group.send(x, (group.index + 1) % group.size) for x in found.values()]
+            arguments = bound | {
+                name: _narrow(bound[name], self.stack.sharded[name], span) for name, span in patch.items()
+            }
+            if receiving:
+                arguments |= {name: wait() for name, wait in receiving[number].items()}
+            outputs = self._run_blocks(arguments, self._patch(bound, patch))
+            if self.sends_output:
+                sends += [group.send(x, (group.index + 1) % group.size) for x in outputs.values()]
             else:
-                done.append(found)
-        if self.comes_back:
-            done = [{name: wait() for name, wait in self._coming(given, patch).items()} for patch in patches]
-        for wait in leaving:
+                outputs_by_patch.append(outputs)
+        if self.receives_output:
+            outputs_by_patch = [
+                {name: wait() for name, wait in self._receive(bound, patch).items()} for patch in patches
+            ]
+        for wait in sends:
             wait()
-        return self._joined(done or [given])
+        return self._concatenate(outputs_by_patch or [bound])
 
-    def _patches(self, given: dict[str, Any]) -> list[dict[str, Span]]:
+    def _patches(self, bound: dict[str, Any]) -> list[dict[str, Span]]:
         """The spans of every patch, by name of the sharded argument."""
         sharded, count = self.stack.sharded, self.pipeline.patches
-        lengths = {name: given[name].shape[dim] for name, dim in sharded.items() if given.get(name) is not None}
+        lengths = {name: bound[name].shape[dim] for name, dim in sharded.items() if bound.get(name) is not None}
         fewest = min(lengths[name] for name in self.stack.streams)
         if fewest < count:
             raise ValueError(f"parallel.patches={count} of {fewest} tokens; use {fewest} or fewer")
-        count = 1 if self.pipeline.exact else count
-        return [{name: spans(length, count)[number] for name, length in lengths.items()} for number in range(count)]
+        count = 1 if self.pipeline.is_exact else count
+        return [
+            {name: split_evenly(length, count)[number] for name, length in lengths.items()} for number in range(count)
+        ]
 
-    def _patch(self, given: dict[str, Any], patch: dict[str, Span]) -> Patch:
+    def _patch(self, bound: dict[str, Any], patch: dict[str, Span]) -> Patch:
         names = self.stack.streams
-        lengths = (given[name].shape[self.stack.sharded[name]] for name in names)
+        lengths = (bound[name].shape[self.stack.sharded[name]] for name in names)
         return Patch(tuple(lengths), tuple(patch[name] for name in names))
 
-    def _coming(self, given: dict[str, Any], patch: dict[str, Span]) -> dict[str, Callable[[], Tensor]]:
+    def _receive(self, bound: dict[str, Any], patch: dict[str, Span]) -> dict[str, Callable[[], Tensor]]:
         """Starts to receive a patch from the rank before."""
         group, sharded = self.pipeline.group, self.stack.sharded
-        shapes = {name: _narrow(given[name], sharded[name], patch[name]) for name in self.stack.outputs}
+        shapes = {name: _narrow(bound[name], sharded[name], patch[name]) for name in self.stack.outputs}
         return {name: group.receive(like.new_empty(like.shape), group.index - 1) for name, like in shapes.items()}
 
-    def _compute(self, here: dict[str, Any], patch: Patch) -> dict[str, Tensor]:
+    def _run_blocks(self, arguments: dict[str, Any], patch: Patch) -> dict[str, Tensor]:
         """This rank's blocks."""
         self.pipeline.patch = patch
         for number in self.own:
-            output = self[number](**here)
-            here |= zip(self.stack.outputs, output if isinstance(output, tuple) else (output,), strict=True)
-        return {name: here[name] for name in self.stack.outputs}
+            output = self[number](**arguments)
+            arguments |= zip(self.stack.outputs, output if isinstance(output, tuple) else (output,), strict=True)
+        return {name: arguments[name] for name in self.stack.outputs}
 
-    def _joined(self, parts: Sequence[Mapping[str, Any]]) -> Any:
+    def _concatenate(self, parts: Sequence[Mapping[str, Any]]) -> Any:
         """What a block returns, from its patches."""
         dims = [(name, self.stack.sharded[name]) for name in self.stack.outputs]
         outputs = tuple(torch.cat([part[name] for part in parts], dim) for name, dim in dims)

@@ -12,12 +12,12 @@ from torch._C._distributed_c10d import Backend
 from torch.distributed.device_mesh import init_device_mesh
 
 from harness.device.cuda import synchronizer
-from harness.parallel.group import Group, Traffic, alone
-from harness.parallel.mesh import AXES, Place
+from harness.parallel.group import Group, TrafficCounter, single_process_group
+from harness.parallel.mesh import AXES, RankPosition
 
 
 @dataclass(frozen=True)
-class Axes:
+class ProcessGroups:
     """The groups of one rank.
 
     Args:
@@ -29,7 +29,7 @@ class Axes:
         weights: ranks that hold the same weights of a picture's network: cfg x ring x ulysses.
         picture: all ranks that compute one picture: cfg x tp x ring x ulysses.
         traffic: what this rank has sent to any of them.
-        any_of_picture: whether a flag is up on any rank of `picture`.
+        any_in_replica: whether a flag is up on any rank of `picture`.
     """
 
     cfg: Group
@@ -38,18 +38,18 @@ class Axes:
     ulysses: Group
     tokens: Group
     weights: Group
-    picture: Group
-    traffic: Traffic
-    any_of_picture: Callable[[bool], bool]
+    replica: Group
+    traffic: TrafficCounter
+    any_in_replica: Callable[[bool], bool]
 
 
-def one_rank() -> Axes:
+def single_rank_groups() -> ProcessGroups:
     """The axes of world size 1."""
-    group = alone()
-    return Axes(group, group, group, group, group, group, group, group.traffic, lambda flag: flag)
+    group = single_process_group()
+    return ProcessGroups(group, group, group, group, group, group, group, group.traffic, lambda flag: flag)
 
 
-def connect(place: Place, device: torch.device, timeout: timedelta) -> Axes:
+def make_process_groups(position: RankPosition, device: torch.device, timeout: timedelta) -> ProcessGroups:
     """The groups of this rank; every rank of the world calls it at once.
 
     Args:
@@ -57,31 +57,31 @@ def connect(place: Place, device: torch.device, timeout: timedelta) -> Axes:
         device: where the tensors are that they exchange.
         timeout: longest wait for another rank, here and in a collective; one that died ends the wait at once.
     """
-    if place.world_size == 1:
-        return one_rank()
+    if position.world_size == 1:
+        return single_rank_groups()
     backend = _backend(device, timeout)
     mesh = init_device_mesh(
-        device.type, place.degrees, mesh_dim_names=AXES, backend_override=dict.fromkeys(AXES, backend)
+        device.type, position.degrees, mesh_dim_names=AXES, backend_override=dict.fromkeys(AXES, backend)
     )
-    traffic = Traffic()
+    traffic = TrafficCounter()
     synchronize = synchronizer(device)
 
     def group(*names: str) -> Group:
         part = mesh[names] if len(names) == 1 else mesh[names]._flatten("_".join(names), backend_override=backend)
         handle = part.get_group()
-        return Group(dist.get_process_group_ranks(handle), place.rank, handle, traffic, synchronize)
+        return Group(dist.get_process_group_ranks(handle), position.rank, handle, traffic, synchronize)
 
-    picture = group("cfg", "tp", "ring", "ulysses")
-    return Axes(
+    replica = group("cfg", "tp", "ring", "ulysses")
+    return ProcessGroups(
         group("cfg"),
         group("tp"),
         group("ring"),
         group("ulysses"),
         group("ring", "ulysses"),
         group("cfg", "ring", "ulysses"),
-        picture,
+        replica,
         traffic,
-        _agreement(place, timeout),
+        _make_any_in_replica(position, timeout),
     )
 
 
@@ -96,19 +96,19 @@ def _backend(device: torch.device, timeout: timedelta) -> tuple[str, Backend.Opt
     return "gloo", Backend.Options("gloo", timeout)
 
 
-def _agreement(place: Place, timeout: timedelta) -> Callable[[bool], bool]:
+def _make_any_in_replica(position: RankPosition, timeout: timedelta) -> Callable[[bool], bool]:
     """Over gloo on the CPU, outside the counted traffic: one byte a rank."""
-    mine = None
-    for first in range(0, place.world_size, place.replica_size):
-        ranks = list(range(first, first + place.replica_size))
+    own_group = None
+    for first in range(0, position.world_size, position.replica_size):
+        ranks = list(range(first, first + position.replica_size))
         handle = dist.new_group(ranks, backend="gloo", timeout=timeout)
-        mine = handle if place.rank in ranks else mine
+        own_group = handle if position.rank in ranks else own_group
 
-    def any_of_picture(flag: bool) -> bool:
-        if place.replica_size == 1:
+    def any_in_replica(flag: bool) -> bool:
+        if position.replica_size == 1:
             return flag
-        up = torch.tensor([flag], dtype=torch.uint8)
-        dist.all_reduce(up, op=dist.ReduceOp.MAX, group=mine)
-        return bool(up)
+        reduced = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=own_group)
+        return bool(reduced)
 
-    return any_of_picture
+    return any_in_replica

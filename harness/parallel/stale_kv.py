@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 
-class Stale:
+class StaleKVCache:
     """Counts the evaluations of a micro-batch, and lets go behind it what was kept between them.
 
     Args:
@@ -21,9 +21,9 @@ class Stale:
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
         self.evaluations = 0
-        self.kept_bytes = 0
+        self.cached_bytes = 0
 
-    def watch(self, network: nn.Module) -> None:
+    def count_evaluations_of(self, network: nn.Module) -> None:
         """Counts the calls of a network."""
         network.register_forward_pre_hook(self._count)
 
@@ -31,24 +31,24 @@ class Stale:
         self.evaluations += 1
 
     @property
-    def exact(self) -> bool:
+    def is_exact(self) -> bool:
         """Whether the evaluation that runs now is."""
         return self.evaluations <= self.warmup
 
     def begin(self) -> None:
         """A micro-batch begins: nothing is known of it, whatever became of the one before."""
-        self.release()
-        self.evaluations = self.kept_bytes = 0
+        self._release()
+        self.evaluations = self.cached_bytes = 0
 
     def end(self) -> str:
         """It has ended; what is to be said of it."""
-        self.release()
+        self._release()
         exact = min(self.warmup, self.evaluations)
-        kept_mib = self.kept_bytes / 2**20
+        cached_mib = self.cached_bytes / 2**20
         return (
-            f"{self.method}: {exact} of {self.evaluations} evaluations exact; a rank kept {kept_mib:.2f} MiB of keys "
+            f"{self.method}: {exact} of {self.evaluations} evaluations exact; a rank kept {cached_mib:.2f} MiB of keys "
             "and values between them"
         )
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """Waits for what is on its way, and lets go of what is kept."""

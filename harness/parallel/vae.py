@@ -30,7 +30,7 @@ from models.decoders import KLDecoder
 from models.qwen_image.decoder import QwenImageDecoder
 from models.wan.decoder import WanDecoder
 
-RowsDecoder: TypeAlias = KLDecoder | WanDecoder | QwenImageDecoder
+RowShardableDecoder: TypeAlias = KLDecoder | WanDecoder | QwenImageDecoder
 """Decoders whose layers can work on a band of rows; any other decodes on every rank alike."""
 CAUSAL = (WanCausalConv3d, QwenImageCausalConv3d)
 """Convolutions over rows, columns and the frames before."""
@@ -52,13 +52,13 @@ def parallel_decoder(decoder: Decoder, group: Group, by: Decode = Decode.rows) -
     Raises:
         ValueError: frames of a decoder of pictures.
     """
-    if group.size == 1 or not isinstance(decoder, RowsDecoder):
+    if group.size == 1 or not isinstance(decoder, RowShardableDecoder):
         return decoder
     if by is Decode.frames:
         if not isinstance(decoder, WanDecoder):
             raise ValueError("parallel.decode=frames deals a video, and this model draws pictures; use rows")
         return FramesDecoder(decoder, group)
-    deal_rows(decoder.vae.decoder, group)
+    shard_rows(decoder.vae.decoder, group)
     return BandDecoder(decoder, group)
 
 
@@ -75,10 +75,10 @@ class BandDecoder:
         Raises:
             ValueError: fewer latent rows than ranks; on every rank alike, before any of them sends.
         """
-        return self.group.all_gather_uneven(self.decoder(band(latent, self.group)), dim=-2)
+        return self.group.all_gather_uneven(self.decoder(local_rows(latent, self.group)), dim=-2)
 
 
-def band(x: Tensor, group: Group) -> Tensor:
+def local_rows(x: Tensor, group: Group) -> Tensor:
     """This rank's rows of (..., H, W).
 
     Raises:
@@ -89,7 +89,7 @@ def band(x: Tensor, group: Group) -> Tensor:
     return x.tensor_split(group.size, dim=-2)[group.index]
 
 
-def deal_rows(decoder: nn.Module, group: Group) -> None:
+def shard_rows(decoder: nn.Module, group: Group) -> None:
     """Makes every layer of a decoder work on a band of rows, in place.
 
     Raises:
@@ -99,22 +99,22 @@ def deal_rows(decoder: nn.Module, group: Group) -> None:
     for owner, name, child in children:
         if isinstance(child, Attention):
             child.set_processor(BandAttention(group))
-        elif (dealt := _dealt(child, group)) is not None:
-            setattr(owner, name, dealt)
+        elif (layer := _sharded_layer(child, group)) is not None:
+            setattr(owner, name, layer)
 
 
-def _dealt(module: nn.Module, group: Group) -> nn.Module | None:
+def _sharded_layer(module: nn.Module, group: Group) -> nn.Module | None:
     """The same layer over a band of rows; None where it needs no other."""
     if isinstance(module, CAUSAL):
-        return HaloConv3d(module, group) if halo(module) else None
+        return HaloConv3d(module, group) if halo_rows(module) else None
     if isinstance(module, nn.Conv2d):
-        return HaloConv2d(module, group) if halo(module) else None
+        return HaloConv2d(module, group) if halo_rows(module) else None
     if isinstance(module, nn.GroupNorm):
         return BandGroupNorm(module, group)
     return BandFrameAttention(module, group) if isinstance(module, FRAME_ATTENTION) else None
 
 
-def halo(conv: nn.Conv2d | WanCausalConv3d | QwenImageCausalConv3d) -> int:
+def halo_rows(conv: nn.Conv2d | WanCausalConv3d | QwenImageCausalConv3d) -> int:
     """Rows beyond a band, on each side, that a convolution needs: 0 or 1.
 
     Raises:
@@ -130,7 +130,7 @@ def halo(conv: nn.Conv2d | WanCausalConv3d | QwenImageCausalConv3d) -> int:
 
 def _with_halo(x: Tensor, group: Group) -> Tensor:
     """(..., h, W) to (..., h + 2, W): a row of the band above, the band, a row of the band below; zeros at the ends."""
-    before, after = group.neighbours(x[..., :1, :], x[..., -1:, :])
+    before, after = group.exchange_halos(x[..., :1, :], x[..., -1:, :])
     return torch.cat([before, x, after], dim=-2)
 
 
@@ -144,8 +144,8 @@ class HaloConv2d(nn.Module):
         self.group = group
 
     def forward(self, x_BChW: Tensor) -> Tensor:
-        made: Tensor = self.conv(_with_halo(x_BChW, self.group))
-        return made
+        output: Tensor = self.conv(_with_halo(x_BChW, self.group))
+        return output
 
 
 class HaloConv3d(nn.Module):
@@ -187,15 +187,15 @@ class BandGroupNorm(nn.Module):
         grouped = x.float().unflatten(1, (self.norm.num_groups, -1)).flatten(2)
         var, mean = torch.var_mean(grouped, dim=-1, correction=0)
         count = mean.new_full((1,), float(grouped.shape[-1]))
-        told = self.group.all_gather(torch.cat([count, mean.flatten(), var.flatten()]))
-        weights = (told[:, :1] / told[:, :1].sum(0))[..., None]
-        means, variances = told[:, 1:].unflatten(1, (2, *mean.shape)).unbind(1)
+        gathered = self.group.all_gather(torch.cat([count, mean.flatten(), var.flatten()]))
+        weights = (gathered[:, :1] / gathered[:, :1].sum(0))[..., None]
+        means, variances = gathered[:, 1:].unflatten(1, (2, *mean.shape)).unbind(1)
         mean = (weights * means).sum(0)
         var = (weights * (variances + (means - mean).square())).sum(0)
         normal = ((grouped - mean[..., None]) * (var + self.norm.eps).rsqrt()[..., None]).view(x.shape)
         if self.norm.affine:
-            sides = (1, -1, *[1] * (x.ndim - 2))
-            normal = normal * self.norm.weight.float().view(sides) + self.norm.bias.float().view(sides)
+            shape = (1, -1, *[1] * (x.ndim - 2))
+            normal = normal * self.norm.weight.float().view(shape) + self.norm.bias.float().view(shape)
         return normal.to(x.dtype)
 
 

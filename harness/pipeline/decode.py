@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from harness.pipeline.state import RunContext, Sample, micro_batches, written
+from harness.pipeline.state import RunContext, Sample, micro_batches, require
 from models.components import Decoder
 
 
@@ -21,8 +21,8 @@ class Decoding:
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for batch in micro_batches(samples, run.batch_size):
             run.check_cancelled()
-            latent = torch.stack([written(sample.latent) for sample in batch])
+            latent = torch.stack([require(sample.latent) for sample in batch])
             with run.clock.network("decoder"):
                 pixels = self.decoder(latent)
-            for sample, picture in zip(batch, pixels, strict=True):
-                sample.pixels = picture[0] if picture.ndim == 4 and sample.ask.frames == 1 else picture
+            for sample, image in zip(batch, pixels, strict=True):
+                sample.pixels = image[0] if image.ndim == 4 and sample.spec.frames == 1 else image

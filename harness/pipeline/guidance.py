@@ -9,41 +9,41 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from harness.parallel.group import Group, alone
-from harness.pipeline.state import Ask, Sample, written
+from harness.parallel.group import Group, single_process_group
+from harness.pipeline.state import ImageSpec, Sample, require
 from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule
 from schedulers.grid import Point
 
 
-def guided(ask: Ask, rule: GuidanceRule) -> bool:
+def needs_negative(spec: ImageSpec, rule: GuidanceRule) -> bool:
     """Whether a picture needs a negative branch."""
-    return ask.guidance != 1 and not rule.embedded
+    return spec.guidance != 1 and not rule.embedded
 
 
-class Way(Enum):
+class GuidanceMode(Enum):
     """How one evaluation of a guided picture is made: of both branches; of the prompt's, with the difference between
     the two as it was last; or of the prompt's alone, which is not guided.
     """
 
     both = "both"
-    kept = "kept"
-    alone = "alone"
+    reuse_difference = "reuse difference"
+    prompt_only = "prompt only"
 
 
-class When(Protocol):
+class GuidanceSchedule(Protocol):
     """Which way an evaluation goes."""
 
-    def __call__(self, evaluation: int, point: Point) -> Way:
+    def __call__(self, evaluation: int, point: Point) -> GuidanceMode:
         """Of evaluation number `evaluation`, from 0, at a point of the path."""
 
 
-def always(evaluation: int, point: Point) -> Way:
+def always_guided(evaluation: int, point: Point) -> GuidanceMode:
     """Every evaluation is of both branches."""
-    return Way.both
+    return GuidanceMode.both
 
 
 @dataclass(frozen=True)
-class Interval:
+class GuidanceInterval:
     """Guided where low < sigma / alpha <= high, and nowhere else.
 
     Source: Kynkaanniemi et al. 2024 (arXiv:2404.07724), whose sigma is that of alpha = 1.
@@ -52,12 +52,12 @@ class Interval:
     low: float
     high: float
 
-    def __call__(self, evaluation: int, point: Point) -> Way:
-        return Way.both if self.low < point.ratio <= self.high else Way.alone
+    def __call__(self, evaluation: int, point: Point) -> GuidanceMode:
+        return GuidanceMode.both if self.low < point.ratio <= self.high else GuidanceMode.prompt_only
 
 
 @dataclass(frozen=True)
-class Reuse:
+class GuidanceReuse:
     """After a warm-up one evaluation of `interval` is of both branches; the others keep the difference it found.
 
     Source: the guidance cache of FasterCache (Lv et al. 2024, arXiv:2410.19355), without its weights of frequencies.
@@ -66,8 +66,12 @@ class Reuse:
     warmup: int
     interval: int
 
-    def __call__(self, evaluation: int, point: Point) -> Way:
-        return Way.both if evaluation < self.warmup or (evaluation - self.warmup + 1) % self.interval == 0 else Way.kept
+    def __call__(self, evaluation: int, point: Point) -> GuidanceMode:
+        return (
+            GuidanceMode.both
+            if evaluation < self.warmup or (evaluation - self.warmup + 1) % self.interval == 0
+            else GuidanceMode.reuse_difference
+        )
 
 
 class Branches:
@@ -79,48 +83,48 @@ class Branches:
     """
 
     def __init__(self, samples: list[Sample], rule: GuidanceRule = CLASSIFIER_FREE, ranks: Group | None = None) -> None:
-        self.scale = samples[0].ask.guidance
+        self.scale = samples[0].spec.guidance
         self.rule = rule
-        self.ranks = alone() if ranks is None else ranks
-        self.guided = guided(samples[0].ask, rule)
-        told = [written(sample.text) for sample in samples]
+        self.ranks = single_process_group() if ranks is None else ranks
+        self.guided = needs_negative(samples[0].spec, rule)
+        conditions = [require(sample.text) for sample in samples]
         if self.guided:
-            negative = [written(sample.negative) for sample in samples]
-            told = [negative, told][self.ranks.index] if self.apart else negative + told
-        self.condition = Conditioning.stack(told)
+            negative = [require(sample.negative) for sample in samples]
+            conditions = [negative, conditions][self.ranks.index] if self.is_split else negative + conditions
+        self.condition = Conditioning.stack(conditions)
         if rule.embedded:
-            device = written(samples[0].start).device
-            self.condition = replace(self.condition, scale=torch.full((len(told),), self.scale, device=device))
-        prompts = [written(sample.text) for sample in samples]
+            device = require(samples[0].start).device
+            self.condition = replace(self.condition, scale=torch.full((len(conditions),), self.scale, device=device))
+        prompts = [require(sample.text) for sample in samples]
         self.prompt = Conditioning.stack(prompts) if self.guided else self.condition
         self._difference: Tensor | None = None
 
-    def told(self, way: Way) -> Conditioning:
+    def condition_for(self, mode: GuidanceMode) -> Conditioning:
         """What the network is told in an evaluation that goes this way."""
-        return self.condition if way is Way.both else self.prompt
+        return self.condition if mode is GuidanceMode.both else self.prompt
 
-    def rows(self, way: Way) -> int:
+    def rows_per_image(self, mode: GuidanceMode) -> int:
         """Branches of a picture that are evaluated, on whichever ranks."""
-        return 2 if self.guided and way is Way.both else 1
+        return 2 if self.guided and mode is GuidanceMode.both else 1
 
     @property
-    def apart(self) -> bool:
+    def is_split(self) -> bool:
         """Whether each branch has a rank of its own."""
         return self.guided and self.ranks.size == 2
 
-    def spread(self, x: Tensor, way: Way = Way.both) -> Tensor:
+    def duplicate(self, x: Tensor, mode: GuidanceMode = GuidanceMode.both) -> Tensor:
         """The state for every branch of this rank: (B, ...) to (B, ...) or (2 B, ...)."""
-        return torch.cat([x, x]) if self.guided and not self.apart and way is Way.both else x
+        return torch.cat([x, x]) if self.guided and not self.is_split and mode is GuidanceMode.both else x
 
-    def combine(self, output: Tensor, way: Way = Way.both) -> Tensor:
+    def combine(self, output: Tensor, mode: GuidanceMode = GuidanceMode.both) -> Tensor:
         """The guided output: (B, ...) or (2 B, ...) to (B, ...)."""
-        if not self.guided or way is Way.alone:
+        if not self.guided or mode is GuidanceMode.prompt_only:
             return output
-        if way is Way.both:
-            negative, prompt = self.ranks.all_gather(output) if self.apart else output.chunk(2)
+        if mode is GuidanceMode.both:
+            negative, prompt = self.ranks.all_gather(output) if self.is_split else output.chunk(2)
             self._difference = prompt - negative
         else:
-            negative, prompt = output - written(self._difference), output
+            negative, prompt = output - require(self._difference), output
         mixed = negative + self.scale * (prompt - negative)
         if self.rule.token_norm is not None:
             mixed = mixed * token_norms(prompt, self.rule.token_norm) / token_norms(mixed, self.rule.token_norm)

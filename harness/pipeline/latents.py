@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.pipeline.state import RunContext, Sample, written
+from harness.pipeline.state import RunContext, Sample, require
 from models.components import LatentSpace
 from schedulers.noise_scheduler import NoiseScheduler
 
@@ -24,7 +24,7 @@ class LatentPreparation:
     """
 
     name = "latent_preparation"
-    reads = frozenset({"ask", "grid"})
+    reads = frozenset({"spec", "grid"})
     writes = frozenset({"start"})
 
     def __init__(self, space: LatentSpace, noise_scheduler: NoiseScheduler) -> None:
@@ -33,9 +33,9 @@ class LatentPreparation:
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for sample in samples:
-            ask = sample.ask
-            noise = seeded_noise(ask.seed, self.space.shape(ask.height, ask.width, ask.frames)).to(run.device)
-            sample.start = self.noise_scheduler.init_noise(noise, written(sample.grid))
+            spec = sample.spec
+            noise = seeded_noise(spec.seed, self.space.shape(spec.height, spec.width, spec.frames)).to(run.device)
+            sample.start = self.noise_scheduler.init_noise(noise, require(sample.grid))
 
 
 def seeded_noise(seed: int, shape: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from harness.pipeline.stage import Stage
 from harness.pipeline.state import RunContext, Sample
 
 
-class Offloaded:
+class OffloadedStage:
     """A stage whose networks visit the device.
 
     Weights do not change, so they are copied to the device before the stage and let go after it; none is copied back.
@@ -27,16 +27,16 @@ class Offloaded:
         self.name, self.reads, self.writes = stage.name, stage.reads, stage.writes
         self._stage = stage
         self._device = device
-        self._homes = [(tensor, _at_home(tensor, device)) for tensor in _tensors(networks)]
+        self._host_copies = [(tensor, _host_copy(tensor, device)) for tensor in _tensors(networks)]
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
-        for tensor, home in self._homes:
-            tensor.data = home.to(self._device, non_blocking=True, copy=True)
+        for tensor, host_copy in self._host_copies:
+            tensor.data = host_copy.to(self._device, non_blocking=True, copy=True)
         try:
             self._stage.forward(samples, run)
         finally:
-            for tensor, home in self._homes:
-                tensor.data = home
+            for tensor, host_copy in self._host_copies:
+                tensor.data = host_copy
             run.memory.release()
 
 
@@ -45,6 +45,6 @@ def _tensors(networks: Iterable[nn.Module]) -> Iterator[Tensor]:
         yield from chain(network.parameters(), network.buffers())
 
 
-def _at_home(tensor: Tensor, device: torch.device) -> Tensor:
+def _host_copy(tensor: Tensor, device: torch.device) -> Tensor:
     """In CPU memory, from which a GPU copies without help of the processor."""
     return tensor.data.pin_memory() if device.type == "cuda" else tensor.data

@@ -25,7 +25,7 @@ def check_wiring(stages: list[Stage]) -> None:
         ValueError: the stage, the field, and who writes it (if anybody).
     """
     known = set(Sample.__dataclass_fields__)
-    ready = {"ask"}
+    ready = {"spec"}
     for stage in stages:
         foreign = sorted((stage.reads | stage.writes) - known)
         if foreign:

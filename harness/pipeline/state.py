@@ -14,14 +14,14 @@ from harness.device.clock import Clock
 from harness.device.energy import Energy, NoEnergy
 from harness.device.memory import Memory
 from harness.messages import GenerationRequest
-from harness.parallel.group import Traffic
-from harness.pipeline.cache_state import History
+from harness.parallel.group import TrafficCounter
+from harness.pipeline.cache_state import CacheState
 from models.components import Conditioning
 from schedulers.grid import Grid
 
 T = TypeVar("T")
 OnProgress: TypeAlias = Callable[[str, int, int], None]
-Owners: TypeAlias = tuple[History, ...]
+CacheStates: TypeAlias = tuple[CacheState, ...]
 
 
 class Evaluate(Protocol):
@@ -30,13 +30,15 @@ class Evaluate(Protocol):
     """
 
     def __call__(
-        self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Owners, /
+        self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: CacheStates, /
     ) -> Tensor: ...
 
 
-def at_once(network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Owners = ()) -> Tensor:
+def evaluate_directly(
+    network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: CacheStates = ()
+) -> Tensor:
     """An evaluation alone."""
-    output: Tensor = network(latent, tau_B, condition, *([owners] if owners else []))
+    output: Tensor = network(latent, tau_B, condition, *([cache_states] if cache_states else []))
     return output
 
 
@@ -45,7 +47,7 @@ class Cancelled(Exception):
 
 
 @dataclass(frozen=True)
-class Ask:
+class ImageSpec:
     """What was asked of one picture or video; sizes in pixels."""
 
     index: int
@@ -63,7 +65,7 @@ class Ask:
 class Sample:
     """One picture in the making. A field is None until the stage that writes it has run."""
 
-    ask: Ask  # the request
+    spec: ImageSpec  # the request
     text: Conditioning | None = None  # text encoding: one row, of the prompt
     negative: Conditioning | None = None  # text encoding: one row, of the negative prompt, where guidance needs it
     grid: Grid | None = None  # timestep preparation
@@ -99,20 +101,20 @@ class RunContext:
     memory: Memory
     on_progress: OnProgress
     check_cancelled: Callable[[], None]
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: TrafficCounter = field(default_factory=TrafficCounter)
     energy: Energy = field(default_factory=NoEnergy)
     notes: list[str] = field(default_factory=list)
     comm: dict[str, dict[str, messages.Traffic]] = field(default_factory=dict)
     keep_states: bool = False
-    evaluate: Evaluate = at_once
+    evaluate: Evaluate = evaluate_directly
     skips: list[messages.Skips] = field(default_factory=list)
 
 
-def asks(request: GenerationRequest) -> list[Ask]:
+def image_specs(request: GenerationRequest) -> list[ImageSpec]:
     """The pictures of a request, prompt by prompt; picture k has seed + k."""
     prompts = [prompt for prompt in request.prompts for _ in range(request.samples_per_prompt)]
     return [
-        Ask(
+        ImageSpec(
             index,
             prompt,
             request.negative_prompt,
@@ -127,7 +129,7 @@ def asks(request: GenerationRequest) -> list[Ask]:
     ]
 
 
-def written(value: T | None) -> T:
+def require(value: T | None) -> T:
     """A field that an earlier stage has written (wiring is checked when the pipeline is built).
 
     Raises:

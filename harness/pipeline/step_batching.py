@@ -16,37 +16,37 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
-from harness.pipeline.state import Evaluate, Owners, at_once
+from harness.pipeline.state import CacheStates, Evaluate, evaluate_directly
 from models.components import Conditioning
 
 T = TypeVar("T")
 
 
 @contextmanager
-def kept_mode() -> Iterator[None]:
+def preserve_inference_mode() -> Iterator[None]:
     """Gives a stack its own inference mode back when it goes on: PyTorch keeps one a thread, whichever stack set it."""
     with torch.inference_mode(torch.is_inference_mode_enabled()):
         yield
 
 
 @dataclass(frozen=True)
-class Call:
+class PendingEvaluation:
     """An evaluation that a request waits for, as harness.pipeline.state.Evaluate makes it."""
 
     network: nn.Module
     latent: Tensor
     tau_B: Tensor
     condition: Conditioning
-    owners: Owners = ()
+    cache_states: CacheStates = ()
 
     @property
-    def kind(self) -> tuple[object, ...]:
+    def batch_key(self) -> tuple[object, ...]:
         """What calls have in common that can be made in one: network, shape but for the batch, and what is told."""
-        told = tuple(getattr(self.condition, f.name) is None for f in fields(Conditioning) if f.name != "mask")
-        return id(self.network), tuple(self.latent.shape[1:]), told
+        absent = tuple(getattr(self.condition, f.name) is None for f in fields(Conditioning) if f.name != "mask")
+        return id(self.network), tuple(self.latent.shape[1:]), absent
 
 
-class Course(Generic[T]):
+class RequestFiber(Generic[T]):
     """One request on its way through the stages.
 
     Args:
@@ -54,17 +54,17 @@ class Course(Generic[T]):
     """
 
     def __init__(self, work: Callable[[Evaluate], T]) -> None:
-        self.call: Call | None = None
+        self.call: PendingEvaluation | None = None
         self._result: list[T] = []
         self._work = work
-        self._stack = greenlet(self._run)
+        self._fiber = greenlet(self._run)
         self._driver = greenlet.getcurrent()
-        self._go(None)
+        self._switch(None)
 
     @property
     def ended(self) -> bool:
         """Whether the work is done."""
-        return bool(self._stack.dead)
+        return bool(self._fiber.dead)
 
     @property
     def result(self) -> T:
@@ -81,29 +81,31 @@ class Course(Generic[T]):
         Raises:
             Exception: what the work raises.
         """
-        self._go(output)
+        self._switch(output)
 
     def _run(self, first: None) -> None:
         self._result.append(self._work(self._evaluate))
 
-    def _go(self, output: Tensor | Exception | None) -> None:
+    def _switch(self, output: Tensor | Exception | None) -> None:
         self.call = None
-        self._driver = self._stack.parent = greenlet.getcurrent()
-        with kept_mode():
-            self._stack.switch(output)
+        self._driver = self._fiber.parent = greenlet.getcurrent()
+        with preserve_inference_mode():
+            self._fiber.switch(output)
 
     def _evaluate(
-        self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Owners = ()
+        self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: CacheStates = ()
     ) -> Tensor:
-        self.call = Call(network, latent, tau_B, condition, owners)
-        with kept_mode():
+        self.call = PendingEvaluation(network, latent, tau_B, condition, cache_states)
+        with preserve_inference_mode():
             output: Tensor | Exception = self._driver.switch()
         if isinstance(output, Exception):
             raise output
         return output
 
 
-def evaluate(calls: Sequence[Call], apart: bool, count: Callable[[int], None]) -> list[Tensor | Exception]:
+def evaluate(
+    calls: Sequence[PendingEvaluation], retry_alone: bool, count: Callable[[int], None]
+) -> list[Tensor | Exception]:
     """The output of each call, in their order; calls of a kind share a forward.
 
     Args:
@@ -114,24 +116,26 @@ def evaluate(calls: Sequence[Call], apart: bool, count: Callable[[int], None]) -
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, call in enumerate(calls):
-        groups.setdefault(call.kind, []).append(index)
+        groups.setdefault(call.batch_key, []).append(index)
     outputs: dict[int, Tensor | Exception] = {}
     for members in groups.values():
-        outputs |= zip(members, _together([calls[i] for i in members], apart, count), strict=True)
+        outputs |= zip(members, _evaluate_shared([calls[i] for i in members], retry_alone, count), strict=True)
     return [outputs[index] for index in range(len(calls))]
 
 
-def _together(calls: list[Call], apart: bool, count: Callable[[int], None]) -> list[Tensor | Exception]:
+def _evaluate_shared(
+    calls: list[PendingEvaluation], retry_alone: bool, count: Callable[[int], None]
+) -> list[Tensor | Exception]:
     count(sum(len(call.latent) for call in calls))
     try:
         latent, tau_B = torch.cat([call.latent for call in calls]), torch.cat([call.tau_B for call in calls])
         condition = Conditioning.stack([call.condition for call in calls])
-        owners = tuple(owner for call in calls for owner in call.owners)
-        output = at_once(calls[0].network, latent, tau_B, condition, owners)
+        cache_states = tuple(owner for call in calls for owner in call.cache_states)
+        output = evaluate_directly(calls[0].network, latent, tau_B, condition, cache_states)
         return list(output.split([len(call.latent) for call in calls]))
     except Exception as error:
-        if not apart:
+        if not retry_alone:
             raise
         if len(calls) == 1:
             return [error]
-    return [result for call in calls for result in _together([call], apart, count)]
+    return [result for call in calls for result in _evaluate_shared([call], retry_alone, count)]

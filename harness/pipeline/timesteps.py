@@ -16,7 +16,7 @@ class TimestepPreparation:
     """
 
     name = "timestep_preparation"
-    reads = frozenset({"ask"})
+    reads = frozenset({"spec"})
     writes = frozenset({"grid"})
 
     def __init__(self, noise_scheduler: NoiseScheduler, size_multiple: int) -> None:
@@ -26,13 +26,13 @@ class TimestepPreparation:
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         grids: dict[tuple[int, int], Grid] = {}
         for sample in samples:
-            ask = sample.ask
-            key = (ask.steps, tokens(ask.height, ask.width, self.size_multiple))
+            spec = sample.spec
+            key = (spec.steps, image_tokens(spec.height, spec.width, self.size_multiple))
             if key not in grids:
                 grids[key] = self.noise_scheduler.grid(*key)
             sample.grid = grids[key]
 
 
-def tokens(height: int, width: int, size_multiple: int) -> int:
+def image_tokens(height: int, width: int, size_multiple: int) -> int:
     """Image tokens of a picture, each a square of size_multiple pixels; some grids depend on it."""
     return (height // size_multiple) * (width // size_multiple)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harness.messages import GenerationRequest
 from harness.pipeline.state import RunContext, Sample
-from harness.pipeline.timesteps import tokens
+from harness.pipeline.timesteps import image_tokens
 from harness.resolve.limits import check_frames, check_request, check_size
 from schedulers.noise_scheduler import NoiseScheduler
 
@@ -32,7 +32,7 @@ class Limits:
     frame_multiple: int = 1
     max_frames: int = 1
     max_side: int | None = None
-    guided: bool = True
+    has_guidance: bool = True
     check_prompt: Callable[[str], None] = lambda prompt: None
     check_layout: Callable[[GenerationRequest], None] = lambda request: None
 
@@ -46,7 +46,7 @@ class InputValidation:
     """
 
     name = "input_validation"
-    reads = frozenset({"ask"})
+    reads = frozenset({"spec"})
     writes: frozenset[str] = frozenset()
 
     def __init__(self, limits: Limits, noise_scheduler: NoiseScheduler) -> None:
@@ -55,7 +55,7 @@ class InputValidation:
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         for sample in samples:
-            check_size(sample.ask.height, sample.ask.width, self.limits.size_multiple, self.limits.max_pixels)
+            check_size(sample.spec.height, sample.spec.width, self.limits.size_multiple, self.limits.max_pixels)
 
     def check(self, request: GenerationRequest) -> None:
         """Refuses a whole request, before any rank has seen it.
@@ -72,9 +72,9 @@ class InputValidation:
                 f"{limits.max_side} a side"
             )
         check_frames(request.frames, limits.frame_multiple, limits.max_frames)
-        if request.guidance != 1 and not limits.guided:
+        if request.guidance != 1 and not limits.has_guidance:
             raise ValueError(f"request.guidance={request.guidance}, but this model has nothing to be guided by; give 1")
         limits.check_layout(request)
         for prompt in (*request.prompts, request.negative_prompt):
             limits.check_prompt(prompt)
-        self.noise_scheduler.grid(request.steps, tokens(request.height, request.width, limits.size_multiple))
+        self.noise_scheduler.grid(request.steps, image_tokens(request.height, request.width, limits.size_multiple))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.config.schema import Decode, ParallelConfig
-from harness.parallel.mesh import REACH
+from harness.parallel.mesh import TEMPORAL_HALO
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,10 @@ def _check_frames(layout: ParallelConfig, facts: Facts) -> None:
         return
     if facts.frames == 1:
         raise ValueError("parallel.decode=frames deals a video, and a picture is asked for; use parallel.decode=rows")
-    if facts.frames < REACH * ranks:
+    if facts.frames < TEMPORAL_HALO * ranks:
         raise ValueError(
             f"parallel.decode=frames deals {facts.frames} latent frames over parallel.cfg x tp x ring x ulysses = "
-            f"{ranks} ranks, {REACH} or more each; use {facts.frames // REACH} ranks or fewer, a longer video, or "
+            f"{ranks} ranks, {TEMPORAL_HALO} or more each; use {facts.frames // TEMPORAL_HALO} ranks or fewer, a longer video, or "
             "parallel.decode=rows"
         )
 

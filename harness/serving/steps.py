@@ -17,7 +17,7 @@ import torch
 from harness.messages import GenerationRequest, Progress
 from harness.parallel.collectives import Collectives
 from harness.pipeline.state import Cancelled
-from harness.pipeline.step_batching import Course, evaluate
+from harness.pipeline.step_batching import RequestFiber, evaluate
 from harness.serving.answer import merge
 from harness.serving.control import ControlThread
 from harness.serving.inbox import Inbox
@@ -60,7 +60,7 @@ class Steps:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._courses: dict[str, Course[list[bytes]]] = {}
+        self._courses: dict[str, RequestFiber[list[bytes]]] = {}
         self._progress: dict[str, Progress] = {}
 
     def tick(self, tick: Tick) -> list[bytes]:
@@ -71,7 +71,7 @@ class Steps:
                 if request_id in self._courses:
                     self._courses[request_id].advance(Cancelled())
             for join in tick.joins:
-                if join.replica == self._worker.place.replica:
+                if join.replica == self._worker.position.replica:
                     self._courses[join.request.request_id] = self._begin(join.request)
             self._evaluate()
         ended = {name: course.result for name, course in self._courses.items() if course.ended}
@@ -82,7 +82,7 @@ class Steps:
         told = Ticked(list(self._progress.values()), sizes, counter.evaluations, counter.rows)
         return [msgspec.msgpack.encode(told), *(frame for frames in ended.values() for frame in frames)]
 
-    def _begin(self, request: GenerationRequest) -> Course[list[bytes]]:
+    def _begin(self, request: GenerationRequest) -> RequestFiber[list[bytes]]:
         def on_progress(stage: str, done: int, total: int) -> None:
             self._progress[request.request_id] = Progress(request.request_id, stage, done, total)
 
@@ -91,7 +91,7 @@ class Steps:
     def _evaluate(self) -> None:
         waiting = [(course, course.call) for course in self._courses.values() if course.call is not None]
         calls = [call for _, call in waiting]
-        outputs = evaluate(calls, self._worker.place.replica_size == 1, self._worker.counter.add)
+        outputs = evaluate(calls, self._worker.position.replica_size == 1, self._worker.counter.add)
         for (course, _), output in zip(waiting, outputs, strict=True):
             course.advance(output)
 
@@ -167,7 +167,7 @@ class StepScheduler:
 
     def _emptiest(self) -> tuple[int, int]:
         """The replica that draws the fewest pictures, and their number."""
-        drawn = Multiset({replica: 0 for replica in range(self.worker.place.degrees[0])})
+        drawn = Multiset({replica: 0 for replica in range(self.worker.position.degrees[0])})
         for running in self._running.values():
             drawn[running.replica] += running.pictures
         replica = min(drawn, key=lambda r: drawn[r])
@@ -193,7 +193,7 @@ class StepScheduler:
             for request_id, size in told.ended:
                 outcomes.setdefault(request_id, []).append(frames[:size])
                 frames = frames[size:]
-            if rank % self.worker.place.replica_size == 0:
+            if rank % self.worker.position.replica_size == 0:
                 counted[0] += told.evaluations
                 counted[1] += told.rows
                 for p in told.progress:

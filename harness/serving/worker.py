@@ -26,22 +26,22 @@ from harness.messages import (
     SampleResult,
     encode,
 )
-from harness.parallel.mesh import Place
-from harness.parallel.process_groups import Axes, one_rank
+from harness.parallel.mesh import RankPosition
+from harness.parallel.process_groups import ProcessGroups, single_rank_groups
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.state import (
+    CacheStates,
     Cancelled,
     Evaluate,
     OnProgress,
-    Owners,
     RunContext,
     Sample,
-    asks,
-    at_once,
+    evaluate_directly,
+    image_specs,
     micro_batches,
-    written,
+    require,
 )
-from harness.pipeline.step_batching import Course
+from harness.pipeline.step_batching import RequestFiber
 from harness.serving.faults import failure_kind, failure_line
 from models.components import Conditioning
 
@@ -77,19 +77,19 @@ class Worker:
     def __init__(
         self,
         pipeline: ComposedPipeline,
-        place: Place,
+        position: RankPosition,
         device: torch.device,
         memory: Memory,
         loaded: Sequence[LoadedComponent] = (),
-        axes: Axes | None = None,
+        groups: ProcessGroups | None = None,
         energy: Energy | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.place = place
+        self.position = position
         self.device = device
         self.memory = memory
         self.loaded = list(loaded)
-        self.axes = one_rank() if axes is None else axes
+        self.groups = single_rank_groups() if groups is None else groups
         self.energy = NoEnergy() if energy is None else energy
         self.counter = Counter()
 
@@ -104,27 +104,27 @@ class Worker:
         An exception is answered here only where a rank computes a picture alone; where several do, they would be left
         waiting in a collective, so it ends the rank, and with it the engine.
         """
-        everything = micro_batches([Sample(ask) for ask in asks(request)], request.batch_size)
-        samples = [sample for batch in self.place.share(everything) for sample in batch]
+        everything = micro_batches([Sample(spec) for spec in image_specs(request)], request.batch_size)
+        samples = [sample for batch in self.position.replica_items(everything) for sample in batch]
         self.memory.reset_peak()
-        self.axes.traffic.reset()
+        self.groups.traffic.reset()
         self.energy.reset()
 
         def check_cancelled() -> None:
-            if self.axes.any_of_picture(is_cancelled()):
+            if self.groups.any_in_replica(is_cancelled()):
                 raise Cancelled
 
         def counted(
-            network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Owners
+            network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: CacheStates
         ) -> Tensor:
             self.counter.add(len(latent))
-            return at_once(network, latent, tau_B, condition, owners)
+            return evaluate_directly(network, latent, tau_B, condition, cache_states)
 
         run = self._context(request, on_progress, check_cancelled, counted)
-        run.traffic, run.energy = self.axes.traffic, self.energy
+        run.traffic, run.energy = self.groups.traffic, self.energy
         return self._answered(request, samples, run)
 
-    def course(self, request: GenerationRequest, on_progress: OnProgress) -> Course[list[bytes]]:
+    def course(self, request: GenerationRequest, on_progress: OnProgress) -> RequestFiber[list[bytes]]:
         """The same of all pictures of a request, on a stack of its own that stops at every evaluation; `Cancelled` put
         in place of an output ends it. What it sends is not told from what others send, and so is not in its report.
         """
@@ -132,9 +132,9 @@ class Worker:
         def work(evaluate: Evaluate) -> list[bytes]:
             run = self._context(request, on_progress, lambda: None, evaluate)
             run.notes.append("its network forwards were shared with other requests, and its times include theirs")
-            return self._answered(request, [Sample(ask) for ask in asks(request)], run)
+            return self._answered(request, [Sample(spec) for spec in image_specs(request)], run)
 
-        return Course(work)
+        return RequestFiber(work)
 
     def _context(
         self,
@@ -153,17 +153,17 @@ class Worker:
         try:
             return self._draw(request, samples, run)
         except Cancelled:
-            return _failure(request, "cancelled", "the request was cancelled", self.place.rank)
+            return _failure(request, "cancelled", "the request was cancelled", self.position.rank)
         except Exception as error:
-            if self.place.replica_size > 1:
+            if self.position.replica_size > 1:
                 raise
             log.exception("request %s failed", request.request_id)
-            return _failure(request, failure_kind(error), failure_line(error), self.place.rank)
+            return _failure(request, failure_kind(error), failure_line(error), self.position.rank)
 
     def _draw(self, request: GenerationRequest, samples: list[Sample], run: RunContext) -> list[bytes]:
         points = self.pipeline.forward(samples, run)
         report = RankReport(
-            rank=self.place.rank,
+            rank=self.position.rank,
             stages=run.clock.stages,
             denoise_steps_ms=run.clock.steps,
             networks_ms=run.clock.networks_ms,
@@ -177,9 +177,9 @@ class Worker:
             skips=run.skips,
             energy_j=run.energy.used_j(),
         )
-        if self.place.rank % self.place.replica_size:
+        if self.position.rank % self.position.replica_size:
             return encode(RankOutcome([], report))  # the first rank of a replica answers for it
-        pixels = [written(sample.pixels).cpu().numpy() for sample in samples]
+        pixels = [require(sample.pixels).cpu().numpy() for sample in samples]
         if not all(math.isfinite(float(picture.sum())) for picture in pixels):
             raise ValueError("the picture holds values that are not finite; try model.dtype=float32 or another solver")
         arrays: list[Array] = []
@@ -192,7 +192,7 @@ class Worker:
         for sample, picture in zip(samples, pixels, strict=True):
             told, pixel_ref = latents(sample, request.latents), sent(picture)
             latent_ref = None if told is None else sent(told)
-            results.append(SampleResult(sample.ask.index, sample.ask.prompt, sample.ask.seed, pixel_ref, latent_ref))
+            results.append(SampleResult(sample.spec.index, sample.spec.prompt, sample.spec.seed, pixel_ref, latent_ref))
         return encode(RankOutcome(results, report), arrays)
 
 
@@ -200,7 +200,7 @@ def latents(sample: Sample, wanted: Latents) -> Array | None:
     """What was asked for of a sample's latents: (1 or solver steps, *latent shape)."""
     if wanted == "none":
         return None
-    told: Array = torch.stack(sample.states if wanted == "steps" else [written(sample.latent)]).cpu().numpy()
+    told: Array = torch.stack(sample.states if wanted == "steps" else [require(sample.latent)]).cpu().numpy()
     return told
 
 

@@ -28,7 +28,7 @@ from harness.engines.protocol import RequestFailed
 from harness.messages import Array
 from harness.metrics.difference import difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, verdict
-from harness.parallel.mesh import Place, degrees
+from harness.parallel.mesh import RankPosition, degrees
 from harness.records.provenance import PACKAGES, cpu_name, version
 from harness.records.record import write_atomically
 from harness.resolve.checkpoint import COMPONENTS, locate
@@ -68,7 +68,7 @@ METHODS = (
     Method("attention kernel", EQUIVALENT, lambda c: c.attention.backend not in ("math", "sage")),
     Method("displaced patches", APPROXIMATE, lambda c: c.parallel.displaced),
     Method("PipeFusion", APPROXIMATE, lambda c: c.parallel.pipe > 1),
-    Method("shared picture", EQUIVALENT, lambda c: Place(0, degrees(c.parallel)).replica_size > 1),
+    Method("shared picture", EQUIVALENT, lambda c: RankPosition(0, degrees(c.parallel)).replica_size > 1),
     Method("batching", EQUIVALENT, lambda c: c.request.batch_size > 1),
     Method("dtype", EQUIVALENT, lambda c: dtypes(c) != FLOAT32),
     Method("peer engine", EQUIVALENT, lambda c: c.engine.name != NATIVE),

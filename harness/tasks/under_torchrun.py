@@ -65,10 +65,10 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
     os.environ.update(arithmetic(composed.config.launch, int(os.environ["LOCAL_WORLD_SIZE"])))
     import torch.distributed as dist
 
-    from harness.parallel.collectives import Alone, Gloo
+    from harness.parallel.collectives import GlooCollectives, LocalCollectives
 
     dist.init_process_group("gloo")
-    collectives = Gloo() if ranks > 1 else Alone()
+    collectives = GlooCollectives() if ranks > 1 else LocalCollectives()
     mine = _claim(composed) if rank == 0 else None
     told = msgspec.msgpack.decode(
         collectives.broadcast(None if mine is None else msgspec.msgpack.encode(mine)), type=Assignment

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.optimize.upcast import FEW
+from harness.optimize.upcast import FEW_ROWS
 
 PRODUCTS = {"addmm", "mm", "bmm", "baddbmm", "linear", "matmul", "convolution", "conv1d", "conv2d", "conv3d"}
 
@@ -24,6 +24,6 @@ class Products(TorchDispatchMode):
     ) -> Any:
         if func.overloadpacket.__name__ in PRODUCTS:
             x = next(a for a in args if isinstance(a, Tensor) and a.ndim > 1)
-            if x.numel() >= FEW * x.shape[-1]:
+            if x.numel() >= FEW_ROWS * x.shape[-1]:
                 self.dtypes.append(x.dtype)
         return func(*args, **(kwargs or {}))

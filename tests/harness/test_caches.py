@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from harness.caching.policies import CachedNetwork, FirstBlock, cached_network, guidance_when
+from harness.caching.policies import CachedNetwork, FirstBlockCache, cached_network, guidance_schedule
 from harness.client.generator import DiffusionGenerator
 from harness.config.cache import PUBLISHED
 from harness.parallel.attention import SequenceState
-from harness.parallel.group import alone
-from harness.pipeline.cache_state import History
-from harness.pipeline.denoise import Denoising, Savings
-from harness.pipeline.guidance import Interval, Reuse, When
+from harness.parallel.group import single_process_group
+from harness.pipeline.cache_state import CacheState
+from harness.pipeline.denoise import Denoising, DenoisingOptions
+from harness.pipeline.guidance import GuidanceInterval, GuidanceReuse, GuidanceSchedule
 from harness.pipeline.latents import LatentPreparation, seeded_noise
-from harness.pipeline.state import Evaluate, Sample, asks
-from harness.pipeline.step_batching import Course, evaluate
+from harness.pipeline.state import Evaluate, Sample, image_specs
+from harness.pipeline.step_batching import RequestFiber, evaluate
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.records.record import CacheUse, Record
@@ -114,8 +114,8 @@ def test_fewer_steps_are_held_against_the_reference_of_all_of_them() -> None:
 def test_a_network_without_gates_and_guidance_as_it_was_are_the_default() -> None:
     config = compose_run([]).config.cache
     network = TINY["pixart"].build(math_attention)
-    assert cached_network(config, network, TINY["pixart"].plan, alone(), SequenceState()) is None
-    assert Denoising(network, torch.float32, build(FAMILIES[0])).savings.when is guidance_when(config)
+    assert cached_network(config, network, TINY["pixart"].plan, single_process_group(), SequenceState()) is None
+    assert Denoising(network, torch.float32, build(FAMILIES[0])).options.guidance_schedule is guidance_schedule(config)
 
 
 # ---------------------------------------------------------------- guidance, by hand
@@ -123,7 +123,7 @@ def test_a_network_without_gates_and_guidance_as_it_was_are_the_default() -> Non
 
 def samples_for(steps: int, settings: Settings) -> list[Sample]:
     scheduler, run = build(settings), context()
-    samples = [Sample(ask) for ask in asks(request(prompts=["red"], steps=steps))]
+    samples = [Sample(spec) for spec in image_specs(request(prompts=["red"], steps=steps))]
     TextEncoding(ToyEncoder).forward(samples, run)
     TimestepPreparation(scheduler, 8).forward(samples, run)
     LatentPreparation(LatentSpace(4, 2), scheduler).forward(samples, run)
@@ -149,13 +149,16 @@ def drawn_by_hand(settings: Settings, sample: Sample, guided: Callable[[int, Poi
         mixed = prompt if how == "alone" else prompt + 2.0 * difference  # guidance 3
         return scheduler.prediction.estimate(mixed, x, point)
 
-    start = scheduler.init_noise(seeded_noise(sample.ask.seed, (4, 8, 8))[None], sample.grid)
+    start = scheduler.init_noise(seeded_noise(sample.spec.seed, (4, 8, 8))[None], sample.grid)
     return scheduler.sample(start, sample.grid, denoise, lambda step: torch.zeros(()))[0]
 
 
-CASES: dict[str, tuple[When, Callable[[int, Point], str]]] = {
-    "interval": (Interval(0.3, 4.0), lambda n, point: "both" if 0.3 < point.sigma / point.alpha <= 4.0 else "alone"),
-    "skip": (Reuse(2, 3), lambda n, point: "both" if n in (0, 1, 4, 7, 10) else "kept"),
+CASES: dict[str, tuple[GuidanceSchedule, Callable[[int, Point], str]]] = {
+    "interval": (
+        GuidanceInterval(0.3, 4.0),
+        lambda n, point: "both" if 0.3 < point.sigma / point.alpha <= 4.0 else "alone",
+    ),
+    "skip": (GuidanceReuse(2, 3), lambda n, point: "both" if n in (0, 1, 4, 7, 10) else "kept"),
 }
 
 
@@ -165,7 +168,9 @@ def test_guidance_is_what_a_loop_by_hand_draws(case: str, settings: Settings) ->
     when, by_hand = CASES[case]
     (sample,) = samples_for(6, settings)
     network, run = ToyNetwork(), context()
-    Denoising(network, torch.float32, build(settings), savings=Savings(when=when)).forward([sample], run)
+    Denoising(network, torch.float32, build(settings), options=DenoisingOptions(guidance_schedule=when)).forward(
+        [sample], run
+    )
     assert sample.latent is not None
     assert rel_l2(sample.latent, drawn_by_hand(settings, sample, by_hand)) < 1e-5
     assert set(network.batches) == {1, 2}
@@ -174,11 +179,13 @@ def test_guidance_is_what_a_loop_by_hand_draws(case: str, settings: Settings) ->
     assert (skips.branches, skips.branches_computed) == (2 * len(network.batches), sum(network.batches))
 
 
-@pytest.mark.parametrize("when", [Interval(0.0, math.inf), Reuse(1, 1)])
-def test_guidance_everywhere_is_guidance(when: When) -> None:
+@pytest.mark.parametrize("when", [GuidanceInterval(0.0, math.inf), GuidanceReuse(1, 1)])
+def test_guidance_everywhere_is_guidance(when: GuidanceSchedule) -> None:
     (plain,), (sample,) = samples_for(5, FAMILIES[0]), samples_for(5, FAMILIES[0])
     Denoising(ToyNetwork(), torch.float32, build(FAMILIES[0])).forward([plain], context())
-    Denoising(ToyNetwork(), torch.float32, build(FAMILIES[0]), savings=Savings(when=when)).forward([sample], context())
+    Denoising(
+        ToyNetwork(), torch.float32, build(FAMILIES[0]), options=DenoisingOptions(guidance_schedule=when)
+    ).forward([sample], context())
     assert plain.latent is not None
     assert sample.latent is not None
     assert torch.equal(plain.latent, sample.latent)
@@ -188,29 +195,29 @@ def test_guidance_everywhere_is_guidance(when: When) -> None:
 
 
 def test_requests_that_share_forwards_skip_their_own_evaluations() -> None:
-    tiny, rule = TINY["pixart"], FirstBlock(1, False, 0, 0.12)
-    network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, alone(), SequenceState())
+    tiny, rule = TINY["pixart"], FirstBlockCache(1, False, 0, 0.12)
+    network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, single_process_group(), SequenceState())
     latent, tau_B, condition = tiny.inputs
     drift = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
 
     def asked(row: int, k: int) -> Inputs:
         return rows((latent + 0.04 * (row + 1) * k * drift, tau_B * 0.98**k, condition), [row])
 
-    def course(row: int, count: int, owner: History) -> Course[list[torch.Tensor]]:
+    def course(row: int, count: int, owner: CacheState) -> RequestFiber[list[torch.Tensor]]:
         def work(evaluation: Evaluate) -> list[torch.Tensor]:
             with torch.inference_mode():
                 return [evaluation(network, *asked(row, k), (owner,)) for k in range(count)]
 
-        return Course(work)
+        return RequestFiber(work)
 
-    def drive(*courses: Course[list[torch.Tensor]]) -> None:
+    def drive(*courses: RequestFiber[list[torch.Tensor]]) -> None:
         while waiting := [(course, course.call) for course in courses if course.call is not None]:
             with torch.inference_mode():
                 outputs = evaluate([call for _, call in waiting], apart=True, count=lambda rows: None)
             for (one, _), output in zip(waiting, outputs, strict=True):
                 one.advance(output)
 
-    apart_owners, owners = (History(), History()), (History(), History())
+    apart_owners, owners = (CacheState(), CacheState()), (CacheState(), CacheState())
     by_themselves = [course(row, count, apart_owners[row]) for row, count in ((0, 6), (1, 8))]
     for one in by_themselves:
         drive(one)

@@ -10,7 +10,7 @@ from harness.config.optimize import CompileConfig
 from harness.device.flops import counted
 from harness.optimize.compile_blocks import blocks_of, compile_forwards
 from harness.optimize.fuse import fuse_projections
-from harness.optimize.precompute import Ahead
+from harness.optimize.precompute import PrecomputedModulation
 from models.attention import sdpa_attention
 from tests.models.parity import rel_l2
 from tests.parallel.networks import TINY
@@ -41,12 +41,12 @@ def _own_graphs(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_share_a_graph_and_give_the_plain_numbers(name: str) -> None:
     tiny = TINY[name]
     plain, network = tiny.build(sdpa_attention), tiny.build(sdpa_attention)
-    ahead = Ahead(network, importlib.import_module(f"models.{name}").AHEAD)
+    ahead = PrecomputedModulation(network, importlib.import_module(f"models.{name}").AHEAD)
     fuse_projections(network, tiny.plan)
     assert compile_forwards(blocks_of(network, tiny.plan), CompileConfig(), CPU) == "compiled"
     latent, _, condition = tiny.inputs
     with torch.inference_mode():
-        told = ahead.request(condition, [700.0, 20.0])
+        told = ahead.for_batch(condition, [700.0, 20.0])
         for tau in (700.0, 20.0, 333.0):
             tau_B = torch.full((len(latent),), tau)
             assert rel_l2(network(latent, tau_B, told.at(latent, tau)), plain(latent, tau_B, condition)) < BOUND
@@ -56,7 +56,7 @@ def test_blocks_share_a_graph_and_give_the_plain_numbers(name: str) -> None:
             other = other[..., :width]
             assert (
                 rel_l2(
-                    network(other, tau_B, ahead.request(condition, []).at(other, 5.0)), plain(other, tau_B, condition)
+                    network(other, tau_B, ahead.for_batch(condition, []).at(other, 5.0)), plain(other, tau_B, condition)
                 )
                 < BOUND
             )

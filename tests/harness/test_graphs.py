@@ -14,17 +14,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness.build.native import replayable
+from harness.build.native import replay_support
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
 from harness.device.flops import counted
 from harness.device.profile import profiled
 from harness.optimize import apply
 from harness.optimize import graphs as graphs_module
-from harness.optimize.apply import Replayable, optimize
-from harness.optimize.graphs import DECODED, KINDS, RecordedDecoder, RecordedNetwork, in_cuda_graphs
-from harness.optimize.precompute import Ahead
-from harness.parallel.process_groups import one_rank
+from harness.optimize.apply import ReplaySupport, optimize
+from harness.optimize.graphs import (
+    MAX_DECODED_PIXELS,
+    MAX_GRAPHS,
+    RecordedDecoder,
+    RecordedNetwork,
+    cuda_graph_recorder,
+)
+from harness.optimize.precompute import PrecomputedModulation
+from harness.parallel.process_groups import single_rank_groups
 from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.session import Series
 from models.attention import sdpa_attention
@@ -98,7 +104,7 @@ def test_a_replay_reads_what_it_is_handed(name: str) -> None:
     """Told beforehand, at other times and of other latents; what was returned earlier stays as it was."""
     latent, _, condition = TINY[name].inputs
     plain, network = TINY[name].build(sdpa_attention), TINY[name].build(sdpa_attention)
-    request = Ahead(network, ahead_plan(name)).request(condition, TAUS)
+    request = PrecomputedModulation(network, ahead_plan(name)).for_batch(condition, TAUS)
     graphs, found, expected = RecordedNetwork(network, Again), [], []
     for n, tau in enumerate([*TAUS, TAUS[0]]):
         fed, tau_B = latent * (1 + n), torch.full((len(latent),), tau)
@@ -127,15 +133,15 @@ def test_the_graphs_of_the_last_kinds_are_kept() -> None:
     def draw(side: int) -> None:
         graphs(torch.rand(1, side, side), torch.rand(1), Conditioning())
 
-    for side in range(1, KINDS + 1):
+    for side in range(1, MAX_GRAPHS + 1):
         draw(side), draw(side)
     draw(1)  # so that 2 is the one that came longest ago
-    draw(KINDS + 1), draw(KINDS + 1)
-    assert len(record.made) == KINDS + 1
-    draw(1), draw(1), draw(KINDS + 1)
-    assert len(record.made) == KINDS + 1
+    draw(MAX_GRAPHS + 1), draw(MAX_GRAPHS + 1)
+    assert len(record.made) == MAX_GRAPHS + 1
+    draw(1), draw(1), draw(MAX_GRAPHS + 1)
+    assert len(record.made) == MAX_GRAPHS + 1
     draw(2), draw(2)
-    assert len(record.made) == KINDS + 2
+    assert len(record.made) == MAX_GRAPHS + 2
 
 
 @pytest.mark.parametrize("watch", [counted, profiled])
@@ -194,7 +200,7 @@ def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, ahead: bool
     latent, tau_B, condition = moved(TINY[name].inputs, "meta")
     network = TINY[name].build(sdpa_attention).to("meta")
     if ahead:
-        condition = Ahead(network, ahead_plan(name)).request(condition, TAUS).at(latent, TAUS[0])
+        condition = PrecomputedModulation(network, ahead_plan(name)).for_batch(condition, TAUS).at(latent, TAUS[0])
     assert stays(lambda: network(latent, tau_B, condition))
 
 
@@ -232,13 +238,13 @@ def vae() -> KLDecoder:
 
 def test_a_decoder_is_replayed_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, record = vae(), Recorder()
-    monkeypatch.setattr(graphs_module, "DECODED", 2 * 16**2)
+    monkeypatch.setattr(graphs_module, "MAX_DECODED_PIXELS", 2 * 16**2)
     recorded = RecordedDecoder(decoder, record)
     for latents in (torch.rand(3, 2, 4, 8, 8), torch.rand(3, 3, 4, 8, 8)):
         for latent in latents:
             assert torch.equal(recorded(latent), decoder(latent))
     assert len(record.made) == 1
-    assert DECODED == 4 * 512**2
+    assert MAX_DECODED_PIXELS == 4 * 512**2
 
 
 def test_a_decoder_stays_on_its_device() -> None:
@@ -254,53 +260,53 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 @pytest.mark.parametrize(
     ("how", "parts", "device", "may", "network", "decoder"),
     [
-        ("eager", COMPONENTS, CUDA, Replayable(), True, True),
-        ("none", COMPONENTS, CUDA, Replayable(), False, False),
-        ("eager", COMPONENTS, CPU, Replayable(), False, False),
-        ("eager", replace(COMPONENTS, recordable=False), CUDA, Replayable(), False, True),
-        ("eager", COMPONENTS, CUDA, Replayable(network=False), False, True),
-        ("eager", COMPONENTS, CUDA, Replayable(decoder=False), True, False),
-        ("eager", replace(COMPONENTS, decoder=lambda x: x), CUDA, Replayable(), True, False),
+        ("eager", COMPONENTS, CUDA, ReplaySupport(), True, True),
+        ("none", COMPONENTS, CUDA, ReplaySupport(), False, False),
+        ("eager", COMPONENTS, CPU, ReplaySupport(), False, False),
+        ("eager", replace(COMPONENTS, recordable=False), CUDA, ReplaySupport(), False, True),
+        ("eager", COMPONENTS, CUDA, ReplaySupport(network=False), False, True),
+        ("eager", COMPONENTS, CUDA, ReplaySupport(decoder=False), True, False),
+        ("eager", replace(COMPONENTS, decoder=lambda x: x), CUDA, ReplaySupport(), True, False),
     ],
 )
 def test_what_is_recorded(
     how: str,
     parts: Components,
     device: torch.device,
-    may: Replayable,
+    may: ReplaySupport,
     network: bool,
     decoder: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the record's note says so."""
-    monkeypatch.setattr(apply, "in_cuda_graphs", lambda: Again)
+    monkeypatch.setattr(apply, "cuda_graph_recorder", lambda: Again)
     engine = EngineConfig(optimize=Optimize[how])
-    made = optimize(parts, engine, device, torch.bfloat16, replayed=may)
+    made = optimize(parts, engine, device, torch.bfloat16, replay=may)
     assert isinstance(made.network, RecordedNetwork) is network
     assert isinstance(made.decoder, RecordedDecoder) is decoder
     assert any("network in CUDA graphs" in note for note in made.notes) is network
     assert any("decoder in CUDA graphs" in note for note in made.notes) is decoder
     engine.eager.cuda_graphs = False
-    plain = optimize(parts, engine, device, torch.bfloat16, replayed=may)
+    plain = optimize(parts, engine, device, torch.bfloat16, replay=may)
     assert (plain.network, plain.decoder) == (parts.network, parts.decoder)
 
 
 @pytest.mark.parametrize(
     ("overrides", "tokens", "expected"),
     [
-        ([], 1, Replayable(True, True)),
-        (["cache=teacache"], 1, Replayable(False, True)),
-        (["cache=guidance_interval"], 1, Replayable(True, True)),
-        ([], 2, Replayable(False, False)),
+        ([], 1, ReplaySupport(True, True)),
+        (["cache=teacache"], 1, ReplaySupport(False, True)),
+        (["cache=guidance_interval"], 1, ReplaySupport(True, True)),
+        ([], 2, ReplaySupport(False, False)),
     ],
 )
-def test_what_may_be_replayed(overrides: list[str], tokens: int, expected: Replayable) -> None:
+def test_what_may_be_replayed(overrides: list[str], tokens: int, expected: ReplaySupport) -> None:
     config = compose_run(["task=bench", *overrides]).config
     group = SimpleNamespace(size=tokens)
-    axes = replace(one_rank(), tokens=group, picture=group)  # type: ignore[arg-type]
-    assert replayable(config, axes) == expected
+    groups = replace(single_rank_groups(), tokens=group, replica=group)  # type: ignore[arg-type]
+    assert replay_support(config, groups) == expected
     config.model.offload = True
-    assert replayable(config, axes) == Replayable(False, False)
+    assert replay_support(config, groups) == ReplaySupport(False, False)
 
 
 def test_the_peers_graphs_are_not_the_native_ones() -> None:
@@ -337,8 +343,8 @@ def test_a_graph_gives_the_plain_numbers(name: str, dtype: torch.dtype) -> None:
     latent, _, condition = moved(TINY[name].inputs, "cuda")
     plain, network = (TINY[name].build(sdpa_attention, dtype).cuda() for _ in range(2))
     fed, condition = latent.to(dtype), condition.to(dtype)
-    request, beside = (Ahead(n, ahead_plan(name)).request(condition, TAUS) for n in (network, plain))
-    graphs = RecordedNetwork(network, in_cuda_graphs())
+    request, beside = (PrecomputedModulation(n, ahead_plan(name)).for_batch(condition, TAUS) for n in (network, plain))
+    graphs = RecordedNetwork(network, cuda_graph_recorder())
     for n, tau in enumerate([*TAUS, TAUS[0]]):
         x, tau_B = fed * (1 + n), torch.full((len(fed),), tau, device="cuda")
         found, expected = graphs(x, tau_B, request.at(x, tau)), plain(x, tau_B, beside.at(x, tau))
@@ -350,6 +356,6 @@ def test_a_graph_gives_the_plain_numbers(name: str, dtype: torch.dtype) -> None:
 def test_a_decoder_in_a_graph_gives_the_plain_pixels() -> None:
     decoder = vae()
     decoder.vae.cuda()
-    recorded = RecordedDecoder(decoder, in_cuda_graphs())
+    recorded = RecordedDecoder(decoder, cuda_graph_recorder())
     for latent in torch.rand(4, 2, 4, 8, 8, device="cuda"):
         assert rel_l2(recorded(latent).cpu(), decoder(latent).cpu()) < 1e-5

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.pipeline.state import Cancelled, Evaluate
-from harness.pipeline.step_batching import Call, Course, evaluate
+from harness.pipeline.step_batching import PendingEvaluation, RequestFiber, evaluate
 from models.components import Conditioning
 
 
@@ -28,8 +28,10 @@ class Doubling(nn.Module):
         return 2 * latent + tau_B.view(-1, 1) * 0
 
 
-def call(network: nn.Module, rows: int, value: float = 1.0, width: int = 3) -> Call:
-    return Call(network, torch.full((rows, width), value), torch.zeros(rows), Conditioning(labels=torch.zeros(rows)))
+def call(network: nn.Module, rows: int, value: float = 1.0, width: int = 3) -> PendingEvaluation:
+    return PendingEvaluation(
+        network, torch.full((rows, width), value), torch.zeros(rows), Conditioning(labels=torch.zeros(rows))
+    )
 
 
 def ignore(rows: int) -> None:
@@ -39,7 +41,7 @@ def ignore(rows: int) -> None:
 def test_calls_of_a_kind_share_a_forward_and_get_their_own_rows() -> None:
     network, counted = Doubling(), []
     calls = [call(network, 2, 1.0), call(network, 1, 2.0, width=4), call(network, 3, 3.0)]
-    outputs = evaluate(calls, apart=True, count=counted.append)
+    outputs = evaluate(calls, retry_alone=True, count=counted.append)
     assert network.batches == counted == [5, 1]
     for made, output in zip(calls, outputs, strict=True):
         assert isinstance(output, Tensor)
@@ -48,31 +50,31 @@ def test_calls_of_a_kind_share_a_forward_and_get_their_own_rows() -> None:
 
 def test_calls_that_are_told_other_things_do_not_share() -> None:
     network = Doubling()
-    other = Call(network, torch.ones(1, 3), torch.zeros(1), Conditioning(pooled=torch.ones(1, 3)))
-    evaluate([call(network, 1), other], apart=True, count=ignore)
+    other = PendingEvaluation(network, torch.ones(1, 3), torch.zeros(1), Conditioning(pooled=torch.ones(1, 3)))
+    evaluate([call(network, 1), other], retry_alone=True, count=ignore)
     assert network.batches == [1, 1]
 
 
 def test_only_the_call_that_cannot_be_made_fails() -> None:
     network = Doubling()
-    outputs = evaluate([call(network, 1), call(network, 1, -1.0), call(network, 2)], apart=True, count=ignore)
+    outputs = evaluate([call(network, 1), call(network, 1, -1.0), call(network, 2)], retry_alone=True, count=ignore)
     assert [isinstance(output, Tensor) for output in outputs] == [True, False, True]
     assert str(outputs[1]) == "negative"
 
 
 def test_a_batch_that_does_not_fit_is_made_one_by_one() -> None:
     network = Doubling(most=2)
-    outputs = evaluate([call(network, 2), call(network, 2)], apart=True, count=ignore)
+    outputs = evaluate([call(network, 2), call(network, 2)], retry_alone=True, count=ignore)
     assert all(isinstance(output, Tensor) for output in outputs)
     assert network.batches == [4, 2, 2]
 
 
 def test_ranks_that_compute_together_do_not_try_again() -> None:
     with pytest.raises(ValueError, match="negative"):
-        evaluate([call(Doubling(), 1), call(Doubling(), 1, -1.0)], apart=False, count=ignore)
+        evaluate([call(Doubling(), 1), call(Doubling(), 1, -1.0)], retry_alone=False, count=ignore)
 
 
-def doubled(times: int, network: nn.Module) -> Course[float]:
+def doubled(times: int, network: nn.Module) -> RequestFiber[float]:
     def work(evaluation: Evaluate) -> float:
         x = torch.ones(1, 3)
         with torch.inference_mode():
@@ -80,12 +82,12 @@ def doubled(times: int, network: nn.Module) -> Course[float]:
                 x = evaluation(network, x, torch.zeros(1), Conditioning())
         return float(x[0, 0])
 
-    return Course(work)
+    return RequestFiber(work)
 
 
-def drive(courses: list[Course[float]]) -> None:
+def drive(courses: list[RequestFiber[float]]) -> None:
     while waiting := [(course, course.call) for course in courses if course.call is not None]:
-        outputs = evaluate([c for _, c in waiting], apart=True, count=ignore)
+        outputs = evaluate([c for _, c in waiting], retry_alone=True, count=ignore)
         for (course, _), output in zip(waiting, outputs, strict=True):
             course.advance(output)
 
@@ -116,7 +118,7 @@ def test_what_is_put_in_place_of_an_output_is_raised_in_the_course_alone() -> No
             caught.append("cancelled")
         return 0.0
 
-    stopped, other = Course(work), doubled(2, network)
+    stopped, other = RequestFiber(work), doubled(2, network)
     stopped.advance(Cancelled())
     assert caught == ["cancelled"]
     assert stopped.ended
@@ -142,8 +144,8 @@ def test_each_stack_keeps_its_own_inference_mode() -> None:
                 modes.append(torch.is_inference_mode_enabled())
         return 0.0
 
-    one = Course(work)
-    other = Course(work)
+    one = RequestFiber(work)
+    other = RequestFiber(work)
     assert not torch.is_inference_mode_enabled()
     drive([one, other])
     assert modes == [True] * 6

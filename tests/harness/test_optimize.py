@@ -13,14 +13,14 @@ from harness.build.worker import build_worker
 from harness.client.generator import DiffusionGenerator
 from harness.engines.inprocess import InprocessEngine
 from harness.messages import Array, GenerationRequest, RankOutcome, array, decode
-from harness.optimize.apply import packs
+from harness.optimize.apply import should_prepack
 from harness.optimize.compile_blocks import blocks_of
-from harness.optimize.decoder import channels_last
+from harness.optimize.decoder import to_channels_last
 from harness.optimize.fuse import fuse_projections
-from harness.optimize.precompute import Ahead, Columns
+from harness.optimize.precompute import OutputSlice, PrecomputedModulation
 from harness.optimize.prepack import PackedLinear, prepack
-from harness.optimize.upcast import widens
-from harness.parallel.mesh import Place, degrees
+from harness.optimize.upcast import should_upcast
+from harness.parallel.mesh import RankPosition, degrees
 from harness.pipeline.step_batching import evaluate
 from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
@@ -59,7 +59,7 @@ def test_evaluations_told_beforehand_are_the_plain_ones(name: str, modulation: b
     latent, _, condition = TINY[name].inputs
     plain, network = TINY[name].build(math_attention), TINY[name].build(math_attention)
     with torch.inference_mode():
-        told = Ahead(network, ahead_plan(name), modulation, text).request(condition, TAUS)
+        told = PrecomputedModulation(network, ahead_plan(name), modulation, text).for_batch(condition, TAUS)
         for tau in (*TAUS, TAUS[0], 345.5, TAUS[2]):
             mine = evaluated(network, latent, tau, told.at(latent, tau))
             assert rel_l2(mine, evaluated(plain, latent, tau, condition)) < BOUND, tau
@@ -74,9 +74,9 @@ def test_requests_at_other_steps_share_a_forward(name: str) -> None:
     if condition.mask is not None and condition.states is not None:
         other = replace(condition, states=condition.states[:, :5], mask=condition.mask[:, :5])
     with torch.inference_mode():
-        ahead = Ahead(network, ahead_plan(name))
+        ahead = PrecomputedModulation(network, ahead_plan(name))
         asked = [(condition, 700.0), (other, 20.0)]
-        told = [ahead.request(c, TAUS).at(latent, tau) for c, tau in asked]
+        told = [ahead.for_batch(c, TAUS).at(latent, tau) for c, tau in asked]
         tau_B = torch.tensor([700.0] * len(latent) + [20.0] * len(latent))
         both = network(torch.cat([latent, latent]), tau_B, Conditioning.stack(told))
         for rows, (c, tau) in zip(both.split(len(latent)), asked, strict=True):
@@ -88,13 +88,13 @@ def test_every_modulation_is_computed_beforehand(name: str) -> None:
     """No block's modulation, nor the head's, is left to the evaluations; a conditioning without it is refused."""
     network = TINY[name].build(math_attention)
     linears = [n for n, _ in network.named_modules() if n.endswith("modulation")]
-    ahead = Ahead(network, ahead_plan(name))
+    ahead = PrecomputedModulation(network, ahead_plan(name))
     assert linears
-    assert all(isinstance(network.get_submodule(n), Columns) for n in linears)
+    assert all(isinstance(network.get_submodule(n), OutputSlice) for n in linears)
     latent, tau_B, condition = TINY[name].inputs
     with torch.inference_mode(), pytest.raises(ValueError, match="computed beforehand"):
         network(latent, tau_B, condition)
-    assert ahead.read(condition).context is not None or condition.states is None
+    assert ahead.embed_text(condition).context is not None or condition.states is None
 
 
 def test_many_evaluations_are_computed_in_pieces() -> None:
@@ -102,7 +102,7 @@ def test_many_evaluations_are_computed_in_pieces() -> None:
     plain, network = TINY["sd3"].build(math_attention), TINY["sd3"].build(math_attention)
     taus = [1000.0 - i for i in range(70)]
     with torch.inference_mode():
-        told = Ahead(network, ahead_plan("sd3")).request(condition, taus)
+        told = PrecomputedModulation(network, ahead_plan("sd3")).for_batch(condition, taus)
         for tau in (taus[0], taus[31], taus[32], taus[69], taus[5]):
             mine = evaluated(network, latent, tau, told.at(latent, tau))
             assert rel_l2(mine, evaluated(plain, latent, tau, condition)) < BOUND, tau
@@ -140,9 +140,9 @@ def test_packed_linears_are_the_plain_ones(name: str, dtype: torch.dtype) -> Non
 
 def test_packs_where_packed_linears_are_the_faster_ones() -> None:
     cpu, supported = torch.device("cpu"), torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert packs(cpu, torch.bfloat16) == supported
-    assert not packs(cpu, torch.float32)
-    assert not packs(torch.device("cuda"), torch.bfloat16)
+    assert should_prepack(cpu, torch.bfloat16) == supported
+    assert not should_prepack(cpu, torch.float32)
+    assert not should_prepack(torch.device("cuda"), torch.bfloat16)
 
 
 def test_a_request_is_drawn_like_without() -> None:
@@ -151,17 +151,17 @@ def test_a_request_is_drawn_like_without() -> None:
     assert mine[0].std() > 0.1
     assert max(np.abs(x - y).max() for x, y in zip(mine, theirs, strict=True)) < 1e-4
     (said,) = [note for note in other.notes if note.startswith("engine.optimize=eager")]
-    assert "modulation ahead, text ahead, fused projections" in said
+    assert "precomputed modulation, precomputed text, fused projections" in said
     assert not any(note.startswith("engine.optimize") for note in plain.notes)
     assert other.summary.nfe == plain.summary.nfe == 4
 
 
 def test_bfloat16_is_multiplied_in_float32_where_a_cpu_has_no_other() -> None:
     """In every network of a request, the text's too; and nowhere else, nor where it is not wanted."""
-    slow = widens(torch.device("cpu"), torch.bfloat16)
+    slow = should_upcast(torch.device("cpu"), torch.bfloat16)
     for overrides, wide in (([], slow), (["engine.eager.widen=false"], False), (["engine.optimize=none"], False)):
         config = compose_run(["model.dtype=bfloat16", *overrides]).config
-        worker = build_worker(config, Place(0, degrees(config.parallel)), torch.device("cpu"))
+        worker = build_worker(config, RankPosition(0, degrees(config.parallel)), torch.device("cpu"))
         asked = GenerationRequest("a", ["rocket"], steps=1, guidance=3.0, seed=7, height=32, width=32)
         with Products() as seen:
             outcome = decode(worker.generate(asked, lambda *told: None, lambda: False))
@@ -184,7 +184,7 @@ def drawn_by(*overrides: str) -> tuple[list[Array], Record]:
 def test_requests_at_other_steps_are_drawn_like_alone() -> None:
     """Step by step in shared forwards, prompts and numbers of steps of their own."""
     config = compose_run(["engine.optimize=eager", "request.prompt=rocket"]).config
-    worker = build_worker(config, Place(0, degrees(config.parallel)), torch.device("cpu"))
+    worker = build_worker(config, RankPosition(0, degrees(config.parallel)), torch.device("cpu"))
     asked = [
         GenerationRequest(prompt, [prompt], steps=steps, guidance=guidance, seed=7, height=32, width=32, latents="last")
         for prompt, steps, guidance in (("rocket", 4, 3.0), ("a red apple, 3d", 2, 1.0), ("sun", 3, 5.0))
@@ -225,7 +225,7 @@ def test_a_channels_last_decoder_decodes_the_same(onednn: bool) -> None:
     decoder, latent = KLDecoder(vae), torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=onednn):
         plain = decoder(latent)
-        assert channels_last(decoder)
+        assert to_channels_last(decoder)
         assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
         assert plain.std() > 0.01
         torch.testing.assert_close(decoder(latent), plain, rtol=0, atol=1e-5)

@@ -22,7 +22,7 @@ from harness.client.generator import DiffusionGenerator
 from harness.engines.inprocess import InprocessEngine
 from harness.engines.protocol import RequestFailed
 from harness.messages import GenerationRequest, RankOutcome, decode
-from harness.parallel.mesh import Place
+from harness.parallel.mesh import RankPosition
 from harness.records.record import Record, load
 from harness.resolve.compose import ConfigError, compose_run
 from models.files import read_json
@@ -258,7 +258,7 @@ def test_a_cancelled_request_ends_at_the_next_step_and_leaves_no_hook(tmp_path: 
     case = CASES["sd21"]
     case.save(tmp_path)
     config = compose_run([*overrides_of(case, tmp_path), "engine=diffusers"]).config
-    worker = build_worker(config, Place(0, [1, 1, 1, 1, 1]), torch.device("cpu"))
+    worker = build_worker(config, RankPosition(0, [1, 1, 1, 1, 1]), torch.device("cpu"))
     steps: list[int] = []
     request = GenerationRequest("r", ["a"], 5, 2.0, 48, 32)
 

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from harness.device.clock import Clock
 from harness.device.memory import ResidentMemory
 from harness.messages import Failure, GenerationRequest, RankOutcome, array, decode
-from harness.parallel.mesh import Place
+from harness.parallel.mesh import RankPosition
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
 from harness.pipeline.denoise import Denoising
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.guidance import Branches
 from harness.pipeline.latents import LatentPreparation, seeded_noise, step_noise
-from harness.pipeline.offload import Offloaded
+from harness.pipeline.offload import OffloadedStage
 from harness.pipeline.stage import Stage, check_wiring
-from harness.pipeline.state import Ask, Cancelled, RunContext, Sample, asks, micro_batches
+from harness.pipeline.state import Cancelled, ImageSpec, RunContext, Sample, image_specs, micro_batches
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
@@ -108,7 +108,7 @@ def worker(network: nn.Module, settings: Settings = FAMILIES[0], decoder: object
         Decoding(decoder or ToyDecoder()),  # type: ignore[arg-type]
     ]
     pipeline = ComposedPipeline(InputValidation(Limits(8, 64 * 64), scheduler), stages, SyncExecutor())
-    return Worker(pipeline, Place(0, (1, 1, 1, 1, 1)), torch.device("cpu"), ResidentMemory())
+    return Worker(pipeline, RankPosition(0, (1, 1, 1, 1, 1)), torch.device("cpu"), ResidentMemory())
 
 
 def draw(
@@ -135,12 +135,12 @@ class Named:
 
 def test_a_field_that_nobody_writes_is_refused() -> None:
     with pytest.raises(ValueError, match="stage a reads text before it is written; no stage writes it"):
-        check_wiring([Named("a", {"ask", "text"}, set())])
+        check_wiring([Named("a", {"spec", "text"}, set())])
 
 
 def test_a_field_that_is_written_too_late_is_refused() -> None:
     with pytest.raises(ValueError, match="stage a reads grid before it is written; put b before it"):
-        check_wiring([Named("a", {"grid"}, {"latent"}), Named("b", {"ask"}, {"grid"})])
+        check_wiring([Named("a", {"grid"}, {"latent"}), Named("b", {"spec"}, {"grid"})])
 
 
 def test_a_stage_does_not_feed_itself() -> None:
@@ -167,7 +167,7 @@ def test_the_real_order_is_wired_and_any_other_is_not() -> None:
 def test_stages_touch_only_what_they_declare() -> None:
     """Each stage writes the fields it says, and runs with every field that it does not read taken away."""
     run = context()
-    samples = [Sample(ask) for ask in asks(request())]
+    samples = [Sample(spec) for spec in image_specs(request())]
     for stage in worker(ToyNetwork()).pipeline.stages:
         hidden = [
             {
@@ -198,10 +198,10 @@ def test_a_sample_is_small() -> None:
 
 
 def sample(text: float, negative: float, guidance: float) -> Sample:
-    ask = Ask(0, "p", "n", 0, 1, guidance, 16, 16)
+    spec = ImageSpec(0, "p", "n", 0, 1, guidance, 16, 16)
     mask = torch.ones(1, 8, dtype=torch.bool)
     return Sample(
-        ask, Conditioning(torch.full((1, 8, 4), text), mask), Conditioning(torch.full((1, 8, 4), negative), ~mask)
+        spec, Conditioning(torch.full((1, 8, 4), text), mask), Conditioning(torch.full((1, 8, 4), negative), ~mask)
     )
 
 
@@ -211,7 +211,7 @@ def test_guidance_extrapolates_from_the_negative_to_the_prompt(guidance: float) 
     assert branches.condition.states[:, 0, 0].tolist() == [-1.0, -2.0, 1.0, 2.0]
     assert branches.condition.mask[:, 0].tolist() == [False, False, True, True]
     x = torch.randn(2, 4, 8, 8)
-    assert torch.equal(branches.spread(x), torch.cat([x, x]))
+    assert torch.equal(branches.duplicate(x), torch.cat([x, x]))
     output = torch.randn(4, 4, 8, 8, dtype=torch.float64)
     expected = (1 - guidance) * output[:2] + guidance * output[2:]
     torch.testing.assert_close(branches.combine(output), expected)
@@ -221,13 +221,13 @@ def test_guidance_one_is_one_branch() -> None:
     branches = Branches([sample(1.0, -1.0, 1.0)])
     assert branches.condition.states.shape[0] == 1
     x = torch.randn(1, 4, 8, 8)
-    assert branches.spread(x) is x
+    assert branches.duplicate(x) is x
     assert branches.combine(x) is x
     network, encoder = ToyNetwork(), ToyEncoder()
     draw(request(guidance=1.0), network)
     assert set(network.batches) == {1}
     assert network.calls == 8
-    samples = [Sample(ask) for ask in asks(request(guidance=1.0))]
+    samples = [Sample(spec) for spec in image_specs(request(guidance=1.0))]
     TextEncoding(lambda: encoder).forward(samples, context())
     assert encoder.prompts == ["red", "blue"]
     assert all(sample.negative is None for sample in samples)
@@ -235,7 +235,7 @@ def test_guidance_one_is_one_branch() -> None:
 
 def test_each_distinct_prompt_is_encoded_once() -> None:
     encoder = ToyEncoder()
-    samples = [Sample(ask) for ask in asks(request(prompts=["red", "red", "blue"], samples_per_prompt=2))]
+    samples = [Sample(spec) for spec in image_specs(request(prompts=["red", "red", "blue"], samples_per_prompt=2))]
     TextEncoding(lambda: encoder).forward(samples, context())
     assert sorted(encoder.prompts) == ["", "blue", "red"]
 
@@ -258,7 +258,7 @@ def test_the_noise_is_diffusers_own(seed: int) -> None:
 def test_the_first_state_is_the_noise_scaled_to_the_grid() -> None:
     for settings in FAMILIES:
         scheduler = build(settings)
-        samples = [Sample(ask, grid=scheduler.grid(ask.steps)) for ask in asks(request())]
+        samples = [Sample(spec, grid=scheduler.grid(spec.steps)) for spec in image_specs(request())]
         LatentPreparation(LatentSpace(4, 2), scheduler).forward(samples, context())
         for k, one in enumerate(samples):
             assert one.start is not None
@@ -277,7 +277,7 @@ def test_noise_of_seeds_and_steps_never_meets() -> None:
 
 
 def test_picture_k_has_seed_plus_k_over_prompts_then_samples() -> None:
-    rows = asks(request(samples_per_prompt=2))
+    rows = image_specs(request(samples_per_prompt=2))
     assert [(row.index, row.prompt, row.seed) for row in rows] == [
         (0, "red", 5),
         (1, "red", 6),
@@ -349,7 +349,7 @@ def test_the_network_runs_in_its_dtype_and_the_state_in_float32() -> None:
             return super().forward(latent, tau.to(latent.dtype), condition)
 
     scheduler = build(FAMILIES[0])
-    samples = [Sample(ask) for ask in asks(request())]
+    samples = [Sample(spec) for spec in image_specs(request())]
     run = context()
     TextEncoding(ToyEncoder).forward(samples, run)
     TimestepPreparation(scheduler, 8).forward(samples, run)
@@ -389,7 +389,7 @@ def test_a_cancelled_request_stops_within_one_step(after: int, solver: str) -> N
 def test_cancellation_reaches_the_decoder() -> None:
     run = context(check_cancelled=lambda: (_ for _ in ()).throw(Cancelled()))
     with pytest.raises(Cancelled):
-        Decoding(ToyDecoder()).forward([Sample(asks(request())[0], latent=torch.zeros(4, 8, 8))], run)
+        Decoding(ToyDecoder()).forward([Sample(image_specs(request())[0], latent=torch.zeros(4, 8, 8))], run)
 
 
 class Broken(ToyNetwork):
@@ -441,7 +441,7 @@ def test_one_bad_value_in_one_picture_is_enough() -> None:
 
 def test_an_exception_ends_a_rank_that_others_wait_for() -> None:
     one = worker(Broken(RuntimeError("broken")))
-    one.place = Place(0, (1, 1, 1, 1, 2))
+    one.position = RankPosition(0, (1, 1, 1, 1, 2))
     with pytest.raises(RuntimeError, match="broken"):
         one.generate(request(), lambda stage, done, total: None, lambda: False)
 
@@ -497,7 +497,7 @@ def test_offloaded_networks_are_on_the_device_only_while_their_stage_runs() -> N
             assert not {x.data_ptr() for x in tensors} & set(homes)
             raise Cancelled
 
-    stage = Offloaded(Looking(ToyDecoder()), networks, torch.device("cpu"))
+    stage = OffloadedStage(Looking(ToyDecoder()), networks, torch.device("cpu"))
     assert (stage.name, stage.reads, stage.writes) == ("decoding", Decoding.reads, Decoding.writes)
     with pytest.raises(Cancelled):
         stage.forward([], context())
@@ -515,6 +515,6 @@ def test_offloaded_networks_leave_the_gpu() -> None:
             seen.update(x.device.type for n in networks for x in (*n.parameters(), *n.buffers()))
 
     before = torch.cuda.memory_allocated()
-    Offloaded(Looking(ToyDecoder()), networks, device).forward([], context())
+    OffloadedStage(Looking(ToyDecoder()), networks, device).forward([], context())
     assert seen == {"cuda"}
     assert torch.cuda.memory_allocated() == before

@@ -12,8 +12,8 @@ from harness.build.common import DEFAULT_CACHE_MIB, cache_mib
 from harness.client.generator import DiffusionGenerator, Generation
 from harness.device.clock import Clock
 from harness.device.memory import ResidentMemory
-from harness.pipeline.state import Ask, Cancelled, RunContext, Sample
-from harness.pipeline.text import Encoded, PromptCache, TextEncoding
+from harness.pipeline.state import Cancelled, ImageSpec, RunContext, Sample
+from harness.pipeline.text import EncodedPrompt, PromptCache, TextEncoding
 from harness.records.record import read_record
 from harness.resolve.compose import ConfigError, compose_run
 from models.components import Conditioning, GuidanceRule
@@ -60,7 +60,7 @@ def context(check_cancelled: Callable[[], None] = lambda: None) -> RunContext:
 
 
 def samples(*prompts: str, negative: str = "", guidance: float = 3.0) -> list[Sample]:
-    return [Sample(Ask(k, prompt, negative, k, 2, guidance, 16, 16)) for k, prompt in enumerate(prompts)]
+    return [Sample(ImageSpec(k, prompt, negative, k, 2, guidance, 16, 16)) for k, prompt in enumerate(prompts)]
 
 
 def encode(
@@ -115,24 +115,24 @@ def test_the_cache_keeps_within_its_bound_and_drops_the_least_recent() -> None:
     cache = PromptCache(3)
     encoder = Encoder([])
     for prompt in "abc":
-        cache.put((prompt, False), Encoded(encoder([prompt])))
+        cache.put((prompt, False), EncodedPrompt(encoder([prompt])))
     assert cache.used == 3 * MIB
     assert cache.get(("a", False)) is not None  # now "b" is the least recent
-    cache.put(("d", False), Encoded(encoder(["d"])))
+    cache.put(("d", False), EncodedPrompt(encoder(["d"])))
     assert cache.used == 3 * MIB
     assert [prompt for prompt in "abcd" if cache.get((prompt, False)) is not None] == ["a", "c", "d"]
 
 
 def test_what_is_larger_than_the_bound_is_not_kept() -> None:
     cache = PromptCache(0.5)
-    cache.put(("a", False), Encoded(Encoder([])(["a"])))
+    cache.put(("a", False), EncodedPrompt(Encoder([])(["a"])))
     assert cache.get(("a", False)) is None
     assert cache.used == 0
 
 
 def test_a_part_of_a_larger_tensor_counts_as_what_it_keeps() -> None:
     cache = PromptCache(64)
-    cache.put(("a", False), Encoded(Conditioning(torch.zeros(1, 8, MIB // 4)[:, :1])))
+    cache.put(("a", False), EncodedPrompt(Conditioning(torch.zeros(1, 8, MIB // 4)[:, :1])))
     assert cache.used == 8 * MIB
 
 

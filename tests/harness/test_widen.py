@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from harness.config.optimize import EagerConfig, Optimize
 from harness.config.schema import EngineConfig
 from harness.optimize.apply import optimize
-from harness.optimize.decoder import winograd
-from harness.optimize.upcast import FEW, widen, widens
+from harness.optimize.decoder import apply_winograd
+from harness.optimize.upcast import FEW_ROWS, should_upcast, upcast
 from harness.optimize.winograd import WinogradConv2d
-from harness.parallel.group import Group, alone
-from harness.parallel.parallelize import ColumnLinear, RowLinear
+from harness.parallel.group import Group, single_process_group
+from harness.parallel.parallelize import ColumnParallelLinear, RowParallelLinear
 from harness.parallel.vae import HaloConv2d, HaloConv3d
 from models.attention import math_attention, sdpa_attention
 from models.components import Components, LatentSpace
@@ -38,15 +38,15 @@ def products_of() -> Iterator[list[torch.dtype]]:
 
 def first(size: int) -> Group:
     """The first of ranks that are not connected."""
-    return Group(range(size), 0, None, alone().traffic)
+    return Group(range(size), 0, None, single_process_group().traffic)
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(48, 40), (3, 11, 48)),
     "linear without bias": (lambda: nn.Linear(48, 40, bias=False), (9, 48)),
     "modulation": (lambda: Modulation(48, 96, silu=False), (8, 48)),
-    "column": (lambda: ColumnLinear(nn.Linear(48, 40), first(2)), (3, 11, 48)),
-    "row": (lambda: RowLinear(nn.Linear(48, 40, bias=False), alone()), (3, 11, 48)),
+    "column": (lambda: ColumnParallelLinear(nn.Linear(48, 40), first(2)), (3, 11, 48)),
+    "row": (lambda: RowParallelLinear(nn.Linear(48, 40, bias=False), single_process_group()), (3, 11, 48)),
     "1d": (lambda: nn.Conv1d(12, 10, 3), (2, 12, 40)),
     "2d": (lambda: nn.Conv2d(12, 10, 3, stride=2, padding=1), (2, 12, 15, 17)),
     "causal": (lambda: WanCausalConv3d(12, 10, 3, padding=1), (2, 12, 4, 6, 5)),
@@ -59,11 +59,11 @@ def test_a_layer_rounds_exact_products_once(name: str) -> None:
     narrow = make().to(NARROW).requires_grad_(False)
     randomize(narrow)
     exact, mine, x = copy.deepcopy(narrow).double(), copy.deepcopy(narrow), torch.randn(shape).to(NARROW)
-    assert widen(mine) == 1
+    assert upcast(mine) == 1
     assert isinstance(mine, type(narrow))
     assert mine.state_dict().keys() == narrow.state_dict().keys()
     assert mine.get_parameter("weight").dtype is NARROW
-    assert widen(mine) == 0, "it is done"
+    assert upcast(mine) == 0, "it is done"
     with products_of() as dtypes:
         made = mine(x)
     assert set(dtypes) == {torch.float32}
@@ -74,9 +74,9 @@ def test_a_layer_rounds_exact_products_once(name: str) -> None:
 
 
 def test_few_rows_are_multiplied_as_they_are() -> None:
-    linear, x = nn.Linear(32, 16).to(NARROW).requires_grad_(False), torch.randn(FEW - 1, 32).to(NARROW)
+    linear, x = nn.Linear(32, 16).to(NARROW).requires_grad_(False), torch.randn(FEW_ROWS - 1, 32).to(NARROW)
     plain = linear(x)
-    widen(linear)
+    upcast(linear)
     assert torch.equal(linear(x), plain)
 
 
@@ -89,7 +89,7 @@ def test_other_weights_stay_as_they_are() -> None:
     network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=NARROW), nn.LayerNorm(8, dtype=NARROW))
     network[1].weight = nn.Parameter(network[1].weight.detach().as_subclass(Quantised), requires_grad=False)
     kinds = [type(module) for module in network]
-    assert widen(network) == 0
+    assert upcast(network) == 0
     assert [type(module) for module in network] == kinds
 
 
@@ -103,7 +103,7 @@ def test_no_product_of_a_network_is_left_narrow(name: str) -> None:
     with products_of() as before:
         theirs = plain(*low)
     assert NARROW in before
-    assert widen(network) > 0
+    assert upcast(network) > 0
     with products_of() as dtypes:
         mine = network(*low)
     assert len(dtypes) == len(before)
@@ -119,9 +119,9 @@ def test_a_decoder_is_widened_with_fewer_products_too() -> None:
         truth = decoder(latent)
         decoder.vae.to(NARROW)
         theirs = decoder(latent)
-    assert not winograd(decoder)
-    assert widen(decoder.vae) > 20
-    assert winograd(decoder, wide=True) == widens(CPU, NARROW)
+    assert not apply_winograd(decoder)
+    assert upcast(decoder.vae) > 20
+    assert apply_winograd(decoder, upcast=True) == should_upcast(CPU, NARROW)
     with products_of() as dtypes:
         mine = decoder(latent)
     assert set(dtypes) == {torch.float32}
@@ -133,9 +133,9 @@ def test_the_decoder_is_widened_with_the_network(on: bool) -> None:
     network, decoder = TINY["dit"].build(math_attention, NARROW), wide()
     decoder.vae.to(NARROW)
     parts = Components(network, Unconditional, decoder, LatentSpace(4, 4), 8, plan=TINY["dit"].plan)
-    engine = EngineConfig(optimize=Optimize.eager, eager=EagerConfig(widen=on))
+    engine = EngineConfig(optimize=Optimize.eager, eager=EagerConfig(upcast=on))
     made = optimize(parts, engine, CPU, NARROW)
-    slow = widens(CPU, NARROW)
+    slow = should_upcast(CPU, NARROW)
     assert ("products in float32" in made.notes[0]) == ("Winograd" in made.notes[0]) == (on and slow)
     with products_of() as dtypes:
         made.decoder(torch.randn(1, 4, 2, 3))
@@ -159,13 +159,13 @@ def test_fewer_products_of_bfloat16_are_rounded_once(step: int) -> None:
 class Edge(Group):
     """A rank whose neighbours have zeros."""
 
-    def neighbours(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    def exchange_halos(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(first), torch.zeros_like(last)
 
 
 @pytest.mark.parametrize("name", ["2d", "causal"])
 def test_a_convolution_of_a_band_is_widened_with_its_own(name: str) -> None:
-    edge = Edge(range(2), 0, None, alone().traffic)
+    edge = Edge(range(2), 0, None, single_process_group().traffic)
     if name == "2d":
         conv: nn.Module = nn.Conv2d(6, 4, 3, padding=1, dtype=NARROW)
         x, make = torch.randn(2, 6, 5, 7, dtype=NARROW), HaloConv2d
@@ -173,7 +173,7 @@ def test_a_convolution_of_a_band_is_widened_with_its_own(name: str) -> None:
         conv, make = WanCausalConv3d(6, 4, 3, padding=1).to(NARROW), HaloConv3d  # type: ignore[assignment]
         x = torch.randn(2, 6, 3, 5, 7, dtype=NARROW)
     conv.requires_grad_(False)
-    widen(conv)
+    upcast(conv)
     dealt = make(conv, edge)  # type: ignore[arg-type]
     with products_of() as dtypes:
         assert torch.equal(dealt(x), conv(x))
@@ -190,7 +190,7 @@ def test_compiled_blocks_are_widened(frozen: bool) -> None:
     exact, plain, network = (tiny.build(math_attention, dtype) for dtype in (torch.float32, NARROW, NARROW))
     latent, tau_B, condition = tiny.inputs
     low = latent.to(NARROW), tau_B, condition.to(NARROW)
-    widen(network)
+    upcast(network)
     compile_forwards(blocks_of(network, tiny.plan), CompileConfig(freezing=frozen), CPU)
     with torch.inference_mode():
         truth = exact(latent, tau_B, condition)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.optimize import winograd as module
-from harness.optimize.decoder import winograd
+from harness.optimize.decoder import apply_winograd
 from harness.optimize.winograd import WinogradConv2d
 from models.decoders import KLDecoder
 from tests.models.parity import randomize, rel_l2
@@ -60,18 +60,18 @@ def test_a_decoder_decodes_the_same_with_fewer_products(onednn: bool) -> None:
     with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=onednn):
         plain = decoder(latent)
         assert plain.std() > 0.01
-        assert winograd(decoder)
+        assert apply_winograd(decoder)
         made = [child for child in decoder.vae.decoder.modules() if isinstance(child, WinogradConv2d)]
         assert sorted(conv.step for conv in made) == [1, 1, *[2] * 8, *[4] * 4]
         assert len(made) == 14  # 4 in the middle, 5 in each of the wide up blocks, none in the narrow one
         torch.testing.assert_close(decoder(latent), plain, rtol=0, atol=1e-5)
-    assert not winograd(decoder), "nothing is left to replace"
+    assert not apply_winograd(decoder), "nothing is left to replace"
 
 
 def test_a_decoder_outside_float32_keeps_its_convolutions() -> None:
     decoder = wide()
     decoder.vae.to(torch.bfloat16)
-    assert not winograd(decoder)
+    assert not apply_winograd(decoder)
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_a_published_decoder_is_no_further_from_float64_than_direct_convolutions
         direct = decoder.vae.decode(latent)[0].double()
         exact = decoder.vae.double().decode(latent.double())[0]
         decoder.vae.float()
-        assert winograd(decoder)
+        assert apply_winograd(decoder)
         mine = decoder.vae.decode(latent)[0].double()
     print(f"relative L2: {rel_l2(mine, exact):.1e}, direct {rel_l2(direct, exact):.1e}")
     assert rel_l2(mine, exact) <= rel_l2(direct, exact)

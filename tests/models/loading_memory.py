@@ -16,14 +16,14 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from harness.device.memory import ResidentMemory
-from harness.parallel.group import Group, Traffic
-from harness.parallel.parallelize import cut_linears
+from harness.parallel.group import Group, TrafficCounter
+from harness.parallel.parallelize import shard_linears
 from models.decoders import load_from_diffusers
 from models.pixart import load_denoiser
 from models.source import Source
 from models.text.load import load_encoder
 
-HALF = partial(cut_linears, group=Group((0, 1), 0, None, Traffic()))
+HALF = partial(shard_linears, group=Group((0, 1), 0, None, TrafficCounter()))
 LOAD: dict[str, Callable[[Source], nn.Module]] = {
     "pixart": load_denoiser,
     "pixart_half": lambda source: load_denoiser(replace(source, cut=HALF)),

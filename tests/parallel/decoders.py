@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 from torch import Tensor
 
 from harness.config.schema import Decode
-from harness.parallel.group import Group, Traffic
-from harness.parallel.vae import band, deal_rows, parallel_decoder
+from harness.parallel.group import Group, TrafficCounter
+from harness.parallel.vae import local_rows, parallel_decoder, shard_rows
 from models.components import Decoder
 from models.decoders import KLDecoder
 from models.qwen_image.decoder import QwenImageDecoder
@@ -58,7 +58,7 @@ class QwenVideo:
     def __call__(self, latent_BCFHW: Tensor) -> Tensor:
         """Frames (B, frames, 3, height, width) in [0, 1]."""
         z = latent_BCFHW.to(self.vae.dtype)
-        frames = self.vae.decode(z if self.ranks is None else band(z, self.ranks), return_dict=False)[0]
+        frames = self.vae.decode(z if self.ranks is None else local_rows(z, self.ranks), return_dict=False)[0]
         pixels = frames.transpose(1, 2).float() / 2 + 0.5
         return pixels if self.ranks is None else self.ranks.all_gather_uneven(pixels, dim=-2)
 
@@ -92,7 +92,7 @@ class Case:
         """The decoder over the ranks of a group."""
         decoder = self.build(dtype)
         if isinstance(decoder, QwenVideo):
-            deal_rows(decoder.vae.decoder, group)
+            shard_rows(decoder.vae.decoder, group)
             decoder.ranks = group
             return decoder
         return parallel_decoder(decoder, group, by)
@@ -130,7 +130,7 @@ def ranks_found(size: int) -> list[dict[str, Tensor]]:
 
 def decode(rank: int, size: int) -> dict[str, Tensor]:
     """The pixels of every case in each of its dtypes, and the bytes that this rank sent for them, by kind."""
-    traffic, found = Traffic(), {}
+    traffic, found = TrafficCounter(), {}
     group = Group(range(size), rank, dist.new_group(list(range(size))), traffic)
     dealt = [(name, case, dtype, Decode.rows) for name, case in CASES.items() for dtype in case.dtypes]
     dealt += [(f"{name} by frames", case, torch.float32, Decode.frames) for name, case in VIDEOS.items()]

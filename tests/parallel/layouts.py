@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from harness.parallel.group import Group
-from harness.parallel.mesh import AXES, Place, world_size
-from harness.parallel.parallelize import cut_linears, deal_tokens
-from harness.parallel.process_groups import connect
+from harness.parallel.mesh import AXES, RankPosition, world_size
+from harness.parallel.parallelize import shard_linears, shard_tokens
+from harness.parallel.process_groups import make_process_groups
 from harness.pipeline.guidance import Branches
-from harness.pipeline.state import Ask, Sample
+from harness.pipeline.state import ImageSpec, Sample
 from models.attention import math_attention
 from models.attention.lse import math_lse
 from models.components import Conditioning
@@ -142,17 +142,17 @@ def forward(rank: int, size: int, more: bool) -> dict[str, Tensor]:
     """The outputs, by name of the network and layout, and the bytes that were sent, by kind behind those."""
     found = {}
     for layout, networks in groupby(cases(size, more), key=lambda case: case[1]):
-        axes = connect(Place(rank, layout.degrees), torch.device("cpu"), timedelta(seconds=60))
+        groups = make_process_groups(RankPosition(rank, layout.degrees), torch.device("cpu"), timedelta(seconds=60))
         for name, _ in networks:
             tiny = TINY[name]
             network = tiny.build(math_attention, layout.dtype)
-            cut_linears(network, tiny.plan, axes.tp)
-            deal_tokens(network, tiny.plan, math_attention, math_lse, axes, layout.gather)
+            shard_linears(network, tiny.plan, groups.tp)
+            shard_tokens(network, tiny.plan, math_attention, math_lse, groups, layout.gather)
             latent, tau_B, condition = tiny.inputs
-            axes.traffic.reset()
+            groups.traffic.reset()
             output = network(latent.to(layout.dtype), tau_B, condition.to(layout.dtype)).float()
-            found[f"{name} {layout}"] = branches(tiny.inputs, axes.cfg).combine(output)
-            sent = axes.traffic.sent_bytes.items()
+            found[f"{name} {layout}"] = branches(tiny.inputs, groups.cfg).combine(output)
+            sent = groups.traffic.sent_bytes.items()
             found |= {f"{name} {layout} {kind}": torch.tensor(count) for kind, count in sent}
     return found
 
@@ -160,6 +160,6 @@ def forward(rank: int, size: int, more: bool) -> dict[str, Tensor]:
 def branches(inputs: Inputs, cfg: Group) -> Branches:
     """Guidance of a batch by its own prompts, which changes nothing; on one rank, none."""
     rows = len(inputs[0])
-    ask = Ask(0, "", "", 0, 1, guidance=float(cfg.size), height=1, width=1)
-    sample = Sample(ask, text=Conditioning(), negative=Conditioning())
+    spec = ImageSpec(0, "", "", 0, 1, guidance=float(cfg.size), height=1, width=1)
+    sample = Sample(spec, text=Conditioning(), negative=Conditioning())
     return Branches([replace(sample) for _ in range(rows)], ranks=cfg)

@@ -10,7 +10,7 @@ from torch import Tensor
 from harness.build.worker import build_worker
 from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest, RankOutcome, array, decode
-from harness.parallel.mesh import AXES, Place, degrees
+from harness.parallel.mesh import AXES, RankPosition, degrees
 
 Degrees = tuple[int, ...]
 
@@ -71,7 +71,7 @@ def draw_peak(rank: int, size: int, drawing: Drawing) -> dict[str, Tensor]:
 def _answer(rank: int, drawing: Drawing) -> tuple[RankOutcome, Sequence[bytes]]:
     layout = replace(drawing.config.parallel, **dict(zip(AXES, drawing.degrees, strict=True)))
     config = replace(drawing.config, parallel=layout)
-    worker = build_worker(config, Place(rank, degrees(layout)), torch.device("cpu"))
+    worker = build_worker(config, RankPosition(rank, degrees(layout)), torch.device("cpu"))
     frames = worker.generate(drawing.request, lambda stage, done, total: None, lambda: False)
     outcome = decode(frames)
     assert isinstance(outcome, RankOutcome)

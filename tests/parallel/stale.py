@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from harness.parallel.displaced import Displaced
-from harness.parallel.mesh import Place
-from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.displaced import DisplacedPatches
+from harness.parallel.mesh import RankPosition
+from harness.parallel.parallelize import shard_linears, shard_tokens
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
-from harness.parallel.process_groups import Axes, connect
-from harness.parallel.stale_kv import Stale
+from harness.parallel.process_groups import ProcessGroups, make_process_groups
+from harness.parallel.stale_kv import StaleKVCache
 from models.attention import math_attention
 from models.attention.lse import math_lse
 from models.plan import Stack
@@ -129,13 +129,15 @@ def exact(name: str, ask: Ask, count: int) -> list[Tensor]:
         return [network(*ask(tiny, n)) for n in range(count)]
 
 
-def outputs(network: nn.Module, tiny: Tiny, axes: Axes, ask: Ask, count: int) -> Tensor:
+def outputs(network: nn.Module, tiny: Tiny, groups: ProcessGroups, ask: Ask, count: int) -> Tensor:
     """Of so many evaluations, guidance applied."""
-    combine = branches(tiny.inputs, axes.cfg).combine
+    combine = branches(tiny.inputs, groups.cfg).combine
     return torch.stack([combine(network(*ask(tiny, n))) for n in range(count)])
 
 
-def drawn(build: Callable[[int], tuple[nn.Module, Stale]], tiny: Tiny, axes: Axes) -> dict[str, Tensor]:
+def drawn(
+    build: Callable[[int], tuple[nn.Module, StaleKVCache]], tiny: Tiny, groups: ProcessGroups
+) -> dict[str, Tensor]:
     """Outputs of a state that moves, by the number of exact evaluations and the picture, and what was sent and kept for
     them; and of a state that stays.
 
@@ -147,55 +149,56 @@ def drawn(build: Callable[[int], tuple[nn.Module, Stale]], tiny: Tiny, axes: Axe
     found = {}
     for warmup, pictures in PICTURES.items():
         network, stale = build(warmup)
-        axes.traffic.reset()
+        groups.traffic.reset()
         for picture in range(pictures):
             stale.begin()
-            found[f"{warmup} {picture}"] = outputs(network, tiny, axes, asked, EVALUATIONS)
-            found[f"{warmup} kept"] = torch.tensor(stale.kept_bytes)
+            found[f"{warmup} {picture}"] = outputs(network, tiny, groups, asked, EVALUATIONS)
+            found[f"{warmup} kept"] = torch.tensor(stale.cached_bytes)
             stale.end()
-        found |= {f"{warmup} sent {kind}": torch.tensor(count) for kind, count in axes.traffic.sent_bytes.items()}
+        found |= {f"{warmup} sent {kind}": torch.tensor(count) for kind, count in groups.traffic.sent_bytes.items()}
     network, stale = build(1)
     stale.begin()
-    found["settling"] = outputs(network, tiny, axes, settling, SETTLING)
+    found["settling"] = outputs(network, tiny, groups, settling, SETTLING)
     stale.end()
     return found
 
 
 def displaced(rank: int, size: int, degrees: tuple[int, ...], names: list[str]) -> dict[str, Tensor]:
     """What is drawn by displaced patches, by network, and with keys and values that are gathered at once."""
-    axes = connect(Place(rank, degrees), torch.device("cpu"), timedelta(seconds=60))
+    groups = make_process_groups(RankPosition(rank, degrees), torch.device("cpu"), timedelta(seconds=60))
     found: dict[str, Tensor] = {}
     for name, tiny in ((name, TINY[name]) for name in names):
-        dealt = partial(displaced_network, tiny, axes)
-        found[f"{name} gathered"] = outputs(dealt(None)[0], tiny, axes, asked, EVALUATIONS)
-        found |= {f"{name} {what}": x for what, x in drawn(dealt, tiny, axes).items()}
+        dealt = partial(displaced_network, tiny, groups)
+        found[f"{name} gathered"] = outputs(dealt(None)[0], tiny, groups, asked, EVALUATIONS)
+        found |= {f"{name} {what}": x for what, x in drawn(dealt, tiny, groups).items()}
     return found
 
 
-def displaced_network(tiny: Tiny, axes: Axes, warmup: int | None) -> tuple[nn.Module, Stale]:
+def displaced_network(tiny: Tiny, groups: ProcessGroups, warmup: int | None) -> tuple[nn.Module, StaleKVCache]:
     """A network whose ring keeps keys and values, or gathers them where no evaluation is exact before the others."""
     network = tiny.build(math_attention)
-    cut_linears(network, tiny.plan, axes.tp)
-    stale = Displaced(axes.ring, warmup or 1)
+    shard_linears(network, tiny.plan, groups.tp)
+    stale = DisplacedPatches(groups.ring, warmup or 1)
     gather, kept = warmup is None, None if warmup is None else stale
-    deal_tokens(network, tiny.plan, math_attention, math_lse, axes, gather, kept)
+    shard_tokens(network, tiny.plan, math_attention, math_lse, groups, gather, kept)
     return network, stale
 
 
 def piped(rank: int, size: int, degrees: tuple[int, ...], patches: int, names: list[str]) -> dict[str, Tensor]:
     """What is drawn by a pipeline of patches, by network."""
-    axes = connect(Place(rank, degrees), torch.device("cpu"), timedelta(seconds=60))
+    groups = make_process_groups(RankPosition(rank, degrees), torch.device("cpu"), timedelta(seconds=60))
     found: dict[str, Tensor] = {}
     for name, tiny in ((name, TINY[name]) for name in names):
         found |= {
-            f"{name} {what}": x for what, x in drawn(partial(piped_network, tiny, axes, patches), tiny, axes).items()
+            f"{name} {what}": x
+            for what, x in drawn(partial(piped_network, tiny, groups, patches), tiny, groups).items()
         }
     return found
 
 
-def piped_network(tiny: Tiny, axes: Axes, patches: int, warmup: int) -> tuple[nn.Module, Stale]:
+def piped_network(tiny: Tiny, groups: ProcessGroups, patches: int, warmup: int) -> tuple[nn.Module, StaleKVCache]:
     """A network of which this rank has its run of blocks."""
-    network, stale = tiny.build(math_attention), PipeFusion(axes.ring, patches, warmup)
-    drop_blocks(network, tiny.plan, axes.ring)
+    network, stale = tiny.build(math_attention), PipeFusion(groups.ring, patches, warmup)
+    drop_blocks(network, tiny.plan, groups.ring)
     stale.install(network, tiny.plan, math_attention)
     return network, stale

@@ -10,10 +10,10 @@ from harness.costs.flops import rank_flops
 from harness.costs.memory import network_weights
 from harness.costs.traffic import trace_network
 from harness.device.flops import counted
-from harness.parallel.group import Group, Traffic
+from harness.parallel.group import Group, TrafficCounter
 from harness.parallel.mesh import world_size
-from harness.parallel.parallelize import cut_linears, deal_tokens
-from harness.parallel.process_groups import Axes
+from harness.parallel.parallelize import shard_linears, shard_tokens
+from harness.parallel.process_groups import ProcessGroups
 from models.attention import math_attention
 from models.attention.lse import math_lse
 from tests.parallel.networks import TINY
@@ -23,7 +23,7 @@ class Silent(Group):
     """The first rank of a group that has no others: shapes are right, numbers are not."""
 
     def __init__(self, size: int) -> None:
-        super().__init__(range(size), 0, None, Traffic())
+        super().__init__(range(size), 0, None, TrafficCounter())
 
     def shift(self, x: Tensor) -> Callable[[], Tensor]:
         return lambda: x
@@ -32,12 +32,12 @@ class Silent(Group):
         pass
 
 
-def silent(degrees: Sequence[int]) -> Axes:
+def silent(degrees: Sequence[int]) -> ProcessGroups:
     """The axes of the first rank of a layout."""
     _, cfg, tp, ring, ulysses = (Silent(size) for size in degrees)
     tokens = Silent(ring.size * ulysses.size)
     weights, picture = Silent(cfg.size * tokens.size), Silent(world_size(degrees))
-    return Axes(cfg, tp, ring, ulysses, tokens, weights, picture, tokens.traffic, lambda flag: flag)
+    return ProcessGroups(cfg, tp, ring, ulysses, tokens, weights, picture, tokens.traffic, lambda flag: flag)
 
 
 CASES = ((1, 1, 1, 1, 1), (1, 1, 2, 1, 1), (1, 1, 1, 3, 1), (1, 1, 1, 1, 3), (1, 1, 2, 1, 2), (1, 1, 1, 2, 2))
@@ -51,9 +51,9 @@ def test_a_rank_does_and_holds_what_the_formulas_say(name: str) -> None:
     for degrees in CASES:
         if tiny.heads() % degrees[2] or degrees[4] > tiny.heads() // degrees[2]:
             continue
-        network, axes, flops = tiny.build(math_attention), silent(degrees), []
-        cut_linears(network, tiny.plan, axes.tp)
-        deal_tokens(network, tiny.plan, math_attention, math_lse, axes)
+        network, groups, flops = tiny.build(math_attention), silent(degrees), []
+        shard_linears(network, tiny.plan, groups.tp)
+        shard_tokens(network, tiny.plan, math_attention, math_lse, groups)
         with torch.no_grad(), counted(flops.append):
             network(*tiny.inputs)
         assert flops == [rank_flops(trace, degrees)], degrees

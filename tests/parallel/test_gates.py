@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.caching.blocks import Passage, Rule, forecast
-from harness.caching.policies import CachedNetwork, FirstBlock, TaylorSeer, TeaCache
+from harness.caching.blocks import CachedForward, SkipPolicy, forecast
+from harness.caching.policies import CachedNetwork, FirstBlockCache, TaylorSeer, TeaCache
 from harness.parallel.attention import SequenceState, TokenLayout
-from harness.parallel.group import alone
-from harness.pipeline.cache_state import History
+from harness.parallel.group import single_process_group
+from harness.pipeline.cache_state import CacheState
 from models.attention import math_attention
 from models.components import Conditioning
 from models.plan import Stack
@@ -24,16 +24,16 @@ from tests.parallel.networks import TINY, Inputs, rows
 FAMILIES = list(TINY)
 NEVER = 1e9  # a threshold that no change reaches
 EXACT = 1e-6  # relative L2 between two orders of the same additions
-RULES: dict[str, Callable[[float], Rule]] = {
+RULES: dict[str, Callable[[float], SkipPolicy]] = {
     "teacache": lambda threshold: TeaCache(1, False, 0, threshold, (1.0, 0.0)),
-    "first_block": lambda threshold: FirstBlock(1, False, 0, threshold),
+    "first_block": lambda threshold: FirstBlockCache(1, False, 0, threshold),
     "taylorseer": lambda threshold: TaylorSeer(3, False, 2, 3 if threshold else 1),
 }
 
 
-def cached(name: str, rule: Rule) -> CachedNetwork:
+def cached(name: str, rule: SkipPolicy) -> CachedNetwork:
     tiny = TINY[name]
-    return CachedNetwork(tiny.build(math_attention), tiny.plan, rule, alone(), SequenceState())
+    return CachedNetwork(tiny.build(math_attention), tiny.plan, rule, single_process_group(), SequenceState())
 
 
 def evaluations(name: str, count: int) -> list[Inputs]:
@@ -103,22 +103,22 @@ class ByHand:
         return output
 
 
-def drawn(network: CachedNetwork, asked: Sequence[Inputs], owners: tuple[History, ...]) -> list[Tensor]:
+def drawn(network: CachedNetwork, asked: Sequence[Inputs], owners: tuple[CacheState, ...]) -> list[Tensor]:
     with torch.inference_mode():
         return [network(*inputs, owners) for inputs in asked]
 
 
-def between(name: str, kind: str) -> Rule:
+def between(name: str, kind: str) -> SkipPolicy:
     """A rule whose threshold is half as far again as the first picture changes in its second evaluation."""
-    history = History()
+    history = CacheState()
     drawn(cached(name, RULES[kind](NEVER)), [rows(inputs, [0]) for inputs in evaluations(name, 2)], (history,))
-    return RULES[kind](1.5 * history.change or 1.0)
+    return RULES[kind](1.5 * history.accumulated_change or 1.0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", list(RULES))
 def test_with_nothing_to_skip_it_is_the_plain_network_bit_for_bit(name: str, kind: str) -> None:
-    histories = (History(), History())
+    histories = (CacheState(), CacheState())
     asked = evaluations(name, 3)
     found = drawn(cached(name, RULES[kind](0.0)), asked, histories)
     with torch.inference_mode():
@@ -131,7 +131,7 @@ def test_with_nothing_to_skip_it_is_the_plain_network_bit_for_bit(name: str, kin
 @pytest.mark.parametrize("kind", ["teacache", "first_block"])
 def test_what_the_blocks_added_is_added_again(name: str, kind: str) -> None:
     asked = evaluations(name, 3)
-    histories = (History(), History())
+    histories = (CacheState(), CacheState())
     found = drawn(cached(name, RULES[kind](NEVER)), asked, histories)
     assert [history.computed for history in histories] == [[True, False, False]] * 2
     by_hand = ByHand(name, first_block=kind == "first_block")
@@ -145,7 +145,7 @@ def test_what_the_blocks_added_is_added_again(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", ["pixart", "flux"])
 def test_a_forecast_is_the_taylor_series_of_what_the_blocks_added(name: str) -> None:
     asked = evaluations(name, 7)
-    histories = (History(), History())
+    histories = (CacheState(), CacheState())
     found = drawn(cached(name, RULES["taylorseer"](1.0)), asked, histories)
     assert histories[0].computed == [True, True, True, False, False, True, False]
     by_hand = ByHand(name, first_block=False)
@@ -176,12 +176,12 @@ def test_pictures_in_one_forward_do_not_know_of_one_another(name: str, kind: str
     """One picture is two evaluations ahead of the other, whose text may be longer."""
     asked = evaluations(name, 6)
     network = cached(name, between(name, kind))
-    one, other = History(), History()
+    one, other = CacheState(), CacheState()
     alone_one, alone_other = (
         [y[0] for y in drawn(network, [rows(inputs, [n]) for inputs in asked], (owner,))]
         for n, owner in ((0, one), (1, other))
     )
-    first, second = History(), History()
+    first, second = CacheState(), CacheState()
     found_first = [y[0] for y in drawn(network, [rows(inputs, [0]) for inputs in asked[:2]], (first,))]
     found_second = []
     with torch.inference_mode():
@@ -213,16 +213,16 @@ def test_a_neighbour_with_a_longer_text_changes_nothing() -> None:
     totals: list[list[float]] = [[], []]
     outputs: list[list[Tensor]] = [[], []]
     network = cached("z_image", RULES["first_block"](NEVER))
-    one, first, second = History(), History(), History()
+    one, first, second = CacheState(), CacheState(), CacheState()
     with torch.inference_mode():
         for x, tau in moved:
             outputs[0].append(network(x[:1], tau[:1], own, (one,))[0])
-            totals[0].append(one.change)
+            totals[0].append(one.accumulated_change)
         for k, (x, tau) in enumerate(moved):
             alone_now = k == 0  # the neighbour joins behind the first
             given = (x[:1], tau[:1], own, (first,)) if alone_now else (x, tau, shared, (first, second))
             outputs[1].append(network(*given)[0])
-            totals[1].append(first.change)
+            totals[1].append(first.accumulated_change)
     assert first.computed == one.computed == [True, False, False, False, False]
     assert totals[1] == pytest.approx(totals[0], rel=1e-4)
     assert all(rel_l2(y, x) < 1e-5 for x, y in zip(*outputs, strict=True))
@@ -231,15 +231,17 @@ def test_a_neighbour_with_a_longer_text_changes_nothing() -> None:
 def test_padding_of_dealt_tokens_weighs_nothing() -> None:
     state = SequenceState(TokenLayout((35,), 2), 1)
     rule, tiny = RULES["first_block"](1.0), TINY["pixart"]
-    network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, alone(), state)
+    network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, single_process_group(), state)
     gate = network.network.get_submodule("blocks")[0]
-    weight = gate._weight(Passage((History(),), rule, alone(), state), {}, torch.zeros(1, 18, 4))
+    weight = gate._token_weight(
+        CachedForward((CacheState(),), rule, single_process_group(), state), {}, torch.zeros(1, 18, 4)
+    )
     assert weight[0, :, 0].tolist() == [1.0] * 17 + [0.0]
 
 
 def test_both_rows_of_a_guided_picture_go_one_way() -> None:
     asked = evaluations("pixart", 5)
-    owner = History()
+    owner = CacheState()
     network = cached("pixart", between("pixart", "first_block"))
     drawn(network, asked, (owner, owner))
     assert len(owner.computed) == 5
@@ -249,7 +251,7 @@ def test_both_rows_of_a_guided_picture_go_one_way() -> None:
 def test_teacache_adds_up_rescaled_changes_of_the_modulated_input() -> None:
     name, coefficients, threshold = "pixart", (0.2, 0.1, 0.001), 0.03
     asked = [rows(inputs, [0]) for inputs in evaluations(name, 6)]
-    owner = History()
+    owner = CacheState()
     drawn(cached(name, TeaCache(1, False, 0, threshold, coefficients)), asked, (owner,))
     network = TINY[name].build(math_attention)
     seen: list[Tensor] = []
@@ -269,18 +271,18 @@ def test_teacache_adds_up_rescaled_changes_of_the_modulated_input() -> None:
 
 
 def test_a_forward_that_fails_leaves_no_trace() -> None:
-    network, owner = cached("pixart", RULES["first_block"](NEVER)), History()
+    network, owner = cached("pixart", RULES["first_block"](NEVER)), CacheState()
     latent, tau_B, condition = rows(TINY["pixart"].inputs, [0])
     drawn(network, [(latent, tau_B, condition)], (owner,))
-    terms = owner.terms
+    terms = owner.taylor_terms
     with pytest.raises(ValueError, match="text states"), torch.inference_mode():
         network(latent, tau_B, Conditioning(), (owner,))
     assert owner.computed == [True]
-    assert owner.terms is terms
+    assert owner.taylor_terms is terms
 
 
 def test_warm_up_and_the_last_step_are_computed() -> None:
-    rule = FirstBlock(2, True, 0, NEVER)
-    assert not rule.skips(History(computed=[True]), 0.0)
-    assert rule.skips(History(computed=[True, True]), 0.0)
-    assert not rule.skips(History(final=True, computed=[True, True]), 0.0)
+    rule = FirstBlockCache(2, True, 0, NEVER)
+    assert not rule.should_skip(CacheState(computed=[True]), 0.0)
+    assert rule.should_skip(CacheState(computed=[True, True]), 0.0)
+    assert not rule.should_skip(CacheState(is_last_step=True, computed=[True, True]), 0.0)

@@ -50,6 +50,6 @@ def test_ranks_hold_one_output(ranks: int, more: bool) -> None:
 
 def test_a_picture_attends_to_itself_where_the_text_is_dealt_in_as_many_tokens() -> None:
     """7 tokens of text and 8 of a picture are 4 a rank both; one of the text's is padding, none of the picture's."""
-    alone = TokenLayout((7, 8), 2).of(4)
+    alone = TokenLayout((7, 8), 2).for_tokens(4)
     assert alone.lengths == (8,)
     assert alone.mask(None, 1, torch.device("cpu")) is None

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from harness.costs.traffic import weight_bytes
-from harness.parallel.fsdp import KIND, shard_weights
-from harness.parallel.mesh import Place
-from harness.parallel.parallelize import cut_linears, deal_tokens
-from harness.parallel.process_groups import Axes, connect
+from harness.parallel.fsdp import TRAFFIC_KIND, apply_fsdp
+from harness.parallel.mesh import RankPosition
+from harness.parallel.parallelize import shard_linears, shard_tokens
+from harness.parallel.process_groups import ProcessGroups, make_process_groups
 from models.attention import math_attention
 from models.attention.lse import math_lse
 from tests.parallel.layouts import branches
@@ -41,22 +41,22 @@ def forward(rank: int, size: int) -> dict[str, Tensor]:
     """Outputs with weights whole and dealt, what was sent for the latter, and the numbers held."""
     found = {}
     for degrees, cases in groupby(CASES[size], key=lambda case: case[1]):
-        axes = connect(Place(rank, degrees), torch.device("cpu"), timedelta(seconds=60))
+        groups = make_process_groups(RankPosition(rank, degrees), torch.device("cpu"), timedelta(seconds=60))
         for name, _, dtype in cases:
-            found |= {f"{name} {degrees} {dtype} {what}": x for what, x in both(TINY[name], dtype, axes).items()}
+            found |= {f"{name} {degrees} {dtype} {what}": x for what, x in both(TINY[name], dtype, groups).items()}
     return found
 
 
-def both(tiny: Tiny, dtype: torch.dtype, axes: Axes) -> dict[str, Tensor]:
+def both(tiny: Tiny, dtype: torch.dtype, groups: ProcessGroups) -> dict[str, Tensor]:
     """One network with its weights whole, then dealt."""
     network = tiny.build(math_attention, dtype)
-    cut_linears(network, tiny.plan, axes.tp)
-    said = weight_bytes(network, tiny.plan, axes.weights.size)
-    deal_tokens(network, tiny.plan, math_attention, math_lse, axes)
+    shard_linears(network, tiny.plan, groups.tp)
+    said = weight_bytes(network, tiny.plan, groups.weights.size)
+    shard_tokens(network, tiny.plan, math_attention, math_lse, groups)
     latent, tau_B, condition = tiny.inputs
 
     def output() -> Tensor:
-        return branches(tiny.inputs, axes.cfg).combine(network(latent.to(dtype), tau_B, condition.to(dtype)).float())
+        return branches(tiny.inputs, groups.cfg).combine(network(latent.to(dtype), tau_B, condition.to(dtype)).float())
 
     def numbers() -> int:
         kept = [p for name in tiny.plan.called_outside for p in network.get_submodule(name).parameters()]
@@ -64,13 +64,13 @@ def both(tiny: Tiny, dtype: torch.dtype, axes: Axes) -> dict[str, Tensor]:
         return sum(p.numel() for p in held) - sum(p.numel() for p in kept)
 
     whole, before = output(), numbers()
-    shard_weights(network, tiny.plan, axes.weights, torch.device("cpu"))
-    axes.traffic.reset()
+    apply_fsdp(network, tiny.plan, groups.weights, torch.device("cpu"))
+    groups.traffic.reset()
     return {
         "whole": whole,
         "dealt": output(),
         "again": output(),
-        "sent": torch.tensor([axes.traffic.sent_bytes[KIND], 2 * said]),
+        "sent": torch.tensor([groups.traffic.sent_bytes[TRAFFIC_KIND], 2 * said]),
         "held": torch.tensor([numbers(), before]),
     }
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.parallel.group import Group, Traffic
-from harness.parallel.parallelize import cut_linears
+from harness.parallel.group import Group, TrafficCounter
+from harness.parallel.parallelize import shard_linears
 from models.attention import math_attention
 from models.checkpoint import load_network
 from models.names import NameMap
@@ -26,7 +26,7 @@ def names_of(name: str) -> NameMap:
 
 def group_of(size: int, rank: int) -> Group:
     """A place in a group that nobody talks in."""
-    return Group(range(size), rank, None, Traffic())
+    return Group(range(size), rank, None, TrafficCounter())
 
 
 def saved(name: str, folder: Path) -> dict[str, Tensor]:
@@ -47,9 +47,9 @@ def load(name: str, source: Source) -> nn.Module:
 
 def assert_slices(name: str, source: Source, group: Group) -> None:
     """Holds the slices that are read to those that are cut."""
-    sliced = load(name, replace(source, cut=partial(cut_linears, group=group), loaded={}))
+    sliced = load(name, replace(source, cut=partial(shard_linears, group=group), loaded={}))
     whole = load(name, source)
-    parts = cut_linears(whole, TINY[name].plan, group)
+    parts = shard_linears(whole, TINY[name].plan, group)
     assert parts
     expected, found = whole.state_dict(), sliced.state_dict()
     assert [(key, x.dtype, x.shape) for key, x in found.items()] == [
@@ -91,11 +91,11 @@ def test_a_rank_reads_its_slices_and_what_is_not_cut(tmp_path: Path) -> None:
     assert whole.loaded["transformer"].read_bytes == total
     halves = []
     for rank in range(2):
-        source = Source(tmp_path, dtype=torch.bfloat16, cut=partial(cut_linears, group=group_of(2, rank)))
+        source = Source(tmp_path, dtype=torch.bfloat16, cut=partial(shard_linears, group=group_of(2, rank)))
         held = sum(x.numel() for x in load("flux", source).state_dict().values())
         halves.append(source.loaded["transformer"])
         assert halves[-1].read_bytes == held * 4
         assert halves[-1].bytes == held * 2
-    parts = cut_linears(TINY["flux"].build(math_attention), TINY["flux"].plan, group_of(2, 0))
+    parts = shard_linears(TINY["flux"].build(math_attention), TINY["flux"].plan, group_of(2, 0))
     cut = sum(tensors[names_of("flux").theirs(name)].numel() * 4 for name in parts)
     assert [half.read_bytes for half in halves] == [total - cut // 2] * 2

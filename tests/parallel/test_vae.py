@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.config.schema import Decode
-from harness.parallel.group import Group, Traffic, alone
-from harness.parallel.vae import band, deal_rows, parallel_decoder
+from harness.parallel.group import Group, TrafficCounter, single_process_group
+from harness.parallel.vae import local_rows, parallel_decoder, shard_rows
 from models.unet.unconditional import PixelDecoder
 from tests.models.parity import rel_l2
 from tests.parallel.decoders import CASES, VIDEOS, ranks_found
@@ -81,12 +81,12 @@ def test_bands_without_their_neighbours_are_another_picture(name: str) -> None:
 
 def ranks_of(size: int) -> Group:
     """The first of a group's ranks, which is not connected to the others."""
-    return Group(range(size), 0, None, Traffic())
+    return Group(range(size), 0, None, TrafficCounter())
 
 
 def test_one_rank_and_pixels_are_left_as_they_are() -> None:
     decoder = CASES["wan"].build()
-    assert parallel_decoder(decoder, alone()) is decoder
+    assert parallel_decoder(decoder, single_process_group()) is decoder
     pixels = PixelDecoder(centered=True)
     assert parallel_decoder(pixels, ranks_of(2)) is pixels
 
@@ -97,7 +97,7 @@ def test_fewer_rows_than_ranks_are_refused(name: str) -> None:
     message = f"{rows} latent rows cannot be dealt over {rows + 1} ranks; ask for a higher picture"
     with pytest.raises(ValueError, match=message):
         CASES[name].parallel(ranks_of(rows + 1), torch.float32)(CASES[name].latent())
-    assert band(CASES[name].latent(), ranks_of(rows)).shape[-2] == 1
+    assert local_rows(CASES[name].latent(), ranks_of(rows)).shape[-2] == 1
 
 
 def test_fewer_than_two_latent_frames_a_rank_are_refused() -> None:
@@ -117,4 +117,4 @@ def test_a_picture_has_no_frames_to_deal(name: str) -> None:
 )
 def test_a_convolution_that_reaches_further_is_refused(conv: nn.Conv2d) -> None:
     with pytest.raises(ValueError, match="kernels of 1 or 3 rows and stride 1"):
-        deal_rows(nn.Sequential(conv), ranks_of(2))
+        shard_rows(nn.Sequential(conv), ranks_of(2))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness.baselines.family import Batch, PeerModel, check_guidance, kl_pixels
 from harness.baselines.load import load_denoiser
-from harness.pipeline.state import Ask, written
+from harness.pipeline.state import ImageSpec, require
 from harness.resolve.engine import refuse_negative_class
 from models.components import Components
 from models.decoders import load_from_diffusers
@@ -40,10 +40,10 @@ class Undecoded:
 
 def _denoise(pipeline: DiTPipeline, undecoded: Undecoded, labels: ClassLabels, batch: Batch) -> Tensor:
     """The pipeline's loop, from noise that it draws by the same seeds."""
-    generators = [torch.Generator("cpu").manual_seed(ask.seed) for ask in batch.asks]
-    classes = [labels.label(ask.prompt) for ask in batch.asks]
-    pipeline(classes, batch.ask.guidance, generators, batch.ask.steps, output_type="pt", return_dict=False)
-    return written(undecoded.kept)
+    generators = [torch.Generator("cpu").manual_seed(spec.seed) for spec in batch.specs]
+    classes = [labels.label(spec.prompt) for spec in batch.specs]
+    pipeline(classes, batch.spec.guidance, generators, batch.spec.steps, output_type="pt", return_dict=False)
+    return require(undecoded.kept)
 
 
 def _decode(vae: AutoencoderKL, latent: Tensor, /) -> Tensor:
@@ -51,14 +51,14 @@ def _decode(vae: AutoencoderKL, latent: Tensor, /) -> Tensor:
     return kl_pixels(vae, VaeImageProcessor(), latent / vae.config.scaling_factor)
 
 
-def _check(side: int, ask: Ask) -> None:
+def _check(side: int, spec: ImageSpec) -> None:
     """Refuses sizes but the network's own, a negative class, and scales below 1. Raises ValueError."""
-    check_guidance(ask)
-    if (ask.height, ask.width) != (side, side):
+    check_guidance(spec)
+    if (spec.height, spec.width) != (side, side):
         raise ValueError(
-            f"the request asks for {ask.height} x {ask.width} pixels; diffusers' DiTPipeline draws {side} x {side}"
+            f"the request asks for {spec.height} x {spec.width} pixels; diffusers' DiTPipeline draws {side} x {side}"
         )
-    refuse_negative_class(ask.negative_prompt)
+    refuse_negative_class(spec.negative_prompt)
 
 
 def load(source: Source, parts: Components) -> PeerModel:

@@ -26,7 +26,7 @@ def _pack(pipeline: FluxPipeline, latent: Tensor, /) -> Tensor:
 
 def _denoise(pipeline: FluxPipeline, batch: Batch) -> Tensor:
     """The pipeline's loop."""
-    scale = batch.ask.guidance
+    scale = batch.spec.guidance
     packed: Tensor = pipeline(
         **batch.states(),
         **batch.vectors(),
@@ -34,7 +34,7 @@ def _denoise(pipeline: FluxPipeline, batch: Batch) -> Tensor:
         true_cfg_scale=1.0 if batch.negative is None else scale,
         **batch.common(_pack(pipeline, batch.noise).to(pipeline.transformer.dtype)),
     )[0]
-    height, width = batch.ask.height, batch.ask.width
+    height, width = batch.spec.height, batch.spec.width
     return pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)
 
 

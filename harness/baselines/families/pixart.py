@@ -28,7 +28,7 @@ def _denoise(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, batch: Batch) 
         **batch.states(),
         prompt_attention_mask=batch.text.mask,
         negative_prompt_attention_mask=None if negative is None else negative.mask,
-        guidance_scale=batch.ask.guidance,
+        guidance_scale=batch.spec.guidance,
         use_resolution_binning=False,
         clean_caption=False,
         **batch.common(batch.noise.to(pipeline.transformer.dtype)),

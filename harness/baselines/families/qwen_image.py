@@ -35,10 +35,10 @@ def _denoise(pipeline: QwenImagePipeline, batch: Batch) -> Tensor:
         **batch.states(),
         prompt_embeds_mask=batch.text.mask,
         negative_prompt_embeds_mask=None if negative is None else negative.mask,
-        true_cfg_scale=batch.ask.guidance,
+        true_cfg_scale=batch.spec.guidance,
         **batch.common(_pack(pipeline, batch.noise).to(pipeline.transformer.dtype)),
     )[0]
-    height, width = batch.ask.height, batch.ask.width
+    height, width = batch.spec.height, batch.spec.width
     return pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)[:, :, 0]
 
 

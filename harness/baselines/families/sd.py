@@ -22,7 +22,7 @@ def _denoise(pipeline: StableDiffusionPipeline, batch: Batch) -> Tensor:
     """The pipeline's loop."""
     latents: Tensor = pipeline(
         **batch.states(),
-        guidance_scale=batch.ask.guidance,
+        guidance_scale=batch.spec.guidance,
         **batch.common(batch.noise.to(pipeline.unet.dtype)),
     )[0]
     return latents

@@ -23,7 +23,7 @@ def _denoise(pipeline: StableDiffusion3Pipeline, batch: Batch) -> Tensor:
     latents: Tensor = pipeline(
         **batch.states(),
         **batch.vectors(),
-        guidance_scale=batch.ask.guidance,
+        guidance_scale=batch.spec.guidance,
         **batch.common(batch.noise.to(pipeline.transformer.dtype)),
     )[0]
     return latents

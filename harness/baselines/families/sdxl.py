@@ -24,7 +24,7 @@ def _denoise(pipeline: StableDiffusionXLPipeline, batch: Batch) -> Tensor:
     latents: Tensor = pipeline(
         **batch.states(),
         **batch.vectors(),
-        guidance_scale=batch.ask.guidance,
+        guidance_scale=batch.spec.guidance,
         **batch.common(batch.noise.to(pipeline.unet.dtype)),
     )[0]
     return latents

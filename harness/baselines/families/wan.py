@@ -22,8 +22,8 @@ def _denoise(pipeline: WanPipeline, batch: Batch) -> Tensor:
     """The pipeline's loop, whose state is float32."""
     latents: Tensor = pipeline(
         **batch.states(),
-        num_frames=batch.ask.frames,
-        guidance_scale=batch.ask.guidance,
+        num_frames=batch.spec.frames,
+        guidance_scale=batch.spec.guidance,
         **batch.common(batch.noise),
     )[0]
     return latents

@@ -23,7 +23,7 @@ def _denoise(pipeline: ZImagePipeline, batch: Batch) -> Tensor:
     latents: Tensor = pipeline(
         prompt_embeds=_rows(batch.text),
         negative_prompt_embeds=[] if batch.negative is None else _rows(batch.negative),
-        guidance_scale=batch.ask.guidance - 1,
+        guidance_scale=batch.spec.guidance - 1,
         **batch.common(batch.noise),
     )[0]
     return latents

@@ -28,8 +28,8 @@ from harness.device.cuda import synchronizer
 from harness.device.device import pick_device
 from harness.device.flops import ceiling_tflops
 from harness.engines.environment import arithmetic, import_path
-from harness.parallel.mesh import Place
-from harness.parallel.process_groups import connect
+from harness.parallel.mesh import RankPosition
+from harness.parallel.process_groups import make_process_groups
 from harness.records.provenance import usable_cores
 
 RANKS = 2
@@ -93,7 +93,7 @@ def measure(dtype: torch.dtype, launch: LaunchConfig) -> Rates:
 def rates(rank: int, dtype: torch.dtype, device: torch.device) -> Rates:
     """What this rank measures; every rank of the world calls it at once."""
     synchronize = synchronizer(device)
-    axes = connect(Place(rank, (1, 1, 1, 1, RANKS)), device, WAIT)
+    groups = make_process_groups(RankPosition(rank, (1, 1, 1, 1, RANKS)), device, WAIT)
     small, large = (torch.zeros(size, dtype=torch.uint8, device=device) for size in (8, SENT))
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
@@ -102,8 +102,8 @@ def rates(rank: int, dtype: torch.dtype, device: torch.device) -> Rates:
     dist.barrier()
     copy_s = best_s(lambda: target.copy_(source), synchronize)
     dist.barrier()
-    latency_s = best_s(lambda: axes.ulysses.all_gather(small), synchronize)
-    sent_s = best_s(lambda: axes.ulysses.all_gather(large), synchronize)
+    latency_s = best_s(lambda: groups.ulysses.all_gather(small), synchronize)
+    sent_s = best_s(lambda: groups.ulysses.all_gather(large), synchronize)
     return Rates(
         tflops,
         2 * COPIED / copy_s / 1e9,

@@ -15,7 +15,7 @@ from harness.pipeline.denoise import Denoising
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.latents import LatentPreparation
 from harness.pipeline.stage import Stage
-from harness.pipeline.state import Ask, RunContext, Sample, written
+from harness.pipeline.state import ImageSpec, RunContext, Sample, require
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.records.media import to_uint8
@@ -50,9 +50,9 @@ def pictures(
         Decoding(parts.decoder),
     ]
     samples = [
-        Sample(Ask(i, prompt, "", config.seed + i, config.steps, config.guidance, size, size))
+        Sample(ImageSpec(i, prompt, "", config.seed + i, config.steps, config.guidance, size, size))
         for i, prompt in enumerate(prompts)
     ]
     run = RunContext(torch.device("cpu"), BATCH, Clock(lambda: None), ResidentMemory(), lambda *_: None, lambda: None)
     SyncExecutor().execute(stages, samples, run)
-    return np.stack([to_uint8(written(sample.pixels).numpy()) for sample in samples])
+    return np.stack([to_uint8(require(sample.pixels).numpy()) for sample in samples])
