@@ -1,4 +1,4 @@
-"""The stages round another engine's pipeline of the same checkpoint."""
+"""The stages around a baseline engine's pipeline of the same checkpoint."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from models.source import Source
 
 
 def baseline_pipeline(config: RunConfig, source: Source) -> ComposedPipeline:
-    """The stages around diffusers' pipeline of the checkpoint.
+    """Build the stages around diffusers' pipeline of the checkpoint.
+
+    Args:
+        config: the resolved configuration.
+        source: the checkpoint's files.
+
+    Returns:
+        The pipeline.
 
     Raises:
-        CheckpointError: weights that are missing, broken or do not fit.
-        ValueError: settings that do not go together.
+        CheckpointError: if weights are missing, broken or do not fit.
+        ValueError: if settings do not go together.
     """
     components = native_facts(config.model.architecture, source)
     check_size_multiple(config.model, components)

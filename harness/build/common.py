@@ -1,4 +1,4 @@
-"""What a resolved run needs whoever runs it: the source of its components, its noise scheduler, its limits."""
+"""What the native engine and the baseline engines both need of a resolved run: source, noise scheduler and limits."""
 
 from __future__ import annotations
 
@@ -25,13 +25,21 @@ from schedulers.prediction import LearnedVariance
 from schedulers.published import from_diffusers
 
 DEFAULT_CACHE_MIB = 64.0
+"""MiB of encoded prompts that are cached by default."""
 
 
 def source_of(config: RunConfig, device: torch.device) -> Source:
-    """Where this run's components are read from.
+    """Return where this run's components are loaded from.
+
+    Args:
+        config: the resolved configuration.
+        device: the device that computes.
+
+    Returns:
+        The checkpoint's files, and how to load them.
 
     Raises:
-        CheckpointError: no such folder or file.
+        CheckpointError: if there is no such folder or file.
     """
     model, denoiser = config.model, trained_denoiser(config).weights
     place = locate(model, denoiser)
@@ -49,10 +57,18 @@ def source_of(config: RunConfig, device: torch.device) -> Source:
 
 
 def noise_scheduler_of(config: RunConfig, source: Source, components: Components) -> NoiseScheduler:
-    """The run's noise scheduler: the checkpoint's own, or the one that group `scheduler` composes.
+    """Build the run's noise scheduler: the checkpoint's own, or the one that group `scheduler` composes.
+
+    Args:
+        config: the resolved configuration.
+        source: the checkpoint's files.
+        components: the loaded components.
+
+    Returns:
+        The noise scheduler, which takes a learned variance if the network outputs one.
 
     Raises:
-        ValueError: a published configuration, or settings, that cannot run.
+        ValueError: if a published configuration, or the settings, cannot run.
     """
     if config.scheduler.family == PUBLISHED_FAMILY:
         noise_scheduler = from_diffusers(scheduler_file(source.folder), even_sigmas=components.even_sigmas)
@@ -73,7 +89,7 @@ def noise_scheduler_of(config: RunConfig, source: Source, components: Components
 
 
 def limits_of(config: RunConfig, components: Components) -> Limits:
-    """What the configuration, its layout and the checkpoint let a request ask."""
+    """Return what the configuration, its layout and the checkpoint allow a request to have."""
     model, denoiser = config.model, trained_denoiser(config).weights
     shape = layout_facts(config, locate(model, denoiser).config_folder(denoiser))
 
@@ -93,7 +109,16 @@ def limits_of(config: RunConfig, components: Components) -> Limits:
 
 
 def cache_mib(config: RunConfig) -> float:
-    """MiB of encoded prompts to keep: a bench encodes every time, to measure it, unless the encoders are dropped."""
+    """Return the MiB of encoded prompts to cache.
+
+    A bench encodes every time, to measure it, unless the encoders are dropped.
+
+    Args:
+        config: the resolved configuration.
+
+    Returns:
+        The limit, MiB.
+    """
     text = config.model.text
     if text.cache_mib is not None:
         return text.cache_mib
@@ -101,13 +126,17 @@ def cache_mib(config: RunConfig) -> float:
 
 
 def check_size_multiple(model: ModelConfig, components: Components) -> None:
-    """Refuses a multiple of sizes that the checkpoint's tokens do not divide.
+    """Refuse a multiple of image sizes that the checkpoint's tokens do not divide.
+
+    Args:
+        model: the model's configuration.
+        components: the loaded components.
 
     Raises:
-        ValueError: the multiple to set.
+        ValueError: with the multiple to set.
     """
     if model.size_multiple % components.size_multiple:
         raise ValueError(
-            f"model.size_multiple={model.size_multiple}, but this checkpoint draws multiples of {components.size_multiple} "
-            f"pixels; set model.size_multiple={components.size_multiple}"
+            f"model.size_multiple={model.size_multiple}, but this checkpoint generates multiples of "
+            f"{components.size_multiple} pixels; set model.size_multiple={components.size_multiple}"
         )

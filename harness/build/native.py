@@ -1,4 +1,4 @@
-"""The stages round the native network, sharded over the ranks of the layout."""
+"""The stages around the native network, sharded over the ranks of the layout."""
 
 from __future__ import annotations
 
@@ -45,15 +45,22 @@ from models.source import Source
 
 
 def backend_of(config: RunConfig, device: torch.device) -> str:
-    """The attention backend that computes on the device."""
+    """Return the attention backend to use on the device."""
     return resolve_backend(config.attention.backend, device.type, with_lse=merges(config.parallel))
 
 
 def attention_name(config: RunConfig, device: torch.device) -> str:
-    """What computes attention, by its own name.
+    """Return the name of the kernel that computes attention.
+
+    Args:
+        config: the resolved configuration.
+        device: the device that computes.
+
+    Returns:
+        The name that the kernel's library gives it.
 
     Raises:
-        NotImplementedError: the backend that was asked for does not run on this machine.
+        NotImplementedError: if the configured backend does not run on this machine.
     """
     if config.engine.name != NATIVE:
         return f"{SGLANG if config.engine.name == SGLANG else DIFFUSERS} {peer_attention(config)}"
@@ -63,11 +70,20 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
 def apply_layout(
     components: Components, groups: ProcessGroups, backend: str, layout: ParallelConfig, state: SequenceState
 ) -> StaleKVCache | None:
-    """Deals the network's tokens or blocks over this rank's axes, in place; what it keeps between evaluations, if any.
-    How tokens are dealt, the state says.
+    """Shard the network's tokens or blocks over this rank's groups, in place.
+
+    Args:
+        components: the loaded components.
+        groups: this rank's groups.
+        backend: the attention backend.
+        layout: the degrees of parallelism.
+        state: where the hooks write how tokens are sharded.
+
+    Returns:
+        The keys and values that the layout stores between evaluations; None if the layout is exact.
 
     Raises:
-        ValueError: an attention backend that ring attention cannot use.
+        ValueError: if ring attention cannot use the attention backend.
     """
     if layout.pipe > 1:
         pipeline = PipeFusion(groups.ring, patches_of(layout), layout.warmup)
@@ -85,17 +101,24 @@ def apply_layout(
 def native_pipeline(
     config: RunConfig, source: Source, position: RankPosition
 ) -> tuple[ComposedPipeline, ProcessGroups]:
-    """The stages around the native network, and the axes of ranks that it is dealt over.
+    """Build the stages around the native network.
+
+    Args:
+        config: the resolved configuration.
+        source: the checkpoint's files.
+        position: this rank's position on the mesh.
+
+    Returns:
+        The pipeline, and the groups of ranks that it is sharded over.
 
     Raises:
-        CheckpointError: weights that are missing, broken or do not fit.
-        ValueError: settings that do not go together.
+        CheckpointError: if weights are missing, broken or do not fit.
+        ValueError: if settings do not go together.
     """
     model = config.model
     timeout = timedelta(seconds=config.launch.collective_timeout_s)
-    groups = make_process_groups(
-        position, source.device, timeout
-    )  # before loading, which may take the ranks unequal times
+    # before loading, whose time may differ between ranks
+    groups = make_process_groups(position, source.device, timeout)
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = backend_of(config, source.device)
     sharder: Cut | None = partial(shard_linears, group=groups.tp) if groups.tp.size > 1 else None
@@ -111,9 +134,8 @@ def native_pipeline(
         components, config.engine, source.device, dtype, groups.replica.size > 1, replay_support(config, groups)
     )
     state = SequenceState()
-    cached = cached_network(
-        config.cache, components.network, components.plan, groups.replica, state
-    )  # before what hooks its blocks
+    # the block cache goes inside of the hooks that shard tokens
+    cached = cached_network(config.cache, components.network, components.plan, groups.replica, state)
     stale_kv = apply_layout(components, groups, backend, config.parallel, state)
     if config.parallel.shard_weights:
         apply_fsdp(components.network, components.plan, groups.weights, source.device)
@@ -142,31 +164,46 @@ def native_pipeline(
 
 
 def replay_support(config: RunConfig, groups: ProcessGroups) -> ReplaySupport:
-    """What may be replayed: not what is dealt, carried from and to the CPU, or cut short by a cache of blocks."""
+    """Return what can be replayed: what is not sharded, moved to and from the CPU, or skipped by a block cache."""
     here = not (config.model.offload or config.parallel.shard_weights)
     whole = groups.tp.size == groups.tokens.size == 1 and config.cache.name not in OF_BLOCKS
     return ReplaySupport(network=here and whole, decoder=here and groups.replica.size == 1)
 
 
 def decoder_of(decoder: Decoder, groups: ProcessGroups, layout: ParallelConfig) -> Decoder:
-    """The decoder as it is, or dealt over the ranks of a picture.
+    """Return the decoder, sharded over the ranks of a replica if there are several.
+
+    Args:
+        decoder: the decoder, written for one device; its layers are replaced in place.
+        groups: this rank's groups.
+        layout: the degrees of parallelism, and what the decoder is sharded by.
+
+    Returns:
+        The decoder to call.
 
     Raises:
-        ValueError: frames of a decoder of pictures.
+        ValueError: if frames are to be sharded, and the decoder is one of images.
     """
     if groups.replica.size == 1:
         return decoder
 
-    from harness.parallel.vae import parallel_decoder  # brings every autoencoder that can be dealt
+    from harness.parallel.vae import parallel_decoder  # imports every autoencoder that can be sharded
 
     return parallel_decoder(decoder, groups.replica, layout.decode)
 
 
 def components_on_cpu(config: RunConfig, source: Source) -> list[str]:
-    """The components that are loaded to CPU memory, wherever they compute.
+    """Return the names of the components that are loaded to CPU memory, whichever device computes.
+
+    Args:
+        config: the resolved configuration.
+        source: the checkpoint's files.
+
+    Returns:
+        The names.
 
     Raises:
-        NotImplementedError: offload on a machine that has no other memory.
+        NotImplementedError: if model.offload is set and the device has no memory of its own.
     """
     if config.model.offload and source.device.type == "cpu":
         raise NotImplementedError(

@@ -24,8 +24,14 @@ from harness.serving.worker import Worker
 
 
 def measure_ceiling(config: RunConfig, device: torch.device) -> float:
-    """The rate of a matrix product on this rank in the denoiser's dtype, or in float32 where that is how it is computed
-    best, TFLOP/s; 0 where nothing is measured.
+    """Measure the rate of a matrix product on this rank, in the dtype in which the denoiser's products are computed.
+
+    Args:
+        config: the resolved configuration.
+        device: the device that computes.
+
+    Returns:
+        The rate, TFLOP/s; 0 if the task measures nothing.
     """
     if config.task.name is not Task.bench:
         return 0.0
@@ -34,11 +40,19 @@ def measure_ceiling(config: RunConfig, device: torch.device) -> float:
 
 
 def build_worker(config: RunConfig, position: RankPosition, device: torch.device) -> Worker:
-    """Loads the components on the device and composes the pipeline.
+    """Load the components on the device, and build the pipeline.
+
+    Args:
+        config: the resolved configuration.
+        position: this rank's position on the mesh.
+        device: the device that computes.
+
+    Returns:
+        The worker.
 
     Raises:
-        CheckpointError: weights that are missing, broken or do not fit.
-        ValueError: settings that do not go together.
+        CheckpointError: if weights are missing, broken or do not fit.
+        ValueError: if settings do not go together.
     """
     if device.type == "cuda":
         prepare_cuda(device)
@@ -46,11 +60,11 @@ def build_worker(config: RunConfig, position: RankPosition, device: torch.device
     if config.engine.name == NATIVE:
         pipeline, groups = native_pipeline(config, source, position)
     else:
-        from harness.build.baseline import baseline_pipeline  # brings diffusers' pipelines
+        from harness.build.baseline import baseline_pipeline  # imports diffusers' pipelines
 
         pipeline, groups = baseline_pipeline(config, source), single_rank_groups()
     memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
-    memory.release()  # of what loading took and left
+    memory.release()  # free what loading needed
     energy = energy_meter(device)
     loaded = [
         LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged, p.read_bytes)
@@ -60,7 +74,7 @@ def build_worker(config: RunConfig, position: RankPosition, device: torch.device
 
 
 def energy_meter(device: torch.device) -> Energy:
-    """Of a GPU where NVML is installed; of the machine's processors on its first rank."""
+    """Return the meter of a GPU if NVML is installed, or that of the machine's processors on its first rank."""
     if device.type == "cuda":
         return CudaEnergy(device) if importlib.util.find_spec("pynvml") else NoEnergy()
     return PackageEnergy() if os.environ.get("LOCAL_RANK", "0") == "0" else NoEnergy()

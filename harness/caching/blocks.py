@@ -324,6 +324,15 @@ class CachedBlock(nn.Module):
         """Return the signal that the plan names: an argument, or the input of a module of this block.
 
         In the second case the block runs as far as that module.
+
+        Args:
+            arguments: the arguments of the block.
+
+        Returns:
+            The signal.
+
+        Raises:
+            ValueError: if the block never calls that module.
         """
         name = self._cached_stack.stack.signal
         if name in arguments:

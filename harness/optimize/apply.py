@@ -1,4 +1,4 @@
-"""engine.optimize, applied to what was loaded: each part in its order, and what was done in one line for the record."""
+"""Applies engine.optimize to loaded components: each optimization in its order, and one line for the record."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ from models.decoders import KLDecoder
 
 @dataclass(frozen=True)
 class OptimizedComponents:
-    """Network, decoder and prompt encoder as they are to be run, what computes beforehand, the notes for the record."""
+    """The components to run, after optimization.
+
+    Args:
+        network: the network.
+        decoder: the decoder.
+        load_prompts: loads the prompt encoder.
+        precompute: what precomputes modulation and text; None if the evaluations compute them.
+        notes: what was applied, for the record.
+    """
 
     network: nn.Module
     decoder: Decoder
@@ -36,7 +44,14 @@ class OptimizedComponents:
 
 @dataclass(frozen=True)
 class ReplaySupport:
-    """Which of them stay on the device, whole on this rank, and compute the same way whatever they are handed."""
+    """Which components can be replayed from CUDA graphs.
+
+    Such a component stays on the device, is whole on this rank, and computes the same way for every input.
+
+    Args:
+        network: whether the network can.
+        decoder: whether the decoder can.
+    """
 
     network: bool = True
     decoder: bool = True
@@ -50,15 +65,18 @@ def optimize(
     decoder_sharded: bool = False,
     replay: ReplaySupport = ReplaySupport(),
 ) -> OptimizedComponents:
-    """Does to loaded parts, in place, what is configured and what the device has use for.
+    """Apply the configured optimizations that help on this device, in place.
 
     Args:
-        parts: whose linears were cut already; before its blocks are put behind gates or its tokens dealt.
-        engine: what is configured.
-        device: where they compute.
-        dtype: of the network.
-        dealt: whether the decoder's convolutions will be dealt over ranks, which takes them as they are.
-        replayed: which of network and decoder may be, on a GPU.
+        components: the loaded components. Their linears are already sharded; blocks and tokens are not.
+        engine: the configuration.
+        device: the device that computes.
+        dtype: the dtype of the network.
+        decoder_sharded: whether the decoder's convolutions will be sharded over ranks, which needs plain ones.
+        replay: what can be replayed from CUDA graphs, on a GPU.
+
+    Returns:
+        The components to run.
     """
     if engine.optimize is Optimize.none:
         return OptimizedComponents(components.network, components.decoder, components.load_prompts)
@@ -66,7 +84,7 @@ def optimize(
     if components.ahead is not None and (eager.modulation or eager.text):
         text = eager.text and components.ahead.text
         precompute = PrecomputedModulation(components.network, components.ahead, eager.modulation, text)
-        applied += ["modulation ahead"] * eager.modulation + ["text ahead"] * text
+        applied += ["precomputed modulation"] * eager.modulation + ["precomputed text"] * text
     if eager.fused_projections and fuse_projections(components.network, components.plan):
         applied.append("fused projections")
     load_prompts = components.load_prompts
@@ -91,7 +109,7 @@ def optimize(
     ):
         applied.append("Winograd decoder")
     if eager.keep_memory and device.type == "cpu" and keep_freed():
-        applied.append("freed memory kept")
+        applied.append("freed memory retained")
     network, decoder = components.network, components.decoder
     if eager.cuda_graphs and device.type == "cuda":
         record = cuda_graph_recorder()
@@ -113,12 +131,21 @@ def _upcast_prompts(load: Callable[[], PromptEncoder]) -> PromptEncoder:
 
 
 def should_prepack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packed linears are the faster ones here: in bfloat16 on a CPU with instructions for it. In float32 the
-    products that PyTorch takes otherwise (MKL's) are; packed ones took 1.1 to 1.2 times as long on an AVX2 processor.
+    """Return whether packed linears are faster here: in bfloat16 on a CPU with instructions for it.
+
+    In float32 the products that PyTorch uses otherwise (MKL's) are faster; packed ones took 1.1 to 1.2 times as long on
+    an AVX2 processor.
+
+    Args:
+        device: the device that computes.
+        dtype: the dtype of the linears.
+
+    Returns:
+        Whether to prepack.
     """
     return device.type == "cpu" and dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _prefers_channels_last(device: torch.device) -> bool:
-    """Whether convolutions here are faster with channels innermost: by cuDNN and oneDNN, not by plain ones."""
+    """Return whether convolutions are faster with channels last: cuDNN's and oneDNN's are, PyTorch's own are not."""
     return device.type == "cuda" or bool(torch.backends.mkldnn.enabled)

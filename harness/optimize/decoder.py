@@ -1,6 +1,4 @@
-"""A picture's decoder with the channels of its convolutions innermost, which is how oneDNN and cuDNN compute them, and
-with fewer products in them.
-"""
+"""An image decoder with channels-last convolutions, which oneDNN and cuDNN compute faster, and with fewer products."""
 
 from __future__ import annotations
 
@@ -16,13 +14,13 @@ from models.components import Decoder
 from models.decoders import KLDecoder
 
 MIN_CHANNELS = 128
-"""Of fewer, the transforms cost what the products save."""
+"""With fewer channels the transforms cost what the products save."""
 MAX_LARGE_TILE_PAIRS = 256 * 512
-"""Pairs of channels: more are too many weights to have four times, and are found where a picture is small."""
+"""Pairs of channels; with more, four times the weights are too many, and such layers occur where an image is small."""
 
 
 def to_channels_last(decoder: Decoder) -> bool:
-    """Lays a decoder's weights out so, in place, and what it computes follows them; false where it has none of them."""
+    """Store a decoder's weights channels last, in place; return whether the decoder has such weights."""
     if not isinstance(decoder, KLDecoder):
         return False
     decoder.vae.to(memory_format=torch.channels_last)
@@ -30,11 +28,11 @@ def to_channels_last(decoder: Decoder) -> bool:
 
 
 def apply_winograd(decoder: Decoder, upcast: bool = False) -> bool:
-    """Puts Winograd's convolutions in the place of a decoder's wide ones, and of the upsamplings before them.
+    """Replace a decoder's convolutions of many channels, and the upsamplings before them, by Winograd convolutions.
 
     Args:
-        decoder: on the CPU.
-        wide: also in bfloat16 where its products are float32's, in which alone they are as accurate.
+        decoder: the decoder, on the CPU.
+        upcast: whether to do so in bfloat16 too, if its products are computed in float32; others are less accurate.
 
     Returns:
         Whether there were any.
@@ -48,7 +46,7 @@ def apply_winograd(decoder: Decoder, upcast: bool = False) -> bool:
 
 
 def _replace_convolutions(module: nn.Module) -> int:
-    """In place; how many."""
+    """Replace convolutions in place, and return how many were replaced."""
     count = 0
     for name, child in module.named_children():
         if isinstance(child, Upsample2D) and child.interpolate and child.norm is None and _is_eligible(child.conv):
@@ -64,7 +62,7 @@ def _replace_convolutions(module: nn.Module) -> int:
 
 
 def _is_eligible(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """Whether it is a plain convolution of 3 x 3 with many channels."""
+    """Return whether a module is a plain 3 x 3 convolution with many channels."""
     if not isinstance(conv, nn.Conv2d) or min(conv.in_channels, conv.out_channels) < MIN_CHANNELS:
         return False
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)

@@ -1,4 +1,4 @@
-"""Queries, keys and values of one stream of tokens by one linear, whose rows are those of the three."""
+"""Queries, keys and values of one token stream from a single linear, whose rows are those of the three."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from models.layers import Projections
 from models.plan import ParallelPlan
 
 FUSABLE = (nn.Linear, ColumnParallelLinear)
+"""Classes of linears that can be joined."""
 
 
 def fuse_projections(network: nn.Module, plan: ParallelPlan) -> int:
-    """Joins the three linears of every attention of a stream to itself, in place, as they are on this rank.
+    """Join the three linears of every self-attention, in place, as they are on this rank.
 
     Args:
-        network: after its linears were cut and its updates merged.
-        plan: of its folder; attention to a text, which it calls local, keeps its own.
+        network: the network, after its linears were sharded and its LoRA updates merged.
+        plan: the network's plan; cross-attention to a text, which it calls local, keeps its linears.
 
     Returns:
-        How many were joined.
+        How many attentions were changed.
     """
     count = 0
     for name, module in network.named_modules():
@@ -37,7 +38,7 @@ def fuse_projections(network: nn.Module, plan: ParallelPlan) -> int:
 
 
 def concatenate_linears(linears: Sequence[nn.Module]) -> nn.Linear:
-    """One linear whose outputs are theirs, one behind another."""
+    """Return one linear whose outputs are those of the given ones, in order."""
     weight = torch.cat([linear.get_parameter("weight") for linear in linears])
     one = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
     one.weight = nn.Parameter(weight, requires_grad=False)

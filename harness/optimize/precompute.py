@@ -54,7 +54,7 @@ class OutputSlice(nn.Module):
             The slice of this module.
 
         Raises:
-            ValueError: The input is no precomputed output.
+            ValueError: if the input is no precomputed output.
         """
         if outputs_BM.shape[-1] != self.count:
             raise ValueError(
@@ -166,7 +166,7 @@ def _replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 class PrecomputedModulation:
-    """A network whose modulation and text modules return precomputed outputs; one object per worker serves all requests.
+    """A network whose modulation and text modules return precomputed outputs; one per worker serves all requests.
 
     Args:
         network: the network, changed in place; from then on it can be evaluated only as its plan says.

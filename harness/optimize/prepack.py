@@ -1,6 +1,6 @@
-"""Linears of the CPU with weights in the order that oneDNN computes in, and the GELU behind them in the same kernel.
+"""Linears on the CPU with weights packed in oneDNN's order, and the GELU after them in the same kernel.
 
-What inductor's freezing does to a graph (torch/_inductor/fx_passes/mkldnn_fusion.py), done to modules.
+It does to modules what inductor's freezing does to a graph (torch/_inductor/fx_passes/mkldnn_fusion.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from models.layers import Modulation
 
 
 class PackedLinear(nn.Module):
-    """A linear, with a GELU (tanh form) of its outputs or without; the packed weight is no parameter any more."""
+    """A linear with or without a GELU (tanh form) of its outputs; the packed weight is no parameter any more.
+
+    Args:
+        linear: the linear to pack.
+        gelu: whether to apply the GELU.
+    """
 
     def __init__(self, linear: nn.Linear | ColumnParallelLinear, gelu: bool = False) -> None:
         super().__init__()
@@ -23,13 +28,18 @@ class PackedLinear(nn.Module):
         self.activation: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the outputs."""
         output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.activation)
         return output
 
 
 def prepack(module: nn.Module) -> None:
-    """Packs the linears in a module, in place, but those that modulate, are computed beforehand or summed over ranks; a
-    GELU behind one goes into its kernel.
+    """Pack the linears in a module, in place, with the GELU after them.
+
+    Linears that modulate, that are precomputed, or whose outputs are summed over ranks stay as they are.
+
+    Args:
+        module: the module, changed in place.
     """
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear | ColumnParallelLinear) and not isinstance(child, Modulation):

@@ -1,7 +1,7 @@
-"""Products of bfloat16 numbers, on a CPU without instructions for them, by those for float32.
+"""Products of bfloat16 numbers in float32, on a CPU without instructions for bfloat16.
 
-The product of two such numbers is a float32, and sums of products are rounded once wherever they are computed, so the
-outputs are those of other processors; activations and weights stay bfloat16, and are widened as they are used.
+The product of two bfloat16 numbers is a float32, and sums of products are rounded once on every processor. So the
+outputs are those of other processors. Activations and weights stay bfloat16, and are upcast when they are used.
 """
 
 from __future__ import annotations
@@ -15,22 +15,33 @@ from torch.nn import functional as F
 
 from harness.parallel.parallelize import ColumnParallelLinear, RowParallelLinear
 
-FEW_ROWS = 8  # rows, of which a product takes no longer than widening its weights
+FEW_ROWS = 8
+"""With fewer rows a product takes no longer than upcasting its weights."""
 
 
 def should_upcast(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products are the faster ones in float32: of bfloat16 where oneDNN has none, and PyTorch its own loops."""
+    """Return whether products are faster in float32.
+
+    They are for bfloat16, if oneDNN has no such products here and PyTorch uses its own loops.
+
+    Args:
+        device: the device that computes.
+        dtype: the dtype of the products.
+
+    Returns:
+        Whether to upcast.
+    """
     return device.type == "cpu" and dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def upcast(network: nn.Module) -> int:
-    """Makes the linears and convolutions of a network that have bfloat16 weights widen what they multiply, in place.
+    """Make the bfloat16 linears and convolutions of a network compute their products in float32, in place.
 
     Args:
-        network: whole or cut over ranks; quantised weights in it stay as they are.
+        network: the network, whole or sharded over ranks; its quantized weights stay as they are.
 
     Returns:
-        How many there were.
+        How many modules were changed.
     """
     count = 0
     for module in network.modules():
@@ -43,7 +54,7 @@ def upcast(network: nn.Module) -> int:
 
 
 def upcast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As F.linear, in float32, rounded to the dtype of x."""
+    """Compute F.linear in float32, rounded to the dtype of x."""
     if x.numel() < FEW_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
     return _upcast_product(F.linear, x, weight, bias)
@@ -54,42 +65,45 @@ def _upcast_product(partial_product: Callable[..., Tensor], x: Tensor, weight: T
 
 
 class UpcastLinear(nn.Linear):
-    """A linear that widens what it multiplies."""
+    """A linear with products in float32."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Compute the outputs."""
         return upcast_linear(input, self.weight, self.bias)
 
 
 class UpcastColumnParallelLinear(ColumnParallelLinear):
-    """The same of a rank's output features."""
+    """A column-parallel linear with products in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute this rank's output features."""
         return upcast_linear(x, self.weight, self.bias)
 
 
 class UpcastRowParallelLinear(RowParallelLinear):
-    """The same of a rank's input features."""
+    """A row-parallel linear with products in float32."""
 
     def partial_product(self, x: Tensor) -> Tensor:
+        """Return this rank's term of the sum."""
         return upcast_linear(x, self.weight)
 
 
 class UpcastConv1d(nn.Conv1d):
-    """A convolution that widens what it multiplies."""
+    """A 1D convolution with products in float32."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _upcast_product(super()._conv_forward, input, weight, bias)
 
 
 class UpcastConv2d(nn.Conv2d):
-    """The same of pictures."""
+    """A 2D convolution with products in float32."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _upcast_product(super()._conv_forward, input, weight, bias)
 
 
 class UpcastConv3d(nn.Conv3d):
-    """The same of videos."""
+    """A 3D convolution with products in float32."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _upcast_product(super()._conv_forward, input, weight, bias)
@@ -107,7 +121,16 @@ UPCAST_CLASSES: tuple[type[nn.Module], ...] = (
 
 @cache
 def _upcast_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of the same modules that multiplies in float32, a kind's own method around it; else the kind itself."""
+    """Return the class of the same modules with products in float32; subclasses keep their own methods.
+
+    A class without such products is returned unchanged.
+
+    Args:
+        kind: the class of a module.
+
+    Returns:
+        The class to use.
+    """
     for upcast_class in UPCAST_CLASSES:
         plain = upcast_class.__mro__[1]
         if kind is plain:

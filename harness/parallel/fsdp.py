@@ -1,4 +1,4 @@
-"""Weights dealt over the ranks that would hold the same ones, by FSDP2: each has a part, and gathers a block to run it.
+"""Weights sharded by FSDP2 over the ranks that would hold the same ones: a rank gathers a block to run it.
 
 Source: PyTorch FSDP (Zhao et al. 2023, arXiv:2304.11277), `torch.distributed.fsdp.fully_shard`.
 """
@@ -23,21 +23,21 @@ TRAFFIC_KIND = "all_gather weights"
 
 
 def apply_fsdp(network: nn.Module, plan: ParallelPlan, group: Group, device: torch.device) -> None:
-    """Leaves this rank its part of every weight, in place, and takes that to the device.
+    """Keep this rank's shard of every weight, in place, and move it to the device.
 
-    Every block of the plan's stacks is gathered as it runs and let go behind it, the parameters outside of them with
-    the first. Here a block at a time is whole on the device; in a forward, one that runs and what gathering keeps take
-    the memory of about four (measured on the CPU).
+    Every block of the plan's stacks is gathered when it runs, and released after it. The parameters outside of blocks
+    are gathered with the first forward. Here one block at a time is whole on the device. In a forward, the running
+    block and the gathering buffers take the memory of about four blocks (measured on the CPU).
 
     Args:
-        network: whole, on the device or the CPU.
-        plan: of its folder.
+        network: the whole network, on the device or the CPU.
+        plan: the network's stacks of blocks.
         group: the ranks that hold the same weights.
-        device: where it computes.
+        device: the device that computes.
     """
     assert group.handle is not None
     if device.type == "cpu":
-        give_back_freed()  # a heap that gathered blocks break into pieces takes more memory than dealing them spares
+        give_back_freed()  # gathered blocks fragment the heap, which would need more memory than sharding saves
     ignored = {parameter for name in plan.called_outside for parameter in network.get_submodule(name).parameters()}
     mesh, gather = DeviceMesh.from_group(group.handle, device.type), _CountedAllGather(group.traffic)
     for unit in fsdp_units(network, plan):
@@ -48,19 +48,20 @@ def apply_fsdp(network: nn.Module, plan: ParallelPlan, group: Group, device: tor
 
 
 def fsdp_units(network: nn.Module, plan: ParallelPlan) -> Iterator[nn.Module]:
-    """What is gathered at once: every block, then the network for what lies outside of them."""
+    """Yield the modules that are gathered at once: every block, then the network for its other parameters."""
     for stack in plan.stacks:
         yield from network.get_submodule(stack.blocks).children()
     yield network
 
 
 class _CountedAllGather(AllGather):
-    """FSDP's own gathering, counted. Its time is what the call blocks for: on CUDA it runs beside the computation."""
+    """FSDP's all-gather with its traffic counted; the time is that of the call, which on CUDA does not wait."""
 
     def __init__(self, traffic: TrafficCounter) -> None:
         self.traffic = traffic
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate the output of a gather."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(

@@ -1,13 +1,13 @@
-"""Tensors between the ranks of one mesh axis, with every byte and every waiting millisecond counted by kind.
+"""Tensors between the ranks of one mesh axis, with all bytes and waiting times counted by kind of collective.
 
-At size 1 each collective is the identity and counts nothing, so that one path serves one device and eight. Bytes are
-what this rank sends, by the usual algorithms: N ranks, x the bytes of its own tensor,
+At size 1 each collective is the identity and counts nothing, so that one code path serves one device and eight. Bytes
+are what this rank sends, by the usual algorithms, with N ranks and x bytes of its own tensor:
 
     all_to_all   x (N - 1) / N        all_gather   x (N - 1)
     all_reduce   2 x (N - 1) / N      shift, send  x
-    broadcast    x (N - 1), of the rank that has it
+    broadcast    x (N - 1), on the rank that has the tensor
 
-An all_gather whose answer is asked for later is a kind of its own, `all_gather displaced`.
+An all_gather whose result is used later is a kind of its own, `all_gather displaced`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from harness import messages
 
 @dataclass
 class TrafficCounter:
-    """What this rank has sent since the last reset: bytes, calls and exposed time by kind of collective."""
+    """What this rank has sent since the last reset: bytes, calls and exposed time in ms, by kind of collective."""
 
     sent_bytes: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     exposed_ms: dict[str, float] = field(default_factory=dict)
 
     def add(self, kind: str, sent: int, ms: float) -> None:
-        """One call."""
+        """Count one call."""
         self.sent_bytes[kind] = self.sent_bytes.get(kind, 0) + sent
         self.calls[kind] = self.calls.get(kind, 0) + 1
         self.exposed_ms[kind] = self.exposed_ms.get(kind, 0.0) + ms
 
     def take(self) -> dict[str, messages.Traffic]:
-        """What was counted, by kind; counting begins anew."""
+        """Return the counts by kind, and reset them."""
         taken = {
             kind: messages.Traffic(sent, self.calls[kind], self.exposed_ms[kind])
             for kind, sent in self.sent_bytes.items()
@@ -47,20 +47,20 @@ class TrafficCounter:
         return taken
 
     def reset(self) -> None:
-        """Forgets what was counted."""
+        """Set all counts to zero."""
         for counted in (self.sent_bytes, self.calls, self.exposed_ms):
             counted.clear()
 
 
 class Group:
-    """The ranks along one axis that this rank belongs to.
+    """The ranks along one axis of the mesh that this rank belongs to.
 
     Args:
-        ranks: of the world, in the order of the axis.
-        rank: this rank, in the world.
+        ranks: their ranks in the world, in the order of the axis.
+        rank: this rank in the world.
         handle: torch's process group; None at size 1.
-        traffic: where bytes and times are counted.
-        synchronize: waits for the device, so that a time is a time.
+        traffic: the counter of bytes and times.
+        synchronize: waits for the device, so that times are correct.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Group:
         self.synchronize = synchronize
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """Row i of x, of shape (N, ...), goes to the i-th rank; row i of the answer comes from it."""
+        """Send row i of x, of shape (N, ...), to rank i of the group; row i of the result comes from it."""
         if self.size == 1:
             return x
         x = x.contiguous()
@@ -91,7 +91,7 @@ class Group:
         dist.all_to_all_single(out, x, group=self.handle)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Every rank's x, stacked: (...) to (N, ...)."""
+        """Return every rank's x, stacked: (...) to (N, ...)."""
         if self.size == 1:
             return x[None]
         x = x.contiguous()
@@ -101,7 +101,7 @@ class Group:
         return out
 
     def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
-        """Starts all_gather; the answer waits for it, and only that wait is exposed time."""
+        """Start an all_gather, and return a function that waits for the result; only that wait is exposed time."""
         if self.size == 1:
             return lambda: x[None]
         x = x.contiguous()
@@ -115,7 +115,7 @@ class Group:
         return wait
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over ranks."""
+        """Return the sum over ranks."""
         if self.size == 1:
             return x
         out = x.clone(memory_format=torch.contiguous_format)
@@ -124,9 +124,15 @@ class Group:
         return out
 
     def shift(self, x: Tensor) -> Callable[[], Tensor]:
-        """Starts to send x to the next rank of the ring; the answer waits for what comes from the one before.
+        """Start to send x to the next rank of the ring.
 
         Only the wait is exposed time: what is computed between the two calls hides the rest.
+
+        Args:
+            x: the tensor to send; all ranks send the same shape.
+
+        Returns:
+            A function that waits for, and returns, the tensor of the rank before.
         """
         if self.size == 1:
             return lambda: x
@@ -154,16 +160,21 @@ class Group:
         return wait
 
     def send(self, x: Tensor, to: int) -> Callable[[], None]:
-        """Starts to send x to the rank of that index; the answer waits until it has gone."""
+        """Start to send x to the rank with an index of the group; the returned function waits until it is sent."""
         x = x.contiguous()
         work = dist.isend(x, self.ranks[to], group=self.handle)
         assert work is not None
         return lambda: self._run_timed("send", _bytes(x), work.wait)
 
     def receive(self, out: Tensor, sender: int) -> Callable[[], Tensor]:
-        """Starts to fill `out`, contiguous, with what the rank of that index sends; the answer waits for it.
+        """Start to receive a tensor. The wait counts as exposed time of the messages that are sent.
 
-        Its wait is exposed time of the messages that are sent.
+        Args:
+            out: the tensor to fill, contiguous.
+            sender: the index of the sending rank in the group.
+
+        Returns:
+            A function that waits for, and returns, the tensor.
         """
         work = dist.irecv(out, self.ranks[sender], group=self.handle)
         assert work is not None
@@ -175,7 +186,7 @@ class Group:
         return wait
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
-        """The x of the rank of that index, on all of them; the others give one of its shape."""
+        """Return the x of the rank with index `source` on all ranks; the others pass a tensor of its shape."""
         if self.size == 1:
             return x
         out = x.clone(memory_format=torch.contiguous_format)
@@ -184,7 +195,7 @@ class Group:
         return out
 
     def all_gather_uneven(self, x: Tensor, dim: int) -> Tensor:
-        """Every rank's x joined along `dim`, where their lengths may differ."""
+        """Return every rank's x joined along `dim`, in which their lengths may differ."""
         if self.size == 1:
             return x
         lengths = [int(n) for n in self.all_gather(torch.tensor([x.shape[dim]], device=x.device))]
@@ -194,7 +205,7 @@ class Group:
         return torch.cat([part.narrow(dim, 0, n) for part, n in zip(parts, lengths, strict=True)], dim=dim)
 
     def exchange_halos(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Sends `first` to the rank before and `last` to the one after; what those sent, zeros at the ends."""
+        """Send `first` to the rank before and `last` to the next one; return what those sent, zeros at the ends."""
         from_previous, from_next = first.new_zeros(first.shape), last.new_zeros(last.shape)
         previous, following = self.index - 1, self.index + 1
         self._exchange_with_neighbours(
@@ -203,7 +214,7 @@ class Group:
         return from_previous, from_next
 
     def shift_last(self, last: Tensor) -> Tensor:
-        """Sends `last` to the rank after; what the rank before sent, of the same shape, zeros at the first."""
+        """Send `last` to the next rank; return what the rank before sent, of the same shape; zeros on the first."""
         from_previous = last.new_zeros(last.shape)
         self._exchange_with_neighbours([(self.index + 1, last)], [(self.index - 1, from_previous)])
         return from_previous
@@ -211,7 +222,7 @@ class Group:
     def _exchange_with_neighbours(
         self, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]
     ) -> None:
-        """Sends and fills tensors, each with a rank's index; those beyond the first and the last are left out."""
+        """Send and receive tensors, each with a rank's index; indices outside of the group are left out."""
         if self.size == 1:
             return
         sent = [(index, x.contiguous()) for index, x in sent if index in range(self.size)]
@@ -234,7 +245,7 @@ class Group:
 
 
 def single_process_group(rank: int = 0) -> Group:
-    """A group of this rank only."""
+    """Return a group of this rank only."""
     return Group((rank,), rank, None, TrafficCounter())
 
 

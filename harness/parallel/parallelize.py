@@ -1,7 +1,7 @@
-"""Applies a layout to a network from outside, by the plan its folder states: tokens dealt, linears cut.
+"""Applies a layout to a network from outside, by the plan that its package states: tokens and linears are sharded.
 
-The network stays as it was written for one device. Its attention kernel is replaced by one over dealt tokens, hooks on
-its blocks deal their arguments and gather what the last one returns, and linears are swapped for their slices.
+The network stays as it was written for one device. Its attention kernel is replaced by one over sharded tokens. Hooks
+on its blocks shard their arguments and gather what the last block returns. Linears are replaced by their slices.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ def shard_tokens(
     displaced: DisplacedPatches | None = None,
     state: SequenceState | None = None,
 ) -> None:
-    """Sequence parallelism in place: every stack of the plan works on this rank's part of its tokens.
+    """Apply sequence parallelism in place: every stack of the plan works on this rank's tokens.
 
     Args:
-        network: written for one device.
-        plan: of its folder.
-        kernel: the attention of whole heads.
-        ring_kernel: the same with log-sum-exp, where keys and values are passed on over a ring of more than one rank.
-        axes: this rank's groups.
-        gather: all-gather keys and values over the ring in place of passing them on.
-        displaced: or meet those of the evaluation before; counts the network's evaluations from now on.
-        state: where it is told how the tokens at hand are dealt; None where nobody else reads it.
+        network: the network, written for one device.
+        plan: how the network can be sharded.
+        kernel: the attention kernel for whole sequences.
+        ring_kernel: a kernel that also returns the log-sum-exp; needed if a ring of several ranks passes keys on.
+        groups: this rank's groups.
+        gather: whether to all-gather keys and values over the ring instead of passing them on.
+        displaced: the stale keys and values, if those are used instead; from now on it counts the network's
+            evaluations.
+        state: where to write how the tokens at hand are sharded; None if nothing else reads it.
     """
     state = SequenceState() if state is None else state
     state.index = groups.tokens.index
@@ -69,7 +70,7 @@ def shard_tokens(
 
 
 class _TokenSharder:
-    """Deals the arguments of a run of blocks, and gathers what its last block returns."""
+    """Shards the arguments of a run of blocks, and gathers what its last block returns."""
 
     def __init__(self, stack: Stack, blocks: nn.ModuleList, tokens: Group, state: SequenceState) -> None:
         self.stack = stack
@@ -79,7 +80,7 @@ class _TokenSharder:
         self.signature = inspect.signature(blocks[0].forward)
 
     def install(self) -> None:
-        """Hooks every block."""
+        """Hook every block."""
         for number, block in enumerate(self.blocks):
             block.register_forward_pre_hook(self._shard_first if number == 0 else self._shard_later, with_kwargs=True)
         self.blocks[len(self.blocks) - 1].register_forward_hook(self._gather)
@@ -114,7 +115,7 @@ class _TokenSharder:
 
 
 def shard(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's part of a tensor along `dim`, zeros where the last rank has none."""
+    """Return this rank's part of a tensor along `dim`, padded with zeros if the last rank has fewer."""
     size = -(-x.shape[dim] // group.size)
     start = min(group.index * size, x.shape[dim])
     local = x.narrow(dim, start, min(size, x.shape[dim] - start))
@@ -125,20 +126,25 @@ def shard(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def unshard(x: Tensor, dim: int, length: int, group: Group) -> Tensor:
-    """The whole tensor from every rank's part, padding cut off."""
+    """Gather the whole tensor from every rank's part, without padding."""
     dim = dim % x.ndim
     return group.all_gather(x).movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length)
 
 
 def shard_range(size: int, group: Group) -> tuple[int, int]:
-    """(first, behind the last) of this rank's indices of `size`."""
+    """Return the indices of this rank among `size`, as the first one and one past the last."""
     each = -(-size // group.size)
     first = min(group.index * each, size)
     return first, min(first + each, size)
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear's slice of output features."""
+    """This rank's slice of the output features of a linear.
+
+    Args:
+        linear: the whole linear.
+        group: the ranks that share it.
+    """
 
     def __init__(self, linear: nn.Linear, group: Group) -> None:
         super().__init__()
@@ -148,11 +154,18 @@ class ColumnParallelLinear(nn.Module):
         self.bias = None if linear.bias is None else nn.Parameter(out.of(linear.bias), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute this rank's output features."""
         return F.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
-    """A linear's slice of input features; outputs are summed over ranks, and the bias is added once."""
+    """This rank's slice of the input features of a linear; outputs are summed over ranks, and the bias is added once.
+
+    Args:
+        linear: the whole linear.
+        group: the ranks that share it.
+        segments: widths of inputs that are sharded one by one, if the input joins several of them.
+    """
 
     def __init__(self, linear: nn.Linear, group: Group, segments: tuple[int, ...] | None = None) -> None:
         super().__init__()
@@ -167,16 +180,22 @@ class RowParallelLinear(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the whole output from this rank's input features."""
         summed = self.group.all_reduce(self.partial_product(x))
         return summed if self.bias is None else summed + self.bias
 
     def partial_product(self, x: Tensor) -> Tensor:
-        """This rank's summand."""
+        """Return this rank's term of the sum."""
         return F.linear(x, self.weight)
 
 
 class ShardedRMSNorm(nn.Module):
-    """This rank's channels of an RMS norm over a whole width; the mean square is that of all ranks' channels."""
+    """This rank's channels of an RMS norm over a whole width; the mean square is over all ranks' channels.
+
+    Args:
+        norm: the whole norm.
+        group: the ranks that share it.
+    """
 
     def __init__(self, norm: nn.RMSNorm, group: Group) -> None:
         super().__init__()
@@ -187,16 +206,23 @@ class ShardedRMSNorm(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize this rank's channels."""
         square = self.group.all_reduce(x.float().square().sum(-1, keepdim=True)) / self.width
         return (x.float() * (square + self.eps).rsqrt() * self.weight.float()).type_as(x)
 
 
 def shard_linears(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[str, Part]:
-    """Tensor parallelism in place: linears and norms of the plan keep this rank's slice.
+    """Apply tensor parallelism in place: linears and norms of the plan keep this rank's slice.
+
+    Args:
+        network: the network, written for one device.
+        plan: how the network can be sharded.
+        group: the ranks that share the linears.
 
     Returns:
-        By parameter, which part it now is of the whole one: what is to be read of a checkpoint where the network was
-        cut before it was filled.
+        For each sharded parameter, the slice of the whole one that it now is. If the network was sharded before its
+            weights
+        were loaded, it says what to read from a checkpoint.
     """
     parts: dict[str, Part] = {}
     if group.size == 1:
@@ -212,7 +238,7 @@ def shard_linears(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[
 def _shard_module(
     name: str, module: nn.Module, plan: ParallelPlan, group: Group
 ) -> ColumnParallelLinear | RowParallelLinear | ShardedRMSNorm | None:
-    """This rank's slice of a module that the plan names, None for any other."""
+    """Return this rank's slice of a module that the plan names; None for any other module."""
 
     def named(patterns: Iterable[str]) -> str | None:
         return next((pattern for pattern in patterns if fnmatch(name, pattern)), None)

@@ -1,19 +1,20 @@
-"""PipeFusion: ranks hold consecutive blocks, and patches of the picture go from rank to rank while others are computed.
+"""PipeFusion: ranks hold consecutive blocks, and image patches go from rank to rank while others are computed.
 
-In evaluation n the queries of patch m of M meet, in every block,
+In evaluation n the queries of patch m of M attend, in every block, to
 
     K_0^n ... K_m^n, K_(m+1)^(n-1) ... K_(M-1)^(n-1)
 
-the fresh keys and values of the patches that have come by, and those of the evaluation before of the rest; in the first
-`warmup` evaluations the picture goes through whole, which is exact. Ranks send activations, and nothing else:
+These are fresh keys and values of the patches that have passed, and those of the evaluation before for the rest. In the
+first `warmup` evaluations the whole image goes through at once, which is exact. Ranks send activations, and nothing
+else:
 
-    rank i to i + 1         the outputs of its run of blocks, patch by patch, of every stack of blocks
-    the last to the first   those of a stack that is not the last, for the layers between the stacks are everybody's
+    rank i to i + 1         the outputs of its run of blocks, patch by patch, for every stack of blocks
+    the last to the first   those of a stack that is not the last, because all ranks run the layers between the stacks
     the last to all         the network's output
 
-Source: PipeFusion (Fang et al. 2024, arXiv:2405.14430). Unlike there, a solver here steps on whole states,
-so that the pipeline fills and drains in every evaluation, and N ranks take (M + N - 1) / (M N) of the time of one; and
-every stream that attention joins, text too, is cut into patches as the network's plan says.
+Source: PipeFusion (Fang et al. 2024, arXiv:2405.14430). Unlike there, a solver here steps on whole states. So the
+pipeline fills and drains in every evaluation, and N ranks take (M + N - 1) / (M N) of the time of one. Every stream
+that attention joins, text too, is divided into patches as the network's plan says.
 
 Shapes: B batch, l tokens of a patch, S of all patches, H heads, D head dimension.
 """
@@ -36,33 +37,38 @@ from models.parts import Part
 from models.plan import ParallelPlan, Stack
 
 Span = tuple[int, int]
-"""(first, behind the last)"""
+"""The first index and one past the last."""
 
 
 def split_evenly(length: int, parts: int) -> list[Span]:
-    """`length` things in so many runs, as even as they can be."""
+    """Divide `length` items into `parts` runs, as even as they can be."""
     return [(length * part // parts, length * (part + 1) // parts) for part in range(parts)]
 
 
 def drop_blocks(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[str, Part]:
-    """Leaves this rank the parameters of its run of blocks and of what lies outside of blocks, in place.
+    """Keep this rank's run of blocks and what lies outside of blocks; empty all other parameters, in place.
+
+    Args:
+        network: the network, written for one device.
+        plan: the network's stacks of blocks.
+        group: the ranks, in the order of the blocks.
 
     Returns:
-        By parameter of a dropped block that none of it is held, as harness.parallel.parallelize.shard_linears says it.
+        For each parameter of a dropped block, an empty slice, as harness.parallel.parallelize.shard_linears returns it.
     """
     parts: dict[str, Part] = {}
     for stack in plan.stacks:
         blocks = network.get_submodule(stack.blocks)
-        first, behind = split_evenly(len(list(blocks.children())), group.size)[group.index]
+        first, stop = split_evenly(len(list(blocks.children())), group.size)[group.index]
         for number, block in blocks.named_children():
-            if not first <= int(number) < behind:
+            if not first <= int(number) < stop:
                 parts |= _empty_parameters(block, f"{stack.blocks}.{number}", plan.called_outside)
     return parts
 
 
 def _empty_parameters(block: nn.Module, path: str, called_outside: Sequence[str]) -> Iterator[tuple[str, Part]]:
     for prefix, module in block.named_modules(prefix=path):
-        if any(f"{prefix}.".startswith(f"{kept}.") for kept in called_outside):
+        if any(f"{prefix}.".startswith(f"{outside}.") for outside in called_outside):
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             part = Part(0, len(parameter), ((0, 0),))
@@ -75,35 +81,35 @@ class Patch:
     """Tokens that are computed at once.
 
     Args:
-        lengths: of the whole streams that attention joins.
-        spans: of this patch, in each of them.
+        lengths: the lengths of the whole streams that attention joins.
+        spans: the span of this patch in each stream.
     """
 
     lengths: tuple[int, ...]
     spans: tuple[Span, ...]
 
     def for_tokens(self, local: int) -> Patch:
-        """The patch as a call of attention has it: of all streams joined, or of the last one, the picture, alone."""
-        if local == sum(behind - first for first, behind in self.spans):
+        """Return the patch of an attention call, which joins all streams or only has the last one, the image."""
+        if local == sum(stop - first for first, stop in self.spans):
             return self
         return Patch(self.lengths[-1:], self.spans[-1:])
 
     def write(self, fresh_2BlHD: Tensor, cached_2BSHD: Tensor) -> None:
-        """Its keys and values to where they belong among those of all patches."""
+        """Write the patch's keys and values into those of all patches."""
         start = taken = 0
-        for length, (first, behind) in zip(self.lengths, self.spans, strict=True):
-            count = behind - first
-            cached_2BSHD[:, :, start + first : start + behind] = fresh_2BlHD[:, :, taken : taken + count]
+        for length, (first, stop) in zip(self.lengths, self.spans, strict=True):
+            count = stop - first
+            cached_2BSHD[:, :, start + first : start + stop] = fresh_2BlHD[:, :, taken : taken + count]
             start, taken = start + length, taken + count
 
 
 class PipeFusion(StaleKVCache):
-    """One rank's place in the pipeline of a network, and the keys and values that its blocks keep.
+    """One rank's position in the pipeline of a network, and the keys and values that its blocks store.
 
     Args:
         group: the ranks, in the order of the blocks.
         patches: M.
-        warmup: evaluations of a micro-batch that are exact.
+        warmup: the exact evaluations at the start of a micro-batch.
     """
 
     method = "PipeFusion"
@@ -116,12 +122,12 @@ class PipeFusion(StaleKVCache):
         self._attention: list[PatchAttention] = []
 
     def install(self, network: nn.Module, plan: ParallelPlan, kernel: AttentionKernel) -> None:
-        """Makes a network one of a pipeline, in place.
+        """Make a network a stage of the pipeline, in place.
 
         Args:
-            network: written for one device; the blocks of other ranks may have no weights.
-            plan: of its folder.
-            kernel: its attention.
+            network: the network, written for one device; the blocks of other ranks may have no weights.
+            plan: how the network can be sharded.
+            kernel: its attention kernel.
         """
         self.count_evaluations_of(network)
         for stack in plan.stacks:
@@ -141,7 +147,12 @@ class PipeFusion(StaleKVCache):
 
 
 class PatchAttention:
-    """Attention of a patch to all of them, or of all at once where an evaluation is exact."""
+    """Attention of a patch to all patches, or of all tokens at once if an evaluation is exact.
+
+    Args:
+        kernel: the attention kernel.
+        pipeline: the pipeline, which knows the patch at hand.
+    """
 
     def __init__(self, kernel: AttentionKernel, pipeline: PipeFusion) -> None:
         self.kernel = kernel
@@ -149,6 +160,17 @@ class PatchAttention:
         self.kv_cache: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
 
     def __call__(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, mask_Bl: Tensor | None = None) -> Tensor:
+        """Attend from the patch at hand, and store its keys and values.
+
+        Args:
+            q_BlHD: the queries of the patch.
+            k_BlHD: the keys of the patch.
+            v_BlHD: the values of the patch.
+            mask_Bl: true for real keys; None if all are real. It is stored in exact evaluations.
+
+        Returns:
+            The output of the patch, (B, l, H, D).
+        """
         patch, fresh_2BlHD = self.pipeline.patch.for_tokens(k_BlHD.shape[1]), torch.stack([k_BlHD, v_BlHD])
         if self.pipeline.is_exact:
             if patch.lengths not in self.kv_cache:
@@ -161,10 +183,16 @@ class PatchAttention:
 
 
 class PipelinedBlocks(nn.Module):
-    """A stack of blocks that its network goes through as if it were one block: patch by patch, over all ranks.
+    """A stack of blocks that its network calls as if it were one block: patch by patch, over all ranks.
 
-    What the network gives it is the real thing on the first rank, and what it gives back is on the first rank, or where
-    the stack is the last one, on the last rank; everywhere else, both have the shapes of it.
+    The network's input to it is valid on the first rank. Its output is valid on the first rank, or on the last rank for
+    the last stack. On all other ranks both have the right shapes only.
+
+    Args:
+        blocks: the blocks of the stack.
+        stack: the plan of the stack.
+        pipeline: the pipeline.
+        ends: whether this is the last stack of the network.
     """
 
     def __init__(self, blocks: nn.ModuleList, stack: Stack, pipeline: PipeFusion, ends: bool) -> None:
@@ -187,10 +215,17 @@ class PipelinedBlocks(nn.Module):
         return self.get_submodule(str(number))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A block's arguments to its outputs.
+        """Run the stack.
+
+        Args:
+            *args: positional arguments of a block.
+            **kwargs: keyword arguments of a block.
+
+        Returns:
+            The outputs of a block.
 
         Raises:
-            ValueError: fewer tokens than patches; on every rank alike, before any of them sends.
+            ValueError: if there are fewer tokens than patches; on every rank, before any of them sends.
         """
         bound = self.signature.bind(*args, **kwargs).arguments
         patches, group = self._patches(bound), self.pipeline.group
@@ -217,7 +252,7 @@ class PipelinedBlocks(nn.Module):
         return self._concatenate(outputs_by_patch or [bound])
 
     def _patches(self, bound: dict[str, Any]) -> list[dict[str, Span]]:
-        """The spans of every patch, by name of the sharded argument."""
+        """Return the spans of every patch, by name of the sharded argument."""
         sharded, count = self.stack.sharded, self.pipeline.patches
         lengths = {name: bound[name].shape[dim] for name, dim in sharded.items() if bound.get(name) is not None}
         fewest = min(lengths[name] for name in self.stack.streams)
@@ -234,13 +269,13 @@ class PipelinedBlocks(nn.Module):
         return Patch(tuple(lengths), tuple(patch[name] for name in names))
 
     def _receive(self, bound: dict[str, Any], patch: dict[str, Span]) -> dict[str, Callable[[], Tensor]]:
-        """Starts to receive a patch from the rank before."""
+        """Start to receive a patch from the rank before."""
         group, sharded = self.pipeline.group, self.stack.sharded
         shapes = {name: _narrow(bound[name], sharded[name], patch[name]) for name in self.stack.outputs}
         return {name: group.receive(like.new_empty(like.shape), group.index - 1) for name, like in shapes.items()}
 
     def _run_blocks(self, arguments: dict[str, Any], patch: Patch) -> dict[str, Tensor]:
-        """This rank's blocks."""
+        """Run this rank's blocks."""
         self.pipeline.patch = patch
         for number in self.own:
             output = self[number](**arguments)
@@ -248,7 +283,7 @@ class PipelinedBlocks(nn.Module):
         return {name: arguments[name] for name in self.stack.outputs}
 
     def _concatenate(self, parts: Sequence[Mapping[str, Any]]) -> Any:
-        """What a block returns, from its patches."""
+        """Join the outputs of all patches to what a block returns."""
         dims = [(name, self.stack.sharded[name]) for name in self.stack.outputs]
         outputs = tuple(torch.cat([part[name] for part in parts], dim) for name, dim in dims)
         return outputs if len(outputs) > 1 else outputs[0]

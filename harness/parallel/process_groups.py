@@ -1,4 +1,4 @@
-"""From a rank's place to the groups that it computes with, on one DeviceMesh named dp, cfg, tp, ring, ulysses."""
+"""The process groups of a rank, from its position on one DeviceMesh with the axes dp, cfg, tp, ring and ulysses."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from harness.parallel.mesh import AXES, RankPosition
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """The groups of one rank.
+    """The process groups of one rank.
 
     Args:
         cfg: the ranks of the guidance branches.
-        tp: ranks with slices of one network.
-        ring: ranks that pass keys and values on, or in a pipeline patches.
-        ulysses: ranks that share heads.
-        tokens: ranks that share the tokens of a picture: ring x ulysses, ulysses innermost.
-        weights: ranks that hold the same weights of a picture's network: cfg x ring x ulysses.
-        picture: all ranks that compute one picture: cfg x tp x ring x ulysses.
-        traffic: what this rank has sent to any of them.
-        any_in_replica: whether a flag is up on any rank of `picture`.
+        tp: the ranks with slices of one network.
+        ring: the ranks that pass keys and values on, or patches in a pipeline.
+        ulysses: the ranks that share heads.
+        tokens: the ranks that share the tokens of an image: ring x ulysses, ulysses innermost.
+        weights: the ranks that hold the same weights of an image's network: cfg x ring x ulysses.
+        replica: all ranks that compute one image together: cfg x tp x ring x ulysses.
+        traffic: the count of what this rank has sent in any of the groups.
+        any_in_replica: a collective that returns whether a flag is set on any rank of `replica`.
     """
 
     cfg: Group
@@ -44,18 +44,21 @@ class ProcessGroups:
 
 
 def single_rank_groups() -> ProcessGroups:
-    """The axes of world size 1."""
+    """Return the groups at world size 1."""
     group = single_process_group()
     return ProcessGroups(group, group, group, group, group, group, group, group.traffic, lambda flag: flag)
 
 
 def make_process_groups(position: RankPosition, device: torch.device, timeout: timedelta) -> ProcessGroups:
-    """The groups of this rank; every rank of the world calls it at once.
+    """Create the groups of this rank; all ranks of the world call it at the same time.
 
     Args:
-        place: of this rank.
-        device: where the tensors are that they exchange.
-        timeout: longest wait for another rank, here and in a collective; one that died ends the wait at once.
+        position: this rank's position on the mesh.
+        device: the device of the tensors that the ranks exchange.
+        timeout: the longest wait for another rank, here and in a collective; a rank that dies ends the wait at once.
+
+    Returns:
+        The groups.
     """
     if position.world_size == 1:
         return single_rank_groups()
@@ -86,7 +89,7 @@ def make_process_groups(position: RankPosition, device: torch.device, timeout: t
 
 
 def _backend(device: torch.device, timeout: timedelta) -> tuple[str, Backend.Options]:
-    """NCCL between GPUs, gloo between processors; DeviceMesh takes a timeout in their options only."""
+    """Return NCCL between GPUs and gloo between CPUs; DeviceMesh takes a timeout only in their options."""
     if device.type == "cuda":
         from torch.distributed import ProcessGroupNCCL
 
@@ -97,7 +100,7 @@ def _backend(device: torch.device, timeout: timedelta) -> tuple[str, Backend.Opt
 
 
 def _make_any_in_replica(position: RankPosition, timeout: timedelta) -> Callable[[bool], bool]:
-    """Over gloo on the CPU, outside the counted traffic: one byte a rank."""
+    """Create the agreement on a flag: over gloo on the CPU, one byte per rank, outside of the counted traffic."""
     own_group = None
     for first in range(0, position.world_size, position.replica_size):
         ranks = list(range(first, first + position.replica_size))

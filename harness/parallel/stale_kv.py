@@ -1,7 +1,7 @@
-"""What an approximate layout keeps of one evaluation of a network for the next: keys and values, which are stale there.
+"""Keys and values that an approximate layout stores from one evaluation to the next, where they are stale.
 
-Neighbouring evaluations of a picture see nearly the same state, so that attention may meet some of the keys and values
-as they were one evaluation ago. The first evaluations of a picture are exact, and fill what is kept.
+Neighbouring evaluations of an image see nearly the same state. So attention may use some of the keys and values of the
+evaluation before. The first evaluations of an image are exact, and fill the cache.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ from torch import nn
 
 
 class StaleKVCache:
-    """Counts the evaluations of a micro-batch, and lets go behind it what was kept between them.
+    """Counts the evaluations of a micro-batch, and releases the stored keys and values after it.
 
     Args:
-        warmup: evaluations of a micro-batch that are exact, at least 1.
+        warmup: the exact evaluations at the start of a micro-batch, at least 1.
+
+    Attributes:
+        method: the name of the method in the note for the record.
+        evaluations: the evaluations of the micro-batch so far.
+        cached_bytes: the bytes of keys and values that this rank stores between them.
     """
 
     method = ""
@@ -24,7 +29,7 @@ class StaleKVCache:
         self.cached_bytes = 0
 
     def count_evaluations_of(self, network: nn.Module) -> None:
-        """Counts the calls of a network."""
+        """Count the forwards of a network as evaluations."""
         network.register_forward_pre_hook(self._count)
 
     def _count(self, network: nn.Module, args: tuple[object, ...]) -> None:
@@ -32,23 +37,27 @@ class StaleKVCache:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the evaluation that runs now is."""
+        """Whether the current evaluation is exact."""
         return self.evaluations <= self.warmup
 
     def begin(self) -> None:
-        """A micro-batch begins: nothing is known of it, whatever became of the one before."""
+        """Start a micro-batch with an empty cache, however the one before ended."""
         self._release()
         self.evaluations = self.cached_bytes = 0
 
     def end(self) -> str:
-        """It has ended; what is to be said of it."""
+        """End a micro-batch.
+
+        Returns:
+            A note for the record.
+        """
         self._release()
         exact = min(self.warmup, self.evaluations)
         cached_mib = self.cached_bytes / 2**20
         return (
-            f"{self.method}: {exact} of {self.evaluations} evaluations exact; a rank kept {cached_mib:.2f} MiB of keys "
-            "and values between them"
+            f"{self.method}: {exact} of {self.evaluations} evaluations exact; a rank stored {cached_mib:.2f} MiB of "
+            "keys and values between them"
         )
 
     def _release(self) -> None:
-        """Waits for what is on its way, and lets go of what is kept."""
+        """Wait for pending transfers, and release what is stored."""

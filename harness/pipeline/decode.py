@@ -1,4 +1,4 @@
-"""Decoding: latents to pixels, micro-batch by micro-batch; one frame of a video model is a picture."""
+"""Decoding: latents to pixels, micro-batch by micro-batch; a single frame of a video model is an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from models.components import Decoder
 
 
 class Decoding:
-    """Stage 6."""
+    """Stage 6.
+
+    Args:
+        decoder: latents to pixels.
+    """
 
     name = "decoding"
     reads = frozenset({"latent"})
@@ -19,6 +23,7 @@ class Decoding:
         self.decoder = decoder
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        """Decode the latent of every sample."""
         for batch in micro_batches(samples, run.batch_size):
             run.check_cancelled()
             latent = torch.stack([require(sample.latent) for sample in batch])

@@ -1,4 +1,4 @@
-"""Denoising: the solver pulls network evaluations, micro-batch by micro-batch, down the grid."""
+"""Denoising: the solver requests network evaluations, micro-batch by micro-batch, along the grid."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from schedulers.prediction import Estimate
 from schedulers.solvers.base import Memory, Noise
 
 ConditionAt: TypeAlias = Callable[[Tensor, float], Conditioning]  # of an evaluation's latent and tau
+"""Returns the conditioning of an evaluation, from its latent and its time tau."""
 
 
 @dataclass(frozen=True)
 class DenoisingOptions:
-    """What an evaluation does not compute, or not again.
+    """What evaluations do not compute, or do not compute again.
 
     Args:
-        ahead: computes what evaluations share beforehand; None where each computes all.
-        when: which evaluations are of both branches.
-        gated: the network's blocks are behind gates, and it is told whose rows it is given.
-        stale: what the layout keeps between the evaluations of a micro-batch; None where those are independent.
-        notes: for the record of every request.
+        precompute: precomputes what evaluations share; None if each computes everything.
+        guidance_schedule: chooses the evaluations of both guidance branches.
+        has_block_cache: whether the network has a block cache, and takes the cache state of each row.
+        stale_kv: what the layout stores between the evaluations of a micro-batch; None if they are independent.
+        notes: notes for the record of every request.
     """
 
     precompute: PrecomputedModulation | None = None
@@ -46,6 +47,7 @@ class DenoisingOptions:
 
 
 NO_OPTIONS = DenoisingOptions()
+"""Every evaluation computes everything."""
 
 
 class Denoising:
@@ -53,11 +55,11 @@ class Denoising:
 
     Args:
         network: (latent, tau, conditioning) to the raw output.
-        dtype: the network's; the state between steps is float32.
-        noise_scheduler: solver and prediction.
+        dtype: the dtype of the network; the state between steps is float32.
+        noise_scheduler: the solver and the prediction.
         rule: how the checkpoint is guided.
         cfg: the ranks of the guidance branches; None for this rank alone.
-        savings: what an evaluation does not compute.
+        options: what evaluations do not compute.
     """
 
     name = "denoising"
@@ -81,6 +83,7 @@ class Denoising:
         self.options = options
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        """Denoise the start of every sample."""
         run.notes.extend(self.options.notes)
         batches = micro_batches(samples, run.batch_size)
         total = sum(require(batch[0].grid).steps for batch in batches)
@@ -110,14 +113,14 @@ class Denoising:
             run.skips += call.skips()
 
     def condition_at(self, condition: Conditioning, grid: Grid) -> ConditionAt:
-        """What an evaluation is told: the conditioning, with what is computed beforehand where anything is."""
+        """Return what gives each evaluation its conditioning, precomputed as far as the options say."""
         if self.options.precompute is None:
             return lambda network_input, tau: condition
         return self.options.precompute.for_batch(condition, grid.tau[:-1].tolist()).at
 
 
 class _NetworkCall:
-    """The network as a solver sees it: (x, point) to an Estimate, guidance applied to the raw output."""
+    """The network as a solver sees it: (x, point) to an Estimate, with guidance applied to the raw output."""
 
     def __init__(self, stage: Denoising, batch: list[Sample], run: RunContext, grid: Grid) -> None:
         self._stage, self._batch, self._run = stage, batch, run
@@ -129,7 +132,7 @@ class _NetworkCall:
         self._modes: list[GuidanceMode] = []
 
     def begin_step(self, is_last_step: bool) -> None:
-        """The evaluations that come are of another solver step."""
+        """Start another solver step."""
         for state in self._cache_states:
             state.is_last_step = is_last_step
 
@@ -151,7 +154,7 @@ class _NetworkCall:
         return stage.noise_scheduler.prediction.estimate(branches.combine(output.float(), mode), x, point)
 
     def skips(self) -> list[Skips]:
-        """Of every picture, once it is drawn."""
+        """Return what each image's evaluations skipped, after the last one."""
         skips, rows_requested = [], self._branches.rows_per_image(GuidanceMode.both)
         for sample, state in zip(self._batch, self._cache_states, strict=True):
             computed = state.computed if self._stage.options.has_block_cache else [True] * len(self._modes)

@@ -16,13 +16,17 @@ from schedulers.grid import Point
 
 
 def needs_negative(spec: ImageSpec, rule: GuidanceRule) -> bool:
-    """Whether a picture needs a negative branch."""
+    """Return whether an image needs a negative branch."""
     return spec.guidance != 1 and not rule.embedded
 
 
 class GuidanceMode(Enum):
-    """How one evaluation of a guided picture is made: of both branches; of the prompt's, with the difference between
-    the two as it was last; or of the prompt's alone, which is not guided.
+    """How one evaluation of a guided image is computed.
+
+    Attributes:
+        both: both branches.
+        reuse_difference: the prompt's branch, with the latest difference between the two.
+        prompt_only: the prompt's branch without guidance.
     """
 
     both = "both"
@@ -31,42 +35,60 @@ class GuidanceMode(Enum):
 
 
 class GuidanceSchedule(Protocol):
-    """Which way an evaluation goes."""
+    """Chooses the mode of each evaluation."""
 
     def __call__(self, evaluation: int, point: Point) -> GuidanceMode:
-        """Of evaluation number `evaluation`, from 0, at a point of the path."""
+        """Return the mode of an evaluation.
+
+        Args:
+            evaluation: the number of the evaluation, from 0.
+            point: its point on the path.
+
+        Returns:
+            The mode.
+        """
 
 
 def always_guided(evaluation: int, point: Point) -> GuidanceMode:
-    """Every evaluation is of both branches."""
+    """Compute both branches in every evaluation."""
     return GuidanceMode.both
 
 
 @dataclass(frozen=True)
 class GuidanceInterval:
-    """Guided where low < sigma / alpha <= high, and nowhere else.
+    """Guidance only if low < sigma / alpha <= high.
 
-    Source: Kynkaanniemi et al. 2024 (arXiv:2404.07724), whose sigma is that of alpha = 1.
+    Source: Kynkaanniemi et al. 2024 (arXiv:2404.07724), whose sigma is for alpha = 1.
+
+    Args:
+        low: the lower end of the interval.
+        high: the upper end of the interval.
     """
 
     low: float
     high: float
 
     def __call__(self, evaluation: int, point: Point) -> GuidanceMode:
+        """Guide inside the interval."""
         return GuidanceMode.both if self.low < point.ratio <= self.high else GuidanceMode.prompt_only
 
 
 @dataclass(frozen=True)
 class GuidanceReuse:
-    """After a warm-up one evaluation of `interval` is of both branches; the others keep the difference it found.
+    """After a warm-up, one evaluation of `interval` computes both branches; the others reuse its difference.
 
     Source: the guidance cache of FasterCache (Lv et al. 2024, arXiv:2410.19355), without its weights of frequencies.
+
+    Args:
+        warmup: the number of first evaluations with both branches.
+        interval: evaluations from one with both branches to the next.
     """
 
     warmup: int
     interval: int
 
     def __call__(self, evaluation: int, point: Point) -> GuidanceMode:
+        """Compute both branches in the warm-up and at every interval."""
         return (
             GuidanceMode.both
             if evaluation < self.warmup or (evaluation - self.warmup + 1) % self.interval == 0
@@ -75,11 +97,16 @@ class GuidanceReuse:
 
 
 class Branches:
-    """The conditioning of a micro-batch: the prompts alone, or negative prompts and prompts in one batch of 2 B.
+    """The conditioning of a micro-batch: the prompts alone, or negative prompts and prompts in one batch of 2 B rows.
 
     combine() is eq. 6 of Ho and Salimans 2022 in diffusers' convention, negative + guidance * (prompt - negative), on
-    the network's raw output; what a checkpoint's rule says otherwise is models.components.GuidanceRule. Where an
-    evaluation goes another way than that of both branches, every rank of the two makes it of the prompt.
+    the network's raw output. A checkpoint may have another rule: models.components.GuidanceRule. In an evaluation with
+    only the prompt's branch, both ranks of a split pair compute it.
+
+    Args:
+        samples: the samples of the micro-batch.
+        rule: how the checkpoint is guided.
+        ranks: the ranks of the two branches; None for this rank alone.
     """
 
     def __init__(self, samples: list[Sample], rule: GuidanceRule = CLASSIFIER_FREE, ranks: Group | None = None) -> None:
@@ -100,11 +127,11 @@ class Branches:
         self._difference: Tensor | None = None
 
     def condition_for(self, mode: GuidanceMode) -> Conditioning:
-        """What the network is told in an evaluation that goes this way."""
+        """Return the network's conditioning in an evaluation of this mode."""
         return self.condition if mode is GuidanceMode.both else self.prompt
 
     def rows_per_image(self, mode: GuidanceMode) -> int:
-        """Branches of a picture that are evaluated, on whichever ranks."""
+        """Return the branches of an image that are evaluated, on whichever ranks."""
         return 2 if self.guided and mode is GuidanceMode.both else 1
 
     @property
@@ -113,11 +140,11 @@ class Branches:
         return self.guided and self.ranks.size == 2
 
     def duplicate(self, x: Tensor, mode: GuidanceMode = GuidanceMode.both) -> Tensor:
-        """The state for every branch of this rank: (B, ...) to (B, ...) or (2 B, ...)."""
+        """Return the state for every branch of this rank: (B, ...) to (B, ...) or (2 B, ...)."""
         return torch.cat([x, x]) if self.guided and not self.is_split and mode is GuidanceMode.both else x
 
     def combine(self, output: Tensor, mode: GuidanceMode = GuidanceMode.both) -> Tensor:
-        """The guided output: (B, ...) or (2 B, ...) to (B, ...)."""
+        """Return the guided output: (B, ...) or (2 B, ...) to (B, ...)."""
         if not self.guided or mode is GuidanceMode.prompt_only:
             return output
         if mode is GuidanceMode.both:
@@ -134,9 +161,16 @@ class Branches:
 
 
 def token_norms(x_BCHW: Tensor, side: int) -> Tensor:
-    """The norm of every token of side x side latent pixels and all channels, at each of its pixels: (B, 1, H, W).
+    """Return the norm of every token, repeated over its pixels. A token is all channels of side x side latent pixels.
 
     Source: Qwen-Image (Wu et al. 2025, arXiv:2508.02324), in diffusers' QwenImagePipeline.
+
+    Args:
+        x_BCHW: the raw output.
+        side: latent pixels of a token on a side.
+
+    Returns:
+        The norms, (B, 1, H, W).
     """
     squares_B1HW = x_BCHW.square().sum(dim=1, keepdim=True)
     cells = squares_B1HW.unflatten(-2, (-1, side)).unflatten(-1, (-1, side))

@@ -1,8 +1,8 @@
-"""Requests that share network forwards.
+"""Step batching: requests that share network forwards.
 
-Each runs through the stages on a stack of its own (a greenlet), and stops at every evaluation of the denoiser. Whoever
-drives them evaluates what they stopped at together, and lets each go on with its own rows: solver, guidance and memory
-stay one request's, whatever its number of steps, and a request joins or leaves between any two evaluations.
+Each request runs through the stages on a stack of its own (a greenlet), and pauses at every evaluation of the denoiser.
+A driver computes the pending evaluations together, and resumes each request with its own rows. So solver, guidance and
+state belong to one request, whatever its number of steps, and a request joins or leaves between any two evaluations.
 """
 
 from __future__ import annotations
@@ -24,14 +24,26 @@ T = TypeVar("T")
 
 @contextmanager
 def preserve_inference_mode() -> Iterator[None]:
-    """Gives a stack its own inference mode back when it goes on: PyTorch keeps one a thread, whichever stack set it."""
+    """Restore the inference mode of this fiber when it resumes: PyTorch has one per thread, whichever fiber set it.
+
+    Yields:
+        Nothing, while another fiber runs.
+    """
     with torch.inference_mode(torch.is_inference_mode_enabled()):
         yield
 
 
 @dataclass(frozen=True)
 class PendingEvaluation:
-    """An evaluation that a request waits for, as harness.pipeline.state.Evaluate makes it."""
+    """An evaluation that a request waits for, with the arguments of harness.pipeline.state.Evaluate.
+
+    Args:
+        network: the denoiser.
+        latent: its input, (B, ...).
+        tau_B: the time of each row.
+        condition: the conditioning, B rows.
+        cache_states: the cache state of each row's image.
+    """
 
     network: nn.Module
     latent: Tensor
@@ -41,7 +53,7 @@ class PendingEvaluation:
 
     @property
     def batch_key(self) -> tuple[object, ...]:
-        """What calls have in common that can be made in one: network, shape but for the batch, and what is told."""
+        """What evaluations in one forward have in common: network, shape of a row, and fields of the conditioning."""
         absent = tuple(getattr(self.condition, f.name) is None for f in fields(Conditioning) if f.name != "mask")
         return id(self.network), tuple(self.latent.shape[1:]), absent
 
@@ -50,7 +62,10 @@ class RequestFiber(Generic[T]):
     """One request on its way through the stages.
 
     Args:
-        work: is handed how it evaluates the denoiser; its result is the course's.
+        work: runs the stages, with the given function to evaluate the denoiser; its result is that of the fiber.
+
+    Attributes:
+        call: the evaluation that the request waits for; None once it has ended.
     """
 
     def __init__(self, work: Callable[[Evaluate], T]) -> None:
@@ -68,18 +83,21 @@ class RequestFiber(Generic[T]):
 
     @property
     def result(self) -> T:
-        """Of the work.
+        """The result of the work.
 
         Raises:
-            IndexError: it has not ended.
+            IndexError: if the work has not ended.
         """
         return self._result[0]
 
     def advance(self, output: Tensor | Exception) -> None:
-        """Goes on to the next evaluation, or to the end, with the output of this one, or with what became of it.
+        """Resume until the next evaluation or the end.
+
+        Args:
+            output: the output of the pending evaluation, or the exception to raise instead.
 
         Raises:
-            Exception: what the work raises.
+            Exception: whatever the work raises.
         """
         self._switch(output)
 
@@ -106,13 +124,16 @@ class RequestFiber(Generic[T]):
 def evaluate(
     calls: Sequence[PendingEvaluation], retry_alone: bool, count: Callable[[int], None]
 ) -> list[Tensor | Exception]:
-    """The output of each call, in their order; calls of a kind share a forward.
+    """Compute pending evaluations; those with the same batch key share a forward.
 
     Args:
-        calls: of as many requests.
-        apart: where a shared forward fails, its calls are made one by one, so that only those fail that cannot be made;
-            ranks that compute a picture together cannot do so, and the exception is raised.
-        count: told the rows of each forward.
+        calls: the evaluations, of different requests.
+        retry_alone: whether to compute the evaluations one by one if a shared forward fails, so that only the bad ones
+            fail. Ranks that compute an image together cannot do so; then the exception is raised.
+        count: called with the rows of each forward.
+
+    Returns:
+        The output, or the exception, of each evaluation, in order.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, call in enumerate(calls):
@@ -130,7 +151,7 @@ def _evaluate_shared(
     try:
         latent, tau_B = torch.cat([call.latent for call in calls]), torch.cat([call.tau_B for call in calls])
         condition = Conditioning.stack([call.condition for call in calls])
-        cache_states = tuple(owner for call in calls for owner in call.cache_states)
+        cache_states = tuple(state for call in calls for state in call.cache_states)
         output = evaluate_directly(calls[0].network, latent, tau_B, condition, cache_states)
         return list(output.split([len(call.latent) for call in calls]))
     except Exception as error:

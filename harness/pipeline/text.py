@@ -1,6 +1,6 @@
-"""Text encoding: each distinct prompt once, and the negative prompt where guidance needs it.
+"""Text encoding: each distinct prompt once, and the negative prompt if guidance needs it.
 
-What was encoded is kept by content, within a bound, and the encoders themselves can be dropped once they are done.
+Encoded prompts are cached by content, up to a limit. The encoders themselves can be dropped after use.
 """
 
 from __future__ import annotations
@@ -15,19 +15,29 @@ from harness.pipeline.guidance import needs_negative
 from harness.pipeline.state import RunContext, Sample
 from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule, PromptEncoder
 
-Key = tuple[str, bool]  # a prompt, and whether it is a negative one
+Key = tuple[str, bool]
+"""A prompt, and whether it is a negative one."""
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """What became of one prompt, and what is to be said of it."""
+    """The conditioning of one prompt, and notes about it.
+
+    Args:
+        condition: the conditioning, one row.
+        notes: notes for the record.
+    """
 
     condition: Conditioning
     notes: tuple[str, ...] = ()
 
 
 class PromptCache:
-    """Prompts encoded before, the least recently used dropped beyond `limit_mib` MiB."""
+    """A cache of encoded prompts; beyond the limit the least recently used ones are dropped.
+
+    Args:
+        limit_mib: the limit, MiB.
+    """
 
     def __init__(self, limit_mib: float) -> None:
         self.limit = limit_mib * 2**20
@@ -35,14 +45,14 @@ class PromptCache:
         self._entries: OrderedDict[Key, EncodedPrompt] = OrderedDict()
 
     def get(self, key: Key) -> EncodedPrompt | None:
-        """What is kept of a prompt."""
+        """Return the cached entry of a prompt, if any."""
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)
         return entry
 
     def put(self, key: Key, value: EncodedPrompt) -> None:
-        """Keeps what became of a prompt where it fits."""
+        """Store an encoded prompt, if it fits."""
         size = _bytes(value.condition)
         if size > self.limit or key in self._entries:
             return
@@ -59,8 +69,8 @@ class TextEncoding:
     Args:
         load: loads the prompt encoder.
         rule: how the checkpoint is guided.
-        cache: what was encoded before.
-        keep: whether the encoder stays in memory; if not, it is loaded when a prompt is new, and dropped after it.
+        cache: the cache of encoded prompts; None for no cache.
+        keep: whether the encoder stays in memory; otherwise it is loaded for new prompts, and dropped after them.
     """
 
     name = "text_encoding"
@@ -81,6 +91,7 @@ class TextEncoding:
         self.encoder = load() if keep else None
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        """Encode the prompts of all samples."""
         needed: dict[Key, None] = {}
         for sample in samples:
             needed[(sample.spec.prompt, False)] = None
@@ -90,9 +101,7 @@ class TextEncoding:
                 run.notes.append(f"request.negative_prompt has no effect: {_why_no_negative(self.rule)}")
         encoded_by_key = {key: entry for key in needed if (entry := self.cache.get(key)) is not None}
         if encoded_by_key:
-            run.notes.append(
-                f"{len(encoded_by_key)} of {len(needed)} distinct prompts were encoded before and not again"
-            )
+            run.notes.append(f"{len(encoded_by_key)} of {len(needed)} distinct prompts were in the prompt cache")
         encoded_by_key |= self._encode([key for key in needed if key not in encoded_by_key], run)
         run.notes.extend(note for key in needed for note in encoded_by_key[key].notes)
         for sample in samples:
@@ -110,7 +119,7 @@ class TextEncoding:
         for prompt, negative in keys:
             run.check_cancelled()
             tokens, most = encoder.count(prompt), encoder.max_tokens
-            notes = (f"a prompt of {tokens} tokens was cut to {most}: {prompt[:40]!r}",) if tokens > most else ()
+            notes = (f"a prompt of {tokens} tokens was truncated to {most}: {prompt[:40]!r}",) if tokens > most else ()
             with run.clock.network("text_encoder"):
                 encoded[(prompt, negative)] = EncodedPrompt(encoder([prompt], negative), notes)
             self.cache.put((prompt, negative), encoded[(prompt, negative)])
@@ -128,11 +137,11 @@ class TextEncoding:
 
 def _why_no_negative(rule: GuidanceRule) -> str:
     if rule.embedded:
-        return "this network is told its guidance scale and has no negative branch"
+        return "this network takes the guidance scale as an input and has no negative branch"
     return "request.guidance=1 is no guidance"
 
 
 def _bytes(value: Conditioning) -> int:
-    """What a conditioning keeps in memory; a part of a larger tensor keeps all of it."""
+    """Return the memory that a conditioning holds; a slice of a larger tensor holds all of it."""
     tensors = [getattr(value, f.name) for f in fields(value)]
     return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)

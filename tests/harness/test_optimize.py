@@ -92,7 +92,7 @@ def test_every_modulation_is_computed_beforehand(name: str) -> None:
     assert linears
     assert all(isinstance(network.get_submodule(n), OutputSlice) for n in linears)
     latent, tau_B, condition = TINY[name].inputs
-    with torch.inference_mode(), pytest.raises(ValueError, match="computed beforehand"):
+    with torch.inference_mode(), pytest.raises(ValueError, match="precomputed features"):
         network(latent, tau_B, condition)
     assert ahead.embed_text(condition).context is not None or condition.states is None
 
@@ -194,7 +194,7 @@ def test_requests_at_other_steps_are_drawn_like_alone() -> None:
     with torch.inference_mode():
         courses = [worker.course(request, lambda *told: None) for request in asked]
         while waiting := [(course, course.call) for course in courses if course.call is not None]:
-            outputs = evaluate([call for _, call in waiting], apart=False, count=rows.append)
+            outputs = evaluate([call for _, call in waiting], retry_alone=False, count=rows.append)
             for (course, _), output in zip(waiting, outputs, strict=True):
                 course.advance(output)
     assert rows == [5, 5, 4, 2]

@@ -243,7 +243,7 @@ def test_each_distinct_prompt_is_encoded_once() -> None:
 def test_a_prompt_that_is_cut_is_noted() -> None:
     outcome, _ = draw(request(prompts=["a prompt of many letters"]), ToyNetwork())
     assert outcome.report is not None
-    assert outcome.report.notes == ["a prompt of 24 tokens was cut to 8: 'a prompt of many letters'"]
+    assert outcome.report.notes == ["a prompt of 24 tokens was truncated to 8: 'a prompt of many letters'"]
 
 
 # ---------------------------------------------------------------- noise

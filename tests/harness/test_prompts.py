@@ -84,7 +84,7 @@ def test_a_prompt_that_was_seen_is_not_encoded_again() -> None:
     assert notes == []
     again, notes = encode(stage, "b", "c", "a")
     assert loader.asked[3:] == [("c", False)]
-    assert notes == ["3 of 4 distinct prompts were encoded before and not again"]
+    assert notes == ["3 of 4 distinct prompts were in the prompt cache"]
     assert [code(sample.text) for sample in again] == [ord("b"), ord("c"), ord("a")]
     assert [code(sample.negative) for sample in again] == [1000.0] * 3
     assert again[2].text is first[0].text
@@ -100,7 +100,7 @@ def test_a_negative_prompt_is_another_thing() -> None:
     assert (code(sample.text), code(sample.negative)) == (ord("x"), 1000 + ord("x"))
     (sample,), notes = encode(stage, "x", negative="x")
     assert (code(sample.text), code(sample.negative)) == (ord("x"), 1000 + ord("x"))
-    assert notes == ["2 of 2 distinct prompts were encoded before and not again"]
+    assert notes == ["2 of 2 distinct prompts were in the prompt cache"]
 
 
 @pytest.mark.parametrize(("guidance", "rule"), [(1.0, GuidanceRule()), (3.0, GuidanceRule(embedded=True))])
@@ -154,7 +154,7 @@ def test_dropped_encoders_are_loaded_for_new_prompts_alone() -> None:
     assert [note.startswith("the text encoders were loaded for this request in ") for note in notes] == [True]
     _, notes = encode(stage, "a")
     assert loader.loads == 1
-    assert notes == ["2 of 2 distinct prompts were encoded before and not again"]
+    assert notes == ["2 of 2 distinct prompts were in the prompt cache"]
     again, _ = encode(stage, "b")
     assert loader.loads == 2
     assert code(again[0].text) == ord("b")
@@ -174,10 +174,10 @@ def test_dropping_gives_the_memory_back() -> None:
 
 def test_a_long_prompt_says_that_it_was_cut_also_from_the_cache() -> None:
     stage = TextEncoding(Loader(), cache=PromptCache(64))
-    cut = "a prompt of 9 tokens was cut to 8: '123456789'"
+    cut = "a prompt of 9 tokens was truncated to 8: '123456789'"
     assert encode(stage, "123456789")[1] == [cut]
-    assert encode(stage, "123456789")[1] == ["2 of 2 distinct prompts were encoded before and not again", cut]
-    assert encode(stage, "12345678")[1] == ["1 of 2 distinct prompts were encoded before and not again"]
+    assert encode(stage, "123456789")[1] == ["2 of 2 distinct prompts were in the prompt cache", cut]
+    assert encode(stage, "12345678")[1] == ["1 of 2 distinct prompts were in the prompt cache"]
 
 
 def test_a_cancelled_request_leaves_what_it_had_encoded() -> None:
@@ -193,7 +193,7 @@ def test_a_cancelled_request_leaves_what_it_had_encoded() -> None:
         stage.forward(samples("a", "b"), context(check))
     _, notes = encode(stage, "a", "b")
     assert loader.asked == [("a", False), ("", True), ("b", False)]
-    assert notes[0] == "1 of 3 distinct prompts were encoded before and not again"
+    assert notes[0] == "1 of 3 distinct prompts were in the prompt cache"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_whole_run_draws_the_same_with_and_without_its_encoders() -> None:
     for ours in (*kept[1:], *dropped, *every):
         assert all((a == b).all() for a, b in zip(ours.pixels, kept[0].pixels, strict=True))
     assert [encoded(generation) for generation in (*kept, *dropped, *every)] == [3, 0, 3, 0, 3, 3]
-    assert "3 of 3 distinct prompts were encoded before and not again" in notes(kept[1])
+    assert "3 of 3 distinct prompts were in the prompt cache" in notes(kept[1])
     assert any("MiB freed" in note for note in notes(dropped[0]))
     assert not any("MiB freed" in note for note in notes(dropped[1]))
     assert not any("encoded before" in note for note in notes(every[1]))

@@ -134,7 +134,7 @@ def test_text_states_are_diffusers_own(case: Case) -> None:
 
 
 def test_a_picture_beyond_the_positions_is_refused_before_it_runs(case: Case) -> None:
-    with pytest.raises(RequestFailed, match="has positions for 52 a side"):
+    with pytest.raises(RequestFailed, match="has positions for 52 per side"):
         ours(case.generator, steps=2, height=56)
 
 

@@ -349,7 +349,7 @@ def test_pictures_without_a_prompt_are_diffusers_own(
     assert np.abs(mine(steps=8) - drawn).max() > 20 * BOUND
     with pytest.raises(RequestFailed, match="takes no prompt, and was asked for 'a fox'"):
         engine.generate(prompt="a fox", seed=SEED, steps=2, height=SIDE, width=SIDE)
-    with pytest.raises(RequestFailed, match="nothing to be guided by; give 1"):
+    with pytest.raises(RequestFailed, match="no guidance; set it to 1"):
         engine.generate(prompt="", guidance=2.0, seed=SEED, steps=2, height=SIDE, width=SIDE)
     engine.stop()
 

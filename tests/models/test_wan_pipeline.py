@@ -108,7 +108,7 @@ def test_one_frame_is_a_picture(engine: DiffusionGenerator, peer: WanPipeline) -
 def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator, peer: WanPipeline) -> None:
     asked = ASKED | {"height": 16, "width": 16, "frames": 5, "steps": 2}
     drawn = engine.generate(prompt=LONG, **asked)
-    assert any(f"a prompt of {len(LONG) + 1} tokens was cut to {TOKENS}" in note for note in drawn.record.notes)
+    assert any(f"a prompt of {len(LONG) + 1} tokens was truncated to {TOKENS}" in note for note in drawn.record.notes)
     assert apart(drawn.pixels[0], draw(peer, LONG, **asked)) < BOUND
 
 

@@ -94,7 +94,7 @@ def test_one_rank_and_pixels_are_left_as_they_are() -> None:
 @pytest.mark.parametrize("name", ["kl", "wan", "qwen image"])
 def test_fewer_rows_than_ranks_are_refused(name: str) -> None:
     rows = CASES[name].shape[-2]
-    message = f"{rows} latent rows cannot be dealt over {rows + 1} ranks; ask for a higher picture"
+    message = f"{rows} latent rows cannot be sharded over {rows + 1} ranks; request a taller image"
     with pytest.raises(ValueError, match=message):
         CASES[name].parallel(ranks_of(rows + 1), torch.float32)(CASES[name].latent())
     assert local_rows(CASES[name].latent(), ranks_of(rows)).shape[-2] == 1
@@ -102,13 +102,13 @@ def test_fewer_rows_than_ranks_are_refused(name: str) -> None:
 
 def test_fewer_than_two_latent_frames_a_rank_are_refused() -> None:
     decoder = VIDEOS["wan"].parallel(ranks_of(5), torch.float32, Decode.frames)
-    with pytest.raises(ValueError, match="9 latent frames cannot be dealt over 5 ranks, 2 or more each"):
+    with pytest.raises(ValueError, match="9 latent frames cannot be sharded over 5 ranks, 2 or more each"):
         decoder(VIDEOS["wan"].latent())
 
 
 @pytest.mark.parametrize("name", ["kl", "qwen image"])
 def test_a_picture_has_no_frames_to_deal(name: str) -> None:
-    with pytest.raises(ValueError, match="deals a video, and this model draws pictures; use rows"):
+    with pytest.raises(ValueError, match="shards a video, and this model generates images; use rows"):
         CASES[name].parallel(ranks_of(2), torch.float32, Decode.frames)
 
 
