@@ -17,7 +17,7 @@ PLANTED = """
 import os, signal
 if {about}:
     from harness.parallel.group import Group
-    whole, calls = Group._timed, []
+    whole, calls = Group._run_timed, []
     def timed(self, *rest):
         if os.environ["RANK"] == "{rank}":
             calls.append(None)
@@ -25,7 +25,7 @@ if {about}:
             open({marker!r}, "w").close()
             {end}
         return whole(self, *rest)
-    Group._timed = timed
+    Group._run_timed = timed
 """
 POISONED = """
 import os, signal
@@ -35,7 +35,7 @@ if {about}:
     def forward(self, samples, run):
         for sample in samples:
             if os.environ["RANK"] == "{rank}":
-                exec({ends!r}.get(sample.ask.prompt, "pass"))
+                exec({ends!r}.get(sample.spec.prompt, "pass"))
         whole(self, samples, run)
     Decoding.forward = forward
 """

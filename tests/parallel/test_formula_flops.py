@@ -28,7 +28,7 @@ class Silent(Group):
     def shift(self, x: Tensor) -> Callable[[], Tensor]:
         return lambda: x
 
-    def _timed(self, kind: str, sent: int, call: Callable[[], object]) -> None:
+    def _run_timed(self, kind: str, sent: int, call: Callable[[], object]) -> None:
         pass
 
 
