@@ -154,9 +154,11 @@ def halo_rows(conv: nn.Conv2d | WanCausalConv3d | QwenImageCausalConv3d) -> int:
     """
     rows = int(conv._padding[2]) if isinstance(conv, CAUSAL) else int(conv.padding[-2])
     if (conv.kernel_size[-2], conv.stride[-2], conv.dilation[-2]) != (2 * rows + 1, 1, 1) or rows > 1:
-        raise ValueError(f"a band of rows needs convolutions of 1 or 3 rows and stride 1; {conv} is none")
+        raise ValueError(
+            f"a band of rows needs convolutions with kernels of 1 or 3 rows and stride 1; {conv} has others"
+        )
     if conv.padding_mode != "zeros":
-        raise ValueError(f"a band of rows needs convolutions padded with zeros; {conv} is none")
+        raise ValueError(f"a band of rows needs convolutions with zero padding; {conv} has another")
     return rows
 
 
