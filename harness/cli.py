@@ -29,11 +29,11 @@ from harness.engines.pool import EnginePool, MakeEngine, new_engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.records.record import RunFolder, RunFolderError, Status, is_done, read_record, read_status
-from harness.resolve.comparison import quoted
+from harness.resolve.comparison import quote_overrides
 from harness.resolve.compose import (
     ConfigError,
     ResolvedRun,
-    checked,
+    check_composed,
     compose_run,
     register_schema,
     run_folder,
@@ -69,7 +69,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     """Runs one command line in this process; the exit status."""
     try:
         if any(argument.startswith("-") for argument in arguments):
-            arguments = flags_first([quoted(argument) for argument in arguments])
+            arguments = flags_first([quote_overrides(argument) for argument in arguments])
             flags = get_args_parser().parse_args(list(arguments))
             check_names(flags.overrides, sweep=flags.multirun)
             if flags.multirun and flags.cfg:
@@ -124,7 +124,7 @@ def run_one(composed: ResolvedRun, make_engine: MakeEngine, again: bool = False)
         return Job(Path(composed.config.train.folder), run_training(composed.config, Console()))
     if composed.config.task.name is Task.report:
         return Job(composed.folder, write_report(composed.config, Console()))
-    if composed.config.a is not None:
+    if composed.config.compare.a is not None:
         pair = sides(composed)  # refused before a folder is claimed
         folder = RunFolder.claim(composed.folder, again)
         if composed.config.task.name is Task.load:
@@ -226,12 +226,12 @@ def print_savings(kept: int, pool: EnginePool, console: Console) -> None:
 
 def value(job: Job) -> float:
     """What a sweeper of Hydra's minimises: the median latency, ms; infinite where the run failed or answered nothing,
-    or where its error at the pixel is above task.bound.
+    or where its error at the pixel is above task.max_pixel_error.
     """
     record = read_record(job.folder) if job.status.state == "ok" else None
     if record is None:
         return math.inf
-    bound = record.config["task"]["bound"]
+    bound = record.config["task"]["max_pixel_error"]
     if bound is not None and (record.fidelity is None or not record.fidelity.pixel.rel_l2 <= bound):
         return math.inf
     if record.summary is not None:
@@ -245,7 +245,7 @@ def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:
     folder = Path(hydra_config.runtime.output_dir)
     sweeps = hydra_config.mode is RunMode.MULTIRUN
     try:
-        config, notes = checked(composed)
+        config, notes = check_composed(composed)
         if sweeps and had(folder, config):
             return Job(folder, read_status(folder), kept=True)
         if sweeps:
@@ -263,7 +263,7 @@ def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:
 
 def had(folder: Path, config: RunConfig) -> bool:
     """Whether an earlier command has left the row of this very configuration."""
-    return is_compared(folder, config) if config.a is not None else is_done(folder, to_dict(config))
+    return is_compared(folder, config) if config.compare.a is not None else is_done(folder, to_dict(config))
 
 
 def mirror_refusal(composed: DictConfig, folder: Path, status: Status) -> None:

@@ -22,8 +22,8 @@ from harness.pipeline.state import asks
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
-from harness.resolve.engines_table import CACHE_DIT, PEERS, SGLANG, SglangRow, engine_version, peer_attention
-from harness.resolve.trained import PUBLISHED_FAMILY
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
+from harness.resolve.engines_table import BASELINES, CACHE_DIT, SGLANG, SglangRow, baseline_attention, engine_version
 from models.attention import sdpa_attention
 from models.components import ComponentLoader, Components
 from models.registry import ARCHITECTURES
@@ -67,7 +67,7 @@ def load_peer(architecture: str, source: Source, parts: Components) -> PeerModel
     Raises:
         CheckpointError: weights that are missing, broken or do not fit.
     """
-    load: PeerLoader = importlib.import_module(PEERS[architecture].module).load
+    load: PeerLoader = importlib.import_module(BASELINES[architecture].module).load
     model = load(source, parts)
     model.pipeline.set_progress_bar_config(disable=True)
     return model
@@ -116,11 +116,11 @@ def peer_stages(
     if published:
         make_slot = published_slot(source)
     else:
-        scales, steps = PEERS[architecture].families is None, config.request.steps or config.model.steps
+        scales, steps = BASELINES[architecture].families is None, config.request.steps or config.model.steps
         make_slot = own_slot(noise_scheduler, scales, steps)
     model = load_peer(architecture, source, parts)
     cache = BlockCache(model, config.engine.cache) if config.engine.name == CACHE_DIT else None
-    notes, row = [], PEERS[architecture].sglang
+    notes, row = [], BASELINES[architecture].sglang
     if config.engine.name == SGLANG and row is not None:
         model = load_sglang(model, row, source, parts, make_slot)
         notes.append(
@@ -142,7 +142,7 @@ def peer_stages(
                 make_slot,
                 noise_scheduler,
                 parts.guidance,
-                peer_attention(config),
+                baseline_attention(config),
                 parts.size_multiple,
                 own_draws=published,
                 cache=cache,

@@ -11,7 +11,7 @@ import torch
 
 from harness.build.parts import cache_mib, check_multiple, limits_of, noise_scheduler_of
 from harness.caching.policies import cached_network, guidance_when
-from harness.config.cache import OF_BLOCKS
+from harness.config.cache import BLOCK_CACHES
 from harness.config.schema import ParallelConfig, Quantize, RunConfig
 from harness.optimize.apply import Replayable, optimize
 from harness.parallel.attention import SequenceState
@@ -33,8 +33,8 @@ from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation
 from harness.resolve.checkpoint import COMPONENTS
-from harness.resolve.engines_table import DIFFUSERS, NATIVE, SGLANG, peer_attention
-from harness.resolve.layout_rules import merges, patches_of
+from harness.resolve.engines_table import DIFFUSERS, NATIVE, SGLANG, baseline_attention
+from harness.resolve.layout_rules import needs_lse, patches_of
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
 from models.components import ComponentLoader, Components, Decoder, networks_in
@@ -46,7 +46,7 @@ from models.source import Source
 
 def backend_of(config: RunConfig, device: torch.device) -> str:
     """The attention backend that computes on the device."""
-    return resolve_backend(config.attention.backend, device.type, with_lse=merges(config.parallel))
+    return resolve_backend(config.attention.backend, device.type, with_lse=needs_lse(config.parallel))
 
 
 def attention_name(config: RunConfig, device: torch.device) -> str:
@@ -56,8 +56,8 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
         NotImplementedError: the backend that was asked for does not run on this machine.
     """
     if config.engine.name != NATIVE:
-        return f"{SGLANG if config.engine.name == SGLANG else DIFFUSERS} {peer_attention(config)}"
-    return resolved_name(config.attention.backend, device.type, with_lse=merges(config.parallel))
+        return f"{SGLANG if config.engine.name == SGLANG else DIFFUSERS} {baseline_attention(config)}"
+    return resolved_name(config.attention.backend, device.type, with_lse=needs_lse(config.parallel))
 
 
 def deal(parts: Components, axes: Axes, backend: str, layout: ParallelConfig, state: SequenceState) -> Stale | None:
@@ -74,7 +74,7 @@ def deal(parts: Components, axes: Axes, backend: str, layout: ParallelConfig, st
     if axes.tokens.size == 1:
         return None
     displaced = Displaced(axes.ring, layout.warmup) if layout.displaced else None
-    ring_kernel = lse_kernel(backend) if merges(layout) else None
+    ring_kernel = lse_kernel(backend) if needs_lse(layout) else None
     kernel = attention_kernel(backend)
     deal_tokens(parts.network, parts.plan, kernel, ring_kernel, axes, state=state, displaced=displaced)
     return displaced
@@ -108,7 +108,7 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
     if config.parallel.shard_weights:
         shard_weights(parts.network, parts.plan, axes.weights, source.device)
     noise_scheduler = noise_scheduler_of(config, source, parts)
-    text = TextEncoding(made.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
+    text = TextEncoding(made.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep_loaded)
     network = made.network if gated is None else gated
     savings = Savings(made.ahead, guidance_when(config.cache), gated is not None, stale, made.notes)
     denoising = Denoising(network, dtype, noise_scheduler, parts.guidance, axes.cfg, savings)
@@ -130,7 +130,7 @@ def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[Co
 def replayable(config: RunConfig, axes: Axes) -> Replayable:
     """What may be replayed: not what is dealt, carried from and to the CPU, or cut short by a cache of blocks."""
     here = not (config.model.offload or config.parallel.shard_weights)
-    whole = axes.tp.size == axes.tokens.size == 1 and config.cache.name not in OF_BLOCKS
+    whole = axes.tp.size == axes.tokens.size == 1 and config.cache.name not in BLOCK_CACHES
     return Replayable(network=here and whole, decoder=here and axes.picture.size == 1)
 
 

@@ -12,11 +12,11 @@ from harness.device.device import torch_dtype
 from harness.messages import GenerationRequest
 from harness.pipeline.validate import Limits
 from harness.resolve.checkpoint import locate
-from harness.resolve.layout import layout_facts, of_request
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, denoiser_defaults
+from harness.resolve.layout import model_shape, shape_for_request
 from harness.resolve.layout_rules import check_layout
 from harness.resolve.published_scheduler import scheduler_file
 from harness.resolve.scheduler import noise_scheduler_settings
-from harness.resolve.trained import PUBLISHED_FAMILY, trained_denoiser
 from models.components import Components
 from models.source import LoraFile, Source
 from schedulers.build import build as build_noise_scheduler
@@ -33,7 +33,7 @@ def source_of(config: RunConfig, device: torch.device) -> Source:
     Raises:
         CheckpointError: no such folder or file.
     """
-    model, denoiser = config.model, trained_denoiser(config).weights
+    model, denoiser = config.model, denoiser_defaults(config).weights
     place = locate(model, denoiser)
     return Source(
         folder=place.folder,
@@ -62,7 +62,11 @@ def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> 
     if told and not parts.learned_variance:
         family = config.scheduler.family
         own = family == PUBLISHED_FAMILY
-        change = "choose another noise scheduler" if own else f"set model.trained.{family}.learned_variance=false"
+        change = (
+            "choose another noise scheduler"
+            if own
+            else f"set model.checkpoint_defaults.{family}.learned_variance=false"
+        )
         raise ValueError(
             "the noise scheduler expects a learned variance, but this network outputs no more channels than the state "
             f"has; {change}"
@@ -74,11 +78,11 @@ def noise_scheduler_of(config: RunConfig, source: Source, parts: Components) -> 
 
 def limits_of(config: RunConfig, parts: Components) -> Limits:
     """What the configuration, its layout and the checkpoint let a request ask."""
-    model, denoiser = config.model, trained_denoiser(config).weights
-    facts = layout_facts(config, locate(model, denoiser).config_folder(denoiser))
+    model, denoiser = config.model, denoiser_defaults(config).weights
+    facts = model_shape(config, locate(model, denoiser).config_folder(denoiser))
 
     def check(request: GenerationRequest) -> None:
-        check_layout(config.parallel, of_request(facts, model, request))
+        check_layout(config.parallel, shape_for_request(facts, model, request))
 
     return Limits(
         model.size_multiple,
@@ -97,7 +101,7 @@ def cache_mib(config: RunConfig) -> float:
     text = config.model.text
     if text.cache_mib is not None:
         return text.cache_mib
-    return 0.0 if config.task.name is Task.bench and text.keep else DEFAULT_CACHE_MIB
+    return 0.0 if config.task.name is Task.bench and text.keep_loaded else DEFAULT_CACHE_MIB
 
 
 def check_multiple(model: ModelConfig, parts: Components) -> None:

@@ -12,9 +12,9 @@ from harness.build.parts import source_of
 from harness.config.schema import RunConfig, Task
 from harness.device.cuda import CudaEnergy, CudaMemory, synchronizer
 from harness.device.device import denoiser_dtype, prepare_cuda, torch_dtype
-from harness.device.energy import Energy, NoEnergy, PackageEnergy
+from harness.device.energy import EnergyMeter, NoEnergy, PackageEnergy
 from harness.device.flops import ceiling_tflops
-from harness.device.memory import Memory, ResidentMemory
+from harness.device.memory import MemoryMeter, ResidentMemory
 from harness.messages import LoadedComponent
 from harness.optimize.widen import widens
 from harness.parallel.connect import one_rank
@@ -49,7 +49,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
         from harness.build.baseline import peer_pipeline  # brings diffusers' pipelines
 
         pipeline, axes = peer_pipeline(config, source), one_rank()
-    memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
+    memory: MemoryMeter = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
     memory.release()  # of what loading took and left
     energy = energy_meter(device)
     loaded = [
@@ -59,7 +59,7 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
     return Worker(pipeline, place, device, memory, loaded, axes, energy)
 
 
-def energy_meter(device: torch.device) -> Energy:
+def energy_meter(device: torch.device) -> EnergyMeter:
     """Of a GPU where NVML is installed; of the machine's processors on its first rank."""
     if device.type == "cuda":
         return CudaEnergy(device) if importlib.util.find_spec("pynvml") else NoEnergy()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from harness.caching.blocks import Gates, Look, Passage, Rule
-from harness.config.cache import OF_BLOCKS, CacheConfig
+from harness.config.cache import BLOCK_CACHES, CacheConfig
 from harness.parallel.attention import SequenceState
 from harness.parallel.group import Group
 from harness.pipeline.cache_state import History
@@ -152,7 +152,7 @@ def cached_network(
     cache: CacheConfig, network: nn.Module, plan: ParallelPlan, picture: Group, state: SequenceState
 ) -> CachedNetwork | None:
     """The network behind a cache of blocks, in place; None where the configuration has no such cache."""
-    return CachedNetwork(network, plan, block_rule(cache), picture, state) if cache.name in OF_BLOCKS else None
+    return CachedNetwork(network, plan, block_rule(cache), picture, state) if cache.name in BLOCK_CACHES else None
 
 
 def guidance_when(cache: CacheConfig) -> When:

@@ -21,9 +21,9 @@ from harness.records.media import to_uint8
 from harness.records.provenance import provenance
 from harness.records.record import (
     SCHEMA,
-    Attention,
+    AttentionRow,
     CacheUse,
-    Engine,
+    EngineRow,
     FirstCall,
     Record,
     Repeat,
@@ -31,9 +31,9 @@ from harness.records.record import (
     fingerprint,
 )
 from harness.resolve.checkpoint import locate
+from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import to_dict
 from harness.resolve.engines_table import CACHE_DIT, engine_version
-from harness.resolve.trained import trained_denoiser
 from models import hub
 
 OPERATORS = 20  # that a profile names
@@ -195,7 +195,7 @@ def quality(folder: Path, pixels: Sequence[Array], prompts: Sequence[str]) -> tu
 
 def pretrained_quality(
     config: QualityConfig, pixels: Sequence[Array], prompts: Sequence[str]
-) -> tuple[pretrained.Pretrained | None, list[str]]:
+) -> tuple[pretrained.PretrainedScores | None, list[str]]:
     """The scores on the user's own weights, and why there are none where they were asked for."""
     if pixels[0].ndim == 4:
         asked = config.clip is not None or config.features is not None
@@ -228,7 +228,7 @@ def build_record(
     """The record of one run, `pixels` being the last answer's pictures; their rows are added when they are saved."""
     declared = to_dict(config)
     prompts = [sample.prompt for sample in results[-1].samples]
-    folder = locate(config.model, trained_denoiser(config).weights).folder
+    folder = locate(config.model, denoiser_defaults(config).weights).folder
     scored, reasons = quality(folder, pixels, prompts)
     extra, more = pretrained_quality(config.quality, pixels, prompts)
     said = dict.fromkeys(
@@ -247,7 +247,7 @@ def build_record(
         overrides=overrides,
         config=declared,
         provenance=provenance(info, environment),
-        attention=Attention(config.attention.backend, info.attention),
+        attention=AttentionRow(config.attention.backend, info.attention),
         first_call=first,
         repeats=repeats,
         summary=statistics(
@@ -264,7 +264,7 @@ def build_record(
         quality=scored,
         pretrained=extra,
         loaded=info.loaded,
-        engine=Engine(config.engine.name, engine_version(config.engine.name)),
+        engine=EngineRow(config.engine.name, engine_version(config.engine.name)),
         profile={} if profiled is None else operators(profiled),
     )
 

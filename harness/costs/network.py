@@ -115,7 +115,7 @@ def conditions(config: RunConfig, parts: Components) -> tuple[list[Conditioning]
 
 def kept(config: RunConfig) -> list[str]:
     """The components beside the denoiser that stay in memory while it works."""
-    return [name for name in COMPONENTS if config.model.text.keep or not name.startswith("text_encoder")]
+    return [name for name in COMPONENTS if config.model.text.keep_loaded or not name.startswith("text_encoder")]
 
 
 def _latent(config: RunConfig, parts: Components) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import msgspec
 from harness.config.plan import HardwareConfig
 from harness.config.schema import ParallelConfig
 
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 
 
 class Exchange(msgspec.Struct, frozen=True):

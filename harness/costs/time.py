@@ -33,7 +33,7 @@ from harness.costs.network import Traced
 from harness.costs.rows import Exchange, Prediction
 from harness.costs.traffic import FLOAT32, Trace, sent_bytes
 from harness.parallel.mesh import degrees, world_size
-from harness.resolve.layout_rules import Facts, check_layout
+from harness.resolve.layout_rules import ModelShape, check_layout
 
 AXIS = {"all_to_all": "ulysses", "shift": "ring", "all_reduce": "tp", "all_gather": "tokens"}
 
@@ -137,7 +137,7 @@ def traffic(traced: Traced, layout: ParallelConfig) -> dict[str, int]:
     return sent_bytes(_evaluated(traced, layout), degrees(layout), traced.item)
 
 
-def legal_layouts(facts: Facts, ranks: int, micro_batches: int) -> Iterator[tuple[ParallelConfig, list[str]]]:
+def legal_layouts(facts: ModelShape, ranks: int, micro_batches: int) -> Iterator[tuple[ParallelConfig, list[str]]]:
     """Every exact layout of up to so many ranks that may run, and its padding in words; replicas that would be idle
     apart, and layouts with stale keys and values.
     """

@@ -50,7 +50,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.device.flops import counted
+from harness.device.flops import count_operations
 from harness.parallel.attention import TokenLayout
 from models.components import Conditioning
 from models.empty import build_empty
@@ -237,7 +237,7 @@ def trace_network(
     told = {f.name: getattr(condition, f.name) for f in fields(Conditioning)}
     there = Conditioning(**{name: None if x is None else x.to("meta") for name, x in told.items()})
     flops: list[int] = []
-    with torch.no_grad(), counted(flops.append):
+    with torch.no_grad(), count_operations(flops.append):
         output: Tensor = network(latent.to("meta"), tau_B.to("meta"), there)
     linears = sum(2 * call.tokens.on(1) * call.inputs * call.outputs for call in recorder.linears)
     return Trace(

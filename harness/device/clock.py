@@ -62,16 +62,16 @@ class Clock:
 
     def _watch(self, name: str, watchers: ExitStack) -> None:
         if self._count_flops:
-            from harness.device.flops import counted
+            from harness.device.flops import count_operations
 
             def add(flops: int) -> None:
                 self.flops[name] = self.flops.get(name, 0) + flops
 
-            watchers.enter_context(counted(add))
+            watchers.enter_context(count_operations(add))
         if self._profile:
-            from harness.device.profile import profiled
+            from harness.device.profile import profile_operators
 
-            watchers.enter_context(profiled(self.operators.setdefault(name, []).extend))
+            watchers.enter_context(profile_operators(self.operators.setdefault(name, []).extend))
 
     def _now(self) -> float:
         self._synchronize()

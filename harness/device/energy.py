@@ -12,7 +12,7 @@ POWERCAP = Path("/sys/class/powercap")
 ZONES = "intel-rapl:[0-9]*"  # AMD's processors are under this name too
 
 
-class Energy(Protocol):
+class EnergyMeter(Protocol):
     """An energy meter that counts from its last reset."""
 
     def reset(self) -> None:

@@ -36,7 +36,7 @@ class Unnamed:
 
 
 @contextmanager
-def counted(add: Callable[[int], None]) -> Iterator[None]:
+def count_operations(add: Callable[[int], None]) -> Iterator[None]:
     """Counts what is computed while it lasts; slower than without, so nothing is timed meanwhile.
 
     What torch.compile was asked to compile runs as it is written: it would skip a function that is first called here,

@@ -13,7 +13,7 @@ LARGEST = 2**31 - 1
 MAPPED_BYTES = 1 << 20  # tensors from here on are mapped one by one
 
 
-def keep_freed() -> bool:
+def retain_freed_memory() -> bool:
     """Makes this process keep what it frees, on the heap of its main thread; false where there is no such setting.
 
     The resident set then stays near its peak; what lies unused in it goes back by `malloc_trim`.
@@ -21,7 +21,7 @@ def keep_freed() -> bool:
     return all(_set(kind, LARGEST) for kind in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
 
 
-def give_back_freed() -> bool:
+def return_freed() -> bool:
     """Makes this process return to the system what it frees; false where there is no such setting.
 
     glibc moves its threshold up with what is freed, up to 32 MiB, and keeps smaller tensors on a heap.

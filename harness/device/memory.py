@@ -12,7 +12,7 @@ STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-class Memory(Protocol):
+class MemoryMeter(Protocol):
     """A memory account with a resettable peak."""
 
     def used_mib(self) -> float:

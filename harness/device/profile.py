@@ -12,7 +12,7 @@ from harness.messages import OperatorTime
 
 
 @contextmanager
-def profiled(add: Callable[[list[OperatorTime]], None]) -> Iterator[None]:
+def profile_operators(add: Callable[[list[OperatorTime]], None]) -> Iterator[None]:
     """Times the operators that run while it lasts; slower than without, so nothing else is timed meanwhile."""
     on_cuda = torch.cuda.is_available()
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]

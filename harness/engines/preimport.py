@@ -11,7 +11,7 @@ from types import ModuleType
 
 from harness.config.schema import RunConfig
 from harness.parallel.mesh import degrees, world_size
-from harness.resolve.engines_table import NATIVE, PEERS
+from harness.resolve.engines_table import BASELINES, NATIVE
 from models.registry import ARCHITECTURES
 
 EAGER_PACKAGES = ("diffusers.models.autoencoders", "diffusers.models.transformers", "diffusers.models.unets")
@@ -33,7 +33,7 @@ def parts_of(config: RunConfig) -> list[str]:
     architecture = config.model.architecture
     parts = ["harness.build.worker", "harness.serving.steps", ARCHITECTURES[architecture].module]
     if config.engine.name != NATIVE:
-        parts += ["harness.build.baseline", PEERS[architecture].module]
+        parts += ["harness.build.baseline", BASELINES[architecture].module]
     if world_size(degrees(config.parallel)) > 1:
         parts += ["harness.parallel.vae"]
     return parts

@@ -26,10 +26,10 @@ def print_load(record: Record, load: LoadSummary, folder: Path, console: Console
     offered = f"{load.clients} clients" if load.offered_per_s is None else f"{load.offered_per_s:g} requests/s offered"
     console.print(
         f"{offered} over {load.transport} for {load.duration_s:g} s, all answered after {load.elapsed_s:.1f} s; "
-        f"of {load.sent}: {outcomes(load)}"
+        f"of {load.sent}: {describe_outcomes(load)}"
     )
     good = "" if load.goodput_per_s is None else f", {load.goodput_per_s:.2f} within {load.slo_ms:g} ms"
-    console.print(f"{load.throughput_per_s:.2f} answers/s{good}{batching(load)}")
+    console.print(f"{load.throughput_per_s:.2f} answers/s{good}{describe_batching(load)}")
     for line in (chaos(load), memory(load)):
         if line:
             console.print(line)
@@ -39,18 +39,18 @@ def print_load(record: Record, load: LoadSummary, folder: Path, console: Console
         console.print(f"{name:8} {escape(str(folder / path))}", soft_wrap=True)
 
 
-def outcomes(load: LoadSummary) -> str:
+def describe_outcomes(load: LoadSummary) -> str:
     """How many requests ended how, the good ones first."""
     parts = sorted(load.outcomes.items(), key=lambda part: (part[0] != OK, part[0]))
     strays = [f"and {load.strays} answers nobody waited for"] if load.strays else []
     return ", ".join([*(f"{count} {kind}" for kind, count in parts), *strays]) or "none"
 
 
-def batching(load: LoadSummary) -> str:
+def describe_batching(load: LoadSummary) -> str:
     """How many pictures shared a forward, in words; empty where the engine did not tell."""
-    if load.pictures_per_evaluation is None:
+    if load.images_per_evaluation is None:
         return ""
-    return f"; {load.evaluations} forwards of the denoiser, {load.pictures_per_evaluation:.2f} pictures each"
+    return f"; {load.evaluations} forwards of the denoiser, {load.images_per_evaluation:.2f} pictures each"
 
 
 def chaos(load: LoadSummary) -> str:
@@ -71,7 +71,7 @@ def memory(load: LoadSummary) -> str:
     )
 
 
-def loaded(folder: Path) -> bool:
+def has_load_record(folder: Path) -> bool:
     """Whether a load's record is in a folder."""
     record = read_record(folder)
     return record is not None and record.load is not None
@@ -111,6 +111,6 @@ def _cells(load: LoadSummary) -> list[str]:
         shown(None if latency is None else latency.p50, 0),
         shown(None if latency is None else latency.p99, 0),
         shown(load.goodput_per_s),
-        shown(load.pictures_per_evaluation),
+        shown(load.images_per_evaluation),
         str(load.sent - load.outcomes.get(OK, 0)),
     ]

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.loggers.load import loaded, print_loads
+from harness.loggers.load import has_load_record, print_loads
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import BROKEN, Fidelity
-from harness.metrics.intervals import Estimate, Share
+from harness.metrics.intervals import IntervalEstimate, Share
 from harness.metrics.paired import Ratio
-from harness.metrics.pretrained import Pretrained
+from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.records.comparison import Comparison, read_comparison
@@ -27,7 +27,7 @@ SHOWN_SHARE = 0.005  # of a request: stages that take less are in comparison.jso
 
 def print_record(record: Record, folder: Path, console: Console) -> None:
     """Prints one run."""
-    summary = record.timed
+    summary = record.statistics
     table = Table(title=escape(str(folder)), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("stage")
     for heading in ("median ms", "95 % interval", "p90 ms", "n"):
@@ -126,7 +126,7 @@ def print_quality(quality: Quality, console: Console) -> None:
         console.print(f"{quality.unscored} more pictures are not scored: the gallery does not have their prompts")
 
 
-def print_pretrained(scores: Pretrained, console: Console) -> None:
+def print_pretrained(scores: PretrainedScores, console: Console) -> None:
     """Prints the scores on weights that the user gave."""
     if scores.clip_score is not None:
         value, spread = _estimate(scores.clip_score)
@@ -186,7 +186,7 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
     if any(read_comparison(folder) is not None for folder in folders):
         _print_comparisons(folders, console)
         return
-    if any(loaded(folder) for folder in folders):
+    if any(has_load_record(folder) for folder in folders):
         print_loads(folders, console)
         return
     table = Table(show_edge=False, pad_edge=False)
@@ -252,7 +252,7 @@ def _share(share: Share) -> tuple[str, str]:
     return f"{100 * share.value:.1f} %", f"{100 * low:.1f} .. {100 * high:.1f} %"
 
 
-def _estimate(estimate: Estimate) -> tuple[str, str]:
+def _estimate(estimate: IntervalEstimate) -> tuple[str, str]:
     low, high = estimate.ci95
     return f"{estimate.value:.3f}", f"{low:.3f} .. {high:.3f}"
 

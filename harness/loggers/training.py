@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CurveLine:
+class LossCurvePoint:
     """One line of the loss curve; the loss is the mean since the line before."""
 
     part: str
@@ -36,7 +36,7 @@ class CurveLine:
     elapsed_s: float
 
 
-class Watcher:
+class TrainingCallback:
     """Is told how an optimisation goes; a watcher overrides what it wants to hear."""
 
     def begin(self, part: str, step: int, steps: int) -> None:
@@ -45,17 +45,17 @@ class Watcher:
     def step(self, part: str, step: int) -> None:
         """Update number ``step`` is done."""
 
-    def line(self, line: CurveLine) -> None:
+    def line(self, line: LossCurvePoint) -> None:
         """A line of the loss curve."""
 
     def sheet(self, part: str, images: int, path: Path) -> None:
         """A sheet of samples, drawn after ``images`` images, is on disk."""
 
 
-class Watchers(Watcher):
+class TrainingCallbacks(TrainingCallback):
     """Several as one."""
 
-    def __init__(self, watchers: Sequence[Watcher]) -> None:
+    def __init__(self, watchers: Sequence[TrainingCallback]) -> None:
         self.watchers = watchers
 
     def begin(self, part: str, step: int, steps: int) -> None:
@@ -66,7 +66,7 @@ class Watchers(Watcher):
         for watcher in self.watchers:
             watcher.step(part, step)
 
-    def line(self, line: CurveLine) -> None:
+    def line(self, line: LossCurvePoint) -> None:
         for watcher in self.watchers:
             watcher.line(line)
 
@@ -75,14 +75,14 @@ class Watchers(Watcher):
             watcher.sheet(part, images, path)
 
 
-class LogLines(Watcher):
+class LogCallback(TrainingCallback):
     """A log line for each line of the curve, where there is no terminal to draw on."""
 
-    def line(self, line: CurveLine) -> None:
+    def line(self, line: LossCurvePoint) -> None:
         log.info("%s step %d loss %.4f %.0f images/s", line.part, line.step, line.loss, line.images_per_s)
 
 
-class Bars(Watcher):
+class ProgressCallback(TrainingCallback):
     """A bar for each optimisation: steps, loss, images a second and the time left. Used as a context."""
 
     def __init__(self, console: Console) -> None:
@@ -96,7 +96,7 @@ class Bars(Watcher):
         )
         self.tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> ProgressCallback:
         self.bars.start()
         return self
 
@@ -111,12 +111,12 @@ class Bars(Watcher):
     def step(self, part: str, step: int) -> None:
         self.bars.update(self.tasks[part], completed=step)
 
-    def line(self, line: CurveLine) -> None:
+    def line(self, line: LossCurvePoint) -> None:
         numbers = f"loss {line.loss:.4f}  {line.images_per_s:.0f} images/s"
         self.bars.update(self.tasks[line.part], numbers=numbers)
 
 
-class WandbCurve(Watcher):
+class WandbCallback(TrainingCallback):
     """Loss, learning rate, images a second and sheets of samples as one wandb run, over the images seen.
 
     The run's id is kept in ``<folder>/wandb-<name>.id``, so a training that was killed goes on in the same run. wandb
@@ -151,7 +151,7 @@ class WandbCurve(Watcher):
 
         self._with_run(define)
 
-    def line(self, line: CurveLine) -> None:
+    def line(self, line: LossCurvePoint) -> None:
         names = ("images", "loss", "lr", "images_per_s")
         self._with_run(lambda run: run.log({f"{line.part}/{name}": getattr(line, name) for name in names}))
 

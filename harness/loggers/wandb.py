@@ -17,9 +17,9 @@ import msgspec
 from harness.config.schema import WandbConfig, WandbMode
 from harness.messages import sent_bytes
 from harness.metrics.fidelity import Fidelity
-from harness.metrics.intervals import Estimate, Share
+from harness.metrics.intervals import IntervalEstimate, Share
 from harness.metrics.load import LoadSummary
-from harness.metrics.pretrained import Pretrained
+from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
 from harness.records.comparison import Comparison
 from harness.records.record import Record, Statistics, Status
@@ -67,7 +67,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         for number, repeat in enumerate(record.repeats):
             networks = {f"networks_ms/{name}": value for name, value in repeat.networks_ms.items()}
             run.log({"repeat": number, "latency_ms": repeat.total_duration_ms, **networks})
-        summary = record.timed
+        summary = record.statistics
         stages = wandb.Table(columns=["stage", "median_ms", "ci95_low_ms", "ci95_high_ms"])
         for name, row in summary.stage_ms.items():
             stages.add_data(name, row.median, *row.ci95)
@@ -137,7 +137,7 @@ def load_scalars(load: LoadSummary) -> dict[str, float]:
         "throughput_per_s": load.throughput_per_s,
         "goodput_per_s": load.goodput_per_s,
         "evaluations": load.evaluations,
-        "pictures_per_evaluation": load.pictures_per_evaluation,
+        "images_per_evaluation": load.images_per_evaluation,
     }
     if load.latency_ms is not None:
         row = load.latency_ms
@@ -192,7 +192,7 @@ def quality_scalars(quality: Quality | None) -> dict[str, float]:
     if quality is None:
         return {}
     scalars: dict[str, float] = {"quality_scored": quality.scored, "quality_unscored": quality.unscored}
-    parts: dict[str, Share | Estimate | None] = {
+    parts: dict[str, Share | IntervalEstimate | None] = {
         "top1": quality.top1,
         "top5": quality.top5,
         "top1_style": quality.top1_style,
@@ -206,7 +206,7 @@ def quality_scalars(quality: Quality | None) -> dict[str, float]:
     return scalars
 
 
-def pretrained_scalars(scores: Pretrained | None) -> dict[str, float]:
+def pretrained_scalars(scores: PretrainedScores | None) -> dict[str, float]:
     """The scores on the user's weights as flat summary keys."""
     scalars: dict[str, float] = {}
     if scores is not None and scores.clip_score is not None:

@@ -45,7 +45,7 @@ class Fidelity(msgspec.Struct, frozen=True):
     steps_rel_l2: list[float] | None = None
 
 
-def bound(floor: float) -> float:
+def rounding_bound(floor: float) -> float:
     """The relative L2 up to which an error is rounding."""
     return max(MARGIN * floor, ROUNDING)
 
@@ -54,7 +54,7 @@ def verdict(method_class: str, latent: Difference, pixel: Difference, floor_late
     """What the errors mean for a method of this class: one that claims more than it keeps is broken."""
     if latent.identical and pixel.identical:
         return IDENTICAL
-    within = latent.rel_l2 <= bound(floor_latent) and pixel.rel_l2 <= bound(floor_pixel)  # NaN is not
+    within = latent.rel_l2 <= rounding_bound(floor_latent) and pixel.rel_l2 <= rounding_bound(floor_pixel)  # NaN is not
     if method_class == EXACT:
         return BROKEN
     if within:

@@ -24,7 +24,7 @@ class Share(msgspec.Struct, frozen=True):
     ci95: tuple[float, float]
 
 
-class Estimate(msgspec.Struct, frozen=True):
+class IntervalEstimate(msgspec.Struct, frozen=True):
     """A number and its 95 % interval; `n` is what it was computed from."""
 
     value: float
@@ -57,7 +57,7 @@ def interval(values: NDArray[np.floating]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def median(values: Sequence[float], group: Sequence[int]) -> Estimate:
+def median(values: Sequence[float], group: Sequence[int]) -> IntervalEstimate:
     """The median, with the interval of a bootstrap over groups (pictures of one name are drawn together).
 
     Args:
@@ -68,4 +68,4 @@ def median(values: Sequence[float], group: Sequence[int]) -> Estimate:
     order = np.argsort(x)
     seen = resample(int(of.max()) + 1)[:, of[order]].cumsum(axis=1)
     middle = (seen >= seen[:, -1:] / 2).argmax(axis=1)  # the weighted median, the lower of two
-    return Estimate(float(np.median(x)), interval(x[order][middle]), len(x))
+    return IntervalEstimate(float(np.median(x)), interval(x[order][middle]), len(x))

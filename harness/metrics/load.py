@@ -28,7 +28,7 @@ class RequestRow(msgspec.Struct):
     steps: int
     height: int
     width: int
-    pictures: int
+    images: int
     began_s: float | None = None
     ended_s: float | None = None
     outcome: str = LOST
@@ -52,7 +52,7 @@ class Percentiles(msgspec.Struct, frozen=True):
     mean: float
 
 
-class Memory(msgspec.Struct, frozen=True):
+class MemoryGrowth(msgspec.Struct, frozen=True):
     """Resident memory of a server's own process while it was loaded, MiB, read `n` times; the slope is a least-squares
     line's.
     """
@@ -80,7 +80,7 @@ class LoadSummary(msgspec.Struct, frozen=True):
     requests by what became of them; `strays` are answers to no outstanding request, such as a second one. Latency is of
     requests that went well; `queue_ms` until a request left the queue, of those that did; `late_ms` is by how much the
     client itself sent late. `throughput_per_s` counts requests that went well, `goodput_per_s` those of them within
-    `slo_ms`. `evaluations` are forwards of the denoiser on rank 0, and `pictures_per_evaluation` solver steps of
+    `slo_ms`. `evaluations` are forwards of the denoiser on rank 0, and `images_per_evaluation` solver steps of
     pictures over them: how many pictures a forward carried, where a step is one evaluation.
     """
 
@@ -99,8 +99,8 @@ class LoadSummary(msgspec.Struct, frozen=True):
     slo_ms: float | None = None
     goodput_per_s: float | None = None
     evaluations: int | None = None
-    pictures_per_evaluation: float | None = None
-    memory: Memory | None = None
+    images_per_evaluation: float | None = None
+    memory: MemoryGrowth | None = None
     chaos: Chaos | None = None
 
 
@@ -137,7 +137,7 @@ def summarize_load(
     good = [row for row in rows if row.outcome == OK]
     elapsed_s = max([duration_s, *(row.ended_s for row in rows if row.ended_s is not None)])
     within = None if slo_ms is None else sum(row.latency_ms <= slo_ms for row in good)
-    carried = sum(row.steps * row.pictures for row in good)
+    carried = sum(row.steps * row.images for row in good)
     return LoadSummary(
         transport=transport,
         offered_per_s=rate,
@@ -154,5 +154,5 @@ def summarize_load(
         slo_ms=slo_ms,
         goodput_per_s=None if within is None else within / elapsed_s,
         evaluations=evaluations,
-        pictures_per_evaluation=carried / evaluations if evaluations else None,
+        images_per_evaluation=carried / evaluations if evaluations else None,
     )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.metrics.gallery import Floats, Gallery
-from harness.metrics.intervals import Estimate, interval, resample
+from harness.metrics.intervals import IntervalEstimate, interval, resample
 
 MIN_NAMES = 8  # fewer say nothing
 REAL_DRAWS = 200
@@ -27,7 +27,7 @@ def kernel(a: Floats, b: Floats, scale: float) -> Floats:
     return (a @ b.T / scale + 1.0) ** 3
 
 
-def paired(gallery: Gallery, z: Floats, matches: NDArray[np.bool_], group: NDArray[np.intp]) -> Estimate | None:
+def paired(gallery: Gallery, z: Floats, matches: NDArray[np.bool_], group: NDArray[np.intp]) -> IntervalEstimate | None:
     """MMD^2 of pictures against the rows they were asked to be, with a bootstrap interval over names.
 
     Near 0 the statistic is degenerate and the interval is wider than it need be, not narrower.
@@ -56,10 +56,10 @@ def paired(gallery: Gallery, z: Floats, matches: NDArray[np.bool_], group: NDArr
     drawn = resample(names).astype(float)
     pairs = ((drawn @ count) * drawn).sum(axis=1)
     values = ((drawn @ total) * drawn).sum(axis=1)[pairs > 0] / pairs[pairs > 0]
-    return Estimate(float(total.sum() / count.sum()), interval(values), names)
+    return IntervalEstimate(float(total.sum() / count.sum()), interval(values), names)
 
 
-def real_against_real(gallery: Gallery, names: int) -> Estimate | None:
+def real_against_real(gallery: Gallery, names: int) -> IntervalEstimate | None:
     """What two sets of real pictures of other names score against each other: median and middle 95 % of 200 draws.
 
     Each set has `names` names, or half of the gallery's where that is fewer, one row a name. Unpaired, by the
@@ -79,7 +79,7 @@ def real_against_real(gallery: Gallery, names: int) -> Estimate | None:
         chosen = rng.permutation(len(known))[: 2 * size]
         drawn = rows[first[chosen] + (rng.random(2 * size) * count[chosen]).astype(int)]
         values.append(unpaired(k[np.ix_(drawn, drawn)], size))
-    return Estimate(float(np.median(values)), interval(np.array(values)), size)
+    return IntervalEstimate(float(np.median(values)), interval(np.array(values)), size)
 
 
 def unpaired(k: Floats, size: int) -> float:

@@ -37,7 +37,7 @@ class Ratio(msgspec.Struct, frozen=True):
     detectable: float
 
 
-def fewest_rounds(level: float = LEVEL) -> int:
+def min_rounds(level: float = LEVEL) -> int:
     """Rounds below which no interval has the level: 2^(1 - n) is the share of the widest one's misses."""
     return math.ceil(1 - math.log2(1 - level))
 
@@ -49,7 +49,7 @@ def ratio(a_ms: Sequence[float], b_ms: Sequence[float], level: float = LEVEL) ->
         ValueError: too few rounds for an interval of the level.
     """
     n = len(a_ms)
-    if n < (fewest := fewest_rounds(level)):
+    if n < (fewest := min_rounds(level)):
         raise ValueError(f"task.repeats={n}: an interval at {100 * level:.0f} % needs {fewest} rounds or more")
     a, b = np.asarray(a_ms, dtype=float), np.asarray(b_ms, dtype=float)
     walsh = walsh_averages(np.log(a / b))

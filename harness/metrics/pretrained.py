@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.config.schema import QualityConfig
-from harness.metrics.intervals import Estimate, interval, resample
+from harness.metrics.intervals import IntervalEstimate, interval, resample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,14 +46,14 @@ class Frechet(msgspec.Struct, frozen=True):
     real_n: int
 
 
-class Pretrained(msgspec.Struct, frozen=True):
+class PretrainedScores(msgspec.Struct, frozen=True):
     """`pretrained` of the record; each score with the folder's name whose weights it used.
 
     clip_score: mean over pictures with a bootstrap interval over prompts.
     """
 
     clip: str | None
-    clip_score: Estimate | None
+    clip_score: IntervalEstimate | None
     extractor: str | None
     frechet: Frechet | None
 
@@ -80,7 +80,9 @@ def check(config: QualityConfig) -> None:
         raise ValueError(f"quality.reference={config.reference} has no four pictures ({', '.join(PICTURES)})")
 
 
-def score(config: QualityConfig, pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> Pretrained | None:
+def score(
+    config: QualityConfig, pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str]
+) -> PretrainedScores | None:
     """Scores 8-bit pictures (H, W, 3) drawn for these prompts; None where no weights are given.
 
     Raises:
@@ -88,7 +90,7 @@ def score(config: QualityConfig, pictures: Sequence[NDArray[np.uint8]], prompts:
     """
     if config.clip is None and config.features is None:
         return None
-    found = Pretrained(None, None, None, None)
+    found = PretrainedScores(None, None, None, None)
     if config.clip is not None:
         value = clip_score(Path(config.clip), pictures, prompts)
         found = msgspec.structs.replace(found, clip=Path(config.clip).resolve().name, clip_score=value)
@@ -98,7 +100,7 @@ def score(config: QualityConfig, pictures: Sequence[NDArray[np.uint8]], prompts:
     return found
 
 
-def clip_score(folder: Path, pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> Estimate:
+def clip_score(folder: Path, pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> IntervalEstimate:
     """The CLIP score of 8-bit pictures (H, W, 3) and their prompts, 0 to 100."""
     import torch
     from transformers import CLIPModel, CLIPProcessor
@@ -117,7 +119,9 @@ def clip_score(folder: Path, pictures: Sequence[NDArray[np.uint8]], prompts: Seq
             values += (100.0 * cosine.clamp(min=0)).tolist()
     group = np.unique(list(prompts), return_inverse=True)[1]
     drawn = resample(int(group.max()) + 1)[:, group]
-    return Estimate(float(np.mean(values)), interval((drawn * values).sum(axis=1) / drawn.sum(axis=1)), len(values))
+    return IntervalEstimate(
+        float(np.mean(values)), interval((drawn * values).sum(axis=1) / drawn.sum(axis=1)), len(values)
+    )
 
 
 def frechet(folder: Path, pictures: Sequence[NDArray[np.uint8]], references: Sequence[Path]) -> Frechet:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from harness.metrics import mmd
 from harness.metrics.gallery import Gallery
-from harness.metrics.intervals import Estimate, Share, median, wilson
+from harness.metrics.intervals import IntervalEstimate, Share, median, wilson
 
 
 class Quality(msgspec.Struct, frozen=True):
@@ -42,26 +42,26 @@ class Quality(msgspec.Struct, frozen=True):
     top1: Share
     top5: Share
     top1_style: Share | None
-    distance: Estimate
-    mmd2: Estimate | None
-    mmd2_real: Estimate | None
+    distance: IntervalEstimate
+    mmd2: IntervalEstimate | None
+    mmd2_real: IntervalEstimate | None
 
 
 @dataclass(frozen=True)
-class Asked:
+class GalleryPrompt:
     """A prompt in the gallery's words."""
 
     name: str
     style: str | None
 
 
-def asked_for(prompt: str, gallery: Gallery) -> Asked | None:
+def parse_prompt(prompt: str, gallery: Gallery) -> GalleryPrompt | None:
     """`name` or `name, style` in the gallery's words, upper case as lower; None for any other prompt."""
     words = " ".join(prompt.lower().split())
     if words in gallery.names:
-        return Asked(words, None)
+        return GalleryPrompt(words, None)
     name, _, style = (part.strip() for part in words.rpartition(","))
-    return Asked(name, style) if (name, style) in zip(gallery.names, gallery.styles, strict=True) else None
+    return GalleryPrompt(name, style) if (name, style) in zip(gallery.names, gallery.styles, strict=True) else None
 
 
 def score(gallery: Gallery, pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> Quality | None:
@@ -70,7 +70,7 @@ def score(gallery: Gallery, pictures: Sequence[NDArray[np.uint8]], prompts: Sequ
     Raises:
         GalleryError: pictures whose sides are not multiples of 32 pixels.
     """
-    understood = [(picture, asked_for(prompt, gallery)) for picture, prompt in zip(pictures, prompts, strict=True)]
+    understood = [(picture, parse_prompt(prompt, gallery)) for picture, prompt in zip(pictures, prompts, strict=True)]
     scored = [(picture, asked) for picture, asked in understood if asked is not None]
     if not scored:
         return None

@@ -11,7 +11,7 @@ from torch import nn
 
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
-from harness.device.malloc import keep_freed
+from harness.device.malloc import retain_freed_memory
 from harness.optimize.ahead import Ahead
 from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.decoder import channels_last, winograd
@@ -70,7 +70,7 @@ def optimize(
     if eager.fused_projections and fuse_projections(parts.network, parts.plan):
         done.append("fused projections")
     load_prompts = parts.load_prompts
-    if eager.widen and widens(device, torch.bfloat16):
+    if eager.upcast and widens(device, torch.bfloat16):
         load_prompts = partial(_widened_prompts, load_prompts)
         wide = [widen(part) for part in (parts.network, *networks_in(parts.decoder))]
         done += ["products in float32"] * any(wide)
@@ -83,9 +83,9 @@ def optimize(
         done.append("prepacked linears")
     if eager.channels_last and _lays_out(device) and channels_last(parts.decoder):
         done.append("channels-last decoder")
-    if eager.winograd and device.type == "cpu" and not dealt and winograd(parts.decoder, eager.widen):
+    if eager.winograd and device.type == "cpu" and not dealt and winograd(parts.decoder, eager.upcast):
         done.append("Winograd decoder")
-    if eager.keep_memory and device.type == "cpu" and keep_freed():
+    if eager.keep_memory and device.type == "cpu" and retain_freed_memory():
         done.append("freed memory kept")
     network, decoder = parts.network, parts.decoder
     if eager.cuda_graphs and device.type == "cuda":

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather  # what set_custom_all_gather takes
 
-from harness.device.malloc import give_back_freed
+from harness.device.malloc import return_freed
 from harness.parallel.group import Group, Traffic
 from models.plan import ParallelPlan
 
@@ -37,7 +37,7 @@ def shard_weights(network: nn.Module, plan: ParallelPlan, group: Group, device: 
     """
     assert group.handle is not None
     if device.type == "cpu":
-        give_back_freed()  # a heap that gathered blocks break into pieces takes more memory than dealing them spares
+        return_freed()  # a heap that gathered blocks break into pieces takes more memory than dealing them spares
     kept = {parameter for name in plan.called_outside for parameter in network.get_submodule(name).parameters()}
     mesh, gather = DeviceMesh.from_group(group.handle, device.type), _Counted(group.traffic)
     for unit in units(network, plan):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from harness import messages
 from harness.device.clock import Clock
-from harness.device.energy import Energy, NoEnergy
-from harness.device.memory import Memory
+from harness.device.energy import EnergyMeter, NoEnergy
+from harness.device.memory import MemoryMeter
 from harness.messages import GenerationRequest
 from harness.parallel.group import Traffic
 from harness.pipeline.cache_state import History
@@ -96,11 +96,11 @@ class RunContext:
     device: torch.device
     batch_size: int
     clock: Clock
-    memory: Memory
+    memory: MemoryMeter
     on_progress: OnProgress
     check_cancelled: Callable[[], None]
     traffic: Traffic = field(default_factory=Traffic)
-    energy: Energy = field(default_factory=NoEnergy)
+    energy: EnergyMeter = field(default_factory=NoEnergy)
     notes: list[str] = field(default_factory=list)
     comm: dict[str, dict[str, messages.Traffic]] = field(default_factory=dict)
     keep_states: bool = False

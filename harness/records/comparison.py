@@ -42,17 +42,17 @@ class Comparison(msgspec.Struct, frozen=True):
         return next(iter(self.ratios.values()))
 
 
-def ratios_of(a: Sequence[Repeat], b: Sequence[Repeat]) -> dict[str, Ratio]:
+def time_ratios(a: Sequence[Repeat], b: Sequence[Repeat]) -> dict[str, Ratio]:
     """A over B by name.
 
     Raises:
         ValueError: too few rounds.
     """
-    times_a, times_b = timed(a), timed(b)
+    times_a, times_b = times_by_name(a), times_by_name(b)
     return {name: ratio(times_a[name], times_b[name]) for name in times_a if name in times_b}
 
 
-def timed(repeats: Sequence[Repeat]) -> dict[str, list[float]]:
+def times_by_name(repeats: Sequence[Repeat]) -> dict[str, list[float]]:
     """Times by name, ms, one a repeat."""
     times = {
         "request": [repeat.total_duration_ms for repeat in repeats],

@@ -17,7 +17,7 @@ import msgspec
 from harness.messages import LoadedComponent, MemoryPoint, OperatorTime, StageTime, StepTime, Traffic
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.load import LoadSummary
-from harness.metrics.pretrained import Pretrained
+from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.records.provenance import Provenance
@@ -25,7 +25,7 @@ from harness.records.provenance import Provenance
 if TYPE_CHECKING:
     import pandas
 
-SCHEMA = 1
+SCHEMA = 2
 STATES = ("ok", "failed", "oom", "unsupported", "cancelled")
 
 
@@ -40,17 +40,17 @@ class Status(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
-CUT_OFF = Status("failed", "the run was cut off before it ended")
+INTERRUPTED = Status("failed", "the run was cut off before it ended")
 
 
-class Attention(msgspec.Struct, frozen=True):
+class AttentionRow(msgspec.Struct, frozen=True):
     """What was asked for and what ran."""
 
     requested: str
     resolved: str
 
 
-class Engine(msgspec.Struct, frozen=True):
+class EngineRow(msgspec.Struct, frozen=True):
     """Who drew, and the version of its package."""
 
     name: str
@@ -140,22 +140,22 @@ class Record(msgspec.Struct, frozen=True):
     overrides: list[str]
     config: dict[str, Any]
     provenance: Provenance
-    attention: Attention
+    attention: AttentionRow
     first_call: FirstCall
     repeats: list[Repeat]
     summary: Statistics | None
     samples: list[SampleRow]
     notes: list[str]
     quality: Quality | None = None
-    pretrained: Pretrained | None = None
+    pretrained: PretrainedScores | None = None
     loaded: list[LoadedComponent] = []
     fidelity: Fidelity | None = None
-    engine: Engine = Engine("native", "")
+    engine: EngineRow = EngineRow("native", "")
     load: LoadSummary | None = None
     profile: dict[str, list[OperatorTime]] = {}
 
     @property
-    def timed(self) -> Statistics:
+    def statistics(self) -> Statistics:
         """The summary of a run that has one.
 
         Raises:
@@ -168,7 +168,7 @@ class Record(msgspec.Struct, frozen=True):
 
 def fingerprint(config: dict[str, Any]) -> str:
     """Hash of what was declared: the configuration without what cannot change a picture or a time."""
-    apart: tuple[str, ...] = ("logger", "train", "quality", "plan", "hardware", "a", "b")
+    apart: tuple[str, ...] = ("logger", "train", "quality", "plan", "hardware", "compare", "report")
     if config["task"]["name"] not in ("serve", "load"):
         apart += ("serve", "load")
     declared = {key: value for key, value in config.items() if key not in apart}
@@ -198,7 +198,7 @@ class RunFolder:
         folder = cls(path)
         try:
             (path / "logs").mkdir(parents=True, exist_ok=True)
-            folder._owned = own(path / ".owner")
+            folder._owned = lock_file(path / ".owner")
             if again and read_status(path).state != "ok":
                 folder._clear()
             descriptor = os.open(path / "status.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -209,7 +209,7 @@ class RunFolder:
                 f"{path} cannot be written ({error.strerror}); choose another with hydra.run.dir=..."
             ) from error
         os.close(descriptor)
-        folder.finish(CUT_OFF)
+        folder.finish(INTERRUPTED)
         return folder
 
     def _clear(self) -> None:
@@ -237,7 +237,7 @@ class RunFolder:
         return self.path / "logs" / f"rank{rank}.log"
 
 
-def own(path: Path) -> BinaryIO:
+def lock_file(path: Path) -> BinaryIO:
     """A file that is locked while the process lives, or until it is closed.
 
     Raises:
@@ -291,7 +291,7 @@ def is_done(folder: Path, config: dict[str, Any]) -> bool:
         record = read_record(folder)
     except RunFolderError:
         return False
-    return record is not None and record.fingerprint == fingerprint(config) and read_status(folder) != CUT_OFF
+    return record is not None and record.fingerprint == fingerprint(config) and read_status(folder) != INTERRUPTED
 
 
 def load(path: str | Path) -> pandas.DataFrame:

@@ -40,7 +40,7 @@ COMPONENTS = (
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointLayout:
     """Where a checkpoint lies: its folder, and by component what replaces it, and the dtype it is loaded in."""
 
     folder: Path
@@ -65,7 +65,7 @@ class Place:
         return [weights] if weights.is_file() else weight_files(weights)
 
 
-def locate(model: ModelConfig, denoiser: str, fetch: bool = False) -> Place:
+def locate(model: ModelConfig, denoiser: str, fetch: bool = False) -> CheckpointLayout:
     """The place of a model's components.
 
     Args:
@@ -92,7 +92,7 @@ def locate(model: ModelConfig, denoiser: str, fetch: bool = False) -> Place:
         folder = _around(model, folder)
     elif not row.weights and denoiser not in replaced and not (folder / denoiser).is_dir() and class_name(folder):
         replaced[denoiser] = folder  # of one network, published without folders (google/ddpm-cifar10-32)
-    return Place(folder, replaced, dtypes)
+    return CheckpointLayout(folder, replaced, dtypes)
 
 
 def _refuse_strangers(model: ModelConfig, named: dict[str, ComponentConfig], row: Architecture) -> None:
@@ -161,7 +161,7 @@ def _around(model: ModelConfig, file: Path) -> Path:
     )
 
 
-def check_place(model: ModelConfig, place: Place, denoiser: str) -> None:
+def check_checkpoint(model: ModelConfig, place: CheckpointLayout, denoiser: str) -> None:
     """Refuses a checkpoint that lacks a component, holds another kind of network, or is not whole.
 
     Raises:
@@ -181,7 +181,7 @@ def check_place(model: ModelConfig, place: Place, denoiser: str) -> None:
     _check_loras(model, place, denoiser)
 
 
-def _present(row: Architecture, place: Place, denoiser: str) -> list[str]:
+def _present(row: Architecture, place: CheckpointLayout, denoiser: str) -> list[str]:
     """The networks that are loaded: all but optional ones that are not there."""
     return [
         name
@@ -190,7 +190,7 @@ def _present(row: Architecture, place: Place, denoiser: str) -> list[str]:
     ]
 
 
-def _refuse_foreign(model: ModelConfig, place: Place, denoiser: str) -> None:
+def _refuse_foreign(model: ModelConfig, place: CheckpointLayout, denoiser: str) -> None:
     """Refuses a folder that is one component, or a checkpoint of another architecture."""
     folder, row = place.folder, ARCHITECTURES[model.architecture]
     if denoiser in place.replaced:
@@ -222,7 +222,7 @@ def models_of(architecture: str) -> list[str]:
     return [file.stem for file in files if yaml.safe_load(file.read_text()).get("architecture") == architecture]
 
 
-def _refuse_lacking(model: ModelConfig, place: Place, denoiser: str) -> None:
+def _refuse_lacking(model: ModelConfig, place: CheckpointLayout, denoiser: str) -> None:
     """Refuses a checkpoint without one of its components, naming all that it lacks."""
     row, dummy = ARCHITECTURES[model.architecture], model.load is Load.dummy
     absent = [name for name in (denoiser, *row.weights) if not place.config_folder(name).is_dir()]
@@ -242,7 +242,7 @@ def _refuse_lacking(model: ModelConfig, place: Place, denoiser: str) -> None:
         raise CheckpointError(f"{place.folder}: no {'/, no '.join(absent)}/ here; expected the folders {expected}")
 
 
-def _check_loras(model: ModelConfig, place: Place, denoiser: str) -> None:
+def _check_loras(model: ModelConfig, place: CheckpointLayout, denoiser: str) -> None:
     """Refuses low-rank updates that do not fit; those in a publisher's own names are converted, and so checked, at
     load.
     """

@@ -25,9 +25,9 @@ from harness.config.yaml import ConfigError as ConfigError
 from harness.config.yaml import from_yaml as from_yaml
 from harness.config.yaml import to_dict as to_dict
 from harness.config.yaml import to_yaml as to_yaml
-from harness.resolve.comparison import quoted
+from harness.resolve.comparison import quote_overrides
 from harness.resolve.names import check_names, one_line
-from harness.resolve.rules import _resolve
+from harness.resolve.rules import resolve_config
 
 MAX_NAME_BYTES = 160
 
@@ -58,7 +58,7 @@ def compose_run(overrides: Sequence[str]) -> ResolvedRun:
     Raises:
         ConfigError: an unknown group, option or key, a wrong type, or a combination that cannot run.
     """
-    overrides = [quoted(override) for override in overrides]
+    overrides = [quote_overrides(override) for override in overrides]
     check_names(overrides)
     register_schema()
     try:
@@ -67,7 +67,7 @@ def compose_run(overrides: Sequence[str]) -> ResolvedRun:
             folder = Path(str(composed.hydra.run.dir))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
-    config, notes = checked(composed)
+    config, notes = check_composed(composed)
     return ResolvedRun(config, list(overrides), folder, notes)
 
 
@@ -109,7 +109,7 @@ def _own_settings(overrides: Sequence[str]) -> DictConfig:
         return settings
 
 
-def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
+def check_composed(composed: DictConfig) -> tuple[RunConfig, list[str]]:
     """The dataclasses of what Hydra composed, with the model's defaults filled in and combinations checked; and
     warnings.
 
@@ -125,7 +125,7 @@ def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            _resolve(config)
+            resolve_config(config)
         except (ValueError, OSError) as error:
             raise ConfigError(one_line(error)) from error
     return config, [str(w.message) for w in caught if w.category is UserWarning]

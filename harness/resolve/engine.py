@@ -7,8 +7,15 @@ import warnings
 
 from harness.config.schema import BlockCacheConfig, RunConfig, Task
 from harness.parallel.mesh import degrees
-from harness.resolve.engines_table import CACHE_DIT, NATIVE, PEERS, SGLANG, peer_attention, refuse_unknown_engine
-from harness.resolve.trained import PUBLISHED_FAMILY
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
+from harness.resolve.engines_table import (
+    BASELINES,
+    CACHE_DIT,
+    NATIVE,
+    SGLANG,
+    baseline_attention,
+    refuse_unknown_engine,
+)
 
 LEARNED = ("learned", "learned_range")
 
@@ -28,27 +35,29 @@ def check_engine(config: RunConfig) -> None:
     if config.task.name is Task.train:
         raise ValueError(f"engine={name} has no effect on task=train; drop it")
     architecture = config.model.architecture
-    runs = [key for key, row in PEERS.items() if name != SGLANG or row.sglang is not None]
+    runs = [key for key, row in BASELINES.items() if name != SGLANG or row.sglang is not None]
     if architecture not in runs:
         raise ValueError(
             f"engine={name} does not run architecture {architecture}; it runs {', '.join(runs)}: use engine=native"
         )
     if (ranks := math.prod(degrees(config.parallel))) > 1:
         raise ValueError(f"engine={name} runs one rank, the layout has {ranks}; use parallel=single")
-    if config.task.states:
-        raise ValueError(f"task.states reads the state after every step, which engine={name} does not give; drop it")
-    peer_attention(config)
+    if config.task.fidelity_per_step:
+        raise ValueError(
+            f"task.fidelity_per_step reads the state after every step, which engine={name} does not give; drop it"
+        )
+    baseline_attention(config)
     _check_noise_scheduler(config)
     _check_request(config)
     if name == CACHE_DIT:
         _check_cache(config)
-    if not config.model.text.keep:
-        warnings.warn(f"model.text.keep=false has no effect with engine={name}", stacklevel=2)
+    if not config.model.text.keep_loaded:
+        warnings.warn(f"model.text.keep_loaded=false has no effect with engine={name}", stacklevel=2)
 
 
 def _check_noise_scheduler(config: RunConfig) -> None:
     name, family, solver = config.model.name, config.scheduler.family, config.scheduler.solver
-    fitting = PEERS[config.model.architecture].families
+    fitting = BASELINES[config.model.architecture].families
     if fitting is not None and family not in fitting:
         raise ValueError(
             f"scheduler={family} does not fit diffusers' pipeline of model={name}, which does not scale what it feeds "
@@ -75,7 +84,7 @@ def _check_request(config: RunConfig) -> None:
 
 
 def _check_cache(config: RunConfig) -> None:
-    if not PEERS[config.model.architecture].cached:
+    if not BASELINES[config.model.architecture].cached:
         raise ValueError(
             f"engine={CACHE_DIT} skips blocks of transformers, and model={config.model.name} has a U-Net; use "
             "engine=diffusers"

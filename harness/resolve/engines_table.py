@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 from harness.config.schema import RunConfig
-from harness.resolve.trained import PUBLISHED_FAMILY
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
 from models.registry import nearest, resolve_backend
 
 NATIVE, DIFFUSERS, CACHE_DIT, SGLANG = "native", "diffusers", "cache_dit", "sglang"
 ENGINES = (NATIVE, DIFFUSERS, CACHE_DIT, SGLANG)
-NEEDED = {
+INSTALL_HINTS = {
     CACHE_DIT: "the package cache-dit: pip install 'triptych[cache_dit]'",
     SGLANG: "the package sglang: pip install --no-deps sglang==0.5.23, and what it imports (the README lists it), "
     "since its own requirements would replace torch and diffusers",
@@ -43,7 +43,7 @@ class SglangRow:
 
 
 @dataclass(frozen=True)
-class PeerRow:
+class BaselineRow:
     """How diffusers runs an architecture.
 
     Args:
@@ -71,23 +71,23 @@ DIRECT = {"sdpa": "sdpa", "math": "sdpa_math", "flash": "sdpa_flash"}
 DIRECT_MASKED = {name: there for name, there in DIRECT.items() if name != "flash"}
 FLOWS = ("rectified_flow", PUBLISHED_FAMILY)
 
-PEERS = {
-    "dit": PeerRow("harness.baselines.families.dit", DIRECT, (*FLOWS, "ddpm")),
-    "pixart": PeerRow("harness.baselines.families.pixart", DIRECT_MASKED, None),
-    "sd3": PeerRow(
+BASELINES = {
+    "dit": BaselineRow("harness.baselines.families.dit", DIRECT, (*FLOWS, "ddpm")),
+    "pixart": BaselineRow("harness.baselines.families.pixart", DIRECT_MASKED, None),
+    "sd3": BaselineRow(
         "harness.baselines.families.sd3",
         DIRECT,
         FLOWS,
         sglang=SglangRow("stablediffusion3:StableDiffusion3PipelineConfig", DIRECT),
     ),
-    "flux": PeerRow(
+    "flux": BaselineRow(
         "harness.baselines.families.flux",
         DISPATCHED,
         FLOWS,
         sglang=SglangRow("flux:FluxPipelineConfig", DIRECT, encodings=2),
     ),
-    "qwen_image": PeerRow("harness.baselines.families.qwen_image", DISPATCHED_MASKED, FLOWS),
-    "z_image": PeerRow(
+    "qwen_image": BaselineRow("harness.baselines.families.qwen_image", DISPATCHED_MASKED, FLOWS),
+    "z_image": BaselineRow(
         "harness.baselines.families.z_image",
         DISPATCHED_MASKED,
         FLOWS,
@@ -98,9 +98,9 @@ PEERS = {
             renamed={"n_layers": "num_layers", "n_heads": "num_attention_heads", "in_channels": "out_channels"},
         ),
     ),
-    "wan": PeerRow("harness.baselines.families.wan", DISPATCHED, FLOWS),
-    "sd": PeerRow("harness.baselines.families.sd", DIRECT, None, cached=False),
-    "sdxl": PeerRow("harness.baselines.families.sdxl", DIRECT, None, cached=False),
+    "wan": BaselineRow("harness.baselines.families.wan", DISPATCHED, FLOWS),
+    "sd": BaselineRow("harness.baselines.families.sd", DIRECT, None, cached=False),
+    "sdxl": BaselineRow("harness.baselines.families.sdxl", DIRECT, None, cached=False),
 }
 
 
@@ -112,11 +112,11 @@ def refuse_unknown_engine(name: str) -> None:
     """
     if name not in ENGINES:
         raise ValueError(f"engine={name} is unknown{nearest(name, ENGINES)}; choose {' or '.join(ENGINES)}")
-    if name in NEEDED and importlib.util.find_spec(name) is None:
-        raise ValueError(f"engine={name} needs {NEEDED[name]}; or use engine={DIFFUSERS}")
+    if name in INSTALL_HINTS and importlib.util.find_spec(name) is None:
+        raise ValueError(f"engine={name} needs {INSTALL_HINTS[name]}; or use engine={DIFFUSERS}")
 
 
-def peer_attention(config: RunConfig) -> str:
+def baseline_attention(config: RunConfig) -> str:
     """The attention of a peer, by the name that it has there.
 
     Raises:
@@ -124,7 +124,7 @@ def peer_attention(config: RunConfig) -> str:
     """
     asked = config.attention.backend
     backend = resolve_backend(asked)
-    row, where = PEERS[config.model.architecture], "diffusers' pipeline"
+    row, where = BASELINES[config.model.architecture], "diffusers' pipeline"
     names = row.attention
     if config.engine.name == SGLANG and row.sglang is not None:
         names, where = row.sglang.attention, "SGLang-Diffusion's network"

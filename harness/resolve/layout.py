@@ -7,13 +7,13 @@ from pathlib import Path
 
 from harness.config.schema import ModelConfig, RunConfig
 from harness.messages import GenerationRequest
-from harness.resolve.layout_rules import Facts
+from harness.resolve.layout_rules import ModelShape
 from harness.resolve.request import to_message
 from models.files import read_json
 from models.registry import ARCHITECTURES, WITH_LSE, resolve_backend
 
 
-def layout_facts(config: RunConfig, denoiser: Path) -> Facts:
+def model_shape(config: RunConfig, denoiser: Path) -> ModelShape:
     """Heads and blocks from the denoiser's config.json, tokens and guidance from the configuration's request.
 
     Args:
@@ -24,7 +24,7 @@ def layout_facts(config: RunConfig, denoiser: Path) -> Facts:
     network = read_json(denoiser / "config.json")
     row = ARCHITECTURES[model.architecture]
     heads, depth = network.get(row.heads or ""), network.get(row.depth)
-    facts = Facts(
+    facts = ModelShape(
         model=model.name,
         heads=heads if isinstance(heads, int) else None,
         depth=depth if isinstance(depth, int) else 0,
@@ -36,10 +36,10 @@ def layout_facts(config: RunConfig, denoiser: Path) -> Facts:
         returns_lse=resolve_backend(config.attention.backend, with_lse=True) in WITH_LSE,
         backend=config.attention.backend,
     )
-    return of_request(facts, model, to_message(config.request))
+    return shape_for_request(facts, model, to_message(config.request))
 
 
-def of_request(facts: Facts, model: ModelConfig, request: GenerationRequest) -> Facts:
+def shape_for_request(facts: ModelShape, model: ModelConfig, request: GenerationRequest) -> ModelShape:
     """The same network asked for another request."""
     frames = (request.frames - 1) // model.frame_multiple + 1
     rows, columns = request.height // model.size_multiple, request.width // model.size_multiple

@@ -9,7 +9,7 @@ from harness.parallel.mesh import REACH
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelShape:
     """What a layout has to fit.
 
     Args:
@@ -37,7 +37,7 @@ class Facts:
     backend: str
 
 
-def check_layout(layout: ParallelConfig, facts: Facts) -> list[str]:
+def check_layout(layout: ParallelConfig, facts: ModelShape) -> list[str]:
     """Refuses a layout that cannot run; what it wastes, in words.
 
     Raises:
@@ -73,7 +73,7 @@ def check_layout(layout: ParallelConfig, facts: Facts) -> list[str]:
             f"parallel.ring x parallel.ulysses = {shared} ranks for {facts.tokens} image tokens; use {facts.tokens} "
             "ranks or fewer, or a larger picture"
         )
-    if merges(layout) and not facts.returns_lse:
+    if needs_lse(layout) and not facts.returns_lse:
         raise ValueError(
             f"parallel.ring={layout.ring} merges by log-sum-exp, which attention.backend={facts.backend} does not "
             "return; use attention=flash, flex or math"
@@ -83,17 +83,17 @@ def check_layout(layout: ParallelConfig, facts: Facts) -> list[str]:
     return _unused(layout) + _waste(layout, facts.tokens, heads)
 
 
-def merges(layout: ParallelConfig) -> bool:
+def needs_lse(layout: ParallelConfig) -> bool:
     """Whether attention merges parts by their log-sum-exp: what a ring passes on, and not what it keeps."""
     return layout.ring > 1 and not layout.displaced
 
 
-def keeps(layout: ParallelConfig) -> bool:
+def is_approximate(layout: ParallelConfig) -> bool:
     """Whether something is kept of one evaluation of a picture for the next, which is then approximate."""
     return layout.displaced or layout.pipe > 1
 
 
-def _check_branches(layout: ParallelConfig, facts: Facts) -> None:
+def _check_branches(layout: ParallelConfig, facts: ModelShape) -> None:
     if layout.cfg not in (1, 2):
         raise ValueError(f"parallel.cfg={layout.cfg}; guidance has two branches: use 1 or 2")
     if layout.cfg == 2 and facts.embedded:
@@ -121,7 +121,7 @@ def _check_stale(layout: ParallelConfig) -> None:
         )
 
 
-def _check_pipe(layout: ParallelConfig, facts: Facts) -> None:
+def _check_pipe(layout: ParallelConfig, facts: ModelShape) -> None:
     """Every rank of a pipeline has a block, every patch a token, and nothing else cuts a block."""
     if layout.pipe == 1:
         return
@@ -147,7 +147,7 @@ def patches_of(layout: ParallelConfig) -> int:
     return layout.pipe if layout.patches is None else layout.patches
 
 
-def _check_shards(layout: ParallelConfig, facts: Facts) -> None:
+def _check_shards(layout: ParallelConfig, facts: ModelShape) -> None:
     """Weights are dealt over the ranks of a picture that would hold the same ones."""
     if not layout.shard_weights:
         return
@@ -160,7 +160,7 @@ def _check_shards(layout: ParallelConfig, facts: Facts) -> None:
         )
 
 
-def _check_rows(layout: ParallelConfig, facts: Facts) -> None:
+def _check_rows(layout: ParallelConfig, facts: ModelShape) -> None:
     """Every rank that computes a picture decodes a band of its rows."""
     ranks = _of_picture(layout)
     if layout.decode is Decode.rows and ranks > facts.rows:
@@ -170,7 +170,7 @@ def _check_rows(layout: ParallelConfig, facts: Facts) -> None:
         )
 
 
-def _check_frames(layout: ParallelConfig, facts: Facts) -> None:
+def _check_frames(layout: ParallelConfig, facts: ModelShape) -> None:
     """Or decodes as many latent frames of a video as a convolution over time looks back, or more."""
     ranks = _of_picture(layout)
     if layout.decode is Decode.rows or ranks == 1:
@@ -193,7 +193,7 @@ def _of_picture(layout: ParallelConfig) -> int:
 def _unused(layout: ParallelConfig) -> list[str]:
     """Options without effect, in words."""
     notes = []
-    if layout.warmup > 1 and not keeps(layout):
+    if layout.warmup > 1 and not is_approximate(layout):
         notes.append(f"parallel.warmup={layout.warmup} has no effect: every evaluation is exact")
     if layout.patches is not None and layout.pipe == 1:
         notes.append(f"parallel.patches={layout.patches} has no effect: there is no pipeline")

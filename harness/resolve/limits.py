@@ -9,8 +9,8 @@ from harness.messages import GenerationRequest
 
 MAX_PROMPT_CHARS = 8_000
 MAX_STEPS = 10_000
-MAX_PICTURES = 4_096
-MAX_SEED = 2**63 - MAX_PICTURES - 1  # picture k has seed + k
+MAX_IMAGES = 4_096
+MAX_SEED = 2**63 - MAX_IMAGES - 1  # picture k has seed + k
 
 
 def check_request(request: GenerationRequest) -> None:
@@ -23,9 +23,9 @@ def check_request(request: GenerationRequest) -> None:
         if len(prompt) > MAX_PROMPT_CHARS:
             raise ValueError(f"a prompt of {len(prompt)} characters; shorten it to {MAX_PROMPT_CHARS} or fewer")
     pictures = len(request.prompts) * request.samples_per_prompt
-    if not 1 <= pictures <= MAX_PICTURES:
+    if not 1 <= pictures <= MAX_IMAGES:
         raise ValueError(
-            f"the request asks for {pictures} pictures; prompts x samples_per_prompt must be 1 to {MAX_PICTURES}"
+            f"the request asks for {pictures} pictures; prompts x samples_per_prompt must be 1 to {MAX_IMAGES}"
         )
     if request.batch_size < 1:
         raise ValueError(f"request.batch_size={request.batch_size}; give at least 1")
@@ -39,15 +39,15 @@ def check_request(request: GenerationRequest) -> None:
         raise ValueError(f"timeout_s={request.timeout_s}; give more than 0 seconds")
 
 
-def check_served(request: GenerationRequest, serve: ServeConfig) -> None:
+def check_server_limits(request: GenerationRequest, serve: ServeConfig) -> None:
     """Refuses a request that a server does not take, whatever its model can draw.
 
     Raises:
         ValueError: what is asked for, and what is taken.
     """
     pictures = len(request.prompts) * request.samples_per_prompt
-    if pictures > serve.max_pictures:
-        raise ValueError(f"the request asks for {pictures} pictures; this server draws {serve.max_pictures} a request")
+    if pictures > serve.max_images:
+        raise ValueError(f"the request asks for {pictures} pictures; this server draws {serve.max_images} a request")
     if request.steps > serve.max_steps:
         raise ValueError(f"the request asks for {request.steps} steps; this server takes {serve.max_steps} at most")
     if (request.count_flops or request.profile) and serve.max_batch > 1:

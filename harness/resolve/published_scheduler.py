@@ -15,7 +15,7 @@ def scheduler_file(folder: Path) -> Path:
     return top if top.is_file() and not file.is_file() else file
 
 
-def check_published(asked: SchedulerConfig, folder: Path) -> None:
+def check_published_scheduler(asked: SchedulerConfig, folder: Path) -> None:
     """Refuses a checkpoint that states no noise scheduler, and keys that would have no effect beside it.
 
     Raises:

@@ -22,7 +22,7 @@ from harness.messages import (
     decode,
     encode,
 )
-from harness.resolve.limits import check_served
+from harness.resolve.limits import check_server_limits
 from harness.serving.policy import Accepted, Key
 from harness.serving.transport import rejection, reply
 
@@ -35,7 +35,7 @@ def served_check(check: Callable[[GenerationRequest], None], serve: ServeConfig)
     """What a pipeline can draw, and a server takes: raises ValueError for anything else."""
 
     def both(request: GenerationRequest) -> None:
-        check_served(request, serve)
+        check_server_limits(request, serve)
         check(request)
 
     return both

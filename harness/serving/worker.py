@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from harness.device.clock import Clock
 from harness.device.cuda import synchronizer
-from harness.device.energy import Energy, NoEnergy
-from harness.device.memory import Memory
+from harness.device.energy import EnergyMeter, NoEnergy
+from harness.device.memory import MemoryMeter
 from harness.messages import (
     Array,
     ArrayRef,
@@ -79,10 +79,10 @@ class Worker:
         pipeline: ComposedPipeline,
         place: Place,
         device: torch.device,
-        memory: Memory,
+        memory: MemoryMeter,
         loaded: Sequence[LoadedComponent] = (),
         axes: Axes | None = None,
-        energy: Energy | None = None,
+        energy: EnergyMeter | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.place = place

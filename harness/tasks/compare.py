@@ -16,11 +16,11 @@ from harness.config.serve import Transport
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
 from harness.metrics.difference import Difference, difference
-from harness.metrics.paired import Ratio, fewest_rounds
+from harness.metrics.paired import Ratio, min_rounds
 from harness.parallel.mesh import degrees, world_size
-from harness.records.comparison import FILE, SCHEMA, Comparison, ratios_of, read_comparison
+from harness.records.comparison import FILE, SCHEMA, Comparison, read_comparison, time_ratios
 from harness.records.record import RunFolder, Status, fingerprint, read_status
-from harness.resolve.comparison import SIDES, side_overrides
+from harness.resolve.comparison import COMPARED, comparison_overrides, is_compared_key
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, to_dict, to_yaml
 from harness.tasks.lifecycle import ended, mirror
 from harness.tasks.session import Series, progress_bars
@@ -38,17 +38,17 @@ def sides(composed: ResolvedRun) -> tuple[ResolvedRun, ResolvedRun]:
         raise ConfigError(f"{task} keeps two engines warm, each in processes of its own; use launch.mode=torchrun")
     if config.task.name is Task.load and config.load.transport is not Transport.zmq:
         raise ConfigError("task=load with sides loads two engines, not servers; drop load.transport=http")
-    if config.task.repeats < fewest_rounds():
-        raise ConfigError(f"task.repeats={config.task.repeats}: {task} needs {fewest_rounds()} rounds or more")
+    if config.task.repeats < min_rounds():
+        raise ConfigError(f"task.repeats={config.task.repeats}: {task} needs {min_rounds()} rounds or more")
     return _side(composed, "a"), _side(composed, "b")
 
 
 def _side(composed: ResolvedRun, name: str) -> ResolvedRun:
-    own: list[str] = getattr(composed.config, name)
+    own: list[str] = getattr(composed.config.compare, name)
     try:
-        side = compose_run(side_overrides(composed.overrides, own, composed.config))
+        side = compose_run(comparison_overrides(composed.overrides, own, composed.config))
     except ConfigError as error:
-        raise ConfigError(f"{name}={own}: {error}") from error
+        raise ConfigError(f"compare.{name}={own}: {error}") from error
     return ResolvedRun(side.config, side.overrides, composed.folder / name, side.notes)
 
 
@@ -80,7 +80,7 @@ def run_compare(
     folders = [RunFolder.claim(side.folder) for side in pair]
     generators = [DiffusionGenerator.from_composed(side, own.path) for side, own in zip(pair, folders, strict=True)]
     with progress_bars(console) as bars:
-        both = [Series(generator, bars, name) for generator, name in zip(generators, SIDES, strict=True)]
+        both = [Series(generator, bars, name) for generator, name in zip(generators, COMPARED, strict=True)]
         try:
             for series in both:
                 series.start()
@@ -109,7 +109,7 @@ def compared(composed: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], both:
         output = difference(a.pixels, b.pixels, pixels=True)
     except ValueError as error:
         notes.append(f"the output difference is not measured: {error}")
-    return stated(composed, pair, ratios_of(a.repeats, b.repeats), output, notes)
+    return stated(composed, pair, time_ratios(a.repeats, b.repeats), output, notes)
 
 
 def stated(
@@ -123,9 +123,9 @@ def stated(
     ranks_a, ranks_b = (world_size(degrees(side.config.parallel)) for side in pair)
     return Comparison(
         schema=SCHEMA,
-        common=[override for override in composed.overrides if override.partition("=")[0] not in SIDES],
-        a=list(composed.config.a or ()),
-        b=list(composed.config.b or ()),
+        common=[override for override in composed.overrides if not is_compared_key(override)],
+        a=list(composed.config.compare.a or ()),
+        b=list(composed.config.compare.b or ()),
         ranks=(ranks_a, ranks_b),
         ratios=ratios,
         efficiency={n: row.ratio * ranks_a / ranks_b for n, row in ratios.items()} if ranks_b > ranks_a else None,
@@ -140,4 +140,8 @@ def is_compared(folder: Path, config: RunConfig) -> bool:
     found = read_comparison(folder) if read_status(folder).state == "ok" else None
     if found is None:
         return False
-    return (found.fingerprint, found.a, found.b) == (fingerprint(to_dict(config)), config.a or [], config.b or [])
+    return (found.fingerprint, found.a, found.b) == (
+        fingerprint(to_dict(config)),
+        config.compare.a or [],
+        config.compare.b or [],
+    )

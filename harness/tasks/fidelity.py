@@ -32,9 +32,9 @@ from harness.parallel.mesh import Place, degrees
 from harness.records.provenance import PACKAGES, cpu_name, version
 from harness.records.record import write_atomically
 from harness.resolve.checkpoint import COMPONENTS, locate
+from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import ResolvedRun, to_dict
 from harness.resolve.engines_table import CACHE_DIT, NATIVE
-from harness.resolve.trained import trained_denoiser
 from harness.serving.transport import EngineGone
 
 STRENGTH = (APPROXIMATE, EQUIVALENT, EXACT)
@@ -114,7 +114,7 @@ class Artist:
         task = self.bars.add_task(f"drawing the {what}", total=None)
         composed = ResolvedRun(config, [], self.folder / what, [])
         with DiffusionGenerator.from_composed(composed, composed.folder, self.make_engine) as generator:
-            drawn = generator.generate(latents="steps" if config.task.states else "last")
+            drawn = generator.generate(latents="steps" if config.task.fidelity_per_step else "last")
         self.bars.remove_task(task)
         return Drawn(drawn.latents, drawn.pixels)
 
@@ -161,7 +161,7 @@ def measure(
         floor_pixel=floor_pixel,
         verdict=verdict(claimed, latent, pixel, floor_latent, floor_pixel),
         reference=name,
-        steps_rel_l2=by_step(reference, row) if config.task.states else None,
+        steps_rel_l2=by_step(reference, row) if config.task.fidelity_per_step else None,
     )
     return found, []
 
@@ -200,13 +200,13 @@ def _plain(config: RunConfig) -> RunConfig:
     steps as its reference has.
     """
     found = copy.deepcopy(config)
-    found.task = TaskConfig(Task.generate, states=config.task.states)
+    found.task = TaskConfig(Task.generate, fidelity_per_step=config.task.fidelity_per_step)
     found.engine, found.parallel = EngineConfig(optimize=Optimize.none), ParallelConfig()
     found.attention.backend, found.cache = "math", CacheConfig()
     found.model.quantize = Quantize.none
     found.request.batch_size = 1
     found.request.steps = config.task.reference_steps or config.request.steps
-    found.model.text.keep, found.model.text.cache_mib = True, None
+    found.model.text.keep_loaded, found.model.text.cache_mib = True, None
     return found
 
 
@@ -264,7 +264,7 @@ def code() -> str:
 
 def weights(config: RunConfig) -> list[tuple[str, int, int]]:
     """The files of a checkpoint: their names, sizes and times of change."""
-    place = locate(config.model, trained_denoiser(config).weights)
+    place = locate(config.model, denoiser_defaults(config).weights)
     roots = [place.folder, *place.replaced.values(), *(Path(lora.path).expanduser() for lora in config.model.lora)]
     files = [file for root in roots for file in (sorted(root.rglob("*")) if root.is_dir() else [root])]
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]

@@ -17,10 +17,10 @@ from harness.client.generator import DiffusionGenerator
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.table import print_record
-from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
+from harness.loggers.training import LogCallback, ProgressCallback, TrainingCallbacks, WandbCallback
 from harness.loggers.wandb import log_run, resolve_mode
 from harness.metrics.fidelity import BROKEN
-from harness.records.record import CUT_OFF, Record, RunFolder, Status
+from harness.records.record import INTERRUPTED, Record, RunFolder, Status
 from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
 from harness.resolve.scheduler import noise_scheduler_settings
 from harness.tasks.fidelity import Artist, Drawn, measure
@@ -131,8 +131,8 @@ def run_training(config: RunConfig, console: Console) -> Status:
     Path(config.train.folder).mkdir(parents=True, exist_ok=True)
     folder = RunFolder(Path(config.train.folder))
     folder.write_config(to_yaml(config))
-    folder.finish(CUT_OFF)
-    curve = WandbCurve(config.logger.wandb, to_dict(config), folder.path, config.scheduler.family, mirror)
+    folder.finish(INTERRUPTED)
+    curve = WandbCallback(config.logger.wandb, to_dict(config), folder.path, config.scheduler.family, mirror)
     try:
         _train(config, console, curve)
         status = Status("ok")
@@ -146,14 +146,14 @@ def run_training(config: RunConfig, console: Console) -> Status:
     return status
 
 
-def _train(config: RunConfig, console: Console, curve: WandbCurve) -> None:
+def _train(config: RunConfig, console: Console, curve: WandbCallback) -> None:
     from harness.tasks.train.run import run
 
     settings = noise_scheduler_settings(config.scheduler)
     if console.is_terminal:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
-        with Bars(console) as bars:
-            run(config.train, settings, Watchers([bars, curve]))
+        with ProgressCallback(console) as bars:
+            run(config.train, settings, TrainingCallbacks([bars, curve]))
     else:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        run(config.train, settings, Watchers([LogLines(), curve]))
+        run(config.train, settings, TrainingCallbacks([LogCallback(), curve]))

@@ -135,7 +135,7 @@ class Series:
 
     def _draw(self, label: str, count_flops: bool = False, profile: bool = False) -> Generation:
         wanted = self.generator.config.task
-        latents: Latents = "steps" if wanted.states else "last" if wanted.fidelity else "none"
+        latents: Latents = "steps" if wanted.fidelity_per_step else "last" if wanted.fidelity else "none"
         task = self._bars.add_task(self._name + label, total=None)
 
         def on_progress(progress: StepProgress) -> None:

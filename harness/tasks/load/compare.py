@@ -15,7 +15,7 @@ from rich.progress import Progress
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine
-from harness.loggers.load import batching, outcomes
+from harness.loggers.load import describe_batching, describe_outcomes
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
 from harness.messages import EngineInfo
@@ -23,7 +23,7 @@ from harness.metrics.load import LoadSummary, RequestRow
 from harness.metrics.paired import ratio
 from harness.records.comparison import FILE, Comparison
 from harness.records.record import FirstCall, RunFolder, Status
-from harness.resolve.comparison import SIDES
+from harness.resolve.comparison import COMPARED
 from harness.resolve.compose import ResolvedRun, to_yaml
 from harness.tasks.compare import stated
 from harness.tasks.lifecycle import ended, mirror
@@ -47,8 +47,10 @@ def compare_loads_in(
         mirror(lambda: log_comparison(config.logger.wandb, comparison, folder.path))
         if config.logger.table:
             print_comparison(comparison, folder.path, console)
-            for name, load in zip(SIDES, loads, strict=True):
-                console.print(f"{name}: {load.throughput_per_s:.2f} answers/s{batching(load)}; {outcomes(load)}")
+            for name, load in zip(COMPARED, loads, strict=True):
+                console.print(
+                    f"{name}: {load.throughput_per_s:.2f} answers/s{describe_batching(load)}; {describe_outcomes(load)}"
+                )
     return status
 
 
@@ -154,7 +156,7 @@ def timed(load: LoadSummary) -> dict[str, float]:
         ValueError: no request was answered well.
     """
     if load.latency_ms is None:
-        raise ValueError(f"a round in which nothing was answered well ({outcomes(load)}) does not compare")
+        raise ValueError(f"a round in which nothing was answered well ({describe_outcomes(load)}) does not compare")
     latency = load.latency_ms
     return {"answer": 1e3 / load.throughput_per_s, "latency_p50": latency.p50, "latency_p99": latency.p99}
 

@@ -28,7 +28,8 @@ from harness.parallel.mesh import degrees, world_size
 from harness.records.provenance import provenance
 from harness.records.record import (
     SCHEMA,
-    Attention,
+    AttentionRow,
+    EngineRow,
     FirstCall,
     Record,
     RunFolder,
@@ -36,7 +37,6 @@ from harness.records.record import (
     fingerprint,
     write_atomically,
 )
-from harness.records.record import Engine as EngineName
 from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
 from harness.resolve.engines_table import engine_version
 from harness.serving.transport import Connection
@@ -153,7 +153,7 @@ def run_over_http(composed: ResolvedRun, folder: RunFolder, console: Console) ->
 
 def served(overrides: Sequence[str]) -> list[str]:
     """The overrides of a load's run that its server has too."""
-    ours = ("task", "load", "logger", "hydra", "a", "b")
+    ours = ("task", "load", "logger", "hydra", "compare")
     return [each for each in overrides if each.partition("=")[0].lstrip("+").partition(".")[0] not in ours]
 
 
@@ -284,14 +284,14 @@ def build_load_record(
         overrides=composed.overrides,
         config=declared,
         provenance=provenance(info, environment),
-        attention=Attention(config.attention.backend, info.attention),
+        attention=AttentionRow(config.attention.backend, info.attention),
         first_call=first,
         repeats=[],
         summary=None,
         samples=[],
         notes=composed.notes,
         loaded=info.loaded,
-        engine=EngineName(config.engine.name, engine_version(config.engine.name)),
+        engine=EngineRow(config.engine.name, engine_version(config.engine.name)),
         load=load,
     )
 

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 
 from harness.engines.environment import OWNER, import_path
-from harness.metrics.load import Chaos, Memory
+from harness.metrics.load import Chaos, MemoryGrowth
 from harness.serving.transport import EngineGone
 
 RANKS = b"harness.engines.rank"  # in their command line
@@ -44,7 +44,7 @@ class Server:
         self._samples: list[tuple[float, float]] = []
         self._log = folder.with_name("server.log")
         self._start_timeout_s = start_timeout_s
-        own = ["task=serve", "serve.port=0", f"hydra.run.dir={folder}", "a=null", "b=null"]
+        own = ["task=serve", "serve.port=0", f"hydra.run.dir={folder}", "compare.a=null", "compare.b=null"]
         environment = os.environ | {
             "PYTHONPATH": import_path(os.environ.get("PYTHONPATH")),
             "PYTHONUNBUFFERED": "1",
@@ -129,7 +129,7 @@ class Server:
         return Chaos(self.kills, self.leaked)
 
     @property
-    def memory(self) -> Memory | None:
+    def memory(self) -> MemoryGrowth | None:
         """How its memory grew; None where it was read less than twice."""
         return memory(self._samples)
 
@@ -141,13 +141,13 @@ async def is_ready(client: httpx.AsyncClient, url: str = "") -> bool:
     return False
 
 
-def memory(samples: Sequence[tuple[float, float]]) -> Memory | None:
+def memory(samples: Sequence[tuple[float, float]]) -> MemoryGrowth | None:
     """Resident memory over time, from pairs of seconds and MiB; None of less than two."""
     if len(samples) < 2:
         return None
     at_s, mib = np.asarray(samples).T
     slope = float(np.polyfit(at_s - at_s[0], mib, 1)[0])
-    return Memory(len(samples), float(mib[0]), float(mib[-1]), 60 * slope)
+    return MemoryGrowth(len(samples), float(mib[0]), float(mib[-1]), 60 * slope)
 
 
 def descendants(pid: int) -> set[int]:

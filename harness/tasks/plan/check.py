@@ -19,7 +19,7 @@ from harness.costs.time import device, predict, traffic
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import Record, read_record
-from harness.resolve.layout_rules import keeps
+from harness.resolve.layout_rules import is_approximate
 from harness.resolve.names import one_line
 
 
@@ -43,7 +43,7 @@ def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], Hardwa
         record: of a native run.
         hardware: the machine, with the rates for a dtype.
     """
-    summary = record.timed
+    summary = record.statistics
     found = Check(
         folder=folder.name,
         layout=msgspec.convert(record.config["parallel"], ParallelConfig),
@@ -64,19 +64,19 @@ def _predicted(found: Check, record: Record, hardware: Callable[[torch.dtype], H
     if config.cache.name != NONE:
         raise ValueError(f"cache={config.cache.name} computes fewer evaluations, which is not predicted")
     request, steps, layout = config.request, config.request.steps or 1, found.layout
-    if keeps(layout):
+    if is_approximate(layout):
         raise ValueError("not predicted: its keys and values are stale, and plans are of exact layouts")
     dtype = torch_dtype(denoiser_dtype(config.model))
     traced = trace_request(config)
-    row = predict(traced, layout, device(hardware(dtype), dtype.itemsize), record.timed.nfe, 1, [])
-    a_step = record.timed.nfe / steps
+    row = predict(traced, layout, device(hardware(dtype), dtype.itemsize), record.statistics.nfe, 1, [])
+    a_step = record.statistics.nfe / steps
     micro_batches = math.ceil(len(record.samples) / request.batch_size)
     spared = config.engine.optimize in (Optimize.eager, Optimize.compile)
-    evaluations = record.timed.nfe * math.ceil(micro_batches / layout.dp)
+    evaluations = record.statistics.nfe * math.ceil(micro_batches / layout.dp)
     return msgspec.structs.replace(
         found,
         predicted_step_ms=row.step_ms * a_step,
         error=row.step_ms * a_step / found.step_ms - 1,
         predicted_bytes={kind: count * evaluations for kind, count in traffic(traced, layout).items()},
-        predicted_flops=None if spared else row.flops * world_size(degrees(layout)[1:]) * record.timed.nfe / steps,
+        predicted_flops=None if spared else row.flops * world_size(degrees(layout)[1:]) * record.statistics.nfe / steps,
     )

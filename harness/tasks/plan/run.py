@@ -18,10 +18,10 @@ from harness.costs.time import device, legal_layouts, predict
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.records.record import RunFolder, Status
 from harness.resolve.checkpoint import locate
+from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
-from harness.resolve.layout import layout_facts
+from harness.resolve.layout import model_shape
 from harness.resolve.request import to_message
-from harness.resolve.trained import trained_denoiser
 from harness.tasks.lifecycle import ended
 from harness.tasks.plan.check import check, records
 from harness.tasks.plan.measure import filled
@@ -35,7 +35,7 @@ def plan_in(composed: ResolvedRun, folder: RunFolder, console: Console) -> Statu
     config = composed.config
     status, plan = ended(composed, folder, lambda: run_plan(config, folder), lambda done: Status("ok"))
     if plan is not None and config.logger.table:
-        if config.runs is None:
+        if config.plan.runs is None:
             print_plan(plan, config.plan.rows, folder.path, console)
         else:
             print_checks(plan, folder.path, console)
@@ -50,7 +50,7 @@ def run_plan(config: RunConfig, folder: RunFolder) -> Plan:
         ValueError: hardware that could not be measured.
     """
     folder.write_config(to_yaml(config))
-    plan = planned(config) if config.runs is None else checked(config, Path(config.runs).expanduser())
+    plan = planned(config) if config.plan.runs is None else checked(config, Path(config.plan.runs).expanduser())
     folder.write_json(FILE, plan)
     return plan
 
@@ -61,8 +61,8 @@ def planned(config: RunConfig) -> Plan:
     traced = trace_request(config)
     hardware, measured = filled(config.hardware, dtype, config.launch)
     on = device(hardware, dtype.itemsize)
-    denoiser = trained_denoiser(config).weights
-    facts = layout_facts(config, locate(config.model, denoiser).config_folder(denoiser))
+    denoiser = denoiser_defaults(config).weights
+    facts = model_shape(config, locate(config.model, denoiser).config_folder(denoiser))
     micro_batches = math.ceil(len(request.prompts) * request.samples_per_prompt / request.batch_size)
     rows = [
         predict(traced, layout, on, request.steps, micro_batches, notes)

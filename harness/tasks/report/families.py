@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.metrics.intervals import Estimate, Share
+from harness.metrics.intervals import IntervalEstimate, Share
 from harness.tasks.report.markers import replace_between
 from harness.tasks.report.sweep import FAMILIES, Point, Sweep, read, within
 from harness.tasks.terminal import EXIT_BAD_INPUT, complain
@@ -37,7 +37,7 @@ class Metric:
     """What is drawn up the axis."""
 
     label: str
-    of: Callable[[Point], Share | Estimate]
+    of: Callable[[Point], Share | IntervalEstimate]
     log: bool
     scale: float
 

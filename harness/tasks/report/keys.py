@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from harness.config.cache import READ, CacheConfig, fill
+from harness.config.cache import CACHE_KEYS, CacheConfig, fill_defaults
 from harness.parallel.mesh import AXES
 from harness.tasks.report.sweep import flat
 
 Cell = str | float | None
 LEADS = ("model.name", "scheduler.family", "scheduler.solver.name")
 FOLLOWERS = ("model.", "scheduler.")  # groups of which most keys follow from the three names
-ASIDE = ("logger", "train", "a", "b", "runs")  # change neither a picture nor a time
+ASIDE = ("logger", "train", "compare", "report", "plan")  # change neither a picture nor a time
 NAME_LETTERS = 32  # of a value in a run's name
 NAMES = ("name", "family", "backend")  # last parts of keys whose value says enough
 
@@ -38,9 +38,11 @@ def cache_name(cache: Mapping[str, object]) -> str:
     """Such as `first_block threshold=0.2`: what it is, and its first key with those that are not its defaults."""
     name = str(cache["name"])
     plain = CacheConfig(name)
-    fill(plain)
-    keys = [key for key in READ[name] if key != "coefficients" and cache[key] is not None]
-    said = [f"{key}={_cell(cache[key])}" for key in keys if key == READ[name][0] or cache[key] != getattr(plain, key)]
+    fill_defaults(plain)
+    keys = [key for key in CACHE_KEYS[name] if key != "coefficients" and cache[key] is not None]
+    said = [
+        f"{key}={_cell(cache[key])}" for key in keys if key == CACHE_KEYS[name][0] or cache[key] != getattr(plain, key)
+    ]
     return " ".join([name, *said])
 
 

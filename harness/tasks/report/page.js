@@ -60,7 +60,7 @@ const COLUMNS = [
     element("span", { class: "spread" }, `of ${row.load.latency_ms.n}`)]),
   column("goodput", "good answers/s", (row) => row.load?.goodput_per_s, (value, row) => [number(value),
     element("span", { class: "spread" }, `within ${number(row.load.slo_ms)} ms`)]),
-  column("carried", "pictures a forward", (row) => row.load?.pictures_per_evaluation, (value) => number(value, 3)),
+  column("carried", "pictures a forward", (row) => row.load?.images_per_evaluation, (value) => number(value, 3)),
   column("unanswered", "not ok", (row) => row.load && row.load.sent - (row.load.outcomes.ok ?? 0), (value, row) => [number(value),
     element("span", { class: "spread" }, Object.entries(row.load.outcomes).filter(([kind]) => kind !== "ok").map(([kind, count]) => `${count} ${kind}`).join(", "))]),
   column("speedup", "speed-up", speedup, (value, row) => [number(value, 3), spread(...speedupSpread(row), (x) => number(x, 3))]),

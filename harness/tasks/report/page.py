@@ -35,25 +35,25 @@ class Page(msgspec.Struct, frozen=True):
 
 
 def write_report(config: RunConfig, console: Console) -> Status:
-    """Writes the page over `runs` to `task.out`, or beside them.
+    """Writes the page over `runs` to `report.out`, or beside them.
 
     Raises:
         ConfigError: no plotly, no folder, or no run in it.
     """
-    root = Path(config.runs or "")
+    root = Path(config.report.runs or "")
     script = plotly_script()
     if not root.is_dir():
-        raise ConfigError(f"runs={root}: there is no such folder; give one that holds runs")
+        raise ConfigError(f"report.runs={root}: there is no such folder; give one that holds runs")
     table = read_table(root)
     if not table.rows:
-        raise ConfigError(f"runs={root} holds no run (a folder with a status.json); give one that does")
-    out = Path(config.task.out) if config.task.out is not None else root / FILE
+        raise ConfigError(f"report.runs={root} holds no run (a folder with a status.json); give one that does")
+    out = Path(config.report.out) if config.report.out is not None else root / FILE
     page = Page(str(root), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", table.keys, table.rows)
     text = render(page, script)
     try:
         write_atomically(out, text.encode())
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another with task.out=...") from error
+        raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another with report.out=...") from error
     states = Counter(row.state for row in table.rows)
     counted = ", ".join(f"{count} {state}" for state, count in states.items())
     console.print(

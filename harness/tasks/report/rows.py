@@ -12,7 +12,7 @@ import yaml
 
 from harness.messages import sent_bytes
 from harness.metrics.difference import Difference
-from harness.metrics.intervals import Estimate, Share
+from harness.metrics.intervals import IntervalEstimate, Share
 from harness.metrics.load import LoadSummary
 from harness.metrics.summary import Summary
 from harness.records.comparison import Comparison, read_comparison
@@ -54,7 +54,7 @@ class Row(msgspec.Struct, frozen=True):
     verdict: str | None = None
     declared: str | None = None
     pixel: Difference | None = None
-    distance: Estimate | None = None
+    distance: IntervalEstimate | None = None
     top1: Share | None = None
     ranks: int | None = None
     threads: int | None = None

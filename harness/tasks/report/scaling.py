@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from harness.metrics.intervals import Estimate, interval
+from harness.metrics.intervals import IntervalEstimate, interval
 from harness.metrics.summary import RESAMPLES
 from harness.records.record import Record, fingerprint
 
@@ -23,7 +23,7 @@ class Scaling(msgspec.Struct, frozen=True):
 
     base: int
     ranks: int
-    speedup: Estimate
+    speedup: IntervalEstimate
     efficiency: float
 
 
@@ -50,11 +50,11 @@ def scalings(folders: Sequence[Path], records: Mapping[int, Record]) -> dict[int
     return found
 
 
-def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> Estimate:
+def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> IntervalEstimate:
     """median(a) / median(b) of two independent series, with the bootstrap interval."""
     random = np.random.default_rng(0)
     medians = [np.median(random.choice(x, size=(RESAMPLES, len(x))), axis=1) for x in (np.array(a), np.array(b))]
-    return Estimate(float(np.median(a) / np.median(b)), interval(medians[0] / medians[1]), min(len(a), len(b)))
+    return IntervalEstimate(float(np.median(a) / np.median(b)), interval(medians[0] / medians[1]), min(len(a), len(b)))
 
 
 def _latencies(record: Record) -> list[float]:

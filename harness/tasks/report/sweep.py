@@ -98,7 +98,7 @@ def _points(records: Sequence[Record]) -> list[Point]:
             line = ", ".join([solver, *(f"{key.removeprefix('solver.')}={settings[key]}" for key in varied)])
             if record.quality is not None:
                 steps = int(record.config["request"]["steps"])
-                points.append(Point(family, line, steps, record.timed.nfe, record.quality))
+                points.append(Point(family, line, steps, record.statistics.nfe, record.quality))
     return points
 
 

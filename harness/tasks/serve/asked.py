@@ -8,7 +8,7 @@ import uuid
 
 from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest
-from harness.resolve.limits import check_frames, check_request, check_served, check_size
+from harness.resolve.limits import check_frames, check_request, check_server_limits, check_size
 from harness.resolve.request import to_message
 from harness.tasks.serve.openai import Asked, Settings, VideoRequest
 from harness.tasks.serve.problem import Problem
@@ -97,15 +97,15 @@ def _size(size: str | None, own: GenerationRequest) -> tuple[int, int]:
 
 def _check_bounds(request: GenerationRequest, config: RunConfig) -> None:
     serve, model = config.serve, config.model
-    if not 1 <= request.samples_per_prompt <= serve.max_pictures:
-        said = f"n={request.samples_per_prompt}; this server takes 1 to {serve.max_pictures}"
+    if not 1 <= request.samples_per_prompt <= serve.max_images:
+        said = f"n={request.samples_per_prompt}; this server takes 1 to {serve.max_images}"
         raise Problem("rejected", said, "n")
     if request.timeout_s is None or not 0 < request.timeout_s <= serve.timeout_s:
         said = f"timeout_s={request.timeout_s}; give more than 0 and at most {serve.timeout_s:g} seconds"
         raise Problem("rejected", said, "triptych.timeout_s")
     try:
         check_request(request)
-        check_served(request, serve)
+        check_server_limits(request, serve)
         check_frames(request.frames, model.frame_multiple, model.max_frames)
         check_size(request.height, request.width, model.size_multiple, model.max_pixels)
     except ValueError as error:

@@ -86,7 +86,7 @@ class Supervisor:
         reason: why it is not ready, in one line.
         info: what the ranks answered last; None where there are none.
         restarts: how often new ranks have taken over.
-        jobs: by request id: those without an answer, and the last serve.keep with one.
+        jobs: by request id: those without an answer, and the last serve.max_stored_results with one.
     """
 
     PING_S = 1.0
@@ -387,7 +387,7 @@ class Supervisor:
         del self._outstanding[request_id]
         del self._suspects[request_id]
         self._answered.append(request_id)
-        while len(self._answered) > self._config.serve.keep:
+        while len(self._answered) > self._config.serve.max_stored_results:
             del self.jobs[self._answered.popleft()]
         if job.answer is not None and job.began is not None and job.ended is not None:
             self._drawn_s.append(job.ended - job.began)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from harness.config.train import DenoiserConfig
-from harness.loggers.training import Watcher
+from harness.loggers.training import TrainingCallback
 from harness.tasks.train import text
 from harness.tasks.train.captions import draw, variants
 from harness.tasks.train.folder import Picture
@@ -102,7 +102,7 @@ def train(
     objective: Objective,
     examples: Examples,
     folder: Path,
-    watcher: Watcher | None = None,
+    watcher: TrainingCallback | None = None,
     every: Every | None = None,
 ) -> Fit:
     """Train, or resume, the denoiser of one family to its end.

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.config.train import LoopConfig
-from harness.loggers.training import CurveLine, Watcher
+from harness.loggers.training import LossCurvePoint, TrainingCallback
 from harness.records.record import write_atomically
 
 log = logging.getLogger(__name__)
@@ -94,11 +94,11 @@ class Fit:
         model: nn.Module,
         config: LoopConfig,
         folder: Path,
-        watcher: Watcher | None = None,
+        watcher: TrainingCallback | None = None,
         objective: str = "",
     ) -> None:
         self.part, self.model, self.config, self.folder, self.objective = part, model, config, folder, objective
-        self.watcher = Watcher() if watcher is None else watcher
+        self.watcher = TrainingCallback() if watcher is None else watcher
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
         plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -162,7 +162,7 @@ class Fit:
         """Append one line to the loss curve and hand it to the watcher."""
         images = self.step * self.config.batch
         rate = learning_rate(self.step, self.config)
-        line = CurveLine(self.part, self.step, images, loss, rate, images_per_s, self.elapsed_s)
+        line = LossCurvePoint(self.part, self.step, images, loss, rate, images_per_s, self.elapsed_s)
         with self.curve.open("a", encoding="utf-8") as curve:
             curve.write(json.dumps(asdict(line)) + "\n")
         self.watcher.line(line)

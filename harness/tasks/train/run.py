@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from harness.config.train import DataConfig, ScoreConfig, TrainConfig
-from harness.loggers.training import Watcher
+from harness.loggers.training import TrainingCallback
 from harness.records.media import grid
 from harness.tasks.train import captions, denoiser, emoji, export, retrieval, sample, text, vae
 from harness.tasks.train.folder import Picture, pixels, read
@@ -40,7 +40,7 @@ class Room:
     objective: Objective
     folder: Path
     rows: list[Picture]
-    watcher: Watcher
+    watcher: TrainingCallback
 
     @property
     def vocabulary(self) -> list[Picture]:
@@ -58,13 +58,13 @@ class Room:
 
     def autoencoder(self) -> AutoencoderKL:
         """The shared VAE, or the one trained in the run folder."""
-        if self.config.shared is not None:
-            return _autoencoder(Path(self.config.shared))
+        if self.config.base_model is not None:
+            return _autoencoder(Path(self.config.base_model))
         return vae.load(self.config.vae, self.config.data.size, self.folder / "vae.safetensors")
 
     def text_model(self) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
         """The shared text encoder and tokenizer, or those trained in the run folder."""
-        return _text_model(self.folder if self.config.shared is None else Path(self.config.shared))
+        return _text_model(self.folder if self.config.base_model is None else Path(self.config.base_model))
 
     def asked(self) -> list[Picture]:
         """The pictures whose captions are the prompts of the score; a sheet shows the first of them."""
@@ -73,7 +73,7 @@ class Room:
         return [self.vocabulary[i] for i in order[: config.prompts]]
 
 
-def run(config: TrainConfig, settings: Settings, watcher: Watcher | None = None) -> dict[str, Result]:
+def run(config: TrainConfig, settings: Settings, watcher: TrainingCallback | None = None) -> dict[str, Result]:
     """Run the parts of ``config`` and return what each reports; also written to ``result.json`` in the run folder.
 
     Args:
@@ -88,7 +88,7 @@ def run(config: TrainConfig, settings: Settings, watcher: Watcher | None = None)
     parts, chosen = _parts(config), objective(config.denoiser, settings)
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    room = Room(config, chosen, folder, _data(config.data), Watcher() if watcher is None else watcher)
+    room = Room(config, chosen, folder, _data(config.data), TrainingCallback() if watcher is None else watcher)
     results: dict[str, Result] = {}
     for part in parts:
         results[part] = PARTS[part](room)
@@ -101,12 +101,12 @@ def run(config: TrainConfig, settings: Settings, watcher: Watcher | None = None)
 
 def _parts(config: TrainConfig) -> list[str]:
     """The parts that run, in order."""
-    if config.shared is not None:
+    if config.base_model is not None:
         for name in ("vae", "text_encoder"):
-            check_component(Path(config.shared) / name, Path(config.shared) / name)
-        if not (Path(config.shared) / "tokenizer").is_dir():
-            raise ValueError(f"train.shared={config.shared}: no tokenizer/ here")
-    trained = ("vae", "text") if config.shared is not None else ()
+            check_component(Path(config.base_model) / name, Path(config.base_model) / name)
+        if not (Path(config.base_model) / "tokenizer").is_dir():
+            raise ValueError(f"train.base_model={config.base_model}: no tokenizer/ here")
+    trained = ("vae", "text") if config.base_model is not None else ()
     if config.parts is None:
         return [part for part in PARTS if part not in trained]
     unknown = [part for part in config.parts if part not in PARTS]
@@ -114,7 +114,7 @@ def _parts(config: TrainConfig) -> list[str]:
         raise ValueError(f"train.parts has {unknown}; the parts are {list(PARTS)}")
     if set(trained) & set(config.parts):
         raise ValueError(
-            f"train.shared={config.shared} brings VAE and text encoder; take both parts out of train.parts"
+            f"train.base_model={config.base_model} brings VAE and text encoder; take both parts out of train.parts"
         )
     return [part for part in PARTS if part in config.parts]
 
@@ -204,10 +204,10 @@ def run_export(room: Room) -> Result:
     """Write the averaged weights as one folder in diffusers' layout; what families share is written once."""
     config, target, family = room.config, Path(room.config.export), room.objective.family
     weights = averaged(room.checkpoint)
-    if config.shared is None:
+    if config.base_model is None:
         export.export_parts(target, room.autoencoder(), room.folder, room.rows)
     else:
-        export.copy_parts(target, Path(config.shared), room.rows)
+        export.copy_parts(target, Path(config.base_model), room.rows)
     export.export_gallery(target, room.pixels(room.vocabulary).numpy(), room.vocabulary)
     export.export_transformer(target, weights, denoiser.build(config.denoiser).config, family)
     export.export_noise_scheduler(target, room.objective.settings)

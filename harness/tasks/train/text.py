@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from harness.config.train import TextConfig
-from harness.loggers.training import Watcher
+from harness.loggers.training import TrainingCallback
 from harness.tasks.train.captions import TEMPLATES, variants
 from harness.tasks.train.folder import Picture
 from harness.tasks.train.loop import Fit, averaged, batch_indices
@@ -149,7 +149,7 @@ def distil_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return (1.0 - similarity.diagonal()).mean() + F.cross_entropy(similarity / temperature, torch.arange(len(student)))
 
 
-def train(config: TextConfig, rows: Sequence[Picture], folder: Path, watcher: Watcher | None = None) -> None:
+def train(config: TextConfig, rows: Sequence[Picture], folder: Path, watcher: TrainingCallback | None = None) -> None:
     """Train tokenizer and encoder, and write them to ``folder/tokenizer`` and ``folder/text_encoder``."""
     torch.manual_seed(config.loop.seed)
     teacher = Path(config.teacher) if config.teacher is not None else packaged_teacher()

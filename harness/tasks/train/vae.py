@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from harness.config.train import VaeConfig
-from harness.loggers.training import Watcher
+from harness.loggers.training import TrainingCallback
 from harness.tasks.train.loop import Every, Fit, averaged, batch_indices, step_generator, total_steps
 
 
@@ -87,7 +87,9 @@ def fold(weights: dict[str, Tensor], mean: Tensor, std: Tensor) -> None:
     w *= std.view(1, -1, 1, 1)
 
 
-def train(config: VaeConfig, pixels: Tensor, size: int, folder: Path, watcher: Watcher | None = None) -> AutoencoderKL:
+def train(
+    config: VaeConfig, pixels: Tensor, size: int, folder: Path, watcher: TrainingCallback | None = None
+) -> AutoencoderKL:
     """Train on uint8 pictures (N, size, size, 3), or resume, and return the averaged model in evaluation mode."""
     torch.manual_seed(config.loop.seed)
     vae = build(config, size).to(memory_format=torch.channels_last)
