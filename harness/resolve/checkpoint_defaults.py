@@ -1,4 +1,4 @@
-"""Which denoiser of a checkpoint runs, and what it was trained with: facts that the noise scheduler has to follow."""
+"""Which denoiser of a checkpoint runs, and what it was trained with, which the noise scheduler has to follow."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ PUBLISHED_FAMILY = "published"  # scheduler=published: the noise scheduler of th
 
 
 def denoiser_defaults(config: RunConfig) -> CheckpointDefaults:
-    """The checkpoint's denoiser of the chosen noise-scheduler family.
+    """Return the defaults of the checkpoint's denoiser for the chosen noise-scheduler family.
 
-    Random weights run in every family: where the checkpoint has no denoiser of the chosen one, they have the sizes of
-    the first that it names.
+    Random weights run in every family. If the checkpoint has no denoiser of the chosen family, they have the sizes of
+    the first one that it names.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The entry of `model.checkpoint_defaults`.
 
     Raises:
-        ValueError: a family that the checkpoint was not trained in.
+        ValueError: The checkpoint was not trained in this family.
     """
     model, family = config.model, config.scheduler.family
     if family in model.checkpoint_defaults:
@@ -24,39 +30,43 @@ def denoiser_defaults(config: RunConfig) -> CheckpointDefaults:
     if family == PUBLISHED_FAMILY and model.checkpoint_defaults:
         return next(iter(model.checkpoint_defaults.values()))
     if not model.checkpoint_defaults:
-        raise ValueError(f"model={model.name} names no denoiser; add one: {_adding(family)}")
+        raise ValueError(f"model={model.name} names no denoiser; add one: {_example(family)}")
     if model.load is Load.checkpoint:
         raise ValueError(
             f"model={model.name} was trained as {', '.join(model.checkpoint_defaults)}, not {family}; "
-            f"use scheduler={' or scheduler='.join(model.checkpoint_defaults)}, or model.load=dummy for random weights; "
-            f"for weights of your own: {_adding(family)}"
+            f"use scheduler={' or scheduler='.join(model.checkpoint_defaults)}, or model.load=dummy for random weights;"
+            f" for weights of your own: {_example(family)}"
         )
     return next(iter(model.checkpoint_defaults.values()))
 
 
-def _adding(family: str) -> str:
+def _example(family: str) -> str:
     return f"'+model.checkpoint_defaults={{{family}: {{weights: FOLDER}}}}'"
 
 
 def apply_training_facts(config: RunConfig) -> None:
-    """Fills the scheduler's keys that are null with the facts of the chosen family's training, in place.
+    """Fill the scheduler's null keys, in place, with what the chosen family's denoiser was trained with.
+
+    Args:
+        config: The configuration, changed in place.
 
     Raises:
-        ValueError: a key that says otherwise than trained weights; random weights may be told anything.
+        ValueError: A key contradicts trained weights; random weights may be combined with anything.
     """
-    model, asked = config.model, config.scheduler
-    if asked.family not in model.checkpoint_defaults:
+    model, scheduler = config.model, config.scheduler
+    if scheduler.family not in model.checkpoint_defaults:
         return
-    trained = model.checkpoint_defaults[asked.family]
+    trained = model.checkpoint_defaults[scheduler.family]
     for name in (choice.name for choice in fields(SamplingDefaults)):
-        if getattr(asked, name) is None:
-            setattr(asked, name, getattr(trained, name))
+        if getattr(scheduler, name) is None:
+            setattr(scheduler, name, getattr(trained, name))
     for name in (fact.name for fact in fields(TrainingSettings)):
-        fact, wanted = getattr(trained, name), getattr(asked, name)
+        fact, wanted = getattr(trained, name), getattr(scheduler, name)
         if wanted is None:
-            setattr(asked, name, fact)
+            setattr(scheduler, name, fact)
         elif fact not in (None, wanted) and model.load is Load.checkpoint:
             raise ValueError(
                 f"scheduler.{name}={wanted} contradicts the checkpoint, which was trained with {fact}; drop it, or use "
-                f"model.load=dummy (for weights of your own: model.checkpoint_defaults.{asked.family}.{name}={wanted})"
+                "model.load=dummy (for weights of your own: "
+                f"model.checkpoint_defaults.{scheduler.family}.{name}={wanted})"
             )

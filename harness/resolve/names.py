@@ -89,7 +89,7 @@ def check_names(overrides: Sequence[str], sweep: bool = False) -> None:
 
 
 def _check_removed(key: str) -> None:
-    """Refuse a removed key, or one below it, and name its successor."""
+    """Refuse a removed key, or a key below one, and name its successor."""
     for old, new in REMOVED.items():
         if key == old or key.startswith(f"{old}."):
             raise ConfigError(f"{key} is now {new}{key.removeprefix(old)}; use that")
@@ -127,7 +127,7 @@ def _options(override: Override) -> list[str | None]:
     if override.is_choice_sweep():
         return [str(v) for v in override.sweep_string_iterator()]
     if override.is_sweep_override():
-        return []  # a glob or a range, which Hydra resolves itself
+        return []  # a glob or a range; Hydra resolves it
     return [None if value is None else str(value)]
 
 

@@ -1,4 +1,4 @@
-"""What is left out is filled in from the model, and combinations that cannot run are refused."""
+"""The rules of a configuration: the model fills null keys, and combinations that cannot run are refused."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ MAX_COLLECTIVE_S = 86_400
 
 
 def resolve_config(config: RunConfig) -> None:
-    """Fills what is null from the model, and refuses what cannot run."""
+    """Fill null keys from the model, in place, and refuse what cannot run."""
     check_comparison(config)
     _check_report(config)
     if config.task.name is Task.report:
-        return  # draws nothing, so nothing of what is drawn has to fit
+        return  # generates nothing, so the rest is not checked
     if config.task.name is Task.plan:
-        config.model.load = Load.dummy  # shapes are all that is asked of a network
+        config.model.load = Load.dummy  # a plan uses only the shapes of a network
         check_plan(config.plan, config.hardware)
         if config.parallel != ParallelConfig():
             warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
@@ -60,13 +60,13 @@ def resolve_config(config: RunConfig) -> None:
         check_serve(config.serve, config.engine.name == NATIVE and not whole)
         check_load(config.load)
     if config.task.name is Task.load:
-        _check_drawn(config)
+        _check_load_requests(config)
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
     if config.task.max_pixel_error is not None and not config.task.fidelity:
         raise ValueError(
-            f"task.max_pixel_error={config.task.max_pixel_error} bounds a measured error; add task.fidelity=true"
+            f"task.max_pixel_error={config.task.max_pixel_error} limits a measured error; add task.fidelity=true"
         )
     _check_reference(config)
     if config.launch.reuse < 0:
@@ -109,13 +109,13 @@ def _resolve_request(config: RunConfig) -> None:
         ffmpeg()
 
 
-def _check_drawn(config: RunConfig) -> None:
-    """Refuses a load of which a request cannot be drawn, or that nobody takes."""
+def _check_load_requests(config: RunConfig) -> None:
+    """Refuse a load with a request that is impossible or that the server does not take."""
     message = to_message(config.request)
     for steps in config.load.steps or [message.steps]:
-        asked = msgspec.structs.replace(message, prompts=message.prompts[:1], steps=steps)
-        check_request(asked)
-        check_server_limits(asked, config.serve)
+        sampled = msgspec.structs.replace(message, prompts=message.prompts[:1], steps=steps)
+        check_request(sampled)
+        check_server_limits(sampled, config.serve)
     for side in config.load.sizes:
         check_size(side, side, config.model.size_multiple, config.model.max_pixels)
     if config.launch.mode is LaunchMode.inprocess:
@@ -123,7 +123,18 @@ def _check_drawn(config: RunConfig) -> None:
 
 
 def _check_model(config: RunConfig) -> Path | None:
-    """Refuses a checkpoint that cannot run; the folder of its denoiser's config.json, None where none is read."""
+    """Refuse a checkpoint that cannot run.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The folder of the denoiser's config.json, or None if none is read.
+
+    Raises:
+        ValueError: A key of the model has a wrong value.
+        CheckpointError: The checkpoint is missing, foreign or incomplete.
+    """
     model = config.model
     if model.architecture not in ARCHITECTURES:
         raise ValueError(
@@ -133,15 +144,15 @@ def _check_model(config: RunConfig) -> Path | None:
         return None
     denoiser = denoiser_defaults(config).weights
     apply_training_facts(config)
-    place = locate(model, denoiser, fetch=True)
-    check_checkpoint(model, place, denoiser)
+    layout = locate(model, denoiser, fetch=True)
+    check_checkpoint(model, layout, denoiser)
     if config.scheduler.family == PUBLISHED_FAMILY:
-        check_published_scheduler(config.scheduler, place.folder)
+        check_published_scheduler(config.scheduler, layout.folder)
     for name in ("size_multiple", "max_pixels", "frame_multiple", "max_frames", "fps"):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name}={getattr(model, name)}; give at least 1")
     if model.text.cache_mib is not None and model.text.cache_mib < 0:
-        raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which keeps none")
+        raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which disables the cache")
     if model.offload and not (
         model.text.keep_loaded and config.engine.name == NATIVE and not config.parallel.shard_weights
     ):
@@ -151,7 +162,7 @@ def _check_model(config: RunConfig) -> Path | None:
         )
     if model.text.tokens < 1:
         raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
-    return place.config_folder(denoiser)
+    return layout.config_folder(denoiser)
 
 
 def _check_cache(config: RunConfig) -> None:
@@ -161,18 +172,18 @@ def _check_cache(config: RunConfig) -> None:
         return
     if config.engine.name != NATIVE:
         raise ValueError(
-            f"cache={config.cache.name} is of the native engine; leave out engine={config.engine.name}, or use "
+            f"cache={config.cache.name} works only in the native engine; leave out engine={config.engine.name}, or use "
             "engine=cache_dit with cache=none"
         )
     if config.cache.name == "teacache" and config.engine.optimize is Optimize.compile:
         raise ValueError(
-            "cache=teacache looks into a block, which engine.optimize=compile makes a graph of; use cache=first_block "
-            "or engine.optimize=eager"
+            "cache=teacache looks into a block, which engine.optimize=compile turns into a graph; use "
+            "cache=first_block or engine.optimize=eager"
         )
     if is_approximate(config.parallel):
         raise ValueError(
-            f"cache={config.cache.name} leaves out what this layout keeps from each evaluation for the next, keys and "
-            "values; leave out parallel.displaced and parallel.pipe, or use cache=none"
+            f"cache={config.cache.name} skips evaluations whose keys and values this layout reuses in the next one; "
+            "leave out parallel.displaced and parallel.pipe, or use cache=none"
         )
     if config.task.name in (Task.plan, Task.train):
         warnings.warn(f"cache has no effect with task={config.task.name.name}", stacklevel=2)
@@ -183,7 +194,7 @@ def _check_reference(config: RunConfig) -> None:
     if steps is None:
         return
     if not config.task.fidelity:
-        raise ValueError(f"task.reference_steps={steps} is of a measured error; add task.fidelity=true")
+        raise ValueError(f"task.reference_steps={steps} belongs to a measured error; add task.fidelity=true")
     if config.task.fidelity_per_step and steps != config.request.steps:
         raise ValueError(
             "task.fidelity_per_step compares step by step, and task.reference_steps is another number; drop one"
