@@ -9,25 +9,25 @@ import pytest
 import yaml
 
 import conf
-from harness.config.schema import DType, LoraConfig, RunConfig, TrainingFacts
+from harness.config.schema import DType, LoraConfig, RunConfig, TrainingSettings
 from harness.records.provenance import version
+from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, folder_name, from_yaml, run_folder, to_yaml
-from harness.resolve.engines_table import NEEDED
+from harness.resolve.engines_table import INSTALL_HINTS
 from harness.resolve.limits import check_frames
-from harness.resolve.names import _groups, check_names
-from harness.resolve.trained import trained_denoiser
+from harness.resolve.names import REMOVED, check_names, config_groups
 from models.registry import REFERENCE, missing_package
 
 CHECKPOINT = REFERENCE / "emoji"
-OPTIONS = [(group, option) for group, options in _groups().items() for option in options]
+OPTIONS = [(group, option) for group, options in config_groups().items() for option in options]
 NEEDS = {
     ("engine", "sglang"): ["model=z_image_110m"],
     ("scheduler/solver", "edm_churn"): ["scheduler=sgm"],
     ("scheduler/solver", "euler_maruyama"): ["scheduler=sgm"],
     ("scheduler/solver", "pndm"): ["scheduler=ddpm"],
     ("scheduler/solver", "tcd"): ["scheduler=ddpm"],
-    ("task", "compare"): ["a=[]", "b=[]"],
-    ("task", "report"): ["runs=runs"],
+    ("task", "compare"): ["compare.a=[]", "compare.b=[]"],
+    ("task", "report"): ["report.runs=runs"],
 }
 
 
@@ -48,7 +48,7 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     if group == "attention" and missing_package(option):
         assert "pip install" in refused(f"attention={option}")
         return
-    if group == "engine" and option in NEEDED and version(option) is None:
+    if group == "engine" and option in INSTALL_HINTS and version(option) is None:
         assert "pip install" in refused(f"engine={option}")
         return
     if group == "hydra/launcher" and version("hydra-submitit-launcher") is None:
@@ -62,7 +62,7 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
 
 def test_groups_are_the_replaceable_objects() -> None:
     assert {"task", "engine", "model", "scheduler", "parallel", "attention", "hardware", "logger", "experiment"} <= set(
-        _groups()
+        config_groups()
     )
 
 
@@ -98,14 +98,14 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("parallel.tp=3", "the nearest that does is parallel.tp=2"),
         ("parallel.cfg=3", "use 1 or 2"),
         ("parallel.ring=128", "use 64 ranks or fewer"),
-        ("parallel.ring=16", "use 8 ranks or fewer a picture"),
-        ("model.trained.dppm.weights=a", "did you mean model.trained.ddpm.weights?"),
-        ("model.trained.ddpm.weigths=a", "did you mean model.trained.ddpm.weights?"),
+        ("parallel.ring=16", "use 8 ranks or fewer per image"),
+        ("model.checkpoint_defaults.dppm.weights=a", "did you mean model.checkpoint_defaults.ddpm.weights?"),
+        ("model.checkpoint_defaults.ddpm.weigths=a", "did you mean model.checkpoint_defaults.ddpm.weights?"),
         ("prediction=v", "did you mean scheduler.prediction?"),
         ("model.architecture=pixar", "did you mean pixart"),
         ("launch.threads_per_rank=0", "at least 1"),
         ("launch.collective_timeout_s=0", "give 1 to 86400 seconds"),
-        ("request.frames=5", "this model draws pictures"),
+        ("request.frames=5", "this model makes images"),
         ("model.text.tokens=0", "at least 1"),
         ("task.repeats=0", "at least 1"),
         ("hardware=h100sxm", "did you mean h100_sxm?"),
@@ -123,7 +123,7 @@ def test_what_cannot_run_is_refused_with_what_to_change(override: str, hint: str
     [
         ("plan.ranks=0", "give at least 1"),
         ("plan.rows=0", "give at least 1"),
-        ("runs=/no/such/folder", "no such folder"),
+        ("plan.runs=/no/such/folder", "no such folder"),
         ("hardware.link_gb_s=-1", "give more than 0"),
         ("hardware.compute_share=60", "a share is at most 1"),
         ("hardware.network_gb_s=null plan.ranks=9", "use plan.ranks=8 or fewer"),
@@ -131,6 +131,30 @@ def test_what_cannot_run_is_refused_with_what_to_change(override: str, hint: str
 )
 def test_what_cannot_be_planned_is_refused(override: str, hint: str) -> None:
     assert hint in refused("task=plan", *override.split())
+
+
+@pytest.mark.parametrize(("old", "new"), REMOVED.items())
+def test_a_removed_key_names_its_successor(old: str, new: str) -> None:
+    assert f"{old} is now {new}; use that" in refused(f"{old}=[x=1]")
+
+
+def test_a_key_below_a_removed_one_names_its_successor() -> None:
+    old = next(old for old, new in REMOVED.items() if new == "model.checkpoint_defaults")
+    for written in (f"{old}.ddpm.weights=transformer", f"+{old}.ddpm.weights=transformer", f"~{old}.ddpm.weights"):
+        assert refused(written) == f"{old}.ddpm.weights is now model.checkpoint_defaults.ddpm.weights; use that"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (["report.runs=runs"], "report.runs has an effect with task=report only"),
+        (["report.out=page.html"], "report.out has an effect with task=report only"),
+        (["plan.runs=runs"], "plan.runs has an effect with task=plan only"),
+        (["task=report", "report.runs=runs", "plan.runs=runs"], "plan.runs has an effect with task=plan only"),
+    ],
+)
+def test_a_tree_of_runs_in_another_task_is_refused(overrides: list[str], hint: str) -> None:
+    assert hint in refused(*overrides)
 
 
 def test_a_plan_reads_no_weights_and_lists_every_layout() -> None:
@@ -159,7 +183,7 @@ FACTS = {
 
 def told(config: RunConfig) -> dict[str, object]:
     """The facts of training that the scheduler is told."""
-    values = {fact.name: getattr(config.scheduler, fact.name) for fact in fields(TrainingFacts)}
+    values = {fact.name: getattr(config.scheduler, fact.name) for fact in fields(TrainingSettings)}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -171,7 +195,11 @@ def test_the_scheduler_is_told_what_the_weights_were_trained_with(families: Path
 
 
 def test_a_family_may_have_steps_and_guidance_of_its_own(families: Path) -> None:
-    own = [f"model.path={families}", "model.trained.ddpm.steps=31", "model.trained.ddpm.guidance=0"]
+    own = [
+        f"model.path={families}",
+        "model.checkpoint_defaults.ddpm.steps=31",
+        "model.checkpoint_defaults.ddpm.guidance=0",
+    ]
     request = compose("scheduler=ddpm", *own).config.request
     assert (request.steps, request.guidance) == (31, 0.0)
     assert compose("scheduler=ddpm", "request.steps=7", *own).config.request.steps == 7
@@ -201,24 +229,24 @@ def test_trained_weights_are_not_contradicted_and_random_ones_may_be(
     random = told(compose(*chosen, asked, "model.load=dummy").config)
     assert str(random[name]) == value
     assert {**random, name: None} == {**FACTS[family], name: None}
-    own = told(compose(*chosen, f"model.trained.{family}.{name}={value}").config)
+    own = told(compose(*chosen, f"model.checkpoint_defaults.{family}.{name}={value}").config)
     assert str(own[name]) == value
     compose(*chosen, f"{key}={FACTS[family][name]}")
 
 
 def test_a_family_that_was_not_trained_is_refused(families: Path) -> None:
-    chosen = [f"model.path={families}", "scheduler=ddpm", "~model.trained.ddpm"]
+    chosen = [f"model.path={families}", "scheduler=ddpm", "~model.checkpoint_defaults.ddpm"]
     line = refused(*chosen)
     assert "was trained as rectified_flow, sgm, not ddpm" in line
     assert "use scheduler=rectified_flow or scheduler=sgm, or model.load=dummy" in line
-    assert line.endswith("'+model.trained={ddpm: {weights: FOLDER}}'")
+    assert line.endswith("'+model.checkpoint_defaults={ddpm: {weights: FOLDER}}'")
     assert told(compose(*chosen, "model.load=dummy").config) == {}
-    compose(*chosen, "+model.trained={ddpm: {weights: transformer_ddpm}}")
+    compose(*chosen, "+model.checkpoint_defaults={ddpm: {weights: transformer_ddpm}}")
 
 
 def test_a_model_without_a_denoiser_is_refused() -> None:
     with pytest.raises(ValueError, match=r"names no denoiser; add one: .*rectified_flow"):
-        trained_denoiser(RunConfig())
+        denoiser_defaults(RunConfig())
 
 
 def test_only_the_chosen_family_has_to_be_there(families: Path) -> None:
@@ -226,7 +254,7 @@ def test_only_the_chosen_family_has_to_be_there(families: Path) -> None:
     assert "no transformer_ddpm/ here" in refused(f"model.path={families}", "scheduler=ddpm")
     compose(f"model.path={families}")
     compose(f"model.path={families}", "scheduler=sgm")
-    compose(f"model.path={families}", "scheduler=ddpm", "model.trained.ddpm.weights=transformer_sgm")
+    compose(f"model.path={families}", "scheduler=ddpm", "model.checkpoint_defaults.ddpm.weights=transformer_sgm")
 
 
 def test_training_asks_nothing_of_a_checkpoint() -> None:
@@ -299,13 +327,13 @@ def test_keys_of_loading_come_back_from_the_resolved_configuration(tmp_path: Pat
         "model.vae.dtype=bfloat16",
         "model.denoiser.dtype=bfloat16",
         "model.text_encoder.dtype=float32",
-        "model.text.keep=false",
+        "model.text.keep_loaded=false",
         "model.text.cache_mib=3.5",
     ]
     model = compose(*overrides).config.model
     assert (model.vae.path, model.vae.dtype) == (str(CHECKPOINT / "vae"), DType.bfloat16)
     assert (model.denoiser.path, model.denoiser.dtype) == (None, DType.bfloat16)
-    assert (model.text.keep, model.text.cache_mib) == (False, 3.5)
+    assert (model.text.keep_loaded, model.text.cache_mib) == (False, 3.5)
     config = compose(*overrides).config
     assert from_yaml(to_yaml(config)) == config
 
@@ -328,7 +356,7 @@ def test_loras_are_a_list_of_files_and_weights() -> None:
         ("model.vae.dtype=float16", "expected one of [float32, bfloat16]"),
         ("model.text_encoder_2.path=/tmp", "has no text_encoder_2"),
         ("model.text.cache_mib=-1", "at least 0"),
-        ("model.text.keep=sometimes", "sometimes"),
+        ("model.text.keep_loaded=sometimes", "sometimes"),
     ],
 )
 def test_keys_of_loading_are_refused_with_what_to_change(override: str, hint: str) -> None:
@@ -381,27 +409,27 @@ def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> N
         (["parallel.ring=2", "attention=sdpa"], "use attention=flash, flex or math"),
         (["parallel.cfg=2", "model=flux", "model.load=dummy"], "has one branch; use parallel.cfg=1"),
         (["parallel.ulysses=2", "model=sd15", "model.load=dummy"], "use parallel.dp=2, or parallel.cfg=2"),
-        (["model.offload=true", "model.text.keep=false"], "leave out model.text.keep=false"),
+        (["model.offload=true", "model.text.keep_loaded=false"], "leave out model.text.keep_loaded=false"),
         (["parallel.shard_weights=true"], "which is one rank; use parallel=ulysses2"),
         (["parallel.shard_weights=true", "parallel=tp2"], "which is one rank; use parallel=ulysses2"),
-        (["parallel.shard_weights=true", "parallel=cfg2", "model=sd15", "model.load=dummy"], "a UNet, has not"),
-        (["parallel.decode=frames", "parallel=cfg2"], "a picture is asked for; use parallel.decode=rows"),
+        (["parallel.shard_weights=true", "parallel=cfg2", "model=sd15", "model.load=dummy"], "a UNet, does not have"),
+        (["parallel.decode=frames", "parallel=cfg2"], "an image is requested; use parallel.decode=rows"),
         (
             ["parallel.decode=frames", "parallel.ulysses=3", "model=wan_1_3b", "model.load=dummy", "request.frames=17"],
             "3 ranks, 2 or more each; use 2 ranks or fewer, a longer video, or parallel.decode=rows",
         ),
-        (["parallel.displaced=true", "parallel=ulysses2"], "which is one rank; use parallel=displaced2"),
+        (["parallel.displaced=true", "parallel=ulysses2"], "and parallel.ring is 1; use parallel=displaced2"),
         (["parallel=displaced2", "parallel.warmup=0"], "give at least 1"),
         (["parallel=displaced2", "task=serve"], "serve.max_batch=8, but"),
         (["parallel=pipe2", "task=load"], "set serve.max_batch=1"),
         (["parallel.pipe=0"], "a degree is at least 1"),
         (["parallel.pipe=7"], "the 6 blocks of model=emoji; use parallel.pipe=6 or fewer"),
         (["parallel=pipe2", "parallel.patches=65"], "of 64 image tokens; use 64 or fewer"),
-        (["parallel=pipe2", "parallel.patches=0"], "or null for as many as ranks"),
+        (["parallel=pipe2", "parallel.patches=0"], "or null for as many as there are ranks"),
         (["parallel=pipe2", "parallel.tp=2"], "goes with parallel.dp and parallel.cfg alone"),
         (["parallel=pipe2", "model=sd15", "model.load=dummy"], "use parallel.dp=2, or parallel.cfg=2"),
         (["parallel=displaced2", "cache=guidance_skip"], "leave out parallel.displaced and parallel.pipe"),
-        (["parallel=pipe2", "engine.optimize=eager"], "deals them; use engine.optimize=none, or drop parallel.pipe"),
+        (["parallel=pipe2", "engine.optimize=eager"], "shards them; use engine.optimize=none, or drop parallel.pipe"),
     ],
 )
 def test_an_illegal_layout_names_a_legal_one(overrides: list[str], hint: str) -> None:
@@ -410,7 +438,7 @@ def test_an_illegal_layout_names_a_legal_one(overrides: list[str], hint: str) ->
 
 def test_frames_that_one_rank_has_alone_are_said() -> None:
     assert compose("parallel.decode=frames").notes == [
-        "parallel.decode=frames has no effect: one rank decodes a picture"
+        "parallel.decode=frames has no effect: one rank decodes an image"
     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from harness.config.schema import ModelConfig, RunConfig
 from harness.engines.preimport import parts_of
-from harness.resolve.engines_table import PEERS
+from harness.resolve.engines_table import BASELINES
 from models.registry import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +137,7 @@ def test_ranks_start_without_what_clients_need() -> None:
         "harness.engines.rank",
         *(name for config in configs for name in parts_of(config)),
     ]
-    wanted += ["harness.build.baseline", "harness.parallel.vae", *(row.module for row in PEERS.values())]
+    wanted += ["harness.build.baseline", "harness.parallel.vae", *(row.module for row in BASELINES.values())]
     seen: set[str] = set()
     while wanted:
         name = wanted.pop()

@@ -44,7 +44,15 @@ def with_itself(folder: Path) -> None:
 
 
 def with_a_slower_one(folder: Path) -> None:
-    run("task=compare", "a=[]", "b=[request.steps=21]", "request.steps=20", ROUNDS, *COMMON, f"hydra.run.dir={folder}")
+    run(
+        "task=compare",
+        "compare.a=[]",
+        "compare.b=[request.steps=21]",
+        "request.steps=20",
+        ROUNDS,
+        *COMMON,
+        f"hydra.run.dir={folder}",
+    )
     row = ratios(folder)[0]
     low, high = row.interval
     found = "found" if row.differs else "not found"

@@ -46,7 +46,7 @@ def serving(*overrides: str) -> DiffusionGenerator:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DiffusionGenerator]:
-    with serving("serve.max_batch=4", "serve.max_queue=4", "serve.policy=shortest", "serve.max_pictures=2") as made:
+    with serving("serve.max_batch=4", "serve.max_queue=4", "serve.policy=shortest", "serve.max_images=2") as made:
         yield made
 
 
@@ -185,7 +185,7 @@ def test_a_full_queue_says_when_to_come_again_and_the_shortest_is_next(engine: D
     ("changes", "says"),
     [
         ({"steps": 300}, "250 at most"),
-        ({"prompts": ["a"] * 3}, "2 a request"),
+        ({"prompts": ["a"] * 3}, "2 per request"),
         ({"timeout_s": -1.0}, "more than 0"),
         ({"timeout_s": math.nan}, "more than 0"),
         ({"count_flops": True}, "max_batch=1"),

@@ -169,7 +169,7 @@ def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(run: Talk) -> N
         (IMAGES, {"prompt": "x", "triptych": {"timeout_s": 0}}, "rejected", "more than 0"),
         (IMAGES, {"prompt": "x", "triptych": {"scheduler": "ddpm"}}, "rejected", "noise scheduler is rectified_flow"),
         (IMAGES, {"prompt": "x", "triptych": {"frames": 5}}, "rejected", "post to /v1/videos"),
-        (REQUESTS, {"prompt": "x", "triptych": {"frames": 5}}, "rejected", "this model draws pictures"),
+        (REQUESTS, {"prompt": "x", "triptych": {"frames": 5}}, "rejected", "this model makes images"),
         (VIDEOS, {"prompt": "x"}, "rejected", "post to /v1/images/generations"),
     ],
 )

@@ -27,8 +27,8 @@ def test_every_request_is_answered_and_requests_share_forwards(tmp_path: Path) -
     assert found.outcomes == {"ok": found.sent}
     assert found.sent >= 6
     assert found.goodput_per_s == found.throughput_per_s > 0
-    assert found.pictures_per_evaluation is not None
-    assert found.pictures_per_evaluation > 2
+    assert found.images_per_evaluation is not None
+    assert found.images_per_evaluation > 2
     rows = [msgspec.json.decode(line, type=RequestRow) for line in (folder / FILE).read_bytes().splitlines()]
     assert {row.steps for row in rows} == {2, 3}
     assert all(row.sent_s < (row.began_s or 0) < (row.ended_s or 0) for row in rows)

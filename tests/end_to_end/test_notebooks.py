@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kept = [] if name == "families" else [f"task.references={root / 'references'}"]
         harness(*axes, *kept, f"hydra.sweep.dir={root / name}")
     (root / "roofline").symlink_to(root / "scaling")
-    planned = ["task=plan", "hardware=measured", f"runs={root / 'scaling'}", f"hydra.run.dir={root / 'plan'}"]
+    planned = ["task=plan", "hardware=measured", f"plan.runs={root / 'scaling'}", f"hydra.run.dir={root / 'plan'}"]
     harness(*planned)
     (root / "plan").rename(root / "scaling" / "plan")
     return root

@@ -30,7 +30,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     pytest.importorskip("plotly")
     root = tmp_path_factory.mktemp("runs")
     make_tree(root)
-    assert dispatch(["task=report", f"runs={root}"]) == 0
+    assert dispatch(["task=report", f"report.runs={root}"]) == 0
     with headless() as driver:
         driver.get((root / "report.html").as_uri())
         yield driver
@@ -144,7 +144,7 @@ def opened(browser: Any, make: Callable[[Path], Any], folder: Path) -> Iterator[
     """The page of a tree that is made in a folder; afterwards the one that was open."""
     before = browser.current_url
     make(folder)
-    assert dispatch(["task=report", f"runs={folder}"]) == 0
+    assert dispatch(["task=report", f"report.runs={folder}"]) == 0
     browser.get((folder / "report.html").as_uri())
     yield browser
     browser.get(before)

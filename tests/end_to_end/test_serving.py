@@ -98,7 +98,7 @@ def test_a_seed_is_a_picture_however_often_and_beside_whatever(generator: Diffus
         ({"steps": 0}, "ask for 1 to"),
         ({"seed": -1}, "give 0 to"),
         ({"guidance": float("nan")}, "guidance"),
-        ({"prompts": ["a"] * 5000}, "5000 pictures"),
+        ({"prompts": ["a"] * 5000}, "5000 images"),
         ({"prompt": "a" * 100_000}, "100000 characters"),
         ({"height": 8192, "width": 8192}, "at most"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.records.record import CUT_OFF, load, read_status
+from harness.records.record import INTERRUPTED, load, read_status
 from tests.end_to_end.conftest import LIMIT_S, environment, processes_about, record_of, run, started, wait_for
 
 HERE = ["launch.mode=inprocess", "launch.threads_per_rank=1", "request.prompt=rocket"]  # torch is imported once a sweep
@@ -159,7 +159,7 @@ def test_a_sweep_that_was_killed_ends_with_every_row_once(tmp_path: Path) -> Non
         process.wait(timeout=LIMIT_S)
     wait_for(lambda: not processes_about(folder), "its ranks to end")
     before = {job: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
-    cut = [job for job in before if read_status(job) == CUT_OFF]
+    cut = [job for job in before if read_status(job) == INTERRUPTED]
     assert len(before) == 13
     assert len(cut) == 1
     outcomes = [run(command) for command in commands]

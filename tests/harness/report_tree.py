@@ -16,7 +16,7 @@ from PIL import Image
 from harness.messages import Traffic
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import Fidelity
-from harness.metrics.intervals import Estimate, wilson
+from harness.metrics.intervals import IntervalEstimate, wilson
 from harness.metrics.load import LoadSummary, Percentiles
 from harness.metrics.paired import ratio
 from harness.metrics.quality import Quality
@@ -62,7 +62,7 @@ class Maker:
         base, config = record(latency_ms), self.config(changes)
         times = [latency_ms * factor for factor in (0.98, 1.02, 1.0, 1.01, 1.0)]
         stages = {"text_encoding": 0.05, "denoising": 0.8, "decoding": 0.15}
-        share, gap = wilson(hits, 48), Estimate(4 / hits, (3.5 / hits, 4.6 / hits), 48)
+        share, gap = wilson(hits, 48), IntervalEstimate(4 / hits, (3.5 / hits, 4.6 / hits), 48)
         summary = msgspec.structs.replace(
             base.summary,
             latency_ms=summarize(times),
@@ -180,7 +180,7 @@ def make_caches(root: Path) -> None:
     for threshold, error in ((0.1, 0.05), (0.3, 0.25)):
         own = {"cache.name": "first_block", "cache.threshold": threshold, "request.steps": 20}
         row = make.record(own, 200, apart(error))
-        spared = msgspec.structs.replace(row.timed, cache=CacheUse(20, 8, 40, 16), nfe=8)
+        spared = msgspec.structs.replace(row.statistics, cache=CacheUse(20, 8, 40, 16), nfe=8)
         write(root / f"cached{threshold}", msgspec.structs.replace(row, summary=spared))
 
 
@@ -189,7 +189,7 @@ def under_load(rate: float, reached: float, p50: float) -> LoadSummary:
     latency = Percentiles(100, p50, 2 * p50, 3 * p50, 1.1 * p50)
     return LoadSummary(
         "zmq", rate, None, 50.0, 100 / reached, 105, {"ok": 100, "busy": 5}, 0, latency, latency, None, reached,
-        slo_ms=500.0, goodput_per_s=reached / 2, evaluations=100, pictures_per_evaluation=2.0,
+        slo_ms=500.0, goodput_per_s=reached / 2, evaluations=100, images_per_evaluation=2.0,
     )  # fmt: skip
 
 

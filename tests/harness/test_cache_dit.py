@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from harness.baselines.cache import Skips
-from harness.device.flops import counted
+from harness.device.flops import count_operations
 from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import method_class
@@ -65,7 +65,7 @@ def test_operations_are_counted_where_modules_form_a_loop() -> None:
     network, block, found = nn.Sequential(nn.Linear(4, 4, bias=False)), nn.Identity(), list[int]()
     block.network = network
     network.append(block)
-    with counted(found.append):
+    with count_operations(found.append):
         network(torch.ones(2, 4))
     assert found == [2 * 2 * 4 * 4]
 

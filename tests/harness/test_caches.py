@@ -12,7 +12,7 @@ import torch
 
 from harness.caching.policies import CachedNetwork, FirstBlock, cached_network, guidance_when
 from harness.client.generator import DiffusionGenerator
-from harness.config.cache import PUBLISHED
+from harness.config.cache import TEACACHE_DEFAULTS
 from harness.parallel.attention import SequenceState
 from harness.parallel.group import alone
 from harness.pipeline.cache_state import History
@@ -51,14 +51,20 @@ from tests.parallel.networks import TINY, Inputs, rows
             ["cache=first_block", "model=sd15", "model.load=dummy"],
             "model=sd15 has a U-Net; use cache=guidance_interval",
         ),
-        (["cache=teacache", "engine=diffusers"], "cache=teacache is of the native engine; leave out engine=diffusers"),
+        (
+            ["cache=teacache", "engine=diffusers"],
+            "cache=teacache works only in the native engine; leave out engine=diffusers",
+        ),
         (["cache=teacache", "engine.optimize=compile"], "cache=teacache looks into a block"),
         (["cache=taylorseer", "cache.interval=0"], "cache.interval=0; give at least 1"),
         (["cache=first_block", "cache.threshold=-0.1"], "cache.threshold=-0.1; give at least 0"),
         (["cache=first_block", "cache.warmup=0"], "cache.warmup=0; give at least 1"),
         (["cache=guidance_interval", "cache.sigma_high=0.1"], "sigma_high=0.1 is not above cache.sigma_low=0.28"),
-        (["task.reference_steps=20"], "reference_steps=20 is of a measured error; add task.fidelity=true"),
-        (["task=bench", "task.states=true", "task.reference_steps=8"], "task.states compares step by step"),
+        (["task.reference_steps=20"], "reference_steps=20 belongs to a measured error; add task.fidelity=true"),
+        (
+            ["task=bench", "task.fidelity_per_step=true", "task.reference_steps=8"],
+            "task.fidelity_per_step compares step by step",
+        ),
         (["task=bench", "task.reference_steps=0"], "ask for 1 to"),
     ],
     ids=str,
@@ -78,7 +84,11 @@ def test_what_has_no_effect_is_said() -> None:
 
 def test_published_values_fill_what_is_open() -> None:
     flux = compose_run(["cache=teacache", "model=flux", "model.load=dummy"]).config.cache
-    assert (tuple(flux.coefficients or ()), flux.warmup, flux.final) == (PUBLISHED["flux"].coefficients, 1, True)
+    assert (tuple(flux.coefficients or ()), flux.warmup, flux.final) == (
+        TEACACHE_DEFAULTS["flux"].coefficients,
+        1,
+        True,
+    )
     wan = compose_run(["cache=teacache", "model=wan_1_3b", "model.load=dummy"]).config.cache
     assert (wan.warmup, wan.final) == (5, False)
     own = compose_run(["cache=teacache", "cache.coefficients=[2,0]", "model=flux", "model.load=dummy"]).config.cache
@@ -235,16 +245,16 @@ def drawn(*overrides: str) -> tuple[np.ndarray, Record]:
 
 def test_the_record_says_what_was_spared() -> None:
     plain, without = drawn()
-    assert without.timed.cache is None
+    assert without.statistics.cache is None
     for same in ("cache=teacache", "cache=first_block"):
         pixels, record = drawn(same, "cache.threshold=0")
         assert np.array_equal(pixels, plain), same
-        assert record.timed.nfe == 8
+        assert record.statistics.nfe == 8
         assert any("it spared nothing" in note for note in record.notes)
     pixels, record = drawn("cache=taylorseer", "cache.warmup=2")
     assert not np.array_equal(pixels, plain)
-    assert record.timed.cache == CacheUse(8.0, 4.0, 16.0, 8.0)
-    assert record.timed.nfe == 4
+    assert record.statistics.cache == CacheUse(8.0, 4.0, 16.0, 8.0)
+    assert record.statistics.nfe == 4
     assert "cache=taylorseer computed 8 of 16 branches a picture, in 4 of 8 evaluations" in "".join(record.notes)
     assert "nfe does not count the others, of the first picture 2, 3, 5, 6" in "".join(record.notes)
 

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from harness.config.optimize import CompileConfig
-from harness.device.flops import counted
+from harness.device.flops import count_operations
 from harness.optimize.ahead import Ahead
 from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.fuse import fuse_projections
@@ -76,7 +76,7 @@ def test_frozen_blocks_give_the_plain_numbers() -> None:
 def test_what_is_counted_first_is_compiled_all_the_same() -> None:
     compiled, x, found = torch.compile(torch.nn.Linear(4, 4).forward, backend="eager"), torch.ones(2, 4), list[int]()
     with torch.inference_mode():
-        with counted(found.append):
+        with count_operations(found.append):
             compiled(x)
         assert found == [2 * 2 * 4 * 4]
         assert counters["stats"]["unique_graphs"] == 0

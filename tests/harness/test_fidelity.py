@@ -10,7 +10,7 @@ from torch import Tensor
 from harness.client.generator import DiffusionGenerator
 from harness.config.schema import DType, ParallelConfig
 from harness.metrics.difference import Difference
-from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, bound, verdict
+from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, rounding_bound, verdict
 from harness.records.record import RunFolder, read_record, read_status
 from harness.resolve.compose import ResolvedRun, compose_run
 from harness.tasks import fidelity
@@ -66,7 +66,7 @@ def apart(rel_l2: float) -> Difference:
 def test_verdicts(claimed: str, error: float, floor: float, meant: str) -> None:
     assert verdict(claimed, apart(error), apart(0.0), floor, floor) == meant
     assert verdict(claimed, apart(0.0), apart(error), floor, floor) == meant
-    assert bound(0.0) == 1e-5
+    assert rounding_bound(0.0) == 1e-5
 
 
 def test_the_weakest_method_decides() -> None:
@@ -103,7 +103,7 @@ def test_the_reference_is_one_rank_in_float32() -> None:
 def test_a_plain_bench_is_within_the_floor_and_draws_its_reference_once(
     tmp_path: Path, references: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = ran(bench(tmp_path / "first", references, "task.states=true"))
+    found = ran(bench(tmp_path / "first", references, "task.fidelity_per_step=true"))
     assert found is not None
     assert found.verdict in ("within_floor", "identical")
     assert found.steps_rel_l2 is not None
@@ -111,7 +111,7 @@ def test_a_plain_bench_is_within_the_floor_and_draws_its_reference_once(
     assert found.steps_rel_l2[-1] == pytest.approx(found.latent.rel_l2)
     assert len(list(references.glob("*.safetensors"))) == 2
     monkeypatch.setattr(fidelity.Artist, "draw", lambda *rest: pytest.fail("drawn a second time"))
-    again = ran(bench(tmp_path / "second", references, "task.states=true", *PLAIN))
+    again = ran(bench(tmp_path / "second", references, "task.fidelity_per_step=true", *PLAIN))
     assert again is not None
     assert (again.method_class, again.verdict) == ("exact", "identical")
 

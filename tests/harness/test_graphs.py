@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from harness.build.native import replayable
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
-from harness.device.flops import counted
-from harness.device.profile import profiled
+from harness.device.flops import count_operations
+from harness.device.profile import profile_operators
 from harness.optimize import apply
 from harness.optimize import graphs as graphs_module
 from harness.optimize.ahead import Ahead
@@ -138,7 +138,7 @@ def test_the_graphs_of_the_last_kinds_are_kept() -> None:
     assert len(record.made) == KINDS + 2
 
 
-@pytest.mark.parametrize("watch", [counted, profiled])
+@pytest.mark.parametrize("watch", [count_operations, profile_operators])
 def test_what_is_watched_is_run(watch: Any) -> None:
     network = Counting()
     graphs = RecordedNetwork(network, Once)

@@ -10,7 +10,7 @@ PROGRAM = """
 import resource, sys
 import torch
 from harness.device.memory import ResidentMemory
-from harness.device.malloc import keep_freed
+from harness.device.malloc import retain_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -20,7 +20,7 @@ def faults():
 
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
-    assert keep_freed()
+    assert retain_freed_memory()
 faults(), faults(), faults()  # until what is small lies elsewhere
 memory, again = ResidentMemory(), faults()
 held = memory.used_mib()

@@ -105,7 +105,7 @@ def test_latency_counts_from_when_a_request_was_meant_to_be_sent_and_throughput_
     assert found.elapsed_s == 8.0
     assert found.throughput_per_s == 3 / 8
     assert found.goodput_per_s == 2 / 8
-    assert found.pictures_per_evaluation == 3 * 4 * 2 / 6
+    assert found.images_per_evaluation == 3 * 4 * 2 / 6
     assert (found.offered_per_s, found.clients) == (2.0, None)
     early = summarize_load(rows[:1], "zmq", None, 4, 5.0)
     assert (early.elapsed_s, early.goodput_per_s, early.clients) == (5.0, None, 4)
@@ -193,7 +193,7 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
     assert found.summary is None
     rows = [msgspec.json.decode(line) for line in (tmp_path / "good" / FILE).read_bytes().splitlines()]
     assert len(rows) == found.load.sent == found.load.outcomes["ok"] > 5
-    assert found.load.pictures_per_evaluation == 1.0  # warm-up is not among them
+    assert found.load.images_per_evaluation == 1.0  # warm-up is not among them
     assert load(tmp_path)["load.sent"][0] == found.load.sent
     twice = run("twice", lambda request, number: [(0.0, drawn(request)), (0.01, drawn(request))])
     assert twice.state == "failed"
@@ -210,7 +210,7 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
         (["load.rate=0"], "load.rate=0.0; give more than 0"),
         (["serve.max_steps=3", "load.steps=[2,4]"], "asks for 4 steps; this server takes 3"),
         (["load.kill_every_s=5"], "add load.transport=http"),
-        (["a=[]"], "give a=.* and b=.*, or neither"),
+        (["compare.a=[]"], "give compare.a=.* and compare.b=.*, or neither"),
     ],
 )
 def test_what_cannot_be_sent_is_refused(overrides: list[str], line: str) -> None:
@@ -227,8 +227,8 @@ def test_sides_get_the_same_arrivals_in_alternation_and_their_ratio_is_found(tmp
             "load.duration_s=0.2",
             "load.warmup_s=0",
             "logger=json",
-            "a=[serve.max_batch=1]",
-            "b=[serve.max_batch=4]",
+            "compare.a=[serve.max_batch=1]",
+            "compare.b=[serve.max_batch=4]",
             f"hydra.run.dir={tmp_path / 'run'}",
         ]
     )
@@ -338,4 +338,4 @@ def test_a_record_of_another_task_has_no_load() -> None:
     assert record().load is None
     assert judged([]).state == "ok"
     with pytest.raises(ValueError, match="no summary"):
-        _ = msgspec.structs.replace(record(), summary=None).timed
+        _ = msgspec.structs.replace(record(), summary=None).statistics

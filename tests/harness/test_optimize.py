@@ -159,7 +159,7 @@ def test_a_request_is_drawn_like_without() -> None:
 def test_bfloat16_is_multiplied_in_float32_where_a_cpu_has_no_other() -> None:
     """In every network of a request, the text's too; and nowhere else, nor where it is not wanted."""
     slow = widens(torch.device("cpu"), torch.bfloat16)
-    for overrides, wide in (([], slow), (["engine.eager.widen=false"], False), (["engine.optimize=none"], False)):
+    for overrides, wide in (([], slow), (["engine.eager.upcast=false"], False), (["engine.optimize=none"], False)):
         config = compose_run(["model.dtype=bfloat16", *overrides]).config
         worker = build_worker(config, Place(0, degrees(config.parallel)), torch.device("cpu"))
         asked = GenerationRequest("a", ["rocket"], steps=1, guidance=3.0, seed=7, height=32, width=32)

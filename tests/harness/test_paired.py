@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from harness.metrics.paired import fewest_rounds, outer_rank, ratio, walsh_averages
+from harness.metrics.paired import min_rounds, outer_rank, ratio, walsh_averages
 
 
 def rounds(seed: int, n: int, factor: float, spread: float) -> tuple[list[float], list[float]]:
@@ -55,7 +55,7 @@ def test_the_estimate_is_the_median_of_pairwise_means() -> None:
 
 
 def test_too_few_rounds_are_refused() -> None:
-    assert fewest_rounds() == 8
+    assert min_rounds() == 8
     with pytest.raises(ValueError, match=r"task.repeats=7: an interval at 99 % needs 8 rounds"):
         ratio([1.0] * 7, [1.0] * 7)
     assert not ratio([1.0] * 8, [1.0] * 8).differs

@@ -213,14 +213,17 @@ def test_pictures_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
         (["engine=diffusers", "parallel=dp2"], "runs one rank, the layout has 2; use parallel=single"),
         (["engine=diffusers", "model=ddpm_cifar10", "model.load=dummy"], "does not run architecture unet"),
         (["engine=diffusers", "attention=flex"], "attention=flex does not run.*choose auto, sdpa, math"),
-        (["engine=diffusers", "task.states=true"], "task.states reads the state after every step"),
-        (["engine=diffusers", "scheduler/solver=rk45"], "rk45 chooses its timesteps by the picture"),
+        (
+            ["engine=diffusers", "task.fidelity_per_step=true"],
+            "task.fidelity_per_step reads the state after every step",
+        ),
+        (["engine=diffusers", "scheduler/solver=rk45"], "rk45 chooses its timesteps by the image"),
         (["engine=diffusers", "request.guidance=0.5"], "guides above 1 only"),
         (["engine=diffusers", "model=flux", "model.load=dummy", "scheduler=ddpm"], "scheduler=ddpm does not fit"),
         (["engine=diffusers", "model=dit_256", "model.load=dummy", *LEARNED], "drops the learned variance"),
         (
             ["engine=diffusers", "model=dit_256", "model.load=dummy", "request.negative_prompt=cock"],
-            "moves away from no class",
+            "has no negative class",
         ),
         (["engine.name=diffuser"], "engine=diffuser is unknown; did you mean diffusers"),
     ],
@@ -232,8 +235,8 @@ def test_what_a_peer_cannot_run_is_refused_before_it_starts(overrides: list[str]
 
 
 def test_what_has_no_effect_is_said() -> None:
-    notes = compose_run(["engine=diffusers", "model.text.keep=false"]).notes
-    assert notes == ["model.text.keep=false has no effect with engine=diffusers"]
+    notes = compose_run(["engine=diffusers", "model.text.keep_loaded=false"]).notes
+    assert notes == ["model.text.keep_loaded=false has no effect with engine=diffusers"]
 
 
 @pytest.mark.parametrize(

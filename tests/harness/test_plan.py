@@ -16,10 +16,10 @@ from harness.costs.network import Traced, trace_request
 from harness.costs.rows import Plan, Prediction
 from harness.costs.time import Device, legal_layouts, predict, traffic
 from harness.costs.traffic import Attention, Linear, Tokens, Trace
-from harness.device.flops import counted
+from harness.device.flops import count_operations
 from harness.records.record import Record, RunFolder, read_record, read_status
 from harness.resolve.checkpoint import locate
-from harness.resolve.compose import ConfigError, compose_run, layout_facts
+from harness.resolve.compose import ConfigError, compose_run, model_shape
 from harness.resolve.layout_rules import check_layout
 from harness.tasks.generate import run_in
 from harness.tasks.plan.check import check
@@ -118,7 +118,7 @@ def test_a_full_size_network_computes_what_a_counter_finds() -> None:
         network = DiT(read_config(PUBLISHED / "dit_256" / "transformer"), sdpa_attention)
         inputs = torch.empty(2, 4, 32, 32), torch.empty(2), Conditioning(labels=torch.empty(2, dtype=torch.long))
     flops: list[int] = []
-    with torch.no_grad(), counted(flops.append):
+    with torch.no_grad(), count_operations(flops.append):
         network(*inputs)
     assert [row.flops] == flops
     assert row.weight_bytes == 2 * sum(parameter.numel() for parameter in network.parameters())
@@ -131,7 +131,7 @@ def emoji(*overrides: str) -> Plan:
 
 def test_every_legal_layout_is_listed_and_no_other() -> None:
     config = compose_run([]).config
-    facts = layout_facts(config, locate(config.model, "transformer").config_folder("transformer"))
+    facts = model_shape(config, locate(config.model, "transformer").config_folder("transformer"))
     found = [layout for layout, _ in legal_layouts(facts, 8, micro_batches=2)]
     for layout in found:
         check_layout(layout, facts)

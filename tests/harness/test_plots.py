@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.metrics.intervals import Estimate, wilson
+from harness.metrics.intervals import IntervalEstimate, wilson
 from harness.metrics.quality import Quality
 from harness.records.record import Record, RunFolder, Status
 from harness.tasks.report.families import main, spread, table
@@ -19,7 +19,7 @@ N = 96
 
 def run(root: Path, family: str, solver: str, steps: int, hits: int, distance: float, **settings: object) -> Record:
     """Writes one finished run; a second-order solver pays twice a step but for the last."""
-    share, gap = wilson(hits, N), Estimate(distance, (0.8 * distance, 1.3 * distance), N)
+    share, gap = wilson(hits, N), IntervalEstimate(distance, (0.8 * distance, 1.3 * distance), N)
     quality = Quality("ab", N, 0, N, 1 / 256, share, share, None, gap, None, None)
     base = record()
     scheduler = {"family": family, "solver": {"name": solver, "eta": None}, **settings}

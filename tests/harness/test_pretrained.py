@@ -28,7 +28,7 @@ from harness.config.schema import QualityConfig
 from harness.loggers.table import print_pretrained
 from harness.loggers.wandb import pretrained_scalars
 from harness.metrics import pretrained
-from harness.metrics.pretrained import Frechet, Pretrained
+from harness.metrics.pretrained import Frechet, PretrainedScores
 from harness.records.record import fingerprint
 from harness.resolve.compose import ConfigError, compose_run, to_dict
 
@@ -145,7 +145,7 @@ def test_both_scores_of_a_run_or_none(
         ({"features": "vision"}, "go together"),
         ({"reference": "real"}, "go together"),
         ({"features": "clip", "reference": "real"}, "give a vision model alone"),
-        ({"features": "vision", "reference": "missing"}, "has no four pictures"),
+        ({"features": "vision", "reference": "missing"}, "has no four images"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_a_run(
@@ -215,8 +215,8 @@ def test_weights_that_fail_after_the_run_are_a_note(clip: Path, tmp_path: Path) 
 
 
 def test_the_scores_are_printed_and_mirrored() -> None:
-    scores = Pretrained(
-        "clip-vit", pretrained.Estimate(25.5, (24.0, 27.0), 96), "dino", Frechet(3.5, 96, 512, 384, 1.2, 96)
+    scores = PretrainedScores(
+        "clip-vit", pretrained.IntervalEstimate(25.5, (24.0, 27.0), 96), "dino", Frechet(3.5, 96, 512, 384, 1.2, 96)
     )
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_pretrained(scores, console)

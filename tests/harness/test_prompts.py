@@ -200,12 +200,12 @@ def test_a_cancelled_request_leaves_what_it_had_encoded() -> None:
     ("overrides", "expected"),
     [
         ([], DEFAULT_CACHE_MIB),
-        (["model.text.keep=false"], DEFAULT_CACHE_MIB),
+        (["model.text.keep_loaded=false"], DEFAULT_CACHE_MIB),
         (["task=bench"], 0.0),
-        (["task=bench", "model.text.keep=false"], DEFAULT_CACHE_MIB),
+        (["task=bench", "model.text.keep_loaded=false"], DEFAULT_CACHE_MIB),
         (["task=bench", "model.text.cache_mib=5"], 5.0),
         (["model.text.cache_mib=0"], 0.0),
-        (["model.text.keep=false", "model.text.cache_mib=0"], 0.0),
+        (["model.text.keep_loaded=false", "model.text.cache_mib=0"], 0.0),
     ],
 )
 def test_a_bench_measures_encoding_unless_it_is_told_not_to(overrides: list[str], expected: float) -> None:
@@ -232,7 +232,7 @@ def encoded(generation: Generation) -> int:
 
 def test_a_whole_run_draws_the_same_with_and_without_its_encoders() -> None:
     kept = generations()
-    dropped = generations("model.text.keep=false")
+    dropped = generations("model.text.keep_loaded=false")
     every = generations("model.text.cache_mib=0")
     for ours in (*kept[1:], *dropped, *every):
         assert all((a == b).all() for a, b in zip(ours.pixels, kept[0].pixels, strict=True))
@@ -246,7 +246,7 @@ def test_a_whole_run_draws_the_same_with_and_without_its_encoders() -> None:
 @pytest.mark.slow
 def test_the_record_shows_the_saving(tmp_path: Path) -> None:
     """In its notes, and in what was in memory when the rank was ready; in a process that has freed nothing before."""
-    overrides = [*INPROCESS, "model.text.keep=false", "request.prompt=rocket", f"hydra.run.dir={tmp_path}"]
+    overrides = [*INPROCESS, "model.text.keep_loaded=false", "request.prompt=rocket", f"hydra.run.dir={tmp_path}"]
     subprocess.run([sys.executable, "-m", "harness", *overrides], check=True, stdout=subprocess.DEVNULL)
     record = read_record(tmp_path)
     assert record is not None

@@ -18,7 +18,7 @@ from harness.loggers.wandb import quality_scalars
 from harness.metrics import mmd
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.intervals import median, wilson
-from harness.metrics.quality import asked_for, score
+from harness.metrics.quality import parse_prompt, score
 from harness.resolve.compose import compose_run
 from models.registry import REFERENCE
 
@@ -152,7 +152,7 @@ def test_worse_pictures_score_worse(gallery: Gallery, pixels: NDArray[np.uint8])
 def test_a_prompt_is_a_name_and_perhaps_a_style(
     gallery: Gallery, prompt: str, expected: tuple[str, str | None] | None
 ) -> None:
-    found = asked_for(prompt, gallery)
+    found = parse_prompt(prompt, gallery)
     assert (None if found is None else (found.name, found.style)) == expected
 
 
@@ -283,7 +283,7 @@ def test_the_shipped_gallery_is_small_and_is_of_the_vocabulary() -> None:
 def test_the_families_experiment_asks_for_names_of_the_gallery_in_both_styles() -> None:
     gallery, prompts = Gallery.load(SHIPPED), compose_run(["experiment=families"]).config.request.prompts
     assert prompts is not None
-    asked = [asked_for(prompt, gallery) for prompt in prompts]
+    asked = [parse_prompt(prompt, gallery) for prompt in prompts]
     assert None not in asked
     assert len({each.name for each in asked if each is not None}) == 48
     assert [each.style for each in asked if each is not None].count("3d") == 24
@@ -348,7 +348,7 @@ def test_the_score_is_printed_and_mirrored(gallery: Gallery, pixels: NDArray[np.
     print_quality(found, console)
     shown = console.export_text()
     assert "top-1 (chance 2.5 %) 100.0 % 83.9 .. 100.0 %" in " ".join(shown.replace("│", " ").split())
-    assert "1 more pictures are not scored" in shown
+    assert "1 more images are not scored" in shown
     scalars = quality_scalars(found)
     assert (scalars["quality_top1"], scalars["quality_unscored"]) == (1.0, 1)
     assert scalars["quality_top1_ci95_low"] == pytest.approx(0.839, abs=1e-3)

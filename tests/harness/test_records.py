@@ -10,15 +10,15 @@ import pytest
 from PIL import Image
 
 from harness.messages import EngineInfo, MemoryPoint, StageTime, StepTime
-from harness.metrics.intervals import Estimate, wilson
+from harness.metrics.intervals import IntervalEstimate, wilson
 from harness.metrics.quality import Quality
 from harness.metrics.summary import summarize
 from harness.records.media import pixel_hash, save_png, to_uint8
 from harness.records.provenance import provenance
 from harness.records.record import (
-    CUT_OFF,
+    INTERRUPTED,
     SCHEMA,
-    Attention,
+    AttentionRow,
     FirstCall,
     Record,
     Repeat,
@@ -55,7 +55,7 @@ def record(latency_ms: float = 10.0, schema: int = SCHEMA) -> Record:
         ["request.steps=2"],
         {"request": {"steps": 2, "prompts": ["rocket"]}},
         provenance(EngineInfo("ready", 1, [1], device="cpu", threads=1), {"MKL_CBWR": "AUTO,STRICT", "HOME": "/"}),
-        Attention("auto", "sdpa"),
+        AttentionRow("auto", "sdpa"),
         FirstCall(1.0, 2.0, []),
         [repeat, repeat],
         statistics,
@@ -105,7 +105,7 @@ def test_the_folder_of_a_run_that_did_not_end_well_is_taken_over(tmp_path: Path,
     assert read_status(tmp_path) == Status(state, "no")
     del first
     RunFolder.claim(tmp_path, again=True)
-    assert read_status(tmp_path) == CUT_OFF
+    assert read_status(tmp_path) == INTERRUPTED
     assert read_record(tmp_path) is None
     assert not list((tmp_path / "logs").glob("*.json"))
 
@@ -294,7 +294,7 @@ def test_a_png_says_what_it_is(tmp_path: Path) -> None:
 
 
 def test_a_score_is_columns_of_the_table_and_an_older_record_has_none(tmp_path: Path) -> None:
-    share, gap = wilson(9, 10), Estimate(0.25, (0.2, 0.3), 10)
+    share, gap = wilson(9, 10), IntervalEstimate(0.25, (0.2, 0.3), 10)
     quality = Quality("ab", 10, 2, 10, 0.1, share, share, None, gap, gap, None)
     scored = msgspec.structs.replace(record(), quality=quality)
     for name, each in (("a", scored), ("b", record())):

@@ -36,7 +36,7 @@ def test_every_run_is_a_row_with_its_state_and_error(rows: dict[str, Row]) -> No
     }
     assert rows["refused"].error == "no such | solver"
     assert rows["large"].error == f"out of memory {HOSTILE}"
-    assert "not a record of schema 1" in (rows["unreadable"].error or "")
+    assert "not a record of schema 2" in (rows["unreadable"].error or "")
     assert rows["unreadable"].notes == ["grid.png cannot be shown: UnidentifiedImageError"]
     assert rows["euler4"].error is None
 
@@ -182,12 +182,12 @@ def test_the_page_may_fetch_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["runs=nowhere"], "runs=nowhere: there is no such folder"),
-        (["runs=empty"], "holds no run"),
-        ([], "add runs=DIR"),
-        (["runs=tree", "task.out=nowhere/page.html"], "cannot be written"),
-        (["runs=tree", "rnus=tree"], "unknown key 'rnus'"),
-        (["-m", "runs=tree,empty"], "without -m"),
+        (["report.runs=nowhere"], "report.runs=nowhere: there is no such folder"),
+        (["report.runs=empty"], "holds no run"),
+        ([], "add report.runs=DIR"),
+        (["report.runs=tree", "report.out=nowhere/page.html"], "cannot be written"),
+        (["report.runs=tree", "rnus=tree"], "unknown key 'rnus'"),
+        (["-m", "report.runs=tree,empty"], "without -m"),
     ],
 )
 def test_what_makes_no_page_is_one_line_and_no_folder(
@@ -216,8 +216,8 @@ def test_the_page_is_written_beside_the_runs_or_where_asked(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("harness.tasks.report.page.plotly_script", lambda: "")
     out = tmp_path / "page.html"
-    assert dispatch(["task=report", f"runs={tree}", f"task.out={out}"]) == 0
+    assert dispatch(["task=report", f"report.runs={tree}", f"report.out={out}"]) == 0
     assert "15 runs (2 failed, 12 ok, 1 oom)" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [out]
-    assert dispatch(["task=report", f"runs={tree}"]) == 0
+    assert dispatch(["task=report", f"report.runs={tree}"]) == 0
     assert (tree / "report.html").stat().st_size == pytest.approx(out.stat().st_size, abs=99)

@@ -16,7 +16,7 @@ from harness.baselines.build import load_peer, load_sglang, native_facts
 from harness.baselines.noise import published_slot
 from harness.build.parts import source_of
 from harness.resolve.compose import ConfigError, compose_run
-from harness.resolve.engines_table import PEERS
+from harness.resolve.engines_table import BASELINES
 from harness.tasks.fidelity import method_class
 from models.files import CheckpointError
 from tests.harness.test_peer import generator
@@ -45,7 +45,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
             ["model=z_image_turbo", "attention=flash"],
             "does not run in SGLang-Diffusion's network of model=z_image_turb",
         ),
-        (["model=flux", "task.states=true"], "task.states reads the state after every step"),
+        (["model=flux", "task.fidelity_per_step=true"], "task.fidelity_per_step reads the state after every step"),
     ],
     ids=str,
 )
@@ -68,7 +68,7 @@ def test_what_it_cannot_import_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delitem(sys.modules, "harness.baselines.sglang", raising=False)
     CASES["sd3"].save(tmp_path)
     source = source_of(compose_run(overrides_of(CASES["sd3"], tmp_path)).config, torch.device("cpu"))
-    parts, row, slot = native_facts("sd3", source), PEERS["sd3"].sglang, published_slot(source)
+    parts, row, slot = native_facts("sd3", source), BASELINES["sd3"].sglang, published_slot(source)
     assert row is not None
     with pytest.raises(ValueError, match=r"^engine=sglang cannot import SGLang \(.*sglang.*; install what is named"):
         load_sglang(load_peer("sd3", source, parts), row, source, parts, slot)
@@ -150,7 +150,7 @@ def test_nothing_of_diffusers_network_is_left_and_a_failure_is_no_fall_back(
     """Without its own names for a few keys, SGLang builds the published Z-Image, which these weights do not fit."""
     CASES["z_image"].save(tmp_path)
     source = source_of(compose_run(overrides_of(CASES["z_image"], tmp_path)).config, torch.device("cpu"))
-    parts, row, slot = native_facts("z_image", source), PEERS["z_image"].sglang, published_slot(source)
+    parts, row, slot = native_facts("z_image", source), BASELINES["z_image"].sglang, published_slot(source)
     assert row is not None
     theirs = load_peer("z_image", source, parts)
     found = load_sglang(theirs, row, source, parts, slot)

@@ -4,34 +4,34 @@ import pytest
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
-from harness.resolve.comparison import quoted, split
+from harness.resolve.comparison import quote_overrides, split_list
 from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.compare import sides
 
-PAIR = ["a=[]", "b=[parallel=dp2]"]
+PAIR = ["compare.a=[]", "compare.b=[parallel=dp2]"]
 
 
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
-        ("b=[parallel=dp2]", ["parallel=dp2"]),
-        ("b=[parallel=dp2, attention=flash]", ["parallel=dp2", "attention=flash"]),
-        ("b=['model.lora=[{path: x, weight: 1}]']", ["model.lora=[{path: x, weight: 1}]"]),
-        ("b=[request.prompts=[rocket,pizza]]", ["request.prompts=[rocket,pizza]"]),
-        ("b=[request.prompt='a \"b\", c']", ["request.prompt='a \"b\", c'"]),
-        ("b=[]", []),
+        ("compare.b=[parallel=dp2]", ["parallel=dp2"]),
+        ("compare.b=[parallel=dp2, attention=flash]", ["parallel=dp2", "attention=flash"]),
+        ("compare.b=['model.lora=[{path: x, weight: 1}]']", ["model.lora=[{path: x, weight: 1}]"]),
+        ("compare.b=[request.prompts=[rocket,pizza]]", ["request.prompts=[rocket,pizza]"]),
+        ("compare.b=[request.prompt='a \"b\", c']", ["request.prompt='a \"b\", c'"]),
+        ("compare.b=[]", []),
     ],
 )
 def test_sides_are_written_without_quotes(written: str, meant: list[str]) -> None:
-    overrides = ["task=compare", "a=[]", written]
-    assert compose_run(overrides).config.b == meant
+    overrides = ["task=compare", "compare.a=[]", written]
+    assert compose_run(overrides).config.compare.b == meant
 
 
 def test_other_arguments_and_choices_of_sides_are_left_alone() -> None:
-    assert quoted("request.prompt=[x=1]") == "request.prompt=[x=1]"
-    assert quoted("b=null") == "b=null"
-    assert quoted("b=[x=1],[y=2,z=3]") == 'b=["x=1"],["y=2","z=3"]'
-    assert split("a,'b,c',[d,{e: f,g}]") == ["a", "'b,c'", "[d,{e: f,g}]"]
+    assert quote_overrides("request.prompt=[x=1]") == "request.prompt=[x=1]"
+    assert quote_overrides("compare.b=null") == "compare.b=null"
+    assert quote_overrides("compare.b=[x=1],[y=2,z=3]") == 'compare.b=["x=1"],["y=2","z=3"]'
+    assert split_list("a,'b,c',[d,{e: f,g}]") == ["a", "'b,c'", "[d,{e: f,g}]"]
 
 
 def test_each_side_is_a_bench_of_its_own() -> None:
@@ -40,7 +40,7 @@ def test_each_side_is_a_bench_of_its_own() -> None:
     for side in (a, b):
         assert (side.config.task.name.name, side.config.task.repeats, side.config.task.warmup) == ("bench", 9, 1)
         assert side.config.request.steps == 4
-        assert (side.config.a, side.config.b) == (None, None)
+        assert (side.config.compare.a, side.config.compare.b) == (None, None)
     assert (a.config.parallel.dp, b.config.parallel.dp) == (1, 2)
     assert (a.folder.as_posix(), b.folder.as_posix()) == ("somewhere/a", "somewhere/b")
 
@@ -56,7 +56,7 @@ def test_a_job_of_a_sweep_composes_its_sides_and_leaves_the_sweep_as_it_was() ->
 
 def test_a_side_has_the_last_word() -> None:
     composed = compose_run(
-        ["task=compare", "parallel=dp4", "request.steps=4", "a=[request.steps=5]", "b=[parallel=dp2]"]
+        ["task=compare", "parallel=dp4", "request.steps=4", "compare.a=[request.steps=5]", "compare.b=[parallel=dp2]"]
     )
     a, b = sides(composed)
     assert (a.config.parallel.dp, a.config.request.steps) == (4, 5)
@@ -66,12 +66,15 @@ def test_a_side_has_the_last_word() -> None:
 @pytest.mark.parametrize(
     ("overrides", "hint"),
     [
-        (["task=compare"], "add a=[...] b=[...]"),
-        (["task=compare", "a=[]"], "add b=[...]"),
-        (["a=[]"], "with task=compare or load only"),
+        (["task=compare"], "add compare.a=[...] compare.b=[...]"),
+        (["task=compare", "compare.a=[]"], "add compare.b=[...]"),
+        (["compare.a=[]"], "with task=compare or load only"),
         (["task=compare", *PAIR, "task.repeats=5"], "needs 8 rounds or more"),
-        (["task=compare", "a=[]", "b=[parallel.tp=3]"], "b=['parallel.tp=3']: parallel.tp=3 does not divide"),
-        (["task=compare", "a=[]", "b=[paralel=dp2]"], "did you mean parallel?"),
+        (
+            ["task=compare", "compare.a=[]", "compare.b=[parallel.tp=3]"],
+            "compare.b=['parallel.tp=3']: parallel.tp=3 does not divide",
+        ),
+        (["task=compare", "compare.a=[]", "compare.b=[paralel=dp2]"], "did you mean parallel?"),
         (["task=compare", *PAIR, "launch.mode=inprocess"], "use launch.mode=torchrun"),
     ],
 )

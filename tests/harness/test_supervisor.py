@@ -306,7 +306,7 @@ async def test_ranks_that_never_were_ready_are_not_started_again(tmp_path: Path)
 
 
 async def test_only_the_last_answered_jobs_are_kept(tmp_path: Path) -> None:
-    async with serving(tmp_path, Fleet(), keep=2) as supervisor:
+    async with serving(tmp_path, Fleet(), max_stored_results=2) as supervisor:
         for name in "abcd":
             await supervisor.submit(asked(name, steps=1)).wait()
         assert list(supervisor.jobs) == ["c", "d"]

@@ -18,7 +18,7 @@ ROW = Fidelity("fp_equivalent", [], Difference(0.01, 0.1), Difference(0.02, 0.2)
 def told(folder: Path, bound: float | None, fidelity: Fidelity | None, state: str = "ok") -> float:
     run = RunFolder.claim(folder)
     row = record()
-    config = row.config | {"task": {"bound": bound}}
+    config = row.config | {"task": {"max_pixel_error": bound}}
     run.write_record(msgspec.structs.replace(row, config=config, fidelity=fidelity))
     run.finish(Status(state))
     return value(Job(folder, Status(state)))

@@ -133,7 +133,7 @@ def test_the_decoder_is_widened_with_the_network(on: bool) -> None:
     network, decoder = TINY["dit"].build(math_attention, NARROW), wide()
     decoder.vae.to(NARROW)
     parts = Components(network, Unconditional, decoder, LatentSpace(4, 4), 8, plan=TINY["dit"].plan)
-    engine = EngineConfig(optimize=Optimize.eager, eager=EagerConfig(widen=on))
+    engine = EngineConfig(optimize=Optimize.eager, eager=EagerConfig(upcast=on))
     made = optimize(parts, engine, CPU, NARROW)
     slow = widens(CPU, NARROW)
     assert ("products in float32" in made.notes[0]) == ("Winograd" in made.notes[0]) == (on and slow)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from harness.config.schema import RunConfig
+from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import compose_run
-from harness.resolve.trained import trained_denoiser
 from models.files import read_json
 from models.names import NameMap
 from models.registry import ARCHITECTURES, PUBLISHED
@@ -36,7 +36,7 @@ def pair(name: str) -> Pair:
     """The denoiser of conf/model/<name>.yaml, at its published size and without memory."""
     config = compose_run([f"model={name}", "model.load=dummy"]).config
     row = ARCHITECTURES[config.model.architecture]
-    source = Source(PUBLISHED / name, trained_denoiser(config).weights, device=torch.device("meta"), dummy=True)
+    source = Source(PUBLISHED / name, denoiser_defaults(config).weights, device=torch.device("meta"), dummy=True)
     module = importlib.import_module(row.module)
     package = importlib.import_module(row.module.rpartition(".")[0])
     return Pair(config, module.load_denoiser(source), their(PUBLISHED / name / source.denoiser), names_of(package))

@@ -187,8 +187,8 @@ def test_a_network_without_a_variance_is_not_asked_for_one(checkpoint: Path, tmp
     plain = DiTTransformer2DModel(2, 12, 4, num_layers=1, sample_size=SIDE)
     plain.save_pretrained(tmp_path / "transformer")
     (tmp_path / "vae").symlink_to(checkpoint / "vae")
-    with pytest.raises(ValueError, match=r"model\.trained\.ddpm\.learned_variance=false"):
+    with pytest.raises(ValueError, match=r"model\.checkpoint_defaults\.ddpm\.learned_variance=false"):
         start(tmp_path, *DDPM[:2])
-    engine = start(tmp_path, *DDPM[:2], "model.trained.ddpm.learned_variance=false", "model.examples=['1']")
+    engine = start(tmp_path, *DDPM[:2], "model.checkpoint_defaults.ddpm.learned_variance=false", "model.examples=['1']")
     assert engine.generate(prompt="1", seed=SEED, steps=2).pixels[0].shape == (3, 2 * SIDE, 2 * SIDE)
     engine.stop()

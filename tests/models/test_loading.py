@@ -226,7 +226,7 @@ def test_every_rank_counts_and_the_slowest_is_told() -> None:
 def test_a_published_checkpoint_is_recognised(name: str, tmp_path: Path) -> None:
     folder = lookalike(name, tmp_path / name)
     composed = compose_run([f"model={name}", f"model.path={folder}"])
-    denoiser = next(iter(composed.config.model.trained.values())).weights
+    denoiser = next(iter(composed.config.model.checkpoint_defaults.values())).weights
     assert architectures_of(folder, denoiser) == [composed.config.model.architecture]
 
 
@@ -264,7 +264,7 @@ def test_a_checkpoint_that_nobody_here_draws_from(tmp_path: Path) -> None:
     (folder / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
     line = refused("model=flux", f"model.path={folder}")
     assert "a checkpoint of CogVideoXPipeline (CogVideoXTransformer3DModel)" in line
-    assert "no model here draws from it" in line
+    assert "no model here uses it" in line
 
 
 def test_a_component_is_no_checkpoint(copy: Path, tmp_path: Path) -> None:

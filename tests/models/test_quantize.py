@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.config.schema import Quantize
-from harness.device.flops import counted
+from harness.device.flops import count_operations
 from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import floor_config, method_class, reference_config
 from models.components import Conditioning
@@ -38,7 +38,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
     [
         (["engine=diffusers"], "use engine=native"),
         (["task=plan"], "not task=train or plan"),
-        (["engine.optimize=eager"], "does not join or pack; use engine.optimize=none"),
+        (["engine.optimize=eager"], "does not fuse or pack; use engine.optimize=none"),
         (["model=sd15", "model.load=dummy"], "model=sd15 has a U-Net"),
         (["parallel=tp2"], "leave out parallel.tp"),
         (["parallel=ulysses2_sharded"], "parallel.shard_weights=true"),
@@ -140,7 +140,7 @@ def test_rounded_inputs_stay_within_their_steps_too() -> None:
 
 def test_operations_are_counted_in_integers_too() -> None:
     found = list[int]()
-    with counted(found.append):
+    with count_operations(found.append):
         torch._int_mm(torch.ones(3, 8, dtype=torch.int8), torch.ones(8, 5, dtype=torch.int8))
     assert found == [2 * 3 * 8 * 5]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from harness.costs.flops import rank_flops
 from harness.costs.memory import network_weights
 from harness.costs.traffic import trace_network
-from harness.device.flops import counted
+from harness.device.flops import count_operations
 from harness.parallel.connect import Axes
 from harness.parallel.group import Group, Traffic
 from harness.parallel.mesh import world_size
@@ -54,7 +54,7 @@ def test_a_rank_does_and_holds_what_the_formulas_say(name: str) -> None:
         network, axes, flops = tiny.build(math_attention), silent(degrees), []
         cut_linears(network, tiny.plan, axes.tp)
         deal_tokens(network, tiny.plan, math_attention, math_lse, axes)
-        with torch.no_grad(), counted(flops.append):
+        with torch.no_grad(), count_operations(flops.append):
             network(*tiny.inputs)
         assert flops == [rank_flops(trace, degrees)], degrees
         held = sum(parameter.nbytes for parameter in network.parameters())

@@ -15,7 +15,7 @@ from models.registry import REFERENCE
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 TINY = [
     "task=train",
-    f"train.shared={REFERENCE / 'emoji'}",
+    f"train.base_model={REFERENCE / 'emoji'}",
     "train.data.recipe=null",
     "train.denoiser.width=16",
     "train.denoiser.depth=1",

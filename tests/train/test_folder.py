@@ -150,7 +150,7 @@ def tensors(path: Path) -> dict[str, bytes]:
     [
         (["train.data.recipe=emojis"], "the recipes are"),
         (["train.parts=[vae]"], "take both parts out"),
-        (["train.shared=/no/such/model"], "no such folder"),
+        (["train.base_model=/no/such/model"], "no such folder"),
         (["train.data.size=32"], "train.data.size=32"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config.train import LoopConfig
-from harness.loggers.training import CurveLine, Watcher
+from harness.loggers.training import LossCurvePoint, TrainingCallback
 from harness.tasks.train.loop import (
     Ema,
     Every,
@@ -57,8 +57,8 @@ def test_training_lowers_the_loss_and_writes_the_curve(tmp_path: Path) -> None:
     model = tiny()
     before = loss_on(model, 10_000).item()
 
-    class Watch(Watcher):
-        def line(self, line: CurveLine) -> None:
+    class Watch(TrainingCallback):
+        def line(self, line: LossCurvePoint) -> None:
             seen.append(line.step)
 
     run = Fit("tiny", model, CONFIG, tmp_path, Watch())
