@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from harness.baselines.cache import BlockCache
+from harness.baselines.cache_dit import BlockCache
 from harness.baselines.denoise import NoisePreparation, PeerDenoising
-from harness.baselines.family import PeerLoader, PeerModel
-from harness.baselines.noise import MakeSlot, own_slot, published_slot
+from harness.baselines.model import PeerLoader, PeerModel
+from harness.baselines.noise_scheduler import MakeSlot, own_slot, published_slot
 from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest

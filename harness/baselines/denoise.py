@@ -11,9 +11,9 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harness.baselines.cache import BlockCache
-from harness.baselines.family import Batch, PeerModel
-from harness.baselines.noise import MakeSlot, draws_noise
+from harness.baselines.cache_dit import BlockCache
+from harness.baselines.model import Batch, PeerModel
+from harness.baselines.noise_scheduler import MakeSlot, draws_noise
 from harness.pipeline.guidance import guided
 from harness.pipeline.latents import seeded_noise, step_noise
 from harness.pipeline.state import RunContext, Sample, micro_batches, written

@@ -43,8 +43,8 @@ from sglang.multimodal_gen.runtime.server_args import ServerArgs, set_global_ser
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from harness.baselines.family import Batch, PeerModel
-from harness.baselines.noise import MakeSlot, Slot
+from harness.baselines.model import Batch, PeerModel
+from harness.baselines.noise_scheduler import MakeSlot, Slot
 from harness.pipeline.timesteps import tokens
 from harness.resolve.engines_table import SglangRow
 from models.components import Components, Conditioning

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from harness.client.results import build_record, measured
+from harness.client.build_record import build_record, measured
 from harness.config.schema import RequestConfig, RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine, OnProgress

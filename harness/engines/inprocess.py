@@ -17,7 +17,7 @@ from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationR
 from harness.parallel.mesh import Place, degrees
 
 if TYPE_CHECKING:
-    from harness.serving.scheduler import RequestScheduler
+    from harness.serving.request_scheduler import RequestScheduler
     from harness.serving.transport import Connection
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class InprocessEngine:
         from harness.build.worker import build_worker, ceiling
         from harness.device.device import pick_device, prepare_cpu
         from harness.parallel.collectives import Alone
-        from harness.serving.scheduler import RequestScheduler
+        from harness.serving.request_scheduler import RequestScheduler
 
         threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
 

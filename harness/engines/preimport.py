@@ -31,7 +31,7 @@ def import_parts(config: RunConfig) -> None:
 def parts_of(config: RunConfig) -> list[str]:
     """The modules that bring the rest."""
     architecture = config.model.architecture
-    parts = ["harness.build.worker", "harness.serving.steps", ARCHITECTURES[architecture].module]
+    parts = ["harness.build.worker", "harness.serving.continuous_batching", ARCHITECTURES[architecture].module]
     if config.engine.name != NATIVE:
         parts += ["harness.build.baseline", PEERS[architecture].module]
     if world_size(degrees(config.parallel)) > 1:

@@ -129,10 +129,10 @@ def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
     from harness.device.device import pick_device, prepare_cpu
     from harness.parallel.collectives import Alone, Collectives, Gloo
     from harness.serving.control import ControlThread, listener
-    from harness.serving.inbox import Inbox, served_check
+    from harness.serving.request_queue import Inbox, served_check
     from harness.serving.policy import key_of
-    from harness.serving.scheduler import RequestScheduler
-    from harness.serving.steps import StepScheduler
+    from harness.serving.request_scheduler import RequestScheduler
+    from harness.serving.continuous_batching import StepScheduler
 
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = pick_device(local_rank)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from harness.client.generator import DiffusionGenerator, Generation
-from harness.client.results import measured
+from harness.client.build_record import measured
 from harness.config.optimize import Optimize
 from harness.config.schema import Task
 from harness.config.yaml import to_dict

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.baselines.cache import Skips
+from harness.baselines.cache_dit import Skips
 from harness.device.flops import counted
 from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run

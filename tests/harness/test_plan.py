@@ -12,9 +12,9 @@ from rich.console import Console
 from harness.config.plan import HardwareConfig
 from harness.config.schema import LaunchConfig, ParallelConfig
 from harness.costs.memory import Weights
-from harness.costs.network import Traced, trace_request
-from harness.costs.rows import Plan, Prediction
-from harness.costs.time import Device, legal_layouts, predict, traffic
+from harness.costs.request_trace import Traced, trace_request
+from harness.costs.plan_file import Plan, Prediction
+from harness.costs.roofline import Device, legal_layouts, predict, traffic
 from harness.costs.traffic import Attention, Linear, Tokens, Trace
 from harness.device.flops import counted
 from harness.records.record import Record, RunFolder, read_record, read_status

@@ -23,7 +23,7 @@ from transformers import (
     ViTModel,
 )
 
-from harness.client.results import pretrained_quality
+from harness.client.build_record import pretrained_quality
 from harness.config.schema import QualityConfig
 from harness.loggers.table import print_pretrained
 from harness.loggers.wandb import pretrained_scalars

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.client.results import operators
+from harness.client.build_record import operators
 from harness.messages import GenerationResult, OperatorTime, RankReport, StageTime
 from harness.records.record import Record, RunFolder, read_record
 from harness.resolve.compose import compose_run

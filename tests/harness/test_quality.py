@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from harness.client.results import quality
+from harness.client.build_record import quality
 from harness.loggers.table import print_quality
 from harness.loggers.wandb import quality_scalars
 from harness.metrics import mmd

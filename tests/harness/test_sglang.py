@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHe
 from safetensors.torch import save_file
 
 from harness.baselines.build import load_peer, load_sglang, native_facts
-from harness.baselines.noise import published_slot
+from harness.baselines.noise_scheduler import published_slot
 from harness.build.parts import source_of
 from harness.resolve.compose import ConfigError, compose_run
 from harness.resolve.engines_table import PEERS

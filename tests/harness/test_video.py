@@ -16,7 +16,7 @@ from PIL import Image
 
 from harness.cli import dispatch
 from harness.client.generator import DiffusionGenerator
-from harness.client.results import pretrained_quality
+from harness.client.build_record import pretrained_quality
 from harness.config.schema import QualityConfig
 from harness.engines.protocol import RequestFailed
 from harness.records.media import GAP, ffmpeg, grid, pixel_hash, save_mp4, still, to_uint8

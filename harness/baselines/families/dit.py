@@ -14,7 +14,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 from torch import Tensor
 
-from harness.baselines.family import Batch, PeerModel, check_guidance, kl_pixels
+from harness.baselines.model import Batch, PeerModel, check_guidance, kl_pixels
 from harness.baselines.load import load_denoiser
 from harness.pipeline.state import Ask, written
 from harness.resolve.engine import refuse_negative_class

@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor
 
-from harness.baselines.family import Batch, PeerModel, PeerPrompts, check_guidance, check_nothing, kl_pixels
+from harness.baselines.model import Batch, PeerModel, PeerPrompts, check_guidance, check_nothing, kl_pixels
 from harness.baselines.load import load_denoiser
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers

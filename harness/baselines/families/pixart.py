@@ -10,7 +10,7 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPi
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
 from torch import Tensor
 
-from harness.baselines.family import Batch, PeerModel, PeerPrompts, kl_pixels
+from harness.baselines.model import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers

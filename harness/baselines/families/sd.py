@@ -9,7 +9,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from harness.baselines.family import Batch, PeerModel, PeerPrompts, kl_pixels
+from harness.baselines.model import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
 from models.components import Components, Conditioning
 from models.decoders import OLD_NAMES, load_from_diffusers

@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from torch import Tensor
 
-from harness.baselines.family import Batch, PeerModel, PeerPrompts, kl_pixels
+from harness.baselines.model import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers

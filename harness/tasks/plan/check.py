@@ -13,9 +13,9 @@ from harness.config.cache import NONE
 from harness.config.optimize import Optimize
 from harness.config.plan import HardwareConfig
 from harness.config.schema import Load, ParallelConfig, RunConfig
-from harness.costs.network import trace_request
-from harness.costs.rows import Check
-from harness.costs.time import device, predict, traffic
+from harness.costs.request_trace import trace_request
+from harness.costs.plan_file import Check
+from harness.costs.roofline import device, predict, traffic
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import Record, read_record

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from harness.config.plan import HardwareConfig
 from harness.config.schema import RunConfig
-from harness.costs.network import trace_request
-from harness.costs.rows import PLAN_SCHEMA, Plan, Prediction
-from harness.costs.time import device, legal_layouts, predict
+from harness.costs.request_trace import trace_request
+from harness.costs.plan_file import PLAN_SCHEMA, Plan, Prediction
+from harness.costs.roofline import device, legal_layouts, predict
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.records.record import RunFolder, Status
 from harness.resolve.checkpoint import locate

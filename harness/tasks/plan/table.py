@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.config.schema import ParallelConfig
-from harness.costs.rows import Check, Plan, Prediction
+from harness.costs.plan_file import Check, Plan, Prediction
 from harness.parallel.mesh import AXES
 
 

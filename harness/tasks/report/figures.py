@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from harness.costs.rows import Check
+from harness.costs.plan_file import Check
 from harness.tasks.plan.table import name_of
 from harness.tasks.report.families import COLOURS, FAINT, INK
 from harness.tasks.report.rows import Row, Table

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from types import ModuleType
 
-from harness.baselines.family import PeerModel
+from harness.baselines.model import PeerModel
 from harness.config.schema import BlockCacheConfig
 
 MOST_IN_A_ROW = 3  # evaluations cut short one after another, as SGLang has it

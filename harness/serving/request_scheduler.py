@@ -10,9 +10,9 @@ from typing import Protocol
 from harness.messages import GenerationRequest, Shutdown, decode, encode
 from harness.parallel.collectives import Collectives
 from harness.pipeline.state import OnProgress
-from harness.serving.answer import merge
+from harness.serving.outcomes import merge
 from harness.serving.control import ControlThread
-from harness.serving.inbox import Inbox
+from harness.serving.request_queue import Inbox
 from harness.serving.worker import Worker
 
 

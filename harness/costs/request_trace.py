@@ -1,7 +1,7 @@
 """A request's denoiser, decoder and text encoders on the meta device: every shape, and no numbers.
 
 Nothing is read but configurations (and a tokenizer, where the checkpoint has one), so a 14 B model takes seconds and no
-memory. What a layout divides is traced once; harness.costs.time makes a prediction of it for each layout.
+memory. What a layout divides is traced once; harness.costs.roofline makes a prediction of it for each layout.
 """
 
 from __future__ import annotations

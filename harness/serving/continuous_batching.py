@@ -18,9 +18,9 @@ from harness.messages import GenerationRequest, Progress
 from harness.parallel.collectives import Collectives
 from harness.pipeline.interleave import Course, evaluate
 from harness.pipeline.state import Cancelled
-from harness.serving.answer import merge
+from harness.serving.outcomes import merge
 from harness.serving.control import ControlThread
-from harness.serving.inbox import Inbox
+from harness.serving.request_queue import Inbox
 from harness.serving.policy import Accepted
 from harness.serving.worker import Worker
 

@@ -29,8 +29,8 @@ from harness.config.plan import HardwareConfig
 from harness.config.schema import ParallelConfig
 from harness.costs.flops import attention_flops, dealt_attention_flops, rank_flops
 from harness.costs.memory import activation_numbers
-from harness.costs.network import Traced
-from harness.costs.rows import Exchange, Prediction
+from harness.costs.request_trace import Traced
+from harness.costs.plan_file import Exchange, Prediction
 from harness.costs.traffic import FLOAT32, Trace, sent_bytes
 from harness.parallel.mesh import degrees, world_size
 from harness.resolve.layout_rules import Facts, check_layout
