@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.config.schema import ModelConfig, RunConfig
-from harness.engines.preimport import parts_of
+from harness.engines.preimport import required_modules
 from harness.resolve.engines_table import PEERS
 from models.registry import ARCHITECTURES
 
@@ -135,7 +135,7 @@ def test_ranks_start_without_what_clients_need() -> None:
     wanted = [
         "harness.engines.fork_agent",
         "harness.engines.rank",
-        *(name for config in configs for name in parts_of(config)),
+        *(name for config in configs for name in required_modules(config)),
     ]
     wanted += ["harness.build.baseline", "harness.parallel.vae", *(row.module for row in PEERS.values())]
     seen: set[str] = set()
@@ -155,10 +155,10 @@ def test_native_ranks_import_the_modules_of_diffusers_that_they_need() -> None:
     code = """
 import sys
 from harness.config.schema import ModelConfig, RunConfig
-from harness.engines.preimport import import_parts
+from harness.engines.preimport import import_required
 from models.registry import ARCHITECTURES
 for name in ARCHITECTURES:
-    import_parts(RunConfig(model=ModelConfig(architecture=name)))
+    import_required(RunConfig(model=ModelConfig(architecture=name)))
 print(*[name for name in sys.modules if name.startswith("diffusers.models.transformers.")])
 from models.decoders import AutoencoderKL
 import diffusers

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from harness.baselines.cache_dit import BlockCache
-from harness.baselines.denoise import NoisePreparation, PeerDenoising
-from harness.baselines.model import PeerLoader, PeerModel
-from harness.baselines.noise_scheduler import MakeSlot, own_slot, published_slot
+from harness.baselines.cache_dit import DBCache
+from harness.baselines.denoise import BaselineDenoising, NoisePreparation
+from harness.baselines.model import BaselineLoader, BaselineModel
+from harness.baselines.noise_scheduler import MakeScheduler, native_scheduler, published_scheduler
 from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest
@@ -31,7 +31,7 @@ from models.source import Source
 from schedulers.noise_scheduler import NoiseScheduler
 
 
-class PeerValidation(InputValidation):
+class BaselineValidation(InputValidation):
     """Stage 1, with what the pipeline cannot draw.
 
     Args:
@@ -40,7 +40,7 @@ class PeerValidation(InputValidation):
         model: the pipeline.
     """
 
-    def __init__(self, limits: Limits, noise_scheduler: NoiseScheduler, model: PeerModel) -> None:
+    def __init__(self, limits: Limits, noise_scheduler: NoiseScheduler, model: BaselineModel) -> None:
         super().__init__(limits, noise_scheduler)
         self.model = model
 
@@ -50,7 +50,7 @@ class PeerValidation(InputValidation):
         self.model.check(asks(request)[0])
 
 
-def native_facts(architecture: str, source: Source) -> Components:
+def native_components(architecture: str, source: Source) -> Components:
     """The native components on the meta device, which takes no memory: what they say of geometry, guidance and order.
 
     Raises:
@@ -61,19 +61,21 @@ def native_facts(architecture: str, source: Source) -> Components:
     return load(empty, sdpa_attention)
 
 
-def load_peer(architecture: str, source: Source, parts: Components) -> PeerModel:
+def load_baseline(architecture: str, source: Source, parts: Components) -> BaselineModel:
     """diffusers' pipeline of a checkpoint, quiet, since a rank's log is a file.
 
     Raises:
         CheckpointError: weights that are missing, broken or do not fit.
     """
-    load: PeerLoader = importlib.import_module(PEERS[architecture].module).load
+    load: BaselineLoader = importlib.import_module(PEERS[architecture].module).load
     model = load(source, parts)
     model.pipeline.set_progress_bar_config(disable=True)
     return model
 
 
-def load_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Components, make_slot: MakeSlot) -> PeerModel:
+def load_sglang(
+    model: BaselineModel, row: SglangRow, source: Source, parts: Components, make_scheduler: MakeScheduler
+) -> BaselineModel:
     """diffusers' pipeline with SGLang-Diffusion's network and loop in it (harness.baselines.sglang).
 
     Raises:
@@ -86,26 +88,26 @@ def load_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Compone
         sglang = importlib.import_module("harness.baselines.sglang")
     except ImportError as error:
         raise ValueError(f"engine={SGLANG} cannot import SGLang ({error}); install what is named with pip") from error
-    drawn: PeerModel = sglang.with_sglang(model, row, source, parts, make_slot)
+    drawn: BaselineModel = sglang.with_sglang(model, row, source, parts, make_scheduler)
     return drawn
 
 
 @dataclass(frozen=True)
-class PeerStages:
+class BaselineStages:
     """Validation and the stages after it."""
 
-    validation: PeerValidation
+    validation: BaselineValidation
     stages: list[Stage]
 
 
-def peer_stages(
+def baseline_stages(
     config: RunConfig,
     source: Source,
     parts: Components,
     noise_scheduler: NoiseScheduler,
     limits: Limits,
     cache_mib: float,
-) -> PeerStages:
+) -> BaselineStages:
     """Loads the pipeline and lays the stages around it, with the names that they have in a native run.
 
     Raises:
@@ -114,15 +116,15 @@ def peer_stages(
     """
     architecture, published = config.model.architecture, config.scheduler.family == PUBLISHED_FAMILY
     if published:
-        make_slot = published_slot(source)
+        make_scheduler = published_scheduler(source)
     else:
         scales, steps = PEERS[architecture].families is None, config.request.steps or config.model.steps
-        make_slot = own_slot(noise_scheduler, scales, steps)
-    model = load_peer(architecture, source, parts)
-    cache = BlockCache(model, config.engine.cache) if config.engine.name == CACHE_DIT else None
+        make_scheduler = native_scheduler(noise_scheduler, scales, steps)
+    model = load_baseline(architecture, source, parts)
+    cache = DBCache(model, config.engine.cache) if config.engine.name == CACHE_DIT else None
     notes, row = [], PEERS[architecture].sglang
     if config.engine.name == SGLANG and row is not None:
-        model = load_sglang(model, row, source, parts, make_slot)
+        model = load_sglang(model, row, source, parts, make_scheduler)
         notes.append(
             f"engine={SGLANG}: the network, what it is told, guidance and the loop are those of SGLang-Diffusion "
             f"{engine_version(SGLANG)}; text encoding, decoding, the first noise and the noise scheduler those of "
@@ -131,20 +133,20 @@ def peer_stages(
     if config.engine.optimize is Optimize.compile:
         how = compile_forwards([model.network], config.engine.compile, source.device)
         notes.append(f"engine.optimize=compile: diffusers' network {how}")
-    return PeerStages(
-        PeerValidation(limits, noise_scheduler, model),
+    return BaselineStages(
+        BaselineValidation(limits, noise_scheduler, model),
         [
             TextEncoding(lambda: model.prompts, parts.guidance, PromptCache(cache_mib)),
             TimestepPreparation(noise_scheduler, parts.size_multiple),
             NoisePreparation(parts.latent),
-            PeerDenoising(
+            BaselineDenoising(
                 model,
-                make_slot,
+                make_scheduler,
                 noise_scheduler,
                 parts.guidance,
                 peer_attention(config),
                 parts.size_multiple,
-                own_draws=published,
+                has_own_noise=published,
                 cache=cache,
                 notes=notes,
             ),

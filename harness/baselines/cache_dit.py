@@ -11,14 +11,14 @@ import os
 from dataclasses import dataclass
 from types import ModuleType
 
-from harness.baselines.model import PeerModel
+from harness.baselines.model import BaselineModel
 from harness.config.schema import BlockCacheConfig
 
-MOST_IN_A_ROW = 3  # evaluations cut short one after another, as SGLang has it
+MAX_CONSECUTIVE = 3  # evaluations cut short one after another, as SGLang has it
 
 
 @dataclass(frozen=True)
-class Skips:
+class DBCacheSkips:
     """Which evaluations of a micro-batch were cut short, counted from 0.
 
     Args:
@@ -27,26 +27,26 @@ class Skips:
         blocks: computed all the same, and all.
     """
 
-    whole: list[int]
-    half: list[int]
+    skipped: list[int]
+    half_skipped: list[int]
     blocks: tuple[int, int]
 
     def note(self, evaluations: int) -> str:
         """For the record, of so many evaluations in all."""
-        if not self.whole and not self.half:
+        if not self.skipped and not self.half_skipped:
             return (
                 f"cache-dit skipped nothing in {evaluations} evaluations; lower engine.cache.warmup, or raise "
                 "engine.cache.threshold"
             )
         computed, depth = self.blocks
-        halves = f", and in one half of {_listed(self.half)}" if self.half else ""
+        halves = f", and in one half of {_listed(self.half_skipped)}" if self.half_skipped else ""
         return (
-            f"cache-dit computed {computed} of {depth} blocks in {len(self.whole)} of {evaluations} evaluations, which "
-            f"nfe does not count: {_listed(self.whole)}{halves}"
+            f"cache-dit computed {computed} of {depth} blocks in {len(self.skipped)} of {evaluations} evaluations, "
+            f"which nfe does not count: {_listed(self.skipped)}{halves}"
         )
 
 
-class BlockCache:
+class DBCache:
     """cache-dit around a network, begun anew for every micro-batch.
 
     Args:
@@ -57,7 +57,7 @@ class BlockCache:
         ValueError: more blocks in every evaluation than there are to skip.
     """
 
-    def __init__(self, model: PeerModel, config: BlockCacheConfig) -> None:
+    def __init__(self, model: BaselineModel, config: BlockCacheConfig) -> None:
         self._library = quiet_library()
         self._network = model.network
         self._config = config
@@ -79,19 +79,19 @@ class BlockCache:
         self._pairs = pairs
         self._library.refresh_context(self._network, cache_config=self._settings(pairs))
 
-    def skips(self) -> Skips:
+    def skips(self) -> DBCacheSkips:
         """What was skipped since it began."""
         stats, pairs = self._library.summary(self._network, logging=False)[-1], self._pairs
         first = set(stats.cached_steps)
         second = set(stats.cfg_cached_steps) if pairs else first
-        return Skips(sorted(first & second), sorted(first ^ second), (self._config.first_blocks, self._depth))
+        return DBCacheSkips(sorted(first & second), sorted(first ^ second), (self._config.first_blocks, self._depth))
 
     def _settings(self, pairs: bool) -> object:
         return self._library.DBCacheConfig(
             Fn_compute_blocks=self._config.first_blocks,
             Bn_compute_blocks=0,
             max_warmup_steps=self._config.warmup,
-            max_continuous_cached_steps=MOST_IN_A_ROW,
+            max_continuous_cached_steps=MAX_CONSECUTIVE,
             residual_diff_threshold=self._config.threshold,
             enable_separate_cfg=pairs,
         )

@@ -11,9 +11,9 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harness.baselines.cache_dit import BlockCache
-from harness.baselines.model import Batch, PeerModel
-from harness.baselines.noise_scheduler import MakeSlot, draws_noise
+from harness.baselines.cache_dit import DBCache
+from harness.baselines.model import BaselineModel, PipelineBatch
+from harness.baselines.noise_scheduler import MakeScheduler, adds_noise
 from harness.pipeline.guidance import guided
 from harness.pipeline.latents import seeded_noise, step_noise
 from harness.pipeline.state import RunContext, Sample, micro_batches, written
@@ -22,7 +22,7 @@ from models.components import Conditioning, GuidanceRule, LatentSpace
 from schedulers.drop_in import evaluation_points
 from schedulers.noise_scheduler import NoiseScheduler
 
-KERNELS = {"sdpa_math": SDPBackend.MATH, "sdpa_flash": SDPBackend.FLASH_ATTENTION}
+SDPA_BACKENDS = {"sdpa_math": SDPBackend.MATH, "sdpa_flash": SDPBackend.FLASH_ATTENTION}
 """Names of harness.resolve.engines_table for layers that call PyTorch's attention themselves."""
 
 
@@ -46,17 +46,17 @@ class NoisePreparation:
             sample.start = seeded_noise(ask.seed, self.space.shape(ask.height, ask.width, ask.frames)).to(run.device)
 
 
-class PeerDenoising:
+class BaselineDenoising:
     """Stage 5.
 
     Args:
         model: the pipeline.
-        make_slot: makes the noise scheduler of a micro-batch.
+        make_scheduler: makes the noise scheduler of a micro-batch.
         noise_scheduler: that of a native run, whose solver steps are counted.
         rule: how the checkpoint is guided.
         attention: by the name of harness.resolve.engines_table.
         size_multiple: pixels a token of the network spans on a side.
-        own_draws: the noise of steps is diffusers' own.
+        has_own_noise: the noise of steps is diffusers' own.
         cache: of the network's blocks.
         notes: for the record of every request.
     """
@@ -67,23 +67,23 @@ class PeerDenoising:
 
     def __init__(
         self,
-        model: PeerModel,
-        make_slot: MakeSlot,
+        model: BaselineModel,
+        make_scheduler: MakeScheduler,
         noise_scheduler: NoiseScheduler,
         rule: GuidanceRule,
         attention: str,
         size_multiple: int,
-        own_draws: bool,
-        cache: BlockCache | None = None,
+        has_own_noise: bool,
+        cache: DBCache | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.model = model
-        self.make_slot = make_slot
+        self.make_scheduler = make_scheduler
         self.noise_scheduler = noise_scheduler
         self.rule = rule
         self.attention = attention
         self.size_multiple = size_multiple
-        self.own_draws = own_draws
+        self.has_own_noise = has_own_noise
         self.cache = cache
         self.notes = notes
 
@@ -98,10 +98,10 @@ class PeerDenoising:
         if run.keep_states:
             raise ValueError("diffusers' pipelines give no state after every step; ask for the last latents")
         grid, ask = written(samples[0].grid), samples[0].ask
-        if self.own_draws and draws_noise(self.noise_scheduler, grid):
+        if self.has_own_noise and adds_noise(self.noise_scheduler, grid):
             run.notes.append("the noise of each step is diffusers' own: pictures are not those of engine=native")
         is_guided = guided(ask, self.rule)
-        batch = Batch(
+        batch = PipelineBatch(
             [sample.ask for sample in samples],
             torch.stack([written(sample.start) for sample in samples]),
             Conditioning.stack([written(sample.text) for sample in samples]),
@@ -112,32 +112,32 @@ class PeerDenoising:
             shape = tuple(batch.noise.shape[1:])
             return self.model.pack(torch.stack([step_noise(a.seed, step, shape) for a in batch.asks])).to(run.device)
 
-        self.model.pipeline.scheduler = self.make_slot(tokens(ask.height, ask.width, self.size_multiple), noise)
+        self.model.pipeline.scheduler = self.make_scheduler(tokens(ask.height, ask.width, self.size_multiple), noise)
         evaluations = [len(points) for points in evaluation_points(self.noise_scheduler, grid)]
-        forwards = 2 if is_guided and self.model.pair_apart else 1
+        forwards = 2 if is_guided and self.model.separate_guidance else 1
         if self.cache is not None:
             self.cache.begin(pairs=forwards == 2)
-        with kernel(self.attention), Watch(self.model.network, run, evaluations, forwards, total):
+        with attention_context(self.attention), NetworkTimer(self.model.network, run, evaluations, forwards, total):
             latents = self.model.denoise(batch)
         if self.cache is not None:
             skips = self.cache.skips()
-            run.clock.discount("denoiser", len(skips.whole))
+            run.clock.discount("denoiser", len(skips.skipped))
             run.notes.append(skips.note(sum(evaluations)))
         for sample, latent in zip(samples, latents.float(), strict=True):
             sample.latent = latent
 
 
-def kernel(attention: str) -> AbstractContextManager[object]:
+def attention_context(attention: str) -> AbstractContextManager[object]:
     """The attention that runs inside, by the name of harness.resolve.engines_table."""
     if attention == "sdpa":
         return ExitStack()
-    if attention in KERNELS:
-        return sdpa_kernel(KERNELS[attention])
+    if attention in SDPA_BACKENDS:
+        return sdpa_kernel(SDPA_BACKENDS[attention])
     found: AbstractContextManager[object] = attention_backend(attention)
     return found
 
 
-class Watch:
+class NetworkTimer:
     """Times a pipeline's network and steps from outside: a step lasts from its first forward to that of the next.
 
     What comes before the first forward is in the stage and in no step. Cancellation is checked at each step's start.

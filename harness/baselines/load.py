@@ -65,7 +65,7 @@ def load_denoiser(
 
 def _keep_float32(model: ModelMixin) -> None:
     """What `from_pretrained` does with the modules that a class wants in float32 whatever the dtype."""
-    kept = set(model._keep_in_fp32_modules or ())
+    float32_modules = set(model._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
-        if kept & set(name.split(".")):
+        if float32_modules & set(name.split(".")):
             parameter.data = parameter.data.float()

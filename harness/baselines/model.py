@@ -19,7 +19,7 @@ from models.source import Source
 
 
 @dataclass(frozen=True)
-class Batch:
+class PipelineBatch:
     """One micro-batch as a pipeline is asked for it.
 
     Args:
@@ -39,7 +39,7 @@ class Batch:
         """What is asked of every picture."""
         return self.asks[0]
 
-    def common(self, latents: Tensor) -> dict[str, object]:
+    def shared_arguments(self, latents: Tensor) -> dict[str, object]:
         """The arguments that every pipeline names alike."""
         return {
             "num_inference_steps": self.ask.steps,
@@ -70,12 +70,12 @@ def check_guidance(ask: Ask) -> None:
     refuse_weak_guidance(ask.guidance)
 
 
-def check_nothing(ask: Ask) -> None:
+def accept_all(ask: Ask) -> None:
     """For a pipeline that draws all that the native one does."""
 
 
 @dataclass(frozen=True)
-class PeerModel:
+class BaselineModel:
     """A pipeline of diffusers, and what has to be known of it.
 
     Args:
@@ -86,23 +86,23 @@ class PeerModel:
         decode: what it does with latents (models.components.Decoder).
         check: raises ValueError for what it cannot draw and the native one can.
         pack: a state of the noise's shape as it holds one.
-        pair_apart: a guided pair takes two forwards.
+        separate_guidance: a guided pair takes two forwards.
     """
 
     pipeline: DiffusionPipeline
     network: ModelMixin
     prompts: PromptEncoder
-    denoise: Callable[[Batch], Tensor]
+    denoise: Callable[[PipelineBatch], Tensor]
     decode: Callable[[Tensor], Tensor]
     check: Callable[[Ask], None] = check_guidance
     pack: Callable[[Tensor], Tensor] = lambda latent: latent
-    pair_apart: bool = False
+    separate_guidance: bool = False
 
 
-class PeerLoader(Protocol):
+class BaselineLoader(Protocol):
     """What a family's module offers as `load`."""
 
-    def __call__(self, source: Source, parts: Components) -> PeerModel:
+    def __call__(self, source: Source, parts: Components) -> BaselineModel:
         """The pipeline with its weights.
 
         Args:
@@ -111,7 +111,7 @@ class PeerLoader(Protocol):
         """
 
 
-class PeerPrompts:
+class BaselinePrompts:
     """A PromptEncoder around a pipeline's encode_prompt, each prompt encoded alone.
 
     Args:
@@ -119,14 +119,14 @@ class PeerPrompts:
         encode: one prompt, and whether it is a negative one.
     """
 
-    def __init__(self, counted: PromptEncoder, encode: Callable[[str, bool], Conditioning]) -> None:
-        self.counted = counted
+    def __init__(self, counter: PromptEncoder, encode: Callable[[str, bool], Conditioning]) -> None:
+        self.counter = counter
         self.encode = encode
-        self.max_tokens = counted.max_tokens
+        self.max_tokens = counter.max_tokens
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt before it is cut."""
-        return self.counted.count(prompt)
+        return self.counter.count(prompt)
 
     def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """One row a prompt."""

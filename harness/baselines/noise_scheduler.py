@@ -20,12 +20,12 @@ from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Estimate, LearnedVariance
 from schedulers.solvers.base import Memory
 
-Slot: TypeAlias = SchedulerMixin | DiffusersView
-MakeSlot: TypeAlias = Callable[[int, Callable[[int], Tensor]], Slot]
+PipelineScheduler: TypeAlias = SchedulerMixin | DiffusersView
+MakeScheduler: TypeAlias = Callable[[int, Callable[[int], Tensor]], PipelineScheduler]
 """What goes into a pipeline's slot, from the tokens of a picture and the noise of each step."""
 
 
-class OwnGrid(DiffusersView):
+class NativeGridScheduler(DiffusersView):
     """The run's own grid, whatever sigmas and shift a pipeline would give a flow's noise scheduler."""
 
     def set_timesteps(
@@ -42,14 +42,14 @@ class OwnGrid(DiffusersView):
         self.sigmas = torch.tensor([*(point.sigma for point in self._points), self.sigmas[-1]], dtype=torch.float32)
 
 
-def published_slot(source: Source) -> MakeSlot:
+def published_scheduler(source: Source) -> MakeScheduler:
     """The class that the checkpoint's scheduler_config.json names, as it is."""
     raw = read_json(scheduler_file(source.folder))
     kind: type[SchedulerMixin] = getattr(diffusers, str(raw["_class_name"]))
     return lambda tokens, noise: kind.from_config(raw)
 
 
-def own_slot(noise_scheduler: NoiseScheduler, scales: bool, steps: int) -> MakeSlot:
+def native_scheduler(noise_scheduler: NoiseScheduler, scales: bool, steps: int) -> MakeScheduler:
     """Our noise scheduler, its noise that of native runs; pipelines hand it outputs without a learned variance.
 
     Args:
@@ -68,10 +68,10 @@ def own_slot(noise_scheduler: NoiseScheduler, scales: bool, steps: int) -> MakeS
             raise ValueError("diffusers' pipelines drop a learned variance; choose another, or use engine=native")
         noise_scheduler = replace(noise_scheduler, prediction=prediction.prediction)
 
-    def make(tokens: int, noise: Callable[[int], Tensor]) -> Slot:
-        return OwnGrid(noise_scheduler, tokens=tokens, noise=noise)
+    def make(tokens: int, noise: Callable[[int], Tensor]) -> PipelineScheduler:
+        return NativeGridScheduler(noise_scheduler, tokens=tokens, noise=noise)
 
-    OwnGrid(noise_scheduler, tokens=1).set_timesteps(steps)
+    NativeGridScheduler(noise_scheduler, tokens=1).set_timesteps(steps)
     grid = noise_scheduler.grid(steps, 1)
     if not scales and (grid.init_std != 1 or bool((grid.c_in != 1).any())):
         raise ValueError(
@@ -81,7 +81,7 @@ def own_slot(noise_scheduler: NoiseScheduler, scales: bool, steps: int) -> MakeS
     return make
 
 
-def draws_noise(noise_scheduler: NoiseScheduler, grid: Grid) -> bool:
+def adds_noise(noise_scheduler: NoiseScheduler, grid: Grid) -> bool:
     """Whether a solver adds noise between its first state and its last, found by walking it over one number."""
     asked: list[int] = []
     one, memory = torch.ones(1, 1, 1, 1, dtype=torch.float64), Memory()

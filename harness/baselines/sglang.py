@@ -43,8 +43,8 @@ from sglang.multimodal_gen.runtime.server_args import ServerArgs, set_global_ser
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from harness.baselines.model import Batch, PeerModel
-from harness.baselines.noise_scheduler import MakeSlot, Slot
+from harness.baselines.model import BaselineModel, PipelineBatch
+from harness.baselines.noise_scheduler import MakeScheduler, PipelineScheduler
 from harness.pipeline.timesteps import tokens
 from harness.resolve.engines_table import SglangRow
 from models.components import Components, Conditioning
@@ -58,7 +58,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass
-class Resident:
+class ResidentPipeline:
     """The pipeline that SGLang's manager of memory asks for: one network, which stays where it is."""
 
     modules: dict[str, nn.Module]
@@ -85,18 +85,20 @@ class SglangDenoiser:
     """
 
     def __init__(
-        self, row: SglangRow, args: ServerArgs, network: nn.Module, model: PeerModel, size_multiple: int
+        self, row: SglangRow, args: ServerArgs, network: nn.Module, model: BaselineModel, size_multiple: int
     ) -> None:
         self.row = row
         self.args = args
         self.model = model
         self.size_multiple = size_multiple
         denoising = QuietDenoising(network, None)
-        denoising.set_component_residency_manager(ComponentResidencyManager(Resident({"transformer": network}), args))
+        denoising.set_component_residency_manager(
+            ComponentResidencyManager(ResidentPipeline({"transformer": network}), args)
+        )
         timesteps = TimestepPreparationStage(None, [lambda batch, args: ("mu", batch.extra["mu"])])
         self.stages = [LatentPreparationStage(None, network), timesteps, denoising]
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: PipelineBatch) -> Tensor:
         """Its loop; latents of the noise's shape."""
         config, dtype = self.args.pipeline_config, batch.text.text().dtype
         config.embedded_cfg_scale = batch.ask.guidance
@@ -108,7 +110,7 @@ class SglangDenoiser:
         latents: Tensor = request.latents
         return latents.reshape(batch.noise.shape)
 
-    def _request(self, batch: Batch) -> Req:
+    def _request(self, batch: PipelineBatch) -> Req:
         ask, negative = batch.ask, batch.negative
         asked = SamplingParams(
             negative_prompt=None,
@@ -118,7 +120,7 @@ class SglangDenoiser:
             num_inference_steps=ask.steps,
             guidance_scale=ask.guidance - 1 + self.row.no_guidance,
         )
-        noise_scheduler = own(self.model.pipeline.scheduler)
+        noise_scheduler = sglang_scheduler(self.model.pipeline.scheduler)
         request = Req(
             sampling_params=asked,
             prompt_embeds=[batch.text.text()] * self.row.encodings,
@@ -127,7 +129,7 @@ class SglangDenoiser:
             do_classifier_free_guidance=negative is not None,
             generator=torch.Generator(),
             scheduler=noise_scheduler,
-            extra={"mu": shift(noise_scheduler.config, tokens(ask.height, ask.width, self.size_multiple))},
+            extra={"mu": timestep_shift(noise_scheduler.config, tokens(ask.height, ask.width, self.size_multiple))},
         )
         if negative is not None:
             request.negative_prompt_embeds = [negative.text()] * self.row.encodings
@@ -136,20 +138,22 @@ class SglangDenoiser:
         return request
 
 
-def with_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Components, make_slot: MakeSlot) -> PeerModel:
+def with_sglang(
+    model: BaselineModel, row: SglangRow, source: Source, parts: Components, make_scheduler: MakeScheduler
+) -> BaselineModel:
     """A pipeline of diffusers with SGLang's network and loop in the place of its own, whose memory is given back.
 
     Raises:
         CheckpointError: SGLang cannot load the network by itself.
         ValueError: it has no such noise scheduler.
     """
-    own(make_slot(1, torch.zeros))
+    sglang_scheduler(make_scheduler(1, torch.zeros))
     began, component = perf_counter(), source.denoiser
-    with kept_logging(), tempfile.TemporaryDirectory() as folder:
-        read = lay_out(Path(folder), source, model.network, row)
+    with preserve_logging(), tempfile.TemporaryDirectory() as folder:
+        read = write_loader_folder(Path(folder), source, model.network, row)
         for parameter in model.network.parameters():
             parameter.data = parameter.new_empty(0)
-        args = settings(row, source, parts, folder)
+        args = make_server_args(row, source, parts, folder)
         try:
             network = TransformerLoader().load_customized(folder, args, "transformer")
         except Exception as error:  # of any kind: SGLang itself would go on with diffusers' network
@@ -161,10 +165,10 @@ def with_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Compone
         denoiser = SglangDenoiser(row, args, network, model, parts.size_multiple)
     network.requires_grad_(False).eval()
     source.record(component, network, began, source.loaded[component].merged, read)
-    return replace(model, network=network, denoise=denoiser, pair_apart=True)
+    return replace(model, network=network, denoise=denoiser, separate_guidance=True)
 
 
-def lay_out(folder: Path, source: Source, network: nn.Module, row: SglangRow) -> int:
+def write_loader_folder(folder: Path, source: Source, network: nn.Module, row: SglangRow) -> int:
     """Writes what SGLang's loader is shown: a config.json in its words, and the weights.
 
     Those are the checkpoint's files as they are; of a network that has other numbers than they (random ones, or merged
@@ -185,7 +189,7 @@ def lay_out(folder: Path, source: Source, network: nn.Module, row: SglangRow) ->
     return sum(file.stat().st_size for file in files)
 
 
-def settings(row: SglangRow, source: Source, parts: Components, folder: str) -> ServerArgs:
+def make_server_args(row: SglangRow, source: Source, parts: Components, folder: str) -> ServerArgs:
     """SGLang's settings for one rank, also made the global ones, with its groups of ranks."""
     module, name = row.config.split(":")
     kind: type[PipelineConfig] = getattr(importlib.import_module(f"{CONFIGS}.{module}"), name)
@@ -204,7 +208,7 @@ def settings(row: SglangRow, source: Source, parts: Components, folder: str) -> 
 
 
 @contextmanager
-def kept_logging() -> Iterator[None]:
+def preserve_logging() -> Iterator[None]:
     """Leaves the root logger as it was, which SGLang's settings would take for themselves."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -215,25 +219,25 @@ def kept_logging() -> Iterator[None]:
         root.setLevel(level)
 
 
-def own(slot: Slot) -> Slot:
+def sglang_scheduler(scheduler: PipelineScheduler) -> PipelineScheduler:
     """SGLang's version of a class of diffusers, which its loop wants; a noise scheduler of ours as it is.
 
     Raises:
         ValueError: it has no such class.
     """
-    if isinstance(slot, DiffusersView):
-        return slot
-    name = type(slot).__name__
+    if isinstance(scheduler, DiffusersView):
+        return scheduler
+    name = type(scheduler).__name__
     if name not in ModelRegistry.get_supported_archs():
         raise ValueError(
             f"SGLang-Diffusion has no {name}, which this checkpoint names; choose scheduler=rectified_flow, or "
             "engine=diffusers"
         )
     kind: type[SchedulerMixin] = ModelRegistry.resolve_model_cls(name)[0]
-    return kind.from_config(slot.config)
+    return kind.from_config(scheduler.config)
 
 
-def shift(config: Mapping[str, object], size: int) -> float | None:
+def timestep_shift(config: Mapping[str, object], size: int) -> float | None:
     """How a noise scheduler is to be shifted for a picture of so many tokens, as diffusers' pipelines read its file."""
     if not config.get("use_dynamic_shifting"):
         return None

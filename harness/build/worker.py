@@ -46,9 +46,9 @@ def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worke
     if config.engine.name == NATIVE:
         pipeline, axes = native_pipeline(config, source, place)
     else:
-        from harness.build.baseline import peer_pipeline  # brings diffusers' pipelines
+        from harness.build.baseline import baseline_pipeline  # brings diffusers' pipelines
 
-        pipeline, axes = peer_pipeline(config, source), one_rank()
+        pipeline, axes = baseline_pipeline(config, source), one_rank()
     memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
     memory.release()  # of what loading took and left
     energy = energy_meter(device)

@@ -1,4 +1,4 @@
-"""From answers to a record: the slowest rank's times, every rank's memory, statistics over repeats."""
+"""Build a run's record from its answers: the slowest rank's times, every rank's memory, statistics over repeats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from harness.config.cache import IDENTITY, NONE, CacheConfig
 from harness.config.schema import ModelConfig, QualityConfig, RunConfig
-from harness.messages import Array, EngineInfo, GenerationResult, OperatorTime, RankReport, Skips, sent_bytes
+from harness.messages import Array, CacheSkips, EngineInfo, GenerationResult, OperatorTime, RankReport, total_sent_bytes
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
@@ -36,11 +36,11 @@ from harness.resolve.engines_table import CACHE_DIT, engine_version
 from harness.resolve.trained import trained_denoiser
 from models import hub
 
-OPERATORS = 20  # that a profile names
+OPERATORS = 20  # the number of operators that a profile lists by name
 
 
-def measured(result: GenerationResult, client_ms: float) -> Repeat:
-    """One answer as a repeat: stages and steps of the slowest rank, memory of the largest."""
+def make_repeat(result: GenerationResult, client_ms: float) -> Repeat:
+    """Return one answer as a repeat: the stages and steps of the slowest rank, the memory of the largest."""
     slowest = max(result.ranks, key=_total_ms)
     largest = max(result.ranks, key=lambda report: report.peak_memory_mib)
     return Repeat(
@@ -54,29 +54,29 @@ def measured(result: GenerationResult, client_ms: float) -> Repeat:
 
 
 def overhead_share(repeat: Repeat) -> float:
-    """The share of what a client waited for that was no network's forward (text encoder, denoiser, VAE)."""
+    """Return the share of the client's waiting time that no network's forward (text encoder, denoiser, VAE) used."""
     return 1 - sum(repeat.networks_ms.values()) / repeat.client_duration_ms
 
 
-def statistics(
+def summarize_repeats(
     repeats: Sequence[Repeat],
     results: Sequence[GenerationResult],
     batch_size: int,
     replica_size: int = 1,
-    counted: GenerationResult | None = None,
+    flops_result: GenerationResult | None = None,
     ceilings: Sequence[float] = (),
     even: bool = True,
 ) -> Statistics:
-    """The row's numbers over all repeats of one request.
+    """Return the statistics over all repeats of one request.
 
     Args:
-        repeats: at least one.
-        results: the answers.
-        batch_size: pictures a forward.
-        replica_size: ranks a picture.
-        counted: an answer whose operations were counted.
-        ceilings: of every rank, TFLOP/s.
-        even: every step does the same operations, so that a median step is a typical one.
+        repeats: the times of each repeat, at least one.
+        results: the answer of each repeat.
+        batch_size: the number of images in one forward.
+        replica_size: the number of ranks that compute one image.
+        flops_result: an answer whose operations were counted.
+        ceilings: the measured matrix product rate of every rank, TFLOP/s.
+        even: whether every step does the same operations, so that the median step is typical.
     """
     last = results[-1]
     peaks = [max(peak) for peak in zip(*([rank.peak_memory_mib for rank in r.ranks] for r in results), strict=True)]
@@ -87,36 +87,36 @@ def statistics(
     }
     latency = summarize([repeat.total_duration_ms for repeat in repeats])
     evaluations = sum(report.network_evaluations.get("denoiser", 0) for report in last.ranks[::replica_size])
-    spared = cache_use([skips for report in last.ranks[::replica_size] for skips in report.skips])
+    cache = cache_use([skips for report in last.ranks[::replica_size] for skips in report.skips])
     micro_batches = math.ceil(len(last.samples) / batch_size)
     step = summarize([step.duration_ms for repeat in repeats for step in repeat.denoise_steps_ms])
-    flops = None if counted is None else flops_per_step(counted, replica_size)
+    flops = None if flops_result is None else flops_per_step(flops_result, replica_size)
     return Statistics(
         latency_ms=latency,
         step_ms=step,
         stage_ms={name: summarize(values) for name, values in durations.items()},
         overhead_share=summarize([overhead_share(repeat) for repeat in repeats]),
         throughput_per_s=1e3 * len(last.samples) / latency.median,
-        nfe=evaluations // micro_batches if spared is None else round(spared.computed),
+        nfe=evaluations // micro_batches if cache is None else round(cache.computed),
         peak_memory_mib=peaks,
         peak_memory_mib_max=max(peaks),
         flops_per_step=flops,
         achieved_tflops=None if flops is None else flops / (step.median if even else step.mean) / 1e9,
         ceiling_tflops=sum(ceilings[:replica_size]) or None,
-        comm=max((report.comm for report in last.ranks), key=sent_bytes),
-        cache=spared,
-        energy_j=energy(results),
+        comm=max((report.comm for report in last.ranks), key=total_sent_bytes),
+        cache=cache,
+        energy_j=request_energy(results),
     )
 
 
-def energy(results: Sequence[GenerationResult]) -> Summary | None:
-    """Of a request, over all ranks that report it, J; None where none does."""
-    told = [[report.energy_j for report in result.ranks if report.energy_j is not None] for result in results]
-    return summarize([sum(parts) for parts in told]) if all(told) else None
+def request_energy(results: Sequence[GenerationResult]) -> Summary | None:
+    """Return the energy of one request in joules, summed over the ranks that report it, or None if no rank does."""
+    energies_j = [[report.energy_j for report in result.ranks if report.energy_j is not None] for result in results]
+    return summarize([sum(parts) for parts in energies_j]) if all(energies_j) else None
 
 
-def cache_use(skips: Sequence[Skips]) -> CacheUse | None:
-    """Means over pictures; None where no cache was used."""
+def cache_use(skips: Sequence[CacheSkips]) -> CacheUse | None:
+    """Return the means over images of what a cache skipped, or None if no cache was used."""
     if not skips:
         return None
     return CacheUse(
@@ -127,40 +127,41 @@ def cache_use(skips: Sequence[Skips]) -> CacheUse | None:
     )
 
 
-def cache_notes(config: CacheConfig, model: str, skips: Sequence[Skips]) -> list[str]:
-    """What a cache did, in words, of all pictures."""
+def cache_notes(config: CacheConfig, model: str, skips: Sequence[CacheSkips]) -> list[str]:
+    """Return notes that say what a cache skipped, as means over all images."""
     use = cache_use(skips)
     if use is None:
         return []
-    said = f"cache={config.name} computed {use.branches_computed:.4g} of {use.branches:.4g} branches a picture"
+    summary = f"cache={config.name} computed {use.branches_computed:.4g} of {use.branches:.4g} branches per image"
     if use.branches == use.branches_computed:
-        return [f"{said}: it spared nothing"]
+        return [f"{summary}: it skipped nothing"]
     if use.computed < use.evaluations:
         first = ", ".join(map(str, skips[0].skipped)) or "none"
-        said += (
+        summary += (
             f", in {use.computed:.4g} of {use.evaluations:.4g} evaluations; nfe does not count the others, of the "
-            f"first picture {first}"
+            f"first image {first}"
         )
     identity = config.coefficients == list(IDENTITY)
-    of_model = f"TeaCache's polynomial is the identity, for none is published for model={model}"
-    return [said, of_model] if identity else [said]
+    of_model = f"TeaCache's polynomial is the identity, because none is published for model={model}"
+    return [summary, of_model] if identity else [summary]
 
 
-def flops_per_step(counted: GenerationResult, replica_size: int) -> float:
-    """Operations of one solver step of one micro-batch, over the ranks of the first replica."""
-    replica = counted.ranks[:replica_size]
+def flops_per_step(flops_result: GenerationResult, replica_size: int) -> float:
+    """Return the operations of one solver step of one micro-batch, over the ranks of the first replica."""
+    replica = flops_result.ranks[:replica_size]
     return sum(report.flops["denoiser"] for report in replica) / len(replica[0].denoise_steps_ms)
 
 
-def operators(profiled: GenerationResult) -> dict[str, list[OperatorTime]]:
-    """Of each network, the operators of the slowest rank: one row each, the slowest first, 20 and all others together,
-    without those that took no time.
+def operators(profile_result: GenerationResult) -> dict[str, list[OperatorTime]]:
+    """Return the slowest rank's operators by network: the 20 slowest in order, then one row for all others.
+
+    Calls of the same operator are added up; operators that took no time are left out.
     """
-    slowest = max(profiled.ranks, key=_total_ms)
-    return {name: _summed(parts) for name, parts in slowest.operators.items()}
+    slowest = max(profile_result.ranks, key=_total_ms)
+    return {name: _sum_by_name(parts) for name, parts in slowest.operators.items()}
 
 
-def _summed(parts: Sequence[OperatorTime]) -> list[OperatorTime]:
+def _sum_by_name(parts: Sequence[OperatorTime]) -> list[OperatorTime]:
     by_name: dict[str, OperatorTime] = {}
     for part in parts:
         known = by_name.get(part.name, OperatorTime(part.name, 0, 0.0))
@@ -171,21 +172,21 @@ def _summed(parts: Sequence[OperatorTime]) -> list[OperatorTime]:
     return [*rows[:OPERATORS], *([others] if rest else [])]
 
 
-def quality(folder: Path, pixels: Sequence[Array], prompts: Sequence[str]) -> tuple[Quality | None, list[str]]:
-    """The score of one answer's pictures, and why there is none.
+def score_quality(folder: Path, pixels: Sequence[Array], prompts: Sequence[str]) -> tuple[Quality | None, list[str]]:
+    """Return the score of one answer's images, or None and the reasons why there is no score.
 
     Args:
-        folder: the checkpoint, whose `gallery.safetensors` is what its pictures are compared with.
-        pixels: pictures (3, height, width), float32 in [0, 1]; or videos, which nothing here scores.
-        prompts: of each.
+        folder: the checkpoint's folder; its `gallery.safetensors` holds the images to compare with.
+        pixels: images (3, height, width), float32 in [0, 1]; videos are not scored.
+        prompts: the prompt of each image.
     """
     if pixels[0].ndim == 4:
-        return None, ["quality is not scored: it is measured on pictures, and these are videos"]
+        return None, ["quality is not scored: it is measured on images, and these are videos"]
     file = folder / FILE
     if not file.is_file():
         return None, [f"quality is not scored: the checkpoint has no {FILE}"]
     try:
-        found = score(Gallery.load(file), [to_uint8(picture) for picture in pixels], prompts)
+        found = score(Gallery.load(file), [to_uint8(image) for image in pixels], prompts)
     except GalleryError as error:
         return None, [f"quality is not scored: {error}"]
     if found is None:
@@ -193,21 +194,21 @@ def quality(folder: Path, pixels: Sequence[Array], prompts: Sequence[str]) -> tu
     return found, []
 
 
-def pretrained_quality(
+def score_pretrained(
     config: QualityConfig, pixels: Sequence[Array], prompts: Sequence[str]
 ) -> tuple[pretrained.Pretrained | None, list[str]]:
-    """The scores on the user's own weights, and why there are none where they were asked for."""
+    """Return the scores that the user's own weights give, or None and the reasons why requested scores are missing."""
     if pixels[0].ndim == 4:
-        asked = config.clip is not None or config.features is not None
-        return None, ["quality.clip and quality.features score pictures, and these are videos"] if asked else []
+        is_requested = config.clip is not None or config.features is not None
+        return None, ["quality.clip and quality.features score images, and these are videos"] if is_requested else []
     try:
-        return pretrained.score(config, [to_uint8(picture) for picture in pixels], prompts), []
+        return pretrained.score(config, [to_uint8(image) for image in pixels], prompts), []
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         return None, [f"quality.clip and quality.features are not scored: {' '.join(str(error).split())}"]
 
 
-def fetched(model: ModelConfig, folder: Path) -> list[str]:
-    """Which commit a hub name stood for, where the checkpoint has one."""
+def hub_commit_note(model: ModelConfig, folder: Path) -> list[str]:
+    """Return a note that names the commit of a hub checkpoint, if it has one."""
     found = hub.commit(folder)
     return [] if model.path is None or found is None else [f"model.path={model.path} is commit {found}, in {folder}"]
 
@@ -222,19 +223,19 @@ def build_record(
     results: list[GenerationResult],
     pixels: Sequence[Array],
     notes: list[str],
-    counted: GenerationResult | None = None,
-    profiled: GenerationResult | None = None,
+    flops_result: GenerationResult | None = None,
+    profile_result: GenerationResult | None = None,
 ) -> Record:
-    """The record of one run, `pixels` being the last answer's pictures; their rows are added when they are saved."""
+    """Return the record of one run; `pixels` are the last answer's samples, whose rows are added later."""
     declared = to_dict(config)
     prompts = [sample.prompt for sample in results[-1].samples]
     folder = locate(config.model, trained_denoiser(config).weights).folder
-    scored, reasons = quality(folder, pixels, prompts)
-    extra, more = pretrained_quality(config.quality, pixels, prompts)
-    said = dict.fromkeys(
+    scored, reasons = score_quality(folder, pixels, prompts)
+    extra, more = score_pretrained(config.quality, pixels, prompts)
+    all_notes = dict.fromkeys(
         [
             *notes,
-            *fetched(config.model, folder),
+            *hub_commit_note(config.model, folder),
             *(note for result in results for report in result.ranks for note in report.notes),
             *cache_notes(config.cache, config.model.name, [s for report in results[-1].ranks for s in report.skips]),
             *reasons,
@@ -250,22 +251,22 @@ def build_record(
         attention=Attention(config.attention.backend, info.attention),
         first_call=first,
         repeats=repeats,
-        summary=statistics(
+        summary=summarize_repeats(
             repeats,
             results,
             config.request.batch_size,
             Place(0, degrees(config.parallel)).replica_size,
-            counted,
+            flops_result,
             info.ceiling_tflops,
             even=config.engine.name != CACHE_DIT and config.cache.name == NONE,
         ),
         samples=[],
-        notes=list(said),
+        notes=list(all_notes),
         quality=scored,
         pretrained=extra,
         loaded=info.loaded,
         engine=Engine(config.engine.name, engine_version(config.engine.name)),
-        profile={} if profiled is None else operators(profiled),
+        profile={} if profile_result is None else operators(profile_result),
     )
 
 

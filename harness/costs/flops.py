@@ -14,10 +14,10 @@ harness.device.flops, which counts the same number on ranks that compute.
 
 from __future__ import annotations
 
-from harness.costs.traffic import Trace
+from harness.costs.traffic import NetworkTrace
 
 
-def rank_flops(trace: Trace, degrees: tuple[int, ...]) -> int:
+def rank_flops(trace: NetworkTrace, degrees: tuple[int, ...]) -> int:
     """Operations of each rank in one evaluation.
 
     Args:
@@ -26,25 +26,27 @@ def rank_flops(trace: Trace, degrees: tuple[int, ...]) -> int:
     """
     tp, shared = degrees[2], degrees[3] * degrees[4]
     linears = sum(
-        2 * call.tokens.on(shared) * call.inputs * call.outputs // (tp if call.cut else 1) for call in trace.linears
+        2 * call.tokens.per_rank(shared) * call.inputs * call.outputs // (tp if call.cut else 1)
+        for call in trace.linears
     )
     return linears + attention_flops(trace, degrees) + trace.other_flops
 
 
-def attention_flops(trace: Trace, degrees: tuple[int, ...]) -> int:
+def attention_flops(trace: NetworkTrace, degrees: tuple[int, ...]) -> int:
     """Those of them that are attention."""
-    dealt = dealt_attention_flops(trace, degrees)
+    dealt = sharded_attention_flops(trace, degrees)
     tp, shared = degrees[2], degrees[3] * degrees[4]
     return dealt + sum(
-        4 * call.queries.on(shared) * call.keys * (call.heads // tp) * call.channels for call in trace.local_attention
+        4 * call.queries.per_rank(shared) * call.keys * (call.heads // tp) * call.channels
+        for call in trace.local_attention
     )
 
 
-def dealt_attention_flops(trace: Trace, degrees: tuple[int, ...]) -> int:
+def sharded_attention_flops(trace: NetworkTrace, degrees: tuple[int, ...]) -> int:
     """Those of them that are attention over dealt tokens, which a ring computes while keys and values travel."""
     _, _, tp, ring, ulysses = degrees
     found = 0
     for call in trace.attention:
-        tokens, heads = call.tokens.on(ring * ulysses), -(-(call.heads // tp) // ulysses)
+        tokens, heads = call.tokens.per_rank(ring * ulysses), -(-(call.heads // tp) // ulysses)
         found += 4 * ulysses * tokens * (ring * ulysses * tokens // call.tokens.batch) * heads * call.channels
     return found

@@ -43,11 +43,11 @@ class FramesTrace:
 
     frames: int
     stride: int
-    before: tuple[int, ...]
+    halo_elements: tuple[int, ...]
     pixels: int
 
 
-def frames_bytes(trace: FramesTrace, ranks: int, index: int, item: int) -> dict[str, int]:
+def frames_bytes(trace: FramesTrace, ranks: int, index: int, itemsize: int) -> dict[str, int]:
     """Bytes that one rank sends to decode once, by kind of collective; the last is one of the neighbours and sends 0.
 
     Args:
@@ -60,7 +60,7 @@ def frames_bytes(trace: FramesTrace, ranks: int, index: int, item: int) -> dict[
     first, later = share + (spare > 0), share + (spare > 1)  # those of tensor_split, and the longest behind the first
     longest = max(trace.stride * (first - 1) + 1, trace.stride * later)
     return {
-        "neighbours": item * sum(trace.before) * (index < others),
+        "neighbours": itemsize * sum(trace.halo_elements) * (index < others),
         "all_gather": (FLOAT32 * trace.pixels * longest + LENGTH) * others,
     }
 
@@ -74,14 +74,14 @@ def trace_frames(make: Callable[[], WanDecoder], latent: Tensor) -> FramesTrace:
     """
     with torch.device("meta"):
         decoder = make()
-    before: dict[nn.Module, int] = {}
+    halo_elements: dict[nn.Module, int] = {}
 
     def convolve(conv: nn.Module, args: tuple[Any, ...]) -> None:
-        before[conv] = REACH * args[0].numel() // args[0].shape[2]
+        halo_elements[conv] = REACH * args[0].numel() // args[0].shape[2]
 
     for module in decoder.vae.decoder.modules():
         if isinstance(module, WanCausalConv3d) and over_time(module):
             module.register_forward_pre_hook(convolve)
     with torch.no_grad():
         pixels = decoder(latent[:, :, :REACH].to("meta"))
-    return FramesTrace(latent.shape[2], pixels.shape[1] - 1, tuple(before.values()), pixels[:, :1].numel())
+    return FramesTrace(latent.shape[2], pixels.shape[1] - 1, tuple(halo_elements.values()), pixels[:, :1].numel())

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.costs.traffic import Trace
+from harness.costs.traffic import NetworkTrace
 from models.plan import ParallelPlan
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightBytes:
     """Bytes of a network's parameters.
 
     Args:
@@ -37,15 +37,15 @@ class Weights:
         cut: of those that tensor parallelism divides.
     """
 
-    whole: int
+    total: int
     cut: int
 
-    def on(self, tp: int) -> int:
+    def per_rank(self, tp: int) -> int:
         """Bytes on one rank of so many."""
-        return self.whole - self.cut + self.cut // tp
+        return self.total - self.cut + self.cut // tp
 
 
-def network_weights(network: nn.Module, plan: ParallelPlan) -> Weights:
+def network_weights(network: nn.Module, plan: ParallelPlan) -> WeightBytes:
     """What a network's parameters take, in their own dtypes, by what harness.parallel.parallelize cuts."""
     cut = 0
     for name, module in network.named_modules():
@@ -55,18 +55,20 @@ def network_weights(network: nn.Module, plan: ParallelPlan) -> Weights:
         for key, parameter in module.named_parameters(recurse=False):
             if columns or norms or (rows and key == "weight"):
                 cut += parameter.nbytes
-    return Weights(sum(parameter.nbytes for parameter in network.parameters()), cut)
+    return WeightBytes(sum(parameter.nbytes for parameter in network.parameters()), cut)
 
 
-def activation_numbers(trace: Trace, degrees: tuple[int, ...]) -> int:
+def activation_elements(trace: NetworkTrace, degrees: tuple[int, ...]) -> int:
     """Numbers that one evaluation holds at its peak, on each rank."""
     _, _, tp, ring, ulysses = degrees
     shared = ring * ulysses
-    streams = [(tokens.on(shared) * channels, tokens.on(1) * channels) for tokens, channels in trace.outputs]
+    streams = [
+        (tokens.per_rank(shared) * channels, tokens.per_rank(1) * channels) for tokens, channels in trace.outputs
+    ]
     dealt, gathered = max((part for part, _ in streams), default=0), max((full for _, full in streams), default=0)
-    of_attention = [call.tokens.on(shared) * (call.heads // tp) * call.channels for call in trace.attention]
+    of_attention = [call.tokens.per_rank(shared) * (call.heads // tp) * call.channels for call in trace.attention]
     linears = [
-        call.tokens.on(shared)
+        call.tokens.per_rank(shared)
         * (call.inputs // (tp if call.cut == "inputs" else 1) + call.outputs // (tp if call.cut == "outputs" else 1))
         for call in trace.linears
     ]
@@ -80,17 +82,17 @@ def activation_numbers(trace: Trace, degrees: tuple[int, ...]) -> int:
     )
 
 
-def displaced_numbers(trace: Trace, degrees: tuple[int, ...]) -> int:
+def displaced_elements(trace: NetworkTrace, degrees: tuple[int, ...]) -> int:
     """What a rank of displaced patches keeps: of every attention the keys and values of the whole ring, padding too."""
     _, _, tp, ring, ulysses = degrees
     parts = (
-        call.tokens.on(ring * ulysses) * (-(-(call.heads // tp) // ulysses) * ulysses) * call.channels
+        call.tokens.per_rank(ring * ulysses) * (-(-(call.heads // tp) // ulysses) * ulysses) * call.channels
         for call in trace.attention
     )
     return 2 * ring * sum(parts)
 
 
-def decode_numbers(decode: Callable[[Tensor], Tensor], layers: nn.Module, latents: Tensor) -> int:
+def decode_elements(decode: Callable[[Tensor], Tensor], layers: nn.Module, latents: Tensor) -> int:
     """Numbers that decoding a batch on one rank holds at its peak.
 
     Args:
@@ -100,12 +102,12 @@ def decode_numbers(decode: Callable[[Tensor], Tensor], layers: nn.Module, latent
     """
     widest = 0
 
-    def look(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def measure(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         nonlocal widest
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             widest = max(widest, args[0].numel() + 2 * output.numel())
 
-    handles = [layer.register_forward_hook(look) for layer in layers.modules() if not list(layer.children())]
+    handles = [layer.register_forward_hook(measure) for layer in layers.modules() if not list(layer.children())]
     with torch.no_grad():
         decode(latents)
     for handle in handles:

@@ -12,7 +12,7 @@ from harness.config.schema import ParallelConfig
 PLAN_SCHEMA = 1
 
 
-class Exchange(msgspec.Struct, frozen=True):
+class AxisCollective(msgspec.Struct, frozen=True):
     """What one axis of ranks sends in one evaluation.
 
     Args:
@@ -34,7 +34,7 @@ class Exchange(msgspec.Struct, frozen=True):
     exposed_ms: float
 
 
-class Prediction(msgspec.Struct, frozen=True):
+class LayoutPrediction(msgspec.Struct, frozen=True):
     """One layout. Numbers are of one rank and one evaluation of the denoiser, which is a step of a first-order solver.
 
     Args:
@@ -69,14 +69,14 @@ class Prediction(msgspec.Struct, frozen=True):
     fits: bool
     compute_ms: float
     memory_ms: float
-    exchanges: list[Exchange]
+    exchanges: list[AxisCollective]
     exposed_ms: float
     step_ms: float
     denoising_ms: float
     notes: list[str]
 
 
-class Check(msgspec.Struct, frozen=True):
+class PredictionCheck(msgspec.Struct, frozen=True):
     """A record, and what is predicted of its run; `error` is predicted over measured step time, less 1.
 
     Bytes are what the busiest rank sent while it denoised a request, operations those of all ranks of a picture in one
@@ -113,5 +113,5 @@ class Plan(msgspec.Struct, frozen=True):
     hardware: HardwareConfig
     measured: list[str]
     config: dict[str, Any]
-    layouts: list[Prediction]
-    checks: list[Check]
+    layouts: list[LayoutPrediction]
+    checks: list[PredictionCheck]

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.build.parts import source_of
 from harness.config.schema import RunConfig
-from harness.costs.memory import Weights, decode_numbers, network_weights
-from harness.costs.traffic import Trace, trace_network
+from harness.costs.memory import WeightBytes, decode_elements, network_weights
+from harness.costs.traffic import NetworkTrace, trace_network
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.parallel.vae import RowsDecoder
 from harness.resolve.checkpoint import COMPONENTS
@@ -30,7 +30,7 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Traced:
+class RequestTrace:
     """What every layout of one request shares.
 
     Args:
@@ -43,16 +43,16 @@ class Traced:
         decode_bytes: that decoding the micro-batch on one rank holds at its peak.
     """
 
-    whole: Trace
-    branch: Trace | None
-    weights: Weights
+    both_branches: NetworkTrace
+    one_branch: NetworkTrace | None
+    weights: WeightBytes
     other_weights: int
-    item: int
+    itemsize: int
     latent_bytes: int
     decode_bytes: int
 
 
-class _Unasked(TorchDispatchMode):
+class _ScalarsAreTrue(TorchDispatchMode):
     """Answers where a text encoder asks what a tensor without numbers says (is every token real?): yes.
 
     What it does of the answer is a shorter way to the same shapes.
@@ -66,7 +66,7 @@ class _Unasked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace_request(config: RunConfig) -> Traced:
+def trace_request(config: RunConfig) -> RequestTrace:
     """Builds and traces the first micro-batch of a request.
 
     Raises:
@@ -75,13 +75,13 @@ def trace_request(config: RunConfig) -> Traced:
     source = source_of(config, META)
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[config.model.architecture].module).load
     parts = load(source, attention_kernel("math"))
-    prompts, negatives = conditions(config, parts)
+    prompts, negatives = encode_prompts(config, parts)
     guided = to_message(config.request).guidance != 1 and not parts.guidance.embedded
     dtype = torch_dtype(denoiser_dtype(config.model))
     latent = _latent(config, parts)
     weights = network_weights(parts.network, parts.plan)
 
-    def traced(told: Sequence[Conditioning]) -> Trace:
+    def traced(told: Sequence[Conditioning]) -> NetworkTrace:
         condition = Conditioning.stack(told)
         if parts.guidance.embedded:
             condition = replace(condition, scale=torch.empty(len(told), device=META))
@@ -89,31 +89,31 @@ def trace_request(config: RunConfig) -> Traced:
         tau_B = torch.empty(len(told), device=META)
         return trace_network(lambda: parts.network, parts.plan, (x, tau_B, condition.to(dtype)))
 
-    whole = traced([*negatives, *prompts] if guided else prompts)
+    both_branches = traced([*negatives, *prompts] if guided else prompts)
     loaded = source.loaded.values()
-    return Traced(
-        whole=whole,
-        branch=traced(prompts) if guided else None,
+    return RequestTrace(
+        both_branches=both_branches,
+        one_branch=traced(prompts) if guided else None,
         weights=weights,
-        other_weights=sum(part.bytes for part in loaded if part.component in kept(config)),
-        item=dtype.itemsize,
+        other_weights=sum(part.bytes for part in loaded if part.component in resident_components(config)),
+        itemsize=dtype.itemsize,
         latent_bytes=4 * len(prompts) * torch.Size(latent).numel(),
         decode_bytes=_decode_bytes(parts, (len(prompts), *latent)),
     )
 
 
-def conditions(config: RunConfig, parts: Components) -> tuple[list[Conditioning], list[Conditioning]]:
+def encode_prompts(config: RunConfig, parts: Components) -> tuple[list[Conditioning], list[Conditioning]]:
     """What the first micro-batch is told of its prompts, and of its negative prompts."""
     request = to_message(config.request)
-    asked = [prompt for prompt in request.prompts for _ in range(request.samples_per_prompt)][: request.batch_size]
-    with _Unasked(), torch.no_grad():
+    prompts = [prompt for prompt in request.prompts for _ in range(request.samples_per_prompt)][: request.batch_size]
+    with _ScalarsAreTrue(), torch.no_grad():
         encode = parts.load_prompts()
-        told = {prompt: encode([prompt]) for prompt in asked}
+        told = {prompt: encode([prompt]) for prompt in prompts}
         negative = encode([request.negative_prompt], negative=True) if parts.guidance.possible else Conditioning()
-    return [told[prompt] for prompt in asked], [negative] * len(asked)
+    return [told[prompt] for prompt in prompts], [negative] * len(prompts)
 
 
-def kept(config: RunConfig) -> list[str]:
+def resident_components(config: RunConfig) -> list[str]:
     """The components beside the denoiser that stay in memory while it works."""
     return [name for name in COMPONENTS if config.model.text.keep or not name.startswith("text_encoder")]
 
@@ -128,4 +128,4 @@ def _decode_bytes(parts: Components, latents: tuple[int, ...]) -> int:
     if not isinstance(parts.decoder, RowsDecoder):
         return 0
     vae = parts.decoder.vae
-    return vae.dtype.itemsize * decode_numbers(parts.decoder, vae.decoder, torch.empty(*latents, device=META))
+    return vae.dtype.itemsize * decode_elements(parts.decoder, vae.decoder, torch.empty(*latents, device=META))

@@ -27,19 +27,19 @@ from dataclasses import dataclass, replace
 
 from harness.config.plan import HardwareConfig
 from harness.config.schema import ParallelConfig
-from harness.costs.flops import attention_flops, dealt_attention_flops, rank_flops
-from harness.costs.memory import activation_numbers
-from harness.costs.request_trace import Traced
-from harness.costs.plan_file import Exchange, Prediction
-from harness.costs.traffic import FLOAT32, Trace, sent_bytes
+from harness.costs.flops import attention_flops, rank_flops, sharded_attention_flops
+from harness.costs.memory import activation_elements
+from harness.costs.plan_file import AxisCollective, LayoutPrediction
+from harness.costs.request_trace import RequestTrace
+from harness.costs.traffic import FLOAT32, NetworkTrace, sent_bytes
 from harness.parallel.mesh import degrees, world_size
 from harness.resolve.layout_rules import Facts, check_layout
 
-AXIS = {"all_to_all": "ulysses", "shift": "ring", "all_reduce": "tp", "all_gather": "tokens"}
+AXIS_OF = {"all_to_all": "ulysses", "shift": "ring", "all_reduce": "tp", "all_gather": "tokens"}
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceRates:
     """A machine as the formulas read it: rates that are attained, in units a second.
 
     Args:
@@ -56,16 +56,16 @@ class Device:
     memory_bytes: float
     link: tuple[float, float]
     network: tuple[float, float] | None
-    node: int | None
+    devices_per_node: int | None
 
 
-def device(hardware: HardwareConfig, item: int) -> Device:
+def device_rates(hardware: HardwareConfig, itemsize: int) -> DeviceRates:
     """The machine, for numbers of so many bytes.
 
     Raises:
         ValueError: a rate that is neither given nor measured.
     """
-    key = "bfloat16_tflops" if item == 2 else "float32_tflops"
+    key = "bfloat16_tflops" if itemsize == 2 else "float32_tflops"
 
     def given(name: str) -> float:
         value: float | None = getattr(hardware, name)
@@ -77,19 +77,24 @@ def device(hardware: HardwareConfig, item: int) -> Device:
     if hardware.network_gb_s is not None:
         latency = (hardware.network_latency_us or 0.0) * 1e-6
         network = (hardware.network_gb_s * 1e9 * hardware.link_share, latency)
-    return Device(
+    return DeviceRates(
         flops=given(key) * 1e12 * hardware.compute_share,
         memory=given("memory_gb_s") * 1e9 * hardware.memory_share,
         memory_bytes=given("memory_gb") * 1e9,
         link=(given("link_gb_s") * 1e9 * hardware.link_share, given("link_latency_us") * 1e-6),
         network=network,
-        node=hardware.devices_per_node,
+        devices_per_node=hardware.devices_per_node,
     )
 
 
 def predict(
-    traced: Traced, layout: ParallelConfig, on: Device, evaluations: int, micro_batches: int, notes: list[str]
-) -> Prediction:
+    traced: RequestTrace,
+    layout: ParallelConfig,
+    machine: DeviceRates,
+    evaluations: int,
+    micro_batches: int,
+    notes: list[str],
+) -> LayoutPrediction:
     """What one layout costs.
 
     Args:
@@ -102,16 +107,19 @@ def predict(
     """
     sizes = degrees(layout)
     trace = _evaluated(traced, layout)
-    flops, moved = rank_flops(trace, sizes), traced.weights.on(layout.tp) + traced.item * moved_numbers(trace, sizes)
-    compute_s, memory_s = flops / on.flops, moved / on.memory
-    exchanges = list(_exchanges(trace, layout, traced.item, on))
+    flops, moved = (
+        rank_flops(trace, sizes),
+        traced.weights.per_rank(layout.tp) + traced.itemsize * moved_elements(trace, sizes),
+    )
+    compute_s, memory_s = flops / machine.flops, moved / machine.memory
+    exchanges = list(_exchanges(trace, layout, traced.itemsize, machine))
     exposed_ms = sum(exchange.exposed_ms for exchange in exchanges)
     picture = world_size(sizes[1:])
-    activations = max(traced.item * activation_numbers(trace, sizes), traced.decode_bytes // picture)
-    weights = traced.weights.on(layout.tp)
+    activations = max(traced.itemsize * activation_elements(trace, sizes), traced.decode_bytes // picture)
+    weights = traced.weights.per_rank(layout.tp)
     memory_bytes = weights + traced.other_weights + activations + traced.latent_bytes
     step_ms = 1e3 * max(compute_s, memory_s) + exposed_ms
-    return Prediction(
+    return LayoutPrediction(
         layout=layout,
         ranks=world_size(sizes),
         flops=flops,
@@ -121,7 +129,7 @@ def predict(
         other_weight_bytes=traced.other_weights,
         activation_bytes=activations,
         memory_bytes=memory_bytes,
-        fits=memory_bytes <= on.memory_bytes,
+        fits=memory_bytes <= machine.memory_bytes,
         compute_ms=1e3 * compute_s,
         memory_ms=1e3 * memory_s,
         exchanges=exchanges,
@@ -132,12 +140,12 @@ def predict(
     )
 
 
-def traffic(traced: Traced, layout: ParallelConfig) -> dict[str, int]:
+def traffic(traced: RequestTrace, layout: ParallelConfig) -> dict[str, int]:
     """Bytes that a rank sends in one evaluation, by kind of collective."""
-    return sent_bytes(_evaluated(traced, layout), degrees(layout), traced.item)
+    return sent_bytes(_evaluated(traced, layout), degrees(layout), traced.itemsize)
 
 
-def legal_layouts(facts: Facts, ranks: int, micro_batches: int) -> Iterator[tuple[ParallelConfig, list[str]]]:
+def valid_layouts(facts: Facts, ranks: int, micro_batches: int) -> Iterator[tuple[ParallelConfig, list[str]]]:
     """Every exact layout of up to so many ranks that may run, and its padding in words; replicas that would be idle
     apart, and layouts with stale keys and values.
     """
@@ -154,51 +162,53 @@ def legal_layouts(facts: Facts, ranks: int, micro_batches: int) -> Iterator[tupl
                         yield replace(layout, dp=dp), notes
 
 
-def moved_numbers(trace: Trace, sizes: tuple[int, ...]) -> int:
+def moved_elements(trace: NetworkTrace, sizes: tuple[int, ...]) -> int:
     """Numbers that linears and attention read and write, weights apart."""
     _, _, tp, ring, ulysses = sizes
     shared = ring * ulysses
     linears = sum(
-        call.tokens.on(shared)
+        call.tokens.per_rank(shared)
         * (call.inputs // (tp if call.cut == "inputs" else 1) + call.outputs // (tp if call.cut == "outputs" else 1))
         for call in trace.linears
     )
-    own = sum(4 * call.tokens.on(shared) * (call.heads // tp) * call.channels for call in trace.attention)
+    own = sum(4 * call.tokens.per_rank(shared) * (call.heads // tp) * call.channels for call in trace.attention)
     other = sum(
-        2 * (call.queries.on(shared) + call.queries.batch * call.keys) * (call.heads // tp) * call.channels
+        2 * (call.queries.per_rank(shared) + call.queries.batch * call.keys) * (call.heads // tp) * call.channels
         for call in trace.local_attention
     )
     return linears + own + other
 
 
-def _evaluated(traced: Traced, layout: ParallelConfig) -> Trace:
-    return traced.branch if layout.cfg == 2 and traced.branch is not None else traced.whole
+def _evaluated(traced: RequestTrace, layout: ParallelConfig) -> NetworkTrace:
+    return traced.one_branch if layout.cfg == 2 and traced.one_branch is not None else traced.both_branches
 
 
-def _exchanges(trace: Trace, layout: ParallelConfig, item: int, on: Device) -> Iterator[Exchange]:
+def _exchanges(
+    trace: NetworkTrace, layout: ParallelConfig, itemsize: int, machine: DeviceRates
+) -> Iterator[AxisCollective]:
     sizes, calls = degrees(layout), _calls(trace, layout)
     ranks, extent = world_size(sizes), _extents(layout)
-    sent = sent_bytes(trace, degrees(replace(layout, cfg=1)), item)
-    rows = [(AXIS[kind], kind, count) for kind, count in sent.items()]
+    sent = sent_bytes(trace, degrees(replace(layout, cfg=1)), itemsize)
+    rows = [(AXIS_OF[kind], kind, count) for kind, count in sent.items()]
     if layout.cfg > 1:
-        rows.append(("cfg", "all_gather", FLOAT32 * trace.numbers * (layout.cfg - 1)))
+        rows.append(("cfg", "all_gather", FLOAT32 * trace.output_elements * (layout.cfg - 1)))
     for axis, kind, count in rows:
-        away = _between_nodes(extent[axis], ranks, on.node)
-        rate, latency = on.network if away and on.network is not None else on.link
+        away = _between_nodes(extent[axis], ranks, machine.devices_per_node)
+        rate, latency = machine.network if away and machine.network is not None else machine.link
         taken = calls[axis] * latency + count / rate
         hidden = 0.0
         if axis == "ring":
-            hidden = dealt_attention_flops(trace, sizes) / on.flops * (layout.ring - 1) / layout.ring
-        yield Exchange(axis, kind, count, calls[axis], away, 1e3 * taken, 1e3 * max(0.0, taken - hidden))
+            hidden = sharded_attention_flops(trace, sizes) / machine.flops * (layout.ring - 1) / layout.ring
+        yield AxisCollective(axis, kind, count, calls[axis], away, 1e3 * taken, 1e3 * max(0.0, taken - hidden))
 
 
-def _calls(trace: Trace, layout: ParallelConfig) -> dict[str, int]:
+def _calls(trace: NetworkTrace, layout: ParallelConfig) -> dict[str, int]:
     """Collectives of one evaluation, by axis: what harness.parallel.attention and parallelize call."""
     return {
         "ulysses": 4 * len(trace.attention),
         "ring": (layout.ring - 1) * len(trace.attention),
-        "tp": len(trace.rows) + len(trace.norms),
-        "tokens": len(trace.outputs) + sum(call.dealt_mask for call in trace.attention),
+        "tp": len(trace.row_linears) + len(trace.sharded_norms),
+        "tokens": len(trace.outputs) + sum(call.sharded_mask for call in trace.attention),
         "cfg": 1,
     }
 
@@ -210,5 +220,9 @@ def _extents(layout: ParallelConfig) -> dict[str, int]:
     return {"ulysses": layout.ulysses, "ring": tokens, "tokens": tokens, "tp": tp, "cfg": tp * layout.cfg}
 
 
-def _between_nodes(extent: int, ranks: int, node: int | None) -> bool:
-    return node is not None and ranks > node and (extent > node or node % extent > 0)
+def _between_nodes(extent: int, ranks: int, devices_per_node: int | None) -> bool:
+    return (
+        devices_per_node is not None
+        and ranks > devices_per_node
+        and (extent > devices_per_node or devices_per_node % extent > 0)
+    )

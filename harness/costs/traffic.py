@@ -60,7 +60,7 @@ FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenStreams:
     """What an operation works on: streams of tokens in a batch.
 
     Args:
@@ -71,32 +71,32 @@ class Tokens:
 
     batch: int
     lengths: tuple[int, ...]
-    dealt: bool = True
+    sharded: bool = True
 
-    def on(self, ranks: int) -> int:
+    def per_rank(self, ranks: int) -> int:
         """Tokens of the whole batch on one of so many ranks: l."""
-        return self.batch * sum(TokenLayout(self.lengths, ranks if self.dealt else 1).parts)
+        return self.batch * sum(TokenLayout(self.lengths, ranks if self.sharded else 1).parts)
 
 
 @dataclass(frozen=True)
-class Attention:
+class ShardedAttention:
     """One attention of tokens to themselves.
 
     Args:
         tokens: of all streams that it joins.
         heads: A, of the whole network.
         channels: E, a head.
-        dealt_mask: its key mask is cut over ranks like the tokens.
+        sharded_mask: its key mask is cut over ranks like the tokens.
     """
 
-    tokens: Tokens
+    tokens: TokenStreams
     heads: int
     channels: int
-    dealt_mask: bool
+    sharded_mask: bool
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearCall:
     """One call of a linear.
 
     Args:
@@ -106,7 +106,7 @@ class Linear:
         cut: by which of the two it is cut over ranks; None where every rank has it whole.
     """
 
-    tokens: Tokens
+    tokens: TokenStreams
     inputs: int
     outputs: int
     cut: Literal["inputs", "outputs"] | None
@@ -123,14 +123,14 @@ class LocalAttention:
         channels: E, a head.
     """
 
-    queries: Tokens
+    queries: TokenStreams
     keys: int
     heads: int
     channels: int
 
 
 @dataclass(frozen=True)
-class Trace:
+class NetworkTrace:
     """What one evaluation of a network does that a layout divides or sends bytes for.
 
     Args:
@@ -147,19 +147,19 @@ class Trace:
     """
 
     batch: int
-    attention: tuple[Attention, ...]
-    outputs: tuple[tuple[Tokens, int], ...]
-    rows: tuple[tuple[Tokens, int], ...]
-    norms: tuple[Tokens, ...]
-    numbers: int
-    linears: tuple[Linear, ...]
+    attention: tuple[ShardedAttention, ...]
+    outputs: tuple[tuple[TokenStreams, int], ...]
+    row_linears: tuple[tuple[TokenStreams, int], ...]
+    sharded_norms: tuple[TokenStreams, ...]
+    output_elements: int
+    linears: tuple[LinearCall, ...]
     local_attention: tuple[LocalAttention, ...]
     other_flops: int
     widest: int
 
 
 def sent_bytes(
-    trace: Trace, degrees: tuple[int, ...], item: int, gather: bool = False, displaced: bool = False
+    trace: NetworkTrace, degrees: tuple[int, ...], itemsize: int, gather: bool = False, displaced: bool = False
 ) -> dict[str, int]:
     """Bytes that each rank of a layout sends in one evaluation, by kind of collective, without kinds that send none.
 
@@ -174,22 +174,22 @@ def sent_bytes(
     shared, sent = ring * ulysses, Counter[str]()
     around = "all_gather displaced" if displaced else "all_gather" if gather else "shift"
     for call in trace.attention:
-        tokens, heads = call.tokens.on(shared), -(-(call.heads // tp) // ulysses) * ulysses
-        part = tokens * heads * call.channels * item
+        tokens, heads = call.tokens.per_rank(shared), -(-(call.heads // tp) // ulysses) * ulysses
+        part = tokens * heads * call.channels * itemsize
         sent["all_to_all"] += 4 * part * (ulysses - 1) // ulysses
         sent[around] += 2 * part * (ring - 1)
-        sent["all_gather"] += tokens * (shared - 1) * call.dealt_mask
+        sent["all_gather"] += tokens * (shared - 1) * call.sharded_mask
     for output, channels in trace.outputs:
-        sent["all_gather"] += output.on(shared) * channels * item * (shared - 1)
-    for row, channels in trace.rows:
-        sent["all_reduce"] += 2 * row.on(shared) * channels * item * (tp - 1) // tp
-    for norm in trace.norms:
-        sent["all_reduce"] += 2 * norm.on(shared) * FLOAT32 * (tp - 1) // tp
-    sent["all_gather"] += FLOAT32 * trace.numbers * (cfg - 1)
+        sent["all_gather"] += output.per_rank(shared) * channels * itemsize * (shared - 1)
+    for row, channels in trace.row_linears:
+        sent["all_reduce"] += 2 * row.per_rank(shared) * channels * itemsize * (tp - 1) // tp
+    for norm in trace.sharded_norms:
+        sent["all_reduce"] += 2 * norm.per_rank(shared) * FLOAT32 * (tp - 1) // tp
+    sent["all_gather"] += FLOAT32 * trace.output_elements * (cfg - 1)
     return {kind: count for kind, count in sent.items() if count}
 
 
-def pipe_bytes(trace: Trace, plan: ParallelPlan, ranks: int, index: int, item: int) -> dict[str, int]:
+def pipe_bytes(trace: NetworkTrace, plan: ParallelPlan, ranks: int, index: int, itemsize: int) -> dict[str, int]:
     """Bytes that one rank of a pipeline sends in one evaluation, by kind of collective, without kinds that send none.
 
     Args:
@@ -199,10 +199,13 @@ def pipe_bytes(trace: Trace, plan: ParallelPlan, ranks: int, index: int, item: i
         index: of the rank in the pipeline.
         item: s, bytes of a number of the network's dtype.
     """
-    sizes = [tokens.on(1) * channels * item for tokens, channels in trace.outputs]
+    sizes = [tokens.per_rank(1) * channels * itemsize for tokens, channels in trace.outputs]
     if index < ranks - 1:
         return {"send": sum(sizes)}
-    sent = {"send": sum(sizes[: -len(plan.stacks[-1].outputs)]), "broadcast": trace.numbers * item * (ranks - 1)}
+    sent = {
+        "send": sum(sizes[: -len(plan.stacks[-1].outputs)]),
+        "broadcast": trace.output_elements * itemsize * (ranks - 1),
+    }
     return {kind: count for kind, count in sent.items() if count}
 
 
@@ -215,14 +218,14 @@ def weight_bytes(network: nn.Module, plan: ParallelPlan, ranks: int) -> int:
         ranks: S.
     """
     kept = {parameter for name in plan.called_outside for parameter in network.get_submodule(name).parameters()}
-    dealt = [p for p in network.parameters() if p not in kept]
-    parts = (-(-len(p) // ranks) * p[0].numel() * p.element_size() for p in dealt)
+    sharded = [p for p in network.parameters() if p not in kept]
+    parts = (-(-len(p) // ranks) * p[0].numel() * p.element_size() for p in sharded)
     return (ranks - 1) * sum(parts)
 
 
 def trace_network(
     make: Callable[[], nn.Module], plan: ParallelPlan, inputs: tuple[Tensor, Tensor, Conditioning]
-) -> Trace:
+) -> NetworkTrace:
     """Runs a network once without any numbers.
 
     Args:
@@ -231,46 +234,46 @@ def trace_network(
         inputs: latent, tau_B and conditioning of the sizes in question, on any device (meta is enough).
     """
     network = build_empty(make, torch.float32, "meta")
-    recorder = _Recorder(plan)
-    recorder.listen(network)
+    tracer = _NetworkTracer(plan)
+    tracer.register_hooks(network)
     latent, tau_B, condition = inputs
     told = {f.name: getattr(condition, f.name) for f in fields(Conditioning)}
     there = Conditioning(**{name: None if x is None else x.to("meta") for name, x in told.items()})
     flops: list[int] = []
     with torch.no_grad(), counted(flops.append):
         output: Tensor = network(latent.to("meta"), tau_B.to("meta"), there)
-    linears = sum(2 * call.tokens.on(1) * call.inputs * call.outputs for call in recorder.linears)
-    return Trace(
+    linears = sum(2 * call.tokens.per_rank(1) * call.inputs * call.outputs for call in tracer.linears)
+    return NetworkTrace(
         len(latent),
-        tuple(recorder.attention),
-        tuple(recorder.outputs),
-        tuple(recorder.rows),
-        tuple(recorder.norms),
+        tuple(tracer.attention),
+        tuple(tracer.outputs),
+        tuple(tracer.row_linears),
+        tuple(tracer.sharded_norms),
         output.numel(),
-        tuple(recorder.linears),
-        tuple(recorder.local_attention),
+        tuple(tracer.linears),
+        tuple(tracer.local_attention),
         flops[0] - linears,
-        recorder.widest,
+        tracer.widest,
     )
 
 
-class _Recorder:
+class _NetworkTracer:
     """Listens to a network by hooks, and stands in for the attention whose tokens are dealt."""
 
     def __init__(self, plan: ParallelPlan) -> None:
         self.plan = plan
-        self.attention: list[Attention] = []
-        self.outputs: list[tuple[Tokens, int]] = []
-        self.rows: list[tuple[Tokens, int]] = []
-        self.norms: list[Tokens] = []
-        self.linears: list[Linear] = []
+        self.attention: list[ShardedAttention] = []
+        self.outputs: list[tuple[TokenStreams, int]] = []
+        self.row_linears: list[tuple[TokenStreams, int]] = []
+        self.sharded_norms: list[TokenStreams] = []
+        self.linears: list[LinearCall] = []
         self.local_attention: list[LocalAttention] = []
         self.widest = 0
         self._lengths: tuple[int, ...] = ()  # of the streams of the block that runs now
         self._dealt_mask = False
         self._replicated: list[Tensor] = []  # what every rank holds whole in that block
 
-    def listen(self, network: nn.Module) -> None:
+    def register_hooks(self, network: nn.Module) -> None:
         """Hooks it."""
         for module in network.modules():
             if "kernel" in (own := vars(module)):
@@ -290,7 +293,7 @@ class _Recorder:
             elif isinstance(module, nn.Linear):
                 module.register_forward_hook(partial(self._linear, self._cut(name)))
             if not list(module.children()):
-                module.register_forward_hook(self._follow)
+                module.register_forward_hook(self._track_replicated)
 
     def _cut(self, name: str) -> Literal["inputs", "outputs"] | None:
         if _named(name, self.plan.column):
@@ -300,22 +303,22 @@ class _Recorder:
     def _enter(self, stack: Stack, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
         self._lengths = tuple(given[name].shape[stack.sharded[name]] for name in stack.streams)
-        dealt = [given[name] for name in stack.sharded if given.get(name) is not None]
-        self._dealt_mask = any(x.dtype is torch.bool for x in dealt)
+        sharded = [given[name] for name in stack.sharded if given.get(name) is not None]
+        self._dealt_mask = any(x.dtype is torch.bool for x in sharded)
         self._replicated = [given[name] for name in stack.replicated]
 
     def _leave(self, stack: Stack, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         lengths = dict(zip(stack.streams, self._lengths, strict=True))
         for name, x in zip(stack.outputs, output if isinstance(output, tuple) else (output,), strict=True):
             if x is not None:
-                self.outputs.append((Tokens(len(x), (lengths[name],)), x.shape[-1]))
+                self.outputs.append((TokenStreams(len(x), (lengths[name],)), x.shape[-1]))
         self._lengths, self._replicated = (), []
 
     def _attend(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         joined = TokenLayout(self._lengths, 1).of(k_BSHD.shape[1])
         batch, _, heads, channels = q_BLHD.shape
-        dealt_mask = mask_BS is not None and self._dealt_mask
-        self.attention.append(Attention(Tokens(batch, joined.lengths), heads, channels, dealt_mask))
+        sharded_mask = mask_BS is not None and self._dealt_mask
+        self.attention.append(ShardedAttention(TokenStreams(batch, joined.lengths), heads, channels, sharded_mask))
         return torch.empty_like(q_BLHD)
 
     def _attend_locally(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
@@ -328,28 +331,28 @@ class _Recorder:
         self, cut: Literal["inputs", "outputs"] | None, linear: nn.Linear, args: tuple[Tensor, ...], output: Tensor
     ) -> None:
         tokens = self._tokens(args[0])
-        self.linears.append(Linear(tokens, linear.in_features, linear.out_features, cut))
+        self.linears.append(LinearCall(tokens, linear.in_features, linear.out_features, cut))
         if cut == "inputs":
-            self.rows.append((tokens, linear.out_features))
+            self.row_linears.append((tokens, linear.out_features))
 
     def _norm(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.norms.append(self._tokens(args[0]))
+        self.sharded_norms.append(self._tokens(args[0]))
 
-    def _tokens(self, x: Tensor) -> Tokens:
+    def _tokens(self, x: Tensor) -> TokenStreams:
         """Of what a layer is given, (B, n, C): the streams of the block it is in, or what every rank holds whole."""
         batch, count = len(x), x[0, ..., 0].numel()
-        if not self._known(x) and count in (sum(self._lengths), *self._lengths):
-            return Tokens(batch, TokenLayout(self._lengths, 1).of(count).lengths)
-        return Tokens(batch, (count,), dealt=False)
+        if not self._is_replicated(x) and count in (sum(self._lengths), *self._lengths):
+            return TokenStreams(batch, TokenLayout(self._lengths, 1).of(count).lengths)
+        return TokenStreams(batch, (count,), sharded=False)
 
-    def _follow(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _track_replicated(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """What a layer makes of something that every rank holds whole is held whole too."""
-        if args and self._known(args[0]):
+        if args and self._is_replicated(args[0]):
             self._replicated.append(output)
         if not self._lengths and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             self.widest = max(self.widest, args[0].numel() + output.numel())
 
-    def _known(self, x: Tensor) -> bool:
+    def _is_replicated(self, x: Tensor) -> bool:
         return any(x is held for held in self._replicated)
 
 

@@ -52,7 +52,7 @@ class DecodeTrace:
     pixels: int
 
 
-def decode_bytes(trace: DecodeTrace, ranks: int, index: int, item: int) -> dict[str, int]:
+def decode_bytes(trace: DecodeTrace, ranks: int, index: int, itemsize: int) -> dict[str, int]:
     """Bytes that one rank sends to decode once, by kind of collective, without kinds that send none.
 
     Args:
@@ -63,9 +63,9 @@ def decode_bytes(trace: DecodeTrace, ranks: int, index: int, item: int) -> dict[
     """
     sent, others, highest = Counter[str](), ranks - 1, -(-trace.rows // ranks)
     neighbours = (index > 0) + (index < others)
-    sent["neighbours"] += neighbours * item * sum(trace.halos)
+    sent["neighbours"] += neighbours * itemsize * sum(trace.halos)
     sent["all_gather"] += sum(FLOAT32 * (2 * groups + 1) for groups in trace.norms) * others
-    sent["all_gather"] += sum(item * numbers * highest + LENGTH for numbers in trace.attention) * others
+    sent["all_gather"] += sum(itemsize * numbers * highest + LENGTH for numbers in trace.attention) * others
     sent["all_gather"] += (FLOAT32 * trace.pixels * highest + LENGTH) * others
     return {kind: count for kind, count in sent.items() if count}
 
@@ -79,18 +79,16 @@ def trace_decode(make: Callable[[], RowsDecoder], latent: Tensor) -> DecodeTrace
     """
     with torch.device("meta"):
         decoder = make()
-    recorder = _Recorder(latent.shape[-2])
+    tracer = _DecoderTracer(latent.shape[-2])
     for module in decoder.vae.decoder.modules():
-        recorder.listen(module)
+        tracer.register_hooks(module)
     with torch.no_grad():
         pixels = decoder(latent.to("meta"))
     rows = latent.shape[-2]
-    return DecodeTrace(
-        rows, tuple(recorder.halos), tuple(recorder.norms), tuple(recorder.attention), pixels.numel() // rows
-    )
+    return DecodeTrace(rows, tuple(tracer.halos), tuple(tracer.norms), tuple(tracer.attention), pixels.numel() // rows)
 
 
-class _Recorder:
+class _DecoderTracer:
     """Listens to a decoder's layers by hooks."""
 
     def __init__(self, rows: int) -> None:
@@ -99,7 +97,7 @@ class _Recorder:
         self.norms: list[int] = []
         self.attention: list[int] = []
 
-    def listen(self, module: nn.Module) -> None:
+    def register_hooks(self, module: nn.Module) -> None:
         """Hooks one layer, if it is one that needs other rows."""
         if isinstance(module, (*CAUSAL, nn.Conv2d)):
             if halo(module):

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 import msgspec
 
 from harness.config.schema import WandbConfig, WandbMode
-from harness.messages import sent_bytes
+from harness.messages import total_sent_bytes
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.intervals import Estimate, Share
 from harness.metrics.load import LoadSummary
@@ -101,7 +101,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
                 "attention_resolved": record.attention.resolved,
                 "engine": record.engine.name,
                 "load_ms": record.first_call.load_ms,
-                "comm_bytes": sent_bytes(summary.comm),
+                "comm_bytes": total_sent_bytes(summary.comm),
                 "comm_exposed_ms": sum(sent.exposed_ms for kinds in summary.comm.values() for sent in kinds.values()),
             }
             | flops_scalars(summary)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from harness.messages import pack, unpack
+from harness.messages import pack_frames, unpack_frames
 
 IDLE_TIMEOUT = timedelta(days=30)
 
@@ -55,7 +55,7 @@ class Gloo:
         return data if data is not None else payload.numpy().tobytes()
 
     def gather(self, frames: list[bytes]) -> list[list[bytes]]:
-        data = pack(frames)
+        data = pack_frames(frames)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self._size)]
         dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
         if self._rank != 0:
@@ -65,7 +65,7 @@ class Gloo:
         for rank in range(1, self._size):
             payload = torch.empty(int(lengths[rank]), dtype=torch.uint8)
             dist.recv(payload, src=rank, group=self._group)
-            received.append(unpack(payload.numpy().tobytes()))
+            received.append(unpack_frames(payload.numpy().tobytes()))
         return received
 
 

@@ -37,10 +37,10 @@ class Traffic:
         self.calls[kind] = self.calls.get(kind, 0) + 1
         self.exposed_ms[kind] = self.exposed_ms.get(kind, 0.0) + ms
 
-    def take(self) -> dict[str, messages.Traffic]:
+    def take(self) -> dict[str, messages.CollectiveTraffic]:
         """What was counted, by kind; counting begins anew."""
         taken = {
-            kind: messages.Traffic(sent, self.calls[kind], self.exposed_ms[kind])
+            kind: messages.CollectiveTraffic(sent, self.calls[kind], self.exposed_ms[kind])
             for kind, sent in self.sent_bytes.items()
         }
         self.reset()

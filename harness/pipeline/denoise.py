@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from harness.messages import Skips
+from harness.messages import CacheSkips
 from harness.optimize.ahead import Ahead
 from harness.parallel.group import Group
 from harness.parallel.stale import Stale
@@ -144,14 +144,14 @@ class _NetworkCall:
         self._ways.append(way)
         return stage.noise_scheduler.prediction.estimate(branches.combine(output.float(), way), x, point)
 
-    def skips(self) -> list[Skips]:
+    def skips(self) -> list[CacheSkips]:
         """Of every picture, once it is drawn."""
         found, asked = [], self._branches.rows(Way.both)
         for sample, history in zip(self._batch, self._histories, strict=True):
             computed = history.computed if self._stage.savings.gated else [True] * len(self._ways)
             skipped = [k for k, done in enumerate(computed) if not done]
             rows = sum(self._branches.rows(way) for way, done in zip(self._ways, computed, strict=True) if done)
-            found.append(Skips(sample.ask.index, len(computed), skipped, asked * len(computed), rows))
+            found.append(CacheSkips(sample.ask.index, len(computed), skipped, asked * len(computed), rows))
         return found
 
 

@@ -102,10 +102,10 @@ class RunContext:
     traffic: Traffic = field(default_factory=Traffic)
     energy: Energy = field(default_factory=NoEnergy)
     notes: list[str] = field(default_factory=list)
-    comm: dict[str, dict[str, messages.Traffic]] = field(default_factory=dict)
+    comm: dict[str, dict[str, messages.CollectiveTraffic]] = field(default_factory=dict)
     keep_states: bool = False
     evaluate: Evaluate = at_once
-    skips: list[messages.Skips] = field(default_factory=list)
+    skips: list[messages.CacheSkips] = field(default_factory=list)
 
 
 def asks(request: GenerationRequest) -> list[Ask]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
-from harness.messages import LoadedComponent, MemoryPoint, OperatorTime, StageTime, StepTime, Traffic
+from harness.messages import CollectiveTraffic, LoadedComponent, MemoryPoint, OperatorTime, StageTime, StepTime
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.load import LoadSummary
 from harness.metrics.pretrained import Pretrained
@@ -113,7 +113,7 @@ class Statistics(msgspec.Struct, frozen=True):
     flops_per_step: float | None = None
     achieved_tflops: float | None = None
     ceiling_tflops: float | None = None
-    comm: dict[str, dict[str, Traffic]] = {}
+    comm: dict[str, dict[str, CollectiveTraffic]] = {}
     cache: CacheUse | None = None
     energy_j: Summary | None = None
 

@@ -1,4 +1,4 @@
-"""The ranks' outcomes of one request as one answer."""
+"""Merging the outcomes of all ranks into the answer to one request."""
 
 from __future__ import annotations
 
@@ -17,8 +17,20 @@ from harness.messages import (
 )
 
 
-def merge(request: GenerationRequest, outcomes: list[list[bytes]], duration_ms: float) -> list[bytes]:
-    """The ranks' outcomes as one answer: pictures in the request's order, or the first failure."""
+def merge_outcomes(request: GenerationRequest, outcomes: list[list[bytes]], duration_ms: float) -> list[bytes]:
+    """Merge the ranks' outcomes into one answer: samples in the request's order, or the first failure.
+
+    Args:
+        request: the request.
+        outcomes: the frames of one RankOutcome per rank.
+        duration_ms: the duration of the request on the ranks, ms.
+
+    Returns:
+        The frames of a GenerationResult or a Failure.
+
+    Raises:
+        MessageError: a rank sent something other than a RankOutcome.
+    """
     samples: list[tuple[SampleResult, list[bytes]]] = []
     reports = []
     for frames in outcomes:
@@ -33,16 +45,16 @@ def merge(request: GenerationRequest, outcomes: list[list[bytes]], duration_ms: 
     samples.sort(key=lambda pair: pair[0].index)
     parts: list[bytes] = []
 
-    def moved(ref: ArrayRef, frames: list[bytes]) -> ArrayRef:
-        array(ref, frames)  # the shape and the bytes agree
+    def move(ref: ArrayRef, frames: list[bytes]) -> ArrayRef:
+        array(ref, frames)  # raises unless the bytes match the shape
         parts.append(frames[ref.frame])
         return msgspec.structs.replace(ref, frame=len(parts))
 
     renumbered = [
         msgspec.structs.replace(
             sample,
-            pixels=moved(sample.pixels, frames),
-            latents=None if sample.latents is None else moved(sample.latents, frames),
+            pixels=move(sample.pixels, frames),
+            latents=None if sample.latents is None else move(sample.latents, frames),
         )
         for sample, frames in samples
     ]

@@ -1,4 +1,7 @@
-"""The request scheduler: rank 0 takes requests in, all ranks agree on their order and hand them to their workers."""
+"""The request scheduler that runs one request after another, on all ranks.
+
+Rank 0 accepts requests; all ranks agree on their order and hand them to their workers.
+"""
 
 from __future__ import annotations
 
@@ -10,75 +13,86 @@ from typing import Protocol
 from harness.messages import GenerationRequest, Shutdown, decode, encode
 from harness.parallel.collectives import Collectives
 from harness.pipeline.state import OnProgress
-from harness.serving.outcomes import merge
 from harness.serving.control import ControlThread
-from harness.serving.request_queue import Inbox
+from harness.serving.outcomes import merge_outcomes
+from harness.serving.request_queue import RequestQueue
 from harness.serving.worker import Worker
 
 
-class CancelBoard(Protocol):
-    """Where rank 0 posts that a request shall not be drawn to its end, and every rank looks between steps."""
+class CancelFlags(Protocol):
+    """Flags of cancelled requests: rank 0 sets them, every rank reads them between steps."""
 
-    def post(self, request_id: str) -> None: ...
+    def set(self, request_id: str) -> None:
+        """Mark a request as cancelled."""
 
-    def is_posted(self, request_id: str) -> bool: ...
+    def is_set(self, request_id: str) -> bool:
+        """Return whether a request is marked as cancelled."""
 
 
 class RequestScheduler:
-    """One a rank, one request after another. Rank 0 owns the sockets; the others sleep in a broadcast until it has
-    something for them.
+    """The scheduler of one rank. Rank 0 owns the sockets; the other ranks sleep in a broadcast until there is work.
 
     Args:
-        worker: this rank's.
-        collectives: to the other ranks.
-        board: where cancellations are posted.
+        worker: this rank's worker.
+        collectives: the collectives over all ranks.
+        cancel_flags: the flags of cancelled requests.
     """
 
-    def __init__(self, worker: Worker, collectives: Collectives, board: CancelBoard) -> None:
+    def __init__(self, worker: Worker, collectives: Collectives, cancel_flags: CancelFlags) -> None:
         self.worker = worker
         self.collectives = collectives
-        self.board = board
+        self.cancel_flags = cancel_flags
 
     def follow(self) -> None:
-        """The loop of ranks other than 0, until rank 0 says Shutdown."""
+        """Run the loop of a rank other than 0, until rank 0 broadcasts Shutdown."""
         while True:
             message = decode([self.collectives.broadcast(None)])
             if not isinstance(message, GenerationRequest):
                 return
-            is_cancelled = partial(self.board.is_posted, message.request_id)
+            is_cancelled = partial(self.cancel_flags.is_set, message.request_id)
             frames = self.worker.generate(message, lambda stage, done, total: None, is_cancelled)
             self.collectives.gather(frames)
 
-    def lead(self, inbox: Inbox, control: ControlThread) -> None:
-        """The loop of rank 0: accept, order, broadcast, run, answer; until a client says Shutdown."""
+    def lead(self, request_queue: RequestQueue, control: ControlThread) -> None:
+        """Run the loop of rank 0 until a client sends Shutdown: accept, order, broadcast, run, answer.
+
+        Args:
+            request_queue: the queue of requests.
+            control: the control thread, whose state is updated.
+        """
         served, counter = 0, self.worker.counter
-        control.watch(lambda: (counter.evaluations, counter.rows))
+        control.set_counter(lambda: (counter.evaluations, counter.rows))
         control.update("ready", 0, served)
-        while (accepted := inbox.next()) is not None:
-            control.update("busy", len(inbox.queue), served, running=1)
-            frames = self.answer(
-                accepted.request, partial(inbox.tell, accepted), lambda: inbox.stopped(accepted) is not None
+        while (tracked := request_queue.wait_next()) is not None:
+            control.update("busy", len(request_queue.queue), served, running=1)
+            frames = self.run_request(
+                tracked.request,
+                partial(request_queue.send_progress, tracked),
+                lambda: request_queue.stop_reason(tracked) is not None,
             )
             served += 1
-            control.update("ready", len(inbox.queue), served)  # before a client that has its answer can ask
-            inbox.answer(accepted, inbox.reasoned(accepted, frames))
-        control.update("stopping", len(inbox.queue), served)
-        inbox.close()
+            control.update("ready", len(request_queue.queue), served)  # before the client has its answer and can ask
+            request_queue.respond(tracked, request_queue.with_stop_reason(tracked, frames))
+        control.update("stopping", len(request_queue.queue), served)
+        request_queue.close()
         self.stop()
 
     def stop(self) -> None:
-        """Tells the other ranks to leave their loop."""
+        """Make the other ranks leave their loop."""
         self.collectives.broadcast(encode(Shutdown())[0])
 
-    def answer(
+    def run_request(
         self, request: GenerationRequest, on_progress: OnProgress, is_cancelled: Callable[[], bool]
     ) -> list[bytes]:
-        """Runs one accepted request on all ranks; the frames of the answer.
+        """Run one accepted request on all ranks.
 
         Args:
-            request: one that the pipeline has checked.
-            on_progress: told of each stage and solver step of this rank.
-            is_cancelled: asked between two steps; once it says yes, the other ranks are told.
+            request: a request that the pipeline has checked.
+            on_progress: a callback for each stage and solver step of this rank.
+            is_cancelled: a function called between two steps; once it returns True, the other ranks are told to stop.
+
+        Returns:
+            The frames of the answer.
         """
         self.collectives.broadcast(encode(request)[0])
         posted = False
@@ -86,10 +100,10 @@ class RequestScheduler:
         def post_cancelled() -> bool:
             nonlocal posted
             if not posted and is_cancelled():
-                self.board.post(request.request_id)
+                self.cancel_flags.set(request.request_id)
                 posted = True
             return posted
 
         start = time.perf_counter()
         outcomes = self.collectives.gather(self.worker.generate(request, on_progress, post_cancelled))
-        return merge(request, outcomes, (time.perf_counter() - start) * 1e3)
+        return merge_outcomes(request, outcomes, (time.perf_counter() - start) * 1e3)

@@ -78,7 +78,7 @@ def run_compare(
     """
     folder.write_config(to_yaml(composed.config))
     folders = [RunFolder.claim(side.folder) for side in pair]
-    generators = [DiffusionGenerator.from_composed(side, own.path) for side, own in zip(pair, folders, strict=True)]
+    generators = [DiffusionGenerator.from_resolved(side, own.path) for side, own in zip(pair, folders, strict=True)]
     with progress_bars(console) as bars:
         both = [Series(generator, bars, name) for generator, name in zip(generators, SIDES, strict=True)]
         try:

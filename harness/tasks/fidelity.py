@@ -113,7 +113,7 @@ class Artist:
         """
         task = self.bars.add_task(f"drawing the {what}", total=None)
         composed = ResolvedRun(config, [], self.folder / what, [])
-        with DiffusionGenerator.from_composed(composed, composed.folder, self.make_engine) as generator:
+        with DiffusionGenerator.from_resolved(composed, composed.folder, self.make_engine) as generator:
             drawn = generator.generate(latents="steps" if config.task.states else "last")
         self.bars.remove_task(task)
         return Drawn(drawn.latents, drawn.pixels)

@@ -73,7 +73,7 @@ def run_generate(composed: ResolvedRun, folder: RunFolder, console: Console, mak
         RequestFailed: the engine's typed answer.
         EngineGone: a rank died, or was not ready in time.
     """
-    generator = DiffusionGenerator.from_composed(composed, folder.path, make_engine)
+    generator = DiffusionGenerator.from_resolved(composed, folder.path, make_engine)
     with progress_bars(console) as bars:
         series = Series(generator, bars)
         try:

@@ -9,8 +9,8 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from harness.client.build_record import make_repeat
 from harness.client.generator import DiffusionGenerator, Generation
-from harness.client.build_record import measured
 from harness.config.optimize import Optimize
 from harness.config.schema import Task
 from harness.config.yaml import to_dict
@@ -89,7 +89,7 @@ class Series:
             EngineGone: a rank died.
         """
         drawn = self._last = self._draw(f"drawing {len(self.repeats) + 1} of {self.generator.config.task.repeats}")
-        self.repeats.append(measured(drawn.result, drawn.client_ms))
+        self.repeats.append(make_repeat(drawn.result, drawn.client_ms))
         self._results.append(drawn.result)
 
     @property

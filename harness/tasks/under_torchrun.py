@@ -20,9 +20,9 @@ import msgspec
 from rich.console import Console
 
 from harness.config.schema import RunConfig, Task
-from harness.engines.environment import arithmetic
+from harness.engines.environment import arithmetic_environment
 from harness.engines.protocol import AttachedEngine, Engine
-from harness.engines.rank import LOG_FORMAT, check_ranks, leave_error, redirect_output, serve
+from harness.engines.rank import LOG_FORMAT, check_world_size, redirect_output, serve, write_error
 from harness.engines.torchrun import rank_error
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import RunFolder, RunFolderError, Status
@@ -62,7 +62,7 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
             complain(error)
         return EXIT_BAD_INPUT
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.update(arithmetic(composed.config.launch, int(os.environ["LOCAL_WORLD_SIZE"])))
+    os.environ.update(arithmetic_environment(composed.config.launch, int(os.environ["LOCAL_WORLD_SIZE"])))
     import torch.distributed as dist
 
     from harness.parallel.collectives import Alone, Gloo
@@ -107,7 +107,7 @@ def _follow(composed: ResolvedRun, folder: RunFolder | None, addresses: Addresse
         if folder is None:
             log.exception("rank %d of node %d: %s", rank, _node(), failure_line(error))
         else:
-            leave_error(folder.path / "logs", rank, error)
+            write_error(folder.path / "logs", rank, error)
         return 1
     return 0
 
@@ -124,7 +124,7 @@ def _compose(arguments: Sequence[str], ranks: int) -> ResolvedRun:
         )
     if task in (Task.train, Task.compare, Task.plan, Task.serve, Task.load):
         raise ConfigError(f"task={task.name} starts its own processes; start it with python -m harness, not torchrun")
-    check_ranks(world_size(degrees(composed.config.parallel)), ranks)
+    check_world_size(world_size(degrees(composed.config.parallel)), ranks)
     return composed
 
 
@@ -171,7 +171,7 @@ def _lead(composed: ResolvedRun, folder: RunFolder, addresses: Addresses) -> int
 def _reason(error: BaseException, logs: Path) -> BaseException:
     """What the client's request fails with, now that this rank no longer serves."""
     if isinstance(error, Exception):
-        leave_error(logs, 0, error)
+        write_error(logs, 0, error)
     elif str(error) == signal.SIGINT.name:
         return KeyboardInterrupt()
     left = rank_error(logs)

@@ -77,7 +77,7 @@ def denoising_bytes(layout: str, evaluations: int) -> dict[str, int]:
     rows = 1 if layout == "cfg2" else 2
     condition = Conditioning(torch.empty(rows, 24, config.text_channels))
     inputs = (torch.empty(rows, config.in_channels, 16, 16), torch.empty(rows), condition)
-    said = sent_bytes(trace_network(lambda: PixArt(config), PLAN, inputs), degrees[layout], item=4)
+    said = sent_bytes(trace_network(lambda: PixArt(config), PLAN, inputs), degrees[layout], itemsize=4)
     return {kind: count * evaluations for kind, count in said.items()}
 
 
@@ -88,7 +88,7 @@ def decoding_bytes(pictures: int) -> dict[str, int]:
     def make() -> KLDecoder:
         return KLDecoder(AutoencoderKL.from_config(config))
 
-    said = decode_bytes(trace_decode(make, torch.empty(1, make().latent_channels, 16, 16)), ranks=2, index=0, item=4)
+    said = decode_bytes(trace_decode(make, torch.empty(1, make().latent_channels, 16, 16)), ranks=2, index=0, itemsize=4)
     return {kind: count * pictures for kind, count in said.items()}
 
 

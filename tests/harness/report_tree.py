@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from harness.messages import Traffic
+from harness.messages import CollectiveTraffic
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.intervals import Estimate, wilson
@@ -69,7 +69,7 @@ class Maker:
             stage_ms={name: summarize([part * time for time in times]) for name, part in stages.items()},
             achieved_tflops=0.02,
             ceiling_tflops=0.05,
-            comm={"denoising": {"all_to_all": Traffic(2_500_000, 4, 1.0)}} if ranks > 1 else {},
+            comm={"denoising": {"all_to_all": CollectiveTraffic(2_500_000, 4, 1.0)}} if ranks > 1 else {},
         )
         fidelity = pixel and Fidelity("approximate", ["solver"], pixel, pixel, 1e-7, 1e-7, verdict, "k")
         return msgspec.structs.replace(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from harness.engines.protocol import RequestFailed, exchange
+from harness.engines.protocol import RequestFailed, send_and_wait
 from harness.messages import Failure, GenerationRequest, GenerationResult, Message, Progress, encode
 from harness.records.record import Status
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
@@ -46,21 +46,21 @@ def test_answers_to_other_requests_are_passed_over() -> None:
         Progress("mine", "denoising", 1, 2),
         ANSWER,
     ]
-    assert exchange(Script(said), ASKED, heard.append)[0] == ANSWER
+    assert send_and_wait(Script(said), ASKED, heard.append)[0] == ANSWER
     assert heard == [Progress("mine", "denoising", 1, 2)]
 
 
 @pytest.mark.parametrize("request_id", ["mine", ""])
 def test_a_failure_of_this_request_is_raised_with_its_kind(request_id: str) -> None:
     with pytest.raises(RequestFailed, match="rank 1: out") as caught:
-        exchange(Script([Failure(request_id, "oom", "out of memory", 1)]), ASKED, lambda progress: None)
+        send_and_wait(Script([Failure(request_id, "oom", "out of memory", 1)]), ASKED, lambda progress: None)
     assert caught.value.kind == "oom"
 
 
 def test_an_interrupt_cancels_the_request() -> None:
     connection = Script([])
     with pytest.raises(KeyboardInterrupt):
-        exchange(connection, ASKED, lambda progress: None)
+        send_and_wait(connection, ASKED, lambda progress: None)
     assert connection.cancelled == ["mine"]
 
 

@@ -192,7 +192,7 @@ def test_requests_at_other_steps_are_drawn_like_alone() -> None:
     alone = [latent_of(worker.generate(request, lambda *told: None, lambda: False)) for request in asked]
     rows: list[int] = []
     with torch.inference_mode():
-        courses = [worker.course(request, lambda *told: None) for request in asked]
+        courses = [worker.fiber(request, lambda *told: None) for request in asked]
         while waiting := [(course, course.call) for course in courses if course.call is not None]:
             outputs = evaluate([call for _, call in waiting], apart=False, count=rows.append)
             for (course, _), output in zip(waiting, outputs, strict=True):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 
-from harness.baselines.build import load_peer, native_facts
+from harness.baselines.build import load_baseline, native_components
 from harness.build.parts import source_of
 from harness.build.worker import build_worker
 from harness.client.generator import DiffusionGenerator
@@ -184,7 +184,7 @@ def test_random_weights_are_the_native_ones(tmp_path: Path, name: str) -> None:
     config = compose_run([*overrides_of(case, tmp_path), "model.load=dummy", "model.dtype=bfloat16"]).config
     source, architecture = source_of(config, torch.device("cpu")), config.model.architecture
     native = importlib.import_module(ARCHITECTURES[architecture].module).load_denoiser(source)
-    peer = load_peer(architecture, source, native_facts(architecture, source)).network
+    peer = load_baseline(architecture, source, native_components(architecture, source)).network
     if architecture == "sd":
         names, native = NameMap(), native.unet
     else:

@@ -441,7 +441,7 @@ def test_one_bad_value_in_one_picture_is_enough() -> None:
 
 def test_an_exception_ends_a_rank_that_others_wait_for() -> None:
     one = worker(Broken(RuntimeError("broken")))
-    one.place = Place(0, (1, 1, 1, 1, 2))
+    one.position = Place(0, (1, 1, 1, 1, 2))
     with pytest.raises(RuntimeError, match="broken"):
         one.generate(request(), lambda stage, done, total: None, lambda: False)
 

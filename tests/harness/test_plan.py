@@ -11,11 +11,11 @@ from rich.console import Console
 
 from harness.config.plan import HardwareConfig
 from harness.config.schema import LaunchConfig, ParallelConfig
-from harness.costs.memory import Weights
-from harness.costs.request_trace import Traced, trace_request
-from harness.costs.plan_file import Plan, Prediction
-from harness.costs.roofline import Device, legal_layouts, predict, traffic
-from harness.costs.traffic import Attention, Linear, Tokens, Trace
+from harness.costs.memory import WeightBytes
+from harness.costs.request_trace import RequestTrace, trace_request
+from harness.costs.plan_file import Plan, LayoutPrediction
+from harness.costs.roofline import DeviceRates, valid_layouts, predict, traffic
+from harness.costs.traffic import ShardedAttention, LinearCall, TokenStreams, NetworkTrace
 from harness.device.flops import counted
 from harness.records.record import Record, RunFolder, read_record, read_status
 from harness.resolve.checkpoint import locate
@@ -32,25 +32,25 @@ from models.components import Conditioning
 from models.dit import DiT, read_config
 from models.registry import PUBLISHED
 
-TOKENS = Tokens(2, (8,))
-TRACE = Trace(
+TOKENS = TokenStreams(2, (8,))
+TRACE = NetworkTrace(
     batch=2,
-    attention=(Attention(TOKENS, heads=4, channels=10, dealt_mask=False),),
+    attention=(ShardedAttention(TOKENS, heads=4, channels=10, sharded_mask=False),),
     outputs=((TOKENS, 40),),
-    rows=((TOKENS, 40),),
-    norms=(),
-    numbers=100,
-    linears=(Linear(TOKENS, 40, 120, "outputs"), Linear(TOKENS, 40, 40, "inputs")),
+    row_linears=((TOKENS, 40),),
+    sharded_norms=(),
+    output_elements=100,
+    linears=(LinearCall(TOKENS, 40, 120, "outputs"), LinearCall(TOKENS, 40, 40, "inputs")),
     local_attention=(),
     other_flops=1000,
     widest=0,
 )
-BRANCH = replace(TRACE, batch=1, numbers=50)
-TRACED = Traced(TRACE, BRANCH, Weights(10_000, 8_000), 500, item=2, latent_bytes=400, decode_bytes=0)
-MACHINE = Device(flops=1e6, memory=1e9, memory_bytes=1e6, link=(1e6, 1e-3), network=(1e5, 1e-2), node=4)
+BRANCH = replace(TRACE, batch=1, output_elements=50)
+TRACED = RequestTrace(TRACE, BRANCH, WeightBytes(10_000, 8_000), 500, itemsize=2, latent_bytes=400, decode_bytes=0)
+MACHINE = DeviceRates(flops=1e6, memory=1e9, memory_bytes=1e6, link=(1e6, 1e-3), network=(1e5, 1e-2), devices_per_node=4)
 
 
-def predicted(on: Device = MACHINE, **layout: int) -> Prediction:
+def predicted(on: DeviceRates = MACHINE, **layout: int) -> LayoutPrediction:
     return predict(TRACED, ParallelConfig(**layout), on, evaluations=3, micro_batches=4, notes=[])
 
 
@@ -98,7 +98,7 @@ def test_an_axis_that_spans_nodes_takes_the_network() -> None:
     assert sent == {"ulysses": False, "tokens": False, "tp": True, "cfg": True}
     away = {e.axis: e.between_nodes for e in predicted(ulysses=3, ring=2).exchanges}
     assert away["ulysses"]  # ranks 3 to 5 are on two nodes of 4
-    assert not any(e.between_nodes for e in predicted(replace(MACHINE, node=None), ulysses=4, tp=2).exchanges)
+    assert not any(e.between_nodes for e in predicted(replace(MACHINE, devices_per_node=None), ulysses=4, tp=2).exchanges)
 
 
 def test_weights_are_cut_by_tensor_parallelism_alone() -> None:
@@ -132,7 +132,7 @@ def emoji(*overrides: str) -> Plan:
 def test_every_legal_layout_is_listed_and_no_other() -> None:
     config = compose_run([]).config
     facts = layout_facts(config, locate(config.model, "transformer").config_folder("transformer"))
-    found = [layout for layout, _ in legal_layouts(facts, 8, micro_batches=2)]
+    found = [layout for layout, _ in valid_layouts(facts, 8, micro_batches=2)]
     for layout in found:
         check_layout(layout, facts)
     names = [name_of(layout) for layout in found]

@@ -5,13 +5,13 @@ import pytest
 
 from harness.config.serve import Policy
 from harness.messages import GenerationRequest
-from harness.serving.policy import Accepted, key_of, work
+from harness.serving.policy import TrackedRequest, sort_key, estimated_work
 
 REQUEST = GenerationRequest("a", ["rocket"], 10, 3.0, 64, 64)
 
 
-def accepted(name: str, arrived: float, deadline: float, steps: int) -> Accepted:
-    return Accepted(b"client", msgspec.structs.replace(REQUEST, request_id=name, steps=steps), arrived, deadline)
+def accepted(name: str, arrived: float, deadline: float, steps: int) -> TrackedRequest:
+    return TrackedRequest(b"client", msgspec.structs.replace(REQUEST, request_id=name, steps=steps), arrived, deadline)
 
 
 WAITING = [accepted("first", 1.0, 90.0, 20), accepted("urgent", 2.0, 5.0, 30), accepted("short", 3.0, 80.0, 2)]
@@ -26,13 +26,13 @@ WAITING = [accepted("first", 1.0, 90.0, 20), accepted("urgent", 2.0, 5.0, 30), a
     ],
 )
 def test_the_order_of_a_policy(policy: Policy, order: list[str]) -> None:
-    assert [found.request.request_id for found in sorted(WAITING, key=key_of(policy))] == order
+    assert [found.request.request_id for found in sorted(WAITING, key=sort_key(policy))] == order
 
 
 def test_equals_keep_the_order_in_which_they_came() -> None:
     twins = [accepted("one", 1.0, 9.0, 5), accepted("two", 2.0, 9.0, 5)]
     for policy in Policy:
-        assert min(twins, key=key_of(policy)).request.request_id == "one"
+        assert min(twins, key=sort_key(policy)).request.request_id == "one"
 
 
 @pytest.mark.parametrize(
@@ -47,4 +47,4 @@ def test_equals_keep_the_order_in_which_they_came() -> None:
     ],
 )
 def test_work_grows_with_what_is_computed(changes: dict[str, object], factor: float) -> None:
-    assert work(msgspec.structs.replace(REQUEST, **changes)) == factor * work(REQUEST)
+    assert estimated_work(msgspec.structs.replace(REQUEST, **changes)) == factor * estimated_work(REQUEST)

@@ -23,7 +23,7 @@ from transformers import (
     ViTModel,
 )
 
-from harness.client.build_record import pretrained_quality
+from harness.client.build_record import score_pretrained
 from harness.config.schema import QualityConfig
 from harness.loggers.table import print_pretrained
 from harness.loggers.wandb import pretrained_scalars
@@ -206,7 +206,7 @@ def test_weights_that_fail_after_the_run_are_a_note(clip: Path, tmp_path: Path) 
     settings["projection_dim"] = 9
     (tmp_path / "config.json").write_text(json.dumps(settings))
     for _ in range(2):  # weights of other sizes, then none that can be read
-        found, notes = pretrained_quality(config(clip=tmp_path), [np.zeros((3, 64, 64), np.float32)], ["rocket"])
+        found, notes = score_pretrained(config(clip=tmp_path), [np.zeros((3, 64, 64), np.float32)], ["rocket"])
         assert found is None
         assert len(notes) == 1
         assert notes[0].startswith("quality.clip and quality.features are not scored: ")

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from harness.client.build_record import quality
+from harness.client.build_record import score_quality
 from harness.loggers.table import print_quality
 from harness.loggers.wandb import quality_scalars
 from harness.metrics import mmd
@@ -320,7 +320,7 @@ def test_an_answer_is_scored_in_its_checkpoints_gallery(
     gallery: Gallery, pixels: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     gallery.save(tmp_path / FILE)
-    found, reasons = quality(tmp_path, floats(pixels[:2]), ["name 0", "name 0, 3d"])
+    found, reasons = score_quality(tmp_path, floats(pixels[:2]), ["name 0", "name 0, 3d"])
     assert reasons == []
     assert found is not None
     assert (found.top1.hits, found.names, found.gallery) == (2, 1, Gallery.load(tmp_path / FILE).digest)
@@ -328,7 +328,7 @@ def test_an_answer_is_scored_in_its_checkpoints_gallery(
 
 def test_what_is_not_scored_says_why(gallery: Gallery, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     def reason(prompt: str, pictures: NDArray[np.uint8]) -> str:
-        found, reasons = quality(tmp_path, floats(pictures), [prompt])
+        found, reasons = score_quality(tmp_path, floats(pictures), [prompt])
         assert found is None
         (line,) = reasons
         return line

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import harness.engines.environment
-from harness.engines.environment import arithmetic, threads_per_rank
+from harness.engines.environment import arithmetic_environment, threads_per_rank
 from harness.resolve.compose import compose_run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,7 +55,7 @@ def test_default_threads_are_a_power_of_two(
 
 @pytest.mark.slow
 def test_network_and_decoder_are_equal_bit_for_bit_at_one_two_and_four_threads() -> None:
-    environment = os.environ | arithmetic(compose_run([]).config.launch, 1)
+    environment = os.environ | arithmetic_environment(compose_run([]).config.launch, 1)
     done = subprocess.run(
         [sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )

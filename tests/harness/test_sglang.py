@@ -12,8 +12,8 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from safetensors.torch import save_file
 
-from harness.baselines.build import load_peer, load_sglang, native_facts
-from harness.baselines.noise_scheduler import published_slot
+from harness.baselines.build import load_baseline, load_sglang, native_components
+from harness.baselines.noise_scheduler import published_scheduler
 from harness.build.parts import source_of
 from harness.resolve.compose import ConfigError, compose_run
 from harness.resolve.engines_table import PEERS
@@ -68,10 +68,10 @@ def test_what_it_cannot_import_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delitem(sys.modules, "harness.baselines.sglang", raising=False)
     CASES["sd3"].save(tmp_path)
     source = source_of(compose_run(overrides_of(CASES["sd3"], tmp_path)).config, torch.device("cpu"))
-    parts, row, slot = native_facts("sd3", source), PEERS["sd3"].sglang, published_slot(source)
+    parts, row, slot = native_components("sd3", source), PEERS["sd3"].sglang, published_scheduler(source)
     assert row is not None
     with pytest.raises(ValueError, match=r"^engine=sglang cannot import SGLang \(.*sglang.*; install what is named"):
-        load_sglang(load_peer("sd3", source, parts), row, source, parts, slot)
+        load_sglang(load_baseline("sd3", source, parts), row, source, parts, slot)
 
 
 # ---------------------------------------------------------------- with the package
@@ -150,14 +150,14 @@ def test_nothing_of_diffusers_network_is_left_and_a_failure_is_no_fall_back(
     """Without its own names for a few keys, SGLang builds the published Z-Image, which these weights do not fit."""
     CASES["z_image"].save(tmp_path)
     source = source_of(compose_run(overrides_of(CASES["z_image"], tmp_path)).config, torch.device("cpu"))
-    parts, row, slot = native_facts("z_image", source), PEERS["z_image"].sglang, published_slot(source)
+    parts, row, slot = native_components("z_image", source), PEERS["z_image"].sglang, published_scheduler(source)
     assert row is not None
-    theirs = load_peer("z_image", source, parts)
+    theirs = load_baseline("z_image", source, parts)
     found = load_sglang(theirs, row, source, parts, slot)
     assert type(found.network).__module__ == "sglang.multimodal_gen.runtime.models.dits.zimage"
     assert sum(parameter.numel() for parameter in theirs.network.parameters()) == 0
     with pytest.raises(CheckpointError, match=r"SGLang-Diffusion cannot load transformer by itself.*engine=diffusers"):
-        load_sglang(load_peer("z_image", source, parts), replace(row, renamed={}), source, parts, slot)
+        load_sglang(load_baseline("z_image", source, parts), replace(row, renamed={}), source, parts, slot)
 
 
 @installed

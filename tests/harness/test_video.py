@@ -16,7 +16,7 @@ from PIL import Image
 
 from harness.cli import dispatch
 from harness.client.generator import DiffusionGenerator
-from harness.client.build_record import pretrained_quality
+from harness.client.build_record import score_pretrained
 from harness.config.schema import QualityConfig
 from harness.engines.protocol import RequestFailed
 from harness.records.media import GAP, ffmpeg, grid, pixel_hash, save_mp4, still, to_uint8
@@ -212,8 +212,8 @@ def test_frames_that_the_vae_cannot_make_are_refused(
 
 def test_scores_on_pretrained_weights_are_left_out_with_a_note() -> None:
     video = [np.zeros((5, 3, 8, 8), np.float32)]
-    assert pretrained_quality(QualityConfig(), video, ["a"]) == (None, [])
-    assert "these are videos" in pretrained_quality(QualityConfig(clip="folder"), video, ["a"])[1][0]
+    assert score_pretrained(QualityConfig(), video, ["a"]) == (None, [])
+    assert "these are videos" in score_pretrained(QualityConfig(clip="folder"), video, ["a"])[1][0]
 
 
 def test_random_weights_need_configurations_only(checkpoint: Path, overrides: list[str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from harness.build.parts import source_of
 from harness.client.generator import DiffusionGenerator
-from harness.engines.rank import slowest
+from harness.engines.rank import slowest_load_times
 from harness.messages import LoadedComponent
 from harness.resolve.checkpoint import locate, models_of
 from harness.resolve.compose import ConfigError, compose_run
@@ -216,7 +216,7 @@ def test_every_rank_counts_and_the_slowest_is_told() -> None:
         return LoadedComponent(name, "a", "float32", 1, 4, ms)
 
     ranks = [[part("vae", 1.0), part("transformer", 5.0)], [part("vae", 3.0), part("transformer", 2.0)]]
-    assert slowest(ranks) == [part("vae", 3.0), part("transformer", 5.0)]
+    assert slowest_load_times(ranks) == [part("vae", 3.0), part("transformer", 5.0)]
 
 
 # ---------------------------------------------------------------- foreign folders

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.costs.memory import displaced_numbers
+from harness.costs.memory import displaced_elements
 from harness.costs.traffic import sent_bytes, trace_network
 from models.attention import math_attention
 from tests.models.parity import rel_l2
@@ -98,4 +98,4 @@ def test_what_is_sent_and_kept_is_what_the_formulas_say(degrees: Degrees) -> Non
                 key = f"{name} {warmup} sent "
                 sent = {kind.removeprefix(key): int(x) for kind, x in found.items() if kind.startswith(key)}
                 assert sent == {kind: pictures * EVALUATIONS * count for kind, count in once.items()}, (name, warmup)
-                assert int(found[f"{name} {warmup} kept"]) == 4 * displaced_numbers(trace, degrees)
+                assert int(found[f"{name} {warmup} kept"]) == 4 * displaced_elements(trace, degrees)

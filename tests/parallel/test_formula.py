@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness.costs.frames_traffic import FramesTrace, frames_bytes, trace_frames
-from harness.costs.traffic import Tokens, Trace, sent_bytes, trace_network
+from harness.costs.traffic import TokenStreams, NetworkTrace, sent_bytes, trace_network
 from harness.costs.vae_traffic import DecodeTrace, decode_bytes, trace_decode
 from models.attention import math_attention
 from models.components import Conditioning
@@ -22,7 +22,7 @@ from tests.parallel.networks import TINY
 
 
 @cache
-def traced(name: str) -> Trace:
+def traced(name: str) -> NetworkTrace:
     """A network's trace."""
     return trace_network(lambda: TINY[name].make(math_attention), TINY[name].plan, TINY[name].inputs)
 
@@ -79,8 +79,8 @@ def wan_inputs(text_tokens: int) -> tuple[torch.Tensor, torch.Tensor, Conditioni
 @pytest.mark.parametrize("text_tokens", [7, 45])
 def test_a_text_as_long_as_the_video_is_still_held_whole(text_tokens: int) -> None:
     config = WanConfig(2, 4, 12, 40, 4, text_channels=24, time_channels=32)
-    norms = trace_network(lambda: Wan(config), WAN_PLAN, wan_inputs(text_tokens)).norms
-    of_video, of_text = Tokens(2, (45,)), Tokens(2, (text_tokens,), dealt=False)
+    norms = trace_network(lambda: Wan(config), WAN_PLAN, wan_inputs(text_tokens)).sharded_norms
+    of_video, of_text = TokenStreams(2, (45,)), TokenStreams(2, (text_tokens,), sharded=False)
     block = (of_video, of_video, of_video, of_text)  # q and k of the video, then its q and the text's k
     assert norms == block * config.depth
 

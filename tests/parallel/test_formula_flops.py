@@ -58,4 +58,4 @@ def test_a_rank_does_and_holds_what_the_formulas_say(name: str) -> None:
             network(*tiny.inputs)
         assert flops == [rank_flops(trace, degrees)], degrees
         held = sum(parameter.nbytes for parameter in network.parameters())
-        assert held == weights.on(degrees[2]), degrees
+        assert held == weights.per_rank(degrees[2]), degrees

@@ -163,7 +163,7 @@ def test_a_video_decoded_by_frames_is_what_one_rank_draws(load: Load) -> None:
     vae = AutoencoderKLWan.load_config(Path(str(config.model.path)) / "vae")
     latents = torch.empty(2, 4, 5, asked.height // 4, asked.width // 4)
     trace = trace_frames(lambda: WanDecoder(AutoencoderKLWan.from_config(vae)), latents)
-    said = frames_bytes(trace, ranks=2, index=0, item=4)
+    said = frames_bytes(trace, ranks=2, index=0, itemsize=4)
     assert said == {kind: int(found[kind]) for kind in said}
 
 

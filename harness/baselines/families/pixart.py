@@ -10,8 +10,8 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPi
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
 from torch import Tensor
 
-from harness.baselines.model import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
+from harness.baselines.model import BaselineModel, BaselinePrompts, PipelineBatch, kl_pixels
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.pixart.weights import NAMES
@@ -19,7 +19,7 @@ from models.source import Source
 from models.text.t5 import load_t5_prompts
 
 
-def _denoise(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, batch: Batch) -> Tensor:
+def _denoise(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, batch: PipelineBatch) -> Tensor:
     """The pipeline's loop, without its choice of another size and its cleaning of captions."""
     negative = batch.negative
     latents: Tensor = pipeline(
@@ -31,7 +31,7 @@ def _denoise(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, batch: Batch) 
         guidance_scale=batch.ask.guidance,
         use_resolution_binning=False,
         clean_caption=False,
-        **batch.common(batch.noise.to(pipeline.transformer.dtype)),
+        **batch.shared_arguments(batch.noise.to(pipeline.transformer.dtype)),
     )[0]
     return latents
 
@@ -42,13 +42,13 @@ def _decode(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, latent: Tensor,
     return kl_pixels(vae, pipeline.image_processor, latent / vae.config.scaling_factor)
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: Source, parts: Components) -> BaselineModel:
     """The pipeline of a checkpoint: the one that it names, else PixArt-Sigma's. Raises CheckpointError."""
     kind = PixArtAlphaPipeline if source.index().get("_class_name") == "PixArtAlphaPipeline" else PixArtSigmaPipeline
-    told = load_t5_prompts(source, lowercase=True)
+    native_prompts = load_t5_prompts(source, lowercase=True)
     pipeline = kind(
-        tokenizer=told.tokenizer,
-        text_encoder=told.encoder,
+        tokenizer=native_prompts.tokenizer,
+        text_encoder=native_prompts.encoder,
         vae=load_from_diffusers(source, "vae", AutoencoderKL),
         transformer=load_denoiser(source, PixArtTransformer2DModel, parts.network, NAMES, ("Transformer2DModel",)),
         scheduler=None,
@@ -60,10 +60,10 @@ def load(source: Source, parts: Components) -> PeerModel:
         )
         return Conditioning(states, mask.bool())
 
-    return PeerModel(
+    return BaselineModel(
         pipeline,
         pipeline.transformer,
-        PeerPrompts(told, encode),
+        BaselinePrompts(native_prompts, encode),
         partial(_denoise, pipeline),
         partial(_decode, pipeline),
     )

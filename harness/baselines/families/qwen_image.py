@@ -11,8 +11,8 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from harness.baselines.model import Batch, PeerModel, PeerPrompts
 from harness.baselines.load import load_denoiser
+from harness.baselines.model import BaselineModel, BaselinePrompts, PipelineBatch
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.qwen_image.prompts import QwenImagePrompts
@@ -28,7 +28,7 @@ def _pack(pipeline: QwenImagePipeline, latent: Tensor, /) -> Tensor:
     return packed
 
 
-def _denoise(pipeline: QwenImagePipeline, batch: Batch) -> Tensor:
+def _denoise(pipeline: QwenImagePipeline, batch: PipelineBatch) -> Tensor:
     """The pipeline's loop."""
     negative = batch.negative
     packed: Tensor = pipeline(
@@ -36,7 +36,7 @@ def _denoise(pipeline: QwenImagePipeline, batch: Batch) -> Tensor:
         prompt_embeds_mask=batch.text.mask,
         negative_prompt_embeds_mask=None if negative is None else negative.mask,
         true_cfg_scale=batch.ask.guidance,
-        **batch.common(_pack(pipeline, batch.noise).to(pipeline.transformer.dtype)),
+        **batch.shared_arguments(_pack(pipeline, batch.noise).to(pipeline.transformer.dtype)),
     )[0]
     height, width = batch.ask.height, batch.ask.width
     return pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)[:, :, 0]
@@ -54,7 +54,7 @@ def _decode(pipeline: QwenImagePipeline, latent: Tensor, /) -> Tensor:
     return pixels.float()
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: Source, parts: Components) -> BaselineModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
     whole = load_encoder(source, "text_encoder", Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig)
     tokenizer = load_tokenizer(source, "tokenizer", QWEN_STAND_IN)
@@ -72,13 +72,13 @@ def load(source: Source, parts: Components) -> PeerModel:
             mask = torch.ones(states.shape[:2], device=states.device)
         return Conditioning(states, mask.bool())
 
-    counted = QwenImagePrompts(whole.model.language_model, tokenizer, source.text_tokens)
-    return PeerModel(
+    counter = QwenImagePrompts(whole.model.language_model, tokenizer, source.text_tokens)
+    return BaselineModel(
         pipeline,
         pipeline.transformer,
-        PeerPrompts(counted, encode),
+        BaselinePrompts(counter, encode),
         partial(_denoise, pipeline),
         partial(_decode, pipeline),
         pack=partial(_pack, pipeline),
-        pair_apart=True,
+        separate_guidance=True,
     )

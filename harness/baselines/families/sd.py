@@ -9,8 +9,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from harness.baselines.model import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
+from harness.baselines.model import BaselineModel, BaselinePrompts, PipelineBatch, kl_pixels
 from models.components import Components, Conditioning
 from models.decoders import OLD_NAMES, load_from_diffusers
 from models.names import NameMap
@@ -18,12 +18,12 @@ from models.source import Source
 from models.unet.prompts import load_clip_prompts
 
 
-def _denoise(pipeline: StableDiffusionPipeline, batch: Batch) -> Tensor:
+def _denoise(pipeline: StableDiffusionPipeline, batch: PipelineBatch) -> Tensor:
     """The pipeline's loop."""
     latents: Tensor = pipeline(
         **batch.states(),
         guidance_scale=batch.ask.guidance,
-        **batch.common(batch.noise.to(pipeline.unet.dtype)),
+        **batch.shared_arguments(batch.noise.to(pipeline.unet.dtype)),
     )[0]
     return latents
 
@@ -34,15 +34,15 @@ def _decode(pipeline: StableDiffusionPipeline, latent: Tensor, /) -> Tensor:
     return kl_pixels(vae, pipeline.image_processor, latent / vae.config.scaling_factor)
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: Source, parts: Components) -> BaselineModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
     native = parts.network.get_submodule("unet")
-    told = load_clip_prompts(source)
-    told.clip.tokenizer.model_max_length = told.max_tokens  # where the pipeline reads it
+    native_prompts = load_clip_prompts(source)
+    native_prompts.clip.tokenizer.model_max_length = native_prompts.max_tokens  # where the pipeline reads it
     pipeline = StableDiffusionPipeline(
         vae=load_from_diffusers(source, "vae", AutoencoderKL),
-        text_encoder=told.clip.encoder,
-        tokenizer=told.clip.tokenizer,
+        text_encoder=native_prompts.clip.encoder,
+        tokenizer=native_prompts.clip.tokenizer,
         unet=load_denoiser(source, UNet2DConditionModel, native, NameMap(), stored=OLD_NAMES),
         scheduler=None,
         safety_checker=None,
@@ -54,10 +54,10 @@ def load(source: Source, parts: Components) -> PeerModel:
         states, _ = pipeline.encode_prompt(prompt, source.device, 1, False)
         return Conditioning(states)
 
-    return PeerModel(
+    return BaselineModel(
         pipeline,
         pipeline.unet,
-        PeerPrompts(told, encode),
+        BaselinePrompts(native_prompts, encode),
         partial(_denoise, pipeline),
         partial(_decode, pipeline),
     )

@@ -10,8 +10,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from torch import Tensor
 
-from harness.baselines.model import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
+from harness.baselines.model import BaselineModel, BaselinePrompts, PipelineBatch, kl_pixels
 from models.components import Components, Conditioning
 from models.decoders import OLD_NAMES, load_from_diffusers
 from models.names import NameMap
@@ -19,13 +19,13 @@ from models.source import Source
 from models.unet.prompts import load_two_clip_prompts
 
 
-def _denoise(pipeline: StableDiffusionXLPipeline, batch: Batch) -> Tensor:
+def _denoise(pipeline: StableDiffusionXLPipeline, batch: PipelineBatch) -> Tensor:
     """The pipeline's loop."""
     latents: Tensor = pipeline(
         **batch.states(),
         **batch.vectors(),
         guidance_scale=batch.ask.guidance,
-        **batch.common(batch.noise.to(pipeline.unet.dtype)),
+        **batch.shared_arguments(batch.noise.to(pipeline.unet.dtype)),
     )[0]
     return latents
 
@@ -41,34 +41,34 @@ def _decode(pipeline: StableDiffusionXLPipeline, latent: Tensor, /) -> Tensor:
     return kl_pixels(vae, pipeline.image_processor, z)
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: Source, parts: Components) -> BaselineModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
     native = parts.network.get_submodule("unet")
-    told = load_two_clip_prompts(source)
-    for clip in (told.first, told.second):
+    native_prompts = load_two_clip_prompts(source)
+    for clip in (native_prompts.first, native_prompts.second):
         clip.tokenizer.model_max_length = clip.max_tokens  # where the pipeline reads it
     pipeline = StableDiffusionXLPipeline(
         vae=load_from_diffusers(source, "vae", AutoencoderKL),
-        text_encoder=told.first.encoder,
-        text_encoder_2=told.second.encoder,
-        tokenizer=told.first.tokenizer,
-        tokenizer_2=told.second.tokenizer,
+        text_encoder=native_prompts.first.encoder,
+        text_encoder_2=native_prompts.second.encoder,
+        tokenizer=native_prompts.first.tokenizer,
+        tokenizer_2=native_prompts.second.tokenizer,
         unet=load_denoiser(source, UNet2DConditionModel, native, NameMap(), stored=OLD_NAMES),
         scheduler=None,
-        force_zeros_for_empty_prompt=told.zeros_for_empty,
+        force_zeros_for_empty_prompt=native_prompts.zeros_for_empty,
         add_watermarker=False,
     )
 
     def encode(prompt: str, negative: bool) -> Conditioning:
         states, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
-        if negative and not prompt and told.zeros_for_empty:  # as the pipeline has it of no negative prompt
+        if negative and not prompt and native_prompts.zeros_for_empty:  # as the pipeline has it of no negative prompt
             return Conditioning(torch.zeros_like(states), pooled=torch.zeros_like(pooled))
         return Conditioning(states, pooled=pooled)
 
-    return PeerModel(
+    return BaselineModel(
         pipeline,
         pipeline.unet,
-        PeerPrompts(told, encode),
+        BaselinePrompts(native_prompts, encode),
         partial(_denoise, pipeline),
         partial(_decode, pipeline),
     )

@@ -9,8 +9,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from torch import Tensor
 
-from harness.baselines.model import Batch, PeerModel, PeerPrompts
 from harness.baselines.load import load_denoiser
+from harness.baselines.model import BaselineModel, BaselinePrompts, PipelineBatch
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.source import Source
@@ -18,13 +18,13 @@ from models.wan.prompts import load_umt5_prompts
 from models.wan.weights import NAMES
 
 
-def _denoise(pipeline: WanPipeline, batch: Batch) -> Tensor:
+def _denoise(pipeline: WanPipeline, batch: PipelineBatch) -> Tensor:
     """The pipeline's loop, whose state is float32."""
     latents: Tensor = pipeline(
         **batch.states(),
         num_frames=batch.ask.frames,
         guidance_scale=batch.ask.guidance,
-        **batch.common(batch.noise),
+        **batch.shared_arguments(batch.noise),
     )[0]
     return latents
 
@@ -40,12 +40,12 @@ def _decode(pipeline: WanPipeline, latent: Tensor, /) -> Tensor:
     return pixels.float()
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: Source, parts: Components) -> BaselineModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
-    told = load_umt5_prompts(source)
+    native_prompts = load_umt5_prompts(source)
     pipeline = WanPipeline(
-        tokenizer=told.tokenizer,
-        text_encoder=told.encoder,
+        tokenizer=native_prompts.tokenizer,
+        text_encoder=native_prompts.encoder,
         vae=load_from_diffusers(source, "vae", AutoencoderKLWan),
         scheduler=None,
         transformer=load_denoiser(source, WanTransformer3DModel, parts.network, NAMES),
@@ -55,11 +55,11 @@ def load(source: Source, parts: Components) -> PeerModel:
         states, _ = pipeline.encode_prompt(prompt, None, False, max_sequence_length=source.text_tokens)
         return Conditioning(states)
 
-    return PeerModel(
+    return BaselineModel(
         pipeline,
         pipeline.transformer,
-        PeerPrompts(told, encode),
+        BaselinePrompts(native_prompts, encode),
         partial(_denoise, pipeline),
         partial(_decode, pipeline),
-        pair_apart=True,
+        separate_guidance=True,
     )

@@ -9,8 +9,8 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from torch import Tensor
 
-from harness.baselines.model import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
+from harness.baselines.model import BaselineModel, BaselinePrompts, PipelineBatch, kl_pixels
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
 from models.source import Source
@@ -18,13 +18,13 @@ from models.z_image.prompts import load_z_image_prompts
 from models.z_image.weights import NAMES
 
 
-def _denoise(pipeline: ZImagePipeline, batch: Batch) -> Tensor:
+def _denoise(pipeline: ZImagePipeline, batch: PipelineBatch) -> Tensor:
     """The pipeline's loop, whose state is float32: prompt + scale * (prompt - negative), so 0 is no guidance."""
     latents: Tensor = pipeline(
         prompt_embeds=_rows(batch.text),
         negative_prompt_embeds=[] if batch.negative is None else _rows(batch.negative),
         guidance_scale=batch.ask.guidance - 1,
-        **batch.common(batch.noise),
+        **batch.shared_arguments(batch.noise),
     )[0]
     return latents
 
@@ -42,14 +42,14 @@ def _rows(text: Conditioning) -> list[Tensor]:
     return list(states) if text.mask is None else [row[mask] for row, mask in zip(states, text.mask, strict=True)]
 
 
-def load(source: Source, parts: Components) -> PeerModel:
+def load(source: Source, parts: Components) -> BaselineModel:
     """The pipeline of a checkpoint. Raises CheckpointError."""
-    told = load_z_image_prompts(source)
+    native_prompts = load_z_image_prompts(source)
     pipeline = ZImagePipeline(
         scheduler=None,
         vae=load_from_diffusers(source, "vae", AutoencoderKL),
-        text_encoder=told.encoder,
-        tokenizer=told.tokenizer,
+        text_encoder=native_prompts.encoder,
+        tokenizer=native_prompts.tokenizer,
         transformer=load_denoiser(source, ZImageTransformer2DModel, parts.network, NAMES),
     )
 
@@ -59,10 +59,10 @@ def load(source: Source, parts: Components) -> PeerModel:
         )
         return Conditioning(states[0][None])
 
-    return PeerModel(
+    return BaselineModel(
         pipeline,
         pipeline.transformer,
-        PeerPrompts(told, encode),
+        BaselinePrompts(native_prompts, encode),
         partial(_denoise, pipeline),
         partial(_decode, pipeline),
     )

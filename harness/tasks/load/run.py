@@ -234,7 +234,7 @@ def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int =
         evaluations = forwards(before, connection.ping())
         return Measured(summarized(config, account.rows, account.strays, evaluations), account.rows)
 
-    return engine.attend(clients)
+    return engine.with_connection(clients)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from harness.config.cache import NONE
 from harness.config.optimize import Optimize
 from harness.config.plan import HardwareConfig
 from harness.config.schema import Load, ParallelConfig, RunConfig
+from harness.costs.plan_file import PredictionCheck
 from harness.costs.request_trace import trace_request
-from harness.costs.plan_file import Check
-from harness.costs.roofline import device, predict, traffic
+from harness.costs.roofline import device_rates, predict, traffic
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import Record, read_record
@@ -35,7 +35,7 @@ def records(tree: Path) -> Iterator[tuple[Path, Record]]:
             yield file.parent, record
 
 
-def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> Check:
+def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> PredictionCheck:
     """One record beside what is predicted of its run.
 
     Args:
@@ -44,7 +44,7 @@ def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], Hardwa
         hardware: the machine, with the rates for a dtype.
     """
     summary = record.timed
-    found = Check(
+    found = PredictionCheck(
         folder=folder.name,
         layout=msgspec.convert(record.config["parallel"], ParallelConfig),
         threads=record.provenance.threads_per_rank,
@@ -58,7 +58,9 @@ def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], Hardwa
         return msgspec.structs.replace(found, reason=one_line(error))
 
 
-def _predicted(found: Check, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> Check:
+def _predicted(
+    found: PredictionCheck, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]
+) -> PredictionCheck:
     config = msgspec.convert(record.config, RunConfig)
     config.model.load = Load.dummy
     if config.cache.name != NONE:
@@ -68,7 +70,7 @@ def _predicted(found: Check, record: Record, hardware: Callable[[torch.dtype], H
         raise ValueError("not predicted: its keys and values are stale, and plans are of exact layouts")
     dtype = torch_dtype(denoiser_dtype(config.model))
     traced = trace_request(config)
-    row = predict(traced, layout, device(hardware(dtype), dtype.itemsize), record.timed.nfe, 1, [])
+    row = predict(traced, layout, device_rates(hardware(dtype), dtype.itemsize), record.timed.nfe, 1, [])
     a_step = record.timed.nfe / steps
     micro_batches = math.ceil(len(record.samples) / request.batch_size)
     spared = config.engine.optimize in (Optimize.eager, Optimize.compile)

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from harness.config.plan import HardwareConfig
 from harness.config.schema import RunConfig
+from harness.costs.plan_file import PLAN_SCHEMA, LayoutPrediction, Plan
 from harness.costs.request_trace import trace_request
-from harness.costs.plan_file import PLAN_SCHEMA, Plan, Prediction
-from harness.costs.roofline import device, legal_layouts, predict
+from harness.costs.roofline import device_rates, predict, valid_layouts
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.records.record import RunFolder, Status
 from harness.resolve.checkpoint import locate
@@ -60,13 +60,13 @@ def planned(config: RunConfig) -> Plan:
     dtype, request = torch_dtype(denoiser_dtype(config.model)), to_message(config.request)
     traced = trace_request(config)
     hardware, measured = filled(config.hardware, dtype, config.launch)
-    on = device(hardware, dtype.itemsize)
+    on = device_rates(hardware, dtype.itemsize)
     denoiser = trained_denoiser(config).weights
     facts = layout_facts(config, locate(config.model, denoiser).config_folder(denoiser))
     micro_batches = math.ceil(len(request.prompts) * request.samples_per_prompt / request.batch_size)
     rows = [
         predict(traced, layout, on, request.steps, micro_batches, notes)
-        for layout, notes in legal_layouts(facts, config.plan.ranks, micro_batches)
+        for layout, notes in valid_layouts(facts, config.plan.ranks, micro_batches)
     ]
     return _plan(config, hardware, measured, layouts=sorted(rows, key=_rank))
 
@@ -88,10 +88,10 @@ def checked(config: RunConfig, tree: Path) -> Plan:
 
 
 def _plan(
-    config: RunConfig, hardware: HardwareConfig, measured: list[str], layouts: list[Prediction] | None = None
+    config: RunConfig, hardware: HardwareConfig, measured: list[str], layouts: list[LayoutPrediction] | None = None
 ) -> Plan:
     return Plan(PLAN_SCHEMA, hardware, measured, to_dict(config), layouts or [], [])
 
 
-def _rank(row: Prediction) -> tuple[bool, float, int]:
+def _rank(row: LayoutPrediction) -> tuple[bool, float, int]:
     return (not row.fits, row.denoising_ms, row.ranks)

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.config.schema import ParallelConfig
-from harness.costs.plan_file import Check, Plan, Prediction
+from harness.costs.plan_file import LayoutPrediction, Plan, PredictionCheck
 from harness.parallel.mesh import AXES
 
 
@@ -47,7 +47,7 @@ def print_plan(plan: Plan, rows: int, folder: Path, console: Console) -> None:
     _print_origin(plan, folder, console)
 
 
-def _cells(row: Prediction, alone: Prediction | None) -> list[str]:
+def _cells(row: LayoutPrediction, alone: LayoutPrediction | None) -> list[str]:
     sent = sum(exchange.bytes for exchange in row.exchanges)
     return [
         str(row.ranks),
@@ -75,7 +75,7 @@ def print_checks(plan: Plan, folder: Path, console: Console) -> None:
     _print_origin(plan, folder, console)
 
 
-def _check_cells(check: Check) -> list[str]:
+def _check_cells(check: PredictionCheck) -> list[str]:
     if check.predicted_step_ms is None or check.error is None:
         return [f"{check.step_ms:.4g}", escape(check.reason or ""), "", "", ""]
     counted = "not counted" if check.flops is None else "not predicted"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from harness.costs.plan_file import Check
+from harness.costs.plan_file import PredictionCheck
 from harness.tasks.plan.table import name_of
 from harness.tasks.report.families import COLOURS, FAINT, INK
 from harness.tasks.report.rows import Row, Table
@@ -72,7 +72,7 @@ def fidelity(table: Table) -> Figure:
     return figure
 
 
-def roofline(checks: Sequence[Check]) -> Figure:
+def roofline(checks: Sequence[PredictionCheck]) -> Figure:
     """Predicted step time against measured, one point a run.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from harness.messages import sent_bytes
+from harness.messages import total_sent_bytes
 from harness.metrics.difference import Difference
 from harness.metrics.intervals import Estimate, Share
 from harness.metrics.load import LoadSummary
@@ -169,7 +169,7 @@ def _timed(plain: Row, summary: Statistics) -> Row:
         memory_mib=summary.peak_memory_mib_max,
         tflops=reached,
         ceiling_share=reached / ceiling if reached is not None and ceiling else None,
-        comm_mb=sent_bytes(summary.comm) / 1e6,
+        comm_mb=total_sent_bytes(summary.comm) / 1e6,
     )
 
 

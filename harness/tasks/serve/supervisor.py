@@ -20,7 +20,7 @@ from harness.config.schema import RunConfig
 from harness.engines.torchrun import TorchrunEngine
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Message, MessageError, Progress
 from harness.serving.faults import failure_line
-from harness.serving.policy import Accepted, key_of
+from harness.serving.policy import TrackedRequest, sort_key
 from harness.serving.transport import Addresses, EngineGone
 from harness.tasks.serve.jobs import Job
 from harness.tasks.serve.link import Link
@@ -400,9 +400,9 @@ class Supervisor:
 
     def _queue(self) -> list[Job]:
         """What waits, in the order in which the ranks take it."""
-        key = key_of(self._config.serve.policy)
+        key = sort_key(self._config.serve.policy)
         queued = [job for job in self._outstanding.values() if job.state == "queued"]
-        return sorted(queued, key=lambda job: key(Accepted(b"", job.request, job.arrived, job.expires)))
+        return sorted(queued, key=lambda job: key(TrackedRequest(b"", job.request, job.arrived, job.expires)))
 
     def _retry_after_s(self) -> float:
         """A place is free once a request has been drawn; the mean of the last ones says when."""
