@@ -1,4 +1,4 @@
-"""From a configuration and a checkpoint to a peer's stages: text, noise, denoising and decoding by its pipeline."""
+"""Build a baseline's stages from a configuration and a checkpoint: text, noise, denoising and decoding."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from schedulers.noise_scheduler import NoiseScheduler
 
 
 class BaselineValidation(InputValidation):
-    """Stage 1, with what the pipeline cannot draw.
+    """Stage 1, which also refuses what the pipeline cannot generate.
 
     Args:
-        limits: of the model.
-        noise_scheduler: refuses step counts that its path cannot be cut into.
+        limits: the model's limits.
+        noise_scheduler: the noise scheduler, which refuses step counts that its path cannot be divided into.
         model: the pipeline.
     """
 
@@ -45,24 +45,26 @@ class BaselineValidation(InputValidation):
         self.model = model
 
     def check(self, request: GenerationRequest) -> None:
-        """Refuses a whole request. Raises ValueError."""
+        """Refuse a request that cannot run. Raises ValueError."""
         super().check(request)
         self.model.check(asks(request)[0])
 
 
 def native_components(architecture: str, source: Source) -> Components:
-    """The native components on the meta device, which takes no memory: what they say of geometry, guidance and order.
+    """Return the native components on the meta device, which takes no memory.
+
+    They provide geometry, guidance and the order of parameters.
 
     Raises:
         CheckpointError: a configuration that they cannot be built from.
     """
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[architecture].module).load
-    empty = replace(source, device=torch.device("meta"), dummy=True, loras=(), loaded={})
-    return load(empty, sdpa_attention)
+    meta_source = replace(source, device=torch.device("meta"), dummy=True, loras=(), loaded={})
+    return load(meta_source, sdpa_attention)
 
 
 def load_baseline(architecture: str, source: Source, parts: Components) -> BaselineModel:
-    """diffusers' pipeline of a checkpoint, quiet, since a rank's log is a file.
+    """Return diffusers' pipeline of a checkpoint, without progress bars, since a rank's log is a file.
 
     Raises:
         CheckpointError: weights that are missing, broken or do not fit.
@@ -76,20 +78,29 @@ def load_baseline(architecture: str, source: Source, parts: Components) -> Basel
 def load_sglang(
     model: BaselineModel, row: SglangRow, source: Source, parts: Components, make_scheduler: MakeScheduler
 ) -> BaselineModel:
-    """diffusers' pipeline with SGLang-Diffusion's network and loop in it (harness.baselines.sglang).
+    """Return diffusers' pipeline with SGLang-Diffusion's network and loop in it (harness.baselines.sglang).
+
+    Args:
+        model: diffusers' pipeline.
+        row: the SGLang settings of the architecture.
+        source: the checkpoint.
+        parts: the native components on the meta device.
+        make_scheduler: a function that makes the noise scheduler of a micro-batch.
 
     Raises:
         CheckpointError: SGLang cannot load the network by itself.
-        ValueError: something that it imports is not installed, or it has no such noise scheduler.
+        ValueError: one of SGLang's imports is not installed, or SGLang has no such noise scheduler.
     """
     if source.device.type == "cpu":
-        os.environ.setdefault("SGLANG_DIFFUSION_PLATFORM_OVERRIDE", "cpu")  # it looks for drivers, we asked torch
+        os.environ.setdefault(
+            "SGLANG_DIFFUSION_PLATFORM_OVERRIDE", "cpu"
+        )  # SGLang looks for drivers, torch has already decided
     try:
         sglang = importlib.import_module("harness.baselines.sglang")
     except ImportError as error:
         raise ValueError(f"engine={SGLANG} cannot import SGLang ({error}); install what is named with pip") from error
-    drawn: BaselineModel = sglang.with_sglang(model, row, source, parts, make_scheduler)
-    return drawn
+    built: BaselineModel = sglang.with_sglang(model, row, source, parts, make_scheduler)
+    return built
 
 
 @dataclass(frozen=True)
@@ -108,11 +119,22 @@ def baseline_stages(
     limits: Limits,
     cache_mib: float,
 ) -> BaselineStages:
-    """Loads the pipeline and lays the stages around it, with the names that they have in a native run.
+    """Load the pipeline and build the stages around it, with the names that they have in a native run.
+
+    Args:
+        config: the resolved configuration.
+        source: the checkpoint.
+        parts: the native components on the meta device.
+        noise_scheduler: the noise scheduler of a native run.
+        limits: the model's limits.
+        cache_mib: the size of the prompt cache, MiB.
+
+    Returns:
+        The validation and the stages.
 
     Raises:
         CheckpointError: weights that are missing, broken or do not fit.
-        ValueError: a noise scheduler that the pipeline cannot be driven by, or a cache that skips nothing.
+        ValueError: a noise scheduler that cannot drive the pipeline, or a cache that skips nothing.
     """
     architecture, published = config.model.architecture, config.scheduler.family == PUBLISHED_FAMILY
     if published:
@@ -126,13 +148,13 @@ def baseline_stages(
     if config.engine.name == SGLANG and row is not None:
         model = load_sglang(model, row, source, parts, make_scheduler)
         notes.append(
-            f"engine={SGLANG}: the network, what it is told, guidance and the loop are those of SGLang-Diffusion "
-            f"{engine_version(SGLANG)}; text encoding, decoding, the first noise and the noise scheduler those of "
+            f"engine={SGLANG}: the network, its inputs, guidance and the loop are those of SGLang-Diffusion "
+            f"{engine_version(SGLANG)}; text encoding, decoding, the initial noise and the noise scheduler those of "
             "engine=diffusers"
         )
     if config.engine.optimize is Optimize.compile:
-        how = compile_forwards([model.network], config.engine.compile, source.device)
-        notes.append(f"engine.optimize=compile: diffusers' network {how}")
+        compiled = compile_forwards([model.network], config.engine.compile, source.device)
+        notes.append(f"engine.optimize=compile: diffusers' network {compiled}")
     return BaselineStages(
         BaselineValidation(limits, noise_scheduler, model),
         [

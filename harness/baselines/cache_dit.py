@@ -1,7 +1,8 @@
-"""engine=cache_dit: the blocks of a peer's network behind cache-dit's DBCache.
+"""engine=cache_dit: the blocks of a baseline's network with cache-dit's DBCache.
 
-The first blocks of every evaluation are computed; where their residual changed little since an evaluation that was
-computed whole (relative L1), the others are not, and add what they added then (github.com/vipshop/cache-dit, DBCache).
+The first blocks of every evaluation are computed. If their residual has changed little (relative L1) since the last
+full evaluation, the other blocks are skipped and their cached residual is added (github.com/vipshop/cache-dit,
+DBCache).
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from types import ModuleType
 from harness.baselines.model import BaselineModel
 from harness.config.schema import BlockCacheConfig
 
-MAX_CONSECUTIVE = 3  # evaluations cut short one after another, as SGLang has it
+MAX_CONSECUTIVE = 3  # the largest number of consecutive shortened evaluations, SGLang's default
 
 
 @dataclass(frozen=True)
 class DBCacheSkips:
-    """Which evaluations of a micro-batch were cut short, counted from 0.
+    """The evaluations of a micro-batch that skipped blocks, counted from 0.
 
     Args:
-        whole: in every forward of theirs.
-        half: in one forward of a guided pair.
-        blocks: computed all the same, and all.
+        skipped: the evaluations that skipped blocks in all of their forwards.
+        half_skipped: the evaluations that skipped blocks in one forward of a guided pair.
+        blocks: the blocks that are always computed, and all blocks.
     """
 
     skipped: list[int]
@@ -32,7 +33,7 @@ class DBCacheSkips:
     blocks: tuple[int, int]
 
     def note(self, evaluations: int) -> str:
-        """For the record, of so many evaluations in all."""
+        """Return the note for the record, given the number of all evaluations."""
         if not self.skipped and not self.half_skipped:
             return (
                 f"cache-dit skipped nothing in {evaluations} evaluations; lower engine.cache.warmup, or raise "
@@ -47,26 +48,26 @@ class DBCacheSkips:
 
 
 class DBCache:
-    """cache-dit around a network, begun anew for every micro-batch.
+    """cache-dit around a network, reset for every micro-batch.
 
     Args:
-        model: whose network is changed in place.
-        config: when evaluations are cut short.
+        model: the pipeline, whose network is changed in place.
+        config: the thresholds that decide which evaluations skip blocks.
 
     Raises:
-        ValueError: more blocks in every evaluation than there are to skip.
+        ValueError: so many blocks in every evaluation that none is left to skip.
     """
 
     def __init__(self, model: BaselineModel, config: BlockCacheConfig) -> None:
         self._library = quiet_library()
         self._network = model.network
         self._config = config
-        self._pairs = False
+        self._separate_guidance = False
         adapter = self._library.get_adapter(model.pipeline)
-        # in the pipeline's own place it would wrap __call__ of its class, and so every pipeline of the process
+        # with the pipeline itself it would wrap __call__ of the class, and so every pipeline of the process
         blocks = importlib.import_module("cache_dit.caching.block_adapters")
         adapter.pipe = blocks.FakeDiffusionPipeline(model.network)
-        self._library.enable_cache(adapter, cache_config=self._settings(pairs=False))
+        self._library.enable_cache(adapter, cache_config=self._settings(separate_guidance=False))
         self._depth = sum(len(part) for part in adapter.blocks[0])
         if config.first_blocks >= self._depth:
             raise ValueError(
@@ -74,31 +75,35 @@ class DBCache:
                 f"blocks; give at most {self._depth - 1}"
             )
 
-    def begin(self, pairs: bool) -> None:
-        """Forgets the last micro-batch; `pairs` says that evaluations take two forwards, prompt and negative."""
-        self._pairs = pairs
-        self._library.refresh_context(self._network, cache_config=self._settings(pairs))
+    def begin(self, separate_guidance: bool) -> None:
+        """Forget the last micro-batch.
+
+        Args:
+            separate_guidance: whether an evaluation takes two forwards, for prompt and negative prompt.
+        """
+        self._separate_guidance = separate_guidance
+        self._library.refresh_context(self._network, cache_config=self._settings(separate_guidance))
 
     def skips(self) -> DBCacheSkips:
-        """What was skipped since it began."""
-        stats, pairs = self._library.summary(self._network, logging=False)[-1], self._pairs
+        """Return what was skipped since `begin`."""
+        stats = self._library.summary(self._network, logging=False)[-1]
         first = set(stats.cached_steps)
-        second = set(stats.cfg_cached_steps) if pairs else first
+        second = set(stats.cfg_cached_steps) if self._separate_guidance else first
         return DBCacheSkips(sorted(first & second), sorted(first ^ second), (self._config.first_blocks, self._depth))
 
-    def _settings(self, pairs: bool) -> object:
+    def _settings(self, separate_guidance: bool) -> object:
         return self._library.DBCacheConfig(
             Fn_compute_blocks=self._config.first_blocks,
             Bn_compute_blocks=0,
             max_warmup_steps=self._config.warmup,
             max_continuous_cached_steps=MAX_CONSECUTIVE,
             residual_diff_threshold=self._config.threshold,
-            enable_separate_cfg=pairs,
+            enable_separate_cfg=separate_guidance,
         )
 
 
 def quiet_library() -> ModuleType:
-    """cache-dit, which otherwise tells a rank's log what it recognises."""
+    """Return cache-dit, set not to log its detections to the rank's log."""
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "warning")
     return importlib.import_module("cache_dit")
 

@@ -1,4 +1,4 @@
-"""Denoising by a pipeline of diffusers: its own loop, watched through hooks of the network in it."""
+"""Denoising with a diffusers pipeline: its own loop, observed through hooks on its network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from schedulers.drop_in import evaluation_points
 from schedulers.noise_scheduler import NoiseScheduler
 
 SDPA_BACKENDS = {"sdpa_math": SDPBackend.MATH, "sdpa_flash": SDPBackend.FLASH_ATTENTION}
-"""Names of harness.resolve.engines_table for layers that call PyTorch's attention themselves."""
+"""PyTorch's kernels by their names in harness.resolve.engines_table, for layers that call its attention themselves."""
 
 
 class NoisePreparation:
@@ -41,24 +41,27 @@ class NoisePreparation:
         self.space = space
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        """Set each sample's initial noise from its seed."""
         for sample in samples:
-            ask = sample.ask
-            sample.start = seeded_noise(ask.seed, self.space.shape(ask.height, ask.width, ask.frames)).to(run.device)
+            spec = sample.ask
+            sample.start = seeded_noise(spec.seed, self.space.shape(spec.height, spec.width, spec.frames)).to(
+                run.device
+            )
 
 
 class BaselineDenoising:
-    """Stage 5.
+    """Stage 5: denoising with the pipeline's own loop.
 
     Args:
         model: the pipeline.
-        make_scheduler: makes the noise scheduler of a micro-batch.
-        noise_scheduler: that of a native run, whose solver steps are counted.
-        rule: how the checkpoint is guided.
-        attention: by the name of harness.resolve.engines_table.
-        size_multiple: pixels a token of the network spans on a side.
-        has_own_noise: the noise of steps is diffusers' own.
-        cache: of the network's blocks.
-        notes: for the record of every request.
+        make_scheduler: a function that makes the noise scheduler of a micro-batch.
+        noise_scheduler: the noise scheduler of a native run, whose solver steps are counted.
+        rule: the checkpoint's guidance rule.
+        attention: the attention's name in harness.resolve.engines_table.
+        size_multiple: the pixels that a token of the network spans on a side.
+        has_own_noise: whether the noise of the steps is diffusers' own.
+        cache: the cache of the network's blocks, if there is one.
+        notes: the notes for the record of every request.
     """
 
     name = "denoising"
@@ -88,6 +91,7 @@ class BaselineDenoising:
         self.notes = notes
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        """Denoise all samples, one micro-batch after another."""
         run.notes.extend(self.notes)
         batches = micro_batches(samples, run.batch_size)
         total = sum(written(batch[0].grid).steps for batch in batches)
@@ -96,11 +100,11 @@ class BaselineDenoising:
 
     def _denoise(self, samples: list[Sample], run: RunContext, total: int) -> None:
         if run.keep_states:
-            raise ValueError("diffusers' pipelines give no state after every step; ask for the last latents")
-        grid, ask = written(samples[0].grid), samples[0].ask
+            raise ValueError("diffusers' pipelines return no state after each step; use latents=last")
+        grid, spec = written(samples[0].grid), samples[0].ask
         if self.has_own_noise and adds_noise(self.noise_scheduler, grid):
-            run.notes.append("the noise of each step is diffusers' own: pictures are not those of engine=native")
-        is_guided = guided(ask, self.rule)
+            run.notes.append("the noise of each step is diffusers' own: images differ from those of engine=native")
+        is_guided = guided(spec, self.rule)
         batch = PipelineBatch(
             [sample.ask for sample in samples],
             torch.stack([written(sample.start) for sample in samples]),
@@ -110,13 +114,15 @@ class BaselineDenoising:
 
         def noise(step: int) -> Tensor:
             shape = tuple(batch.noise.shape[1:])
-            return self.model.pack(torch.stack([step_noise(a.seed, step, shape) for a in batch.asks])).to(run.device)
+            return self.model.pack(torch.stack([step_noise(spec.seed, step, shape) for spec in batch.specs])).to(
+                run.device
+            )
 
-        self.model.pipeline.scheduler = self.make_scheduler(tokens(ask.height, ask.width, self.size_multiple), noise)
+        self.model.pipeline.scheduler = self.make_scheduler(tokens(spec.height, spec.width, self.size_multiple), noise)
         evaluations = [len(points) for points in evaluation_points(self.noise_scheduler, grid)]
         forwards = 2 if is_guided and self.model.separate_guidance else 1
         if self.cache is not None:
-            self.cache.begin(pairs=forwards == 2)
+            self.cache.begin(separate_guidance=forwards == 2)
         with attention_context(self.attention), NetworkTimer(self.model.network, run, evaluations, forwards, total):
             latents = self.model.denoise(batch)
         if self.cache is not None:
@@ -128,7 +134,7 @@ class BaselineDenoising:
 
 
 def attention_context(attention: str) -> AbstractContextManager[object]:
-    """The attention that runs inside, by the name of harness.resolve.engines_table."""
+    """Return a context in which the attention with this name in harness.resolve.engines_table runs."""
     if attention == "sdpa":
         return ExitStack()
     if attention in SDPA_BACKENDS:
@@ -140,14 +146,15 @@ def attention_context(attention: str) -> AbstractContextManager[object]:
 class NetworkTimer:
     """Times a pipeline's network and steps from outside: a step lasts from its first forward to that of the next.
 
-    What comes before the first forward is in the stage and in no step. Cancellation is checked at each step's start.
+    What comes before the first forward belongs to the stage and to no step. Cancellation is checked at the start of
+    each step.
 
     Args:
         network: the denoiser.
-        run: of the request.
-        evaluations: network evaluations of each solver step.
-        forwards: of one evaluation; a guided pair counts as one.
-        total: solver steps of the request, for its progress.
+        run: the run context of the request.
+        evaluations: the network evaluations of each solver step.
+        forwards: the forwards of one evaluation; a guided pair counts as one evaluation.
+        total: the solver steps of the request, for its progress.
     """
 
     def __init__(self, network: nn.Module, run: RunContext, evaluations: list[int], forwards: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""What a family of diffusers' pipelines offers a run: one micro-batch in, latents out, and the parts around it."""
+"""The interface of a family of diffusers pipelines: one micro-batch in, latents out, and the parts around it."""
 
 from __future__ import annotations
 
@@ -20,73 +20,73 @@ from models.source import Source
 
 @dataclass(frozen=True)
 class PipelineBatch:
-    """One micro-batch as a pipeline is asked for it.
+    """One micro-batch, as the input of a pipeline.
 
     Args:
-        asks: of each picture; all but prompt and seed are the same.
-        noise: standard normal, (B, C, H, W) or (B, C, F, H, W), float32 on the device.
-        text: one row a picture.
-        negative: one row a picture where guidance needs it.
+        specs: the specification of each image; they differ in prompt and seed only.
+        noise: standard normal noise, (B, C, H, W) or (B, C, F, H, W), float32 on the device.
+        text: the conditioning of the prompts, one row per image.
+        negative: the conditioning of the negative prompts, one row per image, if guidance needs it.
     """
 
-    asks: Sequence[Ask]
+    specs: Sequence[Ask]
     noise: Tensor
     text: Conditioning
     negative: Conditioning | None
 
     @property
-    def ask(self) -> Ask:
-        """What is asked of every picture."""
-        return self.asks[0]
+    def spec(self) -> Ask:
+        """The specification that all images share."""
+        return self.specs[0]
 
     def shared_arguments(self, latents: Tensor) -> dict[str, object]:
-        """The arguments that every pipeline names alike."""
+        """Return the arguments that all pipelines have in common."""
         return {
-            "num_inference_steps": self.ask.steps,
-            "height": self.ask.height,
-            "width": self.ask.width,
+            "num_inference_steps": self.spec.steps,
+            "height": self.spec.height,
+            "width": self.spec.width,
             "latents": latents,
             "output_type": "latent",
             "return_dict": False,
         }
 
-    def states(self) -> dict[str, Tensor | None]:
-        """The token states, by the names that pipelines give them."""
+    def prompt_embeds(self) -> dict[str, Tensor | None]:
+        """Return the prompt embeddings, by the names of the pipelines' arguments."""
         return {
             "prompt_embeds": self.text.states,
             "negative_prompt_embeds": None if self.negative is None else self.negative.states,
         }
 
-    def vectors(self) -> dict[str, Tensor | None]:
-        """The pooled vectors, by the names that pipelines give them."""
+    def pooled_embeds(self) -> dict[str, Tensor | None]:
+        """Return the pooled prompt embeddings, by the names of the pipelines' arguments."""
         return {
             "pooled_prompt_embeds": self.text.pooled,
             "negative_pooled_prompt_embeds": None if self.negative is None else self.negative.pooled,
         }
 
 
-def check_guidance(ask: Ask) -> None:
-    """For a pipeline that guides above 1 only. Raises ValueError."""
-    refuse_weak_guidance(ask.guidance)
+def check_guidance(spec: Ask) -> None:
+    """Refuse guidance below 1, for a pipeline that guides above 1 only. Raises ValueError."""
+    refuse_weak_guidance(spec.guidance)
 
 
-def accept_all(ask: Ask) -> None:
-    """For a pipeline that draws all that the native one does."""
+def accept_all(spec: Ask) -> None:
+    """Accept everything, for a pipeline that generates all that the native one does."""
 
 
 @dataclass(frozen=True)
 class BaselineModel:
-    """A pipeline of diffusers, and what has to be known of it.
+    """A diffusers pipeline and what the stages need to know about it.
 
     Args:
-        pipeline: its noise scheduler is set before each micro-batch.
+        pipeline: the pipeline; its noise scheduler is set before each micro-batch.
         network: the denoiser in it.
-        prompts: prompts through the pipeline's own encoding.
-        denoise: its loop; latents of the noise's shape.
-        decode: what it does with latents (models.components.Decoder).
-        check: raises ValueError for what it cannot draw and the native one can.
-        pack: a state of the noise's shape as it holds one.
-        separate_guidance: a guided pair takes two forwards.
+        prompts: the pipeline's own prompt encoding.
+        denoise: the pipeline's loop, from a batch to latents of the noise's shape.
+        decode: the pipeline's decoding of latents (models.components.Decoder).
+        check: a function that raises ValueError for what the native pipeline can generate and this one cannot.
+        pack: a function from a state of the noise's shape to the pipeline's own layout.
+        separate_guidance: whether a guided pair takes two forwards.
     """
 
     pipeline: DiffusionPipeline
@@ -100,23 +100,23 @@ class BaselineModel:
 
 
 class BaselineLoader(Protocol):
-    """What a family's module offers as `load`."""
+    """The function `load` of a family's module."""
 
     def __call__(self, source: Source, parts: Components) -> BaselineModel:
-        """The pipeline with its weights.
+        """Load the pipeline with its weights.
 
         Args:
             source: the checkpoint.
-            parts: the native components, without memory: geometry, and the order of random weights.
+            parts: the native components without memory, for geometry and the order of random weights.
         """
 
 
 class BaselinePrompts:
-    """A PromptEncoder around a pipeline's encode_prompt, each prompt encoded alone.
+    """A PromptEncoder around a pipeline's encode_prompt; each prompt is encoded by itself.
 
     Args:
-        counted: counts and cuts tokens as the pipeline does.
-        encode: one prompt, and whether it is a negative one.
+        counter: an encoder that counts and truncates tokens as the pipeline does.
+        encode: a function of one prompt, and of whether it is a negative prompt.
     """
 
     def __init__(self, counter: PromptEncoder, encode: Callable[[str, bool], Conditioning]) -> None:
@@ -125,16 +125,16 @@ class BaselinePrompts:
         self.max_tokens = counter.max_tokens
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt before it is cut."""
+        """Return the tokens of a prompt before it is truncated."""
         return self.counter.count(prompt)
 
     def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
-        """One row a prompt."""
+        """Return the conditioning, one row per prompt."""
         return Conditioning.stack([self.encode(prompt, negative) for prompt in prompts])
 
 
 def kl_pixels(vae: AutoencoderKL, processor: VaeImageProcessor, z_BCHW: Tensor) -> Tensor:
-    """What a pipeline does with latents once they have the autoencoder's own scale."""
+    """Decode latents that have the autoencoder's own scale, as pipelines do."""
     image = vae.decode(z_BCHW.to(vae.dtype), return_dict=False)[0]
     pixels: Tensor = processor.postprocess(image, output_type="pt")
     return pixels.float()

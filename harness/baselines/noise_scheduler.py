@@ -1,4 +1,4 @@
-"""The noise scheduler in a pipeline's slot: the checkpoint's own class of diffusers, or ours in its vocabulary."""
+"""The noise scheduler in a pipeline: the checkpoint's own diffusers class, or ours behind the diffusers interface."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from schedulers.solvers.base import Memory
 
 PipelineScheduler: TypeAlias = SchedulerMixin | DiffusersView
 MakeScheduler: TypeAlias = Callable[[int, Callable[[int], Tensor]], PipelineScheduler]
-"""What goes into a pipeline's slot, from the tokens of a picture and the noise of each step."""
+"""A function from the tokens of an image and the noise of each step to the noise scheduler of a pipeline."""
 
 
 class NativeGridScheduler(DiffusersView):
-    """The run's own grid, whatever sigmas and shift a pipeline would give a flow's noise scheduler."""
+    """The run's own grid, whatever sigmas and shift a pipeline passes to a flow's noise scheduler."""
 
     def set_timesteps(
         self,
@@ -35,37 +35,44 @@ class NativeGridScheduler(DiffusersView):
         sigmas: list[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Begin a request. Raises ValueError where no number of steps is given."""
+        """Begin a request. Raises ValueError if no number of steps is given."""
         steps = len(sigmas) if num_inference_steps is None and sigmas is not None else num_inference_steps
         super().set_timesteps(steps, device)
-        # WanPipeline looks a sigma up for every evaluation, of which a solver's step may have several
+        # WanPipeline looks up a sigma for every evaluation, and a solver step may have several evaluations
         self.sigmas = torch.tensor([*(point.sigma for point in self._points), self.sigmas[-1]], dtype=torch.float32)
 
 
 def published_scheduler(source: Source) -> MakeScheduler:
-    """The class that the checkpoint's scheduler_config.json names, as it is."""
+    """Return a maker of the class that the checkpoint's scheduler_config.json names, unchanged."""
     raw = read_json(scheduler_file(source.folder))
     kind: type[SchedulerMixin] = getattr(diffusers, str(raw["_class_name"]))
     return lambda tokens, noise: kind.from_config(raw)
 
 
 def native_scheduler(noise_scheduler: NoiseScheduler, scales: bool, steps: int) -> MakeScheduler:
-    """Our noise scheduler, its noise that of native runs; pipelines hand it outputs without a learned variance.
+    """Return a maker of our noise scheduler, with the noise of native runs.
+
+    Pipelines pass it outputs without a learned variance.
 
     Args:
-        noise_scheduler: of the run.
-        scales: the pipeline scales noise and network input as it is told.
-        steps: of the configured request, with which it is tried.
+        noise_scheduler: the run's noise scheduler.
+        scales: whether the pipeline scales noise and network input as the noise scheduler says.
+        steps: the steps of the configured request, with which the noise scheduler is tried.
+
+    Returns:
+        The maker.
 
     Raises:
-        ValueError: the pipeline cannot be driven by it.
+        ValueError: this noise scheduler cannot drive the pipeline.
     """
     if noise_scheduler.rounded is not None:
         raise ValueError("scheduler.state_dtype has no effect in diffusers' pipelines; drop it, or use engine=native")
     prediction = noise_scheduler.prediction
     if isinstance(prediction, LearnedVariance):
         if prediction.use:
-            raise ValueError("diffusers' pipelines drop a learned variance; choose another, or use engine=native")
+            raise ValueError(
+                "diffusers' pipelines drop a learned variance; choose another scheduler, or use engine=native"
+            )
         noise_scheduler = replace(noise_scheduler, prediction=prediction.prediction)
 
     def make(tokens: int, noise: Callable[[int], Tensor]) -> PipelineScheduler:
@@ -75,24 +82,24 @@ def native_scheduler(noise_scheduler: NoiseScheduler, scales: bool, steps: int) 
     grid = noise_scheduler.grid(steps, 1)
     if not scales and (grid.init_std != 1 or bool((grid.c_in != 1).any())):
         raise ValueError(
-            "this pipeline of diffusers neither scales noise nor network input, and this noise scheduler wants it; "
+            "this pipeline of diffusers scales neither noise nor network input, and this noise scheduler needs that; "
             "choose another scheduler.path or scheduler.prediction, or use engine=native"
         )
     return make
 
 
 def adds_noise(noise_scheduler: NoiseScheduler, grid: Grid) -> bool:
-    """Whether a solver adds noise between its first state and its last, found by walking it over one number."""
-    asked: list[int] = []
+    """Return whether a solver adds noise between its first and last state, found by running it on one number."""
+    keys: list[int] = []
     one, memory = torch.ones(1, 1, 1, 1, dtype=torch.float64), Memory()
 
     def denoise(x: Tensor, point: Point) -> Estimate:
         return Estimate(one, one, one)
 
     def noise(key: int) -> Tensor:
-        asked.append(key)
+        keys.append(key)
         return one
 
     for i in range(grid.steps):
         noise_scheduler.solver.step(one, i, grid, denoise, memory, noise)
-    return bool(asked)
+    return bool(keys)

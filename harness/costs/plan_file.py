@@ -1,4 +1,4 @@
-"""`plan.json`: predictions, with every number that they were made of."""
+"""The file `plan.json`: predictions, with every number that they were made of."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PLAN_SCHEMA = 1
 
 
 class AxisCollective(msgspec.Struct, frozen=True):
-    """What one axis of ranks sends in one evaluation.
+    """What one axis of ranks sends in one evaluation with one kind of collective.
 
     Args:
-        axis: ulysses, ring, tp, tokens (ring x ulysses) or cfg.
-        kind: of collective.
-        bytes: that a rank sends.
-        calls: collectives.
-        between_nodes: its ranks are on more than one node.
-        transfer_ms: what the calls take.
-        exposed_ms: what of it is not hidden behind computing.
+        axis: the axis: ulysses, ring, tp, tokens (ring x ulysses) or cfg.
+        kind: the kind of collective.
+        bytes: the bytes that a rank sends.
+        calls: the number of collectives.
+        between_nodes: whether the axis's ranks are on more than one node.
+        transfer_ms: the time of the calls, ms.
+        exposed_ms: the part of that time that computing does not hide, ms.
     """
 
     axis: str
@@ -35,26 +35,26 @@ class AxisCollective(msgspec.Struct, frozen=True):
 
 
 class LayoutPrediction(msgspec.Struct, frozen=True):
-    """One layout. Numbers are of one rank and one evaluation of the denoiser, which is a step of a first-order solver.
+    """The prediction for one layout: of one rank and one evaluation, which is a step of a first-order solver.
 
     Args:
-        layout: degrees.
-        ranks: their product.
-        flops: operations.
-        attention_flops: those of them that are attention.
-        moved_bytes: between the device and its memory.
-        weight_bytes: of the denoiser.
-        other_weight_bytes: of text encoders and decoder.
-        activation_bytes: the larger peak of an evaluation and of decoding.
-        memory_bytes: all of that, and the state.
-        fits: in the device's memory.
-        compute_ms: the operations at the attainable rate.
-        memory_ms: the moved bytes at the attainable rate.
-        exchanges: by axis and kind.
-        exposed_ms: of all of them.
-        step_ms: max(compute, memory) + exposed.
-        denoising_ms: the whole request, its micro-batches dealt over replicas.
-        notes: padding, in words.
+        layout: the degrees.
+        ranks: the product of the degrees.
+        flops: the operations.
+        attention_flops: the operations that are attention.
+        moved_bytes: the bytes between the device and its memory.
+        weight_bytes: the bytes of the denoiser's weights.
+        other_weight_bytes: the bytes of text encoders and decoder.
+        activation_bytes: the larger of the peaks of an evaluation and of decoding.
+        memory_bytes: the sum of weights, activations and state.
+        fits: whether memory_bytes fit in the device's memory.
+        compute_ms: the time of the operations at the attainable rate, ms.
+        memory_ms: the time of the moved bytes at the attainable rate, ms.
+        exchanges: the collectives, by axis and kind.
+        exposed_ms: the exposed time of all collectives, ms.
+        step_ms: max(compute, memory) + exposed, ms.
+        denoising_ms: the time of the whole request, its micro-batches distributed over replicas, ms.
+        notes: notes on padding.
     """
 
     layout: ParallelConfig
@@ -77,11 +77,11 @@ class LayoutPrediction(msgspec.Struct, frozen=True):
 
 
 class PredictionCheck(msgspec.Struct, frozen=True):
-    """A record, and what is predicted of its run; `error` is predicted over measured step time, less 1.
+    """A record and the prediction for its run; `error` is predicted over measured step time, minus 1.
 
-    Bytes are what the busiest rank sent while it denoised a request, operations those of all ranks of a picture in one
-    solver step. Operations are predicted of the network as it is written, so not where engine.optimize spares some of
-    them. Where nothing is predicted, `reason` says why.
+    Bytes are what the busiest rank sent while it denoised a request; operations are those of all ranks of an image in
+    one solver step. Operations are predicted for the network as written, so not if engine.optimize removes some of
+    them. If nothing is predicted, `reason` says why.
     """
 
     folder: str
@@ -98,15 +98,15 @@ class PredictionCheck(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """`plan.json`. Everything in `layouts` is a prediction: nothing of it was run.
+    """The contents of `plan.json`. Everything in `layouts` is a prediction: nothing of it was run.
 
     Args:
-        schema: of this file.
-        hardware: as configured, with what was measured filled in.
-        measured: its keys that were measured on this machine, in this run.
+        schema: the version of this file's schema.
+        hardware: the configured hardware, with measured values filled in.
+        measured: the keys that were measured on this machine in this run.
         config: the resolved configuration.
-        layouts: by predicted time, those that do not fit last.
-        checks: predictions against records, where runs names some.
+        layouts: the predictions by predicted time, those that do not fit last.
+        checks: predictions against records, if the configuration names some.
     """
 
     schema: int

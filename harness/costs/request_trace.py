@@ -1,7 +1,7 @@
-"""A request's denoiser, decoder and text encoders on the meta device: every shape, and no numbers.
+"""A request's denoiser, decoder and text encoders on the meta device: every shape, and no data.
 
-Nothing is read but configurations (and a tokenizer, where the checkpoint has one), so a 14 B model takes seconds and no
-memory. What a layout divides is traced once; harness.costs.roofline makes a prediction of it for each layout.
+Only configurations are read (and a tokenizer, if the checkpoint has one), so a 14 B model takes seconds and no memory.
+Each network is traced once; harness.costs.roofline predicts every layout from the trace.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class RequestTrace:
-    """What every layout of one request shares.
+    """The traces and sizes that every layout of one request shares.
 
     Args:
-        whole: one evaluation of a micro-batch, both branches of guidance in it.
-        branch: the same where each branch has a rank of its own; None where there is no guidance.
-        weights: of the denoiser.
-        other_weights: bytes of text encoders and decoder, which every rank has whole.
-        item: bytes of a number of the denoiser.
-        latent_bytes: of the micro-batch's state, in float32.
-        decode_bytes: that decoding the micro-batch on one rank holds at its peak.
+        both_branches: one evaluation of a micro-batch with both branches of guidance.
+        one_branch: the same with one branch, for ranks that compute one each; None without guidance.
+        weights: the denoiser's weights.
+        other_weights: the bytes of text encoders and decoder, replicated on every rank.
+        itemsize: the bytes per element of the denoiser's dtype.
+        latent_bytes: the bytes of the micro-batch's state in float32.
+        decode_bytes: the bytes that decoding the micro-batch on one rank holds at its peak.
     """
 
     both_branches: NetworkTrace
@@ -53,9 +53,9 @@ class RequestTrace:
 
 
 class _ScalarsAreTrue(TorchDispatchMode):
-    """Answers where a text encoder asks what a tensor without numbers says (is every token real?): yes.
+    """Answers with true or 1 when a text encoder reads a value of a meta tensor (such as: is every token real?).
 
-    What it does of the answer is a shorter way to the same shapes.
+    A text encoder uses the answer only to choose a shorter way to the same shapes.
     """
 
     def __torch_dispatch__(
@@ -67,7 +67,13 @@ class _ScalarsAreTrue(TorchDispatchMode):
 
 
 def trace_request(config: RunConfig) -> RequestTrace:
-    """Builds and traces the first micro-batch of a request.
+    """Build and trace the first micro-batch of a request.
+
+    Args:
+        config: the resolved configuration.
+
+    Returns:
+        The traces and sizes.
 
     Raises:
         CheckpointError: a configuration that no network can be built from.
@@ -81,19 +87,19 @@ def trace_request(config: RunConfig) -> RequestTrace:
     latent = _latent(config, parts)
     weights = network_weights(parts.network, parts.plan)
 
-    def traced(told: Sequence[Conditioning]) -> NetworkTrace:
-        condition = Conditioning.stack(told)
+    def trace_conditions(conditions: Sequence[Conditioning]) -> NetworkTrace:
+        condition = Conditioning.stack(conditions)
         if parts.guidance.embedded:
-            condition = replace(condition, scale=torch.empty(len(told), device=META))
-        x = torch.empty(len(told), *latent, dtype=dtype, device=META)
-        tau_B = torch.empty(len(told), device=META)
+            condition = replace(condition, scale=torch.empty(len(conditions), device=META))
+        x = torch.empty(len(conditions), *latent, dtype=dtype, device=META)
+        tau_B = torch.empty(len(conditions), device=META)
         return trace_network(lambda: parts.network, parts.plan, (x, tau_B, condition.to(dtype)))
 
-    both_branches = traced([*negatives, *prompts] if guided else prompts)
+    both_branches = trace_conditions([*negatives, *prompts] if guided else prompts)
     loaded = source.loaded.values()
     return RequestTrace(
         both_branches=both_branches,
-        one_branch=traced(prompts) if guided else None,
+        one_branch=trace_conditions(prompts) if guided else None,
         weights=weights,
         other_weights=sum(part.bytes for part in loaded if part.component in resident_components(config)),
         itemsize=dtype.itemsize,
@@ -103,18 +109,18 @@ def trace_request(config: RunConfig) -> RequestTrace:
 
 
 def encode_prompts(config: RunConfig, parts: Components) -> tuple[list[Conditioning], list[Conditioning]]:
-    """What the first micro-batch is told of its prompts, and of its negative prompts."""
+    """Return the conditioning of the first micro-batch's prompts, and of its negative prompts."""
     request = to_message(config.request)
     prompts = [prompt for prompt in request.prompts for _ in range(request.samples_per_prompt)][: request.batch_size]
     with _ScalarsAreTrue(), torch.no_grad():
         encode = parts.load_prompts()
-        told = {prompt: encode([prompt]) for prompt in prompts}
+        encoded = {prompt: encode([prompt]) for prompt in prompts}
         negative = encode([request.negative_prompt], negative=True) if parts.guidance.possible else Conditioning()
-    return [told[prompt] for prompt in prompts], [negative] * len(prompts)
+    return [encoded[prompt] for prompt in prompts], [negative] * len(prompts)
 
 
 def resident_components(config: RunConfig) -> list[str]:
-    """The components beside the denoiser that stay in memory while it works."""
+    """Return the components that stay in memory beside the denoiser while it works."""
     return [name for name in COMPONENTS if config.model.text.keep or not name.startswith("text_encoder")]
 
 
@@ -124,7 +130,7 @@ def _latent(config: RunConfig, parts: Components) -> tuple[int, ...]:
 
 
 def _decode_bytes(parts: Components, latents: tuple[int, ...]) -> int:
-    """0 where the state is the picture."""
+    """Return 0 if the state is the image itself."""
     if not isinstance(parts.decoder, RowsDecoder):
         return 0
     vae = parts.decoder.vae

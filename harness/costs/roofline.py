@@ -1,22 +1,22 @@
-"""From a traced request to the time and memory of one layout: a roofline, and communication by kind.
+"""The time and memory of one layout from a traced request: a roofline, and communication by kind.
 
-One evaluation on a device of F operations and W bytes a second (peak x attainable share) takes
+One evaluation on a device with F operations and W bytes per second (peak x attainable share) takes
 
     max(flops / F, moved / W) + exposed communication
 
-`moved` is every weight once, every linear's input and output, and queries, keys, values and output of every attention;
-elementwise work is taken to be fused into those, and the launches of kernels to be hidden, as they are with large
-tensors. A collective of `bytes` (harness.costs.traffic) in `calls` takes
+`moved` is every weight once, every linear's input and output, and queries, keys, values and output of every attention.
+Elementwise work is assumed to be fused into those, and kernel launches to be hidden, as with large tensors. A
+collective of `bytes` (harness.costs.traffic) in `calls` takes
 
     calls x latency + bytes / bandwidth
 
-of the links in a node, or, where its ranks are on more than one, of those between nodes. Exposed is
+of the links within a node, or of those between nodes if its ranks are on more than one. Exposed is
 
     ulysses all-to-all, tp all-reduce, gathering of outputs and masks, the exchange of branches      all of it
-    the ring's shifts       what is longer than the attention that is computed meanwhile, ring - 1 of ring turns
+    the ring's shifts       what is longer than (ring - 1) / ring of the attention, computed meanwhile
 
-Ranks are counted as harness.parallel.mesh counts them, ulysses innermost, so that an axis is in a node where its ranks
-and those of the axes inside it are.
+Ranks are numbered as in harness.parallel.mesh, ulysses innermost, so an axis is within a node if its ranks and those of
+the axes inside it are.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ AXIS_OF = {"all_to_all": "ulysses", "shift": "ring", "all_reduce": "tp", "all_ga
 
 @dataclass(frozen=True)
 class DeviceRates:
-    """A machine as the formulas read it: rates that are attained, in units a second.
+    """A machine as the formulas read it: attainable rates, in units per second.
 
     Args:
-        flops: in the denoiser's dtype.
-        memory: bytes.
-        memory_bytes: its size.
-        link: bytes out of a device within a node, and seconds of a collective's latency.
-        network: the same between nodes; None where nodes are not linked.
-        node: devices in one; None = as many as there are.
+        flops: the operations per second in the denoiser's dtype.
+        memory: the bytes per second between the device and its memory.
+        memory_bytes: the size of the device's memory.
+        link: the bytes per second out of a device within a node, and a collective's latency in seconds.
+        network: the same between nodes; None if nodes are not connected.
+        devices_per_node: the number of devices in a node; None if all devices are in one.
     """
 
     flops: float
@@ -60,17 +60,24 @@ class DeviceRates:
 
 
 def device_rates(hardware: HardwareConfig, itemsize: int) -> DeviceRates:
-    """The machine, for numbers of so many bytes.
+    """Return the machine's rates for elements of `itemsize` bytes.
+
+    Args:
+        hardware: the hardware, configured or measured.
+        itemsize: the bytes per element of the denoiser's dtype.
+
+    Returns:
+        The attainable rates.
 
     Raises:
-        ValueError: a rate that is neither given nor measured.
+        ValueError: a rate that is neither configured nor measured.
     """
     key = "bfloat16_tflops" if itemsize == 2 else "float32_tflops"
 
-    def given(name: str) -> float:
+    def require(name: str) -> float:
         value: float | None = getattr(hardware, name)
         if value is None:
-            raise ValueError(f"hardware.{name} is null; give it, or use hardware=measured")
+            raise ValueError(f"hardware.{name} is null; set it, or use hardware=measured")
         return value
 
     network = None
@@ -78,10 +85,10 @@ def device_rates(hardware: HardwareConfig, itemsize: int) -> DeviceRates:
         latency = (hardware.network_latency_us or 0.0) * 1e-6
         network = (hardware.network_gb_s * 1e9 * hardware.link_share, latency)
     return DeviceRates(
-        flops=given(key) * 1e12 * hardware.compute_share,
-        memory=given("memory_gb_s") * 1e9 * hardware.memory_share,
-        memory_bytes=given("memory_gb") * 1e9,
-        link=(given("link_gb_s") * 1e9 * hardware.link_share, given("link_latency_us") * 1e-6),
+        flops=require(key) * 1e12 * hardware.compute_share,
+        memory=require("memory_gb_s") * 1e9 * hardware.memory_share,
+        memory_bytes=require("memory_gb") * 1e9,
+        link=(require("link_gb_s") * 1e9 * hardware.link_share, require("link_latency_us") * 1e-6),
         network=network,
         devices_per_node=hardware.devices_per_node,
     )
@@ -95,15 +102,15 @@ def predict(
     micro_batches: int,
     notes: list[str],
 ) -> LayoutPrediction:
-    """What one layout costs.
+    """Return the costs of one layout.
 
     Args:
-        traced: the request.
-        layout: legal.
-        on: the machine.
-        evaluations: of the denoiser, a picture.
-        micro_batches: of the request.
-        notes: what is to be said of the layout.
+        traced: the traced request.
+        layout: a valid layout.
+        machine: the machine's rates.
+        evaluations: the denoiser evaluations per image.
+        micro_batches: the micro-batches of the request.
+        notes: notes on the layout.
     """
     sizes = degrees(layout)
     trace = _evaluated(traced, layout)
@@ -114,8 +121,8 @@ def predict(
     compute_s, memory_s = flops / machine.flops, moved / machine.memory
     exchanges = list(_exchanges(trace, layout, traced.itemsize, machine))
     exposed_ms = sum(exchange.exposed_ms for exchange in exchanges)
-    picture = world_size(sizes[1:])
-    activations = max(traced.itemsize * activation_elements(trace, sizes), traced.decode_bytes // picture)
+    replica_size = world_size(sizes[1:])
+    activations = max(traced.itemsize * activation_elements(trace, sizes), traced.decode_bytes // replica_size)
     weights = traced.weights.per_rank(layout.tp)
     memory_bytes = weights + traced.other_weights + activations + traced.latent_bytes
     step_ms = 1e3 * max(compute_s, memory_s) + exposed_ms
@@ -141,13 +148,22 @@ def predict(
 
 
 def traffic(traced: RequestTrace, layout: ParallelConfig) -> dict[str, int]:
-    """Bytes that a rank sends in one evaluation, by kind of collective."""
+    """Return the bytes that a rank sends in one evaluation, by kind of collective."""
     return sent_bytes(_evaluated(traced, layout), degrees(layout), traced.itemsize)
 
 
 def valid_layouts(facts: Facts, ranks: int, micro_batches: int) -> Iterator[tuple[ParallelConfig, list[str]]]:
-    """Every exact layout of up to so many ranks that may run, and its padding in words; replicas that would be idle
-    apart, and layouts with stale keys and values.
+    """Yield every exact layout of up to `ranks` ranks that may run, with notes on its padding.
+
+    Layouts whose replicas would be idle are left out, and so are layouts with stale keys and values.
+
+    Args:
+        facts: the shape of the model.
+        ranks: the largest number of ranks.
+        micro_batches: the micro-batches of the request.
+
+    Yields:
+        A layout and its notes.
     """
     for cfg in (1, 2):
         for tp in range(1, ranks // cfg + 1):
@@ -163,17 +179,20 @@ def valid_layouts(facts: Facts, ranks: int, micro_batches: int) -> Iterator[tupl
 
 
 def moved_elements(trace: NetworkTrace, sizes: tuple[int, ...]) -> int:
-    """Numbers that linears and attention read and write, weights apart."""
+    """Return the elements that linears and attention read and write, without weights."""
     _, _, tp, ring, ulysses = sizes
-    shared = ring * ulysses
+    sp = ring * ulysses
     linears = sum(
-        call.tokens.per_rank(shared)
-        * (call.inputs // (tp if call.cut == "inputs" else 1) + call.outputs // (tp if call.cut == "outputs" else 1))
+        call.tokens.per_rank(sp)
+        * (
+            call.inputs // (tp if call.sharded_dim == "inputs" else 1)
+            + call.outputs // (tp if call.sharded_dim == "outputs" else 1)
+        )
         for call in trace.linears
     )
-    own = sum(4 * call.tokens.per_rank(shared) * (call.heads // tp) * call.channels for call in trace.attention)
+    own = sum(4 * call.tokens.per_rank(sp) * (call.heads // tp) * call.channels for call in trace.attention)
     other = sum(
-        2 * (call.queries.per_rank(shared) + call.queries.batch * call.keys) * (call.heads // tp) * call.channels
+        2 * (call.queries.per_rank(sp) + call.queries.batch * call.keys) * (call.heads // tp) * call.channels
         for call in trace.local_attention
     )
     return linears + own + other
@@ -193,17 +212,19 @@ def _exchanges(
     if layout.cfg > 1:
         rows.append(("cfg", "all_gather", FLOAT32 * trace.output_elements * (layout.cfg - 1)))
     for axis, kind, count in rows:
-        away = _between_nodes(extent[axis], ranks, machine.devices_per_node)
-        rate, latency = machine.network if away and machine.network is not None else machine.link
-        taken = calls[axis] * latency + count / rate
+        between_nodes = _between_nodes(extent[axis], ranks, machine.devices_per_node)
+        rate, latency = machine.network if between_nodes and machine.network is not None else machine.link
+        transfer_s = calls[axis] * latency + count / rate
         hidden = 0.0
         if axis == "ring":
             hidden = sharded_attention_flops(trace, sizes) / machine.flops * (layout.ring - 1) / layout.ring
-        yield AxisCollective(axis, kind, count, calls[axis], away, 1e3 * taken, 1e3 * max(0.0, taken - hidden))
+        yield AxisCollective(
+            axis, kind, count, calls[axis], between_nodes, 1e3 * transfer_s, 1e3 * max(0.0, transfer_s - hidden)
+        )
 
 
 def _calls(trace: NetworkTrace, layout: ParallelConfig) -> dict[str, int]:
-    """Collectives of one evaluation, by axis: what harness.parallel.attention and parallelize call."""
+    """Return the number of collectives in one evaluation by axis, as harness.parallel calls them."""
     return {
         "ulysses": 4 * len(trace.attention),
         "ring": (layout.ring - 1) * len(trace.attention),
@@ -214,7 +235,7 @@ def _calls(trace: NetworkTrace, layout: ParallelConfig) -> dict[str, int]:
 
 
 def _extents(layout: ParallelConfig) -> dict[str, int]:
-    """Consecutive ranks that an axis and those inside it span."""
+    """Return the number of consecutive ranks that each axis and those inside it span."""
     tokens = layout.ring * layout.ulysses
     tp = tokens * layout.tp
     return {"ulysses": layout.ulysses, "ring": tokens, "tokens": tokens, "tp": tp, "cfg": tp * layout.cfg}

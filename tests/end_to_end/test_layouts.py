@@ -88,7 +88,9 @@ def decoding_bytes(pictures: int) -> dict[str, int]:
     def make() -> KLDecoder:
         return KLDecoder(AutoencoderKL.from_config(config))
 
-    said = decode_bytes(trace_decode(make, torch.empty(1, make().latent_channels, 16, 16)), ranks=2, index=0, itemsize=4)
+    said = decode_bytes(
+        trace_decode(make, torch.empty(1, make().latent_channels, 16, 16)), ranks=2, index=0, itemsize=4
+    )
     return {kind: count * pictures for kind, count in said.items()}
 
 

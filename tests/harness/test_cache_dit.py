@@ -55,7 +55,9 @@ def test_its_keys_have_no_effect_on_another_engine() -> None:
 
 
 def test_the_note_says_which_evaluations_were_cut_short() -> None:
-    assert "1 of 6 blocks in 2 of 9 evaluations, which nfe does not count: 4, 7" in DBCacheSkips([4, 7], [], (1, 6)).note(9)
+    assert "1 of 6 blocks in 2 of 9 evaluations, which nfe does not count: 4, 7" in DBCacheSkips(
+        [4, 7], [], (1, 6)
+    ).note(9)
     assert "nfe does not count: none, and in one half of 5" in DBCacheSkips([], [5], (1, 6)).note(9)
     assert "skipped nothing in 9 evaluations; lower engine.cache.warmup" in DBCacheSkips([], [], (1, 6)).note(9)
 

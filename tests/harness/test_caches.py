@@ -240,13 +240,13 @@ def test_the_record_says_what_was_spared() -> None:
         pixels, record = drawn(same, "cache.threshold=0")
         assert np.array_equal(pixels, plain), same
         assert record.timed.nfe == 8
-        assert any("it spared nothing" in note for note in record.notes)
+        assert any("it skipped nothing" in note for note in record.notes)
     pixels, record = drawn("cache=taylorseer", "cache.warmup=2")
     assert not np.array_equal(pixels, plain)
     assert record.timed.cache == CacheUse(8.0, 4.0, 16.0, 8.0)
     assert record.timed.nfe == 4
-    assert "cache=taylorseer computed 8 of 16 branches a picture, in 4 of 8 evaluations" in "".join(record.notes)
-    assert "nfe does not count the others, of the first picture 2, 3, 5, 6" in "".join(record.notes)
+    assert "cache=taylorseer computed 8 of 16 branches per image, in 4 of 8 evaluations" in "".join(record.notes)
+    assert "nfe does not count the others, of the first image 2, 3, 5, 6" in "".join(record.notes)
 
 
 def test_a_cache_has_a_short_name() -> None:

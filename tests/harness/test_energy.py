@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from harness.build import pipeline as build
-from harness.client.generator import DiffusionGenerator
 from harness.client.build_record import request_energy as energy_of
+from harness.client.generator import DiffusionGenerator
 from harness.device.energy import PackageEnergy
 from harness.messages import GenerationResult, Progress, RankReport
 

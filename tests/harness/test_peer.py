@@ -239,7 +239,7 @@ def test_what_has_no_effect_is_said() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("dit", {"height": 24}, "DiTPipeline draws 16 x 16"),
+        ("dit", {"height": 24}, "DiTPipeline generates 16 x 16"),
         ("sd21", {"guidance": 0.5}, "guides above 1 only"),
     ],
 )

@@ -12,10 +12,10 @@ from rich.console import Console
 from harness.config.plan import HardwareConfig
 from harness.config.schema import LaunchConfig, ParallelConfig
 from harness.costs.memory import WeightBytes
+from harness.costs.plan_file import LayoutPrediction, Plan
 from harness.costs.request_trace import RequestTrace, trace_request
-from harness.costs.plan_file import Plan, LayoutPrediction
-from harness.costs.roofline import DeviceRates, valid_layouts, predict, traffic
-from harness.costs.traffic import ShardedAttention, LinearCall, TokenStreams, NetworkTrace
+from harness.costs.roofline import DeviceRates, predict, traffic, valid_layouts
+from harness.costs.traffic import LinearCall, NetworkTrace, ShardedAttention, TokenStreams
 from harness.device.flops import counted
 from harness.records.record import Record, RunFolder, read_record, read_status
 from harness.resolve.checkpoint import locate
@@ -47,7 +47,9 @@ TRACE = NetworkTrace(
 )
 BRANCH = replace(TRACE, batch=1, output_elements=50)
 TRACED = RequestTrace(TRACE, BRANCH, WeightBytes(10_000, 8_000), 500, itemsize=2, latent_bytes=400, decode_bytes=0)
-MACHINE = DeviceRates(flops=1e6, memory=1e9, memory_bytes=1e6, link=(1e6, 1e-3), network=(1e5, 1e-2), devices_per_node=4)
+MACHINE = DeviceRates(
+    flops=1e6, memory=1e9, memory_bytes=1e6, link=(1e6, 1e-3), network=(1e5, 1e-2), devices_per_node=4
+)
 
 
 def predicted(on: DeviceRates = MACHINE, **layout: int) -> LayoutPrediction:
@@ -98,7 +100,9 @@ def test_an_axis_that_spans_nodes_takes_the_network() -> None:
     assert sent == {"ulysses": False, "tokens": False, "tp": True, "cfg": True}
     away = {e.axis: e.between_nodes for e in predicted(ulysses=3, ring=2).exchanges}
     assert away["ulysses"]  # ranks 3 to 5 are on two nodes of 4
-    assert not any(e.between_nodes for e in predicted(replace(MACHINE, devices_per_node=None), ulysses=4, tp=2).exchanges)
+    assert not any(
+        e.between_nodes for e in predicted(replace(MACHINE, devices_per_node=None), ulysses=4, tp=2).exchanges
+    )
 
 
 def test_weights_are_cut_by_tensor_parallelism_alone() -> None:

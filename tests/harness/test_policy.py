@@ -5,7 +5,7 @@ import pytest
 
 from harness.config.serve import Policy
 from harness.messages import GenerationRequest
-from harness.serving.policy import TrackedRequest, sort_key, estimated_work
+from harness.serving.policy import TrackedRequest, estimated_work, sort_key
 
 REQUEST = GenerationRequest("a", ["rocket"], 10, 3.0, 64, 64)
 

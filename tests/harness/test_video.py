@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from harness.cli import dispatch
-from harness.client.generator import DiffusionGenerator
 from harness.client.build_record import score_pretrained
+from harness.client.generator import DiffusionGenerator
 from harness.config.schema import QualityConfig
 from harness.engines.protocol import RequestFailed
 from harness.records.media import GAP, ffmpeg, grid, pixel_hash, save_mp4, still, to_uint8

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness.costs.frames_traffic import FramesTrace, frames_bytes, trace_frames
-from harness.costs.traffic import TokenStreams, NetworkTrace, sent_bytes, trace_network
+from harness.costs.traffic import NetworkTrace, TokenStreams, sent_bytes, trace_network
 from harness.costs.vae_traffic import DecodeTrace, decode_bytes, trace_decode
 from models.attention import math_attention
 from models.components import Conditioning

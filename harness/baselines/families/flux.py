@@ -1,4 +1,4 @@
-"""diffusers' FluxPipeline, of distilled networks and of those guided without a classifier."""
+"""diffusers' FluxPipeline, for distilled networks and for those with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from models.source import Source
 
 
 def _pack(pipeline: FluxPipeline, latent: Tensor, /) -> Tensor:
-    """A state as the pipeline holds it: patches of 2 x 2 as tokens."""
+    """Return a state in the pipeline's layout: patches of 2 x 2 as tokens."""
     packed: Tensor = pipeline._pack_latents(latent, *latent.shape)
     return packed
 
 
 def _denoise(pipeline: FluxPipeline, batch: PipelineBatch) -> Tensor:
-    """The pipeline's loop."""
-    scale = batch.ask.guidance
+    """Run the pipeline's loop."""
+    scale = batch.spec.guidance
     packed: Tensor = pipeline(
-        **batch.states(),
-        **batch.vectors(),
+        **batch.prompt_embeds(),
+        **batch.pooled_embeds(),
         guidance_scale=scale,
         true_cfg_scale=1.0 if batch.negative is None else scale,
         **batch.shared_arguments(_pack(pipeline, batch.noise).to(pipeline.transformer.dtype)),
     )[0]
-    height, width = batch.ask.height, batch.ask.width
+    height, width = batch.spec.height, batch.spec.width
     return pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)
 
 
 def _decode(pipeline: FluxPipeline, latent: Tensor, /) -> Tensor:
-    """As the pipeline."""
+    """Decode as the pipeline does."""
     vae = pipeline.vae
     z = latent / vae.config.scaling_factor + vae.config.shift_factor
     return kl_pixels(vae, pipeline.image_processor, z)
 
 
 def load(source: Source, parts: Components) -> BaselineModel:
-    """The pipeline of a checkpoint. Raises CheckpointError."""
+    """Load the pipeline of a checkpoint. Raises CheckpointError."""
     native_prompts = load_flux_prompts(source)
-    native_prompts.clip.tokenizer.model_max_length = native_prompts.clip.max_tokens  # where the pipeline reads it
+    native_prompts.clip.tokenizer.model_max_length = native_prompts.clip.max_tokens  # the pipeline reads it there
     pipeline = FluxPipeline(
         scheduler=None,
         vae=load_from_diffusers(source, "vae", AutoencoderKL),
@@ -60,8 +60,8 @@ def load(source: Source, parts: Components) -> BaselineModel:
     )
 
     def encode(prompt: str, negative: bool) -> Conditioning:
-        states, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=source.text_tokens)
-        return Conditioning(states, pooled=pooled)
+        embeds, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=source.text_tokens)
+        return Conditioning(embeds, pooled=pooled)
 
     return BaselineModel(
         pipeline,

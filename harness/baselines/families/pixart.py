@@ -1,4 +1,4 @@
-"""diffusers' PixArtAlphaPipeline and PixArtSigmaPipeline; also the built-in reference model's."""
+"""diffusers' PixArtAlphaPipeline and PixArtSigmaPipeline, also for the built-in reference model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from models.text.t5 import load_t5_prompts
 
 
 def _denoise(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, batch: PipelineBatch) -> Tensor:
-    """The pipeline's loop, without its choice of another size and its cleaning of captions."""
+    """Run the pipeline's loop, without its change of size and its cleaning of captions."""
     negative = batch.negative
     latents: Tensor = pipeline(
         prompt=None,
         negative_prompt=None,
-        **batch.states(),
+        **batch.prompt_embeds(),
         prompt_attention_mask=batch.text.mask,
         negative_prompt_attention_mask=None if negative is None else negative.mask,
-        guidance_scale=batch.ask.guidance,
+        guidance_scale=batch.spec.guidance,
         use_resolution_binning=False,
         clean_caption=False,
         **batch.shared_arguments(batch.noise.to(pipeline.transformer.dtype)),
@@ -37,13 +37,13 @@ def _denoise(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, batch: Pipelin
 
 
 def _decode(pipeline: PixArtAlphaPipeline | PixArtSigmaPipeline, latent: Tensor, /) -> Tensor:
-    """As the pipeline."""
+    """Decode as the pipeline does."""
     vae = pipeline.vae
     return kl_pixels(vae, pipeline.image_processor, latent / vae.config.scaling_factor)
 
 
 def load(source: Source, parts: Components) -> BaselineModel:
-    """The pipeline of a checkpoint: the one that it names, else PixArt-Sigma's. Raises CheckpointError."""
+    """Load the pipeline of a checkpoint: the one that it names, else PixArt-Sigma's. Raises CheckpointError."""
     kind = PixArtAlphaPipeline if source.index().get("_class_name") == "PixArtAlphaPipeline" else PixArtSigmaPipeline
     native_prompts = load_t5_prompts(source, lowercase=True)
     pipeline = kind(
@@ -55,10 +55,10 @@ def load(source: Source, parts: Components) -> BaselineModel:
     )
 
     def encode(prompt: str, negative: bool) -> Conditioning:
-        states, mask, _, _ = pipeline.encode_prompt(
+        embeds, mask, _, _ = pipeline.encode_prompt(
             prompt, False, clean_caption=False, max_sequence_length=source.text_tokens
         )
-        return Conditioning(states, mask.bool())
+        return Conditioning(embeds, mask.bool())
 
     return BaselineModel(
         pipeline,

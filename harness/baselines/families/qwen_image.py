@@ -1,4 +1,4 @@
-"""diffusers' QwenImagePipeline, whose text encoder is the whole vision-language model."""
+"""diffusers' QwenImagePipeline, whose text encoder is the vision_language_model vision-language model."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from models.text.qwen import QWEN_STAND_IN
 
 
 def _pack(pipeline: QwenImagePipeline, latent: Tensor, /) -> Tensor:
-    """A state as the pipeline holds it: patches of 2 x 2 as tokens."""
+    """Return a state in the pipeline's layout: patches of 2 x 2 as tokens."""
     packed: Tensor = pipeline._pack_latents(latent, *latent.shape)
     return packed
 
 
 def _denoise(pipeline: QwenImagePipeline, batch: PipelineBatch) -> Tensor:
-    """The pipeline's loop."""
+    """Run the pipeline's loop."""
     negative = batch.negative
     packed: Tensor = pipeline(
-        **batch.states(),
+        **batch.prompt_embeds(),
         prompt_embeds_mask=batch.text.mask,
         negative_prompt_embeds_mask=None if negative is None else negative.mask,
-        true_cfg_scale=batch.ask.guidance,
+        true_cfg_scale=batch.spec.guidance,
         **batch.shared_arguments(_pack(pipeline, batch.noise).to(pipeline.transformer.dtype)),
     )[0]
-    height, width = batch.ask.height, batch.ask.width
+    height, width = batch.spec.height, batch.spec.width
     return pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)[:, :, 0]
 
 
 def _decode(pipeline: QwenImagePipeline, latent: Tensor, /) -> Tensor:
-    """As the pipeline."""
+    """Decode as the pipeline does."""
     vae = pipeline.vae
     mean, std = (
         latent.new_tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -55,24 +55,24 @@ def _decode(pipeline: QwenImagePipeline, latent: Tensor, /) -> Tensor:
 
 
 def load(source: Source, parts: Components) -> BaselineModel:
-    """The pipeline of a checkpoint. Raises CheckpointError."""
-    whole = load_encoder(source, "text_encoder", Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig)
+    """Load the pipeline of a checkpoint. Raises CheckpointError."""
+    vision_language_model = load_encoder(source, "text_encoder", Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig)
     tokenizer = load_tokenizer(source, "tokenizer", QWEN_STAND_IN)
     pipeline = QwenImagePipeline(
         scheduler=None,
         vae=load_from_diffusers(source, "vae", AutoencoderKLQwenImage),
-        text_encoder=whole,
+        text_encoder=vision_language_model,
         tokenizer=tokenizer,
         transformer=load_denoiser(source, QwenImageTransformer2DModel, parts.network, NAMES),
     )
 
     def encode(prompt: str, negative: bool) -> Conditioning:
-        states, mask = pipeline.encode_prompt(prompt, max_sequence_length=source.text_tokens)
-        if mask is None:  # all tokens are real; said again, lest the pipeline warn of a mask that was not given
-            mask = torch.ones(states.shape[:2], device=states.device)
-        return Conditioning(states, mask.bool())
+        embeds, mask = pipeline.encode_prompt(prompt, max_sequence_length=source.text_tokens)
+        if mask is None:  # all tokens are real; an explicit mask keeps the pipeline from warning
+            mask = torch.ones(embeds.shape[:2], device=embeds.device)
+        return Conditioning(embeds, mask.bool())
 
-    counter = QwenImagePrompts(whole.model.language_model, tokenizer, source.text_tokens)
+    counter = QwenImagePrompts(vision_language_model.model.language_model, tokenizer, source.text_tokens)
     return BaselineModel(
         pipeline,
         pipeline.transformer,

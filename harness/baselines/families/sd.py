@@ -1,4 +1,4 @@
-"""diffusers' StableDiffusionPipeline, without its safety checker, which is no part of what is compared."""
+"""diffusers' StableDiffusionPipeline, without its safety checker, which is not part of the comparison."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from models.unet.prompts import load_clip_prompts
 
 
 def _denoise(pipeline: StableDiffusionPipeline, batch: PipelineBatch) -> Tensor:
-    """The pipeline's loop."""
+    """Run the pipeline's loop."""
     latents: Tensor = pipeline(
-        **batch.states(),
-        guidance_scale=batch.ask.guidance,
+        **batch.prompt_embeds(),
+        guidance_scale=batch.spec.guidance,
         **batch.shared_arguments(batch.noise.to(pipeline.unet.dtype)),
     )[0]
     return latents
 
 
 def _decode(pipeline: StableDiffusionPipeline, latent: Tensor, /) -> Tensor:
-    """As the pipeline."""
+    """Decode as the pipeline does."""
     vae = pipeline.vae
     return kl_pixels(vae, pipeline.image_processor, latent / vae.config.scaling_factor)
 
 
 def load(source: Source, parts: Components) -> BaselineModel:
-    """The pipeline of a checkpoint. Raises CheckpointError."""
+    """Load the pipeline of a checkpoint. Raises CheckpointError."""
     native = parts.network.get_submodule("unet")
     native_prompts = load_clip_prompts(source)
-    native_prompts.clip.tokenizer.model_max_length = native_prompts.max_tokens  # where the pipeline reads it
+    native_prompts.clip.tokenizer.model_max_length = native_prompts.max_tokens  # the pipeline reads it there
     pipeline = StableDiffusionPipeline(
         vae=load_from_diffusers(source, "vae", AutoencoderKL),
         text_encoder=native_prompts.clip.encoder,
@@ -51,8 +51,8 @@ def load(source: Source, parts: Components) -> BaselineModel:
     )
 
     def encode(prompt: str, negative: bool) -> Conditioning:
-        states, _ = pipeline.encode_prompt(prompt, source.device, 1, False)
-        return Conditioning(states)
+        embeds, _ = pipeline.encode_prompt(prompt, source.device, 1, False)
+        return Conditioning(embeds)
 
     return BaselineModel(
         pipeline,

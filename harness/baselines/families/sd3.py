@@ -19,29 +19,29 @@ from models.source import Source
 
 
 def _denoise(pipeline: StableDiffusion3Pipeline, batch: PipelineBatch) -> Tensor:
-    """The pipeline's loop."""
+    """Run the pipeline's loop."""
     latents: Tensor = pipeline(
-        **batch.states(),
-        **batch.vectors(),
-        guidance_scale=batch.ask.guidance,
+        **batch.prompt_embeds(),
+        **batch.pooled_embeds(),
+        guidance_scale=batch.spec.guidance,
         **batch.shared_arguments(batch.noise.to(pipeline.transformer.dtype)),
     )[0]
     return latents
 
 
 def _decode(pipeline: StableDiffusion3Pipeline, latent: Tensor, /) -> Tensor:
-    """As the pipeline."""
+    """Decode as the pipeline does."""
     vae = pipeline.vae
     z = latent / vae.config.scaling_factor + vae.config.shift_factor
     return kl_pixels(vae, pipeline.image_processor, z)
 
 
 def load(source: Source, parts: Components) -> BaselineModel:
-    """The pipeline of a checkpoint. Raises CheckpointError."""
+    """Load the pipeline of a checkpoint. Raises CheckpointError."""
     network = load_denoiser(source, SD3Transformer2DModel, parts.network, NAMES)
     native_prompts = load_sd3_prompts(source, network.config.joint_attention_dim)
     for clip in native_prompts.clips:
-        clip.tokenizer.model_max_length = clip.max_tokens  # where the pipeline reads it
+        clip.tokenizer.model_max_length = clip.max_tokens  # the pipeline reads it there
     pipeline = StableDiffusion3Pipeline(
         transformer=network,
         scheduler=None,
@@ -55,10 +55,10 @@ def load(source: Source, parts: Components) -> BaselineModel:
     )
 
     def encode(prompt: str, negative: bool) -> Conditioning:
-        states, _, pooled, _ = pipeline.encode_prompt(
+        embeds, _, pooled, _ = pipeline.encode_prompt(
             prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=source.text_tokens
         )
-        return Conditioning(states, pooled=pooled)
+        return Conditioning(embeds, pooled=pooled)
 
     return BaselineModel(
         pipeline,

@@ -1,4 +1,4 @@
-"""diffusers' StableDiffusionXLPipeline of base checkpoints, without a watermark."""
+"""diffusers' StableDiffusionXLPipeline for base checkpoints, without a watermark."""
 
 from __future__ import annotations
 
@@ -20,33 +20,35 @@ from models.unet.prompts import load_two_clip_prompts
 
 
 def _denoise(pipeline: StableDiffusionXLPipeline, batch: PipelineBatch) -> Tensor:
-    """The pipeline's loop."""
+    """Run the pipeline's loop."""
     latents: Tensor = pipeline(
-        **batch.states(),
-        **batch.vectors(),
-        guidance_scale=batch.ask.guidance,
+        **batch.prompt_embeds(),
+        **batch.pooled_embeds(),
+        guidance_scale=batch.spec.guidance,
         **batch.shared_arguments(batch.noise.to(pipeline.unet.dtype)),
     )[0]
     return latents
 
 
 def _decode(pipeline: StableDiffusionXLPipeline, latent: Tensor, /) -> Tensor:
-    """As the pipeline: each channel of its own scale, where the autoencoder states them."""
+    """Decode as the pipeline does, with a scale per channel if the autoencoder has them."""
     vae = pipeline.vae
     config = vae.config
     z = latent / config.scaling_factor
     if config.latents_mean is not None and config.latents_std is not None:
-        mean, std = (latent.new_tensor(of).view(1, -1, 1, 1) for of in (config.latents_mean, config.latents_std))
+        mean, std = (
+            latent.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
+        )
         z = latent * std / config.scaling_factor + mean
     return kl_pixels(vae, pipeline.image_processor, z)
 
 
 def load(source: Source, parts: Components) -> BaselineModel:
-    """The pipeline of a checkpoint. Raises CheckpointError."""
+    """Load the pipeline of a checkpoint. Raises CheckpointError."""
     native = parts.network.get_submodule("unet")
     native_prompts = load_two_clip_prompts(source)
     for clip in (native_prompts.first, native_prompts.second):
-        clip.tokenizer.model_max_length = clip.max_tokens  # where the pipeline reads it
+        clip.tokenizer.model_max_length = clip.max_tokens  # the pipeline reads it there
     pipeline = StableDiffusionXLPipeline(
         vae=load_from_diffusers(source, "vae", AutoencoderKL),
         text_encoder=native_prompts.first.encoder,
@@ -60,10 +62,10 @@ def load(source: Source, parts: Components) -> BaselineModel:
     )
 
     def encode(prompt: str, negative: bool) -> Conditioning:
-        states, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
-        if negative and not prompt and native_prompts.zeros_for_empty:  # as the pipeline has it of no negative prompt
-            return Conditioning(torch.zeros_like(states), pooled=torch.zeros_like(pooled))
-        return Conditioning(states, pooled=pooled)
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
+        if negative and not prompt and native_prompts.zeros_for_empty:  # as the pipeline does without a negative prompt
+            return Conditioning(torch.zeros_like(embeds), pooled=torch.zeros_like(pooled))
+        return Conditioning(embeds, pooled=pooled)
 
     return BaselineModel(
         pipeline,

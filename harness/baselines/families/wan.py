@@ -1,4 +1,4 @@
-"""diffusers' WanPipeline, of Wan 2.1's text-to-video checkpoints."""
+"""diffusers' WanPipeline, for Wan 2.1's text-to-video checkpoints."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from models.wan.weights import NAMES
 
 
 def _denoise(pipeline: WanPipeline, batch: PipelineBatch) -> Tensor:
-    """The pipeline's loop, whose state is float32."""
+    """Run the pipeline's loop, whose state is float32."""
     latents: Tensor = pipeline(
-        **batch.states(),
-        num_frames=batch.ask.frames,
-        guidance_scale=batch.ask.guidance,
+        **batch.prompt_embeds(),
+        num_frames=batch.spec.frames,
+        guidance_scale=batch.spec.guidance,
         **batch.shared_arguments(batch.noise),
     )[0]
     return latents
 
 
 def _decode(pipeline: WanPipeline, latent: Tensor, /) -> Tensor:
-    """As the pipeline."""
+    """Decode as the pipeline does."""
     vae = pipeline.vae
     mean, std = (
         latent.new_tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -41,7 +41,7 @@ def _decode(pipeline: WanPipeline, latent: Tensor, /) -> Tensor:
 
 
 def load(source: Source, parts: Components) -> BaselineModel:
-    """The pipeline of a checkpoint. Raises CheckpointError."""
+    """Load the pipeline of a checkpoint. Raises CheckpointError."""
     native_prompts = load_umt5_prompts(source)
     pipeline = WanPipeline(
         tokenizer=native_prompts.tokenizer,
@@ -52,8 +52,8 @@ def load(source: Source, parts: Components) -> BaselineModel:
     )
 
     def encode(prompt: str, negative: bool) -> Conditioning:
-        states, _ = pipeline.encode_prompt(prompt, None, False, max_sequence_length=source.text_tokens)
-        return Conditioning(states)
+        embeds, _ = pipeline.encode_prompt(prompt, None, False, max_sequence_length=source.text_tokens)
+        return Conditioning(embeds)
 
     return BaselineModel(
         pipeline,

@@ -1,4 +1,4 @@
-"""diffusers' ZImagePipeline, whose guidance is counted from 0 and whose texts are lists."""
+"""diffusers' ZImagePipeline, whose guidance counts from 0 and whose prompt embeddings are lists."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from models.z_image.weights import NAMES
 
 
 def _denoise(pipeline: ZImagePipeline, batch: PipelineBatch) -> Tensor:
-    """The pipeline's loop, whose state is float32: prompt + scale * (prompt - negative), so 0 is no guidance."""
+    """Run the pipeline's loop, whose state is float32: prompt + scale * (prompt - negative), so 0 means no guidance."""
     latents: Tensor = pipeline(
         prompt_embeds=_rows(batch.text),
         negative_prompt_embeds=[] if batch.negative is None else _rows(batch.negative),
-        guidance_scale=batch.ask.guidance - 1,
+        guidance_scale=batch.spec.guidance - 1,
         **batch.shared_arguments(batch.noise),
     )[0]
     return latents
 
 
 def _decode(pipeline: ZImagePipeline, latent: Tensor, /) -> Tensor:
-    """As the pipeline."""
+    """Decode as the pipeline does."""
     vae = pipeline.vae
     z = latent.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
     return kl_pixels(vae, pipeline.image_processor, z)
 
 
 def _rows(text: Conditioning) -> list[Tensor]:
-    """Each prompt's states without padding."""
-    states = text.text()
-    return list(states) if text.mask is None else [row[mask] for row, mask in zip(states, text.mask, strict=True)]
+    """Return each prompt's embeddings without padding."""
+    embeds = text.text()
+    return list(embeds) if text.mask is None else [row[mask] for row, mask in zip(embeds, text.mask, strict=True)]
 
 
 def load(source: Source, parts: Components) -> BaselineModel:
-    """The pipeline of a checkpoint. Raises CheckpointError."""
+    """Load the pipeline of a checkpoint. Raises CheckpointError."""
     native_prompts = load_z_image_prompts(source)
     pipeline = ZImagePipeline(
         scheduler=None,
@@ -54,10 +54,10 @@ def load(source: Source, parts: Components) -> BaselineModel:
     )
 
     def encode(prompt: str, negative: bool) -> Conditioning:
-        states, _ = pipeline.encode_prompt(
+        embeds, _ = pipeline.encode_prompt(
             prompt, do_classifier_free_guidance=False, max_sequence_length=source.text_tokens
         )
-        return Conditioning(states[0][None])
+        return Conditioning(embeds[0][None])
 
     return BaselineModel(
         pipeline,
