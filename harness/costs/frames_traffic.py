@@ -58,10 +58,8 @@ def frames_bytes(trace: FramesTrace, ranks: int, index: int, itemsize: int) -> d
         itemsize: s, the bytes per element of the decoder's dtype.
     """
     others, (share, spare) = ranks - 1, divmod(trace.frames, ranks)
-    first, later = (
-        share + (spare > 0),
-        share + (spare > 1),
-    )  # as tensor_split splits; `later` is the longest after the first rank
+    # parts as of tensor_split; `later` is the longest part after the first rank's
+    first, later = share + (spare > 0), share + (spare > 1)
     longest = max(trace.stride * (first - 1) + 1, trace.stride * later)
     return {
         "neighbours": itemsize * sum(trace.halo_elements) * (index < others),
