@@ -128,9 +128,9 @@ def run_one(composed: ResolvedRun, make_engine: MakeEngine, again: bool = False)
         pair = sides(composed)  # refused before a folder is claimed
         folder = RunFolder.claim(composed.folder, again)
         if composed.config.task.name is Task.load:
-            from harness.tasks.load.compare import compare_loads_in
+            from harness.tasks.load.compare import execute_load_comparison
 
-            return Job(folder.path, compare_loads_in(composed, pair, folder, Console()))
+            return Job(folder.path, execute_load_comparison(composed, pair, folder, Console()))
         return Job(folder.path, compare_in(composed, pair, folder, Console()))
     if composed.config.task.name is Task.serve:
         return serve(composed, again)
@@ -140,20 +140,20 @@ def run_one(composed: ResolvedRun, make_engine: MakeEngine, again: bool = False)
 
         return Job(folder.path, plan_in(composed, folder, Console()))
     if composed.config.task.name is Task.load:
-        from harness.tasks.load.run import load_in
+        from harness.tasks.load.run import execute_load
 
-        return Job(folder.path, load_in(composed, folder, Console(), make_engine))
+        return Job(folder.path, execute_load(composed, folder, Console(), make_engine))
     return Job(folder.path, run_in(composed, folder, Console(), make_engine))
 
 
 def serve(composed: ResolvedRun, again: bool) -> Job:
     """The server, until it is told to stop; its address is had before a folder is claimed."""
-    from harness.tasks.serve.serve import check, listen, serve_in
+    from harness.tasks.serve.serve import check, execute_serve, listen
 
     check(composed.config)
     with listen(composed.config.serve) as listening:
         folder = RunFolder.claim(composed.folder, again)
-        status, _ = ended(composed, folder, lambda: serve_in(composed, folder, listening), lambda status: status)
+        status, _ = ended(composed, folder, lambda: execute_serve(composed, folder, listening), lambda status: status)
     return Job(folder.path, status)
 
 

@@ -12,7 +12,7 @@ import uvicorn
 
 from harness.config.schema import RunConfig
 from harness.tasks.serve.app import make_app
-from harness.tasks.serve.serve import Server, address, listen
+from harness.tasks.serve.serve import UvicornServer, listen, server_url
 from tests.harness.planted import Planted
 
 
@@ -31,12 +31,12 @@ def live(config: RunConfig, folder: Path, step_s: float = 0.0) -> Iterator[Live]
     """A server while it lasts."""
     engine = Planted(config, step_s)
     app = make_app(config, engine, folder)  # type: ignore[arg-type]
-    server = Server(uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=5))
+    server = UvicornServer(uvicorn.Config(app, lifespan="off", log_level="warning", timeout_graceful_shutdown=5))
     with listen(config.serve) as listening:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
         thread.start()
         try:
-            yield Live(address(listening), listening.getsockname()[1], engine, listening)
+            yield Live(server_url(listening), listening.getsockname()[1], engine, listening)
         finally:
             server.should_exit = True
             thread.join(20)

@@ -22,11 +22,11 @@ from harness.config.schema import LaunchMode, RunConfig
 from harness.engines.pool import new_engine
 from harness.records.media import ffmpeg
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run
-from harness.tasks.serve import saving
+from harness.tasks.serve import storage
 from harness.tasks.serve.app import make_app
-from harness.tasks.serve.desk import Desk
-from harness.tasks.serve.forms import as_json, boundary_of
+from harness.tasks.serve.multipart import form_to_json, multipart_boundary
 from harness.tasks.serve.problem import STATUS, Problem
+from harness.tasks.serve.service import GenerationService
 from tests.harness.planted import Planted
 
 IMAGES, VIDEOS, REQUESTS = "/v1/images/generations", "/v1/videos", "/v1/requests"
@@ -56,11 +56,11 @@ class Site:
 async def site(app: Any, config: RunConfig, folder: Path, step_s: float) -> AsyncIterator[Site]:
     """The application with a desk of its own."""
     engine = Planted(config, step_s)
-    app.state.desk = Desk(config, engine, folder)  # type: ignore[arg-type]
+    app.state.service = GenerationService(config, engine, folder)  # type: ignore[arg-type]
     wire = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=wire, base_url="http://127.0.0.1:8000", timeout=LIMIT_S) as client:
         yield Site(client, engine, app)
-    await app.state.desk.close()
+    await app.state.service.close()
 
 
 class Talk(Protocol):
@@ -83,7 +83,7 @@ def run(app: Any, config: RunConfig, tmp_path: Path) -> Talk:
                 await talk(at)
 
         asyncio.run(whole())
-        lines = tmp_path / saving.LINES
+        lines = tmp_path / storage.REQUESTS_FILE
         return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
 
     return run
@@ -396,16 +396,16 @@ def test_a_video_is_a_job(run: Talk, config: RunConfig, tmp_path: Path) -> None:
 
 def test_a_form_is_the_object_that_it_stands_for() -> None:
     body, headers = as_form({"prompt": 'Ä "fox"\r\n--', "triptych[seed]": "3", "triptych[steps]": "4"})
-    boundary = boundary_of(headers["content-type"])
+    boundary = multipart_boundary(headers["content-type"])
     assert boundary == b"b"
-    assert json.loads(as_json(body, boundary)) == {
+    assert json.loads(form_to_json(body, boundary)) == {
         "prompt": 'Ä "fox"\r\n--',
         "triptych": {"seed": "3", "steps": "4"},
     }
-    assert boundary_of("application/json") is None
+    assert multipart_boundary("application/json") is None
     file = b'--b\r\nContent-Disposition: form-data; name="input_reference"; filename="a.png"\r\n\r\nx\r\n--b--'
     with pytest.raises(Problem, match="files are not read"):
-        as_json(file, b"b")
+        form_to_json(file, b"b")
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_a_form_is_the_object_that_it_stands_for() -> None:
 def test_what_cannot_be_saved_is_an_answer_too(
     run: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, status: int, code: str, words: str
 ) -> None:
-    whole = saving.save_png
+    whole = storage.save_png
 
     def fail_at_the_second(path: Path, picture: Any, text: dict[str, str]) -> None:
         if path.name.endswith("-01.png"):
@@ -427,11 +427,11 @@ def test_what_cannot_be_saved_is_an_answer_too(
         whole(path, picture, text)
 
     async def talk(at: Site) -> None:
-        monkeypatch.setattr(saving, "save_png", fail_at_the_second)
+        monkeypatch.setattr(storage, "save_png", fail_at_the_second)
         answer = await at.client.post(IMAGES, json={"prompt": "x", "n": 2})
         assert words in error(answer, status, code)
         assert list((tmp_path / "samples").iterdir()) == []
-        monkeypatch.setattr(saving, "save_png", whole)
+        monkeypatch.setattr(storage, "save_png", whole)
         assert (await at.client.post(IMAGES, json={"prompt": "x", "n": 2})).status_code == 200
 
     lines = run(talk)

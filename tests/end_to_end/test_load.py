@@ -8,7 +8,7 @@ import pytest
 
 from harness.metrics.load import RequestRow
 from harness.records.record import load, read_status
-from harness.tasks.load.run import FILE
+from harness.tasks.load.run import REQUESTS_FILE
 from harness.tasks.report.rows import read_table
 from tests.end_to_end.conftest import command, processes_about, record_of, run
 from tests.end_to_end.test_sweep import inspect
@@ -29,7 +29,7 @@ def test_every_request_is_answered_and_requests_share_forwards(tmp_path: Path) -
     assert found.goodput_per_s == found.throughput_per_s > 0
     assert found.pictures_per_evaluation is not None
     assert found.pictures_per_evaluation > 2
-    rows = [msgspec.json.decode(line, type=RequestRow) for line in (folder / FILE).read_bytes().splitlines()]
+    rows = [msgspec.json.decode(line, type=RequestRow) for line in (folder / REQUESTS_FILE).read_bytes().splitlines()]
     assert {row.steps for row in rows} == {2, 3}
     assert all(row.sent_s < (row.began_s or 0) < (row.ended_s or 0) for row in rows)
     assert f"of {found.sent}: {found.sent} ok" in " ".join(done.stdout.split())

@@ -19,7 +19,7 @@ from harness.engines.torchrun import TorchrunEngine
 from harness.messages import Failure
 from harness.resolve.compose import compose_run, to_yaml
 from harness.resolve.request import to_message
-from harness.tasks.serve.jobs import Job
+from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.supervisor import Supervisor
 from tests.end_to_end.conftest import LIMIT_S, QUICK, processes_about
 from tests.end_to_end.faults import poisoned
@@ -58,14 +58,14 @@ async def serving(tmp_path: Path, *overrides: str) -> AsyncIterator[Supervisor]:
         assert not any(engine.addresses.folder.exists() for engine in engines)
 
 
-def submitted(supervisor: Supervisor, name: str, *prompts: str, steps: int = 2) -> Job:
+def submitted(supervisor: Supervisor, name: str, *prompts: str, steps: int = 2) -> GenerationJob:
     """A request whose pictures are drawn in one batch."""
     request = to_message(supervisor._config.request)
     changes = {"request_id": name, "prompts": list(prompts), "steps": steps, "batch_size": len(prompts)}
     return supervisor.submit(msgspec.structs.replace(request, **changes))
 
 
-async def drawing(supervisor: Supervisor, number: int) -> list[Job]:
+async def drawing(supervisor: Supervisor, number: int) -> list[GenerationJob]:
     """Requests that fill both replicas and take for ever."""
     jobs = [submitted(supervisor, f"lost {number}{n}", "rocket", "pizza", steps=LONG) for n in "ab"]
     await until(lambda: all(job.done > 0 for job in jobs))
@@ -77,7 +77,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.02)
 
 
-async def failure_of(job: Job, limit_s: float = ANSWERED_S) -> Failure:
+async def failure_of(job: GenerationJob, limit_s: float = ANSWERED_S) -> Failure:
     """The failure of a job that is answered in time."""
     began = time.monotonic()
     await asyncio.wait_for(job.wait(), limit_s)
@@ -92,7 +92,7 @@ def rank(supervisor: Supervisor, number: int) -> int:
     return supervisor.info.pids[number]
 
 
-async def drawn_as_ever(supervisor: Supervisor, waiting: list[Job]) -> None:
+async def drawn_as_ever(supervisor: Supervisor, waiting: list[GenerationJob]) -> None:
     """The new ranks draw what waited, and draw it as they draw it again."""
     for job in waiting:
         await job.wait()

@@ -15,8 +15,8 @@ from harness.messages import (
     SampleResult,
     encode,
 )
-from harness.tasks.serve.jobs import Job
-from harness.tasks.serve.supervisor import Busy, NotServing
+from harness.tasks.serve.jobs import GenerationJob
+from harness.tasks.serve.supervisor import NotServing, QueueFull
 
 FAILURES = ("oom", "failed", "expired", "rejected", "unsupported", "busy")  # a prompt of this name ends so
 
@@ -32,7 +32,7 @@ class Planted:
     def __init__(self, config: RunConfig, step_s: float = 0.0) -> None:
         self.state, self.reason, self.restarts = "ready", "", 0
         self.info = EngineInfo("ready", 1, [1], evaluations=7)
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[str, GenerationJob] = {}
         self.drawn: list[GenerationRequest] = []
         self.step_s = step_s
         self._config = config
@@ -40,13 +40,13 @@ class Planted:
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def submit(self, request: GenerationRequest) -> Job:
+    def submit(self, request: GenerationRequest) -> GenerationJob:
         if self.state in ("failed", "stopping"):
             raise NotServing(self.reason, 60.0)
         waiting = sum(job.state == "queued" for job in self.jobs.values())
         if waiting >= self._config.serve.max_queue:
-            raise Busy(f"{waiting} requests wait", 2.5)
-        job = self.jobs[request.request_id] = Job(request, ahead=waiting)
+            raise QueueFull(f"{waiting} requests wait", 2.5)
+        job = self.jobs[request.request_id] = GenerationJob(request, ahead=waiting)
         task = asyncio.create_task(self._draw(job))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -56,13 +56,13 @@ class Planted:
         self._cancelled.add(request_id)
         return True
 
-    async def _draw(self, job: Job) -> None:
+    async def _draw(self, job: GenerationJob) -> None:
         request = job.request
         async with self._turn:
             for step in range(request.steps):
                 if request.request_id in self._cancelled:
                     return job.fail(Failure(request.request_id, "cancelled", "the request was cancelled"))
-                job.hear(Progress(request.request_id, "denoising", step, request.steps))
+                job.on_progress(Progress(request.request_id, "denoising", step, request.steps))
                 await asyncio.sleep(self.step_s)
             if request.prompts[0] in FAILURES:
                 return job.fail(Failure(request.request_id, request.prompts[0], "planted", rank=1))

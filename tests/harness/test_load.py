@@ -26,11 +26,11 @@ from harness.resolve.compose import ConfigError, compose_run
 from harness.serving.transport import Connection
 from harness.tasks.compare import sides
 from harness.tasks.load import http
-from harness.tasks.load.account import Account
-from harness.tasks.load.arrivals import Schedule, poisson, requests, schedule
-from harness.tasks.load.compare import compare_loads, timed, together
-from harness.tasks.load.run import FILE, Measured, judged, load_in, served
-from harness.tasks.load.server import command_line, descendants, memory
+from harness.tasks.load.arrivals import ArrivalSchedule, arrival_schedule, generate_requests, poisson_arrivals
+from harness.tasks.load.compare import compare_loads, merge_rounds, round_times
+from harness.tasks.load.run import REQUESTS_FILE, LoadMeasurement, execute_load, server_overrides, status_from_loads
+from harness.tasks.load.server import command_line, descendants, fit_memory_growth
+from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
 from tests.harness.planted_engine import Script, drawn, failure, planted, progress
 from tests.harness.test_records import record
@@ -42,7 +42,7 @@ def config() -> RunConfig:
 
 
 def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
-    times = np.asarray(poisson(50.0, 400.0, np.random.default_rng(0)))
+    times = np.asarray(poisson_arrivals(50.0, 400.0, np.random.default_rng(0)))
     assert len(times) == pytest.approx(20_000, abs=4 * math.sqrt(20_000))
     gaps = np.diff(times)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)  # of an exponential they are equal
@@ -55,7 +55,7 @@ def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
 
 def test_a_phase_of_a_seed_is_the_same_and_others_differ() -> None:
     def dues(seed: int, phase: int) -> list[float]:
-        made = schedule(LoadConfig(rate=5.0, seed=seed), 20.0, phase)
+        made = arrival_schedule(LoadConfig(rate=5.0, seed=seed), 20.0, phase)
         return [made.take() for _ in range(50) if made.next_due is not None]
 
     assert dues(1, 0) == dues(1, 0)
@@ -68,7 +68,7 @@ def test_requests_are_drawn_by_seed_with_pictures_of_their_own(config: RunConfig
     drawn_from.load.steps, drawn_from.load.sizes = [2, 4], [64, 128]
 
     def first(phase: int, number: int = 40) -> list[GenerationRequest]:
-        return list(islice(requests(drawn_from, phase), number))
+        return list(islice(generate_requests(drawn_from, phase), number))
 
     a, b = first(1), first(1)
     assert [(r.steps, r.height, r.seed, r.prompts) for r in a] == [(r.steps, r.height, r.seed, r.prompts) for r in b]
@@ -112,13 +112,15 @@ def test_latency_counts_from_when_a_request_was_meant_to_be_sent_and_throughput_
     assert summarize_load([], "zmq", None, 1, 5.0).latency_ms is None
 
 
-def driven(config: RunConfig, script: Script, times: Schedule, patience_s: float = 5.0) -> tuple[Account, list[str]]:
+def driven(
+    config: RunConfig, script: Script, times: ArrivalSchedule, patience_s: float = 5.0
+) -> tuple[RequestTracker, list[str]]:
     """What a planted engine was asked, and the requests that were cancelled in the end."""
     with planted(script) as (engine, addresses):
         with closing(Connection(addresses)) as connection:
-            account = drive(connection, times, requests(config, 0), patience_s)
+            tracker = drive(connection, times, generate_requests(config, 0), patience_s)
             connection.ping()  # after the cancellations, on the same socket
-        return account, engine.cancelled
+        return tracker, engine.cancelled
 
 
 def test_every_request_has_one_outcome(config: RunConfig) -> None:
@@ -132,27 +134,27 @@ def test_every_request_has_one_outcome(config: RunConfig) -> None:
             [queued],
         ][number]  # type: ignore[return-value]
 
-    account, cancelled = driven(config, script, Schedule([0.0] * 5), patience_s=0.5)
-    assert [each.outcome for each in account.rows] == ["ok", "busy", "expired", "ok", "lost"]
-    assert account.strays == 1
-    assert cancelled == [account.rows[4].request_id]
-    first = account.rows[0]
+    tracker, cancelled = driven(config, script, ArrivalSchedule([0.0] * 5), patience_s=0.5)
+    assert [each.outcome for each in tracker.rows] == ["ok", "busy", "expired", "ok", "lost"]
+    assert tracker.strays == 1
+    assert cancelled == [tracker.rows[4].request_id]
+    first = tracker.rows[0]
     assert 0.05 <= (first.began_s or 0) <= (first.ended_s or 0) - 0.03
-    assert [each.began_s for each in account.rows[1:]] == [None] * 4
-    assert account.rows[1].message == "planted busy"
+    assert [each.began_s for each in tracker.rows[1:]] == [None] * 4
+    assert tracker.rows[1].message == "planted busy"
 
 
 def test_a_second_answer_to_the_last_request_is_a_stray_too(config: RunConfig) -> None:
-    account, _ = driven(
-        config, lambda request, number: [(0.0, drawn(request)), (0.05, drawn(request))], Schedule([0.0])
+    tracker, _ = driven(
+        config, lambda request, number: [(0.0, drawn(request)), (0.05, drawn(request))], ArrivalSchedule([0.0])
     )
-    assert account.strays == 1
+    assert tracker.strays == 1
 
 
 def test_an_open_loop_sends_on_while_answers_are_late_and_charges_the_wait_to_them(config: RunConfig) -> None:
     dues = [0.05 * k for k in range(10)]
-    account, _ = driven(config, lambda request, number: [(1.0, drawn(request))], Schedule(dues))
-    rows = account.rows
+    tracker, _ = driven(config, lambda request, number: [(1.0, drawn(request))], ArrivalSchedule(dues))
+    rows = tracker.rows
     assert [each.due_s for each in rows] == dues
     assert rows[-1].sent_s < min(each.ended_s or 0 for each in rows)  # all were sent before the first answer
     assert all(1000 <= each.latency_ms < 1500 for each in rows)
@@ -164,8 +166,8 @@ def test_a_closed_loop_has_as_many_outstanding_as_clients_and_a_refused_one_wait
     def script(request: GenerationRequest, number: int) -> list[tuple[float, object]]:
         return [(0.0, failure(request, "busy", 10.0)) if number == 0 else (0.1, drawn(request))]  # type: ignore[list-item]
 
-    account, _ = driven(config, script, schedule(load, 1.0, 0))
-    rows = account.rows
+    tracker, _ = driven(config, script, arrival_schedule(load, 1.0, 0))
+    rows = tracker.rows
     assert {each.outcome for each in rows} == {"ok", "busy"}
     assert 6 <= len(rows) <= 21  # two clients for a second, 0.1 s each, and one that came once
     for each in rows:
@@ -181,7 +183,7 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
     def run(name: str, script: Script) -> Status:
         folder = RunFolder.claim(tmp_path / name)
         with planted(script) as (_, addresses):
-            return load_in(
+            return execute_load(
                 composed, folder, Console(quiet=True), lambda config, path: AttachedEngine(addresses, 5.0, {})
             )
 
@@ -191,7 +193,7 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
     assert found is not None
     assert found.load is not None
     assert found.summary is None
-    rows = [msgspec.json.decode(line) for line in (tmp_path / "good" / FILE).read_bytes().splitlines()]
+    rows = [msgspec.json.decode(line) for line in (tmp_path / "good" / REQUESTS_FILE).read_bytes().splitlines()]
     assert len(rows) == found.load.sent == found.load.outcomes["ok"] > 5
     assert found.load.pictures_per_evaluation == 1.0  # warm-up is not among them
     assert load(tmp_path)["load.sent"][0] == found.load.sent
@@ -265,8 +267,8 @@ def test_sides_get_the_same_arrivals_in_alternation_and_their_ratio_is_found(tmp
 
 def test_rounds_of_one_load_follow_one_another(config: RunConfig) -> None:
     rows = [[row(0.0, 1.0)], [row(0.25, 1.5), row(0.5, None, "lost")]]
-    rounds = [Measured(summarize_load(own, "zmq", 4.0, 4, 1.0, evaluations=2), own) for own in rows]
-    whole = together(config, rounds)
+    rounds = [LoadMeasurement(summarize_load(own, "zmq", 4.0, 4, 1.0, evaluations=2), own) for own in rows]
+    whole = merge_rounds(config, rounds)
     assert [each.due_s for each in whole.rows] == [0.0, 1.25, 1.5]
     assert [each.ended_s for each in whole.rows] == [1.0, 2.5, None]
     assert [each.latency_ms for each in whole.rows][:2] == [1000.0, 1250.0]
@@ -276,7 +278,7 @@ def test_rounds_of_one_load_follow_one_another(config: RunConfig) -> None:
 
 def test_a_round_without_a_good_answer_does_not_compare() -> None:
     with pytest.raises(ValueError, match="nothing was answered well"):
-        timed(summarize_load([row(0.0, 1.0, "busy"), row(0.0, 1.0, "busy")], "zmq", 4.0, 4, 1.0))
+        round_times(summarize_load([row(0.0, 1.0, "busy"), row(0.0, 1.0, "busy")], "zmq", 4.0, 4, 1.0))
 
 
 def answer_of(request: httpx.Request) -> httpx.Response:
@@ -293,31 +295,31 @@ def answer_of(request: httpx.Request) -> httpx.Response:
 
 
 def test_over_http_an_outcome_is_the_error_s_code_and_a_broken_connection_is_lost(config: RunConfig) -> None:
-    async def run() -> Account:
+    async def run() -> RequestTracker:
         async with httpx.AsyncClient(base_url="http://planted", transport=httpx.MockTransport(answer_of)) as client:
-            return await http.drive(client, Schedule([0.0] * 4), requests(config, 0))
+            return await http.drive(client, ArrivalSchedule([0.0] * 4), generate_requests(config, 0))
 
     rows = asyncio.run(run()).rows
     assert [each.outcome for each in rows] == ["ok", "busy", "lost", "expired"]
     assert rows[0].began_s == pytest.approx(rows[0].sent_s + 0.25, abs=0.05)
     assert rows[2].message == "ReadError: the connection broke off"
-    sent = http.body(next(requests(config, 0)))
+    sent = http.request_body(next(generate_requests(config, 0)))
     assert (sent["prompt"], sent["size"], sent["n"]) == ("red apple", "64x64", 1)
-    assert http.wait_s({"retry-after": "3"}) == 3.0
+    assert http.retry_wait_s({"retry-after": "3"}) == 3.0
 
 
 def test_a_server_s_overrides_are_the_load_s_without_what_is_ours_alone() -> None:
     common = ["parallel=dp2", "request.steps=4", "serve.max_batch=2"]
     ours = ["task=load", "load.rate=4", "logger=json", "logger.table=true", "hydra.run.dir=x", "+load.seed=1"]
-    assert served([*ours, *common]) == common
+    assert server_overrides([*ours, *common]) == common
 
 
 def test_growth_is_a_slope_and_descendants_are_found() -> None:
-    found = memory([(10.0 + k, 100.0 + 0.5 * k) for k in range(5)])
+    found = fit_memory_growth([(10.0 + k, 100.0 + 0.5 * k) for k in range(5)])
     assert found is not None
     assert (found.n, found.start_mib, found.end_mib) == (5, 100.0, 102.0)
     assert found.slope_mib_per_min == pytest.approx(30.0)
-    assert memory([(0.0, 1.0)]) is None
+    assert fit_memory_growth([(0.0, 1.0)]) is None
     with subprocess.Popen(
         [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], stdout=-1
     ) as child:
@@ -331,11 +333,11 @@ def test_growth_is_a_slope_and_descendants_are_found() -> None:
 
 def test_a_process_that_outlives_its_server_fails_the_load() -> None:
     leaked = msgspec.structs.replace(summarize_load([], "http", None, 1, 1.0), chaos=Chaos(2, 1))
-    assert judged([leaked]).state == "failed"
+    assert status_from_loads([leaked]).state == "failed"
 
 
 def test_a_record_of_another_task_has_no_load() -> None:
     assert record().load is None
-    assert judged([]).state == "ok"
+    assert status_from_loads([]).state == "ok"
     with pytest.raises(ValueError, match="no summary"):
         _ = msgspec.structs.replace(record(), summary=None).timed

@@ -11,8 +11,8 @@ from harness.config.schema import RunConfig
 from harness.config.serve import Policy
 from harness.messages import Failure, GenerationRequest, GenerationResult, Progress
 from harness.serving.transport import EngineGone
-from harness.tasks.serve.jobs import Job
-from harness.tasks.serve.supervisor import Busy, NotServing, Supervisor
+from harness.tasks.serve.jobs import GenerationJob
+from harness.tasks.serve.supervisor import NotServing, QueueFull, Supervisor
 from tests.harness.planted_ranks import Fleet
 
 pytestmark = pytest.mark.anyio
@@ -56,7 +56,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-def kinds(jobs: list[Job]) -> list[str | None]:
+def kinds(jobs: list[GenerationJob]) -> list[str | None]:
     return [None if job.failure is None else job.failure.kind for job in jobs]
 
 
@@ -89,13 +89,13 @@ async def test_every_change_is_told_and_the_answer_is_the_last(tmp_path: Path) -
 
 
 async def test_a_slow_reader_misses_changes_but_never_the_answer() -> None:
-    job, told = Job(asked("a")), []
+    job, told = GenerationJob(asked("a")), []
     async for seen in job.events():
         told.append((seen.state, seen.done))
         if not job.answered:
-            job.hear(Progress("a", "denoising", len(told), 3))
+            job.on_progress(Progress("a", "denoising", len(told), 3))
         if len(told) == 2:
-            job.hear(Progress("a", "decoding", 0, 0))
+            job.on_progress(Progress("a", "decoding", 0, 0))
             job.finish(GenerationResult("a", [], [], 1.0), [])
     assert told == [("queued", 0), ("running", 1), ("done", 2)]
 
@@ -105,7 +105,7 @@ async def test_one_request_more_than_may_wait_is_told_when_to_come_again(tmp_pat
         first = supervisor.submit(asked("first", steps=10_000))
         await until(lambda: first.state == "running")
         waiting = [supervisor.submit(asked(name)) for name in "ab"]
-        with pytest.raises(Busy, match=r"serve.max_queue") as caught:
+        with pytest.raises(QueueFull, match=r"serve.max_queue") as caught:
             supervisor.submit(asked("c"))
         assert caught.value.retry_after_s > 0
         assert "c" not in supervisor.jobs
@@ -313,7 +313,7 @@ async def test_only_the_last_answered_jobs_are_kept(tmp_path: Path) -> None:
 
 
 async def test_an_answer_is_given_once() -> None:
-    job = Job(asked("a"))
+    job = GenerationJob(asked("a"))
     job.fail(Failure("a", "cancelled", "the request was cancelled"))
     with pytest.raises(RuntimeError, match="answered before"):
         job.finish(GenerationResult("a", [], [], 1.0), [])

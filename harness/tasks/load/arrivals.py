@@ -19,7 +19,7 @@ from harness.messages import GenerationRequest
 from harness.resolve.request import to_message
 
 
-def poisson(rate: float, length_s: float, random: np.random.Generator) -> list[float]:
+def poisson_arrivals(rate: float, length_s: float, random: np.random.Generator) -> list[float]:
     """Arrival times in [0, length_s), seconds, of `rate` a second."""
     times: list[float] = []
     now = random.exponential(1 / rate)
@@ -29,7 +29,7 @@ def poisson(rate: float, length_s: float, random: np.random.Generator) -> list[f
     return times
 
 
-class Schedule:
+class ArrivalSchedule:
     """The times at which requests are still to be sent.
 
     Args:
@@ -56,11 +56,11 @@ class Schedule:
             heapq.heappush(self._dues, now + wait_s)
 
 
-def schedule(load: LoadConfig, length_s: float, phase: int) -> Schedule:
+def schedule(load: LoadConfig, length_s: float, phase: int) -> ArrivalSchedule:
     """The schedule of one phase of sending; phases differ, and the same phase of the same seed is the same."""
     if load.rate is None:
-        return Schedule([0.0] * load.clients, length_s)
-    return Schedule(poisson(load.rate, length_s, np.random.default_rng([load.seed, phase, 0])))
+        return ArrivalSchedule([0.0] * load.clients, length_s)
+    return ArrivalSchedule(poisson_arrivals(load.rate, length_s, np.random.default_rng([load.seed, phase, 0])))
 
 
 def requests(config: RunConfig, phase: int) -> Iterator[GenerationRequest]:

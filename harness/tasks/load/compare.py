@@ -27,11 +27,19 @@ from harness.resolve.comparison import SIDES
 from harness.resolve.compose import ResolvedRun, to_yaml
 from harness.tasks.compare import stated
 from harness.tasks.lifecycle import ended, mirror
-from harness.tasks.load.run import Measured, build_load_record, judged, load_engine, started, summarized, write_rows
+from harness.tasks.load.run import (
+    LoadMeasurement,
+    build_load_record,
+    load_engine,
+    started,
+    status_from_loads,
+    summarized,
+    write_rows,
+)
 from harness.tasks.session import progress_bars
 
 
-def compare_loads_in(
+def execute_load_comparison(
     composed: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], folder: RunFolder, console: Console
 ) -> Status:
     """Compares in a claimed folder, whatever happens: the status, which is on disk before anything is mirrored."""
@@ -40,7 +48,7 @@ def compare_loads_in(
     def work() -> tuple[Comparison, list[LoadSummary]]:
         return compare_loads(composed, pair, folder, console)
 
-    outcome = ended(composed, folder, work, lambda done: judged(done[1]))
+    outcome = ended(composed, folder, work, lambda done: status_from_loads(done[1]))
     status, done = outcome
     if done is not None:
         comparison, loads = done
@@ -94,7 +102,7 @@ class Side:
 
     def __init__(self, composed: ResolvedRun, folder: RunFolder, engine: Engine) -> None:
         self.engine = engine
-        self.rounds: list[Measured] = []
+        self.rounds: list[LoadMeasurement] = []
         self._composed = composed
         self._folder = folder
         self._info = EngineInfo("loading", 1, [])
@@ -130,12 +138,12 @@ class Side:
         record = build_load_record(self._composed, self._info, self.engine.environment, first, whole.summary)
         write_rows(self._folder.path, whole.rows)
         self._folder.write_record(record)
-        self._folder.finish(judged([whole.summary]))
+        self._folder.finish(status_from_loads([whole.summary]))
         return whole.summary
 
 
 def compared(
-    composed: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], rounds: Sequence[list[Measured]]
+    composed: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], rounds: Sequence[list[LoadMeasurement]]
 ) -> Comparison:
     """What the rounds of two sides say of one another.
 
@@ -159,7 +167,7 @@ def timed(load: LoadSummary) -> dict[str, float]:
     return {"answer": 1e3 / load.throughput_per_s, "latency_p50": latency.p50, "latency_p99": latency.p99}
 
 
-def together(config: RunConfig, rounds: Sequence[Measured]) -> Measured:
+def together(config: RunConfig, rounds: Sequence[LoadMeasurement]) -> LoadMeasurement:
     """All rounds as one load, each beginning where the one before it ended."""
     rows, at_s = [], 0.0
     for measured in rounds:
@@ -168,7 +176,7 @@ def together(config: RunConfig, rounds: Sequence[Measured]) -> Measured:
     counted = [each.summary.evaluations for each in rounds]
     evaluations = sum(count or 0 for count in counted) if all(counted) else None
     strays = sum(each.summary.strays for each in rounds)
-    return Measured(summarized(config, rows, strays, evaluations, len(rounds)), rows)
+    return LoadMeasurement(summarized(config, rows, strays, evaluations, len(rounds)), rows)
 
 
 def shifted(row: RequestRow, by_s: float) -> RequestRow:

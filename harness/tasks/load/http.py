@@ -11,8 +11,8 @@ import msgspec
 
 from harness.messages import GenerationRequest
 from harness.metrics.load import LOST, OK
-from harness.tasks.load.account import Account
-from harness.tasks.load.arrivals import Schedule
+from harness.tasks.load.arrivals import ArrivalSchedule
+from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import BACKOFF_S
 
 ROUTE = "/v1/images/generations"
@@ -55,10 +55,10 @@ def body(request: GenerationRequest) -> dict[str, object]:
 
 async def drive(
     client: httpx.AsyncClient,
-    schedule: Schedule,
+    schedule: ArrivalSchedule,
     requests: Iterator[GenerationRequest],
-    tell: Callable[[Account], None] = lambda account: None,
-) -> Account:
+    tell: Callable[[RequestTracker], None] = lambda account: None,
+) -> RequestTracker:
     """Sends what is due, and ends when everything is answered; the client's timeout bounds that.
 
     Args:
@@ -67,7 +67,7 @@ async def drive(
         requests: what.
         tell: told of the account now and then.
     """
-    account, tasks = Account(), set[asyncio.Task[None]]()
+    account, tasks = RequestTracker(), set[asyncio.Task[None]]()
     while schedule.next_due is not None or tasks:
         while (due := schedule.next_due) is not None and due <= account.clock():
             request = next(requests)
@@ -84,7 +84,9 @@ async def drive(
     return account
 
 
-async def _send(client: httpx.AsyncClient, request: GenerationRequest, account: Account, schedule: Schedule) -> None:
+async def _send(
+    client: httpx.AsyncClient, request: GenerationRequest, account: RequestTracker, schedule: ArrivalSchedule
+) -> None:
     """One request and its outcome; a connection that breaks off leaves it lost."""
     sent_s = account.clock()
     try:

@@ -42,9 +42,9 @@ from harness.resolve.engines_table import engine_version
 from harness.serving.transport import Connection
 from harness.tasks.lifecycle import ended, mirror
 from harness.tasks.load import http
-from harness.tasks.load.account import Account
 from harness.tasks.load.arrivals import requests, schedule
 from harness.tasks.load.server import Server
+from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
 from harness.tasks.session import progress_bars
 
@@ -53,21 +53,23 @@ GRACE_S = 30.0  # beyond a request's own deadline; what has no answer then is lo
 
 
 @dataclass(frozen=True)
-class Measured:
+class LoadMeasurement:
     """One load: its row, and every request of it."""
 
     summary: LoadSummary
     rows: list[RequestRow]
 
 
-def load_in(composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine) -> Status:
+def execute_load(
+    composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine
+) -> Status:
     """Loads an engine in a claimed folder, whatever happens: the status, which is on disk before it is mirrored."""
     config = composed.config
 
     def work() -> Record:
         return run_load(composed, folder, console, make_engine)
 
-    outcome = ended(composed, folder, work, lambda record: judged([record.load] if record.load else []))
+    outcome = ended(composed, folder, work, lambda record: status_from_loads([record.load] if record.load else []))
     status, record = outcome
     if record is not None and record.load is not None:
         load = record.load
@@ -77,7 +79,7 @@ def load_in(composed: ResolvedRun, folder: RunFolder, console: Console, make_eng
     return status
 
 
-def judged(loads: Sequence[LoadSummary]) -> Status:
+def status_from_loads(loads: Sequence[LoadSummary]) -> Status:
     """Loads in which a request was answered never, or twice, or of whose server a process lives on, have failed, with
     their records on disk.
     """
@@ -111,7 +113,7 @@ def run_load(composed: ResolvedRun, folder: RunFolder, console: Console, make_en
 
 def run_over_zmq(
     composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine
-) -> tuple[Record, Measured]:
+) -> tuple[Record, LoadMeasurement]:
     """Loads ranks of this run's own, or of its pool.
 
     Raises:
@@ -128,7 +130,7 @@ def run_over_zmq(
     return build_load_record(composed, info, engine.environment, first, measured.summary), measured
 
 
-def run_over_http(composed: ResolvedRun, folder: RunFolder, console: Console) -> tuple[Record, Measured]:
+def run_over_http(composed: ResolvedRun, folder: RunFolder, console: Console) -> tuple[Record, LoadMeasurement]:
     """Loads a server: the one at load.url, or one that is started for it, whose ranks may be killed meanwhile.
 
     Raises:
@@ -157,7 +159,7 @@ def served(overrides: Sequence[str]) -> list[str]:
     return [each for each in overrides if each.partition("=")[0].lstrip("+").partition(".")[0] not in ours]
 
 
-async def load_own_server(config: RunConfig, server: Server, bars: Progress) -> tuple[Measured, float]:
+async def load_own_server(config: RunConfig, server: Server, bars: Progress) -> tuple[LoadMeasurement, float]:
     """Loads a server that was started for it: what was measured, and how long it took to be ready, ms.
 
     Raises:
@@ -178,7 +180,7 @@ async def load_own_server(config: RunConfig, server: Server, bars: Progress) -> 
             watcher.cancel()
 
 
-async def load_server(config: RunConfig, url: str, bars: Progress) -> Measured:
+async def load_server(config: RunConfig, url: str, bars: Progress) -> LoadMeasurement:
     """Loads a server over HTTP, in the phases of `load_engine`."""
     load = config.load
     patience = httpx.Timeout(config.serve.timeout_s + GRACE_S)
@@ -193,7 +195,7 @@ async def load_server(config: RunConfig, url: str, bars: Progress) -> Measured:
         after = await http.evaluations(client)
     # ranks that were started again count from 0
     grown = None if before is None or after is None or load.kill_every_s is not None else after - before
-    return Measured(summarized(config, account.rows, account.strays, grown or None), account.rows)
+    return LoadMeasurement(summarized(config, account.rows, account.strays, grown or None), account.rows)
 
 
 def started(engine: Engine) -> tuple[EngineInfo, float]:
@@ -207,7 +209,7 @@ def started(engine: Engine) -> tuple[EngineInfo, float]:
     return info, (time.perf_counter() - began) * 1e3
 
 
-def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int = 0) -> Measured:
+def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int = 0) -> LoadMeasurement:
     """Loads ranks over ZeroMQ: warm-up, whose requests are all answered before counting begins, then the load.
 
     Args:
@@ -221,8 +223,8 @@ def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int =
     """
     load = config.load
 
-    def clients(connection: Connection) -> Measured:
-        def phase(length_s: float, place: int, label: str) -> Account:
+    def clients(connection: Connection) -> LoadMeasurement:
+        def phase(length_s: float, place: int, label: str) -> RequestTracker:
             with counted(bars, label) as tell:
                 patience_s = config.serve.timeout_s + GRACE_S
                 return drive(connection, schedule(load, length_s, place), requests(config, place), patience_s, tell)
@@ -232,17 +234,17 @@ def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int =
         before = connection.ping()
         account = phase(load.duration_s, 2 * number + 1, "loading")
         evaluations = forwards(before, connection.ping())
-        return Measured(summarized(config, account.rows, account.strays, evaluations), account.rows)
+        return LoadMeasurement(summarized(config, account.rows, account.strays, evaluations), account.rows)
 
     return engine.attend(clients)
 
 
 @contextmanager
-def counted(bars: Progress, label: str) -> Iterator[Callable[[Account], None]]:
+def counted(bars: Progress, label: str) -> Iterator[Callable[[RequestTracker], None]]:
     """A bar of what is sent and answered, while it lasts; yields what moves it."""
     task = bars.add_task(label, total=None)
 
-    def tell(account: Account) -> None:
+    def tell(account: RequestTracker) -> None:
         sent, waiting = len(account.rows), len(account.outstanding)
         bars.update(task, completed=sent - waiting, total=sent)
 

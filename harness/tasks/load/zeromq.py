@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Message, Progress
 from harness.metrics.load import OK
 from harness.serving.transport import Connection
-from harness.tasks.load.account import Account
-from harness.tasks.load.arrivals import Schedule
+from harness.tasks.load.arrivals import ArrivalSchedule
+from harness.tasks.load.tracker import RequestTracker
 
 BACKOFF_S = 0.1  # of a closed loop's client that was refused, where the answer does not say
 LISTEN_S = 0.1  # after the last answer, for one that is given twice
@@ -17,11 +17,11 @@ LISTEN_S = 0.1  # after the last answer, for one that is given twice
 
 def drive(
     connection: Connection,
-    schedule: Schedule,
+    schedule: ArrivalSchedule,
     requests: Iterator[GenerationRequest],
     patience_s: float,
-    tell: Callable[[Account], None] = lambda account: None,
-) -> Account:
+    tell: Callable[[RequestTracker], None] = lambda account: None,
+) -> RequestTracker:
     """Sends what is due, takes what comes, and ends when everything is answered. Whatever ends it earlier, what is
     outstanding is cancelled.
 
@@ -35,7 +35,7 @@ def drive(
     Raises:
         EngineGone: the engine died.
     """
-    account, last_s = Account(), 0.0
+    account, last_s = RequestTracker(), 0.0
     try:
         while True:
             while (due := schedule.next_due) is not None and due <= account.clock():
@@ -58,7 +58,7 @@ def drive(
     return account
 
 
-def take(message: Message, account: Account, schedule: Schedule) -> None:
+def take(message: Message, account: RequestTracker, schedule: ArrivalSchedule) -> None:
     """Accounts for one message of the engine."""
     if isinstance(message, Progress):
         if message.stage != QUEUED:

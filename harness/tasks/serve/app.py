@@ -12,10 +12,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from harness.config.schema import RunConfig
 from harness.records.provenance import version
 from harness.tasks.serve import openai
-from harness.tasks.serve.desk import Desk
-from harness.tasks.serve.guard import Guard, is_local
+from harness.tasks.serve.middleware import Guard, is_local
 from harness.tasks.serve.problem import STATUS, ErrorBody, Problem, install
 from harness.tasks.serve.routes import TheDesk, image_routes, model_routes, request_routes, video_routes
+from harness.tasks.serve.service import GenerationService
 from harness.tasks.serve.supervisor import Supervisor
 
 PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
@@ -37,7 +37,7 @@ def make_app(config: RunConfig, supervisor: Supervisor, folder: Path) -> FastAPI
         status: {"model": ErrorBody} for status in sorted(set(STATUS.values()))
     }
     app = FastAPI(title="Triptych", version=version("triptych") or "", docs_url=None, redoc_url=None, responses=answers)
-    app.state.desk = Desk(config, supervisor, folder)
+    app.state.service = GenerationService(config, supervisor, folder)
     install(app)
     for routes in (model_routes(), image_routes(), video_routes(), request_routes(), state_routes(), page_routes()):
         app.include_router(routes)
@@ -71,7 +71,7 @@ def state_routes() -> APIRouter:
     return router
 
 
-def health_of(desk: Desk) -> openai.Health:
+def health_of(desk: GenerationService) -> openai.Health:
     """The state of the server and its ranks."""
     engine, states = desk.supervisor, [order.status for order in desk.orders()]
     return openai.Health(

@@ -11,7 +11,7 @@ from harness.messages import QUEUED, Array, Failure, GenerationRequest, Generati
 
 
 @dataclass(eq=False)
-class Job:
+class GenerationJob:
     """One request, from its arrival to its answer. Whoever draws it calls `hear`, then once `finish` or `fail`.
 
     Args:
@@ -52,7 +52,7 @@ class Job:
         async for _ in self.events():
             pass
 
-    async def events(self) -> AsyncIterator[Job]:
+    async def events(self) -> AsyncIterator[GenerationJob]:
         """Itself as it is, then after each change, last after the answer; changes that come faster than they are taken
         are one."""
         while not self.answered:

@@ -9,7 +9,7 @@ import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from harness.tasks.serve.jobs import Job
+from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.supervisor import Supervisor
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
@@ -63,7 +63,7 @@ class Meter:
         """One request more that ended so."""
         self._outcomes.labels(outcome).inc()
 
-    def measure(self, job: Job) -> None:
+    def measure(self, job: GenerationJob) -> None:
         """The times of a request that was drawn."""
         if job.began is not None and job.ended is not None:
             self._waited.observe(job.began - job.arrived)

@@ -15,17 +15,17 @@ from fastapi.sse import EventSourceResponse
 
 from harness.config.schema import RunConfig
 from harness.tasks.serve import openai
-from harness.tasks.serve.asked import frames_of, to_request
-from harness.tasks.serve.desk import Desk, Order
+from harness.tasks.serve.parse import frames_of, to_request
 from harness.tasks.serve.problem import Problem
-from harness.tasks.serve.shown import address, defaults, drawn, request_object, size, video_object
+from harness.tasks.serve.responses import address, defaults, drawn, request_object, size, video_object
+from harness.tasks.serve.service import GenerationService, Order
 
 FORM = {"requestBody": {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/VideoRequest"}}}}}
 
 
-def desk_of(http: Request) -> Desk:
+def desk_of(http: Request) -> GenerationService:
     """The application's desk."""
-    desk: Desk = http.app.state.desk
+    desk: GenerationService = http.app.state.service
     return desk
 
 
@@ -42,7 +42,7 @@ def video_of(video_id: str, http: Request) -> Order:
     return order
 
 
-TheDesk = Annotated[Desk, Depends(desk_of)]
+TheDesk = Annotated[GenerationService, Depends(desk_of)]
 TheOrder = Annotated[Order, Depends(order_of)]
 TheVideo = Annotated[Order, Depends(video_of)]
 
@@ -177,7 +177,7 @@ def request_routes() -> APIRouter:
     return router
 
 
-async def wait(desk: Desk, order: Order, http: Request) -> None:
+async def wait(desk: GenerationService, order: Order, http: Request) -> None:
     """Until a request is settled; it is cancelled where its client goes away before that."""
     settled = asyncio.create_task(order.settled.wait())
     gone = asyncio.create_task(hung_up(http))
@@ -197,7 +197,7 @@ async def hung_up(http: Request) -> None:
         pass
 
 
-def file_of(desk: Desk, order: Order, index: int) -> FileResponse:
+def file_of(desk: GenerationService, order: Order, index: int) -> FileResponse:
     """One of a request's files."""
     files = desk.files(order)
     if not 0 <= index < len(files):

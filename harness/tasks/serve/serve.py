@@ -36,7 +36,7 @@ KEEP_ALIVE_S = 75  # longer than clients keep a connection (httpx 5 s): who clos
 CLOSE_S = 5  # for connections to end, once every request has its answer
 
 
-class Server(uvicorn.Server):
+class UvicornServer(uvicorn.Server):
     """uvicorn without its own handling of signals, which would end connections before their requests are answered."""
 
     @contextmanager
@@ -78,7 +78,7 @@ def listen(serve: ServeConfig) -> socket.socket:
     return found
 
 
-def serve_in(
+def execute_serve(
     composed: ResolvedRun, folder: RunFolder, listening: socket.socket, make_engine: MakeRanks = TorchrunEngine
 ) -> Status:
     """Serves in a claimed folder until SIGTERM or Ctrl-C: the status, once every process has ended.
@@ -111,7 +111,7 @@ async def _serve(config: RunConfig, folder: RunFolder, listening: socket.socket,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSE_S,
     )
-    server = Server(settings)
+    server = UvicornServer(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     http = asyncio.create_task(server.serve([listening]))
@@ -128,7 +128,7 @@ async def _serve(config: RunConfig, folder: RunFolder, listening: socket.socket,
     finally:
         await supervisor.stop()
         await asyncio.gather(ranks, return_exceptions=True)
-        await app.state.desk.close()
+        await app.state.service.close()
         server.should_exit = True
         await http
         stopped.cancel()

@@ -22,8 +22,8 @@ from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationR
 from harness.serving.faults import failure_line
 from harness.serving.policy import Accepted, key_of
 from harness.serving.transport import Addresses, EngineGone
-from harness.tasks.serve.jobs import Job
-from harness.tasks.serve.link import Link
+from harness.tasks.serve.engine_client import Link
+from harness.tasks.serve.jobs import GenerationJob
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Refused(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
-class Busy(Refused):
+class QueueFull(Refused):
     """As many requests wait as may wait."""
 
 
@@ -100,11 +100,11 @@ class Supervisor:
         self.reason = "the ranks are loading"
         self.info: EngineInfo | None = None
         self.restarts = 0
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[str, GenerationJob] = {}
         self._config = config
         self._folder = folder
         self._make_engine = make_engine
-        self._outstanding: dict[str, Job] = {}  # in the order of their arrival
+        self._outstanding: dict[str, GenerationJob] = {}  # in the order of their arrival
         self._answered: deque[str] = deque()
         self._link: Link | None = None
         self._sent: dict[str, bool] = {}  # what these ranks have not answered, and whether they said anything of it
@@ -143,7 +143,7 @@ class Supervisor:
         if self._task is not None:
             await self._task
 
-    def submit(self, request: GenerationRequest) -> Job:
+    def submit(self, request: GenerationRequest) -> GenerationJob:
         """Takes a request; while ranks are started again, it waits for them.
 
         Raises:
@@ -157,9 +157,9 @@ class Supervisor:
             raise ValueError(f"a request {request.request_id} is here already; give it another id")
         waiting = len(self._queue())
         if waiting >= self._config.serve.max_queue:
-            raise Busy(f"{waiting} requests wait, which is serve.max_queue", self._retry_after_s())
+            raise QueueFull(f"{waiting} requests wait, which is serve.max_queue", self._retry_after_s())
         timeout_s = min(self._config.serve.timeout_s, request.timeout_s or self._config.serve.timeout_s)
-        job = Job(request, expires=time.monotonic() + timeout_s)
+        job = GenerationJob(request, expires=time.monotonic() + timeout_s)
         self.jobs[request.request_id] = self._outstanding[request.request_id] = job
         self._count()
         self._send(job)
@@ -302,7 +302,7 @@ class Supervisor:
         if job is None:
             return
         if isinstance(message, Progress):
-            job.hear(message)
+            job.on_progress(message)
             self._count()
         elif isinstance(message, Failure):
             job.fail(message)
@@ -357,7 +357,7 @@ class Supervisor:
         for left in (*logs.glob("rank*"), *logs.glob("launch.log")):
             left.rename(kept / left.name)
 
-    def _send(self, job: Job) -> None:
+    def _send(self, job: GenerationJob) -> None:
         if self._link is None:
             return
         if not self._sent:
@@ -366,7 +366,7 @@ class Supervisor:
         left_s = max(0.001, job.expires - time.monotonic())
         self._link.send(msgspec.structs.replace(job.request, timeout_s=left_s))
 
-    def _cancel_drawing(self, job: Job) -> None:
+    def _cancel_drawing(self, job: GenerationJob) -> None:
         if self._link is not None:
             self._link.cancel(job.request.request_id)
 
@@ -377,11 +377,11 @@ class Supervisor:
             self._cancel_drawing(job)
             self._fail(job, "expired", "its deadline passed before it was drawn")
 
-    def _fail(self, job: Job, kind: str, message: str, retry_after_s: float | None = None) -> None:
+    def _fail(self, job: GenerationJob, kind: str, message: str, retry_after_s: float | None = None) -> None:
         job.fail(Failure(job.request.request_id, kind, message, retry_after_s=retry_after_s))
         self._forget(job)
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: GenerationJob) -> None:
         """A job is answered."""
         request_id = job.request.request_id
         del self._outstanding[request_id]
@@ -398,7 +398,7 @@ class Supervisor:
         for ahead, job in enumerate(queue, start=len(self._outstanding) - len(queue)):
             job.move(ahead)
 
-    def _queue(self) -> list[Job]:
+    def _queue(self) -> list[GenerationJob]:
         """What waits, in the order in which the ranks take it."""
         key = key_of(self._config.serve.policy)
         queued = [job for job in self._outstanding.values() if job.state == "queued"]

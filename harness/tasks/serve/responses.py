@@ -9,7 +9,7 @@ from fastapi import Request
 from harness.config.schema import RunConfig
 from harness.resolve.request import to_message
 from harness.tasks.serve import openai
-from harness.tasks.serve.desk import Order
+from harness.tasks.serve.service import Order
 
 
 def request_object(order: Order, http: Request) -> openai.RequestObject:

@@ -14,7 +14,7 @@ FIELD = re.compile(r"(\w+)(?:\[(\w+)\])?")
 Fields: TypeAlias = dict[str, "str | dict[str, str]"]
 
 
-def boundary_of(content_type: str) -> bytes | None:
+def multipart_boundary(content_type: str) -> bytes | None:
     """The boundary that a Content-Type header states; None where it states no form."""
     header = Message()
     header["content-type"] = content_type
@@ -23,7 +23,7 @@ def boundary_of(content_type: str) -> bytes | None:
     return str(header.get_boundary("")).encode()
 
 
-def as_json(body: bytes, boundary: bytes) -> bytes:
+def form_to_json(body: bytes, boundary: bytes) -> bytes:
     """The object of a form; `name[key]` is a key of an object of its own.
 
     Args:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from harness.tasks.serve.forms import as_json, boundary_of
+from harness.tasks.serve.multipart import form_to_json, multipart_boundary
 from harness.tasks.serve.problem import Problem
 
 JSON = (b"content-type", b"application/json")
@@ -44,9 +44,9 @@ class Guard:
             body = await self._body(receive)
             if body is None:
                 return None
-            boundary = boundary_of(headers.get("content-type", ""))
+            boundary = multipart_boundary(headers.get("content-type", ""))
             if boundary is not None:
-                body = as_json(body, boundary)
+                body = form_to_json(body, boundary)
                 scope["headers"] = [*((k, v) for k, v in scope["headers"] if k != b"content-type"), JSON]
         except Problem as problem:
             return await problem.response()(scope, receive, send)

@@ -9,7 +9,7 @@ from harness.messages import GenerationRequest
 from harness.metrics.load import RequestRow
 
 
-class Account:
+class RequestTracker:
     """The requests of one phase of sending.
 
     Args:

@@ -11,12 +11,12 @@ from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest
 from harness.records.record import SampleRow, fingerprint
 from harness.resolve.compose import to_dict
-from harness.tasks.serve import saving
-from harness.tasks.serve.jobs import Job
+from harness.tasks.serve import storage as saving
+from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.metrics import Meter
 from harness.tasks.serve.openai import Status
 from harness.tasks.serve.problem import Problem, as_problem
-from harness.tasks.serve.supervisor import Busy, NotServing, Supervisor
+from harness.tasks.serve.supervisor import NotServing, QueueFull, Supervisor
 from harness.tasks.terminal import complain
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Order:
         user: what the client calls itself.
     """
 
-    def __init__(self, job: Job, user: str | None) -> None:
+    def __init__(self, job: GenerationJob, user: str | None) -> None:
         self.job = job
         self.user = user
         self.rows: list[SampleRow] = []
@@ -60,7 +60,7 @@ class Order:
         return "saving" if self.job.answer is not None and not self.settled.is_set() else self.job.stage
 
 
-class Desk:
+class GenerationService:
     """What the routes ask.
 
     Args:
@@ -86,8 +86,8 @@ class Desk:
         """
         try:
             job = self.supervisor.submit(request)
-        except (Busy, NotServing) as error:
-            code = "busy" if isinstance(error, Busy) else "not_serving"
+        except (QueueFull, NotServing) as error:
+            code = "busy" if isinstance(error, QueueFull) else "not_serving"
             self.meter.count(code)
             raise Problem(code, str(error), retry_after_s=error.retry_after_s) from error
         order = Order(job, user)
@@ -181,7 +181,7 @@ class Desk:
         try:
             saving.append(self._folder, row(order))
         except OSError as error:
-            complain(f"request {order.id} has no line in {saving.LINES} ({reason(error)}); make room there")
+            complain(f"request {order.id} has no line in {saving.REQUESTS_FILE} ({reason(error)}); make room there")
 
 
 def outcome(order: Order) -> str:

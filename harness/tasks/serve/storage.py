@@ -13,7 +13,7 @@ from harness.messages import Array, GenerationRequest, SampleResult
 from harness.records.media import pixel_hash, save_mp4, save_png, to_uint8
 from harness.records.record import SampleRow
 
-LINES = "requests.jsonl"
+REQUESTS_FILE = "requests.jsonl"
 
 
 class RequestRow(msgspec.Struct, frozen=True):
@@ -84,7 +84,7 @@ def append(folder: Path, row: RequestRow) -> None:
     Raises:
         OSError: the disk is full, or the folder is gone.
     """
-    descriptor = os.open(folder / LINES, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(folder / REQUESTS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, msgspec.json.encode(row) + b"\n")
     finally:
