@@ -54,7 +54,7 @@ class Site:
 
 @asynccontextmanager
 async def site(app: Any, config: RunConfig, folder: Path, step_s: float) -> AsyncIterator[Site]:
-    """The application with a desk of its own."""
+    """The application with a generation service of its own."""
     engine = Planted(config, step_s)
     app.state.service = GenerationService(config, engine, folder)  # type: ignore[arg-type]
     wire = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -159,7 +159,7 @@ def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(run: Talk) -> N
         (IMAGES, {"prompt": "x", "size": "65x64"}, "rejected", "64 or 72"),
         (IMAGES, {"prompt": "x", "size": "large"}, "rejected", "such as 64x64"),
         (IMAGES, {"prompt": "x", "size": "4096x4096"}, "rejected", "may be at most 262144"),
-        (IMAGES, {"prompt": "x", "model": "dall-e-3"}, "model_not_found", "ask for emoji"),
+        (IMAGES, {"prompt": "x", "model": "dall-e-3"}, "model_not_found", "use model=emoji"),
         (IMAGES, {"prompt": "x", "quality": "hd"}, "rejected", "quality: Input should be 'auto' or 'standard'"),
         (IMAGES, {"prompt": "x", "stream": True}, "rejected", "stream"),
         (IMAGES, {"prompt": "x", "triptych": {"steps": 251}}, "rejected", "takes 250 at most"),
@@ -384,7 +384,7 @@ def test_a_video_is_a_job(run: Talk, config: RunConfig, tmp_path: Path) -> None:
             ({"seconds": 3}, "at most 2.125"),
             ({"triptych": {"frames": 6}}, "the nearest is 5"),
             ({"seconds": 1, "triptych": {"frames": 5}}, "not both"),
-            ({}, "is a picture"),
+            ({}, "is an image"),
         ):
             assert words in error(await at.client.post(VIDEOS, json={"prompt": "x", **body_}), 400, "rejected")
         image = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": {"frames": 1}})).json()
@@ -483,8 +483,8 @@ def test_what_cannot_be_served_is_refused_before_a_folder_is_claimed(config: Run
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for key, value, words in (
-            ("serve", replace(config.serve, port=port), f"serve.port={port} on 127.0.0.1 cannot be had"),
-            ("serve", replace(config.serve, host="no.such.invalid"), "serve.host=no.such.invalid is no address"),
+            ("serve", replace(config.serve, port=port), f"serve.port={port} on 127.0.0.1 cannot be used"),
+            ("serve", replace(config.serve, host="no.such.invalid"), "serve.host=no.such.invalid is not an address"),
             ("launch", replace(config.launch, mode=LaunchMode.inprocess), "drop launch.mode=inprocess"),
         ):
             with pytest.raises(ConfigError, match=words):

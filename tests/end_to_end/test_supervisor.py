@@ -143,7 +143,7 @@ async def test_a_rank_that_raises_among_others_ends_them_all(tmp_path: Path, mon
 
 async def test_ranks_that_are_stopped_are_found_and_replaced(tmp_path: Path) -> None:
     async with serving(tmp_path, "parallel=dp2", "serve.max_batch=2") as supervisor:
-        for number, says in ((1, "rank 0 reported nothing of its requests for 3 s"), (0, "rank 0 answered no ping")):
+        for number, says in ((1, "rank 0 reported nothing about its requests for 3 s"), (0, "rank 0 answered no ping")):
             lost = await drawing(supervisor, number)
             waiting = submitted(supervisor, f"waits {number}", "pizza")
             supervisor._config.launch.collective_timeout_s = WAITING_S if number else 600.0  # the pings find rank 0

@@ -220,7 +220,7 @@ async def test_ranks_that_have_stopped_are_replaced(tmp_path: Path, prompt: str)
         lost, waiting = supervisor.submit(asked("lost", prompt)), supervisor.submit(asked("a"))
         await lost.wait()
         await waiting.wait()
-    says = {"hang": "rank 0 reported nothing of its requests for 0.5 s", "mute": "rank 0 answered no ping for 1 s"}
+    says = {"hang": "rank 0 reported nothing about its requests for 0.5 s", "mute": "rank 0 answered no ping for 1 s"}
     assert lost.failure is not None
     assert says[prompt] in lost.failure.message
     assert fleet.drawn == ["a"]
@@ -315,6 +315,6 @@ async def test_only_the_last_answered_jobs_are_kept(tmp_path: Path) -> None:
 async def test_an_answer_is_given_once() -> None:
     job = GenerationJob(asked("a"))
     job.fail(Failure("a", "cancelled", "the request was cancelled"))
-    with pytest.raises(RuntimeError, match="answered before"):
+    with pytest.raises(RuntimeError, match="already been answered"):
         job.finish(GenerationResult("a", [], [], 1.0), [])
     assert (job.state, job.answer) == ("failed", None)

@@ -1,4 +1,4 @@
-"""What became of every request: one outcome each, `lost` until it is answered."""
+"""Track every request of a load: each has exactly one outcome, which is `lost` until it is answered."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from harness.metrics.load import RequestRow
 
 
 class RequestTracker:
-    """The requests of one phase of sending.
+    """The requests of one phase of a load, such as the warm-up.
 
     Args:
-        clock: seconds since the phase began.
+        clock: A function that returns the seconds since the start of the phase; the default starts now.
+
+    Attributes:
+        strays: The number of answers to requests that were not outstanding.
     """
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
@@ -30,26 +33,43 @@ class RequestTracker:
 
     @property
     def outstanding(self) -> frozenset[str]:
-        """The ids of those without an answer."""
+        """The ids of the requests without an answer."""
         return frozenset(self._outstanding)
 
-    def sent(self, request: GenerationRequest, due_s: float) -> None:
-        """A request goes out now, and was to go at `due_s`."""
-        pictures = len(request.prompts) * request.samples_per_prompt
-        row = RequestRow(
-            request.request_id, due_s, self.clock(), request.steps, request.height, request.width, pictures
-        )
+    def record_sent(self, request: GenerationRequest, due_s: float) -> None:
+        """Record that a request is sent now.
+
+        Args:
+            request: The request.
+            due_s: The time at which it was due, seconds since the start of the phase.
+        """
+        images = len(request.prompts) * request.samples_per_prompt
+        row = RequestRow(request.request_id, due_s, self.clock(), request.steps, request.height, request.width, images)
         self._rows[request.request_id] = row
         self._outstanding.add(request.request_id)
 
-    def began(self, request_id: str, at_s: float | None = None) -> None:
-        """A request has left the queue, now or at `at_s`, if it had not before."""
+    def record_started(self, request_id: str, at_s: float | None = None) -> None:
+        """Record that a request left the queue; only the first call for a request counts.
+
+        Args:
+            request_id: The request's id.
+            at_s: The time at which it left the queue, seconds since the start of the phase; the default is now.
+        """
         row = self._rows.get(request_id)
         if row is not None and row.began_s is None:
             row.began_s = self.clock() if at_s is None else at_s
 
-    def answered(self, request_id: str, outcome: str, message: str = "") -> bool:
-        """An answer has come; whether it was wanted: one that was not is a stray."""
+    def record_answer(self, request_id: str, outcome: str, message: str = "") -> bool:
+        """Record an answer; one to a request that is not outstanding counts as a stray.
+
+        Args:
+            request_id: The request's id.
+            outcome: ok, or the kind of the failure.
+            message: The message of the failure.
+
+        Returns:
+            Whether the request was outstanding.
+        """
         if request_id not in self._outstanding:
             self.strays += 1
             return False

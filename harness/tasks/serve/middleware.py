@@ -1,4 +1,4 @@
-"""What every HTTP request passes first: its size, its pace, and who sends it."""
+"""Middleware for every HTTP request: limits on the body's size and time, and a check of the request's origin."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from harness.tasks.serve.multipart import form_to_json, multipart_boundary
 from harness.tasks.serve.problem import Problem
 
-JSON = (b"content-type", b"application/json")
-BODY_S = 30.0  # a body that takes longer is a client that went, or one that only holds the connection
+JSON_HEADER = (b"content-type", b"application/json")
+BODY_TIMEOUT_S = 30.0  # a slower body comes from a client that is gone, or that only holds the connection
 
 
-class Guard:
-    """Reads a request's body before anything else sees it, refuses what is too large, too slow or foreign, and makes a
-    form the JSON that it stands for.
+class RequestGuard:
+    """ASGI middleware that reads the body first, refuses bad requests, and converts forms to JSON.
 
-    A page of another site can make a browser send requests here; it is known by its Origin, and on loopback by a Host
-    that is no name of this machine (DNS rebinding).
+    It refuses bodies that are too large or too slow, and requests of other web sites. A page of another site can make
+    a browser send requests here. Such a request is recognised by its Origin header. On loopback it is also
+    recognised by a Host header that does not name this machine (DNS rebinding).
 
     Args:
-        app: that the request goes to.
-        max_bytes: of a body, with or without a stated length.
-        loopback: whether the server listens on loopback only.
+        app: The application behind this middleware.
+        max_bytes: The largest accepted body in bytes, with or without a Content-Length.
+        loopback: Whether the server listens on loopback only.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, loopback: bool) -> None:
@@ -35,25 +35,26 @@ class Guard:
         self.loopback = loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check one request and pass it to the application, or answer it with an error."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         try:
             headers = Headers(scope=scope)
             self._check_origin(headers)
             self._check_length(headers)
-            body = await self._body(receive)
+            body = await self._read_body(receive)
             if body is None:
                 return None
             boundary = multipart_boundary(headers.get("content-type", ""))
             if boundary is not None:
                 body = form_to_json(body, boundary)
-                scope["headers"] = [*((k, v) for k, v in scope["headers"] if k != b"content-type"), JSON]
+                scope["headers"] = [*((k, v) for k, v in scope["headers"] if k != b"content-type"), JSON_HEADER]
         except Problem as problem:
             return await problem.response()(scope, receive, send)
-        read: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
-            return read.pop() if read else await receive()
+            return messages.pop() if messages else await receive()
 
         return await self.app(scope, replay, send)
 
@@ -69,15 +70,15 @@ class Guard:
     def _check_length(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")
         if not length.isdecimal():
-            raise Problem("rejected", "Content-Length is no number")
+            raise Problem("rejected", "Content-Length is not a number; send the length of the body in bytes")
         if int(length) > self.max_bytes:
             raise self._too_large()
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """The whole body; None where the client went before its end."""
+    async def _read_body(self, receive: Receive) -> bytes | None:
+        """Return the whole body, or None if the client disconnected before its end."""
         body = bytearray()
         try:
-            async with asyncio.timeout(BODY_S):
+            async with asyncio.timeout(BODY_TIMEOUT_S):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -88,14 +89,14 @@ class Guard:
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise Problem("expired", f"the body did not come within {BODY_S:g} s; send it again") from None
+            raise Problem("expired", f"the body did not arrive within {BODY_TIMEOUT_S:g} s; send it again") from None
 
     def _too_large(self) -> Problem:
         return Problem("too_large", f"the body has more than {self.max_bytes} bytes; shorten it (serve.max_body_kib)")
 
 
 def is_local(host: str) -> bool:
-    """Whether a Host header (or `serve.host`) names this machine's loopback."""
+    """Return whether a Host header (or `serve.host`) names this machine's loopback."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or ipaddress.ip_address(name).is_loopback

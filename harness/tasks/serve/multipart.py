@@ -1,4 +1,4 @@
-"""A form of multipart/form-data (RFC 7578) as the JSON object that it stands for, as OpenAI's clients send videos."""
+"""Convert a multipart/form-data body (RFC 7578), which OpenAI's clients send for videos, to the equivalent JSON."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from harness.tasks.serve.problem import Problem
 
 NAME = re.compile(rb'content-disposition:\s*form-data;(?:.*;)?\s*name="([^"\r\n]*)"([^\r\n]*)', re.IGNORECASE)
 FIELD = re.compile(r"(\w+)(?:\[(\w+)\])?")
-Fields: TypeAlias = dict[str, "str | dict[str, str]"]
+FormFields: TypeAlias = dict[str, "str | dict[str, str]"]
 
 
 def multipart_boundary(content_type: str) -> bytes | None:
-    """The boundary that a Content-Type header states; None where it states no form."""
+    """Read the boundary from a Content-Type header.
+
+    Args:
+        content_type: The value of the header.
+
+    Returns:
+        The boundary, empty if the header has none; None if the header does not declare a form.
+    """
     header = Message()
     header["content-type"] = content_type
     if header.get_content_type() != "multipart/form-data":
@@ -24,25 +31,28 @@ def multipart_boundary(content_type: str) -> bytes | None:
 
 
 def form_to_json(body: bytes, boundary: bytes) -> bytes:
-    """The object of a form; `name[key]` is a key of an object of its own.
+    """Convert a form to a JSON object; a field `name[key]` becomes a key of a nested object.
 
     Args:
-        body: of the request.
-        boundary: between its parts.
+        body: The body of the HTTP request.
+        boundary: The boundary between the parts of the form.
+
+    Returns:
+        The JSON object as bytes; all its values are strings or objects of strings.
 
     Raises:
-        Problem: it is no form, or holds a file.
+        Problem: The body is not a form, or contains a file.
     """
     if not boundary:
-        raise Problem("rejected", "Content-Type names no boundary; send a form, or JSON with application/json")
-    fields: Fields = {}
+        raise Problem("rejected", "Content-Type has no boundary; send a form with one, or JSON with application/json")
+    fields: FormFields = {}
     for part in (b"\r\n" + body).split(b"\r\n--" + boundary)[1:-1]:
         head, _, value = part.partition(b"\r\n\r\n")
-        _put(fields, head, value)
+        _add_field(fields, head, value)
     return json.dumps(fields).encode()
 
 
-def _put(fields: Fields, head: bytes, value: bytes) -> None:
+def _add_field(fields: FormFields, head: bytes, value: bytes) -> None:
     found = NAME.search(head)
     if found is None:
         raise Problem("rejected", 'a part of the form has no Content-Disposition: form-data; name="..."')
@@ -53,11 +63,11 @@ def _put(fields: Fields, head: bytes, value: bytes) -> None:
     try:
         text = value.decode()
     except UnicodeDecodeError:
-        raise Problem("rejected", f"{name} is not UTF-8", name) from None
+        raise Problem("rejected", f"{name} is not UTF-8; send UTF-8 text", name) from None
     if path[2] is None:
         fields[path[1]] = text
         return
     inner = fields.setdefault(path[1], {})
     if isinstance(inner, str):
-        raise Problem("rejected", f"{path[1]} is given both as a text and as an object", path[1])
+        raise Problem("rejected", f"{path[1]} is given both as text and as an object; give one of them", path[1])
     inner[path[2]] = text

@@ -1,4 +1,4 @@
-"""What a client is shown of a request."""
+"""Convert a request and its job to the JSON objects that clients receive."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from fastapi import Request
 from harness.config.schema import RunConfig
 from harness.resolve.request import to_message
 from harness.tasks.serve import openai
-from harness.tasks.serve.service import Order
+from harness.tasks.serve.service import RequestHandle
 
 
-def request_object(order: Order, http: Request) -> openai.RequestObject:
-    """A request as it stands.
+def request_object(handle: RequestHandle, http: Request) -> openai.RequestObject:
+    """Return the current state of a request.
 
     Args:
-        order: the request.
-        http: by which somebody asks; addresses begin as its own.
+        handle: The handle of the request.
+        http: The HTTP request that is being answered; URLs start with its base URL.
     """
-    job, request = order.job, order.job.request
+    job, request = handle.job, handle.job.request
     return openai.RequestObject(
-        id=order.id,
-        status=order.status,
-        stage=order.stage,
+        id=handle.id,
+        status=handle.status,
+        stage=handle.stage,
         ahead=job.ahead,
         done=job.done,
         total=job.total or request.steps,
@@ -32,20 +32,25 @@ def request_object(order: Order, http: Request) -> openai.RequestObject:
         steps=request.steps,
         seed=request.seed,
         guidance=request.guidance,
-        size=size(order),
+        size=size_text(handle),
         frames=request.frames,
         created_at=job.arrived,
         began_at=job.began,
-        completed_at=job.ended if order.settled.is_set() else None,
-        urls=[address(http, order, k) for k in range(len(order.rows))] if order.settled.is_set() else [],
-        error=error(order),
+        completed_at=job.ended if handle.settled.is_set() else None,
+        urls=[content_url(http, handle, k) for k in range(len(handle.rows))] if handle.settled.is_set() else [],
+        error=job_error(handle),
     )
 
 
-def video_object(order: Order, config: RunConfig) -> openai.Video:
-    """A video as OpenAI's clients expect it."""
-    job, request = order.job, order.job.request
-    done = order.status == "done"
+def video_object(handle: RequestHandle, config: RunConfig) -> openai.Video:
+    """Return the current state of a video in the form of OpenAI's API.
+
+    Args:
+        handle: The handle of the request.
+        config: The resolved configuration of the server.
+    """
+    job, request = handle.job, handle.job.request
+    done = handle.status == "done"
     names: dict[str, Literal["queued", "in_progress", "completed", "failed"]] = {
         "queued": "queued",
         "running": "in_progress",
@@ -53,21 +58,21 @@ def video_object(order: Order, config: RunConfig) -> openai.Video:
         "failed": "failed",
     }
     return openai.Video(
-        id=order.id,
+        id=handle.id,
         model=config.model.name,
-        status=names[order.status],
+        status=names[handle.status],
         progress=100 if done else 100 * job.done // (job.total + 1),  # decoding and saving come after the last step
         created_at=int(job.arrived),
         completed_at=int(job.ended) if done and job.ended is not None else None,
         prompt=request.prompts[0],
         seconds=f"{request.frames / config.model.fps:g}",
-        size=size(order),
-        error=error(order),
+        size=size_text(handle),
+        error=job_error(handle),
     )
 
 
 def defaults(config: RunConfig) -> openai.Defaults:
-    """What a server draws where it is not told, and how much it draws."""
+    """Return the values for missing fields of a request, and the server's limits."""
     own, model, serve = to_message(config.request), config.model, config.serve
     return openai.Defaults(
         scheduler=config.scheduler.family,
@@ -86,12 +91,12 @@ def defaults(config: RunConfig) -> openai.Defaults:
     )
 
 
-def drawn(order: Order) -> openai.Drawn:
-    """What was drawn, and how long it took."""
-    job, request = order.job, order.job.request
+def generation_info(handle: RequestHandle) -> openai.GenerationInfo:
+    """Return the settings and the times of an answered request."""
+    job, request = handle.job, handle.job.request
     began, ended = job.began or job.arrived, job.ended or job.arrived
-    return openai.Drawn(
-        request_id=order.id,
+    return openai.GenerationInfo(
+        request_id=handle.id,
         seed=request.seed,
         steps=request.steps,
         guidance=request.guidance,
@@ -100,17 +105,17 @@ def drawn(order: Order) -> openai.Drawn:
     )
 
 
-def size(order: Order) -> str:
-    """WIDTHxHEIGHT."""
-    return f"{order.job.request.width}x{order.job.request.height}"
+def size_text(handle: RequestHandle) -> str:
+    """Return the size as WIDTHxHEIGHT in pixels."""
+    return f"{handle.job.request.width}x{handle.job.request.height}"
 
 
-def error(order: Order) -> openai.JobError | None:
-    """Why there is no picture, once that is known."""
-    problem = order.problem if order.settled.is_set() else None
+def job_error(handle: RequestHandle) -> openai.JobError | None:
+    """Return the error of a settled request, or None."""
+    problem = handle.problem if handle.settled.is_set() else None
     return None if problem is None else openai.JobError(code=problem.code, message=problem.message)
 
 
-def address(http: Request, order: Order, index: int) -> str:
-    """Where a picture of a request is."""
-    return f"{str(http.base_url).rstrip('/')}/v1/requests/{order.id}/content/{index}"
+def content_url(http: Request, handle: RequestHandle, index: int) -> str:
+    """Return the URL of one image or video of a request."""
+    return f"{str(http.base_url).rstrip('/')}/v1/requests/{handle.id}/content/{index}"

@@ -1,4 +1,4 @@
-"""The front desk: takes requests to the supervisor, sees each to its end, and keeps what can be fetched of it."""
+"""The generation service: passes requests to the supervisor, saves their results and keeps them for download."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest
 from harness.records.record import SampleRow, fingerprint
 from harness.resolve.compose import to_dict
-from harness.tasks.serve import storage as saving
+from harness.tasks.serve import storage
 from harness.tasks.serve.jobs import GenerationJob
-from harness.tasks.serve.metrics import Meter
-from harness.tasks.serve.openai import Status
+from harness.tasks.serve.metrics import RequestMetrics
+from harness.tasks.serve.openai import RequestStatus
 from harness.tasks.serve.problem import Problem, as_problem
 from harness.tasks.serve.supervisor import NotServing, QueueFull, Supervisor
 from harness.tasks.terminal import complain
@@ -22,12 +22,17 @@ from harness.tasks.terminal import complain
 log = logging.getLogger(__name__)
 
 
-class Order:
-    """One accepted request. It is settled once its pictures are on disk, or there is a reason why there are none.
+class RequestHandle:
+    """One accepted request; it is settled once its samples are on disk or the reason for its failure is known.
 
     Args:
-        job: at the supervisor.
-        user: what the client calls itself.
+        job: The request's job at the supervisor.
+        user: The client's name for its user, if it gave one.
+
+    Attributes:
+        rows: The saved samples, empty until the request is settled.
+        problem: The error of a request that failed.
+        settled: The event that is set once the request is settled.
     """
 
     def __init__(self, job: GenerationJob, user: str | None) -> None:
@@ -39,172 +44,197 @@ class Order:
 
     @property
     def id(self) -> str:
-        """The request's."""
+        """The request's id."""
         return self.job.request.request_id
 
     @property
     def is_video(self) -> bool:
-        """Whether videos were asked for."""
+        """Whether the request is for videos."""
         return self.job.request.frames > 1
 
     @property
-    def status(self) -> Status:
-        """queued, running, done or failed; it is running while it is being saved."""
+    def status(self) -> RequestStatus:
+        """The status: queued, running, done or failed; a request whose samples are being saved is running."""
         if not self.settled.is_set():
             return "queued" if self.job.state == "queued" else "running"
         return "done" if self.problem is None else "failed"
 
     @property
     def stage(self) -> str:
-        """The pipeline's, and saving after that."""
+        """The stage of the pipeline, and after its end `saving`."""
         return "saving" if self.job.answer is not None and not self.settled.is_set() else self.job.stage
 
 
 class GenerationService:
-    """What the routes ask.
+    """The interface between the HTTP routes and the supervisor.
 
     Args:
-        config: of the server.
-        supervisor: of the ranks.
-        folder: of the run.
+        config: The resolved configuration of the server.
+        supervisor: The supervisor of the ranks.
+        folder: The run's folder.
     """
 
     def __init__(self, config: RunConfig, supervisor: Supervisor, folder: Path) -> None:
         self.config = config
         self.supervisor = supervisor
-        self.meter = Meter(supervisor)
+        self.metrics = RequestMetrics(supervisor)
         self._folder = folder
         self._fingerprint = fingerprint(to_dict(config))
-        self._orders: dict[str, Order] = {}
-        self._following: set[asyncio.Task[None]] = set()
+        self._handles: dict[str, RequestHandle] = {}
+        self._background: set[asyncio.Task[None]] = set()
 
-    def accept(self, request: GenerationRequest, user: str | None) -> Order:
-        """Queues a request.
+    def submit(self, request: GenerationRequest, user: str | None) -> RequestHandle:
+        """Queue a request.
+
+        Args:
+            request: The request for the engine.
+            user: The client's name for its user.
+
+        Returns:
+            The handle of the request.
 
         Raises:
-            Problem: the queue is full, or nothing is drawn any more.
+            Problem: The queue is full, or the server generates nothing any more.
         """
         try:
             job = self.supervisor.submit(request)
         except (QueueFull, NotServing) as error:
             code = "busy" if isinstance(error, QueueFull) else "not_serving"
-            self.meter.count(code)
+            self.metrics.count(code)
             raise Problem(code, str(error), retry_after_s=error.retry_after_s) from error
-        order = Order(job, user)
+        handle = RequestHandle(job, user)
         known = self.supervisor.jobs
-        self._orders = {id: o for id, o in self._orders.items() if id in known or not o.settled.is_set()}
-        self._orders[order.id] = order
-        self._follow(self._settle(order))
-        return order
+        self._handles = {id: h for id, h in self._handles.items() if id in known or not h.settled.is_set()}
+        self._handles[handle.id] = handle
+        self._run_in_background(self._settle(handle))
+        return handle
 
-    def order(self, request_id: str) -> Order:
-        """One of those that are outstanding, or answered and kept.
+    def find(self, request_id: str) -> RequestHandle:
+        """Find a request that is outstanding, or answered and still stored.
+
+        Args:
+            request_id: The request's id.
+
+        Returns:
+            The handle of the request.
 
         Raises:
-            Problem: there is no such request.
+            Problem: There is no such request.
         """
-        found = self._orders.get(request_id)
+        found = self._handles.get(request_id)
         if found is None:
-            raise Problem("not_found", f"there is no request {request_id}; /v1/requests lists those that are kept")
+            raise Problem("not_found", f"there is no request {request_id}; /v1/requests lists those that are stored")
         return found
 
-    def orders(self) -> list[Order]:
-        """All of them, the newest first."""
-        return list(reversed(self._orders.values()))
+    def handles(self) -> list[RequestHandle]:
+        """Return all requests, the newest first."""
+        return list(reversed(self._handles.values()))
 
-    def cancel(self, order: Order) -> None:
-        """Stops a request: at once where it waits, within a solver step where it is drawn."""
-        if not order.settled.is_set():
-            self.supervisor.cancel(order.id)
+    def cancel(self, handle: RequestHandle) -> None:
+        """Cancel a request: at once while it is queued, within one solver step while it runs."""
+        if not handle.settled.is_set():
+            self.supervisor.cancel(handle.id)
 
-    def forget(self, order: Order) -> None:
-        """Stops a request, and removes its pictures once it has stopped."""
-        self.cancel(order)
-        self._orders.pop(order.id, None)
-        self._follow(self._discard(order))
+    def delete(self, handle: RequestHandle) -> None:
+        """Cancel a request, and remove its files once it has ended."""
+        self.cancel(handle)
+        self._handles.pop(handle.id, None)
+        self._run_in_background(self._remove_files(handle))
 
-    def files(self, order: Order) -> list[Path]:
-        """The pictures of a request.
+    def files(self, handle: RequestHandle) -> list[Path]:
+        """List the files of a request.
+
+        Args:
+            handle: The handle of the request.
+
+        Returns:
+            One path per image or video.
 
         Raises:
-            Problem: there are none, or not yet.
+            Problem: The request failed, or is not done yet.
         """
-        if not order.settled.is_set():
-            raise Problem("not_done", f"the request is {order.status}; ask again when it is done", retry_after_s=1.0)
-        if order.problem is not None:
-            raise order.problem
-        return [self._folder / row.path for row in order.rows]
+        if not handle.settled.is_set():
+            raise Problem("not_done", f"the request is {handle.status}; try again when it is done", retry_after_s=1.0)
+        if handle.problem is not None:
+            raise handle.problem
+        return [self._folder / row.path for row in handle.rows]
 
     async def close(self) -> None:
-        """Returns when all that was answered has been saved."""
-        await asyncio.gather(*self._following)
+        """Wait until everything that was answered is saved."""
+        await asyncio.gather(*self._background)
 
-    def _follow(self, work: Coroutine[None, None, None]) -> None:
+    def _run_in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
-        self._following.add(task)
-        task.add_done_callback(self._following.discard)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
-    async def _discard(self, order: Order) -> None:
-        await order.settled.wait()
-        await asyncio.to_thread(saving.remove, self._folder, order.rows)
+    async def _remove_files(self, handle: RequestHandle) -> None:
+        await handle.settled.wait()
+        await asyncio.to_thread(storage.remove_samples, self._folder, handle.rows)
 
-    async def _settle(self, order: Order) -> None:
-        """Whatever happens, the request is settled."""
-        await order.job.wait()
+    async def _settle(self, handle: RequestHandle) -> None:
+        """Wait for the answer and save it; the request is settled afterwards, whatever happens."""
+        await handle.job.wait()
         try:
-            await asyncio.to_thread(self._save, order)
+            await asyncio.to_thread(self._save, handle)
         except OSError as error:
-            order.problem = Problem("not_saved", f"the pictures could not be saved ({reason(error)}); make room there")
+            handle.problem = Problem(
+                "not_saved", f"the samples could not be saved ({os_reason(error)}); free some disk space"
+            )
         except Exception as error:
-            log.exception("request %s", order.id)
-            order.problem = as_problem(error)
+            log.exception("request %s", handle.id)
+            handle.problem = as_problem(error)
         finally:
-            order.job.pixels.clear()  # they are on disk, and a server keeps many jobs
-            await asyncio.to_thread(self._note, order)
-            self.meter.count(outcome(order))
-            if order.problem is None:
-                self.meter.measure(order.job)
-            order.settled.set()
+            handle.job.pixels.clear()  # they are on disk, and a server keeps many jobs in memory
+            await asyncio.to_thread(self._write_log_entry, handle)
+            self.metrics.count(outcome(handle))
+            if handle.problem is None:
+                self.metrics.observe_times(handle.job)
+            handle.settled.set()
 
-    def _save(self, order: Order) -> None:
-        """The pictures of an answered request; in a thread of its own."""
-        job, fps = order.job, self.config.model.fps
+    def _save(self, handle: RequestHandle) -> None:
+        """Save the samples of an answered request; runs in a thread."""
+        job, fps = handle.job, self.config.model.fps
         if job.failure is not None:
-            order.problem = Problem.of(job.failure)
+            handle.problem = Problem.from_failure(job.failure)
         elif job.answer is not None:
-            order.rows = saving.save(self._folder, job.request, job.answer.samples, job.pixels, fps, self._fingerprint)
+            handle.rows = storage.save_samples(
+                self._folder, job.request, job.answer.samples, job.pixels, fps, self._fingerprint
+            )
 
-    def _note(self, order: Order) -> None:
-        """Its line."""
-        if order.problem is not None and order.job.failure is None:
-            complain(f"request {order.id}: {order.problem.message}")
+    def _write_log_entry(self, handle: RequestHandle) -> None:
+        """Append the request's line to requests.jsonl."""
+        if handle.problem is not None and handle.job.failure is None:
+            complain(f"request {handle.id}: {handle.problem.message}")
         try:
-            saving.append(self._folder, row(order))
+            storage.append_entry(self._folder, log_entry(handle))
         except OSError as error:
-            complain(f"request {order.id} has no line in {saving.REQUESTS_FILE} ({reason(error)}); make room there")
+            complain(
+                f"request {handle.id} has no line in {storage.REQUESTS_FILE} ({os_reason(error)}); free some disk space"
+            )
 
 
-def outcome(order: Order) -> str:
-    """ok, or the code of what went wrong."""
-    return "ok" if order.problem is None else order.problem.code
+def outcome(handle: RequestHandle) -> str:
+    """Return ok, or the code of the error."""
+    return "ok" if handle.problem is None else handle.problem.code
 
 
-def reason(error: OSError) -> str:
-    """What the system says, without the file's name."""
+def os_reason(error: OSError) -> str:
+    """Return the operating system's message, without the file name."""
     return error.strerror or str(error)
 
 
-def row(order: Order) -> saving.RequestRow:
-    """The line of a request that was answered."""
-    job = order.job
-    return saving.RequestRow(
+def log_entry(handle: RequestHandle) -> storage.RequestLogEntry:
+    """Return the line of requests.jsonl for an answered request."""
+    job = handle.job
+    return storage.RequestLogEntry(
         request=job.request,
-        outcome=outcome(order),
+        outcome=outcome(handle),
         arrived=job.arrived,
         began=job.began,
         ended=job.ended,
         total_ms=None if job.answer is None else job.answer.total_duration_ms,
-        user=order.user,
-        error=None if order.problem is None else order.problem.message,
-        samples=order.rows,
+        user=handle.user,
+        error=None if handle.problem is None else handle.problem.message,
+        samples=handle.rows,
     )
