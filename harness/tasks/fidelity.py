@@ -254,7 +254,7 @@ def origin(config: RunConfig) -> list[object]:
 
 def code() -> str:
     """A hash of every source file that a picture passes through."""
-    home, digest = Path(__file__).parent.parent, hashlib.sha256()
+    home, digest = Path(__file__).parents[2], hashlib.sha256()
     for part in CODE:
         root = home / part
         for file in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
