@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from harness.tasks.train.captions import draw, variants
+from harness.tasks.train.captions import sample_caption, variants
 
 
 def test_variants_are_name_tag_and_style() -> None:
@@ -24,7 +24,7 @@ def test_shares_are_the_configured_ones() -> None:
     tags = ("fruit", "health")
     lines = variants("red apple", "3d", tags)
     uniform = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(0))
-    drawn = Counter(draw(tags, 0.5, 0.2, 0.1, u) for u in uniform)
+    drawn = Counter(sample_caption(tags, 0.5, 0.2, 0.1, u) for u in uniform)
     assert set(drawn) == {None, *range(len(lines))}
     total = sum(drawn.values())
     styled = sum(count for i, count in drawn.items() if i is not None and "3d" in lines[i])
@@ -35,5 +35,5 @@ def test_shares_are_the_configured_ones() -> None:
 
 
 def test_a_picture_without_tags_still_has_captions() -> None:
-    assert draw((), 0.0, 1.0, 0.0, torch.full((4,), 0.5)) == 0
-    assert draw((), 1.0, 1.0, 0.0, torch.full((4,), 0.5)) == 1
+    assert sample_caption((), 0.0, 1.0, 0.0, torch.full((4,), 0.5)) == 0
+    assert sample_caption((), 1.0, 1.0, 0.0, torch.full((4,), 0.5)) == 1

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from harness.config.train import DenoiserConfig, TextConfig, VaeConfig
 from harness.tasks.train import captions, denoiser, export, text, vae
-from harness.tasks.train.folder import Picture
+from harness.tasks.train.folder import CaptionedImage
 from harness.tasks.train.objective import objective
 from models.components import Conditioning
 from models.pixart import load_denoiser
@@ -21,7 +21,7 @@ from schedulers.families import Settings
 DENOISER = DenoiserConfig(width=32, depth=1, heads=2, text_channels=32)
 TEXT = TextConfig(vocabulary=400, width=32, depth=1, heads=2, hidden=32)
 ROWS = [
-    Picture(f"{name}-{style}.png", name, style, ("fruit",), captions.caption(name, style), "MIT", name != "pear")
+    CaptionedImage(f"{name}-{style}.png", name, style, ("fruit",), captions.caption(name, style), "MIT", name != "pear")
     for name in ("red apple", "pear", "lemon")
     for style in ("noto", "3d")
 ]
@@ -111,7 +111,7 @@ def test_the_published_edm_scheduler_reads_the_output_as_it_was_trained(folder: 
 )
 def test_what_diffusers_has_no_name_for_is_refused(settings: Settings) -> None:
     with pytest.raises(ValueError, match="diffusers"):
-        export.published(objective(DENOISER, settings).settings)
+        export.to_diffusers(objective(DENOISER, settings).settings)
 
 
 def test_word_lists_hold_the_vocabulary(folder: Path) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from harness.records.record import read_status
 from harness.resolve.compose import compose_run
 from harness.tasks.generate import run_training
-from harness.tasks.train.folder import DataError, pixels, read
+from harness.tasks.train.folder import DataError, load_pixels, read_folder
 from tests.train.conftest import COLOURS, TINY, offline_runs, square, summary_of
 
 
@@ -21,12 +21,12 @@ def metadata(folder: Path, *rows: object) -> None:
 
 
 def test_captions_beside_the_pictures(squares: Path) -> None:
-    found = read(squares, 64)
+    found = read_folder(squares, 64)
     assert [(row.file_name, row.name, row.caption) for row in found] == [
         (f"{name}.png", f"a {name} square", f"a {name} square") for name in sorted(COLOURS)
     ]
     assert all(row.vocabulary and not row.style and not row.tags for row in found)
-    drawn = pixels(squares, found)
+    drawn = load_pixels(squares, found)
     assert drawn.shape == (4, 64, 64, 3)
     assert tuple(drawn[sorted(COLOURS).index("red"), 32, 32]) == COLOURS["red"]
 
@@ -41,7 +41,7 @@ def test_metadata_says_what_it_has(squares: Path) -> None:
         "licence": "MIT",
     }
     metadata(squares, {"file_name": "red.png", "caption": "a red one"}, {**full, "vocabulary": False})
-    red, blue = read(squares, 64)
+    red, blue = read_folder(squares, 64)
     assert (red.name, red.style, red.tags, red.licence, red.vocabulary) == ("a red one", "", (), "", True)
     assert (blue.name, blue.style, blue.tags, blue.licence, blue.vocabulary) == ("b", "flat", ("sky",), "MIT", False)
 
@@ -49,12 +49,12 @@ def test_metadata_says_what_it_has(squares: Path) -> None:
 def test_what_is_transparent_becomes_white(squares: Path) -> None:
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(squares / "red.png")
     metadata(squares, {"file_name": "red.png", "caption": "nothing"})
-    assert np.array_equal(pixels(squares, read(squares, 64)), np.full((1, 64, 64, 3), 255))
+    assert np.array_equal(load_pixels(squares, read_folder(squares, 64)), np.full((1, 64, 64, 3), 255))
 
 
 def refused(folder: Path) -> str:
     with pytest.raises(DataError) as caught:
-        read(folder, 64)
+        read_folder(folder, 64)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -73,8 +73,8 @@ def test_a_picture_without_a_caption_is_refused(squares: Path) -> None:
         ({"file_name": "red.png", "caption": " "}, "the caption of red.png is empty"),
         ({"file_name": "red.png", "caption": "a", "tags": "b"}, "line 2: Expected `array`, got `str`"),
         ("{", "line 2: Input data was truncated"),
-        ({"file_name": "none.png", "caption": "a"}, "none.png: not a readable picture (FileNotFoundError)"),
-        ({"file_name": "red.txt", "caption": "a"}, "red.txt: not a readable picture (UnidentifiedImageError)"),
+        ({"file_name": "none.png", "caption": "a"}, "none.png: not a readable image (FileNotFoundError)"),
+        ({"file_name": "red.txt", "caption": "a"}, "red.txt: not a readable image (UnidentifiedImageError)"),
         ({"file_name": "../outside.png", "caption": "a"}, "../outside.png is outside the folder"),
         ({"file_name": "small.png", "caption": "a"}, "small.png is 32 x 32 pixels, train.data.size=64"),
     ],
@@ -88,7 +88,7 @@ def test_a_row_that_cannot_be_trained_on_is_refused(squares: Path, row: object, 
 
 def test_no_pictures_are_refused(tmp_path: Path) -> None:
     assert "no such folder" in refused(tmp_path / "none")
-    assert "no pictures" in refused(tmp_path)
+    assert "no images" in refused(tmp_path)
 
 
 def test_nothing_to_learn_is_refused(squares: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_folder_is_trained_on_to_the_end(squares: Path, tmp_path: Path) -> Non
     assert read_status(folder).state == "ok"
     result = json.loads((folder / "result.json").read_text())
     assert list(result) == ["data", "denoiser", "export", "score"]
-    assert (result["data"]["pictures"], result["denoiser"]["images"], result["score"]["prompts"]) == (4, 32, 4)
+    assert (result["data"]["images"], result["denoiser"]["images"], result["score"]["prompts"]) == (4, 32, 4)
     for name in ("transformer_sgm", "scheduler_sgm", "vae", "text_encoder", "tokenizer"):
         assert (folder / "model" / name).is_dir(), name
     assert (folder / "model" / "vocabulary.txt").read_text().splitlines() == [f"a {c} square" for c in sorted(COLOURS)]
@@ -149,7 +149,7 @@ def tensors(path: Path) -> dict[str, bytes]:
     ("overrides", "hint"),
     [
         (["train.data.recipe=emojis"], "the recipes are"),
-        (["train.parts=[vae]"], "take both parts out"),
+        (["train.parts=[vae]"], "remove both parts"),
         (["train.shared=/no/such/model"], "no such folder"),
         (["train.data.size=32"], "train.data.size=32"),
     ],

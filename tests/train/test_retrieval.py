@@ -3,24 +3,24 @@
 import numpy as np
 import pytest
 
-from harness.tasks.train.retrieval import Gallery, grid
+from harness.tasks.train.retrieval import TrainingGallery, contact_sheet
 
 
 @pytest.fixture
-def gallery() -> Gallery:
+def gallery() -> TrainingGallery:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
     coarse = pixels[:, ::16, ::16].repeat(16, axis=1).repeat(16, axis=2)
     names = [f"name {i // 2}" for i in range(40)]
-    return Gallery(coarse, names, ["noto", "3d"] * 20, components=16)
+    return TrainingGallery(coarse, names, ["noto", "3d"] * 20, components=16)
 
 
-def test_noisy_training_pictures_are_found(gallery: Gallery) -> None:
+def test_noisy_training_pictures_are_found(gallery: TrainingGallery) -> None:
     noise = np.random.default_rng(1).integers(-20, 21, gallery.pixels.shape)
     noisy = np.clip(gallery.pixels.astype(int) + noise, 0, 255).astype(np.uint8)
     assert np.array_equal(gallery.nearest(noisy, 1)[:, 0], np.arange(40))
 
 
-def test_score_counts_what_was_planted(gallery: Gallery) -> None:
+def test_score_counts_what_was_planted(gallery: TrainingGallery) -> None:
     names, styles = gallery.names.tolist(), gallery.styles.tolist()
     asked = names[:30] + ["another"] * 10
     score = gallery.score(gallery.pixels, asked, styles)
@@ -32,6 +32,6 @@ def test_score_counts_what_was_planted(gallery: Gallery) -> None:
 
 def test_grid_places_pictures_row_by_row() -> None:
     pixels = np.stack([np.full((2, 2, 3), i, np.uint8) for i in range(5)])
-    sheet = grid(pixels, 3)
+    sheet = contact_sheet(pixels, 3)
     assert sheet.shape == (4, 6, 3)
     assert sheet[::2, ::2, 0].tolist() == [[0, 1, 2], [3, 4, 255]]

@@ -21,7 +21,7 @@ from harness.config.train import (
 from harness.metrics.gallery import FILE, Gallery
 from harness.tasks.train.captions import caption
 from harness.tasks.train.emoji import STYLES
-from harness.tasks.train.folder import Picture
+from harness.tasks.train.folder import CaptionedImage
 from harness.tasks.train.run import PARTS, run
 from schedulers.families import Settings
 from tests.train.conftest import captioned
@@ -41,7 +41,7 @@ def write_squares(folder: Path) -> None:
                 picture[8:56, 8:56] = np.array(value) // (1 if chosen else 2)
                 file_name = f"images/{name}-{style}.png"
                 Image.fromarray(picture).save(folder / file_name)
-                rows.append(Picture(file_name, name, style, (colour,), caption(name, style), "MIT", chosen))
+                rows.append(CaptionedImage(file_name, name, style, (colour,), caption(name, style), "MIT", chosen))
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(asdict(row)) for row in rows) + "\n")
 
 
@@ -83,7 +83,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 def test_all_parts_run_and_a_second_run_trains_no_further(config: TrainConfig) -> None:
     first = run(config, FLOW)
     assert list(first) == list(PARTS)
-    assert first["data"] == {"pictures": 16, "vocabulary_pictures": 8}
+    assert first["data"] == {"images": 16, "vocabulary_images": 8}
     assert first["denoiser"]["steps"] == 4
     assert first["score"]["prompts"] == 6
     assert first["score"]["chance"] == pytest.approx(1 / 4)

@@ -11,11 +11,11 @@ from harness.config.train import LoopConfig
 from harness.loggers.training import CurveLine, Watcher
 from harness.tasks.train.loop import (
     Ema,
-    Every,
-    Fit,
-    averaged,
+    PeriodicCallback,
+    Trainer,
     batch_indices,
     learning_rate,
+    load_ema,
     read_checkpoint,
     step_generator,
     total_steps,
@@ -34,10 +34,10 @@ def loss_on(model: nn.Module, step: int) -> Tensor:
     return (model(x).squeeze(1) - x.sum(dim=1)).square().mean()
 
 
-def fit(folder: Path, stops: tuple[int | None, ...]) -> Fit:
+def fit(folder: Path, stops: tuple[int | None, ...]) -> Trainer:
     for stop in stops:
         model = tiny()
-        last = Fit("tiny", model, CONFIG, folder)
+        last = Trainer("tiny", model, CONFIG, folder)
         last.run(lambda step, model=model: loss_on(model, step), until=stop)  # type: ignore[misc]
     return last
 
@@ -61,7 +61,7 @@ def test_training_lowers_the_loss_and_writes_the_curve(tmp_path: Path) -> None:
         def line(self, line: CurveLine) -> None:
             seen.append(line.step)
 
-    run = Fit("tiny", model, CONFIG, tmp_path, Watch())
+    run = Trainer("tiny", model, CONFIG, tmp_path, Watch())
     run.run(lambda step: loss_on(model, step))
     assert loss_on(model, 10_000).item() < 0.2 * before
     lines = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
@@ -88,12 +88,14 @@ def test_lines_after_the_checkpoint_are_dropped_when_a_killed_run_goes_on(tmp_pa
 def test_every_is_called_before_the_checkpoint_of_its_step(tmp_path: Path) -> None:
     model = tiny()
 
-    def wipe(run: Fit) -> None:
+    def wipe(run: Trainer) -> None:
         with torch.no_grad():
             run.ema.shadow["0.bias"].fill_(7.0)
 
-    Fit("tiny", model, CONFIG, tmp_path).run(lambda step: loss_on(model, step), until=20, every=Every(20, wipe))
-    assert torch.equal(averaged(tmp_path / "tiny.safetensors")["0.bias"], torch.full((8,), 7.0))
+    Trainer("tiny", model, CONFIG, tmp_path).run(
+        lambda step: loss_on(model, step), until=20, every=PeriodicCallback(20, wipe)
+    )
+    assert torch.equal(load_ema(tmp_path / "tiny.safetensors")["0.bias"], torch.full((8,), 7.0))
 
 
 def test_average_follows_its_formula() -> None:
