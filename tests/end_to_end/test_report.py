@@ -51,14 +51,14 @@ def test_it_opens_with_every_run_and_fetches_nothing(fresh: Any) -> None:
     assert len(fresh.execute_script(ROWS)) == 15
     assert find(fresh, "#count").text == "15 of 15 runs"
     assert fresh.execute_script(BARS) == [11, 11, 11]
-    assert fresh.execute_script(DRAWN) == [["on the front", 4], ["behind it", 1], ["failed", 1]]
+    assert fresh.execute_script(DRAWN) == [["on the Pareto front", 4], ["dominated", 1], ["failed", 1]]
     assert len(fresh.find_elements("css selector", "#grids img")) == 11
     assert fresh.get_log("browser") == []
     assert fresh.execute_script(FETCHED) == []
 
 
 def test_hostile_text_is_text(fresh: Any) -> None:
-    shown = find(fresh, "#said").get_attribute("textContent")
+    shown = find(fresh, "#note-list").get_attribute("textContent")
     assert HOSTILE in shown
     assert "prompts=<b>x</b></script>" in find(fresh, "#stages").get_attribute("textContent")
     assert fresh.find_elements("css selector", "main b, main script, svg script, svg a") == []
@@ -183,7 +183,9 @@ def caches(browser: Any, tmp_path: Path) -> Iterator[Any]:
 
 
 def test_a_cached_run_stands_beside_a_plain_one_of_fewer_steps(caches: Any) -> None:
-    cells = "return [...document.querySelectorAll('#rivals tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    cells = (
+        "return [...document.querySelectorAll('#baselines tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    )
     better, worse = caches.execute_script(cells)
     assert better == [
         "first_block threshold=0.1",
@@ -201,5 +203,5 @@ def test_a_cached_run_stands_beside_a_plain_one_of_fewer_steps(caches: Any) -> N
     assert "16 of 40 branches" in find(caches, "#table tbody").text
     find(caches, "#words").send_keys("steps=5")
     assert caches.execute_script(cells) == []
-    assert "No run shown has a cache" in find(caches, "#rivals").text
+    assert "No run shown has a cache" in find(caches, "#baselines").text
     assert caches.get_log("browser") == []

@@ -25,10 +25,10 @@ from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.records.record import CacheUse, Record
 from harness.resolve.compose import ConfigError, compose_run
-from harness.tasks.fidelity import floor_config, key, method_class, reference_config
+from harness.tasks.fidelity import floor_config, method_class, reference_config, reference_key
+from harness.tasks.report.equal_latency import LatencyPoint as Plain
+from harness.tasks.report.equal_latency import equal_latency_baseline, equal_latency_baselines
 from harness.tasks.report.keys import cache_name
-from harness.tasks.report.rivals import Point as Plain
-from harness.tasks.report.rivals import rival, rivals
 from models.attention import math_attention
 from models.components import LatentSpace
 from schedulers.build import build
@@ -93,7 +93,7 @@ def test_a_cache_is_declared_approximate_and_its_reference_has_none(cache: str) 
     assert "cache" in method_class(config)[1]
     for of in (reference_config, floor_config):
         assert of(config).cache.name == "none"
-        assert key(of(config), []) == key(of(plain), [])
+        assert reference_key(of(config), []) == reference_key(of(plain), [])
 
 
 def test_fewer_steps_are_held_against_the_reference_of_all_of_them() -> None:
@@ -105,7 +105,11 @@ def test_fewer_steps_are_held_against_the_reference_of_all_of_them() -> None:
             ["request.steps=7"],
         )
     )
-    assert key(reference_config(fewer), []) == key(reference_config(full), []) != key(reference_config(apart_steps), [])
+    assert (
+        reference_key(reference_config(fewer), [])
+        == reference_key(reference_config(full), [])
+        != reference_key(reference_config(apart_steps), [])
+    )
     assert reference_config(fewer).request.steps == floor_config(fewer).request.steps == 20
     assert method_class(fewer)[0] == "approximate"
     assert "fewer steps" not in method_class(apart_steps)[1]
@@ -261,15 +265,18 @@ def test_a_cache_has_a_short_name() -> None:
 
 def test_a_rival_takes_no_longer_and_the_line_between_two_says_what_as_long_would_give() -> None:
     plain = [Plain(100.0, 0.4, 0), Plain(200.0, 0.2, 1), Plain(400.0, 0.0, 2)]
-    better, worse = rival(Plain(300.0, 0.05, 9), plain), rival(Plain(300.0, 0.15, 9), plain)
+    better, worse = (
+        equal_latency_baseline(Plain(300.0, 0.05, 9), plain),
+        equal_latency_baseline(Plain(300.0, 0.15, 9), plain),
+    )
     assert better is not None
     assert worse is not None
-    assert (better.plain, better.error_as_long, better.better) == (1, pytest.approx(0.1), "cache")
+    assert (better.run, better.error_at_equal_latency, better.better) == (1, pytest.approx(0.1), "cache")
     assert worse.better == "fewer steps"
-    slower = rival(Plain(500.0, 0.1, 9), plain)
+    slower = equal_latency_baseline(Plain(500.0, 0.1, 9), plain)
     assert slower is not None
-    assert (slower.plain, slower.error_as_long, slower.better) == (2, None, "fewer steps")
-    assert rival(Plain(50.0, 0.1, 9), plain) is None
+    assert (slower.run, slower.error_at_equal_latency, slower.better) == (2, None, "fewer steps")
+    assert equal_latency_baseline(Plain(50.0, 0.1, 9), plain) is None
 
 
 def test_rivals_have_one_reference_and_the_same_everything_else() -> None:
@@ -288,9 +295,9 @@ def test_rivals_have_one_reference_and_the_same_everything_else() -> None:
     with_cache = cached(row(100.0, 0.05, 20, **{"cache.name": "first_block"}))
     fewer, other_reference = row(90.0, 0.1, 9), row(95.0, 0.01, 9, reference="other")
     other_kernel = row(95.0, 0.01, 9, **{"attention.backend": "math"})
-    found = rivals(dict(enumerate([with_cache, other_reference, other_kernel, fewer])))
-    assert {place: (each.plain, each.better) for place, each in found.items()} == {0: (3, "cache")}
-    assert rivals({0: with_cache, 1: other_reference}) == {}
+    found = equal_latency_baselines(dict(enumerate([with_cache, other_reference, other_kernel, fewer])))
+    assert {place: (each.run, each.better) for place, each in found.items()} == {0: (3, "cache")}
+    assert equal_latency_baselines({0: with_cache, 1: other_reference}) == {}
 
 
 def test_a_tree_of_an_experiment_is_composed() -> None:

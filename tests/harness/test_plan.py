@@ -21,11 +21,11 @@ from harness.records.record import Record, RunFolder, read_record, read_status
 from harness.resolve.checkpoint import locate
 from harness.resolve.compose import ConfigError, compose_run, layout_facts
 from harness.resolve.layout_rules import check_layout
-from harness.tasks.generate import run_in
+from harness.tasks.generate import execute_generate
 from harness.tasks.plan.check import check
-from harness.tasks.plan.measure import filled
-from harness.tasks.plan.run import FILE, plan_in, planned
-from harness.tasks.plan.table import name_of
+from harness.tasks.plan.measure import with_measured_rates
+from harness.tasks.plan.run import FILE, execute_plan, plan_layouts
+from harness.tasks.plan.table import layout_label
 from harness.tasks.under_torchrun import _compose
 from models.attention import sdpa_attention
 from models.components import Conditioning
@@ -126,7 +126,7 @@ def test_a_full_size_network_computes_what_a_counter_finds() -> None:
 
 @cache
 def emoji(*overrides: str) -> Plan:
-    return planned(compose_run(["task=plan", "request.prompt=rocket", *overrides]).config)
+    return plan_layouts(compose_run(["task=plan", "request.prompt=rocket", *overrides]).config)
 
 
 def test_every_legal_layout_is_listed_and_no_other() -> None:
@@ -135,11 +135,11 @@ def test_every_legal_layout_is_listed_and_no_other() -> None:
     found = [layout for layout, _ in legal_layouts(facts, 8, micro_batches=2)]
     for layout in found:
         check_layout(layout, facts)
-    names = [name_of(layout) for layout in found]
+    names = [layout_label(layout) for layout in found]
     assert len(names) == len(set(names))
     assert {"single", "dp2", "cfg2 tp2 ulysses2", "dp2 ring4", "ulysses8", "ring3 ulysses2"} <= set(names)
     assert not {"tp3", "dp4", "cfg2 tp3"} & set(names)  # 8 heads; two micro-batches
-    assert {name_of(row.layout) for row in emoji().layouts} == {n for n in names if not n.startswith("dp")}
+    assert {layout_label(row.layout) for row in emoji().layouts} == {n for n in names if not n.startswith("dp")}
 
 
 def test_layouts_go_by_time_and_what_does_not_fit_goes_last() -> None:
@@ -157,9 +157,9 @@ def test_layouts_go_by_time_and_what_does_not_fit_goes_last() -> None:
 def test_a_plan_is_a_run_folder_with_every_number(tmp_path: Path) -> None:
     composed = compose_run(["task=plan", "plan.ranks=2", "request.prompt=rocket", f"hydra.run.dir={tmp_path / 'run'}"])
     console = Console(record=True, width=160, quiet=False, file=(tmp_path / "out").open("w"))
-    assert plan_in(composed, RunFolder.claim(composed.folder), console).state == "ok"
+    assert execute_plan(composed, RunFolder.claim(composed.folder), console).state == "ok"
     plan = msgspec.json.decode((composed.folder / FILE).read_bytes(), type=Plan)
-    assert {name_of(row.layout) for row in plan.layouts} == {"single", "cfg2", "tp2", "ring2", "ulysses2"}
+    assert {layout_label(row.layout) for row in plan.layouts} == {"single", "cfg2", "tp2", "ring2", "ulysses2"}
     assert plan.measured == []
     assert "prediction, nothing of this was run: emoji on h100_sxm" in console.export_text()
     assert read_status(composed.folder).state == "ok"
@@ -174,7 +174,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Record:
     asked += ["request.prompts=[rocket,red apple]", "request.steps=2", f"hydra.run.dir={folder}"]
     composed = compose_run([*asked, "scheduler/solver=heun", "launch.threads_per_rank=1"])
     claimed = RunFolder.claim(composed.folder)
-    run_in(composed, claimed, Console(quiet=True))
+    execute_generate(composed, claimed, Console(quiet=True))
     record = read_record(claimed.path)
     assert record is not None
     return record
@@ -189,8 +189,8 @@ def test_an_approximate_layout_is_not_predicted(bench: Record) -> None:
     found = check(Path("run"), msgspec.structs.replace(bench, config=bench.config | {"parallel": layout}), h100)
     assert found.predicted_step_ms is None
     assert found.reason is not None
-    assert "plans are of exact layouts" in found.reason
-    assert name_of(found.layout) == "pipe2"
+    assert "only exact layouts are predicted" in found.reason
+    assert layout_label(found.layout) == "pipe2"
 
 
 def test_operations_are_those_of_a_record(bench: Record) -> None:
@@ -223,13 +223,13 @@ def test_ranks_that_were_started_for_a_plan_are_refused() -> None:
 
 def test_what_is_given_is_not_measured() -> None:
     hardware = h100(torch.bfloat16)
-    assert filled(hardware, torch.bfloat16, LaunchConfig()) == (hardware, [])
+    assert with_measured_rates(hardware, torch.bfloat16, LaunchConfig()) == (hardware, [])
 
 
 @pytest.mark.slow
 def test_what_is_null_is_measured_here() -> None:
     hardware = compose_run(["task=plan", "hardware=measured", "hardware.memory_gb=4"]).config.hardware
-    found, measured = filled(hardware, torch.float32, LaunchConfig(threads_per_rank=1))
+    found, measured = with_measured_rates(hardware, torch.float32, LaunchConfig(threads_per_rank=1))
     assert measured == ["float32_tflops", "memory_gb_s", "link_gb_s", "link_latency_us"]
     assert found.memory_gb == 4
     assert found.bfloat16_tflops is None

@@ -9,9 +9,9 @@ import pytest
 from harness.metrics.intervals import Estimate, wilson
 from harness.metrics.quality import Quality
 from harness.records.record import Record, RunFolder, Status
-from harness.tasks.report.families import main, spread, table
+from harness.tasks.report.families import main, separate_labels, table
 from harness.tasks.report.markers import replace_between
-from harness.tasks.report.sweep import read, within
+from harness.tasks.report.sweep import best_within_budget, read_sweep
 from tests.harness.test_records import record
 
 N = 96
@@ -52,11 +52,11 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_points_are_the_records_and_the_others_say_why(tree: Path) -> None:
-    sweep = read(tree)
+    sweep = read_sweep(tree)
     assert sweep.families == ["rectified_flow", "sgm"]
     assert sweep.lines == ["ddim", "heun"]
     assert len(sweep.points) == 8
-    assert [(p.nfe, p.quality.distance.value) for p in sweep.of("sgm", "heun")] == [(7, 0.4), (15, 0.1)]
+    assert [(p.nfe, p.quality.distance.value) for p in sweep.line_points("sgm", "heun")] == [(7, 0.4), (15, 0.1)]
     assert sweep.left_out == {
         "refused": "failed: no such | solver",
         "plain": "not scored: quality is not scored: no prompt is a name",
@@ -67,16 +67,22 @@ def test_a_setting_of_which_there_are_several_makes_a_line_each(tmp_path: Path) 
     for order in (2, 3):
         run(tmp_path, "ddpm", "unipc", 4, 90, 0.1, order=order, rho=7)
     run(tmp_path, "ddpm", "ddim", 4, 90, 0.1, order=None, rho=7)
-    assert read(tmp_path).lines == ["ddim", "unipc, order=2", "unipc, order=3"]
+    assert read_sweep(tmp_path).lines == ["ddim", "unipc, order=2", "unipc, order=3"]
 
 
 def test_a_budget_is_what_can_be_afforded(tree: Path) -> None:
-    heun = read(tree).of("sgm", "heun")
-    assert [getattr(within(heun, budget), "nfe", None) for budget in (6, 7, 14, 15, 99)] == [None, 7, 7, 15, 15]
+    heun = read_sweep(tree).line_points("sgm", "heun")
+    assert [getattr(best_within_budget(heun, budget), "nfe", None) for budget in (6, 7, 14, 15, 99)] == [
+        None,
+        7,
+        7,
+        15,
+        15,
+    ]
 
 
 def test_the_table_marks_the_best_of_what_may_be_compared(tree: Path) -> None:
-    rows = table(read(tree), [8]).splitlines()
+    rows = table(read_sweep(tree), [8]).splitlines()
     assert rows[2:6] == [
         "| rectified flow, at most 8 | `ddim` | 8 | 94 % (87 to 97) | **0.100 (0.080 to 0.130)** |",
         "| rectified flow, at most 8 | `heun` | 7 | **96 % (90 to 98)** | 0.200 (0.160 to 0.260) |",
@@ -84,8 +90,10 @@ def test_the_table_marks_the_best_of_what_may_be_compared(tree: Path) -> None:
         "| score SDE, at most 8 | `heun` | 7 | **96 % (90 to 98)** | 0.400 (0.320 to 0.520) |",
     ]
     assert rows[-1] == "Not in the table: 1 failed, 1 not scored."
-    assert table(read(tree), [99]).splitlines()[2].startswith("| rectified flow, at most 99 | `heun` | 15 | **100 %")
-    every = table(read(tree)).splitlines()
+    assert (
+        table(read_sweep(tree), [99]).splitlines()[2].startswith("| rectified flow, at most 99 | `heun` | 15 | **100 %")
+    )
+    every = table(read_sweep(tree)).splitlines()
     assert sum(row.startswith(("| rect", "| score")) for row in every) == 8
     assert "**" not in "".join(every)  # nothing else has as many evaluations
 
@@ -110,7 +118,7 @@ def test_what_does_not_compare_is_refused(tree: Path, change: dict[str, object],
         quality = msgspec.structs.replace(quality, gallery="cd")
     RunFolder(tree / "ddpm-ddim-4").write_record(msgspec.structs.replace(other, config=config, quality=quality))
     with pytest.raises(ValueError, match=message):
-        read(tree)
+        read_sweep(tree)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +134,7 @@ def test_what_does_not_compare_is_refused(tree: Path, change: dict[str, object],
     ],
 )
 def test_labels_are_moved_apart_and_no_further(heights: list[float], expected: list[float]) -> None:
-    assert spread(heights, 0.1) == pytest.approx(expected, abs=1e-4)
+    assert separate_labels(heights, 0.1) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_page_keeps_all_but_what_is_between_the_markers() -> None:
@@ -156,7 +164,7 @@ def test_the_command_writes_figure_table_and_page(
         (tmp_path / "out" / "families.png").unlink()
     assert "1 runs left out: failed: no such | solver" in capsys.readouterr().err
     written = (tmp_path / "out" / "families.md").read_text()
-    assert written == table(read(tree))
+    assert written == table(read_sweep(tree))
     assert page.read_text() == f"a\n<!-- families:begin -->\n{written}<!-- families:end -->\nb\n"
 
 

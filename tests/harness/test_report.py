@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from harness.cli import dispatch
-from harness.tasks.report.keys import labels, layout_name, varying
+from harness.tasks.report.keys import layout_name, run_labels, varying_keys
 from harness.tasks.report.page import Page, as_script, render
-from harness.tasks.report.rows import Row, read_table
+from harness.tasks.report.rows import ReportRow, read_table
 from harness.tasks.report.scaling import ratio_of_medians, scalings
 from tests.harness.report_tree import HOSTILE, Maker, make_loads, make_tree, page_image
 
@@ -23,11 +23,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(tree: Path) -> dict[str, Row]:
+def rows(tree: Path) -> dict[str, ReportRow]:
     return {row.folder: row for row in read_table(tree).rows}
 
 
-def test_every_run_is_a_row_with_its_state_and_error(rows: dict[str, Row]) -> None:
+def test_every_run_is_a_row_with_its_state_and_error(rows: dict[str, ReportRow]) -> None:
     assert len(rows) == 15
     assert {name: row.state for name, row in rows.items() if row.state != "ok"} == {
         "broken": "failed",
@@ -49,7 +49,7 @@ def test_a_folder_without_a_status_is_a_row_too(tmp_path: Path) -> None:
     assert (row.error or "").startswith("no readable status.json; ")
 
 
-def test_numbers_are_the_record_s(rows: dict[str, Row]) -> None:
+def test_numbers_are_the_record_s(rows: dict[str, ReportRow]) -> None:
     row = rows["euler8"]
     assert row.latency is not None
     assert (row.latency.median, *row.latency.ci95) == pytest.approx((200.0, 196.0, 204.0))
@@ -62,7 +62,9 @@ def test_numbers_are_the_record_s(rows: dict[str, Row]) -> None:
     assert row.top1.hits == 42
 
 
-def test_only_keys_that_vary_are_columns_and_a_run_without_a_record_has_them(tree: Path, rows: dict[str, Row]) -> None:
+def test_only_keys_that_vary_are_columns_and_a_run_without_a_record_has_them(
+    tree: Path, rows: dict[str, ReportRow]
+) -> None:
     assert set(read_table(tree).keys) == {
         "scheduler.solver.name",
         "task.name",
@@ -80,19 +82,19 @@ def test_only_keys_that_vary_are_columns_and_a_run_without_a_record_has_them(tre
 
 def test_keys_that_follow_from_the_model_are_left_out_unless_asked_for() -> None:
     rows = [{"model.name": name, "model.path": name * 2, "request.steps": steps} for name, steps in ("a4", "b8")]
-    assert varying(rows, set()) == ["model.name", "request.steps"]
-    assert varying(rows, {"model.path"}) == ["model.name", "model.path", "request.steps"]
+    assert varying_keys(rows, set()) == ["model.name", "request.steps"]
+    assert varying_keys(rows, {"model.path"}) == ["model.name", "model.path", "request.steps"]
     rows.append({"model.name": "a", "model.path": "other", "request.steps": "4"})
-    assert varying(rows, set()) == ["model.name", "model.path", "request.steps"]
+    assert varying_keys(rows, set()) == ["model.name", "model.path", "request.steps"]
 
 
-def test_every_run_has_a_name_of_its_own(rows: dict[str, Row]) -> None:
+def test_every_run_has_a_name_of_its_own(rows: dict[str, ReportRow]) -> None:
     assert len({row.label for row in rows.values()}) == len(rows)
     configs = [{"solver.name": "heun", "steps": 4}, {"solver.name": "heun", "steps": 8}, {"solver.name": "heun"}, {}]
-    named = labels(configs, ["solver.name", "steps"], ["a", "b", "c", "d"])
+    named = run_labels(configs, ["solver.name", "steps"], ["a", "b", "c", "d"])
     assert named == ["steps=4", "steps=8", "c", "d"]
-    assert labels([{"steps": 4}] * 2, ["steps"], ["a", "b"]) == ["a", "b"]
-    assert labels([{"steps": k} for k in (4, 8, 4, 8)], ["steps"], list("abcd"))[0] == "steps=4 (a)"
+    assert run_labels([{"steps": 4}] * 2, ["steps"], ["a", "b"]) == ["a", "b"]
+    assert run_labels([{"steps": k} for k in (4, 8, 4, 8)], ["steps"], list("abcd"))[0] == "steps=4 (a)"
     assert layout_name({"dp": 1, "cfg": 2, "tp": 1, "ring": 1, "ulysses": 4}) == "cfg2 ulysses4"
 
 
@@ -129,7 +131,7 @@ def test_a_ratio_of_medians_has_the_spread_of_both() -> None:
     assert ratio_of_medians(noisy, steady).ci95 == pytest.approx((1 / high, 1 / low))
 
 
-def test_a_comparison_is_in_its_row(rows: dict[str, Row]) -> None:
+def test_a_comparison_is_in_its_row(rows: dict[str, ReportRow]) -> None:
     comparison = rows["compared"].comparison
     assert comparison is not None
     assert comparison.ratios["request"].ratio == pytest.approx(1.82, abs=0.02)
@@ -152,7 +154,7 @@ def test_loads_are_rows_without_times_of_one_request(tmp_path: Path) -> None:
     assert compared.headline == compared.ratios["answer"]
 
 
-def test_grids_are_shrunk_and_embedded(rows: dict[str, Row]) -> None:
+def test_grids_are_shrunk_and_embedded(rows: dict[str, ReportRow]) -> None:
     grid = rows["heun8"].grid
     assert grid is not None
     assert page_image(grid).size == (600, 467)

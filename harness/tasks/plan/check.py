@@ -23,11 +23,17 @@ from harness.resolve.layout_rules import keeps
 from harness.resolve.names import one_line
 
 
-def records(tree: Path) -> Iterator[tuple[Path, Record]]:
-    """The records of native runs below a folder in which requests were timed.
+def native_records(tree: Path) -> Iterator[tuple[Path, Record]]:
+    """Yield the records of native runs below a folder in which requests were timed.
+
+    Args:
+        tree: Folder with run folders at any depth.
+
+    Yields:
+        The folder and the record of each run.
 
     Raises:
-        RunFolderError: a record of another schema.
+        RunFolderError: A record has another schema.
     """
     for file in sorted(tree.rglob("record.json")):
         record = read_record(file.parent)
@@ -36,12 +42,15 @@ def records(tree: Path) -> Iterator[tuple[Path, Record]]:
 
 
 def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> Check:
-    """One record beside what is predicted of its run.
+    """Compare one record with the prediction for its run.
 
     Args:
-        folder: where it is.
-        record: of a native run.
-        hardware: the machine, with the rates for a dtype.
+        folder: The run's folder.
+        record: Record of a native run.
+        hardware: Function that returns the machine with its rates for a dtype.
+
+    Returns:
+        The measured and the predicted numbers, or the reason why nothing is predicted.
     """
     summary = record.timed
     found = Check(
@@ -53,30 +62,30 @@ def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], Hardwa
         flops=summary.flops_per_step,
     )
     try:
-        return _predicted(found, record, hardware)
+        return _with_prediction(found, record, hardware)
     except (ValueError, OSError) as error:
         return msgspec.structs.replace(found, reason=one_line(error))
 
 
-def _predicted(found: Check, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> Check:
+def _with_prediction(found: Check, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> Check:
     config = msgspec.convert(record.config, RunConfig)
     config.model.load = Load.dummy
     if config.cache.name != NONE:
         raise ValueError(f"cache={config.cache.name} computes fewer evaluations, which is not predicted")
     request, steps, layout = config.request, config.request.steps or 1, found.layout
     if keeps(layout):
-        raise ValueError("not predicted: its keys and values are stale, and plans are of exact layouts")
+        raise ValueError("not predicted: its keys and values are stale, and only exact layouts are predicted")
     dtype = torch_dtype(denoiser_dtype(config.model))
     traced = trace_request(config)
     row = predict(traced, layout, device(hardware(dtype), dtype.itemsize), record.timed.nfe, 1, [])
-    a_step = record.timed.nfe / steps
+    evaluations_per_step = record.timed.nfe / steps
     micro_batches = math.ceil(len(record.samples) / request.batch_size)
-    spared = config.engine.optimize in (Optimize.eager, Optimize.compile)
+    optimized = config.engine.optimize in (Optimize.eager, Optimize.compile)
     evaluations = record.timed.nfe * math.ceil(micro_batches / layout.dp)
     return msgspec.structs.replace(
         found,
-        predicted_step_ms=row.step_ms * a_step,
-        error=row.step_ms * a_step / found.step_ms - 1,
+        predicted_step_ms=row.step_ms * evaluations_per_step,
+        error=row.step_ms * evaluations_per_step / found.step_ms - 1,
         predicted_bytes={kind: count * evaluations for kind, count in traffic(traced, layout).items()},
-        predicted_flops=None if spared else row.flops * world_size(degrees(layout)[1:]) * record.timed.nfe / steps,
+        predicted_flops=None if optimized else row.flops * world_size(degrees(layout)[1:]) * record.timed.nfe / steps,
     )
