@@ -56,7 +56,7 @@ def test_a_sweep_over_rates_is_a_table_a_group_and_a_curve(tmp_path: Path) -> No
         assert mirror["outcome_ok"] == found.outcomes["ok"]
         assert found.latency_ms is None or mirror["latency_ms_p99"] == found.latency_ms.p99
     again = run([*arguments[:3], "-m", *arguments[3:]])
-    assert "2 jobs had been done before" in again.stdout
+    assert "2 jobs were already done" in again.stdout
     rows = read_table(folder).rows
     assert sorted(str(row.values["load.rate"]) for row in rows) == ["3.0", "6.0"]
     assert all(row.load is not None for row in rows)

@@ -132,7 +132,7 @@ def test_a_sweep_starts_ranks_once_an_engine_and_again_only_what_is_not_done(tmp
     (started / "status.json").write_text('{"state": "failed", "error": "the run was cut off before it ended"}')
     done = sweep(folder, *axes)
     assert done.returncode == 1, done.stderr
-    assert "1 jobs had been done before" in done.stdout
+    assert "1 jobs were already done" in done.stdout
     after = {job.name: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
     assert {name for name in after if after[name] != before[name]} == {started.name, refused.name}
     assert read_status(started).state == "ok"
@@ -164,7 +164,7 @@ def test_a_sweep_that_was_killed_ends_with_every_row_once(tmp_path: Path) -> Non
     assert len(cut) == 1
     outcomes = [run(command) for command in commands]
     assert [done.returncode for done in outcomes] == [0, 0, 0, 1], [done.stderr for done in outcomes]
-    kept = [next(line for line in done.stdout.splitlines() if "had been done" in line) for done in outcomes[:3]]
+    kept = [next(line for line in done.stdout.splitlines() if "were already done" in line) for done in outcomes[:3]]
     assert [line.split()[0] for line in kept] == ["4", "6", "2"]
     table = load(folder)
     assert len(table) == 24

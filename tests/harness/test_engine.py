@@ -10,7 +10,7 @@ from harness.messages import Failure, GenerationRequest, GenerationResult, Messa
 from harness.records.record import Status
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Connection, EngineGone
-from harness.tasks.lifecycle import status_of
+from harness.tasks.lifecycle import status_from_error
 
 
 class Script(Connection):
@@ -104,4 +104,4 @@ def test_a_lost_peer_is_not_the_cause() -> None:
     ],
 )
 def test_every_exception_has_a_state_and_a_line(error: BaseException, status: Status) -> None:
-    assert status_of(error) == status
+    assert status_from_error(error) == status

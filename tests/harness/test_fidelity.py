@@ -14,8 +14,17 @@ from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, b
 from harness.records.record import RunFolder, read_record, read_status
 from harness.resolve.compose import ResolvedRun, compose_run
 from harness.tasks import fidelity
-from harness.tasks.fidelity import METHODS, Artist, Drawn, Method, floor_config, measure, method_class, reference_config
-from harness.tasks.generate import judged, run_in
+from harness.tasks.fidelity import (
+    METHODS,
+    GeneratedOutput,
+    Method,
+    ReferenceRenderer,
+    floor_config,
+    measure_fidelity,
+    method_class,
+    reference_config,
+)
+from harness.tasks.generate import execute_generate, status_from_fidelity
 from harness.tasks.session import progress_bars
 from models.attention import table
 from models.attention.backend import Backend
@@ -39,7 +48,7 @@ def bench(folder: Path, references: Path, *overrides: str) -> ResolvedRun:
 def ran(composed: ResolvedRun) -> Fidelity | None:
     """Runs a bench as the command does; its row's fidelity."""
     folder = RunFolder.claim(composed.folder)
-    run_in(composed, folder, Console(quiet=True))
+    execute_generate(composed, folder, Console(quiet=True))
     record = read_record(folder.path)
     assert record is not None
     assert record.summary.flops_per_step is not None
@@ -75,7 +84,7 @@ def test_the_weakest_method_decides() -> None:
 
     assert of() == (EXACT, [])
     assert of("parallel=dp2") == (EXACT, [])
-    assert of("attention=flash", "parallel=ring2") == (EQUIVALENT, ["attention kernel", "shared picture"])
+    assert of("attention=flash", "parallel=ring2") == (EQUIVALENT, ["attention kernel", "one image over several ranks"])
     assert of("model.dtype=bfloat16") == (EQUIVALENT, ["dtype"])
     assert of("engine.optimize=auto") == (EQUIVALENT, ["optimised network"])
     cache = Method("cache", APPROXIMATE, lambda config: config.request.steps == 3)
@@ -85,7 +94,7 @@ def test_the_weakest_method_decides() -> None:
 @pytest.mark.parametrize(("layout", "name"), [("displaced2", "displaced patches"), ("pipe2", "PipeFusion")])
 def test_stale_keys_are_approximate_and_the_reference_has_none(layout: str, name: str) -> None:
     row = compose_run([*PLAIN, f"parallel={layout}"]).config
-    assert method_class(row) == (APPROXIMATE, [name, "shared picture"])
+    assert method_class(row) == (APPROXIMATE, [name, "one image over several ranks"])
     assert reference_config(row).parallel == floor_config(row).parallel == ParallelConfig()
 
 
@@ -110,7 +119,7 @@ def test_a_plain_bench_is_within_the_floor_and_draws_its_reference_once(
     assert len(found.steps_rel_l2) == 3
     assert found.steps_rel_l2[-1] == pytest.approx(found.latent.rel_l2)
     assert len(list(references.glob("*.safetensors"))) == 2
-    monkeypatch.setattr(fidelity.Artist, "draw", lambda *rest: pytest.fail("drawn a second time"))
+    monkeypatch.setattr(fidelity.ReferenceRenderer, "generate", lambda *rest: pytest.fail("drawn a second time"))
     again = ran(bench(tmp_path / "second", references, "task.states=true", *PLAIN))
     assert again is not None
     assert (again.method_class, again.verdict) == ("exact", "identical")
@@ -148,11 +157,11 @@ def test_an_approximation_declared_exact_is_broken(tmp_path: Path, references: P
     with DiffusionGenerator.from_config(*BENCH[3:], *ASKED, "request.steps=2", *PLAIN) as generator:
         drawn = generator.generate(latents="last")
     config = compose_run([*BENCH, *ASKED, *PLAIN, f"task.references={references}"]).config
-    row = Drawn(drawn.latents, drawn.pixels)
+    row = GeneratedOutput(drawn.latents, drawn.pixels)
     with progress_bars(Console(quiet=True)) as bars:
         for claimed, meant in ((EXACT, "broken"), (EQUIVALENT, "broken"), (APPROXIMATE, "approximate")):
             cache = Method("cache", claimed, lambda config: True)
-            found, notes = measure(config, row, Artist(tmp_path, bars), [*METHODS, cache])
+            found, notes = measure_fidelity(config, row, ReferenceRenderer(tmp_path, bars), [*METHODS, cache])
             assert notes == []
             assert found is not None
             assert (found.verdict, found.methods) == (meant, ["cache"])
@@ -166,5 +175,5 @@ def test_a_reference_that_cannot_be_drawn_is_a_note(
     assert ran(composed) is None
     record = read_record(composed.folder)
     assert record is not None
-    assert judged(record).state == "ok"
-    assert any("task.fidelity=false goes without" in note for note in record.notes)
+    assert status_from_fidelity(record).state == "ok"
+    assert any("task.fidelity=false skips it" in note for note in record.notes)

@@ -26,7 +26,7 @@ from harness.optimize.apply import Replayable, optimize
 from harness.optimize.graphs import DECODED, KINDS, RecordedDecoder, RecordedNetwork, in_cuda_graphs
 from harness.parallel.connect import one_rank
 from harness.resolve.compose import ConfigError, compose_run
-from harness.tasks.session import Series
+from harness.tasks.session import MeasurementSession
 from models.attention import sdpa_attention
 from models.components import Components, Conditioning, LatentSpace
 from models.decoders import KLDecoder
@@ -323,8 +323,8 @@ def test_no_measured_draw_records(how: str, device: str, draws: int, monkeypatch
         return SimpleNamespace(client_ms=1.0, result=None)
 
     generator = SimpleNamespace(config=config, info=SimpleNamespace(device=device))
-    series = Series(generator, SimpleNamespace())  # type: ignore[arg-type]
-    monkeypatch.setattr(series, "_draw", draw)
+    series = MeasurementSession(generator, SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setattr(series, "_generate", draw)
     series.warm_up()
     assert drawn == [True, *[False] * (draws - 1)]
 

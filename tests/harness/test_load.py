@@ -24,7 +24,7 @@ from harness.metrics.load import OK, Chaos, RequestRow, percentiles, summarize_l
 from harness.records.record import RunFolder, Status, load, read_record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.serving.transport import Connection
-from harness.tasks.compare import sides
+from harness.tasks.compare import comparison_runs
 from harness.tasks.load import http
 from harness.tasks.load.account import Account
 from harness.tasks.load.arrivals import Schedule, poisson, requests, schedule
@@ -244,7 +244,7 @@ def test_sides_get_the_same_arrivals_in_alternation_and_their_ratio_is_found(tmp
     with planted(script("a")) as (_, a), planted(script("b")) as (_, b):
         comparison, loads = compare_loads(
             composed,
-            sides(composed),
+            comparison_runs(composed),
             RunFolder.claim(tmp_path / "run"),
             Console(quiet=True),
             lambda config, path: AttachedEngine(a if path.name == "a" else b, 5.0, {}),

@@ -70,14 +70,14 @@ def test_a_fault_of_wandb_is_not_the_runs(
     def broken(*arguments: object) -> None:
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(generate, "log_failure", broken)
+    monkeypatch.setattr("harness.tasks.lifecycle.log_failure", broken)
     composed = compose_run(["request.prompt=a"])
     folder = RunFolder.claim(tmp_path / "run")
 
     def make(config: RunConfig, folder: Path) -> Engine:
         raise ValueError("no ranks today")
 
-    assert generate.run_in(composed, folder, Console(), make) == Status("failed", "no ranks today")
+    assert generate.execute_generate(composed, folder, Console(), make) == Status("failed", "no ranks today")
     assert "wandb did not take it" in capsys.readouterr().err
     assert list(load(tmp_path)["error"]) == ["no ranks today"]
 

@@ -6,7 +6,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from harness.resolve.comparison import quoted, split
 from harness.resolve.compose import ConfigError, compose_run
-from harness.tasks.compare import sides
+from harness.tasks.compare import comparison_runs
 
 PAIR = ["a=[]", "b=[parallel=dp2]"]
 
@@ -36,7 +36,7 @@ def test_other_arguments_and_choices_of_sides_are_left_alone() -> None:
 
 def test_each_side_is_a_bench_of_its_own() -> None:
     composed = compose_run(["task=compare", "request.steps=4", "task.repeats=9", *PAIR, "hydra.run.dir=somewhere"])
-    a, b = sides(composed)
+    a, b = comparison_runs(composed)
     for side in (a, b):
         assert (side.config.task.name.name, side.config.task.repeats, side.config.task.warmup) == ("bench", 9, 1)
         assert side.config.request.steps == 4
@@ -49,7 +49,7 @@ def test_a_job_of_a_sweep_composes_its_sides_and_leaves_the_sweep_as_it_was() ->
     composed = compose_run(["task=compare", *PAIR])
     with initialize_config_module("conf", version_base="1.3"):
         sweep = GlobalHydra.instance().hydra
-        _, b = sides(composed)
+        _, b = comparison_runs(composed)
         assert GlobalHydra.instance().hydra is sweep
     assert b.config.parallel.dp == 2
 
@@ -58,7 +58,7 @@ def test_a_side_has_the_last_word() -> None:
     composed = compose_run(
         ["task=compare", "parallel=dp4", "request.steps=4", "a=[request.steps=5]", "b=[parallel=dp2]"]
     )
-    a, b = sides(composed)
+    a, b = comparison_runs(composed)
     assert (a.config.parallel.dp, a.config.request.steps) == (4, 5)
     assert (b.config.parallel.dp, b.config.request.steps) == (2, 4)
 
@@ -77,6 +77,6 @@ def test_a_side_has_the_last_word() -> None:
 )
 def test_what_cannot_be_compared_is_refused(overrides: list[str], hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        sides(compose_run(overrides))
+        comparison_runs(compose_run(overrides))
     assert hint in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.cli import Job, value
+from harness.cli import JobResult, objective_value
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import Fidelity
 from harness.records.record import RunFolder, Status
@@ -21,7 +21,7 @@ def told(folder: Path, bound: float | None, fidelity: Fidelity | None, state: st
     config = row.config | {"task": {"bound": bound}}
     run.write_record(msgspec.structs.replace(row, config=config, fidelity=fidelity))
     run.finish(Status(state))
-    return value(Job(folder, Status(state)))
+    return objective_value(JobResult(folder, Status(state)))
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,4 @@ def test_it_is_the_latency_at_a_bound(
 
 
 def test_a_job_without_a_record_is_worth_nothing(tmp_path: Path) -> None:
-    assert value(Job(tmp_path, Status("ok"))) == math.inf
+    assert objective_value(JobResult(tmp_path, Status("ok"))) == math.inf

@@ -25,8 +25,8 @@ from harness.records.comparison import FILE, Comparison
 from harness.records.record import FirstCall, RunFolder, Status
 from harness.resolve.comparison import SIDES
 from harness.resolve.compose import ResolvedRun, to_yaml
-from harness.tasks.compare import stated
-from harness.tasks.lifecycle import ended, mirror
+from harness.tasks.compare import make_comparison
+from harness.tasks.lifecycle import mirror, run_guarded
 from harness.tasks.load.run import Measured, build_load_record, judged, load_engine, started, summarized, write_rows
 from harness.tasks.session import progress_bars
 
@@ -40,7 +40,7 @@ def compare_loads_in(
     def work() -> tuple[Comparison, list[LoadSummary]]:
         return compare_loads(composed, pair, folder, console)
 
-    outcome = ended(composed, folder, work, lambda done: judged(done[1]))
+    outcome = run_guarded(composed, folder, work, lambda done: judged(done[1]))
     status, done = outcome
     if done is not None:
         comparison, loads = done
@@ -144,7 +144,7 @@ def compared(
     """
     a, b = ([timed(each.summary) for each in side] for side in rounds)
     ratios = {name: ratio([x[name] for x in a], [x[name] for x in b]) for name in a[0]}
-    return stated(composed, pair, ratios)
+    return make_comparison(composed, pair, ratios)
 
 
 def timed(load: LoadSummary) -> dict[str, float]:

@@ -40,7 +40,7 @@ from harness.records.record import Engine as EngineName
 from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
 from harness.resolve.engines_table import engine_version
 from harness.serving.transport import Connection
-from harness.tasks.lifecycle import ended, mirror
+from harness.tasks.lifecycle import mirror, run_guarded
 from harness.tasks.load import http
 from harness.tasks.load.account import Account
 from harness.tasks.load.arrivals import requests, schedule
@@ -67,7 +67,7 @@ def load_in(composed: ResolvedRun, folder: RunFolder, console: Console, make_eng
     def work() -> Record:
         return run_load(composed, folder, console, make_engine)
 
-    outcome = ended(composed, folder, work, lambda record: judged([record.load] if record.load else []))
+    outcome = run_guarded(composed, folder, work, lambda record: judged([record.load] if record.load else []))
     status, record = outcome
     if record is not None and record.load is not None:
         load = record.load

@@ -17,7 +17,7 @@ from harness.tasks.serve.metrics import Meter
 from harness.tasks.serve.openai import Status
 from harness.tasks.serve.problem import Problem, as_problem
 from harness.tasks.serve.supervisor import Busy, NotServing, Supervisor
-from harness.tasks.terminal import complain
+from harness.tasks.terminal import print_error
 
 log = logging.getLogger(__name__)
 
@@ -177,11 +177,11 @@ class Desk:
     def _note(self, order: Order) -> None:
         """Its line."""
         if order.problem is not None and order.job.failure is None:
-            complain(f"request {order.id}: {order.problem.message}")
+            print_error(f"request {order.id}: {order.problem.message}")
         try:
             saving.append(self._folder, row(order))
         except OSError as error:
-            complain(f"request {order.id} has no line in {saving.LINES} ({reason(error)}); make room there")
+            print_error(f"request {order.id} has no line in {saving.LINES} ({reason(error)}); make room there")
 
 
 def outcome(order: Order) -> str:
