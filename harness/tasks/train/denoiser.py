@@ -125,7 +125,7 @@ def train(
     objective: Objective,
     examples: Examples,
     folder: Path,
-    watcher: Watcher | None = None,
+    callback: Watcher | None = None,
     every: PeriodicCallback | None = None,
 ) -> Trainer:
     """Train the denoiser of one family to its end, or resume its training.
@@ -135,7 +135,7 @@ def train(
         objective: The loss.
         examples: The training data.
         folder: Folder of the checkpoint and the loss curve.
-        watcher: Observer of the progress.
+        callback: Callback for the progress.
         every: Callback to run at intervals.
 
     Returns:
@@ -145,7 +145,7 @@ def train(
         ValueError: The examples do not have the network's sizes, or the checkpoint has another objective.
     """
     _check_sizes(config, examples)
-    trainer = Trainer(part_name(objective.family), build(config), config.loop, folder, watcher, str(objective))
+    trainer = Trainer(part_name(objective.family), build(config), config.loop, folder, callback, str(objective))
     noise_scheduler = objective.noise_scheduler()
 
     def loss_of(step: int) -> Tensor:

@@ -107,7 +107,7 @@ class Trainer:
         model: Model, trained in place.
         config: Rates, lengths and seeds.
         folder: Folder of ``<part>.safetensors`` and ``curve.jsonl``; a checkpoint found there is resumed.
-        watcher: Observer of the progress.
+        callback: Callback for the progress.
         objective: Description of the loss, stored in the checkpoint.
 
     Raises:
@@ -120,11 +120,11 @@ class Trainer:
         model: nn.Module,
         config: LoopConfig,
         folder: Path,
-        watcher: Watcher | None = None,
+        callback: Watcher | None = None,
         objective: str = "",
     ) -> None:
         self.part, self.model, self.config, self.folder, self.objective = part, model, config, folder, objective
-        self.watcher = Watcher() if watcher is None else watcher
+        self.callback = Watcher() if callback is None else callback
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
         plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -163,10 +163,10 @@ class Trainer:
         mark, losses = (time.monotonic(), self.step), []
         steps = total_steps(self.config)
         until = steps if until is None else until
-        self.watcher.begin(self.part, self.step, steps)
+        self.callback.begin(self.part, self.step, steps)
         while self.step < until:
             losses.append(self.update(loss_of(self.step)))
-            self.watcher.step(self.part, self.step)
+            self.callback.step(self.part, self.step)
             now = time.monotonic()
             self.elapsed_s = now - started
             if self.step % self.config.log_every == 0 or self.step == until:
@@ -193,13 +193,13 @@ class Trainer:
         return loss.detach()
 
     def report(self, loss: float, images_per_s: float) -> None:
-        """Append one line to the loss curve and pass it to the watcher."""
+        """Append one line to the loss curve and pass it to the callback."""
         images = self.step * self.config.batch
         rate = learning_rate(self.step, self.config)
         line = CurveLine(self.part, self.step, images, loss, rate, images_per_s, self.elapsed_s)
         with self.curve.open("a", encoding="utf-8") as curve:
             curve.write(json.dumps(asdict(line)) + "\n")
-        self.watcher.line(line)
+        self.callback.line(line)
 
     def save(self) -> None:
         """Write weights, averaged weights, moments and position; the file replaces the last checkpoint in one move."""

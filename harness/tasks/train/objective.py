@@ -171,13 +171,13 @@ def objective(config: DenoiserConfig, settings: Settings) -> Objective:
 
     Args:
         config: Configuration of the denoiser.
-        settings: Settings of the noise scheduler.
+        settings: Declared settings of the noise scheduler.
 
     Returns:
         The objective.
 
     Raises:
-        ValueError: Settings or times do not go together; the message says what to change.
+        ValueError: The settings or times do not go together; the message says what to change.
     """
     default = DEFAULTS[resolve(settings).path or ""]
     full = resolve(

@@ -41,14 +41,14 @@ class TrainContext:
         objective: The loss of the trained family.
         folder: The run's folder.
         rows: All images of the data set.
-        watcher: Observer of the progress.
+        callback: Callback for the progress.
     """
 
     config: TrainConfig
     objective: Objective
     folder: Path
     rows: list[CaptionedImage]
-    watcher: Watcher
+    callback: Watcher
 
     @property
     def vocabulary(self) -> list[CaptionedImage]:
@@ -81,13 +81,13 @@ class TrainContext:
         return [self.vocabulary[i] for i in order[: config.prompts]]
 
 
-def run(config: TrainConfig, settings: Settings, watcher: Watcher | None = None) -> dict[str, Result]:
+def run(config: TrainConfig, settings: Settings, callback: Watcher | None = None) -> dict[str, Result]:
     """Run the parts of the training.
 
     Args:
         config: Config group `train`.
         settings: Noise scheduler of the trained family; the family's defaults fill in unset values.
-        watcher: Observer of the progress.
+        callback: Callback for the progress.
 
     Returns:
         The result of each part, also written to ``result.json`` in the run's folder.
@@ -99,7 +99,7 @@ def run(config: TrainConfig, settings: Settings, watcher: Watcher | None = None)
     parts, chosen = _parts(config), objective(config.denoiser, settings)
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    context = TrainContext(config, chosen, folder, _data(config.data), Watcher() if watcher is None else watcher)
+    context = TrainContext(config, chosen, folder, _data(config.data), Watcher() if callback is None else callback)
     results: dict[str, Result] = {}
     for part in parts:
         results[part] = PARTS[part](context)
@@ -161,7 +161,7 @@ def run_vae(context: TrainContext) -> Result:
     held_out = [outside[i] for i in order[: config.held_out]]
     names = {row.file_name for row in held_out}
     training = [row for row in context.rows if row.file_name not in names]
-    model = vae.train(config, context.pixels(training), context.config.data.size, context.folder, context.watcher)
+    model = vae.train(config, context.pixels(training), context.config.data.size, context.folder, context.callback)
     known = context.pixels(context.vocabulary)
     mean, std = vae.statistics(model, known)
     result: Result = {
@@ -185,7 +185,7 @@ def run_text(context: TrainContext) -> Result:
     Returns:
         The number of names, and the cosine of the two closest names by their mean states.
     """
-    text.train(context.config.text, context.rows, context.folder, context.watcher)
+    text.train(context.config.text, context.rows, context.folder, context.callback)
     encoder, tokenizer = context.text_model()
     names = list(dict.fromkeys(row.name for row in context.vocabulary))
     cosine = text.similarity(encoder, tokenizer, names)
@@ -210,7 +210,7 @@ def run_denoiser(context: TrainContext) -> Result:
         if config.sample_every
         else None
     )
-    trainer = denoiser.train(config, context.objective, examples, context.folder, context.watcher, every)
+    trainer = denoiser.train(config, context.objective, examples, context.folder, context.callback, every)
     images, family = trainer.step * config.loop.batch, context.objective.family
     return {"family": family, "steps": trainer.step, "images": images, "seconds": trainer.elapsed_s}
 
@@ -229,7 +229,7 @@ def _save_samples(context: TrainContext) -> Callable[[Trainer], None]:
         images = trainer.step * trainer.config.batch
         path = context.folder / "samples" / f"{trainer.part}-{images}.png"
         grid(list(generated), prompts).save(path)
-        context.watcher.sheet(trainer.part, images, path)
+        context.callback.sheet(trainer.part, images, path)
 
     return save_samples
 

@@ -175,14 +175,14 @@ def distil_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return (1.0 - similarity.diagonal()).mean() + F.cross_entropy(similarity / temperature, torch.arange(len(student)))
 
 
-def train(config: TextConfig, rows: Sequence[CaptionedImage], folder: Path, watcher: Watcher | None = None) -> None:
+def train(config: TextConfig, rows: Sequence[CaptionedImage], folder: Path, callback: Watcher | None = None) -> None:
     """Train tokenizer and encoder, and write them to ``folder/tokenizer`` and ``folder/text_encoder``.
 
     Args:
         config: Configuration of the text model.
         rows: All images of the data set.
         folder: The run's folder.
-        watcher: Observer of the progress.
+        callback: Callback for the progress.
     """
     torch.manual_seed(config.loop.seed)
     teacher = Path(config.teacher) if config.teacher is not None else packaged_teacher()
@@ -192,7 +192,7 @@ def train(config: TextConfig, rows: Sequence[CaptionedImage], folder: Path, watc
     tokenizer = build_tokenizer(rows, english_words(teacher, config.english), config)
     encoder = build_encoder(config, tokenizer)
     student = Student(encoder, targets.shape[1])
-    trainer = Trainer("text", student, config.loop, folder, watcher)
+    trainer = Trainer("text", student, config.loop, folder, callback)
     inputs = tokenizer(lines, padding="max_length", truncation=True, return_tensors="pt")
     loop = config.loop
 

@@ -102,7 +102,7 @@ def fold(weights: dict[str, Tensor], mean: Tensor, std: Tensor) -> None:
     w *= std.view(1, -1, 1, 1)
 
 
-def train(config: VaeConfig, pixels: Tensor, size: int, folder: Path, watcher: Watcher | None = None) -> AutoencoderKL:
+def train(config: VaeConfig, pixels: Tensor, size: int, folder: Path, callback: Watcher | None = None) -> AutoencoderKL:
     """Train the autoencoder, or resume its training.
 
     Args:
@@ -110,14 +110,14 @@ def train(config: VaeConfig, pixels: Tensor, size: int, folder: Path, watcher: W
         pixels: Training images, uint8 (N, size, size, 3).
         size: Width and height in pixels.
         folder: The run's folder.
-        watcher: Observer of the progress.
+        callback: Callback for the progress.
 
     Returns:
         The averaged model in evaluation mode.
     """
     torch.manual_seed(config.loop.seed)
     vae = build(config, size).to(memory_format=torch.channels_last)
-    trainer = Trainer("vae", vae, config.loop, folder, watcher)
+    trainer = Trainer("vae", vae, config.loop, folder, callback)
     loop, side = config.loop, size // 2 ** (len(config.channels) - 1)
 
     def loss_of(step: int) -> Tensor:
