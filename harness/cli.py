@@ -354,9 +354,9 @@ def sweep_group(folder: Path) -> str:
 class Terminated(KeyboardInterrupt):
     """SIGTERM arrived.
 
-    It is a subclass because CPython ends the process with SIGINT, whatever exit status was set, once a plain
-    KeyboardInterrupt has passed through exec() (run_eval_code_obj in pythonrun.c). That happens, for instance, while a
-    library is imported that builds its classes with exec().
+    Once a plain KeyboardInterrupt has passed through exec(), CPython ends the process with SIGINT, whatever exit status
+    was set (run_eval_code_obj in pythonrun.c). A subclass avoids that. It happens, for instance, while a library is
+    imported that builds its classes with exec().
     """
 
 

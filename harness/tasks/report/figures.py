@@ -100,7 +100,7 @@ def roofline(checks: Sequence[Check]) -> Figure:
     """
     found = [(check, check.predicted_step_ms) for check in checks if check.predicted_step_ms is not None]
     if not found:
-        raise ValueError("no prediction beside a record; run task=plan hardware=measured runs=DIR")
+        raise ValueError("no record has a prediction; run task=plan hardware=measured runs=DIR")
     figure, (axes,) = _panels(1, 4.6)
     times = [time for check, predicted in found for time in (check.step_ms, predicted)]
     ends = (0.7 * min(times), 1.4 * max(times))

@@ -107,11 +107,11 @@ function ordered(shown) {
   const { key, down } = view.sort;
   const by = [RUN, ...COLUMNS].find((each) => each.key === key);
   if (!by) return shown;
-  const side = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
+  const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
   return shown.toSorted((a, b) => {
     const [x, y] = [by.of(a), by.of(b)];
     if (!known(x) || !known(y)) return known(y) - known(x); // rows without a value are last in either order
-    return down ? side(y, x) : side(x, y);
+    return down ? compare(y, x) : compare(x, y);
   });
 }
 

@@ -42,7 +42,7 @@ class Page(msgspec.Struct, frozen=True):
 
 
 def write_report(config: RunConfig, console: Console) -> Status:
-    """Write the page over the folder `runs` to `task.out`, or into that folder.
+    """Write the page over a folder of runs, by default into that folder.
 
     Args:
         config: The resolved configuration.

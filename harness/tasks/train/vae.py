@@ -1,9 +1,9 @@
 """The autoencoder: diffusers' ``AutoencoderKL``, trained on every emoji, with zero-mean unit-variance latents built in.
 
 The loss on x in [-1, 1] is  |x - y| + a |grad x - grad y| + b (x - y)^2 + c KL.  At the share ``fold_at`` of the run,
-the per-channel mean m and deviation s of the latents are folded into the weights (z' = (z - m) / s), so that a pipeline
-needs no latent statistics: ``scaling_factor`` is 1. Folding is exact except at the decoder's zero-padded border; the
-rest of the training corrects that.
+the per-channel mean m and deviation s of the latents are folded into the weights: z' = (z - m) / s. A pipeline then
+needs no latent statistics, and ``scaling_factor`` is 1. Folding is exact except at the decoder's zero-padded border;
+the rest of the training corrects that.
 """
 
 import math
