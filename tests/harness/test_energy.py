@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.build import pipeline as build
+from harness.build import worker as build
 from harness.client.generator import DiffusionGenerator
 from harness.client.results import energy as energy_of
 from harness.device.energy import PackageEnergy

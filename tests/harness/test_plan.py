@@ -19,7 +19,8 @@ from harness.costs.traffic import Attention, Linear, Tokens, Trace
 from harness.device.flops import counted
 from harness.records.record import Record, RunFolder, read_record, read_status
 from harness.resolve.checkpoint import locate
-from harness.resolve.compose import ConfigError, compose_run, layout_facts
+from harness.resolve.compose import ConfigError, compose_run
+from harness.resolve.layout import layout_facts
 from harness.resolve.layout_rules import check_layout
 from harness.tasks.generate import run_in
 from harness.tasks.plan.check import check
