@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.end_to_end.conftest import command, record_of, run, status_of
-from tests.models.checkpoints import CASES, overrides_of
+from tests.fixtures.models.checkpoints import CASES, overrides_of
 
 HEADS = 3  # which Ulysses pairs share unevenly
 ASKED = ["request.prompts=[a red fox,two small boats]", "request.negative_prompt=blurry", "request.seed=7"]

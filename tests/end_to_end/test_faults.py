@@ -29,7 +29,7 @@ from tests.end_to_end.conftest import (
     torchrun,
     wait_for,
 )
-from tests.end_to_end.faults import planted
+from tests.fixtures.faults import planted
 
 ONE = "request.prompt=rocket"
 

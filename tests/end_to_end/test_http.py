@@ -27,7 +27,7 @@ from harness.tasks.serve.app import make_app
 from harness.tasks.serve.desk import Desk
 from harness.tasks.serve.forms import as_json, boundary_of
 from harness.tasks.serve.problem import STATUS, Problem
-from tests.harness.planted import Planted
+from tests.fixtures.serving.fake_supervisor import Planted
 
 IMAGES, VIDEOS, REQUESTS = "/v1/images/generations", "/v1/videos", "/v1/requests"
 JSON = {"content-type": "application/json"}

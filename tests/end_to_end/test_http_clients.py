@@ -12,8 +12,8 @@ from PIL import Image
 
 from harness.config.schema import RunConfig
 from harness.resolve.compose import compose_run
-from tests.end_to_end.http_abuse import abuse
-from tests.end_to_end.http_site import Live, live
+from tests.fixtures.serving.http_server import Live, live
+from tests.fixtures.serving.malformed_requests import abuse
 
 
 @pytest.fixture(scope="module")

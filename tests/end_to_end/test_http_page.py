@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from harness.resolve.compose import compose_run
-from tests.end_to_end.chromium import MARKS, emulate, headless, widths
-from tests.end_to_end.http_site import Live, live
+from tests.fixtures.chromium import MARKS, emulate, headless, widths
+from tests.fixtures.serving.http_server import Live, live
 
 LIMIT_S = 20.0
 ELSEWHERE = (

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from harness.cli import dispatch
-from tests.end_to_end.chromium import MARKS, emulate, headless, widths
-from tests.harness.report_tree import HOSTILE, make_caches, make_loads, make_tree
+from tests.fixtures.chromium import MARKS, emulate, headless, widths
+from tests.fixtures.report_tree import HOSTILE, make_caches, make_loads, make_tree
 
 BARS = "return document.getElementById('stages').data.map(t => t.x.length)"
 FRONT = "return [...document.querySelectorAll('#front li')].map(e => e.textContent.split(': ')[0])"

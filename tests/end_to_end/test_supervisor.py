@@ -22,7 +22,7 @@ from harness.resolve.request import to_message
 from harness.tasks.serve.jobs import Job
 from harness.tasks.serve.supervisor import Supervisor
 from tests.end_to_end.conftest import LIMIT_S, QUICK, processes_about
-from tests.end_to_end.faults import poisoned
+from tests.fixtures.faults import poisoned
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 LONG = 10_000

@@ -35,10 +35,10 @@ from schedulers.build import build
 from schedulers.families import Settings
 from schedulers.grid import Point
 from schedulers.prediction import Estimate
-from tests.harness.report_tree import Maker, apart
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.parallel.networks import TINY, Inputs, rows
+from tests.fixtures.report_tree import Maker, apart
 from tests.harness.test_pipeline import FAMILIES, ToyEncoder, ToyNetwork, context, request
-from tests.models.parity import rel_l2
-from tests.parallel.networks import TINY, Inputs, rows
 
 # ---------------------------------------------------------------- what composes
 

@@ -12,8 +12,8 @@ from harness.optimize.ahead import Ahead
 from harness.optimize.compiled import blocks_of, compile_forwards
 from harness.optimize.fuse import fuse_projections
 from models.attention import sdpa_attention
-from tests.models.parity import rel_l2
-from tests.parallel.networks import TINY
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.parallel.networks import TINY
 
 BOUND = 1e-5
 KINDS = {"pixart": 1, "dit": 1, "sd3": 3, "flux": 2, "qwen_image": 1, "z_image": 3, "wan": 1}

@@ -33,10 +33,10 @@ from models.decoders import KLDecoder
 from models.layers import holding, kept
 from models.pixart.network import SizeEmbedding
 from models.unet.network import ConditionalUNet, SizedUNet, UnconditionalUNet, recordable
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.parallel.networks import TINY, Inputs
 from tests.harness.test_optimize import TAUS, ahead_plan
-from tests.models.parity import rel_l2
 from tests.models.test_unet import NCSNPP, PLAIN, POOLED, SIZED, SMALL, TEXT
-from tests.parallel.networks import TINY, Inputs
 
 
 class Again:

@@ -29,9 +29,9 @@ from models.attention import math_attention
 from models.components import Conditioning
 from models.decoders import KLDecoder
 from models.plan import AheadPlan
-from tests.harness.products import Products
-from tests.models.parity import randomize, rel_l2
-from tests.parallel.networks import TINY
+from tests.fixtures.models.parity import randomize, rel_l2
+from tests.fixtures.parallel.networks import TINY
+from tests.fixtures.products import Products
 
 BOUND = 1e-5
 TAUS = [990.0, 700.0, 20.0]

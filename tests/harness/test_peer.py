@@ -28,7 +28,7 @@ from harness.resolve.compose import ConfigError, compose_run
 from models.files import read_json
 from models.names import NameMap
 from models.registry import ARCHITECTURES
-from tests.models.checkpoints import CASES, PROMPTS, SIZE, Case, overrides_of
+from tests.fixtures.models.checkpoints import CASES, PROMPTS, SIZE, Case, overrides_of
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 LEARNED = ("scheduler=ddpm", "scheduler/solver=ddpm", "scheduler.solver.variance=learned_range")

@@ -12,7 +12,7 @@ from harness.tasks.report.keys import labels, layout_name, varying
 from harness.tasks.report.page import Page, as_script, render
 from harness.tasks.report.rows import Row, read_table
 from harness.tasks.report.scaling import ratio_of_medians, scalings
-from tests.harness.report_tree import HOSTILE, Maker, make_loads, make_tree, page_image
+from tests.fixtures.report_tree import HOSTILE, Maker, make_loads, make_tree, page_image
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from harness.messages import Failure, GenerationRequest, GenerationResult, Progr
 from harness.serving.transport import EngineGone
 from harness.tasks.serve.jobs import Job
 from harness.tasks.serve.supervisor import Busy, NotServing, Supervisor
-from tests.harness.planted_ranks import Fleet
+from tests.fixtures.serving.thread_engine import Fleet
 
 pytestmark = pytest.mark.anyio
 STEPS = 5

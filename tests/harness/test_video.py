@@ -22,7 +22,7 @@ from harness.engines.protocol import RequestFailed
 from harness.records.media import GAP, ffmpeg, grid, pixel_hash, save_mp4, still, to_uint8
 from harness.records.record import Record, fingerprint, read_record, read_status
 from harness.resolve.compose import ConfigError, compose_run, to_dict
-from tests.models.wan_checkpoint import OVERRIDES, tiny_wan
+from tests.fixtures.models.wan import OVERRIDES, tiny_wan
 
 PROMPTS = ["a red fox", "two owls = one; #owl ü 🦊"]
 LAUNCH = ["launch.mode=inprocess", "launch.threads_per_rank=1", "attention=math"]

@@ -22,10 +22,10 @@ from models.attention import math_attention, sdpa_attention
 from models.components import Components, LatentSpace
 from models.layers import Modulation
 from models.unet.unconditional import Unconditional
-from tests.harness.products import Products
+from tests.fixtures.models.parity import randomize, rel_l2
+from tests.fixtures.parallel.networks import TINY
+from tests.fixtures.products import Products
 from tests.harness.test_winograd import wide
-from tests.models.parity import randomize, rel_l2
-from tests.parallel.networks import TINY
 
 CPU, NARROW = torch.device("cpu"), torch.bfloat16
 

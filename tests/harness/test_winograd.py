@@ -10,7 +10,7 @@ from harness.optimize import winograd as module
 from harness.optimize.decoder import winograd
 from harness.optimize.winograd import WinogradConv2d
 from models.decoders import KLDecoder
-from tests.models.parity import randomize, rel_l2
+from tests.fixtures.models.parity import randomize, rel_l2
 
 SIZES = [(8, 8), (7, 12), (16, 5), (1, 1), (33, 2)]
 

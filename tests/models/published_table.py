@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.models.published import CHECKPOINTS, pair
+from tests.fixtures.models.published import CHECKPOINTS, pair
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- models -->", "<!-- /models -->"

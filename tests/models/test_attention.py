@@ -19,7 +19,7 @@ from models.attention.sage import SagePackage
 from models.attention.sage import with_package as sage_with
 from models.attention.table import TABLE
 from models.registry import ATTENTION_BACKENDS, WITH_LSE, resolve_backend
-from tests.models.attention_cases import assert_within, exact, mask_of, tensors
+from tests.fixtures.models.attention_cases import assert_within, exact, mask_of, tensors
 
 EVERY = (*BACKENDS, "flex")  # what a CPU runs; flex in float64, where it compiles nothing
 MASKS = ("none", "random", "tail", "empty")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.attention.table import TABLE
-from tests.models.attention_cases import assert_within, exact, mask_of, tensors
+from tests.fixtures.models.attention_cases import assert_within, exact, mask_of, tensors
 
 FUSED = ("sdpa", "flash")  # keep their scores in float32 or better
 DTYPES = {

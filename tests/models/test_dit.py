@@ -18,7 +18,7 @@ from models.files import CheckpointError, read_json
 from models.layers import unpatchify
 from models.registry import PUBLISHED
 from models.source import Source
-from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
 SMALL = DiTConfig(
     depth=2, heads=4, head_channels=8, in_channels=4, out_channels=8, patch=2, sample_size=8, classes=10, norm_eps=1e-5

@@ -16,7 +16,7 @@ from harness.engines.inprocess import InprocessEngine
 from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise
 from harness.resolve.compose import compose_run
-from tests.models.parity import randomize
+from tests.fixtures.models.parity import randomize
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 STEPS, GUIDANCE, SEED, SIDE = 6, 4.0, 11, 8  # SIDE of the latent

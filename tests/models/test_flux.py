@@ -16,7 +16,7 @@ from models.files import CheckpointError
 from models.flux import NAMES, PLAN, Flux, load_denoiser, read_config
 from models.layers import rotate
 from models.source import Source
-from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
 TINY: dict[str, object] = {
     "_class_name": "FluxTransformer2DModel",

@@ -105,7 +105,7 @@ def test_loading_takes_the_memory_of_the_weights(
     kind: str, stored: str, shards: int, wanted: str, tmp_path: Path
 ) -> None:
     make(kind, getattr(torch, stored), shards, tmp_path)
-    command = [sys.executable, "-m", "tests.models.loading_memory", kind, str(tmp_path), wanted]
+    command = [sys.executable, "-m", "tests.fixtures.models.loading_memory", kind, str(tmp_path), wanted]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     weights, peak = map(float, done.stdout.split())

@@ -24,7 +24,7 @@ from models.pixart import load_denoiser
 from models.registry import REFERENCE
 from models.source import LoraFile, Source
 from models.text.load import load_encoder
-from tests.models.parity import randomize, rel_l2
+from tests.fixtures.models.parity import randomize, rel_l2
 
 EMOJI = REFERENCE / "emoji"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

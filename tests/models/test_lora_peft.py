@@ -12,7 +12,7 @@ from models.decoders import load_from_diffusers
 from models.pixart import load_denoiser
 from models.registry import REFERENCE
 from models.source import LoraFile, Source
-from tests.models.parity import rel_l2
+from tests.fixtures.models.parity import rel_l2
 from tests.models.test_lora import KOHYA, UNET, Made, kohya, tiny, unet_layers
 
 peft = pytest.importorskip("peft")

@@ -18,7 +18,7 @@ from models.pixart import NAMES, PixArt, PixArtConfig, load_denoiser, read_confi
 from models.pixart.weights import PLAN, config_json
 from models.registry import REFERENCE
 from models.source import Source
-from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
 SMALL = PixArtConfig(depth=2, heads=4, head_channels=8, in_channels=4, out_channels=4, sample_size=8, text_channels=24)
 CONFIGS = {

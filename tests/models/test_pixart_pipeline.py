@@ -28,7 +28,7 @@ from models.registry import REFERENCE
 from models.source import Source
 from models.text.load import load_tokenizer
 from models.text.t5 import T5_STAND_IN, load_t5_prompts
-from tests.models.parity import randomize
+from tests.fixtures.models.parity import randomize
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 STEPS, GUIDANCE, SEED, TOKENS = 6, 4.5, 11, 20

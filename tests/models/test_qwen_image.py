@@ -14,7 +14,7 @@ from models.files import CheckpointError
 from models.qwen_image import NAMES, PLAN, QwenImage, load_denoiser, read_config
 from models.registry import PUBLISHED
 from models.source import Source
-from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
 SMALL = {
     "in_channels": 16,

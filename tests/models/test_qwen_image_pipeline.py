@@ -27,8 +27,8 @@ from models.registry import PUBLISHED
 from models.source import Source
 from schedulers.build import build
 from schedulers.published import from_diffusers
-from tests.models.parity import listen, randomize
-from tests.models.qwen_tiny import VOCABULARY, tiny_tokenizer
+from tests.fixtures.models.parity import listen, randomize
+from tests.fixtures.models.qwen_tiny import VOCABULARY, tiny_tokenizer
 
 STEPS, GUIDANCE, SEED, TOKENS = 4, 4.0, 11, 40
 HEIGHT, WIDTH = 48, 32

@@ -14,7 +14,7 @@ from models.components import Conditioning
 from models.files import CheckpointError
 from models.sd3 import NAMES, PLAN, SD3, load_denoiser, read_config
 from models.source import Source
-from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
 TINY: dict[str, object] = {
     "_class_name": "SD3Transformer2DModel",

@@ -18,7 +18,7 @@ from harness.pipeline.latents import seeded_noise
 from models.files import CheckpointError
 from models.sd3.prompts import load_sd3_prompts
 from models.source import Source
-from tests.models.clip_t5_tiny import STRIDE, T5_TOKENS, clip, engine, lively, t5, vae
+from tests.fixtures.models.clip_t5_tiny import STRIDE, T5_TOKENS, clip, engine, lively, t5, vae
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 HEIGHT, WIDTH, SEED = 40, 24, 5

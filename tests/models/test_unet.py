@@ -19,7 +19,7 @@ from models.registry import PUBLISHED
 from models.source import Source
 from models.unet import PLAN, route_attention, sd, sdxl, unconditional
 from models.unet.network import ConditionalUNet, SizedUNet, UnconditionalUNet
-from tests.models.parity import assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_plan_fits, randomize, rel_l2
 
 BOUND = 1e-5  # relative L2, float32
 TEXT, POOLED, TOKENS = 12, 10, 7

@@ -35,7 +35,7 @@ from models.registry import PUBLISHED
 from models.source import Source
 from models.text.load import StandIn
 from models.unet.prompts import load_clip_prompts, load_two_clip_prompts
-from tests.models.parity import randomize
+from tests.fixtures.models.parity import randomize
 from tests.models.test_unet import NCSNPP, PLAIN, SIZED, SMALL, _blocks
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32

@@ -24,7 +24,7 @@ from models.wan.components import load
 from models.wan.decoder import load_wan_decoder
 from models.wan.prompts import clean
 from models.wan.weights import KEEP_FLOAT32
-from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
 SMALL: dict[str, Any] = {
     "patch_size": [1, 2, 2],

@@ -16,7 +16,7 @@ from harness.pipeline.latents import seeded_noise
 from harness.resolve.compose import compose_run
 from models.source import Source
 from models.wan.prompts import load_umt5_prompts
-from tests.models.wan_checkpoint import OVERRIDES, TOKENS, tiny_wan
+from tests.fixtures.models.wan import OVERRIDES, TOKENS, tiny_wan
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 PROMPTS = ["a red fox", "  two  &amp; a half\nowls "]

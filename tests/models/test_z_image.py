@@ -14,7 +14,7 @@ from models.files import CheckpointError
 from models.registry import PUBLISHED
 from models.source import Source
 from models.z_image import NAMES, PLAN, ZImage, load_denoiser, read_config
-from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
 
 SMALL = {
     "in_channels": 4,

@@ -22,8 +22,8 @@ from models.source import Source
 from models.z_image.prompts import load_z_image_prompts
 from schedulers.build import build
 from schedulers.published import from_diffusers
-from tests.models.parity import listen, randomize
-from tests.models.qwen_tiny import VOCABULARY, tiny_tokenizer
+from tests.fixtures.models.parity import listen, randomize
+from tests.fixtures.models.qwen_tiny import VOCABULARY, tiny_tokenizer
 
 STEPS, GUIDANCE, SEED, TOKENS = 4, 4.0, 11, 48  # guidance is counted from 1 here, from 0 by diffusers
 HEIGHT, WIDTH = 48, 32

@@ -9,10 +9,10 @@ from torch import Tensor
 from harness.costs.memory import displaced_numbers
 from harness.costs.traffic import sent_bytes, trace_network
 from models.attention import math_attention
-from tests.models.parity import rel_l2
-from tests.parallel.networks import TINY
-from tests.parallel.ranks import on_ranks
-from tests.parallel.stale import EVALUATIONS, PICTURES, SETTLING, asked, displaced, exact, settling, simulated
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.parallel.networks import TINY
+from tests.fixtures.parallel.ranks import on_ranks
+from tests.fixtures.parallel.stale import EVALUATIONS, PICTURES, SETTLING, asked, displaced, exact, settling, simulated
 
 Degrees = tuple[int, ...]
 SLOW = ((1, 1, 1, 3, 1), (1, 1, 1, 2, 2), (1, 1, 2, 2, 1), (1, 2, 1, 2, 1))

@@ -15,10 +15,10 @@ from models.flux import PLAN as FLUX_PLAN
 from models.flux import Flux, FluxConfig
 from models.wan import PLAN as WAN_PLAN
 from models.wan import Wan, WanConfig
-from tests.parallel import decoders
-from tests.parallel.decoders import CASES, VIDEOS
-from tests.parallel.layouts import SIZES, cases, ranks_found
-from tests.parallel.networks import TINY
+from tests.fixtures.parallel import decoders
+from tests.fixtures.parallel.decoders import CASES, VIDEOS
+from tests.fixtures.parallel.layouts import SIZES, cases, ranks_found
+from tests.fixtures.parallel.networks import TINY
 
 
 @cache

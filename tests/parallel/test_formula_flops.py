@@ -16,7 +16,7 @@ from harness.parallel.mesh import world_size
 from harness.parallel.parallelize import cut_linears, deal_tokens
 from models.attention import math_attention
 from models.attention.lse import math_lse
-from tests.parallel.networks import TINY
+from tests.fixtures.parallel.networks import TINY
 
 
 class Silent(Group):

@@ -2,9 +2,9 @@
 
 import torch
 
-from tests.models.parity import rel_l2
-from tests.parallel.gated import DEGREES, KINDS, NAMES, SHARDED, alone, on_rank
-from tests.parallel.ranks import on_ranks
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.parallel.cached_blocks import DEGREES, KINDS, NAMES, SHARDED, alone, on_rank
+from tests.fixtures.parallel.ranks import on_ranks
 
 
 def test_every_axis_skips_what_one_rank_skips() -> None:

@@ -18,8 +18,8 @@ from harness.pipeline.cache_state import History
 from models.attention import math_attention
 from models.components import Conditioning
 from models.plan import Stack
-from tests.models.parity import rel_l2
-from tests.parallel.networks import TINY, Inputs, rows
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.parallel.networks import TINY, Inputs, rows
 
 FAMILIES = list(TINY)
 NEVER = 1e9  # a threshold that no change reaches

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from harness.parallel.attention import TokenLayout
 from models.attention import math_attention
-from tests.models.parity import rel_l2
-from tests.parallel.layouts import SIZES, cases, ranks_found
-from tests.parallel.networks import TINY
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.parallel.layouts import SIZES, cases, ranks_found
+from tests.fixtures.parallel.networks import TINY
 
 
 @cache

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from models.attention.lse import WITH_LSE, lse_kernel, merge
 from models.registry import resolve_backend
-from tests.models.attention_cases import assert_within, exact, mask_of, tensors
+from tests.fixtures.models.attention_cases import assert_within, exact, mask_of, tensors
 
 FUSED = ("flash",)  # keep their scores in float32; flex runs unfused where log-sum-exp is asked of a CPU
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # flex warns where it is not compiled

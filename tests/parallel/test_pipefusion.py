@@ -12,10 +12,10 @@ from harness.costs.traffic import pipe_bytes, trace_network
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from models.attention import math_attention
 from models.source import Source
-from tests.models.parity import rel_l2
-from tests.parallel.networks import TINY
-from tests.parallel.ranks import on_ranks
-from tests.parallel.stale import EVALUATIONS, PICTURES, SETTLING, asked, exact, piped, settling, simulated
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.parallel.networks import TINY
+from tests.fixtures.parallel.ranks import on_ranks
+from tests.fixtures.parallel.stale import EVALUATIONS, PICTURES, SETTLING, asked, exact, piped, settling, simulated
 from tests.parallel.test_sliced_loading import group_of, load, saved
 
 PIPELINES = [(2, 3), pytest.param(3, 4, marks=pytest.mark.slow)]

@@ -18,10 +18,10 @@ from harness.messages import GenerationRequest
 from harness.parallel.mesh import world_size
 from harness.resolve.compose import compose_run
 from models.wan.decoder import WanDecoder
-from tests.models.checkpoints import CASES, overrides_of
-from tests.models.parity import rel_l2
-from tests.parallel.pipelines import Degrees, Drawing, draw, draw_counted
-from tests.parallel.ranks import on_ranks, on_worlds
+from tests.fixtures.models.checkpoints import CASES, overrides_of
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.parallel.pipelines import Degrees, Drawing, draw, draw_counted
+from tests.fixtures.parallel.ranks import on_ranks, on_worlds
 
 BOUND = 1e-5  # relative L2 of latents and of pixels, in float32
 ONE_RANK = (1, 1, 1, 1, 1)
@@ -90,7 +90,7 @@ MORE = {
         (1, 1, 1, 4, 2),
     ),
 }
-"""Those of the slow suite; tests/parallel/layouts.py has the networks alone under every product."""
+"""Those of the slow suite; tests/fixtures/parallel/layouts.py has the networks alone under every product."""
 
 Load = Callable[[str], tuple[RunConfig, GenerationRequest]]
 

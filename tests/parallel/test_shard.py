@@ -16,9 +16,9 @@ from harness.parallel.parallelize import cut_linears, deal_tokens
 from harness.parallel.shard import KIND, shard_weights
 from models.attention import math_attention
 from models.attention.lse import math_lse
-from tests.parallel.layouts import branches
-from tests.parallel.networks import TINY, Tiny
-from tests.parallel.ranks import on_ranks
+from tests.fixtures.parallel.layouts import branches
+from tests.fixtures.parallel.networks import TINY, Tiny
+from tests.fixtures.parallel.ranks import on_ranks
 
 LAYOUTS = {
     2: [(1, 2, 1, 1, 1), (1, 1, 1, 1, 2)],

@@ -12,9 +12,9 @@ from harness.messages import GenerationRequest
 from harness.resolve.compose import compose_run
 from models.empty import build_empty
 from models.pixart import PLAN, PixArt, read_config
-from tests.models.checkpoints import CASES, overrides_of
-from tests.parallel.pipelines import Drawing, draw_peak
-from tests.parallel.ranks import on_ranks
+from tests.fixtures.models.checkpoints import CASES, overrides_of
+from tests.fixtures.parallel.pipelines import Drawing, draw_peak
+from tests.fixtures.parallel.ranks import on_ranks
 
 WIDER = {"num_layers": 16, "num_attention_heads": 12, "attention_head_dim": 64, "cross_attention_dim": 768}
 

@@ -16,7 +16,7 @@ from models.attention import math_attention
 from models.checkpoint import load_network
 from models.names import NameMap
 from models.source import LoraFile, Source
-from tests.parallel.networks import TINY
+from tests.fixtures.parallel.networks import TINY
 
 
 def names_of(name: str) -> NameMap:

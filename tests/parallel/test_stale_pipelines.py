@@ -15,10 +15,10 @@ from harness.resolve.compose import compose_run
 from models.components import Conditioning
 from models.pixart import PLAN, PixArt, read_config
 from models.registry import REFERENCE
-from tests.models.checkpoints import CASES, overrides_of
-from tests.models.parity import rel_l2
-from tests.parallel.pipelines import Drawing, draw, draw_stale
-from tests.parallel.ranks import on_ranks, on_worlds
+from tests.fixtures.models.checkpoints import CASES, overrides_of
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.parallel.pipelines import Drawing, draw, draw_stale
+from tests.fixtures.parallel.ranks import on_ranks, on_worlds
 
 STEPS = 3
 LAYOUTS = {

@@ -12,8 +12,8 @@ from harness.config.schema import Decode
 from harness.parallel.group import Group, Traffic, alone
 from harness.parallel.vae import band, deal_rows, parallel_decoder
 from models.unet.unconditional import PixelDecoder
-from tests.models.parity import rel_l2
-from tests.parallel.decoders import CASES, VIDEOS, ranks_found
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.parallel.decoders import CASES, VIDEOS, ranks_found
 
 
 @cache

@@ -10,7 +10,7 @@ from torch import Tensor
 from harness.parallel.connect import connect
 from harness.parallel.mesh import Place
 from harness.serving.faults import failure_line, is_peer_lost
-from tests.parallel.ranks import on_ranks
+from tests.fixtures.parallel.ranks import on_ranks
 
 
 def wait_in_vain(rank: int, size: int) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ import torch
 from schedulers.published import from_diffusers
 from schedulers.published.classes import BUILDERS
 from schedulers.published.options import REFUSED
-from tests.schedulers.parity import compare
-from tests.schedulers.published_cases import CASES, REFUSALS
+from tests.fixtures.schedulers.parity import compare
+from tests.fixtures.schedulers.published_cases import CASES, REFUSALS
 
 README = Path(__file__).parents[2] / "README.md"
 MARKS = ("<!-- parity -->", "<!-- /parity -->")

@@ -17,8 +17,8 @@ from schedulers.prediction import Estimate
 from schedulers.published import from_diffusers
 from schedulers.solvers.rk45 import RK45
 from schedulers.solvers.sde import EDMChurn
-from tests.schedulers.parity import SHAPE, Case, Toy, draw, module_of, ours
-from tests.schedulers.published_cases import CASES, FLOW, SD
+from tests.fixtures.schedulers.parity import SHAPE, Case, Toy, draw, module_of, ours
+from tests.fixtures.schedulers.published_cases import CASES, FLOW, SD
 
 diffusers.utils.logging.set_verbosity_error()
 EMOJI = Path(__file__).parents[2] / "models" / "reference" / "emoji"

@@ -14,8 +14,8 @@ from schedulers.drop_in import evaluation_points
 from schedulers.published import from_diffusers
 from schedulers.published.classes import BUILDERS
 from schedulers.published.options import DEFAULTS, REFUSED
-from tests.schedulers.parity import Case, module_of, published, table, told
-from tests.schedulers.published_cases import CASES, OPTIONS, REFUSALS, UNKNOWN
+from tests.fixtures.schedulers.parity import Case, module_of, published, table, told
+from tests.fixtures.schedulers.published_cases import CASES, OPTIONS, REFUSALS, UNKNOWN
 
 diffusers.utils.logging.set_verbosity_error()  # it warns of each option that another class has
 STEPS = (5, 10, 20, 50)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import diffusers
 import pytest
 
-from tests.schedulers.parity import Case, compare
-from tests.schedulers.published_cases import CASES, bound
+from tests.fixtures.schedulers.parity import Case, compare
+from tests.fixtures.schedulers.published_cases import CASES, bound
 
 diffusers.utils.logging.set_verbosity_error()
 THIRD = [pytest.param(case, marks=pytest.mark.slow if k % 3 else ()) for k, case in enumerate(CASES)]
