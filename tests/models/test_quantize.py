@@ -21,7 +21,7 @@ from models.registry import REFERENCE
 from models.source import Source
 from tests.fixtures.models.parity import rel_l2
 from tests.fixtures.packages import pretend
-from tests.harness.test_peer import generator
+from tests.harness.baselines.test_diffusers import generator
 
 STEPS = 255  # from the negative of a row's largest magnitude to it
 SLACK = 1 + 1e-4  # of half a step: float32 rounds up to 127.5 steps in four operations, 4 x 127.5 x 2^-24 of a step

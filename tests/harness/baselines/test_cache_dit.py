@@ -17,7 +17,7 @@ from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import method_class
 from tests.fixtures.models.checkpoints import CASES, PROMPTS, overrides_of
 from tests.fixtures.packages import pretend
-from tests.harness.test_peer import generator
+from tests.harness.baselines.test_diffusers import generator
 
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
