@@ -25,7 +25,7 @@ from models.unet.unconditional import Unconditional
 from tests.fixtures.models.parity import randomize, rel_l2
 from tests.fixtures.parallel.networks import TINY
 from tests.fixtures.products import Products
-from tests.harness.test_winograd import wide
+from tests.harness.optimize.test_winograd import wide
 
 CPU, NARROW = torch.device("cpu"), torch.bfloat16
 
