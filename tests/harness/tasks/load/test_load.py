@@ -33,7 +33,7 @@ from harness.tasks.load.run import FILE, Measured, judged, load_in, served
 from harness.tasks.load.server import command_line, descendants, memory
 from harness.tasks.load.zeromq import drive
 from tests.fixtures.serving.fake_engine import Script, drawn, failure, planted, progress
-from tests.harness.test_records import record
+from tests.harness.records.test_records import record
 
 
 @pytest.fixture(scope="module")
