@@ -11,7 +11,7 @@ import harness.engines.environment
 from harness.engines.environment import arithmetic, threads_per_rank
 from harness.resolve.compose import compose_run
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 CODE = """
 import torch
 from harness.resolve.compose import compose_run

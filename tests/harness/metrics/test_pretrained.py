@@ -32,7 +32,7 @@ from harness.metrics.pretrained import Frechet, Pretrained
 from harness.records.record import fingerprint
 from harness.resolve.compose import ConfigError, compose_run, to_dict
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROMPTS = ["red apple", "rocket, 3d", "Zebra!", "#~", "qq", "012"] * 3  # more than one batch
 
 

@@ -22,7 +22,7 @@ from harness.metrics.quality import asked_for, score
 from harness.resolve.compose import compose_run
 from models.registry import REFERENCE
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHIPPED = REFERENCE / "emoji" / FILE
 STYLES = ("noto", "3d")
 
