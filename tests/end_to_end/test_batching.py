@@ -5,108 +5,37 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-import msgspec
-import numpy as np
 import pytest
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.torchrun import TorchrunEngine
 from harness.messages import (
     QUEUED,
-    Array,
-    EngineInfo,
     Failure,
-    GenerationRequest,
-    GenerationResult,
     Progress,
-    array,
 )
-from harness.resolve.request import to_message
-from harness.serving.transport import Connection
-from tests.end_to_end.conftest import wait_for
+from tests.fixtures.commands import wait_for
+from tests.fixtures.serving.batching import (
+    FLOOR,
+    MIXED,
+    answers,
+    connected,
+    draw,
+    info,
+    kinds,
+    rel_l2,
+    request,
+    running,
+    serving,
+)
 
 LONG = 240
-FLOOR = 1e-5  # relative L2 between a float32 picture drawn alone and in a batch
-MIXED = {
-    "a": {"prompts": ["rocket"], "seed": 1, "steps": 9, "guidance": 3.0},
-    "b": {"prompts": ["red apple"], "seed": 2, "steps": 4, "guidance": 1.0},
-    "c": {"prompts": ["pizza", "cat face"], "seed": 3, "steps": 6, "guidance": 5.0, "batch_size": 2},
-    "d": {"prompts": ["rocket"], "seed": 4, "steps": 3, "guidance": 2.0, "height": 32, "width": 64},
-    "e": {"prompts": ["sun"], "seed": 5, "steps": 12, "guidance": 3.0},
-}
-
-
-def serving(*overrides: str) -> DiffusionGenerator:
-    return DiffusionGenerator.from_config(
-        "task=serve", "launch.threads_per_rank=1", "request.prompt=rocket", "logger=json", *overrides
-    )
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DiffusionGenerator]:
     with serving("serve.max_batch=4", "serve.max_queue=4", "serve.policy=shortest", "serve.max_pictures=2") as made:
         yield made
-
-
-@contextmanager
-def connected(engine: DiffusionGenerator) -> Iterator[Connection]:
-    assert isinstance(engine._engine, TorchrunEngine)
-    assert engine._engine._addresses is not None
-    connection = Connection(engine._engine._addresses, lambda: None)
-    try:
-        yield connection
-    finally:
-        connection.close()
-
-
-def request(engine: DiffusionGenerator, request_id: str, **changes: object) -> GenerationRequest:
-    return msgspec.structs.replace(to_message(engine.config.request), request_id=request_id, **changes)
-
-
-def answers(connection: Connection, count: int) -> dict[str, tuple[GenerationResult | Failure, list[Array]]]:
-    """The next answers in the order in which they came, with their pictures."""
-    found: dict[str, tuple[GenerationResult | Failure, list[Array]]] = {}
-    while len(found) < count:
-        message, frames = connection.receive()
-        if isinstance(message, GenerationResult):
-            found[message.request_id] = message, [array(sample.pixels, frames) for sample in message.samples]
-        elif isinstance(message, Failure):
-            found[message.request_id] = message, []
-    return found
-
-
-def kinds(answered: dict[str, tuple[GenerationResult | Failure, list[Array]]]) -> dict[str, str]:
-    return {name: a.kind if isinstance(a, Failure) else "ok" for name, (a, _) in answered.items()}
-
-
-def rel_l2(one: Array, other: Array) -> float:
-    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
-
-
-def info(connection: Connection) -> EngineInfo:
-    found = connection.ping(5.0)
-    assert found is not None
-    return found
-
-
-def running(connection: Connection, requests: int = 1) -> None:
-    """Returns once so many requests have told of a step."""
-    told: set[str] = set()
-    while len(told) < requests:
-        message, _ = connection.receive()
-        if isinstance(message, Progress) and message.done > 0:
-            told.add(message.request_id)
-
-
-def draw(engine: DiffusionGenerator, changes: dict[str, dict[str, object]]) -> dict[str, list[Array]]:
-    with connected(engine) as connection:
-        for name, change in changes.items():
-            connection.send(request(engine, name, **change))
-        answered = answers(connection, len(changes))
-    assert kinds(answered) == dict.fromkeys(changes, "ok")
-    return {name: pictures for name, (_, pictures) in answered.items()}
 
 
 def test_requests_share_forwards_and_their_pictures_do_not_change(engine: DiffusionGenerator) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from harness.client.generator import DiffusionGenerator
-from tests.end_to_end.test_batching import FLOOR, MIXED, connected, draw, info, rel_l2, serving
+from tests.fixtures.serving.batching import FLOOR, MIXED, connected, draw, info, rel_l2, serving
 
 CACHES = {
     "first_block": ["cache=first_block", "cache.threshold=0.3"],

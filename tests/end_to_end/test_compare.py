@@ -6,7 +6,7 @@ import pytest
 
 from harness.records.comparison import read_comparison
 from harness.records.record import load
-from tests.end_to_end.conftest import command, record_of, run, status_of
+from tests.fixtures.commands import command, record_of, run, status_of
 
 pytestmark = pytest.mark.slow
 COMMON = ["task=compare", "task.repeats=10", "launch.threads_per_rank=1", "request.prompts=[rocket,pizza]"]

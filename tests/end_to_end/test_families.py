@@ -8,7 +8,7 @@ from imageio_ffmpeg import read_frames
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.end_to_end.conftest import command, record_of, run, status_of
+from tests.fixtures.commands import command, record_of, run, status_of
 from tests.fixtures.models.checkpoints import CASES, overrides_of
 
 HEADS = 3  # which Ulysses pairs share unevenly

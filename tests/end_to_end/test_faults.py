@@ -17,7 +17,7 @@ from harness.config.yaml import to_yaml
 from harness.engines.environment import OWNER
 from harness.resolve.compose import compose_run
 from models.registry import REFERENCE
-from tests.end_to_end.conftest import (
+from tests.fixtures.commands import (
     ENDLESS,
     LIMIT_S,
     command,

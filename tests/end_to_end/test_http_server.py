@@ -16,8 +16,8 @@ import zmq
 
 from harness.engines.environment import SOCKETS
 from harness.messages import Cancel, GenerationRequest, encode
-from tests.end_to_end.conftest import LIMIT_S, command, processes_about, ranks, started, status_of, wait_for
-from tests.end_to_end.test_http_clients import keep_to_its_document, use_images
+from tests.fixtures.commands import LIMIT_S, command, processes_about, ranks, started, status_of, wait_for
+from tests.fixtures.serving.http_clients import keep_to_its_document, use_images
 from tests.fixtures.serving.malformed_requests import abuse
 
 pytestmark = pytest.mark.slow

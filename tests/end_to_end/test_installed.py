@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.records.record import load, read_status
-from tests.end_to_end.conftest import LIMIT_S, QUICK, environment, record_of, run
+from tests.fixtures.commands import LIMIT_S, QUICK, environment, record_of, run
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -21,7 +21,7 @@ from models.decoders import KLDecoder
 from models.empty import build_empty
 from models.pixart import PLAN, PixArt, read_config
 from models.registry import REFERENCE
-from tests.end_to_end.conftest import command, difference, hashes, record_of, run, status_of, torchrun
+from tests.fixtures.commands import command, difference, hashes, record_of, run, status_of, torchrun
 
 ASKED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5"]
 

@@ -10,8 +10,7 @@ from harness.metrics.load import RequestRow
 from harness.records.record import load, read_status
 from harness.tasks.load.run import FILE
 from harness.tasks.report.rows import read_table
-from tests.end_to_end.conftest import command, processes_about, record_of, run
-from tests.end_to_end.test_sweep import inspect
+from tests.fixtures.commands import command, inspect, processes_about, record_of, run
 
 BRIEF = ["task=load", "load.duration_s=2", "load.warmup_s=0.5", "request.prompts=[rocket,pizza]"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import harness
-from tests.end_to_end.conftest import ENDLESS, LIMIT_S, agents, difference, environment, record_of, status_of
+from tests.fixtures.commands import ENDLESS, LIMIT_S, agents, difference, environment, record_of, status_of
 from tests.fixtures.faults import planted
 
 ASKED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5", "parallel=ulysses2", "hydra.run.dir=run"]

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.end_to_end.conftest import environment, run
+from tests.fixtures.commands import environment, run
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 COMMON = ["launch.threads_per_rank=1", "logger=json"]

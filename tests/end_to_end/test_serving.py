@@ -18,7 +18,7 @@ from harness.engines.torchrun import TorchrunEngine
 from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Ping, Progress, decode, encode
 from harness.resolve.request import to_message
 from harness.serving.transport import Addresses, Connection, dealer
-from tests.end_to_end.conftest import cpu_seconds, wait_for
+from tests.fixtures.commands import cpu_seconds, wait_for
 
 LONG = 5000
 

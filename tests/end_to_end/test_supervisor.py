@@ -21,7 +21,7 @@ from harness.resolve.compose import compose_run, to_yaml
 from harness.resolve.request import to_message
 from harness.tasks.serve.jobs import Job
 from harness.tasks.serve.supervisor import Supervisor
-from tests.end_to_end.conftest import LIMIT_S, QUICK, processes_about
+from tests.fixtures.commands import LIMIT_S, QUICK, processes_about
 from tests.fixtures.faults import poisoned
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from harness.records.record import CUT_OFF, load, read_status
-from tests.end_to_end.conftest import LIMIT_S, environment, processes_about, record_of, run, started, wait_for
+from tests.fixtures.commands import LIMIT_S, inspect, processes_about, record_of, run, started, wait_for
 
 HERE = ["launch.mode=inprocess", "launch.threads_per_rank=1", "request.prompt=rocket"]  # torch is imported once a sweep
 
@@ -21,17 +21,6 @@ def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 def jobs(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.rglob("status.json"))
-
-
-def inspect(job: Path, *flags: str) -> str:
-    """What wandb itself reads back from the offline run in a job's folder."""
-    logs = list((job / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(logs) == 1, f"{job} has {len(logs)} offline runs"
-    program = Path(sys.executable).parent / "wandb"
-    command = [str(program), "leet", "inspect", *flags, "--json", str(logs[0])]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_S, env=environment(), check=True
-    ).stdout
 
 
 @pytest.fixture(scope="module")

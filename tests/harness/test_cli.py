@@ -10,7 +10,7 @@ from harness.cli import Job, value
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import Fidelity
 from harness.records.record import RunFolder, Status
-from tests.harness.records.test_records import record
+from tests.fixtures.records import record
 
 ROW = Fidelity("fp_equivalent", [], Difference(0.01, 0.1), Difference(0.02, 0.2), 0.1, 0.1, "within_floor", "key")
 

@@ -1,6 +1,5 @@
 """A class-conditional checkpoint that diffusers saved is drawn as diffusers draws it, from classes to pixels."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
@@ -16,33 +15,11 @@ from harness.engines.inprocess import InprocessEngine
 from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise
 from harness.resolve.compose import compose_run
-from tests.fixtures.models.parity import randomize
+from tests.fixtures.models.dit import LINEAR, SIDE, save
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
-STEPS, GUIDANCE, SEED, SIDE = 6, 4.0, 11, 8  # SIDE of the latent
-NAMES = {"0": "tench, Tinca tinca", "1": "goldfish, Carassius auratus", "7": "cock"}
+STEPS, GUIDANCE, SEED = 6, 4.0, 11
 CLASSES = {"Tinca tinca": 0, "goldfish": 1, "999": 999}
-LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
-
-
-def save(folder: Path, heads: int = 2) -> None:
-    """Every part random and small, saved by diffusers' pipeline."""
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, sample_size=SIDE
-    )
-    randomize(transformer)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.7,
-    )
-    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False, **LINEAR)).save_pretrained(folder)
-    index = folder / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": NAMES}))
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
 from harness.pipeline.latents import seeded_noise
 from models.flux.prompts import load_flux_prompts
 from models.source import Source
-from tests.fixtures.models.clip_t5_tiny import STRIDE, T5_TOKENS, clip, engine, lively, t5, vae
+from tests.fixtures.models.clip_t5_tiny import STRIDE, T5_TOKENS, engine
+from tests.fixtures.models.flux import checkpoint
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 HEIGHT, WIDTH, SEED = 40, 24, 5
@@ -30,36 +31,6 @@ class Case:
     peer: FluxPipeline
     generator: DiffusionGenerator
     folder: Path
-
-
-def checkpoint(folder: Path, distilled: bool, heads: int = 2) -> FluxPipeline:
-    """A tiny checkpoint of the kind of FLUX.1 [dev], or of [schnell]."""
-    network = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=heads,
-        joint_attention_dim=24,
-        pooled_projection_dim=12,
-        axes_dims_rope=(4, 6, 6),
-        guidance_embeds=distilled,
-    )
-    (one, words_one), (two, words_two) = clip(12, False, 1, end=2), t5(24, 3)
-    pipeline = FluxPipeline(
-        transformer=lively(network, 4),
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled, base_shift=0.5, max_shift=1.15
-        ),
-        vae=vae(4, scaling=0.3611, shift=0.1159),
-        text_encoder=one,
-        tokenizer=words_one,
-        text_encoder_2=two,
-        tokenizer_2=words_two,
-    )
-    pipeline.save_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")

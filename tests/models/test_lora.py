@@ -6,8 +6,8 @@ The other side is a checkpoint whose weights were updated by hand, in diffusers'
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,25 +21,24 @@ from harness.client.generator import DiffusionGenerator
 from models.decoders import load_from_diffusers
 from models.files import CheckpointError
 from models.pixart import load_denoiser
-from models.registry import REFERENCE
 from models.source import LoraFile, Source
 from models.text.load import load_encoder
-from tests.fixtures.models.parity import randomize, rel_l2
+from tests.fixtures.models.lora import (
+    EMOJI,
+    KOHYA,
+    PARAMETERS,
+    PIXART,
+    UNET,
+    WEIGHTS,
+    Made,
+    kohya,
+    layers_of,
+    pixart_lora,
+    tiny,
+    unet_layers,
+)
+from tests.fixtures.models.parity import rel_l2
 
-EMOJI = REFERENCE / "emoji"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-UNET = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": (16, 32, 32),
-    "norm_num_groups": 8,
-    "cross_attention_dim": 24,
-    "attention_head_dim": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-}  # SDXL's blocks
 FLUX = {
     "patch_size": 1,
     "in_channels": 16,
@@ -66,53 +65,6 @@ WAN = {
 CLIP = CLIPTextConfig(
     vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16
 )
-
-
-@dataclass
-class Made:
-    """A LoRA in the making: the tensors of its file, and what it adds to a checkpoint's tensors."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    added: dict[str, Tensor] = field(default_factory=dict)
-    seed: int = 0
-
-    def matrices(self, shape: tuple[int, ...], rank: int) -> tuple[Tensor, Tensor]:
-        """A and B of a matrix or a kernel, at a scale that moves outputs."""
-        self.seed += 1
-        generator = torch.Generator().manual_seed(self.seed)
-        down = torch.randn(rank, *shape[1:], generator=generator) / math.prod(shape[1:]) ** 0.5
-        up = torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=generator) / rank**0.5
-        return down, up
-
-    def layer(
-        self,
-        target: str,
-        shape: tuple[int, ...],
-        name: str,
-        rank: int = 3,
-        alpha: float | None = None,
-        ends: tuple[str, str] = (".lora_A.weight", ".lora_B.weight"),
-        scale: float | None = None,
-    ) -> None:
-        """One layer under the name a trainer gives it; `scale` where it is not alpha / rank."""
-        down, up = self.matrices(shape, rank)
-        self.tensors |= {name + ends[0]: down, name + ends[1]: up}
-        if alpha is not None:
-            self.tensors[f"{name}.alpha"] = torch.tensor(alpha)
-        factor = scale if scale is not None else 1.0 if alpha is None else alpha / rank
-        self.added[target] = factor * torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1)).reshape(shape)
-
-    def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> LoraFile:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors, path, metadata=dict(metadata or {}))
-        return LoraFile(path)
-
-
-KOHYA = (".lora_down.weight", ".lora_up.weight")
-
-
-def kohya(prefix: str, layer: str) -> str:
-    return prefix + layer.replace(".", "_")
 
 
 def save(network: ModelMixin, folder: Path, added: Mapping[str, Tensor] | None = None) -> Path:
@@ -143,12 +95,6 @@ def save_clip(
         save_file({"one": torch.ones(1)}, folder / "unet" / WEIGHTS)
 
 
-def tiny(kind: type[ModelMixin], config: Mapping[str, object]) -> ModelMixin:
-    network = kind.from_config(dict(config)).eval()
-    randomize(network)
-    return network
-
-
 def apart(ours: nn.Module, theirs: nn.Module) -> float:
     """The largest relative difference between parameters of one name."""
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
@@ -162,26 +108,6 @@ def moved(added: Mapping[str, Tensor], network: nn.Module) -> bool:
 
 
 # ---------------------------------------------------------------- a native network, in diffusers' and PEFT's names
-
-PIXART = {
-    "transformer_blocks.0.attn1.to_q": (3, 3.0),
-    "transformer_blocks.1.attn2.to_out.0": (2, 5.0),
-    "transformer_blocks.2.ff.net.0.proj": (4, 1.0),
-    "transformer_blocks.2.ff.net.2": (1, 0.5),
-    "adaln_single.linear": (2, 2.0),
-    "pos_embed.proj": (3, 3.0),
-    "caption_projection.linear_1": (2, 8.0),
-    "proj_out": (2, 2.0),
-}
-PARAMETERS = load_file(EMOJI / "transformer" / WEIGHTS)
-
-
-def pixart_lora(spell: Callable[[str], str], ends: tuple[str, str], alphas: bool, seed: int = 0) -> Made:
-    made = Made(seed=seed)
-    for layer, (rank, alpha) in PIXART.items():
-        shape = tuple(PARAMETERS[f"{layer}.weight"].shape)
-        made.layer(f"{layer}.weight", shape, spell(layer), rank, alpha if alphas else None, ends)
-    return made
 
 
 @pytest.fixture
@@ -319,19 +245,6 @@ def test_a_picture_is_that_of_the_updated_weights(
 @pytest.fixture(scope="module")
 def unet() -> UNet2DConditionModel:
     return tiny(UNet2DConditionModel, UNET)
-
-
-def layers_of(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            yield name, tuple(module.weight.shape)
-
-
-def unet_layers(network: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    """Linears and 1 x 1 and 3 x 3 convolutions, of every kind a trainer updates."""
-    kinds = ("to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv2", "conv_shortcut", "conv")
-    ends = (*kinds, "time_emb_proj", "conv_in", "conv_out", "linear_1")
-    return [(name, shape) for name, shape in layers_of(network) if name.endswith(ends)]
 
 
 def reloaded(kind: type[ModelMixin], component: str, base: Path, loras: tuple[LoraFile, ...] = ()) -> ModelMixin:

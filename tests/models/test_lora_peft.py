@@ -12,8 +12,8 @@ from models.decoders import load_from_diffusers
 from models.pixart import load_denoiser
 from models.registry import REFERENCE
 from models.source import LoraFile, Source
+from tests.fixtures.models.lora import KOHYA, UNET, Made, kohya, tiny, unet_layers
 from tests.fixtures.models.parity import rel_l2
-from tests.models.test_lora import KOHYA, UNET, Made, kohya, tiny, unet_layers
 
 peft = pytest.importorskip("peft")
 BOUND = 1e-5

@@ -11,7 +11,7 @@ from harness.resolve.compose import ConfigError, compose_run
 from models.files import CheckpointError
 from models.lora import updates_of
 from models.source import Source
-from tests.models.test_lora import EMOJI, KOHYA, PARAMETERS, Made, kohya, pixart_lora
+from tests.fixtures.models.lora import EMOJI, KOHYA, PARAMETERS, Made, kohya, pixart_lora
 
 
 def refused(path: Path | str) -> str:

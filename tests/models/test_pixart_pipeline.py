@@ -1,6 +1,5 @@
 """PixArt-alpha and PixArt-Sigma checkpoints that diffusers saved are drawn as diffusers draws them, words to pixels."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
 )
-from transformers import T5Config, T5EncoderModel
 
 from harness.client.generator import DiffusionGenerator
 from harness.engines.inprocess import InprocessEngine
@@ -27,21 +22,14 @@ from models.pixart.components import load
 from models.registry import REFERENCE
 from models.source import Source
 from models.text.load import load_tokenizer
-from models.text.t5 import T5_STAND_IN, load_t5_prompts
-from tests.fixtures.models.parity import randomize
+from models.text.t5 import load_t5_prompts
+from tests.fixtures.models.pixart import PIPELINES, save
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 STEPS, GUIDANCE, SEED, TOKENS = 6, 4.5, 11, 20
 PROMPTS = ["  A Red Apple ", "rocket"]
 NEGATIVE = "Blurry"
 ASKED = {"negative_prompt": NEGATIVE, "steps": STEPS, "guidance": GUIDANCE, "height": 32, "width": 32}
-PIPELINES = {
-    "pixart_alpha": (PixArtAlphaPipeline, {"sample_size": 128, "in_channels": 4, "out_channels": 8}),
-    "pixart_sigma": (
-        PixArtSigmaPipeline,
-        {"sample_size": 16, "in_channels": 4, "out_channels": 8, "interpolation_scale": 0.5},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -52,36 +40,6 @@ class Both:
     folder: Path
     peer: PixArtAlphaPipeline | PixArtSigmaPipeline
     engine: DiffusionGenerator
-
-
-def save(folder: Path, name: str, heads: int = 2) -> None:
-    """Every part random and small, saved by diffusers' pipeline; the network under the class of older files."""
-    torch.manual_seed(0)
-    kind, sizes = PIPELINES[name]
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=12,
-        num_layers=2,
-        cross_attention_dim=12 * heads,
-        caption_channels=16,
-        **sizes,
-    )
-    encoder = T5EncoderModel(
-        T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
-    )
-    randomize(transformer)
-    randomize(encoder)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.13025,
-    )
-    kind(T5_STAND_IN.build(), encoder, vae, transformer, DPMSolverMultistepScheduler()).save_pretrained(folder)
-    config = folder / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "Transformer2DModel"}))
 
 
 def start(folder: Path, name: str, *overrides: str) -> DiffusionGenerator:

@@ -19,9 +19,9 @@ from models.pixart.weights import PLAN
 from models.quantize import linears, quantize, stored_bytes
 from models.registry import REFERENCE
 from models.source import Source
+from tests.fixtures.generators import generator
 from tests.fixtures.models.parity import rel_l2
 from tests.fixtures.packages import pretend
-from tests.harness.baselines.test_diffusers import generator
 
 STEPS = 255  # from the negative of a row's largest magnitude to it
 SLACK = 1 + 1e-4  # of half a step: float32 rounds up to 127.5 steps in four operations, 4 x 127.5 x 2^-24 of a step

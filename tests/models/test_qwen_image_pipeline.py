@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
-    QwenImageTransformer2DModel,
 )
 from safetensors.torch import load_file
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from harness.client.generator import DiffusionGenerator
 from harness.engines.inprocess import InprocessEngine
@@ -27,61 +24,13 @@ from models.registry import PUBLISHED
 from models.source import Source
 from schedulers.build import build
 from schedulers.published import from_diffusers
-from tests.fixtures.models.parity import listen, randomize
-from tests.fixtures.models.qwen_tiny import VOCABULARY, tiny_tokenizer
+from tests.fixtures.models.qwen_image import save
 
 STEPS, GUIDANCE, SEED, TOKENS = 4, 4.0, 11, 40
 HEIGHT, WIDTH = 48, 32
 PROMPTS = ["a red fox", "the objects and background in color"]
 NEGATIVE = " "
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
-MEAN, STD = [0.3, -0.2, 0.1, 0.4], [1.5, 0.8, 1.1, 2.0]
-
-
-def save(folder: Path, heads: int = 2) -> None:
-    """Every part random and small, saved by diffusers' pipeline."""
-    text = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 2, 1], "rope_theta": 10_000.0},
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
-    pixels = VOCABULARY - 1  # an id that no text has
-    parts = {
-        "text_encoder": Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(
-                text_config=text, vision_config=vision, image_token_id=pixels, video_token_id=pixels, dtype="float32"
-            )
-        ),
-        "transformer": QwenImageTransformer2DModel(
-            in_channels=16,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=heads,
-            joint_attention_dim=32,
-            axes_dims_rope=(4, 6, 6),
-        ),
-        "vae": AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 2, 2],
-            num_res_blocks=1,
-            temperal_downsample=[False, True],
-            latents_mean=MEAN,
-            latents_std=STD,
-        ),
-    }
-    for seed, network in enumerate(parts.values()):
-        randomize(network, seed)
-    listen(parts["transformer"], ".norm_", ".add_v_proj.weight", gain=3.0)
-    published = read_json(PUBLISHED / "qwen_image" / "scheduler" / "scheduler_config.json")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(published)
-    QwenImagePipeline(scheduler=scheduler, tokenizer=tiny_tokenizer(), **parts).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

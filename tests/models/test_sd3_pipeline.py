@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
@@ -18,7 +18,8 @@ from harness.pipeline.latents import seeded_noise
 from models.files import CheckpointError
 from models.sd3.prompts import load_sd3_prompts
 from models.source import Source
-from tests.fixtures.models.clip_t5_tiny import STRIDE, T5_TOKENS, clip, engine, lively, t5, vae
+from tests.fixtures.models.clip_t5_tiny import STRIDE, T5_TOKENS, engine
+from tests.fixtures.models.sd3 import checkpoint
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 HEIGHT, WIDTH, SEED = 40, 24, 5
@@ -34,40 +35,6 @@ class Case:
     peer: StableDiffusion3Pipeline
     generator: DiffusionGenerator
     folder: Path
-
-
-def checkpoint(folder: Path, medium: bool, heads: int = 4) -> StableDiffusion3Pipeline:
-    """A tiny checkpoint of 3.5 medium's kind, or one of 3 medium's without its third text encoder."""
-    options = {"qk_norm": "rms_norm", "dual_attention_layers": [0, 1]} if medium else {}
-    network = SD3Transformer2DModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=heads,
-        joint_attention_dim=40,
-        caption_projection_dim=8 * heads,
-        pooled_projection_dim=14,
-        pos_embed_max_size=13,
-        **options,
-    )
-    (one, words_one), (two, words_two) = clip(12, True, 1, end=2), clip(16, True, 2, pad="<|pad|>")
-    three, words_three = t5(40, 3) if medium else (None, None)
-    pipeline = StableDiffusion3Pipeline(
-        transformer=lively(network, 4),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(4, scaling=1.5305, shift=0.0609),
-        text_encoder=one,
-        tokenizer=words_one,
-        text_encoder_2=two,
-        tokenizer_2=words_two,
-        text_encoder_3=three,
-        tokenizer_3=words_three,
-    )
-    pipeline.save_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module", params=["3.5 medium", "3 without T5"])

@@ -20,20 +20,12 @@ from models.source import Source
 from models.unet import PLAN, route_attention, sd, sdxl, unconditional
 from models.unet.network import ConditionalUNet, SizedUNet, UnconditionalUNet
 from tests.fixtures.models.parity import assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.unet import NCSNPP, PLAIN, POOLED, SIZED, SMALL, TEXT, _blocks
 
 BOUND = 1e-5  # relative L2, float32
-TEXT, POOLED, TOKENS = 12, 10, 7
+TOKENS = 7
 STRIDE = 4  # of the VAE beside SDXL's network
 
-SMALL: dict[str, Any] = {
-    "block_out_channels": [8, 16, 16],
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "cross_attention_dim": TEXT,
-    "attention_head_dim": 2,
-}
 CONDITIONAL: dict[str, dict[str, Any]] = {
     "first generation": SMALL,
     "second generation": SMALL
@@ -57,46 +49,6 @@ CONDITIONAL: dict[str, dict[str, Any]] = {
         "conv_in_kernel": 1,
         "conv_out_kernel": 1,
     },
-}
-SIZED: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "cross_attention_dim": TEXT,
-    "attention_head_dim": [1, 2],
-    "transformer_layers_per_block": [1, 2],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 6,
-    "projection_class_embeddings_input_dim": 6 * 6 + POOLED,
-}
-PLAIN: dict[str, Any] = {
-    "block_out_channels": [8, 16, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": None,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "norm_eps": 1e-6,
-    "sample_size": 16,
-}
-NCSNPP: dict[str, Any] = {
-    "block_out_channels": [32, 32, 32],
-    "down_block_types": ["SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"],
-    "up_block_types": ["SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": None,
-    "attention_head_dim": None,
-    "center_input_sample": True,
-    "mid_block_scale_factor": 1.41421356237,
-    "norm_eps": 1e-6,
-    "time_embedding_type": "fourier",
-    "sample_size": 16,
 }
 UNCONDITIONAL: dict[str, dict[str, Any]] = {
     "ddpm": PLAIN,
@@ -313,10 +265,6 @@ def test_files_of_an_autoencoder_load(old: bool, tmp_path: Path) -> None:
     latent = torch.randn(1, 4, 5, 7, generator=torch.Generator().manual_seed(3))
     expected = theirs.decode(latent / theirs.config.scaling_factor).sample
     assert rel_l2(load_kl_decoder(source(tmp_path))(latent), (expected / 2 + 0.5).clamp(0, 1)) < BOUND
-
-
-def _blocks(levels: int) -> dict[str, Any]:
-    return {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
 
 
 def test_a_network_is_loaded_in_its_dtype_and_told_the_time_in_float32(tmp_path: Path) -> None:

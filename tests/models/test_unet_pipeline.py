@@ -1,129 +1,38 @@
 """Whole checkpoints of the UNet families: this engine and diffusers' pipelines draw the same picture."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDPMPipeline,
     DiffusionPipeline,
     ScoreSdeVePipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
     UNet2DModel,
 )
 from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.pipelines.deprecated.score_sde_ve import pipeline_score_sde_ve
 from diffusers.schedulers import scheduling_ddpm, scheduling_sde_ve
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from harness.client.generator import DiffusionGenerator
 from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise
 from harness.resolve.compose import ConfigError, compose_run
 from models.files import CheckpointError
-from models.registry import PUBLISHED
 from models.source import Source
-from models.text.load import StandIn
 from models.unet.prompts import load_clip_prompts, load_two_clip_prompts
-from tests.fixtures.models.parity import randomize
-from tests.models.test_unet import NCSNPP, PLAIN, SIZED, SMALL, _blocks
+from tests.fixtures.models.unet import NCSNPP, PLAIN, network, scheduler_of, sd, sdxl
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 SEED, STEPS, GUIDANCE, HEIGHT, WIDTH = 11, 6, 4.0, 40, 72
 PROMPTS = ["a red fox", "two small boats under a bridge"]
 NEGATIVE = "blurry"
 STRIDE = 4
-
-
-def tokenizer(pad: str = "<|endoftext|>") -> PreTrainedTokenizerBase:
-    """Bytes between CLIP's two special tokens."""
-    return StandIn(
-        special={"<|startoftext|>": 256, "<|endoftext|>": 257},
-        roles={"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad},
-        template="<|startoftext|> $A <|endoftext|>",
-        first_byte=0,
-        extra={"model_max_length": 77},
-    ).build()
-
-
-def clip(width: int, layers: int, act: str, projected: int = 0) -> CLIPTextModel | CLIPTextModelWithProjection:
-    config = CLIPTextConfig(
-        vocab_size=258,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        projection_dim=projected or width,
-        hidden_act=act,
-        bos_token_id=256,
-        eos_token_id=257 if projected else 2,  # 2 is what published files say: the end is where the largest id is
-        pad_token_id=1,
-    )
-    model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
-    randomize(model)
-    return model.eval()
-
-
-def autoencoder(**options: Any) -> AutoencoderKL:
-    vae = AutoencoderKL(block_out_channels=[8, 8, 16], norm_num_groups=4, **_blocks(3), **options)
-    randomize(vae)
-    with torch.no_grad():
-        vae.decoder.conv_out.weight.mul_(0.3)  # so that few pixels leave [0, 1]
-    return vae.eval()
-
-
-def network(kind: type, config: dict[str, Any]) -> Any:
-    unet = kind(**config)
-    randomize(unet)
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if "attn2.to_out" in name:
-                parameter.mul_(8)  # so that the text is seen in the picture
-    return unet.eval()
-
-
-def scheduler_of(name: str, **changes: object) -> Any:
-    """diffusers' scheduler of a published configuration."""
-    raw = json.loads((PUBLISHED / name / "scheduler" / "scheduler_config.json").read_text())
-    return getattr(diffusers, raw["_class_name"]).from_config(raw | changes)
-
-
-def sd(name: str) -> StableDiffusionPipeline:
-    options = {"attention_head_dim": [2, 4, 4], "use_linear_projection": True, "upcast_attention": True}
-    return StableDiffusionPipeline(
-        vae=autoencoder(),
-        text_encoder=clip(12, 2, "quick_gelu") if name == "sd15" else clip(12, 3, "gelu"),
-        tokenizer=tokenizer() if name == "sd15" else tokenizer("!"),
-        unet=network(UNet2DConditionModel, SMALL | {"sample_size": 16} | (options if name == "sd21" else {})),
-        scheduler=scheduler_of(name),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def sdxl(zeros: bool = True, **vae: Any) -> StableDiffusionXLPipeline:
-    return StableDiffusionXLPipeline(
-        vae=autoencoder(**vae),
-        text_encoder=clip(8, 2, "quick_gelu"),
-        text_encoder_2=clip(12, 3, "gelu", projected=10),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer("!"),
-        unet=network(UNet2DConditionModel, SIZED | {"cross_attention_dim": 20, "sample_size": 16}),
-        scheduler=scheduler_of("sdxl"),
-        force_zeros_for_empty_prompt=zeros,
-        add_watermarker=False,
-    )
 
 
 PEERS = {

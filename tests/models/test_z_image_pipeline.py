@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from harness.client.generator import DiffusionGenerator
@@ -22,60 +22,13 @@ from models.source import Source
 from models.z_image.prompts import load_z_image_prompts
 from schedulers.build import build
 from schedulers.published import from_diffusers
-from tests.fixtures.models.parity import listen, randomize
-from tests.fixtures.models.qwen_tiny import VOCABULARY, tiny_tokenizer
+from tests.fixtures.models.z_image import save
 
 STEPS, GUIDANCE, SEED, TOKENS = 4, 4.0, 11, 48  # guidance is counted from 1 here, from 0 by diffusers
 HEIGHT, WIDTH = 48, 32
 PROMPTS = ["a red fox", "the objects and background in color " * 2]
 NEGATIVE = "shape"
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
-
-
-def save(folder: Path, heads: int = 3) -> None:
-    """Every part random and small, saved by diffusers' pipeline."""
-    parts = {
-        "text_encoder": Qwen3Model(
-            Qwen3Config(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=8,
-                dtype="float32",
-            )
-        ),
-        "transformer": ZImageTransformer2DModel(
-            in_channels=4,
-            dim=16 * heads,
-            n_layers=2,
-            n_refiner_layers=1,
-            n_heads=heads,
-            n_kv_heads=heads,
-            cap_feat_dim=32,
-            axes_dims=[4, 6, 6],
-            axes_lens=[256, 64, 64],
-        ),
-        "vae": AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            latent_channels=4,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
-    }
-    for seed, network in enumerate(parts.values()):
-        randomize(network, seed)
-    listen(parts["transformer"], ".norm_q", ".norm_k", gain=2.0)
-    published = read_json(PUBLISHED / "z_image_turbo" / "scheduler" / "scheduler_config.json")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(published)
-    ZImagePipeline(scheduler=scheduler, tokenizer=tiny_tokenizer(), **parts).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from harness.device.flops import counted
 from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import method_class
+from tests.fixtures.generators import generator
 from tests.fixtures.models.checkpoints import CASES, PROMPTS, overrides_of
 from tests.fixtures.packages import pretend
-from tests.harness.baselines.test_diffusers import generator
 
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

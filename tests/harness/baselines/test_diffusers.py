@@ -19,7 +19,6 @@ from harness.baselines.build import load_peer, native_facts
 from harness.build.parts import source_of
 from harness.build.worker import build_worker
 from harness.client.generator import DiffusionGenerator
-from harness.engines.inprocess import InprocessEngine
 from harness.engines.protocol import RequestFailed
 from harness.messages import GenerationRequest, RankOutcome, decode
 from harness.parallel.mesh import Place
@@ -28,6 +27,7 @@ from harness.resolve.compose import ConfigError, compose_run
 from models.files import read_json
 from models.names import NameMap
 from models.registry import ARCHITECTURES
+from tests.fixtures.generators import generator
 from tests.fixtures.models.checkpoints import CASES, PROMPTS, SIZE, Case, overrides_of
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
@@ -39,12 +39,6 @@ SLOW = ("pixart_sigma", "sd3", "sd21", "flux")  # each like another one; OTHERS 
 def slowly(*values: object) -> ParameterSet:
     """A case for the slow suite."""
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def generator(*overrides: str) -> DiffusionGenerator:
-    process = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
-    config = compose_run([*process, *overrides]).config
-    return DiffusionGenerator(config, InprocessEngine(config))
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from harness.resolve.compose import ConfigError, compose_run
 from harness.resolve.engines_table import PEERS
 from harness.tasks.fidelity import method_class
 from models.files import CheckpointError
+from tests.fixtures.generators import generator
 from tests.fixtures.models.checkpoints import CASES, PROMPTS, overrides_of
 from tests.fixtures.packages import pretend
-from tests.harness.baselines.test_diffusers import generator
 
 FIND = importlib.util.find_spec
 BOUND = 1e-4  # relative L2 of latents in float32

@@ -38,7 +38,7 @@ from schedulers.prediction import Estimate
 from tests.fixtures.models.parity import rel_l2
 from tests.fixtures.parallel.networks import TINY, Inputs, rows
 from tests.fixtures.report_tree import Maker, apart
-from tests.harness.pipeline.test_stages import FAMILIES, ToyEncoder, ToyNetwork, context, request
+from tests.fixtures.toy_pipeline import FAMILIES, ToyEncoder, ToyNetwork, context, request
 
 # ---------------------------------------------------------------- what composes
 

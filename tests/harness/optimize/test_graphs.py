@@ -34,9 +34,9 @@ from models.layers import holding, kept
 from models.pixart.network import SizeEmbedding
 from models.unet.network import ConditionalUNet, SizedUNet, UnconditionalUNet, recordable
 from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.models.precompute import TAUS, ahead_plan
+from tests.fixtures.models.unet import NCSNPP, PLAIN, POOLED, SIZED, SMALL, TEXT
 from tests.fixtures.parallel.networks import TINY, Inputs
-from tests.harness.optimize.test_optimize import TAUS, ahead_plan
-from tests.models.test_unet import NCSNPP, PLAIN, POOLED, SIZED, SMALL, TEXT
 
 
 class Again:

@@ -1,6 +1,5 @@
 """engine.optimize: what is computed beforehand, joined or packed gives what the plain network gives."""
 
-import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -28,22 +27,15 @@ from harness.tasks.fidelity import method_class, reference_config
 from models.attention import math_attention
 from models.components import Conditioning
 from models.decoders import KLDecoder
-from models.plan import AheadPlan
 from tests.fixtures.models.parity import randomize, rel_l2
+from tests.fixtures.models.precompute import TAUS, ahead_plan
 from tests.fixtures.parallel.networks import TINY
 from tests.fixtures.products import Products
 
 BOUND = 1e-5
-TAUS = [990.0, 700.0, 20.0]
 NEEDS_BFLOAT16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN packs bfloat16 from AVX-512 or AVX-NE-CONVERT on"
 )
-
-
-def ahead_plan(name: str) -> AheadPlan:
-    plan = importlib.import_module(f"models.{name}").AHEAD
-    assert isinstance(plan, AheadPlan)
-    return plan
 
 
 def evaluated(network: nn.Module, latent: Tensor, tau: float, condition: Conditioning) -> Tensor:

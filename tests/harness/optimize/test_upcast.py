@@ -23,9 +23,9 @@ from models.components import Components, LatentSpace
 from models.layers import Modulation
 from models.unet.unconditional import Unconditional
 from tests.fixtures.models.parity import randomize, rel_l2
+from tests.fixtures.models.vae import wide
 from tests.fixtures.parallel.networks import TINY
 from tests.fixtures.products import Products
-from tests.harness.optimize.test_winograd import wide
 
 CPU, NARROW = torch.device("cpu"), torch.bfloat16
 

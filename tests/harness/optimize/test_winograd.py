@@ -10,7 +10,8 @@ from harness.optimize import winograd as module
 from harness.optimize.decoder import winograd
 from harness.optimize.winograd import WinogradConv2d
 from models.decoders import KLDecoder
-from tests.fixtures.models.parity import randomize, rel_l2
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.models.vae import wide
 
 SIZES = [(8, 8), (7, 12), (16, 5), (1, 1), (33, 2)]
 
@@ -39,19 +40,6 @@ def test_is_a_convolution(step: int, bias: bool, band_bytes: int, monkeypatch: p
             mine = WinogradConv2d(low, step)(x_low)
             assert rel_l2(mine.double(), wanted) < 1e-6
             assert torch.equal(WinogradConv2d(low, step)(x_low[1:]), mine[1:])
-
-
-def wide() -> KLDecoder:
-    vae = AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(32, 128, 384),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-    ).eval()
-    randomize(vae)
-    return KLDecoder(vae)
 
 
 @pytest.mark.parametrize("onednn", [True, False])

@@ -15,8 +15,8 @@ from models.source import Source
 from tests.fixtures.models.parity import rel_l2
 from tests.fixtures.parallel.networks import TINY
 from tests.fixtures.parallel.ranks import on_ranks
+from tests.fixtures.parallel.slices import group_of, load, saved
 from tests.fixtures.parallel.stale import EVALUATIONS, PICTURES, SETTLING, asked, exact, piped, settling, simulated
-from tests.harness.parallel.test_sliced_loading import group_of, load, saved
 
 PIPELINES = [(2, 3), pytest.param(3, 4, marks=pytest.mark.slow)]
 """Ranks and patches: a block a rank, and where one of the ranks has none."""

@@ -1,6 +1,5 @@
 """A rank that reads only its slices of a checkpoint holds what cutting the whole network leaves it, bit for bit."""
 
-import importlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,41 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from harness.parallel.group import Group, Traffic
+from harness.parallel.group import Group
 from harness.parallel.parallelize import cut_linears
 from models.attention import math_attention
-from models.checkpoint import load_network
-from models.names import NameMap
 from models.source import LoraFile, Source
 from tests.fixtures.parallel.networks import TINY
-
-
-def names_of(name: str) -> NameMap:
-    found: NameMap = importlib.import_module(f"models.{name}").NAMES
-    return found
-
-
-def group_of(size: int, rank: int) -> Group:
-    """A place in a group that nobody talks in."""
-    return Group(range(size), rank, None, Traffic())
-
-
-def saved(name: str, folder: Path) -> dict[str, Tensor]:
-    """Writes a family's tiny network as a checkpoint in float32; its tensors by published name."""
-    tensors = TINY[name].build(math_attention).state_dict()
-    published = {names_of(name).theirs(own): tensor for own, tensor in tensors.items()}
-    (folder / "transformer").mkdir()
-    (folder / "transformer" / "config.json").write_text("{}")
-    save_file(published, folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    return published
-
-
-def load(name: str, source: Source) -> nn.Module:
-    tiny = TINY[name]
-    make = partial(tiny.make, math_attention)
-    return load_network(make, source, "transformer", names_of(name), tiny.plan, tiny.keep_float32)
+from tests.fixtures.parallel.slices import group_of, load, names_of, saved
 
 
 def assert_slices(name: str, source: Source, group: Group) -> None:

@@ -8,7 +8,6 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from harness.device.clock import Clock
 from harness.device.memory import ResidentMemory
 from harness.messages import Failure, GenerationRequest, RankOutcome, array, decode
 from harness.parallel.mesh import Place
@@ -30,72 +29,7 @@ from schedulers.build import build
 from schedulers.families import Settings
 from schedulers.grid import Point
 from schedulers.prediction import Estimate
-
-FAMILIES = [
-    Settings("rectified_flow"),
-    Settings("rectified_flow", solver="heun", shift=3.0),
-    Settings("ddpm", solver="ddim", eta=0.0),
-    Settings("ddpm", solver="ddim", eta=1.0),
-    Settings("sgm", solver="heun"),
-]
-
-
-class ToyNetwork(nn.Module):
-    """A smooth function of everything that it is given; counts its evaluations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self.batches: list[int] = []
-
-    def forward(self, latent: Tensor, tau: Tensor, condition: Conditioning) -> Tensor:
-        text, mask = condition.text(), condition.mask
-        assert mask is not None
-        self.calls += 1
-        self.batches.append(len(latent))
-        told = (text * mask[..., None]).mean(dim=(1, 2))
-        return torch.tanh(0.7 * latent + (told + tau / 1000)[:, None, None, None])
-
-
-class ToyEncoder:
-    """States that are a prompt's characters; eight tokens."""
-
-    max_tokens = 8
-
-    def __init__(self) -> None:
-        self.prompts: list[str] = []
-
-    def count(self, prompt: str) -> int:
-        return len(prompt)
-
-    def __call__(self, prompts: list[str], negative: bool = False) -> Conditioning:
-        self.prompts += prompts
-        codes = [[ord(letter) % 17 / 17 for letter in prompt[:8].ljust(8)] for prompt in prompts]
-        mask = torch.tensor([[k < len(prompt) or k == 0 for k in range(8)] for prompt in prompts])
-        return Conditioning(torch.tensor(codes)[..., None].expand(-1, -1, 4), mask)
-
-
-class ToyDecoder:
-    """Each latent pixel becomes two by two pixels of the first three channels."""
-
-    def __call__(self, latent: Tensor) -> Tensor:
-        return latent[:, :3].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).sigmoid()
-
-
-def request(**changes: object) -> GenerationRequest:
-    fields: dict[str, object] = {"request_id": "r", "prompts": ["red", "blue"], "steps": 4, "guidance": 3.0}
-    return GenerationRequest(**(fields | {"height": 16, "width": 16, "seed": 5} | changes))  # type: ignore[arg-type]
-
-
-def context(batch_size: int = 1, check_cancelled: object = lambda: None) -> RunContext:
-    return RunContext(
-        torch.device("cpu"),
-        batch_size,
-        Clock(lambda: None),
-        ResidentMemory(),
-        lambda stage, done, total: None,
-        check_cancelled,  # type: ignore[arg-type]
-    )
+from tests.fixtures.toy_pipeline import FAMILIES, ToyDecoder, ToyEncoder, ToyNetwork, context, request
 
 
 def worker(network: nn.Module, settings: Settings = FAMILIES[0], decoder: object = None) -> Worker:

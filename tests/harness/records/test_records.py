@@ -9,23 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.messages import EngineInfo, MemoryPoint, StageTime, StepTime
 from harness.metrics.intervals import Estimate, wilson
 from harness.metrics.quality import Quality
 from harness.metrics.summary import summarize
 from harness.records.media import pixel_hash, save_png, to_uint8
-from harness.records.provenance import provenance
 from harness.records.record import (
     CUT_OFF,
     SCHEMA,
-    Attention,
-    FirstCall,
     Record,
-    Repeat,
     RunFolder,
     RunFolderError,
-    SampleRow,
-    Statistics,
     Status,
     fingerprint,
     is_done,
@@ -35,33 +28,7 @@ from harness.records.record import (
     write_atomically,
 )
 from harness.resolve.compose import compose_run, to_dict
-
-
-def record(latency_ms: float = 10.0, schema: int = SCHEMA) -> Record:
-    """A record of two repeats with made-up numbers."""
-    repeat = Repeat(
-        latency_ms,
-        latency_ms + 1,
-        [StageTime("denoising", latency_ms)],
-        [StepTime(0, latency_ms / 2), StepTime(1, latency_ms / 2)],
-        {"denoiser": latency_ms},
-        [MemoryPoint("denoising", 100.0)],
-    )
-    one = summarize([latency_ms, latency_ms])
-    statistics = Statistics(one, one, {"denoising": one}, one, 1e3 / latency_ms, 2, [100.0], 100.0)
-    return Record(
-        schema,
-        "0123456789abcdef",
-        ["request.steps=2"],
-        {"request": {"steps": 2, "prompts": ["rocket"]}},
-        provenance(EngineInfo("ready", 1, [1], device="cpu", threads=1), {"MKL_CBWR": "AUTO,STRICT", "HOME": "/"}),
-        Attention("auto", "sdpa"),
-        FirstCall(1.0, 2.0, []),
-        [repeat, repeat],
-        statistics,
-        [SampleRow("samples/0000.png", "rocket", 0, "ab")],
-        ["a note"],
-    )
+from tests.fixtures.records import record
 
 
 def test_exactly_one_of_many_threads_claims_a_folder(tmp_path: Path) -> None:

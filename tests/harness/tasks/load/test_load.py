@@ -32,8 +32,8 @@ from harness.tasks.load.compare import compare_loads, timed, together
 from harness.tasks.load.run import FILE, Measured, judged, load_in, served
 from harness.tasks.load.server import command_line, descendants, memory
 from harness.tasks.load.zeromq import drive
+from tests.fixtures.records import record
 from tests.fixtures.serving.fake_engine import Script, drawn, failure, planted, progress
-from tests.harness.records.test_records import record
 
 
 @pytest.fixture(scope="module")

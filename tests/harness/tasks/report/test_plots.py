@@ -12,7 +12,7 @@ from harness.records.record import Record, RunFolder, Status
 from harness.tasks.report.families import main, spread, table
 from harness.tasks.report.markers import replace_between
 from harness.tasks.report.sweep import read, within
-from tests.harness.records.test_records import record
+from tests.fixtures.records import record
 
 N = 96
 

@@ -12,7 +12,7 @@ from harness.records.record import read_status
 from harness.resolve.compose import compose_run
 from harness.tasks.generate import run_training
 from harness.tasks.train.folder import DataError, pixels, read
-from tests.harness.tasks.train.conftest import COLOURS, TINY, offline_runs, square, summary_of
+from tests.fixtures.training import COLOURS, TINY, offline_runs, square, summary_of
 
 
 def metadata(folder: Path, *rows: object) -> None:

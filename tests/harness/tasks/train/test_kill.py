@@ -15,7 +15,7 @@ from harness.records.record import read_status
 from harness.resolve.compose import compose_run
 from harness.tasks.generate import run_training
 from harness.tasks.train.loop import read_checkpoint
-from tests.harness.tasks.train.conftest import TINY, captioned, offline_runs, summary_of
+from tests.fixtures.training import TINY, captioned, offline_runs, summary_of
 
 LIMIT_S = 120
 STEPS = 300

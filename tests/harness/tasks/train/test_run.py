@@ -24,7 +24,7 @@ from harness.tasks.train.emoji import STYLES
 from harness.tasks.train.folder import Picture
 from harness.tasks.train.run import PARTS, run
 from schedulers.families import Settings
-from tests.harness.tasks.train.conftest import captioned
+from tests.fixtures.training import captioned
 
 FLOW = Settings("rectified_flow")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from harness.resolve.compose import compose_run
 from harness.tasks.generate import run_training
-from tests.harness.tasks.train.conftest import TINY
+from tests.fixtures.training import TINY
 
 
 def train(folder: Path, data: Path, console: Console) -> None:
