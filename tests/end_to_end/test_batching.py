@@ -53,7 +53,7 @@ def test_requests_share_forwards_and_their_pictures_do_not_change(engine: Diffus
 
 
 def test_a_request_joins_and_leaves_between_steps(engine: DiffusionGenerator) -> None:
-    """A short one that comes later is answered first, having shared its steps."""
+    """A short request that comes later is answered first and shares steps with the long one."""
     with connected(engine) as connection:
         connection.send(request(engine, "long", steps=60, seed=5))
         running(connection)

@@ -1,4 +1,4 @@
-"""A server whose denoiser is cached: requests at different steps share forwards, and their pictures do not change."""
+"""A server whose denoiser is cached: requests at different steps share forwards, and their images do not change."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Two configurations in alternation through the command line: what is the same is called so, what is not is found."""
+"""Two configurations in alternation from the command line: equal ones are called equal, a real difference is found."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoints of SD3's, FLUX's and Wan's shape by the command line on four ranks: a ring of Ulysses pairs."""
+"""Checkpoints shaped like SD3, FLUX and Wan on four ranks, from the command line: a ring of Ulysses pairs."""
 
 from pathlib import Path
 
@@ -18,11 +18,11 @@ SIZES = {
     "flux": ["request.height=36", "request.width=20"],
     "wan": ["request.height=72", "request.width=40", "request.frames=5"],
 }
-FLOOR = {".png": 0.05, ".mp4": 1.0}  # mean of 255: a level here and there; a codec makes more of that
+FLOOR = {".png": 0.05, ".mp4": 1.0}  # mean of 255: single levels differ; a codec makes them larger
 
 
 def frames(path: Path) -> NDArray[np.uint8]:
-    """A picture, or the frames of a video, (..., height, width, 3)."""
+    """Return an image, or the frames of a video, as (..., height, width, 3)."""
     if path.suffix == ".png":
         return np.asarray(Image.open(path))
     found = read_frames(path)

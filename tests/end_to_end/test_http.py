@@ -1,4 +1,4 @@
-"""The HTTP server's routes over a planted supervisor: what is drawn, what is refused, what a client is told."""
+"""The HTTP server's routes over a fake supervisor: what is generated, what is refused, what a client is told."""
 
 import asyncio
 import base64
@@ -54,7 +54,7 @@ class Site:
 
 @asynccontextmanager
 async def site(app: Any, config: RunConfig, folder: Path, step_s: float) -> AsyncIterator[Site]:
-    """The application with a desk of its own."""
+    """Return an application with its own service."""
     engine = Planted(config, step_s)
     app.state.desk = Desk(config, engine, folder)  # type: ignore[arg-type]
     wire = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -64,7 +64,7 @@ async def site(app: Any, config: RunConfig, folder: Path, step_s: float) -> Asyn
 
 
 class Talk(Protocol):
-    """Talks to a server; the lines of its requests.jsonl."""
+    """Sends requests to a server and reads the lines of its requests.jsonl."""
 
     def __call__(
         self, talk: Callable[[Site], Awaitable[None]], step_s: float = 0.0, config: RunConfig | None = None
@@ -90,7 +90,7 @@ def run(app: Any, config: RunConfig, tmp_path: Path) -> Talk:
 
 
 def error(answer: httpx.Response, status: int, code: str) -> str:
-    """The line of an error that has OpenAI's shape."""
+    """Return the message of an error that has OpenAI's shape."""
     assert answer.status_code == status, answer.text
     told = answer.json()["error"]
     assert set(told) == {"message", "type", "param", "code"}
@@ -120,14 +120,14 @@ def test_pictures_come_as_they_were_asked_for(run: Talk, tmp_path: Path) -> None
     async def talk(at: Site) -> None:
         answer = (await at.client.post(IMAGES, json=body)).json()
         pictures = [opened(base64.b64decode(picture["b64_json"])) for picture in answer["data"]]
-        assert [np.asarray(picture).max() for picture in pictures] == [0, 26]  # the order of the engine's
+        assert [np.asarray(picture).max() for picture in pictures] == [0, 26]  # the order in which the engine answers
         assert {picture.size for picture in pictures} == {(32, 16)}
         assert pictures[1].text["seed"] == "6"  # type: ignore[attr-defined]
         assert answer["size"] == "32x16"
         assert answer["triptych"]["seed"] == 5
         (sent,) = at.engine.drawn
         assert sent.prompts == ["red apple"]
-        assert (sent.samples_per_prompt, sent.batch_size) == (2, 2)  # its pictures share forwards
+        assert (sent.samples_per_prompt, sent.batch_size) == (2, 2)  # its images share forwards
         assert (sent.steps, sent.seed, sent.guidance, sent.negative_prompt, sent.timeout_s) == (3, 5, 1.5, "blue", 9)
 
     (line,) = run(talk)
@@ -309,7 +309,7 @@ def test_a_client_that_goes_away_cancels_its_request(run: Talk) -> None:
 
 
 async def hang_up(app: Any, body: object, after_s: float) -> None:
-    """Posts, and closes the connection before there is an answer."""
+    """Post, then close the connection before there is an answer."""
     said = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
 
     async def receive() -> dict[str, Any]:

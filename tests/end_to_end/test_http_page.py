@@ -1,4 +1,4 @@
-"""The server's page in a browser: ask, watch the steps, see the picture, cancel, be refused."""
+"""The server's page in a browser: send a request, watch its steps, see the image, cancel, be refused."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ def browser(site: Live) -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, site: Live) -> Any:
-    """As it opens."""
+    """Return the page as it opens."""
     browser.get(site.url)
     until(lambda: "ready" in find(browser, "#state").text, "the state")
     return browser
@@ -49,7 +49,7 @@ def texts(page: Any, selector: str) -> list[str]:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    """The page draws itself anew, so an element may be gone between two looks at it."""
+    """Return whether an element is visible; the page rebuilds itself, so an element may disappear between two calls."""
     stale = pytest.importorskip("selenium.common.exceptions").WebDriverException
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""What a user meets outside a checkout: an installed copy, a sweep on real ranks, and what the harness itself costs."""
+"""What a user sees outside a checkout: an installed copy, a sweep on real ranks, and the overhead of the harness."""
 
 import os
 import subprocess

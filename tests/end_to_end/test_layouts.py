@@ -1,4 +1,4 @@
-"""The same seeds give the same pictures, bit for bit, however the ranks are started and however many there are."""
+"""The same seeds give the same images, bit for bit, however the ranks are started and however many there are."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -66,12 +66,12 @@ def test_two_replicas_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
 
 
 def sent(record: Record, stage: str) -> dict[str, int]:
-    """Bytes by kind of collective that the record has of one stage."""
+    """Return the bytes of one stage in the record, by kind of collective."""
     return {kind: traffic.bytes for kind, traffic in record.summary.comm[stage].items()}
 
 
 def denoising_bytes(layout: str, evaluations: int) -> dict[str, int]:
-    """What the formula says of so many evaluations of the reference model's guided pair."""
+    """Return the formula's bytes for this many evaluations of the reference model with guidance."""
     degrees = {"cfg2": (1, 2, 1, 1, 1), "tp2": (1, 1, 2, 1, 1), "ring2": (1, 1, 1, 2, 1), "ulysses2": (1, 1, 1, 1, 2)}
     config = replace(read_config(REFERENCE / "emoji" / "transformer"), stride=4)
     rows = 1 if layout == "cfg2" else 2
@@ -82,7 +82,7 @@ def denoising_bytes(layout: str, evaluations: int) -> dict[str, int]:
 
 
 def decoding_bytes(pictures: int) -> dict[str, int]:
-    """What the formula says of decoding so many pictures of the reference model on two ranks."""
+    """Return the formula's bytes for decoding this many images of the reference model on two ranks."""
     config = AutoencoderKL.load_config(REFERENCE / "emoji" / "vae")
 
     def make() -> KLDecoder:

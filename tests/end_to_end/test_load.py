@@ -1,4 +1,4 @@
-"""Clients on real ranks: what was sent is answered once, forwards are shared, and a sweep is a curve."""
+"""Load clients on real ranks: every request is answered once, forwards are shared, and a sweep gives a curve."""
 
 import json
 from pathlib import Path

@@ -23,7 +23,7 @@ def free_port() -> int:
 
 @contextmanager
 def nodes(tmp_path: Path, overrides: list[str], variables: dict[str, str]) -> Iterator[list[tuple[Path, str, int]]]:
-    """Each node's folder, what it printed and its exit status, once both have ended."""
+    """Return each node's folder, output and exit status after both have ended."""
     folders, running = [tmp_path / "first", tmp_path / "second"], []
     try:
         for folder, agent in zip(folders, agents(2, free_port(), *overrides), strict=True):

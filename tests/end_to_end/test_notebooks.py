@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last on small sweeps that are made here, and draws."""
+"""Every notebook runs from its first cell to its last on small sweeps made here, and plots."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page of task=report in a browser: what a reader types and clicks changes table, charts and front alike."""
+"""The page of task=report in a browser: what a reader types and clicks changes the table, the charts and the front."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ pytestmark = MARKS
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The page of `make_tree` in a headless browser."""
+    """Open the page of `make_tree` in a headless browser."""
     pytest.importorskip("plotly")
     root = tmp_path_factory.mktemp("runs")
     make_tree(root)
@@ -38,7 +38,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def fresh(browser: Any) -> Any:
-    """The page as it opens."""
+    """Return the page as it opens."""
     browser.refresh()
     return browser
 
@@ -122,7 +122,7 @@ def test_the_front_is_of_the_metric_that_is_chosen(fresh: Any) -> None:
         "steps=4",
         "steps=8",
         "heun steps=8",
-    ]  # the broken run is as good and faster, and failed
+    ]  # the broken run is equally good and faster, but failed
     assert fronts["distance"][1] == fronts["top1"][1]
     assert fresh.get_log("browser") == []
 
@@ -141,7 +141,7 @@ def test_nothing_overflows(fresh: Any, width: int, scheme: str) -> None:
 
 
 def opened(browser: Any, make: Callable[[Path], Any], folder: Path) -> Iterator[Any]:
-    """The page of a tree that is made in a folder; afterwards the one that was open."""
+    """Open the page of a tree that is made in a folder; go back to the earlier page afterwards."""
     before = browser.current_url
     make(folder)
     assert dispatch(["task=report", f"runs={folder}"]) == 0
@@ -152,7 +152,7 @@ def opened(browser: Any, make: Callable[[Path], Any], folder: Path) -> Iterator[
 
 @pytest.fixture
 def loads(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    """The page of `make_loads`; the other one afterwards."""
+    """Open the page of `make_loads`; go back to the earlier page afterwards."""
     yield from opened(browser, make_loads, tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_a_line_for_each_configuration_bends_where_requests_come_faster_than_ans
 
 @pytest.fixture
 def caches(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    """The page of `make_caches`; the other one afterwards."""
+    """Open the page of `make_caches`; go back to the earlier page afterwards."""
     yield from opened(browser, make_caches, tmp_path)
 
 

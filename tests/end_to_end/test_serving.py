@@ -1,4 +1,4 @@
-"""A running engine of two ranks: it draws, refuses, reports, cancels, sleeps, and ends; foreign bytes do not end it."""
+"""A running engine of two ranks generates, refuses, reports, cancels, sleeps and ends; foreign bytes do not end it."""
 
 import os
 import threading
@@ -51,7 +51,7 @@ def request(generator: DiffusionGenerator, **changes: object) -> GenerationReque
 
 
 def answer(connection: Connection) -> GenerationResult | Failure:
-    """The next answer that is not progress."""
+    """Return the next answer that is not a progress message."""
     while True:
         message, _ = connection.receive()
         if isinstance(message, GenerationResult | Failure):
@@ -59,7 +59,7 @@ def answer(connection: Connection) -> GenerationResult | Failure:
 
 
 def runs(connection: Connection) -> bool:
-    """Whether the next message tells of work."""
+    """Return whether the next message reports work."""
     message, _ = connection.receive()
     return isinstance(message, Progress) and message.stage != QUEUED
 
@@ -252,7 +252,7 @@ def test_idle_ranks_sleep(generator: DiffusionGenerator) -> None:
 
 
 def test_a_shutdown_finishes_what_runs_answers_what_waits_and_leaves_nothing(generator: DiffusionGenerator) -> None:
-    """Last in this file: the engine is gone after it."""
+    """This is the last test in this file: the engine has ended after it."""
     assert generator.info is not None
     pids, folder = generator.info.pids, addresses(generator).folder
     with connected(generator) as connection:

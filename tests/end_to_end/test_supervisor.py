@@ -1,5 +1,6 @@
-"""Real ranks that are killed, stopped, raise or run out of memory under a server: each request has its one answer in
-time, what waited is drawn by new ranks, and nothing is left.
+"""Real ranks are killed, stopped, raise or run out of memory under a server.
+
+Each request gets its one answer in time, new ranks generate what waited, and no process is left.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from tests.fixtures.faults import poisoned
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 LONG = 10_000
-ANSWERED_S = 30.0  # from a fault to the typed answer, beside what launch.collective_timeout_s waits
+ANSWERED_S = 30.0  # from a fault to the typed answer, beyond launch.collective_timeout_s
 WAITING_S = 3.0
 FLOOR = 1e-3  # of float32 pixels in [0, 1], between batches of different sizes
 
@@ -59,14 +60,14 @@ async def serving(tmp_path: Path, *overrides: str) -> AsyncIterator[Supervisor]:
 
 
 def submitted(supervisor: Supervisor, name: str, *prompts: str, steps: int = 2) -> Job:
-    """A request whose pictures are drawn in one batch."""
+    """Return a request whose images are generated in one batch."""
     request = to_message(supervisor._config.request)
     changes = {"request_id": name, "prompts": list(prompts), "steps": steps, "batch_size": len(prompts)}
     return supervisor.submit(msgspec.structs.replace(request, **changes))
 
 
 async def drawing(supervisor: Supervisor, number: int) -> list[Job]:
-    """Requests that fill both replicas and take for ever."""
+    """Submit requests that fill both replicas and never end."""
     jobs = [submitted(supervisor, f"lost {number}{n}", "rocket", "pizza", steps=LONG) for n in "ab"]
     await until(lambda: all(job.done > 0 for job in jobs))
     return jobs
@@ -78,7 +79,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def failure_of(job: Job, limit_s: float = ANSWERED_S) -> Failure:
-    """The failure of a job that is answered in time."""
+    """Return the failure of a job, which must be answered in time."""
     began = time.monotonic()
     await asyncio.wait_for(job.wait(), limit_s)
     print(f"{job.request.request_id}: {job.failure} after {time.monotonic() - began:.1f} s")
@@ -87,13 +88,13 @@ async def failure_of(job: Job, limit_s: float = ANSWERED_S) -> Failure:
 
 
 def rank(supervisor: Supervisor, number: int) -> int:
-    """Its process id."""
+    """Return the process id of a rank."""
     assert supervisor.info is not None
     return supervisor.info.pids[number]
 
 
 async def drawn_as_ever(supervisor: Supervisor, waiting: list[Job]) -> None:
-    """The new ranks draw what waited, and draw it as they draw it again."""
+    """The new ranks generate what waited, and generate it again with the same pixels."""
     for job in waiting:
         await job.wait()
         assert job.state == "done", job.failure
@@ -146,7 +147,7 @@ async def test_ranks_that_are_stopped_are_found_and_replaced(tmp_path: Path) -> 
         for number, says in ((1, "rank 0 reported nothing of its requests for 3 s"), (0, "rank 0 answered no ping")):
             lost = await drawing(supervisor, number)
             waiting = submitted(supervisor, f"waits {number}", "pizza")
-            supervisor._config.launch.collective_timeout_s = WAITING_S if number else 600.0  # the pings find rank 0
+            supervisor._config.launch.collective_timeout_s = WAITING_S if number else 600.0  # the pings reach rank 0
             os.kill(rank(supervisor, number), signal.SIGSTOP)
             failures = [await failure_of(job) for job in lost]
             assert all(failure.kind == "failed" and says in failure.message for failure in failures)

@@ -12,7 +12,11 @@ import yaml
 from harness.records.record import CUT_OFF, load, read_status
 from tests.fixtures.commands import LIMIT_S, inspect, processes_about, record_of, run, started, wait_for
 
-HERE = ["launch.mode=inprocess", "launch.threads_per_rank=1", "request.prompt=rocket"]  # torch is imported once a sweep
+HERE = [
+    "launch.mode=inprocess",
+    "launch.threads_per_rank=1",
+    "request.prompt=rocket",
+]  # imports torch once
 
 
 def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +29,7 @@ def jobs(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two solvers times two step counts, mirrored to wandb offline."""
+    """Return the folder of a sweep of two solvers and two step counts, with wandb in offline mode."""
     folder = tmp_path_factory.mktemp("sweep") / "four"
     measured = ["task=bench", "task.repeats=2", f"task.references={folder.parent / 'references'}"]
     mirrored = ["logger=default", "logger.wandb.mode=offline"]
@@ -137,7 +141,7 @@ SWEEPS = (
 
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_ends_with_every_row_once(tmp_path: Path) -> None:
-    """24 jobs over model, family, solver, steps, attention and layout; one cannot run, and one command is killed."""
+    """24 jobs over model, family, solver, steps, attention and layout: one cannot run, and one command is killed."""
     folder = tmp_path / "sweep"
     common = [sys.executable, "-m", "harness", "-m", "launch.threads_per_rank=1", "request.prompt=rocket"]
     commands = [[*common, "logger=json", f"hydra.sweep.dir={folder}", *axes] for axes in SWEEPS]
@@ -167,7 +171,7 @@ def test_a_sweep_that_was_killed_ends_with_every_row_once(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_launcher_may_run_the_jobs_in_processes_of_its_own(tmp_path: Path) -> None:
-    """As on a cluster: submitit pickles each job, and what came of it is read back from the sweep's folder."""
+    """As on a cluster: submitit pickles each job, and its result is read back from the sweep's folder."""
     pytest.importorskip("submitit", reason="pip install 'triptych[slurm]'")
     overrides = ["hydra/launcher=submitit_local", "logger=json", "request.steps=1", "request.height=64,65"]
     done = sweep(tmp_path / "sweep", *overrides, "launch.mode=torchrun", "parallel=dp2")
@@ -180,7 +184,7 @@ def test_a_launcher_may_run_the_jobs_in_processes_of_its_own(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_sweeper_that_searches_is_told_what_each_job_took(tmp_path: Path) -> None:
-    """Optuna's: its best trial is the job with the smallest median, a refused one being no candidate."""
+    """The best trial of Optuna is the job with the smallest median; a refused job is no candidate."""
     pytest.importorskip("optuna", reason="pip install 'triptych[optuna]'")
     folder = tmp_path / "search"
     search = [

@@ -1,4 +1,4 @@
-"""What a sweeper of Hydra's is told of a job."""
+"""The value of a job that a sweeper of Hydra receives."""
 
 import math
 from pathlib import Path

@@ -69,7 +69,7 @@ def test_messages_come_back_as_sent(message: Message) -> None:
 @pytest.mark.parametrize("dtype", ["float32"])
 def test_arrays_come_back_bit_for_bit(dtype: str) -> None:
     whole = (np.random.default_rng(0).normal(size=(3, 16, 8)) * 100).astype(dtype)
-    turned = whole.transpose(0, 2, 1)  # not contiguous: frames are C order whatever the memory was
+    turned = whole.transpose(0, 2, 1)  # not contiguous: frames have C order whatever the memory layout was
     refs = [ArrayRef(1, dtype, (3, 16, 8)), ArrayRef(2, dtype, (3, 8, 16))]
     samples = [SampleResult(k, "", k, ref) for k, ref in enumerate(refs)]
     frames = unpack(pack(encode(GenerationResult("a", samples, [], 0.0), [whole, turned])))
@@ -164,7 +164,7 @@ def test_endless_nesting_is_refused(opening: bytes) -> None:
     ids=str,
 )
 def test_other_msgpack_is_refused_or_harmless(fields: object) -> None:
-    """A wrong type or a missing field is refused; a field too many is ignored, so that a newer client may send it."""
+    """A wrong type or a missing field is refused; an unknown field is ignored, so that a newer client may send it."""
     data = msgspec.msgpack.encode(fields)
     if isinstance(fields, dict) and fields.get("type") == "Ping":
         assert decode([data]) == Ping()

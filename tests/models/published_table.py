@@ -1,4 +1,4 @@
-"""Writes the README's table of published checkpoints: python -m tests.models.published_table."""
+"""Write the README's table of published checkpoints: `python -m tests.models.published_table`."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ HEADER = "| `model=` | published as | network of diffusers | parameters | tensor
 
 
 def table() -> str:
-    """The table, one row a checkpoint."""
+    """Return the table, one row for each checkpoint."""
     return "\n".join([HEADER, "|---|---|---|---|---|---|", *(row(name) for name in CHECKPOINTS)])
 
 
 def row(name: str) -> str:
-    """One checkpoint: sizes, and how many names or shapes of either side have no partner."""
+    """Return the row of one checkpoint: sizes, and how many names or shapes of either library have no partner."""
     found = pair(name)
     prefix = "" if found.names.pairs else f"{next(iter(found.ours.state_dict())).partition('.')[0]}."
     mine = {(key.removeprefix(prefix), tuple(t.shape)) for key, t in found.ours.state_dict().items()}
@@ -34,7 +34,7 @@ def row(name: str) -> str:
 
 
 def main() -> None:
-    """Replaces the table between the README's markers."""
+    """Replace the table between the README's markers."""
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")

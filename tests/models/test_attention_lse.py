@@ -8,12 +8,12 @@ from models.attention.lse import WITH_LSE, lse_kernel, merge
 from models.registry import resolve_backend
 from tests.fixtures.models.attention_cases import assert_within, exact, mask_of, tensors
 
-FUSED = ("flash",)  # keep their scores in float32; flex runs unfused where log-sum-exp is asked of a CPU
+FUSED = ("flash",)  # keep their scores in float32; flex runs unfused where log-sum-exp is needed on a CPU
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # flex warns where it is not compiled
 
 
 def in_parts(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cuts: list[int]) -> tuple[Tensor, Tensor]:
-    """Keys in parts of their own, as a ring brings them, merged one after the other."""
+    """Attend to keys part by part, as a ring brings them, and merge one part after the other."""
     found = None
     for start, stop in zip([0, *cuts], [*cuts, k.shape[1]], strict=True):
         keep = slice(start, stop)
@@ -33,7 +33,7 @@ def score_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     ("name", "queries", "keys"),
     [
         *((name, *sizes) for name in ("math", "flash") for sizes in ((1, 1), (9, 41), (130, 257))),
-        pytest.param("flex", 9, 41, marks=pytest.mark.slow),  # which traces every kind of size anew
+        pytest.param("flex", 9, 41, marks=pytest.mark.slow),  # which traces every kind of size again
     ],
 )
 def test_parts_merge_into_one_softmax(name: str, dtype: torch.dtype, kind: str, queries: int, keys: int) -> None:

@@ -1,4 +1,4 @@
-"""Every backend that a CPU runs, on shapes and scores drawn from a seed, on long sequences and on extreme logits."""
+"""Every backend that a CPU runs, on random shapes and scores, on long sequences and on extreme logits."""
 
 import random
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ DTYPES = {
     "math": (torch.float64, torch.float32, torch.bfloat16),
     "sdpa": (torch.float64, torch.float32, torch.bfloat16),
     "flash": (torch.float64, torch.float32, torch.bfloat16),
-    "flex": (torch.float64,),  # the one in which it compiles nothing; its log-sum-exp compiles in none
+    "flex": (torch.float64,),  # the dtype in which it compiles nothing; its log-sum-exp compiles in no dtype
 }
 EACH = [
     pytest.param(backend, dtype, marks=[pytest.mark.slow] if backend == "flex" else [])  # it traces each kind of size
     for backend, dtypes in DTYPES.items()
     for dtype in dtypes
 ]
-LARGEST = 30.0  # score of the reference in bfloat16, which keeps it in that; of more it knows no single weight
+LARGEST = 30.0  # the largest score of the reference in bfloat16; above it no single weight is exact
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # flex warns where it is not compiled
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one attention, the mask's kind, and the scale of its scores."""
+    """The sizes of one attention, the mask's kind, and the scale of its scores."""
 
     batch: int
     queries: int
@@ -39,7 +39,7 @@ class Shape:
 
 
 def drawn(seed: int) -> Shape:
-    """Any sizes: one token and hundreds, odd ones, widths that no kernel has."""
+    """Return random sizes: one token and hundreds, odd ones, widths that no kernel has."""
     any_of = random.Random(seed)
     mask, scale = any_of.choice(("none", "random", "tail", "empty")), any_of.choice((0.1, 1.0, 30.0, 1e4))
     small, large = any_of.randint(1, 9), any_of.randint(1, 300)
@@ -48,7 +48,7 @@ def drawn(seed: int) -> Shape:
 
 
 def assert_agrees(backend: str, dtype: torch.dtype, shape: Shape) -> None:
-    """With the reference in float64, as far as rounding lets it: the output, and the log-sum-exp where there is one."""
+    """The output, and the log-sum-exp where there is one, agree with float64 as far as rounding allows."""
     sizes = (shape.queries, shape.keys, shape.width)
     scale = min(shape.scale, LARGEST) if (backend, dtype) == ("math", torch.bfloat16) else shape.scale
     q, k, v = tensors(*sizes, dtype, scale, shape.batch, shape.heads)
@@ -75,7 +75,7 @@ def test_random_shapes(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("backend", "dtype"), EACH, ids=str)
 @pytest.mark.parametrize("mask", ["none", "random"])
 def test_as_many_queries_as_keys_in_a_long_sequence(backend: str, dtype: torch.dtype, mask: str) -> None:
-    """A picture's tokens attend to one another; odd, and no multiple of any kernel's block."""
+    """An image's tokens attend to one another; their number is odd and no multiple of any kernel's block."""
     assert_agrees(backend, dtype, Shape(1, 4099, 4099, 1, 24, mask, 2.0))
 
 
@@ -87,5 +87,5 @@ def test_a_long_sequence(backend: str) -> None:
 @pytest.mark.parametrize(("backend", "dtype"), EACH, ids=str)
 @pytest.mark.parametrize("mask", ["none", "empty"])
 def test_logits_of_ten_thousands(backend: str, dtype: torch.dtype, mask: str) -> None:
-    """Both signs; exp of them is infinite and nothing in any dtype."""
+    """Logits of both signs; their exponentials are infinite and zero in every dtype."""
     assert_agrees(backend, dtype, Shape(2, 33, 129, 2, 72, mask, 1e4))

@@ -1,4 +1,4 @@
-"""A class-conditional checkpoint that diffusers saved is drawn as diffusers draws it, from classes to pixels."""
+"""A class-conditional checkpoint saved by diffusers gives diffusers' images, from classes to pixels."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +54,7 @@ def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
 
 
 def draw(peer: DiTPipeline, prompt: str, seed: int, guidance: float, steps: int = STEPS) -> np.ndarray:
-    """diffusers' own pipeline; it draws its noise from the generator, as seeded_noise does."""
+    """Run diffusers' own pipeline; it takes its noise from the generator, as seeded_noise does."""
     label = int(prompt) if prompt.isdecimal() else peer.get_label_ids([prompt])[0]
     noise = torch.Generator().manual_seed(seed)
     images = peer([label], guidance, noise, num_inference_steps=steps, output_type="np").images
@@ -106,7 +106,7 @@ def test_an_unknown_class_is_refused_with_the_nearest(engine: DiffusionGenerator
 def ancestral(
     peer: DiTPipeline, label: int, guidance: float, steps: int, monkeypatch: pytest.MonkeyPatch, **options: object
 ) -> Tensor:
-    """DDPM's loop by hand: eps guided, the variance that of the class, noise of each step as this harness draws it."""
+    """Run DDPM's loop by hand: eps guided, the variance of the class, and this harness's noise in each step."""
     scheduler = DDPMScheduler(variance_type="learned_range", **LINEAR, **options)
     scheduler.set_timesteps(steps)
     drawn = iter(range(steps))

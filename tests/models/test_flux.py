@@ -63,7 +63,7 @@ def inputs(config: dict[str, object], batch: int, height: int, width: int) -> tu
 
 
 def expected(theirs: FluxTransformer2DModel, latent: Tensor, tau: Tensor, told: Conditioning) -> Tensor:
-    """As diffusers' pipeline calls its network: packed latents, positions handed in, a thousandth of tau."""
+    """Call the network as diffusers' pipeline does: packed latents, positions as inputs, a thousandth of tau."""
     batch, channels, height, width = latent.shape
     packed = FluxPipeline._pack_latents(latent, batch, channels, height, width)
     places = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, latent.device, latent.dtype)
@@ -127,7 +127,7 @@ def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
 
 
 def test_bfloat16_keeps_near_times_and_scales_apart(tmp_path: Path) -> None:
-    """diffusers tells 900 and 901 as one number in bfloat16, whose steps are 4 there."""
+    """diffusers sees 900 and 901 as one number in bfloat16, whose steps are 4 there."""
     ours = our(their(TINY), tmp_path, dtype=torch.bfloat16)
     latent, _, told = inputs(TINY, 1, 6, 10)
     told = replace(told.to(torch.bfloat16), scale=torch.tensor([3.5]))
@@ -145,7 +145,7 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers_is(tmp_path: Path) -> None:
     ours = our(theirs, tmp_path, dtype=torch.bfloat16)
     latent, tau, told = inputs(TINY, 3, 6, 10)
     tau = torch.tensor([250.0, 500.0, 1000.0])  # bfloat16 has these, and a thousand times those, so that the rounding
-    told = replace(told, scale=torch.tensor([1.0, 2.0, 4.0]))  # of what is told plays no part
+    told = replace(told, scale=torch.tensor([1.0, 2.0, 4.0]))  # of the inputs plays no part
     with torch.no_grad():
         exact = expected(theirs, latent, tau, told)
         mine = rel_l2(ours(latent.bfloat16(), tau, told.to(torch.bfloat16)).float(), exact)

@@ -1,4 +1,4 @@
-"""Triptych and diffusers' FluxPipeline draw the same pictures from the same saved checkpoint and noise."""
+"""Triptych and diffusers' FluxPipeline generate the same images from the same saved checkpoint and noise."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tests.fixtures.models.flux import checkpoint
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 HEIGHT, WIDTH, SEED = 40, 24, 5
 LONG = "a red fox under a blue sky with one white cloud, beside a green pear and a yellow lemon, in deep winter snow"
-PROMPTS = ["fox", LONG]  # one that is padded, one that both encoders cut
+PROMPTS = ["fox", LONG]  # one that is padded, one that both encoders truncate
 NEGATIVE = "blurry"
 
 
@@ -50,7 +50,7 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
 
 
 def theirs(peer: FluxPipeline, prompt: str, seed: int, steps: int, told: float, guided: float = 1.0) -> Tensor:
-    """diffusers' picture; `told` is the scale that a distilled network is told, `guided` classifier-free guidance."""
+    """Return diffusers' image; `told` is the embedded guidance scale, `guided` is classifier-free guidance."""
     height, width = HEIGHT // STRIDE, WIDTH // STRIDE
     noise = FluxPipeline._pack_latents(seeded_noise(seed, (4, height, width))[None], 1, 4, height, width)
     return peer(
@@ -86,14 +86,14 @@ def test_pictures_of_a_distilled_network_are_diffusers_own(dev: Case, steps: int
 
 @pytest.mark.parametrize(("steps", "guidance"), [(4, 1.0), (4, 2.5)])
 def test_pictures_of_schnell_are_diffusers_own(schnell: Case, steps: int, guidance: float) -> None:
-    """Guidance is classifier-free where the network is not told it."""
+    """Guidance is classifier-free where the network has no embedded scale."""
     drawn = ours(schnell.generator, steps=steps, guidance=guidance)
     for k, prompt in enumerate(PROMPTS):
         assert apart(drawn[k], theirs(schnell.peer, prompt, SEED + k, steps, 0.0, guided=guidance)) < BOUND
 
 
 def test_the_comparison_sees_all_that_is_asked(dev: Case, schnell: Case) -> None:
-    """What is compared depends on what is asked by far more than the bound."""
+    """The result depends on every field of the request by far more than the bound."""
     of_both = ({"prompts": ["pear", "pear"]}, {"guidance": 2.0}, {"seed": SEED + 1}, {"steps": 5})
     for case, changes in ((dev, of_both), (schnell, (*of_both, {"negative_prompt": "red"}))):
         plain = ours(case.generator, steps=4, guidance=3.5)[0]

@@ -45,7 +45,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def lookalike(name: str, folder: Path) -> Path:
-    """A checkpoint in a published one's layout, whose weights are one number a component: enough for a launcher."""
+    """Write a checkpoint in a published layout; its weights are one number a component, enough for a launcher."""
     shutil.copytree(PUBLISHED / name, folder)
     for config in folder.glob("*/config.json"):
         stem = "model" if config.parent.name.startswith("text") else "diffusion_pytorch_model"
@@ -58,7 +58,7 @@ def lookalike(name: str, folder: Path) -> Path:
 
 
 def loaded(*overrides: str) -> tuple[Components, dict[str, str]]:
-    """The components of a configuration, and the dtype of each that was loaded."""
+    """Return the components of a configuration, and the dtype of each that was loaded."""
     source = source_of(compose_run(overrides).config, torch.device("cpu"))
     parts = load(source, torch.nn.functional.scaled_dot_product_attention)  # type: ignore[arg-type]
     parts.load_prompts()
@@ -66,7 +66,7 @@ def loaded(*overrides: str) -> tuple[Components, dict[str, str]]:
 
 
 def networks(*overrides: str) -> list[nn.Module]:
-    """The denoiser, the VAE and the text encoder of a configuration."""
+    """Return the denoiser, the VAE and the text encoder of a configuration."""
     parts, _ = loaded(*overrides)
     return [parts.network, parts.decoder.vae, parts.load_prompts().encoder]  # type: ignore[attr-defined]
 
@@ -134,7 +134,7 @@ def test_a_component_is_replaced(name: str, as_file: bool, tmp_path: Path) -> No
     tensors = {key: tensor * 1.5 for key, tensor in load_file(file).items()}
     save_file(tensors, file)
     path = file
-    if as_file:  # away from its config.json: it takes the checkpoint's own
+    if as_file:  # away from its config.json: it uses the checkpoint's own
         path = tmp_path / "alone.safetensors"
         shutil.move(file, path)
     found = networks(f"model.{name}.path={path if as_file else other}")
@@ -297,7 +297,7 @@ def test_all_missing_components_are_named(copy: Path) -> None:
 
 
 def shards(folder: Path, count: int = 3) -> list[Path]:
-    """Cuts a component's weights into shards."""
+    """Split a component's weights into several files."""
     file = next(folder.glob("*.safetensors"))
     tensors = load_file(file)
     file.unlink()
@@ -457,7 +457,7 @@ def test_a_tensor_of_many_pieces_is_itself(stored: torch.dtype, wanted: torch.dt
 
 
 def test_building_touches_no_memory() -> None:
-    """A network of 400 MB that is never written takes none of it."""
+    """A network of 400 MB that is never written takes no memory."""
 
     def resident() -> int:
         status = Path("/proc/self/status").read_text()

@@ -1,9 +1,9 @@
-"""Loading takes the memory of the weights, and at most 0.15 of them more, whatever dtype they are stored in.
+"""Loading takes the memory of the weights and at most 0.15 of them more, whatever dtype they are stored in.
 
-A rank of two that share the linears has half of them, and takes no more than its half.
+A rank of two that share the linears holds half of them, and takes no more than its half.
 
 The peak is the resident set's high-water mark (VmHWM, reset through /proc/self/clear_refs), over the baseline after
-imports, in a child process a case.
+imports, in one child process for each case.
 """
 
 import json
@@ -45,7 +45,7 @@ pytestmark = [
 
 
 def cut(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
-    """Saves a denoiser's tensors in one file or in shards."""
+    """Save a denoiser's tensors in one file or in several."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_json(PIXART)))
     if shards == 1:
@@ -61,7 +61,7 @@ def cut(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
 
 
 def make(kind: str, stored: torch.dtype, shards: int, folder: Path) -> None:
-    """Random weights of one kind of network."""
+    """Save random weights of one kind of network."""
     build = {
         "pixart": lambda: PixArt(PIXART),
         "pixart_half": lambda: PixArt(PIXART),

@@ -1,6 +1,6 @@
 """Low-rank updates are W + weight * (alpha / rank) * B A, by whatever names a trainer wrote.
 
-The other side is a checkpoint whose weights were updated by hand, in diffusers' names.
+The reference is a checkpoint whose weights were updated by hand, in diffusers' names.
 """
 
 import json
@@ -68,7 +68,7 @@ CLIP = CLIPTextConfig(
 
 
 def save(network: ModelMixin, folder: Path, added: Mapping[str, Tensor] | None = None) -> Path:
-    """A network's checkpoint, with its weights updated by hand."""
+    """Save a network's checkpoint with its weights updated by hand."""
     network.save_pretrained(folder)
     file = next(folder.glob("*.safetensors"))
     tensors = load_file(file)
@@ -81,8 +81,9 @@ def save(network: ModelMixin, folder: Path, added: Mapping[str, Tensor] | None =
 def save_clip(
     encoder: CLIPTextModel, folder: Path, added: Mapping[str, Tensor] | None = None, flat: bool = False
 ) -> None:
-    """A text encoder's checkpoint, as CLIP's are published, or `flat` without what their names begin with; the denoiser
-    beside it is one number.
+    """Save a text encoder's checkpoint as CLIP's are published, or `flat` without the prefix of their names.
+
+    The denoiser beside it is one number.
     """
     encoder.save_pretrained(folder / "text_encoder")
     file = folder / "text_encoder" / "model.safetensors"
@@ -96,14 +97,14 @@ def save_clip(
 
 
 def apart(ours: nn.Module, theirs: nn.Module) -> float:
-    """The largest relative difference between parameters of one name."""
+    """Return the largest relative difference between parameters of one name."""
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
     assert mine.keys() == other.keys()
     return max(rel_l2(mine[name].detach().float(), other[name].detach().float()) for name in mine)
 
 
 def moved(added: Mapping[str, Tensor], network: nn.Module) -> bool:
-    """Every update is a sizeable part of what it is added to, so that leaving one out is seen."""
+    """Return whether every update is a sizeable part of its target, so that a missing one is seen."""
     return all(float(update.norm()) > 0.05 for update in added.values()) and len(added) > 0
 
 
@@ -112,7 +113,7 @@ def moved(added: Mapping[str, Tensor], network: nn.Module) -> bool:
 
 @pytest.fixture
 def by_hand(tmp_path: Path) -> Callable[[Mapping[str, Tensor]], Source]:
-    """The shipped checkpoint with its denoiser updated by hand."""
+    """Return the shipped checkpoint with its denoiser updated by hand."""
 
     def make(added: Mapping[str, Tensor]) -> Source:
         folder = Path(shutil.copytree(EMOJI, tmp_path / "by_hand"))
@@ -211,7 +212,7 @@ def test_what_peft_says_of_the_scale_counts(
 def test_a_picture_is_that_of_the_updated_weights(
     by_hand: Callable[[Mapping[str, Tensor]], Source], tmp_path: Path
 ) -> None:
-    """From the command line's own words to pixels, the denoiser and the text encoder updated from one file."""
+    """From the command line to pixels, with the denoiser and the text encoder updated from one file."""
     made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
     stored = load_file(EMOJI / "text_encoder" / "model.safetensors")
     name = "encoder.block.0.layer.0.SelfAttention.v.weight"
@@ -308,7 +309,7 @@ SGM = {  # the first publisher's names of SDXL's layers, and diffusers'
 
 
 def test_sdxl_in_its_first_publishers_names(unet: UNet2DConditionModel, tmp_path: Path) -> None:
-    """With a text encoder of kohya's in the same file, each layer with an alpha of its own."""
+    """A text encoder of kohya is in the same file, and each layer has its own alpha."""
     shapes, made, encoder = dict(layers_of(unet)), Made(), CLIPTextModel(CLIP)
     for number, (theirs, ours) in enumerate(SGM.items()):
         made.layer(f"{ours}.weight", shapes[ours], f"lora_unet_{theirs}", 2 + number % 3, 0.5 + number, KOHYA)
@@ -335,7 +336,7 @@ def test_sdxl_in_its_first_publishers_names(unet: UNet2DConditionModel, tmp_path
 
 
 def encoders(made: Made, tmp_path: Path, flat: bool = False, dtype: torch.dtype = torch.float32) -> list[nn.Module]:
-    """A text encoder with a file's updates, with the same by hand, and with none."""
+    """Return a text encoder with a file's updates, one with the same by hand, and one with none."""
     torch.manual_seed(0)
     encoder = CLIPTextModel(CLIP)
     save_clip(encoder, tmp_path / "base", flat=flat)
@@ -364,7 +365,7 @@ def test_a_text_encoder_is_updated(spell: Callable[[str], str], flat: bool, dtyp
         layer = f"text_model.encoder.layers.0.{part}"
         made.layer(f"{layer}.weight", shape, spell(layer), 2, 1.5, KOHYA)
     ours, hand, plain = encoders(made, tmp_path, flat, dtype)
-    assert apart(ours, hand) < (1e-6 if dtype is torch.float32 else 2e-3)  # a float32 sum may round to either side
+    assert apart(ours, hand) < (1e-6 if dtype is torch.float32 else 2e-3)  # a float32 sum may round up or down
     assert apart(ours, plain) > 0.05
     assert {p.dtype for p in ours.parameters()} == {dtype}
 
@@ -445,7 +446,7 @@ def test_wan_in_its_publishers_names(tmp_path: Path) -> None:
     ["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q", "lora_te1_text_projection"],
 )
 def test_what_a_conversion_drops_is_refused(stray: str, tmp_path: Path) -> None:
-    """diffusers' conversion leaves a T5's update, or a projection's, out with a line in a log."""
+    """diffusers' conversion drops the update of a T5 or a projection, with one line in a log."""
     network, made = tiny(FluxTransformer2DModel, FLUX), Made()
     flux_lora(made, "lora_unet_")
     made.layer("-", (16, 16), stray, ends=KOHYA, alpha=3.0)

@@ -1,4 +1,4 @@
-"""Merged updates draw what diffusers and PEFT draw with the same file; only where PEFT, the peer, is installed."""
+"""Merged updates give what diffusers and PEFT give with the same file; runs only where PEFT is installed."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ BOUND = 1e-5
 
 
 def liven(network: nn.Module) -> None:
-    """PEFT starts with B = 0."""
+    """Give B random numbers: PEFT starts with B = 0."""
     generator = torch.Generator().manual_seed(5)
     for name, parameter in network.named_parameters():
         if "lora_B" in name:
@@ -28,7 +28,7 @@ def liven(network: nn.Module) -> None:
 
 
 def settings(rslora: bool, layers: list[str]) -> peft.LoraConfig:
-    """Ranks and alphas that differ between layers."""
+    """Return ranks and alphas that differ between layers."""
     return peft.LoraConfig(
         r=4,
         lora_alpha=6,
@@ -87,7 +87,7 @@ def test_a_unet_that_diffusers_saved(rslora: bool, weight: float, tmp_path: Path
 
 
 def test_kohyas_unet_as_diffusers_loads_it(tmp_path: Path) -> None:
-    """One alpha for all: where they differ, diffusers 0.42 gives attention the commonest one, with a warning."""
+    """One alpha for all layers: where they differ, diffusers 0.42 gives attention the commonest one, with a warning."""
     theirs, inputs = unets(tmp_path)
     made = Made()
     for number, (name, shape) in enumerate(unet_layers(theirs)):

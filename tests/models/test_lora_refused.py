@@ -117,7 +117,7 @@ def test_random_weights_say_that_a_lora_has_no_effect(tmp_path: Path) -> None:
 
 
 def test_an_update_is_read_and_checked_once_for_all_its_components(tmp_path: Path) -> None:
-    """A VAE asks for none, whatever the file says."""
+    """A VAE takes no update, whatever the file contains."""
     made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
     source = Source(EMOJI, loras=(made.save(tmp_path / "a.safetensors"),))
     assert updates_of(source, "vae") == {}

@@ -35,7 +35,7 @@ CONFIGS = {
 
 
 def their(config: PixArtConfig) -> PixArtTransformer2DModel:
-    """diffusers' network with random weights everywhere, biases and tables too."""
+    """Make diffusers' network with random weights everywhere, biases and tables too."""
     network = PixArtTransformer2DModel.from_config(config_json(config)).eval()
     randomize(network)
     return network
@@ -48,7 +48,7 @@ def our(theirs: PixArtTransformer2DModel, config: PixArtConfig, backend: str = "
 
 
 def inputs(config: PixArtConfig, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A latent, times, text states, and a mask that hides another number of tokens of each prompt."""
+    """Return a latent, times, text states, and a mask that hides another number of tokens of each prompt."""
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(batch, config.in_channels, height, width, generator=generator)
     text = torch.randn(batch, 7, config.text_channels, generator=generator)
@@ -57,7 +57,7 @@ def inputs(config: PixArtConfig, batch: int, height: int, width: int) -> tuple[T
 
 
 def told(config: PixArtConfig, latent: Tensor) -> dict[str, Tensor | None]:
-    """What diffusers' pipeline tells of a picture's size, in pixels."""
+    """Return the image's size in pixels as diffusers' pipeline passes it."""
     if not config.told_size:
         return {"resolution": None, "aspect_ratio": None}
     height, width = (float(side * config.stride) for side in latent.shape[-2:])
@@ -89,7 +89,7 @@ def test_parity_with_diffusers(name: str, batch: int, masked: bool, backend: str
 
 
 def test_every_input_matters() -> None:
-    """Parity means nothing where the output does not depend on what is compared."""
+    """Parity proves nothing where the output does not depend on what is compared."""
     network = our(their(SMALL), SMALL)
     latent, tau, text, mask = inputs(SMALL, 3, 8, 8)
     other = torch.randn(text.shape, generator=torch.Generator().manual_seed(2))
@@ -124,7 +124,7 @@ def test_the_names_are_a_bijection(name: str) -> None:
 
 
 def test_the_network_sees_its_size() -> None:
-    """The same latent, told that it is of a larger picture, gives another output; wide is not tall."""
+    """The same latent with the size of a larger image gives another output; wide differs from tall."""
     config = CONFIGS["told its size"]
     network = our(their(config), config)
     latent, tau, text, mask = inputs(config, 1, 16, 16)
@@ -184,7 +184,7 @@ def test_large_checkpoints_scale_their_positions_unless_told(tmp_path: Path) -> 
 
 
 def test_older_files_name_another_class_and_say_nothing_of_sizes(tmp_path: Path) -> None:
-    """diffusers' rule for a config without use_additional_conditions: a sample size of 128 means that they are told."""
+    """diffusers' rule without use_additional_conditions: at a sample size of 128 the network gets sizes."""
     config = PixArtConfig(1, 2, 12, 4, 8, 2, 128, 8, position_scale=2.0)
     for sample_size, told_size in ((128, True), (64, False), (256, False)):
         raw = config_json(config) | {"_class_name": "Transformer2DModel", "sample_size": sample_size}

@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-Sigma checkpoints that diffusers saved are drawn as diffusers draws them, words to pixels."""
+"""PixArt-alpha and PixArt-Sigma checkpoints saved by diffusers give diffusers' images, from words to pixels."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ ASKED = {"negative_prompt": NEGATIVE, "steps": STEPS, "guidance": GUIDANCE, "hei
 
 @dataclass(frozen=True)
 class Both:
-    """One checkpoint in both worlds."""
+    """One checkpoint in both libraries."""
 
     name: str
     folder: Path
@@ -64,7 +64,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def draw(both: Both, prompt: str, seed: int, **changes: Any) -> np.ndarray:
-    """diffusers' own pipeline, given this harness' noise."""
+    """Run diffusers' own pipeline with this harness's noise."""
     asked = ASKED | changes
     height, width = asked["height"], asked["width"]
     images = both.peer(
@@ -118,14 +118,14 @@ def test_the_comparison_sees_what_is_asked(both: Both) -> None:
 
 
 def test_only_the_network_of_1024_pixels_is_told_sizes(both: Both) -> None:
-    """Of the latent's pixels and the decoder's stride, which diffusers' pipeline counts in pixels too."""
+    """The size counts the latent's pixels and the decoder's stride; diffusers' pipeline counts in image pixels too."""
     parts = load(Source(both.folder, text_tokens=TOKENS), sdpa_attention)
     assert parts.network.config.told_size is (both.name == "pixart_alpha")
     assert (parts.network.config.stride, parts.size_multiple, parts.learned_variance) == (2, 4, True)
 
 
 def test_the_learned_variance_of_a_text_model_is_used(both: Both) -> None:
-    """By DDPM's solver, whose picture is not that of a fixed variance."""
+    """With DDPM's solver, whose image differs from that of a fixed variance."""
     pictures = []
     for variance in ("learned_range", "small"):
         ddpm = ["scheduler=ddpm", "scheduler/solver=ddpm", f"scheduler.solver.variance={variance}"]
@@ -137,7 +137,7 @@ def test_the_learned_variance_of_a_text_model_is_used(both: Both) -> None:
 
 
 def test_lower_case_is_what_the_reference_tokenizer_makes_of_a_prompt_anyway() -> None:
-    """So that the built-in model, which is loaded by the same code, draws what it drew."""
+    """The built-in model, which is loaded by the same code, still gives the same images."""
     source = Source(REFERENCE / "emoji", text_tokens=24)
     tokenizer = load_tokenizer(source, "tokenizer")
     names = (REFERENCE / "emoji" / "vocabulary.txt").read_text().splitlines()

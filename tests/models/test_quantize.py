@@ -1,5 +1,6 @@
-"""model.quantize: attention's and feed-forward's linears in 8 bits, each weight within half a step of its row's scale,
-the rest of the network as it was; refused where it cannot be, before torchao is asked.
+"""model.quantize: attention's and feed-forward's linears in 8 bits, each weight within half a step of its row's scale.
+
+The rest of the network is unchanged. What cannot be quantised is refused before torchao is imported.
 """
 
 import copy

@@ -37,7 +37,7 @@ TOKENS = 7
 
 
 def their(options: dict[str, object]) -> QwenImageTransformer2DModel:
-    """diffusers' network with random weights everywhere."""
+    """Make diffusers' network with random weights everywhere."""
     network = QwenImageTransformer2DModel(**options).eval()
     randomize(network)
     return network
@@ -49,7 +49,7 @@ def our(theirs: QwenImageTransformer2DModel, folder: Path, backend: str = "sdpa"
 
 
 def inputs(network: QwenImage, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A latent, times, text states, and a mask that hides another number of tokens of each prompt."""
+    """Return a latent, times, text states, and a mask that hides another number of tokens of each prompt."""
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(batch, network.config.latent_channels, height, width, generator=generator)
     text = torch.randn(batch, TOKENS, network.config.text_channels, generator=generator)
@@ -60,7 +60,7 @@ def inputs(network: QwenImage, batch: int, height: int, width: int) -> tuple[Ten
 def predict(
     theirs: QwenImageTransformer2DModel, latent: Tensor, tau: Tensor, text: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """diffusers' call, packed and unpacked as its pipeline does."""
+    """Call diffusers' network, with latents packed and unpacked as its pipeline does."""
     batch, channels, height, width = latent.shape
     packed = QwenImagePipeline._pack_latents(latent, batch, channels, height, width)
     shapes = [[(1, height // 2, width // 2)]] * batch
@@ -94,7 +94,7 @@ def test_large_pictures_and_late_text_have_diffusers_positions(tmp_path: Path) -
 
 
 def test_every_input_matters(tmp_path: Path) -> None:
-    """Parity means nothing where the output does not depend on what is compared."""
+    """Parity proves nothing where the output does not depend on what is compared."""
     network = our(their(SMALL), tmp_path)
     latent, tau, text, mask = inputs(network, 3, 8, 8)
     other = torch.randn(text.shape, generator=torch.Generator().manual_seed(2))
@@ -125,7 +125,7 @@ def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
 
 
 def test_bfloat16_stays_near(tmp_path: Path) -> None:
-    """As near to float32 as diffusers' network in bfloat16, whose time is rounded too."""
+    """The output is as near to float32 as that of diffusers' network in bfloat16, whose time is rounded too."""
     theirs = their(SMALL)
     ours = our(theirs, tmp_path)
     latent, tau, text, mask = inputs(ours, 3, 6, 14)

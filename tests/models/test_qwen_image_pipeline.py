@@ -1,4 +1,4 @@
-"""From a checkpoint that diffusers' QwenImagePipeline wrote, this engine draws that pipeline's pictures."""
+"""From a checkpoint that diffusers' QwenImagePipeline wrote, this engine generates that pipeline's images."""
 
 import json
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
 
 
 def draw(peer: QwenImagePipeline, prompt: str, seed: int, **changes: object) -> np.ndarray:
-    """diffusers' picture, channels first, from the noise that the engine draws for this seed."""
+    """Return diffusers' image, channels first, from the noise that the engine uses for this seed."""
     asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "true_cfg_scale": GUIDANCE}
     asked |= {"negative_prompt": NEGATIVE} | changes
     height, width = asked["height"] // 4, asked["width"] // 4
@@ -91,7 +91,7 @@ def test_a_picture_without_guidance_and_of_another_shape(engine: DiffusionGenera
 
 
 def test_the_comparison_sees_what_is_asked(engine: DiffusionGenerator) -> None:
-    """What is compared depends on what is asked by far more than the bound."""
+    """The result depends on every field of the request by far more than the bound."""
     plain = pictures(engine, prompts=PROMPTS[:1])
     changes = [{"prompts": PROMPTS[1:]}, {"guidance": 2.0}, {"seed": 12}, {"steps": 5}, {"negative_prompt": "shape"}]
     for change in changes:
@@ -109,7 +109,7 @@ def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator
 
 
 def test_noise_in_the_order_of_diffusers(peer: QwenImagePipeline) -> None:
-    """The peer draws (B, 1, C, H, W) and packs it; for one frame that is the state drawn here."""
+    """diffusers makes noise of (B, 1, C, H, W) and packs it; for one frame that is the state made here."""
     drawn = peer.prepare_latents(1, 4, HEIGHT, WIDTH, torch.float32, "cpu", torch.Generator().manual_seed(SEED))
     noise = seeded_noise(SEED, (4, HEIGHT // 4, WIDTH // 4))[None]
     assert torch.equal(drawn, QwenImagePipeline._pack_latents(noise, 1, 4, HEIGHT // 4, WIDTH // 4))
@@ -131,7 +131,7 @@ def test_text_states_are_diffusers_own(checkpoint: Path, dtype: torch.dtype) -> 
 
 
 def test_the_text_encoder_is_saved_under_the_hubs_names(checkpoint: Path) -> None:
-    """So that loading it above is loading the published files: the whole model, in names without language_model."""
+    """Loading it equals loading the published files: the whole model, in names without language_model."""
     names = set(load_file(checkpoint / "text_encoder" / "model.safetensors"))
     hub = {"model.embed_tokens.weight", "visual.patch_embed.proj.weight", "visual.merger.ln_q.weight", "lm_head.weight"}
     assert hub <= names

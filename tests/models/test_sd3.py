@@ -53,7 +53,7 @@ SIZES = ((10, 6), (2, 14), (16, 16), (22, 4))
 
 
 def their(config: dict[str, object]) -> SD3Transformer2DModel:
-    """diffusers' network with random weights everywhere, and a position table that no formula gives."""
+    """Make diffusers' network with random weights everywhere, and a position table that no formula gives."""
     network = SD3Transformer2DModel.from_config(config).eval()
     randomize(network)
     table = network.pos_embed.pos_embed
@@ -144,13 +144,13 @@ def test_names_map_one_to_one_and_the_plan_fits(name: str, tmp_path: Path) -> No
     theirs = their(CONFIGS[name])
     ours = our(theirs, tmp_path)
     assert_names_map(ours, theirs.state_dict(), NAMES)
-    if name == "3.5 medium":  # the one with every linear that the plan names
+    if name == "3.5 medium":  # the network with every linear that the plan names
         assert_plan_fits(ours, PLAN)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_random_weights_have_diffusers_own_positions(name: str, tmp_path: Path) -> None:
-    """Where no checkpoint brings a table."""
+    """Where no checkpoint brings a table, the table is diffusers' own."""
     folder = tmp_path / "transformer"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIGS[name]))

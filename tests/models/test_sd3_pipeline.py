@@ -1,4 +1,4 @@
-"""Triptych and diffusers' StableDiffusion3Pipeline draw the same pictures from the same saved checkpoint and noise."""
+"""Triptych and diffusers' StableDiffusion3Pipeline generate the same images from the same checkpoint and noise."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from tests.fixtures.models.sd3 import checkpoint
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 HEIGHT, WIDTH, SEED = 40, 24, 5
 LONG = "a red fox under a blue sky with one white cloud, beside a green pear and a yellow lemon, in deep winter snow"
-PROMPTS = ["fox", LONG]  # one that is padded, one that T5 and both CLIPs cut
+PROMPTS = ["fox", LONG]  # one that is padded, one that T5 and both CLIPs truncate
 NEGATIVE = "blurry"
 
 
@@ -74,7 +74,7 @@ def test_pictures_are_diffusers_own(case: Case, steps: int, guidance: float, bat
 
 
 def test_the_comparison_sees_all_that_is_asked(case: Case) -> None:
-    """What is compared depends on what is asked by far more than the bound."""
+    """The result depends on every field of the request by far more than the bound."""
     plain = ours(case.generator, steps=4, guidance=4.5)[0]
     for change in (
         {"prompts": ["pear", "pear"]},

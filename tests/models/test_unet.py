@@ -64,12 +64,12 @@ UNCONDITIONAL: dict[str, dict[str, Any]] = {
 
 
 def with_backends(names: list[str]) -> list[tuple[str, str]]:
-    """Every configuration with the default kernel, and the first with all."""
+    """Return every configuration with the default kernel, and the first with all kernels."""
     return [(names[0], backend) for backend in BACKENDS] + [(name, "sdpa") for name in names[1:]]
 
 
 def saved(kind: type, config: dict[str, Any], folder: Path) -> Any:
-    """diffusers' network with random weights, on disk as `unet/`, beside an SDXL checkpoint's other configurations."""
+    """Save diffusers' network with random weights as `unet/`, beside an SDXL checkpoint's other configurations."""
     theirs = kind(**config)
     randomize(theirs)
     theirs.save_pretrained(folder / "unet")
@@ -87,7 +87,7 @@ def source(folder: Path, **options: Any) -> Source:
 
 
 def inputs(channels: int, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
-    """A latent, times, and text with a mask that hides another number of tokens of each prompt."""
+    """Return a latent, times, and text with a mask that hides another number of tokens of each prompt."""
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(batch, channels, height, width, generator=generator)
     text = torch.randn(batch, TOKENS, TEXT, generator=generator)
@@ -220,7 +220,7 @@ OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def aged(file: Path) -> int:
-    """Gives the attention layers in a file the names that they had before 2023; how many names changed."""
+    """Give the attention layers in a file the names that they had before 2023; return how many names changed."""
     tensors = {}
     for name, tensor in load_file(file).items():
         old = name
@@ -353,7 +353,7 @@ def test_missing_conditioning_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ddpm_cifar10", "ncsnpp_church"])
 def test_published_networks_without_text_draw_any_multiple_of_their_size(name: str) -> None:
-    """At full size on the meta device, as the smallest picture that size_multiple allows."""
+    """At full size on the meta device, with the smallest image that size_multiple allows."""
     here = Source(PUBLISHED / name, "unet", device=torch.device("meta"), dummy=True)
     parts = unconditional.load(here, sdpa_attention)
     assert isinstance(parts.network, UnconditionalUNet)

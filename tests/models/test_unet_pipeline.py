@@ -1,4 +1,4 @@
-"""Whole checkpoints of the UNet families: this engine and diffusers' pipelines draw the same picture."""
+"""Whole checkpoints of the UNet families: this engine and diffusers' pipelines give the same image."""
 
 import shutil
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def engine_of(name: str, folder: Path, *overrides: str) -> DiffusionGenerator:
 def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, DiffusionPipeline, DiffusionGenerator]]:
-    """A checkpoint's name, diffusers' pipeline, and this engine on what that pipeline saved."""
+    """Yield a checkpoint's name, diffusers' pipeline, and this engine over what that pipeline saved."""
     peer = PEERS[request.param]()
     peer.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -72,7 +72,7 @@ def both(
 
 @torch.no_grad()
 def theirs(peer: DiffusionPipeline, prompt: str, seed: int, negative: str | None, **changes: Any) -> Tensor:
-    """diffusers' own picture, (3, height, width), from this engine's noise."""
+    """Return diffusers' own image, (3, height, width), from this engine's noise."""
     asked = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": HEIGHT, "width": WIDTH} | changes
     noise = seeded_noise(seed, (4, asked["height"] // STRIDE, asked["width"] // STRIDE))[None]
     found = peer(prompt=prompt, negative_prompt=negative, latents=noise, output_type="pt", **asked)
@@ -90,7 +90,7 @@ def apart(mine: np.ndarray, other: Tensor) -> float:
 
 
 def is_a_picture(pixels: Tensor, inside: float = 0.5) -> bool:
-    """Not flat, and not clamped in at least this share of it."""
+    """Return whether the pixels are not flat, and not clamped in at least this share of the image."""
     return bool(pixels.std() > 0.03 and ((pixels > 0) & (pixels < 1)).float().mean() > inside)
 
 
@@ -104,7 +104,7 @@ def test_pictures_are_diffusers_own(both: tuple[str, DiffusionPipeline, Diffusio
 
 
 def test_pictures_without_a_negative_prompt(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
-    """An empty one is what diffusers takes None for, but where SDXL's checkpoint says otherwise."""
+    """diffusers takes an empty prompt for None, except where SDXL's checkpoint says otherwise."""
     name, peer, engine = both
     drawn = ours(engine, prompt=PROMPTS[0], negative_prompt="")[0]
     expected = theirs(peer, PROMPTS[0], SEED, None)
@@ -194,7 +194,7 @@ def test_other_solvers_run_on_the_facts_of_training(tmp_path: Path) -> None:
 
 
 def fed(monkeypatch: pytest.MonkeyPatch, modules: list[Any], draws: list[Tensor]) -> None:
-    """Hands diffusers' pipeline and scheduler this engine's draws, in the order they ask."""
+    """Give diffusers' pipeline and scheduler this engine's noise, in the order of their calls."""
     left = iter(draws)
 
     def draw(shape: tuple[int, ...], **_: object) -> Tensor:
@@ -209,14 +209,14 @@ SHAPE = (3, SIDE, SIDE)
 
 
 def ddpm(monkeypatch: pytest.MonkeyPatch, peer: DDPMPipeline, seed: int, steps: int) -> np.ndarray:
-    """One draw to begin with, and one a step but the last."""
+    """One noise to begin with, and one for each step but the last."""
     draws = [seeded_noise(seed, SHAPE), *(step_noise(seed, i, SHAPE) for i in range(steps - 1))]
     fed(monkeypatch, [pipeline_ddpm, scheduling_ddpm], draws)
     return peer(num_inference_steps=steps, output_type="pt").images.numpy()
 
 
 def score(monkeypatch: pytest.MonkeyPatch, peer: ScoreSdeVePipeline, seed: int, steps: int) -> np.ndarray:
-    """One draw to begin with, and two a step: of the correction (numbered after all steps) and of the prediction."""
+    """One noise to begin with, and two a step: for the correction (numbered after all steps) and for the prediction."""
     order = [number for i in range(steps) for number in (i + steps, i)]
     draws = [seeded_noise(seed, SHAPE), *(step_noise(seed, number, SHAPE) for number in order)]
     fed(monkeypatch, [pipeline_score_sde_ve, scheduling_sde_ve], draws)
@@ -224,10 +224,10 @@ def score(monkeypatch: pytest.MonkeyPatch, peer: ScoreSdeVePipeline, seed: int, 
 
 
 def plain(name: str) -> tuple[DiffusionPipeline, Any]:
-    """A checkpoint without a prompt, and how diffusers draws from it."""
+    """Return a checkpoint without a prompt, and how diffusers generates noise for it."""
     if name == "ddpm_cifar10":
         return DDPMPipeline(network(UNet2DModel, PLAIN), scheduler_of(name)), ddpm
-    # random scores do not lead from 380 back to pictures, so the tiny network starts within their range
+    # random scores do not lead from 380 back to images, so the tiny network starts within their range
     return ScoreSdeVePipeline(network(UNet2DModel, NCSNPP), scheduler_of(name, sigma_max=0.8)), score
 
 

@@ -60,7 +60,7 @@ PROMPTS_AS_WRITTEN = (
 
 
 def their(config: dict[str, Any], folder: Path) -> WanTransformer3DModel:
-    """diffusers' network with random weights everywhere, and its checkpoint as `folder`/transformer."""
+    """Make diffusers' network with random weights everywhere, and save its checkpoint as `folder`/transformer."""
     network = WanTransformer3DModel(**config).eval()
     randomize(network)
     network.save_pretrained(folder / "transformer")
@@ -68,7 +68,7 @@ def their(config: dict[str, Any], folder: Path) -> WanTransformer3DModel:
 
 
 def inputs(config: dict[str, Any], batch: int, video: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """A latent, times, and text states that end in zeros after another number of tokens of each prompt."""
+    """Return a latent, times, and text states that end in zeros after another number of tokens of each prompt."""
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(batch, config["in_channels"], *video, generator=generator)
     text = torch.randn(batch, 7, config["text_dim"], generator=generator)
@@ -94,7 +94,7 @@ def test_parity_with_diffusers(tmp_path: Path, name: str) -> None:
 
 def test_bfloat16_keeps_in_float32_what_diffusers_keeps(tmp_path: Path) -> None:
     theirs = their(SMALL, tmp_path)
-    for name, parameter in theirs.named_parameters():  # from_pretrained does this, but wants accelerate for it
+    for name, parameter in theirs.named_parameters():  # from_pretrained does this, but needs accelerate for it
         if not set(WanTransformer3DModel._keep_in_fp32_modules) & set(name.split(".")):
             parameter.data = parameter.data.bfloat16()
     ours = load_denoiser(Source(tmp_path, dtype=torch.bfloat16))
@@ -113,7 +113,7 @@ def test_bfloat16_keeps_in_float32_what_diffusers_keeps(tmp_path: Path) -> None:
 
 
 def test_every_input_matters(tmp_path: Path) -> None:
-    """Parity means nothing where the output does not depend on what is compared."""
+    """Parity proves nothing where the output does not depend on what is compared."""
     their(SMALL, tmp_path)
     network = load_denoiser(Source(tmp_path))
     latent, tau, text = inputs(SMALL, 3, (3, 6, 10))
@@ -262,7 +262,7 @@ def test_a_vae_of_other_channels_is_refused(tmp_path: Path) -> None:
 
 
 def mend(text: str) -> str:
-    """A little of what ftfy does, so that it is seen whether it was called."""
+    """Do a little of what ftfy does, so that a call of it is seen."""
     return text.replace("Ã¶", "ö").replace("\uff0c", ",").replace("“", '"').replace("”", '"')
 
 

@@ -1,4 +1,4 @@
-"""The oracle for Wan: this engine and diffusers' WanPipeline draw the same video from the same checkpoint and noise."""
+"""The oracle for Wan: this engine and diffusers' WanPipeline give the same video from the same checkpoint and noise."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +45,7 @@ def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
 
 
 def draw(peer: WanPipeline, prompt: str, seed: int, height: int, width: int, frames: int, **asked: Any) -> Tensor:
-    """diffusers' whole pipeline, from the engine's noise: (frames, 3, height, width)."""
+    """Run diffusers' whole pipeline from the engine's noise; return (frames, 3, height, width)."""
     noise = seeded_noise(seed, (4, (frames - 1) // 4 + 1, height // 4, width // 4))[None]
     video = peer(
         prompt,
@@ -113,7 +113,7 @@ def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator
 
 
 def test_the_comparison_sees_all_that_is_asked(engine: DiffusionGenerator) -> None:
-    """What is compared depends on what is asked by far more than the bound."""
+    """The result depends on every field of the request by far more than the bound."""
     asked = ASKED | {"prompt": PROMPTS[0], "height": 16, "width": 32, "frames": 9}
     plain = engine.generate(**asked).pixels[0]
     changes = [{"prompt": "an owl"}, {"negative_prompt": "red"}, {"guidance": 2.0}, {"seed": 12}, {"steps": 4}]
@@ -135,7 +135,7 @@ def test_text_states_are_diffusers_own(peer: WanPipeline, checkpoint: Path) -> N
 
 
 def test_the_noise_scheduler_is_the_checkpoints(engine: DiffusionGenerator, peer: WanPipeline) -> None:
-    """The published shift of 3 is honoured: with another the video is another one."""
+    """The published shift of 3 is used: with another shift the video is another one."""
     asked = ASKED | {"height": 16, "width": 16, "frames": 5}
     ours = engine.generate(prompt=PROMPTS[0], **asked).pixels[0]
     other = peer.scheduler.from_config(peer.scheduler.config, flow_shift=5.0)

@@ -39,7 +39,7 @@ LENGTHS = {"one short": (7,), "one full": (32,), "equal": (9, 9, 9), "apart": (4
 
 
 def their(options: dict[str, object]) -> ZImageTransformer2DModel:
-    """diffusers' network with random weights everywhere, the tokens that fill up too."""
+    """Make diffusers' network with random weights everywhere, the padding tokens too."""
     network = ZImageTransformer2DModel(**options).eval()
     randomize(network)
     return network
@@ -51,7 +51,7 @@ def our(theirs: ZImageTransformer2DModel, folder: Path, backend: str = "sdpa") -
 
 
 def inputs(network: ZImage, lengths: tuple[int, ...], height: int, width: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """A latent, times, and text states of these lengths, one row each."""
+    """Return a latent, times, and text states of these lengths, one row each."""
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(len(lengths), network.config.latent_channels, height, width, generator=generator)
     text = [torch.randn(1, length, network.config.text_channels, generator=generator) for length in lengths]
@@ -63,7 +63,7 @@ def stacked(text: list[Tensor]) -> Conditioning:
 
 
 def predict(theirs: ZImageTransformer2DModel, latent: Tensor, tau: Tensor, text: list[Tensor]) -> Tensor:
-    """diffusers' call and sign, as its pipeline has them."""
+    """Call diffusers' network with the sign that its pipeline uses."""
     output = theirs(list(latent.unsqueeze(2)), (1000 - tau) / 1000, [row[0] for row in text], return_dict=False)[0]
     return -torch.stack(output)[:, :, 0]
 
@@ -82,7 +82,7 @@ def test_parity_with_diffusers(backend: str, name: str, tmp_path: Path) -> None:
 
 
 def test_every_input_matters(tmp_path: Path) -> None:
-    """Parity means nothing where the output does not depend on what is compared."""
+    """Parity proves nothing where the output does not depend on what is compared."""
     network = our(their(SMALL), tmp_path)
     latent, tau, text = inputs(network, (40, 7, 33), 6, 10)
     condition = stacked(text)
@@ -126,7 +126,7 @@ def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
 
 
 def test_bfloat16_stays_near(tmp_path: Path) -> None:
-    """As near to float32 as diffusers' network in bfloat16."""
+    """The output is as near to float32 as that of diffusers' network in bfloat16."""
     theirs = their(SMALL)
     ours = our(theirs, tmp_path)
     latent, tau, text = inputs(ours, (40, 7, 32), 6, 14)

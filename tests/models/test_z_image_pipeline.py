@@ -1,4 +1,4 @@
-"""From a checkpoint that diffusers' ZImagePipeline wrote, this engine draws that pipeline's pictures."""
+"""From a checkpoint that diffusers' ZImagePipeline wrote, this engine generates that pipeline's images."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
 
 
 def draw(peer: ZImagePipeline, prompt: str, seed: int, **changes: object) -> np.ndarray:
-    """diffusers' picture, channels first, from the noise that the engine draws for this seed."""
+    """Return diffusers' image, channels first, from the noise that the engine uses for this seed."""
     asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE - 1}
     asked |= {"negative_prompt": NEGATIVE} | changes
     noise = seeded_noise(seed, (4, asked["height"] // 2, asked["width"] // 2))[None]
@@ -86,7 +86,7 @@ def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: ZImagePipe
 
 
 def test_a_picture_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: ZImagePipeline) -> None:
-    """As Z-Image-Turbo is published: its guidance_scale 0 is 1 here."""
+    """Z-Image-Turbo as it is published: its guidance_scale 0 is 1 here."""
     drawn = pictures(engine, prompts=PROMPTS[:1], guidance=1.0, height=32, width=80, steps=3)
     theirs = draw(peer, PROMPTS[0], SEED, guidance_scale=0.0, height=32, width=80, num_inference_steps=3)
     assert np.abs(drawn[0] - theirs).max() < BOUND
@@ -98,7 +98,7 @@ def test_an_empty_negative_prompt(engine: DiffusionGenerator, peer: ZImagePipeli
 
 
 def test_the_comparison_sees_what_is_asked(engine: DiffusionGenerator) -> None:
-    """What is compared depends on what is asked by far more than the bound."""
+    """The result depends on every field of the request by far more than the bound."""
     plain = pictures(engine, prompts=PROMPTS[:1])
     changes = [{"prompts": PROMPTS[1:]}, {"guidance": 2.0}, {"seed": 12}, {"steps": 5}, {"negative_prompt": "a red"}]
     for change in changes:
@@ -152,7 +152,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(checkpoint: Path, tmp_pa
 
 
 def test_random_weights_need_neither_weights_nor_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
-    """A stand-in tokenizer with the published ids of the special tokens, one token a byte, and ChatML."""
+    """A stand-in tokenizer has the published ids of the special tokens, one token a byte, and ChatML."""
     folder = tmp_path / "text_encoder"
     folder.mkdir()
     config = read_json(checkpoint / "text_encoder" / "config.json") | {"vocab_size": 151_936}

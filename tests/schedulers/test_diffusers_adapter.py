@@ -1,4 +1,4 @@
-"""The view in diffusers' vocabulary pushes what our loop pulls, and real pipelines draw the same picture with it."""
+"""The adapter to diffusers' interface gives what our loop gives, and real pipelines generate the same image with it."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ STEPS = 5
 
 
 def push(view: DiffusersView, x: Tensor, network: Toy, **step: Any) -> Tensor:
-    """The loop of a pipeline."""
+    """Run the loop of a pipeline."""
     for t in view.timesteps:
         x = view.step(network(view.scale_model_input(x, t), t.item()), t, x, **step).prev_sample  # type: ignore[union-attr]
     return x
@@ -34,7 +34,7 @@ def push(view: DiffusersView, x: Tensor, network: Toy, **step: Any) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pushing_is_pulling(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every published sampler: the same evaluations, noise and result; the draws are keyed alike here."""
+    """For every published sampler: the same evaluations, noise and result, with noise keyed alike."""
     pulled = Toy(case.options.get("variance_type", ""))
     wanted, grid = ours(case, STEPS, pulled)
     view, pushed = DiffusersView(case.ours()), Toy(pulled.variance)
@@ -77,7 +77,7 @@ def pixart() -> Any:
 
 
 def picture(pixart: Any, scheduler: Any, **changes: Any) -> Tensor:
-    """One picture by diffusers' own pipeline, pixels in [0, 1]."""
+    """Generate one image with diffusers' own pipeline, pixels in [0, 1]."""
     pixart.scheduler = scheduler
     latent = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(11))
     asked = {"num_inference_steps": 6, "guidance_scale": 3.0, "negative_prompt": "blurry", "latents": latent}
@@ -136,7 +136,7 @@ def test_pixart_with_the_view_draws_what_our_loop_draws(pixart: Any, solver: str
 
 @pytest.fixture(scope="module")
 def stable_diffusion() -> Any:
-    """Random weights, no text encoder: embeddings are handed in."""
+    """Return a pipeline with random weights and no text encoder: embeddings are inputs."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -218,7 +218,7 @@ def test_given_sigmas_and_mu_are_those_of_flux() -> None:
 
 
 def test_the_state_stays_float32_inside_a_bfloat16_pipeline() -> None:
-    """Far nearer to the float32 result than a state rounded at every step, as diffusers' own is."""
+    """The result is far nearer to float32 than with a state rounded at every step, as diffusers' own is."""
     view = DiffusersView(flow())
     results = []
     for rounded in (False, True):
@@ -227,7 +227,7 @@ def test_the_state_stays_float32_inside_a_bfloat16_pipeline() -> None:
         for t in view.timesteps:
             if rounded:
                 x = x * 1.0000001 + 0
-                view._asked = None if view._asked is None else view._asked + 1  # nothing handed back is recognised
+                view._asked = None if view._asked is None else view._asked + 1  # no returned object is recognised
             x = view.step(torch.full_like(x, 0.123), t, x).prev_sample  # type: ignore[union-attr]
         results.append((x.float() - (1 - 0.123)).abs().max().item())
     assert results[0] < 4e-3 < results[1]
@@ -287,7 +287,7 @@ def test_what_the_view_cannot_honour_is_refused() -> None:
 
 
 def test_churn_moves_the_state_before_an_evaluation() -> None:
-    """The pipeline is handed the noised state, at the noised timestep; the noise of a replayed step is drawn once."""
+    """The pipeline gets the noised state at the noised timestep; the noise of a replayed step is made once."""
     sgm = build(Settings("sgm"))
     scheduler = NoiseScheduler(sgm.path, sgm.spacing, sgm.prediction, EDMChurn())
     view, network = DiffusersView(scheduler), Toy()

@@ -1,4 +1,4 @@
-"""Grids equal diffusers' own, each side built independently from the published parameters."""
+"""Grids equal diffusers' own, both built independently from the published parameters."""
 
 from typing import Any
 

@@ -34,7 +34,7 @@ PATHS: list[paths.NoisePath] = [
 
 
 def samples(solver: Solver, noise: Callable[[int], Tensor], last: int = 12) -> list[Tensor]:
-    """One sample a path, from one start and one denoiser that sees only x / alpha and sigma / alpha."""
+    """Return one sample for each path, from one start and one denoiser that sees only x / alpha and sigma / alpha."""
 
     def denoise(x: Tensor, point: Point) -> Estimate:
         ratio = point.sigma / point.alpha
@@ -103,7 +103,7 @@ def test_coordinates_do_not_matter_in_the_noise_form_either(form: Solver, noise:
 
 
 def test_coordinates_do_not_matter_to_the_adaptive_solver(noise: Callable[[int], Tensor]) -> None:
-    """Down to the last noisy row: the end that it then jumps from is the path's own."""
+    """This holds down to the last noisy row: the end of the last jump belongs to the path."""
     first, *others = samples(RK45(), noise, last=11)
     for path, other in zip(PATHS[1:], others, strict=True):
         assert ((other - first).abs().max() / first.abs().max()).item() < 1e-12, path

@@ -58,7 +58,7 @@ STOCHASTIC = {"tcd", "ancestral", "ddpm", "dpmpp_2m_sde", "lcm", "edm_churn", "e
 
 
 def error(settings: Settings, steps: int, exact: int, gaussian: Any) -> float:
-    """The largest error before the step to clean data, with the first `exact` rows set to the solution."""
+    """Return the largest error before the step to clean data, with the first `exact` rows set to the solution."""
     scheduler, memory, z = build(settings), Memory(), torch.linspace(-2, 2, 9, dtype=torch.float64)
     grid = scheduler.grid(steps)
     x, last = gaussian.flow(z, grid[0]), grid.steps - 1
@@ -85,7 +85,7 @@ def test_order(
     gaussian: Any,
     record_property: Any,
 ) -> None:
-    """Multistep rules start from exact values, so that their order is seen and not that of their first step."""
+    """Multistep rules start from exact values, so that their order is measured and not that of their first step."""
     full = {"lower_order_final": False} if solver == "unipc" else {}  # it lowers the last steps of every grid
     settings = Settings(**{**vars(SPACED[named]), "solver": solver, **options, **full})
     if solver == "pndm" and named not in ("ddpm", "vp", "sub_vp"):
@@ -101,7 +101,7 @@ def test_order(
 
 
 def test_the_published_third_order_is_of_order_two(gaussian: Any) -> None:
-    """Half the weight of the second difference, as in the authors' code and in diffusers."""
+    """The weight of the second difference is half, as in the authors' code and in diffusers."""
     from dataclasses import replace
 
     scheduler = build(Settings("sgm", solver="dpmpp_3m"))

@@ -22,14 +22,14 @@ PATHS: dict[str, paths.NoisePath] = {
 
 
 def pair(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """x0 and eps of shape (2, 3, 4)."""
+    """Return x0 and eps of shape (2, 3, 4)."""
     generator = torch.Generator().manual_seed(3)
     x0 = 0.5 * torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
     return x0.to(dtype), torch.randn(2, 3, 4, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def point(path: paths.NoisePath, t: float) -> Point:
-    """The path's row at t."""
+    """Return the path's row at t."""
     return Point(t, path.alpha(t), path.sigma(t), path.tau(t), path.c_in(t))
 
 

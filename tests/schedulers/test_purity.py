@@ -1,4 +1,4 @@
-"""Nothing of a request lives on a scheduler: objects are frozen, and interleaved requests do not meet."""
+"""A scheduler holds nothing of a request: objects are frozen, and interleaved requests do not influence each other."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from schedulers.solvers.heun import Heun
 
 @dataclasses.dataclass(frozen=True)
 class TwoStep:
-    """A multistep solver that needs memory: x0 extrapolated from the step before."""
+    """A multistep solver that needs state: x0 is extrapolated from the step before."""
 
     def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
-        """See the class."""
+        """Extrapolate x0 from the step before, and step with it."""
         there, now = grid[i + 1], denoise(x, grid[i])
         x0 = now.x0 if not memory.history else 1.5 * now.x0 - 0.5 * memory.history[-1][1].x0
         memory.history.append((grid[i], now))
         return there.alpha * x0 + there.sigma * now.eps
 
     def evaluations(self, grid: Grid) -> int:
-        """One a step."""
+        """Return one evaluation for each step."""
         return grid.steps
 
 

@@ -81,7 +81,7 @@ def test_every_refusal_has_its_own_reason_and_refuses_nothing_legal() -> None:
 
 
 def test_every_option_belongs_somewhere() -> None:
-    """An option that nothing reads would be a dead one; each also has a key of the same name for the command line."""
+    """An option that nothing reads would be dead; each also has a key of the same name on the command line."""
     read = {name for row in PATHS.values() for name in row.options} | {n for names in SOLVERS.values() for n in names}
     read |= {name for names in SPACING_OPTIONS.values() for name in names} | set(FLOW_LINSPACE)
     read |= {name for names in PREDICTION_OPTIONS.values() for name in names}

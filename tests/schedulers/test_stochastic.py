@@ -44,7 +44,7 @@ class Mixture:
     stds = torch.tensor([0.25, 0.35], dtype=torch.float64)
 
     def denoise(self, x: Tensor, point: Point) -> Estimate:
-        """E[x0 | x] and E[eps | x] of x (N, 2)."""
+        """Return E[x0 | x] and E[eps | x] of x (N, 2)."""
         variance = (point.alpha * self.stds) ** 2 + point.sigma**2
         off = x[:, None, :].double() - point.alpha * self.means
         log_likelihood = -(off**2).sum(-1) / (2 * variance) - variance.log()
@@ -55,12 +55,12 @@ class Mixture:
 
     @property
     def mean(self) -> Tensor:
-        """(2,)."""
+        """Return the mean, (2,)."""
         return self.weights @ self.means
 
     @property
     def covariance(self) -> Tensor:
-        """(2, 2)."""
+        """Return the covariance, (2, 2)."""
         off = self.means - self.mean
         return torch.einsum("k,ki,kj->ij", self.weights, off, off) + (self.weights * self.stds**2).sum() * torch.eye(2)
 
@@ -91,7 +91,7 @@ CASES += [
 def test_samples_have_the_mean_and_covariance_of_a_mixture(
     settings: Settings, steps: int, record_property: Any
 ) -> None:
-    """Within 4 standard errors of 3,000 samples, of each mean and each entry of the covariance."""
+    """Within 4 standard errors of 3,000 samples, for each mean and each entry of the covariance."""
     mixture, count = Mixture(), 3_000
     scheduler, generator = build(settings), torch.Generator().manual_seed(5)
     grid = scheduler.grid(steps)
@@ -164,14 +164,14 @@ def test_langevin_corrections_leave_the_marginal_where_it_is(gaussian: Any) -> N
 
 
 class Still:
-    """A predictor that stays where it is."""
+    """A predictor that does not move."""
 
     def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
-        """x."""
+        """Return x unchanged."""
         return x
 
     def evaluations(self, grid: Grid) -> int:
-        """None made."""
+        """Return no evaluations."""
         return 0
 
 

@@ -26,7 +26,7 @@ Run = Callable[[NoiseScheduler, Tensor, Grid], Tensor]
 
 
 def theirs(scheduler: Any, steps: int, x: Tensor, network: Network, **step: Any) -> Tensor:
-    """diffusers' own loop, from the unscaled state x."""
+    """Run diffusers' own loop from the unscaled state x."""
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         fed = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
@@ -35,7 +35,7 @@ def theirs(scheduler: Any, steps: int, x: Tensor, network: Network, **step: Any)
 
 
 def agree(ours: Tensor, wanted: Tensor, record: Callable[[str, object], None], rtol: float = 1e-5) -> None:
-    """The largest difference, relative to the largest value."""
+    """Return the largest difference relative to the largest value."""
     error = ((ours - wanted).abs().max() / wanted.abs().max()).item()
     record("relative_error", error)
     assert ours.dtype == torch.float32
@@ -59,7 +59,7 @@ def test_ddim_leading(
     run: Run,
     record_property: Any,
 ) -> None:
-    """diffusers keeps alpha_bar in float32, losing digits at small sigma; with a float64 table it agrees better."""
+    """diffusers keeps alpha_bar in float32 and loses digits at small sigma; with a float64 table it agrees better."""
     other = published.DDIMScheduler(
         **SD, prediction_type=NAMES[kind], clip_sample=False, steps_offset=offset, set_alpha_to_one=to_one
     )

@@ -1,4 +1,4 @@
-"""engine=cache_dit: diffusers' pictures but for the blocks that it skips, and evaluations cut short counted as none."""
+"""engine=cache_dit: diffusers' images except for the skipped blocks, and partial evaluations counted as none."""
 
 import re
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def test_the_note_says_which_evaluations_were_cut_short() -> None:
 
 
 def test_operations_are_counted_where_modules_form_a_loop() -> None:
-    """A block of cache-dit has the network that has it among its children."""
+    """A block of cache-dit has the network that contains it among its children."""
     network, block, found = nn.Sequential(nn.Linear(4, 4, bias=False)), nn.Identity(), list[int]()
     block.network = network
     network.append(block)
@@ -75,7 +75,7 @@ def test_operations_are_counted_where_modules_form_a_loop() -> None:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pixels, the record, and the denoiser's operations in a second drawing."""
+    """Return the pixels, the record, and the denoiser's operations in a second generation."""
 
     pixels: np.ndarray
     record: Record
@@ -83,7 +83,7 @@ class Drawn:
 
 
 def draw(*overrides: str, **asked: Any) -> Drawn:
-    """One request drawn twice, which has to give the same pictures."""
+    """Generate one request twice; both must give the same images."""
     with generator(*overrides) as engine:
         first, second = engine.generate(**asked), engine.generate(**asked, count_flops=True)
         assert all(map(np.array_equal, first.pixels, second.pixels)), "what was kept is not of this request"
@@ -95,7 +95,7 @@ def draw(*overrides: str, **asked: Any) -> Drawn:
     "name", ["emoji", "pixart_sigma", "dit", "sd35_medium", "flux", "qwen_image", "z_image", "wan"]
 )
 def test_its_pictures_are_diffusers_but_for_what_it_skips(tmp_path: Path, name: str) -> None:
-    """With nothing skipped they are the same bit for bit; else a little apart, for fewer operations."""
+    """With nothing skipped the images are equal bit for bit; else they differ a little, for fewer operations."""
     pytest.importorskip("cache_dit")
     asked: dict[str, Any] = {"prompts": PROMPTS, "seed": 7, "steps": 8, "guidance": 3.0, "batch_size": 2}
     if name == "emoji":

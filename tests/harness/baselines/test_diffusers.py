@@ -1,4 +1,4 @@
-"""engine=diffusers and engine=native: the same pictures and the same counts from the same request, family by family."""
+"""engine=diffusers and engine=native: the same images and the same counts from the same request, family by family."""
 
 import importlib
 import json
@@ -33,11 +33,16 @@ from tests.fixtures.models.checkpoints import CASES, PROMPTS, SIZE, Case, overri
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 LEARNED = ("scheduler=ddpm", "scheduler/solver=ddpm", "scheduler.solver.variance=learned_range")
 OTHERS = ("dit", "sd35_medium", "flux", "qwen_image", "z_image")
-SLOW = ("pixart_sigma", "sd3", "sd21", "flux")  # each like another one; OTHERS are those of the test of random weights
+SLOW = (
+    "pixart_sigma",
+    "sd3",
+    "sd21",
+    "flux",
+)  # each resembles another; OTHERS serve the test of random weights
 
 
 def slowly(*values: object) -> ParameterSet:
-    """A case for the slow suite."""
+    """Return a case for the slow suite."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
@@ -50,7 +55,7 @@ class Pair:
     peer: DiffusionGenerator
 
     def draw(self, **changes: Any) -> tuple[list[np.ndarray], Record, Record]:
-        """The largest differences of pixels, checked to be of pictures, and both records."""
+        """Return the largest differences of pixels, which are checked to be real images, and both records."""
         asked = {"prompts": PROMPTS, "negative_prompt": "blurry", "seed": 7, "steps": 3} | self.case.asked | changes
         ours, theirs = self.native.generate(**asked), self.peer.generate(**asked)
         apart = []
@@ -90,7 +95,7 @@ def test_pictures_without_guidance_are_the_native_ones(pair: Pair) -> None:
 
 @pytest.mark.parametrize("pair", ["sdxl", slowly("sd35_medium"), slowly("qwen_image")], indirect=True)
 def test_an_empty_negative_prompt_is_the_native_one(pair: Pair) -> None:
-    """SDXL's is zeros."""
+    """SDXL encodes an empty negative prompt as zeros."""
     apart, *_ = pair.draw(guidance=3.5, negative_prompt="")
     assert max(apart) < BOUND
 
@@ -111,7 +116,7 @@ def test_the_record_names_who_drew(pair: Pair) -> None:
 
 
 def both(tmp_path: Path, name: str, *overrides: str) -> Pair:
-    """Both engines over a checkpoint of one case, not started."""
+    """Return both engines over a checkpoint of one case, not started."""
     case = CASES[name]
     case.save(tmp_path)
     own = [*overrides_of(case, tmp_path), *overrides]
@@ -136,7 +141,7 @@ def both(tmp_path: Path, name: str, *overrides: str) -> Pair:
 def test_our_noise_schedulers_and_kernels_run_in_their_pipelines(
     tmp_path: Path, name: str, overrides: list[str], evaluations: int
 ) -> None:
-    """Several evaluations a step, and the noise of stochastic steps, drawn as a native run draws it."""
+    """Solvers with several evaluations a step and stochastic ones get the same noise as in a native run."""
     pair = both(tmp_path, name, *overrides)
     with pair.native, pair.peer:
         apart, ours, theirs = pair.draw(guidance=2.0)
@@ -157,7 +162,7 @@ def test_the_reference_model_is_drawn_by_pixart_sigmas_pipeline(family: str) -> 
 
 @pytest.mark.slow
 def test_steps_whose_noise_is_diffusers_own_are_noted(tmp_path: Path) -> None:
-    """A checkpoint's own class draws by itself; ours would have to be given in its place."""
+    """A checkpoint's own class generates its own noise; ours would have to replace it."""
     CASES["sd21"].save(tmp_path)
     file = tmp_path / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(read_json(file) | {"_class_name": "DDPMScheduler"}))
@@ -172,7 +177,7 @@ def test_steps_whose_noise_is_diffusers_own_are_noted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pixart_alpha", "wan", "sd15", *map(slowly, OTHERS)])
 def test_random_weights_are_the_native_ones(tmp_path: Path, name: str) -> None:
-    """The same numbers in the denoiser, name by name, in the dtypes that a bfloat16 network has."""
+    """The denoiser holds the same numbers, name by name, in the dtypes of a bfloat16 network."""
     case = CASES[name]
     case.save(tmp_path)
     config = compose_run([*overrides_of(case, tmp_path), "model.load=dummy", "model.dtype=bfloat16"]).config
@@ -273,7 +278,7 @@ def test_a_cancelled_request_ends_at_the_next_step_and_leaves_no_hook(tmp_path: 
 
 @pytest.mark.slow
 def test_a_rank_under_torchrun_runs_the_peer(tmp_path: Path) -> None:
-    """From the command line: a sweep over both engines is two rows of one table."""
+    """A sweep over both engines from the command line gives two rows of one table."""
     command = [sys.executable, "-m", "harness", "-m", "engine=native,diffusers", "request.steps=2", "logger=json"]
     command += ["request.prompt=rocket", f"hydra.sweep.dir={tmp_path}"]
     subprocess.run(command, check=True, timeout=300, capture_output=True)

@@ -1,4 +1,4 @@
-"""engine=sglang: SGLang-Diffusion's own network and loop draw what engine=diffusers draws, family by family."""
+"""engine=sglang: SGLang-Diffusion's own network and loop generate what engine=diffusers generates, family by family."""
 
 import importlib
 import importlib.util
@@ -77,11 +77,11 @@ def test_what_it_cannot_import_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 # ---------------------------------------------------------------- with the package
 
 installed = pytest.mark.skipif(FIND("sglang") is None, reason="sglang is not installed")
-"""Found without importing it, which takes half a minute; and so all of these are slow."""
+"""Look for the package without importing it, which takes half a minute; all tests with it are slow."""
 
 
 def apart(folder: Path, name: str, overrides: list[str], asked: dict[str, object]) -> float:
-    """The largest relative L2 between both engines' latents, checked to be of the same work."""
+    """Return the largest relative L2 between both engines' latents, which are checked to do the same work."""
     own, asked = [*overrides_of(CASES[name], folder), *overrides], CASES[name].asked | asked
     with generator(*own, "engine=diffusers") as theirs, generator(*own, "engine=sglang") as sglang:
         expected, found = (
@@ -147,7 +147,7 @@ def test_merged_updates_reach_its_network(tmp_path: Path) -> None:
 def test_nothing_of_diffusers_network_is_left_and_a_failure_is_no_fall_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without its own names for a few keys, SGLang builds the published Z-Image, which these weights do not fit."""
+    """Without its own names for a few keys, SGLang builds the published Z-Image, which does not fit these weights."""
     CASES["z_image"].save(tmp_path)
     source = source_of(compose_run(overrides_of(CASES["z_image"], tmp_path)).config, torch.device("cpu"))
     parts, row, slot = native_facts("z_image", source), PEERS["z_image"].sglang, published_slot(source)

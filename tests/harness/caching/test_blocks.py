@@ -1,4 +1,4 @@
-"""Blocks behind gates: nothing changes where nothing is passed by; where something is, it is what a hand would add."""
+"""Blocks behind a block cache: without skips nothing changes; with skips the output is what a manual sum gives."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def cached(name: str, rule: Rule) -> CachedNetwork:
 
 
 def evaluations(name: str, count: int) -> list[Inputs]:
-    """A latent and a time that move a little from one to the next."""
+    """Return a latent and a time that move a little from one evaluation to the next."""
     latent, tau_B, condition = TINY[name].inputs
     drift = torch.randn(latent.shape, generator=torch.Generator().manual_seed(9))
     return [(latent + 0.05 * k * drift, tau_B * 0.95**k, condition) for k in range(count)]
 
 
 class Adds(nn.Module):
-    """In the place of a stack's blocks: adds known tensors to its streams."""
+    """Replaces a stack's blocks: adds known tensors to its streams."""
 
     def __init__(self, stack: Stack, block: nn.Module, added: Sequence[Tensor]) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Adds(nn.Module):
 
 
 class ByHand:
-    """A plain network whose cached stacks are taken out and put back by hand."""
+    """A plain network whose cached stacks are removed and restored by hand."""
 
     def __init__(self, name: str, first_block: bool) -> None:
         self.network = TINY[name].build(math_attention)
@@ -66,7 +66,7 @@ class ByHand:
         self.kept = [list(blocks)[: 1 if first_block and n == 0 else 0] for n, blocks in enumerate(self.blocks)]
 
     def gained(self, inputs: Inputs) -> tuple[Tensor, list[list[Tensor]]]:
-        """The output, and what each stack adds to its streams (behind the kept blocks)."""
+        """Return the output, and what each stack adds to its streams after the blocks that always run."""
         seen: list[tuple[list[Tensor], list[Tensor]]] = []
         hooks = []
         for stack, blocks, kept in zip(self.stacks, self.blocks, self.kept, strict=True):
@@ -89,11 +89,11 @@ class ByHand:
         return output, [[b - a for a, b in zip(came, went, strict=True)] for came, went in seen]
 
     def adding(self, inputs: Inputs, added: Sequence[Sequence[Tensor]]) -> Tensor:
-        """The output where each stack is only what it adds."""
+        """Return the output where each stack adds only the known tensors."""
         for stack, blocks, kept, own in zip(self.stacks, self.blocks, self.kept, added, strict=True):
             owner, _, leaf = stack.blocks.rpartition(".")
             setattr(self.network.get_submodule(owner), leaf, nn.ModuleList([*kept, Adds(stack, blocks[0], own)]))
-            # DiT's head asks its first block for what it is told
+            # DiT's head reads its time embedding from its first block
             if not kept and "condition" in dict(blocks[0].named_children()):
                 self.network.get_submodule(stack.blocks)[0].condition = blocks[0].condition
         output: Tensor = self.network(*inputs)
@@ -109,7 +109,7 @@ def drawn(network: CachedNetwork, asked: Sequence[Inputs], owners: tuple[History
 
 
 def between(name: str, kind: str) -> Rule:
-    """A rule whose threshold is half as far again as the first picture changes in its second evaluation."""
+    """A policy whose threshold is 1.5 times the change of the first image in its second evaluation."""
     history = History()
     drawn(cached(name, RULES[kind](NEVER)), [rows(inputs, [0]) for inputs in evaluations(name, 2)], (history,))
     return RULES[kind](1.5 * history.change or 1.0)
@@ -139,7 +139,7 @@ def test_what_the_blocks_added_is_added_again(name: str, kind: str) -> None:
         _, gained = by_hand.gained(asked[0])
         for y, inputs in zip(found[1:], asked[1:], strict=True):
             assert rel_l2(y, by_hand.adding(inputs, gained)) < EXACT
-            assert rel_l2(y, by_hand.network(*inputs)) > 1e-4  # so that it proves something
+            assert rel_l2(y, by_hand.network(*inputs)) > 1e-4  # so that the test can fail
 
 
 @pytest.mark.parametrize("name", ["pixart", "flux"])
@@ -173,7 +173,7 @@ def test_a_forecast_of_order_m_is_exact_for_polynomials_of_degree_m() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", list(RULES))
 def test_pictures_in_one_forward_do_not_know_of_one_another(name: str, kind: str) -> None:
-    """One picture is two evaluations ahead of the other, whose text may be longer."""
+    """One image is two evaluations ahead of the other, whose text may be longer."""
     asked = evaluations(name, 6)
     network = cached(name, between(name, kind))
     one, other = History(), History()
@@ -203,7 +203,7 @@ def test_pictures_in_one_forward_do_not_know_of_one_another(name: str, kind: str
 
 
 def test_a_neighbour_with_a_longer_text_changes_nothing() -> None:
-    """Its padding is in the stream that the rule looks at, and in what is added."""
+    """The padding is in the stream that the policy measures, and in what is added."""
     latent, tau_B, _ = TINY["z_image"].inputs
     states = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(4))
     mask = torch.arange(40)[None] < torch.tensor([3, 40])[:, None]
@@ -219,7 +219,7 @@ def test_a_neighbour_with_a_longer_text_changes_nothing() -> None:
             outputs[0].append(network(x[:1], tau[:1], own, (one,))[0])
             totals[0].append(one.change)
         for k, (x, tau) in enumerate(moved):
-            alone_now = k == 0  # the neighbour joins behind the first
+            alone_now = k == 0  # the neighbour joins after the first
             given = (x[:1], tau[:1], own, (first,)) if alone_now else (x, tau, shared, (first, second))
             outputs[1].append(network(*given)[0])
             totals[1].append(first.change)

@@ -1,4 +1,4 @@
-"""A picture that several ranks compute is passed by in the same evaluations as on one rank, and is the same picture."""
+"""Several ranks that compute one image skip blocks in the same evaluations as one rank, and give the same image."""
 
 import torch
 
@@ -13,7 +13,7 @@ def test_every_axis_skips_what_one_rank_skips() -> None:
         expected = {case: alone(*case.split()) for case in cases}
     first, second = on_ranks(2, on_rank, {case: threshold for case, (threshold, *_) in expected.items()})
     for case, (_, output, owner) in expected.items():
-        assert {True, False} == set(owner.computed[2:]), (case, owner.computed)  # so that it proves something
+        assert {True, False} == set(owner.computed[2:]), (case, owner.computed)  # so that the test can fail
         for degrees in DEGREES:
             what = f"{case} {degrees}"
             assert first[f"{what} computed"].tolist() == owner.computed, what

@@ -1,4 +1,4 @@
-"""The group `cache`: what composes, guidance against a loop by hand, shared forwards, records and rivals."""
+"""The group `cache`: what composes, guidance, shared forwards, records, equal-latency baselines."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def samples_for(steps: int, settings: Settings) -> list[Sample]:
 
 
 def drawn_by_hand(settings: Settings, sample: Sample, guided: Callable[[int, Point], str]) -> torch.Tensor:
-    """A loop over the schedulers with two calls of the network where an evaluation is of both branches."""
+    """Run a loop over the schedulers with two calls of the network where an evaluation has both branches."""
     scheduler, network = build(settings), ToyNetwork()
     assert sample.grid is not None
     assert sample.text is not None

@@ -1,4 +1,4 @@
-"""Three families of one checkpoint: each draws with its own denoiser, and the record says what it was told."""
+"""Three families of one checkpoint: each uses its own denoiser, and the record says which times the network got."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """The shipped weights under all three names: garbage in two of the families, but finite."""
+    """Save the shipped weights under all three names: two families generate noise, but finite numbers."""
     folder = tmp_path / "emoji"
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(REFERENCE / "emoji" / part, folder / part)

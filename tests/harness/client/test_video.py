@@ -31,14 +31,14 @@ ASKED = ["request.height=32", "request.width=48", "request.frames=9", "request.s
 
 
 def waves(frames: int, height: int, width: int) -> NDArray[np.uint8]:
-    """A smooth picture that moves, every channel in a way of its own."""
+    """Return a smooth image that moves, every channel in its own way."""
     f, y, x = np.mgrid[0:frames, 0:height, 0:width]
     channels = [np.sin(x / 9 + f / 3), np.cos(y / 7 - f / 4), np.sin((x + y) / 11 + f / 5)]
     return (127.5 + 110 * np.stack(channels, axis=-1)).astype(np.uint8)
 
 
 def read(path: Path) -> tuple[dict[str, object], NDArray[np.uint8]]:
-    """What ffmpeg says of a video, and its frames (F, H, W, 3)."""
+    """Return what ffmpeg reports of a video, and its frames (F, H, W, 3)."""
     found = read_frames(path)
     about = next(found)
     width, height = about["size"]
@@ -46,13 +46,13 @@ def read(path: Path) -> tuple[dict[str, object], NDArray[np.uint8]]:
 
 
 def metadata(path: Path) -> str:
-    """The metadata of a video, as ffmpeg writes it down."""
+    """Return the metadata of a video, as ffmpeg writes it."""
     command = [ffmpeg(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
     return subprocess.run(command, capture_output=True, check=True).stdout.decode()
 
 
 def error(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> float:
-    """Mean absolute difference, of 255."""
+    """Return the mean absolute difference, of 255."""
     assert ours.shape == theirs.shape
     return float(np.abs(ours.astype(int) - theirs).mean())
 
@@ -137,7 +137,7 @@ def overrides(checkpoint: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one run from the command line."""
+    """Return the folder of one run from the command line."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert dispatch([*overrides, f"hydra.run.dir={folder}", "logger.wandb.mode=offline"]) == 0
     return folder
@@ -217,7 +217,7 @@ def test_scores_on_pretrained_weights_are_left_out_with_a_note() -> None:
 
 
 def test_random_weights_need_configurations_only(checkpoint: Path, overrides: list[str], tmp_path: Path) -> None:
-    """model.load=dummy, from the command line: no weights and no tokenizer in the folder."""
+    """model.load=dummy from the command line needs no weights and no tokenizer in the folder."""
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors", "tokenizer"))
     told = [*overrides, f"model.path={bare}", "model.load=dummy", "model.dtype=bfloat16", "request.prompts=[a,b]"]
     told += ["request.height=16", "request.width=16", "request.frames=5", "request.steps=1"]

@@ -1,4 +1,4 @@
-"""The formulas of a layout's operations and weights are what a dealt network does and holds, for every network."""
+"""The formulas of a layout's operations and weights match what a sharded network does and holds, for every network."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,7 +20,7 @@ from tests.fixtures.parallel.networks import TINY
 
 
 class Silent(Group):
-    """The first rank of a group that has no others: shapes are right, numbers are not."""
+    """Return the first rank of an unconnected group: shapes are right, numbers are not."""
 
     def __init__(self, size: int) -> None:
         super().__init__(range(size), 0, None, Traffic())
@@ -33,7 +33,7 @@ class Silent(Group):
 
 
 def silent(degrees: Sequence[int]) -> Axes:
-    """The axes of the first rank of a layout."""
+    """Return the process groups of the first rank of a layout."""
     _, cfg, tp, ring, ulysses = (Silent(size) for size in degrees)
     tokens = Silent(ring.size * ulysses.size)
     weights, picture = Silent(cfg.size * tokens.size), Silent(world_size(degrees))

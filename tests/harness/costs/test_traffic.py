@@ -23,18 +23,18 @@ from tests.fixtures.parallel.networks import TINY
 
 @cache
 def traced(name: str) -> Trace:
-    """A network's trace."""
+    """Return a network's trace."""
     return trace_network(lambda: TINY[name].make(math_attention), TINY[name].plan, TINY[name].inputs)
 
 
 @cache
 def decode_traced(name: str) -> DecodeTrace:
-    """A decoder's trace."""
+    """Return a decoder's trace."""
     return trace_decode(CASES[name].make, CASES[name].latent())
 
 
 def counted(found: dict[str, torch.Tensor], what: str) -> dict[str, int]:
-    """The bytes by kind that a rank reported of one case."""
+    """Return the bytes by kind that a rank reported of one case."""
     return {name.removeprefix(f"{what} "): int(x) for name, x in found.items() if name.startswith(f"{what} ")}
 
 
@@ -58,7 +58,7 @@ def test_decoding_sends_what_the_formula_says(ranks: int, name: str) -> None:
 
 @cache
 def video_traced(name: str) -> FramesTrace:
-    """A decoder's trace, of the video that is dealt by frames."""
+    """Return the trace of a decoder for the video that is sharded by frames."""
     return trace_frames(VIDEOS[name].make, VIDEOS[name].latent())
 
 
@@ -71,7 +71,7 @@ def test_decoding_by_frames_sends_what_the_formula_says(ranks: int, name: str) -
 
 
 def wan_inputs(text_tokens: int) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
-    """A video of 3 x 3 x 5 tokens and a text."""
+    """A video of 3 x 3 x 5 tokens and a text, by hand."""
     latent, tau_B, condition = TINY["wan"].inputs
     return latent, tau_B, replace(condition, states=torch.zeros(2, text_tokens, 24))
 
@@ -86,7 +86,7 @@ def test_a_text_as_long_as_the_video_is_still_held_whole(text_tokens: int) -> No
 
 
 def test_full_size_flux_by_hand() -> None:
-    """FLUX.1 [dev], 1024 x 1024 pixels: 19 double and 38 single blocks over 512 text and 4096 picture tokens."""
+    """FLUX.1 [dev] at 1024 x 1024 pixels: 19 double and 38 single blocks over 512 text and 4096 image tokens."""
     condition = Conditioning(torch.empty(1, 512, 4096), pooled=torch.empty(1, 768), scale=torch.empty(1))
     inputs = (torch.empty(1, 16, 128, 128), torch.empty(1), condition)
     flux = trace_network(lambda: Flux(FluxConfig(guidance=True)), FLUX_PLAN, inputs)
@@ -105,7 +105,7 @@ def test_full_size_flux_by_hand() -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_network_runs_after_one_of_its_sizes_was_traced(name: str) -> None:
-    """Tables of positions are remembered by size, and must not be remembered without their numbers."""
+    """Position tables are cached by size, but must not be cached without their numbers."""
     trace_network(lambda: TINY[name].make(math_attention), TINY[name].plan, TINY[name].inputs)
     with torch.inference_mode():
         assert TINY[name].build(math_attention)(*TINY[name].inputs).isfinite().all()

@@ -1,4 +1,4 @@
-"""Energy is read where the machine reports it, across the end of its counters, and is in the row."""
+"""Energy is read where the machine reports it, across a counter's overflow, and is in the row."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ END_UJ = 1_000_000_000
 
 
 def zone(folder: Path, name: str, kind: str, counter_uj: int) -> Path:
-    """A zone of the kernel's powercap."""
+    """Write a zone of the kernel's powercap."""
     made = folder / name
     made.mkdir(parents=True)
     (made / "name").write_text(f"{kind}\n")
@@ -30,7 +30,7 @@ def test_all_packages_count_and_their_parts_do_not(tmp_path: Path) -> None:
     part = zone(tmp_path, "intel-rapl:0:0", "core", 0)
     meter = PackageEnergy(tmp_path)
     (first / "energy_uj").write_text("3000100\n")
-    (second / "energy_uj").write_text("499999\n")  # it has started again
+    (second / "energy_uj").write_text("499999\n")  # the counter has started again
     (part / "energy_uj").write_text("2000000\n")
     assert meter.used_j() == pytest.approx(3.0 + 1.0)
     meter.reset()

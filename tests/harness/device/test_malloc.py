@@ -1,4 +1,4 @@
-"""Memory that is freed is there for the next tensor, and goes back when it is asked for."""
+"""Freed memory is reused by the next tensor, and goes back to the system on request."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""Where a network's time goes is in the record, of every engine, and nowhere where it was not asked for."""
+"""The record says where a network's time goes, for every engine, and only if the profile is enabled."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_linears_and_convolutions_are_where_the_time_goes(engine: str, tmp_path:
     assert any("conv" in row.name for row in record.profile["decoder"][:3])
     blocks = 6
     assert next(row.calls for row in record.profile["denoiser"] if row.name == "aten::addmm") >= 2 * 4 * blocks
-    assert len(record.repeats) == 1  # what was profiled is not among the measured
+    assert len(record.repeats) == 1  # the profiled repeat is not among the measured ones
 
 
 def test_nothing_is_profiled_unasked(tmp_path: Path) -> None:

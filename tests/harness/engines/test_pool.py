@@ -18,7 +18,7 @@ COMPOSED = compose_run([]).config
 
 
 class Toy:
-    """Notes what is asked of it."""
+    """Records the calls that it gets."""
 
     def __init__(self, said: list[str], name: str) -> None:
         self.environment: dict[str, str] = {}
@@ -39,7 +39,7 @@ class Toy:
 
 
 class Jobs:
-    """Runs jobs on a pool of toys."""
+    """Runs jobs on a pool of toy engines."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -49,7 +49,7 @@ class Jobs:
         return Toy(self.said, folder.name)
 
     def run(self, name: str, **changes: object) -> tuple[str | None, float]:
-        """Where its ranks came from, and what loading them cost; `launch__reuse=2` changes launch.reuse."""
+        """Return where a job's ranks came from and what loading cost; `launch__reuse=2` changes launch.reuse."""
         config = copy.deepcopy(COMPOSED)
         for key, value in changes.items():
             part, _, leaf = key.partition("__")

@@ -1,4 +1,4 @@
-"""What a client makes of what it hears: only its own answers count, and every exception has one state and one line."""
+"""How a client handles messages: only its own answers count, and every exception has one state and one line."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from harness.tasks.lifecycle import status_of
 
 
 class Script(Connection):
-    """A connection on which the engine says what is written down; nothing is sent anywhere."""
+    """A connection that delivers prepared messages; nothing is sent anywhere."""
 
     def __init__(self, said: Sequence[Message]) -> None:
         self.said = list(said)

@@ -1,4 +1,4 @@
-"""Float32 arithmetic is the same, to the last bit, at 1, 2 and 4 threads: the network and the decoder."""
+"""Float32 arithmetic of the network and the decoder is the same, to the last bit, at 1, 2 and 4 threads."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What people read: tables and grids show any prompt as it is, and quickly; a fault of wandb stays wandb's."""
+"""What people read: tables and grids show any prompt unchanged and quickly; a fault of wandb does not spread."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Comparisons in alternation find what is there and nothing else."""
+"""Comparisons in alternation find a real difference and nothing else."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from harness.metrics.paired import fewest_rounds, outer_rank, ratio, walsh_avera
 
 
 def rounds(seed: int, n: int, factor: float, spread: float) -> tuple[list[float], list[float]]:
-    """Times of A and B with a drift that both see, B's divided by the factor, and now and then a disturbance."""
+    """Return times of A and B with a common drift, B divided by the factor, and a rare disturbance."""
     rng = np.random.default_rng(seed)
     drift = np.exp(np.cumsum(rng.normal(0, 0.02, n)))
     a, b = (100 * drift * np.exp(rng.normal(0, spread, n)) * (1 + (rng.random(n) < 0.05)) for _ in range(2))
@@ -19,12 +19,12 @@ def rounds(seed: int, n: int, factor: float, spread: float) -> tuple[list[float]
 
 def test_equal_things_are_told_apart_no_more_often_than_stated() -> None:
     found = sum(ratio(*rounds(seed, 10, 1.0, 0.02)).differs for seed in range(1000))
-    assert found <= 20  # expected 10 of 1000 at most
+    assert found <= 20  # at most 10 of 1000 are expected
 
 
 def test_five_percent_are_found_and_lie_in_the_interval() -> None:
     several = [ratio(*rounds(seed, 16, 1.05, 0.01)) for seed in range(200)]
-    assert sum(one.differs for one in several) > 150  # disturbed as they are, by a factor of 2 once in ten rounds
+    assert sum(one.differs for one in several) > 150  # disturbed by a factor of 2 once in ten rounds
     assert sum(one.interval[0] <= 1.05 <= one.interval[1] for one in several) >= 194
     assert np.median([one.ratio for one in several]) == pytest.approx(1.05, abs=0.005)
 

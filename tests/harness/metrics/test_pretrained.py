@@ -1,4 +1,4 @@
-"""Scores on weights of the user's own: tiny random ones here, against the formulas; what is missing is said early."""
+"""Scores on weights of the user: tiny random ones here, against the formulas; missing packages are reported early."""
 
 import importlib.util
 import json
@@ -45,7 +45,7 @@ def pictures() -> list[NDArray[np.uint8]]:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of a few thousand random weights, whose tokens are single characters."""
+    """Make a CLIP of a few thousand random weights, whose tokens are single characters."""
     folder = tmp_path_factory.mktemp("clip")
     marks = [chr(code) for code in range(33, 127)]
     tokens = [*marks, *(f"{mark}</w>" for mark in marks), "<|startoftext|>", "<|endoftext|>"]
@@ -66,7 +66,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vision transformer of four pooled features."""
+    """Make a vision transformer of four pooled features."""
     folder = tmp_path_factory.mktemp("vision")
     torch.manual_seed(0)
     config = ViTConfig(

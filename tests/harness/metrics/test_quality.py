@@ -1,4 +1,4 @@
-"""The score says what was planted: closed forms for the intervals, brute force for MMD^2, controls at both ends."""
+"""Scores find what was planted: closed forms for the intervals, brute force for MMD^2, controls at both ends."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ STYLES = ("noto", "3d")
 
 @pytest.fixture(scope="module")
 def pixels() -> NDArray[np.uint8]:
-    """Coarse random pictures: 40 names in two styles, the two alike."""
+    """Return coarse random images: 40 names in two styles that look alike."""
     rng = np.random.default_rng(0)
     drawing = rng.integers(40, 216, (40, 1, 4, 1, 4, 1, 3))
     styled = drawing + rng.integers(-30, 31, (40, 2, 4, 1, 4, 1, 3))
@@ -80,10 +80,10 @@ def test_the_medians_interval_draws_groups_whole() -> None:
     apart = median(values.tolist(), list(range(60)))
     repeated = median(np.repeat(values, 10).tolist(), np.repeat(np.arange(60), 10).tolist())
     assert apart.value == repeated.value == pytest.approx(np.median(values))
-    assert repeated.ci95 == apart.ci95  # ten copies of a picture say nothing new
+    assert repeated.ci95 == apart.ci95  # ten copies of an image add no information
     assert apart.ci95[0] < 0 < apart.ci95[1]
     assert median([3.0], [0]).ci95 == (3.0, 3.0)
-    assert median([0.0, 10.0] * 20, [0, 1] * 20).ci95 == (0.0, 10.0)  # one draw in four has the second group alone
+    assert median([0.0, 10.0] * 20, [0, 1] * 20).ci95 == (0.0, 10.0)  # one draw in four has only the second group
 
 
 def test_the_pictures_asked_for_score_full_marks(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
@@ -160,7 +160,7 @@ def test_other_prompts_are_counted_and_left_out(gallery: Gallery, pixels: NDArra
     found = score(gallery, [pixels[0], pixels[9]], ["name 0", "a dragon in a teapot"])
     assert found is not None
     assert (found.scored, found.unscored, found.top1.hits) == (1, 1, 1)
-    assert found.mmd2 is None  # one name is no distribution
+    assert found.mmd2 is None  # one name gives no distribution
     assert score(gallery, [pixels[0]], ["a dragon in a teapot"]) is None
 
 
@@ -196,7 +196,7 @@ def test_mmd2_is_the_papers_sum(gallery: Gallery, pixels: NDArray[np.uint8]) -> 
 
 
 def test_mmd2_is_unbiased_and_its_interval_covers(gallery: Gallery) -> None:
-    """Pairs from one distribution average 0 (the biased sum would not); shifted ones are covered near 95 % of times."""
+    """Pairs from one distribution average 0, which the biased sum would not; shifted ones are covered about 95 %."""
     rng, names, k = np.random.default_rng(0), 30, gallery.z.shape[1]
     spread = gallery.z.std(axis=0)
 
@@ -223,7 +223,7 @@ def test_real_against_real_is_around_zero_and_narrows(gallery: Gallery) -> None:
     assert many is not None
     assert few.ci95[0] < 0 < few.ci95[1]
     assert many.ci95[1] - many.ci95[0] < few.ci95[1] - few.ci95[0]
-    assert mmd.real_against_real(gallery, 500) == many  # half of the gallery's names at most
+    assert mmd.real_against_real(gallery, 500) == many  # at most half of the gallery's names
     assert mmd.real_against_real(gallery, 7) is None
 
 
@@ -312,7 +312,7 @@ def test_a_score_is_plain_json(gallery: Gallery, pixels: NDArray[np.uint8]) -> N
 
 
 def floats(pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-    """Pictures as an engine answers them."""
+    """Return images as an engine returns them."""
     return [picture.transpose(2, 0, 1).astype(np.float32) / 255 for picture in pixels]
 
 

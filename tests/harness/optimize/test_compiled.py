@@ -1,4 +1,4 @@
-"""engine.optimize=compile: one graph a kind of block, and the plain network's numbers, at every size."""
+"""engine.optimize=compile: one graph for each kind of block, and the plain network's numbers, at every size."""
 
 import importlib
 
@@ -17,15 +17,15 @@ from tests.fixtures.parallel.networks import TINY
 
 BOUND = 1e-5
 KINDS = {"pixart": 1, "dit": 1, "sd3": 3, "flux": 2, "qwen_image": 1, "z_image": 3, "wan": 1}
-"""Kinds of blocks: SD3's with a second attention, without, and the last; FLUX's double and single ones; Z-Image's of
-the picture, of the text and of both.
+"""Kinds of blocks: SD3's with a second attention, without it, and the last; FLUX's double and single ones; Z-Image's
+for the image, for the text and for both.
 """
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Where graphs are kept, with the headers that all of them include."""
+    """Set the folder where graphs are kept, with the headers that all of them include."""
     return str(tmp_path_factory.mktemp("inductor"))
 
 

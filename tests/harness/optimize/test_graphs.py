@@ -1,4 +1,4 @@
-"""An evaluation that is recorded and replayed gives what the plain network gives."""
+"""A recorded and replayed evaluation gives what the plain network gives."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -40,7 +40,7 @@ from tests.fixtures.parallel.networks import TINY, Inputs
 
 
 class Again:
-    """In place of a graph: runs the same once more, and writes to where the output is."""
+    """Replaces a graph: runs the same function once more, and writes to the output's place."""
 
     def __init__(self, run: Callable[[], Tensor]) -> None:
         self.run = run
@@ -51,14 +51,14 @@ class Again:
 
 
 class Once(Again):
-    """What nothing is to be read from again."""
+    """Overwrite what must not be read again."""
 
     def replay(self) -> None:
         pass
 
 
 class Recorder:
-    """Makes them, and remembers which."""
+    """Makes graphs and records them."""
 
     def __init__(self) -> None:
         self.made: list[Again] = []
@@ -69,7 +69,7 @@ class Recorder:
 
 
 class Counting(nn.Module):
-    """A network that does next to nothing, and how often it was asked."""
+    """A network that does almost nothing; it counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def inference() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", list(TINY))
 def test_a_replay_reads_what_it_is_handed(name: str) -> None:
-    """Told beforehand, at other times and of other latents; what was returned earlier stays as it was."""
+    """With precomputed modulation, at other times and for other latents; earlier outputs stay unchanged."""
     latent, _, condition = TINY[name].inputs
     plain, network = TINY[name].build(sdpa_attention), TINY[name].build(sdpa_attention)
     request = Ahead(network, ahead_plan(name)).request(condition, TAUS)
@@ -117,7 +117,7 @@ def test_a_kind_is_run_then_recorded_then_replayed() -> None:
         assert len(record.made) == recorded
     assert graphs(x.double(), tau_B, Conditioning()).dtype is torch.float64
     graphs(x, tau_B, Conditioning(scale=tau_B))
-    assert len(record.made) == 2  # of another dtype, and told something else
+    assert len(record.made) == 2  # of another dtype, and with another precomputed conditioning
 
 
 def test_the_graphs_of_the_last_kinds_are_kept() -> None:
@@ -129,7 +129,7 @@ def test_the_graphs_of_the_last_kinds_are_kept() -> None:
 
     for side in range(1, KINDS + 1):
         draw(side), draw(side)
-    draw(1)  # so that 2 is the one that came longest ago
+    draw(1)  # so that 2 is the least recently used
     draw(KINDS + 1), draw(KINDS + 1)
     assert len(record.made) == KINDS + 1
     draw(1), draw(1), draw(KINDS + 1)
@@ -163,7 +163,7 @@ def test_tables_live_as_long_as_what_reads_them() -> None:
 
 
 class OneDevice(TorchDispatchMode):
-    """Tells of operations that read or make a tensor elsewhere; one that waits for a value fails on `meta`."""
+    """Reports operations that read or make a tensor elsewhere; one that waits for a value fails on `meta`."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class OneDevice(TorchDispatchMode):
 
 
 def stays(run: Callable[[], Tensor]) -> bool:
-    """Whether a run on sizes that came before stays on the device, `meta`."""
+    """Return whether a run on known sizes stays on the device `meta`."""
     run()
     with OneDevice("meta") as watched:
         run()
@@ -190,7 +190,7 @@ def stays(run: Callable[[], Tensor]) -> bool:
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("name", list(TINY))
 def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, ahead: bool) -> None:
-    """What is recorded may not read the CPU's memory: every transformer here, told beforehand or not."""
+    """A recording may not read the CPU's memory: every transformer, with and without precomputed modulation."""
     latent, tau_B, condition = moved(TINY[name].inputs, "meta")
     network = TINY[name].build(sdpa_attention).to("meta")
     if ahead:
@@ -272,7 +272,7 @@ def test_what_is_recorded(
     decoder: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And the record's note says so."""
+    """The record's note says so too."""
     monkeypatch.setattr(apply, "in_cuda_graphs", lambda: Again)
     engine = EngineConfig(optimize=Optimize[how])
     made = optimize(parts, engine, device, torch.bfloat16, replayed=may)
@@ -315,7 +315,7 @@ def test_the_peers_graphs_are_not_the_native_ones() -> None:
     [("eager", "cuda:0", 3), ("none", "cuda:0", 1), ("compile", "cpu", 2), ("eager", "cpu", 1)],
 )
 def test_no_measured_draw_records(how: str, device: str, draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The counted warm-up is not recorded, so one follows it that runs, and one that records."""
+    """The counted warm-up is not recorded, so one call that runs and one that records follow it."""
     config, drawn = compose_run(["task=bench", f"engine.optimize={how}"]).config, list[bool]()
 
     def draw(description: str, counts: bool = False) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""engine.optimize: what is computed beforehand, joined or packed gives what the plain network gives."""
+"""engine.optimize: precomputed, fused and packed networks give what the plain network gives."""
 
 from dataclasses import replace
 
@@ -59,7 +59,7 @@ def test_evaluations_told_beforehand_are_the_plain_ones(name: str, modulation: b
 
 @pytest.mark.parametrize("name", list(TINY))
 def test_requests_at_other_steps_share_a_forward(name: str) -> None:
-    """With prompts of other lengths where the network takes a mask: rows are the ones evaluated alone."""
+    """With prompts of other lengths where the network takes a mask, rows equal the ones evaluated alone."""
     latent, _, condition = TINY[name].inputs
     plain, network = TINY[name].build(math_attention), TINY[name].build(math_attention)
     other = condition
@@ -77,7 +77,7 @@ def test_requests_at_other_steps_share_a_forward(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in TINY if ahead_plan(name).told])
 def test_every_modulation_is_computed_beforehand(name: str) -> None:
-    """No block's modulation, nor the head's, is left to the evaluations; a conditioning without it is refused."""
+    """No modulation of a block or of the head is left to the evaluations; a conditioning without it is refused."""
     network = TINY[name].build(math_attention)
     linears = [n for n, _ in network.named_modules() if n.endswith("modulation")]
     ahead = Ahead(network, ahead_plan(name))
@@ -113,7 +113,7 @@ def test_joined_projections_are_the_three(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=NEEDS_BFLOAT16)])
 @pytest.mark.parametrize("name", list(TINY))
 def test_packed_linears_are_the_plain_ones(name: str, dtype: torch.dtype) -> None:
-    """In bfloat16 as near to float32 as the plain network is."""
+    """In bfloat16 it is as near to float32 as the plain network."""
     latent, tau_B, condition = TINY[name].inputs
     exact = TINY[name].build(math_attention)
     plain, network = TINY[name].build(math_attention, dtype), TINY[name].build(math_attention, dtype)
@@ -138,7 +138,7 @@ def test_packs_where_packed_linears_are_the_faster_ones() -> None:
 
 
 def test_a_request_is_drawn_like_without() -> None:
-    """Guided pictures of the reference model, by a solver that evaluates between the grid's rows too."""
+    """Guided images of the reference model, with a solver that also evaluates between the grid's rows."""
     (theirs, plain), (mine, other) = (drawn_by(f"engine.optimize={how}") for how in ("none", "eager"))
     assert mine[0].std() > 0.1
     assert max(np.abs(x - y).max() for x, y in zip(mine, theirs, strict=True)) < 1e-4
@@ -149,7 +149,7 @@ def test_a_request_is_drawn_like_without() -> None:
 
 
 def test_bfloat16_is_multiplied_in_float32_where_a_cpu_has_no_other() -> None:
-    """In every network of a request, the text's too; and nowhere else, nor where it is not wanted."""
+    """In every network of a request, the text encoders too; nowhere else, and not where it is disabled."""
     slow = widens(torch.device("cpu"), torch.bfloat16)
     for overrides, wide in (([], slow), (["engine.eager.widen=false"], False), (["engine.optimize=none"], False)):
         config = compose_run(["model.dtype=bfloat16", *overrides]).config
@@ -174,7 +174,7 @@ def drawn_by(*overrides: str) -> tuple[list[Array], Record]:
 
 
 def test_requests_at_other_steps_are_drawn_like_alone() -> None:
-    """Step by step in shared forwards, prompts and numbers of steps of their own."""
+    """Step by step in shared forwards, with other prompts and numbers of steps."""
     config = compose_run(["engine.optimize=eager", "request.prompt=rocket"]).config
     worker = build_worker(config, Place(0, degrees(config.parallel)), torch.device("cpu"))
     asked = [

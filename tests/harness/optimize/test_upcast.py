@@ -37,7 +37,7 @@ def products_of() -> Iterator[list[torch.dtype]]:
 
 
 def first(size: int) -> Group:
-    """The first of ranks that are not connected."""
+    """Return the first of several ranks that are not connected."""
     return Group(range(size), 0, None, alone().traffic)
 
 
@@ -81,7 +81,7 @@ def test_few_rows_are_multiplied_as_they_are() -> None:
 
 
 def test_other_weights_stay_as_they_are() -> None:
-    """In float32, and of a class of their own, as quantised ones are."""
+    """Layers in float32, and layers with a class of their own, as quantised ones have."""
 
     class Quantised(Tensor):
         pass
@@ -95,7 +95,7 @@ def test_other_weights_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("name", list(TINY))
 def test_no_product_of_a_network_is_left_narrow(name: str) -> None:
-    """And its output is as near to float32's as it was."""
+    """The output stays as near to float32's as before."""
     latent, tau_B, condition = TINY[name].inputs
     exact = TINY[name].build(sdpa_attention)
     plain, network = TINY[name].build(sdpa_attention, NARROW), TINY[name].build(sdpa_attention, NARROW)
@@ -157,7 +157,7 @@ def test_fewer_products_of_bfloat16_are_rounded_once(step: int) -> None:
 
 
 class Edge(Group):
-    """A rank whose neighbours have zeros."""
+    """Return a rank whose neighbours hold zeros."""
 
     def neighbours(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(first), torch.zeros_like(last)

@@ -26,7 +26,7 @@ def direct(conv: nn.Conv2d, x_BCHW: Tensor, upsampled: bool) -> Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("step", [1, 2, 4])
 def test_is_a_convolution(step: int, bias: bool, band_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To rounding in float64 and in float32, and a picture alone as in a batch."""
+    """The result is equal up to rounding in float64 and in float32, for an image alone and in a batch."""
     monkeypatch.setattr(module, "BAND_BYTES", band_bytes)
     for height, width in SIZES:
         conv = nn.Conv2d(24, 10, 3, padding=1, bias=bias).double()
@@ -64,7 +64,7 @@ def test_a_decoder_outside_float32_keeps_its_convolutions() -> None:
 
 @pytest.mark.slow
 def test_a_published_decoder_is_no_further_from_float64_than_direct_convolutions_of_onednn() -> None:
-    """Stable Diffusion's VAE, weights as they are drawn, 64 px."""
+    """Stable Diffusion's VAE with its random initial weights, 64 px."""
     sizes = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     decoder, latent = KLDecoder(AutoencoderKL(**sizes, **blocks).eval()), torch.randn(1, 4, 8, 8)

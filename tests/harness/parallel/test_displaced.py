@@ -1,4 +1,4 @@
-"""Displaced patches are what their definition says, evaluation by evaluation, and send what the formula says."""
+"""Displaced patches compute what their definition says, evaluation by evaluation, and send what the formula says."""
 
 from functools import cache, partial
 
@@ -31,7 +31,7 @@ def ranks_found(degrees: Degrees) -> list[dict[str, Tensor]]:
 
 @cache
 def said(name: str, degrees: Degrees, warmup: int, stays: bool = False) -> list[Tensor]:
-    """What the definition says: a token's part is its place on the ring, and only its own is fresh."""
+    """By definition a token's part is its place on the ring, and only its own part is fresh."""
     ring, ulysses = degrees[3:]
 
     def owner(place: int, length: int) -> int:
@@ -78,7 +78,7 @@ def test_ranks_hold_one_output(degrees: Degrees) -> None:
 
 @pytest.mark.parametrize("degrees", LAYOUTS)
 def test_a_state_that_stays_is_exact_after_an_evaluation_a_block(degrees: Degrees) -> None:
-    """A block's keys are right in the evaluation after all before it were: 2 blocks take 3, more take longer."""
+    """A block's keys are right one evaluation after all earlier ones are: 2 blocks take 3, more take longer."""
     for name in ("pixart", "dit", "qwen_image", "wan"):
         plain = exact(name, settling, SETTLING)
         errors = [rel_l2(x, plain[n]) for n, x in enumerate(ranks_found(degrees)[0][f"{name} settling"])]

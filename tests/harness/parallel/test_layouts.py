@@ -1,4 +1,4 @@
-"""Every layout of tokens and linears computes what one rank computes, for every family, uneven tokens and heads too."""
+"""Every layout computes what one rank computes, for every family, with uneven tokens and heads."""
 
 from functools import cache
 
@@ -15,7 +15,7 @@ from tests.fixtures.parallel.networks import TINY
 
 @cache
 def one_rank(name: str, dtype: torch.dtype) -> Tensor:
-    """A network's output on one rank."""
+    """Return a network's output on one rank."""
     latent, tau_B, condition = TINY[name].inputs
     with torch.inference_mode():
         return TINY[name].build(math_attention, dtype)(latent.to(dtype), tau_B, condition.to(dtype)).float()
@@ -23,7 +23,7 @@ def one_rank(name: str, dtype: torch.dtype) -> Tensor:
 
 @cache
 def bound(name: str, dtype: torch.dtype) -> float:
-    """How far a layout may be from one rank in float32: in bfloat16 half as far again as one rank is."""
+    """Return the allowed distance from one rank in float32; in bfloat16 it is 1.5 times the distance of one rank."""
     if dtype is torch.float32:
         return 1e-5
     error = rel_l2(one_rank(name, dtype), one_rank(name, torch.float32))
@@ -41,7 +41,7 @@ def test_every_layout_is_one_rank(ranks: int, more: bool) -> None:
 
 @pytest.mark.parametrize(("ranks", "more"), SIZES)
 def test_ranks_hold_one_output(ranks: int, more: bool) -> None:
-    """Bit for bit, in both dtypes: a solver that took another number on one of them would lead them apart."""
+    """All ranks agree bit for bit in both dtypes: otherwise their solvers would drift apart."""
     first, *others = ranks_found(ranks, more)
     for found in others:
         for name, layout in cases(ranks, more):
@@ -49,7 +49,7 @@ def test_ranks_hold_one_output(ranks: int, more: bool) -> None:
 
 
 def test_a_picture_attends_to_itself_where_the_text_is_dealt_in_as_many_tokens() -> None:
-    """7 tokens of text and 8 of a picture are 4 a rank both; one of the text's is padding, none of the picture's."""
+    """7 tokens of text and 8 of an image are 4 on each rank; one of the text's is padding, none of the image's."""
     alone = TokenLayout((7, 8), 2).of(4)
     assert alone.lengths == (8,)
     assert alone.mask(None, 1, torch.device("cpu")) is None

@@ -1,4 +1,4 @@
-"""A pipeline of patches is what its definition says, evaluation by evaluation; a rank has its blocks' weights alone."""
+"""A pipeline of patches computes what its definition says; a rank holds only the weights of its blocks."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.fixtures.parallel.slices import group_of, load, saved
 from tests.fixtures.parallel.stale import EVALUATIONS, PICTURES, SETTLING, asked, exact, piped, settling, simulated
 
 PIPELINES = [(2, 3), pytest.param(3, 4, marks=pytest.mark.slow)]
-"""Ranks and patches: a block a rank, and where one of the ranks has none."""
+"""Ranks and patches: one block on each rank, and a case where one rank has none."""
 
 
 @cache
@@ -29,7 +29,7 @@ def ranks_found(ranks: int, patches: int) -> list[dict[str, Tensor]]:
 
 @cache
 def said(name: str, patches: int, warmup: int) -> list[Tensor]:
-    """What the definition says: patches that have come by are fresh."""
+    """By definition, patches that have already passed are fresh."""
 
     def owner(place: int, length: int) -> int:
         return ((place + 1) * patches - 1) // length
@@ -68,7 +68,7 @@ def test_pictures_are_apart_and_ranks_hold_one_output(ranks: int, patches: int) 
 
 @pytest.mark.parametrize(("ranks", "patches"), PIPELINES)
 def test_a_state_that_stays_is_exact_after_an_evaluation_a_block(ranks: int, patches: int) -> None:
-    """A block's keys are right in the evaluation after all before it were: 2 blocks take 3, more take longer."""
+    """A block's keys are right one evaluation after all earlier ones are: 2 blocks take 3, more take longer."""
     for name in ("pixart", "dit", "qwen_image", "wan"):
         plain = exact(name, settling, SETTLING)
         errors = [rel_l2(x, plain[n]) for n, x in enumerate(ranks_found(ranks, patches)[0][f"{name} settling"])]

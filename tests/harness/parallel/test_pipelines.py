@@ -1,4 +1,4 @@
-"""Whole pipelines, from prompts to pixels, draw at every layout what one rank draws, for every family."""
+"""Whole pipelines, from prompts to pixels, generate at every layout what one rank generates, for every family."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,18 +25,18 @@ from tests.fixtures.parallel.ranks import on_ranks, on_worlds
 
 BOUND = 1e-5  # relative L2 of latents and of pixels, in float32
 ONE_RANK = (1, 1, 1, 1, 1)
-PROMPTS = ["fox", "a red apple under a blue sky", "two boats"]  # in batches of two: one of them has one alone
+PROMPTS = ["fox", "a red apple under a blue sky", "two boats"]  # in batches of two: one of them holds a single image
 LOW = {"height": 36, "width": 20}
 
 
 @dataclass(frozen=True)
 class Family:
-    """A checkpoint and what is asked of it: 9 rows of 5 tokens, which 8 ranks can share and none divides.
+    """A checkpoint and its request: 9 rows of 5 tokens, which 8 ranks can share and none divides.
 
     Args:
-        heads: of attention, no fewer than 8 ranks; None for a UNet.
-        branches: of guidance.
-        asked: of a request.
+        heads: The number of attention heads, no fewer than 8 ranks; None for a UNet.
+        branches: The number of guidance branches.
+        asked: The fields of a request.
     """
 
     heads: int | None
@@ -44,7 +44,7 @@ class Family:
     asked: dict[str, Any] = field(default_factory=lambda: LOW)
 
     def fits(self, layout: Degrees) -> bool:
-        """Whether it can be dealt so."""
+        """Return whether the layout fits the checkpoint."""
         _, cfg, tp, ring, ulysses = layout
         if self.heads is None:
             return tp * ring * ulysses == 1
@@ -90,14 +90,14 @@ MORE = {
         (1, 1, 1, 4, 2),
     ),
 }
-"""Those of the slow suite; tests/fixtures/parallel/layouts.py has the networks alone under every product."""
+"""Layouts of the slow suite; tests/fixtures/parallel/layouts.py has the networks alone under every product."""
 
 Load = Callable[[str], tuple[RunConfig, GenerationRequest]]
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """From a family's name to its saved checkpoint's configuration, and the request."""
+    """Return a function from a family's name to its saved checkpoint's configuration and the request."""
 
     @cache
     def one(name: str) -> tuple[RunConfig, GenerationRequest]:
@@ -117,9 +117,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
 def assert_one_rank(
     load: Load, names: Sequence[str], layouts: Sequence[Degrees], optimize: Optimize = Optimize.none
 ) -> None:
-    """These families draw, optimised or not, the latents and pixels of one rank that is not; replicas of networks as
-    they are written, bit for bit.
-    """
+    """These families generate one plain rank's latents and pixels, optimised or not; replicas bit for bit."""
     ranks = world_size(layouts[0])
     alone = {name: Drawing(name, *load(name), ONE_RANK) for name in names}
     engine = EngineConfig(optimize=optimize)

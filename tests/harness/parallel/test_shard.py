@@ -1,4 +1,4 @@
-"""Dealt weights change nothing but where they are: same numbers, a part of the memory, and traffic by its formula."""
+"""Sharded weights change only where numbers are stored: same outputs, a part of the memory, traffic by its formula."""
 
 from datetime import timedelta
 from functools import cache
@@ -38,7 +38,7 @@ CASES = {
 
 
 def forward(rank: int, size: int) -> dict[str, Tensor]:
-    """Outputs with weights whole and dealt, what was sent for the latter, and the numbers held."""
+    """Return the outputs with whole and with sharded weights, the bytes sent for the latter, and the numbers held."""
     found = {}
     for degrees, cases in groupby(CASES[size], key=lambda case: case[1]):
         axes = connect(Place(rank, degrees), torch.device("cpu"), timedelta(seconds=60))
@@ -48,7 +48,7 @@ def forward(rank: int, size: int) -> dict[str, Tensor]:
 
 
 def both(tiny: Tiny, dtype: torch.dtype, axes: Axes) -> dict[str, Tensor]:
-    """One network with its weights whole, then dealt."""
+    """Return one network with whole weights, then with sharded ones."""
     network = tiny.build(math_attention, dtype)
     cut_linears(network, tiny.plan, axes.tp)
     said = weight_bytes(network, tiny.plan, axes.weights.size)

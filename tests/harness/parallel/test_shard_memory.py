@@ -1,4 +1,4 @@
-"""Dealing a denoiser's weights takes a rank's part that it does not hold off the peak in its record."""
+"""Sharding a denoiser's weights lowers the peak in a rank's record by the part that it does not hold."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def test_a_rank_of_two_holds_half_of_the_weights_and_a_few_blocks(tmp_path: Path) -> None:
-    """156 M parameters in blocks of 9 M, float32."""
+    """Return a configuration of 156 M parameters in blocks of 9 M, float32."""
     CASES["pixart_sigma"].save(tmp_path)
     file = tmp_path / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | WIDER))

@@ -1,4 +1,4 @@
-"""A rank that reads only its slices of a checkpoint holds what cutting the whole network leaves it, bit for bit."""
+"""A rank that reads only its slices of a checkpoint holds what slicing the whole network leaves it, bit for bit."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from tests.fixtures.parallel.slices import group_of, load, names_of, saved
 
 
 def assert_slices(name: str, source: Source, group: Group) -> None:
-    """Holds the slices that are read to those that are cut."""
+    """Compare the slices that are read with those taken from the whole network."""
     sliced = load(name, replace(source, cut=partial(cut_linears, group=group), loaded={}))
     whole = load(name, source)
     parts = cut_linears(whole, TINY[name].plan, group)

@@ -1,4 +1,4 @@
-"""Whole pipelines with stale keys and values: one rank's pictures where all evaluations are exact, others where not."""
+"""Whole pipelines with stale keys and values: one rank's images if all evaluations are exact, other images if not."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""A decoder dealt over ranks by rows is the decoder on one rank, for any division of the rows, pictures and videos; and
-one dealt by latent frames, for any division of those.
+"""A decoder sharded over ranks by rows equals the decoder on one rank, for any division of rows, images and videos.
+
+The same holds for a decoder sharded by latent frames, for any division of frames.
 """
 
 from functools import cache
@@ -18,7 +19,7 @@ from tests.fixtures.parallel.decoders import CASES, VIDEOS, ranks_found
 
 @cache
 def one_rank_of(name: str) -> Tensor:
-    """A video on one rank, by diffusers' own frame after frame."""
+    """Decode a video on one rank with diffusers' own loop over frames."""
     with torch.inference_mode():
         return VIDEOS[name].build()(VIDEOS[name].latent())
 
@@ -28,7 +29,7 @@ SIZES = [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))]
 
 @cache
 def one_rank(name: str, dtype: torch.dtype) -> Tensor:
-    """A case on one rank."""
+    """Decode a case on one rank."""
     with torch.inference_mode():
         return CASES[name].build(dtype)(CASES[name].latent())
 
@@ -80,7 +81,7 @@ def test_bands_without_their_neighbours_are_another_picture(name: str) -> None:
 
 
 def ranks_of(size: int) -> Group:
-    """The first of a group's ranks, which is not connected to the others."""
+    """Return the first of a group's ranks, not connected to the others."""
     return Group(range(size), 0, None, Traffic())
 
 

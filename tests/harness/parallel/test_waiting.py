@@ -1,4 +1,4 @@
-"""A rank that waits in vain for another one says so, instead of waiting for ever."""
+"""A rank that waits in vain for another one reports it instead of waiting for ever."""
 
 from datetime import timedelta
 
@@ -14,7 +14,7 @@ from tests.fixtures.parallel.ranks import on_ranks
 
 
 def wait_in_vain(rank: int, size: int) -> dict[str, Tensor]:
-    """Rank 0 begins collectives that no other rank comes to; each breaks its group, so each has one of its own."""
+    """Rank 0 begins collectives that no other rank joins; each one breaks its group, so each has its own."""
     axes = connect(Place(rank, (1, 1, 1, 1, size)), torch.device("cpu"), timedelta(seconds=2))
     if rank == 0:
         for group in (axes.ulysses, axes.tokens):

@@ -1,4 +1,4 @@
-"""The oracle: this engine and diffusers' own components draw the same picture from the same folder and noise."""
+"""The oracle: this engine and diffusers' own components give the same image from the same folder and noise."""
 
 import shutil
 from pathlib import Path
@@ -27,7 +27,7 @@ BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 
 @pytest.fixture(scope="module", params=["shipped", "random"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped checkpoint, and a copy whose denoiser is all random, so that no zero in it hides a difference."""
+    """Return the shipped checkpoint, and a copy whose denoiser is all random, so that no zero hides a difference."""
     if request.param == "shipped":
         return REFERENCE / "emoji"
     folder = Path(shutil.copytree(REFERENCE / "emoji", tmp_path_factory.mktemp("random") / "emoji"))
@@ -43,7 +43,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def peer(checkpoint: Path) -> PixArtSigmaPipeline:
-    """diffusers' pipeline of the same folder, in float32."""
+    """Load diffusers' pipeline of the same folder, in float32."""
     pipeline = PixArtSigmaPipeline.from_pretrained(checkpoint, dtype=torch.float32, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
@@ -68,7 +68,7 @@ def noise(seed: int, side: int = 16, rows: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def draw(peer: PixArtSigmaPipeline, prompt: str, latent: Tensor, guidance: float, steps: int = STEPS) -> Tensor:
-    """diffusers' encode_prompt, transformer, scheduler and vae, joined as its own pipelines join them."""
+    """Join diffusers' encode_prompt, transformer, scheduler and vae as its own pipelines join them."""
     states, mask, negative, negative_mask = peer.encode_prompt(
         prompt, guidance > 1, NEGATIVE, clean_caption=False, max_sequence_length=24
     )
@@ -110,7 +110,7 @@ def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: PixArtSigm
 
 
 def test_the_comparison_sees_prompt_guidance_and_seed(engine: DiffusionGenerator, checkpoint: Path) -> None:
-    """What is compared depends on what is asked by far more than the bound."""
+    """The result depends on every field of the request by far more than the bound."""
     if checkpoint == REFERENCE / "emoji":
         pytest.skip("the shipped weights may be anything; the random ones depend on all of it")
 

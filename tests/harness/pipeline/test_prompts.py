@@ -1,4 +1,4 @@
-"""Prompts are encoded once: what was seen is kept within a bound, and the encoders may be dropped in between."""
+"""Prompts are encoded once: known prompts are kept within a bound, and the encoders may be dropped in between."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ INPROCESS = ("launch.mode=inprocess", "launch.threads_per_rank=1", "request.step
 
 
 class Encoder:
-    """Notes what it encodes; an encoding is 1 MiB that says which prompt it is of, and whether a negative one."""
+    """Records what it encodes; an encoding is 1 MiB and says which prompt it is of, and whether it is negative."""
 
     max_tokens = 8
 
@@ -42,7 +42,7 @@ class Encoder:
 
 
 class Loader:
-    """Makes encoders, and counts them and what they are asked."""
+    """Makes encoders; counts them and their calls."""
 
     def __init__(self, weights_mib: int = 0) -> None:
         self.asked: list[tuple[str, bool]] = []
@@ -117,7 +117,7 @@ def test_the_cache_keeps_within_its_bound_and_drops_the_least_recent() -> None:
     for prompt in "abc":
         cache.put((prompt, False), Encoded(encoder([prompt])))
     assert cache.used == 3 * MIB
-    assert cache.get(("a", False)) is not None  # now "b" is the least recent
+    assert cache.get(("a", False)) is not None  # now "b" is the least recently used
     cache.put(("d", False), Encoded(encoder(["d"])))
     assert cache.used == 3 * MIB
     assert [prompt for prompt in "abcd" if cache.get((prompt, False)) is not None] == ["a", "c", "d"]
@@ -161,7 +161,7 @@ def test_dropped_encoders_are_loaded_for_new_prompts_alone() -> None:
 
 
 def test_dropping_gives_the_memory_back() -> None:
-    """The stage's memory checkpoint is what is left after it, and the note says what that saved."""
+    """The stage's memory checkpoint is what is left after it, and the note says what was saved."""
     before = ResidentMemory().used_mib()
     _, notes = encode(TextEncoding(Loader(weights_mib=300), keep=False), "a")
     assert ResidentMemory().used_mib() - before < 30
@@ -245,7 +245,7 @@ def test_a_whole_run_draws_the_same_with_and_without_its_encoders() -> None:
 
 @pytest.mark.slow
 def test_the_record_shows_the_saving(tmp_path: Path) -> None:
-    """In its notes, and in what was in memory when the rank was ready; in a process that has freed nothing before."""
+    """It shows in the notes and in the memory of the ready rank, in a process that has freed nothing before."""
     overrides = [*INPROCESS, "model.text.keep=false", "request.prompt=rocket", f"hydra.run.dir={tmp_path}"]
     subprocess.run([sys.executable, "-m", "harness", *overrides], check=True, stdout=subprocess.DEVNULL)
     record = read_record(tmp_path)

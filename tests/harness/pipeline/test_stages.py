@@ -58,7 +58,7 @@ def draw(
 
 
 class Named:
-    """A stage that does nothing but declare."""
+    """A stage that does nothing but declare what it reads and writes."""
 
     def __init__(self, name: str, reads: set[str], writes: set[str]) -> None:
         self.name, self.reads, self.writes = name, frozenset(reads), frozenset(writes)
@@ -99,7 +99,7 @@ def test_the_real_order_is_wired_and_any_other_is_not() -> None:
 
 
 def test_stages_touch_only_what_they_declare() -> None:
-    """Each stage writes the fields it says, and runs with every field that it does not read taken away."""
+    """Each stage writes the declared fields, and runs with every field removed that it does not read."""
     run = context()
     samples = [Sample(ask) for ask in asks(request())]
     for stage in worker(ToyNetwork()).pipeline.stages:
@@ -317,7 +317,7 @@ def test_a_cancelled_request_stops_within_one_step(after: int, solver: str) -> N
     assert network.calls == after * (2 if solver == "heun" else 1)
     answer = decode(one.generate(request(), lambda stage, done, total: None, lambda: False))
     assert isinstance(answer, RankOutcome)
-    assert answer.failure is None  # the worker draws on
+    assert answer.failure is None  # the worker continues to generate
 
 
 def test_cancellation_reaches_the_decoder() -> None:
@@ -327,7 +327,7 @@ def test_cancellation_reaches_the_decoder() -> None:
 
 
 class Broken(ToyNetwork):
-    """Raises what it is told to, or returns it."""
+    """Raises what it is given, or returns it."""
 
     def __init__(self, outcome: BaseException | float) -> None:
         super().__init__()
@@ -418,7 +418,7 @@ class ToyHolder:
 
 
 def test_offloaded_networks_are_on_the_device_only_while_their_stage_runs() -> None:
-    """The device is the CPU here, on which a copy stands for the visit."""
+    """The device is the CPU here; a copy stands for the move to the device."""
     holder = Holder()
     networks = networks_in(holder)
     assert networks == [holder.vae, holder.inner.network]

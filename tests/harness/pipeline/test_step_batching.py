@@ -1,4 +1,4 @@
-"""Requests that share forwards: each picture is the one made alone, whoever joins, leaves or fails beside it."""
+"""Requests that share forwards: each image equals the one made alone, whichever request joins, leaves or fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.components import Conditioning
 
 
 class Doubling(nn.Module):
-    """Doubles, remembers its batches, and fails where a row is negative or the batch is larger than it can hold."""
+    """Doubles its input and records its batches; fails on a negative row or a batch that is too large."""
 
     def __init__(self, most: int = 100) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def test_what_a_course_raises_reaches_whoever_drives_it() -> None:
 
 
 def test_each_stack_keeps_its_own_inference_mode() -> None:
-    """Of two that overlap, the first to end would otherwise leave the other's mode behind, in all that is run later."""
+    """Of two that overlap, the first to end would otherwise leave the other's mode behind for all later code."""
     modes: list[bool] = []
 
     def work(evaluation: Evaluate) -> float:

@@ -1,4 +1,4 @@
-"""A run's folder has one owner, its files are whole at any time, and its record comes back as a table."""
+"""A run's folder has one owner, its files are complete at any time, and its record comes back as a table."""
 
 import json
 import threading
@@ -67,7 +67,7 @@ def test_the_folder_of_a_run_that_did_not_end_well_is_taken_over(tmp_path: Path,
     first.write_record(record())
     (tmp_path / "logs" / "rank0.error.json").write_text("{}")
     first.finish(Status(state, "no"))
-    with pytest.raises(RunFolderError, match="already holds a run"):  # its process lives
+    with pytest.raises(RunFolderError, match="already holds a run"):  # its process is alive
         RunFolder.claim(tmp_path, again=True)
     assert read_status(tmp_path) == Status(state, "no")
     del first
@@ -88,7 +88,7 @@ def test_a_row_is_done_once_its_status_is_there(tmp_path: Path) -> None:
     declared = to_dict(compose_run(["request.prompt=rocket"]).config)
     folder = RunFolder.claim(tmp_path)
     folder.write_record(msgspec.structs.replace(record(), fingerprint=fingerprint(declared)))
-    assert not is_done(tmp_path, declared)  # cut off before its end
+    assert not is_done(tmp_path, declared)  # truncated before its end
     folder.finish(Status("failed", "broken: ..."))
     assert is_done(tmp_path, declared)
     assert not is_done(tmp_path, declared | {"request": {}})
@@ -221,7 +221,7 @@ def test_the_interval_covers_the_median_about_as_often_as_it_says() -> None:
 
 
 def test_so_it_does_where_neighbours_are_alike() -> None:
-    """A first-order autoregression of 0.6, as repeats on a busy machine are; taken for independent, 0.7 of them."""
+    """A first-order autoregression of 0.6, like repeats on a busy machine; taken as independent, they cover 0.7."""
     noise, inside = np.random.default_rng(2).standard_normal(size=(200, 80)), 0
     for row in noise:
         for k in range(1, 80):
@@ -232,12 +232,12 @@ def test_so_it_does_where_neighbours_are_alike() -> None:
 
 
 def test_what_drifts_while_it_is_measured_is_in_the_interval() -> None:
-    """The same values from one machine: as they come, and in the order of one that grows slower all the time."""
+    """The same values from one machine: in the order they came, and sorted as if it became slower all the time."""
     values = np.random.default_rng(3).uniform(10, 14, size=40)
     steady, drifting = summarize(values).ci95, summarize(np.sort(values)).ci95
     assert drifting[1] - drifting[0] > 2 * (steady[1] - steady[0])
     three = summarize([10.0, 12.0, 11.0])
-    assert 10 <= three.ci95[0] < three.ci95[1] <= 12  # too few to be batched
+    assert 10 <= three.ci95[0] < three.ci95[1] <= 12  # too few for batches
 
 
 def test_no_values_are_refused() -> None:
@@ -251,7 +251,7 @@ def test_a_png_says_what_it_is(tmp_path: Path) -> None:
     assert picture.shape == (8, 16, 3)
     assert picture.min() == 0
     assert picture.max() == 255
-    assert to_uint8(np.full((3, 1, 1), 0.5 / 255 + 1e-6, np.float32)).max() == 1  # rounded, not cut
+    assert to_uint8(np.full((3, 1, 1), 0.5 / 255 + 1e-6, np.float32)).max() == 1  # rounded, not truncated
     text = {"prompt": "naïve 日本 🍎", "seed": "7", "fingerprint": "0123"}
     save_png(tmp_path / "a.png", picture, text)
     with Image.open(tmp_path / "a.png") as image:

@@ -1,4 +1,4 @@
-"""The two sides of a comparison: how they are written, and which runs they are."""
+"""The baseline and the candidate of a comparison: how they are written, and which runs they are."""
 
 import pytest
 from hydra import initialize_config_module

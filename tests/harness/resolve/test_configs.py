@@ -158,7 +158,7 @@ FACTS = {
 
 
 def told(config: RunConfig) -> dict[str, object]:
-    """The facts of training that the scheduler is told."""
+    """Return the training facts that the scheduler receives."""
     values = {fact.name: getattr(config.scheduler, fact.name) for fact in fields(TrainingFacts)}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -250,7 +250,7 @@ def copy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def families(copy: Path) -> Path:
-    """A checkpoint of three families, one network thrice."""
+    """Write a checkpoint of three families: one network three times."""
     for family in ("ddpm", "sgm"):
         shutil.copytree(copy / "transformer", copy / f"transformer_{family}", dirs_exist_ok=True)
     return copy

@@ -1,4 +1,4 @@
-"""A method that keeps less than it claims is called broken; one that keeps it is not; the reference is drawn once."""
+"""A method with less fidelity than it claims is called broken; the reference is generated once."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def bench(folder: Path, references: Path, *overrides: str) -> ResolvedRun:
 
 
 def ran(composed: ResolvedRun) -> Fidelity | None:
-    """Runs a bench as the command does; its row's fidelity."""
+    """Run a bench as the command does; return the fidelity of its row."""
     folder = RunFolder.claim(composed.folder)
     run_in(composed, folder, Console(quiet=True))
     record = read_record(folder.path)
@@ -144,7 +144,7 @@ def test_bfloat16_is_rounding_and_a_wrong_scale_in_one_head_is_not(
 
 
 def test_an_approximation_declared_exact_is_broken(tmp_path: Path, references: Path) -> None:
-    """Fewer steps stand for a cache: its picture is another one."""
+    """Fewer steps stand for a cache: they give another image."""
     with DiffusionGenerator.from_config(*BENCH[3:], *ASKED, "request.steps=2", *PLAIN) as generator:
         drawn = generator.generate(latents="last")
     config = compose_run([*BENCH, *ASKED, *PLAIN, f"task.references={references}"]).config

@@ -45,10 +45,10 @@ def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
     times = np.asarray(poisson(50.0, 400.0, np.random.default_rng(0)))
     assert len(times) == pytest.approx(20_000, abs=4 * math.sqrt(20_000))
     gaps = np.diff(times)
-    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)  # of an exponential they are equal
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)  # of an exponential distribution they are equal
     assert np.mean(gaps > 2 / 50) == pytest.approx(math.exp(-2), abs=0.01)
     counts = np.histogram(times, bins=400, range=(0, 400))[0]
-    assert counts.var() == pytest.approx(counts.mean(), rel=0.25)  # nor do they keep apart or come in groups
+    assert counts.var() == pytest.approx(counts.mean(), rel=0.25)  # nor do they avoid each other or come in groups
     assert times.min() >= 0
     assert times.max() < 400
 
@@ -113,7 +113,7 @@ def test_latency_counts_from_when_a_request_was_meant_to_be_sent_and_throughput_
 
 
 def driven(config: RunConfig, script: Script, times: Schedule, patience_s: float = 5.0) -> tuple[Account, list[str]]:
-    """What a planted engine was asked, and the requests that were cancelled in the end."""
+    """Return the requests that a fake engine saw, and those that were cancelled at the end."""
     with planted(script) as (engine, addresses):
         with closing(Connection(addresses)) as connection:
             account = drive(connection, times, requests(config, 0), patience_s)
@@ -167,7 +167,7 @@ def test_a_closed_loop_has_as_many_outstanding_as_clients_and_a_refused_one_wait
     account, _ = driven(config, script, schedule(load, 1.0, 0))
     rows = account.rows
     assert {each.outcome for each in rows} == {"ok", "busy"}
-    assert 6 <= len(rows) <= 21  # two clients for a second, 0.1 s each, and one that came once
+    assert 6 <= len(rows) <= 21  # two clients for a second, 0.1 s each, and one request in progress
     for each in rows:
         assert sum(other.sent_s <= each.sent_s < (other.ended_s or 0) for other in rows) <= 3
     assert max(each.due_s for each in rows) < 1.0
@@ -280,7 +280,7 @@ def test_a_round_without_a_good_answer_does_not_compare() -> None:
 
 
 def answer_of(request: httpx.Request) -> httpx.Response:
-    """What a server says to the k-th request, by its seed."""
+    """Return what a server answers to the k-th request, by its seed."""
     asked = json.loads(request.content)
     seed = asked["triptych"]["seed"]
     if seed == 0:

@@ -1,4 +1,4 @@
-"""A plan is arithmetic that can be checked by hand, lists what may run and no more, and counts as records count."""
+"""A plan is arithmetic that can be checked by hand, lists only what may run, and counts as records count."""
 
 from dataclasses import replace
 from functools import cache
@@ -168,7 +168,7 @@ def test_a_plan_is_a_run_folder_with_every_number(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    """A bench of two steps in this process."""
+    """Run a bench of two steps in this process."""
     asked = ["task=bench", "task.fidelity=false", "task.repeats=1", "launch.mode=inprocess", "logger=json"]
     asked += ["engine.optimize=none"]
     folder = tmp_path_factory.mktemp("plan") / "run"

@@ -18,7 +18,7 @@ N = 96
 
 
 def run(root: Path, family: str, solver: str, steps: int, hits: int, distance: float, **settings: object) -> Record:
-    """Writes one finished run; a second-order solver pays twice a step but for the last."""
+    """Write one finished run; a second-order solver has two evaluations in every step but the last."""
     share, gap = wilson(hits, N), Estimate(distance, (0.8 * distance, 1.3 * distance), N)
     quality = Quality("ab", N, 0, N, 1 / 256, share, share, None, gap, None, None)
     base = record()
@@ -38,7 +38,7 @@ def run(root: Path, family: str, solver: str, steps: int, hits: int, distance: f
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Two families, two solvers, two step counts; one refused, one not scored."""
+    """Write two families, two solvers and two step counts; one run is refused, one has no score."""
     root = tmp_path / "sweep"
     for family, worse in (("sgm", 2.0), ("rectified_flow", 1.0)):
         for steps, distance in ((4, 0.4), (8, 0.1)):

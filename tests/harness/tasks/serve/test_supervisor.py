@@ -1,4 +1,4 @@
-"""The supervisor over engines that are threads: every request has one answer, whatever becomes of the ranks."""
+"""The supervisor over engines that are threads: every request has one answer, whatever happens to the ranks."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -38,7 +38,7 @@ def configured(**serve: object) -> RunConfig:
 
 @asynccontextmanager
 async def serving(folder: Path, fleet: Fleet, **serve: object) -> AsyncIterator[Supervisor]:
-    """A supervisor that is ready; at the end nothing of its engines is left."""
+    """Yield a ready supervisor; at the end nothing of its engines is left."""
     (folder / "logs").mkdir()
     supervisor = Supervisor(configured(**serve), folder, fleet.make)
     supervisor.WATCH_S = 0.02

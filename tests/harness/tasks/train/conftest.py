@@ -1,4 +1,4 @@
-"""A tiny data set of squares with captions, the overrides of a tiny training, and what wandb reads back."""
+"""The tiny data set that the tests of training share."""
 
 from pathlib import Path
 

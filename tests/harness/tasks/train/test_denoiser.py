@@ -1,4 +1,4 @@
-"""The denoiser: an untrained network answers zero, and a batch pairs each picture with captions of its own."""
+"""The denoiser: an untrained network answers zero, and a batch pairs each image with its own captions."""
 
 import dataclasses
 from pathlib import Path

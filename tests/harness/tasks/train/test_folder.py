@@ -1,4 +1,4 @@
-"""A data set of one's own: read in both forms, refused in one line where something is missing, trained on."""
+"""A data set of the user: read in both forms, refused in one line where something is missing, and trained on."""
 
 import json
 from pathlib import Path
@@ -97,14 +97,14 @@ def test_nothing_to_learn_is_refused(squares: Path) -> None:
 
 
 def train(folder: Path, data: Path, *overrides: str) -> str:
-    """Trains through the whole configuration, and returns the state it ended in."""
+    """Train with the whole configuration, and return the final state."""
     paths = [f"train.folder={folder}", f"train.data.folder={data}", f"train.export={folder / 'model'}"]
     composed = compose_run([*TINY, *paths, *overrides])
     return run_training(composed.config, Console(quiet=True)).state
 
 
 def test_a_folder_is_trained_on_to_the_end(squares: Path, tmp_path: Path) -> None:
-    """Every part but the shared ones; the curve, the sheets and the end are in wandb's offline run."""
+    """Every part runs except the shared ones; the curve, the sheets and the end are in wandb's offline run."""
     folder, part = tmp_path / "run", "denoiser-sgm"
     short = ["train.denoiser.loop.images=32", "train.denoiser.loop.log_every=2", "train.denoiser.sample_every=16"]
     assert train(folder, squares, "scheduler=sgm", "logger.wandb.mode=offline", *short) == "ok"

@@ -1,4 +1,4 @@
-"""A training that is killed goes on from its checkpoint and ends with the bits of one that never was."""
+"""A training that is killed continues from its checkpoint and ends with the bits of an uninterrupted one."""
 
 import json
 import os
@@ -34,7 +34,7 @@ WANTED = [
 
 
 def kill_after_a_checkpoint(overrides: list[str], folder: Path) -> None:
-    """Starts the command and sends SIGKILL once it has written a checkpoint."""
+    """Start the command and send SIGKILL once it has written a checkpoint."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     with subprocess.Popen([sys.executable, "-m", "harness", *overrides], env=environment) as process:
         deadline = time.monotonic() + LIMIT_S

@@ -1,4 +1,4 @@
-"""One objective, three families: exact networks have no loss, its minimum is the closed form, times are as stated."""
+"""One objective, three families: exact networks have no loss, the minimum is the closed form, times are as stated."""
 
 import ast
 import math
@@ -19,7 +19,7 @@ from schedulers.build import build as build_noise_scheduler
 from schedulers.families import FAMILIES, PATHS, Settings
 from schedulers.grid import Point
 
-# The inverse of what each family's network is told.
+# The inverse of the time embedding's input, for each family.
 TIMES: dict[str, Callable[[Tensor], Tensor]] = {
     "flow": lambda tau: tau / 1000,
     "discrete_vp": lambda tau: tau,
@@ -49,7 +49,7 @@ def loss(chosen: Objective, model: nn.Module, x0: Tensor, seed: int = 0) -> Tens
 
 
 class Told(nn.Module):
-    """A network that recovers t from tau and x from its input; keeps what it was told."""
+    """A network that recovers t from tau and x from its input, and keeps the times that it gets."""
 
     def __init__(self, chosen: Objective) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Told(nn.Module):
 
 
 class Oracle(Told):
-    """Knows that every latent is the constant ``value`` and answers with the exact target."""
+    """A network that knows every latent is the constant ``value`` and answers with the exact target."""
 
     def __init__(self, chosen: Objective, value: float) -> None:
         super().__init__(chosen)
@@ -79,7 +79,7 @@ class Oracle(Told):
 
 
 class Posterior(Told):
-    """scale F + shift, where F is the target that N(MEAN, STD^2) data give on average at x."""
+    """Answers scale F + shift, where F is the average target at x for N(MEAN, STD^2) data."""
 
     def __init__(self, chosen: Objective, scale: Tensor, shift: Tensor) -> None:
         super().__init__(chosen)
@@ -92,7 +92,7 @@ class Posterior(Told):
 
 
 def expected_x0(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """E[x0 | x] for x0 ~ N(MEAN, STD^2)."""
+    """Return E[x0 | x] for x0 ~ N(MEAN, STD^2)."""
     return MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
 
 
@@ -151,7 +151,7 @@ def test_the_shipped_model_states_what_is_trained(family: str) -> None:
 
 
 def told(chosen: Objective, count: int = 20_000) -> Tensor:
-    """What a network is told in ``count`` draws, float64."""
+    """Return the times that a network gets in ``count`` samples, float64."""
     network = Told(chosen)
     loss(chosen, network, torch.zeros(count, 1, 1, 1))
     return network.tau.double()
@@ -237,7 +237,7 @@ def test_bfloat16_is_the_networks_arithmetic_alone(family: str) -> None:
 
 
 def test_there_is_one_loop_and_no_branch_on_a_family() -> None:
-    """One place descends a gradient; families are rows of a table, which only the export compares by name."""
+    """One function descends the gradient; families are rows of a table, which only the export compares by name."""
     descents, compared = [], []
     for path in Path(harness.tasks.train.__path__[0]).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Retrieval: planted pictures are found, wrong ones are not, and the shares are what was planted."""
+"""Retrieval: planted images are found, wrong ones are not, and the shares are the planted ones."""
 
 import numpy as np
 import pytest

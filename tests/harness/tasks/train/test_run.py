@@ -1,4 +1,4 @@
-"""All parts in order on coloured squares: what each leaves behind, and that a second run repeats nothing."""
+"""All parts in order on coloured squares: what each leaves behind; a second run repeats nothing."""
 
 import json
 from dataclasses import asdict, replace
@@ -31,7 +31,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 
 
 def write_squares(folder: Path) -> None:
-    """Two names a colour: one in the vocabulary, one that only the VAE sees."""
+    """Return two names for each colour: one in the vocabulary, one that only the VAE sees."""
     (folder / "images").mkdir(parents=True)
     rows = []
     for colour, value in COLOURS.items():
@@ -46,7 +46,7 @@ def write_squares(folder: Path) -> None:
 
 
 def write_teacher(folder: Path) -> None:
-    """An untrained BERT that knows the words of the squares."""
+    """Make an untrained BERT that knows the words of the squares."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", *COLOURS, "square", "dark", "noto", "the", "of"]
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -58,7 +58,7 @@ def write_teacher(folder: Path) -> None:
 
 
 def short() -> LoopConfig:
-    """Four steps."""
+    """Return the overrides of a training of four steps."""
     return LoopConfig(images=32, batch=8, warmup=1, log_every=2)
 
 
@@ -104,7 +104,7 @@ def test_unknown_part_is_refused(config: TrainConfig) -> None:
 
 
 def test_captions_alone_are_enough_for_every_part(config: TrainConfig, tmp_path: Path) -> None:
-    """No styles, no tags, nothing outside the vocabulary: there is no held-out picture to report on."""
+    """Without styles, tags and names outside the vocabulary there is no held-out image to report on."""
     data = DataConfig(folder=str(captioned(tmp_path / "data")), recipe=None)
     own = replace(config, data=data, folder=str(tmp_path / "run"), export=str(tmp_path / "model"))
     result = run(own, Settings("ddpm"))

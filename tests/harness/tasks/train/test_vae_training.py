@@ -1,4 +1,4 @@
-"""The autoencoder: folding the latent statistics changes the latents as asked, and the picture only near its border."""
+"""Training the autoencoder: folding the latent statistics changes the latents, and the image only near its border."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What a training shows: a bar with its numbers on a terminal, a log line a line of the curve elsewhere."""
+"""What a training shows: a bar with its numbers on a terminal, one log line for each point of the curve elsewhere."""
 
 import io
 import logging
