@@ -38,7 +38,7 @@ def engine() -> Iterator[DiffusionGenerator]:
         yield made
 
 
-def test_requests_share_forwards_and_their_pictures_do_not_change(engine: DiffusionGenerator) -> None:
+def test_requests_share_forwards_and_their_images_do_not_change(engine: DiffusionGenerator) -> None:
     alone = {name: draw(engine, {name: change})[name] for name, change in MIXED.items()}
     with connected(engine) as connection:
         before = info(connection)
@@ -155,7 +155,7 @@ def test_the_requests_of_a_client_that_has_gone_are_dropped(engine: DiffusionGen
 
 
 @pytest.mark.slow
-def test_a_shutdown_draws_what_runs_and_answers_what_waits() -> None:
+def test_a_shutdown_finishes_what_runs_and_answers_what_waits() -> None:
     with serving("serve.max_batch=2") as made, connected(made) as connection:
         for name in ("a", "b", "c"):
             connection.send(request(made, name, steps=40))
@@ -167,7 +167,7 @@ def test_a_shutdown_draws_what_runs_and_answers_what_waits() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "cfg2", "ulysses2"])
-def test_ranks_share_forwards_and_the_pictures_are_those_of_one_rank(engine: DiffusionGenerator, layout: str) -> None:
+def test_ranks_share_forwards_and_the_images_are_those_of_one_rank(engine: DiffusionGenerator, layout: str) -> None:
     asked = {name: MIXED[name] for name in ("a", "c", "e")}
     expected = {name: draw(engine, {name: change})[name] for name, change in asked.items()}
     with serving(f"parallel={layout}", "serve.max_batch=4") as ranks, connected(ranks) as connection:
@@ -196,7 +196,7 @@ def test_one_after_another_honours_deadlines_too() -> None:
     assert counted.evaluations == counted.rows // 2 < LONG
 
 
-def test_the_queue_is_told_with_the_acceptance(engine: DiffusionGenerator) -> None:
+def test_the_acceptance_names_the_place_in_the_queue(engine: DiffusionGenerator) -> None:
     with connected(engine) as connection:
         connection.send(request(engine, "first", steps=LONG, prompts=["a", "b"], batch_size=2))
         connection.send(request(engine, "second", steps=LONG, prompts=["a", "b"], batch_size=2))

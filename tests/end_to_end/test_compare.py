@@ -35,7 +35,7 @@ def test_a_comparison_leaves_both_rows_and_what_they_say(tmp_path: Path) -> None
     assert sorted(load(folder)["state"]) == ["ok", "ok", "ok"]
 
 
-def test_four_times_the_steps_are_found_and_change_the_picture(tmp_path: Path) -> None:
+def test_four_times_the_steps_are_found_and_change_the_image(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run(command(*COMMON, "a=[request.steps=4]", "b=[request.steps=16]", f"hydra.run.dir={folder}"))
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,7 @@ def test_four_times_the_steps_are_found_and_change_the_picture(tmp_path: Path) -
     assert found.efficiency is None
 
 
-def test_a_side_that_dies_fails_the_comparison_in_one_line(tmp_path: Path) -> None:
+def test_a_configuration_that_dies_fails_the_comparison_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     overrides = ["a=[request.steps=2]", "b=[request.steps=2,launch.start_timeout_s=0.01]"]
     done = run(command(*COMMON, *overrides, f"hydra.run.dir={folder}"))

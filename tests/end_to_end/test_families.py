@@ -32,7 +32,7 @@ def frames(path: Path) -> NDArray[np.uint8]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SIZES))
-def test_four_ranks_draw_what_one_draws(name: str, tmp_path: Path) -> None:
+def test_four_ranks_generate_what_one_generates(name: str, tmp_path: Path) -> None:
     CASES[name].save(tmp_path / "checkpoint", heads=HEADS)
     overrides = [*overrides_of(CASES[name], tmp_path / "checkpoint"), *ASKED, *SIZES[name]]
     for layout in ("single", "usp4"):

@@ -27,7 +27,7 @@ from harness.tasks.serve.app import make_app
 from harness.tasks.serve.desk import Desk
 from harness.tasks.serve.forms import as_json, boundary_of
 from harness.tasks.serve.problem import STATUS, Problem
-from tests.fixtures.serving.fake_supervisor import Planted
+from tests.fixtures.serving.fake_supervisor import FakeSupervisor
 
 IMAGES, VIDEOS, REQUESTS = "/v1/images/generations", "/v1/videos", "/v1/requests"
 JSON = {"content-type": "application/json"}
@@ -42,20 +42,20 @@ def config() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def app(config: RunConfig) -> Any:
-    return make_app(config, Planted(config), Path())  # type: ignore[arg-type]
+    return make_app(config, FakeSupervisor(config), Path())  # type: ignore[arg-type]
 
 
 @dataclass
 class Site:
     client: httpx.AsyncClient
-    engine: Planted
+    engine: FakeSupervisor
     app: Any
 
 
 @asynccontextmanager
 async def site(app: Any, config: RunConfig, folder: Path, step_s: float) -> AsyncIterator[Site]:
     """Return an application with its own service."""
-    engine = Planted(config, step_s)
+    engine = FakeSupervisor(config, step_s)
     app.state.desk = Desk(config, engine, folder)  # type: ignore[arg-type]
     wire = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=wire, base_url="http://127.0.0.1:8000", timeout=LIMIT_S) as client:
@@ -113,7 +113,7 @@ async def until(client: httpx.AsyncClient, request_id: str, *states: str) -> dic
         await asyncio.sleep(0.01)
 
 
-def test_pictures_come_as_they_were_asked_for(run: Talk, tmp_path: Path) -> None:
+def test_images_come_in_the_requested_format(run: Talk, tmp_path: Path) -> None:
     settings = {"steps": 3, "seed": 5, "guidance": 1.5, "negative_prompt": "blue", "timeout_s": 9}
     body = {"prompt": "red apple", "n": 2, "size": "32x16", "user": "ann", "model": "emoji", "triptych": settings}
 
@@ -135,7 +135,7 @@ def test_pictures_come_as_they_were_asked_for(run: Talk, tmp_path: Path) -> None
     assert all((tmp_path / sample["path"]).is_file() for sample in line["samples"])
 
 
-def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(run: Talk) -> None:
+def test_links_lead_to_the_same_images_and_seeds_are_random(run: Talk) -> None:
     async def talk(at: Site) -> None:
         answers = [(await at.client.post(IMAGES, json={"prompt": "x", "response_format": "url"})).json() for _ in "ab"]
         assert answers[0]["triptych"]["seed"] != answers[1]["triptych"]["seed"]
@@ -173,7 +173,7 @@ def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(run: Talk) -> N
         (VIDEOS, {"prompt": "x"}, "rejected", "post to /v1/images/generations"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_before_the_engine_is_asked(
+def test_what_cannot_be_generated_is_refused_before_the_engine_gets_it(
     run: Talk, path: str, body: object, code: str, words: str
 ) -> None:
     async def talk(at: Site) -> None:
@@ -343,7 +343,7 @@ def test_requests_are_cancelled_where_they_are(run: Talk) -> None:
     run(talk, step_s=0.05)
 
 
-def test_progress_streams_until_the_picture_is_there(run: Talk) -> None:
+def test_progress_streams_until_the_image_is_there(run: Talk) -> None:
     async def talk(at: Site) -> None:
         asked = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": {"steps": 4}})).json()
         stream = await at.client.get(f"{REQUESTS}/{asked['id']}/events")

@@ -26,7 +26,7 @@ def site(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-def test_openais_client_draws_pictures_and_videos(site: Live) -> None:
+def test_openais_client_generates_images_and_videos(site: Live) -> None:
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=f"{site.url}/v1", api_key="none") as client:
         use_images(client)

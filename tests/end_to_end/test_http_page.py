@@ -70,7 +70,7 @@ def ask(page: Any, **given: str) -> None:
     find(page, "#ask button").click()
 
 
-def test_a_picture_is_asked_for_watched_and_shown(page: Any, site: Live) -> None:
+def test_an_image_is_requested_watched_and_shown(page: Any, site: Live) -> None:
     before = page.execute_script(LOADED)
     seen: set[str] = set()
     ask(page, prompt="<b>red</b> apple", negative_prompt="blue", steps="8", seed="7", guidance="2", n="2")
@@ -104,7 +104,7 @@ def test_the_queue_is_seen_and_cancelled(page: Any) -> None:
     assert texts(page, "#answers li:nth-child(-n+3) .error") == ["the request was cancelled"] * 3
 
 
-def test_refusals_and_faults_are_told(page: Any, site: Live) -> None:
+def test_refusals_and_faults_are_reported(page: Any, site: Live) -> None:
     ask(page, prompt="x", size="65x64")
     until(lambda: "64 or 72" in find(page, "#refusal").text, "the refusal")
     ask(page, prompt="oom", size="64x64", steps="1")

@@ -72,7 +72,7 @@ def send_foreign_frames(folder: Path, number: int, seed: int) -> None:
     context.term()
 
 
-def test_openais_client_draws_on_real_ranks(serving: Serving) -> None:
+def test_openais_client_generates_on_real_ranks(serving: Serving) -> None:
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=f"{serving.url}/v1", api_key="none") as client:
         use_images(client)
@@ -93,7 +93,7 @@ def test_a_thousand_malformed_requests_leave_it_ready(serving: Serving) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def test_a_rank_that_is_killed_is_told_and_replaced(serving: Serving) -> None:
+def test_a_rank_that_is_killed_is_reported_and_replaced(serving: Serving) -> None:
     asked = {"prompt": "x", "n": 8, "triptych": {"steps": 60}}
     drawing, waiting = (httpx.post(f"{serving.url}/v1/requests", json=asked | {"n": n}).json() for n in (8, 1))
     where = f"{serving.url}/v1/requests"

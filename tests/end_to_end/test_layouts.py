@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_it_promises(single: Path) -> None:
     assert table["summary.latency_ms.median"][0] == record.summary.latency_ms.median
 
 
-def test_two_replicas_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
+def test_two_replicas_generate_the_same_bits(single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, "parallel=dp2", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run") == hashes(single)
@@ -95,7 +95,7 @@ def decoding_bytes(pictures: int) -> dict[str, int]:
 @pytest.mark.parametrize(
     "layout", ["ring2", "cfg2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2", "ulysses2"))]
 )
-def test_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp_path: Path) -> None:
+def test_ranks_that_share_an_image_generate_the_same(layout: str, single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert difference(single, tmp_path / "run") <= 1  # rounding to 8 bits; float32 differs in the last digits
@@ -109,7 +109,7 @@ def test_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp
 
 
 @pytest.mark.slow
-def test_dealt_weights_draw_the_same_bits(tmp_path: Path) -> None:
+def test_sharded_weights_generate_the_same_bits(tmp_path: Path) -> None:
     for layout in ("ulysses2", "ulysses2_sharded"):
         done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / layout}"))
         assert done.returncode == 0, done.stderr
@@ -122,14 +122,14 @@ def test_dealt_weights_draw_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["usp4", "cfg2_ulysses2", "tp2_ulysses2", "ulysses4"])
-def test_four_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp_path: Path) -> None:
+def test_four_ranks_that_share_an_image_generate_the_same(layout: str, single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert difference(single, tmp_path / "run") <= 1
 
 
 @pytest.mark.slow
-def test_more_threads_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
+def test_more_threads_generate_the_same_bits(single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, "launch.threads_per_rank=2", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert record_of(tmp_path / "run").provenance.threads_per_rank == 2
@@ -137,14 +137,14 @@ def test_more_threads_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_more_replicas_than_pictures(single: Path, tmp_path: Path) -> None:
+def test_more_replicas_than_images(single: Path, tmp_path: Path) -> None:
     overrides = ["request.prompt=red apple", "request.seed=6", "parallel=dp2", f"hydra.run.dir={tmp_path / 'run'}"]
     done = run(command(*overrides))
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run")[6] == hashes(single)[6]
 
 
-def test_one_rank_in_this_process_draws_the_same_bits(single: Path, tmp_path: Path) -> None:
+def test_one_rank_in_this_process_generates_the_same_bits(single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, "launch.mode=inprocess", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run") == hashes(single)

@@ -41,7 +41,7 @@ def nodes(tmp_path: Path, overrides: list[str], variables: dict[str, str]) -> It
 
 
 @pytest.mark.slow
-def test_two_nodes_draw_the_same_and_one_of_them_keeps_it(single: Path, tmp_path: Path) -> None:
+def test_two_nodes_generate_the_same_and_one_of_them_keeps_it(single: Path, tmp_path: Path) -> None:
     with nodes(tmp_path, ASKED, {"PYTHONPATH": str(Path(harness.__file__).parent.parent)}) as ended:
         assert [status for _, _, status in ended] == [0, 0], ended
         (kept,) = [folder / "run" for folder, _, _ in ended if any(folder.iterdir())]

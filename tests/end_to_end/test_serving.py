@@ -79,7 +79,7 @@ def test_the_sockets_are_private_and_the_ranks_are_known(generator: DiffusionGen
     assert all(b"harness.engines.rank" in line for line in lines)
 
 
-def test_a_seed_is_a_picture_however_often_and_beside_whatever(generator: DiffusionGenerator) -> None:
+def test_a_seed_gives_one_image_in_every_batch_and_repeat(generator: DiffusionGenerator) -> None:
     first = generator.generate(seed=3)
     assert same(first, generator.generate(seed=3))
     assert not same(first, generator.generate(seed=4))
@@ -104,7 +104,7 @@ def test_a_seed_is_a_picture_however_often_and_beside_whatever(generator: Diffus
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_cannot_be_drawn_is_refused_and_the_engine_serves_on(
+def test_what_cannot_be_generated_is_refused_and_the_engine_continues(
     generator: DiffusionGenerator, changes: dict[str, object], says: str
 ) -> None:
     with pytest.raises(RequestFailed, match=says) as caught:

@@ -183,7 +183,7 @@ def test_a_launcher_may_run_the_jobs_in_processes_of_its_own(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_sweeper_that_searches_is_told_what_each_job_took(tmp_path: Path) -> None:
+def test_a_sweeper_that_searches_gets_the_time_of_each_job(tmp_path: Path) -> None:
     """The best trial of Optuna is the job with the smallest median; a refused job is no candidate."""
     pytest.importorskip("optuna", reason="pip install 'triptych[optuna]'")
     folder = tmp_path / "search"

@@ -111,7 +111,7 @@ def test_no_frame_is_no_message() -> None:
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
-def test_a_message_cut_short_is_refused(message: Message) -> None:
+def test_a_truncated_message_is_refused(message: Message) -> None:
     whole = encode(message)[0]
     for length in range(len(whole)):
         with pytest.raises(MessageError):

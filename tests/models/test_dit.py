@@ -126,7 +126,7 @@ def test_every_weight_matters() -> None:
             parameter.copy_(kept)
 
 
-def test_a_batch_is_its_pictures() -> None:
+def test_a_batch_equals_its_single_images() -> None:
     network = our(their(SMALL), SMALL)
     latent, tau, labels = inputs(SMALL, 3, 8, 8)
     with torch.no_grad():

@@ -61,7 +61,7 @@ def draw(peer: DiTPipeline, prompt: str, seed: int, guidance: float, steps: int 
     return images[0].transpose(2, 0, 1)
 
 
-def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: DiTPipeline) -> None:
+def test_images_are_diffusers_own(engine: DiffusionGenerator, peer: DiTPipeline) -> None:
     drawn = engine.generate(prompts=list(CLASSES), seed=SEED, steps=STEPS, guidance=GUIDANCE)
     for k, prompt in enumerate(CLASSES):
         theirs = draw(peer, prompt, SEED + k, GUIDANCE)
@@ -87,7 +87,7 @@ def test_the_comparison_sees_class_guidance_and_seed(engine: DiffusionGenerator)
     assert np.array_equal(pixels(prompt="1"), plain)
 
 
-def test_a_picture_need_not_be_square(engine: DiffusionGenerator) -> None:
+def test_an_image_need_not_be_square(engine: DiffusionGenerator) -> None:
     drawn = engine.generate(prompt="goldfish", seed=SEED, steps=2, height=12, width=24)
     assert drawn.pixels[0].shape == (3, 12, 24)
 
@@ -159,7 +159,7 @@ def test_the_learned_variance_is_neither_of_the_fixed_ones(checkpoint: Path) -> 
     assert min(np.abs(pictures[0] - other).max() for other in pictures[1:]) > 20 * BOUND
 
 
-def test_a_network_without_a_variance_is_not_asked_for_one(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_network_without_a_variance_needs_none(checkpoint: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     plain = DiTTransformer2DModel(2, 12, 4, num_layers=1, sample_size=SIDE)
     plain.save_pretrained(tmp_path / "transformer")

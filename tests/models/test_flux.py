@@ -114,7 +114,7 @@ def test_every_input_matters(tmp_path: Path) -> None:
             assert rel_l2(moved, plain) > 0.001
 
 
-def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
+def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
     ours = our(their(TINY), tmp_path)
     latent, tau, told = inputs(TINY, 3, 6, 10)
     with torch.no_grad():

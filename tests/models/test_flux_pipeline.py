@@ -78,21 +78,21 @@ def apart(drawn: np.ndarray, picture: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("steps", "guidance", "batch"), [(6, 3.5, 1), (6, 3.5, 2), (3, 1.0, 1)])
-def test_pictures_of_a_distilled_network_are_diffusers_own(dev: Case, steps: int, guidance: float, batch: int) -> None:
+def test_images_of_a_distilled_network_are_diffusers_own(dev: Case, steps: int, guidance: float, batch: int) -> None:
     drawn = ours(dev.generator, steps=steps, guidance=guidance, batch_size=batch)
     for k, prompt in enumerate(PROMPTS):
         assert apart(drawn[k], theirs(dev.peer, prompt, SEED + k, steps, guidance)) < BOUND
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(4, 1.0), (4, 2.5)])
-def test_pictures_of_schnell_are_diffusers_own(schnell: Case, steps: int, guidance: float) -> None:
+def test_images_of_schnell_are_diffusers_own(schnell: Case, steps: int, guidance: float) -> None:
     """Guidance is classifier-free where the network has no embedded scale."""
     drawn = ours(schnell.generator, steps=steps, guidance=guidance)
     for k, prompt in enumerate(PROMPTS):
         assert apart(drawn[k], theirs(schnell.peer, prompt, SEED + k, steps, 0.0, guided=guidance)) < BOUND
 
 
-def test_the_comparison_sees_all_that_is_asked(dev: Case, schnell: Case) -> None:
+def test_the_comparison_sees_every_field_of_the_request(dev: Case, schnell: Case) -> None:
     """The result depends on every field of the request by far more than the bound."""
     of_both = ({"prompts": ["pear", "pear"]}, {"guidance": 2.0}, {"seed": SEED + 1}, {"steps": 5})
     for case, changes in ((dev, of_both), (schnell, (*of_both, {"negative_prompt": "red"}))):
@@ -122,7 +122,7 @@ def test_text_states_are_diffusers_own(dev: Case) -> None:
     torch.testing.assert_close(found.vector(), pooled, rtol=1e-5, atol=1e-5)
 
 
-def test_a_cut_prompt_is_noted(dev: Case) -> None:
+def test_a_truncated_prompt_is_noted(dev: Case) -> None:
     drawn = dev.generator.generate(
         prompt=f"{LONG}, again", seed=SEED, steps=1, guidance=3.5, height=HEIGHT, width=WIDTH
     )

@@ -211,7 +211,7 @@ def test_the_record_says_what_was_loaded(tmp_path: Path) -> None:
         assert 0 < row.load_ms < record.first_call.load_ms
 
 
-def test_every_rank_counts_and_the_slowest_is_told() -> None:
+def test_every_rank_counts_and_the_slowest_is_reported() -> None:
     def part(name: str, ms: float) -> LoadedComponent:
         return LoadedComponent(name, "a", "float32", 1, 4, ms)
 
@@ -258,7 +258,7 @@ def test_a_foreign_checkpoint_names_the_model_that_fits(folder: str, asked: str,
     assert f"model={asked} (" in line
 
 
-def test_a_checkpoint_that_nobody_here_draws_from(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_unsupported_pipeline(tmp_path: Path) -> None:
     folder = lookalike("flux", tmp_path / "flux")
     (folder / "transformer" / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}')
     (folder / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')

@@ -209,7 +209,7 @@ def test_what_peft_says_of_the_scale_counts(
     assert apart(load_denoiser(Source(EMOJI, loras=(lora,))), load_denoiser(by_hand(made.added))) < 1e-6
 
 
-def test_a_picture_is_that_of_the_updated_weights(
+def test_an_image_is_that_of_the_updated_weights(
     by_hand: Callable[[Mapping[str, Tensor]], Source], tmp_path: Path
 ) -> None:
     """From the command line to pixels, with the denoiser and the text encoder updated from one file."""

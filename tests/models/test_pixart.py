@@ -105,7 +105,7 @@ def test_every_input_matters() -> None:
         assert rel_l2(network(shifted, tau, Conditioning(text, mask)).roll(-2, dims=-1), plain) > 0.001  # positions
 
 
-def test_a_batch_is_its_pictures() -> None:
+def test_a_batch_equals_its_single_images() -> None:
     network = our(their(SMALL), SMALL)
     latent, tau, text, mask = inputs(SMALL, 3, 8, 8)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_a_config_of_another_network_is_refused(tmp_path: Path, change: dict[str
         read_config(tmp_path)
 
 
-def test_large_checkpoints_scale_their_positions_unless_told(tmp_path: Path) -> None:
+def test_large_checkpoints_scale_their_positions_by_default(tmp_path: Path) -> None:
     """diffusers' rule for a config without interpolation_scale: sample_size // 64, at least 1."""
     for sample_size, scale in ((16, 1.0), (64, 1.0), (128, 2.0), (256, 4.0)):
         raw = config_json(PixArtConfig(1, 2, 8, 4, 4, 2, sample_size, 8)) | {"interpolation_scale": None}

@@ -83,7 +83,7 @@ def draw(both: Both, prompt: str, seed: int, **changes: Any) -> np.ndarray:
     return images[0].transpose(2, 0, 1)
 
 
-def test_pictures_are_diffusers_own(both: Both) -> None:
+def test_images_are_diffusers_own(both: Both) -> None:
     drawn = both.engine.generate(prompts=PROMPTS, seed=SEED, **ASKED)
     for k, prompt in enumerate(PROMPTS):
         theirs = draw(both, prompt, SEED + k)
@@ -92,21 +92,21 @@ def test_pictures_are_diffusers_own(both: Both) -> None:
 
 
 @pytest.mark.parametrize("size", [(48, 24), (24, 40)])
-def test_a_picture_of_another_shape_without_guidance(both: Both, size: tuple[int, int]) -> None:
+def test_an_image_of_another_shape_without_guidance(both: Both, size: tuple[int, int]) -> None:
     changes = {"guidance": 1.0, "steps": 3, "height": size[0], "width": size[1]}
     drawn = both.engine.generate(prompts=PROMPTS, seed=SEED, batch_size=2, **(ASKED | changes))
     for k, prompt in enumerate(PROMPTS):
         assert np.abs(drawn.pixels[k] - draw(both, prompt, SEED + k, **changes)).max() < BOUND
 
 
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(both: Both) -> None:
+def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(both: Both) -> None:
     prompt = "A Red Apple beside a green pear and a yellow lemon"
     drawn = both.engine.generate(prompt=prompt, seed=SEED, **ASKED)
     assert any(f"was cut to {TOKENS}" in note for note in drawn.record.notes)
     assert np.abs(drawn.pixels[0] - draw(both, prompt, SEED)).max() < BOUND
 
 
-def test_the_comparison_sees_what_is_asked(both: Both) -> None:
+def test_the_comparison_sees_the_fields_of_the_request(both: Both) -> None:
     def pixels(**changes: Any) -> np.ndarray:
         return both.engine.generate(**({"prompt": PROMPTS[0], "seed": SEED} | ASKED | changes)).pixels[0]
 
@@ -117,7 +117,7 @@ def test_the_comparison_sees_what_is_asked(both: Both) -> None:
     assert np.array_equal(pixels(prompt="a red apple", negative_prompt="blurry "), plain)
 
 
-def test_only_the_network_of_1024_pixels_is_told_sizes(both: Both) -> None:
+def test_only_the_network_of_1024_pixels_gets_sizes(both: Both) -> None:
     """The size counts the latent's pixels and the decoder's stride; diffusers' pipeline counts in image pixels too."""
     parts = load(Source(both.folder, text_tokens=TOKENS), sdpa_attention)
     assert parts.network.config.told_size is (both.name == "pixart_alpha")

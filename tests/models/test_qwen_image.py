@@ -83,7 +83,7 @@ def test_parity_with_diffusers(name: str, batch: int, masked: bool, backend: str
             assert rel_l2(ours(latent, tau, Conditioning(text, told)), expected) < 1e-5, (height, width)
 
 
-def test_large_pictures_and_late_text_have_diffusers_positions(tmp_path: Path) -> None:
+def test_large_images_and_late_text_have_diffusers_positions(tmp_path: Path) -> None:
     """Odd numbers of rows and columns (83 at 1328 pixels) are counted from the middle, the text from behind them."""
     theirs = their(SMALL | {"num_layers": 1})
     ours = our(theirs, tmp_path)
@@ -114,7 +114,7 @@ def test_every_input_matters(tmp_path: Path) -> None:
             network(latent, tau, Conditioning())
 
 
-def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
+def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
     network = our(their(SMALL), tmp_path)
     latent, tau, text, mask = inputs(network, 3, 6, 10)
     with torch.no_grad():

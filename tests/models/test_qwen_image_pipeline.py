@@ -75,7 +75,7 @@ def pictures(engine: DiffusionGenerator, **changes: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: QwenImagePipeline, batch_size: int) -> None:
+def test_images_are_diffusers_own(engine: DiffusionGenerator, peer: QwenImagePipeline, batch_size: int) -> None:
     drawn = pictures(engine, batch_size=batch_size)
     for k, prompt in enumerate(PROMPTS):
         theirs = draw(peer, prompt, SEED + k)
@@ -84,13 +84,13 @@ def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: QwenImageP
         assert np.abs(drawn[k] - theirs).max() < BOUND
 
 
-def test_a_picture_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: QwenImagePipeline) -> None:
+def test_an_image_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: QwenImagePipeline) -> None:
     drawn = pictures(engine, prompts=PROMPTS[:1], guidance=1.0, height=32, width=80, steps=3)
     theirs = draw(peer, PROMPTS[0], SEED, true_cfg_scale=1.0, height=32, width=80, num_inference_steps=3)
     assert np.abs(drawn[0] - theirs).max() < BOUND
 
 
-def test_the_comparison_sees_what_is_asked(engine: DiffusionGenerator) -> None:
+def test_the_comparison_sees_the_fields_of_the_request(engine: DiffusionGenerator) -> None:
     """The result depends on every field of the request by far more than the bound."""
     plain = pictures(engine, prompts=PROMPTS[:1])
     changes = [{"prompts": PROMPTS[1:]}, {"guidance": 2.0}, {"seed": 12}, {"steps": 5}, {"negative_prompt": "shape"}]
@@ -98,7 +98,9 @@ def test_the_comparison_sees_what_is_asked(engine: DiffusionGenerator) -> None:
         assert np.abs(pictures(engine, **({"prompts": PROMPTS[:1]} | change)) - plain).max() > 100 * BOUND, change
 
 
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator, peer: QwenImagePipeline) -> None:
+def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
+    engine: DiffusionGenerator, peer: QwenImagePipeline
+) -> None:
     prompt = "a red fox under a pale sky, " * 4
     drawn = engine.generate(
         prompt=prompt, negative_prompt=NEGATIVE, seed=SEED, steps=2, guidance=GUIDANCE, height=HEIGHT, width=WIDTH

@@ -114,7 +114,7 @@ def test_every_input_matters(tmp_path: Path) -> None:
             assert rel_l2(moved, plain) > 0.001
 
 
-def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
+def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
     config = CONFIGS["3.5 medium"]
     ours = our(their(config), tmp_path)
     latent, tau, told = inputs(config, 3, 6, 10)

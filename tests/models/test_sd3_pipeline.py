@@ -65,7 +65,7 @@ def ours(generator: DiffusionGenerator, **changes: object) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(("steps", "guidance", "batch"), [(6, 4.5, 1), (6, 4.5, 2), (3, 1.0, 1)])
-def test_pictures_are_diffusers_own(case: Case, steps: int, guidance: float, batch: int) -> None:
+def test_images_are_diffusers_own(case: Case, steps: int, guidance: float, batch: int) -> None:
     drawn = ours(case.generator, steps=steps, guidance=guidance, batch_size=batch)
     for k, prompt in enumerate(PROMPTS):
         picture = theirs(case.peer, prompt, SEED + k, steps, guidance)
@@ -73,7 +73,7 @@ def test_pictures_are_diffusers_own(case: Case, steps: int, guidance: float, bat
         assert np.abs(drawn[k] - picture.numpy()).max() < BOUND
 
 
-def test_the_comparison_sees_all_that_is_asked(case: Case) -> None:
+def test_the_comparison_sees_every_field_of_the_request(case: Case) -> None:
     """The result depends on every field of the request by far more than the bound."""
     plain = ours(case.generator, steps=4, guidance=4.5)[0]
     for change in (
@@ -100,7 +100,7 @@ def test_text_states_are_diffusers_own(case: Case) -> None:
     assert (found.text()[:, 77:] == 0).all() == (case.peer.text_encoder_3 is None)
 
 
-def test_a_picture_beyond_the_positions_is_refused_before_it_runs(case: Case) -> None:
+def test_an_image_beyond_the_positions_is_refused_before_it_runs(case: Case) -> None:
     with pytest.raises(RequestFailed, match="has positions for 52 a side"):
         ours(case.generator, steps=2, height=56)
 

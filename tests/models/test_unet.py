@@ -115,7 +115,7 @@ def test_text_networks_agree_with_diffusers(name: str, backend: str, tmp_path: P
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", list(BACKENDS))
-def test_the_network_that_is_told_sizes_agrees_with_diffusers(backend: str, tmp_path: Path) -> None:
+def test_the_network_that_gets_sizes_agrees_with_diffusers(backend: str, tmp_path: Path) -> None:
     theirs = saved(UNet2DConditionModel, SIZED, tmp_path)
     ours = sdxl.load_denoiser(source(tmp_path), BACKENDS[backend])
     for batch, height, width in ((1, 8, 8), (3, 12, 20), (3, 10, 6)):
@@ -166,7 +166,7 @@ def test_every_input_matters(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_networks_without_text_are_told_the_time(tmp_path: Path) -> None:
+def test_networks_without_text_get_the_time(tmp_path: Path) -> None:
     for name in ("ddpm", "ncsn++"):
         saved(UNet2DModel, UNCONDITIONAL[name], tmp_path)
         network = unconditional.load_denoiser(source(tmp_path))
@@ -177,7 +177,7 @@ def test_networks_without_text_are_told_the_time(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
+def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
     saved(UNet2DConditionModel, SIZED, tmp_path)
     network = sdxl.load_denoiser(source(tmp_path))
     latent, tau, told = inputs(4, 3, 12, 20)
@@ -208,7 +208,7 @@ def test_every_attention_layer_goes_through_the_kernel(kind: type, tmp_path: Pat
         assert {heads for _, heads in asked} == {2}
 
 
-def test_a_plan_has_nothing_to_cut(tmp_path: Path) -> None:
+def test_a_plan_has_nothing_to_shard(tmp_path: Path) -> None:
     assert_plan_fits(ConditionalUNet(UNet2DConditionModel(**SMALL)), PLAN)
     assert PLAN.heads is None
     assert PLAN.stacks == PLAN.column == PLAN.row == ()
@@ -267,7 +267,7 @@ def test_files_of_an_autoencoder_load(old: bool, tmp_path: Path) -> None:
     assert rel_l2(load_kl_decoder(source(tmp_path))(latent), (expected / 2 + 0.5).clamp(0, 1)) < BOUND
 
 
-def test_a_network_is_loaded_in_its_dtype_and_told_the_time_in_float32(tmp_path: Path) -> None:
+def test_a_network_is_loaded_in_its_dtype_and_gets_the_time_in_float32(tmp_path: Path) -> None:
     saved(UNet2DConditionModel, SIZED, tmp_path)
     theirs = UNet2DConditionModel.from_pretrained(tmp_path / "unet", torch_dtype=torch.bfloat16).eval()
     ours = sdxl.load_denoiser(source(tmp_path, dtype=torch.bfloat16))
@@ -352,7 +352,7 @@ def test_missing_conditioning_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddpm_cifar10", "ncsnpp_church"])
-def test_published_networks_without_text_draw_any_multiple_of_their_size(name: str) -> None:
+def test_published_networks_without_text_generate_any_multiple_of_their_size(name: str) -> None:
     """At full size on the meta device, with the smallest image that size_multiple allows."""
     here = Source(PUBLISHED / name, "unet", device=torch.device("meta"), dummy=True)
     parts = unconditional.load(here, sdpa_attention)

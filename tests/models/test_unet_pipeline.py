@@ -94,7 +94,7 @@ def is_a_picture(pixels: Tensor, inside: float = 0.5) -> bool:
     return bool(pixels.std() > 0.03 and ((pixels > 0) & (pixels < 1)).float().mean() > inside)
 
 
-def test_pictures_are_diffusers_own(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
+def test_images_are_diffusers_own(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
     _, peer, engine = both
     drawn = ours(engine, prompts=PROMPTS, negative_prompt=NEGATIVE)
     for k, prompt in enumerate(PROMPTS):
@@ -103,7 +103,7 @@ def test_pictures_are_diffusers_own(both: tuple[str, DiffusionPipeline, Diffusio
         assert apart(drawn[k], expected) < BOUND
 
 
-def test_pictures_without_a_negative_prompt(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
+def test_images_without_a_negative_prompt(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
     """diffusers takes an empty prompt for None, except where SDXL's checkpoint says otherwise."""
     name, peer, engine = both
     drawn = ours(engine, prompt=PROMPTS[0], negative_prompt="")[0]
@@ -113,7 +113,7 @@ def test_pictures_without_a_negative_prompt(both: tuple[str, DiffusionPipeline, 
     assert (apart(drawn, encoded) > 20 * BOUND) == (name == "sdxl")
 
 
-def test_pictures_without_guidance_and_of_another_shape(
+def test_images_without_guidance_and_of_another_shape(
     both: tuple[str, DiffusionPipeline, DiffusionGenerator],
 ) -> None:
     _, peer, engine = both
@@ -122,7 +122,7 @@ def test_pictures_without_guidance_and_of_another_shape(
     assert apart(drawn, theirs(peer, PROMPTS[1], SEED, None, **changes)) < BOUND
 
 
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(
+def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
     both: tuple[str, DiffusionPipeline, DiffusionGenerator],
 ) -> None:
     _, peer, engine = both
@@ -133,7 +133,7 @@ def test_a_long_prompt_is_cut_where_diffusers_cuts_it(
     assert apart(drawn.pixels[0], theirs(peer, prompt, SEED, None, **changes)) < BOUND
 
 
-def test_the_comparison_sees_what_is_asked(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
+def test_the_comparison_sees_the_fields_of_the_request(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
     _, _, engine = both
     asked = {"prompt": PROMPTS[0], "negative_prompt": NEGATIVE}
     plain = ours(engine, **asked)[0]
@@ -149,7 +149,7 @@ def test_the_comparison_sees_what_is_asked(both: tuple[str, DiffusionPipeline, D
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_what_the_network_is_told_is_diffusers_own(name: str, tmp_path: Path) -> None:
+def test_the_times_that_the_network_gets_are_diffusers_own(name: str, tmp_path: Path) -> None:
     peer = PEERS[name]()
     peer.save_pretrained(tmp_path)
     source = Source(tmp_path, "unet", text_tokens=77)
@@ -233,7 +233,7 @@ def plain(name: str) -> tuple[DiffusionPipeline, Any]:
 
 @pytest.mark.parametrize("layout", ["folders", "flat"])
 @pytest.mark.parametrize("name", ["ddpm_cifar10", "ncsnpp_church"])
-def test_pictures_without_a_prompt_are_diffusers_own(
+def test_images_without_a_prompt_are_diffusers_own(
     name: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peer, draw = plain(name)

@@ -96,7 +96,7 @@ def test_other_requests_are_diffusers_own(
     assert apart(ours.pixels[0], theirs) < BOUND
 
 
-def test_one_frame_is_a_picture(engine: DiffusionGenerator, peer: WanPipeline) -> None:
+def test_one_frame_is_an_image(engine: DiffusionGenerator, peer: WanPipeline) -> None:
     asked = ASKED | {"height": 32, "width": 16, "frames": 1}
     drawn = engine.generate(prompt=PROMPTS[0], **asked)
     assert drawn.pixels[0].shape == (3, 32, 16)
@@ -105,14 +105,14 @@ def test_one_frame_is_a_picture(engine: DiffusionGenerator, peer: WanPipeline) -
     assert apart(drawn.pixels[0], draw(peer, PROMPTS[0], **asked)[0]) < BOUND
 
 
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator, peer: WanPipeline) -> None:
+def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(engine: DiffusionGenerator, peer: WanPipeline) -> None:
     asked = ASKED | {"height": 16, "width": 16, "frames": 5, "steps": 2}
     drawn = engine.generate(prompt=LONG, **asked)
     assert any(f"a prompt of {len(LONG) + 1} tokens was cut to {TOKENS}" in note for note in drawn.record.notes)
     assert apart(drawn.pixels[0], draw(peer, LONG, **asked)) < BOUND
 
 
-def test_the_comparison_sees_all_that_is_asked(engine: DiffusionGenerator) -> None:
+def test_the_comparison_sees_every_field_of_the_request(engine: DiffusionGenerator) -> None:
     """The result depends on every field of the request by far more than the bound."""
     asked = ASKED | {"prompt": PROMPTS[0], "height": 16, "width": 32, "frames": 9}
     plain = engine.generate(**asked).pixels[0]

@@ -115,7 +115,7 @@ def test_the_tokens_that_fill_up_matter(name: str, tmp_path: Path) -> None:
         assert rel_l2(network(latent, tau, stacked(text)), plain) > 0.001
 
 
-def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
+def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
     network = our(their(SMALL), tmp_path)
     latent, tau, text = inputs(network, (70, 7, 33), 6, 10)
     with torch.no_grad():

@@ -76,7 +76,7 @@ def pictures(engine: DiffusionGenerator, **changes: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: ZImagePipeline, batch_size: int) -> None:
+def test_images_are_diffusers_own(engine: DiffusionGenerator, peer: ZImagePipeline, batch_size: int) -> None:
     drawn = pictures(engine, batch_size=batch_size)
     for k, prompt in enumerate(PROMPTS):
         theirs = draw(peer, prompt, SEED + k)
@@ -85,7 +85,7 @@ def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: ZImagePipe
         assert np.abs(drawn[k] - theirs).max() < BOUND
 
 
-def test_a_picture_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: ZImagePipeline) -> None:
+def test_an_image_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: ZImagePipeline) -> None:
     """Z-Image-Turbo as it is published: its guidance_scale 0 is 1 here."""
     drawn = pictures(engine, prompts=PROMPTS[:1], guidance=1.0, height=32, width=80, steps=3)
     theirs = draw(peer, PROMPTS[0], SEED, guidance_scale=0.0, height=32, width=80, num_inference_steps=3)
@@ -97,7 +97,7 @@ def test_an_empty_negative_prompt(engine: DiffusionGenerator, peer: ZImagePipeli
     assert np.abs(drawn[0] - draw(peer, PROMPTS[0], SEED, negative_prompt=None)).max() < BOUND
 
 
-def test_the_comparison_sees_what_is_asked(engine: DiffusionGenerator) -> None:
+def test_the_comparison_sees_the_fields_of_the_request(engine: DiffusionGenerator) -> None:
     """The result depends on every field of the request by far more than the bound."""
     plain = pictures(engine, prompts=PROMPTS[:1])
     changes = [{"prompts": PROMPTS[1:]}, {"guidance": 2.0}, {"seed": 12}, {"steps": 5}, {"negative_prompt": "a red"}]
@@ -106,7 +106,9 @@ def test_the_comparison_sees_what_is_asked(engine: DiffusionGenerator) -> None:
         assert moved > 100 * BOUND, change
 
 
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator, peer: ZImagePipeline) -> None:
+def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
+    engine: DiffusionGenerator, peer: ZImagePipeline
+) -> None:
     prompt = "a red fox under a pale sky, " * 4
     drawn = engine.generate(
         prompt=prompt, negative_prompt=NEGATIVE, seed=SEED, steps=2, guidance=GUIDANCE, height=HEIGHT, width=WIDTH

@@ -49,7 +49,7 @@ def test_pushing_is_pulling(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "name", ["EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DDPMScheduler", "LCMScheduler"]
 )
-def test_a_generator_gives_the_draws_of_diffusers(name: str) -> None:
+def test_a_generator_gives_the_noise_of_diffusers(name: str) -> None:
     options = {"clip_sample": False} if name == "DDPMScheduler" else {}
     theirs, network, x = getattr(module_of(name), name)(**options), Toy(), draw(-1)
     theirs.set_timesteps(STEPS)
@@ -94,7 +94,7 @@ def picture(pixart: Any, scheduler: Any, **changes: Any) -> Tensor:
         ("UniPCMultistepScheduler", {**FLOW, "solver_order": 3}),
     ],
 )
-def test_pixart_draws_the_same_picture_with_the_view(pixart: Any, name: str, options: dict[str, Any]) -> None:
+def test_pixart_generates_the_same_image_with_the_adapter(pixart: Any, name: str, options: dict[str, Any]) -> None:
     theirs = picture(pixart, getattr(diffusers, name)(**options))
     view = DiffusersView(from_diffusers({"_class_name": name, **options}))
     assert theirs.std() > 0.05
@@ -102,7 +102,7 @@ def test_pixart_draws_the_same_picture_with_the_view(pixart: Any, name: str, opt
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
-def test_pixart_with_the_view_draws_what_our_loop_draws(pixart: Any, solver: str) -> None:
+def test_pixart_with_the_adapter_generates_what_our_loop_generates(pixart: Any, solver: str) -> None:
     scheduler = build(Settings("rectified_flow", solver=solver, eta=0.7 if solver == "ddim" else None, shift=2.0))
     drawn = picture(pixart, DiffusersView(scheduler))
     states = pixart.encode_prompt("red apple, 3d", True, "blurry", clean_caption=False, max_sequence_length=24)

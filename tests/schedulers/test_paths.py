@@ -58,7 +58,7 @@ def test_vp_and_sub_vp_are_song_s() -> None:
     torch.testing.assert_close(vp.diffusion(t), 0.1 + 19.9 * t)
 
 
-def test_ve_is_geometric_and_edm_tells_what_it_is_asked_to() -> None:
+def test_ve_is_geometric_and_edm_passes_the_configured_time() -> None:
     ve = paths.GeometricVEPath(0.01, 50.0)
     assert ve.sigma(0.5) == pytest.approx(math.sqrt(0.01 * 50))
     assert (ve.tau(1.0), ve.t_of(0.001)) == (pytest.approx(50.0), 0.0)

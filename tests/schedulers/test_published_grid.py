@@ -113,7 +113,9 @@ def test_an_option_that_cannot_be_honoured_is_refused_by_name(name: str, options
 
 @pytest.mark.parametrize("shift", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
-def test_flow_timesteps_are_cut_to_the_same_whole_number_for_every_number_of_steps(name: str, shift: float) -> None:
+def test_flow_timesteps_are_truncated_to_the_same_whole_number_for_every_number_of_steps(
+    name: str, shift: float
+) -> None:
     """1000 sigma is often a whole number up to the last bit, which decides the time that the network gets."""
     case = Case(name, {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift})
     scheduler = case.ours()

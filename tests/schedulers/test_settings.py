@@ -168,7 +168,7 @@ def test_what_starts_at_pure_noise_may_start_just_below_it() -> None:
     assert torch.isfinite(terminal.sample(START, grid, denoise, lambda i: START)).all()
 
 
-def test_a_shift_that_grows_with_the_picture() -> None:
+def test_a_shift_that_grows_with_the_image() -> None:
     """FLUX: mu from 0.5 at 256 tokens to 1.15 at 4096."""
     flux = build(Settings("rectified_flow", base_shift=0.5, max_shift=1.15))
     for tokens, mu in ((256, 0.5), (4096, 1.15), (2176, 0.825)):
@@ -179,7 +179,7 @@ def test_a_shift_that_grows_with_the_picture() -> None:
         flux.grid(8)
 
 
-def test_the_state_is_rounded_where_that_is_asked_for(gaussian: Any) -> None:
+def test_the_state_is_rounded_where_configured(gaussian: Any) -> None:
     exact = build(Settings("sgm"))
     rounded = build(Settings("sgm", state_dtype="bfloat16"))
     grid, x = exact.grid(3), 80 * torch.linspace(-1, 1, 7)

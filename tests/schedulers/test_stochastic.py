@@ -108,7 +108,7 @@ def test_samples_have_the_mean_and_covariance_of_a_mixture(
     assert max(errors) < 4
 
 
-def test_lcm_draws_the_next_row_afresh_around_its_jump(gaussian: Any) -> None:
+def test_lcm_adds_new_noise_around_its_jump(gaussian: Any) -> None:
     """Luo et al. 2023, Algorithm 3: nothing of the old noise is left."""
     scheduler = build(Settings("ddpm", solver="lcm", spacing="lcm"))
     grid = scheduler.grid(4)
@@ -175,7 +175,7 @@ class Still:
         return 0
 
 
-def test_noise_is_asked_for_only_where_it_is_added(gaussian: Any) -> None:
+def test_noise_is_requested_only_where_it_is_added(gaussian: Any) -> None:
     for settings in (Settings("ddpm", solver="ddim", eta=0.7), Settings("rectified_flow", solver="ddim", eta=0.7)):
         asked: list[int] = []
         scheduler = build(settings)

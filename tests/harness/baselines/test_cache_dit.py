@@ -54,7 +54,7 @@ def test_its_keys_have_no_effect_on_another_engine() -> None:
     assert notes == ["engine.cache has no effect with engine=diffusers"]
 
 
-def test_the_note_says_which_evaluations_were_cut_short() -> None:
+def test_the_note_says_which_evaluations_were_partial() -> None:
     assert "1 of 6 blocks in 2 of 9 evaluations, which nfe does not count: 4, 7" in Skips([4, 7], [], (1, 6)).note(9)
     assert "nfe does not count: none, and in one half of 5" in Skips([], [5], (1, 6)).note(9)
     assert "skipped nothing in 9 evaluations; lower engine.cache.warmup" in Skips([], [], (1, 6)).note(9)
@@ -94,7 +94,7 @@ def draw(*overrides: str, **asked: Any) -> Drawn:
 @pytest.mark.parametrize(
     "name", ["emoji", "pixart_sigma", "dit", "sd35_medium", "flux", "qwen_image", "z_image", "wan"]
 )
-def test_its_pictures_are_diffusers_but_for_what_it_skips(tmp_path: Path, name: str) -> None:
+def test_its_images_are_diffusers_except_for_what_it_skips(tmp_path: Path, name: str) -> None:
     """With nothing skipped the images are equal bit for bit; else they differ a little, for fewer operations."""
     pytest.importorskip("cache_dit")
     asked: dict[str, Any] = {"prompts": PROMPTS, "seed": 7, "steps": 8, "guidance": 3.0, "batch_size": 2}

@@ -77,7 +77,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("batch_size", [slowly(1), 2])
-def test_guided_pictures_are_the_native_ones(pair: Pair, batch_size: int) -> None:
+def test_guided_images_are_the_native_ones(pair: Pair, batch_size: int) -> None:
     apart, ours, theirs = pair.draw(guidance=3.5, batch_size=batch_size)
     assert max(apart) < BOUND
     assert ours.summary.nfe == theirs.summary.nfe == pair.case.evaluations
@@ -87,7 +87,7 @@ def test_guided_pictures_are_the_native_ones(pair: Pair, batch_size: int) -> Non
     assert 0 < theirs.summary.overhead_share.median < 1
 
 
-def test_pictures_without_guidance_are_the_native_ones(pair: Pair) -> None:
+def test_images_without_guidance_are_the_native_ones(pair: Pair) -> None:
     apart, ours, theirs = pair.draw(guidance=1.0, negative_prompt="", prompts=pair.case.asked.get("prompts", PROMPTS))
     assert max(apart) < BOUND
     assert ours.summary.nfe == theirs.summary.nfe
@@ -100,7 +100,7 @@ def test_an_empty_negative_prompt_is_the_native_one(pair: Pair) -> None:
     assert max(apart) < BOUND
 
 
-def test_the_record_names_who_drew(pair: Pair) -> None:
+def test_the_record_names_the_engine(pair: Pair) -> None:
     _, ours, theirs = pair.draw()
     assert (ours.engine.name, theirs.engine.name) == ("native", "diffusers")
     assert theirs.engine.version == theirs.provenance.packages["diffusers"]
@@ -151,7 +151,7 @@ def test_our_noise_schedulers_and_kernels_run_in_their_pipelines(
 
 
 @pytest.mark.parametrize("family", [slowly("rectified_flow"), slowly("ddpm"), "sgm"])
-def test_the_reference_model_is_drawn_by_pixart_sigmas_pipeline(family: str) -> None:
+def test_the_reference_model_runs_in_pixart_sigmas_pipeline(family: str) -> None:
     own = ("model=emoji", f"scheduler={family}")
     case = Case("emoji", lambda folder: None, own, {"prompts": ["red apple", "rocket, 3d"]})
     with generator(*own) as native, generator(*own, "engine=diffusers") as peer:
@@ -196,7 +196,7 @@ def test_random_weights_are_the_native_ones(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_pictures_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
+def test_images_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
     pair = both(tmp_path, "sd35_medium", "model.load=dummy")
     with pair.native, pair.peer:
         apart, *_ = pair.draw(guidance=2.0)
@@ -225,12 +225,12 @@ def test_pictures_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_a_peer_cannot_run_is_refused_before_it_starts(overrides: list[str], message: str) -> None:
+def test_what_a_baseline_engine_cannot_run_is_refused_before_it_starts(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose_run(overrides)
 
 
-def test_what_has_no_effect_is_said() -> None:
+def test_what_has_no_effect_is_reported() -> None:
     notes = compose_run(["engine=diffusers", "model.text.keep=false"]).notes
     assert notes == ["model.text.keep=false has no effect with engine=diffusers"]
 
@@ -242,7 +242,7 @@ def test_what_has_no_effect_is_said() -> None:
         ("sd21", {"guidance": 0.5}, "guides above 1 only"),
     ],
 )
-def test_what_a_pipeline_cannot_draw_is_rejected(
+def test_what_a_pipeline_cannot_generate_is_rejected(
     tmp_path: Path, name: str, changes: dict[str, Any], message: str
 ) -> None:
     CASES[name].save(tmp_path)
@@ -277,7 +277,7 @@ def test_a_cancelled_request_ends_at_the_next_step_and_leaves_no_hook(tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_rank_under_torchrun_runs_the_peer(tmp_path: Path) -> None:
+def test_a_rank_under_torchrun_runs_diffusers(tmp_path: Path) -> None:
     """A sweep over both engines from the command line gives two rows of one table."""
     command = [sys.executable, "-m", "harness", "-m", "engine=native,diffusers", "request.steps=2", "logger=json"]
     command += ["request.prompt=rocket", f"hydra.sweep.dir={tmp_path}"]

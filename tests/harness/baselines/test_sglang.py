@@ -56,7 +56,7 @@ def test_what_it_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, override
 
 
 @pytest.mark.parametrize(("dtype", "claimed"), [("float32", "fp_equivalent"), ("bfloat16", "approximate")])
-def test_it_claims_what_a_peer_claims(monkeypatch: pytest.MonkeyPatch, dtype: str, claimed: str) -> None:
+def test_it_claims_what_a_baseline_engine_claims(monkeypatch: pytest.MonkeyPatch, dtype: str, claimed: str) -> None:
     pretend(monkeypatch, "sglang", object())
     config = compose_run(["engine=sglang", "model=flux_160m", f"model.dtype={dtype}"]).config
     assert method_class(config)[0] == claimed
@@ -107,7 +107,7 @@ def apart(folder: Path, name: str, overrides: list[str], asked: dict[str, object
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize(("guidance", "negative"), [(3.5, "blurry"), (1.0, "")], ids=["guided", "plain"])
-def test_pictures_are_those_of_diffusers(
+def test_images_are_those_of_diffusers(
     tmp_path: Path, name: str, batch_size: int, guidance: float, negative: str
 ) -> None:
     CASES[name].save(tmp_path)

@@ -172,7 +172,7 @@ def test_a_forecast_of_order_m_is_exact_for_polynomials_of_degree_m() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", list(RULES))
-def test_pictures_in_one_forward_do_not_know_of_one_another(name: str, kind: str) -> None:
+def test_images_in_one_forward_do_not_influence_one_another(name: str, kind: str) -> None:
     """One image is two evaluations ahead of the other, whose text may be longer."""
     asked = evaluations(name, 6)
     network = cached(name, between(name, kind))
@@ -228,7 +228,7 @@ def test_a_neighbour_with_a_longer_text_changes_nothing() -> None:
     assert all(rel_l2(y, x) < 1e-5 for x, y in zip(*outputs, strict=True))
 
 
-def test_padding_of_dealt_tokens_weighs_nothing() -> None:
+def test_padding_of_sharded_tokens_has_no_weight() -> None:
     state = SequenceState(TokenLayout((35,), 2), 1)
     rule, tiny = RULES["first_block"](1.0), TINY["pixart"]
     network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, alone(), state)
@@ -237,7 +237,7 @@ def test_padding_of_dealt_tokens_weighs_nothing() -> None:
     assert weight[0, :, 0].tolist() == [1.0] * 17 + [0.0]
 
 
-def test_both_rows_of_a_guided_picture_go_one_way() -> None:
+def test_both_rows_of_a_guided_image_skip_together() -> None:
     asked = evaluations("pixart", 5)
     owner = History()
     network = cached("pixart", between("pixart", "first_block"))

@@ -68,7 +68,7 @@ def test_what_cannot_run_is_refused(overrides: list[str], message: str) -> None:
         compose_run(overrides)
 
 
-def test_what_has_no_effect_is_said() -> None:
+def test_what_has_no_effect_is_reported() -> None:
     assert compose_run(["cache=taylorseer", "cache.threshold=0.1"]).notes == [
         "cache.threshold has no effect with cache=taylorseer"
     ]
@@ -111,7 +111,7 @@ def test_fewer_steps_are_held_against_the_reference_of_all_of_them() -> None:
     assert "fewer steps" not in method_class(apart_steps)[1]
 
 
-def test_a_network_without_gates_and_guidance_as_it_was_are_the_default() -> None:
+def test_no_block_cache_and_plain_guidance_are_the_default() -> None:
     config = compose_run([]).config.cache
     network = TINY["pixart"].build(math_attention)
     assert cached_network(config, network, TINY["pixart"].plan, alone(), SequenceState()) is None
@@ -161,7 +161,7 @@ CASES: dict[str, tuple[When, Callable[[int, Point], str]]] = {
 
 @pytest.mark.parametrize("settings", [FAMILIES[2], FAMILIES[4]], ids=["ddim", "sgm heun"])
 @pytest.mark.parametrize("case", list(CASES))
-def test_guidance_is_what_a_loop_by_hand_draws(case: str, settings: Settings) -> None:
+def test_guidance_is_what_a_manual_loop_generates(case: str, settings: Settings) -> None:
     when, by_hand = CASES[case]
     (sample,) = samples_for(6, settings)
     network, run = ToyNetwork(), context()
@@ -259,7 +259,7 @@ def test_a_cache_has_a_short_name() -> None:
     assert name("cache=guidance_interval") == "guidance_interval sigma_low=0.28 sigma_high=5.42"
 
 
-def test_a_rival_takes_no_longer_and_the_line_between_two_says_what_as_long_would_give() -> None:
+def test_an_equal_latency_baseline_takes_no_longer_and_a_line_between_two_interpolates() -> None:
     plain = [Plain(100.0, 0.4, 0), Plain(200.0, 0.2, 1), Plain(400.0, 0.0, 2)]
     better, worse = rival(Plain(300.0, 0.05, 9), plain), rival(Plain(300.0, 0.15, 9), plain)
     assert better is not None
@@ -272,7 +272,7 @@ def test_a_rival_takes_no_longer_and_the_line_between_two_says_what_as_long_woul
     assert rival(Plain(50.0, 0.1, 9), plain) is None
 
 
-def test_rivals_have_one_reference_and_the_same_everything_else() -> None:
+def test_equal_latency_baselines_have_one_reference_and_equal_settings_otherwise() -> None:
     make = Maker()
 
     def row(time: float, error: float, steps: int, reference: str = "k", **changes: object) -> Record:

@@ -43,7 +43,7 @@ def spoil(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FOLDERS)
-def test_a_family_draws_with_its_own_denoiser_alone(checkpoint: Path, family: str) -> None:
+def test_a_family_generates_with_its_own_denoiser_alone(checkpoint: Path, family: str) -> None:
     before = draw(checkpoint, family).pixels[0]
     assert before.std() > 0.01, "a flat picture proves nothing"
     for other, folder in FOLDERS.items():

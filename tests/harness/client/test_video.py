@@ -76,7 +76,7 @@ def test_flat_colours_come_back(tmp_path: Path) -> None:
     assert np.abs(read(tmp_path / "a.mp4")[1].astype(int) - video).max() <= 3
 
 
-def test_an_odd_side_is_made_even(tmp_path: Path) -> None:
+def test_an_odd_width_is_made_even(tmp_path: Path) -> None:
     video = waves(3, 33, 47)
     save_mp4(tmp_path / "a.mp4", video, 16, {})
     about, back = read(tmp_path / "a.mp4")
@@ -173,7 +173,7 @@ def test_the_command_line_leaves_a_video_of_each_prompt(run: Path, generator: Di
         assert sheet.width > 2 * 3 * 48
 
 
-def test_the_record_says_what_was_drawn(run: Path) -> None:
+def test_the_record_says_what_was_generated(run: Path) -> None:
     record = record_of(run)
     assert record.config["request"]["frames"] == 9
     assert record.config["model"]["fps"] == 12

@@ -35,7 +35,7 @@ def test_linears_and_convolutions_are_where_the_time_goes(engine: str, tmp_path:
     assert len(record.repeats) == 1  # the profiled repeat is not among the measured ones
 
 
-def test_nothing_is_profiled_unasked(tmp_path: Path) -> None:
+def test_nothing_is_profiled_by_default(tmp_path: Path) -> None:
     assert ran(tmp_path).profile == {}
 
 
@@ -43,7 +43,7 @@ def report(rank: int, ms: float, parts: list[OperatorTime]) -> RankReport:
     return RankReport(rank, [StageTime("denoising", ms)], [], {}, {}, 0.0, [], [], operators={"denoiser": parts})
 
 
-def test_the_slowest_rank_is_told_of_by_operator() -> None:
+def test_the_slowest_rank_is_reported_by_operator() -> None:
     many = [OperatorTime(f"op{number}", 1, float(number)) for number in range(30)]
     slow = report(1, 9.0, [*many, OperatorTime("op29", 2, 1.0)])
     result = GenerationResult("", [], [report(0, 1.0, []), slow], 0.0)

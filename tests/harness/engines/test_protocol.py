@@ -87,7 +87,7 @@ def test_an_exception_has_one_kind(error: Exception, kind: str) -> None:
     assert "\n" not in failure_line(error)
 
 
-def test_a_lost_peer_is_not_the_cause() -> None:
+def test_a_lost_connection_to_another_rank_is_not_the_cause() -> None:
     assert is_peer_lost(RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"))
     assert not is_peer_lost(RuntimeError("shape mismatch"))
 

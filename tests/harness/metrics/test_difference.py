@@ -23,7 +23,7 @@ def test_numbers_by_hand() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 64), (5, 3, 32, 40)])
-def test_pictures_against_torchmetrics(shape: tuple[int, ...]) -> None:
+def test_images_against_torchmetrics(shape: tuple[int, ...]) -> None:
     a, b = pictures(0, *shape)
     found = difference([a], [b], pixels=True)
     ours, theirs = (torch.from_numpy(x).reshape(-1, *shape[-3:]) for x in (a, b))
@@ -32,7 +32,7 @@ def test_pictures_against_torchmetrics(shape: tuple[int, ...]) -> None:
     assert found.ssim == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_equal_pictures_and_tiny_ones() -> None:
+def test_equal_images_and_tiny_ones() -> None:
     a = pictures(1, 3, 8, 8)[0]
     found = difference([a], [a], pixels=True)
     assert (found.ssim, found.psnr_db, found.identical) == (1.0, None, True)

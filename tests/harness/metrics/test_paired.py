@@ -17,7 +17,7 @@ def rounds(seed: int, n: int, factor: float, spread: float) -> tuple[list[float]
     return list(a), list(b / factor)
 
 
-def test_equal_things_are_told_apart_no_more_often_than_stated() -> None:
+def test_equal_configurations_differ_no_more_often_than_stated() -> None:
     found = sum(ratio(*rounds(seed, 10, 1.0, 0.02)).differs for seed in range(1000))
     assert found <= 20  # at most 10 of 1000 are expected
 

@@ -100,7 +100,7 @@ def test_the_clip_score_is_the_papers(clip: Path, pictures: list[NDArray[np.uint
     assert found.n == 18
 
 
-def test_a_prompt_longer_than_the_text_model_is_cut(clip: Path, pictures: list[NDArray[np.uint8]]) -> None:
+def test_a_prompt_longer_than_the_text_model_is_truncated(clip: Path, pictures: list[NDArray[np.uint8]]) -> None:
     assert pretrained.clip_score(clip, pictures[:1], ["a" * 500]).n == 1
 
 

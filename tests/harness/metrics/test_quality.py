@@ -75,7 +75,7 @@ def test_a_share_of_nothing_is_refused(hits: int, n: int) -> None:
         wilson(hits, n)
 
 
-def test_the_medians_interval_draws_groups_whole() -> None:
+def test_the_medians_interval_resamples_whole_groups() -> None:
     values = np.random.default_rng(0).normal(size=60)
     apart = median(values.tolist(), list(range(60)))
     repeated = median(np.repeat(values, 10).tolist(), np.repeat(np.arange(60), 10).tolist())
@@ -86,7 +86,7 @@ def test_the_medians_interval_draws_groups_whole() -> None:
     assert median([0.0, 10.0] * 20, [0, 1] * 20).ci95 == (0.0, 10.0)  # one draw in four has only the second group
 
 
-def test_the_pictures_asked_for_score_full_marks(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
+def test_the_requested_images_get_the_full_score(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
     found = score(gallery, list(pixels), prompts(gallery))
     assert found is not None
     assert found.top1_style is not None
@@ -125,7 +125,7 @@ def test_top5_counts_the_name_among_the_five_nearest(gallery: Gallery, pixels: N
     assert found.top5.hits > 60
 
 
-def test_worse_pictures_score_worse(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
+def test_worse_images_score_worse(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
     scores = [score(gallery, list(noisy(pixels, amount)), prompts(gallery)) for amount in (5, 40, 120)]
     distances = [found.distance.value for found in scores if found is not None]
     gaps = [found.mmd2.value for found in scores if found is not None and found.mmd2 is not None]
@@ -164,7 +164,7 @@ def test_other_prompts_are_counted_and_left_out(gallery: Gallery, pixels: NDArra
     assert score(gallery, [pixels[0]], ["a dragon in a teapot"]) is None
 
 
-def test_pictures_of_another_size_are_averaged_or_refused(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
+def test_images_of_another_size_are_averaged_or_refused(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
     twice = pixels[:2].repeat(2, axis=1).repeat(2, axis=2)
     found = score(gallery, list(twice), prompts(gallery)[:2])
     assert found is not None
@@ -227,7 +227,7 @@ def test_real_against_real_is_around_zero_and_narrows(gallery: Gallery) -> None:
     assert mmd.real_against_real(gallery, 7) is None
 
 
-def test_pictures_of_one_name_are_never_compared(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
+def test_images_of_one_name_are_never_compared(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
     z, matches = gallery.project(noisy(pixels, 60)), np.eye(80, dtype=bool)
     both = mmd.paired(gallery, z, matches, np.arange(80) // 2)
     apart = mmd.paired(gallery, z, matches, np.arange(80))

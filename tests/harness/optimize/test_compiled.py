@@ -84,7 +84,7 @@ def test_what_is_counted_first_is_compiled_all_the_same() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_machine_lacks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotImplementedError, match="needs a GPU"):
         compile_forwards([], CompileConfig(cuda_graphs=True), CPU)
     monkeypatch.setenv("PATH", "")

@@ -198,7 +198,7 @@ def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, ahead: bool
     assert stays(lambda: network(latent, tau_B, condition))
 
 
-def test_the_size_that_pixart_is_told_stays_on_its_device() -> None:
+def test_the_size_that_pixart_gets_stays_on_its_device() -> None:
     sizes, like = SizeEmbedding(48).to("meta"), torch.empty(1, device="meta")
     assert stays(lambda: sizes(64, 32, like))
 
@@ -303,7 +303,7 @@ def test_what_may_be_replayed(overrides: list[str], tokens: int, expected: Repla
     assert replayable(config, axes) == Replayable(False, False)
 
 
-def test_the_peers_graphs_are_not_the_native_ones() -> None:
+def test_the_baseline_engines_graphs_are_not_the_native_ones() -> None:
     asked = ["engine.optimize=compile", "engine.compile.cuda_graphs=true"]
     compose_run(["task=bench", "engine=diffusers", *asked])
     with pytest.raises(ConfigError, match=r"engine\.eager\.cuda_graphs=true"):
@@ -314,7 +314,9 @@ def test_the_peers_graphs_are_not_the_native_ones() -> None:
     ("how", "device", "draws"),
     [("eager", "cuda:0", 3), ("none", "cuda:0", 1), ("compile", "cpu", 2), ("eager", "cpu", 1)],
 )
-def test_no_measured_draw_records(how: str, device: str, draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_measured_generation_records_a_graph(
+    how: str, device: str, draws: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The counted warm-up is not recorded, so one call that runs and one that records follow it."""
     config, drawn = compose_run(["task=bench", f"engine.optimize={how}"]).config, list[bool]()
 

@@ -46,7 +46,7 @@ def evaluated(network: nn.Module, latent: Tensor, tau: float, condition: Conditi
 @pytest.mark.parametrize("modulation", [True, False])
 @pytest.mark.parametrize("text", [True, False])
 @pytest.mark.parametrize("name", list(TINY))
-def test_evaluations_told_beforehand_are_the_plain_ones(name: str, modulation: bool, text: bool) -> None:
+def test_evaluations_with_precomputed_modulation_are_the_plain_ones(name: str, modulation: bool, text: bool) -> None:
     """At times of the grid in any order, and at one that is not in it."""
     latent, _, condition = TINY[name].inputs
     plain, network = TINY[name].build(math_attention), TINY[name].build(math_attention)
@@ -137,7 +137,7 @@ def test_packs_where_packed_linears_are_the_faster_ones() -> None:
     assert not packs(torch.device("cuda"), torch.bfloat16)
 
 
-def test_a_request_is_drawn_like_without() -> None:
+def test_a_request_gives_the_image_of_an_uncached_run() -> None:
     """Guided images of the reference model, with a solver that also evaluates between the grid's rows."""
     (theirs, plain), (mine, other) = (drawn_by(f"engine.optimize={how}") for how in ("none", "eager"))
     assert mine[0].std() > 0.1
@@ -173,7 +173,7 @@ def drawn_by(*overrides: str) -> tuple[list[Array], Record]:
         return drawn.pixels, drawn.record
 
 
-def test_requests_at_other_steps_are_drawn_like_alone() -> None:
+def test_requests_at_other_steps_are_generated_as_if_alone() -> None:
     """Step by step in shared forwards, with other prompts and numbers of steps."""
     config = compose_run(["engine.optimize=eager", "request.prompt=rocket"]).config
     worker = build_worker(config, Place(0, degrees(config.parallel)), torch.device("cpu"))
@@ -265,5 +265,5 @@ def test_a_key_without_effect_warns(optimize: str, key: str) -> None:
         (["task=train"], "none"),
     ],
 )
-def test_what_is_not_asked_for_is_chosen_and_written_down(overrides: list[str], chosen: str) -> None:
+def test_what_is_not_configured_is_chosen_and_recorded(overrides: list[str], chosen: str) -> None:
     assert compose_run(overrides).config.engine.optimize.name == chosen

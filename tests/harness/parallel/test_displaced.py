@@ -55,7 +55,7 @@ def test_ranks_compute_what_the_definition_says(degrees: Degrees) -> None:
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS)
-def test_a_second_picture_knows_nothing_of_the_first(degrees: Degrees) -> None:
+def test_a_second_image_does_not_depend_on_the_first(degrees: Degrees) -> None:
     for name in names(degrees):
         for found in ranks_found(degrees):
             assert torch.equal(found[f"{name} 1 0"], found[f"{name} 1 1"]), name

@@ -48,7 +48,7 @@ def test_ranks_hold_one_output(ranks: int, more: bool) -> None:
             assert torch.equal(found[f"{name} {layout}"], first[f"{name} {layout}"]), (name, layout)
 
 
-def test_a_picture_attends_to_itself_where_the_text_is_dealt_in_as_many_tokens() -> None:
+def test_an_image_attends_to_itself_where_the_text_is_sharded_in_as_many_tokens() -> None:
     """7 tokens of text and 8 of an image are 4 on each rank; one of the text's is padding, none of the image's."""
     alone = TokenLayout((7, 8), 2).of(4)
     assert alone.lengths == (8,)

@@ -58,7 +58,7 @@ def test_exact_evaluations_are_those_of_one_rank_bit_for_bit(ranks: int, patches
 
 
 @pytest.mark.parametrize(("ranks", "patches"), PIPELINES)
-def test_pictures_are_apart_and_ranks_hold_one_output(ranks: int, patches: int) -> None:
+def test_images_differ_and_ranks_hold_one_output(ranks: int, patches: int) -> None:
     first, *_ = ranks_found(ranks, patches)
     for found in ranks_found(ranks, patches):
         for name in TINY:

@@ -137,17 +137,17 @@ def assert_one_rank(
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_joint_attention_and_a_video_draw_what_one_rank_draws(load: Load, ranks: int) -> None:
+def test_joint_attention_and_a_video_generate_what_one_rank_generates(load: Load, ranks: int) -> None:
     assert_one_rank(load, ("sd35_medium", "wan"), FEW[ranks])
 
 
 @pytest.mark.slow
-def test_what_is_optimised_draws_what_one_plain_rank_draws(load: Load) -> None:
+def test_what_is_optimised_generates_what_one_plain_rank_generates(load: Load) -> None:
     assert_one_rank(load, ("wan", "z_image"), FEW[2][2:], Optimize.eager)
 
 
 @pytest.mark.slow
-def test_a_video_decoded_by_frames_is_what_one_rank_draws(load: Load) -> None:
+def test_a_video_decoded_by_frames_is_what_one_rank_generates(load: Load) -> None:
     config, asked = load("wan")
     by_frames = replace(config, parallel=ParallelConfig(decode=Decode.frames))
     asked = msgspec.structs.replace(asked, frames=17, prompts=PROMPTS[:2])  # 5 latent frames: 3 and 2
@@ -167,12 +167,12 @@ def test_a_video_decoded_by_frames_is_what_one_rank_draws(load: Load) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", list(MORE))
-def test_every_family_draws_what_one_rank_draws(load: Load, ranks: int) -> None:
+def test_every_family_generates_what_one_rank_generates(load: Load, ranks: int) -> None:
     assert_one_rank(load, list(FAMILIES), MORE[ranks])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_optimised_family_draws_what_one_plain_rank_draws(load: Load, ranks: int) -> None:
+def test_every_optimised_family_generates_what_one_plain_rank_generates(load: Load, ranks: int) -> None:
     layouts = {1: (ONE_RANK,), **MORE}[ranks]
     assert_one_rank(load, list(FAMILIES), layouts, Optimize.eager)

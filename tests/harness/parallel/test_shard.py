@@ -84,7 +84,7 @@ def found(ranks: int) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_dealt_weights_give_the_same_numbers(ranks: int) -> None:
+def test_sharded_weights_give_the_same_numbers(ranks: int) -> None:
     for of_rank in found(ranks):
         for case in CASES[ranks]:
             name, degrees, dtype = case
@@ -94,7 +94,7 @@ def test_dealt_weights_give_the_same_numbers(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_dealt_weights_send_what_the_formula_says(ranks: int) -> None:
+def test_sharded_weights_send_what_the_formula_says(ranks: int) -> None:
     for of_rank in found(ranks):
         for name, degrees, dtype in CASES[ranks]:
             sent, said = of_rank[f"{name} {degrees} {dtype} sent"].tolist()

@@ -54,7 +54,7 @@ def test_slices_with_a_lora_are_those_of_the_whole(layer: str, tmp_path: Path) -
     assert source.loaded["transformer"].merged == 1
 
 
-def test_a_rank_reads_its_slices_and_what_is_not_cut(tmp_path: Path) -> None:
+def test_a_rank_reads_its_slices_and_what_is_not_sharded(tmp_path: Path) -> None:
     tensors = saved("flux", tmp_path)
     total = sum(x.numel() * 4 for x in tensors.values())
     whole = Source(tmp_path)

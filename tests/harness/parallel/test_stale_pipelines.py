@@ -44,7 +44,7 @@ def dealt(config: RunConfig, layout: str, warmup: int, asked: GenerationRequest 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pictures_are_those_of_one_rank_where_all_is_exact_and_records_say_what_was_kept(layout: str) -> None:
+def test_images_are_those_of_one_rank_where_all_is_exact_and_records_say_what_was_kept(layout: str) -> None:
     config = compose_run(["model=emoji", "engine.optimize=none"]).config
     (alone,) = on_ranks(1, draw, Drawing("of", config, ASKED, (1, 1, 1, 1, 1)))
     trace = trace_network(
@@ -71,7 +71,7 @@ def test_pictures_are_those_of_one_rank_where_all_is_exact_and_records_say_what_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dit", "pixart_sigma", "sd35_medium", "flux", "qwen_image", "z_image", "wan"])
-def test_every_family_draws_what_one_rank_draws(name: str, tmp_path: Path) -> None:
+def test_every_family_generates_what_one_rank_generates(name: str, tmp_path: Path) -> None:
     CASES[name].save(tmp_path)
     config = compose_run([*overrides_of(CASES[name], tmp_path), "engine.optimize=none"]).config
     prompts = ["cock", "999"] if name == "dit" else ["fox", "two boats"]

@@ -73,7 +73,7 @@ def test_bfloat16_is_as_near_to_float32_as_on_one_rank(size: int, name: str) -> 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bands_without_their_neighbours_are_another_picture(name: str) -> None:
+def test_bands_without_their_neighbours_are_another_image(name: str) -> None:
     decoder, latent = CASES[name].build(), CASES[name].latent()
     with torch.inference_mode():
         apart = torch.cat([decoder(part) for part in latent.tensor_split(2, dim=-2)], dim=-2)
@@ -108,7 +108,7 @@ def test_fewer_than_two_latent_frames_a_rank_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["kl", "qwen image"])
-def test_a_picture_has_no_frames_to_deal(name: str) -> None:
+def test_an_image_has_no_frames_to_shard(name: str) -> None:
     with pytest.raises(ValueError, match="deals a video, and this model draws pictures; use rows"):
         CASES[name].parallel(ranks_of(2), torch.float32, Decode.frames)
 

@@ -26,5 +26,5 @@ def wait_in_vain(rank: int, size: int) -> dict[str, Tensor]:
     return {}
 
 
-def test_a_collective_waits_no_longer_than_it_was_told() -> None:
+def test_a_collective_waits_no_longer_than_its_timeout() -> None:
     on_ranks(2, wait_in_vain)

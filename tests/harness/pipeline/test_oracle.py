@@ -101,7 +101,7 @@ def apart(ours: np.ndarray, theirs: Tensor) -> float:
     return float(np.abs(ours - theirs.numpy()).max())
 
 
-def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: PixArtSigmaPipeline) -> None:
+def test_images_are_diffusers_own(engine: DiffusionGenerator, peer: PixArtSigmaPipeline) -> None:
     drawn = engine.generate(prompts=PROMPTS, negative_prompt=NEGATIVE, seed=SEED, steps=STEPS, guidance=GUIDANCE)
     for k, prompt in enumerate(PROMPTS):
         theirs = draw(peer, prompt, noise(SEED + k), GUIDANCE)
@@ -124,13 +124,15 @@ def test_the_comparison_sees_prompt_guidance_and_seed(engine: DiffusionGenerator
         assert np.abs(pixels(**change) - plain).max() > 20 * BOUND, change
 
 
-def test_a_picture_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: PixArtSigmaPipeline) -> None:
+def test_an_image_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: PixArtSigmaPipeline) -> None:
     drawn = engine.generate(prompt=PROMPTS[0], seed=SEED, steps=3, guidance=1.0, height=96, width=64)
     theirs = draw(peer, PROMPTS[0], noise(SEED, 16, 24), 1.0, steps=3)
     assert apart(drawn.pixels[0], theirs) < BOUND
 
 
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator, peer: PixArtSigmaPipeline) -> None:
+def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
+    engine: DiffusionGenerator, peer: PixArtSigmaPipeline
+) -> None:
     prompt = "a red apple beside a green pear and a yellow lemon under a blue sky with a white cloud and one small bird"
     drawn = engine.generate(prompt=prompt, negative_prompt=NEGATIVE, seed=SEED, steps=2, guidance=GUIDANCE)
     assert any("was cut to 24" in note for note in drawn.record.notes)

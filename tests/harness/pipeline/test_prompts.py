@@ -172,7 +172,7 @@ def test_dropping_gives_the_memory_back() -> None:
     assert ResidentMemory().used_mib() - before > 280
 
 
-def test_a_long_prompt_says_that_it_was_cut_also_from_the_cache() -> None:
+def test_the_note_on_a_truncated_prompt_also_comes_from_the_cache() -> None:
     stage = TextEncoding(Loader(), cache=PromptCache(64))
     cut = "a prompt of 9 tokens was cut to 8: '123456789'"
     assert encode(stage, "123456789")[1] == [cut]
@@ -208,7 +208,7 @@ def test_a_cancelled_request_leaves_what_it_had_encoded() -> None:
         (["model.text.keep=false", "model.text.cache_mib=0"], 0.0),
     ],
 )
-def test_a_bench_measures_encoding_unless_it_is_told_not_to(overrides: list[str], expected: float) -> None:
+def test_a_bench_measures_encoding_unless_disabled(overrides: list[str], expected: float) -> None:
     assert cache_mib(compose_run(overrides).config) == expected
 
 
@@ -230,7 +230,7 @@ def encoded(generation: Generation) -> int:
     return generation.result.ranks[0].network_evaluations.get("text_encoder", 0)
 
 
-def test_a_whole_run_draws_the_same_with_and_without_its_encoders() -> None:
+def test_a_whole_run_generates_the_same_with_and_without_its_encoders() -> None:
     kept = generations()
     dropped = generations("model.text.keep=false")
     every = generations("model.text.cache_mib=0")

@@ -174,7 +174,7 @@ def test_each_distinct_prompt_is_encoded_once() -> None:
     assert sorted(encoder.prompts) == ["", "blue", "red"]
 
 
-def test_a_prompt_that_is_cut_is_noted() -> None:
+def test_a_prompt_that_is_truncated_is_noted() -> None:
     outcome, _ = draw(request(prompts=["a prompt of many letters"]), ToyNetwork())
     assert outcome.report is not None
     assert outcome.report.notes == ["a prompt of 24 tokens was cut to 8: 'a prompt of many letters'"]
@@ -210,7 +210,7 @@ def test_noise_of_seeds_and_steps_never_meets() -> None:
     assert torch.equal(step_noise(3, 4, (64,)), step_noise(3, 4, (64,)))
 
 
-def test_picture_k_has_seed_plus_k_over_prompts_then_samples() -> None:
+def test_image_k_has_seed_plus_k_over_prompts_then_samples() -> None:
     rows = asks(request(samples_per_prompt=2))
     assert [(row.index, row.prompt, row.seed) for row in rows] == [
         (0, "red", 5),
@@ -251,7 +251,7 @@ def test_a_request_is_the_schedulers_loop_by_hand(settings: Settings, guidance: 
 
 
 @pytest.mark.parametrize("settings", FAMILIES, ids=str)
-def test_a_picture_does_not_depend_on_its_batch(settings: Settings) -> None:
+def test_an_image_does_not_depend_on_its_batch(settings: Settings) -> None:
     prompts = ["red", "blue", "green"]
     _, alone = draw(request(prompts=prompts), ToyNetwork(), settings)
     for size in (2, 3, 8):
@@ -359,7 +359,7 @@ def test_what_goes_wrong_is_a_typed_failure_in_one_line(outcome: BaseException |
     assert "\n" not in answer.failure.message
 
 
-def test_one_bad_value_in_one_picture_is_enough() -> None:
+def test_one_bad_value_in_one_image_is_enough() -> None:
     class Spoiled(ToyDecoder):
         def __call__(self, latent: Tensor) -> Tensor:
             pixels = super().__call__(latent)
@@ -396,7 +396,7 @@ def test_an_exception_ends_a_rank_that_others_wait_for() -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_drawn_is_refused_before_any_stage(changes: dict[str, object], says: str) -> None:
+def test_what_cannot_be_generated_is_refused_before_any_stage(changes: dict[str, object], says: str) -> None:
     network = ToyNetwork()
     with pytest.raises(ValueError, match=says) as caught:
         worker(network).pipeline.check(request(**changes))

@@ -46,7 +46,7 @@ def test_calls_of_a_kind_share_a_forward_and_get_their_own_rows() -> None:
         assert torch.equal(output, 2 * made.latent)
 
 
-def test_calls_that_are_told_other_things_do_not_share() -> None:
+def test_calls_with_other_inputs_do_not_share() -> None:
     network = Doubling()
     other = Call(network, torch.ones(1, 3), torch.zeros(1), Conditioning(pooled=torch.ones(1, 3)))
     evaluate([call(network, 1), other], apart=True, count=ignore)
@@ -99,13 +99,13 @@ def test_courses_of_unequal_length_share_while_they_run() -> None:
     assert all(course.ended for course in courses)
 
 
-def test_a_course_without_an_evaluation_has_ended() -> None:
+def test_a_fiber_without_an_evaluation_has_ended() -> None:
     course = doubled(0, Doubling())
     assert course.ended
     assert course.result == 1.0
 
 
-def test_what_is_put_in_place_of_an_output_is_raised_in_the_course_alone() -> None:
+def test_an_exception_in_place_of_an_output_is_raised_in_its_fiber_alone() -> None:
     network = Doubling()
     caught: list[str] = []
 

@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         RunFolder.claim(tmp_path / "file" / "run")
 
 
-def test_a_run_that_is_cut_off_says_so(tmp_path: Path) -> None:
+def test_a_run_that_is_interrupted_says_so(tmp_path: Path) -> None:
     RunFolder.claim(tmp_path)
     assert read_status(tmp_path) == Status("failed", "the run was cut off before it ended")
     assert read_record(tmp_path) is None
@@ -187,7 +187,7 @@ def test_an_empty_tree_is_an_empty_table(tmp_path: Path) -> None:
     assert len(load(tmp_path)) == 0
 
 
-def test_the_fingerprint_is_of_what_was_asked_not_of_where_it_is_logged() -> None:
+def test_the_fingerprint_is_of_the_request_not_of_the_logger() -> None:
     def of(*overrides: str) -> str:
         return fingerprint(to_dict(compose_run(overrides).config))
 

@@ -22,19 +22,19 @@ PAIR = ["a=[]", "b=[parallel=dp2]"]
         ("b=[]", []),
     ],
 )
-def test_sides_are_written_without_quotes(written: str, meant: list[str]) -> None:
+def test_comparisons_are_written_without_quotes(written: str, meant: list[str]) -> None:
     overrides = ["task=compare", "a=[]", written]
     assert compose_run(overrides).config.b == meant
 
 
-def test_other_arguments_and_choices_of_sides_are_left_alone() -> None:
+def test_other_arguments_and_choices_of_comparisons_are_left_unchanged() -> None:
     assert quoted("request.prompt=[x=1]") == "request.prompt=[x=1]"
     assert quoted("b=null") == "b=null"
     assert quoted("b=[x=1],[y=2,z=3]") == 'b=["x=1"],["y=2","z=3"]'
     assert split("a,'b,c',[d,{e: f,g}]") == ["a", "'b,c'", "[d,{e: f,g}]"]
 
 
-def test_each_side_is_a_bench_of_its_own() -> None:
+def test_each_configuration_is_a_bench_of_its_own() -> None:
     composed = compose_run(["task=compare", "request.steps=4", "task.repeats=9", *PAIR, "hydra.run.dir=somewhere"])
     a, b = sides(composed)
     for side in (a, b):
@@ -45,7 +45,7 @@ def test_each_side_is_a_bench_of_its_own() -> None:
     assert (a.folder.as_posix(), b.folder.as_posix()) == ("somewhere/a", "somewhere/b")
 
 
-def test_a_job_of_a_sweep_composes_its_sides_and_leaves_the_sweep_as_it_was() -> None:
+def test_a_job_of_a_sweep_composes_its_comparison_and_leaves_the_sweep_unchanged() -> None:
     composed = compose_run(["task=compare", *PAIR])
     with initialize_config_module("conf", version_base="1.3"):
         sweep = GlobalHydra.instance().hydra
@@ -54,7 +54,7 @@ def test_a_job_of_a_sweep_composes_its_sides_and_leaves_the_sweep_as_it_was() ->
     assert b.config.parallel.dp == 2
 
 
-def test_a_side_has_the_last_word() -> None:
+def test_the_overrides_of_one_configuration_win() -> None:
     composed = compose_run(
         ["task=compare", "parallel=dp4", "request.steps=4", "a=[request.steps=5]", "b=[parallel=dp2]"]
     )

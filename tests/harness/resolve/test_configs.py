@@ -164,7 +164,7 @@ def told(config: RunConfig) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("family", FACTS)
-def test_the_scheduler_is_told_what_the_weights_were_trained_with(families: Path, family: str) -> None:
+def test_the_scheduler_gets_the_training_settings_of_the_weights(families: Path, family: str) -> None:
     config = compose(f"model.path={families}", f"scheduler={family}").config
     assert told(config) == FACTS[family]
     assert told(from_yaml(to_yaml(config))) == FACTS[family]
@@ -237,7 +237,7 @@ def test_a_prompt_of_two_hundred_thousand_characters_is_refused() -> None:
     assert "200000 characters" in refused("request.prompt=" + "a" * 200_000)
 
 
-def test_an_option_without_effect_is_said() -> None:
+def test_an_option_without_effect_is_reported() -> None:
     notes = compose("scheduler.rho=5").notes
     assert len(notes) == 1
     assert "rho" in notes[0]
@@ -408,7 +408,7 @@ def test_an_illegal_layout_names_a_legal_one(overrides: list[str], hint: str) ->
     assert hint in refused(*overrides)
 
 
-def test_frames_that_one_rank_has_alone_are_said() -> None:
+def test_frames_that_one_rank_has_alone_are_reported() -> None:
     assert compose("parallel.decode=frames").notes == [
         "parallel.decode=frames has no effect: one rank decodes a picture"
     ]
@@ -425,7 +425,7 @@ def test_a_layout_without_stale_keys_has_no_use_for_their_options() -> None:
     ]
 
 
-def test_padding_is_said() -> None:
+def test_padding_is_reported() -> None:
     assert compose("parallel.ulysses=3").notes == [
         "64 image tokens over 3 ranks: 2 are padding",
         "8 attention heads over 3 ulysses ranks: 1 are padding",

@@ -100,7 +100,7 @@ def test_the_reference_is_one_rank_in_float32() -> None:
     assert row.parallel.cfg == 2
 
 
-def test_a_plain_bench_is_within_the_floor_and_draws_its_reference_once(
+def test_a_plain_bench_is_within_the_floor_and_generates_its_reference_once(
     tmp_path: Path, references: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = ran(bench(tmp_path / "first", references, "task.states=true"))
@@ -158,7 +158,7 @@ def test_an_approximation_declared_exact_is_broken(tmp_path: Path, references: P
             assert (found.verdict, found.methods) == (meant, ["cache"])
 
 
-def test_a_reference_that_cannot_be_drawn_is_a_note(
+def test_a_reference_that_cannot_be_generated_is_a_note(
     tmp_path: Path, references: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of the user's own")

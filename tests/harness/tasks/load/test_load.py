@@ -63,7 +63,7 @@ def test_a_phase_of_a_seed_is_the_same_and_others_differ() -> None:
     assert dues(1, 0) != dues(1, 1)
 
 
-def test_requests_are_drawn_by_seed_with_pictures_of_their_own(config: RunConfig) -> None:
+def test_requests_are_generated_by_seed_with_images_of_their_own(config: RunConfig) -> None:
     drawn_from = msgspec.convert(msgspec.to_builtins(config), RunConfig)
     drawn_from.load.steps, drawn_from.load.sizes = [2, 4], [64, 128]
 
@@ -218,7 +218,7 @@ def test_what_cannot_be_sent_is_refused(overrides: list[str], line: str) -> None
         compose_run(["task=load", *overrides])
 
 
-def test_sides_get_the_same_arrivals_in_alternation_and_their_ratio_is_found(tmp_path: Path) -> None:
+def test_both_configurations_get_the_same_arrivals_in_alternation_and_their_ratio_is_found(tmp_path: Path) -> None:
     wait_s = {"a": 0.08, "b": 0.03}
     composed = compose_run(
         [

@@ -102,7 +102,7 @@ def test_an_axis_that_spans_nodes_takes_the_network() -> None:
     assert not any(e.between_nodes for e in predicted(replace(MACHINE, node=None), ulysses=4, tp=2).exchanges)
 
 
-def test_weights_are_cut_by_tensor_parallelism_alone() -> None:
+def test_weights_are_sharded_by_tensor_parallelism_alone() -> None:
     assert predicted().weight_bytes == predicted(ulysses=2).weight_bytes == 10_000
     assert predicted(tp=4).weight_bytes == 2_000 + 8_000 // 4
     row = predicted()

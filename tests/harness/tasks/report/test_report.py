@@ -78,7 +78,7 @@ def test_only_keys_that_vary_are_columns_and_a_run_without_a_record_has_them(tre
     assert rows["refused"].values == {}
 
 
-def test_keys_that_follow_from_the_model_are_left_out_unless_asked_for() -> None:
+def test_keys_that_follow_from_the_model_are_left_out_by_default() -> None:
     rows = [{"model.name": name, "model.path": name * 2, "request.steps": steps} for name, steps in ("a4", "b8")]
     assert varying(rows, set()) == ["model.name", "request.steps"]
     assert varying(rows, {"model.path"}) == ["model.name", "model.path", "request.steps"]
@@ -210,7 +210,7 @@ def test_what_makes_no_page_is_one_line_and_no_folder(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_page_is_written_beside_the_runs_or_where_asked(
+def test_the_page_is_written_beside_the_runs_or_to_a_given_path(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

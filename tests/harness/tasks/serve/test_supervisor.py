@@ -60,7 +60,7 @@ def kinds(jobs: list[Job]) -> list[str | None]:
     return [None if job.failure is None else job.failure.kind for job in jobs]
 
 
-async def test_requests_are_drawn_in_order_and_each_has_its_own_picture(tmp_path: Path) -> None:
+async def test_requests_are_generated_in_order_and_each_has_its_own_image(tmp_path: Path) -> None:
     fleet = Fleet()
     async with serving(tmp_path, fleet) as supervisor:
         assert (supervisor.state, supervisor.reason) == ("ready", "")
@@ -77,7 +77,7 @@ async def test_requests_are_drawn_in_order_and_each_has_its_own_picture(tmp_path
     assert all(job.arrived <= (job.began or 0) <= (job.ended or 0) for job in jobs)
 
 
-async def test_every_change_is_told_and_the_answer_is_the_last(tmp_path: Path) -> None:
+async def test_every_change_is_reported_and_the_answer_is_the_last(tmp_path: Path) -> None:
     async with serving(tmp_path, Fleet()) as supervisor:
         job = supervisor.submit(asked("a"))
         told = [(seen.state, seen.stage, seen.done) async for seen in job.events()]
@@ -100,7 +100,7 @@ async def test_a_slow_reader_misses_changes_but_never_the_answer() -> None:
     assert told == [("queued", 0), ("running", 1), ("done", 2)]
 
 
-async def test_one_request_more_than_may_wait_is_told_when_to_come_again(tmp_path: Path) -> None:
+async def test_one_request_more_than_may_wait_gets_a_retry_time(tmp_path: Path) -> None:
     async with serving(tmp_path, Fleet(), max_queue=2) as supervisor:
         first = supervisor.submit(asked("first", steps=10_000))
         await until(lambda: first.state == "running")
@@ -129,7 +129,7 @@ async def test_an_id_is_one_request(tmp_path: Path) -> None:
             supervisor.submit(asked("a"))
 
 
-async def test_a_request_is_cancelled_while_it_waits_and_while_it_is_drawn(tmp_path: Path) -> None:
+async def test_a_request_is_cancelled_while_it_waits_and_while_it_runs(tmp_path: Path) -> None:
     fleet = Fleet()
     async with serving(tmp_path, fleet) as supervisor:
         drawn, waiting, last = (supervisor.submit(asked(name, steps=10_000)) for name in "abc")
@@ -149,7 +149,7 @@ async def test_a_request_is_cancelled_while_it_waits_and_while_it_is_drawn(tmp_p
     assert fleet.drawn == ["d"]
 
 
-async def test_ranks_that_die_answer_what_they_drew_and_the_next_draw_what_waited(tmp_path: Path) -> None:
+async def test_ranks_that_die_answer_what_they_finished_and_the_next_ones_run_what_waited(tmp_path: Path) -> None:
     fleet = Fleet(load_s=0.3)
     async with serving(tmp_path, fleet) as supervisor:
         (tmp_path / "logs" / "rank1.error.json").touch()
@@ -226,7 +226,7 @@ async def test_ranks_that_have_stopped_are_replaced(tmp_path: Path, prompt: str)
     assert fleet.drawn == ["a"]
 
 
-async def test_more_deaths_than_allowed_are_the_end_and_everybody_is_told(tmp_path: Path) -> None:
+async def test_more_deaths_than_allowed_end_the_server_and_all_clients_get_an_answer(tmp_path: Path) -> None:
     fleet = Fleet(stillborn=(2,))
     async with serving(tmp_path, fleet, restarts=2) as supervisor:
         lost = [supervisor.submit(asked(name, "die")) for name in "ab"]

@@ -34,6 +34,6 @@ def test_shares_are_the_configured_ones() -> None:
     assert tagged / total == pytest.approx(0.18, abs=0.01)
 
 
-def test_a_picture_without_tags_still_has_captions() -> None:
+def test_an_image_without_tags_still_has_captions() -> None:
     assert draw((), 0.0, 1.0, 0.0, torch.full((4,), 0.5)) == 0
     assert draw((), 1.0, 1.0, 0.0, torch.full((4,), 0.5)) == 1

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
     return target
 
 
-def test_diffusers_draws_from_the_folder_what_this_network_predicts(folder: Path) -> None:
+def test_diffusers_generates_from_the_folder_what_this_network_predicts(folder: Path) -> None:
     pipeline = PixArtSigmaPipeline.from_pretrained(folder, dtype=torch.float32, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "use_resolution_binning": False, "clean_caption": False}

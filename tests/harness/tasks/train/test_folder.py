@@ -20,7 +20,7 @@ def metadata(folder: Path, *rows: object) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_captions_beside_the_pictures(squares: Path) -> None:
+def test_captions_beside_the_images(squares: Path) -> None:
     found = read(squares, 64)
     assert [(row.file_name, row.name, row.caption) for row in found] == [
         (f"{name}.png", f"a {name} square", f"a {name} square") for name in sorted(COLOURS)
@@ -59,7 +59,7 @@ def refused(folder: Path) -> str:
     return str(caught.value)
 
 
-def test_a_picture_without_a_caption_is_refused(squares: Path) -> None:
+def test_an_image_without_a_caption_is_refused(squares: Path) -> None:
     (squares / "green.txt").write_text("  \n")
     assert "green.png: no caption; write one into green.txt" in refused(squares)
     (squares / "green.txt").unlink()
@@ -86,7 +86,7 @@ def test_a_row_that_cannot_be_trained_on_is_refused(squares: Path, row: object, 
     assert hint in refused(squares)
 
 
-def test_no_pictures_are_refused(tmp_path: Path) -> None:
+def test_no_images_are_refused(tmp_path: Path) -> None:
     assert "no such folder" in refused(tmp_path / "none")
     assert "no pictures" in refused(tmp_path)
 

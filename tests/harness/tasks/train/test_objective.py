@@ -123,7 +123,7 @@ def test_the_minimum_on_gaussian_data_is_the_closed_form(settings: Settings) -> 
 
 
 @pytest.mark.parametrize("settings", EVERY)
-def test_that_minimum_is_read_as_the_expected_picture(settings: Settings) -> None:
+def test_that_minimum_is_the_expected_image(settings: Settings) -> None:
     chosen = objective(DenoiserConfig(), settings)
     path = chosen.noise_scheduler().path
     x = torch.linspace(-3, 3, 7, dtype=torch.float64)

@@ -14,7 +14,7 @@ def gallery() -> Gallery:
     return Gallery(coarse, names, ["noto", "3d"] * 20, components=16)
 
 
-def test_noisy_training_pictures_are_found(gallery: Gallery) -> None:
+def test_noisy_training_images_are_found(gallery: Gallery) -> None:
     noise = np.random.default_rng(1).integers(-20, 21, gallery.pixels.shape)
     noisy = np.clip(gallery.pixels.astype(int) + noise, 0, 255).astype(np.uint8)
     assert np.array_equal(gallery.nearest(noisy, 1)[:, 0], np.arange(40))
@@ -30,7 +30,7 @@ def test_score_counts_what_was_planted(gallery: Gallery) -> None:
     assert (other.top1, other.top1_style) == (1.0, 0.0)
 
 
-def test_grid_places_pictures_row_by_row() -> None:
+def test_grid_places_images_row_by_row() -> None:
     pixels = np.stack([np.full((2, 2, 3), i, np.uint8) for i in range(5)])
     sheet = grid(pixels, 3)
     assert sheet.shape == (4, 6, 3)
