@@ -11,10 +11,9 @@ from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.inprocess import InprocessEngine
 from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise
-from harness.resolve.compose import compose_run
+from tests.fixtures.generators import generator
 from tests.fixtures.models.dit import LINEAR, SIDE, save
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
@@ -39,9 +38,7 @@ def peer(checkpoint: Path) -> DiTPipeline:
 def start(checkpoint: Path, *overrides: str) -> DiffusionGenerator:
     common = [f"model.path={checkpoint}", "model=dit_256", "model.dtype=float32", "model.size_multiple=4"]
     sizes = [f"model.{name}={2 * SIDE}" for name in ("height", "width")]
-    process = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
-    config = compose_run([*common, *sizes, *process, "model.examples=[goldfish]", *overrides]).config
-    engine = DiffusionGenerator(config, InprocessEngine(config))
+    engine = generator(*common, *sizes, "model.examples=[goldfish]", *overrides)
     engine.start()
     return engine
 

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from models.attention import BACKENDS
 from models.components import Conditioning
-from models.files import CheckpointError
 from models.flux import NAMES, PLAN, Flux, load_denoiser, read_config
 from models.layers import rotate
 from models.source import Source
-from tests.fixtures.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_config_refused, assert_names_map, assert_plan_fits, randomize, rel_l2
 
 TINY: dict[str, object] = {
     "_class_name": "FluxTransformer2DModel",
@@ -199,9 +198,7 @@ def test_a_mask_and_missing_inputs_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_of_another_network_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TINY | change))
-    with pytest.raises(CheckpointError, match=says):
-        read_config(tmp_path)
+    assert_config_refused(read_config, tmp_path, TINY | change, says)
 
 
 def test_what_a_config_leaves_out_is_diffusers_default(tmp_path: Path) -> None:

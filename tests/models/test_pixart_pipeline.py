@@ -14,15 +14,14 @@ from diffusers import (
 )
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
-from harness.resolve.compose import compose_run
 from models.attention import sdpa_attention
 from models.pixart.components import load
 from models.registry import REFERENCE
 from models.source import Source
 from models.text.load import load_tokenizer
 from models.text.t5 import load_t5_prompts
+from tests.fixtures.generators import generator
 from tests.fixtures.models.pixart import PIPELINES, save
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
@@ -44,9 +43,7 @@ class Both:
 
 def start(folder: Path, name: str, *overrides: str) -> DiffusionGenerator:
     model = [f"model={name}", f"model.path={folder}", "model.dtype=float32", "model.size_multiple=4"]
-    process = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
-    config = compose_run([*model, f"model.text.tokens={TOKENS}", *process, *overrides]).config
-    engine = DiffusionGenerator(config, InprocessEngine(config))
+    engine = generator(*model, f"model.text.tokens={TOKENS}", *overrides)
     engine.start()
     return engine
 

@@ -14,7 +14,6 @@ from diffusers import (
 from safetensors.torch import load_file
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from harness.resolve.compose import compose_run
 from harness.resolve.scheduler import noise_scheduler_settings
@@ -24,6 +23,7 @@ from models.registry import PUBLISHED
 from models.source import Source
 from schedulers.build import build
 from schedulers.published import from_diffusers
+from tests.fixtures.generators import generator
 from tests.fixtures.models.qwen_image import save
 
 STEPS, GUIDANCE, SEED, TOKENS = 4, 4.0, 11, 40
@@ -49,12 +49,9 @@ def peer(checkpoint: Path) -> QwenImagePipeline:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
-    overrides = ["model=qwen_image", f"model.path={checkpoint}", "model.dtype=float32", f"model.text.tokens={TOKENS}"]
-    config = compose_run([*overrides, "launch.mode=inprocess", "launch.threads_per_rank=1", "attention=math"]).config
-    generator = DiffusionGenerator(config, InprocessEngine(config))
-    generator.start()
-    yield generator
-    generator.stop()
+    model = ["model=qwen_image", f"model.path={checkpoint}", "model.dtype=float32", f"model.text.tokens={TOKENS}"]
+    with generator(*model, "attention=math") as found:
+        yield found
 
 
 def draw(peer: QwenImagePipeline, prompt: str, seed: int, **changes: object) -> np.ndarray:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from models.attention import BACKENDS
 from models.components import Conditioning
-from models.files import CheckpointError
 from models.sd3 import NAMES, PLAN, SD3, load_denoiser, read_config
 from models.source import Source
-from tests.fixtures.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_config_refused, assert_names_map, assert_plan_fits, randomize, rel_l2
 
 TINY: dict[str, object] = {
     "_class_name": "SD3Transformer2DModel",
@@ -185,9 +184,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_of_another_network_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TINY | change))
-    with pytest.raises(CheckpointError, match=says):
-        read_config(tmp_path)
+    assert_config_refused(read_config, tmp_path, TINY | change, says)
 
 
 def test_what_a_config_leaves_out_is_diffusers_default(tmp_path: Path) -> None:

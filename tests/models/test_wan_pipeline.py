@@ -11,11 +11,10 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
-from harness.resolve.compose import compose_run
 from models.source import Source
 from models.wan.prompts import load_umt5_prompts
+from tests.fixtures.generators import generator
 from tests.fixtures.models.wan import OVERRIDES, TOKENS, tiny_wan
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
@@ -38,10 +37,8 @@ def checkpoint(peer: WanPipeline, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
-    run = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json", "attention=math"]
-    config = compose_run([*OVERRIDES, f"model.path={checkpoint}", *run]).config
-    with DiffusionGenerator(config, InprocessEngine(config)) as generator:
-        yield generator
+    with generator(*OVERRIDES, f"model.path={checkpoint}", "attention=math") as found:
+        yield found
 
 
 def draw(peer: WanPipeline, prompt: str, seed: int, height: int, width: int, frames: int, **asked: Any) -> Tensor:

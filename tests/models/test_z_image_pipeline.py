@@ -12,7 +12,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from harness.resolve.compose import compose_run
 from harness.resolve.scheduler import noise_scheduler_settings
@@ -22,6 +21,7 @@ from models.source import Source
 from models.z_image.prompts import load_z_image_prompts
 from schedulers.build import build
 from schedulers.published import from_diffusers
+from tests.fixtures.generators import generator
 from tests.fixtures.models.z_image import save
 
 STEPS, GUIDANCE, SEED, TOKENS = 4, 4.0, 11, 48  # guidance is counted from 1 here, from 0 by diffusers
@@ -47,17 +47,9 @@ def peer(checkpoint: Path) -> ZImagePipeline:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
-    overrides = [
-        "model=z_image_turbo",
-        f"model.path={checkpoint}",
-        "model.dtype=float32",
-        f"model.text.tokens={TOKENS}",
-    ]
-    config = compose_run([*overrides, "launch.mode=inprocess", "launch.threads_per_rank=1", "attention=math"]).config
-    generator = DiffusionGenerator(config, InprocessEngine(config))
-    generator.start()
-    yield generator
-    generator.stop()
+    model = ["model=z_image_turbo", f"model.path={checkpoint}", "model.dtype=float32", f"model.text.tokens={TOKENS}"]
+    with generator(*model, "attention=math") as found:
+        yield found
 
 
 def draw(peer: ZImagePipeline, prompt: str, seed: int, **changes: object) -> np.ndarray:
