@@ -1,1 +1,1 @@
-"""Triptych's harness: requests, ranks, the staged pipeline, measuring and recording."""
+"""Triptych's harness: requests, ranks, the staged pipeline, measurement and records."""

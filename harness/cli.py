@@ -1,8 +1,8 @@
 """The command: `python -m harness` and `triptych`, one Hydra application.
 
-A single run is composed here and its ranks are started from here. A sweep (-m) is Hydra's own loop over the same
-function, a failing job being a row and not the end. Under a torchrun of the user's own, every rank comes through here
-and rank 0 owns the run.
+A single run is composed in this process, which also starts its ranks. A sweep (-m) is Hydra's own loop over the same
+function; a job that fails is a row of the table and does not end the sweep. Under the user's own torchrun, every rank
+enters here and rank 0 owns the run.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from harness.engines.pool import EnginePool, MakeEngine, new_engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.records.record import RunFolder, RunFolderError, Status, is_done, read_record, read_status
-from harness.resolve.comparison import quoted
+from harness.resolve.comparison import quote_overrides
 from harness.resolve.compose import (
     ConfigError,
     ResolvedRun,
-    checked,
+    check_composed,
     compose_run,
     register_schema,
     run_folder,
@@ -41,18 +41,18 @@ from harness.resolve.compose import (
     to_dict,
 )
 from harness.resolve.names import check_names
-from harness.tasks.compare import compare_in, is_compared, sides
-from harness.tasks.generate import run_in, run_training
-from harness.tasks.lifecycle import ended, mirror, refuse
+from harness.tasks.compare import comparison_runs, execute_compare, is_compared
+from harness.tasks.generate import execute_generate, run_training
+from harness.tasks.lifecycle import mirror, refuse, run_guarded
 from harness.tasks.report.page import write_report
-from harness.tasks.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, complain, exit_status
+from harness.tasks.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, exit_status, print_error
 
 REPORT = "task=report"
 SERVE = "task=serve"
 
 
 def main() -> None:
-    """Runs the command line; the exit status is 0 only where everything asked for was done."""
+    """Run the command line and exit with its status, which is 0 only if everything requested was done."""
     arguments = sys.argv[1:]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from harness.tasks.under_torchrun import run_under_torchrun
@@ -66,157 +66,206 @@ def main() -> None:
 
 
 def dispatch(arguments: Sequence[str]) -> int:
-    """Runs one command line in this process; the exit status."""
+    """Run one command line in this process.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Returns:
+        The exit status.
+    """
     try:
         if any(argument.startswith("-") for argument in arguments):
-            arguments = flags_first([quoted(argument) for argument in arguments])
+            arguments = multirun_flag_first([quote_overrides(argument) for argument in arguments])
             flags = get_args_parser().parse_args(list(arguments))
             check_names(flags.overrides, sweep=flags.multirun)
-            if flags.multirun and flags.cfg:
-                raise ConfigError("-m runs jobs and --cfg prints one configuration; leave out one of them")
-            if flags.multirun and REPORT in arguments:
-                raise ConfigError("task=report makes one page over all runs; run it without -m")
-            if flags.multirun and SERVE in arguments:
-                raise ConfigError("task=serve serves until it is told to stop; run it without -m")
             if flags.multirun:
+                check_multirun(arguments, bool(flags.cfg))
                 return sweep(arguments, flags.overrides)
-            return 1 if any(job.status.state != "ok" for job in by_hydra(arguments).jobs) else 0
+            return 1 if any(job.status.state != "ok" for job in run_with_hydra(arguments).jobs) else 0
         return exit_status(run_one(compose_run(arguments), new_engine).status)
     except ConfigError as error:
-        if REPORT in arguments:  # has no folder of its own
-            complain(error)
+        if REPORT in arguments:  # a report has no run folder
+            print_error(error)
         else:
             refuse(run_folder(arguments), error)
         return EXIT_BAD_INPUT
     except RunFolderError as error:
-        complain(error)
+        print_error(error)
         return EXIT_BAD_INPUT
 
 
-def flags_first(arguments: Sequence[str]) -> list[str]:
-    """The same with -m in front, where Hydra's parser takes it among any overrides."""
-    sweeps = [argument for argument in arguments if argument in ("-m", "--multirun")]
-    return [*sweeps[:1], *(argument for argument in arguments if argument not in sweeps)]
+def check_multirun(arguments: Sequence[str], prints_config: bool) -> None:
+    """Refuse what cannot be swept with -m.
+
+    Args:
+        arguments: The command line.
+        prints_config: Whether --cfg is among the flags.
+
+    Raises:
+        ConfigError: --cfg, task=report or task=serve is combined with -m.
+    """
+    if prints_config:
+        raise ConfigError("-m runs jobs and --cfg prints one configuration; leave out one of them")
+    if REPORT in arguments:
+        raise ConfigError("task=report makes one page over all runs; run it without -m")
+    if SERVE in arguments:
+        raise ConfigError("task=serve runs until it is stopped; run it without -m")
+
+
+def multirun_flag_first(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with -m in front, where Hydra's parser accepts it whatever overrides follow."""
+    multirun = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    return [*multirun[:1], *(argument for argument in arguments if argument not in multirun)]
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run and how it ended; `kept` where an earlier command had done it."""
+class JobResult:
+    """The outcome of one job.
+
+    Attributes:
+        folder: The run's folder.
+        status: How the run ended.
+        already_done: Whether an earlier command had done this job, so that it was skipped.
+    """
 
     folder: Path
     status: Status
-    kept: bool = False
+    already_done: bool = False
 
 
-def run_one(composed: ResolvedRun, make_engine: MakeEngine, again: bool = False) -> Job:
-    """One task in the folder that Hydra names.
+def run_one(run: ResolvedRun, make_engine: MakeEngine, retry: bool = False) -> JobResult:
+    """Execute one task in the folder that Hydra chose.
 
     Args:
-        composed: the run.
-        make_engine: makes its engine, or finds one that is warm.
-        again: also in the folder of a run that did not end well.
+        run: The resolved run.
+        make_engine: Function that returns the run's engine, new or still warm from an earlier job.
+        retry: Whether the folder of a run that did not end well may be used again.
+
+    Returns:
+        The folder and the status of the run.
 
     Raises:
-        RunFolderError: another run is in it.
-        ConfigError: a side of a comparison that cannot run, or a report over nothing.
+        RunFolderError: Another run is in the folder.
+        ConfigError: One of the two runs of a comparison is invalid, or a report has no runs.
     """
-    if composed.config.task.name is Task.train:
-        return Job(Path(composed.config.train.folder), run_training(composed.config, Console()))
-    if composed.config.task.name is Task.report:
-        return Job(composed.folder, write_report(composed.config, Console()))
-    if composed.config.a is not None:
-        pair = sides(composed)  # refused before a folder is claimed
-        folder = RunFolder.claim(composed.folder, again)
-        if composed.config.task.name is Task.load:
-            from harness.tasks.load.compare import compare_loads_in
+    if run.config.task.name is Task.train:
+        return JobResult(Path(run.config.train.folder), run_training(run.config, Console()))
+    if run.config.task.name is Task.report:
+        return JobResult(run.folder, write_report(run.config, Console()))
+    if run.config.compare.a is not None:
+        pair = comparison_runs(run)  # an invalid one is refused before a folder is claimed
+        folder = RunFolder.claim(run.folder, retry)
+        if run.config.task.name is Task.load:
+            from harness.tasks.load.compare import execute_load_comparison
 
-            return Job(folder.path, compare_loads_in(composed, pair, folder, Console()))
-        return Job(folder.path, compare_in(composed, pair, folder, Console()))
-    if composed.config.task.name is Task.serve:
-        return serve(composed, again)
-    folder = RunFolder.claim(composed.folder, again)
-    if composed.config.task.name is Task.plan:
-        from harness.tasks.plan.run import plan_in
+            return JobResult(folder.path, execute_load_comparison(run, pair, folder, Console()))
+        return JobResult(folder.path, execute_compare(run, pair, folder, Console()))
+    if run.config.task.name is Task.serve:
+        return serve(run, retry)
+    folder = RunFolder.claim(run.folder, retry)
+    if run.config.task.name is Task.plan:
+        from harness.tasks.plan.run import execute_plan
 
-        return Job(folder.path, plan_in(composed, folder, Console()))
-    if composed.config.task.name is Task.load:
-        from harness.tasks.load.run import load_in
+        return JobResult(folder.path, execute_plan(run, folder, Console()))
+    if run.config.task.name is Task.load:
+        from harness.tasks.load.run import execute_load
 
-        return Job(folder.path, load_in(composed, folder, Console(), make_engine))
-    return Job(folder.path, run_in(composed, folder, Console(), make_engine))
-
-
-def serve(composed: ResolvedRun, again: bool) -> Job:
-    """The server, until it is told to stop; its address is had before a folder is claimed."""
-    from harness.tasks.serve.serve import check, listen, serve_in
-
-    check(composed.config)
-    with listen(composed.config.serve) as listening:
-        folder = RunFolder.claim(composed.folder, again)
-        status, _ = ended(composed, folder, lambda: serve_in(composed, folder, listening), lambda status: status)
-    return Job(folder.path, status)
+        return JobResult(folder.path, execute_load(run, folder, Console(), make_engine))
+    return JobResult(folder.path, execute_generate(run, folder, Console(), make_engine))
 
 
-class Ran:
-    """The jobs that Hydra ran in this process, in which it knows our types and resolvers from now on, and the engines
-    that they share.
+def serve(run: ResolvedRun, retry: bool) -> JobResult:
+    """Serve requests until the server is stopped.
 
-    A launcher such as submitit's pickles it with the rest of a job; the process of that job makes one of its own.
+    The server listens on its address before the folder is claimed, so an address in use leaves no folder behind.
+
+    Args:
+        run: The resolved run.
+        retry: Whether the folder of a run that did not end well may be used again.
+
+    Returns:
+        The folder and the status of the run.
+    """
+    from harness.tasks.serve.serve import check, execute_serve, listen
+
+    check(run.config)
+    with listen(run.config.serve) as listening:
+        folder = RunFolder.claim(run.folder, retry)
+        status, _ = run_guarded(run, folder, lambda: execute_serve(run, folder, listening), lambda status: status)
+    return JobResult(folder.path, status)
+
+
+class HydraSession:
+    """The jobs that Hydra ran in this process, and the engines that they share.
+
+    From the first session on, Hydra knows the schema's types and resolvers in this process. A launcher such as
+    submitit's pickles the session with the rest of a job; the job's process then makes its own.
     """
 
     def __init__(self) -> None:
-        self.jobs: list[Job] = []
+        self.jobs: list[JobResult] = []
         self.pool = EnginePool()
         atexit.register(self.pool.close)
         register_schema()
 
-    def __reduce__(self) -> tuple[type[Ran], tuple[()]]:
-        return Ran, ()
+    def __reduce__(self) -> tuple[type[HydraSession], tuple[()]]:
+        return HydraSession, ()
 
 
-def by_hydra(arguments: Sequence[str]) -> Ran:
-    """The jobs that Hydra ran in this process for a command line of its own."""
-    ran = Ran()
+def run_with_hydra(arguments: Sequence[str]) -> HydraSession:
+    """Pass a command line with flags to Hydra.
+
+    Args:
+        arguments: The command line, flags included.
+
+    Returns:
+        The session, with the jobs that ran in this process.
+    """
+    session = HydraSession()
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
     def job(composed: DictConfig) -> float:
-        ran.jobs.append(run_job(composed, ran.pool.engine))
-        if ran.jobs[-1].status.state == "cancelled":
+        session.jobs.append(run_job(composed, session.pool.engine))
+        if session.jobs[-1].status.state == "cancelled":
             raise KeyboardInterrupt
-        return value(ran.jobs[-1])
+        return objective_value(session.jobs[-1])
 
     sys.argv = [sys.argv[0], *arguments]
-    with ran.pool:
+    with session.pool:
         job()
-    return ran
+    return session
 
 
 def sweep(arguments: Sequence[str], overrides: Sequence[str]) -> int:
-    """Hydra's -m, whose launcher runs the jobs here or in processes of its own; the exit status.
+    """Run Hydra's -m, whose launcher runs the jobs in this process or in its own processes.
 
     Args:
-        arguments: the command line.
-        overrides: those of the arguments that are no flags.
+        arguments: The command line, flags included.
+        overrides: The arguments that are not flags.
+
+    Returns:
+        The exit status.
     """
     folder, at = sweep_folder(overrides), arguments.index(overrides[0]) if overrides else len(arguments)
     pinned = [] if any(o.startswith("hydra.sweep.dir=") for o in overrides) else [f"hydra.sweep.dir={folder}"]
     try:
-        ran = by_hydra([*arguments[:at], *pinned, *arguments[at:]])
+        session = run_with_hydra([*arguments[:at], *pinned, *arguments[at:]])
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    jobs = ran.jobs
-    if not jobs:  # they ran in other processes
-        jobs = [Job(file.parent, read_status(file.parent)) for file in sorted(folder.rglob("status.json"))]
+    jobs = session.jobs
+    if not jobs:  # the launcher ran them in other processes
+        jobs = [JobResult(file.parent, read_status(file.parent)) for file in sorted(folder.rglob("status.json"))]
     if len(jobs) > 1:
         print_sweep([job.folder for job in jobs], Console())
-        print_savings(sum(job.kept for job in jobs), ran.pool, Console())
+        print_savings(sum(job.already_done for job in jobs), session.pool, Console())
     return 1 if any(job.status.state != "ok" for job in jobs) else 0
 
 
-def print_savings(kept: int, pool: EnginePool, console: Console) -> None:
-    """What a sweep did not do twice."""
-    if kept:
-        console.print(f"{kept} jobs had been done before, with the same configuration, and were kept")
+def print_savings(already_done: int, pool: EnginePool, console: Console) -> None:
+    """Print how many jobs a sweep skipped, and how often it reused ranks."""
+    if already_done:
+        console.print(f"{already_done} jobs were already done with the same configuration and were skipped")
     if pool.reuses:
         console.print(
             f"ranks were started {pool.starts} times and reused {pool.reuses} times, "
@@ -224,14 +273,20 @@ def print_savings(kept: int, pool: EnginePool, console: Console) -> None:
         )
 
 
-def value(job: Job) -> float:
-    """What a sweeper of Hydra's minimises: the median latency, ms; infinite where the run failed or answered nothing,
-    or where its error at the pixel is above task.bound.
+def objective_value(job: JobResult) -> float:
+    """Return the value that one of Hydra's sweepers minimises: the median latency in ms.
+
+    Args:
+        job: A finished job.
+
+    Returns:
+        The median latency in ms. Infinity if the run failed or answered nothing, or if its pixel error is above
+        task.max_pixel_error.
     """
     record = read_record(job.folder) if job.status.state == "ok" else None
     if record is None:
         return math.inf
-    bound = record.config["task"]["bound"]
+    bound = record.config["task"]["max_pixel_error"]
     if bound is not None and (record.fidelity is None or not record.fidelity.pixel.rel_l2 <= bound):
         return math.inf
     if record.summary is not None:
@@ -239,35 +294,50 @@ def value(job: Job) -> float:
     return math.inf if record.load is None or record.load.latency_ms is None else record.load.latency_ms.p50
 
 
-def run_job(composed: DictConfig, make_engine: MakeEngine) -> Job:
-    """One job of a sweep: whatever goes wrong becomes its status, so that the next job runs."""
+def run_job(composed: DictConfig, make_engine: MakeEngine) -> JobResult:
+    """Run one job of a sweep; any failure becomes the job's status, so that the next job runs.
+
+    Args:
+        composed: The configuration that Hydra composed, not yet checked.
+        make_engine: Function that returns the job's engine, new or still warm from an earlier job.
+
+    Returns:
+        The folder and the status of the job.
+    """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    sweeps = hydra_config.mode is RunMode.MULTIRUN
+    is_sweep = hydra_config.mode is RunMode.MULTIRUN
     try:
-        config, notes = checked(composed)
-        if sweeps and had(folder, config):
-            return Job(folder, read_status(folder), kept=True)
-        if sweeps:
-            config.logger.table = False  # one table of all jobs, at the end
+        config, notes = check_composed(composed)
+        if is_sweep and is_already_done(folder, config):
+            return JobResult(folder, read_status(folder), already_done=True)
+        if is_sweep:
+            config.logger.table = False  # one table over all jobs is printed at the end
             config.logger.wandb.group = config.logger.wandb.group or sweep_group(folder.parent)
-        return run_one(ResolvedRun(config, list(hydra_config.overrides.task), folder, notes), make_engine, again=sweeps)
+        run = ResolvedRun(config, list(hydra_config.overrides.task), folder, notes)
+        return run_one(run, make_engine, retry=is_sweep)
     except ConfigError as error:
-        status = refuse(folder, error, again=sweeps)
+        status = refuse(folder, error, retry=is_sweep)
         mirror_refusal(composed, folder, status)
-        return Job(folder, status)
+        return JobResult(folder, status)
     except RunFolderError as error:
-        complain(error)
-        return Job(folder, Status("failed", str(error)))
+        print_error(error)
+        return JobResult(folder, Status("failed", str(error)))
 
 
-def had(folder: Path, config: RunConfig) -> bool:
-    """Whether an earlier command has left the row of this very configuration."""
-    return is_compared(folder, config) if config.a is not None else is_done(folder, to_dict(config))
+def is_already_done(folder: Path, config: RunConfig) -> bool:
+    """Return whether an earlier command left the result of this same configuration in the folder."""
+    return is_compared(folder, config) if config.compare.a is not None else is_done(folder, to_dict(config))
 
 
 def mirror_refusal(composed: DictConfig, folder: Path, status: Status) -> None:
-    """A refused job of a sweep is a run of its wandb group too, with what was declared, right or wrong."""
+    """Log a refused job of a sweep to wandb, in the sweep's group.
+
+    Args:
+        composed: The configuration that Hydra composed; it is logged as declared, valid or not.
+        folder: The job's folder.
+        status: The status that names the error.
+    """
     logger = OmegaConf.to_object(composed.logger)
     if not isinstance(logger, LoggerConfig):
         return
@@ -277,13 +347,16 @@ def mirror_refusal(composed: DictConfig, folder: Path, status: Status) -> None:
 
 
 def sweep_group(folder: Path) -> str:
-    """The wandb group of a sweep: its folder's last parts, such as 2026-01-31-12-00-00."""
+    """Return the wandb group of a sweep: the last two parts of its folder, such as 2026-01-31-12-00-00."""
     return "-".join(folder.parts[-2:])
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. CPython ends with SIGINT, whatever exit status was asked for, once a KeyboardInterrupt proper has passed
-    through exec() (run_eval_code_obj in pythonrun.c), as when a library that makes its classes so is being imported.
+    """SIGTERM arrived.
+
+    Once a plain KeyboardInterrupt has passed through exec(), CPython ends the process with SIGINT, whatever exit status
+    was set (run_eval_code_obj in pythonrun.c). A subclass avoids that. It happens, for instance, while a library is
+    imported that builds its classes with exec().
     """
 
 

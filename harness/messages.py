@@ -1,7 +1,7 @@
-"""What clients, rank 0 and the other ranks say to one another: msgspec structs in msgpack, tensors as raw frames.
+"""Messages between clients, rank 0 and the other ranks: msgspec structs in msgpack, tensors as raw frames.
 
-A message is a list of frames: the header (one struct, tagged by its type), then one raw frame for each array it refers
-to. Nothing is ever pickled.
+A message is a list of frames: the header (one struct, tagged with its type), then one raw frame for each array that the
+header refers to. Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Array: TypeAlias = NDArray[np.float32]
 AnyArray: TypeAlias = NDArray[Any]
 Latents: TypeAlias = Literal["none", "last", "steps"]
 DTYPES = ("float32",)
-QUEUED = "queued"  # the stage of a request that waits
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what foreign bytes make of the decoder
+QUEUED = "queued"  # the stage of a request in the queue
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # raised for bytes that are no message
 
 
 class ArrayRef(msgspec.Struct, frozen=True):
-    """An array that travels as frame `frame` of the same message, C order."""
+    """An array that travels as frame `frame` of the same message, in C order."""
 
     frame: int
     dtype: str
@@ -31,13 +31,25 @@ class ArrayRef(msgspec.Struct, frozen=True):
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
-    """Pictures to draw: samples_per_prompt of each prompt; picture k (over prompts, then samples) has seed + k.
+    """A request for images: samples_per_prompt of each prompt; image k (over prompts, then samples) has seed + k.
 
-    Sizes in pixels; guidance 1 is none; batch_size is the number of pictures a network forward carries; more than one
-    of frames makes each picture a video. `latents` asks for latents beside the pixels: the final one, or the state
-    after every solver step. `count_flops` counts operations and `profile` times operators, either slows the request
-    down. `timeout_s` counts from the request's arrival at rank 0; what is not drawn by then is answered with a Failure
-    of kind expired.
+    Args:
+        request_id: the client's name for this request, unique among its open requests.
+        prompts: the prompts, one or more.
+        steps: the number of solver steps.
+        guidance: the guidance scale; 1 means no guidance.
+        height: the height in pixels.
+        width: the width in pixels.
+        negative_prompt: the negative prompt of every image.
+        seed: the seed of the first image.
+        samples_per_prompt: the number of images of each prompt.
+        batch_size: the number of images in one network forward.
+        frames: the number of video frames; 1 asks for an image.
+        latents: the latents to return beside the pixels: none, the last one, or the state after every solver step.
+        count_flops: whether to count operations, which slows the request down.
+        profile: whether to time operators, which slows the request down.
+        timeout_s: the time limit in seconds, counted from the request's arrival at rank 0. A request that exceeds it is
+            answered with a Failure of kind expired.
     """
 
     request_id: str
@@ -58,9 +70,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0 is in `stage`, and has finished `done` of `total` solver steps of its share (0 of 0 in other stages).
+    """Rank 0 is in `stage` and has finished `done` of `total` solver steps of its share (0 of 0 in other stages).
 
-    The first is of stage QUEUED, sent when the request is accepted: `done` requests are ahead of it.
+    The first message has stage QUEUED and is sent when the request is accepted; `done` is then the number of requests
+    before it.
     """
 
     request_id: str
@@ -70,43 +83,48 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class StageTime(msgspec.Struct, frozen=True):
-    """One stage of one rank, device synchronised at both edges."""
+    """The time of one stage on one rank, with the device synchronized before and after."""
 
     name: str
     duration_ms: float
 
 
 class StepTime(msgspec.Struct, frozen=True):
-    """One solver step of one micro-batch; `step` counts over the rank's whole share."""
+    """The time of one solver step of one micro-batch; `step` counts over the rank's whole share."""
 
     step: int
     duration_ms: float
 
 
 class MemoryPoint(msgspec.Struct, frozen=True):
-    """Memory at the end of a stage, MiB: the allocator's on CUDA, the resident set on the CPU."""
+    """The memory in MiB at the end of a stage: the allocator's on CUDA, the resident set on the CPU."""
 
     name: str
     used_mib: float
 
 
-class Traffic(msgspec.Struct, frozen=True):
-    """What one rank sent to the ranks that it computes with, by one kind of collective."""
+class CollectiveTraffic(msgspec.Struct, frozen=True):
+    """What one rank sent to the other ranks of its replica with one kind of collective."""
 
     bytes: int
     calls: int
     exposed_ms: float
 
 
-def sent_bytes(comm: Mapping[str, Mapping[str, Traffic]]) -> int:
-    """All bytes that a rank sent, over stages and kinds of collective."""
+def total_sent_bytes(comm: Mapping[str, Mapping[str, CollectiveTraffic]]) -> int:
+    """Return all bytes that a rank sent, over stages and kinds of collective."""
     return sum(kind.bytes for stage in comm.values() for kind in stage.values())
 
 
-class Skips(msgspec.Struct, frozen=True):
-    """What a cache spared picture `index`: of `evaluations` of the denoiser it made do in those of `skipped`, numbered
-    from 0, with what earlier ones had computed; of their `branches`, two where a picture is guided, `branches_computed`
-    went through the whole network.
+class CacheSkips(msgspec.Struct, frozen=True):
+    """What a cache skipped for one image.
+
+    Args:
+        index: the image's index in the request.
+        evaluations: the number of evaluations of the denoiser, skipped ones included.
+        skipped: the indices (from 0) of the evaluations that reused earlier results.
+        branches: the number of branches in those evaluations, two per evaluation of a guided image.
+        branches_computed: the number of branches that went through the whole network.
     """
 
     index: int
@@ -117,9 +135,7 @@ class Skips(msgspec.Struct, frozen=True):
 
 
 class OperatorTime(msgspec.Struct, frozen=True):
-    """An operator of PyTorch: how often it was called, and its time without that of the operators that it calls, on the
-    device, ms.
-    """
+    """One PyTorch operator: its calls, and its own device time in ms without the operators that it calls."""
 
     name: str
     calls: int
@@ -127,10 +143,23 @@ class OperatorTime(msgspec.Struct, frozen=True):
 
 
 class RankReport(msgspec.Struct, frozen=True):
-    """What one rank did for one request; the networks are text_encoder, denoiser and decoder, `comm` is what it sent by
-    stage and kind of collective, `flops` the operations of each network where they were counted, `operators` its
-    operators where they were timed, `skips` what a cache spared its pictures, `energy_j` what its GPU used meanwhile,
-    or on the first rank of a machine its processors; None where that is not reported, or shared.
+    """What one rank did for one request; the networks are text_encoder, denoiser and decoder.
+
+    Args:
+        rank: the rank's number in the world.
+        stages: the times of the stages.
+        denoise_steps_ms: the times of the solver steps.
+        networks_ms: the time of each network, ms.
+        network_evaluations: the number of forwards of each network.
+        peak_memory_mib: the peak memory, MiB.
+        memory_checkpoints: the memory at the end of each stage.
+        notes: notes for the record.
+        comm: what the rank sent, by stage and kind of collective.
+        flops: the operations of each network, if they were counted.
+        operators: the operators of each network, if they were timed.
+        skips: what a cache skipped, per image.
+        energy_j: the energy of the rank's GPU, or on the first rank of a machine of its processors, in joules; None if
+            it is not reported or another rank reports it.
     """
 
     rank: int
@@ -141,16 +170,22 @@ class RankReport(msgspec.Struct, frozen=True):
     peak_memory_mib: float
     memory_checkpoints: list[MemoryPoint]
     notes: list[str]
-    comm: dict[str, dict[str, Traffic]] = {}
+    comm: dict[str, dict[str, CollectiveTraffic]] = {}
     flops: dict[str, int] = {}
     operators: dict[str, list[OperatorTime]] = {}
-    skips: list[Skips] = []
+    skips: list[CacheSkips] = []
     energy_j: float | None = None
 
 
 class SampleResult(msgspec.Struct, frozen=True):
-    """One picture or video: pixels (3, height, width) or (frames, 3, height, width), float32 in [0, 1]; and where they
-    were asked for latents, (1 or solver steps, *latent shape), float32.
+    """One image or video.
+
+    Args:
+        index: the sample's index in the request.
+        prompt: the sample's prompt.
+        seed: the sample's seed.
+        pixels: (3, height, width) or (frames, 3, height, width), float32 in [0, 1].
+        latents: (1 or solver steps, *latent shape), float32, if the request asked for latents.
     """
 
     index: int
@@ -161,7 +196,7 @@ class SampleResult(msgspec.Struct, frozen=True):
 
 
 class GenerationResult(msgspec.Struct, frozen=True, tag=True):
-    """The answer: pictures in order, and every rank's report; `total_duration_ms` lasts until the last rank is done."""
+    """The answer: samples in order and every rank's report; `total_duration_ms` ends when the last rank is done."""
 
     request_id: str
     samples: list[SampleResult]
@@ -170,10 +205,15 @@ class GenerationResult(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failure(msgspec.Struct, frozen=True, tag=True):
-    """The typed answer when there is no picture.
+    """The typed answer to a request that produced no image.
 
-    `kind`: rejected (ask for something else), busy (the queue is full; try again in `retry_after_s`), expired (its
-    deadline passed), cancelled, oom, unsupported or failed.
+    Args:
+        request_id: the request's name; empty if the request could not be read.
+        kind: rejected (change the request), busy (the queue is full; try again in `retry_after_s`), expired (the time
+            limit passed), cancelled, oom, unsupported or failed.
+        message: the reason in one line.
+        rank: the rank that failed, if it was one rank.
+        retry_after_s: the time after which to try again, s.
     """
 
     request_id: str
@@ -184,7 +224,7 @@ class Failure(msgspec.Struct, frozen=True, tag=True):
 
 
 class RankOutcome(msgspec.Struct, frozen=True, tag=True):
-    """What a rank hands to rank 0 after a request: its pictures and report, or its failure."""
+    """What a rank hands to rank 0 after a request: its samples and report, or its failure."""
 
     samples: list[SampleResult]
     report: RankReport | None
@@ -192,24 +232,31 @@ class RankOutcome(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
-    """Asks how the engine is; answered at once, also while work runs."""
+    """A question about the engine's state, answered at once, also while work runs."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """Stops a request within one step."""
+    """A command to stop a request within one step."""
 
     request_id: str
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
-    """Ends the engine in order, after the request in hand."""
+    """A command to end the engine in order, after the running request."""
 
 
 class LoadedComponent(msgspec.Struct, frozen=True):
-    """One component as a rank holds it: where it was read, in which dtype, how large it is, and how long that took.
+    """One component as a rank holds it.
 
-    `parameters` and `bytes` are those that the rank holds, `read_bytes` what it read of the checkpoint's files (0 for
-    random weights); `merged` counts the tensors that low-rank updates were merged into.
+    Args:
+        component: the component's name.
+        path: the path that it was read from.
+        dtype: its dtype.
+        parameters: the number of parameters on this rank.
+        bytes: the bytes of those parameters.
+        load_ms: the loading time, ms.
+        merged: the number of tensors that low-rank updates were merged into.
+        read_bytes: the bytes that this rank read of the checkpoint's files; 0 for random weights.
     """
 
     component: str
@@ -223,13 +270,24 @@ class LoadedComponent(msgspec.Struct, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):
-    """How the engine is. `state`: loading, ready, busy or stopping; `load_ms`: the slowest rank's loading time;
-    `loaded`: rank 0's components, each with the slowest rank's time; `ceiling_tflops`: by rank, the rate of a matrix
-    product in the denoiser's dtype, where it was measured; `hosts`: by node (a torchrun agent), the machine's name.
+    """The engine's state, the answer to a Ping.
 
-    `queued` requests wait, `running` are being drawn, `served` were answered; `evaluations` counts the forwards of the
-    denoiser since the ranks were ready, on the first rank of each replica, and `rows` what they carried (a guided
-    picture is two rows, a guided picture of cfg=2 one).
+    Args:
+        state: loading, ready, busy or stopping.
+        world_size: the number of ranks.
+        pids: the process ids of the ranks.
+        queued: the number of waiting requests.
+        served: the number of answered requests.
+        load_ms: the loading time of the slowest rank, ms.
+        device: rank 0's device.
+        attention: the attention backend.
+        threads: the CPU threads of each rank.
+        loaded: rank 0's components, each with the loading time of the slowest rank.
+        ceiling_tflops: the rate of a matrix product in the denoiser's dtype by rank, TFLOP/s, if it was measured.
+        hosts: the machine's name by node (a torchrun agent).
+        running: the number of requests in progress.
+        evaluations: the forwards of the denoiser since the ranks were ready, on the first rank of each replica.
+        rows: the batch rows of those forwards: two for a guided image, one for a guided image with cfg=2.
     """
 
     state: str
@@ -255,16 +313,16 @@ Message: TypeAlias = (
 
 
 class MessageError(ValueError):
-    """Frames that are not a message of ours."""
+    """Frames that are not one of our messages."""
 
 
 def encode(message: Message, arrays: Sequence[AnyArray] = ()) -> list[bytes]:
-    """The frames of a message: header first, then its arrays in the order that its ArrayRefs number them from 1."""
+    """Return the frames of a message: the header, then its arrays as its ArrayRefs number them, from 1."""
     return [msgspec.msgpack.encode(message), *(np.ascontiguousarray(array).tobytes() for array in arrays)]
 
 
 def decode(frames: Sequence[bytes]) -> Message:
-    """The message of the header frame.
+    """Return the message of the header frame.
 
     Raises:
         MessageError: no frame, bytes that are no message, or a message of an unknown shape.
@@ -273,15 +331,15 @@ def decode(frames: Sequence[bytes]) -> Message:
         raise MessageError("an empty message")
     try:
         return msgspec.msgpack.decode(frames[0], type=Message)
-    except UNREADABLE as error:
+    except DECODE_ERRORS as error:
         raise MessageError(f"not a message of this engine ({error})") from error
 
 
 def array(ref: ArrayRef, frames: Sequence[bytes]) -> AnyArray:
-    """The array that a reference points at, as a read-only view of its frame.
+    """Return the array that a reference points at, as a read-only view of its frame.
 
     Raises:
-        MessageError: no such frame, an unknown dtype, or another number of bytes than the shape asks for.
+        MessageError: no such frame, an unknown dtype, or a number of bytes that does not match the shape.
     """
     if ref.dtype not in DTYPES or not 0 < ref.frame < len(frames):
         raise MessageError(f"no {ref.dtype} array in frame {ref.frame} of {len(frames)}")
@@ -291,18 +349,18 @@ def array(ref: ArrayRef, frames: Sequence[bytes]) -> AnyArray:
     return np.frombuffer(frame, dtype=ref.dtype).reshape(ref.shape)
 
 
-def pack(frames: Sequence[bytes]) -> bytes:
-    """Frames as one byte string, for a transport that has no frames of its own."""
+def pack_frames(frames: Sequence[bytes]) -> bytes:
+    """Return frames as one byte string, for a transport that has no frames of its own."""
     return msgspec.msgpack.encode(list(frames))
 
 
-def unpack(data: bytes) -> list[bytes]:
-    """The frames of `pack`.
+def unpack_frames(data: bytes) -> list[bytes]:
+    """Return the frames in the output of `pack_frames`.
 
     Raises:
-        MessageError: bytes that `pack` did not make.
+        MessageError: bytes that `pack_frames` did not make.
     """
     try:
         return msgspec.msgpack.decode(data, type=list[bytes])
-    except UNREADABLE as error:
+    except DECODE_ERRORS as error:
         raise MessageError(f"not packed frames ({error})") from error

@@ -1,4 +1,4 @@
-"""Reading weights: safetensors only, never a pickle, streamed piece by piece, every mismatch listed in one error."""
+"""Loading of weights: safetensors only, never a pickle, streamed chunk by chunk, every mismatch listed in one error."""
 
 from __future__ import annotations
 
@@ -11,80 +11,91 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from models.empty import allocate, build_empty, fill_dummy
-from models.files import CheckpointError, tensors_of
-from models.lora import LowRank, merged, updates_of
+from models.checkpoint_source import CheckpointSource
+from models.files import CheckpointError, list_tensors
+from models.lora import LowRank, lora_updates, merge_updates
+from models.meta_init import allocate, build_empty, fill_dummy
 from models.names import NameMap
-from models.parts import Part
-from models.plan import WHOLE, ParallelPlan
-from models.source import Source
+from models.plan import UNSHARDED, ParallelPlan
+from models.tensor_slice import TensorSlice
 from models.tensors import copy_stored
 
-SHOWN = 6
+MAX_LISTED = 6
 N = TypeVar("N", bound=nn.Module)
 Shape = tuple[int, ...]
 
 
 def load_network(
     make: Callable[[], N],
-    source: Source,
+    source: CheckpointSource,
     component: str,
     names: NameMap,
-    plan: ParallelPlan = WHOLE,
+    plan: ParallelPlan = UNSHARDED,
     keep_float32: Sequence[str] = (),
 ) -> N:
-    """A native network with its weights, or with those that the source's cut leaves it, in evaluation mode.
+    """Build a native network with the checkpoint's weights, in evaluation mode.
+
+    If the source shards the denoiser, only this rank's shard is loaded.
 
     Args:
-        make: builds it; it is called where parameters are left unfilled and have the component's dtype.
-        source: the checkpoint.
-        component: the network's folder in it.
-        names: from the published names to the network's own.
-        plan: how the network may be cut.
-        keep_float32: patterns (fnmatch) of the network's own parameter names that stay float32 whatever the dtype.
+        make: The function that builds the network; it is called with initialization skipped and the component's dtype.
+        source: The checkpoint.
+        component: The network's folder in the checkpoint.
+        names: The map from published names to the network's own.
+        plan: The network's parallel plan.
+        keep_float32: Patterns (fnmatch) of the network's own parameter names that stay float32 in any dtype.
+
+    Returns:
+        The network, without gradients.
 
     Raises:
-        CheckpointError: no weights, unreadable ones, or names and shapes that do not match; all of them listed.
+        CheckpointError: No weights, unreadable ones, or names and shapes that do not match, all of them listed.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     device = source.device_of(component)
-    network = build_empty(make, source.dtype_of(component), device if source.cut is None else "cpu")
+    network = build_empty(make, source.dtype_of(component), device if source.shard_network is None else "cpu")
     for name, parameter in network.named_parameters():
         if any(fnmatch(name, pattern) for pattern in keep_float32):
             parameter.data = torch.empty_like(parameter, dtype=torch.float32)
-    parts: Mapping[str, Part] = {}
-    if source.cut is not None:
-        allocate(network, "meta")  # so that what is cut off never takes memory
-        parts = source.cut(network, plan)
+    slices: Mapping[str, TensorSlice] = {}
+    if source.shard_network is not None:
+        allocate(network, "meta")  # so that the removed parameters never take memory
+        slices = source.shard_network(network, plan)
         allocate(network, device)
         network.to(device)
-    fill(network, source, component, names, began, parts)
+    load_weights(network, source, component, names, started, slices)
     return network.requires_grad_(False).eval()
 
 
-def fill(
+def load_weights(
     network: nn.Module,
-    source: Source,
+    source: CheckpointSource,
     component: str,
     names: NameMap,
-    began: float,
-    parts: Mapping[str, Part] | None = None,
+    started: float,
+    slices: Mapping[str, TensorSlice] | None = None,
 ) -> None:
-    """Fills a network that was built empty, with the checkpoint's weights or random ones, and notes what it took.
+    """Fill an uninitialized network with the checkpoint's weights or random ones, and record the load.
 
-    `parts` says which parameters are parts of the checkpoint's, and which.
+    Args:
+        network: The network to fill.
+        source: The checkpoint.
+        component: The network's folder in the checkpoint.
+        names: The map from published names to the network's own.
+        started: The time.perf_counter() at the start of the load, in seconds.
+        slices: The slice of the stored tensor for each sharded parameter, by the network's own name.
 
     Raises:
-        CheckpointError: as `stream_into`.
+        CheckpointError: The cases of `stream_into`.
     """
     updates: Mapping[str, Sequence[LowRank]] = {}
-    read = 0
+    bytes_read = 0
     if source.dummy:
-        fill_dummy(network, parts=parts)
+        fill_dummy(network, slices=slices)
     else:
-        updates, origin = updates_of(source, component), str(source.path_of(component))
-        read = stream_into(network, source.weights(component), names, origin, updates, parts)
-    source.record(component, network, began, len(updates), read)
+        updates, origin = lora_updates(source, component), str(source.path_of(component))
+        bytes_read = stream_into(network, source.weights(component), names, origin, updates, slices)
+    source.record(component, network, started, len(updates), bytes_read)
 
 
 def stream_into(
@@ -93,49 +104,50 @@ def stream_into(
     names: NameMap,
     origin: str,
     updates: Mapping[str, Sequence[LowRank]] | None = None,
-    parts: Mapping[str, Part] | None = None,
+    slices: Mapping[str, TensorSlice] | None = None,
 ) -> int:
-    """Copies the tensors of safetensors files into a network, piece by piece, to its dtypes and device.
+    """Copy the tensors of safetensors files into a network, chunk by chunk, in its dtypes and on its device.
 
     Args:
-        network: what is filled.
-        files: the component's.
-        names: from the published names to the network's own.
-        origin: the component, for messages.
-        updates: by published name, what is added to a tensor before it is rounded to the network's dtype.
-        parts: by the network's own name, which part of the stored tensor it has. Only that is read, but of a tensor
-            with updates, which is read whole so that its numbers do not depend on the part.
+        network: The network to fill.
+        files: The component's safetensors files.
+        names: The map from published names to the network's own.
+        origin: The component's name in error messages.
+        updates: The low-rank updates of a tensor, by published name; they are added before rounding to the network's
+            dtype.
+        slices: The slice of the stored tensor for each sharded parameter, by the network's own name. Only the slice is
+            read. A tensor with updates is read in full, so that its values do not depend on the slice.
 
     Returns:
-        The bytes that were read.
+        The number of bytes read.
 
     Raises:
-        CheckpointError: missing, unexpected or misshapen tensors, all in one message, before any is copied.
+        CheckpointError: Missing, unexpected or misshapen tensors, all in one message, before any is copied.
     """
-    expected, stored, parts, read = network.state_dict(), tensors_of(files), parts or {}, 0
+    expected, stored, slices, bytes_read = network.state_dict(), list_tensors(files), slices or {}, 0
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    refuse_mismatch(
-        shapes | {name: part.whole(shapes[name]) for name, part in parts.items()},
-        {names.ours(name): tensor.shape for name, tensor in stored.items()},
+    check_names_and_shapes(
+        shapes | {name: tensor_slice.full_shape(shapes[name]) for name, tensor_slice in slices.items()},
+        {names.to_native(name): tensor.shape for name, tensor in stored.items()},
         origin,
     )
     with torch.no_grad():
         for name, tensor in stored.items():
-            target, part = expected[names.ours(name)], parts.get(names.ours(name))
+            target, tensor_slice = expected[names.to_native(name)], slices.get(names.to_native(name))
             if added := (updates or {}).get(name):
-                summed = merged(tensor, added)
-                target.copy_(summed if part is None else part.of(summed))
-                read += tensor.end - tensor.start
+                summed = merge_updates(tensor, added)
+                target.copy_(summed if tensor_slice is None else tensor_slice.of(summed))
+                bytes_read += tensor.end - tensor.start
             else:
-                read += copy_stored(tensor, target, part)
-    return read
+                bytes_read += copy_stored(tensor, target, tensor_slice)
+    return bytes_read
 
 
-def refuse_mismatch(expected: Mapping[str, Shape], found: Mapping[str, Shape], origin: str) -> None:
-    """Refuses tensors that are not exactly those of a network.
+def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], origin: str) -> None:
+    """Raise an error unless the tensors found are exactly those of a network.
 
     Raises:
-        CheckpointError: missing, unexpected or misshapen ones, all in one message.
+        CheckpointError: Missing, unexpected or misshapen tensors, all in one message.
     """
     faults = [f"missing {name}" for name in expected.keys() - found.keys()]
     faults += [f"unexpected {name}" for name in found.keys() - expected.keys()]
@@ -147,15 +159,15 @@ def refuse_mismatch(expected: Mapping[str, Shape], found: Mapping[str, Shape], o
     _refuse(faults, origin)
 
 
-def refuse_misfits(found: Mapping[str, Iterable[object]], folder: Path) -> None:
-    """Refuses weights that a library loaded only in part, from the loading information it gives.
+def check_loading_info(found: Mapping[str, Iterable[object]], folder: Path) -> None:
+    """Raise an error if a library loaded weights only in part, from the loading information it returns.
 
     Args:
-        found: lists under missing_keys, unexpected_keys and mismatched_keys (transformers' and diffusers' names).
-        folder: the component.
+        found: Lists under missing_keys, unexpected_keys and mismatched_keys (the names of transformers and diffusers).
+        folder: The component's folder.
 
     Raises:
-        CheckpointError: missing, unexpected or misshapen tensors, all in one message.
+        CheckpointError: Missing, unexpected or misshapen tensors, all in one message.
     """
     words = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "misshapen"}
     _refuse([f"{word} {name}" for kind, word in words.items() for name in found.get(kind, ())], str(folder))
@@ -163,6 +175,6 @@ def refuse_misfits(found: Mapping[str, Iterable[object]], folder: Path) -> None:
 
 def _refuse(faults: list[str], origin: str) -> None:
     if faults:
-        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        shown = "; ".join(sorted(faults)[:SHOWN])
+        more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+        shown = "; ".join(sorted(faults)[:MAX_LISTED])
         raise CheckpointError(f"{origin}: the weights do not fit the network: {shown}{more}")

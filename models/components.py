@@ -1,7 +1,7 @@
-"""What a checkpoint is made of, once loaded: a denoising network, a prompt encoder and a latent decoder.
+"""The parts of a loaded checkpoint: a denoising network, a prompt encoder and a latent decoder.
 
-Shapes: B samples, S text tokens, T text channels, P pooled channels, C latent channels, F latent frames (video only),
-H and W latent rows and columns.
+Shapes: B samples, S text tokens, T text channels, P pooled channels, C latent channels, F latent frames (video only), H
+and W latent rows and columns.
 """
 
 from __future__ import annotations
@@ -15,93 +15,94 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel
-from models.plan import WHOLE, AheadPlan, ParallelPlan
-from models.source import Source
+from models.checkpoint_source import CheckpointSource
+from models.plan import UNSHARDED, ParallelPlan, PrecomputePlan
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the network is told beside the latent and the time, one row a sample; a network reads what it has use for.
+    """The inputs of the network besides the latent and the time, one row per sample; a network reads those it needs.
 
     Args:
-        states: token states of the prompt, (B, S, T).
-        mask: (B, S), true where a token is real; None where all are.
-        pooled: one vector a prompt, (B, P).
-        labels: class indices, (B,) int64.
-        scale: the guidance scale that a guidance-distilled network is told, (B,) float32.
-        told: what the network makes of time and vectors, (B, ...), where it was made beforehand (AheadNetwork).
-        context: what it makes of the states, (B, S, ...), likewise; it stands in their place, and mask is then its own.
+        prompt_embeds: The text encoder's token states of the prompt, (B, S, T).
+        mask: The token mask, (B, S), true for a real token; None if all tokens are real.
+        pooled: One vector per prompt, (B, P).
+        labels: Class indices, (B,) int64.
+        scale: The guidance scale that a guidance-distilled network is conditioned on, (B,) float32.
+        temb: The network's time embedding, (B, ...), if it is precomputed (PrecomputableNetwork).
+        encoder_hidden_states: The network's own embedding of the text, (B, S, ...), if it is precomputed; it replaces
+            prompt_embeds, and mask then belongs to it.
     """
 
-    states: Tensor | None = None
+    prompt_embeds: Tensor | None = None
     mask: Tensor | None = None
     pooled: Tensor | None = None
     labels: Tensor | None = None
     scale: Tensor | None = None
-    told: Tensor | None = None
-    context: Tensor | None = None
+    temb: Tensor | None = None
+    encoder_hidden_states: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Conditioning:
-        """The same with states and pooled vector in the network's dtype."""
+        """Return a copy with the prompt embeddings and the pooled vector in the network's dtype."""
         return replace(
             self,
-            states=None if self.states is None else self.states.to(dtype),
+            prompt_embeds=None if self.prompt_embeds is None else self.prompt_embeds.to(dtype),
             pooled=None if self.pooled is None else self.pooled.to(dtype),
         )
 
-    def text(self) -> Tensor:
-        """The token states, for a network that cannot do without.
+    def require_prompt_embeds(self) -> Tensor:
+        """Return the prompt embeddings, for a network that needs them.
 
         Raises:
-            ValueError: there are none.
+            ValueError: There are none.
         """
-        if self.states is None:
-            raise ValueError("this network needs text states, and its conditioning has none")
-        return self.states
+        if self.prompt_embeds is None:
+            raise ValueError("this network needs prompt embeddings, but its conditioning has none")
+        return self.prompt_embeds
 
-    def vector(self) -> Tensor:
-        """The pooled vector, for a network that cannot do without.
+    def require_pooled(self) -> Tensor:
+        """Return the pooled vector, for a network that needs it.
 
         Raises:
-            ValueError: there is none.
+            ValueError: There is none.
         """
         if self.pooled is None:
-            raise ValueError("this network needs a pooled text vector, and its conditioning has none")
+            raise ValueError("this network needs a pooled text vector, but its conditioning has none")
         return self.pooled
 
     @staticmethod
     def stack(parts: Sequence[Conditioning]) -> Conditioning:
-        """Rows of several in one batch; states of different lengths are padded at the end, and masked there."""
-        parts = _of_one_length(parts)
+        """Concatenate several conditionings into one batch; shorter prompts are padded at the end, and masked there."""
+        parts = _pad_to_same_length(parts)
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Conditioning)}
         return Conditioning(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
 
 
-def _of_one_length(parts: Sequence[Conditioning]) -> list[Conditioning]:
-    texts = [part.states if part.context is None else part.context for part in parts]
+def _pad_to_same_length(parts: Sequence[Conditioning]) -> list[Conditioning]:
+    texts = [part.prompt_embeds if part.encoder_hidden_states is None else part.encoder_hidden_states for part in parts]
     lengths = [0 if text is None else text.shape[1] for text in texts]
     if len(set(lengths)) == 1 and len({part.mask is None for part in parts}) == 1:
         return list(parts)
     padded = []
     for part, text, length in zip(parts, texts, lengths, strict=True):
         if text is None:
-            raise ValueError("samples with and without text states cannot share a batch")
+            raise ValueError("samples with and without prompt embeddings cannot share a batch")
         mask = torch.ones(text.shape[:2], dtype=torch.bool) if part.mask is None else part.mask
-        tail = max(lengths) - length
-        mask, text = F.pad(mask.to(text.device), (0, tail)), F.pad(text, (0, 0, 0, tail))
-        read = {"states": text} if part.context is None else {"context": text}
-        padded.append(replace(part, mask=mask, **read))
+        padding = max(lengths) - length
+        mask, text = F.pad(mask.to(text.device), (0, padding)), F.pad(text, (0, 0, 0, padding))
+        padded_text = {"prompt_embeds": text} if part.encoder_hidden_states is None else {"encoder_hidden_states": text}
+        padded.append(replace(part, mask=mask, **padded_text))
     return padded
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """The geometry of the state that is denoised.
+    """The geometry of the latent that is denoised.
 
     Args:
-        channels: C.
-        stride: pixels a latent pixel spans on a side.
-        frame_stride: for video, frames that a latent frame after the first spans; None for pictures.
+        channels: The number of latent channels, C.
+        stride: The number of image pixels per latent pixel, along a side.
+        frame_stride: For video, the number of frames per latent frame after the first; None for images.
     """
 
     channels: int
@@ -109,7 +110,7 @@ class LatentSpace:
     frame_stride: int | None = None
 
     def shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
-        """(C, H, W), or (C, F, H, W) for video, of a picture or video in pixels and frames."""
+        """Return (C, H, W), or (C, F, H, W) for video, of an image or video given in pixels and frames."""
         if self.frame_stride is None:
             return (self.channels, height // self.stride, width // self.stride)
         return (self.channels, (frames - 1) // self.frame_stride + 1, height // self.stride, width // self.stride)
@@ -117,14 +118,16 @@ class LatentSpace:
 
 @dataclass(frozen=True)
 class GuidanceRule:
-    """What a checkpoint makes of request.guidance, where the default is classifier-free guidance of the whole output.
+    """How a checkpoint uses request.guidance; the default is classifier-free guidance of the whole output.
 
     Args:
-        embedded: the network is distilled and told the scale (Conditioning.scale); there is no negative branch.
-        channels: only so many output channels are guided, from the first; the others are the prompt's. None = all.
-        token_norm: every token's guided output is given the norm that the prompt's has there; the side of a token in
-            latent pixels. None = it keeps its own.
-        possible: there is a prompt to be guided by.
+        embedded: Whether the network is guidance-distilled, so that it gets the scale as an input (Conditioning.scale)
+            and has no negative branch.
+        channels: The number of output channels that guidance applies to, from the first; the others are the positive
+            branch's. None means all.
+        token_norm: The side of a token in latent pixels, if each token of the guided output is rescaled to the norm of
+            the positive branch. None means no rescaling.
+        possible: Whether there is a prompt that guidance can use.
     """
 
     embedded: bool = False
@@ -141,21 +144,21 @@ class Components:
     """The loaded parts of one checkpoint.
 
     Args:
-        network: (latent, tau_B, conditioning) to the raw output, as Denoiser says.
-        load_prompts: loads the prompt encoder; called again when it was dropped from memory.
-        decoder: turns latents into pixels.
-        latent: the geometry of the state.
-        size_multiple: pixels a token of the network spans on a side.
-        guidance: what it makes of request.guidance.
-        plan: how the network may be cut over ranks.
-        ahead: what of it can be computed before its evaluations; None where it is no AheadNetwork.
-        check_prompt: raises ValueError for a prompt that the model cannot take (no name of a class).
-        learned_variance: the network outputs 2 C channels.
-        even_sigmas: the published pipeline hands its noise scheduler sigmas from 1 to 1 / n, in place of the
+        network: The network (latent, tau_B, conditioning) to the raw output, as in Denoiser.
+        load_prompts: The loader of the prompt encoder; it is called again if the encoder was dropped from memory.
+        decoder: The decoder from latents to pixels.
+        latent: The geometry of the latent.
+        size_multiple: The number of image pixels per token of the network, along a side.
+        guidance: How the checkpoint uses request.guidance.
+        plan: How the network can be sharded over ranks.
+        precompute: What of the network can be computed before its evaluations; None if it is no PrecomputableNetwork.
+        check_prompt: A check that raises ValueError for a prompt that the model cannot take (an unknown class name).
+        learned_variance: Whether the network outputs 2 C channels.
+        even_sigmas: Whether the published pipeline passes its noise scheduler sigmas from 1 to 1 / n instead of the
             scheduler's own (FLUX, Qwen-Image and Z-Image do).
-        max_side: pixels at which the network's positions end; None where they do not.
-        recordable: an evaluation of sizes that came before reads nothing of the CPU's memory, so that what it does on
-            a GPU can be recorded and replayed.
+        max_side: The image side, in pixels, at which the network's positions end; None if they do not end.
+        capturable: Whether an evaluation of sizes seen before reads nothing from the CPU's memory, so that a CUDA graph
+            can capture and replay it.
     """
 
     network: nn.Module
@@ -164,97 +167,102 @@ class Components:
     latent: LatentSpace
     size_multiple: int
     guidance: GuidanceRule = CLASSIFIER_FREE
-    plan: ParallelPlan = WHOLE
-    ahead: AheadPlan | None = None
+    plan: ParallelPlan = UNSHARDED
+    precompute: PrecomputePlan | None = None
     check_prompt: Callable[[str], None] = lambda prompt: None
     learned_variance: bool = False
     even_sigmas: bool = False
     max_side: int | None = None
-    recordable: bool = True
+    capturable: bool = True
 
 
 class Denoiser(Protocol):
     """The call of every native network."""
 
     def __call__(self, latent: Tensor, tau_B: Tensor, condition: Conditioning, /) -> Tensor:
-        """One evaluation.
+        """Evaluate the network once.
 
         Args:
-            latent: the noisy state, already scaled by c_in, (B, C, H, W) or (B, C, F, H, W), in the network's dtype.
-            tau_B: float32, what the noise scheduler tells of the time (1000 t for a flow, the index for DDPM).
-            condition: the prompt's side, in the network's dtype.
+            latent: The noisy state, already scaled by c_in, (B, C, H, W) or (B, C, F, H, W), in the network's dtype.
+            tau_B: The noise scheduler's time input, float32 (1000 t for a flow, the index for DDPM).
+            condition: The other inputs, in the network's dtype.
 
         Returns:
-            The raw output of the same spatial shape, with C channels, or 2 C where it learned a variance too.
+            The raw output of the same spatial shape, with C channels, or 2 C with a learned variance.
         """
 
 
-class AheadNetwork(Denoiser, Protocol):
-    """A network that can be told beforehand what stays the same between evaluations; every transformer here is one."""
+class PrecomputableNetwork(Denoiser, Protocol):
+    """A network that can embed repeated inputs before its evaluations; every transformer here is one."""
 
-    def tell(self, latent: Tensor, tau_B: Tensor, condition: Conditioning, /) -> Tensor:
-        """What its blocks are told of time and vectors, (B, ...): Conditioning.told, where no chains go on.
+    def embed_time(self, latent: Tensor, tau_B: Tensor, condition: Conditioning, /) -> Tensor:
+        """Return the time embedding of the blocks, (B, ...): Conditioning.temb if no module is precomputed.
 
         Args:
-            latent: of any number of samples; only their shape and dtype are read.
-            tau_B: as in an evaluation.
-            condition: as in an evaluation; text is not read.
+            latent: The latent of any number of samples; only its shape and dtype are read.
+            tau_B: The time, as in an evaluation.
+            condition: The conditioning, as in an evaluation; the text is not read.
         """
 
-    def read(self, condition: Conditioning, /) -> Conditioning:
-        """The same with context in place of states."""
+    def embed_text(self, condition: Conditioning, /) -> Conditioning:
+        """Return the conditioning with encoder_hidden_states in place of prompt_embeds."""
 
 
-def told_of(network: AheadNetwork, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
-    """What a network's blocks are told in an evaluation: what was made beforehand, or else its own `tell`."""
-    return network.tell(latent, tau_B, condition) if condition.told is None else condition.told
+def time_embedding(network: PrecomputableNetwork, latent: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+    """Return the time embedding of an evaluation: the precomputed one if there is one, else from `embed_time`."""
+    return network.embed_time(latent, tau_B, condition) if condition.temb is None else condition.temb
 
 
-def text_of(network: AheadNetwork, condition: Conditioning) -> tuple[Tensor, Tensor | None]:
-    """The text that a network's blocks take up, (B, S, ...), and its mask: made beforehand, or by its own `read`."""
-    read = network.read(condition) if condition.context is None else condition
-    if read.context is None:
-        raise ValueError("this network reads no text")
-    return read.context, read.mask
+def text_embedding(network: PrecomputableNetwork, condition: Conditioning) -> tuple[Tensor, Tensor | None]:
+    """Return the text that the blocks attend to, (B, S, ...), and its mask: precomputed, or from `embed_text`.
+
+    Raises:
+        ValueError: The network takes no text.
+    """
+    text = network.embed_text(condition) if condition.encoder_hidden_states is None else condition
+    if text.encoder_hidden_states is None:
+        raise ValueError("this network takes no text")
+    return text.encoder_hidden_states, text.mask
 
 
 class PromptEncoder(Protocol):
-    """Prompts to what the network is told of them."""
+    """The encoder of prompts to the network's conditioning."""
 
     max_tokens: int
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt before it is cut to max_tokens.
+        """Return the number of tokens of a prompt before truncation to max_tokens.
 
         Raises:
-            ValueError: a prompt that this encoder cannot take.
+            ValueError: A prompt that this encoder cannot take.
         """
 
     def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
-        """One row a prompt, each encoded alone, so that it does not depend on its neighbours.
+        """Encode prompts, one row each; each is encoded alone, so that it does not depend on the rest of the batch.
 
         Args:
-            prompts: texts, or names of classes.
-            negative: they are what guidance moves away from; some checkpoints treat an empty one apart.
+            prompts: Texts, or names of classes.
+            negative: Whether they are negative prompts; some checkpoints treat an empty negative prompt specially.
         """
 
 
 class Decoder(Protocol):
-    """Latents to pixels."""
+    """The decoder of latents to pixels."""
 
     def __call__(self, latent: Tensor, /) -> Tensor:
-        """Pixels (B, 3, height, width), or (B, frames, 3, height, width) for video, float32 in [0, 1]."""
+        """Return pixels (B, 3, height, width), or (B, frames, 3, height, width) for video, float32 in [0, 1]."""
 
 
 class ComponentLoader(Protocol):
-    """What an architecture's module offers as `load`."""
+    """The signature of `load` in an architecture's module."""
 
-    def __call__(self, source: Source, kernel: AttentionKernel) -> Components: ...
+    def __call__(self, source: CheckpointSource, kernel: AttentionKernel) -> Components:
+        """Load the components of a checkpoint with an attention kernel."""
 
 
 def networks_in(part: object) -> list[nn.Module]:
-    """The networks that a prompt encoder or a decoder holds, in its attributes at any depth."""
+    """Return the networks that a prompt encoder or a decoder holds, in its attributes at any depth."""
     if isinstance(part, nn.Module):
         return [part]
-    held = vars(part).values() if hasattr(part, "__dict__") else ()
-    return [network for value in held for network in networks_in(value)]
+    values = vars(part).values() if hasattr(part, "__dict__") else ()
+    return [network for value in values for network in networks_in(value)]

@@ -10,15 +10,15 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from models.checkpoint import fill
-from models.empty import build_empty
+from models.checkpoint import load_weights
+from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError
-from models.layers import kept
+from models.layers import cached_tensor
+from models.meta_init import build_empty
 from models.names import NameMap
-from models.source import Source
 
 M = TypeVar("M", bound=ModelMixin)
-OLD_NAMES = NameMap(
+LEGACY_NAMES = NameMap(
     (
         ("query", "to_q"),
         ("key", "to_k"),
@@ -31,10 +31,10 @@ OLD_NAMES = NameMap(
 
 
 class KLDecoder:
-    """The decoder half of an AutoencoderKL, with the checkpoint's own scale and shift undone first.
+    """The decoder half of an AutoencoderKL, after inverting the checkpoint's scale and shift of the latent.
 
-    Source: latent diffusion (Rombach et al. 2022), in diffusers' convention: decode(z / scaling_factor + shift_factor),
-    or, where the autoencoder states each channel's own, decode(z * latents_std / scaling_factor + latents_mean).
+    Source: latent diffusion (Rombach et al. 2022), in diffusers' convention: decode(z / scaling_factor + shift_factor).
+    If the autoencoder has statistics per channel, it is decode(z * latents_std / scaling_factor + latents_mean).
     """
 
     def __init__(self, vae: AutoencoderKL) -> None:
@@ -43,51 +43,63 @@ class KLDecoder:
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
 
     def __call__(self, latent_BCHW: Tensor) -> Tensor:
-        """Pixels (B, 3, stride * H, stride * W), float32 in [0, 1]."""
+        """Return pixels (B, 3, stride * H, stride * W), float32 in [0, 1]."""
         config = self.vae.config
         z_BCHW = latent_BCHW / config.scaling_factor + (config.shift_factor or 0.0)
         if config.latents_mean is not None and config.latents_std is not None:
             device, dtype = latent_BCHW.device, latent_BCHW.dtype
-            mean, std = (of_channels(tuple(of), dtype, device) for of in (config.latents_mean, config.latents_std))
+            mean, std = (
+                per_channel(tuple(values), dtype, device) for values in (config.latents_mean, config.latents_std)
+            )
             z_BCHW = latent_BCHW * std / config.scaling_factor + mean
         pixels: Tensor = self.vae.decode(z_BCHW.to(self.vae.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
-@kept
-def of_channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One number a channel, (C, 1, 1)."""
+@cached_tensor
+def per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return one number per channel, (C, 1, 1)."""
     return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
-def load_kl_decoder(source: Source) -> KLDecoder:
-    """The decoder of a checkpoint with `vae/`.
+def load_kl_decoder(source: CheckpointSource) -> KLDecoder:
+    """Load the decoder of a checkpoint with `vae/`.
+
+    Returns:
+        The decoder.
 
     Raises:
-        CheckpointError: files that diffusers cannot read.
+        CheckpointError: Files that diffusers cannot read.
     """
     return KLDecoder(load_from_diffusers(source, "vae", AutoencoderKL))
 
 
-def load_from_diffusers(source: Source, component: str, kind: type[M]) -> M:
-    """A model of diffusers in its dtype, on its device, in evaluation mode.
+def load_from_diffusers(source: CheckpointSource, component: str, model_class: type[M]) -> M:
+    """Load a diffusers model in its dtype, on its device, in evaluation mode.
 
     Args:
-        source: the checkpoint.
-        component: the model's folder in it.
-        kind: its class.
+        source: The checkpoint.
+        component: The model's folder in the checkpoint.
+        model_class: The model's class.
+
+    Returns:
+        The model, without gradients.
 
     Raises:
-        CheckpointError: a configuration that diffusers cannot build, or weights that do not fit it.
+        CheckpointError: A configuration that diffusers cannot build, or weights that do not fit it.
     """
-    folder, began = source.config_folder(component), time.perf_counter()
-    if (name := source.config(component).get("_class_name", kind.__name__)) != kind.__name__:
-        raise CheckpointError(f"{folder}: config.json says _class_name={name}; {component} is a {kind.__name__} here")
+    folder, started = source.config_folder(component), time.perf_counter()
+    if (name := source.config(component).get("_class_name", model_class.__name__)) != model_class.__name__:
+        raise CheckpointError(
+            f"{folder}: config.json says _class_name={name}; {component} is a {model_class.__name__} here"
+        )
     try:
-        config = kind.load_config(folder, local_files_only=True)
-        model = build_empty(lambda: kind.from_config(config), source.dtype_of(component), source.device_of(component))
+        config = model_class.load_config(folder, local_files_only=True)
+        model = build_empty(
+            lambda: model_class.from_config(config), source.dtype_of(component), source.device_of(component)
+        )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder}: {component} cannot be built from its config.json ({line})") from error
-    fill(model, source, component, OLD_NAMES, began)
+    load_weights(model, source, component, LEGACY_NAMES, started)
     return model.requires_grad_(False).eval()

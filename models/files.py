@@ -1,6 +1,6 @@
-"""Which files make a checkpoint, and whether they are whole: checked from headers alone, without torch.
+"""The files of a checkpoint, and checks that they are complete, from their headers alone and without torch.
 
-A launcher asks here before it starts a process; `models.checkpoint` reads the tensors.
+A launcher calls these checks before it starts a process; `models.checkpoint` reads the tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 
 STEMS = ("diffusion_pytorch_model", "model")
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-INDICES = {"I64": 8, "BOOL": 1}  # counters and positions that some checkpoints carry along; never a weight
+INDICES = {"I64": 8, "BOOL": 1}  # counters and positions that some checkpoints contain; never a weight
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 SENTENCEPIECE = ("spiece.model",)
@@ -30,8 +30,8 @@ TOKENIZER_FILES = (
 )
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """What the header of a safetensors file says of one tensor; the offsets count from the end of the header."""
+class TensorEntry(msgspec.Struct, frozen=True):
+    """The header entry of one tensor in a safetensors file; the offsets count from the end of the header, in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,14 +39,17 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, with what to change in one line."""
+    """A checkpoint that cannot be used; the message says what to change in one line."""
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
+
+    Returns:
+        The object.
 
     Raises:
-        CheckpointError: no such file, or other content.
+        CheckpointError: No such file, or other content.
     """
     try:
         content = json.loads(path.read_text())
@@ -57,16 +60,19 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
-def network_config(folder: Path, classes: tuple[str, ...], defaults: Mapping[str, object]) -> dict[str, Any]:
-    """A network's config.json over the defaults of its class in diffusers.
+def read_network_config(folder: Path, classes: tuple[str, ...], defaults: Mapping[str, object]) -> dict[str, Any]:
+    """Read a network's config.json over the defaults of its class in diffusers.
 
     Args:
-        folder: the component.
-        classes: the `_class_name`s that a network loads.
-        defaults: of the class, for what a file leaves out.
+        folder: The component's folder.
+        classes: The values of `_class_name` that the network accepts.
+        defaults: The defaults of the class, for keys that the file omits.
+
+    Returns:
+        The configuration.
 
     Raises:
-        CheckpointError: no such file, or another class.
+        CheckpointError: No such file, or another class.
     """
     path = folder / "config.json"
     found = read_json(path)
@@ -77,11 +83,11 @@ def network_config(folder: Path, classes: tuple[str, ...], defaults: Mapping[str
     return {**defaults, **found}
 
 
-def refuse_sizes(raw: Mapping[str, object], path: Path, names: Iterable[str], least: int = 1) -> None:
-    """Refuses sizes that are not whole numbers of at least `least`.
+def check_sizes(raw: Mapping[str, object], path: Path, names: Iterable[str], least: int = 1) -> None:
+    """Raise an error unless the named sizes are integers of at least `least`.
 
     Raises:
-        CheckpointError: all that are not.
+        CheckpointError: All sizes that are not.
     """
     wrong = [name for name in names if type(size := raw.get(name)) is not int or size < least]
     if wrong:
@@ -89,10 +95,10 @@ def refuse_sizes(raw: Mapping[str, object], path: Path, names: Iterable[str], le
 
 
 def rotary_axes(raw: Mapping[str, Any], path: Path, name: str, channels: int) -> tuple[int, int, int]:
-    """Channels of a head that each of three axes rotates.
+    """Return the number of channels of a head that each of three axes rotates.
 
     Raises:
-        CheckpointError: not three even numbers that add up to a head's channels.
+        CheckpointError: The values are not three even numbers that add up to a head's channels.
     """
     axes = tuple(raw[name])
     if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != channels:
@@ -100,68 +106,70 @@ def rotary_axes(raw: Mapping[str, Any], path: Path, name: str, channels: int) ->
     return axes
 
 
-def refuse_options(raw: Mapping[str, object], path: Path, only: Mapping[str, object]) -> None:
-    """Refuses a configuration that states another value of an option than the only one a network has.
+def check_options(raw: Mapping[str, object], path: Path, only: Mapping[str, object]) -> None:
+    """Raise an error if a configuration has an option at another value than the only one the network supports.
 
     Args:
-        raw: the configuration; what it leaves out has that value.
-        path: its file.
-        only: by name, the value that is computed.
+        raw: The configuration; an option that it omits has the supported value.
+        path: The configuration's file.
+        only: The supported value of each option, by name.
 
     Raises:
-        CheckpointError: the options that differ.
+        CheckpointError: The options that differ.
     """
-    others = [name for name, value in only.items() if raw.get(name, value) != value]
-    if others:
-        stated = ", ".join(f"{name}={raw[name]}" for name in others)
-        raise CheckpointError(f"{path}: {stated} is not supported; only {', '.join(f'{n}={only[n]}' for n in others)}")
+    unsupported = [name for name, value in only.items() if raw.get(name, value) != value]
+    if unsupported:
+        stated = ", ".join(f"{name}={raw[name]}" for name in unsupported)
+        raise CheckpointError(
+            f"{path}: {stated} is not supported; only {', '.join(f'{n}={only[n]}' for n in unsupported)}"
+        )
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor of a safetensors file: where its bytes lie, and what they are.
+class StoredTensor:
+    """One tensor of a safetensors file: its dtype and shape, and the position of its bytes.
 
     Args:
-        path: the file.
-        name: of the tensor.
-        kind: the format's word for its dtype.
-        shape: of the tensor.
-        start: of its bytes in the file.
-        end: behind its bytes.
+        path: The file.
+        name: The tensor's name.
+        dtype: The dtype in the format's own word, such as BF16.
+        shape: The tensor's shape.
+        start: The offset of the first byte in the file.
+        end: The offset after the last byte in the file.
     """
 
     path: Path
     name: str
-    kind: str
+    dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component's folder: one, or the shards that its index names.
+    """Return the safetensors files of a component's folder: one file, or the shards that its index lists.
 
     Raises:
-        CheckpointError: none there, an unreadable index, or a shard that the index names is missing.
+        CheckpointError: No weights, an unreadable index, or a shard of the index that is missing.
     """
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            return _shards(index)
+            return _shard_files(index)
         single = folder / f"{stem}.safetensors"
         if single.is_file():
             return [single]
     raise CheckpointError(
-        f"{folder}: no weights here; expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors{_near(folder)}"
+        f"{folder}: no weights here; expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors{_hint(folder)}"
     )
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a component's folder holds safetensors under a name that is read."""
+    """Return whether a component's folder holds safetensors under a supported name."""
     return any((folder / f"{stem}.safetensors{end}").is_file() for stem in STEMS for end in ("", ".index.json"))
 
 
-def _near(folder: Path) -> str:
+def _hint(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if others := [name for name in names if name.endswith(".safetensors")]:
         return f"; there is {others[0]}: give that file as the component's path, or rename it"
@@ -173,35 +181,40 @@ def _near(folder: Path) -> str:
     return ""
 
 
-def _shards(index: Path) -> list[Path]:
+def _shard_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: not a readable index of shards ({error})") from error
-    if foreign := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise CheckpointError(f"{index}: {foreign[0]!r} is no file of its own folder")
+    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise CheckpointError(f"{index}: {outside[0]!r} is not a file in the folder of the index")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         more = f" (nor are {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"{index.parent}: shard {missing[0]} is named by {index.name} but is not there{more}")
     return [index.parent / name for name in names]
 
 
-def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata: eight bytes of length, a JSON header, the tensors' bytes.
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file.
+
+    The format is eight bytes of length, a JSON header, and the tensors' bytes.
+
+    Returns:
+        The tensors by name, and the metadata.
 
     Raises:
-        CheckpointError: truncated, another format, or a dtype that is not read.
+        CheckpointError: A truncated file, another format, or a dtype that is not supported.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path}: not a whole safetensors file (its header does not fit its {size} bytes)")
+            raise CheckpointError(f"{path}: not a complete safetensors file (its header does not fit its {size} bytes)")
         data = file.read(length)
     try:
         header = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
         metadata = msgspec.json.decode(header.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
-        entries = {name: msgspec.json.decode(raw, type=Entry) for name, raw in header.items()}
+        entries = {name: msgspec.json.decode(raw, type=TensorEntry) for name, raw in header.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not a safetensors file (its header cannot be read)") from error
     base = 8 + length
@@ -209,7 +222,9 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     if end != size:
         raise CheckpointError(f"{path}: {size} bytes where its header promises {end}; copy the file again")
     tensors = {
-        name: Stored(path, name, entry.dtype, entry.shape, base + entry.data_offsets[0], base + entry.data_offsets[1])
+        name: StoredTensor(
+            path, name, entry.dtype, entry.shape, base + entry.data_offsets[0], base + entry.data_offsets[1]
+        )
         for name, entry in entries.items()
     }
     for tensor in tensors.values():
@@ -217,38 +232,39 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return tensors, metadata
 
 
-def _check_stored(tensor: Stored, base: int) -> None:
-    width = FLOATS.get(tensor.kind) or INDICES.get(tensor.kind)
+def _check_stored(tensor: StoredTensor, base: int) -> None:
+    width = FLOATS.get(tensor.dtype) or INDICES.get(tensor.dtype)
     if width is None:
         raise CheckpointError(
-            f"{tensor.path}: {tensor.name} is stored as {tensor.kind}; quantised weights are not read here, give F32, "
+            f"{tensor.path}: {tensor.name} is stored as {tensor.dtype}; quantised weights are not read here, give F32, "
             "F16 or BF16"
         )
     if min(tensor.start - base, *tensor.shape, 0) < 0 or tensor.end - tensor.start != width * math.prod(tensor.shape):
-        raise CheckpointError(f"{tensor.path}: the bytes of {tensor.name} are not a {tensor.kind} {tensor.shape}")
+        raise CheckpointError(f"{tensor.path}: the bytes of {tensor.name} are not a {tensor.dtype} {tensor.shape}")
 
 
-def tensors_of(files: Sequence[Path]) -> dict[str, Stored]:
-    """The tensors of a component's files, by name.
+def list_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Return the tensors of a component's files, by name.
 
     Raises:
-        CheckpointError: a file that is not whole, or a tensor that is in two of them.
+        CheckpointError: An incomplete file, or a tensor that is in two files.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for path in files:
         tensors, _ = read_header(path)
-        if twice := sorted(found.keys() & tensors.keys()):
-            raise CheckpointError(f"{path}: {twice[0]} is in {found[twice[0]].path.name} too")
+        if duplicates := sorted(found.keys() & tensors.keys()):
+            raise CheckpointError(f"{path}: {duplicates[0]} is in {found[duplicates[0]].path.name} too")
         found |= tensors
     return found
 
 
-def config_home(path: Path | None, own: Path) -> Path:
-    """The folder that describes a component.
+def find_config_folder(path: Path | None, own: Path) -> Path:
+    """Return the folder that describes a component.
 
     Args:
-        path: what replaces it: a folder, a file (which its folder describes where it has a config.json), or None.
-        own: its folder in the checkpoint.
+        path: The component's replacement: a folder, a file (described by its folder if that has a config.json), or
+            None.
+        own: The component's folder in the checkpoint.
     """
     if path is None:
         return own
@@ -258,40 +274,40 @@ def config_home(path: Path | None, own: Path) -> Path:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuses a folder that holds no tokenizer, or one that no installed package reads.
+    """Raise an error if a folder holds no tokenizer, or one that no installed package reads.
 
     Raises:
-        CheckpointError: the files that make one, or the package to install.
+        CheckpointError: The files that a tokenizer needs, or the package to install.
     """
     found = [names for names in TOKENIZER_FILES if all((folder / name).is_file() for name in names)]
     if not found:
         expected = ", or ".join(" and ".join(names) for names in TOKENIZER_FILES)
-        raise CheckpointError(f"{folder}: no tokenizer's files here; expected {expected}")
+        raise CheckpointError(f"{folder}: no tokenizer files here; expected {expected}")
     if found == [SENTENCEPIECE] and importlib.util.find_spec("sentencepiece") is None:
         raise CheckpointError(
-            f"{folder}: {SENTENCEPIECE[0]} wants the package sentencepiece: pip install sentencepiece"
+            f"{folder}: {SENTENCEPIECE[0]} needs the package sentencepiece: pip install sentencepiece"
         )
 
 
 def check_component(folder: Path, weights: Path | None, classes: tuple[str, ...] = ()) -> None:
-    """Refuses a component without config.json, of another class, quantised, or one of whose files is not whole.
+    """Raise an error for a component without config.json, of another class, quantized, or with an incomplete file.
 
     Args:
-        folder: with its config.json.
-        weights: the folder of its weights, or one file of them; None for random weights.
-        classes: the `_class_name`s it may have; empty for any.
+        folder: The folder with its config.json.
+        weights: The folder of its weights, or one file of them; None for random weights.
+        classes: The values of `_class_name` that it may have; empty for any.
 
     Raises:
-        CheckpointError: what is missing, foreign or broken, and where.
+        CheckpointError: What is missing, unsupported or broken, and where.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no {'config.json here' if folder.is_dir() else 'such folder'}")
     config = read_json(folder / "config.json")
     name = config.get("_class_name")
     if classes and name not in classes:
-        raise CheckpointError(f"{folder}: config.json says _class_name={name}; this model wants {' or '.join(classes)}")
+        raise CheckpointError(f"{folder}: config.json says _class_name={name}; this model needs {' or '.join(classes)}")
     if weights is None:
         return
     if config.get("quantization_config") is not None:
         raise CheckpointError(f"{folder}: quantised weights (quantization_config) are not read here; give BF16 or F32")
-    tensors_of([weights] if weights.is_file() else weight_files(weights))
+    list_tensors([weights] if weights.is_file() else weight_files(weights))

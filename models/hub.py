@@ -1,6 +1,6 @@
-"""A checkpoint by its name on the Hugging Face hub: fetched once by whoever launches, found offline by everyone after.
+"""A checkpoint by its name on the Hugging Face hub: downloaded once by the launcher, found offline by every rank.
 
-Only what an architecture reads is fetched, and never a pickle.
+Only the files that an architecture reads are downloaded, and never a pickle.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from pathlib import Path
 
 from models.files import STEMS, CheckpointError
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WITHOUT_FOLDERS = ("config.json", "scheduler_config.json", *(f"{stem}.safetensors" for stem in STEMS))
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SINGLE_FOLDER_FILES = ("config.json", "scheduler_config.json", *(f"{stem}.safetensors" for stem in STEMS))
 TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path that does not exist has the form of a hub name, `organisation/name`."""
-    return NAME.fullmatch(path) is not None and not Path(path).expanduser().exists()
+    """Return whether a path that does not exist has the form of a hub name, `organisation/name`."""
+    return HUB_NAME.fullmatch(path) is not None and not Path(path).expanduser().exists()
 
 
-def wanted(weights: Iterable[str], configs: Iterable[str]) -> list[str]:
-    """The files to fetch, as patterns.
+def download_patterns(weights: Iterable[str], configs: Iterable[str]) -> list[str]:
+    """Return the files to download, as patterns.
 
     Args:
-        weights: folders whose config.json and safetensors are read.
-        configs: folders with small files only: tokenizers, the noise scheduler, networks without their weights.
+        weights: Folders whose config.json and safetensors are read.
+        configs: Folders of which only small files are read: tokenizers, the noise scheduler, networks without weights.
     """
     found = ["model_index.json"]
     for folder in weights:
@@ -38,16 +38,16 @@ def wanted(weights: Iterable[str], configs: Iterable[str]) -> list[str]:
 
 
 def snapshot(name: str, revision: str | None, patterns: Sequence[str], fetch: bool) -> Path:
-    """The folder of a hub checkpoint in the local cache, `.../snapshots/COMMIT`.
+    """Return the folder of a hub checkpoint in the local cache, `.../snapshots/COMMIT`.
 
     Args:
-        name: `organisation/name`.
-        revision: a branch, tag or commit; None for the main branch.
-        patterns: what is fetched.
-        fetch: whether the network may be asked; else only the cache.
+        name: The checkpoint's name, `organisation/name`.
+        revision: A branch, tag or commit; None for the main branch.
+        patterns: The files to download, as patterns.
+        fetch: Whether to use the network; false uses the cache only.
 
     Raises:
-        CheckpointError: no such name or revision, no right to it, or no network and nothing in the cache.
+        CheckpointError: No such name or revision, no access to it, or no network and nothing in the cache.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -56,7 +56,7 @@ def snapshot(name: str, revision: str | None, patterns: Sequence[str], fetch: bo
         found = snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=not fetch)
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"model.path={name}: the hub wants its licence accepted: do so on huggingface.co/{name}, then log in with "
+            f"model.path={name}: its licence must be accepted first: do so on huggingface.co/{name}, then log in with "
             "`hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
@@ -66,14 +66,14 @@ def snapshot(name: str, revision: str | None, patterns: Sequence[str], fetch: bo
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HFValidationError) as error:
         raise CheckpointError(
             f"model.path={name}: no such folder here, not in the hub's local cache{at}, and the hub cannot be reached; "
-            "give a folder, or run once where there is a network"
+            "give a folder, or run once with network access"
         ) from error
     except (errors.HfHubHTTPError, OSError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"model.path={name}: the hub could not be asked ({line})") from error
+        raise CheckpointError(f"model.path={name}: the hub could not be reached ({line})") from error
     return Path(found)
 
 
 def commit(folder: Path) -> str | None:
-    """The commit that a folder of the hub's cache holds, or None for any other folder."""
+    """Return the commit that a folder of the hub's cache holds, or None for any other folder."""
     return folder.name if folder.parent.name == "snapshots" else None

@@ -1,8 +1,8 @@
-"""Small layers that several networks share: embeddings of time and place, modulation, attention, feed-forward.
+"""Small layers that several networks share: time embedding, positions, modulation, attention, feed-forward.
 
-Shapes: B batch, L tokens, S tokens attended to, C channels (the network's width), H heads, E channels a head or of an
-embedding, F angles a head, P outputs a patch; J text and picture joined, and D for C in a block, whose arguments
-plans name.
+Shapes: B batch, L tokens, S tokens attended to, C channels (the network's width), H heads, E channels of a head or of
+an embedding, F angles per head, P outputs per patch; J text and image tokens joined. In a block, whose argument names
+the plans contain, D stands for C.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ P = ParamSpec("P")
 def timestep_embedding(
     tau_B: Tensor, width: int, max_period: float = 10_000.0, freq_shift: int = 0, scale: float = 1.0
 ) -> Tensor:
-    """Sinusoidal embedding of the number the network is told, cosines first.
+    """Return the sinusoidal embedding of the network's time input, cosines first.
 
     The slowest of the width / 2 rates is 1 / max_period for freq_shift 1, and one rate short of it for 0. The angles
     are multiplied by scale last, which in float32 is not the same as multiplying tau.
@@ -40,42 +40,52 @@ def timestep_embedding(
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-_holders: list[list[Tensor]] = []
+_collectors: list[list[Tensor]] = []
 
 
-def kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Remembers the last results of a pure function of sizes (a table of positions), for it is asked at every step.
+def cached_tensor(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Cache the last results of a pure function of sizes, such as a table of positions that every step needs.
 
-    They are made outside inference mode, so that training may use what sampling has asked for first.
+    The results are computed outside inference mode, so that training can use a table that sampling computed first.
+
+    Args:
+        make: The function; its arguments are hashable.
+
+    Returns:
+        The function with a cache of 16 results.
     """
-    remembered: Callable[P, Tensor] = lru_cache(maxsize=16)(torch.inference_mode(False)(make))  # type: ignore[assignment]
+    cached: Callable[P, Tensor] = lru_cache(maxsize=16)(torch.inference_mode(False)(make))  # type: ignore[assignment]
 
     @wraps(make)
-    def ask(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        found = remembered(*args, **kwargs)
-        for holder in _holders:
-            holder.append(found)
-        return found
+    def look_up(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        result = cached(*args, **kwargs)
+        for collector in _collectors:
+            collector.append(result)
+        return result
 
-    return ask
+    return look_up
 
 
 @contextmanager
-def holding() -> Iterator[list[Tensor]]:
-    """Collects what `kept` functions hand out meanwhile, for who reads it longer than they remember it."""
-    holder: list[Tensor] = []
-    _holders.append(holder)
+def collect_cached_tensors() -> Iterator[list[Tensor]]:
+    """Collect what `cached_tensor` functions return inside the context, for a caller that outlives their cache.
+
+    Yields:
+        The list of tensors; it grows while the context is open.
+    """
+    collector: list[Tensor] = []
+    _collectors.append(collector)
     try:
-        yield holder
+        yield collector
     finally:
-        _holders.remove(holder)
+        _collectors.remove(collector)
 
 
 def sincos_table_2d(height: int, width: int, channels: int, base: int, scale: float = 1.0) -> Tensor:
-    """Fixed 2-D sine-cosine positions: the first half of the channels for the column, the second for the row.
+    """Return fixed 2-D sine-cosine positions: the first half of the channels for the column, the second for the row.
 
-    Source: ViT / MAE, as in PixArt (Chen et al. 2023) and diffusers' `PatchEmbed`: positions are measured in units of
-    the training grid (`base` tokens a side), so another size interpolates. Shapes: (height * width, channels) float32;
+    Source: ViT / MAE, as in PixArt (Chen et al. 2023) and diffusers' `PatchEmbed`: positions are in units of the
+    training grid (`base` tokens per side), so another size interpolates. Shapes: (height * width, channels) float32;
     `channels` is divisible by 4.
     """
     rows = torch.arange(height, dtype=torch.float32) / (height / base) / scale
@@ -87,72 +97,77 @@ def sincos_table_2d(height: int, width: int, channels: int, base: int, scale: fl
         angles = torch.outer(positions.double(), rates)
         return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
-    of_column = encode(columns)[None, :, :].expand(height, width, -1)
-    of_row = encode(rows)[:, None, :].expand(height, width, -1)
-    return torch.cat([of_column, of_row], dim=-1).reshape(height * width, channels)
+    column_part = encode(columns)[None, :, :].expand(height, width, -1)
+    row_part = encode(rows)[:, None, :].expand(height, width, -1)
+    return torch.cat([column_part, row_part], dim=-1).reshape(height * width, channels)
 
 
-@kept
+@cached_tensor
 def sincos_positions_2d(
     height: int, width: int, channels: int, base: int, scale: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The same table where it is added, remembered."""
+    """Return the table of `sincos_table_2d` in the dtype and on the device of the tokens, cached."""
     return sincos_table_2d(height, width, channels, base, scale).to(device, dtype)
 
 
-def rotary_angles(places_L: Tensor, channels: int, theta: float) -> Tensor:
-    """Angles of tokens on one axis: place times theta^(-2 k / channels) for k = 0, 1 ..., (L, channels / 2) float32.
+def rotary_angles(positions_L: Tensor, channels: int, theta: float) -> Tensor:
+    """Return the angles of tokens on one axis, (L, channels / 2) float32.
 
-    They are computed in the dtype of the places, which decides their last bits.
+    The angle is position * theta^(-2 k / channels) for k = 0, 1 ... It is computed in the dtype of the positions, which
+    decides the last bits.
     """
-    rates = 1.0 / theta ** (torch.arange(0, channels, 2, device=places_L.device).to(places_L.dtype) / channels)
-    return torch.outer(places_L, rates).float()
+    rates = 1.0 / theta ** (torch.arange(0, channels, 2, device=positions_L.device).to(positions_L.dtype) / channels)
+    return torch.outer(positions_L, rates).float()
 
 
 def rotate(x_BLHE: Tensor, rope_2LF: Tensor) -> Tensor:
-    """Turns each pair of neighbouring channels by its token's angle, in float32.
-
-    Args:
-        x_BLHE: queries or keys.
-        rope_2LF: cosines and sines of the angles, F = E / 2 a token; (2, B, L, F) where the rows of a batch differ.
+    """Rotate each pair of neighbouring channels by its token's angle, in float32.
 
     Source: RoFormer (Su et al. 2021, arXiv:2104.09864).
+
+    Args:
+        x_BLHE: Queries or keys.
+        rope_2LF: Cosines and sines of the angles, F = E / 2 per token; (2, B, L, F) if the rows of a batch differ.
+
+    Returns:
+        The rotated tensor, in the dtype of x_BLHE.
     """
     cos_L1F, sin_L1F = rope_2LF.unsqueeze(-2)
     even, odd = x_BLHE.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos_L1F - odd * sin_L1F, even * sin_L1F + odd * cos_L1F], dim=-1)
-    return turned.flatten(-2).type_as(x_BLHE)
+    rotated = torch.stack([even * cos_L1F - odd * sin_L1F, even * sin_L1F + odd * cos_L1F], dim=-1)
+    return rotated.flatten(-2).type_as(x_BLHE)
 
 
 def modulate(x_BLC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part, x (1 + scale) + shift (PixArt, Peebles and Xie 2022, section 3.2)."""
+    """Return the affine part of adaptive layer norm, x (1 + scale) + shift (DiT, Peebles and Xie 2022, section 3.2)."""
     return x_BLC * (1 + scale_B1C) + shift_B1C
 
 
 def plain_norm(x_BLC: Tensor, eps: float = 1e-6) -> Tensor:
-    """Layer norm without weights of its own: what `modulate` follows."""
+    """Return the layer norm without weights of its own, which `modulate` follows."""
     return F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=eps)
 
 
 def unpatchify(y_BLP: Tensor, height: int, width: int, patch: int) -> Tensor:
-    """(B, L, p p C) to (B, C, p height, p width): a token's outputs are ordered row, column, channel."""
+    """Return (B, C, p height, p width) from (B, L, p p C): a token's outputs are ordered row, column, channel."""
     y = y_BLP.unflatten(1, (height, width)).unflatten(-1, (patch, patch, -1))
     return y.permute(0, 5, 1, 3, 2, 4).reshape(len(y), -1, height * patch, width * patch)
 
 
 class Modulation(nn.Linear):
-    """What a block is told of the time, (B, C), to shifts, scales and gates, (B, 1, M): one linear, of its SiLU."""
+    """The time embedding (B, C) to shifts, scales and gates, (B, 1, M): a SiLU and one linear."""
 
     def __init__(self, width: int, out: int, silu: bool = True) -> None:
         super().__init__(width, out)
         self.silu = silu
 
-    def forward(self, told_BC: Tensor) -> Tensor:
-        return super().forward(F.silu(told_BC) if self.silu else told_BC)[:, None]
+    def forward(self, temb_BC: Tensor) -> Tensor:
+        """Return shifts, scales and gates, (B, 1, M)."""
+        return super().forward(F.silu(temb_BC) if self.silu else temb_BC)[:, None]
 
 
-class Embedder(nn.Module):
-    """One vector a sample to the network's width: linear, SiLU, linear."""
+class MLPEmbedder(nn.Module):
+    """One vector per sample to the network's width: linear, SiLU, linear."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -160,11 +175,12 @@ class Embedder(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x_BE: Tensor) -> Tensor:
+        """Return the embedding, (B, C)."""
         return self.linear_2(F.silu(self.linear_1(x_BE)))
 
 
-class Projections(nn.Module):
-    """The linears to queries, keys and values; one that joins them can be put in their place (`to_qkv`)."""
+class QKVProjection(nn.Module):
+    """The linears to queries, keys and values; one fused linear can replace them (`to_qkv`)."""
 
     def __init__(self, width: int, bias: bool = True) -> None:
         super().__init__()
@@ -174,20 +190,20 @@ class Projections(nn.Module):
         self.to_qkv: nn.Module | None = None
 
     def qkv(self, x_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the same tokens, (B, L, H E) each."""
+        """Return queries, keys and values of the same tokens, (B, L, H E) each."""
         if self.to_qkv is None:
             return self.to_q(x_BLC), self.to_k(x_BLC), self.to_v(x_BLC)
         q, k, v = self.to_qkv(x_BLC).chunk(3, dim=-1)
         return q, k, v
 
 
-class Heads(Projections):
-    """Queries, keys and values of one stream of tokens.
+class QKVHeads(QKVProjection):
+    """Queries, keys and values of one stream of tokens, split into heads.
 
     Args:
-        width: channels of a token.
-        head_channels: channels a head.
-        norm: RMS norms of queries and keys, head by head.
+        width: The number of channels of a token.
+        head_channels: The number of channels per head.
+        norm: Whether queries and keys have RMS norms, per head.
     """
 
     def __init__(self, width: int, head_channels: int, norm: bool = True) -> None:
@@ -197,7 +213,7 @@ class Heads(Projections):
         self.norm_k = nn.RMSNorm(head_channels, eps=1e-6) if norm else nn.Identity()
 
     def forward(self, x_BLC: Tensor, rope_2LF: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v, (B, L, H, E) each; q and k turned by rope_2LF where there are rotary positions."""
+        """Return q, k and v, (B, L, H, E) each, with q and k rotated by rope_2LF if it is given."""
         q, k, v = (y.unflatten(-1, (-1, self.head_channels)) for y in self.qkv(x_BLC))
         q, k = self.norm_q(q), self.norm_k(k)
         if rope_2LF is not None:
@@ -205,8 +221,8 @@ class Heads(Projections):
         return q, k, v
 
 
-class Attention(Projections):
-    """Multi-head attention of tokens x_BLC to a context_BSC (or to themselves), the kernel handed in."""
+class Attention(QKVProjection):
+    """Multi-head attention of tokens x_BLC to a context_BSC, or to themselves, with the given kernel."""
 
     def __init__(self, width: int, heads: int, kernel: AttentionKernel) -> None:
         super().__init__(width)
@@ -215,6 +231,7 @@ class Attention(Projections):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x_BLC: Tensor, context_BSC: Tensor | None = None, mask_BS: Tensor | None = None) -> Tensor:
+        """Return the attention output of x_BLC, (B, L, C)."""
         if context_BSC is None:
             qkv = self.qkv(x_BLC)
         else:
@@ -224,7 +241,7 @@ class Attention(Projections):
 
 
 class FeedForward(nn.Module):
-    """Two linears, GELU (tanh form) in between; four times as wide there where `hidden` says nothing."""
+    """Two linears with a GELU (tanh form) between them; the hidden width is four times the width by default."""
 
     def __init__(self, width: int, hidden: int | None = None) -> None:
         super().__init__()
@@ -233,12 +250,14 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden or 4 * width, width)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
+        """Return the output of the feed-forward, (B, L, C)."""
         return self.down(self.activation(self.up(x_BLC)))
 
 
 class JointBlock(nn.Module):
-    """Two streams of tokens with weights of their own, joined in one attention, text first; each then has its
-    feed-forward. Text without text_rope_2SF is not turned; mask_BS hides text.
+    """Two streams of tokens with their own weights, joined in one attention, text first, then one feed-forward each.
+
+    Text is not rotated without text_rope_2SF; mask_BS masks text tokens.
 
     Source: the double blocks of FLUX.1 and of Qwen-Image (arXiv:2508.02324).
     """
@@ -248,8 +267,8 @@ class JointBlock(nn.Module):
         self.kernel = kernel
         self.modulation = Modulation(width, 6 * width)
         self.text_modulation = Modulation(width, 6 * width)
-        self.heads = Heads(width, head_channels)
-        self.text_heads = Heads(width, head_channels)
+        self.heads = QKVHeads(width, head_channels)
+        self.text_heads = QKVHeads(width, head_channels)
         self.to_out = nn.Linear(width, width)
         self.text_to_out = nn.Linear(width, width)
         self.feed_forward = FeedForward(width)
@@ -264,16 +283,17 @@ class JointBlock(nn.Module):
         text_rope_2SF: Tensor | None = None,
         mask_BS: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Return image tokens and text tokens after the block."""
         x, text = x_BLD, text_BSD
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(time_BD).chunk(6, dim=-1)
-        of_x = self.heads(modulate(plain_norm(x), shift_a, scale_a), rope_2LF)
+        image_qkv = self.heads(modulate(plain_norm(x), shift_a, scale_a), rope_2LF)
         t_shift_a, t_scale_a, t_gate_a, t_shift_f, t_scale_f, t_gate_f = self.text_modulation(time_BD).chunk(6, dim=-1)
-        of_text = self.text_heads(modulate(plain_norm(text), t_shift_a, t_scale_a), text_rope_2SF)
-        q, k, v = (torch.cat(both, dim=1) for both in zip(of_text, of_x, strict=True))
+        text_qkv = self.text_heads(modulate(plain_norm(text), t_shift_a, t_scale_a), text_rope_2SF)
+        q, k, v = (torch.cat(streams, dim=1) for streams in zip(text_qkv, image_qkv, strict=True))
         mask_BJ = None if mask_BS is None else F.pad(mask_BS, (0, x.shape[1]), value=True)
-        text_seen, seen = self.kernel(q, k, v, mask_BJ).flatten(2).split([text.shape[1], x.shape[1]], dim=1)
-        x = x + gate_a * self.to_out(seen)
+        text_attended, attended = self.kernel(q, k, v, mask_BJ).flatten(2).split([text.shape[1], x.shape[1]], dim=1)
+        x = x + gate_a * self.to_out(attended)
         x = x + gate_f * self.feed_forward(modulate(plain_norm(x), shift_f, scale_f))
-        text = text + t_gate_a * self.text_to_out(text_seen)
+        text = text + t_gate_a * self.text_to_out(text_attended)
         text = text + t_gate_f * self.text_feed_forward(modulate(plain_norm(text), t_shift_f, t_scale_f))
         return x, text

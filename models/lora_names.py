@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint a LoRA file updates: from names and shapes alone, without torch.
+"""The tensors of a checkpoint that a LoRA file updates: from names and shapes alone, without torch.
 
-A layer's update is two matrices, down (A) and up (B), and sometimes a number alpha. Trainers call them by several
-names; the layer's own name is the published one with dots (diffusers, PEFT) or with underscores (kohya).
+A layer's update is two matrices, down (A) and up (B), and sometimes a number alpha. Trainers use several names for
+them. The layer's own name is the published one with dots (diffusers, PEFT) or with underscores (kohya).
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.files import CheckpointError, Stored
+from models.files import CheckpointError, StoredTensor
 
-SHOWN = 6
+MAX_LISTED = 6
 ROLES = {
     "down": re.compile(r"(\.lora_A(\.\w+)?|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight$"),
     "up": re.compile(r"(\.lora_B(\.\w+)?|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight$"),
     "alpha": re.compile(r"(([._]lora|\.lora_linear_layer)\.down\.weight)?\.alpha$"),
 }
-KINDS = {
+OTHER_KINDS = {
     r"\.(dora_scale|lora_magnitude_vector)\b": "DoRA",
     r"\.lokr_": "LoKr",
     r"\.hada_": "LoHa",
@@ -27,9 +27,9 @@ KINDS = {
     r"\.lora_mid\.": "LoCon with a middle matrix",
     r"\.lora_embedding_": "LoRA of an embedding",
     r"\.lora_(B|up)(\.\w+)?\.bias$": "LoRA with a bias",
-    r"\.diff(_b)?$": "a whole difference",
+    r"\.diff(_b)?$": "a full difference",
 }
-CONVERTERS = {  # from a denoiser's class to diffusers' loader that knows the names its first publishers gave
+CONVERTERS = {  # from a denoiser's class to the diffusers loader that converts its publisher's names
     "UNet2DConditionModel": "StableDiffusionXLLoraLoaderMixin",
     "FluxTransformer2DModel": "FluxLoraLoaderMixin",
     "QwenImageTransformer2DModel": "QwenImageLoraLoaderMixin",
@@ -37,7 +37,7 @@ CONVERTERS = {  # from a denoiser's class to diffusers' loader that knows the na
     "WanTransformer3DModel": "WanLoraLoaderMixin",
 }
 DENOISER = ("base_model.model.", "diffusion_model.", "transformer.", "unet.", "lora_unet_", "lora_transformer_")
-OTHERS = {
+TEXT_ENCODERS = {
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "text_encoder_3.": "text_encoder_3",
@@ -47,18 +47,18 @@ OTHERS = {
     "lora_te3_": "text_encoder_3",
 }
 ENCODER_PARTS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-CLIP_PREFIX = "text_model."  # of CLIP's published names, which newer files leave out
+CLIP_PREFIX = "text_model."  # of CLIP's published names; newer files omit it
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer's update, by the names that its matrices have in the file.
+class LoraLayer:
+    """One layer's update: the names of its matrices in the file.
 
     Args:
-        name: the layer's own name in the file.
-        down: of A, (rank, in) or (rank, in, height, width).
-        up: of B, (out, rank) or (out, rank, 1, 1).
-        alpha: of the number that the update is scaled by, over the rank; None where it is not in the file.
+        name: The layer's own name in the file.
+        down: The name of A, (rank, in) or (rank, in, height, width).
+        up: The name of B, (out, rank) or (out, rank, 1, 1).
+        alpha: The name of the number that scales the update, divided by the rank; None if it is not in the file.
     """
 
     name: str
@@ -67,11 +67,11 @@ class Layer:
     alpha: str | None = None
 
 
-def layers(keys: Iterable[str], path: Path) -> list[Layer]:
-    """The layers of a LoRA file.
+def parse_layers(keys: Iterable[str], path: Path) -> list[LoraLayer]:
+    """Return the layers of a LoRA file.
 
     Raises:
-        CheckpointError: another kind of file, or a layer with one matrix of the two.
+        CheckpointError: Another kind of file, or a layer with only one of the two matrices.
     """
     roles: dict[str, dict[str, str]] = {}
     for key in keys:
@@ -80,22 +80,22 @@ def layers(keys: Iterable[str], path: Path) -> list[Layer]:
             raise CheckpointError(f"{path}: {name} has two updates, {roles[name][role]} and {key}")
         roles[name][role] = key
     if not roles:
-        raise CheckpointError(f"{path}: no LoRA; there is no tensor in it")
-    if half := sorted(name for name, found in roles.items() if not {"down", "up"} <= found.keys()):
-        raise CheckpointError(f"{path}: not a whole LoRA; one of the two matrices of {_list(half)} is missing")
-    return [Layer(name, found["down"], found["up"], found.get("alpha")) for name, found in roles.items()]
+        raise CheckpointError(f"{path}: not a LoRA file; it holds no tensor")
+    if incomplete := sorted(name for name, found in roles.items() if not {"down", "up"} <= found.keys()):
+        raise CheckpointError(f"{path}: not a complete LoRA; one of the two matrices of {_list(incomplete)} is missing")
+    return [LoraLayer(name, found["down"], found["up"], found.get("alpha")) for name, found in roles.items()]
 
 
 def _role(key: str, path: Path) -> tuple[str, str]:
     for role, pattern in ROLES.items():
         if found := pattern.search(key):
-            return _tidy(key[: found.start()], found.group(0).startswith("_lora")), role
-    kind = next((kind for pattern, kind in KINDS.items() if re.search(pattern, key)), "no matrix of a LoRA")
-    raise CheckpointError(f"{path}: {key} is {kind}; what is merged here is LoRA, two matrices a layer and alpha")
+            return _without_processor(key[: found.start()], found.group(0).startswith("_lora")), role
+    kind = next((kind for pattern, kind in OTHER_KINDS.items() if re.search(pattern, key)), "not a matrix of a LoRA")
+    raise CheckpointError(f"{path}: {key} is {kind}; only LoRA can be merged, two matrices per layer and alpha")
 
 
-def _tidy(name: str, processor: bool) -> str:
-    """A layer's name without what diffusers' attention processors once added to it."""
+def _without_processor(name: str, processor: bool) -> str:
+    """Return a layer's name without the parts that diffusers' attention processors once added."""
     name = name.replace(".processor.", ".")
     parent, _, last = name.rpartition(".")
     if not processor:
@@ -105,9 +105,9 @@ def _tidy(name: str, processor: bool) -> str:
     return f"{name}.0" if last == "to_out" else name
 
 
-def owner(name: str, denoiser: str) -> tuple[str, str]:
-    """The component that a layer belongs to, and its name there."""
-    for prefix, component in OTHERS.items():
+def split_component(name: str, denoiser: str) -> tuple[str, str]:
+    """Return the component that a layer belongs to, and the layer's name in it."""
+    for prefix, component in TEXT_ENCODERS.items():
         if name.startswith(prefix):
             return component, name.removeprefix(prefix)
     for prefix in DENOISER:
@@ -117,35 +117,37 @@ def owner(name: str, denoiser: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What a file's layers update.
+class LoraTargets:
+    """The tensors that a file's layers update.
 
     Args:
-        found: by component, each published tensor name and its layer.
-        unknown: layers for which there is no tensor.
+        found: The layer of each published tensor name, by component.
+        unknown: The layers without a tensor.
     """
 
-    found: dict[str, dict[str, Layer]]
-    unknown: list[Layer]
+    found: dict[str, dict[str, LoraLayer]]
+    unknown: list[LoraLayer]
 
 
-def resolve(found: Sequence[Layer], tensors: Mapping[str, Iterable[str]], denoiser: str, path: Path) -> Targets:
-    """The tensors that layers update.
+def match_layers(
+    found: Sequence[LoraLayer], tensors: Mapping[str, Iterable[str]], denoiser: str, path: Path
+) -> LoraTargets:
+    """Return the tensors that layers update.
 
     Args:
-        found: the layers of a file.
-        tensors: by component, the published names of its tensors.
-        denoiser: the component that names without a prefix belong to.
-        path: the file.
+        found: The layers of a file.
+        tensors: The published tensor names of each component.
+        denoiser: The component of names without a prefix.
+        path: The file.
 
     Raises:
-        CheckpointError: two layers for one tensor.
+        CheckpointError: Two layers for one tensor.
     """
     tables = {component: _table(names) for component, names in tensors.items()}
-    targets: dict[str, dict[str, Layer]] = {component: {} for component in tensors}
-    unknown: list[Layer] = []
+    targets: dict[str, dict[str, LoraLayer]] = {component: {} for component in tensors}
+    unknown: list[LoraLayer] = []
     for layer in found:
-        component, name = owner(layer.name, denoiser)
+        component, name = split_component(layer.name, denoiser)
         table = tables.get(component, {})
         tensor = next((table[spelling] for spelling in _spellings(name) if spelling in table), None)
         if tensor is None:
@@ -155,17 +157,17 @@ def resolve(found: Sequence[Layer], tensors: Mapping[str, Iterable[str]], denois
             raise CheckpointError(f"{path}: {tensor} has two updates, {names}")
         else:
             targets[component][tensor] = layer
-    return Targets(targets, unknown)
+    return LoraTargets(targets, unknown)
 
 
 def _spellings(name: str) -> list[str]:
-    """A layer's name, with and without what CLIP's published names begin with."""
+    """Return a layer's name, with and without the prefix of CLIP's published names."""
     prefixes = [CLIP_PREFIX, CLIP_PREFIX.replace(".", "_")]
     return [name, *(prefix + name for prefix in prefixes), *(name.removeprefix(prefix) for prefix in prefixes)]
 
 
 def _table(names: Iterable[str]) -> dict[str, str]:
-    """A component's layers by their names with dots and with underscores."""
+    """Return a component's tensors by layer name, with dots and with underscores."""
     table = {}
     for name in names:
         if name.endswith(".weight"):
@@ -174,11 +176,11 @@ def _table(names: Iterable[str]) -> dict[str, str]:
     return table
 
 
-def refuse_unknown(targets: Targets, path: Path) -> None:
-    """Refuses layers that match nothing.
+def check_all_matched(targets: LoraTargets, path: Path) -> None:
+    """Raise an error if a layer matches no tensor.
 
     Raises:
-        CheckpointError: their names, in one line.
+        CheckpointError: The names of those layers, in one line.
     """
     if targets.unknown:
         names = _list(sorted(layer.name for layer in targets.unknown))
@@ -186,48 +188,48 @@ def refuse_unknown(targets: Targets, path: Path) -> None:
         raise CheckpointError(f"{path}: no layer of {parts} matches {names}; was the LoRA trained on this model?")
 
 
-def refuse_misfits(wrong: Sequence[str], path: Path) -> None:
-    """Refuses layers whose matrices have other shapes than their tensors need.
+def check_update_shapes(wrong: Sequence[str], path: Path) -> None:
+    """Raise an error if a layer's matrices do not have the shapes that their tensor needs.
 
     Raises:
-        CheckpointError: all of them, in one line.
+        CheckpointError: All of them, in one line.
     """
     if wrong:
         raise CheckpointError(f"{path}: the LoRA does not fit the network: {_list(sorted(wrong), '; ')}")
 
 
-def misfits(
-    targets: Targets, tensors: Mapping[str, Mapping[str, Stored]], shapes: Mapping[str, tuple[int, ...]]
+def shape_mismatches(
+    targets: LoraTargets, tensors: Mapping[str, Mapping[str, StoredTensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What is wrong with the shapes of updates.
+    """Return the shape errors of updates, one line each.
 
     Args:
-        targets: which layers update which tensors.
-        tensors: by component and published name.
-        shapes: of the file's tensors, by key.
+        targets: The tensor that each layer updates.
+        tensors: The stored tensors, by component and published name.
+        shapes: The shapes of the LoRA file's tensors, by key.
     """
     wrong = [
-        _misfit(name, tensors[part][name].shape, shapes[layer.down], shapes[layer.up])
+        _shape_mismatch(name, tensors[part][name].shape, shapes[layer.down], shapes[layer.up])
         for part, found in targets.found.items()
         for name, layer in found.items()
     ]
     return [line for line in wrong if line is not None]
 
 
-def _misfit(tensor: str, shape: tuple[int, ...], down: tuple[int, ...], up: tuple[int, ...]) -> str | None:
-    """What is wrong with the shapes of an update, or None: B A has to be the tensor's, 1 x 1 kernels being matrices."""
-    flat_shape, flat_down, flat_up = _plain(shape), _plain(down), _plain(up)
+def _shape_mismatch(tensor: str, shape: tuple[int, ...], down: tuple[int, ...], up: tuple[int, ...]) -> str | None:
+    """Return the shape error of one update, or None: B A must have the tensor's shape, 1 x 1 kernels being matrices."""
+    flat_shape, flat_down, flat_up = _drop_unit_dims(shape), _drop_unit_dims(down), _drop_unit_dims(up)
     if len(flat_up) == 2 and flat_down[0] == flat_up[1] and (flat_up[0], *flat_down[1:]) == flat_shape:
         return None
     return f"{tensor} is {shape}, its update {up} times {down}"
 
 
-def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _drop_unit_dims(shape: tuple[int, ...]) -> tuple[int, ...]:
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
 
 
 def _list(names: Sequence[str], between: str = ", ") -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return between.join(names[:SHOWN]) + more
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return between.join(names[:MAX_LISTED]) + more

@@ -1,4 +1,4 @@
-"""Weight names as data: how a published checkpoint's names and a network's own map onto each other, one to one."""
+"""Weight names as data: the one-to-one map between a published checkpoint's names and a network's own."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NameMap:
-    """Pairs (published, ours) of dotted name parts, applied in order to whole parts of a name.
+    """A one-to-one map between published and native tensor names.
 
     `attn.to_out.0` matches in `blocks.3.attn.to_out.0.weight`, but not in `attn.to_out.01`. Names without a pair are
-    the same on both sides.
+    the same in both.
+
+    Args:
+        pairs: Pairs (published, native) of dotted name segments, applied in order to whole segments of a name.
     """
 
     pairs: tuple[tuple[str, str], ...] = ()
 
-    def ours(self, name: str) -> str:
-        """The network's name of a published tensor."""
+    def to_native(self, name: str) -> str:
+        """Return the network's own name of a published tensor."""
         return _rename(name, self.pairs)
 
-    def theirs(self, name: str) -> str:
-        """The published name of one of the network's tensors."""
-        return _rename(name, tuple((ours, theirs) for theirs, ours in reversed(self.pairs)))
+    def to_published(self, name: str) -> str:
+        """Return the published name of one of the network's tensors."""
+        return _rename(name, tuple((own, published) for published, own in reversed(self.pairs)))
 
 
 def _rename(name: str, pairs: tuple[tuple[str, str], ...]) -> str:

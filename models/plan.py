@@ -1,5 +1,6 @@
-"""How a network may be cut over ranks, and what of it computed beforehand: data that its folder states, and that
-`harness.parallel` and `harness.optimize` apply from outside.
+"""How a network can be sharded over ranks, and what of it can be precomputed.
+
+This is data that each family's folder states; `harness.parallel` and `harness.optimize` apply it from outside.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of equal blocks whose tokens can be dealt over ranks.
+    """A run of equal blocks whose tokens can be sharded over ranks.
 
     Args:
-        blocks: name of the network's nn.ModuleList.
-        sharded: arguments of a block's forward that are cut, with the dimension that counts tokens.
-        replicated: arguments with tokens that every rank holds whole (the text of a cross-attention).
-        outputs: what a block returns, in order: the names of the sharded arguments that take it up in the next one.
-        streams: the sharded arguments that attention joins, in the order of the concatenation.
-        cached: whether a cache of blocks may pass it by; not where it prepares what a later one works on.
-        signal: what TeaCache looks at: an argument of the first block, or the module of it whose input that is.
+        blocks: The name of the network's nn.ModuleList.
+        sharded: The sharded arguments of a block's forward, with the dimension that counts tokens.
+        replicated: The arguments whose tokens every rank holds in full (the text of a cross-attention).
+        outputs: The outputs of a block, in order: the names of the sharded arguments that receive them in the next
+            block.
+        streams: The sharded arguments that attention joins, in the order of the concatenation.
+        cacheable: Whether a block cache may skip the stack; false if it prepares the input of a later one.
+        signal: The tensor that TeaCache compares: an argument of the first block, or the module of it whose input it
+            is.
     """
 
     blocks: str
@@ -27,26 +30,27 @@ class Stack:
     replicated: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ("x_BLD",)
     streams: tuple[str, ...] = ("x_BLD",)
-    cached: bool = True
+    cacheable: bool = True
     signal: str = ""
 
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """The whole plan of one network.
+    """The parallel plan of one network.
 
     Args:
-        heads: name of the config's field that counts attention heads, which Ulysses and tensor parallelism divide;
-            None for a network that neither can cut.
-        stacks: runs of blocks for sequence parallelism, in the order of the forward; none where it cannot be.
-        column: linears cut by output features (patterns of fnmatch over module names).
-        row: linears cut by input features, whose outputs are summed over ranks.
-        head_norms: norms over a whole width that column-parallel linears cut; their mean needs a sum over ranks.
-        joined_rows: row linears (patterns) whose input joins the outputs of several column linears, and the relative
-            widths of those: each is cut on its own.
-        local_attention: modules whose keys are replicated (patterns): their queries attend where they are.
-        called_outside: modules of a block that the network calls itself too; where weights are dealt over ranks, these
-            stay whole.
+        heads: The config field that counts attention heads, which Ulysses and tensor parallelism divide; None if the
+            network supports neither.
+        stacks: The stacks of blocks for sequence parallelism, in the order of the forward; empty if it is not
+            supported.
+        column: The linears sharded by output features (patterns of fnmatch over module names).
+        row: The linears sharded by input features, whose outputs are summed over ranks.
+        head_norms: The norms over a full width that column-parallel linears shard; their mean needs a sum over ranks.
+        joined_rows: The row linears (patterns) whose input joins the outputs of several column linears, and the
+            relative widths of those; each one is sharded separately.
+        local_attention: The modules whose keys are replicated (patterns), so that each rank's queries attend locally.
+        called_outside: The modules of a block that the network also calls itself; weight sharding leaves them
+            unsharded.
     """
 
     heads: str | None = None
@@ -59,27 +63,27 @@ class ParallelPlan:
     called_outside: tuple[str, ...] = field(default=())
 
 
-WHOLE = ParallelPlan()
-"""Of a network that is not cut."""
+UNSHARDED = ParallelPlan()
+"""The plan of a network that cannot be sharded."""
 
 
 @dataclass(frozen=True)
-class AheadPlan:
-    """Modules of an AheadNetwork whose outputs depend on its `tell`, or on its `read`, alone.
+class PrecomputePlan:
+    """The modules of a PrecomputableNetwork whose outputs depend only on `embed_time`, or only on `embed_text`.
 
-    A chain is the names of modules that feed one another, the first of them fed what was told (and the class labels,
-    where there are any) or read. They share one `*`, the number of a block.
+    A chain is the names of modules that feed one another. The first gets the time embedding (and the class labels, if
+    there are any) or the text. The modules of a chain share one `*`, the number of a block.
 
     Args:
-        told: chains that nothing but `tell` feeds; together they must take all that is made of it.
-        told_as: the argument of the blocks that hands it to them.
-        read: the same of `read`.
-        read_as: likewise.
-        text: the network reads a text.
+        time_chains: The chains that only `embed_time` feeds; together they must use all of its output.
+        time_argument: The argument of the blocks that passes the time embedding to them.
+        text_chains: The chains that only `embed_text` feeds.
+        text_argument: The argument of the blocks that passes the text to them.
+        has_text: Whether the network takes text.
     """
 
-    told: tuple[tuple[str, ...], ...] = ()
-    told_as: str = ""
-    read: tuple[tuple[str, ...], ...] = ()
-    read_as: str = ""
-    text: bool = True
+    time_chains: tuple[tuple[str, ...], ...] = ()
+    time_argument: str = ""
+    text_chains: tuple[tuple[str, ...], ...] = ()
+    text_argument: str = ""
+    has_text: bool = True

@@ -1,7 +1,7 @@
-"""Linears in 8 bits, through torchao: a scale for every row of a weight, its largest magnitude / 127.5.
+"""Linears in 8 bits, through torchao: one scale per row of a weight, its largest magnitude / 127.5.
 
-Which linears, the network's parallel plan says: those that tensor parallelism cuts are attention's and feed-forward's,
-nearly all of a network's weights. What embeds, modulates and projects to the output keeps its dtype.
+The network's parallel plan names the linears: those that tensor parallelism shards are attention's and feed-forward's,
+nearly all of a network's weights. Embeddings, modulation and the output projection keep their dtype.
 """
 
 from __future__ import annotations
@@ -14,47 +14,51 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from models.checkpoint_source import CheckpointSource
 from models.plan import ParallelPlan
-from models.source import Source
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
 
-SAID = {"int8_weight_only": "int8 weights", "int8_dynamic": "int8 weights and inputs", "fp8": "fp8 weights and inputs"}
-"""By scheme, what is in 8 bits; inputs are rounded as they come, with a scale a token (int8) or a tensor (fp8)."""
+SCHEME_LABELS = {
+    "int8_weight_only": "int8 weights",
+    "int8_dynamic": "int8 weights and inputs",
+    "fp8": "fp8 weights and inputs",
+}
+"""What is in 8 bits, by scheme; each forward rounds inputs with one scale per token (int8) or per tensor (fp8)."""
 
 
-def quantize(network: nn.Module, plan: ParallelPlan, scheme: str, source: Source) -> None:
-    """Puts a loaded denoiser's linears into 8 bits, in place, and notes what it then takes.
+def quantize(network: nn.Module, plan: ParallelPlan, scheme: str, source: CheckpointSource) -> None:
+    """Quantize a loaded denoiser's linears to 8 bits, in place, and update the source's load report.
 
     Args:
-        network: on its device; what a plan has cut of it must not be cut yet.
-        plan: names the linears.
-        scheme: a key of SAID.
-        source: of the network, whose `loaded` is changed.
+        network: The network on its device, not sharded yet.
+        plan: The parallel plan that names the linears.
+        scheme: A key of SCHEME_LABELS.
+        source: The network's checkpoint, whose `loaded` is updated.
 
     Raises:
-        NotImplementedError: fp8 away from CUDA.
-        ValueError: a linear that torchao leaves as it was.
+        NotImplementedError: fp8 on a device other than CUDA.
+        ValueError: A linear that torchao did not change.
     """
     import torchao
     from torchao.quantization import quantize_
 
-    wanted = linears(network, plan)
-    quantize_(network, _config(scheme, source.device), lambda module, name: name in wanted)
-    left = [name for name, linear in wanted.items() if not _is_composed(linear.weight)]
+    chosen = find_linears(network, plan)
+    quantize_(network, _config(scheme, source.device), lambda module, name: name in chosen)
+    left = [name for name, linear in chosen.items() if not _is_composed(linear.weight)]
     if left:
-        raise ValueError(f"torchao left {left[0]} and {len(left) - 1} other linears as they were; drop model.quantize")
+        raise ValueError(f"torchao did not quantize {left[0]} and {len(left) - 1} other linears; drop model.quantize")
     loaded = source.loaded[source.denoiser]
     source.loaded[source.denoiser] = replace(
         loaded,
-        dtype=f"{loaded.dtype}, {SAID[scheme]} in {len(wanted)} linears (torchao {torchao.__version__})",
+        dtype=f"{loaded.dtype}, {SCHEME_LABELS[scheme]} in {len(chosen)} linears (torchao {torchao.__version__})",
         bytes=sum(stored_bytes(parameter) for parameter in network.parameters()),
     )
 
 
-def linears(network: nn.Module, plan: ParallelPlan) -> dict[str, nn.Linear]:
-    """The linears of attention and feed-forward, by name."""
+def find_linears(network: nn.Module, plan: ParallelPlan) -> dict[str, nn.Linear]:
+    """Return the linears of attention and feed-forward, by name."""
     patterns = (*plan.column, *plan.row, *plan.joined_rows)
     return {
         name: module
@@ -64,7 +68,7 @@ def linears(network: nn.Module, plan: ParallelPlan) -> dict[str, nn.Linear]:
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """What a tensor takes, one of torchao's the tensors that it is made of."""
+    """Return the size of a tensor in bytes; for a torchao tensor, the sum over its inner tensors."""
     if not _is_composed(tensor):
         return tensor.numel() * tensor.element_size()
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -72,7 +76,7 @@ def stored_bytes(tensor: torch.Tensor) -> int:
 
 
 def _is_composed(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is one of torchao's, made of others."""
+    """Return whether a tensor is a torchao tensor, composed of others."""
     return is_traceable_wrapper_subclass(tensor)
 
 
@@ -86,7 +90,7 @@ def _config(scheme: str, device: torch.device) -> AOBaseConfig:
 
     if scheme == "int8_weight_only":
         return Int8WeightOnlyConfig(set_inductor_config=False)
-    if scheme == "int8_dynamic":  # processors without VNNI add products in 16 bits, which 8-bit factors overflow
+    if scheme == "int8_dynamic":  # CPUs without VNNI add products in 16 bits, which full 8-bit factors overflow
         narrow = should_reduce_range(device)
         return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=narrow)
     if device.type != "cuda":

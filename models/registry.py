@@ -1,4 +1,4 @@
-"""What there is, as names, readable without importing torch: architectures, attention backends, shipped checkpoints."""
+"""The names of all architectures, attention backends and shipped checkpoints, readable without importing torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row: how a family of checkpoints is recognised and loaded.
+    """One row: how a family of checkpoints is detected and loaded.
 
     Args:
-        module: its `load(source, kernel)` builds the components.
-        classes: the `_class_name`s of diffusers that its denoiser's config.json may state.
-        weights: folders with tensors that a checkpoint has beside its denoiser's.
-        configs: folders with small files only.
-        optional: those of them that a checkpoint may lack.
-        heads: the key of its denoiser's config.json that counts attention heads; None for a UNet, which has many.
-        depth: the key that counts its transformer blocks, of the first kind where there are several.
+        module: The module whose `load(source, kernel)` builds the components.
+        classes: The diffusers `_class_name`s that its denoiser's config.json may have.
+        weights: The folders with tensors, besides the denoiser's.
+        configs: The folders with small files only.
+        optional: Those of these folders that a checkpoint may lack.
+        heads: The key of its denoiser's config.json that counts attention heads; None for a UNet, which has several
+            counts.
+        depth: The key that counts its transformer blocks, of the first kind if there are several.
     """
 
     module: str
@@ -79,28 +80,29 @@ ARCHITECTURES = {
 }
 
 ATTENTION_BACKENDS = ("math", "sdpa", "flash", "flex", "sage")
-ATTENTION_PACKAGES = {"sage": "sageattention"}  # without which a backend runs nowhere
-WITH_LSE = ("math", "flash", "flex", "sage")  # those that return the log-sum-exp of their scores
+ATTENTION_PACKAGES = {"sage": "sageattention"}  # a backend runs on no device without its package
+WITH_LSE = ("math", "flash", "flex", "sage")  # backends that return the log-sum-exp of their scores
 
 REFERENCE = Path(__file__).parent / "reference"
 PUBLISHED = Path(__file__).parent / "published"  # configurations of published checkpoints, without weights
 SIZED = Path(__file__).parent / "sized"  # configurations of the same architectures at sizes that a CPU measures
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known name closest to `name`, or nothing when none is close."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the known name closest to `name`, or an empty string if none is close."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def resolve_backend(requested: str, device_type: str = "cpu", with_lse: bool = False) -> str:
-    """The attention backend that `requested` stands for on a device.
+    """Return the attention backend that `requested` means on a device.
 
-    `auto` is what runs with every mask, dtype and head dimension and needs no package beside PyTorch: `sdpa`,
-    PyTorch's own choice; where the log-sum-exp is needed too, as in a ring, `flash` on the CPU and `flex` elsewhere.
+    `auto` means the backend that supports every mask, dtype and head dimension and needs no package besides PyTorch:
+    `sdpa`, PyTorch's own choice. If the log-sum-exp is needed too, as in a ring, it means `flash` on the CPU and `flex`
+    elsewhere.
 
     Raises:
-        ValueError: an unknown name, with the nearest known one; or a backend whose package is not installed, with the
+        ValueError: An unknown name, with the nearest known one; or a backend whose package is not installed, with the
             line that installs it.
     """
     if requested == "auto":
@@ -108,7 +110,7 @@ def resolve_backend(requested: str, device_type: str = "cpu", with_lse: bool = F
     if requested not in ATTENTION_BACKENDS:
         names = ", ".join(("auto", *ATTENTION_BACKENDS))
         raise ValueError(
-            f"attention.backend={requested} is not a backend{nearest(requested, ATTENTION_BACKENDS)}. "
+            f"attention.backend={requested} is not a backend{did_you_mean(requested, ATTENTION_BACKENDS)}. "
             f"Choose one of: {names}"
         )
     if line := missing_package(requested):
@@ -117,7 +119,7 @@ def resolve_backend(requested: str, device_type: str = "cpu", with_lse: bool = F
 
 
 def missing_package(backend: str) -> str:
-    """One line on the package that an attention backend lacks on this machine, or nothing."""
+    """Return one line about the package that an attention backend lacks on this machine, or an empty string."""
     package = ATTENTION_PACKAGES.get(backend)
     if package is None or importlib.util.find_spec(package) is not None:
         return ""

@@ -1,7 +1,7 @@
-"""Reading one tensor of a safetensors file: in pieces, straight to where it is wanted and in the dtype wanted there.
+"""Reading of one tensor of a safetensors file, in chunks, directly to its destination and in the dtype needed there.
 
-The safetensors package maps a file, whose pages then count as memory in use, or reads a tensor whole. Loading a network
-piece by piece takes the memory of its weights and of one piece.
+The safetensors package maps a file, whose pages then count as memory in use, or reads a tensor in full. Loading a
+network chunk by chunk takes the memory of its weights and of one chunk.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from models.files import CheckpointError, Stored
-from models.parts import Part
+from models.files import CheckpointError, StoredTensor
+from models.tensor_slice import TensorSlice
 
-PIECE_BYTES = 2**18  # stays in a core's cache, and is small enough for the allocator to reuse
-FAR_PIECE_BYTES = 2**24  # to another device, where each copy has a price of its own
+CHUNK_BYTES = 2**18  # stays in a core's cache, and is small enough for the allocator to reuse
+DEVICE_CHUNK_BYTES = 2**24  # to another device, where each copy has a fixed cost
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -26,59 +26,62 @@ DTYPES = {
 }
 
 
-def copy_stored(stored: Stored, target: Tensor, part: Part | None = None) -> int:
-    """Fills a contiguous tensor with a stored one of the same shape, or with a part of one, of which only that is read.
+def copy_stored(stored: StoredTensor, target: Tensor, tensor_slice: TensorSlice | None = None) -> int:
+    """Fill a contiguous tensor with a stored one of the same shape, or with a slice of one, of which only that is read.
 
-    It keeps its dtype and device.
+    Args:
+        stored: The stored tensor.
+        target: The tensor to fill; it keeps its dtype and device.
+        tensor_slice: The slice to read; None for the full tensor.
 
     Returns:
-        The bytes that were read.
+        The number of bytes read.
 
     Raises:
-        CheckpointError: the file ends early.
+        CheckpointError: The file ends early.
     """
     flat, done = target.view(-1), 0
-    for piece in _pieces(stored, PIECE_BYTES if target.device.type == "cpu" else FAR_PIECE_BYTES, part):
-        flat[done : done + len(piece)].copy_(piece)
-        done += len(piece)
-    return done * DTYPES[stored.kind].itemsize
+    for chunk in _read_chunks(stored, CHUNK_BYTES if target.device.type == "cpu" else DEVICE_CHUNK_BYTES, tensor_slice):
+        flat[done : done + len(chunk)].copy_(chunk)
+        done += len(chunk)
+    return done * DTYPES[stored.dtype].itemsize
 
 
-def read_stored(stored: Stored, dtype: torch.dtype | None = None) -> Tensor:
-    """A stored tensor on the CPU, in the dtype it is stored in or another.
+def read_stored(stored: StoredTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a stored tensor on the CPU, in its stored dtype or another.
 
     Raises:
-        CheckpointError: the file ends early.
+        CheckpointError: The file ends early.
     """
-    tensor = torch.empty(stored.shape, dtype=dtype or DTYPES[stored.kind], device="cpu")
+    tensor = torch.empty(stored.shape, dtype=dtype or DTYPES[stored.dtype], device="cpu")
     copy_stored(stored, tensor)
     return tensor
 
 
-def _pieces(stored: Stored, most: int, part: Part | None) -> Iterator[Tensor]:
-    """Its numbers in order, as 1-D tensors in one buffer, each to be used before the next is asked for."""
-    buffer, filled = torch.empty(min(stored.end - stored.start, most), dtype=torch.uint8, device="cpu"), 0
-    room = buffer.numpy().data
+def _read_chunks(stored: StoredTensor, limit: int, tensor_slice: TensorSlice | None) -> Iterator[Tensor]:
+    """Yield the tensor's elements in order, as 1-D tensors in one buffer; each is valid until the next is requested."""
+    buffer, filled = torch.empty(min(stored.end - stored.start, limit), dtype=torch.uint8, device="cpu"), 0
+    view = buffer.numpy().data
     with stored.path.open("rb", buffering=0) as file:
-        for start, end in _spans(stored, part):
+        for start, end in _byte_ranges(stored, tensor_slice):
             file.seek(start)
             while start < end:
-                size = min(end - start, len(room) - filled)
-                if file.readinto(room[filled : filled + size]) != size:
+                size = min(end - start, len(view) - filled)
+                if file.readinto(view[filled : filled + size]) != size:
                     raise CheckpointError(f"{stored.path}: {stored.name} could not be read to its end")
                 start, filled = start + size, filled + size
-                if filled == len(room):
-                    yield buffer.view(DTYPES[stored.kind])
+                if filled == len(view):
+                    yield buffer.view(DTYPES[stored.dtype])
                     filled = 0
     if filled:
-        yield buffer[:filled].view(DTYPES[stored.kind])
+        yield buffer[:filled].view(DTYPES[stored.dtype])
 
 
-def _spans(stored: Stored, part: Part | None) -> Iterator[tuple[int, int]]:
-    """(start, end) in the file of the bytes that are wanted."""
-    if part is None:
+def _byte_ranges(stored: StoredTensor, tensor_slice: TensorSlice | None) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) in the file of the bytes to read."""
+    if tensor_slice is None:
         yield stored.start, stored.end
         return
-    width = DTYPES[stored.kind].itemsize
-    for first, behind in part.spans(stored.shape):
-        yield stored.start + first * width, stored.start + behind * width
+    width = DTYPES[stored.dtype].itemsize
+    for start, end in tensor_slice.element_ranges(stored.shape):
+        yield stored.start + start * width, stored.start + end * width

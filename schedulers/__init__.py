@@ -1,10 +1,9 @@
 """The mathematics of sampling: noise paths, spacings, predictions and solvers.
 
-A family (DDPM, score SDE, rectified flow) is data: a path, a prediction and a spacing. A solver is written once, for
-every Gaussian path x = alpha * x0 + sigma * eps. Nothing in this package knows a network, a rank or a configuration
-file.
+A family (DDPM, score SDE, rectified flow) is data: a path, a prediction and a spacing. Each solver is written once, for
+every Gaussian path x = alpha * x0 + sigma * eps. This package knows no network, no rank and no configuration file.
 """
 
-from schedulers.families import Settings, check, resolve
+from schedulers.compatibility import NoiseSchedulerSettings, check, resolve
 
-__all__ = ["Settings", "check", "resolve"]
+__all__ = ["NoiseSchedulerSettings", "check", "resolve"]

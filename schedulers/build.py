@@ -1,4 +1,4 @@
-"""From plain settings to a NoiseScheduler: the one place that branches on names."""
+"""From plain settings to a NoiseScheduler: the only place that branches on names."""
 
 import math
 from dataclasses import fields
@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 import torch
 
 from schedulers import paths, prediction, spacing
-from schedulers.families import Settings, resolve
+from schedulers.compatibility import NoiseSchedulerSettings, resolve
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.solvers.adams import DEIS, LMS, PNDM
 from schedulers.solvers.base import Solver
 from schedulers.solvers.dpm import DPMSolver
-from schedulers.solvers.dpm_single import DPMSingle
+from schedulers.solvers.dpm_singlestep import DPMSolverSinglestep
 from schedulers.solvers.euler import DDIM, Euler
 from schedulers.solvers.heun import DPM2, Heun
 from schedulers.solvers.lcm import LCM, TCD
@@ -21,34 +21,45 @@ from schedulers.solvers.rk45 import RK45
 from schedulers.solvers.sde import EDMChurn, EulerMaruyama, PredictorCorrector
 from schedulers.solvers.unipc import UniPC
 
-Part = TypeVar("Part")
+Component = TypeVar("Component")
 
 
-def build(settings: Settings) -> NoiseScheduler:
-    """The noise scheduler that the settings name. Raises ValueError as `families.resolve` does, or for a bad value."""
+def build(settings: NoiseSchedulerSettings) -> NoiseScheduler:
+    """Return the noise scheduler that the settings name.
+
+    Args:
+        settings: The settings; `None` values take their defaults.
+
+    Returns:
+        The noise scheduler, frozen.
+
+    Raises:
+        ValueError: As `compatibility.resolve`, or for a value out of range.
+    """
     s = resolve(settings)
-    rounded = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(s.state_dtype or "")
-    return NoiseScheduler(_path(s), _spacing(s), _prediction(s), _solver(s), rounded)
+    state_dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(s.state_dtype or "")
+    return NoiseScheduler(_path(s), _spacing(s), _prediction(s), _solver(s), state_dtype)
 
 
-def _given(kind: type[Part], s: Settings, **fixed: Any) -> Part:
-    """A dataclass whose fields are the settings of the same names; None leaves its own default."""
-    names = [f.name for f in fields(kind) if f.name in Settings.__dataclass_fields__ and f.name not in fixed]  # type: ignore[arg-type]
+def _from_settings(kind: type[Component], s: NoiseSchedulerSettings, **fixed: Any) -> Component:
+    """Return a `kind` whose fields take the settings of the same names; a setting of None keeps the field's default."""
+    settings = {f.name for f in fields(s)}
+    names = [f.name for f in fields(kind) if f.name in settings and f.name not in fixed]  # type: ignore[arg-type]
     return kind(**{name: value for name in names if (value := getattr(s, name)) is not None}, **fixed)
 
 
-def _path(s: Settings) -> paths.NoisePath:
+def _path(s: NoiseSchedulerSettings) -> paths.NoisePath:
     match s.path:
         case "flow":
             return paths.FlowPath()
         case "edm":
             ends = {"t_min": s.sigma_min, "t_max": s.sigma_max}
             given = {name: value for name, value in ends.items() if value is not None}
-            return _given(paths.EDMPath, s, **given)
+            return _from_settings(paths.EDMPath, s, **given)
         case "ve":
-            return _given(paths.GeometricVEPath, s, sigma_max=50.0 if s.sigma_max is None else s.sigma_max)
+            return _from_settings(paths.GeometricVEPath, s, sigma_max=50.0 if s.sigma_max is None else s.sigma_max)
         case "vp" | "sub_vp":
-            return _given(paths.ContinuousVPPath, s, sub=s.path == "sub_vp")
+            return _from_settings(paths.ContinuousVPPath, s, sub=s.path == "sub_vp")
         case "discrete_vp":
             betas = paths.betas(
                 s.beta_schedule or "linear",
@@ -58,48 +69,48 @@ def _path(s: Settings) -> paths.NoisePath:
             )
             path = paths.DiscreteVPPath(paths.zero_terminal_snr(betas) if s.zero_terminal_snr else betas)
             return paths.VECoordinates(path) if s.coordinates == "ve" else path
-    raise ValueError(f"path={s.path} has no object behind it")
+    raise ValueError(f"path={s.path} is not implemented")
 
 
-def _spacing(s: Settings) -> spacing.Spacing:
-    made = _rows(s)
-    return spacing.Told(made, s.round_tau) if s.round_tau else made
+def _spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
+    base = _base_spacing(s)
+    return spacing.TimestepMap(base, s.round_tau) if s.round_tau else base
 
 
-def _rows(s: Settings) -> spacing.Spacing:
-    of: spacing.Level = "flow" if s.path == "flow" else "ratio"
+def _base_spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
+    level_kind: spacing.LevelKind = "flow" if s.path == "flow" else "ratio"
     match s.spacing:
         case "linspace" if s.path == "flow":
             return _flow_linspace(s)
         case "leading":
-            return _given(spacing.Leading, s)
+            return _from_settings(spacing.Leading, s)
         case "trailing":
-            return _given(spacing.Trailing, s)
+            return _from_settings(spacing.Trailing, s)
         case "linspace":
-            return _given(spacing.Linspace, s, integer=s.integer_timesteps is not False)
+            return _from_settings(spacing.Linspace, s, integer=s.integer_timesteps is not False)
         case "uniform":
             geometric = s.path == "ve" if s.geometric_sigma is None else s.geometric_sigma
-            return _given(spacing.UniformTime, s, geometric_sigma=geometric)
+            return _from_settings(spacing.UniformTime, s, geometric_sigma=geometric)
         case "karras":
-            return _given(spacing.Karras, s, of=of)
+            return _from_settings(spacing.Karras, s, level_kind=level_kind)
         case "exponential":
-            return _given(spacing.Exponential, s, of=of)
+            return _from_settings(spacing.Exponential, s, level_kind=level_kind)
         case "beta":
-            return _given(spacing.Beta, s, of=of)
+            return _from_settings(spacing.Beta, s, level_kind=level_kind)
         case "custom":
-            return _given(spacing.Custom, s, of=of, sigmas=tuple(s.sigmas or ()))
+            return _from_settings(spacing.Custom, s, level_kind=level_kind, sigmas=tuple(s.sigmas or ()))
         case "lcm":
-            return _given(spacing.Distilled, s)
-    raise ValueError(f"spacing={s.spacing} has no object behind it on path={s.path}")
+            return _from_settings(spacing.Distilled, s)
+    raise ValueError(f"spacing={s.spacing} is not implemented on path={s.path}")
 
 
-def _flow_linspace(s: Settings) -> spacing.Spacing:
+def _flow_linspace(s: NoiseSchedulerSettings) -> spacing.Spacing:
     shift = math.exp(s.mu) if s.mu is not None else 1.0 if s.shift is None else s.shift
-    flow = _given(spacing.FlowLinspace, s, shift=shift, terminal=s.shift_terminal)
-    return flow if s.base_shift is None else _given(spacing.ResolutionShift, s, flow=flow)
+    flow = _from_settings(spacing.FlowLinspace, s, shift=shift, terminal=s.shift_terminal)
+    return flow if s.base_shift is None else _from_settings(spacing.ResolutionShift, s, flow=flow)
 
 
-def _prediction(s: Settings) -> prediction.Prediction:
+def _prediction(s: NoiseSchedulerSettings) -> prediction.Prediction:
     kinds: dict[str, prediction.Prediction] = {
         "eps": prediction.Eps(),
         "x0": prediction.X0(),
@@ -118,44 +129,44 @@ def _prediction(s: Settings) -> prediction.Prediction:
     return kind
 
 
-def _solver(s: Settings) -> Solver:
+def _solver(s: NoiseSchedulerSettings) -> Solver:
     match s.solver:
         case "euler":
             return Euler()
         case "ddim":
-            return _given(DDIM, s)
+            return _from_settings(DDIM, s)
         case "ancestral":
             return DDIM(1.0)
         case "ddpm":
-            return _given(DDPM, s)
+            return _from_settings(DDPM, s)
         case "heun":
             return Heun()
         case "dpm2":
-            return _given(DPM2, s)
+            return _from_settings(DPM2, s)
         case "dpmpp_1" | "dpmpp_2m" | "dpmpp_3m":
-            return _given(DPMSolver, s, order=int(s.solver[6]))
+            return _from_settings(DPMSolver, s, order=int(s.solver[6]))
         case "dpmpp_2m_sde":
-            return _given(DPMSolver, s, order=2, stochastic=True)
+            return _from_settings(DPMSolver, s, order=2, stochastic=True)
         case "dpmpp_2s" | "dpmpp_3s":
-            return _given(DPMSingle, s, order=int(s.solver[6]))
+            return _from_settings(DPMSolverSinglestep, s, order=int(s.solver[6]))
         case "unipc":
-            return _given(UniPC, s)
+            return _from_settings(UniPC, s)
         case "deis":
-            return _given(DEIS, s)
+            return _from_settings(DEIS, s)
         case "pndm":
-            return _given(PNDM, s, whole_times=s.spacing in ("leading", "trailing"))
+            return _from_settings(PNDM, s, whole_times=s.spacing in ("leading", "trailing"))
         case "lms":
-            return _given(LMS, s)
+            return _from_settings(LMS, s)
         case "lcm":
-            return _given(LCM, s, boundary=s.path == "discrete_vp" if s.boundary is None else s.boundary)
+            return _from_settings(LCM, s, boundary=s.path == "discrete_vp" if s.boundary is None else s.boundary)
         case "tcd":
-            return _given(TCD, s)
+            return _from_settings(TCD, s)
         case "edm_churn":
-            return _given(EDMChurn, s)
+            return _from_settings(EDMChurn, s)
         case "euler_maruyama":
             return EulerMaruyama()
         case "predictor_corrector":
-            return _given(PredictorCorrector, s, vp_scale=s.path in ("discrete_vp", "vp", "sub_vp"))
+            return _from_settings(PredictorCorrector, s, vp_scale=s.path in ("discrete_vp", "vp", "sub_vp"))
         case "rk45":
-            return _given(RK45, s)
-    raise ValueError(f"solver={s.solver} has no object behind it")
+            return _from_settings(RK45, s)
+    raise ValueError(f"solver={s.solver} is not implemented")

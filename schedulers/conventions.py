@@ -1,4 +1,4 @@
-"""Spacings around another spacing: published conventions that change where its ends are, or one of its columns."""
+"""Spacings that wrap another spacing: published conventions that change its ends or one of its columns."""
 
 import math
 from collections.abc import Callable
@@ -7,26 +7,30 @@ from typing import Literal
 
 from schedulers.grid import Grid
 from schedulers.paths import NoisePath
-from schedulers.spacing import Beta, Exponential, FlowLinspace, Karras, ResolutionShift, Spacing, Told
+from schedulers.spacing import Beta, Exponential, FlowLinspace, Karras, ResolutionShift, Spacing, TimestepMap
 
 
 @dataclass(frozen=True)
-class Between:
-    """Levels between the first and the last row (the end left out) of another spacing, where they give no ends.
+class RespacedLevels:
+    """Noise levels spread between the first and the last noisy row of another spacing.
 
-    diffusers' Euler, Heun, KDPM2 and LMS cut the trained timesteps first (timestep_spacing) and spread karras,
-    exponential or beta levels over what is left; its FlowMatchEuler does so with the shifted sigmas.
+    diffusers' Euler, Heun, KDPM2 and LMS choose the trained timesteps first (timestep_spacing). They then spread
+    karras, exponential or beta levels over that range. Its FlowMatchEuler does the same with the shifted sigmas.
+
+    Attributes:
+        spacing: The spacing whose first and last noisy rows give the range.
+        levels: The levels to spread; a sigma_min or sigma_max of its own replaces that end of the range.
     """
 
     spacing: Spacing
     levels: Karras | Exponential | Beta
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
+        """Return the grid of the levels over the range of the inner spacing."""
         rows = self.spacing.grid(path, steps)
         first, last = rows[0], rows[steps - 1]
         high, low = self.levels.sigma_max, self.levels.sigma_min
-        if self.levels.of == "flow":
+        if self.levels.level_kind == "flow":
             ends = (first.sigma / (first.alpha + first.sigma), last.sigma / (last.alpha + last.sigma))
         else:
             ends = (first.ratio, last.ratio)
@@ -37,18 +41,22 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Start:
-    """Another spacing with its own deviation of the first noise.
+class InitStdOverride:
+    """Another spacing with its own standard deviation of the first noise.
 
-    "sigma" is that of the noise alone, "state" sqrt(alpha^2 + sigma^2), that of the whole state for unit data, and
-    "unit" 1. diffusers' samplers in x / alpha use "state" with `leading` timesteps and "sigma" with the others.
+    diffusers' samplers in x / alpha use "state" with `leading` timesteps and "sigma" with the others.
+
+    Attributes:
+        spacing: The spacing that makes the rows.
+        std: The rule for the standard deviation. "sigma" is the noise alone; "state" is sqrt(alpha^2 + sigma^2), the
+            whole state for data of unit variance; "unit" is 1.
     """
 
     spacing: Spacing
     std: Literal["sigma", "state", "unit"]
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
+        """Return the inner spacing's grid with `init_std` replaced."""
         grid = self.spacing.grid(path, steps)
         first = grid[0]
         std = {"sigma": first.sigma, "state": math.hypot(first.alpha, first.sigma), "unit": 1.0}[self.std]
@@ -56,38 +64,45 @@ class Start:
 
 
 @dataclass(frozen=True)
-class CutOn:
-    """Another spacing cut on a path of its own, while points between rows stay those of the scheduler's path.
+class RowsFromPath:
+    """Another spacing whose rows come from a path of their own.
 
-    diffusers' KDPM2 interpolates sigma / alpha for its rows and the logarithm of it for its midpoints.
+    Points between rows stay those of the scheduler's path. diffusers' KDPM2 interpolates sigma / alpha for its rows,
+    and the logarithm of sigma / alpha for its midpoints.
+
+    Attributes:
+        spacing: The spacing that makes the rows.
+        row_path: The path that the rows lie on.
     """
 
     spacing: Spacing
-    rows: NoisePath
+    row_path: NoisePath
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
-        return replace(self.spacing.grid(self.rows, steps), path=path)
+        """Return the inner spacing's grid on `row_path`, with `path` for the points between rows."""
+        return replace(self.spacing.grid(self.row_path, steps), path=path)
 
 
-def innermost(spacing: Spacing, change: Callable[[Spacing], Spacing]) -> Spacing:
-    """The same nest of spacings with `change` applied to the one that holds no other."""
-    if isinstance(spacing, Between | Start | CutOn | Told):
-        return replace(spacing, spacing=innermost(spacing.spacing, change))
+def replace_innermost(spacing: Spacing, change: Callable[[Spacing], Spacing]) -> Spacing:
+    """Return the same nested spacings with the innermost one replaced by `change` of it."""
+    if isinstance(spacing, RespacedLevels | InitStdOverride | RowsFromPath | TimestepMap):
+        return replace(spacing, spacing=replace_innermost(spacing.spacing, change))
     return change(spacing)
 
 
 def for_tokens(spacing: Spacing, tokens: int) -> Spacing:
-    """The same spacing for a picture of that many tokens."""
-    return innermost(spacing, lambda inner: inner.at(tokens) if isinstance(inner, ResolutionShift) else inner)
+    """Return the same spacing for a sample of that many latent tokens."""
+    return replace_innermost(
+        spacing, lambda inner: inner.for_tokens(tokens) if isinstance(inner, ResolutionShift) else inner
+    )
 
 
-def from_one(spacing: Spacing) -> Spacing:
-    """The same spacing of a flow with its unshifted sigmas even from 1 to 1 / steps."""
+def with_even_sigmas(spacing: Spacing) -> Spacing:
+    """Return the same flow spacing with its unshifted sigmas even from 1 to 1 / steps."""
 
     def change(inner: Spacing) -> Spacing:
         if isinstance(inner, ResolutionShift):
             return replace(inner, flow=replace(inner.flow, sigma_last=None))
         return replace(inner, sigma_last=None) if isinstance(inner, FlowLinspace) else inner
 
-    return innermost(spacing, change)
+    return replace_innermost(spacing, change)

@@ -1,7 +1,7 @@
-"""The table a solver walks down: one row a point, from noise to data.
+"""The table a solver goes through: one row per point, from noise to data.
 
-Every convention of a published checkpoint (which timesteps, which last row, what the network is told) ends up here as
-numbers, so that a solver never branches on where it is used.
+Every convention of a published checkpoint ends up here as numbers: the timesteps, the last row, and what the network is
+given. A solver therefore never branches on where it is used.
 """
 
 import math
@@ -15,9 +15,14 @@ from schedulers.paths import NoisePath
 
 @dataclass(frozen=True)
 class Point:
-    """One row of a grid, as Python floats: the state there is x = alpha * x0 + sigma * eps.
+    """One row of a grid, as Python floats. The state there is x = alpha * x0 + sigma * eps.
 
-    t is the path's own time. tau is the number the network is told. The network is fed c_in * x.
+    Attributes:
+        t: The path's own time.
+        alpha: The factor of the data.
+        sigma: The factor of the noise.
+        tau: The timestep passed to the network.
+        c_in: The input scale: the network receives c_in * x.
     """
 
     t: float
@@ -28,12 +33,12 @@ class Point:
 
     @property
     def ratio(self) -> float:
-        """sigma / alpha, infinite where alpha = 0."""
+        """The ratio sigma / alpha, infinite at alpha = 0."""
         return self.sigma / self.alpha if self.alpha > 0 else math.inf
 
     @property
     def log_snr(self) -> float:
-        """lambda = log(alpha / sigma): minus infinity at alpha = 0, infinity at sigma = 0."""
+        """The value lambda = log(alpha / sigma): minus infinity at alpha = 0, infinity at sigma = 0."""
         if self.sigma == 0:
             return math.inf
         return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
@@ -41,12 +46,23 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """n + 1 points for n steps, noise first; all columns are float64 tensors of shape (n + 1,) on the CPU.
+    """The n + 1 points of n steps, noise first.
 
-    init_std is the standard deviation of the noise that a checkpoint expects at the first row. path is where points
-    between rows come from, for solvers that evaluate there. target, shape (steps,), holds the path's times at which
-    first-order steps land where a published implementation misses the next row; None means the next row.
-    Raises ValueError when the columns disagree in length, are not finite, or sigma / alpha rises along the table.
+    All columns are float64 tensors of shape (n + 1,) on the CPU.
+
+    Attributes:
+        t: The path's own time at each row.
+        alpha: The factor of the data at each row.
+        sigma: The factor of the noise at each row.
+        tau: The timestep passed to the network at each row.
+        c_in: The input scale of the network at each row.
+        init_std: The standard deviation of the first noise that the checkpoint expects.
+        path: The source of points between rows, for solvers that evaluate there.
+        landing_t: The path's times at which first-order steps land, shape (steps,), for published implementations that
+            miss the next row. None, or NaN for one step, means the next row.
+
+    Raises:
+        ValueError: The columns differ in length, are not finite, or sigma / alpha rises along the table.
     """
 
     t: Tensor
@@ -56,7 +72,7 @@ class Grid:
     c_in: Tensor
     init_std: float
     path: NoisePath | None = None
-    target: Tensor | None = None
+    landing_t: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("t", "alpha", "sigma", "tau", "c_in"):
@@ -73,7 +89,7 @@ class Grid:
 
     @property
     def steps(self) -> int:
-        """Number of steps, one less than the number of rows."""
+        """The number of steps, one less than the number of rows."""
         return len(self.t) - 1
 
     def __len__(self) -> int:
@@ -83,30 +99,44 @@ class Grid:
         columns = (self.t, self.alpha, self.sigma, self.tau, self.c_in)
         return Point(*(float(column[i]) for column in columns))
 
-    def at(self, ratio: float) -> Point:
-        """The path's point where sigma / alpha equals `ratio`, on a row or between rows.
+    def at_ratio(self, ratio: float) -> Point:
+        """Return the path's point where sigma / alpha equals `ratio`, on a row or between rows.
 
-        Raises ValueError for a grid made without a path.
+        Args:
+            ratio: A value of sigma / alpha, possibly infinite.
+
+        Returns:
+            The point on the path.
+
+        Raises:
+            ValueError: The grid was made without a path.
         """
         if self.path is None:
             raise ValueError("this grid was made without its path, so there is no point between its rows")
-        return self._point(self.path, self.path.t_of(ratio))
+        return self._point_at(self.path, self.path.t_of(ratio))
 
     def landing(self, i: int) -> Point:
-        """Where a first-order step from row i lands: the next row, or the target of a published quirk."""
-        if self.target is None or self.path is None or not math.isfinite(t := float(self.target[i])):
+        """Return the point where a first-order step from row i lands: the next row, or the point at `landing_t[i]`."""
+        if self.landing_t is None or self.path is None or not math.isfinite(t := float(self.landing_t[i])):
             return self[i + 1]
-        return self._point(self.path, t)
+        return self._point_at(self.path, t)
 
     @staticmethod
-    def _point(path: NoisePath, t: float) -> Point:
+    def _point_at(path: NoisePath, t: float) -> Point:
         return Point(t, path.alpha(t), path.sigma(t), path.tau(t), path.c_in(t))
 
     def at_time(self, t: float) -> Point:
-        """The path's point at its own time t.
+        """Return the path's point at its own time t.
 
-        Raises ValueError for a grid made without a path.
+        Args:
+            t: A time between the path's t_min and t_max.
+
+        Returns:
+            The point on the path.
+
+        Raises:
+            ValueError: The grid was made without a path.
         """
         if self.path is None:
             raise ValueError("this grid was made without its path, so there is no point between its rows")
-        return self._point(self.path, t)
+        return self._point_at(self.path, t)

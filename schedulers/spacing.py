@@ -1,4 +1,4 @@
-"""Where along a path the steps are taken: path + number of steps -> Grid."""
+"""Where along a path the steps are taken: path and number of steps -> Grid."""
 
 import itertools
 import math
@@ -16,17 +16,34 @@ End = Literal["clean", "t_min", "repeat"]
 
 
 class Spacing(Protocol):
-    """The choice of points for a number of steps."""
+    """A rule that chooses the points for a number of steps."""
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """steps + 1 rows, noise first. Raises ValueError when the path cannot be cut into that many steps."""
+        """Return the grid of a path for a number of steps.
+
+        Args:
+            path: The noise path.
+            steps: The number of steps, at least 1.
+
+        Returns:
+            The grid of steps + 1 rows, noise first.
+
+        Raises:
+            ValueError: The path has no grid with that many steps.
+        """
 
 
 def grid_at(path: NoisePath, t: Tensor, end: End = "clean") -> Grid:
-    """The grid with one row at each time of t (shape (steps,), float64, falling), and a last row.
+    """Return the grid with one row at each time of t, and a last row.
 
-    end="clean" appends alpha = 1, sigma = 0; end="t_min" appends the path's own t_min, where some noise is left; and
-    end="repeat" the last row again, so that the last step changes nothing (diffusers' DEIS).
+    Args:
+        path: The noise path.
+        t: The falling times of the network evaluations, shape (steps,), float64.
+        end: The last row. "clean" is alpha = 1, sigma = 0. "t_min" is the path's own t_min, where some noise is left.
+            "repeat" is the row before it again, so that the last step changes nothing (diffusers' DEIS).
+
+    Returns:
+        The grid of steps + 1 rows.
     """
     t = t.to(torch.float64)
     ends = {"clean": path.t_of(0.0), "t_min": path.t_min, "repeat": float(t[-1])}
@@ -38,31 +55,42 @@ def grid_at(path: NoisePath, t: Tensor, end: End = "clean") -> Grid:
     return Grid(t, alpha, sigma, path.tau(t), path.c_in(t), path.init_std(float(t[0])), path)
 
 
-def _count(steps: int) -> int:
+def _check_steps(steps: int) -> int:
+    """Return `steps` after checking that it is at least 1."""
     if steps < 1:
-        raise ValueError(f"steps={steps}; ask for at least 1")
+        raise ValueError(f"steps={steps}; use at least 1")
     return steps
 
 
-def _trained(path: NoisePath, steps: int) -> int:
-    """The number of trained indices, once it is known that `steps` of them can be picked."""
+def _count_trained_timesteps(path: NoisePath, steps: int) -> int:
+    """Return the number of trained timesteps of the path, after checking that it has at least `steps`."""
     total = round(path.t_max - path.t_min) + 1
-    if _count(steps) > total:
-        raise ValueError(f"steps={steps} on a path of {total} trained timesteps; ask for {total} or fewer")
+    if _check_steps(steps) > total:
+        raise ValueError(f"steps={steps} on a path of {total} trained timesteps; use {total} or fewer")
     return total
 
 
 @dataclass(frozen=True)
 class FlowLinspace:
-    """sigma even from sigma_first to sigma_last, shifted once by s * sigma / (1 + (s - 1) * sigma), then 0.
+    """Even sigmas of a flow, shifted once by s * sigma / (1 + (s - 1) * sigma), then the last row.
 
-    Esser et al. 2024 (arXiv 2403.03206), equation 23, for the flow path. sigma_last is the unshifted sigma of the last
-    network evaluation: None means sigma_first / steps, all steps even, as FLUX does; 0.001 is the convention of
-    diffusers' SD3. A static shift applied twice, as in diffusers' FlowMatchEulerDiscrete (issue 13243), is
-    sigma_last = shift * 0.001 / (1 + (shift - 1) * 0.001). spare_row cuts one row more and drops the last one, which is
-    then sigma_last (diffusers' DPM-Solver and UniPC). sigma_cap bounds the shifted sigma, for solvers that divide by
-    alpha. terminal stretches the shifted rows so that the last is `terminal` (LTX-Video). given, noise first, takes the
-    place of the even unshifted sigmas. end is the last row.
+    Esser et al. 2024 (arXiv 2403.03206), equation 23. diffusers' FlowMatchEulerDiscrete applies a static shift twice
+    (issue 13243); sigma_last = shift * 0.001 / (1 + (shift - 1) * 0.001) reproduces that.
+
+    Attributes:
+        shift: The shift s, above 0; 1 keeps the sigmas even.
+        sigma_last: The unshifted sigma of the last network evaluation. None means sigma_first / steps, all steps even,
+            as FLUX does; 0.001 is the convention of diffusers' SD3.
+        sigma_first: The unshifted sigma of the first evaluation.
+        spare_row: Whether one more row is made and the last one dropped; sigma_last is then the dropped row (diffusers'
+            DPM-Solver and UniPC).
+        sigma_cap: The largest shifted sigma, for solvers that divide by alpha.
+        terminal: The last shifted sigma; the others are stretched to fit (LTX-Video). None does not stretch.
+        unshifted_sigmas: The unshifted sigmas, noise first, in place of even ones.
+        end: The last row, as in `grid_at`.
+
+    Raises:
+        ValueError: A shift or sigma is out of range.
     """
 
     shift: float = 1.0
@@ -71,7 +99,7 @@ class FlowLinspace:
     spare_row: bool = False
     sigma_cap: float = 1.0
     terminal: float | None = None
-    given: tuple[float, ...] | None = None
+    unshifted_sigmas: tuple[float, ...] | None = None
     end: End = "clean"
 
     def __post_init__(self) -> None:
@@ -83,38 +111,58 @@ class FlowLinspace:
             raise ValueError(f"sigma_first={self.sigma_first}, sigma_cap={self.sigma_cap}; give sigmas inside (0, 1]")
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
-        sigma = self._unshifted(_count(steps))
+        """Return the grid of the shifted sigmas.
+
+        Args:
+            path: The noise path; on another than the flow path, sigma means sigma / (alpha + sigma).
+            steps: The number of steps, at least 1.
+
+        Returns:
+            The grid of steps + 1 rows.
+
+        Raises:
+            ValueError: The last evaluation would be at sigma = 0, or the number of steps does not fit.
+        """
+        sigma = self._unshifted_rows(_check_steps(steps))
         if not sigma[-1] > 0:
             raise ValueError("the last network evaluation would be at sigma = 0; give sigma_last above 0, or spare_row")
         sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
         if self.terminal is not None:
             sigma = 1 - (1 - sigma) / ((1 - sigma[-1]) / (1 - self.terminal))
         sigma = sigma.clamp(max=self.sigma_cap)
-        if isinstance(path, FlowPath):  # its time is sigma, to the last bit: published samplers cut 1000 sigma
+        if isinstance(path, FlowPath):  # its time is exactly sigma, and published samplers truncate 1000 sigma
             return grid_at(path, sigma, self.end)
         return grid_at(path, path.t_of(sigma / (1 - sigma)), self.end)
 
-    def _unshifted(self, steps: int) -> Tensor:
-        if self.given is not None:
-            if len(self.given) != steps:
-                raise ValueError(f"steps={steps}, but {len(self.given)} sigmas are given; make them agree")
-            return torch.tensor(self.given, dtype=torch.float64)
+    def _unshifted_rows(self, steps: int) -> Tensor:
+        if self.unshifted_sigmas is not None:
+            if len(self.unshifted_sigmas) != steps:
+                raise ValueError(
+                    f"steps={steps}, but {len(self.unshifted_sigmas)} sigmas are given; give as many sigmas as steps"
+                )
+            return torch.tensor(self.unshifted_sigmas, dtype=torch.float64)
         last = self.sigma_first / steps if self.sigma_last is None else self.sigma_last
         rows = steps + 1 if self.spare_row else steps
-        if last == 0:  # even in 1 - sigma, from the data: to the last bit what diffusers' DPM-Solver cuts
+        if last == 0:  # even in 1 - sigma, from the data: bit-equal to diffusers' DPM-Solver
             return torch.from_numpy(1 - np.linspace(1, 1 - self.sigma_first, rows)).flip(0)[:steps]
         return torch.from_numpy(np.linspace(self.sigma_first, last, rows))[:steps]
 
 
 @dataclass(frozen=True)
 class ResolutionShift:
-    """FlowLinspace with a shift e^mu that grows with the picture: mu linear in its number of tokens,
+    """FlowLinspace with a shift e^mu that grows with the resolution; mu is linear in the number of latent tokens.
 
         mu = base_shift + (tokens - base_tokens) * (max_shift - base_shift) / (max_tokens - base_tokens).
 
-    FLUX (black-forest-labs/flux, get_lin_function and time_shift) and SD3.5, in diffusers' names; kind="linear" takes
-    mu itself as the shift.
+    FLUX (black-forest-labs/flux, get_lin_function and time_shift) and SD3.5, in diffusers' names.
+
+    Attributes:
+        flow: The spacing whose shift is replaced.
+        base_shift: The mu at base_tokens.
+        max_shift: The mu at max_tokens.
+        base_tokens: The smaller number of latent tokens.
+        max_tokens: The larger number of latent tokens.
+        kind: The shift as a function of mu: "exponential" is e^mu, "linear" is mu itself.
     """
 
     flow: FlowLinspace
@@ -125,30 +173,34 @@ class ResolutionShift:
     kind: Literal["exponential", "linear"] = "exponential"
 
     def mu(self, tokens: int) -> float:
-        """See the class."""
+        """Return mu for a number of latent tokens."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return self.base_shift + (tokens - self.base_tokens) * slope
 
-    def at(self, tokens: int) -> FlowLinspace:
-        """The spacing for a picture of that many tokens."""
-        return self.shifted(self.mu(tokens))
+    def for_tokens(self, tokens: int) -> FlowLinspace:
+        """Return the spacing for a sample of that many latent tokens."""
+        return self.with_mu(self.mu(tokens))
 
-    def shifted(self, mu: float) -> FlowLinspace:
-        """The spacing for a mu that is known already."""
+    def with_mu(self, mu: float) -> FlowLinspace:
+        """Return the spacing for a given mu."""
         return replace(self.flow, shift=math.exp(mu) if self.kind == "exponential" else mu)
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """Raises ValueError: the number of tokens decides, so ask NoiseScheduler.grid(steps, tokens)."""
-        raise ValueError("this grid depends on the picture's size; ask for it with a number of tokens")
+        """Raise ValueError: the shift depends on the number of tokens, so call NoiseScheduler.grid(steps, tokens)."""
+        raise ValueError("this grid depends on the image size; pass the number of tokens")
 
 
 @dataclass(frozen=True)
 class Leading:
-    """t = i * (N // n) + steps_offset, i = n - 1 ... 0. For discrete paths; DDPM, DDIM and Stable Diffusion.
+    """Timesteps t = i * (N // n) + steps_offset, i = n - 1 ... 0. For discrete paths.
 
-    Lin et al. 2023 (arXiv 2305.08891), table 2. The last row is `end`: "clean" is diffusers' set_alpha_to_one,
-    "t_min" its alpha-bar of index 0. spare_row strides by N // (n + 1) and drops the row nearest to the data, as
-    diffusers' DPM-Solver, UniPC and DEIS do.
+    Lin et al. 2023 (arXiv 2305.08891), table 2; DDPM, DDIM and Stable Diffusion.
+
+    Attributes:
+        steps_offset: The offset added to every timestep.
+        end: The last row. "clean" is diffusers' set_alpha_to_one, "t_min" its alpha-bar of index 0.
+        spare_row: Whether the stride is N // (n + 1) and the row nearest to the data is dropped, as diffusers'
+            DPM-Solver, UniPC and DEIS do.
     """
 
     steps_offset: int = 0
@@ -156,13 +208,24 @@ class Leading:
     spare_row: bool = False
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
-        total = _trained(path, steps)
+        """Return the grid of the leading timesteps.
+
+        Args:
+            path: A discrete path of N trained timesteps.
+            steps: The number of steps n.
+
+        Returns:
+            The grid of steps + 1 rows.
+
+        Raises:
+            ValueError: A timestep is outside the trained ones.
+        """
+        total = _count_trained_timesteps(path, steps)
         first = 1 if self.spare_row else 0
         t = torch.arange(steps - 1 + first, first - 1, -1) * (total // (steps + first)) + self.steps_offset
         if not 0 <= int(t[-1]) <= int(t[0]) <= total - 1:
             raise ValueError(
-                f"steps={steps} with steps_offset={self.steps_offset} asks for timesteps {int(t[0])} to {int(t[-1])}, "
+                f"steps={steps} with steps_offset={self.steps_offset} gives timesteps {int(t[0])} to {int(t[-1])}, "
                 f"outside 0 to {total - 1}; lower steps, or set steps_offset=0"
             )
         return grid_at(path, t, self.end)
@@ -170,38 +233,46 @@ class Leading:
 
 @dataclass(frozen=True)
 class Trailing:
-    """t = round(N - i * N / n) - 1, i = 0 ... n - 1, so the first step is at the noisiest index. For discrete paths.
+    """Timesteps t = round(N - i * N / n) - 1, i = 0 ... n - 1, so the first is the noisiest. For discrete paths.
 
-    Lin et al. 2023 (arXiv 2305.08891), table 2. stride_target lets first-order steps land at t - N // n, which is not
-    the next row where n does not divide N (diffusers' DDIM; 2 % off at n = 30).
+    Lin et al. 2023 (arXiv 2305.08891), table 2.
+
+    Attributes:
+        end: The last row, as in `grid_at`.
+        stride_target: Whether first-order steps land at t - N // n, as in diffusers' DDIM. This is not the next row if
+            n does not divide N (2 % off at n = 30).
     """
 
     end: End = "clean"
     stride_target: bool = False
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
-        total = _trained(path, steps)
-        stride = total - (total - total / steps)  # the rounding of numpy's arange, so that ties fall as diffusers' do
+        """Return the grid of the trailing timesteps."""
+        total = _count_trained_timesteps(path, steps)
+        stride = total - (total - total / steps)  # rounds like numpy's arange, so that ties round as in diffusers
         t = torch.round(total - torch.arange(steps, dtype=torch.float64) * stride) - 1
         grid = grid_at(path, t, self.end)
-        return _at_stride(grid, total) if self.stride_target else grid
+        return _with_stride_landing(grid, total) if self.stride_target else grid
 
 
-def _at_stride(grid: Grid, total: int) -> Grid:
-    """The same rows, with first-order steps landing a whole stride further whatever the next row is."""
-    target = grid.t[:-1] - total // grid.steps
-    target[target < 0] = math.nan  # the last row, whatever it is
-    return replace(grid, target=target)
+def _with_stride_landing(grid: Grid, total: int) -> Grid:
+    """Return the same rows, with first-order steps that land one whole stride further, whatever the next row is."""
+    landing_t = grid.t[:-1] - total // grid.steps
+    landing_t[landing_t < 0] = math.nan  # NaN lands at the next row, whatever that is
+    return replace(grid, landing_t=landing_t)
 
 
 @dataclass(frozen=True)
 class Linspace:
-    """t even from t_max to t_min, both included, then `end`. For discrete paths.
+    """Timesteps even from t_max to t_min, both included. For discrete paths.
 
-    Lin et al. 2023 (arXiv 2305.08891), table 2. integer=True rounds to trained indices (DDIM); False keeps fractions
-    (Euler). A single step is taken at t_max. spare_row cuts one row more and drops t_min, as diffusers' DPM-Solver,
-    UniPC and DEIS do. stride_target lets first-order steps land at t - N // n, as diffusers' DDIM does.
+    Lin et al. 2023 (arXiv 2305.08891), table 2. A single step is taken at t_max.
+
+    Attributes:
+        integer: Whether timesteps are rounded to trained indices (DDIM). False keeps fractions (Euler).
+        end: The last row, as in `grid_at`.
+        spare_row: Whether one more row is made and t_min dropped, as diffusers' DPM-Solver, UniPC and DEIS do.
+        stride_target: Whether first-order steps land at t - N // n, as in diffusers' DDIM.
     """
 
     integer: bool = False
@@ -210,22 +281,29 @@ class Linspace:
     stride_target: bool = False
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
-        total = _trained(path, steps)
+        """Return the grid of the even timesteps."""
+        total = _count_trained_timesteps(path, steps)
         rows = steps + 1 if self.spare_row else steps
-        stride = (path.t_max - path.t_min) / max(rows - 1, 1)  # multiplied out as numpy does, so that ties round alike
+        stride = (path.t_max - path.t_min) / max(
+            rows - 1, 1
+        )  # computed like numpy's linspace, so that ties round alike
         t = path.t_min + torch.arange(rows - 1, rows - 1 - steps, -1, dtype=torch.float64) * stride
         t[0] = path.t_max
         grid = grid_at(path, t.round() if self.integer else t, self.end)
-        return _at_stride(grid, total) if self.stride_target else grid
+        return _with_stride_landing(grid, total) if self.stride_target else grid
 
 
 @dataclass(frozen=True)
 class UniformTime:
-    """t even from the path's t_max to its t_min in n rows, then `end`. For paths in continuous time.
+    """Times even from the path's t_max to its t_min in n rows. For paths in continuous time.
 
-    Song et al. 2021 (arXiv 2011.13456), appendix E. t_last replaces t_min. geometric_sigma is the convention of NCSN++
-    (VE): the steps use sigma even in its logarithm from sigma_max to sigma_min, while the network is told sigma(t).
+    Song et al. 2021 (arXiv 2011.13456), appendix E.
+
+    Attributes:
+        end: The last row, as in `grid_at`.
+        t_last: The time of the last evaluation; None means the path's t_min.
+        geometric_sigma: Whether the steps use sigmas even in their logarithm, from sigma_max to sigma_min, while the
+            network is conditioned on sigma(t). This is the convention of NCSN++ (VE).
     """
 
     end: End = "clean"
@@ -233,9 +311,9 @@ class UniformTime:
     geometric_sigma: bool = False
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
+        """Return the grid of the even times."""
         last = path.t_min if self.t_last is None else self.t_last
-        t = torch.linspace(path.t_max, last, _count(steps), dtype=torch.float64)
+        t = torch.linspace(path.t_max, last, _check_steps(steps), dtype=torch.float64)
         grid = grid_at(path, t, self.end)
         if not self.geometric_sigma:
             return grid
@@ -244,12 +322,28 @@ class UniformTime:
         return replace(grid, sigma=sigma)
 
 
-Level = Literal["ratio", "flow"]
+LevelKind = Literal["ratio", "flow"]
 
 
-def _levels(path: NoisePath, of: Level, low: float | None, high: float | None, name: str) -> tuple[float, float]:
-    """The ends that a spacing of levels goes between: as given, or the path's own at t_min and t_max."""
-    if of == "flow":
+def _level_range(
+    path: NoisePath, level_kind: LevelKind, low: float | None, high: float | None, name: str
+) -> tuple[float, float]:
+    """Return the lowest and the highest level: as given, or the path's own at t_min and t_max.
+
+    Args:
+        path: The noise path.
+        level_kind: The meaning of a level, see `_grid_at_levels`.
+        low: The lowest level, or None for the path's own (0.001 for a flow).
+        high: The highest level, or None for the path's own (1 for a flow).
+        name: The name of the spacing, for the message.
+
+    Returns:
+        The lowest and the highest level.
+
+    Raises:
+        ValueError: The path's highest ratio is infinite, or the levels are not 0 < low < high.
+    """
+    if level_kind == "flow":
         return (low if low is not None else 1e-3), (high if high is not None else 1.0)
     if high is None and path.alpha(path.t_max) <= 0:
         raise ValueError(f"{name} spacing needs a finite sigma / alpha, and this path reaches alpha = 0; use linspace")
@@ -260,61 +354,92 @@ def _levels(path: NoisePath, of: Level, low: float | None, high: float | None, n
     return low, high
 
 
-def _grid_of_levels(path: NoisePath, of: Level, levels: Tensor, end: End) -> Grid:
-    """Rows at levels of sigma / alpha ("ratio"), or of sigma / (alpha + sigma), a flow's own sigma ("flow")."""
-    return grid_at(path, path.t_of(levels / (1 - levels) if of == "flow" else levels), end)
+def _grid_at_levels(path: NoisePath, level_kind: LevelKind, levels: Tensor, end: End) -> Grid:
+    """Return the grid at levels of sigma / alpha ("ratio"), or sigma / (alpha + sigma) ("flow", a flow's sigma)."""
+    return grid_at(path, path.t_of(levels / (1 - levels) if level_kind == "flow" else levels), end)
 
 
 @dataclass(frozen=True)
 class Karras:
-    """level_i = (max^(1/rho) + i / (n - 1) * (min^(1/rho) - max^(1/rho)))^rho, then `end`.
+    """Levels level_i = (max^(1/rho) + i / (n - 1) * (min^(1/rho) - max^(1/rho)))^rho, then the last row.
 
-    Karras et al. 2022 (arXiv 2206.00364), equation 5. A level is sigma / alpha, max and min the path's own at t_max and
-    t_min unless given; on a flow path (of="flow") it is sigma itself, from 1 to 0.001. Raises ValueError on a path that
-    reaches alpha = 0 when the level is a ratio.
+    Karras et al. 2022 (arXiv 2206.00364), equation 5.
+
+    Attributes:
+        rho: The exponent, above 0.
+        sigma_min: The lowest level; None means the path's own at t_min, or 0.001 for a flow.
+        sigma_max: The highest level; None means the path's own at t_max, or 1 for a flow.
+        end: The last row, as in `grid_at`.
+        level_kind: The meaning of a level: "ratio" is sigma / alpha, "flow" is sigma / (alpha + sigma), a flow's own
+            sigma.
     """
 
     rho: float = 7.0
     sigma_min: float | None = None
     sigma_max: float | None = None
     end: End = "clean"
-    of: Level = "ratio"
+    level_kind: LevelKind = "ratio"
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
+        """Return the grid of the levels.
+
+        Args:
+            path: The noise path.
+            steps: The number of steps, at least 1.
+
+        Returns:
+            The grid of steps + 1 rows.
+
+        Raises:
+            ValueError: rho or a level is out of range, or the level is a ratio and the path reaches alpha = 0.
+        """
         if self.rho <= 0:
             raise ValueError(f"karras spacing needs rho > 0, got {self.rho}")
-        low, high = _levels(path, self.of, self.sigma_min, self.sigma_max, "karras")
-        ramp = torch.linspace(0, 1, _count(steps), dtype=torch.float64)
+        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "karras")
+        ramp = torch.linspace(0, 1, _check_steps(steps), dtype=torch.float64)
         levels = (high ** (1 / self.rho) + ramp * (low ** (1 / self.rho) - high ** (1 / self.rho))) ** self.rho
-        return _grid_of_levels(path, self.of, levels, self.end)
+        return _grid_at_levels(path, self.level_kind, levels, self.end)
 
 
 @dataclass(frozen=True)
 class Exponential:
-    """Levels even in their logarithm from max to min, then `end`; what a level is, see Karras.
+    """Levels even in their logarithm from the highest to the lowest, then the last row.
 
     k-diffusion's get_sigmas_exponential.
+
+    Attributes:
+        sigma_min: The lowest level, as in `Karras`.
+        sigma_max: The highest level, as in `Karras`.
+        end: The last row, as in `grid_at`.
+        level_kind: The meaning of a level, as in `Karras`.
     """
 
     sigma_min: float | None = None
     sigma_max: float | None = None
     end: End = "clean"
-    of: Level = "ratio"
+    level_kind: LevelKind = "ratio"
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
-        low, high = _levels(path, self.of, self.sigma_min, self.sigma_max, "exponential")
-        levels = torch.linspace(math.log(high), math.log(low), _count(steps), dtype=torch.float64).exp()
-        levels[0] = high  # the logarithm and back is not exact, and a flow's 1 must stay 1
-        return _grid_of_levels(path, self.of, levels, self.end)
+        """Return the grid of the levels."""
+        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "exponential")
+        levels = torch.linspace(math.log(high), math.log(low), _check_steps(steps), dtype=torch.float64).exp()
+        levels[0] = high  # log and exp are not exact, and a flow's 1 must stay 1
+        return _grid_at_levels(path, self.level_kind, levels, self.end)
 
 
 @dataclass(frozen=True)
 class Beta:
-    """level_i = min + q(1 - i / (n - 1)) * (max - min), q the quantile of Beta(a, b); levels as in Karras.
+    """Levels level_i = min + q(1 - i / (n - 1)) * (max - min), where q is the quantile function of Beta(a, b).
 
     Lee et al. 2024 (arXiv 2407.12173), with a = b = 0.6.
+
+    Attributes:
+        a: The first shape parameter of the distribution.
+        b: The second shape parameter of the distribution.
+        sigma_min: The lowest level, as in `Karras`.
+        sigma_max: The highest level, as in `Karras`.
+        end: The last row, as in `grid_at`.
+        level_kind: The meaning of a level, as in `Karras`.
     """
 
     a: float = 0.6
@@ -322,55 +447,93 @@ class Beta:
     sigma_min: float | None = None
     sigma_max: float | None = None
     end: End = "clean"
-    of: Level = "ratio"
+    level_kind: LevelKind = "ratio"
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
-        from scipy.stats import beta  # half a second to import, and only this spacing needs it
+        """Return the grid of the levels."""
+        from scipy.stats import beta  # takes half a second, and only this spacing needs it
 
-        low, high = _levels(path, self.of, self.sigma_min, self.sigma_max, "beta")
-        quantile = beta.ppf(1 - np.linspace(0, 1, _count(steps)), self.a, self.b)
-        return _grid_of_levels(path, self.of, torch.from_numpy(low + quantile * (high - low)), self.end)
+        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "beta")
+        quantile = beta.ppf(1 - np.linspace(0, 1, _check_steps(steps)), self.a, self.b)
+        return _grid_at_levels(path, self.level_kind, torch.from_numpy(low + quantile * (high - low)), self.end)
 
 
 @dataclass(frozen=True)
 class Custom:
-    """The given levels, noise first, then `end`; what a level is, see Karras. Raises ValueError for another count."""
+    """Levels given by the user, then the last row.
+
+    Attributes:
+        sigmas: The falling levels, noise first, above 0.
+        end: The last row, as in `grid_at`.
+        level_kind: The meaning of a level, as in `Karras`.
+
+    Raises:
+        ValueError: The levels do not fall, or one is out of range.
+    """
 
     sigmas: tuple[float, ...]
     end: End = "clean"
-    of: Level = "ratio"
+    level_kind: LevelKind = "ratio"
 
     def __post_init__(self) -> None:
         falling = all(a > b for a, b in itertools.pairwise(self.sigmas))
-        if not self.sigmas or min(self.sigmas) <= 0 or not falling or (self.of == "flow" and self.sigmas[0] > 1):
+        if (
+            not self.sigmas
+            or min(self.sigmas) <= 0
+            or not falling
+            or (self.level_kind == "flow" and self.sigmas[0] > 1)
+        ):
             raise ValueError(f"sigmas={list(self.sigmas)}; give falling numbers above 0 (at most 1 for a flow)")
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
+        """Return the grid of the given levels.
+
+        Args:
+            path: The noise path.
+            steps: The number of steps, equal to the number of levels.
+
+        Returns:
+            The grid of steps + 1 rows.
+
+        Raises:
+            ValueError: The number of steps differs from the number of levels.
+        """
         if steps != len(self.sigmas):
-            raise ValueError(
-                f"steps={steps}, but {len(self.sigmas)} sigmas are given; ask for {len(self.sigmas)} steps"
-            )
-        return _grid_of_levels(path, self.of, torch.tensor(self.sigmas, dtype=torch.float64), self.end)
+            raise ValueError(f"steps={steps}, but {len(self.sigmas)} sigmas are given; use {len(self.sigmas)} steps")
+        return _grid_at_levels(path, self.level_kind, torch.tensor(self.sigmas, dtype=torch.float64), self.end)
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """Rows picked evenly from the `original_steps` indices that a consistency model was distilled on, noise first.
+    """Rows picked evenly from the timesteps that a consistency model was distilled on, noise first.
 
-    t = k * (N // original_steps) - 1, k = original_steps ... 1; row i is the floor(i * original_steps / n)-th of them.
-    Luo et al. 2023 (arXiv 2310.04378), in the convention of diffusers' LCMScheduler.
+    The timesteps are t = k * (N // original_steps) - 1, k = original_steps ... 1. Row i is number floor(i *
+    original_steps / n) of them. Luo et al. 2023 (arXiv 2310.04378), in the convention of diffusers' LCMScheduler.
+
+    Attributes:
+        original_steps: The number of timesteps used in distillation.
+        end: The last row, as in `grid_at`.
     """
 
     original_steps: int = 50
     end: End = "clean"
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
-        if _count(steps) > self.original_steps:
+        """Return the grid of the picked timesteps.
+
+        Args:
+            path: A discrete path of N trained timesteps.
+            steps: The number of steps, at most original_steps.
+
+        Returns:
+            The grid of steps + 1 rows.
+
+        Raises:
+            ValueError: More steps are requested than the model was distilled on.
+        """
+        if _check_steps(steps) > self.original_steps:
             raise ValueError(
-                f"steps={steps} of a model distilled on {self.original_steps}; ask for {self.original_steps} or fewer"
+                f"steps={steps} of a model distilled on {self.original_steps}; use {self.original_steps} or fewer"
             )
         total = round(path.t_max - path.t_min) + 1
         trained = torch.arange(self.original_steps, 0, -1) * (total // self.original_steps) - 1
@@ -379,20 +542,25 @@ class Distilled:
 
 
 @dataclass(frozen=True)
-class Told:
-    """Another spacing, whose rows tell the network something else: tau rounded, cut (truncated towards 0), or replaced.
+class TimestepMap:
+    """Another spacing whose rows pass another timestep (tau) to the network.
 
-    diffusers' DPM-Solver and UniPC hand the network integers where sigma / alpha falls between trained indices; its
-    Euler with timestep_type="continuous" hands it log(sigma / alpha) / 4 ("log_sigma", 0 at the clean end).
+    diffusers' DPM-Solver and UniPC pass integers where sigma / alpha falls between trained indices. Its Euler with
+    timestep_type="continuous" passes log(sigma / alpha) / 4.
+
+    Attributes:
+        spacing: The spacing that makes the rows.
+        how: The map. "round" rounds tau, "floor" truncates it towards 0, and "log_sigma" replaces it by
+            log(sigma / alpha) / 4, which is 0 at the clean end.
     """
 
     spacing: "Spacing"
     how: Literal["round", "floor", "log_sigma"] = "round"
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
-        """See the class."""
+        """Return the inner spacing's grid with tau mapped."""
         grid = self.spacing.grid(path, steps)
         if self.how == "log_sigma":
-            told = (grid.sigma / grid.alpha).log() / 4
-            return replace(grid, tau=torch.where(grid.sigma > 0, told, torch.zeros_like(told)))
+            log_sigma = (grid.sigma / grid.alpha).log() / 4
+            return replace(grid, tau=torch.where(grid.sigma > 0, log_sigma, torch.zeros_like(log_sigma)))
         return replace(grid, tau=grid.tau.round() if self.how == "round" else grid.tau.trunc())

@@ -1,4 +1,4 @@
-"""One thread for every test, as other tests have ranks on the same cores, and the same numbers in every run."""
+"""Run every test on one thread: ranks share the cores, and one thread gives the same numbers each time."""
 
 import pytest
 import torch
@@ -8,5 +8,5 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Networks and tensors that a test draws without a generator of its own are the same in every run."""
+    """Seed PyTorch, so that random networks and tensors without their own generator are the same in every run."""
     torch.manual_seed(0)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from harness.config.schema import ModelConfig, RunConfig
-from harness.engines.preimport import parts_of
-from harness.resolve.engines_table import PEERS
+from harness.engines.preimport import required_modules
+from harness.resolve.engines_table import BASELINES
 from models.registry import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("harness.cli",),
     ("harness.__main__",),
 )
-"""The rooms from the ground up: a room imports rooms of lower floors only, so none of its own floor either."""
+"""The rooms from the ground up: a room imports only rooms of lower floors, and none of its own floor."""
 PAGES = ("pandas", "matplotlib", "plotly", "fastapi", "uvicorn", "httpx", "wandb")
 NEVER_BY_CLIENTS = ("torch", "transformers", "diffusers", "scipy", "PIL", *PAGES)  # before ranks are starting
 NEVER_BY_RANKS = ("hydra", "omegaconf", "rich", *PAGES)
@@ -42,7 +42,7 @@ def module_of(path: Path) -> str:
 
 
 def room_of(module: str) -> tuple[int, str] | None:
-    """The floor and the room of a module, the longest name that fits; None for a package's own face (`harness`)."""
+    """Return the floor and the room of a module, by the longest name that fits; None for a package itself."""
     found = [(len(room), number, room) for number, rooms in enumerate(FLOORS) for room in rooms if fits(module, room)]
     return max(found)[1:] if found else None
 
@@ -52,7 +52,7 @@ def fits(module: str, room: str) -> bool:
 
 
 def imported(source: str) -> list[tuple[int, str]]:
-    """Every module of ours that a source imports, wherever in it (type-checking imports too), with its line."""
+    """Return every module of ours that a source imports, type-checking imports too, with its line."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -64,7 +64,7 @@ def imported(source: str) -> list[tuple[int, str]]:
 
 
 def wrong_imports(module: str, source: str) -> list[str]:
-    """The imports of a module's source that do not go down, in a line each."""
+    """Return the imports of a module's source that do not point down, one line each."""
     importer = room_of(module)
     if importer is None:
         return [f"{module}:{line} is a package's face and imports {name}" for line, name in imported(source)]
@@ -116,7 +116,7 @@ def test_clients_start_without_what_ranks_or_pages_need() -> None:
 
 
 def run_at_import(nodes: list[ast.stmt]) -> Iterator[str]:
-    """What a module imports as it is imported, `a.b.c` also where c is a name in a.b."""
+    """Yield what a module imports at import time, `a.b.c` also where c is a name in a.b."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -129,15 +129,15 @@ def run_at_import(nodes: list[ast.stmt]) -> Iterator[str]:
 
 
 def test_ranks_start_without_what_clients_need() -> None:
-    """Over all of our modules that a rank of any architecture or engine imports, agents' own among them."""
+    """All of our modules that a rank of any architecture or engine imports are checked, those of agents too."""
     sources = {module_of(path): path for path in FILES}
     configs = [RunConfig(model=ModelConfig(architecture=name)) for name in ARCHITECTURES]
     wanted = [
         "harness.engines.fork_agent",
         "harness.engines.rank",
-        *(name for config in configs for name in parts_of(config)),
+        *(name for config in configs for name in required_modules(config)),
     ]
-    wanted += ["harness.build.baseline", "harness.parallel.vae", *(row.module for row in PEERS.values())]
+    wanted += ["harness.build.baseline", "harness.parallel.vae", *(row.module for row in BASELINES.values())]
     seen: set[str] = set()
     while wanted:
         name = wanted.pop()
@@ -151,14 +151,14 @@ def test_ranks_start_without_what_clients_need() -> None:
 
 
 def test_native_ranks_import_the_modules_of_diffusers_that_they_need() -> None:
-    """And whoever wants the packages later has them, with the same classes in them."""
+    """Code that needs the packages later gets them, with the same classes in them."""
     code = """
 import sys
 from harness.config.schema import ModelConfig, RunConfig
-from harness.engines.preimport import import_parts
+from harness.engines.preimport import import_required
 from models.registry import ARCHITECTURES
 for name in ARCHITECTURES:
-    import_parts(RunConfig(model=ModelConfig(architecture=name)))
+    import_required(RunConfig(model=ModelConfig(architecture=name)))
 print(*[name for name in sys.modules if name.startswith("diffusers.models.transformers.")])
 from models.decoders import AutoencoderKL
 import diffusers

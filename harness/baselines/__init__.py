@@ -1,1 +1,1 @@
-"""Peers: the same request drawn by another engine's pipeline, measured by the same code."""
+"""Baseline engines: the same request run by another engine's pipeline and measured by the same code."""

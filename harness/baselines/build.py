@@ -1,4 +1,4 @@
-"""From a configuration and a checkpoint to a peer's stages: text, noise, denoising and decoding by its pipeline."""
+"""Build a baseline's stages from a configuration and a checkpoint: text, noise, denoising and decoding."""
 
 from __future__ import annotations
 
@@ -8,143 +8,167 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from harness.baselines.cache import BlockCache
-from harness.baselines.denoise import NoisePreparation, PeerDenoising
-from harness.baselines.family import PeerLoader, PeerModel
-from harness.baselines.noise import MakeSlot, own_slot, published_slot
+from harness.baselines.cache_dit import DBCache
+from harness.baselines.denoise import BaselineDenoising, NoisePreparation
+from harness.baselines.model import BaselineLoader, BaselineModel
+from harness.baselines.noise_scheduler import MakeScheduler, native_scheduler, published_scheduler
 from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest
-from harness.optimize.compiled import compile_forwards
+from harness.optimize.compile_blocks import compile_forwards
 from harness.pipeline.decode import Decoding
 from harness.pipeline.stage import Stage
-from harness.pipeline.state import asks
+from harness.pipeline.state import image_specs
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
-from harness.resolve.engines_table import CACHE_DIT, PEERS, SGLANG, SglangRow, engine_version, peer_attention
-from harness.resolve.trained import PUBLISHED_FAMILY
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
+from harness.resolve.engines_table import BASELINES, CACHE_DIT, SGLANG, SglangRow, baseline_attention, engine_version
 from models.attention import sdpa_attention
+from models.checkpoint_source import CheckpointSource
 from models.components import ComponentLoader, Components
 from models.registry import ARCHITECTURES
-from models.source import Source
 from schedulers.noise_scheduler import NoiseScheduler
 
 
-class PeerValidation(InputValidation):
-    """Stage 1, with what the pipeline cannot draw.
+class BaselineValidation(InputValidation):
+    """Stage 1, which also refuses what the pipeline cannot generate.
 
     Args:
-        limits: of the model.
-        noise_scheduler: refuses step counts that its path cannot be cut into.
+        limits: the model's limits.
+        noise_scheduler: the noise scheduler, which refuses step counts that its path cannot be divided into.
         model: the pipeline.
     """
 
-    def __init__(self, limits: Limits, noise_scheduler: NoiseScheduler, model: PeerModel) -> None:
+    def __init__(self, limits: Limits, noise_scheduler: NoiseScheduler, model: BaselineModel) -> None:
         super().__init__(limits, noise_scheduler)
         self.model = model
 
     def check(self, request: GenerationRequest) -> None:
-        """Refuses a whole request. Raises ValueError."""
+        """Refuse a request that cannot run. Raises ValueError."""
         super().check(request)
-        self.model.check(asks(request)[0])
+        self.model.check(image_specs(request)[0])
 
 
-def native_facts(architecture: str, source: Source) -> Components:
-    """The native components on the meta device, which takes no memory: what they say of geometry, guidance and order.
+def native_components(architecture: str, source: CheckpointSource) -> Components:
+    """Return the native components on the meta device, which takes no memory.
+
+    They provide geometry, guidance and the order of parameters.
 
     Raises:
         CheckpointError: a configuration that they cannot be built from.
     """
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[architecture].module).load
-    empty = replace(source, device=torch.device("meta"), dummy=True, loras=(), loaded={})
-    return load(empty, sdpa_attention)
+    meta_source = replace(source, device=torch.device("meta"), dummy=True, loras=(), loaded={})
+    return load(meta_source, sdpa_attention)
 
 
-def load_peer(architecture: str, source: Source, parts: Components) -> PeerModel:
-    """diffusers' pipeline of a checkpoint, quiet, since a rank's log is a file.
+def load_baseline(architecture: str, source: CheckpointSource, parts: Components) -> BaselineModel:
+    """Return diffusers' pipeline of a checkpoint, without progress bars, since a rank's log is a file.
 
     Raises:
         CheckpointError: weights that are missing, broken or do not fit.
     """
-    load: PeerLoader = importlib.import_module(PEERS[architecture].module).load
+    load: BaselineLoader = importlib.import_module(BASELINES[architecture].module).load
     model = load(source, parts)
     model.pipeline.set_progress_bar_config(disable=True)
     return model
 
 
-def load_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Components, make_slot: MakeSlot) -> PeerModel:
-    """diffusers' pipeline with SGLang-Diffusion's network and loop in it (harness.baselines.sglang).
+def load_sglang(
+    model: BaselineModel, row: SglangRow, source: CheckpointSource, parts: Components, make_scheduler: MakeScheduler
+) -> BaselineModel:
+    """Return diffusers' pipeline with SGLang-Diffusion's network and loop in it (harness.baselines.sglang).
+
+    Args:
+        model: diffusers' pipeline.
+        row: the SGLang settings of the architecture.
+        source: the checkpoint.
+        parts: the native components on the meta device.
+        make_scheduler: a function that makes the noise scheduler of a micro-batch.
 
     Raises:
         CheckpointError: SGLang cannot load the network by itself.
-        ValueError: something that it imports is not installed, or it has no such noise scheduler.
+        ValueError: one of SGLang's imports is not installed, or SGLang has no such noise scheduler.
     """
     if source.device.type == "cpu":
-        os.environ.setdefault("SGLANG_DIFFUSION_PLATFORM_OVERRIDE", "cpu")  # it looks for drivers, we asked torch
+        os.environ.setdefault(
+            "SGLANG_DIFFUSION_PLATFORM_OVERRIDE", "cpu"
+        )  # SGLang looks for drivers, torch has already decided
     try:
         sglang = importlib.import_module("harness.baselines.sglang")
     except ImportError as error:
         raise ValueError(f"engine={SGLANG} cannot import SGLang ({error}); install what is named with pip") from error
-    drawn: PeerModel = sglang.with_sglang(model, row, source, parts, make_slot)
-    return drawn
+    built: BaselineModel = sglang.with_sglang(model, row, source, parts, make_scheduler)
+    return built
 
 
 @dataclass(frozen=True)
-class PeerStages:
+class BaselineStages:
     """Validation and the stages after it."""
 
-    validation: PeerValidation
+    validation: BaselineValidation
     stages: list[Stage]
 
 
-def peer_stages(
+def baseline_stages(
     config: RunConfig,
-    source: Source,
+    source: CheckpointSource,
     parts: Components,
     noise_scheduler: NoiseScheduler,
     limits: Limits,
     cache_mib: float,
-) -> PeerStages:
-    """Loads the pipeline and lays the stages around it, with the names that they have in a native run.
+) -> BaselineStages:
+    """Load the pipeline and build the stages around it, with the names that they have in a native run.
+
+    Args:
+        config: the resolved configuration.
+        source: the checkpoint.
+        parts: the native components on the meta device.
+        noise_scheduler: the noise scheduler of a native run.
+        limits: the model's limits.
+        cache_mib: the size of the prompt cache, MiB.
+
+    Returns:
+        The validation and the stages.
 
     Raises:
         CheckpointError: weights that are missing, broken or do not fit.
-        ValueError: a noise scheduler that the pipeline cannot be driven by, or a cache that skips nothing.
+        ValueError: a noise scheduler that cannot drive the pipeline, or a cache that skips nothing.
     """
     architecture, published = config.model.architecture, config.scheduler.family == PUBLISHED_FAMILY
     if published:
-        make_slot = published_slot(source)
+        make_scheduler = published_scheduler(source)
     else:
-        scales, steps = PEERS[architecture].families is None, config.request.steps or config.model.steps
-        make_slot = own_slot(noise_scheduler, scales, steps)
-    model = load_peer(architecture, source, parts)
-    cache = BlockCache(model, config.engine.cache) if config.engine.name == CACHE_DIT else None
-    notes, row = [], PEERS[architecture].sglang
+        scales, steps = BASELINES[architecture].families is None, config.request.steps or config.model.steps
+        make_scheduler = native_scheduler(noise_scheduler, scales, steps)
+    model = load_baseline(architecture, source, parts)
+    cache = DBCache(model, config.engine.cache) if config.engine.name == CACHE_DIT else None
+    notes, row = [], BASELINES[architecture].sglang
     if config.engine.name == SGLANG and row is not None:
-        model = load_sglang(model, row, source, parts, make_slot)
+        model = load_sglang(model, row, source, parts, make_scheduler)
         notes.append(
-            f"engine={SGLANG}: the network, what it is told, guidance and the loop are those of SGLang-Diffusion "
-            f"{engine_version(SGLANG)}; text encoding, decoding, the first noise and the noise scheduler those of "
+            f"engine={SGLANG}: the network, its inputs, guidance and the loop are those of SGLang-Diffusion "
+            f"{engine_version(SGLANG)}; text encoding, decoding, the initial noise and the noise scheduler those of "
             "engine=diffusers"
         )
     if config.engine.optimize is Optimize.compile:
-        how = compile_forwards([model.network], config.engine.compile, source.device)
-        notes.append(f"engine.optimize=compile: diffusers' network {how}")
-    return PeerStages(
-        PeerValidation(limits, noise_scheduler, model),
+        compiled = compile_forwards([model.network], config.engine.compile, source.device)
+        notes.append(f"engine.optimize=compile: diffusers' network {compiled}")
+    return BaselineStages(
+        BaselineValidation(limits, noise_scheduler, model),
         [
             TextEncoding(lambda: model.prompts, parts.guidance, PromptCache(cache_mib)),
             TimestepPreparation(noise_scheduler, parts.size_multiple),
             NoisePreparation(parts.latent),
-            PeerDenoising(
+            BaselineDenoising(
                 model,
-                make_slot,
+                make_scheduler,
                 noise_scheduler,
                 parts.guidance,
-                peer_attention(config),
+                baseline_attention(config),
                 parts.size_multiple,
-                own_draws=published,
+                has_own_noise=published,
                 cache=cache,
                 notes=notes,
             ),

@@ -1,4 +1,4 @@
-"""Denoising by a pipeline of diffusers: its own loop, watched through hooks of the network in it."""
+"""Denoising with a diffusers pipeline: its own loop, observed through hooks on its network."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harness.baselines.cache import BlockCache
-from harness.baselines.family import Batch, PeerModel
-from harness.baselines.noise import MakeSlot, draws_noise
-from harness.pipeline.guidance import guided
+from harness.baselines.cache_dit import DBCache
+from harness.baselines.model import BaselineModel, PipelineBatch
+from harness.baselines.noise_scheduler import MakeScheduler, adds_noise
+from harness.pipeline.guidance import needs_negative
 from harness.pipeline.latents import seeded_noise, step_noise
-from harness.pipeline.state import RunContext, Sample, micro_batches, written
-from harness.pipeline.timesteps import tokens
+from harness.pipeline.state import RunContext, Sample, micro_batches, require
+from harness.pipeline.timesteps import image_tokens
 from models.components import Conditioning, GuidanceRule, LatentSpace
-from schedulers.drop_in import evaluation_points
+from schedulers.diffusers_adapter import evaluation_points
 from schedulers.noise_scheduler import NoiseScheduler
 
-KERNELS = {"sdpa_math": SDPBackend.MATH, "sdpa_flash": SDPBackend.FLASH_ATTENTION}
-"""Names of harness.resolve.engines_table for layers that call PyTorch's attention themselves."""
+SDPA_BACKENDS = {"sdpa_math": SDPBackend.MATH, "sdpa_flash": SDPBackend.FLASH_ATTENTION}
+"""PyTorch's kernels by their names in harness.resolve.engines_table, for layers that call its attention themselves."""
 
 
 class NoisePreparation:
@@ -34,120 +34,129 @@ class NoisePreparation:
     """
 
     name = "latent_preparation"
-    reads = frozenset({"ask"})
+    reads = frozenset({"spec"})
     writes = frozenset({"start"})
 
     def __init__(self, space: LatentSpace) -> None:
         self.space = space
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        """Set each sample's initial noise from its seed."""
         for sample in samples:
-            ask = sample.ask
-            sample.start = seeded_noise(ask.seed, self.space.shape(ask.height, ask.width, ask.frames)).to(run.device)
+            spec = sample.spec
+            sample.start = seeded_noise(spec.seed, self.space.shape(spec.height, spec.width, spec.frames)).to(
+                run.device
+            )
 
 
-class PeerDenoising:
-    """Stage 5.
+class BaselineDenoising:
+    """Stage 5: denoising with the pipeline's own loop.
 
     Args:
         model: the pipeline.
-        make_slot: makes the noise scheduler of a micro-batch.
-        noise_scheduler: that of a native run, whose solver steps are counted.
-        rule: how the checkpoint is guided.
-        attention: by the name of harness.resolve.engines_table.
-        size_multiple: pixels a token of the network spans on a side.
-        own_draws: the noise of steps is diffusers' own.
-        cache: of the network's blocks.
-        notes: for the record of every request.
+        make_scheduler: a function that makes the noise scheduler of a micro-batch.
+        noise_scheduler: the noise scheduler of a native run, whose solver steps are counted.
+        rule: the checkpoint's guidance rule.
+        attention: the attention's name in harness.resolve.engines_table.
+        size_multiple: the pixels that a token of the network spans on a side.
+        has_own_noise: whether the noise of the steps is diffusers' own.
+        cache: the cache of the network's blocks, if there is one.
+        notes: the notes for the record of every request.
     """
 
     name = "denoising"
-    reads = frozenset({"ask", "text", "negative", "grid", "start"})
+    reads = frozenset({"spec", "text", "negative", "grid", "start"})
     writes = frozenset({"latent"})
 
     def __init__(
         self,
-        model: PeerModel,
-        make_slot: MakeSlot,
+        model: BaselineModel,
+        make_scheduler: MakeScheduler,
         noise_scheduler: NoiseScheduler,
         rule: GuidanceRule,
         attention: str,
         size_multiple: int,
-        own_draws: bool,
-        cache: BlockCache | None = None,
+        has_own_noise: bool,
+        cache: DBCache | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.model = model
-        self.make_slot = make_slot
+        self.make_scheduler = make_scheduler
         self.noise_scheduler = noise_scheduler
         self.rule = rule
         self.attention = attention
         self.size_multiple = size_multiple
-        self.own_draws = own_draws
+        self.has_own_noise = has_own_noise
         self.cache = cache
         self.notes = notes
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        """Denoise all samples, one micro-batch after another."""
         run.notes.extend(self.notes)
         batches = micro_batches(samples, run.batch_size)
-        total = sum(written(batch[0].grid).steps for batch in batches)
+        total = sum(require(batch[0].grid).steps for batch in batches)
         for batch in batches:
             self._denoise(batch, run, total)
 
     def _denoise(self, samples: list[Sample], run: RunContext, total: int) -> None:
         if run.keep_states:
-            raise ValueError("diffusers' pipelines give no state after every step; ask for the last latents")
-        grid, ask = written(samples[0].grid), samples[0].ask
-        if self.own_draws and draws_noise(self.noise_scheduler, grid):
-            run.notes.append("the noise of each step is diffusers' own: pictures are not those of engine=native")
-        is_guided = guided(ask, self.rule)
-        batch = Batch(
-            [sample.ask for sample in samples],
-            torch.stack([written(sample.start) for sample in samples]),
-            Conditioning.stack([written(sample.text) for sample in samples]),
-            Conditioning.stack([written(sample.negative) for sample in samples]) if is_guided else None,
+            raise ValueError("diffusers' pipelines return no state after each step; use latents=last")
+        grid, spec = require(samples[0].grid), samples[0].spec
+        if self.has_own_noise and adds_noise(self.noise_scheduler, grid):
+            run.notes.append("the noise of each step is diffusers' own: images differ from those of engine=native")
+        is_guided = needs_negative(spec, self.rule)
+        batch = PipelineBatch(
+            [sample.spec for sample in samples],
+            torch.stack([require(sample.start) for sample in samples]),
+            Conditioning.stack([require(sample.text) for sample in samples]),
+            Conditioning.stack([require(sample.negative) for sample in samples]) if is_guided else None,
         )
 
         def noise(step: int) -> Tensor:
             shape = tuple(batch.noise.shape[1:])
-            return self.model.pack(torch.stack([step_noise(a.seed, step, shape) for a in batch.asks])).to(run.device)
+            return self.model.pack(torch.stack([step_noise(spec.seed, step, shape) for spec in batch.specs])).to(
+                run.device
+            )
 
-        self.model.pipeline.scheduler = self.make_slot(tokens(ask.height, ask.width, self.size_multiple), noise)
+        self.model.pipeline.scheduler = self.make_scheduler(
+            image_tokens(spec.height, spec.width, self.size_multiple), noise
+        )
         evaluations = [len(points) for points in evaluation_points(self.noise_scheduler, grid)]
-        forwards = 2 if is_guided and self.model.pair_apart else 1
+        forwards = 2 if is_guided and self.model.separate_guidance else 1
         if self.cache is not None:
-            self.cache.begin(pairs=forwards == 2)
-        with kernel(self.attention), Watch(self.model.network, run, evaluations, forwards, total):
+            self.cache.begin(separate_guidance=forwards == 2)
+        with attention_context(self.attention), NetworkTimer(self.model.network, run, evaluations, forwards, total):
             latents = self.model.denoise(batch)
         if self.cache is not None:
             skips = self.cache.skips()
-            run.clock.discount("denoiser", len(skips.whole))
+            run.clock.discount("denoiser", len(skips.skipped))
             run.notes.append(skips.note(sum(evaluations)))
         for sample, latent in zip(samples, latents.float(), strict=True):
             sample.latent = latent
 
 
-def kernel(attention: str) -> AbstractContextManager[object]:
-    """The attention that runs inside, by the name of harness.resolve.engines_table."""
+def attention_context(attention: str) -> AbstractContextManager[object]:
+    """Return a context in which the attention with this name in harness.resolve.engines_table runs."""
     if attention == "sdpa":
         return ExitStack()
-    if attention in KERNELS:
-        return sdpa_kernel(KERNELS[attention])
+    if attention in SDPA_BACKENDS:
+        return sdpa_kernel(SDPA_BACKENDS[attention])
     found: AbstractContextManager[object] = attention_backend(attention)
     return found
 
 
-class Watch:
+class NetworkTimer:
     """Times a pipeline's network and steps from outside: a step lasts from its first forward to that of the next.
 
-    What comes before the first forward is in the stage and in no step. Cancellation is checked at each step's start.
+    What comes before the first forward belongs to the stage and to no step. Cancellation is checked at the start of
+    each step.
 
     Args:
         network: the denoiser.
-        run: of the request.
-        evaluations: network evaluations of each solver step.
-        forwards: of one evaluation; a guided pair counts as one.
-        total: solver steps of the request, for its progress.
+        run: the run context of the request.
+        evaluations: the network evaluations of each solver step.
+        forwards: the forwards of one evaluation; a guided pair counts as one evaluation.
+        total: the solver steps of the request, for its progress.
     """
 
     def __init__(self, network: nn.Module, run: RunContext, evaluations: list[int], forwards: int, total: int) -> None:

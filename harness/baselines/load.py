@@ -1,4 +1,4 @@
-"""diffusers' denoisers with the checkpoint's weights, or with the random weights that the native network would have."""
+"""diffusers' denoisers with the checkpoint's weights, or with the random weights of the native network."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from typing import TypeVar
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from models.checkpoint import fill
-from models.empty import build_empty, fill_dummy
+from models.checkpoint import load_weights
+from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError
+from models.meta_init import build_empty, fill_dummy
 from models.names import NameMap
-from models.source import Source
 
 SAME = NameMap()
 M = TypeVar("M", bound=ModelMixin)
 
 
 def load_denoiser(
-    source: Source,
+    source: CheckpointSource,
     kind: type[M],
     native: nn.Module,
     names: NameMap,
     others: Sequence[str] = (),
     stored: NameMap = SAME,
 ) -> M:
-    """A denoiser of diffusers in evaluation mode, filled by the code that fills the native one.
+    """Return a diffusers denoiser in evaluation mode, filled by the code that fills the native one.
 
     Args:
         source: the checkpoint.
-        kind: its class.
-        native: the native network on the meta device; the order of its parameters is that of random weights.
-        names: from diffusers' names to the native network's.
-        others: older classes that its config.json may state.
-        stored: from names of older files to diffusers' own.
+        kind: the denoiser's class.
+        native: the native network on the meta device; random weights follow the order of its parameters.
+        names: the map from diffusers' names to the native network's.
+        others: older class names that the checkpoint's config.json may have.
+        stored: the map from the names in older files to diffusers' own.
 
     Raises:
         CheckpointError: a configuration that diffusers cannot build, or weights that do not fit it.
     """
-    component, began = source.denoiser, time.perf_counter()
+    component, start = source.denoiser, time.perf_counter()
     folder, dtype = source.config_folder(component), source.dtype_of(component)
-    stated = source.config(component).get("_class_name")
-    if stated not in (kind.__name__, *others):
+    class_name = source.config(component).get("_class_name")
+    if class_name not in (kind.__name__, *others):
         raise CheckpointError(
-            f"{folder}: config.json says _class_name={stated}; diffusers' pipeline takes {kind.__name__}"
+            f"{folder}: config.json says _class_name={class_name}; diffusers' pipeline takes {kind.__name__}"
         )
     try:
         config = kind.load_config(folder, local_files_only=True)
@@ -55,17 +55,17 @@ def load_denoiser(
         raise CheckpointError(f"{folder}: {component} cannot be built from its config.json ({line})") from error
     _keep_float32(model)
     if source.dummy:
-        places = {names.theirs(name): place for place, (name, _) in enumerate(native.named_parameters())}
-        fill_dummy(model, places=places)
-        source.record(component, model, began)
+        positions = {names.to_published(name): position for position, (name, _) in enumerate(native.named_parameters())}
+        fill_dummy(model, order=positions)
+        source.record(component, model, start)
     else:
-        fill(model, source, component, stored, began)
+        load_weights(model, source, component, stored, start)
     return model.requires_grad_(False).eval()
 
 
 def _keep_float32(model: ModelMixin) -> None:
-    """What `from_pretrained` does with the modules that a class wants in float32 whatever the dtype."""
-    kept = set(model._keep_in_fp32_modules or ())
+    """Keep modules in float32 whatever the dtype, if their class wants that, as `from_pretrained` does."""
+    float32_modules = set(model._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
-        if kept & set(name.split(".")):
+        if float32_modules & set(name.split(".")):
             parameter.data = parameter.data.float()

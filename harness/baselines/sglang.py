@@ -1,12 +1,12 @@
 """engine=sglang: SGLang-Diffusion's own network in its own denoising loop, between the stages of engine=diffusers.
 
-SGLang's are the loading of the network, what the network is told (rotary tables, guidance, masks), the forward context
-and attention layer around it, how guidance combines two forwards, and the loop (github.com/sgl-project/sglang,
+SGLang provides the loading of the network, its inputs (rotary tables, guidance, masks), the forward context and
+attention layer around it, the combination of two guided forwards, and the loop (github.com/sgl-project/sglang,
 python/sglang/multimodal_gen: TransformerLoader, LatentPreparationStage, TimestepPreparationStage, DenoisingStage). Text
-encoding, decoding, the first noise and the noise scheduler are those of engine=diffusers, so that both draw the same; a
-class of diffusers that the checkpoint names is SGLang's version of it.
+encoding, decoding, the initial noise and the noise scheduler are those of engine=diffusers, so that both generate the
+same image. A diffusers class that the checkpoint names is replaced with SGLang's version of it.
 
-Its loader is called where there is no way back to diffusers' network, which its pipeline would take without a word.
+Its loader is called in a way that has no fallback to diffusers' network, which SGLang's pipeline would use silently.
 Importing this module imports SGLang, which takes half a minute and chooses its platform.
 """
 
@@ -43,14 +43,14 @@ from sglang.multimodal_gen.runtime.server_args import ServerArgs, set_global_ser
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from harness.baselines.family import Batch, PeerModel
-from harness.baselines.noise import MakeSlot, Slot
-from harness.pipeline.timesteps import tokens
+from harness.baselines.model import BaselineModel, PipelineBatch
+from harness.baselines.noise_scheduler import MakeScheduler, PipelineScheduler
+from harness.pipeline.timesteps import image_tokens
 from harness.resolve.engines_table import SglangRow
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
 from models.files import CheckpointError
-from models.source import Source
-from schedulers.drop_in import DiffusersView
+from schedulers.diffusers_adapter import DiffusersAdapter
 
 CONFIGS = "sglang.multimodal_gen.configs.pipeline_configs"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -58,8 +58,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass
-class Resident:
-    """The pipeline that SGLang's manager of memory asks for: one network, which stays where it is."""
+class ResidentPipeline:
+    """The pipeline for SGLang's memory manager: one network, which stays on its device."""
 
     modules: dict[str, nn.Module]
     component_residency_strategies: dict[str, object] = field(default_factory=dict)
@@ -67,9 +67,10 @@ class Resident:
 
 
 class QuietDenoising(DenoisingStage):  # type: ignore[misc]
-    """Its loop without a progress bar, since a rank's log is a file."""
+    """SGLang's loop without a progress bar, since a rank's log is a file."""
 
     def progress_bar(self, total: int, batch: Req) -> tqdm[None]:
+        """Return a disabled progress bar."""
         return tqdm(total=total, disable=True)
 
 
@@ -77,82 +78,95 @@ class SglangDenoiser:
     """SGLang's three stages around its network.
 
     Args:
-        row: how they are asked.
-        args: SGLang's settings, which its stages also read globally.
-        network: its own.
+        row: the SGLang settings of the architecture.
+        args: SGLang's server arguments, which its stages also read globally.
+        network: SGLang's network.
         model: the pipeline whose noise scheduler is set before each micro-batch.
-        size_multiple: pixels a token of the network spans on a side.
+        size_multiple: the pixels that a token of the network spans on a side.
     """
 
     def __init__(
-        self, row: SglangRow, args: ServerArgs, network: nn.Module, model: PeerModel, size_multiple: int
+        self, row: SglangRow, args: ServerArgs, network: nn.Module, model: BaselineModel, size_multiple: int
     ) -> None:
         self.row = row
         self.args = args
         self.model = model
         self.size_multiple = size_multiple
         denoising = QuietDenoising(network, None)
-        denoising.set_component_residency_manager(ComponentResidencyManager(Resident({"transformer": network}), args))
+        denoising.set_component_residency_manager(
+            ComponentResidencyManager(ResidentPipeline({"transformer": network}), args)
+        )
         timesteps = TimestepPreparationStage(None, [lambda batch, args: ("mu", batch.extra["mu"])])
         self.stages = [LatentPreparationStage(None, network), timesteps, denoising]
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Its loop; latents of the noise's shape."""
-        config, dtype = self.args.pipeline_config, batch.text.text().dtype
-        config.embedded_cfg_scale = batch.ask.guidance
+    def __call__(self, batch: PipelineBatch) -> Tensor:
+        """Run SGLang's loop and return latents of the noise's shape."""
+        config, dtype = self.args.pipeline_config, batch.text.require_prompt_embeds().dtype
+        config.embedded_cfg_scale = batch.spec.guidance
         request = self._request(batch)
-        shape = config.prepare_latent_shape(request, len(batch.asks), 1)
+        shape = config.prepare_latent_shape(request, len(batch.specs), 1)
         request.latents = batch.noise.reshape(shape).to(config.get_latent_dtype(dtype))
         for stage in self.stages:
             request = stage(request, self.args)
         latents: Tensor = request.latents
         return latents.reshape(batch.noise.shape)
 
-    def _request(self, batch: Batch) -> Req:
-        ask, negative = batch.ask, batch.negative
-        asked = SamplingParams(
+    def _request(self, batch: PipelineBatch) -> Req:
+        spec, negative = batch.spec, batch.negative
+        sampling_params = SamplingParams(
             negative_prompt=None,
-            height=ask.height,
-            width=ask.width,
+            height=spec.height,
+            width=spec.width,
             num_frames=1,
-            num_inference_steps=ask.steps,
-            guidance_scale=ask.guidance - 1 + self.row.no_guidance,
+            num_inference_steps=spec.steps,
+            guidance_scale=spec.guidance - 1 + self.row.no_guidance,
         )
-        noise_scheduler = own(self.model.pipeline.scheduler)
+        noise_scheduler = sglang_scheduler(self.model.pipeline.scheduler)
         request = Req(
-            sampling_params=asked,
-            prompt_embeds=[batch.text.text()] * self.row.encodings,
+            sampling_params=sampling_params,
+            prompt_embeds=[batch.text.require_prompt_embeds()] * self.row.encodings,
             pooled_embeds=_vectors(batch.text),
             prompt_seq_lens=[_lengths(batch.text)] * self.row.encodings,
             do_classifier_free_guidance=negative is not None,
             generator=torch.Generator(),
             scheduler=noise_scheduler,
-            extra={"mu": shift(noise_scheduler.config, tokens(ask.height, ask.width, self.size_multiple))},
+            extra={
+                "mu": timestep_shift(noise_scheduler.config, image_tokens(spec.height, spec.width, self.size_multiple))
+            },
         )
         if negative is not None:
-            request.negative_prompt_embeds = [negative.text()] * self.row.encodings
+            request.negative_prompt_embeds = [negative.require_prompt_embeds()] * self.row.encodings
             request.neg_pooled_embeds = _vectors(negative)
             request.negative_prompt_seq_lens = [_lengths(negative)] * self.row.encodings
         return request
 
 
-def with_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Components, make_slot: MakeSlot) -> PeerModel:
-    """A pipeline of diffusers with SGLang's network and loop in the place of its own, whose memory is given back.
+def with_sglang(
+    model: BaselineModel, row: SglangRow, source: CheckpointSource, parts: Components, make_scheduler: MakeScheduler
+) -> BaselineModel:
+    """Return a diffusers pipeline with SGLang's network and loop in place of its own, whose memory is freed.
+
+    Args:
+        model: diffusers' pipeline.
+        row: the SGLang settings of the architecture.
+        source: the checkpoint.
+        parts: the native components on the meta device.
+        make_scheduler: a function that makes the noise scheduler of a micro-batch.
 
     Raises:
         CheckpointError: SGLang cannot load the network by itself.
-        ValueError: it has no such noise scheduler.
+        ValueError: SGLang has no such noise scheduler.
     """
-    own(make_slot(1, torch.zeros))
-    began, component = perf_counter(), source.denoiser
-    with kept_logging(), tempfile.TemporaryDirectory() as folder:
-        read = lay_out(Path(folder), source, model.network, row)
+    sglang_scheduler(make_scheduler(1, torch.zeros))
+    start, component = perf_counter(), source.denoiser
+    with preserve_logging(), tempfile.TemporaryDirectory() as folder:
+        read_bytes = write_loader_folder(Path(folder), source, model.network, row)
         for parameter in model.network.parameters():
             parameter.data = parameter.new_empty(0)
-        args = settings(row, source, parts, folder)
+        args = make_server_args(row, source, parts, folder)
         try:
             network = TransformerLoader().load_customized(folder, args, "transformer")
-        except Exception as error:  # of any kind: SGLang itself would go on with diffusers' network
+        except Exception as error:  # any exception: SGLang itself would fall back to diffusers' network
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"{source.config_folder(component)}: SGLang-Diffusion cannot load {component} by itself ({line}); use "
@@ -160,18 +174,24 @@ def with_sglang(model: PeerModel, row: SglangRow, source: Source, parts: Compone
             ) from error
         denoiser = SglangDenoiser(row, args, network, model, parts.size_multiple)
     network.requires_grad_(False).eval()
-    source.record(component, network, began, source.loaded[component].merged, read)
-    return replace(model, network=network, denoise=denoiser, pair_apart=True)
+    source.record(component, network, start, source.loaded[component].merged, read_bytes)
+    return replace(model, network=network, denoise=denoiser, separate_guidance=True)
 
 
-def lay_out(folder: Path, source: Source, network: nn.Module, row: SglangRow) -> int:
-    """Writes what SGLang's loader is shown: a config.json in its words, and the weights.
+def write_loader_folder(folder: Path, source: CheckpointSource, network: nn.Module, row: SglangRow) -> int:
+    """Write the folder for SGLang's loader: a config.json with SGLang's names, and the weights.
 
-    Those are the checkpoint's files as they are; of a network that has other numbers than they (random ones, or merged
-    updates), a copy of its own.
+    The weights are links to the checkpoint's files. A network whose values differ from the files (random weights, or
+    merged updates) gets a copy of its own.
+
+    Args:
+        folder: the folder to write to; it exists.
+        source: the checkpoint.
+        network: the network whose weights are copied, if they are.
+        row: the SGLang settings of the architecture.
 
     Returns:
-        Bytes of the checkpoint's files.
+        The bytes of the checkpoint's files; 0 for a copy.
     """
     config = source.config(source.denoiser)
     config |= {theirs: config[ours] for ours, theirs in row.renamed.items() if ours in config}
@@ -185,8 +205,8 @@ def lay_out(folder: Path, source: Source, network: nn.Module, row: SglangRow) ->
     return sum(file.stat().st_size for file in files)
 
 
-def settings(row: SglangRow, source: Source, parts: Components, folder: str) -> ServerArgs:
-    """SGLang's settings for one rank, also made the global ones, with its groups of ranks."""
+def make_server_args(row: SglangRow, source: CheckpointSource, parts: Components, folder: str) -> ServerArgs:
+    """Return SGLang's server arguments for one rank, also set globally, and create its groups of ranks."""
     module, name = row.config.split(":")
     kind: type[PipelineConfig] = getattr(importlib.import_module(f"{CONFIGS}.{module}"), name)
     config = kind(dit_precision=PRECISIONS[source.dtype_of(source.denoiser)])
@@ -196,16 +216,16 @@ def settings(row: SglangRow, source: Source, parts: Components, folder: str) -> 
         model_path=folder, pipeline_config=config, num_gpus=1, attention_backend="torch_sdpa", log_level="error"
     )
     set_global_server_args(args)
-    if not dist.is_initialized():  # the rank runs in a process of the user's
+    if not dist.is_initialized():  # the rank runs in the user's own process
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     maybe_init_distributed_environment_and_model_parallel(tp_size=1, sp_size=1)
-    logging.getLogger("sglang").setLevel(logging.WARNING)  # else it tells of every stage
+    logging.getLogger("sglang").setLevel(logging.WARNING)  # otherwise it logs every stage
     return args
 
 
 @contextmanager
-def kept_logging() -> Iterator[None]:
-    """Leaves the root logger as it was, which SGLang's settings would take for themselves."""
+def preserve_logging() -> Iterator[None]:
+    """Restore the root logger on exit, since SGLang's server arguments reconfigure it."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
@@ -215,36 +235,39 @@ def kept_logging() -> Iterator[None]:
         root.setLevel(level)
 
 
-def own(slot: Slot) -> Slot:
-    """SGLang's version of a class of diffusers, which its loop wants; a noise scheduler of ours as it is.
+def sglang_scheduler(scheduler: PipelineScheduler) -> PipelineScheduler:
+    """Return SGLang's version of a diffusers class, which its loop requires, or a noise scheduler of ours unchanged.
+
+    Args:
+        scheduler: a diffusers noise scheduler, or ours behind the same interface.
 
     Raises:
-        ValueError: it has no such class.
+        ValueError: SGLang has no such class.
     """
-    if isinstance(slot, DiffusersView):
-        return slot
-    name = type(slot).__name__
+    if isinstance(scheduler, DiffusersAdapter):
+        return scheduler
+    name = type(scheduler).__name__
     if name not in ModelRegistry.get_supported_archs():
         raise ValueError(
             f"SGLang-Diffusion has no {name}, which this checkpoint names; choose scheduler=rectified_flow, or "
             "engine=diffusers"
         )
     kind: type[SchedulerMixin] = ModelRegistry.resolve_model_cls(name)[0]
-    return kind.from_config(slot.config)
+    return kind.from_config(scheduler.config)
 
 
-def shift(config: Mapping[str, object], size: int) -> float | None:
-    """How a noise scheduler is to be shifted for a picture of so many tokens, as diffusers' pipelines read its file."""
+def timestep_shift(config: Mapping[str, object], size: int) -> float | None:
+    """Return the shift for an image of `size` tokens, as diffusers' pipelines read it from the scheduler's file."""
     if not config.get("use_dynamic_shifting"):
         return None
-    found: float = calculate_shift(
+    mu: float = calculate_shift(
         size,
         config.get("base_image_seq_len", 256),
         config.get("max_image_seq_len", 4096),
         config.get("base_shift", 0.5),
         config.get("max_shift", 1.15),
     )
-    return found
+    return mu
 
 
 def _vectors(text: Conditioning) -> list[Tensor]:
@@ -252,6 +275,6 @@ def _vectors(text: Conditioning) -> list[Tensor]:
 
 
 def _lengths(text: Conditioning) -> list[int]:
-    states = text.text()
-    lengths: list[int] = [states.shape[1]] * len(states) if text.mask is None else text.mask.sum(1).tolist()
+    embeds = text.require_prompt_embeds()
+    lengths: list[int] = [embeds.shape[1]] * len(embeds) if text.mask is None else text.mask.sum(1).tolist()
     return lengths

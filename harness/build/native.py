@@ -1,4 +1,4 @@
-"""The stages round the native network, sharded over the ranks of the layout."""
+"""The stages around the native network, sharded over the ranks of the layout."""
 
 from __future__ import annotations
 
@@ -9,150 +9,203 @@ from functools import partial
 
 import torch
 
-from harness.build.parts import cache_mib, check_multiple, limits_of, noise_scheduler_of
-from harness.caching.policies import cached_network, guidance_when
-from harness.config.cache import OF_BLOCKS
+from harness.build.common import cache_mib, check_size_multiple, limits_of, noise_scheduler_of
+from harness.caching.policies import cached_network, guidance_schedule
+from harness.config.cache import BLOCK_CACHES
 from harness.config.schema import ParallelConfig, Quantize, RunConfig
-from harness.optimize.apply import Replayable, optimize
+from harness.optimize.apply import ReplaySupport, optimize
 from harness.parallel.attention import SequenceState
-from harness.parallel.connect import Axes, connect
-from harness.parallel.displaced import Displaced
-from harness.parallel.mesh import Place
-from harness.parallel.parallelize import cut_linears, deal_tokens
+from harness.parallel.displaced import DisplacedPatches
+from harness.parallel.fsdp import apply_fsdp
+from harness.parallel.mesh import RankPosition
+from harness.parallel.parallelize import shard_linears, shard_tokens
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
-from harness.parallel.shard import shard_weights
-from harness.parallel.stale import Stale
+from harness.parallel.process_groups import ProcessGroups, make_process_groups
+from harness.parallel.stale_kv import StaleKVCache
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.decode import Decoding
-from harness.pipeline.denoise import Denoising, Savings
+from harness.pipeline.denoise import Denoising, DenoisingOptions
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.latents import LatentPreparation
-from harness.pipeline.offload import Offloaded
+from harness.pipeline.offload import OffloadedStage
 from harness.pipeline.stage import Stage
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation
 from harness.resolve.checkpoint import COMPONENTS
-from harness.resolve.engines_table import DIFFUSERS, NATIVE, SGLANG, peer_attention
-from harness.resolve.layout_rules import merges, patches_of
+from harness.resolve.engines_table import DIFFUSERS, NATIVE, SGLANG, baseline_attention
+from harness.resolve.layout_rules import needs_lse, patches_of
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
+from models.checkpoint_source import CheckpointSource
 from models.components import ComponentLoader, Components, Decoder, networks_in
-from models.parts import Cut
 from models.quantize import quantize
 from models.registry import ARCHITECTURES, resolve_backend
-from models.source import Source
+from models.tensor_slice import ShardWeights
 
 
 def backend_of(config: RunConfig, device: torch.device) -> str:
-    """The attention backend that computes on the device."""
-    return resolve_backend(config.attention.backend, device.type, with_lse=merges(config.parallel))
+    """Return the attention backend to use on the device."""
+    return resolve_backend(config.attention.backend, device.type, with_lse=needs_lse(config.parallel))
 
 
 def attention_name(config: RunConfig, device: torch.device) -> str:
-    """What computes attention, by its own name.
+    """Return the name of the kernel that computes attention.
+
+    Args:
+        config: the resolved configuration.
+        device: the device that computes.
+
+    Returns:
+        The name that the kernel's library gives it.
 
     Raises:
-        NotImplementedError: the backend that was asked for does not run on this machine.
+        NotImplementedError: if the configured backend does not run on this machine.
     """
     if config.engine.name != NATIVE:
-        return f"{SGLANG if config.engine.name == SGLANG else DIFFUSERS} {peer_attention(config)}"
-    return resolved_name(config.attention.backend, device.type, with_lse=merges(config.parallel))
+        return f"{SGLANG if config.engine.name == SGLANG else DIFFUSERS} {baseline_attention(config)}"
+    return resolved_name(config.attention.backend, device.type, with_lse=needs_lse(config.parallel))
 
 
-def deal(parts: Components, axes: Axes, backend: str, layout: ParallelConfig, state: SequenceState) -> Stale | None:
-    """Deals the network's tokens or blocks over this rank's axes, in place; what it keeps between evaluations, if any.
-    How tokens are dealt, the state says.
+def apply_layout(
+    components: Components, groups: ProcessGroups, backend: str, layout: ParallelConfig, state: SequenceState
+) -> StaleKVCache | None:
+    """Shard the network's tokens or blocks over this rank's groups, in place.
+
+    Args:
+        components: the loaded components.
+        groups: this rank's groups.
+        backend: the attention backend.
+        layout: the degrees of parallelism.
+        state: where the hooks write how tokens are sharded.
+
+    Returns:
+        The keys and values that the layout stores between evaluations; None if the layout is exact.
 
     Raises:
-        ValueError: an attention backend that ring attention cannot use.
+        ValueError: if ring attention cannot use the attention backend.
     """
     if layout.pipe > 1:
-        pipeline = PipeFusion(axes.ring, patches_of(layout), layout.warmup)
-        pipeline.install(parts.network, parts.plan, attention_kernel(backend))
+        pipeline = PipeFusion(groups.ring, patches_of(layout), layout.warmup)
+        pipeline.install(components.network, components.plan, attention_kernel(backend))
         return pipeline
-    if axes.tokens.size == 1:
+    if groups.tokens.size == 1:
         return None
-    displaced = Displaced(axes.ring, layout.warmup) if layout.displaced else None
-    ring_kernel = lse_kernel(backend) if merges(layout) else None
+    displaced = DisplacedPatches(groups.ring, layout.warmup) if layout.displaced else None
+    ring_kernel = lse_kernel(backend) if needs_lse(layout) else None
     kernel = attention_kernel(backend)
-    deal_tokens(parts.network, parts.plan, kernel, ring_kernel, axes, state=state, displaced=displaced)
+    shard_tokens(components.network, components.plan, kernel, ring_kernel, groups, state=state, displaced=displaced)
     return displaced
 
 
-def native_pipeline(config: RunConfig, source: Source, place: Place) -> tuple[ComposedPipeline, Axes]:
-    """The stages around the native network, and the axes of ranks that it is dealt over.
+def native_pipeline(
+    config: RunConfig, source: CheckpointSource, position: RankPosition
+) -> tuple[ComposedPipeline, ProcessGroups]:
+    """Build the stages around the native network.
+
+    Args:
+        config: the resolved configuration.
+        source: the checkpoint's files.
+        position: this rank's position on the mesh.
+
+    Returns:
+        The pipeline, and the groups of ranks that it is sharded over.
 
     Raises:
-        CheckpointError: weights that are missing, broken or do not fit.
-        ValueError: settings that do not go together.
+        CheckpointError: if weights are missing, broken or do not fit.
+        ValueError: if settings do not go together.
     """
     model = config.model
-    waiting = timedelta(seconds=config.launch.collective_timeout_s)
-    axes = connect(place, source.device, waiting)  # before loading, which may take the ranks unequal times
+    timeout = timedelta(seconds=config.launch.collective_timeout_s)
+    # before loading, whose time may differ between ranks
+    groups = make_process_groups(position, source.device, timeout)
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = backend_of(config, source.device)
-    cut: Cut | None = partial(cut_linears, group=axes.tp) if axes.tp.size > 1 else None
+    sharder: ShardWeights | None = partial(shard_linears, group=groups.tp) if groups.tp.size > 1 else None
     if config.parallel.pipe > 1:
-        cut = partial(drop_blocks, group=axes.ring)
-    homes = dict.fromkeys(away(config, source), torch.device("cpu"))
-    parts = load(replace(source, cut=cut, devices=homes), attention_kernel(backend))
-    check_multiple(model, parts)
+        sharder = partial(drop_blocks, group=groups.ring)
+    devices = dict.fromkeys(components_on_cpu(config, source), torch.device("cpu"))
+    components = load(replace(source, shard_network=sharder, devices=devices), attention_kernel(backend))
+    check_size_multiple(model, components)
     if model.quantize is not Quantize.none:
-        quantize(parts.network, parts.plan, model.quantize.name, source)
+        quantize(components.network, components.plan, model.quantize.name, source)
     dtype = source.dtype_of(source.denoiser)
-    made = optimize(parts, config.engine, source.device, dtype, axes.picture.size > 1, replayable(config, axes))
+    optimized = optimize(
+        components, config.engine, source.device, dtype, groups.replica.size > 1, replay_support(config, groups)
+    )
     state = SequenceState()
-    gated = cached_network(config.cache, parts.network, parts.plan, axes.picture, state)  # before what hooks its blocks
-    stale = deal(parts, axes, backend, config.parallel, state)
+    # the block cache goes inside of the hooks that shard tokens
+    cached = cached_network(config.cache, components.network, components.plan, groups.replica, state)
+    stale_kv = apply_layout(components, groups, backend, config.parallel, state)
     if config.parallel.shard_weights:
-        shard_weights(parts.network, parts.plan, axes.weights, source.device)
-    noise_scheduler = noise_scheduler_of(config, source, parts)
-    text = TextEncoding(made.load_prompts, parts.guidance, PromptCache(cache_mib(config)), model.text.keep)
-    network = made.network if gated is None else gated
-    savings = Savings(made.ahead, guidance_when(config.cache), gated is not None, stale, made.notes)
-    denoising = Denoising(network, dtype, noise_scheduler, parts.guidance, axes.cfg, savings)
-    decoding = Decoding(decoder_of(made.decoder, axes, config.parallel))
+        apply_fsdp(components.network, components.plan, groups.weights, source.device)
+    noise_scheduler = noise_scheduler_of(config, source, components)
+    text = TextEncoding(
+        optimized.load_prompts, components.guidance, PromptCache(cache_mib(config)), model.text.keep_loaded
+    )
+    network = optimized.network if cached is None else cached
+    options = DenoisingOptions(
+        optimized.precompute, guidance_schedule(config.cache), cached is not None, stale_kv, optimized.notes
+    )
+    denoising = Denoising(network, dtype, noise_scheduler, components.guidance, groups.cfg, options)
+    decoding = Decoding(decoder_of(optimized.decoder, groups, config.parallel))
 
-    def homed(stage: Stage, part: object) -> Stage:
-        return Offloaded(stage, networks_in(part), source.device) if model.offload else stage
+    def with_offload(stage: Stage, part: object) -> Stage:
+        return OffloadedStage(stage, networks_in(part), source.device) if model.offload else stage
 
     stages = [
-        homed(text, text.encoder),
-        TimestepPreparation(noise_scheduler, parts.size_multiple),
-        LatentPreparation(parts.latent, noise_scheduler),
-        homed(denoising, parts.network),
-        homed(decoding, parts.decoder),
+        with_offload(text, text.encoder),
+        TimestepPreparation(noise_scheduler, components.size_multiple),
+        LatentPreparation(components.latent, noise_scheduler),
+        with_offload(denoising, components.network),
+        with_offload(decoding, components.decoder),
     ]
-    return ComposedPipeline(InputValidation(limits_of(config, parts), noise_scheduler), stages, SyncExecutor()), axes
+    return ComposedPipeline(
+        InputValidation(limits_of(config, components), noise_scheduler), stages, SyncExecutor()
+    ), groups
 
 
-def replayable(config: RunConfig, axes: Axes) -> Replayable:
-    """What may be replayed: not what is dealt, carried from and to the CPU, or cut short by a cache of blocks."""
+def replay_support(config: RunConfig, groups: ProcessGroups) -> ReplaySupport:
+    """Return what can be replayed: what is not sharded, moved to and from the CPU, or skipped by a block cache."""
     here = not (config.model.offload or config.parallel.shard_weights)
-    whole = axes.tp.size == axes.tokens.size == 1 and config.cache.name not in OF_BLOCKS
-    return Replayable(network=here and whole, decoder=here and axes.picture.size == 1)
+    whole = groups.tp.size == groups.tokens.size == 1 and config.cache.name not in BLOCK_CACHES
+    return ReplaySupport(network=here and whole, decoder=here and groups.replica.size == 1)
 
 
-def decoder_of(decoder: Decoder, axes: Axes, layout: ParallelConfig) -> Decoder:
-    """The decoder as it is, or dealt over the ranks of a picture.
+def decoder_of(decoder: Decoder, groups: ProcessGroups, layout: ParallelConfig) -> Decoder:
+    """Return the decoder, sharded over the ranks of a replica if there are several.
+
+    Args:
+        decoder: the decoder, written for one device; its layers are replaced in place.
+        groups: this rank's groups.
+        layout: the degrees of parallelism, and what the decoder is sharded by.
+
+    Returns:
+        The decoder to call.
 
     Raises:
-        ValueError: frames of a decoder of pictures.
+        ValueError: if frames are to be sharded, and the decoder is one of images.
     """
-    if axes.picture.size == 1:
+    if groups.replica.size == 1:
         return decoder
 
-    from harness.parallel.vae import parallel_decoder  # brings every autoencoder that can be dealt
+    from harness.parallel.vae import parallel_decoder  # imports every autoencoder that can be sharded
 
-    return parallel_decoder(decoder, axes.picture, layout.decode)
+    return parallel_decoder(decoder, groups.replica, layout.decode)
 
 
-def away(config: RunConfig, source: Source) -> list[str]:
-    """The components that are loaded to CPU memory, wherever they compute.
+def components_on_cpu(config: RunConfig, source: CheckpointSource) -> list[str]:
+    """Return the names of the components that are loaded to CPU memory, whichever device computes.
+
+    Args:
+        config: the resolved configuration.
+        source: the checkpoint's files.
+
+    Returns:
+        The names.
 
     Raises:
-        NotImplementedError: offload on a machine that has no other memory.
+        NotImplementedError: if model.offload is set and the device has no memory of its own.
     """
     if config.model.offload and source.device.type == "cpu":
         raise NotImplementedError(

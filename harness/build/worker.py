@@ -7,60 +7,74 @@ import os
 
 import torch
 
+from harness.build.common import source_of
 from harness.build.native import native_pipeline
-from harness.build.parts import source_of
 from harness.config.schema import RunConfig, Task
 from harness.device.cuda import CudaEnergy, CudaMemory, synchronizer
 from harness.device.device import denoiser_dtype, prepare_cuda, torch_dtype
-from harness.device.energy import Energy, NoEnergy, PackageEnergy
+from harness.device.energy import EnergyMeter, NoEnergy, PackageEnergy
 from harness.device.flops import ceiling_tflops
-from harness.device.memory import Memory, ResidentMemory
+from harness.device.memory import MemoryMeter, ResidentMemory
 from harness.messages import LoadedComponent
-from harness.optimize.widen import widens
-from harness.parallel.connect import one_rank
-from harness.parallel.mesh import Place
+from harness.optimize.upcast import should_upcast
+from harness.parallel.mesh import RankPosition
+from harness.parallel.process_groups import single_rank_groups
 from harness.resolve.engines_table import NATIVE
 from harness.serving.worker import Worker
 
 
-def ceiling(config: RunConfig, device: torch.device) -> float:
-    """The rate of a matrix product on this rank in the denoiser's dtype, or in float32 where that is how it is computed
-    best, TFLOP/s; 0 where nothing is measured.
+def measure_ceiling(config: RunConfig, device: torch.device) -> float:
+    """Measure the rate of a matrix product on this rank, in the dtype in which the denoiser's products are computed.
+
+    Args:
+        config: the resolved configuration.
+        device: the device that computes.
+
+    Returns:
+        The rate, TFLOP/s; 0 if the task measures nothing.
     """
     if config.task.name is not Task.bench:
         return 0.0
     dtype = torch_dtype(denoiser_dtype(config.model))
-    return ceiling_tflops(device, torch.float32 if widens(device, dtype) else dtype, synchronizer(device))
+    return ceiling_tflops(device, torch.float32 if should_upcast(device, dtype) else dtype, synchronizer(device))
 
 
-def build_worker(config: RunConfig, place: Place, device: torch.device) -> Worker:
-    """Loads the components on the device and composes the pipeline.
+def build_worker(config: RunConfig, position: RankPosition, device: torch.device) -> Worker:
+    """Load the components on the device, and build the pipeline.
+
+    Args:
+        config: the resolved configuration.
+        position: this rank's position on the mesh.
+        device: the device that computes.
+
+    Returns:
+        The worker.
 
     Raises:
-        CheckpointError: weights that are missing, broken or do not fit.
-        ValueError: settings that do not go together.
+        CheckpointError: if weights are missing, broken or do not fit.
+        ValueError: if settings do not go together.
     """
     if device.type == "cuda":
         prepare_cuda(device)
     source = source_of(config, device)
     if config.engine.name == NATIVE:
-        pipeline, axes = native_pipeline(config, source, place)
+        pipeline, groups = native_pipeline(config, source, position)
     else:
-        from harness.build.baseline import peer_pipeline  # brings diffusers' pipelines
+        from harness.build.baseline import baseline_pipeline  # imports diffusers' pipelines
 
-        pipeline, axes = peer_pipeline(config, source), one_rank()
-    memory: Memory = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
-    memory.release()  # of what loading took and left
+        pipeline, groups = baseline_pipeline(config, source), single_rank_groups()
+    memory: MemoryMeter = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
+    memory.release()  # free what loading needed
     energy = energy_meter(device)
     loaded = [
         LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged, p.read_bytes)
         for p in source.loaded.values()
     ]
-    return Worker(pipeline, place, device, memory, loaded, axes, energy)
+    return Worker(pipeline, position, device, memory, loaded, groups, energy)
 
 
-def energy_meter(device: torch.device) -> Energy:
-    """Of a GPU where NVML is installed; of the machine's processors on its first rank."""
+def energy_meter(device: torch.device) -> EnergyMeter:
+    """Return the meter of a GPU if NVML is installed, or that of the machine's processors on its first rank."""
     if device.type == "cuda":
         return CudaEnergy(device) if importlib.util.find_spec("pynvml") else NoEnergy()
     return PackageEnergy() if os.environ.get("LOCAL_RANK", "0") == "0" else NoEnergy()

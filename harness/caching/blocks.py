@@ -1,14 +1,16 @@
-"""Blocks that a forward may pass by: what a cache of blocks does to a network, from outside.
+"""A block cache: it lets a forward skip the blocks of a network, and is installed from outside.
 
-Each block of the stacks that the plan says can be cached stands behind a gate. A picture whose evaluation is computed
-passes every block; one whose evaluation is not gets what its stacks added before, or what that is forecast to be now:
+Each block of the stacks that the plan marks as cacheable is replaced by a CachedBlock. An image whose evaluation is
+computed goes through every block. An image whose evaluation is skipped gets what its stacks added before, or a forecast
+of what they would add now:
 
-    y = x + sum_i d_i k^i / i!      d_0 what the stack added last, d_i its i-th difference a step, k evaluations later
+    y = x + sum_i d_i k^i / i!      d_0 what the stack added last, d_i its i-th difference per step, k evaluations later
 
-Rows of a batch take their own ways, so that pictures which share a forward do not know of one another; both rows of a
-guided picture take one, on whichever ranks they are. Gates stand inside of what deals tokens, and see a rank's part.
+The rows of a batch are decided independently, so that images which share a forward do not affect one another. Both rows
+of a guided image are skipped or computed together, on whichever ranks they are. Cached blocks run inside the hooks that
+shard tokens, and see the tokens of one rank.
 
-Shapes: B rows of a batch, L tokens that this rank has, D channels.
+Shapes: B rows of a batch, L tokens of this rank, D channels.
 """
 
 from __future__ import annotations
@@ -28,166 +30,216 @@ from torch.nn import functional as F
 
 from harness.parallel.attention import SequenceState, TokenLayout
 from harness.parallel.group import Group
-from harness.pipeline.cache_state import History, Place
+from harness.pipeline.cache_state import CacheState, StreamKey
 from models.plan import ParallelPlan, Stack
 
 
-class Look(Enum):
-    """What a rule is shown of an evaluation before it decides: nothing, the stack's signal as its plan names it, or
-    what the first block adds, which is then computed in every evaluation.
+class SkipSignal(Enum):
+    """What a skip policy sees of an evaluation before it decides.
+
+    Attributes:
+        none: nothing.
+        stack: the signal of the first cached stack, which its plan names.
+        first_block: what the first block adds; that block is then computed in every evaluation.
     """
 
-    nothing = "nothing"
-    signal = "signal"
+    none = "none"
+    stack = "stack"
     first_block = "first block"
 
 
-class Rule(Protocol):
-    """When an evaluation is computed.
+class SkipPolicy(Protocol):
+    """Decides which evaluations are computed.
 
-    Args:
-        look: what it is shown.
-        order: of the forecast; 0 adds what was added before.
-        from_last: what it is shown is compared with the evaluation before, computed or not; else with the last computed
-            one.
+    Attributes:
+        signal: what the policy sees of an evaluation.
+        order: the order of the forecast; 0 adds again what was added last.
+        compares_latest: whether the signal is compared with the evaluation before, computed or not; otherwise with the
+            last computed one.
     """
 
     @property
-    def look(self) -> Look: ...
+    def signal(self) -> SkipSignal:
+        """What the policy sees of an evaluation."""
+
     @property
-    def order(self) -> int: ...
+    def order(self) -> int:
+        """The order of the forecast."""
+
     @property
-    def from_last(self) -> bool: ...
+    def compares_latest(self) -> bool:
+        """Whether the signal is compared with the evaluation before, computed or not."""
 
-    def total(self, history: History, change: float) -> float:
-        """What is added up with this change: mean |new - old| / mean |old| of what it is shown."""
+    def accumulate(self, state: CacheState, change: float) -> float:
+        """Return the accumulated change after this one: mean |new - old| / mean |old| of the signal."""
 
-    def skips(self, history: History, total: float) -> bool:
-        """Whether the evaluation that comes is not computed."""
+    def should_skip(self, state: CacheState, accumulated_change: float) -> bool:
+        """Return whether the next evaluation is skipped."""
 
 
-class Passage:
-    """One forward. What it learns is kept once it is done, so that one that fails can be made again.
+class CachedForward:
+    """One forward of a network with a block cache.
+
+    The cache states change only when the forward is complete, so that a failed one can be repeated.
 
     Args:
-        owners: of each row of the batch, its picture's history; a guided picture has two rows.
-        rule: when a picture's evaluation is computed.
-        picture: the ranks that compute these pictures together, which agree.
-        state: how tokens are dealt.
+        cache_states: for each row of the batch, the state of its image; a guided image has two rows.
+        policy: decides when the evaluation of an image is computed.
+        replica: the ranks that compute these images together; they make the same decisions.
+        sequence: how tokens are sharded.
     """
 
-    def __init__(self, owners: Sequence[History], rule: Rule, picture: Group, state: SequenceState) -> None:
-        self.owners = owners
-        self.rule = rule
-        self.group = picture
-        self.state = state
+    def __init__(
+        self, cache_states: Sequence[CacheState], policy: SkipPolicy, replica: Group, sequence: SequenceState
+    ) -> None:
+        self.cache_states = cache_states
+        self.policy = policy
+        self.group = replica
+        self.sequence = sequence
         rows: dict[int, list[int]] = {}
-        for row, owner in enumerate(owners):
-            rows.setdefault(id(owner), []).append(row)
-        self.pictures = list({id(owner): owner for owner in owners}.values())
-        self.rows_of = [rows[id(picture)] for picture in self.pictures]
-        self.totals: list[float] = []
-        self.skips: list[bool] = []
-        self.computing: list[int] | None = None  # rows; None for all
-        self.gained: dict[Place, Tensor] = {}
+        for row, state in enumerate(cache_states):
+            rows.setdefault(id(state), []).append(row)
+        self.image_states = list({id(state): state for state in cache_states}.values())
+        self.rows_of_image = [rows[id(state)] for state in self.image_states]
+        self.accumulated_changes: list[float] = []
+        self.skipped: list[bool] = []
+        self.computed_rows: list[int] | None = None  # None for all
+        self.residuals: dict[StreamKey, Tensor] = {}
         self._signal: Tensor | None = None
         self._layout: TokenLayout | None = None
 
     def decide(self, signal: Tensor | None, weight: Tensor | None = None) -> None:
-        """Which rows are computed from here on.
+        """Choose the rows that are computed from here on.
 
         Args:
-            signal: what the rule is shown, (B, ...).
-            weight: of its tokens, (B, L, 1): 0 where they are padding; None where none is.
+            signal: what the policy sees, (B, ...).
+            weight: the weight of each token of the signal, (B, L, 1), 0 for padding; None without padding.
         """
-        self._signal, self._layout = signal, self.state.layout
-        changes = [0.0] * len(self.pictures) if signal is None else self._changes(signal, weight)
-        for picture, change in zip(self.pictures, changes, strict=True):
-            total = self.rule.total(picture, change)
-            same = picture.layout == self._layout  # else a rank's part is of other tokens than it was
-            self.totals.append(total)
-            self.skips.append(same and bool(picture.terms) and self.rule.skips(picture, total))
-        if any(self.skips):
-            self.computing = sorted(row for n, skip in enumerate(self.skips) if not skip for row in self.rows_of[n])
+        self._signal, self._layout = signal, self.sequence.layout
+        changes = [0.0] * len(self.image_states) if signal is None else self._relative_changes(signal, weight)
+        for state, change in zip(self.image_states, changes, strict=True):
+            accumulated_change = self.policy.accumulate(state, change)
+            same_layout = state.layout == self._layout  # otherwise this rank has other tokens than before
+            self.accumulated_changes.append(accumulated_change)
+            can_skip = same_layout and bool(state.taylor_terms)
+            self.skipped.append(can_skip and self.policy.should_skip(state, accumulated_change))
+        if any(self.skipped):
+            self.computed_rows = sorted(
+                row for n, skip in enumerate(self.skipped) if not skip for row in self.rows_of_image[n]
+            )
 
-    def narrowed(self, name: str, x: Tensor | None) -> Tensor | None:
-        """The computing rows of an argument, whose name says where it counts them; what all rows share, as it is."""
-        if self.computing is None or x is None or "B" not in (letters := name.rpartition("_")[2]):
+    def select_rows(self, name: str, x: Tensor | None) -> Tensor | None:
+        """Select the computed rows of a block's argument.
+
+        Args:
+            name: the argument's name, whose suffix says which dimension counts rows.
+            x: the argument.
+
+        Returns:
+            The computed rows; the argument itself if all rows are computed or share it.
+        """
+        if self.computed_rows is None or x is None or "B" not in (letters := name.rpartition("_")[2]):
             return x
         dim = letters.index("B")
-        if x.shape[dim] < len(self.owners):
+        if x.shape[dim] < len(self.cache_states):
             return x
-        return x.index_select(dim, torch.tensor(self.computing, dtype=torch.int64, device=x.device))
+        return x.index_select(dim, torch.tensor(self.computed_rows, dtype=torch.int64, device=x.device))
 
-    def whole(self, place: Place, base: Tensor, computed: Tensor) -> Tensor:
-        """All rows of a stream behind a stack: those that it computed, and what the others get added to `base`."""
-        self.gained[place] = computed - (base if self.computing is None else base[self.computing])
-        if self.computing is None:
+    def merge_rows(self, key: StreamKey, base: Tensor, computed: Tensor) -> Tensor:
+        """Return all rows of a stream after a stack: the computed ones, and a forecast for the skipped ones.
+
+        Args:
+            key: the stack and the stream.
+            base: all rows of the stream before the stack, (B, L, D).
+            computed: the computed rows after the stack.
+
+        Returns:
+            The stream, (B, L, D).
+        """
+        self.residuals[key] = computed - (base if self.computed_rows is None else base[self.computed_rows])
+        if self.computed_rows is None:
             return computed
         y = base.clone()
-        y[self.computing] = computed
-        for n, picture in enumerate(self.pictures):
-            if self.skips[n]:
-                added = fitted(forecast(picture.terms[place], picture.behind), base.shape[1])
-                y[self.rows_of[n]] = base[self.rows_of[n]] + added.to(base.dtype)
+        y[self.computed_rows] = computed
+        for n, state in enumerate(self.image_states):
+            if self.skipped[n]:
+                added = fit_length(forecast(state.taylor_terms[key], state.steps_since_computed), base.shape[1])
+                y[self.rows_of_image[n]] = base[self.rows_of_image[n]] + added.to(base.dtype)
         return y
 
-    def keep(self) -> None:
-        """Writes what this forward has learned into the histories."""
-        rows = self.computing
-        for n, picture in enumerate(self.pictures):
-            skipped = self.skips[n]
+    def commit(self) -> None:
+        """Write the results of this forward into the cache states."""
+        rows = self.computed_rows
+        for n, state in enumerate(self.image_states):
+            skipped = self.skipped[n]
             if not skipped:
-                own = self.rows_of[n] if rows is None else [rows.index(row) for row in self.rows_of[n]]
-                order = self.rule.order
-                picture.terms = {
-                    place: expanded(gained[own], picture.terms.get(place, ()), picture.behind, order)
-                    for place, gained in self.gained.items()
+                own = self.rows_of_image[n] if rows is None else [rows.index(row) for row in self.rows_of_image[n]]
+                order = self.policy.order
+                state.taylor_terms = {
+                    key: update_taylor_terms(
+                        residual[own], state.taylor_terms.get(key, ()), state.steps_since_computed, order
+                    )
+                    for key, residual in self.residuals.items()
                 }
-                picture.layout = self._layout
-            if self._signal is not None and (self.rule.from_last or not skipped):
-                picture.signal = self._signal[self.rows_of[n]]
-            picture.change = self.totals[n] if skipped else 0.0
-            picture.computed.append(not skipped)
+                state.layout = self._layout
+            if self._signal is not None and (self.policy.compares_latest or not skipped):
+                state.signal = self._signal[self.rows_of_image[n]]
+            state.accumulated_change = self.accumulated_changes[n] if skipped else 0.0
+            state.computed.append(not skipped)
 
-    def _changes(self, signal: Tensor, weight: Tensor | None) -> list[float]:
-        """Of every picture, over all its rows and ranks; infinite where there is nothing to compare with."""
-        sums = torch.zeros(len(self.pictures), 2, dtype=torch.float64, device=signal.device)
-        for n, picture in enumerate(self.pictures):
-            if picture.signal is not None:
-                new = signal[self.rows_of[n]].float()
-                old = fitted(picture.signal, new.shape[1]).float()
-                share = 1.0 if weight is None else weight[self.rows_of[n]]
-                sums[n, 0], sums[n, 1] = (((new - old).abs() * share).sum(), (old.abs() * share).sum())
-        return [apart / size if size else math.inf for apart, size in self.group.all_reduce(sums).tolist()]
+    def _relative_changes(self, signal: Tensor, weight: Tensor | None) -> list[float]:
+        """Compute the change of each image's signal over all its rows and ranks; infinite for a first signal."""
+        sums = torch.zeros(len(self.image_states), 2, dtype=torch.float64, device=signal.device)
+        for n, state in enumerate(self.image_states):
+            if state.signal is not None:
+                new = signal[self.rows_of_image[n]].float()
+                old = fit_length(state.signal, new.shape[1]).float()
+                token_weight = 1.0 if weight is None else weight[self.rows_of_image[n]]
+                sums[n, 0], sums[n, 1] = (((new - old).abs() * token_weight).sum(), (old.abs() * token_weight).sum())
+        return [difference / size if size else math.inf for difference, size in self.group.all_reduce(sums).tolist()]
 
 
 def forecast(terms: Sequence[Tensor], steps: int) -> Tensor:
-    """The sum of d_i steps^i / i!, in the dtype of the differences."""
-    found = terms[0]
+    """Return sum_i d_i steps^i / i!, in the dtype of the differences d_i."""
+    total = terms[0]
     for i, term in enumerate(terms[1:], 1):
-        found = found + term * (steps**i / math.factorial(i))
-    return found
+        total = total + term * (steps**i / math.factorial(i))
+    return total
 
 
-def expanded(value: Tensor, before: Sequence[Tensor], steps: int, order: int) -> list[Tensor]:
-    """The terms at a computed evaluation, from its value and the terms `steps` evaluations before; differences are
-    float32, for they are of numbers that are nearly equal. Terms of another length are those of a longer text.
+def update_taylor_terms(value: Tensor, previous: Sequence[Tensor], steps: int, order: int) -> list[Tensor]:
+    """Compute the Taylor terms at a computed evaluation.
+
+    Differences are float32, because they are of nearly equal numbers. Previous terms may have another length, that of a
+    longer text in the same batch.
+
+    Args:
+        value: what a stack added in this evaluation.
+        previous: the terms of the last computed evaluation.
+        steps: evaluations since that one.
+        order: the highest difference that is wanted.
+
+    Returns:
+        The terms d_0, d_1, ... up to the order, as far as there are previous ones.
     """
     terms = [value]
-    for i in range(min(order, len(before))):
-        terms.append((terms[i].float() - fitted(before[i], value.shape[1]).float()) / steps)
+    for i in range(min(order, len(previous))):
+        terms.append((terms[i].float() - fit_length(previous[i], value.shape[1]).float()) / steps)
     return terms
 
 
-def fitted(x: Tensor, length: int) -> Tensor:
-    """Cut, or filled up with zeros, to a length of dimension 1: a text's padding, which its neighbours decide."""
-    spare = length - x.shape[1]
-    return x if spare == 0 else F.pad(x, (0, 0) * (x.ndim - 2) + (0, spare))
+def fit_length(x: Tensor, length: int) -> Tensor:
+    """Cut dimension 1 to a length, or pad it with zeros: the padding of a text depends on its neighbours in a batch."""
+    missing = length - x.shape[1]
+    return x if missing == 0 else F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
 
 
-class Reached(Exception):
-    """The first block has come to the module whose input is the stack's signal."""
+class SignalReached(Exception):
+    """Raised when the first block calls the module whose input is the stack's signal.
+
+    Args:
+        signal: that input.
+    """
 
     def __init__(self, signal: Tensor) -> None:
         super().__init__()
@@ -195,135 +247,153 @@ class Reached(Exception):
 
 
 @dataclass(eq=False)
-class Lane:
-    """One stack behind gates.
+class CachedStack:
+    """One stack of cached blocks.
 
     Args:
-        stack: of the plan.
-        gates: all of the network, whose passage it is.
-        leads: the first of the network's cached stacks, at which the rule decides.
-        base: its streams as they came in this forward, or behind the first block where that is always computed.
+        stack: the plan of the stack.
+        cache: the block cache of the network.
+        decides: whether it is the first cached stack of the network, at which the policy decides.
+        base: its streams at the start of this forward; those after the first block if that is always computed.
     """
 
     stack: Stack
-    gates: Gates
-    leads: bool
+    cache: BlockCache
+    decides: bool
     base: list[Tensor] = field(default_factory=list)
 
 
-class Gate(nn.Module):
-    """A block, and the way past it; it stands in the block's place, and answers for its parts.
+class CachedBlock(nn.Module):
+    """A block that can be skipped. It takes the block's place, and its attributes are those of the block.
 
     Args:
-        block: of the network.
-        lane: of its stack.
-        first: of the stack.
-        last: of the stack.
+        block: the block of the network.
+        cached_stack: the stack that it belongs to.
+        first: whether it is the first block of the stack.
+        last: whether it is the last block of the stack.
     """
 
-    def __init__(self, block: nn.Module, lane: Lane, first: bool, last: bool) -> None:
+    def __init__(self, block: nn.Module, cached_stack: CachedStack, first: bool, last: bool) -> None:
         super().__init__()
         self.block = block
         self.signature = inspect.signature(block.forward)
-        self._lane, self._first, self._last = lane, first, last
-        self.forward = update_wrapper(partial(self._pass), block.forward)  # the block's signature for who inspects it
+        self._cached_stack, self._first, self._last = cached_stack, first, last
+        self.forward = update_wrapper(partial(self._forward), block.forward)  # inspection sees the block's signature
 
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name) if name == "block" else getattr(self.block, name)
 
-    def _pass(self, *args: Any, **kwargs: Any) -> Any:
-        lane = self._lane
-        passage = lane.gates.passage
-        if passage is None:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        cached_stack = self._cached_stack
+        forward = cached_stack.cache.active_forward
+        if forward is None:
             return self.block(*args, **kwargs)
-        given = self.signature.bind(*args, **kwargs).arguments
-        streams = [given[name] for name in lane.stack.outputs]
-        streams = self._enter(passage, given, streams) if self._first else self._run(passage, given, streams)
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        streams = [arguments[name] for name in cached_stack.stack.outputs]
+        streams = self._enter(forward, arguments, streams) if self._first else self._run(forward, arguments, streams)
         if self._last:
-            places = [(lane.stack.blocks, name) for name in lane.stack.outputs]
-            streams = [passage.whole(*three) for three in zip(places, lane.base, streams, strict=True)]
-            lane.base = []
+            keys = [(cached_stack.stack.blocks, name) for name in cached_stack.stack.outputs]
+            streams = [forward.merge_rows(*row) for row in zip(keys, cached_stack.base, streams, strict=True)]
+            cached_stack.base = []
         return tuple(streams) if len(streams) > 1 else streams[0]
 
-    def _enter(self, passage: Passage, given: Mapping[str, Any], streams: list[Tensor]) -> list[Tensor]:
-        lane, look, ran = self._lane, passage.rule.look, False
-        if lane.leads and look is Look.first_block:
-            came, streams, ran = streams[0], self._run(passage, given, streams), True
-            passage.decide(streams[0] - came, self._weight(passage, given, came))
-        elif lane.leads:
-            signal = self._signal(given) if look is Look.signal else None
-            tokens = signal is not None and lane.stack.signal not in given
-            passage.decide(signal, self._weight(passage, given, streams[0]) if tokens else None)
-        lane.base = streams
-        streams = [x for x in map(passage.narrowed, lane.stack.outputs, streams) if x is not None]
-        return streams if ran else self._run(passage, given, streams)
+    def _enter(self, forward: CachedForward, arguments: Mapping[str, Any], streams: list[Tensor]) -> list[Tensor]:
+        """Decide at the first block of a stack, and run it."""
+        cached_stack, signal_kind, has_run = self._cached_stack, forward.policy.signal, False
+        if cached_stack.decides and signal_kind is SkipSignal.first_block:
+            before, streams, has_run = streams[0], self._run(forward, arguments, streams), True
+            forward.decide(streams[0] - before, self._token_weight(forward, arguments, before))
+        elif cached_stack.decides:
+            signal = self._stack_signal(arguments) if signal_kind is SkipSignal.stack else None
+            has_tokens = signal is not None and cached_stack.stack.signal not in arguments
+            forward.decide(signal, self._token_weight(forward, arguments, streams[0]) if has_tokens else None)
+        cached_stack.base = streams
+        streams = [x for x in map(forward.select_rows, cached_stack.stack.outputs, streams) if x is not None]
+        return streams if has_run else self._run(forward, arguments, streams)
 
-    def _run(self, passage: Passage, given: Mapping[str, Any], streams: list[Tensor]) -> list[Tensor]:
-        """The block on the streams' rows; where there is none, they are handed on."""
+    def _run(self, forward: CachedForward, arguments: Mapping[str, Any], streams: list[Tensor]) -> list[Tensor]:
+        """Run the block on the rows of the streams; without rows, return them as they are."""
         if not len(streams[0]):
             return streams
-        arguments: dict[str, Any] = dict(zip(self._lane.stack.outputs, streams, strict=True))
-        arguments |= {name: passage.narrowed(name, x) for name, x in given.items() if name not in arguments}
-        output = self.block(**arguments)
+        inputs: dict[str, Any] = dict(zip(self._cached_stack.stack.outputs, streams, strict=True))
+        inputs |= {name: forward.select_rows(name, x) for name, x in arguments.items() if name not in inputs}
+        output = self.block(**inputs)
         return list(output) if isinstance(output, tuple) else [output]
 
-    def _signal(self, given: Mapping[str, Any]) -> Tensor:
-        """What the plan says that changes as the evaluation does: an argument, or the input of a part of this block,
-        which runs as far as there.
+    def _stack_signal(self, arguments: Mapping[str, Any]) -> Tensor:
+        """Return the signal that the plan names: an argument, or the input of a module of this block.
+
+        In the second case the block runs as far as that module.
+
+        Args:
+            arguments: the arguments of the block.
+
+        Returns:
+            The signal.
+
+        Raises:
+            ValueError: if the block never calls that module.
         """
-        name = self._lane.stack.signal
-        if name in given:
-            signal: Tensor = given[name]
+        name = self._cached_stack.stack.signal
+        if name in arguments:
+            signal: Tensor = arguments[name]
             return signal
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            raise Reached(args[0])
+            raise SignalReached(args[0])
 
         hook = self.block.get_submodule(name).register_forward_pre_hook(stop)
         try:
-            self.block(**given)
-        except Reached as reached:
+            self.block(**arguments)
+        except SignalReached as reached:
             return reached.signal
         finally:
             hook.remove()
-        raise ValueError(f"the block never calls {name}, which its plan names")
+        raise ValueError(f"the block never calls {name}, which its plan names as the signal")
 
-    def _weight(self, passage: Passage, given: Mapping[str, Any], stream: Tensor) -> Tensor | None:
-        """(B, L, 1), 0 where a token of the first stream is padding: by its mask, or as it was dealt."""
-        name = self._lane.stack.outputs[0]
-        mask_BL = given.get(f"mask_{name.rpartition('_')[2][:2]}")
-        layout = passage.state.layout
+    def _token_weight(self, forward: CachedForward, arguments: Mapping[str, Any], stream: Tensor) -> Tensor | None:
+        """Return (B, L, 1), 0 where a token of the first stream is padding, by its mask or by the sharding."""
+        name = self._cached_stack.stack.outputs[0]
+        mask_BL = arguments.get(f"mask_{name.rpartition('_')[2][:2]}")
+        layout = forward.sequence.layout
         if layout is not None:
-            of_stream = self._lane.stack.streams.index(name)
-            part, length = layout.parts[of_stream], layout.lengths[of_stream]
-            place = torch.arange(part, device=stream.device) + passage.state.index * part
-            dealt_BL = (place < length).expand(len(stream), -1)
-            mask_BL = dealt_BL if mask_BL is None else mask_BL & dealt_BL
+            index = self._cached_stack.stack.streams.index(name)
+            local_length, length = layout.local_lengths[index], layout.lengths[index]
+            positions = torch.arange(local_length, device=stream.device) + forward.sequence.index * local_length
+            is_token_BL = (positions < length).expand(len(stream), -1)
+            mask_BL = is_token_BL if mask_BL is None else mask_BL & is_token_BL
         return None if mask_BL is None else mask_BL[..., None].float()
 
 
-class Gates:
-    """All gates of a network, installed in place; without a passage, blocks run as they did.
+class BlockCache:
+    """All cached blocks of a network, installed in place; outside of an active forward, blocks run as they did.
 
     Args:
-        network: written for one device.
-        plan: of its folder.
+        network: the network, written for one device.
+        plan: the network's stacks of blocks.
     """
 
     def __init__(self, network: nn.Module, plan: ParallelPlan) -> None:
-        self.passage: Passage | None = None
-        for number, stack in enumerate(stack for stack in plan.stacks if stack.cached):
-            blocks, lane = network.get_submodule(stack.blocks), Lane(stack, self, leads=number == 0)
+        self.active_forward: CachedForward | None = None
+        for number, stack in enumerate(stack for stack in plan.stacks if stack.cacheable):
+            blocks, cached_stack = network.get_submodule(stack.blocks), CachedStack(stack, self, decides=number == 0)
             assert isinstance(blocks, nn.ModuleList)
             for k, block in enumerate(blocks):
-                blocks[k] = Gate(block, lane, first=k == 0, last=k == len(blocks) - 1)
+                blocks[k] = CachedBlock(block, cached_stack, first=k == 0, last=k == len(blocks) - 1)
 
     @contextmanager
-    def open_for(self, passage: Passage) -> Iterator[None]:
-        """One forward; what it learned is kept where it did not fail."""
-        self.passage = passage
+    def activate(self, forward: CachedForward) -> Iterator[None]:
+        """Run one forward through the cache, and update the cache states unless it fails.
+
+        Args:
+            forward: the forward.
+
+        Yields:
+            Nothing, while the forward runs.
+        """
+        self.active_forward = forward
         try:
             yield
         finally:
-            self.passage = None
-        passage.keep()
+            self.active_forward = None
+        forward.commit()

@@ -1,10 +1,10 @@
-"""Caches of the denoiser: the rules by which an evaluation, or its negative branch, is not computed.
+"""Caches of the denoiser: policies that skip an evaluation, or its negative branch.
 
-Blocks are passed by as harness.caching.blocks does it; the three rules differ in what they look at:
+harness.caching.blocks skips the blocks; the three policies differ in the signal that they look at:
 
-    TeaCache      how far the first block's modulated input has moved, added up from evaluation to evaluation
-    first block   how far what the first block adds is from what it added when all were last computed
-    TaylorSeer    nothing: one evaluation of N is computed, the others forecast from differences of those
+    TeaCache           how far the first block's modulated input has moved, added up from evaluation to evaluation
+    FirstBlockCache    how far what the first block adds differs from what it added in the last computed evaluation
+    TaylorSeer         none: one evaluation of N is computed, and the others are forecast from differences of those
 """
 
 from __future__ import annotations
@@ -15,150 +15,182 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from harness.caching.blocks import Gates, Look, Passage, Rule
-from harness.config.cache import OF_BLOCKS, CacheConfig
+from harness.caching.blocks import BlockCache, CachedForward, SkipPolicy, SkipSignal
+from harness.config.cache import BLOCK_CACHES, CacheConfig
 from harness.parallel.attention import SequenceState
 from harness.parallel.group import Group
-from harness.pipeline.cache_state import History
-from harness.pipeline.guidance import Interval, Reuse, When, always
+from harness.pipeline.cache_state import CacheState
+from harness.pipeline.guidance import GuidanceInterval, GuidanceReuse, GuidanceSchedule, always_guided
 from models.components import Conditioning
 from models.plan import ParallelPlan
 
 
 @dataclass(frozen=True)
-class Always:
-    """What the rules share: evaluations that are computed whatever they are shown.
+class ForcedEvaluations:
+    """What the policies share: evaluations that are computed whatever the signal is.
 
     Args:
-        warmup: so many from the first on.
-        final: those of the last solver step.
-        order: of the forecast.
+        warmup: the number of first evaluations that are computed.
+        final: whether the evaluations of the last solver step are computed.
+        order: the order of the forecast.
     """
 
     warmup: int
     final: bool
     order: int
 
-    def bound(self, history: History) -> bool:
-        """Whether the evaluation that comes is one of them."""
-        return len(history.computed) < self.warmup or (self.final and history.final)
+    def must_compute(self, state: CacheState) -> bool:
+        """Return whether the next evaluation is one of them."""
+        return len(state.computed) < self.warmup or (self.final and state.is_last_step)
 
 
 @dataclass(frozen=True)
-class TeaCache(Always):
-    """Computed once the rescaled changes since the last computed evaluation add up to a threshold.
-
-    Args:
-        threshold: 0 computes every evaluation.
-        coefficients: of the polynomial over mean |new - old| / mean |old|, the highest power first.
+class TeaCache(ForcedEvaluations):
+    """Computes an evaluation once the rescaled changes since the last computed one add up to a threshold.
 
     Source: TeaCache (Liu et al. 2024, arXiv:2411.19108), in the convention of its TeaCache4FLUX: what the blocks
     added is added again.
+
+    Args:
+        threshold: the sum at which an evaluation is computed; 0 computes every evaluation.
+        coefficients: the polynomial over mean |new - old| / mean |old|, the highest power first.
     """
 
     threshold: float
     coefficients: tuple[float, ...]
-    look = Look.signal
-    from_last = True
+    signal = SkipSignal.stack
+    compares_latest = True
 
-    def total(self, history: History, change: float) -> float:
+    def accumulate(self, state: CacheState, change: float) -> float:
+        """Add the rescaled change to the sum."""
         rescaled = 0.0
         for coefficient in self.coefficients:
             rescaled = rescaled * change + coefficient
-        return history.change + rescaled
+        return state.accumulated_change + rescaled
 
-    def skips(self, history: History, total: float) -> bool:
+    def should_skip(self, state: CacheState, accumulated_change: float) -> bool:
+        """Skip while the sum is below the threshold."""
         # a published polynomial is negative near 0, and sums of it may be
-        return not self.bound(history) and self.threshold > 0 and total < self.threshold
+        return not self.must_compute(state) and self.threshold > 0 and accumulated_change < self.threshold
 
 
 @dataclass(frozen=True)
-class FirstBlock(Always):
-    """Computed where what the first block adds has changed by a threshold since the last computed evaluation.
-
-    Args:
-        threshold: of mean |new - old| / mean |old|; 0 computes every evaluation.
+class FirstBlockCache(ForcedEvaluations):
+    """Computes an evaluation if what the first block adds has changed by a threshold since the last computed one.
 
     Source: ParaAttention's first-block cache, in the convention of diffusers' `FirstBlockCacheConfig`.
+
+    Args:
+        threshold: the change mean |new - old| / mean |old| at which an evaluation is computed; 0 computes every one.
     """
 
     threshold: float
-    look = Look.first_block
-    from_last = False
+    signal = SkipSignal.first_block
+    compares_latest = False
 
-    def total(self, history: History, change: float) -> float:
+    def accumulate(self, state: CacheState, change: float) -> float:
+        """Return the change alone: it is already since the last computed evaluation."""
         return change
 
-    def skips(self, history: History, total: float) -> bool:
-        return not self.bound(history) and total < self.threshold
+    def should_skip(self, state: CacheState, accumulated_change: float) -> bool:
+        """Skip if the change is below the threshold."""
+        return not self.must_compute(state) and accumulated_change < self.threshold
 
 
 @dataclass(frozen=True)
-class TaylorSeer(Always):
-    """One evaluation of `interval` is computed, after those of the warm-up.
+class TaylorSeer(ForcedEvaluations):
+    """Computes one evaluation of `interval` after the warm-up, and forecasts the others.
 
-    Source: TaylorSeer (Liu et al. 2025, arXiv:2503.06923); what all blocks of a stack add together is
-    forecast, where the paper forecasts each block's parts.
+    Source: TaylorSeer (Liu et al. 2025, arXiv:2503.06923). Here the sum of what all blocks of a stack add is
+    forecast; the paper forecasts the parts of each block.
+
+    Args:
+        interval: evaluations from one computed evaluation to the next.
     """
 
     interval: int
-    look = Look.nothing
-    from_last = False
+    signal = SkipSignal.none
+    compares_latest = False
 
-    def total(self, history: History, change: float) -> float:
+    def accumulate(self, state: CacheState, change: float) -> float:
+        """Return 0: there is no signal."""
         return 0.0
 
-    def skips(self, history: History, total: float) -> bool:
-        return not self.bound(history) and history.behind < self.interval
+    def should_skip(self, state: CacheState, accumulated_change: float) -> bool:
+        """Skip until the interval is over."""
+        return not self.must_compute(state) and state.steps_since_computed < self.interval
 
 
-def block_rule(cache: CacheConfig) -> Rule:
-    """The rule of a cache of blocks, of a checked configuration."""
-    always = (cache.warmup or 1, bool(cache.final), cache.order or 0)
+def skip_policy(cache: CacheConfig) -> SkipPolicy:
+    """Return the skip policy of a checked configuration with a block cache."""
+    forced = (cache.warmup or 1, bool(cache.final), cache.order or 0)
     if cache.name == "taylorseer":
-        return TaylorSeer(*always, cache.interval or 1)
+        return TaylorSeer(*forced, cache.interval or 1)
     if cache.name == "first_block":
-        return FirstBlock(*always, cache.threshold or 0.0)
-    return TeaCache(*always, cache.threshold or 0.0, tuple(cache.coefficients or ()))
+        return FirstBlockCache(*forced, cache.threshold or 0.0)
+    return TeaCache(*forced, cache.threshold or 0.0, tuple(cache.coefficients or ()))
 
 
 class CachedNetwork(nn.Module):
-    """A network whose evaluations may be passed by.
+    """A network whose evaluations may be skipped.
 
     Args:
-        network: written for one device; its blocks are put behind gates in place.
-        plan: of its folder.
-        rule: when a picture's evaluation is computed.
-        picture: the ranks that compute a picture together.
-        state: how tokens are dealt over them.
+        network: the network, written for one device; its blocks are replaced by cached ones in place.
+        plan: the network's stacks of blocks.
+        policy: decides when the evaluation of an image is computed.
+        replica: the ranks that compute an image together.
+        sequence: how tokens are sharded over them.
     """
 
     def __init__(
-        self, network: nn.Module, plan: ParallelPlan, rule: Rule, picture: Group, state: SequenceState
+        self, network: nn.Module, plan: ParallelPlan, policy: SkipPolicy, replica: Group, sequence: SequenceState
     ) -> None:
         super().__init__()
         self.network = network
-        self._gates = Gates(network, plan)
-        self._rule, self._picture, self._state = rule, picture, state
+        self._block_cache = BlockCache(network, plan)
+        self._policy, self._replica, self._sequence = policy, replica, sequence
 
-    def forward(self, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Sequence[History]) -> Tensor:
-        """One evaluation (models.components.Denoiser), of rows that belong to these pictures."""
-        with self._gates.open_for(Passage(owners, self._rule, self._picture, self._state)):
+    def forward(
+        self, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: Sequence[CacheState]
+    ) -> Tensor:
+        """Evaluate the network (models.components.Denoiser).
+
+        Args:
+            latent: the network's input, (B, ...).
+            tau_B: the time of each row, (B,).
+            condition: the conditioning, B rows.
+            cache_states: the cache state of each row's image.
+
+        Returns:
+            The network's output, (B, ...).
+        """
+        with self._block_cache.activate(CachedForward(cache_states, self._policy, self._replica, self._sequence)):
             output: Tensor = self.network(latent, tau_B, condition)
         return output
 
 
 def cached_network(
-    cache: CacheConfig, network: nn.Module, plan: ParallelPlan, picture: Group, state: SequenceState
+    cache: CacheConfig, network: nn.Module, plan: ParallelPlan, replica: Group, sequence: SequenceState
 ) -> CachedNetwork | None:
-    """The network behind a cache of blocks, in place; None where the configuration has no such cache."""
-    return CachedNetwork(network, plan, block_rule(cache), picture, state) if cache.name in OF_BLOCKS else None
+    """Install the configured block cache in a network, in place.
+
+    Args:
+        cache: the checked configuration.
+        network: the network, written for one device.
+        plan: the network's stacks of blocks.
+        replica: the ranks that compute an image together.
+        sequence: how tokens are sharded over them.
+
+    Returns:
+        The network with its cache; None if the configuration has no block cache.
+    """
+    return CachedNetwork(network, plan, skip_policy(cache), replica, sequence) if cache.name in BLOCK_CACHES else None
 
 
-def guidance_when(cache: CacheConfig) -> When:
-    """Which evaluations are of both branches."""
+def guidance_schedule(cache: CacheConfig) -> GuidanceSchedule:
+    """Return which evaluations compute both guidance branches."""
     if cache.name == "guidance_interval":
-        return Interval(cache.sigma_low or 0.0, math.inf if cache.sigma_high is None else cache.sigma_high)
+        return GuidanceInterval(cache.sigma_low or 0.0, math.inf if cache.sigma_high is None else cache.sigma_high)
     if cache.name == "guidance_skip":
-        return Reuse(cache.warmup or 1, cache.interval or 1)
-    return always
+        return GuidanceReuse(cache.warmup or 1, cache.interval or 1)
+    return always_guided

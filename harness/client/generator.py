@@ -1,5 +1,7 @@
-"""The Python client: `with DiffusionGenerator.from_config("parallel=dp2") as generator: generator.generate(prompt="red
-apple")`.
+"""The Python client: a model on running ranks, used as a context manager.
+
+with DiffusionGenerator.from_config("parallel=dp2") as generator:
+    generation = generator.generate(prompt="red apple")
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from harness.client.results import build_record, measured
+from harness.client.build_record import build_record, make_repeat
 from harness.config.schema import RequestConfig, RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine, OnProgress
@@ -32,16 +34,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generation:
-    """The answer to one request: pictures or videos, timings of every rank, and the record.
+    """The answer to one request: images or videos, timings of every rank, and the record.
 
     Args:
-        pixels: pictures (3, height, width) or videos (frames, 3, height, width), float32 in [0, 1], in the request's
+        pixels: images (3, height, width) or videos (frames, 3, height, width), float32 in [0, 1], in the request's
             order.
         result: the engine's answer, with each rank's stage and step times and memory.
-        client_ms: what the client waited.
-        fps: frames a second of a video.
-        make_record: makes `record`.
-        latents: of each picture, (1 or solver steps, *latent shape), where they were asked for.
+        client_ms: the time that the client waited, ms.
+        fps: the frames per second of a video.
+        make_record: the function that builds `record`.
+        latents: the latents of each sample, (1 or solver steps, *latent shape), if the request asked for them.
     """
 
     pixels: list[Array]
@@ -53,51 +55,59 @@ class Generation:
 
     @property
     def record(self) -> Record:
-        """The row of this request, as a run of one repeat."""
+        """The record of this request, as a run with one repeat."""
         return self.make_record()
 
     @property
     def images(self) -> list[Image]:
-        """The pictures as 8-bit PIL images; none where the answer holds videos."""
+        """The images as 8-bit PIL images; empty if the answer holds videos."""
         from PIL import Image
 
-        return [Image.fromarray(to_uint8(picture)) for picture in self.pixels if picture.ndim == 3]
+        return [Image.fromarray(to_uint8(image)) for image in self.pixels if image.ndim == 3]
 
     @property
     def videos(self) -> list[NDArray[np.uint8]]:
-        """The videos as 8-bit frames (frames, height, width, 3); none where the answer holds pictures."""
+        """The videos as 8-bit frames (frames, height, width, 3); empty if the answer holds images."""
         return [to_uint8(video) for video in self.pixels if video.ndim == 4]
 
     def grid(self) -> Image:
-        """One sheet of all pictures, or of three frames of each video, with their prompts."""
-        shown = [still(to_uint8(picture)) for picture in self.pixels]
-        return grid(shown, [sample.prompt for sample in self.result.samples])
+        """Return one sheet of all images, or of three frames of each video, with their prompts."""
+        stills = [still(to_uint8(sample)) for sample in self.pixels]
+        return grid(stills, [sample.prompt for sample in self.result.samples])
 
     def save(self, folder: Path, fingerprint: str) -> list[SampleRow]:
-        """Writes `samples/*.png` or `samples/*.mp4`, and `grid.png`; the rows that name them."""
+        """Write `samples/*.png` or `samples/*.mp4`, and `grid.png`.
+
+        Args:
+            folder: the folder to write to; it exists.
+            fingerprint: the run's fingerprint, stored in each file.
+
+        Returns:
+            One row per sample, with its path and hash.
+        """
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         rows = []
-        for sample, picture in zip(self.result.samples, (to_uint8(p) for p in self.pixels), strict=True):
-            name = f"samples/{sample.index:04d}.{'png' if picture.ndim == 3 else 'mp4'}"
-            row = SampleRow(name, sample.prompt, sample.seed, pixel_hash(picture))
+        for sample, pixels in zip(self.result.samples, (to_uint8(p) for p in self.pixels), strict=True):
+            name = f"samples/{sample.index:04d}.{'png' if pixels.ndim == 3 else 'mp4'}"
+            row = SampleRow(name, sample.prompt, sample.seed, pixel_hash(pixels))
             text = {"prompt": sample.prompt, "seed": str(sample.seed), "fingerprint": fingerprint}
-            if picture.ndim == 3:
-                save_png(folder / row.path, picture, text)
+            if pixels.ndim == 3:
+                save_png(folder / row.path, pixels, text)
             else:
-                save_mp4(folder / row.path, picture, self.fps, text)
+                save_mp4(folder / row.path, pixels, self.fps, text)
             rows.append(row)
         self.grid().save(folder / "grid.png")
         return rows
 
 
 class DiffusionGenerator:
-    """A model on running ranks. Use it as a context manager: on leaving, every process it started has ended.
+    """A model on running ranks. Use it as a context manager: on exit, every process that it started has ended.
 
     Args:
         config: the resolved configuration.
-        engine: the ranks.
-        overrides: what the user wrote, for the record.
-        notes: warnings of the configuration, for the record.
+        engine: the engine that runs the ranks.
+        overrides: the user's overrides, for the record.
+        notes: the configuration's warnings, for the record.
     """
 
     def __init__(
@@ -114,49 +124,58 @@ class DiffusionGenerator:
 
     @classmethod
     def from_config(cls, *overrides: str) -> DiffusionGenerator:
-        """A generator from Hydra overrides, as on the command line: `from_config("model=emoji", "request.steps=8")`.
+        """Return a generator for Hydra overrides, as on the command line.
+
+            DiffusionGenerator.from_config("model=emoji", "request.steps=8")
 
         Raises:
             ConfigError: overrides that cannot run; nothing has been started.
         """
         scratch = tempfile.TemporaryDirectory(prefix="triptych-run-")
-        generator = cls.from_composed(compose_run(overrides), Path(scratch.name))
+        generator = cls.from_resolved(compose_run(overrides), Path(scratch.name))
         generator._scratch = scratch
         return generator
 
     @classmethod
-    def from_composed(
-        cls, composed: ResolvedRun, folder: Path, make_engine: MakeEngine = new_engine
+    def from_resolved(
+        cls, resolved: ResolvedRun, folder: Path, make_engine: MakeEngine = new_engine
     ) -> DiffusionGenerator:
-        """A generator whose ranks read `config.yaml` from `folder` and write their logs there.
+        """Return a generator whose ranks read `config.yaml` from `folder` and write their logs there.
 
         Args:
-            composed: a checked configuration.
-            folder: of the run.
-            make_engine: makes its engine, or finds one that is warm.
+            resolved: a checked configuration.
+            folder: the run's folder, created if missing.
+            make_engine: a function that makes the engine, or returns a warm one.
         """
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(composed.config))
-        engine = make_engine(composed.config, folder)
-        return cls(composed.config, engine, composed.overrides, composed.notes)
+        (folder / "config.yaml").write_text(to_yaml(resolved.config))
+        engine = make_engine(resolved.config, folder)
+        return cls(resolved.config, engine, resolved.overrides, resolved.notes)
 
     def start(self, on_wait: Callable[[EngineInfo | None], None] = lambda info: None) -> EngineInfo:
-        """Starts the ranks and waits until they are ready (`with` does this too).
+        """Start the ranks and wait until they are ready (`with` does this too).
+
+        Args:
+            on_wait: a callback that receives the engine's state while it loads.
+
+        Returns:
+            The engine's state.
 
         Raises:
             EngineGone: a rank died while loading, or was not ready in time.
+            RuntimeError: this generator was stopped.
         """
         if self.info is not None:
             return self.info
         if self._stopped:
             raise RuntimeError("this generator was stopped; make a new one")
-        began = time.perf_counter()
+        start = time.perf_counter()
         self.info = self._engine.start(on_wait)
-        self.launch_ms = (time.perf_counter() - began) * 1e3
+        self.launch_ms = (time.perf_counter() - start) * 1e3
         return self.info
 
     def stop(self) -> None:
-        """Ends the ranks. Harmless when repeated."""
+        """End the ranks. A second call does nothing."""
         self.info = None
         self._stopped = True
         self._engine.stop()
@@ -196,14 +215,32 @@ class DiffusionGenerator:
         profile: bool = False,
         on_progress: OnProgress = lambda progress: None,
     ) -> Generation:
-        """Draws; what is not given is the configuration's `request`.
+        """Generate images or videos; an argument that is not given is taken from the configuration's `request`.
 
-        `latents` asks for the final latent ("last") or the state after every step ("steps"); `count_flops` has the
-        networks' operations counted, and `profile` their operators timed, which slows the request down.
+        Args:
+            prompt: a single prompt.
+            prompts: several prompts, instead of `prompt`.
+            negative_prompt: the negative prompt.
+            seed: the seed of the first sample.
+            steps: the number of solver steps.
+            guidance: the guidance scale; 1 means no guidance.
+            height: the height in pixels.
+            width: the width in pixels.
+            frames: the number of video frames.
+            samples_per_prompt: the number of samples of each prompt.
+            batch_size: the number of samples in one network forward.
+            latents: the latents to return: "none", the final latent ("last"), or the state after every step ("steps").
+            count_flops: whether to count the networks' operations, which slows the request down.
+            profile: whether to time the networks' operators, which slows the request down.
+            on_progress: a callback that receives the progress of rank 0.
+
+        Returns:
+            The samples, their timings and the record.
 
         Raises:
-            RequestFailed: the engine's typed answer, such as a size that the model cannot make.
+            RequestFailed: the engine's typed answer, such as a size that the model cannot generate.
             EngineGone: a rank died.
+            RuntimeError: the ranks are not running.
         """
         if self.info is None:
             raise RuntimeError(
@@ -221,35 +258,49 @@ class DiffusionGenerator:
             "samples_per_prompt": samples_per_prompt,
             "batch_size": batch_size,
         }
-        asked = replace(self.config.request, **{key: value for key, value in given.items() if value is not None})
-        began = time.perf_counter()
-        message = msgspec.structs.replace(to_message(asked), latents=latents, count_flops=count_flops, profile=profile)
+        request = replace(self.config.request, **{key: value for key, value in given.items() if value is not None})
+        start = time.perf_counter()
+        message = msgspec.structs.replace(
+            to_message(request), latents=latents, count_flops=count_flops, profile=profile
+        )
         result, parts = self._engine.generate(message, on_progress)
-        client_ms = (time.perf_counter() - began) * 1e3
+        client_ms = (time.perf_counter() - start) * 1e3
         pixels = [array(sample.pixels, parts) for sample in result.samples]
-        states = [array(sample.latents, parts) for sample in result.samples if sample.latents is not None]
-        repeats = [measured(result, client_ms)]
+        latent_states = [array(sample.latents, parts) for sample in result.samples if sample.latents is not None]
+        repeats = [make_repeat(result, client_ms)]
         fps = self.config.model.fps
         return Generation(
-            pixels, result, client_ms, fps, lambda: self.record(asked, repeats, [result], [], pixels), states
+            pixels, result, client_ms, fps, lambda: self.record(request, repeats, [result], [], pixels), latent_states
         )
 
     def record(
         self,
-        asked: RequestConfig,
+        request: RequestConfig,
         repeats: list[Repeat],
         results: list[GenerationResult],
         warmup_ms: list[float],
         pixels: list[Array],
-        counted: GenerationResult | None = None,
-        profiled: GenerationResult | None = None,
+        flops_result: GenerationResult | None = None,
+        profile_result: GenerationResult | None = None,
     ) -> Record:
-        """The row of one or more measured requests; the last one's `pixels` are scored, `counted` has the operations of
-        one, `profiled` the operators of one."""
+        """Return the record of one or more measured repeats of a request.
+
+        Args:
+            request: the request.
+            repeats: the times of each repeat.
+            results: the answer of each repeat.
+            warmup_ms: the times of the warm-up requests, ms.
+            pixels: the samples of the last answer, which are scored.
+            flops_result: an answer whose operations were counted.
+            profile_result: an answer whose operators were timed.
+
+        Raises:
+            RuntimeError: the ranks are not running.
+        """
         if self.info is None:
             raise RuntimeError("the engine is not running")
         first = FirstCall(self.launch_ms, self.info.load_ms, warmup_ms, self._engine.reused)
-        config = replace(self.config, request=asked)
+        config = replace(self.config, request=request)
         return build_record(
             config,
             self.overrides,
@@ -260,6 +311,6 @@ class DiffusionGenerator:
             results,
             pixels,
             self.notes,
-            counted,
-            profiled,
+            flops_result,
+            profile_result,
         )

@@ -1,1 +1,1 @@
-"""The configuration: dataclasses with every key, and the bounds on what a request may ask."""
+"""The configuration: dataclasses with every key, and the checks of single groups."""

@@ -1,6 +1,6 @@
-"""Group `cache`: which evaluations of the denoiser, or which of their branches, are not computed.
+"""Group `cache`: which evaluations of the denoiser, or which of their branches, are skipped.
 
-Read and checked without torch.
+Everything here works without torch.
 """
 
 from __future__ import annotations
@@ -11,90 +11,100 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 NONE = "none"
-IDENTITY = (1.0, 0.0)  # the change as it is measured
+IDENTITY = (1.0, 0.0)  # the polynomial that leaves a change as it is measured
 
 
 @dataclass
 class CacheConfig:
-    """Group `cache`. null is the published value of the model where there is one, else the default beside it."""
+    """Group `cache`. null is the published value of the model if there is one, else the default given here."""
 
-    name: str = NONE  # none, teacache, first_block, taylorseer, guidance_interval, guidance_skip
-    threshold: float | None = None  # of teacache and first_block: the change below which nothing is computed; 0.1
-    coefficients: list[float] | None = None  # of teacache: a polynomial over the change, highest power first; identity
-    interval: int | None = None  # of taylorseer: one evaluation of so many is computed; of guidance_skip likewise; 3
-    order: int | None = None  # of the Taylor series of what the blocks add; 0 adds what they added; taylorseer's is 1
-    warmup: int | None = None  # evaluations before the first that is not computed; 1, taylorseer's 3
-    final: bool | None = None  # the last solver step is always computed; true with teacache
-    sigma_low: float | None = None  # of guidance_interval, of sigma / alpha: guided above it; 0
-    sigma_high: float | None = None  # guided up to it; null = no bound
+    name: str = NONE  # none, teacache, first_block, taylorseer, guidance_interval or guidance_skip
+    threshold: float | None = None  # teacache and first_block: change below which an evaluation is skipped; null = 0.1
+    coefficients: list[float] | None = None  # teacache: polynomial of the change, highest power first; null = identity
+    interval: int | None = None  # taylorseer and guidance_skip: compute one of this many evaluations; null = 3
+    order: int | None = None  # order of the Taylor series of the residual, 0 reuses it; null = 1 for taylorseer, else 0
+    warmup: int | None = None  # evaluations before the first skipped one; null = 3 for taylorseer, else 1
+    final: bool | None = None  # whether the last solver step is always computed; null = true for teacache
+    sigma_low: float | None = None  # guidance_interval: sigma / alpha above which guidance is on; null = 0
+    sigma_high: float | None = None  # guidance_interval: sigma / alpha up to which guidance is on; null = no bound
 
 
 @dataclass(frozen=True)
-class Published:
-    """What TeaCache's authors run a model with (github.com/ali-vilab/TeaCache, arXiv:2411.19108)."""
+class TeaCacheDefaults:
+    """The settings with which TeaCache's authors run a model (github.com/ali-vilab/TeaCache, arXiv:2411.19108).
+
+    Attributes:
+        coefficients: Polynomial of the change, highest power first.
+        warmup: Evaluations before the first skipped one.
+        final: Whether the last solver step is always computed.
+    """
 
     coefficients: tuple[float, ...]
     warmup: int = 1
     final: bool = True
 
 
-FLUX = Published((4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01))
-PUBLISHED: Mapping[str, Published] = {
-    "flux": FLUX,  # TeaCache4FLUX, which does not tell the two apart
+FLUX = TeaCacheDefaults((4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01))
+TEACACHE_DEFAULTS: Mapping[str, TeaCacheDefaults] = {
+    "flux": FLUX,  # TeaCache4FLUX, which makes no difference between the two models
     "flux_schnell": FLUX,
-    # TeaCache4Wan2.1 with use_ret_steps, whose signal is the time's modulation
-    "wan_1_3b": Published((-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02), 5, False),
-    "wan_14b": Published((-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01), 5, False),
+    # TeaCache4Wan2.1 with use_ret_steps, whose signal is the modulation by the time embedding
+    "wan_1_3b": TeaCacheDefaults(
+        (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02), 5, False
+    ),
+    "wan_14b": TeaCacheDefaults(
+        (-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01), 5, False
+    ),
 }
-"""By model: the polynomials were fitted to the published weights at their resolution and guidance."""
+"""TeaCache's settings by model; the polynomials were fitted to the published weights, resolution and guidance."""
 
-BLOCKS = ("order", "warmup", "final")
-READ: Mapping[str, tuple[str, ...]] = {
+BLOCK_KEYS = ("order", "warmup", "final")
+CACHE_KEYS: Mapping[str, tuple[str, ...]] = {
     NONE: (),
-    "teacache": ("threshold", "coefficients", *BLOCKS),
-    "first_block": ("threshold", *BLOCKS),
-    "taylorseer": ("interval", *BLOCKS),
+    "teacache": ("threshold", "coefficients", *BLOCK_KEYS),
+    "first_block": ("threshold", *BLOCK_KEYS),
+    "taylorseer": ("interval", *BLOCK_KEYS),
     "guidance_interval": ("sigma_low", "sigma_high"),
     "guidance_skip": ("interval", "warmup"),
 }
-"""The keys that each cache reads."""
+"""The keys that each cache uses."""
 
-OF_BLOCKS = tuple(name for name, keys in READ.items() if "order" in keys)
-OF_GUIDANCE = tuple(name for name, keys in READ.items() if keys and name not in OF_BLOCKS)
+BLOCK_CACHES = tuple(name for name, keys in CACHE_KEYS.items() if "order" in keys)
+GUIDANCE_CACHES = tuple(name for name, keys in CACHE_KEYS.items() if keys and name not in BLOCK_CACHES)
 
 
 def check_cache(cache: CacheConfig, model: str, has_blocks: bool, guidance: float) -> None:
-    """Fills what is null, and refuses what cannot be.
+    """Fill the keys that are null and refuse a cache that cannot run.
 
     Args:
-        cache: in place.
-        model: its name.
-        has_blocks: the network is a transformer, of equal blocks.
-        guidance: of the request.
+        cache: The `cache` group, changed in place.
+        model: The model's name.
+        has_blocks: Whether the network is a transformer of equal blocks.
+        guidance: The request's guidance scale.
 
     Raises:
-        ValueError: what to change, in one line.
+        ValueError: The cache cannot run; one line says what to change.
     """
-    if cache.name not in READ:
-        raise ValueError(f"cache.name={cache.name} is unknown; use one of {', '.join(READ)}")
-    asked = [f.name for f in fields(CacheConfig) if f.name != "name" and getattr(cache, f.name) is not None]
-    for unread in (key for key in asked if key not in READ[cache.name]):
-        warnings.warn(f"cache.{unread} has no effect with cache={cache.name}", stacklevel=2)
-    if cache.name in OF_BLOCKS and not has_blocks:
+    if cache.name not in CACHE_KEYS:
+        raise ValueError(f"cache.name={cache.name} is unknown; use one of {', '.join(CACHE_KEYS)}")
+    given = [f.name for f in fields(CacheConfig) if f.name != "name" and getattr(cache, f.name) is not None]
+    for unused in (key for key in given if key not in CACHE_KEYS[cache.name]):
+        warnings.warn(f"cache.{unused} has no effect with cache={cache.name}", stacklevel=2)
+    if cache.name in BLOCK_CACHES and not has_blocks:
         raise ValueError(
-            f"cache={cache.name} passes equal blocks by, and model={model} has a U-Net; use cache=guidance_interval, "
+            f"cache={cache.name} skips equal blocks, and model={model} has a U-Net; use cache=guidance_interval, "
             "guidance_skip or none"
         )
-    if cache.name in OF_GUIDANCE and guidance == 1:
+    if cache.name in GUIDANCE_CACHES and guidance == 1:
         warnings.warn(f"cache={cache.name} has no effect with request.guidance=1, which has one branch", stacklevel=2)
-    fill(cache, model)
+    fill_defaults(cache, model)
     _check_numbers(cache)
 
 
-def fill(cache: CacheConfig, model: str = "") -> None:
-    """Fills the keys that a cache reads and that are null, in place."""
+def fill_defaults(cache: CacheConfig, model: str = "") -> None:
+    """Fill, in place, the keys that a cache uses and that are null."""
     tea, taylor = cache.name == "teacache", cache.name == "taylorseer"
-    known = PUBLISHED.get(model, Published(IDENTITY))
+    known = TEACACHE_DEFAULTS.get(model, TeaCacheDefaults(IDENTITY))
     defaults: dict[str, object] = {
         "threshold": 0.1,
         "coefficients": list(known.coefficients),
@@ -104,14 +114,14 @@ def fill(cache: CacheConfig, model: str = "") -> None:
         "final": tea and known.final,
         "sigma_low": 0.0,
     }
-    for key in READ[cache.name]:
+    for key in CACHE_KEYS[cache.name]:
         if getattr(cache, key) is None:
             setattr(cache, key, defaults.get(key))
 
 
 def _check_numbers(cache: CacheConfig) -> None:
-    least = {"interval": 1, "order": 0, "warmup": 1, "threshold": 0.0, "sigma_low": 0.0, "sigma_high": 0.0}
-    for key, bound in least.items():
+    minimum = {"interval": 1, "order": 0, "warmup": 1, "threshold": 0.0, "sigma_low": 0.0, "sigma_high": 0.0}
+    for key, bound in minimum.items():
         value = getattr(cache, key)
         if value is not None and not bound <= value < math.inf:
             raise ValueError(f"cache.{key}={value}; give at least {bound:g}")

@@ -1,4 +1,4 @@
-"""`engine.optimize`: what is done to a network so that its evaluations take less time, with the same result."""
+"""`engine.optimize`: how a network is changed so that its evaluations take less time, with the same result."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from enum import Enum
 
 
 class Optimize(Enum):
-    """`none` runs the network as it is written; `eager` computes, joins and packs parts of it beforehand; `compile`
-    compiles its blocks too; `auto` is one of them, which harness.resolve.optimize puts in its place.
+    """How far a network is optimised.
+
+    `none` runs the network as it is written. `eager` precomputes, fuses and packs parts of it. `compile` compiles its
+    blocks too. `auto` stands for one of these, chosen by harness.resolve.optimize.
     """
 
     auto = "auto"
@@ -19,22 +21,22 @@ class Optimize(Enum):
 
 @dataclass
 class EagerConfig:
-    """`engine.eager`: what optimize=eager does, and compile too but for prepack, each for itself."""
+    """`engine.eager`: the parts of optimize=eager; optimize=compile has them too, except prepack."""
 
-    modulation: bool = True  # what depends on time and vectors alone, once a request for all evaluations
-    text: bool = True  # what depends on the text alone, keys and values of cross-attention too, once a request
-    fused_projections: bool = True  # queries, keys and values of a stream by one linear
-    prepack: bool = True  # bfloat16 on the CPU, not compiled: weights in oneDNN's own order, the GELU in the product
-    widen: bool = True  # bfloat16 on a CPU without instructions for it: products of float32 numbers
-    channels_last: bool = True  # the decoder's convolutions with their channels innermost
-    cuda_graphs: bool = True  # on a GPU: network and decoder, where one rank has them whole, are recorded and replayed
-    keep_memory: bool = True  # on the CPU: freed memory is kept for the next tensor (glibc)
-    winograd: bool = True  # float32, or widened, on the CPU: the decoder's wide convolutions with 4 products a pixel
+    modulation: bool = True  # precompute what depends only on time and vectors, for all evaluations of a request
+    text: bool = True  # precompute what depends only on the text, such as keys and values of cross-attention
+    fused_projections: bool = True  # compute queries, keys and values of a stream by one linear layer
+    prepack: bool = True  # bfloat16 on the CPU, not compiled: weights in oneDNN's layout, the GELU fused
+    upcast: bool = True  # bfloat16 on a CPU without instructions for it: compute products in float32
+    channels_last: bool = True  # store the decoder's convolutions with the channels as innermost dimension
+    cuda_graphs: bool = True  # on a GPU: record and replay networks and decoders that one rank holds whole
+    keep_memory: bool = True  # on the CPU: keep freed memory for the next tensor (glibc)
+    winograd: bool = True  # float32 or upcast on the CPU: the decoder's wide convolutions with 4 products per pixel
 
 
 @dataclass
 class CompileConfig:
     """`engine.compile`: how optimize=compile compiles the blocks (torch.compile)."""
 
-    freezing: bool = False  # on the CPU: weights are constants of the graph, which inductor packs; a graph a block
-    cuda_graphs: bool = False  # of diffusers' network, on a GPU: mode=reduce-overhead
+    freezing: bool = False  # on the CPU: make weights constants of the graph, which inductor packs; one graph per block
+    cuda_graphs: bool = False  # diffusers' network on a GPU: compile with mode=reduce-overhead

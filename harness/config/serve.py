@@ -16,20 +16,20 @@ class Policy(Enum):
 
 @dataclass
 class ServeConfig:
-    """`serve`: the server of task=serve, and how an engine that serves takes requests."""
+    """`serve`: the server of task=serve, and how a serving engine takes requests."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0 = any that is free; the address is printed
-    policy: Policy = Policy.fifo
-    max_batch: int = 8  # pictures whose network evaluations share forwards; 1 = one request after another
-    max_queue: int = 64  # requests that wait; one more is told to come again (429)
-    timeout_s: float = 600.0  # of a request, from its arrival, where it does not ask for less
-    max_pictures: int = 8  # of one request
-    max_steps: int = 250  # of one request
-    max_body_kib: int = 256  # of an HTTP request
-    keep: int = 256  # answered jobs whose pictures can still be fetched
-    restarts: int = 5  # of ranks that died, within restart_window_s; then the server says that it is not ready, and why
-    restart_window_s: float = 600.0
+    host: str = "127.0.0.1"  # address that the server listens on
+    port: int = 8000  # port that the server listens on; 0 = any free port; the address is printed
+    policy: Policy = Policy.fifo  # which waiting request is next
+    max_batch: int = 8  # images whose network evaluations share forwards; 1 = one request after another
+    max_queue: int = 64  # requests that may wait; one more is answered with 429 and may try again
+    timeout_s: float = 600.0  # longest time from a request's arrival to its answer, s; a request may ask for less
+    max_images: int = 8  # images per request
+    max_steps: int = 250  # solver steps per request
+    max_body_kib: int = 256  # size of an HTTP request, KiB
+    max_stored_results: int = 256  # answered requests whose images can still be fetched
+    restarts: int = 5  # restarts of dead ranks within restart_window_s, after which the server reports not ready
+    restart_window_s: float = 600.0  # time in which restarts are counted, s
 
 
 class Transport(Enum):
@@ -43,27 +43,27 @@ class Transport(Enum):
 class LoadConfig:
     """`load`: the clients of task=load."""
 
-    transport: Transport = Transport.zmq
-    url: str | None = None  # a server that runs already, of load.transport=http; null = one is started
-    rate: float | None = None  # requests a second, Poisson arrivals; null = `clients` in a closed loop
-    clients: int = 4  # of the closed loop: each sends when its last answer has come
-    duration_s: float = 30.0  # of sending; what was sent is waited for
-    warmup_s: float = 2.0  # of sending before that, not counted
-    slo_ms: float | None = None  # an answer within it is good; goodput counts those
-    steps: list[int] = field(default_factory=list)  # drawn from for each request; empty = request.steps
-    sizes: list[int] = field(default_factory=list)  # pixels a side, drawn from; empty = request.height and width
-    seed: int = 0  # of arrivals and draws
-    kill_every_s: float | None = None  # a rank that is ready is killed as often, of a server that task=load has started
+    transport: Transport = Transport.zmq  # zmq or http
+    url: str | None = None  # address of a running server, with load.transport=http; null = one is started
+    rate: float | None = None  # requests per second, as Poisson arrivals; null = `clients` in a closed loop
+    clients: int = 4  # clients of the closed loop; each sends its next request after its last answer
+    duration_s: float = 30.0  # time of sending, s; the answers to what was sent are waited for
+    warmup_s: float = 2.0  # time of sending before that, s, which is not counted
+    slo_ms: float | None = None  # latency objective, ms; goodput counts the answers within it
+    steps: list[int] = field(default_factory=list)  # solver steps, sampled for each request; empty = request.steps
+    sizes: list[int] = field(default_factory=list)  # pixels per side, sampled for each request; empty = request's size
+    seed: int = 0  # seed of the arrivals and of the sampled steps and sizes
+    kill_every_s: float | None = None  # time between kills of a ready rank, s, in a server that task=load started
 
 
-LEAST = {
+MINIMUM = {
     "port": 0,
     "max_batch": 1,
     "max_queue": 1,
-    "max_pictures": 1,
+    "max_images": 1,
     "max_steps": 1,
     "max_body_kib": 1,
-    "keep": 1,
+    "max_stored_results": 1,
     "restarts": 0,
     "timeout_s": 0.001,
     "restart_window_s": 1.0,
@@ -71,32 +71,32 @@ LEAST = {
 
 
 def check_serve(serve: ServeConfig, batches: bool) -> None:
-    """Refuses settings that cannot serve.
+    """Refuse settings that cannot serve.
 
     Args:
-        serve: the settings.
-        batches: whether this engine can share forwards between requests.
+        serve: The `serve` group.
+        batches: Whether this engine can share forwards between requests.
 
     Raises:
-        ValueError: the key, its value and what to give instead.
+        ValueError: A setting cannot serve; the message has the key, its value and what to give instead.
     """
-    for name, least in LEAST.items():
-        if not getattr(serve, name) >= least:
-            raise ValueError(f"serve.{name}={getattr(serve, name)}; give at least {least}")
+    for name, minimum in MINIMUM.items():
+        if not getattr(serve, name) >= minimum:
+            raise ValueError(f"serve.{name}={getattr(serve, name)}; give at least {minimum}")
     if serve.port > 65_535:
         raise ValueError(f"serve.port={serve.port}; give 0 to 65535")
     if serve.max_batch > 1 and not batches:
         raise ValueError(
             f"serve.max_batch={serve.max_batch}, but engines other than native, model.offload=true and "
-            "approximate layouts draw one request after another; set serve.max_batch=1"
+            "approximate layouts run one request after another; set serve.max_batch=1"
         )
 
 
 def check_load(load: LoadConfig) -> None:
-    """Refuses clients that cannot be made.
+    """Refuse clients that cannot be made.
 
     Raises:
-        ValueError: the key, its value and what to give instead.
+        ValueError: A setting is wrong; the message has the key, its value and what to give instead.
     """
     for name in ("rate", "slo_ms", "kill_every_s", "duration_s"):
         value = getattr(load, name)

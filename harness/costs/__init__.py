@@ -1,1 +1,1 @@
-"""Operations, traffic, memory and time of a layout in closed form."""
+"""A cost model: operations, traffic, memory and time of a layout in closed form."""

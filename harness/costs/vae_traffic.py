@@ -1,19 +1,19 @@
-"""How many bytes a rank sends to decode one latent by rows, by kind of collective, from shapes alone.
+"""Bytes that a rank sends to decode one latent by rows, by kind of collective, from shapes alone.
 
-The decoder as it was written for one device is traced on the meta device. On N ranks, with s bytes a number, and
-b = ceil(H / N) the rows of the highest band of H latent rows (harness.parallel.vae), a rank sends
+The single-device decoder is traced on the meta device. On N ranks, with s bytes per element, and b = ceil(H / N) the
+rows of the highest band of H latent rows (harness.parallel.vae), a rank sends
 
-    for every convolution of 3 rows over x of R rows
+    for every convolution of 3 rows over x with R rows
         neighbours      d s |x| / R             a row to each of its d neighbours: 1 for the outer ranks, 2 between
     for every group norm of G groups over a batch of B
         all_gather      4 (2 B G + 1) (N - 1)   means, variances and a count, in float32
     for every attention over x
         all_gather      2 s |x| b / H (N - 1)   keys and values, bands padded to the highest
-        all_gather      8 (N - 1)               and how high each is
+        all_gather      8 (N - 1)               and the height of each band
     for the pixels p, in float32
         all_gather      (4 |p| b / H + 8) (N - 1)
 
-where |x| counts numbers; the x of a causal convolution includes the frames that it is handed from before.
+where |x| is the number of elements; the x of a causal convolution includes the earlier frames that it is given.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from harness.costs.traffic import FLOAT32
-from harness.parallel.vae import CAUSAL, FRAME_ATTENTION, RowsDecoder, halo
+from harness.parallel.vae import CAUSAL, FRAME_ATTENTION, RowShardableDecoder, halo_rows
 
-LENGTH = 8  # bytes of a band's height, where heights are told
+LENGTH = 8  # bytes of a band's height, which each rank sends as an int64
 
 
 @dataclass(frozen=True)
 class DecodeTrace:
-    """What decoding one batch of latents does that ranks send bytes for.
+    """The operations of decoding one batch of latents that make ranks communicate.
 
     Args:
-        rows: H, of the latent.
-        halos: of every convolution of 3 rows: numbers in a row of what it works on.
-        norms: of every group norm: groups of the whole batch.
-        attention: of every attention: numbers of keys and values for a latent row.
-        pixels: numbers of pixels for a latent row.
+        rows: H, the rows of the latent.
+        halos: the elements in one row of the input of every convolution of 3 rows.
+        norms: the groups in the whole batch of every group norm.
+        attention: the elements of keys and values per latent row of every attention.
+        pixels: the elements of pixels per latent row.
     """
 
     rows: int
@@ -52,46 +52,47 @@ class DecodeTrace:
     pixels: int
 
 
-def decode_bytes(trace: DecodeTrace, ranks: int, index: int, item: int) -> dict[str, int]:
-    """Bytes that one rank sends to decode once, by kind of collective, without kinds that send none.
+def decode_bytes(trace: DecodeTrace, ranks: int, index: int, itemsize: int) -> dict[str, int]:
+    """Return the bytes that one rank sends to decode once, by kind of collective, without kinds that send none.
 
     Args:
-        trace: of the decoder and the latents.
-        ranks: N.
-        index: of this rank among them.
-        item: s, bytes of a number of the decoder's dtype.
+        trace: the trace of the decoder and the latents.
+        ranks: N, the number of ranks.
+        index: this rank's index among them.
+        itemsize: s, the bytes per element of the decoder's dtype.
     """
     sent, others, highest = Counter[str](), ranks - 1, -(-trace.rows // ranks)
     neighbours = (index > 0) + (index < others)
-    sent["neighbours"] += neighbours * item * sum(trace.halos)
+    sent["neighbours"] += neighbours * itemsize * sum(trace.halos)
     sent["all_gather"] += sum(FLOAT32 * (2 * groups + 1) for groups in trace.norms) * others
-    sent["all_gather"] += sum(item * numbers * highest + LENGTH for numbers in trace.attention) * others
+    sent["all_gather"] += sum(itemsize * elements * highest + LENGTH for elements in trace.attention) * others
     sent["all_gather"] += (FLOAT32 * trace.pixels * highest + LENGTH) * others
     return {kind: count for kind, count in sent.items() if count}
 
 
-def trace_decode(make: Callable[[], RowsDecoder], latent: Tensor) -> DecodeTrace:
-    """Decodes once without any numbers.
+def trace_decode(make: Callable[[], RowShardableDecoder], latent: Tensor) -> DecodeTrace:
+    """Decode once on the meta device.
 
     Args:
-        make: builds the decoder, for one device.
-        latent: of the sizes in question, on any device (meta is enough).
+        make: a function that builds the single-device decoder.
+        latent: a latent of the shape in question, on any device (meta is enough).
+
+    Returns:
+        The trace.
     """
     with torch.device("meta"):
         decoder = make()
-    recorder = _Recorder(latent.shape[-2])
+    tracer = _DecoderTracer(latent.shape[-2])
     for module in decoder.vae.decoder.modules():
-        recorder.listen(module)
+        tracer.register_hooks(module)
     with torch.no_grad():
         pixels = decoder(latent.to("meta"))
     rows = latent.shape[-2]
-    return DecodeTrace(
-        rows, tuple(recorder.halos), tuple(recorder.norms), tuple(recorder.attention), pixels.numel() // rows
-    )
+    return DecodeTrace(rows, tuple(tracer.halos), tuple(tracer.norms), tuple(tracer.attention), pixels.numel() // rows)
 
 
-class _Recorder:
-    """Listens to a decoder's layers by hooks."""
+class _DecoderTracer:
+    """Observes a decoder's layers through hooks."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -99,10 +100,10 @@ class _Recorder:
         self.norms: list[int] = []
         self.attention: list[int] = []
 
-    def listen(self, module: nn.Module) -> None:
-        """Hooks one layer, if it is one that needs other rows."""
+    def register_hooks(self, module: nn.Module) -> None:
+        """Register a hook on one layer, if it needs other rows."""
         if isinstance(module, (*CAUSAL, nn.Conv2d)):
-            if halo(module):
+            if halo_rows(module):
                 module.register_forward_pre_hook(self._convolve)
         elif isinstance(module, nn.GroupNorm):
             module.register_forward_pre_hook(self._norm)
@@ -110,8 +111,8 @@ class _Recorder:
             module.register_forward_pre_hook(self._attend)
 
     def _convolve(self, conv: nn.Module, args: tuple[Any, ...]) -> None:
-        numbers = sum(x.numel() for x in args if x is not None)  # causal ones are handed frames from before, too
-        self.halos.append(numbers // args[0].shape[-2])
+        elements = sum(x.numel() for x in args if x is not None)  # causal convolutions also get earlier frames
+        self.halos.append(elements // args[0].shape[-2])
 
     def _norm(self, norm: nn.GroupNorm, args: tuple[Any, ...]) -> None:
         self.norms.append(len(args[0]) * norm.num_groups)

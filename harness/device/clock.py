@@ -1,4 +1,4 @@
-"""When a stage and a step began and ended, with the device synchronised at both edges."""
+"""The times of stages and steps, with the device synchronized at both edges."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from harness.messages import OperatorTime, StageTime, StepTime
 
 
 class Clock:
-    """Times of one request on one rank.
+    """The times of one request on one rank.
 
     Args:
-        synchronize: waits until the device has done all its work; called at each edge. On the CPU there is nothing to
-            wait for.
-        count_flops: whether the networks' operations are counted too; what is timed is then not worth much.
-        profile: whether their operators are timed too, at the same cost.
+        synchronize: Function that waits until the device has done all its work; called at each edge. On the CPU there
+            is nothing to wait for.
+        count_flops: Whether the networks' operations are counted too; the times are then not meaningful.
+        profile: Whether the networks' operators are timed too, with the same effect.
     """
 
     def __init__(self, synchronize: Callable[[], None], count_flops: bool = False, profile: bool = False) -> None:
@@ -32,22 +32,28 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage."""
+        """Time a stage."""
         start = self._now()
         yield
         self.stages.append(StageTime(name, self._now() - start))
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Times one solver step."""
+        """Time one solver step."""
         start = self._now()
         yield
         self.steps.append(StepTime(len(self.steps), self._now() - start))
 
     @contextmanager
     def network(self, name: str, counted: bool = True) -> Iterator[None]:
-        """Times one forward of a network (text_encoder, denoiser, decoder), and counts it as an evaluation; the second
-        forward of a guided pair is not counted.
+        """Time one forward of a network.
+
+        Args:
+            name: text_encoder, denoiser or decoder.
+            counted: Whether the forward counts as an evaluation; the second forward of a guided pair does not.
+
+        Yields:
+            None, while the forward runs.
         """
         start = self._now()
         with ExitStack() as watchers:
@@ -57,21 +63,21 @@ class Clock:
         self.evaluations[name] = self.evaluations.get(name, 0) + counted
 
     def discount(self, name: str, evaluations: int) -> None:
-        """Takes back evaluations of a network that turned out to have been cut short."""
+        """Subtract evaluations of a network that were skipped in the end."""
         self.evaluations[name] -= evaluations
 
     def _watch(self, name: str, watchers: ExitStack) -> None:
         if self._count_flops:
-            from harness.device.flops import counted
+            from harness.device.flops import count_operations
 
             def add(flops: int) -> None:
                 self.flops[name] = self.flops.get(name, 0) + flops
 
-            watchers.enter_context(counted(add))
+            watchers.enter_context(count_operations(add))
         if self._profile:
-            from harness.device.profile import profiled
+            from harness.device.profile import profile_operators
 
-            watchers.enter_context(profiled(self.operators.setdefault(name, []).extend))
+            watchers.enter_context(profile_operators(self.operators.setdefault(name, []).extend))
 
     def _now(self) -> float:
         self._synchronize()

@@ -1,6 +1,6 @@
-"""What is asked of CUDA itself: to finish its work, the allocator's account of memory, MiB, and energy, J.
+"""Functions of CUDA: synchronization, the allocator's memory in MiB, and energy in joules.
 
-Not run on a machine without a GPU.
+They do not run on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -13,34 +13,38 @@ import torch
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits until a device has done all its work; on the CPU there is nothing to wait for."""
+    """Return a function that waits until a device has done all its work; on the CPU there is nothing to wait for."""
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
 
 class CudaMemory:
-    """What PyTorch's caching allocator has handed out on one device."""
+    """The memory that PyTorch's caching allocator has handed out on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def used_mib(self) -> float:
+        """Return the memory allocated now, MiB."""
         return torch.cuda.memory_allocated(self._device) / 2**20
 
     def peak_mib(self) -> float:
+        """Return the largest allocation since the last reset, MiB."""
         return torch.cuda.max_memory_allocated(self._device) / 2**20
 
     def release(self) -> None:
+        """Return cached memory to the device."""
         torch.cuda.empty_cache()
 
     def reset_peak(self) -> None:
+        """Reset the allocator's peak."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
 
 class CudaEnergy:
-    """One GPU, by NVML's counter since the driver was loaded (Volta and later; package nvidia-ml-py).
+    """The energy of one GPU, by NVML's counter since the driver was loaded (Volta and later; package nvidia-ml-py).
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
+        ModuleNotFoundError: The package is not installed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,9 +55,11 @@ class CudaEnergy:
         self.reset()
 
     def reset(self) -> None:
+        """Start counting from now."""
         self._before = self._counter_j()
 
     def used_j(self) -> float | None:
+        """Return the energy since the last reset, J."""
         return self._counter_j() - self._before
 
     def _counter_j(self) -> float:

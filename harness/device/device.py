@@ -1,4 +1,4 @@
-"""The device of a rank, chosen and prepared, and the dtypes computed in."""
+"""The device of a rank, chosen and prepared, and the dtypes of its networks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from harness.config.schema import DType, ModelConfig, RunConfig
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """The GPU of this rank where there is one, else the CPU."""
+    """Return the GPU of this rank if there is one, else the CPU."""
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def prepare_cpu(config: RunConfig, threads: int) -> None:
-    """Sets threads, and where float32 results shall not depend on their number, takes oneDNN out of the way.
+    """Set the threads, and disable oneDNN if float32 results must not depend on their number.
 
-    oneDNN picks another blocking, and so another order of additions, for another number of threads (seen with a 1 x 1
-    convolution at batch 1); the plain convolutions end in MKL products, which strict mode (MKL_CBWR, set by the
+    oneDNN chooses another blocking, and so another order of additions, for another number of threads (seen with a 1 x 1
+    convolution at batch 1). The plain convolutions end in MKL products, which strict mode (MKL_CBWR, set by the
     launcher) makes equal.
     """
     torch.set_num_threads(threads)
@@ -26,18 +26,21 @@ def prepare_cpu(config: RunConfig, threads: int) -> None:
 
 
 def prepare_cuda(device: torch.device) -> None:
-    """Takes the GPU, whose convolutions PyTorch would cut to 10 bits of float32's 23: float32 is to be float32."""
+    """Select the GPU and disable TF32.
+
+    PyTorch would otherwise reduce convolutions to 10 bits of float32's 23-bit mantissa.
+    """
     torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def denoiser_dtype(model: ModelConfig) -> DType:
-    """What the denoiser is loaded in."""
+    """Return the dtype in which the denoiser is loaded."""
     return model.denoiser.dtype or model.dtype
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """PyTorch's own of a configured dtype."""
+    """Return PyTorch's dtype for a configured one."""
     found: torch.dtype = getattr(torch, dtype.name)
     return found

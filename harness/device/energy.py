@@ -1,6 +1,6 @@
-"""The energy that a machine says it uses, J: its processor packages' (Linux, RAPL), or a GPU's (harness.device.cuda).
+"""The energy that a machine reports, J: of its processor packages (Linux, RAPL), or of a GPU (harness.device.cuda).
 
-It is all that they use meanwhile, whoever it is for, and at rest too.
+It is everything that they use in that time, for whatever process, idle power included.
 """
 
 from __future__ import annotations
@@ -9,34 +9,36 @@ from pathlib import Path
 from typing import Protocol
 
 POWERCAP = Path("/sys/class/powercap")
-ZONES = "intel-rapl:[0-9]*"  # AMD's processors are under this name too
+ZONES = "intel-rapl:[0-9]*"  # AMD's processors have this name too
 
 
-class Energy(Protocol):
+class EnergyMeter(Protocol):
     """An energy meter that counts from its last reset."""
 
     def reset(self) -> None:
-        """Counts from now on."""
+        """Start counting from now."""
 
     def used_j(self) -> float | None:
-        """Since the last reset, J; None where nothing is reported."""
+        """Return the energy since the last reset, J, or None if nothing is reported."""
 
 
 class NoEnergy:
-    """Where nothing is reported, or another rank of the machine reports it."""
+    """A meter without readings: nothing is reported, or another rank of the machine reports it."""
 
     def reset(self) -> None:
+        """Do nothing."""
         pass
 
     def used_j(self) -> float | None:
+        """Return None."""
         return None
 
 
 class PackageEnergy:
-    """All processor packages of this machine, by the counters of the kernel's powercap, which start again at an end.
+    """All processor packages of this machine, by the counters of the kernel's powercap, which wrap round at a maximum.
 
     Args:
-        folder: of the kernel's files, which most systems let no one but root read.
+        folder: The folder of the kernel's files, which on most systems only root may read.
     """
 
     def __init__(self, folder: Path = POWERCAP) -> None:
@@ -45,9 +47,11 @@ class PackageEnergy:
         self.reset()
 
     def reset(self) -> None:
+        """Start counting from now."""
         self._before = self._counters()
 
     def used_j(self) -> float | None:
+        """Return the energy of all packages since the last reset, J, or None if none can be read."""
         if not self._zones:
             return None
         ends = [_number(zone / "max_energy_range_uj") for zone in self._zones]
@@ -59,7 +63,7 @@ class PackageEnergy:
 
 
 def _is_package(zone: Path) -> bool:
-    """Whether a zone is a package, not a part of one, and may be read."""
+    """Return whether a zone is a whole package and may be read."""
     try:
         _number(zone / "energy_uj")
         return (zone / "name").read_text().startswith("package")

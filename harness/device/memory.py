@@ -1,4 +1,4 @@
-"""How much memory this process uses, MiB: the allocator's account on CUDA, the resident set on the CPU."""
+"""The memory of this process in MiB: the allocator's count on CUDA, the resident set on the CPU."""
 
 from __future__ import annotations
 
@@ -12,38 +12,42 @@ STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-class Memory(Protocol):
-    """A memory account with a resettable peak."""
+class MemoryMeter(Protocol):
+    """A memory meter with a peak that can be reset."""
 
     def used_mib(self) -> float:
-        """In use now."""
+        """Return the memory in use now, MiB."""
 
     def peak_mib(self) -> float:
-        """Largest since the last reset."""
+        """Return the peak since the last reset, MiB."""
 
     def reset_peak(self) -> None:
-        """Starts a new peak where the platform can; else the peak is the process's."""
+        """Start a new peak if the platform can; otherwise the peak is that of the process."""
 
     def release(self) -> None:
-        """Gives back what was freed and an allocator keeps for later."""
+        """Return memory that was freed and is kept by an allocator."""
 
 
 class ResidentMemory:
-    """The resident set of this process; the kernel's high-water mark catches peaks between samples (Linux)."""
+    """The resident set of this process; the kernel's high-water mark includes peaks between samples (Linux)."""
 
     def used_mib(self) -> float:
+        """Return the resident set now, MiB."""
         return _status_mib("VmRSS") if STATUS.exists() else _lifetime_peak_mib()
 
     def peak_mib(self) -> float:
+        """Return the high-water mark since the last reset, MiB."""
         return _status_mib("VmHWM") if STATUS.exists() else _lifetime_peak_mib()
 
     def reset_peak(self) -> None:
+        """Reset the kernel's high-water mark if this process may."""
         try:
             CLEAR_REFS.write_text("5")
         except OSError:
             return  # not Linux, or not allowed: the peak stays the process's own
 
     def release(self) -> None:
+        """Return freed memory to the system, with glibc."""
         if STATUS.exists():
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
             if trim is not None:

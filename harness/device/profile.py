@@ -1,4 +1,4 @@
-"""Where the time of a network goes, operator by operator, as PyTorch's profiler sees it."""
+"""The time of a network by operator, as PyTorch's profiler measures it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from harness.messages import OperatorTime
 
 
 @contextmanager
-def profiled(add: Callable[[list[OperatorTime]], None]) -> Iterator[None]:
-    """Times the operators that run while it lasts; slower than without, so nothing else is timed meanwhile."""
+def profile_operators(add: Callable[[list[OperatorTime]], None]) -> Iterator[None]:
+    """Time the operators that run inside the context; this is slower, so nothing else is timed at the same time."""
     on_cuda = torch.cuda.is_available()
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=kinds) as found:

@@ -1,1 +1,1 @@
-"""Who runs the ranks: torchrun, the fork agent, this process, a pool."""
+"""Who runs the ranks: torchrun, the fork agent, this process, or a pool of warm engines."""

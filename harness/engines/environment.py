@@ -1,5 +1,6 @@
-"""The environment of a rank, set before torch is imported: threads, and arithmetic that does not depend on their
-number.
+"""The environment of a rank, set before torch is imported.
+
+It sets the number of threads, and arithmetic that does not depend on that number.
 """
 
 from __future__ import annotations
@@ -10,23 +11,23 @@ import harness
 from harness.config.schema import LaunchConfig
 from harness.records.provenance import usable_cores
 
-SOCKETS = "TRIPTYCH_SOCKETS"  # folder of the engine's ipc:// sockets
-OWNER = "TRIPTYCH_OWNER"  # process id whose death ends the ranks
+SOCKETS = "TRIPTYCH_SOCKETS"  # the folder of the engine's ipc:// sockets
+OWNER = "TRIPTYCH_OWNER"  # the id of the process whose death ends the ranks
 
 
 def threads_per_rank(launch: LaunchConfig, local_ranks: int) -> int:
-    """CPU threads of each rank: what the configuration says, else an even share of the cores.
+    """Return the CPU threads of each rank: the configured number, or an even share of the cores.
 
-    Where results shall be reproducible, the share is rounded down to a power of two: elementwise kernels cut a tensor
-    by the number of threads, and a cut that falls inside a vector register rounds otherwise than one between two (seen
-    at 3 threads).
+    With launch.reproducible the share is rounded down to a power of two. Elementwise kernels split a tensor by the
+    number of threads. A split inside a vector register rounds differently from one between two registers (seen at 3
+    threads).
     """
     share = max(1, usable_cores() // local_ranks)
     return launch.threads_per_rank or (1 << (share.bit_length() - 1) if launch.reproducible else share)
 
 
-def arithmetic(launch: LaunchConfig, local_ranks: int) -> dict[str, str]:
-    """The variables that decide a rank's CPU arithmetic.
+def arithmetic_environment(launch: LaunchConfig, local_ranks: int) -> dict[str, str]:
+    """Return the environment variables that decide a rank's CPU arithmetic.
 
     Strict conditional numerical reproducibility makes MKL's products equal, bit for bit, at any number of threads
     (oneMKL Developer Guide, "Obtaining Numerically Reproducible Results").
@@ -39,6 +40,6 @@ def arithmetic(launch: LaunchConfig, local_ranks: int) -> dict[str, str]:
 
 
 def import_path(existing: str | None) -> str:
-    """PYTHONPATH under which a child finds this very copy of the packages, from any folder."""
+    """Return the PYTHONPATH with which a child process imports this copy of the packages from any folder."""
     here = str(Path(harness.__file__).parent.parent)
     return here if not existing else f"{here}:{existing}"

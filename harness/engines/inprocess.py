@@ -1,6 +1,4 @@
-"""One rank in the calling process, without sockets or torchrun: for notebooks and for stepping through with a
-debugger.
-"""
+"""One rank in the calling process, without sockets or torchrun, for notebooks and debuggers."""
 
 from __future__ import annotations
 
@@ -11,34 +9,36 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from harness.config.schema import RunConfig
-from harness.engines.environment import arithmetic, threads_per_rank
+from harness.engines.environment import arithmetic_environment, threads_per_rank
 from harness.engines.protocol import Answer, OnProgress, RequestFailed
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Progress, decode
-from harness.parallel.mesh import Place, degrees
+from harness.parallel.mesh import RankPosition, degrees
 
 if TYPE_CHECKING:
-    from harness.serving.scheduler import RequestScheduler
+    from harness.serving.request_scheduler import RequestScheduler
     from harness.serving.transport import Connection
 
 T = TypeVar("T")
 
 
-class NoBoard:
-    """Cancellation where nobody else could cancel: a Ctrl-C ends the call itself."""
+class NoCancelFlags:
+    """Cancel flags that are never set: nobody else can cancel, and a Ctrl-C ends the call itself."""
 
-    def post(self, request_id: str) -> None:
+    def set(self, request_id: str) -> None:
+        """Do nothing."""
         return None
 
-    def is_posted(self, request_id: str) -> bool:
+    def is_set(self, request_id: str) -> bool:
+        """Return False."""
         return False
 
 
 class InprocessEngine:
-    """The same request scheduler and worker at world size 1. `start` sets torch's threads for the process, `stop` sets
-    them back.
+    """The same request scheduler and worker at world size 1.
 
-    MKL's strict mode can only be chosen before torch is first imported; where it was imported earlier, the record's
-    environment shows that the variable was not set.
+    `start` sets torch's threads for the process, `stop` restores them. MKL's strict mode can only be chosen before
+    torch is first imported. If torch was imported earlier, the record's environment shows that the variable was not
+    set.
 
     Args:
         config: the resolved configuration.
@@ -52,32 +52,33 @@ class InprocessEngine:
         self.environment: dict[str, str] = dict(os.environ)
 
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
+        """Build the worker in this process."""
         import sys
 
         if "torch" not in sys.modules:
-            os.environ.update(arithmetic(self._config.launch, 1))
+            os.environ.update(arithmetic_environment(self._config.launch, 1))
         self.environment = dict(os.environ)
         import torch
 
         from harness.build.native import attention_name
-        from harness.build.worker import build_worker, ceiling
+        from harness.build.worker import build_worker, measure_ceiling
         from harness.device.device import pick_device, prepare_cpu
-        from harness.parallel.collectives import Alone
-        from harness.serving.scheduler import RequestScheduler
+        from harness.parallel.collectives import LocalCollectives
+        from harness.serving.request_scheduler import RequestScheduler
 
-        threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+        previous_threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
 
         def restore() -> None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(previous_threads)
             torch.backends.mkldnn.set_flags(onednn)
             torch.set_flush_denormal(False)
 
         self._restore = restore
         start = time.perf_counter()
-        wanted, device = threads_per_rank(self._config.launch, 1), pick_device(0)
-        prepare_cpu(self._config, wanted)
-        worker = build_worker(self._config, Place(0, degrees(self._config.parallel)), device)
-        self._scheduler = RequestScheduler(worker, Alone(), NoBoard())
+        threads, device = threads_per_rank(self._config.launch, 1), pick_device(0)
+        prepare_cpu(self._config, threads)
+        worker = build_worker(self._config, RankPosition(0, degrees(self._config.parallel)), device)
+        self._scheduler = RequestScheduler(worker, LocalCollectives(), NoCancelFlags())
         load_ms = (time.perf_counter() - start) * 1e3
         return EngineInfo(
             "ready",
@@ -86,13 +87,26 @@ class InprocessEngine:
             load_ms=load_ms,
             device=str(device),
             attention=attention_name(self._config, device),
-            threads=wanted,
+            threads=threads,
             loaded=worker.loaded,
-            ceiling_tflops=[ceiling(self._config, device)],
+            ceiling_tflops=[measure_ceiling(self._config, device)],
             hosts=[socket.gethostname()],
         )
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:
+        """Run one request in the calling thread.
+
+        Args:
+            request: the request.
+            on_progress: a callback that receives the request's progress.
+
+        Returns:
+            The result and its frames.
+
+        Raises:
+            RequestFailed: the typed answer of the worker or of its check.
+            RuntimeError: the engine is not running.
+        """
         if self._scheduler is None:
             raise RuntimeError("the engine is not running; call start() first")
         try:
@@ -100,10 +114,10 @@ class InprocessEngine:
         except ValueError as error:
             raise RequestFailed(Failure(request.request_id, "rejected", str(error))) from error
 
-        def tell(stage: str, done: int, total: int) -> None:
+        def report_progress(stage: str, done: int, total: int) -> None:
             on_progress(Progress(request.request_id, stage, done, total))
 
-        frames = self._scheduler.answer(request, tell, lambda: False)
+        frames = self._scheduler.run_request(request, report_progress, lambda: False)
         message = decode(frames)
         if isinstance(message, GenerationResult):
             return message, frames
@@ -111,10 +125,12 @@ class InprocessEngine:
             raise RequestFailed(message)
         raise RuntimeError(f"the engine answered with {type(message).__name__}")
 
-    def attend(self, clients: Callable[[Connection], T]) -> T:
+    def with_connection(self, clients: Callable[[Connection], T]) -> T:
+        """Refuse: this engine has no sockets. Raises RuntimeError."""
         raise RuntimeError("launch.mode=inprocess has no sockets; use launch.mode=torchrun")
 
     def stop(self) -> None:
+        """Drop the worker and restore torch's settings."""
         self._scheduler = None
         self._restore()
         self._restore = lambda: None

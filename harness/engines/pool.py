@@ -1,4 +1,4 @@
-"""Engines that stay warm between the jobs of a sweep: launch.reuse of them, by what they were built from."""
+"""Engines that stay warm between the jobs of a sweep: up to launch.reuse of them, by what they were built from."""
 
 from __future__ import annotations
 
@@ -20,30 +20,32 @@ from harness.resolve.compose import to_dict
 from harness.serving.transport import Connection
 
 BUILT_FROM = ("engine", "model", "scheduler", "parallel", "attention", "cache", "launch", "serve")
-HARMLESS = ("rejected",)  # kinds of failure after which ranks are as they were before
+HARMLESS_FAILURES = ("rejected",)  # kinds of failure that leave the ranks as they were
 
 T = TypeVar("T")
 MakeEngine: TypeAlias = Callable[[RunConfig, Path], Engine]
 
 
 def new_engine(config: RunConfig, folder: Path) -> Engine:
-    """Fresh ranks, as launch.mode says; their logs go to `folder`."""
+    """Return an engine with fresh ranks, as launch.mode says; their logs go to `folder`."""
     inprocess = config.launch.mode is LaunchMode.inprocess
     return InprocessEngine(config) if inprocess else TorchrunEngine(config, folder)
 
 
 def engine_key(config: RunConfig) -> str:
-    """What an engine is built from: two configurations with equal keys can be served by the same ranks."""
+    """Return what an engine is built from, as text: configurations with equal keys can share the same ranks."""
     declared = to_dict(config)
     return json.dumps([config.task.name.name, *(declared[part] for part in BUILT_FROM)], sort_keys=True)
 
 
 class EnginePool:
-    """At most `capacity` engines alive, the least recently used ended first. Use it as a context manager: on leaving,
-    every process it started has ended. Engines in the calling process are alone in it, whatever the capacity.
+    """A pool of at most launch.reuse warm engines; the least recently used one ends first.
+
+    Use it as a context manager: on exit, every process that it started has ended. An engine in the calling process is
+    always the only one.
 
     Args:
-        make: makes fresh engines.
+        make: a function that makes fresh engines.
     """
 
     def __init__(self, make: MakeEngine = new_engine) -> None:
@@ -51,29 +53,34 @@ class EnginePool:
         self.starts = 0
         self.reuses = 0
         self._make = make
-        self._warm: dict[str, PooledEngine] = {}  # the most recently used last
+        self._warm: dict[str, PooledEngine] = {}  # in order of use, the most recent last
 
     def engine(self, config: RunConfig, folder: Path) -> Engine:
-        """The engine of a configuration: warm where its ranks run already, else fresh ones that log to `folder`."""
+        """Return an engine for a configuration: a warm one if its ranks are running, else a fresh one.
+
+        Args:
+            config: the resolved configuration.
+            folder: the run's folder, to which a fresh engine logs.
+        """
         if config.launch.reuse < 1:
             self._make_room(0)
             return self._make(config, folder)
         key = engine_key(config)
         found = self._warm.pop(key, None)
         if found is None:
-            alone = config.launch.mode is LaunchMode.inprocess
-            self._make_room(0 if alone else config.launch.reuse - 1)
+            inprocess = config.launch.mode is LaunchMode.inprocess
+            self._make_room(0 if inprocess else config.launch.reuse - 1)
             found = PooledEngine(self, self._make(config, folder), folder)
         self._warm[key] = found
         return found
 
     def forget(self, engine: PooledEngine) -> None:
-        """Ends an engine that is not to be used again."""
+        """End an engine that must not be used again."""
         self._warm = {key: warm for key, warm in self._warm.items() if warm is not engine}
         engine.end()
 
     def close(self) -> None:
-        """Ends every engine. Harmless when repeated."""
+        """End every engine. A second call does nothing."""
         self._make_room(0)
 
     def __enter__(self) -> EnginePool:
@@ -90,12 +97,12 @@ class EnginePool:
 
 
 class PooledEngine:
-    """An engine whose `stop` leaves it warm, unless a request of it failed.
+    """An engine whose `stop` leaves it warm, unless one of its requests failed.
 
     Args:
-        pool: that it belongs to.
-        engine: that does the work.
-        folder: of the run that starts it.
+        pool: the pool that owns this engine.
+        engine: the engine that does the work.
+        folder: the folder of the run that starts it.
     """
 
     def __init__(self, pool: EnginePool, engine: Engine, folder: Path) -> None:
@@ -109,38 +116,42 @@ class PooledEngine:
         self._failed = False
 
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
+        """Start the ranks, or reuse the warm ones; a reused engine has loaded in 0 ms."""
         if self._info is not None:
             self.reused = str(self._folder)
             self._pool.reuses += 1
             self._pool.saved_ms += self._start_ms
             return msgspec.structs.replace(self._info, load_ms=0.0)
-        began = time.perf_counter()
-        self._failed = True  # until it is ready
+        start = time.perf_counter()
+        self._failed = True  # until the ranks are ready
         self._info = self._engine.start(on_wait)
         self._failed = False
-        self._start_ms = (time.perf_counter() - began) * 1e3
+        self._start_ms = (time.perf_counter() - start) * 1e3
         self._pool.starts += 1
         self.environment = self._engine.environment
         return self._info
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:
+        """Run one request; a failure that may have harmed the ranks makes `stop` end them."""
         try:
             return self._engine.generate(request, on_progress)
         except BaseException as error:
-            self._failed = not (isinstance(error, RequestFailed) and error.kind in HARMLESS)
+            self._failed = not (isinstance(error, RequestFailed) and error.kind in HARMLESS_FAILURES)
             raise
 
-    def attend(self, clients: Callable[[Connection], T]) -> T:
+    def with_connection(self, clients: Callable[[Connection], T]) -> T:
+        """Call a function with a connection; an exception makes `stop` end the ranks."""
         try:
-            return self._engine.attend(clients)
+            return self._engine.with_connection(clients)
         except BaseException:
             self._failed = True
             raise
 
     def stop(self) -> None:
+        """Keep the ranks warm, or end them if a request failed."""
         if self._failed:
             self._pool.forget(self)
 
     def end(self) -> None:
-        """Ends the ranks."""
+        """End the ranks."""
         self._engine.stop()

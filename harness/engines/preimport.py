@@ -1,4 +1,4 @@
-"""What a rank imports, before ranks are forked or as they start, and nothing that its configuration has no use for."""
+"""The imports of a rank, done before ranks are forked or as they start, limited to what its configuration needs."""
 
 from __future__ import annotations
 
@@ -11,53 +11,54 @@ from types import ModuleType
 
 from harness.config.schema import RunConfig
 from harness.parallel.mesh import degrees, world_size
-from harness.resolve.engines_table import NATIVE, PEERS
+from harness.resolve.engines_table import BASELINES, NATIVE
 from models.registry import ARCHITECTURES
 
 EAGER_PACKAGES = ("diffusers.models.autoencoders", "diffusers.models.transformers", "diffusers.models.unets")
-"""Packages of diffusers that import all of their modules, every network that it has, to give one of them."""
+"""Packages of diffusers that import all of their modules, every network that it has, to provide one of them."""
 
 
-def import_parts(config: RunConfig) -> None:
-    """Imports the modules that a rank of this configuration needs, with all that they import.
+def import_required(config: RunConfig) -> None:
+    """Import the modules that a rank of this configuration needs, with everything that they import.
 
-    The native networks take a few modules of diffusers, and those alone; a peer's pipeline takes what it takes.
+    The native networks need a few modules of diffusers and import only those; a baseline engine's pipeline imports what
+    it needs.
     """
-    with modules_alone() if config.engine.name == NATIVE else nullcontext():
-        for module in parts_of(config):
+    with without_siblings() if config.engine.name == NATIVE else nullcontext():
+        for module in required_modules(config):
             importlib.import_module(module)
 
 
-def parts_of(config: RunConfig) -> list[str]:
-    """The modules that bring the rest."""
+def required_modules(config: RunConfig) -> list[str]:
+    """Return the modules whose imports bring in everything else."""
     architecture = config.model.architecture
-    parts = ["harness.build.worker", "harness.serving.steps", ARCHITECTURES[architecture].module]
+    modules = ["harness.build.worker", "harness.serving.continuous_batching", ARCHITECTURES[architecture].module]
     if config.engine.name != NATIVE:
-        parts += ["harness.build.baseline", PEERS[architecture].module]
+        modules += ["harness.build.baseline", BASELINES[architecture].module]
     if world_size(degrees(config.parallel)) > 1:
-        parts += ["harness.parallel.vae"]
-    return parts
+        modules += ["harness.parallel.vae"]
+    return modules
 
 
 @contextmanager
-def modules_alone() -> Iterator[None]:
-    """Within it, importing a module of the packages above does not import its siblings.
+def without_siblings() -> Iterator[None]:
+    """Import a module of EAGER_PACKAGES without its siblings while this context is active.
 
-    Packages without contents stand in their place meanwhile. Who imports one of them later has the real one, with the
-    same modules in it.
+    Empty packages replace them meanwhile. A later import of one of them gets the real package, with the same modules in
+    it.
     """
     importlib.import_module("diffusers.models")
-    stand_ins = {name: _stand_in(name) for name in EAGER_PACKAGES if name not in sys.modules}
-    sys.modules.update(stand_ins)
+    empty_packages = {name: _empty_package(name) for name in EAGER_PACKAGES if name not in sys.modules}
+    sys.modules.update(empty_packages)
     try:
         yield
     finally:
-        for name in stand_ins:
+        for name in empty_packages:
             del sys.modules[name]
 
 
-def _stand_in(name: str) -> ModuleType:
-    """A package that finds its modules, and holds none."""
+def _empty_package(name: str) -> ModuleType:
+    """Return a package that finds its modules and contains none."""
     package, spec = ModuleType(name), find_spec(name)
     assert spec is not None
     assert spec.submodule_search_locations is not None

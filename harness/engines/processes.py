@@ -1,4 +1,4 @@
-"""Whether a process still lives."""
+"""Checking whether a process is alive."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process with this id exists (a zombie that nobody has waited for counts)."""
+    """Return whether a process with this id exists; a zombie that nobody has waited for counts."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

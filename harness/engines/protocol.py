@@ -1,4 +1,4 @@
-"""What a client needs of an engine, whoever started it: start, draw, stop."""
+"""The engine protocol, whoever started the engine: start, generate, stop."""
 
 from __future__ import annotations
 
@@ -18,51 +18,73 @@ class RequestFailed(RuntimeError):
     """The engine answered with a Failure. `kind` is rejected, cancelled, oom, unsupported or failed."""
 
     def __init__(self, failure: Failure) -> None:
-        where = f"rank {failure.rank}: " if failure.rank is not None else ""
-        super().__init__(f"{where}{failure.message}")
+        prefix = f"rank {failure.rank}: " if failure.rank is not None else ""
+        super().__init__(f"{prefix}{failure.message}")
         self.kind = failure.kind
 
 
 class Engine(Protocol):
-    """Ranks that draw. `environment` is theirs, `reused` the folder of the run that started them, where that is another
-    one's.
+    """Ranks that generate images.
+
+    Attributes:
+        environment: the environment variables of the ranks.
+        reused: the folder of the run that started the ranks, if it was another run.
     """
 
     environment: dict[str, str]
     reused: str | None
 
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
-        """Returns once every rank is ready.
+        """Start the ranks and wait until every rank is ready.
+
+        Args:
+            on_wait: a callback that receives the engine's state while it loads.
 
         Raises:
             EngineGone: a rank died, or was not ready in time.
         """
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:
-        """Draws one request.
+        """Run one request.
+
+        Args:
+            request: the request.
+            on_progress: a callback that receives the request's progress.
 
         Raises:
             RequestFailed: the engine's typed answer.
             EngineGone: a rank died.
         """
 
-    def attend(self, clients: Callable[[Connection], T]) -> T:
-        """Hands clients of many requests at once a connection of their own, which is closed when they are done.
+    def with_connection(self, clients: Callable[[Connection], T]) -> T:
+        """Call a function with a connection of its own, for many requests at once, and close the connection afterwards.
+
+        Args:
+            clients: a function that sends requests over the connection.
 
         Raises:
             EngineGone: a rank died.
         """
 
     def stop(self) -> None:
-        """Ends the engine; no process of it is left. Harmless when repeated."""
+        """End the engine; no process of it is left. A second call does nothing."""
 
 
-def exchange(connection: Connection, request: GenerationRequest, on_progress: OnProgress) -> Answer:
-    """Sends one request and waits for its answer, passing its progress on. A Ctrl-C cancels it.
+def send_and_wait(connection: Connection, request: GenerationRequest, on_progress: OnProgress) -> Answer:
+    """Send one request and wait for its answer, passing its progress on. A Ctrl-C cancels the request.
+
+    Args:
+        connection: the connection to the engine.
+        request: the request.
+        on_progress: a callback that receives the request's progress.
+
+    Returns:
+        The result and its frames.
 
     Raises:
         RequestFailed: the engine's typed answer.
         EngineGone: the engine died first.
+        KeyboardInterrupt: a Ctrl-C, raised again once the request is cancelled.
     """
     connection.send(request)
     try:
@@ -80,13 +102,13 @@ def exchange(connection: Connection, request: GenerationRequest, on_progress: On
 
 
 class AttachedEngine:
-    """An engine that somebody else started, reached by its addresses; stopping it asks it to end in order.
+    """An engine that another process started, reached by its addresses; stopping it asks it to end in order.
 
     Args:
-        addresses: where it listens.
-        start_timeout_s: until it is ready.
-        environment: of the ranks, for the record.
-        check_alive: raises EngineGone once the engine is known to be dead.
+        addresses: the engine's addresses.
+        start_timeout_s: the time limit until it is ready, s.
+        environment: the ranks' environment variables, for the record.
+        check_alive: a function that raises EngineGone if the engine is dead.
     """
 
     def __init__(
@@ -104,16 +126,20 @@ class AttachedEngine:
         self._start_timeout_s = start_timeout_s
 
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
+        """Wait until every rank is ready."""
         return self._connected().wait_ready(self._start_timeout_s, on_wait)
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:
-        return exchange(self._connected(), request, on_progress)
+        """Send one request and wait for its answer."""
+        return send_and_wait(self._connected(), request, on_progress)
 
-    def attend(self, clients: Callable[[Connection], T]) -> T:
+    def with_connection(self, clients: Callable[[Connection], T]) -> T:
+        """Call a function with a new connection, closed afterwards."""
         with closing(Connection(self._addresses, self._check_alive)) as connection:
             return clients(connection)
 
     def stop(self) -> None:
+        """Ask the engine to end in order and close the connection."""
         if self._connection is not None:
             self._connection.shutdown()
             self._connection.close()

@@ -1,6 +1,6 @@
-"""One rank, which torchrun starts by exec or forks from its agent (harness.engines.fork_agent).
+"""One rank, started by torchrun with exec or forked from its agent (harness.engines.fork_agent).
 
-It reads the run's config.yaml, loads, and serves until a client asks it to stop.
+It reads the run's config.yaml, loads its components, and serves until a client asks it to stop.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import msgspec
 from harness.config.schema import RunConfig, Task
 from harness.config.yaml import ConfigError, from_yaml
 from harness.engines.environment import OWNER, SOCKETS, threads_per_rank
-from harness.engines.preimport import import_parts
+from harness.engines.preimport import import_required
 from harness.engines.processes import is_alive
 from harness.engines.torchrun import RankError
 from harness.messages import EngineInfo, LoadedComponent
-from harness.parallel.mesh import Place, degrees
+from harness.parallel.mesh import RankPosition, degrees
 from harness.records.record import write_atomically
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Addresses, router
@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-class RankFacts(msgspec.Struct, frozen=True):
-    """What a rank says of itself once it has loaded."""
+class RankInfo(msgspec.Struct, frozen=True):
+    """What a rank reports once it has loaded."""
 
     pid: int
     load_ms: float
@@ -50,67 +50,77 @@ class RankFacts(msgspec.Struct, frozen=True):
     host: str = ""
 
 
-class StoreBoard:
-    """Cancellations over the process group's key-value store: rank 0 posts, every rank looks between two steps."""
+class StoreCancelFlags:
+    """Cancel flags in the process group's key-value store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def post(self, request_id: str) -> None:
+    def set(self, request_id: str) -> None:
+        """Mark a request as cancelled."""
         self._store.set(f"cancelled/{request_id}", "1")
 
-    def is_posted(self, request_id: str) -> bool:
+    def is_set(self, request_id: str) -> bool:
+        """Return whether a request is marked as cancelled."""
         return bool(self._store.check([f"cancelled/{request_id}"]))
 
 
 def main() -> None:
-    """Entry point under the launcher's torchrun."""
+    """Run one rank under the launcher's torchrun."""
     reset_signals()
     folder = Path(sys.argv[1])
     rank = int(os.environ["RANK"])
     redirect_output(folder / "logs" / f"rank{rank}.log")
-    watch_parents(int(os.environ.get(OWNER, "0")))
+    exit_with_parents(int(os.environ.get(OWNER, "0")))
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     try:
         log.info("rank %d of %s, process %d", rank, os.environ["WORLD_SIZE"], os.getpid())
         serve(from_yaml((folder / "config.yaml").read_text()), Addresses(Path(os.environ[SOCKETS])))
     except Exception as error:
-        leave_error(folder / "logs", rank, error)
+        write_error(folder / "logs", rank, error)
         sys.exit(1)
 
 
 def reset_signals() -> None:
-    """Python's own handlers, in place of those of the agent that this rank was forked from."""
+    """Restore Python's own signal handlers, in place of those of the agent that this rank was forked from."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def serve(config: RunConfig, addresses: Addresses) -> None:
-    """Joins the process group, loads this rank's part, and takes requests until a client says Shutdown.
+    """Join the process group, load this rank's part, and serve requests until a client sends Shutdown.
+
+    Args:
+        config: the resolved configuration.
+        addresses: the engine's addresses.
 
     Raises:
-        ConfigError: torchrun started another number of ranks than the layout has.
+        ConfigError: torchrun started a number of ranks that differs from the layout's.
         CheckpointError: weights that cannot be loaded.
     """
     import torch.distributed as dist
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    place = Place(rank, degrees(config.parallel))
-    check_ranks(place.world_size, ranks)
+    position = RankPosition(rank, degrees(config.parallel))
+    check_world_size(position.world_size, ranks)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     try:
-        _serve(config, addresses, place)
+        _serve(config, addresses, position)
     finally:
         dist.destroy_process_group()
 
 
-def check_ranks(layout: int, started: int) -> None:
-    """Refuses a torchrun of another number of ranks than the layout has.
+def check_world_size(layout: int, started: int) -> None:
+    """Refuse a torchrun whose number of ranks differs from the layout's.
+
+    Args:
+        layout: the number of ranks of the layout.
+        started: the number of ranks that torchrun started.
 
     Raises:
-        ConfigError: with both ways to make them equal.
+        ConfigError: the numbers differ; the message has both ways to make them equal.
     """
     if layout != started:
         raise ConfigError(
@@ -119,107 +129,107 @@ def check_ranks(layout: int, started: int) -> None:
         )
 
 
-def _serve(config: RunConfig, addresses: Addresses, place: Place) -> None:
-    import_parts(config)
+def _serve(config: RunConfig, addresses: Addresses, position: RankPosition) -> None:
+    import_required(config)
     import torch.distributed as dist
     import zmq
 
     from harness.build.native import attention_name
-    from harness.build.worker import build_worker, ceiling
+    from harness.build.worker import build_worker, measure_ceiling
     from harness.device.device import pick_device, prepare_cpu
-    from harness.parallel.collectives import Alone, Collectives, Gloo
-    from harness.serving.control import ControlThread, listener
-    from harness.serving.inbox import Inbox, served_check
-    from harness.serving.policy import key_of
-    from harness.serving.scheduler import RequestScheduler
-    from harness.serving.steps import StepScheduler
+    from harness.parallel.collectives import Collectives, GlooCollectives, LocalCollectives
+    from harness.serving.continuous_batching import ContinuousBatchScheduler
+    from harness.serving.control import ControlThread, shutdown_listener
+    from harness.serving.policy import sort_key
+    from harness.serving.request_queue import RequestQueue, check_with_limits
+    from harness.serving.request_scheduler import RequestScheduler
 
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = pick_device(local_rank)
     info = EngineInfo(
         "loading",
-        place.world_size,
+        position.world_size,
         pids=[os.getpid()],
         device=str(device),
         attention=attention_name(config, device),
         threads=threads_per_rank(config.launch, local_ranks),
     )
     context = zmq.Context()
-    control = ControlThread(context, addresses, info) if place.rank == 0 else None
+    control = ControlThread(context, addresses, info) if position.rank == 0 else None
     try:
-        collectives: Collectives = Gloo() if place.world_size > 1 else Alone()
+        collectives: Collectives = GlooCollectives() if position.world_size > 1 else LocalCollectives()
         start = time.perf_counter()
         prepare_cpu(config, info.threads)
-        worker = build_worker(config, place, device)
+        worker = build_worker(config, position, device)
         load_ms = (time.perf_counter() - start) * 1e3
-        collectives.gather([])  # all have loaded, so that all measure at once
+        collectives.gather([])  # all ranks have loaded, so that all measure at the same time
         node, host = int(os.environ["GROUP_RANK"]), socket.gethostname()
-        mine = RankFacts(os.getpid(), load_ms, worker.loaded, ceiling(config, device), node, host)
-        gathered = collectives.gather([msgspec.msgpack.encode(mine)])
-        facts = [msgspec.msgpack.decode(frames[0], type=RankFacts) for frames in gathered]
+        own_info = RankInfo(os.getpid(), load_ms, worker.loaded, measure_ceiling(config, device), node, host)
+        gathered = collectives.gather([msgspec.msgpack.encode(own_info)])
+        infos = [msgspec.msgpack.decode(frames[0], type=RankInfo) for frames in gathered]
         serves = config.task.name in (Task.serve, Task.load)
-        request_scheduler: RequestScheduler | StepScheduler
+        request_scheduler: RequestScheduler | ContinuousBatchScheduler
         if serves and config.serve.max_batch > 1:
-            request_scheduler = StepScheduler(worker, collectives, config.serve.max_batch)
+            request_scheduler = ContinuousBatchScheduler(worker, collectives, config.serve.max_batch)
         else:
-            board = StoreBoard(dist.distributed_c10d._get_default_store())
-            request_scheduler = RequestScheduler(worker, collectives, board)
+            cancel_flags = StoreCancelFlags(dist.distributed_c10d._get_default_store())
+            request_scheduler = RequestScheduler(worker, collectives, cancel_flags)
         if control is None:
             request_scheduler.follow()
             return
-        pids, load_ms = [f.pid for f in facts], max(f.load_ms for f in facts)
-        loaded, ceilings = slowest([f.loaded for f in facts]), [f.ceiling_tflops for f in facts]
-        hosts = list({f.node: f.host for f in facts}.values())
+        pids, load_ms = [f.pid for f in infos], max(f.load_ms for f in infos)
+        loaded, ceilings = slowest_load_times([f.loaded for f in infos]), [f.ceiling_tflops for f in infos]
+        hosts = list({f.node: f.host for f in infos}.values())
         control.set_info(
             msgspec.structs.replace(
                 info, pids=pids, load_ms=load_ms, loaded=loaded, ceiling_tflops=ceilings, hosts=hosts
             )
         )
-        requests, wake = router(context, addresses.requests), listener(context)
+        requests, wake = router(context, addresses.requests), shutdown_listener(context)
         if serves:
-            check = served_check(worker.pipeline.check, config.serve)
-            key, limit, timeout_s = key_of(config.serve.policy), config.serve.max_queue, config.serve.timeout_s
-            inbox = Inbox(requests, wake, check, control, key, limit, timeout_s)
+            check = check_with_limits(worker.pipeline.check, config.serve)
+            key, limit, timeout_s = sort_key(config.serve.policy), config.serve.max_queue, config.serve.timeout_s
+            request_queue = RequestQueue(requests, wake, check, control, key, limit, timeout_s)
         else:
-            inbox = Inbox(requests, wake, worker.pipeline.check, control)
-        request_scheduler.lead(inbox, control)
+            request_queue = RequestQueue(requests, wake, worker.pipeline.check, control)
+        request_scheduler.lead(request_queue, control)
     finally:
         if control is not None:
             control.close()
         context.destroy(linger=1000)
 
 
-def slowest(ranks: list[list[LoadedComponent]]) -> list[LoadedComponent]:
-    """Rank 0's components, each with the time of the rank that took longest."""
+def slowest_load_times(ranks: list[list[LoadedComponent]]) -> list[LoadedComponent]:
+    """Return rank 0's components, each with the loading time of the slowest rank."""
     times: dict[str, float] = {}
     for part in (part for rank in ranks for part in rank):
         times[part.component] = max(part.load_ms, times.get(part.component, 0.0))
     return [msgspec.structs.replace(part, load_ms=times[part.component]) for part in ranks[0]]
 
 
-def leave_error(logs: Path, rank: int, error: Exception) -> None:
-    """Writes why this rank ends, for whoever started it."""
+def write_error(logs: Path, rank: int, error: Exception) -> None:
+    """Write why this rank ends, for the process that started it."""
     traceback.print_exc()
-    left = RankError(rank, failure_line(error), failure_kind(error), is_peer_lost(error))
-    write_atomically(logs / f"rank{rank}.error.json", msgspec.json.encode(left))
+    record = RankError(rank, failure_line(error), failure_kind(error), is_peer_lost(error))
+    write_atomically(logs / f"rank{rank}.error.json", msgspec.json.encode(record))
 
 
 def redirect_output(log: Path) -> None:
-    """Sends this process's standard output and error to its log, C libraries' included."""
+    """Send this process's standard output and error to its log, including those of C libraries."""
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
 
 
-def watch_parents(owner: int) -> None:
-    """Ends this process when torchrun, or the process that started it, is gone: also after their SIGKILL."""
+def exit_with_parents(owner: int) -> None:
+    """End this process once torchrun or the process that started it is gone, even after their SIGKILL."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent and (owner == 0 or is_alive(owner)):
             time.sleep(WATCH_S)
-        if SOCKETS in os.environ:  # nobody else is left to remove it
+        if SOCKETS in os.environ:  # no other process is left to remove it
             shutil.rmtree(os.environ[SOCKETS], ignore_errors=True)
         os._exit(1)
 

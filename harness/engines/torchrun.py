@@ -1,4 +1,4 @@
-"""Ranks as child processes: torchrun started, watched, and ended so that nothing of it lives on."""
+"""Ranks as child processes: starting, watching and ending torchrun so that no process is left."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import TypeVar
 import msgspec
 
 from harness.config.schema import RunConfig
-from harness.engines.environment import OWNER, SOCKETS, arithmetic, import_path
-from harness.engines.protocol import Answer, OnProgress, exchange
+from harness.engines.environment import OWNER, SOCKETS, arithmetic_environment, import_path
+from harness.engines.protocol import Answer, OnProgress, send_and_wait
 from harness.messages import EngineInfo, GenerationRequest
 from harness.parallel.mesh import degrees, world_size
 from harness.serving.transport import Addresses, Connection, EngineGone
@@ -26,8 +26,13 @@ T = TypeVar("T")
 
 
 class RankError(msgspec.Struct, frozen=True):
-    """What a rank writes to `logs/rankN.error.json` before it dies of an exception; `peer_lost` when another rank went
-    first.
+    """What a rank writes to `logs/rankN.error.json` before it dies of an exception.
+
+    Args:
+        rank: the rank's number in the world.
+        message: the reason in one line.
+        kind: the kind of failure.
+        peer_lost: whether the rank failed only because another rank died first.
     """
 
     rank: int
@@ -53,9 +58,10 @@ class TorchrunEngine:
         self._connection: Connection | None = None
         self._pids: list[int] = []
         self.reused: str | None = None
-        self.environment = os.environ | arithmetic(config.launch, self._ranks)
+        self.environment = os.environ | arithmetic_environment(config.launch, self._ranks)
 
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
+        """Start torchrun and wait until every rank is ready."""
         self._addresses = Addresses.private()
         environment = self.environment | {
             SOCKETS: str(self._addresses.folder),
@@ -83,18 +89,21 @@ class TorchrunEngine:
         return info
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:
+        """Send one request and wait for its answer."""
         if self._connection is None:
             raise RuntimeError("the engine is not running; call start() first")
-        return exchange(self._connection, request, on_progress)
+        return send_and_wait(self._connection, request, on_progress)
 
-    def attend(self, clients: Callable[[Connection], T]) -> T:
+    def with_connection(self, clients: Callable[[Connection], T]) -> T:
+        """Call a function with a new connection, closed afterwards."""
         with closing(Connection(self.addresses, self.check_alive)) as connection:
             return clients(connection)
 
     def stop(self) -> None:
+        """End the ranks in order if they are ready, and kill those that do not end in time."""
         process, self._process = self._process, None
         connection, self._connection = self._connection, None
-        orderly = bool(self._pids)  # ranks that have not loaded yet do not listen
+        orderly = bool(self._pids)  # ranks that have not loaded yet do not listen for a Shutdown
         try:
             if connection is not None:
                 if orderly:
@@ -102,8 +111,8 @@ class TorchrunEngine:
                 connection.close()
         finally:
             if process is not None:
-                _end(process, self._config.launch.stop_timeout_s, orderly)
-            for pid in self._pids:  # torchrun has ended them already, unless it was killed itself
+                _terminate(process, self._config.launch.stop_timeout_s, orderly)
+            for pid in self._pids:  # torchrun has already ended them, unless it was killed itself
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._pids = []
@@ -111,8 +120,9 @@ class TorchrunEngine:
                 self._addresses.remove()
 
     def kill(self) -> None:
-        """Ends ranks at once that may not answer any more (a stopped process heeds no SIGTERM); no process of them is
-        left. Those that still load, torchrun ends: only it knows them.
+        """End at once ranks that may no longer answer, such as a stopped process, which ignores SIGTERM.
+
+        No process of them is left. Ranks that are still loading are known to torchrun alone, so torchrun ends them.
         """
         for pid in self._pids:
             with suppress(ProcessLookupError):
@@ -123,21 +133,17 @@ class TorchrunEngine:
 
     @property
     def addresses(self) -> Addresses:
-        """Where the ranks listen.
+        """The addresses of the ranks.
 
         Raises:
-            RuntimeError: they were not started.
+            RuntimeError: the engine was not started.
         """
         if self._addresses is None:
             raise RuntimeError("the engine is not running; call start() first")
         return self._addresses
 
     def check_alive(self) -> None:
-        """Asks how the ranks are.
-
-        Raises:
-            EngineGone: torchrun has ended them, or is about to since one has left its error.
-        """
+        """Raise EngineGone if torchrun has ended the ranks, or will soon because one of them has left its error."""
         if self._process is not None and (self._process.poll() is not None or rank_error(self._logs) is not None):
             raise post_mortem(self._logs)
 
@@ -150,27 +156,28 @@ class TorchrunEngine:
         return self._logs / "launch.log"
 
 
-def _end(process: subprocess.Popen[bytes], patience_s: float, orderly: bool) -> None:
-    """Waits for an orderly end where one was asked for, then SIGTERM (torchrun ends its ranks), then SIGKILL."""
+def _terminate(process: subprocess.Popen[bytes], timeout_s: float, orderly: bool) -> None:
+    """End torchrun: wait if it was asked to end in order, then send SIGTERM (it ends its ranks), then SIGKILL."""
     for send in ((lambda: None), process.terminate, process.kill) if orderly else (process.terminate, process.kill):
         send()
         try:
-            process.wait(patience_s)
+            process.wait(timeout_s)
             return
         except subprocess.TimeoutExpired:
             continue
-        except KeyboardInterrupt:  # a second Ctrl-C: no more patience
-            patience_s = 0.5
+        except KeyboardInterrupt:  # a second Ctrl-C: wait no longer
+            timeout_s = 0.5
     process.wait()
 
 
 def post_mortem(logs: Path) -> EngineGone:
-    """Why the ranks died, in one line: a rank's own error, else the signal or exit code that torchrun saw, else its
-    last lines.
+    """Return why the ranks died, in one line.
+
+    The sources in this order: a rank's own error, the signal or exit code that torchrun saw, the last lines of the log.
     """
-    left = rank_error(logs)
-    if left is not None:
-        return EngineGone(f"rank {left.rank}: {left.message}", left.kind)
+    error = rank_error(logs)
+    if error is not None:
+        return EngineGone(f"rank {error.rank}: {error.message}", error.kind)
     log = logs / "launch.log"
     text = log.read_text(errors="replace") if log.exists() else ""
     deaths = re.findall(r"rank\s*:\s*(\d+) \(local_rank.*?exitcode\s*:\s*(-?\d+)", text, flags=re.DOTALL)
@@ -182,7 +189,7 @@ def post_mortem(logs: Path) -> EngineGone:
 
 
 def rank_error(logs: Path) -> RankError | None:
-    """The error that a rank left behind, passing over those that only lost their peer; None where there is none."""
+    """Return the error that a rank left behind, or None. Errors of ranks that only lost their peer are ignored."""
     errors = [_read_error(path) for path in sorted(logs.glob("rank*.error.json"))]
     return next((error for error in errors if error is not None and not error.peer_lost), None)
 

@@ -1,4 +1,4 @@
-"""The tables of task=load: one load, and a sweep of them."""
+"""The tables of task=load: for one load, and for a sweep of loads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.records.record import Record, read_record, read_status
 
 
 def print_load(record: Record, load: LoadSummary, folder: Path, console: Console) -> None:
-    """Prints one load."""
+    """Print one load."""
     table = Table(title=escape(str(folder)), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("ms")
     for heading in ("p50", "p90", "p99", "mean", "n"):
@@ -26,11 +26,11 @@ def print_load(record: Record, load: LoadSummary, folder: Path, console: Console
     offered = f"{load.clients} clients" if load.offered_per_s is None else f"{load.offered_per_s:g} requests/s offered"
     console.print(
         f"{offered} over {load.transport} for {load.duration_s:g} s, all answered after {load.elapsed_s:.1f} s; "
-        f"of {load.sent}: {outcomes(load)}"
+        f"of {load.sent}: {describe_outcomes(load)}"
     )
     good = "" if load.goodput_per_s is None else f", {load.goodput_per_s:.2f} within {load.slo_ms:g} ms"
-    console.print(f"{load.throughput_per_s:.2f} answers/s{good}{batching(load)}")
-    for line in (chaos(load), memory(load)):
+    console.print(f"{load.throughput_per_s:.2f} answers/s{good}{describe_batching(load)}")
+    for line in (_describe_chaos(load), _describe_memory(load)):
         if line:
             console.print(line)
     for note in record.notes:
@@ -39,50 +39,50 @@ def print_load(record: Record, load: LoadSummary, folder: Path, console: Console
         console.print(f"{name:8} {escape(str(folder / path))}", soft_wrap=True)
 
 
-def outcomes(load: LoadSummary) -> str:
-    """How many requests ended how, the good ones first."""
+def describe_outcomes(load: LoadSummary) -> str:
+    """Return how many requests had which outcome, the successful ones first."""
     parts = sorted(load.outcomes.items(), key=lambda part: (part[0] != OK, part[0]))
-    strays = [f"and {load.strays} answers nobody waited for"] if load.strays else []
+    strays = [f"and {load.strays} answers that matched no request"] if load.strays else []
     return ", ".join([*(f"{count} {kind}" for kind, count in parts), *strays]) or "none"
 
 
-def batching(load: LoadSummary) -> str:
-    """How many pictures shared a forward, in words; empty where the engine did not tell."""
-    if load.pictures_per_evaluation is None:
+def describe_batching(load: LoadSummary) -> str:
+    """Return how many images shared a forward, in words; empty if the engine did not say."""
+    if load.images_per_evaluation is None:
         return ""
-    return f"; {load.evaluations} forwards of the denoiser, {load.pictures_per_evaluation:.2f} pictures each"
+    return f"; {load.evaluations} forwards of the denoiser, {load.images_per_evaluation:.2f} images each"
 
 
-def chaos(load: LoadSummary) -> str:
-    """What was killed, in words; empty where nothing was."""
+def _describe_chaos(load: LoadSummary) -> str:
+    """Return what was killed, in words; empty if nothing was."""
     if load.chaos is None or not (load.chaos.kills or load.chaos.leaked):
         return ""
     return f"{load.chaos.kills} ranks were killed; {load.chaos.leaked} processes outlived the server"
 
 
-def memory(load: LoadSummary) -> str:
-    """How the server's memory grew, in words; empty where it was not read."""
+def _describe_memory(load: LoadSummary) -> str:
+    """Return how the server's memory grew, in words; empty if it was not sampled."""
     if load.memory is None:
         return ""
     row = load.memory
     return (
-        f"server's resident memory {row.start_mib:.0f} MiB at first, {row.end_mib:.0f} at last, "
-        f"{row.slope_mib_per_min:+.2f} a minute"
+        f"server's resident memory {row.start_mib:.0f} MiB at the start, {row.end_mib:.0f} at the end, "
+        f"{row.slope_mib_per_min:+.2f} per minute"
     )
 
 
-def loaded(folder: Path) -> bool:
-    """Whether a load's record is in a folder."""
+def has_load_record(folder: Path) -> bool:
+    """Return whether a folder holds a load's record."""
     record = read_record(folder)
     return record is not None and record.load is not None
 
 
 def print_loads(folders: Sequence[Path], console: Console) -> None:
-    """Prints the loads of a sweep, one row each; below them each error once."""
+    """Print the loads of a sweep, one row each, and below them each error once."""
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("job", overflow="fold")
     table.add_column("state", no_wrap=True)
-    for heading in ("offered/s", "answers/s", "p50 ms", "p99 ms", "good/s", "a forward", "not ok"):
+    for heading in ("offered/s", "answers/s", "p50 ms", "p99 ms", "good/s", "per forward", "not ok"):
         table.add_column(heading, justify="right", no_wrap=True)
     shared = set.intersection(*(set(folder.name.split(",")) for folder in folders))
     errors: dict[str, None] = {}
@@ -100,17 +100,17 @@ def print_loads(folders: Sequence[Path], console: Console) -> None:
 
 
 def _cells(load: LoadSummary) -> list[str]:
-    def shown(value: float | None, digits: int = 2) -> str:
+    def number(value: float | None, digits: int = 2) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
     offered = f"{load.clients} clients" if load.offered_per_s is None else f"{load.offered_per_s:g}"
     latency = load.latency_ms
     return [
         offered,
-        shown(load.throughput_per_s),
-        shown(None if latency is None else latency.p50, 0),
-        shown(None if latency is None else latency.p99, 0),
-        shown(load.goodput_per_s),
-        shown(load.pictures_per_evaluation),
+        number(load.throughput_per_s),
+        number(None if latency is None else latency.p50, 0),
+        number(None if latency is None else latency.p99, 0),
+        number(load.goodput_per_s),
+        number(load.images_per_evaluation),
         str(load.sent - load.outcomes.get(OK, 0)),
     ]

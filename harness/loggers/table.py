@@ -1,4 +1,4 @@
-"""The table at the end of a run: stages, steps, memory and where everything is."""
+"""The table at the end of a run: stages, steps, memory and the paths of all results."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.loggers.load import loaded, print_loads
+from harness.loggers.load import has_load_record, print_loads
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import BROKEN, Fidelity
-from harness.metrics.intervals import Estimate, Share
+from harness.metrics.intervals import IntervalEstimate, Share
 from harness.metrics.paired import Ratio
-from harness.metrics.pretrained import Pretrained
+from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.records.comparison import Comparison, read_comparison
 from harness.records.record import Record, read_record, read_status
 
-SWEPT = ("step", "request", "answer", "latency_p99")  # what a sweep of comparisons shows, where it was timed
-SHOWN_OPERATORS = 8  # of a profile; the record has more
-SHOWN_SHARE = 0.005  # of a request: stages that take less are in comparison.json only
+SWEPT = ("step", "request", "answer", "latency_p99")  # ratios that a sweep of comparisons shows, if they were timed
+SHOWN_OPERATORS = 8  # operators shown of a profile; the record has more
+SHOWN_SHARE = 0.005  # share of a request below which a stage is only in comparison.json
 
 
 def print_record(record: Record, folder: Path, console: Console) -> None:
-    """Prints one run."""
-    summary = record.timed
+    """Print one run."""
+    summary = record.statistics
     table = Table(title=escape(str(folder)), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("stage")
     for heading in ("median ms", "95 % interval", "p90 ms", "n"):
@@ -41,10 +41,10 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
     first = record.first_call
     peaks = ", ".join(f"{peak:.0f}" for peak in summary.peak_memory_mib)
     share = f"{100 * summary.overhead_share.median:.1f} %"
-    kind = "video" if any(row.path.endswith(".mp4") for row in record.samples) else "picture"
+    kind = "video" if any(row.path.endswith(".mp4") for row in record.samples) else "image"
     spared = "" if summary.cache is None else f" of {summary.cache.evaluations:.4g} without a cache"
     console.print(
-        f"{summary.throughput_per_s:.2f} {kind}s/s, {summary.nfe} network evaluations a {kind}{spared}, "
+        f"{summary.throughput_per_s:.2f} {kind}s/s, {summary.nfe} network evaluations per {kind}{spared}, "
         f"harness overhead {share}"
     )
     console.print(
@@ -61,11 +61,11 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
             reached = 100 * summary.achieved_tflops / summary.ceiling_tflops
             share = f", {reached:.0f} % of the {summary.ceiling_tflops:.2f} of a matrix product here"
         console.print(
-            f"{summary.flops_per_step / 1e9:.4g} GFLOP a step at {summary.achieved_tflops:.3f} TFLOP/s{share}"
+            f"{summary.flops_per_step / 1e9:.4g} GFLOP per step at {summary.achieved_tflops:.3f} TFLOP/s{share}"
         )
     if summary.energy_j is not None:
         used, (low, high) = summary.energy_j.median, summary.energy_j.ci95
-        console.print(f"energy of a request {used:.1f} J ({low:.1f} to {high:.1f}), at rest too")
+        console.print(f"energy per request {used:.1f} J ({low:.1f} to {high:.1f}), idle power included")
     if summary.comm:
         sent = ", ".join(
             f"{stage.replace('_', ' ')} {sum(t.bytes for t in kinds.values()) / 1e6:.3g} MB "
@@ -90,44 +90,44 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
 
 
 def print_fidelity(row: Fidelity, console: Console) -> None:
-    """Prints the error against the reference, and what it means."""
+    """Print the error against the reference and what it means."""
     named = f" ({escape(', '.join(row.methods))})" if row.methods else ""
     console.print(
-        f"fidelity: {coloured(row.verdict)}, declared {row.method_class}{named}; latent "
+        f"fidelity: {verdict_markup(row.verdict)}, declared {row.method_class}{named}; latent "
         f"{row.latent.rel_l2:.2g}, pixel {row.pixel.rel_l2:.2g} (relative L2), rounding alone {row.floor_latent:.2g} "
         f"and {row.floor_pixel:.2g}"
     )
 
 
-def coloured(verdict: str) -> str:
-    """A verdict in words, red where a claim is broken."""
+def verdict_markup(verdict: str) -> str:
+    """Return a verdict in words, red if a claim is broken."""
     colour = "bold red" if verdict == BROKEN else "green"
     return f"[{colour}]{verdict.replace('_', ' ')}[/{colour}]"
 
 
 def print_quality(quality: Quality, console: Console) -> None:
-    """Prints the score of one run with its 95 % intervals."""
+    """Print the scores of one run with their 95 % intervals."""
     table = Table(show_edge=False, pad_edge=False)
-    table.add_column(f"quality of {quality.scored} pictures of {quality.names} names")
+    table.add_column(f"quality of {quality.scored} images of {quality.names} names")
     for heading in ("value", "95 % interval"):
         table.add_column(heading, justify="right")
     table.add_row(f"prompt retrieval, top-1 (chance {100 * quality.chance:.1f} %)", *_share(quality.top1))
     table.add_row("prompt retrieval, top-5", *_share(quality.top5))
     if quality.top1_style is not None:
-        table.add_row(f"top-1 with its style, {quality.top1_style.n} pictures", *_share(quality.top1_style))
-    table.add_row("distance to the picture asked for (1 = to another name)", *_estimate(quality.distance))
+        table.add_row(f"top-1 with its style, {quality.top1_style.n} images", *_share(quality.top1_style))
+    table.add_row("distance to the requested image (1 = to another name)", *_estimate(quality.distance))
     if quality.mmd2 is not None:
-        table.add_row("polynomial MMD2 to the pictures asked for", *_estimate(quality.mmd2))
+        table.add_row("polynomial MMD2 to the requested images", *_estimate(quality.mmd2))
     if quality.mmd2_real is not None:
         names = f"two sets of {quality.mmd2_real.n} other real names, middle 95 %"
         table.add_row(f"  {names}", *_estimate(quality.mmd2_real))
     console.print(table)
     if quality.unscored:
-        console.print(f"{quality.unscored} more pictures are not scored: the gallery does not have their prompts")
+        console.print(f"{quality.unscored} more images are not scored: the gallery does not have their prompts")
 
 
-def print_pretrained(scores: Pretrained, console: Console) -> None:
-    """Prints the scores on weights that the user gave."""
+def print_pretrained(scores: PretrainedScores, console: Console) -> None:
+    """Print the scores on weights that the user gave."""
     if scores.clip_score is not None:
         value, spread = _estimate(scores.clip_score)
         console.print(f"CLIP score ({escape(scores.clip or '')}) {value} ({spread})")
@@ -135,16 +135,16 @@ def print_pretrained(scores: Pretrained, console: Console) -> None:
         row = scores.frechet
         console.print(
             f"Frechet distance ({escape(scores.extractor or '')}, {row.features} features) {row.value:.4g} for {row.n} "
-            f"pictures against {row.references}; real against real, {row.real_n} each: {row.real:.4g}"
+            f"images against {row.references}; real against real, {row.real_n} each: {row.real:.4g}"
         )
 
 
 def print_comparison(comparison: Comparison, folder: Path, console: Console) -> None:
-    """Prints what B is against A."""
+    """Print how candidate B compares with baseline A."""
     table = Table(title=escape(str(folder)), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     level = f"{100 * next(iter(comparison.ratios.values())).level:.0f} % interval"
     table.add_column("timed")
-    for heading in ("a, median ms", "b, median ms", "a / b", level, "found from", "efficiency"):
+    for heading in ("a, median ms", "b, median ms", "a / b", level, "detectable", "efficiency"):
         table.add_column(heading, justify="right")
     for name, row in comparison.ratios.items():
         if row.a_ms < SHOWN_SHARE * comparison.headline.a_ms:
@@ -156,37 +156,37 @@ def print_comparison(comparison: Comparison, folder: Path, console: Console) -> 
     console.print(table)
     console.print(f"a is {escape(' '.join(comparison.a) or 'as composed')}", soft_wrap=True)
     console.print(f"b is {escape(' '.join(comparison.b) or 'as composed')}", soft_wrap=True)
-    console.print(verdict(comparison.headline))
+    console.print(describe_ratio(comparison.headline))
     if comparison.output is not None:
-        console.print(said(comparison.output))
+        console.print(describe_difference(comparison.output))
     for note in comparison.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
 
 
-def verdict(row: Ratio) -> str:
-    """What the whole request's ratio says, in words."""
+def describe_ratio(row: Ratio) -> str:
+    """Return what the ratio of the whole request says, in words."""
     if not row.differs:
-        return f"no difference found; {100 * row.detectable:.1f} % would be, four times of five"
+        return f"no difference found; a difference of {100 * row.detectable:.1f} % would be found four times of five"
     faster, by = ("b", row.ratio) if row.ratio > 1 else ("a", 1 / row.ratio)
     other = "a" if faster == "b" else "b"
-    return f"{faster} is {by:.3f} times as fast as {other}, of {row.n} rounds"
+    return f"{faster} is {by:.3f} times as fast as {other}, from {row.n} rounds"
 
 
-def said(output: Difference) -> str:
-    """How far pictures are apart, in words."""
+def describe_difference(output: Difference) -> str:
+    """Return how far images differ, in words."""
     if output.identical:
-        return "the pictures are equal, bit for bit"
+        return "the images are equal, bit for bit"
     ssim = "" if output.ssim is None else f", SSIM {output.ssim:.5f}"
     psnr = "" if output.psnr_db is None else f", PSNR {output.psnr_db:.1f} dB"
-    return f"pictures differ by {output.rel_l2:.2g} (relative L2), at most {output.max_abs:.2g}{psnr}{ssim}"
+    return f"images differ by {output.rel_l2:.2g} (relative L2), at most {output.max_abs:.2g}{psnr}{ssim}"
 
 
 def print_sweep(folders: Sequence[Path], console: Console) -> None:
-    """Prints the jobs of a sweep, one row each; below them each error once, by the number that its rows have."""
+    """Print the jobs of a sweep, one row each, and below them each error once, by the number in its rows."""
     if any(read_comparison(folder) is not None for folder in folders):
         _print_comparisons(folders, console)
         return
-    if any(loaded(folder) for folder in folders):
+    if any(has_load_record(folder) for folder in folders):
         print_loads(folders, console)
         return
     table = Table(show_edge=False, pad_edge=False)
@@ -205,7 +205,7 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
             row = record.summary
             found = "" if record.quality is None else f"{100 * record.quality.top1.value:.1f}"
             numbers = (f"{row.latency_ms.median:.1f}", f"{row.step_ms.median:.2f}", str(row.nfe), found)
-            held = "" if record.fidelity is None else coloured(record.fidelity.verdict)
+            held = "" if record.fidelity is None else verdict_markup(record.fidelity.verdict)
         colour = "green" if status.state == "ok" else "red"
         own = [part for part in folder.name.split(",") if part not in shared]
         number = f" {errors.setdefault(status.error, len(errors) + 1)}" if status.error else ""
@@ -218,7 +218,7 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
 
 
 def _print_comparisons(folders: Sequence[Path], console: Console) -> None:
-    """A sweep of comparisons, one row each, by what is told first of them."""
+    """Print a sweep of comparisons, one row each, with the most important ratios."""
     found = [read_comparison(folder) for folder in folders]
     names = [name for name in SWEPT if any(each is not None and name in each.ratios for each in found)]
     table = Table(show_edge=False, pad_edge=False)
@@ -252,7 +252,7 @@ def _share(share: Share) -> tuple[str, str]:
     return f"{100 * share.value:.1f} %", f"{100 * low:.1f} .. {100 * high:.1f} %"
 
 
-def _estimate(estimate: Estimate) -> tuple[str, str]:
+def _estimate(estimate: IntervalEstimate) -> tuple[str, str]:
     low, high = estimate.ci95
     return f"{estimate.value:.3f}", f"{low:.3f} .. {high:.3f}"
 

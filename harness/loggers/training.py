@@ -1,4 +1,4 @@
-"""Who watches a training: the terminal's bar or log lines, and a wandb run that a restarted training goes on with."""
+"""Callbacks of a training: the terminal's progress bar or log lines, and a wandb run that a restart resumes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CurveLine:
-    """One line of the loss curve; the loss is the mean since the line before."""
+class LossCurvePoint:
+    """One point of the loss curve; the loss is the mean since the point before."""
 
     part: str
     step: int
@@ -36,54 +36,59 @@ class CurveLine:
     elapsed_s: float
 
 
-class Watcher:
-    """Is told how an optimisation goes; a watcher overrides what it wants to hear."""
+class TrainingCallback:
+    """A callback of an optimization; a subclass overrides the events that it needs."""
 
     def begin(self, part: str, step: int, steps: int) -> None:
-        """The optimisation ``part`` starts, or goes on, after ``step`` of ``steps`` updates."""
+        """Handle the start of the optimization ``part``, or its resumption, after ``step`` of ``steps`` updates."""
 
     def step(self, part: str, step: int) -> None:
-        """Update number ``step`` is done."""
+        """Handle the end of update number ``step``."""
 
-    def line(self, line: CurveLine) -> None:
-        """A line of the loss curve."""
+    def line(self, line: LossCurvePoint) -> None:
+        """Handle a point of the loss curve."""
 
     def sheet(self, part: str, images: int, path: Path) -> None:
-        """A sheet of samples, drawn after ``images`` images, is on disk."""
+        """Handle a sheet of samples on disk, generated after ``images`` images."""
 
 
-class Watchers(Watcher):
-    """Several as one."""
+class TrainingCallbacks(TrainingCallback):
+    """Several callbacks as one."""
 
-    def __init__(self, watchers: Sequence[Watcher]) -> None:
-        self.watchers = watchers
+    def __init__(self, callbacks: Sequence[TrainingCallback]) -> None:
+        self.callbacks = callbacks
 
     def begin(self, part: str, step: int, steps: int) -> None:
-        for watcher in self.watchers:
-            watcher.begin(part, step, steps)
+        """Pass the event to every callback."""
+        for callback in self.callbacks:
+            callback.begin(part, step, steps)
 
     def step(self, part: str, step: int) -> None:
-        for watcher in self.watchers:
-            watcher.step(part, step)
+        """Pass the event to every callback."""
+        for callback in self.callbacks:
+            callback.step(part, step)
 
-    def line(self, line: CurveLine) -> None:
-        for watcher in self.watchers:
-            watcher.line(line)
+    def line(self, line: LossCurvePoint) -> None:
+        """Pass the event to every callback."""
+        for callback in self.callbacks:
+            callback.line(line)
 
     def sheet(self, part: str, images: int, path: Path) -> None:
-        for watcher in self.watchers:
-            watcher.sheet(part, images, path)
+        """Pass the event to every callback."""
+        for callback in self.callbacks:
+            callback.sheet(part, images, path)
 
 
-class LogLines(Watcher):
-    """A log line for each line of the curve, where there is no terminal to draw on."""
+class LogCallback(TrainingCallback):
+    """A log line for each point of the loss curve, for use without a terminal."""
 
-    def line(self, line: CurveLine) -> None:
+    def line(self, line: LossCurvePoint) -> None:
+        """Log one point."""
         log.info("%s step %d loss %.4f %.0f images/s", line.part, line.step, line.loss, line.images_per_s)
 
 
-class Bars(Watcher):
-    """A bar for each optimisation: steps, loss, images a second and the time left. Used as a context."""
+class ProgressCallback(TrainingCallback):
+    """A progress bar for each optimization, with steps, loss, images per second and time left; used as a context."""
 
     def __init__(self, console: Console) -> None:
         self.bars = Progress(
@@ -96,7 +101,7 @@ class Bars(Watcher):
         )
         self.tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> ProgressCallback:
         self.bars.start()
         return self
 
@@ -106,28 +111,31 @@ class Bars(Watcher):
         self.bars.stop()
 
     def begin(self, part: str, step: int, steps: int) -> None:
+        """Add a bar."""
         self.tasks[part] = self.bars.add_task(part, total=steps, completed=step, numbers="")
 
     def step(self, part: str, step: int) -> None:
+        """Advance the bar."""
         self.bars.update(self.tasks[part], completed=step)
 
-    def line(self, line: CurveLine) -> None:
+    def line(self, line: LossCurvePoint) -> None:
+        """Show the loss and the rate beside the bar."""
         numbers = f"loss {line.loss:.4f}  {line.images_per_s:.0f} images/s"
         self.bars.update(self.tasks[line.part], numbers=numbers)
 
 
-class WandbCurve(Watcher):
-    """Loss, learning rate, images a second and sheets of samples as one wandb run, over the images seen.
+class WandbCallback(TrainingCallback):
+    """Loss, learning rate, images per second and sheets of samples as one wandb run, over the images seen.
 
-    The run's id is kept in ``<folder>/wandb-<name>.id``, so a training that was killed goes on in the same run. wandb
-    is a mirror: what goes wrong there is said once by ``mirror``, and the training goes on without it.
+    The run's id is in ``<folder>/wandb-<name>.id``, so that a killed training continues in the same run. wandb is a
+    mirror: ``mirror`` reports an error there once, and the training continues without it.
 
     Args:
-        config: the `logger.wandb` group.
-        declared: the whole configuration.
-        folder: the training's folder; `wandb/` is in it.
-        name: what is trained there, such as the family.
-        mirror: runs a call, tells of its failure and returns whether it went well.
+        config: The `logger.wandb` group.
+        declared: The whole configuration.
+        folder: The training's folder; it holds `wandb/`.
+        name: What is trained, such as the family.
+        mirror: Function that runs a call, reports its failure and returns whether it succeeded.
     """
 
     def __init__(
@@ -146,16 +154,21 @@ class WandbCurve(Watcher):
             mirror(lambda: self._open(config, mode, declared, folder, name))
 
     def begin(self, part: str, step: int, steps: int) -> None:
+        """Define the step metric of a part."""
+
         def define(run: wandb.Run) -> None:
             run.define_metric(f"{part}/*", step_metric=f"{part}/images")
 
         self._with_run(define)
 
-    def line(self, line: CurveLine) -> None:
+    def line(self, line: LossCurvePoint) -> None:
+        """Log one point."""
         names = ("images", "loss", "lr", "images_per_s")
         self._with_run(lambda run: run.log({f"{line.part}/{name}": getattr(line, name) for name in names}))
 
     def sheet(self, part: str, images: int, path: Path) -> None:
+        """Log a sheet of samples."""
+
         def show(run: wandb.Run) -> None:
             import wandb
 
@@ -164,7 +177,7 @@ class WandbCurve(Watcher):
         self._with_run(show)
 
     def finish(self, status: Status) -> None:
-        """Ends the run with the training's status."""
+        """End the run with the training's status."""
 
         def end(run: wandb.Run) -> None:
             run.summary.update({"state": status.state, "error": status.error})
@@ -175,11 +188,11 @@ class WandbCurve(Watcher):
             self.mirror(lambda: end(run))
 
     def _open(self, config: WandbConfig, mode: str, declared: dict[str, object], folder: Path, name: str) -> None:
-        kept = folder / f"wandb-{name}.id"
-        if not kept.exists():
-            write_atomically(kept, secrets.token_hex(4).encode())
+        id_file = folder / f"wandb-{name}.id"
+        if not id_file.exists():
+            write_atomically(id_file, secrets.token_hex(4).encode())
         title = f"{folder.name}-{name}"
-        self.run = open_run(config, mode, folder, "train", declared, title, run_id=kept.read_text())
+        self.run = open_run(config, mode, folder, "train", declared, title, run_id=id_file.read_text())
 
     def _with_run(self, call: Callable[[wandb.Run], None]) -> None:
         run = self.run

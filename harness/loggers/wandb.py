@@ -1,5 +1,6 @@
-"""Weights & Biases: config nested, summary scalars, stage and step tables, memory, the grid and videos. A mirror of
-the record.
+"""Weights & Biases as a mirror of the record.
+
+It gets the nested configuration, summary scalars, tables of stages and steps, memory, the grid and videos.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from urllib.parse import urlparse
 import msgspec
 
 from harness.config.schema import WandbConfig, WandbMode
-from harness.messages import sent_bytes
+from harness.messages import total_sent_bytes
 from harness.metrics.fidelity import Fidelity
-from harness.metrics.intervals import Estimate, Share
+from harness.metrics.intervals import IntervalEstimate, Share
 from harness.metrics.load import LoadSummary
-from harness.metrics.pretrained import Pretrained
+from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
 from harness.records.comparison import Comparison
 from harness.records.record import Record, Statistics, Status
@@ -27,11 +28,11 @@ from harness.records.record import Record, Statistics, Status
 if TYPE_CHECKING:
     import wandb
 
-MAX_VIDEOS = 16  # mirrored of one run; the rest are on disk
+MAX_VIDEOS = 16  # videos of one run that are mirrored; the rest are on disk
 
 
 def resolve_mode(mode: WandbMode) -> str:
-    """online, offline or disabled; `auto` is what WANDB_MODE says, else online only where an API key is at hand."""
+    """Return online, offline or disabled; `auto` is WANDB_MODE if set, else online only with an API key."""
     if mode is not WandbMode.auto:
         return mode.name
     if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
@@ -40,7 +41,7 @@ def resolve_mode(mode: WandbMode) -> str:
 
 
 def logged_in() -> bool:
-    """Whether an API key is at hand, in the environment or in ~/.netrc, where `wandb login` puts it."""
+    """Return whether there is an API key, in the environment or in ~/.netrc, where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -50,13 +51,13 @@ def logged_in() -> bool:
 
 
 def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) -> None:
-    """Writes one finished run, after all timed work.
+    """Write one finished run, after all timed work.
 
     Args:
-        config: the `logger.wandb` group.
-        record: what to mirror.
-        folder: the run's folder; `wandb/`, `grid.png` and the videos are in it.
-        job_type: the task.
+        config: The `logger.wandb` group.
+        record: The record to mirror.
+        folder: The run's folder; it holds `wandb/`, `grid.png` and the videos.
+        job_type: The task.
     """
     mode = resolve_mode(config.mode)
     if mode == "disabled":
@@ -67,7 +68,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         for number, repeat in enumerate(record.repeats):
             networks = {f"networks_ms/{name}": value for name, value in repeat.networks_ms.items()}
             run.log({"repeat": number, "latency_ms": repeat.total_duration_ms, **networks})
-        summary = record.timed
+        summary = record.statistics
         stages = wandb.Table(columns=["stage", "median_ms", "ci95_low_ms", "ci95_high_ms"])
         for name, row in summary.stage_ms.items():
             stages.add_data(name, row.median, *row.ci95)
@@ -82,10 +83,10 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         for name, kinds in summary.comm.items():
             for kind, sent in kinds.items():
                 traffic.add_data(name, kind, sent.bytes, sent.calls, sent.exposed_ms)
-        pictures = {"grid": wandb.Image(str(folder / "grid.png"))} if (folder / "grid.png").exists() else {}
+        images = {"grid": wandb.Image(str(folder / "grid.png"))} if (folder / "grid.png").exists() else {}
         rows = [row for row in record.samples if row.path.endswith(".mp4")][:MAX_VIDEOS]
         videos = {"videos": [wandb.Video(str(folder / row.path), caption=row.prompt) for row in rows]} if rows else {}
-        run.log({"stages": stages, "steps": steps, "ranks": ranks, "comm": traffic, **pictures, **videos})
+        run.log({"stages": stages, "steps": steps, "ranks": ranks, "comm": traffic, **images, **videos})
         run.summary.update(
             {
                 "state": "ok",
@@ -101,7 +102,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
                 "attention_resolved": record.attention.resolved,
                 "engine": record.engine.name,
                 "load_ms": record.first_call.load_ms,
-                "comm_bytes": sent_bytes(summary.comm),
+                "comm_bytes": total_sent_bytes(summary.comm),
                 "comm_exposed_ms": sum(sent.exposed_ms for kinds in summary.comm.values() for sent in kinds.values()),
             }
             | flops_scalars(summary)
@@ -112,7 +113,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
 
 
 def log_load(config: WandbConfig, record: Record, load: LoadSummary, folder: Path) -> None:
-    """Writes one finished load."""
+    """Write one finished load."""
     mode = resolve_mode(config.mode)
     if mode == "disabled":
         return
@@ -128,7 +129,7 @@ def log_load(config: WandbConfig, record: Record, load: LoadSummary, folder: Pat
 
 
 def load_scalars(load: LoadSummary) -> dict[str, float]:
-    """What clients measured as flat summary keys: `throughput_per_s`, `latency_ms_p99`, `outcome_busy` ..."""
+    """Return what clients measured as flat summary keys: `throughput_per_s`, `latency_ms_p99`, `outcome_busy` ..."""
     scalars = {
         "offered_per_s": load.offered_per_s,
         "clients": load.clients,
@@ -137,7 +138,7 @@ def load_scalars(load: LoadSummary) -> dict[str, float]:
         "throughput_per_s": load.throughput_per_s,
         "goodput_per_s": load.goodput_per_s,
         "evaluations": load.evaluations,
-        "pictures_per_evaluation": load.pictures_per_evaluation,
+        "images_per_evaluation": load.images_per_evaluation,
     }
     if load.latency_ms is not None:
         row = load.latency_ms
@@ -147,7 +148,7 @@ def load_scalars(load: LoadSummary) -> dict[str, float]:
 
 
 def log_comparison(config: WandbConfig, comparison: Comparison, folder: Path) -> None:
-    """Writes one finished comparison, after all timed work."""
+    """Write one finished comparison, after all timed work."""
     mode = resolve_mode(config.mode)
     if mode == "disabled":
         return
@@ -166,13 +167,13 @@ def log_comparison(config: WandbConfig, comparison: Comparison, folder: Path) ->
 
 
 def flops_scalars(summary: Statistics) -> dict[str, float]:
-    """Operations and rates as flat summary keys; none where they were not counted."""
+    """Return operations and rates as flat summary keys; none if they were not counted."""
     scalars = {name: getattr(summary, name) for name in ("flops_per_step", "achieved_tflops", "ceiling_tflops")}
     return {name: value for name, value in scalars.items() if value is not None}
 
 
 def fidelity_scalars(row: Fidelity | None) -> dict[str, float | str | bool]:
-    """The error against the reference as flat summary keys: `fidelity_verdict`, `fidelity_latent_rel_l2` ..."""
+    """Return the error against the reference as flat summary keys: `fidelity_verdict`, `fidelity_latent_rel_l2` ..."""
     if row is None:
         return {}
     scalars: dict[str, float | str | bool] = {
@@ -188,11 +189,11 @@ def fidelity_scalars(row: Fidelity | None) -> dict[str, float | str | bool]:
 
 
 def quality_scalars(quality: Quality | None) -> dict[str, float]:
-    """The score as flat summary keys: `quality_top1`, `quality_top1_ci95_low`, ...; none where there is none."""
+    """Return the scores as flat summary keys: `quality_top1`, `quality_top1_ci95_low`, ...; none if there are none."""
     if quality is None:
         return {}
     scalars: dict[str, float] = {"quality_scored": quality.scored, "quality_unscored": quality.unscored}
-    parts: dict[str, Share | Estimate | None] = {
+    parts: dict[str, Share | IntervalEstimate | None] = {
         "top1": quality.top1,
         "top5": quality.top5,
         "top1_style": quality.top1_style,
@@ -206,8 +207,8 @@ def quality_scalars(quality: Quality | None) -> dict[str, float]:
     return scalars
 
 
-def pretrained_scalars(scores: Pretrained | None) -> dict[str, float]:
-    """The scores on the user's weights as flat summary keys."""
+def pretrained_scalars(scores: PretrainedScores | None) -> dict[str, float]:
+    """Return the scores on the user's weights as flat summary keys."""
     scalars: dict[str, float] = {}
     if scores is not None and scores.clip_score is not None:
         scalars["clip_score"] = scores.clip_score.value
@@ -220,7 +221,7 @@ def pretrained_scalars(scores: Pretrained | None) -> dict[str, float]:
 def log_failure(
     config: WandbConfig, declared: Mapping[str, object], folder: Path, job_type: str, status: Status
 ) -> None:
-    """Writes a run that started and did not end well, so that a sweep's group shows it too."""
+    """Write a run that started and failed, so that a sweep's group shows it too."""
     mode = resolve_mode(config.mode)
     if mode == "disabled":
         return
@@ -238,7 +239,7 @@ def open_run(
     name: str | None = None,
     run_id: str | None = None,
 ) -> wandb.Run:
-    """A wandb run in a run's folder, named after it unless ``name`` says otherwise; an id that exists is resumed."""
+    """Open a wandb run in a run's folder, named after it unless ``name`` is given; an existing id is resumed."""
     import wandb
 
     return wandb.init(

@@ -1,8 +1,9 @@
-"""The gallery: what a small model was trained on, as numbers that can be shipped where the pictures cannot.
+"""The gallery: the training images of a small model in compressed form, which can be shipped where the images cannot.
 
-Pictures are averaged to 32 x 32 pixels x and projected on the first principal components of the training pictures,
-``z = (x - mean) basis^T``. The file (safetensors, about half a megabyte) holds mean, basis and z with name and style of
-each row; 64 numbers a picture are enough to find it again, not to draw it. numpy only, so that a client can read it.
+Images are averaged to 32 x 32 pixels x and projected on the first principal components of the training images,
+``z = (x - mean) basis^T``. The file (safetensors, about half a megabyte) holds mean, basis and z with the name and
+style of each row. 64 numbers per image are enough to recognize it, not to restore it. It needs only numpy, so that a
+client can read it.
 """
 
 from __future__ import annotations
@@ -18,25 +19,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 FILE = "gallery.safetensors"
-SIDE = 32  # pixels a side of what is projected
+SIDE = 32  # pixels per side of the projected images
 
 Floats = NDArray[np.floating]
 
 
 class GalleryError(ValueError):
-    """A gallery or a picture that cannot be used, in one line."""
+    """A gallery or an image that cannot be used; the message has one line."""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Training pictures in principal components.
+    """Training images in principal components.
 
-    Args:
-        mean: (3072,) of the small pictures, in [0, 1].
-        basis: (k, 3072), rows of unit length.
-        z: (N, k), the training pictures.
-        names, styles: of each row.
-        digest: first 16 digits of the file's sha256; empty for one that was not read from a file.
+    Attributes:
+        mean: Mean of the small images in [0, 1], (3072,).
+        basis: Principal components, rows of unit length, (k, 3072).
+        z: Components of the training images, (N, k).
+        names: Name of each row.
+        styles: Style of each row.
+        digest: First 16 digits of the file's sha256; empty for a gallery that was not read from a file.
     """
 
     mean: Floats
@@ -50,10 +52,19 @@ class Gallery:
     def build(
         cls, pixels: NDArray[np.uint8], names: Sequence[str], styles: Sequence[str], components: int = 64
     ) -> Gallery:
-        """The gallery of uint8 pictures (N, H, W, 3), H and W multiples of 32.
+        """Build the gallery of uint8 images.
 
-        mean and basis are rounded to float16, as the file keeps them, before z is computed: a gallery is the same
-        before and after it is written.
+        mean and basis are rounded to float16, as in the file, before z is computed. So a gallery is the same before and
+        after it is written.
+
+        Args:
+            pixels: Images (N, H, W, 3); H and W are multiples of 32.
+            names: Name of each image.
+            styles: Style of each image.
+            components: Number of principal components.
+
+        Returns:
+            The gallery.
         """
         x = small(pixels)
         mean = x.mean(axis=0)
@@ -62,7 +73,7 @@ class Gallery:
         return cls(empty.mean, basis, empty.project(pixels).astype(np.float32), empty.names, empty.styles)
 
     def save(self, path: Path) -> None:
-        """Writes the safetensors file; the words are JSON in its metadata."""
+        """Write the safetensors file; names and styles are JSON in its metadata."""
         from safetensors.numpy import save_file
 
         words = {"names": json.dumps(self.names), "styles": json.dumps(self.styles)}
@@ -70,10 +81,16 @@ class Gallery:
 
     @classmethod
     def load(cls, path: Path) -> Gallery:
-        """Reads what `save` wrote.
+        """Read what `save` wrote.
+
+        Args:
+            path: The safetensors file.
+
+        Returns:
+            The gallery.
 
         Raises:
-            GalleryError: not a whole file, or not a gallery.
+            GalleryError: The file is incomplete or no gallery.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -91,7 +108,13 @@ class Gallery:
         return cls(mean, basis, z, names, styles, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
 
     def project(self, pixels: NDArray[np.uint8]) -> Floats:
-        """Components (M, k) of uint8 pictures (M, H, W, 3).
+        """Return the components of uint8 images.
+
+        Args:
+            pixels: Images (M, H, W, 3).
+
+        Returns:
+            Components (M, k).
 
         Raises:
             GalleryError: H or W is not a multiple of 32.
@@ -99,17 +122,17 @@ class Gallery:
         return (small(pixels) - self.mean.astype(np.float64)) @ self.basis.astype(np.float64).T
 
     def distances(self, z: Floats) -> Floats:
-        """Euclidean distances (M, N) of components (M, k) to the rows."""
+        """Return the Euclidean distances (M, N) of components (M, k) to the rows."""
         a, b = z.astype(np.float64), self.z.astype(np.float64)
         square = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2.0 * a @ b.T
         return np.sqrt(np.maximum(square, 0.0))
 
     def nearest(self, pixels: NDArray[np.uint8], count: int = 5) -> NDArray[np.intp]:
-        """Indices (M, count) of the nearest rows, nearest first."""
+        """Return the indices (M, count) of the nearest rows, nearest first."""
         return np.argsort(self.distances(self.project(pixels)), axis=1)[:, :count]
 
     def matches(self, name: str, style: str | None) -> NDArray[np.bool_]:
-        """Which rows (N,) show this name, in this style where one is given."""
+        """Return which rows (N,) show this name, in this style if one is given."""
         named = np.array(self.names) == name
         return named if style is None else named & (np.array(self.styles) == style)
 
@@ -122,13 +145,19 @@ class Gallery:
 
 
 def small(pixels: NDArray[np.uint8]) -> Floats:
-    """uint8 pictures (M, H, W, 3) averaged to 32 x 32 and flattened, (M, 3072) in [0, 1].
+    """Average uint8 images to 32 x 32 pixels and flatten them.
+
+    Args:
+        pixels: Images (M, H, W, 3).
+
+    Returns:
+        The flat images in [0, 1], (M, 3072).
 
     Raises:
         GalleryError: H or W is not a multiple of 32.
     """
     count, height, width, channels = pixels.shape
     if height % SIDE or width % SIDE or not height or not width:
-        raise GalleryError(f"pictures of {height} x {width} pixels are not multiples of {SIDE} a side")
+        raise GalleryError(f"images of {height} x {width} pixels are not multiples of {SIDE} per side")
     blocks = pixels.reshape(count, SIDE, height // SIDE, SIDE, width // SIDE, channels)
     return blocks.mean(axis=(2, 4)).reshape(count, -1) / 255.0

@@ -1,4 +1,4 @@
-"""95 % intervals at small numbers: Wilson's for a share, the percentile bootstrap over groups for the rest."""
+"""95 % intervals at small numbers: Wilson's for a share, the percentile bootstrap over groups for everything else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
 class Share(msgspec.Struct, frozen=True):
-    """`hits` of `n`, in [0, 1]; `ci95` is Wilson's interval, which takes the n for independent."""
+    """`hits` of `n` as a value in [0, 1]; `ci95` is Wilson's interval, which assumes that the n are independent."""
 
     hits: int
     n: int
@@ -24,8 +24,8 @@ class Share(msgspec.Struct, frozen=True):
     ci95: tuple[float, float]
 
 
-class Estimate(msgspec.Struct, frozen=True):
-    """A number and its 95 % interval; `n` is what it was computed from."""
+class IntervalEstimate(msgspec.Struct, frozen=True):
+    """A number and its 95 % interval; `n` is the number of values it was computed from."""
 
     value: float
     ci95: tuple[float, float]
@@ -33,7 +33,14 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 def wilson(hits: int, n: int) -> Share:
-    """Wilson's score interval: the shares p with ``|hits / n - p| <= z sqrt(p (1 - p) / n)`` (Wilson 1927).
+    """Return Wilson's score interval: the shares p with ``|hits / n - p| <= z sqrt(p (1 - p) / n)`` (Wilson 1927).
+
+    Args:
+        hits: Number of hits.
+        n: Number of trials.
+
+    Returns:
+        The share with its interval.
 
     Raises:
         ValueError: hits is not between 0 and n, or n is 0.
@@ -47,25 +54,28 @@ def wilson(hits: int, n: int) -> Share:
 
 
 def resample(groups: int, count: int = RESAMPLES) -> NDArray[np.int64]:
-    """How often each of `groups` groups is drawn, (count, groups): bootstrap draws as multiplicities."""
+    """Return how often each of `groups` groups is sampled, (count, groups): bootstrap samples as multiplicities."""
     return np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), size=count)
 
 
 def interval(values: NDArray[np.floating]) -> tuple[float, float]:
-    """The middle 95 % of bootstrap values."""
+    """Return the middle 95 % of bootstrap values."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-def median(values: Sequence[float], group: Sequence[int]) -> Estimate:
-    """The median, with the interval of a bootstrap over groups (pictures of one name are drawn together).
+def median(values: Sequence[float], group: Sequence[int]) -> IntervalEstimate:
+    """Return the median, with the interval of a bootstrap over groups (images of one name are sampled together).
 
     Args:
         values: n measurements.
-        group: of each, numbered 0, 1, ... without gaps.
+        group: Group of each measurement, numbered 0, 1, ... without gaps.
+
+    Returns:
+        The median and its interval.
     """
     x, of = np.asarray(values, dtype=float), np.asarray(group)
     order = np.argsort(x)
     seen = resample(int(of.max()) + 1)[:, of[order]].cumsum(axis=1)
-    middle = (seen >= seen[:, -1:] / 2).argmax(axis=1)  # the weighted median, the lower of two
-    return Estimate(float(np.median(x)), interval(x[order][middle]), len(x))
+    middle = (seen >= seen[:, -1:] / 2).argmax(axis=1)  # the weighted median, the lower one of two
+    return IntervalEstimate(float(np.median(x)), interval(x[order][middle]), len(x))

@@ -1,7 +1,7 @@
-"""Requests under load to a row: what became of each, latency percentiles, throughput and goodput.
+"""Statistics of requests under load: outcomes, latency percentiles, throughput and goodput.
 
-Latency counts from the moment that a request was meant to be sent, not from when it was: a client that is held up by
-slow answers would otherwise leave out the very requests that had to wait ("coordinated omission", Tene 2013).
+Latency counts from the time at which a request should have been sent, not from when it was. A client that is delayed by
+slow answers would otherwise leave out exactly the requests that had to wait ("coordinated omission", Tene 2013).
 """
 
 from __future__ import annotations
@@ -13,13 +13,24 @@ import msgspec
 import numpy as np
 
 OK = "ok"
-LOST = "lost"  # never answered
+LOST = "lost"  # no answer came
 
 
 class RequestRow(msgspec.Struct):
-    """One request, a line of `requests.jsonl`. Times are seconds since counting began: when it was to be sent, was
-    sent, left the queue (null where the transport does not tell) and was answered. `outcome` is ok, a Failure's kind,
-    or lost; `message` is the Failure's.
+    """One request, a line of `requests.jsonl`; times are seconds since counting began.
+
+    Attributes:
+        request_id: Id of the request.
+        due_s: Time at which it should have been sent.
+        sent_s: Time at which it was sent.
+        steps: Solver steps.
+        height: Height in pixels.
+        width: Width in pixels.
+        images: Number of images.
+        began_s: Time at which it left the queue; None if the transport does not say.
+        ended_s: Time of its answer; None if there was none.
+        outcome: `ok`, the kind of the Failure, or `lost`.
+        message: Message of the Failure.
     """
 
     request_id: str
@@ -28,7 +39,7 @@ class RequestRow(msgspec.Struct):
     steps: int
     height: int
     width: int
-    pictures: int
+    images: int
     began_s: float | None = None
     ended_s: float | None = None
     outcome: str = LOST
@@ -36,13 +47,14 @@ class RequestRow(msgspec.Struct):
 
     @property
     def latency_ms(self) -> float:
-        """From when it was to be sent to its answer; infinite where there is none."""
+        """Time from when it should have been sent to its answer, ms; infinite if there is none."""
         return float("inf") if self.ended_s is None else 1e3 * (self.ended_s - self.due_s)
 
 
 class Percentiles(msgspec.Struct, frozen=True):
-    """Of n measurements, ms, by linear interpolation between order statistics; with n below 100 the p99 is nearly the
-    largest.
+    """Percentiles of n measurements in ms, by linear interpolation between order statistics.
+
+    With n below 100 the p99 is nearly the largest value.
     """
 
     n: int
@@ -52,9 +64,10 @@ class Percentiles(msgspec.Struct, frozen=True):
     mean: float
 
 
-class Memory(msgspec.Struct, frozen=True):
-    """Resident memory of a server's own process while it was loaded, MiB, read `n` times; the slope is a least-squares
-    line's.
+class MemoryGrowth(msgspec.Struct, frozen=True):
+    """Resident memory of a server's own process under load, MiB, sampled `n` times.
+
+    The slope is that of a least-squares line.
     """
 
     n: int
@@ -64,8 +77,9 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class Chaos(msgspec.Struct, frozen=True):
-    """What was done to a server while it was loaded: ranks that were killed; processes of it that lived on after its
-    end.
+    """Faults that were injected into a loaded server, and their effect.
+
+    `kills` counts killed ranks, `leaked` the processes of the server that outlived it.
     """
 
     kills: int
@@ -73,15 +87,28 @@ class Chaos(msgspec.Struct, frozen=True):
 
 
 class LoadSummary(msgspec.Struct, frozen=True):
-    """What clients measured in `elapsed_s`, the time from the first second of sending to the last answer and at least
-    `duration_s`.
+    """What clients measured.
 
-    `offered_per_s` are Poisson arrivals; null in a closed loop, of `clients` clients. `outcomes` counts the `sent`
-    requests by what became of them; `strays` are answers to no outstanding request, such as a second one. Latency is of
-    requests that went well; `queue_ms` until a request left the queue, of those that did; `late_ms` is by how much the
-    client itself sent late. `throughput_per_s` counts requests that went well, `goodput_per_s` those of them within
-    `slo_ms`. `evaluations` are forwards of the denoiser on rank 0, and `pictures_per_evaluation` solver steps of
-    pictures over them: how many pictures a forward carried, where a step is one evaluation.
+    Attributes:
+        transport: How requests reached the engine: zmq or http.
+        offered_per_s: Rate of Poisson arrivals, per second; None in a closed loop.
+        clients: Clients of the closed loop; None for Poisson arrivals.
+        duration_s: Time of sending, s.
+        elapsed_s: Time from the start of sending to the last answer, at least `duration_s`, s.
+        sent: Number of requests sent.
+        outcomes: Number of requests by outcome.
+        strays: Answers to no outstanding request, such as a second answer.
+        latency_ms: Latency of successful requests, ms.
+        queue_ms: Time in the queue of the requests that left it, ms.
+        late_ms: Delay by which the client itself sent late, ms.
+        throughput_per_s: Successful requests per second.
+        slo_ms: Latency objective, ms.
+        goodput_per_s: Successful requests within `slo_ms` per second.
+        evaluations: Forwards of the denoiser on rank 0.
+        images_per_evaluation: Solver steps of images per forward: how many images a forward carried, if a step is one
+            evaluation.
+        memory: Growth of the server's memory.
+        chaos: Injected faults.
     """
 
     transport: str
@@ -99,13 +126,13 @@ class LoadSummary(msgspec.Struct, frozen=True):
     slo_ms: float | None = None
     goodput_per_s: float | None = None
     evaluations: int | None = None
-    pictures_per_evaluation: float | None = None
-    memory: Memory | None = None
+    images_per_evaluation: float | None = None
+    memory: MemoryGrowth | None = None
     chaos: Chaos | None = None
 
 
 def percentiles(values: Sequence[float]) -> Percentiles | None:
-    """The percentiles of some values, ms; None of none."""
+    """Return the percentiles of some values in ms, or None for no values."""
     if not len(values):
         return None
     p50, p90, p99 = np.quantile(values, [0.5, 0.9, 0.99])
@@ -122,22 +149,25 @@ def summarize_load(
     strays: int = 0,
     evaluations: int | None = None,
 ) -> LoadSummary:
-    """The row of one load.
+    """Summarize one load.
 
     Args:
-        rows: every request that was sent.
-        transport: how.
-        rate: of arrivals, per second; None in a closed loop.
-        clients: of the closed loop.
-        duration_s: of sending.
-        slo_ms: within which an answer is good.
-        strays: answers to no outstanding request.
-        evaluations: forwards meanwhile, where the engine tells.
+        rows: Every request that was sent.
+        transport: How requests reached the engine: zmq or http.
+        rate: Rate of arrivals per second; None in a closed loop.
+        clients: Clients of the closed loop.
+        duration_s: Time of sending, s.
+        slo_ms: Latency objective, ms.
+        strays: Answers to no outstanding request.
+        evaluations: Forwards of the denoiser in that time, if the engine reports them.
+
+    Returns:
+        The summary.
     """
     good = [row for row in rows if row.outcome == OK]
     elapsed_s = max([duration_s, *(row.ended_s for row in rows if row.ended_s is not None)])
     within = None if slo_ms is None else sum(row.latency_ms <= slo_ms for row in good)
-    carried = sum(row.steps * row.pictures for row in good)
+    carried = sum(row.steps * row.images for row in good)
     return LoadSummary(
         transport=transport,
         offered_per_s=rate,
@@ -154,5 +184,5 @@ def summarize_load(
         slo_ms=slo_ms,
         goodput_per_s=None if within is None else within / elapsed_s,
         evaluations=evaluations,
-        pictures_per_evaluation=carried / evaluations if evaluations else None,
+        images_per_evaluation=carried / evaluations if evaluations else None,
     )

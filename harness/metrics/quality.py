@@ -1,8 +1,8 @@
-"""How good are the pictures? Retrieval by their prompt and two distances to the pictures that were asked for.
+"""The quality of images: retrieval by their prompt and two distances to the requested images.
 
-Everything is measured in a gallery of training pictures (`harness.metrics.gallery`) on 8-bit pictures, after all timed
-work, with numpy. The extractor is principal components of pixels: it serves to compare samplers of one small model,
-and for a model that remembers its training pictures it says how well it remembers them. None of it is FID or KID.
+Everything is measured in a gallery of training images (`harness.metrics.gallery`) on 8-bit images, after all timed
+work, with numpy. The extractor is principal components of pixels: it serves to compare samplers of one small model. For
+a model that memorizes its training images it says how well it does so. None of it is FID or KID.
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ from numpy.typing import NDArray
 
 from harness.metrics import mmd
 from harness.metrics.gallery import Gallery
-from harness.metrics.intervals import Estimate, Share, median, wilson
+from harness.metrics.intervals import IntervalEstimate, Share, median, wilson
 
 
 class Quality(msgspec.Struct, frozen=True):
     """`quality` of the record. Shares have Wilson's 95 % interval, the distances a bootstrap interval over names.
 
-    gallery: first digits of the gallery file's sha256; scores of different galleries do not compare.
-    scored, unscored: pictures whose prompt is `name` or `name, style` of the gallery, and the others.
-    names: different names among the scored.
-    chance: top-1 of a random guess.
-    top1, top5: the nearest, or one of the five nearest, training pictures has the name asked for.
-    top1_style: the nearest has name and style, among prompts with a style; None where there are none.
-    distance: median distance to the nearest training picture asked for, in units of the typical distance between
-        neighbouring names: 0 is that picture, 1 as far off as another name's.
-    mmd2: polynomial-kernel MMD^2 (`harness.metrics.mmd`); None for fewer than 8 names.
-    mmd2_real: what two sets of as many real names score, median and middle 95 %.
+    Attributes:
+        gallery: First digits of the gallery file's sha256; scores of different galleries do not compare.
+        scored: Images whose prompt is `name` or `name, style` of the gallery.
+        unscored: The other images.
+        names: Different names among the scored images.
+        chance: Top-1 of a random guess.
+        top1: Share of images whose nearest training image has the requested name.
+        top5: Share of images with the requested name among the five nearest training images.
+        top1_style: Share whose nearest training image has name and style, among prompts with a style; None if there are
+            none.
+        distance: Median distance to the nearest requested training image, in units of the typical distance between
+            neighbouring names: 0 is that image, 1 as far off as another name's.
+        mmd2: Polynomial-kernel MMD^2 (`harness.metrics.mmd`); None for fewer than 8 names.
+        mmd2_real: The score between two sets of as many real names: median and middle 95 %.
     """
 
     gallery: str
@@ -42,53 +46,61 @@ class Quality(msgspec.Struct, frozen=True):
     top1: Share
     top5: Share
     top1_style: Share | None
-    distance: Estimate
-    mmd2: Estimate | None
-    mmd2_real: Estimate | None
+    distance: IntervalEstimate
+    mmd2: IntervalEstimate | None
+    mmd2_real: IntervalEstimate | None
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A prompt in the gallery's words."""
+class GalleryPrompt:
+    """A prompt as name and style of the gallery."""
 
     name: str
     style: str | None
 
 
-def asked_for(prompt: str, gallery: Gallery) -> Asked | None:
-    """`name` or `name, style` in the gallery's words, upper case as lower; None for any other prompt."""
+def parse_prompt(prompt: str, gallery: Gallery) -> GalleryPrompt | None:
+    """Parse `name` or `name, style` of the gallery, in any case; return None for any other prompt."""
     words = " ".join(prompt.lower().split())
     if words in gallery.names:
-        return Asked(words, None)
+        return GalleryPrompt(words, None)
     name, _, style = (part.strip() for part in words.rpartition(","))
-    return Asked(name, style) if (name, style) in zip(gallery.names, gallery.styles, strict=True) else None
+    return GalleryPrompt(name, style) if (name, style) in zip(gallery.names, gallery.styles, strict=True) else None
 
 
-def score(gallery: Gallery, pictures: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> Quality | None:
-    """Scores 8-bit pictures (H, W, 3) drawn for these prompts; None where no prompt is in the gallery's words.
+def score(gallery: Gallery, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> Quality | None:
+    """Score 8-bit images generated for these prompts.
+
+    Args:
+        gallery: The training images.
+        images: Images (H, W, 3).
+        prompts: The prompt of each image.
+
+    Returns:
+        The scores, or None if no prompt is one of the gallery's.
 
     Raises:
-        GalleryError: pictures whose sides are not multiples of 32 pixels.
+        GalleryError: Images have sides that are not multiples of 32 pixels.
     """
-    understood = [(picture, asked_for(prompt, gallery)) for picture, prompt in zip(pictures, prompts, strict=True)]
-    scored = [(picture, asked) for picture, asked in understood if asked is not None]
+    parsed = [(image, parse_prompt(prompt, gallery)) for image, prompt in zip(images, prompts, strict=True)]
+    scored = [(image, prompt) for image, prompt in parsed if prompt is not None]
     if not scored:
         return None
-    asked = [each for _, each in scored]
-    z = gallery.project(np.stack([picture for picture, _ in scored]))
+    wanted = [each for _, each in scored]
+    z = gallery.project(np.stack([image for image, _ in scored]))
     distance = gallery.distances(z)
     near = np.argsort(distance, axis=1)[:, :5]
-    hit = np.array(gallery.names)[near] == np.array([each.name for each in asked])[:, None]
-    matches = np.stack([gallery.matches(each.name, each.style) for each in asked])
-    styled = np.array([each.style is not None for each in asked])
-    whole = matches[np.arange(len(asked)), near[:, 0]] & styled
-    group = np.unique([each.name for each in asked], return_inverse=True)[1]
+    hit = np.array(gallery.names)[near] == np.array([each.name for each in wanted])[:, None]
+    matches = np.stack([gallery.matches(each.name, each.style) for each in wanted])
+    styled = np.array([each.style is not None for each in wanted])
+    whole = matches[np.arange(len(wanted)), near[:, 0]] & styled
+    group = np.unique([each.name for each in wanted], return_inverse=True)[1]
     own = np.where(matches, distance, np.inf).min(axis=1) / gallery.spacing
     names = int(group.max()) + 1
     return Quality(
         gallery=gallery.digest,
         scored=len(scored),
-        unscored=len(pictures) - len(scored),
+        unscored=len(images) - len(scored),
         names=names,
         chance=1.0 / len(set(gallery.names)),
         top1=wilson(int(hit[:, 0].sum()), len(hit)),

@@ -1,1 +1,1 @@
-"""What makes a network's evaluations faster without another result: engine.optimize."""
+"""Faster evaluations with the same result: engine.optimize."""

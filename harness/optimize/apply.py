@@ -1,4 +1,4 @@
-"""engine.optimize, applied to what was loaded: each part in its order, and what was done in one line for the record."""
+"""Applies engine.optimize to loaded components: each optimization in its order, and one line for the record."""
 
 from __future__ import annotations
 
@@ -11,109 +11,141 @@ from torch import nn
 
 from harness.config.optimize import Optimize
 from harness.config.schema import EngineConfig
-from harness.device.malloc import keep_freed
-from harness.optimize.ahead import Ahead
-from harness.optimize.compiled import blocks_of, compile_forwards
-from harness.optimize.decoder import channels_last, winograd
+from harness.device.malloc import retain_freed_memory
+from harness.optimize.compile_blocks import blocks_of, compile_forwards
+from harness.optimize.decoder import apply_winograd, to_channels_last
 from harness.optimize.fuse import fuse_projections
-from harness.optimize.graphs import RecordedDecoder, RecordedNetwork, in_cuda_graphs
+from harness.optimize.graphs import RecordedDecoder, RecordedNetwork, cuda_graph_recorder
+from harness.optimize.precompute import PrecomputedModulation
 from harness.optimize.prepack import prepack
-from harness.optimize.widen import widen, widens
+from harness.optimize.upcast import should_upcast, upcast
 from models.components import Components, Decoder, PromptEncoder, networks_in
 from models.decoders import KLDecoder
 
 
 @dataclass(frozen=True)
-class Optimized:
-    """Network, decoder and prompt encoder as they are to be run, what computes beforehand, the notes for the record."""
+class OptimizedComponents:
+    """The components to run, after optimization.
+
+    Args:
+        network: the network.
+        decoder: the decoder.
+        load_prompts: loads the prompt encoder.
+        precompute: what precomputes modulation and text; None if the evaluations compute them.
+        notes: what was applied, for the record.
+    """
 
     network: nn.Module
     decoder: Decoder
     load_prompts: Callable[[], PromptEncoder]
-    ahead: Ahead | None = None
+    precompute: PrecomputedModulation | None = None
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Replayable:
-    """Which of them stay on the device, whole on this rank, and compute the same way whatever they are handed."""
+class ReplaySupport:
+    """Which components can be replayed from CUDA graphs.
+
+    Such a component stays on the device, is whole on this rank, and computes the same way for every input.
+
+    Args:
+        network: whether the network can.
+        decoder: whether the decoder can.
+    """
 
     network: bool = True
     decoder: bool = True
 
 
 def optimize(
-    parts: Components,
+    components: Components,
     engine: EngineConfig,
     device: torch.device,
     dtype: torch.dtype,
-    dealt: bool = False,
-    replayed: Replayable = Replayable(),
-) -> Optimized:
-    """Does to loaded parts, in place, what is configured and what the device has use for.
+    decoder_sharded: bool = False,
+    replay: ReplaySupport = ReplaySupport(),
+) -> OptimizedComponents:
+    """Apply the configured optimizations that help on this device, in place.
 
     Args:
-        parts: whose linears were cut already; before its blocks are put behind gates or its tokens dealt.
-        engine: what is configured.
-        device: where they compute.
-        dtype: of the network.
-        dealt: whether the decoder's convolutions will be dealt over ranks, which takes them as they are.
-        replayed: which of network and decoder may be, on a GPU.
+        components: the loaded components. Their linears are already sharded; blocks and tokens are not.
+        engine: the configuration.
+        device: the device that computes.
+        dtype: the dtype of the network.
+        decoder_sharded: whether the decoder's convolutions will be sharded over ranks, which needs plain ones.
+        replay: what can be replayed from CUDA graphs, on a GPU.
+
+    Returns:
+        The components to run.
     """
     if engine.optimize is Optimize.none:
-        return Optimized(parts.network, parts.decoder, parts.load_prompts)
-    eager, done, ahead = engine.eager, [], None
-    if parts.ahead is not None and (eager.modulation or eager.text):
-        text = eager.text and parts.ahead.text
-        ahead = Ahead(parts.network, parts.ahead, eager.modulation, text)
-        done += ["modulation ahead"] * eager.modulation + ["text ahead"] * text
-    if eager.fused_projections and fuse_projections(parts.network, parts.plan):
-        done.append("fused projections")
-    load_prompts = parts.load_prompts
-    if eager.widen and widens(device, torch.bfloat16):
-        load_prompts = partial(_widened_prompts, load_prompts)
-        wide = [widen(part) for part in (parts.network, *networks_in(parts.decoder))]
-        done += ["products in float32"] * any(wide)
-    blocks = blocks_of(parts.network, parts.plan)
+        return OptimizedComponents(components.network, components.decoder, components.load_prompts)
+    eager, applied, precompute = engine.eager, [], None
+    if components.precompute is not None and (eager.modulation or eager.text):
+        text = eager.text and components.precompute.has_text
+        precompute = PrecomputedModulation(components.network, components.precompute, eager.modulation, text)
+        applied += ["precomputed modulation"] * eager.modulation + ["precomputed text"] * text
+    if eager.fused_projections and fuse_projections(components.network, components.plan):
+        applied.append("fused projections")
+    load_prompts = components.load_prompts
+    if eager.upcast and should_upcast(device, torch.bfloat16):
+        load_prompts = partial(_upcast_prompts, load_prompts)
+        upcast_counts = [upcast(part) for part in (components.network, *networks_in(components.decoder))]
+        applied += ["products in float32"] * any(upcast_counts)
+    blocks = blocks_of(components.network, components.plan)
     if engine.optimize is Optimize.compile:  # inductor packs weights itself, and takes no packed ones
-        done.append(f"blocks {compile_forwards(blocks or [parts.network], engine.compile, device)}")
-    elif blocks and eager.prepack and packs(device, dtype):
+        applied.append(f"blocks {compile_forwards(blocks or [components.network], engine.compile, device)}")
+    elif blocks and eager.prepack and should_prepack(device, dtype):
         for block in blocks:
             prepack(block)
-        done.append("prepacked linears")
-    if eager.channels_last and _lays_out(device) and channels_last(parts.decoder):
-        done.append("channels-last decoder")
-    if eager.winograd and device.type == "cpu" and not dealt and winograd(parts.decoder, eager.widen):
-        done.append("Winograd decoder")
-    if eager.keep_memory and device.type == "cpu" and keep_freed():
-        done.append("freed memory kept")
-    network, decoder = parts.network, parts.decoder
+        applied.append("prepacked linears")
+    if eager.channels_last and _prefers_channels_last(device) and to_channels_last(components.decoder):
+        applied.append("channels-last decoder")
+    if (
+        eager.winograd
+        and device.type == "cpu"
+        and not decoder_sharded
+        and apply_winograd(components.decoder, eager.upcast)
+    ):
+        applied.append("Winograd decoder")
+    if eager.keep_memory and device.type == "cpu" and retain_freed_memory():
+        applied.append("freed memory retained")
+    network, decoder = components.network, components.decoder
     if eager.cuda_graphs and device.type == "cuda":
-        record = in_cuda_graphs()
-        if replayed.network and parts.recordable:
+        record = cuda_graph_recorder()
+        if replay.network and components.capturable:
             network = RecordedNetwork(network, record)
-            done.append("network in CUDA graphs")
-        if replayed.decoder and isinstance(decoder, KLDecoder):
+            applied.append("network in CUDA graphs")
+        if replay.decoder and isinstance(decoder, KLDecoder):
             decoder = RecordedDecoder(decoder, record)
-            done.append("decoder in CUDA graphs")
-    note = f"engine.optimize={engine.optimize.name}: {', '.join(done) or 'nothing here'}"
-    return Optimized(network, decoder, load_prompts, ahead, (note,))
+            applied.append("decoder in CUDA graphs")
+    note = f"engine.optimize={engine.optimize.name}: {', '.join(applied) or 'nothing here'}"
+    return OptimizedComponents(network, decoder, load_prompts, precompute, (note,))
 
 
-def _widened_prompts(load: Callable[[], PromptEncoder]) -> PromptEncoder:
+def _upcast_prompts(load: Callable[[], PromptEncoder]) -> PromptEncoder:
     encoder = load()
     for network in networks_in(encoder):
-        widen(network)
+        upcast(network)
     return encoder
 
 
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packed linears are the faster ones here: in bfloat16 on a CPU with instructions for it. In float32 the
-    products that PyTorch takes otherwise (MKL's) are; packed ones took 1.1 to 1.2 times as long on an AVX2 processor.
+def should_prepack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether packed linears are faster here: in bfloat16 on a CPU with instructions for it.
+
+    In float32 the products that PyTorch uses otherwise (MKL's) are faster; packed ones took 1.1 to 1.2 times as long on
+    an AVX2 processor.
+
+    Args:
+        device: the device that computes.
+        dtype: the dtype of the linears.
+
+    Returns:
+        Whether to prepack.
     """
     return device.type == "cpu" and dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _lays_out(device: torch.device) -> bool:
-    """Whether convolutions here are faster with channels innermost: by cuDNN and oneDNN, not by plain ones."""
+def _prefers_channels_last(device: torch.device) -> bool:
+    """Return whether convolutions are faster with channels last: cuDNN's and oneDNN's are, PyTorch's own are not."""
     return device.type == "cuda" or bool(torch.backends.mkldnn.enabled)

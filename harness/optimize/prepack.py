@@ -1,6 +1,6 @@
-"""Linears of the CPU with weights in the order that oneDNN computes in, and the GELU behind them in the same kernel.
+"""Linears on the CPU with weights packed in oneDNN's order, and the GELU after them in the same kernel.
 
-What inductor's freezing does to a graph (torch/_inductor/fx_passes/mkldnn_fusion.py), done to modules.
+It does to modules what inductor's freezing does to a graph (torch/_inductor/fx_passes/mkldnn_fusion.py).
 """
 
 from __future__ import annotations
@@ -8,34 +8,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from harness.optimize.ahead import Columns, First
-from harness.parallel.parallelize import ColumnLinear
+from harness.optimize.precompute import OutputSlice, Passthrough
+from harness.parallel.parallelize import ColumnParallelLinear
 from models.layers import Modulation
 
 
 class PackedLinear(nn.Module):
-    """A linear, with a GELU (tanh form) of its outputs or without; the packed weight is no parameter any more."""
+    """A linear with or without a GELU (tanh form) of its outputs; the packed weight is no parameter any more.
 
-    def __init__(self, linear: nn.Linear | ColumnLinear, gelu: bool = False) -> None:
+    Args:
+        linear: the linear to pack.
+        gelu: whether to apply the GELU.
+    """
+
+    def __init__(self, linear: nn.Linear | ColumnParallelLinear, gelu: bool = False) -> None:
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = linear.bias
         self.activation: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.activation)
-        return made
+        """Compute the outputs."""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.activation)
+        return output
 
 
 def prepack(module: nn.Module) -> None:
-    """Packs the linears in a module, in place, but those that modulate, are computed beforehand or summed over ranks; a
-    GELU behind one goes into its kernel.
+    """Pack the linears in a module, in place, with the GELU after them.
+
+    Linears that modulate, that are precomputed, or whose outputs are summed over ranks stay as they are.
+
+    Args:
+        module: the module, changed in place.
     """
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear | ColumnLinear) and not isinstance(child, Modulation):
+        if isinstance(child, nn.Linear | ColumnParallelLinear) and not isinstance(child, Modulation):
             gelu = name == "up" and isinstance(module._modules.get("activation"), nn.GELU)
             setattr(module, name, PackedLinear(child, gelu))
             if gelu:
                 module.activation = nn.Identity()
-        elif not isinstance(child, Columns | First):
+        elif not isinstance(child, OutputSlice | Passthrough):
             prepack(child)

@@ -1,15 +1,16 @@
-"""3 x 3 convolutions by Winograd's minimal filtering: 4 products of channels for a pixel in place of 9, or 2.25 in
-larger tiles, and 2.25 behind a nearest upsampling by 2.
+"""3 x 3 convolutions by Winograd's minimal filtering, with fewer products of channels per pixel.
+
+A direct convolution takes 9. Here it is 4, or 2.25 in larger tiles, and 2.25 after a nearest upsampling by 2.
 
 F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016),
-section 4: a tile of outputs is A' [(G g G') * (B' d B)] A, of the filter g and the inputs d around the tile. In float32
-the small tile has about a third of the error of a direct convolution by oneDNN, which adds more numbers, and the large
-one about as much as that where it interpolates at 0, 2/3, -2/3, 3/2, -3/2 and infinity; twice as much at the paper's 0,
-1, -1, 2, -2 and infinity (Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution for Deep
-Neural Networks", 2020, on the choice of points).
+section 4: a tile of outputs is A' [(G g G') * (B' d B)] A, with the filter g and the inputs d around the tile. In
+float32 the small tile has about a third of the error of a direct convolution by oneDNN, which adds more numbers. The
+large tile has about as much error as that if it interpolates at 0, 2/3, -2/3, 3/2, -3/2 and infinity. At the paper's
+points 0, 1, -1, 2, -2 and infinity it has twice as much. Barabasz et al., "Error Analysis and Improving the Accuracy of
+Winograd Convolution for Deep Neural Networks" (2020), is about the choice of points.
 
 Shapes: B batch, C input and K output channels, H rows and W columns of the input, h and w those of a band's tiles, s
-the rows (and the columns) of a transformed tile: 6, 4, or 3 behind an upsampling.
+the rows (and the columns) of a transformed tile: 6, 4, or 3 after an upsampling.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from torch import Tensor, nn
 NEAR, FAR = 2 / 3, 3 / 2
 """The points of the large tile that have both signs; their product is 1."""
 BAND_BYTES = 8 << 20
-"""About what a band's transformed tiles take, so that they are still in a cache when they are multiplied."""
+"""The approximate size of a band's transformed tiles, so that they are still in a cache when they are multiplied."""
 
 
 class WinogradConv2d(nn.Module):
-    """A convolution of 3 x 3 with stride 1 and zeros around the picture, computed in float32 at least.
+    """A 3 x 3 convolution with stride 1 and zero padding, computed in float32 or better.
 
     Args:
-        conv: whose weights it takes, 4 times as many of them in a large tile, else 1.8 times (behind an upsampling 1).
-        step: rows of the input from one tile to the next: 4, 2, or 1 where it is handed what was to be upsampled first,
-            and does that too.
+        conv: the convolution to replace. A large tile takes 4 times its weights, another 1.8 times, after an upsampling
+            1.
+        step: rows of the input from one tile to the next: 4, 2, or 1 if the input is to be upsampled first, which is
+            then part of this module.
     """
 
     def __init__(self, conv: nn.Conv2d, step: int) -> None:
@@ -43,7 +45,7 @@ class WinogradConv2d(nn.Module):
         self.bias = conv.bias
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, K, H, W), behind an upsampling (B, K, 2 H, 2 W); in memory the channels are innermost."""
+        """Return (B, K, H, W), after an upsampling (B, K, 2 H, 2 W); in memory the channels are last."""
         B, _, H, W = x_BCHW.shape
         step, tile = self.step, max(2, self.step)
         h, w = -(-H // step), -(-W // step)
@@ -59,10 +61,10 @@ class Band:
     """Some rows of tiles at a time, and the memory in which they are transformed.
 
     Args:
-        filters_ssCK: transformed, by the column and the row of a tile.
+        filters_ssCK: the transformed filters, by the column and the row of a tile.
         step: rows of the input from one tile to the next.
-        h: rows of tiles of a picture.
-        w: tiles of a row.
+        h: rows of tiles in an image.
+        w: tiles in a row.
     """
 
     def __init__(self, filters_ssCK: Tensor, step: int, h: int, w: int) -> None:
@@ -78,7 +80,14 @@ class Band:
         self.spare_shwK = filters_ssCK.new_empty(s, self.rows, w, K)
 
     def convolve(self, x_HWC: Tensor, y_HWK: Tensor, row: int, bias: Tensor | None) -> None:
-        """Writes what becomes of the band that begins at a row of tiles."""
+        """Convolve the band that begins at a row of tiles.
+
+        Args:
+            x_HWC: the whole input.
+            y_HWK: the whole output; the band is written into it.
+            row: the first row of tiles.
+            bias: the bias, (K,).
+        """
         tile, m_sshwK = max(2, self.step), self.products_sshwK
         self._pad(x_HWC, self.step * row - 1)
         _transform(self.padded_HWC, self.rows_shWC, self.step)
@@ -96,7 +105,7 @@ class Band:
             y_HWK += bias
 
     def _pad(self, x_HWC: Tensor, top: int) -> None:
-        """The input from a row on, with zeros where there is none."""
+        """Copy the input from a row on, with zeros outside of it."""
         H, W, _ = x_HWC.shape
         first, last = max(0, top), min(H, top + self.padded_HWC.shape[0])
         self.padded_HWC[: first - top] = 0
@@ -105,7 +114,7 @@ class Band:
 
 
 def _transform(x: Tensor, out: Tensor, step: int) -> None:
-    """B' of the paper over the first dimension, of which tiles take 6, 4 or 3 at every step of 4, 2 or 1."""
+    """Apply the paper's B' along the first dimension, where tiles of 6, 4 or 3 begin at every step of 4, 2 or 1."""
     tiles = (x.shape[0] - len(out)) // step + 1
     d = [x[i : i + step * (tiles - 1) + 1 : step] for i in range(len(out))]
     if step == 1:
@@ -119,7 +128,7 @@ def _transform(x: Tensor, out: Tensor, step: int) -> None:
         torch.sub(d[2], d[1], out=out[2])
         torch.sub(d[1], d[3], out=out[3])
         return
-    even, odd = out[0], out[5]  # until they are written themselves
+    even, odd = out[0], out[5]  # used as scratch until they are written
     for i, point, other in ((1, NEAR, FAR), (3, FAR, NEAR)):
         torch.sub(d[4], d[2], alpha=other**2, out=even)
         torch.sub(d[3], d[1], alpha=other**2, out=odd)
@@ -131,7 +140,7 @@ def _transform(x: Tensor, out: Tensor, step: int) -> None:
 
 
 def _combine(m: Tensor, spare: Tensor, out: Sequence[Tensor]) -> None:
-    """A' of the paper over the first dimension, which is overwritten; the outputs may be parts of it, in this order."""
+    """Apply the paper's A' along dimension 0 of m, which is overwritten; outputs may be parts of m, in this order."""
     if len(m) < 6:
         if len(m) == 4:
             m[0].add_(m[1])
@@ -143,7 +152,7 @@ def _combine(m: Tensor, spare: Tensor, out: Sequence[Tensor]) -> None:
     m[1].add_(m[2])
     torch.sub(m[3], m[4], out=m[2])
     m[3].add_(m[4])
-    near, far, nears, fars = spare, m[2], m[1], m[3]  # differences and sums of both signs
+    near, far, nears, fars = spare, m[2], m[1], m[3]  # differences and sums over both signs
     torch.add(m[0].add_(nears), fars, out=out[0])
     torch.add(m[5].add_(near, alpha=NEAR**3), far, alpha=FAR**3, out=out[3])
     torch.add(near.mul_(NEAR), far, alpha=FAR, out=out[1])
@@ -151,9 +160,15 @@ def _combine(m: Tensor, spare: Tensor, out: Sequence[Tensor]) -> None:
 
 
 def filter_rows(step: int) -> Tensor:
-    """G of the paper for a step of 4, 2 or 1, (s, 3) in float64.
+    """Return the paper's G for a step of 4, 2 or 1.
 
-    Upsampled rows are p, q, q, r: F(2, 3) makes p - q, 2 q, q - q and q - r of them, so that it has 3 rows with q once.
+    Upsampled rows are p, q, q, r. F(2, 3) makes p - q, 2 q, q - q and q - r of them, so that it has 3 rows with q once.
+
+    Args:
+        step: rows of the input from one tile to the next.
+
+    Returns:
+        The matrix, (s, 3) in float64.
     """
     if step == 1:
         rows = [(1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0)]

@@ -1,1 +1,1 @@
-"""Ranks: the mesh of a layout, and the collectives that go over it."""
+"""The ranks of a layout: their mesh, their collectives, and what applies a layout to a network from outside."""

@@ -1,6 +1,6 @@
-"""Which rank is where: world size = dp x cfg x tp x ring x ulysses, ulysses innermost.
+"""The position of each rank on the mesh: world size = dp x cfg x tp x ring x ulysses, ulysses innermost.
 
-A layout has a ring or a pipeline: the ranks of a pipeline stand on the ring's axis.
+A layout has a ring or a pipeline: the ranks of a pipeline use the ring's axis.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
-    """One rank's coordinates on the mesh.
+class RankPosition:
+    """The coordinates of one rank on the mesh.
 
     Args:
-        rank: in the world.
-        degrees: size of each axis of AXES.
+        rank: the rank in the world.
+        degrees: the size of each axis of AXES.
     """
 
     rank: int
@@ -29,36 +29,36 @@ class Place:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """The number of ranks."""
         return world_size(self.degrees)
 
     @property
     def replica_size(self) -> int:
-        """Ranks that compute one picture together."""
+        """The number of ranks that compute one image together."""
         return self.world_size // self.degrees[0]
 
     @property
     def replica(self) -> int:
-        """Which data-parallel replica this rank belongs to."""
+        """The index of the data-parallel replica that this rank belongs to."""
         return self.rank // self.replica_size
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """This replica's part of a list: every dp-th item, so that an item is the same work at any degree."""
+    def replica_items(self, items: Sequence[T]) -> list[T]:
+        """Return every dp-th item, those of this replica: an item is the same work at any degree."""
         return list(items[self.replica :: self.degrees[0]])
 
 
 def degrees(parallel: ParallelConfig) -> tuple[int, ...]:
-    """The sizes of the axes, in the order of AXES."""
+    """Return the sizes of the axes, in the order of AXES."""
     return (parallel.dp, parallel.cfg, parallel.tp, parallel.ring * parallel.pipe, parallel.ulysses)
 
 
 def world_size(sizes: Sequence[int]) -> int:
-    """The product of the degrees."""
+    """Return the product of the degrees."""
     product = 1
     for size in sizes:
         product *= size
     return product
 
 
-REACH = 2
-"""Latent frames that a rank needs where a video is decoded by frames: as many as a convolution over time looks back."""
+TEMPORAL_HALO = 2
+"""Latent frames that a rank needs when a video is decoded by frames: as many as a convolution over time looks back."""

@@ -1,7 +1,7 @@
-"""Applies a layout to a network from outside, by the plan its folder states: tokens dealt, linears cut.
+"""Applies a layout to a network from outside, by the plan that its package states: tokens and linears are sharded.
 
-The network stays as it was written for one device. Its attention kernel is replaced by one over dealt tokens, hooks on
-its blocks deal their arguments and gather what the last one returns, and linears are swapped for their slices.
+The network stays as it was written for one device. Its attention kernel is replaced by one over sharded tokens. Hooks
+on its blocks shard their arguments and gather what the last block returns. Linears are replaced by their slices.
 """
 
 from __future__ import annotations
@@ -17,86 +17,89 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.parallel.attention import SequenceAttention, SequenceState, TokenLayout
-from harness.parallel.connect import Axes
-from harness.parallel.displaced import Displaced
+from harness.parallel.displaced import DisplacedPatches
 from harness.parallel.group import Group
+from harness.parallel.process_groups import ProcessGroups
 from models.attention import AttentionKernel
 from models.attention.lse import LseKernel
-from models.parts import Part
 from models.plan import ParallelPlan, Stack
+from models.tensor_slice import TensorSlice
 
 
-def deal_tokens(
+def shard_tokens(
     network: nn.Module,
     plan: ParallelPlan,
     kernel: AttentionKernel,
     ring_kernel: LseKernel | None,
-    axes: Axes,
+    groups: ProcessGroups,
     gather: bool = False,
-    displaced: Displaced | None = None,
+    displaced: DisplacedPatches | None = None,
     state: SequenceState | None = None,
 ) -> None:
-    """Sequence parallelism in place: every stack of the plan works on this rank's part of its tokens.
+    """Apply sequence parallelism in place: every stack of the plan works on this rank's tokens.
 
     Args:
-        network: written for one device.
-        plan: of its folder.
-        kernel: the attention of whole heads.
-        ring_kernel: the same with log-sum-exp, where keys and values are passed on over a ring of more than one rank.
-        axes: this rank's groups.
-        gather: all-gather keys and values over the ring in place of passing them on.
-        displaced: or meet those of the evaluation before; counts the network's evaluations from now on.
-        state: where it is told how the tokens at hand are dealt; None where nobody else reads it.
+        network: the network, written for one device.
+        plan: how the network can be sharded.
+        kernel: the attention kernel for whole sequences.
+        ring_kernel: a kernel that also returns the log-sum-exp; needed if a ring of several ranks passes keys on.
+        groups: this rank's groups.
+        gather: whether to all-gather keys and values over the ring instead of passing them on.
+        displaced: the stale keys and values, if those are used instead; from now on it counts the network's
+            evaluations.
+        state: where to write how the tokens at hand are sharded; None if nothing else reads it.
     """
     state = SequenceState() if state is None else state
-    state.index = axes.tokens.index
+    state.index = groups.tokens.index
 
-    def attend() -> SequenceAttention:
-        return SequenceAttention(kernel, ring_kernel, axes.ulysses, axes.ring, axes.tokens, state, gather, displaced)
+    def make_attention() -> SequenceAttention:
+        return SequenceAttention(
+            kernel, ring_kernel, groups.ulysses, groups.ring, groups.tokens, state, gather, displaced
+        )
 
     if displaced is not None:
-        displaced.watch(network)
+        displaced.count_evaluations_of(network)
     for stack in plan.stacks:
         blocks = network.get_submodule(stack.blocks)
         assert isinstance(blocks, nn.ModuleList)
         for name, module in blocks.named_modules():
             if "kernel" in vars(module):
                 local = any(fnmatch(f"{stack.blocks}.{name}", pattern) for pattern in plan.local_attention)
-                module.kernel = kernel if local else attend()
-        _Dealer(stack, blocks, axes.tokens, state).install()
+                module.kernel = kernel if local else make_attention()
+        _TokenSharder(stack, blocks, groups.tokens, state).install()
 
 
-class _Dealer:
-    """Deals the arguments of a run of blocks, and gathers what its last block returns."""
+class _TokenSharder:
+    """Shards the arguments of a run of blocks, and gathers what its last block returns."""
 
-    def __init__(self, stack: Stack, blocks: nn.ModuleList, whole: Group, state: SequenceState) -> None:
+    def __init__(self, stack: Stack, blocks: nn.ModuleList, tokens: Group, state: SequenceState) -> None:
         self.stack = stack
         self.blocks = blocks
-        self.whole = whole
+        self.tokens = tokens
         self.state = state
         self.signature = inspect.signature(blocks[0].forward)
 
     def install(self) -> None:
-        """Hooks every block."""
+        """Hook every block."""
         for number, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(self._deal_first if number == 0 else self._deal_rest, with_kwargs=True)
+            block.register_forward_pre_hook(self._shard_first if number == 0 else self._shard_later, with_kwargs=True)
         self.blocks[len(self.blocks) - 1].register_forward_hook(self._gather)
 
-    def _deal_first(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _shard_first(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self.signature.bind(*args, **kwargs)
         streams = [bound.arguments[name] for name in self.stack.streams]
         lengths = tuple(x.shape[self.stack.sharded[n]] for n, x in zip(self.stack.streams, streams, strict=True))
-        self.state.layout = TokenLayout(lengths, self.whole.size)
-        return self._dealt(bound, self.stack.sharded)
+        self.state.layout = TokenLayout(lengths, self.tokens.size)
+        return self._shard_arguments(bound, self.stack.sharded)
 
-    def _deal_rest(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _shard_later(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = self.signature.bind(*args, **kwargs)
-        return self._dealt(bound, [name for name in self.stack.sharded if name not in self.stack.outputs])
+        return self._shard_arguments(bound, [name for name in self.stack.sharded if name not in self.stack.outputs])
 
-    def _dealt(self, bound: inspect.BoundArguments, names: Iterable[str]) -> Any:
+    def _shard_arguments(self, bound: inspect.BoundArguments, names: Iterable[str]) -> Any:
         for name in names:
             if bound.arguments.get(name) is not None:
-                bound.arguments[name] = part(bound.arguments[name], self.stack.sharded[name], self.whole)
+                bound.arguments[name] = shard(bound.arguments[name], self.stack.sharded[name], self.tokens)
         return bound.args, bound.kwargs
 
     def _gather(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -105,119 +108,148 @@ class _Dealer:
         lengths = dict(zip(self.stack.streams, layout.lengths, strict=True))
         outputs = output if isinstance(output, tuple) else (output,)
         joined = tuple(
-            None if x is None else whole(x, self.stack.sharded[name], lengths[name], self.whole)
+            None if x is None else unshard(x, self.stack.sharded[name], lengths[name], self.tokens)
             for name, x in zip(self.stack.outputs, outputs, strict=True)
         )
         return joined if isinstance(output, tuple) else joined[0]
 
 
-def part(x: Tensor, dim: int, group: Group) -> Tensor:
-    """This rank's part of a tensor along `dim`, zeros where the last rank has none."""
+def shard(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Return this rank's part of a tensor along `dim`, padded with zeros if the last rank has fewer."""
     size = -(-x.shape[dim] // group.size)
     start = min(group.index * size, x.shape[dim])
-    mine = x.narrow(dim, start, min(size, x.shape[dim] - start))
-    spare = size - mine.shape[dim]
+    local = x.narrow(dim, start, min(size, x.shape[dim] - start))
+    spare = size - local.shape[dim]
     if spare == 0:
-        return mine
-    return torch.cat([mine, mine.new_zeros([spare if d == dim else n for d, n in enumerate(x.shape)])], dim=dim)
+        return local
+    return torch.cat([local, local.new_zeros([spare if d == dim else n for d, n in enumerate(x.shape)])], dim=dim)
 
 
-def whole(x: Tensor, dim: int, length: int, group: Group) -> Tensor:
-    """The whole tensor from every rank's part, padding cut off."""
+def unshard(x: Tensor, dim: int, length: int, group: Group) -> Tensor:
+    """Gather the whole tensor from every rank's part, without padding."""
     dim = dim % x.ndim
     return group.all_gather(x).movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, length)
 
 
-def share(size: int, group: Group) -> tuple[int, int]:
-    """(first, behind the last) of this rank's indices of `size`."""
+def shard_range(size: int, group: Group) -> tuple[int, int]:
+    """Return the indices of this rank among `size`, as the first one and one past the last."""
     each = -(-size // group.size)
     first = min(group.index * each, size)
     return first, min(first + each, size)
 
 
-class ColumnLinear(nn.Module):
-    """A linear's slice of output features."""
+class ColumnParallelLinear(nn.Module):
+    """This rank's slice of the output features of a linear.
+
+    Args:
+        linear: the whole linear.
+        group: the ranks that share it.
+    """
 
     def __init__(self, linear: nn.Linear, group: Group) -> None:
         super().__init__()
-        out = Part(0, linear.out_features, (share(linear.out_features, group),))
-        self.parts = {"weight": out} if linear.bias is None else {"weight": out, "bias": out}
+        out = TensorSlice(0, linear.out_features, (shard_range(linear.out_features, group),))
+        self.slices = {"weight": out} if linear.bias is None else {"weight": out, "bias": out}
         self.weight = nn.Parameter(out.of(linear.weight), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(out.of(linear.bias), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute this rank's output features."""
         return F.linear(x, self.weight, self.bias)
 
 
-class RowLinear(nn.Module):
-    """A linear's slice of input features; outputs are summed over ranks, and the bias is added once."""
+class RowParallelLinear(nn.Module):
+    """This rank's slice of the input features of a linear; outputs are summed over ranks, and the bias is added once.
+
+    Args:
+        linear: the whole linear.
+        group: the ranks that share it.
+        segments: widths of inputs that are sharded one by one, if the input joins several of them.
+    """
 
     def __init__(self, linear: nn.Linear, group: Group, segments: tuple[int, ...] | None = None) -> None:
         super().__init__()
         widths = segments or (linear.in_features,)
         starts = accumulate(widths, initial=0)
-        runs = tuple((at + a, at + b) for at, (a, b) in zip(starts, (share(w, group) for w in widths), strict=False))
-        self.parts = {"weight": Part(1, linear.in_features, runs)}
-        self.weight = nn.Parameter(self.parts["weight"].of(linear.weight), requires_grad=False)
+        runs = tuple(
+            (at + a, at + b) for at, (a, b) in zip(starts, (shard_range(w, group) for w in widths), strict=False)
+        )
+        self.slices = {"weight": TensorSlice(1, linear.in_features, runs)}
+        self.weight = nn.Parameter(self.slices["weight"].of(linear.weight), requires_grad=False)
         self.bias = linear.bias
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        summed = self.group.all_reduce(self.product(x))
+        """Compute the whole output from this rank's input features."""
+        summed = self.group.all_reduce(self.partial_product(x))
         return summed if self.bias is None else summed + self.bias
 
-    def product(self, x: Tensor) -> Tensor:
-        """This rank's summand."""
+    def partial_product(self, x: Tensor) -> Tensor:
+        """Return this rank's term of the sum."""
         return F.linear(x, self.weight)
 
 
-class HeadNorm(nn.Module):
-    """This rank's channels of an RMS norm over a whole width; the mean square is that of all ranks' channels."""
+class ShardedRMSNorm(nn.Module):
+    """This rank's channels of an RMS norm over a whole width; the mean square is over all ranks' channels.
+
+    Args:
+        norm: the whole norm.
+        group: the ranks that share it.
+    """
 
     def __init__(self, norm: nn.RMSNorm, group: Group) -> None:
         super().__init__()
         self.width = norm.weight.shape[0]
-        self.parts = {"weight": Part(0, self.width, (share(self.width, group),))}
-        self.weight = nn.Parameter(self.parts["weight"].of(norm.weight), requires_grad=False)
+        self.slices = {"weight": TensorSlice(0, self.width, (shard_range(self.width, group),))}
+        self.weight = nn.Parameter(self.slices["weight"].of(norm.weight), requires_grad=False)
         self.eps = norm.eps if norm.eps is not None else torch.finfo(norm.weight.dtype).eps
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize this rank's channels."""
         square = self.group.all_reduce(x.float().square().sum(-1, keepdim=True)) / self.width
         return (x.float() * (square + self.eps).rsqrt() * self.weight.float()).type_as(x)
 
 
-def cut_linears(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[str, Part]:
-    """Tensor parallelism in place: linears and norms of the plan keep this rank's slice.
+def shard_linears(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[str, TensorSlice]:
+    """Apply tensor parallelism in place: linears and norms of the plan keep this rank's slice.
+
+    Args:
+        network: the network, written for one device.
+        plan: how the network can be sharded.
+        group: the ranks that share the linears.
 
     Returns:
-        By parameter, which part it now is of the whole one: what is to be read of a checkpoint where the network was
-        cut before it was filled.
+        For each sharded parameter, the slice of the whole one that it now is. If the network was sharded before its
+            weights
+        were loaded, it says what to read from a checkpoint.
     """
-    parts: dict[str, Part] = {}
+    parts: dict[str, TensorSlice] = {}
     if group.size == 1:
         return parts
     for name, module in list(network.named_modules()):
-        if (cut := _cut(name, module, plan, group)) is not None:
+        if (sharded_module := _shard_module(name, module, plan, group)) is not None:
             owner, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(owner), leaf, cut)
-            parts |= {f"{name}.{parameter}": part for parameter, part in cut.parts.items()}
+            setattr(network.get_submodule(owner), leaf, sharded_module)
+            parts |= {f"{name}.{parameter}": shard for parameter, shard in sharded_module.slices.items()}
     return parts
 
 
-def _cut(name: str, module: nn.Module, plan: ParallelPlan, group: Group) -> ColumnLinear | RowLinear | HeadNorm | None:
-    """This rank's slice of a module that the plan names, None for any other."""
+def _shard_module(
+    name: str, module: nn.Module, plan: ParallelPlan, group: Group
+) -> ColumnParallelLinear | RowParallelLinear | ShardedRMSNorm | None:
+    """Return this rank's slice of a module that the plan names; None for any other module."""
 
     def named(patterns: Iterable[str]) -> str | None:
         return next((pattern for pattern in patterns if fnmatch(name, pattern)), None)
 
     if isinstance(module, nn.RMSNorm):
-        return HeadNorm(module, group) if named(plan.head_norms) else None
+        return ShardedRMSNorm(module, group) if named(plan.head_norms) else None
     if not isinstance(module, nn.Linear):
         return None
     if named(plan.column):
-        return ColumnLinear(module, group)
+        return ColumnParallelLinear(module, group)
     if pattern := named(plan.joined_rows):
         shares = plan.joined_rows[pattern]
-        return RowLinear(module, group, tuple(module.in_features * share // sum(shares) for share in shares))
-    return RowLinear(module, group) if named(plan.row) else None
+        return RowParallelLinear(module, group, tuple(module.in_features * share // sum(shares) for share in shares))
+    return RowParallelLinear(module, group) if named(plan.row) else None

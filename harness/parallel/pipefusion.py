@@ -1,19 +1,20 @@
-"""PipeFusion: ranks hold consecutive blocks, and patches of the picture go from rank to rank while others are computed.
+"""PipeFusion: ranks hold consecutive blocks, and image patches go from rank to rank while others are computed.
 
-In evaluation n the queries of patch m of M meet, in every block,
+In evaluation n the queries of patch m of M attend, in every block, to
 
     K_0^n ... K_m^n, K_(m+1)^(n-1) ... K_(M-1)^(n-1)
 
-the fresh keys and values of the patches that have come by, and those of the evaluation before of the rest; in the first
-`warmup` evaluations the picture goes through whole, which is exact. Ranks send activations, and nothing else:
+These are fresh keys and values of the patches that have passed, and those of the evaluation before for the rest. In the
+first `warmup` evaluations the whole image goes through at once, which is exact. Ranks send activations, and nothing
+else:
 
-    rank i to i + 1         the outputs of its run of blocks, patch by patch, of every stack of blocks
-    the last to the first   those of a stack that is not the last, for the layers between the stacks are everybody's
+    rank i to i + 1         the outputs of its run of blocks, patch by patch, for every stack of blocks
+    the last to the first   those of a stack that is not the last, because all ranks run the layers between the stacks
     the last to all         the network's output
 
-Source: PipeFusion (Fang et al. 2024, arXiv:2405.14430). Unlike there, a solver here steps on whole states,
-so that the pipeline fills and drains in every evaluation, and N ranks take (M + N - 1) / (M N) of the time of one; and
-every stream that attention joins, text too, is cut into patches as the network's plan says.
+Source: PipeFusion (Fang et al. 2024, arXiv:2405.14430). Unlike there, a solver here steps on whole states. So the
+pipeline fills and drains in every evaluation, and N ranks take (M + N - 1) / (M N) of the time of one. Every stream
+that attention joins, text too, is divided into patches as the network's plan says.
 
 Shapes: B batch, l tokens of a patch, S of all patches, H heads, D head dimension.
 """
@@ -30,42 +31,47 @@ import torch
 from torch import Tensor, nn
 
 from harness.parallel.group import Group
-from harness.parallel.stale import Stale
+from harness.parallel.stale_kv import StaleKVCache
 from models.attention import AttentionKernel
-from models.parts import Part
 from models.plan import ParallelPlan, Stack
+from models.tensor_slice import TensorSlice
 
 Span = tuple[int, int]
-"""(first, behind the last)"""
+"""The first index and one past the last."""
 
 
-def spans(length: int, parts: int) -> list[Span]:
-    """`length` things in so many runs, as even as they can be."""
+def split_evenly(length: int, parts: int) -> list[Span]:
+    """Divide `length` items into `parts` runs, as even as they can be."""
     return [(length * part // parts, length * (part + 1) // parts) for part in range(parts)]
 
 
-def drop_blocks(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[str, Part]:
-    """Leaves this rank the parameters of its run of blocks and of what lies outside of blocks, in place.
+def drop_blocks(network: nn.Module, plan: ParallelPlan, group: Group) -> dict[str, TensorSlice]:
+    """Keep this rank's run of blocks and what lies outside of blocks; empty all other parameters, in place.
+
+    Args:
+        network: the network, written for one device.
+        plan: the network's stacks of blocks.
+        group: the ranks, in the order of the blocks.
 
     Returns:
-        By parameter of a dropped block that none of it is held, as harness.parallel.parallelize.cut_linears says it.
+        For each parameter of a dropped block, an empty slice, as harness.parallel.parallelize.shard_linears returns it.
     """
-    parts: dict[str, Part] = {}
+    parts: dict[str, TensorSlice] = {}
     for stack in plan.stacks:
         blocks = network.get_submodule(stack.blocks)
-        first, behind = spans(len(list(blocks.children())), group.size)[group.index]
+        first, stop = split_evenly(len(list(blocks.children())), group.size)[group.index]
         for number, block in blocks.named_children():
-            if not first <= int(number) < behind:
-                parts |= _dropped(block, f"{stack.blocks}.{number}", plan.called_outside)
+            if not first <= int(number) < stop:
+                parts |= _empty_parameters(block, f"{stack.blocks}.{number}", plan.called_outside)
     return parts
 
 
-def _dropped(block: nn.Module, path: str, called_outside: Sequence[str]) -> Iterator[tuple[str, Part]]:
+def _empty_parameters(block: nn.Module, path: str, called_outside: Sequence[str]) -> Iterator[tuple[str, TensorSlice]]:
     for prefix, module in block.named_modules(prefix=path):
-        if any(f"{prefix}.".startswith(f"{kept}.") for kept in called_outside):
+        if any(f"{prefix}.".startswith(f"{outside}.") for outside in called_outside):
             continue
         for name, parameter in list(module.named_parameters(recurse=False)):
-            part = Part(0, len(parameter), ((0, 0),))
+            part = TensorSlice(0, len(parameter), ((0, 0),))
             setattr(module, name, nn.Parameter(part.of(parameter), requires_grad=False))
             yield f"{prefix}.{name}", part
 
@@ -75,35 +81,35 @@ class Patch:
     """Tokens that are computed at once.
 
     Args:
-        lengths: of the whole streams that attention joins.
-        spans: of this patch, in each of them.
+        lengths: the lengths of the whole streams that attention joins.
+        spans: the span of this patch in each stream.
     """
 
     lengths: tuple[int, ...]
     spans: tuple[Span, ...]
 
-    def of(self, local: int) -> Patch:
-        """The patch as a call of attention has it: of all streams joined, or of the last one, the picture, alone."""
-        if local == sum(behind - first for first, behind in self.spans):
+    def for_tokens(self, local: int) -> Patch:
+        """Return the patch of an attention call, which joins all streams or only has the last one, the image."""
+        if local == sum(stop - first for first, stop in self.spans):
             return self
         return Patch(self.lengths[-1:], self.spans[-1:])
 
-    def put(self, fresh_2BlHD: Tensor, kept_2BSHD: Tensor) -> None:
-        """Its keys and values to where they belong among those of all patches."""
+    def write(self, fresh_2BlHD: Tensor, cached_2BSHD: Tensor) -> None:
+        """Write the patch's keys and values into those of all patches."""
         start = taken = 0
-        for length, (first, behind) in zip(self.lengths, self.spans, strict=True):
-            count = behind - first
-            kept_2BSHD[:, :, start + first : start + behind] = fresh_2BlHD[:, :, taken : taken + count]
+        for length, (first, stop) in zip(self.lengths, self.spans, strict=True):
+            count = stop - first
+            cached_2BSHD[:, :, start + first : start + stop] = fresh_2BlHD[:, :, taken : taken + count]
             start, taken = start + length, taken + count
 
 
-class PipeFusion(Stale):
-    """One rank's place in the pipeline of a network, and the keys and values that its blocks keep.
+class PipeFusion(StaleKVCache):
+    """One rank's position in the pipeline of a network, and the keys and values that its blocks store.
 
     Args:
         group: the ranks, in the order of the blocks.
         patches: M.
-        warmup: evaluations of a micro-batch that are exact.
+        warmup: the exact evaluations at the start of a micro-batch.
     """
 
     method = "PipeFusion"
@@ -116,14 +122,14 @@ class PipeFusion(Stale):
         self._attention: list[PatchAttention] = []
 
     def install(self, network: nn.Module, plan: ParallelPlan, kernel: AttentionKernel) -> None:
-        """Makes a network one of a pipeline, in place.
+        """Make a network a stage of the pipeline, in place.
 
         Args:
-            network: written for one device; the blocks of other ranks may have no weights.
-            plan: of its folder.
-            kernel: its attention.
+            network: the network, written for one device; the blocks of other ranks may have no weights.
+            plan: how the network can be sharded.
+            kernel: its attention kernel.
         """
-        self.watch(network)
+        self.count_evaluations_of(network)
         for stack in plan.stacks:
             blocks = network.get_submodule(stack.blocks)
             assert isinstance(blocks, nn.ModuleList)
@@ -135,36 +141,58 @@ class PipeFusion(Stale):
             network.set_submodule(stack.blocks, PipelinedBlocks(blocks, stack, self, stack is plan.stacks[-1]))
         network.register_forward_hook(lambda _, args, output: self.group.broadcast(output, self.group.size - 1))
 
-    def release(self) -> None:
+    def _release(self) -> None:
         for attention in self._attention:
-            attention.kept.clear()
+            attention.kv_cache.clear()
 
 
 class PatchAttention:
-    """Attention of a patch to all of them, or of all at once where an evaluation is exact."""
+    """Attention of a patch to all patches, or of all tokens at once if an evaluation is exact.
+
+    Args:
+        kernel: the attention kernel.
+        pipeline: the pipeline, which knows the patch at hand.
+    """
 
     def __init__(self, kernel: AttentionKernel, pipeline: PipeFusion) -> None:
         self.kernel = kernel
         self.pipeline = pipeline
-        self.kept: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        self.kv_cache: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
 
     def __call__(self, q_BlHD: Tensor, k_BlHD: Tensor, v_BlHD: Tensor, mask_Bl: Tensor | None = None) -> Tensor:
-        patch, fresh_2BlHD = self.pipeline.patch.of(k_BlHD.shape[1]), torch.stack([k_BlHD, v_BlHD])
-        if self.pipeline.exact:
-            if patch.lengths not in self.kept:
-                self.pipeline.kept_bytes += fresh_2BlHD.nbytes
-            self.kept[patch.lengths] = fresh_2BlHD, mask_Bl
+        """Attend from the patch at hand, and store its keys and values.
+
+        Args:
+            q_BlHD: the queries of the patch.
+            k_BlHD: the keys of the patch.
+            v_BlHD: the values of the patch.
+            mask_Bl: true for real keys; None if all are real. It is stored in exact evaluations.
+
+        Returns:
+            The output of the patch, (B, l, H, D).
+        """
+        patch, fresh_2BlHD = self.pipeline.patch.for_tokens(k_BlHD.shape[1]), torch.stack([k_BlHD, v_BlHD])
+        if self.pipeline.is_exact:
+            if patch.lengths not in self.kv_cache:
+                self.pipeline.cached_bytes += fresh_2BlHD.nbytes
+            self.kv_cache[patch.lengths] = fresh_2BlHD, mask_Bl
             return self.kernel(q_BlHD, k_BlHD, v_BlHD, mask_Bl)
-        kept_2BSHD, mask_BS = self.kept[patch.lengths]
-        patch.put(fresh_2BlHD, kept_2BSHD)
-        return self.kernel(q_BlHD, kept_2BSHD[0], kept_2BSHD[1], mask_BS)
+        cached_2BSHD, mask_BS = self.kv_cache[patch.lengths]
+        patch.write(fresh_2BlHD, cached_2BSHD)
+        return self.kernel(q_BlHD, cached_2BSHD[0], cached_2BSHD[1], mask_BS)
 
 
 class PipelinedBlocks(nn.Module):
-    """A stack of blocks that its network goes through as if it were one block: patch by patch, over all ranks.
+    """A stack of blocks that its network calls as if it were one block: patch by patch, over all ranks.
 
-    What the network gives it is the real thing on the first rank, and what it gives back is on the first rank, or where
-    the stack is the last one, on the last rank; everywhere else, both have the shapes of it.
+    The network's input to it is valid on the first rank. Its output is valid on the first rank, or on the last rank for
+    the last stack. On all other ranks both have the right shapes only.
+
+    Args:
+        blocks: the blocks of the stack.
+        stack: the plan of the stack.
+        pipeline: the pipeline.
+        ends: whether this is the last stack of the network.
     """
 
     def __init__(self, blocks: nn.ModuleList, stack: Stack, pipeline: PipeFusion, ends: bool) -> None:
@@ -175,10 +203,10 @@ class PipelinedBlocks(nn.Module):
         self.stack = stack
         self.pipeline = pipeline
         self.signature = inspect.signature(blocks[0].forward)
-        self.own = range(*spans(len(blocks), size)[index])
-        self.is_given = index == 0
-        self.comes_back = index == 0 and not ends
-        self.goes_on = index < size - 1 or not ends
+        self.own = range(*split_evenly(len(blocks), size)[index])
+        self.is_first_rank = index == 0
+        self.receives_output = index == 0 and not ends
+        self.sends_output = index < size - 1 or not ends
 
     def __iter__(self) -> Iterator[nn.Module]:
         yield self
@@ -187,62 +215,75 @@ class PipelinedBlocks(nn.Module):
         return self.get_submodule(str(number))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A block's arguments to its outputs.
+        """Run the stack.
+
+        Args:
+            *args: positional arguments of a block.
+            **kwargs: keyword arguments of a block.
+
+        Returns:
+            The outputs of a block.
 
         Raises:
-            ValueError: fewer tokens than patches; on every rank alike, before any of them sends.
+            ValueError: if there are fewer tokens than patches; on every rank, before any of them sends.
         """
-        given = self.signature.bind(*args, **kwargs).arguments
-        patches, group = self._patches(given), self.pipeline.group
-        coming = [] if self.is_given else [self._coming(given, patch) for patch in patches]
-        done: list[dict[str, Tensor]] = []
-        leaving: list[Callable[[], None]] = []
+        bound = self.signature.bind(*args, **kwargs).arguments
+        patches, group = self._patches(bound), self.pipeline.group
+        receiving = [] if self.is_first_rank else [self._receive(bound, patch) for patch in patches]
+        outputs_by_patch: list[dict[str, Tensor]] = []
+        sends: list[Callable[[], None]] = []
         for number, patch in enumerate(patches):
-            here = given | {name: _narrow(given[name], self.stack.sharded[name], span) for name, span in patch.items()}
-            if coming:
-                here |= {name: wait() for name, wait in coming[number].items()}
-            found = self._compute(here, self._patch(given, patch))
-            if self.goes_on:
-                leaving += [group.send(x, (group.index + 1) % group.size) for x in found.values()]
+            arguments = bound | {
+                name: _narrow(bound[name], self.stack.sharded[name], span) for name, span in patch.items()
+            }
+            if receiving:
+                arguments |= {name: wait() for name, wait in receiving[number].items()}
+            outputs = self._run_blocks(arguments, self._patch(bound, patch))
+            if self.sends_output:
+                sends += [group.send(x, (group.index + 1) % group.size) for x in outputs.values()]
             else:
-                done.append(found)
-        if self.comes_back:
-            done = [{name: wait() for name, wait in self._coming(given, patch).items()} for patch in patches]
-        for wait in leaving:
+                outputs_by_patch.append(outputs)
+        if self.receives_output:
+            outputs_by_patch = [
+                {name: wait() for name, wait in self._receive(bound, patch).items()} for patch in patches
+            ]
+        for wait in sends:
             wait()
-        return self._joined(done or [given])
+        return self._concatenate(outputs_by_patch or [bound])
 
-    def _patches(self, given: dict[str, Any]) -> list[dict[str, Span]]:
-        """The spans of every patch, by name of the sharded argument."""
+    def _patches(self, bound: dict[str, Any]) -> list[dict[str, Span]]:
+        """Return the spans of every patch, by name of the sharded argument."""
         sharded, count = self.stack.sharded, self.pipeline.patches
-        lengths = {name: given[name].shape[dim] for name, dim in sharded.items() if given.get(name) is not None}
+        lengths = {name: bound[name].shape[dim] for name, dim in sharded.items() if bound.get(name) is not None}
         fewest = min(lengths[name] for name in self.stack.streams)
         if fewest < count:
             raise ValueError(f"parallel.patches={count} of {fewest} tokens; use {fewest} or fewer")
-        count = 1 if self.pipeline.exact else count
-        return [{name: spans(length, count)[number] for name, length in lengths.items()} for number in range(count)]
+        count = 1 if self.pipeline.is_exact else count
+        return [
+            {name: split_evenly(length, count)[number] for name, length in lengths.items()} for number in range(count)
+        ]
 
-    def _patch(self, given: dict[str, Any], patch: dict[str, Span]) -> Patch:
+    def _patch(self, bound: dict[str, Any], patch: dict[str, Span]) -> Patch:
         names = self.stack.streams
-        lengths = (given[name].shape[self.stack.sharded[name]] for name in names)
+        lengths = (bound[name].shape[self.stack.sharded[name]] for name in names)
         return Patch(tuple(lengths), tuple(patch[name] for name in names))
 
-    def _coming(self, given: dict[str, Any], patch: dict[str, Span]) -> dict[str, Callable[[], Tensor]]:
-        """Starts to receive a patch from the rank before."""
+    def _receive(self, bound: dict[str, Any], patch: dict[str, Span]) -> dict[str, Callable[[], Tensor]]:
+        """Start to receive a patch from the rank before."""
         group, sharded = self.pipeline.group, self.stack.sharded
-        shapes = {name: _narrow(given[name], sharded[name], patch[name]) for name in self.stack.outputs}
+        shapes = {name: _narrow(bound[name], sharded[name], patch[name]) for name in self.stack.outputs}
         return {name: group.receive(like.new_empty(like.shape), group.index - 1) for name, like in shapes.items()}
 
-    def _compute(self, here: dict[str, Any], patch: Patch) -> dict[str, Tensor]:
-        """This rank's blocks."""
+    def _run_blocks(self, arguments: dict[str, Any], patch: Patch) -> dict[str, Tensor]:
+        """Run this rank's blocks."""
         self.pipeline.patch = patch
         for number in self.own:
-            output = self[number](**here)
-            here |= zip(self.stack.outputs, output if isinstance(output, tuple) else (output,), strict=True)
-        return {name: here[name] for name in self.stack.outputs}
+            output = self[number](**arguments)
+            arguments |= zip(self.stack.outputs, output if isinstance(output, tuple) else (output,), strict=True)
+        return {name: arguments[name] for name in self.stack.outputs}
 
-    def _joined(self, parts: Sequence[Mapping[str, Any]]) -> Any:
-        """What a block returns, from its patches."""
+    def _concatenate(self, parts: Sequence[Mapping[str, Any]]) -> Any:
+        """Join the outputs of all patches to what a block returns."""
         dims = [(name, self.stack.sharded[name]) for name in self.stack.outputs]
         outputs = tuple(torch.cat([part[name] for part in parts], dim) for name, dim in dims)
         return outputs if len(outputs) > 1 else outputs[0]

@@ -1,1 +1,1 @@
-"""The staged pipeline: text encoding, timesteps, latents, denoising, decoding, run by an executor."""
+"""The staged pipeline: text encoding, timesteps, latents, denoising and decoding, run by an executor."""

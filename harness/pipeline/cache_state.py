@@ -1,4 +1,4 @@
-"""What the block caches of one request keep between evaluations."""
+"""What the block caches of one request store between evaluations."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from torch import Tensor
 
 from harness.parallel.attention import TokenLayout
 
-Place = tuple[str, str]  # a stack and a stream of it
+StreamKey = tuple[str, str]
+"""The name of a stack of blocks, and the name of one of its token streams."""
 
-
-Terms = Mapping[Place, Sequence[Tensor]]
+TaylorTerms = Mapping[StreamKey, Sequence[Tensor]]
+"""Differences d_0, d_1, ... of what a stack adds to a stream, by stream."""
 
 
 @dataclass(eq=False)
-class History:
-    """What is kept of one picture from evaluation to evaluation.
+class CacheState:
+    """What a block cache stores of one image from evaluation to evaluation.
 
     Args:
-        final: the evaluation that comes belongs to the last solver step; whoever steps says so.
-        computed: of every evaluation so far, whether it was.
-        change: what the rule has added up since the last computed one.
-        signal: what the rule was shown and compares with, the picture's rows of it.
-        layout: how tokens were dealt in the last computed one.
-        terms: d_0, d_1 ... by stack and stream.
+        is_last_step: whether the next evaluation belongs to the last solver step; set by the denoising loop.
+        computed: for each evaluation so far, whether it was computed.
+        accumulated_change: what the skip policy has added up since the last computed evaluation.
+        signal: the skip signal that the next one is compared with, the rows of this image.
+        layout: how tokens were sharded in the last computed evaluation.
+        taylor_terms: the differences d_0, d_1, ... by stack and stream.
     """
 
-    final: bool = False
+    is_last_step: bool = False
     computed: list[bool] = field(default_factory=list)
-    change: float = 0.0
+    accumulated_change: float = 0.0
     signal: Tensor | None = None
     layout: TokenLayout | None = None
-    terms: Terms = field(default_factory=dict)
+    taylor_terms: TaylorTerms = field(default_factory=dict)
 
     @property
-    def behind(self) -> int:
-        """Evaluations from the last computed one to the one that comes; 0 where none was computed."""
+    def steps_since_computed(self) -> int:
+        """Evaluations from the last computed one to the next one; 0 if none was computed."""
         return 1 + self.computed[::-1].index(True) if True in self.computed else 0

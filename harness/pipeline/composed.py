@@ -1,4 +1,4 @@
-"""The pipeline of one model: checked stages and the executor that runs them."""
+"""The pipeline of one model: checked stages, and the executor that runs them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from harness.pipeline.validate import InputValidation
 
 
 class ComposedPipeline:
-    """Stages in order, wiring checked when it is built.
+    """Stages in order, whose wiring is checked when the pipeline is built.
 
     Args:
-        validation: the first stage; also asked by rank 0 before it accepts a request.
-        stages: those after it.
-        executor: runs them.
+        validation: the first stage; rank 0 also uses it before it accepts a request.
+        stages: the stages after it.
+        executor: runs the stages.
 
     Raises:
-        ValueError: a stage reads what no earlier one writes.
+        ValueError: if a stage reads what no earlier one writes.
     """
 
     def __init__(self, validation: InputValidation, stages: list[Stage], executor: PipelineExecutor) -> None:
@@ -28,13 +28,16 @@ class ComposedPipeline:
         check_wiring(self.stages)
 
     def check(self, request: GenerationRequest) -> None:
-        """Refuses a request that this pipeline cannot draw.
+        """Refuse a request that this pipeline cannot generate.
+
+        Args:
+            request: the request.
 
         Raises:
-            ValueError: what to change, in one line.
+            ValueError: with what to change, in one line.
         """
         self.validation.check(request)
 
     def forward(self, samples: list[Sample], run: RunContext) -> list[MemoryPoint]:
-        """Runs every stage over this rank's samples, in place; the memory in use after each."""
+        """Run every stage over this rank's samples, in place; return the memory in use after each stage."""
         return self.executor.execute(self.stages, samples, run)

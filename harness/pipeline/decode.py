@@ -1,15 +1,19 @@
-"""Decoding: latents to pixels, micro-batch by micro-batch; one frame of a video model is a picture."""
+"""Decoding: latents to pixels, micro-batch by micro-batch; a single frame of a video model is an image."""
 
 from __future__ import annotations
 
 import torch
 
-from harness.pipeline.state import RunContext, Sample, micro_batches, written
+from harness.pipeline.state import RunContext, Sample, micro_batches, require
 from models.components import Decoder
 
 
 class Decoding:
-    """Stage 6."""
+    """Stage 6.
+
+    Args:
+        decoder: latents to pixels.
+    """
 
     name = "decoding"
     reads = frozenset({"latent"})
@@ -19,10 +23,11 @@ class Decoding:
         self.decoder = decoder
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        """Decode the latent of every sample."""
         for batch in micro_batches(samples, run.batch_size):
             run.check_cancelled()
-            latent = torch.stack([written(sample.latent) for sample in batch])
+            latent = torch.stack([require(sample.latent) for sample in batch])
             with run.clock.network("decoder"):
                 pixels = self.decoder(latent)
-            for sample, picture in zip(batch, pixels, strict=True):
-                sample.pixels = picture[0] if picture.ndim == 4 and sample.ask.frames == 1 else picture
+            for sample, image in zip(batch, pixels, strict=True):
+                sample.pixels = image[0] if image.ndim == 4 and sample.spec.frames == 1 else image

@@ -1,4 +1,4 @@
-"""Denoising: the solver pulls network evaluations, micro-batch by micro-batch, down the grid."""
+"""Denoising: the solver requests network evaluations, micro-batch by micro-batch, along the grid."""
 
 from __future__ import annotations
 
@@ -9,43 +9,45 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from harness.messages import Skips
-from harness.optimize.ahead import Ahead
+from harness.messages import CacheSkips
+from harness.optimize.precompute import PrecomputedModulation
 from harness.parallel.group import Group
-from harness.parallel.stale import Stale
-from harness.pipeline.cache_state import History
-from harness.pipeline.guidance import Branches, Way, When, always
+from harness.parallel.stale_kv import StaleKVCache
+from harness.pipeline.cache_state import CacheState
+from harness.pipeline.guidance import Branches, GuidanceMode, GuidanceSchedule, always_guided
 from harness.pipeline.latents import step_noise
-from harness.pipeline.state import RunContext, Sample, micro_batches, written
+from harness.pipeline.state import RunContext, Sample, micro_batches, require
 from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule
 from schedulers.grid import Grid, Point
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Estimate
-from schedulers.solvers.base import Memory, Noise
+from schedulers.solvers.base import Noise, SolverState
 
-Tell: TypeAlias = Callable[[Tensor, float], Conditioning]  # of an evaluation's latent and tau
+ConditionAt: TypeAlias = Callable[[Tensor, float], Conditioning]  # of an evaluation's latent and tau
+"""Returns the conditioning of an evaluation, from its latent and its time tau."""
 
 
 @dataclass(frozen=True)
-class Savings:
-    """What an evaluation does not compute, or not again.
+class DenoisingOptions:
+    """What evaluations do not compute, or do not compute again.
 
     Args:
-        ahead: computes what evaluations share beforehand; None where each computes all.
-        when: which evaluations are of both branches.
-        gated: the network's blocks are behind gates, and it is told whose rows it is given.
-        stale: what the layout keeps between the evaluations of a micro-batch; None where those are independent.
-        notes: for the record of every request.
+        precompute: precomputes what evaluations share; None if each computes everything.
+        guidance_schedule: chooses the evaluations of both guidance branches.
+        has_block_cache: whether the network has a block cache, and takes the cache state of each row.
+        stale_kv: what the layout stores between the evaluations of a micro-batch; None if they are independent.
+        notes: notes for the record of every request.
     """
 
-    ahead: Ahead | None = None
-    when: When = always
-    gated: bool = False
-    stale: Stale | None = None
+    precompute: PrecomputedModulation | None = None
+    guidance_schedule: GuidanceSchedule = always_guided
+    has_block_cache: bool = False
+    stale_kv: StaleKVCache | None = None
     notes: tuple[str, ...] = ()
 
 
-NOTHING = Savings()
+NO_OPTIONS = DenoisingOptions()
+"""Every evaluation computes everything."""
 
 
 class Denoising:
@@ -53,15 +55,15 @@ class Denoising:
 
     Args:
         network: (latent, tau, conditioning) to the raw output.
-        dtype: the network's; the state between steps is float32.
-        noise_scheduler: solver and prediction.
+        dtype: the dtype of the network; the state between steps is float32.
+        noise_scheduler: the solver and the prediction.
         rule: how the checkpoint is guided.
         cfg: the ranks of the guidance branches; None for this rank alone.
-        savings: what an evaluation does not compute.
+        options: what evaluations do not compute.
     """
 
     name = "denoising"
-    reads = frozenset({"ask", "text", "negative", "grid", "start"})
+    reads = frozenset({"spec", "text", "negative", "grid", "start"})
     writes = frozenset({"latent", "states"})
 
     def __init__(
@@ -71,94 +73,103 @@ class Denoising:
         noise_scheduler: NoiseScheduler,
         rule: GuidanceRule = CLASSIFIER_FREE,
         cfg: Group | None = None,
-        savings: Savings = NOTHING,
+        options: DenoisingOptions = NO_OPTIONS,
     ) -> None:
         self.network = network
         self.dtype = dtype
         self.noise_scheduler = noise_scheduler
         self.rule = rule
         self.cfg = cfg
-        self.savings = savings
+        self.options = options
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
-        run.notes.extend(self.savings.notes)
+        """Denoise the start of every sample."""
+        run.notes.extend(self.options.notes)
         batches = micro_batches(samples, run.batch_size)
-        total = sum(written(batch[0].grid).steps for batch in batches)
+        total = sum(require(batch[0].grid).steps for batch in batches)
         for batch in batches:
-            if self.savings.stale is not None:
-                self.savings.stale.begin()
+            if self.options.stale_kv is not None:
+                self.options.stale_kv.begin()
             self._denoise(batch, run, total)
-            if self.savings.stale is not None:
-                run.notes.append(self.savings.stale.end())
+            if self.options.stale_kv is not None:
+                run.notes.append(self.options.stale_kv.end())
 
     def _denoise(self, batch: list[Sample], run: RunContext, total: int) -> None:
-        grid = written(batch[0].grid)
-        x = torch.stack([written(sample.start) for sample in batch])
-        call, memory, noise = _NetworkCall(self, batch, run, grid), Memory(), _noise(batch, x)
+        grid = require(batch[0].grid)
+        x = torch.stack([require(sample.start) for sample in batch])
+        call, solver_state, noise = _NetworkCall(self, batch, run, grid), SolverState(), _noise(batch, x)
         for i in range(grid.steps):
             run.check_cancelled()
-            call.begin_step(final=i == grid.steps - 1)
+            call.begin_step(is_last_step=i == grid.steps - 1)
             with run.clock.step():
-                x = self.noise_scheduler.step(x, i, grid, call, memory, noise)
+                x = self.noise_scheduler.step(x, i, grid, call, solver_state, noise)
             if run.keep_states:
                 for sample, state in zip(batch, x, strict=True):
                     sample.states.append(state)
             run.on_progress(self.name, len(run.clock.steps), total)
         for sample, latent in zip(batch, x, strict=True):
             sample.latent = latent
-        if self.savings.gated or self.savings.when is not always:
+        if self.options.has_block_cache or self.options.guidance_schedule is not always_guided:
             run.skips += call.skips()
 
-    def tell(self, condition: Conditioning, grid: Grid) -> Tell:
-        """What an evaluation is told: the conditioning, with what is computed beforehand where anything is."""
-        if self.savings.ahead is None:
-            return lambda fed, tau: condition
-        return self.savings.ahead.request(condition, grid.tau[:-1].tolist()).at
+    def condition_at(self, condition: Conditioning, grid: Grid) -> ConditionAt:
+        """Return what gives each evaluation its conditioning, precomputed as far as the options say."""
+        if self.options.precompute is None:
+            return lambda network_input, tau: condition
+        return self.options.precompute.for_batch(condition, grid.tau[:-1].tolist()).at
 
 
 class _NetworkCall:
-    """The network as a solver sees it: (x, point) to an Estimate, guidance applied to the raw output."""
+    """The network as a solver sees it: (x, point) to an Estimate, with guidance applied to the raw output."""
 
     def __init__(self, stage: Denoising, batch: list[Sample], run: RunContext, grid: Grid) -> None:
         self._stage, self._batch, self._run = stage, batch, run
         self._branches = Branches(batch, stage.rule, stage.cfg)
-        self._told = {way: stage.tell(self._branches.told(way).to(stage.dtype), grid) for way in Way}
-        self._histories = tuple(History() for _ in batch)
-        self._ways: list[Way] = []
+        self._conditions = {
+            mode: stage.condition_at(self._branches.condition_for(mode).to(stage.dtype), grid) for mode in GuidanceMode
+        }
+        self._cache_states = tuple(CacheState() for _ in batch)
+        self._modes: list[GuidanceMode] = []
 
-    def begin_step(self, final: bool) -> None:
-        """The evaluations that come are of another solver step."""
-        for history in self._histories:
-            history.final = final
+    def begin_step(self, is_last_step: bool) -> None:
+        """Start another solver step."""
+        for state in self._cache_states:
+            state.is_last_step = is_last_step
 
     def __call__(self, x: Tensor, point: Point) -> Estimate:
         stage, branches, run = self._stage, self._branches, self._run
-        way = stage.savings.when(len(self._ways), point)
-        fed = branches.spread(x * point.c_in, way).to(stage.dtype)
-        tau_B = torch.full((len(fed),), point.tau, dtype=torch.float32, device=fed.device)
-        owners = self._histories * (len(fed) // len(self._batch)) if stage.savings.gated else ()
+        mode = stage.options.guidance_schedule(len(self._modes), point)
+        network_input = branches.duplicate(x * point.c_in, mode).to(stage.dtype)
+        tau_B = torch.full((len(network_input),), point.tau, dtype=torch.float32, device=network_input.device)
+        cache_states = (
+            self._cache_states * (len(network_input) // len(self._batch)) if stage.options.has_block_cache else ()
+        )
         with run.clock.network("denoiser"):
-            output = run.evaluate(stage.network, fed, tau_B, self._told[way](fed, point.tau), owners)
-        if stage.savings.gated and not any(history.computed[-1] for history in self._histories):
+            output = run.evaluate(
+                stage.network, network_input, tau_B, self._conditions[mode](network_input, point.tau), cache_states
+            )
+        if stage.options.has_block_cache and not any(state.computed[-1] for state in self._cache_states):
             run.clock.discount("denoiser", 1)
-        self._ways.append(way)
-        return stage.noise_scheduler.prediction.estimate(branches.combine(output.float(), way), x, point)
+        self._modes.append(mode)
+        return stage.noise_scheduler.prediction.estimate(branches.combine(output.float(), mode), x, point)
 
-    def skips(self) -> list[Skips]:
-        """Of every picture, once it is drawn."""
-        found, asked = [], self._branches.rows(Way.both)
-        for sample, history in zip(self._batch, self._histories, strict=True):
-            computed = history.computed if self._stage.savings.gated else [True] * len(self._ways)
+    def skips(self) -> list[CacheSkips]:
+        """Return what each image's evaluations skipped, after the last one."""
+        skips, rows_requested = [], self._branches.rows_per_image(GuidanceMode.both)
+        for sample, state in zip(self._batch, self._cache_states, strict=True):
+            computed = state.computed if self._stage.options.has_block_cache else [True] * len(self._modes)
             skipped = [k for k, done in enumerate(computed) if not done]
-            rows = sum(self._branches.rows(way) for way, done in zip(self._ways, computed, strict=True) if done)
-            found.append(Skips(sample.ask.index, len(computed), skipped, asked * len(computed), rows))
-        return found
+            rows = sum(
+                self._branches.rows_per_image(mode) for mode, done in zip(self._modes, computed, strict=True) if done
+            )
+            skips.append(CacheSkips(sample.spec.index, len(computed), skipped, rows_requested * len(computed), rows))
+        return skips
 
 
 def _noise(batch: list[Sample], like: Tensor) -> Noise:
     shape = tuple(like.shape[1:])
 
     def noise(step: int) -> Tensor:
-        return torch.stack([step_noise(sample.ask.seed, step, shape) for sample in batch]).to(like.device)
+        return torch.stack([step_noise(sample.spec.seed, step, shape) for sample in batch]).to(like.device)
 
     return noise

@@ -1,4 +1,4 @@
-"""Who runs the stages: in order, each timed with the device synchronised at its edges."""
+"""Running the stages: in order, each timed with the device synchronized before and after it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from harness.pipeline.state import RunContext, Sample
 
 
 class PipelineExecutor(Protocol):
-    """Runs the stages over this rank's samples; returns the memory at the end of each."""
+    """Runs the stages over this rank's samples."""
 
-    def execute(self, stages: list[Stage], samples: list[Sample], run: RunContext) -> list[MemoryPoint]: ...
+    def execute(self, stages: list[Stage], samples: list[Sample], run: RunContext) -> list[MemoryPoint]:
+        """Run the stages in place; return the memory in use after each."""
 
 
 class SyncExecutor:
-    """One stage after another, nothing overlapped: what is timed is what ran."""
+    """Runs one stage after another without overlap, so that each time is that of one stage."""
 
     def execute(self, stages: list[Stage], samples: list[Sample], run: RunContext) -> list[MemoryPoint]:
+        """Run the stages in order."""
         points = []
         with torch.inference_mode():
             for stage in stages:

@@ -1,4 +1,4 @@
-"""What a stage is: a name, what it reads and writes of a Sample, and a forward over this rank's samples."""
+"""The definition of a stage: a name, the fields of a Sample that it reads and writes, and a forward."""
 
 from __future__ import annotations
 
@@ -8,24 +8,33 @@ from harness.pipeline.state import RunContext, Sample
 
 
 class Stage(Protocol):
-    """One stage of a pipeline; it keeps nothing between requests."""
+    """One stage of a pipeline; it stores nothing between requests.
+
+    Attributes:
+        name: the name of the stage.
+        reads: the fields of a Sample that it reads.
+        writes: the fields of a Sample that it writes.
+    """
 
     name: str
     reads: frozenset[str]
     writes: frozenset[str]
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
-        """Fills the fields it writes, for every sample."""
+        """Fill the fields that the stage writes, for every sample."""
 
 
 def check_wiring(stages: list[Stage]) -> None:
-    """Refuses an order of stages in which one reads what none before it writes.
+    """Refuse an order of stages in which one reads what none before it writes.
+
+    Args:
+        stages: the stages in order.
 
     Raises:
-        ValueError: the stage, the field, and who writes it (if anybody).
+        ValueError: with the stage, the field, and the stage that writes it, if any.
     """
     known = set(Sample.__dataclass_fields__)
-    ready = {"ask"}
+    ready = {"spec"}
     for stage in stages:
         foreign = sorted((stage.reads | stage.writes) - known)
         if foreign:

@@ -1,4 +1,4 @@
-"""The state of one picture on its way through the stages, and what every stage may ask of the run."""
+"""The state of one image on its way through the stages, and what every stage may use of the run."""
 
 from __future__ import annotations
 
@@ -11,42 +11,68 @@ from torch import Tensor, nn
 
 from harness import messages
 from harness.device.clock import Clock
-from harness.device.energy import Energy, NoEnergy
-from harness.device.memory import Memory
+from harness.device.energy import EnergyMeter, NoEnergy
+from harness.device.memory import MemoryMeter
 from harness.messages import GenerationRequest
-from harness.parallel.group import Traffic
-from harness.pipeline.cache_state import History
+from harness.parallel.group import TrafficCounter
+from harness.pipeline.cache_state import CacheState
 from models.components import Conditioning
 from schedulers.grid import Grid
 
 T = TypeVar("T")
 OnProgress: TypeAlias = Callable[[str, int, int], None]
-Owners: TypeAlias = tuple[History, ...]
+"""Called with (stage, 0, 0) at the start of a stage, and with (stage, done, total) after each solver step."""
+CacheStates: TypeAlias = tuple[CacheState, ...]
+"""The cache state of each row's image; empty for a network without a block cache."""
 
 
 class Evaluate(Protocol):
-    """How an evaluation of the denoiser is made: at once, or together with those of other requests. `owners` are the
-    histories of each row's picture, which a network behind gates reads; none for any other.
-    """
+    """Evaluates the denoiser, directly or together with other requests."""
 
     def __call__(
-        self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Owners, /
-    ) -> Tensor: ...
+        self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: CacheStates, /
+    ) -> Tensor:
+        """Evaluate the network.
+
+        Args:
+            network: the denoiser.
+            latent: its input, (B, ...).
+            tau_B: the time of each row.
+            condition: the conditioning, B rows.
+            cache_states: the cache state of each row's image; empty for a network without a block cache.
+
+        Returns:
+            The network's output, (B, ...).
+        """
 
 
-def at_once(network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Owners = ()) -> Tensor:
-    """An evaluation alone."""
-    output: Tensor = network(latent, tau_B, condition, *([owners] if owners else []))
+def evaluate_directly(
+    network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: CacheStates = ()
+) -> Tensor:
+    """Evaluate the network for this request alone."""
+    output: Tensor = network(latent, tau_B, condition, *([cache_states] if cache_states else []))
     return output
 
 
 class Cancelled(Exception):
-    """The request shall not be drawn to its end; raised between two solver steps."""
+    """Raised between two solver steps if the request is cancelled."""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What was asked of one picture or video; sizes in pixels."""
+class ImageSpec:
+    """What was requested of one image or video.
+
+    Args:
+        index: the index of the image in its request.
+        prompt: the prompt.
+        negative_prompt: the negative prompt.
+        seed: the seed of its noise.
+        steps: solver steps.
+        guidance: the guidance scale; 1 is no guidance.
+        height: height in pixels.
+        width: width in pixels.
+        frames: the number of frames; 1 for an image.
+    """
 
     index: int
     prompt: str
@@ -61,16 +87,27 @@ class Ask:
 
 @dataclass
 class Sample:
-    """One picture in the making. A field is None until the stage that writes it has run."""
+    """One image in progress. A field is None until the stage that writes it has run.
 
-    ask: Ask  # the request
-    text: Conditioning | None = None  # text encoding: one row, of the prompt
-    negative: Conditioning | None = None  # text encoding: one row, of the negative prompt, where guidance needs it
-    grid: Grid | None = None  # timestep preparation
-    start: Tensor | None = None  # latent preparation: the state at the grid's first row, LatentSpace.shape, float32
-    latent: Tensor | None = None  # denoising: the same shape, float32
-    states: list[Tensor] = field(default_factory=list)  # denoising: the state after every step, where it is asked for
-    pixels: Tensor | None = None  # decoding: (3, height, width), or (frames, 3, height, width), float32 in [0, 1]
+    Args:
+        spec: what was requested.
+        text: the conditioning of the prompt, one row; written by text encoding.
+        negative: the conditioning of the negative prompt, one row, if guidance needs it; written by text encoding.
+        grid: the grid of the solver; written by timestep preparation.
+        start: the state at the grid's first row, LatentSpace.shape, float32; written by latent preparation.
+        latent: the final state, of the same shape, float32; written by denoising.
+        states: the state after every step, if requested; written by denoising.
+        pixels: (3, height, width), or (frames, 3, height, width), float32 in [0, 1]; written by decoding.
+    """
+
+    spec: ImageSpec
+    text: Conditioning | None = None
+    negative: Conditioning | None = None
+    grid: Grid | None = None
+    start: Tensor | None = None
+    latent: Tensor | None = None
+    states: list[Tensor] = field(default_factory=list)
+    pixels: Tensor | None = None
 
 
 @dataclass
@@ -78,41 +115,42 @@ class RunContext:
     """What the stages share during one request on one rank.
 
     Args:
-        device: where the networks are.
-        batch_size: pictures a network forward carries.
-        clock: times of this request.
-        memory: the memory account.
-        on_progress: told (stage, 0, 0) as a stage begins, and (stage, done, total) after each solver step of this rank.
+        device: the device of the networks.
+        batch_size: images per network forward.
+        clock: the times of this request.
+        memory: the meter of memory.
+        on_progress: called with (stage, 0, 0) at the start of a stage, and with (stage, done, total) after each solver
+            step of this rank.
         check_cancelled: raises Cancelled once the request is cancelled; the ranks of a replica agree on the step.
-        traffic: counts what this rank sends to those that it computes with.
-        energy: what its GPU, or its machine, uses.
-        notes: for the record.
-        comm: what was sent, by stage and kind of collective; the executor writes it.
-        keep_states: whether samples keep their state after every step.
-        evaluate: makes the denoiser's evaluations.
-        skips: what a cache spared each picture; denoising writes it.
+        traffic: the count of what this rank sends to the ranks that it computes with.
+        energy: the energy meter of this rank's GPU, or of its machine.
+        notes: notes for the record.
+        comm: what was sent, by stage and kind of collective; written by the executor.
+        keep_states: whether samples store their state after every step.
+        evaluate: evaluates the denoiser.
+        skips: what caches skipped for each image; written by denoising.
     """
 
     device: torch.device
     batch_size: int
     clock: Clock
-    memory: Memory
+    memory: MemoryMeter
     on_progress: OnProgress
     check_cancelled: Callable[[], None]
-    traffic: Traffic = field(default_factory=Traffic)
-    energy: Energy = field(default_factory=NoEnergy)
+    traffic: TrafficCounter = field(default_factory=TrafficCounter)
+    energy: EnergyMeter = field(default_factory=NoEnergy)
     notes: list[str] = field(default_factory=list)
-    comm: dict[str, dict[str, messages.Traffic]] = field(default_factory=dict)
+    comm: dict[str, dict[str, messages.CollectiveTraffic]] = field(default_factory=dict)
     keep_states: bool = False
-    evaluate: Evaluate = at_once
-    skips: list[messages.Skips] = field(default_factory=list)
+    evaluate: Evaluate = evaluate_directly
+    skips: list[messages.CacheSkips] = field(default_factory=list)
 
 
-def asks(request: GenerationRequest) -> list[Ask]:
-    """The pictures of a request, prompt by prompt; picture k has seed + k."""
+def image_specs(request: GenerationRequest) -> list[ImageSpec]:
+    """Return the images of a request, prompt by prompt; image k has seed + k."""
     prompts = [prompt for prompt in request.prompts for _ in range(request.samples_per_prompt)]
     return [
-        Ask(
+        ImageSpec(
             index,
             prompt,
             request.negative_prompt,
@@ -127,11 +165,17 @@ def asks(request: GenerationRequest) -> list[Ask]:
     ]
 
 
-def written(value: T | None) -> T:
-    """A field that an earlier stage has written (wiring is checked when the pipeline is built).
+def require(value: T | None) -> T:
+    """Return a field that an earlier stage has written; the wiring is checked when the pipeline is built.
+
+    Args:
+        value: the field.
+
+    Returns:
+        The field, not None.
 
     Raises:
-        RuntimeError: it has not.
+        RuntimeError: if it was not written.
     """
     if value is None:
         raise RuntimeError("a stage ran before the one that writes what it reads")
@@ -139,5 +183,5 @@ def written(value: T | None) -> T:
 
 
 def micro_batches(samples: list[T], size: int) -> list[list[T]]:
-    """Consecutive groups of at most `size`."""
+    """Return consecutive groups of at most `size` samples."""
     return [samples[start : start + size] for start in range(0, len(samples), size)]

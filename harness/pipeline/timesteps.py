@@ -1,4 +1,4 @@
-"""Timestep preparation: the grid that the solver walks down."""
+"""Timestep preparation: the grid of the solver."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class TimestepPreparation:
 
     Args:
         noise_scheduler: makes the grid.
-        size_multiple: pixels a token of the network spans on a side.
+        size_multiple: pixels on a side of one token of the network.
     """
 
     name = "timestep_preparation"
-    reads = frozenset({"ask"})
+    reads = frozenset({"spec"})
     writes = frozenset({"grid"})
 
     def __init__(self, noise_scheduler: NoiseScheduler, size_multiple: int) -> None:
@@ -24,15 +24,16 @@ class TimestepPreparation:
         self.size_multiple = size_multiple
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        """Make the grid of every sample; samples of one size and number of steps share it."""
         grids: dict[tuple[int, int], Grid] = {}
         for sample in samples:
-            ask = sample.ask
-            key = (ask.steps, tokens(ask.height, ask.width, self.size_multiple))
+            spec = sample.spec
+            key = (spec.steps, image_tokens(spec.height, spec.width, self.size_multiple))
             if key not in grids:
                 grids[key] = self.noise_scheduler.grid(*key)
             sample.grid = grids[key]
 
 
-def tokens(height: int, width: int, size_multiple: int) -> int:
-    """Image tokens of a picture, each a square of size_multiple pixels; some grids depend on it."""
+def image_tokens(height: int, width: int, size_multiple: int) -> int:
+    """Return the tokens of an image, each a square of size_multiple pixels on a side; some grids depend on it."""
     return (height // size_multiple) * (width // size_multiple)

@@ -1,4 +1,4 @@
-"""Input validation: what this pipeline cannot draw is refused on every rank alike, before the first collective."""
+"""Input validation: what this pipeline cannot generate is refused on every rank, before the first collective."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 from harness.messages import GenerationRequest
 from harness.pipeline.state import RunContext, Sample
-from harness.pipeline.timesteps import tokens
+from harness.pipeline.timesteps import image_tokens
 from harness.resolve.limits import check_frames, check_request, check_size
 from schedulers.noise_scheduler import NoiseScheduler
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model can draw.
+    """What a model can generate.
 
     Args:
-        size_multiple: height and width are multiples of it, pixels.
-        max_pixels: largest height * width.
-        frame_multiple: frames after the first are a multiple of it.
-        max_frames: most frames; 1 = pictures only.
-        max_side: pixels at which the network's positions end; None where they do not.
-        guided: whether there is something to be guided by.
+        size_multiple: height and width must be multiples of it, pixels.
+        max_pixels: the largest height * width.
+        frame_multiple: the frames after the first must be a multiple of it.
+        max_frames: the most frames; 1 for images only.
+        max_side: pixels on a side at which the network's positions end; None if they do not end.
+        has_guidance: whether the model has guidance.
         check_prompt: raises ValueError for a prompt that the model cannot take.
         check_layout: raises ValueError for a request that the ranks cannot share.
     """
@@ -32,7 +32,7 @@ class Limits:
     frame_multiple: int = 1
     max_frames: int = 1
     max_side: int | None = None
-    guided: bool = True
+    has_guidance: bool = True
     check_prompt: Callable[[str], None] = lambda prompt: None
     check_layout: Callable[[GenerationRequest], None] = lambda request: None
 
@@ -41,12 +41,12 @@ class InputValidation:
     """Stage 1.
 
     Args:
-        limits: of the model.
-        noise_scheduler: refuses step counts that its path cannot be cut into.
+        limits: what the model can generate.
+        noise_scheduler: refuses step counts that its path cannot be divided into.
     """
 
     name = "input_validation"
-    reads = frozenset({"ask"})
+    reads = frozenset({"spec"})
     writes: frozenset[str] = frozenset()
 
     def __init__(self, limits: Limits, noise_scheduler: NoiseScheduler) -> None:
@@ -54,27 +54,31 @@ class InputValidation:
         self.noise_scheduler = noise_scheduler
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
+        """Check the sizes of every sample."""
         for sample in samples:
-            check_size(sample.ask.height, sample.ask.width, self.limits.size_multiple, self.limits.max_pixels)
+            check_size(sample.spec.height, sample.spec.width, self.limits.size_multiple, self.limits.max_pixels)
 
     def check(self, request: GenerationRequest) -> None:
-        """Refuses a whole request, before any rank has seen it.
+        """Refuse a whole request, before any rank has received it.
+
+        Args:
+            request: the request.
 
         Raises:
-            ValueError: what to change, in one line.
+            ValueError: with what to change, in one line.
         """
         limits = self.limits
         check_request(request)
         check_size(request.height, request.width, limits.size_multiple, limits.max_pixels)
         if limits.max_side is not None and max(request.height, request.width) > limits.max_side:
             raise ValueError(
-                f"the request asks for {request.height} x {request.width} pixels; this checkpoint has positions for "
-                f"{limits.max_side} a side"
+                f"the request has {request.height} x {request.width} pixels; this checkpoint has positions for "
+                f"{limits.max_side} per side"
             )
         check_frames(request.frames, limits.frame_multiple, limits.max_frames)
-        if request.guidance != 1 and not limits.guided:
-            raise ValueError(f"request.guidance={request.guidance}, but this model has nothing to be guided by; give 1")
+        if request.guidance != 1 and not limits.has_guidance:
+            raise ValueError(f"request.guidance={request.guidance}, but this model has no guidance; set it to 1")
         limits.check_layout(request)
         for prompt in (*request.prompts, request.negative_prompt):
             limits.check_prompt(prompt)
-        self.noise_scheduler.grid(request.steps, tokens(request.height, request.width, limits.size_multiple))
+        self.noise_scheduler.grid(request.steps, image_tokens(request.height, request.width, limits.size_multiple))

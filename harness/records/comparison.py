@@ -1,4 +1,4 @@
-"""`comparison.json`: what two series of repeats, drawn in alternation, say of one another."""
+"""`comparison.json`: what two measurement sessions, run in alternation, say about each other."""
 
 from __future__ import annotations
 
@@ -17,12 +17,21 @@ SCHEMA = 1
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """B against A, two lists of overrides on top of what both have in common.
+    """Candidate B against baseline A, two lists of overrides on top of common ones.
 
-    `ratios` are by what was timed, the headline first: the whole request, one solver step (a request's median) and
-    every stage that takes time; or of loads an answer (one over the throughput) and percentiles of the latency.
-    `efficiency` is each speed-up over the growth of ranks, null where B has no more ranks than A. `output` is how
-    far B's pixels are from A's, null where they do not correspond. `fingerprint` is of the common configuration.
+    Attributes:
+        schema: Version of the file's format.
+        common: Overrides that both have.
+        a: Overrides of the baseline.
+        b: Overrides of the candidate.
+        ranks: Ranks of A and of B.
+        ratios: Time of A over time of B, by what was timed, the headline first. For generation: the whole request, one
+            solver step (the median of a request), and every stage that takes time. For loads: an answer (one over the
+            throughput) and percentiles of the latency.
+        efficiency: Speed-ups divided by the growth of ranks; None if B has no more ranks than A.
+        output: Difference of B's pixels from A's; None if they do not correspond.
+        notes: Notes for the reader.
+        fingerprint: Fingerprint of the common configuration.
     """
 
     schema: int
@@ -38,22 +47,29 @@ class Comparison(msgspec.Struct, frozen=True):
 
     @property
     def headline(self) -> Ratio:
-        """The ratio that tells most: of the whole request, or of an answer."""
+        """The most telling ratio: of the whole request, or of an answer."""
         return next(iter(self.ratios.values()))
 
 
-def ratios_of(a: Sequence[Repeat], b: Sequence[Repeat]) -> dict[str, Ratio]:
-    """A over B by name.
+def time_ratios(a: Sequence[Repeat], b: Sequence[Repeat]) -> dict[str, Ratio]:
+    """Return the time ratios of A over B by name.
+
+    Args:
+        a: Repeats of the baseline.
+        b: Repeats of the candidate, in the same rounds.
+
+    Returns:
+        One ratio for each name that both have.
 
     Raises:
-        ValueError: too few rounds.
+        ValueError: There are too few rounds.
     """
-    times_a, times_b = timed(a), timed(b)
+    times_a, times_b = times_by_name(a), times_by_name(b)
     return {name: ratio(times_a[name], times_b[name]) for name in times_a if name in times_b}
 
 
-def timed(repeats: Sequence[Repeat]) -> dict[str, list[float]]:
-    """Times by name, ms, one a repeat."""
+def times_by_name(repeats: Sequence[Repeat]) -> dict[str, list[float]]:
+    """Return the times in ms by name, one per repeat."""
     times = {
         "request": [repeat.total_duration_ms for repeat in repeats],
         "step": [statistics.median(step.duration_ms for step in repeat.denoise_steps_ms) for repeat in repeats],
@@ -64,10 +80,16 @@ def timed(repeats: Sequence[Repeat]) -> dict[str, list[float]]:
 
 
 def read_comparison(folder: Path) -> Comparison | None:
-    """The comparison in a run's folder, None where there is none.
+    """Read the comparison in a run's folder.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The comparison, or None if there is none.
 
     Raises:
-        RunFolderError: one that cannot be read.
+        RunFolderError: The file cannot be read.
     """
     path = folder / FILE
     if not path.exists():

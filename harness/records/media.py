@@ -1,4 +1,4 @@
-"""Pictures and videos on disk: PNGs and MP4s that say what they are, and a grid to look at."""
+"""Images and videos on disk: PNG and MP4 files with metadata, and a grid of images."""
 
 from __future__ import annotations
 
@@ -22,41 +22,47 @@ CAPTION = 18
 GAP = 8
 FONT = 12
 CAPTION_CHARS = 80
-CRF = 12  # x264's constant rate factor: 0 is without loss, below 18 none is seen
-COLOUR = (  # bt709, by conversion and by name: players differ in what they take a video for that does not say
+CRF = 12  # x264's constant rate factor: 0 is lossless, and below 18 the loss is not visible
+COLOUR = (  # bt709, converted and tagged: players differ in how they read an untagged video
     "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_inp+full_chroma_int,"
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
 
 
 def to_uint8(pixels: Array) -> NDArray[np.uint8]:
-    """Float pixels (..., 3, H, W) in [0, 1] to 8-bit (..., H, W, 3), rounded to nearest."""
+    """Convert float pixels (..., 3, H, W) in [0, 1] to 8-bit pixels (..., H, W, 3), rounded to nearest."""
     return (np.moveaxis(pixels, -3, -1) * 255.0).round().clip(0, 255).astype(np.uint8)
 
 
-def pixel_hash(picture: NDArray[np.uint8]) -> str:
-    """sha256 of the 8-bit pixels, of a video frame by frame."""
-    return hashlib.sha256(np.ascontiguousarray(picture).tobytes()).hexdigest()
+def pixel_hash(image: NDArray[np.uint8]) -> str:
+    """Return the sha256 of 8-bit pixels; the frames of a video follow one another."""
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
-def save_png(path: Path, picture: NDArray[np.uint8], text: dict[str, str]) -> None:
-    """Writes 8-bit pixels (H, W, 3), with `text` in the PNG's text chunks."""
+def save_png(path: Path, image: NDArray[np.uint8], text: dict[str, str]) -> None:
+    """Write 8-bit pixels (H, W, 3), with `text` in the PNG's text chunks."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
     for key, value in text.items():
         chunks.add_itxt(key, value)
-    Image.fromarray(picture).save(path, pnginfo=chunks)
+    Image.fromarray(image).save(path, pnginfo=chunks)
 
 
 def save_mp4(path: Path, video: NDArray[np.uint8], fps: int, text: dict[str, str]) -> None:
-    """Writes 8-bit frames (F, H, W, 3) as H.264 in yuv420p, with `text` in the file's metadata.
+    """Write 8-bit frames (F, H, W, 3) as H.264 in yuv420p, with `text` in the file's metadata.
 
-    Chroma is stored at half the size, so an odd side is made even by repeating its last row or column.
+    Chroma is stored at half the size. So an odd side is made even by repeating its last row or column.
+
+    Args:
+        path: The file to write.
+        video: 8-bit frames (F, H, W, 3).
+        fps: Frames per second.
+        text: Metadata of the file.
 
     Raises:
-        ValueError: there is no ffmpeg.
+        ValueError: There is no ffmpeg.
         OSError: ffmpeg could not write the file.
     """
     height, width = video.shape[1:3]
@@ -74,10 +80,13 @@ def save_mp4(path: Path, video: NDArray[np.uint8], fps: int, text: dict[str, str
 
 
 def ffmpeg() -> str:
-    """The ffmpeg that writes videos.
+    """Return the path of the ffmpeg that writes videos.
+
+    Returns:
+        The path of the program.
 
     Raises:
-        ValueError: there is none, with the line to install it.
+        ValueError: There is none; the message has the line to install it.
     """
     try:
         from imageio_ffmpeg import get_ffmpeg_exe
@@ -89,29 +98,37 @@ def ffmpeg() -> str:
 
 
 def still(shown: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A picture as it is; of a video (F, H, W, 3) its first, middle and last frame side by side."""
+    """Return an image unchanged, or the first, middle and last frame of a video (F, H, W, 3) side by side."""
     if shown.ndim == 3:
         return shown
     return np.concatenate([shown[0], shown[len(shown) // 2], shown[-1]], axis=1)
 
 
-def grid(pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> Image:
-    """A near-square sheet of pictures with their prompts below, small ones enlarged without smoothing away their
-    pixels.
+def grid(images: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> Image:
+    """Lay out images with their prompts below on a near-square sheet.
+
+    Small images are enlarged without smoothing away their pixels.
+
+    Args:
+        images: 8-bit images (H, W, 3) of one size.
+        captions: The text below each image.
+
+    Returns:
+        The sheet.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    height, width = pictures[0].shape[:2]
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    height, width = images[0].shape[:2]
     scale = max(1, GRID_CELL // max(height, width))
     cell_w, cell_h = width * scale, height * scale
     sheet = Image.new("RGB", (GAP + columns * (cell_w + GAP), GAP + rows * (cell_h + CAPTION + GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
-    for k, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for k, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x = GAP + (k % columns) * (cell_w + GAP)
         y = GAP + (k // columns) * (cell_h + CAPTION + GAP)
-        sheet.paste(Image.fromarray(picture).resize((cell_w, cell_h), Image.Resampling.BICUBIC), (x, y))
+        sheet.paste(Image.fromarray(image).resize((cell_w, cell_h), Image.Resampling.BICUBIC), (x, y))
         caption = " ".join(caption.split())[:CAPTION_CHARS]
         while draw.textlength(caption, font=font) > cell_w and len(caption) > 1:
             caption = caption[:-2].rstrip() + "…"

@@ -1,4 +1,4 @@
-"""Where a number comes from: code, versions, hardware, threads and the environment that matters."""
+"""Where a number comes from: code, versions, hardware, threads and the relevant environment variables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
     "pyzmq",
     "wandb",
     "imageio-ffmpeg",
-    "ftfy",  # where it is installed, it mends Wan's prompts
+    "ftfy",  # if it is installed, it repairs Wan's prompts
 )
 VARIABLES = (
     "OMP_NUM_THREADS",
@@ -35,14 +35,14 @@ VARIABLES = (
 
 
 class Git(msgspec.Struct, frozen=True):
-    """The code: its commit, and whether the tree differed from it."""
+    """The code: its commit, and whether the working tree differed from it."""
 
     commit: str
     dirty: bool
 
 
 class Hardware(msgspec.Struct, frozen=True):
-    """The machine of rank 0; `device` is its ranks'."""
+    """The machine of rank 0; `device` is the device of its ranks."""
 
     platform: str
     cpu: str
@@ -52,8 +52,10 @@ class Hardware(msgspec.Struct, frozen=True):
 
 
 class Provenance(msgspec.Struct, frozen=True):
-    """Where a record comes from. `git` is null outside a checkout of this project; `hosts` are the machines' names, one
-    a node (a torchrun agent).
+    """Where a record comes from.
+
+    `git` is null outside a checkout of this project. `hosts` are the names of the machines, one per node (a torchrun
+    agent).
     """
 
     git: Git | None
@@ -68,11 +70,14 @@ class Provenance(msgspec.Struct, frozen=True):
 
 
 def provenance(engine: EngineInfo, environment: dict[str, str]) -> Provenance:
-    """What the record says of its origin.
+    """Collect the origin of a record.
 
     Args:
-        engine: what the ranks say of themselves.
-        environment: the ranks' environment.
+        engine: What the ranks report about themselves.
+        environment: The ranks' environment variables.
+
+    Returns:
+        The provenance.
     """
     return Provenance(
         git=git_state(Path(__file__).parent),
@@ -94,7 +99,7 @@ def provenance(engine: EngineInfo, environment: dict[str, str]) -> Provenance:
 
 
 def git_state(folder: Path) -> Git | None:
-    """Commit and whether the tree differs from it; None outside a checkout of this project."""
+    """Return the commit and whether the tree differs from it; None outside a checkout of this project."""
     try:
         if Path(_git(folder, "rev-parse", "--show-toplevel")) != folder.parent.resolve():
             return None  # an installed copy inside somebody else's checkout
@@ -105,7 +110,7 @@ def git_state(folder: Path) -> Git | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as the kernel gives it."""
+    """Return the processor's name as the kernel gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -114,12 +119,12 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def version(name: str) -> str | None:
-    """The installed version of a package, None where it is not there."""
+    """Return the installed version of a package, or None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""A run's folder and its record: claimed by one owner, written atomically, read back as a table.
+"""The folder of a run and its record: claimed by one owner, written atomically, read back as a table.
 
 `record.json` is the source of truth; everything else (table, wandb) mirrors it. Its keys are stable and versioned.
 """
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
-from harness.messages import LoadedComponent, MemoryPoint, OperatorTime, StageTime, StepTime, Traffic
+from harness.messages import CollectiveTraffic, LoadedComponent, MemoryPoint, OperatorTime, StageTime, StepTime
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.load import LoadSummary
-from harness.metrics.pretrained import Pretrained
+from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.records.provenance import Provenance
@@ -25,41 +25,43 @@ from harness.records.provenance import Provenance
 if TYPE_CHECKING:
     import pandas
 
-SCHEMA = 1
+SCHEMA = 2
 STATES = ("ok", "failed", "oom", "unsupported", "cancelled")
 
 
 class RunFolderError(ValueError):
-    """A run folder that cannot be used, with what to change."""
+    """A run folder that cannot be used; the message says what to change."""
 
 
 class Status(msgspec.Struct, frozen=True):
-    """`status.json`: how a run ended, and the error in one line."""
+    """`status.json`: how a run ended, and its error in one line."""
 
     state: str
     error: str | None = None
 
 
-CUT_OFF = Status("failed", "the run was cut off before it ended")
+INTERRUPTED = Status("failed", "the run was cut off before it ended")
 
 
-class Attention(msgspec.Struct, frozen=True):
-    """What was asked for and what ran."""
+class AttentionRow(msgspec.Struct, frozen=True):
+    """The attention backend that was requested and the one that ran."""
 
     requested: str
     resolved: str
 
 
-class Engine(msgspec.Struct, frozen=True):
-    """Who drew, and the version of its package."""
+class EngineRow(msgspec.Struct, frozen=True):
+    """The engine that generated, and the version of its package."""
 
     name: str
     version: str
 
 
 class FirstCall(msgspec.Struct, frozen=True):
-    """What is paid once, apart from the steady state, ms; `reused` is the folder of the run that started these ranks,
-    where that is an earlier job of a sweep, and started and loaded nothing itself.
+    """Costs that are paid once, apart from the steady state, in ms.
+
+    `reused` is the folder of the run that started these ranks, if an earlier job of a sweep did. Then this run started
+    and loaded nothing itself.
     """
 
     launch_ms: float
@@ -69,7 +71,7 @@ class FirstCall(msgspec.Struct, frozen=True):
 
 
 class Repeat(msgspec.Struct, frozen=True):
-    """One measured request; stages and steps are the slowest rank's, memory the largest rank's."""
+    """One measured request; stages and steps are from the slowest rank, memory from the rank with the largest peak."""
 
     total_duration_ms: float
     client_duration_ms: float
@@ -80,8 +82,13 @@ class Repeat(msgspec.Struct, frozen=True):
 
 
 class CacheUse(msgspec.Struct, frozen=True):
-    """What a cache spared, means over pictures: of `evaluations` of the denoiser those that were `computed`, and of
-    their `branches` (two where a picture is guided) those that went through the whole network.
+    """What a cache saved, as means over images.
+
+    Attributes:
+        evaluations: Evaluations of the denoiser.
+        computed: Evaluations that were computed.
+        branches: Branches of the evaluations, two if an image is guided.
+        branches_computed: Branches that went through the whole network.
     """
 
     evaluations: float
@@ -91,15 +98,26 @@ class CacheUse(msgspec.Struct, frozen=True):
 
 
 class Statistics(msgspec.Struct, frozen=True):
-    """The row's numbers. `nfe` counts the denoiser's evaluations of one picture, a guided pair as one, without
-    those that a cache cut short (`cache` counts both, a note says which); `overhead_share` is the part of a request
-    that was no forward of the text encoder, the denoiser or the VAE; `comm` is what the busiest rank sent to the ranks
-    that it computes with, in the last request, by stage and kind of collective.
+    """The statistics of a run.
 
-    `flops_per_step` are the operations that the ranks of one picture do in one solver step of one micro-batch, padding
-    included; `achieved_tflops` is their rate in a median step (over all steps where a cache makes them differ),
-    `ceiling_tflops` that of a matrix product in the same dtype on the same ranks at once. `energy_j` is what the
-    machines' GPUs, or their processors, used in a request, at rest too; None where they do not report it.
+    Attributes:
+        latency_ms: Time of a request, ms.
+        step_ms: Time of a solver step, ms.
+        stage_ms: Time by stage, ms.
+        overhead_share: Share of a request outside the forwards of text encoder, denoiser and VAE.
+        throughput_per_s: Images or videos per second.
+        nfe: Evaluations of the denoiser for one image. A guided pair counts as one; evaluations that a cache skipped do
+            not count (`cache` counts both, and a note says which).
+        peak_memory_mib: Peak memory by rank, MiB.
+        peak_memory_mib_max: Largest of these peaks, MiB.
+        flops_per_step: Operations of the ranks of one image in one solver step of one micro-batch, padding included.
+        achieved_tflops: Rate in a median step, or over all steps if a cache makes them differ, TFLOP/s.
+        ceiling_tflops: Rate of a matrix product in the same dtype on the same ranks at the same time, TFLOP/s.
+        comm: What the busiest rank sent to the ranks that it computes with, in the last request, by stage and kind of
+            collective.
+        cache: What a cache saved.
+        energy_j: Energy of the machines' GPUs or processors during a request, idle power included, J. None if they do
+            not report it.
     """
 
     latency_ms: Summary
@@ -113,13 +131,13 @@ class Statistics(msgspec.Struct, frozen=True):
     flops_per_step: float | None = None
     achieved_tflops: float | None = None
     ceiling_tflops: float | None = None
-    comm: dict[str, dict[str, Traffic]] = {}
+    comm: dict[str, dict[str, CollectiveTraffic]] = {}
     cache: CacheUse | None = None
     energy_j: Summary | None = None
 
 
 class SampleRow(msgspec.Struct, frozen=True):
-    """One picture; `sha256` is of its 8-bit pixels."""
+    """One image or video on disk; `sha256` is the hash of its 8-bit pixels."""
 
     path: str
     prompt: str
@@ -128,11 +146,28 @@ class SampleRow(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """`record.json`. `quality` is None where nothing could be scored, and a note says why; `pretrained` where no
-    weights for it were given; `fidelity` where it was not asked for, or a note says why not. `loaded` are the
-    components in memory when the ranks were ready. A record without an `engine` is a native run's. `load` is what
-    clients of task=load measured, whose record has no `summary`, repeats nor samples. `profile` are the operators of
-    each network in one more request on the slowest rank, the slowest first, where task.profile asked for them.
+    """`record.json`: one run.
+
+    Attributes:
+        schema: Version of the file's format.
+        fingerprint: Hash of the configuration.
+        overrides: The overrides that the user gave.
+        config: The resolved configuration.
+        provenance: Code, versions, hardware and environment.
+        attention: The attention backend.
+        first_call: Costs that are paid once.
+        repeats: The measured requests; empty for task=load.
+        summary: Statistics of the repeats; None for task=load.
+        samples: The images or videos; empty for task=load.
+        notes: Notes for the reader.
+        quality: Scores in the gallery; None if nothing could be scored, and a note says why.
+        pretrained: Scores on pretrained weights; None if none were given.
+        loaded: Components in memory when the ranks were ready.
+        fidelity: Error against the reference; None if it was not requested, or if a note says why not.
+        engine: The engine; a record without one is a native run's.
+        load: What the clients of task=load measured.
+        profile: With task.profile, the operators of each network in one more request on the slowest rank, slowest
+            first.
     """
 
     schema: int
@@ -140,26 +175,26 @@ class Record(msgspec.Struct, frozen=True):
     overrides: list[str]
     config: dict[str, Any]
     provenance: Provenance
-    attention: Attention
+    attention: AttentionRow
     first_call: FirstCall
     repeats: list[Repeat]
     summary: Statistics | None
     samples: list[SampleRow]
     notes: list[str]
     quality: Quality | None = None
-    pretrained: Pretrained | None = None
+    pretrained: PretrainedScores | None = None
     loaded: list[LoadedComponent] = []
     fidelity: Fidelity | None = None
-    engine: Engine = Engine("native", "")
+    engine: EngineRow = EngineRow("native", "")
     load: LoadSummary | None = None
     profile: dict[str, list[OperatorTime]] = {}
 
     @property
-    def timed(self) -> Statistics:
-        """The summary of a run that has one.
+    def statistics(self) -> Statistics:
+        """The statistics of a run that has them.
 
         Raises:
-            ValueError: it has none.
+            ValueError: The run has none.
         """
         if self.summary is None:
             raise ValueError("task=load leaves no summary of one request; its record's `load` has what it measured")
@@ -167,8 +202,8 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def fingerprint(config: dict[str, Any]) -> str:
-    """Hash of what was declared: the configuration without what cannot change a picture or a time."""
-    apart: tuple[str, ...] = ("logger", "train", "quality", "plan", "hardware", "a", "b")
+    """Return a hash of the configuration, without the keys that change neither an image nor a time."""
+    apart: tuple[str, ...] = ("logger", "train", "quality", "plan", "hardware", "compare", "report")
     if config["task"]["name"] not in ("serve", "load"):
         apart += ("serve", "load")
     declared = {key: value for key, value in config.items() if key not in apart}
@@ -178,7 +213,10 @@ def fingerprint(config: dict[str, Any]) -> str:
 
 
 class RunFolder:
-    """One run's folder. Made by `claim`; whoever claims it is its only writer (each rank writes only its own log)."""
+    """The folder of one run.
+
+    It is made by `claim`, and its owner is the only writer, except that each rank writes its own log.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -186,19 +224,22 @@ class RunFolder:
 
     @classmethod
     def claim(cls, path: Path, again: bool = False) -> RunFolder:
-        """Takes a folder for one run; until `finish`, its status says that the run was cut off.
+        """Claim a folder for one run; until `finish`, its status says that the run was cut off.
 
         Args:
-            path: the folder.
-            again: also where a run is in it that did not end well, and whose process is gone; what it left is removed.
+            path: The folder.
+            again: Whether a folder is taken too if it holds a failed run whose process is gone; its files are removed.
+
+        Returns:
+            The claimed folder.
 
         Raises:
-            RunFolderError: another run is in it, or it cannot be made.
+            RunFolderError: The folder holds another run, or it cannot be made.
         """
         folder = cls(path)
         try:
             (path / "logs").mkdir(parents=True, exist_ok=True)
-            folder._owned = own(path / ".owner")
+            folder._owned = lock_file(path / ".owner")
             if again and read_status(path).state != "ok":
                 folder._clear()
             descriptor = os.open(path / "status.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -209,7 +250,7 @@ class RunFolder:
                 f"{path} cannot be written ({error.strerror}); choose another with hydra.run.dir=..."
             ) from error
         os.close(descriptor)
-        folder.finish(CUT_OFF)
+        folder.finish(INTERRUPTED)
         return folder
 
     def _clear(self) -> None:
@@ -217,31 +258,37 @@ class RunFolder:
             left.unlink()
 
     def finish(self, status: Status) -> None:
-        """Writes `status.json`."""
+        """Write `status.json`."""
         write_atomically(self.path / "status.json", msgspec.json.encode(status))
 
     def write_record(self, record: Record) -> None:
-        """Writes `record.json`."""
+        """Write `record.json`."""
         self.write_json("record.json", record)
 
     def write_json(self, name: str, data: msgspec.Struct) -> None:
-        """Writes a struct as an indented file."""
+        """Write a struct as an indented file."""
         write_atomically(self.path / name, msgspec.json.format(msgspec.json.encode(data), indent=1))
 
     def write_config(self, text: str) -> None:
-        """Writes `config.yaml`, the resolved configuration."""
+        """Write `config.yaml`, the resolved configuration."""
         write_atomically(self.path / "config.yaml", text.encode())
 
     def log_file(self, rank: int) -> Path:
-        """The log of one rank."""
+        """Return the log file of one rank."""
         return self.path / "logs" / f"rank{rank}.log"
 
 
-def own(path: Path) -> BinaryIO:
-    """A file that is locked while the process lives, or until it is closed.
+def lock_file(path: Path) -> BinaryIO:
+    """Open a file and lock it while the process lives, or until the file is closed.
+
+    Args:
+        path: The file, created if missing.
+
+    Returns:
+        The open file.
 
     Raises:
-        BlockingIOError: another living process has it.
+        OSError: The file cannot be locked; BlockingIOError if another living process holds the lock.
     """
     file = path.open("ab")
     try:
@@ -253,14 +300,14 @@ def own(path: Path) -> BinaryIO:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """A reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(data)
     temporary.replace(path)
 
 
 def read_status(folder: Path) -> Status:
-    """The status of a run's folder; `failed` where there is none."""
+    """Return the status of a run's folder; `failed` if there is none."""
     try:
         return msgspec.json.decode((folder / "status.json").read_bytes(), type=Status)
     except (OSError, msgspec.MsgspecError):
@@ -268,10 +315,16 @@ def read_status(folder: Path) -> Status:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of a run's folder, or None where the run left none.
+    """Read the record of a run's folder.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The record, or None if the run left none.
 
     Raises:
-        RunFolderError: a record of another schema, or one that cannot be read.
+        RunFolderError: The record has another schema or cannot be read.
     """
     path = folder / "record.json"
     if not path.exists():
@@ -286,19 +339,22 @@ def read_record(folder: Path) -> Record | None:
 
 
 def is_done(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the row of this very configuration is in a folder, well or ill."""
+    """Return whether a folder holds the record of exactly this configuration, successful or not."""
     try:
         record = read_record(folder)
     except RunFolderError:
         return False
-    return record is not None and record.fingerprint == fingerprint(config) and read_status(folder) != CUT_OFF
+    return record is not None and record.fingerprint == fingerprint(config) and read_status(folder) != INTERRUPTED
 
 
 def load(path: str | Path) -> pandas.DataFrame:
-    """A table of a tree of runs, one row each, failed ones too; nested keys become dotted columns.
+    """Read a tree of runs as a table, one row per run, failed ones too; nested keys become dotted columns.
 
     Args:
-        path: a run's folder, a sweep's, or any folder above them.
+        path: A run's folder, a sweep's, or any folder above them.
+
+    Returns:
+        The table.
     """
     import pandas
 

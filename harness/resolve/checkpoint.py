@@ -1,6 +1,6 @@
-"""Which folder a configuration's checkpoint is, where each component of it lies, and whether all is there and whole.
+"""Which folder is a configuration's checkpoint, where its components are, and whether all of them are complete.
 
-Asked before a process starts, from names and headers alone; the ranks ask again, and fetch nothing.
+This is decided before a process starts, from names and headers only. The ranks decide it again and download nothing.
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ import yaml
 
 from harness.config.schema import ComponentConfig, DType, Load, ModelConfig
 from models import hub
+from models.detect import class_name, denoiser_class, is_component, matching_architectures, pipeline_name
 from models.files import (
     CheckpointError,
     check_component,
     check_tokenizer,
-    config_home,
+    find_config_folder,
     has_weights,
+    list_tensors,
     read_header,
-    tensors_of,
     weight_files,
 )
-from models.lora_names import CONVERTERS, layers, misfits, refuse_misfits, refuse_unknown, resolve
-from models.recognise import architectures_of, class_name, denoiser_class, is_component, pipeline_name
+from models.lora_names import (
+    CONVERTERS,
+    check_all_matched,
+    check_update_shapes,
+    match_layers,
+    parse_layers,
+    shape_mismatches,
+)
 from models.registry import ARCHITECTURES, PUBLISHED, REFERENCE, SIZED, Architecture
 
 COMPONENTS = (
@@ -40,41 +47,56 @@ COMPONENTS = (
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a checkpoint lies: its folder, and by component what replaces it, and the dtype it is loaded in."""
+class CheckpointLayout:
+    """The place of a checkpoint's files.
+
+    Attributes:
+        folder: The checkpoint's folder.
+        replaced: The path that replaces a component, by the component's name.
+        dtypes: The dtype in which a component is loaded, by the component's name.
+    """
 
     folder: Path
     replaced: dict[str, Path] = field(default_factory=dict)
     dtypes: dict[str, DType] = field(default_factory=dict)
 
     def config_folder(self, component: str) -> Path:
-        """The folder with the component's config.json."""
-        return config_home(self.replaced.get(component), self.folder / component)
+        """Return the folder with the component's config.json."""
+        return find_config_folder(self.replaced.get(component), self.folder / component)
 
     def weights(self, component: str) -> Path:
-        """The folder of its weights, or the one file of them."""
+        """Return the folder of the component's weights, or the one file that holds them."""
         return self.replaced.get(component, self.folder / component)
 
     def files(self, component: str) -> list[Path]:
-        """The files of its weights.
+        """Return the files of a component's weights.
+
+        Args:
+            component: The component's name.
+
+        Returns:
+            One file, or every shard.
 
         Raises:
-            CheckpointError: none there, or not all of them.
+            CheckpointError: There are no files, or not all of them.
         """
         weights = self.weights(component)
         return [weights] if weights.is_file() else weight_files(weights)
 
 
-def locate(model: ModelConfig, denoiser: str, fetch: bool = False) -> Place:
-    """The place of a model's components.
+def locate(model: ModelConfig, denoiser: str, fetch: bool = False) -> CheckpointLayout:
+    """Find the files of a model's components.
 
     Args:
-        model: the configuration.
-        denoiser: the network's folder in the checkpoint.
-        fetch: whether what a hub name lacks in the local cache is fetched.
+        model: The `model` group.
+        denoiser: The network's folder in the checkpoint.
+        fetch: Whether files of a hub name that are not in the local cache are downloaded.
+
+    Returns:
+        The checkpoint's layout on disk.
 
     Raises:
-        CheckpointError: no such folder, file or hub name, or a component that the architecture does not have.
+        CheckpointError: A folder, file or hub name does not exist, or the architecture has no such component.
     """
     row = ARCHITECTURES[model.architecture]
     named: dict[str, ComponentConfig] = {name: getattr(model, name) for name in COMPONENTS}
@@ -91,12 +113,12 @@ def locate(model: ModelConfig, denoiser: str, fetch: bool = False) -> Place:
         replaced.setdefault(denoiser, folder)
         folder = _around(model, folder)
     elif not row.weights and denoiser not in replaced and not (folder / denoiser).is_dir() and class_name(folder):
-        replaced[denoiser] = folder  # of one network, published without folders (google/ddpm-cifar10-32)
-    return Place(folder, replaced, dtypes)
+        replaced[denoiser] = folder  # one network, published without folders (google/ddpm-cifar10-32)
+    return CheckpointLayout(folder, replaced, dtypes)
 
 
 def _refuse_strangers(model: ModelConfig, named: dict[str, ComponentConfig], row: Architecture) -> None:
-    """Refuses a key that says something of a component that the architecture does not have."""
+    """Refuse a key of a component that the architecture does not have."""
     plain = ModelConfig()
     there = [*row.weights, *row.configs]
     for name, part in named.items():
@@ -111,7 +133,7 @@ def _refuse_strangers(model: ModelConfig, named: dict[str, ComponentConfig], row
 
 
 def _base(model: ModelConfig, denoiser: str, replaced: dict[str, Path], fetch: bool) -> Path:
-    """The checkpoint's folder, or its denoiser's one file."""
+    """Return the checkpoint's folder, or the one file of its denoiser."""
     path = model.hub if model.path == "hub" and model.hub is not None else model.path
     if path is not None and hub.is_hub_name(path):
         return hub.snapshot(path, model.revision, _wanted(model, denoiser, replaced), fetch)
@@ -130,12 +152,12 @@ def _base(model: ModelConfig, denoiser: str, replaced: dict[str, Path], fetch: b
 
 
 def _wanted(model: ModelConfig, denoiser: str, replaced: dict[str, Path]) -> list[str]:
-    """The files of a hub checkpoint that this run reads."""
+    """Return the patterns of the files of a hub checkpoint that this run reads."""
     row = ARCHITECTURES[model.architecture]
     networks = (denoiser, *row.weights)
     full = [] if model.load is Load.dummy else [name for name in networks if name not in replaced]
-    found = hub.wanted(full, [*(name for name in networks if name not in full), *row.configs, "scheduler"])
-    return found if row.weights else [*found, *hub.WITHOUT_FOLDERS]
+    found = hub.download_patterns(full, [*(name for name in networks if name not in full), *row.configs, "scheduler"])
+    return found if row.weights else [*found, *hub.SINGLE_FOLDER_FILES]
 
 
 def _existing(key: str, path: str) -> Path:
@@ -146,7 +168,7 @@ def _existing(key: str, path: str) -> Path:
 
 
 def _around(model: ModelConfig, file: Path) -> Path:
-    """The checkpoint that the other components of a denoiser's file are taken from."""
+    """Return the checkpoint from which the other components of a denoiser's file are taken."""
     if file.suffix != ".safetensors":
         raise CheckpointError(
             f"model.path={file}: not a safetensors file, and no other is read (pickles never are); convert it first"
@@ -161,40 +183,45 @@ def _around(model: ModelConfig, file: Path) -> Path:
     )
 
 
-def check_place(model: ModelConfig, place: Place, denoiser: str) -> None:
-    """Refuses a checkpoint that lacks a component, holds another kind of network, or is not whole.
+def check_checkpoint(model: ModelConfig, layout: CheckpointLayout, denoiser: str) -> None:
+    """Refuse a checkpoint that lacks a component, holds another kind of network, or is incomplete.
+
+    Args:
+        model: The `model` group.
+        layout: The checkpoint's layout on disk.
+        denoiser: The network's folder in the checkpoint.
 
     Raises:
-        CheckpointError: what is missing, foreign or broken, and where.
+        CheckpointError: The message says what is missing, foreign or broken, and where.
     """
     row, dummy = ARCHITECTURES[model.architecture], model.load is Load.dummy
-    _refuse_foreign(model, place, denoiser)
-    _refuse_lacking(model, place, denoiser)
-    for name in _present(row, place, denoiser):
-        weights = None if dummy else place.weights(name)
-        check_component(place.config_folder(name), weights, row.classes if name == denoiser else ())
+    _refuse_foreign(model, layout, denoiser)
+    _refuse_lacking(model, layout, denoiser)
+    for name in _present(row, layout, denoiser):
+        weights = None if dummy else layout.weights(name)
+        check_component(layout.config_folder(name), weights, row.classes if name == denoiser else ())
     for name in row.configs:
-        if place.weights(name).is_dir():
-            check_tokenizer(place.weights(name))
-        elif place.weights(name).exists():
-            raise CheckpointError(f"model.{name}.path={place.weights(name)}: give the folder of a tokenizer")
-    _check_loras(model, place, denoiser)
+        if layout.weights(name).is_dir():
+            check_tokenizer(layout.weights(name))
+        elif layout.weights(name).exists():
+            raise CheckpointError(f"model.{name}.path={layout.weights(name)}: give the folder of a tokenizer")
+    _check_loras(model, layout, denoiser)
 
 
-def _present(row: Architecture, place: Place, denoiser: str) -> list[str]:
-    """The networks that are loaded: all but optional ones that are not there."""
+def _present(row: Architecture, layout: CheckpointLayout, denoiser: str) -> list[str]:
+    """Return the networks that are loaded: all but optional ones that the checkpoint does not have."""
     return [
         name
         for name in (denoiser, *row.weights)
-        if name not in row.optional or name in place.replaced or place.config_folder(name).is_dir()
+        if name not in row.optional or name in layout.replaced or layout.config_folder(name).is_dir()
     ]
 
 
-def _refuse_foreign(model: ModelConfig, place: Place, denoiser: str) -> None:
-    """Refuses a folder that is one component, or a checkpoint of another architecture."""
-    folder, row = place.folder, ARCHITECTURES[model.architecture]
-    if denoiser in place.replaced:
-        return  # its class is all there is to see, and is checked with the other components
+def _refuse_foreign(model: ModelConfig, layout: CheckpointLayout, denoiser: str) -> None:
+    """Refuse a folder that is a single component, or a checkpoint of another architecture."""
+    folder, row = layout.folder, ARCHITECTURES[model.architecture]
+    if denoiser in layout.replaced:
+        return  # only its class can be checked, together with the other components
     if is_component(folder):
         parent = folder.resolve().parent
         whole = f"model.path={parent}" if (parent / "model_index.json").is_file() else "the checkpoint's folder"
@@ -203,13 +230,13 @@ def _refuse_foreign(model: ModelConfig, place: Place, denoiser: str) -> None:
             f"{' or '.join(row.classes)} and the rest; give {whole}, or replace one component: model.denoiser.path=DIR"
         )
     found = denoiser_class(folder, denoiser)
-    fits = architectures_of(folder, denoiser)
+    fits = matching_architectures(folder, denoiser)
     if found is None or model.architecture in fits:
         return
     if found in row.classes and not fits:
-        return  # the right denoiser among components that are not all there, which is said of them
+        return  # the right denoiser; the missing components are reported later
     others = [f"model={name}" for fit in fits for name in models_of(fit)] or [f"model.architecture={f}" for f in fits]
-    advice = f"use {' or '.join(others)}" if others else "no model here draws from it"
+    advice = f"use {' or '.join(others)}" if others else "no model here uses it"
     raise CheckpointError(
         f"{folder}: a checkpoint of {pipeline_name(folder) or 'another pipeline'} ({found}), which model={model.name} "
         f"({' or '.join(row.classes)}) does not load; {advice}"
@@ -217,19 +244,19 @@ def _refuse_foreign(model: ModelConfig, place: Place, denoiser: str) -> None:
 
 
 def models_of(architecture: str) -> list[str]:
-    """The options of group `model` that have an architecture."""
+    """Return the options of group `model` with an architecture."""
     files = sorted((Path(str(importlib.resources.files("conf"))) / "model").glob("*.yaml"))
     return [file.stem for file in files if yaml.safe_load(file.read_text()).get("architecture") == architecture]
 
 
-def _refuse_lacking(model: ModelConfig, place: Place, denoiser: str) -> None:
-    """Refuses a checkpoint without one of its components, naming all that it lacks."""
+def _refuse_lacking(model: ModelConfig, layout: CheckpointLayout, denoiser: str) -> None:
+    """Refuse a checkpoint without one of its components, and name all that are missing."""
     row, dummy = ARCHITECTURES[model.architecture], model.load is Load.dummy
-    absent = [name for name in (denoiser, *row.weights) if not place.config_folder(name).is_dir()]
-    absent += [name for name in row.configs if not (dummy or place.config_folder(name).is_dir())]
+    absent = [name for name in (denoiser, *row.weights) if not layout.config_folder(name).is_dir()]
+    absent += [name for name in row.configs if not (dummy or layout.config_folder(name).is_dir())]
     absent = [name for name in absent if name not in row.optional]
-    if place.folder.parent in (PUBLISHED, SIZED) and not dummy:  # configurations without weights
-        absent += [n for n in row.weights if n not in place.replaced and not has_weights(place.folder / n)]
+    if layout.folder.parent in (PUBLISHED, SIZED) and not dummy:  # configurations without weights
+        absent += [n for n in row.weights if n not in layout.replaced and not has_weights(layout.folder / n)]
         lacking = [name for name in (*row.weights, *row.configs) if name in absent and name not in row.optional]
         if lacking:
             raise CheckpointError(
@@ -239,27 +266,33 @@ def _refuse_lacking(model: ModelConfig, place: Place, denoiser: str) -> None:
             )
     elif absent:
         expected = ", ".join((denoiser, *row.weights, *row.configs))
-        raise CheckpointError(f"{place.folder}: no {'/, no '.join(absent)}/ here; expected the folders {expected}")
+        raise CheckpointError(f"{layout.folder}: no {'/, no '.join(absent)}/ here; expected the folders {expected}")
 
 
-def _check_loras(model: ModelConfig, place: Place, denoiser: str) -> None:
-    """Refuses low-rank updates that do not fit; those in a publisher's own names are converted, and so checked, at
-    load.
+def _check_loras(model: ModelConfig, layout: CheckpointLayout, denoiser: str) -> None:
+    """Refuse low-rank updates that do not fit.
+
+    Updates in a publisher's own names are converted, and so checked, at load.
+
+    Raises:
+        CheckpointError: An update does not exist or does not fit.
     """
     if not model.lora:
         return
     if model.load is Load.dummy:
         warnings.warn("model.lora has no effect on random weights (model.load=dummy)", stacklevel=2)
         return
-    parts = [name for name in _present(ARCHITECTURES[model.architecture], place, denoiser) if name != "vae"]
-    tensors = {part: tensors_of(place.files(part)) for part in parts}
+    parts = [name for name in _present(ARCHITECTURES[model.architecture], layout, denoiser) if name != "vae"]
+    tensors = {part: list_tensors(layout.files(part)) for part in parts}
     for lora in model.lora:
         path = _existing("model.lora: path", lora.path)
         if path.is_dir():
             raise CheckpointError(f"model.lora: path={path}: a folder; give its safetensors file")
         stored, _ = read_header(path)
-        targets = resolve(layers(stored, path), tensors, denoiser, path)
-        if targets.unknown and class_name(place.config_folder(denoiser)) in CONVERTERS:
+        targets = match_layers(parse_layers(stored, path), tensors, denoiser, path)
+        if targets.unknown and class_name(layout.config_folder(denoiser)) in CONVERTERS:
             continue
-        refuse_unknown(targets, path)
-        refuse_misfits(misfits(targets, tensors, {name: tensor.shape for name, tensor in stored.items()}), path)
+        check_all_matched(targets, path)
+        check_update_shapes(
+            shape_mismatches(targets, tensors, {name: tensor.shape for name, tensor in stored.items()}), path
+        )

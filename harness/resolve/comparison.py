@@ -1,5 +1,6 @@
-"""The two sides of task=compare, or of task=load: `a='[parallel=single]' b='[parallel=ulysses2,attention=flash]'` as
-override lists.
+"""The two configurations of task=compare, or of task=load if it compares, as lists of overrides.
+
+On the command line: `compare.a='[parallel=single]' compare.b='[parallel=ulysses2,attention=flash]'`.
 """
 
 from __future__ import annotations
@@ -8,35 +9,48 @@ from collections.abc import Sequence
 
 from harness.config.schema import RunConfig, Task
 
-SIDES = ("a", "b")
+COMPARED = ("a", "b")
+KEYS = tuple(f"compare.{name}" for name in COMPARED)
 BRACKETS = {"[": 1, "{": 1, "(": 1, "]": -1, "}": -1, ")": -1}
 
 
-def quoted(argument: str) -> str:
-    """An argument a=[...] or b=[...] with each override in quotes, as Hydra's grammar wants what holds an `=`; any
-    other argument as it is.
+def is_compared_key(override: str) -> bool:
+    """Return whether an override sets one of the two configurations of a comparison."""
+    return override.partition("=")[0] in KEYS
+
+
+def quote_overrides(argument: str) -> str:
+    """Put each override inside an argument compare.a=[...] or compare.b=[...] in quotes.
+
+    Hydra's grammar wants quotes round a value that holds an `=`.
+
+    Args:
+        argument: One argument of the command line.
+
+    Returns:
+        The argument with quotes inside its list; any other argument unchanged.
     """
     key, _, value = argument.partition("=")
-    if key not in SIDES or not value.startswith("["):
+    if key not in KEYS or not value.startswith("["):
         return argument
-    return f"{key}={','.join(_quoted_list(part) for part in split(value))}"
+    return f"{key}={','.join(_quote_list(part) for part in split_list(value))}"
 
 
-def _quoted_list(text: str) -> str:
+def _quote_list(text: str) -> str:
     if not (text.startswith("[") and text.endswith("]")):
         return text
-    return f"[{','.join(_quoted(part) for part in split(text[1:-1]))}]"
+    return f"[{','.join(_quote(part) for part in split_list(text[1:-1]))}]"
 
 
-def _quoted(override: str) -> str:
+def _quote(override: str) -> str:
     if override[:1] in ("'", '"'):
         return override
     escaped = override.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
 
-def split(text: str) -> list[str]:
-    """The parts between commas that no bracket or quote encloses, stripped; none of an empty text."""
+def split_list(text: str) -> list[str]:
+    """Return the parts between commas outside brackets and quotes, stripped; an empty text has none."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
@@ -52,31 +66,40 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def check_sides(config: RunConfig) -> None:
-    """Refuses a comparison without sides, and sides of what compares nothing.
+def check_comparison(config: RunConfig) -> None:
+    """Refuse a comparison that lacks a configuration, and `compare` keys in a task that does not compare.
 
     Raises:
-        ValueError: what to change.
+        ValueError: The message says what to change.
     """
-    given = {name: getattr(config, name) for name in SIDES}
+    given = {name: getattr(config.compare, name) for name in COMPARED}
     if config.task.name is Task.compare:
-        if lacking := [name for name, side in given.items() if side is None]:
+        if missing := [name for name, overrides in given.items() if overrides is None]:
             raise ValueError(
-                f"task=compare needs two sides; add {' '.join(f'{n}=[...]' for n in lacking)}, lists of overrides such "
-                "as b='[parallel=ulysses2]' ([] changes nothing)"
+                f"task=compare needs two configurations; add {' '.join(f'compare.{n}=[...]' for n in missing)}, lists "
+                "of overrides such as compare.b='[parallel=ulysses2]' ([] changes nothing)"
             )
     elif config.task.name is Task.load:
-        if len([side for side in given.values() if side is not None]) == 1:
-            raise ValueError("task=load compares two sides; give a=[...] and b=[...], or neither")
-    elif stray := [name for name, side in given.items() if side is not None]:
-        raise ValueError(f"{' and '.join(stray)} have an effect with task=compare or load only; add one, or drop them")
+        if len([overrides for overrides in given.values() if overrides is not None]) == 1:
+            raise ValueError(
+                "task=load compares two configurations; give compare.a=[...] and compare.b=[...], or neither"
+            )
+    elif unused := [f"compare.{name}" for name, overrides in given.items() if overrides is not None]:
+        raise ValueError(f"{' and '.join(unused)} have an effect with task=compare or load only; add one, or drop them")
 
 
-def side_overrides(common: Sequence[str], side: Sequence[str], config: RunConfig) -> list[str]:
-    """The overrides of one side's own run: those of both, then its own, which have the last word; its repeats are the
-    comparison's.
+def comparison_overrides(common: Sequence[str], own: Sequence[str], config: RunConfig) -> list[str]:
+    """Return the overrides of one of the two compared runs.
+
+    Args:
+        common: The overrides of the comparison.
+        own: The overrides of this run only, which have the last word.
+        config: The comparison's configuration, whose repeats the run gets.
+
+    Returns:
+        The overrides of a bench or a load of its own.
     """
-    kept = [override for override in common if override.partition("=")[0] not in (*SIDES, "task")]
+    kept = [override for override in common if override.partition("=")[0] not in (*KEYS, "task")]
     counts = [f"task.warmup={config.task.warmup}", f"task.repeats={config.task.repeats}"]
     task = "task=load" if config.task.name is Task.load else "task=bench"
-    return [*kept, *side, task, *counts, "task.fidelity=false", "a=null", "b=null"]
+    return [*kept, *own, task, *counts, "task.fidelity=false", "compare.a=null", "compare.b=null"]

@@ -25,16 +25,23 @@ from harness.config.yaml import ConfigError as ConfigError
 from harness.config.yaml import from_yaml as from_yaml
 from harness.config.yaml import to_dict as to_dict
 from harness.config.yaml import to_yaml as to_yaml
-from harness.resolve.comparison import quoted
+from harness.resolve.comparison import quote_overrides
 from harness.resolve.names import check_names, one_line
-from harness.resolve.rules import _resolve
+from harness.resolve.rules import resolve_config
 
 MAX_NAME_BYTES = 160
 
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A checked configuration, what the user wrote to get it, and the folder that Hydra gives the run."""
+    """A composed and checked run.
+
+    Attributes:
+        config: The checked configuration.
+        overrides: The overrides that the user gave.
+        folder: The run's folder, as Hydra names it.
+        notes: Warnings for the user.
+    """
 
     config: RunConfig
     overrides: list[str]
@@ -43,22 +50,25 @@ class ResolvedRun:
 
 
 def register_schema() -> None:
-    """Tells Hydra the types of every key, and how a sweep names a job's folder. Harmless when repeated."""
+    """Tell Hydra the types of every key and how a sweep names a job's folder; safe to repeat."""
     if not OmegaConf.has_resolver("folder_name"):
         OmegaConf.register_new_resolver("folder_name", folder_name)
         ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def compose_run(overrides: Sequence[str]) -> ResolvedRun:
-    """Composes, fills in the model's defaults and checks one run.
+    """Compose one run, fill in the model's defaults and check it.
 
     Args:
-        overrides: as on the command line, without Hydra's own flags.
+        overrides: Overrides as on the command line, without Hydra's own flags.
+
+    Returns:
+        The resolved run.
 
     Raises:
-        ConfigError: an unknown group, option or key, a wrong type, or a combination that cannot run.
+        ConfigError: A group, option or key is unknown, a type is wrong, or the combination cannot run.
     """
-    overrides = [quoted(override) for override in overrides]
+    overrides = [quote_overrides(override) for override in overrides]
     check_names(overrides)
     register_schema()
     try:
@@ -67,13 +77,13 @@ def compose_run(overrides: Sequence[str]) -> ResolvedRun:
             folder = Path(str(composed.hydra.run.dir))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
-    config, notes = checked(composed)
+    config, notes = check_composed(composed)
     return ResolvedRun(config, list(overrides), folder, notes)
 
 
 @contextmanager
 def _hydra() -> Iterator[None]:
-    """Hydra on conf/ while it lasts; also inside a job of its own sweep, whose state is put back."""
+    """Run Hydra on conf/ inside the context; also inside a job of a sweep, whose state is restored at the end."""
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
         with initialize_config_module("conf", version_base="1.3"):
@@ -83,7 +93,7 @@ def _hydra() -> Iterator[None]:
 
 
 def folder_name(overrides: str) -> str:
-    """A job's overrides as one folder's name: no slashes, and never longer than a file system allows."""
+    """Return a job's overrides as one folder name, without slashes and within the limits of a file system."""
     name = overrides.replace("/", ".")
     if len(name.encode()) <= MAX_NAME_BYTES:
         return name
@@ -91,17 +101,17 @@ def folder_name(overrides: str) -> str:
 
 
 def run_folder(overrides: Sequence[str]) -> Path:
-    """The folder that a run with these overrides has, also where the rest of them cannot be composed."""
-    return Path(str(_own_settings(overrides).run.dir))
+    """Return the folder of a run with these overrides, even if the rest of them cannot be composed."""
+    return Path(str(_hydra_settings(overrides).run.dir))
 
 
 def sweep_folder(overrides: Sequence[str]) -> Path:
-    """The folder that a sweep with these overrides has."""
-    return Path(str(_own_settings(overrides).sweep.dir))
+    """Return the folder of a sweep with these overrides."""
+    return Path(str(_hydra_settings(overrides).sweep.dir))
 
 
-def _own_settings(overrides: Sequence[str]) -> DictConfig:
-    """Hydra's node, with what these overrides say of folders."""
+def _hydra_settings(overrides: Sequence[str]) -> DictConfig:
+    """Return Hydra's own node, with the folders that these overrides give."""
     register_schema()
     own = [override for override in overrides if override.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
     with _hydra():
@@ -109,12 +119,17 @@ def _own_settings(overrides: Sequence[str]) -> DictConfig:
         return settings
 
 
-def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
-    """The dataclasses of what Hydra composed, with the model's defaults filled in and combinations checked; and
-    warnings.
+def check_composed(composed: DictConfig) -> tuple[RunConfig, list[str]]:
+    """Convert what Hydra composed to dataclasses, fill in the model's defaults and check the combination.
+
+    Args:
+        composed: Hydra's configuration, with the schema's types.
+
+    Returns:
+        The configuration and the warnings.
 
     Raises:
-        ConfigError: a wrong type or a combination that cannot run.
+        ConfigError: A type is wrong, or the combination cannot run.
     """
     if OmegaConf.get_type(composed) is not RunConfig:
         raise ConfigError("the configuration is not a RunConfig; keep `- schema` first in conf/config.yaml's defaults")
@@ -125,19 +140,13 @@ def checked(composed: DictConfig) -> tuple[RunConfig, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            _resolve(config)
+            resolve_config(config)
         except (ValueError, OSError) as error:
             raise ConfigError(one_line(error)) from error
     return config, [str(w.message) for w in caught if w.category is UserWarning]
 
 
 def _plain(composed: DictConfig, name: str) -> Any:
-    """One part of what Hydra composed and typed, as its dataclass."""
+    """Return one group of the composed configuration as its dataclass."""
     value = composed[name]
     return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
-
-
-# ---------------------------------------------------------------- names
-
-
-# ---------------------------------------------------------------- combinations

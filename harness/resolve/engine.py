@@ -1,4 +1,4 @@
-"""Whether the chosen engine can run a configuration; asked before a process starts, without torch."""
+"""Whether the chosen engine can run a configuration; checked before a process starts, without torch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import warnings
 
 from harness.config.schema import BlockCacheConfig, RunConfig, Task
 from harness.parallel.mesh import degrees
-from harness.resolve.engines_table import CACHE_DIT, NATIVE, PEERS, SGLANG, peer_attention, refuse_unknown_engine
-from harness.resolve.trained import PUBLISHED_FAMILY
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
+from harness.resolve.engines_table import (
+    BASELINES,
+    CACHE_DIT,
+    NATIVE,
+    SGLANG,
+    baseline_attention,
+    refuse_unknown_engine,
+)
 
 LEARNED = ("learned", "learned_range")
 
 
 def check_engine(config: RunConfig) -> None:
-    """Refuses what the engine cannot run, and warns of what has no effect in it.
+    """Refuse what the engine cannot run, and warn of keys that have no effect in it.
 
     Raises:
-        ValueError: what to change, in one line.
+        ValueError: The engine cannot run this; one line says what to change.
     """
     name = config.engine.name
     refuse_unknown_engine(name)
@@ -28,27 +35,29 @@ def check_engine(config: RunConfig) -> None:
     if config.task.name is Task.train:
         raise ValueError(f"engine={name} has no effect on task=train; drop it")
     architecture = config.model.architecture
-    runs = [key for key, row in PEERS.items() if name != SGLANG or row.sglang is not None]
-    if architecture not in runs:
+    supported = [key for key, row in BASELINES.items() if name != SGLANG or row.sglang is not None]
+    if architecture not in supported:
         raise ValueError(
-            f"engine={name} does not run architecture {architecture}; it runs {', '.join(runs)}: use engine=native"
+            f"engine={name} does not run architecture {architecture}; it runs {', '.join(supported)}: use engine=native"
         )
     if (ranks := math.prod(degrees(config.parallel))) > 1:
         raise ValueError(f"engine={name} runs one rank, the layout has {ranks}; use parallel=single")
-    if config.task.states:
-        raise ValueError(f"task.states reads the state after every step, which engine={name} does not give; drop it")
-    peer_attention(config)
+    if config.task.fidelity_per_step:
+        raise ValueError(
+            f"task.fidelity_per_step reads the state after every step, which engine={name} does not provide; drop it"
+        )
+    baseline_attention(config)
     _check_noise_scheduler(config)
     _check_request(config)
     if name == CACHE_DIT:
         _check_cache(config)
-    if not config.model.text.keep:
-        warnings.warn(f"model.text.keep=false has no effect with engine={name}", stacklevel=2)
+    if not config.model.text.keep_loaded:
+        warnings.warn(f"model.text.keep_loaded=false has no effect with engine={name}", stacklevel=2)
 
 
 def _check_noise_scheduler(config: RunConfig) -> None:
     name, family, solver = config.model.name, config.scheduler.family, config.scheduler.solver
-    fitting = PEERS[config.model.architecture].families
+    fitting = BASELINES[config.model.architecture].families
     if fitting is not None and family not in fitting:
         raise ValueError(
             f"scheduler={family} does not fit diffusers' pipeline of model={name}, which does not scale what it feeds "
@@ -56,7 +65,7 @@ def _check_noise_scheduler(config: RunConfig) -> None:
         )
     if family != PUBLISHED_FAMILY and solver.name == "rk45":
         raise ValueError(
-            "scheduler/solver=rk45 chooses its timesteps by the picture, and diffusers asks for them first; choose "
+            "scheduler/solver=rk45 chooses its timesteps by the image, and diffusers needs them in advance; choose "
             "another solver, or engine=native"
         )
     if family != PUBLISHED_FAMILY and solver.variance in LEARNED:
@@ -75,7 +84,7 @@ def _check_request(config: RunConfig) -> None:
 
 
 def _check_cache(config: RunConfig) -> None:
-    if not PEERS[config.model.architecture].cached:
+    if not BASELINES[config.model.architecture].cacheable:
         raise ValueError(
             f"engine={CACHE_DIT} skips blocks of transformers, and model={config.model.name} has a U-Net; use "
             "engine=diffusers"
@@ -92,10 +101,10 @@ def _check_cache(config: RunConfig) -> None:
 
 
 def refuse_weak_guidance(guidance: float) -> None:
-    """Refuses a scale below 1, at which a pipeline does not guide.
+    """Refuse a guidance scale below 1, at which a pipeline of diffusers does not guide.
 
     Raises:
-        ValueError: what to give instead.
+        ValueError: The scale is below 1; the message says what to give instead.
     """
     if guidance < 1:
         raise ValueError(
@@ -104,13 +113,13 @@ def refuse_weak_guidance(guidance: float) -> None:
 
 
 def refuse_negative_class(negative: str) -> None:
-    """Refuses a negative prompt to DiTPipeline.
+    """Refuse a negative prompt for DiTPipeline.
 
     Raises:
-        ValueError: what to do instead.
+        ValueError: There is a negative prompt; the message says what to do instead.
     """
     if negative:
         raise ValueError(
-            f"request.negative_prompt={negative!r}: diffusers' DiTPipeline moves away from no class; drop it, or use "
+            f"request.negative_prompt={negative!r}: diffusers' DiTPipeline has no negative class; drop it, or use "
             "engine=native"
         )

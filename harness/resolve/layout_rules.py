@@ -1,28 +1,28 @@
-"""Which layouts a network and a request can have, asked before any process starts and without torch."""
+"""Which layouts a network and a request allow; checked before any process starts and without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from harness.config.schema import Decode, ParallelConfig
-from harness.parallel.mesh import REACH
+from harness.parallel.mesh import TEMPORAL_HALO
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a layout has to fit.
+class ModelShape:
+    """The sizes of a network and a request that a layout has to fit.
 
-    Args:
-        model: name, for messages.
-        heads: attention heads of the network; None where tokens and heads cannot be cut (a UNet).
-        depth: its blocks, of its first kind where it has several.
-        tokens: image tokens of the request.
-        rows: of tokens in a frame; the latent has at least as many.
-        frames: of the latent; a picture has one.
-        guidance: of the request.
-        embedded: the network is told its guidance scale and has no negative branch.
-        returns_lse: whether the attention backend returns the log-sum-exp that a ring merges.
-        backend: its name.
+    Attributes:
+        model: The model's name, for messages.
+        heads: Attention heads of the network; None if tokens and heads cannot be sharded (a UNet).
+        depth: Blocks of the network, of the first kind if it has several.
+        tokens: Image tokens of the request.
+        rows: Rows of tokens in a frame; the latent has at least as many rows.
+        frames: Latent frames; 1 for an image.
+        guidance: The request's guidance scale.
+        embedded: Whether the guidance scale is an input of the network, which then has no negative branch.
+        returns_lse: Whether the attention backend returns the log-sum-exp that a ring needs.
+        backend: The attention backend's name.
     """
 
     model: str
@@ -37,92 +37,100 @@ class Facts:
     backend: str
 
 
-def check_layout(layout: ParallelConfig, facts: Facts) -> list[str]:
-    """Refuses a layout that cannot run; what it wastes, in words.
+def check_layout(layout: ParallelConfig, shape: ModelShape) -> list[str]:
+    """Refuse a layout that cannot run.
+
+    Args:
+        layout: The `parallel` group.
+        shape: The model shape that it has to fit.
+
+    Returns:
+        Notes on options without effect and on padding.
 
     Raises:
-        ValueError: the rule, and the nearest layout that keeps it.
+        ValueError: A layout rule is broken; the message has the nearest valid layout.
     """
-    _check_branches(layout, facts)
+    _check_branches(layout, shape)
     _check_stale(layout)
     shared = layout.ring * layout.ulysses
-    _check_shards(layout, facts)
-    _check_frames(layout, facts)
-    if facts.heads is None:
+    _check_shards(layout, shape)
+    _check_frames(layout, shape)
+    if shape.heads is None:
         if layout.tp * shared * layout.pipe > 1:
             raise ValueError(
-                f"model={facts.model} is a UNet, whose convolutions mix tokens: tp, pipe, ring and ulysses cannot cut "
-                f"it; use parallel.dp={layout.tp * layout.pipe * shared * layout.dp}, or parallel.cfg=2"
+                f"model={shape.model} is a UNet, whose convolutions mix tokens: tp, pipe, ring and ulysses cannot "
+                f"shard it; use parallel.dp={layout.tp * layout.pipe * shared * layout.dp}, or parallel.cfg=2"
             )
         return _unused(layout)
-    if facts.heads % layout.tp:
-        near = [n for n in range(1, facts.heads + 1) if facts.heads % n == 0]
+    if shape.heads % layout.tp:
+        near = [n for n in range(1, shape.heads + 1) if shape.heads % n == 0]
         best = min(near, key=lambda n: abs(n - layout.tp))
         raise ValueError(
-            f"parallel.tp={layout.tp} does not divide the {facts.heads} attention heads of model={facts.model}; the "
+            f"parallel.tp={layout.tp} does not divide the {shape.heads} attention heads of model={shape.model}; the "
             f"nearest that does is parallel.tp={best}"
         )
-    heads = facts.heads // layout.tp
+    heads = shape.heads // layout.tp
     if layout.ulysses > heads:
         raise ValueError(
             f"parallel.ulysses={layout.ulysses} is more than the {heads} attention heads a rank has; use "
             f"parallel.ulysses={heads} or fewer, and parallel.ring for the rest"
         )
-    if shared > facts.tokens:
+    if shared > shape.tokens:
         raise ValueError(
-            f"parallel.ring x parallel.ulysses = {shared} ranks for {facts.tokens} image tokens; use {facts.tokens} "
-            "ranks or fewer, or a larger picture"
+            f"parallel.ring x parallel.ulysses = {shared} ranks for {shape.tokens} image tokens; use {shape.tokens} "
+            "ranks or fewer, or a larger image"
         )
-    if merges(layout) and not facts.returns_lse:
+    if needs_lse(layout) and not shape.returns_lse:
         raise ValueError(
-            f"parallel.ring={layout.ring} merges by log-sum-exp, which attention.backend={facts.backend} does not "
+            f"parallel.ring={layout.ring} merges by log-sum-exp, which attention.backend={shape.backend} does not "
             "return; use attention=flash, flex or math"
         )
-    _check_pipe(layout, facts)
-    _check_rows(layout, facts)
-    return _unused(layout) + _waste(layout, facts.tokens, heads)
+    _check_pipe(layout, shape)
+    _check_rows(layout, shape)
+    return _unused(layout) + _waste(layout, shape.tokens, heads)
 
 
-def merges(layout: ParallelConfig) -> bool:
-    """Whether attention merges parts by their log-sum-exp: what a ring passes on, and not what it keeps."""
+def needs_lse(layout: ParallelConfig) -> bool:
+    """Return whether attention merges parts by their log-sum-exp: an exact ring does, a displaced one does not."""
     return layout.ring > 1 and not layout.displaced
 
 
-def keeps(layout: ParallelConfig) -> bool:
-    """Whether something is kept of one evaluation of a picture for the next, which is then approximate."""
+def is_approximate(layout: ParallelConfig) -> bool:
+    """Return whether one evaluation of an image reuses results of the one before, which makes it approximate."""
     return layout.displaced or layout.pipe > 1
 
 
-def _check_branches(layout: ParallelConfig, facts: Facts) -> None:
+def _check_branches(layout: ParallelConfig, shape: ModelShape) -> None:
     if layout.cfg not in (1, 2):
         raise ValueError(f"parallel.cfg={layout.cfg}; guidance has two branches: use 1 or 2")
-    if layout.cfg == 2 and facts.embedded:
+    if layout.cfg == 2 and shape.embedded:
         raise ValueError(
-            f"parallel.cfg=2, but model={facts.model} is told its guidance scale and has one branch; use parallel.cfg=1"
+            f"parallel.cfg=2, but model={shape.model} takes its guidance scale as an input and has one branch; use "
+            "parallel.cfg=1"
         )
-    if layout.cfg == 2 and facts.guidance == 1:
+    if layout.cfg == 2 and shape.guidance == 1:
         raise ValueError(
-            "parallel.cfg=2 needs guidance, and request.guidance=1 is none; ask for another, or use parallel.cfg=1"
+            "parallel.cfg=2 needs guidance, and request.guidance=1 is none; use another scale, or parallel.cfg=1"
         )
 
 
 def _check_stale(layout: ParallelConfig) -> None:
     if layout.warmup < 1:
         raise ValueError(
-            f"parallel.warmup={layout.warmup}; the first evaluation of a picture has none before it to take keys and "
-            "values of: give at least 1"
+            f"parallel.warmup={layout.warmup}; the first evaluation of an image has no earlier one whose keys and "
+            "values it could use: give at least 1"
         )
     if layout.patches is not None and layout.patches < 1:
-        raise ValueError(f"parallel.patches={layout.patches}; give at least 1, or null for as many as ranks")
+        raise ValueError(f"parallel.patches={layout.patches}; give at least 1, or null for as many as there are ranks")
     if layout.displaced and layout.ring == 1:
         raise ValueError(
-            "parallel.displaced=true takes keys and values of parallel.ring's other ranks, which is one rank; use "
+            "parallel.displaced=true uses keys and values of parallel.ring's other ranks, and parallel.ring is 1; use "
             "parallel=displaced2, or displaced=false"
         )
 
 
-def _check_pipe(layout: ParallelConfig, facts: Facts) -> None:
-    """Every rank of a pipeline has a block, every patch a token, and nothing else cuts a block."""
+def _check_pipe(layout: ParallelConfig, shape: ModelShape) -> None:
+    """Check that every rank of a pipeline has a block, every patch a token, and that nothing else shards a block."""
     if layout.pipe == 1:
         return
     if layout.tp * layout.ring * layout.ulysses > 1 or layout.shard_weights:
@@ -130,80 +138,81 @@ def _check_pipe(layout: ParallelConfig, facts: Facts) -> None:
             f"parallel.pipe={layout.pipe} goes with parallel.dp and parallel.cfg alone; leave out tp, ring, ulysses, "
             "displaced and shard_weights, or use parallel.pipe=1"
         )
-    if layout.pipe > facts.depth:
+    if layout.pipe > shape.depth:
         raise ValueError(
-            f"parallel.pipe={layout.pipe} is more than the {facts.depth} blocks of model={facts.model}; use "
-            f"parallel.pipe={facts.depth} or fewer"
+            f"parallel.pipe={layout.pipe} is more than the {shape.depth} blocks of model={shape.model}; use "
+            f"parallel.pipe={shape.depth} or fewer"
         )
-    if (patches := patches_of(layout)) > facts.tokens:
+    if (patches := patches_of(layout)) > shape.tokens:
         raise ValueError(
-            f"parallel.patches={patches} of {facts.tokens} image tokens; use {facts.tokens} or fewer, or a larger "
-            "picture"
+            f"parallel.patches={patches} of {shape.tokens} image tokens; use {shape.tokens} or fewer, or a larger image"
         )
 
 
 def patches_of(layout: ParallelConfig) -> int:
-    """Patches that go through a pipeline."""
+    """Return the number of patches that pass through a pipeline."""
     return layout.pipe if layout.patches is None else layout.patches
 
 
-def _check_shards(layout: ParallelConfig, facts: Facts) -> None:
-    """Weights are dealt over the ranks of a picture that would hold the same ones."""
+def _check_shards(layout: ParallelConfig, shape: ModelShape) -> None:
+    """Check that weights are sharded over the ranks of an image that would hold the same ones."""
     if not layout.shard_weights:
         return
-    if facts.heads is None:
-        raise ValueError(f"parallel.shard_weights=true deals equal blocks, which model={facts.model}, a UNet, has not")
+    if shape.heads is None:
+        raise ValueError(
+            f"parallel.shard_weights=true shards equal blocks, which model={shape.model}, a UNet, does not have"
+        )
     if layout.cfg * layout.ring * layout.ulysses == 1:
         raise ValueError(
-            "parallel.shard_weights=true deals weights over parallel.cfg x ring x ulysses, which is one rank; use "
+            "parallel.shard_weights=true shards weights over parallel.cfg x ring x ulysses, which is one rank; use "
             "parallel=ulysses2 with it, or shard_weights=false"
         )
 
 
-def _check_rows(layout: ParallelConfig, facts: Facts) -> None:
-    """Every rank that computes a picture decodes a band of its rows."""
-    ranks = _of_picture(layout)
-    if layout.decode is Decode.rows and ranks > facts.rows:
+def _check_rows(layout: ParallelConfig, shape: ModelShape) -> None:
+    """Check that every rank of an image has a band of rows to decode."""
+    ranks = _replica_ranks(layout)
+    if layout.decode is Decode.rows and ranks > shape.rows:
         raise ValueError(
-            f"parallel.cfg x tp x pipe x ring x ulysses = {ranks} ranks decode a picture of {facts.rows} rows of "
-            f"tokens; use {facts.rows} ranks or fewer a picture and parallel.dp for the rest, or a higher picture"
+            f"parallel.cfg x tp x pipe x ring x ulysses = {ranks} ranks decode an image of {shape.rows} rows of "
+            f"tokens; use {shape.rows} ranks or fewer per image and parallel.dp for the rest, or a higher image"
         )
 
 
-def _check_frames(layout: ParallelConfig, facts: Facts) -> None:
-    """Or decodes as many latent frames of a video as a convolution over time looks back, or more."""
-    ranks = _of_picture(layout)
+def _check_frames(layout: ParallelConfig, shape: ModelShape) -> None:
+    """Check that every rank has at least as many latent frames to decode as a convolution over time looks back."""
+    ranks = _replica_ranks(layout)
     if layout.decode is Decode.rows or ranks == 1:
         return
-    if facts.frames == 1:
-        raise ValueError("parallel.decode=frames deals a video, and a picture is asked for; use parallel.decode=rows")
-    if facts.frames < REACH * ranks:
+    if shape.frames == 1:
+        raise ValueError("parallel.decode=frames shards a video, and an image is requested; use parallel.decode=rows")
+    if shape.frames < TEMPORAL_HALO * ranks:
         raise ValueError(
-            f"parallel.decode=frames deals {facts.frames} latent frames over parallel.cfg x tp x ring x ulysses = "
-            f"{ranks} ranks, {REACH} or more each; use {facts.frames // REACH} ranks or fewer, a longer video, or "
-            "parallel.decode=rows"
+            f"parallel.decode=frames shards {shape.frames} latent frames over parallel.cfg x tp x ring x ulysses = "
+            f"{ranks} ranks, {TEMPORAL_HALO} or more each; use {shape.frames // TEMPORAL_HALO} ranks or fewer, a "
+            "longer video, or parallel.decode=rows"
         )
 
 
-def _of_picture(layout: ParallelConfig) -> int:
-    """The ranks that compute one picture."""
+def _replica_ranks(layout: ParallelConfig) -> int:
+    """Return the number of ranks that compute one image."""
     return layout.cfg * layout.tp * layout.pipe * layout.ring * layout.ulysses
 
 
 def _unused(layout: ParallelConfig) -> list[str]:
-    """Options without effect, in words."""
+    """Return notes on options without effect."""
     notes = []
-    if layout.warmup > 1 and not keeps(layout):
+    if layout.warmup > 1 and not is_approximate(layout):
         notes.append(f"parallel.warmup={layout.warmup} has no effect: every evaluation is exact")
     if layout.patches is not None and layout.pipe == 1:
         notes.append(f"parallel.patches={layout.patches} has no effect: there is no pipeline")
-    if layout.decode is Decode.frames and _of_picture(layout) == 1:
-        notes.append("parallel.decode=frames has no effect: one rank decodes a picture")
+    if layout.decode is Decode.frames and _replica_ranks(layout) == 1:
+        notes.append("parallel.decode=frames has no effect: one rank decodes an image")
     return notes
 
 
 def _waste(layout: ParallelConfig, tokens: int, heads: int) -> list[str]:
-    """Padding, in words."""
+    """Return notes on padding and idle ranks."""
     shared, notes = layout.ring * layout.ulysses, []
     if (patches := patches_of(layout)) < layout.pipe:
         notes.append(f"{patches} patches in a pipeline of {layout.pipe} ranks: no more than {patches} compute at once")

@@ -1,6 +1,4 @@
-"""Bounds on what one request may ask: the same for the command line, the client and the server, each refusal in one
-line.
-"""
+"""Limits of one request: the same for the command line, the client and the server, each refusal in one line."""
 
 import math
 
@@ -9,23 +7,23 @@ from harness.messages import GenerationRequest
 
 MAX_PROMPT_CHARS = 8_000
 MAX_STEPS = 10_000
-MAX_PICTURES = 4_096
-MAX_SEED = 2**63 - MAX_PICTURES - 1  # picture k has seed + k
+MAX_IMAGES = 4_096
+MAX_SEED = 2**63 - MAX_IMAGES - 1  # image k has seed + k
 
 
 def check_request(request: GenerationRequest) -> None:
-    """Refuses a request that no model could draw.
+    """Refuse a request that no model can fulfil.
 
     Raises:
-        ValueError: the key, its value and what to give instead.
+        ValueError: A value is out of range; the message has the key, its value and what to give instead.
     """
     for prompt in (*request.prompts, request.negative_prompt):
         if len(prompt) > MAX_PROMPT_CHARS:
             raise ValueError(f"a prompt of {len(prompt)} characters; shorten it to {MAX_PROMPT_CHARS} or fewer")
-    pictures = len(request.prompts) * request.samples_per_prompt
-    if not 1 <= pictures <= MAX_PICTURES:
+    images = len(request.prompts) * request.samples_per_prompt
+    if not 1 <= images <= MAX_IMAGES:
         raise ValueError(
-            f"the request asks for {pictures} pictures; prompts x samples_per_prompt must be 1 to {MAX_PICTURES}"
+            f"the request asks for {images} images; prompts x samples_per_prompt must be 1 to {MAX_IMAGES}"
         )
     if request.batch_size < 1:
         raise ValueError(f"request.batch_size={request.batch_size}; give at least 1")
@@ -39,49 +37,54 @@ def check_request(request: GenerationRequest) -> None:
         raise ValueError(f"timeout_s={request.timeout_s}; give more than 0 seconds")
 
 
-def check_served(request: GenerationRequest, serve: ServeConfig) -> None:
-    """Refuses a request that a server does not take, whatever its model can draw.
+def check_server_limits(request: GenerationRequest, serve: ServeConfig) -> None:
+    """Refuse a request that a server does not take, even if its model could fulfil it.
 
     Raises:
-        ValueError: what is asked for, and what is taken.
+        ValueError: The request is too large; the message says what is requested and what is allowed.
     """
-    pictures = len(request.prompts) * request.samples_per_prompt
-    if pictures > serve.max_pictures:
-        raise ValueError(f"the request asks for {pictures} pictures; this server draws {serve.max_pictures} a request")
+    images = len(request.prompts) * request.samples_per_prompt
+    if images > serve.max_images:
+        raise ValueError(f"the request asks for {images} images; this server takes {serve.max_images} per request")
     if request.steps > serve.max_steps:
         raise ValueError(f"the request asks for {request.steps} steps; this server takes {serve.max_steps} at most")
     if (request.count_flops or request.profile) and serve.max_batch > 1:
-        asked = "count_flops counts" if request.count_flops else "profile times"
-        raise ValueError(f"{asked} what a request does alone; set serve.max_batch=1")
+        what = "count_flops counts" if request.count_flops else "profile times"
+        raise ValueError(f"{what} what a request does alone; set serve.max_batch=1")
 
 
 def check_frames(frames: int, multiple: int, largest: int) -> None:
-    """Refuses a number of frames that the VAE cannot make: 1 and a multiple of `multiple`, `largest` at most.
+    """Refuse a number of frames that the VAE cannot make.
+
+    Args:
+        frames: The number of frames requested.
+        multiple: Frames after the first one are a multiple of this.
+        largest: The largest number of frames.
 
     Raises:
-        ValueError: with the nearest number that can be made.
+        ValueError: The number is impossible; the message has the nearest possible one.
     """
     if largest == 1 and frames != 1:
-        raise ValueError(f"request.frames={frames}, but this model draws pictures; drop request.frames")
+        raise ValueError(f"request.frames={frames}, but this model makes images; drop request.frames")
     if frames < 1 or (frames - 1) % multiple or frames > largest:
         near = 1 + min(max(round((frames - 1) / multiple), 0), (largest - 1) // multiple) * multiple
         raise ValueError(
-            f"request.frames={frames}; this model draws 1 + a multiple of {multiple} frames, {largest} at most: the "
+            f"request.frames={frames}; this model makes 1 + a multiple of {multiple} frames, {largest} at most: the "
             f"nearest is {near}"
         )
 
 
 def check_size(height: int, width: int, multiple: int, max_pixels: int) -> None:
-    """Refuses a size that the VAE and the patches cannot make.
+    """Refuse a size that the VAE and the patches cannot make.
 
     Args:
-        height: pixels.
-        width: pixels.
-        multiple: pixels; both sides are multiples of it.
-        max_pixels: largest height * width.
+        height: The height in pixels.
+        width: The width in pixels.
+        multiple: Pixels of which both sides are multiples.
+        max_pixels: The largest height * width.
 
     Raises:
-        ValueError: with the nearest side that can be made.
+        ValueError: The size is impossible; the message has the nearest possible side.
     """
     for name, side in (("height", height), ("width", width)):
         if side < multiple or side % multiple:

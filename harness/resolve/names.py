@@ -1,4 +1,4 @@
-"""Names of groups, options and keys: an unknown one is refused with the nearest that exists."""
+"""Names of groups, options and keys: an unknown one is refused with the nearest name that exists."""
 
 from __future__ import annotations
 
@@ -13,22 +13,38 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from harness.config.schema import ModelConfig, RunConfig, TrainedConfig
+from harness.config.schema import CheckpointDefaults, ModelConfig, RunConfig
 from harness.config.yaml import ConfigError as ConfigError
 from harness.records.provenance import version
-from models.registry import nearest
-from schedulers.families import FAMILIES
+from models.registry import did_you_mean
+from schedulers.compatibility import FAMILIES
 
-PLUGINS = {  # Hydra's own packages: what needs which, and the extra that installs it
+PLUGINS = {  # Hydra's own packages: which option needs which package, and the extra that installs it
     ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),
     ("hydra/launcher", "submitit_slurm"): ("hydra-submitit-launcher", "slurm"),
     ("hydra/launcher", "submitit_local"): ("hydra-submitit-launcher", "slurm"),
     ("hydra/sweeper", "optuna"): ("hydra-optuna-sweeper", "optuna"),
 }
 
+REMOVED = {
+    "a": "compare.a",
+    "b": "compare.b",
+    "runs": "report.runs (task=report) or plan.runs (task=plan)",
+    "task.out": "report.out",
+    "task.bound": "task.max_pixel_error",
+    "task.states": "task.fidelity_per_step",
+    "model.trained": "model.checkpoint_defaults",
+    "model.text.keep": "model.text.keep_loaded",
+    "engine.eager.widen": "engine.eager.upcast",
+    "serve.keep": "serve.max_stored_results",
+    "serve.max_pictures": "serve.max_images",
+    "train.shared": "train.base_model",
+}
+"""Keys that no longer exist, with the keys that took their place."""
+
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line, without Hydra's advice to set variables."""
+    """Return an exception's message on one line, without Hydra's advice to set variables."""
     text = str(error)
     if text.startswith("Could not override 'scheduler/solver'"):
         return (
@@ -38,22 +54,24 @@ def one_line(error: BaseException) -> str:
     if text.startswith("Error merging override") and error.__cause__ is not None:
         text = f"{text.removeprefix('Error merging override ')}: {error.__cause__}"
     lines = [line.strip() for line in text.splitlines()]
-    kept = [
+    useful = [
         line for line in lines if line and not line.startswith(("Set the environment", "object_type", "reference_type"))
     ]
-    return "; ".join(kept) or type(error).__name__
+    return "; ".join(useful) or type(error).__name__
 
 
 def check_names(overrides: Sequence[str], sweep: bool = False) -> None:
-    """Refuses overrides whose group, option or key does not exist, naming the nearest that does.
+    """Refuse overrides whose group, option or key does not exist, and name the nearest one that does.
 
     Args:
-        overrides: as on the command line.
-        sweep: whether a value may be a list of choices, one job each.
+        overrides: Overrides as on the command line.
+        sweep: Whether a value may be a list of choices, each for one job.
 
     Raises:
-        ConfigError: what is unknown, and what was probably meant.
+        ConfigError: A name is unknown; the message says what was probably meant.
     """
+    for text in overrides:
+        _check_removed(text.partition("=")[0].lstrip("+~"))
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
@@ -70,13 +88,20 @@ def check_names(overrides: Sequence[str], sweep: bool = False) -> None:
             )
 
 
+def _check_removed(key: str) -> None:
+    """Refuse a removed key, or a key below one, and name its successor."""
+    for old, new in REMOVED.items():
+        if key == old or key.startswith(f"{old}."):
+            raise ConfigError(f"{key} is now {new}{key.removeprefix(old)}; use that")
+
+
 def _check_name(override: Override) -> None:
     key = override.key_or_group
     if key in ("hydra/launcher", "hydra/sweeper"):
         _check_plugin(key, str(override.value()))
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return
-    groups = _groups()
+    groups = config_groups()
     if key in groups:
         for option in _options(override):
             if option is not None and option not in groups[key]:
@@ -84,7 +109,8 @@ def _check_name(override: Override) -> None:
                     f"{key}={option}: no such option{_hint(option, groups[key])} (there are {', '.join(groups[key])})"
                 )
         return
-    keys = set(_keys(RunConfig(model=ModelConfig(trained={family: TrainedConfig() for family in FAMILIES}))))
+    defaults = {family: CheckpointDefaults() for family in FAMILIES}
+    keys = set(_keys(RunConfig(model=ModelConfig(checkpoint_defaults=defaults))))
     if key not in keys:
         known = keys | set(groups)
         raise ConfigError(f"unknown key {key!r}{_hint(key, known)}")
@@ -101,12 +127,12 @@ def _options(override: Override) -> list[str | None]:
     if override.is_choice_sweep():
         return [str(v) for v in override.sweep_string_iterator()]
     if override.is_sweep_override():
-        return []  # a glob or a range, which Hydra resolves itself
+        return []  # a glob or a range; Hydra resolves it
     return [None if value is None else str(value)]
 
 
-def _groups() -> dict[str, list[str]]:
-    """Every group of conf/, nested ones by path, with the options it has."""
+def config_groups() -> dict[str, list[str]]:
+    """Return every group of conf/ with its options; a nested group is given by its path."""
     root = Path(str(importlib.resources.files("conf")))
     groups: dict[str, list[str]] = {}
     for file in sorted(root.rglob("*.yaml")):
@@ -124,8 +150,8 @@ def _keys(node: Any, prefix: str = "") -> Iterable[str]:
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    names = sorted(known, key=lambda n: (not n.startswith("request."), n.startswith("model.trained."), n))
-    if "." in name and (near := nearest(name, names)):
+    names = sorted(known, key=lambda n: (not n.startswith("request."), n.startswith("model.checkpoint_defaults."), n))
+    if "." in name and (near := did_you_mean(name, names)):
         return near
     leaves = [other.rsplit(".", 1)[-1] for other in names]
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)

@@ -1,4 +1,4 @@
-"""Whether a configuration's network can be optimised, and how it is; decided before a process starts, without torch."""
+"""Whether and how a configuration's network can be optimised; decided before a process starts, without torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from harness.resolve.engines_table import CACHE_DIT, NATIVE, SGLANG
 
 
 def resolve_optimize(config: RunConfig) -> None:
-    """Puts what is done in the place of engine.optimize=auto, and refuses what cannot be done.
+    """Replace engine.optimize=auto by what is done, and refuse what cannot be done.
 
-    auto is the fastest way that was measured: eager wherever it works, for requests of any length, since compile saved
-    no more and has its first call to win back.
+    auto is the fastest mode measured: eager wherever it works, for requests of any length. compile saved no more time
+    and first has to make up for its slow first call.
+
+    Args:
+        config: The configuration, changed in place.
 
     Raises:
-        ValueError: what to change, in one line.
+        ValueError: The mode cannot run; one line says what to change.
     """
     engine = config.engine
     if engine.optimize is Optimize.auto:
@@ -32,7 +35,7 @@ def resolve_optimize(config: RunConfig) -> None:
         raise ValueError(f"{how} {refusal}")
     if engine.name == NATIVE and engine.compile.cuda_graphs:
         raise ValueError(
-            "engine.compile.cuda_graphs=true is of engine=diffusers; the native network is in CUDA graphs with "
+            "engine.compile.cuda_graphs=true is for engine=diffusers; the native network uses CUDA graphs with "
             "engine.eager.cuda_graphs=true, the default; drop it"
         )
     if engine.optimize is not Optimize.none and engine.name != NATIVE and engine.eager != EagerConfig():
@@ -40,7 +43,7 @@ def resolve_optimize(config: RunConfig) -> None:
 
 
 def _refusal(config: RunConfig) -> str | None:
-    """Why what engine.optimize names cannot be done, and what to change."""
+    """Return why the mode in engine.optimize cannot run and what to change, or None if it can."""
     engine = config.engine
     if engine.optimize is Optimize.none:
         return None
@@ -48,12 +51,12 @@ def _refusal(config: RunConfig) -> str | None:
         return "has no effect on task=train; drop it"
     if engine.name == NATIVE and config.parallel.shard_weights:
         return (
-            "uses a block's weights apart from the block, and parallel.shard_weights=true deals them; use "
+            "uses a block's weights outside the block, and parallel.shard_weights=true shards them; use "
             "engine.optimize=none, or drop parallel.shard_weights"
         )
     if config.parallel.pipe > 1:
         return (
-            f"computes for all blocks at once, and parallel.pipe={config.parallel.pipe} deals them; use "
+            f"computes for all blocks at once, and parallel.pipe={config.parallel.pipe} shards them; use "
             "engine.optimize=none, or drop parallel.pipe"
         )
     if engine.name in (CACHE_DIT, SGLANG) or (engine.name != NATIVE and engine.optimize is Optimize.eager):

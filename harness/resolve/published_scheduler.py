@@ -10,23 +10,35 @@ from models.files import CheckpointError, read_json
 
 
 def scheduler_file(folder: Path) -> Path:
-    """Where a checkpoint in the diffusers layout states its noise scheduler; at the top, where it has one folder."""
+    """Return the file in which a checkpoint in the diffusers layout states its noise scheduler.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Returns:
+        The file in `scheduler/`, or at the top if the checkpoint consists of one folder.
+    """
     file, top = folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"
     return top if top.is_file() and not file.is_file() else file
 
 
-def check_published(asked: SchedulerConfig, folder: Path) -> None:
-    """Refuses a checkpoint that states no noise scheduler, and keys that would have no effect beside it.
+def check_published_scheduler(config: SchedulerConfig, folder: Path) -> None:
+    """Refuse a checkpoint without a noise scheduler, and keys that would have no effect beside it.
+
+    Args:
+        config: The `scheduler` group.
+        folder: The checkpoint's folder.
 
     Raises:
-        ValueError: what to change, in one line.
+        CheckpointError: The checkpoint states no noise scheduler.
+        ValueError: A key has no effect; one line says what to change.
     """
     file = scheduler_file(folder)
     if not file.is_file():
         raise CheckpointError(f"{file}: not there; choose scheduler=rectified_flow, ddpm or sgm")
     read_json(file)
     plain = SchedulerConfig()
-    given = [f.name for f in fields(asked) if f.name != "family" and getattr(asked, f.name) != getattr(plain, f.name)]
+    given = [f.name for f in fields(config) if f.name != "family" and getattr(config, f.name) != getattr(plain, f.name)]
     if given:
         raise ValueError(
             f"scheduler.{given[0]} has no effect beside the checkpoint's own noise scheduler ({file.name}); choose "

@@ -8,14 +8,26 @@ from harness.config.schema import RequestConfig
 from harness.messages import GenerationRequest
 
 
-def to_message(asked: RequestConfig) -> GenerationRequest:
-    """A resolved `request` group as the message that the engine takes.
+def to_message(request: RequestConfig) -> GenerationRequest:
+    """Convert a resolved `request` group to the message that an engine takes.
+
+    Args:
+        request: The `request` group, resolved against a model.
+
+    Returns:
+        The request with an id of its own.
 
     Raises:
-        ValueError: a group that was not resolved against a model.
+        ValueError: The group was not resolved against a model.
     """
-    prompts, steps, guidance, height, width = asked.prompts, asked.steps, asked.guidance, asked.height, asked.width
-    negative, frames = asked.negative_prompt, asked.frames
+    prompts, steps, guidance, height, width = (
+        request.prompts,
+        request.steps,
+        request.guidance,
+        request.height,
+        request.width,
+    )
+    negative, frames = request.negative_prompt, request.frames
     if prompts is None or steps is None or guidance is None or height is None or width is None:
         raise ValueError("the request was not resolved; compose it with harness.resolve.compose.compose_run")
     if negative is None or frames is None:
@@ -28,8 +40,8 @@ def to_message(asked: RequestConfig) -> GenerationRequest:
         height=height,
         width=width,
         negative_prompt=negative,
-        seed=asked.seed,
-        samples_per_prompt=asked.samples_per_prompt,
-        batch_size=asked.batch_size,
+        seed=request.seed,
+        samples_per_prompt=request.samples_per_prompt,
+        batch_size=request.batch_size,
         frames=frames,
     )

@@ -1,4 +1,4 @@
-"""What is left out is filled in from the model, and combinations that cannot run are refused."""
+"""The rules of a configuration: the model fills null keys, and combinations that cannot run are refused."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from harness.config.cache import NONE as NO_CACHE
 from harness.config.cache import check_cache
 from harness.config.optimize import Optimize
 from harness.config.plan import check_plan
-from harness.config.schema import LaunchMode, Load, ParallelConfig, RunConfig, Task, TrainedConfig
+from harness.config.schema import CheckpointDefaults, LaunchMode, Load, ParallelConfig, RunConfig, Task
 from harness.config.serve import check_load, check_serve
 from harness.metrics import pretrained
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.records.media import ffmpeg
-from harness.resolve.checkpoint import check_place, locate
-from harness.resolve.comparison import check_sides
+from harness.resolve.checkpoint import check_checkpoint, locate
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, denoiser_defaults
+from harness.resolve.comparison import check_comparison
 from harness.resolve.engine import check_engine
 from harness.resolve.engines_table import NATIVE
-from harness.resolve.layout import layout_facts
-from harness.resolve.layout_rules import check_layout, keeps
-from harness.resolve.limits import check_frames, check_request, check_served, check_size
+from harness.resolve.layout import model_shape
+from harness.resolve.layout_rules import check_layout, is_approximate
+from harness.resolve.limits import check_frames, check_request, check_server_limits, check_size
 from harness.resolve.optimize import resolve_optimize
-from harness.resolve.published_scheduler import check_published
+from harness.resolve.published_scheduler import check_published_scheduler
 from harness.resolve.quantize import check_quantize
 from harness.resolve.request import to_message
 from harness.resolve.scheduler import noise_scheduler_settings
-from harness.resolve.trained import PUBLISHED_FAMILY, fill_facts, trained_denoiser
-from models.registry import ARCHITECTURES, nearest, resolve_backend
-from schedulers.families import resolve as resolve_settings
+from models.registry import ARCHITECTURES, did_you_mean, resolve_backend
+from schedulers.compatibility import resolve as resolve_settings
 
 MAX_COLLECTIVE_S = 86_400
 
 
-def _resolve(config: RunConfig) -> None:
-    """Fills what is null from the model, and refuses what cannot run."""
-    check_sides(config)
+def resolve_config(config: RunConfig) -> None:
+    """Fill null keys from the model, in place, and refuse what cannot run."""
+    check_comparison(config)
     _check_report(config)
     if config.task.name is Task.report:
-        return  # draws nothing, so nothing of what is drawn has to fit
+        return  # generates nothing, so the rest is not checked
     if config.task.name is Task.plan:
-        config.model.load = Load.dummy  # shapes are all that is asked of a network
-        check_plan(config.plan, config.hardware, config.runs)
+        config.model.load = Load.dummy  # a plan uses only the shapes of a network
+        check_plan(config.plan, config.hardware)
         if config.parallel != ParallelConfig():
             warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
     _resolve_request(config)
@@ -56,16 +56,18 @@ def _resolve(config: RunConfig) -> None:
     _check_cache(config)
     check_quantize(config)
     if config.task.name in (Task.serve, Task.load):
-        whole = config.model.offload or keeps(config.parallel)
+        whole = config.model.offload or is_approximate(config.parallel)
         check_serve(config.serve, config.engine.name == NATIVE and not whole)
         check_load(config.load)
     if config.task.name is Task.load:
-        _check_drawn(config)
+        _check_load_requests(config)
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
-    if config.task.bound is not None and not config.task.fidelity:
-        raise ValueError(f"task.bound={config.task.bound} bounds a measured error; add task.fidelity=true")
+    if config.task.max_pixel_error is not None and not config.task.fidelity:
+        raise ValueError(
+            f"task.max_pixel_error={config.task.max_pixel_error} limits a measured error; add task.fidelity=true"
+        )
     _check_reference(config)
     if config.launch.reuse < 0:
         raise ValueError(f"launch.reuse={config.launch.reuse}; give at least 0, which starts fresh ranks for every job")
@@ -73,12 +75,14 @@ def _resolve(config: RunConfig) -> None:
 
 def _check_report(config: RunConfig) -> None:
     if config.task.name is Task.report:
-        if config.runs is None:
-            raise ValueError("task=report needs a folder of runs; add runs=DIR, such as runs=sweeps")
-    elif config.task.out is not None:
-        raise ValueError("task.out has an effect with task=report only; add it, or drop it")
-    elif config.runs is not None and config.task.name is not Task.plan:
-        raise ValueError("runs has an effect with task=report and task=plan only; add one, or drop it")
+        if config.report.runs is None:
+            raise ValueError("task=report needs a folder of runs; add report.runs=DIR, such as report.runs=sweeps")
+    else:
+        for key in ("runs", "out"):
+            if getattr(config.report, key) is not None:
+                raise ValueError(f"report.{key} has an effect with task=report only; add it, or drop report.{key}")
+    if config.plan.runs is not None and config.task.name is not Task.plan:
+        raise ValueError("plan.runs has an effect with task=plan only; add it, or drop plan.runs")
 
 
 def _resolve_request(config: RunConfig) -> None:
@@ -89,7 +93,7 @@ def _resolve_request(config: RunConfig) -> None:
         request.prompts, request.prompt = [request.prompt], None
     if request.prompts is None:
         request.prompts = list(model.examples)
-    own = model.trained.get(config.scheduler.family, TrainedConfig())
+    own = model.checkpoint_defaults.get(config.scheduler.family, CheckpointDefaults())
     steps = model.steps if own.steps is None else own.steps
     guidance = model.guidance if own.guidance is None else own.guidance
     request.steps = steps if request.steps is None else request.steps
@@ -105,13 +109,13 @@ def _resolve_request(config: RunConfig) -> None:
         ffmpeg()
 
 
-def _check_drawn(config: RunConfig) -> None:
-    """Refuses a load of which a request cannot be drawn, or that nobody takes."""
+def _check_load_requests(config: RunConfig) -> None:
+    """Refuse a load with a request that is impossible or that the server does not take."""
     message = to_message(config.request)
     for steps in config.load.steps or [message.steps]:
-        asked = msgspec.structs.replace(message, prompts=message.prompts[:1], steps=steps)
-        check_request(asked)
-        check_served(asked, config.serve)
+        sampled = msgspec.structs.replace(message, prompts=message.prompts[:1], steps=steps)
+        check_request(sampled)
+        check_server_limits(sampled, config.serve)
     for side in config.load.sizes:
         check_size(side, side, config.model.size_multiple, config.model.max_pixels)
     if config.launch.mode is LaunchMode.inprocess:
@@ -119,33 +123,46 @@ def _check_drawn(config: RunConfig) -> None:
 
 
 def _check_model(config: RunConfig) -> Path | None:
-    """Refuses a checkpoint that cannot run; the folder of its denoiser's config.json, None where none is read."""
+    """Refuse a checkpoint that cannot run.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The folder of the denoiser's config.json, or None if none is read.
+
+    Raises:
+        ValueError: A key of the model has a wrong value.
+        CheckpointError: The checkpoint is missing, foreign or incomplete.
+    """
     model = config.model
     if model.architecture not in ARCHITECTURES:
         raise ValueError(
-            f"model.architecture={model.architecture} is unknown{nearest(model.architecture, ARCHITECTURES)}"
+            f"model.architecture={model.architecture} is unknown{did_you_mean(model.architecture, ARCHITECTURES)}"
         )
     if config.task.name is Task.train:
         return None
-    denoiser = trained_denoiser(config).weights
-    fill_facts(config)
-    place = locate(model, denoiser, fetch=True)
-    check_place(model, place, denoiser)
+    denoiser = denoiser_defaults(config).weights
+    apply_training_facts(config)
+    layout = locate(model, denoiser, fetch=True)
+    check_checkpoint(model, layout, denoiser)
     if config.scheduler.family == PUBLISHED_FAMILY:
-        check_published(config.scheduler, place.folder)
+        check_published_scheduler(config.scheduler, layout.folder)
     for name in ("size_multiple", "max_pixels", "frame_multiple", "max_frames", "fps"):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name}={getattr(model, name)}; give at least 1")
     if model.text.cache_mib is not None and model.text.cache_mib < 0:
-        raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which keeps none")
-    if model.offload and not (model.text.keep and config.engine.name == NATIVE and not config.parallel.shard_weights):
+        raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which disables the cache")
+    if model.offload and not (
+        model.text.keep_loaded and config.engine.name == NATIVE and not config.parallel.shard_weights
+    ):
         raise ValueError(
-            "model.offload=true keeps every network in CPU memory; leave out model.text.keep=false, "
+            "model.offload=true keeps every network in CPU memory; leave out model.text.keep_loaded=false, "
             "parallel.shard_weights=true and engine=diffusers"
         )
     if model.text.tokens < 1:
         raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
-    return place.config_folder(denoiser)
+    return layout.config_folder(denoiser)
 
 
 def _check_cache(config: RunConfig) -> None:
@@ -155,18 +172,18 @@ def _check_cache(config: RunConfig) -> None:
         return
     if config.engine.name != NATIVE:
         raise ValueError(
-            f"cache={config.cache.name} is of the native engine; leave out engine={config.engine.name}, or use "
+            f"cache={config.cache.name} works only in the native engine; leave out engine={config.engine.name}, or use "
             "engine=cache_dit with cache=none"
         )
     if config.cache.name == "teacache" and config.engine.optimize is Optimize.compile:
         raise ValueError(
-            "cache=teacache looks into a block, which engine.optimize=compile makes a graph of; use cache=first_block "
-            "or engine.optimize=eager"
+            "cache=teacache looks into a block, which engine.optimize=compile turns into a graph; use "
+            "cache=first_block or engine.optimize=eager"
         )
-    if keeps(config.parallel):
+    if is_approximate(config.parallel):
         raise ValueError(
-            f"cache={config.cache.name} leaves out what this layout keeps from each evaluation for the next, keys and "
-            "values; leave out parallel.displaced and parallel.pipe, or use cache=none"
+            f"cache={config.cache.name} skips evaluations whose keys and values this layout reuses in the next one; "
+            "leave out parallel.displaced and parallel.pipe, or use cache=none"
         )
     if config.task.name in (Task.plan, Task.train):
         warnings.warn(f"cache has no effect with task={config.task.name.name}", stacklevel=2)
@@ -177,9 +194,11 @@ def _check_reference(config: RunConfig) -> None:
     if steps is None:
         return
     if not config.task.fidelity:
-        raise ValueError(f"task.reference_steps={steps} is of a measured error; add task.fidelity=true")
-    if config.task.states and steps != config.request.steps:
-        raise ValueError("task.states compares step by step, and task.reference_steps is another number; drop one")
+        raise ValueError(f"task.reference_steps={steps} belongs to a measured error; add task.fidelity=true")
+    if config.task.fidelity_per_step and steps != config.request.steps:
+        raise ValueError(
+            "task.fidelity_per_step compares step by step, and task.reference_steps is another number; drop one"
+        )
     check_request(msgspec.structs.replace(to_message(config.request), steps=steps))
 
 
@@ -191,7 +210,7 @@ def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
     if config.launch.mode is LaunchMode.inprocess and ranks > 1:
         raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
     if denoiser is not None:
-        for note in check_layout(config.parallel, layout_facts(config, denoiser)):
+        for note in check_layout(config.parallel, model_shape(config, denoiser)):
             warnings.warn(note, stacklevel=2)
     threads = config.launch.threads_per_rank
     if threads is not None and threads < 1:

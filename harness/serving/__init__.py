@@ -1,1 +1,1 @@
-"""Serving: the transport, the request scheduler of rank 0, the worker of every rank, and how they are built."""
+"""Serving: transport, request queue and policies, request schedulers of rank 0, and the worker of every rank."""

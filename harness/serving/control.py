@@ -12,31 +12,31 @@ import zmq
 from harness.messages import Cancel, EngineInfo, MessageError, Ping, Shutdown, decode, encode
 from harness.serving.transport import Addresses, rejection, reply, router
 
-WAKE = "inproc://wake"
-MAX_CANCELLED = 10_000  # ids of requests that never come would pile up otherwise
+SHUTDOWN_ADDRESS = "inproc://wake"
+MAX_CANCELLED = 10_000  # a limit, since ids of requests that never arrive would pile up
 log = logging.getLogger(__name__)
 
 
-def listener(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    """Where the main thread hears that the engine shall end."""
-    wake = context.socket(zmq.PULL)
-    wake.bind(WAKE)
-    return wake
+def shutdown_listener(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """Return the PULL socket on which the main thread receives the control thread's shutdown message."""
+    shutdown_socket = context.socket(zmq.PULL)
+    shutdown_socket.bind(SHUTDOWN_ADDRESS)
+    return shutdown_socket
 
 
 class ControlThread:
-    """Answers on the control address until the engine ends. State is written by the main thread, read by this one.
+    """A thread that answers on the control address until the engine ends. The main thread writes its state.
 
     Args:
-        context: the engine's ZeroMQ context; `shutdown` reaches the main thread as a message on WAKE.
-        addresses: where to listen.
-        info: what a ping is answered with first.
+        context: the engine's ZeroMQ context; `shutdown` reaches the main thread as a message on SHUTDOWN_ADDRESS.
+        addresses: the engine's addresses.
+        info: the first answer to a ping.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], addresses: Addresses, info: EngineInfo) -> None:
         self._context = context
         self._info = info
-        self._counted: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._read_counter: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._cancelled: set[str] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -45,38 +45,38 @@ class ControlThread:
         self._thread.start()
 
     def set_info(self, info: EngineInfo) -> None:
-        """What the next ping is answered with."""
+        """Set the answer to the next ping."""
         with self._lock:
             self._info = info
 
     def update(self, state: str, queued: int, served: int, running: int = 0) -> None:
-        """Changes what a ping is answered with."""
+        """Update the state and the counts of requests in the answer to a ping."""
         with self._lock:
             self._info = msgspec.structs.replace(self._info, state=state, queued=queued, served=served, running=running)
 
-    def watch(self, counted: Callable[[], tuple[int, int]]) -> None:
-        """Where a ping finds the evaluations and their rows so far."""
+    def set_counter(self, read_counter: Callable[[], tuple[int, int]]) -> None:
+        """Set the function from which a ping reads the evaluations and rows so far."""
         with self._lock:
-            self._counted = counted
+            self._read_counter = read_counter
 
     def is_cancelled(self, request_id: str) -> bool:
-        """Whether a client has cancelled this request."""
+        """Return whether a client has cancelled this request."""
         with self._lock:
             return request_id in self._cancelled
 
     def forget(self, request_id: str) -> None:
-        """Drops what is remembered of an answered request."""
+        """Drop the cancellation of an answered request."""
         with self._lock:
             self._cancelled.discard(request_id)
 
     def close(self) -> None:
-        """Stops the thread."""
+        """Stop the thread."""
         self._stop.set()
         self._thread.join(timeout=2)
 
     def _run(self) -> None:
-        wake = self._context.socket(zmq.PUSH)
-        wake.connect(WAKE)
+        shutdown_socket = self._context.socket(zmq.PUSH)
+        shutdown_socket.connect(SHUTDOWN_ADDRESS)
         while not self._stop.is_set():
             if not self._socket.poll(100):
                 continue
@@ -89,7 +89,7 @@ class ControlThread:
                 continue
             if isinstance(message, Ping):
                 with self._lock:
-                    evaluations, rows = self._counted()
+                    evaluations, rows = self._read_counter()
                     info = msgspec.structs.replace(self._info, evaluations=evaluations, rows=rows)
                 reply(self._socket, client, encode(info))
             elif isinstance(message, Cancel):
@@ -97,6 +97,6 @@ class ControlThread:
                     if len(self._cancelled) < MAX_CANCELLED:
                         self._cancelled.add(message.request_id)
             elif isinstance(message, Shutdown):
-                wake.send(b"shutdown")
-        wake.close(linger=0)
+                shutdown_socket.send(b"shutdown")
+        shutdown_socket.close(linger=0)
         self._socket.close(linger=500)

@@ -1,27 +1,27 @@
-"""What kind of failure an exception is, and the one line that says so."""
+"""Classifying exceptions: the kind of failure, and the one line that reports it."""
 
 from __future__ import annotations
 
 import re
 
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # c10/core/CPUAllocator; a RuntimeError, unlike CUDA's
-TIMED_OUT = re.compile(r"Timed out waiting (\d+)ms")  # gloo's words, of a collective
+TIMED_OUT = re.compile(r"Timed out waiting (\d+)ms")  # gloo's message about a collective
 PEER_LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
     "gloo/transport",
-)  # gloo's words, also RuntimeErrors
+)  # gloo's messages, also RuntimeErrors
 
 
 def failure_kind(error: BaseException) -> str:
-    """oom, unsupported or failed."""
+    """Return the kind of failure: oom, unsupported or failed."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in str(error):
         return "oom"
     return "unsupported" if isinstance(error, NotImplementedError) else "failed"
 
 
 def failure_line(error: BaseException) -> str:
-    """The first line of the message; the type before it where the message was not written for a user."""
+    """Return the first line of an error's message, after its type's name unless the message was written for users."""
     line = (str(error).splitlines() or [""])[0]
     if waited := TIMED_OUT.search(str(error)):
         return (
@@ -34,5 +34,5 @@ def failure_line(error: BaseException) -> str:
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether a rank failed only because another one went first, not because it waited in vain for one."""
+    """Return whether a rank failed only because another rank died first, not because it waited in vain for one."""
     return not TIMED_OUT.search(str(error)) and any(words in str(error) for words in PEER_LOST)

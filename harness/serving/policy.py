@@ -1,4 +1,4 @@
-"""Which waiting request is next: a key to sort by, for each policy."""
+"""The order of waiting requests: a sort key for each policy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from harness.messages import GenerationRequest
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """A request and the client that waits for it; times are of time.monotonic(), `deadline` may be infinite."""
+class TrackedRequest:
+    """A request and the client that waits for it; times are time.monotonic(), and `deadline` may be infinite."""
 
     client: bytes
     request: GenerationRequest
@@ -20,21 +20,21 @@ class Accepted:
     deadline: float
 
 
-Key: TypeAlias = Callable[[Accepted], float]
+SortKey: TypeAlias = Callable[[TrackedRequest], float]
 
 
-def work(request: GenerationRequest) -> float:
-    """What a request costs, up to a factor of the model: pixels times evaluations, a guided one counted twice."""
-    pictures = len(request.prompts) * request.samples_per_prompt
+def estimated_work(request: GenerationRequest) -> float:
+    """Return what a request costs up to a factor of the model: pixels times evaluations, guided ones counted twice."""
+    samples = len(request.prompts) * request.samples_per_prompt
     branches = 1 if request.guidance == 1 else 2
-    return request.steps * branches * pictures * request.frames * request.height * request.width
+    return request.steps * branches * samples * request.frames * request.height * request.width
 
 
-def key_of(policy: Policy) -> Key:
-    """The lowest is next; among equals the first that came (sorting keeps their order)."""
-    keys: dict[Policy, Key] = {
-        Policy.fifo: lambda accepted: accepted.arrived,
-        Policy.shortest: lambda accepted: work(accepted.request),
-        Policy.deadline: lambda accepted: accepted.deadline,
+def sort_key(policy: Policy) -> SortKey:
+    """Return a policy's sort key: the lowest is next; among equals the first to arrive, since sorting is stable."""
+    keys: dict[Policy, SortKey] = {
+        Policy.fifo: lambda tracked: tracked.arrived,
+        Policy.shortest: lambda tracked: estimated_work(tracked.request),
+        Policy.deadline: lambda tracked: tracked.deadline,
     }
     return keys[policy]

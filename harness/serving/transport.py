@@ -1,5 +1,4 @@
-"""Sockets: a ROUTER on rank 0, DEALERs at the clients, over private ipc:// addresses; frames as harness.messages lays
-them out.
+"""Sockets: a ROUTER on rank 0, DEALERs at the clients, over private ipc:// addresses; frames as in harness.messages.
 
 An engine has two addresses: requests (which queue while work runs) and control (answered at once, by a thread of its
 own).
@@ -22,39 +21,41 @@ import zmq
 from harness.messages import Cancel, EngineInfo, Failure, Message, MessageError, Ping, Shutdown, decode, encode
 
 MAX_FRAME_BYTES = 1 << 31
-DealerT = TypeVar("DealerT", bound=zmq.Socket[Any])  # a thread's, or asyncio's
-MAX_WAITING = 1000
+DealerT = TypeVar("DealerT", bound=zmq.Socket[Any])  # a thread's socket or asyncio's
+MAX_QUEUED = 1000
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where an engine listens."""
+    """The addresses of one engine, in a folder of sockets."""
 
     folder: Path
 
     @property
     def requests(self) -> str:
-        """ROUTER for GenerationRequests."""
+        """The ROUTER for GenerationRequests."""
         return f"ipc://{self.folder}/requests"
 
     @property
     def control(self) -> str:
-        """ROUTER for Ping, Cancel and Shutdown."""
+        """The ROUTER for Ping, Cancel and Shutdown."""
         return f"ipc://{self.folder}/control"
 
     @classmethod
     def private(cls) -> Addresses:
-        """Addresses in a new folder that only this user can enter (mode 0700)."""
+        """Return addresses in a new folder that only this user can enter (mode 0700)."""
         return cls(Path(tempfile.mkdtemp(prefix="triptych-")))
 
     def remove(self) -> None:
-        """Removes the folder and its sockets."""
+        """Remove the folder and its sockets."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
-    """A bound ROUTER, which says when it cannot reach a client (EHOSTUNREACH), and keeps any number of messages for one
-    that does not read. Frames larger than 2 GiB are dropped by the socket with their sender.
+    """Return a bound ROUTER.
+
+    It raises EHOSTUNREACH for a client that it cannot reach, and queues any number of messages for a slow client. A
+    client that sends a frame larger than 2 GiB is disconnected.
     """
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -66,7 +67,7 @@ def router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[
 
 
 def reply(socket: zmq.Socket[bytes], client: bytes, frames: list[bytes]) -> bool:
-    """Sends a client of a ROUTER its answer; whether the client is still there."""
+    """Send an answer to a client of a ROUTER, and return whether the client is still connected."""
     try:
         socket.send_multipart([client, *frames])
     except zmq.ZMQError as error:
@@ -76,12 +77,16 @@ def reply(socket: zmq.Socket[bytes], client: bytes, frames: list[bytes]) -> bool
     return True
 
 
-def dealer(context: zmq.Context[DealerT], address: str, waiting: int = MAX_WAITING) -> DealerT:
-    """A connected DEALER; messages sent before the engine listens wait for it: at most `waiting`, and any number if
-    that is 0, so that sending never waits.
+def dealer(context: zmq.Context[DealerT], address: str, max_queued: int = MAX_QUEUED) -> DealerT:
+    """Return a connected DEALER; messages sent before the engine listens wait in its queue.
+
+    Args:
+        context: the ZeroMQ context.
+        address: the engine's address.
+        max_queued: the largest number of queued messages; 0 for no limit, so that sending never waits.
     """
     socket = context.socket(zmq.DEALER)
-    socket.set_hwm(waiting)
+    socket.set_hwm(max_queued)
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(address)
     return socket
@@ -99,8 +104,8 @@ class Connection:
     """A client's two sockets to one engine.
 
     Args:
-        addresses: the engine's.
-        check_alive: raises EngineGone with the reason once the engine is known to be dead; asked between polls.
+        addresses: the engine's addresses.
+        check_alive: a function called between polls that raises EngineGone with the reason if the engine is dead.
     """
 
     POLL_MS = 200
@@ -113,11 +118,11 @@ class Connection:
         self._check_alive = check_alive
 
     def send(self, message: Message) -> None:
-        """Queues a message on the request socket."""
+        """Queue a message on the request socket."""
         self._request_socket().send_multipart(encode(message))
 
     def receive(self) -> tuple[Message, list[bytes]]:
-        """The next message of the request socket, with its frames.
+        """Return the next message of the request socket, with its frames.
 
         Raises:
             EngineGone: the engine died first.
@@ -129,8 +134,10 @@ class Connection:
         return decode(frames), frames
 
     def receive_within(self, timeout_s: float) -> Message | None:
-        """The next message of the request socket, without its arrays; None where none comes within that time, or within
-        a poll's, whichever is shorter.
+        """Return the next message of the request socket without its arrays, or None if none arrives in time.
+
+        Args:
+            timeout_s: the time limit in seconds; one poll of POLL_MS is the longest wait.
 
         Raises:
             EngineGone: the engine died first.
@@ -142,9 +149,9 @@ class Connection:
         return None
 
     def ping(self, timeout_s: float = 1.0) -> EngineInfo | None:
-        """How the engine is, or None when it does not answer in time."""
+        """Return the engine's state, or None if it does not answer in time."""
         self._drain()
-        with suppress(zmq.Again):  # the queue is full of pings that nobody has answered yet
+        with suppress(zmq.Again):  # the queue is full of unanswered pings
             self._control.send_multipart(encode(Ping()), zmq.NOBLOCK)
         deadline = time.monotonic() + timeout_s
         while self._control.poll(max(0, int((deadline - time.monotonic()) * 1000))):
@@ -156,14 +163,17 @@ class Connection:
     def wait_ready(
         self, timeout_s: float, on_wait: Callable[[EngineInfo | None], None] = lambda info: None
     ) -> EngineInfo:
-        """Returns once every rank has loaded.
+        """Wait until every rank has loaded.
 
         Args:
-            timeout_s: at most.
-            on_wait: told what the engine answers while it loads.
+            timeout_s: the time limit in seconds.
+            on_wait: a callback that receives the engine's state while it loads.
+
+        Returns:
+            The engine's state.
 
         Raises:
-            EngineGone: it died, or was not ready in time.
+            EngineGone: the engine died, or was not ready in time.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -179,24 +189,27 @@ class Connection:
         )
 
     def cancel(self, request_id: str) -> None:
-        """Asks the engine to stop a request; its answer is then a Failure of kind cancelled."""
+        """Ask the engine to stop a request; its answer is then a Failure of kind cancelled."""
         self._control.send_multipart(encode(Cancel(request_id)))
 
     def shutdown(self) -> None:
-        """Asks the engine to end in order."""
+        """Ask the engine to end in order."""
         self._control.send_multipart(encode(Shutdown()))
 
     def close(self) -> None:
-        """Closes both sockets; what was not sent within half a second is dropped."""
+        """Close both sockets; control messages that were not sent within half a second are dropped."""
         if self._requests is not None:
             self._requests.close(linger=0)
         self._control.close(linger=500)
         self._context.term()
 
     def _request_socket(self) -> zmq.Socket[bytes]:
-        """Connected when first used: a socket that connects before the engine listens retries only every 100 ms."""
+        """Return the request socket, connected at its first use.
+
+        A socket that connects before the engine listens retries only every 100 ms.
+        """
         if self._requests is None:
-            self._requests = dealer(self._context, self._addresses.requests, waiting=0)
+            self._requests = dealer(self._context, self._addresses.requests, max_queued=0)
         return self._requests
 
     def _drain(self) -> None:
@@ -205,5 +218,5 @@ class Connection:
 
 
 def rejection(error: MessageError) -> Failure:
-    """The answer to frames that are no message."""
+    """Return the answer to frames that are no message."""
     return Failure("", "rejected", str(error))

@@ -1,4 +1,4 @@
-"""The worker of one rank: a request in, this rank's pictures and report out."""
+"""The worker of one rank: takes a request, returns this rank's samples and report."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from harness.device.clock import Clock
 from harness.device.cuda import synchronizer
-from harness.device.energy import Energy, NoEnergy
-from harness.device.memory import Memory
+from harness.device.energy import EnergyMeter, NoEnergy
+from harness.device.memory import MemoryMeter
 from harness.messages import (
     Array,
     ArrayRef,
@@ -26,22 +26,22 @@ from harness.messages import (
     SampleResult,
     encode,
 )
-from harness.parallel.connect import Axes, one_rank
-from harness.parallel.mesh import Place
+from harness.parallel.mesh import RankPosition
+from harness.parallel.process_groups import ProcessGroups, single_rank_groups
 from harness.pipeline.composed import ComposedPipeline
-from harness.pipeline.interleave import Course
 from harness.pipeline.state import (
+    CacheStates,
     Cancelled,
     Evaluate,
     OnProgress,
-    Owners,
     RunContext,
     Sample,
-    asks,
-    at_once,
+    evaluate_directly,
+    image_specs,
     micro_batches,
-    written,
+    require,
 )
+from harness.pipeline.step_batching import RequestFiber
 from harness.serving.faults import failure_kind, failure_line
 from models.components import Conditioning
 
@@ -49,14 +49,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Counter:
-    """Forwards of the denoiser on this rank, and the rows that they carried; a guided picture is two."""
+class EvaluationCounter:
+    """The number of denoiser forwards on this rank and of their batch rows; a guided image has two rows."""
 
     evaluations: int = 0
     rows: int = 0
 
     def add(self, rows: int) -> None:
-        """Counts a forward."""
+        """Count one forward."""
         self.evaluations += 1
         self.rows += rows
 
@@ -66,32 +66,32 @@ class Worker:
 
     Args:
         pipeline: the built pipeline.
-        place: this rank's place on the mesh.
-        device: where the networks are.
-        memory: the memory account.
-        loaded: what was loaded for the pipeline.
-        axes: the ranks that it computes with; None for a rank alone.
-        energy: what its GPU, or its machine, uses; None where that is not reported.
+        position: this rank's position on the mesh.
+        device: the device of the networks.
+        memory: the memory meter.
+        loaded: the components that were loaded for the pipeline.
+        groups: the process groups of this rank; None for a single rank.
+        energy: the energy meter of its GPU or machine; None if energy is not reported.
     """
 
     def __init__(
         self,
         pipeline: ComposedPipeline,
-        place: Place,
+        position: RankPosition,
         device: torch.device,
-        memory: Memory,
+        memory: MemoryMeter,
         loaded: Sequence[LoadedComponent] = (),
-        axes: Axes | None = None,
-        energy: Energy | None = None,
+        groups: ProcessGroups | None = None,
+        energy: EnergyMeter | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.place = place
+        self.position = position
         self.device = device
         self.memory = memory
         self.loaded = list(loaded)
-        self.axes = one_rank() if axes is None else axes
+        self.groups = single_rank_groups() if groups is None else groups
         self.energy = NoEnergy() if energy is None else energy
-        self.counter = Counter()
+        self.counter = EvaluationCounter()
 
     def generate(
         self,
@@ -99,42 +99,59 @@ class Worker:
         on_progress: OnProgress,
         is_cancelled: Callable[[], bool],
     ) -> list[bytes]:
-        """The frames of a RankOutcome: this rank's pictures and report, or what went wrong.
+        """Run one request on this rank and return the frames of a RankOutcome: samples and report, or the failure.
 
-        An exception is answered here only where a rank computes a picture alone; where several do, they would be left
-        waiting in a collective, so it ends the rank, and with it the engine.
+        An exception becomes a failure only if each rank computes its images alone. If several ranks compute an image
+        together, the others would wait in a collective, so the exception ends the rank and with it the engine.
+
+        Args:
+            request: the request.
+            on_progress: a callback for each stage and solver step.
+            is_cancelled: a function called between steps that returns whether to stop.
+
+        Returns:
+            The frames of a RankOutcome.
         """
-        everything = micro_batches([Sample(ask) for ask in asks(request)], request.batch_size)
-        samples = [sample for batch in self.place.share(everything) for sample in batch]
+        batches = micro_batches([Sample(spec) for spec in image_specs(request)], request.batch_size)
+        samples = [sample for batch in self.position.replica_items(batches) for sample in batch]
         self.memory.reset_peak()
-        self.axes.traffic.reset()
+        self.groups.traffic.reset()
         self.energy.reset()
 
         def check_cancelled() -> None:
-            if self.axes.any_of_picture(is_cancelled()):
+            if self.groups.any_in_replica(is_cancelled()):
                 raise Cancelled
 
-        def counted(
-            network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, owners: Owners
+        def evaluate_and_count(
+            network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: CacheStates
         ) -> Tensor:
             self.counter.add(len(latent))
-            return at_once(network, latent, tau_B, condition, owners)
+            return evaluate_directly(network, latent, tau_B, condition, cache_states)
 
-        run = self._context(request, on_progress, check_cancelled, counted)
-        run.traffic, run.energy = self.axes.traffic, self.energy
-        return self._answered(request, samples, run)
+        run = self._context(request, on_progress, check_cancelled, evaluate_and_count)
+        run.traffic, run.energy = self.groups.traffic, self.energy
+        return self._run_guarded(request, samples, run)
 
-    def course(self, request: GenerationRequest, on_progress: OnProgress) -> Course[list[bytes]]:
-        """The same of all pictures of a request, on a stack of its own that stops at every evaluation; `Cancelled` put
-        in place of an output ends it. What it sends is not told from what others send, and so is not in its report.
+    def fiber(self, request: GenerationRequest, on_progress: OnProgress) -> RequestFiber[list[bytes]]:
+        """Return a fiber that runs a whole request and pauses at every evaluation.
+
+        It has its own stack. Passing `Cancelled` in place of an output ends it. Its traffic cannot be separated from
+        that of other requests, so its report leaves it out.
+
+        Args:
+            request: the request.
+            on_progress: a callback for each stage and solver step.
+
+        Returns:
+            The fiber, whose result is the frames of a RankOutcome.
         """
 
         def work(evaluate: Evaluate) -> list[bytes]:
             run = self._context(request, on_progress, lambda: None, evaluate)
             run.notes.append("its network forwards were shared with other requests, and its times include theirs")
-            return self._answered(request, [Sample(ask) for ask in asks(request)], run)
+            return self._run_guarded(request, [Sample(spec) for spec in image_specs(request)], run)
 
-        return Course(work)
+        return RequestFiber(work)
 
     def _context(
         self,
@@ -149,21 +166,21 @@ class Worker:
         run.evaluate = evaluate
         return run
 
-    def _answered(self, request: GenerationRequest, samples: list[Sample], run: RunContext) -> list[bytes]:
+    def _run_guarded(self, request: GenerationRequest, samples: list[Sample], run: RunContext) -> list[bytes]:
         try:
-            return self._draw(request, samples, run)
+            return self._run_pipeline(request, samples, run)
         except Cancelled:
-            return _failure(request, "cancelled", "the request was cancelled", self.place.rank)
+            return _failure(request, "cancelled", "the request was cancelled", self.position.rank)
         except Exception as error:
-            if self.place.replica_size > 1:
+            if self.position.replica_size > 1:
                 raise
             log.exception("request %s failed", request.request_id)
-            return _failure(request, failure_kind(error), failure_line(error), self.place.rank)
+            return _failure(request, failure_kind(error), failure_line(error), self.position.rank)
 
-    def _draw(self, request: GenerationRequest, samples: list[Sample], run: RunContext) -> list[bytes]:
+    def _run_pipeline(self, request: GenerationRequest, samples: list[Sample], run: RunContext) -> list[bytes]:
         points = self.pipeline.forward(samples, run)
         report = RankReport(
-            rank=self.place.rank,
+            rank=self.position.rank,
             stages=run.clock.stages,
             denoise_steps_ms=run.clock.steps,
             networks_ms=run.clock.networks_ms,
@@ -177,31 +194,31 @@ class Worker:
             skips=run.skips,
             energy_j=run.energy.used_j(),
         )
-        if self.place.rank % self.place.replica_size:
-            return encode(RankOutcome([], report))  # the first rank of a replica answers for it
-        pixels = [written(sample.pixels).cpu().numpy() for sample in samples]
-        if not all(math.isfinite(float(picture.sum())) for picture in pixels):
-            raise ValueError("the picture holds values that are not finite; try model.dtype=float32 or another solver")
+        if self.position.rank % self.position.replica_size:
+            return encode(RankOutcome([], report))  # the first rank of a replica sends its samples
+        pixels = [require(sample.pixels).cpu().numpy() for sample in samples]
+        if not all(math.isfinite(float(image.sum())) for image in pixels):
+            raise ValueError("the image has values that are not finite; try model.dtype=float32 or another solver")
         arrays: list[Array] = []
 
-        def sent(x: Array) -> ArrayRef:
+        def add_array(x: Array) -> ArrayRef:
             arrays.append(x)
             return ArrayRef(len(arrays), "float32", tuple(x.shape))
 
         results = []
-        for sample, picture in zip(samples, pixels, strict=True):
-            told, pixel_ref = latents(sample, request.latents), sent(picture)
-            latent_ref = None if told is None else sent(told)
-            results.append(SampleResult(sample.ask.index, sample.ask.prompt, sample.ask.seed, pixel_ref, latent_ref))
+        for sample, image in zip(samples, pixels, strict=True):
+            states, pixel_ref = requested_latents(sample, request.latents), add_array(image)
+            latent_ref = None if states is None else add_array(states)
+            results.append(SampleResult(sample.spec.index, sample.spec.prompt, sample.spec.seed, pixel_ref, latent_ref))
         return encode(RankOutcome(results, report), arrays)
 
 
-def latents(sample: Sample, wanted: Latents) -> Array | None:
-    """What was asked for of a sample's latents: (1 or solver steps, *latent shape)."""
-    if wanted == "none":
+def requested_latents(sample: Sample, kind: Latents) -> Array | None:
+    """Return the latents of a sample that the request asked for: (1 or solver steps, *latent shape)."""
+    if kind == "none":
         return None
-    told: Array = torch.stack(sample.states if wanted == "steps" else [written(sample.latent)]).cpu().numpy()
-    return told
+    states: Array = torch.stack(sample.states if kind == "steps" else [require(sample.latent)]).cpu().numpy()
+    return states
 
 
 def _failure(request: GenerationRequest, kind: str, message: str, rank: int) -> list[bytes]:

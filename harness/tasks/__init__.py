@@ -1,1 +1,1 @@
-"""One entry for each task."""
+"""One entry point for each task."""

@@ -1,6 +1,6 @@
-"""task.fidelity: the reference of a request, drawn once and kept, and what a row's error against it means.
+"""task.fidelity: the cached reference of a request, and the meaning of a run's error against it.
 
-harness.metrics.fidelity says what the reference and the floor are.
+harness.metrics.fidelity defines the reference and the floor.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from harness.engines.protocol import RequestFailed
 from harness.messages import Array
 from harness.metrics.difference import difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, verdict
-from harness.parallel.mesh import Place, degrees
+from harness.parallel.mesh import RankPosition, degrees
 from harness.records.provenance import PACKAGES, cpu_name, version
 from harness.records.record import write_atomically
 from harness.resolve.checkpoint import COMPONENTS, locate
+from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import ResolvedRun, to_dict
 from harness.resolve.engines_table import CACHE_DIT, NATIVE
-from harness.resolve.trained import trained_denoiser
 from harness.serving.transport import EngineGone
 
 STRENGTH = (APPROXIMATE, EQUIVALENT, EXACT)
@@ -55,7 +55,13 @@ CODE = (
 
 
 class Method(NamedTuple):
-    """Something that a configuration may use where the reference does not, and what it claims to keep."""
+    """A feature that a configuration may use and the reference does not.
+
+    Attributes:
+        name: Name of the feature in the record.
+        method_class: Class that the feature claims: exact, fp_equivalent or approximate.
+        used: Test of whether a configuration uses the feature.
+    """
 
     name: str
     method_class: str
@@ -68,89 +74,117 @@ METHODS = (
     Method("attention kernel", EQUIVALENT, lambda c: c.attention.backend not in ("math", "sage")),
     Method("displaced patches", APPROXIMATE, lambda c: c.parallel.displaced),
     Method("PipeFusion", APPROXIMATE, lambda c: c.parallel.pipe > 1),
-    Method("shared picture", EQUIVALENT, lambda c: Place(0, degrees(c.parallel)).replica_size > 1),
+    Method("one image over several ranks", EQUIVALENT, lambda c: RankPosition(0, degrees(c.parallel)).replica_size > 1),
     Method("batching", EQUIVALENT, lambda c: c.request.batch_size > 1),
-    Method("dtype", EQUIVALENT, lambda c: dtypes(c) != FLOAT32),
-    Method("peer engine", EQUIVALENT, lambda c: c.engine.name != NATIVE),
+    Method("dtype", EQUIVALENT, lambda c: compute_dtypes(c) != FLOAT32),
+    Method("baseline engine", EQUIVALENT, lambda c: c.engine.name != NATIVE),
     Method(
-        "a peer's own rounding of the state", APPROXIMATE, lambda c: c.engine.name != NATIVE and dtypes(c) != FLOAT32
+        "baseline engine's own rounding of the state",
+        APPROXIMATE,
+        lambda c: c.engine.name != NATIVE and compute_dtypes(c) != FLOAT32,
     ),
     Method("optimised network", EQUIVALENT, lambda c: c.engine.optimize is not Optimize.none),
     Method("cache-dit", APPROXIMATE, lambda c: c.engine.name == CACHE_DIT),
     Method("cache", APPROXIMATE, lambda c: c.cache.name != NONE),
     Method("fewer steps", APPROXIMATE, lambda c: c.task.reference_steps not in (None, c.request.steps)),
-    Method("free order of additions", EQUIVALENT, lambda c: not c.launch.reproducible),
+    Method("order of additions not fixed", EQUIVALENT, lambda c: not c.launch.reproducible),
 )
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What one run drew, picture by picture: latents (1 or solver steps, *latent shape) and pixels."""
+class GeneratedOutput:
+    """The output of one run, one entry per image.
+
+    Attributes:
+        latents: Latents of each image, (1 or solver steps, *latent shape).
+        pixels: Pixels of each image.
+    """
 
     latents: list[Array]
     pixels: list[Array]
 
 
 @dataclass(frozen=True)
-class Artist:
-    """Draws references on engines of their own.
+class ReferenceRenderer:
+    """Generates references, each on its own engine.
 
-    Args:
-        folder: of the run, in which each engine has a folder for its configuration and logs.
-        bars: where the progress goes.
-        make_engine: makes an engine, or finds one that is warm.
+    Attributes:
+        folder: The run's folder; each engine has a folder inside it for its configuration and logs.
+        bars: Progress display.
+        make_engine: Function that returns an engine, new or still warm from an earlier job.
     """
 
     folder: Path
     bars: Progress
     make_engine: MakeEngine = new_engine
 
-    def draw(self, config: RunConfig, what: str) -> Drawn:
-        """What a configuration draws.
+    def generate(self, config: RunConfig, role: str) -> GeneratedOutput:
+        """Generate the output of a configuration.
+
+        Args:
+            config: Configuration of the reference or of the floor.
+            role: "reference" or "floor", the name of the engine's folder.
+
+        Returns:
+            The latents and pixels.
 
         Raises:
-            RequestFailed, EngineGone: it could not be drawn.
+            RequestFailed: The engine answered with a typed error.
+            EngineGone: A rank died, or was not ready in time.
         """
-        task = self.bars.add_task(f"drawing the {what}", total=None)
-        composed = ResolvedRun(config, [], self.folder / what, [])
-        with DiffusionGenerator.from_composed(composed, composed.folder, self.make_engine) as generator:
-            drawn = generator.generate(latents="steps" if config.task.states else "last")
+        task = self.bars.add_task(f"generating the {role}", total=None)
+        run = ResolvedRun(config, [], self.folder / role, [])
+        with DiffusionGenerator.from_resolved(run, run.folder, self.make_engine) as generator:
+            generation = generator.generate(latents="steps" if config.task.fidelity_per_step else "last")
         self.bars.remove_task(task)
-        return Drawn(drawn.latents, drawn.pixels)
+        return GeneratedOutput(generation.latents, generation.pixels)
 
 
 def method_class(config: RunConfig, methods: Sequence[Method] = METHODS) -> tuple[str, list[str]]:
-    """The weakest claim among the methods that a configuration uses, and those methods."""
+    """Return the weakest class among the methods that a configuration uses, and the names of those methods.
+
+    Args:
+        config: Configuration of the run.
+        methods: All known methods.
+
+    Returns:
+        The class, and the names of the methods in use.
+    """
     used = [method for method in methods if method.used(config)]
     return min([EXACT, *(method.method_class for method in used)], key=STRENGTH.index), [m.name for m in used]
 
 
-def measure(
+def measure_fidelity(
     config: RunConfig,
-    row: Drawn,
-    artist: Artist,
+    output: GeneratedOutput,
+    renderer: ReferenceRenderer,
     methods: Sequence[Method] = METHODS,
 ) -> tuple[Fidelity | None, list[str]]:
-    """A row's error against its reference, and why there is none.
+    """Measure a run's error against its reference.
 
     Args:
-        config: the row's.
-        row: what it drew.
-        artist: draws what was not drawn before.
-        methods: what a configuration may use, with what each claims.
+        config: Configuration of the run.
+        output: Latents and pixels that the run generated.
+        renderer: Generator of references that are not cached yet.
+        methods: All known methods, with the class that each claims.
+
+    Returns:
+        The fidelity, or None if it could not be measured; and notes that say why not.
     """
     try:
-        facts, home = origin(config), folder(config)
-        plain, rounded = reference_config(config), floor_config(config)
-        name = key(plain, facts)
-        reference = kept(plain, home / f"{name}.safetensors", artist, "reference")
-        floor = kept(rounded, home / f"{key(rounded, facts)}.safetensors", artist, "floor")
+        environment, home = generation_environment(config), references_folder(config)
+        exact, rounded = reference_config(config), floor_config(config)
+        name, floor_name = reference_key(exact, environment), reference_key(rounded, environment)
+        reference = load_or_generate(exact, home / f"{name}.safetensors", renderer, "reference")
+        floor = load_or_generate(rounded, home / f"{floor_name}.safetensors", renderer, "floor")
     except (RequestFailed, EngineGone, OSError, ValueError) as error:
         line = str(error).splitlines()[0]
-        return None, [f"fidelity is not measured, as its reference failed: {line}; task.fidelity=false goes without"]
+        return None, [f"fidelity is not measured because its reference failed: {line}; task.fidelity=false skips it"]
     claimed, names = method_class(config, methods)
-    latent, pixel = difference(last(reference), last(row)), difference(reference.pixels, row.pixels, pixels=True)
-    floor_latent = difference(last(reference), last(floor)).rel_l2
+    exact_latents = final_latents(reference)
+    latent = difference(exact_latents, final_latents(output))
+    pixel = difference(reference.pixels, output.pixels, pixels=True)
+    floor_latent = difference(exact_latents, final_latents(floor)).rel_l2
     floor_pixel = difference(reference.pixels, floor.pixels).rel_l2
     found = Fidelity(
         method_class=claimed,
@@ -161,25 +195,25 @@ def measure(
         floor_pixel=floor_pixel,
         verdict=verdict(claimed, latent, pixel, floor_latent, floor_pixel),
         reference=name,
-        steps_rel_l2=by_step(reference, row) if config.task.states else None,
+        steps_rel_l2=rel_l2_by_step(reference, output) if config.task.fidelity_per_step else None,
     )
     return found, []
 
 
-def last(drawn: Drawn) -> list[Array]:
-    """The final latents."""
-    return [latents[-1] for latents in drawn.latents]
+def final_latents(output: GeneratedOutput) -> list[Array]:
+    """Return the latents after the last solver step, one per image."""
+    return [latents[-1] for latents in output.latents]
 
 
-def by_step(reference: Drawn, row: Drawn) -> list[float]:
-    """Relative L2 of the state after every solver step, over all pictures."""
+def rel_l2_by_step(reference: GeneratedOutput, output: GeneratedOutput) -> list[float]:
+    """Return the relative L2 error of the state after every solver step, over all images."""
     steps = range(len(reference.latents[0]))
-    return [difference([x[i] for x in reference.latents], [x[i] for x in row.latents]).rel_l2 for i in steps]
+    return [difference([x[i] for x in reference.latents], [x[i] for x in output.latents]).rel_l2 for i in steps]
 
 
 def reference_config(config: RunConfig) -> RunConfig:
-    """The configuration of a row's reference: one rank, float32, nothing that a method changes."""
-    found = _plain(config)
+    """Return the configuration of a run's reference: one rank, float32, and no method that changes the output."""
+    found = _single_rank_config(config)
     found.launch.reproducible = True
     found.model.dtype = DType.float32
     for name in ("denoiser", *COMPONENTS):
@@ -189,89 +223,110 @@ def reference_config(config: RunConfig) -> RunConfig:
 
 
 def floor_config(config: RunConfig) -> RunConfig:
-    """The configuration of the floor: the reference in the row's dtypes, with another order of additions."""
-    found = _plain(config)
+    """Return the configuration of the floor: the reference in the run's dtypes, with another order of additions."""
+    found = _single_rank_config(config)
     found.launch.reproducible = False
     return found
 
 
-def _plain(config: RunConfig) -> RunConfig:
-    """A row's request on one rank, without what is measured and without methods that change its arithmetic, in as many
-    steps as its reference has.
+def _single_rank_config(config: RunConfig) -> RunConfig:
+    """Return the run's request on one rank, in as many steps as its reference has.
+
+    Measurements are removed, and so are all methods that change the arithmetic.
     """
     found = copy.deepcopy(config)
-    found.task = TaskConfig(Task.generate, states=config.task.states)
+    found.task = TaskConfig(Task.generate, fidelity_per_step=config.task.fidelity_per_step)
     found.engine, found.parallel = EngineConfig(optimize=Optimize.none), ParallelConfig()
     found.attention.backend, found.cache = "math", CacheConfig()
     found.model.quantize = Quantize.none
     found.request.batch_size = 1
     found.request.steps = config.task.reference_steps or config.request.steps
-    found.model.text.keep, found.model.text.cache_mib = True, None
+    found.model.text.keep_loaded, found.model.text.cache_mib = True, None
     return found
 
 
-def kept(config: RunConfig, file: Path, artist: Artist, what: str) -> Drawn:
-    """What a configuration draws: read from its file where it was drawn before, else drawn, and kept there.
+def load_or_generate(config: RunConfig, file: Path, renderer: ReferenceRenderer, role: str) -> GeneratedOutput:
+    """Load the output of a configuration from its file; if there is none, generate and store it.
+
+    Args:
+        config: Configuration of the reference or of the floor.
+        file: File of the cached output, (name, tensor) pairs as safetensors.
+        renderer: Generator of the output.
+        role: "reference" or "floor".
+
+    Returns:
+        The latents and pixels.
 
     Raises:
-        RequestFailed, EngineGone: it could not be drawn.
-        ValueError: it cannot be drawn here.
+        RequestFailed: The engine answered with a typed error.
+        EngineGone: A rank died, or was not ready in time.
+        ValueError: The output is not cached, and no other engine can be started here.
     """
     if file.exists():
         tensors = load_file(file)
         count = len(tensors) // 2
-        return Drawn([tensors[f"latents.{k}"] for k in range(count)], [tensors[f"pixels.{k}"] for k in range(count)])
+        return GeneratedOutput(
+            [tensors[f"latents.{k}"] for k in range(count)], [tensors[f"pixels.{k}"] for k in range(count)]
+        )
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ValueError("under a torchrun no other engine is started; run the same once with python -m harness")
-    drawn = artist.draw(config, what)
-    arrays = {f"latents.{k}": np.ascontiguousarray(x) for k, x in enumerate(drawn.latents)}
-    arrays |= {f"pixels.{k}": np.ascontiguousarray(x) for k, x in enumerate(drawn.pixels)}
+        raise ValueError("under torchrun no other engine is started; run the same once with python -m harness")
+    output = renderer.generate(config, role)
+    arrays = {f"latents.{k}": np.ascontiguousarray(x) for k, x in enumerate(output.latents)}
+    arrays |= {f"pixels.{k}": np.ascontiguousarray(x) for k, x in enumerate(output.pixels)}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, save(arrays))
-    return drawn
+    return output
 
 
-def folder(config: RunConfig) -> Path:
-    """Where references are kept."""
+def references_folder(config: RunConfig) -> Path:
+    """Return the folder of the cached references: task.references, or one in the user's cache."""
     if config.task.references is not None:
         return Path(config.task.references).expanduser()
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "triptych" / "references"
 
 
-def key(config: RunConfig, facts: list[object]) -> str:
-    """The name of what a configuration draws, from facts of its origin."""
+def reference_key(config: RunConfig, environment: list[object]) -> str:
+    """Return the cache key of a configuration's output.
+
+    Args:
+        config: Configuration of the reference or of the floor.
+        environment: Code, machine and weights, from `generation_environment`.
+
+    Returns:
+        24 hexadecimal digits, which name the file.
+    """
     declared = to_dict(config)
-    drawn = {name: declared[name] for name in ("task", "model", "scheduler", "request", "launch")}
-    return hashlib.sha256(json.dumps([drawn, *facts], sort_keys=True).encode()).hexdigest()[:24]
+    relevant = {name: declared[name] for name in ("task", "model", "scheduler", "request", "launch")}
+    return hashlib.sha256(json.dumps([relevant, *environment], sort_keys=True).encode()).hexdigest()[:24]
 
 
-def origin(config: RunConfig) -> list[object]:
-    """What a drawn picture depends on beside what is asked: by which code, on what machine, from which weights."""
+def generation_environment(config: RunConfig) -> list[object]:
+    """Return what an image depends on besides its request: the code, the machine, and the files of the weights."""
     machine = [cpu_name(), platform.platform(), {name: version(name) for name in PACKAGES}]
-    return [code(), machine, weights(config)]
+    return [code_hash(), machine, weight_files(config)]
 
 
-def code() -> str:
-    """A hash of every source file that a picture passes through."""
-    home, digest = Path(__file__).parent.parent, hashlib.sha256()
+def code_hash() -> str:
+    """Return a hash over every source file that affects an image."""
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
     for part in CODE:
-        root = home / part
-        for file in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
-            digest.update(file.relative_to(home).as_posix().encode() + b"\0" + file.read_bytes())
+        source = root / part
+        for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
-def weights(config: RunConfig) -> list[tuple[str, int, int]]:
-    """The files of a checkpoint: their names, sizes and times of change."""
-    place = locate(config.model, trained_denoiser(config).weights)
-    roots = [place.folder, *place.replaced.values(), *(Path(lora.path).expanduser() for lora in config.model.lora)]
+def weight_files(config: RunConfig) -> list[tuple[str, int, int]]:
+    """Return the name, size in bytes and modification time in ns of every file of a checkpoint."""
+    layout = locate(config.model, denoiser_defaults(config).weights)
+    roots = [layout.folder, *layout.replaced.values(), *(Path(lora.path).expanduser() for lora in config.model.lora)]
     files = [file for root in roots for file in (sorted(root.rglob("*")) if root.is_dir() else [root])]
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
 
 
-def dtypes(config: RunConfig) -> set[DType]:
-    """Those that any component is computed in."""
+def compute_dtypes(config: RunConfig) -> set[DType]:
+    """Return the dtypes that the components compute in."""
     model = config.model
     parts = [getattr(model, name).dtype for name in ("denoiser", *COMPONENTS)]
     return {model.dtype, *(part for part in parts if part is not None)}

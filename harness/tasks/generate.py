@@ -1,4 +1,4 @@
-"""The tasks: start ranks, draw, save, record, mirror; whatever happens, the status says so."""
+"""task=generate, bench and train: start ranks, generate, save, record and log; any failure becomes the status."""
 
 from __future__ import annotations
 
@@ -17,33 +17,38 @@ from harness.client.generator import DiffusionGenerator
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.table import print_record
-from harness.loggers.training import Bars, LogLines, WandbCurve, Watchers
+from harness.loggers.training import LogCallback, ProgressCallback, TrainingCallbacks, WandbCallback
 from harness.loggers.wandb import log_run, resolve_mode
 from harness.metrics.fidelity import BROKEN
-from harness.records.record import CUT_OFF, Record, RunFolder, Status
+from harness.records.record import INTERRUPTED, Record, RunFolder, Status
 from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
 from harness.resolve.scheduler import noise_scheduler_settings
-from harness.tasks.fidelity import Artist, Drawn, measure
-from harness.tasks.lifecycle import ended, mirror, status_of
-from harness.tasks.session import Series, progress_bars
-from harness.tasks.terminal import complain
+from harness.tasks.fidelity import GeneratedOutput, ReferenceRenderer, measure_fidelity
+from harness.tasks.lifecycle import mirror, run_guarded, status_from_error
+from harness.tasks.session import MeasurementSession, progress_bars
+from harness.tasks.terminal import print_error
 
 
-def run_in(composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine) -> Status:
-    """Draws in a claimed folder, whatever happens: the status, which is on disk before anything is mirrored.
+def execute_generate(
+    run: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine
+) -> Status:
+    """Generate in a claimed folder; any failure becomes the status.
 
     Args:
-        composed: what to draw.
-        folder: the claimed folder.
-        console: where the progress and the table go.
-        make_engine: makes its engine, or finds one that is warm.
+        run: The resolved run.
+        folder: The claimed folder.
+        console: Console for the progress and the table.
+        make_engine: Function that returns the run's engine, new or still warm from an earlier job.
+
+    Returns:
+        The status, which is on disk before anything is logged to wandb.
     """
-    config = composed.config
+    config = run.config
 
     def work() -> Record:
-        return run_generate(composed, folder, console, make_engine)
+        return run_generate(run, folder, console, make_engine)
 
-    outcome = ended(composed, folder, work, judged)
+    outcome = run_guarded(run, folder, work, status_from_fidelity)
     status, record = outcome
     if record is not None:
         if config.logger.table:
@@ -52,8 +57,8 @@ def run_in(composed: ResolvedRun, folder: RunFolder, console: Console, make_engi
     return status
 
 
-def judged(record: Record) -> Status:
-    """A run whose method keeps less than it claims has failed, with its record on disk."""
+def status_from_fidelity(record: Record) -> Status:
+    """Return the status of a finished run: failed if its error is larger than its method claims."""
     row = record.fidelity
     if row is None or row.verdict != BROKEN:
         return Status("ok")
@@ -66,46 +71,60 @@ def judged(record: Record) -> Status:
     )
 
 
-def run_generate(composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine) -> Record:
-    """One run in a claimed folder: the record, after it is on disk; the ranks have ended, or are their pool's.
+def run_generate(run: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine) -> Record:
+    """Generate, save the images and write the record; afterwards the ranks have ended or are back in their pool.
+
+    Args:
+        run: The resolved run.
+        folder: The claimed folder.
+        console: Console for the progress.
+        make_engine: Function that returns the run's engine, new or still warm from an earlier job.
+
+    Returns:
+        The record, which is on disk.
 
     Raises:
-        RequestFailed: the engine's typed answer.
-        EngineGone: a rank died, or was not ready in time.
+        RequestFailed: The engine answered with a typed error.
+        EngineGone: A rank died, or was not ready in time.
     """
-    generator = DiffusionGenerator.from_composed(composed, folder.path, make_engine)
+    generator = DiffusionGenerator.from_resolved(run, folder.path, make_engine)
     with progress_bars(console) as bars:
-        series = Series(generator, bars)
+        session = MeasurementSession(generator, bars)
         try:
-            with imported_meanwhile(imports(composed.config)):
-                series.start()
-            series.warm_up()
-            for _ in range(composed.config.task.repeats):
-                series.repeat()
-            if composed.config.task.profile:
-                series.profile()
-            pictures = series.save_pictures(folder)  # what was asked for, before anything that can wait
-            record = msgspec.structs.replace(series.record(), samples=pictures)
+            with import_in_background(modules_for_saving(run.config)):
+                session.start()
+            session.warm_up()
+            for _ in range(run.config.task.repeats):
+                session.repeat()
+            if run.config.task.profile:
+                session.profile()
+            images = session.save_images(folder)  # first what the user requested; all else can wait
+            record = msgspec.structs.replace(session.record(), samples=images)
         finally:
             generator.stop()
-        if composed.config.task.fidelity:
-            row = Drawn(series.last.latents, series.pixels)
-            found, notes = measure(composed.config, row, Artist(folder.path, bars, make_engine))
+        if run.config.task.fidelity:
+            output = GeneratedOutput(session.last.latents, session.pixels)
+            found, notes = measure_fidelity(run.config, output, ReferenceRenderer(folder.path, bars, make_engine))
             record = msgspec.structs.replace(record, fidelity=found, notes=[*record.notes, *notes])
     folder.write_record(record)
     return record
 
 
-def imports(config: RunConfig) -> list[str]:
-    """What saving and mirroring the pictures of a run will import."""
+def modules_for_saving(config: RunConfig) -> list[str]:
+    """Return the modules that saving the images and logging the run will import."""
     mirrored = resolve_mode(config.logger.wandb.mode) != "disabled"
     return ["PIL.ImageDraw", "PIL.ImageFont", "PIL.PngImagePlugin", *(["wandb"] if mirrored else [])]
 
 
 @contextmanager
-def imported_meanwhile(names: Sequence[str]) -> Iterator[None]:
-    """Imports modules while the block waits for other processes, so that nothing waits for them later; it is done when
-    the block is left, before anything is timed. What cannot be imported is said where it is used.
+def import_in_background(names: Sequence[str]) -> Iterator[None]:
+    """Import modules in a thread while the block waits for other processes, so that nothing waits for them later.
+
+    The thread has finished when the block is left, before anything is timed. A module that cannot be imported raises
+    its error where it is used.
+
+    Args:
+        names: Modules to import.
     """
 
     def work() -> None:
@@ -122,38 +141,41 @@ def imported_meanwhile(names: Sequence[str]) -> Iterator[None]:
 
 
 def run_training(config: RunConfig, console: Console) -> Status:
-    """Trains the family of group `scheduler`; a run found in its folder is resumed. The status, which is on disk too.
+    """Train the family of config group `scheduler`; a training found in the folder is resumed.
 
     Args:
-        config: the whole configuration, composed.
-        console: where the bars go; without a terminal there are log lines.
+        config: The whole resolved configuration.
+        console: Console for the progress bars; if it is no terminal, there are log lines.
+
+    Returns:
+        The status, which is on disk.
     """
     Path(config.train.folder).mkdir(parents=True, exist_ok=True)
     folder = RunFolder(Path(config.train.folder))
     folder.write_config(to_yaml(config))
-    folder.finish(CUT_OFF)
-    curve = WandbCurve(config.logger.wandb, to_dict(config), folder.path, config.scheduler.family, mirror)
+    folder.finish(INTERRUPTED)
+    curve = WandbCallback(config.logger.wandb, to_dict(config), folder.path, config.scheduler.family, mirror)
     try:
         _train(config, console, curve)
         status = Status("ok")
     except (Exception, KeyboardInterrupt) as error:
-        status = status_of(error)
+        status = status_from_error(error)
         if isinstance(error, ModuleNotFoundError):
             status = Status("failed", f"training needs the package {error.name}: pip install 'triptych[train]'")
-        complain(f"{status.state}: {status.error} (what is trained so far is in {folder.path})")
+        print_error(f"{status.state}: {status.error} (what was trained so far is in {folder.path})")
     folder.finish(status)
     curve.finish(status)
     return status
 
 
-def _train(config: RunConfig, console: Console, curve: WandbCurve) -> None:
+def _train(config: RunConfig, console: Console, curve: WandbCallback) -> None:
     from harness.tasks.train.run import run
 
     settings = noise_scheduler_settings(config.scheduler)
     if console.is_terminal:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
-        with Bars(console) as bars:
-            run(config.train, settings, Watchers([bars, curve]))
+        with ProgressCallback(console) as bars:
+            run(config.train, settings, TrainingCallbacks([bars, curve]))
     else:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        run(config.train, settings, Watchers([LogLines(), curve]))
+        run(config.train, settings, TrainingCallbacks([LogCallback(), curve]))

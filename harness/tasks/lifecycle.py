@@ -1,4 +1,4 @@
-"""The life of a task in its folder: whatever happens, a status is written."""
+"""The life cycle of a task in its run folder: a status is always written."""
 
 from __future__ import annotations
 
@@ -13,50 +13,66 @@ from harness.records.record import STATES, RunFolder, RunFolderError, Status
 from harness.resolve.compose import ResolvedRun, to_dict
 from harness.serving.faults import failure_kind, failure_line
 from harness.serving.transport import EngineGone
-from harness.tasks.terminal import complain
+from harness.tasks.terminal import print_error
 
 T = TypeVar("T")
 
 
-def ended(
-    composed: ResolvedRun, folder: RunFolder, work: Callable[[], T], judge: Callable[[T], Status]
+def run_guarded(
+    run: ResolvedRun, folder: RunFolder, work: Callable[[], T], to_status: Callable[[T], Status]
 ) -> tuple[Status, T | None]:
-    """Does the work of a claimed folder, whatever happens; the status, which is on disk, and what came of it.
+    """Do the work of a claimed folder; any failure becomes a status, one line on the terminal, and an entry in wandb.
 
-    What goes wrong is said in one line and mirrored; what comes of it is the caller's to mirror.
+    A successful result is not logged to wandb here; the caller does that.
+
+    Args:
+        run: The resolved run.
+        folder: The claimed folder.
+        work: Function that does the work.
+        to_status: Function that turns the result of the work into a status.
+
+    Returns:
+        The status, which is on disk, and the result of the work, or None if it failed.
     """
-    config = composed.config
+    config = run.config
     try:
         done = work()
     except (Exception, KeyboardInterrupt) as error:
-        status = status_of(error)
+        status = status_from_error(error)
         folder.finish(status)
-        complain(f"{status.state}: {status.error} (see {folder.path})")
+        print_error(f"{status.state}: {status.error} (see {folder.path})")
         if status.state != "cancelled":
             mirror(
                 lambda: log_failure(config.logger.wandb, to_dict(config), folder.path, config.task.name.name, status)
             )
         return status, None
-    status = judge(done)
+    status = to_status(done)
     folder.finish(status)
     if status.error is not None:
-        complain(f"{status.error} (see {folder.path})")
+        print_error(f"{status.error} (see {folder.path})")
     return status, done
 
 
-def refuse(folder: Path, error: Exception, again: bool = False) -> Status:
-    """Ends a run that was never started: one line, and a status in the folder it would have had (`again`: also where
-    another one is that did not end well).
+def refuse(folder: Path, error: Exception, retry: bool = False) -> Status:
+    """End a run that never started: print one line, and write a status in the folder that the run would have had.
+
+    Args:
+        folder: The folder that the run would have had.
+        error: The reason.
+        retry: Whether the folder of a run that did not end well may be used again.
+
+    Returns:
+        The status that was written.
     """
-    complain(error)
+    print_error(error)
     status = Status("failed", str(error))
     with suppress(RunFolderError):
-        RunFolder.claim(folder, again).finish(status)
+        RunFolder.claim(folder, retry).finish(status)
     return status
 
 
-def status_of(error: BaseException) -> Status:
-    """The state and the one line that an exception means."""
+def status_from_error(error: BaseException) -> Status:
+    """Return the state and the one-line message of an exception."""
     if isinstance(error, KeyboardInterrupt):
         return Status("cancelled", "interrupted")
     if isinstance(error, RequestFailed | EngineGone):
@@ -65,10 +81,17 @@ def status_of(error: BaseException) -> Status:
 
 
 def mirror(log: Callable[[], None]) -> bool:
-    """Logs a run elsewhere; what goes wrong there is said, and is not the run's failure. Whether it went well."""
+    """Log a run to wandb; an error there is printed and does not fail the run.
+
+    Args:
+        log: Function that logs the run.
+
+    Returns:
+        Whether it worked.
+    """
     try:
         log()
     except Exception as error:
-        complain(f"the run is on disk, but wandb did not take it: {status_of(error).error}")
+        print_error(f"the run is on disk, but wandb did not take it: {status_from_error(error).error}")
         return False
     return True

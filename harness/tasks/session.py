@@ -1,4 +1,4 @@
-"""The requests of one configuration, in the order they were made, and the row that they become."""
+"""The requests of one configuration in the order in which they are made, and the record that they become."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from harness.client.build_record import make_repeat
 from harness.client.generator import DiffusionGenerator, Generation
-from harness.client.results import measured
 from harness.config.optimize import Optimize
 from harness.config.schema import Task
 from harness.config.yaml import to_dict
@@ -20,13 +20,17 @@ from harness.records.record import Record, Repeat, RunFolder, SampleRow, fingerp
 from harness.resolve.engines_table import NATIVE
 
 
-class Series:
+class MeasurementSession:
     """Warm-up and repeats on one generator, which stays warm between them.
 
     Args:
-        generator: of the configuration.
-        bars: where the progress goes.
-        name: of the series, before what its bars say.
+        generator: Generator of the configuration.
+        bars: Progress display.
+        name: Prefix of the session's progress labels.
+
+    Attributes:
+        generator: Generator of the configuration.
+        repeats: Measurements so far, one per repeat.
     """
 
     def __init__(self, generator: DiffusionGenerator, bars: Progress, name: str = "") -> None:
@@ -37,14 +41,14 @@ class Series:
         self._name = f"{name}: " if name else ""
         self._results: list[GenerationResult] = []
         self._warmup_ms: list[float] = []
-        self._counted: GenerationResult | None = None
-        self._profiled: GenerationResult | None = None
+        self._flops_result: GenerationResult | None = None
+        self._profile_result: GenerationResult | None = None
 
     def start(self) -> None:
-        """Starts the ranks.
+        """Start the ranks.
 
         Raises:
-            EngineGone: a rank died, or was not ready in time.
+            EngineGone: A rank died, or was not ready in time.
         """
         task = self._bars.add_task(f"{self._name}starting ranks", total=None)
 
@@ -56,23 +60,27 @@ class Series:
         self._bars.remove_task(task)
 
     def warm_up(self) -> None:
-        """Draws as often as the configuration warms up; the times are kept apart. A bench counts the operations of the
-        first, which runs uncompiled for it (harness.device.flops): where those after it prepare something, it draws
-        more.
+        """Generate task.warmup times; these times are recorded apart from the repeats.
+
+        A bench counts the operations of the first request, which runs uncompiled for that (harness.device.flops). If
+        later requests prepare something, there are more of them.
 
         Raises:
-            RequestFailed: the engine's typed answer.
-            EngineGone: a rank died.
+            RequestFailed: The engine answered with a typed error.
+            EngineGone: A rank died.
         """
         task = self.generator.config.task
-        for number in range(task.warmup + self._preparing()):
+        for number in range(task.warmup + self._extra_warmups()):
             counts = number == 0 and task.name is Task.bench
-            drawn = self._draw("warming up", counts)
-            self._warmup_ms.append(drawn.client_ms)
-            self._counted = drawn.result if counts else self._counted
+            generation = self._generate("warming up", counts)
+            self._warmup_ms.append(generation.client_ms)
+            self._flops_result = generation.result if counts else self._flops_result
 
-    def _preparing(self) -> int:
-        """Draws after the counted one that compile blocks, or run what is recorded next (harness.optimize.graphs)."""
+    def _extra_warmups(self) -> int:
+        """Return the number of further warm-up requests that a bench needs after the counted one.
+
+        They compile blocks, or run what is captured next as CUDA graphs (harness.optimize.graphs).
+        """
         config, engine = self.generator.config, self.generator.config.engine
         if config.task.warmup == 0 or config.task.name is not Task.bench or engine.optimize is Optimize.none:
             return 0
@@ -82,65 +90,67 @@ class Series:
         return int(engine.optimize is Optimize.compile)
 
     def repeat(self) -> None:
-        """Draws once, measured.
+        """Generate once and record the times.
 
         Raises:
-            RequestFailed: the engine's typed answer.
-            EngineGone: a rank died.
+            RequestFailed: The engine answered with a typed error.
+            EngineGone: A rank died.
         """
-        drawn = self._last = self._draw(f"drawing {len(self.repeats) + 1} of {self.generator.config.task.repeats}")
-        self.repeats.append(measured(drawn.result, drawn.client_ms))
-        self._results.append(drawn.result)
+        generation = self._last = self._generate(
+            f"generating {len(self.repeats) + 1} of {self.generator.config.task.repeats}"
+        )
+        self.repeats.append(make_repeat(generation.result, generation.client_ms))
+        self._results.append(generation.result)
 
     @property
     def last(self) -> Generation:
-        """The answer to the last repeat."""
+        """The output of the last repeat."""
         if self._last is None:
             raise RuntimeError("nothing was measured; call repeat() first")
         return self._last
 
     @property
     def pixels(self) -> list[Array]:
-        """Its pictures."""
+        """The images of the last repeat."""
         return self.last.pixels
 
     def profile(self) -> None:
-        """Draws once, its operators timed.
+        """Generate once and time every operator.
 
         Raises:
-            RequestFailed: the engine's typed answer.
-            EngineGone: a rank died.
+            RequestFailed: The engine answered with a typed error.
+            EngineGone: A rank died.
         """
-        self._profiled = self._draw("profiling", profile=True).result
+        self._profile_result = self._generate("profiling", profile=True).result
 
     def record(self) -> Record:
-        """The row of all repeats so far, without the pictures' files."""
+        """Return the record of all repeats so far, without the image files."""
         return self.generator.record(
             self.generator.config.request,
             self.repeats,
             self._results,
             self._warmup_ms,
             self.pixels,
-            self._counted,
-            self._profiled,
+            self._flops_result,
+            self._profile_result,
         )
 
-    def save_pictures(self, folder: RunFolder) -> list[SampleRow]:
-        """Writes the last repeat's pictures; the rows that name them."""
+    def save_images(self, folder: RunFolder) -> list[SampleRow]:
+        """Write the images of the last repeat, and return the rows that name their files."""
         return self.last.save(folder.path, fingerprint(to_dict(self.generator.config)))
 
     def save(self, record: Record, folder: RunFolder) -> None:
-        """Writes the last repeat's pictures, and the record with their names."""
-        folder.write_record(msgspec.structs.replace(record, samples=self.save_pictures(folder)))
+        """Write the images of the last repeat, and the record with their file names."""
+        folder.write_record(msgspec.structs.replace(record, samples=self.save_images(folder)))
 
-    def _draw(self, label: str, count_flops: bool = False, profile: bool = False) -> Generation:
-        wanted = self.generator.config.task
-        latents: Latents = "steps" if wanted.states else "last" if wanted.fidelity else "none"
+    def _generate(self, label: str, count_flops: bool = False, profile: bool = False) -> Generation:
+        config = self.generator.config.task
+        latents: Latents = "steps" if config.fidelity_per_step else "last" if config.fidelity else "none"
         task = self._bars.add_task(self._name + label, total=None)
 
         def on_progress(progress: StepProgress) -> None:
-            said = f"{self._name}{label}: {progress.stage.replace('_', ' ')}"
-            self._bars.update(task, description=said, completed=progress.done, total=progress.total or None)
+            description = f"{self._name}{label}: {progress.stage.replace('_', ' ')}"
+            self._bars.update(task, description=description, completed=progress.done, total=progress.total or None)
 
         generation = self.generator.generate(
             latents=latents, count_flops=count_flops, profile=profile, on_progress=on_progress
@@ -151,7 +161,7 @@ class Series:
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Progress]:
-    """Bars while it lasts; none where nobody is at the terminal."""
+    """Show progress bars while the block runs; if the console is no terminal, show none."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         yield bars

@@ -1,4 +1,4 @@
-"""What a run says on the terminal when it ends: one clear line and an exit status."""
+"""The last words of a run on the terminal: one clear line and an exit status."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
-def complain(error: object) -> None:
-    """One clear line on standard error."""
+def print_error(error: object) -> None:
+    """Print one clear line on standard error."""
     Console(stderr=True).print(f"[bold red]triptych:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
 def exit_status(status: Status) -> int:
-    """0 only where everything asked for was done."""
+    """Return the exit status of a command: 0 only if everything requested was done."""
     return {"ok": 0, "cancelled": EXIT_INTERRUPTED}.get(status.state, 1)

@@ -1,9 +1,8 @@
-"""Under a torchrun of the user's own, on one machine or on several: `torchrun --nproc-per-node 2 -m harness
-parallel=dp2`.
+"""A run under the user's own torchrun: `torchrun --nproc-per-node 2 -m harness parallel=dp2`, on one or more machines.
 
-Every rank composes the same configuration; rank 0 alone claims the run's folder, and draws through a client thread of
-its own while its main thread serves. The ranks of its node log in that folder; those of other nodes, which need not see
-it, write to the output of their own torchrun.
+Every rank composes the same configuration. Rank 0 alone claims the run's folder. It generates through a client thread
+of its own while its main thread serves. The ranks on the node of rank 0 write their logs in that folder. Ranks on
+other nodes, which may not see the folder, write to the output of their own torchrun.
 """
 
 from __future__ import annotations
@@ -20,94 +19,118 @@ import msgspec
 from rich.console import Console
 
 from harness.config.schema import RunConfig, Task
-from harness.engines.environment import arithmetic
+from harness.engines.environment import arithmetic_environment
 from harness.engines.protocol import AttachedEngine, Engine
-from harness.engines.rank import LOG_FORMAT, check_ranks, leave_error, redirect_output, serve
+from harness.engines.rank import LOG_FORMAT, check_world_size, redirect_output, serve, write_error
 from harness.engines.torchrun import rank_error
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import RunFolder, RunFolderError, Status
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, run_folder, to_yaml
 from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone
-from harness.tasks.generate import run_in
+from harness.tasks.generate import execute_generate
 from harness.tasks.lifecycle import refuse
-from harness.tasks.terminal import EXIT_BAD_INPUT, complain, exit_status
+from harness.tasks.terminal import EXIT_BAD_INPUT, exit_status, print_error
 
 JOIN_S = 20.0
 log = logging.getLogger(__name__)
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """What rank 0 tells the others before anything is loaded; `refusal` ends them all."""
+    """The message from rank 0 to all ranks before anything is loaded.
+
+    Attributes:
+        folder: The run's folder.
+        sockets: Folder of the sockets that client and ranks use.
+        refusal: Reason why the run cannot start; it ends all ranks.
+    """
 
     folder: str = ""
     sockets: str = ""
     refusal: str | None = None
 
 
-class RanksEnded(BaseException):
-    """torchrun asked this rank to end, because another one failed or the user stopped it."""
+class RankStopped(BaseException):
+    """torchrun stopped this rank, because another rank failed or the user interrupted it."""
 
 
 def run_under_torchrun(arguments: Sequence[str]) -> int:
-    """One rank's whole life; the exit status."""
+    """Run one rank from start to end.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Returns:
+        The exit status.
+    """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank that refuses first must not cut off rank 0's word on it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank that refuses first must not stop rank 0 before its message
     try:
-        composed = _compose(arguments, ranks)
+        run = _compose(arguments, ranks)
     except ConfigError as error:
         if rank == 0:
             refuse(run_folder(arguments), error)
-        elif _speaks():
-            complain(error)
+        elif _reports_for_node():
+            print_error(error)
         return EXIT_BAD_INPUT
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.update(arithmetic(composed.config.launch, int(os.environ["LOCAL_WORLD_SIZE"])))
+    os.environ.update(arithmetic_environment(run.config.launch, int(os.environ["LOCAL_WORLD_SIZE"])))
     import torch.distributed as dist
 
-    from harness.parallel.collectives import Alone, Gloo
+    from harness.parallel.collectives import GlooCollectives, LocalCollectives
 
     dist.init_process_group("gloo")
-    collectives = Gloo() if ranks > 1 else Alone()
-    mine = _claim(composed) if rank == 0 else None
-    told = msgspec.msgpack.decode(
-        collectives.broadcast(None if mine is None else msgspec.msgpack.encode(mine)), type=Assignment
+    collectives = GlooCollectives() if ranks > 1 else LocalCollectives()
+    own_assignment = _claim(run) if rank == 0 else None
+    assignment = msgspec.msgpack.decode(
+        collectives.broadcast(None if own_assignment is None else msgspec.msgpack.encode(own_assignment)),
+        type=Assignment,
     )
-    if told.refusal is not None:
+    if assignment.refusal is not None:
         dist.destroy_process_group()
-        if rank == 0 or _speaks():
-            complain(told.refusal)
+        if rank == 0 or _reports_for_node():
+            print_error(assignment.refusal)
         return EXIT_BAD_INPUT
-    folder, addresses = RunFolder(Path(told.folder)), Addresses(Path(told.sockets))
+    folder, addresses = RunFolder(Path(assignment.folder)), Addresses(Path(assignment.sockets))
     if rank == 0:
         logging.basicConfig(level=logging.INFO, filename=folder.log_file(0), format=LOG_FORMAT)
-        return _lead(composed, folder, addresses)
-    return _follow(composed, folder if _node() == 0 else None, addresses, rank)
+        return _run_rank_zero(run, folder, addresses)
+    return _run_other_rank(run, folder if _node() == 0 else None, addresses, rank)
 
 
 def _node() -> int:
-    """Which of torchrun's agents started this rank; 0 started rank 0."""
+    """Return the index of the torchrun agent that started this rank; agent 0 started rank 0."""
     return int(os.environ["GROUP_RANK"])
 
 
-def _speaks() -> bool:
-    """Whether this rank says on its terminal what rank 0 says on its own: the first of another node."""
+def _reports_for_node() -> bool:
+    """Return whether this rank repeats rank 0's messages on its own terminal: the first rank of any other node does."""
     return _node() > 0 and os.environ["LOCAL_RANK"] == "0"
 
 
-def _follow(composed: ResolvedRun, folder: RunFolder | None, addresses: Addresses, rank: int) -> int:
-    """Any other rank: serves, with its log in the run's folder where that is on its node; its exit status."""
+def _run_other_rank(run: ResolvedRun, folder: RunFolder | None, addresses: Addresses, rank: int) -> int:
+    """Serve as a rank other than 0.
+
+    Args:
+        run: The resolved run.
+        folder: The run's folder, which takes the log; None if the rank is on another node.
+        addresses: Addresses of the sockets.
+        rank: Global rank.
+
+    Returns:
+        The exit status of the rank.
+    """
     if folder is None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     else:
         redirect_output(folder.log_file(rank))
     try:
-        serve(composed.config, addresses)
+        serve(run.config, addresses)
     except Exception as error:
         if folder is None:
             log.exception("rank %d of node %d: %s", rank, _node(), failure_line(error))
         else:
-            leave_error(folder.path / "logs", rank, error)
+            write_error(folder.path / "logs", rank, error)
         return 1
     return 0
 
@@ -116,62 +139,71 @@ def _compose(arguments: Sequence[str], ranks: int) -> ResolvedRun:
     flags = [argument for argument in arguments if argument.startswith("-")]
     if flags:
         raise ConfigError(f"{flags[0]} does not go with torchrun; sweep outside: python -m harness -m ...")
-    composed = compose_run(arguments)
-    task = composed.config.task.name
+    run = compose_run(arguments)
+    task = run.config.task.name
     if task is Task.report:
         raise ConfigError(
-            "task=report draws nothing, so it has no ranks; start it with python -m harness, not torchrun"
+            "task=report generates nothing, so it has no ranks; start it with python -m harness, not torchrun"
         )
     if task in (Task.train, Task.compare, Task.plan, Task.serve, Task.load):
         raise ConfigError(f"task={task.name} starts its own processes; start it with python -m harness, not torchrun")
-    check_ranks(world_size(degrees(composed.config.parallel)), ranks)
-    return composed
+    check_world_size(world_size(degrees(run.config.parallel)), ranks)
+    return run
 
 
-def _claim(composed: ResolvedRun) -> Assignment:
+def _claim(run: ResolvedRun) -> Assignment:
     try:
-        folder = RunFolder.claim(composed.folder)
+        folder = RunFolder.claim(run.folder)
     except RunFolderError as error:
         return Assignment(refusal=str(error))
-    folder.write_config(to_yaml(composed.config))
+    folder.write_config(to_yaml(run.config))
     return Assignment(str(folder.path.resolve()), str(Addresses.private().folder))
 
 
-def _lead(composed: ResolvedRun, folder: RunFolder, addresses: Addresses) -> int:
-    """Rank 0: serves in this thread, draws in another; the exit status of the run."""
-    ended: list[BaseException] = []
+def _run_rank_zero(run: ResolvedRun, folder: RunFolder, addresses: Addresses) -> int:
+    """Serve in this thread and generate in another one.
+
+    Args:
+        run: The resolved run.
+        folder: The claimed folder.
+        addresses: Addresses of the sockets.
+
+    Returns:
+        The exit status of the run.
+    """
+    errors: list[BaseException] = []
 
     def check_alive() -> None:
-        if ended:
-            raise ended[0]
+        if errors:
+            raise errors[0]
 
     def attach(config: RunConfig, folder: Path) -> Engine:
         return AttachedEngine(addresses, config.launch.start_timeout_s, dict(os.environ), check_alive)
 
     outcome: list[Status] = []
     client = threading.Thread(
-        target=lambda: outcome.append(run_in(composed, folder, Console(), attach)), name="client", daemon=True
+        target=lambda: outcome.append(execute_generate(run, folder, Console(), attach)), name="client", daemon=True
     )
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _ranks_ended)
+        signal.signal(number, _raise_rank_stopped)
     client.start()
     try:
-        serve(composed.config, addresses)
+        serve(run.config, addresses)
         client.join()
-    except (Exception, RanksEnded) as error:
+    except (Exception, RankStopped) as error:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        ended.append(_reason(error, folder.path / "logs"))
+        errors.append(_client_error(error, folder.path / "logs"))
         client.join(JOIN_S)
     finally:
         addresses.remove()
     return exit_status(outcome[0]) if outcome else 1
 
 
-def _reason(error: BaseException, logs: Path) -> BaseException:
-    """What the client's request fails with, now that this rank no longer serves."""
+def _client_error(error: BaseException, logs: Path) -> BaseException:
+    """Return the error for the client's request, now that this rank no longer serves."""
     if isinstance(error, Exception):
-        leave_error(logs, 0, error)
+        write_error(logs, 0, error)
     elif str(error) == signal.SIGINT.name:
         return KeyboardInterrupt()
     left = rank_error(logs)
@@ -180,5 +212,5 @@ def _reason(error: BaseException, logs: Path) -> BaseException:
     return EngineGone("another rank died or torchrun was stopped; torchrun's output says which")
 
 
-def _ranks_ended(number: int, frame: FrameType | None) -> None:
-    raise RanksEnded(signal.Signals(number).name)
+def _raise_rank_stopped(number: int, frame: FrameType | None) -> None:
+    raise RankStopped(signal.Signals(number).name)

@@ -1,4 +1,4 @@
-"""Attention behind one function: `kernel(q, k, v, mask)` on (B, L, H, D), the backend chosen by name and said aloud."""
+"""Attention behind one function: `kernel(q, k, v, mask)` on (B, L, H, D), with the backend chosen by name."""
 
 from models.attention.backend import AttentionKernel, Backend, LseKernel
 from models.attention.reference import math_attention

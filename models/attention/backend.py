@@ -1,8 +1,8 @@
-"""What an attention backend is: softmax(q k^T / sqrt(D)) v and, when asked, the log-sum-exp of its scores.
+"""The interface of an attention backend: softmax(q k^T / sqrt(D)) v and, if requested, the log-sum-exp of the scores.
 
-Shapes, here and in every file beside this one: B batch, L query tokens, S key tokens, H heads, D head dimension. A
-backend maps q_BLHD, k_BSHD, v_BSHD to out_BLHD and lse_BLH; `mask_BS` is boolean and true where a key takes part. A
-backend that cannot honour a mask refuses it, it never drops it.
+Shapes, here and in the other files of this folder: B batch, L query tokens, S key tokens, H heads, D head dimension. A
+backend maps q_BLHD, k_BSHD, v_BSHD to out_BLHD and lse_BLH. `mask_BS` is boolean and true for the keys that take part.
+A backend that does not support a mask raises an error; it never ignores the mask.
 """
 
 from __future__ import annotations
@@ -15,75 +15,78 @@ from torch.nn import functional as F
 
 
 class AttentionKernel(Protocol):
-    """q_BLHD, k_BSHD, v_BSHD and a boolean key mask_BS (true = attend) to out_BLHD.
+    """Map q_BLHD, k_BSHD, v_BSHD and a boolean key mask_BS (true = attend) to out_BLHD.
 
-    A sample none of whose keys take part gets out = 0.
+    A sample with no key to attend to gets out = 0.
     """
 
-    def __call__(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor: ...
+    def __call__(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+        """Return out_BLHD."""
 
 
 class LseKernel(Protocol):
-    """The same to out_BLHD and lse_BLH = log sum_s exp(q k_s / sqrt(D)), in float32 or better.
+    """Map the inputs of AttentionKernel to out_BLHD and lse_BLH = log sum_s exp(q k_s / sqrt(D)), in float32 or better.
 
-    A sample none of whose keys take part gets out = 0 and lse = -inf, which a merge leaves out.
+    A sample with no key to attend to gets out = 0 and lse = -inf, so that a merge gives it no weight.
     """
 
     def __call__(
         self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Return out_BLHD and lse_BLH."""
 
 
-class RunsAs(Protocol):
-    """What computes on tensors of a device type (`cpu`, `cuda`), by its own name, with or without log-sum-exp.
+class KernelName(Protocol):
+    """Return the name of the kernel that runs on a device type (`cpu`, `cuda`), with or without log-sum-exp.
 
     Raises:
-        NotImplementedError: nothing of this backend runs there, with what to use or to install, in one line.
+        NotImplementedError: No kernel of this backend runs there; the message says what to use or to install.
     """
 
-    def __call__(self, device_type: str, with_lse: bool) -> str: ...
+    def __call__(self, device_type: str, with_lse: bool) -> str:
+        """Return the kernel's name."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute attention.
+    """One implementation of attention.
 
     Args:
-        attend: gives out_BLHD.
-        attend_lse: gives out_BLHD and lse_BLH; None where the backend has no log-sum-exp.
-        runs_as: names what computes on a device, for the record.
+        attend: The kernel that returns out_BLHD.
+        attend_lse: The kernel that returns out_BLHD and lse_BLH; None if the backend has no log-sum-exp.
+        kernel_name: The function that names the kernel of a device, for the record.
     """
 
     attend: AttentionKernel
     attend_lse: LseKernel | None
-    runs_as: RunsAs
+    kernel_name: KernelName
 
 
-def let_in(mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The mask with every key of an empty sample let in, so that no row is all -inf, and which samples are empty."""
+def unmask_empty_samples(mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mask with the keys of empty samples unmasked (no row is then all -inf), and the empty samples."""
     empty_B = ~mask_BS.any(dim=1)
     return mask_BS | empty_B[:, None], empty_B
 
 
-def silence(out_BLHD: Tensor, lse_BLH: Tensor, empty_B: Tensor) -> tuple[Tensor, Tensor]:
-    """out = 0 and lse = -inf for the samples that are empty."""
+def zero_empty_samples(out_BLHD: Tensor, lse_BLH: Tensor, empty_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out and lse with out = 0 and lse = -inf for the empty samples."""
     return (
         out_BLHD.masked_fill(empty_B[:, None, None, None], 0.0),
         lse_BLH.masked_fill(empty_B[:, None, None], float("-inf")),
     )
 
 
-def widened(x_BLHD: Tensor, width: int) -> Tensor:
-    """Heads padded with zeros to `width`, which leaves every score and the first D of every output as they are."""
+def pad_head_dim(x_BLHD: Tensor, width: int) -> Tensor:
+    """Return the heads padded with zeros to `width`, which changes no score and none of the first D outputs."""
     spare = width - x_BLHD.shape[-1]
     return F.pad(x_BLHD, (0, spare)) if spare else x_BLHD
 
 
-def only_half(backend: str, x: Tensor) -> None:
-    """Refuses tensors wider than 16 bit, for kernels that have no other.
+def require_16_bit(backend: str, x: Tensor) -> None:
+    """Raise an error if a tensor is wider than 16 bit, for kernels that support 16 bit only.
 
     Raises:
-        NotImplementedError: with what to change.
+        NotImplementedError: The tensor is not 16 bit; the message says what to change.
     """
     if x.element_size() != 2:
         raise NotImplementedError(

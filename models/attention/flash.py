@@ -1,7 +1,7 @@
-"""`flash`: FlashAttention (Dao et al. 2022; Dao 2023; Shah et al. 2024), whichever of its implementations is here.
+"""`flash`: FlashAttention (Dao et al. 2022; Dao 2023; Shah et al. 2024), in the implementation that is installed.
 
-On CUDA flash-attn 3 (`flash_attn_interface`, Hopper only), else flash-attn 2 (`flash_attn`); on the CPU PyTorch's own
-flash kernel. All return the log-sum-exp. Which one computed is named in the record.
+On CUDA this is flash-attn 3 (`flash_attn_interface`, Hopper only), else flash-attn 2 (`flash_attn`). On the CPU it is
+PyTorch's own flash kernel. All return the log-sum-exp. The record names the one that ran.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.attention.backend import Backend, let_in, only_half, silence, widened
+from models.attention.backend import Backend, pad_head_dim, require_16_bit, unmask_empty_samples, zero_empty_samples
 
-WIDEST = 256  # flash-attn's largest head dimension
-MULTIPLE = 8  # and what it must be a multiple of
+MAX_HEAD_DIM = 256  # flash-attn's largest head dimension
+HEAD_DIM_MULTIPLE = 8  # flash-attn's head dimensions are multiples of it
 INSTALL = "pip install 'triptych[flash]'"
 
 
-class Dense(Protocol):
-    """`flash_attn_func` of either generation: (B, L, H, D) to out (B, L, H, D), lse (B, H, L), and what else it has."""
+class FlashAttnFunction(Protocol):
+    """`flash_attn_func` of either version: (B, L, H, D) to out (B, L, H, D), lse (B, H, L), and further outputs."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, return_attn_probs: bool
-    ) -> tuple[Tensor, ...]: ...
+    ) -> tuple[Tensor, ...]:
+        """Return out, lse and further outputs."""
 
 
-class Varlen(Protocol):
-    """`flash_attn_varlen_func`: sequences behind one another, (T, H, D) to out (T, H, D), lse (H, T), and what else."""
+class FlashAttnVarlenFunction(Protocol):
+    """`flash_attn_varlen_func`: concatenated sequences (T, H, D) to out (T, H, D), lse (H, T), and further outputs."""
 
     def __call__(
         self,
@@ -47,23 +48,24 @@ class Varlen(Protocol):
         max_seqlen_k: int,
         softmax_scale: float,
         return_attn_probs: bool,
-    ) -> tuple[Tensor, ...]: ...
+    ) -> tuple[Tensor, ...]:
+        """Return out, lse and further outputs."""
 
 
 @dataclass(frozen=True)
 class FlashPackage:
-    """The functions of an installed flash-attn, whose keywords are the same in both generations."""
+    """The functions of an installed flash-attn; both versions have the same keywords."""
 
     name: str
-    dense: Dense
-    varlen: Varlen
+    dense: FlashAttnFunction
+    varlen: FlashAttnVarlenFunction
 
 
 def flash_package() -> FlashPackage:
-    """The flash-attn that fits this GPU: 3 on Hopper where it is installed, else 2.
+    """Return the flash-attn package for this GPU: version 3 on Hopper if it is installed, else version 2.
 
     Raises:
-        NotImplementedError: none is installed, or what is installed does not load.
+        NotImplementedError: No version is installed, or the installed version does not load.
     """
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     choices = [("flash_attn_interface", "flash-attn 3")] if hopper else []
@@ -71,49 +73,59 @@ def flash_package() -> FlashPackage:
         if importlib.util.find_spec(module) is None:
             continue
         try:
-            found = importlib.import_module(module)
-        except ImportError as broken:
+            imported = importlib.import_module(module)
+        except ImportError as error:
             raise NotImplementedError(
-                f"attention=flash: {name} is installed but does not load ({broken}); "
+                f"attention=flash: {name} is installed but does not load ({error}); "
                 "install the build for this PyTorch, or use attention=sdpa"
-            ) from broken
-        return FlashPackage(name, found.flash_attn_func, found.flash_attn_varlen_func)
+            ) from error
+        return FlashPackage(name, imported.flash_attn_func, imported.flash_attn_varlen_func)
     raise NotImplementedError(
         f"attention=flash on CUDA needs the flash-attn package: {INSTALL}, or use attention=sdpa, or flex in a ring"
     )
 
 
-def with_package(
+def run_package(
     package: FlashPackage, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """flash-attn on heads padded to a width that it has, at the scale of the true one.
+    """Run flash-attn on heads padded to a supported width, with the scale of the original width.
+
+    Args:
+        package: The installed flash-attn.
+        q_BLHD: Queries, 16 bit.
+        k_BSHD: Keys, 16 bit.
+        v_BSHD: Values, 16 bit.
+        mask_BS: Key mask, true = attend; None attends to all keys.
+
+    Returns:
+        out_BLHD and lse_BLH.
 
     Raises:
-        NotImplementedError: 32-bit tensors, or heads that are too wide.
+        NotImplementedError: The tensors are 32 bit, or the head dimension is too large.
     """
-    only_half("flash", q_BLHD)
+    require_16_bit("flash", q_BLHD)
     width = q_BLHD.shape[-1]
-    if width > WIDEST:
+    if width > MAX_HEAD_DIM:
         raise NotImplementedError(
-            f"attention=flash has head dimensions up to {WIDEST} on CUDA, not {width}; use attention=sdpa"
+            f"attention=flash supports head dimensions up to {MAX_HEAD_DIM} on CUDA, not {width}; use attention=sdpa"
         )
-    q, k, v = (widened(x, -(-width // MULTIPLE) * MULTIPLE) for x in (q_BLHD, k_BSHD, v_BSHD))
+    q, k, v = (pad_head_dim(x, -(-width // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE) for x in (q_BLHD, k_BSHD, v_BSHD))
     scale = 1.0 / math.sqrt(width)
     if mask_BS is None:
         out_BLHD, lse_BHL, *_ = package.dense(q, k, v, softmax_scale=scale, return_attn_probs=True)
         return out_BLHD[..., :width], lse_BHL.transpose(1, 2)
-    out_BLHD, lse_BLH = _masked(package, q, k, v, mask_BS, scale)
-    return silence(out_BLHD[..., :width], lse_BLH, ~mask_BS.any(dim=1))
+    out_BLHD, lse_BLH = _run_varlen(package, q, k, v, mask_BS, scale)
+    return zero_empty_samples(out_BLHD[..., :width], lse_BLH, ~mask_BS.any(dim=1))
 
 
-def _masked(
+def _run_varlen(
     package: FlashPackage, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """A key mask by lengths, all on the device.
+    """Return out_BLHD and lse_BLH under a key mask that is passed as sequence lengths, computed on the device.
 
-    The keys that take part are moved to the front of their sample (attention does not depend on their order); what is
-    left behind them is a sequence of its own to which no query belongs: queries L, 0, L, 0 ... meet keys n, S - n,
-    m, S - m ... So nothing has to be packed to a size that only the device knows.
+    The unmasked keys move to the front of their sample; attention does not depend on their order. The masked keys
+    behind them form a sequence of their own that has no queries: queries of lengths L, 0, L, 0 ... meet keys of lengths
+    n, S - n, m, S - m ... No tensor needs a size that only the device knows.
     """
     (batch, queries), keys = q_BLHD.shape[:2], k_BSHD.shape[1]
     starts_B = torch.arange(batch, device=mask_BS.device) * keys
@@ -135,53 +147,53 @@ def _masked(
     return out_THD.unflatten(0, (batch, queries)), lse_HT.unflatten(1, (batch, queries)).permute(1, 2, 0)
 
 
-def on_cpu(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, Tensor]:
-    """PyTorch's CPU flash kernel, which takes the key mask as an additive bias."""
+def run_cpu_flash(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run PyTorch's CPU flash kernel, with the key mask as an additive bias."""
     bias_B11S, empty_B = None, None
     if mask_BS is not None:
-        mask_BS, empty_B = let_in(mask_BS)
+        mask_BS, empty_B = unmask_empty_samples(mask_BS)
         bias_B11S = torch.zeros(mask_BS.shape, dtype=q_BLHD.dtype, device=q_BLHD.device)
         bias_B11S = bias_B11S.masked_fill(~mask_BS, float("-inf"))[:, None, None, :]
     out_BHLD, lse_BHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_BLHD.transpose(1, 2), k_BSHD.transpose(1, 2), v_BSHD.transpose(1, 2), attn_mask=bias_B11S
     )
     out_BLHD, lse_BLH = out_BHLD.transpose(1, 2), lse_BHL.transpose(1, 2)
-    return (out_BLHD, lse_BLH) if empty_B is None else silence(out_BLHD, lse_BLH, empty_B)
+    return (out_BLHD, lse_BLH) if empty_B is None else zero_empty_samples(out_BLHD, lse_BLH, empty_B)
 
 
-class Flash:
-    """FlashAttention by device; the package is looked for at the first call on CUDA."""
+class FlashKernels:
+    """The FlashAttention kernels of each device; the package is imported at the first call on CUDA."""
 
     @cached_property
     def _package(self) -> FlashPackage:
         return flash_package()
 
     def attend(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-        """out_BLHD.
+        """Return out_BLHD.
 
         Raises:
-            NotImplementedError: a device, dtype or head dimension that has no kernel.
+            NotImplementedError: No kernel for this device, dtype or head dimension.
         """
         return self.attend_lse(q_BLHD, k_BSHD, v_BSHD, mask_BS)[0]
 
     def attend_lse(
         self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """out_BLHD and lse_BLH, which every implementation computes anyway.
+        """Return out_BLHD and lse_BLH, which every implementation computes anyway.
 
         Raises:
-            NotImplementedError: a device, dtype or head dimension that has no kernel.
+            NotImplementedError: No kernel for this device, dtype or head dimension.
         """
         if q_BLHD.device.type == "cpu":
-            return on_cpu(q_BLHD, k_BSHD, v_BSHD, mask_BS)
-        self.runs_as(q_BLHD.device.type, with_lse=True)
-        return with_package(self._package, q_BLHD, k_BSHD, v_BSHD, mask_BS)
+            return run_cpu_flash(q_BLHD, k_BSHD, v_BSHD, mask_BS)
+        self.kernel_name(q_BLHD.device.type, with_lse=True)
+        return run_package(self._package, q_BLHD, k_BSHD, v_BSHD, mask_BS)
 
-    def runs_as(self, device_type: str, with_lse: bool) -> str:
-        """`torch cpu flash`, `flash-attn 3` or `flash-attn 2`.
+    def kernel_name(self, device_type: str, with_lse: bool) -> str:
+        """Return `torch cpu flash`, `flash-attn 3` or `flash-attn 2`.
 
         Raises:
-            NotImplementedError: another device, or CUDA without the package.
+            NotImplementedError: Another device, or CUDA without the package.
         """
         if device_type == "cpu":
             return "torch cpu flash"
@@ -191,6 +203,6 @@ class Flash:
 
 
 def flash() -> Backend:
-    """The backend, with nothing looked for yet."""
-    kernels = Flash()
-    return Backend(kernels.attend, kernels.attend_lse, kernels.runs_as)
+    """Return the backend; it looks for no package yet."""
+    kernels = FlashKernels()
+    return Backend(kernels.attend, kernels.attend_lse, kernels.kernel_name)

@@ -1,14 +1,13 @@
 """`sage`: SageAttention (Zhang et al. 2024, arXiv:2410.02367 and 2411.10958), scores in 8-bit integers; CUDA only.
 
-An approximation: q and k are quantised a block at a time, so what it draws differs from the other backends by more than
-rounding. The package takes no key mask.
+This is an approximation: q and k are quantized block by block, so the output differs from other backends by more than
+rounding. The package supports no key mask.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import math
 from dataclasses import dataclass
@@ -17,18 +16,19 @@ from typing import Protocol
 
 from torch import Tensor
 
-from models.attention.backend import Backend, only_half, widened
+from models.attention.backend import Backend, pad_head_dim, require_16_bit
 from models.registry import missing_package
 
-WIDTHS = (64, 128)  # head dimensions that every version has
+HEAD_DIMS = (64, 128)  # head dimensions that every version supports
 
 
 class SageFunction(Protocol):
-    """`sageattention.sageattn`: (B, L, H, D) to the same, and lse (B, H, L) beside it where asked."""
+    """`sageattention.sageattn`: (B, L, H, D) to the same shape, and lse (B, H, L) if requested."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, tensor_layout: str, sm_scale: float, return_lse: bool
-    ) -> Tensor | tuple[Tensor, Tensor]: ...
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return out, and lse if requested."""
 
 
 @dataclass(frozen=True)
@@ -36,97 +36,112 @@ class SagePackage:
     """The installed sageattention.
 
     Args:
-        gives_lse: from version 2 on; version 1 takes the argument and ignores it.
+        name: The package's name and version.
+        function: The package's attention function.
+        returns_lse: Whether it returns the log-sum-exp, as from version 2 on; version 1 ignores the argument.
     """
 
     name: str
     function: SageFunction
-    gives_lse: bool
+    returns_lse: bool
 
 
 def sage_package() -> SagePackage:
-    """The installed sageattention.
+    """Return the installed sageattention.
 
     Raises:
-        NotImplementedError: there is none, or it does not load.
+        NotImplementedError: The package is not installed, or it does not load.
     """
     if line := missing_package("sage"):
         raise NotImplementedError(line)
     try:
         function = importlib.import_module("sageattention").sageattn
-    except ImportError as broken:
+    except ImportError as error:
         raise NotImplementedError(
-            f"attention=sage: sageattention is installed but does not load ({broken}); "
+            f"attention=sage: sageattention is installed but does not load ({error}); "
             "install the build for this PyTorch, or use attention=sdpa"
-        ) from broken
+        ) from error
     name = f"sageattention {importlib.metadata.version('sageattention')}"
     return SagePackage(name, function, "return_lse" in inspect.signature(function).parameters)
 
 
-def with_package(
+def run_package(
     package: SagePackage, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """SageAttention on heads padded to a width that it has, at the scale of the true one.
+    """Run SageAttention on heads padded to a supported width, with the scale of the original width.
+
+    Args:
+        package: The installed sageattention.
+        q_BLHD: Queries, 16 bit.
+        k_BSHD: Keys, 16 bit.
+        v_BSHD: Values, 16 bit.
+        mask_BS: None; a mask is an error.
+        with_lse: Whether to compute the log-sum-exp.
+
+    Returns:
+        out_BLHD, and lse_BLH if requested.
 
     Raises:
-        NotImplementedError: a mask, 32-bit tensors, heads that are too wide, or log-sum-exp of version 1.
+        NotImplementedError: A mask, 32-bit tensors, a head dimension that is too large, or log-sum-exp with version 1.
     """
     if mask_BS is not None:
-        raise NotImplementedError("attention=sage takes no key mask; use attention=sdpa, flash or flex for padded text")
-    only_half("sage", q_BLHD)
-    width = q_BLHD.shape[-1]
-    if width > max(WIDTHS):
         raise NotImplementedError(
-            f"attention=sage has head dimensions up to {max(WIDTHS)}, not {width}; use attention=sdpa"
+            "attention=sage supports no key mask; use attention=sdpa, flash or flex for padded text"
         )
-    if with_lse and not package.gives_lse:
+    require_16_bit("sage", q_BLHD)
+    width = q_BLHD.shape[-1]
+    if width > max(HEAD_DIMS):
+        raise NotImplementedError(
+            f"attention=sage supports head dimensions up to {max(HEAD_DIMS)}, not {width}; use attention=sdpa"
+        )
+    if with_lse and not package.returns_lse:
         raise NotImplementedError(
             f"{package.name} returns no log-sum-exp, which ring attention merges; "
             "install version 2, or use attention=flash or flex"
         )
-    wide = next(one for one in WIDTHS if one >= width)
-    q, k, v = (widened(x, wide).contiguous() for x in (q_BLHD, k_BSHD, v_BSHD))
-    if not package.gives_lse:
+    padded = next(size for size in HEAD_DIMS if size >= width)
+    q, k, v = (pad_head_dim(x, padded).contiguous() for x in (q_BLHD, k_BSHD, v_BSHD))
+    if not package.returns_lse:
         k = k.clone()  # version 1 subtracts the mean of the keys in place
-    found = package.function(q, k, v, tensor_layout="NHD", sm_scale=1.0 / math.sqrt(width), return_lse=with_lse)
-    out_BLHD, lse_BHL = found if isinstance(found, tuple) else (found, None)
+    result = package.function(q, k, v, tensor_layout="NHD", sm_scale=1.0 / math.sqrt(width), return_lse=with_lse)
+    out_BLHD, lse_BHL = result if isinstance(result, tuple) else (result, None)
     return out_BLHD[..., :width], None if lse_BHL is None else lse_BHL.transpose(1, 2)
 
 
-class Sage:
-    """SageAttention; the package is looked for at the first call."""
+class SageKernels:
+    """The SageAttention kernels; the package is imported at the first call."""
 
     @cached_property
     def _package(self) -> SagePackage:
         return sage_package()
 
     def attend(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-        """out_BLHD.
+        """Return out_BLHD.
 
         Raises:
-            NotImplementedError: not CUDA, no package, or what `with_package` refuses.
+            NotImplementedError: Not CUDA, no package, or an input that `run_package` does not support.
         """
-        self.runs_as(q_BLHD.device.type, with_lse=False)
-        return with_package(self._package, q_BLHD, k_BSHD, v_BSHD, mask_BS, with_lse=False)[0]
+        self.kernel_name(q_BLHD.device.type, with_lse=False)
+        return run_package(self._package, q_BLHD, k_BSHD, v_BSHD, mask_BS, with_lse=False)[0]
 
     def attend_lse(
         self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """out_BLHD and lse_BLH.
+        """Return out_BLHD and lse_BLH.
 
         Raises:
-            NotImplementedError: as `attend`, and version 1 of the package.
+            NotImplementedError: The cases of `attend`, and version 1 of the package.
         """
-        self.runs_as(q_BLHD.device.type, with_lse=True)
-        out_BLHD, lse_BLH = with_package(self._package, q_BLHD, k_BSHD, v_BSHD, mask_BS, with_lse=True)
+        self.kernel_name(q_BLHD.device.type, with_lse=True)
+        out_BLHD, lse_BLH = run_package(self._package, q_BLHD, k_BSHD, v_BSHD, mask_BS, with_lse=True)
         assert lse_BLH is not None
         return out_BLHD, lse_BLH
 
-    def runs_as(self, device_type: str, with_lse: bool) -> str:
-        """The package and its version.
+    def kernel_name(self, device_type: str, with_lse: bool) -> str:
+        """Return the package and its version.
 
         Raises:
-            NotImplementedError: not CUDA, or no package.
+            NotImplementedError: Not CUDA, or no package.
         """
         if device_type != "cuda":
             raise NotImplementedError(f"attention=sage runs on cuda only, not on {device_type}; use attention=sdpa")
@@ -134,6 +149,6 @@ class Sage:
 
 
 def sage() -> Backend:
-    """The backend, with nothing looked for yet."""
-    kernels = Sage()
-    return Backend(kernels.attend, kernels.attend_lse, kernels.runs_as)
+    """Return the backend; it looks for no package yet."""
+    kernels = SageKernels()
+    return Backend(kernels.attend, kernels.attend_lse, kernels.kernel_name)

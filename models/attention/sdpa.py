@@ -9,8 +9,18 @@ from models.attention.backend import Backend
 
 
 def sdpa_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`; a sample without keys is 0, where cuDNN's kernel makes it the
-    mean of its values.
+    """Compute `torch.nn.functional.scaled_dot_product_attention`.
+
+    A sample without unmasked keys gets 0; cuDNN's kernel would return the mean of its values.
+
+    Args:
+        q_BLHD: Queries.
+        k_BSHD: Keys.
+        v_BSHD: Values.
+        mask_BS: Key mask, true = attend; None attends to all keys.
+
+    Returns:
+        out_BLHD.
     """
     mask_BHLS = None if mask_BS is None else mask_BS[:, None, None, :]
     out_BHLD = F.scaled_dot_product_attention(
@@ -21,8 +31,8 @@ def sdpa_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tens
     return out_BHLD.transpose(1, 2)
 
 
-def _runs_as(device_type: str, with_lse: bool) -> str:
+def _kernel_name(device_type: str, with_lse: bool) -> str:
     return "torch sdpa"
 
 
-SDPA = Backend(sdpa_attention, None, _runs_as)
+SDPA = Backend(sdpa_attention, None, _kernel_name)

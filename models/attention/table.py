@@ -1,4 +1,4 @@
-"""Which backend a name stands for."""
+"""The table of attention backends by name."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from models.registry import resolve_backend
 TABLE: dict[str, Backend] = {"math": MATH, "sdpa": SDPA, "flash": flash(), "flex": flex(), "sage": sage()}
 
 
-# Those that run at once wherever PyTorch's CPU build does, for tests of networks: flex compiles, sage is CUDA's.
+# The backends that run on any CPU without compiling, for tests of networks: flex compiles, sage needs CUDA.
 BACKENDS: dict[str, AttentionKernel] = {name: TABLE[name].attend for name in ("math", "sdpa", "flash")}
 WITH_LSE: dict[str, LseKernel] = {
-    name: one.attend_lse for name, one in TABLE.items() if one.attend_lse is not None and name != "sage"
+    name: entry.attend_lse for name, entry in TABLE.items() if entry.attend_lse is not None and name != "sage"
 }
 
 
 def backend(requested: str) -> Backend:
-    """The backend of a name; `auto` is what it is without log-sum-exp (models.registry.resolve_backend).
+    """Return the backend of a name; `auto` means the one without log-sum-exp (models.registry.resolve_backend).
 
     Raises:
-        ValueError: an unknown name, or a backend whose package is not installed.
+        ValueError: An unknown name, or a backend whose package is not installed.
     """
     return TABLE[resolve_backend(requested)]
 
 
 def attention_kernel(requested: str) -> AttentionKernel:
-    """The kernel of a backend name.
+    """Return the kernel of a backend name.
 
     Raises:
-        ValueError: an unknown name, or a backend whose package is not installed.
+        ValueError: An unknown name, or a backend whose package is not installed.
     """
     return backend(requested).attend
 
 
 def lse_kernel(requested: str) -> LseKernel:
-    """The kernel of a backend name that returns log-sum-exp, as ring attention needs.
+    """Return the kernel of a backend name that also returns the log-sum-exp, as ring attention needs.
 
     Raises:
-        ValueError: an unknown name, or a backend that returns none, with those that do.
+        ValueError: An unknown name, or a backend without log-sum-exp; the message lists those that have it.
     """
     attend_lse = backend(requested).attend_lse
     if attend_lse is None:
@@ -54,19 +54,24 @@ def lse_kernel(requested: str) -> LseKernel:
 
 
 def resolved_name(requested: str, device_type: str, with_lse: bool = False) -> str:
-    """What computes on tensors of `device_type` (`cpu`, `cuda`) when `requested` was asked for, by its own name.
+    """Return the name of the kernel that a backend name runs on a device.
 
-    `torch sdpa`, `torch cpu flash`, `flash-attn 3`, `flash-attn 2`, `flex, compiled`, `flex, unfused`, `sageattention
-    2.2.0`, `math`.
+    Such a name is `torch sdpa`, `torch cpu flash`, `flash-attn 3`, `flash-attn 2`, `flex, compiled`, `flex, unfused`,
+    `sageattention 2.2.0` or `math`.
 
     Args:
-        with_lse: of the kernel that a ring calls.
+        requested: A backend name, or `auto`.
+        device_type: The device type of the tensors, `cpu` or `cuda`.
+        with_lse: Whether ring attention calls the kernel, which needs the log-sum-exp.
+
+    Returns:
+        The kernel's own name.
 
     Raises:
-        ValueError: an unknown name, a backend whose package is not installed, or one without log-sum-exp.
-        NotImplementedError: it does not run on this machine, with what to use or to install, in one line.
+        ValueError: An unknown name, a backend whose package is not installed, or one without log-sum-exp.
+        NotImplementedError: The backend does not run on this machine; the message says what to use or to install.
     """
     name = resolve_backend(requested, device_type, with_lse)
     if with_lse:
         lse_kernel(name)
-    return TABLE[name].runs_as(device_type, with_lse)
+    return TABLE[name].kernel_name(device_type, with_lse)

@@ -2,6 +2,6 @@
 
 from models.dit.components import load_denoiser
 from models.dit.network import DiT, DiTConfig
-from models.dit.weights import AHEAD, NAMES, PLAN, read_config
+from models.dit.weights import NAMES, PLAN, PRECOMPUTE, read_config
 
-__all__ = ["AHEAD", "NAMES", "PLAN", "DiT", "DiTConfig", "load_denoiser", "read_config"]
+__all__ = ["NAMES", "PLAN", "PRECOMPUTE", "DiT", "DiTConfig", "load_denoiser", "read_config"]

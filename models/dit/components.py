@@ -1,32 +1,38 @@
-"""A whole class-conditional checkpoint around DiT: class labels, the network, and a KL autoencoder."""
+"""A full class-conditional checkpoint of DiT: class labels, the network, and a KL autoencoder."""
 
 from __future__ import annotations
 
 from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, GuidanceRule, LatentSpace
 from models.decoders import load_kl_decoder
 from models.dit.network import DiT
 from models.dit.prompts import ClassLabels, read_names
-from models.dit.weights import AHEAD, NAMES, PLAN, read_config
-from models.source import Source
+from models.dit.weights import NAMES, PLAN, PRECOMPUTE, read_config
 
 
-def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention) -> DiT:
-    """The network alone.
+def load_denoiser(source: CheckpointSource, kernel: AttentionKernel = sdpa_attention) -> DiT:
+    """Load the network alone.
+
+    Returns:
+        The network.
 
     Raises:
-        CheckpointError: a configuration that it cannot be built from, or weights that do not fit it.
+        CheckpointError: A configuration that it cannot be built from, or weights that do not fit it.
     """
     config = read_config(source.config_folder(source.denoiser))
     return load_network(lambda: DiT(config, kernel), source, source.denoiser, NAMES, PLAN)
 
 
-def load(source: Source, kernel: AttentionKernel) -> Components:
-    """The components of a checkpoint in the layout of diffusers' DiTPipeline.
+def load(source: CheckpointSource, kernel: AttentionKernel) -> Components:
+    """Load the components of a checkpoint in the layout of diffusers' DiTPipeline.
+
+    Returns:
+        The components.
 
     Raises:
-        CheckpointError: a component that is missing, unreadable or does not fit.
+        CheckpointError: A component that is missing, unreadable or does not fit.
     """
     network, decoder = load_denoiser(source, kernel), load_kl_decoder(source)
     config = network.config
@@ -36,7 +42,7 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         load_prompts=lambda: labels,
         decoder=decoder,
         plan=PLAN,
-        ahead=AHEAD,
+        precompute=PRECOMPUTE,
         latent=LatentSpace(config.in_channels, decoder.stride),
         size_multiple=decoder.stride * config.patch,
         guidance=GuidanceRule(channels=config.in_channels),

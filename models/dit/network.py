@@ -1,10 +1,10 @@
 """The network: patches of a latent attend to one another, modulated by the timestep and the class.
 
-adaLN-Zero and sine-cosine positions as in DiT (Peebles and Xie 2022, arXiv:2212.09748, section 3.2), so that a
+It has adaLN-Zero and sine-cosine positions as in DiT (Peebles and Xie 2022, arXiv:2212.09748, section 3.2), so that a
 checkpoint is interchangeable with diffusers' `DiTTransformer2DModel`.
 
 Shapes: B batch, H and W latent rows and columns, C latent channels, L image tokens, D width, E sinusoids of the time, P
-outputs a patch.
+outputs per patch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.components import Conditioning, told_of
+from models.components import Conditioning, time_embedding
 from models.layers import (
     Attention,
     FeedForward,
@@ -35,15 +35,15 @@ class DiTConfig:
     """The sizes of one network; the defaults are DiT-XL/2 at 256 x 256.
 
     Args:
-        depth: transformer blocks.
-        heads: attention heads; the width is heads * head_channels.
-        head_channels: channels a head.
-        in_channels: latent channels.
-        out_channels: channels of the output, twice as many where it learned a variance too.
-        patch: side of a patch, in latent pixels.
-        sample_size: side of the training latent, in latent pixels; positions are measured against it.
-        classes: classes, without the null class, which is the one after them.
-        norm_eps: of the norm before a block's feed-forward; the other norms have 1e-6.
+        depth: The number of transformer blocks.
+        heads: The number of attention heads; the width is heads * head_channels.
+        head_channels: The number of channels per head.
+        in_channels: The number of latent channels.
+        out_channels: The number of output channels, twice the latent channels with a learned variance.
+        patch: The side of a patch, in latent pixels.
+        sample_size: The side of the training latent, in latent pixels; positions are relative to it.
+        classes: The number of classes without the null class, whose index comes after them.
+        norm_eps: The epsilon of the norm before a block's feed-forward; the other norms have 1e-6.
     """
 
     depth: int = 28
@@ -58,11 +58,11 @@ class DiTConfig:
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
+        """The number of channels of a token."""
         return self.heads * self.head_channels
 
 
-class ClassAndTime(nn.Module):
+class ClassTimeEmbedding(nn.Module):
     """The sum of an embedding of the time and one of the class; every block has its own, as published."""
 
     def __init__(self, config: DiTConfig) -> None:
@@ -73,22 +73,24 @@ class ClassAndTime(nn.Module):
         self.classes = nn.Embedding(config.classes + 1, width)
 
     def forward(self, time_BE: Tensor, labels_B: Tensor) -> Tensor:
+        """Return the embedding, (B, D)."""
         return self.time_out(F.silu(self.time_in(time_BE))) + self.classes(labels_B)
 
 
-class Block(nn.Module):
-    """Self-attention and feed-forward; shift, scale and gate of both from the time and the class."""
+class DiTBlock(nn.Module):
+    """Self-attention and feed-forward; shift, scale and gate of both come from the time and the class."""
 
     def __init__(self, config: DiTConfig, kernel: AttentionKernel) -> None:
         super().__init__()
         width = config.width
         self.norm_eps = config.norm_eps
-        self.condition = ClassAndTime(config)
+        self.condition = ClassTimeEmbedding(config)
         self.modulation = Modulation(width, 6 * width)
         self.self_attention = Attention(width, config.heads, kernel)
         self.feed_forward = FeedForward(width)
 
     def forward(self, x_BLD: Tensor, time_BE: Tensor, labels_B: Tensor) -> Tensor:
+        """Return the image tokens after the block, (B, L, D)."""
         modulation_B1M = self.modulation(self.condition(time_BE, labels_B))
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation_B1M.chunk(6, dim=-1)
         x = x_BLD
@@ -99,12 +101,12 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """A class-conditional diffusion transformer: (latent, tau, class) to the network's raw output, a latent.
 
-    Args:
-        config: the sizes.
-        kernel: the attention of every block (models.attention).
+    Source: DiT (arXiv:2212.09748); the weights mean the same as in diffusers' `DiTTransformer2DModel`, which generates
+    squares only. Positions interpolate here, as in PixArt, so that it generates images of any shape.
 
-    Source: DiT (arXiv:2212.09748); the weights' meaning is that of diffusers' `DiTTransformer2DModel`, which draws
-    squares only. Positions interpolate here, as in PixArt, so that any shape is drawn.
+    Args:
+        config: The sizes.
+        kernel: The attention of every block (models.attention).
     """
 
     def __init__(self, config: DiTConfig, kernel: AttentionKernel = sdpa_attention) -> None:
@@ -112,35 +114,39 @@ class DiT(nn.Module):
         width = config.width
         self.config = config
         self.patch_embed = nn.Conv2d(config.in_channels, width, kernel_size=config.patch, stride=config.patch)
-        self.blocks = nn.ModuleList([Block(config, kernel) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList([DiTBlock(config, kernel) for _ in range(config.depth)])
         self.head_modulation = Modulation(width, 2 * width)
         self.project_out = nn.Linear(width, config.patch**2 * config.out_channels)
 
     def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
-        """One evaluation (models.components.Denoiser); it reads labels.
+        """Evaluate the network once (models.components.Denoiser); it reads labels.
+
+        Returns:
+            The raw output, (B, out_channels, H, W).
 
         Raises:
-            ValueError: no labels.
+            ValueError: No labels.
         """
         labels_B = condition.labels
         if labels_B is None:
-            raise ValueError("this network needs class labels, and its conditioning has none")
+            raise ValueError("this network needs class labels, but its conditioning has none")
         height, width = (side // self.config.patch for side in latent_BCHW.shape[-2:])
         x_BLD = self.patch_embed(latent_BCHW).flatten(2).transpose(1, 2)
         base = self.config.sample_size // self.config.patch
         x_BLD = x_BLD + sincos_positions_2d(height, width, self.config.width, base, 1.0, x_BLD.dtype, x_BLD.device)
-        time_BE = told_of(self, latent_BCHW, tau_B, condition)
+        time_BE = time_embedding(self, latent_BCHW, tau_B, condition)
         for block in self.blocks:
             x_BLD = block(x_BLD, time_BE, labels_B)
-        condition_BD = self.blocks[0].get_submodule("condition")(time_BE, labels_B)  # the head has none of its own
+        # the head has no embedding of its own
+        condition_BD = self.blocks[0].get_submodule("condition")(time_BE, labels_B)
         shift, scale = self.head_modulation(condition_BD).chunk(2, dim=-1)
         y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
         return unpatchify(y_BLP, height, width, self.config.patch)
 
-    def tell(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
-        """The sinusoids of the time (models.components.AheadNetwork)."""
+    def embed_time(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """Return the sinusoids of the time (models.components.PrecomputableNetwork)."""
         return timestep_embedding(tau_B, TIME_CHANNELS, freq_shift=1).to(latent_BCHW.dtype)
 
-    def read(self, condition: Conditioning) -> Conditioning:
-        """There is no text."""
+    def embed_text(self, condition: Conditioning) -> Conditioning:
+        """Return the conditioning unchanged: there is no text."""
         return condition

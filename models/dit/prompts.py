@@ -8,18 +8,18 @@ import torch
 
 from models.components import Conditioning
 from models.files import CheckpointError
-from models.registry import nearest
+from models.registry import did_you_mean
 
 
 class ClassLabels:
-    """Names and numbers of classes to labels; the empty prompt is the null class, which guidance moves away from.
-
-    Args:
-        names: from a name to its class, as it is written there.
-        classes: how many classes there are; the null class is the one after them.
-        device: where labels live.
+    """Names and numbers of classes to labels; the empty prompt is the null class, guidance's negative branch.
 
     Source: the label names of diffusers' DiTPipeline.
+
+    Args:
+        names: The class number of each name, with the spelling of the checkpoint.
+        classes: The number of classes; the null class comes after them.
+        device: The device of the labels.
     """
 
     max_tokens = 1
@@ -30,49 +30,54 @@ class ClassLabels:
         self.device = device
 
     def label(self, prompt: str) -> int:
-        """The class of a prompt.
+        """Return the class number of a prompt.
 
         Raises:
-            ValueError: no name and no number of a class, with the nearest known name.
+            ValueError: Neither a name nor a number of a class; the message has the nearest known name.
         """
-        asked = prompt.strip()
-        if not asked:
+        name = prompt.strip()
+        if not name:
             return self.classes
-        if asked in self.names:
-            return self.names[asked]
-        if asked.isdecimal() and int(asked) < self.classes:
-            return int(asked)
-        known = "no class" if self.names else "no number of a class, and the checkpoint names none in model_index.json"
+        if name in self.names:
+            return self.names[name]
+        if name.isdecimal() and int(name) < self.classes:
+            return int(name)
+        known = (
+            "not a class"
+            if self.names
+            else "not a class number, and the checkpoint has no class names in model_index.json"
+        )
         raise ValueError(
-            f"prompt {asked!r} is {known}{nearest(asked, self.names)} (give a name, or a number from 0 to "
+            f"prompt {name!r} is {known}{did_you_mean(name, self.names)} (give a name, or a number from 0 to "
             f"{self.classes - 1})"
         )
 
     def check(self, prompt: str) -> None:
-        """Refuses what is no class. Raises as `label`."""
+        """Raise ValueError if a prompt is no class, as in `label`."""
         self.label(prompt)
 
     def count(self, prompt: str) -> int:
-        """One class. Raises as `label`."""
+        """Return 1, the token of one class; raise ValueError as in `label`."""
         self.label(prompt)
         return 1
 
     def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
-        """Labels (B,)."""
+        """Return the labels, (B,)."""
         return Conditioning(labels=torch.tensor([self.label(prompt) for prompt in prompts], device=self.device))
 
 
 def read_names(index: Mapping[str, object]) -> dict[str, int]:
-    """The names in `id2label` of a model_index.json, which has for each class a list with commas.
+    """Return the class number of each name in the `id2label` of a model_index.json.
 
-    Where two classes share a name (crane, the bird and the machine), it is the later one's, as in diffusers.
+    It holds a comma-separated list of names for each class. If two classes share a name (crane, the bird and the
+    machine), it means the later one, as in diffusers.
 
     Raises:
-        CheckpointError: an id2label of another form.
+        CheckpointError: An id2label of another form.
     """
     found = index.get("id2label") or {}
     if not isinstance(found, dict):
-        raise CheckpointError("model_index.json: id2label is no object from class numbers to names")
+        raise CheckpointError("model_index.json: id2label is not an object from class numbers to names")
     try:
         return {name.strip(): int(number) for number, line in found.items() for name in line.split(",")}
     except (ValueError, AttributeError) as error:

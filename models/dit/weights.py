@@ -1,13 +1,13 @@
-"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+"""The map between the names and sizes of a checkpoint in diffusers' layout and those of the network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from models.dit.network import DiTConfig
-from models.files import CheckpointError, network_config, refuse_options, refuse_sizes
+from models.files import CheckpointError, check_options, check_sizes, read_network_config
 from models.names import NameMap
-from models.plan import AheadPlan, ParallelPlan, Stack
+from models.plan import ParallelPlan, PrecomputePlan, Stack
 
 NAMES = NameMap(  # diffusers' DiTTransformer2DModel on the left, this network on the right
     (
@@ -32,13 +32,13 @@ PLAN = ParallelPlan(
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     called_outside=("blocks.0.condition",),
 )
-AHEAD = AheadPlan(
-    told=(("blocks.*.condition", "blocks.*.modulation"), ("blocks.0.condition", "head_modulation")),
-    told_as="time_BE",
-    text=False,
+PRECOMPUTE = PrecomputePlan(
+    time_chains=(("blocks.*.condition", "blocks.*.modulation"), ("blocks.0.condition", "head_modulation")),
+    time_argument="time_BE",
+    has_text=False,
 )
 CLASS_NAME = "DiTTransformer2DModel"
-CLASSES = (CLASS_NAME, "Transformer2DModel")  # the second in older files, which diffusers takes for the first
+CLASSES = (CLASS_NAME, "Transformer2DModel")  # older files have the second, which diffusers reads as the first
 SIZES = (
     "num_layers",
     "num_attention_heads",
@@ -58,16 +58,22 @@ ONLY = {
 
 
 def read_config(folder: Path) -> DiTConfig:
-    """The sizes from a `config.json` of diffusers' `DiTTransformer2DModel`, or of the class it had before.
+    """Read the sizes from a `config.json` of diffusers' `DiTTransformer2DModel`, or of its former class.
+
+    Args:
+        folder: The network's folder.
+
+    Returns:
+        The sizes.
 
     Raises:
-        CheckpointError: no such file, another class, or an option that this network does not have.
+        CheckpointError: No such file, another class, or an option that this network does not support.
     """
-    path, raw = folder / "config.json", network_config(folder, CLASSES, {})
+    path, raw = folder / "config.json", read_network_config(folder, CLASSES, {})
     if raw["_class_name"] != CLASS_NAME and "norm_type" not in raw:
         raise CheckpointError(f"{path}: no norm_type, which says what kind of {raw['_class_name']} this is")
-    refuse_options(raw, path, ONLY)
-    refuse_sizes(raw, path, SIZES)
+    check_options(raw, path, ONLY)
+    check_sizes(raw, path, SIZES)
     channels = raw["in_channels"]
     out_channels = channels if raw.get("out_channels") is None else raw["out_channels"]
     if out_channels not in (channels, 2 * channels):

@@ -2,6 +2,6 @@
 
 from models.flux.components import load_denoiser
 from models.flux.network import Flux, FluxConfig
-from models.flux.weights import AHEAD, NAMES, PLAN, read_config
+from models.flux.weights import NAMES, PLAN, PRECOMPUTE, read_config
 
-__all__ = ["AHEAD", "NAMES", "PLAN", "Flux", "FluxConfig", "load_denoiser", "read_config"]
+__all__ = ["NAMES", "PLAN", "PRECOMPUTE", "Flux", "FluxConfig", "load_denoiser", "read_config"]

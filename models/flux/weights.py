@@ -1,14 +1,14 @@
-"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+"""The map between the names and sizes of a checkpoint in diffusers' layout and those of the network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, network_config, refuse_sizes, rotary_axes
+from models.files import CheckpointError, check_sizes, read_network_config, rotary_axes
 from models.flux.network import PATCH, FluxConfig
 from models.names import NameMap
-from models.plan import AheadPlan, ParallelPlan, Stack
+from models.plan import ParallelPlan, PrecomputePlan, Stack
 
 NAMES = NameMap(  # diffusers' FluxTransformer2DModel on the left, this network on the right
     (
@@ -33,7 +33,7 @@ NAMES = NameMap(  # diffusers' FluxTransformer2DModel on the left, this network 
         ("attn.norm_added_q", "text_heads.norm_q"),
         ("attn.norm_added_k", "text_heads.norm_k"),
         ("attn.to_add_out", "text_to_out"),
-        ("proj_mlp", "up"),  # before those that end in it: theirs() goes backwards
+        ("proj_mlp", "up"),  # before the names that end in it: to_published() goes backwards
         ("ff.net.0.proj", "feed_forward.up"),
         ("ff.net.2", "feed_forward.down"),
         ("ff_context.net.0.proj", "text_feed_forward.up"),
@@ -68,17 +68,17 @@ PLAN = ParallelPlan(
     row=("blocks.*.to_out", "blocks.*.text_to_out", "blocks.*.down"),
     joined_rows={"single_blocks.*.project_out": (1, 4)},  # attention, feed-forward
 )
-AHEAD = AheadPlan(
-    told=(
+PRECOMPUTE = PrecomputePlan(
+    time_chains=(
         ("blocks.*.modulation",),
         ("blocks.*.text_modulation",),
         ("single_blocks.*.single_modulation",),
         ("head_modulation",),
     ),
-    told_as="time_BD",
+    time_argument="time_BD",
 )
 CLASS_NAME = "FluxTransformer2DModel"
-DEFAULTS: dict[str, Any] = {  # of diffusers' class, for what a config.json leaves out
+DEFAULTS: dict[str, Any] = {  # diffusers' defaults of the keys that a config.json omits
     "patch_size": 1,
     "in_channels": 64,
     "out_channels": None,
@@ -94,19 +94,25 @@ DEFAULTS: dict[str, Any] = {  # of diffusers' class, for what a config.json leav
 
 
 def read_config(folder: Path) -> FluxConfig:
-    """The sizes from a `config.json` of diffusers' `FluxTransformer2DModel`.
+    """Read the sizes from a `config.json` of diffusers' `FluxTransformer2DModel`.
+
+    Args:
+        folder: The network's folder.
+
+    Returns:
+        The sizes.
 
     Raises:
-        CheckpointError: no such file, another class, or an option that this network does not have.
+        CheckpointError: No such file, another class, or an option that this network does not support.
     """
-    path, raw = folder / "config.json", network_config(folder, (CLASS_NAME,), DEFAULTS)
+    path, raw = folder / "config.json", read_network_config(folder, (CLASS_NAME,), DEFAULTS)
     raw["out_channels"] = raw["out_channels"] or raw["in_channels"]
     sizes = [name for name in DEFAULTS if name not in ("guidance_embeds", "axes_dims_rope")]
-    refuse_sizes(raw, path, sizes)
+    check_sizes(raw, path, sizes)
     if raw["out_channels"] != raw["in_channels"]:
         raise CheckpointError(
-            f"{path}: in_channels is not out_channels, so the network reads more than a noisy latent (a picture to "
-            "fill in or to follow); only text-to-image checkpoints load here"
+            f"{path}: in_channels is not out_channels, so the network reads more than a noisy latent (an image to "
+            "inpaint or to follow); only text-to-image checkpoints load here"
         )
     if raw["patch_size"] != 1 or raw["in_channels"] % PATCH**2:
         raise CheckpointError(

@@ -2,6 +2,6 @@
 
 from models.pixart.components import load_denoiser
 from models.pixart.network import PixArt, PixArtConfig
-from models.pixart.weights import AHEAD, NAMES, PLAN, read_config
+from models.pixart.weights import NAMES, PLAN, PRECOMPUTE, read_config
 
-__all__ = ["AHEAD", "NAMES", "PLAN", "PixArt", "PixArtConfig", "load_denoiser", "read_config"]
+__all__ = ["NAMES", "PLAN", "PRECOMPUTE", "PixArt", "PixArtConfig", "load_denoiser", "read_config"]

@@ -1,4 +1,4 @@
-"""A whole text-to-image checkpoint around PixArt: T5 prompts, the network, and a KL autoencoder."""
+"""A full text-to-image checkpoint of PixArt: T5 prompts, the network, and a KL autoencoder."""
 
 from __future__ import annotations
 
@@ -7,29 +7,40 @@ from functools import partial
 
 from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, GuidanceRule, LatentSpace
 from models.decoders import load_kl_decoder
 from models.pixart.network import PixArt
-from models.pixart.weights import AHEAD, NAMES, PLAN, read_config
-from models.source import Source
+from models.pixart.weights import NAMES, PLAN, PRECOMPUTE, read_config
 from models.text.t5 import load_t5_prompts
 
 
-def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention, stride: int = 8) -> PixArt:
-    """The network alone, for latents of which a pixel spans `stride` pixels of the picture on a side.
+def load_denoiser(source: CheckpointSource, kernel: AttentionKernel = sdpa_attention, stride: int = 8) -> PixArt:
+    """Load the network alone.
+
+    Args:
+        source: The checkpoint.
+        kernel: The attention kernel of every block.
+        stride: The number of image pixels per latent pixel, along a side.
+
+    Returns:
+        The network.
 
     Raises:
-        CheckpointError: a configuration that it cannot be built from, or weights that do not fit it.
+        CheckpointError: A configuration that it cannot be built from, or weights that do not fit it.
     """
     config = replace(read_config(source.config_folder(source.denoiser)), stride=stride)
     return load_network(lambda: PixArt(config, kernel), source, source.denoiser, NAMES, PLAN)
 
 
-def load(source: Source, kernel: AttentionKernel) -> Components:
-    """The components of a checkpoint in the layout of diffusers' PixArtAlphaPipeline and PixArtSigmaPipeline.
+def load(source: CheckpointSource, kernel: AttentionKernel) -> Components:
+    """Load the components of a checkpoint in the layout of diffusers' PixArtAlphaPipeline and PixArtSigmaPipeline.
+
+    Returns:
+        The components.
 
     Raises:
-        CheckpointError: a component that is missing, unreadable or does not fit.
+        CheckpointError: A component that is missing, unreadable or does not fit.
     """
     decoder = load_kl_decoder(source)
     network = load_denoiser(source, kernel, decoder.stride)
@@ -40,7 +51,7 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         load_prompts=partial(load_t5_prompts, source, lowercase=True),
         decoder=decoder,
         plan=PLAN,
-        ahead=AHEAD,
+        precompute=PRECOMPUTE,
         latent=LatentSpace(config.in_channels, decoder.stride),
         size_multiple=decoder.stride * config.patch,
         guidance=GuidanceRule(channels=config.in_channels if learned_variance else None),

@@ -1,14 +1,14 @@
-"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+"""The map between the names and sizes of a checkpoint in diffusers' layout and those of the network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, network_config, refuse_options, refuse_sizes
+from models.files import CheckpointError, check_options, check_sizes, read_network_config
 from models.names import NameMap
 from models.pixart.network import PixArtConfig
-from models.plan import AheadPlan, ParallelPlan, Stack
+from models.plan import ParallelPlan, PrecomputePlan, Stack
 
 NAMES = NameMap(  # diffusers' PixArtTransformer2DModel on the left, this network on the right
     (
@@ -38,12 +38,12 @@ PLAN = ParallelPlan(
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     local_attention=("blocks.*.cross_attention",),
 )
-AHEAD = AheadPlan(
-    read=(("blocks.*.cross_attention.to_k",), ("blocks.*.cross_attention.to_v",)),
-    read_as="text_BSD",
+PRECOMPUTE = PrecomputePlan(
+    text_chains=(("blocks.*.cross_attention.to_k",), ("blocks.*.cross_attention.to_v",)),
+    text_argument="text_BSD",
 )
 CLASS_NAME = "PixArtTransformer2DModel"
-CLASSES = (CLASS_NAME, "Transformer2DModel")  # the second in older files, which diffusers takes for the first
+CLASSES = (CLASS_NAME, "Transformer2DModel")  # older files have the second, which diffusers reads as the first
 SIZES = (
     "num_layers",
     "num_attention_heads",
@@ -62,19 +62,25 @@ ONLY = {
     "attention_type": "default",
     "upcast_attention": False,
 }
-SIZE_TOLD_AT = 128  # the sample size from which a file that says nothing of it means a network that is told sizes
+SIZE_CONDITIONING_SAMPLE_SIZE = 128  # a config.json without use_additional_conditions means true at this sample size
 
 
 def read_config(folder: Path) -> PixArtConfig:
-    """The sizes from a `config.json` of diffusers' `PixArtTransformer2DModel`, or of the class it had before.
+    """Read the sizes from a `config.json` of diffusers' `PixArtTransformer2DModel`, or of its former class.
+
+    Args:
+        folder: The network's folder.
+
+    Returns:
+        The sizes.
 
     Raises:
-        CheckpointError: no such file, another class, or an option that this network does not have.
+        CheckpointError: No such file, another class, or an option that this network does not support.
     """
-    path, raw = folder / "config.json", network_config(folder, CLASSES, {})
+    path, raw = folder / "config.json", read_network_config(folder, CLASSES, {})
     if raw["_class_name"] != CLASS_NAME and "norm_type" not in raw:
         raise CheckpointError(f"{path}: no norm_type, which says what kind of {raw['_class_name']} this is")
-    refuse_sizes(raw, path, SIZES)
+    check_sizes(raw, path, SIZES)
     config = PixArtConfig(
         depth=raw["num_layers"],
         heads=raw["num_attention_heads"],
@@ -85,24 +91,24 @@ def read_config(folder: Path) -> PixArtConfig:
         sample_size=raw["sample_size"],
         text_channels=raw["caption_channels"],
         position_scale=float(raw.get("interpolation_scale") or max(raw["sample_size"] // 64, 1)),
-        told_size=_told_size(raw),
+        size_conditioning=_has_size_conditioning(raw),
         norm_eps=float(raw.get("norm_eps", 1e-6)),
     )
-    refuse_options(raw, path, ONLY | {"cross_attention_dim": config.width})
+    check_options(raw, path, ONLY | {"cross_attention_dim": config.width})
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise CheckpointError(f"{path}: out_channels={config.out_channels}; a network outputs in_channels, or twice it")
-    if config.told_size and config.width % 3:
+    if config.size_conditioning and config.width % 3:
         raise CheckpointError(f"{path}: use_additional_conditions needs a width that 3 divides, not {config.width}")
     return config
 
 
-def _told_size(raw: dict[str, Any]) -> bool:
+def _has_size_conditioning(raw: dict[str, Any]) -> bool:
     stated = raw.get("use_additional_conditions")
-    return raw["sample_size"] == SIZE_TOLD_AT if stated is None else bool(stated)
+    return raw["sample_size"] == SIZE_CONDITIONING_SAMPLE_SIZE if stated is None else bool(stated)
 
 
 def config_json(config: PixArtConfig) -> dict[str, Any]:
-    """The `config.json` that makes diffusers build the same network."""
+    """Return the `config.json` from which diffusers builds the same network."""
     return {
         "_class_name": CLASS_NAME,
         "num_layers": config.depth,
@@ -117,5 +123,5 @@ def config_json(config: PixArtConfig) -> dict[str, Any]:
         "cross_attention_dim": config.width,
         "norm_type": "ada_norm_single",
         "norm_eps": config.norm_eps,
-        "use_additional_conditions": config.told_size,
+        "use_additional_conditions": config.size_conditioning,
     }

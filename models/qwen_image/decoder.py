@@ -1,4 +1,4 @@
-"""Latents to pixels through Qwen-Image's video autoencoder, of which a picture is one frame."""
+"""Latents to pixels through Qwen-Image's video autoencoder, for which an image is one frame."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
 from torch import Tensor
 
+from models.checkpoint_source import CheckpointSource
 from models.decoders import load_from_diffusers
-from models.source import Source
 
 
 class QwenImageDecoder:
-    """The decoder half of an AutoencoderKLQwenImage, with the latent's mean and deviation by channel undone first.
+    """The decoder half of an AutoencoderKLQwenImage, after inverting the latent's mean and deviation per channel.
 
     Source: Qwen-Image (arXiv:2508.02324, section 2.2), in diffusers' convention: decode(z * std + mean).
     """
@@ -22,7 +22,7 @@ class QwenImageDecoder:
         self.stride = int(vae.spatial_compression_ratio)
 
     def __call__(self, latent_BCHW: Tensor) -> Tensor:
-        """Pixels (B, 3, stride * H, stride * W), float32 in [0, 1]."""
+        """Return pixels (B, 3, stride * H, stride * W), float32 in [0, 1]."""
         z_BCHW = latent_BCHW * self._by_channel(self.vae.config.latents_std, latent_BCHW)
         z_BCHW = z_BCHW + self._by_channel(self.vae.config.latents_mean, latent_BCHW)
         frames = self.vae.decode(z_BCHW.unsqueeze(2).to(self.vae.dtype), return_dict=False)[0]
@@ -34,10 +34,13 @@ class QwenImageDecoder:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
 
 
-def load_qwen_image_decoder(source: Source) -> QwenImageDecoder:
-    """The decoder of a checkpoint with `vae/`.
+def load_qwen_image_decoder(source: CheckpointSource) -> QwenImageDecoder:
+    """Load the decoder of a checkpoint with `vae/`.
+
+    Returns:
+        The decoder.
 
     Raises:
-        CheckpointError: files that diffusers cannot read.
+        CheckpointError: Files that diffusers cannot read.
     """
     return QwenImageDecoder(load_from_diffusers(source, "vae", AutoencoderKLQwenImage))

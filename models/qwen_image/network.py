@@ -1,11 +1,11 @@
-"""The network: text and picture, each with weights of its own, attend to one another in every block.
+"""The network: text and image, each with its own weights, attend to one another in every block.
 
-Double-stream blocks modulated by the timestep, and positions on three axes (frame, row, column) with the picture
-centred and the text on the diagonal behind it: Qwen-Image (Wu et al. 2025, arXiv:2508.02324, sections 2.3 and 2.4),
-interchangeable with diffusers' `QwenImageTransformer2DModel` where that draws a picture from text alone.
+It has double-stream blocks modulated by the timestep. Positions are on three axes (frame, row, column), with the image
+centred and the text on the diagonal behind it: Qwen-Image (Wu et al. 2025, arXiv:2508.02324, sections 2.3 and 2.4). It
+is interchangeable with diffusers' `QwenImageTransformer2DModel` for text-to-image generation.
 
-Shapes: B batch, H and W latent rows and columns, C latent channels, L picture tokens, S text tokens, J = S + L, D
-width, E channels a head, F = E / 2 rotary angles, P outputs a token.
+Shapes: B batch, H and W latent rows and columns, C latent channels, L image tokens, S text tokens, J = S + L, D width,
+E channels per head, F = E / 2 rotary angles, P outputs per token.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.components import Conditioning, text_of, told_of
+from models.components import Conditioning, text_embedding, time_embedding
 from models.layers import (
-    Embedder,
     JointBlock,
+    MLPEmbedder,
     Modulation,
-    kept,
+    cached_tensor,
     modulate,
     plain_norm,
     rotary_angles,
@@ -39,12 +39,12 @@ class QwenImageConfig:
     """The sizes of one network.
 
     Args:
-        depth: blocks.
-        heads: attention heads; the width is heads * head_channels.
-        head_channels: channels a head.
-        latent_channels: C.
-        text_channels: channels of a text state.
-        axes: channels of a head that frame, row and column rotate; they add up to head_channels.
+        depth: The number of blocks.
+        heads: The number of attention heads; the width is heads * head_channels.
+        head_channels: The number of channels per head.
+        latent_channels: The number of latent channels, C.
+        text_channels: The number of channels of a prompt embedding.
+        axes: The channels of a head that frame, row and column rotate; they add up to head_channels.
     """
 
     depth: int = 60
@@ -56,18 +56,18 @@ class QwenImageConfig:
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
+        """The number of channels of a token."""
         return self.heads * self.head_channels
 
 
 class QwenImage(nn.Module):
     """A double-stream diffusion transformer: (latent, tau, text) to the velocity of the flow, a latent.
 
-    Args:
-        config: the sizes.
-        kernel: the attention of every block (models.attention).
+    Source: Qwen-Image (arXiv:2508.02324); the weights mean the same as in diffusers' `QwenImageTransformer2DModel`.
 
-    Source: Qwen-Image (arXiv:2508.02324); the weights' meaning is that of diffusers' `QwenImageTransformer2DModel`.
+    Args:
+        config: The sizes.
+        kernel: The attention of every block (models.attention).
     """
 
     def __init__(self, config: QwenImageConfig, kernel: AttentionKernel = sdpa_attention) -> None:
@@ -75,7 +75,7 @@ class QwenImage(nn.Module):
         width, token_channels = config.width, PATCH**2 * config.latent_channels
         self.config = config
         self.image_in = nn.Linear(token_channels, width)
-        self.time = Embedder(TIME_CHANNELS, width)
+        self.time = MLPEmbedder(TIME_CHANNELS, width)
         self.text_norm = nn.RMSNorm(config.text_channels, eps=1e-6)
         self.text_in = nn.Linear(config.text_channels, width)
         self.blocks = nn.ModuleList(
@@ -85,15 +85,18 @@ class QwenImage(nn.Module):
         self.project_out = nn.Linear(width, token_channels)
 
     def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
-        """One evaluation (models.components.Denoiser); it reads states and mask.
+        """Evaluate the network once (models.components.Denoiser); it reads prompt_embeds and mask.
+
+        Returns:
+            The velocity, (B, C, H, W).
 
         Raises:
-            ValueError: no text states.
+            ValueError: No prompt embeddings.
         """
         height, width = (side // PATCH for side in latent_BCHW.shape[-2:])
-        text_BSD, mask_BS = text_of(self, condition)
+        text_BSD, mask_BS = text_embedding(self, condition)
         x_BLD = self.image_in(F.pixel_unshuffle(latent_BCHW, PATCH).flatten(2).transpose(1, 2))
-        time_BD = told_of(self, latent_BCHW, tau_B, condition)
+        time_BD = time_embedding(self, latent_BCHW, tau_B, condition)
         axes, device = self.config.axes, latent_BCHW.device
         rope_2LF = image_rope(height, width, axes, device)
         text_rope_2SF = text_rope(max(height // 2, width // 2), text_BSD.shape[1], axes, device)
@@ -103,19 +106,23 @@ class QwenImage(nn.Module):
         y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
         return F.pixel_shuffle(y_BLP.transpose(1, 2).unflatten(2, (height, width)), PATCH)
 
-    def tell(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
-        """The time as a vector (models.components.AheadNetwork)."""
-        # as diffusers rounds in float32; in bfloat16 it cuts tau itself to 8 bits, which is not followed
+    def embed_time(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """Return the time as a vector (models.components.PrecomputableNetwork)."""
+        # rounded as in diffusers in float32; in bfloat16 diffusers also rounds tau to 8 bits, which is not done here
         return self.time(timestep_embedding(tau_B / 1000, TIME_CHANNELS, scale=1000.0).to(latent_BCHW.dtype))
 
-    def read(self, condition: Conditioning) -> Conditioning:
-        """The text in the network's width (models.components.AheadNetwork)."""
-        return replace(condition, states=None, context=self.text_in(self.text_norm(condition.text())))
+    def embed_text(self, condition: Conditioning) -> Conditioning:
+        """Return the conditioning with the text in the network's width (models.components.PrecomputableNetwork)."""
+        return replace(
+            condition,
+            prompt_embeds=None,
+            encoder_hidden_states=self.text_in(self.text_norm(condition.require_prompt_embeds())),
+        )
 
 
-@kept
+@cached_tensor
 def image_rope(height: int, width: int, axes: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Cosines and sines of the picture's angles: frame 0, rows and columns counted from the middle. (2, L, E / 2)."""
+    """Return cosines and sines of the image's angles, (2, L, E / 2): frame 0, rows and columns centred at 0."""
     frame = torch.zeros(1, 1, axes[0] // 2)
     rows = rotary_angles(torch.arange(height).float() - (height + 1) // 2, axes[1], THETA)[:, None]
     columns = rotary_angles(torch.arange(width).float() - (width + 1) // 2, axes[2], THETA)[None]
@@ -123,9 +130,12 @@ def image_rope(height: int, width: int, axes: tuple[int, int, int], device: torc
     return torch.stack([angles_LF.cos(), angles_LF.sin()]).to(device)
 
 
-@kept
+@cached_tensor
 def text_rope(first: int, count: int, axes: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Those of the text, a token at one place on all axes, behind the last row or column. (2, S, E / 2)."""
-    places_S = torch.arange(first, first + count).float()
-    angles_SF = torch.cat([rotary_angles(places_S, channels, THETA) for channels in axes], dim=-1)
+    """Return cosines and sines of the text's angles, (2, S, E / 2).
+
+    A token has one position on all axes, after the last row or column.
+    """
+    positions_S = torch.arange(first, first + count).float()
+    angles_SF = torch.cat([rotary_angles(positions_S, channels, THETA) for channels in axes], dim=-1)
     return torch.stack([angles_SF.cos(), angles_SF.sin()]).to(device)

@@ -1,13 +1,13 @@
-"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+"""The map between the names and sizes of a checkpoint in diffusers' layout and those of the network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, network_config, refuse_sizes, rotary_axes
+from models.files import CheckpointError, check_sizes, read_network_config, rotary_axes
 from models.names import NameMap
-from models.plan import AheadPlan, ParallelPlan, Stack
+from models.plan import ParallelPlan, PrecomputePlan, Stack
 from models.qwen_image.network import PATCH, QwenImageConfig
 
 NAMES = NameMap(  # diffusers' QwenImageTransformer2DModel on the left, this network on the right
@@ -53,12 +53,12 @@ PLAN = ParallelPlan(
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.up"),
     row=("blocks.*.to_out", "blocks.*.text_to_out", "blocks.*.down"),
 )
-AHEAD = AheadPlan(
-    told=(("blocks.*.modulation",), ("blocks.*.text_modulation",), ("head_modulation",)),
-    told_as="time_BD",
+PRECOMPUTE = PrecomputePlan(
+    time_chains=(("blocks.*.modulation",), ("blocks.*.text_modulation",), ("head_modulation",)),
+    time_argument="time_BD",
 )
 CLASS_NAME = "QwenImageTransformer2DModel"
-DEFAULTS: dict[str, Any] = {  # of diffusers' class, where a file leaves an option out
+DEFAULTS: dict[str, Any] = {  # diffusers' defaults of the keys that a config.json omits
     "patch_size": 2,
     "in_channels": 64,
     "out_channels": 16,
@@ -76,19 +76,25 @@ REFUSED = {
 
 
 def read_config(folder: Path) -> QwenImageConfig:
-    """The sizes from a `config.json` of diffusers' `QwenImageTransformer2DModel`.
+    """Read the sizes from a `config.json` of diffusers' `QwenImageTransformer2DModel`.
 
-    `zero_cond_t` is accepted without effect: it tells the tokens of pictures to be edited another time, and there are
-    none here.
+    `zero_cond_t` is accepted without effect: it gives the tokens of images to edit another time, and there are none
+    here.
+
+    Args:
+        folder: The network's folder.
+
+    Returns:
+        The sizes.
 
     Raises:
-        CheckpointError: no such file, another class, or an option that this network does not have.
+        CheckpointError: No such file, another class, or an option that this network does not support.
     """
-    path, raw = folder / "config.json", network_config(folder, (CLASS_NAME,), DEFAULTS)
+    path, raw = folder / "config.json", read_network_config(folder, (CLASS_NAME,), DEFAULTS)
     for option, what in REFUSED.items():
         if raw.get(option):
             raise CheckpointError(f"{path}: {option} ({what}) is not supported")
-    refuse_sizes(raw, path, [name for name in DEFAULTS if name != "axes_dims_rope"])
+    check_sizes(raw, path, [name for name in DEFAULTS if name != "axes_dims_rope"])
     if raw["patch_size"] != PATCH or raw["in_channels"] != PATCH**2 * raw["out_channels"]:
         raise CheckpointError(
             f"{path}: patch_size={raw['patch_size']}, in_channels={raw['in_channels']} and out_channels="

@@ -1,13 +1,13 @@
-"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+"""The map between the names and sizes of a checkpoint in diffusers' layout and those of the network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, network_config, refuse_sizes
+from models.files import CheckpointError, check_sizes, read_network_config
 from models.names import NameMap
-from models.plan import AheadPlan, ParallelPlan, Stack
+from models.plan import ParallelPlan, PrecomputePlan, Stack
 from models.sd3.network import SD3Config
 
 NAMES = NameMap(  # diffusers' SD3Transformer2DModel on the left, this network on the right
@@ -60,12 +60,12 @@ PLAN = ParallelPlan(
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.up"),
     row=("blocks.*.to_out", "blocks.*.text_to_out", "blocks.*.dual_to_out", "blocks.*.down"),
 )
-AHEAD = AheadPlan(
-    told=(("blocks.*.modulation",), ("blocks.*.text_modulation",), ("head_modulation",)),
-    told_as="time_BD",
+PRECOMPUTE = PrecomputePlan(
+    time_chains=(("blocks.*.modulation",), ("blocks.*.text_modulation",), ("head_modulation",)),
+    time_argument="time_BD",
 )
 CLASS_NAME = "SD3Transformer2DModel"
-DEFAULTS: dict[str, Any] = {  # of diffusers' class, for what a config.json leaves out
+DEFAULTS: dict[str, Any] = {  # diffusers' defaults of the keys that a config.json omits
     "sample_size": 128,
     "patch_size": 2,
     "in_channels": 16,
@@ -83,16 +83,22 @@ DEFAULTS: dict[str, Any] = {  # of diffusers' class, for what a config.json leav
 
 
 def read_config(folder: Path) -> SD3Config:
-    """The sizes from a `config.json` of diffusers' `SD3Transformer2DModel`.
+    """Read the sizes from a `config.json` of diffusers' `SD3Transformer2DModel`.
+
+    Args:
+        folder: The network's folder.
+
+    Returns:
+        The sizes.
 
     Raises:
-        CheckpointError: no such file, another class, or an option that this network does not have.
+        CheckpointError: No such file, another class, or an option that this network does not support.
     """
-    path, raw = folder / "config.json", network_config(folder, (CLASS_NAME,), DEFAULTS)
+    path, raw = folder / "config.json", read_network_config(folder, (CLASS_NAME,), DEFAULTS)
     if raw["out_channels"] is None:
         raw["out_channels"] = raw["in_channels"]
     sizes = [name for name in DEFAULTS if name not in ("dual_attention_layers", "qk_norm")]
-    refuse_sizes(raw, path, sizes)
+    check_sizes(raw, path, sizes)
     if raw["out_channels"] != raw["in_channels"]:
         raise CheckpointError(f"{path}: out_channels is not in_channels; only networks that output a latent load here")
     if raw["qk_norm"] not in (None, "rms_norm"):
@@ -112,7 +118,7 @@ def read_config(folder: Path) -> SD3Config:
     )
     if raw["caption_projection_dim"] != config.width:
         raise CheckpointError(
-            f"{path}: caption_projection_dim={raw['caption_projection_dim']}; the text is as wide as the picture, "
-            f"{config.width}"
+            f"{path}: caption_projection_dim={raw['caption_projection_dim']}; this network needs the "
+            f"width of the image tokens, {config.width}"
         )
     return config

@@ -1,4 +1,4 @@
-"""Loading one text encoder and one tokenizer: a checkpoint's own, or stand-ins for work without a download."""
+"""Loading of one text encoder and one tokenizer: a checkpoint's own, or a dummy tokenizer with random weights."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.utils import logging as transformers_logging
 
-from models.checkpoint import refuse_misfits
-from models.empty import build_empty, fill_dummy
-from models.files import CheckpointError, Stored, tensors_of
-from models.lora import LowRank, merged, updates_of
-from models.source import Source
+from models.checkpoint import check_loading_info
+from models.checkpoint_source import CheckpointSource
+from models.files import CheckpointError, StoredTensor, list_tensors
+from models.lora import LowRank, lora_updates, merge_updates
+from models.meta_init import build_empty, fill_dummy
 from models.tensors import read_stored
 
 M = TypeVar("M", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
-class StandIn:
-    """A byte-level tokenizer in place of a published one, for random weights: one token a byte, the special tokens with
-    their published ids.
+class DummyTokenizer:
+    """A byte-level tokenizer for random weights, in place of a published one.
+
+    It makes one token per byte; the special tokens have their published ids.
 
     Args:
-        special: name of each special token, and its id in the text encoder's vocabulary.
-        roles: of transformers (`pad_token`, `eos_token`, `bos_token`, `unk_token`), which of them plays it.
-        template: what surrounds a text, in the words of tokenizers' TemplateProcessing (`$A <eos>`).
-        first_byte: id of byte 0; those of the other bytes follow.
-        padding_side: right or left.
-        chat_template: Jinja text, where prompts go through one.
+        special: The id of each special token in the text encoder's vocabulary, by name.
+        roles: The special token of each transformers role (`pad_token`, `eos_token`, `bos_token`, `unk_token`).
+        template: The text with its surrounding tokens, in the format of tokenizers' TemplateProcessing (`$A <eos>`).
+        first_byte: The id of byte 0; the ids of the other bytes follow.
+        padding_side: Either right or left.
+        chat_template: The Jinja text, if prompts go through a chat template.
+        extra: Further keyword arguments of the tokenizer.
     """
 
     special: Mapping[str, int]
@@ -47,7 +49,7 @@ class StandIn:
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def build(self) -> PreTrainedTokenizerBase:
-        """The tokenizer."""
+        """Return the tokenizer."""
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         vocabulary = {letter: self.first_byte + n for n, letter in enumerate(letters)} | dict(self.special)
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -66,15 +68,20 @@ class StandIn:
         )
 
 
-def load_tokenizer(source: Source, component: str, stand_in: StandIn | None = None) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; for random weights without one, its stand-in.
+def load_tokenizer(
+    source: CheckpointSource, component: str, dummy_tokenizer: DummyTokenizer | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the checkpoint's tokenizer; for random weights without one, build the dummy tokenizer.
+
+    Returns:
+        The tokenizer.
 
     Raises:
-        CheckpointError: no tokenizer, or files that transformers cannot read.
+        CheckpointError: No tokenizer, or files that transformers cannot read.
     """
     folder = source.config_folder(component)
-    if source.dummy and stand_in is not None and not folder.is_dir():
-        return stand_in.build()
+    if source.dummy and dummy_tokenizer is not None and not folder.is_dir():
+        return dummy_tokenizer.build()
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no tokenizer here; copy the checkpoint's {component}/ folder")
     try:
@@ -83,80 +90,85 @@ def load_tokenizer(source: Source, component: str, stand_in: StandIn | None = No
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({_first_line(error)})") from error
 
 
-def load_encoder(source: Source, component: str, kind: type[M], config_kind: type[PreTrainedConfig]) -> M:
-    """A text encoder in its dtype, on its device, in evaluation mode.
+def load_encoder(
+    source: CheckpointSource, component: str, model_class: type[M], config_class: type[PreTrainedConfig]
+) -> M:
+    """Load a text encoder in its dtype, on its device, in evaluation mode.
 
     Args:
-        source: the checkpoint.
-        component: the encoder's folder in it.
-        kind: its class in transformers.
-        config_kind: that of its configuration.
+        source: The checkpoint.
+        component: The encoder's folder in the checkpoint.
+        model_class: The encoder's class in transformers.
+        config_class: The class of its configuration.
+
+    Returns:
+        The encoder, without gradients.
 
     Raises:
-        CheckpointError: files that transformers cannot read, or weights that do not fit.
+        CheckpointError: Files that transformers cannot read, or weights that do not fit.
     """
-    transformers_logging.disable_progress_bar()  # a rank's log is a file
-    folder, dtype, began = source.config_folder(component), source.dtype_of(component), time.perf_counter()
+    transformers_logging.disable_progress_bar()  # a rank's log is a file, where a progress bar is noise
+    folder, dtype, started = source.config_folder(component), source.dtype_of(component), time.perf_counter()
     updates: Mapping[str, Sequence[LowRank]] = {}
-    read = 0
+    bytes_read = 0
     try:
-        config = config_kind.from_pretrained(folder, local_files_only=True)
+        config = config_class.from_pretrained(folder, local_files_only=True)
         if source.dummy:
-            encoder = build_empty(lambda: kind(config), dtype, source.device_of(component))
+            encoder = build_empty(lambda: model_class(config), dtype, source.device_of(component))
             fill_dummy(encoder)
         else:
-            updates = updates_of(source, component)
-            stored = tensors_of(source.weights(component))
-            encoder = _filled(kind, config, source, component, stored, updates)
-            read = sum(tensor.end - tensor.start for tensor in stored.values())
+            updates = lora_updates(source, component)
+            stored = list_tensors(source.weights(component))
+            encoder = _load_encoder_weights(model_class, config, source, component, stored, updates)
+            bytes_read = sum(tensor.end - tensor.start for tensor in stored.values())
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the text encoder cannot be read ({_first_line(error)})") from error
     encoder = encoder.to(source.device_of(component)).requires_grad_(False).eval()
-    source.record(component, encoder, began, len(updates), read)
+    source.record(component, encoder, started, len(updates), bytes_read)
     return encoder
 
 
-def _filled(
-    kind: type[M],
+def _load_encoder_weights(
+    model_class: type[M],
     config: PreTrainedConfig,
-    source: Source,
+    source: CheckpointSource,
     component: str,
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     updates: Mapping[str, Sequence[LowRank]],
 ) -> M:
-    """An encoder with the checkpoint's weights; transformers maps their names and picks what stays float32."""
+    """Return an encoder with the checkpoint's weights; transformers maps their names and selects what stays float32."""
     dtype = source.dtype_of(component)
-    wanted = None if kind._keep_in_fp32_modules_strict else dtype
-    encoder, found = kind.from_pretrained(
+    read_dtype = None if model_class._keep_in_fp32_modules_strict else dtype
+    encoder, found = model_class.from_pretrained(
         None,
         config=config,
-        state_dict={name: Unread(tensor, wanted, updates.get(name, ())) for name, tensor in stored.items()},
+        state_dict={name: LazyTensor(tensor, read_dtype, updates.get(name, ())) for name, tensor in stored.items()},
         dtype=dtype,
         output_loading_info=True,
     )
-    refuse_misfits(found, source.path_of(component))
+    check_loading_info(found, source.path_of(component))
     return encoder
 
 
 @dataclass(frozen=True)
-class Unread:
-    """A stored tensor that is read where `[...]` asks for it, as a slice of a safetensors file is.
+class LazyTensor:
+    """A stored tensor that is read when it is indexed with `[...]`, as a slice of a safetensors file is.
 
     Args:
-        stored: where it lies.
-        dtype: to read it in; None for its own.
-        updates: merged into it first.
+        stored: The stored tensor.
+        dtype: The dtype to read it in; None for its own.
+        updates: The low-rank updates to merge into it.
     """
 
-    stored: Stored
+    stored: StoredTensor
     dtype: torch.dtype | None
     updates: Sequence[LowRank] = ()
 
     def __getitem__(self, index: EllipsisType) -> Tensor:
         if self.updates:
-            return merged(self.stored, self.updates)
+            return merge_updates(self.stored, self.updates)
         return read_stored(self.stored, self.dtype)
 
 

@@ -1,6 +1,6 @@
-"""UNets of Stable Diffusion, SDXL, DDPM and NCSN++: diffusers' own classes, with this package's attention in them."""
+"""UNets of Stable Diffusion, SDXL, DDPM and NCSN++: diffusers' own classes with this package's attention."""
 
 from models.unet.attention import KernelAttention, route_attention
-from models.unet.network import PLAN, ConditionalUNet, SizedUNet, UnconditionalUNet
+from models.unet.network import PLAN, ConditionalUNet, SizeConditionedUNet, UnconditionalUNet
 
-__all__ = ["PLAN", "ConditionalUNet", "KernelAttention", "SizedUNet", "UnconditionalUNet", "route_attention"]
+__all__ = ["PLAN", "ConditionalUNet", "KernelAttention", "SizeConditionedUNet", "UnconditionalUNet", "route_attention"]

@@ -1,4 +1,4 @@
-"""diffusers' attention layers, computed by a kernel of this package: projections and norms theirs, softmax ours.
+"""diffusers' attention layers, computed by a kernel of this package: their projections and norms, our softmax.
 
 Shapes: B batch, L query tokens, S key tokens, C channels, H heads, D head dimension, Y X rows and columns.
 """
@@ -13,11 +13,11 @@ from models.files import CheckpointError
 
 
 class KernelAttention:
-    """An attention processor of diffusers: the layer's own projections, then kernel(q_BLHD, k_BSHD, v_BSHD, mask_BS).
+    """A diffusers attention processor: the layer's own projections, then kernel(q_BLHD, k_BSHD, v_BSHD, mask_BS).
 
-    Takes tokens (B, L, C), or a picture's features (B, C, Y, X), whose pixels are the tokens. The layer's group norm,
-    context norm, residual and rescaling are honoured. upcast_attention and upcast_softmax ask for scores in float32,
-    which is where every kernel accumulates them; diffusers' own AttnProcessor2_0 reads neither.
+    It takes tokens (B, L, C), or image features (B, C, Y, X) whose pixels are the tokens. It applies the layer's group
+    norm, context norm, residual and rescaling. upcast_attention and upcast_softmax mean scores in float32, in which
+    every kernel accumulates them anyway; diffusers' own AttnProcessor2_0 reads neither.
     """
 
     def __init__(self, kernel: AttentionKernel) -> None:
@@ -31,18 +31,18 @@ class KernelAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """The layer's output, shaped like hidden_states.
+        """Return the layer's output, shaped like hidden_states.
 
         Args:
-            attn: the layer.
-            hidden_states: what asks.
-            encoder_hidden_states: what is attended to, (B, S, C'); None = hidden_states.
-            attention_mask: (B, 1, S), 0 where a key takes part and far below 0 where not, as UNet2DConditionModel
-                makes it.
-            temb: of the time; only layers with a spatial norm read it, and they are refused (route_attention).
+            attn: The layer.
+            hidden_states: The queries' input.
+            encoder_hidden_states: The keys' and values' input, (B, S, C'); None means hidden_states.
+            attention_mask: The mask (B, 1, S) as UNet2DConditionModel makes it: 0 for a key to attend to, far below 0
+                for another.
+            temb: The time embedding; only layers with a spatial norm read it, and route_attention rejects these.
         """
-        picture = hidden_states.ndim == 4
-        x_BLC = hidden_states.flatten(2).transpose(1, 2) if picture else hidden_states
+        is_image = hidden_states.ndim == 4
+        x_BLC = hidden_states.flatten(2).transpose(1, 2) if is_image else hidden_states
         if attn.group_norm is not None:
             x_BLC = attn.group_norm(x_BLC.transpose(1, 2)).transpose(1, 2)
         context_BSC = x_BLC if encoder_hidden_states is None else encoder_hidden_states
@@ -52,34 +52,34 @@ class KernelAttention:
         q_BLHD, k_BSHD, v_BSHD = (y.unflatten(-1, (attn.heads, -1)) for y in (q, k, v))
         mask_BS = None if attention_mask is None else attention_mask[:, 0] == 0
         y_BLC = attn.to_out[0](self.kernel(q_BLHD, k_BSHD, v_BSHD, mask_BS).flatten(2))
-        y = y_BLC.transpose(1, 2).reshape(hidden_states.shape) if picture else y_BLC
+        y = y_BLC.transpose(1, 2).reshape(hidden_states.shape) if is_image else y_BLC
         if attn.residual_connection:
             y = y + hidden_states
         return y / attn.rescale_output_factor
 
 
 def route_attention(unet: nn.Module, kernel: AttentionKernel, origin: str) -> None:
-    """Sets the kernel on every attention layer of a network of diffusers.
+    """Set the kernel on every attention layer of a diffusers network.
 
     Args:
-        unet: the network.
-        kernel: computes softmax(q k^T / sqrt(D)) v.
-        origin: of the checkpoint, for messages.
+        unet: The network.
+        kernel: The attention kernel, softmax(q k^T / sqrt(D)) v.
+        origin: The checkpoint's name in error messages.
 
     Raises:
-        CheckpointError: a layer that computes something else.
+        CheckpointError: A layer that computes something else.
     """
     processor = KernelAttention(kernel)
     for name, layer in unet.named_modules():
         if not isinstance(layer, Attention):
             continue
-        foreign = {
+        unsupported = {
             "keys and values of its own (SimpleCrossAttn blocks)": layer.added_kv_proj_dim is not None,
             "a spatial norm": layer.spatial_norm is not None,
             "norms of queries and keys": layer.norm_q is not None or layer.norm_k is not None,
             "another scale than 1 / sqrt(head dimension)": not layer.scale_qk,
             "fewer heads for keys than for queries": layer.inner_kv_dim != layer.inner_dim,
         }
-        if wrong := [what for what, found in foreign.items() if found]:
+        if wrong := [what for what, found in unsupported.items() if found]:
             raise CheckpointError(f"{origin}: the attention layer {name} has {wrong[0]}, which is not supported")
         layer.set_processor(processor)

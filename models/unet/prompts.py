@@ -1,4 +1,4 @@
-"""What Stable Diffusion and SDXL make of a prompt with CLIP, and what an unconditional model makes of none."""
+"""The prompt encoders of Stable Diffusion and SDXL, with CLIP, and of an unconditional model."""
 
 from __future__ import annotations
 
@@ -6,54 +6,54 @@ from collections.abc import Sequence
 
 import torch
 
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
-from models.source import Source
-from models.text.clip import Clip, load_clip
+from models.text.clip import ClipEncoder, load_clip
 
 
 class ClipPrompts:
     """Stable Diffusion's text: the states after CLIP's last layer and norm, padding included.
 
-    Source: latent diffusion (Rombach et al. 2022), as in diffusers' StableDiffusionPipeline. The second generation's
-    OpenCLIP text encoder is published with its last layer cut off, so that one rule serves both.
+    Source: latent diffusion (Rombach et al. 2022), as in diffusers' StableDiffusionPipeline. The OpenCLIP text encoder
+    of the second generation is published without its last layer, so that one rule serves both.
     """
 
-    def __init__(self, clip: Clip) -> None:
+    def __init__(self, clip: ClipEncoder) -> None:
         self.clip = clip
         self.max_tokens = clip.max_tokens
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt before it is cut, start and end included."""
+        """Return the number of tokens of a prompt before truncation, start and end included."""
         return self.clip.count(prompt)
 
     def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
-        """States (B, max_tokens, T) in the encoder's dtype."""
+        """Return prompt embeddings (B, max_tokens, T) in the encoder's dtype."""
         return Conditioning(torch.cat([self.clip(prompt).last for prompt in prompts]))
 
 
 class TwoClipPrompts:
-    """SDXL's text: the states before the last layer of two CLIPs side by side, and the second's projected vector.
+    """SDXL's text: the concatenated penultimate states of two CLIPs, and the second's projected vector.
 
     Source: Podell et al. 2023, section 2.1, as in diffusers' StableDiffusionXLPipeline.
 
     Args:
-        first: without a projection.
-        second: with one.
-        zeros_for_empty: an empty negative prompt is zeros, not the encoding of an empty text.
+        first: The CLIP without a projection.
+        second: The CLIP with a projection.
+        zeros_for_empty: Whether an empty negative prompt is zeros, not the encoding of an empty text.
     """
 
-    def __init__(self, first: Clip, second: Clip, zeros_for_empty: bool) -> None:
+    def __init__(self, first: ClipEncoder, second: ClipEncoder, zeros_for_empty: bool) -> None:
         self.first = first
         self.second = second
         self.zeros_for_empty = zeros_for_empty
         self.max_tokens = first.max_tokens
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt before it is cut, start and end included; the larger of the two tokenizers' counts."""
+        """Return the larger of the two tokenizers' token counts before truncation, start and end included."""
         return max(self.first.count(prompt), self.second.count(prompt))
 
     def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
-        """States (B, max_tokens, T1 + T2) and pooled vectors (B, P) in the encoders' dtype."""
+        """Return prompt embeddings (B, max_tokens, T1 + T2) and pooled vectors (B, P) in the encoders' dtype."""
         return Conditioning.stack([self._encode(prompt, negative) for prompt in prompts])
 
     def _encode(self, prompt: str, negative: bool) -> Conditioning:
@@ -64,49 +64,55 @@ class TwoClipPrompts:
         return Conditioning(states, pooled=two.pooled)
 
 
-class Unconditional:
-    """The prompt encoder of a model that takes none."""
+class UnconditionalPrompts:
+    """The prompt encoder of a model that takes no prompt."""
 
     max_tokens = 0
 
     def count(self, prompt: str) -> int:
-        """0 of an empty prompt.
+        """Return 0 for an empty prompt.
 
         Raises:
-            ValueError: any other.
+            ValueError: Any other prompt.
         """
         check_no_prompt(prompt)
         return 0
 
     def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
-        """Nothing."""
+        """Return an empty conditioning."""
         return Conditioning()
 
 
 def check_no_prompt(prompt: str) -> None:
-    """Refuses a prompt.
+    """Raise an error for a prompt that is not empty.
 
     Raises:
-        ValueError: it is not empty.
+        ValueError: The prompt is not empty.
     """
     if prompt:
-        raise ValueError(f"this model takes no prompt, and was asked for {prompt[:40]!r}; use request.prompt=''")
+        raise ValueError(f"this model takes no prompt, but got {prompt[:40]!r}; use request.prompt=''")
 
 
-def load_clip_prompts(source: Source) -> ClipPrompts:
-    """The prompt encoder of a checkpoint with `text_encoder/` and `tokenizer/`.
+def load_clip_prompts(source: CheckpointSource) -> ClipPrompts:
+    """Load the prompt encoder of a checkpoint: `text_encoder/` and `tokenizer/`.
+
+    Returns:
+        The prompt encoder.
 
     Raises:
-        CheckpointError: files that transformers cannot read.
+        CheckpointError: Files that transformers cannot read.
     """
     return ClipPrompts(load_clip(source, "text_encoder", "tokenizer", False, source.text_tokens))
 
 
-def load_two_clip_prompts(source: Source) -> TwoClipPrompts:
-    """The prompt encoder of a checkpoint with two text encoders and two tokenizers.
+def load_two_clip_prompts(source: CheckpointSource) -> TwoClipPrompts:
+    """Load the prompt encoder of a checkpoint with two text encoders and two tokenizers.
+
+    Returns:
+        The prompt encoder.
 
     Raises:
-        CheckpointError: files that transformers cannot read.
+        CheckpointError: Files that transformers cannot read.
     """
     first = load_clip(source, "text_encoder", "tokenizer", False, source.text_tokens)
     second = load_clip(source, "text_encoder_2", "tokenizer_2", True, source.text_tokens)

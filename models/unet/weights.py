@@ -1,6 +1,6 @@
-"""Which configurations of diffusers' UNets these wrappers run, and loading them.
+"""Loading of diffusers' UNets, and the configurations of them that these wrappers support.
 
-Everything that shapes the network is diffusers' own to build; what is refused here are inputs that it is never given.
+diffusers builds the network from its configuration; rejected here are networks with inputs that no stage provides.
 """
 
 from __future__ import annotations
@@ -12,33 +12,36 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from models.attention import AttentionKernel
+from models.checkpoint_source import CheckpointSource
 from models.decoders import load_from_diffusers
 from models.files import CheckpointError
-from models.source import Source
 from models.unet.attention import route_attention
 
 OTHER_INPUTS: Mapping[str, tuple[str, tuple[object, ...]]] = {
-    "class_embed_type": ("it is told classes", ()),
-    "num_class_embeds": ("it is told classes", ()),
-    "time_cond_proj_dim": ("it is told the guidance scale", ()),
-    "encoder_hid_dim_type": ("it is told pictures", ("text_proj",)),
-    "dual_cross_attention": ("it is told two texts", (False,)),
-    "attention_type": ("it is told boxes or pictures", ("default",)),
-    "time_embedding_type": ("it is told whole numbers only", ("positional", "fourier")),
+    "class_embed_type": ("it is conditioned on classes", ()),
+    "num_class_embeds": ("it is conditioned on classes", ()),
+    "time_cond_proj_dim": ("it is conditioned on the guidance scale", ()),
+    "encoder_hid_dim_type": ("it is conditioned on images", ("text_proj",)),
+    "dual_cross_attention": ("it is conditioned on two texts", (False,)),
+    "attention_type": ("it is conditioned on boxes or images", ("default",)),
+    "time_embedding_type": ("it takes whole timesteps only", ("positional", "fourier")),
 }
-"""Options of a UNet's configuration with what they ask for, and the values beside null that ask for nothing."""
+"""Options of a UNet's configuration: the input that each one adds, and the values besides null that add none."""
 
 
-def load_conditional(source: Source, kernel: AttentionKernel, addition: str | None) -> UNet2DConditionModel:
-    """A UNet that attends to text.
+def load_conditional(source: CheckpointSource, kernel: AttentionKernel, addition: str | None) -> UNet2DConditionModel:
+    """Load a UNet that attends to text.
 
     Args:
-        source: the checkpoint.
-        kernel: of every attention layer.
-        addition: addition_embed_type that the network must have.
+        source: The checkpoint.
+        kernel: The kernel of every attention layer.
+        addition: The addition_embed_type that the network must have.
+
+    Returns:
+        The UNet.
 
     Raises:
-        CheckpointError: another class, an option that is not supported, or weights that do not fit.
+        CheckpointError: Another class, an option that is not supported, or weights that do not fit.
     """
     raw, path = source.config(source.denoiser), source.config_folder(source.denoiser) / "config.json"
     _refuse(raw, path, "UNet2DConditionModel")
@@ -52,11 +55,14 @@ def load_conditional(source: Source, kernel: AttentionKernel, addition: str | No
     return unet
 
 
-def load_unconditional(source: Source, kernel: AttentionKernel) -> UNet2DModel:
-    """A UNet that is told the time alone.
+def load_unconditional(source: CheckpointSource, kernel: AttentionKernel) -> UNet2DModel:
+    """Load a UNet that is conditioned on the time only.
+
+    Returns:
+        The UNet.
 
     Raises:
-        CheckpointError: another class, an option that is not supported, or weights that do not fit.
+        CheckpointError: Another class, an option that is not supported, or weights that do not fit.
     """
     raw, path = source.config(source.denoiser), source.config_folder(source.denoiser) / "config.json"
     _refuse(raw, path, "UNet2DModel")
@@ -68,9 +74,9 @@ def load_unconditional(source: Source, kernel: AttentionKernel) -> UNet2DModel:
 def _refuse(raw: Mapping[str, object], path: Path, kind: str) -> None:
     if raw.get("_class_name") != kind:
         raise CheckpointError(f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {kind}")
-    for name, (why, harmless) in OTHER_INPUTS.items():
+    for name, (why, allowed) in OTHER_INPUTS.items():
         value = raw.get(name)
-        if value is not None and value not in harmless:
+        if value is not None and value not in allowed:
             raise CheckpointError(f"{path}: {name}={value} is not supported ({why})")
     if raw.get("in_channels") != raw.get("out_channels"):
         raise CheckpointError(

@@ -2,6 +2,6 @@
 
 from models.wan.components import load_denoiser
 from models.wan.network import Wan, WanConfig
-from models.wan.weights import AHEAD, NAMES, PLAN, read_config
+from models.wan.weights import NAMES, PLAN, PRECOMPUTE, read_config
 
-__all__ = ["AHEAD", "NAMES", "PLAN", "Wan", "WanConfig", "load_denoiser", "read_config"]
+__all__ = ["NAMES", "PLAN", "PRECOMPUTE", "Wan", "WanConfig", "load_denoiser", "read_config"]

@@ -1,4 +1,4 @@
-"""A whole text-to-video checkpoint around Wan: UMT5 prompts, the network, and Wan's video autoencoder."""
+"""A full text-to-video checkpoint of Wan: UMT5 prompts, the network, and Wan's video autoencoder."""
 
 from __future__ import annotations
 
@@ -6,42 +6,48 @@ from functools import partial
 
 from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
+from models.checkpoint_source import CheckpointSource
 from models.components import Components
 from models.files import CheckpointError
-from models.source import Source
 from models.wan.decoder import load_wan_decoder
 from models.wan.network import Wan
 from models.wan.prompts import load_umt5_prompts
-from models.wan.weights import AHEAD, KEEP_FLOAT32, NAMES, PLAN, read_config
+from models.wan.weights import KEEP_FLOAT32, NAMES, PLAN, PRECOMPUTE, read_config
 
 
-def load_denoiser(source: Source, kernel: AttentionKernel = sdpa_attention) -> Wan:
-    """The network alone.
+def load_denoiser(source: CheckpointSource, kernel: AttentionKernel = sdpa_attention) -> Wan:
+    """Load the network alone.
+
+    Returns:
+        The network.
 
     Raises:
-        CheckpointError: a configuration that it cannot be built from, or weights that do not fit it.
+        CheckpointError: A configuration that it cannot be built from, or weights that do not fit it.
     """
     config = read_config(source.config_folder(source.denoiser))
     return load_network(lambda: Wan(config, kernel), source, source.denoiser, NAMES, PLAN, KEEP_FLOAT32)
 
 
-def load(source: Source, kernel: AttentionKernel) -> Components:
-    """The components of a checkpoint in the layout of diffusers' WanPipeline.
+def load(source: CheckpointSource, kernel: AttentionKernel) -> Components:
+    """Load the components of a checkpoint in the layout of diffusers' WanPipeline.
+
+    Returns:
+        The components.
 
     Raises:
-        CheckpointError: a component that is missing, unreadable or does not fit, or a pipeline of Wan 2.2's that runs
-            two networks or tells one a time for every token.
+        CheckpointError: A component that is missing, unreadable or does not fit, or a Wan 2.2 pipeline with two
+            networks or one timestep per token.
     """
     index = source.index()
     if index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
         raise CheckpointError(
-            f"{source.folder}: model_index.json asks for two networks (boundary_ratio) or a time for every token "
+            f"{source.folder}: model_index.json asks for two networks (boundary_ratio) or one timestep per token "
             "(expand_timesteps), as Wan 2.2 has them; only Wan 2.1's text-to-video checkpoints load here"
         )
     network, decoder = load_denoiser(source, kernel), load_wan_decoder(source)
     if network.config.channels != decoder.space.channels:
         raise CheckpointError(
-            f"{source.folder}: the network draws {network.config.channels} latent channels, the VAE decodes "
+            f"{source.folder}: the network outputs {network.config.channels} latent channels, the VAE decodes "
             f"{decoder.space.channels}"
         )
     return Components(
@@ -49,7 +55,7 @@ def load(source: Source, kernel: AttentionKernel) -> Components:
         load_prompts=partial(load_umt5_prompts, source),
         decoder=decoder,
         plan=PLAN,
-        ahead=AHEAD,
+        precompute=PRECOMPUTE,
         latent=decoder.space,
         size_multiple=decoder.space.stride * network.config.patch,
     )

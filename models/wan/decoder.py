@@ -6,13 +6,13 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
+from models.checkpoint_source import CheckpointSource
 from models.components import LatentSpace
 from models.decoders import load_from_diffusers
-from models.source import Source
 
 
 class WanDecoder:
-    """The decoder half of an AutoencoderKLWan, with each latent channel's mean and deviation undone first.
+    """The decoder half of an AutoencoderKLWan, after inverting each latent channel's mean and deviation.
 
     Source: Wan-VAE (arXiv:2503.20314, section 4.1), in diffusers' convention: decode(z * latents_std + latents_mean).
     """
@@ -24,11 +24,11 @@ class WanDecoder:
         )
 
     def __call__(self, latent_BCFHW: Tensor) -> Tensor:
-        """Frames (B, frames, 3, stride * H, stride * W), float32 in [0, 1]."""
-        return self.pixels(self.vae.decode(self.unscaled(latent_BCFHW), return_dict=False)[0])
+        """Return frames (B, frames, 3, stride * H, stride * W), float32 in [0, 1]."""
+        return self.pixels(self.vae.decode(self.denormalize(latent_BCFHW), return_dict=False)[0])
 
-    def unscaled(self, latent_BCFHW: Tensor) -> Tensor:
-        """What the autoencoder decodes, in its dtype."""
+    def denormalize(self, latent_BCFHW: Tensor) -> Tensor:
+        """Return the input of the autoencoder's decoder, in its dtype."""
         mean, std = (
             torch.tensor(values, device=latent_BCFHW.device)[:, None, None, None]
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
@@ -37,14 +37,17 @@ class WanDecoder:
 
     @staticmethod
     def pixels(video_BCFHW: Tensor) -> Tensor:
-        """Frames (B, F, C, H, W), float32 in [0, 1], of what the autoencoder decoded, in [-1, 1] or somewhat beyond."""
+        """Return frames (B, F, C, H, W), float32 in [0, 1], of the autoencoder's output in about [-1, 1]."""
         return (video_BCFHW.transpose(1, 2).float() / 2 + 0.5).clamp(0, 1)
 
 
-def load_wan_decoder(source: Source) -> WanDecoder:
-    """The decoder of a checkpoint with `vae/`.
+def load_wan_decoder(source: CheckpointSource) -> WanDecoder:
+    """Load the decoder of a checkpoint with `vae/`.
+
+    Returns:
+        The decoder.
 
     Raises:
-        CheckpointError: files that diffusers cannot read.
+        CheckpointError: Files that diffusers cannot read.
     """
     return WanDecoder(load_from_diffusers(source, "vae", AutoencoderKLWan))

@@ -1,4 +1,4 @@
-"""Wan's prompts: cleaned, encoded by UMT5, and padded with zeros that nothing masks."""
+"""Wan's prompts: cleaned, encoded by UMT5, and padded with zeros without a mask."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from collections.abc import Sequence
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
-from models.source import Source
 from models.text.load import load_encoder, load_tokenizer
-from models.text.t5 import T5_STAND_IN
+from models.text.t5 import T5_DUMMY_TOKENIZER
 
-SPACE = re.compile(r"[^\S\x1c-\x1f]+")  # Unicode's white space, which the four separators are not
+SPACE = re.compile(r"[^\S\x1c-\x1f]+")  # Unicode white space without the four separators
 
 
 def clean(prompt: str) -> str:
-    """A prompt as Wan's own code reads it: broken Unicode mended, HTML entities resolved twice, white space made one
-    space.
+    """Return a prompt cleaned as in Wan's own code.
 
-    What mends Unicode is ftfy, where it is installed, as in diffusers' WanPipeline (it also makes full-width marks
-    such as those of the published negative prompt plain ones); the record names its version.
+    Broken Unicode is fixed, HTML entities are resolved twice, and runs of white space become one space. ftfy fixes
+    Unicode if it is installed, as in diffusers' WanPipeline; the record names its version. It also converts full-width
+    characters, such as those of the published negative prompt.
     """
-    return SPACE.sub(" ", html.unescape(html.unescape(_mended(prompt))).strip()).strip()
+    return SPACE.sub(" ", html.unescape(html.unescape(_fix_unicode(prompt))).strip()).strip()
 
 
-def _mended(text: str) -> str:
+def _fix_unicode(text: str) -> str:
     try:
         from ftfy import fix_text
     except ImportError:
         return text
-    mended: str = fix_text(text)
-    return mended
+    fixed: str = fix_text(text)
+    return fixed
 
 
 class UMT5Prompts:
-    """A UMT5 encoder with its tokenizer: each prompt cut to `max_tokens`, its states padded to them with zeros.
+    """A UMT5 encoder with its tokenizer: prompts are truncated to `max_tokens`, and states padded to that with zeros.
 
-    Prompts are encoded one at a time, so that a state does not depend on its neighbours in a batch.
+    Prompts are encoded one at a time, so that the states of a prompt do not depend on the rest of the batch.
 
     Source: Wan 2.1 (arXiv:2503.20314), as in diffusers' WanPipeline.
     """
@@ -50,11 +50,11 @@ class UMT5Prompts:
         self.max_tokens = max_tokens
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt before it is cut, the end-of-text token included."""
+        """Return the number of tokens of a prompt before truncation, the end-of-text token included."""
         return len(self.tokenizer(clean(prompt)).input_ids)
 
     def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
-        """States (B, max_tokens, T) in the encoder's dtype."""
+        """Return prompt embeddings (B, max_tokens, T) in the encoder's dtype."""
         return Conditioning.stack([self._encode(prompt) for prompt in prompts])
 
     def _encode(self, prompt: str) -> Conditioning:
@@ -66,13 +66,16 @@ class UMT5Prompts:
         return Conditioning(F.pad(states[:, :length], (0, 0, 0, self.max_tokens - length)))
 
 
-def load_umt5_prompts(source: Source) -> UMT5Prompts:
-    """The prompt encoder of a checkpoint with `text_encoder/` and `tokenizer/`.
+def load_umt5_prompts(source: CheckpointSource) -> UMT5Prompts:
+    """Load the prompt encoder of a checkpoint: `text_encoder/` and `tokenizer/`.
+
+    Returns:
+        The prompt encoder.
 
     Raises:
-        CheckpointError: files that transformers cannot read.
+        CheckpointError: Files that transformers cannot read.
     """
-    tokenizer = load_tokenizer(source, "tokenizer", T5_STAND_IN)
+    tokenizer = load_tokenizer(source, "tokenizer", T5_DUMMY_TOKENIZER)
     return UMT5Prompts(
         load_encoder(source, "text_encoder", UMT5EncoderModel, UMT5Config), tokenizer, source.text_tokens
     )

@@ -1,13 +1,13 @@
-"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+"""The map between the names and sizes of a checkpoint in diffusers' layout and those of the network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, network_config, refuse_sizes
+from models.files import CheckpointError, check_sizes, read_network_config
 from models.names import NameMap
-from models.plan import AheadPlan, ParallelPlan, Stack
+from models.plan import ParallelPlan, PrecomputePlan, Stack
 from models.wan.network import WanConfig
 
 NAMES = NameMap(  # diffusers' WanTransformer3DModel on the left, this network on the right
@@ -35,18 +35,18 @@ PLAN = ParallelPlan(
     local_attention=("blocks.*.cross_attention",),
     head_norms=("blocks.*.norm_q", "blocks.*.norm_k"),
 )
-AHEAD = AheadPlan(
-    read=(
+PRECOMPUTE = PrecomputePlan(
+    text_chains=(
         ("blocks.*.cross_attention.to_k", "blocks.*.cross_attention.norm_k"),
         ("blocks.*.cross_attention.to_v",),
     ),
-    read_as="text_BSD",
+    text_argument="text_BSD",
 )
 KEEP_FLOAT32 = ("time_in.*", "time_out.*", "*scale_shift_table", "blocks.*.cross_norm.*")
 """Parameters that stay float32 in a bfloat16 network (diffusers' `_keep_in_fp32_modules`)."""
 
 CLASS_NAME = "WanTransformer3DModel"
-DEFAULTS: dict[str, Any] = {  # of diffusers' class, for what a config.json leaves out
+DEFAULTS: dict[str, Any] = {  # diffusers' defaults of the keys that a config.json omits
     "patch_size": [1, 2, 2],
     "num_attention_heads": 40,
     "attention_head_dim": 128,
@@ -75,12 +75,18 @@ IMAGE_OPTIONS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 
 
 def read_config(folder: Path) -> WanConfig:
-    """The sizes from a `config.json` of diffusers' `WanTransformer3DModel`.
+    """Read the sizes from a `config.json` of diffusers' `WanTransformer3DModel`.
+
+    Args:
+        folder: The network's folder.
+
+    Returns:
+        The sizes.
 
     Raises:
-        CheckpointError: no such file, another class, or an option that this network does not have.
+        CheckpointError: No such file, another class, or an option that this network does not support.
     """
-    path, raw = folder / "config.json", network_config(folder, (CLASS_NAME,), DEFAULTS)
+    path, raw = folder / "config.json", read_network_config(folder, (CLASS_NAME,), DEFAULTS)
     if given := [name for name in IMAGE_OPTIONS if raw.get(name) is not None]:
         raise CheckpointError(f"{path}: {given[0]} belongs to image-to-video; only text-to-video checkpoints load here")
     if (raw["out_channels"] or raw["in_channels"]) != raw["in_channels"]:
@@ -88,7 +94,7 @@ def read_config(folder: Path) -> WanConfig:
             f"{path}: in_channels is not out_channels, so the network reads more than a noisy latent; only "
             "text-to-video checkpoints load here"
         )
-    refuse_sizes(raw, path, SIZES)
+    check_sizes(raw, path, SIZES)
     if raw["attention_head_dim"] % 2 or raw["freq_dim"] % 2:
         raise CheckpointError(f"{path}: attention_head_dim and freq_dim must be even")
     if raw["qk_norm"] != "rms_norm_across_heads":

@@ -1,7 +1,7 @@
-"""Z-Image's single-stream diffusion transformer, in diffusers' layout, from text to a picture."""
+"""Z-Image's single-stream text-to-image diffusion transformer, in diffusers' layout."""
 
 from models.z_image.components import load_denoiser
 from models.z_image.network import ZImage, ZImageConfig
-from models.z_image.weights import AHEAD, NAMES, PLAN, read_config
+from models.z_image.weights import NAMES, PLAN, PRECOMPUTE, read_config
 
-__all__ = ["AHEAD", "NAMES", "PLAN", "ZImage", "ZImageConfig", "load_denoiser", "read_config"]
+__all__ = ["NAMES", "PLAN", "PRECOMPUTE", "ZImage", "ZImageConfig", "load_denoiser", "read_config"]

@@ -1,12 +1,13 @@
-"""The network: picture and text are refined apart, then attend to one another as one stream of tokens.
+"""The network: image and text are refined separately, then attend to one another as one stream of tokens.
 
-Blocks with a norm before and after each branch, tanh gates, learned tokens that fill picture and text up to a multiple
-of 32, and positions on three axes: a text token's is its number from 1 on, the picture's rows and columns lie behind
-the text's last. Z-Image (arXiv:2511.22699, section 4), interchangeable with diffusers' `ZImageTransformer2DModel` where
-that draws a picture from text alone.
+Blocks have a norm before and after each branch and tanh gates. Learned tokens pad image and text to a multiple of 32.
+Positions are on three axes: a text token's is its number from 1 on, and the image's rows and columns follow the last
+text token. Z-Image (arXiv:2511.22699, section 4) is interchangeable with diffusers' `ZImageTransformer2DModel` for
+text-to-image generation.
 
-Shapes: B batch, H and W latent rows and columns, C latent channels, L picture tokens, S text tokens, J tokens of a
-stack, D width, T text channels, A channels of the time, E channels a head, F = E / 2 rotary angles, P outputs a token.
+Shapes: B batch, H and W latent rows and columns, C latent channels, L image tokens, S text tokens, J tokens of a stack,
+D width, T text channels, A channels of the time embedding, E channels per head, F = E / 2 rotary angles, P outputs per
+token.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
-from models.components import Conditioning, text_of, told_of
+from models.components import Conditioning, text_embedding, time_embedding
 from models.layers import (
     Modulation,
-    Projections,
-    kept,
+    QKVProjection,
+    cached_tensor,
     plain_norm,
     rotary_angles,
     rotate,
@@ -31,7 +32,7 @@ from models.layers import (
 )
 
 PATCH = 2  # a token is PATCH x PATCH latent pixels
-MULTIPLE = 32  # tokens of picture and text are filled up to a multiple of it
+TOKEN_MULTIPLE = 32  # the tokens of image and text are padded to a multiple of it
 TIME_CHANNELS = 256
 TIME_HIDDEN = 1024
 QK_EPS = 1e-5
@@ -42,17 +43,17 @@ class ZImageConfig:
     """The sizes of one network.
 
     Args:
-        depth: blocks over picture and text together.
-        refiner_depth: blocks over each of them alone, before.
-        heads: attention heads; the width is heads * head_channels.
-        head_channels: channels a head.
-        latent_channels: C.
-        text_channels: channels of a text state.
-        axes: channels of a head that text position, row and column rotate; they add up to head_channels.
-        theta: base of their rates.
-        time_scale: the network is told time_scale * (1 - sigma).
-        norm_eps: of the norms around attention and feed-forward, and of the text's.
-        qk_norm: whether queries and keys are normed.
+        depth: The number of blocks over image and text together.
+        refiner_depth: The number of blocks over each of them alone, before.
+        heads: The number of attention heads; the width is heads * head_channels.
+        head_channels: The number of channels per head.
+        latent_channels: The number of latent channels, C.
+        text_channels: The number of channels of a prompt embedding.
+        axes: The channels of a head that text position, row and column rotate; they add up to head_channels.
+        theta: The base of the rotary rates.
+        time_scale: The factor of the network's time input, time_scale * (1 - sigma).
+        norm_eps: The epsilon of the norms around attention and feed-forward, and of the text's norm.
+        qk_norm: Whether queries and keys have RMS norms.
     """
 
     depth: int = 30
@@ -69,22 +70,22 @@ class ZImageConfig:
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
+        """The number of channels of a token."""
         return self.heads * self.head_channels
 
     @property
     def hidden(self) -> int:
-        """Channels inside a feed-forward."""
+        """The number of channels inside a feed-forward."""
         return int(self.width / 3 * 8)
 
     @property
     def time_width(self) -> int:
-        """A, channels of the embedded time."""
+        """The number of channels of the time embedding, A."""
         return min(self.width, TIME_CHANNELS)
 
 
-class Attention(Projections):
-    """Multi-head attention of a stream to itself, with normed and rotated queries and keys."""
+class ZImageAttention(QKVProjection):
+    """Multi-head attention of a stream to itself, with normalized and rotated queries and keys."""
 
     def __init__(self, config: ZImageConfig, kernel: AttentionKernel) -> None:
         width = config.width
@@ -96,13 +97,14 @@ class Attention(Projections):
         self.to_out = nn.Linear(width, width, bias=False)
 
     def forward(self, x_BJD: Tensor, rope_2BJF: Tensor, mask_BJ: Tensor | None) -> Tensor:
+        """Return the attention output, (B, J, D)."""
         q, k, v = (y.unflatten(-1, (-1, self.head_channels)) for y in self.qkv(x_BJD))
         q, k = rotate(self.norm_q(q), rope_2BJF), rotate(self.norm_k(k), rope_2BJF)
         return self.to_out(self.kernel(q, k, v, mask_BJ).flatten(2))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate x) * up x)."""
+class SwiGLU(nn.Module):
+    """The feed-forward down(silu(gate x) * up x) (Shazeer 2020)."""
 
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__()
@@ -111,38 +113,41 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x_BJD: Tensor) -> Tensor:
+        """Return the output of the feed-forward, (B, J, D)."""
         return self.down(F.silu(self.gate(x_BJD)) * self.up(x_BJD))
 
 
-class Parts(nn.Module):
-    """What every block has: attention and feed-forward, each between two norms."""
+class ZImageBlockBase(nn.Module):
+    """The modules of every block: attention and feed-forward, each between two norms."""
 
     def __init__(self, config: ZImageConfig, kernel: AttentionKernel) -> None:
         super().__init__()
-        self.attention = Attention(config, kernel)
-        self.feed_forward = FeedForward(config)
+        self.attention = ZImageAttention(config, kernel)
+        self.feed_forward = SwiGLU(config)
         self.attention_norm1 = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.attention_norm2 = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.ffn_norm1 = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.ffn_norm2 = nn.RMSNorm(config.width, eps=config.norm_eps)
 
 
-class TextBlock(Parts):
-    """A block over the text alone, which is not told the time."""
+class ZImageTextBlock(ZImageBlockBase):
+    """A block over the text alone, without time conditioning."""
 
     def forward(self, x_BJD: Tensor, rope_2BJF: Tensor, mask_BJ: Tensor | None) -> Tensor:
+        """Return the text tokens after the block, (B, J, D)."""
         x = x_BJD + self.attention_norm2(self.attention(self.attention_norm1(x_BJD), rope_2BJF, mask_BJ))
         return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
 
 
-class Block(Parts):
-    """A block with a scale before, and a gate after, attention and feed-forward: both from the time."""
+class ZImageBlock(ZImageBlockBase):
+    """A block with a scale before, and a gate after, attention and feed-forward, both from the time embedding."""
 
     def __init__(self, config: ZImageConfig, kernel: AttentionKernel) -> None:
         super().__init__(config, kernel)
         self.modulation = Modulation(config.time_width, 4 * config.width, silu=False)
 
     def forward(self, x_BJD: Tensor, rope_2BJF: Tensor, mask_BJ: Tensor | None, time_BA: Tensor) -> Tensor:
+        """Return the tokens after the block, (B, J, D)."""
         scale_a, gate_a, scale_f, gate_f = self.modulation(time_BA).chunk(4, dim=-1)
         attended = self.attention(self.attention_norm1(x_BJD) * (1 + scale_a), rope_2BJF, mask_BJ)
         x = x_BJD + gate_a.tanh() * self.attention_norm2(attended)
@@ -152,12 +157,12 @@ class Block(Parts):
 class ZImage(nn.Module):
     """A single-stream diffusion transformer: (latent, tau, text) to the velocity of the flow, a latent.
 
-    Args:
-        config: the sizes.
-        kernel: the attention of every block (models.attention).
-
-    Source: Z-Image (arXiv:2511.22699); the weights' meaning is that of diffusers' `ZImageTransformer2DModel`, whose
+    Source: Z-Image (arXiv:2511.22699); the weights mean the same as in diffusers' `ZImageTransformer2DModel`, whose
     output is the velocity from noise to data: forward() negates it.
+
+    Args:
+        config: The sizes.
+        kernel: The attention of every block (models.attention).
     """
 
     def __init__(self, config: ZImageConfig, kernel: AttentionKernel = sdpa_attention) -> None:
@@ -171,104 +176,113 @@ class ZImage(nn.Module):
         self.text_norm = nn.RMSNorm(config.text_channels, eps=config.norm_eps)
         self.text_in = nn.Linear(config.text_channels, width)
         self.text_pad = nn.Parameter(torch.zeros(1, width))
-        self.noise_refiner = nn.ModuleList([Block(config, kernel) for _ in range(config.refiner_depth)])
-        self.context_refiner = nn.ModuleList([TextBlock(config, kernel) for _ in range(config.refiner_depth)])
-        self.layers = nn.ModuleList([Block(config, kernel) for _ in range(config.depth)])
+        self.noise_refiner = nn.ModuleList([ZImageBlock(config, kernel) for _ in range(config.refiner_depth)])
+        self.context_refiner = nn.ModuleList([ZImageTextBlock(config, kernel) for _ in range(config.refiner_depth)])
+        self.layers = nn.ModuleList([ZImageBlock(config, kernel) for _ in range(config.depth)])
         self.head_modulation = Modulation(config.time_width, width)
         self.project_out = nn.Linear(width, token_channels)
 
     def forward(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
-        """One evaluation (models.components.Denoiser); it reads states and mask, whose real tokens come first.
+        """Evaluate the network once (models.components.Denoiser).
+
+        It reads prompt_embeds and mask; the real tokens of a row come first.
+
+        Returns:
+            The velocity, (B, C, H, W).
 
         Raises:
-            ValueError: no text states.
+            ValueError: No prompt embeddings.
         """
         height, width = (side // PATCH for side in latent_BCHW.shape[-2:])
-        time_BA = told_of(self, latent_BCHW, tau_B, condition)
-        text_BSD, text_mask_BS = text_of(self, condition)
+        time_BA = time_embedding(self, latent_BCHW, tau_B, condition)
+        text_BSD, text_mask_BS = text_embedding(self, condition)
         x_BLD = self.image_in(_patches(latent_BCHW))
-        missing = -x_BLD.shape[1] % MULTIPLE
+        missing = -x_BLD.shape[1] % TOKEN_MULTIPLE
         x_BLD = torch.cat([x_BLD, self.image_pad.expand(len(x_BLD), missing, -1)], dim=1)
-        filled = x_BLD.shape[1]
-        filled_B = _filled(text_BSD, text_mask_BS)
-        rope_2BJF = self._rope(height, width, missing, text_BSD.shape[1], filled_B)
+        padded = x_BLD.shape[1]
+        padded_B = _count_text_tokens(text_BSD, text_mask_BS)
+        rope_2BJF = self._rope(height, width, missing, text_BSD.shape[1], padded_B)
         for block in self.noise_refiner:
-            x_BLD = block(x_BLD, rope_2BJF[:, :, :filled], None, time_BA)
+            x_BLD = block(x_BLD, rope_2BJF[:, :, :padded], None, time_BA)
         joint_BJD = torch.cat([x_BLD, text_BSD], dim=1)
-        mask_BJ = None if text_mask_BS is None else F.pad(text_mask_BS, (filled, 0), value=True)
+        mask_BJ = None if text_mask_BS is None else F.pad(text_mask_BS, (padded, 0), value=True)
         for block in self.layers:
             joint_BJD = block(joint_BJD, rope_2BJF, mask_BJ, time_BA)
 
         y_BLP = self.project_out(plain_norm(joint_BJD[:, : height * width]) * (1 + self.head_modulation(time_BA)))
         return -unpatchify(y_BLP, height, width, PATCH)
 
-    def tell(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
-        """The time as a vector (models.components.AheadNetwork)."""
-        # 1 - sigma in steps that round as diffusers' do
-        told_B = (1000 - tau_B) / 1000 * self.config.time_scale
-        sines_BC = timestep_embedding(told_B, TIME_CHANNELS).to(latent_BCHW.dtype)
+    def embed_time(self, latent_BCHW: Tensor, tau_B: Tensor, condition: Conditioning) -> Tensor:
+        """Return the time as a vector (models.components.PrecomputableNetwork)."""
+        # 1 - sigma, rounded as in diffusers
+        time_B = (1000 - tau_B) / 1000 * self.config.time_scale
+        sines_BC = timestep_embedding(time_B, TIME_CHANNELS).to(latent_BCHW.dtype)
         return self.time_out(F.silu(self.time_in(sines_BC)))
 
-    def read(self, condition: Conditioning) -> Conditioning:
-        """The text refined alone, filled up; the mask says which tokens take part (models.components.AheadNetwork)."""
-        text_BSD, mask_BS = self._embed_text(condition)
+    def embed_text(self, condition: Conditioning) -> Conditioning:
+        """Return the conditioning with the text refined alone and padded (models.components.PrecomputableNetwork).
+
+        The mask is true for the tokens that take part, the learned padding tokens up to the next multiple included.
+        """
+        text_BSD, mask_BS = self._pad_text(condition)
         angles_SF = text_angles(text_BSD.shape[1], self.config.axes, self.config.theta, text_BSD.device)
         rope_2BSF = torch.stack([angles_SF.cos(), angles_SF.sin()])[:, None]
         for block in self.context_refiner:
             text_BSD = block(text_BSD, rope_2BSF, mask_BS)
-        return replace(condition, states=None, context=text_BSD, mask=mask_BS)
+        return replace(condition, prompt_embeds=None, encoder_hidden_states=text_BSD, mask=mask_BS)
 
-    def _embed_text(self, condition: Conditioning) -> tuple[Tensor, Tensor | None]:
-        """The text's tokens, filled up row by row, (B, S, D), and which of them take part."""
-        text_BST, mask_BS = condition.text(), condition.mask
+    def _pad_text(self, condition: Conditioning) -> tuple[Tensor, Tensor | None]:
+        """Return the text tokens, padded row by row, (B, S, D), and the mask of those that take part."""
+        text_BST, mask_BS = condition.require_prompt_embeds(), condition.mask
         real = text_BST.shape[1]
-        missing = -real % MULTIPLE
+        missing = -real % TOKEN_MULTIPLE
         embedded = self.text_in(self.text_norm(text_BST))
         text_BSD = torch.cat([embedded, self.text_pad.expand(len(embedded), missing, -1)], dim=1)
         if mask_BS is None:
             return text_BSD, None
         real_B = mask_BS.sum(dim=1)
-        filled_B = real_B + -real_B % MULTIPLE
-        number_S = torch.arange(real + missing, device=text_BSD.device)
-        text_BSD = torch.where((number_S < real_B[:, None])[..., None], text_BSD, self.text_pad)
-        return text_BSD, number_S < filled_B[:, None]
+        padded_B = real_B + -real_B % TOKEN_MULTIPLE
+        index_S = torch.arange(real + missing, device=text_BSD.device)
+        text_BSD = torch.where((index_S < real_B[:, None])[..., None], text_BSD, self.text_pad)
+        return text_BSD, index_S < padded_B[:, None]
 
-    def _rope(self, height: int, width: int, missing: int, longest: int, filled_B: Tensor) -> Tensor:
-        """Cosines and sines of every token's angles, picture before text: (2, B, J, E / 2), one row where all agree.
+    def _rope(self, height: int, width: int, missing: int, longest: int, padded_B: Tensor) -> Tensor:
+        """Return cosines and sines of every token's angles, image before text: (2, B, J, E / 2).
 
-        The picture stands behind each row's own text; tokens that fill it up stand at the origin.
+        There is one row if all rows of the batch agree. The image follows each row's own text; its padding tokens are
+        at the origin.
         """
-        axes, theta, device = self.config.axes, self.config.theta, filled_B.device
+        axes, theta, device = self.config.axes, self.config.theta, padded_B.device
         grid_LF = grid_angles(height, width, axes, theta, device)
-        behind_BF = rotary_angles((filled_B + 1).double(), axes[0], theta)
-        of_text, of_grid = behind_BF[:, None].expand(-1, len(grid_LF), -1), grid_LF.expand(len(behind_BF), -1, -1)
-        image_BLF = F.pad(torch.cat([of_text, of_grid], dim=-1), (0, 0, 0, missing))
-        text_BSF = text_angles(longest, axes, theta, device).expand(len(behind_BF), -1, -1)
+        offset_BF = rotary_angles((padded_B + 1).double(), axes[0], theta)
+        text_part, grid_part = offset_BF[:, None].expand(-1, len(grid_LF), -1), grid_LF.expand(len(offset_BF), -1, -1)
+        image_BLF = F.pad(torch.cat([text_part, grid_part], dim=-1), (0, 0, 0, missing))
+        text_BSF = text_angles(longest, axes, theta, device).expand(len(offset_BF), -1, -1)
         angles_BJF = torch.cat([image_BLF, text_BSF], dim=1)
         return torch.stack([angles_BJF.cos(), angles_BJF.sin()])
 
 
-@kept
+@cached_tensor
 def text_angles(count: int, axes: tuple[int, int, int], theta: float, device: torch.device) -> Tensor:
-    """Angles of text tokens at (1, 0, 0), (2, 0, 0) ...: (S, E / 2)."""
+    """Return the angles of text tokens at (1, 0, 0), (2, 0, 0) ...: (S, E / 2)."""
     angles_SF = rotary_angles(torch.arange(1, count + 1).double(), axes[0], theta)
     return F.pad(angles_SF, (0, (axes[1] + axes[2]) // 2)).to(device)
 
 
-@kept
+@cached_tensor
 def grid_angles(height: int, width: int, axes: tuple[int, int, int], theta: float, device: torch.device) -> Tensor:
-    """Angles of the picture's tokens by row and column: (L, (axes[1] + axes[2]) / 2)."""
+    """Return the angles of the image's tokens by row and column: (L, (axes[1] + axes[2]) / 2)."""
     rows = rotary_angles(torch.arange(height).double(), axes[1], theta)[:, None].expand(-1, width, -1)
     columns = rotary_angles(torch.arange(width).double(), axes[2], theta)[None].expand(height, -1, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1).to(device)
 
 
-def _filled(text_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-    """How many text tokens take part, (B,), or (1,) where all do."""
+def _count_text_tokens(text_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+    """Return the number of text tokens that take part, (B,), or (1,) if all do."""
     return torch.full((1,), text_BSD.shape[1], device=text_BSD.device) if mask_BS is None else mask_BS.sum(dim=1)
 
 
 def _patches(latent_BCHW: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, L, p p C): a token's inputs are ordered row, column, channel."""
+    """Return (B, L, p p C) from (B, C, H, W): a token's inputs are ordered row, column, channel."""
     cells = latent_BCHW.unflatten(-2, (-1, PATCH)).unflatten(-1, (-1, PATCH))
     return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Prompts through Qwen3: as a user's turn in its chat template, read one layer before the last."""
+"""Prompts through Qwen3: as a user's turn in its chat template, with the states before the last layer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.files import CheckpointError
-from models.source import Source
 from models.text.load import load_encoder, load_tokenizer
-from models.text.qwen import QWEN_STAND_IN
+from models.text.qwen import QWEN_DUMMY_TOKENIZER
 
 
 class ZImagePrompts:
-    """A Qwen3 language model with its tokenizer: states that enter the last layer, without the final norm.
+    """A Qwen3 language model with its tokenizer: the states that enter the last layer, without the final norm.
 
     Each prompt is encoded alone and without padding, so a row's length is its prompt's.
 
@@ -27,34 +27,37 @@ class ZImagePrompts:
         self.max_tokens = max_tokens
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt before it is cut, those of the chat template included."""
+        """Return the number of tokens of a prompt before truncation, the chat template's tokens included."""
         return len(self.tokenizer(self._turn(prompt)).input_ids)
 
     def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
-        """States (B, S, T) in the encoder's dtype, and their mask where the prompts differ in length."""
+        """Return prompt embeddings (B, S, T) in the encoder's dtype, and their mask if the prompts differ in length."""
         return Conditioning.stack([self._encode(prompt) for prompt in prompts])
 
     def _encode(self, prompt: str) -> Conditioning:
         tokens = self.tokenizer(
             self._turn(prompt), truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).input_ids
-        found = self.encoder(input_ids=tokens.to(self.encoder.device), output_hidden_states=True, use_cache=False)
-        return Conditioning(found.hidden_states[-2])
+        output = self.encoder(input_ids=tokens.to(self.encoder.device), output_hidden_states=True, use_cache=False)
+        return Conditioning(output.hidden_states[-2])
 
     def _turn(self, prompt: str) -> str:
-        said: str = self.tokenizer.apply_chat_template(
+        turn: str = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
-        return said
+        return turn
 
 
-def load_z_image_prompts(source: Source) -> ZImagePrompts:
-    """The prompt encoder of a checkpoint with `text_encoder/` and `tokenizer/`.
+def load_z_image_prompts(source: CheckpointSource) -> ZImagePrompts:
+    """Load the prompt encoder of a checkpoint: `text_encoder/` and `tokenizer/`.
+
+    Returns:
+        The prompt encoder.
 
     Raises:
-        CheckpointError: files that transformers cannot read, or a tokenizer without a chat template.
+        CheckpointError: Files that transformers cannot read, or a tokenizer without a chat template.
     """
-    tokenizer = load_tokenizer(source, "tokenizer", QWEN_STAND_IN)
+    tokenizer = load_tokenizer(source, "tokenizer", QWEN_DUMMY_TOKENIZER)
     if tokenizer.chat_template is None:
         folder = source.config_folder("tokenizer")
         raise CheckpointError(f"{folder}: no chat template here; copy all of the checkpoint's tokenizer files")

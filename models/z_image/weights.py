@@ -1,13 +1,13 @@
-"""Names and sizes: how a checkpoint in diffusers' layout maps onto the network, both ways."""
+"""The map between the names and sizes of a checkpoint in diffusers' layout and those of the network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, network_config, refuse_sizes, rotary_axes
+from models.files import CheckpointError, check_sizes, read_network_config, rotary_axes
 from models.names import NameMap
-from models.plan import AheadPlan, ParallelPlan, Stack
+from models.plan import ParallelPlan, PrecomputePlan, Stack
 from models.z_image.network import PATCH, ZImageConfig
 
 NAMES = NameMap(  # diffusers' ZImageTransformer2DModel on the left, this network on the right
@@ -32,19 +32,19 @@ TOKENS = {"x_BJD": 1, "rope_2BJF": 2, "mask_BJ": 1}
 PLAN = ParallelPlan(
     heads="heads",
     stacks=(
-        Stack("noise_refiner", TOKENS, outputs=("x_BJD",), streams=("x_BJD",), cached=False),
-        Stack("context_refiner", TOKENS, outputs=("x_BJD",), streams=("x_BJD",), cached=False),
+        Stack("noise_refiner", TOKENS, outputs=("x_BJD",), streams=("x_BJD",), cacheable=False),
+        Stack("context_refiner", TOKENS, outputs=("x_BJD",), streams=("x_BJD",), cacheable=False),
         Stack("layers", TOKENS, outputs=("x_BJD",), streams=("x_BJD",), signal="attention"),
     ),
     column=("*.attention.to_q", "*.attention.to_k", "*.attention.to_v", "*.feed_forward.gate", "*.feed_forward.up"),
     row=("*.attention.to_out", "*.feed_forward.down"),
 )
-AHEAD = AheadPlan(
-    told=(("noise_refiner.*.modulation",), ("layers.*.modulation",), ("head_modulation",)),
-    told_as="time_BA",
+PRECOMPUTE = PrecomputePlan(
+    time_chains=(("noise_refiner.*.modulation",), ("layers.*.modulation",), ("head_modulation",)),
+    time_argument="time_BA",
 )
 CLASS_NAME = "ZImageTransformer2DModel"
-DEFAULTS: dict[str, Any] = {  # of diffusers' class, where a file leaves an option out
+DEFAULTS: dict[str, Any] = {  # diffusers' defaults of the keys that a config.json omits
     "all_patch_size": (2,),
     "all_f_patch_size": (1,),
     "in_channels": 16,
@@ -66,17 +66,23 @@ NUMBERS = ("norm_eps", "rope_theta", "t_scale")
 
 
 def read_config(folder: Path) -> ZImageConfig:
-    """The sizes from a `config.json` of diffusers' `ZImageTransformer2DModel`.
+    """Read the sizes from a `config.json` of diffusers' `ZImageTransformer2DModel`.
 
-    `axes_lens`, the lengths of diffusers' tables of positions, has no counterpart: they are computed as asked.
+    `axes_lens`, the lengths of diffusers' position tables, has no counterpart: positions are computed on demand.
+
+    Args:
+        folder: The network's folder.
+
+    Returns:
+        The sizes.
 
     Raises:
-        CheckpointError: no such file, another class, or an option that this network does not have.
+        CheckpointError: No such file, another class, or an option that this network does not support.
     """
-    path, raw = folder / "config.json", network_config(folder, (CLASS_NAME,), DEFAULTS)
+    path, raw = folder / "config.json", read_network_config(folder, (CLASS_NAME,), DEFAULTS)
     if raw["siglip_feat_dim"] is not None:
-        raise CheckpointError(f"{path}: siglip_feat_dim (pictures as conditions, in Z-Image-Omni) is not supported")
-    refuse_sizes(raw, path, COUNTS, least=0)
+        raise CheckpointError(f"{path}: siglip_feat_dim (images as conditions, in Z-Image-Omni) is not supported")
+    check_sizes(raw, path, COUNTS, least=0)
     if wrong := [name for name in NUMBERS if not isinstance(raw[name], int | float)]:
         raise CheckpointError(f"{path}: no number under {', '.join(wrong)}")
     patches = list(raw["all_patch_size"]), list(raw["all_f_patch_size"])

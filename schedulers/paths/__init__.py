@@ -1,4 +1,4 @@
-"""Gaussian noise paths, a family's first part."""
+"""Gaussian noise paths, the first part of a family."""
 
 from schedulers.paths.base import NoisePath
 from schedulers.paths.flow import FlowPath

@@ -13,11 +13,21 @@ BetaSchedule = Literal["linear", "scaled_linear", "squaredcos"]
 
 
 def betas(schedule: BetaSchedule, start: float = 1e-4, end: float = 0.02, steps: int = 1000) -> Tensor:
-    """The training noise increments of a discrete path, float64 of shape (steps,).
+    """Return the training noise increments of a discrete path.
 
-    "linear" is Ho et al. 2020 (arXiv 2006.11239), section 4; "scaled_linear" is linear in the square root (Stable
-    Diffusion); "squaredcos" is Nichol and Dhariwal 2021 (arXiv 2102.09672), equation 17, with betas capped at 0.999,
-    and does not use start and end. Raises ValueError for another name.
+    Args:
+        schedule: The schedule. "linear" is Ho et al. 2020 (arXiv 2006.11239), section 4. "scaled_linear" is linear in
+            the square root (Stable Diffusion). "squaredcos" is Nichol and Dhariwal 2021 (arXiv 2102.09672), equation
+            17, with betas capped at 0.999; it does not use start and end.
+        start: The first beta.
+        end: The last beta.
+        steps: The number of trained timesteps N.
+
+    Returns:
+        The betas, float64 of shape (steps,).
+
+    Raises:
+        ValueError: The schedule has another name.
     """
     if schedule == "linear":
         return torch.linspace(start, end, steps, dtype=torch.float64)
@@ -31,10 +41,17 @@ def betas(schedule: BetaSchedule, start: float = 1e-4, end: float = 0.02, steps:
 
 
 def zero_terminal_snr(betas: Tensor, last_alpha_bar: float = 0.0) -> Tensor:
-    """The same increments with sqrt(alpha-bar) shifted and scaled so that the last is pure noise, the first unchanged.
+    """Return betas rescaled to end at pure noise: sqrt(alpha-bar) is shifted and scaled, its first value unchanged.
 
-    Lin et al. 2023 (arXiv 2305.08891), Algorithm 1. last_alpha_bar replaces the 0 at the end where a sampler divides by
-    alpha: diffusers' samplers in x / alpha use 2^-24. Shapes: (N,) to (N,), float64.
+    Lin et al. 2023 (arXiv 2305.08891), Algorithm 1.
+
+    Args:
+        betas: The noise increments, shape (N,).
+        last_alpha_bar: The last alpha-bar. Samplers that divide by alpha cannot use 0: diffusers' samplers in x / alpha
+            use 2^-24.
+
+    Returns:
+        The rescaled increments, float64 of shape (N,).
     """
     root = (1 - betas.double()).cumprod(0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -47,10 +64,16 @@ def zero_terminal_snr(betas: Tensor, last_alpha_bar: float = 0.0) -> Tensor:
 class DiscreteVPPath:
     """Variance preserving on N trained indices: alpha^2 = prod(1 - beta), sigma^2 = 1 - alpha^2, tau = t in [0, N - 1].
 
-    Ho et al. 2020 (arXiv 2006.11239), equation 4. Between indices sigma / alpha is interpolated, in its logarithm by
-    default ("log", as k-diffusion and DPM-Solver do) or directly ("linear", as diffusers' EulerDiscrete does for
-    `linspace`). The last beta may be 1, which ends the path at pure noise (zero_terminal_snr). Raises ValueError when
-    another beta is outside (0, 1) or fewer than two are given.
+    Ho et al. 2020 (arXiv 2006.11239), equation 4. sigma / alpha is interpolated between indices.
+
+    Attributes:
+        betas: The noise increments, shape (N,), each inside (0, 1). The last may be 1, which ends the path at pure
+            noise (zero_terminal_snr).
+        interpolation: The scale of the interpolation. "log" is the logarithm of sigma / alpha, as in k-diffusion and
+            DPM-Solver. "linear" is sigma / alpha itself, as in diffusers' EulerDiscrete for `linspace`.
+
+    Raises:
+        ValueError: Fewer than two betas, or a beta out of range.
     """
 
     betas: Tensor
@@ -65,16 +88,16 @@ class DiscreteVPPath:
 
     @property
     def t_min(self) -> float:
-        """Index 0."""
+        """The first trained index, 0."""
         return 0.0
 
     @property
     def t_max(self) -> float:
-        """Index N - 1."""
+        """The last trained index, N - 1."""
         return float(len(self.betas) - 1)
 
     def _knots(self, device: torch.device) -> Tensor:
-        """log(sigma / alpha) or sigma / alpha at the trained indices; expm1 keeps the digits of the first rows."""
+        """Return log(sigma / alpha) or sigma / alpha at the trained indices. expm1 keeps the first rows' digits."""
         ratio = torch.expm1(-torch.log1p(-self.betas).cumsum(0)).sqrt()
         return (ratio.log() if self.interpolation == "log" else ratio).to(device)
 
@@ -82,68 +105,79 @@ class DiscreteVPPath:
         knots = self._knots(t.device)
         t = t.clamp(0, len(knots) - 1)
         low = t.floor().clamp(max=len(knots) - 2).long()
-        share = t - low
-        value = torch.lerp(knots[low], knots[low + 1], share)
-        value = torch.where(share == 1, knots[low + 1], torch.where(share == 0, knots[low], value))
+        fraction = t - low
+        value = torch.lerp(knots[low], knots[low + 1], fraction)
+        value = torch.where(fraction == 1, knots[low + 1], torch.where(fraction == 0, knots[low], value))
         return value.exp() if self.interpolation == "log" else value
 
     def alpha(self, t: Scalar) -> Scalar:
-        """sqrt(alpha_bar) = 1 / sqrt(1 + ratio^2)."""
+        """Return sqrt(alpha_bar) = 1 / sqrt(1 + ratio^2)."""
         return elementwise(lambda s: (1 + self._ratio(s) ** 2).rsqrt(), t)
 
     def sigma(self, t: Scalar) -> Scalar:
-        """sqrt(1 - alpha_bar) = ratio / sqrt(1 + ratio^2)."""
+        """Return sqrt(1 - alpha_bar) = ratio / sqrt(1 + ratio^2)."""
         return elementwise(lambda s: (1 + self._ratio(s) ** -2).rsqrt(), t)
 
     def tau(self, t: Scalar) -> Scalar:
-        """The index t itself."""
+        """Return the index t itself."""
         return elementwise(lambda s: s, t)
 
     def c_in(self, t: Scalar) -> Scalar:
-        """1."""
+        """Return 1."""
         return elementwise(torch.ones_like, t)
 
     def t_of(self, ratio: Scalar) -> Scalar:
-        """The inverse of the interpolation."""
+        """Return the inverse of the interpolation."""
 
         def inverse(r: Tensor) -> Tensor:
             knots = self._knots(r.device)
             value = (r.log() if self.interpolation == "log" else r).clamp(knots[0], knots[-1])
             high = torch.searchsorted(knots, value).clamp(1, len(knots) - 1)
             low = high - 1
-            share = (value - knots[low]) / (knots[high] - knots[low])
-            return torch.where(value == knots[high], high.double(), low + share)
+            fraction = (value - knots[low]) / (knots[high] - knots[low])
+            return torch.where(value == knots[high], high.double(), low + fraction)
 
         return elementwise(inverse, ratio)
 
     def init_std(self, t: float) -> float:
-        """1, the standard deviation of the whole state for unit data."""
+        """Return 1, the standard deviation of the whole state for data of unit variance."""
         return 1.0
 
     def _slope(self, t: Tensor) -> Tensor:
-        """d log(sigma / alpha) / dt on the interval that ends at t, where a step towards the data begins."""
+        """Return d log(sigma / alpha) / dt on the interval that ends at t, where a step towards the data begins."""
         knots = self._knots(t.device)
         high = t.clamp(0, len(knots) - 1).ceil().clamp(min=1).long()
         rise = knots[high] - knots[high - 1]
         return rise if self.interpolation == "log" else rise / self._ratio(t)
 
     def drift(self, t: Scalar) -> Scalar:
-        """-sigma^2 times the slope of log(sigma / alpha), since alpha^2 + sigma^2 = 1."""
+        """Return -sigma^2 times the slope of log(sigma / alpha), since alpha^2 + sigma^2 = 1."""
         return elementwise(lambda s: -self._slope(s) / (1 + self._ratio(s) ** -2), t)
 
     def diffusion(self, t: Scalar) -> Scalar:
-        """2 sigma^2 times that slope."""
+        """Return 2 sigma^2 times the slope of log(sigma / alpha)."""
         return elementwise(lambda s: 2 * self._slope(s) / (1 + self._ratio(s) ** -2), t)
 
 
 @dataclass(frozen=True)
 class ContinuousVPPath:
-    """Variance preserving in continuous time: beta(t) = beta_min + t (beta_max - beta_min), B(t) its integral,
+    """Variance preserving in continuous time, with beta(t) = beta_min + t (beta_max - beta_min) and its integral B(t).
 
         VP      alpha = exp(-B / 2),    sigma = sqrt(1 - exp(-B))
         sub-VP  alpha = exp(-B / 2),    sigma = 1 - exp(-B),         tau = 999 t, t in [t_min, 1].
 
     Song et al. 2021 (arXiv 2011.13456), equations 29 and 30 (appendix B) and appendix C.
+
+    Attributes:
+        beta_min: The beta at t = 0, above 0.
+        beta_max: The beta at t = 1.
+        sub: Whether the path is sub-VP instead of VP.
+        time_scale: The timestep at t = 1.
+        t_min: The time nearest to the data, above 0.
+        t_max: The time of the noisiest state.
+
+    Raises:
+        ValueError: A parameter is out of range.
     """
 
     beta_min: float = 0.1
@@ -171,23 +205,23 @@ class ContinuousVPPath:
         return variance if self.sub else variance.sqrt()
 
     def alpha(self, t: Scalar) -> Scalar:
-        """exp(-B / 2)."""
+        """Return exp(-B / 2)."""
         return elementwise(lambda s: (-self._integral(s) / 2).exp(), t)
 
     def sigma(self, t: Scalar) -> Scalar:
-        """See the class."""
+        """Return sqrt(1 - exp(-B)) for VP, 1 - exp(-B) for sub-VP."""
         return elementwise(self._sigma, t)
 
     def tau(self, t: Scalar) -> Scalar:
-        """time_scale * t."""
+        """Return time_scale * t."""
         return elementwise(lambda s: self.time_scale * s, t)
 
     def c_in(self, t: Scalar) -> Scalar:
-        """1."""
+        """Return 1."""
         return elementwise(torch.ones_like, t)
 
     def t_of(self, ratio: Scalar) -> Scalar:
-        """B from the ratio, then t from the quadratic B(t); at least 0, at most t_max."""
+        """Return the time of a ratio: B from the ratio, then t from the quadratic B(t), between 0 and t_max."""
 
         def inverse(r: Tensor) -> Tensor:
             # VP: r^2 = e^B - 1. sub-VP: r = 2 sinh(B / 2).
@@ -199,15 +233,15 @@ class ContinuousVPPath:
         return elementwise(inverse, ratio)
 
     def init_std(self, t: float) -> float:
-        """1, the standard deviation of the prior."""
+        """Return 1, the standard deviation of the prior."""
         return 1.0
 
     def drift(self, t: Scalar) -> Scalar:
-        """-beta / 2."""
+        """Return -beta / 2."""
         return elementwise(lambda s: -self._beta(s) / 2, t)
 
     def diffusion(self, t: Scalar) -> Scalar:
-        """beta, and for sub-VP beta * (1 - exp(-2 B))."""
+        """Return beta, and for sub-VP beta * (1 - exp(-2 B))."""
 
         def squared(s: Tensor) -> Tensor:
             return self._beta(s) * (-torch.expm1(-2 * self._integral(s)) if self.sub else 1.0)

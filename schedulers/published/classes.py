@@ -1,13 +1,13 @@
-"""Every mapped class of diffusers and the parts that it stands for."""
+"""Every supported scheduler class of diffusers, and the parts that it maps to."""
 
 from collections.abc import Callable
 
-from schedulers.conventions import Between, CutOn, Start
+from schedulers.conventions import InitStdOverride, RespacedLevels, RowsFromPath
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.paths import ContinuousVPPath, EDMPath, FlowPath, GeometricVEPath, NoisePath, VECoordinates
 from schedulers.prediction import Eps, Flow, LearnedVariance, Score
-from schedulers.published import parts
-from schedulers.published.multistep import deis, dpm, edm_dpm, edm_grid, edm_prediction, unipc
+from schedulers.published import common
+from schedulers.published.multistep import deis, dpm, edm_dpm, edm_path_and_spacing, edm_prediction, unipc
 from schedulers.published.options import Options
 from schedulers.solvers.adams import LMS, PNDM
 from schedulers.solvers.base import Solver
@@ -16,7 +16,7 @@ from schedulers.solvers.heun import DPM2, Heun
 from schedulers.solvers.lcm import LCM, TCD
 from schedulers.solvers.posterior import DDPM, Variance
 from schedulers.solvers.sde import EulerMaruyama, PredictorCorrector
-from schedulers.spacing import Distilled, FlowLinspace, Karras, Spacing, Told, UniformTime
+from schedulers.spacing import Distilled, FlowLinspace, Karras, Spacing, TimestepMap, UniformTime
 
 Builder = Callable[[Options], NoiseScheduler]
 ALL = ("epsilon", "sample", "v_prediction")
@@ -32,55 +32,57 @@ VARIANCES: dict[str, Variance] = {
 def _ddpm(o: Options) -> NoiseScheduler:
     kind = o.text("variance_type")
     if kind not in VARIANCES:
-        o.refuse("variance_type", "it gives no number in diffusers; use fixed_large, fixed_small or a learned one")
-    meaning = parts.prediction(o, *ALL)
+        o.refuse(
+            "variance_type", "diffusers gives no valid number for it; use fixed_large, fixed_small or a learned one"
+        )
+    prediction = common.prediction(o, *ALL)
     if kind.startswith("learned"):
-        meaning = LearnedVariance(meaning)
-    rows = parts.cut(o, "clean", integer=True)
-    return NoiseScheduler(parts.discrete(o, 0.0), rows, meaning, DDPM(VARIANCES[kind], final_noise=True))
+        prediction = LearnedVariance(prediction)
+    rows = common.timestep_spacing(o, "clean", integer=True)
+    return NoiseScheduler(common.discrete_path(o, 0.0), rows, prediction, DDPM(VARIANCES[kind], final_noise=True))
 
 
 def _ddim(o: Options) -> NoiseScheduler:
-    rows = parts.cut(o, parts.end(o), integer=True, stride_target=True)
-    return NoiseScheduler(parts.discrete(o, 0.0), rows, parts.prediction(o, *ALL), DDIM(0.0))
+    rows = common.timestep_spacing(o, common.last_row(o), integer=True, stride_target=True)
+    return NoiseScheduler(common.discrete_path(o, 0.0), rows, common.prediction(o, *ALL), DDIM(0.0))
 
 
 def _euler(o: Options) -> NoiseScheduler:
     if o.text("interpolation_type") != "linear":
         o.refuse("interpolation_type", "its timesteps and sigmas belong to different points; use linear")
-    last, v = parts.end(o), o.text("prediction_type") == "v_prediction"
+    last, v = common.last_row(o), o.text("prediction_type") == "v_prediction"
     if o.text("timestep_type") != "continuous" or not v:
-        path, spacing = parts.in_ve(o, last)
-        return NoiseScheduler(path, spacing, parts.prediction(o, *ALL), Euler())
-    low, high, levels = o.optional("sigma_min"), o.optional("sigma_max"), parts.levels(o, last)
+        path, spacing = common.ve_path_and_spacing(o, last)
+        return NoiseScheduler(path, spacing, common.prediction(o, *ALL), Euler())
+    low, high, levels = o.optional("sigma_min"), o.optional("sigma_max"), common.level_spacing(o, last)
     if low is None or high is None or levels is None:
-        path, spacing = parts.in_ve(o, last)
-        return NoiseScheduler(path, Told(spacing, "log_sigma"), parts.prediction(o, *ALL), Euler())
-    if last != "clean":  # Stable Video Diffusion's levels leave the trained table, and the table's end is no end
-        o.refuse("final_sigmas_type", "with sigma_min of its own and timestep_type=continuous; use zero")
+        path, spacing = common.ve_path_and_spacing(o, last)
+        return NoiseScheduler(path, TimestepMap(spacing, "log_sigma"), common.prediction(o, *ALL), Euler())
+    if last != "clean":  # Stable Video Diffusion's levels leave the trained table, so its end is no last row
+        o.refuse("final_sigmas_type", "sigma_min is set and timestep_type=continuous; use zero")
     path = EDMPath(1.0, "log_sigma", low, high)
-    start = Start(levels, "state" if o.text("timestep_spacing") == "leading" else "sigma")
-    return NoiseScheduler(path, start, parts.prediction(o, *ALL), Euler())
+    start = InitStdOverride(levels, "state" if o.text("timestep_spacing") == "leading" else "sigma")
+    return NoiseScheduler(path, start, common.prediction(o, *ALL), Euler())
 
 
-def _in_ve(solver: Solver, *kinds: str) -> Builder:
+def _ve_sampler(solver: Solver, *kinds: str) -> Builder:
     def build(o: Options) -> NoiseScheduler:
-        path, spacing = parts.in_ve(o, "clean")
-        return NoiseScheduler(path, spacing, parts.prediction(o, *kinds, recompute_eps=True), solver)
+        path, spacing = common.ve_path_and_spacing(o, "clean")
+        return NoiseScheduler(path, spacing, common.prediction(o, *kinds, recompute_eps=True), solver)
 
     return build
 
 
 def _kdpm2(eta: float) -> Builder:
     def build(o: Options) -> NoiseScheduler:
-        rows, spacing = parts.in_ve(o, "clean")
-        path = VECoordinates(parts.discrete(o))
-        levels = parts.levels(o, "clean")
+        rows, spacing = common.ve_path_and_spacing(o, "clean")
+        path = VECoordinates(common.discrete_path(o))
+        levels = common.level_spacing(o, "clean")
         if levels is None:
-            spacing = CutOn(spacing, rows)
+            spacing = RowsFromPath(spacing, rows)
         elif isinstance(levels, Karras):
-            spacing = Told(spacing, "round")
-        return NoiseScheduler(path, spacing, parts.prediction(o, "epsilon", "v_prediction"), DPM2(eta))
+            spacing = TimestepMap(spacing, "round")
+        return NoiseScheduler(path, spacing, common.prediction(o, "epsilon", "v_prediction"), DPM2(eta))
 
     return build
 
@@ -89,56 +91,56 @@ def _pndm(o: Options) -> NoiseScheduler:
     if o.text("timestep_spacing") != "leading":
         o.refuse("timestep_spacing", "its steps go to t - N // n, which is the next row with leading only")
     if o.text("prediction_type") != "epsilon":
-        o.refuse("prediction_type", "it adds up v of several timesteps before reading them as noise; use epsilon")
-    rows = parts.cut(o, parts.end(o), integer=True)
+        o.refuse("prediction_type", "diffusers sums v over timesteps before it converts them to noise; use epsilon")
+    rows = common.timestep_spacing(o, common.last_row(o), integer=True)
     solver = PNDM(runge_kutta=not o.flag("skip_prk_steps"), whole_times=True)
-    return NoiseScheduler(parts.discrete(o, 0.0), rows, Eps(), solver)
+    return NoiseScheduler(common.discrete_path(o, 0.0), rows, Eps(), solver)
 
 
 def _lcm(o: Options) -> NoiseScheduler:
     rows = Distilled(o.count("original_inference_steps"))
     solver = LCM(timestep_scaling=o.number("timestep_scaling"))
-    return NoiseScheduler(parts.discrete(o, 0.0), rows, parts.prediction(o, *ALL), solver)
+    return NoiseScheduler(common.discrete_path(o, 0.0), rows, common.prediction(o, *ALL), solver)
 
 
 def _tcd(o: Options) -> NoiseScheduler:
     rows = Distilled(o.count("original_inference_steps"), end="t_min")
-    unclipped = Options(o.name, {**o.values, "clip_sample": False, "thresholding": False})  # it reads neither
-    return NoiseScheduler(parts.discrete(o, 0.0), rows, parts.prediction(unclipped, *ALL), TCD())
+    unclipped = Options(o.name, {**o.values, "clip_sample": False, "thresholding": False})  # TCD ignores both
+    return NoiseScheduler(common.discrete_path(o, 0.0), rows, common.prediction(unclipped, *ALL), TCD())
 
 
-def _flow_grid(o: Options) -> tuple[NoisePath, Spacing]:
-    """sigma from 1 to 1 / N, the end shifted once before and all rows shifted again."""
+def _flow_path_and_spacing(o: Options) -> tuple[NoisePath, Spacing]:
+    """Return a flow with sigma from 1 to 1 / N: the end is shifted once first, then all rows are shifted."""
     total, shift = o.count("num_train_timesteps"), o.number("shift")
     path: NoisePath = FlowPath(float(total))
     if "use_dynamic_shifting" not in o.values:
-        return path, FlowLinspace(shift, _shifted(1 / total, shift))
+        return path, FlowLinspace(shift, _shift_sigma(1 / total, shift))
     if o.flag("invert_sigmas"):
         o.refuse("invert_sigmas", "a grid goes from noise to data")
     dynamic, terminal = o.flag("use_dynamic_shifting"), o.optional("shift_terminal") or None
-    last = 1 / total if dynamic else _shifted(1 / total, shift)
-    spacing = parts.shift(o, FlowLinspace(1.0 if dynamic else shift, last, terminal=terminal))
-    levels = parts.levels(o, "clean", of="flow")
-    return path, spacing if levels is None else Between(spacing, levels)
+    last = 1 / total if dynamic else _shift_sigma(1 / total, shift)
+    spacing = common.dynamic_shift(o, FlowLinspace(1.0 if dynamic else shift, last, terminal=terminal))
+    levels = common.level_spacing(o, "clean", level_kind="flow")
+    return path, spacing if levels is None else RespacedLevels(spacing, levels)
 
 
-def _shifted(sigma: float, shift: float) -> float:
+def _shift_sigma(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def _flow(solver: Solver) -> Builder:
     def build(o: Options) -> NoiseScheduler:
         if o.values.get("scale_factors"):
-            o.refuse("scale_factors", "a state that grows between steps is not written here; leave it null")
-        path, spacing = _flow_grid(o)
-        fresh = "stochastic_sampling" in o.values and o.flag("stochastic_sampling")
-        return NoiseScheduler(path, spacing, Flow(), LCM(boundary=False) if fresh else solver)
+            o.refuse("scale_factors", "a state that grows between steps is not implemented; leave it null")
+        path, spacing = _flow_path_and_spacing(o)
+        stochastic = "stochastic_sampling" in o.values and o.flag("stochastic_sampling")
+        return NoiseScheduler(path, spacing, Flow(), LCM(boundary=False) if stochastic else solver)
 
     return build
 
 
 def _edm_euler(o: Options) -> NoiseScheduler:
-    path, spacing = edm_grid(o, "log_sigma")
+    path, spacing = edm_path_and_spacing(o, "log_sigma")
     return NoiseScheduler(path, spacing, edm_prediction(o), Euler())
 
 
@@ -159,11 +161,11 @@ BUILDERS: dict[str, Builder] = {
     "DDIMScheduler": _ddim,
     "DDIMParallelScheduler": _ddim,
     "EulerDiscreteScheduler": _euler,
-    "EulerAncestralDiscreteScheduler": _in_ve(DDIM(1.0), "epsilon", "v_prediction"),
-    "HeunDiscreteScheduler": _in_ve(Heun(), *ALL),
+    "EulerAncestralDiscreteScheduler": _ve_sampler(DDIM(1.0), "epsilon", "v_prediction"),
+    "HeunDiscreteScheduler": _ve_sampler(Heun(), *ALL),
     "KDPM2DiscreteScheduler": _kdpm2(0.0),
     "KDPM2AncestralDiscreteScheduler": _kdpm2(1.0),
-    "LMSDiscreteScheduler": _in_ve(LMS(), *ALL),
+    "LMSDiscreteScheduler": _ve_sampler(LMS(), *ALL),
     "DPMSolverMultistepScheduler": dpm(single=False),
     "DPMSolverSinglestepScheduler": dpm(single=True),
     "UniPCMultistepScheduler": unipc,

@@ -6,91 +6,98 @@ from typing import Literal
 
 import torch
 
-from schedulers.conventions import Start
+from schedulers.conventions import InitStdOverride
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.paths import DiscreteVPPath, EDMPath, FlowPath, NoisePath, TauMap
 from schedulers.prediction import EDM, LearnedVariance, Prediction, Thresholded
-from schedulers.published import parts
+from schedulers.published import common
 from schedulers.published.options import Options
 from schedulers.solvers.adams import DEIS
 from schedulers.solvers.base import Solver
 from schedulers.solvers.dpm import DPMSolver
-from schedulers.solvers.dpm_single import DPMSingle
+from schedulers.solvers.dpm_singlestep import DPMSolverSinglestep
 from schedulers.solvers.unipc import UniPC
-from schedulers.spacing import End, Exponential, FlowLinspace, Karras, Spacing, Told, Trailing
+from schedulers.spacing import End, Exponential, FlowLinspace, Karras, Spacing, TimestepMap, Trailing
 
 Form = Literal["data", "noise"]
 Kind = Literal["midpoint", "heun"]
-FOREIGN = ("logrho", "bh1", "bh2")  # another sampler's solver_type, which diffusers reads as its own default
+OTHER_SOLVER_TYPES = (
+    "logrho",
+    "bh1",
+    "bh2",
+)  # another sampler's solver_type, which diffusers replaces by its own default
 
 
 def _prediction(o: Options, form: Form = "data") -> Prediction:
-    """With use_flow_sigmas alpha + sigma is 1 and v means something else; without, a flow's velocity does."""
+    """Return the prediction that the file names."""
+    # With use_flow_sigmas alpha + sigma is 1, where v has another meaning; without it, a flow's velocity has.
     flow = o.flag("use_flow_sigmas")
     kinds = ("epsilon", "sample", "flow_prediction") if flow else ("epsilon", "sample", "v_prediction")
-    meaning = parts.prediction(o, *kinds, recompute_eps=form == "noise")
+    prediction = common.prediction(o, *kinds, recompute_eps=form == "noise")
     learned = o.values.get("variance_type") is not None and o.text("prediction_type") == "epsilon"
-    return LearnedVariance(meaning, use=False) if learned else meaning
+    return LearnedVariance(prediction, use=False) if learned else prediction
 
 
-def _dpm_grid(o: Options) -> tuple[NoisePath, Spacing]:
-    last = parts.end(o)
+def _dpm_path_and_spacing(o: Options) -> tuple[NoisePath, Spacing]:
+    last = common.last_row(o)
     if o.flag("use_flow_sigmas"):
         if last != "clean":
             o.refuse("final_sigmas_type", "with use_flow_sigmas it would end at a sigma of another path; use zero")
         first = 1 - 1 / o.count("num_train_timesteps")
-        return parts.flow_levels(o, FlowLinspace(o.number("flow_shift"), 0.0, first, spare_row=True))
-    path, spacing = parts.multistep(o, last, last, rounded=o.text("beta_schedule") != "squaredcos_cap_v2")
+        return common.flow_path_and_spacing(o, FlowLinspace(o.number("flow_shift"), 0.0, first, spare_row=True))
+    path, spacing = common.trained_path_and_spacing(
+        o, last, last, rounded=o.text("beta_schedule") != "squaredcos_cap_v2"
+    )
     lowest = o.number("lambda_min_clipped")
-    if lowest > -float("inf") and isinstance(path, DiscreteVPPath) and not isinstance(spacing, Told):
+    if lowest > -float("inf") and isinstance(path, DiscreteVPPath) and not isinstance(spacing, TimestepMap):
         if isinstance(spacing, Trailing):
             o.refuse("lambda_min_clipped", "with trailing timesteps it changes the number of steps; use linspace")
         t = torch.arange(len(path.betas), dtype=torch.float64)
-        kept = int(((path.alpha(t) / path.sigma(t)).log() >= lowest).sum())
-        path = DiscreteVPPath(path.betas[:kept])
+        count = int(((path.alpha(t) / path.sigma(t)).log() >= lowest).sum())
+        path = DiscreteVPPath(path.betas[:count])
     return path, spacing
 
 
-def _dpm_solver(o: Options, single: bool = False) -> DPMSolver | DPMSingle:
-    """The solver of the four DPM-Solver classes; the cosine one has no algorithm_type and is stochastic."""
+def _dpm_solver(o: Options, single: bool = False) -> DPMSolver | DPMSolverSinglestep:
+    """Return the solver of the four DPM-Solver classes; the cosine one has no algorithm_type and is stochastic."""
     algorithm = o.text("algorithm_type") if "algorithm_type" in o.values else "sde-dpmsolver++"
     order, kind = o.count("solver_order"), o.text("solver_type")
     if algorithm not in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "deis"):
         o.refuse("algorithm_type", "use one of dpmsolver++, dpmsolver, sde-dpmsolver++")
-    if algorithm == "dpmsolver" and parts.end(o) == "clean":
+    if algorithm == "dpmsolver" and common.last_row(o) == "clean":
         o.refuse("final_sigmas_type", "algorithm_type=dpmsolver cannot step to sigma = 0; use sigma_min")
     if algorithm == "dpmsolver" and single and o.flag("thresholding"):
         o.refuse("thresholding", "with algorithm_type=dpmsolver diffusers' singlestep sampler fails")
     if algorithm == "sde-dpmsolver++" and order == 3 and not (single and kind == "midpoint"):
         o.refuse("solver_order", "diffusers' third-order SDE step has a term of the wrong sign or is missing; use 2")
-    if kind not in ("midpoint", "heun", *FOREIGN):
+    if kind not in ("midpoint", "heun", *OTHER_SOLVER_TYPES):
         o.refuse("solver_type", "use midpoint or heun")
-    meant: Kind = "heun" if kind == "heun" else "midpoint"
+    variant: Kind = "heun" if kind == "heun" else "midpoint"
     form: Form = "noise" if algorithm == "dpmsolver" else "data"
     sde, lower = algorithm == "sde-dpmsolver++", o.flag("lower_order_final")
     if single:
-        return DPMSingle(order, meant, form, sde, lower)
-    return DPMSolver(order, meant, form, sde, lower, o.flag("euler_at_final"), half_third=True)
+        return DPMSolverSinglestep(order, variant, form, sde, lower)
+    return DPMSolver(order, variant, form, sde, lower, o.flag("euler_at_final"), halve_d2=True)
 
 
 def dpm(single: bool) -> Callable[[Options], NoiseScheduler]:
-    """The builder of DPMSolverMultistepScheduler or DPMSolverSinglestepScheduler."""
+    """Return the builder of DPMSolverMultistepScheduler or DPMSolverSinglestepScheduler."""
 
     def build(o: Options) -> NoiseScheduler:
         if o.values.get("use_lu_lambdas"):
-            o.refuse("use_lu_lambdas", "levels even in lambda end short of the data there; use karras sigmas")
+            o.refuse("use_lu_lambdas", "diffusers' levels even in lambda end before the data; use karras sigmas")
         solver = _dpm_solver(o, single)
-        path, spacing = _dpm_grid(o)
+        path, spacing = _dpm_path_and_spacing(o)
         return NoiseScheduler(path, spacing, _prediction(o, solver.form), solver)
 
     return build
 
 
 def unipc(o: Options) -> NoiseScheduler:
-    """UniPCMultistepScheduler."""
+    """Build UniPCMultistepScheduler."""
     if o.values["solver_p"] is not None:
-        o.refuse("solver_p", "another sampler as the predictor is not written here; leave it null")
-    last, form = parts.end(o), "data" if o.flag("predict_x0") else "noise"
+        o.refuse("solver_p", "another sampler as the predictor is not implemented; leave it null")
+    last, form = common.last_row(o), "data" if o.flag("predict_x0") else "noise"
     if form == "noise" and last == "clean":
         o.refuse("final_sigmas_type", "predict_x0=false cannot step to sigma = 0; use sigma_min")
     skipped = tuple(int(i) for i in o.numbers("disable_corrector") or [])
@@ -99,73 +106,77 @@ def unipc(o: Options) -> NoiseScheduler:
         "bh1" if o.text("solver_type") == "bh1" else "bh2",
         "data" if o.flag("predict_x0") else "noise",
         o.flag("lower_order_final"),
-        uncorrected=skipped,
+        disable_corrector=skipped,
     )
     repeat: End = "clean" if last == "clean" else "repeat"
-    path, spacing = _unipc_flow(o, repeat) if o.flag("use_flow_sigmas") else parts.multistep(o, last, repeat, True)
+    path, spacing = (
+        _unipc_flow_path_and_spacing(o, repeat)
+        if o.flag("use_flow_sigmas")
+        else common.trained_path_and_spacing(o, last, repeat, True)
+    )
     return NoiseScheduler(path, spacing, _prediction(o), solver)
 
 
-def _unipc_flow(o: Options, last: End) -> tuple[NoisePath, Spacing]:
-    """Flow rows that stop short of pure noise; karras levels are the trained table's sigma / alpha, on a flow."""
+def _unipc_flow_path_and_spacing(o: Options, last: End) -> tuple[NoisePath, Spacing]:
+    """Return flow rows that stop short of pure noise; karras levels are the trained sigma / alpha, on a flow."""
     total = o.count("num_train_timesteps")
-    leveled = parts.levels(o, last)
-    if isinstance(leveled, Karras):
-        table = parts.discrete(o)
+    levels = common.level_spacing(o, last)
+    if isinstance(levels, Karras):
+        table = common.discrete_path(o)
         low, high = (table.sigma(t) / table.alpha(t) for t in (table.t_min, table.t_max))
-        leveled = replace(leveled, sigma_min=leveled.sigma_min or low, sigma_max=leveled.sigma_max or high)
-        return FlowPath(float(total)), Start(Told(leveled, "floor"), "unit")
+        levels = replace(levels, sigma_min=levels.sigma_min or low, sigma_max=levels.sigma_max or high)
+        return FlowPath(float(total)), InitStdOverride(TimestepMap(levels, "floor"), "unit")
     flow = FlowLinspace(
         o.number("flow_shift"), 1 / total, 1.0, True, 1 - 1e-6, o.optional("shift_terminal") or None, end=last
     )
-    return parts.flow_levels(o, flow)
+    return common.flow_path_and_spacing(o, flow)
 
 
 def deis(o: Options) -> NoiseScheduler:
-    """DEISMultistepScheduler."""
+    """Build DEISMultistepScheduler."""
     solver = DEIS(o.count("solver_order"), o.flag("lower_order_final"))
     if o.flag("use_flow_sigmas"):
         first = 1 - 1 / o.count("num_train_timesteps")
-        path, spacing = parts.flow_levels(
+        path, spacing = common.flow_path_and_spacing(
             o, FlowLinspace(o.number("flow_shift"), 0.0, first, spare_row=True, end="repeat")
         )
     else:
-        path, spacing = parts.multistep(o, "t_min", "repeat", True)
+        path, spacing = common.trained_path_and_spacing(o, "t_min", "repeat", True)
     return NoiseScheduler(path, spacing, _prediction(o, "noise"), solver)
 
 
-def edm_grid(o: Options, tau_map: TauMap) -> tuple[NoisePath, Spacing]:
-    """Path and spacing of the classes in EDM's coordinates; their first noise is that of the whole state."""
+def edm_path_and_spacing(o: Options, tau_map: TauMap) -> tuple[NoisePath, Spacing]:
+    """Return path and spacing of the classes in EDM's coordinates; their first noise is that of the whole state."""
     path = EDMPath(o.number("sigma_data"), tau_map, o.number("sigma_min"), o.number("sigma_max"))
-    last = parts.end(o)
+    last = common.last_row(o)
     schedules: dict[str, Spacing] = {
         "karras": Karras(o.number("rho"), end=last),
         "exponential": Exponential(end=last),
     }
     if o.text("sigma_schedule") not in schedules:
         o.refuse("sigma_schedule", "use karras or exponential")
-    return path, Start(schedules[o.text("sigma_schedule")], "state")
+    return path, InitStdOverride(schedules[o.text("sigma_schedule")], "state")
 
 
 def edm_prediction(o: Options) -> Prediction:
-    """EDM's preconditioning, with the sign of v for v_prediction."""
+    """Return EDM's preconditioning, with the sign of v for v_prediction."""
     signs = {"epsilon": 1, "v_prediction": -1}
     if o.text("prediction_type") not in signs:
         o.refuse("prediction_type", "use epsilon or v_prediction")
-    meaning = EDM(o.number("sigma_data"), signs[o.text("prediction_type")])
+    prediction = EDM(o.number("sigma_data"), signs[o.text("prediction_type")])
     if "thresholding" in o.values and o.flag("thresholding"):
-        return Thresholded(meaning, o.number("dynamic_thresholding_ratio"), o.number("sample_max_value"))
-    return meaning
+        return Thresholded(prediction, o.number("dynamic_thresholding_ratio"), o.number("sample_max_value"))
+    return prediction
 
 
 def edm_dpm(tau_map: TauMap) -> Callable[[Options], NoiseScheduler]:
-    """The builder of EDMDPMSolverMultistepScheduler or CosineDPMSolverMultistepScheduler."""
+    """Return the builder of EDMDPMSolverMultistepScheduler or CosineDPMSolverMultistepScheduler."""
 
     def build(o: Options) -> NoiseScheduler:
         solver: Solver = _dpm_solver(o)
         if o.values.get("algorithm_type") == "dpmsolver":
             o.refuse("algorithm_type", "use dpmsolver++ or sde-dpmsolver++")
-        path, spacing = edm_grid(o, tau_map)
+        path, spacing = edm_path_and_spacing(o, tau_map)
         return NoiseScheduler(path, spacing, edm_prediction(o), solver)
 
     return build

@@ -1,7 +1,7 @@
-"""The options of diffusers' scheduler classes with their defaults, and the classes that have no counterpart here.
+"""The options of diffusers' scheduler classes with their defaults, and the classes that are not supported here.
 
-As of diffusers 0.42.1. A scheduler_config.json may leave options out, and may carry options of another class, which
-the class named in it does not read; both are as diffusers treats them.
+As of diffusers 0.42.1. A scheduler_config.json may leave options out. It may also have options of another class, which
+the class that it names ignores. Both work here as in diffusers.
 """
 
 import difflib
@@ -24,25 +24,30 @@ EPS: Table = {"prediction_type": "epsilon"}
 ZERO_SNR: Table = {"rescale_betas_zero_snr": False}
 THRESHOLD: Table = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 CLIP: Table = {"clip_sample": True, "clip_sample_range": 1.0}
-SPACED: Table = {"timestep_spacing": "linspace", "steps_offset": 0}
-LEADING: Table = {"timestep_spacing": "leading", "steps_offset": 0}
-LEVELS: Table = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-ENDS: Table = {"sigma_min": None, "sigma_max": None}
-FINAL: Table = {"final_sigmas_type": "zero"}
-SIZED: Table = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-SHIFTED: Table = {"use_dynamic_shifting": False, "time_shift_type": "exponential"}
+TIMESTEP_SPACING: Table = {"timestep_spacing": "linspace", "steps_offset": 0}
+LEADING_SPACING: Table = {"timestep_spacing": "leading", "steps_offset": 0}
+SIGMA_LEVELS: Table = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+SIGMA_ENDS: Table = {"sigma_min": None, "sigma_max": None}
+FINAL_SIGMA: Table = {"final_sigmas_type": "zero"}
+RESOLUTION_SHIFT: Table = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+DYNAMIC_SHIFT: Table = {"use_dynamic_shifting": False, "time_shift_type": "exponential"}
 MULTISTEP: Table = (
-    BETAS | EPS | THRESHOLD | LEVELS | SHIFTED | {"solver_order": 2, "use_flow_sigmas": False, "flow_shift": 1.0}
+    BETAS
+    | EPS
+    | THRESHOLD
+    | SIGMA_LEVELS
+    | DYNAMIC_SHIFT
+    | {"solver_order": 2, "use_flow_sigmas": False, "flow_shift": 1.0}
 )
 DPM: Table = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True}
-DDPM: Table = BETAS | EPS | THRESHOLD | CLIP | LEADING | ZERO_SNR | {"variance_type": "fixed_small"}
-DDIM: Table = BETAS | EPS | THRESHOLD | CLIP | LEADING | ZERO_SNR | {"set_alpha_to_one": True}
+DDPM: Table = BETAS | EPS | THRESHOLD | CLIP | LEADING_SPACING | ZERO_SNR | {"variance_type": "fixed_small"}
+DDIM: Table = BETAS | EPS | THRESHOLD | CLIP | LEADING_SPACING | ZERO_SNR | {"set_alpha_to_one": True}
 LCM: Table = (
     SD_BETAS
     | EPS
     | THRESHOLD
     | CLIP
-    | LEADING
+    | LEADING_SPACING
     | ZERO_SNR
     | {
         "beta_schedule": "scaled_linear",
@@ -52,10 +57,10 @@ LCM: Table = (
         "timestep_scaling": 10.0,
     }
 )
-FLOW: Table = {"num_train_timesteps": 1000, "shift": 1.0} | SHIFTED | SIZED | LEVELS
+FLOW: Table = {"num_train_timesteps": 1000, "shift": 1.0} | DYNAMIC_SHIFT | RESOLUTION_SHIFT | SIGMA_LEVELS
 FLOW |= {"invert_sigmas": False, "shift_terminal": None}
 EDM: Table = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras", "rho": 7.0}
-EDM |= {"num_train_timesteps": 1000} | EPS | FINAL
+EDM |= {"num_train_timesteps": 1000} | EPS | FINAL_SIGMA
 EDM_DPM: Table = EDM | {
     "solver_order": 2,
     "solver_type": "midpoint",
@@ -70,21 +75,21 @@ DEFAULTS: dict[str, Table] = {
     "DDIMParallelScheduler": DDIM,
     "EulerDiscreteScheduler": BETAS
     | EPS
-    | SPACED
-    | LEVELS
-    | ENDS
-    | FINAL
+    | TIMESTEP_SPACING
+    | SIGMA_LEVELS
+    | SIGMA_ENDS
+    | FINAL_SIGMA
     | ZERO_SNR
     | {"interpolation_type": "linear", "timestep_type": "discrete"},
-    "EulerAncestralDiscreteScheduler": BETAS | EPS | SPACED | ZERO_SNR,
-    "HeunDiscreteScheduler": SD_BETAS | EPS | SPACED | LEVELS | CLIP | {"clip_sample": False},
-    "KDPM2DiscreteScheduler": SD_BETAS | EPS | SPACED | LEVELS,
-    "KDPM2AncestralDiscreteScheduler": SD_BETAS | EPS | SPACED | LEVELS,
-    "LMSDiscreteScheduler": BETAS | EPS | SPACED | LEVELS,
+    "EulerAncestralDiscreteScheduler": BETAS | EPS | TIMESTEP_SPACING | ZERO_SNR,
+    "HeunDiscreteScheduler": SD_BETAS | EPS | TIMESTEP_SPACING | SIGMA_LEVELS | CLIP | {"clip_sample": False},
+    "KDPM2DiscreteScheduler": SD_BETAS | EPS | TIMESTEP_SPACING | SIGMA_LEVELS,
+    "KDPM2AncestralDiscreteScheduler": SD_BETAS | EPS | TIMESTEP_SPACING | SIGMA_LEVELS,
+    "LMSDiscreteScheduler": BETAS | EPS | TIMESTEP_SPACING | SIGMA_LEVELS,
     "DPMSolverMultistepScheduler": MULTISTEP
     | DPM
-    | SPACED
-    | FINAL
+    | TIMESTEP_SPACING
+    | FINAL_SIGMA
     | ZERO_SNR
     | {
         "euler_at_final": False,
@@ -94,12 +99,12 @@ DEFAULTS: dict[str, Table] = {
     },
     "DPMSolverSinglestepScheduler": MULTISTEP
     | DPM
-    | FINAL
+    | FINAL_SIGMA
     | {"lower_order_final": False, "lambda_min_clipped": -float("inf"), "variance_type": None},
     "UniPCMultistepScheduler": MULTISTEP
-    | SPACED
-    | ENDS
-    | FINAL
+    | TIMESTEP_SPACING
+    | SIGMA_ENDS
+    | FINAL_SIGMA
     | ZERO_SNR
     | {
         "predict_x0": True,
@@ -110,9 +115,9 @@ DEFAULTS: dict[str, Table] = {
         "shift_terminal": None,
     },
     "DEISMultistepScheduler": MULTISTEP
-    | SPACED
+    | TIMESTEP_SPACING
     | {"algorithm_type": "deis", "solver_type": "logrho", "lower_order_final": True},
-    "PNDMScheduler": BETAS | EPS | LEADING | {"skip_prk_steps": False, "set_alpha_to_one": False},
+    "PNDMScheduler": BETAS | EPS | LEADING_SPACING | {"skip_prk_steps": False, "set_alpha_to_one": False},
     "LCMScheduler": LCM,
     "TCDScheduler": LCM,
     "FlowMatchEulerDiscreteScheduler": FLOW | {"stochastic_sampling": False},
@@ -138,95 +143,100 @@ DEFAULTS: dict[str, Table] = {
     },
     "ScoreSdeVpScheduler": {"num_train_timesteps": 2000, "beta_min": 0.1, "beta_max": 20.0, "sampling_eps": 1e-3},
 }
-"""Every mapped class, with what its constructor takes."""
+"""Every supported class, with the arguments of its constructor and their defaults."""
 
-READ_IN_PASSING: dict[str, Table] = {
-    "DPMSolverMultistepScheduler": ENDS | SIZED,
-    "DPMSolverSinglestepScheduler": ENDS | SIZED,
-    "DEISMultistepScheduler": ENDS | SIZED,
-    "UniPCMultistepScheduler": SIZED,
-    "HeunDiscreteScheduler": ENDS,
-    "KDPM2DiscreteScheduler": ENDS,
-    "KDPM2AncestralDiscreteScheduler": ENDS,
+UNDECLARED_OPTIONS: dict[str, Table] = {
+    "DPMSolverMultistepScheduler": SIGMA_ENDS | RESOLUTION_SHIFT,
+    "DPMSolverSinglestepScheduler": SIGMA_ENDS | RESOLUTION_SHIFT,
+    "DEISMultistepScheduler": SIGMA_ENDS | RESOLUTION_SHIFT,
+    "UniPCMultistepScheduler": RESOLUTION_SHIFT,
+    "HeunDiscreteScheduler": SIGMA_ENDS,
+    "KDPM2DiscreteScheduler": SIGMA_ENDS,
+    "KDPM2AncestralDiscreteScheduler": SIGMA_ENDS,
 }
-"""Options that a class (or the pipeline around it) reads where a file has them, though its constructor has not."""
+"""Options that a class (or its pipeline) reads from a file, though its constructor does not have them."""
 
 DISCRETE_DATA = "it works on tokens or classes, not on Gaussian noise"
 OWN_PATH = "its noise path is its own, outside the three families"
-REFUSED = {
+UNSUPPORTED = {
     "AmusedScheduler": DISCRETE_DATA,
     "BlockRefinementScheduler": DISCRETE_DATA,
     "DiscreteDDIMScheduler": DISCRETE_DATA,
     "EntropyBoundScheduler": DISCRETE_DATA,
     "VQDiffusionScheduler": DISCRETE_DATA,
-    "CMStochasticIterativeScheduler": "a consistency model's own boundary and noise levels are not written here",
+    "CMStochasticIterativeScheduler": "a consistency model's own boundary and noise levels are not implemented",
     "CogVideoXDDIMScheduler": "its betas are shifted in signal-to-noise for one model",
     "CogVideoXDPMScheduler": "it needs the network's output at two timesteps at once",
-    "DDIMInverseScheduler": "it walks from data to noise, and a grid goes from noise to data",
-    "DPMSolverMultistepInverseScheduler": "it walks from data to noise, and a grid goes from noise to data",
+    "DDIMInverseScheduler": "it goes from data to noise, and a grid goes from noise to data",
+    "DPMSolverMultistepInverseScheduler": "it goes from data to noise, and a grid goes from noise to data",
     "DDPMWuerstchenScheduler": OWN_PATH,
     "IPNDMScheduler": OWN_PATH,
     "SCMScheduler": OWN_PATH,
     "KarrasVeScheduler": "its table holds sigma squared where its formulas mean sigma; use the sgm family with churn",
-    "DPMSolverSDEScheduler": "its noise is a Brownian path, which one tensor a step does not give",
-    "SASolverScheduler": "stochastic Adams steps with their own variance schedule are not written here",
-    "UnCLIPScheduler": "its previous timestep is handed in by the pipeline",
-    "FlowMapEulerDiscreteScheduler": "a flow map needs the start and the end of a step told to the network",
+    "DPMSolverSDEScheduler": "its noise is a Brownian path, which one tensor per step cannot give",
+    "SASolverScheduler": "stochastic Adams steps with their own variance schedule are not implemented",
+    "UnCLIPScheduler": "the pipeline passes it the previous timestep",
+    "FlowMapEulerDiscreteScheduler": "the network of a flow map takes the start and the end of a step",
     "HeliosScheduler": "it samples several resolutions in stages",
     "HeliosDMDScheduler": "it samples several resolutions in stages",
-    "LTXEulerAncestralRFScheduler": "it is written for one model, and not mapped",
-    "MiniMaxH3Scheduler": "it is written for one model, and not mapped",
+    "LTXEulerAncestralRFScheduler": "it is made for one model",
+    "MiniMaxH3Scheduler": "it is made for one model",
     "PiflowScheduler": "the network gives a policy for a step, not an estimate at a point",
-    "RFD4ProteinaScheduler": "it is written for one model, and not mapped",
+    "RFD4ProteinaScheduler": "it is made for one model",
     "RePaintScheduler": "it goes back and forth in time over a mask",
 }
-"""Every other scheduler class of diffusers, and why there is no counterpart."""
+"""Every other scheduler class of diffusers, with the reason why it is not supported."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """One class's options, read by kind; each reader raises ValueError, naming the option, for another kind."""
+    """The options of one class, read by type; each reader raises ValueError with the option's name for another type.
+
+    Attributes:
+        name: The name of the diffusers class.
+        values: The options with their values, defaults filled in.
+    """
 
     name: str
     values: Mapping[str, object]
 
     def refuse(self, key: str, why: str) -> NoReturn:
-        """Raise the one line that says which option cannot be honoured, and why."""
+        """Raise the one-line error that says which option is not supported, and why."""
         raise ValueError(f"{self.name} with {key}={self.values[key]!r} is not supported: {why}")
 
     def number(self, key: str) -> float:
-        """A float."""
+        """Return a float."""
         value = self.values[key]
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.refuse(key, "give a number")
         return float(value)
 
     def optional(self, key: str) -> float | None:
-        """A float, or None where the file has null or nothing."""
+        """Return a float, or None if the file has null or nothing."""
         return None if self.values.get(key) is None else self.number(key)
 
     def count(self, key: str) -> int:
-        """A whole number."""
+        """Return a whole number."""
         if self.number(key) != int(self.number(key)):
             self.refuse(key, "give a whole number")
         return int(self.number(key))
 
     def flag(self, key: str) -> bool:
-        """True or false; null is false."""
+        """Return true or false; null is false."""
         value = self.values[key]
         if not isinstance(value, bool | None):
             self.refuse(key, "give true or false")
         return bool(value)
 
     def text(self, key: str) -> str:
-        """A name."""
+        """Return a name."""
         value = self.values[key]
         if not isinstance(value, str):
             self.refuse(key, "give a name")
         return value
 
     def numbers(self, key: str) -> list[float] | None:
-        """A list of numbers, or None."""
+        """Return a list of numbers, or None."""
         value = self.values[key]
         if value is None:
             return None
@@ -235,22 +245,30 @@ class Options:
         return [float(v) for v in value]
 
 
-def read(config: Mapping[str, object]) -> Options:
-    """The options of the class that config names under _class_name, its defaults filled in.
+def parse_options(config: Mapping[str, object]) -> Options:
+    """Return the options of the class that config names under _class_name, with its defaults filled in.
 
-    Raises ValueError for a class that is missing, unknown (with the nearest name) or without a counterpart (with the
-    reason). Warns of an option that no mapped class has.
+    An option that no supported class has gives a warning.
+
+    Args:
+        config: The content of a scheduler_config.json.
+
+    Returns:
+        The options.
+
+    Raises:
+        ValueError: The class is missing, unknown (with the nearest name) or not supported (with the reason).
     """
     name = config.get("_class_name")
     if not isinstance(name, str):
-        raise ValueError("a scheduler's configuration needs _class_name, as in diffusers' scheduler_config.json")
-    if name in REFUSED:
-        raise ValueError(f"{name} is not supported: {REFUSED[name]}")
+        raise ValueError("a noise scheduler's configuration needs _class_name, as in diffusers' scheduler_config.json")
+    if name in UNSUPPORTED:
+        raise ValueError(f"{name} is not supported: {UNSUPPORTED[name]}")
     if name not in DEFAULTS:
-        near = difflib.get_close_matches(name, [*DEFAULTS, *REFUSED], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*DEFAULTS, *UNSUPPORTED], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown class {name!r}; {hint}Mapped classes: {', '.join(sorted(DEFAULTS))}")
-    known = DEFAULTS[name] | READ_IN_PASSING.get(name, {})
+        raise ValueError(f"unknown class {name!r}; {hint}Supported classes: {', '.join(sorted(DEFAULTS))}")
+    known = DEFAULTS[name] | UNDECLARED_OPTIONS.get(name, {})
     elsewhere = {key for options in DEFAULTS.values() for key in options}
     for key in config:
         if not key.startswith("_") and key not in known and key not in elsewhere:

@@ -1,12 +1,12 @@
-"""What a solver is, and what it is handed.
+"""The interface of a solver, and what it receives.
 
 Along the probability-flow ODE of x = alpha * x0 + sigma * eps, with x0 and eps the network's estimate at the current
 point,
 
     dx = x0 d(alpha) + eps d(sigma)                                                                    (*)
 
-A solver pulls: it calls denoise itself, as often and wherever it needs. Guidance, parallel branches, caches, timers
-and cancellation wrap denoise and stay invisible here.
+A solver pulls: it calls denoise itself, as often and wherever it needs. Guidance, parallel branches, caches, timers and
+cancellation wrap denoise, so no solver depends on them.
 """
 
 from collections.abc import Callable
@@ -19,51 +19,75 @@ from schedulers.grid import Grid, Point
 from schedulers.prediction import Estimate
 
 Denoise = Callable[[Tensor, Point], Estimate]
-"""(x, point) -> Estimate; x is the unscaled state, of any shape."""
+"""A function (x, point) -> Estimate. x is the unscaled state, of any shape."""
 
 Noise = Callable[[int], Tensor]
-"""i -> standard normal noise of step i, float32 and shaped like x; the same i always gives the same tensor. A solver
-that needs more than one draw a step asks for draw k under the key i + k * grid.steps."""
+"""A function i -> standard normal noise of step i, float32 and shaped like x. The same i always gives the same tensor.
+A solver that needs several noise tensors per step requests number k with the key i + k * grid.steps."""
 
 
 @dataclass
-class Memory:
-    """What a solver remembers of one request; one object a request, never shared.
+class SolverState:
+    """What a solver stores between the steps of one request; one object per request, never shared.
 
-    history: points and estimates of earlier steps, oldest first. sample: an earlier state, for solvers that step again
-    from it. order: of the step that led here. size: the last accepted step of an adaptive solver.
+    Attributes:
+        history: The points and estimates of earlier steps, oldest first.
+        sample: The state of an earlier step, for solvers that step again from it.
+        order: The order of the previous step.
+        step_size: The last accepted step of an adaptive solver.
     """
 
     history: list[tuple[Point, Estimate]] = field(default_factory=list)
     sample: Tensor | None = None
     order: int = 0
-    size: float | None = None
+    step_size: float | None = None
 
-    def remember(self, point: Point, estimate: Estimate, length: int) -> None:
-        """Append, and keep the last `length` entries."""
+    def append(self, point: Point, estimate: Estimate, length: int) -> None:
+        """Append a point with its estimate, and drop all but the last `length` entries."""
         self.history = [*self.history, (point, estimate)][-length:]
 
-    def copy(self) -> "Memory":
-        """An independent copy; the tensors, which no solver changes, are shared."""
-        return Memory(list(self.history), self.sample, self.order, self.size)
+    def copy(self) -> "SolverState":
+        """Return an independent copy; the tensors are shared, since no solver changes them."""
+        return SolverState(list(self.history), self.sample, self.order, self.step_size)
 
 
 class Solver(Protocol):
     """A frozen rule for one step."""
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
-        """The state at grid[i + 1] from the state x at grid[i], same shape and dtype."""
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
+        """Return the state at grid[i + 1].
+
+        Args:
+            x: The state at grid[i].
+            i: The index of the step.
+            grid: The points.
+            denoise: The network as a function of state and point.
+            state: What the solver stores between steps; changed in place.
+            noise: The source of standard normal noise.
+
+        Returns:
+            The next state, with the shape and dtype of x.
+        """
 
     def evaluations(self, grid: Grid) -> int | None:
-        """Network evaluations of the whole loop, guidance not counted; None where they depend on the sample."""
+        """Return the network evaluations of all steps, guidance not counted, or None if they depend on the sample."""
 
 
 def multistep_order(order: int, i: int, grid: Grid, lower_order_final: bool, short: int = 15) -> int:
-    """The order that a multistep solver can take at step i: what history and the last rows allow.
+    """Return the order that a multistep solver can take at step i, given its history and the last rows.
 
-    History before a row with alpha = 0 is of no use to solvers in log(alpha / sigma). A step to sigma = 0 is first
-    order. With lower_order_final, the last steps of a grid of fewer than `short` steps descend to first order, as in
-    DPM-Solver (Lu et al. 2022, arXiv 2211.01095, appendix).
+    A row with alpha = 0 is of no use to solvers in log(alpha / sigma), and a step to sigma = 0 is first order.
+
+    Args:
+        order: The order of the solver.
+        i: The index of the step.
+        grid: The points.
+        lower_order_final: Whether the last steps of a short grid descend to first order, as in DPM-Solver (Lu et al.
+            2022, arXiv 2211.01095, appendix).
+        short: The number of steps below which a grid is short.
+
+    Returns:
+        The order of step i, at least 1.
     """
     usable = i + 1 if grid.alpha[0] > 0 else max(i, 1)
     if lower_order_final and grid.steps < short:

@@ -7,50 +7,77 @@ from typing import Literal
 from torch import Tensor
 
 from schedulers.grid import Grid, Point
-from schedulers.solvers.base import Denoise, Memory, Noise, multistep_order
+from schedulers.solvers.base import Denoise, Noise, SolverState, multistep_order
 
 Form = Literal["data", "noise"]
 
 
 @dataclass(frozen=True)
-class Move:
-    """The factors of x_next = carry * x + scale * (p1 * D0 + ...) + spread * z; the p are taken at `step`."""
+class StepFactors:
+    """The factors of x_next = x_factor * x + estimate_factor * (p1 * D0 + ...) + noise_std * z.
 
-    carry: float
-    scale: float
+    Attributes:
+        x_factor: The factor of the state.
+        estimate_factor: The factor of the sum of estimates.
+        step: The step in lambda at which the p are evaluated.
+        noise_std: The standard deviation of the noise.
+    """
+
+    x_factor: float
+    estimate_factor: float
     step: float
-    spread: float
+    noise_std: float
 
     @staticmethod
-    def between(here: Point, there: Point, form: Form, stochastic: bool) -> "Move":
-        """From one point to another, h = lambda_next - lambda apart; see DPMSolver for form and stochastic."""
+    def between(here: Point, there: Point, form: Form, stochastic: bool) -> "StepFactors":
+        """Return the factors from one point to another, a step h = lambda_next - lambda apart.
+
+        Args:
+            here: The point where the step starts.
+            there: The point where the step ends.
+            form: The estimate that is integrated, as in `DPMSolver`.
+            stochastic: Whether the step is that of the SDE, as in `DPMSolver`.
+
+        Returns:
+            The factors.
+        """
         h = there.log_snr - here.log_snr
         if form == "noise":
-            return Move(there.alpha / here.alpha, there.sigma, -h, 0.0)
-        carry = there.sigma / here.sigma
+            return StepFactors(there.alpha / here.alpha, there.sigma, -h, 0.0)
+        x_factor = there.sigma / here.sigma
         if not stochastic:
-            return Move(carry, there.alpha, h, 0.0)
-        return Move(carry * math.exp(-h), there.alpha, 2 * h, there.sigma * math.sqrt(-math.expm1(-2 * h)))
+            return StepFactors(x_factor, there.alpha, h, 0.0)
+        return StepFactors(x_factor * math.exp(-h), there.alpha, 2 * h, there.sigma * math.sqrt(-math.expm1(-2 * h)))
 
 
 @dataclass(frozen=True)
 class DPMSolver:
-    """With h the step in lambda, D0 the newest estimate and D1, D2 its divided differences over the last rows,
+    """DPM-Solver and DPM-Solver++, multistep.
+
+    With h the step in lambda, D0 the newest estimate, and D1 and D2 its divided differences over the last rows,
 
         x_next = (sigma_next / sigma) * x + alpha_next * (p1 * D0 + p2 * D1 + p3 * D2),
         p1 = 1 - e^-h,    p2 = 1 - p1 / h  (or p1 / 2, "midpoint" at order 2),    p3 = 2 * (p1 - h) / h^2 + 1.
 
-    form="data" estimates x0: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, Algorithm 2).
-    form="noise" estimates eps: DPM-Solver (arXiv 2206.00927), the same formulas with alpha and sigma exchanged and h
-    negated; it cannot step to sigma = 0. stochastic=True is the SDE form of the data formulas (diffusers'
-    "sde-dpmsolver++"), with 2 h in place of h, x scaled by e^-h once more, and noise sigma_next * sqrt(1 - e^-2h) * z.
-
     D2 is the second divided difference, half a second derivative, and p3 integrates it in full: order 3 measures 3. The
-    authors' code, diffusers and k-diffusion weigh it by half, and their third order measures 2: that is half_third.
+    authors' code, diffusers and k-diffusion weigh D2 by half, and their third order measures 2.
 
-    Convention: diffusers' DPMSolverMultistepScheduler. With lower_order_final, a grid of fewer than 15 steps ends in
-    steps of falling order. euler_at_final makes the last step first order on any grid.
-    Raises ValueError for an order outside 1 to 3, or form="noise" with stochastic=True.
+    Convention: diffusers' DPMSolverMultistepScheduler.
+
+    Attributes:
+        order: The order, 1 to 3.
+        kind: The form of p2 at order 2, "midpoint" or "heun".
+        form: The estimate that is integrated. "data" is x0: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, Algorithm
+            2). "noise" is eps: DPM-Solver (arXiv 2206.00927), the same formulas with alpha and sigma exchanged and h
+            negated. It cannot step to sigma = 0.
+        stochastic: Whether the step is the SDE form of the data formulas (diffusers' "sde-dpmsolver++"). It has 2 h in
+            place of h, x scaled by e^-h once more, and noise sigma_next * sqrt(1 - e^-2h) * z.
+        lower_order_final: Whether a grid of fewer than 15 steps ends in steps of falling order.
+        euler_at_final: Whether the last step is first order on any grid.
+        halve_d2: Whether D2 is weighed by half, as in diffusers.
+
+    Raises:
+        ValueError: The order is outside 1 to 3, or form="noise" is combined with stochastic=True.
     """
 
     order: int = 2
@@ -59,18 +86,18 @@ class DPMSolver:
     stochastic: bool = False
     lower_order_final: bool = True
     euler_at_final: bool = False
-    half_third: bool = False
+    halve_d2: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
             raise ValueError(f"order={self.order}; DPM-Solver has orders 1, 2 and 3")
         if self.form == "noise" and self.stochastic:
-            raise ValueError("the SDE form is written for x0; use form=data with it")
+            raise ValueError("the SDE form integrates x0; use form=data with it")
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
-        """See the class. Raises ValueError when form="noise" is asked to step to sigma = 0."""
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
+        """Take one multistep step. Raise ValueError if form="noise" would step from alpha = 0 or to sigma = 0."""
         here, there = grid[i], grid[i + 1]
-        memory.remember(here, denoise(x, here), self.order)
+        state.append(here, denoise(x, here), self.order)
         h = there.log_snr - here.log_snr
         if self.form == "noise" and not math.isfinite(h):
             raise ValueError(
@@ -79,14 +106,14 @@ class DPMSolver:
         order = multistep_order(self.order, i, grid, self.lower_order_final)
         if self.euler_at_final and i == grid.steps - 1:
             order = 1
-        move = Move.between(here, there, self.form, self.stochastic)
-        x_next = move.carry * x + move.scale * self._sum(memory, order, h, move.step)
-        return x_next + move.spread * noise(i).to(x) if move.spread > 0 else x_next
+        factors = StepFactors.between(here, there, self.form, self.stochastic)
+        x_next = factors.x_factor * x + factors.estimate_factor * self._sum(state, order, h, factors.step)
+        return x_next + factors.noise_std * noise(i).to(x) if factors.noise_std > 0 else x_next
 
-    def _sum(self, memory: Memory, order: int, h: float, step: float) -> Tensor:
-        """p1 * D0 + p2 * D1 + p3 * D2, the p taken at `step`, the differences in units of h."""
-        values = [e.x0 if self.form == "data" else e.eps for _, e in memory.history]
-        lambdas = [point.log_snr for point, _ in memory.history]
+    def _sum(self, state: SolverState, order: int, h: float, step: float) -> Tensor:
+        """Return p1 * D0 + p2 * D1 + p3 * D2, with the p evaluated at `step` and the differences in units of h."""
+        values = [e.x0 if self.form == "data" else e.eps for _, e in state.history]
+        lambdas = [point.log_snr for point, _ in state.history]
         p1 = -math.expm1(-step)
         if order == 1 or h == 0:
             return p1 * values[-1]
@@ -98,9 +125,9 @@ class DPMSolver:
         before = (values[-2] - values[-3]) / r1
         second = (first - before) / (r0 + r1)
         p2, p3 = 1 - p1 / step, 2 * (p1 - step) / step**2 + 1
-        p3 = p3 / 2 if self.half_third else p3
+        p3 = p3 / 2 if self.halve_d2 else p3
         return p1 * values[-1] + p2 * (first + r0 * second) + p3 * second
 
     def evaluations(self, grid: Grid) -> int:
-        """One a step."""
+        """Return the number of steps: one evaluation per step."""
         return grid.steps

@@ -1,10 +1,13 @@
-"""Is the ruler straight? `python -m tests.end_to_end.ruler [itself] [slower] [benches]`, on a machine that does nothing
-else; some 40 minutes.
+"""Check the benchmark itself: `python -m tests.end_to_end.ruler [itself] [slower] [benches]`.
 
-A run compared with itself twenty times (experiment=self): how many say that there is no difference. The same compared
-with one of 5 % more steps, in enough rounds for a noisy machine: whether it is found. The same bench five times, and
-that three times: how often a median lies in the printed interval of another of its five, which of exact intervals of
-95 % it does in 83 % of the pairs.
+Run it on an idle machine; it takes some 40 minutes. It makes three checks:
+
+- itself: a run is compared with itself twenty times (experiment=self). It counts how many comparisons report no
+  difference.
+- slower: a run is compared with one of 5 % more steps, in enough rounds for a noisy machine. The difference must be
+  found.
+- benches: one bench is run five times, and that is done three times. It counts how often a median lies in the printed
+  interval of another bench of its five. For exact 95 % intervals this holds for 83 % of the pairs.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ def run(*arguments: str) -> None:
 
 
 def ratios(folder: Path) -> list[Ratio]:
-    """Of the whole request, of every comparison below a folder."""
+    """Return the ratio of whole-request times of every comparison below a folder."""
     found = [read_comparison(file.parent) for file in sorted(folder.rglob("comparison.json"))]
     return [comparison.ratios["request"] for comparison in found if comparison is not None]
 
@@ -44,7 +47,15 @@ def with_itself(folder: Path) -> None:
 
 
 def with_a_slower_one(folder: Path) -> None:
-    run("task=compare", "a=[]", "b=[request.steps=21]", "request.steps=20", ROUNDS, *COMMON, f"hydra.run.dir={folder}")
+    run(
+        "task=compare",
+        "compare.a=[]",
+        "compare.b=[request.steps=21]",
+        "request.steps=20",
+        ROUNDS,
+        *COMMON,
+        f"hydra.run.dir={folder}",
+    )
     row = ratios(folder)[0]
     low, high = row.interval
     found = "found" if row.differs else "not found"

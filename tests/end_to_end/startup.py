@@ -1,9 +1,8 @@
-"""What a run costs beside its work: `python -m tests.end_to_end.startup [tries=5] [OVERRIDES]`, on a machine that does
-nothing else.
+"""Measure what a run costs beside its work: `python -m tests.end_to_end.startup [tries=5] [OVERRIDES]`.
 
-The work is what no launcher can save: importing PyTorch, transformers and diffusers, in a fresh process that does
-nothing more, and drawing, as the record has it. Both and the whole command are timed in alternation, after a first
-round that fills the page cache and is not counted; medians, with the smallest and the largest in brackets.
+Run it on an idle machine. The work is what no launcher can save: importing PyTorch, transformers and diffusers in a
+fresh process, and generating, as the record has it. Both and the whole command are timed in alternation. A first
+round fills the page cache and is not counted. The output is medians, with the smallest and the largest in brackets.
 """
 
 from __future__ import annotations
@@ -27,30 +26,30 @@ LOG_TIME = "%Y-%m-%d %H:%M:%S,%f"
 
 
 class Run(NamedTuple):
-    """One run of the command, s: its phases in order, of which `draw` is the record's, and what came of them."""
+    """The phases of one run of the command, in seconds and in order; `draw` is taken from the record."""
 
-    compose: float  # from the command to a configuration that was checked
-    start: float  # from there to a rank's first word: torchrun, and importing
+    compose: float  # from the command to a checked configuration
+    start: float  # from there to a rank's first message: torchrun, and importing
     load: float  # from there to ready ranks
     draw: float
-    save: float  # what else passes before the first picture is on disk
+    save: float  # all other time before the first image is on disk
     end: float  # from there to the end of the command: record, ranks, table, wandb
 
     @property
     def first_picture(self) -> float:
-        """From the command to the first picture on disk."""
+        """Return the time from the command to the first image on disk."""
         return sum(self[:5])
 
 
 def imported() -> float:
-    """Seconds of a fresh process that imports the libraries."""
+    """Return the seconds that a fresh process needs to import the libraries."""
     began = time.time()
     subprocess.run([sys.executable, "-c", LIBRARIES], check=True)
     return time.time() - began
 
 
 def drawn(folder: Path, overrides: Sequence[str]) -> Run:
-    """One run of the command in a new folder."""
+    """Run the command once in a new folder."""
     began = time.time()
     process = subprocess.Popen(
         [sys.executable, "-m", "harness", *overrides, f"hydra.run.dir={folder}"], stdout=subprocess.DEVNULL

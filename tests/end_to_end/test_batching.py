@@ -5,111 +5,40 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-import msgspec
-import numpy as np
 import pytest
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.torchrun import TorchrunEngine
 from harness.messages import (
     QUEUED,
-    Array,
-    EngineInfo,
     Failure,
-    GenerationRequest,
-    GenerationResult,
     Progress,
-    array,
 )
-from harness.resolve.request import to_message
-from harness.serving.transport import Connection
-from tests.end_to_end.conftest import wait_for
+from tests.fixtures.commands import wait_for
+from tests.fixtures.serving.batching import (
+    FLOOR,
+    MIXED,
+    answers,
+    connected,
+    draw,
+    info,
+    kinds,
+    rel_l2,
+    request,
+    running,
+    serving,
+)
 
 LONG = 240
-FLOOR = 1e-5  # relative L2 between a float32 picture drawn alone and in a batch
-MIXED = {
-    "a": {"prompts": ["rocket"], "seed": 1, "steps": 9, "guidance": 3.0},
-    "b": {"prompts": ["red apple"], "seed": 2, "steps": 4, "guidance": 1.0},
-    "c": {"prompts": ["pizza", "cat face"], "seed": 3, "steps": 6, "guidance": 5.0, "batch_size": 2},
-    "d": {"prompts": ["rocket"], "seed": 4, "steps": 3, "guidance": 2.0, "height": 32, "width": 64},
-    "e": {"prompts": ["sun"], "seed": 5, "steps": 12, "guidance": 3.0},
-}
-
-
-def serving(*overrides: str) -> DiffusionGenerator:
-    return DiffusionGenerator.from_config(
-        "task=serve", "launch.threads_per_rank=1", "request.prompt=rocket", "logger=json", *overrides
-    )
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[DiffusionGenerator]:
-    with serving("serve.max_batch=4", "serve.max_queue=4", "serve.policy=shortest", "serve.max_pictures=2") as made:
+    with serving("serve.max_batch=4", "serve.max_queue=4", "serve.policy=shortest", "serve.max_images=2") as made:
         yield made
 
 
-@contextmanager
-def connected(engine: DiffusionGenerator) -> Iterator[Connection]:
-    assert isinstance(engine._engine, TorchrunEngine)
-    assert engine._engine._addresses is not None
-    connection = Connection(engine._engine._addresses, lambda: None)
-    try:
-        yield connection
-    finally:
-        connection.close()
-
-
-def request(engine: DiffusionGenerator, request_id: str, **changes: object) -> GenerationRequest:
-    return msgspec.structs.replace(to_message(engine.config.request), request_id=request_id, **changes)
-
-
-def answers(connection: Connection, count: int) -> dict[str, tuple[GenerationResult | Failure, list[Array]]]:
-    """The next answers in the order in which they came, with their pictures."""
-    found: dict[str, tuple[GenerationResult | Failure, list[Array]]] = {}
-    while len(found) < count:
-        message, frames = connection.receive()
-        if isinstance(message, GenerationResult):
-            found[message.request_id] = message, [array(sample.pixels, frames) for sample in message.samples]
-        elif isinstance(message, Failure):
-            found[message.request_id] = message, []
-    return found
-
-
-def kinds(answered: dict[str, tuple[GenerationResult | Failure, list[Array]]]) -> dict[str, str]:
-    return {name: a.kind if isinstance(a, Failure) else "ok" for name, (a, _) in answered.items()}
-
-
-def rel_l2(one: Array, other: Array) -> float:
-    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
-
-
-def info(connection: Connection) -> EngineInfo:
-    found = connection.ping(5.0)
-    assert found is not None
-    return found
-
-
-def running(connection: Connection, requests: int = 1) -> None:
-    """Returns once so many requests have told of a step."""
-    told: set[str] = set()
-    while len(told) < requests:
-        message, _ = connection.receive()
-        if isinstance(message, Progress) and message.done > 0:
-            told.add(message.request_id)
-
-
-def draw(engine: DiffusionGenerator, changes: dict[str, dict[str, object]]) -> dict[str, list[Array]]:
-    with connected(engine) as connection:
-        for name, change in changes.items():
-            connection.send(request(engine, name, **change))
-        answered = answers(connection, len(changes))
-    assert kinds(answered) == dict.fromkeys(changes, "ok")
-    return {name: pictures for name, (_, pictures) in answered.items()}
-
-
-def test_requests_share_forwards_and_their_pictures_do_not_change(engine: DiffusionGenerator) -> None:
+def test_requests_share_forwards_and_their_images_do_not_change(engine: DiffusionGenerator) -> None:
     alone = {name: draw(engine, {name: change})[name] for name, change in MIXED.items()}
     with connected(engine) as connection:
         before = info(connection)
@@ -124,7 +53,7 @@ def test_requests_share_forwards_and_their_pictures_do_not_change(engine: Diffus
 
 
 def test_a_request_joins_and_leaves_between_steps(engine: DiffusionGenerator) -> None:
-    """A short one that comes later is answered first, having shared its steps."""
+    """A short request that comes later is answered first and shares steps with the long one."""
     with connected(engine) as connection:
         connection.send(request(engine, "long", steps=60, seed=5))
         running(connection)
@@ -185,7 +114,7 @@ def test_a_full_queue_says_when_to_come_again_and_the_shortest_is_next(engine: D
     ("changes", "says"),
     [
         ({"steps": 300}, "250 at most"),
-        ({"prompts": ["a"] * 3}, "2 a request"),
+        ({"prompts": ["a"] * 3}, "2 per request"),
         ({"timeout_s": -1.0}, "more than 0"),
         ({"timeout_s": math.nan}, "more than 0"),
         ({"count_flops": True}, "max_batch=1"),
@@ -226,7 +155,7 @@ def test_the_requests_of_a_client_that_has_gone_are_dropped(engine: DiffusionGen
 
 
 @pytest.mark.slow
-def test_a_shutdown_draws_what_runs_and_answers_what_waits() -> None:
+def test_a_shutdown_finishes_what_runs_and_answers_what_waits() -> None:
     with serving("serve.max_batch=2") as made, connected(made) as connection:
         for name in ("a", "b", "c"):
             connection.send(request(made, name, steps=40))
@@ -238,7 +167,7 @@ def test_a_shutdown_draws_what_runs_and_answers_what_waits() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "cfg2", "ulysses2"])
-def test_ranks_share_forwards_and_the_pictures_are_those_of_one_rank(engine: DiffusionGenerator, layout: str) -> None:
+def test_ranks_share_forwards_and_the_images_are_those_of_one_rank(engine: DiffusionGenerator, layout: str) -> None:
     asked = {name: MIXED[name] for name in ("a", "c", "e")}
     expected = {name: draw(engine, {name: change})[name] for name, change in asked.items()}
     with serving(f"parallel={layout}", "serve.max_batch=4") as ranks, connected(ranks) as connection:
@@ -267,7 +196,7 @@ def test_one_after_another_honours_deadlines_too() -> None:
     assert counted.evaluations == counted.rows // 2 < LONG
 
 
-def test_the_queue_is_told_with_the_acceptance(engine: DiffusionGenerator) -> None:
+def test_the_acceptance_names_the_place_in_the_queue(engine: DiffusionGenerator) -> None:
     with connected(engine) as connection:
         connection.send(request(engine, "first", steps=LONG, prompts=["a", "b"], batch_size=2))
         connection.send(request(engine, "second", steps=LONG, prompts=["a", "b"], batch_size=2))

@@ -1,9 +1,9 @@
-"""A server whose denoiser is cached: requests at different steps share forwards, and their pictures do not change."""
+"""A server whose denoiser is cached: requests at different steps share forwards, and their images do not change."""
 
 import pytest
 
 from harness.client.generator import DiffusionGenerator
-from tests.end_to_end.test_batching import FLOOR, MIXED, connected, draw, info, rel_l2, serving
+from tests.fixtures.serving.batching import FLOOR, MIXED, connected, draw, info, rel_l2, serving
 
 CACHES = {
     "first_block": ["cache=first_block", "cache.threshold=0.3"],
@@ -27,6 +27,6 @@ def drawn_alone_and_together(engine: DiffusionGenerator) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["single", "cfg2", "ulysses2"])
 @pytest.mark.parametrize("cache", list(CACHES))
-def test_a_picture_does_not_know_who_shared_its_forwards(cache: str, layout: str) -> None:
+def test_an_image_does_not_depend_on_requests_that_share_its_forwards(cache: str, layout: str) -> None:
     with serving(*CACHES[cache], f"parallel={layout}", "serve.max_batch=4") as engine:
         drawn_alone_and_together(engine)

@@ -1,4 +1,4 @@
-"""Two configurations in alternation through the command line: what is the same is called so, what is not is found."""
+"""Two configurations in alternation from the command line: equal ones are called equal, a real difference is found."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from harness.records.comparison import read_comparison
 from harness.records.record import load
-from tests.end_to_end.conftest import command, record_of, run, status_of
+from tests.fixtures.commands import command, record_of, run, status_of
 
 pytestmark = pytest.mark.slow
 COMMON = ["task=compare", "task.repeats=10", "launch.threads_per_rank=1", "request.prompts=[rocket,pizza]"]
@@ -14,7 +14,7 @@ COMMON = ["task=compare", "task.repeats=10", "launch.threads_per_rank=1", "reque
 
 def test_a_comparison_leaves_both_rows_and_what_they_say(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    sides = ["a=[request.steps=3]", "b=[request.steps=3,parallel=dp2]"]
+    sides = ["compare.a=[request.steps=3]", "compare.b=[request.steps=3,parallel=dp2]"]
     done = run(command(*COMMON, *sides, f"hydra.run.dir={folder}"))
     assert done.returncode == 0, done.stderr
     found = read_comparison(folder)
@@ -35,9 +35,11 @@ def test_a_comparison_leaves_both_rows_and_what_they_say(tmp_path: Path) -> None
     assert sorted(load(folder)["state"]) == ["ok", "ok", "ok"]
 
 
-def test_four_times_the_steps_are_found_and_change_the_picture(tmp_path: Path) -> None:
+def test_four_times_the_steps_are_found_and_change_the_image(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    done = run(command(*COMMON, "a=[request.steps=4]", "b=[request.steps=16]", f"hydra.run.dir={folder}"))
+    done = run(
+        command(*COMMON, "compare.a=[request.steps=4]", "compare.b=[request.steps=16]", f"hydra.run.dir={folder}")
+    )
     assert done.returncode == 0, done.stderr
     found = read_comparison(folder)
     assert found is not None
@@ -49,9 +51,9 @@ def test_four_times_the_steps_are_found_and_change_the_picture(tmp_path: Path) -
     assert found.efficiency is None
 
 
-def test_a_side_that_dies_fails_the_comparison_in_one_line(tmp_path: Path) -> None:
+def test_a_configuration_that_dies_fails_the_comparison_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    overrides = ["a=[request.steps=2]", "b=[request.steps=2,launch.start_timeout_s=0.01]"]
+    overrides = ["compare.a=[request.steps=2]", "compare.b=[request.steps=2,launch.start_timeout_s=0.01]"]
     done = run(command(*COMMON, *overrides, f"hydra.run.dir={folder}"))
     assert done.returncode == 1
     assert status_of(folder).state == "failed"

@@ -1,4 +1,4 @@
-"""Checkpoints of SD3's, FLUX's and Wan's shape by the command line on four ranks: a ring of Ulysses pairs."""
+"""Checkpoints shaped like SD3, FLUX and Wan on four ranks, from the command line: a ring of Ulysses pairs."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from imageio_ffmpeg import read_frames
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.end_to_end.conftest import command, record_of, run, status_of
-from tests.models.checkpoints import CASES, overrides_of
+from tests.fixtures.commands import command, record_of, run, status_of
+from tests.fixtures.models.checkpoints import CASES, overrides_of
 
 HEADS = 3  # which Ulysses pairs share unevenly
 ASKED = ["request.prompts=[a red fox,two small boats]", "request.negative_prompt=blurry", "request.seed=7"]
@@ -18,11 +18,11 @@ SIZES = {
     "flux": ["request.height=36", "request.width=20"],
     "wan": ["request.height=72", "request.width=40", "request.frames=5"],
 }
-FLOOR = {".png": 0.05, ".mp4": 1.0}  # mean of 255: a level here and there; a codec makes more of that
+FLOOR = {".png": 0.05, ".mp4": 1.0}  # mean of 255: single levels differ; a codec makes them larger
 
 
 def frames(path: Path) -> NDArray[np.uint8]:
-    """A picture, or the frames of a video, (..., height, width, 3)."""
+    """Return an image, or the frames of a video, as (..., height, width, 3)."""
     if path.suffix == ".png":
         return np.asarray(Image.open(path))
     found = read_frames(path)
@@ -32,7 +32,7 @@ def frames(path: Path) -> NDArray[np.uint8]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SIZES))
-def test_four_ranks_draw_what_one_draws(name: str, tmp_path: Path) -> None:
+def test_four_ranks_generate_what_one_generates(name: str, tmp_path: Path) -> None:
     CASES[name].save(tmp_path / "checkpoint", heads=HEADS)
     overrides = [*overrides_of(CASES[name], tmp_path / "checkpoint"), *ASKED, *SIZES[name]]
     for layout in ("single", "usp4"):

@@ -1,4 +1,4 @@
-"""Whatever goes wrong: one clear line, a status that says so, an exit status, and no process left."""
+"""Faults of every kind end with one clear line, a matching status, an exit status, and no process left."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from harness.config.yaml import to_yaml
 from harness.engines.environment import OWNER
 from harness.resolve.compose import compose_run
 from models.registry import REFERENCE
-from tests.end_to_end.conftest import (
+from tests.fixtures.commands import (
     ENDLESS,
     LIMIT_S,
     command,
@@ -29,13 +29,13 @@ from tests.end_to_end.conftest import (
     torchrun,
     wait_for,
 )
-from tests.end_to_end.faults import planted
+from tests.fixtures.faults import planted
 
 ONE = "request.prompt=rocket"
 
 
 def drawing(folder: Path, count: int) -> bool:
-    """Whether all ranks of a run have loaded and have been at work for a while (what they import, their agent did)."""
+    """Return whether all ranks of a run have loaded and worked for a while (their agent did the imports)."""
     if len(ranks(folder)) != count:
         return False
     return all(int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11]) > 200 for pid in ranks(folder))
@@ -74,7 +74,7 @@ SAYS = {
 
 
 def seconds_to_end(process: "subprocess.Popen[str]", tmp_path: Path) -> float:
-    """How long after its planted fault a run has ended, its output read."""
+    """Return the seconds from the planted fault to the end of the run, with its output read."""
     process.communicate(timeout=LIMIT_S)
     return time.time() - (tmp_path / "fault").stat().st_mtime
 
@@ -147,7 +147,7 @@ subprocess.Popen(command, env=os.environ | {{"{owner}": str(os.getpid())}}, **qu
 
 
 def test_an_agent_that_nobody_knows_of_starts_no_ranks(tmp_path: Path) -> None:
-    """Its parent has ended while it imports."""
+    """The parent of the agent ends while the agent imports."""
     (tmp_path / "config.yaml").write_text(to_yaml(compose_run([]).config))
     arguments = [str(tmp_path), str(tmp_path / "torchrun")]
     subprocess.run([sys.executable, "-c", ORPHAN.format(owner=OWNER), *arguments], check=True, timeout=LIMIT_S)
@@ -237,7 +237,7 @@ def test_torchrun_with_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 def test_a_termination_in_the_middle_of_an_exec_has_its_own_exit_status(tmp_path: Path) -> None:
-    """Libraries make classes by exec() while they are imported; CPython remembers what passes through one."""
+    """Libraries create classes with exec() at import time, and CPython keeps an exception that passes through one."""
     (tmp_path / "terminated.py").write_text(
         "import os, signal\n"
         "from harness import cli\n"

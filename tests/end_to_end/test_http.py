@@ -1,4 +1,4 @@
-"""The HTTP server's routes over a planted supervisor: what is drawn, what is refused, what a client is told."""
+"""The HTTP server's routes over a fake supervisor: what is generated, what is refused, what a client is told."""
 
 import asyncio
 import base64
@@ -22,12 +22,12 @@ from harness.config.schema import LaunchMode, RunConfig
 from harness.engines.pool import new_engine
 from harness.records.media import ffmpeg
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run
-from harness.tasks.serve import saving
+from harness.tasks.serve import storage
 from harness.tasks.serve.app import make_app
-from harness.tasks.serve.desk import Desk
-from harness.tasks.serve.forms import as_json, boundary_of
+from harness.tasks.serve.multipart import form_to_json, multipart_boundary
 from harness.tasks.serve.problem import STATUS, Problem
-from tests.harness.planted import Planted
+from harness.tasks.serve.service import GenerationService
+from tests.fixtures.serving.fake_supervisor import FakeSupervisor
 
 IMAGES, VIDEOS, REQUESTS = "/v1/images/generations", "/v1/videos", "/v1/requests"
 JSON = {"content-type": "application/json"}
@@ -42,29 +42,29 @@ def config() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def app(config: RunConfig) -> Any:
-    return make_app(config, Planted(config), Path())  # type: ignore[arg-type]
+    return make_app(config, FakeSupervisor(config), Path())  # type: ignore[arg-type]
 
 
 @dataclass
 class Site:
     client: httpx.AsyncClient
-    engine: Planted
+    engine: FakeSupervisor
     app: Any
 
 
 @asynccontextmanager
 async def site(app: Any, config: RunConfig, folder: Path, step_s: float) -> AsyncIterator[Site]:
-    """The application with a desk of its own."""
-    engine = Planted(config, step_s)
-    app.state.desk = Desk(config, engine, folder)  # type: ignore[arg-type]
+    """Return an application with its own service."""
+    engine = FakeSupervisor(config, step_s)
+    app.state.service = GenerationService(config, engine, folder)  # type: ignore[arg-type]
     wire = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=wire, base_url="http://127.0.0.1:8000", timeout=LIMIT_S) as client:
         yield Site(client, engine, app)
-    await app.state.desk.close()
+    await app.state.service.close()
 
 
 class Talk(Protocol):
-    """Talks to a server; the lines of its requests.jsonl."""
+    """Sends requests to a server and reads the lines of its requests.jsonl."""
 
     def __call__(
         self, talk: Callable[[Site], Awaitable[None]], step_s: float = 0.0, config: RunConfig | None = None
@@ -83,14 +83,14 @@ def run(app: Any, config: RunConfig, tmp_path: Path) -> Talk:
                 await talk(at)
 
         asyncio.run(whole())
-        lines = tmp_path / saving.LINES
+        lines = tmp_path / storage.REQUESTS_FILE
         return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
 
     return run
 
 
 def error(answer: httpx.Response, status: int, code: str) -> str:
-    """The line of an error that has OpenAI's shape."""
+    """Return the message of an error that has OpenAI's shape."""
     assert answer.status_code == status, answer.text
     told = answer.json()["error"]
     assert set(told) == {"message", "type", "param", "code"}
@@ -113,21 +113,21 @@ async def until(client: httpx.AsyncClient, request_id: str, *states: str) -> dic
         await asyncio.sleep(0.01)
 
 
-def test_pictures_come_as_they_were_asked_for(run: Talk, tmp_path: Path) -> None:
+def test_images_come_in_the_requested_format(run: Talk, tmp_path: Path) -> None:
     settings = {"steps": 3, "seed": 5, "guidance": 1.5, "negative_prompt": "blue", "timeout_s": 9}
     body = {"prompt": "red apple", "n": 2, "size": "32x16", "user": "ann", "model": "emoji", "triptych": settings}
 
     async def talk(at: Site) -> None:
         answer = (await at.client.post(IMAGES, json=body)).json()
         pictures = [opened(base64.b64decode(picture["b64_json"])) for picture in answer["data"]]
-        assert [np.asarray(picture).max() for picture in pictures] == [0, 26]  # the order of the engine's
+        assert [np.asarray(picture).max() for picture in pictures] == [0, 26]  # the order in which the engine answers
         assert {picture.size for picture in pictures} == {(32, 16)}
         assert pictures[1].text["seed"] == "6"  # type: ignore[attr-defined]
         assert answer["size"] == "32x16"
         assert answer["triptych"]["seed"] == 5
         (sent,) = at.engine.drawn
         assert sent.prompts == ["red apple"]
-        assert (sent.samples_per_prompt, sent.batch_size) == (2, 2)  # its pictures share forwards
+        assert (sent.samples_per_prompt, sent.batch_size) == (2, 2)  # its images share forwards
         assert (sent.steps, sent.seed, sent.guidance, sent.negative_prompt, sent.timeout_s) == (3, 5, 1.5, "blue", 9)
 
     (line,) = run(talk)
@@ -135,7 +135,7 @@ def test_pictures_come_as_they_were_asked_for(run: Talk, tmp_path: Path) -> None
     assert all((tmp_path / sample["path"]).is_file() for sample in line["samples"])
 
 
-def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(run: Talk) -> None:
+def test_links_lead_to_the_same_images_and_seeds_are_random(run: Talk) -> None:
     async def talk(at: Site) -> None:
         answers = [(await at.client.post(IMAGES, json={"prompt": "x", "response_format": "url"})).json() for _ in "ab"]
         assert answers[0]["triptych"]["seed"] != answers[1]["triptych"]["seed"]
@@ -159,7 +159,7 @@ def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(run: Talk) -> N
         (IMAGES, {"prompt": "x", "size": "65x64"}, "rejected", "64 or 72"),
         (IMAGES, {"prompt": "x", "size": "large"}, "rejected", "such as 64x64"),
         (IMAGES, {"prompt": "x", "size": "4096x4096"}, "rejected", "may be at most 262144"),
-        (IMAGES, {"prompt": "x", "model": "dall-e-3"}, "model_not_found", "ask for emoji"),
+        (IMAGES, {"prompt": "x", "model": "dall-e-3"}, "model_not_found", "use model=emoji"),
         (IMAGES, {"prompt": "x", "quality": "hd"}, "rejected", "quality: Input should be 'auto' or 'standard'"),
         (IMAGES, {"prompt": "x", "stream": True}, "rejected", "stream"),
         (IMAGES, {"prompt": "x", "triptych": {"steps": 251}}, "rejected", "takes 250 at most"),
@@ -169,11 +169,11 @@ def test_addresses_lead_to_the_same_pictures_and_seeds_are_drawn(run: Talk) -> N
         (IMAGES, {"prompt": "x", "triptych": {"timeout_s": 0}}, "rejected", "more than 0"),
         (IMAGES, {"prompt": "x", "triptych": {"scheduler": "ddpm"}}, "rejected", "noise scheduler is rectified_flow"),
         (IMAGES, {"prompt": "x", "triptych": {"frames": 5}}, "rejected", "post to /v1/videos"),
-        (REQUESTS, {"prompt": "x", "triptych": {"frames": 5}}, "rejected", "this model draws pictures"),
+        (REQUESTS, {"prompt": "x", "triptych": {"frames": 5}}, "rejected", "this model makes images"),
         (VIDEOS, {"prompt": "x"}, "rejected", "post to /v1/images/generations"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_before_the_engine_is_asked(
+def test_what_cannot_be_generated_is_refused_before_the_engine_gets_it(
     run: Talk, path: str, body: object, code: str, words: str
 ) -> None:
     async def talk(at: Site) -> None:
@@ -309,7 +309,7 @@ def test_a_client_that_goes_away_cancels_its_request(run: Talk) -> None:
 
 
 async def hang_up(app: Any, body: object, after_s: float) -> None:
-    """Posts, and closes the connection before there is an answer."""
+    """Post, then close the connection before there is an answer."""
     said = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
 
     async def receive() -> dict[str, Any]:
@@ -343,7 +343,7 @@ def test_requests_are_cancelled_where_they_are(run: Talk) -> None:
     run(talk, step_s=0.05)
 
 
-def test_progress_streams_until_the_picture_is_there(run: Talk) -> None:
+def test_progress_streams_until_the_image_is_there(run: Talk) -> None:
     async def talk(at: Site) -> None:
         asked = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": {"steps": 4}})).json()
         stream = await at.client.get(f"{REQUESTS}/{asked['id']}/events")
@@ -384,7 +384,7 @@ def test_a_video_is_a_job(run: Talk, config: RunConfig, tmp_path: Path) -> None:
             ({"seconds": 3}, "at most 2.125"),
             ({"triptych": {"frames": 6}}, "the nearest is 5"),
             ({"seconds": 1, "triptych": {"frames": 5}}, "not both"),
-            ({}, "is a picture"),
+            ({}, "is an image"),
         ):
             assert words in error(await at.client.post(VIDEOS, json={"prompt": "x", **body_}), 400, "rejected")
         image = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": {"frames": 1}})).json()
@@ -396,16 +396,16 @@ def test_a_video_is_a_job(run: Talk, config: RunConfig, tmp_path: Path) -> None:
 
 def test_a_form_is_the_object_that_it_stands_for() -> None:
     body, headers = as_form({"prompt": 'Ä "fox"\r\n--', "triptych[seed]": "3", "triptych[steps]": "4"})
-    boundary = boundary_of(headers["content-type"])
+    boundary = multipart_boundary(headers["content-type"])
     assert boundary == b"b"
-    assert json.loads(as_json(body, boundary)) == {
+    assert json.loads(form_to_json(body, boundary)) == {
         "prompt": 'Ä "fox"\r\n--',
         "triptych": {"seed": "3", "steps": "4"},
     }
-    assert boundary_of("application/json") is None
+    assert multipart_boundary("application/json") is None
     file = b'--b\r\nContent-Disposition: form-data; name="input_reference"; filename="a.png"\r\n\r\nx\r\n--b--'
     with pytest.raises(Problem, match="files are not read"):
-        as_json(file, b"b")
+        form_to_json(file, b"b")
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_a_form_is_the_object_that_it_stands_for() -> None:
 def test_what_cannot_be_saved_is_an_answer_too(
     run: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, status: int, code: str, words: str
 ) -> None:
-    whole = saving.save_png
+    whole = storage.save_png
 
     def fail_at_the_second(path: Path, picture: Any, text: dict[str, str]) -> None:
         if path.name.endswith("-01.png"):
@@ -427,11 +427,11 @@ def test_what_cannot_be_saved_is_an_answer_too(
         whole(path, picture, text)
 
     async def talk(at: Site) -> None:
-        monkeypatch.setattr(saving, "save_png", fail_at_the_second)
+        monkeypatch.setattr(storage, "save_png", fail_at_the_second)
         answer = await at.client.post(IMAGES, json={"prompt": "x", "n": 2})
         assert words in error(answer, status, code)
         assert list((tmp_path / "samples").iterdir()) == []
-        monkeypatch.setattr(saving, "save_png", whole)
+        monkeypatch.setattr(storage, "save_png", whole)
         assert (await at.client.post(IMAGES, json={"prompt": "x", "n": 2})).status_code == 200
 
     lines = run(talk)
@@ -483,8 +483,8 @@ def test_what_cannot_be_served_is_refused_before_a_folder_is_claimed(config: Run
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for key, value, words in (
-            ("serve", replace(config.serve, port=port), f"serve.port={port} on 127.0.0.1 cannot be had"),
-            ("serve", replace(config.serve, host="no.such.invalid"), "serve.host=no.such.invalid is no address"),
+            ("serve", replace(config.serve, port=port), f"serve.port={port} on 127.0.0.1 cannot be used"),
+            ("serve", replace(config.serve, host="no.such.invalid"), "serve.host=no.such.invalid is not an address"),
             ("launch", replace(config.launch, mode=LaunchMode.inprocess), "drop launch.mode=inprocess"),
         ):
             with pytest.raises(ConfigError, match=words):

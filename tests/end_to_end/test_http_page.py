@@ -1,4 +1,4 @@
-"""The server's page in a browser: ask, watch the steps, see the picture, cancel, be refused."""
+"""The server's page in a browser: send a request, watch its steps, see the image, cancel, be refused."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from harness.resolve.compose import compose_run
-from tests.end_to_end.chromium import MARKS, emulate, headless, widths
-from tests.end_to_end.http_site import Live, live
+from tests.fixtures.chromium import MARKS, emulate, headless, widths
+from tests.fixtures.serving.http_server import Live, live
 
 LIMIT_S = 20.0
 ELSEWHERE = (
     "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(location.origin))"
 )
-LOADED = "return [...document.querySelectorAll('#answers img')].filter(i => i.complete && i.naturalWidth > 0).length"
+LOADED = "return [...document.querySelectorAll('#results img')].filter(i => i.complete && i.naturalWidth > 0).length"
 
 pytestmark = MARKS
 
@@ -34,7 +34,7 @@ def browser(site: Live) -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, site: Live) -> Any:
-    """As it opens."""
+    """Return the page as it opens."""
     browser.get(site.url)
     until(lambda: "ready" in find(browser, "#state").text, "the state")
     return browser
@@ -49,7 +49,7 @@ def texts(page: Any, selector: str) -> list[str]:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    """The page draws itself anew, so an element may be gone between two looks at it."""
+    """Return whether an element is visible; the page rebuilds itself, so an element may disappear between two calls."""
     stale = pytest.importorskip("selenium.common.exceptions").WebDriverException
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
@@ -67,22 +67,22 @@ def ask(page: Any, **given: str) -> None:
         found = find(page, f"#{name}")
         found.clear()
         found.send_keys(value)
-    find(page, "#ask button").click()
+    find(page, "#generate button").click()
 
 
-def test_a_picture_is_asked_for_watched_and_shown(page: Any, site: Live) -> None:
+def test_an_image_is_requested_watched_and_shown(page: Any, site: Live) -> None:
     before = page.execute_script(LOADED)
     seen: set[str] = set()
     ask(page, prompt="<b>red</b> apple", negative_prompt="blue", steps="8", seed="7", guidance="2", n="2")
 
     def shown() -> bool:
-        seen.update(texts(page, "#queue .where"))
+        seen.update(texts(page, "#queue .stage"))
         return bool(page.execute_script(LOADED) == before + 2)
 
     until(shown, "two pictures")
     assert len({where for where in seen if where.startswith("step ")}) >= 3, seen
-    assert texts(page, "#answers li:first-child .prompt") == ["<b>red</b> apple"]
-    assert texts(page, "#answers li:first-child .settings") == ["seed 7 to 8 · 8 steps · guidance 2 · 64x64"]
+    assert texts(page, "#results li:first-child .prompt") == ["<b>red</b> apple"]
+    assert texts(page, "#results li:first-child .settings") == ["seed 7 to 8 · 8 steps · guidance 2 · 64x64"]
     sent = site.engine.drawn[-1]
     assert (sent.negative_prompt, sent.seed, sent.steps, sent.guidance, sent.batch_size) == ("blue", 7, 8, 2.0, 2)
     assert page.find_elements("css selector", "main b") == []
@@ -94,22 +94,22 @@ def test_the_queue_is_seen_and_cancelled(page: Any) -> None:
     for prompt in ("one", "two", "three"):
         ask(page, prompt=prompt, steps="40")
     until(lambda: texts(page, "#queue .prompt") == ["one", "two", "three"], "the queue in its order")
-    until(lambda: "1 being drawn, 2 waiting" in find(page, "#state").text, "the counts")
+    until(lambda: "1 running, 2 queued" in find(page, "#state").text, "the counts")
     find(page, "#queue li:nth-child(2) button").click()
     find(page, "#queue li:nth-child(1) button").click()
     until(lambda: texts(page, "#queue .prompt") == ["three"], "what is left")
-    until(lambda: texts(page, "#queue .where")[0].startswith("step "), "the third is drawn")
+    until(lambda: texts(page, "#queue .stage")[0].startswith("step "), "the third is drawn")
     find(page, "#queue li button").click()
     until(lambda: texts(page, "#queue .prompt") == [], "an empty queue")
-    assert texts(page, "#answers li:nth-child(-n+3) .error") == ["the request was cancelled"] * 3
+    assert texts(page, "#results li:nth-child(-n+3) .error") == ["the request was cancelled"] * 3
 
 
-def test_refusals_and_faults_are_told(page: Any, site: Live) -> None:
+def test_refusals_and_faults_are_reported(page: Any, site: Live) -> None:
     ask(page, prompt="x", size="65x64")
-    until(lambda: "64 or 72" in find(page, "#refusal").text, "the refusal")
+    until(lambda: "64 or 72" in find(page, "#form-error").text, "the refusal")
     ask(page, prompt="oom", size="64x64", steps="1")
-    until(lambda: texts(page, "#answers li:first-child .error") == ["rank 1: planted"], "the fault")
-    assert find(page, "#refusal").text == ""
+    until(lambda: texts(page, "#results li:first-child .error") == ["rank 1: planted"], "the fault")
+    assert find(page, "#form-error").text == ""
     site.engine.state, site.engine.reason = "restarting", "rank 1 died with SIGKILL"
     until(lambda: find(page, "#state").text == "restarting: rank 1 died with SIGKILL", "the state")
     site.engine.state = "ready"
@@ -120,7 +120,7 @@ def test_refusals_and_faults_are_told(page: Any, site: Live) -> None:
 def test_nothing_overflows(page: Any, width: int, scheme: str) -> None:
     emulate(page, width, scheme)
     ask(page, prompt="nobreak" * 60, steps="1", n="8")
-    until(lambda: texts(page, "#answers li:first-child .prompt")[0].startswith("nobreak"), "the answer")
+    until(lambda: texts(page, "#results li:first-child .prompt")[0].startswith("nobreak"), "the answer")
     whole, inner = widths(page)
     assert whole <= inner <= width
     ink = page.execute_script("return getComputedStyle(document.body).color")

@@ -1,4 +1,4 @@
-"""task=serve with real ranks: OpenAI's client, a thousand broken requests and foreign frames, and an orderly end."""
+"""task=serve with real ranks: OpenAI's client, a thousand malformed requests and foreign frames, and a clean end."""
 
 import json
 import os
@@ -16,9 +16,9 @@ import zmq
 
 from harness.engines.environment import SOCKETS
 from harness.messages import Cancel, GenerationRequest, encode
-from tests.end_to_end.conftest import LIMIT_S, command, processes_about, ranks, started, status_of, wait_for
-from tests.end_to_end.http_abuse import abuse
-from tests.end_to_end.test_http_clients import keep_to_its_document, use_images
+from tests.fixtures.commands import LIMIT_S, command, processes_about, ranks, started, status_of, wait_for
+from tests.fixtures.serving.http_clients import keep_to_its_document, use_images
+from tests.fixtures.serving.malformed_requests import abuse
 
 pytestmark = pytest.mark.slow
 
@@ -45,21 +45,19 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def rank(folder: Path) -> int:
-    """The process of a run's rank."""
+    """Return the process id of a rank of the run."""
     (pid,) = ranks(folder)
     return pid
 
 
 def sockets(folder: Path) -> Path:
-    """Where it listens, as its environment says."""
+    """Return the addresses of the engine, from the environment of its process."""
     variables = Path(f"/proc/{rank(folder)}/environ").read_text().split("\0")
     return Path(dict(variable.split("=", 1) for variable in variables if "=" in variable)[SOCKETS])
 
 
 def send_foreign_frames(folder: Path, number: int, seed: int) -> None:
-    """Bytes that are no message, messages that nobody may send, and arrays without a header, to both of rank 0's
-    sockets.
-    """
+    """Send bytes that are no message, unexpected messages, and arrays without a header, to both sockets of rank 0."""
     dice, context = random.Random(seed), zmq.Context()
     good = encode(GenerationRequest("x", ["x"], steps=1, guidance=1.0, height=64, width=64))[0]
     for name in ("requests", "control"):
@@ -74,7 +72,7 @@ def send_foreign_frames(folder: Path, number: int, seed: int) -> None:
     context.term()
 
 
-def test_openais_client_draws_on_real_ranks(serving: Serving) -> None:
+def test_openais_client_generates_on_real_ranks(serving: Serving) -> None:
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=f"{serving.url}/v1", api_key="none") as client:
         use_images(client)
@@ -95,7 +93,7 @@ def test_a_thousand_malformed_requests_leave_it_ready(serving: Serving) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def test_a_rank_that_is_killed_is_told_and_replaced(serving: Serving) -> None:
+def test_a_rank_that_is_killed_is_reported_and_replaced(serving: Serving) -> None:
     asked = {"prompt": "x", "n": 8, "triptych": {"steps": 60}}
     drawing, waiting = (httpx.post(f"{serving.url}/v1/requests", json=asked | {"n": n}).json() for n in (8, 1))
     where = f"{serving.url}/v1/requests"
@@ -115,7 +113,7 @@ def test_a_rank_that_is_killed_is_told_and_replaced(serving: Serving) -> None:
 
 
 def test_it_ends_in_order(serving: Serving) -> None:
-    """The last test of this server: what is outstanding is answered, the status is ok, and no process is left."""
+    """This is the last test of this server: open requests are answered, the status is ok, and no process is left."""
     asked = {"prompt": "x", "n": 8, "triptych": {"steps": 60}}
     request = httpx.post(f"{serving.url}/v1/requests", json=asked).json()
     where = f"{serving.url}/v1/requests/{request['id']}"

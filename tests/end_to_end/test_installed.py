@@ -1,4 +1,4 @@
-"""What a user meets outside a checkout: an installed copy, a sweep on real ranks, and what the harness itself costs."""
+"""What a user sees outside a checkout: an installed copy, a sweep on real ranks, and the overhead of the harness."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.records.record import load, read_status
-from tests.end_to_end.conftest import LIMIT_S, QUICK, environment, record_of, run
+from tests.fixtures.commands import LIMIT_S, QUICK, environment, record_of, run
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -1,4 +1,4 @@
-"""The same seeds give the same pictures, bit for bit, however the ranks are started and however many there are."""
+"""The same seeds give the same images, bit for bit, however the ranks are started and however many there are."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +18,10 @@ from harness.resolve.compose import compose_run
 from harness.tasks.plan.check import check
 from models.components import Conditioning
 from models.decoders import KLDecoder
-from models.empty import build_empty
+from models.meta_init import build_empty
 from models.pixart import PLAN, PixArt, read_config
 from models.registry import REFERENCE
-from tests.end_to_end.conftest import command, difference, hashes, record_of, run, status_of, torchrun
+from tests.fixtures.commands import command, difference, hashes, record_of, run, status_of, torchrun
 
 ASKED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5"]
 
@@ -58,7 +58,7 @@ def test_a_run_leaves_everything_it_promises(single: Path) -> None:
     assert table["summary.latency_ms.median"][0] == record.summary.latency_ms.median
 
 
-def test_two_replicas_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
+def test_two_replicas_generate_the_same_bits(single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, "parallel=dp2", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run") == hashes(single)
@@ -66,36 +66,38 @@ def test_two_replicas_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
 
 
 def sent(record: Record, stage: str) -> dict[str, int]:
-    """Bytes by kind of collective that the record has of one stage."""
+    """Return the bytes of one stage in the record, by kind of collective."""
     return {kind: traffic.bytes for kind, traffic in record.summary.comm[stage].items()}
 
 
 def denoising_bytes(layout: str, evaluations: int) -> dict[str, int]:
-    """What the formula says of so many evaluations of the reference model's guided pair."""
+    """Return the formula's bytes for this many evaluations of the reference model with guidance."""
     degrees = {"cfg2": (1, 2, 1, 1, 1), "tp2": (1, 1, 2, 1, 1), "ring2": (1, 1, 1, 2, 1), "ulysses2": (1, 1, 1, 1, 2)}
     config = replace(read_config(REFERENCE / "emoji" / "transformer"), stride=4)
     rows = 1 if layout == "cfg2" else 2
     condition = Conditioning(torch.empty(rows, 24, config.text_channels))
     inputs = (torch.empty(rows, config.in_channels, 16, 16), torch.empty(rows), condition)
-    said = sent_bytes(trace_network(lambda: PixArt(config), PLAN, inputs), degrees[layout], item=4)
+    said = sent_bytes(trace_network(lambda: PixArt(config), PLAN, inputs), degrees[layout], itemsize=4)
     return {kind: count * evaluations for kind, count in said.items()}
 
 
 def decoding_bytes(pictures: int) -> dict[str, int]:
-    """What the formula says of decoding so many pictures of the reference model on two ranks."""
+    """Return the formula's bytes for decoding this many images of the reference model on two ranks."""
     config = AutoencoderKL.load_config(REFERENCE / "emoji" / "vae")
 
     def make() -> KLDecoder:
         return KLDecoder(AutoencoderKL.from_config(config))
 
-    said = decode_bytes(trace_decode(make, torch.empty(1, make().latent_channels, 16, 16)), ranks=2, index=0, item=4)
+    said = decode_bytes(
+        trace_decode(make, torch.empty(1, make().latent_channels, 16, 16)), ranks=2, index=0, itemsize=4
+    )
     return {kind: count * pictures for kind, count in said.items()}
 
 
 @pytest.mark.parametrize(
     "layout", ["ring2", "cfg2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2", "ulysses2"))]
 )
-def test_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp_path: Path) -> None:
+def test_ranks_that_share_an_image_generate_the_same(layout: str, single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert difference(single, tmp_path / "run") <= 1  # rounding to 8 bits; float32 differs in the last digits
@@ -109,7 +111,7 @@ def test_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp
 
 
 @pytest.mark.slow
-def test_dealt_weights_draw_the_same_bits(tmp_path: Path) -> None:
+def test_sharded_weights_generate_the_same_bits(tmp_path: Path) -> None:
     for layout in ("ulysses2", "ulysses2_sharded"):
         done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / layout}"))
         assert done.returncode == 0, done.stderr
@@ -122,14 +124,14 @@ def test_dealt_weights_draw_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["usp4", "cfg2_ulysses2", "tp2_ulysses2", "ulysses4"])
-def test_four_ranks_that_share_a_picture_draw_the_same(layout: str, single: Path, tmp_path: Path) -> None:
+def test_four_ranks_that_share_an_image_generate_the_same(layout: str, single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert difference(single, tmp_path / "run") <= 1
 
 
 @pytest.mark.slow
-def test_more_threads_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
+def test_more_threads_generate_the_same_bits(single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, "launch.threads_per_rank=2", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert record_of(tmp_path / "run").provenance.threads_per_rank == 2
@@ -137,14 +139,14 @@ def test_more_threads_draw_the_same_bits(single: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_more_replicas_than_pictures(single: Path, tmp_path: Path) -> None:
+def test_more_replicas_than_images(single: Path, tmp_path: Path) -> None:
     overrides = ["request.prompt=red apple", "request.seed=6", "parallel=dp2", f"hydra.run.dir={tmp_path / 'run'}"]
     done = run(command(*overrides))
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run")[6] == hashes(single)[6]
 
 
-def test_one_rank_in_this_process_draws_the_same_bits(single: Path, tmp_path: Path) -> None:
+def test_one_rank_in_this_process_generates_the_same_bits(single: Path, tmp_path: Path) -> None:
     done = run(command(*ASKED, "launch.mode=inprocess", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run") == hashes(single)

@@ -1,4 +1,4 @@
-"""Clients on real ranks: what was sent is answered once, forwards are shared, and a sweep is a curve."""
+"""Load clients on real ranks: every request is answered once, forwards are shared, and a sweep gives a curve."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,9 @@ import pytest
 
 from harness.metrics.load import RequestRow
 from harness.records.record import load, read_status
-from harness.tasks.load.run import FILE
+from harness.tasks.load.run import REQUESTS_FILE
 from harness.tasks.report.rows import read_table
-from tests.end_to_end.conftest import command, processes_about, record_of, run
-from tests.end_to_end.test_sweep import inspect
+from tests.fixtures.commands import command, inspect, processes_about, record_of, run
 
 BRIEF = ["task=load", "load.duration_s=2", "load.warmup_s=0.5", "request.prompts=[rocket,pizza]"]
 
@@ -27,9 +26,9 @@ def test_every_request_is_answered_and_requests_share_forwards(tmp_path: Path) -
     assert found.outcomes == {"ok": found.sent}
     assert found.sent >= 6
     assert found.goodput_per_s == found.throughput_per_s > 0
-    assert found.pictures_per_evaluation is not None
-    assert found.pictures_per_evaluation > 2
-    rows = [msgspec.json.decode(line, type=RequestRow) for line in (folder / FILE).read_bytes().splitlines()]
+    assert found.images_per_evaluation is not None
+    assert found.images_per_evaluation > 2
+    rows = [msgspec.json.decode(line, type=RequestRow) for line in (folder / REQUESTS_FILE).read_bytes().splitlines()]
     assert {row.steps for row in rows} == {2, 3}
     assert all(row.sent_s < (row.began_s or 0) < (row.ended_s or 0) for row in rows)
     assert f"of {found.sent}: {found.sent} ok" in " ".join(done.stdout.split())
@@ -56,7 +55,7 @@ def test_a_sweep_over_rates_is_a_table_a_group_and_a_curve(tmp_path: Path) -> No
         assert mirror["outcome_ok"] == found.outcomes["ok"]
         assert found.latency_ms is None or mirror["latency_ms_p99"] == found.latency_ms.p99
     again = run([*arguments[:3], "-m", *arguments[3:]])
-    assert "2 jobs had been done before" in again.stdout
+    assert "2 jobs were already done" in again.stdout
     rows = read_table(folder).rows
     assert sorted(str(row.values["load.rate"]) for row in rows) == ["3.0", "6.0"]
     assert all(row.load is not None for row in rows)

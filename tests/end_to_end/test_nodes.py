@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import harness
-from tests.end_to_end.conftest import ENDLESS, LIMIT_S, agents, difference, environment, record_of, status_of
-from tests.end_to_end.faults import planted
+from tests.fixtures.commands import ENDLESS, LIMIT_S, agents, difference, environment, record_of, status_of
+from tests.fixtures.faults import planted
 
 ASKED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5", "parallel=ulysses2", "hydra.run.dir=run"]
 
@@ -23,7 +23,7 @@ def free_port() -> int:
 
 @contextmanager
 def nodes(tmp_path: Path, overrides: list[str], variables: dict[str, str]) -> Iterator[list[tuple[Path, str, int]]]:
-    """Each node's folder, what it printed and its exit status, once both have ended."""
+    """Return each node's folder, output and exit status after both have ended."""
     folders, running = [tmp_path / "first", tmp_path / "second"], []
     try:
         for folder, agent in zip(folders, agents(2, free_port(), *overrides), strict=True):
@@ -41,7 +41,7 @@ def nodes(tmp_path: Path, overrides: list[str], variables: dict[str, str]) -> It
 
 
 @pytest.mark.slow
-def test_two_nodes_draw_the_same_and_one_of_them_keeps_it(single: Path, tmp_path: Path) -> None:
+def test_two_nodes_generate_the_same_and_one_of_them_keeps_it(single: Path, tmp_path: Path) -> None:
     with nodes(tmp_path, ASKED, {"PYTHONPATH": str(Path(harness.__file__).parent.parent)}) as ended:
         assert [status for _, _, status in ended] == [0, 0], ended
         (kept,) = [folder / "run" for folder, _, _ in ended if any(folder.iterdir())]

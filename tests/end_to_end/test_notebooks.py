@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last on small sweeps that are made here, and draws."""
+"""Every notebook runs from its first cell to its last on small sweeps made here, and plots."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.end_to_end.conftest import environment, run
+from tests.fixtures.commands import environment, run
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 COMMON = ["launch.threads_per_rank=1", "logger=json"]
@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kept = [] if name == "families" else [f"task.references={root / 'references'}"]
         harness(*axes, *kept, f"hydra.sweep.dir={root / name}")
     (root / "roofline").symlink_to(root / "scaling")
-    planned = ["task=plan", "hardware=measured", f"runs={root / 'scaling'}", f"hydra.run.dir={root / 'plan'}"]
+    planned = ["task=plan", "hardware=measured", f"plan.runs={root / 'scaling'}", f"hydra.run.dir={root / 'plan'}"]
     harness(*planned)
     (root / "plan").rename(root / "scaling" / "plan")
     return root
@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
-def test_a_notebook_runs_and_draws(name: str, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_notebook_runs_and_plots(name: str, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRIPTYCH_RUNS", str(runs / name))
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
     for key, value in environment().items():

@@ -1,4 +1,4 @@
-"""The page of task=report in a browser: what a reader types and clicks changes table, charts and front alike."""
+"""The page of task=report in a browser: what a reader types and clicks changes the table, the charts and the front."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from harness.cli import dispatch
-from tests.end_to_end.chromium import MARKS, emulate, headless, widths
-from tests.harness.report_tree import HOSTILE, make_caches, make_loads, make_tree
+from tests.fixtures.chromium import MARKS, emulate, headless, widths
+from tests.fixtures.report_tree import HOSTILE, make_caches, make_loads, make_tree
 
 BARS = "return document.getElementById('stages').data.map(t => t.x.length)"
 FRONT = "return [...document.querySelectorAll('#front li')].map(e => e.textContent.split(': ')[0])"
@@ -26,11 +26,11 @@ pytestmark = MARKS
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The page of `make_tree` in a headless browser."""
+    """Open the page of `make_tree` in a headless browser."""
     pytest.importorskip("plotly")
     root = tmp_path_factory.mktemp("runs")
     make_tree(root)
-    assert dispatch(["task=report", f"runs={root}"]) == 0
+    assert dispatch(["task=report", f"report.runs={root}"]) == 0
     with headless() as driver:
         driver.get((root / "report.html").as_uri())
         yield driver
@@ -38,7 +38,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def fresh(browser: Any) -> Any:
-    """The page as it opens."""
+    """Return the page as it opens."""
     browser.refresh()
     return browser
 
@@ -51,14 +51,14 @@ def test_it_opens_with_every_run_and_fetches_nothing(fresh: Any) -> None:
     assert len(fresh.execute_script(ROWS)) == 15
     assert find(fresh, "#count").text == "15 of 15 runs"
     assert fresh.execute_script(BARS) == [11, 11, 11]
-    assert fresh.execute_script(DRAWN) == [["on the front", 4], ["behind it", 1], ["failed", 1]]
+    assert fresh.execute_script(DRAWN) == [["on the Pareto front", 4], ["dominated", 1], ["failed", 1]]
     assert len(fresh.find_elements("css selector", "#grids img")) == 11
     assert fresh.get_log("browser") == []
     assert fresh.execute_script(FETCHED) == []
 
 
 def test_hostile_text_is_text(fresh: Any) -> None:
-    shown = find(fresh, "#said").get_attribute("textContent")
+    shown = find(fresh, "#note-list").get_attribute("textContent")
     assert HOSTILE in shown
     assert "prompts=<b>x</b></script>" in find(fresh, "#stages").get_attribute("textContent")
     assert fresh.find_elements("css selector", "main b, main script, svg script, svg a") == []
@@ -122,7 +122,7 @@ def test_the_front_is_of_the_metric_that_is_chosen(fresh: Any) -> None:
         "steps=4",
         "steps=8",
         "heun steps=8",
-    ]  # the broken run is as good and faster, and failed
+    ]  # the broken run is equally good and faster, but failed
     assert fronts["distance"][1] == fronts["top1"][1]
     assert fresh.get_log("browser") == []
 
@@ -141,10 +141,10 @@ def test_nothing_overflows(fresh: Any, width: int, scheme: str) -> None:
 
 
 def opened(browser: Any, make: Callable[[Path], Any], folder: Path) -> Iterator[Any]:
-    """The page of a tree that is made in a folder; afterwards the one that was open."""
+    """Open the page of a tree that is made in a folder; go back to the earlier page afterwards."""
     before = browser.current_url
     make(folder)
-    assert dispatch(["task=report", f"runs={folder}"]) == 0
+    assert dispatch(["task=report", f"report.runs={folder}"]) == 0
     browser.get((folder / "report.html").as_uri())
     yield browser
     browser.get(before)
@@ -152,7 +152,7 @@ def opened(browser: Any, make: Callable[[Path], Any], folder: Path) -> Iterator[
 
 @pytest.fixture
 def loads(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    """The page of `make_loads`; the other one afterwards."""
+    """Open the page of `make_loads`; go back to the earlier page afterwards."""
     yield from opened(browser, make_loads, tmp_path)
 
 
@@ -178,12 +178,14 @@ def test_a_line_for_each_configuration_bends_where_requests_come_faster_than_ans
 
 @pytest.fixture
 def caches(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    """The page of `make_caches`; the other one afterwards."""
+    """Open the page of `make_caches`; go back to the earlier page afterwards."""
     yield from opened(browser, make_caches, tmp_path)
 
 
 def test_a_cached_run_stands_beside_a_plain_one_of_fewer_steps(caches: Any) -> None:
-    cells = "return [...document.querySelectorAll('#rivals tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    cells = (
+        "return [...document.querySelectorAll('#baselines tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    )
     better, worse = caches.execute_script(cells)
     assert better == [
         "first_block threshold=0.1",
@@ -201,5 +203,5 @@ def test_a_cached_run_stands_beside_a_plain_one_of_fewer_steps(caches: Any) -> N
     assert "16 of 40 branches" in find(caches, "#table tbody").text
     find(caches, "#words").send_keys("steps=5")
     assert caches.execute_script(cells) == []
-    assert "No run shown has a cache" in find(caches, "#rivals").text
+    assert "No run shown has a cache" in find(caches, "#baselines").text
     assert caches.get_log("browser") == []

@@ -1,4 +1,4 @@
-"""A running engine of two ranks: it draws, refuses, reports, cancels, sleeps, and ends; foreign bytes do not end it."""
+"""A running engine of two ranks generates, refuses, reports, cancels, sleeps and ends; foreign bytes do not end it."""
 
 import os
 import threading
@@ -18,7 +18,7 @@ from harness.engines.torchrun import TorchrunEngine
 from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Ping, Progress, decode, encode
 from harness.resolve.request import to_message
 from harness.serving.transport import Addresses, Connection, dealer
-from tests.end_to_end.conftest import cpu_seconds, wait_for
+from tests.fixtures.commands import cpu_seconds, wait_for
 
 LONG = 5000
 
@@ -51,7 +51,7 @@ def request(generator: DiffusionGenerator, **changes: object) -> GenerationReque
 
 
 def answer(connection: Connection) -> GenerationResult | Failure:
-    """The next answer that is not progress."""
+    """Return the next answer that is not a progress message."""
     while True:
         message, _ = connection.receive()
         if isinstance(message, GenerationResult | Failure):
@@ -59,7 +59,7 @@ def answer(connection: Connection) -> GenerationResult | Failure:
 
 
 def runs(connection: Connection) -> bool:
-    """Whether the next message tells of work."""
+    """Return whether the next message reports work."""
     message, _ = connection.receive()
     return isinstance(message, Progress) and message.stage != QUEUED
 
@@ -79,7 +79,7 @@ def test_the_sockets_are_private_and_the_ranks_are_known(generator: DiffusionGen
     assert all(b"harness.engines.rank" in line for line in lines)
 
 
-def test_a_seed_is_a_picture_however_often_and_beside_whatever(generator: DiffusionGenerator) -> None:
+def test_a_seed_gives_one_image_in_every_batch_and_repeat(generator: DiffusionGenerator) -> None:
     first = generator.generate(seed=3)
     assert same(first, generator.generate(seed=3))
     assert not same(first, generator.generate(seed=4))
@@ -98,13 +98,13 @@ def test_a_seed_is_a_picture_however_often_and_beside_whatever(generator: Diffus
         ({"steps": 0}, "ask for 1 to"),
         ({"seed": -1}, "give 0 to"),
         ({"guidance": float("nan")}, "guidance"),
-        ({"prompts": ["a"] * 5000}, "5000 pictures"),
+        ({"prompts": ["a"] * 5000}, "5000 images"),
         ({"prompt": "a" * 100_000}, "100000 characters"),
         ({"height": 8192, "width": 8192}, "at most"),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_cannot_be_drawn_is_refused_and_the_engine_serves_on(
+def test_what_cannot_be_generated_is_refused_and_the_engine_continues(
     generator: DiffusionGenerator, changes: dict[str, object], says: str
 ) -> None:
     with pytest.raises(RequestFailed, match=says) as caught:
@@ -252,7 +252,7 @@ def test_idle_ranks_sleep(generator: DiffusionGenerator) -> None:
 
 
 def test_a_shutdown_finishes_what_runs_answers_what_waits_and_leaves_nothing(generator: DiffusionGenerator) -> None:
-    """Last in this file: the engine is gone after it."""
+    """This is the last test in this file: the engine has ended after it."""
     assert generator.info is not None
     pids, folder = generator.info.pids, addresses(generator).folder
     with connected(generator) as connection:

@@ -1,5 +1,6 @@
-"""Real ranks that are killed, stopped, raise or run out of memory under a server: each request has its one answer in
-time, what waited is drawn by new ranks, and nothing is left.
+"""Real ranks are killed, stopped, raise or run out of memory under a server.
+
+Each request gets its one answer in time, new ranks generate what waited, and no process is left.
 """
 
 import asyncio
@@ -19,14 +20,14 @@ from harness.engines.torchrun import TorchrunEngine
 from harness.messages import Failure
 from harness.resolve.compose import compose_run, to_yaml
 from harness.resolve.request import to_message
-from harness.tasks.serve.jobs import Job
+from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.supervisor import Supervisor
-from tests.end_to_end.conftest import LIMIT_S, QUICK, processes_about
-from tests.end_to_end.faults import poisoned
+from tests.fixtures.commands import LIMIT_S, QUICK, processes_about
+from tests.fixtures.faults import poisoned
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 LONG = 10_000
-ANSWERED_S = 30.0  # from a fault to the typed answer, beside what launch.collective_timeout_s waits
+ANSWERED_S = 30.0  # from a fault to the typed answer, beyond launch.collective_timeout_s
 WAITING_S = 3.0
 FLOOR = 1e-3  # of float32 pixels in [0, 1], between batches of different sizes
 
@@ -58,15 +59,15 @@ async def serving(tmp_path: Path, *overrides: str) -> AsyncIterator[Supervisor]:
         assert not any(engine.addresses.folder.exists() for engine in engines)
 
 
-def submitted(supervisor: Supervisor, name: str, *prompts: str, steps: int = 2) -> Job:
-    """A request whose pictures are drawn in one batch."""
+def submitted(supervisor: Supervisor, name: str, *prompts: str, steps: int = 2) -> GenerationJob:
+    """Return a request whose images are generated in one batch."""
     request = to_message(supervisor._config.request)
     changes = {"request_id": name, "prompts": list(prompts), "steps": steps, "batch_size": len(prompts)}
     return supervisor.submit(msgspec.structs.replace(request, **changes))
 
 
-async def drawing(supervisor: Supervisor, number: int) -> list[Job]:
-    """Requests that fill both replicas and take for ever."""
+async def drawing(supervisor: Supervisor, number: int) -> list[GenerationJob]:
+    """Submit requests that fill both replicas and never end."""
     jobs = [submitted(supervisor, f"lost {number}{n}", "rocket", "pizza", steps=LONG) for n in "ab"]
     await until(lambda: all(job.done > 0 for job in jobs))
     return jobs
@@ -77,8 +78,8 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.02)
 
 
-async def failure_of(job: Job, limit_s: float = ANSWERED_S) -> Failure:
-    """The failure of a job that is answered in time."""
+async def failure_of(job: GenerationJob, limit_s: float = ANSWERED_S) -> Failure:
+    """Return the failure of a job, which must be answered in time."""
     began = time.monotonic()
     await asyncio.wait_for(job.wait(), limit_s)
     print(f"{job.request.request_id}: {job.failure} after {time.monotonic() - began:.1f} s")
@@ -87,13 +88,13 @@ async def failure_of(job: Job, limit_s: float = ANSWERED_S) -> Failure:
 
 
 def rank(supervisor: Supervisor, number: int) -> int:
-    """Its process id."""
+    """Return the process id of a rank."""
     assert supervisor.info is not None
     return supervisor.info.pids[number]
 
 
-async def drawn_as_ever(supervisor: Supervisor, waiting: list[Job]) -> None:
-    """The new ranks draw what waited, and draw it as they draw it again."""
+async def drawn_as_ever(supervisor: Supervisor, waiting: list[GenerationJob]) -> None:
+    """The new ranks generate what waited, and generate it again with the same pixels."""
     for job in waiting:
         await job.wait()
         assert job.state == "done", job.failure
@@ -143,10 +144,10 @@ async def test_a_rank_that_raises_among_others_ends_them_all(tmp_path: Path, mon
 
 async def test_ranks_that_are_stopped_are_found_and_replaced(tmp_path: Path) -> None:
     async with serving(tmp_path, "parallel=dp2", "serve.max_batch=2") as supervisor:
-        for number, says in ((1, "rank 0 reported nothing of its requests for 3 s"), (0, "rank 0 answered no ping")):
+        for number, says in ((1, "rank 0 reported nothing about its requests for 3 s"), (0, "rank 0 answered no ping")):
             lost = await drawing(supervisor, number)
             waiting = submitted(supervisor, f"waits {number}", "pizza")
-            supervisor._config.launch.collective_timeout_s = WAITING_S if number else 600.0  # the pings find rank 0
+            supervisor._config.launch.collective_timeout_s = WAITING_S if number else 600.0  # the pings reach rank 0
             os.kill(rank(supervisor, number), signal.SIGSTOP)
             failures = [await failure_of(job) for job in lost]
             assert all(failure.kind == "failed" and says in failure.message for failure in failures)

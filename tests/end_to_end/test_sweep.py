@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.records.record import CUT_OFF, load, read_status
-from tests.end_to_end.conftest import LIMIT_S, environment, processes_about, record_of, run, started, wait_for
+from harness.records.record import INTERRUPTED, load, read_status
+from tests.fixtures.commands import LIMIT_S, inspect, processes_about, record_of, run, started, wait_for
 
-HERE = ["launch.mode=inprocess", "launch.threads_per_rank=1", "request.prompt=rocket"]  # torch is imported once a sweep
+HERE = [
+    "launch.mode=inprocess",
+    "launch.threads_per_rank=1",
+    "request.prompt=rocket",
+]  # imports torch once
 
 
 def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -23,20 +27,9 @@ def jobs(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.rglob("status.json"))
 
 
-def inspect(job: Path, *flags: str) -> str:
-    """What wandb itself reads back from the offline run in a job's folder."""
-    logs = list((job / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(logs) == 1, f"{job} has {len(logs)} offline runs"
-    program = Path(sys.executable).parent / "wandb"
-    command = [str(program), "leet", "inspect", *flags, "--json", str(logs[0])]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_S, env=environment(), check=True
-    ).stdout
-
-
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two solvers times two step counts, mirrored to wandb offline."""
+    """Return the folder of a sweep of two solvers and two step counts, with wandb in offline mode."""
     folder = tmp_path_factory.mktemp("sweep") / "four"
     measured = ["task=bench", "task.repeats=2", f"task.references={folder.parent / 'references'}"]
     mirrored = ["logger=default", "logger.wandb.mode=offline"]
@@ -132,7 +125,7 @@ def test_a_sweep_starts_ranks_once_an_engine_and_again_only_what_is_not_done(tmp
     (started / "status.json").write_text('{"state": "failed", "error": "the run was cut off before it ended"}')
     done = sweep(folder, *axes)
     assert done.returncode == 1, done.stderr
-    assert "1 jobs had been done before" in done.stdout
+    assert "1 jobs were already done" in done.stdout
     after = {job.name: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
     assert {name for name in after if after[name] != before[name]} == {started.name, refused.name}
     assert read_status(started).state == "ok"
@@ -148,7 +141,7 @@ SWEEPS = (
 
 @pytest.mark.slow
 def test_a_sweep_that_was_killed_ends_with_every_row_once(tmp_path: Path) -> None:
-    """24 jobs over model, family, solver, steps, attention and layout; one cannot run, and one command is killed."""
+    """24 jobs over model, family, solver, steps, attention and layout: one cannot run, and one command is killed."""
     folder = tmp_path / "sweep"
     common = [sys.executable, "-m", "harness", "-m", "launch.threads_per_rank=1", "request.prompt=rocket"]
     commands = [[*common, "logger=json", f"hydra.sweep.dir={folder}", *axes] for axes in SWEEPS]
@@ -159,12 +152,12 @@ def test_a_sweep_that_was_killed_ends_with_every_row_once(tmp_path: Path) -> Non
         process.wait(timeout=LIMIT_S)
     wait_for(lambda: not processes_about(folder), "its ranks to end")
     before = {job: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
-    cut = [job for job in before if read_status(job) == CUT_OFF]
+    cut = [job for job in before if read_status(job) == INTERRUPTED]
     assert len(before) == 13
     assert len(cut) == 1
     outcomes = [run(command) for command in commands]
     assert [done.returncode for done in outcomes] == [0, 0, 0, 1], [done.stderr for done in outcomes]
-    kept = [next(line for line in done.stdout.splitlines() if "had been done" in line) for done in outcomes[:3]]
+    kept = [next(line for line in done.stdout.splitlines() if "were already done" in line) for done in outcomes[:3]]
     assert [line.split()[0] for line in kept] == ["4", "6", "2"]
     table = load(folder)
     assert len(table) == 24
@@ -178,7 +171,7 @@ def test_a_sweep_that_was_killed_ends_with_every_row_once(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_launcher_may_run_the_jobs_in_processes_of_its_own(tmp_path: Path) -> None:
-    """As on a cluster: submitit pickles each job, and what came of it is read back from the sweep's folder."""
+    """As on a cluster: submitit pickles each job, and its result is read back from the sweep's folder."""
     pytest.importorskip("submitit", reason="pip install 'triptych[slurm]'")
     overrides = ["hydra/launcher=submitit_local", "logger=json", "request.steps=1", "request.height=64,65"]
     done = sweep(tmp_path / "sweep", *overrides, "launch.mode=torchrun", "parallel=dp2")
@@ -190,8 +183,8 @@ def test_a_launcher_may_run_the_jobs_in_processes_of_its_own(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_sweeper_that_searches_is_told_what_each_job_took(tmp_path: Path) -> None:
-    """Optuna's: its best trial is the job with the smallest median, a refused one being no candidate."""
+def test_a_sweeper_that_searches_gets_the_time_of_each_job(tmp_path: Path) -> None:
+    """The best trial of Optuna is the job with the smallest median; a refused job is no candidate."""
     pytest.importorskip("optuna", reason="pip install 'triptych[optuna]'")
     folder = tmp_path / "search"
     search = [

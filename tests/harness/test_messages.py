@@ -28,8 +28,8 @@ from harness.messages import (
     array,
     decode,
     encode,
-    pack,
-    unpack,
+    pack_frames,
+    unpack_frames,
 )
 
 REPORT = RankReport(
@@ -63,16 +63,16 @@ def test_there_is_an_example_of_every_message() -> None:
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_messages_come_back_as_sent(message: Message) -> None:
-    assert decode(unpack(pack(encode(message)))) == message
+    assert decode(unpack_frames(pack_frames(encode(message)))) == message
 
 
 @pytest.mark.parametrize("dtype", ["float32"])
 def test_arrays_come_back_bit_for_bit(dtype: str) -> None:
     whole = (np.random.default_rng(0).normal(size=(3, 16, 8)) * 100).astype(dtype)
-    turned = whole.transpose(0, 2, 1)  # not contiguous: frames are C order whatever the memory was
+    turned = whole.transpose(0, 2, 1)  # not contiguous: frames have C order whatever the memory layout was
     refs = [ArrayRef(1, dtype, (3, 16, 8)), ArrayRef(2, dtype, (3, 8, 16))]
     samples = [SampleResult(k, "", k, ref) for k, ref in enumerate(refs)]
-    frames = unpack(pack(encode(GenerationResult("a", samples, [], 0.0), [whole, turned])))
+    frames = unpack_frames(pack_frames(encode(GenerationResult("a", samples, [], 0.0), [whole, turned])))
     message = decode(frames)
     assert isinstance(message, GenerationResult)
     for sample, sent in zip(message.samples, (whole, turned), strict=True):
@@ -111,7 +111,7 @@ def test_no_frame_is_no_message() -> None:
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
-def test_a_message_cut_short_is_refused(message: Message) -> None:
+def test_a_truncated_message_is_refused(message: Message) -> None:
     whole = encode(message)[0]
     for length in range(len(whole)):
         with pytest.raises(MessageError):
@@ -164,7 +164,7 @@ def test_endless_nesting_is_refused(opening: bytes) -> None:
     ids=str,
 )
 def test_other_msgpack_is_refused_or_harmless(fields: object) -> None:
-    """A wrong type or a missing field is refused; a field too many is ignored, so that a newer client may send it."""
+    """A wrong type or a missing field is refused; an unknown field is ignored, so that a newer client may send it."""
     data = msgspec.msgpack.encode(fields)
     if isinstance(fields, dict) and fields.get("type") == "Ping":
         assert decode([data]) == Ping()
@@ -176,4 +176,4 @@ def test_other_msgpack_is_refused_or_harmless(fields: object) -> None:
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x93\x01\x02", msgspec.msgpack.encode(["text"])])
 def test_packed_frames_that_are_none_are_refused(data: bytes) -> None:
     with pytest.raises(MessageError):
-        unpack(data)
+        unpack_frames(data)

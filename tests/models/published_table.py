@@ -1,8 +1,8 @@
-"""Writes the README's table of published checkpoints: python -m tests.models.published_table."""
+"""Write the README's table of published checkpoints: `python -m tests.models.published_table`."""
 
 from pathlib import Path
 
-from tests.models.published import CHECKPOINTS, pair
+from tests.fixtures.models.published import CHECKPOINTS, pair
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- models -->", "<!-- /models -->"
@@ -10,16 +10,16 @@ HEADER = "| `model=` | published as | network of diffusers | parameters | tensor
 
 
 def table() -> str:
-    """The table, one row a checkpoint."""
+    """Return the table, one row for each checkpoint."""
     return "\n".join([HEADER, "|---|---|---|---|---|---|", *(row(name) for name in CHECKPOINTS)])
 
 
 def row(name: str) -> str:
-    """One checkpoint: sizes, and how many names or shapes of either side have no partner."""
+    """Return the row of one checkpoint: sizes, and how many names or shapes of either library have no partner."""
     found = pair(name)
     prefix = "" if found.names.pairs else f"{next(iter(found.ours.state_dict())).partition('.')[0]}."
     mine = {(key.removeprefix(prefix), tuple(t.shape)) for key, t in found.ours.state_dict().items()}
-    theirs = {(found.names.ours(key), tuple(t.shape)) for key, t in found.theirs.state_dict().items()}
+    theirs = {(found.names.to_native(key), tuple(t.shape)) for key, t in found.theirs.state_dict().items()}
     size = sum(parameter.numel() for parameter in found.ours.parameters())
     shown = f"{size / 1e9:.2f} B" if size >= 1e9 else f"{size / 1e6:.1f} M"
     cells = (
@@ -34,7 +34,7 @@ def row(name: str) -> str:
 
 
 def main() -> None:
-    """Replaces the table between the README's markers."""
+    """Replace the table between the README's markers."""
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")

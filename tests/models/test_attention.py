@@ -14,12 +14,12 @@ from torch import Tensor
 import conf
 from models.attention import BACKENDS, attention_kernel, math_attention, resolved_name, sdpa_attention
 from models.attention.flash import FlashPackage, flash_package
-from models.attention.flash import with_package as flash_with
+from models.attention.flash import run_package as flash_with
 from models.attention.sage import SagePackage
-from models.attention.sage import with_package as sage_with
+from models.attention.sage import run_package as sage_with
 from models.attention.table import TABLE
 from models.registry import ATTENTION_BACKENDS, WITH_LSE, resolve_backend
-from tests.models.attention_cases import assert_within, exact, mask_of, tensors
+from tests.fixtures.models.attention_cases import assert_within, exact, mask_of, tensors
 
 EVERY = (*BACKENDS, "flex")  # what a CPU runs; flex in float64, where it compiles nothing
 MASKS = ("none", "random", "tail", "empty")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # flex warns wher
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """One query at a time, in float64."""
+    """Compute one query at a time, in float64."""
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
     for b in range(q.shape[0]):
         kept = torch.arange(k.shape[1]) if mask is None else mask[b].nonzero()[:, 0]
@@ -41,7 +41,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def score_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
-    """What a backend keeps its scores in: the reference the dtype of its tensors, fused kernels float32."""
+    """Return the dtype in which a backend keeps its scores: float32 in fused kernels, else the tensors' dtype."""
     return dtype if backend == "math" else torch.promote_types(dtype, torch.float32)
 
 
@@ -50,7 +50,7 @@ def score_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
     ("backend", "queries", "keys", "width"),
     [
         *((backend, *sizes) for backend in BACKENDS for sizes in ((1, 1, 8), (5, 7, 8), (65, 3, 10))),
-        ("flex", 5, 7, 8),  # which traces every kind of size anew
+        ("flex", 5, 7, 8),  # which traces every kind of size again
     ],
 )
 def test_backends_agree_with_the_formula(backend: str, kind: str, queries: int, keys: int, width: int) -> None:
@@ -85,7 +85,7 @@ def test_backends_agree_with_the_reference_within_rounding(
     [(torch.float32, 40, "none"), (torch.float32, 72, "empty"), (torch.bfloat16, 72, "empty")],
 )
 def test_compiled_flex_agrees_with_the_reference(dtype: torch.dtype, width: int, kind: str) -> None:
-    """Twice with one kernel: the second mask is not that of the first."""
+    """One kernel is called twice: the second mask must not be that of the first."""
     try:
         resolved_name("flex", "cpu")
     except NotImplementedError as lacking:
@@ -136,7 +136,7 @@ def test_nothing_is_written_into_what_is_handed_in(backend: str) -> None:
 
 
 def test_bfloat16_softmax_is_wide() -> None:
-    """Weights from a float32 softmax, rounded once: a bfloat16 sum over 512 equal keys would lose most of it."""
+    """Weights come from a float32 softmax, rounded once: a bfloat16 sum over 512 equal keys would lose most of it."""
     q, k = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), torch.zeros(1, 512, 1, 8, dtype=torch.bfloat16)
     v = torch.ones(1, 512, 1, 8, dtype=torch.bfloat16)
     for backend in BACKENDS.values():
@@ -221,7 +221,7 @@ def test_flex_is_refused_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def module(name: str, **functions: object) -> types.ModuleType:
-    """An installed package of that name with these functions."""
+    """Install a fake package of that name with these functions."""
     made = types.ModuleType(name)
     made.__spec__ = importlib.machinery.ModuleSpec(name, None)
     for attribute, function in functions.items():
@@ -250,7 +250,7 @@ def test_flash_attn_3_on_hopper_else_2(
     assert flash_package().name == name
 
 
-def test_a_package_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_package_that_does_not_load_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN2at')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
@@ -261,7 +261,7 @@ def test_a_package_that_does_not_load_is_said(monkeypatch: pytest.MonkeyPatch, t
 def dense(
     q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, return_attn_probs: bool
 ) -> tuple[Tensor, Tensor, None]:
-    """flash-attn's dense function as documented, in float64; without keys its lse is +inf."""
+    """Return flash-attn's dense function as documented, in float64; without keys its lse is +inf."""
     assert q.dtype in (torch.bfloat16, torch.float16)
     assert q.shape[-1] % 8 == 0
     assert q.shape[-1] <= 256
@@ -283,7 +283,7 @@ def varlen(
     softmax_scale: float,
     return_attn_probs: bool,
 ) -> tuple[Tensor, Tensor, None]:
-    """flash-attn's varlen function as documented: every sequence of queries meets its sequence of keys."""
+    """Return flash-attn's varlen function as documented: every sequence of queries meets its sequence of keys."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert cu_seqlens_q[-1] == len(q)
     assert cu_seqlens_k[-1] == len(k) == len(v)
@@ -326,7 +326,7 @@ def test_flash_attn_refuses_what_it_has_not(dtype: torch.dtype, width: int, line
 def sageattn(
     q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", sm_scale: float = 0.0, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The function of version 2, without its rounding."""
+    """Return the function of version 2, without its rounding."""
     assert tensor_layout == "NHD"
     assert q.shape[-1] in (64, 128)
     out, lse, _ = dense(q, k, v, softmax_scale=sm_scale, return_attn_probs=True)
@@ -336,15 +336,15 @@ def sageattn(
 def sageattn_1(
     q: Tensor, k: Tensor, v: Tensor, tensor_layout: str = "HND", sm_scale: float = 0.0, **ignored: bool
 ) -> Tensor:
-    """The function of version 1, which writes into the keys."""
+    """Return the function of version 1, which writes into the keys."""
     out = sageattn(q, k, v, tensor_layout, sm_scale)
     assert isinstance(out, Tensor)
     k -= k.mean(dim=1, keepdim=True)
     return out
 
 
-SAGE = SagePackage("sageattention 2.2.0", sageattn, gives_lse=True)
-SAGE_1 = SagePackage("sageattention 1.0.6", sageattn_1, gives_lse=False)
+SAGE = SagePackage("sageattention 2.2.0", sageattn, returns_lse=True)
+SAGE_1 = SagePackage("sageattention 1.0.6", sageattn_1, returns_lse=False)
 
 
 @pytest.mark.parametrize("package", [SAGE, SAGE_1], ids=lambda package: package.name)
@@ -352,7 +352,7 @@ SAGE_1 = SagePackage("sageattention 1.0.6", sageattn_1, gives_lse=False)
 def test_sage_is_handed_what_it_takes(package: SagePackage, width: int) -> None:
     q, k, v = tensors(5, 19, width, torch.bfloat16)
     before, wanted = k.clone(), exact(q, k, v)
-    out, lse = sage_with(package, q, k, v, None, with_lse=package.gives_lse)
+    out, lse = sage_with(package, q, k, v, None, with_lse=package.returns_lse)
     assert torch.equal(k, before)
     torch.testing.assert_close(out, wanted.out_BLHD, rtol=1e-12, atol=1e-12)
     if lse is not None:
@@ -413,7 +413,7 @@ def test_backends_agree_with_the_reference_on_a_gpu(
 @pytest.mark.skipif(importlib.util.find_spec("sageattention") is None, reason="sageattention is not installed")
 @pytest.mark.parametrize("width", [40, 64, 72, 128])
 def test_sage_is_near_the_reference_on_a_gpu(width: int) -> None:
-    """Eight bits a score: a relative error of some percent, where a wrong scale or layout gives some tens."""
+    """With eight bits a score the relative error is some percent; a wrong scale or layout would give some tens."""
     q, k, v = tensors(257, 513, width, torch.bfloat16)
     wanted = exact(q, k, v).out_BLHD
     out = TABLE["sage"].attend(q.cuda(), k.cuda(), v.cuda()).cpu().double()

@@ -11,14 +11,14 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 from models.attention import BACKENDS
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.dit import NAMES, PLAN, DiT, DiTConfig, load_denoiser, read_config
 from models.dit.prompts import ClassLabels, read_names
 from models.files import CheckpointError, read_json
 from models.layers import unpatchify
 from models.registry import PUBLISHED
-from models.source import Source
-from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_config_refused, assert_names_map, assert_plan_fits, randomize, rel_l2
 
 SMALL = DiTConfig(
     depth=2, heads=4, head_channels=8, in_channels=4, out_channels=8, patch=2, sample_size=8, classes=10, norm_eps=1e-5
@@ -33,7 +33,7 @@ CONFIGS = {
 
 
 def config_json(config: DiTConfig) -> dict[str, Any]:
-    """The config.json that makes diffusers build the same network."""
+    """Return the config.json that makes diffusers build the same network."""
     return {
         "_class_name": "DiTTransformer2DModel",
         "num_layers": config.depth,
@@ -50,28 +50,28 @@ def config_json(config: DiTConfig) -> dict[str, Any]:
 
 
 def their(config: DiTConfig) -> DiTTransformer2DModel:
-    """diffusers' network with random weights everywhere; the blocks' classes and times differ from one another too."""
+    """Make diffusers' network with random weights; the blocks' classes and times differ from one another too."""
     network = DiTTransformer2DModel.from_config(config_json(config)).eval()
     randomize(network)
-    for block in network.transformer_blocks:  # rows of a table are no matrix's: as large as the times they add to
+    for block in network.transformer_blocks:  # rows of a table: as large as the times that they are added to
         block.norm1.emb.class_embedder.embedding_table.weight.data.mul_(config.width**0.5)
     return network
 
 
 def our(theirs: DiTTransformer2DModel, config: DiTConfig, backend: str = "sdpa") -> DiT:
     network = DiT(config, BACKENDS[backend])
-    network.load_state_dict({NAMES.ours(name): tensor for name, tensor in theirs.state_dict().items()})
+    network.load_state_dict({NAMES.to_native(name): tensor for name, tensor in theirs.state_dict().items()})
     return network.eval()
 
 
 def inputs(config: DiTConfig, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A latent, times, and classes, the null class among them."""
+    """Return a latent, times, and classes with the null class among them."""
     latent = torch.randn(batch, config.in_channels, height, width, generator=torch.Generator().manual_seed(1))
     return latent, torch.tensor([0.7, 333.25, 999.0])[:batch], torch.tensor([2, config.classes, 0])[:batch]
 
 
 def their_output(network: DiTTransformer2DModel, latent: Tensor, tau: Tensor, labels: Tensor, patch: int) -> Tensor:
-    """diffusers' output, whose tokens it puts into a square whatever the latent's shape; put back where they belong."""
+    """Return diffusers' output; it arranges tokens as a square whatever the latent's shape, so restore the order."""
     square = network(latent, timestep=tau, class_labels=labels).sample
     side = square.shape[-1] // patch
     tokens = square.unflatten(-1, (side, patch)).unflatten(-3, (side, patch)).permute(0, 2, 4, 3, 5, 1)
@@ -97,7 +97,7 @@ def test_parity_with_diffusers(name: str, batch: int, backend: str) -> None:
 
 
 def test_every_input_matters() -> None:
-    """Parity means nothing where the output does not depend on what is compared."""
+    """Parity proves nothing where the output does not depend on what is compared."""
     network = our(their(SMALL), SMALL)
     latent, tau, labels = inputs(SMALL, 3, 8, 8)
     with torch.no_grad():
@@ -112,21 +112,21 @@ def test_every_input_matters() -> None:
 
 
 def test_every_weight_matters() -> None:
-    """Also those that only one block, or only the head, reads."""
+    """The inputs that only one block or only the head reads count too."""
     network = our(their(SMALL), SMALL)
     latent, tau, labels = inputs(SMALL, 1, 8, 8)
     with torch.no_grad():
         plain = network(latent, tau, Conditioning(labels=labels))
         for name, parameter in network.named_parameters():
             if name.endswith("to_k.bias"):
-                continue  # the same score for every key: softmax does not see it
+                continue  # the same score for every key: softmax does not change
             kept = parameter.clone()
             parameter.mul_(1.5)
             assert rel_l2(network(latent, tau, Conditioning(labels=labels)), plain) > 1e-4, name
             parameter.copy_(kept)
 
 
-def test_a_batch_is_its_pictures() -> None:
+def test_a_batch_equals_its_single_images() -> None:
     network = our(their(SMALL), SMALL)
     latent, tau, labels = inputs(SMALL, 3, 8, 8)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_the_names_are_a_bijection(name: str) -> None:
 def test_a_checkpoint_that_diffusers_wrote_loads(tmp_path: Path) -> None:
     theirs = their(SMALL)
     theirs.save_pretrained(tmp_path / "transformer")
-    ours = load_denoiser(Source(tmp_path))
+    ours = load_denoiser(CheckpointSource(tmp_path))
     assert ours.config == SMALL
     latent, tau, labels = inputs(SMALL, 3, 8, 8)
     with torch.no_grad():
@@ -185,9 +185,8 @@ def test_sizes_come_back_from_the_config(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_of_another_network_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
-    write(tmp_path, config_json(SMALL) | change)
-    with pytest.raises(CheckpointError, match=says):
-        read_config(tmp_path)
+    raw = {key: value for key, value in (config_json(SMALL) | change).items() if value is not None}
+    assert_config_refused(read_config, tmp_path, raw, says)
 
 
 def test_a_prompt_is_the_name_or_the_number_of_a_class() -> None:
@@ -195,23 +194,23 @@ def test_a_prompt_is_the_name_or_the_number_of_a_class() -> None:
     assert labels(["Tinca tinca", "tench", " tench ", "4", "7", "", "crane"]).labels.tolist() == [0, 0, 0, 4, 1, 9, 3]
     assert labels([""], negative=True).labels.dtype == torch.int64
     for prompt, says in {
-        "trench": "'trench' is no class; did you mean tench.* a number from 0 to 8",
-        "9": "'9' is no class",
-        "-1": "'-1' is no class",
-        "zebra crossing": r"no class \(give a name",
+        "trench": "'trench' is not a class; did you mean tench.* a number from 0 to 8",
+        "9": "'9' is not a class",
+        "-1": "'-1' is not a class",
+        "zebra crossing": r"not a class \(give a name",
     }.items():
         with pytest.raises(ValueError, match=says):
             labels.check(prompt)
-        with pytest.raises(ValueError, match="is no class"):
+        with pytest.raises(ValueError, match="is not a class"):
             labels.count(prompt)
 
 
 def test_a_checkpoint_without_names_takes_numbers() -> None:
     labels = ClassLabels(read_names({}), 3)
     assert labels(["2", ""]).labels.tolist() == [2, 3]
-    with pytest.raises(ValueError, match="the checkpoint names none"):
+    with pytest.raises(ValueError, match="the checkpoint has no class names"):
         labels.check("tench")
-    with pytest.raises(CheckpointError, match="no object"):
+    with pytest.raises(CheckpointError, match="not an object"):
         read_names({"id2label": ["tench"]})
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_names({"id2label": {"0": 3}})
@@ -222,12 +221,16 @@ def test_the_published_names_are_those_of_imagenet(name: str) -> None:
     index = read_json(PUBLISHED / name / "model_index.json")
     names = read_names(index)
     assert list(index["id2label"]) == [str(number) for number in range(1000)]
-    assert set(range(1000)) - set(names.values()) == {134, 638, 657}  # crane, maillot, missile: a later class's too
+    assert set(range(1000)) - set(names.values()) == {
+        134,
+        638,
+        657,
+    }  # crane, maillot, missile: a later class has the name too
     known = {"white shark": 2, "umbrella": 879, "golden retriever": 207, "crane": 517, "Cardigan": 264, "cardigan": 474}
     assert {prompt: names[prompt] for prompt in known} == known
 
 
 def test_published_sizes() -> None:
-    """DiT-XL/2 of the paper's table 1: 28 layers, width 1152, 16 heads, patches of 2; the latent of 256 or 512."""
+    """DiT-XL/2 of the paper's table 1: 28 layers, width 1152, 16 heads, patches of 2; 256 or 512 pixels."""
     for name, side in (("dit_256", 32), ("dit_512", 64)):
         assert read_config(PUBLISHED / name / "transformer") == DiTConfig(28, 16, 72, 4, 8, 2, side, 1000, 1e-5)

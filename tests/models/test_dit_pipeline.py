@@ -1,6 +1,5 @@
-"""A class-conditional checkpoint that diffusers saved is drawn as diffusers draws it, from classes to pixels."""
+"""A class-conditional checkpoint saved by diffusers gives diffusers' images, from classes to pixels."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,41 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.inprocess import InprocessEngine
 from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise
-from harness.resolve.compose import compose_run
-from tests.models.parity import randomize
+from tests.fixtures.generators import generator
+from tests.fixtures.models.dit import LINEAR, SIDE, save
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
-STEPS, GUIDANCE, SEED, SIDE = 6, 4.0, 11, 8  # SIDE of the latent
-NAMES = {"0": "tench, Tinca tinca", "1": "goldfish, Carassius auratus", "7": "cock"}
+STEPS, GUIDANCE, SEED = 6, 4.0, 11
 CLASSES = {"Tinca tinca": 0, "goldfish": 1, "999": 999}
-LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
-
-
-def save(folder: Path, heads: int = 2) -> None:
-    """Every part random and small, saved by diffusers' pipeline."""
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, sample_size=SIDE
-    )
-    randomize(transformer)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.7,
-    )
-    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False, **LINEAR)).save_pretrained(folder)
-    index = folder / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": NAMES}))
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +38,7 @@ def peer(checkpoint: Path) -> DiTPipeline:
 def start(checkpoint: Path, *overrides: str) -> DiffusionGenerator:
     common = [f"model.path={checkpoint}", "model=dit_256", "model.dtype=float32", "model.size_multiple=4"]
     sizes = [f"model.{name}={2 * SIDE}" for name in ("height", "width")]
-    process = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
-    config = compose_run([*common, *sizes, *process, "model.examples=[goldfish]", *overrides]).config
-    engine = DiffusionGenerator(config, InprocessEngine(config))
+    engine = generator(*common, *sizes, "model.examples=[goldfish]", *overrides)
     engine.start()
     return engine
 
@@ -77,14 +51,14 @@ def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
 
 
 def draw(peer: DiTPipeline, prompt: str, seed: int, guidance: float, steps: int = STEPS) -> np.ndarray:
-    """diffusers' own pipeline; it draws its noise from the generator, as seeded_noise does."""
+    """Run diffusers' own pipeline; it takes its noise from the generator, as seeded_noise does."""
     label = int(prompt) if prompt.isdecimal() else peer.get_label_ids([prompt])[0]
     noise = torch.Generator().manual_seed(seed)
     images = peer([label], guidance, noise, num_inference_steps=steps, output_type="np").images
     return images[0].transpose(2, 0, 1)
 
 
-def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: DiTPipeline) -> None:
+def test_images_are_diffusers_own(engine: DiffusionGenerator, peer: DiTPipeline) -> None:
     drawn = engine.generate(prompts=list(CLASSES), seed=SEED, steps=STEPS, guidance=GUIDANCE)
     for k, prompt in enumerate(CLASSES):
         theirs = draw(peer, prompt, SEED + k, GUIDANCE)
@@ -110,14 +84,14 @@ def test_the_comparison_sees_class_guidance_and_seed(engine: DiffusionGenerator)
     assert np.array_equal(pixels(prompt="1"), plain)
 
 
-def test_a_picture_need_not_be_square(engine: DiffusionGenerator) -> None:
+def test_an_image_need_not_be_square(engine: DiffusionGenerator) -> None:
     drawn = engine.generate(prompt="goldfish", seed=SEED, steps=2, height=12, width=24)
     assert drawn.pixels[0].shape == (3, 12, 24)
 
 
 @pytest.mark.parametrize("where", ["prompt", "negative_prompt"])
 def test_an_unknown_class_is_refused_with_the_nearest(engine: DiffusionGenerator, where: str) -> None:
-    with pytest.raises(RequestFailed, match=r"'goldfisch' is no class; did you mean goldfish\?") as caught:
+    with pytest.raises(RequestFailed, match=r"'goldfisch' is not a class; did you mean goldfish\?") as caught:
         engine.generate(**({"prompt": "cock", "steps": 1} | {where: "goldfisch"}))
     assert caught.value.kind == "rejected"
 
@@ -129,7 +103,7 @@ def test_an_unknown_class_is_refused_with_the_nearest(engine: DiffusionGenerator
 def ancestral(
     peer: DiTPipeline, label: int, guidance: float, steps: int, monkeypatch: pytest.MonkeyPatch, **options: object
 ) -> Tensor:
-    """DDPM's loop by hand: eps guided, the variance that of the class, noise of each step as this harness draws it."""
+    """Run DDPM's loop by hand: eps guided, the variance of the class, and this harness's noise in each step."""
     scheduler = DDPMScheduler(variance_type="learned_range", **LINEAR, **options)
     scheduler.set_timesteps(steps)
     drawn = iter(range(steps))
@@ -182,13 +156,13 @@ def test_the_learned_variance_is_neither_of_the_fixed_ones(checkpoint: Path) -> 
     assert min(np.abs(pictures[0] - other).max() for other in pictures[1:]) > 20 * BOUND
 
 
-def test_a_network_without_a_variance_is_not_asked_for_one(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_network_without_a_variance_needs_none(checkpoint: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     plain = DiTTransformer2DModel(2, 12, 4, num_layers=1, sample_size=SIDE)
     plain.save_pretrained(tmp_path / "transformer")
     (tmp_path / "vae").symlink_to(checkpoint / "vae")
-    with pytest.raises(ValueError, match=r"model\.trained\.ddpm\.learned_variance=false"):
+    with pytest.raises(ValueError, match=r"model\.checkpoint_defaults\.ddpm\.learned_variance=false"):
         start(tmp_path, *DDPM[:2])
-    engine = start(tmp_path, *DDPM[:2], "model.trained.ddpm.learned_variance=false", "model.examples=['1']")
+    engine = start(tmp_path, *DDPM[:2], "model.checkpoint_defaults.ddpm.learned_variance=false", "model.examples=['1']")
     assert engine.generate(prompt="1", seed=SEED, steps=2).pixels[0].shape == (3, 2 * SIDE, 2 * SIDE)
     engine.stop()

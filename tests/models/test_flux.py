@@ -11,12 +11,11 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor
 
 from models.attention import BACKENDS
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
-from models.files import CheckpointError
 from models.flux import NAMES, PLAN, Flux, load_denoiser, read_config
 from models.layers import rotate
-from models.source import Source
-from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_config_refused, assert_names_map, assert_plan_fits, randomize, rel_l2
 
 TINY: dict[str, object] = {
     "_class_name": "FluxTransformer2DModel",
@@ -50,7 +49,7 @@ def our(
     theirs: FluxTransformer2DModel, folder: Path, backend: str = "sdpa", dtype: torch.dtype = torch.float32
 ) -> Flux:
     theirs.save_pretrained(folder / "transformer")
-    return load_denoiser(Source(folder, dtype=dtype), BACKENDS[backend])
+    return load_denoiser(CheckpointSource(folder, dtype=dtype), BACKENDS[backend])
 
 
 def inputs(config: dict[str, object], batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -63,17 +62,17 @@ def inputs(config: dict[str, object], batch: int, height: int, width: int) -> tu
 
 
 def expected(theirs: FluxTransformer2DModel, latent: Tensor, tau: Tensor, told: Conditioning) -> Tensor:
-    """As diffusers' pipeline calls its network: packed latents, positions handed in, a thousandth of tau."""
+    """Call the network as diffusers' pipeline does: packed latents, positions as inputs, a thousandth of tau."""
     batch, channels, height, width = latent.shape
     packed = FluxPipeline._pack_latents(latent, batch, channels, height, width)
     places = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, latent.device, latent.dtype)
     output = theirs(
         packed,
-        encoder_hidden_states=told.text(),
-        pooled_projections=told.vector(),
+        encoder_hidden_states=told.require_prompt_embeds(),
+        pooled_projections=told.require_pooled(),
         timestep=tau / 1000,
         img_ids=places,
-        txt_ids=torch.zeros(told.text().shape[1], 3),
+        txt_ids=torch.zeros(told.require_prompt_embeds().shape[1], 3),
         guidance=told.scale if theirs.config.guidance_embeds else None,
     ).sample
     return FluxPipeline._unpack_latents(output, 8 * height, 8 * width, 8)
@@ -106,15 +105,15 @@ def test_every_input_matters(tmp_path: Path) -> None:
         plain = ours(latent, tau, told)
         assert rel_l2(ours(latent.flip(0), tau, told), plain) > 0.1
         assert rel_l2(ours(latent, tau + 100, told), plain) > 0.01
-        assert rel_l2(ours(latent, tau, replace(told, states=other)), plain) > 0.01
-        assert rel_l2(ours(latent, tau, replace(told, pooled=told.vector() + 1)), plain) > 0.01
+        assert rel_l2(ours(latent, tau, replace(told, prompt_embeds=other)), plain) > 0.01
+        assert rel_l2(ours(latent, tau, replace(told, pooled=told.require_pooled() + 1)), plain) > 0.01
         assert rel_l2(ours(latent, tau, replace(told, scale=torch.full((3,), 2.0))), plain) > 0.01
         for axis in (-1, -2):  # positions
             moved = ours(latent.roll(2, dims=axis), tau, told).roll(-2, dims=axis)
             assert rel_l2(moved, plain) > 0.001
 
 
-def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
+def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
     ours = our(their(TINY), tmp_path)
     latent, tau, told = inputs(TINY, 3, 6, 10)
     with torch.no_grad():
@@ -122,12 +121,14 @@ def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
         for k in range(3):
             row = slice(k, k + 1)
             assert told.scale is not None
-            alone = Conditioning(told.text()[row], pooled=told.vector()[row], scale=told.scale[row])
+            alone = Conditioning(
+                told.require_prompt_embeds()[row], pooled=told.require_pooled()[row], scale=told.scale[row]
+            )
             assert rel_l2(ours(latent[row], tau[row], alone)[0], together[k]) < 1e-6
 
 
 def test_bfloat16_keeps_near_times_and_scales_apart(tmp_path: Path) -> None:
-    """diffusers tells 900 and 901 as one number in bfloat16, whose steps are 4 there."""
+    """diffusers sees 900 and 901 as one number in bfloat16, whose steps are 4 there."""
     ours = our(their(TINY), tmp_path, dtype=torch.bfloat16)
     latent, _, told = inputs(TINY, 1, 6, 10)
     told = replace(told.to(torch.bfloat16), scale=torch.tensor([3.5]))
@@ -145,7 +146,7 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers_is(tmp_path: Path) -> None:
     ours = our(theirs, tmp_path, dtype=torch.bfloat16)
     latent, tau, told = inputs(TINY, 3, 6, 10)
     tau = torch.tensor([250.0, 500.0, 1000.0])  # bfloat16 has these, and a thousand times those, so that the rounding
-    told = replace(told, scale=torch.tensor([1.0, 2.0, 4.0]))  # of what is told plays no part
+    told = replace(told, scale=torch.tensor([1.0, 2.0, 4.0]))  # of the inputs plays no part
     with torch.no_grad():
         exact = expected(theirs, latent, tau, told)
         mine = rel_l2(ours(latent.bfloat16(), tau, told.to(torch.bfloat16)).float(), exact)
@@ -176,8 +177,8 @@ def test_a_mask_and_missing_inputs_are_refused(tmp_path: Path) -> None:
     ours = our(their(TINY), tmp_path)
     latent, tau, told = inputs(TINY, 1, 4, 4)
     for change, says in (
-        ({"mask": torch.ones(1, 7, dtype=torch.bool)}, "takes no mask"),
-        ({"states": None}, "needs text states"),
+        ({"mask": torch.ones(1, 7, dtype=torch.bool)}, "must have no mask"),
+        ({"prompt_embeds": None}, "needs prompt embeddings"),
         ({"pooled": None}, "needs a pooled"),
         ({"scale": None}, "guidance scale"),
     ):
@@ -199,9 +200,7 @@ def test_a_mask_and_missing_inputs_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_of_another_network_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TINY | change))
-    with pytest.raises(CheckpointError, match=says):
-        read_config(tmp_path)
+    assert_config_refused(read_config, tmp_path, TINY | change, says)
 
 
 def test_what_a_config_leaves_out_is_diffusers_default(tmp_path: Path) -> None:

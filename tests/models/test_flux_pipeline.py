@@ -1,4 +1,4 @@
-"""Triptych and diffusers' FluxPipeline draw the same pictures from the same saved checkpoint and noise."""
+"""Triptych and diffusers' FluxPipeline generate the same images from the same saved checkpoint and noise."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,19 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
 from harness.pipeline.latents import seeded_noise
+from models.checkpoint_source import CheckpointSource
 from models.flux.prompts import load_flux_prompts
-from models.source import Source
-from tests.models.clip_t5_tiny import STRIDE, T5_TOKENS, clip, engine, lively, t5, vae
+from tests.fixtures.models.clip_t5_tiny import STRIDE, T5_TOKENS, engine
+from tests.fixtures.models.flux import checkpoint
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 HEIGHT, WIDTH, SEED = 40, 24, 5
 LONG = "a red fox under a blue sky with one white cloud, beside a green pear and a yellow lemon, in deep winter snow"
-PROMPTS = ["fox", LONG]  # one that is padded, one that both encoders cut
+PROMPTS = ["fox", LONG]  # one that is padded, one that both encoders truncate
 NEGATIVE = "blurry"
 
 
@@ -30,36 +31,6 @@ class Case:
     peer: FluxPipeline
     generator: DiffusionGenerator
     folder: Path
-
-
-def checkpoint(folder: Path, distilled: bool, heads: int = 2) -> FluxPipeline:
-    """A tiny checkpoint of the kind of FLUX.1 [dev], or of [schnell]."""
-    network = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=heads,
-        joint_attention_dim=24,
-        pooled_projection_dim=12,
-        axes_dims_rope=(4, 6, 6),
-        guidance_embeds=distilled,
-    )
-    (one, words_one), (two, words_two) = clip(12, False, 1, end=2), t5(24, 3)
-    pipeline = FluxPipeline(
-        transformer=lively(network, 4),
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled, base_shift=0.5, max_shift=1.15
-        ),
-        vae=vae(4, scaling=0.3611, shift=0.1159),
-        text_encoder=one,
-        tokenizer=words_one,
-        text_encoder_2=two,
-        tokenizer_2=words_two,
-    )
-    pipeline.save_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +50,7 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
 
 
 def theirs(peer: FluxPipeline, prompt: str, seed: int, steps: int, told: float, guided: float = 1.0) -> Tensor:
-    """diffusers' picture; `told` is the scale that a distilled network is told, `guided` classifier-free guidance."""
+    """Return diffusers' image; `told` is the embedded guidance scale, `guided` is classifier-free guidance."""
     height, width = HEIGHT // STRIDE, WIDTH // STRIDE
     noise = FluxPipeline._pack_latents(seeded_noise(seed, (4, height, width))[None], 1, 4, height, width)
     return peer(
@@ -107,22 +78,22 @@ def apart(drawn: np.ndarray, picture: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("steps", "guidance", "batch"), [(6, 3.5, 1), (6, 3.5, 2), (3, 1.0, 1)])
-def test_pictures_of_a_distilled_network_are_diffusers_own(dev: Case, steps: int, guidance: float, batch: int) -> None:
+def test_images_of_a_distilled_network_are_diffusers_own(dev: Case, steps: int, guidance: float, batch: int) -> None:
     drawn = ours(dev.generator, steps=steps, guidance=guidance, batch_size=batch)
     for k, prompt in enumerate(PROMPTS):
         assert apart(drawn[k], theirs(dev.peer, prompt, SEED + k, steps, guidance)) < BOUND
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(4, 1.0), (4, 2.5)])
-def test_pictures_of_schnell_are_diffusers_own(schnell: Case, steps: int, guidance: float) -> None:
-    """Guidance is classifier-free where the network is not told it."""
+def test_images_of_schnell_are_diffusers_own(schnell: Case, steps: int, guidance: float) -> None:
+    """Guidance is classifier-free where the network has no embedded scale."""
     drawn = ours(schnell.generator, steps=steps, guidance=guidance)
     for k, prompt in enumerate(PROMPTS):
         assert apart(drawn[k], theirs(schnell.peer, prompt, SEED + k, steps, 0.0, guided=guidance)) < BOUND
 
 
-def test_the_comparison_sees_all_that_is_asked(dev: Case, schnell: Case) -> None:
-    """What is compared depends on what is asked by far more than the bound."""
+def test_the_comparison_sees_every_field_of_the_request(dev: Case, schnell: Case) -> None:
+    """The result depends on every field of the request by far more than the bound."""
     of_both = ({"prompts": ["pear", "pear"]}, {"guidance": 2.0}, {"seed": SEED + 1}, {"steps": 5})
     for case, changes in ((dev, of_both), (schnell, (*of_both, {"negative_prompt": "red"}))):
         plain = ours(case.generator, steps=4, guidance=3.5)[0]
@@ -142,16 +113,16 @@ def test_a_distilled_network_has_no_negative_branch(dev: Case) -> None:
 
 
 def test_text_states_are_diffusers_own(dev: Case) -> None:
-    encoder = load_flux_prompts(Source(dev.folder, text_tokens=T5_TOKENS))
+    encoder = load_flux_prompts(CheckpointSource(dev.folder, text_tokens=T5_TOKENS))
     with torch.no_grad():
         found = encoder(PROMPTS)
-        states, pooled, _ = dev.peer.encode_prompt(PROMPTS, max_sequence_length=T5_TOKENS)
+        prompt_embeds, pooled, _ = dev.peer.encode_prompt(PROMPTS, max_sequence_length=T5_TOKENS)
     assert found.mask is None
-    torch.testing.assert_close(found.text(), states, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.vector(), pooled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.require_prompt_embeds(), prompt_embeds, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.require_pooled(), pooled, rtol=1e-5, atol=1e-5)
 
 
-def test_a_cut_prompt_is_noted(dev: Case) -> None:
+def test_a_truncated_prompt_is_noted(dev: Case) -> None:
     drawn = dev.generator.generate(
         prompt=f"{LONG}, again", seed=SEED, steps=1, guidance=3.5, height=HEIGHT, width=WIDTH
     )

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from harness.resolve.compose import compose_run
+from models.checkpoint_source import CheckpointSource
 from models.decoders import load_kl_decoder
 from models.files import CheckpointError
 from models.registry import REFERENCE
-from models.source import Source
 from models.text.t5 import load_t5_prompts
 
 
@@ -26,14 +26,14 @@ def swap(source: Path, target: Path) -> None:
 def test_a_text_encoder_of_other_weights(copy: Path) -> None:
     swap(copy / "vae", copy / "text_encoder")
     with pytest.raises(CheckpointError, match=r"text_encoder: the weights do not fit.*missing") as caught:
-        load_t5_prompts(Source(copy, text_tokens=24))
+        load_t5_prompts(CheckpointSource(copy, text_tokens=24))
     assert "\n" not in str(caught.value)
 
 
 def test_a_vae_of_other_weights(copy: Path) -> None:
     swap(copy / "transformer", copy / "vae")
     with pytest.raises(CheckpointError, match=r"vae: the weights do not fit.*missing") as caught:
-        load_kl_decoder(Source(copy))
+        load_kl_decoder(CheckpointSource(copy))
     assert "\n" not in str(caught.value)
 
 
@@ -43,6 +43,6 @@ def test_random_weights_need_no_weight_files(copy: Path) -> None:
     with pytest.raises(ValueError, match="no weights here"):
         compose_run([f"model.path={copy}"])
     compose_run([f"model.path={copy}", "model.load=dummy"])
-    states = load_t5_prompts(Source(copy, text_tokens=24, dummy=True))(["rocket"]).states
-    assert states.shape == (1, 24, 256)
-    assert load_kl_decoder(Source(copy, dummy=True))(torch.zeros(1, 4, 2, 3)).shape == (1, 3, 8, 12)
+    prompt_embeds = load_t5_prompts(CheckpointSource(copy, text_tokens=24, dummy=True))(["rocket"]).prompt_embeds
+    assert prompt_embeds.shape == (1, 24, 256)
+    assert load_kl_decoder(CheckpointSource(copy, dummy=True))(torch.zeros(1, 4, 2, 3)).shape == (1, 3, 8, 12)

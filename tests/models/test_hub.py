@@ -1,4 +1,4 @@
-"""Hub names: fetched by whoever launches, found in the local cache by everyone after. No test asks a network."""
+"""Hub names: the launcher fetches them, and every rank finds them in the local cache. No test uses a network."""
 
 import json
 import os
@@ -29,7 +29,7 @@ MAIN, OLD = "a" * 40, "b" * 40
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub's cache with two commits of one checkpoint: `main`, and an older one that is tagged `v1`."""
+    """Make a hub cache with two commits of one checkpoint: `main`, and an older one with the tag `v1`."""
     root = tmp_path / "hub"
     repository = root / "models--someone--emoji"
     (repository / "refs").mkdir(parents=True)
@@ -101,10 +101,10 @@ def test_a_snapshot_that_lacks_a_file_is_refused(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        ("GatedRepoError", "licence accepted: do so on huggingface.co/someone/new"),
+        ("GatedRepoError", "licence must be accepted first: do so on huggingface.co/someone/new"),
         ("RepositoryNotFoundError", "no such name on the hub"),
         ("RevisionNotFoundError", "the hub has no revision v3"),
-        ("HfHubHTTPError", "the hub could not be asked (first line)"),
+        ("HfHubHTTPError", "the hub could not be reached (first line)"),
     ],
 )
 def test_what_the_hub_answers_is_one_line(error: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_only_the_launcher_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_launcher_checks_a_checkpoint_without_torch(cache: Path, tmp_path: Path) -> None:
-    """A hub name and a LoRA, down to names and shapes."""
+    """A hub name and a LoRA are checked down to names and shapes."""
     lora = {f"transformer.proj_out.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
     save_file(lora, tmp_path / "a.safetensors")
     overrides = [f"model.path={NAME}", f"model.lora=[{{path: {tmp_path / 'a.safetensors'}}}]"]
@@ -196,7 +196,7 @@ EXTRA = [
 
 
 def fetched(load: Load, replaced: Sequence[str] = ()) -> set[str]:
-    """Which files of FLUX's checkpoint a run would fetch."""
+    """Return which files of FLUX's checkpoint a run would fetch."""
     model = replace(compose_run(["model=flux", "model.load=dummy"]).config.model, load=load)
     patterns = _wanted(model, "transformer", {name: Path("elsewhere") for name in replaced})
     return {name for name in (*FLUX, *EXTRA) if any(fnmatch(name, pattern) for pattern in patterns)}
@@ -211,7 +211,7 @@ def test_only_what_is_read_is_fetched() -> None:
 
 @pytest.mark.slow
 def test_ranks_find_what_the_launcher_found(cache: Path, tmp_path: Path) -> None:
-    """The whole run from the command line, two ranks, offline; the record says which commit it drew from."""
+    """A whole run from the command line, two ranks, offline; the record names the commit."""
     environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     overrides = [f"model.path={NAME}", "model.revision=v1", "request.steps=1", "request.prompt=rocket", "logger=json"]
     command = [sys.executable, "-m", "harness", *overrides, "parallel=dp2", f"hydra.run.dir={tmp_path / 'run'}"]

@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from harness.build.parts import source_of
+from harness.build.common import source_of
 from harness.client.generator import DiffusionGenerator
-from harness.engines.rank import slowest
+from harness.engines.rank import slowest_load_times
 from harness.messages import LoadedComponent
 from harness.resolve.checkpoint import locate, models_of
 from harness.resolve.compose import ConfigError, compose_run
 from models.components import Components
-from models.empty import build_empty
+from models.detect import matching_architectures
 from models.files import CheckpointError, read_header
+from models.meta_init import build_empty
 from models.pixart.components import load
-from models.recognise import architectures_of
 from models.registry import ARCHITECTURES, PUBLISHED, REFERENCE
 from models.tensors import read_stored
 from models.text.load import load_encoder
@@ -45,7 +45,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def lookalike(name: str, folder: Path) -> Path:
-    """A checkpoint in a published one's layout, whose weights are one number a component: enough for a launcher."""
+    """Write a checkpoint in a published layout; its weights are one number a component, enough for a launcher."""
     shutil.copytree(PUBLISHED / name, folder)
     for config in folder.glob("*/config.json"):
         stem = "model" if config.parent.name.startswith("text") else "diffusion_pytorch_model"
@@ -58,7 +58,7 @@ def lookalike(name: str, folder: Path) -> Path:
 
 
 def loaded(*overrides: str) -> tuple[Components, dict[str, str]]:
-    """The components of a configuration, and the dtype of each that was loaded."""
+    """Return the components of a configuration, and the dtype of each that was loaded."""
     source = source_of(compose_run(overrides).config, torch.device("cpu"))
     parts = load(source, torch.nn.functional.scaled_dot_product_attention)  # type: ignore[arg-type]
     parts.load_prompts()
@@ -66,7 +66,7 @@ def loaded(*overrides: str) -> tuple[Components, dict[str, str]]:
 
 
 def networks(*overrides: str) -> list[nn.Module]:
-    """The denoiser, the VAE and the text encoder of a configuration."""
+    """Return the denoiser, the VAE and the text encoder of a configuration."""
     parts, _ = loaded(*overrides)
     return [parts.network, parts.decoder.vae, parts.load_prompts().encoder]  # type: ignore[attr-defined]
 
@@ -134,7 +134,7 @@ def test_a_component_is_replaced(name: str, as_file: bool, tmp_path: Path) -> No
     tensors = {key: tensor * 1.5 for key, tensor in load_file(file).items()}
     save_file(tensors, file)
     path = file
-    if as_file:  # away from its config.json: it takes the checkpoint's own
+    if as_file:  # away from its config.json: it uses the checkpoint's own
         path = tmp_path / "alone.safetensors"
         shutil.move(file, path)
     found = networks(f"model.{name}.path={path if as_file else other}")
@@ -158,7 +158,7 @@ def test_a_tokenizer_is_replaced(tmp_path: Path) -> None:
     (other / "tokenizer.json").write_text(json.dumps(content))
     parts, _ = loaded(f"model.tokenizer.path={other}")
     encoder = parts.load_prompts()
-    assert torch.equal(encoder(["rocket"]).text(), encoder(["panda"]).text())
+    assert torch.equal(encoder(["rocket"]).require_prompt_embeds(), encoder(["panda"]).require_prompt_embeds())
     assert "give the folder of a tokenizer" in refused(f"model.tokenizer.path={other / 'tokenizer.json'}")
 
 
@@ -211,12 +211,12 @@ def test_the_record_says_what_was_loaded(tmp_path: Path) -> None:
         assert 0 < row.load_ms < record.first_call.load_ms
 
 
-def test_every_rank_counts_and_the_slowest_is_told() -> None:
+def test_every_rank_counts_and_the_slowest_is_reported() -> None:
     def part(name: str, ms: float) -> LoadedComponent:
         return LoadedComponent(name, "a", "float32", 1, 4, ms)
 
     ranks = [[part("vae", 1.0), part("transformer", 5.0)], [part("vae", 3.0), part("transformer", 2.0)]]
-    assert slowest(ranks) == [part("vae", 3.0), part("transformer", 5.0)]
+    assert slowest_load_times(ranks) == [part("vae", 3.0), part("transformer", 5.0)]
 
 
 # ---------------------------------------------------------------- foreign folders
@@ -226,8 +226,8 @@ def test_every_rank_counts_and_the_slowest_is_told() -> None:
 def test_a_published_checkpoint_is_recognised(name: str, tmp_path: Path) -> None:
     folder = lookalike(name, tmp_path / name)
     composed = compose_run([f"model={name}", f"model.path={folder}"])
-    denoiser = next(iter(composed.config.model.trained.values())).weights
-    assert architectures_of(folder, denoiser) == [composed.config.model.architecture]
+    denoiser = next(iter(composed.config.model.checkpoint_defaults.values())).weights
+    assert matching_architectures(folder, denoiser) == [composed.config.model.architecture]
 
 
 def test_every_architecture_has_models() -> None:
@@ -258,13 +258,13 @@ def test_a_foreign_checkpoint_names_the_model_that_fits(folder: str, asked: str,
     assert f"model={asked} (" in line
 
 
-def test_a_checkpoint_that_nobody_here_draws_from(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_unsupported_pipeline(tmp_path: Path) -> None:
     folder = lookalike("flux", tmp_path / "flux")
     (folder / "transformer" / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}')
     (folder / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
     line = refused("model=flux", f"model.path={folder}")
     assert "a checkpoint of CogVideoXPipeline (CogVideoXTransformer3DModel)" in line
-    assert "no model here draws from it" in line
+    assert "no model here uses it" in line
 
 
 def test_a_component_is_no_checkpoint(copy: Path, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_component_is_no_checkpoint(copy: Path, tmp_path: Path) -> None:
 
 def test_a_denoiser_of_another_class_does_not_replace(tmp_path: Path) -> None:
     line = refused(f"model.denoiser.path={lookalike('flux', tmp_path / 'flux') / 'transformer'}")
-    assert "_class_name=FluxTransformer2DModel; this model wants PixArtTransformer2DModel" in line
+    assert "_class_name=FluxTransformer2DModel; this model needs PixArtTransformer2DModel" in line
 
 
 def test_a_vae_of_another_class_is_refused_at_load(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_all_missing_components_are_named(copy: Path) -> None:
 
 
 def shards(folder: Path, count: int = 3) -> list[Path]:
-    """Cuts a component's weights into shards."""
+    """Split a component's weights into several files."""
     file = next(folder.glob("*.safetensors"))
     tensors = load_file(file)
     file.unlink()
@@ -345,7 +345,7 @@ def test_positions_that_old_text_encoders_carry_are_no_fault(tmp_path: Path) -> 
     """CLIP's published files hold position_ids, whole numbers, which transformers leaves out."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from models.source import Source
+    from models.checkpoint_source import CheckpointSource
 
     config = CLIPTextConfig(
         vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
@@ -355,7 +355,7 @@ def test_positions_that_old_text_encoders_carry_are_no_fault(tmp_path: Path) -> 
     file = tmp_path / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
     save_file({**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]}, file)
-    found = load_encoder(Source(tmp_path), "text_encoder", CLIPTextModel, CLIPTextConfig)
+    found = load_encoder(CheckpointSource(tmp_path), "text_encoder", CLIPTextModel, CLIPTextConfig)
     assert all(torch.equal(p, q) for p, q in zip(found.parameters(), encoder.parameters(), strict=True))
 
 
@@ -371,7 +371,7 @@ def test_an_index_names_files_of_its_own_folder(copy: Path, bad: object) -> None
     shards(copy / "transformer")
     index = copy / "transformer" / f"{WEIGHTS}.index.json"
     index.write_text(json.dumps({"weight_map": {"a": bad}}))
-    assert "is no file of its own folder" in refused(f"model.path={copy}")
+    assert "is not a file in the folder of the index" in refused(f"model.path={copy}")
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_a_variant_is_pointed_at(copy: Path) -> None:
 def test_a_tokenizer_without_its_files_lists_them(copy: Path) -> None:
     (copy / "tokenizer" / "tokenizer.json").unlink()
     line = refused(f"model.path={copy}")
-    assert "no tokenizer's files here; expected tokenizer.json, or vocab.json and merges.txt, or spiece.model" in line
+    assert "no tokenizer files here; expected tokenizer.json, or vocab.json and merges.txt, or spiece.model" in line
     compose_run([f"model.path={copy}", f"model.tokenizer.path={EMOJI / 'tokenizer'}"])
 
 
@@ -413,7 +413,7 @@ def test_a_sentencepiece_model_says_what_reads_it(copy: Path, installed: bool, m
     if installed:
         compose_run([f"model.path={copy}"])
     else:
-        assert "spiece.model wants the package sentencepiece: pip install" in refused(f"model.path={copy}")
+        assert "spiece.model needs the package sentencepiece: pip install" in refused(f"model.path={copy}")
 
 
 def test_an_empty_folder_lists_what_is_expected(tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_a_tensor_of_many_pieces_is_itself(stored: torch.dtype, wanted: torch.dt
 
 
 def test_building_touches_no_memory() -> None:
-    """A network of 400 MB that is never written takes none of it."""
+    """A network of 400 MB that is never written takes no memory."""
 
     def resident() -> int:
         status = Path("/proc/self/status").read_text()

@@ -1,9 +1,9 @@
-"""Loading takes the memory of the weights, and at most 0.15 of them more, whatever dtype they are stored in.
+"""Loading takes the memory of the weights and at most 0.15 of them more, whatever dtype they are stored in.
 
-A rank of two that share the linears has half of them, and takes no more than its half.
+A rank of two that share the linears holds half of them, and takes no more than its half.
 
 The peak is the resident set's high-water mark (VmHWM, reset through /proc/self/clear_refs), over the baseline after
-imports, in a child process a case.
+imports, in one child process for each case.
 """
 
 import json
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from models.empty import build_empty, fill_dummy
+from models.meta_init import build_empty, fill_dummy
 from models.pixart import NAMES, PixArt, PixArtConfig
 from models.pixart.weights import config_json
 
@@ -45,7 +45,7 @@ pytestmark = [
 
 
 def cut(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
-    """Saves a denoiser's tensors in one file or in shards."""
+    """Save a denoiser's tensors in one file or in several."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_json(PIXART)))
     if shards == 1:
@@ -61,7 +61,7 @@ def cut(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
 
 
 def make(kind: str, stored: torch.dtype, shards: int, folder: Path) -> None:
-    """Random weights of one kind of network."""
+    """Save random weights of one kind of network."""
     build = {
         "pixart": lambda: PixArt(PIXART),
         "pixart_half": lambda: PixArt(PIXART),
@@ -74,7 +74,7 @@ def make(kind: str, stored: torch.dtype, shards: int, folder: Path) -> None:
     fill_dummy(network)
     if kind.startswith("pixart"):
         cut(
-            {NAMES.theirs(name): tensor for name, tensor in network.state_dict().items()},
+            {NAMES.to_published(name): tensor for name, tensor in network.state_dict().items()},
             folder / "transformer",
             shards,
         )
@@ -105,7 +105,7 @@ def test_loading_takes_the_memory_of_the_weights(
     kind: str, stored: str, shards: int, wanted: str, tmp_path: Path
 ) -> None:
     make(kind, getattr(torch, stored), shards, tmp_path)
-    command = [sys.executable, "-m", "tests.models.loading_memory", kind, str(tmp_path), wanted]
+    command = [sys.executable, "-m", "tests.fixtures.models.loading_memory", kind, str(tmp_path), wanted]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     weights, peak = map(float, done.stdout.split())

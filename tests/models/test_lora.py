@@ -1,13 +1,13 @@
 """Low-rank updates are W + weight * (alpha / rank) * B A, by whatever names a trainer wrote.
 
-The other side is a checkpoint whose weights were updated by hand, in diffusers' names.
+The reference is a checkpoint whose weights were updated by hand, in diffusers' names.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,28 +18,27 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from harness.client.generator import DiffusionGenerator
+from models.checkpoint_source import CheckpointSource, LoraFile
 from models.decoders import load_from_diffusers
 from models.files import CheckpointError
 from models.pixart import load_denoiser
-from models.registry import REFERENCE
-from models.source import LoraFile, Source
 from models.text.load import load_encoder
-from tests.models.parity import randomize, rel_l2
+from tests.fixtures.models.lora import (
+    EMOJI,
+    KOHYA,
+    PARAMETERS,
+    PIXART,
+    UNET,
+    WEIGHTS,
+    Made,
+    kohya,
+    layers_of,
+    pixart_lora,
+    tiny,
+    unet_layers,
+)
+from tests.fixtures.models.parity import rel_l2
 
-EMOJI = REFERENCE / "emoji"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-UNET = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": (16, 32, 32),
-    "norm_num_groups": 8,
-    "cross_attention_dim": 24,
-    "attention_head_dim": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-}  # SDXL's blocks
 FLUX = {
     "patch_size": 1,
     "in_channels": 16,
@@ -68,55 +67,8 @@ CLIP = CLIPTextConfig(
 )
 
 
-@dataclass
-class Made:
-    """A LoRA in the making: the tensors of its file, and what it adds to a checkpoint's tensors."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    added: dict[str, Tensor] = field(default_factory=dict)
-    seed: int = 0
-
-    def matrices(self, shape: tuple[int, ...], rank: int) -> tuple[Tensor, Tensor]:
-        """A and B of a matrix or a kernel, at a scale that moves outputs."""
-        self.seed += 1
-        generator = torch.Generator().manual_seed(self.seed)
-        down = torch.randn(rank, *shape[1:], generator=generator) / math.prod(shape[1:]) ** 0.5
-        up = torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=generator) / rank**0.5
-        return down, up
-
-    def layer(
-        self,
-        target: str,
-        shape: tuple[int, ...],
-        name: str,
-        rank: int = 3,
-        alpha: float | None = None,
-        ends: tuple[str, str] = (".lora_A.weight", ".lora_B.weight"),
-        scale: float | None = None,
-    ) -> None:
-        """One layer under the name a trainer gives it; `scale` where it is not alpha / rank."""
-        down, up = self.matrices(shape, rank)
-        self.tensors |= {name + ends[0]: down, name + ends[1]: up}
-        if alpha is not None:
-            self.tensors[f"{name}.alpha"] = torch.tensor(alpha)
-        factor = scale if scale is not None else 1.0 if alpha is None else alpha / rank
-        self.added[target] = factor * torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1)).reshape(shape)
-
-    def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> LoraFile:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors, path, metadata=dict(metadata or {}))
-        return LoraFile(path)
-
-
-KOHYA = (".lora_down.weight", ".lora_up.weight")
-
-
-def kohya(prefix: str, layer: str) -> str:
-    return prefix + layer.replace(".", "_")
-
-
 def save(network: ModelMixin, folder: Path, added: Mapping[str, Tensor] | None = None) -> Path:
-    """A network's checkpoint, with its weights updated by hand."""
+    """Save a network's checkpoint with its weights updated by hand."""
     network.save_pretrained(folder)
     file = next(folder.glob("*.safetensors"))
     tensors = load_file(file)
@@ -129,8 +81,9 @@ def save(network: ModelMixin, folder: Path, added: Mapping[str, Tensor] | None =
 def save_clip(
     encoder: CLIPTextModel, folder: Path, added: Mapping[str, Tensor] | None = None, flat: bool = False
 ) -> None:
-    """A text encoder's checkpoint, as CLIP's are published, or `flat` without what their names begin with; the denoiser
-    beside it is one number.
+    """Save a text encoder's checkpoint as CLIP's are published, or `flat` without the prefix of their names.
+
+    The denoiser beside it is one number.
     """
     encoder.save_pretrained(folder / "text_encoder")
     file = folder / "text_encoder" / "model.safetensors"
@@ -143,56 +96,30 @@ def save_clip(
         save_file({"one": torch.ones(1)}, folder / "unet" / WEIGHTS)
 
 
-def tiny(kind: type[ModelMixin], config: Mapping[str, object]) -> ModelMixin:
-    network = kind.from_config(dict(config)).eval()
-    randomize(network)
-    return network
-
-
 def apart(ours: nn.Module, theirs: nn.Module) -> float:
-    """The largest relative difference between parameters of one name."""
+    """Return the largest relative difference between parameters of one name."""
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
     assert mine.keys() == other.keys()
     return max(rel_l2(mine[name].detach().float(), other[name].detach().float()) for name in mine)
 
 
 def moved(added: Mapping[str, Tensor], network: nn.Module) -> bool:
-    """Every update is a sizeable part of what it is added to, so that leaving one out is seen."""
+    """Return whether every update is a sizeable part of its target, so that a missing one is seen."""
     return all(float(update.norm()) > 0.05 for update in added.values()) and len(added) > 0
 
 
 # ---------------------------------------------------------------- a native network, in diffusers' and PEFT's names
 
-PIXART = {
-    "transformer_blocks.0.attn1.to_q": (3, 3.0),
-    "transformer_blocks.1.attn2.to_out.0": (2, 5.0),
-    "transformer_blocks.2.ff.net.0.proj": (4, 1.0),
-    "transformer_blocks.2.ff.net.2": (1, 0.5),
-    "adaln_single.linear": (2, 2.0),
-    "pos_embed.proj": (3, 3.0),
-    "caption_projection.linear_1": (2, 8.0),
-    "proj_out": (2, 2.0),
-}
-PARAMETERS = load_file(EMOJI / "transformer" / WEIGHTS)
-
-
-def pixart_lora(spell: Callable[[str], str], ends: tuple[str, str], alphas: bool, seed: int = 0) -> Made:
-    made = Made(seed=seed)
-    for layer, (rank, alpha) in PIXART.items():
-        shape = tuple(PARAMETERS[f"{layer}.weight"].shape)
-        made.layer(f"{layer}.weight", shape, spell(layer), rank, alpha if alphas else None, ends)
-    return made
-
 
 @pytest.fixture
-def by_hand(tmp_path: Path) -> Callable[[Mapping[str, Tensor]], Source]:
-    """The shipped checkpoint with its denoiser updated by hand."""
+def by_hand(tmp_path: Path) -> Callable[[Mapping[str, Tensor]], CheckpointSource]:
+    """Return the shipped checkpoint with its denoiser updated by hand."""
 
-    def make(added: Mapping[str, Tensor]) -> Source:
+    def make(added: Mapping[str, Tensor]) -> CheckpointSource:
         folder = Path(shutil.copytree(EMOJI, tmp_path / "by_hand"))
         tensors = {name: t + added[name] if name in added else t for name, t in PARAMETERS.items()}
         save_file(tensors, folder / "transformer" / WEIGHTS)
-        return Source(folder)
+        return CheckpointSource(folder)
 
     return make
 
@@ -214,19 +141,21 @@ def test_every_spelling_is_one_update(
     spell: Callable[[str], str],
     ends: tuple[str, str],
     alphas: bool,
-    by_hand: Callable[[Mapping[str, Tensor]], Source],
+    by_hand: Callable[[Mapping[str, Tensor]], CheckpointSource],
     tmp_path: Path,
 ) -> None:
     made = pixart_lora(spell, ends, alphas)
-    source = Source(EMOJI, loras=(made.save(tmp_path / "a.safetensors"),))
+    source = CheckpointSource(EMOJI, loras=(made.save(tmp_path / "a.safetensors"),))
     ours, theirs = load_denoiser(source), load_denoiser(by_hand(made.added))
     assert moved(made.added, theirs)
     assert apart(ours, theirs) < 1e-6
     assert source.loaded["transformer"].merged == len(PIXART)
-    assert apart(ours, load_denoiser(Source(EMOJI))) > 0.1
+    assert apart(ours, load_denoiser(CheckpointSource(EMOJI))) > 0.1
 
 
-def test_several_add_up_each_with_its_weight(by_hand: Callable[[Mapping[str, Tensor]], Source], tmp_path: Path) -> None:
+def test_several_add_up_each_with_its_weight(
+    by_hand: Callable[[Mapping[str, Tensor]], CheckpointSource], tmp_path: Path
+) -> None:
     first = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
     second = pixart_lora(lambda layer: kohya("lora_unet_", layer), KOHYA, True, seed=50)
     loras = (
@@ -234,15 +163,15 @@ def test_several_add_up_each_with_its_weight(by_hand: Callable[[Mapping[str, Ten
         LoraFile(second.save(tmp_path / "b.safetensors").path, -1.5),
     )
     together = {name: 0.7 * update - 1.5 * second.added[name] for name, update in first.added.items()}
-    assert apart(load_denoiser(Source(EMOJI, loras=loras)), load_denoiser(by_hand(together))) < 1e-6
+    assert apart(load_denoiser(CheckpointSource(EMOJI, loras=loras)), load_denoiser(by_hand(together))) < 1e-6
 
 
 def test_the_sum_is_rounded_once(tmp_path: Path) -> None:
     """bfloat16 weights are those of the float32 sum, not of a rounded weight plus a rounded update."""
     made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
     loras = (LoraFile(made.save(tmp_path / "a.safetensors").path, 0.01),) * 3
-    exact = load_denoiser(Source(EMOJI, loras=loras))
-    rounded = load_denoiser(Source(EMOJI, loras=loras, dtype=torch.bfloat16))
+    exact = load_denoiser(CheckpointSource(EMOJI, loras=loras))
+    rounded = load_denoiser(CheckpointSource(EMOJI, loras=loras, dtype=torch.bfloat16))
     for ours, theirs in zip(rounded.parameters(), exact.parameters(), strict=True):
         assert torch.equal(ours, theirs.bfloat16())
 
@@ -265,7 +194,7 @@ def test_what_peft_says_of_the_scale_counts(
     where: str,
     options: dict[str, object],
     scale: Callable[[int, str], float],
-    by_hand: Callable[[Mapping[str, Tensor]], Source],
+    by_hand: Callable[[Mapping[str, Tensor]], CheckpointSource],
     tmp_path: Path,
 ) -> None:
     made, path = Made(), tmp_path / "lora" / "adapter_model.safetensors"
@@ -279,13 +208,13 @@ def test_what_peft_says_of_the_scale_counts(
     else:
         lora = made.save(path)
         (path.parent / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **options}))
-    assert apart(load_denoiser(Source(EMOJI, loras=(lora,))), load_denoiser(by_hand(made.added))) < 1e-6
+    assert apart(load_denoiser(CheckpointSource(EMOJI, loras=(lora,))), load_denoiser(by_hand(made.added))) < 1e-6
 
 
-def test_a_picture_is_that_of_the_updated_weights(
-    by_hand: Callable[[Mapping[str, Tensor]], Source], tmp_path: Path
+def test_an_image_is_that_of_the_updated_weights(
+    by_hand: Callable[[Mapping[str, Tensor]], CheckpointSource], tmp_path: Path
 ) -> None:
-    """From the command line's own words to pixels, the denoiser and the text encoder updated from one file."""
+    """From the command line to pixels, with the denoiser and the text encoder updated from one file."""
     made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
     stored = load_file(EMOJI / "text_encoder" / "model.safetensors")
     name = "encoder.block.0.layer.0.SelfAttention.v.weight"
@@ -321,21 +250,8 @@ def unet() -> UNet2DConditionModel:
     return tiny(UNet2DConditionModel, UNET)
 
 
-def layers_of(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            yield name, tuple(module.weight.shape)
-
-
-def unet_layers(network: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    """Linears and 1 x 1 and 3 x 3 convolutions, of every kind a trainer updates."""
-    kinds = ("to_q", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv2", "conv_shortcut", "conv")
-    ends = (*kinds, "time_emb_proj", "conv_in", "conv_out", "linear_1")
-    return [(name, shape) for name, shape in layers_of(network) if name.endswith(ends)]
-
-
 def reloaded(kind: type[ModelMixin], component: str, base: Path, loras: tuple[LoraFile, ...] = ()) -> ModelMixin:
-    return load_from_diffusers(Source(base, component, loras=loras), component, kind)
+    return load_from_diffusers(CheckpointSource(base, component, loras=loras), component, kind)
 
 
 @pytest.mark.parametrize("style", ["kohya", "peft", "processor"])
@@ -395,7 +311,7 @@ SGM = {  # the first publisher's names of SDXL's layers, and diffusers'
 
 
 def test_sdxl_in_its_first_publishers_names(unet: UNet2DConditionModel, tmp_path: Path) -> None:
-    """With a text encoder of kohya's in the same file, each layer with an alpha of its own."""
+    """A text encoder of kohya is in the same file, and each layer has its own alpha."""
     shapes, made, encoder = dict(layers_of(unet)), Made(), CLIPTextModel(CLIP)
     for number, (theirs, ours) in enumerate(SGM.items()):
         made.layer(f"{ours}.weight", shapes[ours], f"lora_unet_{theirs}", 2 + number % 3, 0.5 + number, KOHYA)
@@ -410,9 +326,9 @@ def test_sdxl_in_its_first_publishers_names(unet: UNet2DConditionModel, tmp_path
         save_clip(encoder, tmp_path / folder, change_text)
     ours = reloaded(UNet2DConditionModel, "unet", tmp_path / "base", (lora,))
     assert apart(ours, reloaded(UNet2DConditionModel, "unet", tmp_path / "hand")) < 1e-6
-    source = Source(tmp_path / "base", "unet", loras=(lora,))
+    source = CheckpointSource(tmp_path / "base", "unet", loras=(lora,))
     mine = load_encoder(source, "text_encoder", CLIPTextModel, CLIPTextConfig)
-    hand = load_encoder(Source(tmp_path / "hand", "unet"), "text_encoder", CLIPTextModel, CLIPTextConfig)
+    hand = load_encoder(CheckpointSource(tmp_path / "hand", "unet"), "text_encoder", CLIPTextModel, CLIPTextConfig)
     assert apart(mine, hand) < 1e-6
     assert apart(mine, encoder) > 0.05
     assert source.loaded["text_encoder"].merged == 1
@@ -422,13 +338,16 @@ def test_sdxl_in_its_first_publishers_names(unet: UNet2DConditionModel, tmp_path
 
 
 def encoders(made: Made, tmp_path: Path, flat: bool = False, dtype: torch.dtype = torch.float32) -> list[nn.Module]:
-    """A text encoder with a file's updates, with the same by hand, and with none."""
+    """Return a text encoder with a file's updates, one with the same by hand, and one with none."""
     torch.manual_seed(0)
     encoder = CLIPTextModel(CLIP)
     save_clip(encoder, tmp_path / "base", flat=flat)
     save_clip(encoder, tmp_path / "hand", made.added, flat)
     lora = made.save(tmp_path / "a.safetensors")
-    base, hand = Source(tmp_path / "base", "unet", dtype=dtype), Source(tmp_path / "hand", "unet", dtype=dtype)
+    base, hand = (
+        CheckpointSource(tmp_path / "base", "unet", dtype=dtype),
+        CheckpointSource(tmp_path / "hand", "unet", dtype=dtype),
+    )
     sources = (replace(base, loras=(lora,)), hand, base)
     return [load_encoder(source, "text_encoder", CLIPTextModel, CLIPTextConfig) for source in sources]
 
@@ -451,7 +370,7 @@ def test_a_text_encoder_is_updated(spell: Callable[[str], str], flat: bool, dtyp
         layer = f"text_model.encoder.layers.0.{part}"
         made.layer(f"{layer}.weight", shape, spell(layer), 2, 1.5, KOHYA)
     ours, hand, plain = encoders(made, tmp_path, flat, dtype)
-    assert apart(ours, hand) < (1e-6 if dtype is torch.float32 else 2e-3)  # a float32 sum may round to either side
+    assert apart(ours, hand) < (1e-6 if dtype is torch.float32 else 2e-3)  # a float32 sum may round up or down
     assert apart(ours, plain) > 0.05
     assert {p.dtype for p in ours.parameters()} == {dtype}
 
@@ -532,12 +451,12 @@ def test_wan_in_its_publishers_names(tmp_path: Path) -> None:
     ["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q", "lora_te1_text_projection"],
 )
 def test_what_a_conversion_drops_is_refused(stray: str, tmp_path: Path) -> None:
-    """diffusers' conversion leaves a T5's update, or a projection's, out with a line in a log."""
+    """diffusers' conversion drops the update of a T5 or a projection, with one line in a log."""
     network, made = tiny(FluxTransformer2DModel, FLUX), Made()
     flux_lora(made, "lora_unet_")
     made.layer("-", (16, 16), stray, ends=KOHYA, alpha=3.0)
     save(network, tmp_path / "transformer")
-    with pytest.raises(CheckpointError, match=r"reads 0\.\d+ of this LoRA's squared size, so it drops or rescales"):
+    with pytest.raises(CheckpointError, match=r"keeps 0\.\d+ of this LoRA's squared norm, so it drops or rescales"):
         reloaded(FluxTransformer2DModel, "transformer", tmp_path, (made.save(tmp_path / "a.safetensors"),))
 
 

@@ -1,4 +1,4 @@
-"""Merged updates draw what diffusers and PEFT draw with the same file; only where PEFT, the peer, is installed."""
+"""Merged updates give what diffusers and PEFT give with the same file; runs only where PEFT is installed."""
 
 from pathlib import Path
 
@@ -7,20 +7,20 @@ import torch
 from diffusers import PixArtTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
+from models.checkpoint_source import CheckpointSource, LoraFile
 from models.components import Conditioning
 from models.decoders import load_from_diffusers
 from models.pixart import load_denoiser
 from models.registry import REFERENCE
-from models.source import LoraFile, Source
-from tests.models.parity import rel_l2
-from tests.models.test_lora import KOHYA, UNET, Made, kohya, tiny, unet_layers
+from tests.fixtures.models.lora import KOHYA, UNET, Made, kohya, tiny, unet_layers
+from tests.fixtures.models.parity import rel_l2
 
 peft = pytest.importorskip("peft")
 BOUND = 1e-5
 
 
 def liven(network: nn.Module) -> None:
-    """PEFT starts with B = 0."""
+    """Give B random numbers: PEFT starts with B = 0."""
     generator = torch.Generator().manual_seed(5)
     for name, parameter in network.named_parameters():
         if "lora_B" in name:
@@ -28,7 +28,7 @@ def liven(network: nn.Module) -> None:
 
 
 def settings(rslora: bool, layers: list[str]) -> peft.LoraConfig:
-    """Ranks and alphas that differ between layers."""
+    """Return ranks and alphas that differ between layers."""
     return peft.LoraConfig(
         r=4,
         lora_alpha=6,
@@ -53,7 +53,7 @@ def test_a_transformer_that_peft_trained(rslora: bool, tmp_path: Path) -> None:
         expected = trained(latent, text, tau, added_cond_kwargs=told).sample
         trained.save_pretrained(tmp_path)
         lora = LoraFile(tmp_path / "adapter_model.safetensors")
-        ours = load_denoiser(Source(REFERENCE / "emoji", loras=(lora,)))(latent, tau, Conditioning(text))
+        ours = load_denoiser(CheckpointSource(REFERENCE / "emoji", loras=(lora,)))(latent, tau, Conditioning(text))
     assert rel_l2(ours, expected) < BOUND
     assert rel_l2(plain, expected) > 0.1
 
@@ -81,13 +81,13 @@ def test_a_unet_that_diffusers_saved(rslora: bool, weight: float, tmp_path: Path
         theirs.set_adapters(["default"], [weight])
         expected = theirs(*inputs).sample
         lora = LoraFile(tmp_path / "pytorch_lora_weights.safetensors", weight)
-        ours = load_from_diffusers(Source(tmp_path, "unet", loras=(lora,)), "unet", UNet2DConditionModel)
+        ours = load_from_diffusers(CheckpointSource(tmp_path, "unet", loras=(lora,)), "unet", UNet2DConditionModel)
         assert rel_l2(ours(*inputs).sample, expected) < BOUND
     assert rel_l2(plain, expected) > 0.1
 
 
 def test_kohyas_unet_as_diffusers_loads_it(tmp_path: Path) -> None:
-    """One alpha for all: where they differ, diffusers 0.42 gives attention the commonest one, with a warning."""
+    """One alpha for all layers: where they differ, diffusers 0.42 gives attention the commonest one, with a warning."""
     theirs, inputs = unets(tmp_path)
     made = Made()
     for number, (name, shape) in enumerate(unet_layers(theirs)):
@@ -98,6 +98,6 @@ def test_kohyas_unet_as_diffusers_loads_it(tmp_path: Path) -> None:
         state, alphas = StableDiffusionPipeline.lora_state_dict(str(lora.path))
         StableDiffusionPipeline.load_lora_into_unet(state, alphas, theirs)
         expected = theirs(*inputs).sample
-        ours = load_from_diffusers(Source(tmp_path, "unet", loras=(lora,)), "unet", UNet2DConditionModel)
+        ours = load_from_diffusers(CheckpointSource(tmp_path, "unet", loras=(lora,)), "unet", UNet2DConditionModel)
         assert rel_l2(ours(*inputs).sample, expected) < BOUND
     assert rel_l2(plain, expected) > 0.1

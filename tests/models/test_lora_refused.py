@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from harness.resolve.compose import ConfigError, compose_run
+from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError
-from models.lora import updates_of
-from models.source import Source
-from tests.models.test_lora import EMOJI, KOHYA, PARAMETERS, Made, kohya, pixart_lora
+from models.lora import lora_updates
+from tests.fixtures.models.lora import EMOJI, KOHYA, PARAMETERS, Made, kohya, pixart_lora
 
 
 def refused(path: Path | str) -> str:
@@ -63,9 +63,9 @@ def test_shapes_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         ("lora_unet_proj_out.oft_blocks", "OFT"),
         ("lora_unet_proj_out.lora_mid.weight", "LoCon with a middle matrix"),
         ("transformer.proj_out.lora_B.bias", "LoRA with a bias"),
-        ("diffusion_model.proj_out.diff", "a whole difference"),
-        ("diffusion_model.proj_out.diff_b", "a whole difference"),
-        ("diffusion_model.proj_out.weight", "no matrix of a LoRA"),
+        ("diffusion_model.proj_out.diff", "a full difference"),
+        ("diffusion_model.proj_out.diff_b", "a full difference"),
+        ("diffusion_model.proj_out.weight", "not a matrix of a LoRA"),
         ("transformer.proj_out.lora_embedding_A", "LoRA of an embedding"),
     ],
 )
@@ -73,7 +73,7 @@ def test_other_kinds_of_update_are_refused(key: str, kind: str, tmp_path: Path) 
     made = Made()
     made.layer("-", (16, 16), "transformer.proj_out")
     made.tensors[key] = torch.zeros(16)
-    assert f"{key} is {kind}; what is merged here is LoRA" in refused(made.save(tmp_path / "a.safetensors").path)
+    assert f"{key} is {kind}; only LoRA can be merged" in refused(made.save(tmp_path / "a.safetensors").path)
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}])
@@ -81,8 +81,8 @@ def test_peft_options_that_change_the_sum_are_refused(options: dict[str, object]
     made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
     said = json.dumps({f"transformer.{name}": value for name, value in options.items()})
     lora = made.save(tmp_path / "a.safetensors", {"lora_adapter_metadata": said})
-    with pytest.raises(CheckpointError, match="what is merged here is plain LoRA"):
-        updates_of(Source(EMOJI, loras=(lora,)), "transformer")
+    with pytest.raises(CheckpointError, match="only plain LoRA can be merged"):
+        lora_updates(CheckpointSource(EMOJI, loras=(lora,)), "transformer")
 
 
 def test_half_a_layer_and_a_layer_twice_are_refused(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_files_that_are_no_lora_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"\x80\x04\x95" + b"p" * 500)
     assert "safetensors file" in refused(tmp_path / "a.bin")
     save_file({}, tmp_path / "none.safetensors")
-    assert "there is no tensor in it" in refused(tmp_path / "none.safetensors")
+    assert "it holds no tensor" in refused(tmp_path / "none.safetensors")
     save_file({"a.lora_A.weight": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "int.safetensors")
     assert "quantised weights are not read here" in refused(tmp_path / "int.safetensors")
 
@@ -117,9 +117,9 @@ def test_random_weights_say_that_a_lora_has_no_effect(tmp_path: Path) -> None:
 
 
 def test_an_update_is_read_and_checked_once_for_all_its_components(tmp_path: Path) -> None:
-    """A VAE asks for none, whatever the file says."""
+    """A VAE takes no update, whatever the file contains."""
     made = pixart_lora(lambda layer: f"transformer.{layer}", (".lora_A.weight", ".lora_B.weight"), False)
-    source = Source(EMOJI, loras=(made.save(tmp_path / "a.safetensors"),))
-    assert updates_of(source, "vae") == {}
-    assert updates_of(source, "text_encoder") == {}
-    assert updates_of(source, "transformer").keys() == made.added.keys()
+    source = CheckpointSource(EMOJI, loras=(made.save(tmp_path / "a.safetensors"),))
+    assert lora_updates(source, "vae") == {}
+    assert lora_updates(source, "text_encoder") == {}
+    assert lora_updates(source, "transformer").keys() == made.added.keys()

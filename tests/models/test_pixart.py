@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.attention import BACKENDS
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.files import CheckpointError
 from models.layers import sincos_table_2d
 from models.pixart import NAMES, PixArt, PixArtConfig, load_denoiser, read_config
 from models.pixart.weights import PLAN, config_json
 from models.registry import REFERENCE
-from models.source import Source
-from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_config_refused, assert_names_map, assert_plan_fits, randomize, rel_l2
 
 SMALL = PixArtConfig(depth=2, heads=4, head_channels=8, in_channels=4, out_channels=4, sample_size=8, text_channels=24)
 CONFIGS = {
@@ -28,14 +28,14 @@ CONFIGS = {
     "patch 4": PixArtConfig(1, 2, 8, 4, 4, 4, 16, 8),
     "scaled positions": PixArtConfig(1, 2, 8, 4, 4, 2, 8, 8, position_scale=2.0),
     "positions of 256 pixels": PixArtConfig(1, 2, 8, 4, 4, 2, 8, 8, position_scale=0.5),
-    "told its size": PixArtConfig(2, 2, 12, 4, 8, 2, 16, 24, told_size=True),
-    "told its size, another stride": PixArtConfig(1, 3, 8, 4, 8, 2, 16, 24, told_size=True, stride=2),
+    "told its size": PixArtConfig(2, 2, 12, 4, 8, 2, 16, 24, size_conditioning=True),
+    "told its size, another stride": PixArtConfig(1, 3, 8, 4, 8, 2, 16, 24, size_conditioning=True, stride=2),
     "another epsilon": PixArtConfig(1, 2, 8, 4, 4, 2, 8, 8, norm_eps=0.1),
 }
 
 
 def their(config: PixArtConfig) -> PixArtTransformer2DModel:
-    """diffusers' network with random weights everywhere, biases and tables too."""
+    """Make diffusers' network with random weights everywhere, biases and tables too."""
     network = PixArtTransformer2DModel.from_config(config_json(config)).eval()
     randomize(network)
     return network
@@ -43,12 +43,12 @@ def their(config: PixArtConfig) -> PixArtTransformer2DModel:
 
 def our(theirs: PixArtTransformer2DModel, config: PixArtConfig, backend: str = "sdpa") -> PixArt:
     network = PixArt(config, BACKENDS[backend])
-    network.load_state_dict({NAMES.ours(name): tensor for name, tensor in theirs.state_dict().items()})
+    network.load_state_dict({NAMES.to_native(name): tensor for name, tensor in theirs.state_dict().items()})
     return network.eval()
 
 
 def inputs(config: PixArtConfig, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A latent, times, text states, and a mask that hides another number of tokens of each prompt."""
+    """Return a latent, times, text states, and a mask that hides another number of tokens of each prompt."""
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(batch, config.in_channels, height, width, generator=generator)
     text = torch.randn(batch, 7, config.text_channels, generator=generator)
@@ -57,8 +57,8 @@ def inputs(config: PixArtConfig, batch: int, height: int, width: int) -> tuple[T
 
 
 def told(config: PixArtConfig, latent: Tensor) -> dict[str, Tensor | None]:
-    """What diffusers' pipeline tells of a picture's size, in pixels."""
-    if not config.told_size:
+    """Return the image's size in pixels as diffusers' pipeline passes it."""
+    if not config.size_conditioning:
         return {"resolution": None, "aspect_ratio": None}
     height, width = (float(side * config.stride) for side in latent.shape[-2:])
     row = torch.ones(len(latent), 1)
@@ -89,7 +89,7 @@ def test_parity_with_diffusers(name: str, batch: int, masked: bool, backend: str
 
 
 def test_every_input_matters() -> None:
-    """Parity means nothing where the output does not depend on what is compared."""
+    """Parity proves nothing where the output does not depend on what is compared."""
     network = our(their(SMALL), SMALL)
     latent, tau, text, mask = inputs(SMALL, 3, 8, 8)
     other = torch.randn(text.shape, generator=torch.Generator().manual_seed(2))
@@ -105,7 +105,7 @@ def test_every_input_matters() -> None:
         assert rel_l2(network(shifted, tau, Conditioning(text, mask)).roll(-2, dims=-1), plain) > 0.001  # positions
 
 
-def test_a_batch_is_its_pictures() -> None:
+def test_a_batch_equals_its_single_images() -> None:
     network = our(their(SMALL), SMALL)
     latent, tau, text, mask = inputs(SMALL, 3, 8, 8)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_the_names_are_a_bijection(name: str) -> None:
 
 
 def test_the_network_sees_its_size() -> None:
-    """The same latent, told that it is of a larger picture, gives another output; wide is not tall."""
+    """The same latent with the size of a larger image gives another output; wide differs from tall."""
     config = CONFIGS["told its size"]
     network = our(their(config), config)
     latent, tau, text, mask = inputs(config, 1, 16, 16)
@@ -164,13 +164,11 @@ def test_sizes_come_back_from_the_config(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_of_another_network_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
-    raw = config_json(SMALL) | change
-    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
-    with pytest.raises(CheckpointError, match=says):
-        read_config(tmp_path)
+    raw = {key: value for key, value in (config_json(SMALL) | change).items() if value is not None}
+    assert_config_refused(read_config, tmp_path, raw, says)
 
 
-def test_large_checkpoints_scale_their_positions_unless_told(tmp_path: Path) -> None:
+def test_large_checkpoints_scale_their_positions_by_default(tmp_path: Path) -> None:
     """diffusers' rule for a config without interpolation_scale: sample_size // 64, at least 1."""
     for sample_size, scale in ((16, 1.0), (64, 1.0), (128, 2.0), (256, 4.0)):
         raw = config_json(PixArtConfig(1, 2, 8, 4, 4, 2, sample_size, 8)) | {"interpolation_scale": None}
@@ -184,14 +182,14 @@ def test_large_checkpoints_scale_their_positions_unless_told(tmp_path: Path) -> 
 
 
 def test_older_files_name_another_class_and_say_nothing_of_sizes(tmp_path: Path) -> None:
-    """diffusers' rule for a config without use_additional_conditions: a sample size of 128 means that they are told."""
+    """diffusers' rule without use_additional_conditions: at a sample size of 128 the network gets sizes."""
     config = PixArtConfig(1, 2, 12, 4, 8, 2, 128, 8, position_scale=2.0)
-    for sample_size, told_size in ((128, True), (64, False), (256, False)):
+    for sample_size, size_conditioning in ((128, True), (64, False), (256, False)):
         raw = config_json(config) | {"_class_name": "Transformer2DModel", "sample_size": sample_size}
         del raw["use_additional_conditions"]
         (tmp_path / "config.json").write_text(json.dumps(raw))
         found = read_config(tmp_path)
-        assert found.told_size is told_size
+        assert found.size_conditioning is size_conditioning
         assert_names_map(PixArt(found), PixArtTransformer2DModel.from_config(raw).state_dict(), NAMES)
 
 
@@ -207,7 +205,7 @@ def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_that_diffusers_wrote_loads(tmp_path: Path) -> None:
     theirs = their(SMALL)
     theirs.save_pretrained(tmp_path)
-    ours = load_denoiser(Source(tmp_path.parent, tmp_path.name))
+    ours = load_denoiser(CheckpointSource(tmp_path.parent, tmp_path.name))
     latent, tau, text, mask = inputs(SMALL, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(
@@ -218,13 +216,13 @@ def test_a_checkpoint_that_diffusers_wrote_loads(tmp_path: Path) -> None:
 
 def test_all_mismatches_come_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_json(SMALL)))
-    tensors = {NAMES.theirs(key): value for key, value in PixArt(SMALL).state_dict().items()}
+    tensors = {NAMES.to_published(key): value for key, value in PixArt(SMALL).state_dict().items()}
     del tensors["proj_out.weight"]
     tensors["stranger"] = torch.zeros(1)
     tensors["proj_out.bias"] = torch.zeros(3)
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        load_denoiser(Source(tmp_path.parent, tmp_path.name))
+        load_denoiser(CheckpointSource(tmp_path.parent, tmp_path.name))
     message = str(caught.value)
     assert "\n" not in message
     assert str(tmp_path) in message
@@ -237,27 +235,27 @@ def test_many_mismatches_are_counted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_json(SMALL)))
     save_file({"stranger": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match=rf"and {len(PixArt(SMALL).state_dict()) + 1 - 6} more"):
-        load_denoiser(Source(tmp_path.parent, tmp_path.name))
+        load_denoiser(CheckpointSource(tmp_path.parent, tmp_path.name))
 
 
 def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
     network = PixArt(SMALL)
     (tmp_path / "config.json").write_text(json.dumps(config_json(SMALL)))
-    tensors = {NAMES.theirs(key): value for key, value in network.state_dict().items()}
+    tensors = {NAMES.to_published(key): value for key, value in network.state_dict().items()}
     names = sorted(tensors)
     shards = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
     for file, part in shards.items():
         save_file({name: tensors[name] for name in part}, tmp_path / file)
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    loaded = load_denoiser(Source(tmp_path.parent, tmp_path.name)).state_dict()
+    loaded = load_denoiser(CheckpointSource(tmp_path.parent, tmp_path.name)).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_the_shipped_network_agrees_with_diffusers() -> None:
     folder = REFERENCE / "emoji" / "transformer"
     theirs = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
-    ours = load_denoiser(Source(REFERENCE / "emoji"))
+    ours = load_denoiser(CheckpointSource(REFERENCE / "emoji"))
     latent, tau, text, mask = inputs(ours.config, 1, 16, 16)
     with torch.no_grad():
         expected = theirs(

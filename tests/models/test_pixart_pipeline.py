@@ -1,6 +1,5 @@
-"""PixArt-alpha and PixArt-Sigma checkpoints that diffusers saved are drawn as diffusers draws them, words to pixels."""
+"""PixArt-alpha and PixArt-Sigma checkpoints saved by diffusers give diffusers' images, from words to pixels."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,43 +9,31 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
 )
-from transformers import T5Config, T5EncoderModel
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
-from harness.resolve.compose import compose_run
 from models.attention import sdpa_attention
+from models.checkpoint_source import CheckpointSource
 from models.pixart.components import load
 from models.registry import REFERENCE
-from models.source import Source
 from models.text.load import load_tokenizer
-from models.text.t5 import T5_STAND_IN, load_t5_prompts
-from tests.models.parity import randomize
+from models.text.t5 import load_t5_prompts
+from tests.fixtures.generators import generator
+from tests.fixtures.models.pixart import PIPELINES, save
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 STEPS, GUIDANCE, SEED, TOKENS = 6, 4.5, 11, 20
 PROMPTS = ["  A Red Apple ", "rocket"]
 NEGATIVE = "Blurry"
 ASKED = {"negative_prompt": NEGATIVE, "steps": STEPS, "guidance": GUIDANCE, "height": 32, "width": 32}
-PIPELINES = {
-    "pixart_alpha": (PixArtAlphaPipeline, {"sample_size": 128, "in_channels": 4, "out_channels": 8}),
-    "pixart_sigma": (
-        PixArtSigmaPipeline,
-        {"sample_size": 16, "in_channels": 4, "out_channels": 8, "interpolation_scale": 0.5},
-    ),
-}
 
 
 @dataclass(frozen=True)
 class Both:
-    """One checkpoint in both worlds."""
+    """One checkpoint in both libraries."""
 
     name: str
     folder: Path
@@ -54,41 +41,9 @@ class Both:
     engine: DiffusionGenerator
 
 
-def save(folder: Path, name: str, heads: int = 2) -> None:
-    """Every part random and small, saved by diffusers' pipeline; the network under the class of older files."""
-    torch.manual_seed(0)
-    kind, sizes = PIPELINES[name]
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=12,
-        num_layers=2,
-        cross_attention_dim=12 * heads,
-        caption_channels=16,
-        **sizes,
-    )
-    encoder = T5EncoderModel(
-        T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
-    )
-    randomize(transformer)
-    randomize(encoder)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.13025,
-    )
-    kind(T5_STAND_IN.build(), encoder, vae, transformer, DPMSolverMultistepScheduler()).save_pretrained(folder)
-    config = folder / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "Transformer2DModel"}))
-
-
 def start(folder: Path, name: str, *overrides: str) -> DiffusionGenerator:
     model = [f"model={name}", f"model.path={folder}", "model.dtype=float32", "model.size_multiple=4"]
-    process = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
-    config = compose_run([*model, f"model.text.tokens={TOKENS}", *process, *overrides]).config
-    engine = DiffusionGenerator(config, InprocessEngine(config))
+    engine = generator(*model, f"model.text.tokens={TOKENS}", *overrides)
     engine.start()
     return engine
 
@@ -106,7 +61,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def draw(both: Both, prompt: str, seed: int, **changes: Any) -> np.ndarray:
-    """diffusers' own pipeline, given this harness' noise."""
+    """Run diffusers' own pipeline with this harness's noise."""
     asked = ASKED | changes
     height, width = asked["height"], asked["width"]
     images = both.peer(
@@ -125,7 +80,7 @@ def draw(both: Both, prompt: str, seed: int, **changes: Any) -> np.ndarray:
     return images[0].transpose(2, 0, 1)
 
 
-def test_pictures_are_diffusers_own(both: Both) -> None:
+def test_images_are_diffusers_own(both: Both) -> None:
     drawn = both.engine.generate(prompts=PROMPTS, seed=SEED, **ASKED)
     for k, prompt in enumerate(PROMPTS):
         theirs = draw(both, prompt, SEED + k)
@@ -134,21 +89,21 @@ def test_pictures_are_diffusers_own(both: Both) -> None:
 
 
 @pytest.mark.parametrize("size", [(48, 24), (24, 40)])
-def test_a_picture_of_another_shape_without_guidance(both: Both, size: tuple[int, int]) -> None:
+def test_an_image_of_another_shape_without_guidance(both: Both, size: tuple[int, int]) -> None:
     changes = {"guidance": 1.0, "steps": 3, "height": size[0], "width": size[1]}
     drawn = both.engine.generate(prompts=PROMPTS, seed=SEED, batch_size=2, **(ASKED | changes))
     for k, prompt in enumerate(PROMPTS):
         assert np.abs(drawn.pixels[k] - draw(both, prompt, SEED + k, **changes)).max() < BOUND
 
 
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(both: Both) -> None:
+def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(both: Both) -> None:
     prompt = "A Red Apple beside a green pear and a yellow lemon"
     drawn = both.engine.generate(prompt=prompt, seed=SEED, **ASKED)
     assert any(f"was cut to {TOKENS}" in note for note in drawn.record.notes)
     assert np.abs(drawn.pixels[0] - draw(both, prompt, SEED)).max() < BOUND
 
 
-def test_the_comparison_sees_what_is_asked(both: Both) -> None:
+def test_the_comparison_sees_the_fields_of_the_request(both: Both) -> None:
     def pixels(**changes: Any) -> np.ndarray:
         return both.engine.generate(**({"prompt": PROMPTS[0], "seed": SEED} | ASKED | changes)).pixels[0]
 
@@ -159,15 +114,15 @@ def test_the_comparison_sees_what_is_asked(both: Both) -> None:
     assert np.array_equal(pixels(prompt="a red apple", negative_prompt="blurry "), plain)
 
 
-def test_only_the_network_of_1024_pixels_is_told_sizes(both: Both) -> None:
-    """Of the latent's pixels and the decoder's stride, which diffusers' pipeline counts in pixels too."""
-    parts = load(Source(both.folder, text_tokens=TOKENS), sdpa_attention)
-    assert parts.network.config.told_size is (both.name == "pixart_alpha")
+def test_only_the_network_of_1024_pixels_gets_sizes(both: Both) -> None:
+    """The size counts the latent's pixels and the decoder's stride; diffusers' pipeline counts in image pixels too."""
+    parts = load(CheckpointSource(both.folder, text_tokens=TOKENS), sdpa_attention)
+    assert parts.network.config.size_conditioning is (both.name == "pixart_alpha")
     assert (parts.network.config.stride, parts.size_multiple, parts.learned_variance) == (2, 4, True)
 
 
 def test_the_learned_variance_of_a_text_model_is_used(both: Both) -> None:
-    """By DDPM's solver, whose picture is not that of a fixed variance."""
+    """With DDPM's solver, whose image differs from that of a fixed variance."""
     pictures = []
     for variance in ("learned_range", "small"):
         ddpm = ["scheduler=ddpm", "scheduler/solver=ddpm", f"scheduler.solver.variance={variance}"]
@@ -179,12 +134,12 @@ def test_the_learned_variance_of_a_text_model_is_used(both: Both) -> None:
 
 
 def test_lower_case_is_what_the_reference_tokenizer_makes_of_a_prompt_anyway() -> None:
-    """So that the built-in model, which is loaded by the same code, draws what it drew."""
-    source = Source(REFERENCE / "emoji", text_tokens=24)
+    """The built-in model, which is loaded by the same code, still gives the same images."""
+    source = CheckpointSource(REFERENCE / "emoji", text_tokens=24)
     tokenizer = load_tokenizer(source, "tokenizer")
     names = (REFERENCE / "emoji" / "vocabulary.txt").read_text().splitlines()
     for prompt in [*names, "  Red Apple, 3D ", "ROCKET", "Ünïcode CAFÉ", ""]:
         assert tokenizer(prompt).input_ids == tokenizer(prompt.lower().strip()).input_ids, prompt
     with torch.no_grad():
         plain, lower = (load_t5_prompts(source, lowercase)(["  Red Apple, 3D "]) for lowercase in (False, True))
-    assert torch.equal(plain.text(), lower.text())
+    assert torch.equal(plain.require_prompt_embeds(), lower.require_prompt_embeds())

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from models.registry import ARCHITECTURES, PUBLISHED
-from tests.models.parity import assert_names_map
-from tests.models.published import CHECKPOINTS, pair
+from tests.fixtures.models.parity import assert_names_map
+from tests.fixtures.models.published import CHECKPOINTS, pair
 from tests.models.published_table import BEGIN, END, table
 
 README = Path(__file__).parents[2] / "README.md"

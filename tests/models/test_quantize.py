@@ -1,5 +1,6 @@
-"""model.quantize: attention's and feed-forward's linears in 8 bits, each weight within half a step of its row's scale,
-the rest of the network as it was; refused where it cannot be, before torchao is asked.
+"""model.quantize: attention's and feed-forward's linears in 8 bits, each weight within half a step of its row's scale.
+
+The rest of the network is unchanged. What cannot be quantised is refused before torchao is imported.
 """
 
 import copy
@@ -10,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.config.schema import Quantize
-from harness.device.flops import counted
+from harness.device.flops import count_operations
 from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.fidelity import floor_config, method_class, reference_config
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.pixart import PixArt, load_denoiser
 from models.pixart.weights import PLAN
-from models.quantize import linears, quantize, stored_bytes
+from models.quantize import find_linears, quantize, stored_bytes
 from models.registry import REFERENCE
-from models.source import Source
-from tests.harness.test_peer import generator
-from tests.models.parity import rel_l2
-from tests.packages import pretend
+from tests.fixtures.generators import generator
+from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.packages import pretend
 
 STEPS = 255  # from the negative of a row's largest magnitude to it
 SLACK = 1 + 1e-4  # of half a step: float32 rounds up to 127.5 steps in four operations, 4 x 127.5 x 2^-24 of a step
@@ -38,7 +39,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
     [
         (["engine=diffusers"], "use engine=native"),
         (["task=plan"], "not task=train or plan"),
-        (["engine.optimize=eager"], "does not join or pack; use engine.optimize=none"),
+        (["engine.optimize=eager"], "does not fuse or pack; use engine.optimize=none"),
         (["model=sd15", "model.load=dummy"], "model=sd15 has a U-Net"),
         (["parallel=tp2"], "leave out parallel.tp"),
         (["parallel=ulysses2_sharded"], "parallel.shard_weights=true"),
@@ -62,14 +63,14 @@ def test_it_is_declared_approximate_and_its_reference_goes_without(monkeypatch: 
     assert {reference_config(row).model.quantize, floor_config(row).model.quantize} == {Quantize.none}
 
 
-def loaded() -> tuple[PixArt, Source]:
-    source = Source(REFERENCE / "emoji")
+def loaded() -> tuple[PixArt, CheckpointSource]:
+    source = CheckpointSource(REFERENCE / "emoji")
     return load_denoiser(source), source
 
 
 def test_the_plan_names_attention_and_feed_forward() -> None:
     network, _ = loaded()
-    found = linears(network, PLAN)
+    found = find_linears(network, PLAN)
     assert len(found) == 10 * network.config.depth, "q, k, v, out of two attentions; up, down"
     assert all(name.startswith("blocks.") for name in found)
     inside = {f"blocks.{name}" for name, part in network.blocks.named_modules() if isinstance(part, nn.Linear)}
@@ -91,7 +92,7 @@ def test_weights_are_within_half_a_step_and_nothing_else_changes() -> None:
     network, source = loaded()
     plain, before = copy.deepcopy(network), source.loaded["transformer"].bytes
     quantize(network, PLAN, "int8_weight_only", source)
-    wanted = {f"{name}.weight" for name in linears(network, PLAN)}
+    wanted = {f"{name}.weight" for name in find_linears(network, PLAN)}
     for (name, was), now in zip(plain.named_parameters(), network.parameters(), strict=True):
         if name in wanted:
             step = was.abs().amax(1, keepdim=True) / (STEPS / 2)
@@ -111,7 +112,7 @@ def test_the_network_computes_with_its_rounded_weights() -> None:
     network, source = loaded()
     rounded, plain = copy.deepcopy(network), drawn(network)
     quantize(network, PLAN, "int8_weight_only", source)
-    for name, linear in linears(rounded, PLAN).items():
+    for name, linear in find_linears(rounded, PLAN).items():
         linear.weight.data = network.get_submodule(name).weight.dequantize()
     assert rel_l2(drawn(network), drawn(rounded)) < 1e-5
     assert 1e-4 < rel_l2(drawn(network), plain) < 0.05
@@ -140,7 +141,7 @@ def test_rounded_inputs_stay_within_their_steps_too() -> None:
 
 def test_operations_are_counted_in_integers_too() -> None:
     found = list[int]()
-    with counted(found.append):
+    with count_operations(found.append):
         torch._int_mm(torch.ones(3, 8, dtype=torch.int8), torch.ones(8, 5, dtype=torch.int8))
     assert found == [2 * 3 * 8 * 5]
 

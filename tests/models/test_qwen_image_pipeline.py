@@ -1,4 +1,4 @@
-"""From a checkpoint that diffusers' QwenImagePipeline wrote, this engine draws that pipeline's pictures."""
+"""From a checkpoint that diffusers' QwenImagePipeline wrote, this engine generates that pipeline's images."""
 
 import json
 from collections.abc import Iterator
@@ -8,80 +8,29 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
-    QwenImageTransformer2DModel,
 )
 from safetensors.torch import load_file
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from harness.resolve.compose import compose_run
 from harness.resolve.scheduler import noise_scheduler_settings
+from models.checkpoint_source import CheckpointSource
 from models.files import read_json
 from models.qwen_image.prompts import load_qwen_image_prompts
 from models.registry import PUBLISHED
-from models.source import Source
 from schedulers.build import build
 from schedulers.published import from_diffusers
-from tests.models.parity import listen, randomize
-from tests.models.qwen_tiny import VOCABULARY, tiny_tokenizer
+from tests.fixtures.generators import generator
+from tests.fixtures.models.qwen_image import save
 
 STEPS, GUIDANCE, SEED, TOKENS = 4, 4.0, 11, 40
 HEIGHT, WIDTH = 48, 32
 PROMPTS = ["a red fox", "the objects and background in color"]
 NEGATIVE = " "
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
-MEAN, STD = [0.3, -0.2, 0.1, 0.4], [1.5, 0.8, 1.1, 2.0]
-
-
-def save(folder: Path, heads: int = 2) -> None:
-    """Every part random and small, saved by diffusers' pipeline."""
-    text = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 2, 1], "rope_theta": 10_000.0},
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
-    pixels = VOCABULARY - 1  # an id that no text has
-    parts = {
-        "text_encoder": Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(
-                text_config=text, vision_config=vision, image_token_id=pixels, video_token_id=pixels, dtype="float32"
-            )
-        ),
-        "transformer": QwenImageTransformer2DModel(
-            in_channels=16,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=heads,
-            joint_attention_dim=32,
-            axes_dims_rope=(4, 6, 6),
-        ),
-        "vae": AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 2, 2],
-            num_res_blocks=1,
-            temperal_downsample=[False, True],
-            latents_mean=MEAN,
-            latents_std=STD,
-        ),
-    }
-    for seed, network in enumerate(parts.values()):
-        randomize(network, seed)
-    listen(parts["transformer"], ".norm_", ".add_v_proj.weight", gain=3.0)
-    published = read_json(PUBLISHED / "qwen_image" / "scheduler" / "scheduler_config.json")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(published)
-    QwenImagePipeline(scheduler=scheduler, tokenizer=tiny_tokenizer(), **parts).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +49,13 @@ def peer(checkpoint: Path) -> QwenImagePipeline:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
-    overrides = ["model=qwen_image", f"model.path={checkpoint}", "model.dtype=float32", f"model.text.tokens={TOKENS}"]
-    config = compose_run([*overrides, "launch.mode=inprocess", "launch.threads_per_rank=1", "attention=math"]).config
-    generator = DiffusionGenerator(config, InprocessEngine(config))
-    generator.start()
-    yield generator
-    generator.stop()
+    model = ["model=qwen_image", f"model.path={checkpoint}", "model.dtype=float32", f"model.text.tokens={TOKENS}"]
+    with generator(*model, "attention=math") as found:
+        yield found
 
 
 def draw(peer: QwenImagePipeline, prompt: str, seed: int, **changes: object) -> np.ndarray:
-    """diffusers' picture, channels first, from the noise that the engine draws for this seed."""
+    """Return diffusers' image, channels first, from the noise that the engine uses for this seed."""
     asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "true_cfg_scale": GUIDANCE}
     asked |= {"negative_prompt": NEGATIVE} | changes
     height, width = asked["height"] // 4, asked["width"] // 4
@@ -126,7 +72,7 @@ def pictures(engine: DiffusionGenerator, **changes: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: QwenImagePipeline, batch_size: int) -> None:
+def test_images_are_diffusers_own(engine: DiffusionGenerator, peer: QwenImagePipeline, batch_size: int) -> None:
     drawn = pictures(engine, batch_size=batch_size)
     for k, prompt in enumerate(PROMPTS):
         theirs = draw(peer, prompt, SEED + k)
@@ -135,21 +81,23 @@ def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: QwenImageP
         assert np.abs(drawn[k] - theirs).max() < BOUND
 
 
-def test_a_picture_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: QwenImagePipeline) -> None:
+def test_an_image_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: QwenImagePipeline) -> None:
     drawn = pictures(engine, prompts=PROMPTS[:1], guidance=1.0, height=32, width=80, steps=3)
     theirs = draw(peer, PROMPTS[0], SEED, true_cfg_scale=1.0, height=32, width=80, num_inference_steps=3)
     assert np.abs(drawn[0] - theirs).max() < BOUND
 
 
-def test_the_comparison_sees_what_is_asked(engine: DiffusionGenerator) -> None:
-    """What is compared depends on what is asked by far more than the bound."""
+def test_the_comparison_sees_the_fields_of_the_request(engine: DiffusionGenerator) -> None:
+    """The result depends on every field of the request by far more than the bound."""
     plain = pictures(engine, prompts=PROMPTS[:1])
     changes = [{"prompts": PROMPTS[1:]}, {"guidance": 2.0}, {"seed": 12}, {"steps": 5}, {"negative_prompt": "shape"}]
     for change in changes:
         assert np.abs(pictures(engine, **({"prompts": PROMPTS[:1]} | change)) - plain).max() > 100 * BOUND, change
 
 
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator, peer: QwenImagePipeline) -> None:
+def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
+    engine: DiffusionGenerator, peer: QwenImagePipeline
+) -> None:
     prompt = "a red fox under a pale sky, " * 4
     drawn = engine.generate(
         prompt=prompt, negative_prompt=NEGATIVE, seed=SEED, steps=2, guidance=GUIDANCE, height=HEIGHT, width=WIDTH
@@ -160,7 +108,7 @@ def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator
 
 
 def test_noise_in_the_order_of_diffusers(peer: QwenImagePipeline) -> None:
-    """The peer draws (B, 1, C, H, W) and packs it; for one frame that is the state drawn here."""
+    """diffusers makes noise of (B, 1, C, H, W) and packs it; for one frame that is the state made here."""
     drawn = peer.prepare_latents(1, 4, HEIGHT, WIDTH, torch.float32, "cpu", torch.Generator().manual_seed(SEED))
     noise = seeded_noise(SEED, (4, HEIGHT // 4, WIDTH // 4))[None]
     assert torch.equal(drawn, QwenImagePipeline._pack_latents(noise, 1, 4, HEIGHT // 4, WIDTH // 4))
@@ -169,7 +117,7 @@ def test_noise_in_the_order_of_diffusers(peer: QwenImagePipeline) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_text_states_are_diffusers_own(checkpoint: Path, dtype: torch.dtype) -> None:
     pipeline = QwenImagePipeline.from_pretrained(checkpoint, dtype=dtype)
-    encoder = load_qwen_image_prompts(Source(checkpoint, dtype=dtype, text_tokens=TOKENS))
+    encoder = load_qwen_image_prompts(CheckpointSource(checkpoint, dtype=dtype, text_tokens=TOKENS))
     with torch.no_grad():
         ours = encoder(PROMPTS)
         for k, prompt in enumerate(PROMPTS):
@@ -177,12 +125,12 @@ def test_text_states_are_diffusers_own(checkpoint: Path, dtype: torch.dtype) -> 
             assert mask is None
             length = encoder.count(prompt)
             assert theirs.shape[1] == length == ours.mask[k].sum()
-            assert torch.equal(ours.states[k, :length], theirs[0])
-            assert ours.states.dtype == dtype
+            assert torch.equal(ours.prompt_embeds[k, :length], theirs[0])
+            assert ours.prompt_embeds.dtype == dtype
 
 
 def test_the_text_encoder_is_saved_under_the_hubs_names(checkpoint: Path) -> None:
-    """So that loading it above is loading the published files: the whole model, in names without language_model."""
+    """Loading it equals loading the published files: the whole model, in names without language_model."""
     names = set(load_file(checkpoint / "text_encoder" / "model.safetensors"))
     hub = {"model.embed_tokens.weight", "visual.patch_embed.proj.weight", "visual.merger.ln_q.weight", "lm_head.weight"}
     assert hub <= names
@@ -194,16 +142,16 @@ def test_random_weights_need_neither_weights_nor_a_tokenizer(checkpoint: Path, t
     config = read_json(checkpoint / "text_encoder" / "config.json")
     config["text_config"] |= {"vocab_size": 152_064}
     (folder / "config.json").write_text(json.dumps(config))
-    encoder = load_qwen_image_prompts(Source(tmp_path, text_tokens=512, dummy=True))
+    encoder = load_qwen_image_prompts(CheckpointSource(tmp_path, text_tokens=512, dummy=True))
     with torch.no_grad():
-        states = encoder(["hi"]).states
-    assert states.shape == (1, encoder.count("hi"), 32)
-    assert states.isfinite().all()
+        prompt_embeds = encoder(["hi"]).prompt_embeds
+    assert prompt_embeds.shape == (1, encoder.count("hi"), 32)
+    assert prompt_embeds.isfinite().all()
 
 
 def test_too_many_text_tokens_are_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="1024 or fewer"):
-        load_qwen_image_prompts(Source(checkpoint, text_tokens=1025))
+        load_qwen_image_prompts(CheckpointSource(checkpoint, text_tokens=1025))
 
 
 @pytest.mark.parametrize("tokens", [256, 6889, 9000])

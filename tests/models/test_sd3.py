@@ -10,11 +10,10 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from models.attention import BACKENDS
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
-from models.files import CheckpointError
 from models.sd3 import NAMES, PLAN, SD3, load_denoiser, read_config
-from models.source import Source
-from tests.models.parity import assert_names_map, assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.parity import assert_config_refused, assert_names_map, assert_plan_fits, randomize, rel_l2
 
 TINY: dict[str, object] = {
     "_class_name": "SD3Transformer2DModel",
@@ -53,7 +52,7 @@ SIZES = ((10, 6), (2, 14), (16, 16), (22, 4))
 
 
 def their(config: dict[str, object]) -> SD3Transformer2DModel:
-    """diffusers' network with random weights everywhere, and a position table that no formula gives."""
+    """Make diffusers' network with random weights everywhere, and a position table that no formula gives."""
     network = SD3Transformer2DModel.from_config(config).eval()
     randomize(network)
     table = network.pos_embed.pos_embed
@@ -63,7 +62,7 @@ def their(config: dict[str, object]) -> SD3Transformer2DModel:
 
 def our(theirs: SD3Transformer2DModel, folder: Path, backend: str = "sdpa", dtype: torch.dtype = torch.float32) -> SD3:
     theirs.save_pretrained(folder / "transformer")
-    return load_denoiser(Source(folder, dtype=dtype), BACKENDS[backend])
+    return load_denoiser(CheckpointSource(folder, dtype=dtype), BACKENDS[backend])
 
 
 def inputs(config: dict[str, object], batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -75,7 +74,12 @@ def inputs(config: dict[str, object], batch: int, height: int, width: int) -> tu
 
 
 def expected(theirs: SD3Transformer2DModel, latent: Tensor, tau: Tensor, told: Conditioning) -> Tensor:
-    return theirs(latent, encoder_hidden_states=told.text(), pooled_projections=told.vector(), timestep=tau).sample
+    return theirs(
+        latent,
+        encoder_hidden_states=told.require_prompt_embeds(),
+        pooled_projections=told.require_pooled(),
+        timestep=tau,
+    ).sample
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -107,14 +111,14 @@ def test_every_input_matters(tmp_path: Path) -> None:
         plain = ours(latent, tau, told)
         assert rel_l2(ours(latent.flip(0), tau, told), plain) > 0.1
         assert rel_l2(ours(latent, tau + 100, told), plain) > 0.01
-        assert rel_l2(ours(latent, tau, replace(told, states=other)), plain) > 0.01
-        assert rel_l2(ours(latent, tau, replace(told, pooled=told.vector() + 1)), plain) > 0.01
+        assert rel_l2(ours(latent, tau, replace(told, prompt_embeds=other)), plain) > 0.01
+        assert rel_l2(ours(latent, tau, replace(told, pooled=told.require_pooled() + 1)), plain) > 0.01
         for axis in (-1, -2):  # positions
             moved = ours(latent.roll(2, dims=axis), tau, told).roll(-2, dims=axis)
             assert rel_l2(moved, plain) > 0.001
 
 
-def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
+def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
     config = CONFIGS["3.5 medium"]
     ours = our(their(config), tmp_path)
     latent, tau, told = inputs(config, 3, 6, 10)
@@ -122,7 +126,7 @@ def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
         together = ours(latent, tau, told)
         for k in range(3):
             row = slice(k, k + 1)
-            alone = Conditioning(told.text()[row], pooled=told.vector()[row])
+            alone = Conditioning(told.require_prompt_embeds()[row], pooled=told.require_pooled()[row])
             assert rel_l2(ours(latent[row], tau[row], alone)[0], together[k]) < 1e-6
 
 
@@ -144,17 +148,17 @@ def test_names_map_one_to_one_and_the_plan_fits(name: str, tmp_path: Path) -> No
     theirs = their(CONFIGS[name])
     ours = our(theirs, tmp_path)
     assert_names_map(ours, theirs.state_dict(), NAMES)
-    if name == "3.5 medium":  # the one with every linear that the plan names
+    if name == "3.5 medium":  # the network with every linear that the plan names
         assert_plan_fits(ours, PLAN)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_random_weights_have_diffusers_own_positions(name: str, tmp_path: Path) -> None:
-    """Where no checkpoint brings a table."""
+    """Where no checkpoint brings a table, the table is diffusers' own."""
     folder = tmp_path / "transformer"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
-    ours = load_denoiser(Source(tmp_path, dummy=True))
+    ours = load_denoiser(CheckpointSource(tmp_path, dummy=True))
     theirs = SD3Transformer2DModel.from_config(CONFIGS[name])
     torch.testing.assert_close(ours.get_buffer("positions"), theirs.pos_embed.pos_embed, rtol=0, atol=1e-6)
 
@@ -162,11 +166,11 @@ def test_random_weights_have_diffusers_own_positions(name: str, tmp_path: Path) 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     ours = our(their(TINY), tmp_path)
     latent, tau, told = inputs(TINY, 1, 4, 24)
-    with pytest.raises(ValueError, match="positions for 11 a side"):
+    with pytest.raises(ValueError, match="positions for 11 per side"):
         ours(latent, tau, told)
     for change, says in (
-        ({"mask": torch.ones(1, 7, dtype=torch.bool)}, "takes no mask"),
-        ({"states": None}, "needs text states"),
+        ({"mask": torch.ones(1, 7, dtype=torch.bool)}, "must have no mask"),
+        ({"prompt_embeds": None}, "needs prompt embeddings"),
         ({"pooled": None}, "needs a pooled"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -179,15 +183,13 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ({"_class_name": "FluxTransformer2DModel"}, "loads SD3Transformer2DModel"),
         ({"out_channels": 8}, "out_channels is not in_channels"),
         ({"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
-        ({"caption_projection_dim": 24}, "as wide as the picture, 32"),
+        ({"caption_projection_dim": 24}, "the width of the image tokens, 32"),
         ({"num_layers": "many"}, "num_layers"),
         ({"pos_embed_max_size": None}, "pos_embed_max_size"),
     ],
 )
 def test_a_config_of_another_network_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TINY | change))
-    with pytest.raises(CheckpointError, match=says):
-        read_config(tmp_path)
+    assert_config_refused(read_config, tmp_path, TINY | change, says)
 
 
 def test_what_a_config_leaves_out_is_diffusers_default(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Triptych and diffusers' StableDiffusion3Pipeline draw the same pictures from the same saved checkpoint and noise."""
+"""Triptych and diffusers' StableDiffusion3Pipeline generate the same images from the same checkpoint and noise."""
 
 import json
 import shutil
@@ -9,21 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
 from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise
+from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError
 from models.sd3.prompts import load_sd3_prompts
-from models.source import Source
-from tests.models.clip_t5_tiny import STRIDE, T5_TOKENS, clip, engine, lively, t5, vae
+from tests.fixtures.models.clip_t5_tiny import STRIDE, T5_TOKENS, engine
+from tests.fixtures.models.sd3 import checkpoint
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 HEIGHT, WIDTH, SEED = 40, 24, 5
 LONG = "a red fox under a blue sky with one white cloud, beside a green pear and a yellow lemon, in deep winter snow"
-PROMPTS = ["fox", LONG]  # one that is padded, one that T5 and both CLIPs cut
+PROMPTS = ["fox", LONG]  # one that is padded, one that T5 and both CLIPs truncate
 NEGATIVE = "blurry"
 
 
@@ -34,40 +35,6 @@ class Case:
     peer: StableDiffusion3Pipeline
     generator: DiffusionGenerator
     folder: Path
-
-
-def checkpoint(folder: Path, medium: bool, heads: int = 4) -> StableDiffusion3Pipeline:
-    """A tiny checkpoint of 3.5 medium's kind, or one of 3 medium's without its third text encoder."""
-    options = {"qk_norm": "rms_norm", "dual_attention_layers": [0, 1]} if medium else {}
-    network = SD3Transformer2DModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=heads,
-        joint_attention_dim=40,
-        caption_projection_dim=8 * heads,
-        pooled_projection_dim=14,
-        pos_embed_max_size=13,
-        **options,
-    )
-    (one, words_one), (two, words_two) = clip(12, True, 1, end=2), clip(16, True, 2, pad="<|pad|>")
-    three, words_three = t5(40, 3) if medium else (None, None)
-    pipeline = StableDiffusion3Pipeline(
-        transformer=lively(network, 4),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(4, scaling=1.5305, shift=0.0609),
-        text_encoder=one,
-        tokenizer=words_one,
-        text_encoder_2=two,
-        tokenizer_2=words_two,
-        text_encoder_3=three,
-        tokenizer_3=words_three,
-    )
-    pipeline.save_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module", params=["3.5 medium", "3 without T5"])
@@ -98,7 +65,7 @@ def ours(generator: DiffusionGenerator, **changes: object) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(("steps", "guidance", "batch"), [(6, 4.5, 1), (6, 4.5, 2), (3, 1.0, 1)])
-def test_pictures_are_diffusers_own(case: Case, steps: int, guidance: float, batch: int) -> None:
+def test_images_are_diffusers_own(case: Case, steps: int, guidance: float, batch: int) -> None:
     drawn = ours(case.generator, steps=steps, guidance=guidance, batch_size=batch)
     for k, prompt in enumerate(PROMPTS):
         picture = theirs(case.peer, prompt, SEED + k, steps, guidance)
@@ -106,8 +73,8 @@ def test_pictures_are_diffusers_own(case: Case, steps: int, guidance: float, bat
         assert np.abs(drawn[k] - picture.numpy()).max() < BOUND
 
 
-def test_the_comparison_sees_all_that_is_asked(case: Case) -> None:
-    """What is compared depends on what is asked by far more than the bound."""
+def test_the_comparison_sees_every_field_of_the_request(case: Case) -> None:
+    """The result depends on every field of the request by far more than the bound."""
     plain = ours(case.generator, steps=4, guidance=4.5)[0]
     for change in (
         {"prompts": ["pear", "pear"]},
@@ -121,27 +88,27 @@ def test_the_comparison_sees_all_that_is_asked(case: Case) -> None:
 
 
 def test_text_states_are_diffusers_own(case: Case) -> None:
-    encoder = load_sd3_prompts(Source(case.folder, text_tokens=T5_TOKENS), 40)
+    encoder = load_sd3_prompts(CheckpointSource(case.folder, text_tokens=T5_TOKENS), 40)
     with torch.no_grad():
         found = encoder(PROMPTS)
-        states, _, pooled, _ = case.peer.encode_prompt(
+        prompt_embeds, _, pooled, _ = case.peer.encode_prompt(
             PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
         )
     assert found.mask is None
-    torch.testing.assert_close(found.text(), states, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.vector(), pooled, rtol=1e-5, atol=1e-5)
-    assert (found.text()[:, 77:] == 0).all() == (case.peer.text_encoder_3 is None)
+    torch.testing.assert_close(found.require_prompt_embeds(), prompt_embeds, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.require_pooled(), pooled, rtol=1e-5, atol=1e-5)
+    assert (found.require_prompt_embeds()[:, 77:] == 0).all() == (case.peer.text_encoder_3 is None)
 
 
-def test_a_picture_beyond_the_positions_is_refused_before_it_runs(case: Case) -> None:
-    with pytest.raises(RequestFailed, match="has positions for 52 a side"):
+def test_an_image_beyond_the_positions_is_refused_before_it_runs(case: Case) -> None:
+    with pytest.raises(RequestFailed, match="has positions for 52 per side"):
         ours(case.generator, steps=2, height=56)
 
 
 def test_a_third_encoder_that_is_named_and_missing_is_refused(case: Case, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(case.folder, tmp_path / "copy"))
     shutil.rmtree(folder / "text_encoder_3", ignore_errors=True)
-    source = Source(folder, text_tokens=T5_TOKENS)
+    source = CheckpointSource(folder, text_tokens=T5_TOKENS)
     if case.peer.text_encoder_3 is None:
         assert load_sd3_prompts(source, 40).t5 is None
         return

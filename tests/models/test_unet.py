@@ -12,28 +12,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.attention import BACKENDS, math_attention, sdpa_attention
+from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.decoders import load_kl_decoder
 from models.files import CheckpointError
 from models.registry import PUBLISHED
-from models.source import Source
 from models.unet import PLAN, route_attention, sd, sdxl, unconditional
-from models.unet.network import ConditionalUNet, SizedUNet, UnconditionalUNet
-from tests.models.parity import assert_plan_fits, randomize, rel_l2
+from models.unet.network import ConditionalUNet, SizeConditionedUNet, UnconditionalUNet
+from tests.fixtures.models.parity import assert_plan_fits, randomize, rel_l2
+from tests.fixtures.models.unet import NCSNPP, PLAIN, POOLED, SIZED, SMALL, TEXT, _blocks
 
 BOUND = 1e-5  # relative L2, float32
-TEXT, POOLED, TOKENS = 12, 10, 7
+TOKENS = 7
 STRIDE = 4  # of the VAE beside SDXL's network
 
-SMALL: dict[str, Any] = {
-    "block_out_channels": [8, 16, 16],
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "cross_attention_dim": TEXT,
-    "attention_head_dim": 2,
-}
 CONDITIONAL: dict[str, dict[str, Any]] = {
     "first generation": SMALL,
     "second generation": SMALL
@@ -58,46 +50,6 @@ CONDITIONAL: dict[str, dict[str, Any]] = {
         "conv_out_kernel": 1,
     },
 }
-SIZED: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "cross_attention_dim": TEXT,
-    "attention_head_dim": [1, 2],
-    "transformer_layers_per_block": [1, 2],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 6,
-    "projection_class_embeddings_input_dim": 6 * 6 + POOLED,
-}
-PLAIN: dict[str, Any] = {
-    "block_out_channels": [8, 16, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": None,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "norm_eps": 1e-6,
-    "sample_size": 16,
-}
-NCSNPP: dict[str, Any] = {
-    "block_out_channels": [32, 32, 32],
-    "down_block_types": ["SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"],
-    "up_block_types": ["SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": None,
-    "attention_head_dim": None,
-    "center_input_sample": True,
-    "mid_block_scale_factor": 1.41421356237,
-    "norm_eps": 1e-6,
-    "time_embedding_type": "fourier",
-    "sample_size": 16,
-}
 UNCONDITIONAL: dict[str, dict[str, Any]] = {
     "ddpm": PLAIN,
     "ncsn++": NCSNPP,
@@ -112,12 +64,12 @@ UNCONDITIONAL: dict[str, dict[str, Any]] = {
 
 
 def with_backends(names: list[str]) -> list[tuple[str, str]]:
-    """Every configuration with the default kernel, and the first with all."""
+    """Return every configuration with the default kernel, and the first with all kernels."""
     return [(names[0], backend) for backend in BACKENDS] + [(name, "sdpa") for name in names[1:]]
 
 
 def saved(kind: type, config: dict[str, Any], folder: Path) -> Any:
-    """diffusers' network with random weights, on disk as `unet/`, beside an SDXL checkpoint's other configurations."""
+    """Save diffusers' network with random weights as `unet/`, beside an SDXL checkpoint's other configurations."""
     theirs = kind(**config)
     randomize(theirs)
     theirs.save_pretrained(folder / "unet")
@@ -130,12 +82,12 @@ def saved(kind: type, config: dict[str, Any], folder: Path) -> Any:
     return theirs.eval()
 
 
-def source(folder: Path, **options: Any) -> Source:
-    return Source(folder, "unet", **options)
+def source(folder: Path, **options: Any) -> CheckpointSource:
+    return CheckpointSource(folder, "unet", **options)
 
 
 def inputs(channels: int, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Conditioning]:
-    """A latent, times, and text with a mask that hides another number of tokens of each prompt."""
+    """Return a latent, times, and text with a mask that hides another number of tokens of each prompt."""
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(batch, channels, height, width, generator=generator)
     text = torch.randn(batch, TOKENS, TEXT, generator=generator)
@@ -145,7 +97,7 @@ def inputs(channels: int, batch: int, height: int, width: int) -> tuple[Tensor, 
 
 
 def unmasked(condition: Conditioning) -> Conditioning:
-    return Conditioning(condition.states, pooled=condition.pooled)
+    return Conditioning(condition.prompt_embeds, pooled=condition.pooled)
 
 
 @torch.no_grad()
@@ -157,13 +109,13 @@ def test_text_networks_agree_with_diffusers(name: str, backend: str, tmp_path: P
     for batch, height, width in ((1, 8, 8), (3, 12, 20), (3, *odd)):
         latent, tau, condition = inputs(4, batch, height, width)
         for told in (condition, unmasked(condition)):
-            expected = theirs(latent, tau, told.states, encoder_attention_mask=told.mask).sample
+            expected = theirs(latent, tau, told.prompt_embeds, encoder_attention_mask=told.mask).sample
             assert rel_l2(ours(latent, tau, told), expected) < BOUND, (batch, height, width)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", list(BACKENDS))
-def test_the_network_that_is_told_sizes_agrees_with_diffusers(backend: str, tmp_path: Path) -> None:
+def test_the_network_that_gets_sizes_agrees_with_diffusers(backend: str, tmp_path: Path) -> None:
     theirs = saved(UNet2DConditionModel, SIZED, tmp_path)
     ours = sdxl.load_denoiser(source(tmp_path), BACKENDS[backend])
     for batch, height, width in ((1, 8, 8), (3, 12, 20), (3, 10, 6)):
@@ -173,7 +125,7 @@ def test_the_network_that_is_told_sizes_agrees_with_diffusers(backend: str, tmp_
         for told in (condition, unmasked(condition)):
             added = {"text_embeds": told.pooled, "time_ids": sizes}
             expected = theirs(
-                latent, tau, told.states, encoder_attention_mask=told.mask, added_cond_kwargs=added
+                latent, tau, told.prompt_embeds, encoder_attention_mask=told.mask, added_cond_kwargs=added
             ).sample
             assert rel_l2(ours(latent, tau, told), expected) < BOUND, (batch, height, width)
 
@@ -193,28 +145,28 @@ def test_every_input_matters(tmp_path: Path) -> None:
     saved(UNet2DConditionModel, SIZED, tmp_path)
     network = sdxl.load_denoiser(source(tmp_path))
     latent, tau, condition = inputs(4, 3, 12, 20)
-    assert condition.states is not None
+    assert condition.prompt_embeds is not None
     assert condition.mask is not None
     assert condition.pooled is not None
     plain = network(latent, tau, condition)
-    other = torch.randn(condition.states.shape, generator=torch.Generator().manual_seed(2))
-    hidden = torch.where(condition.mask[..., None], condition.states, other)
-    seen = torch.where(condition.mask[..., None], other, condition.states)
+    other = torch.randn(condition.prompt_embeds.shape, generator=torch.Generator().manual_seed(2))
+    hidden = torch.where(condition.mask[..., None], condition.prompt_embeds, other)
+    seen = torch.where(condition.mask[..., None], other, condition.prompt_embeds)
     assert torch.equal(network(latent, tau, Conditioning(hidden, condition.mask, condition.pooled)), plain)
     changed = {
         "time": network(latent, tau + 100, condition),
         "text": network(latent, tau, Conditioning(seen, condition.mask, condition.pooled)),
         "mask": network(latent, tau, unmasked(condition)),
-        "pooled": network(latent, tau, Conditioning(condition.states, condition.mask, condition.pooled.flip(0))),
+        "pooled": network(latent, tau, Conditioning(condition.prompt_embeds, condition.mask, condition.pooled.flip(0))),
         "latent": network(latent.flip(-1), tau, condition).flip(-1),
-        "size": SizedUNet(network.unet, 2 * STRIDE)(latent, tau, condition),
+        "size": SizeConditionedUNet(network.unet, 2 * STRIDE)(latent, tau, condition),
     }
     for name, output in changed.items():
         assert rel_l2(output, plain) > 0.001, name
 
 
 @torch.no_grad()
-def test_networks_without_text_are_told_the_time(tmp_path: Path) -> None:
+def test_networks_without_text_get_the_time(tmp_path: Path) -> None:
     for name in ("ddpm", "ncsn++"):
         saved(UNet2DModel, UNCONDITIONAL[name], tmp_path)
         network = unconditional.load_denoiser(source(tmp_path))
@@ -225,13 +177,13 @@ def test_networks_without_text_are_told_the_time(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_batch_is_its_pictures(tmp_path: Path) -> None:
+def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
     saved(UNet2DConditionModel, SIZED, tmp_path)
     network = sdxl.load_denoiser(source(tmp_path))
     latent, tau, told = inputs(4, 3, 12, 20)
     together = network(latent, tau, told)
     for k in range(3):
-        row = Conditioning(told.states[k : k + 1], told.mask[k : k + 1], told.pooled[k : k + 1])  # type: ignore[index]
+        row = Conditioning(told.prompt_embeds[k : k + 1], told.mask[k : k + 1], told.pooled[k : k + 1])  # type: ignore[index]
         assert rel_l2(network(latent[k : k + 1], tau[k : k + 1], row)[0], together[k]) < 1e-6
 
 
@@ -256,7 +208,7 @@ def test_every_attention_layer_goes_through_the_kernel(kind: type, tmp_path: Pat
         assert {heads for _, heads in asked} == {2}
 
 
-def test_a_plan_has_nothing_to_cut(tmp_path: Path) -> None:
+def test_a_plan_has_nothing_to_shard(tmp_path: Path) -> None:
     assert_plan_fits(ConditionalUNet(UNet2DConditionModel(**SMALL)), PLAN)
     assert PLAN.heads is None
     assert PLAN.stacks == PLAN.column == PLAN.row == ()
@@ -268,7 +220,7 @@ OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def aged(file: Path) -> int:
-    """Gives the attention layers in a file the names that they had before 2023; how many names changed."""
+    """Give the attention layers in a file the names that they had before 2023; return how many names changed."""
     tensors = {}
     for name, tensor in load_file(file).items():
         old = name
@@ -315,11 +267,7 @@ def test_files_of_an_autoencoder_load(old: bool, tmp_path: Path) -> None:
     assert rel_l2(load_kl_decoder(source(tmp_path))(latent), (expected / 2 + 0.5).clamp(0, 1)) < BOUND
 
 
-def _blocks(levels: int) -> dict[str, Any]:
-    return {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-
-
-def test_a_network_is_loaded_in_its_dtype_and_told_the_time_in_float32(tmp_path: Path) -> None:
+def test_a_network_is_loaded_in_its_dtype_and_gets_the_time_in_float32(tmp_path: Path) -> None:
     saved(UNet2DConditionModel, SIZED, tmp_path)
     theirs = UNet2DConditionModel.from_pretrained(tmp_path / "unet", torch_dtype=torch.bfloat16).eval()
     ours = sdxl.load_denoiser(source(tmp_path, dtype=torch.bfloat16))
@@ -329,7 +277,7 @@ def test_a_network_is_loaded_in_its_dtype_and_told_the_time_in_float32(tmp_path:
     pixels = (STRIDE * 12, STRIDE * 20)
     added = {"text_embeds": told.pooled, "time_ids": torch.tensor([[*pixels, 0, 0, *pixels]] * 3)}
     with torch.no_grad():
-        expected = theirs(fed, tau, told.states, added_cond_kwargs=added).sample
+        expected = theirs(fed, tau, told.prompt_embeds, added_cond_kwargs=added).sample
         assert rel_l2(ours(fed, tau, told).float(), expected.float()) < 0.01
 
 
@@ -344,10 +292,14 @@ def rewrite(folder: Path, component: str, **changes: object) -> None:
         (sd, {"_class_name": "UNet2DModel"}, "loads UNet2DConditionModel"),
         (sd, {"addition_embed_type": "text_time"}, "use model.architecture=sdxl"),
         (sd, {"addition_embed_type": "image"}, "addition_embed_type=image, which is not supported"),
-        (sd, {"class_embed_type": "timestep"}, "class_embed_type=timestep is not supported .it is told classes"),
+        (
+            sd,
+            {"class_embed_type": "timestep"},
+            "class_embed_type=timestep is not supported .it is conditioned on classes",
+        ),
         (sd, {"num_class_embeds": 10}, "num_class_embeds=10 is not supported"),
-        (sd, {"time_cond_proj_dim": 8}, "told the guidance scale"),
-        (sd, {"encoder_hid_dim_type": "image_proj"}, "told pictures"),
+        (sd, {"time_cond_proj_dim": 8}, "conditioned on the guidance scale"),
+        (sd, {"encoder_hid_dim_type": "image_proj"}, "conditioned on images"),
         (sd, {"attention_type": "gated"}, "attention_type=gated is not supported"),
         (sd, {"dual_cross_attention": True}, "dual_cross_attention=True is not supported"),
         (sd, {"in_channels": 9}, "in_channels=9 and out_channels=4; networks for inpainting"),
@@ -398,19 +350,19 @@ def test_missing_conditioning_is_named(tmp_path: Path) -> None:
     network = sdxl.load_denoiser(source(tmp_path))
     latent, tau, condition = inputs(4, 1, 8, 8)
     with pytest.raises(ValueError, match="needs a pooled text vector"):
-        network(latent, tau, Conditioning(condition.states))
-    with pytest.raises(ValueError, match="needs text states"):
+        network(latent, tau, Conditioning(condition.prompt_embeds))
+    with pytest.raises(ValueError, match="needs prompt embeddings"):
         network(latent, tau, Conditioning(pooled=condition.pooled))
 
 
 @pytest.mark.parametrize("name", ["ddpm_cifar10", "ncsnpp_church"])
-def test_published_networks_without_text_draw_any_multiple_of_their_size(name: str) -> None:
-    """At full size on the meta device, as the smallest picture that size_multiple allows."""
-    here = Source(PUBLISHED / name, "unet", device=torch.device("meta"), dummy=True)
+def test_published_networks_without_text_generate_any_multiple_of_their_size(name: str) -> None:
+    """At full size on the meta device, with the smallest image that size_multiple allows."""
+    here = CheckpointSource(PUBLISHED / name, "unet", device=torch.device("meta"), dummy=True)
     parts = unconditional.load(here, sdpa_attention)
     assert isinstance(parts.network, UnconditionalUNet)
     side = parts.size_multiple
     with torch.device("meta"):
         drawn = parts.network(torch.zeros(2, 3, side, 2 * side), torch.ones(2), Conditioning())
     assert drawn.shape == (2, *parts.latent.shape(side, 2 * side))
-    assert parts.recordable is (name == "ddpm_cifar10")
+    assert parts.capturable is (name == "ddpm_cifar10")

@@ -1,129 +1,38 @@
-"""Whole checkpoints of the UNet families: this engine and diffusers' pipelines draw the same picture."""
+"""Whole checkpoints of the UNet families: this engine and diffusers' pipelines give the same image."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDPMPipeline,
     DiffusionPipeline,
     ScoreSdeVePipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
     UNet2DModel,
 )
 from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.pipelines.deprecated.score_sde_ve import pipeline_score_sde_ve
 from diffusers.schedulers import scheduling_ddpm, scheduling_sde_ve
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from harness.client.generator import DiffusionGenerator
 from harness.engines.protocol import RequestFailed
 from harness.pipeline.latents import seeded_noise, step_noise
 from harness.resolve.compose import ConfigError, compose_run
+from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError
-from models.registry import PUBLISHED
-from models.source import Source
-from models.text.load import StandIn
 from models.unet.prompts import load_clip_prompts, load_two_clip_prompts
-from tests.models.parity import randomize
-from tests.models.test_unet import NCSNPP, PLAIN, SIZED, SMALL, _blocks
+from tests.fixtures.models.unet import NCSNPP, PLAIN, network, scheduler_of, sd, sdxl
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 SEED, STEPS, GUIDANCE, HEIGHT, WIDTH = 11, 6, 4.0, 40, 72
 PROMPTS = ["a red fox", "two small boats under a bridge"]
 NEGATIVE = "blurry"
 STRIDE = 4
-
-
-def tokenizer(pad: str = "<|endoftext|>") -> PreTrainedTokenizerBase:
-    """Bytes between CLIP's two special tokens."""
-    return StandIn(
-        special={"<|startoftext|>": 256, "<|endoftext|>": 257},
-        roles={"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": pad},
-        template="<|startoftext|> $A <|endoftext|>",
-        first_byte=0,
-        extra={"model_max_length": 77},
-    ).build()
-
-
-def clip(width: int, layers: int, act: str, projected: int = 0) -> CLIPTextModel | CLIPTextModelWithProjection:
-    config = CLIPTextConfig(
-        vocab_size=258,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        projection_dim=projected or width,
-        hidden_act=act,
-        bos_token_id=256,
-        eos_token_id=257 if projected else 2,  # 2 is what published files say: the end is where the largest id is
-        pad_token_id=1,
-    )
-    model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
-    randomize(model)
-    return model.eval()
-
-
-def autoencoder(**options: Any) -> AutoencoderKL:
-    vae = AutoencoderKL(block_out_channels=[8, 8, 16], norm_num_groups=4, **_blocks(3), **options)
-    randomize(vae)
-    with torch.no_grad():
-        vae.decoder.conv_out.weight.mul_(0.3)  # so that few pixels leave [0, 1]
-    return vae.eval()
-
-
-def network(kind: type, config: dict[str, Any]) -> Any:
-    unet = kind(**config)
-    randomize(unet)
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if "attn2.to_out" in name:
-                parameter.mul_(8)  # so that the text is seen in the picture
-    return unet.eval()
-
-
-def scheduler_of(name: str, **changes: object) -> Any:
-    """diffusers' scheduler of a published configuration."""
-    raw = json.loads((PUBLISHED / name / "scheduler" / "scheduler_config.json").read_text())
-    return getattr(diffusers, raw["_class_name"]).from_config(raw | changes)
-
-
-def sd(name: str) -> StableDiffusionPipeline:
-    options = {"attention_head_dim": [2, 4, 4], "use_linear_projection": True, "upcast_attention": True}
-    return StableDiffusionPipeline(
-        vae=autoencoder(),
-        text_encoder=clip(12, 2, "quick_gelu") if name == "sd15" else clip(12, 3, "gelu"),
-        tokenizer=tokenizer() if name == "sd15" else tokenizer("!"),
-        unet=network(UNet2DConditionModel, SMALL | {"sample_size": 16} | (options if name == "sd21" else {})),
-        scheduler=scheduler_of(name),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def sdxl(zeros: bool = True, **vae: Any) -> StableDiffusionXLPipeline:
-    return StableDiffusionXLPipeline(
-        vae=autoencoder(**vae),
-        text_encoder=clip(8, 2, "quick_gelu"),
-        text_encoder_2=clip(12, 3, "gelu", projected=10),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer("!"),
-        unet=network(UNet2DConditionModel, SIZED | {"cross_attention_dim": 20, "sample_size": 16}),
-        scheduler=scheduler_of("sdxl"),
-        force_zeros_for_empty_prompt=zeros,
-        add_watermarker=False,
-    )
 
 
 PEERS = {
@@ -151,7 +60,7 @@ def engine_of(name: str, folder: Path, *overrides: str) -> DiffusionGenerator:
 def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, DiffusionPipeline, DiffusionGenerator]]:
-    """A checkpoint's name, diffusers' pipeline, and this engine on what that pipeline saved."""
+    """Yield a checkpoint's name, diffusers' pipeline, and this engine over what that pipeline saved."""
     peer = PEERS[request.param]()
     peer.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -163,7 +72,7 @@ def both(
 
 @torch.no_grad()
 def theirs(peer: DiffusionPipeline, prompt: str, seed: int, negative: str | None, **changes: Any) -> Tensor:
-    """diffusers' own picture, (3, height, width), from this engine's noise."""
+    """Return diffusers' own image, (3, height, width), from this engine's noise."""
     asked = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": HEIGHT, "width": WIDTH} | changes
     noise = seeded_noise(seed, (4, asked["height"] // STRIDE, asked["width"] // STRIDE))[None]
     found = peer(prompt=prompt, negative_prompt=negative, latents=noise, output_type="pt", **asked)
@@ -181,11 +90,11 @@ def apart(mine: np.ndarray, other: Tensor) -> float:
 
 
 def is_a_picture(pixels: Tensor, inside: float = 0.5) -> bool:
-    """Not flat, and not clamped in at least this share of it."""
+    """Return whether the pixels are not flat, and not clamped in at least this share of the image."""
     return bool(pixels.std() > 0.03 and ((pixels > 0) & (pixels < 1)).float().mean() > inside)
 
 
-def test_pictures_are_diffusers_own(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
+def test_images_are_diffusers_own(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
     _, peer, engine = both
     drawn = ours(engine, prompts=PROMPTS, negative_prompt=NEGATIVE)
     for k, prompt in enumerate(PROMPTS):
@@ -194,8 +103,8 @@ def test_pictures_are_diffusers_own(both: tuple[str, DiffusionPipeline, Diffusio
         assert apart(drawn[k], expected) < BOUND
 
 
-def test_pictures_without_a_negative_prompt(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
-    """An empty one is what diffusers takes None for, but where SDXL's checkpoint says otherwise."""
+def test_images_without_a_negative_prompt(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
+    """diffusers takes an empty prompt for None, except where SDXL's checkpoint says otherwise."""
     name, peer, engine = both
     drawn = ours(engine, prompt=PROMPTS[0], negative_prompt="")[0]
     expected = theirs(peer, PROMPTS[0], SEED, None)
@@ -204,7 +113,7 @@ def test_pictures_without_a_negative_prompt(both: tuple[str, DiffusionPipeline, 
     assert (apart(drawn, encoded) > 20 * BOUND) == (name == "sdxl")
 
 
-def test_pictures_without_guidance_and_of_another_shape(
+def test_images_without_guidance_and_of_another_shape(
     both: tuple[str, DiffusionPipeline, DiffusionGenerator],
 ) -> None:
     _, peer, engine = both
@@ -213,7 +122,7 @@ def test_pictures_without_guidance_and_of_another_shape(
     assert apart(drawn, theirs(peer, PROMPTS[1], SEED, None, **changes)) < BOUND
 
 
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(
+def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
     both: tuple[str, DiffusionPipeline, DiffusionGenerator],
 ) -> None:
     _, peer, engine = both
@@ -224,7 +133,7 @@ def test_a_long_prompt_is_cut_where_diffusers_cuts_it(
     assert apart(drawn.pixels[0], theirs(peer, prompt, SEED, None, **changes)) < BOUND
 
 
-def test_the_comparison_sees_what_is_asked(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
+def test_the_comparison_sees_the_fields_of_the_request(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
     _, _, engine = both
     asked = {"prompt": PROMPTS[0], "negative_prompt": NEGATIVE}
     plain = ours(engine, **asked)[0]
@@ -240,10 +149,10 @@ def test_the_comparison_sees_what_is_asked(both: tuple[str, DiffusionPipeline, D
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_what_the_network_is_told_is_diffusers_own(name: str, tmp_path: Path) -> None:
+def test_the_times_that_the_network_gets_are_diffusers_own(name: str, tmp_path: Path) -> None:
     peer = PEERS[name]()
     peer.save_pretrained(tmp_path)
-    source = Source(tmp_path, "unet", text_tokens=77)
+    source = CheckpointSource(tmp_path, "unet", text_tokens=77)
     if name == "sd15":
         prompt, negative = peer.encode_prompt(PROMPTS[0], "cpu", 1, True, NEGATIVE)
         found = load_clip_prompts(source)([PROMPTS[0], NEGATIVE])
@@ -254,19 +163,21 @@ def test_what_the_network_is_told_is_diffusers_own(name: str, tmp_path: Path) ->
         found = encoder([PROMPTS[0], NEGATIVE])
         torch.testing.assert_close(found.pooled, torch.cat([pooled, away]), rtol=1e-5, atol=1e-5)
         empty = encoder([""], negative=True)
-        assert not empty.text().any()
+        assert not empty.require_prompt_embeds().any()
         assert empty.pooled is not None
         assert not empty.pooled.any()
-        assert encoder([""]).text().any()
-    torch.testing.assert_close(found.text(), torch.cat([prompt, negative]), rtol=1e-5, atol=1e-5)
+        assert encoder([""]).require_prompt_embeds().any()
+    torch.testing.assert_close(found.require_prompt_embeds(), torch.cat([prompt, negative]), rtol=1e-5, atol=1e-5)
     assert found.mask is None
 
 
 def test_more_tokens_than_an_encoder_has_positions_for(tmp_path: Path) -> None:
     sd("sd15").save_pretrained(tmp_path)
-    assert load_clip_prompts(Source(tmp_path, "unet", text_tokens=9))(["a"]).text().shape == (1, 9, 12)
+    assert load_clip_prompts(CheckpointSource(tmp_path, "unet", text_tokens=9))(
+        ["a"]
+    ).require_prompt_embeds().shape == (1, 9, 12)
     with pytest.raises(CheckpointError, match="78 tokens, but this encoder takes 77"):
-        load_clip_prompts(Source(tmp_path, "unet", text_tokens=78))
+        load_clip_prompts(CheckpointSource(tmp_path, "unet", text_tokens=78))
 
 
 def test_other_solvers_run_on_the_facts_of_training(tmp_path: Path) -> None:
@@ -285,7 +196,7 @@ def test_other_solvers_run_on_the_facts_of_training(tmp_path: Path) -> None:
 
 
 def fed(monkeypatch: pytest.MonkeyPatch, modules: list[Any], draws: list[Tensor]) -> None:
-    """Hands diffusers' pipeline and scheduler this engine's draws, in the order they ask."""
+    """Give diffusers' pipeline and scheduler this engine's noise, in the order of their calls."""
     left = iter(draws)
 
     def draw(shape: tuple[int, ...], **_: object) -> Tensor:
@@ -300,14 +211,14 @@ SHAPE = (3, SIDE, SIDE)
 
 
 def ddpm(monkeypatch: pytest.MonkeyPatch, peer: DDPMPipeline, seed: int, steps: int) -> np.ndarray:
-    """One draw to begin with, and one a step but the last."""
+    """One noise to begin with, and one for each step but the last."""
     draws = [seeded_noise(seed, SHAPE), *(step_noise(seed, i, SHAPE) for i in range(steps - 1))]
     fed(monkeypatch, [pipeline_ddpm, scheduling_ddpm], draws)
     return peer(num_inference_steps=steps, output_type="pt").images.numpy()
 
 
 def score(monkeypatch: pytest.MonkeyPatch, peer: ScoreSdeVePipeline, seed: int, steps: int) -> np.ndarray:
-    """One draw to begin with, and two a step: of the correction (numbered after all steps) and of the prediction."""
+    """One noise to begin with, and two a step: for the correction (numbered after all steps) and for the prediction."""
     order = [number for i in range(steps) for number in (i + steps, i)]
     draws = [seeded_noise(seed, SHAPE), *(step_noise(seed, number, SHAPE) for number in order)]
     fed(monkeypatch, [pipeline_score_sde_ve, scheduling_sde_ve], draws)
@@ -315,16 +226,16 @@ def score(monkeypatch: pytest.MonkeyPatch, peer: ScoreSdeVePipeline, seed: int, 
 
 
 def plain(name: str) -> tuple[DiffusionPipeline, Any]:
-    """A checkpoint without a prompt, and how diffusers draws from it."""
+    """Return a checkpoint without a prompt, and how diffusers generates noise for it."""
     if name == "ddpm_cifar10":
         return DDPMPipeline(network(UNet2DModel, PLAIN), scheduler_of(name)), ddpm
-    # random scores do not lead from 380 back to pictures, so the tiny network starts within their range
+    # random scores do not lead from 380 back to images, so the tiny network starts within their range
     return ScoreSdeVePipeline(network(UNet2DModel, NCSNPP), scheduler_of(name, sigma_max=0.8)), score
 
 
 @pytest.mark.parametrize("layout", ["folders", "flat"])
 @pytest.mark.parametrize("name", ["ddpm_cifar10", "ncsnpp_church"])
-def test_pictures_without_a_prompt_are_diffusers_own(
+def test_images_without_a_prompt_are_diffusers_own(
     name: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peer, draw = plain(name)
@@ -347,9 +258,9 @@ def test_pictures_without_a_prompt_are_diffusers_own(
         assert apart(drawn[k : k + 1], torch.from_numpy(expected)) < BOUND
     assert np.abs(mine(seed=SEED + 1)[:1] - drawn[:1]).max() > 20 * BOUND
     assert np.abs(mine(steps=8) - drawn).max() > 20 * BOUND
-    with pytest.raises(RequestFailed, match="takes no prompt, and was asked for 'a fox'"):
+    with pytest.raises(RequestFailed, match="takes no prompt, but got 'a fox'"):
         engine.generate(prompt="a fox", seed=SEED, steps=2, height=SIDE, width=SIDE)
-    with pytest.raises(RequestFailed, match="nothing to be guided by; give 1"):
+    with pytest.raises(RequestFailed, match="no guidance; set it to 1"):
         engine.generate(prompt="", guidance=2.0, seed=SEED, steps=2, height=SIDE, width=SIDE)
     engine.stop()
 

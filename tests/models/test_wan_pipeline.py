@@ -1,4 +1,4 @@
-"""The oracle for Wan: this engine and diffusers' WanPipeline draw the same video from the same checkpoint and noise."""
+"""The oracle for Wan: this engine and diffusers' WanPipeline give the same video from the same checkpoint and noise."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +11,11 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
-from harness.resolve.compose import compose_run
-from models.source import Source
+from models.checkpoint_source import CheckpointSource
 from models.wan.prompts import load_umt5_prompts
-from tests.models.wan_checkpoint import OVERRIDES, TOKENS, tiny_wan
+from tests.fixtures.generators import generator
+from tests.fixtures.models.wan import OVERRIDES, TOKENS, tiny_wan
 
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 PROMPTS = ["a red fox", "  two  &amp; a half\nowls "]
@@ -38,14 +37,12 @@ def checkpoint(peer: WanPipeline, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
-    run = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json", "attention=math"]
-    config = compose_run([*OVERRIDES, f"model.path={checkpoint}", *run]).config
-    with DiffusionGenerator(config, InprocessEngine(config)) as generator:
-        yield generator
+    with generator(*OVERRIDES, f"model.path={checkpoint}", "attention=math") as found:
+        yield found
 
 
 def draw(peer: WanPipeline, prompt: str, seed: int, height: int, width: int, frames: int, **asked: Any) -> Tensor:
-    """diffusers' whole pipeline, from the engine's noise: (frames, 3, height, width)."""
+    """Run diffusers' whole pipeline from the engine's noise; return (frames, 3, height, width)."""
     noise = seeded_noise(seed, (4, (frames - 1) // 4 + 1, height // 4, width // 4))[None]
     video = peer(
         prompt,
@@ -96,7 +93,7 @@ def test_other_requests_are_diffusers_own(
     assert apart(ours.pixels[0], theirs) < BOUND
 
 
-def test_one_frame_is_a_picture(engine: DiffusionGenerator, peer: WanPipeline) -> None:
+def test_one_frame_is_an_image(engine: DiffusionGenerator, peer: WanPipeline) -> None:
     asked = ASKED | {"height": 32, "width": 16, "frames": 1}
     drawn = engine.generate(prompt=PROMPTS[0], **asked)
     assert drawn.pixels[0].shape == (3, 32, 16)
@@ -105,15 +102,15 @@ def test_one_frame_is_a_picture(engine: DiffusionGenerator, peer: WanPipeline) -
     assert apart(drawn.pixels[0], draw(peer, PROMPTS[0], **asked)[0]) < BOUND
 
 
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator, peer: WanPipeline) -> None:
+def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(engine: DiffusionGenerator, peer: WanPipeline) -> None:
     asked = ASKED | {"height": 16, "width": 16, "frames": 5, "steps": 2}
     drawn = engine.generate(prompt=LONG, **asked)
-    assert any(f"a prompt of {len(LONG) + 1} tokens was cut to {TOKENS}" in note for note in drawn.record.notes)
+    assert any(f"a prompt of {len(LONG) + 1} tokens was truncated to {TOKENS}" in note for note in drawn.record.notes)
     assert apart(drawn.pixels[0], draw(peer, LONG, **asked)) < BOUND
 
 
-def test_the_comparison_sees_all_that_is_asked(engine: DiffusionGenerator) -> None:
-    """What is compared depends on what is asked by far more than the bound."""
+def test_the_comparison_sees_every_field_of_the_request(engine: DiffusionGenerator) -> None:
+    """The result depends on every field of the request by far more than the bound."""
     asked = ASKED | {"prompt": PROMPTS[0], "height": 16, "width": 32, "frames": 9}
     plain = engine.generate(**asked).pixels[0]
     changes = [{"prompt": "an owl"}, {"negative_prompt": "red"}, {"guidance": 2.0}, {"seed": 12}, {"steps": 4}]
@@ -122,20 +119,20 @@ def test_the_comparison_sees_all_that_is_asked(engine: DiffusionGenerator) -> No
 
 
 def test_text_states_are_diffusers_own(peer: WanPipeline, checkpoint: Path) -> None:
-    encoder = load_umt5_prompts(Source(checkpoint, text_tokens=TOKENS))
+    encoder = load_umt5_prompts(CheckpointSource(checkpoint, text_tokens=TOKENS))
     for prompt in (*PROMPTS, LONG, ""):
         with torch.no_grad():
-            states, _ = peer.encode_prompt(prompt, None, False, max_sequence_length=TOKENS)
+            prompt_embeds, _ = peer.encode_prompt(prompt, None, False, max_sequence_length=TOKENS)
             ours = encoder([prompt])
         assert ours.mask is None
-        torch.testing.assert_close(ours.states, states, rtol=1e-6, atol=1e-6)
-        padding = ours.states[0, encoder.count(prompt) :]
+        torch.testing.assert_close(ours.prompt_embeds, prompt_embeds, rtol=1e-6, atol=1e-6)
+        padding = ours.prompt_embeds[0, encoder.count(prompt) :]
         assert padding.shape[0] == max(0, TOKENS - encoder.count(prompt))
         assert not padding.any()
 
 
 def test_the_noise_scheduler_is_the_checkpoints(engine: DiffusionGenerator, peer: WanPipeline) -> None:
-    """The published shift of 3 is honoured: with another the video is another one."""
+    """The published shift of 3 is used: with another shift the video is another one."""
     asked = ASKED | {"height": 16, "width": 16, "frames": 5}
     ours = engine.generate(prompt=PROMPTS[0], **asked).pixels[0]
     other = peer.scheduler.from_config(peer.scheduler.config, flow_shift=5.0)

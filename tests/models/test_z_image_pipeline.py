@@ -1,4 +1,4 @@
-"""From a checkpoint that diffusers' ZImagePipeline wrote, this engine draws that pipeline's pictures."""
+"""From a checkpoint that diffusers' ZImagePipeline wrote, this engine generates that pipeline's images."""
 
 import json
 import shutil
@@ -8,74 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from harness.client.generator import DiffusionGenerator
-from harness.engines.inprocess import InprocessEngine
 from harness.pipeline.latents import seeded_noise
 from harness.resolve.compose import compose_run
 from harness.resolve.scheduler import noise_scheduler_settings
+from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError, read_json
 from models.registry import PUBLISHED
-from models.source import Source
 from models.z_image.prompts import load_z_image_prompts
 from schedulers.build import build
 from schedulers.published import from_diffusers
-from tests.models.parity import listen, randomize
-from tests.models.qwen_tiny import VOCABULARY, tiny_tokenizer
+from tests.fixtures.generators import generator
+from tests.fixtures.models.z_image import save
 
 STEPS, GUIDANCE, SEED, TOKENS = 4, 4.0, 11, 48  # guidance is counted from 1 here, from 0 by diffusers
 HEIGHT, WIDTH = 48, 32
 PROMPTS = ["a red fox", "the objects and background in color " * 2]
 NEGATIVE = "shape"
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
-
-
-def save(folder: Path, heads: int = 3) -> None:
-    """Every part random and small, saved by diffusers' pipeline."""
-    parts = {
-        "text_encoder": Qwen3Model(
-            Qwen3Config(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=8,
-                dtype="float32",
-            )
-        ),
-        "transformer": ZImageTransformer2DModel(
-            in_channels=4,
-            dim=16 * heads,
-            n_layers=2,
-            n_refiner_layers=1,
-            n_heads=heads,
-            n_kv_heads=heads,
-            cap_feat_dim=32,
-            axes_dims=[4, 6, 6],
-            axes_lens=[256, 64, 64],
-        ),
-        "vae": AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            latent_channels=4,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
-    }
-    for seed, network in enumerate(parts.values()):
-        randomize(network, seed)
-    listen(parts["transformer"], ".norm_q", ".norm_k", gain=2.0)
-    published = read_json(PUBLISHED / "z_image_turbo" / "scheduler" / "scheduler_config.json")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(published)
-    ZImagePipeline(scheduler=scheduler, tokenizer=tiny_tokenizer(), **parts).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +47,13 @@ def peer(checkpoint: Path) -> ZImagePipeline:
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
-    overrides = [
-        "model=z_image_turbo",
-        f"model.path={checkpoint}",
-        "model.dtype=float32",
-        f"model.text.tokens={TOKENS}",
-    ]
-    config = compose_run([*overrides, "launch.mode=inprocess", "launch.threads_per_rank=1", "attention=math"]).config
-    generator = DiffusionGenerator(config, InprocessEngine(config))
-    generator.start()
-    yield generator
-    generator.stop()
+    model = ["model=z_image_turbo", f"model.path={checkpoint}", "model.dtype=float32", f"model.text.tokens={TOKENS}"]
+    with generator(*model, "attention=math") as found:
+        yield found
 
 
 def draw(peer: ZImagePipeline, prompt: str, seed: int, **changes: object) -> np.ndarray:
-    """diffusers' picture, channels first, from the noise that the engine draws for this seed."""
+    """Return diffusers' image, channels first, from the noise that the engine uses for this seed."""
     asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE - 1}
     asked |= {"negative_prompt": NEGATIVE} | changes
     noise = seeded_noise(seed, (4, asked["height"] // 2, asked["width"] // 2))[None]
@@ -123,7 +68,7 @@ def pictures(engine: DiffusionGenerator, **changes: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: ZImagePipeline, batch_size: int) -> None:
+def test_images_are_diffusers_own(engine: DiffusionGenerator, peer: ZImagePipeline, batch_size: int) -> None:
     drawn = pictures(engine, batch_size=batch_size)
     for k, prompt in enumerate(PROMPTS):
         theirs = draw(peer, prompt, SEED + k)
@@ -132,8 +77,8 @@ def test_pictures_are_diffusers_own(engine: DiffusionGenerator, peer: ZImagePipe
         assert np.abs(drawn[k] - theirs).max() < BOUND
 
 
-def test_a_picture_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: ZImagePipeline) -> None:
-    """As Z-Image-Turbo is published: its guidance_scale 0 is 1 here."""
+def test_an_image_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: ZImagePipeline) -> None:
+    """Z-Image-Turbo as it is published: its guidance_scale 0 is 1 here."""
     drawn = pictures(engine, prompts=PROMPTS[:1], guidance=1.0, height=32, width=80, steps=3)
     theirs = draw(peer, PROMPTS[0], SEED, guidance_scale=0.0, height=32, width=80, num_inference_steps=3)
     assert np.abs(drawn[0] - theirs).max() < BOUND
@@ -144,8 +89,8 @@ def test_an_empty_negative_prompt(engine: DiffusionGenerator, peer: ZImagePipeli
     assert np.abs(drawn[0] - draw(peer, PROMPTS[0], SEED, negative_prompt=None)).max() < BOUND
 
 
-def test_the_comparison_sees_what_is_asked(engine: DiffusionGenerator) -> None:
-    """What is compared depends on what is asked by far more than the bound."""
+def test_the_comparison_sees_the_fields_of_the_request(engine: DiffusionGenerator) -> None:
+    """The result depends on every field of the request by far more than the bound."""
     plain = pictures(engine, prompts=PROMPTS[:1])
     changes = [{"prompts": PROMPTS[1:]}, {"guidance": 2.0}, {"seed": 12}, {"steps": 5}, {"negative_prompt": "a red"}]
     for change in changes:
@@ -153,7 +98,9 @@ def test_the_comparison_sees_what_is_asked(engine: DiffusionGenerator) -> None:
         assert moved > 100 * BOUND, change
 
 
-def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator, peer: ZImagePipeline) -> None:
+def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
+    engine: DiffusionGenerator, peer: ZImagePipeline
+) -> None:
     prompt = "a red fox under a pale sky, " * 4
     drawn = engine.generate(
         prompt=prompt, negative_prompt=NEGATIVE, seed=SEED, steps=2, guidance=GUIDANCE, height=HEIGHT, width=WIDTH
@@ -166,7 +113,7 @@ def test_a_long_prompt_is_cut_where_diffusers_cuts_it(engine: DiffusionGenerator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_text_states_are_diffusers_own(checkpoint: Path, dtype: torch.dtype) -> None:
     pipeline = ZImagePipeline.from_pretrained(checkpoint, dtype=dtype)
-    encoder = load_z_image_prompts(Source(checkpoint, dtype=dtype, text_tokens=TOKENS))
+    encoder = load_z_image_prompts(CheckpointSource(checkpoint, dtype=dtype, text_tokens=TOKENS))
     bound = 1e-5 if dtype is torch.float32 else 0.02  # diffusers pads, which sums in another order
     with torch.no_grad():
         ours = encoder(PROMPTS)
@@ -174,9 +121,9 @@ def test_text_states_are_diffusers_own(checkpoint: Path, dtype: torch.dtype) -> 
             theirs = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=TOKENS)[0][0]
             length = encoder.count(prompt)
             assert len(theirs) == length == ours.mask[k].sum()
-            states = ours.states[k, :length]
-            assert (states - theirs).float().norm() < bound * theirs.float().norm()
-            assert ours.states.dtype == dtype
+            prompt_embeds = ours.prompt_embeds[k, :length]
+            assert (prompt_embeds - theirs).float().norm() < bound * theirs.float().norm()
+            assert ours.prompt_embeds.dtype == dtype
 
 
 def test_a_checkpoint_of_the_whole_language_model_loads(checkpoint: Path, tmp_path: Path) -> None:
@@ -184,35 +131,35 @@ def test_a_checkpoint_of_the_whole_language_model_loads(checkpoint: Path, tmp_pa
     whole = Qwen3ForCausalLM(Qwen3Config.from_pretrained(checkpoint / "text_encoder", tie_word_embeddings=True))
     whole.model.load_state_dict(Qwen3Model.from_pretrained(checkpoint / "text_encoder").state_dict())
     whole.save_pretrained(tmp_path)
-    plain = load_z_image_prompts(Source(checkpoint, text_tokens=TOKENS))(PROMPTS)
-    replaced = load_z_image_prompts(Source(checkpoint, text_tokens=TOKENS, replaced={"text_encoder": tmp_path}))(
-        PROMPTS
-    )
-    assert torch.equal(plain.states, replaced.states)
+    plain = load_z_image_prompts(CheckpointSource(checkpoint, text_tokens=TOKENS))(PROMPTS)
+    replaced = load_z_image_prompts(
+        CheckpointSource(checkpoint, text_tokens=TOKENS, replaced={"text_encoder": tmp_path})
+    )(PROMPTS)
+    assert torch.equal(plain.prompt_embeds, replaced.prompt_embeds)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     (folder / "tokenizer" / "chat_template.jinja").unlink()
     with pytest.raises(CheckpointError, match="no chat template here"):
-        load_z_image_prompts(Source(folder, text_tokens=TOKENS))
+        load_z_image_prompts(CheckpointSource(folder, text_tokens=TOKENS))
 
 
 def test_random_weights_need_neither_weights_nor_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
-    """A stand-in tokenizer with the published ids of the special tokens, one token a byte, and ChatML."""
+    """A stand-in tokenizer has the published ids of the special tokens, one token a byte, and ChatML."""
     folder = tmp_path / "text_encoder"
     folder.mkdir()
     config = read_json(checkpoint / "text_encoder" / "config.json") | {"vocab_size": 151_936}
     (folder / "config.json").write_text(json.dumps(config))
-    encoder = load_z_image_prompts(Source(tmp_path, text_tokens=TOKENS, dummy=True))
+    encoder = load_z_image_prompts(CheckpointSource(tmp_path, text_tokens=TOKENS, dummy=True))
     said = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     ids = encoder.tokenizer(said).input_ids
     assert encoder.count("hi") == len(ids) == len("|user.hi|.|assistant.")
     assert [n for n in ids if n > 255] == [151_644, 151_645, 151_644]
     with torch.no_grad():
-        states = encoder(["hi"]).states
-    assert states.shape == (1, len(ids), 32)
-    assert states.isfinite().all()
+        prompt_embeds = encoder(["hi"]).prompt_embeds
+    assert prompt_embeds.shape == (1, len(ids), 32)
+    assert prompt_embeds.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["z_image_turbo", "z_image"])

@@ -16,7 +16,7 @@ Network = Callable[[Tensor, float], Tensor]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small tensors: more threads only disturb the neighbours."""
+    """Use one thread: tensors are small, and more threads only disturb other tests."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,13 +25,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def start() -> Tensor:
-    """Standard normal noise, (2, 4, 8, 8), float32."""
+    """Return standard normal noise, (2, 4, 8, 8), float32."""
     return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
 def network() -> Network:
-    """(x, tau) -> output of x's shape; a fixed smooth function that depends on both."""
+    """Return (x, tau) -> output of x's shape; a fixed smooth function that depends on both."""
     weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)) / 6
 
     def forward(x: Tensor, tau: float) -> Tensor:
@@ -42,13 +42,13 @@ def network() -> Network:
 
 @pytest.fixture
 def noise(start: Tensor) -> Callable[[int], Tensor]:
-    """i -> the noise of step i, shaped like start."""
+    """Return i -> the noise of step i, shaped like start."""
     return lambda i: torch.randn(start.shape, generator=torch.Generator().manual_seed(100 + i))
 
 
 @pytest.fixture
 def run(network: Network, noise: Callable[[int], Tensor]) -> Callable[[NoiseScheduler, Tensor, Grid], Tensor]:
-    """The whole loop with the toy network behind a scheduler's own prediction."""
+    """Return the whole loop with the toy network behind a scheduler's own prediction."""
 
     def loop(scheduler: NoiseScheduler, x: Tensor, grid: Grid) -> Tensor:
         def denoise(x: Tensor, point: Point) -> Estimate:
@@ -65,17 +65,17 @@ class Gaussian:
     mean, std = 0.3, 0.6
 
     def denoise(self, x: Tensor, point: Point) -> Estimate:
-        """E[x0 | x] and E[eps | x]."""
+        """Return E[x0 | x] and E[eps | x]."""
         total = (point.alpha * self.std) ** 2 + point.sigma**2
         centred = x - point.alpha * self.mean
         return Estimate(self.mean + point.alpha * self.std**2 * centred / total, point.sigma * centred / total)
 
     def flow(self, z: Tensor, point: Point) -> Tensor:
-        """Where the flow carries the quantile z: alpha * mean + sqrt(alpha^2 std^2 + sigma^2) * z."""
+        """Return where the flow carries the quantile z: alpha * mean + sqrt(alpha^2 std^2 + sigma^2) * z."""
         return point.alpha * self.mean + math.hypot(point.alpha * self.std, point.sigma) * z
 
 
 @pytest.fixture
 def gaussian() -> Gaussian:
-    """See the class."""
+    """Return a Gaussian whose denoiser and flow are known in closed form."""
     return Gaussian()

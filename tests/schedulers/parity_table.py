@@ -11,9 +11,9 @@ import torch
 
 from schedulers.published import from_diffusers
 from schedulers.published.classes import BUILDERS
-from schedulers.published.options import REFUSED
-from tests.schedulers.parity import compare
-from tests.schedulers.published_cases import CASES, REFUSALS
+from schedulers.published.options import UNSUPPORTED
+from tests.fixtures.schedulers.parity import compare
+from tests.fixtures.schedulers.published_cases import CASES, REFUSALS
 
 README = Path(__file__).parents[2] / "README.md"
 MARKS = ("<!-- parity -->", "<!-- /parity -->")
@@ -42,17 +42,17 @@ SHORT = {
     "sigma_min": "sigma ends",
     "sigma_max": "sigma ends",
 }
-"""How the table calls options, several of which may belong together."""
+"""The table's names of options; several options may have one name."""
 
 
 def worst(name: str, wide: bool) -> float:
-    """The largest relative difference of a class's trajectories, over its configurations and STEPS."""
+    """Return the largest relative difference of a class's trajectories, over its configurations and STEPS."""
     runs = [compare(case, tuple(n for n in STEPS if n <= case.most), wide) for case in CASES if case.name == name]
     return max(difference.state for several in runs for difference in several)
 
 
 def refused(name: str) -> str:
-    """Each refused option with the reason that from_diffusers gives, one reason once."""
+    """Return each refused option with the reason that from_diffusers gives; equal reasons are joined."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for options in REFUSALS.get(name, []):
         try:
@@ -64,7 +64,7 @@ def refused(name: str) -> str:
 
 
 def table() -> str:
-    """The table and the list of what has no counterpart, as Markdown."""
+    """Return the table and the list of classes without a counterpart, as Markdown."""
     rows = [
         f"Each configuration at {', '.join(map(str, STEPS))} steps. The worst max|a - b| / max|b| of the final state,",
         "as published (float32) and with diffusers' float32 read as float64, which shows that the rest is rounding.",
@@ -78,7 +78,7 @@ def table() -> str:
         varied = f"{len(cases)}: {', '.join(sorted(options))}"
         rows.append(f"| {name} | {varied} | {worst(name, False):.0e} | {worst(name, True):.0e} | {refused(name)} |")
     reasons: dict[str, list[str]] = defaultdict(list)
-    for name, reason in REFUSED.items():
+    for name, reason in UNSUPPORTED.items():
         reasons[reason].append(name.removesuffix("Scheduler"))
     rows += ["", "Without a counterpart, and refused by name:", ""]
     rows += [f"- {', '.join(names)}: {reason}." for reason, names in reasons.items()]
@@ -86,7 +86,7 @@ def table() -> str:
 
 
 def write(text: str, readme: Path = README) -> None:
-    """Put the text between the marks. Raises ValueError where they are missing."""
+    """Put the text between the marks; raise ValueError where they are missing."""
     content = readme.read_text()
     found = re.search(f"{re.escape(MARKS[0])}.*{re.escape(MARKS[1])}", content, re.DOTALL)
     if found is None:

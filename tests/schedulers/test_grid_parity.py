@@ -1,4 +1,4 @@
-"""Grids equal diffusers' own, each side built independently from the published parameters."""
+"""Grids equal diffusers' own, both built independently from the published parameters."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 
 from schedulers import paths, spacing
 from schedulers.build import build
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 
 published: Any = diffusers  # its mix-ins hide their attributes from type checkers
 SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -19,7 +19,7 @@ close = torch.testing.assert_close
 def test_flow_linspace_is_diffusers_at_shift_1(steps: int) -> None:
     theirs = published.FlowMatchEulerDiscreteScheduler(shift=1.0)
     theirs.set_timesteps(steps)
-    ours = build(Settings("rectified_flow", sigma_last=0.001))
+    ours = build(NoiseSchedulerSettings("rectified_flow", sigma_last=0.001))
     close(ours.sigmas(steps).float(), theirs.sigmas, rtol=1e-6, atol=1e-7)
     close(ours.timesteps(steps).float(), theirs.timesteps, rtol=1e-6, atol=1e-4)
 
@@ -28,15 +28,15 @@ def test_flow_linspace_is_diffusers_at_shift_1(steps: int) -> None:
 def test_even_flow_with_shift_is_flux_handing_in_its_sigmas(steps: int) -> None:
     theirs = published.FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
-    ours = build(Settings("rectified_flow", shift=3.0))
+    ours = build(NoiseSchedulerSettings("rectified_flow", shift=3.0))
     close(ours.sigmas(steps).float(), theirs.sigmas, rtol=1e-6, atol=1e-7)
 
 
 def test_static_shift_is_applied_once_and_diffusers_twice_is_a_setting() -> None:
     theirs = published.FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs.set_timesteps(10)
-    once = build(Settings("rectified_flow", shift=3.0, sigma_last=0.001)).sigmas(10)
-    twice = build(Settings("rectified_flow", shift=3.0, sigma_last=0.003 / 1.002)).sigmas(10)
+    once = build(NoiseSchedulerSettings("rectified_flow", shift=3.0, sigma_last=0.001)).sigmas(10)
+    twice = build(NoiseSchedulerSettings("rectified_flow", shift=3.0, sigma_last=0.003 / 1.002)).sigmas(10)
     assert once[-2].item() == pytest.approx(0.00299, abs=5e-6)
     assert theirs.sigmas[-2].item() == pytest.approx(0.00893, abs=5e-6)
     close(twice.float(), theirs.sigmas, rtol=1e-6, atol=1e-7)
@@ -73,8 +73,8 @@ def test_trained_alphas_are_ddims(schedule: paths.BetaSchedule) -> None:
 
 
 def test_the_last_row_of_a_discrete_grid_follows_set_alpha_to_one() -> None:
-    clean = build(Settings("ddpm", steps_offset=1)).grid(10)
-    noisy = build(Settings("ddpm", steps_offset=1, end="t_min")).grid(10)
+    clean = build(NoiseSchedulerSettings("ddpm", steps_offset=1)).grid(10)
+    noisy = build(NoiseSchedulerSettings("ddpm", steps_offset=1, end="t_min")).grid(10)
     for grid, to_one in [(clean, True), (noisy, False)]:
         theirs = published.DDIMScheduler(steps_offset=1, set_alpha_to_one=to_one)
         assert grid[10].alpha ** 2 == pytest.approx(theirs.final_alpha_cumprod.item(), rel=1e-6)
@@ -104,7 +104,7 @@ def test_euler_discrete_sigmas_in_ve_coordinates(kind: str, steps: int) -> None:
 def test_euler_discrete_karras(steps: int) -> None:
     theirs = published.EulerDiscreteScheduler(use_karras_sigmas=True, **SD)
     theirs.set_timesteps(steps)
-    ours = build(Settings("ddpm", spacing="karras", coordinates="ve", **SD))
+    ours = build(NoiseSchedulerSettings("ddpm", spacing="karras", coordinates="ve", **SD))
     close(ours.sigmas(steps).float(), theirs.sigmas, rtol=1e-5, atol=1e-6)
     close(ours.timesteps(steps).float(), theirs.timesteps, rtol=1e-4, atol=1e-2)
 
@@ -113,7 +113,7 @@ def test_euler_discrete_karras(steps: int) -> None:
 def test_edm_karras(steps: int) -> None:
     theirs = published.EDMEulerScheduler()
     theirs.set_timesteps(steps)
-    ours = build(Settings("sgm"))
+    ours = build(NoiseSchedulerSettings("sgm"))
     close(ours.sigmas(steps).float(), theirs.sigmas, rtol=1e-6, atol=0)
     close(ours.timesteps(steps).float(), theirs.timesteps, rtol=1e-6, atol=1e-6)
     c_in = torch.stack([theirs._get_conditioning_c_in(s) for s in theirs.sigmas])
@@ -128,6 +128,6 @@ def test_the_last_noisy_row_of_a_wrong_order_is_refused() -> None:
 
 @pytest.mark.parametrize("family", ["rectified_flow", "ddpm", "sgm"])
 def test_a_clean_end_is_the_data_itself(family: str) -> None:
-    last = build(Settings(family)).grid(5)[5]
+    last = build(NoiseSchedulerSettings(family)).grid(5)[5]
     assert (last.t, last.alpha, last.sigma) == (0.0, 1.0, 0.0)
-    assert build(Settings("sgm", tau_map="flow_time", end="t_min")).grid(5)[5].sigma == 0.002
+    assert build(NoiseSchedulerSettings("sgm", tau_map="flow_time", end="t_min")).grid(5)[5].sigma == 0.002

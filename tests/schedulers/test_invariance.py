@@ -10,7 +10,7 @@ from schedulers import paths
 from schedulers.grid import Point
 from schedulers.prediction import Estimate
 from schedulers.solvers.adams import DEIS, LMS, PNDM
-from schedulers.solvers.base import Memory, Solver
+from schedulers.solvers.base import Solver, SolverState
 from schedulers.solvers.dpm import DPMSolver
 from schedulers.solvers.euler import DDIM, Euler
 from schedulers.solvers.heun import DPM2, Heun
@@ -34,7 +34,7 @@ PATHS: list[paths.NoisePath] = [
 
 
 def samples(solver: Solver, noise: Callable[[int], Tensor], last: int = 12) -> list[Tensor]:
-    """One sample a path, from one start and one denoiser that sees only x / alpha and sigma / alpha."""
+    """Return one sample for each path, from one start and one denoiser that sees only x / alpha and sigma / alpha."""
 
     def denoise(x: Tensor, point: Point) -> Estimate:
         ratio = point.sigma / point.alpha
@@ -47,9 +47,9 @@ def samples(solver: Solver, noise: Callable[[int], Tensor], last: int = 12) -> l
     for path in PATHS:
         grid = grid_at(path, path.t_of(ratios))
         torch.testing.assert_close(grid.sigma[:-1] / grid.alpha[:-1], ratios, rtol=1e-12, atol=0)
-        x, memory = grid[0].alpha * (10 * noise(99).double()), Memory()
+        x, state = grid[0].alpha * (10 * noise(99).double()), SolverState()
         for i in range(min(grid.steps, last)):
-            x = solver.step(x, i, grid, denoise, memory, lambda i: noise(i).double())
+            x = solver.step(x, i, grid, denoise, state, lambda i: noise(i).double())
         results.append(x / grid[min(grid.steps, last)].alpha)
     return results
 
@@ -103,7 +103,7 @@ def test_coordinates_do_not_matter_in_the_noise_form_either(form: Solver, noise:
 
 
 def test_coordinates_do_not_matter_to_the_adaptive_solver(noise: Callable[[int], Tensor]) -> None:
-    """Down to the last noisy row: the end that it then jumps from is the path's own."""
+    """This holds down to the last noisy row: the end of the last jump belongs to the path."""
     first, *others = samples(RK45(), noise, last=11)
     for path, other in zip(PATHS[1:], others, strict=True):
         assert ((other - first).abs().max() / first.abs().max()).item() < 1e-12, path

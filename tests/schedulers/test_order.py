@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from schedulers.build import build
-from schedulers.families import FAMILIES, SOLVERS, Settings, resolve, starts_at_pure_noise
-from schedulers.solvers.base import Memory
+from schedulers.compatibility import FAMILIES, SOLVERS, NoiseSchedulerSettings, resolve, starts_at_pure_noise
+from schedulers.solvers.base import SolverState
 
 # Rows whose distance in log(sigma / alpha) shrinks everywhere as steps are added; the last step, to clean data, does
 # not, and is left out.
 SPACED = {
-    "flow": Settings("rectified_flow", sigma_first=0.8, sigma_last=0.2),
-    "flow_shift_3": Settings("rectified_flow", shift=3.0, sigma_first=0.9, sigma_last=0.02),
-    "ddpm": Settings("ddpm", spacing="karras"),
-    "edm": Settings("sgm"),
-    "ve": Settings("sgm", path="ve", spacing="karras"),
-    "vp": Settings("sgm", path="vp", t_last=0.05),
-    "sub_vp": Settings("sgm", path="sub_vp", t_last=0.1),
+    "flow": NoiseSchedulerSettings("rectified_flow", sigma_first=0.8, sigma_last=0.2),
+    "flow_shift_3": NoiseSchedulerSettings("rectified_flow", shift=3.0, sigma_first=0.9, sigma_last=0.02),
+    "ddpm": NoiseSchedulerSettings("ddpm", spacing="karras"),
+    "edm": NoiseSchedulerSettings("sgm"),
+    "ve": NoiseSchedulerSettings("sgm", path="ve", spacing="karras"),
+    "vp": NoiseSchedulerSettings("sgm", path="vp", t_last=0.05),
+    "sub_vp": NoiseSchedulerSettings("sgm", path="sub_vp", t_last=0.1),
 }
 FEW = ("flow_shift_3", "ddpm", "edm")  # of the default suite
 # Solver, its options, its order in theory, and how many starting values a multistep rule of that order needs.
@@ -57,15 +57,15 @@ DETERMINISTIC = {name for name, *_ in ORDERS} | {"rk45"}
 STOCHASTIC = {"tcd", "ancestral", "ddpm", "dpmpp_2m_sde", "lcm", "edm_churn", "euler_maruyama", "predictor_corrector"}
 
 
-def error(settings: Settings, steps: int, exact: int, gaussian: Any) -> float:
-    """The largest error before the step to clean data, with the first `exact` rows set to the solution."""
-    scheduler, memory, z = build(settings), Memory(), torch.linspace(-2, 2, 9, dtype=torch.float64)
+def error(settings: NoiseSchedulerSettings, steps: int, exact: int, gaussian: Any) -> float:
+    """Return the largest error before the step to clean data, with the first `exact` rows set to the solution."""
+    scheduler, state, z = build(settings), SolverState(), torch.linspace(-2, 2, 9, dtype=torch.float64)
     grid = scheduler.grid(steps)
     x, last = gaussian.flow(z, grid[0]), grid.steps - 1
     for i in range(last):
-        x = scheduler.step(x, i, grid, gaussian.denoise, memory, torch.zeros)
+        x = scheduler.step(x, i, grid, gaussian.denoise, state, torch.zeros)
         if i < exact:
-            x, memory.sample = gaussian.flow(z, grid[i + 1]), gaussian.flow(z, grid[i])
+            x, state.sample = gaussian.flow(z, grid[i + 1]), gaussian.flow(z, grid[i])
     return float((x - gaussian.flow(z, grid[last])).abs().max())
 
 
@@ -85,9 +85,9 @@ def test_order(
     gaussian: Any,
     record_property: Any,
 ) -> None:
-    """Multistep rules start from exact values, so that their order is seen and not that of their first step."""
+    """Multistep rules start from exact values, so that their order is measured and not that of their first step."""
     full = {"lower_order_final": False} if solver == "unipc" else {}  # it lowers the last steps of every grid
-    settings = Settings(**{**vars(SPACED[named]), "solver": solver, **options, **full})
+    settings = NoiseSchedulerSettings(**{**vars(SPACED[named]), "solver": solver, **options, **full})
     if solver == "pndm" and named not in ("ddpm", "vp", "sub_vp"):
         with pytest.raises(ValueError, match="solver=pndm cannot run"):
             build(settings)
@@ -101,17 +101,17 @@ def test_order(
 
 
 def test_the_published_third_order_is_of_order_two(gaussian: Any) -> None:
-    """Half the weight of the second difference, as in the authors' code and in diffusers."""
+    """The weight of the second difference is half, as in the authors' code and in diffusers."""
     from dataclasses import replace
 
-    scheduler = build(Settings("sgm", solver="dpmpp_3m"))
-    published = replace(scheduler, solver=replace(scheduler.solver, half_third=True))  # type: ignore[type-var, call-arg]
+    scheduler = build(NoiseSchedulerSettings("sgm", solver="dpmpp_3m"))
+    published = replace(scheduler, solver=replace(scheduler.solver, halve_d2=True))  # type: ignore[type-var, call-arg]
     z, errors = torch.linspace(-2, 2, 9, dtype=torch.float64), []
     for steps in (128, 256):
-        grid, memory = published.grid(steps), Memory()
+        grid, state = published.grid(steps), SolverState()
         x = gaussian.flow(z, grid[0])
         for i in range(steps - 1):
-            x = published.step(x, i, grid, gaussian.denoise, memory, torch.zeros)
+            x = published.step(x, i, grid, gaussian.denoise, state, torch.zeros)
         errors.append(float((x - gaussian.flow(z, grid[steps - 1])).abs().max()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.2)
 
@@ -121,7 +121,7 @@ def test_the_published_third_order_is_of_order_two(gaussian: Any) -> None:
 def test_the_adaptive_solver_keeps_its_tolerance_and_counts_what_it_spends(
     named: str, tolerance: float, gaussian: Any
 ) -> None:
-    settings = Settings(**{**vars(SPACED[named]), "solver": "rk45", "rtol": tolerance, "atol": tolerance})
+    settings = NoiseSchedulerSettings(**{**vars(SPACED[named]), "solver": "rk45", "rtol": tolerance, "atol": tolerance})
     scheduler, calls = build(settings), 0
     grid, z = scheduler.grid(2), torch.linspace(-2, 2, 9, dtype=torch.float64)
 
@@ -131,7 +131,7 @@ def test_the_adaptive_solver_keeps_its_tolerance_and_counts_what_it_spends(
         assert point.sigma > 0
         return gaussian.denoise(x, point)
 
-    x = scheduler.step(gaussian.flow(z, grid[0]), 0, grid, denoise, Memory(), torch.zeros)
+    x = scheduler.step(gaussian.flow(z, grid[0]), 0, grid, denoise, SolverState(), torch.zeros)
     wanted = gaussian.flow(z, grid[1])
     assert float(((x - wanted).abs() / (1 + wanted.abs())).max()) < 20 * tolerance
     clean = scheduler.sample(gaussian.flow(z, grid[0]), grid, denoise, torch.zeros)
@@ -155,7 +155,7 @@ REFUSED = {
 def test_evaluations_are_counted_as_they_happen(solver: str, steps: int, gaussian: Any) -> None:
     for family, paths in FAMILIES.items():
         for path in paths:
-            settings = Settings(family, path=path, solver=solver)
+            settings = NoiseSchedulerSettings(family, path=path, solver=solver)
             if solver in REFUSED.get(path, ()):
                 with pytest.raises(ValueError, match=f"solver={solver} cannot"):
                     build(settings)
@@ -177,5 +177,5 @@ def test_evaluations_are_counted_as_they_happen(solver: str, steps: int, gaussia
 
 
 def test_a_noisy_end_costs_heun_the_second_evaluation() -> None:
-    noisy = build(Settings("ddpm", solver="heun", end="t_min"))
+    noisy = build(NoiseSchedulerSettings("ddpm", solver="heun", end="t_min"))
     assert noisy.solver.evaluations(noisy.grid(6)) == 12

@@ -21,7 +21,7 @@ EVERY: dict[str, paths.NoisePath] = {
 
 
 def times(path: paths.NoisePath) -> torch.Tensor:
-    """Times inside the path, away from its ends and, on a discrete one, from its knots."""
+    """Return times inside the path, away from its ends and, on a discrete one, from its knots."""
     share = torch.linspace(0.0513, 0.9487, 13, dtype=torch.float64)
     return path.t_min + share * (path.t_max - path.t_min)
 
@@ -58,7 +58,7 @@ def test_vp_and_sub_vp_are_song_s() -> None:
     torch.testing.assert_close(vp.diffusion(t), 0.1 + 19.9 * t)
 
 
-def test_ve_is_geometric_and_edm_tells_what_it_is_asked_to() -> None:
+def test_ve_is_geometric_and_edm_passes_the_configured_time() -> None:
     ve = paths.GeometricVEPath(0.01, 50.0)
     assert ve.sigma(0.5) == pytest.approx(math.sqrt(0.01 * 50))
     assert (ve.tau(1.0), ve.t_of(0.001)) == (pytest.approx(50.0), 0.0)
@@ -68,7 +68,7 @@ def test_ve_is_geometric_and_edm_tells_what_it_is_asked_to() -> None:
 
 
 def test_zero_terminal_snr_ends_at_pure_noise_and_starts_where_it_did() -> None:
-    """Lin et al. 2023, Algorithm 1."""
+    """The rescaling to zero terminal SNR is Lin et al. 2023, Algorithm 1."""
     before = paths.betas("scaled_linear", 0.00085, 0.012)
     after = paths.zero_terminal_snr(before)
     path = paths.DiscreteVPPath(after)

@@ -22,14 +22,14 @@ PATHS: dict[str, paths.NoisePath] = {
 
 
 def pair(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """x0 and eps of shape (2, 3, 4)."""
+    """Return x0 and eps of shape (2, 3, 4)."""
     generator = torch.Generator().manual_seed(3)
     x0 = 0.5 * torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
     return x0.to(dtype), torch.randn(2, 3, 4, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def point(path: paths.NoisePath, t: float) -> Point:
-    """The path's row at t."""
+    """Return the path's row at t."""
     return Point(t, path.alpha(t), path.sigma(t), path.tau(t), path.c_in(t))
 
 
@@ -86,7 +86,7 @@ def test_half_precision_output_gives_an_estimate_in_the_states_dtype() -> None:
         assert (found.x0.dtype, found.eps.dtype) == (torch.float32, torch.float32)
 
 
-def test_clipping_keeps_the_raw_eps_unless_told() -> None:
+def test_clipping_keeps_the_raw_eps_by_default() -> None:
     x, output, p = torch.tensor([3.0]), torch.tensor([0.5]), Point(0, 0.6, 0.8, 0, 1)
     kept, derived = (Clipped(Eps(), 1.0, again).estimate(output, x, p) for again in (False, True))
     assert (kept.x0.item(), kept.eps.item()) == (1.0, 0.5)
@@ -115,7 +115,7 @@ def test_paths_give_back_what_they_were_given(named: str) -> None:
     assert math.isfinite(path.tau(0.0))
 
 
-def test_what_the_network_is_told() -> None:
+def test_the_times_that_the_network_gets() -> None:
     assert paths.FlowPath().tau(0.25) == 250.0
     assert paths.EDMPath().tau(math.exp(2.0)) == pytest.approx(0.5)
     assert paths.EDMPath(tau_map="flow_time").tau(3.0) == pytest.approx(paths.FlowPath().tau(0.75))

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from schedulers import paths
-from schedulers.drop_in import evaluation_points
+from schedulers.diffusers_adapter import evaluation_points
 from schedulers.published import from_diffusers
 from schedulers.published.classes import BUILDERS
-from schedulers.published.options import DEFAULTS, REFUSED
-from tests.schedulers.parity import Case, module_of, published, table, told
-from tests.schedulers.published_cases import CASES, OPTIONS, REFUSALS, UNKNOWN
+from schedulers.published.options import DEFAULTS, UNSUPPORTED
+from tests.fixtures.schedulers.parity import Case, module_of, published, table, told
+from tests.fixtures.schedulers.published_cases import CASES, OPTIONS, REFUSALS, UNKNOWN
 
 diffusers.utils.logging.set_verbosity_error()  # it warns of each option that another class has
 STEPS = (5, 10, 20, 50)
@@ -58,8 +58,8 @@ def test_grid_as_published(name: str) -> None:
 
 def test_every_class_of_diffusers_is_mapped_or_refused_and_every_mapped_one_is_run() -> None:
     theirs = {name for name in dir(diffusers) if name.endswith("Scheduler")} | {"ScoreSdeVpScheduler"}
-    assert theirs == set(DEFAULTS) | set(REFUSED)
-    assert not set(DEFAULTS) & set(REFUSED)
+    assert theirs == set(DEFAULTS) | set(UNSUPPORTED)
+    assert not set(DEFAULTS) & set(UNSUPPORTED)
     assert set(BUILDERS) == set(DEFAULTS) == set(OPTIONS)
 
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(config: dict[str, Any], mess
     ("name", "options"), [(name, o) for some in (REFUSALS, UNKNOWN) for name, several in some.items() for o in several]
 )
 def test_an_option_that_cannot_be_honoured_is_refused_by_name(name: str, options: dict[str, Any]) -> None:
-    """The first option of each is the one at fault."""
+    """The first option of each is the wrong one."""
     with pytest.raises(ValueError, match=f"^{name} with {next(iter(options))}=.* is not supported: ") as refused:
         from_diffusers({"_class_name": name, **options})
     assert "\n" not in str(refused.value)
@@ -113,8 +113,10 @@ def test_an_option_that_cannot_be_honoured_is_refused_by_name(name: str, options
 
 @pytest.mark.parametrize("shift", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
-def test_flow_timesteps_are_cut_to_the_same_whole_number_for_every_number_of_steps(name: str, shift: float) -> None:
-    """1000 sigma is often a whole number but for the last bit, which decides what the network is told."""
+def test_flow_timesteps_are_truncated_to_the_same_whole_number_for_every_number_of_steps(
+    name: str, shift: float
+) -> None:
+    """1000 sigma is often a whole number up to the last bit, which decides the time that the network gets."""
     case = Case(name, {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift})
     scheduler = case.ours()
     with published(case, False, [0]) as other:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from schedulers.published.options import DEFAULTS, REFUSED
+from schedulers.published.options import DEFAULTS, UNSUPPORTED
 from tests.schedulers.parity_table import MARKS, README, refused, write
 
 
@@ -17,7 +17,7 @@ def test_the_table_lists_exactly_the_mapped_classes() -> None:
     rows = re.findall(r"^\| (\w+Scheduler) \|", between_the_marks(), re.MULTILINE)
     assert sorted(rows) == sorted(DEFAULTS)
     listed = ", ".join(re.findall(r"^- ([\w, ]+):", between_the_marks(), re.MULTILINE)).split(", ")
-    assert sorted(f"{name}Scheduler" for name in listed) == sorted(REFUSED)
+    assert sorted(f"{name}Scheduler" for name in listed) == sorted(UNSUPPORTED)
 
 
 def test_every_measured_difference_is_small() -> None:

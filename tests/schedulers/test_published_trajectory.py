@@ -5,12 +5,12 @@ from collections.abc import Callable
 import diffusers
 import pytest
 
-from tests.schedulers.parity import Case, compare
-from tests.schedulers.published_cases import CASES, bound
+from tests.fixtures.schedulers.parity import Case, compare
+from tests.fixtures.schedulers.published_cases import CASES, bound
 
 diffusers.utils.logging.set_verbosity_error()
 THIRD = [pytest.param(case, marks=pytest.mark.slow if k % 3 else ()) for k, case in enumerate(CASES)]
-"""All, two of three in the slow suite; every grid is in the default one."""
+"""Return all cases, two of three in the slow suite; every grid is in the default suite."""
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -25,7 +25,7 @@ def test_the_formulas_are_the_same(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("case", THIRD, ids=str)
 def test_as_published_in_float32(case: Case, record_property: Callable[[str, object], None]) -> None:
-    """Within 1e-5 of the largest value, but for the cases whose bound says why."""
+    """Within 1e-5 of the largest value, except for the cases whose bound says why."""
     for difference in compare(case, tuple(n for n in (10, 50) if n <= case.most), wide=False):
         record_property("relative_error", difference.state)
         assert difference.state < bound(case), difference

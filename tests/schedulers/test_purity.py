@@ -1,4 +1,4 @@
-"""Nothing of a request lives on a scheduler: objects are frozen, and interleaved requests do not meet."""
+"""A scheduler holds nothing of a request: objects are frozen, and interleaved requests do not influence each other."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,33 +9,33 @@ import torch
 from torch import Tensor
 
 from schedulers.build import build
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 from schedulers.grid import Grid
-from schedulers.solvers.base import Denoise, Memory, Noise, Solver
+from schedulers.solvers.base import Denoise, Noise, Solver, SolverState
 from schedulers.solvers.euler import DDIM, Euler
 from schedulers.solvers.heun import Heun
 
 
 @dataclasses.dataclass(frozen=True)
 class TwoStep:
-    """A multistep solver that needs memory: x0 extrapolated from the step before."""
+    """A multistep solver that needs state: x0 is extrapolated from the step before."""
 
-    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, memory: Memory, noise: Noise) -> Tensor:
-        """See the class."""
+    def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
+        """Extrapolate x0 from the step before, and step with it."""
         there, now = grid[i + 1], denoise(x, grid[i])
-        x0 = now.x0 if not memory.history else 1.5 * now.x0 - 0.5 * memory.history[-1][1].x0
-        memory.history.append((grid[i], now))
+        x0 = now.x0 if not state.history else 1.5 * now.x0 - 0.5 * state.history[-1][1].x0
+        state.history.append((grid[i], now))
         return there.alpha * x0 + there.sigma * now.eps
 
     def evaluations(self, grid: Grid) -> int:
-        """One a step."""
+        """Return one evaluation for each step."""
         return grid.steps
 
 
 @pytest.mark.parametrize("solver", [Euler(), DDIM(0.5), Heun(), TwoStep()], ids=str)
 @pytest.mark.parametrize("family", ["rectified_flow", "ddpm", "sgm"])
 def test_interleaved_requests_are_the_requests_alone(solver: Solver, family: str, gaussian: Any) -> None:
-    scheduler = dataclasses.replace(build(Settings(family)), solver=solver)
+    scheduler = dataclasses.replace(build(NoiseSchedulerSettings(family)), solver=solver)
     starts = [torch.linspace(-1, 1, 5), torch.linspace(2, -3, 5)]
 
     def noise(seed: int) -> Callable[[int], Tensor]:
@@ -44,7 +44,7 @@ def test_interleaved_requests_are_the_requests_alone(solver: Solver, family: str
     grids = [scheduler.grid(6), scheduler.grid(9)]
     states = [scheduler.init_noise(x, grid) for x, grid in zip(starts, grids, strict=True)]
     alone = [scheduler.sample(states[r], grids[r], gaussian.denoise, noise(r)) for r in (0, 1)]
-    memories, together = [Memory(), Memory()], list(states)
+    memories, together = [SolverState(), SolverState()], list(states)
     for i in range(9):
         for r in (0, 1):
             if i < grids[r].steps:
@@ -56,7 +56,7 @@ def test_interleaved_requests_are_the_requests_alone(solver: Solver, family: str
 
 @pytest.mark.parametrize("family", ["rectified_flow", "ddpm", "sgm"])
 def test_everything_is_frozen(family: str) -> None:
-    scheduler = build(Settings(family, solver="ddim", eta=0.5))
+    scheduler = build(NoiseSchedulerSettings(family, solver="ddim", eta=0.5))
     parts: list[Any] = [
         scheduler,
         scheduler.path,
@@ -80,7 +80,7 @@ def test_a_grid_does_not_follow_the_tensors_it_was_made_from() -> None:
 
 
 def test_the_state_is_float32_whatever_comes_in(gaussian: Any) -> None:
-    scheduler = build(Settings("rectified_flow"))
+    scheduler = build(NoiseSchedulerSettings("rectified_flow"))
     grid, x = scheduler.grid(4), torch.ones(3, dtype=torch.bfloat16)
     assert scheduler.init_noise(x, grid).dtype == torch.float32
     assert scheduler.sample(x, grid, gaussian.denoise, torch.zeros).dtype == torch.float32

@@ -10,12 +10,11 @@ import torch
 
 import schedulers
 from harness.config.schema import SchedulerConfig, SolverConfig
-from schedulers import Settings, resolve
+from schedulers import NoiseSchedulerSettings, resolve
 from schedulers.build import build
-from schedulers.families import (
-    AT_PURE_NOISE,
+from schedulers.compatibility import (
     FAMILIES,
-    FLOW_LINSPACE,
+    FLOW_LINSPACE_OPTIONS,
     PATHS,
     PREDICTION_OPTIONS,
     PREDICTIONS,
@@ -23,11 +22,12 @@ from schedulers.families import (
     SOLVERS,
     SPACING_OPTIONS,
     SPACINGS,
+    UNSUPPORTED_AT_PURE_NOISE,
     starts_at_pure_noise,
 )
 from schedulers.grid import Point
 from schedulers.prediction import Estimate, Prediction
-from schedulers.solvers.base import Memory
+from schedulers.solvers.base import SolverState
 
 EVERY = [
     (family, path, p, s, g)
@@ -45,13 +45,13 @@ def test_every_combination_either_samples_or_is_refused_with_a_reason() -> None:
     for family, path, prediction, solver, spaced in EVERY:
         row = PATHS[path]
         sigmas = [0.9, 0.7, 0.5, 0.3, 0.1] if spaced == "custom" else None
-        settings = Settings(family, prediction, solver, spaced, path=path, sigmas=sigmas)
+        settings = NoiseSchedulerSettings(family, prediction, solver, spaced, path=path, sigmas=sigmas)
         known = prediction in row.predictions and spaced in row.spacings and (path, "solver", solver) not in REASONS
         if not known:
             with pytest.raises(ValueError, match=f"cannot run on family={family}.*: .{{20,}}Use one of: "):
                 resolve(settings, 5)
             continue
-        if solver in AT_PURE_NOISE and starts_at_pure_noise(settings):
+        if solver in UNSUPPORTED_AT_PURE_NOISE and starts_at_pure_noise(settings):
             with pytest.raises(ValueError, match=r"cannot start at alpha = 0.*set sigma_(first|max)=0\.999"):
                 resolve(settings, 5)
             continue
@@ -81,14 +81,14 @@ def test_every_refusal_has_its_own_reason_and_refuses_nothing_legal() -> None:
 
 
 def test_every_option_belongs_somewhere() -> None:
-    """An option that nothing reads would be a dead one; each also has a key of the same name for the command line."""
+    """An option that nothing reads would be dead; each also has a key of the same name on the command line."""
     read = {name for row in PATHS.values() for name in row.options} | {n for names in SOLVERS.values() for n in names}
-    read |= {name for names in SPACING_OPTIONS.values() for name in names} | set(FLOW_LINSPACE)
+    read |= {name for names in SPACING_OPTIONS.values() for name in names} | set(FLOW_LINSPACE_OPTIONS)
     read |= {name for names in PREDICTION_OPTIONS.values() for name in names}
     always = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype", "round_tau"}
-    assert set(Settings.__dataclass_fields__) == read | always
+    assert set(NoiseSchedulerSettings.__dataclass_fields__) == read | always
     keys = set(SchedulerConfig.__dataclass_fields__) | set(SolverConfig.__dataclass_fields__) - {"name"}
-    assert set(Settings.__dataclass_fields__) == keys
+    assert set(NoiseSchedulerSettings.__dataclass_fields__) == keys
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_every_option_belongs_somewhere() -> None:
         ({"solver": "zzz"}, "unknown solver 'zzz'; Choose one of"),
         ({"spacing": "karas"}, "did you mean 'karras'"),
         ({"prediction": "epsilon"}, "unknown prediction 'epsilon'"),
-        ({"steps": 0}, "steps=0; ask for at least 1"),
-        ({"steps": 1001}, "ask for 1000 or fewer"),
+        ({"steps": 0}, "steps=0; use at least 1"),
+        ({"steps": 1001}, "use 1000 or fewer"),
         ({"family": "rectified_flow", "prediction": "eps"}, "alpha = 0"),
     ],
 )
@@ -113,32 +113,41 @@ def test_limits_that_depend_on_the_settings() -> None:
     assert schedulers.check("rectified_flow", steps=5000).solver == "euler"
     assert schedulers.check("ddpm", spacing="karras", steps=5000).prediction == "eps"
     with pytest.raises(ValueError, match="100 or fewer"):
-        resolve(Settings("ddpm", train_steps=100), steps=101)
+        resolve(NoiseSchedulerSettings("ddpm", train_steps=100), steps=101)
     with pytest.raises(ValueError, match="steps_offset=0"):
-        build(Settings("ddpm", steps_offset=1)).grid(1000)
+        build(NoiseSchedulerSettings("ddpm", steps_offset=1)).grid(1000)
     with pytest.raises(ValueError, match="1000 or fewer"):
-        build(Settings("ddpm")).grid(1001)
+        build(NoiseSchedulerSettings("ddpm")).grid(1001)
     for family in FAMILIES:
         with pytest.raises(ValueError, match="at least 1"):
-            build(Settings(family)).grid(0)
+            build(NoiseSchedulerSettings(family)).grid(0)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Settings("ddpm", zero_terminal_snr=True), "prediction=eps says nothing about x0 at zero terminal SNR"),
-        (Settings("ddpm", "v", zero_terminal_snr=True, coordinates="ve"), "coordinates=ve divides by alpha"),
-        (Settings("ddpm", "v", spacing="karras", zero_terminal_snr=True), "set sigma_max"),
-        (Settings("ddpm", "v", "pndm", "trailing", zero_terminal_snr=True), "use spacing=leading"),
-        (Settings("sgm", path="flow"), "path=flow does not belong to family=sgm. Use one of: edm, ve, vp, sub_vp"),
-        (Settings("ddpm", solver="ddpm", variance="learned"), "needs a checkpoint with learned_variance"),
-        (Settings("rectified_flow", shift=3.0, mu=1.0), "three ways to say one thing"),
-        (Settings("rectified_flow", base_shift=0.5), "go together"),
-        (Settings("rectified_flow", solver="euler_maruyama"), "set sigma_first=0.999"),
-        (Settings("rectified_flow", spacing="custom"), "needs its levels"),
+        (
+            NoiseSchedulerSettings("ddpm", zero_terminal_snr=True),
+            "prediction=eps does not determine x0 at zero terminal SNR",
+        ),
+        (
+            NoiseSchedulerSettings("ddpm", "v", zero_terminal_snr=True, coordinates="ve"),
+            "coordinates=ve divides by alpha",
+        ),
+        (NoiseSchedulerSettings("ddpm", "v", spacing="karras", zero_terminal_snr=True), "set sigma_max"),
+        (NoiseSchedulerSettings("ddpm", "v", "pndm", "trailing", zero_terminal_snr=True), "use spacing=leading"),
+        (
+            NoiseSchedulerSettings("sgm", path="flow"),
+            "path=flow does not belong to family=sgm. Use one of: edm, ve, vp, sub_vp",
+        ),
+        (NoiseSchedulerSettings("ddpm", solver="ddpm", variance="learned"), "needs a checkpoint with learned_variance"),
+        (NoiseSchedulerSettings("rectified_flow", shift=3.0, mu=1.0), "give only one of them"),
+        (NoiseSchedulerSettings("rectified_flow", base_shift=0.5), "go together"),
+        (NoiseSchedulerSettings("rectified_flow", solver="euler_maruyama"), "set sigma_first=0.999"),
+        (NoiseSchedulerSettings("rectified_flow", spacing="custom"), "needs its levels"),
     ],
 )
-def test_settings_that_contradict_one_another_are_refused(settings: Settings, message: str) -> None:
+def test_settings_that_contradict_one_another_are_refused(settings: NoiseSchedulerSettings, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(settings)
 
@@ -146,19 +155,19 @@ def test_settings_that_contradict_one_another_are_refused(settings: Settings, me
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Settings("sgm", spacing="custom", sigmas=[3.0, 1.0]), "ask for 2 steps"),
-        (Settings("ddpm", solver="lcm", spacing="lcm"), "distilled on 50 steps"),
+        (NoiseSchedulerSettings("sgm", spacing="custom", sigmas=[3.0, 1.0]), "use 2 steps"),
+        (NoiseSchedulerSettings("ddpm", solver="lcm", spacing="lcm"), "distilled on 50 steps"),
     ],
 )
-def test_a_number_of_steps_that_the_spacing_does_not_have(settings: Settings, message: str) -> None:
+def test_a_number_of_steps_that_the_spacing_does_not_have(settings: NoiseSchedulerSettings, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(settings, 60)
 
 
 def test_what_starts_at_pure_noise_may_start_just_below_it() -> None:
-    flow = build(Settings("rectified_flow", solver="euler_maruyama", sigma_first=0.999))
+    flow = build(NoiseSchedulerSettings("rectified_flow", solver="euler_maruyama", sigma_first=0.999))
     assert 0 < flow.grid(5)[0].alpha < 0.01
-    terminal = build(Settings("ddpm", "v", "ddim", "trailing", zero_terminal_snr=True))
+    terminal = build(NoiseSchedulerSettings("ddpm", "v", "ddim", "trailing", zero_terminal_snr=True))
     assert terminal.grid(5)[0].alpha == 0
     grid = terminal.grid(5)
 
@@ -168,22 +177,25 @@ def test_what_starts_at_pure_noise_may_start_just_below_it() -> None:
     assert torch.isfinite(terminal.sample(START, grid, denoise, lambda i: START)).all()
 
 
-def test_a_shift_that_grows_with_the_picture() -> None:
+def test_a_shift_that_grows_with_the_image() -> None:
     """FLUX: mu from 0.5 at 256 tokens to 1.15 at 4096."""
-    flux = build(Settings("rectified_flow", base_shift=0.5, max_shift=1.15))
+    flux = build(NoiseSchedulerSettings("rectified_flow", base_shift=0.5, max_shift=1.15))
     for tokens, mu in ((256, 0.5), (4096, 1.15), (2176, 0.825)):
         torch.testing.assert_close(
-            flux.grid(8, tokens).sigma, build(Settings("rectified_flow", mu=mu)).grid(8).sigma, rtol=1e-12, atol=0
+            flux.grid(8, tokens).sigma,
+            build(NoiseSchedulerSettings("rectified_flow", mu=mu)).grid(8).sigma,
+            rtol=1e-12,
+            atol=0,
         )
-    with pytest.raises(ValueError, match="depends on the picture's size"):
+    with pytest.raises(ValueError, match="depends on the image size"):
         flux.grid(8)
 
 
-def test_the_state_is_rounded_where_that_is_asked_for(gaussian: Any) -> None:
-    exact = build(Settings("sgm"))
-    rounded = build(Settings("sgm", state_dtype="bfloat16"))
+def test_the_state_is_rounded_where_configured(gaussian: Any) -> None:
+    exact = build(NoiseSchedulerSettings("sgm"))
+    rounded = build(NoiseSchedulerSettings("sgm", state_dtype="bfloat16"))
     grid, x = exact.grid(3), 80 * torch.linspace(-1, 1, 7)
-    fine, coarse = (s.step(x, 0, grid, gaussian.denoise, Memory(), torch.zeros) for s in (exact, rounded))
+    fine, coarse = (s.step(x, 0, grid, gaussian.denoise, SolverState(), torch.zeros) for s in (exact, rounded))
     assert coarse.dtype == torch.float32
     assert torch.equal(coarse, fine.bfloat16().float())
     assert not torch.equal(coarse, fine)
@@ -191,28 +203,37 @@ def test_the_state_is_rounded_where_that_is_asked_for(gaussian: Any) -> None:
 
 def test_an_option_without_effect_warns_and_one_with_effect_does_not() -> None:
     with pytest.warns(UserWarning, match="shift, eta has no effect|eta, shift has no effect"):
-        resolve(Settings("ddpm", shift=3.0, eta=0.5))
+        resolve(NoiseSchedulerSettings("ddpm", shift=3.0, eta=0.5))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        resolve(Settings("rectified_flow", solver="ddim", shift=3.0, eta=0.5, sigma_last=0.001))
-        resolve(Settings("sgm", sigma_data=1.0, edm_sign=-1, tau_map="flow_time", sigma_min=0.01, rho=5.0))
+        resolve(NoiseSchedulerSettings("rectified_flow", solver="ddim", shift=3.0, eta=0.5, sigma_last=0.001))
         resolve(
-            Settings("ddpm", steps_offset=1, end="t_min", beta_schedule="scaled_linear", coordinates="ve", clip=1.0)
+            NoiseSchedulerSettings("sgm", sigma_data=1.0, edm_sign=-1, tau_map="flow_time", sigma_min=0.01, rho=5.0)
+        )
+        resolve(
+            NoiseSchedulerSettings(
+                "ddpm", steps_offset=1, end="t_min", beta_schedule="scaled_linear", coordinates="ve", clip=1.0
+            )
         )
 
 
 def test_options_reach_the_objects() -> None:
-    flow = build(Settings("rectified_flow", solver="ddim", eta=0.5, shift=3.0))
+    flow = build(NoiseSchedulerSettings("rectified_flow", solver="ddim", eta=0.5, shift=3.0))
     assert (flow.solver.eta, flow.spacing.shift) == (0.5, 3.0)  # type: ignore[attr-defined]
-    sgm = build(Settings("sgm", sigma_data=1.0, edm_sign=-1, tau_map="flow_time", sigma_min=0.01, sigma_max=50.0))
+    sgm = build(
+        NoiseSchedulerSettings("sgm", sigma_data=1.0, edm_sign=-1, tau_map="flow_time", sigma_min=0.01, sigma_max=50.0)
+    )
     assert sgm.timesteps(4)[0].item() == pytest.approx(1000 * 50 / 51)
     assert sgm.sigmas(4)[-2].item() == pytest.approx(0.01)
     assert sgm.grid(4)[0].c_in == pytest.approx((50.0**2 + 1) ** -0.5)
     x = torch.tensor([2.0])
     assert sgm.prediction.estimate(x * 0, x, sgm.grid(4)[0]).x0.item() == pytest.approx(2 / 2501)
-    assert build(Settings("ddpm", clip=0.5)).prediction.limit == 0.5  # type: ignore[attr-defined]
-    assert build(Settings("ddpm", train_steps=100)).timesteps(10)[0].item() == 90
-    assert build(Settings("ddpm", spacing="linspace", integer_timesteps=False)).timesteps(7)[1].item() == 832.5
+    assert build(NoiseSchedulerSettings("ddpm", clip=0.5)).prediction.limit == 0.5  # type: ignore[attr-defined]
+    assert build(NoiseSchedulerSettings("ddpm", train_steps=100)).timesteps(10)[0].item() == 90
+    assert (
+        build(NoiseSchedulerSettings("ddpm", spacing="linspace", integer_timesteps=False)).timesteps(7)[1].item()
+        == 832.5
+    )
 
 
 def test_checking_imports_no_torch() -> None:

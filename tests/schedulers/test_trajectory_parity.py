@@ -10,7 +10,7 @@ from torch import Tensor
 
 from schedulers import paths, spacing
 from schedulers.build import build
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 from schedulers.grid import Grid
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Clipped, Eps
@@ -26,7 +26,7 @@ Run = Callable[[NoiseScheduler, Tensor, Grid], Tensor]
 
 
 def theirs(scheduler: Any, steps: int, x: Tensor, network: Network, **step: Any) -> Tensor:
-    """diffusers' own loop, from the unscaled state x."""
+    """Run diffusers' own loop from the unscaled state x."""
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         fed = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
@@ -35,7 +35,7 @@ def theirs(scheduler: Any, steps: int, x: Tensor, network: Network, **step: Any)
 
 
 def agree(ours: Tensor, wanted: Tensor, record: Callable[[str, object], None], rtol: float = 1e-5) -> None:
-    """The largest difference, relative to the largest value."""
+    """Return the largest difference relative to the largest value."""
     error = ((ours - wanted).abs().max() / wanted.abs().max()).item()
     record("relative_error", error)
     assert ours.dtype == torch.float32
@@ -59,7 +59,7 @@ def test_ddim_leading(
     run: Run,
     record_property: Any,
 ) -> None:
-    """diffusers keeps alpha_bar in float32, losing digits at small sigma; with a float64 table it agrees better."""
+    """diffusers keeps alpha_bar in float32 and loses digits at small sigma; with a float64 table it agrees better."""
     other = published.DDIMScheduler(
         **SD, prediction_type=NAMES[kind], clip_sample=False, steps_offset=offset, set_alpha_to_one=to_one
     )
@@ -67,7 +67,7 @@ def test_ddim_leading(
         other.alphas_cumprod = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=table) ** 2, 0)
         other.final_alpha_cumprod = other.final_alpha_cumprod if to_one else other.alphas_cumprod[0]
     end: spacing.End = "clean" if to_one else "t_min"
-    ours = build(Settings("ddpm", kind, "euler", "leading", steps_offset=offset, end=end, **SD))
+    ours = build(NoiseSchedulerSettings("ddpm", kind, "euler", "leading", steps_offset=offset, end=end, **SD))
     agree(run(ours, start, ours.grid(steps)), theirs(other, steps, start, network), record_property, rtol)
 
 
@@ -76,7 +76,7 @@ def test_ddim_trailing_where_n_divides_the_trained_steps(
     steps: int, start: Tensor, network: Network, run: Run, record_property: Any
 ) -> None:
     other = published.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
-    ours = build(Settings("ddpm", spacing="trailing"))
+    ours = build(NoiseSchedulerSettings("ddpm", spacing="trailing"))
     agree(run(ours, start, ours.grid(steps)), theirs(other, steps, start, network), record_property)
 
 
@@ -102,7 +102,7 @@ def test_ddim_eta(
     x = start
     for i, t in enumerate(other.timesteps):
         x = other.step(network(x, t.item()), t, x, eta=eta, variance_noise=noise(i)).prev_sample
-    ours = build(Settings("ddpm", solver="ddim", eta=eta))
+    ours = build(NoiseSchedulerSettings("ddpm", solver="ddim", eta=eta))
     agree(run(ours, start, ours.grid(steps)), x, record_property)
 
 
@@ -114,7 +114,7 @@ def test_flow_match(
 ) -> None:
     kind = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}[solver]
     other = getattr(published, kind)(shift=shift)
-    ours = build(Settings("rectified_flow", solver=solver, shift=shift, sigma_last=last))
+    ours = build(NoiseSchedulerSettings("rectified_flow", solver=solver, shift=shift, sigma_last=last))
     agree(run(ours, start, ours.grid(steps)), theirs(other, steps, start, network), record_property)
 
 
@@ -128,7 +128,7 @@ def test_euler_and_heun_discrete(
     cls = {"euler": published.EulerDiscreteScheduler, "heun": published.HeunDiscreteScheduler}[solver]
     cut = {"use_karras_sigmas": True} if spaced == "karras" else {"timestep_spacing": "leading"}
     other = cls(**SD, **cut, prediction_type=NAMES[kind])
-    ours = build(Settings("ddpm", kind, solver, spaced, coordinates="ve", **SD))
+    ours = build(NoiseSchedulerSettings("ddpm", kind, solver, spaced, coordinates="ve", **SD))
     grid = ours.grid(steps)
     x = ours.init_noise(start, grid)
     agree(run(ours, x, grid), theirs(other, steps, x, network), record_property)
@@ -150,7 +150,7 @@ def test_edm_euler(
     steps: int, named: str, sign: int, start: Tensor, network: Network, run: Run, record_property: Any
 ) -> None:
     other = published.EDMEulerScheduler(prediction_type=named)
-    ours = build(Settings("sgm", edm_sign=sign))
+    ours = build(NoiseSchedulerSettings("sgm", edm_sign=sign))
     grid = ours.grid(steps)
     x = ours.init_noise(start, grid)
     agree(run(ours, x, grid), theirs(other, steps, x, network), record_property)

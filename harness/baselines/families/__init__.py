@@ -1,1 +1,1 @@
-"""One file a family of diffusers' pipelines: how it is built, called and decoded."""
+"""One file per family of diffusers pipelines: how its pipeline is built, called and decoded."""

@@ -1,5 +1,6 @@
-"""diffusers' DiTPipeline, which takes no latents and gives none: generators make its noise, and a stand-in takes the
-VAE's place.
+"""diffusers' DiTPipeline, which takes no latents and returns none.
+
+Generators make its noise, and a passthrough replaces the VAE.
 """
 
 from __future__ import annotations
@@ -14,64 +15,65 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
 from torch import Tensor
 
-from harness.baselines.family import Batch, PeerModel, check_guidance, kl_pixels
 from harness.baselines.load import load_denoiser
-from harness.pipeline.state import Ask, written
+from harness.baselines.model import BaselineModel, PipelineBatch, check_guidance, kl_pixels
+from harness.pipeline.state import ImageSpec, require
 from harness.resolve.engine import refuse_negative_class
+from models.checkpoint_source import CheckpointSource
 from models.components import Components
 from models.decoders import load_from_diffusers
 from models.dit.prompts import ClassLabels, read_names
 from models.dit.weights import NAMES
-from models.source import Source
 
 
-class Undecoded:
-    """In the place of the pipeline's VAE, which decodes whatever is asked for: it keeps the latents as they are."""
+class PassthroughVAE:
+    """Replaces the pipeline's VAE, which always decodes, and stores the latents unchanged."""
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(scaling_factor=1.0)
-        self.kept: Tensor | None = None
+        self.latent: Tensor | None = None
 
     def decode(self, latent_BCHW: Tensor) -> SimpleNamespace:
-        """What was handed in."""
-        self.kept = latent_BCHW
+        """Return the input, and store it."""
+        self.latent = latent_BCHW
         return SimpleNamespace(sample=latent_BCHW)
 
 
-def _denoise(pipeline: DiTPipeline, undecoded: Undecoded, labels: ClassLabels, batch: Batch) -> Tensor:
-    """The pipeline's loop, from noise that it draws by the same seeds."""
-    generators = [torch.Generator("cpu").manual_seed(ask.seed) for ask in batch.asks]
-    classes = [labels.label(ask.prompt) for ask in batch.asks]
-    pipeline(classes, batch.ask.guidance, generators, batch.ask.steps, output_type="pt", return_dict=False)
-    return written(undecoded.kept)
+def _denoise(pipeline: DiTPipeline, passthrough: PassthroughVAE, labels: ClassLabels, batch: PipelineBatch) -> Tensor:
+    """Run the pipeline's loop, from noise that it samples with the same seeds."""
+    generators = [torch.Generator("cpu").manual_seed(spec.seed) for spec in batch.specs]
+    classes = [labels.label(spec.prompt) for spec in batch.specs]
+    pipeline(classes, batch.spec.guidance, generators, batch.spec.steps, output_type="pt", return_dict=False)
+    return require(passthrough.latent)
 
 
 def _decode(vae: AutoencoderKL, latent: Tensor, /) -> Tensor:
-    """As the pipeline."""
+    """Decode as the pipeline does."""
     return kl_pixels(vae, VaeImageProcessor(), latent / vae.config.scaling_factor)
 
 
-def _check(side: int, ask: Ask) -> None:
-    """Refuses sizes but the network's own, a negative class, and scales below 1. Raises ValueError."""
-    check_guidance(ask)
-    if (ask.height, ask.width) != (side, side):
+def _check(side: int, spec: ImageSpec) -> None:
+    """Refuse sizes other than the network's own, a negative class, and scales below 1. Raises ValueError."""
+    check_guidance(spec)
+    if (spec.height, spec.width) != (side, side):
         raise ValueError(
-            f"the request asks for {ask.height} x {ask.width} pixels; diffusers' DiTPipeline draws {side} x {side}"
+            f"the request asks for {spec.height} x {spec.width} pixels; "
+            f"diffusers' DiTPipeline generates {side} x {side}"
         )
-    refuse_negative_class(ask.negative_prompt)
+    refuse_negative_class(spec.negative_prompt)
 
 
-def load(source: Source, parts: Components) -> PeerModel:
-    """The pipeline of a checkpoint. Raises CheckpointError."""
+def load(source: CheckpointSource, parts: Components) -> BaselineModel:
+    """Load the pipeline of a checkpoint. Raises CheckpointError."""
     network = load_denoiser(source, DiTTransformer2DModel, parts.network, NAMES, ("Transformer2DModel",))
-    vae, undecoded = load_from_diffusers(source, "vae", AutoencoderKL), Undecoded()
+    vae, passthrough = load_from_diffusers(source, "vae", AutoencoderKL), PassthroughVAE()
     labels = ClassLabels(read_names(source.index()), network.config.num_embeds_ada_norm, source.device)
-    pipeline = DiTPipeline(network, undecoded, None)
-    return PeerModel(
+    pipeline = DiTPipeline(network, passthrough, None)
+    return BaselineModel(
         pipeline,
         network,
         labels,
-        partial(_denoise, pipeline, undecoded, labels),
+        partial(_denoise, pipeline, passthrough, labels),
         partial(_decode, vae),
         partial(_check, network.config.sample_size * parts.latent.stride),
     )

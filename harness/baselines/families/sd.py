@@ -1,4 +1,4 @@
-"""diffusers' StableDiffusionPipeline, without its safety checker, which is no part of what is compared."""
+"""diffusers' StableDiffusionPipeline, without its safety checker, which is not part of the comparison."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor
 
-from harness.baselines.family import Batch, PeerModel, PeerPrompts, kl_pixels
 from harness.baselines.load import load_denoiser
+from harness.baselines.model import BaselineModel, BaselinePrompts, PipelineBatch, kl_pixels
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
-from models.decoders import OLD_NAMES, load_from_diffusers
+from models.decoders import LEGACY_NAMES, load_from_diffusers
 from models.names import NameMap
-from models.source import Source
 from models.unet.prompts import load_clip_prompts
 
 
-def _denoise(pipeline: StableDiffusionPipeline, batch: Batch) -> Tensor:
-    """The pipeline's loop."""
+def _denoise(pipeline: StableDiffusionPipeline, batch: PipelineBatch) -> Tensor:
+    """Run the pipeline's loop."""
     latents: Tensor = pipeline(
-        **batch.states(),
-        guidance_scale=batch.ask.guidance,
-        **batch.common(batch.noise.to(pipeline.unet.dtype)),
+        **batch.prompt_embeds(),
+        guidance_scale=batch.spec.guidance,
+        **batch.shared_arguments(batch.noise.to(pipeline.unet.dtype)),
     )[0]
     return latents
 
 
 def _decode(pipeline: StableDiffusionPipeline, latent: Tensor, /) -> Tensor:
-    """As the pipeline."""
+    """Decode as the pipeline does."""
     vae = pipeline.vae
     return kl_pixels(vae, pipeline.image_processor, latent / vae.config.scaling_factor)
 
 
-def load(source: Source, parts: Components) -> PeerModel:
-    """The pipeline of a checkpoint. Raises CheckpointError."""
+def load(source: CheckpointSource, parts: Components) -> BaselineModel:
+    """Load the pipeline of a checkpoint. Raises CheckpointError."""
     native = parts.network.get_submodule("unet")
-    told = load_clip_prompts(source)
-    told.clip.tokenizer.model_max_length = told.max_tokens  # where the pipeline reads it
+    native_prompts = load_clip_prompts(source)
+    native_prompts.clip.tokenizer.model_max_length = native_prompts.max_tokens  # the pipeline reads it there
     pipeline = StableDiffusionPipeline(
         vae=load_from_diffusers(source, "vae", AutoencoderKL),
-        text_encoder=told.clip.encoder,
-        tokenizer=told.clip.tokenizer,
-        unet=load_denoiser(source, UNet2DConditionModel, native, NameMap(), stored=OLD_NAMES),
+        text_encoder=native_prompts.clip.encoder,
+        tokenizer=native_prompts.clip.tokenizer,
+        unet=load_denoiser(source, UNet2DConditionModel, native, NameMap(), stored=LEGACY_NAMES),
         scheduler=None,
         safety_checker=None,
         feature_extractor=None,
@@ -51,13 +51,13 @@ def load(source: Source, parts: Components) -> PeerModel:
     )
 
     def encode(prompt: str, negative: bool) -> Conditioning:
-        states, _ = pipeline.encode_prompt(prompt, source.device, 1, False)
-        return Conditioning(states)
+        embeds, _ = pipeline.encode_prompt(prompt, source.device, 1, False)
+        return Conditioning(embeds)
 
-    return PeerModel(
+    return BaselineModel(
         pipeline,
         pipeline.unet,
-        PeerPrompts(told, encode),
+        BaselinePrompts(native_prompts, encode),
         partial(_denoise, pipeline),
         partial(_decode, pipeline),
     )

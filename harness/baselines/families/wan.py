@@ -1,4 +1,4 @@
-"""diffusers' WanPipeline, of Wan 2.1's text-to-video checkpoints."""
+"""diffusers' WanPipeline, for Wan 2.1's text-to-video checkpoints."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from torch import Tensor
 
-from harness.baselines.family import Batch, PeerModel, PeerPrompts
 from harness.baselines.load import load_denoiser
+from harness.baselines.model import BaselineModel, BaselinePrompts, PipelineBatch
+from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
 from models.decoders import load_from_diffusers
-from models.source import Source
 from models.wan.prompts import load_umt5_prompts
 from models.wan.weights import NAMES
 
 
-def _denoise(pipeline: WanPipeline, batch: Batch) -> Tensor:
-    """The pipeline's loop, whose state is float32."""
+def _denoise(pipeline: WanPipeline, batch: PipelineBatch) -> Tensor:
+    """Run the pipeline's loop, whose state is float32."""
     latents: Tensor = pipeline(
-        **batch.states(),
-        num_frames=batch.ask.frames,
-        guidance_scale=batch.ask.guidance,
-        **batch.common(batch.noise),
+        **batch.prompt_embeds(),
+        num_frames=batch.spec.frames,
+        guidance_scale=batch.spec.guidance,
+        **batch.shared_arguments(batch.noise),
     )[0]
     return latents
 
 
 def _decode(pipeline: WanPipeline, latent: Tensor, /) -> Tensor:
-    """As the pipeline."""
+    """Decode as the pipeline does."""
     vae = pipeline.vae
     mean, std = (
         latent.new_tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -40,26 +40,26 @@ def _decode(pipeline: WanPipeline, latent: Tensor, /) -> Tensor:
     return pixels.float()
 
 
-def load(source: Source, parts: Components) -> PeerModel:
-    """The pipeline of a checkpoint. Raises CheckpointError."""
-    told = load_umt5_prompts(source)
+def load(source: CheckpointSource, parts: Components) -> BaselineModel:
+    """Load the pipeline of a checkpoint. Raises CheckpointError."""
+    native_prompts = load_umt5_prompts(source)
     pipeline = WanPipeline(
-        tokenizer=told.tokenizer,
-        text_encoder=told.encoder,
+        tokenizer=native_prompts.tokenizer,
+        text_encoder=native_prompts.encoder,
         vae=load_from_diffusers(source, "vae", AutoencoderKLWan),
         scheduler=None,
         transformer=load_denoiser(source, WanTransformer3DModel, parts.network, NAMES),
     )
 
     def encode(prompt: str, negative: bool) -> Conditioning:
-        states, _ = pipeline.encode_prompt(prompt, None, False, max_sequence_length=source.text_tokens)
-        return Conditioning(states)
+        embeds, _ = pipeline.encode_prompt(prompt, None, False, max_sequence_length=source.text_tokens)
+        return Conditioning(embeds)
 
-    return PeerModel(
+    return BaselineModel(
         pipeline,
         pipeline.transformer,
-        PeerPrompts(told, encode),
+        BaselinePrompts(native_prompts, encode),
         partial(_denoise, pipeline),
         partial(_decode, pipeline),
-        pair_apart=True,
+        separate_guidance=True,
     )

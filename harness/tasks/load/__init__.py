@@ -1,1 +1,1 @@
-"""Clients that load an engine or a server, and what they measure: task=load."""
+"""task=load: clients that load an engine or a server, and their measurements."""

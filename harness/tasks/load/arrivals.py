@@ -1,7 +1,7 @@
-"""When requests are sent, and what they ask for: both drawn by seed, neither by what has been answered.
+"""The times at which requests are sent, and the requests: both are sampled by seed.
 
-In an open loop arrivals are a Poisson process: the gaps are exponential with mean 1 / rate. In a closed loop a client
-sends when its last answer has come, so a slow engine is asked less.
+In an open loop, arrivals are a Poisson process: the gaps are exponential with mean 1 / rate, whatever was answered. In
+a closed loop, a client sends its next request after the answer to its last one, so a slow engine gets fewer requests.
 """
 
 from __future__ import annotations
@@ -19,8 +19,17 @@ from harness.messages import GenerationRequest
 from harness.resolve.request import to_message
 
 
-def poisson(rate: float, length_s: float, random: np.random.Generator) -> list[float]:
-    """Arrival times in [0, length_s), seconds, of `rate` a second."""
+def poisson_arrivals(rate: float, length_s: float, random: np.random.Generator) -> list[float]:
+    """Sample the arrival times of a Poisson process.
+
+    Args:
+        rate: The mean number of arrivals per second.
+        length_s: The length of the interval, seconds.
+        random: The random number generator.
+
+    Returns:
+        Increasing times in [0, length_s), seconds.
+    """
     times: list[float] = []
     now = random.exponential(1 / rate)
     while now < length_s:
@@ -29,43 +38,67 @@ def poisson(rate: float, length_s: float, random: np.random.Generator) -> list[f
     return times
 
 
-class Schedule:
+class ArrivalSchedule:
     """The times at which requests are still to be sent.
 
     Args:
-        dues: those that are known, seconds since the start.
-        closed_s: until when an answer is followed by another request; None in an open loop, where none is.
+        due_times: The times that are known now, seconds since the start.
+        closed_until_s: The time until which each answer is followed by a new request, seconds since the start; None
+            in an open loop, where answers have no effect.
     """
 
-    def __init__(self, dues: list[float], closed_s: float | None = None) -> None:
-        self._dues = sorted(dues)
-        self._closed_s = closed_s
+    def __init__(self, due_times: list[float], closed_until_s: float | None = None) -> None:
+        self._due_times = sorted(due_times)
+        self._closed_until_s = closed_until_s
 
     @property
     def next_due(self) -> float | None:
-        """When the next request is to be sent; None where none is known."""
-        return self._dues[0] if self._dues else None
+        """The time of the next request, or None if no time is known."""
+        return self._due_times[0] if self._due_times else None
 
-    def take(self) -> float:
-        """Takes the next request's time out."""
-        return heapq.heappop(self._dues)
+    def pop(self) -> float:
+        """Remove and return the time of the next request."""
+        return heapq.heappop(self._due_times)
 
-    def answered(self, now: float, wait_s: float) -> None:
-        """A client has its answer; in a closed loop it sends again after `wait_s`."""
-        if self._closed_s is not None and now + wait_s < self._closed_s:
-            heapq.heappush(self._dues, now + wait_s)
+    def on_answer(self, now: float, wait_s: float) -> None:
+        """Schedule a client's next request after its answer; this has an effect in a closed loop only.
+
+        Args:
+            now: The time of the answer, seconds since the start.
+            wait_s: The time that the client waits before it sends again, seconds.
+        """
+        if self._closed_until_s is not None and now + wait_s < self._closed_until_s:
+            heapq.heappush(self._due_times, now + wait_s)
 
 
-def schedule(load: LoadConfig, length_s: float, phase: int) -> Schedule:
-    """The schedule of one phase of sending; phases differ, and the same phase of the same seed is the same."""
+def arrival_schedule(load: LoadConfig, length_s: float, phase: int) -> ArrivalSchedule:
+    """Make the schedule of one phase; a seed and a phase always give the same one, and phases differ.
+
+    Args:
+        load: The configuration of the clients.
+        length_s: The length of the phase, seconds.
+        phase: The number of the phase.
+
+    Returns:
+        A new schedule.
+    """
     if load.rate is None:
-        return Schedule([0.0] * load.clients, length_s)
-    return Schedule(poisson(load.rate, length_s, np.random.default_rng([load.seed, phase, 0])))
+        return ArrivalSchedule([0.0] * load.clients, length_s)
+    return ArrivalSchedule(poisson_arrivals(load.rate, length_s, np.random.default_rng([load.seed, phase, 0])))
 
 
-def requests(config: RunConfig, phase: int) -> Iterator[GenerationRequest]:
-    """The requests of one phase, without end: the prompts in turn, seeds that follow one another, steps and sizes drawn
-    from `load.steps` and `load.sizes`.
+def generate_requests(config: RunConfig, phase: int) -> Iterator[GenerationRequest]:
+    """Generate the requests of one phase without end.
+
+    Prompts are used in turn and seeds follow one another. Steps and sizes are sampled from `load.steps` and
+    `load.sizes`.
+
+    Args:
+        config: The resolved configuration of the run.
+        phase: The number of the phase.
+
+    Yields:
+        One request after another, each with a new id.
     """
     random = np.random.default_rng([config.load.seed, phase, 1])
     template = to_message(config.request)

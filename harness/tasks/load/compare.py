@@ -1,7 +1,7 @@
-"""task=load with sides: two configurations loaded in alternation by the same arrivals, on engines that stay warm.
+"""task=load as a comparison: two configurations under the same arrivals, in alternation, on engines that stay warm.
 
-Round k draws its arrivals by seed and k, and both sides get them: A B, B A, A B ... What differs is read from the
-ratios of rounds, as for task=compare.
+The arrivals of round k are sampled by the seed and k, and both runs get them: A B, B A, A B ... As for task=compare,
+the difference is estimated from the ratios of rounds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.progress import Progress
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine
-from harness.loggers.load import batching, outcomes
+from harness.loggers.load import describe_batching, describe_outcomes
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
 from harness.messages import EngineInfo
@@ -23,156 +23,222 @@ from harness.metrics.load import LoadSummary, RequestRow
 from harness.metrics.paired import ratio
 from harness.records.comparison import FILE, Comparison
 from harness.records.record import FirstCall, RunFolder, Status
-from harness.resolve.comparison import SIDES
+from harness.resolve.comparison import COMPARED
 from harness.resolve.compose import ResolvedRun, to_yaml
-from harness.tasks.compare import stated
-from harness.tasks.lifecycle import ended, mirror
-from harness.tasks.load.run import Measured, build_load_record, judged, load_engine, started, summarized, write_rows
+from harness.tasks.compare import make_comparison
+from harness.tasks.lifecycle import mirror, run_guarded
+from harness.tasks.load.run import (
+    LoadMeasurement,
+    build_load_record,
+    load_engine,
+    start_engine,
+    status_from_loads,
+    summarize,
+    write_rows,
+)
 from harness.tasks.session import progress_bars
 
 
-def compare_loads_in(
-    composed: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], folder: RunFolder, console: Console
+def execute_load_comparison(
+    run: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], folder: RunFolder, console: Console
 ) -> Status:
-    """Compares in a claimed folder, whatever happens: the status, which is on disk before anything is mirrored."""
-    config = composed.config
+    """Compare two loads in a claimed folder; every error becomes a status.
+
+    Args:
+        run: The comparison as one run.
+        pair: The two runs to compare, A and B.
+        folder: The claimed folder of the comparison.
+        console: The console for progress and results.
+
+    Returns:
+        The status, which is on disk before anything is mirrored to a logger.
+    """
+    config = run.config
 
     def work() -> tuple[Comparison, list[LoadSummary]]:
-        return compare_loads(composed, pair, folder, console)
+        return compare_loads(run, pair, folder, console)
 
-    outcome = ended(composed, folder, work, lambda done: judged(done[1]))
+    outcome = run_guarded(run, folder, work, lambda done: status_from_loads(done[1]))
     status, done = outcome
     if done is not None:
         comparison, loads = done
         mirror(lambda: log_comparison(config.logger.wandb, comparison, folder.path))
         if config.logger.table:
             print_comparison(comparison, folder.path, console)
-            for name, load in zip(SIDES, loads, strict=True):
-                console.print(f"{name}: {load.throughput_per_s:.2f} answers/s{batching(load)}; {outcomes(load)}")
+            for name, load in zip(COMPARED, loads, strict=True):
+                console.print(
+                    f"{name}: {load.throughput_per_s:.2f} answers/s{describe_batching(load)}; {describe_outcomes(load)}"
+                )
     return status
 
 
 def compare_loads(
-    composed: ResolvedRun,
+    run: ResolvedRun,
     pair: tuple[ResolvedRun, ResolvedRun],
     folder: RunFolder,
     console: Console,
     make_engine: MakeEngine = new_engine,
 ) -> tuple[Comparison, list[LoadSummary]]:
-    """Loads both sides in alternation; either's row is a run's folder of its own, `a` and `b`, in this one.
+    """Load both engines in alternation; each run writes a run folder of its own, `a` or `b`, inside this one.
+
+    Args:
+        run: The comparison as one run.
+        pair: The two runs to compare, A and B.
+        folder: The claimed folder of the comparison.
+        console: The console for progress.
+        make_engine: The function that makes an engine.
+
+    Returns:
+        The comparison, and the summary of each run over all rounds.
 
     Raises:
-        EngineGone: a rank died, or was not ready in time.
-        ValueError: a round in which a side answered no request well.
+        EngineGone: A rank died, or was not ready in time.
+        ValueError: In one round, no request to one of the engines succeeded.
     """
-    folder.write_config(to_yaml(composed.config))
-    sides = [Side.claimed(side, make_engine) for side in pair]
+    folder.write_config(to_yaml(run.config))
+    compared = [ComparedRun.create(each, make_engine) for each in pair]
     with progress_bars(console) as bars:
         try:
-            for side in sides:
-                side.start()
-            for number in range(composed.config.task.repeats):
-                for side in sides if number % 2 == 0 else sides[::-1]:
-                    side.load(bars, number)
+            for each in compared:
+                each.start()
+            for number in range(run.config.task.repeats):
+                for each in compared if number % 2 == 0 else compared[::-1]:
+                    each.load(bars, number)
         finally:
-            for side in sides:
-                side.engine.stop()
-    loads = [side.save() for side in sides]
-    comparison = compared(composed, pair, [side.rounds for side in sides])
+            for each in compared:
+                each.engine.stop()
+    loads = [each.save() for each in compared]
+    comparison = build_load_comparison(run, pair, [each.rounds for each in compared])
     folder.write_json(FILE, comparison)
     return comparison, loads
 
 
-class Side:
-    """One side: its engine, and what was measured of it in every round.
+class ComparedRun:
+    """One of the two runs of a comparison: its engine and the measurements of every round.
 
     Args:
-        composed: its run.
-        folder: the run's.
-        engine: for it.
+        run: The resolved run.
+        folder: The claimed folder of this run.
+        engine: The engine of this run, not started yet.
     """
 
-    def __init__(self, composed: ResolvedRun, folder: RunFolder, engine: Engine) -> None:
+    def __init__(self, run: ResolvedRun, folder: RunFolder, engine: Engine) -> None:
         self.engine = engine
-        self.rounds: list[Measured] = []
-        self._composed = composed
+        self.rounds: list[LoadMeasurement] = []
+        self._run = run
         self._folder = folder
         self._info = EngineInfo("loading", 1, [])
         self._launch_ms = 0.0
 
     @classmethod
-    def claimed(cls, composed: ResolvedRun, make_engine: MakeEngine) -> Side:
-        """A side in its own run folder, which says what it runs."""
-        folder = RunFolder.claim(composed.folder)
-        folder.write_config(to_yaml(composed.config))
-        return cls(composed, folder, make_engine(composed.config, folder.path))
+    def create(cls, run: ResolvedRun, make_engine: MakeEngine) -> ComparedRun:
+        """Claim the run's folder, write its configuration there, and make its engine.
+
+        Args:
+            run: The resolved run.
+            make_engine: The function that makes an engine.
+
+        Returns:
+            The run, with an engine that is not started yet.
+        """
+        folder = RunFolder.claim(run.folder)
+        folder.write_config(to_yaml(run.config))
+        return cls(run, folder, make_engine(run.config, folder.path))
 
     def start(self) -> None:
-        """Starts the ranks.
+        """Start the ranks.
 
         Raises:
-            EngineGone: a rank died, or was not ready in time.
+            EngineGone: A rank died, or was not ready in time.
         """
-        self._info, self._launch_ms = started(self.engine)
+        self._info, self._launch_ms = start_engine(self.engine)
 
     def load(self, bars: Progress, number: int) -> None:
-        """Loads it for one round.
+        """Load the engine for one round.
+
+        Args:
+            bars: The progress bars.
+            number: The number of the round.
 
         Raises:
-            EngineGone: a rank died.
+            EngineGone: A rank died.
         """
-        self.rounds.append(load_engine(self._composed.config, self.engine, bars, number))
+        self.rounds.append(load_engine(self._run.config, self.engine, bars, number))
 
     def save(self) -> LoadSummary:
-        """Writes the record of all rounds; its load."""
-        whole = together(self._composed.config, self.rounds)
+        """Write the record of all rounds and return their summary."""
+        whole = merge_rounds(self._run.config, self.rounds)
         first = FirstCall(self._launch_ms, self._info.load_ms, [])
-        record = build_load_record(self._composed, self._info, self.engine.environment, first, whole.summary)
+        record = build_load_record(self._run, self._info, self.engine.environment, first, whole.summary)
         write_rows(self._folder.path, whole.rows)
         self._folder.write_record(record)
-        self._folder.finish(judged([whole.summary]))
+        self._folder.finish(status_from_loads([whole.summary]))
         return whole.summary
 
 
-def compared(
-    composed: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], rounds: Sequence[list[Measured]]
+def build_load_comparison(
+    run: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], rounds: Sequence[list[LoadMeasurement]]
 ) -> Comparison:
-    """What the rounds of two sides say of one another.
+    """Build the comparison of two runs from their rounds.
+
+    Args:
+        run: The comparison as one run.
+        pair: The two runs, A and B.
+        rounds: The measurements of A's rounds and of B's rounds.
+
+    Returns:
+        The comparison, with the ratios of A's times over B's.
 
     Raises:
-        ValueError: too few rounds, or one in which a side answered no request well.
+        ValueError: There are too few rounds, or no request of a round succeeded.
     """
-    a, b = ([timed(each.summary) for each in side] for side in rounds)
+    a, b = ([round_times(each.summary) for each in measurements] for measurements in rounds)
     ratios = {name: ratio([x[name] for x in a], [x[name] for x in b]) for name in a[0]}
-    return stated(composed, pair, ratios)
+    return make_comparison(run, pair, ratios)
 
 
-def timed(load: LoadSummary) -> dict[str, float]:
-    """The times of one round by name, ms: of an answer, which is one over the throughput, and percentiles.
+def round_times(load: LoadSummary) -> dict[str, float]:
+    """Collect the times of one round that are compared.
+
+    Args:
+        load: The summary of the round.
+
+    Returns:
+        Times by name, ms: `answer` is one over the throughput; the others are percentiles of the latency.
 
     Raises:
-        ValueError: no request was answered well.
+        ValueError: No request succeeded.
     """
     if load.latency_ms is None:
-        raise ValueError(f"a round in which nothing was answered well ({outcomes(load)}) does not compare")
+        raise ValueError(
+            f"a round in which no request succeeded ({describe_outcomes(load)}) cannot be compared; lower the load"
+        )
     latency = load.latency_ms
     return {"answer": 1e3 / load.throughput_per_s, "latency_p50": latency.p50, "latency_p99": latency.p99}
 
 
-def together(config: RunConfig, rounds: Sequence[Measured]) -> Measured:
-    """All rounds as one load, each beginning where the one before it ended."""
+def merge_rounds(config: RunConfig, rounds: Sequence[LoadMeasurement]) -> LoadMeasurement:
+    """Merge all rounds into one load, in which each round begins at the end of the one before it.
+
+    Args:
+        config: The resolved configuration of the run.
+        rounds: The measurements, in order.
+
+    Returns:
+        One measurement with all requests.
+    """
     rows, at_s = [], 0.0
-    for measured in rounds:
-        rows += [shifted(row, at_s) for row in measured.rows]
-        at_s += measured.summary.elapsed_s
-    counted = [each.summary.evaluations for each in rounds]
-    evaluations = sum(count or 0 for count in counted) if all(counted) else None
+    for measurement in rounds:
+        rows += [shift_row(row, at_s) for row in measurement.rows]
+        at_s += measurement.summary.elapsed_s
+    counts = [each.summary.evaluations for each in rounds]
+    evaluations = sum(count or 0 for count in counts) if all(counts) else None
     strays = sum(each.summary.strays for each in rounds)
-    return Measured(summarized(config, rows, strays, evaluations, len(rounds)), rows)
+    return LoadMeasurement(summarize(config, rows, strays, evaluations, len(rounds)), rows)
 
 
-def shifted(row: RequestRow, by_s: float) -> RequestRow:
-    """A request so many seconds later."""
+def shift_row(row: RequestRow, by_s: float) -> RequestRow:
+    """Return a copy of a request with all its times later by `by_s` seconds."""
 
     def later(at_s: float | None) -> float | None:
         return None if at_s is None else at_s + by_s

@@ -1,4 +1,4 @@
-"""task=load in a claimed folder: an engine or a server, clients that load it, their rows and the record."""
+"""task=load in a claimed folder: an engine or a server, the clients that load it, their rows and the record."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from harness.parallel.mesh import degrees, world_size
 from harness.records.provenance import provenance
 from harness.records.record import (
     SCHEMA,
-    Attention,
+    AttentionRow,
+    EngineRow,
     FirstCall,
     Record,
     RunFolder,
@@ -36,38 +37,52 @@ from harness.records.record import (
     fingerprint,
     write_atomically,
 )
-from harness.records.record import Engine as EngineName
 from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
 from harness.resolve.engines_table import engine_version
 from harness.serving.transport import Connection
-from harness.tasks.lifecycle import ended, mirror
+from harness.tasks.lifecycle import mirror, run_guarded
 from harness.tasks.load import http
-from harness.tasks.load.account import Account
-from harness.tasks.load.arrivals import requests, schedule
-from harness.tasks.load.server import Server
+from harness.tasks.load.arrivals import arrival_schedule, generate_requests
+from harness.tasks.load.server import ServerProcess
+from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
 from harness.tasks.session import progress_bars
 
-FILE = "requests.jsonl"
-GRACE_S = 30.0  # beyond a request's own deadline; what has no answer then is lost
+REQUESTS_FILE = "requests.jsonl"
+GRACE_S = 30.0  # the time beyond a request's own deadline after which a request without an answer is lost
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One load: its row, and every request of it."""
+class LoadMeasurement:
+    """The measurement of one load.
+
+    Attributes:
+        summary: The summary of all requests.
+        rows: Every request, in the order of sending.
+    """
 
     summary: LoadSummary
     rows: list[RequestRow]
 
 
-def load_in(composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine) -> Status:
-    """Loads an engine in a claimed folder, whatever happens: the status, which is on disk before it is mirrored."""
-    config = composed.config
+def execute_load(run: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine) -> Status:
+    """Load an engine in a claimed folder; every error becomes a status.
+
+    Args:
+        run: The run.
+        folder: The claimed run folder.
+        console: The console for progress and results.
+        make_engine: The function that makes an engine.
+
+    Returns:
+        The status, which is on disk before anything is mirrored to a logger.
+    """
+    config = run.config
 
     def work() -> Record:
-        return run_load(composed, folder, console, make_engine)
+        return run_load(run, folder, console, make_engine)
 
-    outcome = ended(composed, folder, work, lambda record: judged([record.load] if record.load else []))
+    outcome = run_guarded(run, folder, work, lambda record: status_from_loads([record.load] if record.load else []))
     status, record = outcome
     if record is not None and record.load is not None:
         load = record.load
@@ -77,9 +92,17 @@ def load_in(composed: ResolvedRun, folder: RunFolder, console: Console, make_eng
     return status
 
 
-def judged(loads: Sequence[LoadSummary]) -> Status:
-    """Loads in which a request was answered never, or twice, or of whose server a process lives on, have failed, with
-    their records on disk.
+def status_from_loads(loads: Sequence[LoadSummary]) -> Status:
+    """Decide whether loads succeeded.
+
+    A load fails if a request was never answered or answered twice, or if a process of its server outlived the server.
+    Its record is on disk all the same.
+
+    Args:
+        loads: The summaries of one or more loads.
+
+    Returns:
+        The status of the run.
     """
     if leaked := sum(load.chaos.leaked for load in loads if load.chaos is not None):
         return Status("failed", f"{leaked} processes of the server outlived it")
@@ -87,84 +110,119 @@ def judged(loads: Sequence[LoadSummary]) -> Status:
     if not lost and not strays:
         return Status("ok")
     sent = sum(load.sent for load in loads)
-    return Status(
-        "failed",
-        f"of {sent} requests {lost} were never answered, and {strays} answers came that nobody waited for",
-    )
+    return Status("failed", f"of {sent} requests {lost} were never answered, and {strays} unexpected answers arrived")
 
 
-def run_load(composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine) -> Record:
-    """One load: the record, after it is on disk; the ranks have ended, or are their pool's.
+def run_load(run: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine) -> Record:
+    """Run one load; on return the ranks have ended, or belong to their pool.
+
+    Args:
+        run: The run.
+        folder: The claimed run folder.
+        console: The console for progress.
+        make_engine: The function that makes an engine.
+
+    Returns:
+        The record, which is on disk.
 
     Raises:
-        EngineGone: a rank died, or was not ready in time.
+        EngineGone: A rank died, or was not ready in time.
     """
-    folder.write_config(to_yaml(composed.config))
-    if composed.config.load.transport is Transport.http:
-        record, measured = run_over_http(composed, folder, console)
+    folder.write_config(to_yaml(run.config))
+    if run.config.load.transport is Transport.http:
+        record, measurement = run_over_http(run, folder, console)
     else:
-        record, measured = run_over_zmq(composed, folder, console, make_engine)
-    write_rows(folder.path, measured.rows)
+        record, measurement = run_over_zmq(run, folder, console, make_engine)
+    write_rows(folder.path, measurement.rows)
     folder.write_record(record)
     return record
 
 
 def run_over_zmq(
-    composed: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine
-) -> tuple[Record, Measured]:
-    """Loads ranks of this run's own, or of its pool.
+    run: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine
+) -> tuple[Record, LoadMeasurement]:
+    """Load ranks of this run's own, or of its pool.
+
+    Args:
+        run: The run.
+        folder: The claimed run folder.
+        console: The console for progress.
+        make_engine: The function that makes an engine.
+
+    Returns:
+        The record and the measurement.
 
     Raises:
-        EngineGone: a rank died, or was not ready in time.
+        EngineGone: A rank died, or was not ready in time.
     """
-    engine = make_engine(composed.config, folder.path)
+    engine = make_engine(run.config, folder.path)
     with progress_bars(console) as bars:
         try:
-            info, launch_ms = started(engine)
-            measured = load_engine(composed.config, engine, bars)
+            info, launch_ms = start_engine(engine)
+            measurement = load_engine(run.config, engine, bars)
         finally:
             engine.stop()
     first = FirstCall(launch_ms, info.load_ms, [], engine.reused)
-    return build_load_record(composed, info, engine.environment, first, measured.summary), measured
+    return build_load_record(run, info, engine.environment, first, measurement.summary), measurement
 
 
-def run_over_http(composed: ResolvedRun, folder: RunFolder, console: Console) -> tuple[Record, Measured]:
-    """Loads a server: the one at load.url, or one that is started for it, whose ranks may be killed meanwhile.
+def run_over_http(run: ResolvedRun, folder: RunFolder, console: Console) -> tuple[Record, LoadMeasurement]:
+    """Load a server: the one at load.url, or one that is started for this run and whose ranks may be killed.
+
+    Args:
+        run: The run.
+        folder: The claimed run folder.
+        console: The console for progress.
+
+    Returns:
+        The record and the measurement.
 
     Raises:
-        EngineGone: the server that was started was not ready in time.
+        EngineGone: The server that was started was not ready in time.
     """
-    config, environment = composed.config, dict(os.environ)
+    config, environment = run.config, dict(os.environ)
     with progress_bars(console) as bars:
         if config.load.url is not None:
-            measured = asyncio.run(load_server(config, config.load.url, bars))
-            note = f"the server at {config.load.url} has a configuration of its own; load.* and request.* are ours"
+            measurement = asyncio.run(load_server(config, config.load.url, bars))
+            note = (
+                f"the server at {config.load.url} has its own configuration; of this run's, only load.* and request.* "
+                "apply"
+            )
             info, first = EngineInfo("ready", 0, []), FirstCall(0.0, 0.0, [])
-            said = ResolvedRun(config, composed.overrides, composed.folder, [*composed.notes, note])
-            return build_load_record(said, info, environment, first, measured.summary), measured
-        with Server(served(composed.overrides), folder.path / "server", config.launch.start_timeout_s) as server:
-            measured, launch_ms = asyncio.run(load_own_server(config, server, bars))
-    summary = msgspec.structs.replace(measured.summary, memory=server.memory, chaos=server.chaos)
+            noted = ResolvedRun(config, run.overrides, run.folder, [*run.notes, note])
+            return build_load_record(noted, info, environment, first, measurement.summary), measurement
+        overrides = server_overrides(run.overrides)
+        with ServerProcess(overrides, folder.path / "server", config.launch.start_timeout_s) as server:
+            measurement, launch_ms = asyncio.run(load_own_server(config, server, bars))
+    summary = msgspec.structs.replace(measurement.summary, memory=server.memory, chaos=server.chaos)
     ranks = world_size(degrees(config.parallel))
     info = EngineInfo("ready", ranks, [], threads=threads_per_rank(config.launch, ranks))
-    record = build_load_record(composed, info, environment, FirstCall(launch_ms, 0.0, []), summary)
-    return record, measured
+    record = build_load_record(run, info, environment, FirstCall(launch_ms, 0.0, []), summary)
+    return record, measurement
 
 
-def served(overrides: Sequence[str]) -> list[str]:
-    """The overrides of a load's run that its server has too."""
-    ours = ("task", "load", "logger", "hydra", "a", "b")
-    return [each for each in overrides if each.partition("=")[0].lstrip("+").partition(".")[0] not in ours]
+def server_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a load's run that also apply to its server."""
+    load_only = ("task", "load", "logger", "hydra", "compare")
+    return [each for each in overrides if each.partition("=")[0].lstrip("+").partition(".")[0] not in load_only]
 
 
-async def load_own_server(config: RunConfig, server: Server, bars: Progress) -> tuple[Measured, float]:
-    """Loads a server that was started for it: what was measured, and how long it took to be ready, ms.
+async def load_own_server(config: RunConfig, server: ServerProcess, bars: Progress) -> tuple[LoadMeasurement, float]:
+    """Load a server that was started for this run.
+
+    Args:
+        config: The resolved configuration of the load.
+        server: The started server.
+        bars: The progress bars.
+
+    Returns:
+        The measurement, and the time until the server was ready, ms.
 
     Raises:
-        EngineGone: it was not ready in time.
+        EngineGone: The server was not ready in time.
     """
     began = time.perf_counter()
-    url = await server.ready()
+    url = await server.wait_ready()
     launch_ms = (time.perf_counter() - began) * 1e3
     watchers = [asyncio.create_task(server.watch_memory())]
     load = config.load
@@ -178,88 +236,127 @@ async def load_own_server(config: RunConfig, server: Server, bars: Progress) -> 
             watcher.cancel()
 
 
-async def load_server(config: RunConfig, url: str, bars: Progress) -> Measured:
-    """Loads a server over HTTP, in the phases of `load_engine`."""
+async def load_server(config: RunConfig, url: str, bars: Progress) -> LoadMeasurement:
+    """Load a server over HTTP, in the phases of `load_engine`.
+
+    Args:
+        config: The resolved configuration of the load.
+        url: The URL of the server.
+        bars: The progress bars.
+
+    Returns:
+        The measurement; the number of evaluations is unknown if ranks were killed.
+    """
     load = config.load
     patience = httpx.Timeout(config.serve.timeout_s + GRACE_S)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=patience, limits=limits) as client:
         if load.warmup_s:
-            with counted(bars, "warming up") as tell:
-                await http.drive(client, schedule(load, load.warmup_s, 0), requests(config, 0), tell)
-        before = await http.evaluations(client)
-        with counted(bars, "loading") as tell:
-            account = await http.drive(client, schedule(load, load.duration_s, 1), requests(config, 1), tell)
-        after = await http.evaluations(client)
-    # ranks that were started again count from 0
-    grown = None if before is None or after is None or load.kill_every_s is not None else after - before
-    return Measured(summarized(config, account.rows, account.strays, grown or None), account.rows)
+            with phase_bar(bars, "warming up") as update:
+                await http.drive(client, arrival_schedule(load, load.warmup_s, 0), generate_requests(config, 0), update)
+        before = await http.read_evaluations(client)
+        with phase_bar(bars, "loading") as update:
+            schedule = arrival_schedule(load, load.duration_s, 1)
+            tracker = await http.drive(client, schedule, generate_requests(config, 1), update)
+        after = await http.read_evaluations(client)
+    # restarted ranks count from 0
+    difference = None if before is None or after is None or load.kill_every_s is not None else after - before
+    return LoadMeasurement(summarize(config, tracker.rows, tracker.strays, difference or None), tracker.rows)
 
 
-def started(engine: Engine) -> tuple[EngineInfo, float]:
-    """Starts ranks: what they say, and how long it took, ms.
+def start_engine(engine: Engine) -> tuple[EngineInfo, float]:
+    """Start the ranks of an engine.
+
+    Args:
+        engine: The engine.
+
+    Returns:
+        The state of the ranks, and the time that the start took, ms.
 
     Raises:
-        EngineGone: a rank died, or was not ready in time.
+        EngineGone: A rank died, or was not ready in time.
     """
     began = time.perf_counter()
     info = engine.start(lambda info: None)
     return info, (time.perf_counter() - began) * 1e3
 
 
-def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int = 0) -> Measured:
-    """Loads ranks over ZeroMQ: warm-up, whose requests are all answered before counting begins, then the load.
+def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int = 0) -> LoadMeasurement:
+    """Load ranks over ZeroMQ: first a warm-up, whose requests are all answered before counting begins, then the load.
 
     Args:
-        config: of the load.
-        engine: which has been started.
-        bars: where the progress goes.
-        number: of the load among those of one seed; each has arrivals of its own.
+        config: The resolved configuration of the load.
+        engine: The started engine.
+        bars: The progress bars.
+        number: The number of the load among those with the same seed; each has its own arrivals.
+
+    Returns:
+        The measurement of the load without the warm-up.
 
     Raises:
-        EngineGone: a rank died.
+        EngineGone: A rank died.
     """
     load = config.load
 
-    def clients(connection: Connection) -> Measured:
-        def phase(length_s: float, place: int, label: str) -> Account:
-            with counted(bars, label) as tell:
+    def clients(connection: Connection) -> LoadMeasurement:
+        def run_phase(length_s: float, phase: int, label: str) -> RequestTracker:
+            with phase_bar(bars, label) as update:
                 patience_s = config.serve.timeout_s + GRACE_S
-                return drive(connection, schedule(load, length_s, place), requests(config, place), patience_s, tell)
+                schedule = arrival_schedule(load, length_s, phase)
+                return drive(connection, schedule, generate_requests(config, phase), patience_s, update)
 
         if load.warmup_s:
-            phase(load.warmup_s, 2 * number, "warming up")
+            run_phase(load.warmup_s, 2 * number, "warming up")
         before = connection.ping()
-        account = phase(load.duration_s, 2 * number + 1, "loading")
-        evaluations = forwards(before, connection.ping())
-        return Measured(summarized(config, account.rows, account.strays, evaluations), account.rows)
+        tracker = run_phase(load.duration_s, 2 * number + 1, "loading")
+        evaluations = evaluations_between(before, connection.ping())
+        return LoadMeasurement(summarize(config, tracker.rows, tracker.strays, evaluations), tracker.rows)
 
-    return engine.attend(clients)
+    return engine.with_connection(clients)
 
 
 @contextmanager
-def counted(bars: Progress, label: str) -> Iterator[Callable[[Account], None]]:
-    """A bar of what is sent and answered, while it lasts; yields what moves it."""
+def phase_bar(bars: Progress, label: str) -> Iterator[Callable[[RequestTracker], None]]:
+    """Show a progress bar of sent and answered requests inside a `with` block.
+
+    Args:
+        bars: The progress bars.
+        label: The text beside the bar.
+
+    Yields:
+        A function that updates the bar from a tracker.
+    """
     task = bars.add_task(label, total=None)
 
-    def tell(account: Account) -> None:
-        sent, waiting = len(account.rows), len(account.outstanding)
+    def update(tracker: RequestTracker) -> None:
+        sent, waiting = len(tracker.rows), len(tracker.outstanding)
         bars.update(task, completed=sent - waiting, total=sent)
 
-    yield tell
+    yield update
     bars.remove_task(task)
 
 
-def forwards(before: EngineInfo | None, after: EngineInfo | None) -> int | None:
-    """The denoiser's forwards between two pings; None where the engine does not tell."""
-    counted = None if before is None or after is None else after.evaluations - before.evaluations
-    return counted or None
+def evaluations_between(before: EngineInfo | None, after: EngineInfo | None) -> int | None:
+    """Return the number of the denoiser's forwards between two pings, or None if the engine does not report it."""
+    difference = None if before is None or after is None else after.evaluations - before.evaluations
+    return difference or None
 
 
-def summarized(
+def summarize(
     config: RunConfig, rows: Sequence[RequestRow], strays: int, evaluations: int | None, rounds: int = 1
 ) -> LoadSummary:
-    """The row of one load, or of several rounds of it that follow one another."""
+    """Summarise one load, or several rounds of it in sequence.
+
+    Args:
+        config: The resolved configuration of the load.
+        rows: Every request.
+        strays: The number of answers to requests that were not outstanding.
+        evaluations: The number of the denoiser's forwards, if the engine reports it.
+        rounds: The number of rounds.
+
+    Returns:
+        The summary for the record.
+    """
     load = config.load
     return summarize_load(
         rows,
@@ -274,28 +371,39 @@ def summarized(
 
 
 def build_load_record(
-    composed: ResolvedRun, info: EngineInfo, environment: dict[str, str], first: FirstCall, load: LoadSummary
+    run: ResolvedRun, info: EngineInfo, environment: dict[str, str], first: FirstCall, load: LoadSummary
 ) -> Record:
-    """The record of one load."""
-    config, declared = composed.config, to_dict(composed.config)
+    """Build the record of one load.
+
+    Args:
+        run: The run.
+        info: The state of the ranks.
+        environment: The environment variables of the ranks.
+        first: The times of starting and loading.
+        load: The summary of the load.
+
+    Returns:
+        The record, without samples and repeats.
+    """
+    config, declared = run.config, to_dict(run.config)
     return Record(
         schema=SCHEMA,
         fingerprint=fingerprint(declared),
-        overrides=composed.overrides,
+        overrides=run.overrides,
         config=declared,
         provenance=provenance(info, environment),
-        attention=Attention(config.attention.backend, info.attention),
+        attention=AttentionRow(config.attention.backend, info.attention),
         first_call=first,
         repeats=[],
         summary=None,
         samples=[],
-        notes=composed.notes,
+        notes=run.notes,
         loaded=info.loaded,
-        engine=EngineName(config.engine.name, engine_version(config.engine.name)),
+        engine=EngineRow(config.engine.name, engine_version(config.engine.name)),
         load=load,
     )
 
 
 def write_rows(folder: Path, rows: Sequence[RequestRow]) -> None:
-    """Writes `requests.jsonl`, a line a request in the order of sending."""
-    write_atomically(folder / FILE, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    """Write `requests.jsonl`, one line per request in the order of sending."""
+    write_atomically(folder / REQUESTS_FILE, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))

@@ -1,4 +1,4 @@
-"""A server of task=serve as a child process: started, watched, its ranks killed on purpose, and ended."""
+"""A server of task=serve as a child process: start it, watch its memory, kill its ranks on purpose, and stop it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ import httpx
 import numpy as np
 
 from harness.engines.environment import OWNER, import_path
-from harness.metrics.load import Chaos, Memory
+from harness.metrics.load import Chaos, MemoryGrowth
 from harness.serving.transport import EngineGone
 
-RANKS = b"harness.engines.rank"  # in their command line
-ADDRESS = re.compile(r" on (http://\S+),")
+RANK_MODULE = b"harness.engines.rank"  # part of the command line of every rank
+URL = re.compile(r" on (http://\S+),")
 SAMPLE_S = 1.0
 POLL_S = 0.2
 STOP_S = 60.0
-LEAK_S = 5.0  # until processes of a server that has ended are gone
+LEAK_S = 5.0  # the time for the processes of an ended server to disappear
 
 
-class Server:
-    """A server that this process has started. Use it as a context manager: on leaving, it has ended.
+class ServerProcess:
+    """A server that this process has started; as a context manager, it ends the server on exit.
 
     Args:
-        overrides: of its run.
-        folder: of its run.
-        start_timeout_s: until it is ready.
+        overrides: The overrides of the server's run.
+        folder: The folder of the server's run.
+        start_timeout_s: The time limit until the server is ready, seconds.
+
+    Attributes:
+        leaked: The number of the server's processes that still ran after its end.
+        kills: The number of ranks that were killed on purpose.
     """
 
     def __init__(self, overrides: Sequence[str], folder: Path, start_timeout_s: float) -> None:
@@ -44,7 +48,7 @@ class Server:
         self._samples: list[tuple[float, float]] = []
         self._log = folder.with_name("server.log")
         self._start_timeout_s = start_timeout_s
-        own = ["task=serve", "serve.port=0", f"hydra.run.dir={folder}", "a=null", "b=null"]
+        own = ["task=serve", "serve.port=0", f"hydra.run.dir={folder}", "compare.a=null", "compare.b=null"]
         environment = os.environ | {
             "PYTHONPATH": import_path(os.environ.get("PYTHONPATH")),
             "PYTHONUNBUFFERED": "1",
@@ -59,56 +63,61 @@ class Server:
                 env=environment,
             )
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> ServerProcess:
+        """Return this server."""
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Stop the server."""
         self.stop()
 
-    async def ready(self) -> str:
-        """Its address, once its ranks are warm.
+    async def wait_ready(self) -> str:
+        """Wait until the server's ranks are ready.
+
+        Returns:
+            The URL of the server.
 
         Raises:
-            EngineGone: it ended, or was not ready in time.
+            EngineGone: The server ended, or was not ready in time.
         """
         deadline = time.monotonic() + self._start_timeout_s
         async with httpx.AsyncClient(timeout=5.0) as client:
             while time.monotonic() < deadline and self._process.poll() is None:
-                found = ADDRESS.search(self._log.read_text(errors="replace"))
+                found = URL.search(self._log.read_text(errors="replace"))
                 if found is not None and await is_ready(client, found[1]):
                     return found[1]
                 await asyncio.sleep(POLL_S)
-        said = " ".join(self._log.read_text(errors="replace").split())[-400:]
-        raise EngineGone(f"the server of task=load was not ready; {self._log} ends with: {said}")
+        log_end = " ".join(self._log.read_text(errors="replace").split())[-400:]
+        raise EngineGone(f"the server of task=load was not ready; {self._log} ends with: {log_end}")
 
     async def kill_ranks(self, url: str, every_s: float, for_s: float, seed: int) -> None:
-        """Kills one of its ranks, drawn by seed, every so often while requests are sent; ranks that start are let be.
+        """Kill a random rank at regular intervals while requests are sent; ranks that are starting are spared.
 
         Args:
-            url: of the server.
-            every_s: between two kills; more where ranks take longer to start.
-            for_s: how long.
-            seed: of the draws.
+            url: The URL of the server.
+            every_s: The interval between two kills, seconds; it is longer if ranks take longer to start.
+            for_s: The time after which no rank is killed any more, seconds.
+            seed: The seed for the choice of ranks.
         """
-        draw, until = random.Random(seed), time.monotonic() + for_s
+        choices, until = random.Random(seed), time.monotonic() + for_s
         async with httpx.AsyncClient(base_url=url, timeout=5.0) as client:
             while time.monotonic() + every_s < until:
                 await asyncio.sleep(every_s)
                 while not await is_ready(client):
                     await asyncio.sleep(POLL_S)
-                ranks = sorted(pid for pid in descendants(self._process.pid) if RANKS in command_line(pid))
-                os.kill(draw.choice(ranks), signal.SIGKILL)
+                ranks = sorted(pid for pid in descendants(self._process.pid) if RANK_MODULE in command_line(pid))
+                os.kill(choices.choice(ranks), signal.SIGKILL)
                 self.kills += 1
 
     async def watch_memory(self) -> None:
-        """Reads its resident memory every second; without end."""
+        """Sample the server's resident memory every second, without end."""
         while True:
             if (mib := resident_mib(self._process.pid)) is not None:
                 self._samples.append((time.monotonic(), mib))
             await asyncio.sleep(SAMPLE_S)
 
     def stop(self) -> None:
-        """Ends it in order, then by force, and counts what of it lives on. Harmless when repeated."""
+        """End the server in order, then by force, and count its remaining processes; a second call does nothing."""
         if self._process.poll() is not None:
             return
         family = descendants(self._process.pid)
@@ -125,33 +134,40 @@ class Server:
 
     @property
     def chaos(self) -> Chaos:
-        """What was done to it."""
+        """The number of kills, and of the processes that outlived the server."""
         return Chaos(self.kills, self.leaked)
 
     @property
-    def memory(self) -> Memory | None:
-        """How its memory grew; None where it was read less than twice."""
-        return memory(self._samples)
+    def memory(self) -> MemoryGrowth | None:
+        """The growth of the server's memory, or None with fewer than two samples."""
+        return fit_memory_growth(self._samples)
 
 
 async def is_ready(client: httpx.AsyncClient, url: str = "") -> bool:
-    """Whether a server says that its ranks are warm."""
+    """Return whether a server reports that its ranks are ready."""
     with suppress(httpx.HTTPError):
         return (await client.get(f"{url}/ready")).is_success
     return False
 
 
-def memory(samples: Sequence[tuple[float, float]]) -> Memory | None:
-    """Resident memory over time, from pairs of seconds and MiB; None of less than two."""
+def fit_memory_growth(samples: Sequence[tuple[float, float]]) -> MemoryGrowth | None:
+    """Fit a line to the resident memory over time.
+
+    Args:
+        samples: Pairs of a time in seconds and the resident memory in MiB.
+
+    Returns:
+        The first and the last value and the slope, or None with fewer than two samples.
+    """
     if len(samples) < 2:
         return None
     at_s, mib = np.asarray(samples).T
     slope = float(np.polyfit(at_s - at_s[0], mib, 1)[0])
-    return Memory(len(samples), float(mib[0]), float(mib[-1]), 60 * slope)
+    return MemoryGrowth(len(samples), float(mib[0]), float(mib[-1]), 60 * slope)
 
 
 def descendants(pid: int) -> set[int]:
-    """The living processes that a process has started, and those that these have."""
+    """Return the ids of the living processes that a process has started, directly or indirectly."""
     parents = {int(entry.name): _parent(entry) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
     found: set[int] = set()
     fresh = {pid}
@@ -169,7 +185,7 @@ def _parent(entry: Path) -> int | None:
 
 
 def command_line(pid: int) -> bytes:
-    """A process's command line; empty of one that has ended."""
+    """Return the command line of a process, empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -177,7 +193,7 @@ def command_line(pid: int) -> bytes:
 
 
 def resident_mib(pid: int) -> float | None:
-    """A process's resident memory; None of one that has ended."""
+    """Return the resident memory of a process in MiB, or None if it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError):

@@ -1,1 +1,1 @@
-"""task=plan: what every legal layout would cost on a machine, without running it."""
+"""task=plan: the predicted cost of every valid layout on a machine, without running it."""

@@ -13,21 +13,27 @@ from harness.config.cache import NONE
 from harness.config.optimize import Optimize
 from harness.config.plan import HardwareConfig
 from harness.config.schema import Load, ParallelConfig, RunConfig
-from harness.costs.network import trace_request
-from harness.costs.rows import Check
-from harness.costs.time import device, predict, traffic
+from harness.costs.plan_file import PredictionCheck
+from harness.costs.request_trace import trace_request
+from harness.costs.roofline import device_rates, predict, traffic
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.parallel.mesh import degrees, world_size
 from harness.records.record import Record, read_record
-from harness.resolve.layout_rules import keeps
+from harness.resolve.layout_rules import is_approximate
 from harness.resolve.names import one_line
 
 
-def records(tree: Path) -> Iterator[tuple[Path, Record]]:
-    """The records of native runs below a folder in which requests were timed.
+def native_records(tree: Path) -> Iterator[tuple[Path, Record]]:
+    """Yield the records of native runs below a folder in which requests were timed.
+
+    Args:
+        tree: Folder with run folders at any depth.
+
+    Yields:
+        The folder and the record of each run.
 
     Raises:
-        RunFolderError: a record of another schema.
+        RunFolderError: A record has another schema.
     """
     for file in sorted(tree.rglob("record.json")):
         record = read_record(file.parent)
@@ -35,16 +41,19 @@ def records(tree: Path) -> Iterator[tuple[Path, Record]]:
             yield file.parent, record
 
 
-def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> Check:
-    """One record beside what is predicted of its run.
+def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> PredictionCheck:
+    """Compare one record with the prediction for its run.
 
     Args:
-        folder: where it is.
-        record: of a native run.
-        hardware: the machine, with the rates for a dtype.
+        folder: The run's folder.
+        record: Record of a native run.
+        hardware: Function that returns the machine with its rates for a dtype.
+
+    Returns:
+        The measured and the predicted numbers, or the reason why nothing is predicted.
     """
-    summary = record.timed
-    found = Check(
+    summary = record.statistics
+    found = PredictionCheck(
         folder=folder.name,
         layout=msgspec.convert(record.config["parallel"], ParallelConfig),
         threads=record.provenance.threads_per_rank,
@@ -53,30 +62,34 @@ def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], Hardwa
         flops=summary.flops_per_step,
     )
     try:
-        return _predicted(found, record, hardware)
+        return _with_prediction(found, record, hardware)
     except (ValueError, OSError) as error:
         return msgspec.structs.replace(found, reason=one_line(error))
 
 
-def _predicted(found: Check, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]) -> Check:
+def _with_prediction(
+    found: PredictionCheck, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]
+) -> PredictionCheck:
     config = msgspec.convert(record.config, RunConfig)
     config.model.load = Load.dummy
     if config.cache.name != NONE:
         raise ValueError(f"cache={config.cache.name} computes fewer evaluations, which is not predicted")
     request, steps, layout = config.request, config.request.steps or 1, found.layout
-    if keeps(layout):
-        raise ValueError("not predicted: its keys and values are stale, and plans are of exact layouts")
+    if is_approximate(layout):
+        raise ValueError("not predicted: its keys and values are stale, and only exact layouts are predicted")
     dtype = torch_dtype(denoiser_dtype(config.model))
     traced = trace_request(config)
-    row = predict(traced, layout, device(hardware(dtype), dtype.itemsize), record.timed.nfe, 1, [])
-    a_step = record.timed.nfe / steps
+    row = predict(traced, layout, device_rates(hardware(dtype), dtype.itemsize), record.statistics.nfe, 1, [])
+    evaluations_per_step = record.statistics.nfe / steps
     micro_batches = math.ceil(len(record.samples) / request.batch_size)
-    spared = config.engine.optimize in (Optimize.eager, Optimize.compile)
-    evaluations = record.timed.nfe * math.ceil(micro_batches / layout.dp)
+    optimized = config.engine.optimize in (Optimize.eager, Optimize.compile)
+    evaluations = record.statistics.nfe * math.ceil(micro_batches / layout.dp)
     return msgspec.structs.replace(
         found,
-        predicted_step_ms=row.step_ms * a_step,
-        error=row.step_ms * a_step / found.step_ms - 1,
+        predicted_step_ms=row.step_ms * evaluations_per_step,
+        error=row.step_ms * evaluations_per_step / found.step_ms - 1,
         predicted_bytes={kind: count * evaluations for kind, count in traffic(traced, layout).items()},
-        predicted_flops=None if spared else row.flops * world_size(degrees(layout)[1:]) * record.timed.nfe / steps,
+        predicted_flops=None
+        if optimized
+        else row.flops * world_size(degrees(layout)[1:]) * record.statistics.nfe / steps,
     )

@@ -1,4 +1,4 @@
-"""task=plan: predicts every legal layout of a request, or holds predictions against records, in a claimed folder."""
+"""task=plan: predict every valid layout of a request, or compare predictions with records, in a claimed folder."""
 
 from __future__ import annotations
 
@@ -12,30 +12,39 @@ from rich.console import Console
 
 from harness.config.plan import HardwareConfig
 from harness.config.schema import RunConfig
-from harness.costs.network import trace_request
-from harness.costs.rows import PLAN_SCHEMA, Plan, Prediction
-from harness.costs.time import device, legal_layouts, predict
+from harness.costs.plan_file import PLAN_SCHEMA, LayoutPrediction, Plan
+from harness.costs.request_trace import trace_request
+from harness.costs.roofline import device_rates, predict, valid_layouts
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.records.record import RunFolder, Status
 from harness.resolve.checkpoint import locate
+from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
-from harness.resolve.layout import layout_facts
+from harness.resolve.layout import model_shape
 from harness.resolve.request import to_message
-from harness.resolve.trained import trained_denoiser
-from harness.tasks.lifecycle import ended
-from harness.tasks.plan.check import check, records
-from harness.tasks.plan.measure import filled
+from harness.tasks.lifecycle import run_guarded
+from harness.tasks.plan.check import check, native_records
+from harness.tasks.plan.measure import with_measured_rates
 from harness.tasks.plan.table import print_checks, print_plan
 
 FILE = "plan.json"
 
 
-def plan_in(composed: ResolvedRun, folder: RunFolder, console: Console) -> Status:
-    """Plans in a claimed folder, whatever happens: the status, which is on disk."""
-    config = composed.config
-    status, plan = ended(composed, folder, lambda: run_plan(config, folder), lambda done: Status("ok"))
+def execute_plan(run: ResolvedRun, folder: RunFolder, console: Console) -> Status:
+    """Plan in a claimed folder; any failure becomes the status.
+
+    Args:
+        run: The resolved run.
+        folder: The claimed folder.
+        console: Console for the table.
+
+    Returns:
+        The status, which is on disk.
+    """
+    config = run.config
+    status, plan = run_guarded(run, folder, lambda: run_plan(config, folder), lambda done: Status("ok"))
     if plan is not None and config.logger.table:
-        if config.runs is None:
+        if config.plan.runs is None:
             print_plan(plan, config.plan.rows, folder.path, console)
         else:
             print_checks(plan, folder.path, console)
@@ -43,55 +52,79 @@ def plan_in(composed: ResolvedRun, folder: RunFolder, console: Console) -> Statu
 
 
 def run_plan(config: RunConfig, folder: RunFolder) -> Plan:
-    """The plan, after it is on disk.
+    """Make the plan and write it to disk.
+
+    Args:
+        config: The resolved configuration.
+        folder: The claimed folder.
+
+    Returns:
+        The plan.
 
     Raises:
-        CheckpointError: a configuration that no network can be built from.
-        ValueError: hardware that could not be measured.
+        CheckpointError: No network can be built from the configuration.
+        ValueError: The hardware could not be measured.
     """
     folder.write_config(to_yaml(config))
-    plan = planned(config) if config.runs is None else checked(config, Path(config.runs).expanduser())
+    plan = (
+        plan_layouts(config) if config.plan.runs is None else check_records(config, Path(config.plan.runs).expanduser())
+    )
     folder.write_json(FILE, plan)
     return plan
 
 
-def planned(config: RunConfig) -> Plan:
-    """Every legal layout: those that fit memory first, by the predicted time of the request's denoising."""
+def plan_layouts(config: RunConfig) -> Plan:
+    """Predict every valid layout.
+
+    Args:
+        config: The resolved configuration.
+
+    Returns:
+        The plan: layouts that fit memory first, then by the predicted denoising time of the request.
+    """
     dtype, request = torch_dtype(denoiser_dtype(config.model)), to_message(config.request)
     traced = trace_request(config)
-    hardware, measured = filled(config.hardware, dtype, config.launch)
-    on = device(hardware, dtype.itemsize)
-    denoiser = trained_denoiser(config).weights
-    facts = layout_facts(config, locate(config.model, denoiser).config_folder(denoiser))
+    hardware, measured = with_measured_rates(config.hardware, dtype, config.launch)
+    machine = device_rates(hardware, dtype.itemsize)
+    denoiser = denoiser_defaults(config).weights
+    shape = model_shape(config, locate(config.model, denoiser).config_folder(denoiser))
     micro_batches = math.ceil(len(request.prompts) * request.samples_per_prompt / request.batch_size)
     rows = [
-        predict(traced, layout, on, request.steps, micro_batches, notes)
-        for layout, notes in legal_layouts(facts, config.plan.ranks, micro_batches)
+        predict(traced, layout, machine, request.steps, micro_batches, notes)
+        for layout, notes in valid_layouts(shape, config.plan.ranks, micro_batches)
     ]
-    return _plan(config, hardware, measured, layouts=sorted(rows, key=_rank))
+    return _make_plan(config, hardware, measured, layouts=sorted(rows, key=_sort_key))
 
 
-def checked(config: RunConfig, tree: Path) -> Plan:
-    """Predictions against the records of a tree."""
+def check_records(config: RunConfig, tree: Path) -> Plan:
+    """Compare predictions with the records below a folder.
+
+    Args:
+        config: The resolved configuration, with the hardware.
+        tree: Folder with run folders at any depth.
+
+    Returns:
+        The plan, with one check per record and no layouts.
+    """
     measured: list[str] = []
     hardware = config.hardware
 
     @cache
-    def on(dtype: torch.dtype) -> HardwareConfig:
+    def hardware_for(dtype: torch.dtype) -> HardwareConfig:
         nonlocal hardware
-        hardware, names = filled(hardware, dtype, config.launch)
+        hardware, names = with_measured_rates(hardware, dtype, config.launch)
         measured.extend(names)
         return hardware
 
-    checks = [check(folder, record, on) for folder, record in records(tree)]
-    return msgspec.structs.replace(_plan(config, hardware, measured), checks=checks)
+    checks = [check(folder, record, hardware_for) for folder, record in native_records(tree)]
+    return msgspec.structs.replace(_make_plan(config, hardware, measured), checks=checks)
 
 
-def _plan(
-    config: RunConfig, hardware: HardwareConfig, measured: list[str], layouts: list[Prediction] | None = None
+def _make_plan(
+    config: RunConfig, hardware: HardwareConfig, measured: list[str], layouts: list[LayoutPrediction] | None = None
 ) -> Plan:
     return Plan(PLAN_SCHEMA, hardware, measured, to_dict(config), layouts or [], [])
 
 
-def _rank(row: Prediction) -> tuple[bool, float, int]:
+def _sort_key(row: LayoutPrediction) -> tuple[bool, float, int]:
     return (not row.fits, row.denoising_ms, row.ranks)

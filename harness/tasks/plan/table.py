@@ -1,4 +1,4 @@
-"""What task=plan prints: layouts by predicted time, or predictions against records."""
+"""The tables of task=plan: layouts by predicted time, or predictions against records."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.config.schema import ParallelConfig
-from harness.costs.rows import Check, Plan, Prediction
+from harness.costs.plan_file import LayoutPrediction, Plan, PredictionCheck
 from harness.parallel.mesh import AXES
 
 
-def name_of(layout: ParallelConfig) -> str:
-    """`cfg2 ulysses4`, or `single`."""
+def layout_label(layout: ParallelConfig) -> str:
+    """Return a short name of a layout, such as `cfg2 ulysses4`; `single` for one rank."""
     names = [f"{axis}{size}" for axis in (*AXES, "pipe") if (size := getattr(layout, axis)) > 1]
     return " ".join([*names, *["displaced"] * layout.displaced]) or "single"
 
 
 def print_plan(plan: Plan, rows: int, folder: Path, console: Console) -> None:
-    """Prints the first so many layouts."""
+    """Print the first layouts of a plan.
+
+    Args:
+        plan: The plan.
+        rows: Largest number of layouts to print.
+        folder: The run's folder, named below the table.
+        console: Console for the table.
+    """
     model = plan.config["model"]["name"]
-    said = f"prediction, nothing of this was run: {model} on {plan.hardware.name}"
-    table = Table(title=escape(said), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    title = f"prediction, nothing of this was run: {model} on {plan.hardware.name}"
+    table = Table(title=escape(title), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("layout")
     for heading in (
         "ranks",
@@ -32,14 +39,14 @@ def print_plan(plan: Plan, rows: int, folder: Path, console: Console) -> None:
         "memory ms",
         "exposed ms",
         "speed-up",
-        "GB a rank",
+        "GB per rank",
         "MB sent",
         "fits",
     ):
         table.add_column(heading, justify="right")
-    alone = next((row for row in plan.layouts if row.ranks == 1), None)
+    single = next((row for row in plan.layouts if row.ranks == 1), None)
     for row in plan.layouts[:rows]:
-        table.add_row(name_of(row.layout), *_cells(row, alone))
+        table.add_row(layout_label(row.layout), *_cells(row, single))
     console.print(table)
     if len(plan.layouts) > rows:
         console.print(f"{len(plan.layouts) - rows} more in plan.json (plan.rows={len(plan.layouts)} shows them)")
@@ -47,7 +54,7 @@ def print_plan(plan: Plan, rows: int, folder: Path, console: Console) -> None:
     _print_origin(plan, folder, console)
 
 
-def _cells(row: Prediction, alone: Prediction | None) -> list[str]:
+def _cells(row: LayoutPrediction, single: LayoutPrediction | None) -> list[str]:
     sent = sum(exchange.bytes for exchange in row.exchanges)
     return [
         str(row.ranks),
@@ -55,7 +62,7 @@ def _cells(row: Prediction, alone: Prediction | None) -> list[str]:
         f"{row.compute_ms:.4g}",
         f"{row.memory_ms:.4g}",
         f"{row.exposed_ms:.3g}",
-        "" if alone is None else f"{alone.denoising_ms / row.denoising_ms:.2f}",
+        "" if single is None else f"{single.denoising_ms / row.denoising_ms:.2f}",
         f"{row.memory_bytes / 1e9:.3g}",
         f"{sent / 1e6:.4g}",
         "yes" if row.fits else "no",
@@ -63,19 +70,25 @@ def _cells(row: Prediction, alone: Prediction | None) -> list[str]:
 
 
 def print_checks(plan: Plan, folder: Path, console: Console) -> None:
-    """Prints every record with what is predicted of it."""
-    said = f"predictions for {plan.hardware.name} against records"
-    table = Table(title=escape(said), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    """Print every record with its prediction.
+
+    Args:
+        plan: The plan, with checks.
+        folder: The run's folder, named below the table.
+        console: Console for the table.
+    """
+    title = f"predictions for {plan.hardware.name} against records"
+    table = Table(title=escape(title), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("run")
     for heading in ("layout", "threads", "step ms", "predicted", "error", "bytes", "FLOPs"):
         table.add_column(heading, justify="right")
     for check in plan.checks:
-        table.add_row(escape(check.folder), name_of(check.layout), str(check.threads), *_check_cells(check))
+        table.add_row(escape(check.folder), layout_label(check.layout), str(check.threads), *_check_cells(check))
     console.print(table)
     _print_origin(plan, folder, console)
 
 
-def _check_cells(check: Check) -> list[str]:
+def _check_cells(check: PredictionCheck) -> list[str]:
     if check.predicted_step_ms is None or check.error is None:
         return [f"{check.step_ms:.4g}", escape(check.reason or ""), "", "", ""]
     counted = "not counted" if check.flops is None else "not predicted"

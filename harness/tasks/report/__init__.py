@@ -1,1 +1,1 @@
-"""task=report: one self-contained page over a tree of records."""
+"""task=report: one self-contained HTML page over a tree of records."""

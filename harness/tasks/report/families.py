@@ -1,9 +1,9 @@
-"""Quality against network evaluations, a panel a family and a line a solver: figure and table from a sweep's records.
+"""Quality against network evaluations, as a figure and a table: one panel per family, one line per solver.
 
     python -m harness -m experiment=families
     python -m harness.tasks.report.families sweeps/DATE/TIME --out DIR [--readme README.md --budget 8 --budget 24]
 
-Writes `families.png` and `families.md`; with --readme the table replaces what stands between the two markers
+The command writes `families.png` and `families.md`. With --readme, the table replaces the text between the two markers
 `<!-- families:begin -->` and `<!-- families:end -->` of that file.
 """
 
@@ -17,34 +17,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.metrics.intervals import Estimate, Share
+from harness.metrics.intervals import IntervalEstimate, Share
 from harness.tasks.report.markers import replace_between
-from harness.tasks.report.sweep import FAMILIES, Point, Sweep, read, within
-from harness.tasks.terminal import EXIT_BAD_INPUT, complain
+from harness.tasks.report.sweep import FAMILIES, Sweep, SweepPoint, best_within_budget, read_sweep
+from harness.tasks.terminal import EXIT_BAD_INPUT, print_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKER = "families"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")  # Okabe and Ito 2008
-SHAPES = ("o", "s", "D", "^", "v", "P", "X", "h")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
 INK, FAINT = "#222222", "#D9D9D9"
 LABEL_GAP = 0.052  # of a panel's height, between two labels
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is drawn up the axis."""
+    """A quality metric on the figure's y-axis.
+
+    Attributes:
+        label: Label of the axis.
+        of: Function that returns the metric of a point, with its interval.
+        log: Whether the axis is logarithmic.
+        scale: Factor from the metric to the axis.
+    """
 
     label: str
-    of: Callable[[Point], Share | Estimate]
+    of: Callable[[SweepPoint], Share | IntervalEstimate]
     log: bool
     scale: float
 
 
 METRICS = {
     "distance": Metric(
-        "distance to the picture asked for\n(1 = to another name; lower is better)",
+        "distance to the requested image\n(1 = to another name; lower is better)",
         lambda p: p.quality.distance,
         True,
         1,
@@ -53,8 +60,13 @@ METRICS = {
 }
 
 
-def draw(sweep: Sweep, metric: Metric, path: Path) -> None:
-    """Writes the figure.
+def plot_sweep(sweep: Sweep, metric: Metric, path: Path) -> None:
+    """Write the figure of a sweep.
+
+    Args:
+        sweep: Scored points; at least one.
+        metric: Metric on the y-axis.
+        path: Image file to write.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -76,7 +88,7 @@ def draw(sweep: Sweep, metric: Metric, path: Path) -> None:
         panel.set_xscale("log")
         panel.set_yscale("log" if metric.log else "linear")
         panel.set_title(FAMILIES.get(family, family), loc="left", fontweight="bold", color=INK)
-        panel.set_xlabel("network evaluations a picture", color=INK)
+        panel.set_xlabel("network evaluations per image", color=INK)
         panel.xaxis.set_major_locator(FixedLocator(ticks))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         panel.xaxis.set_minor_locator(NullLocator())
@@ -88,15 +100,15 @@ def draw(sweep: Sweep, metric: Metric, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(colors=INK, labelsize=9)
         for line in sweep.lines:
-            _line(panel, sweep, family, line, metric)
+            _plot_line(panel, sweep, family, line, metric)
     panels[0].set_ylabel(metric.label, color=INK)
     first, last = min(p.nfe for p in sweep.points), max(p.nfe for p in sweep.points)
     for panel, family in zip(panels, families, strict=True):
         panel.set_xlim(first / 1.12, last * (last / first) ** 0.46)  # room for the labels on the right
-        _labels(panel, sweep, family, metric)
+        _plot_labels(panel, sweep, family, metric)
     scored = sweep.points[0].quality
     figure.supxlabel(
-        f"{scored.scored} pictures of {scored.names} names a point, the same noise for every solver;"
+        f"{scored.scored} images of {scored.names} names per point, the same noise for every solver;"
         + ("\n" if len(families) == 1 else " ")
         + "bars are 95 % intervals",
         fontsize=9,
@@ -106,18 +118,23 @@ def draw(sweep: Sweep, metric: Metric, path: Path) -> None:
 
 
 def table(sweep: Sweep, budgets: Sequence[int] = ()) -> str:
-    """The points as a markdown table, the best of each family at each number of evaluations in bold.
+    """Format the points as a markdown table, with the best of each family at each number of evaluations in bold.
 
     Args:
-        sweep: what to show.
-        budgets: show only what each solver reaches within so many evaluations; none = every point.
+        sweep: Scored points.
+        budgets: Numbers of evaluations; only the best point of each solver within each is shown. Empty: every point.
+
+    Returns:
+        The table, and a line that counts the runs left out.
     """
     rows = ["| family | solver | evaluations | top-1 | distance |", "|---|---|---|---|---|"]
     for family in sweep.families:
-        lines = [points for line in sweep.lines if (points := sweep.of(family, line))]
+        lines = [points for line in sweep.lines if (points := sweep.line_points(family, line))]
         title = FAMILIES.get(family, family)
         for budget in budgets:
-            rows += _rows(f"{title}, at most {budget}", [p for points in lines if (p := within(points, budget))])
+            rows += _rows(
+                f"{title}, at most {budget}", [p for points in lines if (p := best_within_budget(points, budget))]
+            )
         every = [point for points in lines for point in points] if not budgets else []
         for nfe in sorted({point.nfe for point in every}):
             rows += _rows(title, [point for point in every if point.nfe == nfe])
@@ -130,12 +147,12 @@ def table(sweep: Sweep, budgets: Sequence[int] = ()) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _rows(title: str, group: Sequence[Point]) -> list[str]:
-    """The rows of points that may be compared with each other, best distance first."""
+def _rows(title: str, group: Sequence[SweepPoint]) -> list[str]:
+    """Return the table rows of points that may be compared with each other, best distance first."""
     group = sorted(group, key=lambda point: point.quality.distance.value)
     top = max((point.quality.top1.hits for point in group), default=0)
     rows = []
-    for place, point in enumerate(group):
+    for index, point in enumerate(group):
         top1, distance = point.quality.top1, point.quality.distance
         share = f"{100 * top1.value:.0f} % ({100 * top1.ci95[0]:.0f} to {100 * top1.ci95[1]:.0f})"
         gap = f"{distance.value:.3f} ({distance.ci95[0]:.3f} to {distance.ci95[1]:.3f})"
@@ -144,7 +161,7 @@ def _rows(title: str, group: Sequence[Point]) -> list[str]:
             f"`{point.line}`",
             str(point.nfe),
             _bold(share, top1.hits == top and len(group) > 1),
-            _bold(gap, place == 0 and len(group) > 1),
+            _bold(gap, index == 0 and len(group) > 1),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
@@ -154,17 +171,17 @@ def _bold(text: str, best: bool) -> str:
     return f"**{text}**" if best else text
 
 
-def _look(sweep: Sweep, line: str) -> tuple[str, str]:
-    """Colour and marker of a line, the same in every panel; from the ninth line on, the colours come again."""
-    place = sweep.lines.index(line)
-    return COLOURS[place % len(COLOURS)], SHAPES[(place + place // len(COLOURS)) % len(SHAPES)]
+def _style(sweep: Sweep, line: str) -> tuple[str, str]:
+    """Return the colour and the marker of a line, the same in every panel; from the ninth line on, colours repeat."""
+    index = sweep.lines.index(line)
+    return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
 
 
-def _line(panel: Axes, sweep: Sweep, family: str, line: str, metric: Metric) -> None:
-    points = sweep.of(family, line)
+def _plot_line(panel: Axes, sweep: Sweep, family: str, line: str, metric: Metric) -> None:
+    points = sweep.line_points(family, line)
     if not points:
         return
-    colour, shape = _look(sweep, line)
+    colour, marker = _style(sweep, line)
     count = len(sweep.lines)
     shift = 1 + 0.03 * (sweep.lines.index(line) - (count - 1) / 2) / max(1, count / 2)  # bars side by side
     x = [point.nfe * shift for point in points]
@@ -177,7 +194,7 @@ def _line(panel: Axes, sweep: Sweep, family: str, line: str, metric: Metric) -> 
         y,
         yerr=bars,
         color=colour,
-        marker=shape,
+        marker=marker,
         markersize=6,
         linewidth=1.6,
         elinewidth=0.9,
@@ -187,24 +204,35 @@ def _line(panel: Axes, sweep: Sweep, family: str, line: str, metric: Metric) -> 
     )
 
 
-def _labels(panel: Axes, sweep: Sweep, family: str, metric: Metric) -> None:
-    """Writes each line's name at its right end, apart from the others, with a thin lead."""
-    ends = [(line, points[-1]) for line in sweep.lines if (points := sweep.of(family, line))]
+def _plot_labels(panel: Axes, sweep: Sweep, family: str, metric: Metric) -> None:
+    """Write each line's name at its right end, apart from the others, with a thin line that leads to it."""
+    ends = [(line, points[-1]) for line in sweep.lines if (points := sweep.line_points(family, line))]
     to_axes = panel.transData + panel.transAxes.inverted()
-    places = {line: to_axes.transform((p.nfe, metric.scale * metric.of(p).value)) for line, p in ends}
-    right = max((float(place[0]) for place in places.values()), default=0.0) + 0.05
-    order = sorted(places, key=lambda line: float(places[line][1]))
-    heights = [0.03 + 0.97 * height for height in spread([float(places[line][1]) for line in order], LABEL_GAP)]
+    positions = {line: to_axes.transform((p.nfe, metric.scale * metric.of(p).value)) for line, p in ends}
+    right = max((float(position[0]) for position in positions.values()), default=0.0) + 0.05
+    order = sorted(positions, key=lambda line: float(positions[line][1]))
+    heights = [
+        0.03 + 0.97 * height for height in separate_labels([float(positions[line][1]) for line in order], LABEL_GAP)
+    ]
     for line, height in zip(order, heights, strict=True):
-        x, y = (float(value) for value in places[line])
-        colour, _ = _look(sweep, line)
+        x, y = (float(value) for value in positions[line])
+        colour, _ = _style(sweep, line)
         panel.plot([x, right - 0.008], [y, height], color=colour, linewidth=0.6, alpha=0.6, transform=panel.transAxes)
         panel.text(right, height, line, color=colour, fontsize=9, va="center", transform=panel.transAxes, clip_on=False)
 
 
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Rising heights moved as little as it takes to be `gap` apart and within 0 and 1, as far as they fit there: groups
-    that touch are centred on their mean.
+def separate_labels(heights: Sequence[float], gap: float) -> list[float]:
+    """Move rising heights as little as possible until they are `gap` apart and between 0 and 1.
+
+    Heights whose labels touch form a group, which is centred on its mean. If there are too many heights for the gap,
+    some leave the range.
+
+    Args:
+        heights: Heights in rising order, as shares of the panel.
+        gap: Smallest distance of two labels, as a share of the panel.
+
+    Returns:
+        The new heights, in the same order.
     """
     groups: list[list[float]] = []
     for height in heights:
@@ -226,7 +254,14 @@ def _top(group: Sequence[float], gap: float) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit status."""
+    """Run the command line.
+
+    Args:
+        arguments: The command line; None means the process's own.
+
+    Returns:
+        The exit status.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m harness.tasks.report.families", description=(__doc__ or "").split("\n")[0]
     )
@@ -235,29 +270,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--metric", choices=METRICS, default="distance", help="what the figure shows")
     parser.add_argument("--budget", type=int, action="append", default=[], help="table: evaluations; may be repeated")
     parser.add_argument("--readme", type=Path, help="a file whose text between the markers becomes the table")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        sweep = read(asked.sweep)
-        if not sweep.points:
-            reasons = "; ".join(sorted(set(sweep.left_out.values()))) or "no records"
-            raise ValueError(f"{asked.sweep} holds no scored run ({reasons})")
-        asked.out.mkdir(parents=True, exist_ok=True)
-        rows = table(sweep, sorted(asked.budget))
-        (asked.out / "families.md").write_text(rows, encoding="utf-8")
-        if asked.readme is not None:
-            text = asked.readme.read_text(encoding="utf-8")
-            asked.readme.write_text(replace_between(text, MARKER, rows), encoding="utf-8")
-        draw(sweep, METRICS[asked.metric], asked.out / "families.png")
+        sweep = _read_scored(options.sweep)
+        options.out.mkdir(parents=True, exist_ok=True)
+        rows = table(sweep, sorted(options.budget))
+        (options.out / "families.md").write_text(rows, encoding="utf-8")
+        if options.readme is not None:
+            text = options.readme.read_text(encoding="utf-8")
+            options.readme.write_text(replace_between(text, MARKER, rows), encoding="utf-8")
+        plot_sweep(sweep, METRICS[options.metric], options.out / "families.png")
     except ModuleNotFoundError as error:
-        complain(f"the figure needs {error.name}: pip install 'triptych[notebooks]'")
+        print_error(f"the figure needs {error.name}: pip install 'triptych[notebooks]'")
         return EXIT_BAD_INPUT
     except (ValueError, OSError) as error:
-        complain(error)
+        print_error(error)
         return EXIT_BAD_INPUT
     for reason, count in Counter(sweep.left_out.values()).items():
-        complain(f"{count} runs left out: {reason}")
-    print(f"{len(sweep.points)} points: {asked.out / 'families.png'}")
+        print_error(f"{count} runs left out: {reason}")
+    print(f"{len(sweep.points)} points: {options.out / 'families.png'}")
     return 0
+
+
+def _read_scored(folder: Path) -> Sweep:
+    """Read a sweep that has at least one scored run.
+
+    Args:
+        folder: Folder with run folders at any depth.
+
+    Returns:
+        The sweep.
+
+    Raises:
+        ValueError: No run is scored, or the runs do not compare.
+    """
+    sweep = read_sweep(folder)
+    if not sweep.points:
+        reasons = "; ".join(sorted(set(sweep.left_out.values()))) or "no records"
+        raise ValueError(f"{folder} holds no scored run ({reasons})")
+    return sweep
 
 
 if __name__ == "__main__":

@@ -1,59 +1,73 @@
-"""The figures of notebooks/: layouts, speed against error, predicted against measured. Each from what is on disk."""
+"""The figures of notebooks/: layouts, speed against error, predicted against measured. Each reads what is on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from harness.costs.rows import Check
-from harness.tasks.plan.table import name_of
+from harness.costs.plan_file import PredictionCheck
+from harness.tasks.plan.table import layout_label
 from harness.tasks.report.families import COLOURS, FAINT, INK
-from harness.tasks.report.rows import Row, Table
+from harness.tasks.report.rows import ReportRow, ReportTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def scaling(table: Table) -> Figure:
-    """Speed-up of every layout over its one-rank run, beside the bytes that its busiest rank sends.
+def scaling(table: ReportTable) -> Figure:
+    """Plot the speed-up of every layout over its one-rank run, beside the bytes that its busiest rank sends.
+
+    Args:
+        table: The runs of a tree.
+
+    Returns:
+        The figure.
 
     Raises:
-        ValueError: no run of several ranks has a one-rank run beside it.
+        ValueError: No run on several ranks has a matching one-rank run.
     """
     rows = sorted((row for row in table.rows if row.scaling is not None), key=lambda row: (row.ranks or 0, row.label))
     if not rows:
         raise ValueError(
-            "no run of several ranks has a one-rank run beside it; sweep parallel=single,... over one request"
+            "no run on several ranks has a matching one-rank run; sweep parallel=single,... over one request"
         )
     figure, (left, right) = _panels(2, 0.5 * len(rows) + 1.6)
-    places = range(len(rows))
-    for place, row in zip(places, rows, strict=True):
+    positions = range(len(rows))
+    for position, row in zip(positions, rows, strict=True):
         assert row.scaling is not None
         found = row.scaling.speedup
         bars = [[found.value - found.ci95[0]], [found.ci95[1] - found.value]]
-        left.errorbar(found.value, place, xerr=bars, fmt="o", color=COLOURS[0], markersize=7, elinewidth=1.2)
-        left.plot(row.scaling.ranks, place, "|", color=INK, markersize=18)
-        left.annotate(f"{100 * row.scaling.efficiency:.0f} %", (found.value, place), (0, 9), textcoords="offset points")
+        left.errorbar(found.value, position, xerr=bars, fmt="o", color=COLOURS[0], markersize=7, elinewidth=1.2)
+        left.plot(row.scaling.ranks, position, "|", color=INK, markersize=18)
+        left.annotate(
+            f"{100 * row.scaling.efficiency:.0f} %", (found.value, position), (0, 9), textcoords="offset points"
+        )
     left.axvline(1, color=FAINT, linewidth=1)
     left.set_xlim(left=0)
-    left.set_yticks(list(places), [row.label for row in rows])
-    left.set_xlabel("speed-up of a request, with efficiency; | is all ranks' worth")
-    right.barh(list(places), [row.comm_mb or 0.0 for row in rows], color=COLOURS[5])
+    left.set_yticks(list(positions), [row.label for row in rows])
+    left.set_xlabel("speed-up of a request, with efficiency; | marks the number of ranks")
+    right.barh(list(positions), [row.comm_mb or 0.0 for row in rows], color=COLOURS[5])
     right.set_yticks([])
-    right.set_xlabel("MB that the busiest rank sends in a request")
+    right.set_xlabel("MB sent by the busiest rank per request")
     return figure
 
 
-def fidelity(table: Table) -> Figure:
-    """Error at the pixel against latency, equal pictures on the left edge; the Pareto front as a line.
+def fidelity(table: ReportTable) -> Figure:
+    """Plot latency against the pixel error, bit-identical runs on the left edge, with the Pareto front as a line.
+
+    Args:
+        table: The runs of a tree.
+
+    Returns:
+        The figure.
 
     Raises:
-        ValueError: no run has a measured error.
+        ValueError: No run has a measured error.
     """
     rows = [row for row in table.rows if row.pixel is not None and row.latency is not None]
     if not rows:
-        raise ValueError("no run was held against a reference; sweep with task=bench or task.fidelity=true")
+        raise ValueError("no run was compared with a reference; sweep with task=bench or task.fidelity=true")
     figure, (axes,) = _panels(1, 4.6)
     least = min((error(row) for row in rows if error(row) > 0), default=1e-8) / 10
     for row in rows:
@@ -67,53 +81,59 @@ def fidelity(table: Table) -> Figure:
     front = pareto(rows)
     axes.plot([max(error(row), least) for row in front], [latency(row) for row in front], color=FAINT, zorder=0)
     axes.set_xscale("log")
-    axes.set_xlabel(f"relative L2 of the pixels from the float32 reference; equal, bit for bit, stands at {least:.0e}")
-    axes.set_ylabel("a request, ms, with its 95 % interval")
+    axes.set_xlabel(f"relative L2 of the pixels from the float32 reference; bit-identical runs are at {least:.0e}")
+    axes.set_ylabel("latency of a request, ms, with its 95 % interval")
     return figure
 
 
-def roofline(checks: Sequence[Check]) -> Figure:
-    """Predicted step time against measured, one point a run.
+def roofline(checks: Sequence[PredictionCheck]) -> Figure:
+    """Plot predicted against measured step time, one point per run.
+
+    Args:
+        checks: Records with their predictions.
+
+    Returns:
+        The figure.
 
     Raises:
-        ValueError: nothing was predicted.
+        ValueError: Nothing was predicted.
     """
     found = [(check, check.predicted_step_ms) for check in checks if check.predicted_step_ms is not None]
     if not found:
-        raise ValueError("no prediction beside a record; run task=plan hardware=measured runs=DIR")
+        raise ValueError("no record has a prediction; run task=plan hardware=measured plan.runs=DIR")
     figure, (axes,) = _panels(1, 4.6)
     times = [time for check, predicted in found for time in (check.step_ms, predicted)]
     ends = (0.7 * min(times), 1.4 * max(times))
     axes.plot(ends, ends, color=FAINT, zorder=0)
     for check, predicted in found:
-        place = (check.step_ms, predicted)
-        axes.plot(*place, "o", color=COLOURS[0], markersize=7)
-        label = f"{name_of(check.layout)}, {100 * (predicted / check.step_ms - 1):+.0f} %"
-        axes.annotate(label, place, (7, -3), textcoords="offset points", fontsize=8)
+        point = (check.step_ms, predicted)
+        axes.plot(*point, "o", color=COLOURS[0], markersize=7)
+        label = f"{layout_label(check.layout)}, {100 * (predicted / check.step_ms - 1):+.0f} %"
+        axes.annotate(label, point, (7, -3), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("measured, ms a step")
-    axes.set_ylabel("predicted, ms a step")
+    axes.set_xlabel("measured, ms per step")
+    axes.set_ylabel("predicted, ms per step")
     return figure
 
 
-def pareto(rows: Sequence[Row]) -> list[Row]:
-    """Those that no other row beats in both error and latency, by error."""
-    front: list[Row] = []
+def pareto(rows: Sequence[ReportRow]) -> list[ReportRow]:
+    """Return the rows that no other row beats in both error and latency, in the order of their error."""
+    front: list[ReportRow] = []
     for row in sorted(rows, key=lambda row: (error(row), latency(row))):
         if not front or latency(row) < latency(front[-1]):
             front.append(row)
     return front
 
 
-def error(row: Row) -> float:
-    """A row's relative L2 at the pixel."""
+def error(row: ReportRow) -> float:
+    """Return the relative L2 error of a row's pixels."""
     assert row.pixel is not None
     return row.pixel.rel_l2
 
 
-def latency(row: Row) -> float:
-    """A row's median latency, ms."""
+def latency(row: ReportRow) -> float:
+    """Return the median latency of a row in ms."""
     assert row.latency is not None
     return row.latency.median
 

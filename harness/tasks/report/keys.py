@@ -1,91 +1,121 @@
-"""Which configuration keys tell the runs of a tree apart, and a short name for each run, made of them."""
+"""The configuration keys that differ between the runs of a tree, and a short label for each run made of them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from harness.config.cache import READ, CacheConfig, fill
+from harness.config.cache import CACHE_KEYS, CacheConfig, fill_defaults
 from harness.parallel.mesh import AXES
-from harness.tasks.report.sweep import flat
+from harness.tasks.report.sweep import flatten
 
 Cell = str | float | None
-LEADS = ("model.name", "scheduler.family", "scheduler.solver.name")
-FOLLOWERS = ("model.", "scheduler.")  # groups of which most keys follow from the three names
-ASIDE = ("logger", "train", "a", "b", "runs")  # change neither a picture nor a time
-NAME_LETTERS = 32  # of a value in a run's name
-NAMES = ("name", "family", "backend")  # last parts of keys whose value says enough
+LEADING = ("model.name", "scheduler.family", "scheduler.solver.name")
+DEPENDENT_GROUPS = ("model.", "scheduler.")  # groups whose keys mostly follow from the three names
+IGNORED = ("logger", "train", "compare", "report", "plan")  # keys that change neither an image nor a time
+LABEL_LETTERS = 32  # longest value in a run's label
+SELF_EXPLANATORY = ("name", "family", "backend")  # last parts of keys whose value is clear without the key
 
 
 def cells(config: Mapping[str, object]) -> dict[str, Cell]:
-    """A resolved configuration as dotted keys with values to show; the layout is one of them, and the cache."""
-    kept = {key: value for key, value in config.items() if key not in ASIDE}
-    if isinstance(layout := kept.get("parallel"), Mapping):
-        kept["parallel"] = layout_name(layout)
-    if isinstance(cache := kept.get("cache"), Mapping):
-        kept["cache"] = cache_name(cache)
-    return {key: _cell(value) for key, value in flat(kept).items()}
+    """Flatten a resolved configuration to dotted keys and values to show; the layout is one value, and so is the cache.
+
+    Args:
+        config: The resolved configuration as nested mappings.
+
+    Returns:
+        The values by dotted key.
+    """
+    shown = {key: value for key, value in config.items() if key not in IGNORED}
+    if isinstance(layout := shown.get("parallel"), Mapping):
+        shown["parallel"] = layout_name(layout)
+    if isinstance(cache := shown.get("cache"), Mapping):
+        shown["cache"] = cache_name(cache)
+    return {key: _cell(value) for key, value in flatten(shown).items()}
 
 
 def layout_name(degrees: Mapping[str, object]) -> str:
-    """Such as `cfg2 ulysses2`; `single` for one rank."""
+    """Return a short name of a layout, such as `cfg2 ulysses2`; `single` for one rank."""
     counts = (*AXES, "pipe", "patches", "warmup")
     names = [f"{name}{degrees[name]}" for name in counts if degrees.get(name) not in (None, 1)]
     return " ".join([*names, *["displaced"] * (degrees.get("displaced") is True)]) or "single"
 
 
 def cache_name(cache: Mapping[str, object]) -> str:
-    """Such as `first_block threshold=0.2`: what it is, and its first key with those that are not its defaults."""
+    """Return a short name of a cache, such as `first_block threshold=0.2`.
+
+    Args:
+        cache: The resolved group `cache`.
+
+    Returns:
+        The cache's name with its first key, and with every other key that is not at its default.
+    """
     name = str(cache["name"])
-    plain = CacheConfig(name)
-    fill(plain)
-    keys = [key for key in READ[name] if key != "coefficients" and cache[key] is not None]
-    said = [f"{key}={_cell(cache[key])}" for key in keys if key == READ[name][0] or cache[key] != getattr(plain, key)]
-    return " ".join([name, *said])
+    defaults = CacheConfig(name)
+    fill_defaults(defaults)
+    keys = [key for key in CACHE_KEYS[name] if key != "coefficients" and cache[key] is not None]
+    values = [
+        f"{key}={_cell(cache[key])}"
+        for key in keys
+        if key == CACHE_KEYS[name][0] or cache[key] != getattr(defaults, key)
+    ]
+    return " ".join([name, *values])
 
 
-def varying(rows: Sequence[Mapping[str, Cell]], overridden: Collection[str]) -> list[str]:
-    """The keys that differ between rows, the three leading names first.
+def varying_keys(rows: Sequence[Mapping[str, Cell]], overridden: Collection[str]) -> list[str]:
+    """Return the keys that differ between rows, the three leading names first.
 
     Keys of the model and the noise scheduler that follow from those names are left out, unless an override named them.
 
     Args:
-        rows: a configuration each, by `cells`.
-        overridden: keys that the overrides of any row name.
+        rows: Configurations, from `cells`.
+        overridden: Keys that the overrides of any row name.
+
+    Returns:
+        The keys that differ.
     """
-    names = dict.fromkeys([*LEADS, *(key for row in rows for key in row)])
-    leads = [tuple(row.get(lead) for lead in LEADS) for row in rows]
-    kept = []
+    names = dict.fromkeys([*LEADING, *(key for row in rows for key in row)])
+    leading = [tuple(row.get(lead) for lead in LEADING) for row in rows]
+    found = []
     for name in names:
         column = [row.get(name) for row in rows]
         if len(set(column)) < 2:
             continue
-        follows = len(set(leads)) == len(set(zip(leads, column, strict=True)))
-        if name in LEADS or name in overridden or not (follows and name.startswith(FOLLOWERS)):
-            kept.append(name)
-    return kept
+        follows = len(set(leading)) == len(set(zip(leading, column, strict=True)))
+        if name in LEADING or name in overridden or not (follows and name.startswith(DEPENDENT_GROUPS)):
+            found.append(name)
+    return found
 
 
-def labels(rows: Sequence[Mapping[str, Cell]], keys: Sequence[str], folders: Sequence[str]) -> list[str]:
-    """A short and different name for every run: its values that not most runs have, and its folder where they do not
-    tell it apart.
+def run_labels(rows: Sequence[Mapping[str, Cell]], keys: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """Return a short and unique label for every run.
+
+    A label has the run's values that at most half of the runs share. If that is not unique, the run's folder follows.
+
+    Args:
+        rows: Configurations, from `cells`.
+        keys: The keys that differ between rows.
+        folders: Name of each run's folder.
+
+    Returns:
+        One label per run.
     """
     counts = {key: Counter(row[key] for row in rows if key in row) for key in keys}
     own = [[key for key in keys if key in row and 2 * counts[key][row[key]] <= counts[key].total()] for row in rows]
     short = [
-        " ".join(_named(key, row[key]) for key in kept) or folder
-        for row, kept, folder in zip(rows, own, folders, strict=True)
+        " ".join(_label_part(key, row[key]) for key in distinguishing) or folder
+        for row, distinguishing, folder in zip(rows, own, folders, strict=True)
     ]
     return [
         name if short.count(name) == 1 else f"{name} ({folder})" for name, folder in zip(short, folders, strict=True)
     ]
 
 
-def _named(key: str, value: Cell) -> str:
+def _label_part(key: str, value: Cell) -> str:
     last = key.rpartition(".")[2]
     shown = f"{value:g}" if isinstance(value, float) else str(value)
-    shown = shown if len(shown) <= NAME_LETTERS else f"{shown[: NAME_LETTERS - 1]}…"
-    return shown if last in NAMES or key in ("parallel", "cache") else f"{last}={shown}"
+    shown = shown if len(shown) <= LABEL_LETTERS else f"{shown[: LABEL_LETTERS - 1]}…"
+    return shown if last in SELF_EXPLANATORY or key in ("parallel", "cache") else f"{last}={shown}"
 
 
 def _cell(value: object) -> Cell:

@@ -1,13 +1,21 @@
-"""Text that a command keeps up to date inside a page that people write: what stands between two comment markers."""
+"""Text that a command keeps up to date inside a page written by people: the text between two comment markers."""
 
 from __future__ import annotations
 
 
 def replace_between(text: str, name: str, content: str) -> str:
-    """`text` with what stands between `<!-- name:begin -->` and `<!-- name:end -->` replaced; the markers stay.
+    """Replace the text between `<!-- name:begin -->` and `<!-- name:end -->`; the markers stay.
+
+    Args:
+        text: The page.
+        name: Name in the markers.
+        content: The new text.
+
+    Returns:
+        The new page.
 
     Raises:
-        ValueError: a marker is missing, there twice, or they are in the wrong order.
+        ValueError: A marker is missing or there twice, or they are in the wrong order.
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the page from its JSON. What comes from records is set as text, never as markup.
+// Renders the page from its JSON. Text from records is inserted as text, never as markup.
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const rows = page.rows.map((row, id) => ({ ...row, id }));
@@ -30,7 +30,7 @@ function number(value, digits = 4) {
   return value.toLocaleString("en", { maximumSignificantDigits: digits });
 }
 
-// plotly takes some tags in text for markup
+// plotly interprets some tags in text as markup
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const short = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
 
@@ -38,7 +38,7 @@ const short = (text, length) => (text.length > length ? `${text.slice(0, length 
 
 const spread = (low, high, show = number) => element("span", { class: "spread" }, `${show(low)} to ${show(high)}`);
 
-/** A column of the table: `of` gives what is sorted by, `show` what stands there. */
+/** A column of the table: `of` returns the value to sort by, `show` the content of the cell. */
 function column(key, title, of, show = (value) => number(value), kind = "number") {
   return { key, title, of, show: (row) => (known(of(row)) ? [].concat(show(of(row), row)) : []), kind };
 }
@@ -60,7 +60,7 @@ const COLUMNS = [
     element("span", { class: "spread" }, `of ${row.load.latency_ms.n}`)]),
   column("goodput", "good answers/s", (row) => row.load?.goodput_per_s, (value, row) => [number(value),
     element("span", { class: "spread" }, `within ${number(row.load.slo_ms)} ms`)]),
-  column("carried", "pictures a forward", (row) => row.load?.pictures_per_evaluation, (value) => number(value, 3)),
+  column("carried", "images per forward", (row) => row.load?.images_per_evaluation, (value) => number(value, 3)),
   column("unanswered", "not ok", (row) => row.load && row.load.sent - (row.load.outcomes.ok ?? 0), (value, row) => [number(value),
     element("span", { class: "spread" }, Object.entries(row.load.outcomes).filter(([kind]) => kind !== "ok").map(([kind, count]) => `${count} ${kind}`).join(", "))]),
   column("speedup", "speed-up", speedup, (value, row) => [number(value, 3), spread(...speedupSpread(row), (x) => number(x, 3))]),
@@ -70,8 +70,8 @@ const COLUMNS = [
   column("comm", "sent by a rank, MB", (row) => row.comm_mb, (value) => number(value, 3)),
   column("verdict", "fidelity", (row) => row.verdict, (value, row) => [toned(value),
     element("span", { class: "spread" }, `declared ${words(row.declared)}`)], "text"),
-  column("rel_l2", "pixel error, relative L2", (row) => row.pixel?.rel_l2, (value, row) => (row.pixel.identical ? "0, equal" : number(value, 2))),
-  column("distance", "distance (0 = as asked)", (row) => row.distance?.value, measured((row) => row.distance)),
+  column("rel_l2", "pixel error, relative L2", (row) => row.pixel?.rel_l2, (value, row) => (row.pixel.identical ? "0, identical" : number(value, 2))),
+  column("distance", "distance (0 = as requested)", (row) => row.distance?.value, measured((row) => row.distance)),
   column("top1", "top-1", (row) => row.top1?.value, (value, row) => [percent(value), spread(...row.top1.ci95, percent)]),
   column("error", "error", (row) => row.error, (value) => value, "error"),
   column("folder", "folder", (row) => row.folder, (value) => value, "folder"),
@@ -86,12 +86,12 @@ function speedupSpread(row) {
   return row.comparison ? headline(row).interval : row.scaling.speedup.ci95;
 }
 
-/** Of a comparison's ratios the first: of the whole request, or of an answer under load. */
+/** The first ratio of a comparison: of the whole request, or of an answer under load. */
 function headline(row) {
   return Object.values(row.comparison.ratios)[0];
 }
 
-// ---------------------------------------------------------------- what is shown, and in which order
+// ---------------------------------------------------------------- filter and order
 
 const searched = new Map(rows.map((row) => [row, [row.folder, row.state, row.verdict, row.error, row.label,
   ...Object.entries(row.values).map(([key, value]) => `${key}=${value}`)].filter(known).map((text) => `${text} `.toLowerCase()).join("")]));
@@ -107,20 +107,20 @@ function ordered(shown) {
   const { key, down } = view.sort;
   const by = [RUN, ...COLUMNS].find((each) => each.key === key);
   if (!by) return shown;
-  const side = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
+  const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
   return shown.toSorted((a, b) => {
     const [x, y] = [by.of(a), by.of(b)];
-    if (!known(x) || !known(y)) return known(y) - known(x); // what has no value is last either way
-    return down ? side(y, x) : side(x, y);
+    if (!known(x) || !known(y)) return known(y) - known(x); // rows without a value are last in either order
+    return down ? compare(y, x) : compare(x, y);
   });
 }
 
 // ---------------------------------------------------------------- parts of the page
 
-/** A dotted key that may go on in the next line after a dot. */
+/** A dotted key that may break after a dot. */
 const breakable = (key) => key.split(/(?<=\.)/).flatMap((part) => [part, element("wbr", {})]);
 
-function drawTable(shown) {
+function renderTable(shown) {
   const heads = [RUN, ...COLUMNS].map(({ key, title }) => {
     const sorted = view.sort.key === key ? (view.sort.down ? "descending" : "ascending") : "none";
     const arrow = { ascending: " ▲", descending: " ▼", none: "" }[sorted];
@@ -161,10 +161,10 @@ function empty(id, text) {
 
 const NARROW = matchMedia("(max-width: 600px)");
 
-/** An axis with one place a bar, the first on top. */
-function places(names) {
-  const room = NARROW.matches ? 16 : 44;
-  return { tickvals: names.map((_, k) => k), ticktext: names.map((name) => plain(short(name, room))),
+/** An axis with one position per bar, the first on top. */
+function barAxis(names) {
+  const length = NARROW.matches ? 16 : 44;
+  return { tickvals: names.map((_, k) => k), ticktext: names.map((name) => plain(short(name, length))),
     range: [names.length - 0.5, -0.5], showgrid: false, zeroline: false };
 }
 
@@ -172,26 +172,26 @@ const barsHeight = (count) => (NARROW.matches ? 230 : 140) + 26 * count;
 
 const STAGES = [...new Set(rows.flatMap((row) => Object.keys(row.stages)))];
 
-function drawStages(shown) {
+function renderStages(shown) {
   const timed = shown.filter((row) => Object.keys(row.stages).length);
   if (!timed.length) return empty("stages", "No run shown has times.");
   const traces = STAGES.map((stage, k) => ({
     type: "bar", orientation: "h", name: words(stage), marker: { color: COLOURS[k % COLOURS.length] },
-    x: timed.map((row) => row.stages[stage] ?? 0), y: timed.map((_, place) => place), hoverinfo: "text", textposition: "none",
+    x: timed.map((row) => row.stages[stage] ?? 0), y: timed.map((_, index) => index), hoverinfo: "text", textposition: "none",
     text: timed.map((row) => plain(`${row.label}: ${words(stage)} ${number(row.stages[stage] ?? 0)} ms`)),
   }));
   plot("stages", traces, { barmode: "stack", xaxis: { title: { text: "median, ms" }, rangemode: "tozero" },
-    yaxis: places(timed.map((row) => row.label)) }, barsHeight(timed.length));
+    yaxis: barAxis(timed.map((row) => row.label)) }, barsHeight(timed.length));
 }
 
-const COMPARED = [["request", "request"], ["step", "solver step"], ["answer", "throughput"], ["latency_p50", "p50 under load"],
+const COMPARED_TIMES = [["request", "request"], ["step", "solver step"], ["answer", "throughput"], ["latency_p50", "p50 under load"],
   ["latency_p99", "p99 under load"]];
 
-function worth(row) {
+function speedupBars(row) {
   if (row.comparison) {
     const { ratios, efficiency, ranks } = row.comparison;
-    return COMPARED.filter(([name]) => ratios[name]).map(([name, said]) => ({
-      name: `${row.label}, ${said}`, against: "a, in alternation",
+    return COMPARED_TIMES.filter(([name]) => ratios[name]).map(([name, title]) => ({
+      name: `${row.label}, ${title}`, against: "a, in alternation",
       ranks: ranks[0] === ranks[1] ? null : ranks[1] / ranks[0], value: ratios[name].ratio, interval: ratios[name].interval,
       level: ratios[name].level, efficiency: efficiency?.[name], alternated: true,
       layout: `${ranks[0]} to ${ranks[1]} ranks`,
@@ -205,26 +205,26 @@ function worth(row) {
 
 const threads = (row) => `${row.threads} thread${row.threads === 1 ? "" : "s"}`;
 
-function drawScaling(shown) {
-  const found = shown.flatMap(worth);
+function renderScaling(shown) {
+  const found = shown.flatMap(speedupBars);
   $("speedups").replaceChildren();
-  if (!found.length) return empty("scaling", "No run shown has a one-rank run of the same everything else, or is a comparison.");
+  if (!found.length) return empty("scaling", "No run shown has a matching one-rank run, or is a comparison.");
   const bars = [false, true].map((alternated) => {
-    const own = found.map((each, place) => ({ ...each, place })).filter((each) => each.alternated === alternated);
+    const own = found.map((each, index) => ({ ...each, index })).filter((each) => each.alternated === alternated);
     return {
-      type: "bar", orientation: "h", name: alternated ? "b over a, in alternation" : "runs apart",
-      marker: { color: COLOURS[alternated ? 2 : 0] }, x: own.map((each) => each.value), y: own.map((each) => each.place),
+      type: "bar", orientation: "h", name: alternated ? "b over a, in alternation" : "not in alternation",
+      marker: { color: COLOURS[alternated ? 2 : 0] }, x: own.map((each) => each.value), y: own.map((each) => each.index),
       error_x: { type: "data", symmetric: false, thickness: 1.5, color: colour("--ink"), array: own.map((each) => each.interval[1] - each.value),
         arrayminus: own.map((each) => each.value - each.interval[0]) },
       hoverinfo: "text", textposition: "none",
       text: own.map((each) => plain(`${each.name}: ${number(each.value, 3)} (${each.layout})`)),
     };
   }).filter((trace) => trace.x.length);
-  const ideal = found.flatMap((each, place) => (each.ranks ? [{ type: "line", x0: each.ranks, x1: each.ranks,
-    y0: place - 0.45, y1: place + 0.45, line: { color: "#8C8C8C", width: 2 } }] : []));
+  const ideal = found.flatMap((each, index) => (each.ranks ? [{ type: "line", x0: each.ranks, x1: each.ranks,
+    y0: index - 0.45, y1: index + 0.45, line: { color: "#8C8C8C", width: 2 } }] : []));
   plot("scaling", bars, { barmode: "overlay", shapes: ideal, xaxis: { title: { text: "speed-up, times" }, rangemode: "tozero",
     range: [0, 1.08 * Math.max(...found.map((each) => Math.max(each.ranks ?? 1, each.interval[1])))] },
-    yaxis: places(found.map((each) => each.name)) }, barsHeight(found.length));
+    yaxis: barAxis(found.map((each) => each.name)) }, barsHeight(found.length));
   const titles = ["run", "ranks", "against", "speed-up", "interval", "efficiency"];
   $("speedups").replaceChildren(heading(titles), element("tbody", {}, ...found.map((each) => element("tr", {},
     element("th", { scope: "row" }, each.name), element("td", { class: "text" }, each.layout),
@@ -235,28 +235,28 @@ function drawScaling(shown) {
 
 const heading = (titles) => element("thead", {}, element("tr", {}, ...titles.map((title) => element("th", { scope: "col" }, title))));
 
-function drawRivals(shown) {
-  const found = shown.filter((row) => row.rival);
+function renderBaselines(shown) {
+  const found = shown.filter((row) => row.equal_latency);
   const body = found.map((row) => {
-    const { plain: place, error_as_long: asLong, better } = row.rival;
-    const plainRun = rows[place];
+    const { run, error_at_equal_latency: interpolated, better } = row.equal_latency;
+    const baseline = rows[run];
     const { evaluations, branches, branches_computed: computed } = row.cache;
     const numbers = [evaluations * computed / branches, row.latency.median, row.pixel.rel_l2];
-    const beside = [plainRun.nfe, plainRun.latency.median, plainRun.pixel.rel_l2];
+    const baselineNumbers = [baseline.nfe, baseline.latency.median, baseline.pixel.rel_l2];
     const cell = (value) => element("td", { class: "number" }, known(value) ? number(value, 3) : "");
     return element("tr", {}, element("th", { scope: "row" }, row.label), ...numbers.map(cell),
-      element("td", { class: "text" }, plainRun.label), ...beside.map(cell), cell(asLong),
+      element("td", { class: "text" }, baseline.label), ...baselineNumbers.map(cell), cell(interpolated),
       element("td", { class: better === "cache" ? "text good" : "text fair" }, better));
   });
   const titles = ["cached run", "evaluations", "latency, ms", "error", "in fewer steps", "evaluations", "latency, ms", "error",
-    "error as long", "smaller error"];
-  $("rivals").replaceChildren(...(found.length ? [heading(titles), element("tbody", {}, ...body)]
-    : [element("caption", { class: "none" }, "No run shown has a cache and a run without one that is as fast, held against the same reference.")]));
+    "error at equal latency", "smaller error"];
+  $("baselines").replaceChildren(...(found.length ? [heading(titles), element("tbody", {}, ...body)]
+    : [element("caption", { class: "none" }, "No run shown has a cache and an equal-latency baseline with the same reference.")]));
 }
 
-const RATES = ["load.rate", "load.clients"]; // keys along a line of the load's chart
+const RATES = ["load.rate", "load.clients"]; // keys that vary along a line of the load chart
 
-function drawCurve(shown) {
+function renderCurve(shown) {
   const loaded = shown.filter((row) => row.load?.latency_ms);
   if (!loaded.length) return empty("curve", "No run shown was loaded with task=load.");
   const rest = (row) => Object.entries(row.values).filter(([key, value]) => !RATES.includes(key) && known(value));
@@ -264,16 +264,16 @@ function drawCurve(shown) {
   const traces = lines.flatMap((own, k) => ["p50", "p99"].map((name) => {
     const along = own.toSorted((a, b) => (a.load.offered_per_s ?? a.load.clients) - (b.load.offered_per_s ?? b.load.clients));
     const differing = rest(own[0]).filter(([key, value]) => loaded.some((row) => row.values[key] !== value));
-    const said = differing.map(([key, value]) => `${key.split(".").at(-1)}=${value}`).join(" ");
+    const title = differing.map(([key, value]) => `${key.split(".").at(-1)}=${value}`).join(" ");
     return {
-      type: "scatter", mode: "lines+markers", name: plain([short(said, 50), name].filter(Boolean).join(" ")),
+      type: "scatter", mode: "lines+markers", name: plain([short(title, 50), name].filter(Boolean).join(" ")),
       x: along.map((row) => row.load.throughput_per_s), y: along.map((row) => row.load.latency_ms[name]), hoverinfo: "text",
       line: { color: COLOURS[k % COLOURS.length], dash: name === "p50" ? "solid" : "dot", width: 2 }, marker: { size: 8 },
       text: along.map((row) => plain(`${row.label}: ${name} ${number(row.load.latency_ms[name])} ms at ${number(row.load.throughput_per_s, 3)} answers/s`)),
     };
   }));
   const values = traces.flatMap(({ y }) => y);
-  plot("curve", traces, { xaxis: { title: { text: "answers a second" }, rangemode: "tozero" },
+  plot("curve", traces, { xaxis: { title: { text: "answers/s" }, rangemode: "tozero" },
     yaxis: { title: { text: "latency, ms" }, ...(Math.max(...values) < 5 * Math.min(...values) ? { rangemode: "tozero" } : { type: "log" }) } }, 420);
 }
 
@@ -282,7 +282,7 @@ const METRICS = {
     log: true, perfect: (row) => row.pixel?.identical || row.pixel?.rel_l2 === 0 },
   psnr_db: { name: "PSNR", title: "PSNR, dB (higher is better)", of: (row) => row.pixel?.psnr_db, sign: 1,
     perfect: (row) => row.pixel?.identical },
-  distance: { name: "quality distance", title: "distance to the picture asked for (lower is better)", of: (row) => row.distance?.value,
+  distance: { name: "quality distance", title: "distance to the requested image (lower is better)", of: (row) => row.distance?.value,
     interval: (row) => row.distance.ci95, sign: -1, perfect: () => false },
   top1: { name: "top-1", title: "prompt retrieval, top-1, % (higher is better)", of: (row) => scaled(row.top1?.value),
     interval: (row) => row.top1.ci95.map(scaled), sign: 1, perfect: () => false },
@@ -290,7 +290,7 @@ const METRICS = {
 const scaled = (share) => (known(share) ? 100 * share : share);
 const scored = (row, metric) => row.latency && (metric.perfect(row) || known(metric.of(row)));
 
-/** Of runs that ended well: those than which none is both as fast and as good, and better in one. */
+/** The Pareto front of the runs that ended well: no other run is at least as fast and as good, and better in one. */
 function paretoFront(points, sign) {
   const front = [];
   const sorted = points.filter(({ row }) => row.state === "ok").toSorted((a, b) => a.x - b.x || sign * (b.value - a.value));
@@ -300,28 +300,28 @@ function paretoFront(points, sign) {
   return front;
 }
 
-/** Where equal pictures are drawn, whose error has no logarithm and whose PSNR no end. */
-function beyond(values, metric) {
+/** Position on the axis for identical images: their error has no logarithm, and their PSNR is infinite. */
+function identicalPosition(values, metric) {
   if (!values.length) return metric.log ? 1e-7 : 100;
   return metric.log ? 10 ** Math.floor(Math.log10(Math.min(...values)) - 1) : Math.max(...values) + 10;
 }
 
-function drawPareto(shown) {
+function renderPareto(shown) {
   const metric = METRICS[view.metric];
-  const drawn = shown.filter((row) => scored(row, metric));
-  const missing = shown.length - drawn.length;
-  $("undrawn").textContent = missing ? `${missing} of the ${shown.length} runs shown have no ${metric.name} or no latency.` : "";
+  const plotted = shown.filter((row) => scored(row, metric));
+  const missing = shown.length - plotted.length;
+  $("unscored").textContent = missing ? `${missing} of the ${shown.length} runs shown have no ${metric.name} or no latency.` : "";
   $("front").replaceChildren();
-  if (!drawn.length) return empty("pareto", `No run shown has a ${metric.name} and a latency.`);
-  const edge = beyond(drawn.filter((row) => !metric.perfect(row)).map(metric.of), metric);
-  const points = drawn.map((row) => ({ row, x: row.latency.median, y: metric.perfect(row) ? edge : metric.of(row),
+  if (!plotted.length) return empty("pareto", `No run shown has a ${metric.name} and a latency.`);
+  const edge = identicalPosition(plotted.filter((row) => !metric.perfect(row)).map(metric.of), metric);
+  const points = plotted.map((row) => ({ row, x: row.latency.median, y: metric.perfect(row) ? edge : metric.of(row),
     value: metric.perfect(row) ? metric.sign * Infinity : metric.of(row) }));
   const front = paretoFront(points, metric.sign);
   const on = new Set(front.map(({ row }) => row));
-  const said = ({ row, value }) => `${row.label}: ${number(row.latency.median)} ms, ${Number.isFinite(value) ? number(value, 3) : "equal"}`;
+  const describe = ({ row, value }) => `${row.label}: ${number(row.latency.median)} ms, ${Number.isFinite(value) ? number(value, 3) : "identical"}`;
   const group = (name, own, marker) => ({
     type: "scatter", mode: "markers", name, x: own.map(({ x }) => x), y: own.map(({ y }) => y), marker: { size: 10, ...marker },
-    text: own.map((point) => plain(said(point))), hoverinfo: "text",
+    text: own.map((point) => plain(describe(point))), hoverinfo: "text",
     error_x: bars(own.map(({ row }) => row.latency.ci95), own.map(({ x }) => x)),
     ...(metric.interval && { error_y: bars(own.map(({ row }) => metric.interval(row)), own.map(({ y }) => y)) }),
   });
@@ -329,17 +329,17 @@ function drawPareto(shown) {
   const traces = [
     { type: "scatter", mode: "lines", name: "front", x: front.map(({ x }) => x), y: front.map(({ y }) => y), hoverinfo: "skip",
       line: { color: COLOURS[2], shape: "hv", width: 2 }, showlegend: false },
-    group("on the front", front, { color: COLOURS[2], symbol: "circle", size: 12 }),
-    group("behind it", others.filter(({ row }) => row.state === "ok"), { color: COLOURS[0], symbol: "circle-open" }),
+    group("on the Pareto front", front, { color: COLOURS[2], symbol: "circle", size: 12 }),
+    group("dominated", others.filter(({ row }) => row.state === "ok"), { color: COLOURS[0], symbol: "circle-open" }),
     group("failed", others.filter(({ row }) => row.state !== "ok"), { color: COLOURS[5], symbol: "x" }),
   ].filter((trace) => trace.x.length);
   const scale = metric.log ? logarithmic(points.map(({ y }) => y)) : {};
   const equal = points.some(({ row }) => metric.perfect(row))
     ? [{ xref: "paper", x: 0, xanchor: "left", y: scale.type === "log" ? Math.log10(edge) : edge, yanchor: "bottom", showarrow: false,
-      text: "equal, bit for bit" }] : [];
+      text: "identical, bit for bit" }] : [];
   plot("pareto", traces, { annotations: equal, xaxis: { title: { text: "median latency of the request, ms" }, rangemode: "tozero" },
     yaxis: { title: { text: plain(metric.title) }, ...scale } }, 460);
-  $("front").replaceChildren(...front.map((point) => element("li", {}, said(point))));
+  $("front").replaceChildren(...front.map((point) => element("li", {}, describe(point))));
 }
 
 function logarithmic(values) {
@@ -353,24 +353,24 @@ function bars(intervals, values) {
     arrayminus: intervals.map(([low], k) => values[k] - low) };
 }
 
-function drawGrids(shown) {
-  const drawn = shown.filter((row) => row.grid);
-  const figures = drawn.map((row) => element("figure", {},
-    element("img", { src: row.grid, alt: `pictures of ${row.label}`, loading: "lazy" }),
+function renderGrids(shown) {
+  const withGrid = shown.filter((row) => row.grid);
+  const figures = withGrid.map((row) => element("figure", {},
+    element("img", { src: row.grid, alt: `images of ${row.label}`, loading: "lazy" }),
     element("figcaption", {}, row.label, " ", row.verdict && toned(row.verdict),
       element("small", {}, [row.latency && `${number(row.latency.median)} ms`, row.state !== "ok" && row.state].filter(Boolean).join(", ")),
       element("small", {}, short(row.prompts.join(" · "), 160)))));
-  $("grids").replaceChildren(...(figures.length ? figures : [none("No run shown has pictures.")]));
+  $("grids").replaceChildren(...(figures.length ? figures : [none("No run shown has images.")]));
 }
 
-function drawNotes(shown) {
-  const said = Map.groupBy(shown.flatMap((row) => row.notes.map((note) => ({ note, row }))), ({ note }) => note);
-  const parts = [...said].flatMap(([note, by]) => [element("dt", {}, note),
+function renderNotes(shown) {
+  const byNote = Map.groupBy(shown.flatMap((row) => row.notes.map((note) => ({ note, row }))), ({ note }) => note);
+  const parts = [...byNote].flatMap(([note, by]) => [element("dt", {}, note),
     element("dd", {}, by.length === shown.length ? "every run shown" : short(by.map(({ row }) => row.label).join("; "), 400))]);
-  $("said").replaceChildren(...(parts.length ? parts : [none("No run shown has notes.")]));
+  $("note-list").replaceChildren(...(parts.length ? parts : [none("No run shown has notes.")]));
 }
 
-function drawOrigin(shown) {
+function renderProvenance(shown) {
   const from = shown.filter((row) => Object.keys(row.provenance).length);
   const keys = [...new Set(from.flatMap((row) => Object.keys(row.provenance)))].sort();
   const value = (row, key) => String(row.provenance[key] ?? "none");
@@ -385,11 +385,11 @@ function drawOrigin(shown) {
     .flatMap((key) => [element("dt", {}, key), element("dd", {}, value(from[0], key))]));
 }
 
-// ---------------------------------------------------------------- what the reader does
+// ---------------------------------------------------------------- interaction
 
 function render() {
   const shown = ordered(rows.filter(matches));
-  for (const part of [drawTable, drawStages, drawScaling, drawRivals, drawCurve, drawPareto, drawGrids, drawNotes, drawOrigin]) part(shown);
+  for (const part of [renderTable, renderStages, renderScaling, renderBaselines, renderCurve, renderPareto, renderGrids, renderNotes, renderProvenance]) part(shown);
 }
 
 function addPick(key) {
@@ -421,7 +421,7 @@ function start() {
   ["state", ...page.keys].forEach(addPick);
   Object.keys(METRICS).forEach(addMetric);
   $("words").addEventListener("input", ({ target }) => {
-    // steps=4 is not steps=40, but a word that is half typed finds what it may become
+    // steps=4 must not match steps=40, but a half-typed word matches what it may become
     view.words = target.value.toLowerCase().split(/\s+/).filter(Boolean).map((word) => (/=./.test(word) ? `${word} ` : word));
     render();
   });

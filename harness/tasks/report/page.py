@@ -1,7 +1,7 @@
 """The page: data, style, script and plotly in one HTML file that fetches nothing.
 
-Text of records is data throughout. It reaches the page as JSON in which no tag can begin, and the script puts it there
-as text, never as markup; a content security policy holds both, and that nothing is fetched.
+Text of records is only ever data. It reaches the page as JSON in which no tag can begin, and the script inserts it as
+text, never as markup. A content security policy enforces both, and that nothing is fetched.
 """
 
 from __future__ import annotations
@@ -19,41 +19,55 @@ from rich.markup import escape
 from harness.config.schema import RunConfig
 from harness.records.record import Status, write_atomically
 from harness.resolve.compose import ConfigError
-from harness.tasks.report.rows import Row, read_table
+from harness.tasks.report.rows import ReportRow, read_table
 
 FILE = "report.html"
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 class Page(msgspec.Struct, frozen=True):
-    """What the script reads: what the page is over, when it was made, and the rows."""
+    """The data that the page's script reads.
+
+    Attributes:
+        root: The folder whose runs the page shows.
+        made: When the page was made.
+        keys: The configuration keys that differ between the runs.
+        rows: One row per run.
+    """
 
     root: str
     made: str
     keys: list[str]
-    rows: list[Row]
+    rows: list[ReportRow]
 
 
 def write_report(config: RunConfig, console: Console) -> Status:
-    """Writes the page over `runs` to `task.out`, or beside them.
+    """Write the page over a folder of runs, by default into that folder.
+
+    Args:
+        config: The resolved configuration.
+        console: Console for the summary line.
+
+    Returns:
+        The status.
 
     Raises:
-        ConfigError: no plotly, no folder, or no run in it.
+        ConfigError: plotly is missing, the folder is missing or has no run, or the page cannot be written.
     """
-    root = Path(config.runs or "")
+    root = Path(config.report.runs or "")
     script = plotly_script()
     if not root.is_dir():
-        raise ConfigError(f"runs={root}: there is no such folder; give one that holds runs")
+        raise ConfigError(f"report.runs={root}: there is no such folder; give one that holds runs")
     table = read_table(root)
     if not table.rows:
-        raise ConfigError(f"runs={root} holds no run (a folder with a status.json); give one that does")
-    out = Path(config.task.out) if config.task.out is not None else root / FILE
+        raise ConfigError(f"report.runs={root} holds no run (a folder with a status.json); give one that does")
+    out = Path(config.report.out) if config.report.out is not None else root / FILE
     page = Page(str(root), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", table.keys, table.rows)
     text = render(page, script)
     try:
         write_atomically(out, text.encode())
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another with task.out=...") from error
+        raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another with report.out=...") from error
     states = Counter(row.state for row in table.rows)
     counted = ", ".join(f"{count} {state}" for state, count in states.items())
     console.print(
@@ -63,7 +77,7 @@ def write_report(config: RunConfig, console: Console) -> Status:
 
 
 def render(page: Page, plotly: str) -> str:
-    """The HTML of a page, with plotly's script in it."""
+    """Return the HTML of a page, with plotly's script in it."""
     files = importlib.resources.files(__package__)
     parts = {
         "style": files.joinpath("page.css").read_text(),
@@ -71,18 +85,21 @@ def render(page: Page, plotly: str) -> str:
         "data": as_script(page),
         "script": files.joinpath("page.js").read_text(),
     }
-    # in one pass, so that a mark inside a part stays what it is
-    return re.sub(r"/\*(\w+)\*/", lambda mark: parts[mark[1]], files.joinpath("page.html").read_text())
+    # in one pass, so that a placeholder inside an inserted part is not replaced
+    return re.sub(r"/\*(\w+)\*/", lambda match: parts[match[1]], files.joinpath("page.html").read_text())
 
 
 def as_script(page: Page) -> str:
-    """JSON that no tag, comment or line end of HTML or JavaScript can end."""
+    """Return the page as JSON that no tag, comment or line end of HTML or JavaScript can end."""
     text = msgspec.json.encode(page).decode()
     return "".join(ESCAPED.get(letter, letter) for letter in text)
 
 
 def plotly_script() -> str:
-    """plotly's own JavaScript, as its package has it.
+    """Return plotly's own JavaScript, from its package.
+
+    Returns:
+        The script.
 
     Raises:
         ConfigError: plotly is not installed.
@@ -90,6 +107,6 @@ def plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ModuleNotFoundError as error:
-        raise ConfigError("task=report draws with plotly; pip install 'triptych[report]'") from error
+        raise ConfigError("task=report needs plotly; pip install 'triptych[report]'") from error
     script: str = get_plotlyjs()
     return script

@@ -1,4 +1,4 @@
-"""A tree of runs as the rows of a page: every run is one, whether it ended well, badly or cannot be read."""
+"""A tree of runs as the rows of a page: every run is a row, whether it ended well, failed or cannot be read."""
 
 from __future__ import annotations
 
@@ -10,30 +10,56 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from harness.messages import sent_bytes
+from harness.messages import total_sent_bytes
 from harness.metrics.difference import Difference
-from harness.metrics.intervals import Estimate, Share
+from harness.metrics.intervals import IntervalEstimate, Share
 from harness.metrics.load import LoadSummary
 from harness.metrics.summary import Summary
 from harness.records.comparison import Comparison, read_comparison
 from harness.records.record import CacheUse, Record, RunFolderError, Statistics, Status, read_record, read_status
-from harness.tasks.report.keys import Cell, cells, labels, varying
-from harness.tasks.report.rivals import Rival, rivals
+from harness.tasks.report.equal_latency import EqualLatencyBaseline, equal_latency_baselines
+from harness.tasks.report.keys import Cell, cells, run_labels, varying_keys
 from harness.tasks.report.scaling import Scaling, scalings
-from harness.tasks.report.sweep import flat
+from harness.tasks.report.sweep import flatten
 
-FILES = ("status.json", "record.json", "comparison.json")  # any of them makes a folder a run's
-THUMBNAIL = (600, 900)  # pixels, at most
+FILES = ("status.json", "record.json", "comparison.json")  # a folder with any of them is a run
+THUMBNAIL = (600, 900)  # largest width and height, pixels
 WEBP_QUALITY = 82
 
 
-class Row(msgspec.Struct, frozen=True):
-    """One run. Times are ms, memory MiB, traffic MB, shares in [0, 1]; null is what was not measured.
+class ReportRow(msgspec.Struct, frozen=True):
+    """One run of a report; None marks what was not measured.
 
-    values: of the keys that vary. stages: median ms by stage. ceiling_share: of a matrix product's TFLOP/s on the same
-    ranks. load: what clients of task=load measured. pixel: error against the reference, with its `verdict`. scaling:
-    against the one-rank run of the same everything else. cache: what it spared, with the `rival` of fewer steps. grid:
-    the shrunk picture as a data URI.
+    Attributes:
+        label: Short and unique name of the run.
+        folder: The run's folder, relative to the tree.
+        state: State in which the run ended.
+        error: Message of the status, followed by what could not be read.
+        values: Values of the configuration keys that differ between runs.
+        notes: Notes of the record or the comparison.
+        latency: Latency of one request, ms.
+        step: Duration of one solver step, ms.
+        stages: Median duration of each stage, ms.
+        load: Measurements of the clients of task=load.
+        nfe: Network evaluations per request.
+        memory_mib: Peak memory of the largest rank, MiB.
+        tflops: Achieved rate, TFLOP/s.
+        ceiling_share: Achieved rate over that of a matrix product on the same ranks, in [0, 1].
+        comm_mb: Traffic that one rank sends per request, MB.
+        verdict: Result of the comparison with the reference.
+        declared: Class that the run's methods claim.
+        pixel: Error of the pixels against the reference.
+        distance: Distance to the requested image.
+        top1: Share of images whose nearest training image has the prompt's name.
+        ranks: Number of ranks.
+        threads: Threads per rank.
+        scaling: Speed-up against the one-rank run with otherwise the same configuration.
+        cache: Evaluations that the run's cache saved.
+        equal_latency: Run without a cache, in fewer steps, that takes no longer.
+        comparison: Result of task=compare.
+        provenance: Versions, hardware and engine.
+        prompts: Distinct prompts.
+        grid: Thumbnail of the image grid as a data URI.
     """
 
     label: str
@@ -54,29 +80,42 @@ class Row(msgspec.Struct, frozen=True):
     verdict: str | None = None
     declared: str | None = None
     pixel: Difference | None = None
-    distance: Estimate | None = None
+    distance: IntervalEstimate | None = None
     top1: Share | None = None
     ranks: int | None = None
     threads: int | None = None
     scaling: Scaling | None = None
     cache: CacheUse | None = None
-    rival: Rival | None = None
+    equal_latency: EqualLatencyBaseline | None = None
     comparison: Comparison | None = None
     provenance: dict[str, Cell] = {}
     prompts: list[str] = []
     grid: str | None = None
 
 
-class Table(msgspec.Struct, frozen=True):
-    """What a page is made from: the keys that vary, and every row."""
+class ReportTable(msgspec.Struct, frozen=True):
+    """The content of a page.
+
+    Attributes:
+        keys: The configuration keys that differ between the runs.
+        rows: One row per run.
+    """
 
     keys: list[str]
-    rows: list[Row]
+    rows: list[ReportRow]
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run's folder holds."""
+class StoredRun:
+    """The content of a run's folder.
+
+    Attributes:
+        folder: The run's folder.
+        status: Status of the run, with errors of reading in its message.
+        record: The record, if the run left one.
+        comparison: The comparison, if the run is one.
+        config: Values of the resolved configuration by dotted key.
+    """
 
     folder: Path
     status: Status
@@ -85,22 +124,38 @@ class Run:
     config: dict[str, Cell]
 
 
-def read_table(root: Path) -> Table:
-    """Every run below a folder, in the order of their folders."""
+def read_table(root: Path) -> ReportTable:
+    """Read every run below a folder, in the order of the folders.
+
+    Args:
+        root: Folder with run folders at any depth.
+
+    Returns:
+        The keys that differ, and one row per run.
+    """
     folders = sorted({file.parent for name in FILES for file in root.rglob(name)})
     runs = [read_run(folder) for folder in folders]
     overridden = {o.partition("=")[0].lstrip("+") for run in runs if run.record for o in run.record.overrides}
-    keys = varying([run.config for run in runs if run.config], overridden)
+    keys = varying_keys([run.config for run in runs if run.config], overridden)
     names = [folder.relative_to(root).as_posix() for folder in folders]
-    records = {place: run.record for place, run in enumerate(runs) if run.record is not None and run.record.repeats}
-    found, beside = scalings(folders, records), rivals(records)
-    called = labels([run.config for run in runs], keys, names)
-    rows = [_row(run, keys, called[k], names[k], found.get(k)) for k, run in enumerate(runs)]
-    return Table(keys, [msgspec.structs.replace(row, rival=beside.get(k)) for k, row in enumerate(rows)])
+    records = {index: run.record for index, run in enumerate(runs) if run.record is not None and run.record.repeats}
+    scaling, baselines = scalings(folders, records), equal_latency_baselines(records)
+    named = run_labels([run.config for run in runs], keys, names)
+    rows = [_row(run, keys, named[k], names[k], scaling.get(k)) for k, run in enumerate(runs)]
+    return ReportTable(
+        keys, [msgspec.structs.replace(row, equal_latency=baselines.get(k)) for k, row in enumerate(rows)]
+    )
 
 
-def read_run(folder: Path) -> Run:
-    """What is in a run's folder; what cannot be read is its error, after its own."""
+def read_run(folder: Path) -> StoredRun:
+    """Read a run's folder; what cannot be read is added to the error of its status.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The content of the folder.
+    """
     status, record, comparison, errors = read_status(folder), None, None, []
     try:
         record = read_record(folder)
@@ -115,32 +170,34 @@ def read_run(folder: Path) -> Run:
         config = cells(record.config if record is not None else _declared(folder))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         errors.append(f"config.yaml: {' '.join(str(error).split())}")
-    said = "; ".join([*([status.error] if status.error else []), *errors])
-    return Run(folder, Status(status.state, said or None), record, comparison, config)
+    message = "; ".join([*([status.error] if status.error else []), *errors])
+    return StoredRun(folder, Status(status.state, message or None), record, comparison, config)
 
 
 def _declared(folder: Path) -> dict[str, object]:
-    """The configuration of a run that left no record; none of one that was refused before it was resolved."""
+    """Return the configuration of a run without a record; empty if the run was refused before it was resolved."""
     file = folder / "config.yaml"
     found = yaml.safe_load(file.read_text()) if file.exists() else {}
     return found if isinstance(found, dict) else {}
 
 
-def _row(run: Run, keys: list[str], label: str, folder: str, scaling: Scaling | None) -> Row:
+def _row(run: StoredRun, keys: list[str], label: str, folder: str, scaling: Scaling | None) -> ReportRow:
     values = {key: run.config[key] for key in keys if key in run.config}
     grid, notes = thumbnail(run.folder / "grid.png")
     if run.comparison is not None:
         notes = [*run.comparison.notes, *notes]
-    plain = Row(label, folder, run.status.state, run.status.error, values, notes, comparison=run.comparison, grid=grid)
-    return plain if run.record is None else _measured(plain, run.record, scaling)
+    plain = ReportRow(
+        label, folder, run.status.state, run.status.error, values, notes, comparison=run.comparison, grid=grid
+    )
+    return plain if run.record is None else _with_record(plain, run.record, scaling)
 
 
-def _measured(plain: Row, record: Record, scaling: Scaling | None) -> Row:
-    """A row with its record's numbers."""
+def _with_record(plain: ReportRow, record: Record, scaling: Scaling | None) -> ReportRow:
+    """Add the numbers of a record to a row."""
     fidelity, quality = record.fidelity, record.quality
-    origin = {**msgspec.to_builtins(record.provenance), "engine": msgspec.to_builtins(record.engine)}
+    provenance = {**msgspec.to_builtins(record.provenance), "engine": msgspec.to_builtins(record.engine)}
     return msgspec.structs.replace(
-        plain if record.summary is None else _timed(plain, record.summary),
+        plain if record.summary is None else _with_times(plain, record.summary),
         notes=[*record.notes, *plain.notes],
         load=record.load,
         verdict=None if fidelity is None else fidelity.verdict,
@@ -151,13 +208,13 @@ def _measured(plain: Row, record: Record, scaling: Scaling | None) -> Row:
         ranks=record.provenance.world_size,
         threads=record.provenance.threads_per_rank,
         scaling=scaling,
-        provenance={**cells(flat(origin)), "attention.resolved": record.attention.resolved},
+        provenance={**cells(flatten(provenance)), "attention.resolved": record.attention.resolved},
         prompts=list(dict.fromkeys(sample.prompt for sample in record.samples)),
     )
 
 
-def _timed(plain: Row, summary: Statistics) -> Row:
-    """A row with the times of one request."""
+def _with_times(plain: ReportRow, summary: Statistics) -> ReportRow:
+    """Add the times of one request to a row."""
     reached, ceiling = summary.achieved_tflops, summary.ceiling_tflops
     return msgspec.structs.replace(
         plain,
@@ -169,19 +226,26 @@ def _timed(plain: Row, summary: Statistics) -> Row:
         memory_mib=summary.peak_memory_mib_max,
         tflops=reached,
         ceiling_share=reached / ceiling if reached is not None and ceiling else None,
-        comm_mb=sent_bytes(summary.comm) / 1e6,
+        comm_mb=total_sent_bytes(summary.comm) / 1e6,
     )
 
 
 def thumbnail(path: Path) -> tuple[str | None, list[str]]:
-    """A picture shrunk to a data URI, and notes where it cannot be read; neither where there is none."""
+    """Shrink an image to a data URI.
+
+    Args:
+        path: Image file.
+
+    Returns:
+        The data URI, or None if there is no readable file; and a note if the file cannot be read.
+    """
     from PIL import Image
 
     if not path.exists():
         return None, []
     try:
-        with Image.open(path) as picture:
-            small = picture.convert("RGB")
+        with Image.open(path) as image:
+            small = image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         return None, [f"{path.name} cannot be shown: {type(error).__name__}"]
     small.thumbnail(THUMBNAIL)

@@ -1,6 +1,6 @@
-"""A tree of records as scored points: quality against network evaluations, one line a noise solver.
+"""A tree of records as scored points: quality against network evaluations, one line per solver.
 
-Points are compared at equal network evaluations, not at equal steps: a second-order solver pays twice a step.
+Points are compared at equal network evaluations, not at equal steps: a second-order solver pays twice per step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ from harness.records.record import Record, RunFolderError, read_record, read_sta
 
 
 @dataclass(frozen=True)
-class Point:
-    """One scored run; `line` is the solver, with the settings in which this sweep has several of it."""
+class SweepPoint:
+    """One scored run.
+
+    Attributes:
+        family: Name of the family.
+        line: Name of the solver, with the settings that differ between this sweep's runs of it.
+        steps: Solver steps.
+        nfe: Network evaluations per image.
+        quality: Scores of the run.
+    """
 
     family: str
     line: str
@@ -27,35 +35,46 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a tree holds: scored points, by family, line and evaluations; and why the other runs are not among them."""
+    """The content of a tree of records.
 
-    points: list[Point]
+    Attributes:
+        points: Scored points, by family, line and evaluations.
+        left_out: Reasons why other runs have no point, by folder.
+    """
+
+    points: list[SweepPoint]
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def families(self) -> list[str]:
-        """In the order of FAMILIES, then by name."""
+        """The families that have points, in the order of FAMILIES, then by name."""
         found = {point.family for point in self.points}
         return [name for name in FAMILIES if name in found] + sorted(found - set(FAMILIES))
 
     @property
     def lines(self) -> list[str]:
-        """Every line of any family, by name."""
+        """All lines of any family, by name."""
         return sorted({point.line for point in self.points})
 
-    def of(self, family: str, line: str) -> list[Point]:
-        """One line of one family, by evaluations."""
+    def line_points(self, family: str, line: str) -> list[SweepPoint]:
+        """Return the points of one line of one family, by evaluations."""
         return [point for point in self.points if (point.family, point.line) == (family, line)]
 
 
 FAMILIES = {"rectified_flow": "rectified flow", "ddpm": "DDPM", "sgm": "score SDE"}
 
 
-def read(folder: Path) -> Sweep:
-    """Reads every run below a folder.
+def read_sweep(folder: Path) -> Sweep:
+    """Read every run below a folder.
+
+    Args:
+        folder: Folder with run folders at any depth.
+
+    Returns:
+        The scored points, and the runs left out.
 
     Raises:
-        ValueError: two runs of one family, line and number of evaluations, or scores of different galleries or prompts.
+        ValueError: Two runs share family, line and number of evaluations, or the galleries or prompts differ.
     """
     records: list[Record] = []
     left_out: dict[str, str] = {}
@@ -80,16 +99,24 @@ def read(folder: Path) -> Sweep:
     return Sweep(points, left_out)
 
 
-def within(points: Sequence[Point], budget: int) -> Point | None:
-    """What a line reaches with at most `budget` evaluations: its point with the most of them."""
+def best_within_budget(points: Sequence[SweepPoint], budget: int) -> SweepPoint | None:
+    """Return the point of a line with the most evaluations within a budget, or None if there is none.
+
+    Args:
+        points: Points of one line.
+        budget: Largest number of evaluations.
+
+    Returns:
+        The point, or None.
+    """
     affordable = [point for point in points if point.nfe <= budget]
     return max(affordable, key=lambda point: point.nfe, default=None)
 
 
-def _points(records: Sequence[Record]) -> list[Point]:
+def _points(records: Sequence[Record]) -> list[SweepPoint]:
     groups: defaultdict[tuple[str, str], list[tuple[Record, dict[str, object]]]] = defaultdict(list)
     for record in records:
-        settings = flat(record.config["scheduler"])
+        settings = flatten(record.config["scheduler"])
         groups[str(settings.pop("family")), str(settings.pop("solver.name"))].append((record, settings))
     points = []
     for (family, solver), runs in groups.items():
@@ -98,19 +125,19 @@ def _points(records: Sequence[Record]) -> list[Point]:
             line = ", ".join([solver, *(f"{key.removeprefix('solver.')}={settings[key]}" for key in varied)])
             if record.quality is not None:
                 steps = int(record.config["request"]["steps"])
-                points.append(Point(family, line, steps, record.timed.nfe, record.quality))
+                points.append(SweepPoint(family, line, steps, record.statistics.nfe, record.quality))
     return points
 
 
-def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested settings by dotted keys."""
+def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return nested settings by dotted keys."""
     found: dict[str, object] = {}
     for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
 
 
-def _check_comparable(records: Sequence[Record], points: Sequence[Point]) -> None:
+def _check_comparable(records: Sequence[Record], points: Sequence[SweepPoint]) -> None:
     seen: set[tuple[str, str, int]] = set()
     for point in points:
         key = (point.family, point.line, point.nfe)
@@ -120,6 +147,8 @@ def _check_comparable(records: Sequence[Record], points: Sequence[Point]) -> Non
             )
         seen.add(key)
     if len({record.quality.gallery for record in records if record.quality is not None}) > 1:
-        raise ValueError("the runs were scored in different galleries, so they do not compare; give one sweep's folder")
+        raise ValueError(
+            "the runs were scored against different galleries, so they do not compare; give one sweep's folder"
+        )
     if len({tuple(record.config["request"]["prompts"]) for record in records}) > 1:
-        raise ValueError("the runs drew different prompts, so they do not compare; give one sweep's folder")
+        raise ValueError("the runs have different prompts, so they do not compare; give one sweep's folder")

@@ -1,1 +1,1 @@
-"""The server of task=serve: the supervisor of its ranks, its jobs, and their HTTP routes."""
+"""task=serve: the HTTP server, the supervisor of its ranks, and the jobs."""

@@ -1,4 +1,4 @@
-"""The application: the routes behind the guard, how the server is, and the built-in page."""
+"""The FastAPI application: the API routes behind the middleware, health and metrics, and the built-in page."""
 
 from __future__ import annotations
 
@@ -12,95 +12,100 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from harness.config.schema import RunConfig
 from harness.records.provenance import version
 from harness.tasks.serve import openai
-from harness.tasks.serve.desk import Desk
-from harness.tasks.serve.guard import Guard, is_local
-from harness.tasks.serve.problem import STATUS, ErrorBody, Problem, install
-from harness.tasks.serve.routes import TheDesk, image_routes, model_routes, request_routes, video_routes
+from harness.tasks.serve.middleware import RequestGuard, is_local
+from harness.tasks.serve.problem import STATUS, ErrorBody, Problem, install_error_handlers
+from harness.tasks.serve.routes import ServiceDep, image_routes, model_routes, request_routes, video_routes
+from harness.tasks.serve.service import GenerationService
 from harness.tasks.serve.supervisor import Supervisor
 
-PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
-POLICY = (
+PAGE_FILES = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
 def make_app(config: RunConfig, supervisor: Supervisor, folder: Path) -> FastAPI:
-    """The application of one server; its desk is `app.state.desk`.
+    """Make the application of one server.
 
     Args:
-        config: resolved.
-        supervisor: of the ranks; started and stopped by somebody else.
-        folder: of the run, where pictures go.
+        config: The resolved configuration of the server.
+        supervisor: The supervisor of the ranks; the caller starts and stops it.
+        folder: The run's folder, where images and videos are written.
+
+    Returns:
+        The application; its generation service is `app.state.service`.
     """
-    answers: dict[int | str, dict[str, object]] = {
+    responses: dict[int | str, dict[str, object]] = {
         status: {"model": ErrorBody} for status in sorted(set(STATUS.values()))
     }
-    app = FastAPI(title="Triptych", version=version("triptych") or "", docs_url=None, redoc_url=None, responses=answers)
-    app.state.desk = Desk(config, supervisor, folder)
-    install(app)
+    app = FastAPI(
+        title="Triptych", version=version("triptych") or "", docs_url=None, redoc_url=None, responses=responses
+    )
+    app.state.service = GenerationService(config, supervisor, folder)
+    install_error_handlers(app)
     for routes in (model_routes(), image_routes(), video_routes(), request_routes(), state_routes(), page_routes()):
         app.include_router(routes)
     host = config.serve.host
     loopback = is_local(f"[{host}]" if ":" in host else host)
-    app.add_middleware(Guard, max_bytes=1024 * config.serve.max_body_kib, loopback=loopback)
+    app.add_middleware(RequestGuard, max_bytes=1024 * config.serve.max_body_kib, loopback=loopback)
     return app
 
 
 def state_routes() -> APIRouter:
-    """How the server is."""
+    """Return the routes for liveness, readiness and metrics."""
     router = APIRouter(tags=["state"])
 
     @router.get("/health")
-    async def health(desk: TheDesk) -> openai.Health:
-        """200 while the process lives, whatever its ranks do."""
-        return health_of(desk)
+    async def health(service: ServiceDep) -> openai.Health:
+        """Answer 200 while the server process is alive, in any state of its ranks."""
+        return health_of(service)
 
     @router.get("/ready")
-    async def ready(desk: TheDesk) -> openai.Health:
-        """200 only while ranks are warm; else 503, with the reason."""
-        if desk.supervisor.state != "ready":
-            raise Problem("not_serving", f"{desk.supervisor.state}: {desk.supervisor.reason}", retry_after_s=1.0)
-        return health_of(desk)
+    async def ready(service: ServiceDep) -> openai.Health:
+        """Answer 200 only while the ranks are ready; otherwise 503 with the reason."""
+        if service.supervisor.state != "ready":
+            raise Problem("not_serving", f"{service.supervisor.state}: {service.supervisor.reason}", retry_after_s=1.0)
+        return health_of(service)
 
     @router.get("/metrics", response_class=Response)
-    async def metrics(desk: TheDesk) -> Response:
-        """Prometheus' text."""
-        return Response(desk.meter.text(), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(service: ServiceDep) -> Response:
+        """Return the metrics in Prometheus' text format."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 
 
-def health_of(desk: Desk) -> openai.Health:
-    """The state of the server and its ranks."""
-    engine, states = desk.supervisor, [order.status for order in desk.orders()]
+def health_of(service: GenerationService) -> openai.Health:
+    """Return the state of the server and its ranks."""
+    supervisor, states = service.supervisor, [handle.status for handle in service.handles()]
     return openai.Health(
-        state=engine.state,
-        reason=engine.reason,
-        model=desk.config.model.name,
-        ranks=0 if engine.info is None else engine.info.world_size,
+        state=supervisor.state,
+        reason=supervisor.reason,
+        model=service.config.model.name,
+        ranks=0 if supervisor.info is None else supervisor.info.world_size,
         queued=states.count("queued"),
         running=states.count("running"),
-        restarts=engine.restarts,
+        restarts=supervisor.restarts,
     )
 
 
 def page_routes() -> APIRouter:
-    """The built-in page, which needs nothing from elsewhere."""
+    """Return the routes of the built-in page, which loads nothing from other sites."""
     router, files = APIRouter(include_in_schema=False), importlib.resources.files(__package__)
 
-    def serve(name: str, kind: str) -> None:
+    def add_file(name: str, media_type: str) -> None:
         text = files.joinpath(name or "page.html").read_text()
 
         @router.get(f"/{name}")
         async def page() -> Response:
             headers = {
-                "content-security-policy": POLICY,
+                "content-security-policy": CONTENT_SECURITY_POLICY,
                 "x-content-type-options": "nosniff",
                 "cache-control": "no-cache",
             }
-            return Response(text, media_type=f"{kind}; charset=utf-8", headers=headers)
+            return Response(text, media_type=f"{media_type}; charset=utf-8", headers=headers)
 
-    for name, kind in PAGE.items():
-        serve(name, kind)
+    for name, media_type in PAGE_FILES.items():
+        add_file(name, media_type)
     return router

@@ -1,4 +1,4 @@
-"""A request that the server has accepted: where it stands, and its one answer."""
+"""A request that the server has accepted: its progress and its answer."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from harness.messages import QUEUED, Array, Failure, GenerationRequest, Generati
 
 
 @dataclass(eq=False)
-class Job:
-    """One request, from its arrival to its answer. Whoever draws it calls `hear`, then once `finish` or `fail`.
+class GenerationJob:
+    """One request from its arrival to its answer.
 
-    Args:
-        request: as it came.
-        ahead: requests before it that are drawn or wait, while it is queued.
-        expires: `time.monotonic()` of its deadline.
-        state: queued, running, done or failed (whatever the kind of the failure).
-        done: solver steps that are finished, of `total`.
-        stage: that rank 0 was in last.
-        arrived: `time.time()`, as `began` and `ended`.
-        answer: what the ranks say of the drawing.
-        pixels: its pictures, in the request's order: (3, height, width) or (frames, 3, height, width), in [0, 1].
-        failure: why there are none.
+    Its owner calls `on_progress` for every report of rank 0, and then `finish` or `fail` once.
+
+    Attributes:
+        request: The request as the client sent it.
+        ahead: The number of running or queued requests before this one, while it is queued.
+        expires: The deadline, a value of `time.monotonic()`.
+        state: queued, running, done or failed (for a failure of any kind).
+        done: The number of finished solver steps.
+        total: The number of all solver steps, 0 until the first report of steps.
+        stage: The stage that rank 0 reported last.
+        arrived: The time of arrival, a value of `time.time()`.
+        began: The time at which the first stage began, a value of `time.time()`.
+        ended: The time of the answer, a value of `time.time()`.
+        answer: The result of the ranks.
+        pixels: The samples in the request's order, (3, height, width) or (frames, 3, height, width), in [0, 1].
+        failure: The reason why there is no result.
     """
 
     request: GenerationRequest
@@ -44,31 +49,36 @@ class Job:
 
     @property
     def answered(self) -> bool:
-        """Whether it is done or failed."""
+        """Whether the job is done or failed."""
         return self.ended is not None
 
     async def wait(self) -> None:
-        """Returns once it is answered."""
+        """Wait until the job is answered."""
         async for _ in self.events():
             pass
 
-    async def events(self) -> AsyncIterator[Job]:
-        """Itself as it is, then after each change, last after the answer; changes that come faster than they are taken
-        are one."""
+    async def events(self) -> AsyncIterator[GenerationJob]:
+        """Yield the job now, after each change, and once more after its answer.
+
+        Changes that come faster than the caller reads them are merged into one.
+
+        Yields:
+            This job.
+        """
         while not self.answered:
             changed = self._changed
             yield self
             await changed.wait()
         yield self
 
-    def move(self, ahead: int) -> None:
-        """As many requests are ahead of it."""
+    def set_ahead(self, ahead: int) -> None:
+        """Set the number of requests ahead of this one."""
         if ahead != self.ahead:
             self.ahead = ahead
-            self._tell()
+            self._notify()
 
-    def hear(self, progress: Progress) -> None:
-        """What rank 0 reports; the first that is not of the queue begins it."""
+    def on_progress(self, progress: Progress) -> None:
+        """Apply a report of rank 0; the first report of a stage other than the queue starts the job."""
         if progress.stage == QUEUED:
             return
         if self.began is None:
@@ -76,34 +86,41 @@ class Job:
         self.stage = progress.stage
         if progress.total:
             self.done, self.total = progress.done, progress.total
-        self._tell()
+        self._notify()
 
     def finish(self, answer: GenerationResult, frames: Sequence[bytes]) -> None:
-        """It was drawn; `frames` are those of the answer.
+        """End the job with its result.
+
+        Args:
+            answer: The result of the ranks.
+            frames: The frames of the message that carried the result, with the pixels.
 
         Raises:
-            MessageError: pixels that the frames do not hold.
-            RuntimeError: it was answered before.
+            MessageError: The frames do not hold the pixels that the result refers to.
+            RuntimeError: The job has already been answered.
         """
         pixels = [array(sample.pixels, frames) for sample in answer.samples]
         self._end("done")
         self.answer, self.pixels = answer, pixels
 
     def fail(self, failure: Failure) -> None:
-        """It was not drawn.
+        """End the job with a failure.
+
+        Args:
+            failure: The reason why there is no result.
 
         Raises:
-            RuntimeError: it was answered before.
+            RuntimeError: The job has already been answered.
         """
         self._end("failed")
         self.failure = failure
 
     def _end(self, state: str) -> None:
         if self.answered:
-            raise RuntimeError(f"request {self.request.request_id} was answered before")
+            raise RuntimeError(f"request {self.request.request_id} has already been answered")
         self.state, self.ahead, self.ended = state, 0, time.time()
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

@@ -1,49 +1,53 @@
-"""What a server says of itself in Prometheus' format, from a registry of its own."""
+"""The server's metrics in Prometheus' format, in a registry of their own."""
 
 from __future__ import annotations
 
-from collections import Counter as Tally
+from collections import Counter
 from collections.abc import Iterator
 
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from harness.tasks.serve.jobs import Job
+from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.supervisor import Supervisor
 
-SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
+BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
 
 
-class Live(Collector):
-    """What a supervisor knows at the moment.
+class SupervisorCollector(Collector):
+    """The current state of a supervisor, read at every scrape.
 
     Args:
-        supervisor: of the ranks.
+        supervisor: The supervisor of the ranks.
     """
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
 
     def collect(self) -> Iterator[Metric]:
-        """The gauges, and the counters that the engine keeps; they start again with it."""
-        engine = self._supervisor
-        states = Tally(job.state for job in list(engine.jobs.values()))
-        yield GaugeMetricFamily("triptych_ready", "1 while ranks are warm", float(engine.state == "ready"))
-        yield GaugeMetricFamily("triptych_queued", "requests that wait", states["queued"])
-        yield GaugeMetricFamily("triptych_running", "requests that are being drawn", states["running"])
-        yield CounterMetricFamily("triptych_restarts", "restarts of the ranks", engine.restarts)
-        if engine.info is not None:
-            yield GaugeMetricFamily("triptych_ranks", "processes of the engine", engine.info.world_size)
-            yield CounterMetricFamily("triptych_evaluations", "forwards of the denoiser", engine.info.evaluations)
-            yield CounterMetricFamily("triptych_rows", "what those forwards carried", engine.info.rows)
+        """Collect the gauges, and the engine's counters, which restart from 0 with the engine.
+
+        Yields:
+            One metric after another.
+        """
+        supervisor = self._supervisor
+        states = Counter(job.state for job in list(supervisor.jobs.values()))
+        yield GaugeMetricFamily("triptych_ready", "1 while the ranks are ready", float(supervisor.state == "ready"))
+        yield GaugeMetricFamily("triptych_queued", "requests in the queue", states["queued"])
+        yield GaugeMetricFamily("triptych_running", "requests that are running", states["running"])
+        yield CounterMetricFamily("triptych_restarts", "restarts of the ranks", supervisor.restarts)
+        if supervisor.info is not None:
+            yield GaugeMetricFamily("triptych_ranks", "processes of the engine", supervisor.info.world_size)
+            yield CounterMetricFamily("triptych_evaluations", "forwards of the denoiser", supervisor.info.evaluations)
+            yield CounterMetricFamily("triptych_rows", "batch rows of those forwards", supervisor.info.rows)
 
 
-class Meter:
-    """Counts requests by outcome and their times.
+class RequestMetrics:
+    """Counters of requests by outcome, and histograms of their times.
 
     Args:
-        supervisor: whose state is read whenever somebody asks.
+        supervisor: The supervisor whose state is read at every scrape.
     """
 
     def __init__(self, supervisor: Supervisor) -> None:
@@ -52,23 +56,26 @@ class Meter:
             "triptych_requests", "requests by outcome", ["outcome"], registry=self._registry
         )
         self._latency = prometheus.Histogram(
-            "triptych_latency_seconds", "from arrival to the saved picture", buckets=SECONDS, registry=self._registry
+            "triptych_latency_seconds",
+            "time from arrival to the engine's answer",
+            buckets=BUCKETS_S,
+            registry=self._registry,
         )
-        self._waited = prometheus.Histogram(
-            "triptych_queue_seconds", "from arrival to the first stage", buckets=SECONDS, registry=self._registry
+        self._queue_time = prometheus.Histogram(
+            "triptych_queue_seconds", "time from arrival to the first stage", buckets=BUCKETS_S, registry=self._registry
         )
-        self._registry.register(Live(supervisor))
+        self._registry.register(SupervisorCollector(supervisor))
 
     def count(self, outcome: str) -> None:
-        """One request more that ended so."""
+        """Count one more request with this outcome."""
         self._outcomes.labels(outcome).inc()
 
-    def measure(self, job: Job) -> None:
-        """The times of a request that was drawn."""
+    def observe_times(self, job: GenerationJob) -> None:
+        """Add the times of a job that is done to the histograms."""
         if job.began is not None and job.ended is not None:
-            self._waited.observe(job.began - job.arrived)
+            self._queue_time.observe(job.began - job.arrived)
             self._latency.observe(job.ended - job.arrived)
 
     def text(self) -> bytes:
-        """The exposition."""
+        """Return the metrics in Prometheus' text format."""
         return prometheus.generate_latest(self._registry)

@@ -1,6 +1,6 @@
-"""The shapes of OpenAI's API for pictures and videos, with what is ours in one object, `triptych`.
+"""The bodies of OpenAI's API for images and videos, with this project's own fields in one object, `triptych`.
 
-Fields of OpenAI's that would have no effect here are accepted only with the value that says so.
+Fields of OpenAI's API that have no effect here are accepted only with the value that means so.
 """
 
 from __future__ import annotations
@@ -10,59 +10,79 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import AfterValidator, AllowInfNan, BaseModel
 
 
-def readable(text: str) -> str:
-    """The text itself; JSON can spell half a surrogate pair, which is no character and could be sent to nobody.
+def check_unicode(text: str) -> str:
+    """Check that a text can be encoded; JSON can spell half of a surrogate pair, which is not a character.
+
+    Args:
+        text: The text of a JSON string.
+
+    Returns:
+        The same text.
 
     Raises:
-        ValueError: it has one.
+        ValueError: The text contains half of a surrogate pair.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair is no character; send the whole pair") from None
+        raise ValueError("half of a surrogate pair is not a character; send the whole pair") from None
     return text
 
 
-Text = Annotated[str, AfterValidator(readable)]
-Number = Annotated[float, AllowInfNan(False)]
-Status: TypeAlias = Literal["queued", "running", "done", "failed"]
+UnicodeText = Annotated[str, AfterValidator(check_unicode)]
+FiniteFloat = Annotated[float, AllowInfNan(False)]
+RequestStatus: TypeAlias = Literal["queued", "running", "done", "failed"]
 
 
-class Settings(BaseModel, extra="forbid"):
-    """`triptych` of a request; what is left out is the server's own `request` configuration.
+class GenerationOptions(BaseModel, extra="forbid"):
+    """The object `triptych` of a request; a missing field means the server's own `request` configuration.
 
-    `seed` is drawn where it is left out, and told in the answer; picture k has seed + k. `timeout_s` counts from the
-    request's arrival. `scheduler` names the noise scheduler that the client takes for granted; another one than the
-    server runs is refused.
+    Attributes:
+        steps: The number of solver steps.
+        seed: The seed of the first sample; sample k uses seed + k. Without it, the server picks a random seed and
+            reports it in the answer.
+        guidance: The scale of classifier-free guidance; 1 means no guidance.
+        negative_prompt: The text to guide away from.
+        timeout_s: The time limit in seconds, counted from the request's arrival.
+        frames: The number of frames; more than one makes each sample a video.
+        scheduler: The noise scheduler that the client expects; the server refuses any other than its own.
     """
 
     steps: int | None = None
     seed: int | None = None
-    guidance: Number | None = None
-    negative_prompt: Text | None = None
-    timeout_s: Number | None = None
+    guidance: FiniteFloat | None = None
+    negative_prompt: UnicodeText | None = None
+    timeout_s: FiniteFloat | None = None
     frames: int | None = None
-    scheduler: Text | None = None
+    scheduler: UnicodeText | None = None
 
 
-class Asked(BaseModel, extra="forbid"):
-    """What every request has. `size` is WIDTHxHEIGHT in pixels; null or auto is the server's own."""
+class ParsedRequest(BaseModel, extra="forbid"):
+    """The fields that every request has.
 
-    prompt: Text
-    model: Text | None = None
-    size: Text | None = None
-    user: Text | None = None
-    triptych: Settings = Settings()
+    Attributes:
+        prompt: The text to generate from.
+        model: The name of the model, if the client gives one.
+        size: WIDTHxHEIGHT in pixels; null or auto means the server's own size.
+        user: The client's name for its user.
+        triptych: This project's own options.
+    """
+
+    prompt: UnicodeText
+    model: UnicodeText | None = None
+    size: UnicodeText | None = None
+    user: UnicodeText | None = None
+    triptych: GenerationOptions = GenerationOptions()
 
 
-class JobRequest(Asked):
-    """`POST /v1/requests`: n pictures or videos, asked for without waiting."""
+class JobRequest(ParsedRequest):
+    """The body of `POST /v1/requests`: n images or videos, generated in the background."""
 
     n: int | None = None
 
 
 class ImageRequest(JobRequest):
-    """`POST /v1/images/generations`."""
+    """The body of `POST /v1/images/generations`."""
 
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png"] | None = None
@@ -70,24 +90,33 @@ class ImageRequest(JobRequest):
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
     stream: Literal[False] | None = None
-    safety_identifier: Text | None = None
+    safety_identifier: UnicodeText | None = None
 
 
-class VideoRequest(Asked):
-    """`POST /v1/videos`. `seconds` becomes the nearest number of frames that the model can make."""
+class VideoRequest(ParsedRequest):
+    """The body of `POST /v1/videos`. `seconds` is rounded to the nearest number of frames that the model supports."""
 
-    seconds: Number | None = None
+    seconds: FiniteFloat | None = None
 
 
-class Picture(BaseModel):
-    """One picture: a PNG in base64, or its address."""
+class ImageData(BaseModel):
+    """One image: a PNG in base64, or its URL."""
 
     b64_json: str | None = None
     url: str | None = None
 
 
-class Drawn(BaseModel):
-    """`triptych` of an answer: what was drawn, and how long it took."""
+class GenerationInfo(BaseModel):
+    """The object `triptych` of an answer.
+
+    Attributes:
+        request_id: The id of the request, for `/v1/requests`.
+        seed: The seed of the first image.
+        steps: The number of solver steps.
+        guidance: The scale of classifier-free guidance.
+        queued_ms: The time in the queue, ms.
+        total_ms: The time from arrival to the engine's answer, ms.
+    """
 
     request_id: str
     seed: int
@@ -101,21 +130,21 @@ class ImagesResponse(BaseModel):
     """The answer to `POST /v1/images/generations`."""
 
     created: int
-    data: list[Picture]
+    data: list[ImageData]
     output_format: Literal["png"] = "png"
     size: str
-    triptych: Drawn
+    triptych: GenerationInfo
 
 
 class JobError(BaseModel):
-    """Why a job has no picture."""
+    """The reason why a request failed."""
 
     code: str
     message: str
 
 
 class Video(BaseModel):
-    """One video job; `progress` in percent."""
+    """One video job; `progress` is in percent."""
 
     id: str
     object: Literal["video"] = "video"
@@ -131,7 +160,7 @@ class Video(BaseModel):
 
 
 class Videos(BaseModel):
-    """Video jobs, the newest first."""
+    """A list of video jobs, the newest first."""
 
     object: Literal["list"] = "list"
     data: list[Video]
@@ -149,7 +178,7 @@ class VideoDeleted(BaseModel):
 
 
 class Defaults(BaseModel):
-    """What a request that says nothing gets, and how much one may ask for. Sizes in pixels."""
+    """The values that a request gets for missing fields, and the server's limits. Sizes are in pixels."""
 
     scheduler: str
     solver: str
@@ -167,7 +196,7 @@ class Defaults(BaseModel):
 
 
 class Model(BaseModel):
-    """The model that this server runs; `created` is when it started."""
+    """The model that this server runs; `created` is the start of the server, seconds since 1970."""
 
     id: str
     object: Literal["model"] = "model"
@@ -177,21 +206,25 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """`GET /v1/models`."""
+    """The answer to `GET /v1/models`."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class RequestObject(BaseModel):
-    """One request: how far it is, and where its pictures are. Times in seconds since 1970.
+    """One request, its progress and the URLs of its samples. Times are in seconds since 1970.
 
-    `ahead` requests are before it while it is queued; `done` of `total` solver steps.
+    Attributes:
+        ahead: The number of requests before this one, while it is queued.
+        done: The number of finished solver steps, out of `total`.
+        began_at: The time at which the request left the queue.
+        urls: The URLs of its images or videos, once it is done.
     """
 
     id: str
     object: Literal["request"] = "request"
-    status: Status
+    status: RequestStatus
     stage: str
     ahead: int
     done: int
@@ -211,14 +244,24 @@ class RequestObject(BaseModel):
 
 
 class Requests(BaseModel):
-    """`GET /v1/requests`: the newest first."""
+    """The answer to `GET /v1/requests`: the newest request first."""
 
     object: Literal["list"] = "list"
     data: list[RequestObject]
 
 
 class Health(BaseModel):
-    """`/health` and `/ready`. `state`: starting, ready, restarting, failed or stopping, and why it is not ready."""
+    """The answer of `/health` and `/ready`.
+
+    Attributes:
+        state: starting, ready, restarting, failed or stopping.
+        reason: Why the server is not ready.
+        model: The name of the model.
+        ranks: The number of processes of the engine, 0 while there are none.
+        queued: The number of requests in the queue.
+        running: The number of requests that are running.
+        restarts: The number of restarts of the ranks.
+    """
 
     state: str
     reason: str

@@ -1,33 +1,33 @@
-// The built-in page: asks for pictures, and shows every request of this server. It polls one list; an event stream for
-// each request would soon use up the six connections that browsers allow one server.
+// The built-in page: sends requests, and shows every request of this server. It polls one list; an event stream for
+// each request would soon use up the six connections that browsers allow to one server.
 
 const FAST_MS = 300, SLOW_MS = 2000;
-const field = name => document.getElementById(name);
-const shown = new Map(); // by request id: its element
+const byId = id => document.getElementById(id);
+const items = new Map(); // by request id: its list item
 let timer = 0;
 
 async function call(path, options) {
-  const answer = await fetch(path, options);
-  const body = await answer.json();
-  if (!answer.ok) throw new Error(body.error.message);
+  const response = await fetch(path, options);
+  const body = await response.json();
+  if (!response.ok) throw new Error(body.error.message);
   return body;
 }
 
-function asked() {
-  const number = name => (field(name).value === "" ? null : Number(field(name).value));
+function formBody() {
+  const number = id => (byId(id).value === "" ? null : Number(byId(id).value));
   const triptych = { steps: number("steps"), guidance: number("guidance"), seed: number("seed"),
-    negative_prompt: field("negative_prompt").value || null, frames: number("frames") };
-  return { prompt: field("prompt").value, n: number("n"), size: field("size").value, triptych };
+    negative_prompt: byId("negative_prompt").value || null, frames: number("frames") };
+  return { prompt: byId("prompt").value, n: number("n"), size: byId("size").value, triptych };
 }
 
-async function ask(event) {
+async function submit(event) {
   event.preventDefault();
-  const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(asked()) };
+  const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(formBody()) };
   try {
     await call("/v1/requests", options);
-    field("refusal").textContent = "";
+    byId("form-error").textContent = "";
   } catch (error) {
-    field("refusal").textContent = error.message;
+    byId("form-error").textContent = error.message;
   }
   refresh();
 }
@@ -36,65 +36,65 @@ async function cancel(id) {
   try {
     await call(`/v1/requests/${id}`, { method: "DELETE" });
   } catch (error) {
-    field("refusal").textContent = error.message;
+    byId("form-error").textContent = error.message;
   }
   refresh();
 }
 
-function element(request) {
-  if (!shown.has(request.id)) {
-    const made = field("request").content.firstElementChild.cloneNode(true);
-    made.dataset.id = request.id;
-    made.querySelector(".prompt").textContent = request.prompt || "(no prompt)";
-    made.querySelector(".prompt").title = request.prompt;
-    made.querySelector("button").onclick = () => cancel(request.id);
-    shown.set(request.id, made);
+function itemOf(request) {
+  if (!items.has(request.id)) {
+    const item = byId("request").content.firstElementChild.cloneNode(true);
+    item.dataset.id = request.id;
+    item.querySelector(".prompt").textContent = request.prompt || "(no prompt)";
+    item.querySelector(".prompt").title = request.prompt;
+    item.querySelector("button").onclick = () => cancel(request.id);
+    items.set(request.id, item);
   }
-  return shown.get(request.id);
+  return items.get(request.id);
 }
 
-function picture(url, request) {
-  const made = document.createElement(request.frames > 1 ? "video" : "img");
-  if (request.frames > 1) Object.assign(made, { controls: true, loop: true, muted: true, preload: "metadata" });
-  else made.alt = request.prompt;
-  [made.width, made.height] = request.size.split("x").map(Number);
-  made.src = new URL(url).pathname;
-  return made;
+function media(url, request) {
+  const element = document.createElement(request.frames > 1 ? "video" : "img");
+  if (request.frames > 1) Object.assign(element, { controls: true, loop: true, muted: true, preload: "metadata" });
+  else element.alt = request.prompt;
+  [element.width, element.height] = request.size.split("x").map(Number);
+  element.src = new URL(url).pathname;
+  return element;
 }
 
-function where(request) {
+function stageText(request) {
   if (request.status === "queued") return request.ahead ? `queued, ${request.ahead} ahead` : "queued, next";
   const stage = request.stage.replaceAll("_", " ");
   return request.done < request.total ? `step ${request.done} of ${request.total}` : stage;
 }
 
-function draw(request) {
-  const made = element(request), outstanding = ["queued", "running"].includes(request.status);
-  const several = request.n > 1 ? ` to ${request.seed + request.n - 1}` : "";
-  made.dataset.status = request.status;
-  made.querySelector(".settings").textContent =
-    `seed ${request.seed}${several} · ${request.steps} steps · guidance ${request.guidance} · ${request.size}`;
-  made.querySelector(".where").textContent = where(request);
-  Object.assign(made.querySelector("progress"), { value: request.done, max: Math.max(1, request.total) });
-  made.querySelector(".error").textContent = request.error ? request.error.message : "";
-  const pictures = made.querySelector(".pictures");
-  pictures.style.setProperty("--columns", Math.ceil(Math.sqrt(request.n)));
-  if (pictures.childElementCount !== request.urls.length)
-    pictures.replaceChildren(...request.urls.map(url => picture(url, request)));
-  return [outstanding ? field("queue") : field("answers"), made];
+function render(request) {
+  const item = itemOf(request), outstanding = ["queued", "running"].includes(request.status);
+  const lastSeed = request.n > 1 ? ` to ${request.seed + request.n - 1}` : "";
+  item.dataset.status = request.status;
+  item.querySelector(".settings").textContent =
+    `seed ${request.seed}${lastSeed} · ${request.steps} steps · guidance ${request.guidance} · ${request.size}`;
+  item.querySelector(".stage").textContent = stageText(request);
+  Object.assign(item.querySelector("progress"), { value: request.done, max: Math.max(1, request.total) });
+  item.querySelector(".error").textContent = request.error ? request.error.message : "";
+  const samples = item.querySelector(".samples");
+  samples.style.setProperty("--columns", Math.ceil(Math.sqrt(request.n)));
+  if (samples.childElementCount !== request.urls.length)
+    samples.replaceChildren(...request.urls.map(url => media(url, request)));
+  return [outstanding ? byId("queue") : byId("results"), item];
 }
 
-function place(list, wanted) {
-  wanted.forEach((made, k) => {
-    if (list.children[k] !== made) list.insertBefore(made, list.children[k] ?? null);
+function arrange(list, wanted) {
+  wanted.forEach((item, k) => {
+    if (list.children[k] !== item) list.insertBefore(item, list.children[k] ?? null);
   });
   while (list.childElementCount > wanted.length) list.lastElementChild.remove();
 }
 
-function say(health) {
-  const busy = health.running + health.queued ? `, ${health.running} being drawn, ${health.queued} waiting` : "";
-  field("state").textContent = health.state === "ready" ? `ready${busy}` : `${health.state}: ${health.reason}`;
-  field("state").className = health.state;
+function showHealth(health) {
+  const busy = health.running + health.queued ? `, ${health.running} running, ${health.queued} queued` : "";
+  byId("state").textContent = health.state === "ready" ? `ready${busy}` : `${health.state}: ${health.reason}`;
+  byId("state").className = health.state;
 }
 
 async function refresh() {
@@ -102,36 +102,36 @@ async function refresh() {
   let outstanding = 0;
   try {
     const [requests, health] = await Promise.all([call("/v1/requests"), call("/health")]);
-    const drawn = requests.data.map(draw);
-    const of = list => drawn.filter(([where]) => where === list).map(([, made]) => made);
-    place(field("queue"), of(field("queue")).reverse()); // the next to be drawn on top
-    place(field("answers"), of(field("answers"))); // the newest on top
-    for (const id of shown.keys()) if (!requests.data.some(request => request.id === id)) shown.delete(id);
+    const rendered = requests.data.map(render);
+    const itemsIn = list => rendered.filter(([target]) => target === list).map(([, item]) => item);
+    arrange(byId("queue"), itemsIn(byId("queue")).reverse()); // the next request on top
+    arrange(byId("results"), itemsIn(byId("results"))); // the newest on top
+    for (const id of items.keys()) if (!requests.data.some(request => request.id === id)) items.delete(id);
     outstanding = health.running + health.queued;
-    say(health);
+    showHealth(health);
   } catch {
-    say({ state: "failed", reason: "the server does not answer", running: 0, queued: 0 });
+    showHealth({ state: "failed", reason: "the server does not answer", running: 0, queued: 0 });
   }
   clearTimeout(timer);
   timer = setTimeout(refresh, outstanding ? FAST_MS : SLOW_MS);
 }
 
-async function begin() {
-  field("ask").addEventListener("submit", ask);
-  field("prompt").addEventListener("keydown", event => {
+async function start() {
+  byId("generate").addEventListener("submit", submit);
+  byId("prompt").addEventListener("keydown", event => {
     if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
-      field("ask").requestSubmit();
+      byId("generate").requestSubmit();
     }
   });
-  const [model] = (await call("/v1/models")).data, own = model.triptych;
-  field("about").textContent = `${model.id} · ${own.scheduler} · ${own.solver}`;
-  for (const name of ["steps", "guidance", "size", "frames"]) field(name).value = own[name];
-  field("steps").max = own.max_steps;
-  field("n").max = own.max_pictures;
-  field("frames").max = own.max_frames;
-  field("video").hidden = own.max_frames === 1;
+  const [model] = (await call("/v1/models")).data, defaults = model.triptych;
+  byId("about").textContent = `${model.id} · ${defaults.scheduler} · ${defaults.solver}`;
+  for (const name of ["steps", "guidance", "size", "frames"]) byId(name).value = defaults[name];
+  byId("steps").max = defaults.max_steps;
+  byId("n").max = defaults.max_pictures;
+  byId("frames").max = defaults.max_frames;
+  byId("video").hidden = defaults.max_frames === 1;
   refresh();
 }
 
-begin();
+start();

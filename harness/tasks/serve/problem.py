@@ -1,4 +1,4 @@
-"""Answers without a picture: a status, a code and a line on what to change, in the shape of OpenAI's errors."""
+"""Error answers: a status, a code and one line that says what to change, in the form of OpenAI's errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STATUS: Mapping[str, int] = MappingProxyType(
         "not_found": 404,
         "model_not_found": 404,
         "method_not_allowed": 405,
-        "expired": 408,  # not 504: the deadline is the client's to choose, and 5xx are faults of the server alone
+        "expired": 408,  # not 504: the client chooses the deadline, and 5xx are faults of the server only
         "cancelled": 409,
         "not_done": 409,
         "too_large": 413,
@@ -35,11 +35,18 @@ STATUS: Mapping[str, int] = MappingProxyType(
         "not_saved": 507,
     }
 )
-AGAIN = ("busy", "not_serving", "not_done")  # the same request may do better later; the others, sent again, do not
+RETRYABLE = ("busy", "not_serving", "not_done")  # the same request may succeed later; with other codes it will not
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong: `code` is a key of STATUS, `param` the field that is to change."""
+    """The error itself.
+
+    Attributes:
+        message: One line that says what to change.
+        type: The type of the error in OpenAI's API.
+        param: The field to change, if it is one field.
+        code: A key of STATUS.
+    """
 
     message: str
     type: str
@@ -48,19 +55,19 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer of 4xx and 5xx."""
+    """The body of every answer with status 4xx or 5xx."""
 
     error: ErrorDetail
 
 
 class Problem(Exception):
-    """Ends a request with an answer of 4xx or 5xx.
+    """An exception that ends a request with an answer of status 4xx or 5xx.
 
     Args:
-        code: a key of STATUS.
-        message: one line, which says what to change.
-        param: the field that is to change.
-        retry_after_s: when to come again.
+        code: A key of STATUS.
+        message: One line that says what to change.
+        param: The field to change, if it is one field.
+        retry_after_s: The time after which the client may try again, seconds.
     """
 
     def __init__(self, code: str, message: str, param: str | None = None, retry_after_s: float | None = None) -> None:
@@ -71,58 +78,68 @@ class Problem(Exception):
         self.retry_after_s = retry_after_s
 
     @classmethod
-    def of(cls, failure: Failure) -> Problem:
-        """What a client is told of an engine's typed answer; a rank that died is back within seconds."""
+    def from_failure(cls, failure: Failure) -> Problem:
+        """Convert an engine's failure; after a rank died, the client may retry in a second.
+
+        Args:
+            failure: The engine's typed answer.
+
+        Returns:
+            The error for the client.
+        """
         where = "" if failure.rank is None else f"rank {failure.rank}: "
-        again_s = 1.0 if failure.kind == "failed" and failure.retry_after_s is None else failure.retry_after_s
+        retry_after_s = 1.0 if failure.kind == "failed" and failure.retry_after_s is None else failure.retry_after_s
         code = failure.kind if failure.kind in STATUS else "failed"
-        return cls(code, f"{where}{failure.message}", retry_after_s=again_s)
+        return cls(code, f"{where}{failure.message}", retry_after_s=retry_after_s)
 
     def body(self) -> ErrorBody:
-        """What the client reads."""
+        """Return the JSON body of the answer."""
         status = STATUS[self.code]
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
         return ErrorBody(error=ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code))
 
     def response(self) -> JSONResponse:
-        """The whole answer. OpenAI's clients send again what had 408, 409, 429 or 5xx, unless they are told not to."""
-        headers = {"x-should-retry": str(self.code in AGAIN).lower()}
+        """Return the whole answer.
+
+        OpenAI's clients retry after 408, 409, 429 and 5xx, unless the header x-should-retry says false.
+        """
+        headers = {"x-should-retry": str(self.code in RETRYABLE).lower()}
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         return JSONResponse(self.body().model_dump(), STATUS[self.code], headers)
 
 
-def install(app: FastAPI) -> None:
-    """Gives every error of an application this shape."""
+def install_error_handlers(app: FastAPI) -> None:
+    """Make an application answer every exception in the form of OpenAI's errors."""
 
-    async def told(request: Request, error: Exception) -> JSONResponse:
+    async def handle(request: Request, error: Exception) -> JSONResponse:
         return as_problem(error).response()
 
     for kind in (Problem, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, told)
+        app.add_exception_handler(kind, handle)
 
 
 def as_problem(error: Exception) -> Problem:
-    """What a client is told of an exception."""
+    """Convert any exception to the error for the client."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, RequestValidationError):
-        return _invalid(error)
+        return _from_validation_error(error)
     if isinstance(error, HTTPException):
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         if code is None:
-            return Problem("rejected", "the body is no JSON that can be read; send a JSON object")
-        return Problem(code, f"{error.detail}; /openapi.json lists what there is")
-    return Problem("internal", f"the server failed ({type(error).__name__}); logs/server.log in its folder says where")
+            return Problem("rejected", "the body is not readable JSON; send a JSON object")
+        return Problem(code, f"{error.detail}; /openapi.json lists all routes")
+    return Problem("internal", f"the server failed ({type(error).__name__}); see logs/server.log in its run folder")
 
 
-def _invalid(error: RequestValidationError) -> Problem:
-    """The first of a body's errors, as `field: what it should be`."""
+def _from_validation_error(error: RequestValidationError) -> Problem:
+    """Return the first error of a body, as `field: what it should be`."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"][1:])
     if first["type"] == "json_invalid":
         return Problem("rejected", f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     if not field and first["type"] != "string_unicode":
         return Problem("rejected", "the body must be a JSON object, with Content-Type: application/json")
-    said = "there is no such field; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
-    return Problem("rejected", f"{field or 'a key'}: {said.removeprefix('Value error, ')}", field or None)
+    message = "there is no such field; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+    return Problem("rejected", f"{field or 'a key'}: {message.removeprefix('Value error, ')}", field or None)

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's for pictures, videos and models, and our own for any request, its progress and its end."""
+"""The API routes: OpenAI's for images, videos and models, and this project's own for the state of any request."""
 
 from __future__ import annotations
 
@@ -15,199 +15,236 @@ from fastapi.sse import EventSourceResponse
 
 from harness.config.schema import RunConfig
 from harness.tasks.serve import openai
-from harness.tasks.serve.asked import frames_of, to_request
-from harness.tasks.serve.desk import Desk, Order
+from harness.tasks.serve.parse import to_request, video_frames
 from harness.tasks.serve.problem import Problem
-from harness.tasks.serve.shown import address, defaults, drawn, request_object, size, video_object
+from harness.tasks.serve.responses import (
+    content_url,
+    defaults,
+    generation_info,
+    request_object,
+    size_text,
+    video_object,
+)
+from harness.tasks.serve.service import GenerationService, RequestHandle
 
 FORM = {"requestBody": {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/VideoRequest"}}}}}
 
 
-def desk_of(http: Request) -> Desk:
-    """The application's desk."""
-    desk: Desk = http.app.state.desk
-    return desk
+def service_of(http: Request) -> GenerationService:
+    """Return the application's generation service."""
+    service: GenerationService = http.app.state.service
+    return service
 
 
-def order_of(request_id: str, http: Request) -> Order:
-    """The request that a path names."""
-    return desk_of(http).order(request_id)
+def request_handle(request_id: str, http: Request) -> RequestHandle:
+    """Return the request that a path names."""
+    return service_of(http).find(request_id)
 
 
-def video_of(video_id: str, http: Request) -> Order:
-    """The video that a path names."""
-    order = desk_of(http).order(video_id)
-    if not order.is_video:
-        raise Problem("not_found", f"{video_id} is no video; see /v1/requests/{video_id}")
-    return order
+def video_handle(video_id: str, http: Request) -> RequestHandle:
+    """Return the video that a path names.
+
+    Args:
+        video_id: The id in the path.
+        http: The HTTP request.
+
+    Raises:
+        Problem: There is no such request, or it is not a video.
+    """
+    handle = service_of(http).find(video_id)
+    if not handle.is_video:
+        raise Problem("not_found", f"{video_id} is not a video; see /v1/requests/{video_id}")
+    return handle
 
 
-TheDesk = Annotated[Desk, Depends(desk_of)]
-TheOrder = Annotated[Order, Depends(order_of)]
-TheVideo = Annotated[Order, Depends(video_of)]
+ServiceDep = Annotated[GenerationService, Depends(service_of)]
+RequestDep = Annotated[RequestHandle, Depends(request_handle)]
+VideoDep = Annotated[RequestHandle, Depends(video_handle)]
 
 
 def model_routes() -> APIRouter:
-    """Which model runs."""
+    """Return the routes that name the model."""
     router, started = APIRouter(prefix="/v1/models", tags=["models"]), int(time.time())
 
     @router.get("")
-    async def models(desk: TheDesk) -> openai.Models:
-        """The one model that this server runs."""
-        return openai.Models(data=[the_model(desk.config, started)])
+    async def models(service: ServiceDep) -> openai.Models:
+        """List the one model that this server runs."""
+        return openai.Models(data=[model_object(service.config, started)])
 
     @router.get("/{model}")
-    async def model(model: str, desk: TheDesk) -> openai.Model:
-        """Whether a model runs here."""
-        if model != desk.config.model.name:
-            raise Problem("model_not_found", f"{model} does not run here; ask for {desk.config.model.name}", "model")
-        return the_model(desk.config, started)
+    async def model(model: str, service: ServiceDep) -> openai.Model:
+        """Return a model if it runs here."""
+        name = service.config.model.name
+        if model != name:
+            raise Problem("model_not_found", f"model {model} is not served here; use {name}", "model")
+        return model_object(service.config, started)
 
     return router
 
 
-def the_model(config: RunConfig, started: int) -> openai.Model:
-    """The model that runs, since `started`."""
+def model_object(config: RunConfig, started: int) -> openai.Model:
+    """Return the model that runs; `started` is the start of the server, seconds since 1970."""
     return openai.Model(id=config.model.name, created=started, triptych=defaults(config))
 
 
 def image_routes() -> APIRouter:
-    """Pictures, waited for."""
+    """Return the route that generates images while the client waits."""
     router = APIRouter(prefix="/v1/images", tags=["images"])
 
     @router.post("/generations")
-    async def images(asked: openai.ImageRequest, desk: TheDesk, http: Request) -> openai.ImagesResponse:
-        """Draws pictures, and answers when they are drawn; a client that goes away cancels them."""
-        if asked.triptych.frames not in (None, 1):
+    async def images(body: openai.ImageRequest, service: ServiceDep, http: Request) -> openai.ImagesResponse:
+        """Generate images and answer when they are done; a client that disconnects cancels them."""
+        if body.triptych.frames not in (None, 1):
             raise Problem("rejected", "triptych.frames makes a video; post to /v1/videos", "triptych.frames")
-        request = to_request(asked, 1 if asked.n is None else asked.n, 1, desk.config)
-        order = desk.accept(request, asked.user)
-        await wait(desk, order, http)
-        files = desk.files(order)
-        if asked.response_format == "url":
-            data = [openai.Picture(url=address(http, order, k)) for k in range(len(files))]
+        request = to_request(body, 1 if body.n is None else body.n, 1, service.config)
+        handle = service.submit(request, body.user)
+        await wait_settled(service, handle, http)
+        files = service.files(handle)
+        if body.response_format == "url":
+            data = [openai.ImageData(url=content_url(http, handle, k)) for k in range(len(files))]
         else:
-            data = [openai.Picture(b64_json=text) for text in await asyncio.to_thread(in_base64, files)]
-        return openai.ImagesResponse(created=int(time.time()), data=data, size=size(order), triptych=drawn(order))
+            data = [openai.ImageData(b64_json=text) for text in await asyncio.to_thread(read_base64, files)]
+        return openai.ImagesResponse(
+            created=int(time.time()), data=data, size=size_text(handle), triptych=generation_info(handle)
+        )
 
     return router
 
 
 def video_routes() -> APIRouter:
-    """Videos, as jobs."""
+    """Return the routes that generate videos in the background."""
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
     @router.post("", openapi_extra=FORM)
-    async def create(asked: openai.VideoRequest, desk: TheDesk) -> openai.Video:
-        """Starts a video, and answers at once."""
-        request = to_request(asked, 1, frames_of(asked, desk.config), desk.config)
-        return video_object(desk.accept(request, asked.user), desk.config)
+    async def create(body: openai.VideoRequest, service: ServiceDep) -> openai.Video:
+        """Queue a video and answer at once."""
+        request = to_request(body, 1, video_frames(body, service.config), service.config)
+        return video_object(service.submit(request, body.user), service.config)
 
     @router.get("")
-    async def videos(desk: TheDesk) -> openai.Videos:
-        """The videos that are outstanding or kept, the newest first."""
-        found = [video_object(order, desk.config) for order in desk.orders() if order.is_video]
+    async def videos(service: ServiceDep) -> openai.Videos:
+        """List the videos that are outstanding or stored, the newest first."""
+        found = [video_object(handle, service.config) for handle in service.handles() if handle.is_video]
         return openai.Videos(
             data=found, first_id=found[0].id if found else None, last_id=found[-1].id if found else None
         )
 
     @router.get("/{video_id}")
-    async def video(order: TheVideo, desk: TheDesk) -> openai.Video:
-        """How far a video is."""
-        return video_object(order, desk.config)
+    async def video(handle: VideoDep, service: ServiceDep) -> openai.Video:
+        """Return the progress of a video."""
+        return video_object(handle, service.config)
 
     @router.get("/{video_id}/content", response_class=FileResponse)
-    async def content(order: TheVideo, desk: TheDesk) -> FileResponse:
-        """The MP4 of a video that is completed."""
-        return file_of(desk, order, 0)
+    async def content(handle: VideoDep, service: ServiceDep) -> FileResponse:
+        """Return the MP4 file of a completed video."""
+        return file_response(service, handle, 0)
 
     @router.delete("/{video_id}")
-    async def delete(order: TheVideo, desk: TheDesk) -> openai.VideoDeleted:
-        """Stops a video that is outstanding, and removes it."""
-        desk.forget(order)
-        return openai.VideoDeleted(id=order.id)
+    async def delete(handle: VideoDep, service: ServiceDep) -> openai.VideoDeleted:
+        """Cancel a video if it is outstanding, and remove it."""
+        service.delete(handle)
+        return openai.VideoDeleted(id=handle.id)
 
     return router
 
 
 def request_routes() -> APIRouter:
-    """Any request, as a job."""
+    """Return the routes for any request as a background job."""
     router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
     @router.post("", status_code=202)
-    async def create(asked: openai.JobRequest, desk: TheDesk, http: Request) -> openai.RequestObject:
-        """Queues pictures or videos, and answers at once."""
-        request = to_request(asked, 1 if asked.n is None else asked.n, asked.triptych.frames, desk.config)
-        return request_object(desk.accept(request, asked.user), http)
+    async def create(body: openai.JobRequest, service: ServiceDep, http: Request) -> openai.RequestObject:
+        """Queue images or videos and answer at once."""
+        request = to_request(body, 1 if body.n is None else body.n, body.triptych.frames, service.config)
+        return request_object(service.submit(request, body.user), http)
 
     @router.get("")
     async def requests(
-        desk: TheDesk, http: Request, limit: Annotated[int, Query(ge=0, le=1000)] = 50
+        service: ServiceDep, http: Request, limit: Annotated[int, Query(ge=0, le=1000)] = 50
     ) -> openai.Requests:
-        """The requests that are outstanding, and the last `limit` that are not; the newest first."""
-        orders = desk.orders()
-        kept = {order.id for order in [order for order in orders if order.settled.is_set()][:limit]}
-        shown = [order for order in orders if order.id in kept or not order.settled.is_set()]
-        return openai.Requests(data=[request_object(order, http) for order in shown])
+        """List all outstanding requests and the last `limit` answered ones, the newest first."""
+        handles = service.handles()
+        recent = {handle.id for handle in [handle for handle in handles if handle.settled.is_set()][:limit]}
+        listed = [handle for handle in handles if handle.id in recent or not handle.settled.is_set()]
+        return openai.Requests(data=[request_object(handle, http) for handle in listed])
 
     @router.get("/{request_id}")
-    async def request(order: TheOrder, http: Request) -> openai.RequestObject:
-        """How far a request is."""
-        return request_object(order, http)
+    async def request(handle: RequestDep, http: Request) -> openai.RequestObject:
+        """Return the progress of a request."""
+        return request_object(handle, http)
 
     @router.get("/{request_id}/events", response_class=EventSourceResponse)
-    async def events(order: TheOrder, http: Request) -> AsyncIterator[openai.RequestObject]:
-        """How far a request is, whenever that changes, until it is done or failed."""
-        async for _ in order.job.events():
-            yield request_object(order, http)
-        await order.settled.wait()
-        yield request_object(order, http)
+    async def events(handle: RequestDep, http: Request) -> AsyncIterator[openai.RequestObject]:
+        """Stream the progress of a request after each change, until it is done or failed."""
+        async for _ in handle.job.events():
+            yield request_object(handle, http)
+        await handle.settled.wait()
+        yield request_object(handle, http)
 
     @router.get("/{request_id}/content/{index}", response_class=FileResponse)
-    async def content(order: TheOrder, index: int, desk: TheDesk) -> FileResponse:
-        """One picture or video of a request that is done."""
-        return file_of(desk, order, index)
+    async def content(handle: RequestDep, index: int, service: ServiceDep) -> FileResponse:
+        """Return one image or video of a request that is done."""
+        return file_response(service, handle, index)
 
     @router.delete("/{request_id}", status_code=202)
-    async def cancel(order: TheOrder, desk: TheDesk, http: Request) -> openai.RequestObject:
-        """Stops a request: at once where it waits, within a solver step where it is drawn."""
-        desk.cancel(order)
-        return request_object(order, http)
+    async def cancel(handle: RequestDep, service: ServiceDep, http: Request) -> openai.RequestObject:
+        """Cancel a request: at once while it is queued, within one solver step while it runs."""
+        service.cancel(handle)
+        return request_object(handle, http)
 
     return router
 
 
-async def wait(desk: Desk, order: Order, http: Request) -> None:
-    """Until a request is settled; it is cancelled where its client goes away before that."""
-    settled = asyncio.create_task(order.settled.wait())
-    gone = asyncio.create_task(hung_up(http))
+async def wait_settled(service: GenerationService, handle: RequestHandle, http: Request) -> None:
+    """Wait until a request is settled; cancel it if its client disconnects first.
+
+    Args:
+        service: The generation service.
+        handle: The handle of the request.
+        http: The HTTP request of the waiting client.
+
+    Raises:
+        Problem: The client disconnected.
+    """
+    settled = asyncio.create_task(handle.settled.wait())
+    gone = asyncio.create_task(wait_disconnected(http))
     try:
         await asyncio.wait((settled, gone), return_when=asyncio.FIRST_COMPLETED)
         if not settled.done():
-            desk.cancel(order)
-            raise Problem("cancelled", "the client went away")
+            service.cancel(handle)
+            raise Problem("cancelled", "the client disconnected")
     finally:
         settled.cancel()
         gone.cancel()
 
 
-async def hung_up(http: Request) -> None:
-    """Returns when the client has closed its connection."""
+async def wait_disconnected(http: Request) -> None:
+    """Wait until the client closes its connection."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
-def file_of(desk: Desk, order: Order, index: int) -> FileResponse:
-    """One of a request's files."""
-    files = desk.files(order)
+def file_response(service: GenerationService, handle: RequestHandle, index: int) -> FileResponse:
+    """Return one file of a request.
+
+    Args:
+        service: The generation service.
+        handle: The handle of the request.
+        index: The index of the image or video within the request.
+
+    Raises:
+        Problem: The request has no such file, is not done, or its file was removed.
+    """
+    files = service.files(handle)
     if not 0 <= index < len(files):
-        raise Problem("not_found", f"request {order.id} has pictures 0 to {len(files) - 1}")
+        raise Problem("not_found", f"request {handle.id} has samples 0 to {len(files) - 1}; use one of these")
     if not files[index].is_file():
-        raise Problem("not_found", f"picture {index} of request {order.id} was removed from the server's folder")
-    kind = "image/png" if files[index].suffix == ".png" else "video/mp4"
-    return FileResponse(files[index], media_type=kind, headers={"cache-control": "private, max-age=86400, immutable"})
+        raise Problem("not_found", f"sample {index} of request {handle.id} was removed from the server's folder")
+    media_type = "image/png" if files[index].suffix == ".png" else "video/mp4"
+    headers = {"cache-control": "private, max-age=86400, immutable"}
+    return FileResponse(files[index], media_type=media_type, headers=headers)
 
 
-def in_base64(files: Sequence[Path]) -> list[str]:
-    """What is in files."""
+def read_base64(files: Sequence[Path]) -> list[str]:
+    """Read files and encode each in base64."""
     return [base64.b64encode(file.read_bytes()).decode() for file in files]

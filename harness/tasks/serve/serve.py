@@ -1,7 +1,7 @@
-"""task=serve: the server's life, from its socket to the end of its ranks.
+"""task=serve: the life of the server, from its socket to the end of its ranks.
 
-It listens before its ranks are ready, so that /ready can say what it waits for, and ends in order on SIGTERM or Ctrl-C:
-what is outstanding is answered first.
+The server listens before its ranks are ready, so that /ready can say what it waits for. On SIGTERM or Ctrl-C it first
+answers all outstanding requests, and then stops.
 """
 
 from __future__ import annotations
@@ -28,44 +28,55 @@ from harness.records.record import RunFolder, Status
 from harness.resolve.compose import ConfigError, ResolvedRun, to_yaml
 from harness.serving.transport import EngineGone
 from harness.tasks.serve.app import make_app
-from harness.tasks.serve.supervisor import MakeRanks, Supervisor
+from harness.tasks.serve.supervisor import MakeSupervisedEngine, Supervisor
 
 LOG = "server.log"
 BACKLOG = 512
-KEEP_ALIVE_S = 75  # longer than clients keep a connection (httpx 5 s): who closes first loses no request
-CLOSE_S = 5  # for connections to end, once every request has its answer
+KEEP_ALIVE_S = 75  # longer than clients keep an idle connection (httpx 5 s): the side that closes first loses nothing
+CLOSE_S = 5  # the time for connections to close, once every request has its answer
 
 
-class Server(uvicorn.Server):
-    """uvicorn without its own handling of signals, which would end connections before their requests are answered."""
+class UvicornServer(uvicorn.Server):
+    """uvicorn without its own signal handlers, which would close connections before their requests are answered."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leaves them as they are."""
+        """Leave the signal handlers of this process unchanged."""
         yield
 
 
 def check(config: RunConfig) -> None:
-    """Refuses what can be composed, and cannot be served.
+    """Refuse a valid configuration that cannot be served.
+
+    Args:
+        config: The resolved configuration.
 
     Raises:
-        ConfigError: with what to change.
+        ConfigError: The launch mode has no separate processes.
     """
     if config.launch.mode is LaunchMode.inprocess:
-        raise ConfigError("task=serve watches ranks in processes of their own; drop launch.mode=inprocess")
+        raise ConfigError("task=serve supervises ranks in separate processes; drop launch.mode=inprocess")
 
 
 def listen(serve: ServeConfig) -> socket.socket:
-    """The socket of the server, before anything is started.
+    """Open the server's socket, before any process is started.
+
+    Args:
+        serve: The server's configuration, with its host and port.
+
+    Returns:
+        A listening socket.
 
     Raises:
-        ConfigError: the address is taken, or is not this machine's.
+        ConfigError: The address is taken, or does not belong to this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(serve.host, serve.port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigError(f"serve.host={serve.host} is no address ({error.strerror})") from error
+        raise ConfigError(
+            f"serve.host={serve.host} is not an address ({error.strerror}); give an address of this machine"
+        ) from error
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
@@ -73,30 +84,36 @@ def listen(serve: ServeConfig) -> socket.socket:
     except OSError as error:
         found.close()
         raise ConfigError(
-            f"serve.port={serve.port} on {serve.host} cannot be had ({error.strerror}); choose another, or 0 for any"
+            f"serve.port={serve.port} on {serve.host} cannot be used ({error.strerror}); choose another, or 0 for any"
         ) from error
     return found
 
 
-def serve_in(
-    composed: ResolvedRun, folder: RunFolder, listening: socket.socket, make_engine: MakeRanks = TorchrunEngine
+def execute_serve(
+    run: ResolvedRun,
+    folder: RunFolder,
+    listening: socket.socket,
+    make_engine: MakeSupervisedEngine = TorchrunEngine,
 ) -> Status:
-    """Serves in a claimed folder until SIGTERM or Ctrl-C: the status, once every process has ended.
+    """Serve in a claimed folder until SIGTERM or Ctrl-C; every process has ended on return.
 
     Args:
-        composed: what to serve.
-        folder: the claimed folder.
-        listening: of `listen`; it is closed at the end.
-        make_engine: makes its ranks.
+        run: The run to serve.
+        folder: The claimed run folder.
+        listening: The socket of `listen`; it is closed at the end.
+        make_engine: The function that starts a set of ranks.
+
+    Returns:
+        The status of the run.
 
     Raises:
-        EngineGone: the first ranks were never ready.
+        EngineGone: The first ranks never became ready.
     """
-    folder.write_config(to_yaml(composed.config))
+    folder.write_config(to_yaml(run.config))
     logging.basicConfig(level=logging.INFO, filename=folder.path / "logs" / LOG, format=LOG_FORMAT)
-    supervisor = Supervisor(composed.config, folder.path, make_engine)
+    supervisor = Supervisor(run.config, folder.path, make_engine)
     with listening:
-        asyncio.run(_serve(composed.config, folder, listening, supervisor))
+        asyncio.run(_serve(run.config, folder, listening, supervisor))
     failed = supervisor.state == "failed"
     return Status("failed", supervisor.reason) if failed else Status("ok")
 
@@ -111,14 +128,15 @@ async def _serve(config: RunConfig, folder: RunFolder, listening: socket.socket,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSE_S,
     )
-    server = Server(settings)
+    server = UvicornServer(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     http = asyncio.create_task(server.serve([listening]))
-    console.print(f"{escape(config.model.name)} on {address(listening)}, in {escape(str(folder.path))}", soft_wrap=True)
-    ranks = asyncio.create_task(_announce(supervisor, console))
+    name, path = escape(config.model.name), escape(str(folder.path))
+    console.print(f"{name} on {server_url(listening)}, in {path}", soft_wrap=True)
+    ranks = asyncio.create_task(_start_ranks(supervisor, console))
     stopped = asyncio.create_task(stop.wait())
-    orphaned = asyncio.create_task(_orphaned(int(os.environ.get(OWNER, "0")), stop))
+    orphaned = asyncio.create_task(_stop_when_orphaned(int(os.environ.get(OWNER, "0")), stop))
     try:
         await asyncio.wait((http, ranks, stopped), return_when=asyncio.FIRST_COMPLETED)
         if ranks.done():
@@ -128,34 +146,43 @@ async def _serve(config: RunConfig, folder: RunFolder, listening: socket.socket,
     finally:
         await supervisor.stop()
         await asyncio.gather(ranks, return_exceptions=True)
-        await app.state.desk.close()
+        await app.state.service.close()
         server.should_exit = True
         await http
         stopped.cancel()
         orphaned.cancel()
 
 
-async def _orphaned(owner: int, stop: asyncio.Event) -> None:
-    """Stops the server when the process that started it for a task of its own is gone: also after its SIGKILL."""
+async def _stop_when_orphaned(owner: int, stop: asyncio.Event) -> None:
+    """Stop the server when the process that started it for its own task is gone, even after SIGKILL.
+
+    Args:
+        owner: The id of that process; 0 if there is none.
+        stop: The event that stops the server.
+    """
     while owner and is_alive(owner):
         await asyncio.sleep(WATCH_S)
     if owner:
         stop.set()
 
 
-async def _announce(supervisor: Supervisor, console: Console) -> None:
-    """Starts the ranks, and says so.
+async def _start_ranks(supervisor: Supervisor, console: Console) -> None:
+    """Start the ranks and print a line when they are ready.
+
+    Args:
+        supervisor: The supervisor of the ranks.
+        console: The console for the line.
 
     Raises:
-        EngineGone: they were never ready.
+        EngineGone: The ranks never became ready.
     """
     await supervisor.start()
     if supervisor.info is None:
-        raise EngineGone("the ranks ended as soon as they were ready")
+        raise EngineGone("the ranks ended as soon as they were ready; see logs in the run folder")
     console.print(f"ready on {supervisor.info.world_size} ranks; Ctrl-C stops", soft_wrap=True)
 
 
-def address(listening: socket.socket) -> str:
-    """Where a browser finds the server."""
+def server_url(listening: socket.socket) -> str:
+    """Return the URL of the server for a browser."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,7 +1,7 @@
-"""The supervisor: starts a server's ranks, watches them, starts new ones when they die, and sees that every request is
-answered once.
+"""The supervisor starts a server's ranks, watches them, replaces them when they die, and answers every request once.
 
-What was being drawn when ranks died is answered with a Failure that says why; what waited is drawn by the next ranks.
+When ranks die, each running request is answered with a Failure that gives the reason. Queued requests are kept for the
+next ranks.
 """
 
 from __future__ import annotations
@@ -20,43 +20,43 @@ from harness.config.schema import RunConfig
 from harness.engines.torchrun import TorchrunEngine
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Message, MessageError, Progress
 from harness.serving.faults import failure_line
-from harness.serving.policy import Accepted, key_of
+from harness.serving.policy import TrackedRequest, sort_key
 from harness.serving.transport import Addresses, EngineGone
-from harness.tasks.serve.jobs import Job
-from harness.tasks.serve.link import Link
+from harness.tasks.serve.engine_client import EngineClient
+from harness.tasks.serve.jobs import GenerationJob
 
 log = logging.getLogger(__name__)
 
 
-class Ranks(Protocol):
-    """What the supervisor needs of an engine."""
+class SupervisedEngine(Protocol):
+    """The part of an engine that the supervisor uses."""
 
     @property
     def addresses(self) -> Addresses:
-        """Where it listens, once it is started."""
+        """The addresses of the engine's sockets; valid once it is started."""
 
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
-        """As harness.engines.protocol.Engine's; what `on_wait` raises ends the wait."""
+        """Start as harness.engines.protocol.Engine does; an exception of `on_wait` ends the wait."""
 
     def check_alive(self) -> None:
-        """Raises EngineGone with the reason once the engine is known to be dead."""
+        """Raise EngineGone with the reason if the engine is known to be dead."""
 
     def stop(self) -> None:
-        """Ends it in order; no process of it is left. Harmless when repeated."""
+        """End the engine in order and leave no process; a second call does nothing."""
 
     def kill(self) -> None:
-        """Ends it at once, whatever state it is in; no process of it is left. Harmless when repeated."""
+        """End the engine at once, in any state, and leave no process; a second call does nothing."""
 
 
-MakeRanks: TypeAlias = Callable[[RunConfig, Path], Ranks]
+MakeSupervisedEngine: TypeAlias = Callable[[RunConfig, Path], SupervisedEngine]
 
 
-class Refused(RuntimeError):
-    """The server takes no request now.
+class RequestRefused(RuntimeError):
+    """The server accepts no request now.
 
     Args:
-        message: why, in one line.
-        retry_after_s: when to try again.
+        message: The reason, in one line.
+        retry_after_s: The time after which the client may try again, seconds.
     """
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -64,183 +64,203 @@ class Refused(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
-class Busy(Refused):
-    """As many requests wait as may wait."""
+class QueueFull(RequestRefused):
+    """The queue holds as many requests as it may."""
 
 
-class NotServing(Refused):
-    """The ranks are gone for good, or the server stops."""
+class NotServing(RequestRefused):
+    """The ranks have failed for good, or the server is stopping."""
 
 
 class Supervisor:
-    """One a server; it lives in one asyncio loop.
+    """The owner of a server's ranks and jobs; there is one per server, and it lives in one asyncio loop.
 
     Args:
-        config: the resolved configuration.
-        folder: the run's, with the configuration in `config.yaml` and a folder `logs`; what ranks that died have left
-            there is moved to `logs/died1`, `logs/died2` ...
-        make_engine: makes fresh ranks.
+        config: The resolved configuration of the server.
+        folder: The run's folder, with the configuration in `config.yaml` and a folder `logs`. The logs of ranks that
+            died are moved to `logs/died1`, `logs/died2` ...
+        make_engine: The function that starts a set of ranks.
 
     Attributes:
         state: starting, ready, restarting, failed or stopping.
-        reason: why it is not ready, in one line.
-        info: what the ranks answered last; None where there are none.
-        restarts: how often new ranks have taken over.
-        jobs: by request id: those without an answer, and the last serve.keep with one.
+        reason: The reason why the server is not ready, in one line.
+        info: The latest state of the ranks; None while there are none.
+        restarts: The number of times that new ranks replaced dead ones.
+        jobs: The jobs by request id: all without an answer, and the last serve.max_stored_results with one.
     """
 
     PING_S = 1.0
-    PINGS = 10  # unanswered in a row: rank 0 has stopped
+    PINGS = 10  # after this many unanswered pings in a row, rank 0 counts as stopped
     WATCH_S = 0.1
-    GRACE_S = 3.0  # the engine speaks first, of deadlines and of ranks that do not answer one another
+    GRACE_S = 3.0  # the engine itself reports missed deadlines and ranks that do not answer; it has this long to do so
     RETRY_S = 60.0
 
-    def __init__(self, config: RunConfig, folder: Path, make_engine: MakeRanks = TorchrunEngine) -> None:
+    def __init__(self, config: RunConfig, folder: Path, make_engine: MakeSupervisedEngine = TorchrunEngine) -> None:
         self.state = "starting"
         self.reason = "the ranks are loading"
         self.info: EngineInfo | None = None
         self.restarts = 0
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[str, GenerationJob] = {}
         self._config = config
         self._folder = folder
         self._make_engine = make_engine
-        self._outstanding: dict[str, Job] = {}  # in the order of their arrival
+        self._outstanding: dict[str, GenerationJob] = {}  # in the order of arrival
         self._answered: deque[str] = deque()
-        self._link: Link | None = None
-        self._sent: dict[str, bool] = {}  # what these ranks have not answered, and whether they said anything of it
-        self._suspects: Counter[str] = Counter()
-        self._last_word = 0.0
-        self._start_s = 0.0
-        self._drawn_s: deque[float] = deque(maxlen=20)
+        self._client: EngineClient | None = None
+        self._sent: dict[str, bool] = {}  # unanswered requests of these ranks: whether rank 0 has reported on each
+        self._suspects: Counter[str] = Counter()  # how often a request may have killed the ranks
+        self._last_message_at = 0.0
+        self._load_s = 0.0
+        self._generation_s: deque[float] = deque(maxlen=20)
         self._deaths: deque[float] = deque()
-        self._gone: EngineGone | None = None
-        self._first = asyncio.Event()
+        self._start_error: EngineGone | None = None
+        self._first_start = asyncio.Event()  # the first ranks are ready, or will never be
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns once the first ranks are ready.
+        """Start the first ranks and wait until they are ready.
 
         Raises:
-            EngineGone: a rank died while it loaded, or was not ready in time.
+            EngineGone: A rank died while it loaded, or was not ready in time.
         """
         self._task = asyncio.create_task(self._run())
-        await self._first.wait()
-        if self._gone is not None:
-            raise self._gone
+        await self._first_start.wait()
+        if self._start_error is not None:
+            raise self._start_error
 
     async def stop(self) -> None:
-        """Answers what is outstanding with a Failure of kind cancelled, and ends every process.
+        """Answer outstanding requests with a Failure of kind cancelled, and end every process.
 
-        Harmless when repeated.
+        A second call does nothing.
         """
         if self.state != "failed":
-            self._set("stopping", "the server stops")
+            self._set_state("stopping", "the server is stopping")
         for job in list(self._outstanding.values()):
-            self._cancel_drawing(job)
+            self._cancel_on_ranks(job)
             self._fail(job, "cancelled", "the server was stopped")
         self._stopping.set()
         if self._task is not None:
             await self._task
 
-    def submit(self, request: GenerationRequest) -> Job:
-        """Takes a request; while ranks are started again, it waits for them.
+    def submit(self, request: GenerationRequest) -> GenerationJob:
+        """Accept a request; while ranks restart, it waits for the new ones.
+
+        Args:
+            request: The request for the engine.
+
+        Returns:
+            The job of the request.
 
         Raises:
-            Busy: too many wait.
-            NotServing: it would never be drawn.
-            ValueError: a request of that id is here already.
+            QueueFull: The queue holds serve.max_queue requests.
+            NotServing: No ranks will ever run the request.
+            ValueError: There is already a request with this id.
         """
         if self.state in ("failed", "stopping"):
             raise NotServing(self.reason, self.RETRY_S)
         if request.request_id in self.jobs:
-            raise ValueError(f"a request {request.request_id} is here already; give it another id")
+            raise ValueError(f"there is already a request {request.request_id}; give it another id")
         waiting = len(self._queue())
         if waiting >= self._config.serve.max_queue:
-            raise Busy(f"{waiting} requests wait, which is serve.max_queue", self._retry_after_s())
+            raise QueueFull(f"{waiting} requests are queued, which is serve.max_queue", self._retry_after_s())
         timeout_s = min(self._config.serve.timeout_s, request.timeout_s or self._config.serve.timeout_s)
-        job = Job(request, expires=time.monotonic() + timeout_s)
+        job = GenerationJob(request, expires=time.monotonic() + timeout_s)
         self.jobs[request.request_id] = self._outstanding[request.request_id] = job
-        self._count()
+        self._update_ahead()
         self._send(job)
         return job
 
     def cancel(self, request_id: str) -> bool:
-        """Stops a request: at once where it waits, within a solver step where it is drawn; whether there was one."""
+        """Cancel a request: at once while it is queued, within one solver step while it runs.
+
+        Args:
+            request_id: The request's id.
+
+        Returns:
+            Whether there was an outstanding request with this id.
+        """
         job = self._outstanding.get(request_id)
         if job is None:
             return False
-        self._cancel_drawing(job)
+        self._cancel_on_ranks(job)
         if job.state == "queued":
             self._fail(job, "cancelled", "the request was cancelled")
         return True
 
     async def _run(self) -> None:
-        """From the first ranks to the last."""
+        """Run one set of ranks after another until the server stops or too many have died."""
         try:
-            while (gone := await self._live()) is not None:
-                if not self._may_restart(gone):
+            while (error := await self._run_ranks()) is not None:
+                if not self._may_restart(error):
                     return
-        except Exception as error:  # nobody shall wait for a supervisor that is gone
+        except Exception as error:  # no caller may wait for a supervisor that has ended
             log.exception("the supervisor failed")
-            self._gone = EngineGone(failure_line(error))
-            self._set("failed", str(self._gone))
+            self._start_error = EngineGone(failure_line(error))
+            self._set_state("failed", str(self._start_error))
         finally:
             for job in list(self._outstanding.values()):
                 self._fail(job, "failed", self.reason, self.RETRY_S)
-            if not self._first.is_set():
-                self._gone = self._gone or EngineGone(self.reason)
-                self._first.set()
+            if not self._first_start.is_set():
+                self._start_error = self._start_error or EngineGone(self.reason)
+                self._first_start.set()
 
-    async def _live(self) -> EngineGone | None:
-        """One set of ranks, from its start to its end: why it died, or None where the server stops."""
+    async def _run_ranks(self) -> EngineGone | None:
+        """Run one set of ranks from its start to its end.
+
+        Returns:
+            The reason why the ranks died, or None if the server stops.
+        """
         engine = self._make_engine(self._config, self._folder)
         end = engine.kill
         try:
             began = time.monotonic()
             self.info = await self._load(engine)
-            self._start_s = time.monotonic() - began
-            self._take_over()
+            self._load_s = time.monotonic() - began
+            self._on_ready()
             await self._serve(engine)
             end = engine.stop
             return None
         except (EngineGone, MessageError, OSError) as error:
             gone = error if isinstance(error, EngineGone) else EngineGone(failure_line(error))
-            self._lost(gone)
+            self._on_engine_gone(gone)
             return None if self._stopping.is_set() else gone
         finally:
             await asyncio.to_thread(end)
 
-    async def _load(self, engine: Ranks) -> EngineInfo:
-        def give_up(info: EngineInfo | None) -> None:
+    async def _load(self, engine: SupervisedEngine) -> EngineInfo:
+        def stop_waiting(info: EngineInfo | None) -> None:
             if self._stopping.is_set():
                 raise EngineGone("the server was stopped while its ranks were loading")
 
-        loading = asyncio.ensure_future(asyncio.to_thread(engine.start, give_up))
+        loading = asyncio.ensure_future(asyncio.to_thread(engine.start, stop_waiting))
         while not loading.done():
             await asyncio.wait([loading], timeout=self.WATCH_S)
             self._expire(0.0)
         return loading.result()
 
-    def _take_over(self) -> None:
-        """The new ranks are ready."""
-        if self._first.is_set():
+    def _on_ready(self) -> None:
+        """Record that new ranks are ready."""
+        if self._first_start.is_set():
             self.restarts += 1
-        self._first.set()
+        self._first_start.set()
         if not self._stopping.is_set():
-            self._set("ready", "")
+            self._set_state("ready", "")
 
-    async def _serve(self, engine: Ranks) -> None:
-        """Until the server stops.
+    async def _serve(self, engine: SupervisedEngine) -> None:
+        """Exchange messages with the ranks until the server stops.
+
+        Args:
+            engine: The started ranks.
 
         Raises:
-            EngineGone: the ranks died, or do not answer any more.
+            EngineGone: The ranks died, or do not answer any more.
         """
-        link = self._link = Link(engine.addresses)
-        self._last_word = time.monotonic()
+        client = self._client = EngineClient(engine.addresses)
+        self._last_message_at = time.monotonic()
         for job in list(self._outstanding.values()):
             self._send(job)
-        duties = (self._listen(link), self._ping(link), self._watch(engine), self._stopping.wait())
+        duties = (self._receive(client), self._ping(client), self._watch(engine), self._stopping.wait())
         tasks = [asyncio.ensure_future(duty) for duty in duties]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -248,52 +268,54 @@ class Supervisor:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._link = None
-            await self._drain(link)
+            self._client = None
+            await self._drain(client)
         for task in done:
             task.result()
 
-    async def _drain(self, link: Link) -> None:
-        """Takes the answers that were given before the end."""
+    async def _drain(self, client: EngineClient) -> None:
+        """Handle the answers that the ranks sent before their end."""
         try:
-            while await link.left():
-                self._hear(*await link.receive())
+            while await client.has_unread():
+                self._handle_message(*await client.receive())
         finally:
-            await link.close()
+            await client.close()
 
-    async def _listen(self, link: Link) -> None:
+    async def _receive(self, client: EngineClient) -> None:
         while True:
-            self._hear(*await link.receive())
+            self._handle_message(*await client.receive())
 
-    async def _ping(self, link: Link) -> None:
+    async def _ping(self, client: EngineClient) -> None:
         missed = 0
         while missed < self.PINGS:
-            info = await link.ping(self.PING_S)
+            info = await client.ping(self.PING_S)
             missed = missed + 1 if info is None else 0
             if info is not None:
                 self.info = info
                 await asyncio.sleep(self.PING_S)
         raise EngineGone(f"rank 0 answered no ping for {self.PINGS * self.PING_S:g} s: it has stopped")
 
-    async def _watch(self, engine: Ranks) -> None:
+    async def _watch(self, engine: SupervisedEngine) -> None:
         while True:
             engine.check_alive()
             self._expire(self.GRACE_S)
             patience_s = self._config.launch.collective_timeout_s
-            if self._sent and time.monotonic() - self._last_word > patience_s + self.GRACE_S:
+            if self._sent and time.monotonic() - self._last_message_at > patience_s + self.GRACE_S:
                 raise EngineGone(
-                    f"rank 0 reported nothing of its requests for {patience_s:g} s: a rank has stopped, or is slower "
-                    "than launch.collective_timeout_s allows"
+                    f"rank 0 reported nothing about its requests for {patience_s:g} s: a rank has stopped, or is "
+                    "slower than launch.collective_timeout_s allows"
                 )
             await asyncio.sleep(self.WATCH_S)
 
-    def _hear(self, message: Message, frames: list[bytes]) -> None:
-        """What rank 0 says of a request. What it says of one that was answered already (it was cancelled while it
-        waited, or expired) is passed over."""
+    def _handle_message(self, message: Message, frames: list[bytes]) -> None:
+        """Apply a message of rank 0 to its job.
+
+        Messages about a job that was already answered (cancelled in the queue, or expired) are ignored.
+        """
         if not isinstance(message, Progress | GenerationResult | Failure):
-            log.warning("the engine said %s on the socket of requests", type(message).__name__)
+            log.warning("the engine sent %s on the request socket", type(message).__name__)
             return
-        self._last_word = time.monotonic()
+        self._last_message_at = time.monotonic()
         if not isinstance(message, Progress):
             self._sent.pop(message.request_id, None)
         elif message.request_id in self._sent:
@@ -302,112 +324,112 @@ class Supervisor:
         if job is None:
             return
         if isinstance(message, Progress):
-            job.hear(message)
-            self._count()
+            job.on_progress(message)
+            self._update_ahead()
         elif isinstance(message, Failure):
             job.fail(message)
-            self._forget(job)
+            self._on_answered(job)
         else:
             job.finish(message, frames)
-            self._forget(job)
+            self._on_answered(job)
 
-    def _lost(self, gone: EngineGone) -> None:
-        """The ranks are gone: what they drew is answered, what waited is kept.
+    def _on_engine_gone(self, error: EngineGone) -> None:
+        """Answer running requests after the ranks have died, and keep the queued ones.
 
-        They take requests in the order that these were sent, so the first of which they said nothing may have been
-        their end. Once may be chance; the second time it is answered.
+        Ranks accept requests in the order in which they were sent. So the first request on which they never reported
+        may have killed them. The first time this may be chance; the second time the request is answered.
         """
-        log.error("%s", gone)
+        log.error("%s", error)
         self.info = None
-        suspects = [request_id for request_id, heard in self._sent.items() if not heard][:1]
+        suspects = [request_id for request_id, reported in self._sent.items() if not reported][:1]
         self._suspects.update(suspects)
         self._sent.clear()
         if not self._stopping.is_set():
-            self._set("restarting" if self._first.is_set() else "starting", str(gone))
+            self._set_state("restarting" if self._first_start.is_set() else "starting", str(error))
         for job in list(self._outstanding.values()):
             if job.state == "running":
-                self._fail(job, gone.kind, str(gone), self._start_s)
+                self._fail(job, error.kind, str(error), self._load_s)
             elif job.request.request_id in suspects and self._suspects[job.request.request_id] > 1:
                 self._fail(
-                    job, "failed", f"the ranks died whenever they were given this request; the last time: {gone}"
+                    job, "failed", f"the ranks died whenever they were given this request; the last time: {error}"
                 )
 
-    def _may_restart(self, gone: EngineGone) -> bool:
-        """Whether new ranks shall be started; else the state is failed."""
+    def _may_restart(self, error: EngineGone) -> bool:
+        """Return whether to start new ranks; if not, the state becomes failed."""
         serve, now = self._config.serve, time.monotonic()
-        if not self._first.is_set():
-            self._gone = gone
-            self._set("failed", str(gone))
+        if not self._first_start.is_set():
+            self._start_error = error
+            self._set_state("failed", str(error))
             return False
         while self._deaths and now - self._deaths[0] > serve.restart_window_s:
             self._deaths.popleft()
         self._deaths.append(now)
         if len(self._deaths) > serve.restarts:
             allowed = f"serve.restarts={serve.restarts} allows in {serve.restart_window_s:g} s"
-            self._set("failed", f"the ranks died more often than {allowed}; the last time: {gone}")
+            self._set_state("failed", f"the ranks died more often than {allowed}; the last time: {error}")
             return False
-        self._set_aside()
+        self._archive_logs()
         return True
 
-    def _set_aside(self) -> None:
-        """Moves the dead ranks' logs away: they are kept, and their errors are not read as those of the next."""
+    def _archive_logs(self) -> None:
+        """Move the dead ranks' logs to a folder, so that their errors are not read as those of the next ranks."""
         logs = self._folder / "logs"
-        kept = logs / f"died{len(list(logs.glob('died*'))) + 1}"
-        kept.mkdir(parents=True)
-        for left in (*logs.glob("rank*"), *logs.glob("launch.log")):
-            left.rename(kept / left.name)
+        archive = logs / f"died{len(list(logs.glob('died*'))) + 1}"
+        archive.mkdir(parents=True)
+        for file in (*logs.glob("rank*"), *logs.glob("launch.log")):
+            file.rename(archive / file.name)
 
-    def _send(self, job: Job) -> None:
-        if self._link is None:
+    def _send(self, job: GenerationJob) -> None:
+        if self._client is None:
             return
         if not self._sent:
-            self._last_word = time.monotonic()
+            self._last_message_at = time.monotonic()
         self._sent[job.request.request_id] = False
         left_s = max(0.001, job.expires - time.monotonic())
-        self._link.send(msgspec.structs.replace(job.request, timeout_s=left_s))
+        self._client.send(msgspec.structs.replace(job.request, timeout_s=left_s))
 
-    def _cancel_drawing(self, job: Job) -> None:
-        if self._link is not None:
-            self._link.cancel(job.request.request_id)
+    def _cancel_on_ranks(self, job: GenerationJob) -> None:
+        if self._client is not None:
+            self._client.cancel(job.request.request_id)
 
     def _expire(self, grace_s: float) -> None:
-        """Answers what has waited too long, where no rank does."""
+        """Answer requests whose deadline passed more than `grace_s` seconds ago and that no rank answered."""
         now = time.monotonic()
         for job in [job for job in self._outstanding.values() if now > job.expires + grace_s]:
-            self._cancel_drawing(job)
-            self._fail(job, "expired", "its deadline passed before it was drawn")
+            self._cancel_on_ranks(job)
+            self._fail(job, "expired", "the deadline passed before the request was done")
 
-    def _fail(self, job: Job, kind: str, message: str, retry_after_s: float | None = None) -> None:
+    def _fail(self, job: GenerationJob, kind: str, message: str, retry_after_s: float | None = None) -> None:
         job.fail(Failure(job.request.request_id, kind, message, retry_after_s=retry_after_s))
-        self._forget(job)
+        self._on_answered(job)
 
-    def _forget(self, job: Job) -> None:
-        """A job is answered."""
+    def _on_answered(self, job: GenerationJob) -> None:
+        """Move an answered job to the stored ones, and drop the oldest of these."""
         request_id = job.request.request_id
         del self._outstanding[request_id]
         del self._suspects[request_id]
         self._answered.append(request_id)
-        while len(self._answered) > self._config.serve.keep:
+        while len(self._answered) > self._config.serve.max_stored_results:
             del self.jobs[self._answered.popleft()]
         if job.answer is not None and job.began is not None and job.ended is not None:
-            self._drawn_s.append(job.ended - job.began)
-        self._count()
+            self._generation_s.append(job.ended - job.began)
+        self._update_ahead()
 
-    def _count(self) -> None:
+    def _update_ahead(self) -> None:
         queue = self._queue()
         for ahead, job in enumerate(queue, start=len(self._outstanding) - len(queue)):
-            job.move(ahead)
+            job.set_ahead(ahead)
 
-    def _queue(self) -> list[Job]:
-        """What waits, in the order in which the ranks take it."""
-        key = key_of(self._config.serve.policy)
+    def _queue(self) -> list[GenerationJob]:
+        """Return the queued jobs, in the order in which the ranks will run them."""
+        key = sort_key(self._config.serve.policy)
         queued = [job for job in self._outstanding.values() if job.state == "queued"]
-        return sorted(queued, key=lambda job: key(Accepted(b"", job.request, job.arrived, job.expires)))
+        return sorted(queued, key=lambda job: key(TrackedRequest(b"", job.request, job.arrived, job.expires)))
 
     def _retry_after_s(self) -> float:
-        """A place is free once a request has been drawn; the mean of the last ones says when."""
-        loading_s = self._start_s if self.state in ("starting", "restarting") else 0.0
-        return loading_s + (sum(self._drawn_s) / len(self._drawn_s) if self._drawn_s else 1.0)
+        """Estimate when the queue has room: after the loading of ranks and one request of mean duration, seconds."""
+        loading_s = self._load_s if self.state in ("starting", "restarting") else 0.0
+        return loading_s + (sum(self._generation_s) / len(self._generation_s) if self._generation_s else 1.0)
 
-    def _set(self, state: str, reason: str) -> None:
+    def _set_state(self, state: str, reason: str) -> None:
         self.state, self.reason = state, reason

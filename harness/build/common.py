@@ -1,0 +1,146 @@
+"""What the native engine and the baseline engines both need of a resolved run: source, noise scheduler and limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from harness.config.schema import Load, ModelConfig, RunConfig, Task
+from harness.device.device import torch_dtype
+from harness.messages import GenerationRequest
+from harness.pipeline.validate import Limits
+from harness.resolve.checkpoint import locate
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, denoiser_defaults
+from harness.resolve.layout import model_shape, shape_for_request
+from harness.resolve.layout_rules import check_layout
+from harness.resolve.published_scheduler import scheduler_file
+from harness.resolve.scheduler import noise_scheduler_settings
+from models.checkpoint_source import CheckpointSource, LoraFile
+from models.components import Components
+from schedulers.build import build as build_noise_scheduler
+from schedulers.noise_scheduler import NoiseScheduler
+from schedulers.prediction import LearnedVariance
+from schedulers.published import from_diffusers
+
+DEFAULT_CACHE_MIB = 64.0
+"""MiB of encoded prompts that are cached by default."""
+
+
+def source_of(config: RunConfig, device: torch.device) -> CheckpointSource:
+    """Return where this run's components are loaded from.
+
+    Args:
+        config: the resolved configuration.
+        device: the device that computes.
+
+    Returns:
+        The checkpoint's files, and how to load them.
+
+    Raises:
+        CheckpointError: if there is no such folder or file.
+    """
+    model, denoiser = config.model, denoiser_defaults(config).weights
+    place = locate(model, denoiser)
+    return CheckpointSource(
+        folder=place.folder,
+        denoiser=denoiser,
+        device=device,
+        dtype=torch_dtype(model.dtype),
+        dtypes={name: torch_dtype(dtype) for name, dtype in place.dtypes.items()},
+        replaced=place.replaced,
+        dummy=model.load is Load.dummy,
+        text_tokens=model.text.tokens,
+        loras=tuple(LoraFile(Path(lora.path).expanduser(), lora.weight) for lora in model.lora),
+    )
+
+
+def noise_scheduler_of(config: RunConfig, source: CheckpointSource, components: Components) -> NoiseScheduler:
+    """Build the run's noise scheduler: the checkpoint's own, or the one that group `scheduler` composes.
+
+    Args:
+        config: the resolved configuration.
+        source: the checkpoint's files.
+        components: the loaded components.
+
+    Returns:
+        The noise scheduler, which takes a learned variance if the network outputs one.
+
+    Raises:
+        ValueError: if a published configuration, or the settings, cannot run.
+    """
+    if config.scheduler.family == PUBLISHED_FAMILY:
+        noise_scheduler = from_diffusers(scheduler_file(source.folder), even_sigmas=components.even_sigmas)
+    else:
+        noise_scheduler = build_noise_scheduler(noise_scheduler_settings(config.scheduler))
+    learns_variance = isinstance(noise_scheduler.prediction, LearnedVariance)
+    if learns_variance and not components.learned_variance:
+        family = config.scheduler.family
+        own = family == PUBLISHED_FAMILY
+        change = (
+            "choose another noise scheduler"
+            if own
+            else f"set model.checkpoint_defaults.{family}.learned_variance=false"
+        )
+        raise ValueError(
+            "the noise scheduler expects a learned variance, but this network outputs no more channels than the state "
+            f"has; {change}"
+        )
+    if components.learned_variance and not learns_variance:
+        noise_scheduler = replace(noise_scheduler, prediction=LearnedVariance(noise_scheduler.prediction, use=False))
+    return noise_scheduler
+
+
+def limits_of(config: RunConfig, components: Components) -> Limits:
+    """Return what the configuration, its layout and the checkpoint allow a request to have."""
+    model, denoiser = config.model, denoiser_defaults(config).weights
+    shape = model_shape(config, locate(model, denoiser).config_folder(denoiser))
+
+    def check(request: GenerationRequest) -> None:
+        check_layout(config.parallel, shape_for_request(shape, model, request))
+
+    return Limits(
+        model.size_multiple,
+        model.max_pixels,
+        model.frame_multiple,
+        model.max_frames,
+        components.max_side,
+        components.guidance.possible,
+        components.check_prompt,
+        check,
+    )
+
+
+def cache_mib(config: RunConfig) -> float:
+    """Return the MiB of encoded prompts to cache.
+
+    A bench encodes every time, to measure it, unless the encoders are dropped.
+
+    Args:
+        config: the resolved configuration.
+
+    Returns:
+        The limit, MiB.
+    """
+    text = config.model.text
+    if text.cache_mib is not None:
+        return text.cache_mib
+    return 0.0 if config.task.name is Task.bench and text.keep_loaded else DEFAULT_CACHE_MIB
+
+
+def check_size_multiple(model: ModelConfig, components: Components) -> None:
+    """Refuse a multiple of image sizes that the checkpoint's tokens do not divide.
+
+    Args:
+        model: the model's configuration.
+        components: the loaded components.
+
+    Raises:
+        ValueError: with the multiple to set.
+    """
+    if model.size_multiple % components.size_multiple:
+        raise ValueError(
+            f"model.size_multiple={model.size_multiple}, but this checkpoint generates multiples of "
+            f"{components.size_multiple} pixels; set model.size_multiple={components.size_multiple}"
+        )

@@ -1,0 +1,274 @@
+"""Build a run's record from its answers: the slowest rank's times, every rank's memory, statistics over repeats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from safetensors import SafetensorError
+
+from harness.config.cache import IDENTITY, NONE, CacheConfig
+from harness.config.schema import ModelConfig, QualityConfig, RunConfig
+from harness.messages import Array, CacheSkips, EngineInfo, GenerationResult, OperatorTime, RankReport, total_sent_bytes
+from harness.metrics import pretrained
+from harness.metrics.gallery import FILE, Gallery, GalleryError
+from harness.metrics.quality import Quality, score
+from harness.metrics.summary import Summary, summarize
+from harness.parallel.mesh import RankPosition, degrees
+from harness.records.media import to_uint8
+from harness.records.provenance import provenance
+from harness.records.record import (
+    SCHEMA,
+    AttentionRow,
+    CacheUse,
+    EngineRow,
+    FirstCall,
+    Record,
+    Repeat,
+    Statistics,
+    fingerprint,
+)
+from harness.resolve.checkpoint import locate
+from harness.resolve.checkpoint_defaults import denoiser_defaults
+from harness.resolve.compose import to_dict
+from harness.resolve.engines_table import CACHE_DIT, engine_version
+from models import hub
+
+OPERATORS = 20  # the number of operators that a profile lists by name
+
+
+def make_repeat(result: GenerationResult, client_ms: float) -> Repeat:
+    """Return one answer as a repeat: the stages and steps of the slowest rank, the memory of the largest."""
+    slowest = max(result.ranks, key=_total_ms)
+    largest = max(result.ranks, key=lambda report: report.peak_memory_mib)
+    return Repeat(
+        total_duration_ms=result.total_duration_ms,
+        client_duration_ms=client_ms,
+        steps=slowest.stages,
+        denoise_steps_ms=slowest.denoise_steps_ms,
+        networks_ms=slowest.networks_ms,
+        memory_checkpoints=largest.memory_checkpoints,
+    )
+
+
+def overhead_share(repeat: Repeat) -> float:
+    """Return the share of the client's waiting time that no network's forward (text encoder, denoiser, VAE) used."""
+    return 1 - sum(repeat.networks_ms.values()) / repeat.client_duration_ms
+
+
+def summarize_repeats(
+    repeats: Sequence[Repeat],
+    results: Sequence[GenerationResult],
+    batch_size: int,
+    replica_size: int = 1,
+    flops_result: GenerationResult | None = None,
+    ceilings: Sequence[float] = (),
+    even: bool = True,
+) -> Statistics:
+    """Return the statistics over all repeats of one request.
+
+    Args:
+        repeats: the times of each repeat, at least one.
+        results: the answer of each repeat.
+        batch_size: the number of images in one forward.
+        replica_size: the number of ranks that compute one image.
+        flops_result: an answer whose operations were counted.
+        ceilings: the measured matrix product rate of every rank, TFLOP/s.
+        even: whether every step does the same operations, so that the median step is typical.
+    """
+    last = results[-1]
+    peaks = [max(peak) for peak in zip(*([rank.peak_memory_mib for rank in r.ranks] for r in results), strict=True)]
+    stages = [stage.name for stage in repeats[0].steps]
+    durations = {
+        name: [next(stage.duration_ms for stage in repeat.steps if stage.name == name) for repeat in repeats]
+        for name in stages
+    }
+    latency = summarize([repeat.total_duration_ms for repeat in repeats])
+    evaluations = sum(report.network_evaluations.get("denoiser", 0) for report in last.ranks[::replica_size])
+    cache = cache_use([skips for report in last.ranks[::replica_size] for skips in report.skips])
+    micro_batches = math.ceil(len(last.samples) / batch_size)
+    step = summarize([step.duration_ms for repeat in repeats for step in repeat.denoise_steps_ms])
+    flops = None if flops_result is None else flops_per_step(flops_result, replica_size)
+    return Statistics(
+        latency_ms=latency,
+        step_ms=step,
+        stage_ms={name: summarize(values) for name, values in durations.items()},
+        overhead_share=summarize([overhead_share(repeat) for repeat in repeats]),
+        throughput_per_s=1e3 * len(last.samples) / latency.median,
+        nfe=evaluations // micro_batches if cache is None else round(cache.computed),
+        peak_memory_mib=peaks,
+        peak_memory_mib_max=max(peaks),
+        flops_per_step=flops,
+        achieved_tflops=None if flops is None else flops / (step.median if even else step.mean) / 1e9,
+        ceiling_tflops=sum(ceilings[:replica_size]) or None,
+        comm=max((report.comm for report in last.ranks), key=total_sent_bytes),
+        cache=cache,
+        energy_j=request_energy(results),
+    )
+
+
+def request_energy(results: Sequence[GenerationResult]) -> Summary | None:
+    """Return the energy of one request in joules, summed over the ranks that report it, or None if no rank does."""
+    energies_j = [[report.energy_j for report in result.ranks if report.energy_j is not None] for result in results]
+    return summarize([sum(parts) for parts in energies_j]) if all(energies_j) else None
+
+
+def cache_use(skips: Sequence[CacheSkips]) -> CacheUse | None:
+    """Return the means over images of what a cache skipped, or None if no cache was used."""
+    if not skips:
+        return None
+    return CacheUse(
+        evaluations=fmean(s.evaluations for s in skips),
+        computed=fmean(s.evaluations - len(s.skipped) for s in skips),
+        branches=fmean(s.branches for s in skips),
+        branches_computed=fmean(s.branches_computed for s in skips),
+    )
+
+
+def cache_notes(config: CacheConfig, model: str, skips: Sequence[CacheSkips]) -> list[str]:
+    """Return notes that say what a cache skipped, as means over all images."""
+    use = cache_use(skips)
+    if use is None:
+        return []
+    summary = f"cache={config.name} computed {use.branches_computed:.4g} of {use.branches:.4g} branches per image"
+    if use.branches == use.branches_computed:
+        return [f"{summary}: it skipped nothing"]
+    if use.computed < use.evaluations:
+        first = ", ".join(map(str, skips[0].skipped)) or "none"
+        summary += (
+            f", in {use.computed:.4g} of {use.evaluations:.4g} evaluations; nfe does not count the others, of the "
+            f"first image {first}"
+        )
+    identity = config.coefficients == list(IDENTITY)
+    of_model = f"TeaCache's polynomial is the identity, because none is published for model={model}"
+    return [summary, of_model] if identity else [summary]
+
+
+def flops_per_step(flops_result: GenerationResult, replica_size: int) -> float:
+    """Return the operations of one solver step of one micro-batch, over the ranks of the first replica."""
+    replica = flops_result.ranks[:replica_size]
+    return sum(report.flops["denoiser"] for report in replica) / len(replica[0].denoise_steps_ms)
+
+
+def operators(profile_result: GenerationResult) -> dict[str, list[OperatorTime]]:
+    """Return the slowest rank's operators by network: the 20 slowest in order, then one row for all others.
+
+    Calls of the same operator are added up; operators that took no time are left out.
+    """
+    slowest = max(profile_result.ranks, key=_total_ms)
+    return {name: _sum_by_name(parts) for name, parts in slowest.operators.items()}
+
+
+def _sum_by_name(parts: Sequence[OperatorTime]) -> list[OperatorTime]:
+    by_name: dict[str, OperatorTime] = {}
+    for part in parts:
+        known = by_name.get(part.name, OperatorTime(part.name, 0, 0.0))
+        by_name[part.name] = OperatorTime(part.name, known.calls + part.calls, known.self_ms + part.self_ms)
+    rows = sorted((row for row in by_name.values() if row.self_ms > 0), key=lambda row: -row.self_ms)
+    rest = rows[OPERATORS:]
+    others = OperatorTime("others", sum(row.calls for row in rest), sum(row.self_ms for row in rest))
+    return [*rows[:OPERATORS], *([others] if rest else [])]
+
+
+def score_quality(folder: Path, pixels: Sequence[Array], prompts: Sequence[str]) -> tuple[Quality | None, list[str]]:
+    """Return the score of one answer's images, or None and the reasons why there is no score.
+
+    Args:
+        folder: the checkpoint's folder; its `gallery.safetensors` holds the images to compare with.
+        pixels: images (3, height, width), float32 in [0, 1]; videos are not scored.
+        prompts: the prompt of each image.
+    """
+    if pixels[0].ndim == 4:
+        return None, ["quality is not scored: it is measured on images, and these are videos"]
+    file = folder / FILE
+    if not file.is_file():
+        return None, [f"quality is not scored: the checkpoint has no {FILE}"]
+    try:
+        found = score(Gallery.load(file), [to_uint8(image) for image in pixels], prompts)
+    except GalleryError as error:
+        return None, [f"quality is not scored: {error}"]
+    if found is None:
+        return None, [f"quality is not scored: no prompt is a name, or a name and a style, of {FILE}"]
+    return found, []
+
+
+def score_pretrained(
+    config: QualityConfig, pixels: Sequence[Array], prompts: Sequence[str]
+) -> tuple[pretrained.PretrainedScores | None, list[str]]:
+    """Return the scores that the user's own weights give, or None and the reasons why requested scores are missing."""
+    if pixels[0].ndim == 4:
+        is_requested = config.clip is not None or config.features is not None
+        return None, ["quality.clip and quality.features score images, and these are videos"] if is_requested else []
+    try:
+        return pretrained.score(config, [to_uint8(image) for image in pixels], prompts), []
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        return None, [f"quality.clip and quality.features are not scored: {' '.join(str(error).split())}"]
+
+
+def hub_commit_note(model: ModelConfig, folder: Path) -> list[str]:
+    """Return a note that names the commit of a hub checkpoint, if it has one."""
+    found = hub.commit(folder)
+    return [] if model.path is None or found is None else [f"model.path={model.path} is commit {found}, in {folder}"]
+
+
+def build_record(
+    config: RunConfig,
+    overrides: list[str],
+    info: EngineInfo,
+    environment: dict[str, str],
+    first: FirstCall,
+    repeats: list[Repeat],
+    results: list[GenerationResult],
+    pixels: Sequence[Array],
+    notes: list[str],
+    flops_result: GenerationResult | None = None,
+    profile_result: GenerationResult | None = None,
+) -> Record:
+    """Return the record of one run; `pixels` are the last answer's samples, whose rows are added later."""
+    declared = to_dict(config)
+    prompts = [sample.prompt for sample in results[-1].samples]
+    folder = locate(config.model, denoiser_defaults(config).weights).folder
+    scored, reasons = score_quality(folder, pixels, prompts)
+    extra, more = score_pretrained(config.quality, pixels, prompts)
+    all_notes = dict.fromkeys(
+        [
+            *notes,
+            *hub_commit_note(config.model, folder),
+            *(note for result in results for report in result.ranks for note in report.notes),
+            *cache_notes(config.cache, config.model.name, [s for report in results[-1].ranks for s in report.skips]),
+            *reasons,
+            *more,
+        ]
+    )
+    return Record(
+        schema=SCHEMA,
+        fingerprint=fingerprint(declared),
+        overrides=overrides,
+        config=declared,
+        provenance=provenance(info, environment),
+        attention=AttentionRow(config.attention.backend, info.attention),
+        first_call=first,
+        repeats=repeats,
+        summary=summarize_repeats(
+            repeats,
+            results,
+            config.request.batch_size,
+            RankPosition(0, degrees(config.parallel)).replica_size,
+            flops_result,
+            info.ceiling_tflops,
+            even=config.engine.name != CACHE_DIT and config.cache.name == NONE,
+        ),
+        samples=[],
+        notes=list(all_notes),
+        quality=scored,
+        pretrained=extra,
+        loaded=info.loaded,
+        engine=EngineRow(config.engine.name, engine_version(config.engine.name)),
+        profile={} if profile_result is None else operators(profile_result),
+    )
+
+
+def _total_ms(report: RankReport) -> float:
+    return sum(stage.duration_ms for stage in report.stages)

@@ -1,0 +1,231 @@
+"""The queue of requests at rank 0; invalid input is answered at once and never reaches another rank."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import zmq
+
+from harness.config.serve import ServeConfig
+from harness.messages import (
+    QUEUED,
+    Failure,
+    GenerationRequest,
+    Message,
+    MessageError,
+    Progress,
+    decode,
+    encode,
+)
+from harness.resolve.limits import check_server_limits
+from harness.serving.policy import SortKey, TrackedRequest
+from harness.serving.transport import rejection, reply
+
+RETRY_WINDOW = 16  # the number of latest answers over which the interval is averaged
+PROGRESS_INTERVAL_S = 0.1  # the shortest interval between two messages, so that fast steps are not slowed by reporting
+log = logging.getLogger(__name__)
+
+
+def check_with_limits(
+    check: Callable[[GenerationRequest], None], serve: ServeConfig
+) -> Callable[[GenerationRequest], None]:
+    """Return a check that raises ValueError for what the server does not accept or the pipeline cannot generate.
+
+    Args:
+        check: the pipeline's own check.
+        serve: the server's limits.
+
+    Returns:
+        The combined check.
+    """
+
+    def check_both(request: GenerationRequest) -> None:
+        check_server_limits(request, serve)
+        check(request)
+
+    return check_both
+
+
+class Cancellations(Protocol):
+    """Access to the cancellations that clients have sent."""
+
+    def is_cancelled(self, request_id: str) -> bool:
+        """Return whether a client has cancelled this request."""
+
+    def forget(self, request_id: str) -> None:
+        """Drop the cancellation of an answered request."""
+
+
+class RequestQueue:
+    """The waiting requests, and the answers to their clients.
+
+    Args:
+        requests: the engine's ROUTER socket.
+        wake: the PULL socket on which the control thread asks the engine to end.
+        check: a function that raises ValueError for a request that this engine cannot serve.
+        cancellations: the cancellations of waiting and running requests.
+        key: the sort key; the request with the lowest key is next.
+        limit: the largest number of waiting requests; None for no limit.
+        timeout_s: the time limit of a request that names none, s; also the largest one that a request may name.
+    """
+
+    def __init__(
+        self,
+        requests: zmq.Socket[bytes],
+        wake: zmq.Socket[bytes],
+        check: Callable[[GenerationRequest], None],
+        cancellations: Cancellations,
+        key: SortKey = lambda tracked: tracked.arrived,
+        limit: int | None = None,
+        timeout_s: float = math.inf,
+    ) -> None:
+        self.queue: list[TrackedRequest] = []
+        self.shutting_down = False
+        self._requests = requests
+        self._wake = wake
+        self._check = check
+        self._cancellations = cancellations
+        self._key = key
+        self._limit = limit
+        self._timeout_s = timeout_s
+        self._disconnected: set[bytes] = set()
+        self._progress_sent: dict[str, float] = {}  # the time of the last message, for every open request
+        self._answers: deque[float] = deque(maxlen=RETRY_WINDOW)
+        self._poller = zmq.Poller()
+        self._poller.register(requests, zmq.POLLIN)
+        self._poller.register(wake, zmq.POLLIN)
+
+    def poll(self, running: int = 0, wait: bool = False) -> None:
+        """Accept or refuse what has arrived, and answer waiting requests that were cancelled or have expired.
+
+        Args:
+            running: the number of running requests, which come before the waiting ones.
+            wait: whether to sleep until something has arrived.
+        """
+        ready = dict(self._poller.poll(None if wait and not self.queue else 0))
+        while self._requests.poll(0):
+            self._accept(self._requests.recv_multipart(), running)
+        self.shutting_down |= self._wake in ready
+        if not self.queue and not running:
+            self._disconnected.clear()
+        for tracked in list(self.queue):
+            if (failure := self.stop_reason(tracked)) is not None:
+                self.queue.remove(tracked)
+                self.respond(tracked, encode(failure))
+
+    def peek(self) -> TrackedRequest | None:
+        """Return the next request and leave it in the queue."""
+        return min(self.queue, key=self._key, default=None)
+
+    def wait_next(self) -> TrackedRequest | None:
+        """Wait for the next request and take it from the queue; return None once the engine has to end."""
+        while not self.shutting_down:
+            self.poll(wait=True)
+            if not self.shutting_down and (tracked := self.peek()) is not None:
+                self.queue.remove(tracked)
+                return tracked
+        return None
+
+    def stop_reason(self, tracked: TrackedRequest) -> Failure | None:
+        """Return why a request has to stop, or None if it may go on."""
+        request_id = tracked.request.request_id
+        if self._cancellations.is_cancelled(request_id):
+            return Failure(request_id, "cancelled", "the request was cancelled")
+        if tracked.client in self._disconnected:
+            return Failure(request_id, "cancelled", "the client disconnected")
+        if time.monotonic() >= tracked.deadline:
+            waited = tracked.deadline - tracked.arrived
+            return Failure(request_id, "expired", f"the request was not finished within {waited:g} s of its arrival")
+        return None
+
+    def with_stop_reason(self, tracked: TrackedRequest, frames: list[bytes]) -> list[bytes]:
+        """Return the ranks' answer, with the reason for stopping in place of a bare "cancelled".
+
+        The ranks know only that they stopped; rank 0 knows why.
+        """
+        answer, why = decode(frames), self.stop_reason(tracked)
+        was_stopped = isinstance(answer, Failure) and answer.kind == "cancelled"
+        return encode(why) if was_stopped and why is not None else frames
+
+    def respond(self, tracked: TrackedRequest, frames: list[bytes]) -> None:
+        """Send the one answer to a request."""
+        del self._progress_sent[tracked.request.request_id]
+        self._cancellations.forget(tracked.request.request_id)
+        self._answers.append(time.monotonic())
+        self._send(tracked.client, frames)
+
+    def send_progress(self, tracked: TrackedRequest, stage: str, done: int, total: int) -> None:
+        """Send progress to the client, at most every PROGRESS_INTERVAL_S while steps run."""
+        now, request_id = time.monotonic(), tracked.request.request_id
+        if 0 < done < total and now - self._progress_sent[request_id] < PROGRESS_INTERVAL_S:
+            return
+        self._progress_sent[request_id] = now
+        self._send(tracked.client, encode(Progress(request_id, stage, done, total)))
+
+    def close(self) -> None:
+        """Answer all waiting requests: the engine ends."""
+        for left in self.queue:
+            self.respond(left, encode(_shut_down(left)))
+        self.queue.clear()
+
+    def _accept(self, frames: list[bytes], running: int) -> None:
+        client, *body = frames
+        self._disconnected.discard(client)
+        try:
+            message: Message = decode(body)
+        except MessageError as error:
+            log.warning("requests: %s", error)
+            self._send(client, encode(rejection(error)))
+            return
+        if not isinstance(message, GenerationRequest):
+            failure = Failure(
+                "", "rejected", f"{type(message).__name__} is not a request; send it to the control socket"
+            )
+            self._send(client, encode(failure))
+            return
+        if (refusal := self._refusal(message)) is not None:
+            self._send(client, encode(refusal))
+            return
+        now = time.monotonic()
+        timeout_s = self._timeout_s if message.timeout_s is None else min(message.timeout_s, self._timeout_s)
+        tracked = TrackedRequest(client, message, now, now + timeout_s)
+        position = running + sum(self._key(other) <= self._key(tracked) for other in self.queue)
+        self.queue.append(tracked)
+        self._progress_sent[message.request_id] = now
+        self.send_progress(tracked, QUEUED, position, 0)
+
+    def _refusal(self, request: GenerationRequest) -> Failure | None:
+        try:
+            self._check(request)
+        except ValueError as error:
+            return Failure(request.request_id, "rejected", str(error))
+        if request.request_id in self._progress_sent:
+            return Failure(request.request_id, "rejected", "a request with this id is still open; use another id")
+        if self._limit is None or len(self.queue) < self._limit:
+            return None
+        hint = self._retry_after_s()
+        return Failure(
+            request.request_id,
+            "busy",
+            f"{len(self.queue)} requests wait, the limit of serve.max_queue; try again in {hint:.0f} s",
+            retry_after_s=hint,
+        )
+
+    def _retry_after_s(self) -> float:
+        """Return the time until there is room: the mean interval between the latest answers, at least 1 s."""
+        times = self._answers
+        return max(1.0, (times[-1] - times[0]) / (len(times) - 1)) if len(times) > 1 else 1.0
+
+    def _send(self, client: bytes, frames: list[bytes]) -> None:
+        """Send without waiting: any number of messages queue for a slow client, none for a disconnected one."""
+        if not reply(self._requests, client, frames):
+            self._disconnected.add(client)
+
+
+def _shut_down(tracked: TrackedRequest) -> Failure:
+    return Failure(tracked.request.request_id, "cancelled", "the engine was shut down before this request ran")

@@ -1,0 +1,109 @@
+"""The request scheduler that runs one request after another, on all ranks.
+
+Rank 0 accepts requests; all ranks agree on their order and hand them to their workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from harness.messages import GenerationRequest, Shutdown, decode, encode
+from harness.parallel.collectives import Collectives
+from harness.pipeline.state import OnProgress
+from harness.serving.control import ControlThread
+from harness.serving.outcomes import merge_outcomes
+from harness.serving.request_queue import RequestQueue
+from harness.serving.worker import Worker
+
+
+class CancelFlags(Protocol):
+    """Flags of cancelled requests: rank 0 sets them, every rank reads them between steps."""
+
+    def set(self, request_id: str) -> None:
+        """Mark a request as cancelled."""
+
+    def is_set(self, request_id: str) -> bool:
+        """Return whether a request is marked as cancelled."""
+
+
+class RequestScheduler:
+    """The scheduler of one rank. Rank 0 owns the sockets; the other ranks sleep in a broadcast until there is work.
+
+    Args:
+        worker: this rank's worker.
+        collectives: the collectives over all ranks.
+        cancel_flags: the flags of cancelled requests.
+    """
+
+    def __init__(self, worker: Worker, collectives: Collectives, cancel_flags: CancelFlags) -> None:
+        self.worker = worker
+        self.collectives = collectives
+        self.cancel_flags = cancel_flags
+
+    def follow(self) -> None:
+        """Run the loop of a rank other than 0, until rank 0 broadcasts Shutdown."""
+        while True:
+            message = decode([self.collectives.broadcast(None)])
+            if not isinstance(message, GenerationRequest):
+                return
+            is_cancelled = partial(self.cancel_flags.is_set, message.request_id)
+            frames = self.worker.generate(message, lambda stage, done, total: None, is_cancelled)
+            self.collectives.gather(frames)
+
+    def lead(self, request_queue: RequestQueue, control: ControlThread) -> None:
+        """Run the loop of rank 0 until a client sends Shutdown: accept, order, broadcast, run, answer.
+
+        Args:
+            request_queue: the queue of requests.
+            control: the control thread, whose state is updated.
+        """
+        served, counter = 0, self.worker.counter
+        control.set_counter(lambda: (counter.evaluations, counter.rows))
+        control.update("ready", 0, served)
+        while (tracked := request_queue.wait_next()) is not None:
+            control.update("busy", len(request_queue.queue), served, running=1)
+            frames = self.run_request(
+                tracked.request,
+                partial(request_queue.send_progress, tracked),
+                lambda: request_queue.stop_reason(tracked) is not None,
+            )
+            served += 1
+            control.update("ready", len(request_queue.queue), served)  # before the client has its answer and can ask
+            request_queue.respond(tracked, request_queue.with_stop_reason(tracked, frames))
+        control.update("stopping", len(request_queue.queue), served)
+        request_queue.close()
+        self.stop()
+
+    def stop(self) -> None:
+        """Make the other ranks leave their loop."""
+        self.collectives.broadcast(encode(Shutdown())[0])
+
+    def run_request(
+        self, request: GenerationRequest, on_progress: OnProgress, is_cancelled: Callable[[], bool]
+    ) -> list[bytes]:
+        """Run one accepted request on all ranks.
+
+        Args:
+            request: a request that the pipeline has checked.
+            on_progress: a callback for each stage and solver step of this rank.
+            is_cancelled: a function called between two steps; once it returns True, the other ranks are told to stop.
+
+        Returns:
+            The frames of the answer.
+        """
+        self.collectives.broadcast(encode(request)[0])
+        posted = False
+
+        def post_cancelled() -> bool:
+            nonlocal posted
+            if not posted and is_cancelled():
+                self.cancel_flags.set(request.request_id)
+                posted = True
+            return posted
+
+        start = time.perf_counter()
+        outcomes = self.collectives.gather(self.worker.generate(request, on_progress, post_cancelled))
+        return merge_outcomes(request, outcomes, (time.perf_counter() - start) * 1e3)

@@ -1,0 +1,121 @@
+"""Convert a request and its job to the JSON objects that clients receive."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import Request
+
+from harness.config.schema import RunConfig
+from harness.resolve.request import to_message
+from harness.tasks.serve import openai
+from harness.tasks.serve.service import RequestHandle
+
+
+def request_object(handle: RequestHandle, http: Request) -> openai.RequestObject:
+    """Return the current state of a request.
+
+    Args:
+        handle: The handle of the request.
+        http: The HTTP request that is being answered; URLs start with its base URL.
+    """
+    job, request = handle.job, handle.job.request
+    return openai.RequestObject(
+        id=handle.id,
+        status=handle.status,
+        stage=handle.stage,
+        ahead=job.ahead,
+        done=job.done,
+        total=job.total or request.steps,
+        prompt=request.prompts[0],
+        n=request.samples_per_prompt,
+        steps=request.steps,
+        seed=request.seed,
+        guidance=request.guidance,
+        size=size_text(handle),
+        frames=request.frames,
+        created_at=job.arrived,
+        began_at=job.began,
+        completed_at=job.ended if handle.settled.is_set() else None,
+        urls=[content_url(http, handle, k) for k in range(len(handle.rows))] if handle.settled.is_set() else [],
+        error=job_error(handle),
+    )
+
+
+def video_object(handle: RequestHandle, config: RunConfig) -> openai.Video:
+    """Return the current state of a video in the form of OpenAI's API.
+
+    Args:
+        handle: The handle of the request.
+        config: The resolved configuration of the server.
+    """
+    job, request = handle.job, handle.job.request
+    done = handle.status == "done"
+    names: dict[str, Literal["queued", "in_progress", "completed", "failed"]] = {
+        "queued": "queued",
+        "running": "in_progress",
+        "done": "completed",
+        "failed": "failed",
+    }
+    return openai.Video(
+        id=handle.id,
+        model=config.model.name,
+        status=names[handle.status],
+        progress=100 if done else 100 * job.done // (job.total + 1),  # decoding and saving come after the last step
+        created_at=int(job.arrived),
+        completed_at=int(job.ended) if done and job.ended is not None else None,
+        prompt=request.prompts[0],
+        seconds=f"{request.frames / config.model.fps:g}",
+        size=size_text(handle),
+        error=job_error(handle),
+    )
+
+
+def defaults(config: RunConfig) -> openai.Defaults:
+    """Return the values for missing fields of a request, and the server's limits."""
+    own, model, serve = to_message(config.request), config.model, config.serve
+    return openai.Defaults(
+        scheduler=config.scheduler.family,
+        solver=config.scheduler.solver.name,
+        steps=own.steps,
+        guidance=own.guidance,
+        size=f"{own.width}x{own.height}",
+        frames=own.frames,
+        fps=model.fps,
+        size_multiple=model.size_multiple,
+        max_pixels=model.max_pixels,
+        max_steps=serve.max_steps,
+        max_pictures=serve.max_images,
+        max_frames=model.max_frames,
+        timeout_s=serve.timeout_s,
+    )
+
+
+def generation_info(handle: RequestHandle) -> openai.GenerationInfo:
+    """Return the settings and the times of an answered request."""
+    job, request = handle.job, handle.job.request
+    began, ended = job.began or job.arrived, job.ended or job.arrived
+    return openai.GenerationInfo(
+        request_id=handle.id,
+        seed=request.seed,
+        steps=request.steps,
+        guidance=request.guidance,
+        queued_ms=1e3 * (began - job.arrived),
+        total_ms=1e3 * (ended - job.arrived),
+    )
+
+
+def size_text(handle: RequestHandle) -> str:
+    """Return the size as WIDTHxHEIGHT in pixels."""
+    return f"{handle.job.request.width}x{handle.job.request.height}"
+
+
+def job_error(handle: RequestHandle) -> openai.JobError | None:
+    """Return the error of a settled request, or None."""
+    problem = handle.problem if handle.settled.is_set() else None
+    return None if problem is None else openai.JobError(code=problem.code, message=problem.message)
+
+
+def content_url(http: Request, handle: RequestHandle, index: int) -> str:
+    """Return the URL of one image or video of a request."""
+    return f"{str(http.base_url).rstrip('/')}/v1/requests/{handle.id}/content/{index}"

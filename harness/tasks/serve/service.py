@@ -1,0 +1,240 @@
+"""The generation service: passes requests to the supervisor, saves their results and keeps them for download."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from pathlib import Path
+
+from harness.config.schema import RunConfig
+from harness.messages import GenerationRequest
+from harness.records.record import SampleRow, fingerprint
+from harness.resolve.compose import to_dict
+from harness.tasks.serve import storage
+from harness.tasks.serve.jobs import GenerationJob
+from harness.tasks.serve.metrics import RequestMetrics
+from harness.tasks.serve.openai import RequestStatus
+from harness.tasks.serve.problem import Problem, as_problem
+from harness.tasks.serve.supervisor import NotServing, QueueFull, Supervisor
+from harness.tasks.terminal import print_error
+
+log = logging.getLogger(__name__)
+
+
+class RequestHandle:
+    """One accepted request; it is settled once its samples are on disk or the reason for its failure is known.
+
+    Args:
+        job: The request's job at the supervisor.
+        user: The client's name for its user, if it gave one.
+
+    Attributes:
+        rows: The saved samples, empty until the request is settled.
+        problem: The error of a request that failed.
+        settled: The event that is set once the request is settled.
+    """
+
+    def __init__(self, job: GenerationJob, user: str | None) -> None:
+        self.job = job
+        self.user = user
+        self.rows: list[SampleRow] = []
+        self.problem: Problem | None = None
+        self.settled = asyncio.Event()
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.job.request.request_id
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the request is for videos."""
+        return self.job.request.frames > 1
+
+    @property
+    def status(self) -> RequestStatus:
+        """The status: queued, running, done or failed; a request whose samples are being saved is running."""
+        if not self.settled.is_set():
+            return "queued" if self.job.state == "queued" else "running"
+        return "done" if self.problem is None else "failed"
+
+    @property
+    def stage(self) -> str:
+        """The stage of the pipeline, and after its end `saving`."""
+        return "saving" if self.job.answer is not None and not self.settled.is_set() else self.job.stage
+
+
+class GenerationService:
+    """The interface between the HTTP routes and the supervisor.
+
+    Args:
+        config: The resolved configuration of the server.
+        supervisor: The supervisor of the ranks.
+        folder: The run's folder.
+    """
+
+    def __init__(self, config: RunConfig, supervisor: Supervisor, folder: Path) -> None:
+        self.config = config
+        self.supervisor = supervisor
+        self.metrics = RequestMetrics(supervisor)
+        self._folder = folder
+        self._fingerprint = fingerprint(to_dict(config))
+        self._handles: dict[str, RequestHandle] = {}
+        self._background: set[asyncio.Task[None]] = set()
+
+    def submit(self, request: GenerationRequest, user: str | None) -> RequestHandle:
+        """Queue a request.
+
+        Args:
+            request: The request for the engine.
+            user: The client's name for its user.
+
+        Returns:
+            The handle of the request.
+
+        Raises:
+            Problem: The queue is full, or the server generates nothing any more.
+        """
+        try:
+            job = self.supervisor.submit(request)
+        except (QueueFull, NotServing) as error:
+            code = "busy" if isinstance(error, QueueFull) else "not_serving"
+            self.metrics.count(code)
+            raise Problem(code, str(error), retry_after_s=error.retry_after_s) from error
+        handle = RequestHandle(job, user)
+        known = self.supervisor.jobs
+        self._handles = {id: h for id, h in self._handles.items() if id in known or not h.settled.is_set()}
+        self._handles[handle.id] = handle
+        self._run_in_background(self._settle(handle))
+        return handle
+
+    def find(self, request_id: str) -> RequestHandle:
+        """Find a request that is outstanding, or answered and still stored.
+
+        Args:
+            request_id: The request's id.
+
+        Returns:
+            The handle of the request.
+
+        Raises:
+            Problem: There is no such request.
+        """
+        found = self._handles.get(request_id)
+        if found is None:
+            raise Problem("not_found", f"there is no request {request_id}; /v1/requests lists those that are stored")
+        return found
+
+    def handles(self) -> list[RequestHandle]:
+        """Return all requests, the newest first."""
+        return list(reversed(self._handles.values()))
+
+    def cancel(self, handle: RequestHandle) -> None:
+        """Cancel a request: at once while it is queued, within one solver step while it runs."""
+        if not handle.settled.is_set():
+            self.supervisor.cancel(handle.id)
+
+    def delete(self, handle: RequestHandle) -> None:
+        """Cancel a request, and remove its files once it has ended."""
+        self.cancel(handle)
+        self._handles.pop(handle.id, None)
+        self._run_in_background(self._remove_files(handle))
+
+    def files(self, handle: RequestHandle) -> list[Path]:
+        """List the files of a request.
+
+        Args:
+            handle: The handle of the request.
+
+        Returns:
+            One path per image or video.
+
+        Raises:
+            Problem: The request failed, or is not done yet.
+        """
+        if not handle.settled.is_set():
+            raise Problem("not_done", f"the request is {handle.status}; try again when it is done", retry_after_s=1.0)
+        if handle.problem is not None:
+            raise handle.problem
+        return [self._folder / row.path for row in handle.rows]
+
+    async def close(self) -> None:
+        """Wait until everything that was answered is saved."""
+        await asyncio.gather(*self._background)
+
+    def _run_in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _remove_files(self, handle: RequestHandle) -> None:
+        await handle.settled.wait()
+        await asyncio.to_thread(storage.remove_samples, self._folder, handle.rows)
+
+    async def _settle(self, handle: RequestHandle) -> None:
+        """Wait for the answer and save it; the request is settled afterwards, whatever happens."""
+        await handle.job.wait()
+        try:
+            await asyncio.to_thread(self._save, handle)
+        except OSError as error:
+            handle.problem = Problem(
+                "not_saved", f"the samples could not be saved ({os_reason(error)}); free some disk space"
+            )
+        except Exception as error:
+            log.exception("request %s", handle.id)
+            handle.problem = as_problem(error)
+        finally:
+            handle.job.pixels.clear()  # they are on disk, and a server keeps many jobs in memory
+            await asyncio.to_thread(self._write_log_entry, handle)
+            self.metrics.count(outcome(handle))
+            if handle.problem is None:
+                self.metrics.observe_times(handle.job)
+            handle.settled.set()
+
+    def _save(self, handle: RequestHandle) -> None:
+        """Save the samples of an answered request; runs in a thread."""
+        job, fps = handle.job, self.config.model.fps
+        if job.failure is not None:
+            handle.problem = Problem.from_failure(job.failure)
+        elif job.answer is not None:
+            handle.rows = storage.save_samples(
+                self._folder, job.request, job.answer.samples, job.pixels, fps, self._fingerprint
+            )
+
+    def _write_log_entry(self, handle: RequestHandle) -> None:
+        """Append the request's line to requests.jsonl."""
+        if handle.problem is not None and handle.job.failure is None:
+            print_error(f"request {handle.id}: {handle.problem.message}")
+        try:
+            storage.append_entry(self._folder, log_entry(handle))
+        except OSError as error:
+            print_error(
+                f"request {handle.id} has no line in {storage.REQUESTS_FILE} ({os_reason(error)}); free some disk space"
+            )
+
+
+def outcome(handle: RequestHandle) -> str:
+    """Return ok, or the code of the error."""
+    return "ok" if handle.problem is None else handle.problem.code
+
+
+def os_reason(error: OSError) -> str:
+    """Return the operating system's message, without the file name."""
+    return error.strerror or str(error)
+
+
+def log_entry(handle: RequestHandle) -> storage.RequestLogEntry:
+    """Return the line of requests.jsonl for an answered request."""
+    job = handle.job
+    return storage.RequestLogEntry(
+        request=job.request,
+        outcome=outcome(handle),
+        arrived=job.arrived,
+        began=job.began,
+        ended=job.ended,
+        total_ms=None if job.answer is None else job.answer.total_duration_ms,
+        user=handle.user,
+        error=None if handle.problem is None else handle.problem.message,
+        samples=handle.rows,
+    )

@@ -1,0 +1,97 @@
+"""What people read: tables and grids show any prompt unchanged and quickly; a fault of wandb does not spread."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from harness.config.schema import RunConfig, WandbMode
+from harness.engines.protocol import Engine
+from harness.loggers.table import print_sweep
+from harness.loggers.wandb import logged_in, resolve_mode
+from harness.records.media import GRID_CELL, grid, to_uint8
+from harness.records.record import RunFolder, Status, load
+from harness.resolve.compose import compose_run, from_yaml, to_yaml
+from harness.tasks import generate
+
+
+def black(count: int) -> list[np.ndarray]:
+    return [np.zeros((64, 64, 3), np.uint8)] * count
+
+
+@pytest.mark.parametrize("caption", ["two\nlines", "x" * 8000, "", "ünïcode 🍎"])
+def test_any_prompt_is_a_caption_and_quickly(caption: str) -> None:
+    start = time.monotonic()
+    sheet = grid(black(1), [caption])
+    assert time.monotonic() - start < 5  # an 8,000-character prompt once took half a minute
+    assert sheet.width == GRID_CELL + 16
+
+
+def test_a_grid_is_nearly_square_and_shows_every_image() -> None:
+    pictures = [np.full((64, 64, 3), value, np.uint8) for value in range(0, 250, 50)]
+    sheet = np.asarray(grid(pictures, ["a"] * 5))
+    assert {0, 50, 100, 150, 200} <= set(sheet[..., 0].ravel().tolist())
+    assert sheet.shape[1] > sheet.shape[0]
+
+
+def test_pixels_are_rounded_to_nearest() -> None:
+    values = np.array([0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.0], np.float32).reshape(1, 1, 5).repeat(3, axis=0)
+    assert to_uint8(values)[0, :, 0].tolist() == [0, 0, 1, 255, 255]
+
+
+@pytest.mark.parametrize("text", ["[/b]", "[red]", "request.prompts=[a,b]"])
+def test_a_sweeps_table_shows_brackets_as_they_are(tmp_path: Path, text: str) -> None:
+    folders = []
+    for name in ("x", "y"):
+        path = tmp_path / f"{name}{text.replace('/', '')}"
+        RunFolder.claim(path).finish(Status("failed", f"because of {text}"))
+        folders.append(path)
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_sweep(folders, console)
+    shown = console.export_text()
+    assert f"because of {text}" in shown
+    assert shown.count("because of") == 1  # each error once, below the table
+    assert shown.count("failed 1") == 2
+    assert all(part in shown for part in f"y{text.replace('/', '')}".split(","))
+
+
+@pytest.mark.parametrize("prompt", ["costs ${oc.env:HOME}", "${b}", "a: b # c", "'\"\\", "[/b]\n"])
+def test_a_prompt_reaches_the_ranks_as_it_was_written(prompt: str) -> None:
+    config = compose_run([]).config
+    config.request.prompts = [prompt]
+    assert from_yaml(to_yaml(config)).request.prompts == [prompt]
+
+
+def test_a_fault_of_wandb_is_not_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("harness.tasks.lifecycle.log_failure", broken)
+    composed = compose_run(["request.prompt=a"])
+    folder = RunFolder.claim(tmp_path / "run")
+
+    def make(config: RunConfig, folder: Path) -> Engine:
+        raise ValueError("no ranks today")
+
+    assert generate.execute_generate(composed, folder, Console(), make) == Status("failed", "no ranks today")
+    assert "wandb did not take it" in capsys.readouterr().err
+    assert list(load(tmp_path)["error"]) == ["no ranks today"]
+
+
+def test_wandb_is_online_only_for_who_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not logged_in()
+    assert resolve_mode(WandbMode.auto) == "offline"
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert resolve_mode(WandbMode.auto) == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_mode(WandbMode.auto) == "disabled"
+    assert resolve_mode(WandbMode.offline) == "offline"
