@@ -17,7 +17,7 @@ from harness.config.schema import CheckpointDefaults, ModelConfig, RunConfig
 from harness.config.yaml import ConfigError as ConfigError
 from harness.records.provenance import version
 from models.registry import did_you_mean
-from schedulers.compatibility import FAMILIES
+from schedulers.settings import FAMILIES
 
 PLUGINS = {  # Hydra's own packages: which option needs which package, and the extra that installs it
     ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),
