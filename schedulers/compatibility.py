@@ -32,7 +32,7 @@ CONTINUOUS_VP = PathRules(
     ("beta_min", "beta_max", "t_last", "end", "learned_variance"),
 )
 PATHS: dict[str, PathRules] = {
-    "flow": PathRules(("flow", "v", "x0"), ("linspace", *LEVEL_SPACINGS), ()),
+    "flow": PathRules(("flow", "v", "x0"), ("linspace", *LEVEL_SPACINGS), ("round_tau",)),
     "discrete_vp": PathRules(
         ("eps", "v", "x0"),
         ("leading", "trailing", "linspace", *LEVEL_SPACINGS, "lcm"),
@@ -43,6 +43,7 @@ PATHS: dict[str, PathRules] = {
             "beta_end",
             "zero_terminal_snr",
             "coordinates",
+            "round_tau",
             "end",
             "learned_variance",
         ),
@@ -235,8 +236,6 @@ def _check_options(s: NoiseSchedulerSettings) -> None:
     used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
     used |= {*rules.options, *SOLVERS[s.solver or ""], *PREDICTION_OPTIONS.get(s.prediction or "", ())}
     used |= set(FLOW_LINSPACE_OPTIONS if (path, spacing) == ("flow", "linspace") else SPACING_OPTIONS[spacing])
-    used |= {"round_tau"} if path in ("flow", "discrete_vp") else set()
-    used -= {"beta_min", "beta_max"} if path == "ve" else set()
     unused = [f.name for f in fields(s) if f.name not in used and getattr(s, f.name) is not None]
     if unused:
         warnings.warn(

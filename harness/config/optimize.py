@@ -30,13 +30,15 @@ class EagerConfig:
     )
     text: bool = option(True, "Precompute what depends only on the text, such as keys and values of cross-attention.")
     fused_projections: bool = option(True, "Compute queries, keys and values of a stream by one linear layer.")
-    prepack: bool = option(True, "Bfloat16 on the CPU, not compiled: weights in oneDNN's layout, the GELU fused.")
-    upcast: bool = option(True, "Bfloat16 on a CPU without instructions for it: compute products in float32.")
+    prepack: bool = option(
+        True, "Pack weights in oneDNN's layout and fuse the GELU; in bfloat16 on the CPU, not compiled."
+    )
+    upcast: bool = option(True, "Compute products in float32; in bfloat16 on a CPU without instructions for it.")
     channels_last: bool = option(True, "Store the decoder's convolutions with the channels as innermost dimension.")
-    cuda_graphs: bool = option(True, "On a GPU: record and replay networks and decoders that one rank holds whole.")
-    keep_memory: bool = option(True, "On the CPU: keep freed memory for the next tensor (glibc).")
+    cuda_graphs: bool = option(True, "Record and replay networks and decoders that one rank holds whole; on a GPU.")
+    keep_memory: bool = option(True, "Keep freed memory for the next tensor; on the CPU, with glibc.")
     winograd: bool = option(
-        True, "Float32 or upcast on the CPU: the decoder's wide convolutions with 4 products per pixel."
+        True, "Compute the decoder's wide convolutions with 4 products per pixel; in float32 or upcast, on the CPU."
     )
 
 
@@ -45,6 +47,6 @@ class CompileConfig:
     """`engine.compile`: how optimize=compile compiles the blocks (torch.compile)."""
 
     freezing: bool = option(
-        False, "On the CPU: make weights constants of the graph, which inductor packs; one graph per block."
+        False, "Make weights constants of the graph, which inductor packs; one graph per block, on the CPU."
     )
-    cuda_graphs: bool = option(False, "Diffusers' network on a GPU: compile with mode=reduce-overhead.")
+    cuda_graphs: bool = option(False, "Compile diffusers' network with mode=reduce-overhead; on a GPU.")

@@ -24,6 +24,7 @@ MAX_SEED = 2**63 - MAX_IMAGES - 1  # image k has seed + k
 
 SERVING = ("task=serve", "task=load")
 GENERATING = ("task=generate", "task=bench", "task=compare", *SERVING)
+LOGGING = ("task=generate", "task=bench", "task=compare", "task=load", "task=plan", "task=train")
 PREDICTING = (*GENERATING, "task=plan")
 
 
@@ -431,7 +432,7 @@ class RunConfig:
     parallel: ParallelConfig = group(ParallelConfig, "Degrees of the mesh.", reads=GENERATING)
     attention: AttentionConfig = group(AttentionConfig, "Attention kernel.", reads=PREDICTING)
     cache: CacheConfig = group(CacheConfig, "Which evaluations or branches are skipped.", reads=GENERATING)
-    logger: LoggerConfig = group(LoggerConfig, "Where results go besides the record.")
+    logger: LoggerConfig = group(LoggerConfig, "Where results go besides the record.", reads=LOGGING)
     launch: LaunchConfig = group(LaunchConfig, "How ranks are started.", reads=PREDICTING)
     request: RequestConfig = group(RequestConfig, "What to generate.", reads=PREDICTING)
     quality: QualityConfig = group(

@@ -60,9 +60,9 @@ def _check(key: str, declared: Option, value: Any) -> None:
         word = one.name if isinstance(one, Enum) else one
         if declared.words and word not in declared.words:
             names = [str(name) for name in declared.words]
-            raise ValueError(f"{key}={value} is not one of {', '.join(names)}{did_you_mean(str(word), names)}")
+            raise ValueError(f"{key}={word} is not one of {', '.join(names)}{did_you_mean(str(word), names)}")
         if isinstance(one, int | float) and not declared.words and not declared.fits(one):
             wanted = [] if math.isfinite(one) and declared.range else ["a finite number"]
             wanted += [declared.range] if declared.range else []
             unit = f" {declared.unit}" if declared.unit else ""
-            raise ValueError(f"{key}={value}; give {', '.join(wanted)}{unit}")
+            raise ValueError(f"{key}={one}; give {', '.join(wanted)}{unit}")

@@ -84,7 +84,7 @@ def test_every_option_belongs_somewhere() -> None:
     read = {name for row in PATHS.values() for name in row.options} | {n for names in SOLVERS.values() for n in names}
     read |= {name for names in SPACING_OPTIONS.values() for name in names} | set(FLOW_LINSPACE_OPTIONS)
     read |= {name for names in PREDICTION_OPTIONS.values() for name in names}
-    always = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype", "round_tau"}
+    always = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
     assert set(NoiseSchedulerSettings.__dataclass_fields__) == read | always
     keys = set(SchedulerConfig.__dataclass_fields__) | set(SolverConfig.__dataclass_fields__) - {"name"}
     assert set(NoiseSchedulerSettings.__dataclass_fields__) == keys
