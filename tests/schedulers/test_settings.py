@@ -3,13 +3,14 @@
 import subprocess
 import sys
 import warnings
+from inspect import get_annotations
 from typing import Any
 
 import pytest
 import torch
 
 import schedulers
-from harness.config.schema import SchedulerConfig, SolverConfig
+from harness.config.schema import CheckpointDefaults, SchedulerConfig, SolverConfig
 from schedulers import NoiseSchedulerSettings, resolve
 from schedulers.build import build
 from schedulers.compatibility import (
@@ -86,8 +87,14 @@ def test_every_option_belongs_somewhere() -> None:
     read |= {name for names in PREDICTION_OPTIONS.values() for name in names}
     always = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
     assert set(NoiseSchedulerSettings.__dataclass_fields__) == read | always
-    keys = set(SchedulerConfig.__dataclass_fields__) | set(SolverConfig.__dataclass_fields__) - {"name"}
-    assert set(NoiseSchedulerSettings.__dataclass_fields__) == keys
+
+
+def test_a_setting_is_declared_once() -> None:
+    """Only the family, which may be `published` in a configuration, and the solver, a group there, are two things."""
+    kinds = {kind for top in (NoiseSchedulerSettings, SchedulerConfig, CheckpointDefaults) for kind in top.__mro__[:-1]}
+    declared = [name for kind in (*kinds, SolverConfig) for name in get_annotations(kind)]
+    assert {name for name in declared if declared.count(name) > 1} == {"family", "solver"}
+    assert len(declared) > 60
 
 
 @pytest.mark.parametrize(
