@@ -74,6 +74,8 @@ def dispatch(arguments: Sequence[str]) -> int:
     Returns:
         The exit status.
     """
+    if {"-h", "--help", "--version"} & {*arguments}:
+        return print_help(arguments)
     try:
         if any(argument.startswith("-") for argument in arguments):
             arguments = multirun_flag_first([quote_overrides(argument) for argument in arguments])
@@ -93,6 +95,29 @@ def dispatch(arguments: Sequence[str]) -> int:
     except RunFolderError as error:
         print_error(error)
         return EXIT_BAD_INPUT
+
+
+def print_help(arguments: Sequence[str]) -> int:
+    """Print the version, what the names among the arguments mean, or the help.
+
+    Args:
+        arguments: The command line, with --version or --help.
+
+    Returns:
+        The exit status: that of bad input if a name is unknown.
+    """
+    from harness.resolve.reference import describe, help_text, version_text
+
+    if "--version" in arguments:
+        print(version_text())
+        return 0
+    names = [argument for argument in arguments if not argument.startswith("-")]
+    try:
+        print("\n\n".join(describe(name) for name in names) or help_text())
+    except ConfigError as error:
+        print_error(error)
+        return EXIT_BAD_INPUT
+    return 0
 
 
 def check_multirun(arguments: Sequence[str], prints_config: bool) -> None:

@@ -4,6 +4,7 @@ A family (DDPM, score SDE, rectified flow) is data: a path, a prediction and a s
 every Gaussian path x = alpha * x0 + sigma * eps. This package knows no network, no rank and no configuration file.
 """
 
-from schedulers.compatibility import NoiseSchedulerSettings, check, resolve
+from schedulers.compatibility import check, resolve
+from schedulers.settings import NoiseSchedulerSettings
 
 __all__ = ["NoiseSchedulerSettings", "check", "resolve"]

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
 from schedulers import paths, prediction, spacing
-from schedulers.compatibility import NoiseSchedulerSettings, resolve
+from schedulers.compatibility import resolve
 from schedulers.noise_scheduler import NoiseScheduler
+from schedulers.settings import NoiseSchedulerSettings
 from schedulers.solvers.adams import DEIS, LMS, PNDM
 from schedulers.solvers.base import Solver
 from schedulers.solvers.dpm import DPMSolver
@@ -62,7 +63,7 @@ def _path(s: NoiseSchedulerSettings) -> paths.NoisePath:
             return _from_settings(paths.ContinuousVPPath, s, sub=s.path == "sub_vp")
         case "discrete_vp":
             betas = paths.betas(
-                s.beta_schedule or "linear",
+                cast(paths.BetaSchedule, s.beta_schedule or "linear"),
                 1e-4 if s.beta_start is None else s.beta_start,
                 0.02 if s.beta_end is None else s.beta_end,
                 1000 if s.train_steps is None else s.train_steps,
@@ -74,7 +75,7 @@ def _path(s: NoiseSchedulerSettings) -> paths.NoisePath:
 
 def _spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
     base = _base_spacing(s)
-    return spacing.TimestepMap(base, s.round_tau) if s.round_tau else base
+    return spacing.TimestepMap(base, cast(Literal["round", "floor"], s.round_tau)) if s.round_tau else base
 
 
 def _base_spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:

@@ -7,7 +7,8 @@ import difflib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+
+from schedulers.settings import FAMILIES, LEVEL_SPACINGS, PREDICTIONS, SOLVERS, SPACINGS, NoiseSchedulerSettings
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,13 @@ class PathRules:
     options: tuple[str, ...]
 
 
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "rectified_flow": ("flow",),
-    "ddpm": ("discrete_vp",),
-    "sgm": ("edm", "ve", "vp", "sub_vp"),
-}
-"""The paths of each family; the first is the default."""
-
-LEVEL_SPACINGS = ("karras", "exponential", "beta", "custom")
 CONTINUOUS_VP = PathRules(
     ("score", "eps", "x0", "v"),
     ("uniform", *LEVEL_SPACINGS),
     ("beta_min", "beta_max", "t_last", "end", "learned_variance"),
 )
 PATHS: dict[str, PathRules] = {
-    "flow": PathRules(("flow", "v", "x0"), ("linspace", *LEVEL_SPACINGS), ()),
+    "flow": PathRules(("flow", "v", "x0"), ("linspace", *LEVEL_SPACINGS), ("round_tau",)),
     "discrete_vp": PathRules(
         ("eps", "v", "x0"),
         ("leading", "trailing", "linspace", *LEVEL_SPACINGS, "lcm"),
@@ -50,6 +43,7 @@ PATHS: dict[str, PathRules] = {
             "beta_end",
             "zero_terminal_snr",
             "coordinates",
+            "round_tau",
             "end",
             "learned_variance",
         ),
@@ -59,35 +53,6 @@ PATHS: dict[str, PathRules] = {
     "vp": CONTINUOUS_VP,
     "sub_vp": CONTINUOUS_VP,
 }
-
-PREDICTIONS = ("flow", "eps", "v", "x0", "score", "edm")
-SPACINGS = ("linspace", "leading", "trailing", "uniform", *LEVEL_SPACINGS, "lcm")
-
-SOLVERS: dict[str, tuple[str, ...]] = {
-    "euler": (),
-    "ddim": ("eta",),
-    "ancestral": (),
-    "ddpm": ("variance", "final_noise"),
-    "heun": (),
-    "dpm2": ("eta",),
-    "dpmpp_1": (),
-    "dpmpp_2m": ("kind", "lower_order_final"),
-    "dpmpp_3m": ("lower_order_final",),
-    "dpmpp_2m_sde": ("kind", "lower_order_final"),
-    "dpmpp_2s": ("kind", "lower_order_final"),
-    "dpmpp_3s": ("kind", "lower_order_final"),
-    "unipc": ("order", "b", "corrector", "lower_order_final"),
-    "deis": ("order", "lower_order_final"),
-    "pndm": ("runge_kutta",),
-    "lms": ("order",),
-    "lcm": ("boundary", "timestep_scaling"),
-    "tcd": ("gamma",),
-    "edm_churn": ("s_churn", "s_tmin", "s_tmax", "s_noise"),
-    "euler_maruyama": (),
-    "predictor_corrector": ("corrections", "snr"),
-    "rk45": ("rtol", "atol"),
-}
-"""Each solver with the options that it uses."""
 
 SPACING_OPTIONS: dict[str, tuple[str, ...]] = {
     "linspace": ("integer_timesteps", "spare_row"),
@@ -154,147 +119,6 @@ UNSUPPORTED_AT_PURE_NOISE = {
     "pndm": "PNDM divides by alpha",
 }
 """Solvers that cannot start at alpha = 0, with the reason."""
-
-
-@dataclass(frozen=True)
-class NoiseSchedulerSettings:
-    """Plain parameters of a noise scheduler. None means the default of the path or solver, in brackets below.
-
-    Attributes:
-        family: The family, a key of FAMILIES.
-        prediction: The meaning of the network's output [the first of the path's predictions].
-        solver: The rule for one step [euler].
-        spacing: The choice of the points [the first of the path's spacings].
-        path: The noise path, one of the family's [its first].
-        state_dtype: The dtype that the state is rounded to after each step, as in diffusers ["float32", not rounded].
-        train_steps: The number of trained timesteps of ddpm [1000].
-        beta_schedule: The noise schedule that a ddpm checkpoint was trained with [linear].
-        beta_start: The first beta of ddpm [1e-4].
-        beta_end: The last beta of ddpm [.02].
-        zero_terminal_snr: Whether the betas of ddpm are rescaled to end at pure noise [False].
-        learned_variance: Whether the network outputs twice the channels [False].
-        beta_min: The first beta of sgm's vp and sub_vp [.1].
-        beta_max: The last beta of sgm's vp and sub_vp [20].
-        sigma_data: The standard deviation of the data, for sgm's edm [.5].
-        tau_map: The timestep of sgm's edm: "log_sigma", "sigma", "flow_time" or "arctan" ["log_sigma"].
-        edm_sign: The sign of the output of sgm's edm, 1 or -1 [1].
-        clip: The limit that x0 is clamped to, [-clip, clip] [not clamped].
-        threshold: The quantile of |x0| that x0 is clamped to per sample, in place of a fixed limit [not clamped].
-        end: The last row, "clean" or "t_min" [clean].
-        coordinates: The coordinates of the steps: "native", or "ve" for x / alpha [native].
-        steps_offset: The offset of the timesteps of leading [0].
-        integer_timesteps: Whether a linspace is rounded to trained indices [True].
-        spare_row: Whether one more row is made and the last one dropped [False].
-        stride_target: Whether first-order steps of trailing land at t - N // n [False].
-        round_tau: The rounding of the timestep for the network, "round" or "floor" [not rounded].
-        rho: The exponent of karras [7].
-        sigma_min: The lowest level of karras, exponential and beta [the path's; .002 for edm, .001 for a flow]. For the
-            path ve, its lowest sigma [.01].
-        sigma_max: The highest level of karras, exponential and beta [the path's; 80 for edm, 1 for a flow]. For the
-            path ve, its highest sigma [50].
-        sigmas: The levels of custom, noise first, without 0.
-        t_last: The time of the last evaluation of uniform [the path's].
-        geometric_sigma: Whether uniform steps with sigmas even in their logarithm [True on ve].
-        original_steps: The number of timesteps that a checkpoint was distilled on, for spacing=lcm [50].
-        shift: The static shift of a flow's linspace [1].
-        mu: The logarithm of that shift, in place of shift.
-        base_shift: The mu at base_tokens, for a shift that grows with the resolution.
-        max_shift: The mu at max_tokens.
-        base_tokens: The smaller number of latent tokens [256].
-        max_tokens: The larger number of latent tokens [4096].
-        sigma_last: The unshifted sigma of the last evaluation of a flow's linspace [1 / steps].
-        sigma_first: The unshifted sigma of its first evaluation [1].
-        sigma_cap: The largest shifted sigma [1].
-        shift_terminal: The last shifted sigma, to which the others are stretched [not stretched].
-        eta: The strength of the noise of ddim and dpm2, 0 to 1 [0].
-        variance: The variance of ddpm: "small", "large", "learned_range" or "learned" [small].
-        final_noise: Whether ddpm adds noise at its last step too [False].
-        kind: The variant of dpmpp, "midpoint" or "heun" [midpoint].
-        order: The order of unipc [2], deis [2] and lms [4].
-        b: The function B of unipc, "bh1" or "bh2" [bh2].
-        corrector: Whether unipc corrects its steps [True].
-        lower_order_final: Whether the last steps are of falling order [True].
-        runge_kutta: Whether pndm starts with Runge-Kutta steps [False].
-        boundary: Whether lcm has its boundary scalings [True on ddpm].
-        timestep_scaling: The factor of the timestep in those scalings [10].
-        gamma: The share of new noise in tcd [.3].
-        s_churn: The amount of noise of edm_churn over all steps [40].
-        s_tmin: The lowest sigma / alpha at which edm_churn adds noise [.05].
-        s_tmax: The highest sigma / alpha at which edm_churn adds noise [50].
-        s_noise: The factor of that noise [1.003].
-        corrections: The number of Langevin steps per row of predictor_corrector [1].
-        snr: The signal-to-noise ratio of these steps [.15].
-        rtol: The relative tolerance of rk45 [1e-3].
-        atol: The absolute tolerance of rk45 [1e-3].
-    """
-
-    family: str
-    prediction: str | None = None
-    solver: str | None = None
-    spacing: str | None = None
-    path: str | None = None
-    state_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    # checkpoint defaults
-    train_steps: int | None = None
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos"] | None = None
-    beta_start: float | None = None
-    beta_end: float | None = None
-    zero_terminal_snr: bool | None = None
-    learned_variance: bool | None = None
-    beta_min: float | None = None
-    beta_max: float | None = None
-    sigma_data: float | None = None
-    tau_map: Literal["log_sigma", "flow_time", "sigma", "arctan"] | None = None
-    edm_sign: int | None = None
-    # prediction
-    clip: float | None = None
-    threshold: float | None = None
-    # spacing
-    end: Literal["clean", "t_min"] | None = None
-    coordinates: Literal["native", "ve"] | None = None
-    steps_offset: int | None = None
-    integer_timesteps: bool | None = None
-    spare_row: bool | None = None
-    stride_target: bool | None = None
-    round_tau: Literal["round", "floor"] | None = None
-    rho: float | None = None
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    sigmas: Sequence[float] | None = None
-    t_last: float | None = None
-    geometric_sigma: bool | None = None
-    original_steps: int | None = None
-    shift: float | None = None
-    mu: float | None = None
-    base_shift: float | None = None
-    max_shift: float | None = None
-    base_tokens: int | None = None
-    max_tokens: int | None = None
-    sigma_last: float | None = None
-    sigma_first: float | None = None
-    sigma_cap: float | None = None
-    shift_terminal: float | None = None
-    # solver
-    eta: float | None = None
-    variance: Literal["small", "large", "learned_range", "learned"] | None = None
-    final_noise: bool | None = None
-    kind: Literal["midpoint", "heun"] | None = None
-    order: int | None = None
-    b: Literal["bh1", "bh2"] | None = None
-    corrector: bool | None = None
-    lower_order_final: bool | None = None
-    runge_kutta: bool | None = None
-    boundary: bool | None = None
-    timestep_scaling: float | None = None
-    gamma: float | None = None
-    s_churn: float | None = None
-    s_tmin: float | None = None
-    s_tmax: float | None = None
-    s_noise: float | None = None
-    corrections: int | None = None
-    snr: float | None = None
-    rtol: float | None = None
-    atol: float | None = None
 
 
 def _require_known(part: str, name: str, names: Sequence[str]) -> None:
@@ -412,8 +236,6 @@ def _check_options(s: NoiseSchedulerSettings) -> None:
     used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
     used |= {*rules.options, *SOLVERS[s.solver or ""], *PREDICTION_OPTIONS.get(s.prediction or "", ())}
     used |= set(FLOW_LINSPACE_OPTIONS if (path, spacing) == ("flow", "linspace") else SPACING_OPTIONS[spacing])
-    used |= {"round_tau"} if path in ("flow", "discrete_vp") else set()
-    used -= {"beta_min", "beta_max"} if path == "ve" else set()
     unused = [f.name for f in fields(s) if f.name not in used and getattr(s, f.name) is not None]
     if unused:
         warnings.warn(
@@ -431,4 +253,4 @@ def check(
     steps: int | None = None,
 ) -> NoiseSchedulerSettings:
     """Return `resolve` of the four names and a number of steps; raise ValueError if they do not go together."""
-    return resolve(NoiseSchedulerSettings(family, prediction, solver, spacing), steps)
+    return resolve(NoiseSchedulerSettings(family, prediction=prediction, solver=solver, spacing=spacing), steps)

@@ -16,7 +16,8 @@ from models.registry import ARCHITECTURES
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("harness", "models", "schedulers")
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("models", "schedulers", "harness.config", "harness.messages"),
+    ("models", "schedulers", "harness.messages"),
+    ("harness.config",),
     ("harness.device", "harness.metrics"),
     ("harness.parallel", "harness.records"),
     ("harness.loggers", "harness.optimize", "harness.resolve"),

@@ -5,28 +5,45 @@ Everything here works without torch.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from schedulers.options import option
+
 NONE = "none"
 IDENTITY = (1.0, 0.0)  # the polynomial that leaves a change as it is measured
+BLOCK_KEYS = ("order", "warmup", "final")
+CACHE_KEYS: Mapping[str, tuple[str, ...]] = {
+    NONE: (),
+    "teacache": ("threshold", "coefficients", *BLOCK_KEYS),
+    "first_block": ("threshold", *BLOCK_KEYS),
+    "taylorseer": ("interval", *BLOCK_KEYS),
+    "guidance_interval": ("sigma_low", "sigma_high"),
+    "guidance_skip": ("interval", "warmup"),
+}
+"""The keys that each cache uses."""
 
 
 @dataclass
 class CacheConfig:
     """Group `cache`. null is the published value of the model if there is one, else the default given here."""
 
-    name: str = NONE  # none, teacache, first_block, taylorseer, guidance_interval or guidance_skip
-    threshold: float | None = None  # teacache and first_block: change below which an evaluation is skipped; null = 0.1
-    coefficients: list[float] | None = None  # teacache: polynomial of the change, highest power first; null = identity
-    interval: int | None = None  # taylorseer and guidance_skip: compute one of this many evaluations; null = 3
-    order: int | None = None  # order of the Taylor series of the residual, 0 reuses it; null = 1 for taylorseer, else 0
-    warmup: int | None = None  # evaluations before the first skipped one; null = 3 for taylorseer, else 1
-    final: bool | None = None  # whether the last solver step is always computed; null = true for teacache
-    sigma_low: float | None = None  # guidance_interval: sigma / alpha above which guidance is on; null = 0
-    sigma_high: float | None = None  # guidance_interval: sigma / alpha up to which guidance is on; null = no bound
+    name: str = option(NONE, "Name of the cache.", words=tuple(CACHE_KEYS))
+    threshold: float | None = option(None, "Change below which an evaluation is skipped. null = 0.1.", low=0)
+    coefficients: list[float] | None = option(
+        None, "Polynomial of the change, highest power first. null = the model's published one, or identity."
+    )
+    interval: int | None = option(None, "Compute one of this many evaluations. null = 3.", low=1)
+    order: int | None = option(
+        None, "Order of the Taylor series of the residual; 0 reuses it. null = 1 for taylorseer, else 0.", low=0
+    )
+    warmup: int | None = option(
+        None, "Evaluations before the first skipped one. null = 3 for taylorseer, else 1.", low=1
+    )
+    final: bool | None = option(None, "Whether the last solver step is always computed. null = true for teacache.")
+    sigma_low: float | None = option(None, "sigma / alpha above which guidance is on. null = 0.", low=0)
+    sigma_high: float | None = option(None, "sigma / alpha up to which guidance is on. null = no bound.", low=0)
 
 
 @dataclass(frozen=True)
@@ -58,17 +75,6 @@ TEACACHE_DEFAULTS: Mapping[str, TeaCacheDefaults] = {
 }
 """TeaCache's settings by model; the polynomials were fitted to the published weights, resolution and guidance."""
 
-BLOCK_KEYS = ("order", "warmup", "final")
-CACHE_KEYS: Mapping[str, tuple[str, ...]] = {
-    NONE: (),
-    "teacache": ("threshold", "coefficients", *BLOCK_KEYS),
-    "first_block": ("threshold", *BLOCK_KEYS),
-    "taylorseer": ("interval", *BLOCK_KEYS),
-    "guidance_interval": ("sigma_low", "sigma_high"),
-    "guidance_skip": ("interval", "warmup"),
-}
-"""The keys that each cache uses."""
-
 BLOCK_CACHES = tuple(name for name, keys in CACHE_KEYS.items() if "order" in keys)
 GUIDANCE_CACHES = tuple(name for name, keys in CACHE_KEYS.items() if keys and name not in BLOCK_CACHES)
 
@@ -85,8 +91,6 @@ def check_cache(cache: CacheConfig, model: str, has_blocks: bool, guidance: floa
     Raises:
         ValueError: The cache cannot run; one line says what to change.
     """
-    if cache.name not in CACHE_KEYS:
-        raise ValueError(f"cache.name={cache.name} is unknown; use one of {', '.join(CACHE_KEYS)}")
     given = [f.name for f in fields(CacheConfig) if f.name != "name" and getattr(cache, f.name) is not None]
     for unused in (key for key in given if key not in CACHE_KEYS[cache.name]):
         warnings.warn(f"cache.{unused} has no effect with cache={cache.name}", stacklevel=2)
@@ -98,7 +102,11 @@ def check_cache(cache: CacheConfig, model: str, has_blocks: bool, guidance: floa
     if cache.name in GUIDANCE_CACHES and guidance == 1:
         warnings.warn(f"cache={cache.name} has no effect with request.guidance=1, which has one branch", stacklevel=2)
     fill_defaults(cache, model)
-    _check_numbers(cache)
+    if cache.sigma_high is not None and cache.sigma_high <= (cache.sigma_low or 0.0):
+        raise ValueError(
+            f"cache.sigma_high={cache.sigma_high} is not above cache.sigma_low={cache.sigma_low}; nothing would be "
+            "guided: use request.guidance=1 for that"
+        )
 
 
 def fill_defaults(cache: CacheConfig, model: str = "") -> None:
@@ -117,18 +125,3 @@ def fill_defaults(cache: CacheConfig, model: str = "") -> None:
     for key in CACHE_KEYS[cache.name]:
         if getattr(cache, key) is None:
             setattr(cache, key, defaults.get(key))
-
-
-def _check_numbers(cache: CacheConfig) -> None:
-    minimum = {"interval": 1, "order": 0, "warmup": 1, "threshold": 0.0, "sigma_low": 0.0, "sigma_high": 0.0}
-    for key, bound in minimum.items():
-        value = getattr(cache, key)
-        if value is not None and not bound <= value < math.inf:
-            raise ValueError(f"cache.{key}={value}; give at least {bound:g}")
-    if cache.coefficients is not None and not all(map(math.isfinite, cache.coefficients)):
-        raise ValueError(f"cache.coefficients={cache.coefficients}; give finite numbers, the highest power first")
-    if cache.sigma_high is not None and cache.sigma_high <= (cache.sigma_low or 0.0):
-        raise ValueError(
-            f"cache.sigma_high={cache.sigma_high} is not above cache.sigma_low={cache.sigma_low}; nothing would be "
-            "guided: use request.guidance=1 for that"
-        )

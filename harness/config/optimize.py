@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from schedulers.options import option
+
 
 class Optimize(Enum):
     """How far a network is optimised.
@@ -23,20 +25,28 @@ class Optimize(Enum):
 class EagerConfig:
     """`engine.eager`: the parts of optimize=eager; optimize=compile has them too, except prepack."""
 
-    modulation: bool = True  # precompute what depends only on time and vectors, for all evaluations of a request
-    text: bool = True  # precompute what depends only on the text, such as keys and values of cross-attention
-    fused_projections: bool = True  # compute queries, keys and values of a stream by one linear layer
-    prepack: bool = True  # bfloat16 on the CPU, not compiled: weights in oneDNN's layout, the GELU fused
-    upcast: bool = True  # bfloat16 on a CPU without instructions for it: compute products in float32
-    channels_last: bool = True  # store the decoder's convolutions with the channels as innermost dimension
-    cuda_graphs: bool = True  # on a GPU: record and replay networks and decoders that one rank holds whole
-    keep_memory: bool = True  # on the CPU: keep freed memory for the next tensor (glibc)
-    winograd: bool = True  # float32 or upcast on the CPU: the decoder's wide convolutions with 4 products per pixel
+    modulation: bool = option(
+        True, "Precompute what depends only on time and vectors, for all evaluations of a request."
+    )
+    text: bool = option(True, "Precompute what depends only on the text, such as keys and values of cross-attention.")
+    fused_projections: bool = option(True, "Compute queries, keys and values of a stream by one linear layer.")
+    prepack: bool = option(
+        True, "Pack weights in oneDNN's layout and fuse the GELU; in bfloat16 on the CPU, not compiled."
+    )
+    upcast: bool = option(True, "Compute products in float32; in bfloat16 on a CPU without instructions for it.")
+    channels_last: bool = option(True, "Store the decoder's convolutions with the channels as innermost dimension.")
+    cuda_graphs: bool = option(True, "Record and replay networks and decoders that one rank holds whole; on a GPU.")
+    keep_memory: bool = option(True, "Keep freed memory for the next tensor; on the CPU, with glibc.")
+    winograd: bool = option(
+        True, "Compute the decoder's wide convolutions with 4 products per pixel; in float32 or upcast, on the CPU."
+    )
 
 
 @dataclass
 class CompileConfig:
     """`engine.compile`: how optimize=compile compiles the blocks (torch.compile)."""
 
-    freezing: bool = False  # on the CPU: make weights constants of the graph, which inductor packs; one graph per block
-    cuda_graphs: bool = False  # diffusers' network on a GPU: compile with mode=reduce-overhead
+    freezing: bool = option(
+        False, "Make weights constants of the graph, which inductor packs; one graph per block, on the CPU."
+    )
+    cuda_graphs: bool = option(False, "Compile diffusers' network with mode=reduce-overhead; on a GPU.")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+
+from schedulers.options import option
 
 
 @dataclass
 class PlanConfig:
     """`plan`: what task=plan lists."""
 
-    ranks: int = 8  # largest number of ranks of a layout
-    rows: int = 12  # rows of the printed table; plan.json has all layouts
-    runs: str | None = None  # folder of records to compare predictions with, in place of listing layouts
+    ranks: int = option(8, "Largest number of ranks of a layout.", low=1)
+    rows: int = option(12, "Rows of the printed table; plan.json has all layouts.", low=1)
+    runs: str | None = option(None, "Folder of records to compare predictions with, in place of listing layouts.")
 
 
 @dataclass
@@ -23,19 +25,33 @@ class HardwareConfig:
     implementation reach on large tensors.
     """
 
-    name: str = "h100_sxm"  # name of the device
-    bfloat16_tflops: float | None = None  # dense bfloat16 peak of a matrix product, TFLOP/s
-    float32_tflops: float | None = None  # dense float32 peak of a matrix product, TFLOP/s
-    memory_gb_s: float | None = None  # bandwidth of the device's memory, GB/s
-    memory_gb: float | None = None  # size of the device's memory, GB
-    link_gb_s: float | None = None  # bandwidth from one device to others of its node, GB/s
-    link_latency_us: float | None = None  # latency of one collective within a node, us
-    network_gb_s: float | None = None  # bandwidth from one device to other nodes, GB/s; null = nodes are not linked
-    network_latency_us: float | None = None  # latency of one collective between nodes, us
-    devices_per_node: int | None = None  # devices in one node
-    compute_share: float = 0.6  # attainable share of the compute peak, 0 to 1
-    memory_share: float = 0.8  # attainable share of the memory bandwidth, 0 to 1
-    link_share: float = 0.7  # attainable share of the link and network bandwidth, 0 to 1
+    name: str = option("h100_sxm", "Name of the device.")
+    bfloat16_tflops: float | None = option(
+        None, "Dense bfloat16 peak of a matrix product. null = measured on this machine.", unit="TFLOP/s", above=0
+    )
+    float32_tflops: float | None = option(
+        None, "Dense float32 peak of a matrix product. null = measured on this machine.", unit="TFLOP/s", above=0
+    )
+    memory_gb_s: float | None = option(
+        None, "Bandwidth of the device's memory. null = measured on this machine.", unit="GB/s", above=0
+    )
+    memory_gb: float | None = option(
+        None, "Size of the device's memory. null = measured on this machine.", unit="GB", above=0
+    )
+    link_gb_s: float | None = option(
+        None, "Bandwidth from one device to others of its node. null = measured on this machine.", unit="GB/s", above=0
+    )
+    link_latency_us: float | None = option(
+        None, "Latency of one collective within a node. null = measured on this machine.", unit="us", above=0
+    )
+    network_gb_s: float | None = option(
+        None, "Bandwidth from one device to other nodes. null = nodes are not linked.", unit="GB/s", above=0
+    )
+    network_latency_us: float | None = option(None, "Latency of one collective between nodes.", unit="us", above=0)
+    devices_per_node: int | None = option(None, "Devices in one node.", low=1)
+    compute_share: float = option(0.6, "Attainable share of the compute peak.", above=0, high=1)
+    memory_share: float = option(0.8, "Attainable share of the memory bandwidth.", above=0, high=1)
+    link_share: float = option(0.7, "Attainable share of the link and network bandwidth.", above=0, high=1)
 
 
 MEASURED = ("bfloat16_tflops", "float32_tflops", "memory_gb_s", "memory_gb", "link_gb_s", "link_latency_us")
@@ -51,17 +67,8 @@ def check_plan(plan: PlanConfig, hardware: HardwareConfig) -> None:
     Raises:
         ValueError: A key has a wrong value; the message says what to give.
     """
-    for name in ("ranks", "rows"):
-        if getattr(plan, name) < 1:
-            raise ValueError(f"plan.{name}={getattr(plan, name)}; give at least 1")
     if plan.runs is not None and not Path(plan.runs).expanduser().is_dir():
         raise ValueError(f"plan.runs={plan.runs}: no such folder; give a run's folder, a sweep's, or one above them")
-    for key in fields(HardwareConfig):
-        value = getattr(hardware, key.name)
-        if isinstance(value, int | float) and value <= 0:
-            raise ValueError(f"hardware.{key.name}={value}; give more than 0")
-        if key.name.endswith("_share") and value > 1:
-            raise ValueError(f"hardware.{key.name}={value}; a share is at most 1")
     node = hardware.devices_per_node
     if plan.runs is None and node is not None and plan.ranks > node and hardware.network_gb_s is None:
         raise ValueError(

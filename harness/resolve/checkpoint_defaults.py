@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from harness.config.schema import CheckpointDefaults, Load, RunConfig, SamplingDefaults, TrainingSettings
+from harness.config.schema import CheckpointDefaults, Load, RunConfig
+from schedulers.settings import SamplingDefaults, TrainingSettings
 
 PUBLISHED_FAMILY = "published"  # scheduler=published: the noise scheduler of the checkpoint's own file
 

@@ -101,8 +101,6 @@ def is_approximate(layout: ParallelConfig) -> bool:
 
 
 def _check_branches(layout: ParallelConfig, shape: ModelShape) -> None:
-    if layout.cfg not in (1, 2):
-        raise ValueError(f"parallel.cfg={layout.cfg}; guidance has two branches: use 1 or 2")
     if layout.cfg == 2 and shape.embedded:
         raise ValueError(
             f"parallel.cfg=2, but model={shape.model} takes its guidance scale as an input and has one branch; use "
@@ -115,13 +113,6 @@ def _check_branches(layout: ParallelConfig, shape: ModelShape) -> None:
 
 
 def _check_stale(layout: ParallelConfig) -> None:
-    if layout.warmup < 1:
-        raise ValueError(
-            f"parallel.warmup={layout.warmup}; the first evaluation of an image has no earlier one whose keys and "
-            "values it could use: give at least 1"
-        )
-    if layout.patches is not None and layout.patches < 1:
-        raise ValueError(f"parallel.patches={layout.patches}; give at least 1, or null for as many as there are ranks")
     if layout.displaced and layout.ring == 1:
         raise ValueError(
             "parallel.displaced=true uses keys and values of parallel.ring's other ranks, and parallel.ring is 1; use "

@@ -2,13 +2,11 @@
 
 import math
 
+from harness.config.schema import MAX_IMAGES, MAX_SEED, MAX_STEPS
 from harness.config.serve import ServeConfig
 from harness.messages import GenerationRequest
 
 MAX_PROMPT_CHARS = 8_000
-MAX_STEPS = 10_000
-MAX_IMAGES = 4_096
-MAX_SEED = 2**63 - MAX_IMAGES - 1  # image k has seed + k
 
 
 def check_request(request: GenerationRequest) -> None:
@@ -30,7 +28,7 @@ def check_request(request: GenerationRequest) -> None:
     if not 0 <= request.seed <= MAX_SEED:
         raise ValueError(f"request.seed={request.seed}; give 0 to {MAX_SEED}")
     if not 1 <= request.steps <= MAX_STEPS:
-        raise ValueError(f"request.steps={request.steps}; ask for 1 to {MAX_STEPS}")
+        raise ValueError(f"request.steps={request.steps}; give 1 to {MAX_STEPS}")
     if not (math.isfinite(request.guidance) and request.guidance >= 0):
         raise ValueError(f"request.guidance={request.guidance}; give a number of at least 0 (1 is no guidance)")
     if request.timeout_s is not None and not request.timeout_s > 0:

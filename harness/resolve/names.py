@@ -17,7 +17,7 @@ from harness.config.schema import CheckpointDefaults, ModelConfig, RunConfig
 from harness.config.yaml import ConfigError as ConfigError
 from harness.records.provenance import version
 from models.registry import did_you_mean
-from schedulers.compatibility import FAMILIES
+from schedulers.settings import FAMILIES
 
 PLUGINS = {  # Hydra's own packages: which option needs which package, and the extra that installs it
     ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),
@@ -101,13 +101,31 @@ def _check_name(override: Override) -> None:
         _check_plugin(key, str(override.value()))
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return
+    for option in _options(override) if key in config_groups() else [None]:
+        _refuse_unknown(key, option)
+
+
+def refuse_unknown(name: str) -> None:
+    """Refuse a key, a group, or a GROUP=OPTION that does not exist.
+
+    Args:
+        name: The name; what follows the = of a key is not looked at.
+
+    Raises:
+        ConfigError: There is no such name; the message says what was probably meant.
+    """
+    key, _, option = name.partition("=")
+    _check_removed(key)
+    _refuse_unknown(key, option or None)
+
+
+def _refuse_unknown(key: str, option: str | None) -> None:
     groups = config_groups()
     if key in groups:
-        for option in _options(override):
-            if option is not None and option not in groups[key]:
-                raise ConfigError(
-                    f"{key}={option}: no such option{_hint(option, groups[key])} (there are {', '.join(groups[key])})"
-                )
+        if option is not None and option not in groups[key]:
+            raise ConfigError(
+                f"{key}={option}: no such option{_hint(option, groups[key])} (there are {', '.join(groups[key])})"
+            )
         return
     defaults = {family: CheckpointDefaults() for family in FAMILIES}
     keys = set(_keys(RunConfig(model=ModelConfig(checkpoint_defaults=defaults))))

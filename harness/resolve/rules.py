@@ -14,7 +14,7 @@ from harness.config.plan import check_plan
 from harness.config.schema import CheckpointDefaults, LaunchMode, Load, ParallelConfig, RunConfig, Task
 from harness.config.serve import check_load, check_serve
 from harness.metrics import pretrained
-from harness.parallel.mesh import AXES, degrees, world_size
+from harness.parallel.mesh import degrees, world_size
 from harness.records.media import ffmpeg
 from harness.resolve.checkpoint import check_checkpoint, locate
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, denoiser_defaults
@@ -25,18 +25,18 @@ from harness.resolve.layout import model_shape
 from harness.resolve.layout_rules import check_layout, is_approximate
 from harness.resolve.limits import check_frames, check_request, check_server_limits, check_size
 from harness.resolve.optimize import resolve_optimize
+from harness.resolve.options import check_options
 from harness.resolve.published_scheduler import check_published_scheduler
 from harness.resolve.quantize import check_quantize
 from harness.resolve.request import to_message
 from harness.resolve.scheduler import noise_scheduler_settings
-from models.registry import ARCHITECTURES, did_you_mean, resolve_backend
+from models.registry import ARCHITECTURES, resolve_backend
 from schedulers.compatibility import resolve as resolve_settings
-
-MAX_COLLECTIVE_S = 86_400
 
 
 def resolve_config(config: RunConfig) -> None:
     """Fill null keys from the model, in place, and refuse what cannot run."""
+    check_options(config)
     check_comparison(config)
     _check_report(config)
     if config.task.name is Task.report:
@@ -62,15 +62,11 @@ def resolve_config(config: RunConfig) -> None:
     if config.task.name is Task.load:
         _check_load_requests(config)
     pretrained.check(config.quality)
-    if config.task.warmup < 0 or config.task.repeats < 1:
-        raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
     if config.task.max_pixel_error is not None and not config.task.fidelity:
         raise ValueError(
             f"task.max_pixel_error={config.task.max_pixel_error} limits a measured error; add task.fidelity=true"
         )
     _check_reference(config)
-    if config.launch.reuse < 0:
-        raise ValueError(f"launch.reuse={config.launch.reuse}; give at least 0, which starts fresh ranks for every job")
 
 
 def _check_report(config: RunConfig) -> None:
@@ -136,10 +132,6 @@ def _check_model(config: RunConfig) -> Path | None:
         CheckpointError: The checkpoint is missing, foreign or incomplete.
     """
     model = config.model
-    if model.architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"model.architecture={model.architecture} is unknown{did_you_mean(model.architecture, ARCHITECTURES)}"
-        )
     if config.task.name is Task.train:
         return None
     denoiser = denoiser_defaults(config).weights
@@ -148,11 +140,6 @@ def _check_model(config: RunConfig) -> Path | None:
     check_checkpoint(model, layout, denoiser)
     if config.scheduler.family == PUBLISHED_FAMILY:
         check_published_scheduler(config.scheduler, layout.folder)
-    for name in ("size_multiple", "max_pixels", "frame_multiple", "max_frames", "fps"):
-        if getattr(model, name) < 1:
-            raise ValueError(f"model.{name}={getattr(model, name)}; give at least 1")
-    if model.text.cache_mib is not None and model.text.cache_mib < 0:
-        raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which disables the cache")
     if model.offload and not (
         model.text.keep_loaded and config.engine.name == NATIVE and not config.parallel.shard_weights
     ):
@@ -160,8 +147,6 @@ def _check_model(config: RunConfig) -> Path | None:
             "model.offload=true keeps every network in CPU memory; leave out model.text.keep_loaded=false, "
             "parallel.shard_weights=true and engine=diffusers"
         )
-    if model.text.tokens < 1:
-        raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
     return layout.config_folder(denoiser)
 
 
@@ -203,18 +188,9 @@ def _check_reference(config: RunConfig) -> None:
 
 
 def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
-    for axis in (*AXES, "pipe"):
-        if (size := getattr(config.parallel, axis)) < 1:
-            raise ValueError(f"parallel.{axis}={size}; a degree is at least 1")
     ranks = world_size(degrees(config.parallel))
     if config.launch.mode is LaunchMode.inprocess and ranks > 1:
         raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
     if denoiser is not None:
         for note in check_layout(config.parallel, model_shape(config, denoiser)):
             warnings.warn(note, stacklevel=2)
-    threads = config.launch.threads_per_rank
-    if threads is not None and threads < 1:
-        raise ValueError(f"launch.threads_per_rank={threads}; give at least 1, or null for cores / ranks")
-    waiting = config.launch.collective_timeout_s
-    if not 1 <= waiting <= MAX_COLLECTIVE_S:
-        raise ValueError(f"launch.collective_timeout_s={waiting:g}; give 1 to {MAX_COLLECTIVE_S} seconds")

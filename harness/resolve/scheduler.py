@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from harness.config.schema import SchedulerConfig, SolverConfig
-from schedulers.compatibility import NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings
 
 
 def noise_scheduler_settings(config: SchedulerConfig) -> NoiseSchedulerSettings:

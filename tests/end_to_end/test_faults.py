@@ -225,8 +225,8 @@ def test_bad_input_leaves_a_status_and_starts_nothing(tmp_path: Path, start) -> 
     folder = tmp_path / "run"
     done = run(start("parallel=dp2", "request.steps=0", f"hydra.run.dir={folder}"))
     assert done.returncode != 0
-    assert "request.steps=0; ask for 1 to" in one_line(done.stderr)
-    assert status_of(folder).error == "request.steps=0; ask for 1 to 10000"
+    assert "request.steps=0; give 1 to" in one_line(done.stderr)
+    assert status_of(folder).error == "request.steps=0; give 1 to 10000"
     assert not (folder / "logs" / "launch.log").exists()
 
 

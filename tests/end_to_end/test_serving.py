@@ -95,7 +95,7 @@ def test_a_seed_gives_one_image_in_every_batch_and_repeat(generator: DiffusionGe
     ("changes", "says"),
     [
         ({"height": 65}, "64 or 72"),
-        ({"steps": 0}, "ask for 1 to"),
+        ({"steps": 0}, "give 1 to"),
         ({"seed": -1}, "give 0 to"),
         ({"guidance": float("nan")}, "guidance"),
         ({"prompts": ["a"] * 5000}, "5000 images"),

@@ -92,9 +92,9 @@ def test_a_job_that_fails_is_a_row_and_not_the_end(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     table = load(tmp_path / "sweep").set_index("state")
     assert sorted(table.index) == ["failed", "ok"]
-    assert "request.steps=0; ask for 1 to" in table["error"]["failed"]
+    assert "request.steps=0; give 1 to" in table["error"]["failed"]
     assert table["config.request.steps"]["ok"] == 2
-    assert "request.steps=0; ask for 1 to" in " ".join(done.stderr.split())
+    assert "request.steps=0; give 1 to" in " ".join(done.stderr.split())
     assert "failed" in done.stdout
     for state, code in (("ok", 0), ("failed", 1)):
         job = Path(table["folder"][state])

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from schedulers.build import build
-from schedulers.compatibility import NoiseSchedulerSettings
 from schedulers.diffusers_adapter import DiffusersAdapter, StepOutput
 from schedulers.grid import Point
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Estimate
 from schedulers.published import from_diffusers
+from schedulers.settings import NoiseSchedulerSettings
 from schedulers.solvers.rk45 import RK45
 from schedulers.solvers.sde import EDMChurn
 from tests.fixtures.schedulers.parity import SHAPE, Case, Toy, draw, module_of, ours

@@ -8,7 +8,7 @@ import torch
 
 from schedulers import paths, spacing
 from schedulers.build import build
-from schedulers.compatibility import NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings
 
 published: Any = diffusers  # its mix-ins hide their attributes from type checkers
 SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from schedulers.build import build
-from schedulers.compatibility import FAMILIES, SOLVERS, NoiseSchedulerSettings, resolve, starts_at_pure_noise
+from schedulers.compatibility import resolve, starts_at_pure_noise
+from schedulers.settings import FAMILIES, SOLVERS, NoiseSchedulerSettings
 from schedulers.solvers.base import SolverState
 
 # Rows whose distance in log(sigma / alpha) shrinks everywhere as steps are added; the last step, to clean data, does

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from schedulers.build import build
-from schedulers.compatibility import NoiseSchedulerSettings
 from schedulers.grid import Grid
+from schedulers.settings import NoiseSchedulerSettings
 from schedulers.solvers.base import Denoise, Noise, Solver, SolverState
 from schedulers.solvers.euler import DDIM, Euler
 from schedulers.solvers.heun import Heun

@@ -3,30 +3,28 @@
 import subprocess
 import sys
 import warnings
+from inspect import get_annotations
 from typing import Any
 
 import pytest
 import torch
 
 import schedulers
-from harness.config.schema import SchedulerConfig, SolverConfig
+from harness.config.schema import CheckpointDefaults, SchedulerConfig, SolverConfig
 from schedulers import NoiseSchedulerSettings, resolve
 from schedulers.build import build
 from schedulers.compatibility import (
-    FAMILIES,
     FLOW_LINSPACE_OPTIONS,
     PATHS,
     PREDICTION_OPTIONS,
-    PREDICTIONS,
     REASONS,
-    SOLVERS,
     SPACING_OPTIONS,
-    SPACINGS,
     UNSUPPORTED_AT_PURE_NOISE,
     starts_at_pure_noise,
 )
 from schedulers.grid import Point
 from schedulers.prediction import Estimate, Prediction
+from schedulers.settings import FAMILIES, PREDICTIONS, SOLVERS, SPACINGS
 from schedulers.solvers.base import SolverState
 
 EVERY = [
@@ -45,7 +43,9 @@ def test_every_combination_either_samples_or_is_refused_with_a_reason() -> None:
     for family, path, prediction, solver, spaced in EVERY:
         row = PATHS[path]
         sigmas = [0.9, 0.7, 0.5, 0.3, 0.1] if spaced == "custom" else None
-        settings = NoiseSchedulerSettings(family, prediction, solver, spaced, path=path, sigmas=sigmas)
+        settings = NoiseSchedulerSettings(
+            family, prediction=prediction, solver=solver, spacing=spaced, path=path, sigmas=sigmas
+        )
         known = prediction in row.predictions and spaced in row.spacings and (path, "solver", solver) not in REASONS
         if not known:
             with pytest.raises(ValueError, match=f"cannot run on family={family}.*: .{{20,}}Use one of: "):
@@ -85,10 +85,16 @@ def test_every_option_belongs_somewhere() -> None:
     read = {name for row in PATHS.values() for name in row.options} | {n for names in SOLVERS.values() for n in names}
     read |= {name for names in SPACING_OPTIONS.values() for name in names} | set(FLOW_LINSPACE_OPTIONS)
     read |= {name for names in PREDICTION_OPTIONS.values() for name in names}
-    always = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype", "round_tau"}
+    always = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
     assert set(NoiseSchedulerSettings.__dataclass_fields__) == read | always
-    keys = set(SchedulerConfig.__dataclass_fields__) | set(SolverConfig.__dataclass_fields__) - {"name"}
-    assert set(NoiseSchedulerSettings.__dataclass_fields__) == keys
+
+
+def test_a_setting_is_declared_once() -> None:
+    """Only the family, which may be `published` in a configuration, and the solver, a group there, are two things."""
+    kinds = {kind for top in (NoiseSchedulerSettings, SchedulerConfig, CheckpointDefaults) for kind in top.__mro__[:-1]}
+    declared = [name for kind in (*kinds, SolverConfig) for name in get_annotations(kind)]
+    assert {name for name in declared if declared.count(name) > 1} == {"family", "solver"}
+    assert len(declared) > 60
 
 
 @pytest.mark.parametrize(
@@ -131,11 +137,14 @@ def test_limits_that_depend_on_the_settings() -> None:
             "prediction=eps does not determine x0 at zero terminal SNR",
         ),
         (
-            NoiseSchedulerSettings("ddpm", "v", zero_terminal_snr=True, coordinates="ve"),
+            NoiseSchedulerSettings("ddpm", prediction="v", zero_terminal_snr=True, coordinates="ve"),
             "coordinates=ve divides by alpha",
         ),
-        (NoiseSchedulerSettings("ddpm", "v", spacing="karras", zero_terminal_snr=True), "set sigma_max"),
-        (NoiseSchedulerSettings("ddpm", "v", "pndm", "trailing", zero_terminal_snr=True), "use spacing=leading"),
+        (NoiseSchedulerSettings("ddpm", prediction="v", spacing="karras", zero_terminal_snr=True), "set sigma_max"),
+        (
+            NoiseSchedulerSettings("ddpm", prediction="v", solver="pndm", spacing="trailing", zero_terminal_snr=True),
+            "use spacing=leading",
+        ),
         (
             NoiseSchedulerSettings("sgm", path="flow"),
             "path=flow does not belong to family=sgm. Use one of: edm, ve, vp, sub_vp",
@@ -167,7 +176,9 @@ def test_a_number_of_steps_that_the_spacing_does_not_have(settings: NoiseSchedul
 def test_what_starts_at_pure_noise_may_start_just_below_it() -> None:
     flow = build(NoiseSchedulerSettings("rectified_flow", solver="euler_maruyama", sigma_first=0.999))
     assert 0 < flow.grid(5)[0].alpha < 0.01
-    terminal = build(NoiseSchedulerSettings("ddpm", "v", "ddim", "trailing", zero_terminal_snr=True))
+    terminal = build(
+        NoiseSchedulerSettings("ddpm", prediction="v", solver="ddim", spacing="trailing", zero_terminal_snr=True)
+    )
     assert terminal.grid(5)[0].alpha == 0
     grid = terminal.grid(5)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from schedulers.build import build
-from schedulers.compatibility import NoiseSchedulerSettings
 from schedulers.grid import Grid, Point
 from schedulers.prediction import Estimate
+from schedulers.settings import NoiseSchedulerSettings
 from schedulers.solvers.base import Denoise, Noise, SolverState
 from schedulers.solvers.euler import DDIM, Euler
 from schedulers.solvers.posterior import DDPM

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from schedulers import paths, spacing
 from schedulers.build import build
-from schedulers.compatibility import NoiseSchedulerSettings
 from schedulers.grid import Grid
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Clipped, Eps
+from schedulers.settings import NoiseSchedulerSettings
 from schedulers.solvers.euler import Euler
 
 published: Any = diffusers  # its mix-ins hide their attributes from type checkers
@@ -67,7 +67,11 @@ def test_ddim_leading(
         other.alphas_cumprod = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=table) ** 2, 0)
         other.final_alpha_cumprod = other.final_alpha_cumprod if to_one else other.alphas_cumprod[0]
     end: spacing.End = "clean" if to_one else "t_min"
-    ours = build(NoiseSchedulerSettings("ddpm", kind, "euler", "leading", steps_offset=offset, end=end, **SD))
+    ours = build(
+        NoiseSchedulerSettings(
+            "ddpm", prediction=kind, solver="euler", spacing="leading", steps_offset=offset, end=end, **SD
+        )
+    )
     agree(run(ours, start, ours.grid(steps)), theirs(other, steps, start, network), record_property, rtol)
 
 
@@ -128,7 +132,7 @@ def test_euler_and_heun_discrete(
     cls = {"euler": published.EulerDiscreteScheduler, "heun": published.HeunDiscreteScheduler}[solver]
     cut = {"use_karras_sigmas": True} if spaced == "karras" else {"timestep_spacing": "leading"}
     other = cls(**SD, **cut, prediction_type=NAMES[kind])
-    ours = build(NoiseSchedulerSettings("ddpm", kind, solver, spaced, coordinates="ve", **SD))
+    ours = build(NoiseSchedulerSettings("ddpm", prediction=kind, solver=solver, spacing=spaced, coordinates="ve", **SD))
     grid = ours.grid(steps)
     x = ours.init_noise(start, grid)
     agree(run(ours, x, grid), theirs(other, steps, x, network), record_property)

@@ -25,7 +25,7 @@ from harness.metrics.gallery import FILE, Gallery
 from harness.tasks.train.folder import CaptionedImage
 from models.pixart import NAMES, PixArtConfig
 from models.pixart.weights import config_json
-from schedulers.compatibility import NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings
 
 TRANSFORMER_LIMIT = 16_000_000  # largest size of the denoiser's weights, bytes
 COMPONENTS = {

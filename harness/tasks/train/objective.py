@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from harness.config.train import DenoiserConfig, Precision, TimeSampling
 from models.components import Conditioning
 from schedulers.build import build as build_noise_scheduler
-from schedulers.compatibility import NoiseSchedulerSettings, resolve
+from schedulers.compatibility import resolve
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.paths import NoisePath
+from schedulers.settings import NoiseSchedulerSettings
 
 TRAIN_STEPS = 1000  # indices of a discrete path by default
 TRAINED_SETTINGS = (  # settings fixed by training; the others may differ in sampling

@@ -23,7 +23,7 @@ from harness.tasks.train.objective import Objective, objective
 from models.checkpoint_source import CheckpointSource
 from models.files import check_component
 from models.pixart import load_denoiser
-from schedulers.compatibility import NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings
 
 log = logging.getLogger(__name__)
 

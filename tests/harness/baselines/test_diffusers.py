@@ -224,7 +224,10 @@ def test_images_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
             ["engine=diffusers", "model=dit_256", "model.load=dummy", "request.negative_prompt=cock"],
             "has no negative class",
         ),
-        (["engine.name=diffuser"], "engine=diffuser is unknown; did you mean diffusers"),
+        (
+            ["engine.name=diffuser"],
+            "engine.name=diffuser is not one of native, diffusers, cache_dit, sglang; did you mean diffusers?",
+        ),
     ],
     ids=str,
 )

@@ -32,9 +32,9 @@ from harness.tasks.report.keys import cache_name
 from models.attention import math_attention
 from models.components import LatentSpace
 from schedulers.build import build
-from schedulers.compatibility import NoiseSchedulerSettings
 from schedulers.grid import Point
 from schedulers.prediction import Estimate
+from schedulers.settings import NoiseSchedulerSettings
 from tests.fixtures.models.parity import rel_l2
 from tests.fixtures.parallel.networks import TINY, Inputs, rows
 from tests.fixtures.report_tree import Maker, apart
@@ -46,7 +46,7 @@ from tests.fixtures.toy_pipeline import FAMILIES, ToyEncoder, ToyNetwork, contex
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["cache.name=tea"], "cache.name=tea is unknown; use one of none, teacache"),
+        (["cache.name=tea"], "cache.name=tea is not one of none, teacache"),
         (
             ["cache=first_block", "model=sd15", "model.load=dummy"],
             "model=sd15 has a U-Net; use cache=guidance_interval",
@@ -65,7 +65,7 @@ from tests.fixtures.toy_pipeline import FAMILIES, ToyEncoder, ToyNetwork, contex
             ["task=bench", "task.fidelity_per_step=true", "task.reference_steps=8"],
             "task.fidelity_per_step compares step by step",
         ),
-        (["task=bench", "task.reference_steps=0"], "ask for 1 to"),
+        (["task=bench", "task.reference_steps=0"], "give 1 to"),
     ],
     ids=str,
 )

@@ -26,9 +26,9 @@ from harness.pipeline.validate import InputValidation, Limits
 from harness.serving.worker import Worker
 from models.components import Conditioning, LatentSpace, networks_in
 from schedulers.build import build
-from schedulers.compatibility import NoiseSchedulerSettings
 from schedulers.grid import Point
 from schedulers.prediction import Estimate
+from schedulers.settings import NoiseSchedulerSettings
 from tests.fixtures.toy_pipeline import FAMILIES, ToyDecoder, ToyEncoder, ToyNetwork, context, request
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import conf
-from harness.config.schema import DType, LoraConfig, RunConfig, TrainingSettings
+from harness.config.schema import DType, LoraConfig, RunConfig
 from harness.records.provenance import version
 from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, folder_name, from_yaml, run_folder, to_yaml
@@ -17,6 +17,7 @@ from harness.resolve.engines_table import INSTALL_HINTS
 from harness.resolve.limits import check_frames
 from harness.resolve.names import REMOVED, check_names, config_groups
 from models.registry import REFERENCE, missing_package
+from schedulers.settings import TrainingSettings
 
 CHECKPOINT = REFERENCE / "emoji"
 OPTIONS = [(group, option) for group, options in config_groups().items() for option in options]
@@ -84,19 +85,19 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("model.dtpye=float32", "did you mean model.dtype?"),
         ("request.steps=many", "could not be converted to Integer"),
         ("model.dtype=float16", "expected one of [float32, bfloat16]"),
-        ("request.steps=0", "ask for 1 to"),
+        ("request.steps=0", "give 1 to 10000"),
         ("request.height=65", "64 or 72"),
         ("request.width=3", "can make is 8"),
         ("request.guidance=-1", "at least 0"),
         ("request.seed=-1", "give 0 to"),
         ("request.batch_size=0", "at least 1"),
-        ("request.samples_per_prompt=0", "must be 1 to"),
+        ("request.samples_per_prompt=0", "give at least 1"),
         ("request.samples_per_prompt=100000", "must be 1 to"),
         ("request.height=8192", "height * width may be at most"),
         ("parallel.dp=0", "at least 1"),
         ("parallel.ulysses=16", "use parallel.ulysses=8 or fewer"),
         ("parallel.tp=3", "the nearest that does is parallel.tp=2"),
-        ("parallel.cfg=3", "use 1 or 2"),
+        ("parallel.cfg=3", "give 1 or 2"),
         ("parallel.ring=128", "use 64 ranks or fewer"),
         ("parallel.ring=16", "use 8 ranks or fewer per image"),
         ("model.checkpoint_defaults.dppm.weights=a", "did you mean model.checkpoint_defaults.ddpm.weights?"),
@@ -104,7 +105,7 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("prediction=v", "did you mean scheduler.prediction?"),
         ("model.architecture=pixar", "did you mean pixart"),
         ("launch.threads_per_rank=0", "at least 1"),
-        ("launch.collective_timeout_s=0", "give 1 to 86400 seconds"),
+        ("launch.collective_timeout_s=0", "give 1 to 86400 s"),
         ("request.frames=5", "this model makes images"),
         ("model.text.tokens=0", "at least 1"),
         ("task.repeats=0", "at least 1"),
@@ -125,7 +126,7 @@ def test_what_cannot_run_is_refused_with_what_to_change(override: str, hint: str
         ("plan.rows=0", "give at least 1"),
         ("plan.runs=/no/such/folder", "no such folder"),
         ("hardware.link_gb_s=-1", "give more than 0"),
-        ("hardware.compute_share=60", "a share is at most 1"),
+        ("hardware.compute_share=60", "give more than 0 and at most 1"),
         ("hardware.network_gb_s=null plan.ranks=9", "use plan.ranks=8 or fewer"),
     ],
 )
@@ -422,10 +423,10 @@ def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> N
         (["parallel=displaced2", "parallel.warmup=0"], "give at least 1"),
         (["parallel=displaced2", "task=serve"], "serve.max_batch=8, but"),
         (["parallel=pipe2", "task=load"], "set serve.max_batch=1"),
-        (["parallel.pipe=0"], "a degree is at least 1"),
+        (["parallel.pipe=0"], "give at least 1"),
         (["parallel.pipe=7"], "the 6 blocks of model=emoji; use parallel.pipe=6 or fewer"),
         (["parallel=pipe2", "parallel.patches=65"], "of 64 image tokens; use 64 or fewer"),
-        (["parallel=pipe2", "parallel.patches=0"], "or null for as many as there are ranks"),
+        (["parallel=pipe2", "parallel.patches=0"], "give at least 1"),
         (["parallel=pipe2", "parallel.tp=2"], "goes with parallel.dp and parallel.cfg alone"),
         (["parallel=pipe2", "model=sd15", "model.load=dummy"], "use parallel.dp=2, or parallel.cfg=2"),
         (["parallel=displaced2", "cache=guidance_skip"], "leave out parallel.displaced and parallel.pipe"),

@@ -11,7 +11,7 @@ from harness.tasks.train import denoiser
 from harness.tasks.train.denoiser import Examples
 from harness.tasks.train.objective import objective
 from models.components import Conditioning
-from schedulers.compatibility import NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings
 
 
 def tiny() -> DenoiserConfig:

@@ -16,7 +16,7 @@ from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.pixart import load_denoiser
 from schedulers.build import build as build_noise_scheduler
-from schedulers.compatibility import NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings
 
 DENOISER = DenoiserConfig(width=32, depth=1, heads=2, text_channels=32)
 TEXT = TextConfig(vocabulary=400, width=32, depth=1, heads=2, hidden=32)
@@ -109,8 +109,8 @@ def test_the_published_edm_scheduler_reads_the_output_as_it_was_trained(folder: 
 @pytest.mark.parametrize(
     "settings",
     [
-        NoiseSchedulerSettings("rectified_flow", "v"),
-        NoiseSchedulerSettings("sgm", "eps"),
+        NoiseSchedulerSettings("rectified_flow", prediction="v"),
+        NoiseSchedulerSettings("sgm", prediction="eps"),
         NoiseSchedulerSettings("ddpm", spacing="karras"),
     ],
 )

@@ -16,8 +16,9 @@ from harness.resolve.scheduler import noise_scheduler_settings
 from harness.tasks.train.objective import Objective, objective
 from models.components import Conditioning
 from schedulers.build import build as build_noise_scheduler
-from schedulers.compatibility import FAMILIES, PATHS, NoiseSchedulerSettings
+from schedulers.compatibility import PATHS
 from schedulers.grid import Point
+from schedulers.settings import FAMILIES, NoiseSchedulerSettings
 
 # The inverse of the time embedding's input, for each family.
 TIMES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,7 +30,7 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
     "sub_vp": lambda tau: tau / 999,
 }
 EVERY = [
-    pytest.param(NoiseSchedulerSettings(family, prediction, path=path), id=f"{path}-{prediction}")
+    pytest.param(NoiseSchedulerSettings(family, prediction=prediction, path=path), id=f"{path}-{prediction}")
     for family, paths in FAMILIES.items()
     for path in paths
     for prediction in PATHS[path].predictions
@@ -181,7 +182,7 @@ def test_times_can_be_chosen() -> None:
     narrow = told(of("sgm", config=DenoiserConfig(ratio_mean=-1.2, ratio_std=0.5)))
     logits = torch.logit(narrow / 1000)
     assert (logits.mean().item(), logits.std().item()) == pytest.approx((-1.2, 0.5), abs=0.02)
-    continuous = told(objective(DenoiserConfig(), NoiseSchedulerSettings("sgm", "eps", path="vp"))) / 999
+    continuous = told(objective(DenoiserConfig(), NoiseSchedulerSettings("sgm", prediction="eps", path="vp"))) / 999
     assert (continuous.min().item(), continuous.max().item()) == pytest.approx((1e-3, 1.0), abs=1e-3)
     assert continuous.mean().item() == pytest.approx(0.5, abs=0.01)
     few = told(objective(DenoiserConfig(), NoiseSchedulerSettings("ddpm", train_steps=10)))
@@ -205,7 +206,7 @@ def test_times_that_cannot_be_are_refused(family: str, config: DenoiserConfig, h
     ("settings", "hint"),
     [
         (NoiseSchedulerSettings("sgm", path="vp"), "prediction=eps"),
-        (NoiseSchedulerSettings("sgm", "score"), "prediction=eps"),
+        (NoiseSchedulerSettings("sgm", prediction="score"), "prediction=eps"),
         (NoiseSchedulerSettings("ddpm", learned_variance=True), "learned_variance"),
     ],
 )

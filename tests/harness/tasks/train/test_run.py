@@ -23,7 +23,7 @@ from harness.tasks.train.captions import caption
 from harness.tasks.train.emoji import STYLES
 from harness.tasks.train.folder import CaptionedImage
 from harness.tasks.train.run import PARTS, run
-from schedulers.compatibility import NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings
 from tests.fixtures.training import captioned
 
 FLOW = NoiseSchedulerSettings("rectified_flow")

@@ -1,0 +1,288 @@
+"""What every key means, read from its declaration: the page conf/README.md, and the texts of --help.
+
+python -m harness.resolve.reference    # writes conf/README.md
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from harness.config.cache import CACHE_KEYS
+from harness.config.schema import CheckpointDefaults, LoraConfig, RunConfig, Task
+from harness.resolve.engines_table import NATIVE, engine_version
+from harness.resolve.names import config_groups, refuse_unknown
+from schedulers.compatibility import FLOW_LINSPACE_OPTIONS, PATHS, PREDICTION_OPTIONS, SPACING_OPTIONS
+from schedulers.options import Option, option_of
+from schedulers.settings import SOLVERS
+
+TASKS = tuple(f"task={task.name}" for task in Task)
+FAMILY = "<family>"
+START, END = "<!-- compatibility -->", "<!-- /compatibility -->"
+WIDTH = 100
+
+ABOUT = (
+    "Triptych generates images and videos with diffusion models, on one device or many, and measures speed, memory "
+    "and fidelity. One command line names a model, a noise scheduler, a layout of ranks and a task."
+)
+EXAMPLES = (
+    ("python -m harness", "generate with the built-in model"),
+    ("python -m harness request.prompt='a red fox' request.steps=8", "one prompt, 8 solver steps"),
+    ("python -m harness task=bench parallel=ulysses2", "measure on two ranks, with intervals"),
+    ("python -m harness -m scheduler=ddpm,rectified_flow,sgm task=bench", "a sweep: one run for each choice"),
+    ("python -m harness task=compare compare.a='[]' compare.b='[cache=teacache]'", "two settings in alternation"),
+    ("python -m harness task=serve", "an HTTP server with OpenAI's routes"),
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the configuration, or a group of keys.
+
+    Attributes:
+        name: Full name.
+        type: Type in words, such as `int or null`; `group` for a group of keys.
+        default: Default as in YAML; empty for a group.
+        option: Declaration of the key.
+        tasks: Tasks that read it, as task=NAME.
+        only: Choices of other groups in which alone it is read, such as scheduler/solver=unipc.
+    """
+
+    name: str
+    type: str
+    default: str
+    option: Option
+    tasks: tuple[str, ...]
+    only: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        """Allowed words or numbers; empty if any value of the type is allowed."""
+        return ", ".join(map(str, self.option.words)) or self.option.range
+
+
+def keys() -> list[Key]:
+    """Return every key and every group of keys, as declared."""
+    return list(_keys(RunConfig(), "", TASKS, ()))
+
+
+def _keys(node: Any, prefix: str, tasks: tuple[str, ...], only: tuple[str, ...]) -> Iterator[Key]:
+    hints = get_type_hints(type(node))
+    for declared in fields(node):
+        name, value, found = prefix + declared.name, getattr(node, declared.name), option_of(declared)
+        own_tasks = tuple(choice for choice in found.reads if choice in TASKS) or tasks
+        own_only = (*(choice for choice in found.reads if choice not in TASKS), *_choices(name)) or only
+        if is_dataclass(value):
+            yield Key(name, "group", "", found, own_tasks, own_only)
+            yield from _keys(value, f"{name}.", own_tasks, own_only)
+            continue
+        yield Key(name, _type(hints[declared.name], found), _value(value), found, own_tasks, own_only)
+        if name == "model.checkpoint_defaults":
+            yield from _keys(CheckpointDefaults(), f"{name}.{FAMILY}.", own_tasks, own_only)
+        if name == "model.lora":
+            yield from _keys(LoraConfig(), f"{name}[].", own_tasks, own_only)
+
+
+def _choices(name: str) -> Iterator[str]:
+    """Yield the caches, solvers, paths, spacings and predictions that alone use a key."""
+    group, _, key = name.rpartition(".")
+    tables: list[tuple[str, dict[str, tuple[str, ...]]]] = []
+    if group == "cache" and key != "name":
+        tables = [("cache", dict(CACHE_KEYS))]
+    if group == "scheduler.solver":
+        tables = [("scheduler/solver", SOLVERS)]
+    if group == "scheduler":
+        tables = [
+            ("scheduler.path", {path: rules.options for path, rules in PATHS.items()}),
+            ("scheduler.prediction", PREDICTION_OPTIONS),
+            ("scheduler.spacing", SPACING_OPTIONS),
+        ]
+    for choice, table in tables:
+        names = [option for option, used in table.items() if key in used]
+        if names:
+            yield f"{choice}={','.join(names)}"
+    if group == "scheduler" and key in FLOW_LINSPACE_OPTIONS:
+        yield "scheduler.spacing=linspace of a flow"
+
+
+def _type(hint: Any, declared: Option) -> str:
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return " or ".join("null" if part is type(None) else _type_name(part, declared) for part in parts)
+
+
+def _type_name(part: Any, declared: Option) -> str:
+    if get_origin(part) is list:
+        (item,) = get_args(part)
+        return f"list of {'groups' if is_dataclass(item) else _type_name(item, declared)}"
+    if get_origin(part) is dict:
+        return "groups by name"
+    if part is not int and declared.words:
+        return "word"
+    return {str: "text", bool: "bool"}.get(part, part.__name__)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return value.name
+    return '""' if value == "" else str(value)
+
+
+def page(compatibility: str = "") -> str:
+    """Return the text of conf/README.md.
+
+    Args:
+        compatibility: Text between the markers of the section on what goes together.
+
+    Returns:
+        Markdown.
+    """
+    lines = [
+        "# Configuration: groups, options and keys",
+        "",
+        "This page is written by `make pages` from the declarations in `harness/config/` and `schedulers/settings.py`.",
+        "`GROUP=OPTION` chooses a file of this folder, `KEY=VALUE` sets one key, and `-m` sweeps over lists of values.",
+        "`python -m harness --help KEY` prints the same about one key.",
+        "",
+        "## Groups",
+        "",
+        *(f"- `{group}`: {', '.join(options)}" for group, options in config_groups().items()),
+        "",
+        "## What goes together",
+        "",
+        START,
+        *([compatibility.strip()] if compatibility.strip() else []),
+        END,
+        "",
+        "## Keys",
+        "",
+        "A value of null means that something else decides, which the meaning says. A word is one of the values given.",
+    ]
+    for key in keys():
+        if "." not in key.name:
+            lines += ["", f"### {key.name}", "", f"{key.option.meaning} {_read_by(key)}", ""]
+            lines += ["| key | type | default | unit | values | meaning | only with |", "|---|---|---|---|---|---|---|"]
+            continue
+        name = f"`{key.name}.*`" if key.type == "group" else f"`{key.name}`"
+        default = f"`{key.default}`" if key.default else ""
+        cells = (name, key.type, default, key.option.unit, key.allowed, key.option.meaning, ", ".join(key.only))
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _read_by(key: Key) -> str:
+    if key.tasks == TASKS:
+        return "Read by every task."
+    return f"Read by {', '.join(key.tasks)}."
+
+
+def page_path() -> Path:
+    """Return the path of the page."""
+    return Path(str(importlib.resources.files("conf"))) / "README.md"
+
+
+def read_compatibility() -> str:
+    """Return what stands between the markers on the page, empty if there is no page."""
+    text = page_path().read_text() if page_path().is_file() else ""
+    return text.partition(START)[2].partition(END)[0].strip()
+
+
+def version_text() -> str:
+    """Return the version of Triptych, that of the installed package."""
+    return engine_version(NATIVE) or "unknown: the package triptych is not installed"
+
+
+def help_text() -> str:
+    """Return the text of --help."""
+    width = max(len(command) for command, _ in EXAMPLES)
+    lines = [f"Triptych {version_text()}", "", *textwrap.wrap(ABOUT, WIDTH), "", "Examples:"]
+    lines += [f"  {command:{width}}  {what}" for command, what in EXAMPLES]
+    lines += ["", "Groups, chosen by GROUP=OPTION:"]
+    for group, options in config_groups().items():
+        lines.append(f"  {group:16}  {textwrap.shorten(', '.join(options), WIDTH - 20, placeholder=' ...')}")
+    lines += ["", "Keys, set by KEY=VALUE:"]
+    lines += [f"  {key.name:16}  {key.option.meaning}" for key in keys() if "." not in key.name]
+    lines += [
+        "",
+        "--help KEY describes a key, a group or an option: --help request.steps, --help cache, --help cache=teacache.",
+        "conf/README.md lists every key. --version prints the version. --hydra-help lists Hydra's own flags.",
+    ]
+    return "\n".join(lines)
+
+
+def describe(name: str) -> str:
+    """Return what --help says about one name.
+
+    Args:
+        name: A key, a group of keys, a group of options, or GROUP=OPTION; the value of a KEY=VALUE is not looked at.
+
+    Returns:
+        The text.
+
+    Raises:
+        ConfigError: There is no such name; the message has the nearest one.
+    """
+    refuse_unknown(name)
+    name, _, option = name.partition("=")
+    groups = config_groups()
+    if name in groups and option:
+        return _describe_option(name, option)
+    name = re.sub(r"^(model\.checkpoint_defaults)\.\w+", rf"\1.{FAMILY}", name)
+    found = {key.name: key for key in keys()}
+    lines = [f"{name}: {', '.join(groups[name])}"] if name in groups else []
+    dotted = name.replace("/", ".")
+    if dotted in found:
+        lines += _describe_key(found[dotted])
+    below = [key for key in found.values() if key.name.startswith(f"{dotted}.")]
+    if below:
+        lines.append("keys:")
+        width = max(len(key.name) for key in below)
+        lines += [f"  {key.name:{width}}  {key.option.meaning}" for key in below]
+    return "\n".join(lines)
+
+
+def _describe_key(key: Key) -> list[str]:
+    if key.type == "group":
+        rows = [("meaning", key.option.meaning), ("read by", ", ".join(key.tasks)), ("only with", ", ".join(key.only))]
+        return [f"{label + ':':10} {value}" for label, value in rows if value]
+    rows = [
+        ("type", key.type),
+        ("default", key.default),
+        ("unit", key.option.unit),
+        ("values", key.allowed),
+        ("meaning", key.option.meaning),
+        ("read by", ", ".join(key.tasks)),
+        ("only with", ", ".join(key.only)),
+    ]
+    return [key.name, *(f"  {label + ':':10} {value}" for label, value in rows if value)]
+
+
+def _describe_option(group: str, option: str) -> str:
+    """Return the comment and the settings of one file of conf/, and the keys that its choice uses."""
+    text = (page_path().parent / group / f"{option}.yaml").read_text().rstrip()
+    choice = [key for key in keys() if any(_names(only, group, option) for only in key.only) and key.type != "group"]
+    lines = [f"{group}={option}", textwrap.indent(text, "  ")]
+    if choice:
+        lines.append("keys that it uses:")
+        lines += [f"  {key.name}  {key.option.meaning}" for key in choice]
+    return "\n".join(lines)
+
+
+def _names(only: str, group: str, option: str) -> bool:
+    left, _, right = only.partition("=")
+    return left == group and option in right.split(",")
+
+
+if __name__ == "__main__":
+    page_path().write_text(page(read_compatibility()))
+    print(page_path())
