@@ -14,7 +14,7 @@ class Stack:
     """A run of equal blocks whose tokens can be sharded over ranks.
 
     Args:
-        blocks: The name of the network's nn.ModuleList.
+        blocks: The name of the network's BlockStack.
         sharded: The sharded arguments of a block's forward, with the dimension that counts tokens.
         replicated: The arguments whose tokens every rank holds in full (the text of a cross-attention).
         outputs: The outputs of a block, in order: the names of the sharded arguments that receive them in the next

@@ -37,6 +37,7 @@ from harness.resolve.engines_table import DIFFUSERS, NATIVE, SGLANG, baseline_at
 from harness.resolve.layout_rules import needs_lse, patches_of
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
+from models.blocks import wrap_runners
 from models.checkpoint_source import CheckpointSource
 from models.components import ComponentLoader, Components, Decoder, networks_in
 from models.quantize import quantize
@@ -88,6 +89,7 @@ def apply_layout(
     if layout.pipe > 1:
         pipeline = PipeFusion(groups.ring, patches_of(layout), layout.warmup)
         pipeline.install(components.network, components.plan, attention_kernel(backend))
+        wrap_runners(components.network, components.plan, pipeline)
         return pipeline
     if groups.tokens.size == 1:
         return None

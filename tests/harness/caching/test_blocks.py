@@ -16,6 +16,7 @@ from harness.parallel.attention import SequenceState, TokenLayout
 from harness.parallel.group import single_process_group
 from harness.pipeline.cache_state import CacheState
 from models.attention import math_attention
+from models.blocks import BlockStack
 from models.components import Conditioning
 from models.plan import Stack
 from tests.fixtures.models.parity import rel_l2
@@ -92,7 +93,7 @@ class ByHand:
         """Return the output where each stack adds only the known tensors."""
         for stack, blocks, kept, own in zip(self.stacks, self.blocks, self.kept, added, strict=True):
             owner, _, leaf = stack.blocks.rpartition(".")
-            setattr(self.network.get_submodule(owner), leaf, nn.ModuleList([*kept, Adds(stack, blocks[0], own)]))
+            setattr(self.network.get_submodule(owner), leaf, BlockStack([*kept, Adds(stack, blocks[0], own)]))
             # DiT's head reads its time embedding from its first block
             if not kept and "condition" in dict(blocks[0].named_children()):
                 self.network.get_submodule(stack.blocks)[0].condition = blocks[0].condition
