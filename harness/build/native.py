@@ -96,7 +96,10 @@ def apply_layout(
     displaced = DisplacedPatches(groups.ring, layout.warmup) if layout.displaced else None
     ring_kernel = lse_kernel(backend) if needs_lse(layout) else None
     kernel = attention_kernel(backend)
-    shard_tokens(components.network, components.plan, kernel, ring_kernel, groups, state=state, displaced=displaced)
+    sharding = shard_tokens(
+        components.network, components.plan, kernel, ring_kernel, groups, state=state, displaced=displaced
+    )
+    wrap_runners(components.network, components.plan, sharding)
     return displaced
 
 
