@@ -139,8 +139,8 @@ def native_pipeline(
         components, config.engine, source.device, dtype, groups.replica.size > 1, replay_support(config, groups)
     )
     state = SequenceState()
-    # the block cache goes inside of the hooks that shard tokens
     cached = cached_network(config.cache, components.network, components.plan, groups.replica, state)
+    wrap_runners(components.network, components.plan, cached)
     stale_kv = apply_layout(components, groups, backend, config.parallel, state)
     if config.parallel.shard_weights:
         apply_fsdp(components.network, components.plan, groups.weights, source.device)

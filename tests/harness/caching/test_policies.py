@@ -30,6 +30,7 @@ from harness.tasks.report.equal_latency import LatencyPoint as Plain
 from harness.tasks.report.equal_latency import equal_latency_baseline, equal_latency_baselines
 from harness.tasks.report.keys import cache_name
 from models.attention import math_attention
+from models.blocks import wrap_runners
 from models.components import LatentSpace
 from schedulers.build import build
 from schedulers.compatibility import NoiseSchedulerSettings
@@ -213,6 +214,7 @@ def test_guidance_everywhere_is_guidance(when: GuidanceSchedule) -> None:
 def test_requests_that_share_forwards_skip_their_own_evaluations() -> None:
     tiny, rule = TINY["pixart"], FirstBlockCache(1, False, 0, 0.12)
     network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, single_process_group(), SequenceState())
+    wrap_runners(network.network, tiny.plan, network)
     latent, tau_B, condition = tiny.inputs
     drift = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
 
