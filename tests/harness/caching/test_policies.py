@@ -19,7 +19,7 @@ from harness.pipeline.cache_state import CacheState
 from harness.pipeline.denoise import Denoising, DenoisingOptions
 from harness.pipeline.guidance import GuidanceInterval, GuidanceReuse, GuidanceSchedule
 from harness.pipeline.latents import LatentPreparation, seeded_noise
-from harness.pipeline.state import Evaluate, Sample, image_specs
+from harness.pipeline.state import Evaluate, Evaluation, Sample, image_specs
 from harness.pipeline.step_batching import RequestFiber, evaluate
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
@@ -224,7 +224,7 @@ def test_requests_that_share_forwards_skip_their_own_evaluations() -> None:
     def course(row: int, count: int, owner: CacheState) -> RequestFiber[list[torch.Tensor]]:
         def work(evaluation: Evaluate) -> list[torch.Tensor]:
             with torch.inference_mode():
-                return [evaluation(network, *asked(row, k), (owner,)) for k in range(count)]
+                return [evaluation(Evaluation(network, *asked(row, k), (owner,))) for k in range(count)]
 
         return RequestFiber(work)
 
