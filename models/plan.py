@@ -10,28 +10,48 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Dims:
+    """What the dimensions of a block's argument count.
+
+    Args:
+        batch: The dimension that counts the rows of a batch; None if all rows share the argument.
+        tokens: The dimension that counts tokens, which can be sharded; None if every rank holds the argument in full.
+    """
+
+    batch: int | None = 0
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class Stack:
     """A run of equal blocks whose tokens can be sharded over ranks.
 
     Args:
-        blocks: The name of the network's nn.ModuleList.
-        sharded: The sharded arguments of a block's forward, with the dimension that counts tokens.
+        blocks: The name of the network's BlockStack.
+        arguments: The arguments of a block's forward that the network passes, with the dimensions of each.
         replicated: The arguments whose tokens every rank holds in full (the text of a cross-attention).
         outputs: The outputs of a block, in order: the names of the sharded arguments that receive them in the next
             block.
         streams: The sharded arguments that attention joins, in the order of the concatenation.
+        mask: The argument that is true for the real tokens of the first output; empty if all are real.
         cacheable: Whether a block cache may skip the stack; false if it prepares the input of a later one.
         signal: The tensor that TeaCache compares: an argument of the first block, or the module of it whose input it
             is.
     """
 
     blocks: str
-    sharded: Mapping[str, int]
+    arguments: Mapping[str, Dims]
     replicated: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ("x_BLD",)
     streams: tuple[str, ...] = ("x_BLD",)
+    mask: str = ""
     cacheable: bool = True
     signal: str = ""
+
+    @property
+    def sharded(self) -> dict[str, int]:
+        """The arguments whose tokens can be sharded, with the dimension that counts them."""
+        return {name: dims.tokens for name, dims in self.arguments.items() if dims.tokens is not None}
 
 
 @dataclass(frozen=True)

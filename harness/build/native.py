@@ -37,6 +37,7 @@ from harness.resolve.engines_table import DIFFUSERS, NATIVE, SGLANG, baseline_at
 from harness.resolve.layout_rules import needs_lse, patches_of
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
+from models.blocks import RunnerFeature, wrap_runners
 from models.checkpoint_source import CheckpointSource
 from models.components import ComponentLoader, Components, Decoder, networks_in
 from models.quantize import quantize
@@ -69,18 +70,19 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
 
 def apply_layout(
     components: Components, groups: ProcessGroups, backend: str, layout: ParallelConfig, state: SequenceState
-) -> StaleKVCache | None:
-    """Shard the network's tokens or blocks over this rank's groups, in place.
+) -> tuple[RunnerFeature | None, StaleKVCache | None]:
+    """Shard the network's tokens or blocks over this rank's groups, in place, apart from the runners of its blocks.
 
     Args:
         components: the loaded components.
         groups: this rank's groups.
         backend: the attention backend.
         layout: the degrees of parallelism.
-        state: where the hooks write how tokens are sharded.
+        state: where to write how tokens are sharded.
 
     Returns:
-        The keys and values that the layout stores between evaluations; None if the layout is exact.
+        What shards the arguments of the blocks, or None; and the keys and values that the layout stores between
+            evaluations, or None if the layout is exact.
 
     Raises:
         ValueError: if ring attention cannot use the attention backend.
@@ -88,14 +90,16 @@ def apply_layout(
     if layout.pipe > 1:
         pipeline = PipeFusion(groups.ring, patches_of(layout), layout.warmup)
         pipeline.install(components.network, components.plan, attention_kernel(backend))
-        return pipeline
+        return pipeline, pipeline
     if groups.tokens.size == 1:
-        return None
+        return None, None
     displaced = DisplacedPatches(groups.ring, layout.warmup) if layout.displaced else None
     ring_kernel = lse_kernel(backend) if needs_lse(layout) else None
     kernel = attention_kernel(backend)
-    shard_tokens(components.network, components.plan, kernel, ring_kernel, groups, state=state, displaced=displaced)
-    return displaced
+    sharding = shard_tokens(
+        components.network, components.plan, kernel, ring_kernel, groups, state=state, displaced=displaced
+    )
+    return sharding, displaced
 
 
 def native_pipeline(
@@ -134,9 +138,10 @@ def native_pipeline(
         components, config.engine, source.device, dtype, groups.replica.size > 1, replay_support(config, groups)
     )
     state = SequenceState()
-    # the block cache goes inside of the hooks that shard tokens
     cached = cached_network(config.cache, components.network, components.plan, groups.replica, state)
-    stale_kv = apply_layout(components, groups, backend, config.parallel, state)
+    layout, stale_kv = apply_layout(components, groups, backend, config.parallel, state)
+    # from the blocks outwards: each gets its slice of the modulation, a cache skips them, a layout shards their tokens
+    wrap_runners(components.network, components.plan, optimized.precompute, cached, layout)
     if config.parallel.shard_weights:
         apply_fsdp(components.network, components.plan, groups.weights, source.device)
     noise_scheduler = noise_scheduler_of(config, source, components)

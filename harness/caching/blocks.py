@@ -1,28 +1,25 @@
 """A block cache: it lets a forward skip the blocks of a network, and is installed from outside.
 
-Each block of the stacks that the plan marks as cacheable is replaced by a CachedBlock. An image whose evaluation is
-computed goes through every block. An image whose evaluation is skipped gets what its stacks added before, or a forecast
+It is a runner of the stacks that the plan marks as cacheable. An image whose evaluation is computed goes through every
+block. An image whose evaluation is skipped gets what its stacks added before, or a forecast
 of what they would add now:
 
     y = x + sum_i d_i k^i / i!      d_0 what the stack added last, d_i its i-th difference per step, k evaluations later
 
 The rows of a batch are decided independently, so that images which share a forward do not affect one another. Both rows
-of a guided image are skipped or computed together, on whichever ranks they are. Cached blocks run inside the hooks that
-shard tokens, and see the tokens of one rank.
+of a guided image are skipped or computed together, on whichever ranks they are. The cache is inside of the runner that
+shards tokens, and sees the tokens of one rank.
 
 Shapes: B rows of a batch, L tokens of this rank, D channels.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial, update_wrapper
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +28,7 @@ from torch.nn import functional as F
 from harness.parallel.attention import SequenceState, TokenLayout
 from harness.parallel.group import Group
 from harness.pipeline.cache_state import CacheState, StreamKey
+from models.blocks import Runner, Shared, Streams
 from models.plan import ParallelPlan, Stack
 
 
@@ -128,20 +126,17 @@ class CachedForward:
                 row for n, skip in enumerate(self.skipped) if not skip for row in self.rows_of_image[n]
             )
 
-    def select_rows(self, name: str, x: Tensor | None) -> Tensor | None:
+    def select_rows(self, x: Tensor, dim: int | None) -> Tensor:
         """Select the computed rows of a block's argument.
 
         Args:
-            name: the argument's name, whose suffix says which dimension counts rows.
             x: the argument.
+            dim: the dimension that counts rows; None if all rows share the argument.
 
         Returns:
             The computed rows; the argument itself if all rows are computed or share it.
         """
-        if self.computed_rows is None or x is None or "B" not in (letters := name.rpartition("_")[2]):
-            return x
-        dim = letters.index("B")
-        if x.shape[dim] < len(self.cache_states):
+        if self.computed_rows is None or dim is None or x.shape[dim] < len(self.cache_states):
             return x
         return x.index_select(dim, torch.tensor(self.computed_rows, dtype=torch.int64, device=x.device))
 
@@ -246,118 +241,110 @@ class SignalReached(Exception):
         self.signal = signal
 
 
-@dataclass(eq=False)
-class CachedStack:
-    """One stack of cached blocks.
+class CachedRunner:
+    """Runs a stack of blocks on the rows that are computed.
 
     Args:
         stack: the plan of the stack.
         cache: the block cache of the network.
         decides: whether it is the first cached stack of the network, at which the policy decides.
-        base: its streams at the start of this forward; those after the first block if that is always computed.
+        inner: the runner of the blocks.
     """
 
-    stack: Stack
-    cache: BlockCache
-    decides: bool
-    base: list[Tensor] = field(default_factory=list)
+    def __init__(self, stack: Stack, cache: BlockCache, decides: bool, inner: Runner) -> None:
+        self.stack = stack
+        self.cache = cache
+        self.decides = decides
+        self.inner = inner
 
-
-class CachedBlock(nn.Module):
-    """A block that can be skipped. It takes the block's place, and its attributes are those of the block.
-
-    Args:
-        block: the block of the network.
-        cached_stack: the stack that it belongs to.
-        first: whether it is the first block of the stack.
-        last: whether it is the last block of the stack.
-    """
-
-    def __init__(self, block: nn.Module, cached_stack: CachedStack, first: bool, last: bool) -> None:
-        super().__init__()
-        self.block = block
-        self.signature = inspect.signature(block.forward)
-        self._cached_stack, self._first, self._last = cached_stack, first, last
-        self.forward = update_wrapper(partial(self._forward), block.forward)  # inspection sees the block's signature
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name == "block" else getattr(self.block, name)
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        cached_stack = self._cached_stack
-        forward = cached_stack.cache.active_forward
+    def __call__(self, blocks: Sequence[nn.Module], streams: Streams, shared: Shared) -> Streams:
+        """Return the streams after the blocks, computed or forecast row by row."""
+        forward = self.cache.active_forward
         if forward is None:
-            return self.block(*args, **kwargs)
-        arguments = self.signature.bind(*args, **kwargs).arguments
-        streams = [arguments[name] for name in cached_stack.stack.outputs]
-        streams = self._enter(forward, arguments, streams) if self._first else self._run(forward, arguments, streams)
-        if self._last:
-            keys = [(cached_stack.stack.blocks, name) for name in cached_stack.stack.outputs]
-            streams = [forward.merge_rows(*row) for row in zip(keys, cached_stack.base, streams, strict=True)]
-            cached_stack.base = []
-        return tuple(streams) if len(streams) > 1 else streams[0]
+            return self.inner(blocks, streams, shared)
+        if self.decides:
+            blocks, streams = self._decide(forward, blocks, streams, shared)
+        dims = self.stack.arguments
+        computed: Streams = {name: forward.select_rows(x, dims[name].batch) for name, x in streams.items()}
+        if forward.computed_rows != []:
+            selected = {n: x if x is None else forward.select_rows(x, dims[n].batch) for n, x in shared.items()}
+            computed = self.inner(blocks, computed, selected)
+        return {name: forward.merge_rows((self.stack.blocks, name), x, computed[name]) for name, x in streams.items()}
 
-    def _enter(self, forward: CachedForward, arguments: Mapping[str, Any], streams: list[Tensor]) -> list[Tensor]:
-        """Decide at the first block of a stack, and run it."""
-        cached_stack, signal_kind, has_run = self._cached_stack, forward.policy.signal, False
-        if cached_stack.decides and signal_kind is SkipSignal.first_block:
-            before, streams, has_run = streams[0], self._run(forward, arguments, streams), True
-            forward.decide(streams[0] - before, self._token_weight(forward, arguments, before))
-        elif cached_stack.decides:
-            signal = self._stack_signal(arguments) if signal_kind is SkipSignal.stack else None
-            has_tokens = signal is not None and cached_stack.stack.signal not in arguments
-            forward.decide(signal, self._token_weight(forward, arguments, streams[0]) if has_tokens else None)
-        cached_stack.base = streams
-        streams = [x for x in map(forward.select_rows, cached_stack.stack.outputs, streams) if x is not None]
-        return streams if has_run else self._run(forward, arguments, streams)
+    def _decide(
+        self, forward: CachedForward, blocks: Sequence[nn.Module], streams: Streams, shared: Shared
+    ) -> tuple[Sequence[nn.Module], Streams]:
+        """Let the policy decide.
 
-    def _run(self, forward: CachedForward, arguments: Mapping[str, Any], streams: list[Tensor]) -> list[Tensor]:
-        """Run the block on the rows of the streams; without rows, return them as they are."""
-        if not len(streams[0]):
-            return streams
-        inputs: dict[str, Any] = dict(zip(self._cached_stack.stack.outputs, streams, strict=True))
-        inputs |= {name: forward.select_rows(name, x) for name, x in arguments.items() if name not in inputs}
-        output = self.block(**inputs)
-        return list(output) if isinstance(output, tuple) else [output]
+        Args:
+            forward: the forward.
+            blocks: the blocks of the stack.
+            streams: the streams before the stack.
+            shared: what every block gets.
 
-    def _stack_signal(self, arguments: Mapping[str, Any]) -> Tensor:
-        """Return the signal that the plan names: an argument, or the input of a module of this block.
+        Returns:
+            The blocks that may be skipped, and the streams before them.
+        """
+        name, kind = self.stack.outputs[0], forward.policy.signal
+        if kind is SkipSignal.first_block:
+            before, streams = streams[name], self.inner(blocks[:1], streams, shared)
+            forward.decide(streams[name] - before, self.token_weight(forward, before, shared))
+            return blocks[1:], streams
+        signal = self._stack_signal(blocks, streams, shared) if kind is SkipSignal.stack else None
+        has_tokens = signal is not None and self.stack.signal not in self.stack.arguments
+        forward.decide(signal, self.token_weight(forward, streams[name], shared) if has_tokens else None)
+        return blocks, streams
+
+    def _stack_signal(self, blocks: Sequence[nn.Module], streams: Streams, shared: Shared) -> Tensor:
+        """Return the signal that the plan names: an argument, or the input of a module of the first block.
 
         In the second case the block runs as far as that module.
 
         Args:
-            arguments: the arguments of the block.
+            blocks: the blocks of the stack.
+            streams: the streams before the stack.
+            shared: what every block gets.
 
         Returns:
             The signal.
 
         Raises:
-            ValueError: if the block never calls that module.
+            ValueError: if the block never calls that module, or the network passes no such argument.
         """
-        name = self._cached_stack.stack.signal
-        if name in arguments:
-            signal: Tensor = arguments[name]
-            return signal
+        name = self.stack.signal
+        if name in self.stack.arguments:
+            argument = {**shared, **streams}[name]
+            if argument is None:
+                raise ValueError(f"the network passes no {name}, which its plan names as the signal")
+            return argument
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             raise SignalReached(args[0])
 
-        hook = self.block.get_submodule(name).register_forward_pre_hook(stop)
+        hook = blocks[0].get_submodule(name).register_forward_pre_hook(stop)
         try:
-            self.block(**arguments)
+            self.inner(blocks[:1], streams, shared)
         except SignalReached as reached:
             return reached.signal
         finally:
             hook.remove()
         raise ValueError(f"the block never calls {name}, which its plan names as the signal")
 
-    def _token_weight(self, forward: CachedForward, arguments: Mapping[str, Any], stream: Tensor) -> Tensor | None:
-        """Return (B, L, 1), 0 where a token of the first stream is padding, by its mask or by the sharding."""
-        name = self._cached_stack.stack.outputs[0]
-        mask_BL = arguments.get(f"mask_{name.rpartition('_')[2][:2]}")
+    def token_weight(self, forward: CachedForward, stream: Tensor, shared: Shared) -> Tensor | None:
+        """Compute the weight of every token of the first stream.
+
+        Args:
+            forward: the forward.
+            stream: the first stream, (B, L, D).
+            shared: what every block gets.
+
+        Returns:
+            The weights, (B, L, 1), 0 where a token is padding, by its mask or by the sharding; None without padding.
+        """
+        mask_BL = shared.get(self.stack.mask)
         layout = forward.sequence.layout
         if layout is not None:
-            index = self._cached_stack.stack.streams.index(name)
+            index = self.stack.streams.index(self.stack.outputs[0])
             local_length, length = layout.local_lengths[index], layout.lengths[index]
             positions = torch.arange(local_length, device=stream.device) + forward.sequence.index * local_length
             is_token_BL = (positions < length).expand(len(stream), -1)
@@ -366,20 +353,19 @@ class CachedBlock(nn.Module):
 
 
 class BlockCache:
-    """All cached blocks of a network, installed in place; outside of an active forward, blocks run as they did.
+    """The cached stacks of a network (models.blocks.RunnerFeature); outside of a forward, blocks run as they did.
 
     Args:
-        network: the network, written for one device.
         plan: the network's stacks of blocks.
     """
 
-    def __init__(self, network: nn.Module, plan: ParallelPlan) -> None:
+    def __init__(self, plan: ParallelPlan) -> None:
         self.active_forward: CachedForward | None = None
-        for number, stack in enumerate(stack for stack in plan.stacks if stack.cacheable):
-            blocks, cached_stack = network.get_submodule(stack.blocks), CachedStack(stack, self, decides=number == 0)
-            assert isinstance(blocks, nn.ModuleList)
-            for k, block in enumerate(blocks):
-                blocks[k] = CachedBlock(block, cached_stack, first=k == 0, last=k == len(blocks) - 1)
+        self._first = next((stack for stack in plan.stacks if stack.cacheable), None)
+
+    def wrap(self, stack: Stack, inner: Runner) -> Runner:
+        """Return a runner that can skip the blocks of a stack."""
+        return CachedRunner(stack, self, stack is self._first, inner) if stack.cacheable else inner
 
     @contextmanager
     def activate(self, forward: CachedForward) -> Iterator[None]:

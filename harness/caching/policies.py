@@ -21,8 +21,9 @@ from harness.parallel.attention import SequenceState
 from harness.parallel.group import Group
 from harness.pipeline.cache_state import CacheState
 from harness.pipeline.guidance import GuidanceInterval, GuidanceReuse, GuidanceSchedule, always_guided
+from models.blocks import Runner
 from models.components import Conditioning
-from models.plan import ParallelPlan
+from models.plan import ParallelPlan, Stack
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class CachedNetwork(nn.Module):
     """A network whose evaluations may be skipped.
 
     Args:
-        network: the network, written for one device; its blocks are replaced by cached ones in place.
+        network: the network, written for one device; the runners of its blocks get the cache from `wrap`.
         plan: the network's stacks of blocks.
         policy: decides when the evaluation of an image is computed.
         replica: the ranks that compute an image together.
@@ -147,8 +148,12 @@ class CachedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self._block_cache = BlockCache(network, plan)
+        self._block_cache = BlockCache(plan)
         self._policy, self._replica, self._sequence = policy, replica, sequence
+
+    def wrap(self, stack: Stack, inner: Runner) -> Runner:
+        """Return a runner that can skip the blocks of a stack (models.blocks.RunnerFeature)."""
+        return self._block_cache.wrap(stack, inner)
 
     def forward(
         self, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: Sequence[CacheState]
@@ -172,7 +177,7 @@ class CachedNetwork(nn.Module):
 def cached_network(
     cache: CacheConfig, network: nn.Module, plan: ParallelPlan, replica: Group, sequence: SequenceState
 ) -> CachedNetwork | None:
-    """Install the configured block cache in a network, in place.
+    """Return the network with the configured block cache, which the runners of its blocks still have to get.
 
     Args:
         cache: the checked configuration.

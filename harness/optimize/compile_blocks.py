@@ -1,8 +1,8 @@
 """torch.compile by repeated block: the blocks of a stack run one function, so that one graph serves all of them.
 
-A module's `forward` is compiled and not the module. So hooks, which shard tokens and time the network of a baseline
-engine, stay outside of the graph. The first sizes get a graph of their own. If a dimension changes, the next graph
-leaves it dynamic, so that there are few graphs. Graphs are stored on disk for the next process.
+A module's `forward` is compiled and not the module. So the runners of a stack, and the hooks that time the network of a
+baseline engine, stay outside of the graph. The first sizes get a graph of their own. If a dimension changes, the next
+graph leaves it dynamic, so that there are few graphs. Graphs are stored on disk for the next process.
 """
 
 from __future__ import annotations

@@ -11,23 +11,26 @@ Shapes: B rows of a forward, V rows of different labels or vectors (1 without th
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, groupby
 from operator import itemgetter
-from typing import Any, cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
+from models.blocks import Runner, Shared, Streams, block_stack
 from models.components import Conditioning, PrecomputableNetwork
-from models.plan import PrecomputePlan
+from models.plan import PrecomputePlan, Stack
 
 CHUNK_EVALUATIONS = 32
 """Evaluations that are computed at once: enough for an efficient matrix product, and a bound of the memory it takes."""
 VECTOR_FIELDS = ("pooled", "labels", "scale")
 """Fields of a conditioning that a network may embed together with the time."""
+
+BlockSlices: TypeAlias = Mapping[str, tuple[int, int]]
+"""The first feature of a block's own slice and one past the last, by argument of the block."""
 
 
 class OutputSlice(nn.Module):
@@ -90,14 +93,18 @@ class ModuleChains:
         network: the network with the modules, changed in place.
         patterns: the chains, as models.plan.PrecomputePlan states them.
         argument: the argument of the blocks that takes the precomputed outputs.
+
+    Attributes:
+        slices: for each block with such modules, its slice of the outputs.
     """
 
     def __init__(self, network: nn.Module, patterns: Sequence[tuple[str, ...]], argument: str) -> None:
         found = sorted(expand_patterns(network, patterns), key=itemgetter(0))
         self._chains = [[network.get_submodule(name) for name in names] for _, names in found]
         stops = list(accumulate(chain[-1].get_parameter("weight").shape[0] for chain in self._chains))
-        slices = list(zip(found, self._chains, [0, *stops][: len(stops)], stops, strict=True))
-        for block, group in groupby(slices, key=lambda slice_: slice_[0][0]):
+        self.slices: dict[nn.Module, BlockSlices] = {}
+        spans = list(zip(found, self._chains, [0, *stops][: len(stops)], stops, strict=True))
+        for block, group in groupby(spans, key=lambda span: span[0][0]):
             own = list(group)
             first, last = (own[0][2], own[-1][3]) if block else (0, stops[-1])
             for (_, names), chain, start, stop in own:
@@ -105,8 +112,7 @@ class ModuleChains:
                     _replace_module(network, name, Passthrough(module))
                 _replace_module(network, names[-1], OutputSlice(chain[-1], start - first, stop - first, last - first))
             if block:
-                hook = _SliceForBlock(network.get_submodule(block), argument, first, last)
-                network.get_submodule(block).register_forward_pre_hook(hook, with_kwargs=True)
+                self.slices[network.get_submodule(block)] = {argument: (first, last)}
 
     def __call__(self, x: Tensor, *extra: Tensor) -> Tensor:
         """Compute the outputs of all chains, joined along the last dimension.
@@ -121,18 +127,28 @@ class ModuleChains:
         return torch.cat([_run_chain(chain, x, extra) for chain in self._chains], dim=-1) if self._chains else x
 
 
-class _SliceForBlock:
-    """A hook before a block, which narrows the precomputed outputs to those of the block."""
+class SlicingRunner:
+    """Runs blocks one by one, each on its own slice of the precomputed outputs.
 
-    def __init__(self, block: nn.Module, argument: str, start: int, stop: int) -> None:
-        self.signature = inspect.signature(block.forward)
-        self.argument = argument
-        self.start, self.stop = start, stop
+    Args:
+        slices: for each block, the arguments that pass precomputed outputs, with the first feature of the block's own
+            and one past the last.
+        inner: the runner of one block.
+    """
 
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = self.signature.bind(*args, **kwargs)
-        bound.arguments[self.argument] = bound.arguments[self.argument][..., self.start : self.stop]
-        return bound.args, bound.kwargs
+    def __init__(self, slices: Mapping[nn.Module, BlockSlices], inner: Runner) -> None:
+        self.slices = slices
+        self.inner = inner
+
+    def __call__(self, blocks: Sequence[nn.Module], streams: Streams, shared: Shared) -> Streams:
+        """Return the streams after the blocks."""
+        for block in blocks:
+            own = dict(shared)
+            for argument, (start, stop) in self.slices[block].items():
+                if (outputs := shared[argument]) is not None:
+                    own[argument] = outputs[..., start:stop]
+            streams = self.inner((block,), streams, own)
+        return streams
 
 
 def _run_chain(chain: Sequence[nn.Module], x: Tensor, extra: tuple[Tensor, ...]) -> Tensor:
@@ -170,16 +186,26 @@ class PrecomputedModulation:
     """A network whose modulation and text modules return precomputed outputs; one per worker serves all requests.
 
     Args:
-        network: the network, changed in place; from then on it can be evaluated only as its plan says.
+        network: the network, changed in place; from then on it can be evaluated only as its plan says, and with the
+            runners of `wrap`.
         plan: the network's modules that can be precomputed.
         modulation: whether to precompute what depends on time and vectors.
         text: whether to precompute what depends on the text.
     """
 
     def __init__(self, network: nn.Module, plan: PrecomputePlan, modulation: bool = True, text: bool = True) -> None:
-        self._network = cast("PrecomputableNetwork", network)
+        self._module, self._network = network, cast("PrecomputableNetwork", network)
         self._time_chains = ModuleChains(network, plan.time_chains, plan.time_argument) if modulation else None
         self._text_chains = ModuleChains(network, plan.text_chains, plan.text_argument) if text else None
+
+    def wrap(self, stack: Stack, inner: Runner) -> Runner:
+        """Return a runner that gives each block its slice (models.blocks.RunnerFeature)."""
+        chains = [chains for chains in (self._time_chains, self._text_chains) if chains is not None]
+        slices = {
+            block: {name: span for part in chains for name, span in part.slices.get(block, {}).items()}
+            for block in block_stack(self._module, stack)
+        }
+        return SlicingRunner(slices, inner) if any(slices.values()) else inner
 
     def for_batch(self, condition: Conditioning, taus: Sequence[float]) -> PrecomputedConditioning:
         """Return the conditioning of one micro-batch.

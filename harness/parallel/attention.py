@@ -107,7 +107,7 @@ def _token_positions(layout: TokenLayout) -> Tensor:
 
 @dataclass
 class SequenceState:
-    """The layout of the blocks that run now. Hooks that shard tokens set it; attention reads it.
+    """The layout of the blocks that run now. The runner that shards tokens sets it; attention reads it.
 
     Args:
         layout: the layout; None outside of sharded blocks.

@@ -1,16 +1,15 @@
 """Applies a layout to a network from outside, by the plan that its package states: tokens and linears are sharded.
 
-The network stays as it was written for one device. Its attention kernel is replaced by one over sharded tokens. Hooks
-on its blocks shard their arguments and gather what the last block returns. Linears are replaced by their slices.
+The network stays as it was written for one device. Its attention kernel is replaced by one over sharded tokens. A
+runner shards what goes into a stack of blocks, and gathers what comes out. Linears are replaced by their slices.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from harness.parallel.group import Group
 from harness.parallel.process_groups import ProcessGroups
 from models.attention import AttentionKernel
 from models.attention.lse import LseKernel
+from models.blocks import Runner, Shared, Streams, block_stack
 from models.plan import ParallelPlan, Stack
 from models.tensor_slice import TensorSlice
 
@@ -35,8 +35,8 @@ def shard_tokens(
     gather: bool = False,
     displaced: DisplacedPatches | None = None,
     state: SequenceState | None = None,
-) -> None:
-    """Apply sequence parallelism in place: every stack of the plan works on this rank's tokens.
+) -> TokenSharding:
+    """Apply sequence parallelism in place, apart from the runners of the blocks, which the result wraps.
 
     Args:
         network: the network, written for one device.
@@ -48,6 +48,9 @@ def shard_tokens(
         displaced: the stale keys and values, if those are used instead; from now on it counts the network's
             evaluations.
         state: where to write how the tokens at hand are sharded; None if nothing else reads it.
+
+    Returns:
+        The feature that gives every stack of the plan this rank's tokens.
     """
     state = SequenceState() if state is None else state
     state.index = groups.tokens.index
@@ -60,58 +63,53 @@ def shard_tokens(
     if displaced is not None:
         displaced.count_evaluations_of(network)
     for stack in plan.stacks:
-        blocks = network.get_submodule(stack.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        for name, module in blocks.named_modules():
+        for name, module in block_stack(network, stack).named_modules():
             if "kernel" in vars(module):
                 local = any(fnmatch(f"{stack.blocks}.{name}", pattern) for pattern in plan.local_attention)
                 module.kernel = kernel if local else make_attention()
-        _TokenSharder(stack, blocks, groups.tokens, state).install()
+    return TokenSharding(groups.tokens, state)
 
 
-class _TokenSharder:
-    """Shards the arguments of a run of blocks, and gathers what its last block returns."""
+@dataclass(frozen=True)
+class TokenSharding:
+    """Runs every stack of blocks on this rank's tokens (models.blocks.RunnerFeature).
 
-    def __init__(self, stack: Stack, blocks: nn.ModuleList, tokens: Group, state: SequenceState) -> None:
-        self.stack = stack
-        self.blocks = blocks
+    Args:
+        tokens: the ranks that share tokens.
+        state: where to write how the tokens at hand are sharded.
+    """
+
+    tokens: Group
+    state: SequenceState
+
+    def wrap(self, stack: Stack, inner: Runner) -> Runner:
+        """Return a runner that shards the arguments of a stack, and gathers its streams."""
+        return _ShardedRunner(stack, self.tokens, self.state, inner)
+
+
+class _ShardedRunner:
+    """Shards the arguments of a stack of blocks, runs it, and gathers its streams."""
+
+    def __init__(self, stack: Stack, tokens: Group, state: SequenceState, inner: Runner) -> None:
+        self.streams = stack.streams
+        self.sharded = stack.sharded
         self.tokens = tokens
         self.state = state
-        self.signature = inspect.signature(blocks[0].forward)
+        self.inner = inner
 
-    def install(self) -> None:
-        """Hook every block."""
-        for number, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(self._shard_first if number == 0 else self._shard_later, with_kwargs=True)
-        self.blocks[len(self.blocks) - 1].register_forward_hook(self._gather)
-
-    def _shard_first(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = self.signature.bind(*args, **kwargs)
-        streams = [bound.arguments[name] for name in self.stack.streams]
-        lengths = tuple(x.shape[self.stack.sharded[n]] for n, x in zip(self.stack.streams, streams, strict=True))
-        self.state.layout = TokenLayout(lengths, self.tokens.size)
-        return self._shard_arguments(bound, self.stack.sharded)
-
-    def _shard_later(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = self.signature.bind(*args, **kwargs)
-        return self._shard_arguments(bound, [name for name in self.stack.sharded if name not in self.stack.outputs])
-
-    def _shard_arguments(self, bound: inspect.BoundArguments, names: Iterable[str]) -> Any:
-        for name in names:
-            if bound.arguments.get(name) is not None:
-                bound.arguments[name] = shard(bound.arguments[name], self.stack.sharded[name], self.tokens)
-        return bound.args, bound.kwargs
-
-    def _gather(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        layout, self.state.layout = self.state.layout, None
-        assert layout is not None
-        lengths = dict(zip(self.stack.streams, layout.lengths, strict=True))
-        outputs = output if isinstance(output, tuple) else (output,)
-        joined = tuple(
-            None if x is None else unshard(x, self.stack.sharded[name], lengths[name], self.tokens)
-            for name, x in zip(self.stack.outputs, outputs, strict=True)
+    def __call__(self, blocks: Sequence[nn.Module], streams: Streams, shared: Shared) -> Streams:
+        lengths = {name: streams[name].shape[self.sharded[name]] for name in self.streams}
+        self.state.layout = TokenLayout(tuple(lengths.values()), self.tokens.size)
+        local = self.inner(
+            blocks,
+            {name: shard(x, self.sharded[name], self.tokens) for name, x in streams.items()},
+            {name: self._shard_shared(name, x) for name, x in shared.items()},
         )
-        return joined if isinstance(output, tuple) else joined[0]
+        self.state.layout = None
+        return {name: unshard(x, self.sharded[name], lengths[name], self.tokens) for name, x in local.items()}
+
+    def _shard_shared(self, name: str, x: Tensor | None) -> Tensor | None:
+        return x if x is None or name not in self.sharded else shard(x, self.sharded[name], self.tokens)
 
 
 def shard(x: Tensor, dim: int, group: Group) -> Tensor:

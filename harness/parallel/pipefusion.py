@@ -21,11 +21,9 @@ Shapes: B batch, l tokens of a patch, S of all patches, H heads, D head dimensio
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +31,7 @@ from torch import Tensor, nn
 from harness.parallel.group import Group
 from harness.parallel.stale_kv import StaleKVCache
 from models.attention import AttentionKernel
+from models.blocks import Runner, Shared, Streams, block_stack
 from models.plan import ParallelPlan, Stack
 from models.tensor_slice import TensorSlice
 
@@ -120,9 +119,10 @@ class PipeFusion(StaleKVCache):
         self.patches = patches
         self.patch = Patch((), ())
         self._attention: list[PatchAttention] = []
+        self._last: Stack | None = None
 
     def install(self, network: nn.Module, plan: ParallelPlan, kernel: AttentionKernel) -> None:
-        """Make a network a stage of the pipeline, in place.
+        """Make a network a stage of the pipeline, in place, apart from the runners of its blocks.
 
         Args:
             network: the network, written for one device; the blocks of other ranks may have no weights.
@@ -130,16 +130,18 @@ class PipeFusion(StaleKVCache):
             kernel: its attention kernel.
         """
         self.count_evaluations_of(network)
+        self._last = plan.stacks[-1]
         for stack in plan.stacks:
-            blocks = network.get_submodule(stack.blocks)
-            assert isinstance(blocks, nn.ModuleList)
-            for name, module in blocks.named_modules():
+            for name, module in block_stack(network, stack).named_modules():
                 local = any(fnmatch(f"{stack.blocks}.{name}", pattern) for pattern in plan.local_attention)
                 if "kernel" in vars(module) and not local:
                     module.kernel = PatchAttention(kernel, self)
                     self._attention.append(module.kernel)
-            network.set_submodule(stack.blocks, PipelinedBlocks(blocks, stack, self, stack is plan.stacks[-1]))
         network.register_forward_hook(lambda _, args, output: self.group.broadcast(output, self.group.size - 1))
+
+    def wrap(self, stack: Stack, inner: Runner) -> Runner:
+        """Return a runner that passes patches through this rank's blocks (models.blocks.RunnerFeature)."""
+        return PipelinedRunner(stack, self, stack is self._last, inner)
 
     def _release(self) -> None:
         for attention in self._attention:
@@ -182,79 +184,71 @@ class PatchAttention:
         return self.kernel(q_BlHD, cached_2BSHD[0], cached_2BSHD[1], mask_BS)
 
 
-class PipelinedBlocks(nn.Module):
-    """A stack of blocks that its network calls as if it were one block: patch by patch, over all ranks.
+class PipelinedRunner:
+    """Runs a stack of blocks patch by patch, over all ranks; each rank runs its own blocks.
 
-    The network's input to it is valid on the first rank. Its output is valid on the first rank, or on the last rank for
-    the last stack. On all other ranks both have the right shapes only.
+    The streams that come in are valid on the first rank. Those that come out are valid on the first rank, or on the
+    last rank for the last stack. On all other ranks both have the right shapes only.
 
     Args:
-        blocks: the blocks of the stack.
         stack: the plan of the stack.
         pipeline: the pipeline.
         ends: whether this is the last stack of the network.
+        inner: the runner of this rank's blocks.
     """
 
-    def __init__(self, blocks: nn.ModuleList, stack: Stack, pipeline: PipeFusion, ends: bool) -> None:
-        super().__init__()
-        for name, block in blocks.named_children():
-            self.add_module(name, block)
+    def __init__(self, stack: Stack, pipeline: PipeFusion, ends: bool, inner: Runner) -> None:
         index, size = pipeline.group.index, pipeline.group.size
         self.stack = stack
         self.pipeline = pipeline
-        self.signature = inspect.signature(blocks[0].forward)
-        self.own = range(*split_evenly(len(blocks), size)[index])
+        self.inner = inner
         self.is_first_rank = index == 0
         self.receives_output = index == 0 and not ends
         self.sends_output = index < size - 1 or not ends
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        yield self
-
-    def __getitem__(self, number: int) -> nn.Module:
-        return self.get_submodule(str(number))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, blocks: Sequence[nn.Module], streams: Streams, shared: Shared) -> Streams:
         """Run the stack.
 
         Args:
-            *args: positional arguments of a block.
-            **kwargs: keyword arguments of a block.
+            blocks: the blocks of all ranks.
+            streams: the streams before the stack.
+            shared: what every block gets.
 
         Returns:
-            The outputs of a block.
+            The streams after the stack.
 
         Raises:
             ValueError: if there are fewer tokens than patches; on every rank, before any of them sends.
         """
-        bound = self.signature.bind(*args, **kwargs).arguments
-        patches, group = self._patches(bound), self.pipeline.group
-        receiving = [] if self.is_first_rank else [self._receive(bound, patch) for patch in patches]
-        outputs_by_patch: list[dict[str, Tensor]] = []
+        group, patches = self.pipeline.group, self._patches({**shared, **streams})
+        first, stop = split_evenly(len(blocks), group.size)[group.index]
+        receiving = [] if self.is_first_rank else [self._receive(streams, patch) for patch in patches]
+        outputs_by_patch: list[Streams] = []
         sends: list[Callable[[], None]] = []
         for number, patch in enumerate(patches):
-            arguments = bound | {
-                name: _narrow(bound[name], self.stack.sharded[name], span) for name, span in patch.items()
-            }
+            local = {name: self._narrow(name, x, patch) for name, x in streams.items()}
             if receiving:
-                arguments |= {name: wait() for name, wait in receiving[number].items()}
-            outputs = self._run_blocks(arguments, self._patch(bound, patch))
+                local = {name: wait() for name, wait in receiving[number].items()}
+            shared_part = {name: None if x is None else self._narrow(name, x, patch) for name, x in shared.items()}
+            self.pipeline.patch = self._patch(streams, patch)
+            outputs = self.inner(blocks[first:stop], local, shared_part)
             if self.sends_output:
                 sends += [group.send(x, (group.index + 1) % group.size) for x in outputs.values()]
             else:
                 outputs_by_patch.append(outputs)
         if self.receives_output:
             outputs_by_patch = [
-                {name: wait() for name, wait in self._receive(bound, patch).items()} for patch in patches
+                {name: wait() for name, wait in self._receive(streams, patch).items()} for patch in patches
             ]
         for wait in sends:
             wait()
-        return self._concatenate(outputs_by_patch or [bound])
+        parts = outputs_by_patch or [streams]
+        return {name: torch.cat([part[name] for part in parts], self.stack.sharded[name]) for name in streams}
 
-    def _patches(self, bound: dict[str, Any]) -> list[dict[str, Span]]:
+    def _patches(self, given: Shared) -> list[dict[str, Span]]:
         """Return the spans of every patch, by name of the sharded argument."""
         sharded, count = self.stack.sharded, self.pipeline.patches
-        lengths = {name: bound[name].shape[dim] for name, dim in sharded.items() if bound.get(name) is not None}
+        lengths = {name: x.shape[dim] for name, dim in sharded.items() if (x := given[name]) is not None}
         fewest = min(lengths[name] for name in self.stack.streams)
         if fewest < count:
             raise ValueError(f"parallel.patches={count} of {fewest} tokens; use {fewest} or fewer")
@@ -263,31 +257,20 @@ class PipelinedBlocks(nn.Module):
             {name: split_evenly(length, count)[number] for name, length in lengths.items()} for number in range(count)
         ]
 
-    def _patch(self, bound: dict[str, Any], patch: dict[str, Span]) -> Patch:
+    def _patch(self, streams: Streams, patch: dict[str, Span]) -> Patch:
         names = self.stack.streams
-        lengths = (bound[name].shape[self.stack.sharded[name]] for name in names)
+        lengths = (streams[name].shape[self.stack.sharded[name]] for name in names)
         return Patch(tuple(lengths), tuple(patch[name] for name in names))
 
-    def _receive(self, bound: dict[str, Any], patch: dict[str, Span]) -> dict[str, Callable[[], Tensor]]:
+    def _receive(self, streams: Streams, patch: dict[str, Span]) -> dict[str, Callable[[], Tensor]]:
         """Start to receive a patch from the rank before."""
-        group, sharded = self.pipeline.group, self.stack.sharded
-        shapes = {name: _narrow(bound[name], sharded[name], patch[name]) for name in self.stack.outputs}
+        group = self.pipeline.group
+        shapes = {name: self._narrow(name, x, patch) for name, x in streams.items()}
         return {name: group.receive(like.new_empty(like.shape), group.index - 1) for name, like in shapes.items()}
 
-    def _run_blocks(self, arguments: dict[str, Any], patch: Patch) -> dict[str, Tensor]:
-        """Run this rank's blocks."""
-        self.pipeline.patch = patch
-        for number in self.own:
-            output = self[number](**arguments)
-            arguments |= zip(self.stack.outputs, output if isinstance(output, tuple) else (output,), strict=True)
-        return {name: arguments[name] for name in self.stack.outputs}
-
-    def _concatenate(self, parts: Sequence[Mapping[str, Any]]) -> Any:
-        """Join the outputs of all patches to what a block returns."""
-        dims = [(name, self.stack.sharded[name]) for name in self.stack.outputs]
-        outputs = tuple(torch.cat([part[name] for part in parts], dim) for name, dim in dims)
-        return outputs if len(outputs) > 1 else outputs[0]
-
-
-def _narrow(x: Tensor, dim: int, span: Span) -> Tensor:
-    return x.narrow(dim, span[0], span[1] - span[0])
+    def _narrow(self, name: str, x: Tensor, patch: dict[str, Span]) -> Tensor:
+        """Return the tokens of a patch; the argument itself if it is not sharded."""
+        if name not in patch:
+            return x
+        first, stop = patch[name]
+        return x.narrow(self.stack.sharded[name], first, stop - first)

@@ -16,7 +16,7 @@ from harness.parallel.stale_kv import StaleKVCache
 from harness.pipeline.cache_state import CacheState
 from harness.pipeline.guidance import Branches, GuidanceMode, GuidanceSchedule, always_guided
 from harness.pipeline.latents import step_noise
-from harness.pipeline.state import RunContext, Sample, micro_batches, require
+from harness.pipeline.state import Evaluation, RunContext, Sample, micro_batches, require
 from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule
 from schedulers.grid import Grid, Point
 from schedulers.noise_scheduler import NoiseScheduler
@@ -128,12 +128,12 @@ class _NetworkCall:
         self._conditions = {
             mode: stage.condition_at(self._branches.condition_for(mode).to(stage.dtype), grid) for mode in GuidanceMode
         }
-        self._cache_states = tuple(CacheState() for _ in batch)
+        self._kept = tuple(CacheState() for _ in batch)
         self._modes: list[GuidanceMode] = []
 
     def begin_step(self, is_last_step: bool) -> None:
         """Start another solver step."""
-        for state in self._cache_states:
+        for state in self._kept:
             state.is_last_step = is_last_step
 
     def __call__(self, x: Tensor, point: Point) -> Estimate:
@@ -141,14 +141,11 @@ class _NetworkCall:
         mode = stage.options.guidance_schedule(len(self._modes), point)
         network_input = branches.duplicate(x * point.c_in, mode).to(stage.dtype)
         tau_B = torch.full((len(network_input),), point.tau, dtype=torch.float32, device=network_input.device)
-        cache_states = (
-            self._cache_states * (len(network_input) // len(self._batch)) if stage.options.has_block_cache else ()
-        )
+        rows = self._kept * (len(network_input) // len(self._batch)) if stage.options.has_block_cache else ()
         with run.clock.network("denoiser"):
-            output = run.evaluate(
-                stage.network, network_input, tau_B, self._conditions[mode](network_input, point.tau), cache_states
-            )
-        if stage.options.has_block_cache and not any(state.computed[-1] for state in self._cache_states):
+            condition = self._conditions[mode](network_input, point.tau)
+            output = run.evaluate(Evaluation(stage.network, network_input, tau_B, condition, rows))
+        if stage.options.has_block_cache and not any(state.computed[-1] for state in self._kept):
             run.clock.discount("denoiser", 1)
         self._modes.append(mode)
         return stage.noise_scheduler.prediction.estimate(branches.combine(output.float(), mode), x, point)
@@ -156,7 +153,7 @@ class _NetworkCall:
     def skips(self) -> list[CacheSkips]:
         """Return what each image's evaluations skipped, after the last one."""
         skips, rows_requested = [], self._branches.rows_per_image(GuidanceMode.both)
-        for sample, state in zip(self._batch, self._cache_states, strict=True):
+        for sample, state in zip(self._batch, self._kept, strict=True):
             computed = state.computed if self._stage.options.has_block_cache else [True] * len(self._modes)
             skipped = [k for k, done in enumerate(computed) if not done]
             rows = sum(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,35 +22,52 @@ from schedulers.grid import Grid
 T = TypeVar("T")
 OnProgress: TypeAlias = Callable[[str, int, int], None]
 """Called with (stage, 0, 0) at the start of a stage, and with (stage, done, total) after each solver step."""
-CacheStates: TypeAlias = tuple[CacheState, ...]
-"""The cache state of each row's image; empty for a network without a block cache."""
 
 
-class Evaluate(Protocol):
-    """Evaluates the denoiser, directly or together with other requests."""
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the denoiser, with what is kept for the next ones.
 
-    def __call__(
-        self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: CacheStates, /
-    ) -> Tensor:
-        """Evaluate the network.
+    Args:
+        network: the denoiser.
+        latent: its input, (B, ...).
+        tau_B: the time of each row.
+        condition: the conditioning, B rows, precomputed or not.
+        state: what the block cache keeps of each row's image; empty for a network without one.
+    """
 
-        Args:
-            network: the denoiser.
-            latent: its input, (B, ...).
-            tau_B: the time of each row.
-            condition: the conditioning, B rows.
-            cache_states: the cache state of each row's image; empty for a network without a block cache.
+    network: nn.Module
+    latent: Tensor
+    tau_B: Tensor
+    condition: Conditioning
+    state: tuple[CacheState, ...] = ()
 
-        Returns:
-            The network's output, (B, ...).
-        """
+    @property
+    def batch_key(self) -> tuple[object, ...]:
+        """What evaluations in one forward have in common: network, shape of a row, and fields of the conditioning."""
+        absent = tuple(getattr(self.condition, f.name) is None for f in fields(Conditioning) if f.name != "mask")
+        return id(self.network), tuple(self.latent.shape[1:]), absent
+
+    @staticmethod
+    def stack(parts: Sequence[Evaluation]) -> Evaluation:
+        """Concatenate evaluations with the same batch key into one."""
+        return Evaluation(
+            parts[0].network,
+            torch.cat([part.latent for part in parts]),
+            torch.cat([part.tau_B for part in parts]),
+            Conditioning.stack([part.condition for part in parts]),
+            tuple(kept for part in parts for kept in part.state),
+        )
 
 
-def evaluate_directly(
-    network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: CacheStates = ()
-) -> Tensor:
+Evaluate: TypeAlias = Callable[[Evaluation], Tensor]
+"""Returns the network's output, (B, ...), evaluated directly or together with other requests."""
+
+
+def evaluate_directly(evaluation: Evaluation) -> Tensor:
     """Evaluate the network for this request alone."""
-    output: Tensor = network(latent, tau_B, condition, *([cache_states] if cache_states else []))
+    kept = (evaluation.state,) if evaluation.state else ()
+    output: Tensor = evaluation.network(evaluation.latent, evaluation.tau_B, evaluation.condition, *kept)
     return output
 
 

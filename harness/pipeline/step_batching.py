@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
 
 import torch
 from greenlet import greenlet
-from torch import Tensor, nn
+from torch import Tensor
 
-from harness.pipeline.state import CacheStates, Evaluate, evaluate_directly
-from models.components import Conditioning
+from harness.pipeline.state import Evaluate, Evaluation, evaluate_directly
 
 T = TypeVar("T")
 
@@ -33,31 +31,6 @@ def preserve_inference_mode() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class PendingEvaluation:
-    """An evaluation that a request waits for, with the arguments of harness.pipeline.state.Evaluate.
-
-    Args:
-        network: the denoiser.
-        latent: its input, (B, ...).
-        tau_B: the time of each row.
-        condition: the conditioning, B rows.
-        cache_states: the cache state of each row's image.
-    """
-
-    network: nn.Module
-    latent: Tensor
-    tau_B: Tensor
-    condition: Conditioning
-    cache_states: CacheStates = ()
-
-    @property
-    def batch_key(self) -> tuple[object, ...]:
-        """What evaluations in one forward have in common: network, shape of a row, and fields of the conditioning."""
-        absent = tuple(getattr(self.condition, f.name) is None for f in fields(Conditioning) if f.name != "mask")
-        return id(self.network), tuple(self.latent.shape[1:]), absent
-
-
 class RequestFiber(Generic[T]):
     """One request on its way through the stages.
 
@@ -69,7 +42,7 @@ class RequestFiber(Generic[T]):
     """
 
     def __init__(self, work: Callable[[Evaluate], T]) -> None:
-        self.call: PendingEvaluation | None = None
+        self.call: Evaluation | None = None
         self._result: list[T] = []
         self._work = work
         self._fiber = greenlet(self._run)
@@ -110,10 +83,8 @@ class RequestFiber(Generic[T]):
         with preserve_inference_mode():
             self._fiber.switch(output)
 
-    def _evaluate(
-        self, network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: CacheStates = ()
-    ) -> Tensor:
-        self.call = PendingEvaluation(network, latent, tau_B, condition, cache_states)
+    def _evaluate(self, evaluation: Evaluation) -> Tensor:
+        self.call = evaluation
         with preserve_inference_mode():
             output: Tensor | Exception = self._driver.switch()
         if isinstance(output, Exception):
@@ -121,9 +92,7 @@ class RequestFiber(Generic[T]):
         return output
 
 
-def evaluate(
-    calls: Sequence[PendingEvaluation], retry_alone: bool, count: Callable[[int], None]
-) -> list[Tensor | Exception]:
+def evaluate(calls: Sequence[Evaluation], retry_alone: bool, count: Callable[[int], None]) -> list[Tensor | Exception]:
     """Compute pending evaluations; those with the same batch key share a forward.
 
     Args:
@@ -145,14 +114,11 @@ def evaluate(
 
 
 def _evaluate_shared(
-    calls: list[PendingEvaluation], retry_alone: bool, count: Callable[[int], None]
+    calls: list[Evaluation], retry_alone: bool, count: Callable[[int], None]
 ) -> list[Tensor | Exception]:
     count(sum(len(call.latent) for call in calls))
     try:
-        latent, tau_B = torch.cat([call.latent for call in calls]), torch.cat([call.tau_B for call in calls])
-        condition = Conditioning.stack([call.condition for call in calls])
-        cache_states = tuple(state for call in calls for state in call.cache_states)
-        output = evaluate_directly(calls[0].network, latent, tau_B, condition, cache_states)
+        output = evaluate_directly(Evaluation.stack(calls))
         return list(output.split([len(call.latent) for call in calls]))
     except Exception as error:
         if not retry_alone:

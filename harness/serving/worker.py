@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.device.clock import Clock
 from harness.device.cuda import synchronizer
@@ -30,9 +30,9 @@ from harness.parallel.mesh import RankPosition
 from harness.parallel.process_groups import ProcessGroups, single_rank_groups
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.state import (
-    CacheStates,
     Cancelled,
     Evaluate,
+    Evaluation,
     OnProgress,
     RunContext,
     Sample,
@@ -43,7 +43,6 @@ from harness.pipeline.state import (
 )
 from harness.pipeline.step_batching import RequestFiber
 from harness.serving.faults import failure_kind, failure_line
-from models.components import Conditioning
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +121,9 @@ class Worker:
             if self.groups.any_in_replica(is_cancelled()):
                 raise Cancelled
 
-        def evaluate_and_count(
-            network: nn.Module, latent: Tensor, tau_B: Tensor, condition: Conditioning, cache_states: CacheStates
-        ) -> Tensor:
-            self.counter.add(len(latent))
-            return evaluate_directly(network, latent, tau_B, condition, cache_states)
+        def evaluate_and_count(evaluation: Evaluation) -> Tensor:
+            self.counter.add(len(evaluation.latent))
+            return evaluate_directly(evaluation)
 
         run = self._context(request, on_progress, check_cancelled, evaluate_and_count)
         run.traffic, run.energy = self.groups.traffic, self.energy

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
+from models.blocks import BlockStack
 from models.components import Conditioning, time_embedding
 from models.layers import (
     Attention,
@@ -114,7 +115,7 @@ class DiT(nn.Module):
         width = config.width
         self.config = config
         self.patch_embed = nn.Conv2d(config.in_channels, width, kernel_size=config.patch, stride=config.patch)
-        self.blocks = nn.ModuleList([DiTBlock(config, kernel) for _ in range(config.depth)])
+        self.blocks = BlockStack([DiTBlock(config, kernel) for _ in range(config.depth)])
         self.head_modulation = Modulation(width, 2 * width)
         self.project_out = nn.Linear(width, config.patch**2 * config.out_channels)
 
@@ -135,8 +136,7 @@ class DiT(nn.Module):
         base = self.config.sample_size // self.config.patch
         x_BLD = x_BLD + sincos_positions_2d(height, width, self.config.width, base, 1.0, x_BLD.dtype, x_BLD.device)
         time_BE = time_embedding(self, latent_BCHW, tau_B, condition)
-        for block in self.blocks:
-            x_BLD = block(x_BLD, time_BE, labels_B)
+        (x_BLD,) = self.blocks({"x_BLD": x_BLD}, {"time_BE": time_BE, "labels_B": labels_B}).values()
         # the head has no embedding of its own
         condition_BD = self.blocks[0].get_submodule("condition")(time_BE, labels_B)
         shift, scale = self.head_modulation(condition_BD).chunk(2, dim=-1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from models.dit.network import DiTConfig
 from models.files import CheckpointError, check_options, check_sizes, read_network_config
 from models.names import NameMap
-from models.plan import ParallelPlan, PrecomputePlan, Stack
+from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
 
 NAMES = NameMap(  # diffusers' DiTTransformer2DModel on the left, this network on the right
     (
@@ -27,7 +27,9 @@ NAMES = NameMap(  # diffusers' DiTTransformer2DModel on the left, this network o
 )
 PLAN = ParallelPlan(
     heads="heads",
-    stacks=(Stack("blocks", sharded={"x_BLD": 1}, signal="self_attention"),),
+    stacks=(
+        Stack("blocks", {"x_BLD": Dims(tokens=1), "time_BE": Dims(), "labels_B": Dims()}, signal="self_attention"),
+    ),
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     called_outside=("blocks.0.condition",),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
+from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
 from models.layers import (
     JointBlock,
@@ -108,10 +109,8 @@ class Flux(nn.Module):
         self.time = MLPEmbedder(TIME_CHANNELS, width)
         self.guidance = MLPEmbedder(TIME_CHANNELS, width) if config.guidance else None
         self.pooled = MLPEmbedder(config.pooled_channels, width)
-        self.blocks = nn.ModuleList(
-            [JointBlock(config.width, config.head_channels, kernel) for _ in range(config.depth)]
-        )
-        self.single_blocks = nn.ModuleList([FluxSingleBlock(config, kernel) for _ in range(config.single_depth)])
+        self.blocks = BlockStack([JointBlock(config.width, config.head_channels, kernel) for _ in range(config.depth)])
+        self.single_blocks = BlockStack([FluxSingleBlock(config, kernel) for _ in range(config.single_depth)])
         self.head_modulation = Modulation(width, 2 * width)
         self.project_out = nn.Linear(width, patch_channels)
 
@@ -134,11 +133,10 @@ class Flux(nn.Module):
         x_BLD = self.image_in(F.pixel_unshuffle(latent_BCHW, PATCH).flatten(2).transpose(1, 2))
         text_tokens = text_BSD.shape[1]
         rope_2LF = rotary_positions(text_tokens, height, width, self.config.axes, latent_BCHW.device)
-        for block in self.blocks:
-            x_BLD, text_BSD = block(x_BLD, text_BSD, time_BD, rope_2LF[:, text_tokens:])
+        shared = {"time_BD": time_BD, "rope_2LF": rope_2LF[:, text_tokens:]}
+        x_BLD, text_BSD = self.blocks({"x_BLD": x_BLD, "text_BSD": text_BSD}, shared).values()
         x_BLD = torch.cat([text_BSD, x_BLD], dim=1)
-        for block in self.single_blocks:
-            x_BLD = block(x_BLD, time_BD, rope_2LF)
+        (x_BLD,) = self.single_blocks({"x_BLD": x_BLD}, {"time_BD": time_BD, "rope_2LF": rope_2LF}).values()
         scale, shift = self.head_modulation(time_BD).chunk(2, dim=-1)
         y_BLP = self.project_out(modulate(plain_norm(x_BLD[:, text_tokens:]), shift, scale))
         return F.pixel_shuffle(y_BLP.transpose(1, 2).unflatten(2, (height, width)), PATCH)

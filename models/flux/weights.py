@@ -8,7 +8,7 @@ from typing import Any
 from models.files import CheckpointError, check_sizes, read_network_config, rotary_axes
 from models.flux.network import PATCH, FluxConfig
 from models.names import NameMap
-from models.plan import ParallelPlan, PrecomputePlan, Stack
+from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
 
 NAMES = NameMap(  # diffusers' FluxTransformer2DModel on the left, this network on the right
     (
@@ -48,12 +48,17 @@ PLAN = ParallelPlan(
     stacks=(
         Stack(
             "blocks",
-            sharded={"x_BLD": 1, "text_BSD": 1, "rope_2LF": 1},
+            {
+                "x_BLD": Dims(tokens=1),
+                "text_BSD": Dims(tokens=1),
+                "time_BD": Dims(),
+                "rope_2LF": Dims(batch=None, tokens=1),
+            },
             outputs=("x_BLD", "text_BSD"),
             streams=("text_BSD", "x_BLD"),
             signal="heads",
         ),
-        Stack("single_blocks", sharded={"x_BLD": 1, "rope_2LF": 1}),
+        Stack("single_blocks", {"x_BLD": Dims(tokens=1), "time_BD": Dims(), "rope_2LF": Dims(batch=None, tokens=1)}),
     ),
     column=(
         "blocks.*.to_q",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
+from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
 from models.layers import (
     Attention,
@@ -132,7 +133,7 @@ class PixArt(nn.Module):
         self.time_modulation = nn.Linear(width, 6 * width)
         self.text_in = nn.Linear(config.text_channels, width)
         self.text_out = nn.Linear(width, width)
-        self.blocks = nn.ModuleList([PixArtBlock(config, kernel) for _ in range(config.depth)])
+        self.blocks = BlockStack([PixArtBlock(config, kernel) for _ in range(config.depth)])
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.project_out = nn.Linear(width, config.patch**2 * config.out_channels)
 
@@ -154,8 +155,8 @@ class PixArt(nn.Module):
         )
         temb_B7D = time_embedding(self, latent_BCHW, tau_B, condition)
         modulation_B6D, time_B1D = temb_B7D.split([6, 1], dim=1)
-        for block in self.blocks:
-            x_BLD = block(x_BLD, modulation_B6D, text_BSD, text_mask_BS)
+        shared = {"modulation_B6D": modulation_B6D, "text_BSD": text_BSD, "mask_BS": text_mask_BS}
+        (x_BLD,) = self.blocks({"x_BLD": x_BLD}, shared).values()
         shift, scale = (self.scale_shift_table + time_B1D).unsqueeze(2).unbind(1)
         y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
         return unpatchify(y_BLP, height, width, self.config.patch)

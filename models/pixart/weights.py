@@ -8,7 +8,7 @@ from typing import Any
 from models.files import CheckpointError, check_options, check_sizes, read_network_config
 from models.names import NameMap
 from models.pixart.network import PixArtConfig
-from models.plan import ParallelPlan, PrecomputePlan, Stack
+from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
 
 NAMES = NameMap(  # diffusers' PixArtTransformer2DModel on the left, this network on the right
     (
@@ -33,7 +33,14 @@ NAMES = NameMap(  # diffusers' PixArtTransformer2DModel on the left, this networ
 )
 PLAN = ParallelPlan(
     heads="heads",
-    stacks=(Stack("blocks", sharded={"x_BLD": 1}, replicated=("text_BSD",), signal="self_attention"),),
+    stacks=(
+        Stack(
+            "blocks",
+            {"x_BLD": Dims(tokens=1), "modulation_B6D": Dims(), "text_BSD": Dims(), "mask_BS": Dims()},
+            replicated=("text_BSD",),
+            signal="self_attention",
+        ),
+    ),
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     local_attention=("blocks.*.cross_attention",),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
+from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
 from models.layers import (
     JointBlock,
@@ -78,9 +79,7 @@ class QwenImage(nn.Module):
         self.time = MLPEmbedder(TIME_CHANNELS, width)
         self.text_norm = nn.RMSNorm(config.text_channels, eps=1e-6)
         self.text_in = nn.Linear(config.text_channels, width)
-        self.blocks = nn.ModuleList(
-            [JointBlock(config.width, config.head_channels, kernel) for _ in range(config.depth)]
-        )
+        self.blocks = BlockStack([JointBlock(config.width, config.head_channels, kernel) for _ in range(config.depth)])
         self.head_modulation = Modulation(width, 2 * width)
         self.project_out = nn.Linear(width, token_channels)
 
@@ -100,8 +99,8 @@ class QwenImage(nn.Module):
         axes, device = self.config.axes, latent_BCHW.device
         rope_2LF = image_rope(height, width, axes, device)
         text_rope_2SF = text_rope(max(height // 2, width // 2), text_BSD.shape[1], axes, device)
-        for block in self.blocks:
-            x_BLD, text_BSD = block(x_BLD, text_BSD, time_BD, rope_2LF, text_rope_2SF, mask_BS)
+        shared = {"time_BD": time_BD, "rope_2LF": rope_2LF, "text_rope_2SF": text_rope_2SF, "mask_BS": mask_BS}
+        x_BLD, text_BSD = self.blocks({"x_BLD": x_BLD, "text_BSD": text_BSD}, shared).values()
         scale, shift = self.head_modulation(time_BD).chunk(2, dim=-1)
         y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
         return F.pixel_shuffle(y_BLP.transpose(1, 2).unflatten(2, (height, width)), PATCH)

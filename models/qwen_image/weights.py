@@ -7,7 +7,7 @@ from typing import Any
 
 from models.files import CheckpointError, check_sizes, read_network_config, rotary_axes
 from models.names import NameMap
-from models.plan import ParallelPlan, PrecomputePlan, Stack
+from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
 from models.qwen_image.network import PATCH, QwenImageConfig
 
 NAMES = NameMap(  # diffusers' QwenImageTransformer2DModel on the left, this network on the right
@@ -44,7 +44,14 @@ PLAN = ParallelPlan(
     stacks=(
         Stack(
             "blocks",
-            sharded={"x_BLD": 1, "text_BSD": 1, "rope_2LF": 1, "text_rope_2SF": 1, "mask_BS": 1},
+            {
+                "x_BLD": Dims(tokens=1),
+                "text_BSD": Dims(tokens=1),
+                "time_BD": Dims(),
+                "rope_2LF": Dims(batch=None, tokens=1),
+                "text_rope_2SF": Dims(batch=None, tokens=1),
+                "mask_BS": Dims(tokens=1),
+            },
             outputs=("x_BLD", "text_BSD"),
             streams=("text_BSD", "x_BLD"),
             signal="heads",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import AttentionKernel, sdpa_attention
+from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
 from models.layers import (
     FeedForward,
@@ -139,7 +140,7 @@ class SD3(nn.Module):
         self.text_in = nn.Linear(config.text_channels, width)
         self.time = MLPEmbedder(TIME_CHANNELS, width)
         self.pooled = MLPEmbedder(config.pooled_channels, width)
-        self.blocks = nn.ModuleList(
+        self.blocks = BlockStack(
             [SD3Block(config, kernel, n in config.dual, n == config.depth - 1) for n in range(config.depth)]
         )
         self.head_modulation = Modulation(width, 2 * width)
@@ -161,8 +162,7 @@ class SD3(nn.Module):
         x_BLD = x_BLD + self._center_positions(height, width).to(x_BLD)
         time_BD = time_embedding(self, latent_BCHW, tau_B, condition)
         text_BSD, _ = text_embedding(self, condition)
-        for block in self.blocks:
-            x_BLD, text_BSD = block(x_BLD, text_BSD, time_BD)
+        x_BLD, text_BSD = self.blocks({"x_BLD": x_BLD, "text_BSD": text_BSD}, {"time_BD": time_BD}).values()
         scale, shift = self.head_modulation(time_BD).chunk(2, dim=-1)
         y_BLP = self.project_out(modulate(plain_norm(x_BLD), shift, scale))
         return unpatchify(y_BLP, height, width, self.config.patch)

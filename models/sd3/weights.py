@@ -7,7 +7,7 @@ from typing import Any
 
 from models.files import CheckpointError, check_sizes, read_network_config
 from models.names import NameMap
-from models.plan import ParallelPlan, PrecomputePlan, Stack
+from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
 from models.sd3.network import SD3Config
 
 NAMES = NameMap(  # diffusers' SD3Transformer2DModel on the left, this network on the right
@@ -51,7 +51,7 @@ PLAN = ParallelPlan(
     stacks=(
         Stack(
             "blocks",
-            sharded={"x_BLD": 1, "text_BSD": 1},
+            {"x_BLD": Dims(tokens=1), "text_BSD": Dims(tokens=1), "time_BD": Dims()},
             outputs=("x_BLD", "text_BSD"),
             streams=("text_BSD", "x_BLD"),
             signal="heads",

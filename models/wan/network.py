@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
+from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
 from models.layers import FeedForward, QKVProjection, cached_tensor, modulate, rotate, timestep_embedding
 
@@ -132,7 +133,7 @@ class Wan(nn.Module):
         self.time_modulation = nn.Linear(width, 6 * width)
         self.text_in = nn.Linear(config.text_channels, width)
         self.text_out = nn.Linear(width, width)
-        self.blocks = nn.ModuleList([WanBlock(config, kernel) for _ in range(config.depth)])
+        self.blocks = BlockStack([WanBlock(config, kernel) for _ in range(config.depth)])
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
         self.project_out = nn.Linear(width, config.patch**2 * config.channels)
 
@@ -158,8 +159,8 @@ class Wan(nn.Module):
         x_BLD = self.patch_embed(latent_BCFHW).flatten(2).transpose(1, 2).contiguous()
         temb_B7D = time_embedding(self, latent_BCFHW, tau_B, condition)
         modulation_B6D, time_B1D = temb_B7D.split([6, 1], dim=1)
-        for block in self.blocks:
-            x_BLD = block(x_BLD, text_BSD, modulation_B6D, rope_2LE)
+        shared = {"text_BSD": text_BSD, "modulation_B6D": modulation_B6D, "rope_2LE": rope_2LE}
+        (x_BLD,) = self.blocks({"x_BLD": x_BLD}, shared).values()
         shift, scale = (self.scale_shift_table + time_B1D).unsqueeze(2).unbind(1)
         y_BLP = self.project_out(modulate(_norm(x_BLD, config.eps), shift, scale).type_as(x_BLD))
         return self._unpatch(y_BLP, frames, height, width)

@@ -7,7 +7,7 @@ from typing import Any
 
 from models.files import CheckpointError, check_sizes, read_network_config
 from models.names import NameMap
-from models.plan import ParallelPlan, PrecomputePlan, Stack
+from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
 from models.wan.network import WanConfig
 
 NAMES = NameMap(  # diffusers' WanTransformer3DModel on the left, this network on the right
@@ -29,7 +29,19 @@ NAMES = NameMap(  # diffusers' WanTransformer3DModel on the left, this network o
 )
 PLAN = ParallelPlan(
     heads="heads",
-    stacks=(Stack("blocks", sharded={"x_BLD": 1, "rope_2LE": 1}, replicated=("text_BSD",), signal="modulation_B6D"),),
+    stacks=(
+        Stack(
+            "blocks",
+            {
+                "x_BLD": Dims(tokens=1),
+                "text_BSD": Dims(),
+                "modulation_B6D": Dims(),
+                "rope_2LE": Dims(batch=None, tokens=1),
+            },
+            replicated=("text_BSD",),
+            signal="modulation_B6D",
+        ),
+    ),
     column=("blocks.*.to_q", "blocks.*.to_k", "blocks.*.to_v", "blocks.*.feed_forward.up"),
     row=("blocks.*.to_out", "blocks.*.feed_forward.down"),
     local_attention=("blocks.*.cross_attention",),

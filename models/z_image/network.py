@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
+from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
 from models.layers import (
     Modulation,
@@ -176,9 +177,9 @@ class ZImage(nn.Module):
         self.text_norm = nn.RMSNorm(config.text_channels, eps=config.norm_eps)
         self.text_in = nn.Linear(config.text_channels, width)
         self.text_pad = nn.Parameter(torch.zeros(1, width))
-        self.noise_refiner = nn.ModuleList([ZImageBlock(config, kernel) for _ in range(config.refiner_depth)])
-        self.context_refiner = nn.ModuleList([ZImageTextBlock(config, kernel) for _ in range(config.refiner_depth)])
-        self.layers = nn.ModuleList([ZImageBlock(config, kernel) for _ in range(config.depth)])
+        self.noise_refiner = BlockStack([ZImageBlock(config, kernel) for _ in range(config.refiner_depth)])
+        self.context_refiner = BlockStack([ZImageTextBlock(config, kernel) for _ in range(config.refiner_depth)])
+        self.layers = BlockStack([ZImageBlock(config, kernel) for _ in range(config.depth)])
         self.head_modulation = Modulation(config.time_width, width)
         self.project_out = nn.Linear(width, token_channels)
 
@@ -202,13 +203,12 @@ class ZImage(nn.Module):
         padded = x_BLD.shape[1]
         padded_B = _count_text_tokens(text_BSD, text_mask_BS)
         rope_2BJF = self._rope(height, width, missing, text_BSD.shape[1], padded_B)
-        for block in self.noise_refiner:
-            x_BLD = block(x_BLD, rope_2BJF[:, :, :padded], None, time_BA)
+        shared = {"rope_2BJF": rope_2BJF[:, :, :padded], "mask_BJ": None, "time_BA": time_BA}
+        (x_BLD,) = self.noise_refiner({"x_BJD": x_BLD}, shared).values()
         joint_BJD = torch.cat([x_BLD, text_BSD], dim=1)
         mask_BJ = None if text_mask_BS is None else F.pad(text_mask_BS, (padded, 0), value=True)
-        for block in self.layers:
-            joint_BJD = block(joint_BJD, rope_2BJF, mask_BJ, time_BA)
-
+        shared = {"rope_2BJF": rope_2BJF, "mask_BJ": mask_BJ, "time_BA": time_BA}
+        (joint_BJD,) = self.layers({"x_BJD": joint_BJD}, shared).values()
         y_BLP = self.project_out(plain_norm(joint_BJD[:, : height * width]) * (1 + self.head_modulation(time_BA)))
         return -unpatchify(y_BLP, height, width, PATCH)
 
@@ -227,8 +227,7 @@ class ZImage(nn.Module):
         text_BSD, mask_BS = self._pad_text(condition)
         angles_SF = text_angles(text_BSD.shape[1], self.config.axes, self.config.theta, text_BSD.device)
         rope_2BSF = torch.stack([angles_SF.cos(), angles_SF.sin()])[:, None]
-        for block in self.context_refiner:
-            text_BSD = block(text_BSD, rope_2BSF, mask_BS)
+        (text_BSD,) = self.context_refiner({"x_BJD": text_BSD}, {"rope_2BJF": rope_2BSF, "mask_BJ": mask_BS}).values()
         return replace(condition, prompt_embeds=None, encoder_hidden_states=text_BSD, mask=mask_BS)
 
     def _pad_text(self, condition: Conditioning) -> tuple[Tensor, Tensor | None]:

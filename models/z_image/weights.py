@@ -7,7 +7,7 @@ from typing import Any
 
 from models.files import CheckpointError, check_sizes, read_network_config, rotary_axes
 from models.names import NameMap
-from models.plan import ParallelPlan, PrecomputePlan, Stack
+from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
 from models.z_image.network import PATCH, ZImageConfig
 
 NAMES = NameMap(  # diffusers' ZImageTransformer2DModel on the left, this network on the right
@@ -28,13 +28,14 @@ NAMES = NameMap(  # diffusers' ZImageTransformer2DModel on the left, this networ
         ("feed_forward.w3", "feed_forward.up"),
     )
 )
-TOKENS = {"x_BJD": 1, "rope_2BJF": 2, "mask_BJ": 1}
+TEXT_ARGUMENTS = {"x_BJD": Dims(tokens=1), "rope_2BJF": Dims(batch=1, tokens=2), "mask_BJ": Dims(tokens=1)}
+ARGUMENTS = {**TEXT_ARGUMENTS, "time_BA": Dims()}
 PLAN = ParallelPlan(
     heads="heads",
     stacks=(
-        Stack("noise_refiner", TOKENS, outputs=("x_BJD",), streams=("x_BJD",), cacheable=False),
-        Stack("context_refiner", TOKENS, outputs=("x_BJD",), streams=("x_BJD",), cacheable=False),
-        Stack("layers", TOKENS, outputs=("x_BJD",), streams=("x_BJD",), signal="attention"),
+        Stack("noise_refiner", ARGUMENTS, outputs=("x_BJD",), streams=("x_BJD",), cacheable=False),
+        Stack("context_refiner", TEXT_ARGUMENTS, outputs=("x_BJD",), streams=("x_BJD",), cacheable=False),
+        Stack("layers", ARGUMENTS, outputs=("x_BJD",), streams=("x_BJD",), mask="mask_BJ", signal="attention"),
     ),
     column=("*.attention.to_q", "*.attention.to_k", "*.attention.to_v", "*.feed_forward.gate", "*.feed_forward.up"),
     row=("*.attention.to_out", "*.feed_forward.down"),

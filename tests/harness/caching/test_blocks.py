@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.caching.blocks import CachedForward, SkipPolicy, forecast
+from harness.caching.blocks import BlockCache, CachedForward, SkipPolicy, forecast
 from harness.caching.policies import CachedNetwork, FirstBlockCache, TaylorSeer, TeaCache
 from harness.parallel.attention import SequenceState, TokenLayout
 from harness.parallel.group import single_process_group
 from harness.pipeline.cache_state import CacheState
 from models.attention import math_attention
+from models.blocks import BlockStack, run_blocks, wrap_runners
 from models.components import Conditioning
 from models.plan import Stack
 from tests.fixtures.models.parity import rel_l2
@@ -33,7 +34,9 @@ RULES: dict[str, Callable[[float], SkipPolicy]] = {
 
 def cached(name: str, rule: SkipPolicy) -> CachedNetwork:
     tiny = TINY[name]
-    return CachedNetwork(tiny.build(math_attention), tiny.plan, rule, single_process_group(), SequenceState())
+    network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, single_process_group(), SequenceState())
+    wrap_runners(network.network, tiny.plan, network)
+    return network
 
 
 def evaluations(name: str, count: int) -> list[Inputs]:
@@ -92,7 +95,7 @@ class ByHand:
         """Return the output where each stack adds only the known tensors."""
         for stack, blocks, kept, own in zip(self.stacks, self.blocks, self.kept, added, strict=True):
             owner, _, leaf = stack.blocks.rpartition(".")
-            setattr(self.network.get_submodule(owner), leaf, nn.ModuleList([*kept, Adds(stack, blocks[0], own)]))
+            setattr(self.network.get_submodule(owner), leaf, BlockStack([*kept, Adds(stack, blocks[0], own)]))
             # DiT's head reads its time embedding from its first block
             if not kept and "condition" in dict(blocks[0].named_children()):
                 self.network.get_submodule(stack.blocks)[0].condition = blocks[0].condition
@@ -231,10 +234,9 @@ def test_a_neighbour_with_a_longer_text_changes_nothing() -> None:
 def test_padding_of_sharded_tokens_has_no_weight() -> None:
     state = SequenceState(TokenLayout((35,), 2), 1)
     rule, tiny = RULES["first_block"](1.0), TINY["pixart"]
-    network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, single_process_group(), state)
-    gate = network.network.get_submodule("blocks")[0]
-    weight = gate._token_weight(
-        CachedForward((CacheState(),), rule, single_process_group(), state), {}, torch.zeros(1, 18, 4)
+    runner = BlockCache(tiny.plan).wrap(tiny.plan.stacks[0], run_blocks)
+    weight = runner.token_weight(
+        CachedForward((CacheState(),), rule, single_process_group(), state), torch.zeros(1, 18, 4), {}
     )
     assert weight[0, :, 0].tolist() == [1.0] * 17 + [0.0]
 

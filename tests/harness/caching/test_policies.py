@@ -19,7 +19,7 @@ from harness.pipeline.cache_state import CacheState
 from harness.pipeline.denoise import Denoising, DenoisingOptions
 from harness.pipeline.guidance import GuidanceInterval, GuidanceReuse, GuidanceSchedule
 from harness.pipeline.latents import LatentPreparation, seeded_noise
-from harness.pipeline.state import Evaluate, Sample, image_specs
+from harness.pipeline.state import Evaluate, Evaluation, Sample, image_specs
 from harness.pipeline.step_batching import RequestFiber, evaluate
 from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
@@ -30,6 +30,7 @@ from harness.tasks.report.equal_latency import LatencyPoint as Plain
 from harness.tasks.report.equal_latency import equal_latency_baseline, equal_latency_baselines
 from harness.tasks.report.keys import cache_name
 from models.attention import math_attention
+from models.blocks import wrap_runners
 from models.components import LatentSpace
 from schedulers.build import build
 from schedulers.grid import Point
@@ -213,6 +214,7 @@ def test_guidance_everywhere_is_guidance(when: GuidanceSchedule) -> None:
 def test_requests_that_share_forwards_skip_their_own_evaluations() -> None:
     tiny, rule = TINY["pixart"], FirstBlockCache(1, False, 0, 0.12)
     network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, single_process_group(), SequenceState())
+    wrap_runners(network.network, tiny.plan, network)
     latent, tau_B, condition = tiny.inputs
     drift = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
 
@@ -222,7 +224,7 @@ def test_requests_that_share_forwards_skip_their_own_evaluations() -> None:
     def course(row: int, count: int, owner: CacheState) -> RequestFiber[list[torch.Tensor]]:
         def work(evaluation: Evaluate) -> list[torch.Tensor]:
             with torch.inference_mode():
-                return [evaluation(network, *asked(row, k), (owner,)) for k in range(count)]
+                return [evaluation(Evaluation(network, *asked(row, k), (owner,))) for k in range(count)]
 
         return RequestFiber(work)
 

@@ -16,6 +16,7 @@ from harness.parallel.parallelize import shard_linears, shard_tokens
 from harness.parallel.process_groups import ProcessGroups
 from models.attention import math_attention
 from models.attention.lse import math_lse
+from models.blocks import wrap_runners
 from tests.fixtures.parallel.networks import TINY
 
 
@@ -53,7 +54,7 @@ def test_a_rank_does_and_holds_what_the_formulas_say(name: str) -> None:
             continue
         network, groups, flops = tiny.build(math_attention), silent(degrees), []
         shard_linears(network, tiny.plan, groups.tp)
-        shard_tokens(network, tiny.plan, math_attention, math_lse, groups)
+        wrap_runners(network, tiny.plan, shard_tokens(network, tiny.plan, math_attention, math_lse, groups))
         with torch.no_grad(), count_operations(flops.append):
             network(*tiny.inputs)
         assert flops == [rank_flops(trace, degrees)], degrees

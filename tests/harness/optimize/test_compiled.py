@@ -1,7 +1,5 @@
 """engine.optimize=compile: one graph for each kind of block, and the plain network's numbers, at every size."""
 
-import importlib
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -10,9 +8,9 @@ from harness.config.optimize import CompileConfig
 from harness.device.flops import count_operations
 from harness.optimize.compile_blocks import blocks_of, compile_forwards
 from harness.optimize.fuse import fuse_projections
-from harness.optimize.precompute import PrecomputedModulation
 from models.attention import sdpa_attention
 from tests.fixtures.models.parity import rel_l2
+from tests.fixtures.models.precompute import precomputed
 from tests.fixtures.parallel.networks import TINY
 
 BOUND = 1e-5
@@ -41,7 +39,7 @@ def _own_graphs(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_share_a_graph_and_give_the_plain_numbers(name: str) -> None:
     tiny = TINY[name]
     plain, network = tiny.build(sdpa_attention), tiny.build(sdpa_attention)
-    ahead = PrecomputedModulation(network, importlib.import_module(f"models.{name}").PRECOMPUTE)
+    ahead = precomputed(network, name)
     fuse_projections(network, tiny.plan)
     assert compile_forwards(blocks_of(network, tiny.plan), CompileConfig(), CPU) == "compiled"
     latent, _, condition = tiny.inputs

@@ -11,6 +11,7 @@ from harness.costs.memory import displaced_elements
 from harness.costs.traffic import pipe_bytes, trace_network
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from models.attention import math_attention
+from models.blocks import wrap_runners
 from models.checkpoint_source import CheckpointSource
 from tests.fixtures.models.parity import rel_l2
 from tests.fixtures.parallel.networks import TINY
@@ -115,5 +116,6 @@ def test_more_patches_than_tokens_are_refused() -> None:
     network = tiny.build(math_attention)
     pipeline = PipeFusion(group_of(2, 0), 8, 1)
     pipeline.install(network, tiny.plan, math_attention)
+    wrap_runners(network, tiny.plan, pipeline)
     with pytest.raises(ValueError, match=r"parallel\.patches=8 of 7 tokens; use 7 or fewer"):
         network(*tiny.inputs)

@@ -16,6 +16,7 @@ from harness.parallel.parallelize import shard_linears, shard_tokens
 from harness.parallel.process_groups import ProcessGroups, make_process_groups
 from models.attention import math_attention
 from models.attention.lse import math_lse
+from models.blocks import wrap_runners
 from tests.fixtures.parallel.layouts import branches
 from tests.fixtures.parallel.networks import TINY, Tiny
 from tests.fixtures.parallel.ranks import on_ranks
@@ -52,7 +53,7 @@ def both(tiny: Tiny, dtype: torch.dtype, groups: ProcessGroups) -> dict[str, Ten
     network = tiny.build(math_attention, dtype)
     shard_linears(network, tiny.plan, groups.tp)
     said = weight_bytes(network, tiny.plan, groups.weights.size)
-    shard_tokens(network, tiny.plan, math_attention, math_lse, groups)
+    wrap_runners(network, tiny.plan, shard_tokens(network, tiny.plan, math_attention, math_lse, groups))
     latent, tau_B, condition = tiny.inputs
 
     def output() -> Tensor:

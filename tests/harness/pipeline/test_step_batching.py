@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.pipeline.state import Cancelled, Evaluate
-from harness.pipeline.step_batching import PendingEvaluation, RequestFiber, evaluate
+from harness.pipeline.state import Cancelled, Evaluate, Evaluation
+from harness.pipeline.step_batching import RequestFiber, evaluate
 from models.components import Conditioning
 
 
@@ -28,8 +28,8 @@ class Doubling(nn.Module):
         return 2 * latent + tau_B.view(-1, 1) * 0
 
 
-def call(network: nn.Module, rows: int, value: float = 1.0, width: int = 3) -> PendingEvaluation:
-    return PendingEvaluation(
+def call(network: nn.Module, rows: int, value: float = 1.0, width: int = 3) -> Evaluation:
+    return Evaluation(
         network, torch.full((rows, width), value), torch.zeros(rows), Conditioning(labels=torch.zeros(rows))
     )
 
@@ -50,7 +50,7 @@ def test_calls_of_a_kind_share_a_forward_and_get_their_own_rows() -> None:
 
 def test_calls_with_other_inputs_do_not_share() -> None:
     network = Doubling()
-    other = PendingEvaluation(network, torch.ones(1, 3), torch.zeros(1), Conditioning(pooled=torch.ones(1, 3)))
+    other = Evaluation(network, torch.ones(1, 3), torch.zeros(1), Conditioning(pooled=torch.ones(1, 3)))
     evaluate([call(network, 1), other], retry_alone=True, count=ignore)
     assert network.batches == [1, 1]
 
@@ -79,7 +79,7 @@ def doubled(times: int, network: nn.Module) -> RequestFiber[float]:
         x = torch.ones(1, 3)
         with torch.inference_mode():
             for _ in range(times):
-                x = evaluation(network, x, torch.zeros(1), Conditioning())
+                x = evaluation(Evaluation(network, x, torch.zeros(1), Conditioning()))
         return float(x[0, 0])
 
     return RequestFiber(work)
@@ -113,7 +113,7 @@ def test_an_exception_in_place_of_an_output_is_raised_in_its_fiber_alone() -> No
 
     def work(evaluation: Evaluate) -> float:
         try:
-            evaluation(network, torch.ones(1, 3), torch.zeros(1), Conditioning())
+            evaluation(Evaluation(network, torch.ones(1, 3), torch.zeros(1), Conditioning()))
         except Cancelled:
             caught.append("cancelled")
         return 0.0
@@ -140,7 +140,7 @@ def test_each_stack_keeps_its_own_inference_mode() -> None:
     def work(evaluation: Evaluate) -> float:
         with torch.inference_mode():
             for _ in range(3):
-                evaluation(Doubling(), torch.ones(1, 3), torch.zeros(1), Conditioning())
+                evaluation(Evaluation(Doubling(), torch.ones(1, 3), torch.zeros(1), Conditioning()))
                 modes.append(torch.is_inference_mode_enabled())
         return 0.0
 
