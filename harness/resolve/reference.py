@@ -274,7 +274,8 @@ def _describe_option(group: str, option: str) -> str:
     lines = [f"{group}={option}", textwrap.indent(text, "  ")]
     if choice:
         lines.append("keys that it uses:")
-        lines += [f"  {key.name}  {key.option.meaning}" for key in choice]
+        width = max(len(key.name) for key in choice)
+        lines += [f"  {key.name:{width}}  {key.option.meaning}" for key in choice]
     return "\n".join(lines)
 
 

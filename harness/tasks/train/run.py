@@ -137,10 +137,6 @@ def _parts(config: TrainConfig) -> list[str]:
 def _data(config: DataConfig) -> list[CaptionedImage]:
     """List the images of the data folder; if a recipe is named, it builds the folder first."""
     if config.recipe is not None:
-        if config.recipe not in RECIPES:
-            raise ValueError(
-                f"train.data.recipe={config.recipe}; the recipes are {list(RECIPES)}, and null takes a folder as it is"
-            )
         RECIPES[config.recipe](config)
     return read_folder(Path(config.folder), config.size)
 

@@ -61,7 +61,7 @@ def test_a_key_is_described() -> None:
 def test_a_group_and_an_option_are_described() -> None:
     assert describe("cache").startswith("cache: first_block, ")
     assert "  cache.interval " in describe("cache")
-    assert "scheduler.solver.corrector  Whether the corrector runs" in describe("scheduler/solver=unipc")
+    assert "scheduler.solver.corrector          Whether the corrector runs" in describe("scheduler/solver=unipc")
     assert "arXiv:2411.19108" in describe("cache=teacache")
     assert "word or null" in describe("model.checkpoint_defaults.ddpm.end")
 

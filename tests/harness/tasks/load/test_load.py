@@ -206,7 +206,7 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["load.steps=[0]"], "request.steps=0"),
+        (["load.steps=[0]"], "load.steps=0; give at least 1"),
         (["load.sizes=[65]"], "the nearest this model can make is 64 or 72"),
         (["launch.mode=inprocess"], "use launch.mode=torchrun"),
         (["load.rate=0"], "load.rate=0.0; give more than 0"),

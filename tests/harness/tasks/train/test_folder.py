@@ -148,7 +148,6 @@ def tensors(path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("overrides", "hint"),
     [
-        (["train.data.recipe=emojis"], "the recipes are"),
         (["train.parts=[vae]"], "remove both parts"),
         (["train.base_model=/no/such/model"], "no such folder"),
         (["train.data.size=32"], "train.data.size=32"),

@@ -1,7 +1,7 @@
 """All parts in order on coloured squares: what each leaves behind; a second run repeats nothing."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from harness.metrics.gallery import FILE, Gallery
 from harness.tasks.train.captions import caption
 from harness.tasks.train.emoji import STYLES
 from harness.tasks.train.folder import CaptionedImage
-from harness.tasks.train.run import PARTS, run
+from harness.tasks.train.run import PARTS, RECIPES, run
+from schedulers.options import option_of
 from schedulers.settings import NoiseSchedulerSettings
 from tests.fixtures.training import captioned
 
@@ -96,6 +97,12 @@ def test_all_parts_run_and_a_second_run_trains_no_further(config: TrainConfig) -
     second = run(config, FLOW)
     assert second == first
     assert (Path(config.folder) / "curve.jsonl").read_text() == curve
+
+
+def test_the_words_of_the_configuration_are_what_runs() -> None:
+    declared = {field.name: option_of(field).words for kind in (TrainConfig, DataConfig) for field in fields(kind)}
+    assert declared["parts"] == tuple(PARTS)
+    assert declared["recipe"] == tuple(RECIPES)
 
 
 def test_unknown_part_is_refused(config: TrainConfig) -> None:
