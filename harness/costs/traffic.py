@@ -39,9 +39,8 @@ tokens sends nothing. Data parallelism sends nothing.
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from functools import partial
@@ -52,6 +51,7 @@ from torch import Tensor, nn
 
 from harness.device.flops import count_operations
 from harness.parallel.attention import TokenLayout
+from models.blocks import Runner, Shared, Streams, block_stack, wrap_runners
 from models.components import Conditioning
 from models.meta_init import build_empty
 from models.plan import ParallelPlan, Stack
@@ -284,14 +284,10 @@ class _NetworkTracer:
             if "kernel" in (attributes := vars(module)):
                 attributes["kernel"] = self._attend_locally
         for stack in self.plan.stacks:
-            blocks = network.get_submodule(stack.blocks)
-            assert isinstance(blocks, nn.ModuleList)
-            for name, module in blocks.named_modules():
+            for name, module in block_stack(network, stack).named_modules():
                 if "kernel" in vars(module) and not _named(f"{stack.blocks}.{name}", self.plan.local_attention):
                     module.kernel = self._attend
-            for block in blocks:
-                block.register_forward_pre_hook(partial(self._enter, stack), with_kwargs=True)
-            blocks[len(blocks) - 1].register_forward_hook(partial(self._leave, stack))
+        wrap_runners(network, self.plan, self)
         for name, module in network.named_modules():
             if isinstance(module, nn.RMSNorm) and _named(name, self.plan.head_norms):
                 module.register_forward_hook(self._norm)
@@ -305,19 +301,23 @@ class _NetworkTracer:
             return "outputs"
         return "inputs" if _named(name, (*self.plan.row, *self.plan.joined_rows)) else None
 
-    def _enter(self, stack: Stack, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
-        self._lengths = tuple(given[name].shape[stack.sharded[name]] for name in stack.streams)
-        sharded = [given[name] for name in stack.sharded if given.get(name) is not None]
-        self._sharded_mask = any(x.dtype is torch.bool for x in sharded)
-        self._replicated = [given[name] for name in stack.replicated]
+    def wrap(self, stack: Stack, inner: Runner) -> Runner:
+        """Return a runner that notes the tokens of a stack (models.blocks.RunnerFeature)."""
+        return partial(self._run_stack, stack, inner)
 
-    def _leave(self, stack: Stack, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        lengths = dict(zip(stack.streams, self._lengths, strict=True))
-        for name, x in zip(stack.outputs, output if isinstance(output, tuple) else (output,), strict=True):
-            if x is not None:
-                self.outputs.append((TokenStreams(len(x), (lengths[name],)), x.shape[-1]))
+    def _run_stack(
+        self, stack: Stack, inner: Runner, blocks: Sequence[nn.Module], streams: Streams, shared: Shared
+    ) -> Streams:
+        arguments = {**shared, **streams}
+        lengths = {name: streams[name].shape[stack.sharded[name]] for name in stack.streams}
+        self._lengths = tuple(lengths.values())
+        self._sharded_mask = any(x is not None and x.dtype is torch.bool for x in map(arguments.get, stack.sharded))
+        for block in blocks:
+            self._replicated = [x for name in stack.replicated if (x := arguments[name]) is not None]
+            streams = inner((block,), streams, shared)
+        self.outputs += [(TokenStreams(len(x), (lengths[name],)), x.shape[-1]) for name, x in streams.items()]
         self._lengths, self._replicated = (), []
+        return streams
 
     def _attend(self, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         joined = TokenLayout(self._lengths, 1).for_tokens(k_BSHD.shape[1])
