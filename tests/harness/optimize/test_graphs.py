@@ -87,8 +87,8 @@ class Counting(nn.Module):
 
 def moved(inputs: Inputs, device: str) -> Inputs:
     latent, tau_B, condition = inputs
-    told = {f.name: getattr(condition, f.name) for f in fields(Conditioning)}
-    on_device = {name: None if x is None else x.to(device) for name, x in told.items()}
+    tensors = {f.name: getattr(condition, f.name) for f in fields(Conditioning)}
+    on_device = {name: None if x is None else x.to(device) for name, x in tensors.items()}
     return latent.to(device), tau_B.to(device), Conditioning(**on_device)
 
 
@@ -129,17 +129,17 @@ def test_the_graphs_of_the_last_kinds_are_kept() -> None:
     record = Recorder()
     graphs = RecordedNetwork(Counting(), record)
 
-    def draw(side: int) -> None:
+    def generate(side: int) -> None:
         graphs(torch.rand(1, side, side), torch.rand(1), Conditioning())
 
     for side in range(1, MAX_GRAPHS + 1):
-        draw(side), draw(side)
-    draw(1)  # so that 2 is the least recently used
-    draw(MAX_GRAPHS + 1), draw(MAX_GRAPHS + 1)
+        generate(side), generate(side)
+    generate(1)  # so that 2 is the least recently used
+    generate(MAX_GRAPHS + 1), generate(MAX_GRAPHS + 1)
     assert len(record.made) == MAX_GRAPHS + 1
-    draw(1), draw(1), draw(MAX_GRAPHS + 1)
+    generate(1), generate(1), generate(MAX_GRAPHS + 1)
     assert len(record.made) == MAX_GRAPHS + 1
-    draw(2), draw(2)
+    generate(2), generate(2)
     assert len(record.made) == MAX_GRAPHS + 2
 
 
@@ -194,11 +194,11 @@ def stays(run: Callable[[], Tensor]) -> bool:
 
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("name", list(TINY))
-def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, ahead: bool) -> None:
+def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, modulation_cache: bool) -> None:
     """A recording may not read the CPU's memory: every transformer, with and without precomputed modulation."""
     latent, tau_B, condition = moved(TINY[name].inputs, "meta")
     network = TINY[name].build(sdpa_attention).to("meta")
-    if ahead:
+    if modulation_cache:
         condition = precomputed(network, name).for_batch(condition, TAUS).at(latent, TAUS[0])
     assert stays(lambda: network(latent, tau_B, condition))
 
@@ -309,10 +309,10 @@ def test_what_may_be_replayed(overrides: list[str], tokens: int, expected: Repla
 
 
 def test_the_baseline_engines_graphs_are_not_the_native_ones() -> None:
-    asked = ["engine.optimize=compile", "engine.compile.cuda_graphs=true"]
-    compose_run(["task=bench", "engine=diffusers", *asked])
+    requested = ["engine.optimize=compile", "engine.compile.cuda_graphs=true"]
+    compose_run(["task=bench", "engine=diffusers", *requested])
     with pytest.raises(ConfigError, match=r"engine\.eager\.cuda_graphs=true"):
-        compose_run(["task=bench", *asked])
+        compose_run(["task=bench", *requested])
 
 
 @pytest.mark.parametrize(
@@ -320,20 +320,20 @@ def test_the_baseline_engines_graphs_are_not_the_native_ones() -> None:
     [("eager", "cuda:0", 3), ("none", "cuda:0", 1), ("compile", "cpu", 2), ("eager", "cpu", 1)],
 )
 def test_no_measured_generation_records_a_graph(
-    how: str, device: str, draws: int, monkeypatch: pytest.MonkeyPatch
+    how: str, device: str, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The counted warm-up is not recorded, so one call that runs and one that records follow it."""
-    config, drawn = compose_run(["task=bench", f"engine.optimize={how}"]).config, list[bool]()
+    config, generated = compose_run(["task=bench", f"engine.optimize={how}"]).config, list[bool]()
 
-    def draw(description: str, counts: bool = False) -> SimpleNamespace:
-        drawn.append(counts)
+    def generate(description: str, counts: bool = False) -> SimpleNamespace:
+        generated.append(counts)
         return SimpleNamespace(client_ms=1.0, result=None)
 
     generator = SimpleNamespace(config=config, info=SimpleNamespace(device=device))
-    series = MeasurementSession(generator, SimpleNamespace())  # type: ignore[arg-type]
-    monkeypatch.setattr(series, "_generate", draw)
-    series.warm_up()
-    assert drawn == [True, *[False] * (draws - 1)]
+    session = MeasurementSession(generator, SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setattr(session, "_generate", generate)
+    session.warm_up()
+    assert generated == [True, *[False] * (samples - 1)]
 
 
 @pytest.mark.gpu
