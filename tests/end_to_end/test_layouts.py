@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from harness.costs.traffic import sent_bytes, trace_network, weight_bytes
+from harness.costs.plan_file import PredictionCheck
+from harness.costs.traffic import gathered_weights, sent_bytes, trace_network, weight_bytes
 from harness.costs.vae_traffic import decode_bytes, trace_decode
 from harness.records.media import pixel_hash
 from harness.records.record import Record, load
@@ -70,6 +71,15 @@ def sent(record: Record, stage: str) -> dict[str, int]:
     return {kind: traffic.bytes for kind, traffic in record.summary.comm[stage].items()}
 
 
+def assert_predicted(folder: Path) -> PredictionCheck:
+    """Assert that a plan predicts what the record of a run says that its busiest rank sent."""
+    record = record_of(folder)
+    found = check(folder, record, lambda dtype: compose_run([]).config.hardware)
+    assert found.predicted_bytes == found.sent_bytes == sent(record, "denoising")
+    assert found.predicted_decoding_bytes == found.decoding_bytes == sent(record, "decoding")
+    return found
+
+
 def denoising_bytes(layout: str, evaluations: int) -> dict[str, int]:
     """Return the formula's bytes for this many evaluations of the reference model with guidance."""
     degrees = {"cfg2": (1, 2, 1, 1, 1), "tp2": (1, 1, 2, 1, 1), "ring2": (1, 1, 1, 2, 1), "ulysses2": (1, 1, 1, 1, 2)}
@@ -105,8 +115,7 @@ def test_ranks_that_share_an_image_generate_the_same(layout: str, single: Path, 
     assert record.summary.nfe == record_of(single).summary.nfe
     assert sent(record, "denoising") == denoising_bytes(layout, record.summary.nfe * len(record.samples))
     assert sent(record, "decoding") == decoding_bytes(len(record.samples))
-    found = check(tmp_path / "run", record, lambda dtype: compose_run([]).config.hardware)
-    assert found.predicted_bytes == found.sent_bytes == sent(record, "denoising")
+    assert_predicted(tmp_path / "run")
     assert record.attention.resolved == ("torch cpu flash" if layout == "ring2" else "torch sdpa")
 
 
@@ -118,8 +127,18 @@ def test_sharded_weights_generate_the_same_bits(tmp_path: Path) -> None:
     assert hashes(tmp_path / "ulysses2_sharded") == hashes(tmp_path / "ulysses2")
     whole, dealt = sent(record_of(tmp_path / "ulysses2"), "denoising"), record_of(tmp_path / "ulysses2_sharded")
     network = build_empty(lambda: PixArt(read_config(REFERENCE / "emoji" / "transformer")), torch.float32, "meta")
-    weights = weight_bytes(network, PLAN, ranks=2) * dealt.summary.nfe * len(dealt.samples)
+    once = weight_bytes(gathered_weights(network, PLAN), ranks=2)
+    weights = once * dealt.summary.nfe * len(dealt.samples)
     assert sent(dealt, "denoising") == whole | {"all_gather weights": weights}
+    assert_predicted(tmp_path / "ulysses2_sharded")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["displaced2", "pipe2"])
+def test_bytes_of_approximate_layouts_are_predicted_though_their_time_is_not(layout: str, tmp_path: Path) -> None:
+    done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
+    assert done.returncode == 0, done.stderr
+    assert assert_predicted(tmp_path / "run").predicted_step_ms is None
 
 
 @pytest.mark.slow

@@ -6,13 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.costs.memory import displaced_elements
 from harness.costs.traffic import sent_bytes, trace_network
 from models.attention import math_attention
 from tests.fixtures.models.parity import rel_l2
 from tests.fixtures.parallel.networks import TINY
 from tests.fixtures.parallel.ranks import on_ranks
-from tests.fixtures.parallel.stale import EVALUATIONS, PICTURES, SETTLING, asked, displaced, exact, settling, simulated
+from tests.fixtures.parallel.stale import (
+    EVALUATIONS,
+    PICTURES,
+    SETTLING,
+    asked,
+    displaced,
+    exact,
+    settling,
+    simulated,
+    stored_elements,
+)
 
 Degrees = tuple[int, ...]
 SLOW = ((1, 1, 1, 3, 1), (1, 1, 1, 2, 2), (1, 1, 2, 2, 1), (1, 2, 1, 2, 1))
@@ -98,4 +107,4 @@ def test_what_is_sent_and_kept_is_what_the_formulas_say(degrees: Degrees) -> Non
                 key = f"{name} {warmup} sent "
                 sent = {kind.removeprefix(key): int(x) for kind, x in found.items() if kind.startswith(key)}
                 assert sent == {kind: pictures * EVALUATIONS * count for kind, count in once.items()}, (name, warmup)
-                assert int(found[f"{name} {warmup} kept"]) == 4 * displaced_elements(trace, degrees)
+                assert int(found[f"{name} {warmup} kept"]) == 4 * stored_elements(trace, degrees)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.costs.memory import displaced_elements
 from harness.costs.traffic import pipe_bytes, trace_network
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from models.attention import math_attention
@@ -16,7 +15,17 @@ from tests.fixtures.models.parity import rel_l2
 from tests.fixtures.parallel.networks import TINY
 from tests.fixtures.parallel.ranks import on_ranks
 from tests.fixtures.parallel.slices import group_of, load, saved
-from tests.fixtures.parallel.stale import EVALUATIONS, PICTURES, SETTLING, asked, exact, piped, settling, simulated
+from tests.fixtures.parallel.stale import (
+    EVALUATIONS,
+    PICTURES,
+    SETTLING,
+    asked,
+    exact,
+    piped,
+    settling,
+    simulated,
+    stored_elements,
+)
 
 PIPELINES = [(2, 3), pytest.param(3, 4, marks=pytest.mark.slow)]
 """Ranks and patches: one block on each rank, and a case where one rank has none."""
@@ -89,7 +98,7 @@ def test_what_is_sent_and_kept_is_what_the_formulas_say(ranks: int, patches: int
                 sent = {kind.removeprefix(key): int(x) for kind, x in found.items() if kind.startswith(key) and x}
                 assert sent == {kind: pictures * EVALUATIONS * count for kind, count in once.items()}, (name, warmup)
             kept += int(found[f"{name} 1 kept"])
-        assert kept == 4 * displaced_elements(trace, (1, 1, 1, 1, 1))
+        assert kept == 4 * stored_elements(trace, (1, 1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("name", TINY)
