@@ -77,7 +77,7 @@ class RequestFiber(Generic[T]):
         self._switch(None)
 
     @property
-    def ended(self) -> bool:
+    def finished(self) -> bool:
         """Whether the work is done."""
         return bool(self._fiber.dead)
 

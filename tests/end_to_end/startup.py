@@ -31,12 +31,12 @@ class Run(NamedTuple):
     compose: float  # from the command to a checked configuration
     start: float  # from there to a rank's first message: torchrun, and importing
     load: float  # from there to ready ranks
-    draw: float
+    generate: float
     save: float  # all other time before the first image is on disk
     end: float  # from there to the end of the command: record, ranks, table, wandb
 
     @property
-    def first_picture(self) -> float:
+    def first_image(self) -> float:
         """Return the time from the command to the first image on disk."""
         return sum(self[:5])
 
@@ -48,7 +48,7 @@ def imported() -> float:
     return time.time() - began
 
 
-def drawn(folder: Path, overrides: Sequence[str]) -> Run:
+def run_once(folder: Path, overrides: Sequence[str]) -> Run:
     """Run the command once in a new folder."""
     began = time.time()
     process = subprocess.Popen(
@@ -64,8 +64,10 @@ def drawn(folder: Path, overrides: Sequence[str]) -> Run:
     composed = (folder / "config.yaml").stat().st_mtime
     said = " ".join((folder / "logs" / "rank0.log").read_text().split(maxsplit=2)[:2])
     spoken, ready = datetime.strptime(said, LOG_TIME).timestamp(), composed + record.first_call.launch_ms / 1e3
-    draw = record.repeats[0].total_duration_ms / 1e3
-    return Run(composed - began, spoken - composed, ready - spoken, draw, pictured - ready - draw, ended - pictured)
+    generate = record.repeats[0].total_duration_ms / 1e3
+    return Run(
+        composed - began, spoken - composed, ready - spoken, generate, pictured - ready - generate, ended - pictured
+    )
 
 
 def spread(values: Sequence[float]) -> str:
@@ -82,14 +84,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         for number in range(tries + 1):
             imports.append(imported())
-            runs.append(drawn(Path(home) / str(number), overrides))
+            runs.append(run_once(Path(home) / str(number), overrides))
     imports, runs = imports[1:], runs[1:]
     print(f"{LIBRARIES}: {spread(imports)} s")
     for name in Run._fields:
         print(f"  {name}: {spread([getattr(run, name) for run in runs])} s")
-    print(f"first picture on disk: {spread([run.first_picture for run in runs])} s")
+    print(f"first picture on disk: {spread([run.first_image for run in runs])} s")
     print(f"end of the command: {spread([sum(run) for run in runs])} s")
-    ratios = [run.first_picture / (alone + run.draw) for alone, run in zip(imports, runs, strict=True)]
+    ratios = [run.first_image / (alone + run.generate) for alone, run in zip(imports, runs, strict=True)]
     print(f"first picture / (imports + drawing): {spread(ratios)}")
 
 

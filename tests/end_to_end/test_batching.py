@@ -20,7 +20,7 @@ from tests.fixtures.serving.batching import (
     MIXED,
     answers,
     connected,
-    draw,
+    generate,
     info,
     kinds,
     rel_l2,
@@ -39,14 +39,14 @@ def engine() -> Iterator[DiffusionGenerator]:
 
 
 def test_requests_share_forwards_and_their_images_do_not_change(engine: DiffusionGenerator) -> None:
-    alone = {name: draw(engine, {name: change})[name] for name, change in MIXED.items()}
+    alone = {name: generate(engine, {name: change})[name] for name, change in MIXED.items()}
     with connected(engine) as connection:
         before = info(connection)
-        together = draw(engine, {name: change for name, change in MIXED.items() if name != "e"})
+        together = generate(engine, {name: change for name, change in MIXED.items() if name != "e"})
         after = info(connection)
-    for name, pictures in together.items():
-        for picture, expected in zip(pictures, alone[name], strict=True):
-            assert rel_l2(picture, expected) < FLOOR
+    for name, images in together.items():
+        for image, expected in zip(images, alone[name], strict=True):
+            assert rel_l2(image, expected) < FLOOR
     evaluations, rows = after.evaluations - before.evaluations, after.rows - before.rows
     assert rows == 2 * 9 + 4 + 4 * 6 + 2 * 3
     assert evaluations < 9 + 4 + 6 + 3
@@ -168,18 +168,18 @@ def test_a_shutdown_finishes_what_runs_and_answers_what_waits() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "cfg2", "ulysses2"])
 def test_ranks_share_forwards_and_the_images_are_those_of_one_rank(engine: DiffusionGenerator, layout: str) -> None:
-    asked = {name: MIXED[name] for name in ("a", "c", "e")}
-    expected = {name: draw(engine, {name: change})[name] for name, change in asked.items()}
+    requested = {name: MIXED[name] for name in ("a", "c", "e")}
+    expected = {name: generate(engine, {name: change})[name] for name, change in requested.items()}
     with serving(f"parallel={layout}", "serve.max_batch=4") as ranks, connected(ranks) as connection:
-        drawn = draw(ranks, asked)
+        generated = generate(ranks, requested)
         counted = info(connection)
         connection.send(request(ranks, "x", steps=LONG))
         running(connection)
         connection.cancel("x")
         assert kinds(answers(connection, 1)) == {"x": "cancelled"}
-    for name, pictures in drawn.items():
-        for picture, alone in zip(pictures, expected[name], strict=True):
-            assert rel_l2(picture, alone) < FLOOR
+    for name, images in generated.items():
+        for image, alone in zip(images, expected[name], strict=True):
+            assert rel_l2(image, alone) < FLOOR
     branches = 1 if layout == "cfg2" else 2
     assert counted.rows == branches * (9 + 2 * 6 + 12)
     assert counted.evaluations < 9 + 6 + 12
@@ -202,9 +202,9 @@ def test_the_acceptance_names_the_place_in_the_queue(engine: DiffusionGenerator)
         connection.send(request(engine, "second", steps=LONG, prompts=["a", "b"], batch_size=2))
         running(connection)
         connection.send(request(engine, "third", steps=2))
-        while not (isinstance(told := connection.receive()[0], Progress) and told.request_id == "third"):
+        while not (isinstance(progress := connection.receive()[0], Progress) and progress.request_id == "third"):
             pass
         for name in ("first", "second", "third"):
             connection.cancel(name)
         answers(connection, 3)
-    assert (told.stage, told.done) == (QUEUED, 2)
+    assert (progress.stage, progress.done) == (QUEUED, 2)

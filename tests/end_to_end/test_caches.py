@@ -3,7 +3,7 @@
 import pytest
 
 from harness.client.generator import DiffusionGenerator
-from tests.fixtures.serving.batching import FLOOR, MIXED, connected, draw, info, rel_l2, serving
+from tests.fixtures.serving.batching import FLOOR, MIXED, connected, generate, info, rel_l2, serving
 
 CACHES = {
     "first_block": ["cache=first_block", "cache.threshold=0.3"],
@@ -12,16 +12,16 @@ CACHES = {
 }
 
 
-def drawn_alone_and_together(engine: DiffusionGenerator) -> None:
-    alone = {name: draw(engine, {name: MIXED[name]})[name] for name in ("a", "c", "e")}
+def generate_alone_and_together(engine: DiffusionGenerator) -> None:
+    alone = {name: generate(engine, {name: MIXED[name]})[name] for name in ("a", "c", "e")}
     with connected(engine) as connection:
         before = info(connection)
-        together = draw(engine, {name: MIXED[name] for name in alone})
+        together = generate(engine, {name: MIXED[name] for name in alone})
         after = info(connection)
     assert after.evaluations - before.evaluations < 9 + 6 + 12
-    for name, pictures in together.items():
-        for picture, expected in zip(pictures, alone[name], strict=True):
-            assert rel_l2(picture, expected) < FLOOR, name
+    for name, images in together.items():
+        for image, expected in zip(images, alone[name], strict=True):
+            assert rel_l2(image, expected) < FLOOR, name
 
 
 @pytest.mark.slow
@@ -29,4 +29,4 @@ def drawn_alone_and_together(engine: DiffusionGenerator) -> None:
 @pytest.mark.parametrize("cache", list(CACHES))
 def test_an_image_does_not_depend_on_requests_that_share_its_forwards(cache: str, layout: str) -> None:
     with serving(*CACHES[cache], f"parallel={layout}", "serve.max_batch=4") as engine:
-        drawn_alone_and_together(engine)
+        generate_alone_and_together(engine)

@@ -12,7 +12,7 @@ from tests.fixtures.commands import command, record_of, run, status_of
 from tests.fixtures.models.checkpoints import CASES, overrides_of
 
 HEADS = 3  # which Ulysses pairs share unevenly
-ASKED = ["request.prompts=[a red fox,two small boats]", "request.negative_prompt=blurry", "request.seed=7"]
+REQUESTED = ["request.prompts=[a red fox,two small boats]", "request.negative_prompt=blurry", "request.seed=7"]
 SIZES = {
     "sd35_medium": ["request.height=36", "request.width=20"],  # 9 x 5 tokens
     "flux": ["request.height=36", "request.width=20"],
@@ -34,7 +34,7 @@ def frames(path: Path) -> NDArray[np.uint8]:
 @pytest.mark.parametrize("name", list(SIZES))
 def test_four_ranks_generate_what_one_generates(name: str, tmp_path: Path) -> None:
     CASES[name].save(tmp_path / "checkpoint", heads=HEADS)
-    overrides = [*overrides_of(CASES[name], tmp_path / "checkpoint"), *ASKED, *SIZES[name]]
+    overrides = [*overrides_of(CASES[name], tmp_path / "checkpoint"), *REQUESTED, *SIZES[name]]
     for layout in ("single", "usp4"):
         done = run(command(*overrides, f"parallel={layout}", f"hydra.run.dir={tmp_path / layout}"))
         assert done.returncode == 0, done.stderr

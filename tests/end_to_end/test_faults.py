@@ -34,7 +34,7 @@ from tests.fixtures.faults import planted
 ONE = "request.prompt=rocket"
 
 
-def drawing(folder: Path, count: int) -> bool:
+def generates(folder: Path, count: int) -> bool:
     """Return whether all ranks of a run have loaded and worked for a while (their agent did the imports)."""
     if len(ranks(folder)) != count:
         return False
@@ -42,7 +42,7 @@ def drawing(folder: Path, count: int) -> bool:
 
 
 def wait_drawing(folder: Path, count: int) -> None:
-    wait_for(lambda: drawing(folder, count), "the ranks to draw")
+    wait_for(lambda: generates(folder, count), "the ranks to draw")
 
 
 def one_line(output: str) -> str:

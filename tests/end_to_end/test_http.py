@@ -92,12 +92,12 @@ def run(app: Any, config: RunConfig, tmp_path: Path) -> Talk:
 def error(answer: httpx.Response, status: int, code: str) -> str:
     """Return the message of an error that has OpenAI's shape."""
     assert answer.status_code == status, answer.text
-    told = answer.json()["error"]
-    assert set(told) == {"message", "type", "param", "code"}
-    assert told["code"] == code
-    assert told["message"]
-    assert "\n" not in told["message"]
-    line: str = told["message"]
+    reason = answer.json()["error"]
+    assert set(reason) == {"message", "type", "param", "code"}
+    assert reason["code"] == code
+    assert reason["message"]
+    assert "\n" not in reason["message"]
+    line: str = reason["message"]
     return line
 
 
@@ -119,13 +119,13 @@ def test_images_come_in_the_requested_format(run: Talk, tmp_path: Path) -> None:
 
     async def talk(at: Site) -> None:
         answer = (await at.client.post(IMAGES, json=body)).json()
-        pictures = [opened(base64.b64decode(picture["b64_json"])) for picture in answer["data"]]
-        assert [np.asarray(picture).max() for picture in pictures] == [0, 26]  # the order in which the engine answers
-        assert {picture.size for picture in pictures} == {(32, 16)}
-        assert pictures[1].text["seed"] == "6"  # type: ignore[attr-defined]
+        images = [opened(base64.b64decode(image["b64_json"])) for image in answer["data"]]
+        assert [np.asarray(image).max() for image in images] == [0, 26]  # the order in which the engine answers
+        assert {image.size for image in images} == {(32, 16)}
+        assert images[1].text["seed"] == "6"  # type: ignore[attr-defined]
         assert answer["size"] == "32x16"
         assert answer["triptych"]["seed"] == 5
-        (sent,) = at.engine.drawn
+        (sent,) = at.engine.generated
         assert sent.prompts == ["red apple"]
         assert (sent.samples_per_prompt, sent.batch_size) == (2, 2)  # its images share forwards
         assert (sent.steps, sent.seed, sent.guidance, sent.negative_prompt, sent.timeout_s) == (3, 5, 1.5, "blue", 9)
@@ -139,9 +139,9 @@ def test_links_lead_to_the_same_images_and_seeds_are_random(run: Talk) -> None:
     async def talk(at: Site) -> None:
         answers = [(await at.client.post(IMAGES, json={"prompt": "x", "response_format": "url"})).json() for _ in "ab"]
         assert answers[0]["triptych"]["seed"] != answers[1]["triptych"]["seed"]
-        picture = await at.client.get(answers[0]["data"][0]["url"])
-        assert picture.headers["content-type"] == "image/png"
-        assert opened(picture.content).size == (64, 64)
+        image = await at.client.get(answers[0]["data"][0]["url"])
+        assert image.headers["content-type"] == "image/png"
+        assert opened(image.content).size == (64, 64)
         assert (await at.client.get(answers[0]["data"][0]["url"][:-1] + "1")).status_code == 404
 
     run(talk)
@@ -264,13 +264,13 @@ def test_a_failure_of_the_engine_is_an_answer_of_its_kind(
 
 def test_a_full_queue_and_a_server_that_has_stopped_say_when_to_come_again(run: Talk) -> None:
     async def talk(at: Site) -> None:
-        drawn = (await at.client.post(REQUESTS, json={"prompt": "x"})).json()["id"]
-        await until(at.client, drawn, "running")
+        generated = (await at.client.post(REQUESTS, json={"prompt": "x"})).json()["id"]
+        await until(at.client, generated, "running")
         waiting = [(await at.client.post(REQUESTS, json={"prompt": "x"})).json()["id"] for _ in range(2)]
         answer = await at.client.post(IMAGES, json={"prompt": "x"})
         error(answer, 429, "busy")
         assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("3", "true")
-        for request_id in (drawn, *waiting):
+        for request_id in (generated, *waiting):
             await at.client.delete(f"{REQUESTS}/{request_id}")
             await until(at.client, request_id, "failed")
         at.engine.state, at.engine.reason = "failed", "rank 1 died with SIGKILL"
@@ -345,14 +345,14 @@ def test_requests_are_cancelled_where_they_are(run: Talk) -> None:
 
 def test_progress_streams_until_the_image_is_there(run: Talk) -> None:
     async def talk(at: Site) -> None:
-        asked = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": {"steps": 4}})).json()
-        stream = await at.client.get(f"{REQUESTS}/{asked['id']}/events")
+        requested = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": {"steps": 4}})).json()
+        stream = await at.client.get(f"{REQUESTS}/{requested['id']}/events")
         assert stream.headers["content-type"].startswith("text/event-stream")
-        told = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: ")]
-        assert [one["done"] for one in told] == sorted(one["done"] for one in told)
-        assert {one["done"] for one in told} >= {1, 2, 3}
-        assert (told[-1]["status"], len(told[-1]["urls"])) == ("done", 1)
-        assert all(one["urls"] == [] for one in told[:-1])
+        reason = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: ")]
+        assert [one["done"] for one in reason] == sorted(one["done"] for one in reason)
+        assert {one["done"] for one in reason} >= {1, 2, 3}
+        assert (reason[-1]["status"], len(reason[-1]["urls"])) == ("done", 1)
+        assert all(one["urls"] == [] for one in reason[:-1])
 
     run(talk, step_s=0.02)
 
@@ -376,7 +376,7 @@ def test_a_video_is_a_job(run: Talk, config: RunConfig, tmp_path: Path) -> None:
         video = await at.client.get(f"{VIDEOS}/{made['id']}/content")
         assert video.headers["content-type"] == "video/mp4"
         assert video.content[4:8] == b"ftyp"
-        assert (at.engine.drawn[0].frames, at.engine.drawn[0].steps) == (9, 3)
+        assert (at.engine.generated[0].frames, at.engine.generated[0].steps) == (9, 3)
         assert [one["id"] for one in (await at.client.get(VIDEOS)).json()["data"]] == [made["id"]]
         assert (await at.client.delete(f"{VIDEOS}/{made['id']}")).json()["deleted"] is True
         error(await at.client.get(f"{VIDEOS}/{made['id']}"), 404, "not_found")
@@ -420,11 +420,11 @@ def test_what_cannot_be_saved_is_an_answer_too(
 ) -> None:
     whole = storage.save_png
 
-    def fail_at_the_second(path: Path, picture: Any, text: dict[str, str]) -> None:
+    def fail_at_the_second(path: Path, image: Any, text: dict[str, str]) -> None:
         if path.name.endswith("-01.png"):
             path.write_bytes(b"half")
             raise raised
-        whole(path, picture, text)
+        whole(path, image, text)
 
     async def talk(at: Site) -> None:
         monkeypatch.setattr(storage, "save_png", fail_at_the_second)

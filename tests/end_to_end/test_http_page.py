@@ -62,7 +62,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
     pytest.fail(f"waited {LIMIT_S} s for {what}")
 
 
-def ask(page: Any, **given: str) -> None:
+def submit(page: Any, **given: str) -> None:
     for name, value in given.items():
         found = find(page, f"#{name}")
         found.clear()
@@ -73,7 +73,7 @@ def ask(page: Any, **given: str) -> None:
 def test_an_image_is_requested_watched_and_shown(page: Any, site: Live) -> None:
     before = page.execute_script(LOADED)
     seen: set[str] = set()
-    ask(page, prompt="<b>red</b> apple", negative_prompt="blue", steps="8", seed="7", guidance="2", n="2")
+    submit(page, prompt="<b>red</b> apple", negative_prompt="blue", steps="8", seed="7", guidance="2", n="2")
 
     def shown() -> bool:
         seen.update(texts(page, "#queue .stage"))
@@ -83,7 +83,7 @@ def test_an_image_is_requested_watched_and_shown(page: Any, site: Live) -> None:
     assert len({where for where in seen if where.startswith("step ")}) >= 3, seen
     assert texts(page, "#results li:first-child .prompt") == ["<b>red</b> apple"]
     assert texts(page, "#results li:first-child .settings") == ["seed 7 to 8 · 8 steps · guidance 2 · 64x64"]
-    sent = site.engine.drawn[-1]
+    sent = site.engine.generated[-1]
     assert (sent.negative_prompt, sent.seed, sent.steps, sent.guidance, sent.batch_size) == ("blue", 7, 8, 2.0, 2)
     assert page.find_elements("css selector", "main b") == []
     assert page.get_log("browser") == []
@@ -92,7 +92,7 @@ def test_an_image_is_requested_watched_and_shown(page: Any, site: Live) -> None:
 
 def test_the_queue_is_seen_and_cancelled(page: Any) -> None:
     for prompt in ("one", "two", "three"):
-        ask(page, prompt=prompt, steps="40")
+        submit(page, prompt=prompt, steps="40")
     until(lambda: texts(page, "#queue .prompt") == ["one", "two", "three"], "the queue in its order")
     until(lambda: "1 running, 2 queued" in find(page, "#state").text, "the counts")
     find(page, "#queue li:nth-child(2) button").click()
@@ -105,9 +105,9 @@ def test_the_queue_is_seen_and_cancelled(page: Any) -> None:
 
 
 def test_refusals_and_faults_are_reported(page: Any, site: Live) -> None:
-    ask(page, prompt="x", size="65x64")
+    submit(page, prompt="x", size="65x64")
     until(lambda: "64 or 72" in find(page, "#form-error").text, "the refusal")
-    ask(page, prompt="oom", size="64x64", steps="1")
+    submit(page, prompt="oom", size="64x64", steps="1")
     until(lambda: texts(page, "#results li:first-child .error") == ["rank 1: planted"], "the fault")
     assert find(page, "#form-error").text == ""
     site.engine.state, site.engine.reason = "restarting", "rank 1 died with SIGKILL"
@@ -119,7 +119,7 @@ def test_refusals_and_faults_are_reported(page: Any, site: Live) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_overflows(page: Any, width: int, scheme: str) -> None:
     emulate(page, width, scheme)
-    ask(page, prompt="nobreak" * 60, steps="1", n="8")
+    submit(page, prompt="nobreak" * 60, steps="1", n="8")
     until(lambda: texts(page, "#results li:first-child .prompt")[0].startswith("nobreak"), "the answer")
     whole, inner = widths(page)
     assert whole <= inner <= width

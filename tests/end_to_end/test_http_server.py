@@ -83,8 +83,8 @@ def test_requests_made_from_its_document_find_no_fault(serving: Serving) -> None
 
 
 def test_a_thousand_malformed_requests_leave_it_ready(serving: Serving) -> None:
-    told = abuse(int(serving.url.rsplit(":", 1)[1]), number=1000, seed=2)
-    assert set(told) <= set(range(400, 500)), told
+    statuses = abuse(int(serving.url.rsplit(":", 1)[1]), number=1000, seed=2)
+    assert set(statuses) <= set(range(400, 500)), statuses
     send_foreign_frames(serving.folder, 200, seed=3)
     assert httpx.get(f"{serving.url}/ready").json()["restarts"] == 0
     answer = httpx.post(
@@ -94,15 +94,15 @@ def test_a_thousand_malformed_requests_leave_it_ready(serving: Serving) -> None:
 
 
 def test_a_rank_that_is_killed_is_reported_and_replaced(serving: Serving) -> None:
-    asked = {"prompt": "x", "n": 8, "triptych": {"steps": 60}}
-    drawing, waiting = (httpx.post(f"{serving.url}/v1/requests", json=asked | {"n": n}).json() for n in (8, 1))
+    requested = {"prompt": "x", "n": 8, "triptych": {"steps": 60}}
+    running, waiting = (httpx.post(f"{serving.url}/v1/requests", json=requested | {"n": n}).json() for n in (8, 1))
     where = f"{serving.url}/v1/requests"
-    wait_for(lambda: httpx.get(f"{where}/{drawing['id']}").json()["done"] > 0, "its first step")
+    wait_for(lambda: httpx.get(f"{where}/{running['id']}").json()["done"] > 0, "its first step")
     os.kill(rank(serving.folder), signal.SIGKILL)
-    wait_for(lambda: httpx.get(f"{where}/{drawing['id']}").json()["status"] == "failed", "the word of it")
-    told = httpx.get(f"{where}/{drawing['id']}").json()["error"]
-    assert told["code"] == "failed"
-    assert "SIGKILL" in told["message"]
+    wait_for(lambda: httpx.get(f"{where}/{running['id']}").json()["status"] == "failed", "the word of it")
+    statuses = httpx.get(f"{where}/{running['id']}").json()["error"]
+    assert statuses["code"] == "failed"
+    assert "SIGKILL" in statuses["message"]
     ready = httpx.get(f"{serving.url}/ready")
     assert (ready.status_code, ready.headers["retry-after"]) == (503, "1")
     assert httpx.get(f"{serving.url}/health").json()["state"] == "restarting"
@@ -114,8 +114,8 @@ def test_a_rank_that_is_killed_is_reported_and_replaced(serving: Serving) -> Non
 
 def test_it_ends_in_order(serving: Serving) -> None:
     """This is the last test of this server: open requests are answered, the status is ok, and no process is left."""
-    asked = {"prompt": "x", "n": 8, "triptych": {"steps": 60}}
-    request = httpx.post(f"{serving.url}/v1/requests", json=asked).json()
+    requested = {"prompt": "x", "n": 8, "triptych": {"steps": 60}}
+    request = httpx.post(f"{serving.url}/v1/requests", json=requested).json()
     where = f"{serving.url}/v1/requests/{request['id']}"
     wait_for(lambda: httpx.get(where).json()["status"] == "running", "its start")
     os.kill(serving.process.pid, signal.SIGTERM)

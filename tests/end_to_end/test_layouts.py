@@ -24,7 +24,7 @@ from models.pixart import PLAN, PixArt, read_config
 from models.registry import REFERENCE
 from tests.fixtures.commands import command, difference, hashes, record_of, run, status_of, torchrun
 
-ASKED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5"]
+REQUESTED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5"]
 
 
 def test_a_run_leaves_everything_it_promises(single: Path) -> None:
@@ -33,12 +33,12 @@ def test_a_run_leaves_everything_it_promises(single: Path) -> None:
     assert [row.seed for row in record.samples] == [5, 6, 7]
     assert [row.prompt for row in record.samples] == ["rocket", "red apple", "pizza"]
     for row in record.samples:
-        picture = Image.open(single / row.path)
-        assert picture.size == (64, 64)
-        assert picture.text["prompt"] == row.prompt  # type: ignore[attr-defined]
-        assert picture.text["seed"] == str(row.seed)  # type: ignore[attr-defined]
-        assert picture.text["fingerprint"] == record.fingerprint  # type: ignore[attr-defined]
-        assert pixel_hash(np.asarray(picture)) == row.sha256
+        image = Image.open(single / row.path)
+        assert image.size == (64, 64)
+        assert image.text["prompt"] == row.prompt  # type: ignore[attr-defined]
+        assert image.text["seed"] == str(row.seed)  # type: ignore[attr-defined]
+        assert image.text["fingerprint"] == record.fingerprint  # type: ignore[attr-defined]
+        assert pixel_hash(np.asarray(image)) == row.sha256
     assert (single / "grid.png").exists()
     assert (single / "logs" / "rank0.log").read_text()
     assert record.attention.requested == "auto"
@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_it_promises(single: Path) -> None:
 
 
 def test_two_replicas_generate_the_same_bits(single: Path, tmp_path: Path) -> None:
-    done = run(command(*ASKED, "parallel=dp2", f"hydra.run.dir={tmp_path / 'run'}"))
+    done = run(command(*REQUESTED, "parallel=dp2", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run") == hashes(single)
     assert len(record_of(tmp_path / "run").summary.peak_memory_mib) == 2
@@ -68,7 +68,7 @@ def test_two_replicas_generate_the_same_bits(single: Path, tmp_path: Path) -> No
 
 def sent(record: Record, stage: str) -> dict[str, int]:
     """Return the bytes of one stage in the record, by kind of collective."""
-    return {kind: traffic.bytes for kind, traffic in record.summary.comm[stage].items()}
+    return {kind: traffic.bytes for kind, traffic in record.summary.comm[stage].items() if traffic.bytes}
 
 
 def assert_predicted(folder: Path) -> PredictionCheck:
@@ -91,7 +91,7 @@ def denoising_bytes(layout: str, evaluations: int) -> dict[str, int]:
     return {kind: count * evaluations for kind, count in said.items()}
 
 
-def decoding_bytes(pictures: int) -> dict[str, int]:
+def decoding_bytes(images: int) -> dict[str, int]:
     """Return the formula's bytes for decoding this many images of the reference model on two ranks."""
     config = AutoencoderKL.load_config(REFERENCE / "emoji" / "vae")
 
@@ -101,14 +101,14 @@ def decoding_bytes(pictures: int) -> dict[str, int]:
     said = decode_bytes(
         trace_decode(make, torch.empty(1, make().latent_channels, 16, 16)), ranks=2, index=0, itemsize=4
     )
-    return {kind: count * pictures for kind, count in said.items()}
+    return {kind: count * images for kind, count in said.items()}
 
 
 @pytest.mark.parametrize(
     "layout", ["ring2", "cfg2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2", "ulysses2"))]
 )
 def test_ranks_that_share_an_image_generate_the_same(layout: str, single: Path, tmp_path: Path) -> None:
-    done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
+    done = run(command(*REQUESTED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert difference(single, tmp_path / "run") <= 1  # rounding to 8 bits; float32 differs in the last digits
     record = record_of(tmp_path / "run")
@@ -122,21 +122,21 @@ def test_ranks_that_share_an_image_generate_the_same(layout: str, single: Path, 
 @pytest.mark.slow
 def test_sharded_weights_generate_the_same_bits(tmp_path: Path) -> None:
     for layout in ("ulysses2", "ulysses2_sharded"):
-        done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / layout}"))
+        done = run(command(*REQUESTED, f"parallel={layout}", f"hydra.run.dir={tmp_path / layout}"))
         assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "ulysses2_sharded") == hashes(tmp_path / "ulysses2")
-    whole, dealt = sent(record_of(tmp_path / "ulysses2"), "denoising"), record_of(tmp_path / "ulysses2_sharded")
+    whole, sharded = sent(record_of(tmp_path / "ulysses2"), "denoising"), record_of(tmp_path / "ulysses2_sharded")
     network = build_empty(lambda: PixArt(read_config(REFERENCE / "emoji" / "transformer")), torch.float32, "meta")
     once = weight_bytes(gathered_weights(network, PLAN), ranks=2)
-    weights = once * dealt.summary.nfe * len(dealt.samples)
-    assert sent(dealt, "denoising") == whole | {"all_gather weights": weights}
+    weights = once * sharded.summary.nfe * len(sharded.samples)
+    assert sent(sharded, "denoising") == whole | {"all_gather weights": weights}
     assert_predicted(tmp_path / "ulysses2_sharded")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["displaced2", "pipe2"])
 def test_bytes_of_approximate_layouts_are_predicted_though_their_time_is_not(layout: str, tmp_path: Path) -> None:
-    done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
+    done = run(command(*REQUESTED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert assert_predicted(tmp_path / "run").predicted_step_ms is None
 
@@ -144,14 +144,14 @@ def test_bytes_of_approximate_layouts_are_predicted_though_their_time_is_not(lay
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["usp4", "cfg2_ulysses2", "tp2_ulysses2", "ulysses4"])
 def test_four_ranks_that_share_an_image_generate_the_same(layout: str, single: Path, tmp_path: Path) -> None:
-    done = run(command(*ASKED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
+    done = run(command(*REQUESTED, f"parallel={layout}", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert difference(single, tmp_path / "run") <= 1
 
 
 @pytest.mark.slow
 def test_more_threads_generate_the_same_bits(single: Path, tmp_path: Path) -> None:
-    done = run(command(*ASKED, "launch.threads_per_rank=2", f"hydra.run.dir={tmp_path / 'run'}"))
+    done = run(command(*REQUESTED, "launch.threads_per_rank=2", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert record_of(tmp_path / "run").provenance.threads_per_rank == 2
     assert hashes(tmp_path / "run") == hashes(single)
@@ -166,7 +166,7 @@ def test_more_replicas_than_images(single: Path, tmp_path: Path) -> None:
 
 
 def test_one_rank_in_this_process_generates_the_same_bits(single: Path, tmp_path: Path) -> None:
-    done = run(command(*ASKED, "launch.mode=inprocess", f"hydra.run.dir={tmp_path / 'run'}"))
+    done = run(command(*REQUESTED, "launch.mode=inprocess", f"hydra.run.dir={tmp_path / 'run'}"))
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run") == hashes(single)
 
@@ -174,9 +174,9 @@ def test_one_rank_in_this_process_generates_the_same_bits(single: Path, tmp_path
 @pytest.mark.slow
 def test_a_torchrun_of_the_users_own_gives_the_same_record(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    done = run(command(*ASKED, "parallel=dp2", f"hydra.run.dir={ours}"))
+    done = run(command(*REQUESTED, "parallel=dp2", f"hydra.run.dir={ours}"))
     assert done.returncode == 0, done.stderr
-    done = run(torchrun(2, *ASKED, "parallel=dp2", f"hydra.run.dir={theirs}"))
+    done = run(torchrun(2, *REQUESTED, "parallel=dp2", f"hydra.run.dir={theirs}"))
     assert done.returncode == 0, done.stderr
     assert status_of(theirs).state == "ok"
     assert (theirs / "logs" / "rank1.log").exists()

@@ -18,8 +18,8 @@ BRIEF = ["task=load", "load.duration_s=2", "load.warmup_s=0.5", "request.prompts
 @pytest.mark.slow
 def test_every_request_is_answered_and_requests_share_forwards(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    asked = ["load.clients=6", "load.steps=[2,3]", "load.slo_ms=60000", "logger.table=true"]
-    done = run(command(*BRIEF, *asked, f"hydra.run.dir={folder}"))
+    requested = ["load.clients=6", "load.steps=[2,3]", "load.slo_ms=60000", "logger.table=true"]
+    done = run(command(*BRIEF, *requested, f"hydra.run.dir={folder}"))
     assert done.returncode == 0, done.stderr
     found = record_of(folder).load
     assert found is not None
@@ -64,8 +64,10 @@ def test_a_sweep_over_rates_is_a_table_a_group_and_a_curve(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_over_http_every_request_is_answered_though_ranks_are_killed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    asked = ["load.transport=http", "load.rate=3", "load.duration_s=25", "load.kill_every_s=6", "parallel=dp2"]
-    done = run(command(*BRIEF, *asked, "request.samples_per_prompt=2", "serve.restarts=100", f"hydra.run.dir={folder}"))
+    requested = ["load.transport=http", "load.rate=3", "load.duration_s=25", "load.kill_every_s=6", "parallel=dp2"]
+    done = run(
+        command(*BRIEF, *requested, "request.samples_per_prompt=2", "serve.restarts=100", f"hydra.run.dir={folder}")
+    )
     assert done.returncode == 0, done.stderr
     found = record_of(folder).load
     assert found is not None

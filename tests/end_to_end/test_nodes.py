@@ -12,7 +12,7 @@ import harness
 from tests.fixtures.commands import ENDLESS, LIMIT_S, agents, difference, environment, record_of, status_of
 from tests.fixtures.faults import planted
 
-ASKED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5", "parallel=ulysses2", "hydra.run.dir=run"]
+REQUESTED = ["request.prompts=[rocket,red apple,pizza]", "request.seed=5", "parallel=ulysses2", "hydra.run.dir=run"]
 
 
 def free_port() -> int:
@@ -42,7 +42,7 @@ def nodes(tmp_path: Path, overrides: list[str], variables: dict[str, str]) -> It
 
 @pytest.mark.slow
 def test_two_nodes_generate_the_same_and_one_of_them_keeps_it(single: Path, tmp_path: Path) -> None:
-    with nodes(tmp_path, ASKED, {"PYTHONPATH": str(Path(harness.__file__).parent.parent)}) as ended:
+    with nodes(tmp_path, REQUESTED, {"PYTHONPATH": str(Path(harness.__file__).parent.parent)}) as ended:
         assert [status for _, _, status in ended] == [0, 0], ended
         (kept,) = [folder / "run" for folder, _, _ in ended if any(folder.iterdir())]
     assert [path.name for path in (kept / "logs").iterdir()] == ["rank0.log"]
@@ -53,7 +53,7 @@ def test_two_nodes_generate_the_same_and_one_of_them_keeps_it(single: Path, tmp_
 
 @pytest.mark.slow
 def test_a_rank_that_ends_on_another_node_ends_both(tmp_path: Path) -> None:
-    with nodes(tmp_path, [*ASKED, ENDLESS], planted(tmp_path, "raises")) as ended:
+    with nodes(tmp_path, [*REQUESTED, ENDLESS], planted(tmp_path, "raises")) as ended:
         (kept,) = [folder / "run" for folder, _, _ in ended if any(folder.iterdir())]
         (other,) = [printed for folder, printed, _ in ended if not any(folder.iterdir())]
         assert all(status != 0 for _, _, status in ended)

@@ -149,25 +149,25 @@ def test_a_busy_engine_answers_and_cancels_between_two_steps(generator: Diffusio
     seen: list[Progress] = []
     failures: list[RequestFailed] = []
 
-    def draw() -> None:
+    def generate() -> None:
         try:
             generator.generate(prompts=["rocket", "pizza"], steps=LONG, on_progress=seen.append)
         except RequestFailed as error:
             failures.append(error)
 
-    thread = threading.Thread(target=draw, daemon=True)
+    thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     wait_for(lambda: bool(seen) and seen[-1].done > 1, "progress")
     with connected(generator) as connection:
-        asked = time.monotonic()
+        requested = time.monotonic()
         info = connection.ping(5.0)
-        assert time.monotonic() - asked < 1.0
+        assert time.monotonic() - requested < 1.0
         assert info is not None
         assert info.state == "busy"
-        before, asked = seen[-1].done, time.monotonic()
+        before, requested = seen[-1].done, time.monotonic()
         connection.cancel(seen[-1].request_id)
         thread.join(timeout=30)
-        took = time.monotonic() - asked
+        took = time.monotonic() - requested
         wait_for(lambda: (connection.ping() or info).state == "ready", "the engine to be ready", 5)
     assert [failure.kind for failure in failures] == ["cancelled"]
     assert took < 2.0
@@ -191,9 +191,9 @@ def test_clients_are_served_in_turn_and_a_waiting_request_can_be_cancelled(gener
         dropped = answer(second)
         assert isinstance(dropped, Failure)
         assert (dropped.request_id, dropped.kind) == ("b", "cancelled")
-        drawn = answer(second)
-        assert isinstance(drawn, GenerationResult)
-        assert drawn.request_id == "c"
+        generated = answer(second)
+        assert isinstance(generated, GenerationResult)
+        assert generated.request_id == "c"
 
 
 FOREIGN = [

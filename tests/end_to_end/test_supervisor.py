@@ -66,7 +66,7 @@ def submitted(supervisor: Supervisor, name: str, *prompts: str, steps: int = 2) 
     return supervisor.submit(msgspec.structs.replace(request, **changes))
 
 
-async def drawing(supervisor: Supervisor, number: int) -> list[GenerationJob]:
+async def running(supervisor: Supervisor, number: int) -> list[GenerationJob]:
     """Submit requests that fill both replicas and never end."""
     jobs = [submitted(supervisor, f"lost {number}{n}", "rocket", "pizza", steps=LONG) for n in "ab"]
     await until(lambda: all(job.done > 0 for job in jobs))
@@ -93,7 +93,7 @@ def rank(supervisor: Supervisor, number: int) -> int:
     return supervisor.info.pids[number]
 
 
-async def drawn_as_ever(supervisor: Supervisor, waiting: list[GenerationJob]) -> None:
+async def generated_as_before(supervisor: Supervisor, waiting: list[GenerationJob]) -> None:
     """The new ranks generate what waited, and generate it again with the same pixels."""
     for job in waiting:
         await job.wait()
@@ -112,7 +112,7 @@ async def test_a_rank_that_is_killed_and_faults_that_only_their_request_suffers(
         failures = [await failure_of(submitted(supervisor, prompt, prompt)) for prompt in ("raises", "no memory")]
         assert [(failure.kind, failure.rank) for failure in failures] == [("failed", 0), ("oom", 0)]
         assert supervisor.restarts == 0
-        lost = await drawing(supervisor, 1)
+        lost = await running(supervisor, 1)
         waiting = [submitted(supervisor, name, "pizza") for name in "ab"]
         assert [job.ahead for job in waiting] == [2, 3]
         os.kill(rank(supervisor, 1), signal.SIGKILL)
@@ -122,7 +122,7 @@ async def test_a_rank_that_is_killed_and_faults_that_only_their_request_suffers(
         assert all("rank 1 died with SIGKILL" in failure.message for failure in failures)
         assert [job.state for job in waiting] == ["queued", "queued"]
         waiting.append(submitted(supervisor, "c", "pizza"))
-        await drawn_as_ever(supervisor, waiting)
+        await generated_as_before(supervisor, waiting)
         assert supervisor.restarts == 1
 
 
@@ -138,19 +138,19 @@ async def test_a_rank_that_raises_among_others_ends_them_all(tmp_path: Path, mon
             assert says in failure.message
             assert supervisor.state == "restarting"
             assert says in supervisor.reason
-            await drawn_as_ever(supervisor, [waiting])
+            await generated_as_before(supervisor, [waiting])
             assert supervisor.restarts == number
 
 
 async def test_ranks_that_are_stopped_are_found_and_replaced(tmp_path: Path) -> None:
     async with serving(tmp_path, "parallel=dp2", "serve.max_batch=2") as supervisor:
         for number, says in ((1, "rank 0 reported nothing about its requests for 3 s"), (0, "rank 0 answered no ping")):
-            lost = await drawing(supervisor, number)
+            lost = await running(supervisor, number)
             waiting = submitted(supervisor, f"waits {number}", "pizza")
             supervisor._config.launch.collective_timeout_s = WAITING_S if number else 600.0  # the pings reach rank 0
             os.kill(rank(supervisor, number), signal.SIGSTOP)
             failures = [await failure_of(job) for job in lost]
             assert all(failure.kind == "failed" and says in failure.message for failure in failures)
             assert supervisor.state == "restarting"
-            await drawn_as_ever(supervisor, [waiting])
+            await generated_as_before(supervisor, [waiting])
         assert supervisor.restarts == 2

@@ -176,9 +176,9 @@ def test_a_launcher_may_run_the_jobs_in_processes_of_its_own(tmp_path: Path) -> 
     overrides = ["hydra/launcher=submitit_local", "logger=json", "request.steps=1", "request.height=64,65"]
     done = sweep(tmp_path / "sweep", *overrides, "launch.mode=torchrun", "parallel=dp2")
     assert done.returncode == 1, done.stderr
-    drawn, refused = jobs(tmp_path / "sweep")
-    assert (read_status(drawn).state, read_status(refused).state) == ("ok", "failed")
-    assert record_of(drawn).provenance.world_size == 2
+    generated, refused = jobs(tmp_path / "sweep")
+    assert (read_status(generated).state, read_status(refused).state) == ("ok", "failed")
+    assert record_of(generated).provenance.world_size == 2
     assert "the nearest this model can make is 64 or 72" in done.stdout
 
 

@@ -15,7 +15,7 @@ from tests.fixtures.records import record
 ROW = Fidelity("fp_equivalent", [], Difference(0.01, 0.1), Difference(0.02, 0.2), 0.1, 0.1, "within_floor", "key")
 
 
-def told(folder: Path, bound: float | None, fidelity: Fidelity | None, state: str = "ok") -> float:
+def exit_code(folder: Path, bound: float | None, fidelity: Fidelity | None, state: str = "ok") -> float:
     run = RunFolder.claim(folder)
     row = record()
     config = row.config | {"task": {"max_pixel_error": bound}}
@@ -38,7 +38,7 @@ def test_it_is_the_latency_at_a_bound(
     tmp_path: Path, bound: float | None, fidelity: Fidelity | None, state: str, bounded: bool
 ) -> None:
     expected = math.inf if bounded else record().summary.latency_ms.median
-    assert told(tmp_path, bound, fidelity, state) == expected
+    assert exit_code(tmp_path, bound, fidelity, state) == expected
 
 
 def test_a_job_without_a_record_is_worth_nothing(tmp_path: Path) -> None:

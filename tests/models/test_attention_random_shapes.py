@@ -38,7 +38,7 @@ class Shape:
     scale: float
 
 
-def drawn(seed: int) -> Shape:
+def random_shape(seed: int) -> Shape:
     """Return random sizes: one token and hundreds, odd ones, widths that no kernel has."""
     any_of = random.Random(seed)
     mask, scale = any_of.choice(("none", "random", "tail", "empty")), any_of.choice((0.1, 1.0, 30.0, 1e4))
@@ -68,7 +68,7 @@ def assert_agrees(backend: str, dtype: torch.dtype, shape: Shape) -> None:
 @pytest.mark.parametrize(("backend", "dtype"), EACH, ids=str)
 def test_random_shapes(backend: str, dtype: torch.dtype) -> None:
     for seed in range(3 if backend == "flex" else 12):
-        assert_agrees(backend, dtype, drawn(seed))
+        assert_agrees(backend, dtype, random_shape(seed))
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
     engine.stop()
 
 
-def draw(peer: DiTPipeline, prompt: str, seed: int, guidance: float, steps: int = STEPS) -> np.ndarray:
+def generate(peer: DiTPipeline, prompt: str, seed: int, guidance: float, steps: int = STEPS) -> np.ndarray:
     """Run diffusers' own pipeline; it takes its noise from the generator, as seeded_noise does."""
     label = int(prompt) if prompt.isdecimal() else peer.get_label_ids([prompt])[0]
     noise = torch.Generator().manual_seed(seed)
@@ -59,23 +59,23 @@ def draw(peer: DiTPipeline, prompt: str, seed: int, guidance: float, steps: int 
 
 
 def test_images_are_diffusers_own(engine: DiffusionGenerator, peer: DiTPipeline) -> None:
-    drawn = engine.generate(prompts=list(CLASSES), seed=SEED, steps=STEPS, guidance=GUIDANCE)
+    generated = engine.generate(prompts=list(CLASSES), seed=SEED, steps=STEPS, guidance=GUIDANCE)
     for k, prompt in enumerate(CLASSES):
-        theirs = draw(peer, prompt, SEED + k, GUIDANCE)
+        theirs = generate(peer, prompt, SEED + k, GUIDANCE)
         assert theirs.std() > 0.05, "a flat picture proves nothing"
-        assert np.abs(drawn.pixels[k] - theirs).max() < BOUND
+        assert np.abs(generated.pixels[k] - theirs).max() < BOUND
 
 
 def test_a_batch_and_no_guidance(engine: DiffusionGenerator, peer: DiTPipeline) -> None:
-    drawn = engine.generate(prompts=list(CLASSES), seed=SEED, steps=5, guidance=1.0, batch_size=3)
+    generated = engine.generate(prompts=list(CLASSES), seed=SEED, steps=5, guidance=1.0, batch_size=3)
     for k, prompt in enumerate(CLASSES):
-        assert np.abs(drawn.pixels[k] - draw(peer, prompt, SEED + k, 1.0, steps=5)).max() < BOUND
+        assert np.abs(generated.pixels[k] - generate(peer, prompt, SEED + k, 1.0, steps=5)).max() < BOUND
 
 
 def test_the_comparison_sees_class_guidance_and_seed(engine: DiffusionGenerator) -> None:
     def pixels(**changes: Any) -> np.ndarray:
-        asked = {"prompt": "goldfish", "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
-        return engine.generate(**(asked | changes)).pixels[0]
+        requested = {"prompt": "goldfish", "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
+        return engine.generate(**(requested | changes)).pixels[0]
 
     plain = pixels()
     changes = [{"prompt": "cock"}, {"guidance": 2.0}, {"seed": 12}, {"steps": 7}, {"negative_prompt": "cock"}]
@@ -85,8 +85,8 @@ def test_the_comparison_sees_class_guidance_and_seed(engine: DiffusionGenerator)
 
 
 def test_an_image_need_not_be_square(engine: DiffusionGenerator) -> None:
-    drawn = engine.generate(prompt="goldfish", seed=SEED, steps=2, height=12, width=24)
-    assert drawn.pixels[0].shape == (3, 12, 24)
+    generated = engine.generate(prompt="goldfish", seed=SEED, steps=2, height=12, width=24)
+    assert generated.pixels[0].shape == (3, 12, 24)
 
 
 @pytest.mark.parametrize("where", ["prompt", "negative_prompt"])
@@ -106,10 +106,10 @@ def ancestral(
     """Run DDPM's loop by hand: eps guided, the variance of the class, and this harness's noise in each step."""
     scheduler = DDPMScheduler(variance_type="learned_range", **LINEAR, **options)
     scheduler.set_timesteps(steps)
-    drawn = iter(range(steps))
+    generated = iter(range(steps))
     monkeypatch.setattr(
         "diffusers.schedulers.scheduling_ddpm.randn_tensor",
-        lambda shape, **_: step_noise(SEED, next(drawn), tuple(shape[1:]))[None],
+        lambda shape, **_: step_noise(SEED, next(generated), tuple(shape[1:]))[None],
     )
     x = seeded_noise(SEED, (4, SIDE, SIDE))[None]
     for t in scheduler.timesteps:
@@ -139,21 +139,21 @@ def test_the_learned_variance_is_the_class_own(
     overrides, options = CASES[case]
     engine = start(checkpoint, *DDPM, "scheduler.spacing=leading", *overrides)
     try:
-        drawn = engine.generate(prompt="goldfish", seed=SEED, steps=4, guidance=GUIDANCE)
+        generated = engine.generate(prompt="goldfish", seed=SEED, steps=4, guidance=GUIDANCE)
     finally:
         engine.stop()
     theirs = ancestral(peer, 1, GUIDANCE, 4, monkeypatch, **options)
     assert theirs.std() > 0.05
-    assert np.abs(drawn.pixels[0] - theirs.numpy()).max() < BOUND
+    assert np.abs(generated.pixels[0] - theirs.numpy()).max() < BOUND
 
 
 def test_the_learned_variance_is_neither_of_the_fixed_ones(checkpoint: Path) -> None:
-    pictures = []
+    images = []
     for variance in ("learned_range", "small", "large"):
         engine = start(checkpoint, *DDPM[:2], f"scheduler.solver.variance={variance}", "scheduler.spacing=leading")
-        pictures.append(engine.generate(prompt="goldfish", seed=SEED, steps=4, guidance=GUIDANCE).pixels[0])
+        images.append(engine.generate(prompt="goldfish", seed=SEED, steps=4, guidance=GUIDANCE).pixels[0])
         engine.stop()
-    assert min(np.abs(pictures[0] - other).max() for other in pictures[1:]) > 20 * BOUND
+    assert min(np.abs(images[0] - other).max() for other in images[1:]) > 20 * BOUND
 
 
 def test_a_network_without_a_variance_needs_none(checkpoint: Path, tmp_path: Path) -> None:

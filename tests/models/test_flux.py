@@ -61,19 +61,19 @@ def inputs(config: dict[str, object], batch: int, height: int, width: int) -> tu
     return latent, torch.tensor([0.7, 333.25, 999.0])[:batch], Conditioning(text, pooled=pooled, scale=scale)
 
 
-def expected(theirs: FluxTransformer2DModel, latent: Tensor, tau: Tensor, told: Conditioning) -> Tensor:
+def expected(theirs: FluxTransformer2DModel, latent: Tensor, tau: Tensor, conditioning: Conditioning) -> Tensor:
     """Call the network as diffusers' pipeline does: packed latents, positions as inputs, a thousandth of tau."""
     batch, channels, height, width = latent.shape
     packed = FluxPipeline._pack_latents(latent, batch, channels, height, width)
     places = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, latent.device, latent.dtype)
     output = theirs(
         packed,
-        encoder_hidden_states=told.require_prompt_embeds(),
-        pooled_projections=told.require_pooled(),
+        encoder_hidden_states=conditioning.require_prompt_embeds(),
+        pooled_projections=conditioning.require_pooled(),
         timestep=tau / 1000,
         img_ids=places,
-        txt_ids=torch.zeros(told.require_prompt_embeds().shape[1], 3),
-        guidance=told.scale if theirs.config.guidance_embeds else None,
+        txt_ids=torch.zeros(conditioning.require_prompt_embeds().shape[1], 3),
+        guidance=conditioning.scale if theirs.config.guidance_embeds else None,
     ).sample
     return FluxPipeline._unpack_latents(output, 8 * height, 8 * width, 8)
 
@@ -84,45 +84,55 @@ def test_parity_with_diffusers(name: str, batch: int, tmp_path: Path) -> None:
     theirs = their(CONFIGS[name])
     ours = our(theirs, tmp_path)
     for height, width in SIZES:
-        latent, tau, told = inputs(CONFIGS[name], batch, height, width)
+        latent, tau, conditioning = inputs(CONFIGS[name], batch, height, width)
         with torch.no_grad():
-            assert rel_l2(ours(latent, tau, told), expected(theirs, latent, tau, told)) < 1e-5, (height, width)
+            assert rel_l2(ours(latent, tau, conditioning), expected(theirs, latent, tau, conditioning)) < 1e-5, (
+                height,
+                width,
+            )
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_every_attention_backend_agrees(backend: str, tmp_path: Path) -> None:
     theirs = their(TINY)
-    latent, tau, told = inputs(TINY, 2, 6, 10)
+    latent, tau, conditioning = inputs(TINY, 2, 6, 10)
     with torch.no_grad():
-        assert rel_l2(our(theirs, tmp_path, backend)(latent, tau, told), expected(theirs, latent, tau, told)) < 1e-5
+        assert (
+            rel_l2(
+                our(theirs, tmp_path, backend)(latent, tau, conditioning), expected(theirs, latent, tau, conditioning)
+            )
+            < 1e-5
+        )
 
 
 def test_every_input_matters(tmp_path: Path) -> None:
     ours = our(their(TINY), tmp_path)
-    latent, tau, told = inputs(TINY, 3, 6, 10)
+    latent, tau, conditioning = inputs(TINY, 3, 6, 10)
     other = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        plain = ours(latent, tau, told)
-        assert rel_l2(ours(latent.flip(0), tau, told), plain) > 0.1
-        assert rel_l2(ours(latent, tau + 100, told), plain) > 0.01
-        assert rel_l2(ours(latent, tau, replace(told, prompt_embeds=other)), plain) > 0.01
-        assert rel_l2(ours(latent, tau, replace(told, pooled=told.require_pooled() + 1)), plain) > 0.01
-        assert rel_l2(ours(latent, tau, replace(told, scale=torch.full((3,), 2.0))), plain) > 0.01
+        plain = ours(latent, tau, conditioning)
+        assert rel_l2(ours(latent.flip(0), tau, conditioning), plain) > 0.1
+        assert rel_l2(ours(latent, tau + 100, conditioning), plain) > 0.01
+        assert rel_l2(ours(latent, tau, replace(conditioning, prompt_embeds=other)), plain) > 0.01
+        assert rel_l2(ours(latent, tau, replace(conditioning, pooled=conditioning.require_pooled() + 1)), plain) > 0.01
+        assert rel_l2(ours(latent, tau, replace(conditioning, scale=torch.full((3,), 2.0))), plain) > 0.01
         for axis in (-1, -2):  # positions
-            moved = ours(latent.roll(2, dims=axis), tau, told).roll(-2, dims=axis)
+            moved = ours(latent.roll(2, dims=axis), tau, conditioning).roll(-2, dims=axis)
             assert rel_l2(moved, plain) > 0.001
 
 
 def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
     ours = our(their(TINY), tmp_path)
-    latent, tau, told = inputs(TINY, 3, 6, 10)
+    latent, tau, conditioning = inputs(TINY, 3, 6, 10)
     with torch.no_grad():
-        together = ours(latent, tau, told)
+        together = ours(latent, tau, conditioning)
         for k in range(3):
             row = slice(k, k + 1)
-            assert told.scale is not None
+            assert conditioning.scale is not None
             alone = Conditioning(
-                told.require_prompt_embeds()[row], pooled=told.require_pooled()[row], scale=told.scale[row]
+                conditioning.require_prompt_embeds()[row],
+                pooled=conditioning.require_pooled()[row],
+                scale=conditioning.scale[row],
             )
             assert rel_l2(ours(latent[row], tau[row], alone)[0], together[k]) < 1e-6
 
@@ -130,28 +140,28 @@ def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
 def test_bfloat16_keeps_near_times_and_scales_apart(tmp_path: Path) -> None:
     """diffusers sees 900 and 901 as one number in bfloat16, whose steps are 4 there."""
     ours = our(their(TINY), tmp_path, dtype=torch.bfloat16)
-    latent, _, told = inputs(TINY, 1, 6, 10)
-    told = replace(told.to(torch.bfloat16), scale=torch.tensor([3.5]))
+    latent, _, conditioning = inputs(TINY, 1, 6, 10)
+    conditioning = replace(conditioning.to(torch.bfloat16), scale=torch.tensor([3.5]))
     with torch.no_grad():
-        plain = ours(latent.bfloat16(), torch.tensor([900.0]), told)
+        plain = ours(latent.bfloat16(), torch.tensor([900.0]), conditioning)
         assert plain.dtype is torch.bfloat16
-        assert not torch.equal(ours(latent.bfloat16(), torch.tensor([901.0]), told), plain)
+        assert not torch.equal(ours(latent.bfloat16(), torch.tensor([901.0]), conditioning), plain)
         assert not torch.equal(
-            ours(latent.bfloat16(), torch.tensor([900.0]), replace(told, scale=torch.tensor([3.501]))), plain
+            ours(latent.bfloat16(), torch.tensor([900.0]), replace(conditioning, scale=torch.tensor([3.501]))), plain
         )
 
 
 def test_bfloat16_is_as_near_to_float32_as_diffusers_is(tmp_path: Path) -> None:
     theirs = their(TINY)
     ours = our(theirs, tmp_path, dtype=torch.bfloat16)
-    latent, tau, told = inputs(TINY, 3, 6, 10)
+    latent, tau, conditioning = inputs(TINY, 3, 6, 10)
     tau = torch.tensor([250.0, 500.0, 1000.0])  # bfloat16 has these, and a thousand times those, so that the rounding
-    told = replace(told, scale=torch.tensor([1.0, 2.0, 4.0]))  # of the inputs plays no part
+    conditioning = replace(conditioning, scale=torch.tensor([1.0, 2.0, 4.0]))  # of the inputs plays no part
     with torch.no_grad():
-        exact = expected(theirs, latent, tau, told)
-        mine = rel_l2(ours(latent.bfloat16(), tau, told.to(torch.bfloat16)).float(), exact)
+        exact = expected(theirs, latent, tau, conditioning)
+        mine = rel_l2(ours(latent.bfloat16(), tau, conditioning.to(torch.bfloat16)).float(), exact)
         theirs.bfloat16()
-        low = replace(told.to(torch.bfloat16), scale=told.scale)
+        low = replace(conditioning.to(torch.bfloat16), scale=conditioning.scale)
         peers = rel_l2(expected(theirs, latent.bfloat16(), tau, low).float(), exact)
     assert mine < 1.2 * peers < 0.05
 
@@ -175,7 +185,7 @@ def test_names_map_one_to_one_and_the_plan_fits(name: str, tmp_path: Path) -> No
 
 def test_a_mask_and_missing_inputs_are_refused(tmp_path: Path) -> None:
     ours = our(their(TINY), tmp_path)
-    latent, tau, told = inputs(TINY, 1, 4, 4)
+    latent, tau, conditioning = inputs(TINY, 1, 4, 4)
     for change, says in (
         ({"mask": torch.ones(1, 7, dtype=torch.bool)}, "must have no mask"),
         ({"prompt_embeds": None}, "needs prompt embeddings"),
@@ -183,7 +193,7 @@ def test_a_mask_and_missing_inputs_are_refused(tmp_path: Path) -> None:
         ({"scale": None}, "guidance scale"),
     ):
         with pytest.raises(ValueError, match=says):
-            ours(latent, tau, replace(told, **change))
+            ours(latent, tau, replace(conditioning, **change))
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,10 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
         yield Case(peer, generator, folder)
 
 
-def theirs(peer: FluxPipeline, prompt: str, seed: int, steps: int, told: float, guided: float = 1.0) -> Tensor:
-    """Return diffusers' image; `told` is the embedded guidance scale, `guided` is classifier-free guidance."""
+def theirs(
+    peer: FluxPipeline, prompt: str, seed: int, steps: int, embedded_guidance: float, guided: float = 1.0
+) -> Tensor:
+    """Return diffusers' image; `guided` is the scale of classifier-free guidance."""
     height, width = HEIGHT // STRIDE, WIDTH // STRIDE
     noise = FluxPipeline._pack_latents(seeded_noise(seed, (4, height, width))[None], 1, 4, height, width)
     return peer(
@@ -58,7 +60,7 @@ def theirs(peer: FluxPipeline, prompt: str, seed: int, steps: int, told: float, 
         negative_prompt=NEGATIVE,
         true_cfg_scale=guided,
         num_inference_steps=steps,
-        guidance_scale=told,
+        guidance_scale=embedded_guidance,
         height=HEIGHT,
         width=WIDTH,
         latents=noise,
@@ -68,28 +70,28 @@ def theirs(peer: FluxPipeline, prompt: str, seed: int, steps: int, told: float, 
 
 
 def ours(generator: DiffusionGenerator, **changes: object) -> list[np.ndarray]:
-    asked = {"prompts": PROMPTS, "negative_prompt": NEGATIVE, "seed": SEED, "height": HEIGHT, "width": WIDTH}
-    return generator.generate(**(asked | changes)).pixels  # type: ignore[arg-type]
+    requested = {"prompts": PROMPTS, "negative_prompt": NEGATIVE, "seed": SEED, "height": HEIGHT, "width": WIDTH}
+    return generator.generate(**(requested | changes)).pixels  # type: ignore[arg-type]
 
 
-def apart(drawn: np.ndarray, picture: Tensor) -> float:
-    assert picture.std() > 0.01, "a flat picture proves nothing"
-    return float(np.abs(drawn - picture.numpy()).max())
+def apart(generated: np.ndarray, image: Tensor) -> float:
+    assert image.std() > 0.01, "a flat picture proves nothing"
+    return float(np.abs(generated - image.numpy()).max())
 
 
 @pytest.mark.parametrize(("steps", "guidance", "batch"), [(6, 3.5, 1), (6, 3.5, 2), (3, 1.0, 1)])
 def test_images_of_a_distilled_network_are_diffusers_own(dev: Case, steps: int, guidance: float, batch: int) -> None:
-    drawn = ours(dev.generator, steps=steps, guidance=guidance, batch_size=batch)
+    generated = ours(dev.generator, steps=steps, guidance=guidance, batch_size=batch)
     for k, prompt in enumerate(PROMPTS):
-        assert apart(drawn[k], theirs(dev.peer, prompt, SEED + k, steps, guidance)) < BOUND
+        assert apart(generated[k], theirs(dev.peer, prompt, SEED + k, steps, guidance)) < BOUND
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(4, 1.0), (4, 2.5)])
 def test_images_of_schnell_are_diffusers_own(schnell: Case, steps: int, guidance: float) -> None:
     """Guidance is classifier-free where the network has no embedded scale."""
-    drawn = ours(schnell.generator, steps=steps, guidance=guidance)
+    generated = ours(schnell.generator, steps=steps, guidance=guidance)
     for k, prompt in enumerate(PROMPTS):
-        assert apart(drawn[k], theirs(schnell.peer, prompt, SEED + k, steps, 0.0, guided=guidance)) < BOUND
+        assert apart(generated[k], theirs(schnell.peer, prompt, SEED + k, steps, 0.0, guided=guidance)) < BOUND
 
 
 def test_the_comparison_sees_every_field_of_the_request(dev: Case, schnell: Case) -> None:
@@ -123,7 +125,7 @@ def test_text_states_are_diffusers_own(dev: Case) -> None:
 
 
 def test_a_truncated_prompt_is_noted(dev: Case) -> None:
-    drawn = dev.generator.generate(
+    generated = dev.generator.generate(
         prompt=f"{LONG}, again", seed=SEED, steps=1, guidance=3.5, height=HEIGHT, width=WIDTH
     )
-    assert any(f"was cut to {T5_TOKENS}" in note for note in drawn.record.notes)
+    assert any(f"was cut to {T5_TOKENS}" in note for note in generated.record.notes)

@@ -120,17 +120,17 @@ def test_what_the_hub_answers_is_one_line(error: str, says: str, monkeypatch: py
 
 
 def test_only_the_launcher_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requested = []
 
     def answer(name: str, **kwargs: object) -> str:
-        asked.append((name, kwargs["revision"], kwargs["local_files_only"]))
+        requested.append((name, kwargs["revision"], kwargs["local_files_only"]))
         return str(EMOJI)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
     config = compose_run([f"model.path={NAME}"]).config
     locate(config.model, "transformer")
-    assert asked[0] == (NAME, None, False)
-    assert set(asked[1:]) == {(NAME, None, True)}
+    assert requested[0] == (NAME, None, False)
+    assert set(requested[1:]) == {(NAME, None, True)}
 
 
 def test_a_launcher_checks_a_checkpoint_without_torch(cache: Path, tmp_path: Path) -> None:

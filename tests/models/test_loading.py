@@ -235,7 +235,7 @@ def test_every_architecture_has_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "asked", "fits"),
+    ("folder", "requested", "fits"),
     [
         ("sd3", "flux", "sd3"),
         ("flux", "sd3", "flux"),
@@ -250,12 +250,12 @@ def test_every_architecture_has_models() -> None:
         ("sd15", "ddpm_cifar10", "sd15"),
     ],
 )
-def test_a_foreign_checkpoint_names_the_model_that_fits(folder: str, asked: str, fits: str, tmp_path: Path) -> None:
-    line = refused(f"model={asked}", f"model.path={lookalike(folder, tmp_path / folder)}")
+def test_a_foreign_checkpoint_names_the_model_that_fits(folder: str, requested: str, fits: str, tmp_path: Path) -> None:
+    line = refused(f"model={requested}", f"model.path={lookalike(folder, tmp_path / folder)}")
     index = json.loads((PUBLISHED / folder / "model_index.json").read_text())
     assert f"a checkpoint of {index['_class_name']}" in line
     assert f"model={fits}" in line.partition("; use ")[2].split(" ")
-    assert f"model={asked} (" in line
+    assert f"model={requested} (" in line
 
 
 def test_a_checkpoint_of_an_unsupported_pipeline(tmp_path: Path) -> None:

@@ -226,20 +226,20 @@ def test_an_image_is_that_of_the_updated_weights(
     stored[name] = stored[name] + 0.5 * encoder.added[name]
     save_file(stored, source.folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
 
-    def draw(*overrides: str) -> tuple[Tensor, list[int]]:
+    def generate(*overrides: str) -> tuple[Tensor, list[int]]:
         plain = ("launch.mode=inprocess", "launch.threads_per_rank=1", "request.steps=4", "request.seed=3")
         with DiffusionGenerator.from_config(*plain, "request.prompt=rocket", *overrides) as generator:
-            drawn = generator.generate()
-            merged = {row.component: row.merged for row in drawn.record.loaded}
-        return torch.from_numpy(drawn.pixels[0].copy()), [merged[k] for k in ("transformer", "text_encoder", "vae")]
+            generated = generator.generate()
+            merged = {row.component: row.merged for row in generated.record.loaded}
+        return torch.from_numpy(generated.pixels[0].copy()), [merged[k] for k in ("transformer", "text_encoder", "vae")]
 
-    ours, merged = draw(f"model.lora=[{{path: {file}, weight: 0.5}}]")
-    theirs, none = draw(f"model.path={source.folder}")
+    ours, merged = generate(f"model.lora=[{{path: {file}, weight: 0.5}}]")
+    theirs, none = generate(f"model.path={source.folder}")
     assert merged == [len(PIXART), 1, 0]
     assert none == [0, 0, 0]
     assert float((ours - theirs).abs().max()) < 1e-4
     for other in ([], [f"model.lora=[{{path: {file}}}]"]):
-        assert float((ours - draw(*other)[0]).abs().max()) > 0.05
+        assert float((ours - generate(*other)[0]).abs().max()) > 0.05
 
 
 # ---------------------------------------------------------------- UNets
@@ -276,9 +276,9 @@ def test_a_unet_is_updated_convolutions_too(style: str, unet: UNet2DConditionMod
     assert apart(ours, theirs) < 1e-6
     latent, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 24)
     with torch.no_grad():
-        drawn = [net(latent, torch.tensor(7), text).sample for net in (ours, theirs, unet)]
-    assert rel_l2(drawn[0], drawn[1]) < 1e-5
-    assert rel_l2(drawn[0], drawn[2]) > 0.1
+        generated = [net(latent, torch.tensor(7), text).sample for net in (ours, theirs, unet)]
+    assert rel_l2(generated[0], generated[1]) < 1e-5
+    assert rel_l2(generated[0], generated[2]) > 0.1
 
 
 def test_a_linear_stored_as_a_1x1_kernel_is_the_same(unet: UNet2DConditionModel, tmp_path: Path) -> None:

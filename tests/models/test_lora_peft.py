@@ -44,13 +44,13 @@ def test_a_transformer_that_peft_trained(rslora: bool, tmp_path: Path) -> None:
     folder = REFERENCE / "emoji" / "transformer"
     theirs = PixArtTransformer2DModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
     latent, text, tau = torch.randn(2, 4, 16, 16), torch.randn(2, 6, 256), torch.tensor([3.0, 700.0])
-    told = {"resolution": None, "aspect_ratio": None}
+    added = {"resolution": None, "aspect_ratio": None}
     with torch.no_grad():
-        plain = theirs(latent, text, tau, added_cond_kwargs=told).sample
+        plain = theirs(latent, text, tau, added_cond_kwargs=added).sample
         layers = ["to_q", "to_out.0", "ff.net.2", "pos_embed.proj", "adaln_single.linear"]
         trained = peft.get_peft_model(theirs, settings(rslora, layers))
         liven(trained)
-        expected = trained(latent, text, tau, added_cond_kwargs=told).sample
+        expected = trained(latent, text, tau, added_cond_kwargs=added).sample
         trained.save_pretrained(tmp_path)
         lora = LoraFile(tmp_path / "adapter_model.safetensors")
         ours = load_denoiser(CheckpointSource(REFERENCE / "emoji", loras=(lora,)))(latent, tau, Conditioning(text))

@@ -56,7 +56,7 @@ def inputs(config: PixArtConfig, batch: int, height: int, width: int) -> tuple[T
     return latent, torch.tensor([0.7, 333.25, 999.0])[:batch], text, mask
 
 
-def told(config: PixArtConfig, latent: Tensor) -> dict[str, Tensor | None]:
+def size_arguments(config: PixArtConfig, latent: Tensor) -> dict[str, Tensor | None]:
     """Return the image's size in pixels as diffusers' pipeline passes it."""
     if not config.size_conditioning:
         return {"resolution": None, "aspect_ratio": None}
@@ -83,7 +83,7 @@ def test_parity_with_diffusers(name: str, batch: int, masked: bool, backend: str
                 encoder_hidden_states=text,
                 encoder_attention_mask=mask if masked else None,
                 timestep=tau,
-                added_cond_kwargs=told(config, latent),
+                added_cond_kwargs=size_arguments(config, latent),
             ).sample
         assert rel_l2(output, expected) < 1e-5, (height, width)
 

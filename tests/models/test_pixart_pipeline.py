@@ -28,7 +28,7 @@ BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 STEPS, GUIDANCE, SEED, TOKENS = 6, 4.5, 11, 20
 PROMPTS = ["  A Red Apple ", "rocket"]
 NEGATIVE = "Blurry"
-ASKED = {"negative_prompt": NEGATIVE, "steps": STEPS, "guidance": GUIDANCE, "height": 32, "width": 32}
+REQUESTED = {"negative_prompt": NEGATIVE, "steps": STEPS, "guidance": GUIDANCE, "height": 32, "width": 32}
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     engine.stop()
 
 
-def draw(both: Both, prompt: str, seed: int, **changes: Any) -> np.ndarray:
+def generate(both: Both, prompt: str, seed: int, **changes: Any) -> np.ndarray:
     """Run diffusers' own pipeline with this harness's noise."""
-    asked = ASKED | changes
-    height, width = asked["height"], asked["width"]
+    requested = REQUESTED | changes
+    height, width = requested["height"], requested["width"]
     images = both.peer(
         prompt,
-        asked["negative_prompt"],
-        num_inference_steps=asked["steps"],
-        guidance_scale=asked["guidance"],
+        requested["negative_prompt"],
+        num_inference_steps=requested["steps"],
+        guidance_scale=requested["guidance"],
         height=height,
         width=width,
         latents=seeded_noise(seed, (4, height // 2, width // 2))[None],
@@ -81,31 +81,31 @@ def draw(both: Both, prompt: str, seed: int, **changes: Any) -> np.ndarray:
 
 
 def test_images_are_diffusers_own(both: Both) -> None:
-    drawn = both.engine.generate(prompts=PROMPTS, seed=SEED, **ASKED)
+    generated = both.engine.generate(prompts=PROMPTS, seed=SEED, **REQUESTED)
     for k, prompt in enumerate(PROMPTS):
-        theirs = draw(both, prompt, SEED + k)
+        theirs = generate(both, prompt, SEED + k)
         assert theirs.std() > 0.05, "a flat picture proves nothing"
-        assert np.abs(drawn.pixels[k] - theirs).max() < BOUND
+        assert np.abs(generated.pixels[k] - theirs).max() < BOUND
 
 
 @pytest.mark.parametrize("size", [(48, 24), (24, 40)])
 def test_an_image_of_another_shape_without_guidance(both: Both, size: tuple[int, int]) -> None:
     changes = {"guidance": 1.0, "steps": 3, "height": size[0], "width": size[1]}
-    drawn = both.engine.generate(prompts=PROMPTS, seed=SEED, batch_size=2, **(ASKED | changes))
+    generated = both.engine.generate(prompts=PROMPTS, seed=SEED, batch_size=2, **(REQUESTED | changes))
     for k, prompt in enumerate(PROMPTS):
-        assert np.abs(drawn.pixels[k] - draw(both, prompt, SEED + k, **changes)).max() < BOUND
+        assert np.abs(generated.pixels[k] - generate(both, prompt, SEED + k, **changes)).max() < BOUND
 
 
 def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(both: Both) -> None:
     prompt = "A Red Apple beside a green pear and a yellow lemon"
-    drawn = both.engine.generate(prompt=prompt, seed=SEED, **ASKED)
-    assert any(f"was cut to {TOKENS}" in note for note in drawn.record.notes)
-    assert np.abs(drawn.pixels[0] - draw(both, prompt, SEED)).max() < BOUND
+    generated = both.engine.generate(prompt=prompt, seed=SEED, **REQUESTED)
+    assert any(f"was cut to {TOKENS}" in note for note in generated.record.notes)
+    assert np.abs(generated.pixels[0] - generate(both, prompt, SEED)).max() < BOUND
 
 
 def test_the_comparison_sees_the_fields_of_the_request(both: Both) -> None:
     def pixels(**changes: Any) -> np.ndarray:
-        return both.engine.generate(**({"prompt": PROMPTS[0], "seed": SEED} | ASKED | changes)).pixels[0]
+        return both.engine.generate(**({"prompt": PROMPTS[0], "seed": SEED} | REQUESTED | changes)).pixels[0]
 
     plain = pixels()
     changes = [{"prompt": "rocket"}, {"guidance": 2.0}, {"seed": 12}, {"steps": 7}, {"negative_prompt": "red"}]
@@ -123,14 +123,14 @@ def test_only_the_network_of_1024_pixels_gets_sizes(both: Both) -> None:
 
 def test_the_learned_variance_of_a_text_model_is_used(both: Both) -> None:
     """With DDPM's solver, whose image differs from that of a fixed variance."""
-    pictures = []
+    images = []
     for variance in ("learned_range", "small"):
         ddpm = ["scheduler=ddpm", "scheduler/solver=ddpm", f"scheduler.solver.variance={variance}"]
         engine = start(both.folder, both.name, *ddpm, "scheduler.spacing=leading")
-        pictures.append(engine.generate(prompt="rocket", seed=SEED, **(ASKED | {"steps": 4})).pixels[0])
+        images.append(engine.generate(prompt="rocket", seed=SEED, **(REQUESTED | {"steps": 4})).pixels[0])
         engine.stop()
-    assert np.isfinite(pictures[0]).all()
-    assert np.abs(pictures[0] - pictures[1]).max() > 20 * BOUND
+    assert np.isfinite(images[0]).all()
+    assert np.abs(images[0] - images[1]).max() > 20 * BOUND
 
 
 def test_lower_case_is_what_the_reference_tokenizer_makes_of_a_prompt_anyway() -> None:

@@ -80,7 +80,7 @@ def test_the_plan_names_attention_and_feed_forward() -> None:
 # ---------------------------------------------------------------- with the package
 
 
-def drawn(network: nn.Module) -> Tensor:
+def outputs(network: nn.Module) -> Tensor:
     numbers = torch.Generator().manual_seed(0)
     latent, text = torch.randn(2, 4, 8, 8, generator=numbers), torch.randn(2, 7, 256, generator=numbers)
     with torch.no_grad():
@@ -110,12 +110,12 @@ def test_weights_are_within_half_a_step_and_nothing_else_changes() -> None:
 def test_the_network_computes_with_its_rounded_weights() -> None:
     pytest.importorskip("torchao")
     network, source = loaded()
-    rounded, plain = copy.deepcopy(network), drawn(network)
+    rounded, plain = copy.deepcopy(network), outputs(network)
     quantize(network, PLAN, "int8_weight_only", source)
     for name, linear in find_linears(rounded, PLAN).items():
         linear.weight.data = network.get_submodule(name).weight.dequantize()
-    assert rel_l2(drawn(network), drawn(rounded)) < 1e-5
-    assert 1e-4 < rel_l2(drawn(network), plain) < 0.05
+    assert rel_l2(outputs(network), outputs(rounded)) < 1e-5
+    assert 1e-4 < rel_l2(outputs(network), plain) < 0.05
 
 
 def test_rounded_inputs_stay_within_their_steps_too() -> None:

@@ -76,10 +76,10 @@ def test_parity_with_diffusers(name: str, batch: int, masked: bool, backend: str
     ours = our(theirs, tmp_path, backend)
     for height, width in SIZES:
         latent, tau, text, mask = inputs(ours, batch, height, width)
-        told = mask if masked else None
+        key_mask = mask if masked else None
         with torch.no_grad():
-            expected = predict(theirs, latent, tau, text, told)
-            assert rel_l2(ours(latent, tau, Conditioning(text, told)), expected) < 1e-5, (height, width)
+            expected = predict(theirs, latent, tau, text, key_mask)
+            assert rel_l2(ours(latent, tau, Conditioning(text, key_mask)), expected) < 1e-5, (height, width)
 
 
 def test_large_images_and_late_text_have_diffusers_positions(tmp_path: Path) -> None:

@@ -54,64 +54,64 @@ def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
         yield found
 
 
-def draw(peer: QwenImagePipeline, prompt: str, seed: int, **changes: object) -> np.ndarray:
+def generate(peer: QwenImagePipeline, prompt: str, seed: int, **changes: object) -> np.ndarray:
     """Return diffusers' image, channels first, from the noise that the engine uses for this seed."""
-    asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "true_cfg_scale": GUIDANCE}
-    asked |= {"negative_prompt": NEGATIVE} | changes
-    height, width = asked["height"] // 4, asked["width"] // 4
+    requested = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "true_cfg_scale": GUIDANCE}
+    requested |= {"negative_prompt": NEGATIVE} | changes
+    height, width = requested["height"] // 4, requested["width"] // 4
     noise = seeded_noise(seed, (4, height, width))[None]
     packed = QwenImagePipeline._pack_latents(noise, 1, 4, height, width)
-    found = peer(prompt, latents=packed, output_type="np", max_sequence_length=TOKENS, **asked)
+    found = peer(prompt, latents=packed, output_type="np", max_sequence_length=TOKENS, **requested)
     return found.images[0].transpose(2, 0, 1)
 
 
-def pictures(engine: DiffusionGenerator, **changes: object) -> np.ndarray:
-    asked = {"prompts": PROMPTS, "negative_prompt": NEGATIVE, "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
-    asked |= {"height": HEIGHT, "width": WIDTH}
-    return np.stack(engine.generate(**(asked | changes)).pixels)  # type: ignore[arg-type]
+def images(engine: DiffusionGenerator, **changes: object) -> np.ndarray:
+    requested = {"prompts": PROMPTS, "negative_prompt": NEGATIVE, "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
+    requested |= {"height": HEIGHT, "width": WIDTH}
+    return np.stack(engine.generate(**(requested | changes)).pixels)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_images_are_diffusers_own(engine: DiffusionGenerator, peer: QwenImagePipeline, batch_size: int) -> None:
-    drawn = pictures(engine, batch_size=batch_size)
+    generated = images(engine, batch_size=batch_size)
     for k, prompt in enumerate(PROMPTS):
-        theirs = draw(peer, prompt, SEED + k)
+        theirs = generate(peer, prompt, SEED + k)
         assert theirs.std() > 0.05, "a flat picture proves nothing"
         assert ((theirs > 0) & (theirs < 1)).mean() > 0.5
-        assert np.abs(drawn[k] - theirs).max() < BOUND
+        assert np.abs(generated[k] - theirs).max() < BOUND
 
 
 def test_an_image_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: QwenImagePipeline) -> None:
-    drawn = pictures(engine, prompts=PROMPTS[:1], guidance=1.0, height=32, width=80, steps=3)
-    theirs = draw(peer, PROMPTS[0], SEED, true_cfg_scale=1.0, height=32, width=80, num_inference_steps=3)
-    assert np.abs(drawn[0] - theirs).max() < BOUND
+    generated = images(engine, prompts=PROMPTS[:1], guidance=1.0, height=32, width=80, steps=3)
+    theirs = generate(peer, PROMPTS[0], SEED, true_cfg_scale=1.0, height=32, width=80, num_inference_steps=3)
+    assert np.abs(generated[0] - theirs).max() < BOUND
 
 
 def test_the_comparison_sees_the_fields_of_the_request(engine: DiffusionGenerator) -> None:
     """The result depends on every field of the request by far more than the bound."""
-    plain = pictures(engine, prompts=PROMPTS[:1])
+    plain = images(engine, prompts=PROMPTS[:1])
     changes = [{"prompts": PROMPTS[1:]}, {"guidance": 2.0}, {"seed": 12}, {"steps": 5}, {"negative_prompt": "shape"}]
     for change in changes:
-        assert np.abs(pictures(engine, **({"prompts": PROMPTS[:1]} | change)) - plain).max() > 100 * BOUND, change
+        assert np.abs(images(engine, **({"prompts": PROMPTS[:1]} | change)) - plain).max() > 100 * BOUND, change
 
 
 def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
     engine: DiffusionGenerator, peer: QwenImagePipeline
 ) -> None:
     prompt = "a red fox under a pale sky, " * 4
-    drawn = engine.generate(
+    generated = engine.generate(
         prompt=prompt, negative_prompt=NEGATIVE, seed=SEED, steps=2, guidance=GUIDANCE, height=HEIGHT, width=WIDTH
     )
-    assert any(f"was cut to {TOKENS}" in note for note in drawn.record.notes)
-    theirs = draw(peer, prompt, SEED, num_inference_steps=2)
-    assert np.abs(drawn.pixels[0] - theirs).max() < BOUND
+    assert any(f"was cut to {TOKENS}" in note for note in generated.record.notes)
+    theirs = generate(peer, prompt, SEED, num_inference_steps=2)
+    assert np.abs(generated.pixels[0] - theirs).max() < BOUND
 
 
 def test_noise_in_the_order_of_diffusers(peer: QwenImagePipeline) -> None:
     """diffusers makes noise of (B, 1, C, H, W) and packs it; for one frame that is the state made here."""
-    drawn = peer.prepare_latents(1, 4, HEIGHT, WIDTH, torch.float32, "cpu", torch.Generator().manual_seed(SEED))
+    generated = peer.prepare_latents(1, 4, HEIGHT, WIDTH, torch.float32, "cpu", torch.Generator().manual_seed(SEED))
     noise = seeded_noise(SEED, (4, HEIGHT // 4, WIDTH // 4))[None]
-    assert torch.equal(drawn, QwenImagePipeline._pack_latents(noise, 1, 4, HEIGHT // 4, WIDTH // 4))
+    assert torch.equal(generated, QwenImagePipeline._pack_latents(noise, 1, 4, HEIGHT // 4, WIDTH // 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

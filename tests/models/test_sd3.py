@@ -73,11 +73,11 @@ def inputs(config: dict[str, object], batch: int, height: int, width: int) -> tu
     return latent, torch.tensor([0.7, 333.25, 999.0])[:batch], Conditioning(text, pooled=pooled)
 
 
-def expected(theirs: SD3Transformer2DModel, latent: Tensor, tau: Tensor, told: Conditioning) -> Tensor:
+def expected(theirs: SD3Transformer2DModel, latent: Tensor, tau: Tensor, conditioning: Conditioning) -> Tensor:
     return theirs(
         latent,
-        encoder_hidden_states=told.require_prompt_embeds(),
-        pooled_projections=told.require_pooled(),
+        encoder_hidden_states=conditioning.require_prompt_embeds(),
+        pooled_projections=conditioning.require_pooled(),
         timestep=tau,
     ).sample
 
@@ -88,45 +88,53 @@ def test_parity_with_diffusers(name: str, batch: int, tmp_path: Path) -> None:
     theirs = their(CONFIGS[name])
     ours = our(theirs, tmp_path)
     for height, width in SIZES:
-        latent, tau, told = inputs(CONFIGS[name], batch, height, width)
+        latent, tau, conditioning = inputs(CONFIGS[name], batch, height, width)
         with torch.no_grad():
-            assert rel_l2(ours(latent, tau, told), expected(theirs, latent, tau, told)) < 1e-5, (height, width)
+            assert rel_l2(ours(latent, tau, conditioning), expected(theirs, latent, tau, conditioning)) < 1e-5, (
+                height,
+                width,
+            )
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_every_attention_backend_agrees(backend: str, tmp_path: Path) -> None:
     config = CONFIGS["3.5 medium"]
     theirs = their(config)
-    latent, tau, told = inputs(config, 2, 6, 10)
+    latent, tau, conditioning = inputs(config, 2, 6, 10)
     with torch.no_grad():
-        assert rel_l2(our(theirs, tmp_path, backend)(latent, tau, told), expected(theirs, latent, tau, told)) < 1e-5
+        assert (
+            rel_l2(
+                our(theirs, tmp_path, backend)(latent, tau, conditioning), expected(theirs, latent, tau, conditioning)
+            )
+            < 1e-5
+        )
 
 
 def test_every_input_matters(tmp_path: Path) -> None:
     config = CONFIGS["3.5 medium"]
     ours = our(their(config), tmp_path)
-    latent, tau, told = inputs(config, 3, 6, 10)
+    latent, tau, conditioning = inputs(config, 3, 6, 10)
     other = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        plain = ours(latent, tau, told)
-        assert rel_l2(ours(latent.flip(0), tau, told), plain) > 0.1
-        assert rel_l2(ours(latent, tau + 100, told), plain) > 0.01
-        assert rel_l2(ours(latent, tau, replace(told, prompt_embeds=other)), plain) > 0.01
-        assert rel_l2(ours(latent, tau, replace(told, pooled=told.require_pooled() + 1)), plain) > 0.01
+        plain = ours(latent, tau, conditioning)
+        assert rel_l2(ours(latent.flip(0), tau, conditioning), plain) > 0.1
+        assert rel_l2(ours(latent, tau + 100, conditioning), plain) > 0.01
+        assert rel_l2(ours(latent, tau, replace(conditioning, prompt_embeds=other)), plain) > 0.01
+        assert rel_l2(ours(latent, tau, replace(conditioning, pooled=conditioning.require_pooled() + 1)), plain) > 0.01
         for axis in (-1, -2):  # positions
-            moved = ours(latent.roll(2, dims=axis), tau, told).roll(-2, dims=axis)
+            moved = ours(latent.roll(2, dims=axis), tau, conditioning).roll(-2, dims=axis)
             assert rel_l2(moved, plain) > 0.001
 
 
 def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
     config = CONFIGS["3.5 medium"]
     ours = our(their(config), tmp_path)
-    latent, tau, told = inputs(config, 3, 6, 10)
+    latent, tau, conditioning = inputs(config, 3, 6, 10)
     with torch.no_grad():
-        together = ours(latent, tau, told)
+        together = ours(latent, tau, conditioning)
         for k in range(3):
             row = slice(k, k + 1)
-            alone = Conditioning(told.require_prompt_embeds()[row], pooled=told.require_pooled()[row])
+            alone = Conditioning(conditioning.require_prompt_embeds()[row], pooled=conditioning.require_pooled()[row])
             assert rel_l2(ours(latent[row], tau[row], alone)[0], together[k]) < 1e-6
 
 
@@ -134,10 +142,10 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers_is(tmp_path: Path) -> None:
     config = CONFIGS["3.5 medium"]
     theirs = their(config)
     ours = our(theirs, tmp_path, dtype=torch.bfloat16)
-    latent, tau, told = inputs(config, 3, 6, 10)
+    latent, tau, conditioning = inputs(config, 3, 6, 10)
     with torch.no_grad():
-        exact = expected(theirs, latent, tau, told)
-        low = told.to(torch.bfloat16)
+        exact = expected(theirs, latent, tau, conditioning)
+        low = conditioning.to(torch.bfloat16)
         mine = rel_l2(ours(latent.bfloat16(), tau, low).float(), exact)
         peers = rel_l2(expected(theirs.bfloat16(), latent.bfloat16(), tau, low).float(), exact)
     assert mine < 1.2 * peers < 0.05
@@ -165,16 +173,16 @@ def test_random_weights_have_diffusers_own_positions(name: str, tmp_path: Path) 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     ours = our(their(TINY), tmp_path)
-    latent, tau, told = inputs(TINY, 1, 4, 24)
+    latent, tau, conditioning = inputs(TINY, 1, 4, 24)
     with pytest.raises(ValueError, match="positions for 11 per side"):
-        ours(latent, tau, told)
+        ours(latent, tau, conditioning)
     for change, says in (
         ({"mask": torch.ones(1, 7, dtype=torch.bool)}, "must have no mask"),
         ({"prompt_embeds": None}, "needs prompt embeddings"),
         ({"pooled": None}, "needs a pooled"),
     ):
         with pytest.raises(ValueError, match=says):
-            ours(latent[..., :4], tau, replace(told, **change))
+            ours(latent[..., :4], tau, replace(conditioning, **change))
 
 
 @pytest.mark.parametrize(

@@ -60,17 +60,17 @@ def theirs(peer: StableDiffusion3Pipeline, prompt: str, seed: int, steps: int, g
 
 
 def ours(generator: DiffusionGenerator, **changes: object) -> list[np.ndarray]:
-    asked = {"prompts": PROMPTS, "negative_prompt": NEGATIVE, "seed": SEED, "height": HEIGHT, "width": WIDTH}
-    return generator.generate(**(asked | changes)).pixels  # type: ignore[arg-type]
+    requested = {"prompts": PROMPTS, "negative_prompt": NEGATIVE, "seed": SEED, "height": HEIGHT, "width": WIDTH}
+    return generator.generate(**(requested | changes)).pixels  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("steps", "guidance", "batch"), [(6, 4.5, 1), (6, 4.5, 2), (3, 1.0, 1)])
 def test_images_are_diffusers_own(case: Case, steps: int, guidance: float, batch: int) -> None:
-    drawn = ours(case.generator, steps=steps, guidance=guidance, batch_size=batch)
+    generated = ours(case.generator, steps=steps, guidance=guidance, batch_size=batch)
     for k, prompt in enumerate(PROMPTS):
-        picture = theirs(case.peer, prompt, SEED + k, steps, guidance)
-        assert picture.std() > 0.01, "a flat picture proves nothing"
-        assert np.abs(drawn[k] - picture.numpy()).max() < BOUND
+        image = theirs(case.peer, prompt, SEED + k, steps, guidance)
+        assert image.std() > 0.01, "a flat picture proves nothing"
+        assert np.abs(generated[k] - image.numpy()).max() < BOUND
 
 
 def test_the_comparison_sees_every_field_of_the_request(case: Case) -> None:

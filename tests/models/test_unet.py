@@ -108,9 +108,9 @@ def test_text_networks_agree_with_diffusers(name: str, backend: str, tmp_path: P
     odd = (12, 20) if name == "norms of the text" else (10, 6)  # its blocks halve even sides only
     for batch, height, width in ((1, 8, 8), (3, 12, 20), (3, *odd)):
         latent, tau, condition = inputs(4, batch, height, width)
-        for told in (condition, unmasked(condition)):
-            expected = theirs(latent, tau, told.prompt_embeds, encoder_attention_mask=told.mask).sample
-            assert rel_l2(ours(latent, tau, told), expected) < BOUND, (batch, height, width)
+        for conditioning in (condition, unmasked(condition)):
+            expected = theirs(latent, tau, conditioning.prompt_embeds, encoder_attention_mask=conditioning.mask).sample
+            assert rel_l2(ours(latent, tau, conditioning), expected) < BOUND, (batch, height, width)
 
 
 @torch.no_grad()
@@ -122,12 +122,16 @@ def test_the_network_that_gets_sizes_agrees_with_diffusers(backend: str, tmp_pat
         latent, tau, condition = inputs(4, batch, height, width)
         pixels = (STRIDE * height, STRIDE * width)
         sizes = torch.tensor([[*pixels, 0, 0, *pixels]] * batch)
-        for told in (condition, unmasked(condition)):
-            added = {"text_embeds": told.pooled, "time_ids": sizes}
+        for conditioning in (condition, unmasked(condition)):
+            added = {"text_embeds": conditioning.pooled, "time_ids": sizes}
             expected = theirs(
-                latent, tau, told.prompt_embeds, encoder_attention_mask=told.mask, added_cond_kwargs=added
+                latent,
+                tau,
+                conditioning.prompt_embeds,
+                encoder_attention_mask=conditioning.mask,
+                added_cond_kwargs=added,
             ).sample
-            assert rel_l2(ours(latent, tau, told), expected) < BOUND, (batch, height, width)
+            assert rel_l2(ours(latent, tau, conditioning), expected) < BOUND, (batch, height, width)
 
 
 @torch.no_grad()
@@ -180,20 +184,22 @@ def test_networks_without_text_get_the_time(tmp_path: Path) -> None:
 def test_a_batch_equals_its_single_images(tmp_path: Path) -> None:
     saved(UNet2DConditionModel, SIZED, tmp_path)
     network = sdxl.load_denoiser(source(tmp_path))
-    latent, tau, told = inputs(4, 3, 12, 20)
-    together = network(latent, tau, told)
+    latent, tau, conditioning = inputs(4, 3, 12, 20)
+    together = network(latent, tau, conditioning)
     for k in range(3):
-        row = Conditioning(told.prompt_embeds[k : k + 1], told.mask[k : k + 1], told.pooled[k : k + 1])  # type: ignore[index]
+        row = Conditioning(
+            conditioning.prompt_embeds[k : k + 1], conditioning.mask[k : k + 1], conditioning.pooled[k : k + 1]
+        )  # type: ignore[index]
         assert rel_l2(network(latent[k : k + 1], tau[k : k + 1], row)[0], together[k]) < 1e-6
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [UNet2DConditionModel, UNet2DModel])
 def test_every_attention_layer_goes_through_the_kernel(kind: type, tmp_path: Path) -> None:
-    asked: list[tuple[int, ...]] = []
+    requested: list[tuple[int, ...]] = []
 
     def counting(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        asked.append(tuple(k.shape[1:3]))
+        requested.append(tuple(k.shape[1:3]))
         return math_attention(q, k, v, mask)
 
     config, module = (SMALL, sd) if kind is UNet2DConditionModel else (PLAIN, unconditional)
@@ -202,10 +208,10 @@ def test_every_attention_layer_goes_through_the_kernel(kind: type, tmp_path: Pat
     layers = [layer for layer in network.modules() if isinstance(layer, Attention)]
     latent, tau, condition = inputs(config.get("in_channels", 4 if kind is UNet2DConditionModel else 3), 1, 8, 8)
     network(latent, tau, condition)
-    assert len(asked) == len(layers) > 3
+    assert len(requested) == len(layers) > 3
     if kind is UNet2DConditionModel:
-        assert sum(tokens == TOKENS for tokens, _ in asked) == len(layers) / 2  # self-attention and to the text
-        assert {heads for _, heads in asked} == {2}
+        assert sum(tokens == TOKENS for tokens, _ in requested) == len(layers) / 2  # self-attention and to the text
+        assert {heads for _, heads in requested} == {2}
 
 
 def test_a_plan_has_nothing_to_shard(tmp_path: Path) -> None:
@@ -273,12 +279,12 @@ def test_a_network_is_loaded_in_its_dtype_and_gets_the_time_in_float32(tmp_path:
     ours = sdxl.load_denoiser(source(tmp_path, dtype=torch.bfloat16))
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
     latent, tau, condition = inputs(4, 3, 12, 20)
-    fed, told = latent.bfloat16(), unmasked(condition).to(torch.bfloat16)
+    fed, conditioning = latent.bfloat16(), unmasked(condition).to(torch.bfloat16)
     pixels = (STRIDE * 12, STRIDE * 20)
-    added = {"text_embeds": told.pooled, "time_ids": torch.tensor([[*pixels, 0, 0, *pixels]] * 3)}
+    added = {"text_embeds": conditioning.pooled, "time_ids": torch.tensor([[*pixels, 0, 0, *pixels]] * 3)}
     with torch.no_grad():
-        expected = theirs(fed, tau, told.prompt_embeds, added_cond_kwargs=added).sample
-        assert rel_l2(ours(fed, tau, told).float(), expected.float()) < 0.01
+        expected = theirs(fed, tau, conditioning.prompt_embeds, added_cond_kwargs=added).sample
+        assert rel_l2(ours(fed, tau, conditioning).float(), expected.float()) < 0.01
 
 
 def rewrite(folder: Path, component: str, **changes: object) -> None:
@@ -363,6 +369,6 @@ def test_published_networks_without_text_generate_any_multiple_of_their_size(nam
     assert isinstance(parts.network, UnconditionalUNet)
     side = parts.size_multiple
     with torch.device("meta"):
-        drawn = parts.network(torch.zeros(2, 3, side, 2 * side), torch.ones(2), Conditioning())
-    assert drawn.shape == (2, *parts.latent.shape(side, 2 * side))
+        generated = parts.network(torch.zeros(2, 3, side, 2 * side), torch.ones(2), Conditioning())
+    assert generated.shape == (2, *parts.latent.shape(side, 2 * side))
     assert parts.capturable is (name == "ddpm_cifar10")

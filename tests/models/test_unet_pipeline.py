@@ -73,15 +73,15 @@ def both(
 @torch.no_grad()
 def theirs(peer: DiffusionPipeline, prompt: str, seed: int, negative: str | None, **changes: Any) -> Tensor:
     """Return diffusers' own image, (3, height, width), from this engine's noise."""
-    asked = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": HEIGHT, "width": WIDTH} | changes
-    noise = seeded_noise(seed, (4, asked["height"] // STRIDE, asked["width"] // STRIDE))[None]
-    found = peer(prompt=prompt, negative_prompt=negative, latents=noise, output_type="pt", **asked)
+    requested = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": HEIGHT, "width": WIDTH} | changes
+    noise = seeded_noise(seed, (4, requested["height"] // STRIDE, requested["width"] // STRIDE))[None]
+    found = peer(prompt=prompt, negative_prompt=negative, latents=noise, output_type="pt", **requested)
     return found.images[0]
 
 
 def ours(engine: DiffusionGenerator, **changes: Any) -> np.ndarray:
-    asked = {"seed": SEED, "steps": STEPS, "guidance": GUIDANCE, "height": HEIGHT, "width": WIDTH} | changes
-    return np.stack(engine.generate(**asked).pixels)
+    requested = {"seed": SEED, "steps": STEPS, "guidance": GUIDANCE, "height": HEIGHT, "width": WIDTH} | changes
+    return np.stack(engine.generate(**requested).pixels)
 
 
 def apart(mine: np.ndarray, other: Tensor) -> float:
@@ -89,37 +89,37 @@ def apart(mine: np.ndarray, other: Tensor) -> float:
     return float(np.abs(mine - other.numpy()).max())
 
 
-def is_a_picture(pixels: Tensor, inside: float = 0.5) -> bool:
+def is_an_image(pixels: Tensor, inside: float = 0.5) -> bool:
     """Return whether the pixels are not flat, and not clamped in at least this share of the image."""
     return bool(pixels.std() > 0.03 and ((pixels > 0) & (pixels < 1)).float().mean() > inside)
 
 
 def test_images_are_diffusers_own(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
     _, peer, engine = both
-    drawn = ours(engine, prompts=PROMPTS, negative_prompt=NEGATIVE)
+    generated = ours(engine, prompts=PROMPTS, negative_prompt=NEGATIVE)
     for k, prompt in enumerate(PROMPTS):
         expected = theirs(peer, prompt, SEED + k, NEGATIVE)
-        assert is_a_picture(expected)
-        assert apart(drawn[k], expected) < BOUND
+        assert is_an_image(expected)
+        assert apart(generated[k], expected) < BOUND
 
 
 def test_images_without_a_negative_prompt(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
     """diffusers takes an empty prompt for None, except where SDXL's checkpoint says otherwise."""
     name, peer, engine = both
-    drawn = ours(engine, prompt=PROMPTS[0], negative_prompt="")[0]
+    generated = ours(engine, prompt=PROMPTS[0], negative_prompt="")[0]
     expected = theirs(peer, PROMPTS[0], SEED, None)
-    assert apart(drawn, expected) < BOUND
+    assert apart(generated, expected) < BOUND
     encoded = theirs(peer, PROMPTS[0], SEED, "")
-    assert (apart(drawn, encoded) > 20 * BOUND) == (name == "sdxl")
+    assert (apart(generated, encoded) > 20 * BOUND) == (name == "sdxl")
 
 
 def test_images_without_guidance_and_of_another_shape(
     both: tuple[str, DiffusionPipeline, DiffusionGenerator],
 ) -> None:
     _, peer, engine = both
-    drawn = ours(engine, prompt=PROMPTS[1], guidance=1.0, height=64, width=32, steps=4)[0]
+    generated = ours(engine, prompt=PROMPTS[1], guidance=1.0, height=64, width=32, steps=4)[0]
     changes = {"guidance_scale": 1.0, "height": 64, "width": 32, "num_inference_steps": 4}
-    assert apart(drawn, theirs(peer, PROMPTS[1], SEED, None, **changes)) < BOUND
+    assert apart(generated, theirs(peer, PROMPTS[1], SEED, None, **changes)) < BOUND
 
 
 def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
@@ -127,16 +127,16 @@ def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
 ) -> None:
     _, peer, engine = both
     prompt = "a red fox and a green frog beside a yellow boat under a blue sky with a white cloud and one bird"
-    drawn = engine.generate(prompt=prompt, seed=SEED, steps=2, guidance=1.0, height=32, width=32)
-    assert any("was cut to 77" in note for note in drawn.record.notes)
+    generated = engine.generate(prompt=prompt, seed=SEED, steps=2, guidance=1.0, height=32, width=32)
+    assert any("was cut to 77" in note for note in generated.record.notes)
     changes = {"guidance_scale": 1.0, "height": 32, "width": 32, "num_inference_steps": 2}
-    assert apart(drawn.pixels[0], theirs(peer, prompt, SEED, None, **changes)) < BOUND
+    assert apart(generated.pixels[0], theirs(peer, prompt, SEED, None, **changes)) < BOUND
 
 
 def test_the_comparison_sees_the_fields_of_the_request(both: tuple[str, DiffusionPipeline, DiffusionGenerator]) -> None:
     _, _, engine = both
-    asked = {"prompt": PROMPTS[0], "negative_prompt": NEGATIVE}
-    plain = ours(engine, **asked)[0]
+    requested = {"prompt": PROMPTS[0], "negative_prompt": NEGATIVE}
+    plain = ours(engine, **requested)[0]
     for change in (
         {"prompt": PROMPTS[1]},
         {"negative_prompt": "a red fox"},
@@ -144,7 +144,7 @@ def test_the_comparison_sees_the_fields_of_the_request(both: tuple[str, Diffusio
         {"seed": SEED + 1},
         {"steps": STEPS + 1},
     ):
-        assert np.abs(ours(engine, **(asked | change))[0] - plain).max() > 20 * BOUND, change
+        assert np.abs(ours(engine, **(requested | change))[0] - plain).max() > 20 * BOUND, change
 
 
 @torch.no_grad()
@@ -195,15 +195,15 @@ def test_other_solvers_run_on_the_facts_of_training(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- without a prompt
 
 
-def fed(monkeypatch: pytest.MonkeyPatch, modules: list[Any], draws: list[Tensor]) -> None:
+def fed(monkeypatch: pytest.MonkeyPatch, modules: list[Any], samples: list[Tensor]) -> None:
     """Give diffusers' pipeline and scheduler this engine's noise, in the order of their calls."""
-    left = iter(draws)
+    left = iter(samples)
 
-    def draw(shape: tuple[int, ...], **_: object) -> Tensor:
+    def sample_noise(shape: tuple[int, ...], **_: object) -> Tensor:
         return next(left).reshape(shape)
 
     for module in modules:
-        monkeypatch.setattr(module, "randn_tensor", draw)
+        monkeypatch.setattr(module, "randn_tensor", sample_noise)
 
 
 SIDE = 16
@@ -212,16 +212,16 @@ SHAPE = (3, SIDE, SIDE)
 
 def ddpm(monkeypatch: pytest.MonkeyPatch, peer: DDPMPipeline, seed: int, steps: int) -> np.ndarray:
     """One noise to begin with, and one for each step but the last."""
-    draws = [seeded_noise(seed, SHAPE), *(step_noise(seed, i, SHAPE) for i in range(steps - 1))]
-    fed(monkeypatch, [pipeline_ddpm, scheduling_ddpm], draws)
+    samples = [seeded_noise(seed, SHAPE), *(step_noise(seed, i, SHAPE) for i in range(steps - 1))]
+    fed(monkeypatch, [pipeline_ddpm, scheduling_ddpm], samples)
     return peer(num_inference_steps=steps, output_type="pt").images.numpy()
 
 
 def score(monkeypatch: pytest.MonkeyPatch, peer: ScoreSdeVePipeline, seed: int, steps: int) -> np.ndarray:
     """One noise to begin with, and two a step: for the correction (numbered after all steps) and for the prediction."""
     order = [number for i in range(steps) for number in (i + steps, i)]
-    draws = [seeded_noise(seed, SHAPE), *(step_noise(seed, number, SHAPE) for number in order)]
-    fed(monkeypatch, [pipeline_score_sde_ve, scheduling_sde_ve], draws)
+    samples = [seeded_noise(seed, SHAPE), *(step_noise(seed, number, SHAPE) for number in order)]
+    fed(monkeypatch, [pipeline_score_sde_ve, scheduling_sde_ve], samples)
     return peer(num_inference_steps=steps, output_type="np").images.transpose(0, 3, 1, 2)
 
 
@@ -238,7 +238,7 @@ def plain(name: str) -> tuple[DiffusionPipeline, Any]:
 def test_images_without_a_prompt_are_diffusers_own(
     name: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peer, draw = plain(name)
+    peer, sample_noise = plain(name)
     peer.set_progress_bar_config(disable=True)
     peer.save_pretrained(tmp_path)
     if layout == "flat":  # as these were published, before components had folders
@@ -251,13 +251,13 @@ def test_images_without_a_prompt_are_diffusers_own(
     def mine(seed: int = SEED, steps: int = 7) -> np.ndarray:
         return np.stack(engine.generate(prompts=["", ""], seed=seed, steps=steps, height=SIDE, width=SIDE).pixels)
 
-    drawn = mine()
+    generated = mine()
     for k in range(2):
-        expected = draw(monkeypatch, peer, SEED + k, 7)
-        assert is_a_picture(torch.from_numpy(expected), inside=0.25)
-        assert apart(drawn[k : k + 1], torch.from_numpy(expected)) < BOUND
-    assert np.abs(mine(seed=SEED + 1)[:1] - drawn[:1]).max() > 20 * BOUND
-    assert np.abs(mine(steps=8) - drawn).max() > 20 * BOUND
+        expected = sample_noise(monkeypatch, peer, SEED + k, 7)
+        assert is_an_image(torch.from_numpy(expected), inside=0.25)
+        assert apart(generated[k : k + 1], torch.from_numpy(expected)) < BOUND
+    assert np.abs(mine(seed=SEED + 1)[:1] - generated[:1]).max() > 20 * BOUND
+    assert np.abs(mine(steps=8) - generated).max() > 20 * BOUND
     with pytest.raises(RequestFailed, match="takes no prompt, but got 'a fox'"):
         engine.generate(prompt="a fox", seed=SEED, steps=2, height=SIDE, width=SIDE)
     with pytest.raises(RequestFailed, match="no guidance; set it to 1"):

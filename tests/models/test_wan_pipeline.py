@@ -20,7 +20,7 @@ from tests.fixtures.models.wan import OVERRIDES, TOKENS, tiny_wan
 BOUND = 1e-4  # of pixels in [0, 1]; both run in float32
 PROMPTS = ["a red fox", "  two  &amp; a half\nowls "]
 LONG = "a red fox beside a green owl and a yellow canary under a blue sky"
-ASKED: dict[str, Any] = {"negative_prompt": "blurry", "seed": 11, "steps": 5, "guidance": 4.0}
+REQUESTED: dict[str, Any] = {"negative_prompt": "blurry", "seed": 11, "steps": 5, "guidance": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +41,19 @@ def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
         yield found
 
 
-def draw(peer: WanPipeline, prompt: str, seed: int, height: int, width: int, frames: int, **asked: Any) -> Tensor:
+def generate(
+    peer: WanPipeline, prompt: str, seed: int, height: int, width: int, frames: int, **requested: Any
+) -> Tensor:
     """Run diffusers' whole pipeline from the engine's noise; return (frames, 3, height, width)."""
     noise = seeded_noise(seed, (4, (frames - 1) // 4 + 1, height // 4, width // 4))[None]
     video = peer(
         prompt,
-        asked["negative_prompt"],
+        requested["negative_prompt"],
         height,
         width,
         frames,
-        asked["steps"],
-        asked["guidance"],
+        requested["steps"],
+        requested["guidance"],
         latents=noise,
         max_sequence_length=TOKENS,
         output_type="pt",
@@ -67,10 +69,10 @@ def apart(ours: np.ndarray, theirs: Tensor) -> float:
 
 
 def test_videos_are_diffusers_own(engine: DiffusionGenerator, peer: WanPipeline) -> None:
-    drawn = engine.generate(prompts=PROMPTS, batch_size=2, height=32, width=48, frames=9, **ASKED)
+    generated = engine.generate(prompts=PROMPTS, batch_size=2, height=32, width=48, frames=9, **REQUESTED)
     for k, prompt in enumerate(PROMPTS):
-        theirs = draw(peer, prompt, height=32, width=48, frames=9, **(ASKED | {"seed": ASKED["seed"] + k}))
-        assert apart(drawn.pixels[k], theirs) < BOUND
+        theirs = generate(peer, prompt, height=32, width=48, frames=9, **(REQUESTED | {"seed": REQUESTED["seed"] + k}))
+        assert apart(generated.pixels[k], theirs) < BOUND
 
 
 @pytest.mark.parametrize(
@@ -87,35 +89,37 @@ def test_videos_are_diffusers_own(engine: DiffusionGenerator, peer: WanPipeline)
 def test_other_requests_are_diffusers_own(
     engine: DiffusionGenerator, peer: WanPipeline, changes: dict[str, Any]
 ) -> None:
-    asked = ASKED | {"height": 16, "width": 32, "frames": 9} | changes
-    theirs = draw(peer, PROMPTS[0], **asked)
-    ours = engine.generate(prompt=PROMPTS[0], **asked)
+    requested = REQUESTED | {"height": 16, "width": 32, "frames": 9} | changes
+    theirs = generate(peer, PROMPTS[0], **requested)
+    ours = engine.generate(prompt=PROMPTS[0], **requested)
     assert apart(ours.pixels[0], theirs) < BOUND
 
 
 def test_one_frame_is_an_image(engine: DiffusionGenerator, peer: WanPipeline) -> None:
-    asked = ASKED | {"height": 32, "width": 16, "frames": 1}
-    drawn = engine.generate(prompt=PROMPTS[0], **asked)
-    assert drawn.pixels[0].shape == (3, 32, 16)
-    assert len(drawn.images) == 1
-    assert drawn.videos == []
-    assert apart(drawn.pixels[0], draw(peer, PROMPTS[0], **asked)[0]) < BOUND
+    requested = REQUESTED | {"height": 32, "width": 16, "frames": 1}
+    generated = engine.generate(prompt=PROMPTS[0], **requested)
+    assert generated.pixels[0].shape == (3, 32, 16)
+    assert len(generated.images) == 1
+    assert generated.videos == []
+    assert apart(generated.pixels[0], generate(peer, PROMPTS[0], **requested)[0]) < BOUND
 
 
 def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(engine: DiffusionGenerator, peer: WanPipeline) -> None:
-    asked = ASKED | {"height": 16, "width": 16, "frames": 5, "steps": 2}
-    drawn = engine.generate(prompt=LONG, **asked)
-    assert any(f"a prompt of {len(LONG) + 1} tokens was truncated to {TOKENS}" in note for note in drawn.record.notes)
-    assert apart(drawn.pixels[0], draw(peer, LONG, **asked)) < BOUND
+    requested = REQUESTED | {"height": 16, "width": 16, "frames": 5, "steps": 2}
+    generated = engine.generate(prompt=LONG, **requested)
+    assert any(
+        f"a prompt of {len(LONG) + 1} tokens was truncated to {TOKENS}" in note for note in generated.record.notes
+    )
+    assert apart(generated.pixels[0], generate(peer, LONG, **requested)) < BOUND
 
 
 def test_the_comparison_sees_every_field_of_the_request(engine: DiffusionGenerator) -> None:
     """The result depends on every field of the request by far more than the bound."""
-    asked = ASKED | {"prompt": PROMPTS[0], "height": 16, "width": 32, "frames": 9}
-    plain = engine.generate(**asked).pixels[0]
+    requested = REQUESTED | {"prompt": PROMPTS[0], "height": 16, "width": 32, "frames": 9}
+    plain = engine.generate(**requested).pixels[0]
     changes = [{"prompt": "an owl"}, {"negative_prompt": "red"}, {"guidance": 2.0}, {"seed": 12}, {"steps": 4}]
     for change in changes:
-        assert np.abs(engine.generate(**(asked | change)).pixels[0] - plain).max() > 20 * BOUND, change
+        assert np.abs(engine.generate(**(requested | change)).pixels[0] - plain).max() > 20 * BOUND, change
 
 
 def test_text_states_are_diffusers_own(peer: WanPipeline, checkpoint: Path) -> None:
@@ -133,10 +137,10 @@ def test_text_states_are_diffusers_own(peer: WanPipeline, checkpoint: Path) -> N
 
 def test_the_noise_scheduler_is_the_checkpoints(engine: DiffusionGenerator, peer: WanPipeline) -> None:
     """The published shift of 3 is used: with another shift the video is another one."""
-    asked = ASKED | {"height": 16, "width": 16, "frames": 5}
-    ours = engine.generate(prompt=PROMPTS[0], **asked).pixels[0]
+    requested = REQUESTED | {"height": 16, "width": 16, "frames": 5}
+    ours = engine.generate(prompt=PROMPTS[0], **requested).pixels[0]
     other = peer.scheduler.from_config(peer.scheduler.config, flow_shift=5.0)
     shifted = WanPipeline(**(peer.components | {"scheduler": other}))
     shifted.set_progress_bar_config(disable=True)
-    assert apart(ours, draw(peer, PROMPTS[0], **asked)) < BOUND
-    assert apart(ours, draw(shifted, PROMPTS[0], **asked)) > 20 * BOUND
+    assert apart(ours, generate(peer, PROMPTS[0], **requested)) < BOUND
+    assert apart(ours, generate(shifted, PROMPTS[0], **requested)) > 20 * BOUND

@@ -52,49 +52,49 @@ def engine(checkpoint: Path) -> Iterator[DiffusionGenerator]:
         yield found
 
 
-def draw(peer: ZImagePipeline, prompt: str, seed: int, **changes: object) -> np.ndarray:
+def generate(peer: ZImagePipeline, prompt: str, seed: int, **changes: object) -> np.ndarray:
     """Return diffusers' image, channels first, from the noise that the engine uses for this seed."""
-    asked = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE - 1}
-    asked |= {"negative_prompt": NEGATIVE} | changes
-    noise = seeded_noise(seed, (4, asked["height"] // 2, asked["width"] // 2))[None]
-    found = peer(prompt, latents=noise, output_type="np", max_sequence_length=TOKENS, **asked)
+    requested = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE - 1}
+    requested |= {"negative_prompt": NEGATIVE} | changes
+    noise = seeded_noise(seed, (4, requested["height"] // 2, requested["width"] // 2))[None]
+    found = peer(prompt, latents=noise, output_type="np", max_sequence_length=TOKENS, **requested)
     return found.images[0].transpose(2, 0, 1)
 
 
-def pictures(engine: DiffusionGenerator, **changes: object) -> np.ndarray:
-    asked = {"prompts": PROMPTS, "negative_prompt": NEGATIVE, "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
-    asked |= {"height": HEIGHT, "width": WIDTH}
-    return np.stack(engine.generate(**(asked | changes)).pixels)  # type: ignore[arg-type]
+def images(engine: DiffusionGenerator, **changes: object) -> np.ndarray:
+    requested = {"prompts": PROMPTS, "negative_prompt": NEGATIVE, "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
+    requested |= {"height": HEIGHT, "width": WIDTH}
+    return np.stack(engine.generate(**(requested | changes)).pixels)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_images_are_diffusers_own(engine: DiffusionGenerator, peer: ZImagePipeline, batch_size: int) -> None:
-    drawn = pictures(engine, batch_size=batch_size)
+    generated = images(engine, batch_size=batch_size)
     for k, prompt in enumerate(PROMPTS):
-        theirs = draw(peer, prompt, SEED + k)
+        theirs = generate(peer, prompt, SEED + k)
         assert theirs.std() > 0.05, "a flat picture proves nothing"
         assert ((theirs > 0) & (theirs < 1)).mean() > 0.5
-        assert np.abs(drawn[k] - theirs).max() < BOUND
+        assert np.abs(generated[k] - theirs).max() < BOUND
 
 
 def test_an_image_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: ZImagePipeline) -> None:
     """Z-Image-Turbo as it is published: its guidance_scale 0 is 1 here."""
-    drawn = pictures(engine, prompts=PROMPTS[:1], guidance=1.0, height=32, width=80, steps=3)
-    theirs = draw(peer, PROMPTS[0], SEED, guidance_scale=0.0, height=32, width=80, num_inference_steps=3)
-    assert np.abs(drawn[0] - theirs).max() < BOUND
+    generated = images(engine, prompts=PROMPTS[:1], guidance=1.0, height=32, width=80, steps=3)
+    theirs = generate(peer, PROMPTS[0], SEED, guidance_scale=0.0, height=32, width=80, num_inference_steps=3)
+    assert np.abs(generated[0] - theirs).max() < BOUND
 
 
 def test_an_empty_negative_prompt(engine: DiffusionGenerator, peer: ZImagePipeline) -> None:
-    drawn = pictures(engine, prompts=PROMPTS[:1], negative_prompt="")
-    assert np.abs(drawn[0] - draw(peer, PROMPTS[0], SEED, negative_prompt=None)).max() < BOUND
+    generated = images(engine, prompts=PROMPTS[:1], negative_prompt="")
+    assert np.abs(generated[0] - generate(peer, PROMPTS[0], SEED, negative_prompt=None)).max() < BOUND
 
 
 def test_the_comparison_sees_the_fields_of_the_request(engine: DiffusionGenerator) -> None:
     """The result depends on every field of the request by far more than the bound."""
-    plain = pictures(engine, prompts=PROMPTS[:1])
+    plain = images(engine, prompts=PROMPTS[:1])
     changes = [{"prompts": PROMPTS[1:]}, {"guidance": 2.0}, {"seed": 12}, {"steps": 5}, {"negative_prompt": "a red"}]
     for change in changes:
-        moved = np.abs(pictures(engine, **({"prompts": PROMPTS[:1]} | change)) - plain).max()
+        moved = np.abs(images(engine, **({"prompts": PROMPTS[:1]} | change)) - plain).max()
         assert moved > 100 * BOUND, change
 
 
@@ -102,12 +102,12 @@ def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
     engine: DiffusionGenerator, peer: ZImagePipeline
 ) -> None:
     prompt = "a red fox under a pale sky, " * 4
-    drawn = engine.generate(
+    generated = engine.generate(
         prompt=prompt, negative_prompt=NEGATIVE, seed=SEED, steps=2, guidance=GUIDANCE, height=HEIGHT, width=WIDTH
     )
-    assert any(f"was cut to {TOKENS}" in note for note in drawn.record.notes)
-    theirs = draw(peer, prompt, SEED, num_inference_steps=2)
-    assert np.abs(drawn.pixels[0] - theirs).max() < BOUND
+    assert any(f"was cut to {TOKENS}" in note for note in generated.record.notes)
+    theirs = generate(peer, prompt, SEED, num_inference_steps=2)
+    assert np.abs(generated.pixels[0] - theirs).max() < BOUND
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

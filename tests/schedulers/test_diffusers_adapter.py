@@ -17,7 +17,7 @@ from schedulers.prediction import Estimate
 from schedulers.published import from_diffusers
 from schedulers.solvers.rk45 import RK45
 from schedulers.solvers.sde import EDMChurn
-from tests.fixtures.schedulers.parity import SHAPE, Case, Toy, draw, module_of, ours
+from tests.fixtures.schedulers.parity import SHAPE, Case, Toy, module_of, ours, sample_noise
 from tests.fixtures.schedulers.published_cases import CASES, FLOW, SD
 
 diffusers.utils.logging.set_verbosity_error()
@@ -39,9 +39,9 @@ def test_pushing_is_pulling(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
     wanted, grid = ours(case, STEPS, pulled)
     view, pushed = DiffusersAdapter(case.ours()), Toy(pulled.variance)
     view.set_timesteps(STEPS, **case.set_timesteps)
-    monkeypatch.setattr(view, "_noise_for", lambda key, generator: draw(key))
-    got = push(view, draw(-1) * view.init_noise_sigma, pushed)
-    assert pushed.told == pytest.approx(pulled.told, rel=1e-6)
+    monkeypatch.setattr(view, "_noise_for", lambda key, generator: sample_noise(key))
+    got = push(view, sample_noise(-1) * view.init_noise_sigma, pushed)
+    assert pushed.timesteps == pytest.approx(pulled.timesteps, rel=1e-6)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
     torch.testing.assert_close(view.sigmas.double(), grid.sigma, rtol=1e-6, atol=0)
 
@@ -51,7 +51,7 @@ def test_pushing_is_pulling(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_a_generator_gives_the_noise_of_diffusers(name: str) -> None:
     options = {"clip_sample": False} if name == "DDPMScheduler" else {}
-    theirs, network, x = getattr(module_of(name), name)(**options), Toy(), draw(-1)
+    theirs, network, x = getattr(module_of(name), name)(**options), Toy(), sample_noise(-1)
     theirs.set_timesteps(STEPS)
     generator, wanted = torch.Generator().manual_seed(3), x
     for t in theirs.timesteps:
@@ -76,14 +76,20 @@ def pixart() -> Any:
     return pipeline
 
 
-def picture(pixart: Any, scheduler: Any, **changes: Any) -> Tensor:
+def image(pixart: Any, scheduler: Any, **changes: Any) -> Tensor:
     """Generate one image with diffusers' own pipeline, pixels in [0, 1]."""
     pixart.scheduler = scheduler
     latent = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(11))
-    asked = {"num_inference_steps": 6, "guidance_scale": 3.0, "negative_prompt": "blurry", "latents": latent}
-    asked |= {"height": 64, "width": 64, "use_resolution_binning": False, "clean_caption": False, "output_type": "pt"}
-    asked |= {"max_sequence_length": 24, "generator": torch.Generator().manual_seed(2)}
-    return pixart("red apple, 3d", **(asked | changes)).images[0]
+    requested = {"num_inference_steps": 6, "guidance_scale": 3.0, "negative_prompt": "blurry", "latents": latent}
+    requested |= {
+        "height": 64,
+        "width": 64,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+        "output_type": "pt",
+    }
+    requested |= {"max_sequence_length": 24, "generator": torch.Generator().manual_seed(2)}
+    return pixart("red apple, 3d", **(requested | changes)).images[0]
 
 
 @pytest.mark.parametrize(
@@ -95,10 +101,10 @@ def picture(pixart: Any, scheduler: Any, **changes: Any) -> Tensor:
     ],
 )
 def test_pixart_generates_the_same_image_with_the_adapter(pixart: Any, name: str, options: dict[str, Any]) -> None:
-    theirs = picture(pixart, getattr(diffusers, name)(**options))
+    theirs = image(pixart, getattr(diffusers, name)(**options))
     view = DiffusersAdapter(from_diffusers({"_class_name": name, **options}))
     assert theirs.std() > 0.05
-    assert (picture(pixart, view) - theirs).abs().max() < 1e-4
+    assert (image(pixart, view) - theirs).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
@@ -106,7 +112,7 @@ def test_pixart_with_the_adapter_generates_what_our_loop_generates(pixart: Any, 
     scheduler = build(
         NoiseSchedulerSettings("rectified_flow", solver=solver, eta=0.7 if solver == "ddim" else None, shift=2.0)
     )
-    drawn = picture(pixart, DiffusersAdapter(scheduler))
+    generated = image(pixart, DiffusersAdapter(scheduler))
     states = pixart.encode_prompt("red apple, 3d", True, "blurry", clean_caption=False, max_sequence_length=24)
     generator = torch.Generator().manual_seed(2)
 
@@ -133,7 +139,7 @@ def test_pixart_with_the_adapter_generates_what_our_loop_generates(pixart: Any, 
     with torch.no_grad():
         pixels = pixart.vae.decode(latent / pixart.vae.config.scaling_factor, return_dict=False)[0]
     wanted = pixart.image_processor.postprocess(pixels, output_type="pt")[0]
-    assert (drawn - wanted).abs().max() < 1e-4
+    assert (generated - wanted).abs().max() < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +173,10 @@ def test_stable_diffusion_with_several_evaluations_a_step_and_with_noise(stable_
     options |= {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
     view = DiffusersAdapter(from_diffusers({"_class_name": name, **options}))
     embedding = torch.randn((1, 4, 16), generator=torch.Generator().manual_seed(5))
-    drawn = []
+    generated = []
     for scheduler in (getattr(diffusers, name)(**options), view):
         stable_diffusion.scheduler = scheduler
-        drawn.append(
+        generated.append(
             stable_diffusion(
                 prompt_embeds=embedding,
                 negative_prompt_embeds=-embedding,
@@ -179,7 +185,7 @@ def test_stable_diffusion_with_several_evaluations_a_step_and_with_noise(stable_
                 output_type="latent",
             ).images
         )
-    assert (drawn[1] - drawn[0]).abs().max() < 1e-4 * drawn[0].abs().max()
+    assert (generated[1] - generated[0]).abs().max() < 1e-4 * generated[0].abs().max()
 
 
 def test_ddpm_pipeline() -> None:
@@ -192,13 +198,13 @@ def test_ddpm_pipeline() -> None:
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
     )
-    pipeline, drawn = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), []
+    pipeline, generated = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), []
     pipeline.set_progress_bar_config(disable=True)
     for scheduler in (pipeline.scheduler, DiffusersAdapter(from_diffusers({"_class_name": "DDPMScheduler"}))):
         pipeline.scheduler = scheduler
         generator = torch.Generator().manual_seed(7)
-        drawn.append(pipeline(num_inference_steps=STEPS, generator=generator, output_type="np").images)
-    assert abs(drawn[1] - drawn[0]).max() < 1e-4
+        generated.append(pipeline(num_inference_steps=STEPS, generator=generator, output_type="np").images)
+    assert abs(generated[1] - generated[0]).max() < 1e-4
 
 
 def flow(**changes: Any) -> NoiseScheduler:
@@ -296,10 +302,10 @@ def test_churn_moves_the_state_before_an_evaluation() -> None:
     scheduler = NoiseScheduler(sgm.path, sgm.spacing, sgm.prediction, EDMChurn())
     view, network = DiffusersAdapter(scheduler), Toy()
     view.set_timesteps(8)
-    got = push(view, draw(-1) * view.init_noise_sigma, network, generator=torch.Generator().manual_seed(9))
+    got = push(view, sample_noise(-1) * view.init_noise_sigma, network, generator=torch.Generator().manual_seed(9))
     grid, generator = scheduler.grid(8), torch.Generator().manual_seed(9)
     pulled = scheduler.sample(
-        grid.init_std * draw(-1),
+        grid.init_std * sample_noise(-1),
         grid,
         lambda x, p: scheduler.prediction.estimate(network(p.c_in * x, p.tau), x, p),
         lambda i: torch.randn(SHAPE, generator=generator),

@@ -62,8 +62,8 @@ def test_ve_is_geometric_and_edm_passes_the_configured_time() -> None:
     ve = paths.GeometricVEPath(0.01, 50.0)
     assert ve.sigma(0.5) == pytest.approx(math.sqrt(0.01 * 50))
     assert (ve.tau(1.0), ve.t_of(0.001)) == (pytest.approx(50.0), 0.0)
-    told = {"log_sigma": math.log(3) / 4, "sigma": 3.0, "flow_time": 750.0, "arctan": math.atan(3) * 2 / math.pi}
-    for name, tau in told.items():
+    taus = {"log_sigma": math.log(3) / 4, "sigma": 3.0, "flow_time": 750.0, "arctan": math.atan(3) * 2 / math.pi}
+    for name, tau in taus.items():
         assert paths.EDMPath(tau_map=name).tau(3.0) == pytest.approx(tau)  # type: ignore[arg-type]
 
 

@@ -14,7 +14,7 @@ from schedulers.diffusers_adapter import evaluation_points
 from schedulers.published import from_diffusers
 from schedulers.published.classes import BUILDERS
 from schedulers.published.options import DEFAULTS, UNSUPPORTED
-from tests.fixtures.schedulers.parity import Case, module_of, published, table, told
+from tests.fixtures.schedulers.parity import Case, module_of, network_timesteps, published, table
 from tests.fixtures.schedulers.published_cases import CASES, OPTIONS, REFUSALS, UNKNOWN
 
 diffusers.utils.logging.set_verbosity_error()  # it warns of each option that another class has
@@ -28,7 +28,7 @@ def assert_same(case: Case, steps: int, wide: bool, rtol: float) -> None:
         grid = scheduler.grid(steps, case.tokens)
         at = [point.tau for step in evaluation_points(scheduler, grid) for point in step]
         rows = None if case.name == "ScoreSdeVpScheduler" else table(other, case, steps)
-        wanted, first = told(other, case), float(getattr(other, "init_noise_sigma", 1.0))
+        wanted, first = network_timesteps(other, case), float(getattr(other, "init_noise_sigma", 1.0))
     torch.testing.assert_close(torch.tensor(at, dtype=torch.float64), wanted, rtol=rtol, atol=rtol)
     assert grid.init_std == pytest.approx(first, rel=rtol)
     if rows is not None:

@@ -19,7 +19,7 @@ def test_the_formulas_are_the_same(case: Case) -> None:
     """With float32 read as float64 on both sides: what remains is the rounding of float64."""
     for difference in compare(case, tuple(n for n in (5, 20) if n <= case.most), wide=True):
         assert difference.state < 1e-9, difference
-        assert difference.told < 1e-9, difference
+        assert difference.timesteps < 1e-9, difference
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

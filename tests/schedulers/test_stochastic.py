@@ -184,15 +184,15 @@ def test_noise_is_requested_only_where_it_is_added(gaussian: Any) -> None:
         NoiseSchedulerSettings("ddpm", solver="ddim", eta=0.7),
         NoiseSchedulerSettings("rectified_flow", solver="ddim", eta=0.7),
     ):
-        asked: list[int] = []
+        requested: list[int] = []
         scheduler = build(settings)
 
-        def noise(i: int, asked: list[int] = asked) -> torch.Tensor:
-            asked.append(i)
+        def noise(i: int, requested: list[int] = requested) -> torch.Tensor:
+            requested.append(i)
             return torch.zeros(3)
 
         scheduler.sample(torch.ones(3), scheduler.grid(5), gaussian.denoise, noise)
-        assert asked == [0, 1, 2, 3]
+        assert requested == [0, 1, 2, 3]
 
 
 def test_eta_0_is_euler_to_the_bit_and_eta_1_from_pure_noise_forgets_it(gaussian: Any) -> None:

@@ -112,4 +112,4 @@ def _busiest_rank(
 
 
 def _stage_bytes(record: Record, stage: str) -> dict[str, int]:
-    return {kind: sent.bytes for kind, sent in record.statistics.comm.get(stage, {}).items()}
+    return {kind: sent.bytes for kind, sent in record.statistics.comm.get(stage, {}).items() if sent.bytes}

@@ -76,7 +76,7 @@ def test_operations_are_counted_where_modules_form_a_loop() -> None:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratedPair:
     """Return the pixels, the record, and the denoiser's operations in a second generation."""
 
     pixels: np.ndarray
@@ -84,12 +84,12 @@ class Drawn:
     flops: int
 
 
-def draw(*overrides: str, **asked: Any) -> Drawn:
+def generate(*overrides: str, **requested: Any) -> GeneratedPair:
     """Generate one request twice; both must give the same images."""
     with generator(*overrides) as engine:
-        first, second = engine.generate(**asked), engine.generate(**asked, count_flops=True)
+        first, second = engine.generate(**requested), engine.generate(**requested, count_flops=True)
         assert all(map(np.array_equal, first.pixels, second.pixels)), "what was kept is not of this request"
-        return Drawn(np.stack(first.pixels), first.record, second.result.ranks[0].flops["denoiser"])
+        return GeneratedPair(np.stack(first.pixels), first.record, second.result.ranks[0].flops["denoiser"])
 
 
 @pytest.mark.slow
@@ -99,16 +99,16 @@ def draw(*overrides: str, **asked: Any) -> Drawn:
 def test_its_images_are_diffusers_except_for_what_it_skips(tmp_path: Path, name: str) -> None:
     """With nothing skipped the images are equal bit for bit; else they differ a little, for fewer operations."""
     pytest.importorskip("cache_dit")
-    asked: dict[str, Any] = {"prompts": PROMPTS, "seed": 7, "steps": 8, "guidance": 3.0, "batch_size": 2}
+    requested: dict[str, Any] = {"prompts": PROMPTS, "seed": 7, "steps": 8, "guidance": 3.0, "batch_size": 2}
     if name == "emoji":
-        own, asked = ["model=emoji"], asked | {"prompts": ["red apple", "castle"]}
+        own, requested = ["model=emoji"], requested | {"prompts": ["red apple", "castle"]}
     else:
         CASES[name].save(tmp_path)
-        own, asked = overrides_of(CASES[name], tmp_path), asked | CASES[name].asked
+        own, requested = overrides_of(CASES[name], tmp_path), requested | CASES[name].requested
     cache = ["engine=cache_dit", "engine.cache.warmup=2"]
-    whole = draw(*own, "engine=diffusers", **asked)
-    same = draw(*own, *cache, "engine.cache.threshold=1e-9", **asked)
-    less = draw(*own, *cache, "engine.cache.threshold=9", **asked)
+    whole = generate(*own, "engine=diffusers", **requested)
+    same = generate(*own, *cache, "engine.cache.threshold=1e-9", **requested)
+    less = generate(*own, *cache, "engine.cache.threshold=9", **requested)
     assert np.array_equal(whole.pixels, same.pixels)
     assert (same.record.summary.nfe, same.flops) == (whole.record.summary.nfe, whole.flops)
     assert any("skipped nothing in" in note for note in same.record.notes)
@@ -127,4 +127,4 @@ def test_its_images_are_diffusers_except_for_what_it_skips(tmp_path: Path, name:
 def test_a_network_without_blocks_to_skip_is_refused() -> None:
     pytest.importorskip("cache_dit")
     with pytest.raises(ValueError, match=r"first_blocks=6 leaves nothing to skip.* give at most 5"):
-        draw("model=emoji", "engine=cache_dit", "engine.cache.first_blocks=6", prompt="castle")
+        generate("model=emoji", "engine=cache_dit", "engine.cache.first_blocks=6", prompt="castle")

@@ -54,10 +54,12 @@ class Pair:
     native: DiffusionGenerator
     peer: DiffusionGenerator
 
-    def draw(self, **changes: Any) -> tuple[list[np.ndarray], Record, Record]:
+    def generate(self, **changes: Any) -> tuple[list[np.ndarray], Record, Record]:
         """Return the largest differences of pixels, which are checked to be real images, and both records."""
-        asked = {"prompts": PROMPTS, "negative_prompt": "blurry", "seed": 7, "steps": 3} | self.case.asked | changes
-        ours, theirs = self.native.generate(**asked), self.peer.generate(**asked)
+        requested = (
+            {"prompts": PROMPTS, "negative_prompt": "blurry", "seed": 7, "steps": 3} | self.case.requested | changes
+        )
+        ours, theirs = self.native.generate(**requested), self.peer.generate(**requested)
         apart = []
         for mine, other in zip(ours.pixels, theirs.pixels, strict=True):
             assert mine.shape == other.shape
@@ -78,7 +80,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("batch_size", [slowly(1), 2])
 def test_guided_images_are_the_native_ones(pair: Pair, batch_size: int) -> None:
-    apart, ours, theirs = pair.draw(guidance=3.5, batch_size=batch_size)
+    apart, ours, theirs = pair.generate(guidance=3.5, batch_size=batch_size)
     assert max(apart) < BOUND
     assert ours.summary.nfe == theirs.summary.nfe == pair.case.evaluations
     assert [s.name for s in ours.repeats[0].steps] == [s.name for s in theirs.repeats[0].steps]
@@ -88,7 +90,9 @@ def test_guided_images_are_the_native_ones(pair: Pair, batch_size: int) -> None:
 
 
 def test_images_without_guidance_are_the_native_ones(pair: Pair) -> None:
-    apart, ours, theirs = pair.draw(guidance=1.0, negative_prompt="", prompts=pair.case.asked.get("prompts", PROMPTS))
+    apart, ours, theirs = pair.generate(
+        guidance=1.0, negative_prompt="", prompts=pair.case.requested.get("prompts", PROMPTS)
+    )
     assert max(apart) < BOUND
     assert ours.summary.nfe == theirs.summary.nfe
 
@@ -96,12 +100,12 @@ def test_images_without_guidance_are_the_native_ones(pair: Pair) -> None:
 @pytest.mark.parametrize("pair", ["sdxl", slowly("sd35_medium"), slowly("qwen_image")], indirect=True)
 def test_an_empty_negative_prompt_is_the_native_one(pair: Pair) -> None:
     """SDXL encodes an empty negative prompt as zeros."""
-    apart, *_ = pair.draw(guidance=3.5, negative_prompt="")
+    apart, *_ = pair.generate(guidance=3.5, negative_prompt="")
     assert max(apart) < BOUND
 
 
 def test_the_record_names_the_engine(pair: Pair) -> None:
-    _, ours, theirs = pair.draw()
+    _, ours, theirs = pair.generate()
     assert (ours.engine.name, theirs.engine.name) == ("native", "diffusers")
     assert theirs.engine.version == theirs.provenance.packages["diffusers"]
     assert ours.fingerprint != theirs.fingerprint
@@ -144,7 +148,7 @@ def test_our_noise_schedulers_and_kernels_run_in_their_pipelines(
     """Solvers with several evaluations a step and stochastic ones get the same noise as in a native run."""
     pair = both(tmp_path, name, *overrides)
     with pair.native, pair.peer:
-        apart, ours, theirs = pair.draw(guidance=2.0)
+        apart, ours, theirs = pair.generate(guidance=2.0)
     assert max(apart) < BOUND
     assert ours.summary.nfe == theirs.summary.nfe == evaluations
     assert len(theirs.repeats[0].denoise_steps_ms) == 6
@@ -155,7 +159,7 @@ def test_the_reference_model_runs_in_pixart_sigmas_pipeline(family: str) -> None
     own = ("model=emoji", f"scheduler={family}")
     case = Case("emoji", lambda folder: None, own, {"prompts": ["red apple", "rocket, 3d"]})
     with generator(*own) as native, generator(*own, "engine=diffusers") as peer:
-        apart, _, theirs = Pair(case, native, peer).draw(guidance=3.0, batch_size=2, steps=2)
+        apart, _, theirs = Pair(case, native, peer).generate(guidance=3.0, batch_size=2, steps=2)
     assert max(apart) < BOUND
     assert theirs.quality is not None
 
@@ -199,7 +203,7 @@ def test_random_weights_are_the_native_ones(tmp_path: Path, name: str) -> None:
 def test_images_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
     pair = both(tmp_path, "sd35_medium", "model.load=dummy")
     with pair.native, pair.peer:
-        apart, *_ = pair.draw(guidance=2.0)
+        apart, *_ = pair.generate(guidance=2.0)
     assert max(apart) < BOUND
 
 
@@ -249,10 +253,10 @@ def test_what_a_pipeline_cannot_generate_is_rejected(
     tmp_path: Path, name: str, changes: dict[str, Any], message: str
 ) -> None:
     CASES[name].save(tmp_path)
-    asked = {"prompts": PROMPTS, "seed": 1, "steps": 1} | CASES[name].asked | changes
+    requested = {"prompts": PROMPTS, "seed": 1, "steps": 1} | CASES[name].requested | changes
     with generator(*overrides_of(CASES[name], tmp_path), "engine=diffusers") as peer:
         with pytest.raises(RequestFailed, match=message) as caught:
-            peer.generate(**asked)
+            peer.generate(**requested)
         assert caught.value.kind == "rejected"
 
 
@@ -264,16 +268,16 @@ def test_a_cancelled_request_ends_at_the_next_step_and_leaves_no_hook(tmp_path: 
     steps: list[int] = []
     request = GenerationRequest("r", ["a"], 5, 2.0, 48, 32)
 
-    def tell(stage: str, done: int, total: int) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         if stage == "denoising" and total:
             steps.append(done)
 
-    failed = decode(worker.generate(request, tell, lambda: len(steps) == 2))
+    failed = decode(worker.generate(request, on_progress, lambda: len(steps) == 2))
     assert isinstance(failed, RankOutcome)
     assert failed.failure is not None
     assert failed.failure.kind == "cancelled"
     assert steps == [1, 2]
-    answer = decode(worker.generate(request, tell, lambda: False))
+    answer = decode(worker.generate(request, on_progress, lambda: False))
     assert isinstance(answer, RankOutcome)
     assert answer.report is not None
     assert len(answer.report.denoise_steps_ms) == answer.report.network_evaluations["denoiser"] == 5

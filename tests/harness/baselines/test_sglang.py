@@ -80,24 +80,24 @@ installed = pytest.mark.skipif(FIND("sglang") is None, reason="sglang is not ins
 """Look for the package without importing it, which takes half a minute; all tests with it are slow."""
 
 
-def apart(folder: Path, name: str, overrides: list[str], asked: dict[str, object]) -> float:
+def apart(folder: Path, name: str, overrides: list[str], requested: dict[str, object]) -> float:
     """Return the largest relative L2 between both engines' latents, which are checked to do the same work."""
-    own, asked = [*overrides_of(CASES[name], folder), *overrides], CASES[name].asked | asked
+    own, requested = [*overrides_of(CASES[name], folder), *overrides], CASES[name].requested | requested
     with generator(*own, "engine=diffusers") as theirs, generator(*own, "engine=sglang") as sglang:
         expected, found = (
-            engine.generate(prompts=PROMPTS, seed=7, latents="last", **asked) for engine in (theirs, sglang)
+            engine.generate(prompts=PROMPTS, seed=7, latents="last", **requested) for engine in (theirs, sglang)
         )
         assert found.record.engine.name == "sglang"
         assert found.record.engine.version
         assert found.record.attention.resolved.startswith("sglang sdpa")
         assert any("those of SGLang-Diffusion" in note for note in found.record.notes)
         assert {part.component for part in expected.record.loaded} == {part.component for part in found.record.loaded}
-        merged = [[part.merged for part in drawn.record.loaded] for drawn in (expected, found)]
+        merged = [[part.merged for part in generated.record.loaded] for generated in (expected, found)]
         assert sorted(merged[0]) == sorted(merged[1])
         assert expected.record.summary.nfe == found.record.summary.nfe
         assert len(expected.record.repeats[0].denoise_steps_ms) == len(found.record.repeats[0].denoise_steps_ms)
-    for picture in found.pixels:
-        assert picture.std() > 0.01, "a flat picture proves nothing"
+    for image in found.pixels:
+        assert image.std() > 0.01, "a flat picture proves nothing"
     pairs = zip(expected.latents, found.latents, strict=True)
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in pairs)
 
@@ -111,8 +111,8 @@ def test_images_are_those_of_diffusers(
     tmp_path: Path, name: str, batch_size: int, guidance: float, negative: str
 ) -> None:
     CASES[name].save(tmp_path)
-    asked = {"guidance": guidance, "negative_prompt": negative, "batch_size": batch_size, "steps": 3}
-    assert apart(tmp_path, name, [], asked) < BOUND
+    requested = {"guidance": guidance, "negative_prompt": negative, "batch_size": batch_size, "steps": 3}
+    assert apart(tmp_path, name, [], requested) < BOUND
 
 
 @installed

@@ -65,7 +65,7 @@ class ByHand:
         self.blocks = [self.network.get_submodule(stack.blocks) for stack in self.stacks]
         self.kept = [list(blocks)[: 1 if first_block and n == 0 else 0] for n, blocks in enumerate(self.blocks)]
 
-    def gained(self, inputs: Inputs) -> tuple[Tensor, list[list[Tensor]]]:
+    def residuals(self, inputs: Inputs) -> tuple[Tensor, list[list[Tensor]]]:
         """Return the output, and what each stack adds to its streams after the blocks that always run."""
         seen: list[tuple[list[Tensor], list[Tensor]]] = []
         hooks = []
@@ -103,15 +103,17 @@ class ByHand:
         return output
 
 
-def drawn(network: CachedNetwork, asked: Sequence[Inputs], owners: tuple[CacheState, ...]) -> list[Tensor]:
+def cached_outputs(
+    network: CachedNetwork, requested: Sequence[Inputs], cache_states: tuple[CacheState, ...]
+) -> list[Tensor]:
     with torch.inference_mode():
-        return [network(*inputs, owners) for inputs in asked]
+        return [network(*inputs, cache_states) for inputs in requested]
 
 
 def between(name: str, kind: str) -> SkipPolicy:
     """A policy whose threshold is 1.5 times the change of the first image in its second evaluation."""
     history = CacheState()
-    drawn(cached(name, RULES[kind](NEVER)), [rows(inputs, [0]) for inputs in evaluations(name, 2)], (history,))
+    cached_outputs(cached(name, RULES[kind](NEVER)), [rows(inputs, [0]) for inputs in evaluations(name, 2)], (history,))
     return RULES[kind](1.5 * history.accumulated_change or 1.0)
 
 
@@ -119,38 +121,38 @@ def between(name: str, kind: str) -> SkipPolicy:
 @pytest.mark.parametrize("kind", list(RULES))
 def test_with_nothing_to_skip_it_is_the_plain_network_bit_for_bit(name: str, kind: str) -> None:
     histories = (CacheState(), CacheState())
-    asked = evaluations(name, 3)
-    found = drawn(cached(name, RULES[kind](0.0)), asked, histories)
+    requested = evaluations(name, 3)
+    found = cached_outputs(cached(name, RULES[kind](0.0)), requested, histories)
     with torch.inference_mode():
         plain = TINY[name].build(math_attention)
-        assert all(torch.equal(y, plain(*inputs)) for y, inputs in zip(found, asked, strict=True))
+        assert all(torch.equal(y, plain(*inputs)) for y, inputs in zip(found, requested, strict=True))
     assert all(history.computed == [True] * 3 for history in histories)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["teacache", "first_block"])
 def test_what_the_blocks_added_is_added_again(name: str, kind: str) -> None:
-    asked = evaluations(name, 3)
+    requested = evaluations(name, 3)
     histories = (CacheState(), CacheState())
-    found = drawn(cached(name, RULES[kind](NEVER)), asked, histories)
+    found = cached_outputs(cached(name, RULES[kind](NEVER)), requested, histories)
     assert [history.computed for history in histories] == [[True, False, False]] * 2
     by_hand = ByHand(name, first_block=kind == "first_block")
     with torch.inference_mode():
-        _, gained = by_hand.gained(asked[0])
-        for y, inputs in zip(found[1:], asked[1:], strict=True):
-            assert rel_l2(y, by_hand.adding(inputs, gained)) < EXACT
+        _, residuals = by_hand.residuals(requested[0])
+        for y, inputs in zip(found[1:], requested[1:], strict=True):
+            assert rel_l2(y, by_hand.adding(inputs, residuals)) < EXACT
             assert rel_l2(y, by_hand.network(*inputs)) > 1e-4  # so that the test can fail
 
 
 @pytest.mark.parametrize("name", ["pixart", "flux"])
 def test_a_forecast_is_the_taylor_series_of_what_the_blocks_added(name: str) -> None:
-    asked = evaluations(name, 7)
+    requested = evaluations(name, 7)
     histories = (CacheState(), CacheState())
-    found = drawn(cached(name, RULES["taylorseer"](1.0)), asked, histories)
+    found = cached_outputs(cached(name, RULES["taylorseer"](1.0)), requested, histories)
     assert histories[0].computed == [True, True, True, False, False, True, False]
     by_hand = ByHand(name, first_block=False)
     with torch.inference_mode():
-        f = {k: by_hand.gained(asked[k])[1] for k in (0, 1, 2, 5)}
+        f = {k: by_hand.residuals(requested[k])[1] for k in (0, 1, 2, 5)}
 
         def series(f0: Tensor, f1: Tensor, f2: Tensor, gaps: tuple[int, int, int], k: int) -> Tensor:
             """Newest first, with evaluations between f1 and f0 and so on."""
@@ -162,7 +164,7 @@ def test_a_forecast_is_the_taylor_series_of_what_the_blocks_added(name: str) -> 
                 [series(*(f[n][s][i] for n in newest), gaps, k - newest[0]) for i in range(len(f[0][s]))]
                 for s in range(len(f[0]))
             ]
-            assert rel_l2(found[k], by_hand.adding(asked[k], added)) < EXACT
+            assert rel_l2(found[k], by_hand.adding(requested[k], added)) < EXACT
 
 
 def test_a_forecast_of_order_m_is_exact_for_polynomials_of_degree_m() -> None:
@@ -174,23 +176,23 @@ def test_a_forecast_of_order_m_is_exact_for_polynomials_of_degree_m() -> None:
 @pytest.mark.parametrize("kind", list(RULES))
 def test_images_in_one_forward_do_not_influence_one_another(name: str, kind: str) -> None:
     """One image is two evaluations ahead of the other, whose text may be longer."""
-    asked = evaluations(name, 6)
+    requested = evaluations(name, 6)
     network = cached(name, between(name, kind))
     one, other = CacheState(), CacheState()
     alone_one, alone_other = (
-        [y[0] for y in drawn(network, [rows(inputs, [n]) for inputs in asked], (owner,))]
+        [y[0] for y in cached_outputs(network, [rows(inputs, [n]) for inputs in requested], (owner,))]
         for n, owner in ((0, one), (1, other))
     )
     first, second = CacheState(), CacheState()
-    found_first = [y[0] for y in drawn(network, [rows(inputs, [0]) for inputs in asked[:2]], (first,))]
+    found_first = [y[0] for y in cached_outputs(network, [rows(inputs, [0]) for inputs in requested[:2]], (first,))]
     found_second = []
     with torch.inference_mode():
         for k in range(4):
-            ahead, behind = asked[k + 2], asked[k]
+            later, earlier = requested[k + 2], requested[k]
             both = (
-                torch.stack([ahead[0][0], behind[0][1]]),
-                torch.stack([ahead[1][0], behind[1][1]]),
-                ahead[2],
+                torch.stack([later[0][0], earlier[0][1]]),
+                torch.stack([later[1][0], earlier[1][1]]),
+                later[2],
             )
             y = network(*both, (first, second))
             found_first.append(y[0])
@@ -240,24 +242,24 @@ def test_padding_of_sharded_tokens_has_no_weight() -> None:
 
 
 def test_both_rows_of_a_guided_image_skip_together() -> None:
-    asked = evaluations("pixart", 5)
+    requested = evaluations("pixart", 5)
     owner = CacheState()
     network = cached("pixart", between("pixart", "first_block"))
-    drawn(network, asked, (owner, owner))
+    cached_outputs(network, requested, (owner, owner))
     assert len(owner.computed) == 5
     assert set(owner.computed) == {True, False}
 
 
 def test_teacache_adds_up_rescaled_changes_of_the_modulated_input() -> None:
     name, coefficients, threshold = "pixart", (0.2, 0.1, 0.001), 0.03
-    asked = [rows(inputs, [0]) for inputs in evaluations(name, 6)]
+    requested = [rows(inputs, [0]) for inputs in evaluations(name, 6)]
     owner = CacheState()
-    drawn(cached(name, TeaCache(1, False, 0, threshold, coefficients)), asked, (owner,))
+    cached_outputs(cached(name, TeaCache(1, False, 0, threshold, coefficients)), requested, (owner,))
     network = TINY[name].build(math_attention)
     seen: list[Tensor] = []
     network.blocks[0].self_attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.inference_mode():
-        for inputs in asked:
+        for inputs in requested:
             network(*inputs)
     expected, total = [True], 0.0
     for old, new in pairwise(seen):
@@ -273,7 +275,7 @@ def test_teacache_adds_up_rescaled_changes_of_the_modulated_input() -> None:
 def test_a_forward_that_fails_leaves_no_trace() -> None:
     network, owner = cached("pixart", RULES["first_block"](NEVER)), CacheState()
     latent, tau_B, condition = rows(TINY["pixart"].inputs, [0])
-    drawn(network, [(latent, tau_B, condition)], (owner,))
+    cached_outputs(network, [(latent, tau_B, condition)], (owner,))
     terms = owner.taylor_terms
     with pytest.raises(ValueError, match="prompt embeddings"), torch.inference_mode():
         network(latent, tau_B, Conditioning(), (owner,))

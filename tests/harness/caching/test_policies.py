@@ -144,7 +144,7 @@ def samples_for(steps: int, settings: NoiseSchedulerSettings) -> list[Sample]:
     return samples
 
 
-def drawn_by_hand(
+def reference_loop(
     settings: NoiseSchedulerSettings, sample: Sample, guided: Callable[[int, Point], str]
 ) -> torch.Tensor:
     """Run a loop over the schedulers with two calls of the network where an evaluation has both branches."""
@@ -188,7 +188,7 @@ def test_guidance_is_what_a_manual_loop_generates(case: str, settings: NoiseSche
         [sample], run
     )
     assert sample.latent is not None
-    assert rel_l2(sample.latent, drawn_by_hand(settings, sample, by_hand)) < 1e-5
+    assert rel_l2(sample.latent, reference_loop(settings, sample, by_hand)) < 1e-5
     assert set(network.batches) == {1, 2}
     (skips,) = run.skips
     assert (skips.evaluations, skips.skipped) == (len(network.batches), [])
@@ -216,55 +216,55 @@ def test_requests_that_share_forwards_skip_their_own_evaluations() -> None:
     latent, tau_B, condition = tiny.inputs
     drift = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
 
-    def asked(row: int, k: int) -> Inputs:
+    def inputs_of(row: int, k: int) -> Inputs:
         return rows((latent + 0.04 * (row + 1) * k * drift, tau_B * 0.98**k, condition), [row])
 
-    def course(row: int, count: int, owner: CacheState) -> RequestFiber[list[torch.Tensor]]:
+    def fiber(row: int, count: int, owner: CacheState) -> RequestFiber[list[torch.Tensor]]:
         def work(evaluation: Evaluate) -> list[torch.Tensor]:
             with torch.inference_mode():
-                return [evaluation(network, *asked(row, k), (owner,)) for k in range(count)]
+                return [evaluation(network, *inputs_of(row, k), (owner,)) for k in range(count)]
 
         return RequestFiber(work)
 
     def drive(*courses: RequestFiber[list[torch.Tensor]]) -> None:
-        while waiting := [(course, course.call) for course in courses if course.call is not None]:
+        while waiting := [(fiber, fiber.call) for fiber in courses if fiber.call is not None]:
             with torch.inference_mode():
                 outputs = evaluate([call for _, call in waiting], retry_alone=True, count=lambda rows: None)
             for (one, _), output in zip(waiting, outputs, strict=True):
                 one.advance(output)
 
-    apart_owners, owners = (CacheState(), CacheState()), (CacheState(), CacheState())
-    by_themselves = [course(row, count, apart_owners[row]) for row, count in ((0, 6), (1, 8))]
+    own_states, cache_states = (CacheState(), CacheState()), (CacheState(), CacheState())
+    by_themselves = [fiber(row, count, own_states[row]) for row, count in ((0, 6), (1, 8))]
     for one in by_themselves:
         drive(one)
-    together = [course(row, count, owners[row]) for row, count in ((0, 6), (1, 8))]
+    together = [fiber(row, count, cache_states[row]) for row, count in ((0, 6), (1, 8))]
     drive(*together)
-    for one, other, owner, apart_owner in zip(by_themselves, together, owners, apart_owners, strict=True):
+    for one, other, owner, apart_owner in zip(by_themselves, together, cache_states, own_states, strict=True):
         assert owner.computed == apart_owner.computed
         assert not all(owner.computed)
         assert all(rel_l2(y, x) < 1e-5 for x, y in zip(one.result, other.result, strict=True))
-    assert owners[0].computed != owners[1].computed[:6]
+    assert cache_states[0].computed != cache_states[1].computed[:6]
 
 
 # ---------------------------------------------------------------- the built-in model, its record and the report
 
 
-def drawn(*overrides: str) -> tuple[np.ndarray, Record]:
-    asked = ["request.prompt=rocket", "request.steps=8", "request.height=32", "request.width=32"]
-    with DiffusionGenerator.from_config("launch.mode=inprocess", "logger=json", *asked, *overrides) as generator:
+def generate(*overrides: str) -> tuple[np.ndarray, Record]:
+    inputs_of = ["request.prompt=rocket", "request.steps=8", "request.height=32", "request.width=32"]
+    with DiffusionGenerator.from_config("launch.mode=inprocess", "logger=json", *inputs_of, *overrides) as generator:
         answer = generator.generate()
         return answer.pixels[0], answer.record
 
 
 def test_the_record_says_what_was_spared() -> None:
-    plain, without = drawn()
+    plain, without = generate()
     assert without.statistics.cache is None
     for same in ("cache=teacache", "cache=first_block"):
-        pixels, record = drawn(same, "cache.threshold=0")
+        pixels, record = generate(same, "cache.threshold=0")
         assert np.array_equal(pixels, plain), same
         assert record.statistics.nfe == 8
         assert any("it skipped nothing" in note for note in record.notes)
-    pixels, record = drawn("cache=taylorseer", "cache.warmup=2")
+    pixels, record = generate("cache=taylorseer", "cache.warmup=2")
     assert not np.array_equal(pixels, plain)
     assert record.statistics.cache == CacheUse(8.0, 4.0, 16.0, 8.0)
     assert record.statistics.nfe == 4

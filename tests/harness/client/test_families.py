@@ -25,7 +25,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def draw(checkpoint: Path, family: str) -> Generation:
+def generate(checkpoint: Path, family: str) -> Generation:
     overrides = [f"model.path={checkpoint}", f"scheduler={family}", "request.prompt=rocket", "request.steps=2"]
     quiet = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json"]
     with DiffusionGenerator.from_config(*overrides, *quiet) as generator:
@@ -44,11 +44,11 @@ def spoil(folder: Path) -> None:
 
 @pytest.mark.parametrize("family", FOLDERS)
 def test_a_family_generates_with_its_own_denoiser_alone(checkpoint: Path, family: str) -> None:
-    before = draw(checkpoint, family).pixels[0]
+    before = generate(checkpoint, family).pixels[0]
     assert before.std() > 0.01, "a flat picture proves nothing"
     for other, folder in FOLDERS.items():
         if other != family:
             shutil.rmtree(checkpoint / folder)
-    assert np.array_equal(draw(checkpoint, family).pixels[0], before)
+    assert np.array_equal(generate(checkpoint, family).pixels[0], before)
     spoil(checkpoint / FOLDERS[family])
-    assert np.abs(draw(checkpoint, family).pixels[0] - before).max() > 0.01
+    assert np.abs(generate(checkpoint, family).pixels[0] - before).max() > 0.01

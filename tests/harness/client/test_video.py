@@ -27,7 +27,7 @@ from tests.fixtures.models.wan import OVERRIDES, tiny_wan
 PROMPTS = ["a red fox", "two owls = one; #owl ü 🦊"]
 LAUNCH = ["launch.mode=inprocess", "launch.threads_per_rank=1", "attention=math"]
 PUBLISHED_NEGATIVE = "ce96e0324e4b54ce"  # digest of sample_neg_prompt in wan/configs/shared_config.py of Wan 2.1
-ASKED = ["request.height=32", "request.width=48", "request.frames=9", "request.steps=2", "model.fps=12"]
+REQUESTED = ["request.height=32", "request.width=48", "request.frames=9", "request.steps=2", "model.fps=12"]
 
 
 def waves(frames: int, height: int, width: int) -> NDArray[np.uint8]:
@@ -132,7 +132,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def overrides(checkpoint: Path) -> list[str]:
     prompts = "request.prompts=" + json.dumps(PROMPTS, ensure_ascii=False)
-    return [*OVERRIDES, f"model.path={checkpoint}", *ASKED, prompts, *LAUNCH]
+    return [*OVERRIDES, f"model.path={checkpoint}", *REQUESTED, prompts, *LAUNCH]
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +156,12 @@ def record_of(run: Path) -> Record:
 
 
 def test_the_command_line_leaves_a_video_of_each_prompt(run: Path, generator: DiffusionGenerator) -> None:
-    record, drawn = record_of(run), generator.generate()
+    record, generated = record_of(run), generator.generate()
     assert read_status(run).state == "ok"
     assert [row.path for row in record.samples] == ["samples/0000.mp4", "samples/0001.mp4"]
     assert [row.prompt for row in record.samples] == PROMPTS
     assert [row.seed for row in record.samples] == [0, 1]
-    for row, video in zip(record.samples, drawn.videos, strict=True):
+    for row, video in zip(record.samples, generated.videos, strict=True):
         assert row.sha256 == pixel_hash(video)
         about, back = read(run / row.path)
         assert (about["size"], about["fps"], len(back)) == ((48, 32), 12, 9)
@@ -192,12 +192,12 @@ def test_wandb_has_the_videos(run: Path) -> None:
 
 
 def test_the_client_offers_frames(generator: DiffusionGenerator) -> None:
-    drawn = generator.generate(prompt="a red fox", frames=5)
-    assert drawn.pixels[0].shape == (5, 3, 32, 48)
-    assert drawn.images == []
-    assert [video.shape for video in drawn.videos] == [(5, 32, 48, 3)]
-    assert drawn.grid().width > 3 * 48
-    assert "videos" in "".join(drawn.record.notes)
+    generated = generator.generate(prompt="a red fox", frames=5)
+    assert generated.pixels[0].shape == (5, 3, 32, 48)
+    assert generated.images == []
+    assert [video.shape for video in generated.videos] == [(5, 32, 48, 3)]
+    assert generated.grid().width > 3 * 48
+    assert "videos" in "".join(generated.record.notes)
 
 
 @pytest.mark.parametrize(("frames", "near"), [(8, "9"), (85, "81")], ids=str)
@@ -219,18 +219,24 @@ def test_scores_on_pretrained_weights_are_left_out_with_a_note() -> None:
 def test_random_weights_need_configurations_only(checkpoint: Path, overrides: list[str], tmp_path: Path) -> None:
     """model.load=dummy from the command line needs no weights and no tokenizer in the folder."""
     bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors", "tokenizer"))
-    told = [*overrides, f"model.path={bare}", "model.load=dummy", "model.dtype=bfloat16", "request.prompts=[a,b]"]
-    told += ["request.height=16", "request.width=16", "request.frames=5", "request.steps=1"]
+    arguments = [*overrides, f"model.path={bare}", "model.load=dummy", "model.dtype=bfloat16", "request.prompts=[a,b]"]
+    arguments += ["request.height=16", "request.width=16", "request.frames=5", "request.steps=1"]
     folder = tmp_path / "run"
-    assert dispatch([*told, f"hydra.run.dir={folder}", "logger=json"]) == 0
+    assert dispatch([*arguments, f"hydra.run.dir={folder}", "logger=json"]) == 0
     assert len(list((folder / "samples").glob("*.mp4"))) == 2
 
 
 def test_the_published_settings(checkpoint: Path) -> None:
     config = compose_run(["model=wan_14b", f"model.path={checkpoint}"]).config
-    asked = config.request
-    assert (asked.height, asked.width, asked.frames, asked.steps, asked.guidance) == (480, 832, 81, 50, 5.0)
-    assert hashlib.sha256(str(asked.negative_prompt).encode()).hexdigest()[:16] == PUBLISHED_NEGATIVE
+    requested = config.request
+    assert (requested.height, requested.width, requested.frames, requested.steps, requested.guidance) == (
+        480,
+        832,
+        81,
+        50,
+        5.0,
+    )
+    assert hashlib.sha256(str(requested.negative_prompt).encode()).hexdigest()[:16] == PUBLISHED_NEGATIVE
     assert to_dict(config)["scheduler"]["family"] == "published"
     own = ["scheduler=rectified_flow", "scheduler/solver=unipc", "scheduler.shift=5"]
     assert compose_run(["model=wan_14b", f"model.path={checkpoint}", *own]).config.scheduler.shift == 5.0

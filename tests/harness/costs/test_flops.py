@@ -36,8 +36,8 @@ def silent(degrees: Sequence[int]) -> ProcessGroups:
     """Return the process groups of the first rank of a layout."""
     _, cfg, tp, ring, ulysses = (Silent(size) for size in degrees)
     tokens = Silent(ring.size * ulysses.size)
-    weights, picture = Silent(cfg.size * tokens.size), Silent(world_size(degrees))
-    return ProcessGroups(cfg, tp, ring, ulysses, tokens, weights, picture, tokens.traffic, lambda flag: flag)
+    weights, image = Silent(cfg.size * tokens.size), Silent(world_size(degrees))
+    return ProcessGroups(cfg, tp, ring, ulysses, tokens, weights, image, tokens.traffic, lambda flag: flag)
 
 
 CASES = ((1, 1, 1, 1, 1), (1, 1, 2, 1, 1), (1, 1, 1, 3, 1), (1, 1, 1, 1, 3), (1, 1, 2, 1, 2), (1, 1, 1, 2, 2))

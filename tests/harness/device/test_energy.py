@@ -62,14 +62,14 @@ def test_a_request_is_the_sum_of_ranks_that_report() -> None:
 def test_a_row_has_it_where_the_machine_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = zone(tmp_path, "intel-rapl:0", "package-0", 0) / "energy_uj"
     monkeypatch.setattr(build, "PackageEnergy", lambda: PackageEnergy(tmp_path))
-    asked = ["launch.mode=inprocess", "launch.threads_per_rank=1", "request.steps=2", "request.prompt=rocket"]
+    requested = ["launch.mode=inprocess", "launch.threads_per_rank=1", "request.steps=2", "request.prompt=rocket"]
 
-    def spend(told: Progress) -> None:
-        counter.write_text(f"{1_000_000 * (1 + told.done)}\n")
+    def spend(progress: Progress) -> None:
+        counter.write_text(f"{1_000_000 * (1 + progress.done)}\n")
 
-    with DiffusionGenerator.from_config(*asked) as generator:
-        drawn = generator.generate(on_progress=spend)
-        record = drawn.record
+    with DiffusionGenerator.from_config(*requested) as generator:
+        generated = generator.generate(on_progress=spend)
+        record = generated.record
     assert record.summary is not None
     assert record.summary.energy_j is not None
     assert record.summary.energy_j.median >= 1.0

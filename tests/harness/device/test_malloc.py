@@ -29,7 +29,7 @@ print(again, held, memory.used_mib())
 """
 
 
-def told(how: str) -> tuple[int, float, float]:
+def measured(how: str) -> tuple[int, float, float]:
     ran = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
     again, held, released = ran.stdout.split()
     return int(again), float(held), float(released)
@@ -37,7 +37,7 @@ def told(how: str) -> tuple[int, float, float]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of another library")
 def test_pages_are_touched_once_and_given_back() -> None:
-    plain, _, _ = told("plain")
-    kept, held, released = told("keep")
+    plain, _, _ = measured("plain")
+    kept, held, released = measured("keep")
     assert kept < 0.1 * plain
     assert held - released > 50

@@ -12,11 +12,11 @@ from harness.resolve.compose import compose_run
 from harness.tasks.generate import execute_generate
 
 BENCH = ["task=bench", "task.repeats=1", "task.fidelity=false", "launch.mode=inprocess", "launch.threads_per_rank=1"]
-ASKED = ["request.prompt=rocket", "request.steps=2", "logger=json", "logger.table=false"]
+REQUESTED = ["request.prompt=rocket", "request.steps=2", "logger=json", "logger.table=false"]
 
 
 def ran(folder: Path, *overrides: str) -> Record:
-    composed = compose_run([*BENCH, *ASKED, *overrides, f"hydra.run.dir={folder}"])
+    composed = compose_run([*BENCH, *REQUESTED, *overrides, f"hydra.run.dir={folder}"])
     execute_generate(composed, RunFolder.claim(folder), Console(quiet=True))
     record = read_record(folder)
     assert record is not None

@@ -33,7 +33,7 @@ class Script(Connection):
         self.cancelled.append(request_id)
 
 
-ASKED = GenerationRequest("mine", ["a"], 1, 1.0, 8, 8)
+REQUESTED = GenerationRequest("mine", ["a"], 1, 1.0, 8, 8)
 ANSWER = GenerationResult("mine", [], [], 1.0)
 
 
@@ -46,21 +46,21 @@ def test_answers_to_other_requests_are_passed_over() -> None:
         Progress("mine", "denoising", 1, 2),
         ANSWER,
     ]
-    assert send_and_wait(Script(said), ASKED, heard.append)[0] == ANSWER
+    assert send_and_wait(Script(said), REQUESTED, heard.append)[0] == ANSWER
     assert heard == [Progress("mine", "denoising", 1, 2)]
 
 
 @pytest.mark.parametrize("request_id", ["mine", ""])
 def test_a_failure_of_this_request_is_raised_with_its_kind(request_id: str) -> None:
     with pytest.raises(RequestFailed, match="rank 1: out") as caught:
-        send_and_wait(Script([Failure(request_id, "oom", "out of memory", 1)]), ASKED, lambda progress: None)
+        send_and_wait(Script([Failure(request_id, "oom", "out of memory", 1)]), REQUESTED, lambda progress: None)
     assert caught.value.kind == "oom"
 
 
 def test_an_interrupt_cancels_the_request() -> None:
     connection = Script([])
     with pytest.raises(KeyboardInterrupt):
-        send_and_wait(connection, ASKED, lambda progress: None)
+        send_and_wait(connection, REQUESTED, lambda progress: None)
     assert connection.cancelled == ["mine"]
 
 

@@ -30,8 +30,8 @@ def test_any_prompt_is_a_caption_and_quickly(caption: str) -> None:
 
 
 def test_a_grid_is_nearly_square_and_shows_every_image() -> None:
-    pictures = [np.full((64, 64, 3), value, np.uint8) for value in range(0, 250, 50)]
-    sheet = np.asarray(grid(pictures, ["a"] * 5))
+    images = [np.full((64, 64, 3), value, np.uint8) for value in range(0, 250, 50)]
+    sheet = np.asarray(grid(images, ["a"] * 5))
     assert {0, 50, 100, 150, 200} <= set(sheet[..., 0].ravel().tolist())
     assert sheet.shape[1] > sheet.shape[0]
 

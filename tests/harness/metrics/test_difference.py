@@ -8,7 +8,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from harness.metrics.difference import difference, ssim
 
 
-def pictures(seed: int, *shape: int) -> list[np.ndarray]:
+def images(seed: int, *shape: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     smooth = rng.random(shape).astype(np.float32)
     return [smooth, (smooth + rng.normal(0, 0.05, shape).astype(np.float32)).clip(0, 1)]
@@ -24,7 +24,7 @@ def test_numbers_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 48, 64), (5, 3, 32, 40)])
 def test_images_against_torchmetrics(shape: tuple[int, ...]) -> None:
-    a, b = pictures(0, *shape)
+    a, b = images(0, *shape)
     found = difference([a], [b], pixels=True)
     ours, theirs = (torch.from_numpy(x).reshape(-1, *shape[-3:]) for x in (a, b))
     assert found.psnr_db == pytest.approx(float(peak_signal_noise_ratio(theirs, ours, data_range=1.0)), rel=1e-5)
@@ -33,7 +33,7 @@ def test_images_against_torchmetrics(shape: tuple[int, ...]) -> None:
 
 
 def test_equal_images_and_tiny_ones() -> None:
-    a = pictures(1, 3, 8, 8)[0]
+    a = images(1, 3, 8, 8)[0]
     found = difference([a], [a], pixels=True)
     assert (found.ssim, found.psnr_db, found.identical) == (1.0, None, True)
     assert 0 < ssim(a, 1 - a) + 1 < 1

@@ -37,7 +37,7 @@ PROMPTS = ["red apple", "rocket, 3d", "Zebra!", "#~", "qq", "012"] * 3  # more t
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[NDArray[np.uint8]]:
+def sample_images() -> list[NDArray[np.uint8]]:
     rng = np.random.default_rng(0)
     noise, colour = rng.integers(0, 40, (18, 64, 64, 3)), rng.integers(0, 2, (18, 1, 1, 3)) * 215
     return list((noise + colour).astype(np.uint8))
@@ -77,19 +77,19 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write(folder: Path, pictures: list[NDArray[np.uint8]]) -> Path:
+def write(folder: Path, sample_images: list[NDArray[np.uint8]]) -> Path:
     folder.mkdir(parents=True)
-    for k, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"{k:02d}.png")
+    for k, source_image in enumerate(sample_images):
+        Image.fromarray(source_image).save(folder / f"{k:02d}.png")
     return folder
 
 
-def test_the_clip_score_is_the_papers(clip: Path, pictures: list[NDArray[np.uint8]]) -> None:
-    found = pretrained.clip_score(clip, pictures, PROMPTS)
+def test_the_clip_score_is_the_papers(clip: Path, sample_images: list[NDArray[np.uint8]]) -> None:
+    found = pretrained.clip_score(clip, sample_images, PROMPTS)
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
     cosines = []
-    for picture, prompt in zip(pictures, PROMPTS, strict=True):
-        inputs = processor(images=picture, text=prompt, truncation=True, max_length=12, return_tensors="pt")
+    for source_image, prompt in zip(sample_images, PROMPTS, strict=True):
+        inputs = processor(images=source_image, text=prompt, truncation=True, max_length=12, return_tensors="pt")
         with torch.no_grad():
             image = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
             text = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output[0]
@@ -100,23 +100,25 @@ def test_the_clip_score_is_the_papers(clip: Path, pictures: list[NDArray[np.uint
     assert found.n == 18
 
 
-def test_a_prompt_longer_than_the_text_model_is_truncated(clip: Path, pictures: list[NDArray[np.uint8]]) -> None:
-    assert pretrained.clip_score(clip, pictures[:1], ["a" * 500]).n == 1
+def test_a_prompt_longer_than_the_text_model_is_truncated(clip: Path, sample_images: list[NDArray[np.uint8]]) -> None:
+    assert pretrained.clip_score(clip, sample_images[:1], ["a" * 500]).n == 1
 
 
-def test_the_frechet_distance_is_the_papers(vision: Path, pictures: list[NDArray[np.uint8]], tmp_path: Path) -> None:
+def test_the_frechet_distance_is_the_papers(
+    vision: Path, sample_images: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
     pytest.importorskip("torchmetrics", reason="the distance needs triptych[quality]")
-    darker = [(picture // 2).astype(np.uint8) for picture in pictures]
-    folder = write(tmp_path / "real", pictures)
+    darker = [(source_image // 2).astype(np.uint8) for source_image in sample_images]
+    folder = write(tmp_path / "real", sample_images)
     found = pretrained.frechet(vision, darker, sorted(folder.iterdir()))
-    real, drawn = (pretrained._features(vision, each).double().numpy() for each in (pictures, darker))
-    gap = ((real.mean(axis=0) - drawn.mean(axis=0)) ** 2).sum()
-    a, b = np.cov(real.T), np.cov(drawn.T)
+    real, generated = (pretrained._features(vision, each).double().numpy() for each in (sample_images, darker))
+    gap = ((real.mean(axis=0) - generated.mean(axis=0)) ** 2).sum()
+    a, b = np.cov(real.T), np.cov(generated.T)
     root = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
     assert found.value == pytest.approx(gap + np.trace(a) + np.trace(b) - 2 * root, rel=1e-4)
     assert (found.n, found.references, found.features, found.real_n) == (18, 18, 4, 9)
     assert 0 < found.real < found.value
-    assert pretrained.frechet(vision, pictures, sorted(folder.iterdir())).value == pytest.approx(0, abs=1e-6)
+    assert pretrained.frechet(vision, sample_images, sorted(folder.iterdir())).value == pytest.approx(0, abs=1e-6)
 
 
 def config(**keys: Path) -> QualityConfig:
@@ -124,17 +126,17 @@ def config(**keys: Path) -> QualityConfig:
 
 
 def test_both_scores_of_a_run_or_none(
-    clip: Path, vision: Path, pictures: list[NDArray[np.uint8]], tmp_path: Path
+    clip: Path, vision: Path, sample_images: list[NDArray[np.uint8]], tmp_path: Path
 ) -> None:
     pytest.importorskip("torchmetrics", reason="the distance needs triptych[quality]")
-    asked = config(clip=clip, features=vision, reference=write(tmp_path / "real", pictures))
-    pretrained.check(asked)
-    found = pretrained.score(asked, pictures, PROMPTS)
+    requested = config(clip=clip, features=vision, reference=write(tmp_path / "real", sample_images))
+    pretrained.check(requested)
+    found = pretrained.score(requested, sample_images, PROMPTS)
     assert found is not None
     assert (found.clip, found.extractor) == (clip.name, vision.name)
     assert found.clip_score is not None
     assert found.frechet is not None
-    assert pretrained.score(QualityConfig(), pictures, PROMPTS) is None
+    assert pretrained.score(QualityConfig(), sample_images, PROMPTS) is None
 
 
 @pytest.mark.parametrize(
@@ -189,8 +191,8 @@ def test_a_broken_model_folder_is_refused(
 
 
 def test_scores_change_no_fingerprint_and_checking_needs_no_torch(clip: Path) -> None:
-    asked = to_dict(compose_run([f"quality.clip={clip}"]).config)
-    assert fingerprint(asked) == fingerprint(to_dict(compose_run([]).config))
+    requested = to_dict(compose_run([f"quality.clip={clip}"]).config)
+    assert fingerprint(requested) == fingerprint(to_dict(compose_run([]).config))
     composed = f"from harness.resolve.compose import compose_run; compose_run(['quality.clip={clip}'])"
     code = f"import sys; {composed}; print('torch' in sys.modules)"
     done = subprocess.run(

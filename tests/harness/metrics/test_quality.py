@@ -31,8 +31,8 @@ STYLES = ("noto", "3d")
 def pixels() -> NDArray[np.uint8]:
     """Return coarse random images: 40 names in two styles that look alike."""
     rng = np.random.default_rng(0)
-    drawing = rng.integers(40, 216, (40, 1, 4, 1, 4, 1, 3))
-    styled = drawing + rng.integers(-30, 31, (40, 2, 4, 1, 4, 1, 3))
+    pattern = rng.integers(40, 216, (40, 1, 4, 1, 4, 1, 3))
+    styled = pattern + rng.integers(-30, 31, (40, 2, 4, 1, 4, 1, 3))
     return np.broadcast_to(styled, (40, 2, 4, 16, 4, 16, 3)).reshape(80, 64, 64, 3).astype(np.uint8)
 
 
@@ -175,8 +175,8 @@ def test_images_of_another_size_are_averaged_or_refused(gallery: Gallery, pixels
 
 def test_mmd2_is_the_papers_sum(gallery: Gallery, pixels: NDArray[np.uint8]) -> None:
     z = gallery.project(noisy(pixels, 60))[::2][:10]
-    asked = [(gallery.names[2 * i], "noto" if i < 5 else None) for i in range(10)]
-    matches = np.stack([gallery.matches(*each) for each in asked])
+    requested = [(gallery.names[2 * i], "noto" if i < 5 else None) for i in range(10)]
+    matches = np.stack([gallery.matches(*each) for each in requested])
     found = mmd.paired(gallery, z, matches, np.arange(10))
     scale = float(np.mean([row @ row for row in gallery.z.astype(float)]))
 
@@ -200,13 +200,13 @@ def test_mmd2_is_unbiased_and_its_interval_covers(gallery: Gallery) -> None:
     rng, names, k = np.random.default_rng(0), 30, gallery.z.shape[1]
     spread = gallery.z.std(axis=0)
 
-    def draw(shift: float) -> tuple[Gallery, NDArray[np.floating]]:
+    def sample_gallery(shift: float) -> tuple[Gallery, NDArray[np.floating]]:
         real = rng.normal(size=(names, k)) * spread
         pairs = replace(gallery, z=real, names=tuple(f"{i}" for i in range(names)), styles=("noto",) * names)
         return pairs, (rng.normal(size=(names, k)) + shift) * spread
 
     def measure(shift: float) -> list[tuple[float, tuple[float, float]]]:
-        found = [mmd.paired(*draw(shift), np.eye(names, dtype=bool), np.arange(names)) for _ in range(150)]
+        found = [mmd.paired(*sample_gallery(shift), np.eye(names, dtype=bool), np.arange(names)) for _ in range(150)]
         return [(each.value, each.ci95) for each in found if each is not None]
 
     same = np.array([value for value, _ in measure(0.0)])
@@ -283,10 +283,10 @@ def test_the_shipped_gallery_is_small_and_is_of_the_vocabulary() -> None:
 def test_the_families_experiment_asks_for_names_of_the_gallery_in_both_styles() -> None:
     gallery, prompts = Gallery.load(SHIPPED), compose_run(["experiment=families"]).config.request.prompts
     assert prompts is not None
-    asked = [parse_prompt(prompt, gallery) for prompt in prompts]
-    assert None not in asked
-    assert len({each.name for each in asked if each is not None}) == 48
-    assert [each.style for each in asked if each is not None].count("3d") == 24
+    requested = [parse_prompt(prompt, gallery) for prompt in prompts]
+    assert None not in requested
+    assert len({each.name for each in requested if each is not None}) == 48
+    assert [each.style for each in requested if each is not None].count("3d") == 24
 
 
 def test_scoring_needs_no_torch(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_a_score_is_plain_json(gallery: Gallery, pixels: NDArray[np.uint8]) -> N
 
 def floats(pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
     """Return images as an engine returns them."""
-    return [picture.transpose(2, 0, 1).astype(np.float32) / 255 for picture in pixels]
+    return [image.transpose(2, 0, 1).astype(np.float32) / 255 for image in pixels]
 
 
 def test_an_answer_is_scored_in_its_checkpoints_gallery(
@@ -327,8 +327,8 @@ def test_an_answer_is_scored_in_its_checkpoints_gallery(
 
 
 def test_what_is_not_scored_says_why(gallery: Gallery, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
-    def reason(prompt: str, pictures: NDArray[np.uint8]) -> str:
-        found, reasons = score_quality(tmp_path, floats(pictures), [prompt])
+    def reason(prompt: str, images: NDArray[np.uint8]) -> str:
+        found, reasons = score_quality(tmp_path, floats(images), [prompt])
         assert found is None
         (line,) = reasons
         return line

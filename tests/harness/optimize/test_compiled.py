@@ -41,22 +41,23 @@ def _own_graphs(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_share_a_graph_and_give_the_plain_numbers(name: str) -> None:
     tiny = TINY[name]
     plain, network = tiny.build(sdpa_attention), tiny.build(sdpa_attention)
-    ahead = PrecomputedModulation(network, importlib.import_module(f"models.{name}").PRECOMPUTE)
+    modulation_cache = PrecomputedModulation(network, importlib.import_module(f"models.{name}").PRECOMPUTE)
     fuse_projections(network, tiny.plan)
     assert compile_forwards(blocks_of(network, tiny.plan), CompileConfig(), CPU) == "compiled"
     latent, _, condition = tiny.inputs
     with torch.inference_mode():
-        told = ahead.for_batch(condition, [700.0, 20.0])
+        precomputed = modulation_cache.for_batch(condition, [700.0, 20.0])
         for tau in (700.0, 20.0, 333.0):
             tau_B = torch.full((len(latent),), tau)
-            assert rel_l2(network(latent, tau_B, told.at(latent, tau)), plain(latent, tau_B, condition)) < BOUND
+            assert rel_l2(network(latent, tau_B, precomputed.at(latent, tau)), plain(latent, tau_B, condition)) < BOUND
         assert counters["stats"]["unique_graphs"] == KINDS[name]
         for width in (6, 8, 12, 16):
             other, tau_B = latent[..., :width].repeat(1, *[1] * (latent.ndim - 2), 2), torch.full((len(latent),), 5.0)
             other = other[..., :width]
             assert (
                 rel_l2(
-                    network(other, tau_B, ahead.for_batch(condition, []).at(other, 5.0)), plain(other, tau_B, condition)
+                    network(other, tau_B, modulation_cache.for_batch(condition, []).at(other, 5.0)),
+                    plain(other, tau_B, condition),
                 )
                 < BOUND
             )

@@ -40,7 +40,7 @@ from models.layers import cached_tensor, collect_cached_tensors
 from models.pixart.network import SizeEmbedding
 from models.unet.network import ConditionalUNet, SizeConditionedUNet, UnconditionalUNet, capturable
 from tests.fixtures.models.parity import rel_l2
-from tests.fixtures.models.precompute import TAUS, ahead_plan
+from tests.fixtures.models.precompute import TAUS, precompute_plan
 from tests.fixtures.models.unet import NCSNPP, PLAIN, POOLED, SIZED, SMALL, TEXT
 from tests.fixtures.parallel.networks import TINY, Inputs
 
@@ -88,8 +88,8 @@ class Counting(nn.Module):
 
 def moved(inputs: Inputs, device: str) -> Inputs:
     latent, tau_B, condition = inputs
-    told = {f.name: getattr(condition, f.name) for f in fields(Conditioning)}
-    on_device = {name: None if x is None else x.to(device) for name, x in told.items()}
+    tensors = {f.name: getattr(condition, f.name) for f in fields(Conditioning)}
+    on_device = {name: None if x is None else x.to(device) for name, x in tensors.items()}
     return latent.to(device), tau_B.to(device), Conditioning(**on_device)
 
 
@@ -104,7 +104,7 @@ def test_a_replay_reads_what_it_is_handed(name: str) -> None:
     """With precomputed modulation, at other times and for other latents; earlier outputs stay unchanged."""
     latent, _, condition = TINY[name].inputs
     plain, network = TINY[name].build(sdpa_attention), TINY[name].build(sdpa_attention)
-    request = PrecomputedModulation(network, ahead_plan(name)).for_batch(condition, TAUS)
+    request = PrecomputedModulation(network, precompute_plan(name)).for_batch(condition, TAUS)
     graphs, found, expected = RecordedNetwork(network, Again), [], []
     for n, tau in enumerate([*TAUS, TAUS[0]]):
         fed, tau_B = latent * (1 + n), torch.full((len(latent),), tau)
@@ -130,17 +130,17 @@ def test_the_graphs_of_the_last_kinds_are_kept() -> None:
     record = Recorder()
     graphs = RecordedNetwork(Counting(), record)
 
-    def draw(side: int) -> None:
+    def generate(side: int) -> None:
         graphs(torch.rand(1, side, side), torch.rand(1), Conditioning())
 
     for side in range(1, MAX_GRAPHS + 1):
-        draw(side), draw(side)
-    draw(1)  # so that 2 is the least recently used
-    draw(MAX_GRAPHS + 1), draw(MAX_GRAPHS + 1)
+        generate(side), generate(side)
+    generate(1)  # so that 2 is the least recently used
+    generate(MAX_GRAPHS + 1), generate(MAX_GRAPHS + 1)
     assert len(record.made) == MAX_GRAPHS + 1
-    draw(1), draw(1), draw(MAX_GRAPHS + 1)
+    generate(1), generate(1), generate(MAX_GRAPHS + 1)
     assert len(record.made) == MAX_GRAPHS + 1
-    draw(2), draw(2)
+    generate(2), generate(2)
     assert len(record.made) == MAX_GRAPHS + 2
 
 
@@ -193,14 +193,14 @@ def stays(run: Callable[[], Tensor]) -> bool:
     return not watched.elsewhere
 
 
-@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("modulation_cache", [True, False])
 @pytest.mark.parametrize("name", list(TINY))
-def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, ahead: bool) -> None:
+def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, modulation_cache: bool) -> None:
     """A recording may not read the CPU's memory: every transformer, with and without precomputed modulation."""
     latent, tau_B, condition = moved(TINY[name].inputs, "meta")
     network = TINY[name].build(sdpa_attention).to("meta")
-    if ahead:
-        condition = PrecomputedModulation(network, ahead_plan(name)).for_batch(condition, TAUS).at(latent, TAUS[0])
+    if modulation_cache:
+        condition = PrecomputedModulation(network, precompute_plan(name)).for_batch(condition, TAUS).at(latent, TAUS[0])
     assert stays(lambda: network(latent, tau_B, condition))
 
 
@@ -310,31 +310,31 @@ def test_what_may_be_replayed(overrides: list[str], tokens: int, expected: Repla
 
 
 def test_the_baseline_engines_graphs_are_not_the_native_ones() -> None:
-    asked = ["engine.optimize=compile", "engine.compile.cuda_graphs=true"]
-    compose_run(["task=bench", "engine=diffusers", *asked])
+    requested = ["engine.optimize=compile", "engine.compile.cuda_graphs=true"]
+    compose_run(["task=bench", "engine=diffusers", *requested])
     with pytest.raises(ConfigError, match=r"engine\.eager\.cuda_graphs=true"):
-        compose_run(["task=bench", *asked])
+        compose_run(["task=bench", *requested])
 
 
 @pytest.mark.parametrize(
-    ("how", "device", "draws"),
+    ("how", "device", "samples"),
     [("eager", "cuda:0", 3), ("none", "cuda:0", 1), ("compile", "cpu", 2), ("eager", "cpu", 1)],
 )
 def test_no_measured_generation_records_a_graph(
-    how: str, device: str, draws: int, monkeypatch: pytest.MonkeyPatch
+    how: str, device: str, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The counted warm-up is not recorded, so one call that runs and one that records follow it."""
-    config, drawn = compose_run(["task=bench", f"engine.optimize={how}"]).config, list[bool]()
+    config, generated = compose_run(["task=bench", f"engine.optimize={how}"]).config, list[bool]()
 
-    def draw(description: str, counts: bool = False) -> SimpleNamespace:
-        drawn.append(counts)
+    def generate(description: str, counts: bool = False) -> SimpleNamespace:
+        generated.append(counts)
         return SimpleNamespace(client_ms=1.0, result=None)
 
     generator = SimpleNamespace(config=config, info=SimpleNamespace(device=device))
-    series = MeasurementSession(generator, SimpleNamespace())  # type: ignore[arg-type]
-    monkeypatch.setattr(series, "_generate", draw)
-    series.warm_up()
-    assert drawn == [True, *[False] * (draws - 1)]
+    session = MeasurementSession(generator, SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setattr(session, "_generate", generate)
+    session.warm_up()
+    assert generated == [True, *[False] * (samples - 1)]
 
 
 @pytest.mark.gpu
@@ -345,7 +345,9 @@ def test_a_graph_gives_the_plain_numbers(name: str, dtype: torch.dtype) -> None:
     latent, _, condition = moved(TINY[name].inputs, "cuda")
     plain, network = (TINY[name].build(sdpa_attention, dtype).cuda() for _ in range(2))
     fed, condition = latent.to(dtype), condition.to(dtype)
-    request, beside = (PrecomputedModulation(n, ahead_plan(name)).for_batch(condition, TAUS) for n in (network, plain))
+    request, beside = (
+        PrecomputedModulation(n, precompute_plan(name)).for_batch(condition, TAUS) for n in (network, plain)
+    )
     graphs = RecordedNetwork(network, cuda_graph_recorder())
     for n, tau in enumerate([*TAUS, TAUS[0]]):
         x, tau_B = fed * (1 + n), torch.full((len(fed),), tau, device="cuda")

@@ -28,7 +28,7 @@ from models.attention import math_attention
 from models.components import Conditioning
 from models.decoders import KLDecoder
 from tests.fixtures.models.parity import randomize, rel_l2
-from tests.fixtures.models.precompute import TAUS, ahead_plan
+from tests.fixtures.models.precompute import TAUS, precompute_plan
 from tests.fixtures.parallel.networks import TINY
 from tests.fixtures.products import Products
 
@@ -51,9 +51,9 @@ def test_evaluations_with_precomputed_modulation_are_the_plain_ones(name: str, m
     latent, _, condition = TINY[name].inputs
     plain, network = TINY[name].build(math_attention), TINY[name].build(math_attention)
     with torch.inference_mode():
-        told = PrecomputedModulation(network, ahead_plan(name), modulation, text).for_batch(condition, TAUS)
+        precomputed = PrecomputedModulation(network, precompute_plan(name), modulation, text).for_batch(condition, TAUS)
         for tau in (*TAUS, TAUS[0], 345.5, TAUS[2]):
-            mine = evaluated(network, latent, tau, told.at(latent, tau))
+            mine = evaluated(network, latent, tau, precomputed.at(latent, tau))
             assert rel_l2(mine, evaluated(plain, latent, tau, condition)) < BOUND, tau
 
 
@@ -66,27 +66,27 @@ def test_requests_at_other_steps_share_a_forward(name: str) -> None:
     if condition.mask is not None and condition.prompt_embeds is not None:
         other = replace(condition, prompt_embeds=condition.prompt_embeds[:, :5], mask=condition.mask[:, :5])
     with torch.inference_mode():
-        ahead = PrecomputedModulation(network, ahead_plan(name))
-        asked = [(condition, 700.0), (other, 20.0)]
-        told = [ahead.for_batch(c, TAUS).at(latent, tau) for c, tau in asked]
+        modulation_cache = PrecomputedModulation(network, precompute_plan(name))
+        requested = [(condition, 700.0), (other, 20.0)]
+        precomputed = [modulation_cache.for_batch(c, TAUS).at(latent, tau) for c, tau in requested]
         tau_B = torch.tensor([700.0] * len(latent) + [20.0] * len(latent))
-        both = network(torch.cat([latent, latent]), tau_B, Conditioning.stack(told))
-        for rows, (c, tau) in zip(both.split(len(latent)), asked, strict=True):
+        both = network(torch.cat([latent, latent]), tau_B, Conditioning.stack(precomputed))
+        for rows, (c, tau) in zip(both.split(len(latent)), requested, strict=True):
             assert rel_l2(rows, evaluated(plain, latent, tau, c)) < BOUND
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if ahead_plan(name).time_chains])
+@pytest.mark.parametrize("name", [name for name in TINY if precompute_plan(name).time_chains])
 def test_every_modulation_is_computed_beforehand(name: str) -> None:
     """No modulation of a block or of the head is left to the evaluations; a conditioning without it is refused."""
     network = TINY[name].build(math_attention)
     linears = [n for n, _ in network.named_modules() if n.endswith("modulation")]
-    ahead = PrecomputedModulation(network, ahead_plan(name))
+    modulation_cache = PrecomputedModulation(network, precompute_plan(name))
     assert linears
     assert all(isinstance(network.get_submodule(n), OutputSlice) for n in linears)
     latent, tau_B, condition = TINY[name].inputs
     with torch.inference_mode(), pytest.raises(ValueError, match="precomputed features"):
         network(latent, tau_B, condition)
-    assert ahead.embed_text(condition).encoder_hidden_states is not None or condition.prompt_embeds is None
+    assert modulation_cache.embed_text(condition).encoder_hidden_states is not None or condition.prompt_embeds is None
 
 
 def test_many_evaluations_are_computed_in_pieces() -> None:
@@ -94,9 +94,9 @@ def test_many_evaluations_are_computed_in_pieces() -> None:
     plain, network = TINY["sd3"].build(math_attention), TINY["sd3"].build(math_attention)
     taus = [1000.0 - i for i in range(70)]
     with torch.inference_mode():
-        told = PrecomputedModulation(network, ahead_plan("sd3")).for_batch(condition, taus)
+        precomputed = PrecomputedModulation(network, precompute_plan("sd3")).for_batch(condition, taus)
         for tau in (taus[0], taus[31], taus[32], taus[69], taus[5]):
-            mine = evaluated(network, latent, tau, told.at(latent, tau))
+            mine = evaluated(network, latent, tau, precomputed.at(latent, tau))
             assert rel_l2(mine, evaluated(plain, latent, tau, condition)) < BOUND, tau
 
 
@@ -139,7 +139,7 @@ def test_packs_where_packed_linears_are_the_faster_ones() -> None:
 
 def test_a_request_gives_the_image_of_an_uncached_run() -> None:
     """Guided images of the reference model, with a solver that also evaluates between the grid's rows."""
-    (theirs, plain), (mine, other) = (drawn_by(f"engine.optimize={how}") for how in ("none", "eager"))
+    (theirs, plain), (mine, other) = (generate_with(f"engine.optimize={how}") for how in ("none", "eager"))
     assert mine[0].std() > 0.1
     assert max(np.abs(x - y).max() for x, y in zip(mine, theirs, strict=True)) < 1e-4
     (said,) = [note for note in other.notes if note.startswith("engine.optimize=eager")]
@@ -154,9 +154,9 @@ def test_bfloat16_is_multiplied_in_float32_where_a_cpu_has_no_other() -> None:
     for overrides, wide in (([], slow), (["engine.eager.upcast=false"], False), (["engine.optimize=none"], False)):
         config = compose_run(["model.dtype=bfloat16", *overrides]).config
         worker = build_worker(config, RankPosition(0, degrees(config.parallel)), torch.device("cpu"))
-        asked = GenerationRequest("a", ["rocket"], steps=1, guidance=3.0, seed=7, height=32, width=32)
+        requested = GenerationRequest("a", ["rocket"], steps=1, guidance=3.0, seed=7, height=32, width=32)
         with Products() as seen:
-            outcome = decode(worker.generate(asked, lambda *told: None, lambda: False))
+            outcome = decode(worker.generate(requested, lambda *precomputed: None, lambda: False))
         assert isinstance(outcome, RankOutcome)
         assert outcome.report is not None
         assert any("products in float32" in note for note in outcome.report.notes) == wide
@@ -164,34 +164,34 @@ def test_bfloat16_is_multiplied_in_float32_where_a_cpu_has_no_other() -> None:
         assert not wide or seen.dtypes
 
 
-def drawn_by(*overrides: str) -> tuple[list[Array], Record]:
+def generate_with(*overrides: str) -> tuple[list[Array], Record]:
     process = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json", "scheduler/solver=dpm2"]
-    asked = ["request.prompts=[rocket,red apple]", "request.steps=3", "request.batch_size=2"]
-    config = compose_run([*process, *asked, *overrides]).config
+    requested = ["request.prompts=[rocket,red apple]", "request.steps=3", "request.batch_size=2"]
+    config = compose_run([*process, *requested, *overrides]).config
     with DiffusionGenerator(config, InprocessEngine(config)) as generator:
-        drawn = generator.generate()
-        return drawn.pixels, drawn.record
+        generated = generator.generate()
+        return generated.pixels, generated.record
 
 
 def test_requests_at_other_steps_are_generated_as_if_alone() -> None:
     """Step by step in shared forwards, with other prompts and numbers of steps."""
     config = compose_run(["engine.optimize=eager", "request.prompt=rocket"]).config
     worker = build_worker(config, RankPosition(0, degrees(config.parallel)), torch.device("cpu"))
-    asked = [
+    requested = [
         GenerationRequest(prompt, [prompt], steps=steps, guidance=guidance, seed=7, height=32, width=32, latents="last")
         for prompt, steps, guidance in (("rocket", 4, 3.0), ("a red apple, 3d", 2, 1.0), ("sun", 3, 5.0))
     ]
-    alone = [latent_of(worker.generate(request, lambda *told: None, lambda: False)) for request in asked]
+    alone = [latent_of(worker.generate(request, lambda *precomputed: None, lambda: False)) for request in requested]
     rows: list[int] = []
     with torch.inference_mode():
-        courses = [worker.fiber(request, lambda *told: None) for request in asked]
-        while waiting := [(course, course.call) for course in courses if course.call is not None]:
+        courses = [worker.fiber(request, lambda *precomputed: None) for request in requested]
+        while waiting := [(fiber, fiber.call) for fiber in courses if fiber.call is not None]:
             outputs = evaluate([call for _, call in waiting], retry_alone=False, count=rows.append)
-            for (course, _), output in zip(waiting, outputs, strict=True):
-                course.advance(output)
+            for (fiber, _), output in zip(waiting, outputs, strict=True):
+                fiber.advance(output)
     assert rows == [5, 5, 4, 2]
-    for course, wanted in zip(courses, alone, strict=True):
-        assert rel_l2(latent_of(course.result), wanted) < BOUND
+    for fiber, wanted in zip(courses, alone, strict=True):
+        assert rel_l2(latent_of(fiber.result), wanted) < BOUND
 
 
 def latent_of(frames: list[bytes]) -> Tensor:

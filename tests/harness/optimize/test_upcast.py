@@ -174,9 +174,9 @@ def test_a_convolution_of_a_band_is_widened_with_its_own(name: str) -> None:
         x = torch.randn(2, 6, 3, 5, 7, dtype=NARROW)
     conv.requires_grad_(False)
     upcast(conv)
-    dealt = make(conv, edge)  # type: ignore[arg-type]
+    sharded = make(conv, edge)  # type: ignore[arg-type]
     with products_of() as dtypes:
-        assert torch.equal(dealt(x), conv(x))
+        assert torch.equal(sharded(x), conv(x))
     assert set(dtypes) == {torch.float32}
 
 

@@ -13,11 +13,11 @@ from tests.fixtures.parallel.networks import TINY
 from tests.fixtures.parallel.ranks import on_ranks
 from tests.fixtures.parallel.stale import (
     EVALUATIONS,
-    PICTURES,
+    IMAGES,
     SETTLING,
-    asked,
     displaced,
     exact,
+    moving_inputs,
     settling,
     simulated,
     stored_elements,
@@ -46,14 +46,14 @@ def said(name: str, degrees: Degrees, warmup: int, stays: bool = False) -> list[
     def owner(place: int, length: int) -> int:
         return place // -(-length // (ring * ulysses)) // ulysses
 
-    ask, count = (settling, SETTLING) if stays else (asked, EVALUATIONS)
-    return simulated(name, owner, lambda mine, theirs: mine == theirs, warmup, ask, count)
+    make_inputs, count = (settling, SETTLING) if stays else (moving_inputs, EVALUATIONS)
+    return simulated(name, owner, lambda mine, theirs: mine == theirs, warmup, make_inputs, count)
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS)
 def test_ranks_compute_what_the_definition_says(degrees: Degrees) -> None:
     for name in names(degrees):
-        plain = exact(name, asked, EVALUATIONS)
+        plain = exact(name, moving_inputs, EVALUATIONS)
         for warmup in (1, 2):
             for found in ranks_found(degrees):
                 for n, (ours, theirs) in enumerate(
@@ -103,8 +103,8 @@ def test_what_is_sent_and_kept_is_what_the_formulas_say(degrees: Degrees) -> Non
         once = sent_bytes(trace, degrees, 4, displaced=True)
         assert once["all_gather displaced"] > 0
         for found in ranks_found(degrees):
-            for warmup, pictures in PICTURES.items():
+            for warmup, images in IMAGES.items():
                 key = f"{name} {warmup} sent "
                 sent = {kind.removeprefix(key): int(x) for kind, x in found.items() if kind.startswith(key)}
-                assert sent == {kind: pictures * EVALUATIONS * count for kind, count in once.items()}, (name, warmup)
+                assert sent == {kind: images * EVALUATIONS * count for kind, count in once.items()}, (name, warmup)
                 assert int(found[f"{name} {warmup} kept"]) == 4 * stored_elements(trace, degrees)

@@ -17,10 +17,10 @@ from tests.fixtures.parallel.ranks import on_ranks
 from tests.fixtures.parallel.slices import group_of, load, saved
 from tests.fixtures.parallel.stale import (
     EVALUATIONS,
-    PICTURES,
+    IMAGES,
     SETTLING,
-    asked,
     exact,
+    moving_inputs,
     piped,
     settling,
     simulated,
@@ -43,13 +43,13 @@ def said(name: str, patches: int, warmup: int) -> list[Tensor]:
     def owner(place: int, length: int) -> int:
         return ((place + 1) * patches - 1) // length
 
-    return simulated(name, owner, lambda mine, theirs: theirs <= mine, warmup, asked, EVALUATIONS)
+    return simulated(name, owner, lambda mine, theirs: theirs <= mine, warmup, moving_inputs, EVALUATIONS)
 
 
 @pytest.mark.parametrize(("ranks", "patches"), PIPELINES)
 def test_ranks_compute_what_the_definition_says(ranks: int, patches: int) -> None:
     for name in TINY:
-        plain = exact(name, asked, EVALUATIONS)
+        plain = exact(name, moving_inputs, EVALUATIONS)
         for found in ranks_found(ranks, patches):
             for warmup in (1, 2):
                 theirs = said(name, patches, warmup)
@@ -61,7 +61,7 @@ def test_ranks_compute_what_the_definition_says(ranks: int, patches: int) -> Non
 @pytest.mark.parametrize(("ranks", "patches"), PIPELINES)
 def test_exact_evaluations_are_those_of_one_rank_bit_for_bit(ranks: int, patches: int) -> None:
     for name in TINY:
-        plain = torch.stack(exact(name, asked, EVALUATIONS))
+        plain = torch.stack(exact(name, moving_inputs, EVALUATIONS))
         for found in ranks_found(ranks, patches):
             assert torch.equal(found[f"{name} {EVALUATIONS} 0"], plain), name
 
@@ -93,10 +93,10 @@ def test_what_is_sent_and_kept_is_what_the_formulas_say(ranks: int, patches: int
         kept = 0
         for index, found in enumerate(ranks_found(ranks, patches)):
             once = pipe_bytes(trace, TINY[name].plan, ranks, index, 4)
-            for warmup, pictures in PICTURES.items():
+            for warmup, images in IMAGES.items():
                 key = f"{name} {warmup} sent "
                 sent = {kind.removeprefix(key): int(x) for kind, x in found.items() if kind.startswith(key) and x}
-                assert sent == {kind: pictures * EVALUATIONS * count for kind, count in once.items()}, (name, warmup)
+                assert sent == {kind: images * EVALUATIONS * count for kind, count in once.items()}, (name, warmup)
             kept += int(found[f"{name} 1 kept"])
         assert kept == 4 * stored_elements(trace, (1, 1, 1, 1, 1))
 
@@ -115,8 +115,8 @@ def test_a_rank_reads_its_blocks_and_what_lies_outside(name: str, tmp_path: Path
         assert source.loaded["transformer"].bytes == sum(p.nbytes for p in network.parameters())
     outside = TINY[name].plan.called_outside
     for key, times in held.items():
-        dealt = any(key.startswith(f"{stack.blocks}.") for stack in TINY[name].plan.stacks)
-        assert times == (1 if dealt and not key.startswith(tuple(f"{kept}." for kept in outside)) else 2), key
+        sharded = any(key.startswith(f"{stack.blocks}.") for stack in TINY[name].plan.stacks)
+        assert times == (1 if sharded and not key.startswith(tuple(f"{kept}." for kept in outside)) else 2), key
 
 
 def test_more_patches_than_tokens_are_refused() -> None:

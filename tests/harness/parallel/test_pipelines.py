@@ -20,7 +20,7 @@ from harness.resolve.compose import compose_run
 from models.wan.decoder import WanDecoder
 from tests.fixtures.models.checkpoints import CASES, overrides_of
 from tests.fixtures.models.parity import rel_l2
-from tests.fixtures.parallel.pipelines import Degrees, Drawing, draw, draw_counted
+from tests.fixtures.parallel.pipelines import Degrees, GenerationCase, generate, generate_counted
 from tests.fixtures.parallel.ranks import on_ranks, on_worlds
 
 BOUND = 1e-5  # relative L2 of latents and of pixels, in float32
@@ -41,7 +41,7 @@ class Family:
 
     heads: int | None
     branches: int = 2
-    asked: dict[str, Any] = field(default_factory=lambda: LOW)
+    requested: dict[str, Any] = field(default_factory=lambda: LOW)
 
     def fits(self, layout: Degrees) -> bool:
         """Return whether the layout fits the checkpoint."""
@@ -52,17 +52,17 @@ class Family:
 
 
 FAMILIES = {
-    "emoji": Family(8, asked={"height": 72, "width": 40, "prompts": ["rocket", "red apple, 3d", "pizza"]}),
-    "dit": Family(12, asked=LOW | {"prompts": ["cock", "999", "goldfish"]}),
+    "emoji": Family(8, requested={"height": 72, "width": 40, "prompts": ["rocket", "red apple, 3d", "pizza"]}),
+    "dit": Family(12, requested=LOW | {"prompts": ["cock", "999", "goldfish"]}),
     "pixart_sigma": Family(12),
     "sd35_medium": Family(12),
     "flux": Family(12, branches=1),
     "flux_schnell": Family(10),
-    "qwen_image": Family(12, asked={"height": 72, "width": 40}),
+    "qwen_image": Family(12, requested={"height": 72, "width": 40}),
     "z_image": Family(10),
-    "wan": Family(10, asked={"height": 72, "width": 40, "frames": 5}),
-    "sd15": Family(None, asked={"height": 72, "width": 40}),
-    "sdxl": Family(None, asked={"height": 72, "width": 40}),
+    "wan": Family(10, requested={"height": 72, "width": 40, "frames": 5}),
+    "sd15": Family(None, requested={"height": 72, "width": 40}),
+    "sdxl": Family(None, requested={"height": 72, "width": 40}),
 }
 FEW = {
     2: ((2, 1, 1, 1, 1), (1, 2, 1, 1, 1), (1, 1, 2, 1, 1), (1, 1, 1, 2, 1), (1, 1, 1, 1, 2)),
@@ -107,8 +107,8 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
             sizes = {} if family.heads is None else {"heads": family.heads}
             case.save(folder, **sizes)
             overrides = overrides_of(case, folder)
-        asked = {"prompts": PROMPTS, "negative_prompt": "" if name == "dit" else "blurry"} | family.asked
-        request = GenerationRequest(name, steps=2, guidance=3.5, seed=7, batch_size=2, latents="last", **asked)
+        requested = {"prompts": PROMPTS, "negative_prompt": "" if name == "dit" else "blurry"} | family.requested
+        request = GenerationRequest(name, steps=2, guidance=3.5, seed=7, batch_size=2, latents="last", **requested)
         return compose_run([*overrides, "engine.optimize=none"]).config, request
 
     return one
@@ -119,20 +119,29 @@ def assert_one_rank(
 ) -> None:
     """These families generate one plain rank's latents and pixels, optimised or not; replicas bit for bit."""
     ranks = world_size(layouts[0])
-    alone = {name: Drawing(name, *load(name), ONE_RANK) for name in names}
+    alone = {name: GenerationCase(name, *load(name), ONE_RANK) for name in names}
     engine = EngineConfig(optimize=optimize)
-    asked = {name: (replace(config, engine=engine), request) for name in names for config, request in [load(name)]}
-    dealt = [Drawing(name, *asked[name], layout) for name in names for layout in layouts if FAMILIES[name].fits(layout)]
-    (wanted,) = on_worlds(1, draw, [(drawing,) for drawing in alone.values()])
-    found = {name: x for one in on_worlds(ranks, draw, [(drawing,) for drawing in dealt]) for name, x in one.items()}
-    for drawing in dealt:
+    requested = {name: (replace(config, engine=engine), request) for name in names for config, request in [load(name)]}
+    sharded = [
+        GenerationCase(name, *requested[name], layout)
+        for name in names
+        for layout in layouts
+        if FAMILIES[name].fits(layout)
+    ]
+    (wanted,) = on_worlds(1, generate, [(generation_case,) for generation_case in alone.values()])
+    found = {
+        name: x
+        for one in on_worlds(ranks, generate, [(generation_case,) for generation_case in sharded])
+        for name, x in one.items()
+    }
+    for generation_case in sharded:
         for what in (f"{kind} {k}" for k in range(len(PROMPTS)) for kind in ("latent", "pixels")):
-            ours, theirs = found.pop(f"{drawing} {what}"), wanted[f"{alone[drawing.name]} {what}"]
-            assert theirs.std() > 0.01, f"{drawing} {what}: flat, which proves nothing"
+            ours, theirs = found.pop(f"{generation_case} {what}"), wanted[f"{alone[generation_case.name]} {what}"]
+            assert theirs.std() > 0.01, f"{generation_case} {what}: flat, which proves nothing"
             error = rel_l2(ours, theirs)
-            assert error <= BOUND, f"{drawing} {what}: relative L2 {error:.1e}"
-            exact = optimize is Optimize.none and drawing.degrees[0] == ranks
-            assert torch.equal(ours, theirs) or not exact, f"{drawing} {what}: replicas differ"
+            assert error <= BOUND, f"{generation_case} {what}: relative L2 {error:.1e}"
+            exact = optimize is Optimize.none and generation_case.degrees[0] == ranks
+            assert torch.equal(ours, theirs) or not exact, f"{generation_case} {what}: replicas differ"
     assert not found
 
 
@@ -148,18 +157,21 @@ def test_what_is_optimised_generates_what_one_plain_rank_generates(load: Load) -
 
 @pytest.mark.slow
 def test_a_video_decoded_by_frames_is_what_one_rank_generates(load: Load) -> None:
-    config, asked = load("wan")
+    config, requested = load("wan")
     by_frames = replace(config, parallel=ParallelConfig(decode=Decode.frames))
-    asked = msgspec.structs.replace(asked, frames=17, prompts=PROMPTS[:2])  # 5 latent frames: 3 and 2
-    alone, dealt = Drawing("wan", config, asked, ONE_RANK), Drawing("wan", by_frames, asked, (1, 2, 1, 1, 1))
-    (wanted,), (found, _) = on_ranks(1, draw, alone), on_ranks(2, draw_counted, dealt)
+    requested = msgspec.structs.replace(requested, frames=17, prompts=PROMPTS[:2])  # 5 latent frames: 3 and 2
+    alone, sharded = (
+        GenerationCase("wan", config, requested, ONE_RANK),
+        GenerationCase("wan", by_frames, requested, (1, 2, 1, 1, 1)),
+    )
+    (wanted,), (found, _) = on_ranks(1, generate, alone), on_ranks(2, generate_counted, sharded)
     for k in range(2):
         theirs = wanted[f"{alone} pixels {k}"]
         assert theirs.shape[0] == 17
         assert theirs.std() > 0.01
-        assert rel_l2(found[f"{dealt} pixels {k}"], theirs) <= BOUND
+        assert rel_l2(found[f"{sharded} pixels {k}"], theirs) <= BOUND
     vae = AutoencoderKLWan.load_config(Path(str(config.model.path)) / "vae")
-    latents = torch.empty(2, 4, 5, asked.height // 4, asked.width // 4)
+    latents = torch.empty(2, 4, 5, requested.height // 4, requested.width // 4)
     trace = trace_frames(lambda: WanDecoder(AutoencoderKLWan.from_config(vae)), latents)
     said = frames_bytes(trace, ranks=2, index=0, itemsize=4)
     assert said == {kind: int(found[kind]) for kind in said}

@@ -68,7 +68,7 @@ def both(tiny: Tiny, dtype: torch.dtype, groups: ProcessGroups) -> dict[str, Ten
     groups.traffic.reset()
     return {
         "whole": whole,
-        "dealt": output(),
+        "sharded": output(),
         "again": output(),
         "sent": torch.tensor([groups.traffic.sent_bytes[TRAFFIC_KIND], 2 * said]),
         "held": torch.tensor([numbers(), before]),
@@ -88,7 +88,7 @@ def test_sharded_weights_give_the_same_numbers(ranks: int) -> None:
     for of_rank in found(ranks):
         for case in CASES[ranks]:
             name, degrees, dtype = case
-            outputs = [of_rank[f"{name} {degrees} {dtype} {kind}"] for kind in ("whole", "dealt", "again")]
+            outputs = [of_rank[f"{name} {degrees} {dtype} {kind}"] for kind in ("whole", "sharded", "again")]
             assert torch.equal(outputs[0], outputs[1]), case
             assert torch.equal(outputs[0], outputs[2]), case
 

@@ -16,7 +16,7 @@ from models.pixart import PLAN, PixArt, read_config
 from models.registry import REFERENCE
 from tests.fixtures.models.checkpoints import CASES, overrides_of
 from tests.fixtures.models.parity import rel_l2
-from tests.fixtures.parallel.pipelines import Drawing, draw, draw_stale
+from tests.fixtures.parallel.pipelines import GenerationCase, generate, generate_stale
 from tests.fixtures.parallel.ranks import on_ranks, on_worlds
 from tests.fixtures.parallel.stale import stored_elements
 
@@ -25,7 +25,7 @@ LAYOUTS = {
     "displaced": (ParallelConfig(displaced=True), (1, 1, 1, 2, 1)),
     "pipe": (ParallelConfig(pipe=2, patches=3), (1, 1, 1, 1, 1)),
 }
-ASKED = GenerationRequest(
+REQUESTED = GenerationRequest(
     "stale",
     prompts=["rocket", "pizza"],
     steps=STEPS,
@@ -38,28 +38,30 @@ ASKED = GenerationRequest(
 )
 
 
-def dealt(config: RunConfig, layout: str, warmup: int, asked: GenerationRequest = ASKED) -> Drawing:
+def sharded_case(
+    config: RunConfig, layout: str, warmup: int, requested: GenerationRequest = REQUESTED
+) -> GenerationCase:
     parallel, degrees = LAYOUTS[layout]
-    return Drawing("of", replace(config, parallel=replace(parallel, warmup=warmup)), asked, degrees)
+    return GenerationCase("of", replace(config, parallel=replace(parallel, warmup=warmup)), requested, degrees)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_images_are_those_of_one_rank_where_all_is_exact_and_records_say_what_was_kept(layout: str) -> None:
     config = compose_run(["model=emoji", "engine.optimize=none"]).config
-    (alone,) = on_ranks(1, draw, Drawing("of", config, ASKED, (1, 1, 1, 1, 1)))
+    (alone,) = on_ranks(1, generate, GenerationCase("of", config, REQUESTED, (1, 1, 1, 1, 1)))
     trace = trace_network(
         lambda: PixArt(replace(read_config(REFERENCE / "emoji" / "transformer"), stride=4)),
         PLAN,
         (torch.empty(2, 4, 10, 8), torch.empty(2), Conditioning(torch.empty(2, 24, 256))),
     )
     for warmup in (1, STEPS):
-        for rank, found in enumerate(on_ranks(2, draw_stale, dealt(config, layout, warmup))):
+        for rank, found in enumerate(on_ranks(2, generate_stale, sharded_case(config, layout, warmup))):
             said = pipe_bytes(trace, PLAN, 2, rank, 4)
             kept = stored_elements(trace, (1, 1, 1, 1, 1)) // 2  # half of the blocks
             if layout == "displaced":
                 said = sent_bytes(trace, (1, 1, 1, 2, 1), 4, displaced=True)
                 kept = stored_elements(trace, (1, 1, 1, 2, 1))
-            exact, evaluations, kept_mib = found.pop("told").tolist()
+            exact, evaluations, kept_mib = found.pop("numbers").tolist()
             assert (exact, evaluations) == (warmup, STEPS)
             assert kept_mib == pytest.approx(4 * kept / 2**20, abs=0.005)
             sent = {kind: int(x) for kind, x in found.items() if not kind.startswith("of") and x}
@@ -75,12 +77,14 @@ def test_every_family_generates_what_one_rank_generates(name: str, tmp_path: Pat
     CASES[name].save(tmp_path)
     config = compose_run([*overrides_of(CASES[name], tmp_path), "engine.optimize=none"]).config
     prompts = ["cock", "999"] if name == "dit" else ["fox", "two boats"]
-    asked = msgspec.structs.replace(ASKED, prompts=prompts, height=36, width=20)
+    requested = msgspec.structs.replace(REQUESTED, prompts=prompts, height=36, width=20)
     if name in ("qwen_image", "wan"):
-        asked = msgspec.structs.replace(asked, height=72, width=40, frames=5 if name == "wan" else 1)
-    (alone,) = on_ranks(1, draw, Drawing("of", config, asked, (1, 1, 1, 1, 1)))
+        requested = msgspec.structs.replace(requested, height=72, width=40, frames=5 if name == "wan" else 1)
+    (alone,) = on_ranks(1, generate, GenerationCase("of", config, requested, (1, 1, 1, 1, 1)))
     for layout in LAYOUTS:
-        exact, stale = (on_worlds(2, draw, [(dealt(config, layout, warmup, asked),)])[0] for warmup in (STEPS, 1))
+        exact, stale = (
+            on_worlds(2, generate, [(sharded_case(config, layout, warmup, requested),)])[0] for warmup in (STEPS, 1)
+        )
         for key, x in exact.items():
             theirs = alone[f"of 1x1x1x1x1 {key.split(' ', 2)[2]}"]
             assert theirs.std() > 0.01

@@ -67,7 +67,7 @@ def noise(seed: int, side: int = 16, rows: int | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def draw(peer: PixArtSigmaPipeline, prompt: str, latent: Tensor, guidance: float, steps: int = STEPS) -> Tensor:
+def generate(peer: PixArtSigmaPipeline, prompt: str, latent: Tensor, guidance: float, steps: int = STEPS) -> Tensor:
     """Join diffusers' encode_prompt, transformer, scheduler and vae as its own pipelines join them."""
     states, mask, negative, negative_mask = peer.encode_prompt(
         prompt, guidance > 1, NEGATIVE, clean_caption=False, max_sequence_length=24
@@ -75,10 +75,10 @@ def draw(peer: PixArtSigmaPipeline, prompt: str, latent: Tensor, guidance: float
     sigmas = np.linspace(1.0, 1 / steps, steps)
     peer.scheduler.set_timesteps(sigmas=sigmas)
     for t in peer.scheduler.timesteps:
-        told = t.expand(1)
-        output = predict(peer, latent, told, states, mask)
+        timestep = t.expand(1)
+        output = predict(peer, latent, timestep, states, mask)
         if guidance > 1:
-            base = predict(peer, latent, told, negative, negative_mask)
+            base = predict(peer, latent, timestep, negative, negative_mask)
             output = base + guidance * (output - base)
         latent = peer.scheduler.step(output, t, latent, return_dict=False)[0]
     pixels = peer.vae.decode(latent / peer.vae.config.scaling_factor, return_dict=False)[0]
@@ -102,11 +102,11 @@ def apart(ours: np.ndarray, theirs: Tensor) -> float:
 
 
 def test_images_are_diffusers_own(engine: DiffusionGenerator, peer: PixArtSigmaPipeline) -> None:
-    drawn = engine.generate(prompts=PROMPTS, negative_prompt=NEGATIVE, seed=SEED, steps=STEPS, guidance=GUIDANCE)
+    generated = engine.generate(prompts=PROMPTS, negative_prompt=NEGATIVE, seed=SEED, steps=STEPS, guidance=GUIDANCE)
     for k, prompt in enumerate(PROMPTS):
-        theirs = draw(peer, prompt, noise(SEED + k), GUIDANCE)
+        theirs = generate(peer, prompt, noise(SEED + k), GUIDANCE)
         assert theirs.std() > 0.01, "a flat picture proves nothing"
-        assert apart(drawn.pixels[k], theirs) < BOUND
+        assert apart(generated.pixels[k], theirs) < BOUND
 
 
 def test_the_comparison_sees_prompt_guidance_and_seed(engine: DiffusionGenerator, checkpoint: Path) -> None:
@@ -115,8 +115,14 @@ def test_the_comparison_sees_prompt_guidance_and_seed(engine: DiffusionGenerator
         pytest.skip("the shipped weights may be anything; the random ones depend on all of it")
 
     def pixels(**changes: object) -> np.ndarray:
-        asked = {"prompt": PROMPTS[0], "negative_prompt": NEGATIVE, "seed": SEED, "steps": STEPS, "guidance": GUIDANCE}
-        return engine.generate(**(asked | changes)).pixels[0]  # type: ignore[arg-type]
+        requested = {
+            "prompt": PROMPTS[0],
+            "negative_prompt": NEGATIVE,
+            "seed": SEED,
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+        }
+        return engine.generate(**(requested | changes)).pixels[0]  # type: ignore[arg-type]
 
     plain = pixels()
     changes = [{"prompt": "rocket"}, {"guidance": 2.0}, {"seed": 12}, {"steps": 7}, {"negative_prompt": "red"}]
@@ -125,18 +131,18 @@ def test_the_comparison_sees_prompt_guidance_and_seed(engine: DiffusionGenerator
 
 
 def test_an_image_without_guidance_and_of_another_shape(engine: DiffusionGenerator, peer: PixArtSigmaPipeline) -> None:
-    drawn = engine.generate(prompt=PROMPTS[0], seed=SEED, steps=3, guidance=1.0, height=96, width=64)
-    theirs = draw(peer, PROMPTS[0], noise(SEED, 16, 24), 1.0, steps=3)
-    assert apart(drawn.pixels[0], theirs) < BOUND
+    generated = engine.generate(prompt=PROMPTS[0], seed=SEED, steps=3, guidance=1.0, height=96, width=64)
+    theirs = generate(peer, PROMPTS[0], noise(SEED, 16, 24), 1.0, steps=3)
+    assert apart(generated.pixels[0], theirs) < BOUND
 
 
 def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
     engine: DiffusionGenerator, peer: PixArtSigmaPipeline
 ) -> None:
     prompt = "a red apple beside a green pear and a yellow lemon under a blue sky with a white cloud and one small bird"
-    drawn = engine.generate(prompt=prompt, negative_prompt=NEGATIVE, seed=SEED, steps=2, guidance=GUIDANCE)
-    assert any("was cut to 24" in note for note in drawn.record.notes)
-    assert apart(drawn.pixels[0], draw(peer, prompt, noise(SEED), GUIDANCE, steps=2)) < BOUND
+    generated = engine.generate(prompt=prompt, negative_prompt=NEGATIVE, seed=SEED, steps=2, guidance=GUIDANCE)
+    assert any("was cut to 24" in note for note in generated.record.notes)
+    assert apart(generated.pixels[0], generate(peer, prompt, noise(SEED), GUIDANCE, steps=2)) < BOUND
 
 
 def test_text_states_are_diffusers_own(engine: DiffusionGenerator, peer: PixArtSigmaPipeline, checkpoint: Path) -> None:

@@ -28,15 +28,15 @@ class Encoder:
 
     max_tokens = 8
 
-    def __init__(self, asked: list[tuple[str, bool]], weights_mib: int = 0) -> None:
-        self.asked = asked
+    def __init__(self, requested: list[tuple[str, bool]], weights_mib: int = 0) -> None:
+        self.requested = requested
         self.weights = torch.ones(weights_mib, MIB, dtype=torch.uint8)
 
     def count(self, prompt: str) -> int:
         return len(prompt)
 
     def __call__(self, prompts: list[str], negative: bool = False) -> Conditioning:
-        self.asked += [(prompt, negative) for prompt in prompts]
+        self.requested += [(prompt, negative) for prompt in prompts]
         code = float(sum(map(ord, prompts[0])) + 1000 * negative)
         return Conditioning(torch.full((1, 8, MIB // 32), code))
 
@@ -45,18 +45,18 @@ class Loader:
     """Makes encoders; counts them and their calls."""
 
     def __init__(self, weights_mib: int = 0) -> None:
-        self.asked: list[tuple[str, bool]] = []
+        self.requested: list[tuple[str, bool]] = []
         self.loads = 0
         self.weights_mib = weights_mib
 
     def __call__(self) -> Encoder:
         self.loads += 1
-        return Encoder(self.asked, self.weights_mib)
+        return Encoder(self.requested, self.weights_mib)
 
 
 def context(check_cancelled: Callable[[], None] = lambda: None) -> RunContext:
     clock = Clock(lambda: None)
-    return RunContext(torch.device("cpu"), 1, clock, ResidentMemory(), lambda *told: None, check_cancelled)
+    return RunContext(torch.device("cpu"), 1, clock, ResidentMemory(), lambda *progress: None, check_cancelled)
 
 
 def samples(*prompts: str, negative: str = "", guidance: float = 3.0) -> list[Sample]:
@@ -66,9 +66,9 @@ def samples(*prompts: str, negative: str = "", guidance: float = 3.0) -> list[Sa
 def encode(
     stage: TextEncoding, *prompts: str, negative: str = "", guidance: float = 3.0
 ) -> tuple[list[Sample], list[str]]:
-    run, asked = context(), samples(*prompts, negative=negative, guidance=guidance)
-    stage.forward(asked, run)
-    return asked, run.notes
+    run, requested = context(), samples(*prompts, negative=negative, guidance=guidance)
+    stage.forward(requested, run)
+    return requested, run.notes
 
 
 def code(value: Conditioning | None) -> float:
@@ -80,10 +80,10 @@ def test_a_prompt_that_was_seen_is_not_encoded_again() -> None:
     loader = Loader()
     stage = TextEncoding(loader, cache=PromptCache(64))
     first, notes = encode(stage, "a", "b")
-    assert loader.asked == [("a", False), ("", True), ("b", False)]
+    assert loader.requested == [("a", False), ("", True), ("b", False)]
     assert notes == []
     again, notes = encode(stage, "b", "c", "a")
-    assert loader.asked[3:] == [("c", False)]
+    assert loader.requested[3:] == [("c", False)]
     assert notes == ["3 of 4 distinct prompts were in the prompt cache"]
     assert [code(sample.text) for sample in again] == [ord("b"), ord("c"), ord("a")]
     assert [code(sample.negative) for sample in again] == [1000.0] * 3
@@ -96,7 +96,7 @@ def test_a_negative_prompt_is_another_thing() -> None:
     loader = Loader()
     stage = TextEncoding(loader, cache=PromptCache(64))
     (sample,), _ = encode(stage, "x", negative="x")
-    assert loader.asked == [("x", False), ("x", True)]
+    assert loader.requested == [("x", False), ("x", True)]
     assert (code(sample.text), code(sample.negative)) == (ord("x"), 1000 + ord("x"))
     (sample,), notes = encode(stage, "x", negative="x")
     assert (code(sample.text), code(sample.negative)) == (ord("x"), 1000 + ord("x"))
@@ -107,7 +107,7 @@ def test_a_negative_prompt_is_another_thing() -> None:
 def test_without_a_negative_branch_none_is_encoded(guidance: float, rule: GuidanceRule) -> None:
     loader = Loader()
     (sample,), _ = encode(TextEncoding(loader, rule), "a", negative="b", guidance=guidance)
-    assert loader.asked == [("a", False)]
+    assert loader.requested == [("a", False)]
     assert sample.negative is None
 
 
@@ -142,7 +142,7 @@ def test_a_cache_of_nothing_encodes_every_time() -> None:
     for _ in range(2):
         _, notes = encode(stage, "a", "a")
         assert notes == []
-    assert loader.asked == [("a", False), ("", True)] * 2
+    assert loader.requested == [("a", False), ("", True)] * 2
 
 
 def test_dropped_encoders_are_loaded_for_new_prompts_alone() -> None:
@@ -192,7 +192,7 @@ def test_a_cancelled_request_leaves_what_it_had_encoded() -> None:
     with pytest.raises(Cancelled):
         stage.forward(samples("a", "b"), context(check))
     _, notes = encode(stage, "a", "b")
-    assert loader.asked == [("a", False), ("", True), ("b", False)]
+    assert loader.requested == [("a", False), ("", True), ("b", False)]
     assert notes[0] == "1 of 3 distinct prompts were in the prompt cache"
 
 

@@ -45,10 +45,10 @@ def worker(network: nn.Module, settings: NoiseSchedulerSettings = FAMILIES[0], d
     return Worker(pipeline, RankPosition(0, (1, 1, 1, 1, 1)), torch.device("cpu"), ResidentMemory())
 
 
-def draw(
-    asked: GenerationRequest, network: nn.Module, settings: NoiseSchedulerSettings = FAMILIES[0]
+def generate(
+    requested: GenerationRequest, network: nn.Module, settings: NoiseSchedulerSettings = FAMILIES[0]
 ) -> tuple[RankOutcome, list[np.ndarray]]:
-    frames = worker(network, settings).generate(asked, lambda stage, done, total: None, lambda: False)
+    frames = worker(network, settings).generate(requested, lambda stage, done, total: None, lambda: False)
     outcome = decode(frames)
     assert isinstance(outcome, RankOutcome)
     return outcome, [array(sample.pixels, frames) for sample in outcome.samples]
@@ -158,7 +158,7 @@ def test_guidance_one_is_one_branch() -> None:
     assert branches.duplicate(x) is x
     assert branches.combine(x) is x
     network, encoder = ToyNetwork(), ToyEncoder()
-    draw(request(guidance=1.0), network)
+    generate(request(guidance=1.0), network)
     assert set(network.batches) == {1}
     assert network.calls == 8
     samples = [Sample(spec) for spec in image_specs(request(guidance=1.0))]
@@ -175,7 +175,7 @@ def test_each_distinct_prompt_is_encoded_once() -> None:
 
 
 def test_a_prompt_that_is_truncated_is_noted() -> None:
-    outcome, _ = draw(request(prompts=["a prompt of many letters"]), ToyNetwork())
+    outcome, _ = generate(request(prompts=["a prompt of many letters"]), ToyNetwork())
     assert outcome.report is not None
     assert outcome.report.notes == ["a prompt of 24 tokens was truncated to 8: 'a prompt of many letters'"]
 
@@ -201,11 +201,11 @@ def test_the_first_state_is_the_noise_scaled_to_the_grid() -> None:
 
 
 def test_noise_of_seeds_and_steps_never_meets() -> None:
-    drawn = [seeded_noise(seed, (64,)) for seed in range(20)]
-    drawn += [step_noise(seed, step, (64,)) for seed in range(20) for step in range(20)]
-    assert len({tuple(noise.tolist()) for noise in drawn}) == len(drawn)
-    together = torch.stack(drawn)
-    correlation = torch.corrcoef(together) - torch.eye(len(drawn))
+    generated = [seeded_noise(seed, (64,)) for seed in range(20)]
+    generated += [step_noise(seed, step, (64,)) for seed in range(20) for step in range(20)]
+    assert len({tuple(noise.tolist()) for noise in generated}) == len(generated)
+    together = torch.stack(generated)
+    correlation = torch.corrcoef(together) - torch.eye(len(generated))
     assert correlation.abs().max() < 0.75  # 64 numbers, 88,000 pairs: chance reaches about 0.57
     assert torch.equal(step_noise(3, 4, (64,)), step_noise(3, 4, (64,)))
 
@@ -228,7 +228,7 @@ def test_image_k_has_seed_plus_k_over_prompts_then_samples() -> None:
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_request_is_the_schedulers_loop_by_hand(settings: NoiseSchedulerSettings, guidance: float) -> None:
     network, encoder, scheduler = ToyNetwork(), ToyEncoder(), build(settings)
-    _, pictures = draw(request(guidance=guidance), network, settings)
+    _, images = generate(request(guidance=guidance), network, settings)
     grid = scheduler.grid(4)
     for k, prompt in enumerate(("red", "blue")):
         text, negative = encoder([prompt]), encoder([""])
@@ -247,24 +247,24 @@ def test_a_request_is_the_schedulers_loop_by_hand(settings: NoiseSchedulerSettin
 
         x = scheduler.init_noise(seeded_noise(seed, (4, 8, 8))[None], grid)
         expected = ToyDecoder()(scheduler.sample(x, grid, denoise, noise))[0]
-        torch.testing.assert_close(torch.tensor(pictures[k]), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(images[k]), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", FAMILIES, ids=str)
 def test_an_image_does_not_depend_on_its_batch(settings: NoiseSchedulerSettings) -> None:
     prompts = ["red", "blue", "green"]
-    _, alone = draw(request(prompts=prompts), ToyNetwork(), settings)
+    _, alone = generate(request(prompts=prompts), ToyNetwork(), settings)
     for size in (2, 3, 8):
-        _, together = draw(request(prompts=prompts, batch_size=size), ToyNetwork(), settings)
+        _, together = generate(request(prompts=prompts, batch_size=size), ToyNetwork(), settings)
         for one, other in zip(alone, together, strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
-    _, single = draw(request(prompts=["blue"], seed=6), ToyNetwork(), settings)
+    _, single = generate(request(prompts=["blue"], seed=6), ToyNetwork(), settings)
     assert np.array_equal(single[0], alone[1])
     assert not np.array_equal(alone[0], alone[1])
 
 
 def test_evaluations_and_steps_are_counted() -> None:
-    outcome, _ = draw(request(steps=5), ToyNetwork(), NoiseSchedulerSettings("rectified_flow", solver="heun"))
+    outcome, _ = generate(request(steps=5), ToyNetwork(), NoiseSchedulerSettings("rectified_flow", solver="heun"))
     report = outcome.report
     assert report is not None
     assert report.network_evaluations == {"text_encoder": 3, "denoiser": 2 * 9, "decoder": 2}
@@ -351,7 +351,7 @@ class Broken(ToyNetwork):
     ids=repr,
 )
 def test_what_goes_wrong_is_a_typed_failure_in_one_line(outcome: BaseException | float, kind: str, says: str) -> None:
-    answer, _ = draw(request(), Broken(outcome))
+    answer, _ = generate(request(), Broken(outcome))
     assert answer.failure is not None
     assert answer.failure.kind == kind
     assert answer.failure.rank == 0

@@ -86,25 +86,25 @@ def doubled(times: int, network: nn.Module) -> RequestFiber[float]:
 
 
 def drive(courses: list[RequestFiber[float]]) -> None:
-    while waiting := [(course, course.call) for course in courses if course.call is not None]:
+    while waiting := [(fiber, fiber.call) for fiber in courses if fiber.call is not None]:
         outputs = evaluate([c for _, c in waiting], retry_alone=True, count=ignore)
-        for (course, _), output in zip(waiting, outputs, strict=True):
-            course.advance(output)
+        for (fiber, _), output in zip(waiting, outputs, strict=True):
+            fiber.advance(output)
 
 
 def test_courses_of_unequal_length_share_while_they_run() -> None:
     network = Doubling()
     courses = [doubled(times, network) for times in (3, 1, 5)]
     drive(courses)
-    assert [course.result for course in courses] == [8.0, 2.0, 32.0]
+    assert [fiber.result for fiber in courses] == [8.0, 2.0, 32.0]
     assert network.batches == [3, 2, 2, 1, 1]
-    assert all(course.ended for course in courses)
+    assert all(fiber.finished for fiber in courses)
 
 
 def test_a_fiber_without_an_evaluation_has_ended() -> None:
-    course = doubled(0, Doubling())
-    assert course.ended
-    assert course.result == 1.0
+    fiber = doubled(0, Doubling())
+    assert fiber.finished
+    assert fiber.result == 1.0
 
 
 def test_an_exception_in_place_of_an_output_is_raised_in_its_fiber_alone() -> None:
@@ -121,16 +121,16 @@ def test_an_exception_in_place_of_an_output_is_raised_in_its_fiber_alone() -> No
     stopped, other = RequestFiber(work), doubled(2, network)
     stopped.advance(Cancelled())
     assert caught == ["cancelled"]
-    assert stopped.ended
+    assert stopped.finished
     drive([other])
     assert other.result == 4.0
 
 
 def test_what_a_course_raises_reaches_whoever_drives_it() -> None:
-    course = doubled(2, Doubling())
+    fiber = doubled(2, Doubling())
     with pytest.raises(RuntimeError, match="planted"):
-        course.advance(RuntimeError("planted"))
-    assert course.ended
+        fiber.advance(RuntimeError("planted"))
+    assert fiber.finished
 
 
 def test_each_stack_keeps_its_own_inference_mode() -> None:

@@ -33,11 +33,11 @@ from tests.fixtures.records import record
 
 def test_exactly_one_of_many_threads_claims_a_folder(tmp_path: Path) -> None:
     for attempt in range(10):
-        folder, gate = tmp_path / str(attempt), threading.Barrier(4)
+        folder, barrier = tmp_path / str(attempt), threading.Barrier(4)
         outcomes: list[str] = []
 
-        def claim(folder: Path = folder, gate: threading.Barrier = gate, outcomes: list[str] = outcomes) -> None:
-            gate.wait()
+        def claim(folder: Path = folder, barrier: threading.Barrier = barrier, outcomes: list[str] = outcomes) -> None:
+            barrier.wait()
             try:
                 RunFolder.claim(folder)
                 outcomes.append("claimed")
@@ -215,8 +215,8 @@ def test_statistics_of_a_known_series() -> None:
 
 
 def test_the_interval_covers_the_median_about_as_often_as_it_says() -> None:
-    draws = np.random.default_rng(1).exponential(size=(200, 30))
-    inside = sum(low <= np.log(2) <= high for low, high in (summarize(list(row)).ci95 for row in draws))
+    samples = np.random.default_rng(1).exponential(size=(200, 30))
+    inside = sum(low <= np.log(2) <= high for low, high in (summarize(list(row)).ci95 for row in samples))
     assert 0.88 <= inside / 200 <= 0.99
 
 
@@ -247,17 +247,17 @@ def test_no_values_are_refused() -> None:
 
 def test_a_png_says_what_it_is(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).uniform(-0.1, 1.1, size=(3, 8, 16)).astype(np.float32)
-    picture = to_uint8(pixels)
-    assert picture.shape == (8, 16, 3)
-    assert picture.min() == 0
-    assert picture.max() == 255
+    written_image = to_uint8(pixels)
+    assert written_image.shape == (8, 16, 3)
+    assert written_image.min() == 0
+    assert written_image.max() == 255
     assert to_uint8(np.full((3, 1, 1), 0.5 / 255 + 1e-6, np.float32)).max() == 1  # rounded, not truncated
     text = {"prompt": "naïve 日本 🍎", "seed": "7", "fingerprint": "0123"}
-    save_png(tmp_path / "a.png", picture, text)
+    save_png(tmp_path / "a.png", written_image, text)
     with Image.open(tmp_path / "a.png") as image:
         assert {key: image.info[key] for key in text} == text
-        assert pixel_hash(np.asarray(image)) == pixel_hash(picture)
-    assert pixel_hash(picture) != pixel_hash(picture[::-1])
+        assert pixel_hash(np.asarray(image)) == pixel_hash(written_image)
+    assert pixel_hash(written_image) != pixel_hash(written_image[::-1])
 
 
 def test_a_score_is_columns_of_the_table_and_an_older_record_has_none(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ FACTS = {
 }
 
 
-def told(config: RunConfig) -> dict[str, object]:
+def training_facts(config: RunConfig) -> dict[str, object]:
     """Return the training facts that the scheduler receives."""
     values = {fact.name: getattr(config.scheduler, fact.name) for fact in fields(TrainingSettings)}
     return {name: value for name, value in values.items() if value is not None}
@@ -190,8 +190,8 @@ def told(config: RunConfig) -> dict[str, object]:
 @pytest.mark.parametrize("family", FACTS)
 def test_the_scheduler_gets_the_training_settings_of_the_weights(families: Path, family: str) -> None:
     config = compose(f"model.path={families}", f"scheduler={family}").config
-    assert told(config) == FACTS[family]
-    assert told(from_yaml(to_yaml(config))) == FACTS[family]
+    assert training_facts(config) == FACTS[family]
+    assert training_facts(from_yaml(to_yaml(config))) == FACTS[family]
 
 
 def test_a_family_may_have_steps_and_guidance_of_its_own(families: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_family_may_have_steps_and_guidance_of_its_own(families: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "asked", "trained"),
+    ("family", "requested", "trained"),
     [
         ("rectified_flow", "scheduler.prediction=v", "flow"),
         ("ddpm", "scheduler.prediction=v", "eps"),
@@ -218,18 +218,18 @@ def test_a_family_may_have_steps_and_guidance_of_its_own(families: Path) -> None
     ],
 )
 def test_trained_weights_are_not_contradicted_and_random_ones_may_be(
-    families: Path, family: str, asked: str, trained: str
+    families: Path, family: str, requested: str, trained: str
 ) -> None:
     chosen = [f"model.path={families}", f"scheduler={family}"]
-    line = refused(*chosen, asked)
-    assert line.startswith(f"{asked} contradicts the checkpoint, which was trained with {trained}; drop it")
+    line = refused(*chosen, requested)
+    assert line.startswith(f"{requested} contradicts the checkpoint, which was trained with {trained}; drop it")
     assert "use model.load=dummy" in line
-    key, value = asked.split("=")
+    key, value = requested.split("=")
     name = key.removeprefix("scheduler.")
-    random = told(compose(*chosen, asked, "model.load=dummy").config)
+    random = training_facts(compose(*chosen, requested, "model.load=dummy").config)
     assert str(random[name]) == value
     assert {**random, name: None} == {**FACTS[family], name: None}
-    own = told(compose(*chosen, f"model.checkpoint_defaults.{family}.{name}={value}").config)
+    own = training_facts(compose(*chosen, f"model.checkpoint_defaults.{family}.{name}={value}").config)
     assert str(own[name]) == value
     compose(*chosen, f"{key}={FACTS[family][name]}")
 
@@ -240,7 +240,7 @@ def test_a_family_that_was_not_trained_is_refused(families: Path) -> None:
     assert "was trained as rectified_flow, sgm, not ddpm" in line
     assert "use scheduler=rectified_flow or scheduler=sgm, or model.load=dummy" in line
     assert line.endswith("'+model.checkpoint_defaults={ddpm: {weights: FOLDER}}'")
-    assert told(compose(*chosen, "model.load=dummy").config) == {}
+    assert training_facts(compose(*chosen, "model.load=dummy").config) == {}
     compose(*chosen, "+model.checkpoint_defaults={ddpm: {weights: transformer_ddpm}}")
 
 
@@ -258,7 +258,7 @@ def test_only_the_chosen_family_has_to_be_there(families: Path) -> None:
 
 
 def test_training_asks_nothing_of_a_checkpoint() -> None:
-    assert told(compose("task=train", "scheduler=ddpm", "model.path=/no/such/folder").config) == {}
+    assert training_facts(compose("task=train", "scheduler=ddpm", "model.path=/no/such/folder").config) == {}
 
 
 def test_a_prompt_of_two_hundred_thousand_characters_is_refused() -> None:

@@ -31,7 +31,7 @@ from models.attention.backend import Backend
 from models.attention.sdpa import sdpa_attention
 
 BENCH = ["task=bench", "task.repeats=1", "task.warmup=1", "launch.mode=inprocess", "launch.threads_per_rank=1"]
-ASKED = ["request.prompt=rocket", "request.steps=3", "logger=json"]
+REQUESTED = ["request.prompt=rocket", "request.steps=3", "logger=json"]
 PLAIN = ["attention=math", "engine.optimize=none"]
 
 
@@ -42,7 +42,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def bench(folder: Path, references: Path, *overrides: str) -> ResolvedRun:
     kept = [f"task.references={references}", "logger.wandb.mode=disabled", f"hydra.run.dir={folder}"]
-    return compose_run([*BENCH, *ASKED, *kept, *overrides])
+    return compose_run([*BENCH, *REQUESTED, *kept, *overrides])
 
 
 def ran(composed: ResolvedRun) -> Fidelity | None:
@@ -154,10 +154,10 @@ def test_bfloat16_is_rounding_and_a_wrong_scale_in_one_head_is_not(
 
 def test_an_approximation_declared_exact_is_broken(tmp_path: Path, references: Path) -> None:
     """Fewer steps stand for a cache: they give another image."""
-    with DiffusionGenerator.from_config(*BENCH[3:], *ASKED, "request.steps=2", *PLAIN) as generator:
-        drawn = generator.generate(latents="last")
-    config = compose_run([*BENCH, *ASKED, *PLAIN, f"task.references={references}"]).config
-    row = GeneratedOutput(drawn.latents, drawn.pixels)
+    with DiffusionGenerator.from_config(*BENCH[3:], *REQUESTED, "request.steps=2", *PLAIN) as generator:
+        generated = generator.generate(latents="last")
+    config = compose_run([*BENCH, *REQUESTED, *PLAIN, f"task.references={references}"]).config
+    row = GeneratedOutput(generated.latents, generated.pixels)
     with progress_bars(Console(quiet=True)) as bars:
         for claimed, meant in ((EXACT, "broken"), (EQUIVALENT, "broken"), (APPROXIMATE, "approximate")):
             cache = Method("cache", claimed, lambda config: True)

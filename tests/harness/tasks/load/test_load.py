@@ -33,7 +33,7 @@ from harness.tasks.load.server import command_line, descendants, fit_memory_grow
 from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
 from tests.fixtures.records import record
-from tests.fixtures.serving.fake_engine import Script, drawn, failure, planted, progress
+from tests.fixtures.serving.fake_engine import Script, failure, fake_result, planted, progress
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,11 @@ def test_a_phase_of_a_seed_is_the_same_and_others_differ() -> None:
 
 
 def test_requests_are_generated_by_seed_with_images_of_their_own(config: RunConfig) -> None:
-    drawn_from = msgspec.convert(msgspec.to_builtins(config), RunConfig)
-    drawn_from.load.steps, drawn_from.load.sizes = [2, 4], [64, 128]
+    sampled_from = msgspec.convert(msgspec.to_builtins(config), RunConfig)
+    sampled_from.load.steps, sampled_from.load.sizes = [2, 4], [64, 128]
 
     def first(phase: int, number: int = 40) -> list[GenerationRequest]:
-        return list(islice(generate_requests(drawn_from, phase), number))
+        return list(islice(generate_requests(sampled_from, phase), number))
 
     a, b = first(1), first(1)
     assert [(r.steps, r.height, r.seed, r.prompts) for r in a] == [(r.steps, r.height, r.seed, r.prompts) for r in b]
@@ -127,10 +127,10 @@ def test_every_request_has_one_outcome(config: RunConfig) -> None:
     def script(request: GenerationRequest, number: int) -> list[tuple[float, object]]:
         queued = (0.0, progress(request))
         return [
-            [queued, (0.05, progress(request, "denoising")), (0.1, drawn(request))],
+            [queued, (0.05, progress(request, "denoising")), (0.1, fake_result(request))],
             [(0.0, failure(request, "busy", 1.0))],
             [queued, (0.2, failure(request, "expired"))],
-            [queued, (0.05, drawn(request)), (0.1, drawn(request))],
+            [queued, (0.05, fake_result(request)), (0.1, fake_result(request))],
             [queued],
         ][number]  # type: ignore[return-value]
 
@@ -146,14 +146,16 @@ def test_every_request_has_one_outcome(config: RunConfig) -> None:
 
 def test_a_second_answer_to_the_last_request_is_a_stray_too(config: RunConfig) -> None:
     tracker, _ = driven(
-        config, lambda request, number: [(0.0, drawn(request)), (0.05, drawn(request))], ArrivalSchedule([0.0])
+        config,
+        lambda request, number: [(0.0, fake_result(request)), (0.05, fake_result(request))],
+        ArrivalSchedule([0.0]),
     )
     assert tracker.strays == 1
 
 
 def test_an_open_loop_sends_on_while_answers_are_late_and_charges_the_wait_to_them(config: RunConfig) -> None:
     dues = [0.05 * k for k in range(10)]
-    tracker, _ = driven(config, lambda request, number: [(1.0, drawn(request))], ArrivalSchedule(dues))
+    tracker, _ = driven(config, lambda request, number: [(1.0, fake_result(request))], ArrivalSchedule(dues))
     rows = tracker.rows
     assert [each.due_s for each in rows] == dues
     assert rows[-1].sent_s < min(each.ended_s or 0 for each in rows)  # all were sent before the first answer
@@ -164,7 +166,7 @@ def test_a_closed_loop_has_as_many_outstanding_as_clients_and_a_refused_one_wait
     load = LoadConfig(rate=None, clients=3)
 
     def script(request: GenerationRequest, number: int) -> list[tuple[float, object]]:
-        return [(0.0, failure(request, "busy", 10.0)) if number == 0 else (0.1, drawn(request))]  # type: ignore[list-item]
+        return [(0.0, failure(request, "busy", 10.0)) if number == 0 else (0.1, fake_result(request))]  # type: ignore[list-item]
 
     tracker, _ = driven(config, script, arrival_schedule(load, 1.0, 0))
     rows = tracker.rows
@@ -187,7 +189,7 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
                 composed, folder, Console(quiet=True), lambda config, path: AttachedEngine(addresses, 5.0, {})
             )
 
-    good = run("good", lambda request, number: [(0.01, drawn(request))])
+    good = run("good", lambda request, number: [(0.01, fake_result(request))])
     assert good.state == "ok"
     found = read_record(tmp_path / "good")
     assert found is not None
@@ -197,7 +199,7 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
     assert len(rows) == found.load.sent == found.load.outcomes["ok"] > 5
     assert found.load.images_per_evaluation == 1.0  # warm-up is not among them
     assert load(tmp_path)["load.sent"][0] == found.load.sent
-    twice = run("twice", lambda request, number: [(0.0, drawn(request)), (0.01, drawn(request))])
+    twice = run("twice", lambda request, number: [(0.0, fake_result(request)), (0.01, fake_result(request))])
     assert twice.state == "failed"
     assert "unexpected answers arrived" in (twice.error or "")
     assert read_record(tmp_path / "twice") is not None
@@ -239,7 +241,7 @@ def test_both_configurations_get_the_same_arrivals_in_alternation_and_their_rati
     def script(name: str) -> Script:
         def answer(request: GenerationRequest, number: int) -> list[tuple[float, Message]]:
             said.append((name, request.seed))
-            return [(wait_s[name], drawn(request))]
+            return [(wait_s[name], fake_result(request))]
 
         return answer
 
@@ -283,8 +285,8 @@ def test_a_round_without_a_good_answer_does_not_compare() -> None:
 
 def answer_of(request: httpx.Request) -> httpx.Response:
     """Return what a server answers to the k-th request, by its seed."""
-    asked = json.loads(request.content)
-    seed = asked["triptych"]["seed"]
+    requested = json.loads(request.content)
+    seed = requested["triptych"]["seed"]
     if seed == 0:
         return httpx.Response(200, json={"data": [], "triptych": {"queued_ms": 250.0, "seed": 0}})
     if seed == 1:

@@ -202,11 +202,11 @@ def test_a_plan_is_a_run_folder_with_every_number(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Record:
     """Run a bench of two steps in this process."""
-    asked = ["task=bench", "task.fidelity=false", "task.repeats=1", "launch.mode=inprocess", "logger=json"]
-    asked += ["engine.optimize=none"]
+    requested = ["task=bench", "task.fidelity=false", "task.repeats=1", "launch.mode=inprocess", "logger=json"]
+    requested += ["engine.optimize=none"]
     folder = tmp_path_factory.mktemp("plan") / "run"
-    asked += ["request.prompts=[rocket,red apple]", "request.steps=2", f"hydra.run.dir={folder}"]
-    composed = compose_run([*asked, "scheduler/solver=heun", "launch.threads_per_rank=1"])
+    requested += ["request.prompts=[rocket,red apple]", "request.steps=2", f"hydra.run.dir={folder}"]
+    composed = compose_run([*requested, "scheduler/solver=heun", "launch.threads_per_rank=1"])
     claimed = RunFolder.claim(composed.folder)
     execute_generate(composed, claimed, Console(quiet=True))
     record = read_record(claimed.path)

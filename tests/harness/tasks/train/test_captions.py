@@ -24,12 +24,14 @@ def test_shares_are_the_configured_ones() -> None:
     tags = ("fruit", "health")
     lines = variants("red apple", "3d", tags)
     uniform = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(0))
-    drawn = Counter(sample_caption(tags, 0.5, 0.2, 0.1, u) for u in uniform)
-    assert set(drawn) == {None, *range(len(lines))}
-    total = sum(drawn.values())
-    styled = sum(count for i, count in drawn.items() if i is not None and "3d" in lines[i])
-    tagged = sum(count for i, count in drawn.items() if i is not None and ("fruit" in lines[i] or "health" in lines[i]))
-    assert drawn[None] / total == pytest.approx(0.1, abs=0.01)
+    generated = Counter(sample_caption(tags, 0.5, 0.2, 0.1, u) for u in uniform)
+    assert set(generated) == {None, *range(len(lines))}
+    total = sum(generated.values())
+    styled = sum(count for i, count in generated.items() if i is not None and "3d" in lines[i])
+    tagged = sum(
+        count for i, count in generated.items() if i is not None and ("fruit" in lines[i] or "health" in lines[i])
+    )
+    assert generated[None] / total == pytest.approx(0.1, abs=0.01)
     assert styled / total == pytest.approx(0.45, abs=0.01)
     assert tagged / total == pytest.approx(0.18, abs=0.01)
 

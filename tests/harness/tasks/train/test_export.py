@@ -51,8 +51,8 @@ def test_diffusers_generates_from_the_folder_what_this_network_predicts(folder: 
     pipeline = PixArtSigmaPipeline.from_pretrained(folder, dtype=torch.float32, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "use_resolution_binning": False, "clean_caption": False}
-    picture = pipeline("red apple, 3d", generator=torch.Generator().manual_seed(0), **options).images[0]
-    assert picture.size == (64, 64)
+    image = pipeline("red apple, 3d", generator=torch.Generator().manual_seed(0), **options).images[0]
+    assert image.size == (64, 64)
     latent, tau = torch.randn(2, 4, 16, 16), torch.tensor([250.0, 750.0])
     states, mask = text.encode(pipeline.text_encoder, pipeline.tokenizer, ["red apple, 3d", "lemon"])
     with torch.no_grad():
@@ -75,8 +75,8 @@ def test_a_folder_without_rectified_flow_is_still_one_of_diffusers(folder: Path,
         target, transformer=network, scheduler=steps, dtype=torch.float32, low_cpu_mem_usage=False
     )
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline("lemon", num_inference_steps=2, use_resolution_binning=False, clean_caption=False).images[0]
-    assert picture.size == (64, 64)
+    image = pipeline("lemon", num_inference_steps=2, use_resolution_binning=False, clean_caption=False).images[0]
+    assert image.size == (64, 64)
 
 
 def test_the_shared_parts_of_the_model_itself_are_left_alone(folder: Path) -> None:

@@ -26,9 +26,9 @@ def test_captions_beside_the_images(squares: Path) -> None:
         (f"{name}.png", f"a {name} square", f"a {name} square") for name in sorted(COLOURS)
     ]
     assert all(row.vocabulary and not row.style and not row.tags for row in found)
-    drawn = load_pixels(squares, found)
-    assert drawn.shape == (4, 64, 64, 3)
-    assert tuple(drawn[sorted(COLOURS).index("red"), 32, 32]) == COLOURS["red"]
+    generated = load_pixels(squares, found)
+    assert generated.shape == (4, 64, 64, 3)
+    assert tuple(generated[sorted(COLOURS).index("red"), 32, 32]) == COLOURS["red"]
 
 
 def test_metadata_says_what_it_has(squares: Path) -> None:
@@ -167,7 +167,7 @@ def test_the_mirror_may_fail_and_the_training_goes_on(
 ) -> None:
     import wandb
 
-    def broken(*told: object, **named: object) -> None:
+    def broken(*arguments: object, **named: object) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(wandb.Run, "log", broken)

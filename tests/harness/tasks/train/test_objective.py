@@ -48,7 +48,7 @@ def loss(chosen: Objective, model: nn.Module, x0: Tensor, seed: int = 0) -> Tens
     return chosen.loss(model, chosen.noise_scheduler(), x0, states, mask, generator)
 
 
-class Told(nn.Module):
+class TauRecorder(nn.Module):
     """A network that recovers t from tau and x from its input, and keeps the times that it gets."""
 
     def __init__(self, chosen: Objective) -> None:
@@ -66,7 +66,7 @@ class Told(nn.Module):
         return torch.zeros_like(x)
 
 
-class Oracle(Told):
+class Oracle(TauRecorder):
     """A network that knows every latent is the constant ``value`` and answers with the exact target."""
 
     def __init__(self, chosen: Objective, value: float) -> None:
@@ -78,7 +78,7 @@ class Oracle(Told):
         return self.noise_scheduler.prediction.target(x0, (x - alpha * x0) / sigma, alpha, sigma)
 
 
-class Posterior(Told):
+class Posterior(TauRecorder):
     """Answers scale F + shift, where F is the average target at x for N(MEAN, STD^2) data."""
 
     def __init__(self, chosen: Objective, scale: Tensor, shift: Tensor) -> None:
@@ -150,23 +150,23 @@ def test_the_shipped_model_states_what_is_trained(family: str) -> None:
         assert torch.equal(getattr(facts.path, name)(t), getattr(trained.path, name)(t)), name
 
 
-def told(chosen: Objective, count: int = 20_000) -> Tensor:
+def taus(chosen: Objective, count: int = 20_000) -> Tensor:
     """Return the times that a network gets in ``count`` samples, float64."""
-    network = Told(chosen)
+    network = TauRecorder(chosen)
     loss(chosen, network, torch.zeros(count, 1, 1, 1))
     return network.tau.double()
 
 
 @pytest.mark.parametrize(("family", "mean", "std"), [("rectified_flow", 0.0, 1.0), ("sgm", 0.29, 1.0)])
 def test_flow_and_sgm_times_are_log_normal(family: str, mean: float, std: float) -> None:
-    logits = torch.logit(told(of(family)) / 1000)
+    logits = torch.logit(taus(of(family)) / 1000)
     assert logits.mean().item() == pytest.approx(mean, abs=4 * std / math.sqrt(len(logits)))
     assert logits.std().item() == pytest.approx(std, abs=0.02)
     assert ((logits - mean).abs() < 0.6745 * std).double().mean().item() == pytest.approx(0.5, abs=0.015)
 
 
 def test_ddpm_times_are_even_over_the_trained_indices() -> None:
-    tau = told(of("ddpm"))
+    tau = taus(of("ddpm"))
     assert torch.equal(tau, tau.floor())
     assert (tau.min().item(), tau.max().item()) == (0.0, 999.0)
     counts = torch.histc(tau, bins=20, min=0, max=1000)
@@ -175,16 +175,16 @@ def test_ddpm_times_are_even_over_the_trained_indices() -> None:
 
 
 def test_times_can_be_chosen() -> None:
-    flow = told(of("rectified_flow", config=DenoiserConfig(times=TimeSampling.uniform)))
+    flow = taus(of("rectified_flow", config=DenoiserConfig(times=TimeSampling.uniform)))
     assert flow.mean().item() == pytest.approx(500, abs=10)
     assert flow.std().item() == pytest.approx(1000 / math.sqrt(12), abs=5)
-    narrow = told(of("sgm", config=DenoiserConfig(ratio_mean=-1.2, ratio_std=0.5)))
+    narrow = taus(of("sgm", config=DenoiserConfig(ratio_mean=-1.2, ratio_std=0.5)))
     logits = torch.logit(narrow / 1000)
     assert (logits.mean().item(), logits.std().item()) == pytest.approx((-1.2, 0.5), abs=0.02)
-    continuous = told(objective(DenoiserConfig(), NoiseSchedulerSettings("sgm", "eps", path="vp"))) / 999
+    continuous = taus(objective(DenoiserConfig(), NoiseSchedulerSettings("sgm", "eps", path="vp"))) / 999
     assert (continuous.min().item(), continuous.max().item()) == pytest.approx((1e-3, 1.0), abs=1e-3)
     assert continuous.mean().item() == pytest.approx(0.5, abs=0.01)
-    few = told(objective(DenoiserConfig(), NoiseSchedulerSettings("ddpm", train_steps=10)))
+    few = taus(objective(DenoiserConfig(), NoiseSchedulerSettings("ddpm", train_steps=10)))
     assert sorted(set(few.tolist())) == [float(i) for i in range(10)]
 
 
@@ -219,7 +219,7 @@ def test_bfloat16_is_the_networks_arithmetic_alone(family: str) -> None:
     seen: list[torch.dtype] = []
 
     class Linear(nn.Linear):
-        def forward(self, x: Tensor, *told: object) -> Tensor:
+        def forward(self, x: Tensor, *taus: object) -> Tensor:
             output = super().forward(x)
             seen.append(output.dtype)
             return output

@@ -22,8 +22,8 @@ def test_noisy_training_images_are_found(gallery: TrainingGallery) -> None:
 
 def test_score_counts_what_was_planted(gallery: TrainingGallery) -> None:
     names, styles = gallery.names.tolist(), gallery.styles.tolist()
-    asked = names[:30] + ["another"] * 10
-    score = gallery.score(gallery.pixels, asked, styles)
+    requested = names[:30] + ["another"] * 10
+    score = gallery.score(gallery.pixels, requested, styles)
     assert (score.prompts, score.top1, score.top1_style, score.near_exact) == (40, 0.75, 0.75, 1.0)
     assert score.chance == pytest.approx(1 / 20)
     other = gallery.score(gallery.pixels, names, styles[::-1])

@@ -37,10 +37,10 @@ def write_squares(folder: Path) -> None:
     for colour, value in COLOURS.items():
         for name, chosen in ((f"{colour} square", True), (f"dark {colour} square", False)):
             for style in STYLES:
-                picture = np.full((64, 64, 3), 255, np.uint8)
-                picture[8:56, 8:56] = np.array(value) // (1 if chosen else 2)
+                image = np.full((64, 64, 3), 255, np.uint8)
+                image[8:56, 8:56] = np.array(value) // (1 if chosen else 2)
                 file_name = f"images/{name}-{style}.png"
-                Image.fromarray(picture).save(folder / file_name)
+                Image.fromarray(image).save(folder / file_name)
                 rows.append(CaptionedImage(file_name, name, style, (colour,), caption(name, style), "MIT", chosen))
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(asdict(row)) for row in rows) + "\n")
 
