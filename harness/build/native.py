@@ -77,7 +77,7 @@ def apply_layout(
         groups: this rank's groups.
         backend: the attention backend.
         layout: the degrees of parallelism.
-        state: where the hooks write how tokens are sharded.
+        state: the record in which hooks write how tokens are sharded.
 
     Returns:
         The keys and values that the layout stores between evaluations; None if the layout is exact.

@@ -83,7 +83,7 @@ class CachedForward:
     The cache states change only when the forward is complete, so that a failed one can be repeated.
 
     Args:
-        cache_states: for each row of the batch, the state of its image; a guided image has two rows.
+        cache_states: the state of the image of each row of the batch; a guided image has two rows.
         policy: decides when the evaluation of an image is computed.
         replica: the ranks that compute these images together; they make the same decisions.
         sequence: how tokens are sharded.
@@ -238,7 +238,7 @@ class SignalReached(Exception):
     """Raised when the first block calls the module whose input is the stack's signal.
 
     Args:
-        signal: that input.
+        signal: the input.
     """
 
     def __init__(self, signal: Tensor) -> None:
@@ -253,8 +253,8 @@ class CachedStack:
     Args:
         stack: the plan of the stack.
         cache: the block cache of the network.
-        decides: whether it is the first cached stack of the network, at which the policy decides.
-        base: its streams at the start of this forward; those after the first block if that is always computed.
+        decides: whether this is the first cached stack of the network, at which the policy decides.
+        base: the streams at the start of this forward; those after the first block if that is always computed.
     """
 
     stack: Stack
@@ -269,8 +269,8 @@ class CachedBlock(nn.Module):
     Args:
         block: the block of the network.
         cached_stack: the stack that it belongs to.
-        first: whether it is the first block of the stack.
-        last: whether it is the last block of the stack.
+        first: whether the block is the first of the stack.
+        last: whether the block is the last of the stack.
     """
 
     def __init__(self, block: nn.Module, cached_stack: CachedStack, first: bool, last: bool) -> None:

@@ -47,7 +47,7 @@ def shard_tokens(
         gather: whether to all-gather keys and values over the ring instead of passing them on.
         displaced: the stale keys and values, if those are used instead; from now on it counts the network's
             evaluations.
-        state: where to write how the tokens at hand are sharded; None if nothing else reads it.
+        state: the record of how the tokens at hand are sharded; None if nothing else reads it.
     """
     state = SequenceState() if state is None else state
     state.index = groups.tokens.index

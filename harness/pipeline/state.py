@@ -36,7 +36,7 @@ class Evaluate(Protocol):
 
         Args:
             network: the denoiser.
-            latent: its input, (B, ...).
+            latent: the network's input, (B, ...).
             tau_B: the time of each row.
             condition: the conditioning, B rows.
             cache_states: the cache state of each row's image; empty for a network without a block cache.

@@ -39,7 +39,7 @@ class PendingEvaluation:
 
     Args:
         network: the denoiser.
-        latent: its input, (B, ...).
+        latent: the network's input, (B, ...).
         tau_B: the time of each row.
         condition: the conditioning, B rows.
         cache_states: the cache state of each row's image.

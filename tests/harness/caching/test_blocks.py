@@ -234,8 +234,8 @@ def test_padding_of_sharded_tokens_has_no_weight() -> None:
     state = SequenceState(TokenLayout((35,), 2), 1)
     rule, tiny = RULES["first_block"](1.0), TINY["pixart"]
     network = CachedNetwork(tiny.build(math_attention), tiny.plan, rule, single_process_group(), state)
-    gate = network.network.get_submodule("blocks")[0]
-    weight = gate._token_weight(
+    first_block = network.network.get_submodule("blocks")[0]
+    weight = first_block._token_weight(
         CachedForward((CacheState(),), rule, single_process_group(), state), {}, torch.zeros(1, 18, 4)
     )
     assert weight[0, :, 0].tolist() == [1.0] * 17 + [0.0]
