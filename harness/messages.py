@@ -251,7 +251,7 @@ class LoadedComponent(msgspec.Struct, frozen=True):
     Args:
         component: the component's name.
         path: the path that it was read from.
-        dtype: its dtype.
+        dtype: the dtype of its weights.
         parameters: the number of parameters on this rank.
         bytes: the bytes of those parameters.
         load_ms: the loading time, ms.

@@ -102,7 +102,7 @@ class LatentSpace:
     Args:
         channels: The number of latent channels, C.
         stride: The number of image pixels per latent pixel, along a side.
-        frame_stride: For video, the number of frames per latent frame after the first; None for images.
+        frame_stride: The number of frames per latent frame after the first; None for images.
     """
 
     channels: int

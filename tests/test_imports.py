@@ -1,4 +1,7 @@
-"""The import rule: floors point one way, schedulers and models stay apart, clients start light, nothing is pickled."""
+"""The import rule: floors point one way, schedulers and models stay apart, clients start light, nothing is pickled.
+
+`python -m tests.test_imports` writes the order of the rooms into harness/README.md.
+"""
 
 import ast
 import subprocess
@@ -102,6 +105,35 @@ def test_a_wrong_import_is_seen(module: str, source: str) -> None:
     assert wrong_imports(module, source)
 
 
+README = ROOT / "harness" / "README.md"
+MARKERS = ("<!-- rooms -->", "<!-- /rooms -->")
+
+
+def order_of_rooms() -> str:
+    """Return the floors as a table, from the ground up."""
+    rows = []
+    for number, rooms in enumerate(FLOORS):
+        names = ", ".join(f"`{room.removeprefix('harness.')}`" for room in rooms)
+        rows.append(f"| {number} | {names} |")
+    return "\n".join(["| floor | rooms |", "|---|---|", *rows])
+
+
+def with_rooms(page: str) -> str:
+    """Return a page with the table between the markers."""
+    before, _, rest = page.partition(MARKERS[0])
+    _, found, after = rest.partition(MARKERS[1])
+    assert found, f"no {MARKERS[0]} and {MARKERS[1]} in the page"
+    return f"{before}{MARKERS[0]}\n{order_of_rooms()}\n{MARKERS[1]}{after}"
+
+
+def test_the_page_has_the_order_of_the_rooms() -> None:
+    page = README.read_text()
+    assert with_rooms(page) == page, "run python -m tests.test_imports"
+    assert with_rooms(page.replace("| 0 |", "| 1 |")) == page
+    with pytest.raises(AssertionError, match="no <!-- rooms -->"):
+        with_rooms(page.replace(MARKERS[1], ""))
+
+
 def test_every_room_exists() -> None:
     modules = {module_of(path) for path in FILES}
     for rooms in FLOORS:
@@ -183,3 +215,8 @@ def test_nothing_is_pickled(path: Path) -> None:
             owner = node.value.id if isinstance(node.value, ast.Name) else ""
             assert not node.attr.endswith(("object_list", "gather_object")), f"{path}:{node.lineno}"
             assert (owner, node.attr) not in {("torch", "load"), ("torch", "save")}, f"{path}:{node.lineno}"
+
+
+if __name__ == "__main__":
+    README.write_text(with_rooms(README.read_text()))
+    print(order_of_rooms())

@@ -81,7 +81,7 @@ class CachedForward:
     The cache states change only when the forward is complete, so that a failed one can be repeated.
 
     Args:
-        cache_states: for each row of the batch, the state of its image; a guided image has two rows.
+        cache_states: the state of the image of each row of the batch; a guided image has two rows.
         policy: decides when the evaluation of an image is computed.
         replica: the ranks that compute these images together; they make the same decisions.
         sequence: how tokens are sharded.
@@ -233,7 +233,7 @@ class SignalReached(Exception):
     """Raised when the first block calls the module whose input is the stack's signal.
 
     Args:
-        signal: that input.
+        signal: the input.
     """
 
     def __init__(self, signal: Tensor) -> None:

@@ -19,13 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.costs.traffic import NetworkTrace
+from harness.costs.traffic import NetworkTrace, sharded_dim
 from models.plan import ParallelPlan
 
 
@@ -48,15 +47,9 @@ class WeightBytes:
 
 def network_weights(network: nn.Module, plan: ParallelPlan) -> WeightBytes:
     """Return the bytes of a network's parameters in their own dtypes, sharded as harness.parallel.parallelize does."""
-    sharded = 0
-    for name, module in network.named_modules():
-        rows = isinstance(module, nn.Linear) and _named(name, (*plan.row, *plan.joined_rows))
-        columns = isinstance(module, nn.Linear) and _named(name, plan.column)
-        norms = isinstance(module, nn.RMSNorm) and _named(name, plan.head_norms)
-        for key, parameter in module.named_parameters(recurse=False):
-            if columns or norms or (rows and key == "weight"):
-                sharded += parameter.nbytes
-    return WeightBytes(sum(parameter.nbytes for parameter in network.parameters()), sharded)
+    sizes = {name: parameter.nbytes for name, parameter in network.named_parameters()}
+    sharded = sum(size for name, size in sizes.items() if sharded_dim(network, name, plan) is not None)
+    return WeightBytes(sum(sizes.values()), sharded)
 
 
 def activation_elements(trace: NetworkTrace, degrees: tuple[int, ...]) -> int:
@@ -84,16 +77,6 @@ def activation_elements(trace: NetworkTrace, degrees: tuple[int, ...]) -> int:
     )
 
 
-def displaced_elements(trace: NetworkTrace, degrees: tuple[int, ...]) -> int:
-    """Return the elements that displaced patches store on a rank: keys and values of the whole ring, with padding."""
-    _, _, tp, ring, ulysses = degrees
-    parts = (
-        call.tokens.per_rank(ring * ulysses) * (-(-(call.heads // tp) // ulysses) * ulysses) * call.channels
-        for call in trace.attention
-    )
-    return 2 * ring * sum(parts)
-
-
 def decode_elements(decode: Callable[[Tensor], Tensor], layers: nn.Module, latents: Tensor) -> int:
     """Return the elements that decoding a batch on one rank holds at its peak.
 
@@ -115,7 +98,3 @@ def decode_elements(decode: Callable[[Tensor], Tensor], layers: nn.Module, laten
     for handle in handles:
         handle.remove()
     return widest
-
-
-def _named(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)

@@ -9,14 +9,14 @@ import msgspec
 from harness.config.plan import HardwareConfig
 from harness.config.schema import ParallelConfig
 
-PLAN_SCHEMA = 2
+PLAN_SCHEMA = 3
 
 
 class AxisCollective(msgspec.Struct, frozen=True):
     """What one axis of ranks sends in one evaluation with one kind of collective.
 
     Args:
-        axis: the axis: ulysses, ring, tp, tokens (ring x ulysses) or cfg.
+        axis: the axis: ulysses, ring, tp, tokens (ring x ulysses), cfg or weights (cfg x ring x ulysses).
         kind: the kind of collective.
         bytes: the bytes that a rank sends.
         calls: the number of collectives.
@@ -79,9 +79,9 @@ class LayoutPrediction(msgspec.Struct, frozen=True):
 class PredictionCheck(msgspec.Struct, frozen=True):
     """A record and the prediction for its run; `error` is predicted over measured step time, minus 1.
 
-    Bytes are what the busiest rank sent while it denoised a request; operations are those of all ranks of an image in
-    one solver step. Operations are predicted for the network as written, so not if engine.optimize removes some of
-    them. If nothing is predicted, `reason` says why.
+    Bytes are what the busiest rank sent while it denoised a request, and while it decoded it. Operations are those of
+    all ranks of an image in one solver step. They are predicted for the network as written, so not if engine.optimize
+    removes some of them. If no time is predicted, `reason` says why.
     """
 
     folder: str
@@ -92,6 +92,8 @@ class PredictionCheck(msgspec.Struct, frozen=True):
     error: float | None = None
     sent_bytes: dict[str, int] = {}
     predicted_bytes: dict[str, int] = {}
+    decoding_bytes: dict[str, int] = {}
+    predicted_decoding_bytes: dict[str, int] = {}
     flops: float | None = None
     predicted_flops: float | None = None
     reason: str | None = None

@@ -15,16 +15,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.build.common import source_of
-from harness.config.schema import RunConfig
+from harness.config.schema import Decode, RunConfig
+from harness.costs.frames_traffic import frames_bytes, trace_frames
 from harness.costs.memory import WeightBytes, decode_elements, network_weights
-from harness.costs.traffic import NetworkTrace, trace_network
+from harness.costs.traffic import GatheredWeights, NetworkTrace, gathered_weights, trace_network
+from harness.costs.vae_traffic import decode_bytes, trace_decode
 from harness.device.device import denoiser_dtype, torch_dtype
+from harness.parallel.mesh import degrees, world_size
 from harness.parallel.vae import RowShardableDecoder
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.request import to_message
 from models.attention import attention_kernel
+from models.checkpoint_source import CheckpointSource
 from models.components import ComponentLoader, Components, Conditioning
+from models.plan import ParallelPlan
 from models.registry import ARCHITECTURES
+from models.wan.decoder import WanDecoder
 
 META = torch.device("meta")
 
@@ -41,6 +47,8 @@ class RequestTrace:
         itemsize: the bytes per element of the denoiser's dtype.
         latent_bytes: the bytes of the micro-batch's state in float32.
         decode_bytes: the bytes that decoding the micro-batch on one rank holds at its peak.
+        gathered: the weights that parallel.shard_weights gathers.
+        plan: the parallel plan of the network's family.
     """
 
     both_branches: NetworkTrace
@@ -50,6 +58,8 @@ class RequestTrace:
     itemsize: int
     latent_bytes: int
     decode_bytes: int
+    gathered: GatheredWeights
+    plan: ParallelPlan
 
 
 class _ScalarsAreTrue(TorchDispatchMode):
@@ -79,8 +89,7 @@ def trace_request(config: RunConfig) -> RequestTrace:
         CheckpointError: a configuration that no network can be built from.
     """
     source = source_of(config, META)
-    load: ComponentLoader = importlib.import_module(ARCHITECTURES[config.model.architecture].module).load
-    parts = load(source, attention_kernel("math"))
+    parts = _components(config, source)
     prompts, negatives = encode_prompts(config, parts)
     guided = to_message(config.request).guidance != 1 and not parts.guidance.embedded
     dtype = torch_dtype(denoiser_dtype(config.model))
@@ -105,13 +114,37 @@ def trace_request(config: RunConfig) -> RequestTrace:
         itemsize=dtype.itemsize,
         latent_bytes=4 * len(prompts) * torch.Size(latent).numel(),
         decode_bytes=_decode_bytes(parts, (len(prompts), *latent)),
+        gathered=gathered_weights(parts.network, parts.plan),
+        plan=parts.plan,
     )
+
+
+def decode_traffic(config: RunConfig) -> list[dict[str, int]]:
+    """Return what each rank of a replica sends to decode the first micro-batch, in bytes by kind of collective.
+
+    Args:
+        config: the resolved configuration, with the layout.
+
+    Raises:
+        CheckpointError: a configuration that no decoder can be built from.
+    """
+    ranks = world_size(degrees(config.parallel)[1:])
+    parts = _components(config, source_of(config, META))
+    decoder = parts.decoder
+    if ranks == 1 or not isinstance(decoder, RowShardableDecoder):
+        return [{}] * ranks
+    itemsize = decoder.vae.dtype.itemsize
+    latent = torch.empty(len(_first_prompts(config)), *_latent(config, parts), device=META)
+    if config.parallel.decode is Decode.frames and isinstance(decoder, WanDecoder):
+        by_frames = trace_frames(lambda: decoder, latent)
+        return [frames_bytes(by_frames, ranks, index, itemsize) for index in range(ranks)]
+    by_rows = trace_decode(lambda: decoder, latent)
+    return [decode_bytes(by_rows, ranks, index, itemsize) for index in range(ranks)]
 
 
 def encode_prompts(config: RunConfig, parts: Components) -> tuple[list[Conditioning], list[Conditioning]]:
     """Return the conditioning of the first micro-batch's prompts, and of its negative prompts."""
-    request = to_message(config.request)
-    prompts = [prompt for prompt in request.prompts for _ in range(request.samples_per_prompt)][: request.batch_size]
+    request, prompts = to_message(config.request), _first_prompts(config)
     with _ScalarsAreTrue(), torch.no_grad():
         encode = parts.load_prompts()
         encoded = {prompt: encode([prompt]) for prompt in prompts}
@@ -122,6 +155,17 @@ def encode_prompts(config: RunConfig, parts: Components) -> tuple[list[Condition
 def resident_components(config: RunConfig) -> list[str]:
     """Return the components that stay in memory beside the denoiser while it works."""
     return [name for name in COMPONENTS if config.model.text.keep_loaded or not name.startswith("text_encoder")]
+
+
+def _components(config: RunConfig, source: CheckpointSource) -> Components:
+    load: ComponentLoader = importlib.import_module(ARCHITECTURES[config.model.architecture].module).load
+    return load(source, attention_kernel("math"))
+
+
+def _first_prompts(config: RunConfig) -> list[str]:
+    """Return the prompts of the first micro-batch."""
+    request = to_message(config.request)
+    return [prompt for prompt in request.prompts for _ in range(request.samples_per_prompt)][: request.batch_size]
 
 
 def _latent(config: RunConfig, parts: Components) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ collective of `bytes` (harness.costs.traffic) in `calls` takes
 
 of the links within a node, or of those between nodes if its ranks are on more than one. Exposed is
 
-    ulysses all-to-all, tp all-reduce, gathering of outputs and masks, the exchange of branches      all of it
+    ulysses all-to-all, tp all-reduce, gathering of outputs, masks and weights, exchange of branches      all of it
     the ring's shifts       what is longer than (ring - 1) / ring of the attention, computed meanwhile
 
 Ranks are numbered as in harness.parallel.mesh, ulysses innermost, so an axis is within a node if its ranks and those of
@@ -31,7 +31,8 @@ from harness.costs.flops import attention_flops, rank_flops, sharded_attention_f
 from harness.costs.memory import activation_elements
 from harness.costs.plan_file import AxisCollective, LayoutPrediction
 from harness.costs.request_trace import RequestTrace
-from harness.costs.traffic import FLOAT32, NetworkTrace, sent_bytes
+from harness.costs.traffic import FLOAT32, NetworkTrace, pipe_bytes, sent_bytes, weight_bytes
+from harness.parallel.fsdp import TRAFFIC_KIND
 from harness.parallel.mesh import degrees, world_size
 from harness.resolve.layout_rules import ModelShape, check_layout
 
@@ -119,7 +120,7 @@ def predict(
         traced.weights.per_rank(layout.tp) + traced.itemsize * moved_elements(trace, sizes),
     )
     compute_s, memory_s = flops / machine.flops, moved / machine.memory
-    exchanges = list(_exchanges(trace, layout, traced.itemsize, machine))
+    exchanges = list(_exchanges(traced, layout, machine))
     exposed_ms = sum(exchange.exposed_ms for exchange in exchanges)
     replica_size = world_size(sizes[1:])
     activations = max(traced.itemsize * activation_elements(trace, sizes), traced.decode_bytes // replica_size)
@@ -147,9 +148,27 @@ def predict(
     )
 
 
-def traffic(traced: RequestTrace, layout: ParallelConfig) -> dict[str, int]:
-    """Return the bytes that a rank sends in one evaluation, by kind of collective."""
-    return sent_bytes(_evaluated(traced, layout), degrees(layout), traced.itemsize)
+def traffic(traced: RequestTrace, layout: ParallelConfig, index: int = 0) -> dict[str, int]:
+    """Return the bytes that a rank sends in one evaluation, by kind of collective.
+
+    Args:
+        traced: the traced request.
+        layout: a valid layout, exact or approximate.
+        index: the rank's index in its replica; only ranks of a pipeline differ.
+    """
+    trace, sizes, itemsize = _evaluated(traced, layout), degrees(layout), traced.itemsize
+    if layout.pipe > 1:
+        sent = pipe_bytes(trace, traced.plan, layout.pipe, index % layout.pipe, itemsize)
+        return sent | sent_bytes(trace, (1, layout.cfg, 1, 1, 1), itemsize)
+    sent = sent_bytes(trace, sizes, itemsize, displaced=layout.displaced)
+    if layout.shard_weights:
+        sent[TRAFFIC_KIND] = weight_bytes(traced.gathered, _weight_ranks(layout), layout.tp)
+    return sent
+
+
+def _weight_ranks(layout: ParallelConfig) -> int:
+    """Return the number of ranks that share the weights."""
+    return layout.cfg * layout.ring * layout.ulysses
 
 
 def valid_layouts(facts: ModelShape, ranks: int, micro_batches: int) -> Iterator[tuple[ParallelConfig, list[str]]]:
@@ -202,15 +221,16 @@ def _evaluated(traced: RequestTrace, layout: ParallelConfig) -> NetworkTrace:
     return traced.one_branch if layout.cfg == 2 and traced.one_branch is not None else traced.both_branches
 
 
-def _exchanges(
-    trace: NetworkTrace, layout: ParallelConfig, itemsize: int, machine: DeviceRates
-) -> Iterator[AxisCollective]:
-    sizes, calls = degrees(layout), _calls(trace, layout)
+def _exchanges(traced: RequestTrace, layout: ParallelConfig, machine: DeviceRates) -> Iterator[AxisCollective]:
+    trace, itemsize = _evaluated(traced, layout), traced.itemsize
+    sizes, calls = degrees(layout), _calls(traced, layout)
     ranks, extent = world_size(sizes), _extents(layout)
     sent = sent_bytes(trace, degrees(replace(layout, cfg=1)), itemsize)
     rows = [(AXIS_OF[kind], kind, count) for kind, count in sent.items()]
     if layout.cfg > 1:
         rows.append(("cfg", "all_gather", FLOAT32 * trace.output_elements * (layout.cfg - 1)))
+    if layout.shard_weights:
+        rows.append(("weights", TRAFFIC_KIND, weight_bytes(traced.gathered, _weight_ranks(layout), layout.tp)))
     for axis, kind, count in rows:
         between_nodes = _between_nodes(extent[axis], ranks, machine.devices_per_node)
         rate, latency = machine.network if between_nodes and machine.network is not None else machine.link
@@ -223,14 +243,16 @@ def _exchanges(
         )
 
 
-def _calls(trace: NetworkTrace, layout: ParallelConfig) -> dict[str, int]:
+def _calls(traced: RequestTrace, layout: ParallelConfig) -> dict[str, int]:
     """Return the number of collectives in one evaluation by axis, as harness.parallel calls them."""
+    trace = _evaluated(traced, layout)
     return {
         "ulysses": 4 * len(trace.attention),
         "ring": (layout.ring - 1) * len(trace.attention),
         "tp": len(trace.row_linears) + len(trace.sharded_norms),
         "tokens": len(trace.outputs) + sum(call.sharded_mask for call in trace.attention),
         "cfg": 1,
+        "weights": traced.gathered.calls,
     }
 
 
@@ -238,7 +260,15 @@ def _extents(layout: ParallelConfig) -> dict[str, int]:
     """Return the number of consecutive ranks that each axis and those inside it span."""
     tokens = layout.ring * layout.ulysses
     tp = tokens * layout.tp
-    return {"ulysses": layout.ulysses, "ring": tokens, "tokens": tokens, "tp": tp, "cfg": tp * layout.cfg}
+    weights = tp * layout.cfg if layout.cfg > 1 else tokens
+    return {
+        "ulysses": layout.ulysses,
+        "ring": tokens,
+        "tokens": tokens,
+        "tp": tp,
+        "cfg": tp * layout.cfg,
+        "weights": weights,
+    }
 
 
 def _between_nodes(extent: int, ranks: int, devices_per_node: int | None) -> bool:

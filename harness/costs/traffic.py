@@ -130,6 +130,19 @@ class LocalAttention:
 
 
 @dataclass(frozen=True)
+class GatheredWeights:
+    """The parameters that ranks gather if they share a network's weights.
+
+    Args:
+        parameters: n_p, m_p s_p and the dimension that tensor parallelism shards (0, 1 or None) of each parameter.
+        calls: the number of collectives in one evaluation.
+    """
+
+    parameters: tuple[tuple[int, int, Literal[0, 1] | None], ...]
+    calls: int
+
+
+@dataclass(frozen=True)
 class NetworkTrace:
     """The operations of one evaluation of a network that a layout shards or that make ranks communicate.
 
@@ -211,18 +224,47 @@ def pipe_bytes(trace: NetworkTrace, plan: ParallelPlan, ranks: int, index: int, 
     return {kind: count for kind, count in sent.items() if count}
 
 
-def weight_bytes(network: nn.Module, plan: ParallelPlan, ranks: int) -> int:
+def weight_bytes(weights: GatheredWeights, ranks: int, tp: int = 1) -> int:
     """Return the bytes that a rank sends in one evaluation to gather sharded weights (harness.parallel.fsdp).
 
     Args:
-        network: the network in its dtypes, with tensor parallelism applied, on any device (meta is enough).
-        plan: the parallel plan of the network's family.
+        weights: the parameters that are gathered.
         ranks: S, the ranks that share the weights.
+        tp: the degree of tensor parallelism, which is applied first.
+    """
+    parts = 0
+    for rows, row_bytes, dim in weights.parameters:
+        parts += -(-(rows // (tp if dim == 0 else 1)) // ranks) * (row_bytes // (tp if dim == 1 else 1))
+    return (ranks - 1) * parts
+
+
+def gathered_weights(network: nn.Module, plan: ParallelPlan) -> GatheredWeights:
+    """Return the parameters that ranks gather if they share the weights of a network.
+
+    Args:
+        network: the single-device network in its dtypes, on any device (meta is enough).
+        plan: the parallel plan of the network's family.
     """
     unsharded = {parameter for name in plan.called_outside for parameter in network.get_submodule(name).parameters()}
-    sharded = [p for p in network.parameters() if p not in unsharded]
-    parts = (-(-len(p) // ranks) * p[0].numel() * p.element_size() for p in sharded)
-    return (ranks - 1) * sum(parts)
+    parameters = tuple(
+        (len(p), p[0].numel() * p.element_size(), sharded_dim(network, name, plan))
+        for name, p in network.named_parameters()
+        if p not in unsharded
+    )
+    return GatheredWeights(parameters, sum(1 for _ in fsdp_units(network, plan)))
+
+
+def sharded_dim(network: nn.Module, parameter: str, plan: ParallelPlan) -> Literal[0, 1] | None:
+    """Return the dimension of a parameter that harness.parallel.parallelize shards over tp; None if it shards none."""
+    owner, _, key = parameter.rpartition(".")
+    module = network.get_submodule(owner)
+    if isinstance(module, nn.RMSNorm):
+        return 0 if _named(owner, plan.head_norms) else None
+    if not isinstance(module, nn.Linear):
+        return None
+    if _named(owner, plan.column):
+        return 0
+    return 1 if key == "weight" and _named(owner, (*plan.row, *plan.joined_rows)) else None
 
 
 def trace_network(

@@ -46,6 +46,10 @@ def without_siblings() -> Iterator[None]:
 
     Empty packages replace them meanwhile. A later import of one of them gets the real package, with the same modules in
     it.
+
+    Importing the packages as well costs a rank 0.20 s of 4.2 s of processor time (0.29 to 0.33 s of wall time in three
+    runs), 152 modules and 14 MiB (2 cores, the emoji model). No other way was found that reads a module of a package
+    without the package's `__init__.py`: loading its file by path enters sys.modules by hand too.
     """
     importlib.import_module("diffusers.models")
     empty_packages = {name: _empty_package(name) for name in EAGER_PACKAGES if name not in sys.modules}

@@ -42,7 +42,7 @@ class DisplacedPatches(StaleKVCache):
         """Return the keys and values of the whole ring: this rank's are fresh, the others' exact or stale.
 
         Args:
-            call: which attention of the network this is.
+            call: the number of this attention in the network.
             k_BlHD: this rank's keys.
             v_BlHD: this rank's values.
 

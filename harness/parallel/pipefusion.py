@@ -127,7 +127,7 @@ class PipeFusion(StaleKVCache):
         Args:
             network: the network, written for one device; the blocks of other ranks may have no weights.
             plan: how the network can be sharded.
-            kernel: its attention kernel.
+            kernel: the network's attention kernel.
         """
         self.count_evaluations_of(network)
         self._last = plan.stacks[-1]

@@ -22,7 +22,7 @@ class CacheState:
 
     Args:
         is_last_step: whether the next evaluation belongs to the last solver step; set by the denoising loop.
-        computed: for each evaluation so far, whether it was computed.
+        computed: whether each evaluation so far was computed.
         accumulated_change: what the skip policy has added up since the last computed evaluation.
         signal: the skip signal that the next one is compared with, the rows of this image.
         layout: how tokens were sharded in the last computed evaluation.

@@ -42,7 +42,7 @@ class GuidanceSchedule(Protocol):
 
         Args:
             evaluation: the number of the evaluation, from 0.
-            point: its point on the path.
+            point: the evaluation's point on the path.
 
         Returns:
             The mode.

@@ -166,7 +166,7 @@ class Record(msgspec.Struct, frozen=True):
         fidelity: Error against the reference; None if it was not requested, or if a note says why not.
         engine: The engine; a record without one is a native run's.
         load: What the clients of task=load measured.
-        profile: With task.profile, the operators of each network in one more request on the slowest rank, slowest
+        profile: The operators of each network in one more request with task.profile, on the slowest rank, slowest
             first.
     """
 

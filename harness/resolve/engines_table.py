@@ -28,7 +28,7 @@ class SglangRow:
 
     Attributes:
         config: Module and class of the pipeline's configuration, in SGLang's package of configurations.
-        attention: From a backend's name here to the name of the backend that runs there.
+        attention: The name of the backend that runs there, by the backend's name here.
         encodings: Number of text encodings that it counts; its network uses the last one.
         no_guidance: Guidance scale that it takes for no guidance.
         renamed: Names in config.json that it reads, by the names under which the same values are published.
@@ -47,7 +47,7 @@ class BaselineRow:
 
     Attributes:
         module: Module whose `load` builds the pipeline.
-        attention: From a backend's name here to the name of the backend that runs there.
+        attention: The name of the backend that runs there, by the backend's name here.
         families: Noise-scheduler families that fit the pipeline. None = all, because it scales noise and network input
             as its scheduler says.
         cacheable: Whether cache-dit knows the network's blocks, which is true of no U-Net.

@@ -86,7 +86,7 @@ class RankBatch:
                 if join.replica == self._worker.position.replica:
                     self._fibers[join.request.request_id] = self._begin(join.request)
             self._evaluate()
-        ended = {name: fiber.result for name, fiber in self._fibers.items() if fiber.ended}
+        ended = {name: fiber.result for name, fiber in self._fibers.items() if fiber.finished}
         for name in ended:
             del self._fibers[name]
         sizes = [(name, len(frames)) for name, frames in ended.items()]

@@ -65,7 +65,7 @@ def execute_compare(
 
     Args:
         run: The comparison.
-        pair: Its two runs, from `comparison_runs`.
+        pair: The comparison's two runs, from `comparison_runs`.
         folder: The claimed folder.
         console: Console for the progress and the table.
 
@@ -90,7 +90,7 @@ def run_compare(
 
     Args:
         run: The comparison.
-        pair: Its two runs, from `comparison_runs`.
+        pair: The comparison's two runs, from `comparison_runs`.
         folder: The claimed folder.
         console: Console for the progress.
 
@@ -135,7 +135,7 @@ def compare_sessions(
 
     Args:
         run: The comparison.
-        pair: Its two runs.
+        pair: The comparison's two runs.
         sessions: The finished sessions of a and b.
 
     Returns:
@@ -161,7 +161,7 @@ def make_comparison(
 
     Args:
         run: The comparison.
-        pair: Its two runs.
+        pair: The comparison's two runs.
         ratios: Time ratio of a over b by what was timed.
         output: Difference of the last outputs, if it was measured.
         notes: Remarks for the record.

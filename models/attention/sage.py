@@ -38,7 +38,7 @@ class SagePackage:
     Args:
         name: The package's name and version.
         function: The package's attention function.
-        returns_lse: Whether it returns the log-sum-exp, as from version 2 on; version 1 ignores the argument.
+        returns_lse: Whether the kernel returns the log-sum-exp, as from version 2 on; version 1 ignores the argument.
     """
 
     name: str

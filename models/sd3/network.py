@@ -76,7 +76,7 @@ class SD3Block(nn.Module):
         config: The sizes.
         kernel: The attention.
         dual: Whether the image also attends to itself alone.
-        last: Whether it is the last block, which reads the text but does not update it.
+        last: Whether the block is the last one, which reads the text but does not update it.
     """
 
     def __init__(self, config: SD3Config, kernel: AttentionKernel, dual: bool, last: bool) -> None:

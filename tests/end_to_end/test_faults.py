@@ -55,7 +55,7 @@ def test_a_rank_killed_while_denoising(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     overrides = [ENDLESS, "request.prompts=[a,b]", "parallel=dp2", f"hydra.run.dir={folder}"]
     with started(command(*overrides)) as process:
-        wait_drawing(folder, 2)
+        wait_generating(folder, 2)
         os.kill(ranks(folder)[-1], signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -118,7 +118,7 @@ def test_a_rank_that_ends_inside_a_collective_of_the_users_own_torchrun(
 def test_an_interrupt_while_denoising(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "run"
     with started(command(ENDLESS, ONE, f"hydra.run.dir={folder}")) as process:
-        wait_drawing(folder, 1)
+        wait_generating(folder, 1)
         process.send_signal(number)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
@@ -160,7 +160,7 @@ def test_ranks_end_when_the_one_who_started_them_is_killed(tmp_path: Path) -> No
     folder = tmp_path / "run"
     sockets = set(Path(tempfile.gettempdir()).glob("triptych-*"))
     with started(command(ENDLESS, ONE, f"hydra.run.dir={folder}")) as process:
-        wait_drawing(folder, 1)
+        wait_generating(folder, 1)
         process.kill()
         process.wait(timeout=10)
         wait_for(lambda: not processes_about(folder), "every process to end", 20)

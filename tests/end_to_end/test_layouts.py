@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from harness.costs.traffic import sent_bytes, trace_network, weight_bytes
+from harness.costs.plan_file import PredictionCheck
+from harness.costs.traffic import gathered_weights, sent_bytes, trace_network, weight_bytes
 from harness.costs.vae_traffic import decode_bytes, trace_decode
 from harness.records.media import pixel_hash
 from harness.records.record import Record, load
@@ -67,7 +68,16 @@ def test_two_replicas_generate_the_same_bits(single: Path, tmp_path: Path) -> No
 
 def sent(record: Record, stage: str) -> dict[str, int]:
     """Return the bytes of one stage in the record, by kind of collective."""
-    return {kind: traffic.bytes for kind, traffic in record.summary.comm[stage].items()}
+    return {kind: traffic.bytes for kind, traffic in record.summary.comm[stage].items() if traffic.bytes}
+
+
+def assert_predicted(folder: Path) -> PredictionCheck:
+    """Assert that a plan predicts what the record of a run says that its busiest rank sent."""
+    record = record_of(folder)
+    found = check(folder, record, lambda dtype: compose_run([]).config.hardware)
+    assert found.predicted_bytes == found.sent_bytes == sent(record, "denoising")
+    assert found.predicted_decoding_bytes == found.decoding_bytes == sent(record, "decoding")
+    return found
 
 
 def denoising_bytes(layout: str, evaluations: int) -> dict[str, int]:
@@ -105,8 +115,7 @@ def test_ranks_that_share_an_image_generate_the_same(layout: str, single: Path, 
     assert record.summary.nfe == record_of(single).summary.nfe
     assert sent(record, "denoising") == denoising_bytes(layout, record.summary.nfe * len(record.samples))
     assert sent(record, "decoding") == decoding_bytes(len(record.samples))
-    found = check(tmp_path / "run", record, lambda dtype: compose_run([]).config.hardware)
-    assert found.predicted_bytes == found.sent_bytes == sent(record, "denoising")
+    assert_predicted(tmp_path / "run")
     assert record.attention.resolved == ("torch cpu flash" if layout == "ring2" else "torch sdpa")
 
 

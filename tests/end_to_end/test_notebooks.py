@@ -20,7 +20,7 @@ SWEEPS = {
     "scaling": [*BENCH, "parallel=single,ulysses2", "engine.optimize=none"],
     "fidelity": [*BENCH, "launch.mode=inprocess", "attention=math,sdpa,flash"],
 }
-DRAWN = {"families": 2, "scaling": 1, "fidelity": 1, "roofline": 1}
+PLOTTED = {"families": 2, "scaling": 1, "fidelity": 1, "roofline": 1}
 
 
 def harness(*overrides: str) -> None:
@@ -51,5 +51,5 @@ def test_a_notebook_runs_and_plots(name: str, runs: Path, monkeypatch: pytest.Mo
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == DRAWN[name]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == PLOTTED[name]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]

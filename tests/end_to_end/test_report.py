@@ -12,7 +12,9 @@ from tests.fixtures.report_tree import HOSTILE, make_caches, make_loads, make_tr
 
 BARS = "return document.getElementById('stages').data.map(t => t.x.length)"
 FRONT = "return [...document.querySelectorAll('#front li')].map(e => e.textContent.split(': ')[0])"
-DRAWN = "return document.getElementById('pareto').data.filter(t => t.mode === 'markers').map(t => [t.name, t.x.length])"
+PLOTTED = (
+    "return document.getElementById('pareto').data.filter(t => t.mode === 'markers').map(t => [t.name, t.x.length])"
+)
 ROWS = "return [...document.querySelectorAll('#table tbody td.folder')].map(e => e.textContent)"
 FETCHED = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith('data:'))"
 FITTED = (
@@ -51,7 +53,7 @@ def test_it_opens_with_every_run_and_fetches_nothing(fresh: Any) -> None:
     assert len(fresh.execute_script(ROWS)) == 15
     assert find(fresh, "#count").text == "15 of 15 runs"
     assert fresh.execute_script(BARS) == [11, 11, 11]
-    assert fresh.execute_script(DRAWN) == [["on the Pareto front", 4], ["dominated", 1], ["failed", 1]]
+    assert fresh.execute_script(PLOTTED) == [["on the Pareto front", 4], ["dominated", 1], ["failed", 1]]
     assert len(fresh.find_elements("css selector", "#grids img")) == 11
     assert fresh.get_log("browser") == []
     assert fresh.execute_script(FETCHED) == []

@@ -235,7 +235,7 @@ def test_every_architecture_has_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "asked", "fits"),
+    ("folder", "requested", "fits"),
     [
         ("sd3", "flux", "sd3"),
         ("flux", "sd3", "flux"),

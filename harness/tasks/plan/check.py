@@ -14,7 +14,7 @@ from harness.config.optimize import Optimize
 from harness.config.plan import HardwareConfig
 from harness.config.schema import Load, ParallelConfig, RunConfig
 from harness.costs.plan_file import PredictionCheck
-from harness.costs.request_trace import trace_request
+from harness.costs.request_trace import RequestTrace, decode_traffic, trace_request
 from harness.costs.roofline import device_rates, predict, traffic
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.parallel.mesh import degrees, world_size
@@ -58,7 +58,8 @@ def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], Hardwa
         layout=msgspec.convert(record.config["parallel"], ParallelConfig),
         threads=record.provenance.threads_per_rank,
         step_ms=summary.step_ms.median,
-        sent_bytes={kind: traffic.bytes for kind, traffic in summary.comm.get("denoising", {}).items()},
+        sent_bytes=_stage_bytes(record, "denoising"),
+        decoding_bytes=_stage_bytes(record, "decoding"),
         flops=summary.flops_per_step,
     )
     try:
@@ -75,21 +76,40 @@ def _with_prediction(
     if config.cache.name != NONE:
         raise ValueError(f"cache={config.cache.name} computes fewer evaluations, which is not predicted")
     request, steps, layout = config.request, config.request.steps or 1, found.layout
-    if is_approximate(layout):
-        raise ValueError("not predicted: its keys and values are stale, and only exact layouts are predicted")
     dtype = torch_dtype(denoiser_dtype(config.model))
     traced = trace_request(config)
+    micro_batches = math.ceil(math.ceil(len(record.samples) / request.batch_size) / layout.dp)
+    denoising, decoding = _busiest_rank(config, traced, record.statistics.nfe * micro_batches, micro_batches)
+    found = msgspec.structs.replace(found, predicted_bytes=denoising, predicted_decoding_bytes=decoding)
+    if is_approximate(layout):
+        reason = "time not predicted: its keys and values are stale, and only exact layouts are predicted"
+        return msgspec.structs.replace(found, reason=reason)
     row = predict(traced, layout, device_rates(hardware(dtype), dtype.itemsize), record.statistics.nfe, 1, [])
     evaluations_per_step = record.statistics.nfe / steps
-    micro_batches = math.ceil(len(record.samples) / request.batch_size)
     optimized = config.engine.optimize in (Optimize.eager, Optimize.compile)
-    evaluations = record.statistics.nfe * math.ceil(micro_batches / layout.dp)
     return msgspec.structs.replace(
         found,
         predicted_step_ms=row.step_ms * evaluations_per_step,
         error=row.step_ms * evaluations_per_step / found.step_ms - 1,
-        predicted_bytes={kind: count * evaluations for kind, count in traffic(traced, layout).items()},
         predicted_flops=None
         if optimized
         else row.flops * world_size(degrees(layout)[1:]) * record.statistics.nfe / steps,
     )
+
+
+def _busiest_rank(
+    config: RunConfig, traced: RequestTrace, evaluations: int, micro_batches: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what the rank that sends most sends to denoise and to decode, in bytes by kind of collective."""
+    ranks = [
+        (
+            {kind: evaluations * count for kind, count in traffic(traced, config.parallel, index).items()},
+            {kind: micro_batches * count for kind, count in decoding.items()},
+        )
+        for index, decoding in enumerate(decode_traffic(config))
+    ]
+    return max(ranks, key=lambda stages: sum(sum(kinds.values()) for kinds in stages))
+
+
+def _stage_bytes(record: Record, stage: str) -> dict[str, int]:
+    return {kind: sent.bytes for kind, sent in record.statistics.comm.get(stage, {}).items() if sent.bytes}

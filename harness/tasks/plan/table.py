@@ -89,20 +89,27 @@ def print_checks(plan: Plan, folder: Path, console: Console) -> None:
 
 
 def _check_cells(check: PredictionCheck) -> list[str]:
+    sent = _compared_bytes(check)
     if check.predicted_step_ms is None or check.error is None:
-        return [f"{check.step_ms:.4g}", escape(check.reason or ""), "", "", ""]
+        return [f"{check.step_ms:.4g}", escape(check.reason or ""), "", sent if check.predicted_bytes else "", ""]
     counted = "not counted" if check.flops is None else "not predicted"
     if check.flops is not None and check.predicted_flops is not None:
         counted = "equal" if check.flops == check.predicted_flops else f"{check.flops:.6g}, {check.predicted_flops:.6g}"
-    same = check.sent_bytes == check.predicted_bytes
-    sent = [f"{sum(found.values()):,}" for found in (check.sent_bytes, check.predicted_bytes)]
     return [
         f"{check.step_ms:.4g}",
         f"{check.predicted_step_ms:.4g}",
         f"{100 * check.error:+.0f} %",
-        "equal" if same else ", ".join(sent),
+        sent,
         counted,
     ]
+
+
+def _compared_bytes(check: PredictionCheck) -> str:
+    measured = (check.sent_bytes, check.decoding_bytes)
+    predicted = (check.predicted_bytes, check.predicted_decoding_bytes)
+    if measured == predicted:
+        return "equal"
+    return ", ".join(f"{sum(sum(kinds.values()) for kinds in stages):,}" for stages in (measured, predicted))
 
 
 def _print_origin(plan: Plan, folder: Path, console: Console) -> None:

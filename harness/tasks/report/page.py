@@ -30,7 +30,7 @@ class Page(msgspec.Struct, frozen=True):
 
     Attributes:
         root: The folder whose runs the page shows.
-        made: When the page was made.
+        made: The time at which the page was made.
         keys: The configuration keys that differ between the runs.
         rows: One row per run.
     """

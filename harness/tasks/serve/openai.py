@@ -190,7 +190,7 @@ class Defaults(BaseModel):
     size_multiple: int
     max_pixels: int
     max_steps: int
-    max_pictures: int
+    max_images: int
     max_frames: int
     timeout_s: float
 

@@ -128,7 +128,7 @@ async function start() {
   byId("about").textContent = `${model.id} · ${defaults.scheduler} · ${defaults.solver}`;
   for (const name of ["steps", "guidance", "size", "frames"]) byId(name).value = defaults[name];
   byId("steps").max = defaults.max_steps;
-  byId("n").max = defaults.max_pictures;
+  byId("n").max = defaults.max_images;
   byId("frames").max = defaults.max_frames;
   byId("video").hidden = defaults.max_frames === 1;
   refresh();

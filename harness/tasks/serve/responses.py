@@ -85,7 +85,7 @@ def defaults(config: RunConfig) -> openai.Defaults:
         size_multiple=model.size_multiple,
         max_pixels=model.max_pixels,
         max_steps=serve.max_steps,
-        max_pictures=serve.max_images,
+        max_images=serve.max_images,
         max_frames=model.max_frames,
         timeout_s=serve.timeout_s,
     )

@@ -50,7 +50,7 @@ def prepare(
         latents: Latents of the images, float (N, C, h, w).
         rows: The images, in the same order.
         encoder: Trained text encoder.
-        tokenizer: Its tokenizer.
+        tokenizer: The text encoder's tokenizer.
 
     Returns:
         The training data.

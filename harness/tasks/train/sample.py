@@ -37,7 +37,7 @@ def components(
         network: The denoiser.
         autoencoder: The VAE.
         encoder: The text encoder.
-        tokenizer: Its tokenizer.
+        tokenizer: The text encoder's tokenizer.
 
     Returns:
         The components.

@@ -219,7 +219,7 @@ def encode(
 
     Args:
         encoder: The text encoder.
-        tokenizer: Its tokenizer.
+        tokenizer: The text encoder's tokenizer.
         lines: Texts.
         batch: Texts per forward.
 

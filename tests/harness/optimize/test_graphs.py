@@ -192,7 +192,7 @@ def stays(run: Callable[[], Tensor]) -> bool:
     return not watched.elsewhere
 
 
-@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("modulation_cache", [True, False])
 @pytest.mark.parametrize("name", list(TINY))
 def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, modulation_cache: bool) -> None:
     """A recording may not read the CPU's memory: every transformer, with and without precomputed modulation."""
@@ -316,7 +316,7 @@ def test_the_baseline_engines_graphs_are_not_the_native_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "device", "draws"),
+    ("how", "device", "samples"),
     [("eager", "cuda:0", 3), ("none", "cuda:0", 1), ("compile", "cpu", 2), ("eager", "cpu", 1)],
 )
 def test_no_measured_generation_records_a_graph(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.costs.memory import displaced_elements
 from harness.costs.traffic import sent_bytes, trace_network
 from models.attention import math_attention
 from tests.fixtures.models.parity import rel_l2

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.costs.memory import displaced_elements
 from harness.costs.traffic import pipe_bytes, trace_network
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from models.attention import math_attention
@@ -99,7 +98,7 @@ def test_what_is_sent_and_kept_is_what_the_formulas_say(ranks: int, patches: int
                 sent = {kind.removeprefix(key): int(x) for kind, x in found.items() if kind.startswith(key) and x}
                 assert sent == {kind: images * EVALUATIONS * count for kind, count in once.items()}, (name, warmup)
             kept += int(found[f"{name} 1 kept"])
-        assert kept == 4 * displaced_elements(trace, (1, 1, 1, 1, 1))
+        assert kept == 4 * stored_elements(trace, (1, 1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("name", TINY)

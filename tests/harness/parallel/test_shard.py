@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from harness.costs.traffic import weight_bytes
+from harness.costs.traffic import gathered_weights, weight_bytes
 from harness.parallel.fsdp import TRAFFIC_KIND, apply_fsdp
 from harness.parallel.mesh import RankPosition
 from harness.parallel.parallelize import shard_linears, shard_tokens
@@ -51,6 +51,7 @@ def forward(rank: int, size: int) -> dict[str, Tensor]:
 def both(tiny: Tiny, dtype: torch.dtype, groups: ProcessGroups) -> dict[str, Tensor]:
     """Return one network with whole weights, then with sharded ones."""
     network = tiny.build(math_attention, dtype)
+    said = weight_bytes(gathered_weights(network, tiny.plan), groups.weights.size, groups.tp.size)
     shard_linears(network, tiny.plan, groups.tp)
     said = weight_bytes(network, tiny.plan, groups.weights.size)
     wrap_runners(network, tiny.plan, shard_tokens(network, tiny.plan, math_attention, math_lse, groups))

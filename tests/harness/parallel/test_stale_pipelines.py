@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from harness.config.schema import ParallelConfig, RunConfig
-from harness.costs.memory import displaced_elements
 from harness.costs.traffic import pipe_bytes, sent_bytes, trace_network
 from harness.messages import GenerationRequest
 from harness.resolve.compose import compose_run
@@ -19,6 +18,7 @@ from tests.fixtures.models.checkpoints import CASES, overrides_of
 from tests.fixtures.models.parity import rel_l2
 from tests.fixtures.parallel.pipelines import GenerationCase, generate, generate_stale
 from tests.fixtures.parallel.ranks import on_ranks, on_worlds
+from tests.fixtures.parallel.stale import stored_elements
 
 STEPS = 3
 LAYOUTS = {
@@ -57,7 +57,7 @@ def test_images_are_those_of_one_rank_where_all_is_exact_and_records_say_what_wa
     for warmup in (1, STEPS):
         for rank, found in enumerate(on_ranks(2, generate_stale, sharded_case(config, layout, warmup))):
             said = pipe_bytes(trace, PLAN, 2, rank, 4)
-            kept = displaced_elements(trace, (1, 1, 1, 1, 1)) // 2  # half of the blocks
+            kept = stored_elements(trace, (1, 1, 1, 1, 1)) // 2  # half of the blocks
             if layout == "displaced":
                 said = sent_bytes(trace, (1, 1, 1, 2, 1), 4, displaced=True)
                 kept = displaced_elements(trace, (1, 1, 1, 2, 1))

@@ -209,7 +209,7 @@ def test_a_family_may_have_steps_and_guidance_of_its_own(families: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "asked", "trained"),
+    ("family", "requested", "trained"),
     [
         ("rectified_flow", "scheduler.prediction=v", "flow"),
         ("ddpm", "scheduler.prediction=v", "eps"),

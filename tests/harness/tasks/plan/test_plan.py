@@ -15,7 +15,7 @@ from harness.costs.memory import WeightBytes
 from harness.costs.plan_file import LayoutPrediction, Plan
 from harness.costs.request_trace import RequestTrace, trace_request
 from harness.costs.roofline import DeviceRates, predict, traffic, valid_layouts
-from harness.costs.traffic import LinearCall, NetworkTrace, ShardedAttention, TokenStreams
+from harness.costs.traffic import GatheredWeights, LinearCall, NetworkTrace, ShardedAttention, TokenStreams
 from harness.device.flops import count_operations
 from harness.records.record import Record, RunFolder, read_record, read_status
 from harness.resolve.checkpoint import locate
@@ -31,6 +31,7 @@ from harness.tasks.under_torchrun import _compose
 from models.attention import sdpa_attention
 from models.components import Conditioning
 from models.dit import DiT, read_config
+from models.plan import ParallelPlan, Stack
 from models.registry import PUBLISHED
 
 TOKENS = TokenStreams(2, (8,))
@@ -47,7 +48,18 @@ TRACE = NetworkTrace(
     widest=0,
 )
 BRANCH = replace(TRACE, batch=1, output_elements=50)
-TRACED = RequestTrace(TRACE, BRANCH, WeightBytes(10_000, 8_000), 500, itemsize=2, latent_bytes=400, decode_bytes=0)
+GATHERED = GatheredWeights(parameters=((7, 100, 0), (8, 30, 1), (3, 2, None)), calls=5)
+TRACED = RequestTrace(
+    TRACE,
+    BRANCH,
+    WeightBytes(10_000, 8_000),
+    500,
+    itemsize=2,
+    latent_bytes=400,
+    decode_bytes=0,
+    gathered=GATHERED,
+    plan=ParallelPlan(stacks=(Stack("blocks", {"x_BLD": 1}),)),
+)
 MACHINE = DeviceRates(
     flops=1e6, memory=1e9, memory_bytes=1e6, link=(1e6, 1e-3), network=(1e5, 1e-2), devices_per_node=4
 )
@@ -84,6 +96,23 @@ def test_collectives_by_hand() -> None:
     assert (summed.axis, summed.bytes, summed.calls) == ("tp", 2 * 16 * 40, 1)
     (branches,) = predicted(cfg=2).exchanges
     assert (branches.axis, branches.bytes, branches.calls) == ("cfg", 4 * 50, 1)
+
+
+def test_gathered_weights_by_hand() -> None:
+    *_, gathered = predicted(cfg=2, ulysses=2, shard_weights=True).exchanges
+    assert (gathered.axis, gathered.kind, gathered.calls) == ("weights", "all_gather weights", 5)
+    assert gathered.bytes == 3 * (2 * 100 + 2 * 30 + 1 * 2)
+    assert gathered.exposed_ms == pytest.approx(5 + gathered.bytes / 1e6 * 1e3)
+    *_, gathered = predicted(tp=2, ring=2, shard_weights=True).exchanges
+    assert gathered.bytes == 1 * (2 * 100 + 4 * 15 + 2 * 2)
+
+
+def test_bytes_of_approximate_layouts_by_hand() -> None:
+    x = 2 * 16 * 40  # bytes of the tokens between two blocks
+    assert traffic(TRACED, ParallelConfig(ring=2, displaced=True)) == {"all_gather displaced": x, "all_gather": x // 2}
+    pipeline = ParallelConfig(cfg=2, pipe=2)
+    assert traffic(TRACED, pipeline, index=2) == {"send": x, "all_gather": 4 * 50}
+    assert traffic(TRACED, pipeline, index=3) == {"broadcast": 2 * 50, "all_gather": 4 * 50}
 
 
 def test_a_ring_hides_what_attention_covers() -> None:
@@ -242,7 +271,8 @@ def test_what_is_null_is_measured_here() -> None:
 
 
 def test_bytes_of_a_layout_are_those_of_its_exchanges() -> None:
-    for layout in (ParallelConfig(cfg=2, tp=2, ring=2, ulysses=2), ParallelConfig(ulysses=4)):
+    sharded = ParallelConfig(tp=2, ring=2, shard_weights=True)
+    for layout in (ParallelConfig(cfg=2, tp=2, ring=2, ulysses=2), ParallelConfig(ulysses=4), sharded):
         row = predict(TRACED, layout, MACHINE, 1, 1, [])
         by_kind: dict[str, int] = {}
         for exchange in row.exchanges:
