@@ -51,6 +51,7 @@ from torch import Tensor, nn
 
 from harness.device.flops import count_operations
 from harness.parallel.attention import TokenLayout
+from harness.parallel.fsdp import fsdp_units
 from models.blocks import Runner, Shared, Streams, block_stack, wrap_runners
 from models.components import Conditioning
 from models.meta_init import build_empty

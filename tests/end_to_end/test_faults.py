@@ -41,7 +41,7 @@ def generates(folder: Path, count: int) -> bool:
     return all(int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11]) > 200 for pid in ranks(folder))
 
 
-def wait_drawing(folder: Path, count: int) -> None:
+def wait_generating(folder: Path, count: int) -> None:
     wait_for(lambda: generates(folder, count), "the ranks to draw")
 
 

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from harness.costs.plan_file import PredictionCheck
-from harness.costs.traffic import gathered_weights, sent_bytes, trace_network, weight_bytes
+from harness.costs.traffic import sent_bytes, trace_network, weight_bytes
 from harness.costs.vae_traffic import decode_bytes, trace_decode
 from harness.records.media import pixel_hash
 from harness.records.record import Record, load

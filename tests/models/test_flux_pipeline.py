@@ -52,7 +52,7 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
 def theirs(
     peer: FluxPipeline, prompt: str, seed: int, steps: int, embedded_guidance: float, guided: float = 1.0
 ) -> Tensor:
-    """Return diffusers' image; `embedded_guidance` is the embedded guidance scale, `guided` is classifier-free guidance."""
+    """Return diffusers' image; `guided` is the scale of classifier-free guidance."""
     height, width = HEIGHT // STRIDE, WIDTH // STRIDE
     noise = FluxPipeline._pack_latents(seeded_noise(seed, (4, height, width))[None], 1, 4, height, width)
     return peer(

@@ -10,7 +10,7 @@ from harness.optimize.compile_blocks import blocks_of, compile_forwards
 from harness.optimize.fuse import fuse_projections
 from models.attention import sdpa_attention
 from tests.fixtures.models.parity import rel_l2
-from tests.fixtures.models.precompute import precomputed
+from tests.fixtures.models.precompute import precompute
 from tests.fixtures.parallel.networks import TINY
 
 BOUND = 1e-5
@@ -39,7 +39,7 @@ def _own_graphs(graphs: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_share_a_graph_and_give_the_plain_numbers(name: str) -> None:
     tiny = TINY[name]
     plain, network = tiny.build(sdpa_attention), tiny.build(sdpa_attention)
-    modulation_cache = precomputed(network, name)
+    modulation_cache = precompute(network, name)
     fuse_projections(network, tiny.plan)
     assert compile_forwards(blocks_of(network, tiny.plan), CompileConfig(), CPU) == "compiled"
     latent, _, condition = tiny.inputs

@@ -39,7 +39,7 @@ from models.layers import cached_tensor, collect_cached_tensors
 from models.pixart.network import SizeEmbedding
 from models.unet.network import ConditionalUNet, SizeConditionedUNet, UnconditionalUNet, capturable
 from tests.fixtures.models.parity import rel_l2
-from tests.fixtures.models.precompute import TAUS, precomputed
+from tests.fixtures.models.precompute import TAUS, precompute
 from tests.fixtures.models.unet import NCSNPP, PLAIN, POOLED, SIZED, SMALL, TEXT
 from tests.fixtures.parallel.networks import TINY, Inputs
 
@@ -103,7 +103,7 @@ def test_a_replay_reads_what_it_is_handed(name: str) -> None:
     """With precomputed modulation, at other times and for other latents; earlier outputs stay unchanged."""
     latent, _, condition = TINY[name].inputs
     plain, network = TINY[name].build(sdpa_attention), TINY[name].build(sdpa_attention)
-    request = precomputed(network, name).for_batch(condition, TAUS)
+    request = precompute(network, name).for_batch(condition, TAUS)
     graphs, found, expected = RecordedNetwork(network, Again), [], []
     for n, tau in enumerate([*TAUS, TAUS[0]]):
         fed, tau_B = latent * (1 + n), torch.full((len(latent),), tau)
@@ -199,7 +199,7 @@ def test_an_evaluation_of_known_sizes_stays_on_its_device(name: str, modulation_
     latent, tau_B, condition = moved(TINY[name].inputs, "meta")
     network = TINY[name].build(sdpa_attention).to("meta")
     if modulation_cache:
-        condition = precomputed(network, name).for_batch(condition, TAUS).at(latent, TAUS[0])
+        condition = precompute(network, name).for_batch(condition, TAUS).at(latent, TAUS[0])
     assert stays(lambda: network(latent, tau_B, condition))
 
 
@@ -344,7 +344,7 @@ def test_a_graph_gives_the_plain_numbers(name: str, dtype: torch.dtype) -> None:
     latent, _, condition = moved(TINY[name].inputs, "cuda")
     plain, network = (TINY[name].build(sdpa_attention, dtype).cuda() for _ in range(2))
     fed, condition = latent.to(dtype), condition.to(dtype)
-    request, beside = (precomputed(n, name).for_batch(condition, TAUS) for n in (network, plain))
+    request, beside = (precompute(n, name).for_batch(condition, TAUS) for n in (network, plain))
     graphs = RecordedNetwork(network, cuda_graph_recorder())
     for n, tau in enumerate([*TAUS, TAUS[0]]):
         x, tau_B = fed * (1 + n), torch.full((len(fed),), tau, device="cuda")

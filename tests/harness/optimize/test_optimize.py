@@ -28,7 +28,7 @@ from models.attention import math_attention
 from models.components import Conditioning
 from models.decoders import KLDecoder
 from tests.fixtures.models.parity import randomize, rel_l2
-from tests.fixtures.models.precompute import TAUS, precompute_plan, precomputed
+from tests.fixtures.models.precompute import TAUS, precompute, precompute_plan
 from tests.fixtures.parallel.networks import TINY
 from tests.fixtures.products import Products
 
@@ -51,7 +51,7 @@ def test_evaluations_with_precomputed_modulation_are_the_plain_ones(name: str, m
     latent, _, condition = TINY[name].inputs
     plain, network = TINY[name].build(math_attention), TINY[name].build(math_attention)
     with torch.inference_mode():
-        precomputed = precomputed(network, name, modulation, text).for_batch(condition, TAUS)
+        precomputed = precompute(network, name, modulation, text).for_batch(condition, TAUS)
         for tau in (*TAUS, TAUS[0], 345.5, TAUS[2]):
             mine = evaluated(network, latent, tau, precomputed.at(latent, tau))
             assert rel_l2(mine, evaluated(plain, latent, tau, condition)) < BOUND, tau
@@ -66,7 +66,7 @@ def test_requests_at_other_steps_share_a_forward(name: str) -> None:
     if condition.mask is not None and condition.prompt_embeds is not None:
         other = replace(condition, prompt_embeds=condition.prompt_embeds[:, :5], mask=condition.mask[:, :5])
     with torch.inference_mode():
-        modulation_cache = precomputed(network, name)
+        modulation_cache = precompute(network, name)
         requested = [(condition, 700.0), (other, 20.0)]
         precomputed = [modulation_cache.for_batch(c, TAUS).at(latent, tau) for c, tau in requested]
         tau_B = torch.tensor([700.0] * len(latent) + [20.0] * len(latent))
@@ -80,7 +80,7 @@ def test_every_modulation_is_computed_beforehand(name: str) -> None:
     """No modulation of a block or of the head is left to the evaluations; a conditioning without it is refused."""
     network = TINY[name].build(math_attention)
     linears = [n for n, _ in network.named_modules() if n.endswith("modulation")]
-    modulation_cache = precomputed(network, name)
+    modulation_cache = precompute(network, name)
     assert linears
     assert all(isinstance(network.get_submodule(n), OutputSlice) for n in linears)
     latent, tau_B, condition = TINY[name].inputs
@@ -94,7 +94,7 @@ def test_many_evaluations_are_computed_in_pieces() -> None:
     plain, network = TINY["sd3"].build(math_attention), TINY["sd3"].build(math_attention)
     taus = [1000.0 - i for i in range(70)]
     with torch.inference_mode():
-        precomputed = precomputed(network, "sd3").for_batch(condition, taus)
+        precomputed = precompute(network, "sd3").for_batch(condition, taus)
         for tau in (taus[0], taus[31], taus[32], taus[69], taus[5]):
             mine = evaluated(network, latent, tau, precomputed.at(latent, tau))
             assert rel_l2(mine, evaluated(plain, latent, tau, condition)) < BOUND, tau

@@ -20,6 +20,7 @@ from tests.fixtures.parallel.stale import (
     moving_inputs,
     settling,
     simulated,
+    stored_elements,
 )
 
 Degrees = tuple[int, ...]
@@ -106,4 +107,4 @@ def test_what_is_sent_and_kept_is_what_the_formulas_say(degrees: Degrees) -> Non
                 key = f"{name} {warmup} sent "
                 sent = {kind.removeprefix(key): int(x) for kind, x in found.items() if kind.startswith(key)}
                 assert sent == {kind: images * EVALUATIONS * count for kind, count in once.items()}, (name, warmup)
-                assert int(found[f"{name} {warmup} kept"]) == 4 * displaced_elements(trace, degrees)
+                assert int(found[f"{name} {warmup} kept"]) == 4 * stored_elements(trace, degrees)

@@ -25,6 +25,7 @@ from tests.fixtures.parallel.stale import (
     piped,
     settling,
     simulated,
+    stored_elements,
 )
 
 PIPELINES = [(2, 3), pytest.param(3, 4, marks=pytest.mark.slow)]
