@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test slow lint bench parity models clean
+.PHONY: run test slow lint bench parity models pages clean
 
 run: $(READY)
 	$(BIN)/python -m harness
@@ -33,6 +33,9 @@ parity: $(READY)
 
 models: $(READY)
 	$(BIN)/python -m tests.models.published_table
+
+pages: $(READY)
+	$(BIN)/python -m harness.resolve.compatibility_table
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

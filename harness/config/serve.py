@@ -70,12 +70,8 @@ MINIMUM = {
 }
 
 
-def check_serve(serve: ServeConfig, batches: bool) -> None:
+def check_serve(serve: ServeConfig) -> None:
     """Refuse settings that cannot serve.
-
-    Args:
-        serve: The `serve` group.
-        batches: Whether this engine can share forwards between requests.
 
     Raises:
         ValueError: A setting cannot serve; the message has the key, its value and what to give instead.
@@ -85,11 +81,6 @@ def check_serve(serve: ServeConfig, batches: bool) -> None:
             raise ValueError(f"serve.{name}={getattr(serve, name)}; give at least {minimum}")
     if serve.port > 65_535:
         raise ValueError(f"serve.port={serve.port}; give 0 to 65535")
-    if serve.max_batch > 1 and not batches:
-        raise ValueError(
-            f"serve.max_batch={serve.max_batch}, but engines other than native, model.offload=true and "
-            "approximate layouts run one request after another; set serve.max_batch=1"
-        )
 
 
 def check_load(load: LoadConfig) -> None:

@@ -26,13 +26,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from harness.config.plan import HardwareConfig
-from harness.config.schema import ParallelConfig
+from harness.config.schema import ParallelConfig, RunConfig
 from harness.costs.flops import attention_flops, rank_flops, sharded_attention_flops
 from harness.costs.memory import activation_elements
 from harness.costs.plan_file import AxisCollective, LayoutPrediction
 from harness.costs.request_trace import RequestTrace
 from harness.costs.traffic import FLOAT32, NetworkTrace, sent_bytes
 from harness.parallel.mesh import degrees, world_size
+from harness.resolve.conflicts import LAYOUT_CONFLICTS, check_conflicts
 from harness.resolve.layout_rules import ModelShape, check_layout
 
 AXIS_OF = {"all_to_all": "ulysses", "shift": "ring", "all_reduce": "tp", "all_gather": "tokens"}
@@ -152,12 +153,15 @@ def traffic(traced: RequestTrace, layout: ParallelConfig) -> dict[str, int]:
     return sent_bytes(_evaluated(traced, layout), degrees(layout), traced.itemsize)
 
 
-def valid_layouts(facts: ModelShape, ranks: int, micro_batches: int) -> Iterator[tuple[ParallelConfig, list[str]]]:
+def valid_layouts(
+    config: RunConfig, facts: ModelShape, ranks: int, micro_batches: int
+) -> Iterator[tuple[ParallelConfig, list[str]]]:
     """Yield every exact layout of up to `ranks` ranks that may run, with notes on its padding.
 
     Layouts whose replicas would be idle are left out, and so are layouts with stale keys and values.
 
     Args:
+        config: the resolved configuration, whose own layout is left aside.
         facts: the shape of the model.
         ranks: the largest number of ranks.
         micro_batches: the micro-batches of the request.
@@ -171,6 +175,7 @@ def valid_layouts(facts: ModelShape, ranks: int, micro_batches: int) -> Iterator
                 for ulysses in range(1, ranks // (cfg * tp * ring) + 1):
                     layout = ParallelConfig(cfg=cfg, tp=tp, ring=ring, ulysses=ulysses)
                     try:
+                        check_conflicts(replace(config, parallel=layout), LAYOUT_CONFLICTS)
                         notes = check_layout(layout, facts)
                     except ValueError:
                         continue

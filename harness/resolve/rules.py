@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from pathlib import Path
 
 import msgspec
 
+from harness.config.cache import CACHE_KEYS, check_cache
 from harness.config.cache import NONE as NO_CACHE
-from harness.config.cache import check_cache
-from harness.config.optimize import Optimize
 from harness.config.plan import check_plan
-from harness.config.schema import CheckpointDefaults, LaunchMode, Load, ParallelConfig, RunConfig, Task
+from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, Quantize, RunConfig, Task
 from harness.config.serve import check_load, check_serve
 from harness.metrics import pretrained
-from harness.parallel.mesh import AXES, degrees, world_size
+from harness.parallel.mesh import AXES
 from harness.records.media import ffmpeg
 from harness.resolve.checkpoint import check_checkpoint, locate
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, denoiser_defaults
 from harness.resolve.comparison import check_comparison
+from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
 from harness.resolve.engine import check_engine
-from harness.resolve.engines_table import NATIVE
+from harness.resolve.engines_table import refuse_unknown_engine
 from harness.resolve.layout import model_shape
-from harness.resolve.layout_rules import check_layout, is_approximate
+from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_server_limits, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.published_scheduler import check_published_scheduler
-from harness.resolve.quantize import check_quantize
 from harness.resolve.request import to_message
 from harness.resolve.scheduler import noise_scheduler_settings
 from models.registry import ARCHITECTURES, did_you_mean, resolve_backend
 from schedulers.compatibility import resolve as resolve_settings
 
 MAX_COLLECTIVE_S = 86_400
+QUANTIZE_PACKAGE = "torchao"
 
 
 def resolve_config(config: RunConfig) -> None:
@@ -47,17 +48,17 @@ def resolve_config(config: RunConfig) -> None:
         if config.parallel != ParallelConfig():
             warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
     _resolve_request(config)
+    _check_choices(config)
+    resolve_optimize(config)
+    trains = config.task.name is Task.train  # it has no checkpoint and no layout
+    check_conflicts(config, OTHER_CONFLICTS if trains else CONFLICTS)
     _check_layout(config, _check_model(config))
     if config.scheduler.family != PUBLISHED_FAMILY:
         resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
-    resolve_backend(config.attention.backend)
     check_engine(config)
-    resolve_optimize(config)
     _check_cache(config)
-    check_quantize(config)
     if config.task.name in (Task.serve, Task.load):
-        whole = config.model.offload or is_approximate(config.parallel)
-        check_serve(config.serve, config.engine.name == NATIVE and not whole)
+        check_serve(config.serve)
         check_load(config.load)
     if config.task.name is Task.load:
         _check_load_requests(config)
@@ -71,6 +72,27 @@ def resolve_config(config: RunConfig) -> None:
     _check_reference(config)
     if config.launch.reuse < 0:
         raise ValueError(f"launch.reuse={config.launch.reuse}; give at least 0, which starts fresh ranks for every job")
+
+
+def _check_choices(config: RunConfig) -> None:
+    """Refuse an engine, architecture, backend or cache that is unknown, or whose package is not installed."""
+    refuse_unknown_engine(config.engine.name)
+    resolve_backend(config.attention.backend)
+    model = config.model
+    if model.architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"model.architecture={model.architecture} is unknown{did_you_mean(model.architecture, ARCHITECTURES)}"
+        )
+    if config.cache.name not in CACHE_KEYS:
+        raise ValueError(f"cache.name={config.cache.name} is unknown; use one of {', '.join(CACHE_KEYS)}")
+    if model.quantize is not Quantize.none and importlib.util.find_spec(QUANTIZE_PACKAGE) is None:
+        raise ValueError(
+            f"model.quantize={model.quantize.name} needs the package {QUANTIZE_PACKAGE}: pip install "
+            "'triptych[quantize]', or drop it"
+        )
+    for axis in (*AXES, "pipe"):
+        if (size := getattr(config.parallel, axis)) < 1:
+            raise ValueError(f"parallel.{axis}={size}; a degree is at least 1")
 
 
 def _check_report(config: RunConfig) -> None:
@@ -118,8 +140,6 @@ def _check_load_requests(config: RunConfig) -> None:
         check_server_limits(sampled, config.serve)
     for side in config.load.sizes:
         check_size(side, side, config.model.size_multiple, config.model.max_pixels)
-    if config.launch.mode is LaunchMode.inprocess:
-        raise ValueError("task=load sends many requests at once to ranks of their own; use launch.mode=torchrun")
 
 
 def _check_model(config: RunConfig) -> Path | None:
@@ -136,10 +156,6 @@ def _check_model(config: RunConfig) -> Path | None:
         CheckpointError: The checkpoint is missing, foreign or incomplete.
     """
     model = config.model
-    if model.architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"model.architecture={model.architecture} is unknown{did_you_mean(model.architecture, ARCHITECTURES)}"
-        )
     if config.task.name is Task.train:
         return None
     denoiser = denoiser_defaults(config).weights
@@ -153,39 +169,14 @@ def _check_model(config: RunConfig) -> Path | None:
             raise ValueError(f"model.{name}={getattr(model, name)}; give at least 1")
     if model.text.cache_mib is not None and model.text.cache_mib < 0:
         raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which disables the cache")
-    if model.offload and not (
-        model.text.keep_loaded and config.engine.name == NATIVE and not config.parallel.shard_weights
-    ):
-        raise ValueError(
-            "model.offload=true keeps every network in CPU memory; leave out model.text.keep_loaded=false, "
-            "parallel.shard_weights=true and engine=diffusers"
-        )
     if model.text.tokens < 1:
         raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
     return layout.config_folder(denoiser)
 
 
 def _check_cache(config: RunConfig) -> None:
-    has_blocks = ARCHITECTURES[config.model.architecture].heads is not None
-    check_cache(config.cache, config.model.name, has_blocks, to_message(config.request).guidance)
-    if config.cache.name == NO_CACHE:
-        return
-    if config.engine.name != NATIVE:
-        raise ValueError(
-            f"cache={config.cache.name} works only in the native engine; leave out engine={config.engine.name}, or use "
-            "engine=cache_dit with cache=none"
-        )
-    if config.cache.name == "teacache" and config.engine.optimize is Optimize.compile:
-        raise ValueError(
-            "cache=teacache looks into a block, which engine.optimize=compile turns into a graph; use "
-            "cache=first_block or engine.optimize=eager"
-        )
-    if is_approximate(config.parallel):
-        raise ValueError(
-            f"cache={config.cache.name} skips evaluations whose keys and values this layout reuses in the next one; "
-            "leave out parallel.displaced and parallel.pipe, or use cache=none"
-        )
-    if config.task.name in (Task.plan, Task.train):
+    check_cache(config.cache, config.model.name, to_message(config.request).guidance)
+    if config.cache.name != NO_CACHE and config.task.name in (Task.plan, Task.train):
         warnings.warn(f"cache has no effect with task={config.task.name.name}", stacklevel=2)
 
 
@@ -203,12 +194,6 @@ def _check_reference(config: RunConfig) -> None:
 
 
 def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
-    for axis in (*AXES, "pipe"):
-        if (size := getattr(config.parallel, axis)) < 1:
-            raise ValueError(f"parallel.{axis}={size}; a degree is at least 1")
-    ranks = world_size(degrees(config.parallel))
-    if config.launch.mode is LaunchMode.inprocess and ranks > 1:
-        raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
     if denoiser is not None:
         for note in check_layout(config.parallel, model_shape(config, denoiser)):
             warnings.warn(note, stacklevel=2)

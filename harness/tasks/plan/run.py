@@ -91,7 +91,7 @@ def plan_layouts(config: RunConfig) -> Plan:
     micro_batches = math.ceil(len(request.prompts) * request.samples_per_prompt / request.batch_size)
     rows = [
         predict(traced, layout, machine, request.steps, micro_batches, notes)
-        for layout, notes in valid_layouts(shape, config.plan.ranks, micro_batches)
+        for layout, notes in valid_layouts(config, shape, config.plan.ranks, micro_batches)
     ]
     return _make_plan(config, hardware, measured, layouts=sorted(rows, key=_sort_key))
 

@@ -210,16 +210,22 @@ def test_images_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["engine=diffusers", "parallel=dp2"], "runs one rank, the layout has 2; use parallel=single"),
-        (["engine=diffusers", "model=ddpm_cifar10", "model.load=dummy"], "does not run architecture unet"),
+        (
+            ["engine=diffusers", "model=ddpm_cifar10", "model.load=dummy"],
+            "with model=ddpm_cifar10: it runs dit, .*; use",
+        ),
         (["engine=diffusers", "attention=flex"], "attention=flex does not run.*choose auto, sdpa, math"),
         (
             ["engine=diffusers", "task.fidelity_per_step=true"],
-            "task.fidelity_per_step reads the state after every step",
+            "it does not provide the state after every step",
         ),
         (["engine=diffusers", "scheduler/solver=rk45"], "rk45 chooses its timesteps by the image"),
         (["engine=diffusers", "request.guidance=0.5"], "guides above 1 only"),
         (["engine=diffusers", "model=flux", "model.load=dummy", "scheduler=ddpm"], "scheduler=ddpm does not fit"),
-        (["engine=diffusers", "model=dit_256", "model.load=dummy", *LEARNED], "drops the learned variance"),
+        (
+            ["engine=diffusers", "model=dit_256", "model.load=dummy", *LEARNED],
+            "drop the learned variance",
+        ),
         (
             ["engine=diffusers", "model=dit_256", "model.load=dummy", "request.negative_prompt=cock"],
             "has no negative class",

@@ -37,15 +37,18 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=wan_1_3b"], "does not run architecture wan; it runs sd3, flux, z_image: use engine=native"),
-        ([], "does not run architecture pixart"),
+        (["model=wan_1_3b"], "does not go with model=wan_1_3b: it runs sd3, flux, z_image; use engine=native"),
+        ([], "does not go with model=emoji: it runs sd3"),
         (["model=flux", "parallel=dp2"], "runs one rank, the layout has 2"),
         (["model=flux", "engine.optimize=compile"], "engine.optimize=compile does not go with engine=sglang"),
         (
             ["model=z_image_turbo", "attention=flash"],
             "does not run in SGLang-Diffusion's network of model=z_image_turb",
         ),
-        (["model=flux", "task.fidelity_per_step=true"], "task.fidelity_per_step reads the state after every step"),
+        (
+            ["model=flux", "task.fidelity_per_step=true"],
+            "it does not provide the state after every step",
+        ),
     ],
     ids=str,
 )

@@ -236,7 +236,7 @@ def test_it_is_declared_and_its_reference_goes_without() -> None:
         (["engine.optimize=eager", "parallel=ulysses2", "parallel.shard_weights=true"], "parallel.shard_weights"),
         (["engine.optimize=eager", "engine=diffusers"], "does not go with engine=diffusers"),
         (["engine.optimize=fast"], "engine.optimize"),
-        (["engine.optimize=compile", "task=train"], "no effect on task=train"),
+        (["engine.optimize=compile", "task=train"], "does not go with task=train: it has no effect on training"),
     ],
 )
 def test_what_does_not_go_together_is_refused(overrides: list[str], says: str) -> None:

@@ -137,7 +137,7 @@ def emoji(*overrides: str) -> Plan:
 def test_every_legal_layout_is_listed_and_no_other() -> None:
     config = compose_run([]).config
     facts = model_shape(config, locate(config.model, "transformer").config_folder("transformer"))
-    found = [layout for layout, _ in valid_layouts(facts, 8, micro_batches=2)]
+    found = [layout for layout, _ in valid_layouts(config, facts, 8, micro_batches=2)]
     for layout in found:
         check_layout(layout, facts)
     names = [layout_label(layout) for layout in found]
