@@ -22,6 +22,7 @@ from harness.device.device import denoiser_dtype, torch_dtype
 from harness.parallel.vae import RowShardableDecoder
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.request import to_message
+from harness.resolve.run import ResolvedRun
 from models.attention import attention_kernel
 from models.components import ComponentLoader, Components, Conditioning
 from models.registry import ARCHITECTURES
@@ -66,11 +67,11 @@ class _ScalarsAreTrue(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace_request(config: RunConfig) -> RequestTrace:
+def trace_request(run: ResolvedRun) -> RequestTrace:
     """Build and trace the first micro-batch of a request.
 
     Args:
-        config: the resolved configuration.
+        run: the resolved run.
 
     Returns:
         The traces and sizes.
@@ -78,7 +79,7 @@ def trace_request(config: RunConfig) -> RequestTrace:
     Raises:
         CheckpointError: a configuration that no network can be built from.
     """
-    source = source_of(config, META)
+    config, source = run.config, source_of(run, META)
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[config.model.architecture].module).load
     parts = load(source, attention_kernel("math"))
     prompts, negatives = encode_prompts(config, parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from pathlib import Path
 
 import msgspec
 
@@ -22,13 +21,12 @@ from harness.resolve.comparison import check_comparison
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
 from harness.resolve.engine import check_engine
 from harness.resolve.engines_table import refuse_unknown_engine
-from harness.resolve.layout import model_shape
 from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_server_limits, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.published_scheduler import check_published_scheduler
 from harness.resolve.request import to_message
-from harness.resolve.scheduler import noise_scheduler_settings
+from harness.resolve.run import ResolvedRun
 from models.registry import ARCHITECTURES, did_you_mean, resolve_backend
 from schedulers.compatibility import resolve as resolve_settings
 
@@ -52,9 +50,15 @@ def resolve_config(config: RunConfig) -> None:
     resolve_optimize(config)
     trains = config.task.name is Task.train  # it has no checkpoint and no layout
     check_conflicts(config, OTHER_CONFLICTS if trains else CONFLICTS)
-    _check_layout(config, _check_model(config))
-    if config.scheduler.family != PUBLISHED_FAMILY:
-        resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
+    if not trains:
+        _check_model(config)
+    run = ResolvedRun(config)
+    if not trains:
+        for note in check_layout(config.parallel, run.shape):
+            warnings.warn(note, stacklevel=2)
+    _check_launch(config)
+    if run.noise_scheduler is not None:
+        resolve_settings(run.noise_scheduler, config.request.steps)
     check_engine(config)
     _check_cache(config)
     if config.task.name in (Task.serve, Task.load):
@@ -142,22 +146,14 @@ def _check_load_requests(config: RunConfig) -> None:
         check_size(side, side, config.model.size_multiple, config.model.max_pixels)
 
 
-def _check_model(config: RunConfig) -> Path | None:
-    """Refuse a checkpoint that cannot run.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        The folder of the denoiser's config.json, or None if none is read.
+def _check_model(config: RunConfig) -> None:
+    """Download what is missing of a checkpoint, and refuse one that cannot run.
 
     Raises:
         ValueError: A key of the model has a wrong value.
         CheckpointError: The checkpoint is missing, foreign or incomplete.
     """
     model = config.model
-    if config.task.name is Task.train:
-        return None
     denoiser = denoiser_defaults(config).weights
     apply_training_facts(config)
     layout = locate(model, denoiser, fetch=True)
@@ -171,7 +167,6 @@ def _check_model(config: RunConfig) -> Path | None:
         raise ValueError(f"model.text.cache_mib={model.text.cache_mib}; give at least 0, which disables the cache")
     if model.text.tokens < 1:
         raise ValueError(f"model.text.tokens={model.text.tokens}; give at least 1")
-    return layout.config_folder(denoiser)
 
 
 def _check_cache(config: RunConfig) -> None:
@@ -193,10 +188,7 @@ def _check_reference(config: RunConfig) -> None:
     check_request(msgspec.structs.replace(to_message(config.request), steps=steps))
 
 
-def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
-    if denoiser is not None:
-        for note in check_layout(config.parallel, model_shape(config, denoiser)):
-            warnings.warn(note, stacklevel=2)
+def _check_launch(config: RunConfig) -> None:
     threads = config.launch.threads_per_rank
     if threads is not None and threads < 1:
         raise ValueError(f"launch.threads_per_rank={threads}; give at least 1, or null for cores / ranks")

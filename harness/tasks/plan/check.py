@@ -21,6 +21,7 @@ from harness.parallel.mesh import degrees, world_size
 from harness.records.record import Record, read_record
 from harness.resolve.layout_rules import is_approximate
 from harness.resolve.names import one_line
+from harness.resolve.run import ResolvedRun
 
 
 def native_records(tree: Path) -> Iterator[tuple[Path, Record]]:
@@ -78,7 +79,7 @@ def _with_prediction(
     if is_approximate(layout):
         raise ValueError("not predicted: its keys and values are stale, and only exact layouts are predicted")
     dtype = torch_dtype(denoiser_dtype(config.model))
-    traced = trace_request(config)
+    traced = trace_request(ResolvedRun(config))
     row = predict(traced, layout, device_rates(hardware(dtype), dtype.itemsize), record.statistics.nfe, 1, [])
     evaluations_per_step = record.statistics.nfe / steps
     micro_batches = math.ceil(len(record.samples) / request.batch_size)

@@ -24,6 +24,7 @@ from harness.messages import GenerationRequest, RankOutcome, decode
 from harness.parallel.mesh import RankPosition
 from harness.records.record import Record, load
 from harness.resolve.compose import ConfigError, compose_run
+from harness.resolve.run import ResolvedRun
 from models.files import read_json
 from models.names import NameMap
 from models.registry import ARCHITECTURES
@@ -181,7 +182,7 @@ def test_random_weights_are_the_native_ones(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     case.save(tmp_path)
     config = compose_run([*overrides_of(case, tmp_path), "model.load=dummy", "model.dtype=bfloat16"]).config
-    source, architecture = source_of(config, torch.device("cpu")), config.model.architecture
+    source, architecture = source_of(ResolvedRun(config), torch.device("cpu")), config.model.architecture
     native = importlib.import_module(ARCHITECTURES[architecture].module).load_denoiser(source)
     peer = load_baseline(architecture, source, native_components(architecture, source)).network
     if architecture == "sd":
@@ -266,7 +267,7 @@ def test_a_cancelled_request_ends_at_the_next_step_and_leaves_no_hook(tmp_path: 
     case = CASES["sd21"]
     case.save(tmp_path)
     config = compose_run([*overrides_of(case, tmp_path), "engine=diffusers"]).config
-    worker = build_worker(config, RankPosition(0, [1, 1, 1, 1, 1]), torch.device("cpu"))
+    worker = build_worker(ResolvedRun(config), RankPosition(0, [1, 1, 1, 1, 1]), torch.device("cpu"))
     steps: list[int] = []
     request = GenerationRequest("r", ["a"], 5, 2.0, 48, 32)
 

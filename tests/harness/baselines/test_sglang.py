@@ -70,7 +70,7 @@ def test_what_it_cannot_import_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "sglang", None)
     monkeypatch.delitem(sys.modules, "harness.baselines.sglang", raising=False)
     CASES["sd3"].save(tmp_path)
-    source = source_of(compose_run(overrides_of(CASES["sd3"], tmp_path)).config, torch.device("cpu"))
+    source = source_of(compose_run(overrides_of(CASES["sd3"], tmp_path)), torch.device("cpu"))
     parts, row, slot = native_components("sd3", source), BASELINES["sd3"].sglang, published_scheduler(source)
     assert row is not None
     with pytest.raises(ValueError, match=r"^engine=sglang cannot import SGLang \(.*sglang.*; install what is named"):
@@ -152,7 +152,7 @@ def test_nothing_of_diffusers_network_is_left_and_a_failure_is_no_fall_back(
 ) -> None:
     """Without its own names for a few keys, SGLang builds the published Z-Image, which does not fit these weights."""
     CASES["z_image"].save(tmp_path)
-    source = source_of(compose_run(overrides_of(CASES["z_image"], tmp_path)).config, torch.device("cpu"))
+    source = source_of(compose_run(overrides_of(CASES["z_image"], tmp_path)), torch.device("cpu"))
     parts, row, slot = native_components("z_image", source), BASELINES["z_image"].sglang, published_scheduler(source)
     assert row is not None
     theirs = load_baseline("z_image", source, parts)
