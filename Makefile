@@ -36,6 +36,7 @@ models: $(READY)
 
 pages: $(READY)
 	$(BIN)/python -m harness.resolve.reference
+	$(BIN)/python -m harness.resolve.compatibility_table
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

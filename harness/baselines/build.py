@@ -13,17 +13,16 @@ from harness.baselines.denoise import BaselineDenoising, NoisePreparation
 from harness.baselines.model import BaselineLoader, BaselineModel
 from harness.baselines.noise_scheduler import MakeScheduler, native_scheduler, published_scheduler
 from harness.config.optimize import Optimize
-from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest
 from harness.optimize.compile_blocks import compile_forwards
 from harness.pipeline.decode import Decoding
 from harness.pipeline.stage import Stage
-from harness.pipeline.state import image_specs
+from harness.pipeline.state import image_specs, require
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation, Limits
-from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
-from harness.resolve.engines_table import BASELINES, CACHE_DIT, SGLANG, SglangRow, baseline_attention, engine_version
+from harness.resolve.engines_table import BASELINES, CACHE_DIT, SGLANG, SglangRow, engine_version
+from harness.resolve.run import ResolvedRun
 from models.attention import sdpa_attention
 from models.checkpoint_source import CheckpointSource
 from models.components import ComponentLoader, Components
@@ -112,7 +111,7 @@ class BaselineStages:
 
 
 def baseline_stages(
-    config: RunConfig,
+    run: ResolvedRun,
     source: CheckpointSource,
     parts: Components,
     noise_scheduler: NoiseScheduler,
@@ -122,7 +121,7 @@ def baseline_stages(
     """Load the pipeline and build the stages around it, with the names that they have in a native run.
 
     Args:
-        config: the resolved configuration.
+        run: the resolved run.
         source: the checkpoint.
         parts: the native components on the meta device.
         noise_scheduler: the noise scheduler of a native run.
@@ -136,7 +135,8 @@ def baseline_stages(
         CheckpointError: weights that are missing, broken or do not fit.
         ValueError: a noise scheduler that cannot drive the pipeline, or a cache that skips nothing.
     """
-    architecture, published = config.model.architecture, config.scheduler.family == PUBLISHED_FAMILY
+    config, attention = run.config, require(run.attention.in_baseline)
+    architecture, published = config.model.architecture, run.noise_scheduler is None
     if published:
         make_scheduler = published_scheduler(source)
     else:
@@ -166,7 +166,7 @@ def baseline_stages(
                 make_scheduler,
                 noise_scheduler,
                 parts.guidance,
-                baseline_attention(config),
+                attention,
                 parts.size_multiple,
                 has_own_noise=published,
                 cache=cache,

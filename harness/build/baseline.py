@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from harness.baselines.build import baseline_stages, native_components
 from harness.build.common import cache_mib, check_size_multiple, limits_of, noise_scheduler_of
-from harness.config.schema import RunConfig
 from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.executor import SyncExecutor
+from harness.resolve.run import ResolvedRun
 from models.checkpoint_source import CheckpointSource
 
 
-def baseline_pipeline(config: RunConfig, source: CheckpointSource) -> ComposedPipeline:
+def baseline_pipeline(run: ResolvedRun, source: CheckpointSource) -> ComposedPipeline:
     """Build the stages around diffusers' pipeline of the checkpoint.
 
     Args:
-        config: the resolved configuration.
+        run: the resolved run.
         source: the checkpoint's files.
 
     Returns:
@@ -24,8 +24,9 @@ def baseline_pipeline(config: RunConfig, source: CheckpointSource) -> ComposedPi
         CheckpointError: if weights are missing, broken or do not fit.
         ValueError: if settings do not go together.
     """
+    config = run.config
     components = native_components(config.model.architecture, source)
     check_size_multiple(config.model, components)
-    noise_scheduler, limits = noise_scheduler_of(config, source, components), limits_of(config, components)
-    stages = baseline_stages(config, source, components, noise_scheduler, limits, cache_mib(config))
+    noise_scheduler, limits = noise_scheduler_of(run, source, components), limits_of(run, components)
+    stages = baseline_stages(run, source, components, noise_scheduler, limits, cache_mib(config))
     return ComposedPipeline(stages.validation, stages.stages, SyncExecutor())

@@ -11,12 +11,10 @@ from harness.config.schema import Load, ModelConfig, RunConfig, Task
 from harness.device.device import torch_dtype
 from harness.messages import GenerationRequest
 from harness.pipeline.validate import Limits
-from harness.resolve.checkpoint import locate
-from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, denoiser_defaults
-from harness.resolve.layout import model_shape, shape_for_request
+from harness.resolve.layout import shape_for_request
 from harness.resolve.layout_rules import check_layout
 from harness.resolve.published_scheduler import scheduler_file
-from harness.resolve.scheduler import noise_scheduler_settings
+from harness.resolve.run import ResolvedRun
 from models.checkpoint_source import CheckpointSource, LoraFile
 from models.components import Components
 from schedulers.build import build as build_noise_scheduler
@@ -28,11 +26,11 @@ DEFAULT_CACHE_MIB = 64.0
 """MiB of encoded prompts that are cached by default."""
 
 
-def source_of(config: RunConfig, device: torch.device) -> CheckpointSource:
+def source_of(run: ResolvedRun, device: torch.device) -> CheckpointSource:
     """Return where this run's components are loaded from.
 
     Args:
-        config: the resolved configuration.
+        run: the resolved run.
         device: the device that computes.
 
     Returns:
@@ -41,11 +39,10 @@ def source_of(config: RunConfig, device: torch.device) -> CheckpointSource:
     Raises:
         CheckpointError: if there is no such folder or file.
     """
-    model, denoiser = config.model, denoiser_defaults(config).weights
-    place = locate(model, denoiser)
+    model, place = run.config.model, run.checkpoint
     return CheckpointSource(
         folder=place.folder,
-        denoiser=denoiser,
+        denoiser=run.denoiser,
         device=device,
         dtype=torch_dtype(model.dtype),
         dtypes={name: torch_dtype(dtype) for name, dtype in place.dtypes.items()},
@@ -56,11 +53,11 @@ def source_of(config: RunConfig, device: torch.device) -> CheckpointSource:
     )
 
 
-def noise_scheduler_of(config: RunConfig, source: CheckpointSource, components: Components) -> NoiseScheduler:
+def noise_scheduler_of(run: ResolvedRun, source: CheckpointSource, components: Components) -> NoiseScheduler:
     """Build the run's noise scheduler: the checkpoint's own, or the one that group `scheduler` composes.
 
     Args:
-        config: the resolved configuration.
+        run: the resolved run.
         source: the checkpoint's files.
         components: the loaded components.
 
@@ -70,18 +67,16 @@ def noise_scheduler_of(config: RunConfig, source: CheckpointSource, components: 
     Raises:
         ValueError: if a published configuration, or the settings, cannot run.
     """
-    if config.scheduler.family == PUBLISHED_FAMILY:
+    if run.noise_scheduler is None:
         noise_scheduler = from_diffusers(scheduler_file(source.folder), even_sigmas=components.even_sigmas)
     else:
-        noise_scheduler = build_noise_scheduler(noise_scheduler_settings(config.scheduler))
+        noise_scheduler = build_noise_scheduler(run.noise_scheduler)
     learns_variance = isinstance(noise_scheduler.prediction, LearnedVariance)
     if learns_variance and not components.learned_variance:
-        family = config.scheduler.family
-        own = family == PUBLISHED_FAMILY
         change = (
             "choose another noise scheduler"
-            if own
-            else f"set model.checkpoint_defaults.{family}.learned_variance=false"
+            if run.noise_scheduler is None
+            else f"set model.checkpoint_defaults.{run.noise_scheduler.family}.learned_variance=false"
         )
         raise ValueError(
             "the noise scheduler expects a learned variance, but this network outputs no more channels than the state "
@@ -92,13 +87,12 @@ def noise_scheduler_of(config: RunConfig, source: CheckpointSource, components: 
     return noise_scheduler
 
 
-def limits_of(config: RunConfig, components: Components) -> Limits:
+def limits_of(run: ResolvedRun, components: Components) -> Limits:
     """Return what the configuration, its layout and the checkpoint allow a request to have."""
-    model, denoiser = config.model, denoiser_defaults(config).weights
-    shape = model_shape(config, locate(model, denoiser).config_folder(denoiser))
+    model, layout, shape = run.config.model, run.config.parallel, run.shape
 
     def check(request: GenerationRequest) -> None:
-        check_layout(config.parallel, shape_for_request(shape, model, request))
+        check_layout(layout, shape_for_request(shape, model, request))
 
     return Limits(
         model.size_multiple,

@@ -33,28 +33,24 @@ from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation
 from harness.resolve.checkpoint import COMPONENTS
-from harness.resolve.engines_table import DIFFUSERS, NATIVE, SGLANG, baseline_attention
+from harness.resolve.engines_table import DIFFUSERS, SGLANG
 from harness.resolve.layout_rules import needs_lse, patches_of
+from harness.resolve.run import ResolvedRun
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
 from models.blocks import RunnerFeature, wrap_runners
 from models.checkpoint_source import CheckpointSource
 from models.components import ComponentLoader, Components, Decoder, networks_in
 from models.quantize import quantize
-from models.registry import ARCHITECTURES, resolve_backend
+from models.registry import ARCHITECTURES
 from models.tensor_slice import ShardWeights
 
 
-def backend_of(config: RunConfig, device: torch.device) -> str:
-    """Return the attention backend to use on the device."""
-    return resolve_backend(config.attention.backend, device.type, with_lse=needs_lse(config.parallel))
-
-
-def attention_name(config: RunConfig, device: torch.device) -> str:
+def attention_name(run: ResolvedRun, device: torch.device) -> str:
     """Return the name of the kernel that computes attention.
 
     Args:
-        config: the resolved configuration.
+        run: the resolved run.
         device: the device that computes.
 
     Returns:
@@ -63,9 +59,10 @@ def attention_name(config: RunConfig, device: torch.device) -> str:
     Raises:
         NotImplementedError: if the configured backend does not run on this machine.
     """
-    if config.engine.name != NATIVE:
-        return f"{SGLANG if config.engine.name == SGLANG else DIFFUSERS} {baseline_attention(config)}"
-    return resolved_name(config.attention.backend, device.type, with_lse=needs_lse(config.parallel))
+    attention = run.attention
+    if attention.in_baseline is not None:
+        return f"{SGLANG if run.config.engine.name == SGLANG else DIFFUSERS} {attention.in_baseline}"
+    return resolved_name(attention.requested, device.type, attention.with_lse)
 
 
 def apply_layout(
@@ -103,12 +100,12 @@ def apply_layout(
 
 
 def native_pipeline(
-    config: RunConfig, source: CheckpointSource, position: RankPosition
+    run: ResolvedRun, source: CheckpointSource, position: RankPosition
 ) -> tuple[ComposedPipeline, ProcessGroups]:
     """Build the stages around the native network.
 
     Args:
-        config: the resolved configuration.
+        run: the resolved run.
         source: the checkpoint's files.
         position: this rank's position on the mesh.
 
@@ -119,12 +116,12 @@ def native_pipeline(
         CheckpointError: if weights are missing, broken or do not fit.
         ValueError: if settings do not go together.
     """
-    model = config.model
+    config, model = run.config, run.config.model
     timeout = timedelta(seconds=config.launch.collective_timeout_s)
     # before loading, whose time may differ between ranks
     groups = make_process_groups(position, source.device, timeout)
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
-    backend = backend_of(config, source.device)
+    backend = run.attention.backend(source.device.type)
     sharder: ShardWeights | None = partial(shard_linears, group=groups.tp) if groups.tp.size > 1 else None
     if config.parallel.pipe > 1:
         sharder = partial(drop_blocks, group=groups.ring)
@@ -144,7 +141,7 @@ def native_pipeline(
     wrap_runners(components.network, components.plan, optimized.precompute, cached, layout)
     if config.parallel.shard_weights:
         apply_fsdp(components.network, components.plan, groups.weights, source.device)
-    noise_scheduler = noise_scheduler_of(config, source, components)
+    noise_scheduler = noise_scheduler_of(run, source, components)
     text = TextEncoding(
         optimized.load_prompts, components.guidance, PromptCache(cache_mib(config)), model.text.keep_loaded
     )
@@ -166,7 +163,7 @@ def native_pipeline(
         with_offload(decoding, components.decoder),
     ]
     return ComposedPipeline(
-        InputValidation(limits_of(config, components), noise_scheduler), stages, SyncExecutor()
+        InputValidation(limits_of(run, components), noise_scheduler), stages, SyncExecutor()
     ), groups
 
 

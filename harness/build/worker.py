@@ -20,6 +20,7 @@ from harness.optimize.upcast import should_upcast
 from harness.parallel.mesh import RankPosition
 from harness.parallel.process_groups import single_rank_groups
 from harness.resolve.engines_table import NATIVE
+from harness.resolve.run import ResolvedRun
 from harness.serving.worker import Worker
 
 
@@ -39,11 +40,11 @@ def measure_ceiling(config: RunConfig, device: torch.device) -> float:
     return ceiling_tflops(device, torch.float32 if should_upcast(device, dtype) else dtype, synchronizer(device))
 
 
-def build_worker(config: RunConfig, position: RankPosition, device: torch.device) -> Worker:
+def build_worker(run: ResolvedRun, position: RankPosition, device: torch.device) -> Worker:
     """Load the components on the device, and build the pipeline.
 
     Args:
-        config: the resolved configuration.
+        run: the resolved run.
         position: this rank's position on the mesh.
         device: the device that computes.
 
@@ -56,13 +57,13 @@ def build_worker(config: RunConfig, position: RankPosition, device: torch.device
     """
     if device.type == "cuda":
         prepare_cuda(device)
-    source = source_of(config, device)
-    if config.engine.name == NATIVE:
-        pipeline, groups = native_pipeline(config, source, position)
+    source = source_of(run, device)
+    if run.config.engine.name == NATIVE:
+        pipeline, groups = native_pipeline(run, source, position)
     else:
         from harness.build.baseline import baseline_pipeline  # imports diffusers' pipelines
 
-        pipeline, groups = baseline_pipeline(config, source), single_rank_groups()
+        pipeline, groups = baseline_pipeline(run, source), single_rank_groups()
     memory: MemoryMeter = CudaMemory(device) if device.type == "cuda" else ResidentMemory()
     memory.release()  # free what loading needed
     energy = energy_meter(device)

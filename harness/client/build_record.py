@@ -30,10 +30,9 @@ from harness.records.record import (
     Statistics,
     fingerprint,
 )
-from harness.resolve.checkpoint import locate
-from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import to_dict
 from harness.resolve.engines_table import CACHE_DIT, engine_version
+from harness.resolve.run import ResolvedRun
 from models import hub
 
 OPERATORS = 20  # the number of operators that a profile lists by name
@@ -229,7 +228,7 @@ def build_record(
     """Return the record of one run; `pixels` are the last answer's samples, whose rows are added later."""
     declared = to_dict(config)
     prompts = [sample.prompt for sample in results[-1].samples]
-    folder = locate(config.model, denoiser_defaults(config).weights).folder
+    folder = ResolvedRun(config).checkpoint.folder
     scored, reasons = score_quality(folder, pixels, prompts)
     extra, more = score_pretrained(config.quality, pixels, prompts)
     all_notes = dict.fromkeys(

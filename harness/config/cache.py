@@ -79,26 +79,20 @@ BLOCK_CACHES = tuple(name for name, keys in CACHE_KEYS.items() if "order" in key
 GUIDANCE_CACHES = tuple(name for name, keys in CACHE_KEYS.items() if keys and name not in BLOCK_CACHES)
 
 
-def check_cache(cache: CacheConfig, model: str, has_blocks: bool, guidance: float) -> None:
-    """Fill the keys that are null and refuse a cache that cannot run.
+def check_cache(cache: CacheConfig, model: str, guidance: float) -> None:
+    """Fill the keys that are null and refuse numbers that cannot run.
 
     Args:
         cache: The `cache` group, changed in place.
         model: The model's name.
-        has_blocks: Whether the network is a transformer of equal blocks.
         guidance: The request's guidance scale.
 
     Raises:
-        ValueError: The cache cannot run; one line says what to change.
+        ValueError: A number is out of range; one line says what to change.
     """
     given = [f.name for f in fields(CacheConfig) if f.name != "name" and getattr(cache, f.name) is not None]
     for unused in (key for key in given if key not in CACHE_KEYS[cache.name]):
         warnings.warn(f"cache.{unused} has no effect with cache={cache.name}", stacklevel=2)
-    if cache.name in BLOCK_CACHES and not has_blocks:
-        raise ValueError(
-            f"cache={cache.name} skips equal blocks, and model={model} has a U-Net; use cache=guidance_interval, "
-            "guidance_skip or none"
-        )
     if cache.name in GUIDANCE_CACHES and guidance == 1:
         warnings.warn(f"cache={cache.name} has no effect with request.guidance=1, which has one branch", stacklevel=2)
     fill_defaults(cache, model)

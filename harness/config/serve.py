@@ -79,23 +79,6 @@ class LoadConfig:
     )
 
 
-def check_serve(serve: ServeConfig, batches: bool) -> None:
-    """Refuse settings that cannot serve.
-
-    Args:
-        serve: The `serve` group.
-        batches: Whether this engine can share forwards between requests.
-
-    Raises:
-        ValueError: A setting cannot serve; the message has the key, its value and what to give instead.
-    """
-    if serve.max_batch > 1 and not batches:
-        raise ValueError(
-            f"serve.max_batch={serve.max_batch}, but engines other than native, model.offload=true and "
-            "approximate layouts run one request after another; set serve.max_batch=1"
-        )
-
-
 def check_load(load: LoadConfig) -> None:
     """Refuse clients that cannot be made.
 

@@ -25,6 +25,7 @@ from harness.parallel.mesh import degrees, world_size
 from harness.parallel.vae import RowShardableDecoder
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.request import to_message
+from harness.resolve.run import ResolvedRun
 from models.attention import attention_kernel
 from models.checkpoint_source import CheckpointSource
 from models.components import ComponentLoader, Components, Conditioning
@@ -76,11 +77,11 @@ class _ScalarsAreTrue(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace_request(config: RunConfig) -> RequestTrace:
+def trace_request(run: ResolvedRun) -> RequestTrace:
     """Build and trace the first micro-batch of a request.
 
     Args:
-        config: the resolved configuration.
+        run: the resolved run.
 
     Returns:
         The traces and sizes.
@@ -88,7 +89,7 @@ def trace_request(config: RunConfig) -> RequestTrace:
     Raises:
         CheckpointError: a configuration that no network can be built from.
     """
-    source = source_of(config, META)
+    config, source = run.config, source_of(run, META)
     parts = _components(config, source)
     prompts, negatives = encode_prompts(config, parts)
     guided = to_message(config.request).guidance != 1 and not parts.guidance.embedded
@@ -129,7 +130,7 @@ def decode_traffic(config: RunConfig) -> list[dict[str, int]]:
         CheckpointError: a configuration that no decoder can be built from.
     """
     ranks = world_size(degrees(config.parallel)[1:])
-    parts = _components(config, source_of(config, META))
+    parts = _components(config, source_of(ResolvedRun(config), META))
     decoder = parts.decoder
     if ranks == 1 or not isinstance(decoder, RowShardableDecoder):
         return [{}] * ranks

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from harness.config.plan import HardwareConfig
-from harness.config.schema import ParallelConfig
+from harness.config.schema import ParallelConfig, RunConfig
 from harness.costs.flops import attention_flops, rank_flops, sharded_attention_flops
 from harness.costs.memory import activation_elements
 from harness.costs.plan_file import AxisCollective, LayoutPrediction
@@ -34,6 +34,7 @@ from harness.costs.request_trace import RequestTrace
 from harness.costs.traffic import FLOAT32, NetworkTrace, pipe_bytes, sent_bytes, weight_bytes
 from harness.parallel.fsdp import TRAFFIC_KIND
 from harness.parallel.mesh import degrees, world_size
+from harness.resolve.conflicts import LAYOUT_CONFLICTS, check_conflicts
 from harness.resolve.layout_rules import ModelShape, check_layout
 
 AXIS_OF = {"all_to_all": "ulysses", "shift": "ring", "all_reduce": "tp", "all_gather": "tokens"}
@@ -171,12 +172,15 @@ def _weight_ranks(layout: ParallelConfig) -> int:
     return layout.cfg * layout.ring * layout.ulysses
 
 
-def valid_layouts(facts: ModelShape, ranks: int, micro_batches: int) -> Iterator[tuple[ParallelConfig, list[str]]]:
+def valid_layouts(
+    config: RunConfig, facts: ModelShape, ranks: int, micro_batches: int
+) -> Iterator[tuple[ParallelConfig, list[str]]]:
     """Yield every exact layout of up to `ranks` ranks that may run, with notes on its padding.
 
     Layouts whose replicas would be idle are left out, and so are layouts with stale keys and values.
 
     Args:
+        config: the resolved configuration, whose own layout is left aside.
         facts: the shape of the model.
         ranks: the largest number of ranks.
         micro_batches: the micro-batches of the request.
@@ -190,6 +194,7 @@ def valid_layouts(facts: ModelShape, ranks: int, micro_batches: int) -> Iterator
                 for ulysses in range(1, ranks // (cfg * tp * ring) + 1):
                     layout = ParallelConfig(cfg=cfg, tp=tp, ring=ring, ulysses=ulysses)
                     try:
+                        check_conflicts(replace(config, parallel=layout), LAYOUT_CONFLICTS)
                         notes = check_layout(layout, facts)
                     except ValueError:
                         continue

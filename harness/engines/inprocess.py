@@ -12,7 +12,8 @@ from harness.config.schema import RunConfig
 from harness.engines.environment import arithmetic_environment, threads_per_rank
 from harness.engines.protocol import Answer, OnProgress, RequestFailed
 from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Progress, decode
-from harness.parallel.mesh import RankPosition, degrees
+from harness.parallel.mesh import RankPosition
+from harness.resolve.run import ResolvedRun
 
 if TYPE_CHECKING:
     from harness.serving.request_scheduler import RequestScheduler
@@ -74,10 +75,10 @@ class InprocessEngine:
             torch.set_flush_denormal(False)
 
         self._restore = restore
-        start = time.perf_counter()
+        start, run = time.perf_counter(), ResolvedRun(self._config)
         threads, device = threads_per_rank(self._config.launch, 1), pick_device(0)
         prepare_cpu(self._config, threads)
-        worker = build_worker(self._config, RankPosition(0, degrees(self._config.parallel)), device)
+        worker = build_worker(run, RankPosition(0, run.degrees), device)
         self._scheduler = RequestScheduler(worker, LocalCollectives(), NoCancelFlags())
         load_ms = (time.perf_counter() - start) * 1e3
         return EngineInfo(
@@ -86,7 +87,7 @@ class InprocessEngine:
             [os.getpid()],
             load_ms=load_ms,
             device=str(device),
-            attention=attention_name(self._config, device),
+            attention=attention_name(run, device),
             threads=threads,
             loaded=worker.loaded,
             ceiling_tflops=[measure_ceiling(self._config, device)],

@@ -28,6 +28,7 @@ from harness.engines.torchrun import RankError
 from harness.messages import EngineInfo, LoadedComponent
 from harness.parallel.mesh import RankPosition, degrees
 from harness.records.record import write_atomically
+from harness.resolve.run import ResolvedRun
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Addresses, router
 
@@ -131,6 +132,7 @@ def check_world_size(layout: int, started: int) -> None:
 
 def _serve(config: RunConfig, addresses: Addresses, position: RankPosition) -> None:
     import_required(config)
+    run = ResolvedRun(config)
     import torch.distributed as dist
     import zmq
 
@@ -151,7 +153,7 @@ def _serve(config: RunConfig, addresses: Addresses, position: RankPosition) -> N
         position.world_size,
         pids=[os.getpid()],
         device=str(device),
-        attention=attention_name(config, device),
+        attention=attention_name(run, device),
         threads=threads_per_rank(config.launch, local_ranks),
     )
     context = zmq.Context()
@@ -160,7 +162,7 @@ def _serve(config: RunConfig, addresses: Addresses, position: RankPosition) -> N
         collectives: Collectives = GlooCollectives() if position.world_size > 1 else LocalCollectives()
         start = time.perf_counter()
         prepare_cpu(config, info.threads)
-        worker = build_worker(config, position, device)
+        worker = build_worker(run, position, device)
         load_ms = (time.perf_counter() - start) * 1e3
         collectives.gather([])  # all ranks have loaded, so that all measure at the same time
         node, host = int(os.environ["GROUP_RANK"]), socket.gethostname()

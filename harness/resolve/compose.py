@@ -9,7 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +28,9 @@ from harness.config.yaml import to_yaml as to_yaml
 from harness.resolve.comparison import quote_overrides
 from harness.resolve.names import check_names, one_line
 from harness.resolve.rules import resolve_config
+from harness.resolve.run import ResolvedRun as ResolvedRun
 
 MAX_NAME_BYTES = 160
-
-
-@dataclass(frozen=True)
-class ResolvedRun:
-    """A composed and checked run.
-
-    Attributes:
-        config: The checked configuration.
-        overrides: The overrides that the user gave.
-        folder: The run's folder, as Hydra names it.
-        notes: Warnings for the user.
-    """
-
-    config: RunConfig
-    overrides: list[str]
-    folder: Path
-    notes: list[str]
 
 
 def register_schema() -> None:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 
-from harness.config.schema import BlockCacheConfig, RunConfig, Task
-from harness.parallel.mesh import degrees
-from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
+from harness.config.schema import BlockCacheConfig, RunConfig
 from harness.resolve.engines_table import (
     BASELINES,
     CACHE_DIT,
     NATIVE,
-    SGLANG,
     baseline_attention,
-    refuse_missing_engine,
 )
-
-LEARNED = ("learned", "learned_range")
 
 
 def check_engine(config: RunConfig) -> None:
@@ -27,51 +20,24 @@ def check_engine(config: RunConfig) -> None:
         ValueError: The engine cannot run this; one line says what to change.
     """
     name = config.engine.name
-    refuse_missing_engine(name)
     if name != CACHE_DIT and config.engine.cache != BlockCacheConfig():
         warnings.warn(f"engine.cache has no effect with engine={name}", stacklevel=2)
     if name == NATIVE:
         return
-    if config.task.name is Task.train:
-        raise ValueError(f"engine={name} has no effect on task=train; drop it")
-    architecture = config.model.architecture
-    supported = [key for key, row in BASELINES.items() if name != SGLANG or row.sglang is not None]
-    if architecture not in supported:
-        raise ValueError(
-            f"engine={name} does not run architecture {architecture}; it runs {', '.join(supported)}: use engine=native"
-        )
-    if (ranks := math.prod(degrees(config.parallel))) > 1:
-        raise ValueError(f"engine={name} runs one rank, the layout has {ranks}; use parallel=single")
-    if config.task.fidelity_per_step:
-        raise ValueError(
-            f"task.fidelity_per_step reads the state after every step, which engine={name} does not provide; drop it"
-        )
     baseline_attention(config)
     _check_noise_scheduler(config)
     _check_request(config)
-    if name == CACHE_DIT:
-        _check_cache(config)
     if not config.model.text.keep_loaded:
         warnings.warn(f"model.text.keep_loaded=false has no effect with engine={name}", stacklevel=2)
 
 
 def _check_noise_scheduler(config: RunConfig) -> None:
-    name, family, solver = config.model.name, config.scheduler.family, config.scheduler.solver
+    name, family = config.model.name, config.scheduler.family
     fitting = BASELINES[config.model.architecture].families
     if fitting is not None and family not in fitting:
         raise ValueError(
             f"scheduler={family} does not fit diffusers' pipeline of model={name}, which does not scale what it feeds "
             f"its network; choose scheduler={' or scheduler='.join(fitting)}, or engine=native"
-        )
-    if family != PUBLISHED_FAMILY and solver.name == "rk45":
-        raise ValueError(
-            "scheduler/solver=rk45 chooses its timesteps by the image, and diffusers needs them in advance; choose "
-            "another solver, or engine=native"
-        )
-    if family != PUBLISHED_FAMILY and solver.variance in LEARNED:
-        raise ValueError(
-            f"scheduler.solver.variance={solver.variance}: diffusers' pipeline of model={name} drops the learned "
-            "variance; choose small or large, or engine=native"
         )
 
 
@@ -81,14 +47,6 @@ def _check_request(config: RunConfig) -> None:
         refuse_weak_guidance(guidance)
     if config.model.architecture == "dit":
         refuse_negative_class(negative or "")
-
-
-def _check_cache(config: RunConfig) -> None:
-    if not BASELINES[config.model.architecture].cacheable:
-        raise ValueError(
-            f"engine={CACHE_DIT} skips blocks of transformers, and model={config.model.name} has a U-Net; use "
-            "engine=diffusers"
-        )
 
 
 def refuse_weak_guidance(guidance: float) -> None:

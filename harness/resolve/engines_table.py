@@ -50,14 +50,12 @@ class BaselineRow:
         attention: The name of the backend that runs there, by the backend's name here.
         families: Noise-scheduler families that fit the pipeline. None = all, because it scales noise and network input
             as its scheduler says.
-        cacheable: Whether cache-dit knows the network's blocks, which is true of no U-Net.
         sglang: How SGLang-Diffusion runs it; None if that is not known to make diffusers' image.
     """
 
     module: str
     attention: Mapping[str, str]
     families: tuple[str, ...] | None
-    cacheable: bool = True
     sglang: SglangRow | None = None
 
 
@@ -98,8 +96,8 @@ BASELINES = {
         ),
     ),
     "wan": BaselineRow("harness.baselines.families.wan", DISPATCHED, FLOWS),
-    "sd": BaselineRow("harness.baselines.families.sd", DIRECT, None, cacheable=False),
-    "sdxl": BaselineRow("harness.baselines.families.sdxl", DIRECT, None, cacheable=False),
+    "sd": BaselineRow("harness.baselines.families.sd", DIRECT, None),
+    "sdxl": BaselineRow("harness.baselines.families.sdxl", DIRECT, None),
 }
 
 

@@ -10,7 +10,7 @@ from harness.messages import GenerationRequest
 from harness.resolve.layout_rules import ModelShape
 from harness.resolve.request import to_message
 from models.files import read_json
-from models.registry import ARCHITECTURES, WITH_LSE, resolve_backend
+from models.registry import ARCHITECTURES
 
 
 def model_shape(config: RunConfig, denoiser: Path) -> ModelShape:
@@ -38,8 +38,6 @@ def model_shape(config: RunConfig, denoiser: Path) -> ModelShape:
         frames=0,
         guidance=1.0,
         embedded=network.get("guidance_embeds") is True,
-        returns_lse=resolve_backend(config.attention.backend, with_lse=True) in WITH_LSE,
-        backend=config.attention.backend,
     )
     return shape_for_request(shape, model, to_message(config.request))
 

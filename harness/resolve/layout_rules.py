@@ -1,4 +1,7 @@
-"""Which layouts a network and a request allow; checked before any process starts and without torch."""
+"""Which degrees of a layout fit the sizes of a network and a request; checked without torch.
+
+Which features of a layout do not go together at any size is in harness.resolve.conflicts.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,6 @@ class ModelShape:
         frames: Latent frames; 1 for an image.
         guidance: The request's guidance scale.
         embedded: Whether the guidance scale is an input of the network, which then has no negative branch.
-        returns_lse: Whether the attention backend returns the log-sum-exp that a ring needs.
-        backend: The attention backend's name.
     """
 
     model: str
@@ -33,8 +34,6 @@ class ModelShape:
     frames: int
     guidance: float
     embedded: bool
-    returns_lse: bool
-    backend: str
 
 
 def check_layout(layout: ParallelConfig, shape: ModelShape) -> list[str]:
@@ -53,14 +52,9 @@ def check_layout(layout: ParallelConfig, shape: ModelShape) -> list[str]:
     _check_branches(layout, shape)
     _check_stale(layout)
     shared = layout.ring * layout.ulysses
-    _check_shards(layout, shape)
+    _check_shards(layout)
     _check_frames(layout, shape)
     if shape.heads is None:
-        if layout.tp * shared * layout.pipe > 1:
-            raise ValueError(
-                f"model={shape.model} is a UNet, whose convolutions mix tokens: tp, pipe, ring and ulysses cannot "
-                f"shard it; use parallel.dp={layout.tp * layout.pipe * shared * layout.dp}, or parallel.cfg=2"
-            )
         return _unused(layout)
     if shape.heads % layout.tp:
         near = [n for n in range(1, shape.heads + 1) if shape.heads % n == 0]
@@ -79,11 +73,6 @@ def check_layout(layout: ParallelConfig, shape: ModelShape) -> list[str]:
         raise ValueError(
             f"parallel.ring x parallel.ulysses = {shared} ranks for {shape.tokens} image tokens; use {shape.tokens} "
             "ranks or fewer, or a larger image"
-        )
-    if needs_lse(layout) and not shape.returns_lse:
-        raise ValueError(
-            f"parallel.ring={layout.ring} merges by log-sum-exp, which attention.backend={shape.backend} does not "
-            "return; use attention=flash, flex or math"
         )
     _check_pipe(layout, shape)
     _check_rows(layout, shape)
@@ -121,14 +110,9 @@ def _check_stale(layout: ParallelConfig) -> None:
 
 
 def _check_pipe(layout: ParallelConfig, shape: ModelShape) -> None:
-    """Check that every rank of a pipeline has a block, every patch a token, and that nothing else shards a block."""
+    """Check that every rank of a pipeline has a block, and every patch a token."""
     if layout.pipe == 1:
         return
-    if layout.tp * layout.ring * layout.ulysses > 1 or layout.shard_weights:
-        raise ValueError(
-            f"parallel.pipe={layout.pipe} goes with parallel.dp and parallel.cfg alone; leave out tp, ring, ulysses, "
-            "displaced and shard_weights, or use parallel.pipe=1"
-        )
     if layout.pipe > shape.depth:
         raise ValueError(
             f"parallel.pipe={layout.pipe} is more than the {shape.depth} blocks of model={shape.model}; use "
@@ -145,15 +129,9 @@ def patches_of(layout: ParallelConfig) -> int:
     return layout.pipe if layout.patches is None else layout.patches
 
 
-def _check_shards(layout: ParallelConfig, shape: ModelShape) -> None:
+def _check_shards(layout: ParallelConfig) -> None:
     """Check that weights are sharded over the ranks of an image that would hold the same ones."""
-    if not layout.shard_weights:
-        return
-    if shape.heads is None:
-        raise ValueError(
-            f"parallel.shard_weights=true shards equal blocks, which model={shape.model}, a UNet, does not have"
-        )
-    if layout.cfg * layout.ring * layout.ulysses == 1:
+    if layout.shard_weights and layout.cfg * layout.ring * layout.ulysses == 1:
         raise ValueError(
             "parallel.shard_weights=true shards weights over parallel.cfg x ring x ulysses, which is one rank; use "
             "parallel=ulysses2 with it, or shard_weights=false"

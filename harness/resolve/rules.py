@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
-from pathlib import Path
 
 import msgspec
 
 from harness.config.cache import NONE as NO_CACHE
 from harness.config.cache import check_cache
-from harness.config.optimize import Optimize
 from harness.config.plan import check_plan
-from harness.config.schema import CheckpointDefaults, LaunchMode, Load, ParallelConfig, RunConfig, Task
-from harness.config.serve import check_load, check_serve
+from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, Quantize, RunConfig, Task
+from harness.config.serve import check_load
 from harness.metrics import pretrained
-from harness.parallel.mesh import degrees, world_size
 from harness.records.media import ffmpeg
 from harness.resolve.checkpoint import check_checkpoint, locate
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, denoiser_defaults
 from harness.resolve.comparison import check_comparison
+from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
 from harness.resolve.engine import check_engine
-from harness.resolve.engines_table import NATIVE
-from harness.resolve.layout import model_shape
-from harness.resolve.layout_rules import check_layout, is_approximate
+from harness.resolve.engines_table import refuse_missing_engine
+from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_server_limits, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.options import check_options
 from harness.resolve.published_scheduler import check_published_scheduler
-from harness.resolve.quantize import check_quantize
 from harness.resolve.request import to_message
-from harness.resolve.scheduler import noise_scheduler_settings
-from models.registry import ARCHITECTURES, resolve_backend
+from harness.resolve.run import ResolvedRun
+from models.registry import resolve_backend
 from schedulers.compatibility import resolve as resolve_settings
+
+QUANTIZE_PACKAGE = "torchao"
 
 
 def resolve_config(config: RunConfig) -> None:
@@ -47,17 +46,21 @@ def resolve_config(config: RunConfig) -> None:
         if config.parallel != ParallelConfig():
             warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
     _resolve_request(config)
-    _check_layout(config, _check_model(config))
-    if config.scheduler.family != PUBLISHED_FAMILY:
-        resolve_settings(noise_scheduler_settings(config.scheduler), config.request.steps)
-    resolve_backend(config.attention.backend)
-    check_engine(config)
+    _check_packages(config)
     resolve_optimize(config)
+    trains = config.task.name is Task.train  # it has no checkpoint and no layout
+    check_conflicts(config, OTHER_CONFLICTS if trains else CONFLICTS)
+    if not trains:
+        _check_model(config)
+    run = ResolvedRun(config)
+    if not trains:
+        for note in check_layout(config.parallel, run.shape):
+            warnings.warn(note, stacklevel=2)
+    if run.noise_scheduler is not None:
+        resolve_settings(run.noise_scheduler, config.request.steps)
+    check_engine(config)
     _check_cache(config)
-    check_quantize(config)
     if config.task.name in (Task.serve, Task.load):
-        whole = config.model.offload or is_approximate(config.parallel)
-        check_serve(config.serve, config.engine.name == NATIVE and not whole)
         check_load(config.load)
     if config.task.name is Task.load:
         _check_load_requests(config)
@@ -67,6 +70,18 @@ def resolve_config(config: RunConfig) -> None:
             f"task.max_pixel_error={config.task.max_pixel_error} limits a measured error; add task.fidelity=true"
         )
     _check_reference(config)
+
+
+def _check_packages(config: RunConfig) -> None:
+    """Refuse an engine, attention backend or quantization whose package is not installed."""
+    refuse_missing_engine(config.engine.name)
+    resolve_backend(config.attention.backend)
+    quantize = config.model.quantize
+    if quantize is not Quantize.none and importlib.util.find_spec(QUANTIZE_PACKAGE) is None:
+        raise ValueError(
+            f"model.quantize={quantize.name} needs the package {QUANTIZE_PACKAGE}: pip install "
+            "'triptych[quantize]', or drop it"
+        )
 
 
 def _check_report(config: RunConfig) -> None:
@@ -114,63 +129,27 @@ def _check_load_requests(config: RunConfig) -> None:
         check_server_limits(sampled, config.serve)
     for side in config.load.sizes:
         check_size(side, side, config.model.size_multiple, config.model.max_pixels)
-    if config.launch.mode is LaunchMode.inprocess:
-        raise ValueError("task=load sends many requests at once to ranks of their own; use launch.mode=torchrun")
 
 
-def _check_model(config: RunConfig) -> Path | None:
-    """Refuse a checkpoint that cannot run.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        The folder of the denoiser's config.json, or None if none is read.
+def _check_model(config: RunConfig) -> None:
+    """Download what is missing of a checkpoint, and refuse one that cannot run.
 
     Raises:
         ValueError: A key of the model has a wrong value.
         CheckpointError: The checkpoint is missing, foreign or incomplete.
     """
     model = config.model
-    if config.task.name is Task.train:
-        return None
     denoiser = denoiser_defaults(config).weights
     apply_training_facts(config)
     layout = locate(model, denoiser, fetch=True)
     check_checkpoint(model, layout, denoiser)
     if config.scheduler.family == PUBLISHED_FAMILY:
         check_published_scheduler(config.scheduler, layout.folder)
-    if model.offload and not (
-        model.text.keep_loaded and config.engine.name == NATIVE and not config.parallel.shard_weights
-    ):
-        raise ValueError(
-            "model.offload=true keeps every network in CPU memory; leave out model.text.keep_loaded=false, "
-            "parallel.shard_weights=true and engine=diffusers"
-        )
-    return layout.config_folder(denoiser)
 
 
 def _check_cache(config: RunConfig) -> None:
-    has_blocks = ARCHITECTURES[config.model.architecture].heads is not None
-    check_cache(config.cache, config.model.name, has_blocks, to_message(config.request).guidance)
-    if config.cache.name == NO_CACHE:
-        return
-    if config.engine.name != NATIVE:
-        raise ValueError(
-            f"cache={config.cache.name} works only in the native engine; leave out engine={config.engine.name}, or use "
-            "engine=cache_dit with cache=none"
-        )
-    if config.cache.name == "teacache" and config.engine.optimize is Optimize.compile:
-        raise ValueError(
-            "cache=teacache looks into a block, which engine.optimize=compile turns into a graph; use "
-            "cache=first_block or engine.optimize=eager"
-        )
-    if is_approximate(config.parallel):
-        raise ValueError(
-            f"cache={config.cache.name} skips evaluations whose keys and values this layout reuses in the next one; "
-            "leave out parallel.displaced and parallel.pipe, or use cache=none"
-        )
-    if config.task.name in (Task.plan, Task.train):
+    check_cache(config.cache, config.model.name, to_message(config.request).guidance)
+    if config.cache.name != NO_CACHE and config.task.name in (Task.plan, Task.train):
         warnings.warn(f"cache has no effect with task={config.task.name.name}", stacklevel=2)
 
 
@@ -185,12 +164,3 @@ def _check_reference(config: RunConfig) -> None:
             "task.fidelity_per_step compares step by step, and task.reference_steps is another number; drop one"
         )
     check_request(msgspec.structs.replace(to_message(config.request), steps=steps))
-
-
-def _check_layout(config: RunConfig, denoiser: Path | None) -> None:
-    ranks = world_size(degrees(config.parallel))
-    if config.launch.mode is LaunchMode.inprocess and ranks > 1:
-        raise ValueError(f"launch.mode=inprocess runs one rank, the layout has {ranks}; use launch.mode=torchrun")
-    if denoiser is not None:
-        for note in check_layout(config.parallel, model_shape(config, denoiser)):
-            warnings.warn(note, stacklevel=2)

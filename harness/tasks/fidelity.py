@@ -31,8 +31,7 @@ from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, v
 from harness.parallel.mesh import RankPosition, degrees
 from harness.records.provenance import PACKAGES, cpu_name, version
 from harness.records.record import write_atomically
-from harness.resolve.checkpoint import COMPONENTS, locate
-from harness.resolve.checkpoint_defaults import denoiser_defaults
+from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.compose import ResolvedRun, to_dict
 from harness.resolve.engines_table import CACHE_DIT, NATIVE
 from harness.serving.transport import EngineGone
@@ -49,6 +48,7 @@ CODE = (
     "harness/resolve/checkpoint.py",
     "harness/resolve/layout.py",
     "harness/resolve/published_scheduler.py",
+    "harness/resolve/run.py",
     "harness/resolve/scheduler.py",
     "harness/serving/worker.py",
 )
@@ -319,7 +319,7 @@ def code_hash() -> str:
 
 def weight_files(config: RunConfig) -> list[tuple[str, int, int]]:
     """Return the name, size in bytes and modification time in ns of every file of a checkpoint."""
-    layout = locate(config.model, denoiser_defaults(config).weights)
+    layout = ResolvedRun(config).checkpoint
     roots = [layout.folder, *layout.replaced.values(), *(Path(lora.path).expanduser() for lora in config.model.lora)]
     files = [file for root in roots for file in (sorted(root.rglob("*")) if root.is_dir() else [root])]
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]

@@ -59,7 +59,7 @@ def lookalike(name: str, folder: Path) -> Path:
 
 def loaded(*overrides: str) -> tuple[Components, dict[str, str]]:
     """Return the components of a configuration, and the dtype of each that was loaded."""
-    source = source_of(compose_run(overrides).config, torch.device("cpu"))
+    source = source_of(compose_run(overrides), torch.device("cpu"))
     parts = load(source, torch.nn.functional.scaled_dot_product_attention)  # type: ignore[arg-type]
     parts.load_prompts()
     return parts, {name: part.dtype for name, part in source.loaded.items()}

@@ -40,7 +40,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
         (["engine=diffusers"], "use engine=native"),
         (["task=plan"], "not task=train or plan"),
         (["engine.optimize=eager"], "does not fuse or pack; use engine.optimize=none"),
-        (["model=sd15", "model.load=dummy"], "model=sd15 has a U-Net"),
+        (["model=sd15", "model.load=dummy"], "does not go with model=sd15: .* is a U-Net"),
         (["parallel=tp2"], "leave out parallel.tp"),
         (["parallel=ulysses2_sharded"], "parallel.shard_weights=true"),
         (["model.offload=true"], "model.offload=true"),

@@ -21,6 +21,7 @@ from harness.parallel.mesh import degrees, world_size
 from harness.records.record import Record, read_record
 from harness.resolve.layout_rules import is_approximate
 from harness.resolve.names import one_line
+from harness.resolve.run import ResolvedRun
 
 
 def native_records(tree: Path) -> Iterator[tuple[Path, Record]]:
@@ -77,7 +78,7 @@ def _with_prediction(
         raise ValueError(f"cache={config.cache.name} computes fewer evaluations, which is not predicted")
     request, steps, layout = config.request, config.request.steps or 1, found.layout
     dtype = torch_dtype(denoiser_dtype(config.model))
-    traced = trace_request(config)
+    traced = trace_request(ResolvedRun(config))
     micro_batches = math.ceil(math.ceil(len(record.samples) / request.batch_size) / layout.dp)
     denoising, decoding = _busiest_rank(config, traced, record.statistics.nfe * micro_batches, micro_batches)
     found = msgspec.structs.replace(found, predicted_bytes=denoising, predicted_decoding_bytes=decoding)

@@ -17,10 +17,7 @@ from harness.costs.request_trace import trace_request
 from harness.costs.roofline import device_rates, predict, valid_layouts
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.records.record import RunFolder, Status
-from harness.resolve.checkpoint import locate
-from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
-from harness.resolve.layout import model_shape
 from harness.resolve.request import to_message
 from harness.tasks.lifecycle import run_guarded
 from harness.tasks.plan.check import check, native_records
@@ -83,15 +80,14 @@ def plan_layouts(config: RunConfig) -> Plan:
         The plan: layouts that fit memory first, then by the predicted denoising time of the request.
     """
     dtype, request = torch_dtype(denoiser_dtype(config.model)), to_message(config.request)
-    traced = trace_request(config)
+    run = ResolvedRun(config)
+    traced = trace_request(run)
     hardware, measured = with_measured_rates(config.hardware, dtype, config.launch)
     machine = device_rates(hardware, dtype.itemsize)
-    denoiser = denoiser_defaults(config).weights
-    shape = model_shape(config, locate(config.model, denoiser).config_folder(denoiser))
     micro_batches = math.ceil(len(request.prompts) * request.samples_per_prompt / request.batch_size)
     rows = [
         predict(traced, layout, machine, request.steps, micro_batches, notes)
-        for layout, notes in valid_layouts(shape, config.plan.ranks, micro_batches)
+        for layout, notes in valid_layouts(config, run.shape, config.plan.ranks, micro_batches)
     ]
     return _make_plan(config, hardware, measured, layouts=sorted(rows, key=_sort_key))
 

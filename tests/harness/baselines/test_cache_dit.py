@@ -29,7 +29,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=sd15", "model.load=dummy"], "model=sd15 has a U-Net; use engine=diffusers"),
+        (["model=sd15", "model.load=dummy"], "does not go with model=sd15: .* is a U-Net; use engine=diffusers"),
         (["engine.cache.first_blocks=0"], "first_blocks=0; give at least 1"),
         (["engine.cache.warmup=0"], "warmup=0; give at least 1"),
         (["engine.cache.threshold=0"], "threshold=0.0; give more than 0"),

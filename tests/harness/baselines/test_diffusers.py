@@ -24,6 +24,7 @@ from harness.messages import GenerationRequest, RankOutcome, decode
 from harness.parallel.mesh import RankPosition
 from harness.records.record import Record, load
 from harness.resolve.compose import ConfigError, compose_run
+from harness.resolve.run import ResolvedRun
 from models.files import read_json
 from models.names import NameMap
 from models.registry import ARCHITECTURES
@@ -185,7 +186,7 @@ def test_random_weights_are_the_native_ones(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     case.save(tmp_path)
     config = compose_run([*overrides_of(case, tmp_path), "model.load=dummy", "model.dtype=bfloat16"]).config
-    source, architecture = source_of(config, torch.device("cpu")), config.model.architecture
+    source, architecture = source_of(ResolvedRun(config), torch.device("cpu")), config.model.architecture
     native = importlib.import_module(ARCHITECTURES[architecture].module).load_denoiser(source)
     peer = load_baseline(architecture, source, native_components(architecture, source)).network
     if architecture == "sd":
@@ -214,16 +215,22 @@ def test_images_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["engine=diffusers", "parallel=dp2"], "runs one rank, the layout has 2; use parallel=single"),
-        (["engine=diffusers", "model=ddpm_cifar10", "model.load=dummy"], "does not run architecture unet"),
+        (
+            ["engine=diffusers", "model=ddpm_cifar10", "model.load=dummy"],
+            "with model=ddpm_cifar10: it runs dit, .*; use",
+        ),
         (["engine=diffusers", "attention=flex"], "attention=flex does not run.*choose auto, sdpa, math"),
         (
             ["engine=diffusers", "task.fidelity_per_step=true"],
-            "task.fidelity_per_step reads the state after every step",
+            "it does not provide the state after every step",
         ),
         (["engine=diffusers", "scheduler/solver=rk45"], "rk45 chooses its timesteps by the image"),
         (["engine=diffusers", "request.guidance=0.5"], "guides above 1 only"),
         (["engine=diffusers", "model=flux", "model.load=dummy", "scheduler=ddpm"], "scheduler=ddpm does not fit"),
-        (["engine=diffusers", "model=dit_256", "model.load=dummy", *LEARNED], "drops the learned variance"),
+        (
+            ["engine=diffusers", "model=dit_256", "model.load=dummy", *LEARNED],
+            "drop the learned variance",
+        ),
         (
             ["engine=diffusers", "model=dit_256", "model.load=dummy", "request.negative_prompt=cock"],
             "has no negative class",
@@ -267,7 +274,7 @@ def test_a_cancelled_request_ends_at_the_next_step_and_leaves_no_hook(tmp_path: 
     case = CASES["sd21"]
     case.save(tmp_path)
     config = compose_run([*overrides_of(case, tmp_path), "engine=diffusers"]).config
-    worker = build_worker(config, RankPosition(0, [1, 1, 1, 1, 1]), torch.device("cpu"))
+    worker = build_worker(ResolvedRun(config), RankPosition(0, [1, 1, 1, 1, 1]), torch.device("cpu"))
     steps: list[int] = []
     request = GenerationRequest("r", ["a"], 5, 2.0, 48, 32)
 

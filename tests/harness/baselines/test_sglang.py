@@ -37,15 +37,18 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=wan_1_3b"], "does not run architecture wan; it runs sd3, flux, z_image: use engine=native"),
-        ([], "does not run architecture pixart"),
+        (["model=wan_1_3b"], "does not go with model=wan_1_3b: it runs sd3, flux, z_image; use engine=native"),
+        ([], "does not go with model=emoji: it runs sd3"),
         (["model=flux", "parallel=dp2"], "runs one rank, the layout has 2"),
         (["model=flux", "engine.optimize=compile"], "engine.optimize=compile does not go with engine=sglang"),
         (
             ["model=z_image_turbo", "attention=flash"],
             "does not run in SGLang-Diffusion's network of model=z_image_turb",
         ),
-        (["model=flux", "task.fidelity_per_step=true"], "task.fidelity_per_step reads the state after every step"),
+        (
+            ["model=flux", "task.fidelity_per_step=true"],
+            "it does not provide the state after every step",
+        ),
     ],
     ids=str,
 )
@@ -67,7 +70,7 @@ def test_what_it_cannot_import_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "sglang", None)
     monkeypatch.delitem(sys.modules, "harness.baselines.sglang", raising=False)
     CASES["sd3"].save(tmp_path)
-    source = source_of(compose_run(overrides_of(CASES["sd3"], tmp_path)).config, torch.device("cpu"))
+    source = source_of(compose_run(overrides_of(CASES["sd3"], tmp_path)), torch.device("cpu"))
     parts, row, slot = native_components("sd3", source), BASELINES["sd3"].sglang, published_scheduler(source)
     assert row is not None
     with pytest.raises(ValueError, match=r"^engine=sglang cannot import SGLang \(.*sglang.*; install what is named"):
@@ -149,7 +152,7 @@ def test_nothing_of_diffusers_network_is_left_and_a_failure_is_no_fall_back(
 ) -> None:
     """Without its own names for a few keys, SGLang builds the published Z-Image, which does not fit these weights."""
     CASES["z_image"].save(tmp_path)
-    source = source_of(compose_run(overrides_of(CASES["z_image"], tmp_path)).config, torch.device("cpu"))
+    source = source_of(compose_run(overrides_of(CASES["z_image"], tmp_path)), torch.device("cpu"))
     parts, row, slot = native_components("z_image", source), BASELINES["z_image"].sglang, published_scheduler(source)
     assert row is not None
     theirs = load_baseline("z_image", source, parts)

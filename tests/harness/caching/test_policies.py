@@ -50,13 +50,16 @@ from tests.fixtures.toy_pipeline import FAMILIES, ToyEncoder, ToyNetwork, contex
         (["cache.name=tea"], "cache.name=tea is not one of none, teacache"),
         (
             ["cache=first_block", "model=sd15", "model.load=dummy"],
-            "model=sd15 has a U-Net; use cache=guidance_interval",
+            "does not go with model=sd15: .* is a U-Net; use cache=guidance_interval",
         ),
         (
             ["cache=teacache", "engine=diffusers"],
-            "cache=teacache works only in the native engine; leave out engine=diffusers",
+            "with engine=diffusers: it works only in the native engine; leave out the engine",
         ),
-        (["cache=teacache", "engine.optimize=compile"], "cache=teacache looks into a block"),
+        (
+            ["cache=teacache", "engine.optimize=compile"],
+            "it looks into a block",
+        ),
         (["cache=taylorseer", "cache.interval=0"], "cache.interval=0; give at least 1"),
         (["cache=first_block", "cache.threshold=-0.1"], "cache.threshold=-0.1; give at least 0"),
         (["cache=first_block", "cache.warmup=0"], "cache.warmup=0; give at least 1"),

@@ -15,12 +15,13 @@ ROOT = Path(__file__).parents[3]
 CODE = """
 import torch
 from harness.resolve.compose import compose_run
+from harness.resolve.run import ResolvedRun
 from harness.parallel.mesh import Place
 from harness.build.worker import build_worker, prepare_cpu
 from models.components import Conditioning
 
 config = compose_run([]).config
-stages = build_worker(config, Place(0, (1, 1, 1, 1, 1)), torch.device("cpu")).pipeline.stages
+stages = build_worker(ResolvedRun(config), Place(0, (1, 1, 1, 1, 1)), torch.device("cpu")).pipeline.stages
 network, decoder = stages[4].network, stages[5].decoder
 torch.manual_seed(0)
 found = []

@@ -23,6 +23,7 @@ from harness.parallel.mesh import RankPosition, degrees
 from harness.pipeline.step_batching import evaluate
 from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
+from harness.resolve.run import ResolvedRun
 from harness.tasks.fidelity import method_class, reference_config
 from models.attention import math_attention
 from models.components import Conditioning
@@ -153,7 +154,7 @@ def test_bfloat16_is_multiplied_in_float32_where_a_cpu_has_no_other() -> None:
     slow = should_upcast(torch.device("cpu"), torch.bfloat16)
     for overrides, wide in (([], slow), (["engine.eager.upcast=false"], False), (["engine.optimize=none"], False)):
         config = compose_run(["model.dtype=bfloat16", *overrides]).config
-        worker = build_worker(config, RankPosition(0, degrees(config.parallel)), torch.device("cpu"))
+        worker = build_worker(ResolvedRun(config), RankPosition(0, degrees(config.parallel)), torch.device("cpu"))
         requested = GenerationRequest("a", ["rocket"], steps=1, guidance=3.0, seed=7, height=32, width=32)
         with Products() as seen:
             outcome = decode(worker.generate(requested, lambda *precomputed: None, lambda: False))
@@ -176,7 +177,7 @@ def generate_with(*overrides: str) -> tuple[list[Array], Record]:
 def test_requests_at_other_steps_are_generated_as_if_alone() -> None:
     """Step by step in shared forwards, with other prompts and numbers of steps."""
     config = compose_run(["engine.optimize=eager", "request.prompt=rocket"]).config
-    worker = build_worker(config, RankPosition(0, degrees(config.parallel)), torch.device("cpu"))
+    worker = build_worker(ResolvedRun(config), RankPosition(0, degrees(config.parallel)), torch.device("cpu"))
     requested = [
         GenerationRequest(prompt, [prompt], steps=steps, guidance=guidance, seed=7, height=32, width=32, latents="last")
         for prompt, steps, guidance in (("rocket", 4, 3.0), ("a red apple, 3d", 2, 1.0), ("sun", 3, 5.0))
@@ -236,7 +237,7 @@ def test_it_is_declared_and_its_reference_goes_without() -> None:
         (["engine.optimize=eager", "parallel=ulysses2", "parallel.shard_weights=true"], "parallel.shard_weights"),
         (["engine.optimize=eager", "engine=diffusers"], "does not go with engine=diffusers"),
         (["engine.optimize=fast"], "engine.optimize"),
-        (["engine.optimize=compile", "task=train"], "no effect on task=train"),
+        (["engine.optimize=compile", "task=train"], "does not go with task=train: it has no effect on training"),
     ],
 )
 def test_what_does_not_go_together_is_refused(overrides: list[str], says: str) -> None:

@@ -413,7 +413,10 @@ def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> N
         (["model.offload=true", "model.text.keep_loaded=false"], "leave out model.text.keep_loaded=false"),
         (["parallel.shard_weights=true"], "which is one rank; use parallel=ulysses2"),
         (["parallel.shard_weights=true", "parallel=tp2"], "which is one rank; use parallel=ulysses2"),
-        (["parallel.shard_weights=true", "parallel=cfg2", "model=sd15", "model.load=dummy"], "a UNet, does not have"),
+        (
+            ["parallel.shard_weights=true", "parallel=cfg2", "model=sd15", "model.load=dummy"],
+            "has no equal blocks to shard",
+        ),
         (["parallel.decode=frames", "parallel=cfg2"], "an image is requested; use parallel.decode=rows"),
         (
             ["parallel.decode=frames", "parallel.ulysses=3", "model=wan_1_3b", "model.load=dummy", "request.frames=17"],
@@ -421,7 +424,7 @@ def test_a_wrong_number_of_frames_names_the_nearest(frames: int, near: str) -> N
         ),
         (["parallel.displaced=true", "parallel=ulysses2"], "and parallel.ring is 1; use parallel=displaced2"),
         (["parallel=displaced2", "parallel.warmup=0"], "give at least 1"),
-        (["parallel=displaced2", "task=serve"], "serve.max_batch=8, but"),
+        (["parallel=displaced2", "task=serve"], "serve.max_batch=8 does not go with parallel.displaced=true"),
         (["parallel=pipe2", "task=load"], "set serve.max_batch=1"),
         (["parallel.pipe=0"], "give at least 1"),
         (["parallel.pipe=7"], "the 6 blocks of model=emoji; use parallel.pipe=6 or fewer"),

@@ -18,9 +18,7 @@ from harness.costs.roofline import DeviceRates, predict, traffic, valid_layouts
 from harness.costs.traffic import GatheredWeights, LinearCall, NetworkTrace, ShardedAttention, TokenStreams
 from harness.device.flops import count_operations
 from harness.records.record import Record, RunFolder, read_record, read_status
-from harness.resolve.checkpoint import locate
 from harness.resolve.compose import ConfigError, compose_run
-from harness.resolve.layout import model_shape
 from harness.resolve.layout_rules import check_layout
 from harness.tasks.generate import execute_generate
 from harness.tasks.plan.check import check
@@ -145,9 +143,7 @@ def test_weights_are_sharded_by_tensor_parallelism_alone() -> None:
 
 
 def test_a_full_size_network_computes_what_a_counter_finds() -> None:
-    row = predict(
-        trace_request(compose_run(["task=plan", "model=dit_256"]).config), ParallelConfig(), MACHINE, 1, 1, []
-    )
+    row = predict(trace_request(compose_run(["task=plan", "model=dit_256"])), ParallelConfig(), MACHINE, 1, 1, [])
     with torch.device("meta"):
         network = DiT(read_config(PUBLISHED / "dit_256" / "transformer"), sdpa_attention)
         inputs = torch.empty(2, 4, 32, 32), torch.empty(2), Conditioning(labels=torch.empty(2, dtype=torch.long))
@@ -164,9 +160,9 @@ def emoji(*overrides: str) -> Plan:
 
 
 def test_every_legal_layout_is_listed_and_no_other() -> None:
-    config = compose_run([]).config
-    facts = model_shape(config, locate(config.model, "transformer").config_folder("transformer"))
-    found = [layout for layout, _ in valid_layouts(facts, 8, micro_batches=2)]
+    run = compose_run([])
+    config, facts = run.config, run.shape
+    found = [layout for layout, _ in valid_layouts(config, facts, 8, micro_batches=2)]
     for layout in found:
         check_layout(layout, facts)
     names = [layout_label(layout) for layout in found]

@@ -1,0 +1,97 @@
+"""A resolved run: the checked configuration, and everything that follows from it, each decided once.
+
+The launcher has it from harness.resolve.compose. A rank makes its own from the run's config.yaml, once, as it starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from harness.config.schema import RunConfig
+from harness.parallel.mesh import degrees
+from harness.resolve.checkpoint import CheckpointLayout, locate
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, denoiser_defaults
+from harness.resolve.engines_table import NATIVE, baseline_attention
+from harness.resolve.layout import model_shape
+from harness.resolve.layout_rules import ModelShape, is_approximate, needs_lse
+from harness.resolve.scheduler import noise_scheduler_settings
+from models.registry import resolve_backend
+from schedulers.settings import NoiseSchedulerSettings
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The attention kernel of a run.
+
+    Attributes:
+        requested: Backend in the configuration, which may be auto.
+        with_lse: Whether the kernel has to return the log-sum-exp of its scores.
+        in_baseline: Name of the backend in a baseline engine; None in the native one.
+    """
+
+    requested: str
+    with_lse: bool
+    in_baseline: str | None
+
+    def backend(self, device_type: str) -> str:
+        """Return the name of the native backend on a type of device, such as cuda."""
+        return resolve_backend(self.requested, device_type, self.with_lse)
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A composed and checked run.
+
+    What is not given here is decided when it is first used, and kept. A run that trains or reports has no checkpoint.
+
+    Attributes:
+        config: The checked configuration: engine, optimisation and cache included, none of them auto or null.
+        overrides: The overrides that the user gave.
+        folder: The run's folder, as Hydra names it.
+        notes: Warnings for the user.
+    """
+
+    config: RunConfig
+    overrides: list[str] = field(default_factory=list)
+    folder: Path = Path()
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def denoiser(self) -> str:
+        """The folder of the denoiser in the checkpoint."""
+        return denoiser_defaults(self.config).weights
+
+    @cached_property
+    def checkpoint(self) -> CheckpointLayout:
+        """The place of each component on disk; nothing is downloaded."""
+        return locate(self.config.model, self.denoiser)
+
+    @cached_property
+    def noise_scheduler(self) -> NoiseSchedulerSettings | None:
+        """The settings of the noise scheduler; None for the checkpoint's own."""
+        scheduler = self.config.scheduler
+        return None if scheduler.family == PUBLISHED_FAMILY else noise_scheduler_settings(scheduler)
+
+    @cached_property
+    def attention(self) -> AttentionChoice:
+        """The attention kernel."""
+        config = self.config
+        other = None if config.engine.name == NATIVE else baseline_attention(config)
+        return AttentionChoice(config.attention.backend, needs_lse(config.parallel), other)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The sizes of the network and of the run's own request."""
+        return model_shape(self.config, self.checkpoint.config_folder(self.denoiser))
+
+    @cached_property
+    def degrees(self) -> tuple[int, ...]:
+        """The sizes of the mesh's axes; their product is the number of ranks."""
+        return degrees(self.config.parallel)
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether the layout reuses results of an earlier evaluation."""
+        return is_approximate(self.config.parallel)
