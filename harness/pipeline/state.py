@@ -26,6 +26,19 @@ CacheStates: TypeAlias = tuple[CacheState, ...]
 """The cache state of each row's image; empty for a network without a block cache."""
 
 
+@dataclass
+class EvaluationCounter:
+    """The number of denoiser forwards on this rank and of their batch rows; a guided image has two rows."""
+
+    evaluations: int = 0
+    rows: int = 0
+
+    def add(self, rows: int) -> None:
+        """Count one forward."""
+        self.evaluations += 1
+        self.rows += rows
+
+
 class Evaluate(Protocol):
     """Evaluates the denoiser, directly or together with other requests."""
 
@@ -128,6 +141,7 @@ class RunContext:
         comm: what was sent, by stage and kind of collective; written by the executor.
         keep_states: whether samples store their state after every step.
         evaluate: evaluates the denoiser.
+        counter: the count of evaluations.
         skips: what caches skipped for each image; written by denoising.
     """
 
@@ -143,6 +157,7 @@ class RunContext:
     comm: dict[str, dict[str, messages.CollectiveTraffic]] = field(default_factory=dict)
     keep_states: bool = False
     evaluate: Evaluate = evaluate_directly
+    counter: EvaluationCounter = field(default_factory=EvaluationCounter)
     skips: list[messages.CacheSkips] = field(default_factory=list)
 
 
