@@ -41,12 +41,14 @@ class ResolvedRun:
         overrides: The overrides that the user gave.
         folder: The run's folder, as Hydra names it.
         notes: Warnings for the user.
+        retry: Whether the folder of a run that did not end well may be used again.
     """
 
     config: RunConfig
     overrides: list[str]
     folder: Path
     notes: list[str]
+    retry: bool = False
 
 
 def register_schema() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 
-from harness.config.schema import BlockCacheConfig, RunConfig, Task
+from harness.config.schema import BlockCacheConfig, RunConfig
+from harness.config.tasks import TRAITS
 from harness.parallel.mesh import degrees
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
 from harness.resolve.engines_table import (
@@ -32,8 +33,8 @@ def check_engine(config: RunConfig) -> None:
         warnings.warn(f"engine.cache has no effect with engine={name}", stacklevel=2)
     if name == NATIVE:
         return
-    if config.task.name is Task.train:
-        raise ValueError(f"engine={name} has no effect on task=train; drop it")
+    if not TRAITS[config.task.name].uses_checkpoint:
+        raise ValueError(f"engine={name} has no effect on task={config.task.name.name}; drop it")
     architecture = config.model.architecture
     supported = [key for key, row in BASELINES.items() if name != SGLANG or row.sglang is not None]
     if architecture not in supported:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 
 from harness.config.optimize import CompileConfig, EagerConfig, Optimize
-from harness.config.schema import Quantize, RunConfig, Task
+from harness.config.schema import Quantize, RunConfig
+from harness.config.tasks import TRAITS
 from harness.resolve.engines_table import CACHE_DIT, NATIVE, SGLANG
 
 
@@ -47,8 +48,8 @@ def _refusal(config: RunConfig) -> str | None:
     engine = config.engine
     if engine.optimize is Optimize.none:
         return None
-    if config.task.name is Task.train:
-        return "has no effect on task=train; drop it"
+    if not TRAITS[config.task.name].uses_checkpoint:
+        return f"has no effect on task={config.task.name.name}; drop it"
     if engine.name == NATIVE and config.parallel.shard_weights:
         return (
             "uses a block's weights outside the block, and parallel.shard_weights=true shards them; use "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 from harness.config.optimize import Optimize
-from harness.config.schema import Quantize, RunConfig, Task
+from harness.config.schema import Quantize, RunConfig
+from harness.config.tasks import TRAITS
 from harness.resolve.engines_table import NATIVE
 from models.registry import ARCHITECTURES
 
@@ -23,7 +24,7 @@ def check_quantize(config: RunConfig) -> None:
         return
     if importlib.util.find_spec(PACKAGE) is None:
         raise ValueError(f"{key} needs the package {PACKAGE}: pip install 'triptych[quantize]', or drop it")
-    if config.engine.name != NATIVE or config.task.name in (Task.train, Task.plan):
+    if config.engine.name != NATIVE or not TRAITS[config.task.name].generates:
         raise ValueError(f"{key} changes the native network that generates; use engine=native, not task=train or plan")
     if ARCHITECTURES[model.architecture].heads is None:
         raise ValueError(

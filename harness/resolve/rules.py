@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from operator import attrgetter
 from pathlib import Path
 
 import msgspec
@@ -10,20 +11,18 @@ import msgspec
 from harness.config.cache import NONE as NO_CACHE
 from harness.config.cache import check_cache
 from harness.config.optimize import Optimize
-from harness.config.plan import check_plan
-from harness.config.schema import CheckpointDefaults, LaunchMode, Load, ParallelConfig, RunConfig, Task
-from harness.config.serve import check_load, check_serve
+from harness.config.schema import CheckpointDefaults, LaunchMode, Load, ParallelConfig, RunConfig
+from harness.config.tasks import KEYS_OF_TASKS, TRAITS
 from harness.metrics import pretrained
 from harness.parallel.mesh import AXES, degrees, world_size
 from harness.records.media import ffmpeg
 from harness.resolve.checkpoint import check_checkpoint, locate
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, denoiser_defaults
-from harness.resolve.comparison import check_comparison
 from harness.resolve.engine import check_engine
 from harness.resolve.engines_table import NATIVE
 from harness.resolve.layout import model_shape
 from harness.resolve.layout_rules import check_layout, is_approximate
-from harness.resolve.limits import check_frames, check_request, check_server_limits, check_size
+from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.published_scheduler import check_published_scheduler
 from harness.resolve.quantize import check_quantize
@@ -37,15 +36,15 @@ MAX_COLLECTIVE_S = 86_400
 
 def resolve_config(config: RunConfig) -> None:
     """Fill null keys from the model, in place, and refuse what cannot run."""
-    check_comparison(config)
-    _check_report(config)
-    if config.task.name is Task.report:
+    check_keys_of_tasks(config)
+    task = TRAITS[config.task.name]
+    if not task.is_run:
         return  # generates nothing, so the rest is not checked
-    if config.task.name is Task.plan:
-        config.model.load = Load.dummy  # a plan uses only the shapes of a network
-        check_plan(config.plan, config.hardware)
+    if task.only_shapes:
+        config.model.load = Load.dummy
         if config.parallel != ParallelConfig():
-            warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
+            name = config.task.name.name
+            warnings.warn(f"parallel has no effect with task={name}, which lists every layout", stacklevel=2)
     _resolve_request(config)
     _check_layout(config, _check_model(config))
     if config.scheduler.family != PUBLISHED_FAMILY:
@@ -55,12 +54,6 @@ def resolve_config(config: RunConfig) -> None:
     resolve_optimize(config)
     _check_cache(config)
     check_quantize(config)
-    if config.task.name in (Task.serve, Task.load):
-        whole = config.model.offload or is_approximate(config.parallel)
-        check_serve(config.serve, config.engine.name == NATIVE and not whole)
-        check_load(config.load)
-    if config.task.name is Task.load:
-        _check_load_requests(config)
     pretrained.check(config.quality)
     if config.task.warmup < 0 or config.task.repeats < 1:
         raise ValueError("task.warmup must be at least 0 and task.repeats at least 1")
@@ -73,16 +66,25 @@ def resolve_config(config: RunConfig) -> None:
         raise ValueError(f"launch.reuse={config.launch.reuse}; give at least 0, which starts fresh ranks for every job")
 
 
-def _check_report(config: RunConfig) -> None:
-    if config.task.name is Task.report:
-        if config.report.runs is None:
-            raise ValueError("task=report needs a folder of runs; add report.runs=DIR, such as report.runs=sweeps")
-    else:
-        for key in ("runs", "out"):
-            if getattr(config.report, key) is not None:
-                raise ValueError(f"report.{key} has an effect with task=report only; add it, or drop report.{key}")
-    if config.plan.runs is not None and config.task.name is not Task.plan:
-        raise ValueError("plan.runs has an effect with task=plan only; add it, or drop plan.runs")
+def check_keys_of_tasks(config: RunConfig) -> None:
+    """Refuse a key that has an effect in other tasks only.
+
+    Raises:
+        ValueError: The message names the key and its tasks.
+    """
+    unused = [
+        key
+        for key, tasks in KEYS_OF_TASKS.items()
+        if config.task.name not in tasks and attrgetter(key)(config) is not None
+    ]
+    if unused:
+        tasks = KEYS_OF_TASKS[unused[0]]
+        keys = [key for key in unused if KEYS_OF_TASKS[key] == tasks]
+        verb = "have" if len(keys) > 1 else "has"
+        raise ValueError(
+            f"{' and '.join(keys)} {verb} an effect with task={' or '.join(task.name for task in tasks)} only; add "
+            f"{'it' if len(tasks) == 1 else 'one'}, or drop {keys[0] if len(keys) == 1 else 'them'}"
+        )
 
 
 def _resolve_request(config: RunConfig) -> None:
@@ -109,19 +111,6 @@ def _resolve_request(config: RunConfig) -> None:
         ffmpeg()
 
 
-def _check_load_requests(config: RunConfig) -> None:
-    """Refuse a load with a request that is impossible or that the server does not take."""
-    message = to_message(config.request)
-    for steps in config.load.steps or [message.steps]:
-        sampled = msgspec.structs.replace(message, prompts=message.prompts[:1], steps=steps)
-        check_request(sampled)
-        check_server_limits(sampled, config.serve)
-    for side in config.load.sizes:
-        check_size(side, side, config.model.size_multiple, config.model.max_pixels)
-    if config.launch.mode is LaunchMode.inprocess:
-        raise ValueError("task=load sends many requests at once to ranks of their own; use launch.mode=torchrun")
-
-
 def _check_model(config: RunConfig) -> Path | None:
     """Refuse a checkpoint that cannot run.
 
@@ -140,7 +129,7 @@ def _check_model(config: RunConfig) -> Path | None:
         raise ValueError(
             f"model.architecture={model.architecture} is unknown{did_you_mean(model.architecture, ARCHITECTURES)}"
         )
-    if config.task.name is Task.train:
+    if not TRAITS[config.task.name].uses_checkpoint:
         return None
     denoiser = denoiser_defaults(config).weights
     apply_training_facts(config)
@@ -185,7 +174,7 @@ def _check_cache(config: RunConfig) -> None:
             f"cache={config.cache.name} skips evaluations whose keys and values this layout reuses in the next one; "
             "leave out parallel.displaced and parallel.pipe, or use cache=none"
         )
-    if config.task.name in (Task.plan, Task.train):
+    if not TRAITS[config.task.name].generates:
         warnings.warn(f"cache has no effect with task={config.task.name.name}", stacklevel=2)
 
 

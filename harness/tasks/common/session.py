@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness.client.build_record import make_repeat
 from harness.client.generator import DiffusionGenerator, Generation
 from harness.config.optimize import Optimize
-from harness.config.schema import Task
+from harness.config.tasks import TRAITS
 from harness.config.yaml import to_dict
 from harness.engines.protocol import OnProgress
 from harness.messages import Array, EngineInfo, GenerationResult, Latents
@@ -72,7 +72,7 @@ class MeasurementSession:
         """
         task = self.generator.config.task
         for number in range(task.warmup + self._extra_warmups()):
-            counts = number == 0 and task.name is Task.bench
+            counts = number == 0 and TRAITS[task.name].measures
             with self._progress("warming up") as on_progress:
                 generation = self.generator.generate(latents=self._latents, count_flops=counts, on_progress=on_progress)
             self._warmup_ms.append(generation.client_ms)
@@ -84,7 +84,7 @@ class MeasurementSession:
         They compile blocks, or run what is captured next as CUDA graphs (harness.optimize.graphs).
         """
         config, engine = self.generator.config, self.generator.config.engine
-        if config.task.warmup == 0 or config.task.name is not Task.bench or engine.optimize is Optimize.none:
+        if config.task.warmup == 0 or not TRAITS[config.task.name].measures or engine.optimize is Optimize.none:
             return 0
         device = self.generator.info.device if self.generator.info else ""
         if engine.name == NATIVE and engine.eager.cuda_graphs and device.startswith("cuda"):
