@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import FrameType
 
@@ -25,10 +26,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from harness.config.schema import LoggerConfig, RunConfig, Task
+from harness.config.tasks import TRAITS
 from harness.engines.pool import EnginePool, MakeEngine, new_engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
-from harness.records.record import RunFolder, RunFolderError, Status, is_done, read_record, read_status
+from harness.records.record import RunFolderError, Status, is_done, read_record, read_status
 from harness.resolve.comparison import quote_overrides
 from harness.resolve.compose import (
     ConfigError,
@@ -41,21 +43,17 @@ from harness.resolve.compose import (
     to_dict,
 )
 from harness.resolve.names import check_names
-from harness.tasks.compare import comparison_runs, execute_compare, is_compared
-from harness.tasks.generate import execute_generate, run_training
-from harness.tasks.lifecycle import mirror, refuse, run_guarded
-from harness.tasks.report.page import write_report
-from harness.tasks.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, exit_status, print_error
-
-REPORT = "task=report"
-SERVE = "task=serve"
+from harness.tasks import task_entry
+from harness.tasks.common.comparison import is_compared
+from harness.tasks.common.lifecycle import mirror, refuse
+from harness.tasks.common.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, exit_status, print_error
 
 
 def main() -> None:
     """Run the command line and exit with its status, which is 0 only if everything requested was done."""
     arguments = sys.argv[1:]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        from harness.tasks.under_torchrun import run_under_torchrun
+        from harness.tasks.common.under_torchrun import run_under_torchrun
 
         sys.exit(run_under_torchrun(arguments))
     signal.signal(signal.SIGTERM, _terminate)
@@ -87,7 +85,7 @@ def dispatch(arguments: Sequence[str]) -> int:
             return 1 if any(job.status.state != "ok" for job in run_with_hydra(arguments).jobs) else 0
         return exit_status(run_one(compose_run(arguments), new_engine).status)
     except ConfigError as error:
-        if REPORT in arguments:  # a report has no run folder
+        if any(not TRAITS[task].is_run for task in named_tasks(arguments)):
             print_error(error)
         else:
             refuse(run_folder(arguments), error)
@@ -128,14 +126,18 @@ def check_multirun(arguments: Sequence[str], prints_config: bool) -> None:
         prints_config: Whether --cfg is among the flags.
 
     Raises:
-        ConfigError: --cfg, task=report or task=serve is combined with -m.
+        ConfigError: --cfg or a task that cannot be swept is combined with -m.
     """
     if prints_config:
         raise ConfigError("-m runs jobs and --cfg prints one configuration; leave out one of them")
-    if REPORT in arguments:
-        raise ConfigError("task=report makes one page over all runs; run it without -m")
-    if SERVE in arguments:
-        raise ConfigError("task=serve runs until it is stopped; run it without -m")
+    for task in named_tasks(arguments):
+        if (reason := TRAITS[task].not_swept) is not None:
+            raise ConfigError(f"task={task.name} {reason}; run it without -m")
+
+
+def named_tasks(arguments: Sequence[str]) -> list[Task]:
+    """Return the tasks that a command line names, known even if the rest of it cannot be composed."""
+    return [task for task in Task if f"task={task.name}" in arguments]
 
 
 def multirun_flag_first(arguments: Sequence[str]) -> list[str]:
@@ -159,66 +161,25 @@ class JobResult:
     already_done: bool = False
 
 
-def run_one(run: ResolvedRun, make_engine: MakeEngine, retry: bool = False) -> JobResult:
-    """Execute one task in the folder that Hydra chose.
+def run_one(run: ResolvedRun, engines: MakeEngine) -> JobResult:
+    """Execute one task, by default in the folder that Hydra chose.
 
     Args:
         run: The resolved run.
-        make_engine: Function that returns the run's engine, new or still warm from an earlier job.
-        retry: Whether the folder of a run that did not end well may be used again.
+        engines: Function that returns the run's engine, new or still warm from an earlier job.
 
     Returns:
         The folder and the status of the run.
 
     Raises:
         RunFolderError: Another run is in the folder.
-        ConfigError: One of the two runs of a comparison is invalid, or a report has no runs.
+        ConfigError: The task refuses the run.
     """
-    if run.config.task.name is Task.train:
-        return JobResult(Path(run.config.train.folder), run_training(run.config, Console()))
-    if run.config.task.name is Task.report:
-        return JobResult(run.folder, write_report(run.config, Console()))
-    if run.config.compare.a is not None:
-        pair = comparison_runs(run)  # an invalid one is refused before a folder is claimed
-        folder = RunFolder.claim(run.folder, retry)
-        if run.config.task.name is Task.load:
-            from harness.tasks.load.compare import execute_load_comparison
-
-            return JobResult(folder.path, execute_load_comparison(run, pair, folder, Console()))
-        return JobResult(folder.path, execute_compare(run, pair, folder, Console()))
-    if run.config.task.name is Task.serve:
-        return serve(run, retry)
-    folder = RunFolder.claim(run.folder, retry)
-    if run.config.task.name is Task.plan:
-        from harness.tasks.plan.run import execute_plan
-
-        return JobResult(folder.path, execute_plan(run, folder, Console()))
-    if run.config.task.name is Task.load:
-        from harness.tasks.load.run import execute_load
-
-        return JobResult(folder.path, execute_load(run, folder, Console(), make_engine))
-    return JobResult(folder.path, execute_generate(run, folder, Console(), make_engine))
-
-
-def serve(run: ResolvedRun, retry: bool) -> JobResult:
-    """Serve requests until the server is stopped.
-
-    The server listens on its address before the folder is claimed, so an address in use leaves no folder behind.
-
-    Args:
-        run: The resolved run.
-        retry: Whether the folder of a run that did not end well may be used again.
-
-    Returns:
-        The folder and the status of the run.
-    """
-    from harness.tasks.serve.serve import check, execute_serve, listen
-
-    check(run.config)
-    with listen(run.config.serve) as listening:
-        folder = RunFolder.claim(run.folder, retry)
-        status, _ = run_guarded(run, folder, lambda: execute_serve(run, folder, listening), lambda status: status)
-    return JobResult(folder.path, status)
+    task = run.config.task.name
+    entry, own_folder = task_entry(task), TRAITS[task].folder
+    entry.check(run)
+    status = entry.execute(run, Console(), engines)
+    return JobResult(run.folder if own_folder is None else Path(attrgetter(own_folder)(run.config)), status)
 
 
 class HydraSession:
@@ -339,8 +300,8 @@ def run_job(composed: DictConfig, make_engine: MakeEngine) -> JobResult:
         if is_sweep:
             config.logger.table = False  # one table over all jobs is printed at the end
             config.logger.wandb.group = config.logger.wandb.group or sweep_group(folder.parent)
-        run = ResolvedRun(config, list(hydra_config.overrides.task), folder, notes)
-        return run_one(run, make_engine, retry=is_sweep)
+        run = ResolvedRun(config, list(hydra_config.overrides.task), folder, notes, retry=is_sweep)
+        return run_one(run, make_engine)
     except ConfigError as error:
         status = refuse(folder, error, retry=is_sweep)
         mirror_refusal(composed, folder, status)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from harness.config.schema import Load, ModelConfig, RunConfig, Task
+from harness.config.schema import Load, ModelConfig, RunConfig
+from harness.config.tasks import TRAITS
 from harness.device.device import torch_dtype
 from harness.messages import GenerationRequest
 from harness.pipeline.validate import Limits
@@ -120,7 +121,7 @@ def cache_mib(config: RunConfig) -> float:
     text = config.model.text
     if text.cache_mib is not None:
         return text.cache_mib
-    return 0.0 if config.task.name is Task.bench and text.keep_loaded else DEFAULT_CACHE_MIB
+    return 0.0 if TRAITS[config.task.name].measures and text.keep_loaded else DEFAULT_CACHE_MIB
 
 
 def check_size_multiple(model: ModelConfig, components: Components) -> None:

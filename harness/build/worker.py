@@ -9,7 +9,8 @@ import torch
 
 from harness.build.common import source_of
 from harness.build.native import native_pipeline
-from harness.config.schema import RunConfig, Task
+from harness.config.schema import RunConfig
+from harness.config.tasks import TRAITS
 from harness.device.cuda import CudaEnergy, CudaMemory, synchronizer
 from harness.device.device import denoiser_dtype, prepare_cuda, torch_dtype
 from harness.device.energy import EnergyMeter, NoEnergy, PackageEnergy
@@ -34,7 +35,7 @@ def measure_ceiling(config: RunConfig, device: torch.device) -> float:
     Returns:
         The rate, TFLOP/s; 0 if the task measures nothing.
     """
-    if config.task.name is not Task.bench:
+    if not TRAITS[config.task.name].measures:
         return 0.0
     dtype = torch_dtype(denoiser_dtype(config.model))
     return ceiling_tflops(device, torch.float32 if should_upcast(device, dtype) else dtype, synchronizer(device))

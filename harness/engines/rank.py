@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from harness.config.schema import RunConfig, Task
+from harness.config.schema import RunConfig
+from harness.config.tasks import TRAITS
 from harness.config.yaml import ConfigError, from_yaml
 from harness.engines.environment import OWNER, SOCKETS, threads_per_rank
 from harness.engines.preimport import import_required
@@ -169,7 +170,7 @@ def _serve(config: RunConfig, addresses: Addresses, position: RankPosition) -> N
         own_info = RankInfo(os.getpid(), load_ms, worker.loaded, measure_ceiling(config, device), node, host)
         gathered = collectives.gather([msgspec.msgpack.encode(own_info)])
         infos = [msgspec.msgpack.decode(frames[0], type=RankInfo) for frames in gathered]
-        serves = config.task.name in (Task.serve, Task.load)
+        serves = TRAITS[config.task.name].serves
         request_scheduler: RequestScheduler | ContinuousBatchScheduler
         if serves and config.serve.max_batch > 1:
             request_scheduler = ContinuousBatchScheduler(worker, collectives, config.serve.max_batch)

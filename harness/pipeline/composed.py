@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from harness.messages import GenerationRequest, MemoryPoint
+from harness.messages import GenerationRequest
 from harness.pipeline.executor import PipelineExecutor
 from harness.pipeline.stage import Stage, check_wiring
-from harness.pipeline.state import RunContext, Sample
 from harness.pipeline.validate import InputValidation
 
 
@@ -15,7 +14,7 @@ class ComposedPipeline:
     Args:
         validation: the first stage; rank 0 also uses it before it accepts a request.
         stages: the stages after it.
-        executor: runs the stages.
+        executor: runs the stages; a worker calls it.
 
     Raises:
         ValueError: if a stage reads what no earlier one writes.
@@ -37,7 +36,3 @@ class ComposedPipeline:
             ValueError: with what to change, in one line.
         """
         self.validation.check(request)
-
-    def forward(self, samples: list[Sample], run: RunContext) -> list[MemoryPoint]:
-        """Run every stage over this rank's samples, in place; return the memory in use after each stage."""
-        return self.executor.execute(self.stages, samples, run)

@@ -83,34 +83,31 @@ class Denoising:
         self.options = options
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
-        """Denoise the start of every sample."""
-        run.notes.extend(self.options.notes)
+        """Denoise the start of every sample: for each micro-batch, the solver's steps along its grid."""
+        options = self.options
+        run.notes.extend(options.notes)
         batches = micro_batches(samples, run.batch_size)
         total = sum(require(batch[0].grid).steps for batch in batches)
         for batch in batches:
-            if self.options.stale_kv is not None:
-                self.options.stale_kv.begin()
-            self._denoise(batch, run, total)
-            if self.options.stale_kv is not None:
-                run.notes.append(self.options.stale_kv.end())
-
-    def _denoise(self, batch: list[Sample], run: RunContext, total: int) -> None:
-        grid = require(batch[0].grid)
-        x = torch.stack([require(sample.start) for sample in batch])
-        call, solver_state, noise = _NetworkCall(self, batch, run, grid), SolverState(), _noise(batch, x)
-        for i in range(grid.steps):
-            run.check_cancelled()
-            call.begin_step(is_last_step=i == grid.steps - 1)
-            with run.clock.step():
-                x = self.noise_scheduler.step(x, i, grid, call, solver_state, noise)
-            if run.keep_states:
-                for sample, state in zip(batch, x, strict=True):
-                    sample.states.append(state)
-            run.on_progress(self.name, len(run.clock.steps), total)
-        for sample, latent in zip(batch, x, strict=True):
-            sample.latent = latent
-        if self.options.has_block_cache or self.options.guidance_schedule is not always_guided:
-            run.skips += call.skips()
+            if options.stale_kv is not None:
+                options.stale_kv.begin()
+            grid, x = require(batch[0].grid), torch.stack([require(sample.start) for sample in batch])
+            call, solver_state, noise = _NetworkCall(self, batch, run, grid), SolverState(), _noise(batch, x)
+            for i in range(grid.steps):
+                run.check_cancelled()
+                call.begin_step(is_last_step=i == grid.steps - 1)
+                with run.clock.step():
+                    x = self.noise_scheduler.step(x, i, grid, call, solver_state, noise)
+                if run.keep_states:
+                    for sample, state in zip(batch, x, strict=True):
+                        sample.states.append(state)
+                run.on_progress(self.name, len(run.clock.steps), total)
+            for sample, latent in zip(batch, x, strict=True):
+                sample.latent = latent
+            if options.has_block_cache or options.guidance_schedule is not always_guided:
+                run.skips += call.skips()
+            if options.stale_kv is not None:
+                run.notes.append(options.stale_kv.end())
 
     def condition_at(self, condition: Conditioning, grid: Grid) -> ConditionAt:
         """Return what gives each evaluation its conditioning, precomputed as far as the options say."""
@@ -142,6 +139,7 @@ class _NetworkCall:
         network_input = branches.duplicate(x * point.c_in, mode).to(stage.dtype)
         tau_B = torch.full((len(network_input),), point.tau, dtype=torch.float32, device=network_input.device)
         rows = self._kept * (len(network_input) // len(self._batch)) if stage.options.has_block_cache else ()
+        run.counter.add(len(network_input))
         with run.clock.network("denoiser"):
             condition = self._conditions[mode](network_input, point.tau)
             output = run.evaluate(Evaluation(stage.network, network_input, tau_B, condition, rows))

@@ -24,6 +24,19 @@ OnProgress: TypeAlias = Callable[[str, int, int], None]
 """Called with (stage, 0, 0) at the start of a stage, and with (stage, done, total) after each solver step."""
 
 
+@dataclass
+class EvaluationCounter:
+    """The number of denoiser forwards on this rank and of their batch rows; a guided image has two rows."""
+
+    evaluations: int = 0
+    rows: int = 0
+
+    def add(self, rows: int) -> None:
+        """Count one forward."""
+        self.evaluations += 1
+        self.rows += rows
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation of the denoiser, with what is kept for the next ones.
@@ -145,6 +158,7 @@ class RunContext:
         comm: what was sent, by stage and kind of collective; written by the executor.
         keep_states: whether samples store their state after every step.
         evaluate: evaluates the denoiser.
+        counter: the count of evaluations.
         skips: what caches skipped for each image; written by denoising.
     """
 
@@ -160,6 +174,7 @@ class RunContext:
     comm: dict[str, dict[str, messages.CollectiveTraffic]] = field(default_factory=dict)
     keep_states: bool = False
     evaluate: Evaluate = evaluate_directly
+    counter: EvaluationCounter = field(default_factory=EvaluationCounter)
     skips: list[messages.CacheSkips] = field(default_factory=list)
 
 

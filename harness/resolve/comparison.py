@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.config.schema import RunConfig, Task
+from harness.config.schema import RunConfig
+from harness.config.tasks import TRAITS
 
 COMPARED = ("a", "b")
 KEYS = tuple(f"compare.{name}" for name in COMPARED)
@@ -66,28 +67,6 @@ def split_list(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def check_comparison(config: RunConfig) -> None:
-    """Refuse a comparison that lacks a configuration, and `compare` keys in a task that does not compare.
-
-    Raises:
-        ValueError: The message says what to change.
-    """
-    given = {name: getattr(config.compare, name) for name in COMPARED}
-    if config.task.name is Task.compare:
-        if missing := [name for name, overrides in given.items() if overrides is None]:
-            raise ValueError(
-                f"task=compare needs two configurations; add {' '.join(f'compare.{n}=[...]' for n in missing)}, lists "
-                "of overrides such as compare.b='[parallel=ulysses2]' ([] changes nothing)"
-            )
-    elif config.task.name is Task.load:
-        if len([overrides for overrides in given.values() if overrides is not None]) == 1:
-            raise ValueError(
-                "task=load compares two configurations; give compare.a=[...] and compare.b=[...], or neither"
-            )
-    elif unused := [f"compare.{name}" for name, overrides in given.items() if overrides is not None]:
-        raise ValueError(f"{' and '.join(unused)} have an effect with task=compare or load only; add one, or drop them")
-
-
 def comparison_overrides(common: Sequence[str], own: Sequence[str], config: RunConfig) -> list[str]:
     """Return the overrides of one of the two compared runs.
 
@@ -101,5 +80,5 @@ def comparison_overrides(common: Sequence[str], own: Sequence[str], config: RunC
     """
     kept = [override for override in common if override.partition("=")[0] not in (*KEYS, "task")]
     counts = [f"task.warmup={config.task.warmup}", f"task.repeats={config.task.repeats}"]
-    task = "task=load" if config.task.name is Task.load else "task=bench"
-    return [*kept, *own, task, *counts, "task.fidelity=false", "compare.a=null", "compare.b=null"]
+    task = TRAITS[config.task.name].compared_as or config.task.name
+    return [*kept, *own, f"task={task.name}", *counts, "task.fidelity=false", "compare.a=null", "compare.b=null"]

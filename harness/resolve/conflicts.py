@@ -14,6 +14,7 @@ from typing import Any
 from harness.config.cache import BLOCK_CACHES, GUIDANCE_CACHES
 from harness.config.optimize import Optimize
 from harness.config.schema import LaunchMode, Quantize, RunConfig, Task
+from harness.config.tasks import TRAITS
 from harness.parallel.mesh import degrees, world_size
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
 from harness.resolve.engines_table import BASELINES, CACHE_DIT, NATIVE, SGLANG
@@ -171,7 +172,7 @@ FEATURES = (
         "step batching",
         "serve.max_batch",
         "task=serve serve.max_batch=8",
-        lambda c: c.task.name in (Task.serve, Task.load) and c.serve.max_batch > 1,
+        lambda c: TRAITS[c.task.name].serves and c.serve.max_batch > 1,
     ),
     _feature(
         "inprocess",
@@ -180,8 +181,8 @@ FEATURES = (
         "launch.mode=inprocess",
         lambda c: c.launch.mode is LaunchMode.inprocess,
     ),
-    _feature("train", "task=train", "task", "task=train", lambda c: c.task.name is Task.train),
-    _feature("plan", "task=plan", "task", "task=plan", lambda c: c.task.name is Task.plan),
+    _feature("train", "task=train", "task", "task=train", lambda c: not TRAITS[c.task.name].uses_checkpoint),
+    _feature("plan", "task=plan", "task", "task=plan", lambda c: TRAITS[c.task.name].only_shapes),
     _feature("load", "task=load", "task", "task=load serve.max_batch=1", lambda c: c.task.name is Task.load),
     _feature(
         "fidelity_per_step",

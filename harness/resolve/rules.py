@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from operator import attrgetter
 
 import msgspec
 
 from harness.config.cache import NONE as NO_CACHE
 from harness.config.cache import check_cache
-from harness.config.plan import check_plan
-from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, Quantize, RunConfig, Task
-from harness.config.serve import check_load
+from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, Quantize, RunConfig
+from harness.config.tasks import KEYS_OF_TASKS, TRAITS
 from harness.metrics import pretrained
 from harness.records.media import ffmpeg
 from harness.resolve.checkpoint import check_checkpoint, locate
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, denoiser_defaults
-from harness.resolve.comparison import check_comparison
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
 from harness.resolve.engine import check_engine
 from harness.resolve.engines_table import refuse_missing_engine
 from harness.resolve.layout_rules import check_layout
-from harness.resolve.limits import check_frames, check_request, check_server_limits, check_size
+from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.options import check_options
 from harness.resolve.published_scheduler import check_published_scheduler
@@ -36,34 +35,29 @@ QUANTIZE_PACKAGE = "torchao"
 def resolve_config(config: RunConfig) -> None:
     """Fill null keys from the model, in place, and refuse what cannot run."""
     check_options(config)
-    check_comparison(config)
-    _check_report(config)
-    if config.task.name is Task.report:
+    check_keys_of_tasks(config)
+    task = TRAITS[config.task.name]
+    if not task.is_run:
         return  # generates nothing, so the rest is not checked
-    if config.task.name is Task.plan:
-        config.model.load = Load.dummy  # a plan uses only the shapes of a network
-        check_plan(config.plan, config.hardware)
+    if task.only_shapes:
+        config.model.load = Load.dummy
         if config.parallel != ParallelConfig():
-            warnings.warn("parallel has no effect with task=plan, which lists every layout", stacklevel=2)
+            name = config.task.name.name
+            warnings.warn(f"parallel has no effect with task={name}, which lists every layout", stacklevel=2)
     _resolve_request(config)
     _check_packages(config)
     resolve_optimize(config)
-    trains = config.task.name is Task.train  # it has no checkpoint and no layout
-    check_conflicts(config, OTHER_CONFLICTS if trains else CONFLICTS)
-    if not trains:
+    check_conflicts(config, CONFLICTS if task.uses_checkpoint else OTHER_CONFLICTS)
+    if task.uses_checkpoint:
         _check_model(config)
     run = ResolvedRun(config)
-    if not trains:
+    if task.uses_checkpoint:
         for note in check_layout(config.parallel, run.shape):
             warnings.warn(note, stacklevel=2)
     if run.noise_scheduler is not None:
         resolve_settings(run.noise_scheduler, config.request.steps)
     check_engine(config)
     _check_cache(config)
-    if config.task.name in (Task.serve, Task.load):
-        check_load(config.load)
-    if config.task.name is Task.load:
-        _check_load_requests(config)
     pretrained.check(config.quality)
     if config.task.max_pixel_error is not None and not config.task.fidelity:
         raise ValueError(
@@ -84,16 +78,25 @@ def _check_packages(config: RunConfig) -> None:
         )
 
 
-def _check_report(config: RunConfig) -> None:
-    if config.task.name is Task.report:
-        if config.report.runs is None:
-            raise ValueError("task=report needs a folder of runs; add report.runs=DIR, such as report.runs=sweeps")
-    else:
-        for key in ("runs", "out"):
-            if getattr(config.report, key) is not None:
-                raise ValueError(f"report.{key} has an effect with task=report only; add it, or drop report.{key}")
-    if config.plan.runs is not None and config.task.name is not Task.plan:
-        raise ValueError("plan.runs has an effect with task=plan only; add it, or drop plan.runs")
+def check_keys_of_tasks(config: RunConfig) -> None:
+    """Refuse a key that has an effect in other tasks only.
+
+    Raises:
+        ValueError: The message names the key and its tasks.
+    """
+    unused = [
+        key
+        for key, tasks in KEYS_OF_TASKS.items()
+        if config.task.name not in tasks and attrgetter(key)(config) is not None
+    ]
+    if unused:
+        tasks = KEYS_OF_TASKS[unused[0]]
+        keys = [key for key in unused if KEYS_OF_TASKS[key] == tasks]
+        verb = "have" if len(keys) > 1 else "has"
+        raise ValueError(
+            f"{' and '.join(keys)} {verb} an effect with task={' or '.join(task.name for task in tasks)} only; add "
+            f"{'it' if len(tasks) == 1 else 'one'}, or drop {keys[0] if len(keys) == 1 else 'them'}"
+        )
 
 
 def _resolve_request(config: RunConfig) -> None:
@@ -120,17 +123,6 @@ def _resolve_request(config: RunConfig) -> None:
         ffmpeg()
 
 
-def _check_load_requests(config: RunConfig) -> None:
-    """Refuse a load with a request that is impossible or that the server does not take."""
-    message = to_message(config.request)
-    for steps in config.load.steps or [message.steps]:
-        sampled = msgspec.structs.replace(message, prompts=message.prompts[:1], steps=steps)
-        check_request(sampled)
-        check_server_limits(sampled, config.serve)
-    for side in config.load.sizes:
-        check_size(side, side, config.model.size_multiple, config.model.max_pixels)
-
-
 def _check_model(config: RunConfig) -> None:
     """Download what is missing of a checkpoint, and refuse one that cannot run.
 
@@ -149,7 +141,7 @@ def _check_model(config: RunConfig) -> None:
 
 def _check_cache(config: RunConfig) -> None:
     check_cache(config.cache, config.model.name, to_message(config.request).guidance)
-    if config.cache.name != NO_CACHE and config.task.name in (Task.plan, Task.train):
+    if config.cache.name != NO_CACHE and not TRAITS[config.task.name].generates:
         warnings.warn(f"cache has no effect with task={config.task.name.name}", stacklevel=2)
 
 

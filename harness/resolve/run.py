@@ -51,12 +51,14 @@ class ResolvedRun:
         overrides: The overrides that the user gave.
         folder: The run's folder, as Hydra names it.
         notes: Warnings for the user.
+        retry: Whether the folder of a run that did not end well may be used again.
     """
 
     config: RunConfig
     overrides: list[str] = field(default_factory=list)
     folder: Path = Path()
     notes: list[str] = field(default_factory=list)
+    retry: bool = False
 
     @cached_property
     def denoiser(self) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from harness.device.clock import Clock
 from harness.device.cuda import synchronizer
@@ -21,6 +21,7 @@ from harness.messages import (
     GenerationRequest,
     Latents,
     LoadedComponent,
+    MemoryPoint,
     RankOutcome,
     RankReport,
     SampleResult,
@@ -32,11 +33,10 @@ from harness.pipeline.composed import ComposedPipeline
 from harness.pipeline.state import (
     Cancelled,
     Evaluate,
-    Evaluation,
+    EvaluationCounter,
     OnProgress,
     RunContext,
     Sample,
-    evaluate_directly,
     image_specs,
     micro_batches,
     require,
@@ -48,16 +48,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class EvaluationCounter:
-    """The number of denoiser forwards on this rank and of their batch rows; a guided image has two rows."""
+class Answer:
+    """The answer of this rank to one request.
 
-    evaluations: int = 0
-    rows: int = 0
+    Attributes:
+        frames: The frames of a RankOutcome.
+    """
 
-    def add(self, rows: int) -> None:
-        """Count one forward."""
-        self.evaluations += 1
-        self.rows += rows
+    frames: list[bytes] = field(default_factory=list)
 
 
 class Worker:
@@ -121,13 +119,12 @@ class Worker:
             if self.groups.any_in_replica(is_cancelled()):
                 raise Cancelled
 
-        def evaluate_and_count(evaluation: Evaluation) -> Tensor:
-            self.counter.add(len(evaluation.latent))
-            return evaluate_directly(evaluation)
-
-        run = self._context(request, on_progress, check_cancelled, evaluate_and_count)
-        run.traffic, run.energy = self.groups.traffic, self.energy
-        return self._run_guarded(request, samples, run)
+        run = self._context(request, on_progress, check_cancelled)
+        run.traffic, run.energy, run.counter = self.groups.traffic, self.energy, self.counter
+        with self._failure_as_answer(request) as answer:
+            points = self.pipeline.executor.execute(self.pipeline.stages, samples, run)
+            answer.frames = self._outcome(request, samples, run, points)
+        return answer.frames
 
     def fiber(self, request: GenerationRequest, on_progress: OnProgress) -> RequestFiber[list[bytes]]:
         """Return a fiber that runs a whole request and pauses at every evaluation.
@@ -144,38 +141,43 @@ class Worker:
         """
 
         def work(evaluate: Evaluate) -> list[bytes]:
-            run = self._context(request, on_progress, lambda: None, evaluate)
+            samples = [Sample(spec) for spec in image_specs(request)]
+            run = self._context(request, on_progress, lambda: None)
+            run.evaluate = evaluate
             run.notes.append("its network forwards were shared with other requests, and its times include theirs")
-            return self._run_guarded(request, [Sample(spec) for spec in image_specs(request)], run)
+            with self._failure_as_answer(request) as answer:
+                points = self.pipeline.executor.execute(self.pipeline.stages, samples, run)
+                answer.frames = self._outcome(request, samples, run, points)
+            return answer.frames
 
         return RequestFiber(work)
 
     def _context(
-        self,
-        request: GenerationRequest,
-        on_progress: OnProgress,
-        check_cancelled: Callable[[], None],
-        evaluate: Evaluate,
+        self, request: GenerationRequest, on_progress: OnProgress, check_cancelled: Callable[[], None]
     ) -> RunContext:
         clock = Clock(synchronizer(self.device), request.count_flops, request.profile)
         run = RunContext(self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled)
         run.keep_states = request.latents == "steps"
-        run.evaluate = evaluate
         return run
 
-    def _run_guarded(self, request: GenerationRequest, samples: list[Sample], run: RunContext) -> list[bytes]:
+    @contextmanager
+    def _failure_as_answer(self, request: GenerationRequest) -> Iterator[Answer]:
+        """Turn an exception of the block into the answer, unless other ranks compute the same images."""
+        answer = Answer()
         try:
-            return self._run_pipeline(request, samples, run)
+            yield answer
         except Cancelled:
-            return _failure(request, "cancelled", "the request was cancelled", self.position.rank)
+            answer.frames = _failure(request, "cancelled", "the request was cancelled", self.position.rank)
         except Exception as error:
             if self.position.replica_size > 1:
                 raise
             log.exception("request %s failed", request.request_id)
-            return _failure(request, failure_kind(error), failure_line(error), self.position.rank)
+            answer.frames = _failure(request, failure_kind(error), failure_line(error), self.position.rank)
 
-    def _run_pipeline(self, request: GenerationRequest, samples: list[Sample], run: RunContext) -> list[bytes]:
-        points = self.pipeline.forward(samples, run)
+    def _outcome(
+        self, request: GenerationRequest, samples: list[Sample], run: RunContext, points: list[MemoryPoint]
+    ) -> list[bytes]:
+        """Return the frames of a RankOutcome with what the stages left in the samples and in the run's context."""
         report = RankReport(
             rank=self.position.rank,
             stages=run.clock.stages,

@@ -6,81 +6,63 @@ The order is A B, B A, A B ...: drift of the machine reaches both alike, and nei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 from rich.console import Console
 
 from harness.client.generator import DiffusionGenerator
-from harness.config.schema import LaunchMode, RunConfig, Task
-from harness.config.serve import Transport
+from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
-from harness.metrics.difference import Difference, difference
-from harness.metrics.paired import Ratio, min_rounds
-from harness.parallel.mesh import degrees, world_size
-from harness.records.comparison import FILE, SCHEMA, Comparison, read_comparison, time_ratios
-from harness.records.record import RunFolder, Status, fingerprint, read_status
-from harness.resolve.comparison import COMPARED, comparison_overrides, is_compared_key
-from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, to_dict, to_yaml
-from harness.tasks.lifecycle import mirror, run_guarded
-from harness.tasks.session import MeasurementSession, progress_bars
+from harness.metrics.difference import difference
+from harness.records.comparison import FILE, Comparison, time_ratios
+from harness.records.record import RunFolder, Status
+from harness.resolve.comparison import COMPARED
+from harness.resolve.compose import ConfigError, ResolvedRun, to_yaml
+from harness.tasks.common.comparison import comparison_runs, make_comparison
+from harness.tasks.common.lifecycle import guarded, mirror
+from harness.tasks.common.session import MeasurementSession, progress_bars
 
 
-def comparison_runs(run: ResolvedRun) -> tuple[ResolvedRun, ResolvedRun]:
-    """Resolve the two runs of a comparison, each checked like a single run.
-
-    Args:
-        run: The comparison.
-
-    Returns:
-        The runs a and b.
+def check(run: ResolvedRun) -> None:
+    """Refuse a comparison that lacks a configuration.
 
     Raises:
-        ConfigError: There are too few rounds, or one of the two runs is invalid; the error names it.
+        ConfigError: One is missing; the message says what to add.
     """
-    config = run.config
-    task = f"task={config.task.name.name}" + (" with a and b" if config.task.name is Task.load else "")
-    if config.launch.mode is LaunchMode.inprocess:
-        raise ConfigError(f"{task} keeps two engines warm, each in its own processes; use launch.mode=torchrun")
-    if config.task.name is Task.load and config.load.transport is not Transport.zmq:
-        raise ConfigError("task=load with a and b loads two engines, not servers; drop load.transport=http")
-    if config.task.repeats < min_rounds():
-        raise ConfigError(f"task.repeats={config.task.repeats}: {task} needs {min_rounds()} rounds or more")
-    return _comparison_run(run, "a"), _comparison_run(run, "b")
+    given = {name: getattr(run.config.compare, name) for name in COMPARED}
+    if missing := [name for name, overrides in given.items() if overrides is None]:
+        raise ConfigError(
+            f"task=compare needs two configurations; add {' '.join(f'compare.{n}=[...]' for n in missing)}, lists "
+            "of overrides such as compare.b='[parallel=ulysses2]' ([] changes nothing)"
+        )
 
 
-def _comparison_run(comparison: ResolvedRun, name: str) -> ResolvedRun:
-    own: list[str] = getattr(comparison.config.compare, name)
-    try:
-        run = compose_run(comparison_overrides(comparison.overrides, own, comparison.config))
-    except ConfigError as error:
-        raise ConfigError(f"compare.{name}={own}: {error}") from error
-    return ResolvedRun(run.config, run.overrides, comparison.folder / name, run.notes)
-
-
-def execute_compare(
-    run: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], folder: RunFolder, console: Console
-) -> Status:
-    """Compare two runs in a claimed folder; any failure becomes the status.
+def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine) -> Status:
+    """Compare two runs; any failure becomes the status.
 
     Args:
         run: The comparison.
-        pair: The comparison's two runs, from `comparison_runs`.
-        folder: The claimed folder.
         console: Console for the progress and the table.
+        engines: Not used; both engines of a comparison are its own.
 
     Returns:
         The status, which is on disk before anything is logged to wandb.
+
+    Raises:
+        RunFolderError: Another run is in the folder.
+        ConfigError: One of the two runs is invalid; no folder was claimed.
     """
-    config = run.config
-    status, comparison = run_guarded(
-        run, folder, lambda: run_compare(run, pair, folder, console), lambda done: Status("ok")
-    )
+    config, comparison = run.config, None
+    pair = comparison_runs(run)
+    folder = RunFolder.claim(run.folder, run.retry)
+    with guarded(run, folder) as outcome:
+        comparison = run_compare(run, pair, folder, console)
     if comparison is not None:
-        mirror(lambda: log_comparison(config.logger.wandb, comparison, folder.path))
+        mirror(partial(log_comparison, config.logger.wandb, comparison, folder.path))
         if config.logger.table:
             print_comparison(comparison, folder.path, console)
-    return status
+    return outcome.status
 
 
 def run_compare(
@@ -148,49 +130,3 @@ def compare_sessions(
     except ValueError as error:
         notes.append(f"the output difference is not measured: {error}")
     return make_comparison(run, pair, time_ratios(a.repeats, b.repeats), output, notes)
-
-
-def make_comparison(
-    run: ResolvedRun,
-    pair: tuple[ResolvedRun, ResolvedRun],
-    ratios: dict[str, Ratio],
-    output: Difference | None = None,
-    notes: Sequence[str] = (),
-) -> Comparison:
-    """Build the comparison's record, with the ranks of both runs and the efficiency if b has more ranks.
-
-    Args:
-        run: The comparison.
-        pair: The comparison's two runs.
-        ratios: Time ratio of a over b by what was timed.
-        output: Difference of the last outputs, if it was measured.
-        notes: Remarks for the record.
-
-    Returns:
-        The record of the comparison.
-    """
-    ranks_a, ranks_b = (world_size(degrees(each.config.parallel)) for each in pair)
-    return Comparison(
-        schema=SCHEMA,
-        common=[override for override in run.overrides if not is_compared_key(override)],
-        a=list(run.config.compare.a or ()),
-        b=list(run.config.compare.b or ()),
-        ranks=(ranks_a, ranks_b),
-        ratios=ratios,
-        efficiency={n: row.ratio * ranks_a / ranks_b for n, row in ratios.items()} if ranks_b > ranks_a else None,
-        output=output,
-        notes=list(notes),
-        fingerprint=fingerprint(to_dict(run.config)),
-    )
-
-
-def is_compared(folder: Path, config: RunConfig) -> bool:
-    """Return whether the folder holds the finished comparison of this same configuration."""
-    found = read_comparison(folder) if read_status(folder).state == "ok" else None
-    if found is None:
-        return False
-    return (found.fingerprint, found.a, found.b) == (
-        fingerprint(to_dict(config)),
-        config.compare.a or [],
-        config.compare.b or [],
-    )

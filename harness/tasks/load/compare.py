@@ -15,18 +15,15 @@ from rich.progress import Progress
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine
-from harness.loggers.load import describe_batching, describe_outcomes
-from harness.loggers.table import print_comparison
-from harness.loggers.wandb import log_comparison
+from harness.loggers.load import describe_outcomes
 from harness.messages import EngineInfo
 from harness.metrics.load import LoadSummary, RequestRow
 from harness.metrics.paired import ratio
 from harness.records.comparison import FILE, Comparison
-from harness.records.record import FirstCall, RunFolder, Status
-from harness.resolve.comparison import COMPARED
+from harness.records.record import FirstCall, RunFolder
 from harness.resolve.compose import ResolvedRun, to_yaml
-from harness.tasks.compare import make_comparison
-from harness.tasks.lifecycle import mirror, run_guarded
+from harness.tasks.common.comparison import make_comparison
+from harness.tasks.common.session import progress_bars
 from harness.tasks.load.run import (
     LoadMeasurement,
     build_load_record,
@@ -36,40 +33,6 @@ from harness.tasks.load.run import (
     summarize,
     write_rows,
 )
-from harness.tasks.session import progress_bars
-
-
-def execute_load_comparison(
-    run: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], folder: RunFolder, console: Console
-) -> Status:
-    """Compare two loads in a claimed folder; every error becomes a status.
-
-    Args:
-        run: The comparison as one run.
-        pair: The two runs to compare, A and B.
-        folder: The claimed folder of the comparison.
-        console: The console for progress and results.
-
-    Returns:
-        The status, which is on disk before anything is mirrored to a logger.
-    """
-    config = run.config
-
-    def work() -> tuple[Comparison, list[LoadSummary]]:
-        return compare_loads(run, pair, folder, console)
-
-    outcome = run_guarded(run, folder, work, lambda done: status_from_loads(done[1]))
-    status, done = outcome
-    if done is not None:
-        comparison, loads = done
-        mirror(lambda: log_comparison(config.logger.wandb, comparison, folder.path))
-        if config.logger.table:
-            print_comparison(comparison, folder.path, console)
-            for name, load in zip(COMPARED, loads, strict=True):
-                console.print(
-                    f"{name}: {load.throughput_per_s:.2f} answers/s{describe_batching(load)}; {describe_outcomes(load)}"
-                )
-    return status
 
 
 def compare_loads(

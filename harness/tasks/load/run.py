@@ -18,10 +18,8 @@ from rich.progress import Progress
 from harness.config.schema import RunConfig
 from harness.config.serve import Transport
 from harness.engines.environment import threads_per_rank
-from harness.engines.pool import MakeEngine, new_engine
+from harness.engines.pool import MakeEngine
 from harness.engines.protocol import Engine
-from harness.loggers.load import print_load
-from harness.loggers.wandb import log_load
 from harness.messages import EngineInfo
 from harness.metrics.load import LOST, LoadSummary, RequestRow, summarize_load
 from harness.parallel.mesh import degrees, world_size
@@ -40,13 +38,12 @@ from harness.records.record import (
 from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
 from harness.resolve.engines_table import engine_version
 from harness.serving.transport import Connection
-from harness.tasks.lifecycle import mirror, run_guarded
+from harness.tasks.common.session import progress_bars
 from harness.tasks.load import http
 from harness.tasks.load.arrivals import arrival_schedule, generate_requests
 from harness.tasks.load.server import ServerProcess
 from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
-from harness.tasks.session import progress_bars
 
 REQUESTS_FILE = "requests.jsonl"
 GRACE_S = 30.0  # the time beyond a request's own deadline after which a request without an answer is lost
@@ -63,33 +60,6 @@ class LoadMeasurement:
 
     summary: LoadSummary
     rows: list[RequestRow]
-
-
-def execute_load(run: ResolvedRun, folder: RunFolder, console: Console, make_engine: MakeEngine = new_engine) -> Status:
-    """Load an engine in a claimed folder; every error becomes a status.
-
-    Args:
-        run: The run.
-        folder: The claimed run folder.
-        console: The console for progress and results.
-        make_engine: The function that makes an engine.
-
-    Returns:
-        The status, which is on disk before anything is mirrored to a logger.
-    """
-    config = run.config
-
-    def work() -> Record:
-        return run_load(run, folder, console, make_engine)
-
-    outcome = run_guarded(run, folder, work, lambda record: status_from_loads([record.load] if record.load else []))
-    status, record = outcome
-    if record is not None and record.load is not None:
-        load = record.load
-        mirror(lambda: log_load(config.logger.wandb, record, load, folder.path))
-        if config.logger.table:
-            print_load(record, load, folder.path, console)
-    return status
 
 
 def status_from_loads(loads: Sequence[LoadSummary]) -> Status:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-from rich.console import Console
 
 from harness.config.plan import HardwareConfig
 from harness.config.schema import RunConfig
@@ -16,36 +15,13 @@ from harness.costs.plan_file import PLAN_SCHEMA, LayoutPrediction, Plan
 from harness.costs.request_trace import trace_request
 from harness.costs.roofline import device_rates, predict, valid_layouts
 from harness.device.device import denoiser_dtype, torch_dtype
-from harness.records.record import RunFolder, Status
+from harness.records.record import RunFolder
 from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
 from harness.resolve.request import to_message
-from harness.tasks.lifecycle import run_guarded
 from harness.tasks.plan.check import check, native_records
 from harness.tasks.plan.measure import with_measured_rates
-from harness.tasks.plan.table import print_checks, print_plan
 
 FILE = "plan.json"
-
-
-def execute_plan(run: ResolvedRun, folder: RunFolder, console: Console) -> Status:
-    """Plan in a claimed folder; any failure becomes the status.
-
-    Args:
-        run: The resolved run.
-        folder: The claimed folder.
-        console: Console for the table.
-
-    Returns:
-        The status, which is on disk.
-    """
-    config = run.config
-    status, plan = run_guarded(run, folder, lambda: run_plan(config, folder), lambda done: Status("ok"))
-    if plan is not None and config.logger.table:
-        if config.plan.runs is None:
-            print_plan(plan, config.plan.rows, folder.path, console)
-        else:
-            print_checks(plan, folder.path, console)
-    return status
 
 
 def run_plan(config: RunConfig, folder: RunFolder) -> Plan:

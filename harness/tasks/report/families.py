@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.metrics.intervals import IntervalEstimate, Share
+from harness.tasks.common.terminal import EXIT_BAD_INPUT, print_error
 from harness.tasks.report.markers import replace_between
 from harness.tasks.report.sweep import FAMILIES, Sweep, SweepPoint, best_within_budget, read_sweep
-from harness.tasks.terminal import EXIT_BAD_INPUT, print_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ import uvicorn
 from rich.console import Console
 from rich.markup import escape
 
-from harness.config.schema import LaunchMode, RunConfig
+from harness.config.schema import RunConfig
 from harness.config.serve import ServeConfig
 from harness.engines.environment import OWNER
 from harness.engines.processes import is_alive
@@ -43,19 +43,6 @@ class UvicornServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave the signal handlers of this process unchanged."""
         yield
-
-
-def check(config: RunConfig) -> None:
-    """Refuse a valid configuration that cannot be served.
-
-    Args:
-        config: The resolved configuration.
-
-    Raises:
-        ConfigError: The launch mode has no separate processes.
-    """
-    if config.launch.mode is LaunchMode.inprocess:
-        raise ConfigError("task=serve supervises ranks in separate processes; drop launch.mode=inprocess")
 
 
 def listen(serve: ServeConfig) -> socket.socket:
@@ -89,7 +76,7 @@ def listen(serve: ServeConfig) -> socket.socket:
     return found
 
 
-def execute_serve(
+def serve(
     run: ResolvedRun,
     folder: RunFolder,
     listening: socket.socket,

@@ -11,13 +11,13 @@ from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest
 from harness.records.record import SampleRow, fingerprint
 from harness.resolve.compose import to_dict
+from harness.tasks.common.terminal import print_error
 from harness.tasks.serve import storage
 from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.metrics import RequestMetrics
 from harness.tasks.serve.openai import RequestStatus
 from harness.tasks.serve.problem import Problem, as_problem
 from harness.tasks.serve.supervisor import NotServing, QueueFull, Supervisor
-from harness.tasks.terminal import print_error
 
 log = logging.getLogger(__name__)
 

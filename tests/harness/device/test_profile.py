@@ -7,9 +7,9 @@ from rich.console import Console
 
 from harness.client.build_record import operators
 from harness.messages import GenerationResult, OperatorTime, RankReport, StageTime
-from harness.records.record import Record, RunFolder, read_record
+from harness.records.record import Record, read_record
 from harness.resolve.compose import compose_run
-from harness.tasks.generate import execute_generate
+from harness.tasks import bench
 
 BENCH = ["task=bench", "task.repeats=1", "task.fidelity=false", "launch.mode=inprocess", "launch.threads_per_rank=1"]
 REQUESTED = ["request.prompt=rocket", "request.steps=2", "logger=json", "logger.table=false"]
@@ -17,7 +17,7 @@ REQUESTED = ["request.prompt=rocket", "request.steps=2", "logger=json", "logger.
 
 def ran(folder: Path, *overrides: str) -> Record:
     composed = compose_run([*BENCH, *REQUESTED, *overrides, f"hydra.run.dir={folder}"])
-    execute_generate(composed, RunFolder.claim(folder), Console(quiet=True))
+    bench.execute(composed, Console(quiet=True))
     record = read_record(folder)
     assert record is not None
     return record

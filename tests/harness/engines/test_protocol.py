@@ -10,7 +10,7 @@ from harness.messages import Failure, GenerationRequest, GenerationResult, Messa
 from harness.records.record import Status
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Connection, EngineGone
-from harness.tasks.lifecycle import status_from_error
+from harness.tasks.common.lifecycle import status_from_error
 
 
 class Script(Connection):

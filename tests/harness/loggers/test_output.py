@@ -70,14 +70,13 @@ def test_a_fault_of_wandb_is_not_the_runs(
     def broken(*arguments: object) -> None:
         raise RuntimeError("no network")
 
-    monkeypatch.setattr("harness.tasks.lifecycle.log_failure", broken)
-    composed = compose_run(["request.prompt=a"])
-    folder = RunFolder.claim(tmp_path / "run")
+    monkeypatch.setattr("harness.tasks.common.lifecycle.log_failure", broken)
+    composed = compose_run(["request.prompt=a", f"hydra.run.dir={tmp_path / 'run'}"])
 
     def make(config: RunConfig, folder: Path) -> Engine:
         raise ValueError("no ranks today")
 
-    assert generate.execute_generate(composed, folder, Console(), make) == Status("failed", "no ranks today")
+    assert generate.execute(composed, Console(), make) == Status("failed", "no ranks today")
     assert "wandb did not take it" in capsys.readouterr().err
     assert list(load(tmp_path)["error"]) == ["no ranks today"]
 

@@ -31,7 +31,7 @@ from harness.optimize.graphs import (
 )
 from harness.parallel.process_groups import single_rank_groups
 from harness.resolve.compose import ConfigError, compose_run
-from harness.tasks.session import MeasurementSession
+from harness.tasks.common.session import MeasurementSession
 from models.attention import sdpa_attention
 from models.components import Components, Conditioning, LatentSpace
 from models.decoders import KLDecoder

@@ -6,7 +6,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from harness.resolve.comparison import quote_overrides, split_list
 from harness.resolve.compose import ConfigError, compose_run
-from harness.tasks.compare import comparison_runs
+from harness.tasks import task_entry
+from harness.tasks.common.comparison import comparison_runs
 
 PAIR = ["compare.a=[]", "compare.b=[parallel=dp2]"]
 
@@ -63,6 +64,12 @@ def test_the_overrides_of_one_configuration_win() -> None:
     assert (b.config.parallel.dp, b.config.request.steps) == (2, 4)
 
 
+def compare(overrides: list[str]) -> None:
+    run = compose_run(overrides)
+    task_entry(run.config.task.name).check(run)
+    comparison_runs(run)
+
+
 @pytest.mark.parametrize(
     ("overrides", "hint"),
     [
@@ -80,6 +87,6 @@ def test_the_overrides_of_one_configuration_win() -> None:
 )
 def test_what_cannot_be_compared_is_refused(overrides: list[str], hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        comparison_runs(compose_run(overrides))
+        compare(overrides)
     assert hint in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -16,6 +16,7 @@ from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, folde
 from harness.resolve.engines_table import INSTALL_HINTS
 from harness.resolve.limits import check_frames
 from harness.resolve.names import REMOVED, check_names, config_groups
+from harness.tasks import task_entry
 from models.registry import REFERENCE, missing_package
 from schedulers.settings import TrainingSettings
 
@@ -36,9 +37,14 @@ def compose(*overrides: str) -> ResolvedRun:
     return compose_run(overrides)
 
 
+def compose_and_check(*overrides: str) -> None:
+    run = compose(*overrides)
+    task_entry(run.config.task.name).check(run)
+
+
 def refused(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        compose(*overrides)
+        compose_and_check(*overrides)
     line = str(caught.value)
     assert "\n" not in line
     return line

@@ -11,10 +11,10 @@ from harness.client.generator import DiffusionGenerator
 from harness.config.schema import DType, ParallelConfig
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, rounding_bound, verdict
-from harness.records.record import RunFolder, read_record, read_status
+from harness.records.record import read_record, read_status
 from harness.resolve.compose import ResolvedRun, compose_run
-from harness.tasks import fidelity
-from harness.tasks.fidelity import (
+from harness.tasks.common import fidelity
+from harness.tasks.common.fidelity import (
     METHODS,
     GeneratedOutput,
     Method,
@@ -24,8 +24,8 @@ from harness.tasks.fidelity import (
     method_class,
     reference_config,
 )
-from harness.tasks.generate import execute_generate, status_from_fidelity
-from harness.tasks.session import progress_bars
+from harness.tasks.common.measure import execute, status_from_fidelity
+from harness.tasks.common.session import progress_bars
 from models.attention import table
 from models.attention.backend import Backend
 from models.attention.sdpa import sdpa_attention
@@ -47,9 +47,8 @@ def bench(folder: Path, references: Path, *overrides: str) -> ResolvedRun:
 
 def ran(composed: ResolvedRun) -> Fidelity | None:
     """Run a bench as the command does; return the fidelity of its row."""
-    folder = RunFolder.claim(composed.folder)
-    execute_generate(composed, folder, Console(quiet=True))
-    record = read_record(folder.path)
+    execute(composed, Console(quiet=True))
+    record = read_record(composed.folder)
     assert record is not None
     assert record.summary.flops_per_step is not None
     return record.fidelity

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,11 +25,11 @@ from harness.metrics.load import OK, Chaos, RequestRow, percentiles, summarize_l
 from harness.records.record import RunFolder, Status, load, read_record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.serving.transport import Connection
-from harness.tasks.compare import comparison_runs
-from harness.tasks.load import http
+from harness.tasks.common.comparison import comparison_runs
+from harness.tasks.load import entry, http
 from harness.tasks.load.arrivals import ArrivalSchedule, arrival_schedule, generate_requests, poisson_arrivals
 from harness.tasks.load.compare import compare_loads, merge_rounds, round_times
-from harness.tasks.load.run import REQUESTS_FILE, LoadMeasurement, execute_load, server_overrides, status_from_loads
+from harness.tasks.load.run import REQUESTS_FILE, LoadMeasurement, server_overrides, status_from_loads
 from harness.tasks.load.server import command_line, descendants, fit_memory_growth
 from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
@@ -183,11 +184,9 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
     )
 
     def run(name: str, script: Script) -> Status:
-        folder = RunFolder.claim(tmp_path / name)
+        run = replace(composed, folder=tmp_path / name)
         with planted(script) as (_, addresses):
-            return execute_load(
-                composed, folder, Console(quiet=True), lambda config, path: AttachedEngine(addresses, 5.0, {})
-            )
+            return entry.execute(run, Console(quiet=True), lambda config, path: AttachedEngine(addresses, 5.0, {}))
 
     good = run("good", lambda request, number: [(0.01, fake_result(request))])
     assert good.state == "ok"
@@ -219,7 +218,7 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
 )
 def test_what_cannot_be_sent_is_refused(overrides: list[str], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
-        compose_run(["task=load", *overrides])
+        entry.check(compose_run(["task=load", *overrides]))
 
 
 def test_both_configurations_get_the_same_arrivals_in_alternation_and_their_ratio_is_found(tmp_path: Path) -> None:

@@ -17,15 +17,16 @@ from harness.costs.request_trace import RequestTrace, trace_request
 from harness.costs.roofline import DeviceRates, predict, traffic, valid_layouts
 from harness.costs.traffic import GatheredWeights, LinearCall, NetworkTrace, ShardedAttention, TokenStreams
 from harness.device.flops import count_operations
-from harness.records.record import Record, RunFolder, read_record, read_status
+from harness.records.record import Record, read_record, read_status
 from harness.resolve.compose import ConfigError, compose_run
 from harness.resolve.layout_rules import check_layout
-from harness.tasks.generate import execute_generate
+from harness.tasks import bench as bench_task
+from harness.tasks.common.under_torchrun import _compose
+from harness.tasks.plan import entry
 from harness.tasks.plan.check import check
 from harness.tasks.plan.measure import with_measured_rates
-from harness.tasks.plan.run import FILE, execute_plan, plan_layouts
+from harness.tasks.plan.run import FILE, plan_layouts
 from harness.tasks.plan.table import layout_label
-from harness.tasks.under_torchrun import _compose
 from models.attention import sdpa_attention
 from models.components import Conditioning
 from models.dit import DiT, read_config
@@ -187,7 +188,7 @@ def test_layouts_go_by_time_and_what_does_not_fit_goes_last() -> None:
 def test_a_plan_is_a_run_folder_with_every_number(tmp_path: Path) -> None:
     composed = compose_run(["task=plan", "plan.ranks=2", "request.prompt=rocket", f"hydra.run.dir={tmp_path / 'run'}"])
     console = Console(record=True, width=160, quiet=False, file=(tmp_path / "out").open("w"))
-    assert execute_plan(composed, RunFolder.claim(composed.folder), console).state == "ok"
+    assert entry.execute(composed, console).state == "ok"
     plan = msgspec.json.decode((composed.folder / FILE).read_bytes(), type=Plan)
     assert {layout_label(row.layout) for row in plan.layouts} == {"single", "cfg2", "tp2", "ring2", "ulysses2"}
     assert plan.measured == []
@@ -203,9 +204,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Record:
     folder = tmp_path_factory.mktemp("plan") / "run"
     requested += ["request.prompts=[rocket,red apple]", "request.steps=2", f"hydra.run.dir={folder}"]
     composed = compose_run([*requested, "scheduler/solver=heun", "launch.threads_per_rank=1"])
-    claimed = RunFolder.claim(composed.folder)
-    execute_generate(composed, claimed, Console(quiet=True))
-    record = read_record(claimed.path)
+    bench_task.execute(composed, Console(quiet=True))
+    record = read_record(composed.folder)
     assert record is not None
     return record
 

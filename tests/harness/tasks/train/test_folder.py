@@ -10,7 +10,7 @@ from rich.console import Console
 
 from harness.records.record import read_status
 from harness.resolve.compose import compose_run
-from harness.tasks.generate import run_training
+from harness.tasks.train.entry import execute
 from harness.tasks.train.folder import DataError, load_pixels, read_folder
 from tests.fixtures.training import COLOURS, TINY, offline_runs, square, summary_of
 
@@ -100,7 +100,7 @@ def train(folder: Path, data: Path, *overrides: str) -> str:
     """Train with the whole configuration, and return the final state."""
     paths = [f"train.folder={folder}", f"train.data.folder={data}", f"train.export={folder / 'model'}"]
     composed = compose_run([*TINY, *paths, *overrides])
-    return run_training(composed.config, Console(quiet=True)).state
+    return execute(composed, Console(quiet=True)).state
 
 
 def test_a_folder_is_trained_on_to_the_end(squares: Path, tmp_path: Path) -> None:

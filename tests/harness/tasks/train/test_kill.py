@@ -13,7 +13,7 @@ from rich.console import Console
 
 from harness.records.record import read_status
 from harness.resolve.compose import compose_run
-from harness.tasks.generate import run_training
+from harness.tasks.train.entry import execute
 from harness.tasks.train.loop import read_checkpoint
 from tests.fixtures.training import TINY, captioned, offline_runs, summary_of
 
@@ -47,7 +47,7 @@ def kill_after_a_checkpoint(overrides: list[str], folder: Path) -> None:
 
 
 def finish(overrides: list[str]) -> None:
-    assert run_training(compose_run(overrides).config, Console(quiet=True)).state == "ok"
+    assert execute(compose_run(overrides), Console(quiet=True)).state == "ok"
 
 
 def curve_of(folder: Path) -> list[tuple[int, float]]:

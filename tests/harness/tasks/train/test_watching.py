@@ -9,14 +9,14 @@ import pytest
 from rich.console import Console
 
 from harness.resolve.compose import compose_run
-from harness.tasks.generate import run_training
+from harness.tasks.train.entry import execute
 from tests.fixtures.training import TINY
 
 
 def train(folder: Path, data: Path, console: Console) -> None:
     own = [f"train.folder={folder}", f"train.data.folder={data}", "train.parts=[denoiser]", "logger=json"]
     short = ["train.denoiser.loop.images=80", "train.denoiser.loop.log_every=10", "train.denoiser.sample_every=0"]
-    assert run_training(compose_run([*TINY, *own, *short]).config, console).state == "ok"
+    assert execute(compose_run([*TINY, *own, *short]), console).state == "ok"
 
 
 def test_a_terminal_sees_a_bar(squares: Path, tmp_path: Path) -> None:

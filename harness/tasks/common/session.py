@@ -12,8 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness.client.build_record import make_repeat
 from harness.client.generator import DiffusionGenerator, Generation
 from harness.config.optimize import Optimize
-from harness.config.schema import Task
+from harness.config.tasks import TRAITS
 from harness.config.yaml import to_dict
+from harness.engines.protocol import OnProgress
 from harness.messages import Array, EngineInfo, GenerationResult, Latents
 from harness.messages import Progress as StepProgress
 from harness.records.record import Record, Repeat, RunFolder, SampleRow, fingerprint
@@ -71,8 +72,9 @@ class MeasurementSession:
         """
         task = self.generator.config.task
         for number in range(task.warmup + self._extra_warmups()):
-            counts = number == 0 and task.name is Task.bench
-            generation = self._generate("warming up", counts)
+            counts = number == 0 and TRAITS[task.name].measures
+            with self._progress("warming up") as on_progress:
+                generation = self.generator.generate(latents=self._latents, count_flops=counts, on_progress=on_progress)
             self._warmup_ms.append(generation.client_ms)
             self._flops_result = generation.result if counts else self._flops_result
 
@@ -82,7 +84,7 @@ class MeasurementSession:
         They compile blocks, or run what is captured next as CUDA graphs (harness.optimize.graphs).
         """
         config, engine = self.generator.config, self.generator.config.engine
-        if config.task.warmup == 0 or config.task.name is not Task.bench or engine.optimize is Optimize.none:
+        if config.task.warmup == 0 or not TRAITS[config.task.name].measures or engine.optimize is Optimize.none:
             return 0
         device = self.generator.info.device if self.generator.info else ""
         if engine.name == NATIVE and engine.eager.cuda_graphs and device.startswith("cuda"):
@@ -96,9 +98,9 @@ class MeasurementSession:
             RequestFailed: The engine answered with a typed error.
             EngineGone: A rank died.
         """
-        generation = self._last = self._generate(
-            f"generating {len(self.repeats) + 1} of {self.generator.config.task.repeats}"
-        )
+        number, repeats = len(self.repeats) + 1, self.generator.config.task.repeats
+        with self._progress(f"generating {number} of {repeats}") as on_progress:
+            generation = self._last = self.generator.generate(latents=self._latents, on_progress=on_progress)
         self.repeats.append(make_repeat(generation.result, generation.client_ms))
         self._results.append(generation.result)
 
@@ -121,7 +123,9 @@ class MeasurementSession:
             RequestFailed: The engine answered with a typed error.
             EngineGone: A rank died.
         """
-        self._profile_result = self._generate("profiling", profile=True).result
+        with self._progress("profiling") as on_progress:
+            generation = self.generator.generate(latents=self._latents, profile=True, on_progress=on_progress)
+        self._profile_result = generation.result
 
     def record(self) -> Record:
         """Return the record of all repeats so far, without the image files."""
@@ -143,20 +147,23 @@ class MeasurementSession:
         """Write the images of the last repeat, and the record with their file names."""
         folder.write_record(msgspec.structs.replace(record, samples=self.save_images(folder)))
 
-    def _generate(self, label: str, count_flops: bool = False, profile: bool = False) -> Generation:
-        config = self.generator.config.task
-        latents: Latents = "steps" if config.fidelity_per_step else "last" if config.fidelity else "none"
+    @property
+    def _latents(self) -> Latents:
+        """The latents that every request asks for, as far as the error is measured by them."""
+        task = self.generator.config.task
+        return "steps" if task.fidelity_per_step else "last" if task.fidelity else "none"
+
+    @contextmanager
+    def _progress(self, label: str) -> Iterator[OnProgress]:
+        """Show a bar with a label inside the block; yield the callback that moves it."""
         task = self._bars.add_task(self._name + label, total=None)
 
         def on_progress(progress: StepProgress) -> None:
             description = f"{self._name}{label}: {progress.stage.replace('_', ' ')}"
             self._bars.update(task, description=description, completed=progress.done, total=progress.total or None)
 
-        generation = self.generator.generate(
-            latents=latents, count_flops=count_flops, profile=profile, on_progress=on_progress
-        )
+        yield on_progress
         self._bars.remove_task(task)
-        return generation
 
 
 @contextmanager

@@ -309,7 +309,7 @@ def generation_environment(config: RunConfig) -> list[object]:
 
 def code_hash() -> str:
     """Return a hash over every source file that affects an image."""
-    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    root, digest = Path(__file__).parents[3], hashlib.sha256()
     for part in CODE:
         source = root / part
         for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:

@@ -18,7 +18,8 @@ from types import FrameType
 import msgspec
 from rich.console import Console
 
-from harness.config.schema import RunConfig, Task
+from harness.config.schema import RunConfig
+from harness.config.tasks import TRAITS
 from harness.engines.environment import arithmetic_environment
 from harness.engines.protocol import AttachedEngine, Engine
 from harness.engines.rank import LOG_FORMAT, check_world_size, redirect_output, serve, write_error
@@ -28,9 +29,10 @@ from harness.records.record import RunFolder, RunFolderError, Status
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, run_folder, to_yaml
 from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone
-from harness.tasks.generate import execute_generate
-from harness.tasks.lifecycle import refuse
-from harness.tasks.terminal import EXIT_BAD_INPUT, exit_status, print_error
+from harness.tasks import task_entry
+from harness.tasks.common.lifecycle import refuse
+from harness.tasks.common.measure import execute
+from harness.tasks.common.terminal import EXIT_BAD_INPUT, exit_status, print_error
 
 JOIN_S = 20.0
 log = logging.getLogger(__name__)
@@ -141,12 +143,9 @@ def _compose(arguments: Sequence[str], ranks: int) -> ResolvedRun:
         raise ConfigError(f"{flags[0]} does not go with torchrun; sweep outside: python -m harness -m ...")
     run = compose_run(arguments)
     task = run.config.task.name
-    if task is Task.report:
-        raise ConfigError(
-            "task=report generates nothing, so it has no ranks; start it with python -m harness, not torchrun"
-        )
-    if task in (Task.train, Task.compare, Task.plan, Task.serve, Task.load):
-        raise ConfigError(f"task={task.name} starts its own processes; start it with python -m harness, not torchrun")
+    if (reason := TRAITS[task].not_under_torchrun) is not None:
+        raise ConfigError(f"task={task.name} {reason}; start it with python -m harness, not torchrun")
+    task_entry(task).check(run)
     check_world_size(world_size(degrees(run.config.parallel)), ranks)
     return run
 
@@ -182,7 +181,7 @@ def _run_rank_zero(run: ResolvedRun, folder: RunFolder, addresses: Addresses) ->
 
     outcome: list[Status] = []
     client = threading.Thread(
-        target=lambda: outcome.append(execute_generate(run, folder, Console(), attach)), name="client", daemon=True
+        target=lambda: outcome.append(execute(run, Console(), attach, folder)), name="client", daemon=True
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise_rank_stopped)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from harness.engines.protocol import RequestFailed
 from harness.loggers.wandb import log_failure
@@ -13,44 +13,47 @@ from harness.records.record import STATES, RunFolder, RunFolderError, Status
 from harness.resolve.compose import ResolvedRun, to_dict
 from harness.serving.faults import failure_kind, failure_line
 from harness.serving.transport import EngineGone
-from harness.tasks.terminal import print_error
-
-T = TypeVar("T")
+from harness.tasks.common.terminal import print_error
 
 
-def run_guarded(
-    run: ResolvedRun, folder: RunFolder, work: Callable[[], T], to_status: Callable[[T], Status]
-) -> tuple[Status, T | None]:
-    """Do the work of a claimed folder; any failure becomes a status, one line on the terminal, and an entry in wandb.
+@dataclass
+class Outcome:
+    """How the work in a folder ended.
 
-    A successful result is not logged to wandb here; the caller does that.
+    Attributes:
+        status: Status of the run; the work sets it, and a failure replaces it.
+    """
+
+    status: Status = field(default_factory=lambda: Status("ok"))
+
+
+@contextmanager
+def guarded(run: ResolvedRun, folder: RunFolder) -> Iterator[Outcome]:
+    """Guard the work of a claimed folder: any failure becomes a status, a line on the terminal, and an entry in wandb.
+
+    The status is on disk when the block is left. A successful result is not logged to wandb here; the caller does that.
 
     Args:
         run: The resolved run.
         folder: The claimed folder.
-        work: Function that does the work.
-        to_status: Function that turns the result of the work into a status.
 
-    Returns:
-        The status, which is on disk, and the result of the work, or None if it failed.
+    Yields:
+        The outcome.
     """
-    config = run.config
+    config, outcome = run.config, Outcome()
     try:
-        done = work()
+        yield outcome
     except (Exception, KeyboardInterrupt) as error:
-        status = status_from_error(error)
+        status = outcome.status = status_from_error(error)
         folder.finish(status)
         print_error(f"{status.state}: {status.error} (see {folder.path})")
         if status.state != "cancelled":
-            mirror(
-                lambda: log_failure(config.logger.wandb, to_dict(config), folder.path, config.task.name.name, status)
-            )
-        return status, None
-    status = to_status(done)
-    folder.finish(status)
-    if status.error is not None:
-        print_error(f"{status.error} (see {folder.path})")
-    return status, done
+            task = config.task.name.name
+            mirror(lambda: log_failure(config.logger.wandb, to_dict(config), folder.path, task, status))
+        return
+    folder.finish(outcome.status)
+    if outcome.status.error is not None:
+        print_error(f"{outcome.status.error} (see {folder.path})")
 
 
 def refuse(folder: Path, error: Exception, retry: bool = False) -> Status:

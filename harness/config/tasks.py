@@ -1,0 +1,66 @@
+"""What the rest of the code must know of a task: one row of traits each, so that nothing else asks which task it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.config.schema import Task
+
+OWN_PROCESSES = "starts its own processes"
+
+
+@dataclass(frozen=True)
+class TaskTraits:
+    """The traits of one task.
+
+    Attributes:
+        is_run: Whether it is a run, with a model, a request and a folder for its status.
+        generates: Whether it generates with the configured network, so that caches and quantization have an effect.
+        uses_checkpoint: Whether it uses a checkpoint and an engine.
+        only_shapes: Whether it uses only the shapes of the network, for every layout.
+        measures: Whether times are its result: operations are counted, the device's rate is measured, and prompts are
+            encoded at every request.
+        serves: Whether its ranks take many requests at once.
+        compared_as: Task of each of the two configurations that it compares; None if it compares nothing.
+        folder: Key of the folder that it works in, in place of a run's folder.
+        not_swept: Reason why it cannot be swept.
+        not_under_torchrun: Reason why it cannot run under the user's own torchrun.
+    """
+
+    is_run: bool = True
+    generates: bool = True
+    uses_checkpoint: bool = True
+    only_shapes: bool = False
+    measures: bool = False
+    serves: bool = False
+    compared_as: Task | None = None
+    folder: str | None = None
+    not_swept: str | None = None
+    not_under_torchrun: str | None = OWN_PROCESSES
+
+
+TRAITS = {
+    Task.generate: TaskTraits(not_under_torchrun=None),
+    Task.bench: TaskTraits(measures=True, not_under_torchrun=None),
+    Task.compare: TaskTraits(compared_as=Task.bench),
+    Task.train: TaskTraits(generates=False, uses_checkpoint=False, folder="train.folder"),
+    Task.plan: TaskTraits(generates=False, only_shapes=True),
+    Task.report: TaskTraits(
+        is_run=False,
+        generates=False,
+        uses_checkpoint=False,
+        not_swept="makes one page over all runs",
+        not_under_torchrun="generates nothing, so it has no ranks",
+    ),
+    Task.serve: TaskTraits(serves=True, not_swept="runs until it is stopped"),
+    Task.load: TaskTraits(serves=True, compared_as=Task.load),
+}
+
+KEYS_OF_TASKS = {
+    "compare.a": (Task.compare, Task.load),
+    "compare.b": (Task.compare, Task.load),
+    "report.runs": (Task.report,),
+    "report.out": (Task.report,),
+    "plan.runs": (Task.plan,),
+}
+"""Keys that are null by default and have an effect in these tasks only."""

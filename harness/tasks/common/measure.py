@@ -1,0 +1,121 @@
+"""task=generate and bench: start ranks, generate, save, record and log; any failure becomes the status."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import msgspec
+from rich.console import Console
+
+from harness.client.generator import DiffusionGenerator
+from harness.config.schema import RunConfig
+from harness.engines.pool import MakeEngine, new_engine
+from harness.loggers.table import print_record
+from harness.loggers.wandb import log_run, resolve_mode
+from harness.metrics.fidelity import BROKEN
+from harness.records.record import Record, RunFolder, Status
+from harness.resolve.compose import ResolvedRun
+from harness.tasks.common.fidelity import GeneratedOutput, ReferenceRenderer, measure_fidelity
+from harness.tasks.common.lifecycle import guarded, mirror
+from harness.tasks.common.session import MeasurementSession, progress_bars
+
+
+def check(run: ResolvedRun) -> None:
+    """Accept the run: what can be refused of it, every task refuses alike."""
+
+
+def execute(
+    run: ResolvedRun, console: Console, engines: MakeEngine = new_engine, folder: RunFolder | None = None
+) -> Status:
+    """Generate, save the images, write the record and log it; any failure becomes the status.
+
+    Afterwards the ranks have ended, or are back in their pool.
+
+    Args:
+        run: The resolved run.
+        console: Console for the progress and the table.
+        engines: Function that returns the run's engine, new or still warm from an earlier job.
+        folder: The claimed folder; None claims the run's own.
+
+    Returns:
+        The status, which is on disk before anything is logged to wandb.
+
+    Raises:
+        RunFolderError: Another run is in the folder.
+    """
+    config, record = run.config, None
+    folder = RunFolder.claim(run.folder, run.retry) if folder is None else folder
+    with guarded(run, folder) as outcome, progress_bars(console) as bars:
+        generator = DiffusionGenerator.from_resolved(run, folder.path, engines)
+        session = MeasurementSession(generator, bars)
+        try:
+            with import_in_background(modules_for_saving(config)):
+                session.start()
+            session.warm_up()
+            for _ in range(config.task.repeats):
+                session.repeat()
+            if config.task.profile:
+                session.profile()
+            images = session.save_images(folder)  # first what the user requested; all else can wait
+            measured = msgspec.structs.replace(session.record(), samples=images)
+        finally:
+            generator.stop()
+        if config.task.fidelity:
+            output = GeneratedOutput(session.last.latents, session.pixels)
+            found, notes = measure_fidelity(config, output, ReferenceRenderer(folder.path, bars, engines))
+            measured = msgspec.structs.replace(measured, fidelity=found, notes=[*measured.notes, *notes])
+        folder.write_record(measured)
+        record, outcome.status = measured, status_from_fidelity(measured)
+    if record is not None:
+        if config.logger.table:
+            print_record(record, folder.path, console)
+        mirror(partial(log_run, config.logger.wandb, record, folder.path, config.task.name.name))
+    return outcome.status
+
+
+def status_from_fidelity(record: Record) -> Status:
+    """Return the status of a finished run: failed if its error is larger than its method claims."""
+    row = record.fidelity
+    if row is None or row.verdict != BROKEN:
+        return Status("ok")
+    used = f" ({', '.join(row.methods)})" if row.methods else ""
+    return Status(
+        "failed",
+        f"broken: declared {row.method_class}{used}, but the error is {row.latent.rel_l2:.2g} at the latent and "
+        f"{row.pixel.rel_l2:.2g} at the pixel, where rounding alone makes {row.floor_latent:.2g} and "
+        f"{row.floor_pixel:.2g}",
+    )
+
+
+def modules_for_saving(config: RunConfig) -> list[str]:
+    """Return the modules that saving the images and logging the run will import."""
+    mirrored = resolve_mode(config.logger.wandb.mode) != "disabled"
+    return ["PIL.ImageDraw", "PIL.ImageFont", "PIL.PngImagePlugin", *(["wandb"] if mirrored else [])]
+
+
+@contextmanager
+def import_in_background(names: Sequence[str]) -> Iterator[None]:
+    """Import modules in a thread while the block waits for other processes, so that nothing waits for them later.
+
+    The thread has finished when the block is left, before anything is timed. A module that cannot be imported raises
+    its error where it is used.
+
+    Args:
+        names: Modules to import.
+    """
+
+    def work() -> None:
+        for name in names:
+            with suppress(ImportError):
+                importlib.import_module(name)
+
+    thread = threading.Thread(target=work, name="imports")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()

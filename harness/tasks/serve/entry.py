@@ -1,0 +1,47 @@
+"""task=serve: serve requests over HTTP until the server is stopped."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from harness.config.schema import LaunchMode
+from harness.engines.pool import MakeEngine, new_engine
+from harness.records.record import RunFolder, Status
+from harness.resolve.compose import ConfigError, ResolvedRun
+from harness.tasks.common.lifecycle import guarded
+
+
+def check(run: ResolvedRun) -> None:
+    """Refuse a run that cannot be served.
+
+    Raises:
+        ConfigError: A key of `serve` is wrong, or the launch mode has no separate processes.
+    """
+    if run.config.launch.mode is LaunchMode.inprocess:
+        raise ConfigError("task=serve supervises ranks in separate processes; drop launch.mode=inprocess")
+
+
+def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine) -> Status:
+    """Serve until the server is stopped; any failure becomes the status.
+
+    The server listens on its address before the folder is claimed, so an address in use leaves no folder behind.
+
+    Args:
+        run: The resolved run.
+        console: Not used; the server prints on the terminal itself.
+        engines: Not used; the supervisor starts its own ranks again after a failure.
+
+    Returns:
+        The status, which is on disk.
+
+    Raises:
+        RunFolderError: Another run is in the folder.
+        ConfigError: The address is taken, or does not belong to this machine.
+    """
+    from harness.tasks.serve.serve import listen, serve
+
+    with listen(run.config.serve) as listening:
+        folder = RunFolder.claim(run.folder, run.retry)
+        with guarded(run, folder) as outcome:
+            outcome.status = serve(run, folder, listening)
+    return outcome.status
