@@ -138,11 +138,11 @@ def _value(value: Any) -> str:
     return '""' if value == "" else str(value)
 
 
-def page(compatibility: str = "") -> str:
+def page(compatibility: str = "\n") -> str:
     """Return the text of conf/README.md.
 
     Args:
-        compatibility: Text between the markers of the section on what goes together.
+        compatibility: Text between the markers of the section on what goes together, line ends included.
 
     Returns:
         Markdown.
@@ -160,9 +160,7 @@ def page(compatibility: str = "") -> str:
         "",
         "## What goes together",
         "",
-        START,
-        *([compatibility.strip()] if compatibility.strip() else []),
-        END,
+        f"{START}{compatibility}{END}",
         "",
         "## Keys",
         "",
@@ -192,9 +190,9 @@ def page_path() -> Path:
 
 
 def read_compatibility() -> str:
-    """Return what stands between the markers on the page, empty if there is no page."""
+    """Return what stands between the markers on the page, a line end if there is no page."""
     text = page_path().read_text() if page_path().is_file() else ""
-    return text.partition(START)[2].partition(END)[0].strip()
+    return text.partition(START)[2].partition(END)[0] or "\n"
 
 
 def version_text() -> str:

@@ -21,8 +21,8 @@ def test_the_page_is_what_the_command_writes() -> None:
 
 
 def test_the_page_keeps_what_stands_between_the_markers() -> None:
-    text = page("| a | table |")
-    assert "<!-- compatibility -->\n| a | table |\n<!-- /compatibility -->" in text
+    text = page("\n\n| a | table |\n\n")
+    assert "<!-- compatibility -->\n\n| a | table |\n\n<!-- /compatibility -->" in text
 
 
 def test_the_page_has_every_group_option_and_key() -> None:
