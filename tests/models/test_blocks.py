@@ -17,7 +17,7 @@ class Affine(nn.Module):
 
     def __init__(self, factor: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor(factor))
+        self.weight = nn.Parameter(torch.tensor(factor), requires_grad=False)
 
     def forward(self, x_BLD: Tensor, text_BSD: Tensor, time_BD: Tensor) -> tuple[Tensor, Tensor]:
         return self.weight * x_BLD + time_BD, text_BSD + self.weight
