@@ -388,7 +388,7 @@ def test_an_exception_ends_a_rank_that_others_wait_for() -> None:
         ({"height": 8, "width": 8192}, "at most 4096"),
         ({"steps": 0}, "1 to 10000"),
         ({"seed": -1}, "request.seed=-1"),
-        ({"prompts": []}, "0 pictures"),
+        ({"prompts": []}, "0 images"),
         ({"guidance": float("nan")}, "guidance=nan"),
         ({"batch_size": 0}, "at least 1"),
         ({"prompts": ["a" * 8001]}, "8001 characters"),
