@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.grammar.gen.OverrideLexer import InputStream, OverrideLexer  # type: ignore[attr-defined]
+
 from harness.config.schema import RunConfig
 from harness.config.tasks import TRAITS
 
@@ -44,27 +47,22 @@ def _quote_list(text: str) -> str:
 
 
 def _quote(override: str) -> str:
-    if override[:1] in ("'", '"'):
-        return override
-    escaped = override.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return override if override[:1] in ("'", '"') else QuotedString(override, Quote.double).with_quotes()
 
 
 def split_list(text: str) -> list[str]:
     """Return the parts between commas outside brackets and quotes, stripped; an empty text has none."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter
-        else:
-            depth += BRACKETS.get(letter, 0)
-        if letter == "," and depth == 0 and not quote:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
+    lexer = OverrideLexer(InputStream(text))
+    lexer.removeErrorListeners()
+    lexer.mode(OverrideLexer.VALUE_MODE)
+    parts, depth, start = [], 0, 0
+    for token in lexer.getAllTokens():
+        symbol = token.text.strip()
+        depth += BRACKETS.get(symbol, 0)
+        if symbol == "," and depth == 0:
+            parts.append(text[start : token.start])
+            start = token.stop + 1
+    return [part.strip() for part in (*parts, text[start:]) if part.strip()]
 
 
 def comparison_overrides(common: Sequence[str], own: Sequence[str], config: RunConfig) -> list[str]:

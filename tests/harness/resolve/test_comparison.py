@@ -20,6 +20,11 @@ PAIR = ["compare.a=[]", "compare.b=[parallel=dp2]"]
         ("compare.b=['model.lora=[{path: x, weight: 1}]']", ["model.lora=[{path: x, weight: 1}]"]),
         ("compare.b=[request.prompts=[rocket,pizza]]", ["request.prompts=[rocket,pizza]"]),
         ("compare.b=[request.prompt='a \"b\", c']", ["request.prompt='a \"b\", c'"]),
+        (r'compare.b=["request.prompt=\"a, b\"",parallel=dp2]', ['request.prompt="a, b"', "parallel=dp2"]),
+        (r"compare.b=[request.prompt='it\'s, b']", [r"request.prompt='it\'s, b'"]),
+        (r"compare.b=[request.prompt=a\,b,parallel=dp2]", [r"request.prompt=a\,b", "parallel=dp2"]),
+        (r"compare.b=[model.path=C:\x]", [r"model.path=C:\x"]),
+        (r'compare.b=[request.prompt="a\\b"]', [r'request.prompt="a\\b"']),
         ("compare.b=[]", []),
     ],
 )
