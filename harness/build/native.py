@@ -75,7 +75,7 @@ def apply_layout(
         groups: this rank's groups.
         backend: the attention backend.
         layout: the degrees of parallelism.
-        state: where to write how tokens are sharded.
+        state: the record of how tokens are sharded, which this function fills.
 
     Returns:
         What shards the arguments of the blocks, or None; and the keys and values that the layout stores between

@@ -247,7 +247,7 @@ class CachedRunner:
     Args:
         stack: the plan of the stack.
         cache: the block cache of the network.
-        decides: whether it is the first cached stack of the network, at which the policy decides.
+        decides: True for the first cached stack of the network, at which the policy decides.
         inner: the runner of the blocks.
     """
 

@@ -14,10 +14,10 @@ class TaskTraits:
     """The traits of one task.
 
     Attributes:
-        is_run: Whether it is a run, with a model, a request and a folder for its status.
-        generates: Whether it generates with the configured network, so that caches and quantization have an effect.
-        uses_checkpoint: Whether it uses a checkpoint and an engine.
-        only_shapes: Whether it uses only the shapes of the network, for every layout.
+        is_run: True for a task with a model, a request and a folder for its status.
+        generates: True if it generates with the configured network, so that caches and quantization have an effect.
+        uses_checkpoint: True if it uses a checkpoint and an engine.
+        only_shapes: True if it uses only the shapes of the network, for every layout.
         measures: Whether times are its result: operations are counted, the device's rate is measured, and prompts are
             encoded at every request.
         serves: Whether its ranks take many requests at once.

@@ -95,7 +95,7 @@ class ModuleChains:
         argument: the argument of the blocks that takes the precomputed outputs.
 
     Attributes:
-        slices: for each block with such modules, its slice of the outputs.
+        slices: the slice of the outputs of each block that has such modules.
     """
 
     def __init__(self, network: nn.Module, patterns: Sequence[tuple[str, ...]], argument: str) -> None:

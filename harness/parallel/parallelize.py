@@ -47,7 +47,7 @@ def shard_tokens(
         gather: whether to all-gather keys and values over the ring instead of passing them on.
         displaced: the stale keys and values, if those are used instead; from now on it counts the network's
             evaluations.
-        state: where to write how the tokens at hand are sharded; None if nothing else reads it.
+        state: the record of how the current tokens are sharded, filled here; None if nothing else reads it.
 
     Returns:
         The feature that gives every stack of the plan this rank's tokens.
@@ -76,7 +76,7 @@ class TokenSharding:
 
     Args:
         tokens: the ranks that share tokens.
-        state: where to write how the tokens at hand are sharded.
+        state: the record of how the current tokens are sharded, filled here.
     """
 
     tokens: Group

@@ -43,7 +43,7 @@ class Evaluation:
 
     Args:
         network: the denoiser.
-        latent: its input, (B, ...).
+        latent: the input of the network, (B, ...).
         tau_B: the time of each row.
         condition: the conditioning, B rows, precomputed or not.
         state: what the block cache keeps of each row's image; empty for a network without one.

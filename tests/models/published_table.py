@@ -1,10 +1,10 @@
-"""Write the README's table of published checkpoints: `python -m tests.models.published_table`."""
+"""Write the page's table of published checkpoints: `python -m tests.models.published_table`."""
 
 from pathlib import Path
 
 from tests.fixtures.models.published import CHECKPOINTS, pair
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "models" / "README.md"
 BEGIN, END = "<!-- models -->", "<!-- /models -->"
 HEADER = "| `model=` | published as | network of diffusers | parameters | tensors mapped | left over: theirs, ours |"
 
@@ -34,10 +34,10 @@ def row(name: str) -> str:
 
 
 def main() -> None:
-    """Replace the table between the README's markers."""
-    before, _, rest = README.read_text().partition(BEGIN)
+    """Replace the table between the page's markers."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
 
 
 if __name__ == "__main__":

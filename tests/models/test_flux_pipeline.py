@@ -128,4 +128,4 @@ def test_a_truncated_prompt_is_noted(dev: Case) -> None:
     generated = dev.generator.generate(
         prompt=f"{LONG}, again", seed=SEED, steps=1, guidance=3.5, height=HEIGHT, width=WIDTH
     )
-    assert any(f"was cut to {T5_TOKENS}" in note for note in generated.record.notes)
+    assert any(f"was truncated to {T5_TOKENS}" in note for note in generated.record.notes)

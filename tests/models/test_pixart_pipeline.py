@@ -99,7 +99,7 @@ def test_an_image_of_another_shape_without_guidance(both: Both, size: tuple[int,
 def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(both: Both) -> None:
     prompt = "A Red Apple beside a green pear and a yellow lemon"
     generated = both.engine.generate(prompt=prompt, seed=SEED, **REQUESTED)
-    assert any(f"was cut to {TOKENS}" in note for note in generated.record.notes)
+    assert any(f"was truncated to {TOKENS}" in note for note in generated.record.notes)
     assert np.abs(generated.pixels[0] - generate(both, prompt, SEED)).max() < BOUND
 
 

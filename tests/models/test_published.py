@@ -9,7 +9,7 @@ from tests.fixtures.models.parity import assert_names_map
 from tests.fixtures.models.published import CHECKPOINTS, pair
 from tests.models.published_table import BEGIN, END, table
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "models" / "README.md"
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -36,5 +36,5 @@ def test_a_published_folder_has_configurations_and_no_weights(name: str) -> None
 
 
 def test_the_readme_has_the_table_of_today() -> None:
-    shown = README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    shown = PAGE.read_text().partition(BEGIN)[2].partition(END)[0].strip()
     assert shown == table(), "run `make models`"

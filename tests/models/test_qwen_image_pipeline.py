@@ -102,7 +102,7 @@ def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
     generated = engine.generate(
         prompt=prompt, negative_prompt=NEGATIVE, seed=SEED, steps=2, guidance=GUIDANCE, height=HEIGHT, width=WIDTH
     )
-    assert any(f"was cut to {TOKENS}" in note for note in generated.record.notes)
+    assert any(f"was truncated to {TOKENS}" in note for note in generated.record.notes)
     theirs = generate(peer, prompt, SEED, num_inference_steps=2)
     assert np.abs(generated.pixels[0] - theirs).max() < BOUND
 

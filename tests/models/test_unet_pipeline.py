@@ -128,7 +128,7 @@ def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
     _, peer, engine = both
     prompt = "a red fox and a green frog beside a yellow boat under a blue sky with a white cloud and one bird"
     generated = engine.generate(prompt=prompt, seed=SEED, steps=2, guidance=1.0, height=32, width=32)
-    assert any("was cut to 77" in note for note in generated.record.notes)
+    assert any("was truncated to 77" in note for note in generated.record.notes)
     changes = {"guidance_scale": 1.0, "height": 32, "width": 32, "num_inference_steps": 2}
     assert apart(generated.pixels[0], theirs(peer, prompt, SEED, None, **changes)) < BOUND
 

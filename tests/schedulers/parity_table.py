@@ -1,4 +1,4 @@
-"""The README's table of parity with diffusers: `make parity` measures it again and writes it between the marks."""
+"""The table of parity with diffusers: `make parity` measures it again and writes it between the marks."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from schedulers.published.options import UNSUPPORTED
 from tests.fixtures.schedulers.parity import compare
 from tests.fixtures.schedulers.published_cases import CASES, REFUSALS
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "schedulers" / "published" / "README.md"
 MARKS = ("<!-- parity -->", "<!-- /parity -->")
 STEPS = (5, 10, 20, 50)
 SHORT = {
@@ -85,13 +85,13 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def write(text: str, readme: Path = README) -> None:
+def write(text: str, page: Path = PAGE) -> None:
     """Put the text between the marks; raise ValueError where they are missing."""
-    content = readme.read_text()
+    content = page.read_text()
     found = re.search(f"{re.escape(MARKS[0])}.*{re.escape(MARKS[1])}", content, re.DOTALL)
     if found is None:
-        raise ValueError(f"{readme.name} has no {MARKS[0]} and {MARKS[1]} to write between")
-    readme.write_text(content[: found.start()] + f"{MARKS[0]}\n{text}\n{MARKS[1]}" + content[found.end() :])
+        raise ValueError(f"{page.name} has no {MARKS[0]} and {MARKS[1]} to write between")
+    page.write_text(content[: found.start()] + f"{MARKS[0]}\n{text}\n{MARKS[1]}" + content[found.end() :])
 
 
 if __name__ == "__main__":

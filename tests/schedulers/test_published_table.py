@@ -1,4 +1,4 @@
-"""The README's parity table names every mapped and every refused class, and nothing else."""
+"""The page's parity table names every mapped and every refused class, and nothing else."""
 
 import re
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from schedulers.published.options import DEFAULTS, UNSUPPORTED
-from tests.schedulers.parity_table import MARKS, README, refused, write
+from tests.schedulers.parity_table import MARKS, PAGE, refused, write
 
 
 def between_the_marks() -> str:
-    return README.read_text().split(MARKS[0])[1].split(MARKS[1])[0]
+    return PAGE.read_text().split(MARKS[0])[1].split(MARKS[1])[0]
 
 
 def test_the_table_lists_exactly_the_mapped_classes() -> None:

@@ -57,7 +57,7 @@ def make_comparison(
 
     Args:
         run: The comparison.
-        pair: Its two runs.
+        pair: The two runs of the comparison.
         ratios: Time ratio of a over b by what was timed.
         output: Difference of the last outputs, if it was measured.
         notes: Remarks for the record.

@@ -224,7 +224,7 @@ def test_the_scores_are_printed_and_mirrored() -> None:
     print_pretrained(scores, console)
     shown = console.export_text()
     assert "CLIP score (clip-vit) 25.500 (24.000 .. 27.000)" in shown
-    assert "(dino, 384 features) 3.5 for 96 pictures against 512; real against real, 96 each: 1.2" in shown
+    assert "(dino, 384 features) 3.5 for 96 images against 512; real against real, 96 each: 1.2" in shown
     scalars = pretrained_scalars(scores)
     assert (scalars["clip_score"], scalars["clip_score_ci95_high"], scalars["frechet"]) == (25.5, 27.0, 3.5)
     assert pretrained_scalars(None) == {}

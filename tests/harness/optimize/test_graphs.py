@@ -10,6 +10,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -319,20 +320,16 @@ def test_the_baseline_engines_graphs_are_not_the_native_ones() -> None:
     ("how", "device", "samples"),
     [("eager", "cuda:0", 3), ("none", "cuda:0", 1), ("compile", "cpu", 2), ("eager", "cpu", 1)],
 )
-def test_no_measured_generation_records_a_graph(
-    how: str, device: str, samples: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_measured_generation_records_a_graph(how: str, device: str, samples: int) -> None:
     """The counted warm-up is not recorded, so one call that runs and one that records follow it."""
     config, generated = compose_run(["task=bench", f"engine.optimize={how}"]).config, list[bool]()
 
-    def generate(description: str, counts: bool = False) -> SimpleNamespace:
-        generated.append(counts)
+    def generate(count_flops: bool, **options: object) -> SimpleNamespace:
+        generated.append(count_flops)
         return SimpleNamespace(client_ms=1.0, result=None)
 
-    generator = SimpleNamespace(config=config, info=SimpleNamespace(device=device))
-    session = MeasurementSession(generator, SimpleNamespace())  # type: ignore[arg-type]
-    monkeypatch.setattr(session, "_generate", generate)
-    session.warm_up()
+    generator = SimpleNamespace(config=config, info=SimpleNamespace(device=device), generate=generate)
+    MeasurementSession(generator, Progress(disable=True)).warm_up()  # type: ignore[arg-type]
     assert generated == [True, *[False] * (samples - 1)]
 
 

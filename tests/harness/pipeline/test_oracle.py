@@ -141,7 +141,7 @@ def test_a_long_prompt_is_truncated_where_diffusers_truncates_it(
 ) -> None:
     prompt = "a red apple beside a green pear and a yellow lemon under a blue sky with a white cloud and one small bird"
     generated = engine.generate(prompt=prompt, negative_prompt=NEGATIVE, seed=SEED, steps=2, guidance=GUIDANCE)
-    assert any("was cut to 24" in note for note in generated.record.notes)
+    assert any("was truncated to 24" in note for note in generated.record.notes)
     assert apart(generated.pixels[0], generate(peer, prompt, noise(SEED), GUIDANCE, steps=2)) < BOUND
 
 
