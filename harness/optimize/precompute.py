@@ -131,7 +131,7 @@ class SlicingRunner:
     """Runs blocks one by one, each on its own slice of the precomputed outputs.
 
     Args:
-        slices: for each block, the arguments that pass precomputed outputs, with the first feature of the block's own
+        slices: the arguments of each block that pass precomputed outputs, with the first feature of the block's own
             and one past the last.
         inner: the runner of one block.
     """
