@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 from safetensors import SafetensorError
 
 from harness.config.cache import IDENTITY, NONE, CacheConfig
-from harness.config.schema import ModelConfig, QualityConfig, RunConfig
+from harness.config.schema import ModelConfig, QualityConfig, RequestConfig
 from harness.messages import Array, CacheSkips, EngineInfo, GenerationResult, OperatorTime, RankReport, total_sent_bytes
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import Summary, summarize
-from harness.parallel.mesh import RankPosition, degrees
 from harness.records.media import to_uint8
 from harness.records.provenance import provenance
 from harness.records.record import (
@@ -213,27 +213,27 @@ def hub_commit_note(model: ModelConfig, folder: Path) -> list[str]:
 
 
 def build_record(
-    config: RunConfig,
-    overrides: list[str],
+    run: ResolvedRun,
+    request: RequestConfig,
     info: EngineInfo,
     environment: dict[str, str],
     first: FirstCall,
     repeats: list[Repeat],
     results: list[GenerationResult],
     pixels: Sequence[Array],
-    notes: list[str],
     flops_result: GenerationResult | None = None,
     profile_result: GenerationResult | None = None,
 ) -> Record:
-    """Return the record of one run; `pixels` are the last answer's samples, whose rows are added later."""
+    """Return the record of one request of a run; `pixels` are the last answer's samples, whose rows are added later."""
+    config = replace(run.config, request=request)
     declared = to_dict(config)
     prompts = [sample.prompt for sample in results[-1].samples]
-    folder = ResolvedRun(config).checkpoint.folder
+    folder = run.checkpoint.folder
     scored, reasons = score_quality(folder, pixels, prompts)
     extra, more = score_pretrained(config.quality, pixels, prompts)
     all_notes = dict.fromkeys(
         [
-            *notes,
+            *run.notes,
             *hub_commit_note(config.model, folder),
             *(note for result in results for report in result.ranks for note in report.notes),
             *cache_notes(config.cache, config.model.name, [s for report in results[-1].ranks for s in report.skips]),
@@ -244,7 +244,7 @@ def build_record(
     return Record(
         schema=SCHEMA,
         fingerprint=fingerprint(declared),
-        overrides=overrides,
+        overrides=run.overrides,
         config=declared,
         provenance=provenance(info, environment),
         attention=AttentionRow(config.attention.backend, info.attention),
@@ -254,7 +254,7 @@ def build_record(
             repeats,
             results,
             config.request.batch_size,
-            RankPosition(0, degrees(config.parallel)).replica_size,
+            run.replica_size,
             flops_result,
             info.ceiling_tflops,
             even=config.engine.name != CACHE_DIT and config.cache.name == NONE,

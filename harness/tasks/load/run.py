@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -22,7 +22,6 @@ from harness.engines.pool import MakeEngine
 from harness.engines.protocol import Engine
 from harness.messages import EngineInfo
 from harness.metrics.load import LOST, LoadSummary, RequestRow, summarize_load
-from harness.parallel.mesh import degrees, world_size
 from harness.records.provenance import provenance
 from harness.records.record import (
     SCHEMA,
@@ -159,14 +158,14 @@ def run_over_http(run: ResolvedRun, folder: RunFolder, console: Console) -> tupl
                 "apply"
             )
             info, first = EngineInfo("ready", 0, []), FirstCall(0.0, 0.0, [])
-            noted = ResolvedRun(config, run.overrides, run.folder, [*run.notes, note])
+            noted = replace(run, notes=[*run.notes, note])
             return build_load_record(noted, info, environment, first, measurement.summary), measurement
         overrides = server_overrides(run.overrides)
         with ServerProcess(overrides, folder.path / "server", config.launch.start_timeout_s) as server:
             measurement, launch_ms = asyncio.run(load_own_server(config, server, bars))
     summary = msgspec.structs.replace(measurement.summary, memory=server.memory, chaos=server.chaos)
-    ranks = world_size(degrees(config.parallel))
-    info = EngineInfo("ready", ranks, [], threads=threads_per_rank(config.launch, ranks))
+    threads = threads_per_rank(config.launch, run.world_size)
+    info = EngineInfo("ready", run.world_size, [], threads=threads)
     record = build_load_record(run, info, environment, FirstCall(launch_ms, 0.0, []), summary)
     return record, measurement
 
