@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import msgspec
 from safetensors import SafetensorError
 
 from harness.config.cache import IDENTITY, NONE, CacheConfig
@@ -212,6 +213,36 @@ def hub_commit_note(model: ModelConfig, folder: Path) -> list[str]:
     return [] if model.path is None or found is None else [f"model.path={model.path} is commit {found}, in {folder}"]
 
 
+def base_record(run: ResolvedRun, info: EngineInfo, environment: dict[str, str], first: FirstCall) -> Record:
+    """Return the record of a run before anything is measured.
+
+    Args:
+        run: the resolved run.
+        info: the state of the ranks.
+        environment: the environment variables of the ranks.
+        first: the times of starting and loading.
+
+    Returns:
+        The record, without samples, repeats and summary.
+    """
+    config, declared = run.config, to_dict(run.config)
+    return Record(
+        schema=SCHEMA,
+        fingerprint=fingerprint(declared),
+        overrides=run.overrides,
+        config=declared,
+        provenance=provenance(info, environment),
+        attention=AttentionRow(config.attention.backend, info.attention),
+        first_call=first,
+        repeats=[],
+        summary=None,
+        samples=[],
+        notes=run.notes,
+        loaded=info.loaded,
+        engine=EngineRow(config.engine.name, engine_version(config.engine.name)),
+    )
+
+
 def build_record(
     run: ResolvedRun,
     request: RequestConfig,
@@ -226,7 +257,6 @@ def build_record(
 ) -> Record:
     """Return the record of one request of a run; `pixels` are the last answer's samples, whose rows are added later."""
     config = replace(run.config, request=request)
-    declared = to_dict(config)
     prompts = [sample.prompt for sample in results[-1].samples]
     folder = run.checkpoint.folder
     scored, reasons = score_quality(folder, pixels, prompts)
@@ -241,14 +271,8 @@ def build_record(
             *more,
         ]
     )
-    return Record(
-        schema=SCHEMA,
-        fingerprint=fingerprint(declared),
-        overrides=run.overrides,
-        config=declared,
-        provenance=provenance(info, environment),
-        attention=AttentionRow(config.attention.backend, info.attention),
-        first_call=first,
+    return msgspec.structs.replace(
+        base_record(replace(run, config=config), info, environment, first),
         repeats=repeats,
         summary=summarize_repeats(
             repeats,
@@ -259,12 +283,9 @@ def build_record(
             info.ceiling_tflops,
             even=config.engine.name != CACHE_DIT and config.cache.name == NONE,
         ),
-        samples=[],
         notes=list(all_notes),
         quality=scored,
         pretrained=extra,
-        loaded=info.loaded,
-        engine=EngineRow(config.engine.name, engine_version(config.engine.name)),
         profile={} if profile_result is None else operators(profile_result),
     )
 
