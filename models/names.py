@@ -32,3 +32,20 @@ def _rename(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
     for old, new in pairs:
         name = re.sub(rf"(^|\.){re.escape(old)}(?=\.|$)", rf"\g<1>{new}", name)
     return name
+
+
+JOINT_ATTENTION = (
+    ("attn.to_q", "heads.to_q"),
+    ("attn.to_k", "heads.to_k"),
+    ("attn.to_v", "heads.to_v"),
+    ("attn.norm_q", "heads.norm_q"),
+    ("attn.norm_k", "heads.norm_k"),
+    ("attn.to_out.0", "to_out"),
+    ("attn.add_q_proj", "text_heads.to_q"),
+    ("attn.add_k_proj", "text_heads.to_k"),
+    ("attn.add_v_proj", "text_heads.to_v"),
+    ("attn.norm_added_q", "text_heads.norm_q"),
+    ("attn.norm_added_k", "text_heads.norm_k"),
+    ("attn.to_add_out", "text_to_out"),
+)
+"""diffusers' names of an attention over image and text tokens together, in a block of two streams."""

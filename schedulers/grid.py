@@ -111,19 +111,13 @@ class Grid:
         Raises:
             ValueError: The grid was made without a path.
         """
-        if self.path is None:
-            raise ValueError("this grid was made without its path, so there is no point between its rows")
-        return self._point_at(self.path, self.path.t_of(ratio))
+        return self.at_time(self._known_path.t_of(ratio))
 
     def landing(self, i: int) -> Point:
         """Return the point where a first-order step from row i lands: the next row, or the point at `landing_t[i]`."""
         if self.landing_t is None or self.path is None or not math.isfinite(t := float(self.landing_t[i])):
             return self[i + 1]
-        return self._point_at(self.path, t)
-
-    @staticmethod
-    def _point_at(path: NoisePath, t: float) -> Point:
-        return Point(t, path.alpha(t), path.sigma(t), path.tau(t), path.c_in(t))
+        return self.at_time(t)
 
     def at_time(self, t: float) -> Point:
         """Return the path's point at its own time t.
@@ -137,6 +131,11 @@ class Grid:
         Raises:
             ValueError: The grid was made without a path.
         """
+        path = self._known_path
+        return Point(t, path.alpha(t), path.sigma(t), path.tau(t), path.c_in(t))
+
+    @property
+    def _known_path(self) -> NoisePath:
         if self.path is None:
             raise ValueError("this grid was made without its path, so there is no point between its rows")
-        return self._point_at(self.path, t)
+        return self.path

@@ -34,7 +34,7 @@ from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.engines_table import DIFFUSERS, SGLANG
-from harness.resolve.layout_rules import needs_lse, patches_of
+from harness.resolve.layout_rules import patches_of
 from harness.resolve.run import ResolvedRun
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
@@ -66,15 +66,15 @@ def attention_name(run: ResolvedRun, device: torch.device) -> str:
 
 
 def apply_layout(
-    components: Components, groups: ProcessGroups, backend: str, layout: ParallelConfig, state: SequenceState
+    run: ResolvedRun, components: Components, groups: ProcessGroups, backend: str, state: SequenceState
 ) -> tuple[RunnerFeature | None, StaleKVCache | None]:
     """Shard the network's tokens or blocks over this rank's groups, in place, apart from the runners of its blocks.
 
     Args:
+        run: the resolved run.
         components: the loaded components.
         groups: this rank's groups.
         backend: the attention backend.
-        layout: the degrees of parallelism.
         state: the record of how tokens are sharded, which this function fills.
 
     Returns:
@@ -84,6 +84,7 @@ def apply_layout(
     Raises:
         ValueError: if ring attention cannot use the attention backend.
     """
+    layout = run.config.parallel
     if layout.pipe > 1:
         pipeline = PipeFusion(groups.ring, patches_of(layout), layout.warmup)
         pipeline.install(components.network, components.plan, attention_kernel(backend))
@@ -91,7 +92,7 @@ def apply_layout(
     if groups.tokens.size == 1:
         return None, None
     displaced = DisplacedPatches(groups.ring, layout.warmup) if layout.displaced else None
-    ring_kernel = lse_kernel(backend) if needs_lse(layout) else None
+    ring_kernel = lse_kernel(backend) if run.attention.with_lse else None
     kernel = attention_kernel(backend)
     sharding = shard_tokens(
         components.network, components.plan, kernel, ring_kernel, groups, state=state, displaced=displaced
@@ -136,7 +137,7 @@ def native_pipeline(
     )
     state = SequenceState()
     cached = cached_network(config.cache, components.network, components.plan, groups.replica, state)
-    layout, stale_kv = apply_layout(components, groups, backend, config.parallel, state)
+    layout, stale_kv = apply_layout(run, components, groups, backend, state)
     # from the blocks outwards: each gets its slice of the modulation, a cache skips them, a layout shards their tokens
     wrap_runners(components.network, components.plan, optimized.precompute, cached, layout)
     if config.parallel.shard_weights:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import msgspec
 from safetensors import SafetensorError
 
 from harness.config.cache import IDENTITY, NONE, CacheConfig
-from harness.config.schema import ModelConfig, QualityConfig, RunConfig
+from harness.config.schema import ModelConfig, QualityConfig, RequestConfig
 from harness.messages import Array, CacheSkips, EngineInfo, GenerationResult, OperatorTime, RankReport, total_sent_bytes
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import Summary, summarize
-from harness.parallel.mesh import RankPosition, degrees
 from harness.records.media import to_uint8
 from harness.records.provenance import provenance
 from harness.records.record import (
@@ -212,28 +213,57 @@ def hub_commit_note(model: ModelConfig, folder: Path) -> list[str]:
     return [] if model.path is None or found is None else [f"model.path={model.path} is commit {found}, in {folder}"]
 
 
+def base_record(run: ResolvedRun, info: EngineInfo, environment: dict[str, str], first: FirstCall) -> Record:
+    """Return the record of a run before anything is measured.
+
+    Args:
+        run: the resolved run.
+        info: the state of the ranks.
+        environment: the environment variables of the ranks.
+        first: the times of starting and loading.
+
+    Returns:
+        The record, without samples, repeats and summary.
+    """
+    config, declared = run.config, to_dict(run.config)
+    return Record(
+        schema=SCHEMA,
+        fingerprint=fingerprint(declared),
+        overrides=run.overrides,
+        config=declared,
+        provenance=provenance(info, environment),
+        attention=AttentionRow(config.attention.backend, info.attention),
+        first_call=first,
+        repeats=[],
+        summary=None,
+        samples=[],
+        notes=run.notes,
+        loaded=info.loaded,
+        engine=EngineRow(config.engine.name, engine_version(config.engine.name)),
+    )
+
+
 def build_record(
-    config: RunConfig,
-    overrides: list[str],
+    run: ResolvedRun,
+    request: RequestConfig,
     info: EngineInfo,
     environment: dict[str, str],
     first: FirstCall,
     repeats: list[Repeat],
     results: list[GenerationResult],
     pixels: Sequence[Array],
-    notes: list[str],
     flops_result: GenerationResult | None = None,
     profile_result: GenerationResult | None = None,
 ) -> Record:
-    """Return the record of one run; `pixels` are the last answer's samples, whose rows are added later."""
-    declared = to_dict(config)
+    """Return the record of one request of a run; `pixels` are the last answer's samples, whose rows are added later."""
+    config = replace(run.config, request=request)
     prompts = [sample.prompt for sample in results[-1].samples]
-    folder = ResolvedRun(config).checkpoint.folder
+    folder = run.checkpoint.folder
     scored, reasons = score_quality(folder, pixels, prompts)
     extra, more = score_pretrained(config.quality, pixels, prompts)
     all_notes = dict.fromkeys(
         [
-            *notes,
+            *run.notes,
             *hub_commit_note(config.model, folder),
             *(note for result in results for report in result.ranks for note in report.notes),
             *cache_notes(config.cache, config.model.name, [s for report in results[-1].ranks for s in report.skips]),
@@ -241,30 +271,21 @@ def build_record(
             *more,
         ]
     )
-    return Record(
-        schema=SCHEMA,
-        fingerprint=fingerprint(declared),
-        overrides=overrides,
-        config=declared,
-        provenance=provenance(info, environment),
-        attention=AttentionRow(config.attention.backend, info.attention),
-        first_call=first,
+    return msgspec.structs.replace(
+        base_record(replace(run, config=config), info, environment, first),
         repeats=repeats,
         summary=summarize_repeats(
             repeats,
             results,
             config.request.batch_size,
-            RankPosition(0, degrees(config.parallel)).replica_size,
+            run.replica_size,
             flops_result,
             info.ceiling_tflops,
             even=config.engine.name != CACHE_DIT and config.cache.name == NONE,
         ),
-        samples=[],
         notes=list(all_notes),
         quality=scored,
         pretrained=extra,
-        loaded=info.loaded,
-        engine=EngineRow(config.engine.name, engine_version(config.engine.name)),
         profile={} if profile_result is None else operators(profile_result),
     )
 

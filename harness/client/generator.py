@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from harness.client.build_record import build_record, make_repeat
-from harness.config.schema import RequestConfig, RunConfig
+from harness.config.schema import RequestConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine, OnProgress
 from harness.messages import Array, EngineInfo, GenerationResult, Latents, array
@@ -104,20 +104,15 @@ class DiffusionGenerator:
     """A model on running ranks. Use it as a context manager: on exit, every process that it started has ended.
 
     Args:
-        config: the resolved configuration.
+        run: the resolved run.
         engine: the engine that runs the ranks.
-        overrides: the user's overrides, for the record.
-        notes: the configuration's warnings, for the record.
     """
 
-    def __init__(
-        self, config: RunConfig, engine: Engine, overrides: Sequence[str] = (), notes: Sequence[str] = ()
-    ) -> None:
-        self.config = config
-        self.overrides = list(overrides)
-        self.notes = list(notes)
+    def __init__(self, run: ResolvedRun, engine: Engine) -> None:
+        self.config = run.config
         self.info: EngineInfo | None = None
         self.launch_ms = 0.0
+        self._run = run
         self._engine = engine
         self._stopped = False
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -149,8 +144,7 @@ class DiffusionGenerator:
         """
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(resolved.config))
-        engine = make_engine(resolved.config, folder)
-        return cls(resolved.config, engine, resolved.overrides, resolved.notes)
+        return cls(resolved, make_engine(resolved.config, folder))
 
     def start(self, on_wait: Callable[[EngineInfo | None], None] = lambda info: None) -> EngineInfo:
         """Start the ranks and wait until they are ready (`with` does this too).
@@ -300,17 +294,15 @@ class DiffusionGenerator:
         if self.info is None:
             raise RuntimeError("the engine is not running")
         first = FirstCall(self.launch_ms, self.info.load_ms, warmup_ms, self._engine.reused)
-        config = replace(self.config, request=request)
         return build_record(
-            config,
-            self.overrides,
+            self._run,
+            request,
             self.info,
             self._engine.environment,
             first,
             repeats,
             results,
             pixels,
-            self.notes,
             flops_result,
             profile_result,
         )

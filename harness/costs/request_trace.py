@@ -21,7 +21,6 @@ from harness.costs.memory import WeightBytes, decode_elements, network_weights
 from harness.costs.traffic import GatheredWeights, NetworkTrace, gathered_weights, trace_network
 from harness.costs.vae_traffic import decode_bytes, trace_decode
 from harness.device.device import denoiser_dtype, torch_dtype
-from harness.parallel.mesh import degrees, world_size
 from harness.parallel.vae import RowShardableDecoder
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.request import to_message
@@ -120,17 +119,17 @@ def trace_request(run: ResolvedRun) -> RequestTrace:
     )
 
 
-def decode_traffic(config: RunConfig) -> list[dict[str, int]]:
+def decode_traffic(run: ResolvedRun) -> list[dict[str, int]]:
     """Return what each rank of a replica sends to decode the first micro-batch, in bytes by kind of collective.
 
     Args:
-        config: the resolved configuration, with the layout.
+        run: the resolved run, with the layout.
 
     Raises:
         CheckpointError: a configuration that no decoder can be built from.
     """
-    ranks = world_size(degrees(config.parallel)[1:])
-    parts = _components(config, source_of(ResolvedRun(config), META))
+    config, ranks = run.config, run.replica_size
+    parts = _components(config, source_of(run, META))
     decoder = parts.decoder
     if ranks == 1 or not isinstance(decoder, RowShardableDecoder):
         return [{}] * ranks

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from harness.config.schema import RunConfig
 from harness.config.tasks import TRAITS
 from harness.config.yaml import ConfigError, from_yaml
 from harness.engines.environment import OWNER, SOCKETS, threads_per_rank
@@ -27,7 +26,7 @@ from harness.engines.preimport import import_required
 from harness.engines.processes import is_alive
 from harness.engines.torchrun import RankError
 from harness.messages import EngineInfo, LoadedComponent
-from harness.parallel.mesh import RankPosition, degrees
+from harness.parallel.mesh import RankPosition
 from harness.records.record import write_atomically
 from harness.resolve.run import ResolvedRun
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
@@ -77,7 +76,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     try:
         log.info("rank %d of %s, process %d", rank, os.environ["WORLD_SIZE"], os.getpid())
-        serve(from_yaml((folder / "config.yaml").read_text()), Addresses(Path(os.environ[SOCKETS])))
+        run = ResolvedRun(from_yaml((folder / "config.yaml").read_text()))
+        serve(run, Addresses(Path(os.environ[SOCKETS])))
     except Exception as error:
         write_error(folder / "logs", rank, error)
         sys.exit(1)
@@ -90,11 +90,11 @@ def reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def serve(config: RunConfig, addresses: Addresses) -> None:
+def serve(run: ResolvedRun, addresses: Addresses) -> None:
     """Join the process group, load this rank's part, and serve requests until a client sends Shutdown.
 
     Args:
-        config: the resolved configuration.
+        run: the resolved run.
         addresses: the engine's addresses.
 
     Raises:
@@ -104,12 +104,12 @@ def serve(config: RunConfig, addresses: Addresses) -> None:
     import torch.distributed as dist
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    position = RankPosition(rank, degrees(config.parallel))
+    position = RankPosition(rank, run.degrees)
     check_world_size(position.world_size, ranks)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     try:
-        _serve(config, addresses, position)
+        _serve(run, addresses, position)
     finally:
         dist.destroy_process_group()
 
@@ -131,9 +131,9 @@ def check_world_size(layout: int, started: int) -> None:
         )
 
 
-def _serve(config: RunConfig, addresses: Addresses, position: RankPosition) -> None:
+def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> None:
+    config = run.config
     import_required(config)
-    run = ResolvedRun(config)
     import torch.distributed as dist
     import zmq
 

@@ -5,6 +5,7 @@ A layout has a ring or a pipeline: the ranks of a pipeline use the ring's axis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -54,10 +55,7 @@ def degrees(parallel: ParallelConfig) -> tuple[int, ...]:
 
 def world_size(sizes: Sequence[int]) -> int:
     """Return the product of the degrees."""
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+    return math.prod(sizes)
 
 
 TEMPORAL_HALO = 2

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.config.cache import BLOCK_CACHES, GUIDANCE_CACHES
 from harness.config.optimize import Optimize
-from harness.config.schema import LaunchMode, Quantize, RunConfig, Task
+from harness.config.schema import LaunchMode, Quantize, RunConfig
 from harness.config.tasks import TRAITS
 from harness.parallel.mesh import degrees, world_size
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
@@ -183,7 +183,13 @@ FEATURES = (
     ),
     _feature("train", "task=train", "task", "task=train", lambda c: not TRAITS[c.task.name].uses_checkpoint),
     _feature("plan", "task=plan", "task", "task=plan", lambda c: TRAITS[c.task.name].only_shapes),
-    _feature("load", "task=load", "task", "task=load serve.max_batch=1", lambda c: c.task.name is Task.load),
+    _feature(
+        "serves",
+        "task=serve or load",
+        "task",
+        "task=serve serve.max_batch=1",
+        lambda c: TRAITS[c.task.name].serves,
+    ),
     _feature(
         "fidelity_per_step",
         "task.fidelity_per_step=true",
@@ -283,8 +289,8 @@ OTHER_CONFLICTS = (
     Conflict("inprocess", ("ranks",), "it runs one rank, the layout has {ranks}", "use launch.mode=torchrun"),
     Conflict(
         "inprocess",
-        ("load",),
-        "a load sends many requests at once to ranks of their own",
+        ("serves",),
+        "many requests at once go to ranks of their own",
         "use launch.mode=torchrun",
     ),
     Conflict("baseline", ("train",), "the native network is trained", "use engine=native"),

@@ -14,8 +14,8 @@ from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, Quan
 from harness.config.tasks import KEYS_OF_TASKS, TRAITS
 from harness.metrics import pretrained
 from harness.records.media import ffmpeg
-from harness.resolve.checkpoint import check_checkpoint, locate
-from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, denoiser_defaults
+from harness.resolve.checkpoint import check_checkpoint
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
 from harness.resolve.engine import check_engine
 from harness.resolve.engines_table import refuse_missing_engine
@@ -48,10 +48,9 @@ def resolve_config(config: RunConfig) -> None:
     _check_packages(config)
     resolve_optimize(config)
     check_conflicts(config, CONFLICTS if task.uses_checkpoint else OTHER_CONFLICTS)
+    run = ResolvedRun(config, fetch=True)
     if task.uses_checkpoint:
-        _check_model(config)
-    run = ResolvedRun(config)
-    if task.uses_checkpoint:
+        _check_model(run)
         for note in check_layout(config.parallel, run.shape):
             warnings.warn(note, stacklevel=2)
     if run.noise_scheduler is not None:
@@ -123,20 +122,18 @@ def _resolve_request(config: RunConfig) -> None:
         ffmpeg()
 
 
-def _check_model(config: RunConfig) -> None:
+def _check_model(run: ResolvedRun) -> None:
     """Download what is missing of a checkpoint, and refuse one that cannot run.
 
     Raises:
         ValueError: A key of the model has a wrong value.
         CheckpointError: The checkpoint is missing, foreign or incomplete.
     """
-    model = config.model
-    denoiser = denoiser_defaults(config).weights
+    config = run.config
     apply_training_facts(config)
-    layout = locate(model, denoiser, fetch=True)
-    check_checkpoint(model, layout, denoiser)
+    check_checkpoint(config.model, run.checkpoint, run.denoiser)
     if config.scheduler.family == PUBLISHED_FAMILY:
-        check_published_scheduler(config.scheduler, layout.folder)
+        check_published_scheduler(config.scheduler, run.checkpoint.folder)
 
 
 def _check_cache(config: RunConfig) -> None:

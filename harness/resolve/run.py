@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 
 from harness.config.schema import RunConfig
-from harness.parallel.mesh import degrees
+from harness.parallel.mesh import degrees, world_size
 from harness.resolve.checkpoint import CheckpointLayout, locate
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, denoiser_defaults
 from harness.resolve.engines_table import NATIVE, baseline_attention
 from harness.resolve.layout import model_shape
-from harness.resolve.layout_rules import ModelShape, is_approximate, needs_lse
+from harness.resolve.layout_rules import ModelShape, needs_lse
 from harness.resolve.scheduler import noise_scheduler_settings
 from models.registry import resolve_backend
 from schedulers.settings import NoiseSchedulerSettings
@@ -52,6 +52,7 @@ class ResolvedRun:
         folder: The run's folder, as Hydra names it.
         notes: Warnings for the user.
         retry: Whether the folder of a run that did not end well may be used again.
+        fetch: Whether files of a hub checkpoint that are not in the local cache are downloaded.
     """
 
     config: RunConfig
@@ -59,6 +60,7 @@ class ResolvedRun:
     folder: Path = Path()
     notes: list[str] = field(default_factory=list)
     retry: bool = False
+    fetch: bool = False
 
     @cached_property
     def denoiser(self) -> str:
@@ -67,8 +69,8 @@ class ResolvedRun:
 
     @cached_property
     def checkpoint(self) -> CheckpointLayout:
-        """The place of each component on disk; nothing is downloaded."""
-        return locate(self.config.model, self.denoiser)
+        """The place of each component on disk."""
+        return locate(self.config.model, self.denoiser, self.fetch)
 
     @cached_property
     def noise_scheduler(self) -> NoiseSchedulerSettings | None:
@@ -90,10 +92,15 @@ class ResolvedRun:
 
     @cached_property
     def degrees(self) -> tuple[int, ...]:
-        """The sizes of the mesh's axes; their product is the number of ranks."""
+        """The sizes of the mesh's axes."""
         return degrees(self.config.parallel)
 
     @property
-    def is_approximate(self) -> bool:
-        """Whether the layout reuses results of an earlier evaluation."""
-        return is_approximate(self.config.parallel)
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return world_size(self.degrees)
+
+    @property
+    def replica_size(self) -> int:
+        """The number of ranks that compute one image together."""
+        return world_size(self.degrees[1:])

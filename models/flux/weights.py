@@ -7,7 +7,7 @@ from typing import Any
 
 from models.files import CheckpointError, check_sizes, read_network_config, rotary_axes
 from models.flux.network import PATCH, FluxConfig
-from models.names import NameMap
+from models.names import JOINT_ATTENTION, NameMap
 from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
 
 NAMES = NameMap(  # diffusers' FluxTransformer2DModel on the left, this network on the right
@@ -21,18 +21,7 @@ NAMES = NameMap(  # diffusers' FluxTransformer2DModel on the left, this network 
         ("single_transformer_blocks", "single_blocks"),
         ("norm1.linear", "modulation"),
         ("norm1_context.linear", "text_modulation"),
-        ("attn.to_q", "heads.to_q"),
-        ("attn.to_k", "heads.to_k"),
-        ("attn.to_v", "heads.to_v"),
-        ("attn.norm_q", "heads.norm_q"),
-        ("attn.norm_k", "heads.norm_k"),
-        ("attn.to_out.0", "to_out"),
-        ("attn.add_q_proj", "text_heads.to_q"),
-        ("attn.add_k_proj", "text_heads.to_k"),
-        ("attn.add_v_proj", "text_heads.to_v"),
-        ("attn.norm_added_q", "text_heads.norm_q"),
-        ("attn.norm_added_k", "text_heads.norm_k"),
-        ("attn.to_add_out", "text_to_out"),
+        *JOINT_ATTENTION,
         ("proj_mlp", "up"),  # before the names that end in it: to_published() goes backwards
         ("ff.net.0.proj", "feed_forward.up"),
         ("ff.net.2", "feed_forward.down"),

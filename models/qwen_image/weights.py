@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.files import CheckpointError, check_sizes, read_network_config, rotary_axes
-from models.names import NameMap
+from models.names import JOINT_ATTENTION, NameMap
 from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
 from models.qwen_image.network import PATCH, QwenImageConfig
 
@@ -19,18 +19,7 @@ NAMES = NameMap(  # diffusers' QwenImageTransformer2DModel on the left, this net
         ("transformer_blocks", "blocks"),
         ("img_mod.1", "modulation"),
         ("txt_mod.1", "text_modulation"),
-        ("attn.to_q", "heads.to_q"),
-        ("attn.to_k", "heads.to_k"),
-        ("attn.to_v", "heads.to_v"),
-        ("attn.norm_q", "heads.norm_q"),
-        ("attn.norm_k", "heads.norm_k"),
-        ("attn.to_out.0", "to_out"),
-        ("attn.add_q_proj", "text_heads.to_q"),
-        ("attn.add_k_proj", "text_heads.to_k"),
-        ("attn.add_v_proj", "text_heads.to_v"),
-        ("attn.norm_added_q", "text_heads.norm_q"),
-        ("attn.norm_added_k", "text_heads.norm_k"),
-        ("attn.to_add_out", "text_to_out"),
+        *JOINT_ATTENTION,
         ("img_mlp.net.0.proj", "feed_forward.up"),
         ("img_mlp.net.2", "feed_forward.down"),
         ("txt_mlp.net.0.proj", "text_feed_forward.up"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.files import CheckpointError, check_sizes, read_network_config
-from models.names import NameMap
+from models.names import JOINT_ATTENTION, NameMap
 from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
 from models.sd3.network import SD3Config
 
@@ -26,18 +26,7 @@ NAMES = NameMap(  # diffusers' SD3Transformer2DModel on the left, this network o
         ("attn2.norm_q", "dual_heads.norm_q"),
         ("attn2.norm_k", "dual_heads.norm_k"),
         ("attn2.to_out.0", "dual_to_out"),
-        ("attn.to_q", "heads.to_q"),
-        ("attn.to_k", "heads.to_k"),
-        ("attn.to_v", "heads.to_v"),
-        ("attn.norm_q", "heads.norm_q"),
-        ("attn.norm_k", "heads.norm_k"),
-        ("attn.to_out.0", "to_out"),
-        ("attn.add_q_proj", "text_heads.to_q"),
-        ("attn.add_k_proj", "text_heads.to_k"),
-        ("attn.add_v_proj", "text_heads.to_v"),
-        ("attn.norm_added_q", "text_heads.norm_q"),
-        ("attn.norm_added_k", "text_heads.norm_k"),
-        ("attn.to_add_out", "text_to_out"),
+        *JOINT_ATTENTION,
         ("ff.net.0.proj", "feed_forward.up"),
         ("ff.net.2", "feed_forward.down"),
         ("ff_context.net.0.proj", "text_feed_forward.up"),

@@ -51,7 +51,7 @@ def engine_of(name: str, folder: Path, *overrides: str) -> DiffusionGenerator:
     assert composed.notes == []
     from harness.engines.inprocess import InprocessEngine
 
-    generator = DiffusionGenerator(composed.config, InprocessEngine(composed.config))
+    generator = DiffusionGenerator(composed, InprocessEngine(composed.config))
     generator.start()
     return generator
 

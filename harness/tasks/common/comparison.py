@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from harness.config.schema import LaunchMode, RunConfig
 from harness.config.tasks import TRAITS
 from harness.metrics.difference import Difference
 from harness.metrics.paired import Ratio, min_rounds
-from harness.parallel.mesh import degrees, world_size
 from harness.records.comparison import SCHEMA, Comparison, read_comparison
 from harness.records.record import fingerprint, read_status
 from harness.resolve.comparison import comparison_overrides, is_compared_key
@@ -43,7 +43,7 @@ def _comparison_run(comparison: ResolvedRun, name: str) -> ResolvedRun:
         run = compose_run(comparison_overrides(comparison.overrides, own, comparison.config))
     except ConfigError as error:
         raise ConfigError(f"compare.{name}={own}: {error}") from error
-    return ResolvedRun(run.config, run.overrides, comparison.folder / name, run.notes)
+    return replace(run, folder=comparison.folder / name)
 
 
 def make_comparison(
@@ -65,7 +65,7 @@ def make_comparison(
     Returns:
         The record of the comparison.
     """
-    ranks_a, ranks_b = (world_size(degrees(each.config.parallel)) for each in pair)
+    ranks_a, ranks_b = (each.world_size for each in pair)
     return Comparison(
         schema=SCHEMA,
         common=[override for override in run.overrides if not is_compared_key(override)],

@@ -28,7 +28,7 @@ from harness.engines.protocol import RequestFailed
 from harness.messages import Array
 from harness.metrics.difference import difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, verdict
-from harness.parallel.mesh import RankPosition, degrees
+from harness.parallel.mesh import degrees, world_size
 from harness.records.provenance import PACKAGES, cpu_name, version
 from harness.records.record import write_atomically
 from harness.resolve.checkpoint import COMPONENTS
@@ -74,7 +74,7 @@ METHODS = (
     Method("attention kernel", EQUIVALENT, lambda c: c.attention.backend not in ("math", "sage")),
     Method("displaced patches", APPROXIMATE, lambda c: c.parallel.displaced),
     Method("PipeFusion", APPROXIMATE, lambda c: c.parallel.pipe > 1),
-    Method("one image over several ranks", EQUIVALENT, lambda c: RankPosition(0, degrees(c.parallel)).replica_size > 1),
+    Method("one image over several ranks", EQUIVALENT, lambda c: world_size(degrees(c.parallel)[1:]) > 1),
     Method("batching", EQUIVALENT, lambda c: c.request.batch_size > 1),
     Method("dtype", EQUIVALENT, lambda c: compute_dtypes(c) != FLOAT32),
     Method("baseline engine", EQUIVALENT, lambda c: c.engine.name != NATIVE),
@@ -155,7 +155,7 @@ def method_class(config: RunConfig, methods: Sequence[Method] = METHODS) -> tupl
 
 
 def measure_fidelity(
-    config: RunConfig,
+    run: ResolvedRun,
     output: GeneratedOutput,
     renderer: ReferenceRenderer,
     methods: Sequence[Method] = METHODS,
@@ -163,7 +163,7 @@ def measure_fidelity(
     """Measure a run's error against its reference.
 
     Args:
-        config: Configuration of the run.
+        run: The resolved run.
         output: Latents and pixels that the run generated.
         renderer: Generator of references that are not cached yet.
         methods: All known methods, with the class that each claims.
@@ -171,8 +171,9 @@ def measure_fidelity(
     Returns:
         The fidelity, or None if it could not be measured; and notes that say why not.
     """
+    config = run.config
     try:
-        environment, home = generation_environment(config), references_folder(config)
+        environment, home = generation_environment(run), references_folder(config)
         exact, rounded = reference_config(config), floor_config(config)
         name, floor_name = reference_key(exact, environment), reference_key(rounded, environment)
         reference = load_or_generate(exact, home / f"{name}.safetensors", renderer, "reference")
@@ -301,10 +302,10 @@ def reference_key(config: RunConfig, environment: list[object]) -> str:
     return hashlib.sha256(json.dumps([relevant, *environment], sort_keys=True).encode()).hexdigest()[:24]
 
 
-def generation_environment(config: RunConfig) -> list[object]:
+def generation_environment(run: ResolvedRun) -> list[object]:
     """Return what an image depends on besides its request: the code, the machine, and the files of the weights."""
     machine = [cpu_name(), platform.platform(), {name: version(name) for name in PACKAGES}]
-    return [code_hash(), machine, weight_files(config)]
+    return [code_hash(), machine, weight_files(run)]
 
 
 def code_hash() -> str:
@@ -317,10 +318,10 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def weight_files(config: RunConfig) -> list[tuple[str, int, int]]:
+def weight_files(run: ResolvedRun) -> list[tuple[str, int, int]]:
     """Return the name, size in bytes and modification time in ns of every file of a checkpoint."""
-    layout = ResolvedRun(config).checkpoint
-    roots = [layout.folder, *layout.replaced.values(), *(Path(lora.path).expanduser() for lora in config.model.lora)]
+    layout, loras = run.checkpoint, run.config.model.lora
+    roots = [layout.folder, *layout.replaced.values(), *(Path(lora.path).expanduser() for lora in loras)]
     files = [file for root in roots for file in (sorted(root.rglob("*")) if root.is_dir() else [root])]
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
 

@@ -66,7 +66,7 @@ def execute(
             generator.stop()
         if config.task.fidelity:
             output = GeneratedOutput(session.last.latents, session.pixels)
-            found, notes = measure_fidelity(config, output, ReferenceRenderer(folder.path, bars, engines))
+            found, notes = measure_fidelity(run, output, ReferenceRenderer(folder.path, bars, engines))
             measured = msgspec.structs.replace(measured, fidelity=found, notes=[*measured.notes, *notes])
         folder.write_record(measured)
         record, outcome.status = measured, status_from_fidelity(measured)

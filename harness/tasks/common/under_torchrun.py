@@ -24,7 +24,6 @@ from harness.engines.environment import arithmetic_environment
 from harness.engines.protocol import AttachedEngine, Engine
 from harness.engines.rank import LOG_FORMAT, check_world_size, redirect_output, serve, write_error
 from harness.engines.torchrun import rank_error
-from harness.parallel.mesh import degrees, world_size
 from harness.records.record import RunFolder, RunFolderError, Status
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, run_folder, to_yaml
 from harness.serving.faults import failure_line
@@ -127,7 +126,7 @@ def _run_other_rank(run: ResolvedRun, folder: RunFolder | None, addresses: Addre
     else:
         redirect_output(folder.log_file(rank))
     try:
-        serve(run.config, addresses)
+        serve(run, addresses)
     except Exception as error:
         if folder is None:
             log.exception("rank %d of node %d: %s", rank, _node(), failure_line(error))
@@ -146,7 +145,7 @@ def _compose(arguments: Sequence[str], ranks: int) -> ResolvedRun:
     if (reason := TRAITS[task].not_under_torchrun) is not None:
         raise ConfigError(f"task={task.name} {reason}; start it with python -m harness, not torchrun")
     task_entry(task).check(run)
-    check_world_size(world_size(degrees(run.config.parallel)), ranks)
+    check_world_size(run.world_size, ranks)
     return run
 
 
@@ -187,7 +186,7 @@ def _run_rank_zero(run: ResolvedRun, folder: RunFolder, addresses: Addresses) ->
         signal.signal(number, _raise_rank_stopped)
     client.start()
     try:
-        serve(run.config, addresses)
+        serve(run, addresses)
         client.join()
     except (Exception, RankStopped) as error:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -12,6 +12,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
+from harness.client.build_record import base_record
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine
@@ -26,7 +27,6 @@ from harness.tasks.common.comparison import make_comparison
 from harness.tasks.common.session import progress_bars
 from harness.tasks.load.run import (
     LoadMeasurement,
-    build_load_record,
     load_engine,
     start_engine,
     status_from_loads,
@@ -132,9 +132,9 @@ class ComparedRun:
         """Write the record of all rounds and return their summary."""
         whole = merge_rounds(self._run.config, self.rounds)
         first = FirstCall(self._launch_ms, self._info.load_ms, [])
-        record = build_load_record(self._run, self._info, self.engine.environment, first, whole.summary)
+        record = base_record(self._run, self._info, self.engine.environment, first)
         write_rows(self._folder.path, whole.rows)
-        self._folder.write_record(record)
+        self._folder.write_record(msgspec.structs.replace(record, load=whole.summary))
         self._folder.finish(status_from_loads([whole.summary]))
         return whole.summary
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -15,6 +15,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
+from harness.client.build_record import base_record
 from harness.config.schema import RunConfig
 from harness.config.serve import Transport
 from harness.engines.environment import threads_per_rank
@@ -22,21 +23,14 @@ from harness.engines.pool import MakeEngine
 from harness.engines.protocol import Engine
 from harness.messages import EngineInfo
 from harness.metrics.load import LOST, LoadSummary, RequestRow, summarize_load
-from harness.parallel.mesh import degrees, world_size
-from harness.records.provenance import provenance
 from harness.records.record import (
-    SCHEMA,
-    AttentionRow,
-    EngineRow,
     FirstCall,
     Record,
     RunFolder,
     Status,
-    fingerprint,
     write_atomically,
 )
-from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
-from harness.resolve.engines_table import engine_version
+from harness.resolve.compose import ResolvedRun, to_yaml
 from harness.serving.transport import Connection
 from harness.tasks.common.session import progress_bars
 from harness.tasks.load import http
@@ -133,7 +127,8 @@ def run_over_zmq(
         finally:
             engine.stop()
     first = FirstCall(launch_ms, info.load_ms, [], engine.reused)
-    return build_load_record(run, info, engine.environment, first, measurement.summary), measurement
+    record = base_record(run, info, engine.environment, first)
+    return msgspec.structs.replace(record, load=measurement.summary), measurement
 
 
 def run_over_http(run: ResolvedRun, folder: RunFolder, console: Console) -> tuple[Record, LoadMeasurement]:
@@ -159,16 +154,17 @@ def run_over_http(run: ResolvedRun, folder: RunFolder, console: Console) -> tupl
                 "apply"
             )
             info, first = EngineInfo("ready", 0, []), FirstCall(0.0, 0.0, [])
-            noted = ResolvedRun(config, run.overrides, run.folder, [*run.notes, note])
-            return build_load_record(noted, info, environment, first, measurement.summary), measurement
+            noted = replace(run, notes=[*run.notes, note])
+            record = base_record(noted, info, environment, first)
+            return msgspec.structs.replace(record, load=measurement.summary), measurement
         overrides = server_overrides(run.overrides)
         with ServerProcess(overrides, folder.path / "server", config.launch.start_timeout_s) as server:
             measurement, launch_ms = asyncio.run(load_own_server(config, server, bars))
     summary = msgspec.structs.replace(measurement.summary, memory=server.memory, chaos=server.chaos)
-    ranks = world_size(degrees(config.parallel))
-    info = EngineInfo("ready", ranks, [], threads=threads_per_rank(config.launch, ranks))
-    record = build_load_record(run, info, environment, FirstCall(launch_ms, 0.0, []), summary)
-    return record, measurement
+    threads = threads_per_rank(config.launch, run.world_size)
+    info = EngineInfo("ready", run.world_size, [], threads=threads)
+    record = base_record(run, info, environment, FirstCall(launch_ms, 0.0, []))
+    return msgspec.structs.replace(record, load=summary), measurement
 
 
 def server_overrides(overrides: Sequence[str]) -> list[str]:
@@ -337,40 +333,6 @@ def summarize(
         load.slo_ms,
         strays,
         evaluations,
-    )
-
-
-def build_load_record(
-    run: ResolvedRun, info: EngineInfo, environment: dict[str, str], first: FirstCall, load: LoadSummary
-) -> Record:
-    """Build the record of one load.
-
-    Args:
-        run: The run.
-        info: The state of the ranks.
-        environment: The environment variables of the ranks.
-        first: The times of starting and loading.
-        load: The summary of the load.
-
-    Returns:
-        The record, without samples and repeats.
-    """
-    config, declared = run.config, to_dict(run.config)
-    return Record(
-        schema=SCHEMA,
-        fingerprint=fingerprint(declared),
-        overrides=run.overrides,
-        config=declared,
-        provenance=provenance(info, environment),
-        attention=AttentionRow(config.attention.backend, info.attention),
-        first_call=first,
-        repeats=[],
-        summary=None,
-        samples=[],
-        notes=run.notes,
-        loaded=info.loaded,
-        engine=EngineRow(config.engine.name, engine_version(config.engine.name)),
-        load=load,
     )
 
 

@@ -17,7 +17,6 @@ from harness.costs.plan_file import PredictionCheck
 from harness.costs.request_trace import RequestTrace, decode_traffic, trace_request
 from harness.costs.roofline import device_rates, predict, traffic
 from harness.device.device import denoiser_dtype, torch_dtype
-from harness.parallel.mesh import degrees, world_size
 from harness.records.record import Record, read_record
 from harness.resolve.layout_rules import is_approximate
 from harness.resolve.names import one_line
@@ -78,9 +77,10 @@ def _with_prediction(
         raise ValueError(f"cache={config.cache.name} computes fewer evaluations, which is not predicted")
     request, steps, layout = config.request, config.request.steps or 1, found.layout
     dtype = torch_dtype(denoiser_dtype(config.model))
-    traced = trace_request(ResolvedRun(config))
+    run = ResolvedRun(config)
+    traced = trace_request(run)
     micro_batches = math.ceil(math.ceil(len(record.samples) / request.batch_size) / layout.dp)
-    denoising, decoding = _busiest_rank(config, traced, record.statistics.nfe * micro_batches, micro_batches)
+    denoising, decoding = _busiest_rank(run, traced, record.statistics.nfe * micro_batches, micro_batches)
     found = msgspec.structs.replace(found, predicted_bytes=denoising, predicted_decoding_bytes=decoding)
     if is_approximate(layout):
         reason = "time not predicted: its keys and values are stale, and only exact layouts are predicted"
@@ -92,22 +92,20 @@ def _with_prediction(
         found,
         predicted_step_ms=row.step_ms * evaluations_per_step,
         error=row.step_ms * evaluations_per_step / found.step_ms - 1,
-        predicted_flops=None
-        if optimized
-        else row.flops * world_size(degrees(layout)[1:]) * record.statistics.nfe / steps,
+        predicted_flops=None if optimized else row.flops * run.replica_size * record.statistics.nfe / steps,
     )
 
 
 def _busiest_rank(
-    config: RunConfig, traced: RequestTrace, evaluations: int, micro_batches: int
+    run: ResolvedRun, traced: RequestTrace, evaluations: int, micro_batches: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return what the rank that sends most sends to denoise and to decode, in bytes by kind of collective."""
     ranks = [
         (
-            {kind: evaluations * count for kind, count in traffic(traced, config.parallel, index).items()},
+            {kind: evaluations * count for kind, count in traffic(traced, run.config.parallel, index).items()},
             {kind: micro_batches * count for kind, count in decoding.items()},
         )
-        for index, decoding in enumerate(decode_traffic(config))
+        for index, decoding in enumerate(decode_traffic(run))
     ]
     return max(ranks, key=lambda stages: sum(sum(kinds.values()) for kinds in stages))
 

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from harness.config.schema import LaunchMode
 from harness.engines.pool import MakeEngine, new_engine
 from harness.records.record import RunFolder, Status
-from harness.resolve.compose import ConfigError, ResolvedRun
+from harness.resolve.compose import ResolvedRun
 from harness.tasks.common.lifecycle import guarded
 
 
 def check(run: ResolvedRun) -> None:
-    """Refuse a run that cannot be served.
-
-    Raises:
-        ConfigError: A key of `serve` is wrong, or the launch mode has no separate processes.
-    """
-    if run.config.launch.mode is LaunchMode.inprocess:
-        raise ConfigError("task=serve supervises ranks in separate processes; drop launch.mode=inprocess")
+    """Accept the run: all of it was checked as it was composed."""
 
 
 def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine) -> Status:

@@ -169,7 +169,7 @@ def generate_with(*overrides: str) -> tuple[list[Array], Record]:
     process = ["launch.mode=inprocess", "launch.threads_per_rank=1", "logger=json", "scheduler/solver=dpm2"]
     requested = ["request.prompts=[rocket,red apple]", "request.steps=3", "request.batch_size=2"]
     config = compose_run([*process, *requested, *overrides]).config
-    with DiffusionGenerator(config, InprocessEngine(config)) as generator:
+    with DiffusionGenerator(ResolvedRun(config), InprocessEngine(config)) as generator:
         generated = generator.generate()
         return generated.pixels, generated.record
 

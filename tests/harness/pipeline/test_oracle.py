@@ -56,7 +56,7 @@ def engine(checkpoint: Path) -> DiffusionGenerator:
     composed = compose_run([*overrides, "attention=math"])
     from harness.engines.inprocess import InprocessEngine
 
-    generator = DiffusionGenerator(composed.config, InprocessEngine(composed.config))
+    generator = DiffusionGenerator(composed, InprocessEngine(composed.config))
     generator.start()
     yield generator  # type: ignore[misc]
     generator.stop()

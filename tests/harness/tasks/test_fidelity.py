@@ -155,12 +155,12 @@ def test_an_approximation_declared_exact_is_broken(tmp_path: Path, references: P
     """Fewer steps stand for a cache: they give another image."""
     with DiffusionGenerator.from_config(*BENCH[3:], *REQUESTED, "request.steps=2", *PLAIN) as generator:
         generated = generator.generate(latents="last")
-    config = compose_run([*BENCH, *REQUESTED, *PLAIN, f"task.references={references}"]).config
+    run = compose_run([*BENCH, *REQUESTED, *PLAIN, f"task.references={references}"])
     row = GeneratedOutput(generated.latents, generated.pixels)
     with progress_bars(Console(quiet=True)) as bars:
         for claimed, meant in ((EXACT, "broken"), (EQUIVALENT, "broken"), (APPROXIMATE, "approximate")):
             cache = Method("cache", claimed, lambda config: True)
-            found, notes = measure_fidelity(config, row, ReferenceRenderer(tmp_path, bars), [*METHODS, cache])
+            found, notes = measure_fidelity(run, row, ReferenceRenderer(tmp_path, bars), [*METHODS, cache])
             assert notes == []
             assert found is not None
             assert (found.verdict, found.methods) == (meant, ["cache"])
