@@ -123,13 +123,19 @@ class TaylorSeer(ForcedEvaluations):
 
 
 def skip_policy(cache: CacheConfig) -> SkipPolicy:
-    """Return the skip policy of a checked configuration with a block cache."""
+    """Return the skip policy of a checked configuration with a block cache.
+
+    Raises:
+        ValueError: A block cache that has no policy here.
+    """
     forced = (cache.warmup or 1, bool(cache.final), cache.order or 0)
     if cache.name == "taylorseer":
         return TaylorSeer(*forced, cache.interval or 1)
     if cache.name == "first_block":
         return FirstBlockCache(*forced, cache.threshold or 0.0)
-    return TeaCache(*forced, cache.threshold or 0.0, tuple(cache.coefficients or ()))
+    if cache.name == "teacache":
+        return TeaCache(*forced, cache.threshold or 0.0, tuple(cache.coefficients or ()))
+    raise ValueError(f"cache={cache.name} has no skip policy; add one to harness/caching/policies.py")
 
 
 class CachedNetwork(nn.Module):
