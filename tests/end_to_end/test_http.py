@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from harness.cli import run_one
-from harness.config.schema import LaunchMode, RunConfig
+from harness.config.schema import RunConfig
 from harness.engines.pool import new_engine
 from harness.records.media import ffmpeg
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run
@@ -482,11 +482,12 @@ def test_the_page_needs_nothing_from_elsewhere(run: Talk) -> None:
 def test_what_cannot_be_served_is_refused_before_a_folder_is_claimed(config: RunConfig, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        for key, value, words in (
-            ("serve", replace(config.serve, port=port), f"serve.port={port} on 127.0.0.1 cannot be used"),
-            ("serve", replace(config.serve, host="no.such.invalid"), "serve.host=no.such.invalid is not an address"),
-            ("launch", replace(config.launch, mode=LaunchMode.inprocess), "drop launch.mode=inprocess"),
+        for serve, words in (
+            (replace(config.serve, port=port), f"serve.port={port} on 127.0.0.1 cannot be used"),
+            (replace(config.serve, host="no.such.invalid"), "serve.host=no.such.invalid is not an address"),
         ):
             with pytest.raises(ConfigError, match=words):
-                run_one(ResolvedRun(replace(config, **{key: value}), [], tmp_path / "run", []), new_engine)
+                run_one(ResolvedRun(replace(config, serve=serve), [], tmp_path / "run", []), new_engine)
+    with pytest.raises(ConfigError, match="use launch.mode=torchrun"):
+        compose_run(["task=serve", "launch.mode=inprocess", f"hydra.run.dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
