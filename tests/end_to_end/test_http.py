@@ -488,6 +488,6 @@ def test_what_cannot_be_served_is_refused_before_a_folder_is_claimed(config: Run
         ):
             with pytest.raises(ConfigError, match=words):
                 run_one(ResolvedRun(replace(config, serve=serve), [], tmp_path / "run", []), new_engine)
-    with pytest.raises(ConfigError, match="use launch.mode=torchrun"):
+    with pytest.raises(ConfigError, match=r"use launch\.mode=torchrun"):
         compose_run(["task=serve", "launch.mode=inprocess", f"hydra.run.dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
