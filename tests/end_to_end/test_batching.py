@@ -197,9 +197,10 @@ def test_one_after_another_honours_deadlines_too() -> None:
 
 
 def test_the_acceptance_names_the_place_in_the_queue(engine: DiffusionGenerator) -> None:
+    large = {"height": 128, "width": 128}  # so that they still run when the third arrives
     with connected(engine) as connection:
-        connection.send(request(engine, "first", steps=LONG, prompts=["a", "b"], batch_size=2))
-        connection.send(request(engine, "second", steps=LONG, prompts=["a", "b"], batch_size=2))
+        connection.send(request(engine, "first", steps=LONG, prompts=["a", "b"], batch_size=2, **large))
+        connection.send(request(engine, "second", steps=LONG, prompts=["a", "b"], batch_size=2, **large))
         running(connection)
         connection.send(request(engine, "third", steps=2))
         while not (isinstance(progress := connection.receive()[0], Progress) and progress.request_id == "third"):
