@@ -22,6 +22,7 @@ from harness.device.device import prepare_cpu
 from models.components import Conditioning
 
 config = compose_run(["engine.eager.modulation=false", "engine.eager.text=false"]).config
+prepare_cpu(config, 1)
 stages = build_worker(ResolvedRun(config), RankPosition(0, (1, 1, 1, 1, 1)), torch.device("cpu")).pipeline.stages
 network, decoder = stages[4].network, stages[5].decoder
 torch.manual_seed(0)
