@@ -1,7 +1,7 @@
 """From plain settings to a NoiseScheduler: the only place that branches on names."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from schedulers import paths, prediction, spacing
 from schedulers.compatibility import resolve
 from schedulers.noise_scheduler import NoiseScheduler
-from schedulers.settings import NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings, SolverOptions
 from schedulers.solvers.adams import DEIS, LMS, PNDM
 from schedulers.solvers.base import Solver
 from schedulers.solvers.dpm import DPMSolver
@@ -79,6 +79,7 @@ def _spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
 
 
 def _base_spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
+    s = replace(s, **{f.name: None for f in fields(SolverOptions)})  # a solver's kind and b are no spacing's
     level_kind: spacing.LevelKind = "flow" if s.path == "flow" else "ratio"
     match s.spacing:
         case "linspace" if s.path == "flow":
