@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 
 from schedulers import paths, prediction, spacing
-from schedulers.compatibility import resolve
+from schedulers.compatibility import resolve, unused_options
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.settings import NoiseSchedulerSettings, SolverOptions
 from schedulers.solvers.adams import DEIS, LMS, PNDM
@@ -38,6 +38,7 @@ def build(settings: NoiseSchedulerSettings) -> NoiseScheduler:
         ValueError: As `compatibility.resolve`, or for a value out of range.
     """
     s = resolve(settings)
+    s = replace(s, **dict.fromkeys(unused_options(s)))
     state_dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(s.state_dtype or "")
     return NoiseScheduler(_path(s), _spacing(s), _prediction(s), _solver(s), state_dtype)
 

@@ -262,7 +262,9 @@ def _discrete_vp(s: NoiseSchedulerSettings, steps: int, tokens: int) -> Diffuser
         return found or (_multistep(s, steps) if s.solver == "ddpm" else None)
     if s.solver == "ancestral" and _divides(s, steps) and (found := _euler_ancestral(s)) is not None:
         return found
-    return _ddim(s, steps) or _multistep(s, steps) or _euler(s, steps)
+    multistep = _multistep(s, steps)
+    own_rows = multistep if multistep is not None and multistep.rows is None else None
+    return _ddim(s, steps) or own_rows or _euler(s, steps) or multistep
 
 
 def _ddim_rows(s: NoiseSchedulerSettings, steps: int) -> Config | None:

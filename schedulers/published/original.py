@@ -5,7 +5,6 @@ of diffusers itself is changed. What then differs from the parts of this package
 """
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import math
@@ -60,7 +59,7 @@ def sample_noise(key: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @dataclass
 class Clock:
-    """The key of the noise that a class asks for next.
+    """Which noise a class gets next: that of a step's key, in float64.
 
     Attributes:
         key: The key.
@@ -68,25 +67,28 @@ class Clock:
 
     key: int = 0
 
+    def noise(self) -> Tensor:
+        """Return the noise of the key."""
+        return sample_noise(self.key, torch.float64)
 
-def new_scheduler(name: str, config: Mapping[str, object], clock: Clock, double: bool = True) -> Any:
+
+def new_scheduler(name: str, config: Mapping[str, object], noise: Callable[[], Tensor], double: bool = True) -> Any:
     """Return an object of a private copy of diffusers' class.
 
     Args:
         name: The name of the class.
         config: The options of scheduler_config.json; missing ones have diffusers' defaults.
-        clock: The key of its next noise, which the caller sets.
+        noise: Its next noise.
         double: Whether float32 means float64.
 
     Returns:
         The object, with diffusers' methods.
     """
     module = _copy(name)
-    dtype = torch.float64 if double else torch.float32
     if double:
         module.__dict__.update({key: Widened(vars(module)[key]) for key in ("torch", "np") if key in vars(module)})
     if "randn_tensor" in vars(module):
-        module.__dict__["randn_tensor"] = lambda *args, **kwargs: sample_noise(clock.key, dtype)
+        module.__dict__["randn_tensor"] = lambda *args, **kwargs: noise()
     cls = getattr(module, name)
     set_timesteps = cls.set_timesteps
     declared = inspect.signature(cls.__init__).parameters
@@ -96,7 +98,6 @@ def new_scheduler(name: str, config: Mapping[str, object], clock: Clock, double:
         made = cls(**{key: value for key, value in config.items() if key in declared})  # some make 1000 steps here
         cls.set_timesteps = set_timesteps
     made.register_to_config(**{key: value for key, value in config.items() if key not in declared})
-    made.noise_sampler = lambda *sigmas: sample_noise(clock.key, dtype)  # the cosine class's Brownian noise
     return made
 
 
@@ -118,16 +119,16 @@ class Trace:
     """What a fixed smooth network is given, and where sampling ends.
 
     Attributes:
-        variance: The second half of the channels: "learned" or "learned_range" variance, or "" for none.
+        variance: The second half of the channels: "learned" or "learned_range" variance; none for any other text.
         inputs: The network's input at each evaluation.
         timesteps: The network's time at each evaluation.
-        final: The last state.
+        final: The last state; empty before sampling.
     """
 
     variance: str = ""
     inputs: list[Tensor] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
-    final: Tensor | None = None
+    final: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def network(self, x: Tensor, tau: float) -> Tensor:
         """Return an output of x's shape, or with twice its channels, and keep what it was given."""
@@ -135,7 +136,7 @@ class Trace:
         self.timesteps.append(float(tau))
         mixed = x.roll(1, 1) - 0.5 * x.roll(1, 2) + 0.3 * x.roll(-1, 3)
         out = torch.tanh(0.7 * x + 0.3 * mixed + float(tau) / 2000)
-        if not self.variance:
+        if self.variance not in ("learned", "learned_range"):
             return out
         raw = 0.8 * torch.sin(3 * out)
         return torch.cat([out, raw if self.variance == "learned_range" else 0.01 * (1 + raw)], dim=1)
@@ -153,9 +154,8 @@ def trace_ours(scheduler: NoiseScheduler, grid: Grid, start: Tensor, variance: s
     Returns:
         The trace.
     """
-    if isinstance(scheduler.prediction, LearnedVariance):
-        variance = variance or "learned_range"
-    trace = Trace(variance)
+    doubled = isinstance(scheduler.prediction, LearnedVariance)
+    trace = Trace((variance if variance == "learned" else "learned_range") if doubled else "")
 
     def denoise(x: Tensor, point: Point) -> Estimate:
         return scheduler.prediction.estimate(trace.network(point.c_in * x, point.tau), x, point)
@@ -177,14 +177,14 @@ def trace_theirs(made: Any, name: str, start: Tensor, clock: Clock, options: Map
     Returns:
         The trace.
     """
-    kind = str(made.config.get("variance_type") or "")
-    trace = Trace(kind if kind in ("learned", "learned_range") else "")
+    trace = Trace(str(made.config.get("variance_type") or ""))
     loop = {"ScoreSdeVeScheduler": _score_ve, "ScoreSdeVpScheduler": _score_vp}.get(name)
     if loop is not None:
         trace.final = loop(made, start, trace, clock)
         return trace
     if hasattr(made, "set_begin_index"):
         made.set_begin_index(0)  # else the first timestep is searched for among those of a table
+    made.noise_sampler = lambda *sigmas: clock.noise()  # the cosine class's Brownian noise
     x = start
     for i, t in enumerate(made.timesteps):
         clock.key = i // 2 if name.startswith("KDPM2") else i
@@ -219,6 +219,13 @@ def differences(ours: Trace, theirs: Trace) -> Iterator[tuple[float, str]]:
     """Yield the relative difference of each input, each timestep and the final state, and what it is of.
 
     A missing evaluation counts as 1, all of it.
+
+    Args:
+        ours: The trace of a noise scheduler.
+        theirs: The trace of diffusers' class.
+
+    Yields:
+        A relative difference, and its place.
     """
     for i in range(max(len(ours.inputs), len(theirs.inputs))):
         if i >= min(len(ours.inputs), len(theirs.inputs)):
@@ -227,8 +234,6 @@ def differences(ours: Trace, theirs: Trace) -> Iterator[tuple[float, str]]:
         yield relative_l2(ours.inputs[i], theirs.inputs[i]), f"the network's input at evaluation {i + 1}"
         a, b = ours.timesteps[i], theirs.timesteps[i]
         yield _finite(abs(a - b) / max(abs(b), 1.0)), f"the network's timestep at evaluation {i + 1}"
-    if ours.final is None or theirs.final is None:
-        raise ValueError("a trace has no final state; run it first")
     yield relative_l2(ours.final, theirs.final), "the final state"
 
 

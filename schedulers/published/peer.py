@@ -133,7 +133,6 @@ def compare_with(peer: DiffusersPeer, scheduler: NoiseScheduler, steps: int, tok
     start = scheduler.init_noise(sample_noise(-1, torch.float64), grid)
     theirs = trace_theirs(made, peer.class_name, scale * start, clock, peer.step)
     ours = trace_ours(scheduler, grid, start, theirs.variance)
-    assert ours.final is not None and theirs.final is not None  # both traces have been run
     ours.final, theirs.final = ours.final / grid[-1].alpha, theirs.final / _last_alpha(peer, grid)
     found = [*differences(ours, theirs), (_start_difference(made, grid, scale), "the scale of the first noise")]
     rel_l2, where = max(found)
@@ -160,26 +159,25 @@ def _start_difference(made: Any, grid: Grid, scale: float) -> float:
     return min(abs(scale * grid.init_std - value) / value for value in conventions)
 
 
-def with_timesteps(peer: DiffusersPeer, steps: int, clock: Clock, double: bool = True) -> Any:
+def with_timesteps(peer: DiffusersPeer, steps: int, clock: Clock) -> Any:
     """Return an object of the class whose timesteps are set.
 
     Args:
         peer: The class with its configuration.
         steps: The number of steps.
-        clock: The key of its next noise, which the caller sets.
-        double: Whether float32 means float64.
+        clock: Its next noise.
 
     Returns:
         The object.
     """
-    made = new_scheduler(peer.class_name, peer.config, clock, double)
+    made = new_scheduler(peer.class_name, peer.config, clock.noise)
     given: dict[str, object] = {} if peer.mu is None else {"mu": peer.mu}
     if peer.sigmas is None:
         made.set_timesteps(steps, **given)
     else:
         made.set_timesteps(sigmas=list(peer.sigmas), **given)
     if peer.rows is not None:
-        _take_rows(made, peer, with_timesteps(peer.rows, steps, clock, double))
+        _take_rows(made, peer, with_timesteps(peer.rows, steps, clock))
     if peer.tau_map is not None:
         made.timesteps = made.sigmas.new_tensor(network_times(peer.tau_map, made.sigmas[:steps].tolist()))
     return made
