@@ -38,7 +38,7 @@ def build(settings: NoiseSchedulerSettings) -> NoiseScheduler:
         ValueError: As `compatibility.resolve`, or for a value out of range.
     """
     s = resolve(settings)
-    s = replace(s, **dict.fromkeys(unused_options(s)))
+    s = _without(s, unused_options(s))
     state_dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(s.state_dtype or "")
     return NoiseScheduler(_path(s), _spacing(s), _prediction(s), _solver(s), state_dtype)
 
@@ -48,6 +48,12 @@ def _from_settings(kind: type[Component], s: NoiseSchedulerSettings, **fixed: An
     settings = {f.name for f in fields(s)}
     names = [f.name for f in fields(kind) if f.name in settings and f.name not in fixed]  # type: ignore[arg-type]
     return kind(**{name: value for name in names if (value := getattr(s, name)) is not None}, **fixed)
+
+
+def _without(s: NoiseSchedulerSettings, names: list[str]) -> NoiseSchedulerSettings:
+    """Return the settings with some options at None, their default."""
+    changes: dict[str, Any] = dict.fromkeys(names)
+    return replace(s, **changes)
 
 
 def _path(s: NoiseSchedulerSettings) -> paths.NoisePath:
@@ -80,7 +86,7 @@ def _spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
 
 
 def _base_spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
-    s = replace(s, **{f.name: None for f in fields(SolverOptions)})  # a solver's kind and b are no spacing's
+    s = _without(s, [f.name for f in fields(SolverOptions)])  # a solver's kind and b are no spacing's
     level_kind: spacing.LevelKind = "flow" if s.path == "flow" else "ratio"
     match s.spacing:
         case "linspace" if s.path == "flow":

@@ -30,7 +30,7 @@ class DiffusersPeer:
 
     Attributes:
         class_name: The name of the class.
-        config: Its configuration, as in scheduler_config.json.
+        config: The configuration of the class, as in scheduler_config.json.
         sigmas: The sigmas that a pipeline passes to set_timesteps; None for the class's own.
         mu: The exponent of a flow's shift that a pipeline passes to set_timesteps.
         rows: Another class, whose timesteps and sigmas this one takes: a solver of diffusers on a grid of diffusers.

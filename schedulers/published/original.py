@@ -58,7 +58,7 @@ def sample_noise(key: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @dataclass
-class Clock:
+class NoiseKey:
     """Which noise a class gets next: that of a step's key, in float64.
 
     Attributes:
@@ -78,7 +78,7 @@ def new_scheduler(name: str, config: Mapping[str, object], noise: Callable[[], T
     Args:
         name: The name of the class.
         config: The options of scheduler_config.json; missing ones have diffusers' defaults.
-        noise: Its next noise.
+        noise: A function that returns the next noise.
         double: Whether float32 means float64.
 
     Returns:
@@ -115,7 +115,7 @@ def _copy(name: str) -> types.ModuleType:
 
 
 @dataclass
-class Trace:
+class SamplingTrace:
     """What a fixed smooth network is given, and where sampling ends.
 
     Attributes:
@@ -142,20 +142,20 @@ class Trace:
         return torch.cat([out, raw if self.variance == "learned_range" else 0.01 * (1 + raw)], dim=1)
 
 
-def trace_ours(scheduler: NoiseScheduler, grid: Grid, start: Tensor, variance: str = "") -> Trace:
+def trace_ours(scheduler: NoiseScheduler, grid: Grid, start: Tensor, variance: str = "") -> SamplingTrace:
     """Return the trace of a noise scheduler from the state `start` at the first row.
 
     Args:
         scheduler: The noise scheduler.
-        grid: Its points.
+        grid: The points of the noise scheduler.
         start: The first state.
-        variance: The variance that the network outputs, as in Trace.
+        variance: The variance that the network outputs, as in SamplingTrace.
 
     Returns:
         The trace.
     """
     doubled = isinstance(scheduler.prediction, LearnedVariance)
-    trace = Trace((variance if variance == "learned" else "learned_range") if doubled else "")
+    trace = SamplingTrace((variance if variance == "learned" else "learned_range") if doubled else "")
 
     def denoise(x: Tensor, point: Point) -> Estimate:
         return scheduler.prediction.estimate(trace.network(point.c_in * x, point.tau), x, point)
@@ -164,20 +164,20 @@ def trace_ours(scheduler: NoiseScheduler, grid: Grid, start: Tensor, variance: s
     return trace
 
 
-def trace_theirs(made: Any, name: str, start: Tensor, clock: Clock, options: Mapping[str, object]) -> Trace:
+def trace_theirs(made: Any, name: str, start: Tensor, clock: NoiseKey, options: Mapping[str, object]) -> SamplingTrace:
     """Return the trace of an object of diffusers whose timesteps are set.
 
     Args:
         made: The object.
-        name: The name of its class.
+        name: The name of the object's class.
         start: The first state.
-        clock: The key of its next noise.
+        clock: The key of the object's next noise.
         options: More arguments of its step.
 
     Returns:
         The trace.
     """
-    trace = Trace(str(made.config.get("variance_type") or ""))
+    trace = SamplingTrace(str(made.config.get("variance_type") or ""))
     loop = {"ScoreSdeVeScheduler": _score_ve, "ScoreSdeVpScheduler": _score_vp}.get(name)
     if loop is not None:
         trace.final = loop(made, start, trace, clock)
@@ -194,7 +194,7 @@ def trace_theirs(made: Any, name: str, start: Tensor, clock: Clock, options: Map
     return trace
 
 
-def _score_ve(made: Any, x: Tensor, trace: Trace, clock: Clock) -> Tensor:
+def _score_ve(made: Any, x: Tensor, trace: SamplingTrace, clock: NoiseKey) -> Tensor:
     """Run the loop of diffusers' ScoreSdeVePipeline, which ends at the mean."""
     steps, mean = len(made.timesteps), x
     made.set_sigmas(steps)
@@ -208,14 +208,14 @@ def _score_ve(made: Any, x: Tensor, trace: Trace, clock: Clock) -> Tensor:
     return mean
 
 
-def _score_vp(made: Any, x: Tensor, trace: Trace, clock: Clock) -> Tensor:
+def _score_vp(made: Any, x: Tensor, trace: SamplingTrace, clock: NoiseKey) -> Tensor:
     for i, t in enumerate(made.timesteps):
         clock.key = i
         x, _ = made.step_pred(trace.network(x, 999 * t.item()), x, t)
     return x
 
 
-def differences(ours: Trace, theirs: Trace) -> Iterator[tuple[float, str]]:
+def differences(ours: SamplingTrace, theirs: SamplingTrace) -> Iterator[tuple[float, str]]:
     """Yield the relative difference of each input, each timestep and the final state, and what it is of.
 
     A missing evaluation counts as 1, all of it.

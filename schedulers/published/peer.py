@@ -17,7 +17,7 @@ from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.published import from_diffusers
 from schedulers.published.inverse import DiffusersPeer, find_peer, network_times, published_peer
 from schedulers.published.original import (
-    Clock,
+    NoiseKey,
     differences,
     new_scheduler,
     sample_noise,
@@ -33,7 +33,7 @@ class SchedulerDifference:
 
     Attributes:
         class_name: The name of diffusers' class.
-        config: Its configuration, as in scheduler_config.json.
+        config: The configuration of the class, as in scheduler_config.json.
         rel_l2: The largest relative L2 difference over all evaluations: of the network's input, which is the scaled
             state, of its timestep (relative to at least 1), of the final state, and of the first noise's scale.
         where: The place of the largest difference.
@@ -122,7 +122,7 @@ def compare_with(peer: DiffusersPeer, scheduler: NoiseScheduler, steps: int, tok
     Returns:
         The largest difference.
     """
-    clock = Clock()
+    clock = NoiseKey()
     made = with_timesteps(peer, steps, clock)
     scheduler = replace(scheduler, state_dtype=None)
     grid = scheduler.grid(steps, tokens)
@@ -159,13 +159,13 @@ def _start_difference(made: Any, grid: Grid, scale: float) -> float:
     return min(abs(scale * grid.init_std - value) / value for value in conventions)
 
 
-def with_timesteps(peer: DiffusersPeer, steps: int, clock: Clock) -> Any:
+def with_timesteps(peer: DiffusersPeer, steps: int, clock: NoiseKey) -> Any:
     """Return an object of the class whose timesteps are set.
 
     Args:
         peer: The class with its configuration.
         steps: The number of steps.
-        clock: Its next noise.
+        clock: The key of the object's next noise.
 
     Returns:
         The object.
