@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from schedulers.compatibility import resolve, starts_at_pure_noise
-from schedulers.published.classes import BUILDERS
+from schedulers.published import from_diffusers
 from schedulers.published.options import parse_options
 from schedulers.settings import NoiseSchedulerSettings
 
@@ -83,7 +83,7 @@ def find_peer(settings: NoiseSchedulerSettings, steps: int, tokens: int = 1) -> 
 def _accepted(peer: DiffusersPeer) -> bool:
     """Return whether from_diffusers takes the configuration; it refuses what diffusers does otherwise or wrongly."""
     try:
-        BUILDERS[peer.class_name](parse_options({"_class_name": peer.class_name, **peer.config}))
+        from_diffusers({"_class_name": peer.class_name, **peer.config})
     except ValueError:
         return False
     return True
