@@ -24,6 +24,21 @@ PACKAGES = (
     "imageio-ffmpeg",
     "ftfy",  # if it is installed, it repairs Wan's prompts
 )
+ARITHMETIC_PREFIXES = (
+    *("ATEN_", "DNNL_", "ONEDNN_", "MKL_", "OPENBLAS_", "BLIS_", "NPY_", "KMP_", "OMP_", "GOMP_"),
+    *("CUDA_", "CUBLAS_", "CUBLASLT_", "CUDNN_", "NVIDIA_", "HIP_", "ROCM_", "ROCR_", "MIOPEN_", "TORCH_", "PYTORCH_"),
+)
+ARITHMETIC_NAMES = ("LD_PRELOAD", "LD_LIBRARY_PATH", "GLIBC_TUNABLES")  # another libm or BLAS, or another variant of it
+SET_BY_LAUNCH = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR")  # by harness.engines.environment, from launch.*
+SPEED_ONLY = (
+    *("OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "OMP_DISPLAY_", "OMP_STACKSIZE", "KMP_AFFINITY"),
+    *("KMP_BLOCKTIME", "KMP_SETTINGS", "GOMP_SPINCOUNT", "GOMP_CPU_AFFINITY", "MKL_VERBOSE", "DNNL_VERBOSE"),
+    *("ONEDNN_VERBOSE", "CUDA_HOME", "CUDA_PATH", "CUDA_CACHE_", "CUDA_LAUNCH_BLOCKING", "NVIDIA_VISIBLE_DEVICES"),
+    *("NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_REQUIRE_", "TORCH_HOME", "TORCH_LOGS", "TORCH_NCCL_", "TORCH_CPP_LOG_"),
+    *("TORCH_SHOW_CPP_", "TORCH_DISTRIBUTED_DEBUG", "TORCH_CUDA_ARCH_LIST", "PYTORCH_CUDA_ALLOC_", "PYTORCH_ALLOC_"),
+)
+"""Beginnings of variables that change no float: they set speed, memory or messages, or torchrun sets them."""
+SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -116,6 +131,83 @@ def cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def arithmetic_environment() -> dict[str, str]:
+    """Return what can change a float besides code, packages, weights and configuration.
+
+    These are the instruction set that PyTorch chooses, the processor's vector instructions, the GPUs with their driver,
+    and the environment variables of the libraries. Variables that a launch sets itself (threads, MKL_CBWR) are left
+    out, because the configuration decides them. So the answer is the same under torchrun.
+
+    Returns:
+        A value for `cpu_capability`, `cpu_flags`, `gpus`, `gpu_driver`, and for each variable that is set.
+    """
+    gpus, driver = nvidia_gpus()
+    variables = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(ARITHMETIC_PREFIXES) or name in ARITHMETIC_NAMES
+        if name not in SET_BY_LAUNCH and not name.startswith(SPEED_ONLY) and not is_secret(name)
+    }
+    flags = " ".join(vector_flags())
+    return {"cpu_capability": cpu_capability(), "cpu_flags": flags, "gpus": gpus, "gpu_driver": driver, **variables}
+
+
+def is_secret(name: str) -> bool:
+    """Return whether a variable's name says that its value must not be shown."""
+    return any(word in name.upper() for word in SECRETS)
+
+
+def cpu_capability() -> str:
+    """Return the instruction set of PyTorch's CPU kernels in a process with this environment, without PyTorch.
+
+    Source: `compute_cpu_capability` in PyTorch's aten/src/ATen/native/DispatchStub.cpp, for x86. On other processors
+    the answer is DEFAULT.
+
+    Returns:
+        AVX512, AVX2 or DEFAULT, as `torch.backends.cpu.get_cpu_capability` writes it.
+    """
+    forced = os.environ.get("ATEN_CPU_CAPABILITY")
+    flags = cpu_flags()
+    if forced in ("avx512", "avx2", "default") and (forced == "default" or platform.machine() in ("x86_64", "AMD64")):
+        return forced.upper()
+    if {"avx512vl", "avx512bw", "avx512dq", "fma"} <= flags:
+        return "AVX512"
+    return "AVX2" if {"avx2", "fma"} <= flags else "DEFAULT"
+
+
+def vector_flags() -> list[str]:
+    """Return the processor's vector and matrix instructions, sorted."""
+    names = ("avx", "fma", "amx", "f16c", "sve", "asimd", "bf16", "i8mm")
+    return sorted(flag for flag in cpu_flags() if flag.startswith(names))
+
+
+def cpu_flags() -> set[str]:
+    """Return the instruction flags of the first processor; empty where the kernel lists none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
+
+
+def nvidia_gpus(root: Path = Path("/proc/driver/nvidia")) -> tuple[str, str]:
+    """Return the models of the machine's NVIDIA GPUs and the driver's version, as the kernel's module lists them.
+
+    Args:
+        root: Folder of the module.
+
+    Returns:
+        The models, sorted and joined by commas, and the version's line; empty without a GPU.
+    """
+    try:
+        files = [file.read_text() for file in root.glob("gpus/*/information")]
+        driver = (root / "version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return "", ""
+    models = sorted(line.split(":", 1)[1].strip() for text in files for line in text.splitlines() if "Model:" in line)
+    return ", ".join(models), driver
 
 
 def usable_cores() -> int:
