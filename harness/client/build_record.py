@@ -21,6 +21,7 @@ from harness.metrics.summary import Summary, summarize
 from harness.records.media import to_uint8
 from harness.records.provenance import provenance
 from harness.records.record import (
+    BETWEEN_STAGES,
     SCHEMA,
     AttentionRow,
     CacheUse,
@@ -85,11 +86,14 @@ def summarize_repeats(
         name: [next(stage.duration_ms for stage in repeat.steps if stage.name == name) for repeat in repeats]
         for name in stages
     }
+    durations[BETWEEN_STAGES] = [repeat.between_stages_ms for repeat in repeats]
     latency = summarize([repeat.total_duration_ms for repeat in repeats])
     evaluations = sum(report.network_evaluations.get("denoiser", 0) for report in last.ranks[::replica_size])
     cache = cache_use([skips for report in last.ranks[::replica_size] for skips in report.skips])
     micro_batches = math.ceil(len(last.samples) / batch_size)
-    step = summarize([step.duration_ms for repeat in repeats for step in repeat.denoise_steps_ms])
+    step = summarize([duration_ms for repeat in repeats for duration_ms in repeat.later_steps_ms])
+    first_steps_ms = [repeat.denoise_steps_ms[0].duration_ms for repeat in repeats if len(repeat.denoise_steps_ms) > 1]
+    typical_ms = step.median if even else fmean(s.duration_ms for repeat in repeats for s in repeat.denoise_steps_ms)
     flops = None if flops_result is None else flops_per_step(flops_result, replica_size)
     return Statistics(
         latency_ms=latency,
@@ -101,11 +105,12 @@ def summarize_repeats(
         peak_memory_mib=peaks,
         peak_memory_mib_max=max(peaks),
         flops_per_step=flops,
-        achieved_tflops=None if flops is None else flops / (step.median if even else step.mean) / 1e9,
+        achieved_tflops=None if flops is None else flops / typical_ms / 1e9,
         ceiling_tflops=sum(ceilings[:replica_size]) or None,
         comm=max((report.comm for report in last.ranks), key=total_sent_bytes),
         cache=cache,
         energy_j=request_energy(results),
+        first_step_ms=summarize(first_steps_ms) if first_steps_ms else None,
     )
 
 

@@ -38,7 +38,8 @@ class ReportRow(msgspec.Struct, frozen=True):
         values: Values of the configuration keys that differ between runs.
         notes: Notes of the record or the comparison.
         latency: Latency of one request, ms.
-        step: Duration of one solver step, ms.
+        step: Duration of one solver step after the first, ms.
+        first_step: Duration of the first solver step, ms.
         stages: Median duration of each stage, ms.
         load: Measurements of the clients of task=load.
         nfe: Network evaluations per request.
@@ -70,6 +71,7 @@ class ReportRow(msgspec.Struct, frozen=True):
     notes: list[str]
     latency: Summary | None = None
     step: Summary | None = None
+    first_step: Summary | None = None
     stages: dict[str, float] = {}
     load: LoadSummary | None = None
     nfe: int | None = None
@@ -220,6 +222,7 @@ def _with_times(plain: ReportRow, summary: Statistics) -> ReportRow:
         plain,
         latency=summary.latency_ms,
         step=summary.step_ms,
+        first_step=summary.first_step_ms,
         stages={name: stage.median for name, stage in summary.stage_ms.items()},
         nfe=summary.nfe,
         cache=summary.cache,
