@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
+import sys
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -39,14 +42,11 @@ SPEED_ONLY = (
 )
 """Beginnings of variables that change no float: they set speed, memory or messages, or torchrun sets them."""
 SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
-VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "MKL_CBWR",
-    "CUDA_VISIBLE_DEVICES",
-    "NCCL_DEBUG",
-    "PYTORCH_CUDA_ALLOC_CONF",
-)
+RECORDED_PREFIXES = (*ARITHMETIC_PREFIXES, "MALLOC_", "NCCL_", "GLOO_", "TORCHINDUCTOR_", "TRITON_", "TRIPTYCH_")
+NOT_RECORDED = ("TRIPTYCH_SOCKETS", "TRIPTYCH_OWNER")  # of one launch
+ROOT = Path(__file__).parents[2]
+SOURCES = ("conf", "harness", "models", "schedulers")
+SOURCE_SUFFIXES = (".py", ".yaml", ".json", ".html", ".css", ".js")
 
 
 class Git(msgspec.Struct, frozen=True):
@@ -66,11 +66,51 @@ class Hardware(msgspec.Struct, frozen=True):
     device: str
 
 
+class Cpu(msgspec.Struct, frozen=True):
+    """The instruction set of PyTorch's CPU kernels on rank 0, and the vector instructions of the processor."""
+
+    capability: str
+    flags: list[str]
+
+
+class Beginning(msgspec.Struct, frozen=True):
+    """What is noted before a run does anything.
+
+    Attributes:
+        started: Time, UTC, ISO 8601.
+        command: The command line; values of secrets are left out.
+        sources_sha256: Hash of the sources and configuration files of the four packages as they are on disk.
+    """
+
+    started: str
+    command: list[str]
+    sources_sha256: str
+
+    @classmethod
+    def now(cls) -> Beginning:
+        """Note the time, the command line and the sources."""
+        return cls(utc_now(), [without_secret(part) for part in sys.orig_argv], sources_hash())
+
+
 class Provenance(msgspec.Struct, frozen=True):
     """Where a record comes from.
 
-    `git` is null outside a checkout of this project. `hosts` are the names of the machines, one per node (a torchrun
-    agent).
+    Attributes:
+        git: The commit; None outside a checkout of this project.
+        python: Version of Python.
+        packages: Versions of packages; None if one is not installed.
+        hardware: The machine of rank 0.
+        world_size: Number of ranks.
+        threads_per_rank: CPU threads of each rank.
+        environment: Environment variables of the ranks that may matter, without secrets.
+        timing: Where times begin and end.
+        hosts: Names of the machines, one per node (a torchrun agent).
+        started: Time at which the run began, UTC, ISO 8601; empty in a record from before it was written.
+        ended: Time at which the record was made.
+        command: The command line; values of secrets are left out.
+        sources_sha256: Hash of the sources and configuration files when the run began: it differs from another run's
+            after any edit, committed or not.
+        cpu: The instruction set; None in a record from before it was written.
     """
 
     git: Git | None
@@ -82,20 +122,27 @@ class Provenance(msgspec.Struct, frozen=True):
     environment: dict[str, str]
     timing: str
     hosts: list[str] = []
+    started: str = ""
+    ended: str = ""
+    command: list[str] = []
+    sources_sha256: str = ""
+    cpu: Cpu | None = None
 
 
-def provenance(engine: EngineInfo, environment: dict[str, str]) -> Provenance:
+def provenance(engine: EngineInfo, environment: dict[str, str], beginning: Beginning | None = None) -> Provenance:
     """Collect the origin of a record.
 
     Args:
         engine: What the ranks report about themselves.
         environment: The ranks' environment variables.
+        beginning: What was noted before the run; None notes it now.
 
     Returns:
         The provenance.
     """
+    beginning = beginning or Beginning.now()
     return Provenance(
-        git=git_state(Path(__file__).parent),
+        git=git_state(ROOT),
         python=platform.python_version(),
         packages={name: version(name) for name in PACKAGES},
         hardware=Hardware(
@@ -107,16 +154,28 @@ def provenance(engine: EngineInfo, environment: dict[str, str]) -> Provenance:
         ),
         world_size=engine.world_size,
         threads_per_rank=engine.threads,
-        environment={name: environment[name] for name in VARIABLES if name in environment},
+        environment={name: value for name, value in sorted(environment.items()) if is_recorded(name)},
         timing="device synchronised at the edges of every stage, step and network evaluation",
         hosts=engine.hosts,
+        started=beginning.started,
+        ended=utc_now(),
+        command=beginning.command,
+        sources_sha256=beginning.sources_sha256,
+        cpu=Cpu(engine.cpu_capability or cpu_capability(), vector_flags()),
     )
 
 
 def git_state(folder: Path) -> Git | None:
-    """Return the commit and whether the tree differs from it; None outside a checkout of this project."""
+    """Return the commit and whether the tree differs from it.
+
+    Args:
+        folder: Folder of the packages.
+
+    Returns:
+        The state, or None if the folder is not the top of a checkout.
+    """
     try:
-        if Path(_git(folder, "rev-parse", "--show-toplevel")) != folder.parent.resolve():
+        if Path(_git(folder, "rev-parse", "--show-toplevel")) != folder.resolve():
             return None  # an installed copy inside somebody else's checkout
         commit = _git(folder, "rev-parse", "HEAD")
         return Git(commit, bool(_git(folder, "status", "--porcelain")))
@@ -152,6 +211,40 @@ def arithmetic_environment() -> dict[str, str]:
     }
     flags = " ".join(vector_flags())
     return {"cpu_capability": cpu_capability(), "cpu_flags": flags, "gpus": gpus, "gpu_driver": driver, **variables}
+
+
+def is_recorded(name: str) -> bool:
+    """Return whether an environment variable belongs into a record."""
+    wanted = name.startswith(RECORDED_PREFIXES) or name in ARITHMETIC_NAMES
+    return wanted and name not in NOT_RECORDED and not is_secret(name)
+
+
+def without_secret(argument: str) -> str:
+    """Return an argument of a command line, without its value if its key names a secret."""
+    key, equals, value = argument.partition("=")
+    return f"{key}=..." if equals and value and is_secret(key) else argument
+
+
+def utc_now() -> str:
+    """Return the time, UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def sources_hash(root: Path = ROOT) -> str:
+    """Return a hash over the names and contents of the packages' sources and configuration files.
+
+    Args:
+        root: Folder of the packages.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for package in SOURCES:
+        files = (file for file in (root / package).rglob("*") if file.suffix in SOURCE_SUFFIXES)
+        for file in sorted(files):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def is_secret(name: str) -> bool:

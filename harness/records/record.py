@@ -71,8 +71,30 @@ class FirstCall(msgspec.Struct, frozen=True):
     reused: str | None = None
 
 
+class MachineLoad(msgspec.Struct, frozen=True):
+    """How busy the processors were during a repeat.
+
+    Attributes:
+        rank_cores: CPU time of the ranks over the time of the repeat, summed over ranks.
+        involuntary_switches: How often another process took a rank's processor, summed over ranks.
+        other_cores: Processors that were busy with other processes than the ranks and the client, on the machine of
+            rank 0. It is counted in ticks of 10 ms. None if ranks run on several machines, or the kernel does not say.
+        steal_share: Share of the processors' time that the hypervisor gave to others; None if the kernel does not say.
+        load_average: Processes that ran or waited to run, the mean of about a minute; None if it is not known.
+    """
+
+    rank_cores: float
+    involuntary_switches: int
+    other_cores: float | None = None
+    steal_share: float | None = None
+    load_average: float | None = None
+
+
 class Repeat(msgspec.Struct, frozen=True):
-    """One measured request; stages and steps are from the slowest rank, memory from the rank with the largest peak."""
+    """One measured request; stages and steps are from the slowest rank, memory from the rank with the largest peak.
+
+    `machine` is None if the client did not watch it, and in a record from before it was written.
+    """
 
     total_duration_ms: float
     client_duration_ms: float
@@ -80,6 +102,7 @@ class Repeat(msgspec.Struct, frozen=True):
     denoise_steps_ms: list[StepTime]
     networks_ms: dict[str, float]
     memory_checkpoints: list[MemoryPoint]
+    machine: MachineLoad | None = None
 
     @property
     def between_stages_ms(self) -> float:

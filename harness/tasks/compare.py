@@ -10,6 +10,7 @@ from functools import partial
 
 from rich.console import Console
 
+from harness.client.build_record import machine_notes
 from harness.client.generator import DiffusionGenerator
 from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.table import print_comparison
@@ -129,4 +130,5 @@ def compare_sessions(
         output = difference(a.pixels, b.pixels, pixels=True)
     except ValueError as error:
         notes.append(f"the output difference is not measured: {error}")
+    notes += machine_notes([*a.repeats, *b.repeats])
     return make_comparison(run, pair, time_ratios(a.repeats, b.repeats), output, notes)

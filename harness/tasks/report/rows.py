@@ -23,6 +23,7 @@ from harness.tasks.report.scaling import Scaling, scalings
 from harness.tasks.report.sweep import flatten
 
 FILES = ("status.json", "record.json", "comparison.json")  # a folder with any of them is a run
+OF_ONE_RUN = ("started", "ended", "command")  # parts of the provenance that differ in every run
 THUMBNAIL = (600, 900)  # largest width and height, pixels
 WEBP_QUALITY = 82
 
@@ -197,7 +198,11 @@ def _row(run: StoredRun, keys: list[str], label: str, folder: str, scaling: Scal
 def _with_record(plain: ReportRow, record: Record, scaling: Scaling | None) -> ReportRow:
     """Add the numbers of a record to a row."""
     fidelity, quality = record.fidelity, record.quality
-    provenance = {**msgspec.to_builtins(record.provenance), "engine": msgspec.to_builtins(record.engine)}
+    own = msgspec.to_builtins(record.provenance).items()
+    provenance = {
+        **{key: value for key, value in own if key not in OF_ONE_RUN},
+        "engine": msgspec.to_builtins(record.engine),
+    }
     return msgspec.structs.replace(
         plain if record.summary is None else _with_times(plain, record.summary),
         notes=[*record.notes, *plain.notes],

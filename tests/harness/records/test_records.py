@@ -115,6 +115,25 @@ def test_a_record_from_before_a_key_was_added_is_read(tmp_path: Path) -> None:
     assert read_record(tmp_path) == record()
 
 
+def test_a_record_from_before_intervals_had_a_coverage_is_read(tmp_path: Path) -> None:
+    RunFolder.claim(tmp_path).write_record(record())
+    content = json.loads((tmp_path / "record.json").read_text())
+    for name in ("started", "ended", "command", "sources_sha256", "cpu"):
+        content["provenance"].pop(name)
+    for repeat in content["repeats"]:
+        repeat.pop("machine")
+    content["summary"].pop("first_step_ms")
+    latency = content["summary"]["latency_ms"]
+    latency.pop("range")
+    latency.pop("coverage")
+    latency["ci95"] = [9.0, 11.0]
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    found = read_record(tmp_path)
+    assert found is not None
+    assert found.statistics.latency_ms.spread == (9.0, 11.0)
+    assert (found.provenance.cpu, found.repeats[0].machine, found.statistics.first_step_ms) == (None, None, None)
+
+
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     path, done = tmp_path / "record.json", threading.Event()
     contents = [bytes([letter]) * 400_000 for letter in b"ab"]
