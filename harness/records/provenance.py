@@ -103,7 +103,7 @@ class Provenance(msgspec.Struct, frozen=True):
         world_size: Number of ranks.
         threads_per_rank: CPU threads of each rank.
         environment: Environment variables of the ranks that may matter, without secrets.
-        timing: Where times begin and end.
+        timing: How times are taken.
         hosts: Names of the machines, one per node (a torchrun agent).
         started: Time at which the run began, UTC, ISO 8601; empty in a record from before it was written.
         ended: Time at which the record was made.

@@ -168,6 +168,6 @@ def test_the_commit_of_a_checkout_is_found_and_no_other_ones(tmp_path: Path) -> 
 
 def test_a_record_of_this_checkout_has_its_commit() -> None:
     """The folder that is looked at is the one of the packages, wherever this module lies in them."""
-    assert ROOT == Path(harness.__file__).parents[1]
+    assert Path(harness.__file__).parents[1] == ROOT
     here = provenance(EngineInfo("ready", 1, [1]), {}).git
     assert (here is not None) == (ROOT / ".git").exists()
