@@ -89,12 +89,7 @@ class TaskConfig:
     """Group `task`: what the run does and how often it is measured."""
 
     name: Task = option(Task.generate, "What the run does.")
-    warmup: int = option(
-        0,
-        "Generations before the measured ones; a bench counts operations in the first and adds plain ones.",
-        low=0,
-        reads=("task=bench", "task=compare"),
-    )
+    warmup: int = option(0, "Generations before the measured ones.", low=0, reads=("task=bench", "task=compare"))
     repeats: int = option(
         1, "Measured generations; rounds of a comparison.", low=1, reads=("task=bench", "task=compare", "task=load")
     )

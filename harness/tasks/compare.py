@@ -125,10 +125,9 @@ def compare_sessions(
         The comparison. If the outputs cannot be compared, it has a note in place of their difference.
     """
     a, b = sessions
-    output, notes = None, []
+    output, notes = None, machine_notes([*a.repeats, *b.repeats])
     try:
         output = difference(a.pixels, b.pixels, pixels=True)
     except ValueError as error:
         notes.append(f"the output difference is not measured: {error}")
-    notes += machine_notes([*a.repeats, *b.repeats])
     return make_comparison(run, pair, time_ratios(a.repeats, b.repeats), output, notes)
