@@ -43,7 +43,7 @@ SPEED_ONLY = (
 """Beginnings of variables that change no float: they set speed, memory or messages, or torchrun sets them."""
 SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 RECORDED_PREFIXES = (*ARITHMETIC_PREFIXES, "MALLOC_", "NCCL_", "GLOO_", "TORCHINDUCTOR_", "TRITON_", "TRIPTYCH_")
-NOT_RECORDED = ("TRIPTYCH_SOCKETS", "TRIPTYCH_OWNER")  # of one launch
+NOT_RECORDED = ("TRIPTYCH_SOCKETS", "TRIPTYCH_OWNER", "TORCH_NCCL_ASYNC_ERROR_HANDLING")  # set by each launch
 ROOT = Path(__file__).parents[2]
 SOURCES = ("conf", "harness", "models", "schedulers")
 SOURCE_SUFFIXES = (".py", ".yaml", ".json", ".html", ".css", ".js")
