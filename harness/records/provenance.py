@@ -221,8 +221,9 @@ def is_recorded(name: str) -> bool:
 
 def without_secret(argument: str) -> str:
     """Return an argument of a command line, without its value if its key names a secret."""
-    key, equals, value = argument.partition("=")
-    return f"{key}=..." if equals and value and is_secret(key) else argument
+    key, equals, _ = argument.partition("=")
+    last = key.replace("-", ".").replace("_", ".").rpartition(".")[2]
+    return f"{key}=..." if equals and last.upper() in SECRETS else argument
 
 
 def utc_now() -> str:

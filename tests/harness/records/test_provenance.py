@@ -115,9 +115,10 @@ def test_the_environment_of_a_record_has_what_matters_and_no_secret() -> None:
 
 
 def test_a_record_says_when_and_how_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "harness", "serve.api_key=abc", "request.prompt=a=b"])
+    plain = ["python", "-m", "harness", "request.prompt=a=b", "model.text.tokens=24", "model.text.tokenizer.path=x"]
+    monkeypatch.setattr(sys, "orig_argv", [*plain, "+api_key=abc", "--hub-token=abc", "token=abc"])
     beginning = Beginning.now()
-    assert beginning.command == ["python", "-m", "harness", "serve.api_key=...", "request.prompt=a=b"]
+    assert beginning.command == [*plain, "+api_key=...", "--hub-token=...", "token=..."]
     found = provenance(EngineInfo("ready", 1, [1], cpu_capability="AVX2"), {}, beginning)
     times = [datetime.fromisoformat(text) for text in (found.started, found.ended)]
     assert all(time.utcoffset() == timedelta(0) for time in times)
