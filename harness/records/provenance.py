@@ -128,6 +128,11 @@ class Provenance(msgspec.Struct, frozen=True):
     sources_sha256: str = ""
     cpu: Cpu | None = None
 
+    @property
+    def machine(self) -> tuple[str, str, str]:
+        """The processor, its instruction set, and the device: what two runs share if their times may be compared."""
+        return self.hardware.cpu, "" if self.cpu is None else self.cpu.capability, self.hardware.device
+
 
 def provenance(engine: EngineInfo, environment: dict[str, str], beginning: Beginning | None = None) -> Provenance:
     """Collect the origin of a record.

@@ -44,10 +44,9 @@ def scalings(folders: Sequence[Path], records: Mapping[int, Record]) -> dict[int
     Returns:
         The speed-ups by the run's index in `folders`.
     """
-    groups: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
+    groups: defaultdict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
     for index, record in records.items():
-        hardware = record.provenance.hardware
-        groups[fingerprint({**record.config, "parallel": None}), hardware.cpu, hardware.device].append(index)
+        groups[fingerprint({**record.config, "parallel": None}), record.provenance.machine].append(index)
     found = {}
     for group in groups.values():
         bases = [index for index in group if records[index].provenance.world_size == 1]

@@ -7,11 +7,13 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from harness.client.build_record import make_repeat, summarize_repeats
+from harness.client.build_record import base_record, make_repeat, summarize_repeats
 from harness.loggers.table import print_record
-from harness.messages import ArrayRef, GenerationResult, RankReport, SampleResult, StageTime, StepTime
+from harness.messages import ArrayRef, EngineInfo, GenerationResult, RankReport, SampleResult, StageTime, StepTime
 from harness.records.comparison import times_by_name
-from harness.records.record import Repeat, Statistics
+from harness.records.provenance import Beginning
+from harness.records.record import FirstCall, Repeat, Statistics
+from harness.resolve.compose import compose_run
 from tests.fixtures.records import record
 
 
@@ -91,3 +93,18 @@ def test_the_table_calls_a_range_a_range() -> None:
     assert "94 %" in five
     for row in ("between stages", "first solver step", "one solver step"):
         assert row in three
+
+
+def test_a_record_has_the_beginning_of_its_run_and_no_planned_hardware() -> None:
+    run, beginning = compose_run([]), Beginning("2026-11-30T00:00:00+00:00", ["triptych"], "0123456789abcdef")
+    found = base_record(run, EngineInfo("ready", 1, [1], cpu_capability="AVX2"), {}, FirstCall(0.0, 0.0, []), beginning)
+    assert "hardware" not in found.config
+    assert {"model", "request", "task"} <= set(found.config)
+    own = found.provenance
+    assert (own.started, own.command, own.sources_sha256) == (
+        "2026-11-30T00:00:00+00:00",
+        ["triptych"],
+        "0123456789abcdef",
+    )
+    assert own.ended > own.started
+    assert own.machine[1] == "AVX2"

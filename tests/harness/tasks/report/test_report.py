@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from harness.cli import dispatch
+from harness.records.provenance import Cpu
 from harness.tasks.report.keys import layout_name, run_labels, varying_keys
 from harness.tasks.report.page import Page, as_script, render
 from harness.tasks.report.rows import ReportRow, read_table
@@ -120,6 +121,8 @@ def test_of_several_one_rank_runs_the_one_beside_a_run_is_its_base() -> None:
     found = scalings(folders, dict(enumerate([one, one, two, two])))
     assert {place: each.base for place, each in found.items()} == {2: 1, 3: 0}
     assert scalings(folders, {2: two, 3: two}) == {}
+    other = msgspec.structs.replace(one.provenance, cpu=Cpu("DEFAULT", []))
+    assert scalings(folders, {0: msgspec.structs.replace(one, provenance=other), 2: two}) == {}
 
 
 def test_a_ratio_of_medians_has_the_spread_of_both() -> None:
