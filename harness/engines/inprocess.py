@@ -93,6 +93,7 @@ class InprocessEngine:
             ceiling_tflops=[measure_ceiling(self._config, device)],
             operators=worker.operators.errors,
             hosts=[socket.gethostname()],
+            cpu_capability=torch.backends.cpu.get_cpu_capability(),
         )
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:
