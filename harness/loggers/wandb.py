@@ -219,13 +219,27 @@ def pretrained_scalars(scores: PretrainedScores | None) -> dict[str, float]:
 
 
 def log_failure(
-    config: WandbConfig, declared: Mapping[str, object], folder: Path, job_type: str, status: Status
+    config: WandbConfig,
+    declared: Mapping[str, object],
+    folder: Path,
+    job_type: str,
+    status: Status,
+    name: str | None = None,
 ) -> None:
-    """Write a run that started and failed, so that a sweep's group shows it too."""
+    """Write a run that failed, so that a sweep's group shows it too.
+
+    Args:
+        config: The `logger.wandb` group.
+        declared: The configuration, as far as it is known.
+        folder: The folder that holds `wandb/`.
+        job_type: The task.
+        status: The status that names the error.
+        name: The run's name, if it is not the folder's.
+    """
     mode = resolve_mode(config.mode)
     if mode == "disabled":
         return
-    run = open_run(config, mode, folder, job_type, declared)
+    run = open_run(config, mode, folder, job_type, declared, name)
     run.summary.update({"state": status.state, "error": status.error})
     run.finish(exit_code=1)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.engines.protocol import RequestFailed
 from harness.loggers.wandb import log_failure
+from harness.records.job import JobResult
 from harness.records.record import STATES, RunFolder, RunFolderError, Status
 from harness.resolve.compose import ResolvedRun, to_dict
 from harness.serving.faults import failure_kind, failure_line
@@ -45,33 +46,51 @@ def guarded(run: ResolvedRun, folder: RunFolder) -> Iterator[Outcome]:
         yield outcome
     except (Exception, KeyboardInterrupt) as error:
         status = outcome.status = status_from_error(error)
-        folder.finish(status)
+        finish(folder, status)
         print_error(f"{status.state}: {status.error} (see {folder.path})")
         if status.state != "cancelled":
             task = config.task.name.name
             mirror(lambda: log_failure(config.logger.wandb, to_dict(config), folder.path, task, status))
         return
-    folder.finish(outcome.status)
+    outcome.status = finish(folder, outcome.status)
     if outcome.status.error is not None:
         print_error(f"{outcome.status.error} (see {folder.path})")
 
 
-def refuse(folder: Path, error: Exception, retry: bool = False) -> Status:
-    """End a run that never started: print one line, and write a status in the folder that the run would have had.
+def finish(folder: RunFolder, status: Status) -> Status:
+    """Write a run's status.
 
     Args:
-        folder: The folder that the run would have had.
-        error: The reason.
-        retry: Whether the folder of a run that did not end well may be used again.
+        folder: The run's folder.
+        status: How the run ended.
 
     Returns:
-        The status that was written.
+        The status. A run whose status the disk does not take has failed; the one on disk still says so.
+    """
+    try:
+        folder.finish(status)
+    except RunFolderError as error:
+        return Status("failed", str(error)) if status.state == "ok" else status
+    return status
+
+
+def refuse(folder: Path, error: Exception) -> JobResult:
+    """End a job of a sweep that never started: print one line, and write a status in the folder that it would have.
+
+    Args:
+        folder: The folder that the job would have.
+        error: The reason.
+
+    Returns:
+        The job, which failed. It owns the folder unless another run is in it.
     """
     print_error(error)
     status = Status("failed", str(error))
-    with suppress(RunFolderError):
-        RunFolder.claim(folder, retry).finish(status)
-    return status
+    try:
+        RunFolder.claim(folder, again=True).finish(status)
+    except RunFolderError:
+        return JobResult(folder, status, owns_folder=False)
+    return JobResult(folder, status)
 
 
 def status_from_error(error: BaseException) -> Status:

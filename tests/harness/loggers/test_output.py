@@ -11,10 +11,12 @@ from harness.config.schema import RunConfig, WandbMode
 from harness.engines.protocol import Engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import logged_in, resolve_mode
+from harness.records.job import JobResult
 from harness.records.media import GRID_CELL, grid, to_uint8
 from harness.records.record import RunFolder, Status, load
 from harness.resolve.compose import compose_run, from_yaml, to_yaml
 from harness.tasks import generate
+from tests.fixtures.records import record
 
 
 def black(count: int) -> list[np.ndarray]:
@@ -41,16 +43,29 @@ def test_pixels_are_rounded_to_nearest() -> None:
     assert to_uint8(values)[0, :, 0].tolist() == [0, 0, 1, 255, 255]
 
 
+def shown_sweep(jobs: list[JobResult]) -> str:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_sweep(jobs, console)
+    return console.export_text()
+
+
+def test_a_sweeps_table_shows_the_job_and_not_what_else_is_in_its_folder(tmp_path: Path) -> None:
+    """A job whose folder holds another run has no numbers; the same folder's own run has."""
+    run = RunFolder.claim(tmp_path / "a")
+    run.write_record(record(latency_ms=1234.5))
+    run.finish(Status("ok"))
+    refused = JobResult(run.path, Status("failed", "already holds a run"), owns_folder=False)
+    assert "1234.5" in shown_sweep([JobResult(run.path, Status("ok")), JobResult(tmp_path / "b", Status("failed"))])
+    shown = shown_sweep([refused, JobResult(tmp_path / "b", Status("failed", "another"))])
+    assert "1234.5" not in shown
+    assert shown.count("failed") == 2
+    assert "ok" not in shown
+
+
 @pytest.mark.parametrize("text", ["[/b]", "[red]", "request.prompts=[a,b]"])
 def test_a_sweeps_table_shows_brackets_as_they_are(tmp_path: Path, text: str) -> None:
-    folders = []
-    for name in ("x", "y"):
-        path = tmp_path / f"{name}{text.replace('/', '')}"
-        RunFolder.claim(path).finish(Status("failed", f"because of {text}"))
-        folders.append(path)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_sweep(folders, console)
-    shown = console.export_text()
+    failed = Status("failed", f"because of {text}")
+    shown = shown_sweep([JobResult(tmp_path / f"{name}{text.replace('/', '')}", failed) for name in ("x", "y")])
     assert f"because of {text}" in shown
     assert shown.count("because of") == 1  # each error once, below the table
     assert shown.count("failed 1") == 2
