@@ -31,6 +31,7 @@ from rich.console import Console
 
 from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.config.tasks import TRAITS
+from harness.engines.launcher import is_under_torchrun
 from harness.engines.pool import EnginePool, MakeEngine, new_engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
@@ -57,7 +58,12 @@ from harness.tasks.common.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, exit
 def main() -> None:
     """Run the command line and exit with its status, which is 0 only if everything requested was done."""
     arguments = sys.argv[1:]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    try:
+        is_rank = not asks_for_help(arguments) and is_under_torchrun()
+    except ConfigError as error:
+        print_error(error)
+        sys.exit(EXIT_BAD_INPUT)
+    if is_rank:
         from harness.tasks.common.under_torchrun import run_under_torchrun
 
         sys.exit(run_under_torchrun(arguments))
@@ -77,7 +83,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     Returns:
         The exit status.
     """
-    if {"-h", "--help", "--version"} & {*arguments}:
+    if asks_for_help(arguments):
         return print_help(arguments)
     try:
         if any(argument.startswith("-") for argument in arguments):
@@ -92,6 +98,11 @@ def dispatch(arguments: Sequence[str]) -> int:
     except (ConfigError, RunFolderError) as error:
         print_error(error)
         return EXIT_BAD_INPUT
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Return whether a command line asks for help or the version."""
+    return bool({"-h", "--help", "--version"} & {*arguments})
 
 
 def print_help(arguments: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 import msgspec
 
 from harness.config.schema import WandbConfig, WandbMode
+from harness.loggers.connection import offline_note, server_url
 from harness.messages import total_sent_bytes
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.intervals import IntervalEstimate, Share
@@ -28,6 +29,8 @@ from harness.records.record import Record, Statistics, Status
 if TYPE_CHECKING:
     import wandb
 
+INIT_TIMEOUT_S = 30.0  # after which wandb gives up opening a run, where the server answered a moment ago
+FINISH_TIMEOUT_S = 300.0  # after which wandb leaves the rest of an upload on disk
 MAX_VIDEOS = 16  # videos of one run that are mirrored; the rest are on disk
 
 
@@ -40,11 +43,23 @@ def resolve_mode(mode: WandbMode) -> str:
     return "online" if logged_in() else "offline"
 
 
+def connected_mode(mode: WandbMode) -> str:
+    """Return the mode in which runs are logged: offline in place of online if the server does not answer."""
+    resolved = resolve_mode(mode)
+    return "offline" if resolved == "online" and offline_note(server_url()) is not None else resolved
+
+
+def mode_notes(mode: WandbMode) -> list[str]:
+    """Return what a record says of the mode: a note if runs that should be online are logged offline."""
+    note = offline_note(server_url()) if resolve_mode(mode) == "online" else None
+    return [] if note is None else [note]
+
+
 def logged_in() -> bool:
     """Return whether there is an API key, in the environment or in ~/.netrc, where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(server_url()).hostname or ""
     with suppress(OSError, netrc.NetrcParseError):
         return netrc.netrc().authenticators(host) is not None
     return False
@@ -59,7 +74,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         folder: The run's folder; it holds `wandb/`, `grid.png` and the videos.
         job_type: The task.
     """
-    mode = resolve_mode(config.mode)
+    mode = connected_mode(config.mode)
     if mode == "disabled":
         return
     import wandb
@@ -114,7 +129,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
 
 def log_load(config: WandbConfig, record: Record, load: LoadSummary, folder: Path) -> None:
     """Write one finished load."""
-    mode = resolve_mode(config.mode)
+    mode = connected_mode(config.mode)
     if mode == "disabled":
         return
     import wandb
@@ -149,7 +164,7 @@ def load_scalars(load: LoadSummary) -> dict[str, float]:
 
 def log_comparison(config: WandbConfig, comparison: Comparison, folder: Path) -> None:
     """Write one finished comparison, after all timed work."""
-    mode = resolve_mode(config.mode)
+    mode = connected_mode(config.mode)
     if mode == "disabled":
         return
     import wandb
@@ -236,7 +251,7 @@ def log_failure(
         status: The status that names the error.
         name: The run's name, if it is not the folder's.
     """
-    mode = resolve_mode(config.mode)
+    mode = connected_mode(config.mode)
     if mode == "disabled":
         return
     run = open_run(config, mode, folder, job_type, declared, name)
@@ -266,6 +281,13 @@ def open_run(
         job_type=job_type,
         dir=folder,
         config=dict(declared),
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            x_disable_stats=True,
+            init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
+        ),
         reinit="finish_previous",
     )
