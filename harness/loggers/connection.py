@@ -10,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from functools import cache
+from http import HTTPStatus
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,22 +25,45 @@ def server_url() -> str:
     return os.environ.get("WANDB_BASE_URL") or SERVER
 
 
-@cache
-def offline_note(url: str) -> str | None:
-    """Return a note that runs are logged offline because the server does not answer, or None if it does.
+class Server:
+    """The wandb server, which is asked once whether it answers.
 
-    The first call in a process asks the server, and prints the note; it takes ANSWER_S at most.
+    Args:
+        url: Its address.
     """
-    fault: list[str | None] = []
-    thread = threading.Thread(target=lambda: fault.append(_fault(url)), name="wandb-connection", daemon=True)
-    thread.start()
-    thread.join(ANSWER_S)
-    reason = fault[0] if fault else f"no answer within {ANSWER_S:g} s"
-    if reason is None:
-        return None
-    note = f"wandb: {url} cannot be reached ({reason}); logged offline, to be uploaded with `wandb sync`"
-    Console(stderr=True).print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
-    return note
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._asked = False
+        self._note: str | None = None
+
+    def offline_note(self) -> str | None:
+        """Return a note that runs are logged offline because the server does not answer, or None if it does.
+
+        The first call asks the server; it takes ANSWER_S at most.
+        """
+        if not self._asked:
+            fault: list[str | None] = []
+            thread = threading.Thread(target=lambda: fault.append(_fault(self.url)), name="wandb", daemon=True)
+            thread.start()
+            thread.join(ANSWER_S)
+            reason = fault[0] if fault else f"no answer within {ANSWER_S:g} s"
+            self._asked = True
+            if reason is not None:
+                self.give_up(reason)
+        return self._note
+
+    def give_up(self, reason: str) -> None:
+        """Log offline from now on, and print a note that says why."""
+        self._asked = True
+        self._note = f"wandb: {self.url} cannot be reached ({reason}); logged offline, to be uploaded with `wandb sync`"
+        Console(stderr=True).print(f"[yellow]note:[/yellow] {escape(self._note)}", highlight=False, soft_wrap=True)
+
+
+@cache
+def server(url: str) -> Server:
+    """Return the server at an address, always the same object in a process."""
+    return Server(url)
 
 
 def _fault(url: str) -> str | None:
@@ -48,9 +72,12 @@ def _fault(url: str) -> str | None:
     try:
         request = urllib.request.Request(f"{url.rstrip('/')}/graphql", data=body, headers=headers)
         with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
-            json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return None if error.code < 500 else f"HTTP {error.code}"
+            if not isinstance(json.loads(answer.read()), dict):
+                return "it does not answer as wandb does"
+    except urllib.error.HTTPError as error:  # of a proxy, unless the server asks who this user is
+        return None if error.code in (HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED) else f"HTTP {error.code}"
+    except json.JSONDecodeError:
+        return "it does not answer as wandb does"
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):

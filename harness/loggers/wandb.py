@@ -10,13 +10,13 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlparse
 
 import msgspec
 
 from harness.config.schema import WandbConfig, WandbMode
-from harness.loggers.connection import offline_note, server_url
+from harness.loggers.connection import server, server_url
 from harness.messages import total_sent_bytes
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.intervals import IntervalEstimate, Share
@@ -29,7 +29,7 @@ from harness.records.record import Record, Statistics, Status
 if TYPE_CHECKING:
     import wandb
 
-INIT_TIMEOUT_S = 30.0  # after which wandb gives up opening a run, where the server answered a moment ago
+INIT_TIMEOUT_S = 10.0  # after which wandb gives up opening a run, where the server answered a moment ago
 FINISH_TIMEOUT_S = 300.0  # after which wandb leaves the rest of an upload on disk
 MAX_VIDEOS = 16  # videos of one run that are mirrored; the rest are on disk
 
@@ -46,12 +46,12 @@ def resolve_mode(mode: WandbMode) -> str:
 def connected_mode(mode: WandbMode) -> str:
     """Return the mode in which runs are logged: offline in place of online if the server does not answer."""
     resolved = resolve_mode(mode)
-    return "offline" if resolved == "online" and offline_note(server_url()) is not None else resolved
+    return "offline" if resolved == "online" and server(server_url()).offline_note() is not None else resolved
 
 
 def mode_notes(mode: WandbMode) -> list[str]:
     """Return what a record says of the mode: a note if runs that should be online are logged offline."""
-    note = offline_note(server_url()) if resolve_mode(mode) == "online" else None
+    note = server(server_url()).offline_note() if resolve_mode(mode) == "online" else None
     return [] if note is None else [note]
 
 
@@ -268,11 +268,44 @@ def open_run(
     name: str | None = None,
     run_id: str | None = None,
 ) -> wandb.Run:
-    """Open a wandb run in a run's folder, named after it unless ``name`` is given; an existing id is resumed."""
+    """Open a wandb run, offline if the server does not take it in time; so are then all later ones of this process.
+
+    Args:
+        config: The `logger.wandb` group.
+        mode: The mode, online or offline.
+        folder: The folder that holds `wandb/`.
+        job_type: The task.
+        declared: The configuration.
+        name: The run's name; None is the folder's.
+        run_id: The id of a run that is resumed if it exists.
+
+    Returns:
+        The open run.
+    """
+    import wandb
+
+    arguments = (config, folder, job_type, declared, name, run_id)
+    if mode == "online":
+        try:
+            return _init("online", *arguments)
+        except wandb.errors.CommError as error:
+            server(server_url()).give_up(" ".join(str(error).split()) or type(error).__name__)
+    return _init("offline", *arguments)
+
+
+def _init(
+    mode: Literal["online", "offline"],
+    config: WandbConfig,
+    folder: Path,
+    job_type: str,
+    declared: Mapping[str, object],
+    name: str | None,
+    run_id: str | None,
+) -> wandb.Run:
     import wandb
 
     return wandb.init(
-        mode="online" if mode == "online" else "offline",
+        mode=mode,
         project=config.project,
         group=config.group,
         name=config.name or name or folder.name,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.config.schema import WandbMode
+from harness.config.schema import WandbConfig, WandbMode
 from harness.loggers import connection
-from harness.loggers.wandb import connected_mode, mode_notes
-from harness.records.record import load
+from harness.loggers.wandb import connected_mode, log_failure, mode_notes
+from harness.records.record import Status, load
 from tests.fixtures.commands import record_of, run, status_of
 
 
@@ -20,9 +20,9 @@ from tests.fixtures.commands import record_of, run, status_of
 def logged_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    connection.offline_note.cache_clear()
+    connection.server.cache_clear()
     yield
-    connection.offline_note.cache_clear()
+    connection.server.cache_clear()
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ class Answers(BaseHTTPRequestHandler):
         pass
 
 
-def serve(code: int, body: bytes) -> tuple[HTTPServer, list[str]]:
+def start_server(code: int, body: bytes) -> tuple[HTTPServer, list[str]]:
     asked: list[str] = []
     handler = type("Handler", (Answers,), {"code": code, "body": body, "asked": asked})
     server = HTTPServer(("127.0.0.1", 0), handler)
@@ -61,12 +61,14 @@ def serve(code: int, body: bytes) -> tuple[HTTPServer, list[str]]:
     [
         (200, b'{"data": {}}', "online"),
         (401, b"who are you?", "online"),
+        (403, b"the proxy does not allow this", "offline"),
         (502, b"bad gateway", "offline"),
+        (200, b"[]", "offline"),
         (200, b"<html>log in to the hotel's network</html>", "offline"),
     ],
 )
 def test_only_an_answer_of_wandb_is_one(monkeypatch: pytest.MonkeyPatch, code: int, body: bytes, mode: str) -> None:
-    server, asked = serve(code, body)
+    server, asked = start_server(code, body)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}/")
     try:
         assert [connected_mode(WandbMode.auto), connected_mode(WandbMode.online)] == [mode, mode]
@@ -97,6 +99,20 @@ def test_a_port_where_nobody_listens_is_no_server(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     assert connected_mode(WandbMode.auto) == "offline"
     assert "refused" in mode_notes(WandbMode.auto)[0]
+
+
+def test_a_server_that_stops_answering_is_asked_for_no_further_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """wandb itself waits for the server; it answered when it was asked first."""
+    monkeypatch.setenv("WANDB_BASE_URL", silent)
+    monkeypatch.setattr(connection, "_fault", lambda url: None)
+    monkeypatch.setattr("harness.loggers.wandb.INIT_TIMEOUT_S", 2.0)
+    for name in ("a", "b"):
+        log_failure(WandbConfig(mode=WandbMode.auto), {}, tmp_path / name, "bench", Status("failed", "planted"))
+        assert len(list(tmp_path.glob(f"{name}/wandb/offline-run-*/*.wandb"))) == 1
+    assert len(list(tmp_path.glob("*/wandb/run-*"))) == 1
+    assert capsys.readouterr().err.count("wandb sync") == 1
 
 
 @pytest.mark.slow
