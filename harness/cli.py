@@ -205,7 +205,7 @@ class HydraSession:
 
         Args:
             job: The job.
-            number: Its number in the sweep.
+            number: The number of the job in the sweep.
         """
         self.jobs.append(job)
         if self._is_copy and self._outcomes is not None:

@@ -29,12 +29,12 @@ class Server:
     """The wandb server, which is asked once whether it answers.
 
     Args:
-        url: Its address.
+        url: The address of the server.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._asked = False
+        self._is_checked = False
         self._note: str | None = None
 
     def offline_note(self) -> str | None:
@@ -42,20 +42,20 @@ class Server:
 
         The first call asks the server; it takes ANSWER_S at most.
         """
-        if not self._asked:
+        if not self._is_checked:
             fault: list[str | None] = []
             thread = threading.Thread(target=lambda: fault.append(_fault(self.url)), name="wandb", daemon=True)
             thread.start()
             thread.join(ANSWER_S)
             reason = fault[0] if fault else f"no answer within {ANSWER_S:g} s"
-            self._asked = True
+            self._is_checked = True
             if reason is not None:
                 self.give_up(reason)
         return self._note
 
     def give_up(self, reason: str) -> None:
         """Log offline from now on, and print a note that says why."""
-        self._asked = True
+        self._is_checked = True
         self._note = f"wandb: {self.url} cannot be reached ({reason}); logged offline, to be uploaded with `wandb sync`"
         Console(stderr=True).print(f"[yellow]note:[/yellow] {escape(self._note)}", highlight=False, soft_wrap=True)
 

@@ -253,7 +253,7 @@ class RunFolder:
         except (FileExistsError, BlockingIOError) as error:
             raise RunFolderError(_holds_a_run(path)) from error
         except OSError as error:
-            raise RunFolderError(_cannot_be_written(path, error)) from error
+            raise RunFolderError(cannot_be_written(path, error)) from error
         os.close(descriptor)
         try:
             folder.finish(INTERRUPTED)
@@ -303,7 +303,7 @@ class RunFolder:
         try:
             write_atomically(self.path / name, data)
         except OSError as error:
-            raise RunFolderError(_cannot_be_written(self.path / name, error)) from error
+            raise RunFolderError(cannot_be_written(self.path / name, error)) from error
 
     def log_file(self, rank: int) -> Path:
         """Return the log file of one rank."""
@@ -336,7 +336,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Args:
         path: The file.
-        data: Its new content.
+        data: The new content of the file.
 
     Raises:
         OSError: The file cannot be written, such as on a full disk; the old content stays, and no other file is left.
@@ -362,10 +362,14 @@ def _holds_a_run(path: Path) -> str:
     return f"{path} already holds a run; choose another folder with hydra.run.dir=..."
 
 
-def _cannot_be_written(path: Path, error: OSError) -> str:
+def is_full(error: BaseException) -> bool:
+    """Return whether an error says that a disk or a quota is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def cannot_be_written(path: Path, error: OSError) -> str:
     """Return what to change if the disk does not take a run's folder or file."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "free some space, or choose another disk" if full else "choose another folder"
+    remedy = "free some space, or choose another disk" if is_full(error) else "choose another folder"
     return f"{path} cannot be written ({error.strerror}); {remedy} with hydra.run.dir=..."
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from harness.engines.protocol import RequestFailed
 from harness.loggers.wandb import log_failure
 from harness.records.job import JobResult
-from harness.records.record import STATES, RunFolder, RunFolderError, Status
+from harness.records.record import STATES, RunFolder, RunFolderError, Status, cannot_be_written, is_full
 from harness.resolve.compose import ResolvedRun, to_dict
 from harness.serving.faults import failure_kind, failure_line
 from harness.serving.transport import EngineGone
@@ -45,6 +45,8 @@ def guarded(run: ResolvedRun, folder: RunFolder) -> Iterator[Outcome]:
     try:
         yield outcome
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, OSError) and is_full(error):
+            error = RunFolderError(cannot_be_written(folder.path, error))
         status = outcome.status = status_from_error(error)
         finish(folder, status)
         print_error(f"{status.state}: {status.error} (see {folder.path})")

@@ -36,10 +36,10 @@ class Answers(BaseHTTPRequestHandler):
     """A server that answers every question alike, and counts them."""
 
     code, body = 200, b'{"data": {}}'
-    asked: list[str]
+    requested: list[str]
 
     def do_POST(self) -> None:
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         self.send_response(self.code)
         self.end_headers()
         self.wfile.write(self.body)
@@ -49,11 +49,11 @@ class Answers(BaseHTTPRequestHandler):
 
 
 def start_server(code: int, body: bytes) -> tuple[HTTPServer, list[str]]:
-    asked: list[str] = []
-    handler = type("Handler", (Answers,), {"code": code, "body": body, "asked": asked})
+    requested: list[str] = []
+    handler = type("Handler", (Answers,), {"code": code, "body": body, "requested": requested})
     server = HTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    return server, asked
+    return server, requested
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def start_server(code: int, body: bytes) -> tuple[HTTPServer, list[str]]:
     ],
 )
 def test_only_an_answer_of_wandb_is_one(monkeypatch: pytest.MonkeyPatch, code: int, body: bytes, mode: str) -> None:
-    server, asked = start_server(code, body)
+    server, requested = start_server(code, body)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}/")
     try:
         assert [connected_mode(WandbMode.auto), connected_mode(WandbMode.online)] == [mode, mode]
@@ -78,7 +78,7 @@ def test_only_an_answer_of_wandb_is_one(monkeypatch: pytest.MonkeyPatch, code: i
         server.shutdown()
         server.server_close()
     assert connected_mode(WandbMode.auto) == mode  # as long as this process lives
-    assert asked == ["/graphql"]
+    assert requested == ["/graphql"]
 
 
 def test_a_server_that_never_answers_is_left_after_a_while(
@@ -101,10 +101,10 @@ def test_a_port_where_nobody_listens_is_no_server(monkeypatch: pytest.MonkeyPatc
     assert "refused" in mode_notes(WandbMode.auto)[0]
 
 
-def test_a_server_that_stops_answering_is_asked_for_no_further_run(
+def test_a_server_that_stops_answering_is_contacted_for_no_further_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """wandb itself waits for the server; it answered when it was asked first."""
+    """wandb itself waits for the server; it answered at first."""
     monkeypatch.setenv("WANDB_BASE_URL", silent)
     monkeypatch.setattr(connection, "_fault", lambda url: None)
     monkeypatch.setattr("harness.loggers.wandb.INIT_TIMEOUT_S", 2.0)
@@ -119,7 +119,7 @@ def test_a_server_that_stops_answering_is_asked_for_no_further_run(
 def test_a_whole_sweep_goes_offline_with_a_note_in_each_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: str
 ) -> None:
-    """Two jobs that run and one that is refused; the server is asked once."""
+    """Two jobs that run and one that is refused; the server is checked once."""
     variables = f"import os; os.environ.update(WANDB_API_KEY={'x' * 40!r}, WANDB_BASE_URL={silent!r})"
     code = f"{variables}; from harness.cli import main; main()"
     quick = ["launch.mode=inprocess", "launch.threads_per_rank=1", "request.prompt=fox", "request.steps=1,2,0"]

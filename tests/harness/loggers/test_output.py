@@ -1,5 +1,7 @@
 """What people read: tables and grids show any prompt unchanged and quickly; a fault of wandb does not spread."""
 
+import errno
+import os
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from harness.loggers.table import print_sweep
 from harness.loggers.wandb import logged_in, resolve_mode
 from harness.records.job import JobResult
 from harness.records.media import GRID_CELL, grid, to_uint8
-from harness.records.record import RunFolder, Status, load
+from harness.records.record import RunFolder, Status, load, read_status
 from harness.resolve.compose import compose_run, from_yaml, to_yaml
 from harness.tasks import generate
 from tests.fixtures.records import record
@@ -94,6 +96,27 @@ def test_a_fault_of_wandb_is_not_the_runs(
     assert generate.execute(composed, Console(), make) == Status("failed", "no ranks today")
     assert "wandb did not take it" in capsys.readouterr().err
     assert list(load(tmp_path)["error"]) == ["no ranks today"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_is_one_line_with_what_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    """An image does not fit, and then the status does not either; the one on disk says that the run has failed."""
+
+    def make(config: RunConfig, folder: Path) -> Engine:
+        def full(*arguments: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", full)
+        raise OSError(number, os.strerror(number))
+
+    composed = compose_run(["logger=json", f"hydra.run.dir={tmp_path / 'run'}"])
+    status = generate.execute(composed, Console(), make)
+    assert status.state == read_status(tmp_path / "run").state == "failed"
+    assert "free some space, or choose another disk with hydra.run.dir=..." in str(status.error)
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.rglob(".*.json.*"))
 
 
 def test_wandb_is_online_only_for_who_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
