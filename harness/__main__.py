@@ -1,4 +1,4 @@
-"""Entry point of `python -m harness`."""
+"""Entry point of `python -m harness` and of the installed command, `triptych`."""
 
 import os
 import sys
@@ -18,8 +18,13 @@ def leave_working_folder() -> None:
         sys.path[:first] = [entry for entry in sys.path[:first] if os.path.abspath(entry) != working]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line."""
     leave_working_folder()
-    from harness.cli import main
+    from harness.cli import main as run
 
+    run()
+
+
+if __name__ == "__main__":
     main()

@@ -121,6 +121,7 @@ def test_a_refused_job_leaves_nothing_of_the_attempt_before(place: Path) -> None
     run = RunFolder.claim(place / "sweep" / folder_name(["logger=json", "request.steps=0"]))
     run.write_record(record())
     run.write_config("request: {steps: 2}")
+    RunFolder.claim(run.path / "a").finish(Status("ok"))
     (run.path / "samples").mkdir()
     for name in ("grid.png", "samples/0000.png"):
         (run.path / name).write_bytes(b"an image")

@@ -26,13 +26,19 @@ def shadowed(tmp_path: Path) -> Path:
     return tmp_path
 
 
+SCRIPT = "import sys; from harness.__main__ import main; main()"  # what pip writes for `triptych`
+
+
+@pytest.mark.parametrize("start", [["-m", "harness"], ["-P", "-c", SCRIPT]], ids=["module", "script"])
 @pytest.mark.parametrize("path", [None, "", ":"])
-def test_the_command_imports_nothing_from_the_working_folder(shadowed: Path, path: str | None) -> None:
+def test_the_command_imports_nothing_from_the_working_folder(
+    shadowed: Path, path: str | None, start: list[str]
+) -> None:
     """An empty entry of PYTHONPATH means the working folder too."""
     root = str(Path(launcher.__file__).parents[2])
     variables = environment() | {"PYTHONPATH": root if path is None else f"{path}:{root}"}
     done = subprocess.run(
-        [sys.executable, "-m", "harness", "request.height=65"],
+        [sys.executable, *start, "request.height=65"],
         cwd=shadowed,
         env=variables,
         capture_output=True,
