@@ -116,7 +116,7 @@ def test_the_model_fills_in_what_the_request_leaves_open() -> None:
         ("model.text.tokens=0", "at least 1"),
         ("task.repeats=0", "at least 1"),
         ("hardware=h100sxm", "did you mean h100_sxm?"),
-        ("request.prompt=a=b", "single quotes"),
+        ("request.prompt=a=b", "write 'request.prompt=\"a=b\"'"),
         ("request.prompt=red apple, 3d", "'request.prompt=\"red apple, 3d\"'"),
         ("model.path=/no/such/folder", "no such folder"),
     ],
