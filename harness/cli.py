@@ -51,7 +51,7 @@ from harness.resolve.compose import (
 from harness.resolve.names import check_names, one_line
 from harness.tasks import task_entry
 from harness.tasks.common.comparison import is_compared
-from harness.tasks.common.lifecycle import mirror, refuse
+from harness.tasks.common.lifecycle import mirror, refuse, refuse_command
 from harness.tasks.common.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, exit_status, print_error
 
 
@@ -95,7 +95,11 @@ def dispatch(arguments: Sequence[str]) -> int:
                 return sweep(arguments, flags.overrides)
             return run_with_flags(arguments)
         return exit_status(run_one(compose_run(arguments), new_engine).status)
-    except (ConfigError, RunFolderError) as error:
+    except ConfigError as error:
+        is_run = all(TRAITS[task].is_run for task in named_tasks(arguments))
+        refuse_command(arguments if is_run else [], error)
+        return EXIT_BAD_INPUT
+    except RunFolderError as error:
         print_error(error)
         return EXIT_BAD_INPUT
 
@@ -366,7 +370,7 @@ def run_job(composed: DictConfig, make_engine: MakeEngine) -> JobResult:
     except ConfigError as error:
         if not is_sweep:
             remove_empty([folder, *folder.parents[:2]])  # Hydra has made it
-            print_error(error)
+            refuse_command(hydra_config.overrides.hydra, error)
             return JobResult(folder, Status("failed", str(error)), owns_folder=False)
         job = refuse(folder, error)
     except RunFolderError as error:

@@ -80,6 +80,16 @@ def _job_folder_name(_root_: DictConfig) -> str:
     return folder_name([str(override) for override in overrides or ()])
 
 
+def named_folder(overrides: Sequence[str]) -> Path | None:
+    """Return the run's folder that overrides name themselves, even if the rest of them cannot be composed."""
+    if not any(override.startswith("hydra.run.dir=") for override in overrides):
+        return None
+    try:
+        return Path(str(_hydra_settings(overrides).run.dir))
+    except (HydraException, OmegaConfBaseException):
+        return None
+
+
 def sweep_folder(overrides: Sequence[str]) -> Path:
     """Return the folder of a sweep with these overrides."""
     return Path(str(_hydra_settings(overrides).sweep.dir))

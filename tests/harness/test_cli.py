@@ -70,7 +70,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["no.such.key=1"],
         ["request.prompt=abc("],
         ["request.steps=many"],
-        ["hydra.run.dir=out/a/b", "request.height=65"],
+        ["hydra.run.dir=out(", "request.height=65"],
         ["-m", "request.steps=many,2"],
         ["-m", "hydra.sweep.dir=out/a/b", "request.steps=many,2"],
         ["-m", "request.stepz=1,2"],
@@ -90,6 +90,12 @@ def test_a_refused_command_line_is_one_line_and_leaves_no_folder(
     assert said.err.startswith("triptych: ")
     assert said.err.count("\n") == 1
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--config-dir", "."]], ids=["plain", "flags"])
+def test_a_refused_command_line_leaves_its_status_in_the_folder_that_it_names(place: Path, flags: list[str]) -> None:
+    assert dispatch([*flags, "hydra.run.dir=out/a/b", "request.steps=0"]) in (1, 2)
+    assert read_status(place / "out/a/b") == Status("failed", "request.steps=0; give 1 to 10000")
 
 
 def test_a_sweep_keeps_what_was_in_its_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from harness.engines.protocol import RequestFailed
 from harness.loggers.wandb import log_failure
 from harness.records.job import JobResult
 from harness.records.record import STATES, RunFolder, RunFolderError, Status, cannot_be_written, is_full
-from harness.resolve.compose import ResolvedRun, to_dict
+from harness.resolve.compose import ResolvedRun, named_folder, to_dict
 from harness.serving.faults import failure_kind, failure_line
 from harness.serving.transport import EngineGone
 from harness.tasks.common.terminal import print_error
@@ -74,6 +74,20 @@ def finish(folder: RunFolder, status: Status) -> Status:
     except RunFolderError as error:
         return Status("failed", str(error)) if status.state == "ok" else status
     return status
+
+
+def refuse_command(overrides: Sequence[str], error: Exception) -> None:
+    """Print why a command line cannot run. It leaves a folder only where it names one, which gets a status.
+
+    Args:
+        overrides: The command line.
+        error: The reason.
+    """
+    print_error(error)
+    folder = named_folder(overrides)
+    if folder is not None:
+        with suppress(RunFolderError):
+            RunFolder.claim(folder).finish(Status("failed", str(error)))
 
 
 def refuse(folder: Path, error: Exception) -> JobResult:

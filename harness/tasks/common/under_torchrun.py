@@ -29,6 +29,7 @@ from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, to_ya
 from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone, SocketFolderError
 from harness.tasks import task_entry
+from harness.tasks.common.lifecycle import refuse_command
 from harness.tasks.common.measure import execute
 from harness.tasks.common.terminal import EXIT_BAD_INPUT, exit_status, print_error
 
@@ -68,7 +69,9 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
     try:
         run = _compose(arguments, ranks)
     except ConfigError as error:
-        if rank == 0 or _reports_for_node():
+        if rank == 0:
+            refuse_command(arguments, error)
+        elif _reports_for_node():
             print_error(error)
         return EXIT_BAD_INPUT
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
