@@ -49,7 +49,10 @@ class LaunchMode(Enum):
 
 
 class WandbMode(Enum):
-    """When results go to Weights & Biases; `auto` is online if the user is logged in, and offline otherwise."""
+    """When results go to Weights & Biases; `auto` is online if the user is logged in, and offline otherwise.
+
+    Where the server does not answer, runs are logged offline, and a note in the record says so.
+    """
 
     auto = "auto"
     online = "online"
@@ -335,7 +338,8 @@ class WandbConfig:
     """`logger.wandb`: Weights & Biases, a mirror of the record."""
 
     mode: WandbMode = option(
-        WandbMode.auto, "When results go there; auto is online if the user is logged in, else offline."
+        WandbMode.auto,
+        "When results go there; auto is online if the user is logged in and the server answers.",
     )
     project: str = option("triptych", "Name of the project.")
     group: str | None = option(None, "Name of the group. null = the sweep's folder name, or none for a single run.")
