@@ -13,7 +13,7 @@ from torch import nn
 
 from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError, list_tensors
-from models.lora import LowRank, lora_updates, merge_updates
+from models.lora import Update, lora_updates, merge_updates
 from models.meta_init import allocate, build_empty, fill_dummy
 from models.names import NameMap
 from models.plan import UNSHARDED, ParallelPlan
@@ -88,7 +88,7 @@ def load_weights(
     Raises:
         CheckpointError: The cases of `stream_into`.
     """
-    updates: Mapping[str, Sequence[LowRank]] = {}
+    updates: Mapping[str, Sequence[Update]] = {}
     bytes_read = 0
     if source.dummy:
         fill_dummy(network, slices=slices)
@@ -103,7 +103,7 @@ def stream_into(
     files: Sequence[Path],
     names: NameMap,
     origin: str,
-    updates: Mapping[str, Sequence[LowRank]] | None = None,
+    updates: Mapping[str, Sequence[Update]] | None = None,
     slices: Mapping[str, TensorSlice] | None = None,
 ) -> int:
     """Copy the tensors of safetensors files into a network, chunk by chunk, in its dtypes and on its device.
@@ -113,7 +113,7 @@ def stream_into(
         files: The component's safetensors files.
         names: The map from published names to the network's own.
         origin: The component's name in error messages.
-        updates: The low-rank updates of a tensor, by published name; they are added before rounding to the network's
+        updates: The updates of a tensor, by published name; they are added before rounding to the network's
             dtype.
         slices: The slice of the stored tensor for each sharded parameter, by the network's own name. Only the slice is
             read. A tensor with updates is read in full, so that its values do not depend on the slice.

@@ -17,7 +17,7 @@ import msgspec
 
 STEMS = ("diffusion_pytorch_model", "model")
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-INDICES = {"I64": 8, "BOOL": 1}  # counters and positions that some checkpoints contain; never a weight
+INDICES = {"I64": 8, "I32": 4, "BOOL": 1}  # counters and positions that some checkpoints contain; never a weight
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 SENTENCEPIECE = ("spiece.model",)

@@ -25,14 +25,7 @@ from models.files import (
     read_header,
     weight_files,
 )
-from models.lora_names import (
-    CONVERTERS,
-    check_all_matched,
-    check_update_shapes,
-    match_layers,
-    parse_layers,
-    shape_mismatches,
-)
+from models.lora_names import check_targets, match_layers
 from models.registry import ARCHITECTURES, PUBLISHED, REFERENCE, SIZED, Architecture
 
 COMPONENTS = (
@@ -270,9 +263,7 @@ def _refuse_lacking(model: ModelConfig, layout: CheckpointLayout, denoiser: str)
 
 
 def _check_loras(model: ModelConfig, layout: CheckpointLayout, denoiser: str) -> None:
-    """Refuse low-rank updates that do not fit.
-
-    Updates in a publisher's own names are converted, and so checked, at load.
+    """Refuse updates that do not fit.
 
     Raises:
         CheckpointError: An update does not exist or does not fit.
@@ -289,10 +280,5 @@ def _check_loras(model: ModelConfig, layout: CheckpointLayout, denoiser: str) ->
         if path.is_dir():
             raise CheckpointError(f"model.lora: path={path}: a folder; give its safetensors file")
         stored, _ = read_header(path)
-        targets = match_layers(parse_layers(stored, path), tensors, denoiser, path)
-        if targets.unknown and class_name(layout.config_folder(denoiser)) in CONVERTERS:
-            continue
-        check_all_matched(targets, path)
-        check_update_shapes(
-            shape_mismatches(targets, tensors, {name: tensor.shape for name, tensor in stored.items()}), path
-        )
+        own_class = class_name(layout.config_folder(denoiser)) or ""
+        check_targets(match_layers(stored, tensors, denoiser, own_class, path), path)
