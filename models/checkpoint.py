@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from models.checkpoint_source import CheckpointSource
-from models.files import CheckpointError, list_tensors
+from models.files import check_names_and_shapes, list_tensors, refuse_misfits
 from models.lora import Update, lora_updates, merge_updates
 from models.meta_init import allocate, build_empty, fill_dummy
 from models.names import NameMap
@@ -20,9 +20,7 @@ from models.plan import UNSHARDED, ParallelPlan
 from models.tensor_slice import TensorSlice
 from models.tensors import copy_stored
 
-MAX_LISTED = 6
 N = TypeVar("N", bound=nn.Module)
-Shape = tuple[int, ...]
 
 
 def load_network(
@@ -143,22 +141,6 @@ def stream_into(
     return bytes_read
 
 
-def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], origin: str) -> None:
-    """Raise an error unless the tensors found are exactly those of a network.
-
-    Raises:
-        CheckpointError: Missing, unexpected or misshapen tensors, all in one message.
-    """
-    faults = [f"missing {name}" for name in expected.keys() - found.keys()]
-    faults += [f"unexpected {name}" for name in found.keys() - expected.keys()]
-    faults += [
-        f"{name} is {found[name]}, the network has {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if expected[name] != found[name]
-    ]
-    _refuse(faults, origin)
-
-
 def check_loading_info(found: Mapping[str, Iterable[object]], folder: Path) -> None:
     """Raise an error if a library loaded weights only in part, from the loading information it returns.
 
@@ -170,11 +152,4 @@ def check_loading_info(found: Mapping[str, Iterable[object]], folder: Path) -> N
         CheckpointError: Missing, unexpected or misshapen tensors, all in one message.
     """
     words = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "misshapen"}
-    _refuse([f"{word} {name}" for kind, word in words.items() for name in found.get(kind, ())], str(folder))
-
-
-def _refuse(faults: list[str], origin: str) -> None:
-    if faults:
-        more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
-        shown = "; ".join(sorted(faults)[:MAX_LISTED])
-        raise CheckpointError(f"{origin}: the weights do not fit the network: {shown}{more}")
+    refuse_misfits([f"{word} {name}" for kind, word in words.items() for name in found.get(kind, ())], str(folder))
