@@ -61,7 +61,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Difference:
+class WholeDifference:
     """The update scale * difference of one tensor, a weight or a bias.
 
     Args:
@@ -152,9 +152,9 @@ class LoraTensors:
         """Return what one layer adds to one of its tensors."""
         layer, found = update.layer, list[Update]()
         if is_bias:
-            return [Difference(partial(self._read_rows, str(layer.diff_b), update), weight)]
+            return [WholeDifference(partial(self._read_rows, str(layer.diff_b), update), weight)]
         if layer.diff is not None:
-            found.append(Difference(partial(self._read_rows, layer.diff, update), weight))
+            found.append(WholeDifference(partial(self._read_rows, layer.diff, update), weight))
         if layer.down is not None and layer.up is not None:
             up = partial(self._read_rows, layer.up, update)
             found.append(LowRank(partial(self._read, layer.down), up, weight * self._scale(layer, layer.down)))

@@ -30,9 +30,9 @@ def check_sizes_of_weights(folder: Path, stored: Mapping[str, StoredTensor], wei
     """Raise an error if a few tensors of a library's network do not have the sizes in its config.json.
 
     Args:
-        folder: The folder with its config.json.
-        stored: Its tensors, by name.
-        weights: The folder or file of its weights.
+        folder: The folder with config.json.
+        stored: The stored tensors, by name.
+        weights: The folder or file of the weights.
 
     Raises:
         CheckpointError: The tensor, its shape, and the sizes in config.json.

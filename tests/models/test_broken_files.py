@@ -225,6 +225,24 @@ def test_an_option_that_no_unet_here_has(name: str, options: dict[str, object], 
     compose_run([f"model={name}", f"model.path={tmp_path}"])
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("SASolverScheduler", "SASolverScheduler is not supported: stochastic Adams steps"),
+        ("EulerScheduler", "unknown class 'EulerScheduler'; did you mean 'EDMEulerScheduler'?"),
+        (None, "needs _class_name, as in diffusers' scheduler_config.json"),
+    ],
+)
+def test_a_noise_scheduler_that_is_not_supported(name: str | None, says: str, copy: Path) -> None:
+    (copy / "scheduler").mkdir(exist_ok=True)
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": name}))
+    line = refused(f"model.path={copy}", "scheduler=published")
+    assert line.startswith(f"{file}: ")
+    assert says in line
+    compose_run([f"model.path={copy}"])
+
+
 # ---------------------------------------------------------------- other layouts
 
 
