@@ -117,12 +117,39 @@ def check_sizes(raw: Mapping[str, object], path: Path, names: Iterable[str], lea
         raise CheckpointError(f"{path}: no whole number under {', '.join(wrong)}")
 
 
+def check_numbers(raw: Mapping[str, object], path: Path, names: Iterable[str]) -> None:
+    """Raise an error unless the named options that a configuration has are finite numbers above 0.
+
+    Raises:
+        CheckpointError: All options that are not.
+    """
+    there = [name for name in names if name in raw]
+    if wrong := [name for name in there if not (type(n := raw[name]) in (int, float) and 0 < n < math.inf)]:
+        raise CheckpointError(f"{path}: no number above 0 under {', '.join(wrong)}")
+
+
+def check_lists(raw: Mapping[str, object], path: Path, names: Iterable[str]) -> None:
+    """Raise an error unless the named options are lists of whole numbers.
+
+    Raises:
+        CheckpointError: All options that are not.
+    """
+    wrong = [
+        name
+        for name in names
+        if not isinstance(value := raw.get(name), list | tuple) or any(type(number) is not int for number in value)
+    ]
+    if wrong:
+        raise CheckpointError(f"{path}: no list of whole numbers under {', '.join(wrong)}")
+
+
 def rotary_axes(raw: Mapping[str, Any], path: Path, name: str, channels: int) -> tuple[int, int, int]:
     """Return the number of channels of a head that each of three axes rotates.
 
     Raises:
         CheckpointError: The values are not three even numbers that add up to a head's channels.
     """
+    check_lists(raw, path, (name,))
     axes = tuple(raw[name])
     if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != channels:
         raise CheckpointError(f"{path}: {name}={list(axes)}; give three even numbers that add up to {channels}")

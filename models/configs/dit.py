@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.configs.shapes import TensorShapes
-from models.files import CheckpointError, check_options, check_sizes, read_network_config
+from models.files import CheckpointError, check_numbers, check_options, check_sizes, read_network_config
 
 TIME_CHANNELS = 256
 CLASS_NAME = "DiTTransformer2DModel"
@@ -78,6 +78,7 @@ def read_config(folder: Path) -> DiTConfig:
         raise CheckpointError(f"{path}: no norm_type, which says what kind of {raw['_class_name']} this is")
     check_options(raw, path, ONLY)
     check_sizes(raw, path, SIZES)
+    check_numbers(raw, path, ("norm_eps",))
     channels = raw["in_channels"]
     out_channels = channels if raw.get("out_channels") is None else raw["out_channels"]
     if out_channels not in (channels, 2 * channels):

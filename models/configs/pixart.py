@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.configs.shapes import TensorShapes
-from models.files import CheckpointError, check_options, check_sizes, read_network_config
+from models.files import CheckpointError, check_numbers, check_options, check_sizes, read_network_config
 
 TIME_CHANNELS = 256
 CLASS_NAME = "PixArtTransformer2DModel"
@@ -89,6 +89,9 @@ def read_config(folder: Path) -> PixArtConfig:
     if raw["_class_name"] != CLASS_NAME and "norm_type" not in raw:
         raise CheckpointError(f"{path}: no norm_type, which says what kind of {raw['_class_name']} this is")
     check_sizes(raw, path, SIZES)
+    check_numbers(
+        raw, path, ("norm_eps",) if raw.get("interpolation_scale") is None else ("norm_eps", "interpolation_scale")
+    )
     config = PixArtConfig(
         depth=raw["num_layers"],
         heads=raw["num_attention_heads"],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.configs.shapes import TensorShapes
-from models.files import CheckpointError, check_sizes, read_network_config
+from models.files import CheckpointError, check_lists, check_sizes, read_network_config
 
 TIME_CHANNELS = 256
 CLASS_NAME = "SD3Transformer2DModel"
@@ -81,6 +81,8 @@ def read_config(folder: Path) -> SD3Config:
         raw["out_channels"] = raw["in_channels"]
     sizes = [name for name in DEFAULTS if name not in ("dual_attention_layers", "qk_norm")]
     check_sizes(raw, path, sizes)
+    raw["dual_attention_layers"] = raw["dual_attention_layers"] or []
+    check_lists(raw, path, ("dual_attention_layers",))
     if raw["out_channels"] != raw["in_channels"]:
         raise CheckpointError(f"{path}: out_channels is not in_channels; only networks that output a latent load here")
     if raw["qk_norm"] not in (None, "rms_norm"):
@@ -95,7 +97,7 @@ def read_config(folder: Path) -> SD3Config:
         max_positions=raw["pos_embed_max_size"],
         text_channels=raw["joint_attention_dim"],
         pooled_channels=raw["pooled_projection_dim"],
-        dual=tuple(raw["dual_attention_layers"] or ()),
+        dual=tuple(raw["dual_attention_layers"]),
         qk_norm=raw["qk_norm"] is not None,
     )
     if raw["caption_projection_dim"] != config.width:

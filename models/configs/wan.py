@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.configs.shapes import TensorShapes
-from models.files import CheckpointError, check_sizes, read_network_config
+from models.files import CheckpointError, check_lists, check_numbers, check_sizes, read_network_config
 
 CLASS_NAME = "WanTransformer3DModel"
 DEFAULTS: dict[str, Any] = {  # diffusers' defaults of the keys that a config.json omits
@@ -95,11 +95,13 @@ def read_config(folder: Path) -> WanConfig:
             "text-to-video checkpoints load here"
         )
     check_sizes(raw, path, SIZES)
+    check_numbers(raw, path, ("eps",))
+    check_lists(raw, path, ("patch_size",))
     if raw["attention_head_dim"] % 2 or raw["freq_dim"] % 2:
         raise CheckpointError(f"{path}: attention_head_dim and freq_dim must be even")
     if raw["qk_norm"] != "rms_norm_across_heads":
         raise CheckpointError(f"{path}: qk_norm={raw['qk_norm']!r} is not supported; only rms_norm_across_heads is")
-    time, rows, columns = raw["patch_size"]
+    time, rows, columns = raw["patch_size"] if len(raw["patch_size"]) == 3 else (0, 0, 0)
     if time != 1 or rows != columns:
         raise CheckpointError(f"{path}: patch_size={raw['patch_size']} is not supported; only [1, n, n] is")
     return WanConfig(

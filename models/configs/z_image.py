@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.configs.shapes import TensorShapes
-from models.files import CheckpointError, check_sizes, read_network_config, rotary_axes
+from models.files import CheckpointError, check_lists, check_numbers, check_sizes, read_network_config, rotary_axes
 
 PATCH = 2  # a token is PATCH x PATCH latent pixels
 TIME_CHANNELS = 256
@@ -98,8 +98,9 @@ def read_config(folder: Path) -> ZImageConfig:
     if raw["siglip_feat_dim"] is not None:
         raise CheckpointError(f"{path}: siglip_feat_dim (images as conditions, in Z-Image-Omni) is not supported")
     check_sizes(raw, path, COUNTS, least=0)
-    if wrong := [name for name in NUMBERS if not isinstance(raw[name], int | float)]:
-        raise CheckpointError(f"{path}: no number under {', '.join(wrong)}")
+    check_sizes(raw, path, ("dim", "n_heads"))
+    check_numbers(raw, path, NUMBERS)
+    check_lists(raw, path, ("all_patch_size", "all_f_patch_size"))
     patches = list(raw["all_patch_size"]), list(raw["all_f_patch_size"])
     if patches != ([PATCH], [1]):
         raise CheckpointError(

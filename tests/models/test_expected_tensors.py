@@ -1,6 +1,8 @@
 """The tensors that a launcher expects of a checkpoint are those of the network that the ranks build."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from models.configs import qwen_image as qwen_config
 from models.configs import sd3 as sd3_config
 from models.configs import wan as wan_config
 from models.configs import z_image as z_config
+from models.files import CheckpointError
 from models.registry import PUBLISHED, REFERENCE, SIZED
 
 FAMILIES: dict[str, tuple[Any, Any, Callable[..., torch.nn.Module]]] = {
@@ -52,6 +55,24 @@ def test_every_shipped_configuration_expects_its_networks_tensors(name: str) -> 
     package, configs, make = family(name)
     config = configs.read_config(FOLDERS[name])
     assert differences(package, config, make, configs.tensor_shapes(config)) == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["flux", "sd35_medium", "pixart_alpha", "dit_256", "qwen_image", "z_image", "wan_1_3b"]
+)
+def test_any_value_of_an_option_is_read_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    configs = family(name)[1]
+    raw = json.loads((FOLDERS[name] / "config.json").read_text())
+    lines = []
+    for key in {**getattr(configs, "DEFAULTS", {}), **raw, "norm_eps": 1e-6}:
+        for value in (None, "x", -1, 0, 1.5, [], {}, True, [1, "a", 2], [0, 0, 0], float("nan")):
+            (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}))
+            try:
+                configs.tensor_shapes(configs.read_config(tmp_path))
+            except CheckpointError as error:
+                lines.append(str(error))
+    assert len(lines) > 50
+    assert not any("\n" in line for line in lines)
 
 
 @pytest.mark.parametrize(
