@@ -123,9 +123,13 @@ def check_numbers(raw: Mapping[str, object], path: Path, names: Iterable[str]) -
     Raises:
         CheckpointError: All options that are not.
     """
-    there = [name for name in names if name in raw]
-    if wrong := [name for name in there if not (type(n := raw[name]) in (int, float) and 0 < n < math.inf)]:
+    wrong = [name for name in names if name in raw and not _is_positive(raw[name])]
+    if wrong:
         raise CheckpointError(f"{path}: no number above 0 under {', '.join(wrong)}")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def check_lists(raw: Mapping[str, object], path: Path, names: Iterable[str]) -> None:
