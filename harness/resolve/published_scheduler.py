@@ -7,6 +7,7 @@ from pathlib import Path
 
 from harness.config.schema import SchedulerConfig
 from models.files import CheckpointError, read_json
+from schedulers.published.options import parse_options
 
 
 def scheduler_file(folder: Path) -> Path:
@@ -30,13 +31,18 @@ def check_published_scheduler(config: SchedulerConfig, folder: Path) -> None:
         folder: The checkpoint's folder.
 
     Raises:
-        CheckpointError: The checkpoint states no noise scheduler.
+        CheckpointError: The checkpoint states no noise scheduler, or one of a class that is not supported.
         ValueError: A key has no effect; one line says what to change.
     """
     file = scheduler_file(folder)
     if not file.is_file():
         raise CheckpointError(f"{file}: not there; choose scheduler=rectified_flow, ddpm or sgm")
-    read_json(file)
+    try:
+        parse_options(read_json(file))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}; or choose scheduler=rectified_flow, ddpm or sgm") from error
     plain = SchedulerConfig()
     given = [f.name for f in fields(config) if f.name != "family" and getattr(config, f.name) != getattr(plain, f.name)]
     if given:

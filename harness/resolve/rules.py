@@ -18,7 +18,7 @@ from harness.resolve.checkpoint import check_checkpoint
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
 from harness.resolve.engine import check_engine
-from harness.resolve.engines_table import refuse_missing_engine
+from harness.resolve.engines_table import NATIVE, refuse_missing_engine
 from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
@@ -131,7 +131,7 @@ def _check_model(run: ResolvedRun) -> None:
     """
     config = run.config
     apply_training_facts(config)
-    check_checkpoint(config.model, run.checkpoint, run.denoiser)
+    check_checkpoint(config.model, run.checkpoint, run.denoiser, config.engine.name == NATIVE)
     if config.scheduler.family == PUBLISHED_FAMILY:
         check_published_scheduler(config.scheduler, run.checkpoint.folder)
 

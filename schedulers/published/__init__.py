@@ -4,16 +4,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from schedulers.conventions import with_even_sigmas
-from schedulers.noise_scheduler import NoiseScheduler
-from schedulers.published.classes import BUILDERS
 from schedulers.published.options import parse_options
+
+if TYPE_CHECKING:
+    from schedulers.noise_scheduler import NoiseScheduler
 
 __all__ = ["from_diffusers"]
 
 
-def from_diffusers(config: Mapping[str, object] | str | Path, even_sigmas: bool = False) -> NoiseScheduler:
+def from_diffusers(config: Mapping[str, object] | str | Path, even_sigmas: bool = False) -> "NoiseScheduler":
     """Return the noise scheduler of a published configuration: same grid, same steps, same noise.
 
     Some arguments of a diffusers class's step are not in the file (DDIM's eta, Euler's churn). They are off here;
@@ -30,6 +31,9 @@ def from_diffusers(config: Mapping[str, object] | str | Path, even_sigmas: bool 
     Raises:
         ValueError: A class or an option is not supported. The message is one line with the reason.
     """
+    from schedulers.conventions import with_even_sigmas  # not above: a launcher parses the options without torch
+    from schedulers.published.classes import BUILDERS
+
     if not isinstance(config, Mapping):
         content = json.loads(Path(config).read_text())
         if not isinstance(content, dict):

@@ -23,8 +23,8 @@ from transformers import T5EncoderModel
 
 from harness.metrics.gallery import FILE, Gallery
 from harness.tasks.train.folder import CaptionedImage
+from models.configs.pixart import config_json
 from models.pixart import NAMES, PixArtConfig
-from models.pixart.weights import config_json
 from schedulers.settings import NoiseSchedulerSettings
 
 TRANSFORMER_LIMIT = 16_000_000  # largest size of the denoiser's weights, bytes
