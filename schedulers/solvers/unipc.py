@@ -73,7 +73,7 @@ class UniPC:
             x = self._update(state.sample, state.history, here, state.order, now)
         state.append(here, now, self.order)
         order = min(self.order, grid.steps - i) if self.lower_order_final else self.order
-        order = min(order, i + 1 if grid.alpha[0] > 0 else max(i, 1))
+        order = min(order, len(state.history), i + 1 if grid.alpha[0] > 0 else max(i, 1))
         if there.sigma == 0:
             order = 1
         finite = here.alpha > 0 and there.sigma > 0
