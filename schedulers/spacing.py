@@ -33,21 +33,22 @@ class Spacing(Protocol):
         """
 
 
-def grid_at(path: NoisePath, t: Tensor, end: End = "clean") -> Grid:
+def grid_at(path: NoisePath, t: Tensor, end: End | float = "clean") -> Grid:
     """Return the grid with one row at each time of t, and a last row.
 
     Args:
         path: The noise path.
         t: The falling times of the network evaluations, shape (steps,), float64.
         end: The last row. "clean" is alpha = 1, sigma = 0. "t_min" is the path's own t_min, where some noise is left.
-            "repeat" is the row before it again, so that the last step changes nothing (diffusers' DEIS).
+            "repeat" is the row before it again, so that the last step changes nothing (diffusers' DEIS). A number is
+            its time.
 
     Returns:
         The grid of steps + 1 rows.
     """
     t = t.to(torch.float64)
     ends = {"clean": path.t_of(0.0), "t_min": path.t_min, "repeat": float(t[-1])}
-    last = torch.tensor([ends[end]], dtype=torch.float64)
+    last = torch.tensor([ends[end] if isinstance(end, str) else end], dtype=torch.float64)
     t = torch.cat([t, last])
     alpha, sigma = path.alpha(t), path.sigma(t)
     if end == "clean":
@@ -206,12 +207,15 @@ class Leading:
             DPM-Solver, UniPC and DEIS do.
         past_end: Whether timesteps may lie above N - 1. Their noise level is that of N - 1, and the network gets the
             timestep as it is, as in diffusers' samplers that interpolate sigma / alpha (SDXL at 1000 steps).
+        stride_target: Whether the last row is one stride below the others if a trained timestep is there (the offset
+            is a stride or more), as in diffusers' DDIM and PNDM.
     """
 
     steps_offset: int = 0
     end: End = "clean"
     spare_row: bool = False
     past_end: bool = False
+    stride_target: bool = False
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """Return the grid of the leading timesteps.
@@ -234,7 +238,8 @@ class Leading:
                 f"steps={steps} with steps_offset={self.steps_offset} gives timesteps {int(t[0])} to {int(t[-1])}, "
                 f"outside 0 to {total - 1}; lower steps, or set steps_offset=0"
             )
-        return grid_at(path, t, self.end)
+        below = int(t[-1]) - total // steps
+        return grid_at(path, t, float(below) if self.stride_target and below >= 0 else self.end)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def _kdpm2(eta: float) -> Builder:
 
 
 def _pndm(o: Options) -> NoiseScheduler:
-    rows = common.timestep_spacing(o, common.last_row(o), integer=True)
+    rows = common.timestep_spacing(o, common.last_row(o), integer=True, stride_target=True)
     solver = PNDM(runge_kutta=not o.flag("skip_prk_steps"), whole_times=True)
     return NoiseScheduler(common.discrete_path(o, False), rows, Eps(), solver)
 

@@ -77,7 +77,7 @@ def timestep_spacing(
     """Return the spacing of the trained timesteps, from the option timestep_spacing."""
     match o.values.get("timestep_spacing", "linspace"):
         case "leading":
-            return Leading(o.count("steps_offset"), last, spare_row, past_end=spare_row or not integer)
+            return Leading(o.count("steps_offset"), last, spare_row, spare_row or not integer, stride_target)
         case "trailing":
             return Trailing(last, stride_target)
     return Linspace(integer, last, spare_row, stride_target)
