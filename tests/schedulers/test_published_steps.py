@@ -82,6 +82,22 @@ def test_sdxl_runs_at_1000_steps_as_in_diffusers() -> None:
     assert (found.times[0], found.ours) == (1000, "")
 
 
+@QUIET
+@pytest.mark.parametrize(
+    "name",
+    ["EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep", "DDPM", "DDIM", "LCM", "TCD"],
+)
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_a_zero_terminal_snr_of_the_linear_betas(name: str, spacing: str) -> None:
+    """diffusers raises the last alpha-bar of four of these classes above that of the timestep before it."""
+    options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "beta_schedule": "linear"}
+    case = Case(f"{name}Scheduler", {**options, "timestep_spacing": spacing, "beta_start": 0.0001, "beta_end": 0.02})
+    for steps in (1, 2, 7, 25):
+        found = outcome(case, steps)
+        assert found.agrees, found
+        assert not found.ours
+
+
 @pytest.mark.parametrize(
     ("name", "most"),
     [
