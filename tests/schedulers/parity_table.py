@@ -114,8 +114,8 @@ def cell(outcomes: list[Outcome]) -> str:
 def steps_table() -> str:
     """Return the table of all classes at every number of steps, and the known differences, as Markdown."""
     rows = [
-        "Each configuration at few, usual and all steps, in float64; at 999 and 1000 steps, one for each way to space",
-        "them. The worst max|a - b| / max|b| of the final state; a dash means that neither side gives a sample.",
+        "Each configuration at few, usual and all steps, in float64; at 999 and 1000 steps, some of them, spaced",
+        "differently. The worst max|a - b| / max|b| of the final state; a dash means that neither side gives a sample.",
         "A number in brackets is a known difference of some configurations, listed below.",
         "",
         f"| class of diffusers | {' | '.join(map(str, COUNTS))} |",
