@@ -115,8 +115,8 @@ def steps_table() -> str:
     """Return the table of all classes at every number of steps, and the known differences, as Markdown."""
     rows = [
         "Each configuration at few, usual and all steps, in float64; at 999 and 1000 steps, some of them, spaced",
-        "differently. The worst max|a - b| / max|b| of the final state; a dash means that neither side gives a sample.",
-        "A number in brackets is a known difference of some configurations, listed below.",
+        "differently. The worst max|a - b| / max|b| of the final state; a dash: none runs alike.",
+        "A number in brackets is a known difference of some configurations, listed below. Without one, neither side runs.",
         "",
         f"| class of diffusers | {' | '.join(map(str, COUNTS))} |",
         "|---" * (len(COUNTS) + 1) + "|",
