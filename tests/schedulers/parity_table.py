@@ -116,7 +116,7 @@ def steps_table() -> str:
     rows = [
         "Each configuration at few, usual and all steps, in float64; at 999 and 1000 steps, some of them, spaced",
         "differently. The worst max|a - b| / max|b| of the final state; a dash: none runs alike.",
-        "A number in brackets is a known difference of some configurations, listed below. Without one, neither side runs.",
+        "A number in brackets is a known difference of some of them, listed below. Without one, neither side runs.",
         "",
         f"| class of diffusers | {' | '.join(map(str, COUNTS))} |",
         "|---" * (len(COUNTS) + 1) + "|",
