@@ -92,11 +92,12 @@ def _base_spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
         case "linspace" if s.path == "flow":
             return _flow_linspace(s)
         case "leading":
-            return _from_settings(spacing.Leading, s)
+            return _from_settings(spacing.Leading, s, stride_target=False)
         case "trailing":
             return _from_settings(spacing.Trailing, s)
         case "linspace":
-            return _from_settings(spacing.Linspace, s, integer=s.integer_timesteps is not False)
+            integer = s.integer_timesteps is not False
+            return _from_settings(spacing.Linspace, s, integer=integer, stride_target=False)
         case "uniform":
             geometric = s.path == "ve" if s.geometric_sigma is None else s.geometric_sigma
             return _from_settings(spacing.UniformTime, s, geometric_sigma=geometric)

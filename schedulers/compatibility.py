@@ -220,12 +220,43 @@ def _check_steps(s: NoiseSchedulerSettings, steps: int | None) -> None:
         raise ValueError(
             f"steps={steps} of a model distilled on {s.original_steps or 50} steps; use that number or fewer"
         )
-    trained = s.train_steps or 1000
-    if s.spacing in ("leading", "trailing", "linspace") and s.path == "discrete_vp" and steps > trained:
+    if s.spacing in ("leading", "trailing", "linspace") and s.path == "discrete_vp":
+        _check_trained_timesteps(s, steps)
+
+
+def _check_trained_timesteps(s: NoiseSchedulerSettings, steps: int) -> None:
+    """Raise ValueError for more steps than the trained timesteps have, and name the most that they have."""
+    trained, leading = 1000 if s.train_steps is None else s.train_steps, s.spacing == "leading"
+    offset, spare = (s.steps_offset or 0) if leading else 0, leading and bool(s.spare_row)
+    most = most_steps(trained, spare, offset, steps)
+    if steps > most:
+        taken = (", one of them spare" if spare else "") + (f" and steps_offset={offset}" if offset else "")
+        fewer = f"use {most} or fewer, or" if most else "use another steps_offset, or"
         raise ValueError(
-            f"steps={steps} with spacing={s.spacing} on a path of {trained} trained timesteps; "
-            f"use {trained} or fewer, or spacing=karras"
+            f"steps={steps} with spacing={s.spacing} on a path of {trained} trained timesteps{taken}; "
+            f"{fewer} spacing=karras"
         )
+
+
+def most_steps(trained: int, spare_row: bool, steps_offset: int, wanted: int) -> int:
+    """Return the largest number of steps, at most `wanted`, for which all timesteps are trained ones.
+
+    Args:
+        trained: The number N of trained timesteps.
+        spare_row: Whether leading timesteps have one more row, which is dropped.
+        steps_offset: The offset of leading timesteps; 0 for every other spacing.
+        wanted: The number of steps asked for.
+
+    Returns:
+        The number of steps; 0 if there is none.
+    """
+    spare = int(spare_row)
+
+    def fits(steps: int) -> bool:
+        stride = trained // (steps + spare)
+        return spare * stride + steps_offset >= 0 and (steps - 1 + spare) * stride + steps_offset < trained
+
+    return next((steps for steps in range(min(wanted, trained - spare), 0, -1) if fits(steps)), 0)
 
 
 def _check_options(s: NoiseSchedulerSettings) -> None:

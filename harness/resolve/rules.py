@@ -133,7 +133,7 @@ def _check_model(run: ResolvedRun) -> None:
     apply_training_facts(config)
     check_checkpoint(config.model, run.checkpoint, run.denoiser, config.engine.name == NATIVE)
     if config.scheduler.family == PUBLISHED_FAMILY:
-        check_published_scheduler(config.scheduler, run.checkpoint.folder)
+        check_published_scheduler(config.scheduler, run.checkpoint.folder, config.request.steps)
 
 
 def _check_cache(config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """Every config composes and validates; what cannot run is refused in one line that says what to change."""
 
 import json
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -172,7 +173,38 @@ def test_a_plan_reads_no_weights_and_lists_every_layout() -> None:
 def test_combinations_are_refused() -> None:
     assert "not both" in refused("request.prompt=a", "request.prompts=[a]")
     assert "use launch.mode=torchrun" in refused("parallel=dp2", "launch.mode=inprocess")
-    assert "1000" in refused("scheduler=ddpm", "model.load=dummy", "request.steps=2000")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [
+        (["scheduler=ddpm"], 1000),
+        (["scheduler=ddpm", "scheduler.spacing=trailing"], 1000),
+        (["scheduler=ddpm", "scheduler.train_steps=50"], 50),
+        (["scheduler=ddpm", "scheduler.spacing=leading", "scheduler.steps_offset=1"], 999),
+        (["scheduler=ddpm", "scheduler.spacing=leading", "scheduler.spare_row=true"], 999),
+        (["scheduler=ddpm", "scheduler.spacing=lcm"], 50),
+        (["model=sdxl"], 1000),
+        (["model=sd21"], 999),
+    ],
+)
+def test_more_steps_than_timesteps_are_refused_with_the_most(overrides: list[str], most: int) -> None:
+    dummy = [*overrides, "model.load=dummy"]
+    for steps in (most + 1, 2000):
+        assert re.search(rf"steps={steps}.*\b{most}\b", refused(*dummy, f"request.steps={steps}"))
+    assert compose(*dummy, f"request.steps={most}").config.request.steps == most
+
+
+def test_a_published_file_that_is_not_supported_is_refused_with_the_reason(tmp_path: Path) -> None:
+    folder = shutil.copytree(REFERENCE / "emoji", tmp_path / "emoji")
+    file = folder / "scheduler" / "scheduler_config.json"
+    for content, reason in [
+        ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler is not supported: its table holds sigma squared"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "laplace"}, "beta_schedule='laplace' is not supported"),
+    ]:
+        file.write_text(json.dumps(content))
+        assert f"{file}: " in (line := refused(f"model.path={folder}", "scheduler=published"))
+        assert reason in line
 
 
 FACTS = {
