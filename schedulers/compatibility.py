@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from schedulers.limits import check_values
 from schedulers.settings import FAMILIES, LEVEL_SPACINGS, PREDICTIONS, SOLVERS, SPACINGS, NoiseSchedulerSettings
 
 
@@ -172,6 +173,7 @@ def resolve(settings: NoiseSchedulerSettings, steps: int | None = None) -> Noise
     _check_start(full)
     _check_steps(full, steps)
     _check_options(full)
+    check_values(full, steps)
     return full
 
 

@@ -46,6 +46,8 @@ def wrong(declared: Option, numeric: bool) -> Iterator[Any]:
         yield from [] if declared.low is None else [declared.low - 1]
         yield from [] if declared.high is None else [declared.high + 1]
         yield from [] if declared.above is None else [declared.above]
+        yield from [] if declared.below is None else [declared.below]
+        yield -math.inf
 
 
 def typed(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -125,9 +127,9 @@ def test_an_enum_has_its_own_words() -> None:
     ("override", "line"),
     [
         ("scheduler.end=cleen", "scheduler.end=cleen is not one of clean, t_min; did you mean clean?"),
-        ("scheduler.beta_end=nan", "scheduler.beta_end=nan; give a finite number, 0 to 1"),
-        ("scheduler.mu=inf", "scheduler.mu=inf; give a finite number"),
-        ("scheduler.sigmas=[1.0,0.0]", "scheduler.sigmas=0.0; give more than 0"),
+        ("scheduler.beta_end=nan", "scheduler.beta_end=nan; give a finite number, more than 0 and less than 1"),
+        ("scheduler.mu=inf", "scheduler.mu=inf; give a finite number, -7 to 7"),
+        ("scheduler.sigmas=[1.0,0.0]", "scheduler.sigmas=0.0; give 1e-06 to 1e+06"),
         ("scheduler.edm_sign=2", "scheduler.edm_sign=2 is not one of 1, -1"),
         ("scheduler.solver.name=eular", "scheduler.solver.name=eular is not one of euler, ddim"),
         ("model.checkpoint_defaults.ddpm.end=tmin", "model.checkpoint_defaults.ddpm.end=tmin is not one of clean"),
