@@ -216,7 +216,7 @@ def _check_steps(s: NoiseSchedulerSettings, steps: int | None) -> None:
         raise ValueError(f"steps={steps}, but {len(s.sigmas)} sigmas are given; use {len(s.sigmas)} steps")
     if s.spacing == "lcm" and steps > (s.original_steps or 50):
         raise ValueError(
-            f"steps={steps} of a model distilled on {s.original_steps or 50} steps; use that number or fewer"
+            f"steps={steps} of a model distilled on original_steps={s.original_steps or 50}; use that number or fewer"
         )
     trained = s.train_steps or 1000
     if s.spacing in ("leading", "trailing", "linspace") and s.path == "discrete_vp" and steps > trained:

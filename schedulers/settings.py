@@ -104,7 +104,9 @@ class SamplingDefaults:
         None, "How timesteps are spaced. null = the first spacing of the path.", words=SPACINGS
     )
     end: str | None = option(None, "Last row of the timesteps. null = clean.", words=("clean", "t_min"))
-    steps_offset: int | None = option(None, "Offset added to the timesteps of spacing=leading. null = 0.")
+    steps_offset: int | None = option(
+        None, "Offset added to the timesteps of spacing=leading. null = 0.", low=-10_000, high=10_000
+    )
     shift: float | None = option(None, "Static timestep shift of a flow. null = 1, no shift.", low=1e-3, high=1000)
     base_shift: float | None = option(
         None, "Shift exponent mu at base_tokens, for a shift that grows with the image.", low=-MAX_MU, high=MAX_MU

@@ -70,7 +70,7 @@ EDM, VE, VP, SUB_VP = ({"family": "sgm", "path": path} for path in ("edm", "ve",
         ),
         (
             {**DDPM, "spacing": "lcm", "original_steps": 4},
-            "steps=5 of a model distilled on 4 steps; use that number or fewer",
+            "steps=5 of a model distilled on original_steps=4; use that number or fewer",
         ),
         ({**DDPM, "train_steps": 5, "spare_row": True}, "steps=5 with spare_row=true make 6 rows on a path of 5"),
         (
