@@ -187,6 +187,13 @@ def starts_at_pure_noise(s: NoiseSchedulerSettings) -> bool:
     return bool(s.zero_terminal_snr) and s.spacing in ("trailing", "linspace")
 
 
+def scales_state(s: NoiseSchedulerSettings) -> bool:
+    """Return whether resolved settings scale the first noise or the network's input."""
+    if s.path == "flow":
+        return not starts_at_pure_noise(s)
+    return s.path in ("edm", "ve") or s.coordinates == "ve"
+
+
 def _check_start(s: NoiseSchedulerSettings) -> None:
     """Raise ValueError for what cannot start at alpha = 0."""
     if s.zero_terminal_snr and s.prediction == "eps":
