@@ -187,6 +187,19 @@ def starts_at_pure_noise(s: NoiseSchedulerSettings) -> bool:
     return bool(s.zero_terminal_snr) and s.spacing in ("trailing", "linspace")
 
 
+def spacing_options(s: NoiseSchedulerSettings) -> tuple[str, ...]:
+    """Return the settings that the spacing of resolved settings uses, without those of its path."""
+    flow = (s.path, s.spacing) == ("flow", "linspace")
+    return FLOW_LINSPACE_OPTIONS if flow else SPACING_OPTIONS[s.spacing or ""]
+
+
+def used_settings(s: NoiseSchedulerSettings) -> set[str]:
+    """Return the names of the settings that have an effect on resolved settings."""
+    used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
+    used |= {*PATHS[s.path or ""].options, *SOLVERS[s.solver or ""]}
+    return used | {*PREDICTION_OPTIONS.get(s.prediction or "", ()), *spacing_options(s)}
+
+
 def scales_state(s: NoiseSchedulerSettings) -> bool:
     """Return whether resolved settings scale the first noise or the network's input."""
     if s.path == "flow":
@@ -241,15 +254,17 @@ def _check_options(s: NoiseSchedulerSettings) -> None:
         raise ValueError("shift, mu and base_shift with max_shift all set the shift; give only one of them")
     if (s.base_shift is None) != (s.max_shift is None):
         raise ValueError("base_shift and max_shift go together; give both, or shift alone")
-    rules, path, spacing = PATHS[s.path or ""], s.path, s.spacing or ""
-    used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
-    used |= {*rules.options, *SOLVERS[s.solver or ""], *PREDICTION_OPTIONS.get(s.prediction or "", ())}
-    used |= set(FLOW_LINSPACE_OPTIONS if (path, spacing) == ("flow", "linspace") else SPACING_OPTIONS[spacing])
+    if s.threshold is not None and (s.clip is None or s.clip == 1):
+        warnings.warn(
+            f"threshold={s.threshold:g} clamps |x0| to 1 whatever its quantile is; set clip above 1",
+            stacklevel=3,
+        )
+    used = used_settings(s)
     unused = [f.name for f in fields(s) if f.name not in used and getattr(s, f.name) is not None]
     if unused:
         warnings.warn(
-            f"{', '.join(unused)} has no effect with family={s.family}, path={path}, solver={s.solver}, "
-            f"spacing={spacing}, prediction={s.prediction}; remove it or change one of these",
+            f"{', '.join(unused)} has no effect with family={s.family}, path={s.path}, solver={s.solver}, "
+            f"spacing={s.spacing}, prediction={s.prediction}; remove it or change one of these",
             stacklevel=3,
         )
 

@@ -67,11 +67,9 @@ def check_tokens(s: NoiseSchedulerSettings, tokens: int) -> None:
 
 def largest_sigma(s: NoiseSchedulerSettings) -> float:
     """Return the largest sigma of the states of complete settings, in their coordinates."""
-    if s.path in ("edm", "ve"):
-        return _path_range(s)[1]
-    if s.coordinates == "ve":
-        return _path_range(s)[1]
-    return 1.0
+    if s.path == "edm" and s.spacing == "custom" and s.sigmas:
+        return s.sigmas[0]
+    return _path_range(s)[1] if s.path in ("edm", "ve") or s.coordinates == "ve" else 1.0
 
 
 def betas(s: NoiseSchedulerSettings) -> list[float]:
@@ -140,6 +138,8 @@ def _path_range(s: NoiseSchedulerSettings) -> tuple[float, float]:
         lost = (low + high) / 2
         return 0.0, 2 * math.sinh(lost / 2) if s.path == "sub_vp" else math.sqrt(math.expm1(lost))
     low, high = (0.002, 80.0) if s.path == "edm" else (0.01, 50.0)
+    if s.path == "edm" and s.spacing == "custom":
+        return low, high  # it uses neither sigma_min nor sigma_max
     return low if s.sigma_min is None else s.sigma_min, high if s.sigma_max is None else s.sigma_max
 
 

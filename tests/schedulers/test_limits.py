@@ -1,6 +1,8 @@
 """Values that do not agree with one another are refused as settings are resolved, with what to change."""
 
+import dataclasses
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -8,7 +10,9 @@ import torch
 
 from schedulers import NoiseSchedulerSettings, paths, resolve
 from schedulers.build import build
+from schedulers.compatibility import PATHS
 from schedulers.limits import MAX_ORDERS, betas, check_tokens, largest_sigma
+from schedulers.settings import FAMILIES
 
 FLOW, DDPM = {"family": "rectified_flow"}, {"family": "ddpm"}
 KARRAS = {"family": "ddpm", "spacing": "karras"}
@@ -174,3 +178,83 @@ def test_the_last_level_is_sigma_min_whatever_it_is(spacing: str) -> None:
     for sigma_min in (0.002, 0.003, 0.0123, 0.1, 0.7):
         grid = build(NoiseSchedulerSettings("sgm", spacing=spacing, sigma_min=sigma_min, end="t_min")).grid(5)
         assert grid.sigma[-2] == grid.sigma[-1] == sigma_min
+
+
+UNUSED = {
+    "end": "t_min",
+    "steps_offset": 3,
+    "shift": 3.0,
+    "sigma_min": 0.05,
+    "sigma_max": 0.9,
+    "learned_variance": None,
+    "train_steps": 500,
+    "beta_schedule": "scaled_linear",
+    "beta_min": 0.2,
+    "sigma_data": 0.7,
+    "tau_map": "sigma",
+    "edm_sign": -1,
+    "coordinates": "ve",
+    "integer_timesteps": False,
+    "spare_row": True,
+    "stride_target": True,
+    "round_tau": "floor",
+    "rho": 3.0,
+    "t_last": 0.1,
+    "geometric_sigma": False,
+    "original_steps": 40,
+    "sigma_last": 0.01,
+    "sigma_first": 0.9,
+    "sigma_cap": 0.9,
+    "shift_terminal": 0.02,
+    "eta": 0.5,
+    "variance": "large",
+    "final_noise": True,
+    "kind": "heun",
+    "order": 3,
+    "b": "bh1",
+    "corrector": False,
+    "lower_order_final": False,
+    "runge_kutta": True,
+    "boundary": True,
+    "timestep_scaling": 5.0,
+    "gamma": 0.5,
+    "s_churn": 10.0,
+    "corrections": 2,
+    "rtol": 0.1,
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_option_that_is_said_to_have_no_effect_has_none(path: str, gaussian: Any) -> None:
+    family = next(family for family, own in FAMILIES.items() if path in own)
+    for spacing in PATHS[path].spacings:
+        for solver in ("ddim", "unipc"):
+            base = NoiseSchedulerSettings(family, path=path, spacing=spacing, solver=solver)
+            base = dataclasses.replace(base, sigmas=[0.9, 0.5, 0.3, 0.1] if spacing == "custom" else None)
+            expected = sampled(base, gaussian)
+            for name, value in UNUSED.items():
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    try:
+                        given = dataclasses.replace(base, **{name: value})
+                        resolve(given, 4)
+                    except ValueError:
+                        continue  # it is used, and does not fit
+                    if caught:
+                        assert torch.equal(sampled(given, gaussian), expected), (spacing, solver, name)
+
+
+def sampled(settings: NoiseSchedulerSettings, gaussian: Any) -> torch.Tensor:
+    scheduler = build(settings)
+    grid = scheduler.grid(4, 64)
+    noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    return torch.cat([scheduler.sample(noise, grid, gaussian.denoise, lambda i: noise), grid.tau[None, :3].float()])
+
+
+def test_an_option_of_the_solver_is_not_taken_for_one_of_the_spacing() -> None:
+    """`kind` of DPM-Solver and `b` of UniPC are also names of a growing shift and of a beta distribution."""
+    growing = NoiseSchedulerSettings("rectified_flow", solver="dpmpp_2m", base_shift=0.5, max_shift=1.15)
+    plain = build(growing).grid(4, 1024)
+    assert torch.equal(build(dataclasses.replace(growing, kind="heun")).grid(4, 1024).sigma, plain.sigma)
+    beta = NoiseSchedulerSettings("rectified_flow", solver="unipc", spacing="beta")
+    assert torch.equal(build(dataclasses.replace(beta, b="bh1")).grid(4).sigma, build(beta).grid(4).sigma)
