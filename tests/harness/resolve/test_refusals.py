@@ -47,7 +47,7 @@ FLUX = ["model=flux", "scheduler=rectified_flow", "model.load=dummy"]
             "diffusers' pipeline of model=flux scales neither noise nor network input",
         ),
         (
-            [*FLUX, "scheduler.max_shift=7", "scheduler.base_tokens=4000"],
+            [*FLUX, "scheduler.max_shift=7", "scheduler.max_tokens=2000"],
             "base_shift=0.5 and max_shift=7 give mu=",
         ),
         (["task=train", "train.denoiser.heads=7"], "train.denoiser.width=256 is not a multiple of"),
