@@ -40,7 +40,8 @@ def build(settings: NoiseSchedulerSettings) -> NoiseScheduler:
     """
     s = resolve(settings)
     used = used_settings(s)
-    s = replace(s, **{f.name: None for f in fields(s) if f.name not in used})  # what has no effect, has none
+    unused: dict[str, Any] = {f.name: None for f in fields(s) if f.name not in used}
+    s = replace(s, **unused)
     state_dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(s.state_dtype or "")
     return NoiseScheduler(_path(s), _spacing(s), _prediction(s), _solver(s), state_dtype)
 

@@ -23,6 +23,7 @@ from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.options import check_options
+from harness.resolve.prompts import check_prompts
 from harness.resolve.published_scheduler import check_published_scheduler
 from harness.resolve.request import to_message
 from harness.resolve.run import ResolvedRun
@@ -150,6 +151,7 @@ def _check_model(run: ResolvedRun) -> None:
     apply_training_facts(config)
     check_checkpoint(config.model, run.checkpoint, run.denoiser)
     check_learned_variance(config, run.checkpoint.config_folder(run.denoiser))
+    check_prompts(config.model, run.checkpoint, run.denoiser, to_message(config.request))
     if config.scheduler.family == PUBLISHED_FAMILY:
         check_published_scheduler(config.scheduler, run.checkpoint.folder)
 

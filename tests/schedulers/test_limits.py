@@ -180,7 +180,7 @@ def test_the_last_level_is_sigma_min_whatever_it_is(spacing: str) -> None:
         assert grid.sigma[-2] == grid.sigma[-1] == sigma_min
 
 
-UNUSED = {
+UNUSED: dict[str, Any] = {
     "end": "t_min",
     "steps_offset": 3,
     "shift": 3.0,

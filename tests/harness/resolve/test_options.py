@@ -114,7 +114,7 @@ def test_values_at_the_edges_and_every_word_are_accepted(key: str, declared: Opt
 
 def test_an_enum_has_its_own_words() -> None:
     for key, declared in KEYS:
-        value = copy.copy(full())
+        value: Any = copy.copy(full())
         for part in key.replace("[0]", ".0").split("."):
             value = (
                 value[part] if isinstance(value, dict) else value[int(part)] if part.isdigit() else getattr(value, part)
