@@ -32,7 +32,7 @@ from schedulers.grid import Point
 from schedulers.options import Option, option_of
 from schedulers.prediction import Estimate, Prediction
 from schedulers.settings import FAMILIES, SOLVERS
-from tests.harness.resolve.test_options import ANNOTATIONS, KEYS, is_number, put
+from tests.fixtures.options import ANNOTATIONS, KEYS, is_number, put
 
 NUMBERS = (-1.0, 0.0, 1e-30, math.nan, math.inf, -math.inf, 1e30)
 WHOLE = (-1, 0, 10**12, 10**30)
