@@ -30,8 +30,9 @@ def check_prompts(model: ModelConfig, layout: CheckpointLayout, denoiser: str, r
         index = layout.folder / "model_index.json"
         names = read_names(read_json(index) if index.is_file() else {})
         classes = read_json(layout.config_folder(denoiser) / "config.json").get("num_embeds_ada_norm")
-        for prompt in prompts if isinstance(classes, int) else ():
-            class_number(prompt, names, classes)
+        if isinstance(classes, int):
+            for prompt in prompts:
+                class_number(prompt, names, classes)
 
 
 def check_guidance(request: GenerationRequest, has_guidance: bool) -> None:
