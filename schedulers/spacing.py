@@ -416,6 +416,7 @@ class Karras:
         low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "karras", steps)
         ramp = torch.linspace(0, 1, _check_steps(steps), dtype=torch.float64)
         levels = (high ** (1 / self.rho) + ramp * (low ** (1 / self.rho) - high ** (1 / self.rho))) ** self.rho
+        levels[1:][-1:] = low  # powers are not exact, and the levels must not end below the path
         return _grid_at_levels(path, self.level_kind, levels, self.end)
 
 
@@ -441,6 +442,7 @@ class Exponential:
         """Return the grid of the levels."""
         low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "exponential", steps)
         levels = torch.linspace(math.log(high), math.log(low), _check_steps(steps), dtype=torch.float64).exp()
+        levels[1:][-1:] = low
         levels[0] = high  # log and exp are not exact, and a flow's 1 must stay 1
         return _grid_at_levels(path, self.level_kind, levels, self.end)
 

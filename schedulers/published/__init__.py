@@ -37,7 +37,7 @@ def check_published(config: Mapping[str, object], steps: int | None = None) -> N
         check_steps(options, steps)
 
 
-def from_diffusers(config: Mapping[str, object] | str | Path, even_sigmas: bool = False) -> "NoiseScheduler":
+def from_diffusers(config: Mapping[str, object] | str | Path, even_sigmas: bool = False) -> NoiseScheduler:
     """Return the noise scheduler of a published configuration: same grid, same steps, same noise.
 
     Some arguments of a diffusers class's step are not in the file (DDIM's eta, Euler's churn). They are off here;
