@@ -19,12 +19,15 @@ def leave_working_folder() -> None:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the installed command."""
     leave_working_folder()
     from harness.cli import main as run
 
     run()
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # without a frame of its own on the stack
+    leave_working_folder()
+    from harness.cli import main as run
+
+    run()
