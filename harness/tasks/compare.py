@@ -104,7 +104,8 @@ def run_compare(
         finally:
             for generator in generators:
                 generator.stop()
-        statuses, verdicts = {}, {}
+        statuses: dict[str, Status] = {}
+        verdicts: dict[str, str] = {}
         for name, each, session, record, own in zip(COMPARED, pair, sessions, records, folders, strict=True):
             judged = add_fidelity(each, session, record, ReferenceRenderer(own.path, bars))
             session.save(judged, own)

@@ -167,6 +167,12 @@ def hold_repeats(subject: Subject) -> list[Check]:
     """Hold the repeats to one another: the same request on the same ranks.
 
     On a CPU every bit is repeated. A GPU may choose other kernels in a later repeat, which round anew.
+
+    Args:
+        subject: The run.
+
+    Returns:
+        The check, or none for a single repeat.
     """
     measured = subject.measured
     if sum(map(len, measured.repeats)) < 2:
