@@ -1,15 +1,15 @@
 """From plain settings to a NoiseScheduler: the only place that branches on names."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 
 from schedulers import paths, prediction, spacing
-from schedulers.compatibility import resolve
+from schedulers.compatibility import resolve, unused_options
 from schedulers.noise_scheduler import NoiseScheduler
-from schedulers.settings import NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings, SolverOptions
 from schedulers.solvers.adams import DEIS, LMS, PNDM
 from schedulers.solvers.base import Solver
 from schedulers.solvers.dpm import DPMSolver
@@ -38,6 +38,7 @@ def build(settings: NoiseSchedulerSettings) -> NoiseScheduler:
         ValueError: As `compatibility.resolve`, or for a value out of range.
     """
     s = resolve(settings)
+    s = _without(s, unused_options(s))
     state_dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(s.state_dtype or "")
     return NoiseScheduler(_path(s), _spacing(s), _prediction(s), _solver(s), state_dtype)
 
@@ -47,6 +48,12 @@ def _from_settings(kind: type[Component], s: NoiseSchedulerSettings, **fixed: An
     settings = {f.name for f in fields(s)}
     names = [f.name for f in fields(kind) if f.name in settings and f.name not in fixed]  # type: ignore[arg-type]
     return kind(**{name: value for name in names if (value := getattr(s, name)) is not None}, **fixed)
+
+
+def _without(s: NoiseSchedulerSettings, names: list[str]) -> NoiseSchedulerSettings:
+    """Return the settings with some options at None, their default."""
+    changes: dict[str, Any] = dict.fromkeys(names)
+    return replace(s, **changes)
 
 
 def _path(s: NoiseSchedulerSettings) -> paths.NoisePath:
@@ -79,6 +86,7 @@ def _spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
 
 
 def _base_spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
+    s = _without(s, [f.name for f in fields(SolverOptions)])  # a solver's kind and b are no spacing's
     level_kind: spacing.LevelKind = "flow" if s.path == "flow" else "ratio"
     match s.spacing:
         case "linspace" if s.path == "flow":

@@ -32,7 +32,7 @@ CONTINUOUS_VP = PathRules(
     ("beta_min", "beta_max", "t_last", "end", "learned_variance"),
 )
 PATHS: dict[str, PathRules] = {
-    "flow": PathRules(("flow", "v", "x0"), ("linspace", *LEVEL_SPACINGS), ("round_tau",)),
+    "flow": PathRules(("flow", "v", "x0"), ("linspace", *LEVEL_SPACINGS), ("round_tau", "learned_variance")),
     "discrete_vp": PathRules(
         ("eps", "v", "x0"),
         ("leading", "trailing", "linspace", *LEVEL_SPACINGS, "lcm"),
@@ -48,14 +48,18 @@ PATHS: dict[str, PathRules] = {
             "learned_variance",
         ),
     ),
-    "edm": PathRules(("edm", "score", "eps", "x0", "v", "flow"), LEVEL_SPACINGS, ("sigma_data", "tau_map", "end")),
-    "ve": PathRules(("score", "eps", "x0", "v"), ("uniform", *LEVEL_SPACINGS), ("sigma_min", "sigma_max", "end")),
+    "edm": PathRules(
+        ("edm", "score", "eps", "x0", "v", "flow"), LEVEL_SPACINGS, ("sigma_data", "tau_map", "end", "learned_variance")
+    ),
+    "ve": PathRules(
+        ("score", "eps", "x0", "v"), ("uniform", *LEVEL_SPACINGS), ("sigma_min", "sigma_max", "end", "learned_variance")
+    ),
     "vp": CONTINUOUS_VP,
     "sub_vp": CONTINUOUS_VP,
 }
 
 SPACING_OPTIONS: dict[str, tuple[str, ...]] = {
-    "linspace": ("integer_timesteps", "spare_row"),
+    "linspace": ("integer_timesteps", "spare_row", "stride_target"),
     "leading": ("steps_offset", "spare_row"),
     "trailing": ("stride_target",),
     "uniform": ("t_last", "geometric_sigma"),
@@ -232,17 +236,21 @@ def _check_options(s: NoiseSchedulerSettings) -> None:
         raise ValueError("shift, mu and base_shift with max_shift all set the shift; give only one of them")
     if (s.base_shift is None) != (s.max_shift is None):
         raise ValueError("base_shift and max_shift go together; give both, or shift alone")
-    rules, path, spacing = PATHS[s.path or ""], s.path, s.spacing or ""
-    used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
-    used |= {*rules.options, *SOLVERS[s.solver or ""], *PREDICTION_OPTIONS.get(s.prediction or "", ())}
-    used |= set(FLOW_LINSPACE_OPTIONS if (path, spacing) == ("flow", "linspace") else SPACING_OPTIONS[spacing])
-    unused = [f.name for f in fields(s) if f.name not in used and getattr(s, f.name) is not None]
-    if unused:
+    if unused := unused_options(s):
         warnings.warn(
-            f"{', '.join(unused)} has no effect with family={s.family}, path={path}, solver={s.solver}, "
-            f"spacing={spacing}, prediction={s.prediction}; remove it or change one of these",
+            f"{', '.join(unused)} has no effect with family={s.family}, path={s.path}, solver={s.solver}, "
+            f"spacing={s.spacing}, prediction={s.prediction}; remove it or change one of these",
             stacklevel=3,
         )
+
+
+def unused_options(s: NoiseSchedulerSettings) -> list[str]:
+    """Return the options that resolved settings give and nothing uses; `schedulers.build` leaves them out."""
+    spacing = s.spacing or ""
+    used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
+    used |= {*PATHS[s.path or ""].options, *SOLVERS[s.solver or ""], *PREDICTION_OPTIONS.get(s.prediction or "", ())}
+    used |= set(FLOW_LINSPACE_OPTIONS if (s.path, spacing) == ("flow", "linspace") else SPACING_OPTIONS[spacing])
+    return [f.name for f in fields(s) if f.name not in used and getattr(s, f.name) is not None]
 
 
 def check(
