@@ -160,6 +160,8 @@ class RankReport(msgspec.Struct, frozen=True):
         skips: what a cache skipped, per image.
         energy_j: the energy of the rank's GPU, or on the first rank of a machine of its processors, in joules; None if
             it is not reported or another rank reports it.
+        cpu_s: the CPU time of the rank's process, s; None in answers of other engines.
+        involuntary_switches: how often another process took the rank's processor.
     """
 
     rank: int
@@ -175,6 +177,8 @@ class RankReport(msgspec.Struct, frozen=True):
     operators: dict[str, list[OperatorTime]] = {}
     skips: list[CacheSkips] = []
     energy_j: float | None = None
+    cpu_s: float | None = None
+    involuntary_switches: int = 0
 
 
 class SampleResult(msgspec.Struct, frozen=True):
@@ -288,6 +292,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
         running: the number of requests in progress.
         evaluations: the forwards of the denoiser since the ranks were ready, on the first rank of each replica.
         rows: the batch rows of those forwards: two for a guided image, one for a guided image with cfg=2.
+        cpu_capability: the instruction set of PyTorch's CPU kernels on rank 0; empty if no rank said so.
     """
 
     state: str
@@ -305,6 +310,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     running: int = 0
     evaluations: int = 0
     rows: int = 0
+    cpu_capability: str = ""
 
 
 Message: TypeAlias = (

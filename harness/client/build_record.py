@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +14,22 @@ from safetensors import SafetensorError
 
 from harness.config.cache import IDENTITY, NONE, CacheConfig
 from harness.config.schema import ModelConfig, QualityConfig, RequestConfig
+from harness.device.usage import MachineUsage, load_average
 from harness.messages import Array, CacheSkips, EngineInfo, GenerationResult, OperatorTime, RankReport, total_sent_bytes
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import Summary, summarize
 from harness.records.media import to_uint8
-from harness.records.provenance import provenance
+from harness.records.provenance import Beginning, provenance
 from harness.records.record import (
+    BETWEEN_STAGES,
     SCHEMA,
     AttentionRow,
     CacheUse,
     EngineRow,
     FirstCall,
+    MachineLoad,
     Record,
     Repeat,
     Statistics,
@@ -36,11 +40,23 @@ from harness.resolve.engines_table import CACHE_DIT, engine_version
 from harness.resolve.run import ResolvedRun
 from models import hub
 
+BUSY_CORES, BUSY_SHARE = 0.25, 0.05  # processors, and share of all, that other processes may use without a note
+PLANNED = "hardware"  # the group that describes the machine of task=plan, not the one of a run
+STEAL_SHARE = 0.01  # share of steal time without a note
 OPERATORS = 20  # the number of operators that a profile lists by name
 
 
-def make_repeat(result: GenerationResult, client_ms: float) -> Repeat:
-    """Return one answer as a repeat: the stages and steps of the slowest rank, the memory of the largest."""
+def make_repeat(
+    result: GenerationResult, client_ms: float, watched: MachineUsage | None = None, hosts: int = 1
+) -> Repeat:
+    """Return one answer as a repeat: the stages and steps of the slowest rank, the memory of the largest.
+
+    Args:
+        result: the answer.
+        client_ms: the time that the client waited, ms.
+        watched: what the client's machine used in that time, if it was watched.
+        hosts: the number of machines of the ranks.
+    """
     slowest = max(result.ranks, key=_total_ms)
     largest = max(result.ranks, key=lambda report: report.peak_memory_mib)
     return Repeat(
@@ -50,7 +66,52 @@ def make_repeat(result: GenerationResult, client_ms: float) -> Repeat:
         denoise_steps_ms=slowest.denoise_steps_ms,
         networks_ms=slowest.networks_ms,
         memory_checkpoints=largest.memory_checkpoints,
+        machine=None if watched is None else machine_load(result.ranks, watched, hosts),
     )
+
+
+def machine_load(ranks: Sequence[RankReport], watched: MachineUsage, hosts: int) -> MachineLoad | None:
+    """Return how busy the processors were during one answer, or None if the ranks do not report their CPU time."""
+    used_s = [report.cpu_s for report in ranks if report.cpu_s is not None]
+    if len(used_s) < len(ranks):
+        return None
+    other_cores = steal_share = None
+    if watched.busy_s is not None and hosts == 1:
+        other_cores = max(0.0, watched.busy_s - sum(used_s) - watched.client_s) / watched.wall_s
+    if watched.steal_s is not None:
+        steal_share = watched.steal_s / watched.wall_s / (os.cpu_count() or 1)
+    return MachineLoad(
+        rank_cores=sum(used_s) / watched.wall_s,
+        involuntary_switches=sum(report.involuntary_switches for report in ranks),
+        other_cores=other_cores,
+        steal_share=steal_share,
+        load_average=load_average(),
+    )
+
+
+def machine_notes(repeats: Sequence[Repeat]) -> list[str]:
+    """Return notes that say so if the machine was busy with something else while repeats were measured.
+
+    The means are over the time of all repeats, because the kernel counts in ticks of 10 ms.
+    """
+    loads = [(repeat.machine, repeat.client_duration_ms) for repeat in repeats if repeat.machine is not None]
+    total_ms, cores, notes = sum(ms for _, ms in loads), os.cpu_count() or 1, []
+    others = [(load.other_cores, ms) for load, ms in loads if load.other_cores is not None]
+    mean = sum(used * ms for used, ms in others) / total_ms if others else 0.0
+    if mean > max(BUSY_CORES, BUSY_SHARE * cores):
+        averages = [load.load_average for load, _ in loads if load.load_average is not None]
+        average = f", load average up to {max(averages):.1f}" if averages else ""
+        notes.append(
+            f"the machine was busy: other processes used {mean:.2g} of its {cores} processors during the repeats"
+            f"{average}; measure again when it is idle"
+        )
+    stolen = [(load.steal_share, ms) for load, ms in loads if load.steal_share is not None]
+    share = sum(part * ms for part, ms in stolen) / total_ms if stolen else 0.0
+    if share > STEAL_SHARE:
+        notes.append(
+            f"the hypervisor gave {share:.1%} of the processors' time to others during the repeats; measure again later"
+        )
+    return notes
 
 
 def overhead_share(repeat: Repeat) -> float:
@@ -85,11 +146,14 @@ def summarize_repeats(
         name: [next(stage.duration_ms for stage in repeat.steps if stage.name == name) for repeat in repeats]
         for name in stages
     }
+    durations[BETWEEN_STAGES] = [repeat.between_stages_ms for repeat in repeats]
     latency = summarize([repeat.total_duration_ms for repeat in repeats])
     evaluations = sum(report.network_evaluations.get("denoiser", 0) for report in last.ranks[::replica_size])
     cache = cache_use([skips for report in last.ranks[::replica_size] for skips in report.skips])
     micro_batches = math.ceil(len(last.samples) / batch_size)
-    step = summarize([step.duration_ms for repeat in repeats for step in repeat.denoise_steps_ms])
+    step = summarize([duration_ms for repeat in repeats for duration_ms in repeat.later_steps_ms])
+    first_steps_ms = [repeat.denoise_steps_ms[0].duration_ms for repeat in repeats if len(repeat.denoise_steps_ms) > 1]
+    typical_ms = step.median if even else fmean(s.duration_ms for repeat in repeats for s in repeat.denoise_steps_ms)
     flops = None if flops_result is None else flops_per_step(flops_result, replica_size)
     return Statistics(
         latency_ms=latency,
@@ -101,11 +165,12 @@ def summarize_repeats(
         peak_memory_mib=peaks,
         peak_memory_mib_max=max(peaks),
         flops_per_step=flops,
-        achieved_tflops=None if flops is None else flops / (step.median if even else step.mean) / 1e9,
+        achieved_tflops=None if flops is None else flops / typical_ms / 1e9,
         ceiling_tflops=sum(ceilings[:replica_size]) or None,
         comm=max((report.comm for report in last.ranks), key=total_sent_bytes),
         cache=cache,
         energy_j=request_energy(results),
+        first_step_ms=summarize(first_steps_ms) if first_steps_ms else None,
     )
 
 
@@ -213,7 +278,13 @@ def hub_commit_note(model: ModelConfig, folder: Path) -> list[str]:
     return [] if model.path is None or found is None else [f"model.path={model.path} is commit {found}, in {folder}"]
 
 
-def base_record(run: ResolvedRun, info: EngineInfo, environment: dict[str, str], first: FirstCall) -> Record:
+def base_record(
+    run: ResolvedRun,
+    info: EngineInfo,
+    environment: dict[str, str],
+    first: FirstCall,
+    beginning: Beginning | None = None,
+) -> Record:
     """Return the record of a run before anything is measured.
 
     Args:
@@ -221,6 +292,7 @@ def base_record(run: ResolvedRun, info: EngineInfo, environment: dict[str, str],
         info: the state of the ranks.
         environment: the environment variables of the ranks.
         first: the times of starting and loading.
+        beginning: what was noted before the run; None notes it now.
 
     Returns:
         The record, without samples, repeats and summary.
@@ -230,8 +302,8 @@ def base_record(run: ResolvedRun, info: EngineInfo, environment: dict[str, str],
         schema=SCHEMA,
         fingerprint=fingerprint(declared),
         overrides=run.overrides,
-        config=declared,
-        provenance=provenance(info, environment),
+        config={key: value for key, value in declared.items() if key != PLANNED},
+        provenance=provenance(info, environment, beginning),
         attention=AttentionRow(config.attention.backend, info.attention),
         first_call=first,
         repeats=[],
@@ -254,6 +326,7 @@ def build_record(
     pixels: Sequence[Array],
     flops_result: GenerationResult | None = None,
     profile_result: GenerationResult | None = None,
+    beginning: Beginning | None = None,
 ) -> Record:
     """Return the record of one request of a run; `pixels` are the last answer's samples, whose rows are added later."""
     config = replace(run.config, request=request)
@@ -269,10 +342,11 @@ def build_record(
             *cache_notes(config.cache, config.model.name, [s for report in results[-1].ranks for s in report.skips]),
             *reasons,
             *more,
+            *machine_notes(repeats),
         ]
     )
     return msgspec.structs.replace(
-        base_record(replace(run, config=config), info, environment, first),
+        base_record(replace(run, config=config), info, environment, first, beginning),
         repeats=repeats,
         summary=summarize_repeats(
             repeats,

@@ -6,6 +6,7 @@ with DiffusionGenerator.from_config("parallel=dp2") as generator:
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,10 +19,12 @@ import msgspec
 
 from harness.client.build_record import build_record, make_repeat
 from harness.config.schema import RequestConfig
+from harness.device.usage import MachineUsage
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine, OnProgress
 from harness.messages import Array, EngineInfo, GenerationResult, Latents, array
 from harness.records.media import grid, pixel_hash, save_mp4, save_png, still, to_uint8
+from harness.records.provenance import Beginning
 from harness.records.record import FirstCall, Record, Repeat, SampleRow
 from harness.resolve.compose import ResolvedRun, compose_run, to_yaml
 from harness.resolve.request import to_message
@@ -44,6 +47,7 @@ class Generation:
         fps: the frames per second of a video.
         make_record: the function that builds `record`.
         latents: the latents of each sample, (1 or solver steps, *latent shape), if the request asked for them.
+        repeat: the answer as a repeat of a measurement.
     """
 
     pixels: list[Array]
@@ -51,6 +55,7 @@ class Generation:
     client_ms: float
     fps: int
     make_record: Callable[[], Record]
+    repeat: Repeat
     latents: list[Array] = field(default_factory=list)
 
     @property
@@ -114,6 +119,7 @@ class DiffusionGenerator:
         self.launch_ms = 0.0
         self._run = run
         self._engine = engine
+        self._beginning = Beginning.now()
         self._stopped = False
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
@@ -253,19 +259,23 @@ class DiffusionGenerator:
             "batch_size": batch_size,
         }
         request = replace(self.config.request, **{key: value for key, value in given.items() if value is not None})
-        start = time.perf_counter()
+        before, start = MachineUsage.now(), time.perf_counter()
         message = msgspec.structs.replace(
             to_message(request), latents=latents, count_flops=count_flops, profile=profile
         )
         result, parts = self._engine.generate(message, on_progress)
         client_ms = (time.perf_counter() - start) * 1e3
+        watched = MachineUsage.now().since(before)
+        if os.getpid() in self.info.pids:  # this process is a rank, and counts as one
+            watched = watched._replace(client_s=0.0)
         pixels = [array(sample.pixels, parts) for sample in result.samples]
         latent_states = [array(sample.latents, parts) for sample in result.samples if sample.latents is not None]
-        repeats = [make_repeat(result, client_ms)]
-        fps = self.config.model.fps
-        return Generation(
-            pixels, result, client_ms, fps, lambda: self.record(request, repeats, [result], [], pixels), latent_states
-        )
+        repeat, fps = make_repeat(result, client_ms, watched, len(self.info.hosts)), self.config.model.fps
+
+        def make_record() -> Record:
+            return self.record(request, [repeat], [result], [], pixels)
+
+        return Generation(pixels, result, client_ms, fps, make_record, repeat, latent_states)
 
     def record(
         self,
@@ -305,4 +315,5 @@ class DiffusionGenerator:
             pixels,
             flops_result,
             profile_result,
+            self._beginning,
         )

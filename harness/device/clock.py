@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from harness.device.usage import ProcessUsage
 from harness.messages import OperatorTime, StageTime, StepTime
 
 
@@ -23,6 +24,7 @@ class Clock:
         self._synchronize = synchronize
         self._count_flops = count_flops
         self._profile = profile
+        self._used_before = ProcessUsage.now()
         self.stages: list[StageTime] = []
         self.steps: list[StepTime] = []
         self.networks_ms: dict[str, float] = {}
@@ -65,6 +67,10 @@ class Clock:
     def discount(self, name: str, evaluations: int) -> None:
         """Subtract evaluations of a network that were skipped in the end."""
         self.evaluations[name] -= evaluations
+
+    def process_usage(self) -> ProcessUsage:
+        """Return what this process used since the request began."""
+        return ProcessUsage.now().since(self._used_before)
 
     def _watch(self, name: str, watchers: ExitStack) -> None:
         if self._count_flops:

@@ -92,6 +92,7 @@ class InprocessEngine:
             loaded=worker.loaded,
             ceiling_tflops=[measure_ceiling(self._config, device)],
             hosts=[socket.gethostname()],
+            cpu_capability=torch.backends.cpu.get_cpu_capability(),
         )
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:

@@ -134,6 +134,7 @@ def check_world_size(layout: int, started: int) -> None:
 def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> None:
     config = run.config
     import_required(config)
+    import torch
     import torch.distributed as dist
     import zmq
 
@@ -156,6 +157,7 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
         device=str(device),
         attention=attention_name(run, device),
         threads=threads_per_rank(config.launch, local_ranks),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
     )
     context = zmq.Context()
     control = ControlThread(context, addresses, info) if position.rank == 0 else None

@@ -30,11 +30,13 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
     summary = record.statistics
     table = Table(title=escape(str(folder)), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
     table.add_column("stage")
-    for heading in ("median ms", "95 % interval", "p90 ms", "n"):
+    for heading in ("median ms", "interval or range", "", "p90 ms", "n"):
         table.add_column(heading, justify="right")
     for name, row in summary.stage_ms.items():
         table.add_row(name.replace("_", " "), *_cells(row))
     table.add_section()
+    if summary.first_step_ms is not None:
+        table.add_row("first solver step", *_cells(summary.first_step_ms))
     table.add_row("one solver step", *_cells(summary.step_ms))
     table.add_row("[bold]whole request[/bold]", *_cells(summary.latency_ms))
     console.print(table)
@@ -64,8 +66,9 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
             f"{summary.flops_per_step / 1e9:.4g} GFLOP per step at {summary.achieved_tflops:.3f} TFLOP/s{share}"
         )
     if summary.energy_j is not None:
-        used, (low, high) = summary.energy_j.median, summary.energy_j.ci95
-        console.print(f"energy per request {used:.1f} J ({low:.1f} to {high:.1f}), idle power included")
+        used, (low, high) = summary.energy_j.median, summary.energy_j.spread
+        spread = f"{low:.1f} to {high:.1f}, {summary.energy_j.spread_name}"
+        console.print(f"energy per request {used:.1f} J ({spread}), idle power included")
     if summary.comm:
         sent = ", ".join(
             f"{stage.replace('_', ' ')} {sum(t.bytes for t in kinds.values()) / 1e6:.3g} MB "
@@ -142,7 +145,8 @@ def print_pretrained(scores: PretrainedScores, console: Console) -> None:
     """Print the scores on weights that the user gave."""
     if scores.clip_score is not None:
         value, spread = _estimate(scores.clip_score)
-        console.print(f"CLIP score ({escape(scores.clip or '')}) {value} ({spread})")
+        interval = "" if scores.clip_score.ci95 is None else f" ({spread})"
+        console.print(f"CLIP score ({escape(scores.clip or '')}) {value}{interval}")
     if scores.frechet is not None:
         row = scores.frechet
         console.print(
@@ -267,9 +271,12 @@ def _share(share: Share) -> tuple[str, str]:
 
 
 def _estimate(estimate: IntervalEstimate) -> tuple[str, str]:
+    if estimate.ci95 is None:
+        return f"{estimate.value:.3f}", "too few for one"
     low, high = estimate.ci95
     return f"{estimate.value:.3f}", f"{low:.3f} .. {high:.3f}"
 
 
-def _cells(row: Summary) -> tuple[str, str, str, str]:
-    return (f"{row.median:.2f}", f"{row.ci95[0]:.2f} .. {row.ci95[1]:.2f}", f"{row.p90:.2f}", str(row.n))
+def _cells(row: Summary) -> tuple[str, ...]:
+    low, high = row.spread
+    return (f"{row.median:.2f}", f"{low:.2f} .. {high:.2f}", row.spread_name, f"{row.p90:.2f}", str(row.n))

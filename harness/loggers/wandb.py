@@ -69,9 +69,9 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
             networks = {f"networks_ms/{name}": value for name, value in repeat.networks_ms.items()}
             run.log({"repeat": number, "latency_ms": repeat.total_duration_ms, **networks})
         summary = record.statistics
-        stages = wandb.Table(columns=["stage", "median_ms", "ci95_low_ms", "ci95_high_ms"])
+        stages = wandb.Table(columns=["stage", "median_ms", "low_ms", "high_ms", "interval"])
         for name, row in summary.stage_ms.items():
-            stages.add_data(name, row.median, *row.ci95)
+            stages.add_data(name, row.median, *row.spread, row.spread_name)
         steps = wandb.Table(columns=["repeat", "step", "duration_ms"])
         for number, repeat in enumerate(record.repeats):
             for step in repeat.denoise_steps_ms:
@@ -92,8 +92,6 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
                 "state": "ok",
                 "fingerprint": record.fingerprint,
                 "latency_ms_median": summary.latency_ms.median,
-                "latency_ms_ci95_low": summary.latency_ms.ci95[0],
-                "latency_ms_ci95_high": summary.latency_ms.ci95[1],
                 "step_ms_median": summary.step_ms.median,
                 "throughput_per_s": summary.throughput_per_s,
                 "overhead_share_median": summary.overhead_share.median,
@@ -105,6 +103,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
                 "comm_bytes": total_sent_bytes(summary.comm),
                 "comm_exposed_ms": sum(sent.exposed_ms for kinds in summary.comm.values() for sent in kinds.values()),
             }
+            | interval_scalars("latency_ms", summary.latency_ms.ci95)
             | flops_scalars(summary)
             | fidelity_scalars(record.fidelity)
             | quality_scalars(record.quality)
@@ -166,6 +165,11 @@ def log_comparison(config: WandbConfig, comparison: Comparison, folder: Path) ->
             run.summary.update({"rel_l2": comparison.output.rel_l2, "identical": comparison.output.identical})
 
 
+def interval_scalars(name: str, interval: tuple[float, float] | None) -> dict[str, float]:
+    """Return the ends of an interval as flat summary keys; none if there were too few measurements for one."""
+    return {} if interval is None else {f"{name}_ci95_low": interval[0], f"{name}_ci95_high": interval[1]}
+
+
 def flops_scalars(summary: Statistics) -> dict[str, float]:
     """Return operations and rates as flat summary keys; none if they were not counted."""
     scalars = {name: getattr(summary, name) for name in ("flops_per_step", "achieved_tflops", "ceiling_tflops")}
@@ -203,7 +207,7 @@ def quality_scalars(quality: Quality | None) -> dict[str, float]:
     for name, measured in parts.items():
         if measured is not None:
             scalars[f"quality_{name}"] = measured.value
-            scalars[f"quality_{name}_ci95_low"], scalars[f"quality_{name}_ci95_high"] = measured.ci95
+            scalars |= interval_scalars(f"quality_{name}", measured.ci95)
     return scalars
 
 
@@ -212,7 +216,7 @@ def pretrained_scalars(scores: PretrainedScores | None) -> dict[str, float]:
     scalars: dict[str, float] = {}
     if scores is not None and scores.clip_score is not None:
         scalars["clip_score"] = scores.clip_score.value
-        scalars["clip_score_ci95_low"], scalars["clip_score_ci95_high"] = scores.clip_score.ci95
+        scalars |= interval_scalars("clip_score", scores.clip_score.ci95)
     if scores is not None and scores.frechet is not None:
         scalars |= {"frechet": scores.frechet.value, "frechet_real": scores.frechet.real}
     return scalars

@@ -1,4 +1,7 @@
-"""95 % intervals at small numbers: Wilson's for a share, the percentile bootstrap over groups for everything else."""
+"""95 % intervals at small numbers: Wilson's for a share, the percentile bootstrap over groups for everything else.
+
+A bootstrap of fewer than 4 groups is no interval: of one group it has no width. So none is stated.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.metrics.summary import LEVEL, RESAMPLES
+from harness.metrics.summary import FEWEST, LEVEL
 
+RESAMPLES = 2000
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
@@ -23,13 +27,26 @@ class Share(msgspec.Struct, frozen=True):
     value: float
     ci95: tuple[float, float]
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The ends of the interval."""
+        return self.ci95
+
 
 class IntervalEstimate(msgspec.Struct, frozen=True):
-    """A number and its 95 % interval; `n` is the number of values it was computed from."""
+    """A number and its 95 % interval; `n` is the number of values it was computed from.
+
+    `ci95` is None for fewer than 4 independent values or groups.
+    """
 
     value: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
     n: int
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The ends of the interval, both the value itself if there is none."""
+        return self.ci95 or (self.value, self.value)
 
 
 def wilson(hits: int, n: int) -> Share:
@@ -58,8 +75,18 @@ def resample(groups: int, count: int = RESAMPLES) -> NDArray[np.int64]:
     return np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), size=count)
 
 
-def interval(values: NDArray[np.floating]) -> tuple[float, float]:
-    """Return the middle 95 % of bootstrap values."""
+def interval(values: NDArray[np.floating], n: int) -> tuple[float, float] | None:
+    """Return the middle 95 % of bootstrap values, or None if they come from fewer than 4 independent measurements.
+
+    Args:
+        values: The statistic of each bootstrap sample.
+        n: Number of independent measurements that were sampled.
+
+    Returns:
+        The interval.
+    """
+    if n < FEWEST:
+        return None
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
@@ -76,6 +103,7 @@ def median(values: Sequence[float], group: Sequence[int]) -> IntervalEstimate:
     """
     x, of = np.asarray(values, dtype=float), np.asarray(group)
     order = np.argsort(x)
-    seen = resample(int(of.max()) + 1)[:, of[order]].cumsum(axis=1)
+    groups = int(of.max()) + 1
+    seen = resample(groups)[:, of[order]].cumsum(axis=1)
     middle = (seen >= seen[:, -1:] / 2).argmax(axis=1)  # the weighted median, the lower one of two
-    return IntervalEstimate(float(np.median(x)), interval(x[order][middle]), len(x))
+    return IntervalEstimate(float(np.median(x)), interval(x[order][middle], groups), len(x))

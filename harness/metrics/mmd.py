@@ -56,7 +56,7 @@ def paired(gallery: Gallery, z: Floats, matches: NDArray[np.bool_], group: NDArr
     counts = resample(names).astype(float)
     pairs = ((counts @ count) * counts).sum(axis=1)
     values = ((counts @ total) * counts).sum(axis=1)[pairs > 0] / pairs[pairs > 0]
-    return IntervalEstimate(float(total.sum() / count.sum()), interval(values), names)
+    return IntervalEstimate(float(total.sum() / count.sum()), interval(values, names), names)
 
 
 def real_against_real(gallery: Gallery, names: int) -> IntervalEstimate | None:
@@ -86,7 +86,7 @@ def real_against_real(gallery: Gallery, names: int) -> IntervalEstimate | None:
         chosen = rng.permutation(len(known))[: 2 * size]
         sampled = rows[first[chosen] + (rng.random(2 * size) * count[chosen]).astype(int)]
         values.append(unpaired(k[np.ix_(sampled, sampled)], size))
-    return IntervalEstimate(float(np.median(values)), interval(np.array(values)), size)
+    return IntervalEstimate(float(np.median(values)), interval(np.array(values), REAL_SAMPLES), size)
 
 
 def unpaired(k: Floats, size: int) -> float:

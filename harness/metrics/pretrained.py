@@ -135,10 +135,10 @@ def clip_score(folder: Path, images: Sequence[NDArray[np.uint8]], prompts: Seque
             cosine = torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds)
             values += (100.0 * cosine.clamp(min=0)).tolist()
     group = np.unique(list(prompts), return_inverse=True)[1]
-    counts = resample(int(group.max()) + 1)[:, group]
-    return IntervalEstimate(
-        float(np.mean(values)), interval((counts * values).sum(axis=1) / counts.sum(axis=1)), len(values)
-    )
+    groups = int(group.max()) + 1
+    counts = resample(groups)[:, group]
+    means = (counts * values).sum(axis=1) / counts.sum(axis=1)
+    return IntervalEstimate(float(np.mean(values)), interval(means, groups), len(values))
 
 
 def frechet(folder: Path, images: Sequence[NDArray[np.uint8]], references: Sequence[Path]) -> Frechet:

@@ -10,7 +10,7 @@ import msgspec
 
 from harness.metrics.difference import Difference
 from harness.metrics.paired import Ratio, ratio
-from harness.records.record import Repeat, RunFolderError
+from harness.records.record import BETWEEN_STAGES, Repeat, RunFolderError
 
 FILE = "comparison.json"
 SCHEMA = 1
@@ -26,7 +26,8 @@ class Comparison(msgspec.Struct, frozen=True):
         b: Overrides of the candidate.
         ranks: Ranks of A and of B.
         ratios: Time of A over time of B, by what was timed, the headline first. For generation: the whole request, one
-            solver step (the median of a request), and every stage that takes time. For loads: an answer (one over the
+            solver step (the median of a request, without its first), every stage that takes time, and what is between
+            stages. For loads: an answer (one over the
             throughput) and percentiles of the latency.
         efficiency: Speed-ups divided by the growth of ranks; None if B has no more ranks than A.
         output: Difference of B's pixels from A's; None if they do not correspond.
@@ -74,10 +75,11 @@ def times_by_name(repeats: Sequence[Repeat]) -> dict[str, list[float]]:
     """Return the times in ms by name, one per repeat."""
     times = {
         "request": [repeat.total_duration_ms for repeat in repeats],
-        "step": [statistics.median(step.duration_ms for step in repeat.denoise_steps_ms) for repeat in repeats],
+        "step": [statistics.median(repeat.later_steps_ms) for repeat in repeats],
     }
     for number, stage in enumerate(repeats[0].steps):
         times[stage.name] = [repeat.steps[number].duration_ms for repeat in repeats]
+    times[BETWEEN_STAGES] = [repeat.between_stages_ms for repeat in repeats]
     return {name: values for name, values in times.items() if min(values) > 0}
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas
 
 SCHEMA = 2
+BETWEEN_STAGES = "between_stages"  # the part of a request that no stage has
 STATES = ("ok", "failed", "oom", "unsupported", "cancelled")
 
 
@@ -70,8 +71,30 @@ class FirstCall(msgspec.Struct, frozen=True):
     reused: str | None = None
 
 
+class MachineLoad(msgspec.Struct, frozen=True):
+    """How busy the processors were during a repeat.
+
+    Attributes:
+        rank_cores: CPU time of the ranks over the time of the repeat, summed over ranks.
+        involuntary_switches: How often another process took a rank's processor, summed over ranks.
+        other_cores: Processors that were busy with other processes than the ranks and the client, on the machine of
+            rank 0. It is counted in ticks of 10 ms. None if ranks run on several machines, or the kernel does not say.
+        steal_share: Share of the processors' time that the hypervisor gave to others; None if the kernel does not say.
+        load_average: Processes that ran or waited to run, the mean of about a minute; None if it is not known.
+    """
+
+    rank_cores: float
+    involuntary_switches: int
+    other_cores: float | None = None
+    steal_share: float | None = None
+    load_average: float | None = None
+
+
 class Repeat(msgspec.Struct, frozen=True):
-    """One measured request; stages and steps are from the slowest rank, memory from the rank with the largest peak."""
+    """One measured request; stages and steps are from the slowest rank, memory from the rank with the largest peak.
+
+    `machine` is None if the client did not watch it, and in a record from before it was written.
+    """
 
     total_duration_ms: float
     client_duration_ms: float
@@ -79,6 +102,18 @@ class Repeat(msgspec.Struct, frozen=True):
     denoise_steps_ms: list[StepTime]
     networks_ms: dict[str, float]
     memory_checkpoints: list[MemoryPoint]
+    machine: MachineLoad | None = None
+
+    @property
+    def between_stages_ms(self) -> float:
+        """The time of the request outside its stages, ms."""
+        return self.total_duration_ms - sum(stage.duration_ms for stage in self.steps)
+
+    @property
+    def later_steps_ms(self) -> list[float]:
+        """The times of the solver steps after the first, ms, or of the first if there is no other."""
+        times = [step.duration_ms for step in self.denoise_steps_ms]
+        return times[1:] or times
 
 
 class CacheUse(msgspec.Struct, frozen=True):
@@ -102,8 +137,9 @@ class Statistics(msgspec.Struct, frozen=True):
 
     Attributes:
         latency_ms: Time of a request, ms.
-        step_ms: Time of a solver step, ms.
-        stage_ms: Time by stage, ms.
+        step_ms: Time of a solver step after the first of a request, ms; of the first if there is no other.
+        stage_ms: Time by stage, ms. `between_stages` is the rest of the request, so that the stages of a repeat sum to
+            its latency.
         overhead_share: Share of a request outside the forwards of text encoder, denoiser and VAE.
         throughput_per_s: Images or videos per second.
         nfe: Evaluations of the denoiser for one image. A guided pair counts as one; evaluations that a cache skipped do
@@ -118,6 +154,8 @@ class Statistics(msgspec.Struct, frozen=True):
         cache: What a cache saved.
         energy_j: Energy of the machines' GPUs or processors during a request, idle power included, J. None if they do
             not report it.
+        first_step_ms: Time of a request's first solver step, ms; None if there is no other, and in a record from before
+            the first step was apart.
     """
 
     latency_ms: Summary
@@ -134,6 +172,7 @@ class Statistics(msgspec.Struct, frozen=True):
     comm: dict[str, dict[str, CollectiveTraffic]] = {}
     cache: CacheUse | None = None
     energy_j: Summary | None = None
+    first_step_ms: Summary | None = None
 
 
 class SampleRow(msgspec.Struct, frozen=True):

@@ -178,6 +178,7 @@ class Worker:
         self, request: GenerationRequest, samples: list[Sample], run: RunContext, points: list[MemoryPoint]
     ) -> list[bytes]:
         """Return the frames of a RankOutcome with what the stages left in the samples and in the run's context."""
+        used = run.clock.process_usage()
         report = RankReport(
             rank=self.position.rank,
             stages=run.clock.stages,
@@ -192,6 +193,8 @@ class Worker:
             operators=run.clock.operators,
             skips=run.skips,
             energy_j=run.energy.used_j(),
+            cpu_s=used.cpu_s,
+            involuntary_switches=used.involuntary_switches,
         )
         if self.position.rank % self.position.replica_size:
             return encode(RankOutcome([], report))  # the first rank of a replica sends its samples

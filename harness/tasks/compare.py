@@ -10,6 +10,7 @@ from functools import partial
 
 from rich.console import Console
 
+from harness.client.build_record import machine_notes
 from harness.client.generator import DiffusionGenerator
 from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.table import print_comparison
@@ -136,7 +137,7 @@ def compare_sessions(
         The comparison. If the outputs cannot be compared, it has a note in place of their difference.
     """
     a, b = sessions
-    output, notes = None, []
+    output, notes = None, machine_notes([*a.repeats, *b.repeats])
     try:
         output = difference(a.pixels, b.pixels, pixels=True)
     except ValueError as error:

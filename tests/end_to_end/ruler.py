@@ -72,9 +72,9 @@ def five_benches(folder: Path) -> None:
         found = [read_record(file.parent) for file in sorted(swept.rglob("record.json"))]
         rows = [record.summary.latency_ms for record in found if record is not None]
         for row in rows:
-            print(f"bench: median {row.median:.1f} ms, 95 % interval {row.ci95[0]:.1f} to {row.ci95[1]:.1f}")
+            print(f"bench: median {row.median:.1f} ms, {row.spread_name} {row.spread[0]:.1f} to {row.spread[1]:.1f}")
         pairs += itertools.permutations(rows, 2)
-    inside = sum(one.ci95[0] <= other.median <= one.ci95[1] for one, other in pairs)
+    inside = sum(one.spread[0] <= other.median <= one.spread[1] for one, other in pairs)
     print(f"a median lies in another's interval in {inside} of {len(pairs)} pairs ({inside / len(pairs):.0%})")
 
 

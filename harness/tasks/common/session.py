@@ -9,7 +9,6 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from harness.client.build_record import make_repeat
 from harness.client.generator import DiffusionGenerator, Generation
 from harness.config.optimize import Optimize
 from harness.config.tasks import TRAITS
@@ -67,8 +66,8 @@ class MeasurementSession:
     def warm_up(self) -> None:
         """Generate task.warmup times; these times are recorded apart from the repeats.
 
-        A bench counts the operations of the first request, which runs uncompiled for that (harness.device.flops). If
-        later requests prepare something, there are more of them.
+        A bench counts the operations of the first request, which runs uncompiled for that (harness.device.flops). So
+        it is followed by more, of which the last is as plain as the repeats.
 
         Raises:
             RequestFailed: The engine answered with a typed error.
@@ -85,15 +84,17 @@ class MeasurementSession:
     def _extra_warmups(self) -> int:
         """Return the number of further warm-up requests that a bench needs after the counted one.
 
-        They compile blocks, or run what is captured next as CUDA graphs (harness.optimize.graphs).
+        One is plain: without it the first repeat is the slowest. Those before it compile blocks, or run what is
+        captured next as CUDA graphs (harness.optimize.graphs).
         """
         config, engine = self.generator.config, self.generator.config.engine
-        if config.task.warmup == 0 or not TRAITS[config.task.name].measures or engine.optimize is Optimize.none:
+        if config.task.warmup == 0 or not TRAITS[config.task.name].measures:
             return 0
         device = self.generator.info.device if self.generator.info else ""
-        if engine.name == NATIVE and engine.eager.cuda_graphs and device.startswith("cuda"):
-            return 2
-        return int(engine.optimize is Optimize.compile)
+        records_graphs = engine.name == NATIVE and engine.optimize is not Optimize.none and engine.eager.cuda_graphs
+        if records_graphs and device.startswith("cuda"):
+            return 3
+        return 2 if engine.optimize is Optimize.compile else 1
 
     def repeat(self) -> None:
         """Generate once and record the times.
@@ -105,7 +106,7 @@ class MeasurementSession:
         number, repeats = len(self.repeats) + 1, self.generator.config.task.repeats
         with self._progress(f"generating {number} of {repeats}") as on_progress:
             generation = self._last = self.generator.generate(latents=self._latents, on_progress=on_progress)
-        self.repeats.append(make_repeat(generation.result, generation.client_ms))
+        self.repeats.append(generation.repeat)
         self._results.append(generation.result)
         if self.outputs is not None and self._latents != "none":
             self.outputs.add(GeneratedOutput(generation.latents, generation.pixels))

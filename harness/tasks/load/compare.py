@@ -21,6 +21,7 @@ from harness.messages import EngineInfo
 from harness.metrics.load import LoadSummary, RequestRow
 from harness.metrics.paired import ratio
 from harness.records.comparison import FILE, Comparison
+from harness.records.provenance import Beginning
 from harness.records.record import FirstCall, RunFolder
 from harness.resolve.compose import ResolvedRun, to_yaml
 from harness.tasks.common.comparison import make_comparison
@@ -88,6 +89,7 @@ class ComparedRun:
     def __init__(self, run: ResolvedRun, folder: RunFolder, engine: Engine) -> None:
         self.engine = engine
         self.rounds: list[LoadMeasurement] = []
+        self._beginning = Beginning.now()
         self._run = run
         self._folder = folder
         self._info = EngineInfo("loading", 1, [])
@@ -132,7 +134,7 @@ class ComparedRun:
         """Write the record of all rounds and return their summary."""
         whole = merge_rounds(self._run.config, self.rounds)
         first = FirstCall(self._launch_ms, self._info.load_ms, [])
-        record = base_record(self._run, self._info, self.engine.environment, first)
+        record = base_record(self._run, self._info, self.engine.environment, first, self._beginning)
         write_rows(self._folder.path, whole.rows)
         self._folder.write_record(msgspec.structs.replace(record, load=whole.summary))
         self._folder.finish(status_from_loads([whole.summary]))

@@ -23,6 +23,7 @@ from harness.engines.pool import MakeEngine
 from harness.engines.protocol import Engine
 from harness.messages import EngineInfo
 from harness.metrics.load import LOST, LoadSummary, RequestRow, summarize_load
+from harness.records.provenance import Beginning
 from harness.records.record import (
     FirstCall,
     Record,
@@ -119,7 +120,7 @@ def run_over_zmq(
     Raises:
         EngineGone: A rank died, or was not ready in time.
     """
-    engine = make_engine(run.config, folder.path)
+    beginning, engine = Beginning.now(), make_engine(run.config, folder.path)
     with progress_bars(console) as bars:
         try:
             info, launch_ms = start_engine(engine)
@@ -127,7 +128,7 @@ def run_over_zmq(
         finally:
             engine.stop()
     first = FirstCall(launch_ms, info.load_ms, [], engine.reused)
-    record = base_record(run, info, engine.environment, first)
+    record = base_record(run, info, engine.environment, first, beginning)
     return msgspec.structs.replace(record, load=measurement.summary), measurement
 
 
@@ -145,7 +146,7 @@ def run_over_http(run: ResolvedRun, folder: RunFolder, console: Console) -> tupl
     Raises:
         EngineGone: The server that was started was not ready in time.
     """
-    config, environment = run.config, dict(os.environ)
+    config, environment, beginning = run.config, dict(os.environ), Beginning.now()
     with progress_bars(console) as bars:
         if config.load.url is not None:
             measurement = asyncio.run(load_server(config, config.load.url, bars))
@@ -155,7 +156,7 @@ def run_over_http(run: ResolvedRun, folder: RunFolder, console: Console) -> tupl
             )
             info, first = EngineInfo("ready", 0, []), FirstCall(0.0, 0.0, [])
             noted = replace(run, notes=[*run.notes, note])
-            record = base_record(noted, info, environment, first)
+            record = base_record(noted, info, environment, first, beginning)
             return msgspec.structs.replace(record, load=measurement.summary), measurement
         overrides = server_overrides(run.overrides)
         with ServerProcess(overrides, folder.path / "server", config.launch.start_timeout_s) as server:
@@ -163,7 +164,7 @@ def run_over_http(run: ResolvedRun, folder: RunFolder, console: Console) -> tupl
     summary = msgspec.structs.replace(measurement.summary, memory=server.memory, chaos=server.chaos)
     threads = threads_per_rank(config.launch, run.world_size)
     info = EngineInfo("ready", run.world_size, [], threads=threads)
-    record = base_record(run, info, environment, FirstCall(launch_ms, 0.0, []))
+    record = base_record(run, info, environment, FirstCall(launch_ms, 0.0, []), beginning)
     return msgspec.structs.replace(record, load=summary), measurement
 
 

@@ -110,4 +110,4 @@ def _comparison_key(record: Record) -> tuple[str, ...]:
     rest["request"]["steps"], rest["task"] = None, {"name": "bench"}
     origin = record.provenance
     reference = "" if record.fidelity is None else record.fidelity.reference
-    return reference, origin.hardware.cpu, origin.hardware.device, str(origin.threads_per_rank), fingerprint(rest)
+    return reference, *origin.machine, str(origin.threads_per_rank), fingerprint(rest)

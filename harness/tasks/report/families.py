@@ -155,7 +155,9 @@ def _rows(title: str, group: Sequence[SweepPoint]) -> list[str]:
     for index, point in enumerate(group):
         top1, distance = point.quality.top1, point.quality.distance
         share = f"{100 * top1.value:.0f} % ({100 * top1.ci95[0]:.0f} to {100 * top1.ci95[1]:.0f})"
-        gap = f"{distance.value:.3f} ({distance.ci95[0]:.3f} to {distance.ci95[1]:.3f})"
+        gap = f"{distance.value:.3f}"
+        if distance.ci95 is not None:
+            gap += f" ({distance.ci95[0]:.3f} to {distance.ci95[1]:.3f})"
         cells = [
             title,
             f"`{point.line}`",
@@ -186,8 +188,8 @@ def _plot_line(panel: Axes, sweep: Sweep, family: str, line: str, metric: Metric
     shift = 1 + 0.03 * (sweep.lines.index(line) - (count - 1) / 2) / max(1, count / 2)  # bars side by side
     x = [point.nfe * shift for point in points]
     y = [metric.scale * metric.of(point).value for point in points]
-    low = [metric.scale * (metric.of(point).value - metric.of(point).ci95[0]) for point in points]
-    high = [metric.scale * (metric.of(point).ci95[1] - metric.of(point).value) for point in points]
+    low = [metric.scale * (metric.of(point).value - metric.of(point).bounds[0]) for point in points]
+    high = [metric.scale * (metric.of(point).bounds[1] - metric.of(point).value) for point in points]
     bars = [[max(0.0, value) for value in side] for side in (low, high)]
     panel.errorbar(
         x,

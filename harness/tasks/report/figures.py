@@ -37,7 +37,8 @@ def scaling(table: ReportTable) -> Figure:
     for position, row in zip(positions, rows, strict=True):
         assert row.scaling is not None
         found = row.scaling.speedup
-        bars = [[found.value - found.ci95[0]], [found.ci95[1] - found.value]]
+        low, high = found.bounds
+        bars = [[found.value - low], [high - found.value]]
         left.errorbar(found.value, position, xerr=bars, fmt="o", color=COLOURS[0], markersize=7, elinewidth=1.2)
         left.plot(row.scaling.ranks, position, "|", color=INK, markersize=18)
         left.annotate(
@@ -74,7 +75,7 @@ def fidelity(table: ReportTable) -> Figure:
         colour = {"broken": COLOURS[1], "approximate": COLOURS[4]}.get(row.verdict or "", COLOURS[2])
         x = max(error(row), least)
         assert row.latency is not None
-        low, high = row.latency.ci95
+        low, high = row.latency.spread
         bars = [[row.latency.median - low], [high - row.latency.median]]
         axes.errorbar(x, row.latency.median, yerr=bars, fmt="o", color=colour, markersize=7, elinewidth=1.2)
         axes.annotate(row.label, (x, row.latency.median), (7, 3), textcoords="offset points", fontsize=8)
@@ -82,7 +83,7 @@ def fidelity(table: ReportTable) -> Figure:
     axes.plot([max(error(row), least) for row in front], [latency(row) for row in front], color=FAINT, zorder=0)
     axes.set_xscale("log")
     axes.set_xlabel(f"relative L2 of the pixels from the float32 reference; bit-identical runs are at {least:.0e}")
-    axes.set_ylabel("latency of a request, ms, with its 95 % interval")
+    axes.set_ylabel("latency of a request, ms, with its interval, or its range under 4 repeats")
     return figure
 
 

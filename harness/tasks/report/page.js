@@ -44,13 +44,20 @@ function column(key, title, of, show = (value) => number(value), kind = "number"
 }
 
 const toned = (value) => element("span", { class: TONES[value] ?? "" }, words(value));
-const measured = (of) => (value, row) => [number(value), spread(...of(row).ci95)];
+/** The interval of a median, its level if that is below 95 %, or the range of few measurements. */
+function measuredSpread({ ci95, range, coverage }) {
+  if (ci95) return [spread(...ci95), known(coverage) && coverage < 0.95 ? ` (${percent(coverage)})` : null];
+  return range ? [spread(...range), " (range)"] : [];
+}
+const measured = (of) => (value, row) => [number(value), ...measuredSpread(of(row))];
+const ends = ({ ci95, range, median, value }) => ci95 ?? range ?? [median ?? value, median ?? value];
 
 const COLUMNS = [
   column("state", "state", (row) => row.state, toned, "text"),
   ...page.keys.map((key) => column(`key:${key}`, key, (row) => row.values[key],
     (value) => element("span", { title: value }, short(String(value), 60)), "text")),
   column("latency", "latency, ms", (row) => row.latency?.median, measured((row) => row.latency)),
+  column("first_step", "first solver step, ms", (row) => row.first_step?.median, measured((row) => row.first_step)),
   column("step", "solver step, ms", (row) => row.step?.median, measured((row) => row.step)),
   column("nfe", "evaluations", (row) => row.nfe, (value, row) => [number(value), row.cache && element("span", { class: "spread" }, `${number(row.cache.branches_computed, 3)} of ${number(row.cache.branches, 3)} branches`)]),
   column("offered", "offered, requests/s", (row) => row.load?.offered_per_s),
@@ -63,7 +70,7 @@ const COLUMNS = [
   column("carried", "images per forward", (row) => row.load?.images_per_evaluation, (value) => number(value, 3)),
   column("unanswered", "not ok", (row) => row.load && row.load.sent - (row.load.outcomes.ok ?? 0), (value, row) => [number(value),
     element("span", { class: "spread" }, Object.entries(row.load.outcomes).filter(([kind]) => kind !== "ok").map(([kind, count]) => `${count} ${kind}`).join(", "))]),
-  column("speedup", "speed-up", speedup, (value, row) => [number(value, 3), spread(...speedupSpread(row), (x) => number(x, 3))]),
+  column("speedup", "speed-up", speedup, (value, row) => [number(value, 3), speedupSpread(row) && spread(...speedupSpread(row), (x) => number(x, 3))]),
   column("memory", "peak memory, MiB", (row) => row.memory_mib),
   column("tflops", "TFLOP/s", (row) => row.tflops, (value) => number(value, 3)),
   column("ceiling", "of a matrix product", (row) => row.ceiling_share, percent),
@@ -192,14 +199,14 @@ function speedupBars(row) {
     const { ratios, efficiency, ranks } = row.comparison;
     return COMPARED_TIMES.filter(([name]) => ratios[name]).map(([name, title]) => ({
       name: `${row.label}, ${title}`, against: "a, in alternation",
-      ranks: ranks[0] === ranks[1] ? null : ranks[1] / ranks[0], value: ratios[name].ratio, interval: ratios[name].interval,
+      ranks: ranks[0] === ranks[1] ? null : ranks[1] / ranks[0], value: ratios[name].ratio, interval: ratios[name].interval, ends: ratios[name].interval,
       level: ratios[name].level, efficiency: efficiency?.[name], alternated: true,
       layout: `${ranks[0]} to ${ranks[1]} ranks`,
     }));
   }
   if (!row.scaling) return [];
   const { base, ranks, speedup: found, efficiency } = row.scaling;
-  return [{ name: row.label, against: rows[base].label, ranks, value: found.value, interval: found.ci95, level: 0.95, efficiency,
+  return [{ name: row.label, against: rows[base].label, ranks, value: found.value, interval: found.ci95, ends: ends(found), level: 0.95, efficiency,
     alternated: false, layout: `${ranks} ranks of ${threads(row)}, against 1 of ${threads(rows[base])}` }];
 }
 
@@ -214,8 +221,8 @@ function renderScaling(shown) {
     return {
       type: "bar", orientation: "h", name: alternated ? "b over a, in alternation" : "not in alternation",
       marker: { color: COLOURS[alternated ? 2 : 0] }, x: own.map((each) => each.value), y: own.map((each) => each.index),
-      error_x: { type: "data", symmetric: false, thickness: 1.5, color: colour("--ink"), array: own.map((each) => each.interval[1] - each.value),
-        arrayminus: own.map((each) => each.value - each.interval[0]) },
+      error_x: { type: "data", symmetric: false, thickness: 1.5, color: colour("--ink"), array: own.map((each) => each.ends[1] - each.value),
+        arrayminus: own.map((each) => each.value - each.ends[0]) },
       hoverinfo: "text", textposition: "none",
       text: own.map((each) => plain(`${each.name}: ${number(each.value, 3)} (${each.layout})`)),
     };
@@ -223,13 +230,13 @@ function renderScaling(shown) {
   const ideal = found.flatMap((each, index) => (each.ranks ? [{ type: "line", x0: each.ranks, x1: each.ranks,
     y0: index - 0.45, y1: index + 0.45, line: { color: "#8C8C8C", width: 2 } }] : []));
   plot("scaling", bars, { barmode: "overlay", shapes: ideal, xaxis: { title: { text: "speed-up, times" }, rangemode: "tozero",
-    range: [0, 1.08 * Math.max(...found.map((each) => Math.max(each.ranks ?? 1, each.interval[1])))] },
+    range: [0, 1.08 * Math.max(...found.map((each) => Math.max(each.ranks ?? 1, each.ends[1])))] },
     yaxis: barAxis(found.map((each) => each.name)) }, barsHeight(found.length));
   const titles = ["run", "ranks", "against", "speed-up", "interval", "efficiency"];
   $("speedups").replaceChildren(heading(titles), element("tbody", {}, ...found.map((each) => element("tr", {},
     element("th", { scope: "row" }, each.name), element("td", { class: "text" }, each.layout),
     element("td", { class: "text" }, each.against), element("td", { class: "number" }, number(each.value, 3)),
-    element("td", { class: "number" }, `${number(each.interval[0], 3)} to ${number(each.interval[1], 3)} (${percent(each.level)})`),
+    element("td", { class: "number" }, each.interval ? `${number(each.interval[0], 3)} to ${number(each.interval[1], 3)} (${percent(each.level)})` : "under 4 repeats: none"),
     element("td", { class: "number" }, known(each.efficiency) ? percent(each.efficiency) : "")))));
 }
 
@@ -283,7 +290,7 @@ const METRICS = {
   psnr_db: { name: "PSNR", title: "PSNR, dB (higher is better)", of: (row) => row.pixel?.psnr_db, sign: 1,
     perfect: (row) => row.pixel?.identical },
   distance: { name: "quality distance", title: "distance to the requested image (lower is better)", of: (row) => row.distance?.value,
-    interval: (row) => row.distance.ci95, sign: -1, perfect: () => false },
+    interval: (row) => ends(row.distance), sign: -1, perfect: () => false },
   top1: { name: "top-1", title: "prompt retrieval, top-1, % (higher is better)", of: (row) => scaled(row.top1?.value),
     interval: (row) => row.top1.ci95.map(scaled), sign: 1, perfect: () => false },
 };
@@ -322,7 +329,7 @@ function renderPareto(shown) {
   const group = (name, own, marker) => ({
     type: "scatter", mode: "markers", name, x: own.map(({ x }) => x), y: own.map(({ y }) => y), marker: { size: 10, ...marker },
     text: own.map((point) => plain(describe(point))), hoverinfo: "text",
-    error_x: bars(own.map(({ row }) => row.latency.ci95), own.map(({ x }) => x)),
+    error_x: bars(own.map(({ row }) => ends(row.latency)), own.map(({ x }) => x)),
     ...(metric.interval && { error_y: bars(own.map(({ row }) => metric.interval(row)), own.map(({ y }) => y)) }),
   });
   const others = points.filter(({ row }) => !on.has(row));

@@ -23,6 +23,7 @@ from harness.tasks.report.scaling import Scaling, scalings
 from harness.tasks.report.sweep import flatten
 
 FILES = ("status.json", "record.json", "comparison.json")  # a folder with any of them is a run
+OF_ONE_RUN = ("started", "ended", "command")  # parts of the provenance that differ in every run
 THUMBNAIL = (600, 900)  # largest width and height, pixels
 WEBP_QUALITY = 82
 
@@ -38,7 +39,8 @@ class ReportRow(msgspec.Struct, frozen=True):
         values: Values of the configuration keys that differ between runs.
         notes: Notes of the record or the comparison.
         latency: Latency of one request, ms.
-        step: Duration of one solver step, ms.
+        step: Duration of one solver step after the first, ms.
+        first_step: Duration of the first solver step, ms.
         stages: Median duration of each stage, ms.
         load: Measurements of the clients of task=load.
         nfe: Network evaluations per request.
@@ -70,6 +72,7 @@ class ReportRow(msgspec.Struct, frozen=True):
     notes: list[str]
     latency: Summary | None = None
     step: Summary | None = None
+    first_step: Summary | None = None
     stages: dict[str, float] = {}
     load: LoadSummary | None = None
     nfe: int | None = None
@@ -195,7 +198,11 @@ def _row(run: StoredRun, keys: list[str], label: str, folder: str, scaling: Scal
 def _with_record(plain: ReportRow, record: Record, scaling: Scaling | None) -> ReportRow:
     """Add the numbers of a record to a row."""
     fidelity, quality = record.fidelity, record.quality
-    provenance = {**msgspec.to_builtins(record.provenance), "engine": msgspec.to_builtins(record.engine)}
+    own = msgspec.to_builtins(record.provenance).items()
+    provenance = {
+        **{key: value for key, value in own if key not in OF_ONE_RUN},
+        "engine": msgspec.to_builtins(record.engine),
+    }
     return msgspec.structs.replace(
         plain if record.summary is None else _with_times(plain, record.summary),
         notes=[*record.notes, *plain.notes],
@@ -220,6 +227,7 @@ def _with_times(plain: ReportRow, summary: Statistics) -> ReportRow:
         plain,
         latency=summary.latency_ms,
         step=summary.step_ms,
+        first_step=summary.first_step_ms,
         stages={name: stage.median for name, stage in summary.stage_ms.items()},
         nfe=summary.nfe,
         cache=summary.cache,

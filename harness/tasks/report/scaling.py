@@ -9,8 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from harness.metrics.intervals import IntervalEstimate, interval
-from harness.metrics.summary import RESAMPLES
+from harness.metrics.intervals import RESAMPLES, IntervalEstimate, interval
 from harness.records.record import Record, fingerprint
 
 
@@ -23,7 +22,7 @@ class Scaling(msgspec.Struct, frozen=True):
     Attributes:
         base: Index of the one-rank run in the tree's order.
         ranks: Number of ranks.
-        speedup: Ratio of median latencies, with a 95 % bootstrap interval.
+        speedup: Ratio of median latencies, with a 95 % bootstrap interval from 4 repeats on.
         efficiency: Speed-up over the number of ranks.
     """
 
@@ -45,10 +44,9 @@ def scalings(folders: Sequence[Path], records: Mapping[int, Record]) -> dict[int
     Returns:
         The speed-ups by the run's index in `folders`.
     """
-    groups: defaultdict[tuple[str, str, str], list[int]] = defaultdict(list)
+    groups: defaultdict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
     for index, record in records.items():
-        hardware = record.provenance.hardware
-        groups[fingerprint({**record.config, "parallel": None}), hardware.cpu, hardware.device].append(index)
+        groups[fingerprint({**record.config, "parallel": None}), record.provenance.machine].append(index)
     found = {}
     for group in groups.values():
         bases = [index for index in group if records[index].provenance.world_size == 1]
@@ -62,10 +60,11 @@ def scalings(folders: Sequence[Path], records: Mapping[int, Record]) -> dict[int
 
 
 def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> IntervalEstimate:
-    """Return median(a) / median(b) of two independent samples, with the bootstrap interval."""
+    """Return median(a) / median(b) of two independent samples, with the bootstrap interval from 4 on."""
     random = np.random.default_rng(0)
     medians = [np.median(random.choice(x, size=(RESAMPLES, len(x))), axis=1) for x in (np.array(a), np.array(b))]
-    return IntervalEstimate(float(np.median(a) / np.median(b)), interval(medians[0] / medians[1]), min(len(a), len(b)))
+    n = min(len(a), len(b))
+    return IntervalEstimate(float(np.median(a) / np.median(b)), interval(medians[0] / medians[1], n), n)
 
 
 def _latencies(record: Record) -> list[float]:

@@ -96,7 +96,7 @@ def test_the_clip_score_is_the_papers(clip: Path, sample_images: list[NDArray[np
         cosines.append(float(image @ text / image.norm() / text.norm()))
     assert min(cosines) < 0 < max(cosines)
     assert found.value == pytest.approx(100 * np.mean(np.maximum(cosines, 0)), rel=1e-4)
-    assert found.ci95[0] <= found.value <= found.ci95[1]
+    assert found.bounds[0] <= found.value <= found.bounds[1]
     assert found.n == 18
 
 

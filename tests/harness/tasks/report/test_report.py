@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from harness.cli import dispatch
+from harness.records.provenance import Cpu
 from harness.tasks.report.keys import layout_name, run_labels, varying_keys
 from harness.tasks.report.page import Page, as_script, render
 from harness.tasks.report.rows import ReportRow, read_table
@@ -109,7 +110,7 @@ def test_a_layout_is_held_against_the_one_rank_run_of_the_same_everything_else(t
     }
     assert found["layouts/usp4"].speedup.value == pytest.approx(3.0)
     assert found["layouts/usp4"].efficiency == pytest.approx(0.75)
-    low, high = found["layouts/usp4"].speedup.ci95
+    low, high = found["layouts/usp4"].speedup.bounds
     assert 2.9 < low < 3.0 < high < 3.1
 
 
@@ -120,15 +121,18 @@ def test_of_several_one_rank_runs_the_one_beside_a_run_is_its_base() -> None:
     found = scalings(folders, dict(enumerate([one, one, two, two])))
     assert {place: each.base for place, each in found.items()} == {2: 1, 3: 0}
     assert scalings(folders, {2: two, 3: two}) == {}
+    other = msgspec.structs.replace(one.provenance, cpu=Cpu("DEFAULT", []))
+    assert scalings(folders, {0: msgspec.structs.replace(one, provenance=other), 2: two}) == {}
 
 
 def test_a_ratio_of_medians_has_the_spread_of_both() -> None:
     steady, noisy = [10.0] * 9, [5.0, 4.0, 6.0, 5.0, 4.0, 6.0, 5.0, 4.0, 6.0]
     assert ratio_of_medians(steady, steady).ci95 == (1.0, 1.0)
     assert ratio_of_medians(steady, noisy).value == 2.0
-    low, high = ratio_of_medians(steady, noisy).ci95
+    low, high = ratio_of_medians(steady, noisy).bounds
     assert low < 2.0 < high
     assert ratio_of_medians(noisy, steady).ci95 == pytest.approx((1 / high, 1 / low))
+    assert ratio_of_medians(steady[:3], noisy).ci95 is None  # three repeats have no interval
 
 
 def test_a_comparison_is_in_its_row(rows: dict[str, ReportRow]) -> None:
