@@ -273,6 +273,27 @@ class LoadedComponent(msgspec.Struct, frozen=True):
     read_bytes: int = 0
 
 
+class OperatorError(msgspec.Struct, frozen=True):
+    """The error of one operator in the run's dtype, against the same rounded numbers computed in float64.
+
+    Args:
+        operator: the operator, its sizes, and the modules that it computes.
+        dtype: the dtype of its output.
+        rel_l2: the relative L2 error.
+        bound: the error that rounding alone explains.
+    """
+
+    operator: str
+    dtype: str
+    rel_l2: float
+    bound: float
+
+    @property
+    def is_within(self) -> bool:
+        """Whether rounding alone explains the error."""
+        return self.rel_l2 <= self.bound
+
+
 class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """The engine's state, the answer to a Ping.
 
@@ -288,6 +309,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
         threads: the CPU threads of each rank.
         loaded: rank 0's components, each with the loading time of the slowest rank.
         ceiling_tflops: the rate of a matrix product in the denoiser's dtype by rank, TFLOP/s, if it was measured.
+        operators: the operators in the run's dtype, each with its largest error of any rank, if fidelity is measured.
         hosts: the machine's name by node (a torchrun agent).
         running: the number of requests in progress.
         evaluations: the forwards of the denoiser since the ranks were ready, on the first rank of each replica.
@@ -306,6 +328,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     threads: int = 0
     loaded: list[LoadedComponent] = []
     ceiling_tflops: list[float] = []
+    operators: list[OperatorError] = []
     hosts: list[str] = []
     running: int = 0
     evaluations: int = 0

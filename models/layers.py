@@ -180,7 +180,13 @@ class MLPEmbedder(nn.Module):
 
 
 class QKVProjection(nn.Module):
-    """The linears to queries, keys and values; one fused linear can replace them (`to_qkv`)."""
+    """The linears to queries, keys and values; one fused linear can replace them (`to_qkv`).
+
+    Attributes:
+        head_channels: The number of channels per head.
+    """
+
+    head_channels: int
 
     def __init__(self, width: int, bias: bool = True) -> None:
         super().__init__()

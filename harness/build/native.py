@@ -14,6 +14,7 @@ from harness.caching.policies import cached_network, guidance_schedule
 from harness.config.cache import BLOCK_CACHES
 from harness.config.schema import ParallelConfig, Quantize, RunConfig
 from harness.optimize.apply import ReplaySupport, optimize
+from harness.optimize.precision import OperatorCheck
 from harness.parallel.attention import SequenceState
 from harness.parallel.displaced import DisplacedPatches
 from harness.parallel.fsdp import apply_fsdp
@@ -101,7 +102,7 @@ def apply_layout(
 
 
 def native_pipeline(
-    run: ResolvedRun, source: CheckpointSource, position: RankPosition
+    run: ResolvedRun, source: CheckpointSource, position: RankPosition, operators: OperatorCheck
 ) -> tuple[ComposedPipeline, ProcessGroups]:
     """Build the stages around the native network.
 
@@ -109,6 +110,7 @@ def native_pipeline(
         run: the resolved run.
         source: the checkpoint's files.
         position: this rank's position on the mesh.
+        operators: what compares the operators of this rank with float64, while they are whole and on the device.
 
     Returns:
         The pipeline, and the groups of ranks that it is sharded over.
@@ -132,9 +134,12 @@ def native_pipeline(
     if model.quantize is not Quantize.none:
         quantize(components.network, components.plan, model.quantize.name, source)
     dtype = source.dtype_of(source.denoiser)
+    components = operators.watch(components)
     optimized = optimize(
         components, config.engine, source.device, dtype, groups.replica.size > 1, replay_support(config, groups)
     )
+    operators.compare_operators()
+    operators.compare_attention(backend, run.attention.with_lse, components.plan, dtype)
     state = SequenceState()
     cached = cached_network(config.cache, components.network, components.plan, groups.replica, state)
     layout, stale_kv = apply_layout(run, components, groups, backend, state)
@@ -146,9 +151,11 @@ def native_pipeline(
     text = TextEncoding(
         optimized.load_prompts, components.guidance, PromptCache(cache_mib(config)), model.text.keep_loaded
     )
+    operators.compare_operators()  # of the text encoders
     network = optimized.network if cached is None else cached
+    notes = (*optimized.notes, *operators.notes())
     options = DenoisingOptions(
-        optimized.precompute, guidance_schedule(config.cache), cached is not None, stale_kv, optimized.notes
+        optimized.precompute, guidance_schedule(config.cache), cached is not None, stale_kv, notes
     )
     denoising = Denoising(network, dtype, noise_scheduler, components.guidance, groups.cfg, options)
     decoding = Decoding(decoder_of(optimized.decoder, groups, config.parallel))

@@ -17,6 +17,7 @@ from harness.device.energy import EnergyMeter, NoEnergy, PackageEnergy
 from harness.device.flops import ceiling_tflops
 from harness.device.memory import MemoryMeter, ResidentMemory
 from harness.messages import LoadedComponent
+from harness.optimize.precision import OperatorCheck
 from harness.optimize.upcast import should_upcast
 from harness.parallel.mesh import RankPosition
 from harness.parallel.process_groups import single_rank_groups
@@ -59,8 +60,10 @@ def build_worker(run: ResolvedRun, position: RankPosition, device: torch.device)
     if device.type == "cuda":
         prepare_cuda(device)
     source = source_of(run, device)
+    task = run.config.task
+    operators = OperatorCheck(device, enabled=TRAITS[task.name].measures and task.fidelity)
     if run.config.engine.name == NATIVE:
-        pipeline, groups = native_pipeline(run, source, position)
+        pipeline, groups = native_pipeline(run, source, position, operators)
     else:
         from harness.build.baseline import baseline_pipeline  # imports diffusers' pipelines
 
@@ -72,7 +75,7 @@ def build_worker(run: ResolvedRun, position: RankPosition, device: torch.device)
         LoadedComponent(p.component, str(p.path), p.dtype, p.parameters, p.bytes, p.load_ms, p.merged, p.read_bytes)
         for p in source.loaded.values()
     ]
-    return Worker(pipeline, position, device, memory, loaded, groups, energy)
+    return Worker(pipeline, position, device, memory, loaded, groups, energy, operators)
 
 
 def energy_meter(device: torch.device) -> EnergyMeter:

@@ -80,7 +80,7 @@ class InprocessEngine:
         prepare_cpu(self._config, threads)
         worker = build_worker(run, RankPosition(0, run.degrees), device)
         self._scheduler = RequestScheduler(worker, LocalCollectives(), NoCancelFlags())
-        load_ms = (time.perf_counter() - start) * 1e3
+        load_ms = (time.perf_counter() - start) * 1e3 - worker.operators.duration_ms
         return EngineInfo(
             "ready",
             1,
@@ -91,6 +91,7 @@ class InprocessEngine:
             threads=threads,
             loaded=worker.loaded,
             ceiling_tflops=[measure_ceiling(self._config, device)],
+            operators=worker.operators.errors,
             hosts=[socket.gethostname()],
             cpu_capability=torch.backends.cpu.get_cpu_capability(),
         )

@@ -35,7 +35,8 @@ def new_engine(config: RunConfig, folder: Path) -> Engine:
 def engine_key(config: RunConfig) -> str:
     """Return what an engine is built from, as text: configurations with equal keys can share the same ranks."""
     declared = to_dict(config)
-    return json.dumps([config.task.name.name, *(declared[part] for part in BUILT_FROM)], sort_keys=True)
+    task = [config.task.name.name, config.task.fidelity]  # ranks compare their operators if fidelity is measured
+    return json.dumps([*task, *(declared[part] for part in BUILT_FROM)], sort_keys=True)
 
 
 class EnginePool:

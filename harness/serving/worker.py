@@ -27,6 +27,7 @@ from harness.messages import (
     SampleResult,
     encode,
 )
+from harness.optimize.precision import OperatorCheck
 from harness.parallel.mesh import RankPosition
 from harness.parallel.process_groups import ProcessGroups, single_rank_groups
 from harness.pipeline.composed import ComposedPipeline
@@ -69,6 +70,7 @@ class Worker:
         loaded: the components that were loaded for the pipeline.
         groups: the process groups of this rank; None for a single rank.
         energy: the energy meter of its GPU or machine; None if energy is not reported.
+        operators: what compared the pipeline's operators with float64; None if nothing did.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Worker:
         loaded: Sequence[LoadedComponent] = (),
         groups: ProcessGroups | None = None,
         energy: EnergyMeter | None = None,
+        operators: OperatorCheck | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.position = position
@@ -88,6 +91,7 @@ class Worker:
         self.loaded = list(loaded)
         self.groups = single_rank_groups() if groups is None else groups
         self.energy = NoEnergy() if energy is None else energy
+        self.operators = OperatorCheck(device, enabled=False) if operators is None else operators
         self.counter = EvaluationCounter()
 
     def generate(
