@@ -15,7 +15,10 @@ from harness.engines.protocol import RequestFailed
 from harness.messages import EngineInfo
 from harness.metrics.difference import Difference, difference
 from harness.metrics.fidelity import EQUIVALENT, ROUNDING, Check, Fidelity, rounding_bound, verdict
-from harness.resolve.compose import ResolvedRun
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
+from harness.resolve.compose import ResolvedRun, to_dict
+from harness.resolve.published_scheduler import scheduler_file
+from harness.resolve.request import to_message
 from harness.serving.transport import EngineGone
 from harness.tasks.common.methods import METHODS, Method, float32_method, is_float32, method_class
 from harness.tasks.common.references import (
@@ -203,20 +206,63 @@ def hold_shared_arithmetic(subject: Subject) -> list[Check]:
     if not subject.run.config.task.fidelity_peer:
         return []
     peer, reference = peer_config(subject.run.config), subject.reference
+    if peer.scheduler.family == PUBLISHED_FAMILY:
+        _refuse_own_noise(subject.run)
 
     def measure() -> list[float]:
         first = GeneratedOutput([reference.latents[0][-1:]], reference.pixels[:1])
         return [*output_errors(first, subject.references.generate(peer, "peer"))]
 
-    errors = Errors(*subject.references.numbers(without_prompts(peer), measure))
+    errors = Errors(*subject.references.finding(["peer", without_prompts(peer)], measure))
     return [_check_float32(subject, "shared arithmetic", errors, PEER)]
+
+
+def _refuse_own_noise(run: ResolvedRun) -> None:
+    """Refuse a peer whose solver adds noise between its steps, since diffusers' own class draws that itself."""
+    from harness.baselines.noise_scheduler import adds_noise  # imports torch
+    from schedulers.published import from_diffusers
+
+    message, side = to_message(run.config.request), run.config.model.size_multiple
+    scheduler = from_diffusers(scheduler_file(run.checkpoint.folder))
+    if adds_noise(scheduler, scheduler.grid(message.steps, (message.height // side) * (message.width // side))):
+        raise ValueError("diffusers draws the noise of each step itself, so its image is another one")
+
+
+def hold_noise_scheduler(subject: Subject) -> list[Check]:
+    """Hold the points and the solver to diffusers' own class, on numbers small enough to take no time."""
+    config, settings = subject.run.config, subject.run.noise_scheduler
+    if not config.task.fidelity_peer or settings is None:  # the checkpoint's own class is in the peer engine
+        return []
+    message, side = to_message(config.request), config.model.size_multiple
+    steps, tokens = message.steps, (message.height // side) * (message.width // side)
+
+    def measure() -> tuple[str, float] | None:
+        from schedulers.published.peer import difference_from_diffusers  # imports torch
+
+        found = difference_from_diffusers(settings, steps, tokens)
+        return None if found is None else (found.class_name, found.rel_l2)
+
+    scheduler = to_dict(config)["scheduler"]
+    found = subject.references.finding(["noise scheduler", scheduler, steps, tokens], measure)
+    if found is None:
+        raise ValueError("diffusers has no class of these settings")
+    return [Check("noise scheduler", found[1], ROUNDING, f"diffusers' {found[0]}")]
+
+
+def hold_operators(subject: Subject) -> list[Check]:
+    """Hold code that exists in one dtype only to float64; the ranks have measured it as they loaded."""
+    operators = subject.measured.info.operators
+    rows = [Check("operators", row.rel_l2, row.bound, f"{row.operator} in float64") for row in operators]
+    return sorted(rows, key=lambda row: row.error / row.bound)[-1:]
 
 
 CHECKS: Mapping[str, Callable[[Subject], list[Check]]] = {
     "the run is": hold_run,
     "the repeats are": hold_repeats,
     "the method in float32 is": hold_method,
+    "the operators are": hold_operators,
     "the arithmetic that run and reference share is": hold_shared_arithmetic,
+    "the noise scheduler is": hold_noise_scheduler,
 }
 """The checks, by what they hold."""
 

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from rich.progress import Progress
@@ -21,7 +22,7 @@ from harness.config.optimize import Optimize
 from harness.config.schema import DType, EngineConfig, ParallelConfig, Quantize, RunConfig, Task, TaskConfig
 from harness.engines.pool import BUILT_FROM, MakeEngine, new_engine
 from harness.messages import Array
-from harness.records.provenance import PACKAGES, cpu_name, version
+from harness.records.provenance import PACKAGES, arithmetic_environment, cpu_name, version
 from harness.records.record import write_atomically
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.compose import ResolvedRun, to_dict
@@ -29,6 +30,7 @@ from harness.resolve.conflicts import check_conflicts
 from harness.resolve.engine import check_engine
 from harness.resolve.engines_table import BASELINES, DIFFUSERS
 
+T = TypeVar("T")
 CODE = (
     "models",
     "schedulers",
@@ -177,19 +179,19 @@ class References:
         self.generated.append(role)
         return output
 
-    def numbers(self, subject: object, measure: Callable[[], list[float]]) -> list[float]:
-        """Load measured numbers from their file; if there is none, measure and store them.
+    def finding(self, subject: object, measure: Callable[[], T]) -> T:
+        """Load what was measured from its file; if there is none, measure and store it.
 
         Args:
-            subject: What the numbers are about besides code, machine and weights, as plain data.
-            measure: Function that measures them.
+            subject: What was measured, as plain data; code, machine and weights are added.
+            measure: Function that measures it and returns plain data.
 
         Returns:
-            The numbers.
+            What was measured.
         """
         file = self._folder / f"{_digest([subject, *self._environment])}.json"
         if file.exists():
-            kept: list[float] = json.loads(file.read_text())
+            kept: T = json.loads(file.read_text())
             return kept
         found = measure()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -287,7 +289,7 @@ def without_prompts(config: RunConfig) -> dict[str, object]:
 
 def generation_environment(run: ResolvedRun) -> list[object]:
     """Return what an image depends on besides its request: the code, the machine, and the files of the weights."""
-    machine = [cpu_name(), platform.platform(), {name: version(name) for name in PACKAGES}]
+    machine = [cpu_name(), platform.platform(), arithmetic_environment(), {name: version(name) for name in PACKAGES}]
     return [code_hash(), machine, weight_files(run)]
 
 
