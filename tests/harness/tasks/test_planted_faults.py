@@ -104,7 +104,7 @@ def test_an_honest_run(dtype: str, tmp_path: Path, kept: Path) -> None:
     fidelity, state = judged(tmp_path / "run", kept, dtype, "task.repeats=2")
     assert (fidelity.verdict, state) == ("within_floor", "ok")
     names = {check.name for check in fidelity.checks}
-    assert names >= {"method", "repeats", "shared arithmetic"}
+    assert names >= {"method", "repeats", "shared arithmetic", "noise scheduler"}
     assert ("dtype" in names) == (dtype == "bfloat16")
     assert fidelity.detectable == 1e-5
 
