@@ -59,7 +59,7 @@ PATHS: dict[str, PathRules] = {
 }
 
 SPACING_OPTIONS: dict[str, tuple[str, ...]] = {
-    "linspace": ("integer_timesteps", "spare_row", "stride_target"),
+    "linspace": ("integer_timesteps", "spare_row"),
     "leading": ("steps_offset", "spare_row"),
     "trailing": ("stride_target",),
     "uniform": ("t_last", "geometric_sigma"),

@@ -145,7 +145,7 @@ class SchedulerOptions(SamplingDefaults, TrainingSettings):
         None, "Whether spacing=linspace or leading makes one more row and drops the last one. null = false."
     )
     stride_target: bool | None = option(
-        None, "Whether first-order steps of spacing=trailing and linspace land at t - N // n. null = false."
+        None, "Whether first-order steps of spacing=trailing land at t - N // n. null = false."
     )
     round_tau: str | None = option(
         None, "How the network's time is rounded to whole numbers. null = not rounded.", words=("round", "floor")

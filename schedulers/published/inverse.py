@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from schedulers.compatibility import resolve, starts_at_pure_noise
-from schedulers.published.classes import BUILDERS
+from schedulers.published import from_diffusers
 from schedulers.published.options import parse_options
 from schedulers.settings import NoiseSchedulerSettings
 
@@ -83,7 +83,7 @@ def find_peer(settings: NoiseSchedulerSettings, steps: int, tokens: int = 1) -> 
 def _accepted(peer: DiffusersPeer) -> bool:
     """Return whether from_diffusers takes the configuration; it refuses what diffusers does otherwise or wrongly."""
     try:
-        BUILDERS[peer.class_name](parse_options({"_class_name": peer.class_name, **peer.config}))
+        from_diffusers({"_class_name": peer.class_name, **peer.config})
     except ValueError:
         return False
     return True
@@ -236,8 +236,7 @@ def _divides(s: NoiseSchedulerSettings, steps: int) -> bool:
 
 def _lands_elsewhere(s: NoiseSchedulerSettings, steps: int) -> bool:
     """Return whether first-order steps land at t - N // n, and that is not the next row."""
-    strides = bool(s.stride_target) and s.spacing in ("trailing", "linspace")
-    return strides and (s.spacing == "linspace" or not _divides(s, steps))
+    return bool(s.stride_target) and s.spacing == "trailing" and not _divides(s, steps)
 
 
 def _leading(s: NoiseSchedulerSettings, spare_row: bool) -> Config | None:
@@ -271,8 +270,6 @@ def _ddim_rows(s: NoiseSchedulerSettings, steps: int) -> Config | None:
     """Return the options of the rows of DDIM, whose steps land one whole stride further."""
     if s.spacing == "trailing" and (s.stride_target or _divides(s, steps)):
         return {"timestep_spacing": "trailing"}
-    if s.spacing == "linspace" and s.integer_timesteps is not False and s.stride_target and not s.spare_row:
-        return {"timestep_spacing": "linspace"} if steps > 1 else None
     return _leading(s, spare_row=False)
 
 
@@ -329,7 +326,7 @@ def _ddpm(s: NoiseSchedulerSettings, steps: int) -> DiffusersPeer | None:
     last = s.steps_offset or 0
     if s.spacing == "trailing" and (not s.stride_target or _divides(s, steps)):
         rows, last = {"timestep_spacing": "trailing"}, 1
-    if s.spacing == "linspace" and s.integer_timesteps is not False and not s.spare_row and not s.stride_target:
+    if s.spacing == "linspace" and s.integer_timesteps is not False and not s.spare_row:
         rows, last = ({"timestep_spacing": "linspace"} if steps > 1 else None), 0
     variance = s.variance or "small"
     noise_at_the_end = last == 0 or variance == "small" or s.final_noise  # diffusers adds it above timestep 0

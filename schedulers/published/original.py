@@ -21,7 +21,7 @@ from schedulers.grid import Grid, Point
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Estimate, LearnedVariance
 
-SHAPE = (2, 4, 6, 6)
+SHAPE = (2, 3, 6, 6)
 FACTORIES = ("arange", "empty", "full", "linspace", "logspace", "ones", "tensor", "zeros")
 MOVED = {
     "CosineDPMSolverMultistepScheduler": "diffusers.schedulers.scheduling_cosine_dpmsolver_multistep",

@@ -69,7 +69,7 @@ SETTINGS: list[tuple[str, NoiseSchedulerSettings, str | None]] = [
     ("DDIMScheduler", ddpm(solver="ddim", spacing="leading", steps_offset=1, end="t_min"), None),
     ("DDIMScheduler", ddpm(solver="ddim", spacing="leading", eta=0.5, clip=1.0), None),
     ("DDIMScheduler", ddpm(solver="ddim", stride_target=True, zero_terminal_snr=True, prediction="v"), None),
-    ("DDIMScheduler", ddpm(spacing="linspace", stride_target=True, prediction="x0"), None),
+    ("DDIMScheduler", ddpm(spacing="leading", prediction="x0"), None),
     ("DDIMScheduler", ddpm(solver="ancestral", spacing="leading", threshold=0.9, clip=1.5), None),
     (MULTISTEP, ddpm(solver="ddim"), None),
     (MULTISTEP, ddpm(solver="ancestral"), None),

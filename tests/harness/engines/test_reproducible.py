@@ -16,12 +16,14 @@ CODE = """
 import torch
 from harness.resolve.compose import compose_run
 from harness.resolve.run import ResolvedRun
-from harness.parallel.mesh import Place
-from harness.build.worker import build_worker, prepare_cpu
+from harness.parallel.mesh import RankPosition
+from harness.build.worker import build_worker
+from harness.device.device import prepare_cpu
 from models.components import Conditioning
 
-config = compose_run([]).config
-stages = build_worker(ResolvedRun(config), Place(0, (1, 1, 1, 1, 1)), torch.device("cpu")).pipeline.stages
+config = compose_run(["engine.eager.modulation=false", "engine.eager.text=false"]).config
+prepare_cpu(config, 1)
+stages = build_worker(ResolvedRun(config), RankPosition(0, (1, 1, 1, 1, 1)), torch.device("cpu")).pipeline.stages
 network, decoder = stages[4].network, stages[5].decoder
 torch.manual_seed(0)
 found = []

@@ -53,7 +53,6 @@ def both(tiny: Tiny, dtype: torch.dtype, groups: ProcessGroups) -> dict[str, Ten
     network = tiny.build(math_attention, dtype)
     said = weight_bytes(gathered_weights(network, tiny.plan), groups.weights.size, groups.tp.size)
     shard_linears(network, tiny.plan, groups.tp)
-    said = weight_bytes(network, tiny.plan, groups.weights.size)
     wrap_runners(network, tiny.plan, shard_tokens(network, tiny.plan, math_attention, math_lse, groups))
     latent, tau_B, condition = tiny.inputs
 

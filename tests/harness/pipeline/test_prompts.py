@@ -246,7 +246,8 @@ def test_a_whole_run_generates_the_same_with_and_without_its_encoders() -> None:
 @pytest.mark.slow
 def test_the_record_shows_the_saving(tmp_path: Path) -> None:
     """It shows in the notes and in the memory of the ready rank, in a process that has freed nothing before."""
-    overrides = [*INPROCESS, "model.text.keep_loaded=false", "request.prompt=rocket", f"hydra.run.dir={tmp_path}"]
+    given = ["model.text.keep_loaded=false", "engine.eager.keep_memory=false", "request.prompt=rocket"]
+    overrides = [*INPROCESS, *given, f"hydra.run.dir={tmp_path}"]
     subprocess.run([sys.executable, "-m", "harness", *overrides], check=True, stdout=subprocess.DEVNULL)
     record = read_record(tmp_path)
     assert record is not None
