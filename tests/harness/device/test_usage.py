@@ -40,9 +40,11 @@ def test_the_use_of_the_machine_is_read_from_the_kernel(tmp_path: Path) -> None:
     rate, stat = os.sysconf("SC_CLK_TCK"), tmp_path / "stat"
     stat.write_text("cpu  100 10 50 9999 77 3 2 5 40 0\ncpu0 0 0 0 0 0 0 0 0 0 0\n")
     before = MachineUsage.now(stat)
-    stat.write_text("cpu  130 10 60 9999 88 3 2 9 40 0\n")
+    stat.write_text("cpu  130 10 60 20000 88 4 4 9 40 0\n")
     used = MachineUsage.now(stat).since(before)
-    assert used.busy_s == pytest.approx(40 / rate)  # user and system, not idle, iowait, steal or guest
+    assert used.busy_s == pytest.approx(
+        43 / rate
+    )  # user, system and both kinds of interrupts, not idle, iowait, steal or guest
     assert used.steal_s == pytest.approx(4 / rate)
     assert used.wall_s > 0
     missing = MachineUsage.now(tmp_path / "none")

@@ -83,6 +83,7 @@ def test_jobs_of_one_engine_share_its_ranks_and_say_so() -> None:
         ("model__dtype", DType.bfloat16),
         ("launch__threads_per_rank", 1),
         ("task__name", Task.bench),
+        ("task__fidelity", True),
     ],
 )
 def test_another_engine_gets_fresh_ranks(key: str, value: object) -> None:

@@ -79,6 +79,17 @@ def test_a_planted_fault_is_seen(
         assert not row.is_within, row
 
 
+def test_one_head_of_many_off_by_a_percent_is_seen() -> None:
+    """Over all heads together it is less than rounding."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        factor_H1 = torch.tensor([1.01] + [1.0] * 15)[:, None]
+        return (math_attention(q, k, v, mask).float() * factor_H1).to(q.dtype)
+
+    for seed in SEEDS:
+        assert not output_error("math", kernel, random_inputs(16, 12, NARROW, CPU, False, seed)).is_within
+
+
 def test_a_log_sum_exp_of_another_scale_is_seen() -> None:
     kernel = lse_kernel("flash")
     for seed in SEEDS:

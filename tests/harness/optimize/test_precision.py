@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harness.build.worker import build_worker
 from harness.engines.inprocess import InprocessEngine
-from harness.messages import EngineInfo, OperatorError
+from harness.messages import EngineInfo, GenerationRequest, OperatorError, RankOutcome, decode
 from harness.optimize import apply, decoder
 from harness.optimize.compile_blocks import blocks_of
 from harness.optimize.decoder import apply_winograd
@@ -16,8 +17,10 @@ from harness.optimize.precision import OperatorCheck, worst_errors
 from harness.optimize.prepack import PackedLinear, prepack
 from harness.optimize.upcast import UpcastLinear, upcast
 from harness.optimize.winograd import WinogradConv2d
+from harness.parallel.mesh import RankPosition, degrees
 from harness.parallel.parallelize import shard_linears
 from harness.resolve.compose import compose_run
+from harness.resolve.run import ResolvedRun
 from models.attention import math_attention
 from models.components import Components, LatentSpace
 from models.layers import Modulation
@@ -165,6 +168,21 @@ def test_a_missing_bias_of_upcast_linears_is_seen() -> None:
     assert len(errors) > 10
 
 
+def test_a_missing_bias_is_seen_however_small_it_is() -> None:
+    """A thousandth of the products, which rounding them to bfloat16 hides."""
+    parts = parts_of("flux")
+    for name, parameter in parts.network.named_parameters():
+        if name.endswith("bias"):
+            parameter.mul_(1e-3)
+
+    def change(parts: Components) -> None:
+        upcasted(parts)
+        without_bias(parts.network)
+
+    errors = errors_of(parts, change)
+    assert outside(errors) == {row.operator for row in errors}
+
+
 def test_a_gelu_that_no_linear_computes_is_seen() -> None:
     """The activation after an upcast linear is lost."""
 
@@ -243,7 +261,7 @@ def test_what_is_not_compared_is_said() -> None:
     def change(parts: Components) -> None:
         upcasted(parts)
         for block in blocks_of(parts.network, parts.plan):
-            block.forward = block.forward  # as torch.compile's result is set
+            block.forward = torch.compile(block.forward)  # which compiles nothing before a call
 
     parts = parts_of("dit")
     linear = parts.network.get_submodule("project_out")
@@ -301,6 +319,21 @@ def test_an_engine_that_measures_fidelity_compares_its_operators(slow: bool, mon
     assert kinds == ({"UpcastLinear", "UpcastConv2d", "attention"} if slow else {"PackedLinear", "attention"})
     assert any("encoder" in row.operator for row in rows) == slow
     assert outside(rows) == set()
+
+
+def test_the_time_is_not_part_of_loading_and_is_noted_if_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    def take_long(check: OperatorCheck, *arguments: object) -> None:
+        check.duration_ms += 1e9
+
+    monkeypatch.setattr(OperatorCheck, "compare_attention", take_long)
+    assert engine_info("task=bench").load_ms < 0
+    config = compose_run(["model=emoji", "task=bench"]).config
+    worker = build_worker(ResolvedRun(config), RankPosition(0, degrees(config.parallel)), CPU)
+    request = GenerationRequest("a", ["rocket"], steps=1, guidance=1.0, height=32, width=32)
+    outcome = decode(worker.generate(request, lambda *progress: None, lambda: False))
+    assert isinstance(outcome, RankOutcome)
+    assert outcome.report is not None
+    assert any(note.startswith("operators were compared with float64 in 10") for note in outcome.report.notes)
 
 
 @pytest.mark.parametrize("overrides", [["task=generate"], ["task=bench", "task.fidelity=false"]])
