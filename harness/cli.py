@@ -10,10 +10,12 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import secrets
+import shutil
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
 from types import FrameType
@@ -21,38 +23,47 @@ from types import FrameType
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from harness.config.schema import LoggerConfig, RunConfig, Task
 from harness.config.tasks import TRAITS
+from harness.engines.launcher import is_under_torchrun
 from harness.engines.pool import EnginePool, MakeEngine, new_engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
-from harness.records.record import RunFolderError, Status, is_done, read_record, read_status
+from harness.records.job import JobResult, read_jobs, write_job
+from harness.records.record import RunFolderError, Status, is_done, read_status
 from harness.resolve.comparison import quote_overrides
 from harness.resolve.compose import (
     ConfigError,
     ResolvedRun,
     check_composed,
     compose_run,
+    from_yaml,
     register_schema,
-    run_folder,
     sweep_folder,
     to_dict,
 )
-from harness.resolve.names import check_names
+from harness.resolve.names import check_names, one_line
 from harness.tasks import task_entry
 from harness.tasks.common.comparison import is_compared
-from harness.tasks.common.lifecycle import mirror, refuse
+from harness.tasks.common.lifecycle import mirror, refuse, refuse_command
 from harness.tasks.common.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, exit_status, print_error
 
 
 def main() -> None:
     """Run the command line and exit with its status, which is 0 only if everything requested was done."""
     arguments = sys.argv[1:]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    try:
+        is_rank = not asks_for_help(arguments) and is_under_torchrun()
+    except ConfigError as error:
+        print_error(error)
+        sys.exit(EXIT_BAD_INPUT)
+    if is_rank:
         from harness.tasks.common.under_torchrun import run_under_torchrun
 
         sys.exit(run_under_torchrun(arguments))
@@ -72,7 +83,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     Returns:
         The exit status.
     """
-    if {"-h", "--help", "--version"} & {*arguments}:
+    if asks_for_help(arguments):
         return print_help(arguments)
     try:
         if any(argument.startswith("-") for argument in arguments):
@@ -82,17 +93,20 @@ def dispatch(arguments: Sequence[str]) -> int:
             if flags.multirun:
                 check_multirun(arguments, bool(flags.cfg))
                 return sweep(arguments, flags.overrides)
-            return 1 if any(job.status.state != "ok" for job in run_with_hydra(arguments).jobs) else 0
+            return run_with_flags(arguments)
         return exit_status(run_one(compose_run(arguments), new_engine).status)
     except ConfigError as error:
-        if any(not TRAITS[task].is_run for task in named_tasks(arguments)):
-            print_error(error)
-        else:
-            refuse(run_folder(arguments), error)
+        is_run = all(TRAITS[task].is_run for task in named_tasks(arguments))
+        refuse_command(arguments if is_run else [], error)
         return EXIT_BAD_INPUT
     except RunFolderError as error:
         print_error(error)
         return EXIT_BAD_INPUT
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Return whether a command line asks for help or the version."""
+    return bool({"-h", "--help", "--version"} & {*arguments})
 
 
 def print_help(arguments: Sequence[str]) -> int:
@@ -146,21 +160,6 @@ def multirun_flag_first(arguments: Sequence[str]) -> list[str]:
     return [*multirun[:1], *(argument for argument in arguments if argument not in multirun)]
 
 
-@dataclass(frozen=True)
-class JobResult:
-    """The outcome of one job.
-
-    Attributes:
-        folder: The run's folder.
-        status: How the run ended.
-        already_done: Whether an earlier command had done this job, so that it was skipped.
-    """
-
-    folder: Path
-    status: Status
-    already_done: bool = False
-
-
 def run_one(run: ResolvedRun, engines: MakeEngine) -> JobResult:
     """Execute one task, by default in the folder that Hydra chose.
 
@@ -183,44 +182,93 @@ def run_one(run: ResolvedRun, engines: MakeEngine) -> JobResult:
 
 
 class HydraSession:
-    """The jobs that Hydra ran in this process, and the engines that they share.
+    """The jobs that Hydra ran, and the engines that those in this process share.
 
     From the first session on, Hydra knows the schema's types and resolvers in this process. A launcher such as
-    submitit's pickles the session with the rest of a job; the job's process then makes its own.
+    submitit's pickles the session with the rest of a job; the job's process then makes its own, and leaves the job's
+    outcome in a folder.
+
+    Args:
+        outcomes: The folder of the outcomes of jobs in other processes; None if there are no such jobs.
+        is_copy: Whether this session is that of a job's own process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outcomes: Path | None = None, is_copy: bool = False) -> None:
         self.jobs: list[JobResult] = []
         self.pool = EnginePool()
+        self._outcomes = outcomes
+        self._is_copy = is_copy
         atexit.register(self.pool.close)
         register_schema()
 
-    def __reduce__(self) -> tuple[type[HydraSession], tuple[()]]:
-        return HydraSession, ()
+    def __reduce__(self) -> tuple[type[HydraSession], tuple[Path | None, bool]]:
+        return HydraSession, (self._outcomes, True)
+
+    def add(self, job: JobResult, number: int) -> None:
+        """Add a finished job.
+
+        Args:
+            job: The job.
+            number: The number of the job in the sweep.
+        """
+        self.jobs.append(job)
+        if self._is_copy and self._outcomes is not None:
+            write_job(self._outcomes / f"{number:06d}.json", job)
 
 
-def run_with_hydra(arguments: Sequence[str]) -> HydraSession:
+def run_with_hydra(arguments: Sequence[str], session: HydraSession) -> None:
     """Pass a command line with flags to Hydra.
+
+    Args:
+        arguments: The command line, flags included.
+        session: The session that receives the jobs.
+
+    Raises:
+        ConfigError: Hydra cannot compose what was given.
+    """
+
+    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
+    def job(composed: DictConfig) -> float:
+        done = run_job(composed, session.pool.engine)
+        session.add(done, HydraConfig.get().job.num if HydraConfig.get().mode is RunMode.MULTIRUN else 0)
+        if done.status.state == "cancelled":
+            raise KeyboardInterrupt
+        return objective_value(done)
+
+    sys.argv = [sys.argv[0], *arguments]
+    with session.pool, variables({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises its errors and prints none
+        try:
+            job()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(one_line(error)) from error
+
+
+@contextmanager
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside the context, and restore them afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def run_with_flags(arguments: Sequence[str]) -> int:
+    """Run one job with flags of Hydra's own.
 
     Args:
         arguments: The command line, flags included.
 
     Returns:
-        The session, with the jobs that ran in this process.
+        The exit status.
     """
     session = HydraSession()
-
-    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
-    def job(composed: DictConfig) -> float:
-        session.jobs.append(run_job(composed, session.pool.engine))
-        if session.jobs[-1].status.state == "cancelled":
-            raise KeyboardInterrupt
-        return objective_value(session.jobs[-1])
-
-    sys.argv = [sys.argv[0], *arguments]
-    with session.pool:
-        job()
-    return session
+    run_with_hydra(arguments, session)
+    return 1 if any(job.status.state != "ok" for job in session.jobs) else 0
 
 
 def sweep(arguments: Sequence[str], overrides: Sequence[str]) -> int:
@@ -232,20 +280,37 @@ def sweep(arguments: Sequence[str], overrides: Sequence[str]) -> int:
 
     Returns:
         The exit status.
+
+    Raises:
+        ConfigError: Hydra cannot compose what was given; no folder is left.
     """
     folder, at = sweep_folder(overrides), arguments.index(overrides[0]) if overrides else len(arguments)
     pinned = [] if any(o.startswith("hydra.sweep.dir=") for o in overrides) else [f"hydra.sweep.dir={folder}"]
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    outcomes = folder.resolve() / f".jobs-{secrets.token_hex(4)}"
+    session = HydraSession(outcomes)
     try:
-        session = run_with_hydra([*arguments[:at], *pinned, *arguments[at:]])
+        run_with_hydra([*arguments[:at], *pinned, *arguments[at:]], session)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    jobs = session.jobs
-    if not jobs:  # the launcher ran them in other processes
-        jobs = [JobResult(file.parent, read_status(file.parent)) for file in sorted(folder.rglob("status.json"))]
+    except ConfigError:
+        if folder in missing and [*folder.iterdir()] == [folder / "multirun.yaml"]:
+            (folder / "multirun.yaml").unlink()
+            remove_empty(missing)
+        raise
+    jobs = session.jobs or read_jobs(outcomes)  # the launcher may run them in other processes
+    shutil.rmtree(outcomes, ignore_errors=True)
     if len(jobs) > 1:
-        print_sweep([job.folder for job in jobs], Console())
+        print_sweep(jobs, Console())
         print_savings(sum(job.already_done for job in jobs), session.pool, Console())
     return 1 if any(job.status.state != "ok" for job in jobs) else 0
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders that are empty, in the order given: the innermost first."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def print_savings(already_done: int, pool: EnginePool, console: Console) -> None:
@@ -269,7 +334,7 @@ def objective_value(job: JobResult) -> float:
         The median latency in ms. Infinity if the run failed or answered nothing, or if its pixel error is above
         task.max_pixel_error.
     """
-    record = read_record(job.folder) if job.status.state == "ok" else None
+    record = job.record() if job.status.state == "ok" else None
     if record is None:
         return math.inf
     bound = record.config["task"]["max_pixel_error"]
@@ -303,33 +368,50 @@ def run_job(composed: DictConfig, make_engine: MakeEngine) -> JobResult:
         run = ResolvedRun(config, list(hydra_config.overrides.task), folder, notes, retry=is_sweep)
         return run_one(run, make_engine)
     except ConfigError as error:
-        status = refuse(folder, error, retry=is_sweep)
-        mirror_refusal(composed, folder, status)
-        return JobResult(folder, status)
+        if not is_sweep:
+            remove_empty([folder, *folder.parents[:2]])  # Hydra has made it
+            refuse_command(hydra_config.overrides.hydra, error)
+            return JobResult(folder, Status("failed", str(error)), owns_folder=False)
+        job = refuse(folder, error)
     except RunFolderError as error:
         print_error(error)
-        return JobResult(folder, Status("failed", str(error)))
+        job = JobResult(folder, Status("failed", str(error)), owns_folder=False)
+    if is_sweep:
+        mirror_refusal(composed, job)
+    return job
 
 
 def is_already_done(folder: Path, config: RunConfig) -> bool:
     """Return whether an earlier command left the result of this same configuration in the folder."""
+    if TRAITS[config.task.name].only_shapes:
+        return is_planned(folder, config)
     return is_compared(folder, config) if config.compare.a is not None else is_done(folder, to_dict(config))
 
 
-def mirror_refusal(composed: DictConfig, folder: Path, status: Status) -> None:
+def is_planned(folder: Path, config: RunConfig) -> bool:
+    """Return whether a folder holds the finished plan of this same configuration."""
+    file = folder / "config.yaml"
+    if read_status(folder).state != "ok" or not file.exists():
+        return False
+    planned, wanted = to_dict(from_yaml(file.read_text())), to_dict(config)
+    return planned | {"logger": None} == wanted | {"logger": None}
+
+
+def mirror_refusal(composed: DictConfig, job: JobResult) -> None:
     """Log a refused job of a sweep to wandb, in the sweep's group.
 
     Args:
         composed: The configuration that Hydra composed; it is logged as declared, valid or not.
-        folder: The job's folder.
-        status: The status that names the error.
+        job: The job. If another run is in its folder, its wandb run is in the sweep's.
     """
     logger = OmegaConf.to_object(composed.logger)
     if not isinstance(logger, LoggerConfig):
         return
-    logger.wandb.group = logger.wandb.group or sweep_group(folder.parent)
+    sweep, task = job.folder.parent, composed.task.name.name
+    logger.wandb.group = logger.wandb.group or sweep_group(sweep)
     declared = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["model", "scheduler", "parallel", "request"]))
-    mirror(lambda: log_failure(logger.wandb, {"declared": declared}, folder, composed.task.name.name, status))
+    home = job.folder if job.owns_folder else sweep
+    mirror(lambda: log_failure(logger.wandb, {"declared": declared}, home, task, job.status, job.folder.name))
 
 
 def sweep_group(folder: Path) -> str:

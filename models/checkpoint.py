@@ -12,17 +12,15 @@ import torch
 from torch import nn
 
 from models.checkpoint_source import CheckpointSource
-from models.files import CheckpointError, list_tensors
-from models.lora import LowRank, lora_updates, merge_updates
+from models.files import check_names_and_shapes, list_tensors, refuse_misfits
+from models.lora import Update, lora_updates, merge_updates
 from models.meta_init import allocate, build_empty, fill_dummy
 from models.names import NameMap
 from models.plan import UNSHARDED, ParallelPlan
 from models.tensor_slice import TensorSlice
 from models.tensors import copy_stored
 
-MAX_LISTED = 6
 N = TypeVar("N", bound=nn.Module)
-Shape = tuple[int, ...]
 
 
 def load_network(
@@ -88,7 +86,7 @@ def load_weights(
     Raises:
         CheckpointError: The cases of `stream_into`.
     """
-    updates: Mapping[str, Sequence[LowRank]] = {}
+    updates: Mapping[str, Sequence[Update]] = {}
     bytes_read = 0
     if source.dummy:
         fill_dummy(network, slices=slices)
@@ -103,7 +101,7 @@ def stream_into(
     files: Sequence[Path],
     names: NameMap,
     origin: str,
-    updates: Mapping[str, Sequence[LowRank]] | None = None,
+    updates: Mapping[str, Sequence[Update]] | None = None,
     slices: Mapping[str, TensorSlice] | None = None,
 ) -> int:
     """Copy the tensors of safetensors files into a network, chunk by chunk, in its dtypes and on its device.
@@ -113,7 +111,7 @@ def stream_into(
         files: The component's safetensors files.
         names: The map from published names to the network's own.
         origin: The component's name in error messages.
-        updates: The low-rank updates of a tensor, by published name; they are added before rounding to the network's
+        updates: The updates of a tensor, by published name; they are added before rounding to the network's
             dtype.
         slices: The slice of the stored tensor for each sharded parameter, by the network's own name. Only the slice is
             read. A tensor with updates is read in full, so that its values do not depend on the slice.
@@ -143,22 +141,6 @@ def stream_into(
     return bytes_read
 
 
-def check_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], origin: str) -> None:
-    """Raise an error unless the tensors found are exactly those of a network.
-
-    Raises:
-        CheckpointError: Missing, unexpected or misshapen tensors, all in one message.
-    """
-    faults = [f"missing {name}" for name in expected.keys() - found.keys()]
-    faults += [f"unexpected {name}" for name in found.keys() - expected.keys()]
-    faults += [
-        f"{name} is {found[name]}, the network has {expected[name]}"
-        for name in expected.keys() & found.keys()
-        if expected[name] != found[name]
-    ]
-    _refuse(faults, origin)
-
-
 def check_loading_info(found: Mapping[str, Iterable[object]], folder: Path) -> None:
     """Raise an error if a library loaded weights only in part, from the loading information it returns.
 
@@ -170,11 +152,4 @@ def check_loading_info(found: Mapping[str, Iterable[object]], folder: Path) -> N
         CheckpointError: Missing, unexpected or misshapen tensors, all in one message.
     """
     words = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "misshapen"}
-    _refuse([f"{word} {name}" for kind, word in words.items() for name in found.get(kind, ())], str(folder))
-
-
-def _refuse(faults: list[str], origin: str) -> None:
-    if faults:
-        more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
-        shown = "; ".join(sorted(faults)[:MAX_LISTED])
-        raise CheckpointError(f"{origin}: the weights do not fit the network: {shown}{more}")
+    refuse_misfits([f"{word} {name}" for kind, word in words.items() for name in found.get(kind, ())], str(folder))

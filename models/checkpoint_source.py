@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.files import find_config_folder, read_json, weight_files
+from models.files import component_files, find_config_folder, read_json
 from models.tensor_slice import ShardWeights
 
 
@@ -102,10 +102,7 @@ class CheckpointSource:
         Raises:
             CheckpointError: No weights, or a missing shard.
         """
-        other = self.replaced.get(component)
-        if other is not None and other.is_file():
-            return [other]
-        return weight_files(self.config_folder(component))
+        return component_files(self.path_of(component))
 
     def path_of(self, component: str) -> Path:
         """Return the location of the component's weights: a folder, or the file that replaces it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,17 @@ import msgspec
 
 STEMS = ("diffusion_pytorch_model", "model")
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-INDICES = {"I64": 8, "BOOL": 1}  # counters and positions that some checkpoints contain; never a weight
+MAX_LISTED = 6
+Shape = tuple[int, ...]
+INDICES = {"I64": 8, "I32": 4, "BOOL": 1}  # counters and positions that some checkpoints contain; never a weight
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+LFS_POINTER = b"version https://git-lfs"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+CONVERT = (
+    "convert it once, where you trust it, with from_pretrained(DIR, use_safetensors=False).save_pretrained(DIR) of its "
+    "class in diffusers or transformers"
+)
+INDEX = re.compile(r".*\.safetensors\.index(\.[\w-]+)?\.json")  # transformers puts a variant's name after `index`
 SENTENCEPIECE = ("spiece.model",)
 TOKENIZER_FILES = (
     ("tokenizer.json",),
@@ -42,6 +51,19 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says what to change in one line."""
 
 
+def check_not_pointer(path: Path) -> None:
+    """Raise an error for the text that git keeps in place of a large file until git-lfs fetches it.
+
+    Raises:
+        CheckpointError: The command that fetches it.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(f"{path}: a pointer of git-lfs, not the file; run `git lfs pull` in its folder")
+
+
 def read_json(path: Path) -> dict[str, object]:
     """Read a JSON file that holds an object.
 
@@ -51,6 +73,7 @@ def read_json(path: Path) -> dict[str, object]:
     Raises:
         CheckpointError: No such file, or other content.
     """
+    check_not_pointer(path)
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -94,12 +117,43 @@ def check_sizes(raw: Mapping[str, object], path: Path, names: Iterable[str], lea
         raise CheckpointError(f"{path}: no whole number under {', '.join(wrong)}")
 
 
+def check_numbers(raw: Mapping[str, object], path: Path, names: Iterable[str]) -> None:
+    """Raise an error unless the named options that a configuration has are finite numbers above 0.
+
+    Raises:
+        CheckpointError: All options that are not.
+    """
+    wrong = [name for name in names if name in raw and not _is_positive(raw[name])]
+    if wrong:
+        raise CheckpointError(f"{path}: no number above 0 under {', '.join(wrong)}")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def check_lists(raw: Mapping[str, object], path: Path, names: Iterable[str]) -> None:
+    """Raise an error unless the named options are lists of whole numbers.
+
+    Raises:
+        CheckpointError: All options that are not.
+    """
+    wrong = [
+        name
+        for name in names
+        if not isinstance(value := raw.get(name), list | tuple) or any(type(number) is not int for number in value)
+    ]
+    if wrong:
+        raise CheckpointError(f"{path}: no list of whole numbers under {', '.join(wrong)}")
+
+
 def rotary_axes(raw: Mapping[str, Any], path: Path, name: str, channels: int) -> tuple[int, int, int]:
     """Return the number of channels of a head that each of three axes rotates.
 
     Raises:
         CheckpointError: The values are not three even numbers that add up to a head's channels.
     """
+    check_lists(raw, path, (name,))
     axes = tuple(raw[name])
     if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != channels:
         raise CheckpointError(f"{path}: {name}={list(axes)}; give three even numbers that add up to {channels}")
@@ -146,6 +200,23 @@ class StoredTensor:
     end: int
 
 
+def component_files(weights: Path) -> list[Path]:
+    """Return the safetensors files of a component.
+
+    Args:
+        weights: The component's folder, one file of weights, or an index of shards.
+
+    Returns:
+        One file, or every shard.
+
+    Raises:
+        CheckpointError: No weights, an unreadable index, or a shard of the index that is missing.
+    """
+    if not weights.is_file():
+        return weight_files(weights)
+    return _shard_files(weights) if INDEX.fullmatch(weights.name) else [weights]
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a component's folder: one file, or the shards that its index lists.
 
@@ -171,21 +242,23 @@ def has_weights(folder: Path) -> bool:
 
 def _hint(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if indices := [name for name in names if INDEX.fullmatch(name)]:
+        return f"; there is {indices[0]}: give that file as the component's path"
     if others := [name for name in names if name.endswith(".safetensors")]:
         return f"; there is {others[0]}: give that file as the component's path, or rename it"
     if pickles := [name for name in names if name.endswith(PICKLES)]:
-        return (
-            f"; there is {pickles[0]}, a pickle, and pickles are never read: convert it once, where you trust it, with "
-            "from_pretrained(DIR, use_safetensors=False).save_pretrained(DIR) of its class in diffusers or transformers"
-        )
+        return f"; there is {pickles[0]}, a pickle, and pickles are never read: {CONVERT}"
     return ""
 
 
 def _shard_files(index: Path) -> list[Path]:
+    check_not_pointer(index)
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: not a readable index of shards ({error})") from error
+    if not names:
+        raise CheckpointError(f"{index}: it lists no tensor (weight_map is empty); copy the checkpoint's index again")
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
         raise CheckpointError(f"{index}: {outside[0]!r} is not a file in the folder of the index")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
@@ -205,6 +278,9 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     Raises:
         CheckpointError: A truncated file, another format, or a dtype that is not supported.
     """
+    check_not_pointer(path)
+    if path.suffix in PICKLES:
+        raise CheckpointError(f"{path}: a pickle, and pickles are never read; give a safetensors file")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -234,7 +310,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 def _check_stored(tensor: StoredTensor, base: int) -> None:
     width = FLOATS.get(tensor.dtype) or INDICES.get(tensor.dtype)
-    if width is None:
+    if width is None or (tensor.dtype == "I32" and math.prod(tensor.shape) != 1):  # a LoRA's alpha is one number
         raise CheckpointError(
             f"{tensor.path}: {tensor.name} is stored as {tensor.dtype}; quantised weights are not read here, give F32, "
             "F16 or BF16"
@@ -256,6 +332,36 @@ def list_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{path}: {duplicates[0]} is in {found[duplicates[0]].path.name} too")
         found |= tensors
     return found
+
+
+def check_names_and_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], origin: str
+) -> None:
+    """Raise an error unless the tensors found are exactly those of a network.
+
+    Raises:
+        CheckpointError: Missing, unexpected or misshapen tensors, all in one message.
+    """
+    faults = [f"missing {name}" for name in expected.keys() - found.keys()]
+    faults += [f"unexpected {name}" for name in found.keys() - expected.keys()]
+    faults += [
+        f"{name} is {found[name]}, the network has {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if expected[name] != found[name]
+    ]
+    refuse_misfits(faults, origin)
+
+
+def refuse_misfits(faults: list[str], origin: str) -> None:
+    """Raise an error with the first faults of a component's tensors, if there are any.
+
+    Raises:
+        CheckpointError: The faults, in one line.
+    """
+    if faults:
+        more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+        shown = "; ".join(sorted(faults)[:MAX_LISTED])
+        raise CheckpointError(f"{origin}: the weights do not fit the network: {shown}{more}")
 
 
 def find_config_folder(path: Path | None, own: Path) -> Path:
@@ -280,6 +386,8 @@ def check_tokenizer(folder: Path) -> None:
         CheckpointError: The files that a tokenizer needs, or the package to install.
     """
     found = [names for names in TOKENIZER_FILES if all((folder / name).is_file() for name in names)]
+    for name in (name for names in found for name in names):
+        check_not_pointer(folder / name)
     if not found:
         expected = ", or ".join(" and ".join(names) for names in TOKENIZER_FILES)
         raise CheckpointError(f"{folder}: no tokenizer files here; expected {expected}")
@@ -289,13 +397,16 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
-def check_component(folder: Path, weights: Path | None, classes: tuple[str, ...] = ()) -> None:
+def check_component(folder: Path, weights: Path | None, classes: tuple[str, ...] = ()) -> dict[str, StoredTensor]:
     """Raise an error for a component without config.json, of another class, quantized, or with an incomplete file.
 
     Args:
         folder: The folder with its config.json.
         weights: The folder of its weights, or one file of them; None for random weights.
         classes: The values of `_class_name` that it may have; empty for any.
+
+    Returns:
+        Its tensors by name; none for random weights.
 
     Raises:
         CheckpointError: What is missing, unsupported or broken, and where.
@@ -307,7 +418,7 @@ def check_component(folder: Path, weights: Path | None, classes: tuple[str, ...]
     if classes and name not in classes:
         raise CheckpointError(f"{folder}: config.json says _class_name={name}; this model needs {' or '.join(classes)}")
     if weights is None:
-        return
+        return {}
     if config.get("quantization_config") is not None:
         raise CheckpointError(f"{folder}: quantised weights (quantization_config) are not read here; give BF16 or F32")
-    list_tensors([weights] if weights.is_file() else weight_files(weights))
+    return list_tensors(component_files(weights))

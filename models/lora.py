@@ -1,7 +1,7 @@
-"""Low-rank updates merged at load: W + weight * (alpha / rank) * B A, in float32 and rounded once.
+"""Updates merged at load: W + weight * (alpha / rank) * B A, in float32 and rounded once; or W + weight * difference.
 
 Source: LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1); alpha and layer names as written by kohya's trainer, PEFT
-and diffusers.
+and diffusers; whole differences of weights and biases as written by lightx2v and read by ComfyUI.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Protocol
 
 import msgspec
 import torch
@@ -21,22 +21,24 @@ from torch import Tensor
 from models.checkpoint_source import CheckpointSource, LoraFile
 from models.files import CheckpointError, StoredTensor, list_tensors, read_header, read_json
 from models.lora_names import (
-    CONVERTERS,
-    MAX_LISTED,
     LoraLayer,
-    LoraTargets,
-    check_all_matched,
-    check_update_shapes,
+    TensorUpdate,
+    check_targets,
     match_layers,
     parse_layers,
-    shape_mismatches,
     split_component,
 )
 from models.tensors import read_stored
 
-ENERGY_TOLERANCE = 1e-5
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers stores PEFT's settings of an adapter
 WEIGHT_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")  # PEFT initializations that change the base weights
+
+
+class Update(Protocol):
+    """What is added to one tensor."""
+
+    def add_to(self, tensor: Tensor) -> None:
+        """Add the update to a tensor in place, in float32."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class LowRank:
 
     Args:
         down: The function that reads A, (rank, in) or (rank, in, height, width).
-        up: The function that reads B, (out, rank) or (out, rank, 1, 1).
+        up: The function that reads B's rows of this tensor, (out, rank) or (out, rank, 1, 1).
         scale: The factor weight * alpha / rank.
     """
 
@@ -58,7 +60,24 @@ class LowRank:
         tensor.view(len(tensor), -1).addmm_(self.up().flatten(1), self.down().flatten(1), alpha=self.scale)
 
 
-def merge_updates(stored: StoredTensor, updates: Sequence[LowRank]) -> Tensor:
+@dataclass(frozen=True)
+class WholeDifference:
+    """The update scale * difference of one tensor, a weight or a bias.
+
+    Args:
+        read: The function that reads the difference's rows of this tensor.
+        scale: The LoRA's weight.
+    """
+
+    read: Callable[[], Tensor]
+    scale: float
+
+    def add_to(self, tensor: Tensor) -> None:
+        """Add the update to a tensor in place, in float32."""
+        tensor.add_(self.read(), alpha=self.scale)
+
+
+def merge_updates(stored: StoredTensor, updates: Sequence[Update]) -> Tensor:
     """Return a stored tensor with its updates added, float32 on the CPU."""
     tensor = read_stored(stored, torch.float32)
     for update in updates:
@@ -66,43 +85,35 @@ def merge_updates(stored: StoredTensor, updates: Sequence[LowRank]) -> Tensor:
     return tensor
 
 
-def lora_updates(source: CheckpointSource, component: str) -> dict[str, list[LowRank]]:
+def lora_updates(source: CheckpointSource, component: str) -> dict[str, list[Update]]:
     """Return the updates of one component's tensors, by published name, in the order of the source's files.
 
     Raises:
         CheckpointError: A file of another kind, layers that match nothing, or shapes that do not fit.
     """
-    found: dict[str, list[LowRank]] = {}
+    found: dict[str, list[Update]] = {}
     if component != source.denoiser and not component.startswith("text_encoder"):
         return found
     for lora in source.loras:
-        for name, update in _file_updates(source, lora).get(component, {}).items():
-            found.setdefault(name, []).append(update)
+        for name, updates in _file_updates(source, lora, component).items():
+            found.setdefault(name, []).extend(updates)
     return found
 
 
-def _file_updates(source: CheckpointSource, lora: LoraFile) -> dict[str, dict[str, LowRank]]:
-    """Return the updates of one file, by component and published name."""
-    file = _open_lora(lora.path)
-    targets, tensors = _match_tensors(source, file)
-    if targets.unknown and (loader := CONVERTERS.get(str(source.config(source.denoiser).get("_class_name")))):
-        file = _convert_names(file, loader, source, targets.unknown)
-        targets, tensors = _match_tensors(source, file)
-    check_all_matched(targets, lora.path)
-    check_update_shapes(shape_mismatches(targets, tensors, file.shapes), lora.path)
-    return {
-        part: {name: file.update(layer, lora.weight) for name, layer in found.items()}
-        for part, found in targets.found.items()
-    }
-
-
-def _match_tensors(
-    source: CheckpointSource, file: LoraTensors
-) -> tuple[LoraTargets, dict[str, dict[str, StoredTensor]]]:
-    named = parse_layers(file.shapes, file.path)
+def _file_updates(source: CheckpointSource, lora: LoraFile, component: str) -> dict[str, list[Update]]:
+    """Return the updates of one component from one file, by published name."""
+    file, path = _open_lora(lora.path), lora.path
+    named = parse_layers(file.stored, path)
     parts = {source.denoiser, *(split_component(layer.name, source.denoiser)[0] for layer in named)}
     tensors = {part: list_tensors(source.weights(part)) for part in sorted(parts) if source.has(part)}
-    return match_layers(named, tensors, source.denoiser, file.path), tensors
+    config = source.config_folder(source.denoiser) / "config.json"
+    class_name = str(read_json(config).get("_class_name")) if config.is_file() else ""
+    targets = match_layers(file.stored, tensors, source.denoiser, class_name, path)
+    check_targets(targets, path)
+    return {
+        name: file.updates(update, name.endswith(".bias"), lora.weight)
+        for name, update in targets.found.get(component, {}).items()
+    }
 
 
 class AdapterConfig(msgspec.Struct, frozen=True):
@@ -125,30 +136,47 @@ class AdapterConfig(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class LoraTensors:
-    """The matrices of one file, read on demand.
+    """The tensors of one file, read on demand.
 
     Args:
         path: The file.
-        shapes: The shapes, by key.
-        read: The function that reads a key's tensor in float32.
+        stored: The tensors, by key.
         adapters: PEFT's settings of each component, by the prefix of its layers' names; the key "" applies to all.
     """
 
     path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
+    stored: Mapping[str, StoredTensor]
     adapters: Mapping[str, AdapterConfig] = field(default_factory=dict)
 
-    def update(self, layer: LoraLayer, weight: float = 1.0) -> LowRank:
-        """Return one layer's update; without an alpha, the scale is 1."""
-        rank = self.shapes[layer.down][0]
+    def updates(self, update: TensorUpdate, is_bias: bool, weight: float) -> list[Update]:
+        """Return what one layer adds to one of its tensors."""
+        layer, found = update.layer, list[Update]()
+        if is_bias:
+            return [WholeDifference(partial(self._read_rows, str(layer.diff_b), update), weight)]
+        if layer.diff is not None:
+            found.append(WholeDifference(partial(self._read_rows, layer.diff, update), weight))
+        if layer.down is not None and layer.up is not None:
+            up = partial(self._read_rows, layer.up, update)
+            found.append(LowRank(partial(self._read, layer.down), up, weight * self._scale(layer, layer.down)))
+        return found
+
+    def _scale(self, layer: LoraLayer, down: str) -> float:
+        """Return alpha / rank; 1 without an alpha."""
+        rank = self.stored[down].shape[0]
         if layer.alpha is not None:
-            scale = float(self.read(layer.alpha)) / rank
-        else:
-            prefix, _, name = layer.name.partition(".")
-            adapter = self.adapters.get(prefix)
-            scale = (adapter or self.adapters.get("", AdapterConfig())).scale(name if adapter else layer.name, rank)
-        return LowRank(partial(self.read, layer.down), partial(self.read, layer.up), weight * scale)
+            return float(self._read(layer.alpha)) / rank
+        prefix, _, name = layer.name.partition(".")
+        adapter = self.adapters.get(prefix)
+        return (adapter or self.adapters.get("", AdapterConfig())).scale(name if adapter else layer.name, rank)
+
+    def _read(self, key: str) -> Tensor:
+        return read_stored(self.stored[key], torch.float32)
+
+    def _read_rows(self, key: str, update: TensorUpdate) -> Tensor:
+        """Return the rows of a layer's tensor that belong to one tensor of the network."""
+        start, end = update.rows
+        rows = self._read(key)[start:end]
+        return torch.cat(rows.chunk(2)[::-1]) if update.swapped else rows
 
 
 def _open_lora(path: Path) -> LoraTensors:
@@ -171,46 +199,4 @@ def _open_lora(path: Path) -> LoraTensors:
         if adapter.use_dora or str(adapter.init_lora_weights).startswith(WEIGHT_CHANGING_INITS):
             kind = "DoRA" if adapter.use_dora else adapter.init_lora_weights
             raise CheckpointError(f"{path}: the adapter is {kind}; only plain LoRA can be merged")
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    return LoraTensors(path, shapes, lambda name: read_stored(stored[name], torch.float32), adapters)
-
-
-def _convert_names(
-    file: LoraTensors, loader: str, source: CheckpointSource, unknown: Sequence[LoraLayer]
-) -> LoraTensors:
-    """Return the file with diffusers' names, by diffusers' own conversion, which must lose nothing.
-
-    Raises:
-        CheckpointError: The conversion fails, or its result is another update.
-    """
-    from diffusers import loaders
-
-    plain = {key: file.read(key) for key in file.shapes}
-    first = ", ".join(sorted(layer.name for layer in unknown)[:MAX_LISTED])
-    blocks = SimpleNamespace(layers_per_block=source.config(source.denoiser).get("layers_per_block"))
-    try:
-        found = getattr(loaders, loader).lora_state_dict(plain, unet_config=blocks, return_alphas=True)
-    except Exception as error:  # of any type: the names are not what it expects
-        raise CheckpointError(
-            f"{file.path}: no layer matches {first}, and diffusers' {loader} cannot convert them either"
-        ) from error
-    tensors, alphas = found if isinstance(found, tuple) else (found, None)
-    tensors = tensors | {name: torch.tensor(float(alpha)) for name, alpha in (alphas or {}).items()}
-    converted = LoraTensors(file.path, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
-    before, after = _energy(file), _energy(converted)
-    if not math.isclose(before, after, rel_tol=ENERGY_TOLERANCE):
-        raise CheckpointError(
-            f"{file.path}: diffusers' {loader} keeps {after / before:.4f} of this LoRA's squared norm, so it drops or "
-            f"rescales a part of it (one of {first}?); convert the file to diffusers' names first"
-        )
-    return converted
-
-
-def _energy(file: LoraTensors) -> float:
-    """Return the sum of |scale * B A|^2 over all layers; renaming, splitting or fusing layers does not change it."""
-    total = 0.0
-    for layer in parse_layers(file.shapes, file.path):
-        update = file.update(layer)
-        down, up = update.down().flatten(1).double(), update.up().flatten(1).double()
-        total += update.scale**2 * float(((up.T @ up) * (down @ down.T)).sum())
-    return total
+    return LoraTensors(path, stored, adapters)

@@ -22,6 +22,7 @@ class Architecture:
         heads: The key of its denoiser's config.json that counts attention heads; None for a UNet, which has several
             counts.
         depth: The key that counts its transformer blocks, of the first kind if there are several.
+        vae: The `_class_name` of its autoencoder.
     """
 
     module: str
@@ -31,6 +32,7 @@ class Architecture:
     optional: tuple[str, ...] = ()
     heads: str | None = "num_attention_heads"
     depth: str = "num_layers"
+    vae: str = "AutoencoderKL"
 
 
 ARCHITECTURES = {
@@ -55,7 +57,11 @@ ARCHITECTURES = {
         ("tokenizer", "tokenizer_2"),
     ),
     "qwen_image": Architecture(
-        "models.qwen_image.components", ("QwenImageTransformer2DModel",), ("vae", "text_encoder"), ("tokenizer",)
+        "models.qwen_image.components",
+        ("QwenImageTransformer2DModel",),
+        ("vae", "text_encoder"),
+        ("tokenizer",),
+        vae="AutoencoderKLQwenImage",
     ),
     "z_image": Architecture(
         "models.z_image.components",
@@ -65,7 +71,13 @@ ARCHITECTURES = {
         heads="n_heads",
         depth="n_layers",
     ),
-    "wan": Architecture("models.wan.components", ("WanTransformer3DModel",), ("vae", "text_encoder"), ("tokenizer",)),
+    "wan": Architecture(
+        "models.wan.components",
+        ("WanTransformer3DModel",),
+        ("vae", "text_encoder"),
+        ("tokenizer",),
+        vae="AutoencoderKLWan",
+    ),
     "sd": Architecture(
         "models.unet.sd", ("UNet2DConditionModel",), ("vae", "text_encoder"), ("tokenizer",), heads=None
     ),

@@ -6,6 +6,7 @@ network chunk by chunk takes the memory of its weights and of one chunk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -22,6 +23,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I64": torch.int64,
+    "I32": torch.int32,
     "BOOL": torch.bool,
 }
 
@@ -38,10 +40,11 @@ def copy_stored(stored: StoredTensor, target: Tensor, tensor_slice: TensorSlice 
         The number of bytes read.
 
     Raises:
-        CheckpointError: The file ends early.
+        CheckpointError: The file ends early, or a number is NaN or infinite.
     """
     flat, done = target.view(-1), 0
     for chunk in _read_chunks(stored, CHUNK_BYTES if target.device.type == "cpu" else DEVICE_CHUNK_BYTES, tensor_slice):
+        _check_finite(chunk, stored)
         flat[done : done + len(chunk)].copy_(chunk)
         done += len(chunk)
     return done * DTYPES[stored.dtype].itemsize
@@ -51,11 +54,23 @@ def read_stored(stored: StoredTensor, dtype: torch.dtype | None = None) -> Tenso
     """Return a stored tensor on the CPU, in its stored dtype or another.
 
     Raises:
-        CheckpointError: The file ends early.
+        CheckpointError: The file ends early, or a number is NaN or infinite.
     """
     tensor = torch.empty(stored.shape, dtype=dtype or DTYPES[stored.dtype], device="cpu")
     copy_stored(stored, tensor)
     return tensor
+
+
+def _check_finite(chunk: Tensor, stored: StoredTensor) -> None:
+    """Raise an error for NaN or infinity; the sum of finite numbers is nearly always finite, and costs little.
+
+    Raises:
+        CheckpointError: The file and the tensor.
+    """
+    if chunk.is_floating_point() and not math.isfinite(chunk.sum().item()) and not torch.isfinite(chunk).all():
+        raise CheckpointError(
+            f"{stored.path}: {stored.name} holds NaN or infinity; copy the file again, or give another"
+        )
 
 
 def _read_chunks(stored: StoredTensor, limit: int, tensor_slice: TensorSlice | None) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from schedulers.limits import check_values
 from schedulers.settings import FAMILIES, LEVEL_SPACINGS, PREDICTIONS, SOLVERS, SPACINGS, NoiseSchedulerSettings
 
 
@@ -176,6 +177,7 @@ def resolve(settings: NoiseSchedulerSettings, steps: int | None = None) -> Noise
     _check_start(full)
     _check_steps(full, steps)
     _check_options(full)
+    check_values(full, steps)
     return full
 
 
@@ -187,6 +189,26 @@ def starts_at_pure_noise(s: NoiseSchedulerSettings) -> bool:
         )
         return min(1.0 if first is None else first, 1.0 if s.sigma_cap is None else s.sigma_cap) >= 1
     return bool(s.zero_terminal_snr) and s.spacing in ("trailing", "linspace")
+
+
+def spacing_options(s: NoiseSchedulerSettings) -> tuple[str, ...]:
+    """Return the settings that the spacing of resolved settings uses, without those of its path."""
+    flow = (s.path, s.spacing) == ("flow", "linspace")
+    return FLOW_LINSPACE_OPTIONS if flow else SPACING_OPTIONS[s.spacing or ""]
+
+
+def used_settings(s: NoiseSchedulerSettings) -> set[str]:
+    """Return the names of the settings that have an effect on resolved settings."""
+    used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
+    used |= {*PATHS[s.path or ""].options, *SOLVERS[s.solver or ""]}
+    return used | {*PREDICTION_OPTIONS.get(s.prediction or "", ()), *spacing_options(s)}
+
+
+def scales_state(s: NoiseSchedulerSettings) -> bool:
+    """Return whether resolved settings scale the first noise or the network's input."""
+    if s.path == "flow":
+        return not starts_at_pure_noise(s)
+    return s.path in ("edm", "ve") or s.coordinates == "ve"
 
 
 def _check_start(s: NoiseSchedulerSettings) -> None:
@@ -218,14 +240,45 @@ def _check_steps(s: NoiseSchedulerSettings, steps: int | None) -> None:
         raise ValueError(f"steps={steps}, but {len(s.sigmas)} sigmas are given; use {len(s.sigmas)} steps")
     if s.spacing == "lcm" and steps > (s.original_steps or 50):
         raise ValueError(
-            f"steps={steps} of a model distilled on {s.original_steps or 50} steps; use that number or fewer"
+            f"steps={steps} of a model distilled on original_steps={s.original_steps or 50}; use that number or fewer"
         )
-    trained = s.train_steps or 1000
-    if s.spacing in ("leading", "trailing", "linspace") and s.path == "discrete_vp" and steps > trained:
+    if s.spacing in ("leading", "trailing", "linspace") and s.path == "discrete_vp":
+        _check_trained_timesteps(s, steps)
+
+
+def _check_trained_timesteps(s: NoiseSchedulerSettings, steps: int) -> None:
+    """Raise ValueError for more steps than the trained timesteps have, and name the most that they have."""
+    trained, leading = 1000 if s.train_steps is None else s.train_steps, s.spacing == "leading"
+    offset, spare = (s.steps_offset or 0) if leading else 0, leading and bool(s.spare_row)
+    most = most_steps(trained, spare, offset, steps)
+    if steps > most:
+        taken = (", one of them spare" if spare else "") + (f" and steps_offset={offset}" if offset else "")
+        fewer = f"use {most} or fewer, or" if most else "use another steps_offset, or"
         raise ValueError(
-            f"steps={steps} with spacing={s.spacing} on a path of {trained} trained timesteps; "
-            f"use {trained} or fewer, or spacing=karras"
+            f"steps={steps} with spacing={s.spacing} on a path of {trained} trained timesteps{taken}; "
+            f"{fewer} spacing=karras"
         )
+
+
+def most_steps(trained: int, spare_row: bool, steps_offset: int, wanted: int) -> int:
+    """Return the largest number of steps, at most `wanted`, for which all timesteps are trained ones.
+
+    Args:
+        trained: The number N of trained timesteps.
+        spare_row: Whether leading timesteps have one more row, which is dropped.
+        steps_offset: The offset of leading timesteps; 0 for every other spacing.
+        wanted: The number of steps asked for.
+
+    Returns:
+        The number of steps; 0 if there is none.
+    """
+    spare = int(spare_row)
+
+    def fits(steps: int) -> bool:
+        stride = trained // (steps + spare)
+        return spare * stride + steps_offset >= 0 and (steps - 1 + spare) * stride + steps_offset < trained
+
+    return next((steps for steps in range(min(wanted, trained - spare), 0, -1) if fits(steps)), 0)
 
 
 def _check_options(s: NoiseSchedulerSettings) -> None:
@@ -236,6 +289,11 @@ def _check_options(s: NoiseSchedulerSettings) -> None:
         raise ValueError("shift, mu and base_shift with max_shift all set the shift; give only one of them")
     if (s.base_shift is None) != (s.max_shift is None):
         raise ValueError("base_shift and max_shift go together; give both, or shift alone")
+    if s.threshold is not None and (s.clip is None or s.clip == 1):
+        warnings.warn(
+            f"threshold={s.threshold:g} clamps |x0| to 1 whatever its quantile is; set clip above 1",
+            stacklevel=3,
+        )
     if unused := unused_options(s):
         warnings.warn(
             f"{', '.join(unused)} has no effect with family={s.family}, path={s.path}, solver={s.solver}, "
@@ -246,10 +304,7 @@ def _check_options(s: NoiseSchedulerSettings) -> None:
 
 def unused_options(s: NoiseSchedulerSettings) -> list[str]:
     """Return the options that resolved settings give and nothing uses; `schedulers.build` leaves them out."""
-    spacing = s.spacing or ""
-    used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
-    used |= {*PATHS[s.path or ""].options, *SOLVERS[s.solver or ""], *PREDICTION_OPTIONS.get(s.prediction or "", ())}
-    used |= set(FLOW_LINSPACE_OPTIONS if (s.path, spacing) == ("flow", "linspace") else SPACING_OPTIONS[spacing])
+    used = used_settings(s)
     return [f.name for f in fields(s) if f.name not in used and getattr(s, f.name) is not None]
 
 

@@ -34,10 +34,9 @@ class RespacedLevels:
             ends = (first.sigma / (first.alpha + first.sigma), last.sigma / (last.alpha + last.sigma))
         else:
             ends = (first.ratio, last.ratio)
-        levels = replace(
-            self.levels, sigma_max=ends[0] if high is None else high, sigma_min=ends[1] if low is None else low
-        )
-        return levels.grid(path, steps)
+        high, low = ends[0] if high is None else high, ends[1] if low is None else low
+        low = min(low, high) if steps == 1 else low  # a single step takes the highest level alone
+        return replace(self.levels, sigma_max=high, sigma_min=low).grid(path, steps)
 
 
 @dataclass(frozen=True)

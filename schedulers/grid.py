@@ -84,8 +84,13 @@ class Grid:
             if not torch.isfinite(column).all():
                 raise ValueError(f"grid column {name} is not finite; keep t inside the path's [t_min, t_max]")
             object.__setattr__(self, name, column)
-        if (self.sigma[1:] * self.alpha[:-1] > self.sigma[:-1] * self.alpha[1:]).any():
-            raise ValueError("sigma / alpha must not rise along a grid; order the points from noise to data")
+        rising = (self.sigma[1:] * self.alpha[:-1] > self.sigma[:-1] * self.alpha[1:]).nonzero()
+        if len(rising):
+            a, b = self[int(rising[0])], self[int(rising[0]) + 1]
+            raise ValueError(
+                f"sigma / alpha must not rise along a grid, and it goes from {a.ratio:.6g} at t={a.t:g} to "
+                f"{b.ratio:.6g} at t={b.t:g}; use fewer steps, or order the points from noise to data"
+            )
 
     @property
     def steps(self) -> int:

@@ -29,7 +29,8 @@ class Option:
         low: Smallest allowed number.
         high: Largest allowed number.
         above: Number that the value has to exceed.
-        infinite: Whether the value may be infinite.
+        below: Number that the value has to stay under.
+        infinite: Whether the value may be infinite besides.
         reads: Choices in which the option is used, such as task=plan; empty means those of the group around it.
     """
 
@@ -39,31 +40,39 @@ class Option:
     low: float | None = None
     high: float | None = None
     above: float | None = None
+    below: float | None = None
     infinite: bool = False
     reads: tuple[str, ...] = ()
 
     def fits(self, number: float) -> bool:
-        """Return whether a number is finite, unless it may be infinite, and in the range."""
-        finite = math.isfinite(number) or (self.infinite and not math.isnan(number))
+        """Return whether a number is finite and in the range, or infinite where it may be."""
+        if not math.isfinite(number):
+            return self.infinite and number == math.inf
         return (
-            finite
-            and (self.low is None or number >= self.low)
+            (self.low is None or number >= self.low)
             and (self.high is None or number <= self.high)
             and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
         )
 
     @property
     def range(self) -> str:
         """The allowed numbers in words, such as `at least 1` or `0 to 1`; empty if all finite numbers are allowed."""
-        low = f"more than {self.above:g}" if self.above is not None else ""
-        if self.low is not None:
-            low = f"at least {_plain(self.low)}"
-        if self.high is None:
-            return low
-        if self.low is not None:
+        limits = self._limits
+        return f"{limits}, or inf" if limits and self.infinite and self.high is not None else limits
+
+    @property
+    def _limits(self) -> str:
+        if self.low is not None and self.high is not None:
             between = "or" if isinstance(self.high, int) and self.high == self.low + 1 > 1 else "to"
             return f"{_plain(self.low)} {between} {_plain(self.high)}"
-        return f"{low} and at most {_plain(self.high)}" if low else f"at most {_plain(self.high)}"
+        bounds = (
+            ("at least", self.low),
+            ("more than", self.above),
+            ("at most", self.high),
+            ("less than", self.below),
+        )
+        return " and ".join(f"{words} {_plain(bound)}" for words, bound in bounds if bound is not None)
 
 
 def _plain(number: float) -> str:
@@ -79,6 +88,7 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    below: float | None = None,
     infinite: bool = False,
     reads: tuple[str, ...] = (),
 ) -> T:
@@ -92,7 +102,8 @@ def option(
         low: Smallest allowed number.
         high: Largest allowed number.
         above: Number that the value has to exceed.
-        infinite: Whether the value may be infinite.
+        below: Number that the value has to stay under.
+        infinite: Whether the value may be infinite besides.
         reads: Choices in which the option is used; empty means those of the group around it.
 
     Returns:
@@ -101,7 +112,7 @@ def option(
     names = words if isinstance(words, tuple) else tuple(member.name for member in words)
     if isinstance(default, Enum):
         names = tuple(member.name for member in type(default))
-    declared = {KEY: Option(meaning, unit, names, low, high, above, infinite, reads)}
+    declared = {KEY: Option(meaning, unit, names, low, high, above, below, infinite, reads)}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=declared)
     return field(default=default, metadata=declared)

@@ -33,21 +33,22 @@ class Spacing(Protocol):
         """
 
 
-def grid_at(path: NoisePath, t: Tensor, end: End = "clean") -> Grid:
+def grid_at(path: NoisePath, t: Tensor, end: End | float = "clean") -> Grid:
     """Return the grid with one row at each time of t, and a last row.
 
     Args:
         path: The noise path.
         t: The falling times of the network evaluations, shape (steps,), float64.
         end: The last row. "clean" is alpha = 1, sigma = 0. "t_min" is the path's own t_min, where some noise is left.
-            "repeat" is the row before it again, so that the last step changes nothing (diffusers' DEIS).
+            "repeat" is the row before it again, so that the last step changes nothing (diffusers' DEIS). A number is
+            its time.
 
     Returns:
         The grid of steps + 1 rows.
     """
     t = t.to(torch.float64)
     ends = {"clean": path.t_of(0.0), "t_min": path.t_min, "repeat": float(t[-1])}
-    last = torch.tensor([ends[end]], dtype=torch.float64)
+    last = torch.tensor([ends[end] if isinstance(end, str) else end], dtype=torch.float64)
     t = torch.cat([t, last])
     alpha, sigma = path.alpha(t), path.sigma(t)
     if end == "clean":
@@ -62,11 +63,13 @@ def _check_steps(steps: int) -> int:
     return steps
 
 
-def _count_trained_timesteps(path: NoisePath, steps: int) -> int:
-    """Return the number of trained timesteps of the path, after checking that it has at least `steps`."""
+def _count_trained_timesteps(path: NoisePath, steps: int, spare_row: bool = False) -> int:
+    """Return the number of trained timesteps of the path, after checking that it has a different one for each row."""
     total = round(path.t_max - path.t_min) + 1
-    if _check_steps(steps) > total:
-        raise ValueError(f"steps={steps} on a path of {total} trained timesteps; use {total} or fewer")
+    most = total - 1 if spare_row else total
+    if _check_steps(steps) > most:
+        spare = ", one of them spare" if spare_row else ""
+        raise ValueError(f"steps={steps} on a path of {total} trained timesteps{spare}; use {most} or fewer")
     return total
 
 
@@ -85,7 +88,8 @@ class FlowLinspace:
         spare_row: Whether one more row is made and the last one dropped; sigma_last is then the dropped row (diffusers'
             DPM-Solver and UniPC).
         sigma_cap: The largest shifted sigma, for solvers that divide by alpha.
-        terminal: The last shifted sigma; the others are stretched to fit (LTX-Video). None does not stretch.
+        terminal: The last shifted sigma; the others are stretched to fit (LTX-Video). None does not stretch. A single
+            step is not stretched either: it starts at the first sigma.
         unshifted_sigmas: The unshifted sigmas, noise first, in place of even ones.
         end: The last row, as in `grid_at`.
 
@@ -127,7 +131,7 @@ class FlowLinspace:
         if not sigma[-1] > 0:
             raise ValueError("the last network evaluation would be at sigma = 0; give sigma_last above 0, or spare_row")
         sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
-        if self.terminal is not None:
+        if self.terminal is not None and steps > 1:
             sigma = 1 - (1 - sigma) / ((1 - sigma[-1]) / (1 - self.terminal))
         sigma = sigma.clamp(max=self.sigma_cap)
         if isinstance(path, FlowPath):  # its time is exactly sigma, and published samplers truncate 1000 sigma
@@ -201,11 +205,17 @@ class Leading:
         end: The last row. "clean" is diffusers' set_alpha_to_one, "t_min" its alpha-bar of index 0.
         spare_row: Whether the stride is N // (n + 1) and the row nearest to the data is dropped, as diffusers'
             DPM-Solver, UniPC and DEIS do.
+        past_end: Whether timesteps may lie above N - 1. Their noise level is that of N - 1, and the network gets the
+            timestep as it is, as in diffusers' samplers that interpolate sigma / alpha (SDXL at 1000 steps).
+        stride_target: Whether the last row is one stride below the others if a trained timestep is there (the offset
+            is a stride or more), as in diffusers' DDIM and PNDM.
     """
 
     steps_offset: int = 0
     end: End = "clean"
     spare_row: bool = False
+    past_end: bool = False
+    stride_target: bool = False
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """Return the grid of the leading timesteps.
@@ -220,15 +230,16 @@ class Leading:
         Raises:
             ValueError: A timestep is outside the trained ones.
         """
-        total = _count_trained_timesteps(path, steps)
+        total = _count_trained_timesteps(path, steps, self.spare_row)
         first = 1 if self.spare_row else 0
         t = torch.arange(steps - 1 + first, first - 1, -1) * (total // (steps + first)) + self.steps_offset
-        if not 0 <= int(t[-1]) <= int(t[0]) <= total - 1:
+        if int(t[-1]) < 0 or (int(t[0]) > total - 1 and not self.past_end):
             raise ValueError(
                 f"steps={steps} with steps_offset={self.steps_offset} gives timesteps {int(t[0])} to {int(t[-1])}, "
                 f"outside 0 to {total - 1}; lower steps, or set steps_offset=0"
             )
-        return grid_at(path, t, self.end)
+        below = int(t[-1]) - total // steps
+        return grid_at(path, t, float(below) if self.stride_target and below >= 0 else self.end)
 
 
 @dataclass(frozen=True)
@@ -326,7 +337,7 @@ LevelKind = Literal["ratio", "flow"]
 
 
 def _level_range(
-    path: NoisePath, level_kind: LevelKind, low: float | None, high: float | None, name: str
+    path: NoisePath, level_kind: LevelKind, low: float | None, high: float | None, name: str, steps: int
 ) -> tuple[float, float]:
     """Return the lowest and the highest level: as given, or the path's own at t_min and t_max.
 
@@ -336,6 +347,7 @@ def _level_range(
         low: The lowest level, or None for the path's own (0.001 for a flow).
         high: The highest level, or None for the path's own (1 for a flow).
         name: The name of the spacing, for the message.
+        steps: The number of steps; the levels of a single step may be equal.
 
     Returns:
         The lowest and the highest level.
@@ -344,12 +356,18 @@ def _level_range(
         ValueError: The path's highest ratio is infinite, or the levels are not 0 < low < high.
     """
     if level_kind == "flow":
-        return (low if low is not None else 1e-3), (high if high is not None else 1.0)
+        low, high = (low if low is not None else 1e-3), (high if high is not None else 1.0)
+        return _rising(low, high, name, steps)
     if high is None and path.alpha(path.t_max) <= 0:
         raise ValueError(f"{name} spacing needs a finite sigma / alpha, and this path reaches alpha = 0; use linspace")
     high = high if high is not None else path.sigma(path.t_max) / path.alpha(path.t_max)
     low = low if low is not None else path.sigma(path.t_min) / path.alpha(path.t_min)
-    if not 0 < low < high:
+    return _rising(low, high, name, steps)
+
+
+def _rising(low: float, high: float, name: str, steps: int) -> tuple[float, float]:
+    """Return both levels after checking their order."""
+    if not (0 < low < high or (_check_steps(steps) == 1 and 0 < low == high)):
         raise ValueError(f"{name} spacing needs 0 < sigma_min < sigma_max, got {low} and {high}")
     return low, high
 
@@ -395,9 +413,10 @@ class Karras:
         """
         if self.rho <= 0:
             raise ValueError(f"karras spacing needs rho > 0, got {self.rho}")
-        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "karras")
+        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "karras", steps)
         ramp = torch.linspace(0, 1, _check_steps(steps), dtype=torch.float64)
         levels = (high ** (1 / self.rho) + ramp * (low ** (1 / self.rho) - high ** (1 / self.rho))) ** self.rho
+        levels[1:][-1:] = low  # powers are not exact, and the levels must not end below the path
         return _grid_at_levels(path, self.level_kind, levels, self.end)
 
 
@@ -421,8 +440,9 @@ class Exponential:
 
     def grid(self, path: NoisePath, steps: int) -> Grid:
         """Return the grid of the levels."""
-        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "exponential")
+        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "exponential", steps)
         levels = torch.linspace(math.log(high), math.log(low), _check_steps(steps), dtype=torch.float64).exp()
+        levels[1:][-1:] = low
         levels[0] = high  # log and exp are not exact, and a flow's 1 must stay 1
         return _grid_at_levels(path, self.level_kind, levels, self.end)
 
@@ -453,7 +473,7 @@ class Beta:
         """Return the grid of the levels."""
         from scipy.stats import beta  # takes half a second, and only this spacing needs it
 
-        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "beta")
+        low, high = _level_range(path, self.level_kind, self.sigma_min, self.sigma_max, "beta", steps)
         quantile = beta.ppf(1 - np.linspace(0, 1, _check_steps(steps)), self.a, self.b)
         return _grid_at_levels(path, self.level_kind, torch.from_numpy(low + quantile * (high - low)), self.end)
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from harness.config.bounds import MAX_STEPS
 from schedulers.options import option
 
 NONE = "none"
@@ -34,12 +35,12 @@ class CacheConfig:
     coefficients: list[float] | None = option(
         None, "Polynomial of the change, highest power first. null = the model's published one, or identity."
     )
-    interval: int | None = option(None, "Compute one of this many evaluations. null = 3.", low=1)
+    interval: int | None = option(None, "Compute one of this many evaluations. null = 3.", low=1, high=MAX_STEPS)
     order: int | None = option(
-        None, "Order of the Taylor series of the residual; 0 reuses it. null = 1 for taylorseer, else 0.", low=0
+        None, "Order of the Taylor series of the residual; 0 reuses it. null = 1 for taylorseer, else 0.", low=0, high=8
     )
     warmup: int | None = option(
-        None, "Evaluations before the first skipped one. null = 3 for taylorseer, else 1.", low=1
+        None, "Evaluations before the first skipped one. null = 3 for taylorseer, else 1.", low=1, high=MAX_STEPS
     )
     final: bool | None = option(None, "Whether the last solver step is always computed. null = true for teacache.")
     sigma_low: float | None = option(None, "sigma / alpha above which guidance is on. null = 0.", low=0)

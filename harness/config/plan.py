@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.config.bounds import MAX_DEGREE
 from schedulers.options import option
 
 
@@ -12,8 +13,8 @@ from schedulers.options import option
 class PlanConfig:
     """`plan`: what task=plan lists."""
 
-    ranks: int = option(8, "Largest number of ranks of a layout.", low=1)
-    rows: int = option(12, "Rows of the printed table; plan.json has all layouts.", low=1)
+    ranks: int = option(8, "Largest number of ranks of a layout.", low=1, high=MAX_DEGREE)
+    rows: int = option(12, "Rows of the printed table; plan.json has all layouts.", low=1, high=10_000)
     runs: str | None = option(None, "Folder of records to compare predictions with, in place of listing layouts.")
 
 
@@ -48,7 +49,7 @@ class HardwareConfig:
         None, "Bandwidth from one device to other nodes. null = nodes are not linked.", unit="GB/s", above=0
     )
     network_latency_us: float | None = option(None, "Latency of one collective between nodes.", unit="us", above=0)
-    devices_per_node: int | None = option(None, "Devices in one node.", low=1)
+    devices_per_node: int | None = option(None, "Devices in one node.", low=1, high=MAX_DEGREE)
     compute_share: float = option(0.6, "Attainable share of the compute peak.", above=0, high=1)
     memory_share: float = option(0.8, "Attainable share of the memory bandwidth.", above=0, high=1)
     link_share: float = option(0.7, "Attainable share of the link and network bandwidth.", above=0, high=1)

@@ -8,6 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from harness.config.bounds import (
+    MAX_DEGREE,
+    MAX_FRAMES,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_REPEATS,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_WAIT_S,
+)
 from harness.config.cache import CacheConfig
 from harness.config.optimize import CompileConfig, EagerConfig, Optimize
 from harness.config.plan import HardwareConfig, PlanConfig
@@ -18,10 +29,6 @@ from schedulers.options import group, option
 from schedulers.settings import FAMILIES, SOLVERS, SamplingDefaults, SchedulerOptions, SolverOptions, TrainingSettings
 
 ENGINES = ("native", "diffusers", "cache_dit", "sglang")
-MAX_STEPS = 10_000
-MAX_IMAGES = 4_096
-MAX_SEED = 2**63 - MAX_IMAGES - 1  # image k has seed + k
-
 SERVING = ("task=serve", "task=load")
 GENERATING = ("task=generate", "task=bench", "task=compare", *SERVING)
 LOGGING = ("task=generate", "task=bench", "task=compare", "task=load", "task=plan", "task=train")
@@ -49,7 +56,10 @@ class LaunchMode(Enum):
 
 
 class WandbMode(Enum):
-    """When results go to Weights & Biases; `auto` is online if the user is logged in, and offline otherwise."""
+    """When results go to Weights & Biases; `auto` is online if the user is logged in, and offline otherwise.
+
+    Where the server does not answer, runs are logged offline, and a note in the record says so.
+    """
 
     auto = "auto"
     online = "online"
@@ -89,9 +99,15 @@ class TaskConfig:
     """Group `task`: what the run does and how often it is measured."""
 
     name: Task = option(Task.generate, "What the run does.")
-    warmup: int = option(0, "Generations before the measured ones.", low=0, reads=("task=bench", "task=compare"))
+    warmup: int = option(
+        0, "Generations before the measured ones.", low=0, high=MAX_REPEATS, reads=("task=bench", "task=compare")
+    )
     repeats: int = option(
-        1, "Measured generations; rounds of a comparison.", low=1, reads=("task=bench", "task=compare", "task=load")
+        1,
+        "Measured generations; rounds of a comparison.",
+        low=1,
+        high=MAX_REPEATS,
+        reads=("task=bench", "task=compare", "task=load"),
     )
     fidelity: bool = option(
         False,
@@ -135,8 +151,10 @@ class CheckpointDefaults(TrainingSettings, SamplingDefaults):
     """`model.checkpoint_defaults.<family>`: the denoiser of one noise-scheduler family and how it was trained."""
 
     weights: str = option("transformer", "Folder of the denoiser in the checkpoint.")
-    steps: int | None = option(None, "Default of request.steps. null = model.steps.", low=1)
-    guidance: float | None = option(None, "Default of request.guidance. null = model.guidance.", low=0)
+    steps: int | None = option(None, "Default of request.steps. null = model.steps.", low=1, high=MAX_STEPS)
+    guidance: float | None = option(
+        None, "Default of request.guidance. null = model.guidance.", low=0, high=MAX_GUIDANCE
+    )
 
 
 @dataclass
@@ -154,7 +172,7 @@ class PromptsConfig:
     """`model.text`: how prompts are encoded."""
 
     tokens: int = option(
-        24, "Text tokens that the network attends to; longer prompts are truncated, with a note.", low=1
+        24, "Text tokens that the network attends to; longer prompts are truncated, with a note.", low=1, high=4_096
     )
     keep_loaded: bool = option(
         True, "Keep the text encoders in memory; false = load them for new prompts, then unload them."
@@ -173,7 +191,7 @@ class LoraConfig:
     """One low-rank update, merged at load."""
 
     path: str = option("???", "Safetensors file with diffusers' or kohya's names.")
-    weight: float = option(1.0, "Factor of the update.")
+    weight: float = option(1.0, "Factor of the update.", low=-100, high=100)
 
 
 @dataclass
@@ -205,18 +223,20 @@ class ModelConfig:
     )
     offload: bool = option(False, "Keep networks in CPU memory and move each to the GPU only while its stage runs.")
     negative_prompt: str = option("", "Default of request.negative_prompt.")
-    frames: int = option(1, "Default of request.frames.", low=1)
-    frame_multiple: int = option(1, "Frames after the first one are a multiple of this.", low=1)
-    max_frames: int = option(1, "Largest number of frames; 1 = images only.", low=1)
-    fps: int = option(16, "Frames per second of a video.", low=1)
-    steps: int = option(20, "Default of request.steps.", low=1)
-    guidance: float = option(3.0, "Default of request.guidance.", low=0)
-    height: int = option(64, "Default of request.height.", unit="pixels", low=1)
-    width: int = option(64, "Default of request.width.", unit="pixels", low=1)
+    frames: int = option(1, "Default of request.frames.", low=1, high=MAX_FRAMES)
+    frame_multiple: int = option(1, "Frames after the first one are a multiple of this.", low=1, high=MAX_FRAMES)
+    max_frames: int = option(1, "Largest number of frames; 1 = images only.", low=1, high=MAX_FRAMES)
+    fps: int = option(16, "Frames per second of a video.", low=1, high=240)
+    steps: int = option(20, "Default of request.steps.", low=1, high=MAX_STEPS)
+    guidance: float = option(3.0, "Default of request.guidance.", low=0, high=MAX_GUIDANCE)
+    height: int = option(64, "Default of request.height.", unit="pixels", low=1, high=MAX_SIDE)
+    width: int = option(64, "Default of request.width.", unit="pixels", low=1, high=MAX_SIDE)
     size_multiple: int = option(
-        8, "Side of an image token; height and width are multiples of it.", unit="pixels", low=1
+        8, "Side of an image token; height and width are multiples of it.", unit="pixels", low=1, high=MAX_SIDE
     )
-    max_pixels: int = option(1_048_576, "Largest height * width accepted.", unit="pixels", low=1)
+    max_pixels: int = option(
+        1_048_576, "Largest height * width accepted.", unit="pixels", low=1, high=MAX_SIDE * MAX_SIDE
+    )
     examples: list[str] = option([], "Prompts if the request gives none.")
 
 
@@ -254,16 +274,23 @@ class Decode(Enum):
 class ParallelConfig:
     """Group `parallel`: degrees of the mesh; their product is the number of ranks."""
 
-    dp: int = option(1, "Data-parallel degree: micro-batches are distributed over replicas.", low=1)
+    dp: int = option(1, "Data-parallel degree: micro-batches are distributed over replicas.", low=1, high=MAX_DEGREE)
     cfg: int = option(1, "Degree for the branches of classifier-free guidance.", low=1, high=2)
-    tp: int = option(1, "Tensor-parallel degree.", low=1)
-    ring: int = option(1, "Ring-attention degree.", low=1)
-    ulysses: int = option(1, "Ulysses sequence-parallel degree, the innermost axis.", low=1)
+    tp: int = option(1, "Tensor-parallel degree.", low=1, high=MAX_DEGREE)
+    ring: int = option(1, "Ring-attention degree.", low=1, high=MAX_DEGREE)
+    ulysses: int = option(1, "Ulysses sequence-parallel degree, the innermost axis.", low=1, high=MAX_DEGREE)
     pipe: int = option(
-        1, "PipeFusion degree: ranks hold consecutive blocks, and patches pass through them; approximate.", low=1
+        1,
+        "PipeFusion degree: ranks hold consecutive blocks, and patches pass through them; approximate.",
+        low=1,
+        high=MAX_DEGREE,
     )
     patches: int | None = option(
-        None, "Patches of PipeFusion. null = as many as its ranks.", low=1, reads=("parallel.pipe > 1",)
+        None,
+        "Patches of PipeFusion. null = as many as its ranks.",
+        low=1,
+        high=MAX_SIDE,
+        reads=("parallel.pipe > 1",),
     )
     displaced: bool = option(
         False, "Use keys and values that the ring's other ranks had one evaluation before; approximate."
@@ -272,6 +299,7 @@ class ParallelConfig:
         1,
         "Exact evaluations of an image before the approximate ones.",
         low=1,
+        high=MAX_STEPS,
         reads=("parallel.pipe > 1", "parallel.displaced=true"),
     )
     shard_weights: bool = option(
@@ -300,9 +328,9 @@ class BlockCacheConfig:
     """
 
     first_blocks: int = option(
-        1, "Blocks computed in every evaluation; their change decides whether the others run.", low=1
+        1, "Blocks computed in every evaluation; their change decides whether the others run.", low=1, high=1_000
     )
-    warmup: int = option(4, "Evaluations before the first one that may end early.", low=1)
+    warmup: int = option(4, "Evaluations before the first one that may end early.", low=1, high=MAX_STEPS)
     threshold: float = option(
         0.24,
         "Relative L1 of the change below which the residual of the other blocks is reused.",
@@ -340,7 +368,8 @@ class WandbConfig:
     """`logger.wandb`: Weights & Biases, a mirror of the record."""
 
     mode: WandbMode = option(
-        WandbMode.auto, "When results go there; auto is online if the user is logged in, else offline."
+        WandbMode.auto,
+        "When results go there; auto is online if the user is logged in and the server answers.",
     )
     project: str = option("triptych", "Name of the project.")
     group: str | None = option(None, "Name of the group. null = the sweep's folder name, or none for a single run.")
@@ -363,19 +392,20 @@ class LaunchConfig:
         LaunchMode.torchrun, "Who starts the ranks; inprocess is one rank in the calling process."
     )
     threads_per_rank: int | None = option(
-        None, "CPU threads. null = cores / ranks on this machine (see reproducible).", low=1
+        None, "CPU threads. null = cores / ranks on this machine (see reproducible).", low=1, high=1_024
     )
-    start_timeout_s: float = option(300.0, "Longest time until every rank is ready.", unit="s", low=0, infinite=True)
+    start_timeout_s: float = option(300.0, "Longest time until every rank is ready.", unit="s", low=0, high=MAX_WAIT_S)
     collective_timeout_s: float = option(
         600.0, "Longest wait for another rank in a forward; idle ranks wait for ever.", unit="s", low=1, high=86_400
     )
     stop_timeout_s: float = option(
-        10.0, "Time from an orderly shutdown to SIGTERM, and from SIGTERM to SIGKILL.", unit="s", low=0, infinite=True
+        10.0, "Time from an orderly shutdown to SIGTERM, and from SIGTERM to SIGKILL.", unit="s", low=0, high=MAX_WAIT_S
     )
     reuse: int = option(
         1,
         "Engines kept running between the jobs of a sweep, with their weights; 0 starts fresh ranks for every job.",
         low=0,
+        high=1_000,
     )
     reproducible: bool = option(True, "Equal float32 results at 1, 2, 4 ... threads (strict MKL, no oneDNN).")
 
@@ -391,12 +421,20 @@ class RequestConfig:
         0, "Seed of the first image; image k (over prompts, then samples) uses seed + k.", low=0, high=MAX_SEED
     )
     steps: int | None = option(None, "Solver steps. null = the model's default.", low=1, high=MAX_STEPS)
-    guidance: float | None = option(None, "Guidance scale, 1 = no guidance. null = the model's default.", low=0)
-    height: int | None = option(None, "Height of the image. null = the model's default.", unit="pixels", low=1)
-    width: int | None = option(None, "Width of the image. null = the model's default.", unit="pixels", low=1)
-    frames: int | None = option(None, "Frames of a video. null = the model's default.", low=1)
-    samples_per_prompt: int = option(1, "Images per prompt.", low=1)
-    batch_size: int = option(1, "Images per forward; 1 makes an image independent of its neighbours.", low=1)
+    guidance: float | None = option(
+        None, "Guidance scale, 1 = no guidance. null = the model's default.", low=0, high=MAX_GUIDANCE
+    )
+    height: int | None = option(
+        None, "Height of the image. null = the model's default.", unit="pixels", low=1, high=MAX_SIDE
+    )
+    width: int | None = option(
+        None, "Width of the image. null = the model's default.", unit="pixels", low=1, high=MAX_SIDE
+    )
+    frames: int | None = option(None, "Frames of a video. null = the model's default.", low=1, high=MAX_FRAMES)
+    samples_per_prompt: int = option(1, "Images per prompt.", low=1, high=MAX_IMAGES)
+    batch_size: int = option(
+        1, "Images per forward; 1 makes an image independent of its neighbours.", low=1, high=MAX_IMAGES
+    )
 
 
 @dataclass

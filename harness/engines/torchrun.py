@@ -15,7 +15,7 @@ from typing import TypeVar
 import msgspec
 
 from harness.config.schema import RunConfig
-from harness.engines.environment import OWNER, SOCKETS, arithmetic_environment, import_path
+from harness.engines.environment import OWNER, SOCKETS, arithmetic_environment, import_environment
 from harness.engines.protocol import Answer, OnProgress, send_and_wait
 from harness.messages import EngineInfo, GenerationRequest
 from harness.parallel.mesh import degrees, world_size
@@ -63,11 +63,8 @@ class TorchrunEngine:
     def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
         """Start torchrun and wait until every rank is ready."""
         self._addresses = Addresses.private()
-        environment = self.environment | {
-            SOCKETS: str(self._addresses.folder),
-            OWNER: str(os.getpid()),
-            "PYTHONPATH": import_path(os.environ.get("PYTHONPATH")),
-        }
+        own = {SOCKETS: str(self._addresses.folder), OWNER: str(os.getpid())}
+        environment = self.environment | own | import_environment()
         command = [
             sys.executable,
             "-u",

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.metrics.load import OK, LoadSummary
-from harness.records.record import Record, read_record, read_status
+from harness.records.job import JobResult
+from harness.records.record import Record
 
 
 def print_load(record: Record, load: LoadSummary, folder: Path, console: Console) -> None:
@@ -71,23 +72,23 @@ def _describe_memory(load: LoadSummary) -> str:
     )
 
 
-def has_load_record(folder: Path) -> bool:
-    """Return whether a folder holds a load's record."""
-    record = read_record(folder)
+def has_load_record(job: JobResult) -> bool:
+    """Return whether a job left a load's record."""
+    record = job.record()
     return record is not None and record.load is not None
 
 
-def print_loads(folders: Sequence[Path], console: Console) -> None:
+def print_loads(jobs: Sequence[JobResult], console: Console) -> None:
     """Print the loads of a sweep, one row each, and below them each error once."""
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("job", overflow="fold")
     table.add_column("state", no_wrap=True)
     for heading in ("offered/s", "answers/s", "p50 ms", "p99 ms", "good/s", "per forward", "not ok"):
         table.add_column(heading, justify="right", no_wrap=True)
-    shared = set.intersection(*(set(folder.name.split(",")) for folder in folders))
+    shared = set.intersection(*(set(job.folder.name.split(",")) for job in jobs))
     errors: dict[str, None] = {}
-    for folder in folders:
-        status, record = read_status(folder), read_record(folder)
+    for job in jobs:
+        folder, status, record = job.folder, job.status, job.record()
         cells = [""] * 7 if record is None or record.load is None else _cells(record.load)
         own = [part for part in folder.name.split(",") if part not in shared]
         colour = "green" if status.state == "ok" else "red"
@@ -96,7 +97,7 @@ def print_loads(folders: Sequence[Path], console: Console) -> None:
     console.print(table)
     for error in errors:
         console.print(escape(error), soft_wrap=True)
-    console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
+    console.print(f"folders in {escape(str(jobs[0].folder.parent))}", soft_wrap=True)
 
 
 def _cells(load: LoadSummary) -> list[str]:

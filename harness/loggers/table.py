@@ -17,8 +17,9 @@ from harness.metrics.paired import Ratio
 from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
-from harness.records.comparison import Comparison, read_comparison
-from harness.records.record import Record, read_record, read_status
+from harness.records.comparison import Comparison
+from harness.records.job import JobResult
+from harness.records.record import Record
 
 SWEPT = ("step", "request", "answer", "latency_p99")  # ratios that a sweep of comparisons shows, if they were timed
 SHOWN_OPERATORS = 8  # operators shown of a profile; the record has more
@@ -199,13 +200,13 @@ def describe_difference(output: Difference) -> str:
     return f"images differ by {output.rel_l2:.2g} (relative L2), at most {output.max_abs:.2g}{psnr}{ssim}"
 
 
-def print_sweep(folders: Sequence[Path], console: Console) -> None:
+def print_sweep(jobs: Sequence[JobResult], console: Console) -> None:
     """Print the jobs of a sweep, one row each, and below them each error once, by the number in its rows."""
-    if any(read_comparison(folder) is not None for folder in folders):
-        _print_comparisons(folders, console)
+    if any(job.comparison() is not None for job in jobs):
+        _print_comparisons(jobs, console)
         return
-    if any(has_load_record(folder) for folder in folders):
-        print_loads(folders, console)
+    if any(has_load_record(job) for job in jobs):
+        print_loads(jobs, console)
         return
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("job", "state"):
@@ -213,11 +214,11 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
     for heading in ("request ms", "step ms", "evaluations", "top-1 %"):
         table.add_column(heading, justify="right")
     table.add_column("fidelity", overflow="fold")
-    names = [set(folder.name.split(",")) for folder in folders]
+    names = [set(job.folder.name.split(",")) for job in jobs]
     shared = set.intersection(*names)
     errors: dict[str, int] = {}
-    for folder in folders:
-        status, record = read_status(folder), read_record(folder)
+    for job in jobs:
+        folder, status, record = job.folder, job.status, job.record()
         numbers, held = ("", "", "", ""), ""
         if record is not None and record.summary is not None:
             row = record.summary
@@ -232,12 +233,12 @@ def print_sweep(folders: Sequence[Path], console: Console) -> None:
     console.print(table)
     for error, place in errors.items():
         console.print(f"{place}: {escape(error)}", soft_wrap=True)
-    console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
+    console.print(f"folders in {escape(str(jobs[0].folder.parent))}", soft_wrap=True)
 
 
-def _print_comparisons(folders: Sequence[Path], console: Console) -> None:
+def _print_comparisons(jobs: Sequence[JobResult], console: Console) -> None:
     """Print a sweep of comparisons, one row each, with the most important ratios."""
-    found = [read_comparison(folder) for folder in folders]
+    found = [job.comparison() for job in jobs]
     names = [name for name in SWEPT if any(each is not None and name in each.ratios for each in found)]
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("job", overflow="fold")
@@ -245,9 +246,8 @@ def _print_comparisons(folders: Sequence[Path], console: Console) -> None:
         table.add_column(heading, justify="right")
     for heading in ("efficiency", "difference"):
         table.add_column(heading, justify="right")
-    for folder, comparison in zip(folders, found, strict=True):
-        status = read_status(folder)
-        label = escape(folder.name)
+    for job, comparison in zip(jobs, found, strict=True):
+        status, label = job.status, escape(job.folder.name)
         if comparison is None:
             table.add_row(label, f"[red]{status.state}[/red]", escape(status.error or ""))
             continue
@@ -258,7 +258,7 @@ def _print_comparisons(folders: Sequence[Path], console: Console) -> None:
         apart = "" if comparison.output is None else f"{comparison.output.rel_l2:.1g}"
         table.add_row(label, status.state, *cells, shown, apart)
     console.print(table)
-    console.print(f"folders in {escape(str(folders[0].parent))}", soft_wrap=True)
+    console.print(f"folders in {escape(str(jobs[0].folder.parent))}", soft_wrap=True)
 
 
 def _ratio(row: Ratio) -> tuple[str, str]:

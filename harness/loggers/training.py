@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from harness.config.schema import WandbConfig
-from harness.loggers.wandb import open_run, resolve_mode
+from harness.loggers.wandb import connected_mode, open_run
 from harness.records.record import Status, write_atomically
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class WandbCallback(TrainingCallback):
         self.mirror = mirror
         self.run: wandb.Run | None = None
         self.failed = False
-        mode = resolve_mode(config.mode)
+        mode = connected_mode(config.mode)
         if mode != "disabled":
             mirror(lambda: self._open(config, mode, declared, folder, name))
 

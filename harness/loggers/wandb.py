@@ -10,12 +10,13 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlparse
 
 import msgspec
 
 from harness.config.schema import WandbConfig, WandbMode
+from harness.loggers.connection import server, server_url
 from harness.messages import total_sent_bytes
 from harness.metrics.fidelity import Fidelity
 from harness.metrics.intervals import IntervalEstimate, Share
@@ -28,6 +29,8 @@ from harness.records.record import Record, Statistics, Status
 if TYPE_CHECKING:
     import wandb
 
+INIT_TIMEOUT_S = 10.0  # after which wandb gives up opening a run, where the server answered a moment ago
+FINISH_TIMEOUT_S = 300.0  # after which wandb leaves the rest of an upload on disk
 MAX_VIDEOS = 16  # videos of one run that are mirrored; the rest are on disk
 
 
@@ -40,11 +43,23 @@ def resolve_mode(mode: WandbMode) -> str:
     return "online" if logged_in() else "offline"
 
 
+def connected_mode(mode: WandbMode) -> str:
+    """Return the mode in which runs are logged: offline in place of online if the server does not answer."""
+    resolved = resolve_mode(mode)
+    return "offline" if resolved == "online" and server(server_url()).offline_note() is not None else resolved
+
+
+def mode_notes(mode: WandbMode) -> list[str]:
+    """Return what a record says of the mode: a note if runs that should be online are logged offline."""
+    note = server(server_url()).offline_note() if resolve_mode(mode) == "online" else None
+    return [] if note is None else [note]
+
+
 def logged_in() -> bool:
     """Return whether there is an API key, in the environment or in ~/.netrc, where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(server_url()).hostname or ""
     with suppress(OSError, netrc.NetrcParseError):
         return netrc.netrc().authenticators(host) is not None
     return False
@@ -59,7 +74,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         folder: The run's folder; it holds `wandb/`, `grid.png` and the videos.
         job_type: The task.
     """
-    mode = resolve_mode(config.mode)
+    mode = connected_mode(config.mode)
     if mode == "disabled":
         return
     import wandb
@@ -113,7 +128,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
 
 def log_load(config: WandbConfig, record: Record, load: LoadSummary, folder: Path) -> None:
     """Write one finished load."""
-    mode = resolve_mode(config.mode)
+    mode = connected_mode(config.mode)
     if mode == "disabled":
         return
     import wandb
@@ -148,7 +163,7 @@ def load_scalars(load: LoadSummary) -> dict[str, float]:
 
 def log_comparison(config: WandbConfig, comparison: Comparison, folder: Path) -> None:
     """Write one finished comparison, after all timed work."""
-    mode = resolve_mode(config.mode)
+    mode = connected_mode(config.mode)
     if mode == "disabled":
         return
     import wandb
@@ -223,13 +238,27 @@ def pretrained_scalars(scores: PretrainedScores | None) -> dict[str, float]:
 
 
 def log_failure(
-    config: WandbConfig, declared: Mapping[str, object], folder: Path, job_type: str, status: Status
+    config: WandbConfig,
+    declared: Mapping[str, object],
+    folder: Path,
+    job_type: str,
+    status: Status,
+    name: str | None = None,
 ) -> None:
-    """Write a run that started and failed, so that a sweep's group shows it too."""
-    mode = resolve_mode(config.mode)
+    """Write a run that failed, so that a sweep's group shows it too.
+
+    Args:
+        config: The `logger.wandb` group.
+        declared: The configuration, as far as it is known.
+        folder: The folder that holds `wandb/`.
+        job_type: The task.
+        status: The status that names the error.
+        name: The run's name, if it is not the folder's.
+    """
+    mode = connected_mode(config.mode)
     if mode == "disabled":
         return
-    run = open_run(config, mode, folder, job_type, declared)
+    run = open_run(config, mode, folder, job_type, declared, name)
     run.summary.update({"state": status.state, "error": status.error})
     run.finish(exit_code=1)
 
@@ -243,11 +272,44 @@ def open_run(
     name: str | None = None,
     run_id: str | None = None,
 ) -> wandb.Run:
-    """Open a wandb run in a run's folder, named after it unless ``name`` is given; an existing id is resumed."""
+    """Open a wandb run, offline if the server does not take it in time; so are then all later ones of this process.
+
+    Args:
+        config: The `logger.wandb` group.
+        mode: The mode, online or offline.
+        folder: The folder that holds `wandb/`.
+        job_type: The task.
+        declared: The configuration.
+        name: The run's name; None is the folder's.
+        run_id: The id of a run that is resumed if it exists.
+
+    Returns:
+        The open run.
+    """
+    import wandb
+
+    arguments = (config, folder, job_type, declared, name, run_id)
+    if mode == "online":
+        try:
+            return _init("online", *arguments)
+        except wandb.errors.CommError as error:
+            server(server_url()).give_up(" ".join(str(error).split()) or type(error).__name__)
+    return _init("offline", *arguments)
+
+
+def _init(
+    mode: Literal["online", "offline"],
+    config: WandbConfig,
+    folder: Path,
+    job_type: str,
+    declared: Mapping[str, object],
+    name: str | None,
+    run_id: str | None,
+) -> wandb.Run:
     import wandb
 
     return wandb.init(
-        mode="online" if mode == "online" else "offline",
+        mode=mode,
         project=config.project,
         group=config.group,
         name=config.name or name or folder.name,
@@ -256,6 +318,13 @@ def open_run(
         job_type=job_type,
         dir=folder,
         config=dict(declared),
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            x_disable_stats=True,
+            init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
+        ),
         reinit="finish_previous",
     )

@@ -9,6 +9,7 @@ from harness.messages import GenerationRequest
 from harness.pipeline.state import RunContext, Sample
 from harness.pipeline.timesteps import image_tokens
 from harness.resolve.limits import check_frames, check_request, check_size
+from harness.resolve.prompts import check_guidance
 from schedulers.noise_scheduler import NoiseScheduler
 
 
@@ -76,8 +77,7 @@ class InputValidation:
                 f"{limits.max_side} per side"
             )
         check_frames(request.frames, limits.frame_multiple, limits.max_frames)
-        if request.guidance != 1 and not limits.has_guidance:
-            raise ValueError(f"request.guidance={request.guidance}, but this model has no guidance; set it to 1")
+        check_guidance(request, limits.has_guidance)
         limits.check_layout(request)
         for prompt in (*request.prompts, request.negative_prompt):
             limits.check_prompt(prompt)

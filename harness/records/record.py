@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -41,6 +44,8 @@ class Status(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
+RESULTS = ("record.json", "comparison.json")  # a folder with any of them holds a run, even without a status
+KEPT = (".owner", "wandb")  # what another attempt at a run leaves of the one before
 INTERRUPTED = Status("failed", "the run was cut off before it ended")
 
 
@@ -279,38 +284,65 @@ class RunFolder:
         try:
             (path / "logs").mkdir(parents=True, exist_ok=True)
             folder._owned = lock_file(path / ".owner")
-            if again and read_status(path).state != "ok":
+            if again and (path / "status.json").exists() and read_status(path).state != "ok":
                 folder._clear()
+            if any((path / name).exists() for name in RESULTS):
+                raise RunFolderError(_holds_a_run(path))
             descriptor = os.open(path / "status.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except (FileExistsError, BlockingIOError) as error:
-            raise RunFolderError(f"{path} already holds a run; choose another folder with hydra.run.dir=...") from error
+            raise RunFolderError(_holds_a_run(path)) from error
         except OSError as error:
-            raise RunFolderError(
-                f"{path} cannot be written ({error.strerror}); choose another with hydra.run.dir=..."
-            ) from error
+            raise RunFolderError(cannot_be_written(path, error)) from error
         os.close(descriptor)
-        folder.finish(INTERRUPTED)
+        try:
+            folder.finish(INTERRUPTED)
+        except RunFolderError:
+            (path / "status.json").unlink()  # it is empty, and would hold the folder for good
+            raise
         return folder
 
     def _clear(self) -> None:
-        for left in (*self.path.glob("*.json"), *self.path.glob("logs/*.error.json")):
-            left.unlink()
+        """Remove what an earlier run left, so that nothing of it is shown beside this one's status."""
+        for left in self.path.iterdir():
+            if left.is_dir() and not left.is_symlink() and left.name not in KEPT:
+                shutil.rmtree(left)
+            elif left.name not in KEPT:
+                left.unlink()
+        (self.path / "logs").mkdir()
 
     def finish(self, status: Status) -> None:
-        """Write `status.json`."""
-        write_atomically(self.path / "status.json", msgspec.json.encode(status))
+        """Write `status.json`.
+
+        Raises:
+            RunFolderError: It cannot be written.
+        """
+        self._write("status.json", msgspec.json.encode(status))
 
     def write_record(self, record: Record) -> None:
         """Write `record.json`."""
         self.write_json("record.json", record)
 
     def write_json(self, name: str, data: msgspec.Struct) -> None:
-        """Write a struct as an indented file."""
-        write_atomically(self.path / name, msgspec.json.format(msgspec.json.encode(data), indent=1))
+        """Write a struct as an indented file.
+
+        Raises:
+            RunFolderError: It cannot be written.
+        """
+        self._write(name, msgspec.json.format(msgspec.json.encode(data), indent=1))
 
     def write_config(self, text: str) -> None:
-        """Write `config.yaml`, the resolved configuration."""
-        write_atomically(self.path / "config.yaml", text.encode())
+        """Write `config.yaml`, the resolved configuration.
+
+        Raises:
+            RunFolderError: It cannot be written.
+        """
+        self._write("config.yaml", text.encode())
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            write_atomically(self.path / name, data)
+        except OSError as error:
+            raise RunFolderError(cannot_be_written(self.path / name, error)) from error
 
     def log_file(self, rank: int) -> Path:
         """Return the log file of one rank."""
@@ -339,10 +371,45 @@ def lock_file(path: Path) -> BinaryIO:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part."""
+    """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Args:
+        path: The file.
+        data: The new content of the file.
+
+    Raises:
+        OSError: The file cannot be written, such as on a full disk; the old content stays, and no other file is left.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)  # some file systems report a full disk or quota only here
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _holds_a_run(path: Path) -> str:
+    return f"{path} already holds a run; choose another folder with hydra.run.dir=..."
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether an error says that a disk or a quota is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def cannot_be_written(path: Path, error: OSError) -> str:
+    """Return what to change if the disk does not take a run's folder or file."""
+    remedy = "free some space, or choose another disk" if is_full(error) else "choose another folder"
+    return f"{path} cannot be written ({error.strerror}); {remedy} with hydra.run.dir=..."
 
 
 def read_status(folder: Path) -> Status:
@@ -383,7 +450,9 @@ def is_done(folder: Path, config: dict[str, Any]) -> bool:
         record = read_record(folder)
     except RunFolderError:
         return False
-    return record is not None and record.fingerprint == fingerprint(config) and read_status(folder) != INTERRUPTED
+    if record is None or record.fingerprint != fingerprint(config) or read_status(folder) == INTERRUPTED:
+        return False
+    return bool(record.config.get("quality", config["quality"]) == config["quality"])
 
 
 def load(path: str | Path) -> pandas.DataFrame:

@@ -14,26 +14,25 @@ import yaml
 
 from harness.config.schema import ComponentConfig, DType, Load, ModelConfig
 from models import hub
+from models.configs.libraries import check_sizes_of_weights
+from models.configs.table import expected_tensors
 from models.detect import class_name, denoiser_class, is_component, matching_architectures, pipeline_name
 from models.files import (
+    INDEX,
     CheckpointError,
     check_component,
+    check_names_and_shapes,
     check_tokenizer,
+    component_files,
     find_config_folder,
     has_weights,
     list_tensors,
     read_header,
-    weight_files,
+    read_json,
 )
-from models.lora_names import (
-    CONVERTERS,
-    check_all_matched,
-    check_update_shapes,
-    match_layers,
-    parse_layers,
-    shape_mismatches,
-)
+from models.lora_names import check_targets, match_layers
 from models.registry import ARCHITECTURES, PUBLISHED, REFERENCE, SIZED, Architecture
+from models.weight_layouts import check_layout_of_weights
 
 COMPONENTS = (
     "vae",
@@ -80,8 +79,7 @@ class CheckpointLayout:
         Raises:
             CheckpointError: There are no files, or not all of them.
         """
-        weights = self.weights(component)
-        return [weights] if weights.is_file() else weight_files(weights)
+        return component_files(self.weights(component))
 
 
 def locate(model: ModelConfig, denoiser: str, fetch: bool = False) -> CheckpointLayout:
@@ -169,12 +167,12 @@ def _existing(key: str, path: str) -> Path:
 
 def _around(model: ModelConfig, file: Path) -> Path:
     """Return the checkpoint from which the other components of a denoiser's file are taken."""
-    if file.suffix != ".safetensors":
+    if file.suffix != ".safetensors" and not INDEX.fullmatch(file.name):
         raise CheckpointError(
             f"model.path={file}: not a safetensors file, and no other is read (pickles never are); convert it first"
         )
-    own = file.resolve().parent.parent
-    for folder in (own, REFERENCE / model.name, PUBLISHED / model.name, SIZED / model.name):
+    own, linked = file.absolute().parent.parent, file.resolve().parent.parent  # the hub's cache holds links
+    for folder in (own, linked, REFERENCE / model.name, PUBLISHED / model.name, SIZED / model.name):
         if (folder / "model_index.json").is_file():
             return folder
     raise CheckpointError(
@@ -183,29 +181,47 @@ def _around(model: ModelConfig, file: Path) -> Path:
     )
 
 
-def check_checkpoint(model: ModelConfig, layout: CheckpointLayout, denoiser: str) -> None:
+def check_checkpoint(model: ModelConfig, layout: CheckpointLayout, denoiser: str, native: bool = True) -> None:
     """Refuse a checkpoint that lacks a component, holds another kind of network, or is incomplete.
 
     Args:
         model: The `model` group.
         layout: The checkpoint's layout on disk.
         denoiser: The network's folder in the checkpoint.
+        native: Whether the networks of this project run it, which refuse options that they do not support.
 
     Raises:
         CheckpointError: The message says what is missing, foreign or broken, and where.
     """
-    row, dummy = ARCHITECTURES[model.architecture], model.load is Load.dummy
+    row = ARCHITECTURES[model.architecture]
     _refuse_foreign(model, layout, denoiser)
     _refuse_lacking(model, layout, denoiser)
     for name in _present(row, layout, denoiser):
-        weights = None if dummy else layout.weights(name)
-        check_component(layout.config_folder(name), weights, row.classes if name == denoiser else ())
+        _check_network(model, layout, name, denoiser, native)
     for name in row.configs:
         if layout.weights(name).is_dir():
             check_tokenizer(layout.weights(name))
         elif layout.weights(name).exists():
             raise CheckpointError(f"model.{name}.path={layout.weights(name)}: give the folder of a tokenizer")
     _check_loras(model, layout, denoiser)
+
+
+def _check_network(model: ModelConfig, layout: CheckpointLayout, name: str, denoiser: str, native: bool) -> None:
+    """Refuse a network whose config.json is not supported, or whose weights do not fit it, from their headers alone."""
+    row, folder, weights = ARCHITECTURES[model.architecture], layout.config_folder(name), layout.weights(name)
+    classes = row.classes if name == denoiser else ()
+    if name == "vae" and native and class_name(folder):
+        classes = (row.vae,)
+    stored = check_component(folder, None if model.load is Load.dummy else weights, classes)
+    expected = expected_tensors(model.architecture, folder) if native and name == denoiser else None
+    if model.load is Load.dummy:
+        return
+    check_layout_of_weights(stored, str(read_json(folder / "config.json").get("_class_name")), weights)
+    if expected is not None:
+        found = {name: tensor.shape for name, tensor in stored.items()}
+        check_names_and_shapes(expected, found, f"{weights} (sizes of {folder / 'config.json'})")
+    elif native:
+        check_sizes_of_weights(folder, stored, weights)
 
 
 def _present(row: Architecture, layout: CheckpointLayout, denoiser: str) -> list[str]:
@@ -270,9 +286,7 @@ def _refuse_lacking(model: ModelConfig, layout: CheckpointLayout, denoiser: str)
 
 
 def _check_loras(model: ModelConfig, layout: CheckpointLayout, denoiser: str) -> None:
-    """Refuse low-rank updates that do not fit.
-
-    Updates in a publisher's own names are converted, and so checked, at load.
+    """Refuse updates that do not fit.
 
     Raises:
         CheckpointError: An update does not exist or does not fit.
@@ -289,10 +303,5 @@ def _check_loras(model: ModelConfig, layout: CheckpointLayout, denoiser: str) ->
         if path.is_dir():
             raise CheckpointError(f"model.lora: path={path}: a folder; give its safetensors file")
         stored, _ = read_header(path)
-        targets = match_layers(parse_layers(stored, path), tensors, denoiser, path)
-        if targets.unknown and class_name(layout.config_folder(denoiser)) in CONVERTERS:
-            continue
-        check_all_matched(targets, path)
-        check_update_shapes(
-            shape_mismatches(targets, tensors, {name: tensor.shape for name, tensor in stored.items()}), path
-        )
+        own_class = class_name(layout.config_folder(denoiser)) or ""
+        check_targets(match_layers(stored, tensors, denoiser, own_class, path), path)

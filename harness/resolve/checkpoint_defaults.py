@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 from harness.config.schema import CheckpointDefaults, Load, RunConfig
+from models.files import read_json
 from schedulers.settings import SamplingDefaults, TrainingSettings
 
 PUBLISHED_FAMILY = "published"  # scheduler=published: the noise scheduler of the checkpoint's own file
@@ -71,3 +73,24 @@ def apply_training_facts(config: RunConfig) -> None:
                 "model.load=dummy (for weights of your own: "
                 f"model.checkpoint_defaults.{scheduler.family}.{name}={wanted})"
             )
+
+
+def check_learned_variance(config: RunConfig, denoiser: Path) -> None:
+    """Refuse a learned variance of a network that has no output for one.
+
+    Args:
+        config: The configuration, its scheduler filled with the training facts.
+        denoiser: The folder of the denoiser's config.json.
+
+    Raises:
+        ValueError: The message says which key to set.
+    """
+    family = config.scheduler.family
+    if family == PUBLISHED_FAMILY or not config.scheduler.learned_variance:
+        return
+    network = read_json(denoiser / "config.json")
+    channels, outputs = network.get("in_channels"), network.get("out_channels")
+    if not isinstance(channels, int) or outputs != 2 * channels:
+        raise ValueError(
+            f"scheduler.learned_variance=true, but the network of model={config.model.name} outputs none; drop it"
+        )

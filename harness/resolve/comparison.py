@@ -12,6 +12,7 @@ from hydra.grammar.gen.OverrideLexer import InputStream, OverrideLexer  # type: 
 
 from harness.config.schema import RunConfig
 from harness.config.tasks import TRAITS
+from harness.resolve.quoting import quote_value
 
 COMPARED = ("a", "b")
 KEYS = tuple(f"compare.{name}" for name in COMPARED)
@@ -26,17 +27,17 @@ def is_compared_key(override: str) -> bool:
 def quote_overrides(argument: str) -> str:
     """Put each override inside an argument compare.a=[...] or compare.b=[...] in quotes.
 
-    Hydra's grammar wants quotes round a value that holds an `=`.
+    Hydra's grammar wants quotes round a value that holds an `=`, and round one with letters outside ASCII.
 
     Args:
         argument: One argument of the command line.
 
     Returns:
-        The argument with quotes inside its list; any other argument unchanged.
+        The argument with quotes inside its list; any other argument with quotes only where Hydra wants them.
     """
     key, _, value = argument.partition("=")
     if key not in KEYS or not value.startswith("["):
-        return argument
+        return quote_value(argument)
     return f"{key}={','.join(_quote_list(part) for part in split_list(value))}"
 
 

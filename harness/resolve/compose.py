@@ -5,7 +5,6 @@ Everything here runs before a process starts and without importing torch.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,17 +25,16 @@ from harness.config.yaml import from_yaml as from_yaml
 from harness.config.yaml import to_dict as to_dict
 from harness.config.yaml import to_yaml as to_yaml
 from harness.resolve.comparison import quote_overrides
+from harness.resolve.folder_name import folder_name
 from harness.resolve.names import check_names, one_line
 from harness.resolve.rules import resolve_config
 from harness.resolve.run import ResolvedRun as ResolvedRun
-
-MAX_NAME_BYTES = 160
 
 
 def register_schema() -> None:
     """Tell Hydra the types of every key and how a sweep names a job's folder; safe to repeat."""
     if not OmegaConf.has_resolver("folder_name"):
-        OmegaConf.register_new_resolver("folder_name", folder_name)
+        OmegaConf.register_new_resolver("folder_name", _job_folder_name)
         ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
@@ -76,17 +74,20 @@ def _hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = outer
 
 
-def folder_name(overrides: str) -> str:
-    """Return a job's overrides as one folder name, without slashes and within the limits of a file system."""
-    name = overrides.replace("/", ".")
-    if len(name.encode()) <= MAX_NAME_BYTES:
-        return name
-    return f"{name.encode()[:MAX_NAME_BYTES].decode(errors='ignore')}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+def _job_folder_name(_root_: DictConfig) -> str:
+    """Return the folder's name of the job that Hydra is composing, from its overrides as they were written."""
+    overrides = OmegaConf.to_container(_root_.hydra.overrides.task, resolve=False)
+    return folder_name([str(override) for override in overrides or ()])
 
 
-def run_folder(overrides: Sequence[str]) -> Path:
-    """Return the folder of a run with these overrides, even if the rest of them cannot be composed."""
-    return Path(str(_hydra_settings(overrides).run.dir))
+def named_folder(overrides: Sequence[str]) -> Path | None:
+    """Return the run's folder that overrides name themselves, even if the rest of them cannot be composed."""
+    if not any(override.startswith("hydra.run.dir=") for override in overrides):
+        return None
+    try:
+        return Path(str(_hydra_settings(overrides).run.dir))
+    except (HydraException, OmegaConfBaseException):
+        return None
 
 
 def sweep_folder(overrides: Sequence[str]) -> Path:

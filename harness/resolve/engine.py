@@ -11,6 +11,8 @@ from harness.resolve.engines_table import (
     NATIVE,
     baseline_attention,
 )
+from schedulers.compatibility import scales_state
+from schedulers.settings import NoiseSchedulerSettings
 
 
 def check_engine(config: RunConfig) -> None:
@@ -38,6 +40,29 @@ def _check_noise_scheduler(config: RunConfig) -> None:
         raise ValueError(
             f"scheduler={family} does not fit diffusers' pipeline of model={name}, which does not scale what it feeds "
             f"its network; choose scheduler={' or scheduler='.join(fitting)}, or engine=native"
+        )
+
+
+def check_baseline_settings(config: RunConfig, settings: NoiseSchedulerSettings) -> None:
+    """Refuse a noise scheduler that diffusers' pipeline cannot follow.
+
+    Args:
+        config: The configuration, whose engine is not the native one.
+        settings: The complete settings of its noise scheduler.
+
+    Raises:
+        ValueError: One line says what to change.
+    """
+    if settings.state_dtype is not None:
+        raise ValueError(
+            f"scheduler.state_dtype={settings.state_dtype} has no effect in diffusers' pipelines; drop it, or use "
+            "engine=native"
+        )
+    if BASELINES[config.model.architecture].families is not None and scales_state(settings):
+        raise ValueError(
+            f"diffusers' pipeline of model={config.model.name} scales neither noise nor network input, and "
+            f"scheduler.path={settings.path} begins at another sigma than 1; drop what lowers the first sigma and "
+            "scheduler.coordinates, or use engine=native"
         )
 
 

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from harness.config.schema import CheckpointDefaults, ModelConfig, RunConfig
 from harness.config.yaml import ConfigError as ConfigError
 from harness.records.provenance import version
+from harness.resolve.quoting import shell_quoted
 from models.registry import did_you_mean
 from schedulers.settings import FAMILIES
 
@@ -72,13 +73,7 @@ def check_names(overrides: Sequence[str], sweep: bool = False) -> None:
     """
     for text in overrides:
         _check_removed(text.partition("=")[0].lstrip("+~"))
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(
-            f"{one_line(error)}; put values with = , {{ }} or quotes in single quotes inside the argument"
-        ) from error
-    for override in parsed:
+    for override in [_parsed(text) for text in overrides]:
         _check_name(override)
         if override.is_sweep_override() and not sweep:
             key, _, value = (override.input_line or override.key_or_group).partition("=")
@@ -86,6 +81,31 @@ def check_names(overrides: Sequence[str], sweep: bool = False) -> None:
                 f"{key}={value} names several values; to mean one, quote it inside the argument: '{key}=\"{value}\"'; "
                 "to run each, add -m"
             )
+
+
+def _parsed(text: str) -> Override:
+    """Parse one override with Hydra's grammar.
+
+    Args:
+        text: The override.
+
+    Returns:
+        The parsed override.
+
+    Raises:
+        ConfigError: It is no override; the message has the quotes that make it one, if they do.
+    """
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConfigError(f"{text!a} is not UTF-8; write it in UTF-8, or set the terminal's locale to a UTF-8 one")
+    key, equals, _ = text.partition("=")
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        if not equals and not key.startswith("~"):
+            raise ConfigError(f"{text}: an override is written KEY=VALUE, such as request.steps=8") from error
+        quoted = shell_quoted(text)
+        remedy = "" if quoted is None else f"; to mean all of it as one text, write {quoted}"
+        raise ConfigError(f"{text}: not a value in Hydra's grammar{remedy}") from error
 
 
 def _check_removed(key: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from harness.config.schema import SchedulerConfig
 from models.files import CheckpointError, read_json
+from schedulers.published import check_published
 
 
 def scheduler_file(folder: Path) -> Path:
@@ -22,21 +23,27 @@ def scheduler_file(folder: Path) -> Path:
     return top if top.is_file() and not file.is_file() else file
 
 
-def check_published_scheduler(config: SchedulerConfig, folder: Path) -> None:
-    """Refuse a checkpoint without a noise scheduler, and keys that would have no effect beside it.
+def check_published_scheduler(config: SchedulerConfig, folder: Path, steps: int | None) -> None:
+    """Refuse a checkpoint without a noise scheduler that can run, and keys that would have no effect beside it.
 
     Args:
         config: The `scheduler` group.
         folder: The checkpoint's folder.
+        steps: The number of steps, if known.
 
     Raises:
-        CheckpointError: The checkpoint states no noise scheduler.
-        ValueError: A key has no effect; one line says what to change.
+        CheckpointError: The checkpoint states no noise scheduler, or one that is not supported.
+        ValueError: A key has no effect, or the number of steps is impossible; one line says what to change.
     """
     file = scheduler_file(folder)
     if not file.is_file():
         raise CheckpointError(f"{file}: not there; choose scheduler=rectified_flow, ddpm or sgm")
-    read_json(file)
+    content = read_json(file)
+    try:
+        check_published(content)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}; choose scheduler=rectified_flow, ddpm or sgm") from None
+    check_published(content, steps)
     plain = SchedulerConfig()
     given = [f.name for f in fields(config) if f.name != "family" and getattr(config, f.name) != getattr(plain, f.name)]
     if given:

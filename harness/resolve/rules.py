@@ -10,24 +10,28 @@ import msgspec
 
 from harness.config.cache import NONE as NO_CACHE
 from harness.config.cache import check_cache
-from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, Quantize, RunConfig
+from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, Quantize, RunConfig, Task
 from harness.config.tasks import KEYS_OF_TASKS, TRAITS
 from harness.metrics import pretrained
 from harness.records.media import ffmpeg
 from harness.resolve.checkpoint import check_checkpoint
-from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, check_learned_variance
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
-from harness.resolve.engine import check_engine
-from harness.resolve.engines_table import refuse_missing_engine
+from harness.resolve.engine import check_baseline_settings, check_engine
+from harness.resolve.engines_table import NATIVE, refuse_missing_engine
 from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.options import check_options
+from harness.resolve.prompts import check_prompts
 from harness.resolve.published_scheduler import check_published_scheduler
 from harness.resolve.request import to_message
 from harness.resolve.run import ResolvedRun
+from harness.resolve.training import check_training
 from models.registry import resolve_backend
 from schedulers.compatibility import resolve as resolve_settings
+from schedulers.limits import check_tokens
+from schedulers.settings import NoiseSchedulerSettings
 
 QUANTIZE_PACKAGE = "torchao"
 
@@ -54,7 +58,9 @@ def resolve_config(config: RunConfig) -> None:
         for note in check_layout(config.parallel, run.shape):
             warnings.warn(note, stacklevel=2)
     if run.noise_scheduler is not None:
-        resolve_settings(run.noise_scheduler, config.request.steps)
+        _check_noise_scheduler(config, resolve_settings(run.noise_scheduler, config.request.steps))
+    if config.task.name is Task.train:
+        check_training(config.train, run.noise_scheduler)
     check_engine(config)
     _check_cache(config)
     pretrained.check(config.quality)
@@ -63,6 +69,18 @@ def resolve_config(config: RunConfig) -> None:
             f"task.max_pixel_error={config.task.max_pixel_error} limits a measured error; add task.fidelity=true"
         )
     _check_reference(config)
+
+
+def _check_noise_scheduler(config: RunConfig, settings: NoiseSchedulerSettings) -> None:
+    """Refuse settings that the request's image, or the engine, cannot have.
+
+    Raises:
+        ValueError: One line says what to change.
+    """
+    request, side = to_message(config.request), config.model.size_multiple
+    check_tokens(settings, (request.height // side) * (request.width // side))
+    if config.engine.name != NATIVE:
+        check_baseline_settings(config, settings)
 
 
 def _check_packages(config: RunConfig) -> None:
@@ -131,9 +149,11 @@ def _check_model(run: ResolvedRun) -> None:
     """
     config = run.config
     apply_training_facts(config)
-    check_checkpoint(config.model, run.checkpoint, run.denoiser)
+    check_checkpoint(config.model, run.checkpoint, run.denoiser, config.engine.name == NATIVE)
+    check_learned_variance(config, run.checkpoint.config_folder(run.denoiser))
+    check_prompts(config.model, run.checkpoint, run.denoiser, to_message(config.request))
     if config.scheduler.family == PUBLISHED_FAMILY:
-        check_published_scheduler(config.scheduler, run.checkpoint.folder)
+        check_published_scheduler(config.scheduler, run.checkpoint.folder, config.request.steps)
 
 
 def _check_cache(config: RunConfig) -> None:

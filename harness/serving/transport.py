@@ -7,6 +7,7 @@ own).
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -23,6 +24,11 @@ from harness.messages import Cancel, EngineInfo, Failure, Message, MessageError,
 MAX_FRAME_BYTES = 1 << 31
 DealerT = TypeVar("DealerT", bound=zmq.Socket[Any])  # a thread's socket or asyncio's
 MAX_QUEUED = 1000
+MAX_SOCKET_PATH_BYTES = 103  # sun_path has 108 with its final zero on Linux, 104 on macOS and the BSDs
+
+
+class SocketFolderError(ValueError):
+    """No folder can hold the engine's sockets; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,27 @@ class Addresses:
 
     @classmethod
     def private(cls) -> Addresses:
-        """Return addresses in a new folder that only this user can enter (mode 0700)."""
-        return cls(Path(tempfile.mkdtemp(prefix="triptych-")))
+        """Return addresses in a new folder that only this user can enter (mode 0700).
+
+        It is in the temporary folder (TMPDIR), or in another one if a socket's path would be too long there.
+
+        Raises:
+            SocketFolderError: No folder that can be written has a path short enough.
+        """
+        tried = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp", "/dev/shm"]
+        with suppress(FileNotFoundError):  # no temporary folder can be written
+            tried.insert(0, tempfile.gettempdir())
+        for parent in tried:
+            longest = os.path.join(parent, "triptych-12345678", "requests")
+            if not os.path.isabs(parent) or len(os.fsencode(longest)) > MAX_SOCKET_PATH_BYTES:
+                continue
+            with suppress(OSError):
+                return cls(Path(tempfile.mkdtemp(prefix="triptych-", dir=parent)))
+        raise SocketFolderError(
+            f"no folder for sockets: the path of one has at most {MAX_SOCKET_PATH_BYTES} bytes, and none of "
+            f"{', '.join(parent for parent in tried if parent)} can be used; set TMPDIR to a short path that you can "
+            "write"
+        )
 
     def remove(self) -> None:
         """Remove the folder and its sockets."""

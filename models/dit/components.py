@@ -6,10 +6,12 @@ from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
 from models.checkpoint_source import CheckpointSource
 from models.components import Components, GuidanceRule, LatentSpace
+from models.configs.dit import read_config
 from models.decoders import load_kl_decoder
 from models.dit.network import DiT
-from models.dit.prompts import ClassLabels, read_names
-from models.dit.weights import NAMES, PLAN, PRECOMPUTE, read_config
+from models.dit.prompts import ClassLabels
+from models.dit.weights import NAMES, PLAN, PRECOMPUTE
+from models.prompt_rules import read_names
 
 
 def load_denoiser(source: CheckpointSource, kernel: AttentionKernel = sdpa_attention) -> DiT:

@@ -9,14 +9,13 @@ outputs per patch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import AttentionKernel, sdpa_attention
 from models.blocks import BlockStack
 from models.components import Conditioning, time_embedding
+from models.configs.dit import TIME_CHANNELS, DiTConfig
 from models.layers import (
     Attention,
     FeedForward,
@@ -27,40 +26,6 @@ from models.layers import (
     timestep_embedding,
     unpatchify,
 )
-
-TIME_CHANNELS = 256
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """The sizes of one network; the defaults are DiT-XL/2 at 256 x 256.
-
-    Args:
-        depth: The number of transformer blocks.
-        heads: The number of attention heads; the width is heads * head_channels.
-        head_channels: The number of channels per head.
-        in_channels: The number of latent channels.
-        out_channels: The number of output channels, twice the latent channels with a learned variance.
-        patch: The side of a patch, in latent pixels.
-        sample_size: The side of the training latent, in latent pixels; positions are relative to it.
-        classes: The number of classes without the null class, whose index comes after them.
-        norm_eps: The epsilon of the norm before a block's feed-forward; the other norms have 1e-6.
-    """
-
-    depth: int = 28
-    heads: int = 16
-    head_channels: int = 72
-    in_channels: int = 4
-    out_channels: int = 8
-    patch: int = 2
-    sample_size: int = 32
-    classes: int = 1000
-    norm_eps: float = 1e-5
-
-    @property
-    def width(self) -> int:
-        """The number of channels of a token."""
-        return self.heads * self.head_channels
 
 
 class ClassTimeEmbedding(nn.Module):

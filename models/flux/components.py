@@ -8,10 +8,11 @@ from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
 from models.checkpoint_source import CheckpointSource
 from models.components import Components, GuidanceRule, LatentSpace
+from models.configs.flux import PATCH, read_config
 from models.decoders import load_kl_decoder
-from models.flux.network import PATCH, Flux
+from models.flux.network import Flux
 from models.flux.prompts import load_flux_prompts
-from models.flux.weights import NAMES, PLAN, PRECOMPUTE, read_config
+from models.flux.weights import NAMES, PLAN, PRECOMPUTE
 
 
 def load_denoiser(source: CheckpointSource, kernel: AttentionKernel = sdpa_attention) -> Flux:

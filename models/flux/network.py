@@ -11,7 +11,7 @@ heads, E channels per head, F = E / 2 rotary angles, T text channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from models.attention import AttentionKernel, sdpa_attention
 from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
+from models.configs.flux import PATCH, TIME_CHANNELS, FluxConfig
 from models.layers import (
     JointBlock,
     MLPEmbedder,
@@ -31,41 +32,7 @@ from models.layers import (
     timestep_embedding,
 )
 
-TIME_CHANNELS = 256
-PATCH = 2  # a token is PATCH x PATCH latent pixels
 THETA = 10_000.0  # of the rotary positions
-
-
-@dataclass(frozen=True)
-class FluxConfig:
-    """The sizes of one network.
-
-    Args:
-        depth: The number of double blocks.
-        single_depth: The number of single blocks.
-        heads: The number of attention heads; the width is heads * head_channels.
-        head_channels: The number of channels per head.
-        channels: The number of latent channels, in and out.
-        text_channels: The number of channels of a prompt embedding.
-        pooled_channels: The number of channels of the pooled text vector.
-        axes: The channels of a head that the text axis (whose positions are all 0), the row and the column rotate.
-        guidance: Whether the network is guidance-distilled, so that it takes the guidance scale as an input.
-    """
-
-    depth: int = 19
-    single_depth: int = 38
-    heads: int = 24
-    head_channels: int = 128
-    channels: int = 16
-    text_channels: int = 4096
-    pooled_channels: int = 768
-    axes: tuple[int, int, int] = (16, 56, 56)
-    guidance: bool = False
-
-    @property
-    def width(self) -> int:
-        """The number of channels of a token."""
-        return self.heads * self.head_channels
 
 
 class FluxSingleBlock(nn.Module):

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from models.files import CheckpointError, check_sizes, read_network_config, rotary_axes
-from models.flux.network import PATCH, FluxConfig
 from models.names import JOINT_ATTENTION, NameMap
 from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
 
@@ -71,57 +66,3 @@ PRECOMPUTE = PrecomputePlan(
     ),
     time_argument="time_BD",
 )
-CLASS_NAME = "FluxTransformer2DModel"
-DEFAULTS: dict[str, Any] = {  # diffusers' defaults of the keys that a config.json omits
-    "patch_size": 1,
-    "in_channels": 64,
-    "out_channels": None,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": False,
-    "axes_dims_rope": [16, 56, 56],
-}
-
-
-def read_config(folder: Path) -> FluxConfig:
-    """Read the sizes from a `config.json` of diffusers' `FluxTransformer2DModel`.
-
-    Args:
-        folder: The network's folder.
-
-    Returns:
-        The sizes.
-
-    Raises:
-        CheckpointError: No such file, another class, or an option that this network does not support.
-    """
-    path, raw = folder / "config.json", read_network_config(folder, (CLASS_NAME,), DEFAULTS)
-    raw["out_channels"] = raw["out_channels"] or raw["in_channels"]
-    sizes = [name for name in DEFAULTS if name not in ("guidance_embeds", "axes_dims_rope")]
-    check_sizes(raw, path, sizes)
-    if raw["out_channels"] != raw["in_channels"]:
-        raise CheckpointError(
-            f"{path}: in_channels is not out_channels, so the network reads more than a noisy latent (an image to "
-            "inpaint or to follow); only text-to-image checkpoints load here"
-        )
-    if raw["patch_size"] != 1 or raw["in_channels"] % PATCH**2:
-        raise CheckpointError(
-            f"{path}: patch_size={raw['patch_size']}, in_channels={raw['in_channels']}; only latents packed {PATCH} x "
-            f"{PATCH} outside of patches of 1 are supported"
-        )
-    axes = rotary_axes(raw, path, "axes_dims_rope", raw["attention_head_dim"])
-    return FluxConfig(
-        depth=raw["num_layers"],
-        single_depth=raw["num_single_layers"],
-        heads=raw["num_attention_heads"],
-        head_channels=raw["attention_head_dim"],
-        channels=raw["in_channels"] // PATCH**2,
-        text_channels=raw["joint_attention_dim"],
-        pooled_channels=raw["pooled_projection_dim"],
-        axes=axes,
-        guidance=bool(raw["guidance_embeds"]),
-    )

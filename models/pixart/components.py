@@ -9,9 +9,10 @@ from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
 from models.checkpoint_source import CheckpointSource
 from models.components import Components, GuidanceRule, LatentSpace
+from models.configs.pixart import read_config
 from models.decoders import load_kl_decoder
 from models.pixart.network import PixArt
-from models.pixart.weights import NAMES, PLAN, PRECOMPUTE, read_config
+from models.pixart.weights import NAMES, PLAN, PRECOMPUTE
 from models.text.t5 import load_t5_prompts
 
 

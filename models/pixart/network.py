@@ -9,7 +9,7 @@ channels, E sinusoids, F a third of the width, P outputs per patch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from models.attention import AttentionKernel, sdpa_attention
 from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
+from models.configs.pixart import TIME_CHANNELS, PixArtConfig
 from models.layers import (
     Attention,
     FeedForward,
@@ -27,48 +28,6 @@ from models.layers import (
     timestep_embedding,
     unpatchify,
 )
-
-TIME_CHANNELS = 256
-
-
-@dataclass(frozen=True)
-class PixArtConfig:
-    """The sizes of one network.
-
-    Args:
-        depth: The number of transformer blocks.
-        heads: The number of attention heads; the width is heads * head_channels.
-        head_channels: The number of channels per head.
-        in_channels: The number of latent channels.
-        out_channels: The number of output channels, twice the latent channels with a learned variance.
-        patch: The side of a patch, in latent pixels.
-        sample_size: The side of the training latent, in latent pixels; positions are relative to it.
-        text_channels: The number of channels of a prompt embedding.
-        position_scale: The divisor of the positions (diffusers' interpolation_scale; 2 for PixArt's 1024-pixel
-            checkpoints).
-        size_conditioning: Whether the image's height, width and aspect ratio are embedded with the time (PixArt-alpha's
-            1024-pixel checkpoints; diffusers' use_additional_conditions).
-        stride: The number of image pixels per latent pixel along a side, for the size conditioning.
-        norm_eps: The epsilon of the norms in the blocks.
-    """
-
-    depth: int = 6
-    heads: int = 8
-    head_channels: int = 32
-    in_channels: int = 4
-    out_channels: int = 4
-    patch: int = 2
-    sample_size: int = 16
-    text_channels: int = 256
-    position_scale: float = 1.0
-    size_conditioning: bool = False
-    stride: int = 8
-    norm_eps: float = 1e-6
-
-    @property
-    def width(self) -> int:
-        """The number of channels of a token."""
-        return self.heads * self.head_channels
 
 
 class PixArtBlock(nn.Module):

@@ -8,10 +8,11 @@ from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
 from models.checkpoint_source import CheckpointSource
 from models.components import Components, GuidanceRule, LatentSpace
+from models.configs.qwen_image import PATCH, read_config
 from models.qwen_image.decoder import load_qwen_image_decoder
-from models.qwen_image.network import PATCH, QwenImage
+from models.qwen_image.network import QwenImage
 from models.qwen_image.prompts import load_qwen_image_prompts
-from models.qwen_image.weights import NAMES, PLAN, PRECOMPUTE, read_config
+from models.qwen_image.weights import NAMES, PLAN, PRECOMPUTE
 
 
 def load_denoiser(source: CheckpointSource, kernel: AttentionKernel = sdpa_attention) -> QwenImage:

@@ -10,7 +10,7 @@ E channels per head, F = E / 2 rotary angles, P outputs per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from models.attention import AttentionKernel, sdpa_attention
 from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
+from models.configs.qwen_image import PATCH, TIME_CHANNELS, QwenImageConfig
 from models.layers import (
     JointBlock,
     MLPEmbedder,
@@ -30,35 +31,7 @@ from models.layers import (
     timestep_embedding,
 )
 
-TIME_CHANNELS = 256
-PATCH = 2  # a token is PATCH x PATCH latent pixels
 THETA = 10_000.0  # of the rotary positions
-
-
-@dataclass(frozen=True)
-class QwenImageConfig:
-    """The sizes of one network.
-
-    Args:
-        depth: The number of blocks.
-        heads: The number of attention heads; the width is heads * head_channels.
-        head_channels: The number of channels per head.
-        latent_channels: The number of latent channels, C.
-        text_channels: The number of channels of a prompt embedding.
-        axes: The channels of a head that frame, row and column rotate; they add up to head_channels.
-    """
-
-    depth: int = 60
-    heads: int = 24
-    head_channels: int = 128
-    latent_channels: int = 16
-    text_channels: int = 3584
-    axes: tuple[int, int, int] = (16, 56, 56)
-
-    @property
-    def width(self) -> int:
-        """The number of channels of a token."""
-        return self.heads * self.head_channels
 
 
 class QwenImage(nn.Module):

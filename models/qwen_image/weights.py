@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from models.files import CheckpointError, check_sizes, read_network_config, rotary_axes
 from models.names import JOINT_ATTENTION, NameMap
 from models.plan import Dims, ParallelPlan, PrecomputePlan, Stack
-from models.qwen_image.network import PATCH, QwenImageConfig
 
 NAMES = NameMap(  # diffusers' QwenImageTransformer2DModel on the left, this network on the right
     (
@@ -53,55 +48,3 @@ PRECOMPUTE = PrecomputePlan(
     time_chains=(("blocks.*.modulation",), ("blocks.*.text_modulation",), ("head_modulation",)),
     time_argument="time_BD",
 )
-CLASS_NAME = "QwenImageTransformer2DModel"
-DEFAULTS: dict[str, Any] = {  # diffusers' defaults of the keys that a config.json omits
-    "patch_size": 2,
-    "in_channels": 64,
-    "out_channels": 16,
-    "num_layers": 60,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 3584,
-    "axes_dims_rope": (16, 56, 56),
-}
-REFUSED = {
-    "guidance_embeds": "a guidance-distilled network, which diffusers' class does not run either",
-    "use_additional_t_cond": "the second time embedding of Qwen-Image-Layered",
-    "use_layer3d_rope": "the layers' positions of Qwen-Image-Layered",
-}
-
-
-def read_config(folder: Path) -> QwenImageConfig:
-    """Read the sizes from a `config.json` of diffusers' `QwenImageTransformer2DModel`.
-
-    `zero_cond_t` is accepted without effect: it gives the tokens of images to edit another time, and there are none
-    here.
-
-    Args:
-        folder: The network's folder.
-
-    Returns:
-        The sizes.
-
-    Raises:
-        CheckpointError: No such file, another class, or an option that this network does not support.
-    """
-    path, raw = folder / "config.json", read_network_config(folder, (CLASS_NAME,), DEFAULTS)
-    for option, what in REFUSED.items():
-        if raw.get(option):
-            raise CheckpointError(f"{path}: {option} ({what}) is not supported")
-    check_sizes(raw, path, [name for name in DEFAULTS if name != "axes_dims_rope"])
-    if raw["patch_size"] != PATCH or raw["in_channels"] != PATCH**2 * raw["out_channels"]:
-        raise CheckpointError(
-            f"{path}: patch_size={raw['patch_size']}, in_channels={raw['in_channels']} and out_channels="
-            f"{raw['out_channels']} do not go together; this network packs {PATCH} x {PATCH} latent pixels"
-        )
-    axes = rotary_axes(raw, path, "axes_dims_rope", raw["attention_head_dim"])
-    return QwenImageConfig(
-        depth=raw["num_layers"],
-        heads=raw["num_attention_heads"],
-        head_channels=raw["attention_head_dim"],
-        latent_channels=raw["out_channels"],
-        text_channels=raw["joint_attention_dim"],
-        axes=axes,
-    )

@@ -8,10 +8,11 @@ from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
 from models.checkpoint_source import CheckpointSource
 from models.components import Components, LatentSpace
+from models.configs.sd3 import read_config
 from models.decoders import load_kl_decoder
 from models.sd3.network import SD3
 from models.sd3.prompts import load_sd3_prompts
-from models.sd3.weights import NAMES, PLAN, PRECOMPUTE, read_config
+from models.sd3.weights import NAMES, PLAN, PRECOMPUTE
 
 
 def load_denoiser(source: CheckpointSource, kernel: AttentionKernel = sdpa_attention) -> SD3:

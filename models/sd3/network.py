@@ -10,7 +10,7 @@ of the position table, P outputs per patch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.attention import AttentionKernel, sdpa_attention
 from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
+from models.configs.sd3 import TIME_CHANNELS, SD3Config
 from models.layers import (
     FeedForward,
     MLPEmbedder,
@@ -29,44 +30,6 @@ from models.layers import (
     timestep_embedding,
     unpatchify,
 )
-
-TIME_CHANNELS = 256
-
-
-@dataclass(frozen=True)
-class SD3Config:
-    """The sizes of one network.
-
-    Args:
-        depth: The number of blocks.
-        heads: The number of attention heads; the width is heads * head_channels.
-        head_channels: The number of channels per head.
-        channels: The number of latent channels, in and out.
-        patch: The side of a patch, in latent pixels.
-        sample_size: The side of the training latent, in latent pixels; positions are relative to it.
-        max_positions: The side of the position table, in tokens; an image uses its centre.
-        text_channels: The number of channels of a prompt embedding.
-        pooled_channels: The number of channels of the pooled text vector.
-        dual: The indices of the blocks in which the image also attends to itself alone.
-        qk_norm: Whether queries and keys have RMS norms.
-    """
-
-    depth: int = 24
-    heads: int = 24
-    head_channels: int = 64
-    channels: int = 16
-    patch: int = 2
-    sample_size: int = 128
-    max_positions: int = 192
-    text_channels: int = 4096
-    pooled_channels: int = 2048
-    dual: tuple[int, ...] = ()
-    qk_norm: bool = False
-
-    @property
-    def width(self) -> int:
-        """The number of channels of a token."""
-        return self.heads * self.head_channels
 
 
 class SD3Block(nn.Module):

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from models.checkpoint import check_loading_info
 from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError, StoredTensor, list_tensors
-from models.lora import LowRank, lora_updates, merge_updates
+from models.lora import Update, lora_updates, merge_updates
 from models.meta_init import build_empty, fill_dummy
 from models.tensors import read_stored
 
@@ -109,7 +109,7 @@ def load_encoder(
     """
     transformers_logging.disable_progress_bar()  # a rank's log is a file, where a progress bar is noise
     folder, dtype, started = source.config_folder(component), source.dtype_of(component), time.perf_counter()
-    updates: Mapping[str, Sequence[LowRank]] = {}
+    updates: Mapping[str, Sequence[Update]] = {}
     bytes_read = 0
     try:
         config = config_class.from_pretrained(folder, local_files_only=True)
@@ -136,7 +136,7 @@ def _load_encoder_weights(
     source: CheckpointSource,
     component: str,
     stored: Mapping[str, StoredTensor],
-    updates: Mapping[str, Sequence[LowRank]],
+    updates: Mapping[str, Sequence[Update]],
 ) -> M:
     """Return an encoder with the checkpoint's weights; transformers maps their names and selects what stays float32."""
     dtype = source.dtype_of(component)
@@ -159,12 +159,12 @@ class LazyTensor:
     Args:
         stored: The stored tensor.
         dtype: The dtype to read it in; None for its own.
-        updates: The low-rank updates to merge into it.
+        updates: The updates to merge into it.
     """
 
     stored: StoredTensor
     dtype: torch.dtype | None
-    updates: Sequence[LowRank] = ()
+    updates: Sequence[Update] = ()
 
     def __getitem__(self, index: EllipsisType) -> Tensor:
         if self.updates:

@@ -8,6 +8,7 @@ import torch
 
 from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
+from models.prompt_rules import check_no_prompt
 from models.text.clip import ClipEncoder, load_clip
 
 
@@ -81,16 +82,6 @@ class UnconditionalPrompts:
     def __call__(self, prompts: Sequence[str], negative: bool = False) -> Conditioning:
         """Return an empty conditioning."""
         return Conditioning()
-
-
-def check_no_prompt(prompt: str) -> None:
-    """Raise an error for a prompt that is not empty.
-
-    Raises:
-        ValueError: The prompt is not empty.
-    """
-    if prompt:
-        raise ValueError(f"this model takes no prompt, but got {prompt[:40]!r}; use request.prompt=''")
 
 
 def load_clip_prompts(source: CheckpointSource) -> ClipPrompts:

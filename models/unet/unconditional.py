@@ -9,8 +9,9 @@ from torch import Tensor
 from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint_source import CheckpointSource
 from models.components import Components, GuidanceRule, LatentSpace
+from models.prompt_rules import check_no_prompt
 from models.unet.network import UnconditionalUNet, capturable
-from models.unet.prompts import UnconditionalPrompts, check_no_prompt
+from models.unet.prompts import UnconditionalPrompts
 from models.unet.weights import load_unconditional
 
 UNIT_RANGE = ("ScoreSdeVePipeline",)

@@ -8,11 +8,12 @@ from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
 from models.checkpoint_source import CheckpointSource
 from models.components import Components
+from models.configs.wan import read_config
 from models.files import CheckpointError
 from models.wan.decoder import load_wan_decoder
 from models.wan.network import Wan
 from models.wan.prompts import load_umt5_prompts
-from models.wan.weights import KEEP_FLOAT32, NAMES, PLAN, PRECOMPUTE, read_config
+from models.wan.weights import KEEP_FLOAT32, NAMES, PLAN, PRECOMPUTE
 
 
 def load_denoiser(source: CheckpointSource, kernel: AttentionKernel = sdpa_attention) -> Wan:

@@ -10,7 +10,7 @@ row by row), S text tokens, D width, A attention heads, E channels per head, T t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,45 +19,10 @@ from torch.nn import functional as F
 from models.attention import AttentionKernel, sdpa_attention
 from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
+from models.configs.wan import WanConfig
 from models.layers import FeedForward, QKVProjection, cached_tensor, modulate, rotate, timestep_embedding
 
 THETA = 10_000.0  # of the rotary positions
-
-
-@dataclass(frozen=True)
-class WanConfig:
-    """The sizes of one network.
-
-    Args:
-        depth: The number of transformer blocks.
-        heads: The number of attention heads; the width is heads * head_channels.
-        head_channels: The number of channels per head, an even number.
-        hidden: The number of channels inside the feed-forward.
-        channels: The number of latent channels, in and out.
-        patch: The side of a patch, in latent pixels; a patch spans one latent frame.
-        text_channels: The number of channels of a prompt embedding.
-        time_channels: The number of channels of the sinusoidal time embedding.
-        cross_norm: Whether there is a layer norm before the cross-attention.
-        eps: The epsilon of every norm.
-        max_positions: The largest number of latent frames, and of patches along a side, that have a position.
-    """
-
-    depth: int
-    heads: int
-    head_channels: int
-    hidden: int
-    channels: int = 16
-    patch: int = 2
-    text_channels: int = 4096
-    time_channels: int = 256
-    cross_norm: bool = True
-    eps: float = 1e-6
-    max_positions: int = 1024
-
-    @property
-    def width(self) -> int:
-        """The number of channels of a token."""
-        return self.heads * self.head_channels
 
 
 class WanAttention(QKVProjection):

@@ -8,10 +8,11 @@ from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
 from models.checkpoint_source import CheckpointSource
 from models.components import Components, LatentSpace
+from models.configs.z_image import PATCH, read_config
 from models.decoders import load_kl_decoder
-from models.z_image.network import PATCH, ZImage
+from models.z_image.network import ZImage
 from models.z_image.prompts import load_z_image_prompts
-from models.z_image.weights import NAMES, PLAN, PRECOMPUTE, read_config
+from models.z_image.weights import NAMES, PLAN, PRECOMPUTE
 
 
 def load_denoiser(source: CheckpointSource, kernel: AttentionKernel = sdpa_attention) -> ZImage:

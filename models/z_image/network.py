@@ -12,7 +12,7 @@ token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from models.attention import AttentionKernel, sdpa_attention
 from models.blocks import BlockStack
 from models.components import Conditioning, text_embedding, time_embedding
+from models.configs.z_image import PATCH, TIME_CHANNELS, TIME_HIDDEN, ZImageConfig
 from models.layers import (
     Modulation,
     QKVProjection,
@@ -32,57 +33,8 @@ from models.layers import (
     unpatchify,
 )
 
-PATCH = 2  # a token is PATCH x PATCH latent pixels
 TOKEN_MULTIPLE = 32  # the tokens of image and text are padded to a multiple of it
-TIME_CHANNELS = 256
-TIME_HIDDEN = 1024
 QK_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class ZImageConfig:
-    """The sizes of one network.
-
-    Args:
-        depth: The number of blocks over image and text together.
-        refiner_depth: The number of blocks over each of them alone, before.
-        heads: The number of attention heads; the width is heads * head_channels.
-        head_channels: The number of channels per head.
-        latent_channels: The number of latent channels, C.
-        text_channels: The number of channels of a prompt embedding.
-        axes: The channels of a head that text position, row and column rotate; they add up to head_channels.
-        theta: The base of the rotary rates.
-        time_scale: The factor of the network's time input, time_scale * (1 - sigma).
-        norm_eps: The epsilon of the norms around attention and feed-forward, and of the text's norm.
-        qk_norm: Whether queries and keys have RMS norms.
-    """
-
-    depth: int = 30
-    refiner_depth: int = 2
-    heads: int = 30
-    head_channels: int = 128
-    latent_channels: int = 16
-    text_channels: int = 2560
-    axes: tuple[int, int, int] = (32, 48, 48)
-    theta: float = 256.0
-    time_scale: float = 1000.0
-    norm_eps: float = 1e-5
-    qk_norm: bool = True
-
-    @property
-    def width(self) -> int:
-        """The number of channels of a token."""
-        return self.heads * self.head_channels
-
-    @property
-    def hidden(self) -> int:
-        """The number of channels inside a feed-forward."""
-        return int(self.width / 3 * 8)
-
-    @property
-    def time_width(self) -> int:
-        """The number of channels of the time embedding, A."""
-        return min(self.width, TIME_CHANNELS)
 
 
 class ZImageAttention(QKVProjection):

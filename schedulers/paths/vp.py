@@ -40,23 +40,21 @@ def betas(schedule: BetaSchedule, start: float = 1e-4, end: float = 0.02, steps:
     raise ValueError(f"unknown beta schedule {schedule!r}; use linear, scaled_linear or squaredcos")
 
 
-def zero_terminal_snr(betas: Tensor, last_alpha_bar: float = 0.0) -> Tensor:
+def zero_terminal_snr(betas: Tensor) -> Tensor:
     """Return betas rescaled to end at pure noise: sqrt(alpha-bar) is shifted and scaled, its first value unchanged.
 
     Lin et al. 2023 (arXiv 2305.08891), Algorithm 1.
 
     Args:
         betas: The noise increments, shape (N,).
-        last_alpha_bar: The last alpha-bar. Samplers that divide by alpha cannot use 0: diffusers' samplers in x / alpha
-            use 2^-24.
 
     Returns:
-        The rescaled increments, float64 of shape (N,).
+        The rescaled increments, float64 of shape (N,). The last one is 1.
     """
     root = (1 - betas.double()).cumprod(0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root**2
-    alpha_bar[-1] = last_alpha_bar
+    alpha_bar[-1] = 0.0
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
@@ -71,19 +69,24 @@ class DiscreteVPPath:
             noise (zero_terminal_snr).
         interpolation: The scale of the interpolation. "log" is the logarithm of sigma / alpha, as in k-diffusion and
             DPM-Solver. "linear" is sigma / alpha itself, as in diffusers' EulerDiscrete for `linspace`.
+        last_alpha_bar: An alpha-bar above 0 in place of the last one, for samplers that divide by alpha: diffusers' use
+            2^-24 at zero terminal SNR. Indices before the last may then be noisier than it.
 
     Raises:
-        ValueError: Fewer than two betas, or a beta out of range.
+        ValueError: Fewer than two betas, or a number out of range.
     """
 
     betas: Tensor
     interpolation: Literal["log", "linear"] = "log"
+    last_alpha_bar: float | None = None
 
     def __post_init__(self) -> None:
         betas = self.betas.detach().to("cpu", torch.float64).clone()
         inside = (betas > 0) & (betas < 1)
         if betas.ndim != 1 or len(betas) < 2 or not inside[:-1].all() or not 0 < betas[-1] <= 1:
             raise ValueError("DiscreteVPPath needs at least two betas, each inside (0, 1); the last may be 1")
+        if self.last_alpha_bar is not None and not 0 < self.last_alpha_bar < 1:
+            raise ValueError(f"last_alpha_bar={self.last_alpha_bar}; give a number inside (0, 1)")
         object.__setattr__(self, "betas", betas)
 
     @property
@@ -99,6 +102,8 @@ class DiscreteVPPath:
     def _knots(self, device: torch.device) -> Tensor:
         """Return log(sigma / alpha) or sigma / alpha at the trained indices. expm1 keeps the first rows' digits."""
         ratio = torch.expm1(-torch.log1p(-self.betas).cumsum(0)).sqrt()
+        if self.last_alpha_bar is not None:
+            ratio[-1] = math.sqrt(1 / self.last_alpha_bar - 1)
         return (ratio.log() if self.interpolation == "log" else ratio).to(device)
 
     def _ratio(self, t: Tensor) -> Tensor:
@@ -131,11 +136,14 @@ class DiscreteVPPath:
 
         def inverse(r: Tensor) -> Tensor:
             knots = self._knots(r.device)
-            value = (r.log() if self.interpolation == "log" else r).clamp(knots[0], knots[-1])
-            high = torch.searchsorted(knots, value).clamp(1, len(knots) - 1)
+            last, rising = knots[-1], knots[:-1] if knots[-1] < knots[-2] else knots
+            wanted = r.log() if self.interpolation == "log" else r
+            value = wanted.clamp(rising[0], rising[-1])
+            high = torch.searchsorted(rising, value).clamp(1, len(rising) - 1)
             low = high - 1
-            fraction = (value - knots[low]) / (knots[high] - knots[low])
-            return torch.where(value == knots[high], high.double(), low + fraction)
+            fraction = (value - rising[low]) / (rising[high] - rising[low])
+            t = torch.where(value == rising[high], high.double(), low + fraction)
+            return torch.where(torch.isclose(wanted, last, rtol=1e-12, atol=0), self.t_max, t)
 
         return elementwise(inverse, ratio)
 

@@ -9,6 +9,7 @@ from schedulers.prediction import Eps, Flow, LearnedVariance, Score
 from schedulers.published import common
 from schedulers.published.multistep import deis, dpm, edm_dpm, edm_path_and_spacing, edm_prediction, unipc
 from schedulers.published.options import Options
+from schedulers.published.refusals import LEARNED
 from schedulers.solvers.adams import LMS, PNDM
 from schedulers.solvers.base import Solver
 from schedulers.solvers.euler import DDIM, Euler
@@ -19,7 +20,6 @@ from schedulers.solvers.sde import EulerMaruyama, PredictorCorrector
 from schedulers.spacing import Distilled, FlowLinspace, Karras, Spacing, TimestepMap, UniformTime
 
 Builder = Callable[[Options], NoiseScheduler]
-ALL = ("epsilon", "sample", "v_prediction")
 VARIANCES: dict[str, Variance] = {
     "fixed_small": "small",
     "fixed_small_log": "small",
@@ -31,44 +31,36 @@ VARIANCES: dict[str, Variance] = {
 
 def _ddpm(o: Options) -> NoiseScheduler:
     kind = o.text("variance_type")
-    if kind not in VARIANCES:
-        o.refuse(
-            "variance_type", "diffusers gives no valid number for it; use fixed_large, fixed_small or a learned one"
-        )
-    prediction = common.prediction(o, *ALL)
-    if kind.startswith("learned"):
+    prediction = common.prediction(o)
+    if kind in LEARNED:
         prediction = LearnedVariance(prediction)
     rows = common.timestep_spacing(o, "clean", integer=True)
-    return NoiseScheduler(common.discrete_path(o, 0.0), rows, prediction, DDPM(VARIANCES[kind], final_noise=True))
+    return NoiseScheduler(common.discrete_path(o, False), rows, prediction, DDPM(VARIANCES[kind], final_noise=True))
 
 
 def _ddim(o: Options) -> NoiseScheduler:
     rows = common.timestep_spacing(o, common.last_row(o), integer=True, stride_target=True)
-    return NoiseScheduler(common.discrete_path(o, 0.0), rows, common.prediction(o, *ALL), DDIM(0.0))
+    return NoiseScheduler(common.discrete_path(o, False), rows, common.prediction(o), DDIM(0.0))
 
 
 def _euler(o: Options) -> NoiseScheduler:
-    if o.text("interpolation_type") != "linear":
-        o.refuse("interpolation_type", "its timesteps and sigmas belong to different points; use linear")
     last, v = common.last_row(o), o.text("prediction_type") == "v_prediction"
     if o.text("timestep_type") != "continuous" or not v:
         path, spacing = common.ve_path_and_spacing(o, last)
-        return NoiseScheduler(path, spacing, common.prediction(o, *ALL), Euler())
+        return NoiseScheduler(path, spacing, common.prediction(o), Euler())
     low, high, levels = o.optional("sigma_min"), o.optional("sigma_max"), common.level_spacing(o, last)
     if low is None or high is None or levels is None:
         path, spacing = common.ve_path_and_spacing(o, last)
-        return NoiseScheduler(path, TimestepMap(spacing, "log_sigma"), common.prediction(o, *ALL), Euler())
-    if last != "clean":  # Stable Video Diffusion's levels leave the trained table, so its end is no last row
-        o.refuse("final_sigmas_type", "sigma_min is set and timestep_type=continuous; use zero")
+        return NoiseScheduler(path, TimestepMap(spacing, "log_sigma"), common.prediction(o), Euler())
     path = EDMPath(1.0, "log_sigma", low, high)
     start = InitStdOverride(levels, "state" if o.text("timestep_spacing") == "leading" else "sigma")
-    return NoiseScheduler(path, start, common.prediction(o, *ALL), Euler())
+    return NoiseScheduler(path, start, common.prediction(o), Euler())
 
 
-def _ve_sampler(solver: Solver, *kinds: str) -> Builder:
+def _ve_sampler(solver: Solver) -> Builder:
     def build(o: Options) -> NoiseScheduler:
         path, spacing = common.ve_path_and_spacing(o, "clean")
-        return NoiseScheduler(path, spacing, common.prediction(o, *kinds, recompute_eps=True), solver)
+        return NoiseScheduler(path, spacing, common.prediction(o, recompute_eps=True), solver)
 
     return build
 
@@ -82,31 +74,27 @@ def _kdpm2(eta: float) -> Builder:
             spacing = RowsFromPath(spacing, rows)
         elif isinstance(levels, Karras):
             spacing = TimestepMap(spacing, "round")
-        return NoiseScheduler(path, spacing, common.prediction(o, "epsilon", "v_prediction"), DPM2(eta))
+        return NoiseScheduler(path, spacing, common.prediction(o), DPM2(eta))
 
     return build
 
 
 def _pndm(o: Options) -> NoiseScheduler:
-    if o.text("timestep_spacing") != "leading":
-        o.refuse("timestep_spacing", "its steps go to t - N // n, which is the next row with leading only")
-    if o.text("prediction_type") != "epsilon":
-        o.refuse("prediction_type", "diffusers sums v over timesteps before it converts them to noise; use epsilon")
-    rows = common.timestep_spacing(o, common.last_row(o), integer=True)
+    rows = common.timestep_spacing(o, common.last_row(o), integer=True, stride_target=True)
     solver = PNDM(runge_kutta=not o.flag("skip_prk_steps"), whole_times=True)
-    return NoiseScheduler(common.discrete_path(o, 0.0), rows, Eps(), solver)
+    return NoiseScheduler(common.discrete_path(o, False), rows, Eps(), solver)
 
 
 def _lcm(o: Options) -> NoiseScheduler:
     rows = Distilled(o.count("original_inference_steps"))
     solver = LCM(timestep_scaling=o.number("timestep_scaling"))
-    return NoiseScheduler(common.discrete_path(o, 0.0), rows, common.prediction(o, *ALL), solver)
+    return NoiseScheduler(common.discrete_path(o, False), rows, common.prediction(o), solver)
 
 
 def _tcd(o: Options) -> NoiseScheduler:
     rows = Distilled(o.count("original_inference_steps"), end="t_min")
     unclipped = Options(o.name, {**o.values, "clip_sample": False, "thresholding": False})  # TCD ignores both
-    return NoiseScheduler(common.discrete_path(o, 0.0), rows, common.prediction(unclipped, *ALL), TCD())
+    return NoiseScheduler(common.discrete_path(o, False), rows, common.prediction(unclipped), TCD())
 
 
 def _flow_path_and_spacing(o: Options) -> tuple[NoisePath, Spacing]:
@@ -115,8 +103,6 @@ def _flow_path_and_spacing(o: Options) -> tuple[NoisePath, Spacing]:
     path: NoisePath = FlowPath(float(total))
     if "use_dynamic_shifting" not in o.values:
         return path, FlowLinspace(shift, _shift_sigma(1 / total, shift))
-    if o.flag("invert_sigmas"):
-        o.refuse("invert_sigmas", "a grid goes from noise to data")
     dynamic, terminal = o.flag("use_dynamic_shifting"), o.optional("shift_terminal") or None
     last = 1 / total if dynamic else _shift_sigma(1 / total, shift)
     spacing = common.dynamic_shift(o, FlowLinspace(1.0 if dynamic else shift, last, terminal=terminal))
@@ -130,8 +116,6 @@ def _shift_sigma(sigma: float, shift: float) -> float:
 
 def _flow(solver: Solver) -> Builder:
     def build(o: Options) -> NoiseScheduler:
-        if o.values.get("scale_factors"):
-            o.refuse("scale_factors", "a state that grows between steps is not implemented; leave it null")
         path, spacing = _flow_path_and_spacing(o)
         stochastic = "stochastic_sampling" in o.values and o.flag("stochastic_sampling")
         return NoiseScheduler(path, spacing, Flow(), LCM(boundary=False) if stochastic else solver)
@@ -161,11 +145,11 @@ BUILDERS: dict[str, Builder] = {
     "DDIMScheduler": _ddim,
     "DDIMParallelScheduler": _ddim,
     "EulerDiscreteScheduler": _euler,
-    "EulerAncestralDiscreteScheduler": _ve_sampler(DDIM(1.0), "epsilon", "v_prediction"),
-    "HeunDiscreteScheduler": _ve_sampler(Heun(), *ALL),
+    "EulerAncestralDiscreteScheduler": _ve_sampler(DDIM(1.0)),
+    "HeunDiscreteScheduler": _ve_sampler(Heun()),
     "KDPM2DiscreteScheduler": _kdpm2(0.0),
     "KDPM2AncestralDiscreteScheduler": _kdpm2(1.0),
-    "LMSDiscreteScheduler": _ve_sampler(LMS(), *ALL),
+    "LMSDiscreteScheduler": _ve_sampler(LMS()),
     "DPMSolverMultistepScheduler": dpm(single=False),
     "DPMSolverSinglestepScheduler": dpm(single=True),
     "UniPCMultistepScheduler": unipc,

@@ -12,37 +12,28 @@ from schedulers.paths import DiscreteVPPath, EDMPath, FlowPath, NoisePath, TauMa
 from schedulers.prediction import EDM, LearnedVariance, Prediction, Thresholded
 from schedulers.published import common
 from schedulers.published.options import Options
+from schedulers.published.refusals import LEARNED
 from schedulers.solvers.adams import DEIS
 from schedulers.solvers.base import Solver
 from schedulers.solvers.dpm import DPMSolver
 from schedulers.solvers.dpm_singlestep import DPMSolverSinglestep
 from schedulers.solvers.unipc import UniPC
-from schedulers.spacing import End, Exponential, FlowLinspace, Karras, Spacing, TimestepMap, Trailing
+from schedulers.spacing import End, Exponential, FlowLinspace, Karras, Spacing, TimestepMap
 
 Form = Literal["data", "noise"]
 Kind = Literal["midpoint", "heun"]
-OTHER_SOLVER_TYPES = (
-    "logrho",
-    "bh1",
-    "bh2",
-)  # another sampler's solver_type, which diffusers replaces by its own default
 
 
 def _prediction(o: Options, form: Form = "data") -> Prediction:
     """Return the prediction that the file names."""
-    # With use_flow_sigmas alpha + sigma is 1, where v has another meaning; without it, a flow's velocity has.
-    flow = o.flag("use_flow_sigmas")
-    kinds = ("epsilon", "sample", "flow_prediction") if flow else ("epsilon", "sample", "v_prediction")
-    prediction = common.prediction(o, *kinds, recompute_eps=form == "noise")
-    learned = o.values.get("variance_type") is not None and o.text("prediction_type") == "epsilon"
+    prediction = common.prediction(o, recompute_eps=form == "noise")
+    learned = o.values.get("variance_type") in LEARNED and o.text("prediction_type") == "epsilon"
     return LearnedVariance(prediction, use=False) if learned else prediction
 
 
 def _dpm_path_and_spacing(o: Options) -> tuple[NoisePath, Spacing]:
     last = common.last_row(o)
     if o.flag("use_flow_sigmas"):
-        if last != "clean":
-            o.refuse("final_sigmas_type", "with use_flow_sigmas it would end at a sigma of another path; use zero")
         first = 1 - 1 / o.count("num_train_timesteps")
         return common.flow_path_and_spacing(o, FlowLinspace(o.number("flow_shift"), 0.0, first, spare_row=True))
     path, spacing = common.trained_path_and_spacing(
@@ -50,11 +41,10 @@ def _dpm_path_and_spacing(o: Options) -> tuple[NoisePath, Spacing]:
     )
     lowest = o.number("lambda_min_clipped")
     if lowest > -float("inf") and isinstance(path, DiscreteVPPath) and not isinstance(spacing, TimestepMap):
-        if isinstance(spacing, Trailing):
-            o.refuse("lambda_min_clipped", "with trailing timesteps it changes the number of steps; use linspace")
         t = torch.arange(len(path.betas), dtype=torch.float64)
         count = int(((path.alpha(t) / path.sigma(t)).log() >= lowest).sum())
-        path = DiscreteVPPath(path.betas[:count])
+        if count < len(path.betas):
+            path = DiscreteVPPath(path.betas[:count])
     return path, spacing
 
 
@@ -62,16 +52,6 @@ def _dpm_solver(o: Options, single: bool = False) -> DPMSolver | DPMSolverSingle
     """Return the solver of the four DPM-Solver classes; the cosine one has no algorithm_type and is stochastic."""
     algorithm = o.text("algorithm_type") if "algorithm_type" in o.values else "sde-dpmsolver++"
     order, kind = o.count("solver_order"), o.text("solver_type")
-    if algorithm not in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "deis"):
-        o.refuse("algorithm_type", "use one of dpmsolver++, dpmsolver, sde-dpmsolver++")
-    if algorithm == "dpmsolver" and common.last_row(o) == "clean":
-        o.refuse("final_sigmas_type", "algorithm_type=dpmsolver cannot step to sigma = 0; use sigma_min")
-    if algorithm == "dpmsolver" and single and o.flag("thresholding"):
-        o.refuse("thresholding", "with algorithm_type=dpmsolver diffusers' singlestep sampler fails")
-    if algorithm == "sde-dpmsolver++" and order == 3 and not (single and kind == "midpoint"):
-        o.refuse("solver_order", "diffusers' third-order SDE step has a term of the wrong sign or is missing; use 2")
-    if kind not in ("midpoint", "heun", *OTHER_SOLVER_TYPES):
-        o.refuse("solver_type", "use midpoint or heun")
     variant: Kind = "heun" if kind == "heun" else "midpoint"
     form: Form = "noise" if algorithm == "dpmsolver" else "data"
     sde, lower = algorithm == "sde-dpmsolver++", o.flag("lower_order_final")
@@ -84,8 +64,6 @@ def dpm(single: bool) -> Callable[[Options], NoiseScheduler]:
     """Return the builder of DPMSolverMultistepScheduler or DPMSolverSinglestepScheduler."""
 
     def build(o: Options) -> NoiseScheduler:
-        if o.values.get("use_lu_lambdas"):
-            o.refuse("use_lu_lambdas", "diffusers' levels even in lambda end before the data; use karras sigmas")
         solver = _dpm_solver(o, single)
         path, spacing = _dpm_path_and_spacing(o)
         return NoiseScheduler(path, spacing, _prediction(o, solver.form), solver)
@@ -95,11 +73,7 @@ def dpm(single: bool) -> Callable[[Options], NoiseScheduler]:
 
 def unipc(o: Options) -> NoiseScheduler:
     """Build UniPCMultistepScheduler."""
-    if o.values["solver_p"] is not None:
-        o.refuse("solver_p", "another sampler as the predictor is not implemented; leave it null")
-    last, form = common.last_row(o), "data" if o.flag("predict_x0") else "noise"
-    if form == "noise" and last == "clean":
-        o.refuse("final_sigmas_type", "predict_x0=false cannot step to sigma = 0; use sigma_min")
+    last = common.last_row(o)
     skipped = tuple(int(i) for i in o.numbers("disable_corrector") or [])
     solver = UniPC(
         o.count("solver_order"),
@@ -153,16 +127,12 @@ def edm_path_and_spacing(o: Options, tau_map: TauMap) -> tuple[NoisePath, Spacin
         "karras": Karras(o.number("rho"), end=last),
         "exponential": Exponential(end=last),
     }
-    if o.text("sigma_schedule") not in schedules:
-        o.refuse("sigma_schedule", "use karras or exponential")
     return path, InitStdOverride(schedules[o.text("sigma_schedule")], "state")
 
 
 def edm_prediction(o: Options) -> Prediction:
     """Return EDM's preconditioning, with the sign of v for v_prediction."""
     signs = {"epsilon": 1, "v_prediction": -1}
-    if o.text("prediction_type") not in signs:
-        o.refuse("prediction_type", "use epsilon or v_prediction")
     prediction = EDM(o.number("sigma_data"), signs[o.text("prediction_type")])
     if "thresholding" in o.values and o.flag("thresholding"):
         return Thresholded(prediction, o.number("dynamic_thresholding_ratio"), o.number("sample_max_value"))
@@ -174,8 +144,6 @@ def edm_dpm(tau_map: TauMap) -> Callable[[Options], NoiseScheduler]:
 
     def build(o: Options) -> NoiseScheduler:
         solver: Solver = _dpm_solver(o)
-        if o.values.get("algorithm_type") == "dpmsolver":
-            o.refuse("algorithm_type", "use dpmsolver++ or sde-dpmsolver++")
         path, spacing = edm_path_and_spacing(o, tau_map)
         return NoiseScheduler(path, spacing, edm_prediction(o), solver)
 

@@ -94,7 +94,7 @@ class DEIS:
         here, there = grid[i], grid[i + 1]
         now = denoise(x, here)
         state.append(here, now, self.order)
-        order = multistep_order(self.order, i, grid, self.lower_order_final)
+        order = min(multistep_order(self.order, i, grid, self.lower_order_final), len(state.history))
         if order == 1:
             return there.alpha * now.x0 + there.sigma * now.eps
         past = state.history[: -order - 1 : -1]
@@ -123,7 +123,7 @@ class PNDM:
     Attributes:
         runge_kutta: Whether the first three steps take the Runge-Kutta form, four evaluations each. False starts with
             one improved Euler step and rising orders (PLMS of Stable Diffusion; diffusers' PNDMScheduler with
-            skip_prk_steps).
+            skip_prk_steps). A single step is then an Euler step.
         whole_times: Whether the half length is rounded down from either end, as for trained indices. If it is odd, the
             second evaluation takes a state at the middle from `here`, with the timestep of the middle from `there`.
     """
@@ -135,11 +135,11 @@ class PNDM:
         """Take one step of PNDM."""
         here, there = grid[i], grid[i + 1]
         now = denoise(x, here)
-        state.append(here, now, 4)
+        state.append(here, now, 4, distinct=False)
         if self.runge_kutta and i < 3:
             return self._runge_kutta(x, here, there, now, grid, denoise)
         past = [e.eps for _, e in state.history[::-1]]
-        if len(past) == 1 and there.sigma > 0:
+        if len(past) == 1 and there.sigma > 0 and grid.steps > 1:
             return _ddim_step(x, here, there, (now.eps + denoise(_ddim_step(x, here, there, now.eps), there).eps) / 2)
         eps = now.eps
         if len(past) > 1:
@@ -162,7 +162,7 @@ class PNDM:
 
     def evaluations(self, grid: Grid) -> int:
         """Return one evaluation per step, one more for the improved Euler start, three more per Runge-Kutta step."""
-        starts = (grid.sigma[1:] > 0)[: 3 if self.runge_kutta else 1]
+        starts = (grid.sigma[1:] > 0)[: 3 if self.runge_kutta else min(1, grid.steps - 1)]
         return grid.steps + int(starts.sum()) * (3 if self.runge_kutta else 1)
 
 

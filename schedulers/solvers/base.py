@@ -42,9 +42,18 @@ class SolverState:
     order: int = 0
     step_size: float | None = None
 
-    def append(self, point: Point, estimate: Estimate, length: int) -> None:
-        """Append a point with its estimate, and drop all but the last `length` entries."""
-        self.history = [*self.history, (point, estimate)][-length:]
+    def append(self, point: Point, estimate: Estimate, length: int, distinct: bool = True) -> None:
+        """Append a point with its estimate.
+
+        Args:
+            point: The point.
+            estimate: The network's estimate there.
+            length: The number of entries to keep, the newest ones.
+            distinct: Whether the entry replaces the last one if both have the same noise level: a polynomial through
+                both would divide by zero. Grids with as many steps as trained timesteps repeat a row.
+        """
+        again = distinct and self.history and self.history[-1][0].ratio == point.ratio
+        self.history = [*(self.history[:-1] if again else self.history), (point, estimate)][-length:]
 
     def copy(self) -> "SolverState":
         """Return an independent copy; the tensors are shared, since no solver changes them."""

@@ -103,7 +103,7 @@ class DPMSolver:
             raise ValueError(
                 "DPM-Solver in the noise form cannot step from alpha = 0 or to sigma = 0; use form=data, or end=t_min"
             )
-        order = multistep_order(self.order, i, grid, self.lower_order_final)
+        order = min(multistep_order(self.order, i, grid, self.lower_order_final), len(state.history))
         if self.euler_at_final and i == grid.steps - 1:
             order = 1
         factors = StepFactors.between(here, there, self.form, self.stochastic)

@@ -1,5 +1,6 @@
 """DPM-Solver in its singlestep form: blocks of one to three rows; each step starts at the first row of its block."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -61,7 +62,7 @@ class DPMSolverSinglestep:
     def step(self, x: Tensor, i: int, grid: Grid, denoise: Denoise, state: SolverState, noise: Noise) -> Tensor:
         """Take one step from the first row of the block."""
         there, position = grid[i + 1], self.block_positions(grid)[i]
-        state.append(grid[i], denoise(x, grid[i]), self.order)
+        state.append(grid[i], denoise(x, grid[i]), self.order, distinct=False)
         if position == 1:
             state.sample = x
         start, _ = state.history[-position]
@@ -72,16 +73,17 @@ class DPMSolverSinglestep:
         return x_next + factors.noise_std * noise(i).to(x) if factors.noise_std > 0 else x_next
 
     def _sum(self, state: SolverState, position: int, h: float, step: float) -> Tensor:
-        """Return p1 * m_s + p2 * D1 + p3 * D2."""
+        """Return p1 * m_s + p2 * D1 + p3 * D2, of the rows with different noise levels."""
         block = state.history[-position:]
+        block = [block[0], *(b for a, b in itertools.pairwise(block) if a[0].ratio != b[0].ratio)]
         values = [e.x0 if self.form == "data" else e.eps for _, e in block]
         lambdas = [point.log_snr for point, _ in block]
         p1 = -math.expm1(-step)
-        if position == 1:
+        if len(block) == 1 or h == 0:
             return p1 * values[0]
         p2, r = 1 - p1 / step, (lambdas[-1] - lambdas[0]) / h
         last = (values[-1] - values[0]) / r
-        if position == 2:
+        if len(block) == 2:
             return p1 * values[0] + (p1 / 2 if self.kind == "midpoint" else p2) * last
         if self.kind == "midpoint":
             return p1 * values[0] + p2 * last

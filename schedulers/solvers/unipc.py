@@ -73,7 +73,7 @@ class UniPC:
             x = self._update(state.sample, state.history, here, state.order, now)
         state.append(here, now, self.order)
         order = min(self.order, grid.steps - i) if self.lower_order_final else self.order
-        order = min(order, i + 1 if grid.alpha[0] > 0 else max(i, 1))
+        order = min(order, len(state.history), i + 1 if grid.alpha[0] > 0 else max(i, 1))
         if there.sigma == 0:
             order = 1
         finite = here.alpha > 0 and there.sigma > 0
@@ -106,10 +106,12 @@ class UniPC:
             a_next, x_factor, step = there.sigma, there.alpha / here.alpha, h
         m0, phi = self._value(latest), math.expm1(step)
         x_next = x_factor * x - a_next * phi * m0
+        if h == 0:
+            return x_next
         others = [(self._value(e), (point.log_snr - here.log_snr) / h) for point, e in history[-2 : -order - 1 : -1]]
         if then is not None:
             others.append((self._value(then), 1.0))
-        if not others or h == 0:
+        if not others:
             return x_next
         scale = phi if self.b == "bh2" else step
         for rho, (m, r) in zip(self._rho([r for _, r in others], step, scale, order, then), others, strict=True):

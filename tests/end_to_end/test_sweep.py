@@ -104,6 +104,14 @@ def test_a_job_that_fails_is_a_row_and_not_the_end(tmp_path: Path) -> None:
         assert declared["run_group"].endswith("-sweep")
 
 
+def test_prompts_that_differ_in_one_character_have_a_folder_and_an_image_each(tmp_path: Path) -> None:
+    done = sweep(tmp_path / "sweep", "request.steps=1", 'request.prompt="a/b","a.b",é', "logger=json")
+    assert done.returncode == 0, done.stderr
+    samples = [sample for job in jobs(tmp_path / "sweep") for sample in record_of(job).samples]
+    assert sorted(sample.prompt for sample in samples) == ["a.b", "a/b", "é"]
+    assert len({sample.sha256 for sample in samples}) == 3
+
+
 def test_an_unknown_name_stops_a_sweep_before_its_first_job(tmp_path: Path) -> None:
     done = sweep(tmp_path / "sweep", "scheduler/solver=euler,huen", "logger=json")
     assert done.returncode == 2

@@ -14,9 +14,10 @@ from models.attention import BACKENDS
 from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.dit import NAMES, PLAN, DiT, DiTConfig, load_denoiser, read_config
-from models.dit.prompts import ClassLabels, read_names
+from models.dit.prompts import ClassLabels
 from models.files import CheckpointError, read_json
 from models.layers import unpatchify
+from models.prompt_rules import read_names
 from models.registry import PUBLISHED
 from tests.fixtures.models.parity import assert_config_refused, assert_names_map, assert_plan_fits, randomize, rel_l2
 

@@ -1,6 +1,7 @@
 """Where components come from, and what cannot be loaded: each in one line, before a process starts."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from harness.messages import LoadedComponent
 from harness.resolve.checkpoint import locate, models_of
 from harness.resolve.compose import ConfigError, compose_run
 from models.components import Components
+from models.configs.libraries import TEXT_ENCODERS
+from models.configs.table import TRANSFORMERS
 from models.detect import matching_architectures
 from models.files import CheckpointError, read_header
 from models.meta_init import build_empty
@@ -44,12 +47,48 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(EMOJI, tmp_path / "checkpoint"))
 
 
+def sparse(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
+    """Write a safetensors file of the right size in which no byte of a tensor is on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    with file.open("r+b") as opened:
+        opened.truncate(8 + len(text) + end)
+    return file
+
+
+def shapes_of(config: Path) -> dict[str, tuple[int, ...]]:
+    """Return the tensors by which a launcher knows that weights belong to a config.json."""
+    folder, raw = config.parent, json.loads(config.read_text())
+    architecture = next((name for name, row in ARCHITECTURES.items() if raw.get("_class_name") in row.classes), None)
+    if architecture in TRANSFORMERS:
+        pixart = raw.get("norm_type") == "ada_norm_single"
+        return TRANSFORMERS["pixart" if pixart else architecture](folder)
+    if "_class_name" in raw:
+        blocks, latent = raw.get("block_out_channels", [1]), raw.get("latent_channels")
+        own = {"conv_in.weight": (blocks[0], raw.get("in_channels"), 3, 3)}
+        own |= {"conv_out.weight": (raw.get("out_channels"), blocks[0], 3, 3)}
+        decoder = {"conv_in.weight": (blocks[-1], latent, 3, 3), "conv_out.weight": own["conv_out.weight"]}
+        if raw["_class_name"] == "AutoencoderKL":
+            return {f"decoder.{name}": shape for name, shape in decoder.items()}
+        return own if latent is None and "UNet" in raw["_class_name"] else {"one": (1,)}
+    if raw["model_type"] not in TEXT_ENCODERS:
+        return {"one": (1,)}
+    layer = {"clip_text_model": "encoder.layers.{}.", "t5": "encoder.block.{}.", "umt5": "encoder.block.{}."}
+    _, depth, sizes = TEXT_ENCODERS[raw["model_type"]]
+    layers = (layer.get(raw["model_type"], "layers.{}.").format(n) + "a" for n in range(raw[depth]))
+    return {"a.embed_tokens.weight": tuple(raw[key] for key in sizes)} | dict.fromkeys(layers, (1,))
+
+
 def lookalike(name: str, folder: Path) -> Path:
-    """Write a checkpoint in a published layout; its weights are one number a component, enough for a launcher."""
+    """Write a checkpoint in a published layout, whose tensors have sizes and no numbers; enough for a launcher."""
     shutil.copytree(PUBLISHED / name, folder)
     for config in folder.glob("*/config.json"):
         stem = "model" if config.parent.name.startswith("text") else "diffusion_pytorch_model"
-        save_file({"one": torch.ones(1)}, config.parent / f"{stem}.safetensors")
+        sparse(config.parent / f"{stem}.safetensors", shapes_of(config))
     index = json.loads((folder / "model_index.json").read_text())
     for part in (part for part in index if part.startswith("tokenizer") and index[part] != [None, None]):
         (folder / part).mkdir()
@@ -98,8 +137,7 @@ def test_one_file_inside_a_checkpoint_keeps_its_neighbours(copy: Path) -> None:
 
 
 def test_one_file_of_an_unshipped_model_names_what_lacks_weights(tmp_path: Path) -> None:
-    file = tmp_path / "flux.safetensors"
-    save_file({"one": torch.ones(1)}, file)
+    file = sparse(tmp_path / "flux.safetensors", shapes_of(PUBLISHED / "flux" / "transformer" / "config.json"))
     line = refused("model=flux", f"model.path={file}")
     given = {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"}
     assert all(f"model.{name}.path=PATH" in line for name in given)
@@ -281,9 +319,9 @@ def test_a_denoiser_of_another_class_does_not_replace(tmp_path: Path) -> None:
     assert "_class_name=FluxTransformer2DModel; this model needs PixArtTransformer2DModel" in line
 
 
-def test_a_vae_of_another_class_is_refused_at_load(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"_class_name=AutoencoderKLWan; vae is a AutoencoderKL here"):
-        loaded(f"model.vae.path={lookalike('wan_1_3b', tmp_path / 'wan') / 'vae'}")
+def test_a_vae_of_another_class_does_not_replace(tmp_path: Path) -> None:
+    line = refused(f"model.vae.path={lookalike('wan_1_3b', tmp_path / 'wan') / 'vae'}")
+    assert "config.json says _class_name=AutoencoderKLWan; this model needs AutoencoderKL" in line
 
 
 # ---------------------------------------------------------------- missing and broken files
@@ -422,6 +460,7 @@ def test_an_empty_folder_lists_what_is_expected(tmp_path: Path) -> None:
 
 
 def test_names_and_shapes_of_every_kind_come_in_one_message(copy: Path) -> None:
+    """A launcher compares the sizes of a VAE alone; the rank that loads it, the rest."""
     file = copy / "vae" / WEIGHTS
     tensors = load_file(file)
     del tensors["decoder.conv_in.bias"]

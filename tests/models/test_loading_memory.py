@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from models.configs.pixart import config_json
 from models.meta_init import build_empty, fill_dummy
 from models.pixart import NAMES, PixArt, PixArtConfig
-from models.pixart.weights import config_json
 
 BOUND = 1.15
 PIXART = PixArtConfig(

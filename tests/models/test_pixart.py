@@ -13,10 +13,11 @@ from torch import Tensor
 from models.attention import BACKENDS
 from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
+from models.configs.pixart import config_json
 from models.files import CheckpointError
 from models.layers import sincos_table_2d
 from models.pixart import NAMES, PixArt, PixArtConfig, load_denoiser, read_config
-from models.pixart.weights import PLAN, config_json
+from models.pixart.weights import PLAN
 from models.registry import REFERENCE
 from tests.fixtures.models.parity import assert_config_refused, assert_names_map, assert_plan_fits, randomize, rel_l2
 

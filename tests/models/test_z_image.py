@@ -161,7 +161,7 @@ def test_names_of_the_published_networks_map_one_to_one(name: str) -> None:
         ({"_class_name": "Lumina2Transformer2DModel"}, "this network loads ZImageTransformer2DModel"),
         ({"siglip_feat_dim": 1152}, "Z-Image-Omni"),
         ({"n_layers": None}, "no whole number under n_layers"),
-        ({"t_scale": "1000"}, "no number under t_scale"),
+        ({"t_scale": "1000"}, "no number above 0 under t_scale"),
         ({"all_patch_size": [2, 4], "all_f_patch_size": [1, 1]}, r"all_patch_size=\[2, 4\]"),
         ({"all_f_patch_size": [2]}, r"all_f_patch_size=\[2\]"),
         ({"n_kv_heads": 10}, "n_kv_heads=10 is not n_heads=30"),

@@ -1,4 +1,4 @@
-"""The table of parity with diffusers: `make parity` measures it again and writes it between the marks."""
+"""The tables of parity with diffusers: `make parity` measures them again and writes them between the marks."""
 
 import re
 import sys
@@ -12,11 +12,15 @@ import torch
 from schedulers.published import from_diffusers
 from schedulers.published.classes import BUILDERS
 from schedulers.published.options import UNSUPPORTED
+from tests.fixtures.schedulers.known_differences import KNOWN, explanations
 from tests.fixtures.schedulers.parity import compare
-from tests.fixtures.schedulers.published_cases import CASES, REFUSALS
+from tests.fixtures.schedulers.published_cases import CASES, REFUSALS, at_all_steps
+from tests.fixtures.schedulers.steps import STEPS as COUNTS
+from tests.fixtures.schedulers.steps import Outcome, outcome
 
 PAGE = Path(__file__).parents[2] / "schedulers" / "published" / "README.md"
 MARKS = ("<!-- parity -->", "<!-- /parity -->")
+STEPS_MARKS = ("<!-- steps -->", "<!-- /steps -->")
 STEPS = (5, 10, 20, 50)
 SHORT = {
     "beta_schedule": "betas",
@@ -85,19 +89,65 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def write(text: str, page: Path = PAGE) -> None:
+def cell(outcomes: list[Outcome]) -> str:
+    """Return the worst difference of the outcomes that agree, and the numbers of the known differences of the others.
+
+    Args:
+        outcomes: The outcomes of one class at one number of steps.
+
+    Returns:
+        The cell, such as `3e-15 (2, 7)`.
+
+    Raises:
+        ValueError: A difference is not a known one.
+    """
+    found = [(o, explanations(o)) for o in outcomes if not o.agrees]
+    missing = [str(o) for o, rows in found if not rows]
+    if missing:
+        raise ValueError(f"no known difference explains {missing[0]}")
+    numbers = sorted({rows[0] + 1 for _, rows in found})
+    equal = [o.state for o in outcomes if o.agrees and not o.ours]
+    worst_of = f"{max(equal):.0e}" if equal else "-"
+    return f"{worst_of} ({', '.join(map(str, numbers))})" if numbers else worst_of
+
+
+def steps_table() -> str:
+    """Return the table of all classes at every number of steps, and the known differences, as Markdown."""
+    rows = [
+        "Each configuration at few, usual and all steps, in float64; at 999 and 1000 steps, some of them, spaced",
+        "differently. The worst max|a - b| / max|b| of the final state; a dash: none runs alike.",
+        "A number in brackets is a known difference of some of them, listed below. Without one, neither side runs.",
+        "",
+        f"| class of diffusers | {' | '.join(map(str, COUNTS))} |",
+        "|---" * (len(COUNTS) + 1) + "|",
+    ]
+    for name in BUILDERS:
+        every = [case for case in CASES if case.name == name]
+        cells = [cell([outcome(c, n) for c in (every if n < 900 else at_all_steps(name))]) for n in COUNTS]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*rows, "", *known_differences()])
+
+
+def known_differences() -> list[str]:
+    """Return the table of known differences, as lines of Markdown."""
+    rows = ["| | where | diffusers | here |", "|---|---|---|---|"]
+    return [*rows, *(f"| {k} | {row.where} | {row.theirs} | {row.ours} |" for k, row in enumerate(KNOWN, 1))]
+
+
+def write(text: str, page: Path = PAGE, marks: tuple[str, str] = MARKS) -> None:
     """Put the text between the marks; raise ValueError where they are missing."""
     content = page.read_text()
-    found = re.search(f"{re.escape(MARKS[0])}.*{re.escape(MARKS[1])}", content, re.DOTALL)
+    found = re.search(f"{re.escape(marks[0])}.*{re.escape(marks[1])}", content, re.DOTALL)
     if found is None:
-        raise ValueError(f"{page.name} has no {MARKS[0]} and {MARKS[1]} to write between")
-    page.write_text(content[: found.start()] + f"{MARKS[0]}\n{text}\n{MARKS[1]}" + content[found.end() :])
+        raise ValueError(f"{page.name} has no {marks[0]} and {marks[1]} to write between")
+    page.write_text(content[: found.start()] + f"{marks[0]}\n{text}\n{marks[1]}" + content[found.end() :])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity_error()
-    measured = table()
-    sys.stdout.write(measured + "\n")
-    write(measured)
+    for measure, marks in ((table, MARKS), (steps_table, STEPS_MARKS)):
+        measured = measure()
+        sys.stdout.write(measured + "\n")
+        write(measured, marks=marks)

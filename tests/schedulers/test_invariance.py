@@ -1,6 +1,7 @@
 """The same sample in VP, VE and flow coordinates on one grid of sigma / alpha, except where a method says otherwise."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from schedulers import paths
 from schedulers.grid import Point
-from schedulers.prediction import Estimate
+from schedulers.noise_scheduler import NoiseScheduler
+from schedulers.prediction import Eps, Estimate
 from schedulers.solvers.adams import DEIS, LMS, PNDM
 from schedulers.solvers.base import Solver, SolverState
 from schedulers.solvers.dpm import DPMSolver
@@ -19,7 +21,7 @@ from schedulers.solvers.posterior import DDPM
 from schedulers.solvers.rk45 import RK45
 from schedulers.solvers.sde import EDMChurn, EulerMaruyama, PredictorCorrector
 from schedulers.solvers.unipc import UniPC
-from schedulers.spacing import grid_at
+from schedulers.spacing import Custom, grid_at
 
 VP = paths.DiscreteVPPath(paths.betas("scaled_linear", 0.00085, 0.012))
 PATHS: list[paths.NoisePath] = [
@@ -116,3 +118,20 @@ def test_some_methods_depend_on_coordinates(solver: Solver, noise: Callable[[int
     assert (flow - ve).abs().max() > 1e-4
     if not isinstance(solver, EulerMaruyama):  # it depends on how time runs, too
         torch.testing.assert_close(ve, edm, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [DPMSolver(2), DPMSolver(3), DPMSolver(2, "heun"), UniPC(2, corrector=False), DEIS(2), DEIS(3), LMS(4)],
+    ids=str,
+)
+def test_a_repeated_row_changes_nothing(solver: Solver, gaussian: Any) -> None:
+    """A grid with as many steps as trained timesteps has one row twice; UniC evaluates the second one corrected."""
+    once = torch.linspace(999, 0, 18, dtype=torch.float64)
+    twice = torch.cat([once[:6], once[5:]])
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    results = []
+    for t in (once, twice):
+        scheduler = NoiseScheduler(VP, Custom((1.0,)), Eps(), solver)
+        results.append(scheduler.sample(x, grid_at(VP, t), gaussian.denoise, torch.zeros))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=0)

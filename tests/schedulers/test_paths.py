@@ -1,6 +1,7 @@
 """Paths against their definitions: inverses, the forward SDE's coefficients, and the limits."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -77,8 +78,23 @@ def test_zero_terminal_snr_ends_at_pure_noise_and_starts_where_it_did() -> None:
     assert (path.t_of(math.inf), path.t_of(path.sigma(500.0) / path.alpha(500.0))) == (999.0, pytest.approx(500.0))
     grid = spacing.Trailing().grid(path, 4)
     assert (grid[0].alpha, grid[0].ratio, grid[0].log_snr) == (0.0, math.inf, -math.inf)
-    floored = paths.DiscreteVPPath(paths.zero_terminal_snr(before, 2.0**-24))
+    floored = paths.DiscreteVPPath(after, last_alpha_bar=2.0**-24)
     assert floored.alpha(999.0) ** 2 == pytest.approx(2.0**-24)
+    assert floored.alpha(500.0) == path.alpha(500.0)
+
+
+@pytest.mark.parametrize("interpolation", ["log", "linear"])
+def test_a_raised_last_alpha_bar_below_its_neighbours_noise_is_found_again(interpolation: Any) -> None:
+    """The linear betas at zero terminal SNR: index 998 is noisier than 2^-24, and only 2^-24 itself is index 999."""
+    betas = paths.zero_terminal_snr(paths.betas("linear"))
+    path = paths.DiscreteVPPath(betas, interpolation, last_alpha_bar=2.0**-24)
+    t = torch.tensor([998.0, 999.0, 900.0], dtype=torch.float64)
+    ratio = path.sigma(t) / path.alpha(t)
+    assert ratio[0] > ratio[1] > ratio[2]
+    torch.testing.assert_close(path.t_of(ratio), t)
+    assert spacing.Trailing().grid(path, 10)[1].t == 899
+    with pytest.raises(ValueError, match=r"goes from 4096 at t=999 to 15.*use fewer steps"):
+        spacing.Trailing().grid(path, 1000)
 
 
 def test_impossible_parameters_are_refused() -> None:
@@ -87,6 +103,7 @@ def test_impossible_parameters_are_refused() -> None:
         lambda: paths.ContinuousVPPath(0.1, 0.05),
         lambda: paths.EDMPath(t_min=0.0),
         lambda: paths.DiscreteVPPath(torch.tensor([0.1, 1.0, 0.2])),
+        lambda: paths.DiscreteVPPath(torch.tensor([0.1, 0.2]), last_alpha_bar=0.0),
     ):
-        with pytest.raises(ValueError, match="need"):
+        with pytest.raises(ValueError, match=r"need|give a number inside"):
             wrong()

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from schedulers.published.options import DEFAULTS, UNSUPPORTED
-from tests.schedulers.parity_table import MARKS, PAGE, refused, write
+from tests.fixtures.schedulers.known_differences import KNOWN
+from tests.fixtures.schedulers.steps import ROUNDING, STEPS
+from tests.schedulers.parity_table import MARKS, PAGE, STEPS_MARKS, known_differences, refused, write
 
 
-def between_the_marks() -> str:
-    return PAGE.read_text().split(MARKS[0])[1].split(MARKS[1])[0]
+def between_the_marks(marks: tuple[str, str] = MARKS) -> str:
+    return PAGE.read_text().split(marks[0])[1].split(marks[1])[0]
 
 
 def test_the_table_lists_exactly_the_mapped_classes() -> None:
@@ -40,3 +42,18 @@ def test_writing_replaces_only_what_is_between_the_marks(tmp_path: Path) -> None
     page.write_text("no marks")
     with pytest.raises(ValueError, match="has no"):
         write("new", page)
+
+
+def test_the_page_has_every_class_at_every_number_of_steps() -> None:
+    """The slow test of the random files, and that of all steps, measure the numbers again."""
+    text = between_the_marks(STEPS_MARKS)
+    rows = re.findall(r"^\| (\w+Scheduler) \| (.*) \|$", text, re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(DEFAULTS)
+    for name, cells in rows:
+        found = [re.fullmatch(r"(-|[0-9]e[-+][0-9]+)(?: \(([0-9, ]+)\))?", cell) for cell in cells.split(" | ")]
+        assert len(found) == len(STEPS)
+        assert all(found), name
+        numbers = [cell.groups() for cell in found if cell is not None]
+        assert all(error == "-" or float(error) < ROUNDING for error, _ in numbers), name
+        assert {int(k) for _, known in numbers if known for k in known.split(", ")} <= set(range(1, len(KNOWN) + 1))
+    assert "\n".join(known_differences()) in text

@@ -165,7 +165,7 @@ def test_settings_that_contradict_one_another_are_refused(settings: NoiseSchedul
     ("settings", "message"),
     [
         (NoiseSchedulerSettings("sgm", spacing="custom", sigmas=[3.0, 1.0]), "use 2 steps"),
-        (NoiseSchedulerSettings("ddpm", solver="lcm", spacing="lcm"), "distilled on 50 steps"),
+        (NoiseSchedulerSettings("ddpm", solver="lcm", spacing="lcm"), "distilled on original_steps=50"),
     ],
 )
 def test_a_number_of_steps_that_the_spacing_does_not_have(settings: NoiseSchedulerSettings, message: str) -> None:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from harness.config.schema import LaunchMode, RunConfig
 from harness.config.tasks import TRAITS
+from harness.loggers.wandb import mode_notes
 from harness.metrics.difference import Difference
 from harness.metrics.paired import Ratio, min_rounds
 from harness.records.comparison import SCHEMA, Comparison, read_comparison
@@ -78,7 +79,7 @@ def make_comparison(
         ratios=ratios,
         efficiency={n: row.ratio * ranks_a / ranks_b for n, row in ratios.items()} if ranks_b > ranks_a else None,
         output=output,
-        notes=list(notes),
+        notes=[*notes, *mode_notes(run.config.logger.wandb.mode)],
         fingerprint=fingerprint(to_dict(run.config)),
         verdicts=dict(verdicts),
     )

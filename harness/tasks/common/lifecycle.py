@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.engines.protocol import RequestFailed
 from harness.loggers.wandb import log_failure
-from harness.records.record import STATES, RunFolder, RunFolderError, Status
-from harness.resolve.compose import ResolvedRun, to_dict
+from harness.records.job import JobResult
+from harness.records.record import STATES, RunFolder, RunFolderError, Status, cannot_be_written, is_full
+from harness.resolve.compose import ResolvedRun, named_folder, to_dict
 from harness.serving.faults import failure_kind, failure_line
 from harness.serving.transport import EngineGone
 from harness.tasks.common.terminal import print_error
@@ -44,34 +45,68 @@ def guarded(run: ResolvedRun, folder: RunFolder) -> Iterator[Outcome]:
     try:
         yield outcome
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, OSError) and is_full(error):
+            error = RunFolderError(cannot_be_written(folder.path, error))
         status = outcome.status = status_from_error(error)
-        folder.finish(status)
+        finish(folder, status)
         print_error(f"{status.state}: {status.error} (see {folder.path})")
         if status.state != "cancelled":
             task = config.task.name.name
             mirror(lambda: log_failure(config.logger.wandb, to_dict(config), folder.path, task, status))
         return
-    folder.finish(outcome.status)
+    outcome.status = finish(folder, outcome.status)
     if outcome.status.error is not None:
         print_error(f"{outcome.status.error} (see {folder.path})")
 
 
-def refuse(folder: Path, error: Exception, retry: bool = False) -> Status:
-    """End a run that never started: print one line, and write a status in the folder that the run would have had.
+def finish(folder: RunFolder, status: Status) -> Status:
+    """Write a run's status.
 
     Args:
-        folder: The folder that the run would have had.
-        error: The reason.
-        retry: Whether the folder of a run that did not end well may be used again.
+        folder: The run's folder.
+        status: How the run ended.
 
     Returns:
-        The status that was written.
+        The status. A run whose status the disk does not take has failed; the one on disk still says so.
+    """
+    try:
+        folder.finish(status)
+    except RunFolderError as error:
+        return Status("failed", str(error)) if status.state == "ok" else status
+    return status
+
+
+def refuse_command(overrides: Sequence[str], error: Exception) -> None:
+    """Print why a command line cannot run. It leaves a folder only where it names one, which gets a status.
+
+    Args:
+        overrides: The command line.
+        error: The reason.
+    """
+    print_error(error)
+    folder = named_folder(overrides)
+    if folder is not None:
+        with suppress(RunFolderError):
+            RunFolder.claim(folder).finish(Status("failed", str(error)))
+
+
+def refuse(folder: Path, error: Exception) -> JobResult:
+    """End a job of a sweep that never started: print one line, and write a status in the folder that it would have.
+
+    Args:
+        folder: The folder that the job would have.
+        error: The reason.
+
+    Returns:
+        The job, which failed. It owns the folder unless another run is in it.
     """
     print_error(error)
     status = Status("failed", str(error))
-    with suppress(RunFolderError):
-        RunFolder.claim(folder, retry).finish(status)
-    return status
+    try:
+        RunFolder.claim(folder, again=True).finish(status)
+    except RunFolderError:
+        return JobResult(folder, status, owns_folder=False)
+    return JobResult(folder, status)
 
 
 def status_from_error(error: BaseException) -> Status:

@@ -6,6 +6,7 @@ import importlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 import msgspec
@@ -15,7 +16,7 @@ from harness.client.generator import DiffusionGenerator
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.table import print_record
-from harness.loggers.wandb import log_run, resolve_mode
+from harness.loggers.wandb import log_run, mode_notes, resolve_mode
 from harness.metrics.fidelity import BROKEN
 from harness.records.record import Record, RunFolder, Status
 from harness.resolve.compose import ResolvedRun
@@ -51,6 +52,7 @@ def execute(
     config, record = run.config, None
     folder = RunFolder.claim(run.folder, run.retry) if folder is None else folder
     with guarded(run, folder) as outcome, progress_bars(console) as bars:
+        run = replace(run, notes=[*run.notes, *mode_notes(config.logger.wandb.mode)])
         generator = DiffusionGenerator.from_resolved(run, folder.path, engines)
         session = MeasurementSession(generator, bars)
         try:

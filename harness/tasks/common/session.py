@@ -84,8 +84,8 @@ class MeasurementSession:
     def _extra_warmups(self) -> int:
         """Return the number of further warm-up requests that a bench needs after the counted one.
 
-        One is plain: without it the first repeat is the slowest. Those before it compile blocks, or run what is
-        captured next as CUDA graphs (harness.optimize.graphs).
+        One is plain, because the counted one takes another path than the repeats. Those before it compile blocks, or
+        run what is captured next as CUDA graphs (harness.optimize.graphs).
         """
         config, engine = self.generator.config, self.generator.config.engine
         if config.task.warmup == 0 or not TRAITS[config.task.name].measures:

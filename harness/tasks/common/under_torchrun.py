@@ -25,11 +25,11 @@ from harness.engines.protocol import AttachedEngine, Engine
 from harness.engines.rank import LOG_FORMAT, check_world_size, redirect_output, serve, write_error
 from harness.engines.torchrun import rank_error
 from harness.records.record import RunFolder, RunFolderError, Status
-from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, run_folder, to_yaml
+from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, to_yaml
 from harness.serving.faults import failure_line
-from harness.serving.transport import Addresses, EngineGone
+from harness.serving.transport import Addresses, EngineGone, SocketFolderError
 from harness.tasks import task_entry
-from harness.tasks.common.lifecycle import refuse
+from harness.tasks.common.lifecycle import refuse_command
 from harness.tasks.common.measure import execute
 from harness.tasks.common.terminal import EXIT_BAD_INPUT, exit_status, print_error
 
@@ -70,7 +70,7 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
         run = _compose(arguments, ranks)
     except ConfigError as error:
         if rank == 0:
-            refuse(run_folder(arguments), error)
+            refuse_command(arguments, error)
         elif _reports_for_node():
             print_error(error)
         return EXIT_BAD_INPUT
@@ -152,10 +152,10 @@ def _compose(arguments: Sequence[str], ranks: int) -> ResolvedRun:
 def _claim(run: ResolvedRun) -> Assignment:
     try:
         folder = RunFolder.claim(run.folder)
-    except RunFolderError as error:
+        folder.write_config(to_yaml(run.config))
+        return Assignment(str(folder.path.resolve()), str(Addresses.private().folder))
+    except (RunFolderError, SocketFolderError) as error:
         return Assignment(refusal=str(error))
-    folder.write_config(to_yaml(run.config))
-    return Assignment(str(folder.path.resolve()), str(Addresses.private().folder))
 
 
 def _run_rank_zero(run: ResolvedRun, folder: RunFolder, addresses: Addresses) -> int:

@@ -21,6 +21,7 @@ from harness.config.serve import Transport
 from harness.engines.environment import threads_per_rank
 from harness.engines.pool import MakeEngine
 from harness.engines.protocol import Engine
+from harness.loggers.wandb import mode_notes
 from harness.messages import EngineInfo
 from harness.metrics.load import LOST, LoadSummary, RequestRow, summarize_load
 from harness.records.provenance import Beginning
@@ -94,6 +95,7 @@ def run_load(run: ResolvedRun, folder: RunFolder, console: Console, make_engine:
         EngineGone: A rank died, or was not ready in time.
     """
     folder.write_config(to_yaml(run.config))
+    run = replace(run, notes=[*run.notes, *mode_notes(run.config.logger.wandb.mode)])
     if run.config.load.transport is Transport.http:
         record, measurement = run_over_http(run, folder, console)
     else:

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from harness.engines.environment import OWNER, import_path
+from harness.engines.environment import OWNER, import_environment
 from harness.metrics.load import Chaos, MemoryGrowth
 from harness.serving.transport import EngineGone
 
@@ -49,11 +49,7 @@ class ServerProcess:
         self._log = folder.with_name("server.log")
         self._start_timeout_s = start_timeout_s
         own = ["task=serve", "serve.port=0", f"hydra.run.dir={folder}", "compare.a=null", "compare.b=null"]
-        environment = os.environ | {
-            "PYTHONPATH": import_path(os.environ.get("PYTHONPATH")),
-            "PYTHONUNBUFFERED": "1",
-            OWNER: str(os.getpid()),
-        }
+        environment = os.environ | import_environment() | {"PYTHONUNBUFFERED": "1", OWNER: str(os.getpid())}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "harness", *overrides, *own],

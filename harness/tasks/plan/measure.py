@@ -27,7 +27,7 @@ from harness.config.schema import LaunchConfig
 from harness.device.cuda import synchronizer
 from harness.device.device import pick_device
 from harness.device.flops import ceiling_tflops
-from harness.engines.environment import arithmetic_environment, import_path
+from harness.engines.environment import arithmetic_environment, import_environment
 from harness.parallel.mesh import RankPosition
 from harness.parallel.process_groups import make_process_groups
 from harness.records.provenance import usable_cores
@@ -111,9 +111,7 @@ def measure_rates(dtype: torch.dtype, launch: LaunchConfig) -> Rates:
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < RANKS:
         raise ValueError(f"hardware=measured needs {RANKS} devices for its collective; give hardware.* by hand")
-    environment = (
-        os.environ | arithmetic_environment(launch, RANKS) | {"PYTHONPATH": import_path(os.environ.get("PYTHONPATH"))}
-    )
+    environment = os.environ | arithmetic_environment(launch, RANKS) | import_environment()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rates.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from harness.metrics.gallery import FILE, Gallery
+from harness.resolve.training import DIFFUSERS_PREDICTIONS, check_export
 from harness.tasks.train.folder import CaptionedImage
+from models.configs.pixart import config_json
 from models.pixart import NAMES, PixArtConfig
-from models.pixart.weights import config_json
 from schedulers.settings import NoiseSchedulerSettings
 
 TRANSFORMER_LIMIT = 16_000_000  # largest size of the denoiser's weights, bytes
@@ -37,13 +38,6 @@ COMPONENTS = {
 }
 SHARED = ("vae", "text_encoder", "tokenizer")  # parts that every family's denoiser uses
 UNSUFFIXED_FAMILY = "rectified_flow"  # its components have diffusers' plain names
-DIFFUSERS_PREDICTIONS = {  # diffusers' name of a prediction, by the path and prediction of an export
-    ("flow", "flow"): "flow_prediction",
-    ("discrete_vp", "eps"): "epsilon",
-    ("discrete_vp", "v"): "v_prediction",
-    ("discrete_vp", "x0"): "sample",
-    ("edm", "edm"): "epsilon",
-}
 
 
 def component(name: str, family: str) -> str:
@@ -102,12 +96,8 @@ def to_diffusers(settings: NoiseSchedulerSettings) -> SchedulerMixin:
         ValueError: diffusers has no name for the settings.
     """
     s = settings
-    prediction = DIFFUSERS_PREDICTIONS.get((s.path or "", s.prediction or ""))
-    if prediction is None or s.edm_sign == -1 or s.zero_terminal_snr:
-        raise ValueError(
-            f"no noise scheduler of diffusers is written for prediction={s.prediction} on path={s.path}; leave "
-            "train.parts without export, or train the family's own path and prediction"
-        )
+    check_export(s)
+    prediction = DIFFUSERS_PREDICTIONS[s.path or "", s.prediction or ""]
     if s.family == "rectified_flow":
         return DPMSolverMultistepScheduler(prediction_type=prediction, use_flow_sigmas=True, flow_shift=1.0)
     if s.family == "sgm":
@@ -118,8 +108,6 @@ def to_diffusers(settings: NoiseSchedulerSettings) -> SchedulerMixin:
             prediction_type=prediction,
             rho=7.0 if s.rho is None else s.rho,
         )
-    if s.spacing not in ("leading", "trailing", "linspace"):
-        raise ValueError(f"diffusers' DDIM has no spacing={s.spacing}; export with scheduler.spacing=trailing")
     return DDIMScheduler(
         num_train_timesteps=s.train_steps or 1000,
         beta_start=1e-4 if s.beta_start is None else s.beta_start,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config.train import DenoiserConfig, Precision, TimeSampling
+from harness.resolve.training import check_objective, time_sampling
 from models.components import Conditioning
 from schedulers.build import build as build_noise_scheduler
 from schedulers.compatibility import resolve
@@ -188,29 +189,13 @@ def objective(config: DenoiserConfig, settings: NoiseSchedulerSettings) -> Objec
             tau_map=default.tau_map if settings.tau_map is None else settings.tau_map,
         )
     )
-    if full.prediction == "score":
-        raise ValueError(
-            "a plain squared error on the score weights the smallest noise without bound; train with "
-            "scheduler.prediction=eps, which is -sigma times the score"
-        )
-    if full.learned_variance:
-        raise ValueError("the denoiser has no output for a learned variance; drop scheduler.learned_variance")
+    check_objective(config, full)
     return Objective(full, _times(config, full, default.times), config.dtype)
 
 
 def _times(config: DenoiserConfig, settings: NoiseSchedulerSettings, default: TimeDistribution) -> TimeDistribution:
     path = settings.path
-    if (config.times or default.kind) is TimeSampling.uniform:
-        if path == "edm":
-            raise ValueError(
-                f"train.denoiser.times=uniform would sample almost no time of {settings.family} at which the image "
-                "forms; use log_normal"
-            )
-        if config.ratio_mean is not None or config.ratio_std is not None:
-            raise ValueError(
-                "train.denoiser.ratio_mean and ratio_std have no effect on uniform times; drop them, or set "
-                "train.denoiser.times=log_normal"
-            )
+    if time_sampling(config, settings) is TimeSampling.uniform:
         return TimeDistribution(
             TimeSampling.uniform, indices=settings.train_steps or TRAIN_STEPS if path == "discrete_vp" else None
         )

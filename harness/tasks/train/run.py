@@ -16,12 +16,12 @@ from transformers.utils import logging as transformers_logging
 from harness.config.train import DataConfig, ScoreConfig, TrainConfig
 from harness.loggers.training import TrainingCallback
 from harness.records.media import grid
+from harness.resolve.training import trained_parts
 from harness.tasks.train import captions, denoiser, emoji, export, retrieval, sample, text, vae
 from harness.tasks.train.folder import CaptionedImage, load_pixels, read_folder
 from harness.tasks.train.loop import PeriodicCallback, Trainer, configure_cpu, load_ema, step_generator
 from harness.tasks.train.objective import Objective, objective
 from models.checkpoint_source import CheckpointSource
-from models.files import check_component
 from models.pixart import load_denoiser
 from schedulers.settings import NoiseSchedulerSettings
 
@@ -98,7 +98,7 @@ def run(
         ValueError: The training cannot run; the message says in one line what to change.
         FileNotFoundError: A part's predecessor has not run.
     """
-    parts, chosen = _parts(config), objective(config.denoiser, settings)
+    parts, chosen = trained_parts(config), objective(config.denoiser, settings)
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     context = TrainContext(
@@ -112,26 +112,6 @@ def run(
     before = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**before, **results}, indent=2) + "\n")
     return results
-
-
-def _parts(config: TrainConfig) -> list[str]:
-    """Return the parts to run, in order, and refuse unknown or needless ones."""
-    if config.base_model is not None:
-        for name in ("vae", "text_encoder"):
-            check_component(Path(config.base_model) / name, Path(config.base_model) / name)
-        if not (Path(config.base_model) / "tokenizer").is_dir():
-            raise ValueError(f"train.base_model={config.base_model}: no tokenizer/ here")
-    trained = ("vae", "text") if config.base_model is not None else ()
-    if config.parts is None:
-        return [part for part in PARTS if part not in trained]
-    unknown = [part for part in config.parts if part not in PARTS]
-    if unknown:
-        raise ValueError(f"train.parts has {unknown}; the parts are {list(PARTS)}")
-    if set(trained) & set(config.parts):
-        raise ValueError(
-            f"train.base_model={config.base_model} has a VAE and a text encoder; remove both parts from train.parts"
-        )
-    return [part for part in PARTS if part in config.parts]
 
 
 def _data(config: DataConfig) -> list[CaptionedImage]:

@@ -1,6 +1,8 @@
 """A run's folder has one owner, its files are complete at any time, and its record comes back as a table."""
 
+import errno
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -51,6 +53,50 @@ def test_exactly_one_of_many_threads_claims_a_folder(tmp_path: Path) -> None:
         assert len(outcomes) == 4
         assert outcomes.count("claimed") == 1
         assert sum("already holds a run" in outcome for outcome in outcomes) == 3
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_full_disk_is_one_line_and_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    folder, row = RunFolder.claim(tmp_path / "run"), record()
+    before = read_status(folder.path)
+    monkeypatch.setattr(Path if call == "replace" else os, call, full)
+    for write in (
+        lambda: folder.write_record(row),
+        lambda: folder.write_config("a: b"),
+        lambda: folder.finish(Status("ok")),
+    ):
+        with pytest.raises(RunFolderError, match=f"cannot be written .{os.strerror(number)}.*hydra.run.dir") as raised:
+            write()
+        assert str(raised.value).isprintable()
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        RunFolder.claim(tmp_path / "other")
+    monkeypatch.undo()
+    assert {file.name for file in (tmp_path / "other").iterdir()} == {".owner", "logs"}
+    assert {file.name for file in folder.path.iterdir()} == {".owner", "logs", "status.json"}
+    assert read_status(folder.path) == before
+
+
+def test_a_record_without_a_status_holds_its_folder(tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_record(record())
+    for again in (False, True):
+        with pytest.raises(RunFolderError, match="already holds a run"):
+            RunFolder.claim(tmp_path, again)
+    assert read_record(tmp_path) == record()
+
+
+def test_a_run_that_scored_other_images_is_not_done(tmp_path: Path) -> None:
+    config = to_dict(compose_run([]).config)
+    folder = RunFolder.claim(tmp_path)
+    folder.write_record(msgspec.structs.replace(record(), config=config, fingerprint=fingerprint(config)))
+    folder.finish(Status("ok"))
+    assert is_done(tmp_path, config)
+    assert not is_done(tmp_path, config | {"quality": config["quality"] | {"gallery": "elsewhere"}})
 
 
 def test_an_occupied_folder_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -9,30 +9,11 @@ from typing import Any
 
 import pytest
 
-from harness.config.schema import CheckpointDefaults, LoraConfig, RunConfig
 from harness.resolve.compose import ConfigError, compose_run
-from harness.resolve.options import check_options, options
+from harness.resolve.options import check_options
 from schedulers.options import Option, option_of
 from schedulers.settings import NoiseSchedulerSettings
-
-
-def full() -> RunConfig:
-    """Return a configuration in which no dictionary or list of groups is empty."""
-    config = RunConfig()
-    config.model.checkpoint_defaults = {"ddpm": CheckpointDefaults()}
-    config.model.lora = [LoraConfig()]
-    return config
-
-
-KEYS = [(key, declared) for key, declared, _ in options(full())]
-
-
-def put(config: RunConfig, key: str, value: Any) -> None:
-    *groups, name = key.replace("[0]", ".0").split(".")
-    node: Any = config
-    for part in groups:
-        node = node[part] if isinstance(node, dict) else node[int(part)] if part.isdigit() else getattr(node, part)
-    setattr(node, name, [value] if isinstance(getattr(node, name), list) else value)
+from tests.fixtures.options import ANNOTATIONS, KEYS, full, is_number, put
 
 
 def wrong(declared: Option, numeric: bool) -> Iterator[Any]:
@@ -46,26 +27,8 @@ def wrong(declared: Option, numeric: bool) -> Iterator[Any]:
         yield from [] if declared.low is None else [declared.low - 1]
         yield from [] if declared.high is None else [declared.high + 1]
         yield from [] if declared.above is None else [declared.above]
-
-
-def typed(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every key with its annotation, found without the walk that the check uses."""
-    for field in fields(node):
-        value = getattr(node, field.name)
-        below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        names = [f".{name}" for name in value] if isinstance(value, dict) else ["[0]" if value else ""]
-        groups = [(one, name) for one, name in zip(below, names, strict=False) if is_dataclass(one)]
-        if not groups:
-            yield prefix + field.name, str(field.type)
-        for one, name in groups:
-            yield from typed(one, f"{prefix}{field.name}{'' if is_dataclass(value) else name}.")
-
-
-ANNOTATIONS = dict(typed(full()))
-
-
-def is_number(key: str) -> bool:
-    return any(kind in ANNOTATIONS[key] for kind in ("int", "float"))
+        yield from [] if declared.below is None else [declared.below]
+        yield -math.inf
 
 
 def test_every_key_is_checked_and_has_a_meaning() -> None:
@@ -112,7 +75,7 @@ def test_values_at_the_edges_and_every_word_are_accepted(key: str, declared: Opt
 
 def test_an_enum_has_its_own_words() -> None:
     for key, declared in KEYS:
-        value = copy.copy(full())
+        value: Any = copy.copy(full())
         for part in key.replace("[0]", ".0").split("."):
             value = (
                 value[part] if isinstance(value, dict) else value[int(part)] if part.isdigit() else getattr(value, part)
@@ -125,9 +88,9 @@ def test_an_enum_has_its_own_words() -> None:
     ("override", "line"),
     [
         ("scheduler.end=cleen", "scheduler.end=cleen is not one of clean, t_min; did you mean clean?"),
-        ("scheduler.beta_end=nan", "scheduler.beta_end=nan; give a finite number, 0 to 1"),
-        ("scheduler.mu=inf", "scheduler.mu=inf; give a finite number"),
-        ("scheduler.sigmas=[1.0,0.0]", "scheduler.sigmas=0.0; give more than 0"),
+        ("scheduler.beta_end=nan", "scheduler.beta_end=nan; give a finite number, more than 0 and less than 1"),
+        ("scheduler.mu=inf", "scheduler.mu=inf; give a finite number, -7 to 7"),
+        ("scheduler.sigmas=[1.0,0.0]", "scheduler.sigmas=0.0; give 1e-06 to 1e+06"),
         ("scheduler.edm_sign=2", "scheduler.edm_sign=2 is not one of 1, -1"),
         ("scheduler.solver.name=eular", "scheduler.solver.name=eular is not one of euler, ddim"),
         ("model.checkpoint_defaults.ddpm.end=tmin", "model.checkpoint_defaults.ddpm.end=tmin is not one of clean"),

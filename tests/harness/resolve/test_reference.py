@@ -53,7 +53,7 @@ def test_help_has_every_group_and_how_to_ask_for_a_key() -> None:
 
 def test_a_key_is_described() -> None:
     text = describe("request.height")
-    for part in ("int or null", "null", "pixels", "at least 1", "Height of the image", "task=plan"):
+    for part in ("int or null", "null", "pixels", "1 to 65536", "Height of the image", "task=plan"):
         assert part in text
     assert describe("request.height=3") == text
 

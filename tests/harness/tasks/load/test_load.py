@@ -207,10 +207,10 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["load.steps=[0]"], "load.steps=0; give at least 1"),
+        (["load.steps=[0]"], "load.steps=0; give 1 to 10000"),
         (["load.sizes=[65]"], "the nearest this model can make is 64 or 72"),
         (["launch.mode=inprocess"], "use launch.mode=torchrun"),
-        (["load.rate=0"], "load.rate=0.0; give more than 0"),
+        (["load.rate=0"], "load.rate=0.0; give 1e-06 to 10000"),
         (["serve.max_steps=3", "load.steps=[2,4]"], "asks for 4 steps; this server takes 3"),
         (["load.kill_every_s=5"], "add load.transport=http"),
         (["compare.a=[]"], "give compare.a=.* and compare.b=.*, or neither"),

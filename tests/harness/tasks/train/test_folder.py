@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from harness.records.record import read_status
-from harness.resolve.compose import compose_run
+from harness.resolve.compose import ConfigError, compose_run
 from harness.tasks.train.entry import execute
 from harness.tasks.train.folder import DataError, load_pixels, read_folder
 from tests.fixtures.training import COLOURS, TINY, offline_runs, square, summary_of
@@ -145,20 +145,24 @@ def tensors(path: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in read_checkpoint(path)[0].items()}
 
 
-@pytest.mark.parametrize(
-    ("overrides", "hint"),
-    [
-        (["train.parts=[vae]"], "remove both parts"),
-        (["train.base_model=/no/such/model"], "no such folder"),
-        (["train.data.size=32"], "train.data.size=32"),
-    ],
-)
-def test_a_wrong_training_ends_in_one_line(squares: Path, tmp_path: Path, overrides: list[str], hint: str) -> None:
+def test_a_wrong_training_ends_in_one_line(squares: Path, tmp_path: Path) -> None:
     short = ["train.denoiser.loop.images=16", "train.vae.loop.images=32"]
-    assert train(tmp_path / "run", squares, "logger=json", *short, *overrides) == "failed"
+    assert train(tmp_path / "run", squares, "logger=json", *short, "train.data.size=32") == "failed"
     error = read_status(tmp_path / "run").error
     assert error is not None
-    assert hint in error
+    assert "train.data.size=32" in error
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [("train.parts=[vae]", "remove both parts"), ("train.base_model=/no/such/model", "no such folder")],
+)
+def test_parts_that_do_not_fit_the_base_model_are_refused_before_a_folder_is_made(
+    squares: Path, tmp_path: Path, override: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        train(tmp_path / "run", squares, override)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_mirror_may_fail_and_the_training_goes_on(
