@@ -112,13 +112,18 @@ class TaskConfig:
     fidelity: bool = option(
         False,
         "Compare the images with a float32 reference on one rank, generated once and cached.",
-        reads=("task=bench", "task=generate"),
+        reads=("task=bench", "task=compare", "task=generate"),
     )
     profile: bool = option(
         False, "Generate once more and time the operators of every network.", reads=("task=bench", "task=generate")
     )
     fidelity_per_step: bool = option(
         False, "Compare the state after every solver step with the reference's too.", reads=("task.fidelity=true",)
+    )
+    fidelity_peer: bool = option(
+        True,
+        "Hold the reference itself to engine=diffusers in float32, once per code, model and kind of request.",
+        reads=("task.fidelity=true",),
     )
     max_pixel_error: float | None = option(
         None,

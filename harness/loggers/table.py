@@ -11,7 +11,7 @@ from rich.table import Table
 
 from harness.loggers.load import has_load_record, print_loads
 from harness.metrics.difference import Difference
-from harness.metrics.fidelity import BROKEN, Fidelity
+from harness.metrics.fidelity import BROKEN, Check, Fidelity
 from harness.metrics.intervals import IntervalEstimate, Share
 from harness.metrics.paired import Ratio
 from harness.metrics.pretrained import PretrainedScores
@@ -101,6 +101,18 @@ def print_fidelity(row: Fidelity, console: Console) -> None:
         f"{row.latent.rel_l2:.2g}, pixel {row.pixel.rel_l2:.2g} (relative L2), rounding alone {row.floor_latent:.2g} "
         f"and {row.floor_pixel:.2g}"
     )
+    held = ", ".join(f"{check.name} {_within(check)}" for check in row.checks)
+    if held:
+        console.print(f"held: {held}")
+    if row.detectable is not None:
+        took = "" if row.duration_s is None else f"; this took {row.duration_s:.1f} s besides the run"
+        drawn = f", generating {', '.join(row.generated)}" if row.generated else ""
+        console.print(f"an error of {row.detectable:.1g} of the method would have been seen{took}{drawn}")
+
+
+def _within(check: Check) -> str:
+    found = f"{check.error:.1g} of {check.bound:.1g}"
+    return found if check.passed else f"[bold red]{found}[/bold red]"
 
 
 def verdict_markup(verdict: str) -> str:
@@ -162,6 +174,8 @@ def print_comparison(comparison: Comparison, folder: Path, console: Console) -> 
     console.print(f"a is {escape(' '.join(comparison.a) or 'as composed')}", soft_wrap=True)
     console.print(f"b is {escape(' '.join(comparison.b) or 'as composed')}", soft_wrap=True)
     console.print(describe_ratio(comparison.headline))
+    for name, verdict in comparison.verdicts.items():
+        console.print(f"fidelity of {name}: {verdict_markup(verdict)}")
     if comparison.output is not None:
         console.print(describe_difference(comparison.output))
     for note in comparison.notes:

@@ -1,12 +1,17 @@
-"""The error of a method against a reference, beside the error that rounding alone makes.
+"""The error of a run against a reference, the bounds that it is held to, and what both together mean.
 
 The reference is the same request by the native engine, on one rank in float32 with `math` attention, batch 1 and no
-approximation. The floor is the error of that reference when it is computed in the run's dtype with another order of
-additions (oneDNN's products instead of MKL's strict ones). No implementation of the same arithmetic can avoid that
-error.
+approximation. A run is held to it several times, since one error cannot show everything: rounding to bfloat16 hides a
+wrong scale of 1 %. So its method is held in float32, its dtype by the floor, its repeats to one another, and the
+reference to another implementation.
+
+The floor is the error of the reference when it is computed in the run's dtype with another order of additions (oneDNN's
+products instead of MKL's strict ones). No implementation of the same arithmetic can avoid that error.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import msgspec
 
@@ -18,6 +23,27 @@ EXACT, EQUIVALENT, APPROXIMATE = "exact", "fp_equivalent", "approximate"
 IDENTICAL, WITHIN_FLOOR, BROKEN = "identical", "within_floor", "broken"
 
 
+class Check(msgspec.Struct, frozen=True):
+    """One comparison that a run, or what it shares with its reference, is held to.
+
+    Attributes:
+        name: What is held: method, dtype, repeats, operators, shared arithmetic or noise scheduler.
+        error: Relative L2 error, the larger of latent and pixel.
+        bound: Largest error that passes, so every larger one would have been seen.
+        against: What it is compared with.
+    """
+
+    name: str
+    error: float
+    bound: float
+    against: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within its bound; NaN is not."""
+        return self.error <= self.bound
+
+
 class Fidelity(msgspec.Struct, frozen=True):
     """A run's error at the final latent and at the pixel, and what it means.
 
@@ -25,13 +51,17 @@ class Fidelity(msgspec.Struct, frozen=True):
         method_class: `exact` (bit for bit), `fp_equivalent` (the same up to rounding) or `approximate`: the weakest
             class of the methods that the run uses.
         methods: The methods that make it so.
-        latent: Error of the final latent against the reference.
-        pixel: Error of the pixels against the reference.
+        latent: Error of the final latent against the reference, of the repeat with the largest one.
+        pixel: Error of the pixels against the reference, of the repeat with the largest one.
         floor_latent: Relative L2 of the floor at the final latent.
         floor_pixel: Relative L2 of the floor at the pixels.
         verdict: identical, within_floor, approximate or broken.
         reference: Key of the reference in the cache.
         steps_rel_l2: Relative L2 of the state after every solver step, if it was requested.
+        checks: All comparisons that the run was held to.
+        detectable: Smallest relative error of the method that would have been called broken. None if nothing holds it.
+        generated: References that were generated for this run; the others were kept from earlier ones.
+        duration_s: Time that all of this took besides the run, s.
     """
 
     method_class: str
@@ -43,6 +73,15 @@ class Fidelity(msgspec.Struct, frozen=True):
     verdict: str
     reference: str
     steps_rel_l2: list[float] | None = None
+    checks: list[Check] = []
+    detectable: float | None = None
+    generated: list[str] = []
+    duration_s: float | None = None
+
+    @property
+    def broken(self) -> list[Check]:
+        """The checks that failed."""
+        return [check for check in self.checks if not check.passed]
 
 
 def rounding_bound(floor: float) -> float:
@@ -50,8 +89,17 @@ def rounding_bound(floor: float) -> float:
     return max(MARGIN * floor, ROUNDING)
 
 
-def verdict(method_class: str, latent: Difference, pixel: Difference, floor_latent: float, floor_pixel: float) -> str:
+def verdict(
+    method_class: str,
+    latent: Difference,
+    pixel: Difference,
+    floor_latent: float,
+    floor_pixel: float,
+    checks: Sequence[Check] = (),
+) -> str:
     """Return what the errors mean for a method of this class; a method that misses its claim is broken."""
+    if not all(check.passed for check in checks):
+        return BROKEN
     if latent.identical and pixel.identical:
         return IDENTICAL
     within = latent.rel_l2 <= rounding_bound(floor_latent) and pixel.rel_l2 <= rounding_bound(floor_pixel)  # NaN is not

@@ -31,6 +31,7 @@ class Comparison(msgspec.Struct, frozen=True):
             throughput) and percentiles of the latency.
         efficiency: Speed-ups divided by the growth of ranks; None if B has no more ranks than A.
         output: Difference of B's pixels from A's; None if they do not correspond.
+        verdicts: What the fidelity of A and of B means, if it was measured; `broken` fails the comparison.
         notes: Notes for the reader.
         fingerprint: Fingerprint of the common configuration.
     """
@@ -45,6 +46,7 @@ class Comparison(msgspec.Struct, frozen=True):
     output: Difference | None
     notes: list[str] = []
     fingerprint: str = ""
+    verdicts: dict[str, str] = {}
 
     @property
     def headline(self) -> Ratio:

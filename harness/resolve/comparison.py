@@ -80,4 +80,5 @@ def comparison_overrides(common: Sequence[str], own: Sequence[str], config: RunC
     kept = [override for override in common if override.partition("=")[0] not in (*KEYS, "task")]
     counts = [f"task.warmup={config.task.warmup}", f"task.repeats={config.task.repeats}"]
     task = TRAITS[config.task.name].compared_as or config.task.name
-    return [*kept, *own, f"task={task.name}", *counts, "task.fidelity=false", "compare.a=null", "compare.b=null"]
+    fidelity = f"task.fidelity={str(config.task.fidelity).lower()}"
+    return [*kept, *own, f"task={task.name}", *counts, fidelity, "compare.a=null", "compare.b=null"]

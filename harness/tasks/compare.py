@@ -5,7 +5,7 @@ The order is A B, B A, A B ...: drift of the machine reaches both alike, and nei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from rich.console import Console
@@ -22,6 +22,8 @@ from harness.resolve.comparison import COMPARED
 from harness.resolve.compose import ConfigError, ResolvedRun, to_yaml
 from harness.tasks.common.comparison import comparison_runs, make_comparison
 from harness.tasks.common.lifecycle import guarded, mirror
+from harness.tasks.common.measure import add_fidelity, status_from_fidelity
+from harness.tasks.common.references import ReferenceRenderer
 from harness.tasks.common.session import MeasurementSession, progress_bars
 
 
@@ -58,7 +60,7 @@ def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine
     pair = comparison_runs(run)
     folder = RunFolder.claim(run.folder, run.retry)
     with guarded(run, folder) as outcome:
-        comparison = run_compare(run, pair, folder, console)
+        comparison, outcome.status = run_compare(run, pair, folder, console)
     if comparison is not None:
         mirror(partial(log_comparison, config.logger.wandb, comparison, folder.path))
         if config.logger.table:
@@ -68,7 +70,7 @@ def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine
 
 def run_compare(
     run: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], folder: RunFolder, console: Console
-) -> Comparison:
+) -> tuple[Comparison, Status]:
     """Measure both runs in alternation; each has its own run folder, `a` or `b`, inside this one.
 
     Args:
@@ -78,7 +80,7 @@ def run_compare(
         console: Console for the progress.
 
     Returns:
-        The comparison, which is on disk.
+        The comparison, which is on disk; and its status, failed if the images of a run miss what its methods claim.
 
     Raises:
         RequestFailed: An engine answered with a typed error.
@@ -103,16 +105,25 @@ def run_compare(
         finally:
             for generator in generators:
                 generator.stop()
-    for session, record, own in zip(sessions, records, folders, strict=True):
-        session.save(record, own)
-        own.finish(Status("ok"))
-    comparison = compare_sessions(run, pair, sessions)
+        statuses: dict[str, Status] = {}
+        verdicts: dict[str, str] = {}
+        for name, each, session, record, own in zip(COMPARED, pair, sessions, records, folders, strict=True):
+            judged = add_fidelity(each, session, record, ReferenceRenderer(own.path, bars))
+            session.save(judged, own)
+            own.finish(status_from_fidelity(judged))
+            statuses[name] = status_from_fidelity(judged)
+            verdicts |= {} if judged.fidelity is None else {name: judged.fidelity.verdict}
+    comparison = compare_sessions(run, pair, sessions, verdicts)
     folder.write_json(FILE, comparison)
-    return comparison
+    failed = [f"{name} is {status.error}" for name, status in statuses.items() if status.state != "ok"]
+    return comparison, Status("failed", "; ".join(failed)) if failed else Status("ok")
 
 
 def compare_sessions(
-    run: ResolvedRun, pair: tuple[ResolvedRun, ResolvedRun], sessions: Sequence[MeasurementSession]
+    run: ResolvedRun,
+    pair: tuple[ResolvedRun, ResolvedRun],
+    sessions: Sequence[MeasurementSession],
+    verdicts: Mapping[str, str],
 ) -> Comparison:
     """Compare the times and the outputs of two finished sessions.
 
@@ -120,6 +131,7 @@ def compare_sessions(
         run: The comparison.
         pair: The comparison's two runs.
         sessions: The finished sessions of a and b.
+        verdicts: What the fidelity of a and of b means.
 
     Returns:
         The comparison. If the outputs cannot be compared, it has a note in place of their difference.
@@ -130,4 +142,4 @@ def compare_sessions(
         output = difference(a.pixels, b.pixels, pixels=True)
     except ValueError as error:
         notes.append(f"the output difference is not measured: {error}")
-    return make_comparison(run, pair, time_ratios(a.repeats, b.repeats), output, notes)
+    return make_comparison(run, pair, time_ratios(a.repeats, b.repeats), output, notes, verdicts)

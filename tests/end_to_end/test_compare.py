@@ -1,5 +1,6 @@
 """Two configurations in alternation from the command line: equal ones are called equal, a real difference is found."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,30 @@ def test_a_configuration_that_dies_fails_the_comparison_in_one_line(tmp_path: Pa
     assert done.returncode == 1
     assert status_of(folder).state == "failed"
     assert read_comparison(folder) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fault_in_the_kernel_of_one_side_fails_the_comparison(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of the code whose sdpa scales its scores by 1.01; a and b differ in nothing but their kernel."""
+    root, copy, folder = Path(__file__).parents[2], tmp_path / "copy", tmp_path / "run"
+    for package in ("conf", "harness", "models", "schedulers"):
+        shutil.copytree(root / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    kernel = copy / "models/attention/sdpa.py"
+    right = kernel.read_text()
+    wrong = right.replace("q_BLHD.transpose(1, 2), k_BSHD", "1.01 * q_BLHD.transpose(1, 2), k_BSHD")
+    assert wrong != right
+    kernel.write_text(wrong)
+    common = ["task=compare", "task.repeats=8", "launch.threads_per_rank=1", "request.prompts=[rocket]"]
+    kept = [f"model.dtype={dtype}", "request.steps=3", f"task.references={tmp_path}/references", "logger=json"]
+    sides = ["compare.a=[attention=math]", "compare.b=[attention=sdpa]", f"hydra.run.dir={folder}"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(copy))
+    done = run(command(*common, *kept, *sides))
+    assert done.returncode == 1, done.stderr
+    found = read_comparison(folder)
+    assert found is not None
+    assert found.verdicts == {"a": "within_floor", "b": "broken"}
+    assert [status_of(folder / side).state for side in ("a", "b")] == ["ok", "failed"]
+    assert "b is broken: declared fp_equivalent" in (status_of(folder).error or "")

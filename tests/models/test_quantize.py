@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from harness.config.schema import Quantize
 from harness.device.flops import count_operations
 from harness.resolve.compose import ConfigError, compose_run
-from harness.tasks.common.fidelity import floor_config, method_class, reference_config
+from harness.tasks.common.methods import method_class
+from harness.tasks.common.references import floor_config, reference_config
 from models.checkpoint_source import CheckpointSource
 from models.components import Conditioning
 from models.pixart import PixArt, load_denoiser

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from harness.config.schema import LaunchMode, RunConfig
 from harness.config.tasks import TRAITS
@@ -53,6 +54,7 @@ def make_comparison(
     ratios: dict[str, Ratio],
     output: Difference | None = None,
     notes: Sequence[str] = (),
+    verdicts: Mapping[str, str] = MappingProxyType({}),
 ) -> Comparison:
     """Build the comparison's record, with the ranks of both runs and the efficiency if b has more ranks.
 
@@ -62,6 +64,7 @@ def make_comparison(
         ratios: Time ratio of a over b by what was timed.
         output: Difference of the last outputs, if it was measured.
         notes: Remarks for the record.
+        verdicts: What the fidelity of a and of b means.
 
     Returns:
         The record of the comparison.
@@ -78,6 +81,7 @@ def make_comparison(
         output=output,
         notes=[*notes, *mode_notes(run.config.logger.wandb.mode)],
         fingerprint=fingerprint(to_dict(run.config)),
+        verdicts=dict(verdicts),
     )
 
 

@@ -1,209 +1,308 @@
-"""task.fidelity: the cached reference of a request, and the meaning of a run's error against it.
+"""task.fidelity: what a run is held to, and the meaning of its errors.
 
-harness.metrics.fidelity defines the reference and the floor.
+harness.metrics.fidelity defines the reference, the floor and the checks. References are made and kept by
+harness.tasks.common.references, and harness.tasks.common.methods has what each feature claims.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-import os
-import platform
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from rich.progress import Progress
-from safetensors.numpy import load_file, save
-
-from harness.client.generator import DiffusionGenerator
-from harness.config.cache import NONE, CacheConfig
-from harness.config.optimize import Optimize
-from harness.config.schema import DType, EngineConfig, ParallelConfig, Quantize, RunConfig, Task, TaskConfig
-from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import RequestFailed
-from harness.messages import Array
-from harness.metrics.difference import difference
-from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, verdict
-from harness.parallel.mesh import degrees, world_size
-from harness.records.provenance import PACKAGES, cpu_name, version
-from harness.records.record import write_atomically
-from harness.resolve.checkpoint import COMPONENTS
+from harness.messages import EngineInfo
+from harness.metrics.difference import Difference, difference
+from harness.metrics.fidelity import EQUIVALENT, ROUNDING, Check, Fidelity, rounding_bound, verdict
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
 from harness.resolve.compose import ResolvedRun, to_dict
-from harness.resolve.engines_table import CACHE_DIT, NATIVE
+from harness.resolve.published_scheduler import scheduler_file
+from harness.resolve.request import to_message
 from harness.serving.transport import EngineGone
-
-STRENGTH = (APPROXIMATE, EQUIVALENT, EXACT)
-FLOAT32 = {DType.float32}
-CODE = (
-    "models",
-    "schedulers",
-    "harness/build",
-    "harness/device/device.py",
-    "harness/optimize",
-    "harness/pipeline",
-    "harness/resolve/checkpoint.py",
-    "harness/resolve/layout.py",
-    "harness/resolve/published_scheduler.py",
-    "harness/resolve/run.py",
-    "harness/resolve/scheduler.py",
-    "harness/serving/worker.py",
+from harness.tasks.common.methods import METHODS, Method, float32_method, is_float32, method_class
+from harness.tasks.common.references import (
+    GeneratedOutput,
+    ReferenceRenderer,
+    References,
+    floor_config,
+    peer_config,
+    reference_config,
+    set_float32,
+    without_prompts,
 )
 
-
-class Method(NamedTuple):
-    """A feature that a configuration may use and the reference does not.
-
-    Attributes:
-        name: Name of the feature in the record.
-        method_class: Class that the feature claims: exact, fp_equivalent or approximate.
-        used: Test of whether a configuration uses the feature.
-    """
-
-    name: str
-    method_class: str
-    used: Callable[[RunConfig], bool]
+FAILURES = (RequestFailed, EngineGone, OSError, ValueError)
+REFERENCE, PEER = "the float32 reference", "engine=diffusers in float32"
 
 
-METHODS = (
-    Method("8-bit attention", APPROXIMATE, lambda c: c.attention.backend == "sage"),
-    Method("8-bit linears", APPROXIMATE, lambda c: c.model.quantize is not Quantize.none),
-    Method("attention kernel", EQUIVALENT, lambda c: c.attention.backend not in ("math", "sage")),
-    Method("displaced patches", APPROXIMATE, lambda c: c.parallel.displaced),
-    Method("PipeFusion", APPROXIMATE, lambda c: c.parallel.pipe > 1),
-    Method("one image over several ranks", EQUIVALENT, lambda c: world_size(degrees(c.parallel)[1:]) > 1),
-    Method("batching", EQUIVALENT, lambda c: c.request.batch_size > 1),
-    Method("dtype", EQUIVALENT, lambda c: compute_dtypes(c) != FLOAT32),
-    Method("baseline engine", EQUIVALENT, lambda c: c.engine.name != NATIVE),
-    Method(
-        "baseline engine's own rounding of the state",
-        APPROXIMATE,
-        lambda c: c.engine.name != NATIVE and compute_dtypes(c) != FLOAT32,
-    ),
-    Method("optimised network", EQUIVALENT, lambda c: c.engine.optimize is not Optimize.none),
-    Method("cache-dit", APPROXIMATE, lambda c: c.engine.name == CACHE_DIT),
-    Method("cache", APPROXIMATE, lambda c: c.cache.name != NONE),
-    Method("fewer steps", APPROXIMATE, lambda c: c.task.reference_steps not in (None, c.request.steps)),
-    Method("order of additions not fixed", EQUIVALENT, lambda c: not c.launch.reproducible),
-)
-
-
-@dataclass(frozen=True)
-class GeneratedOutput:
-    """The output of one run, one entry per image.
-
-    Attributes:
-        latents: Latents of each image, (1 or solver steps, *latent shape).
-        pixels: Pixels of each image.
-    """
-
-    latents: list[Array]
-    pixels: list[Array]
-
-
-@dataclass(frozen=True)
-class ReferenceRenderer:
-    """Generates references, each on its own engine.
-
-    Attributes:
-        folder: The run's folder; each engine has a folder inside it for its configuration and logs.
-        bars: Progress display.
-        make_engine: Function that returns an engine, new or still warm from an earlier job.
-    """
-
-    folder: Path
-    bars: Progress
-    make_engine: MakeEngine = new_engine
-
-    def generate(self, config: RunConfig, role: str) -> GeneratedOutput:
-        """Generate the output of a configuration.
-
-        Args:
-            config: Configuration of the reference or of the floor.
-            role: "reference" or "floor", the name of the engine's folder.
-
-        Returns:
-            The latents and pixels.
-
-        Raises:
-            RequestFailed: The engine answered with a typed error.
-            EngineGone: A rank died, or was not ready in time.
-        """
-        task = self.bars.add_task(f"generating the {role}", total=None)
-        run = ResolvedRun(config, [], self.folder / role, [])
-        with DiffusionGenerator.from_resolved(run, run.folder, self.make_engine) as generator:
-            generation = generator.generate(latents="steps" if config.task.fidelity_per_step else "last")
-        self.bars.remove_task(task)
-        return GeneratedOutput(generation.latents, generation.pixels)
-
-
-def method_class(config: RunConfig, methods: Sequence[Method] = METHODS) -> tuple[str, list[str]]:
-    """Return the weakest class among the methods that a configuration uses, and the names of those methods.
+class MeasuredOutputs:
+    """The outputs of a run's repeats, each different one once, and the state of the engine that made them.
 
     Args:
-        config: Configuration of the run.
-        methods: All known methods.
+        info: State of the engine.
 
-    Returns:
-        The class, and the names of the methods in use.
+    Attributes:
+        outputs: Outputs that differ in some bit, in the order in which they appeared.
+        repeats: Numbers of the repeats that made each of them, from 1.
+        info: State of the engine.
     """
-    used = [method for method in methods if method.used(config)]
-    return min([EXACT, *(method.method_class for method in used)], key=STRENGTH.index), [m.name for m in used]
+
+    def __init__(self, info: EngineInfo) -> None:
+        self.outputs: list[GeneratedOutput] = []
+        self.repeats: list[list[int]] = []
+        self.info = info
+
+    def add(self, output: GeneratedOutput) -> None:
+        """Add the output of the next repeat."""
+        number = sum(map(len, self.repeats)) + 1
+        for known, numbers in zip(self.outputs, self.repeats, strict=True):
+            if known.same_bits(output):
+                numbers.append(number)
+                return
+        self.outputs.append(output)
+        self.repeats.append([number])
+
+
+class Errors(NamedTuple):
+    """The relative L2 errors of an output."""
+
+    latent: float
+    pixel: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run and what it is held to.
+
+    Attributes:
+        run: The resolved run.
+        measured: What it generated.
+        references: Kept outputs.
+        reference: Output of the reference.
+        errors: Errors of the run, of the repeat with the largest ones.
+        floor: Errors of the floor.
+        methods: All known methods.
+        notes: Remarks for the record, to which checks add.
+    """
+
+    run: ResolvedRun
+    measured: MeasuredOutputs
+    references: References
+    reference: GeneratedOutput
+    errors: Errors
+    floor: Errors
+    methods: Sequence[Method]
+    notes: list[str]
+
+    @property
+    def claimed(self) -> str:
+        """The class that the run claims."""
+        return method_class(self.run.config, self.methods)[0]
 
 
 def measure_fidelity(
     run: ResolvedRun,
-    output: GeneratedOutput,
+    measured: MeasuredOutputs,
     renderer: ReferenceRenderer,
     methods: Sequence[Method] = METHODS,
 ) -> tuple[Fidelity | None, list[str]]:
-    """Measure a run's error against its reference.
+    """Hold a run to its references.
 
     Args:
         run: The resolved run.
-        output: Latents and pixels that the run generated.
-        renderer: Generator of references that are not cached yet.
+        measured: What the run generated.
+        renderer: Generator of references that are not kept yet.
         methods: All known methods, with the class that each claims.
 
     Returns:
-        The fidelity, or None if it could not be measured; and notes that say why not.
+        The fidelity, or None if it could not be measured; and notes that say what is not held, and why.
     """
-    config = run.config
+    start, config, references = time.perf_counter(), run.config, References(run, renderer)
+    exact = reference_config(config)
     try:
-        environment, home = generation_environment(run), references_folder(config)
-        exact, rounded = reference_config(config), floor_config(config)
-        name, floor_name = reference_key(exact, environment), reference_key(rounded, environment)
-        reference = load_or_generate(exact, home / f"{name}.safetensors", renderer, "reference")
-        floor = load_or_generate(rounded, home / f"{floor_name}.safetensors", renderer, "floor")
-    except (RequestFailed, EngineGone, OSError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        return None, [f"fidelity is not measured because its reference failed: {line}; task.fidelity=false skips it"]
+        reference = references.output(exact, "reference")
+        floor = output_errors(reference, references.output(floor_config(config), "floor"))
+    except FAILURES as error:
+        skip = "task.fidelity=false skips it"
+        return None, [f"fidelity is not measured because its reference failed: {_line(error)}; {skip}"]
+    latent, pixel = differences(reference, measured.outputs)
+    errors = Errors(latent.rel_l2, pixel.rel_l2)
+    subject = Subject(run, measured, references, reference, errors, floor, methods, [])
+    checks = []
+    for subject_of_check, hold in CHECKS.items():
+        try:
+            checks += hold(subject)
+        except FAILURES as error:
+            subject.notes.append(f"fidelity: {subject_of_check} not held: {_line(error)}")
     claimed, names = method_class(config, methods)
-    exact_latents = final_latents(reference)
-    latent = difference(exact_latents, final_latents(output))
-    pixel = difference(reference.pixels, output.pixels, pixels=True)
-    floor_latent = difference(exact_latents, final_latents(floor)).rel_l2
-    floor_pixel = difference(reference.pixels, floor.pixels).rel_l2
-    found = Fidelity(
+    bounds = {check.name: check.bound for check in checks}
+    return Fidelity(
         method_class=claimed,
         methods=names,
         latent=latent,
         pixel=pixel,
-        floor_latent=floor_latent,
-        floor_pixel=floor_pixel,
-        verdict=verdict(claimed, latent, pixel, floor_latent, floor_pixel),
-        reference=name,
-        steps_rel_l2=rel_l2_by_step(reference, output) if config.task.fidelity_per_step else None,
+        floor_latent=floor.latent,
+        floor_pixel=floor.pixel,
+        verdict=verdict(claimed, latent, pixel, floor.latent, floor.pixel, checks),
+        reference=references.key(exact),
+        steps_rel_l2=rel_l2_by_step(reference, measured.outputs[-1]) if config.task.fidelity_per_step else None,
+        checks=checks,
+        detectable=bounds.get("method", bounds.get("dtype")),
+        generated=references.generated,
+        duration_s=time.perf_counter() - start,
+    ), subject.notes
+
+
+# ---------------------------------------------------------------- the checks
+
+
+def hold_run(subject: Subject) -> list[Check]:
+    """Hold an fp_equivalent run to its reference: in float32 this holds its method, otherwise its dtype."""
+    if subject.claimed != EQUIVALENT:
+        return []
+    if is_float32(subject.run.config):
+        return [_check_float32(subject, "method", subject.errors, REFERENCE)]
+    return [_check("dtype", subject.errors, subject.floor, REFERENCE)]
+
+
+def hold_repeats(subject: Subject) -> list[Check]:
+    """Hold the repeats to one another: the same request on the same ranks.
+
+    On a CPU every bit is repeated. A GPU may choose other kernels in a later repeat, which round anew.
+
+    Args:
+        subject: The run.
+
+    Returns:
+        The check, or none for a single repeat.
+    """
+    measured = subject.measured
+    if sum(map(len, measured.repeats)) < 2:
+        return []
+    first, against = measured.outputs[0], f"repeat {measured.repeats[0][0]}"
+    errors = Errors(*(row.rel_l2 for row in differences(first, measured.outputs)))
+    if is_float32(subject.run.config):
+        return [_check_float32(subject, "repeats", errors, against)]
+    if measured.info.device.startswith("cpu"):
+        return [Check("repeats", max(errors), 0.0, against)]
+    return [_check("repeats", errors, subject.floor, against)]
+
+
+def hold_method(subject: Subject) -> list[Check]:
+    """Hold the run in float32 with its approximations made exact, unless the run or its reference is just that."""
+    config, references = subject.run.config, subject.references
+    exact, notes = float32_method(config, subject.measured.info.device, subject.methods)
+    is_reference = references.key(exact) == references.key(reference_config(config))
+    if is_reference or (is_float32(config) and subject.claimed == EQUIVALENT):
+        return []
+    subject.notes.extend(notes)
+    output = references.output(exact, "method in float32")
+    return [_check_float32(subject, "method", output_errors(subject.reference, output), REFERENCE)]
+
+
+def hold_shared_arithmetic(subject: Subject) -> list[Check]:
+    """Hold the arithmetic that run and reference share to diffusers, once for all prompts and seeds."""
+    if not subject.run.config.task.fidelity_peer:
+        return []
+    peer, reference = peer_config(subject.run.config), subject.reference
+    if peer.scheduler.family == PUBLISHED_FAMILY:
+        _refuse_own_noise(subject.run)
+
+    def measure() -> list[float]:
+        first = GeneratedOutput([reference.latents[0][-1:]], reference.pixels[:1])
+        return [*output_errors(first, subject.references.generate(peer, "peer"))]
+
+    errors = Errors(*subject.references.finding(["peer", without_prompts(peer)], measure))
+    return [_check_float32(subject, "shared arithmetic", errors, PEER)]
+
+
+def _refuse_own_noise(run: ResolvedRun) -> None:
+    """Refuse a peer whose solver adds noise between its steps, since diffusers' own class draws that itself."""
+    from harness.baselines.noise_scheduler import adds_noise  # imports torch
+    from schedulers.published import from_diffusers
+
+    message, side = to_message(run.config.request), run.config.model.size_multiple
+    scheduler = from_diffusers(scheduler_file(run.checkpoint.folder))
+    if adds_noise(scheduler, scheduler.grid(message.steps, (message.height // side) * (message.width // side))):
+        raise ValueError("diffusers draws the noise of each step itself, so its image is another one")
+
+
+def hold_noise_scheduler(subject: Subject) -> list[Check]:
+    """Hold the points and the solver to diffusers' own class, on numbers small enough to take no time."""
+    config, settings = subject.run.config, subject.run.noise_scheduler
+    if not config.task.fidelity_peer or settings is None:  # the checkpoint's own class is in the peer engine
+        return []
+    message, side = to_message(config.request), config.model.size_multiple
+    steps, tokens = message.steps, (message.height // side) * (message.width // side)
+
+    def measure() -> tuple[str, float] | None:
+        from schedulers.published.peer import difference_from_diffusers  # imports torch
+
+        found = difference_from_diffusers(settings, steps, tokens)
+        return None if found is None else (found.class_name, found.rel_l2)
+
+    scheduler = to_dict(config)["scheduler"]
+    found = subject.references.finding(["noise scheduler", scheduler, steps, tokens], measure)
+    if found is None:
+        raise ValueError("diffusers has no class of these settings")
+    return [Check("noise scheduler", found[1], ROUNDING, f"diffusers' {found[0]}")]
+
+
+def hold_operators(subject: Subject) -> list[Check]:
+    """Hold code that exists in one dtype only to float64; the ranks have measured it as they loaded."""
+    operators = subject.measured.info.operators
+    rows = [Check("operators", row.rel_l2, row.bound, f"{row.operator} in float64") for row in operators]
+    return sorted(rows, key=lambda row: row.error / row.bound)[-1:]
+
+
+CHECKS: Mapping[str, Callable[[Subject], list[Check]]] = {
+    "the run is": hold_run,
+    "the repeats are": hold_repeats,
+    "the method in float32 is": hold_method,
+    "the operators are": hold_operators,
+    "the arithmetic that run and reference share is": hold_shared_arithmetic,
+    "the noise scheduler is": hold_noise_scheduler,
+}
+"""The checks, by what they hold."""
+
+
+def _check(name: str, errors: Errors, floor: Errors, against: str) -> Check:
+    """Return the check of the latent or the pixel, whichever is nearer to its bound or further beyond."""
+    rows = [Check(name, error, rounding_bound(least), against) for error, least in zip(errors, floor, strict=True)]
+    return max(rows, key=lambda row: row.error / row.bound if row.error == row.error else float("inf"))
+
+
+def _check_float32(subject: Subject, name: str, errors: Errors, against: str) -> Check:
+    """Return the check of the errors between two float32 outputs.
+
+    Rounding makes less than 1e-5 of nearly every request. Only for a larger error another output is generated, which
+    tells how much of it rounding can make.
+    """
+    if max(errors) <= ROUNDING:
+        return Check(name, max(errors), ROUNDING, against)
+    config = floor_config(subject.run.config)
+    set_float32(config)
+    floor = output_errors(subject.reference, subject.references.output(config, "floor in float32"))
+    return _check(name, errors, floor, against)
+
+
+# ---------------------------------------------------------------- errors of outputs
+
+
+def differences(reference: GeneratedOutput, outputs: Sequence[GeneratedOutput]) -> tuple[Difference, Difference]:
+    """Return the largest difference of several outputs at the final latent, and the largest one at the pixels."""
+    latents = [difference(reference.final_latents, output.final_latents) for output in outputs]
+    pixels = [difference(reference.pixels, output.pixels, pixels=True) for output in outputs]
+    return max(latents, key=_size), max(pixels, key=_size)
+
+
+def output_errors(reference: GeneratedOutput, output: GeneratedOutput) -> Errors:
+    """Return the errors of one output."""
+    return Errors(
+        difference(reference.final_latents, output.final_latents).rel_l2,
+        difference(reference.pixels, output.pixels).rel_l2,
     )
-    return found, []
-
-
-def final_latents(output: GeneratedOutput) -> list[Array]:
-    """Return the latents after the last solver step, one per image."""
-    return [latents[-1] for latents in output.latents]
 
 
 def rel_l2_by_step(reference: GeneratedOutput, output: GeneratedOutput) -> list[float]:
@@ -212,122 +311,9 @@ def rel_l2_by_step(reference: GeneratedOutput, output: GeneratedOutput) -> list[
     return [difference([x[i] for x in reference.latents], [x[i] for x in output.latents]).rel_l2 for i in steps]
 
 
-def reference_config(config: RunConfig) -> RunConfig:
-    """Return the configuration of a run's reference: one rank, float32, and no method that changes the output."""
-    found = _single_rank_config(config)
-    found.launch.reproducible = True
-    found.model.dtype = DType.float32
-    for name in ("denoiser", *COMPONENTS):
-        part = getattr(found.model, name)
-        part.dtype = None if part.dtype is None else DType.float32
-    return found
+def _size(row: Difference) -> float:
+    return row.rel_l2 if row.rel_l2 == row.rel_l2 else float("inf")  # NaN is the largest error
 
 
-def floor_config(config: RunConfig) -> RunConfig:
-    """Return the configuration of the floor: the reference in the run's dtypes, with another order of additions."""
-    found = _single_rank_config(config)
-    found.launch.reproducible = False
-    return found
-
-
-def _single_rank_config(config: RunConfig) -> RunConfig:
-    """Return the run's request on one rank, in as many steps as its reference has.
-
-    Measurements are removed, and so are all methods that change the arithmetic.
-    """
-    found = copy.deepcopy(config)
-    found.task = TaskConfig(Task.generate, fidelity_per_step=config.task.fidelity_per_step)
-    found.engine, found.parallel = EngineConfig(optimize=Optimize.none), ParallelConfig()
-    found.attention.backend, found.cache = "math", CacheConfig()
-    found.model.quantize = Quantize.none
-    found.request.batch_size = 1
-    found.request.steps = config.task.reference_steps or config.request.steps
-    found.model.text.keep_loaded, found.model.text.cache_mib = True, None
-    return found
-
-
-def load_or_generate(config: RunConfig, file: Path, renderer: ReferenceRenderer, role: str) -> GeneratedOutput:
-    """Load the output of a configuration from its file; if there is none, generate and store it.
-
-    Args:
-        config: Configuration of the reference or of the floor.
-        file: File of the cached output, (name, tensor) pairs as safetensors.
-        renderer: Generator of the output.
-        role: "reference" or "floor".
-
-    Returns:
-        The latents and pixels.
-
-    Raises:
-        RequestFailed: The engine answered with a typed error.
-        EngineGone: A rank died, or was not ready in time.
-        ValueError: The output is not cached, and no other engine can be started here.
-    """
-    if file.exists():
-        tensors = load_file(file)
-        count = len(tensors) // 2
-        return GeneratedOutput(
-            [tensors[f"latents.{k}"] for k in range(count)], [tensors[f"pixels.{k}"] for k in range(count)]
-        )
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ValueError("under torchrun no other engine is started; run the same once with python -m harness")
-    output = renderer.generate(config, role)
-    arrays = {f"latents.{k}": np.ascontiguousarray(x) for k, x in enumerate(output.latents)}
-    arrays |= {f"pixels.{k}": np.ascontiguousarray(x) for k, x in enumerate(output.pixels)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, save(arrays))
-    return output
-
-
-def references_folder(config: RunConfig) -> Path:
-    """Return the folder of the cached references: task.references, or one in the user's cache."""
-    if config.task.references is not None:
-        return Path(config.task.references).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "triptych" / "references"
-
-
-def reference_key(config: RunConfig, environment: list[object]) -> str:
-    """Return the cache key of a configuration's output.
-
-    Args:
-        config: Configuration of the reference or of the floor.
-        environment: Code, machine and weights, from `generation_environment`.
-
-    Returns:
-        24 hexadecimal digits, which name the file.
-    """
-    declared = to_dict(config)
-    relevant = {name: declared[name] for name in ("task", "model", "scheduler", "request", "launch")}
-    return hashlib.sha256(json.dumps([relevant, *environment], sort_keys=True).encode()).hexdigest()[:24]
-
-
-def generation_environment(run: ResolvedRun) -> list[object]:
-    """Return what an image depends on besides its request: the code, the machine, and the files of the weights."""
-    machine = [cpu_name(), platform.platform(), {name: version(name) for name in PACKAGES}]
-    return [code_hash(), machine, weight_files(run)]
-
-
-def code_hash() -> str:
-    """Return a hash over every source file that affects an image."""
-    root, digest = Path(__file__).parents[3], hashlib.sha256()
-    for part in CODE:
-        source = root / part
-        for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
-def weight_files(run: ResolvedRun) -> list[tuple[str, int, int]]:
-    """Return the name, size in bytes and modification time in ns of every file of a checkpoint."""
-    layout, loras = run.checkpoint, run.config.model.lora
-    roots = [layout.folder, *layout.replaced.values(), *(Path(lora.path).expanduser() for lora in loras)]
-    files = [file for root in roots for file in (sorted(root.rglob("*")) if root.is_dir() else [root])]
-    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-
-
-def compute_dtypes(config: RunConfig) -> set[DType]:
-    """Return the dtypes that the components compute in."""
-    model = config.model
-    parts = [getattr(model, name).dtype for name in ("denoiser", *COMPONENTS)]
-    return {model.dtype, *(part for part in parts if part is not None)}
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0]

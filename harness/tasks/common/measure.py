@@ -20,8 +20,9 @@ from harness.loggers.wandb import log_run, mode_notes, resolve_mode
 from harness.metrics.fidelity import BROKEN
 from harness.records.record import Record, RunFolder, Status
 from harness.resolve.compose import ResolvedRun
-from harness.tasks.common.fidelity import GeneratedOutput, ReferenceRenderer, measure_fidelity
+from harness.tasks.common.fidelity import measure_fidelity
 from harness.tasks.common.lifecycle import guarded, mirror
+from harness.tasks.common.references import ReferenceRenderer
 from harness.tasks.common.session import MeasurementSession, progress_bars
 
 
@@ -66,10 +67,7 @@ def execute(
             measured = msgspec.structs.replace(session.record(), samples=images)
         finally:
             generator.stop()
-        if config.task.fidelity:
-            output = GeneratedOutput(session.last.latents, session.pixels)
-            found, notes = measure_fidelity(run, output, ReferenceRenderer(folder.path, bars, engines))
-            measured = msgspec.structs.replace(measured, fidelity=found, notes=[*measured.notes, *notes])
+        measured = add_fidelity(run, session, measured, ReferenceRenderer(folder.path, bars, engines))
         folder.write_record(measured)
         record, outcome.status = measured, status_from_fidelity(measured)
     if record is not None:
@@ -85,12 +83,31 @@ def status_from_fidelity(record: Record) -> Status:
     if row is None or row.verdict != BROKEN:
         return Status("ok")
     used = f" ({', '.join(row.methods)})" if row.methods else ""
-    return Status(
-        "failed",
-        f"broken: declared {row.method_class}{used}, but the error is {row.latent.rel_l2:.2g} at the latent and "
-        f"{row.pixel.rel_l2:.2g} at the pixel, where rounding alone makes {row.floor_latent:.2g} and "
-        f"{row.floor_pixel:.2g}",
-    )
+    failed = [
+        f"{check.name} is {check.error:.2g} from {check.against}, where {check.bound:.2g} passes"
+        for check in row.broken
+    ]
+    if not failed:  # an exact method may not differ in a single bit
+        failed = [f"the error is {row.latent.rel_l2:.2g} at the latent and {row.pixel.rel_l2:.2g} at the pixel"]
+    return Status("failed", f"broken: declared {row.method_class}{used}, but {'; '.join(failed)}")
+
+
+def add_fidelity(run: ResolvedRun, session: MeasurementSession, record: Record, renderer: ReferenceRenderer) -> Record:
+    """Return the record of a finished session with its fidelity, if the task measures that.
+
+    Args:
+        run: The resolved run.
+        session: The finished session.
+        record: The session's record.
+        renderer: Generator of references that are not kept yet.
+
+    Returns:
+        The record.
+    """
+    if not run.config.task.fidelity or session.outputs is None:
+        return record
+    found, notes = measure_fidelity(run, session.outputs, renderer)
+    return msgspec.structs.replace(record, fidelity=found, notes=[*record.notes, *notes])
 
 
 def modules_for_saving(config: RunConfig) -> list[str]:

@@ -18,6 +18,8 @@ from harness.messages import Array, EngineInfo, GenerationResult, Latents
 from harness.messages import Progress as StepProgress
 from harness.records.record import Record, Repeat, RunFolder, SampleRow, fingerprint
 from harness.resolve.engines_table import NATIVE
+from harness.tasks.common.fidelity import MeasuredOutputs
+from harness.tasks.common.references import GeneratedOutput
 
 
 class MeasurementSession:
@@ -31,11 +33,13 @@ class MeasurementSession:
     Attributes:
         generator: Generator of the configuration.
         repeats: Measurements so far, one per repeat.
+        outputs: Outputs of the repeats so far, if the error is measured by them.
     """
 
     def __init__(self, generator: DiffusionGenerator, bars: Progress, name: str = "") -> None:
         self.generator = generator
         self.repeats: list[Repeat] = []
+        self.outputs: MeasuredOutputs | None = None
         self._last: Generation | None = None
         self._bars = bars
         self._name = f"{name}: " if name else ""
@@ -56,7 +60,7 @@ class MeasurementSession:
             state = "starting ranks" if info is None else f"{info.state} on {info.world_size} ranks"
             self._bars.update(task, description=f"{self._name}{state}")
 
-        self.generator.start(on_wait)
+        self.outputs = MeasuredOutputs(self.generator.start(on_wait))
         self._bars.remove_task(task)
 
     def warm_up(self) -> None:
@@ -104,6 +108,8 @@ class MeasurementSession:
             generation = self._last = self.generator.generate(latents=self._latents, on_progress=on_progress)
         self.repeats.append(generation.repeat)
         self._results.append(generation.result)
+        if self.outputs is not None and self._latents != "none":
+            self.outputs.add(GeneratedOutput(generation.latents, generation.pixels))
 
     @property
     def last(self) -> Generation:

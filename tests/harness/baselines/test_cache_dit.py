@@ -14,7 +14,7 @@ from harness.baselines.cache_dit import DBCacheSkips
 from harness.device.flops import count_operations
 from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
-from harness.tasks.common.fidelity import method_class
+from harness.tasks.common.methods import method_class
 from tests.fixtures.generators import generator
 from tests.fixtures.models.checkpoints import CASES, PROMPTS, overrides_of
 from tests.fixtures.packages import pretend

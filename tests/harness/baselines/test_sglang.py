@@ -17,7 +17,7 @@ from harness.baselines.noise_scheduler import published_scheduler
 from harness.build.common import source_of
 from harness.resolve.compose import ConfigError, compose_run
 from harness.resolve.engines_table import BASELINES
-from harness.tasks.common.fidelity import method_class
+from harness.tasks.common.methods import method_class
 from models.files import CheckpointError
 from tests.fixtures.generators import generator
 from tests.fixtures.models.checkpoints import CASES, PROMPTS, overrides_of

@@ -25,7 +25,8 @@ from harness.pipeline.text import TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.records.record import CacheUse, Record
 from harness.resolve.compose import ConfigError, compose_run
-from harness.tasks.common.fidelity import floor_config, method_class, reference_config, reference_key
+from harness.tasks.common.methods import method_class
+from harness.tasks.common.references import floor_config, reference_config, reference_key
 from harness.tasks.report.equal_latency import LatencyPoint as Plain
 from harness.tasks.report.equal_latency import equal_latency_baseline, equal_latency_baselines
 from harness.tasks.report.keys import cache_name

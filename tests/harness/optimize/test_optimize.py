@@ -24,7 +24,8 @@ from harness.pipeline.step_batching import evaluate
 from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.resolve.run import ResolvedRun
-from harness.tasks.common.fidelity import method_class, reference_config
+from harness.tasks.common.methods import method_class
+from harness.tasks.common.references import reference_config
 from models.attention import math_attention
 from models.components import Conditioning
 from models.decoders import KLDecoder

@@ -13,18 +13,11 @@ from harness.metrics.difference import Difference
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT, Fidelity, rounding_bound, verdict
 from harness.records.record import read_record, read_status
 from harness.resolve.compose import ResolvedRun, compose_run
-from harness.tasks.common import fidelity
-from harness.tasks.common.fidelity import (
-    METHODS,
-    GeneratedOutput,
-    Method,
-    ReferenceRenderer,
-    floor_config,
-    measure_fidelity,
-    method_class,
-    reference_config,
-)
+from harness.tasks.common import references as kept_references
+from harness.tasks.common.fidelity import MeasuredOutputs, measure_fidelity
 from harness.tasks.common.measure import execute, status_from_fidelity
+from harness.tasks.common.methods import METHODS, Method, method_class
+from harness.tasks.common.references import GeneratedOutput, ReferenceRenderer, floor_config, reference_config
 from harness.tasks.common.session import progress_bars
 from models.attention import table
 from models.attention.backend import Backend
@@ -118,7 +111,7 @@ def test_a_plain_bench_is_within_the_floor_and_generates_its_reference_once(
     assert len(found.steps_rel_l2) == 3
     assert found.steps_rel_l2[-1] == pytest.approx(found.latent.rel_l2)
     assert len(list(references.glob("*.safetensors"))) == 2
-    monkeypatch.setattr(fidelity.ReferenceRenderer, "generate", lambda *rest: pytest.fail("drawn a second time"))
+    monkeypatch.setattr(kept_references.ReferenceRenderer, "generate", lambda *rest: pytest.fail("drawn a second time"))
     again = ran(bench(tmp_path / "second", references, "task.fidelity_per_step=true", *PLAIN))
     assert again is not None
     assert (again.method_class, again.verdict) == ("exact", "identical")
@@ -155,8 +148,10 @@ def test_an_approximation_declared_exact_is_broken(tmp_path: Path, references: P
     """Fewer steps stand for a cache: they give another image."""
     with DiffusionGenerator.from_config(*BENCH[3:], *REQUESTED, "request.steps=2", *PLAIN) as generator:
         generated = generator.generate(latents="last")
+        assert generator.info is not None
+        row = MeasuredOutputs(generator.info)
     run = compose_run([*BENCH, *REQUESTED, *PLAIN, f"task.references={references}"])
-    row = GeneratedOutput(generated.latents, generated.pixels)
+    row.add(GeneratedOutput(generated.latents, generated.pixels))
     with progress_bars(Console(quiet=True)) as bars:
         for claimed, meant in ((EXACT, "broken"), (EQUIVALENT, "broken"), (APPROXIMATE, "approximate")):
             cache = Method("cache", claimed, lambda config: True)
