@@ -22,8 +22,9 @@ from harness.resolve.engine import refuse_negative_class
 from models.checkpoint_source import CheckpointSource
 from models.components import Components
 from models.decoders import load_from_diffusers
-from models.dit.prompts import ClassLabels, read_names
+from models.dit.prompts import ClassLabels
 from models.dit.weights import NAMES
+from models.prompt_rules import read_names
 
 
 class PassthroughVAE:
