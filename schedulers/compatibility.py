@@ -7,6 +7,7 @@ import difflib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from schedulers.limits import check_values
 from schedulers.settings import FAMILIES, LEVEL_SPACINGS, PREDICTIONS, SOLVERS, SPACINGS, NoiseSchedulerSettings
@@ -177,7 +178,8 @@ def resolve(settings: NoiseSchedulerSettings, steps: int | None = None) -> Noise
     _check_start(full)
     _check_steps(full, steps)
     _check_options(full)
-    check_values(full, steps)
+    unused: dict[str, Any] = dict.fromkeys(unused_options(full))
+    check_values(replace(full, **unused), steps)
     return full
 
 

@@ -275,21 +275,8 @@ def _check_timesteps(s: NoiseSchedulerSettings, steps: int | None) -> None:
         )
     if steps is None:
         return
-    if s.spare_row and s.spacing in ("leading", "linspace") and steps >= trained:
+    if s.spare_row and s.spacing == "linspace" and steps >= trained:
         raise ValueError(
             f"steps={steps} with spare_row=true make {steps + 1} rows on a path of {trained} trained timesteps; use "
             f"{trained - 1} steps or fewer, or drop spare_row"
-        )
-    if s.spacing == "leading" and s.steps_offset is not None:
-        _check_offset(trained, steps, s.steps_offset, spare=1 if s.spare_row else 0)
-
-
-def _check_offset(trained: int, steps: int, offset: int, spare: int) -> None:
-    """Refuse an offset that takes timesteps of spacing=leading out of the trained ones."""
-    stride = trained // (steps + spare)
-    least, most = -spare * stride, trained - 1 - (steps - 1 + spare) * stride
-    if not least <= offset <= most:
-        raise ValueError(
-            f"steps_offset={offset} with {steps} steps takes timesteps out of 0 to {trained - 1}; give {least} to "
-            f"{most}"
         )

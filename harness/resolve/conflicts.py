@@ -208,7 +208,7 @@ FEATURES = (
         "learned_variance",
         "a learned variance",
         "scheduler.solver.variance",
-        "scheduler=ddpm scheduler/solver=ddpm scheduler.learned_variance=true scheduler.solver.variance=learned_range",
+        "model=dit_256 scheduler=ddpm scheduler/solver=ddpm scheduler.solver.variance=learned_range",
         lambda c: c.scheduler.family != PUBLISHED_FAMILY and c.scheduler.solver.variance in LEARNED,
     ),
 )

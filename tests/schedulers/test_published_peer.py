@@ -143,7 +143,7 @@ def test_the_mapping_takes_the_configuration_back_to_the_same_rows(name: str, se
         flow(solver="rk45"),
         flow(solver="unipc"),
         flow(solver="dpmpp_2s"),
-        flow(sigma_cap=0.9),
+        flow(sigma_cap=0.95),
         flow(prediction="v"),
         ddpm(solver="dpmpp_3m"),
         ddpm(solver="deis"),
