@@ -19,7 +19,7 @@ from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.records.comparison import Comparison
 from harness.records.job import JobResult
-from harness.records.record import Record
+from harness.records.record import Record, read_record
 
 SWEPT = ("step", "request", "answer", "latency_p99")  # ratios that a sweep of comparisons shows, if they were timed
 SHOWN_OPERATORS = 8  # operators shown of a profile; the record has more
@@ -102,12 +102,15 @@ def print_fidelity(row: Fidelity, console: Console) -> None:
         f"and {row.floor_pixel:.2g}"
     )
     held = ", ".join(f"{check.name} {_within(check)}" for check in row.checks)
+    held += f"; not held: {', '.join(row.not_held)}" if row.not_held else ""
     if held:
         console.print(f"held: {held}")
-    if row.detectable is not None:
-        took = "" if row.duration_s is None else f"; this took {row.duration_s:.1f} s besides the run"
-        drawn = f", generating {', '.join(row.generated)}" if row.generated else ""
-        console.print(f"an error of {row.detectable:.1g} of the method would have been seen{took}{drawn}")
+    least = {None: "no error of the method", 0.0: "a single other bit"}.get(
+        row.detectable, f"an error of {row.detectable or 0:.1g} of the method"
+    )
+    took = "" if row.duration_s is None else f"; this took {row.duration_s:.1f} s besides the run"
+    made = f", generating {', '.join(row.generated)}" if row.generated else ""
+    console.print(f"{least} would have been seen{took}{made}")
 
 
 def _within(check: Check) -> str:
@@ -174,8 +177,11 @@ def print_comparison(comparison: Comparison, folder: Path, console: Console) -> 
     console.print(f"a is {escape(' '.join(comparison.a) or 'as composed')}", soft_wrap=True)
     console.print(f"b is {escape(' '.join(comparison.b) or 'as composed')}", soft_wrap=True)
     console.print(describe_ratio(comparison.headline))
-    for name, verdict in comparison.verdicts.items():
-        console.print(f"fidelity of {name}: {verdict_markup(verdict)}")
+    for name in comparison.verdicts:
+        record = read_record(folder / name)
+        if record is not None and record.fidelity is not None:
+            console.print(f"[bold]{name}[/bold]")
+            print_fidelity(record.fidelity, console)
     if comparison.output is not None:
         console.print(describe_difference(comparison.output))
     for note in comparison.notes:

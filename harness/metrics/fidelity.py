@@ -11,12 +11,15 @@ products instead of MKL's strict ones). No implementation of the same arithmetic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
 
 from harness.metrics.difference import Difference
 
+HUGE = 1e300  # stands for NaN and infinity, which JSON does not have
+MOST = 0.5  # largest bound: an error of half the image is never rounding
 MARGIN = 3.0  # factor of the floor, which is one sample of a random error
 ROUNDING = 1e-5  # relative L2 that always counts as rounding: the tolerance of the tests of layouts and kernels
 EXACT, EQUIVALENT, APPROXIMATE = "exact", "fp_equivalent", "approximate"
@@ -59,7 +62,9 @@ class Fidelity(msgspec.Struct, frozen=True):
         reference: Key of the reference in the cache.
         steps_rel_l2: Relative L2 of the state after every solver step, if it was requested.
         checks: All comparisons that the run was held to.
-        detectable: Smallest relative error of the method that would have been called broken. None if nothing holds it.
+        not_held: Checks that could not be made; notes say why.
+        detectable: Smallest relative error of the method that would have been called broken; 0 if every bit counts.
+            None if nothing holds the method.
         generated: References that were generated for this run; the others were kept from earlier ones.
         duration_s: Time that all of this took besides the run, s.
     """
@@ -74,6 +79,7 @@ class Fidelity(msgspec.Struct, frozen=True):
     reference: str
     steps_rel_l2: list[float] | None = None
     checks: list[Check] = []
+    not_held: list[str] = []
     detectable: float | None = None
     generated: list[str] = []
     duration_s: float | None = None
@@ -81,12 +87,17 @@ class Fidelity(msgspec.Struct, frozen=True):
     @property
     def broken(self) -> list[Check]:
         """The checks that failed."""
-        return [check for check in self.checks if not check.passed]
+        return [row for row in self.checks if not row.passed]
 
 
 def rounding_bound(floor: float) -> float:
     """Return the relative L2 up to which an error counts as rounding."""
-    return max(MARGIN * floor, ROUNDING)
+    return min(max(MARGIN * floor, ROUNDING), MOST)
+
+
+def check(name: str, error: float, bound: float, against: str) -> Check:
+    """Return a check whose error is finite; NaN is the largest error."""
+    return Check(name, error if error <= HUGE else HUGE, bound, against)
 
 
 def verdict(
@@ -98,7 +109,8 @@ def verdict(
     checks: Sequence[Check] = (),
 ) -> str:
     """Return what the errors mean for a method of this class; a method that misses its claim is broken."""
-    if not all(check.passed for check in checks):
+    finite = math.isfinite(latent.rel_l2) and math.isfinite(pixel.rel_l2)
+    if not finite or not all(row.passed for row in checks):
         return BROKEN
     if latent.identical and pixel.identical:
         return IDENTICAL

@@ -91,6 +91,9 @@ def check_learned_variance(config: RunConfig, denoiser: Path) -> None:
     network = read_json(denoiser / "config.json")
     channels, outputs = network.get("in_channels"), network.get("out_channels")
     if not isinstance(channels, int) or outputs != 2 * channels:
+        trained = config.model.checkpoint_defaults.get(family)
+        key = f"model.checkpoint_defaults.{family}" if trained is not None and trained.learned_variance else "scheduler"
         raise ValueError(
-            f"scheduler.learned_variance=true, but the network of model={config.model.name} outputs none; drop it"
+            f"{key}.learned_variance=true, but the network of model={config.model.name} outputs none; set "
+            f"{key}.learned_variance=false"
         )

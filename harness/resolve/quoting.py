@@ -16,6 +16,7 @@ PARTS = re.compile(
     r"""(?P<quoted>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')   # a quoted text
     |(?P<code>\$\{[^}]*\})                                # an interpolation
     |(?P<mark>[\[\]{}(),])                                # brackets and the commas between values
+    |(?P<blank>[ \t]+(?=["']))                            # blanks before a quoted text
     |(?P<plain>(?:\\.|\$(?!\{)|[^\[\]{}(),$\\])+|.)       # anything else""",
     re.VERBOSE | re.DOTALL,
 )

@@ -105,14 +105,17 @@ def run_compare(
         finally:
             for generator in generators:
                 generator.stop()
+        for session, record, own in zip(sessions, records, folders, strict=True):
+            session.save(record, own)  # whatever becomes of the references
         statuses: dict[str, Status] = {}
         verdicts: dict[str, str] = {}
         for name, each, session, record, own in zip(COMPARED, pair, sessions, records, folders, strict=True):
-            judged = add_fidelity(each, session, record, ReferenceRenderer(own.path, bars))
-            session.save(judged, own)
-            own.finish(status_from_fidelity(judged))
-            statuses[name] = status_from_fidelity(judged)
-            verdicts |= {} if judged.fidelity is None else {name: judged.fidelity.verdict}
+            checked = add_fidelity(each, session, record, ReferenceRenderer(own.path, bars))
+            session.save(checked, own)
+            statuses[name] = status_from_fidelity(checked)
+            own.finish(statuses[name])
+            if checked.fidelity is not None:
+                verdicts[name] = checked.fidelity.verdict
     comparison = compare_sessions(run, pair, sessions, verdicts)
     folder.write_json(FILE, comparison)
     failed = [f"{name} is {status.error}" for name, status in statuses.items() if status.state != "ok"]

@@ -67,6 +67,7 @@ def execute(
             measured = msgspec.structs.replace(session.record(), samples=images)
         finally:
             generator.stop()
+        folder.write_record(measured)  # whatever becomes of the references
         measured = add_fidelity(run, session, measured, ReferenceRenderer(folder.path, bars, engines))
         folder.write_record(measured)
         record, outcome.status = measured, status_from_fidelity(measured)

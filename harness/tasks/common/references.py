@@ -8,20 +8,23 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
+import msgspec
 import numpy as np
 from rich.progress import Progress
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from harness.client.generator import DiffusionGenerator
 from harness.config.cache import CacheConfig
 from harness.config.optimize import Optimize
-from harness.config.schema import DType, EngineConfig, ParallelConfig, Quantize, RunConfig, Task, TaskConfig
+from harness.config.schema import DType, EngineConfig, LaunchMode, ParallelConfig, Quantize, RunConfig, Task, TaskConfig
 from harness.engines.pool import BUILT_FROM, MakeEngine, new_engine
 from harness.messages import Array
+from harness.metrics.fidelity import Check
 from harness.records.provenance import PACKAGES, arithmetic_environment, cpu_name, version
 from harness.records.record import write_atomically
 from harness.resolve.checkpoint import COMPONENTS
@@ -29,20 +32,25 @@ from harness.resolve.compose import ResolvedRun, to_dict
 from harness.resolve.conflicts import check_conflicts
 from harness.resolve.engine import check_engine
 from harness.resolve.engines_table import BASELINES, DIFFUSERS
+from harness.serving.faults import failure_line
 
-T = TypeVar("T")
 CODE = (
     "models",
     "schedulers",
     "harness/baselines",
     "harness/build",
     "harness/caching",
+    "harness/client",
     "harness/device",
+    "harness/engines",
+    "harness/messages.py",
+    "harness/metrics",
     "harness/optimize",
     "harness/parallel",
     "harness/pipeline",
     "harness/resolve",
     "harness/serving",
+    "harness/tasks/common",
 )
 """Sources that an image may depend on, whatever the layout and the engine."""
 OF_PROMPTS = ("prompt", "prompts", "seed", "samples_per_prompt", "batch_size")
@@ -86,12 +94,13 @@ class ReferenceRenderer:
     bars: Progress
     make_engine: MakeEngine = new_engine
 
-    def generate(self, config: RunConfig, role: str) -> GeneratedOutput:
+    def generate(self, config: RunConfig, role: str, requests: int = 1) -> GeneratedOutput:
         """Generate the output of a configuration.
 
         Args:
             config: Configuration of the output.
             role: Part that the output plays, which names the engine's folder.
+            requests: Number of equal requests, of which the last one counts.
 
         Returns:
             The latents and pixels.
@@ -103,7 +112,8 @@ class ReferenceRenderer:
         task = self.bars.add_task(f"generating the {role}", total=None)
         run = ResolvedRun(config, [], self.folder / role.replace(" ", "_"), [])
         with DiffusionGenerator.from_resolved(run, run.folder, self.make_engine) as generator:
-            generation = generator.generate(latents="steps" if config.task.fidelity_per_step else "last")
+            for _ in range(requests):
+                generation = generator.generate(latents="steps" if config.task.fidelity_per_step else "last")
         self.bars.remove_task(task)
         return GeneratedOutput(generation.latents, generation.pixels)
 
@@ -117,10 +127,12 @@ class References:
 
     Attributes:
         generated: Roles that were generated now, since no file had them.
+        notes: Remarks for the record.
     """
 
     def __init__(self, run: ResolvedRun, renderer: ReferenceRenderer) -> None:
         self.generated: list[str] = []
+        self.notes: list[str] = []
         self._renderer = renderer
         self._folder = references_folder(run.config)
         self._environment = generation_environment(run)
@@ -129,12 +141,13 @@ class References:
         """Return the name under which the output of a configuration is kept."""
         return reference_key(config, self._environment)
 
-    def output(self, config: RunConfig, role: str) -> GeneratedOutput:
-        """Load the output of a configuration from its file; if there is none, generate and store it.
+    def output(self, config: RunConfig, role: str, requests: int = 1) -> GeneratedOutput:
+        """Load the output of a configuration from its file; if there is none that can be read, generate and store it.
 
         Args:
             config: Configuration of the output.
             role: Part that the output plays, such as reference or floor.
+            requests: Number of equal requests to generate, of which the last one counts.
 
         Returns:
             The latents and pixels.
@@ -145,25 +158,25 @@ class References:
             ValueError: The output is not kept, and no other engine can be started here.
         """
         file = self._folder / f"{self.key(config)}.safetensors"
-        if file.exists():
+        with suppress(OSError, SafetensorError, KeyError):
             tensors = load_file(file)
             count = len(tensors) // 2
             return GeneratedOutput(
                 [tensors[f"latents.{k}"] for k in range(count)], [tensors[f"pixels.{k}"] for k in range(count)]
             )
-        output = self.generate(config, role)
+        output = self.generate(config, role, requests)
         arrays = {f"latents.{k}": np.ascontiguousarray(x) for k, x in enumerate(output.latents)}
         arrays |= {f"pixels.{k}": np.ascontiguousarray(x) for k, x in enumerate(output.pixels)}
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, save(arrays))
+        self._keep(file, save(arrays))
         return output
 
-    def generate(self, config: RunConfig, role: str) -> GeneratedOutput:
+    def generate(self, config: RunConfig, role: str, requests: int = 1) -> GeneratedOutput:
         """Generate the output of a configuration without keeping it.
 
         Args:
             config: Configuration of the output.
             role: Part that the output plays, such as reference or floor.
+            requests: Number of equal requests, of which the last one counts.
 
         Returns:
             The latents and pixels.
@@ -175,28 +188,34 @@ class References:
         """
         if "TORCHELASTIC_RUN_ID" in os.environ:
             raise ValueError("under torchrun no other engine is started; run the same once with python -m harness")
-        output = self._renderer.generate(config, role)
+        output = self._renderer.generate(config, role, requests)
         self.generated.append(role)
         return output
 
-    def finding(self, subject: object, measure: Callable[[], T]) -> T:
-        """Load what was measured from its file; if there is none, measure and store it.
+    def finding(self, subject: object, measure: Callable[[], Check | None]) -> Check | None:
+        """Load a check from its file; if there is none, make it. One that passed is kept.
 
         Args:
-            subject: What was measured, as plain data; code, machine and weights are added.
-            measure: Function that measures it and returns plain data.
+            subject: What is checked, as plain data; code, machine and weights are added.
+            measure: Function that makes the check; None says that there is nothing to compare with, which is kept too.
 
         Returns:
-            What was measured.
+            The check.
         """
         file = self._folder / f"{_digest([subject, *self._environment])}.json"
-        if file.exists():
-            kept: T = json.loads(file.read_text())
-            return kept
+        with suppress(OSError, msgspec.MsgspecError):
+            return msgspec.json.decode(file.read_bytes(), type=Check | None)
         found = measure()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(found).encode())
+        if found is None or found.passed:
+            self._keep(file, msgspec.json.encode(found))
         return found
+
+    def _keep(self, file: Path, content: bytes) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, content)
+        except OSError as error:
+            self.notes.append(f"fidelity: references are not kept for other runs: {failure_line(error)}")
 
 
 def reference_config(config: RunConfig) -> RunConfig:
@@ -224,6 +243,7 @@ def peer_config(config: RunConfig) -> RunConfig:
     found.request.prompts, found.request.samples_per_prompt = (found.request.prompts or [])[:1], 1
     found.task.fidelity_per_step = False
     found.engine.name = DIFFUSERS
+    found.model.offload = False
     if found.model.architecture not in BASELINES:
         raise ValueError(f"diffusers has no pipeline of model={found.model.name}")
     check_conflicts(found)
@@ -289,7 +309,10 @@ def without_prompts(config: RunConfig) -> dict[str, object]:
 
 def generation_environment(run: ResolvedRun) -> list[object]:
     """Return what an image depends on besides its request: the code, the machine, and the files of the weights."""
-    machine = [cpu_name(), platform.platform(), arithmetic_environment(), {name: version(name) for name in PACKAGES}]
+    packages = {name: version(name) for name in PACKAGES}
+    machine: list[object] = [cpu_name(), platform.platform(), arithmetic_environment(), packages]
+    if run.config.launch.mode is LaunchMode.inprocess:  # MKL has read this by the time a run could set it
+        machine.append(os.environ.get("MKL_CBWR"))
     return [code_hash(), machine, weight_files(run)]
 
 
@@ -297,7 +320,8 @@ def code_hash() -> str:
     """Return a hash over every source file that affects an image."""
     root, digest = Path(__file__).parents[3], hashlib.sha256()
     for part in CODE:
-        for file in sorted((root / part).rglob("*.py")):
+        source = root / part
+        for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 

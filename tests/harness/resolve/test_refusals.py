@@ -36,7 +36,7 @@ FLUX = ["model=flux", "scheduler=rectified_flow", "model.load=dummy"]
         ([*SGM, "scheduler.sigma_min=100"], "sigma_min=100 is not below sigma_max=80"),
         (
             [*DDPM, "scheduler.learned_variance=true"],
-            "scheduler.learned_variance=true, but the network of model=emoji outputs none; drop it",
+            "scheduler.learned_variance=true, but the network of model=emoji outputs none; set",
         ),
         (
             ["engine=diffusers", "scheduler.state_dtype=bfloat16"],

@@ -105,11 +105,6 @@ def test_the_words_of_the_configuration_are_what_runs() -> None:
     assert declared["recipe"] == tuple(RECIPES)
 
 
-def test_unknown_part_is_refused(config: TrainConfig) -> None:
-    with pytest.raises(ValueError, match="the parts are"):
-        run(TrainConfig(parts=["denoise"], data=config.data), FLOW)
-
-
 def test_captions_alone_are_enough_for_every_part(config: TrainConfig, tmp_path: Path) -> None:
     """Without styles, tags and names outside the vocabulary there is no held-out image to report on."""
     data = DataConfig(folder=str(captioned(tmp_path / "data")), recipe=None)
