@@ -85,7 +85,7 @@ def test_a_fault_of_run_and_reference(name: str, dtype: str, tmp_path: Path, mon
     Plant(PLANTS[name]).plant(monkeypatch)
     fidelity, state = checked(tmp_path / "run", tmp_path / "references", dtype, "task.repeats=1")
     assert (fidelity.verdict, state) == ("broken", "failed")
-    assert {check.name for check in fidelity.broken} <= {"shared arithmetic", "noise scheduler"}
+    assert {check.name for check in fidelity.broken} <= {"shared arithmetic", "noise scheduler", "operators"}
 
 
 @pytest.mark.parametrize(("name", "dtype"), cases((("one head", "bfloat16"),)))
