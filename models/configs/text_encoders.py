@@ -132,25 +132,26 @@ def clip_as_published(found: Mapping[str, Shape], expected: TensorShapes, projec
     named = {}
     for name, shape in found.items():
         bare = re.sub(prefix, "", name)
+        published = bare if bare.startswith("text_projection.") else f"text_model.{bare}"
         if not re.search(r"(^|\.)position_ids$", name):
-            named[next((known for known in (f"text_model.{bare}", bare) if known in expected), name)] = shape
+            named[published if published in expected else name] = shape
     return named
 
 
-def t5_as_published(found: Mapping[str, Shape], expected: TensorShapes) -> dict[str, Shape]:
+def t5_as_published(found: Mapping[str, Shape], expected: TensorShapes, decoder: bool) -> dict[str, Shape]:
     """Return the stored tensors of a T5 encoder by their published names, without those that are ignored.
 
-    transformers takes names with and without the model's prefix, and ignores a decoder beside the encoder. The
-    embedding has one of two names, or both.
+    transformers takes names with and without the model's prefix. The embedding has one of two names, or both.
 
     Args:
         found: The stored shapes.
         expected: The shapes of the encoder's tensors.
+        decoder: Whether a decoder's tensors are ignored; UMT5's are not.
     """
     named = {}
     for name, shape in found.items():
         bare = name.removeprefix("transformer.")
-        if "decoder" not in name:
+        if not (decoder and "decoder" in name):
             named[bare if bare in expected or bare == EMBEDDING else name] = shape
     if EMBEDDING in named and named.get(SHARED, named[EMBEDDING]) == named[EMBEDDING]:
         named[SHARED] = named.pop(EMBEDDING)
@@ -170,4 +171,4 @@ def as_published(
     """
     if model_type == "clip_text_model":
         return clip_as_published(found, expected, projected)
-    return t5_as_published(found, expected)
+    return t5_as_published(found, expected, model_type == "t5")
