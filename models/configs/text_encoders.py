@@ -33,7 +33,8 @@ T5_RULES: Mapping[str, Rule] = {
     "feed_forward_proj": ("relu", lambda value: isinstance(value, str)),
     "is_gated_act": (None, optional(is_flag)),  # without it, feed_forward_proj decides
 }
-UMT5_RULES: Mapping[str, Rule] = T5_RULES | {
+UMT5_RULES: Mapping[str, Rule] = {
+    **T5_RULES,
     "vocab_size": (250112, is_size),
     "d_ff": (1024, is_size),
     "num_layers": (8, is_size),

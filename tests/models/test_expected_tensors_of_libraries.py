@@ -65,7 +65,7 @@ TINY_T5 = {
     "num_heads": 2,
     "relative_attention_num_buckets": 4,
 }
-VAE = {
+VAE: dict[str, Any] = {
     "block_out_channels": [4, 8, 12],
     "norm_num_groups": 2,
     "down_block_types": ["DownEncoderBlock2D"] * 3,
@@ -199,12 +199,12 @@ def test_every_option_of_an_autoencoder_counts(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_every_size_of_a_text_encoder_counts(kind: str) -> None:
     raw = raw_encoder(kind)
-    gates: list[dict[str, Any]] = [{"feed_forward_proj": name} for name in ("relu", "gated-gelu")]
-    gates += [
+    activations: list[dict[str, Any]] = [{"feed_forward_proj": name} for name in ("relu", "gated-gelu")]
+    activations += [
         {"feed_forward_proj": "relu", "is_gated_act": True},
         {"feed_forward_proj": "gated-gelu", "is_gated_act": False},
     ]
-    for options in [{}] if kind.startswith("clip") else gates:
+    for options in [{}] if kind.startswith("clip") else activations:
         expected = expected_of_encoder(kind, raw | options)
         model_type = "clip_text_model" if kind.startswith("clip") else kind
         found = shapes(encoder(kind, raw | options))
@@ -214,7 +214,8 @@ def test_every_size_of_a_text_encoder_counts(kind: str) -> None:
 @pytest.mark.parametrize("kind", TABLES)
 def test_every_option_of_diffusers_has_its_default_here(kind: str) -> None:
     table, network = TABLES[kind]
-    defaults = {n: p.default for n, p in inspect.signature(network.__init__).parameters.items() if n != "self"}
+    parameters = inspect.signature(network.__init__).parameters
+    defaults: dict[str, Any] = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
     assert defaults.keys() == table.RULES.keys() | set(table.WITHOUT_EFFECT)
     assert not table.RULES.keys() & set(table.WITHOUT_EFFECT)
     for name, (default, accepts) in table.RULES.items():
@@ -344,8 +345,24 @@ def test_another_name_of_a_size_is_left_to_the_ranks() -> None:
 )
 def test_any_value_of_an_option_is_read_or_left_to_the_ranks(kind: str, base: dict[str, Any]) -> None:
     table, left = TABLES[kind][0], 0
+    values: list[Any] = [
+        None,
+        "x",
+        -1,
+        0,
+        1.5,
+        [],
+        {},
+        True,
+        1,
+        [1],
+        [1, "a", 2],
+        [0, 0, 0],
+        [2, 3, 4, 5],
+        float("nan"),
+    ]
     for key in table.RULES:
-        for value in (None, "x", -1, 0, 1.5, [], {}, True, 1, [1], [1, "a", 2], [0, 0, 0], [2, 3, 4, 5], float("nan")):
+        for value in values:
             left += table.tensor_shapes(base | {key: value}) is None
     assert left > 5 * len(table.RULES)
 
