@@ -15,19 +15,9 @@ from models.checkpoint_source import CheckpointSource
 from models.files import CheckpointError
 from models.layers import cached_tensor
 from models.meta_init import build_empty
-from models.names import NameMap
+from models.names import LEGACY_NAMES
 
 M = TypeVar("M", bound=ModelMixin)
-LEGACY_NAMES = NameMap(
-    (
-        ("query", "to_q"),
-        ("key", "to_k"),
-        ("value", "to_v"),
-        ("proj_attn", "to_out.0"),
-        ("time_proj.W", "time_proj.weight"),
-    )
-)
-"""Names in checkpoints from before 2023 (attention layers, NCSN++'s frequencies), and those of diffusers today."""
 
 
 class KLDecoder:

@@ -49,3 +49,13 @@ JOINT_ATTENTION = (
     ("attn.to_add_out", "text_to_out"),
 )
 """diffusers' names of an attention over image and text tokens together, in a block of two streams."""
+LEGACY_NAMES = NameMap(
+    (
+        ("query", "to_q"),
+        ("key", "to_k"),
+        ("value", "to_v"),
+        ("proj_attn", "to_out.0"),
+        ("time_proj.W", "time_proj.weight"),
+    )
+)
+"""Names in checkpoints from before 2023 (attention layers, NCSN++'s frequencies), and those of diffusers today."""

@@ -14,7 +14,7 @@ import yaml
 
 from harness.config.schema import ComponentConfig, DType, Load, ModelConfig
 from models import hub
-from models.configs.libraries import check_sizes_of_weights
+from models.configs.libraries import PROJECTED, check_weights_of_library
 from models.configs.table import expected_tensors
 from models.detect import class_name, denoiser_class, is_component, matching_architectures, pipeline_name
 from models.files import (
@@ -181,14 +181,15 @@ def _around(model: ModelConfig, file: Path) -> Path:
     )
 
 
-def check_checkpoint(model: ModelConfig, layout: CheckpointLayout, denoiser: str, native: bool = True) -> None:
+def check_checkpoint(model: ModelConfig, layout: CheckpointLayout, denoiser: str) -> None:
     """Refuse a checkpoint that lacks a component, holds another kind of network, or is incomplete.
+
+    Every engine reads the files into the same networks, and builds this project's own for their geometry.
 
     Args:
         model: The `model` group.
         layout: The checkpoint's layout on disk.
         denoiser: The network's folder in the checkpoint.
-        native: Whether the networks of this project run it, which refuse options that they do not support.
 
     Raises:
         CheckpointError: The message says what is missing, foreign or broken, and where.
@@ -197,7 +198,7 @@ def check_checkpoint(model: ModelConfig, layout: CheckpointLayout, denoiser: str
     _refuse_foreign(model, layout, denoiser)
     _refuse_lacking(model, layout, denoiser)
     for name in _present(row, layout, denoiser):
-        _check_network(model, layout, name, denoiser, native)
+        _check_network(model, layout, name, denoiser)
     for name in row.configs:
         if layout.weights(name).is_dir():
             check_tokenizer(layout.weights(name))
@@ -206,22 +207,22 @@ def check_checkpoint(model: ModelConfig, layout: CheckpointLayout, denoiser: str
     _check_loras(model, layout, denoiser)
 
 
-def _check_network(model: ModelConfig, layout: CheckpointLayout, name: str, denoiser: str, native: bool) -> None:
+def _check_network(model: ModelConfig, layout: CheckpointLayout, name: str, denoiser: str) -> None:
     """Refuse a network whose config.json is not supported, or whose weights do not fit it, from their headers alone."""
     row, folder, weights = ARCHITECTURES[model.architecture], layout.config_folder(name), layout.weights(name)
     classes = row.classes if name == denoiser else ()
-    if name == "vae" and native and class_name(folder):
+    if name == "vae" and class_name(folder):
         classes = (row.vae,)
     stored = check_component(folder, None if model.load is Load.dummy else weights, classes)
-    expected = expected_tensors(model.architecture, folder) if native and name == denoiser else None
+    expected = expected_tensors(model.architecture, folder) if name == denoiser else None
     if model.load is Load.dummy:
         return
     check_layout_of_weights(stored, str(read_json(folder / "config.json").get("_class_name")), weights)
     if expected is not None:
         found = {name: tensor.shape for name, tensor in stored.items()}
         check_names_and_shapes(expected, found, f"{weights} (sizes of {folder / 'config.json'})")
-    elif native:
-        check_sizes_of_weights(folder, stored, weights)
+    else:
+        check_weights_of_library(folder, stored, weights, name in PROJECTED.get(model.architecture, ()))
 
 
 def _present(row: Architecture, layout: CheckpointLayout, denoiser: str) -> list[str]:

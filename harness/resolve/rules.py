@@ -149,7 +149,7 @@ def _check_model(run: ResolvedRun) -> None:
     """
     config = run.config
     apply_training_facts(config)
-    check_checkpoint(config.model, run.checkpoint, run.denoiser, config.engine.name == NATIVE)
+    check_checkpoint(config.model, run.checkpoint, run.denoiser)
     check_learned_variance(config, run.checkpoint.config_folder(run.denoiser))
     check_prompts(config.model, run.checkpoint, run.denoiser, to_message(config.request))
     if config.scheduler.family == PUBLISHED_FAMILY:

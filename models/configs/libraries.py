@@ -1,16 +1,21 @@
-"""A few tensors of the networks that diffusers and transformers build, with their sizes in config.json; without torch.
+"""The tensors of the networks that diffusers and transformers build, by their config.json; without torch.
 
-They tell whether weights and config.json belong together before a process starts. The library compares the rest.
+They tell whether weights and config.json belong together before a process starts. Where there is no table of all
+tensors, a few sizes are compared: for Qwen's language models, other autoencoders than AutoencoderKL, and a config.json
+with an option that its table does not know. The ranks compare the rest.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.files import CheckpointError, StoredTensor, read_json
+from models.configs import autoencoder_kl, text_encoders, unet_conditional, unet_unconditional
+from models.configs.shapes import TensorShapes
+from models.files import CheckpointError, StoredTensor, check_names_and_shapes, read_json
+from models.names import LEGACY_NAMES
 
 EMBEDDINGS = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")  # the ends of their names
 CLIP = (r"encoder\.layers\.(\d+)\.", "num_hidden_layers", ("vocab_size", "hidden_size"))
@@ -24,6 +29,41 @@ DIFFUSERS = {  # by _class_name: a kernel, and the shape of it after the first t
     "UNet2DModel": (("conv_in", "first", "in_channels"), ("conv_out", "out_channels", "first")),
     "AutoencoderKL": (("decoder.conv_in", "last", "latent_channels"), ("decoder.conv_out", "out_channels", "first")),
 }
+
+TABLES: Mapping[str, Callable[[Mapping[str, object]], TensorShapes | None]] = {
+    "UNet2DConditionModel": unet_conditional.tensor_shapes,
+    "UNet2DModel": unet_unconditional.tensor_shapes,
+    "AutoencoderKL": autoencoder_kl.tensor_shapes,
+}
+"""The tensors of diffusers' networks, by _class_name."""
+PROJECTED = {"sd3": ("text_encoder", "text_encoder_2"), "sdxl": ("text_encoder_2",)}
+"""The CLIP text models whose pooled vector goes through a projection, by architecture."""
+
+
+def check_weights_of_library(
+    folder: Path, stored: Mapping[str, StoredTensor], weights: Path, projected: bool = False
+) -> None:
+    """Raise an error if the tensors of a library's network are not those of its config.json.
+
+    Args:
+        folder: The folder with config.json.
+        stored: The stored tensors, by name.
+        weights: The folder or file of the weights.
+        projected: Whether the pooled vector of a CLIP text model goes through a projection.
+
+    Raises:
+        CheckpointError: The tensors, in one line.
+    """
+    check_sizes_of_weights(folder, stored, weights)
+    raw, found = read_json(folder / "config.json"), {name: tensor.shape for name, tensor in stored.items()}
+    if table := TABLES.get(str(raw.get("_class_name"))):
+        expected = table(raw)
+        found = {LEGACY_NAMES.to_native(name): shape for name, shape in found.items()}
+    else:
+        expected = text_encoders.tensor_shapes(raw, projected)
+        found = found if expected is None else text_encoders.as_published(found, expected, raw["model_type"], projected)
+    if expected is not None:
+        check_names_and_shapes(expected, found, f"{weights} (sizes of {folder / 'config.json'})")
 
 
 def check_sizes_of_weights(folder: Path, stored: Mapping[str, StoredTensor], weights: Path) -> None:

@@ -21,6 +21,10 @@ class TensorShapes(dict[str, Shape]):
         self[f"{name}.weight"] = (out, channels, *sides)
         self[f"{name}.bias"] = (out,)
 
+    def norm(self, name: str, channels: int) -> None:
+        """Add a norm with a gain and a bias."""
+        self[f"{name}.weight"] = self[f"{name}.bias"] = (channels,)
+
     def gains(self, names: Iterable[str], channels: int) -> None:
         """Add RMS norms."""
         for name in names:

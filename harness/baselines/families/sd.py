@@ -13,8 +13,8 @@ from harness.baselines.load import load_denoiser
 from harness.baselines.model import BaselineModel, BaselinePrompts, PipelineBatch, kl_pixels
 from models.checkpoint_source import CheckpointSource
 from models.components import Components, Conditioning
-from models.decoders import LEGACY_NAMES, load_from_diffusers
-from models.names import NameMap
+from models.decoders import load_from_diffusers
+from models.names import LEGACY_NAMES, NameMap
 from models.unet.prompts import load_clip_prompts
 
 
