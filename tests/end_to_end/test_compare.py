@@ -83,6 +83,7 @@ def test_a_fault_in_the_kernel_of_one_side_fails_the_comparison(
     assert done.returncode == 1, done.stderr
     found = read_comparison(folder)
     assert found is not None
-    assert found.verdicts == {"a": "within_floor", "b": "broken"}
+    assert found.verdicts["a"] in ("identical", "within_floor")
+    assert found.verdicts["b"] == "broken"
     assert [status_of(folder / side).state for side in ("a", "b")] == ["ok", "failed"]
     assert "b is broken: declared fp_equivalent" in (status_of(folder).error or "")
