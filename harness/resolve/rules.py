@@ -19,6 +19,7 @@ from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
 from harness.resolve.engine import check_baseline_settings, check_engine
 from harness.resolve.engines_table import NATIVE, refuse_missing_engine
+from harness.resolve.image_sides import check_image_sides
 from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
@@ -151,6 +152,7 @@ def _check_model(run: ResolvedRun) -> None:
     apply_training_facts(config)
     check_checkpoint(config.model, run.checkpoint, run.denoiser)
     check_learned_variance(config, run.checkpoint.config_folder(run.denoiser))
+    check_image_sides(config, run.checkpoint, run.denoiser)
     check_prompts(config.model, run.checkpoint, run.denoiser, to_message(config.request))
     if config.scheduler.family == PUBLISHED_FAMILY:
         check_published_scheduler(config.scheduler, run.checkpoint.folder, config.request.steps)

@@ -1,0 +1,39 @@
+"""Whether a checkpoint's tokens divide model.size_multiple, from its config.json files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness.config.schema import RunConfig
+from harness.resolve.checkpoint import CheckpointLayout
+from models.configs.image_sizes import token_side
+from models.files import read_json
+
+
+def check_image_sides(config: RunConfig, layout: CheckpointLayout, denoiser: str) -> None:
+    """Refuse a multiple of image sizes that the checkpoint's tokens do not divide.
+
+    Args:
+        config: The configuration.
+        layout: The place of each component on disk.
+        denoiser: The folder of the denoiser in the checkpoint.
+
+    Raises:
+        ValueError: One line says what to set.
+    """
+    model = config.model
+    network, vae = _config(layout.config_folder(denoiser)), _config(layout.config_folder("vae"))
+    side = token_side(model.architecture, network, vae)
+    if side is None:
+        return
+    if model.size_multiple % side:
+        raise ValueError(
+            f"model.size_multiple={model.size_multiple}, but this checkpoint generates multiples of {side} pixels; set "
+            f"model.size_multiple={side}"
+        )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}

@@ -1,0 +1,46 @@
+"""The sides of images that a checkpoint generates, by its config.json files; without torch."""
+
+from collections.abc import Mapping
+
+PATCHES: Mapping[str, str | int] = {
+    "pixart": "patch_size",
+    "dit": "patch_size",
+    "sd3": "patch_size",
+    "flux": 2,
+    "qwen_image": 2,
+    "z_image": 2,
+    "wan": "patch_size",
+    "sd": 1,
+    "sdxl": 1,
+}
+"""Latent pixels of a token on a side, by architecture: a number, or a key of the denoiser's config.json."""
+
+
+def token_side(architecture: str, denoiser: Mapping[str, object], vae: Mapping[str, object]) -> int | None:
+    """Return the pixels of a token on a side, of which sizes are multiples; None if the files do not say.
+
+    Args:
+        architecture: The name of the architecture.
+        denoiser: The content of the denoiser's config.json.
+        vae: The content of the VAE's config.json; empty if the model has none.
+    """
+    if architecture == "unet":
+        blocks = denoiser.get("block_out_channels")
+        return 2 ** (len(blocks) - 1) if isinstance(blocks, list) else None
+    known = PATCHES.get(architecture)
+    patch = denoiser.get(known) if isinstance(known, str) else known
+    if isinstance(patch, list) and patch:  # frames, height and width
+        patch = patch[-1]
+    stride = _stride(vae)
+    return stride * patch if isinstance(patch, int) and stride is not None else None
+
+
+def _stride(vae: Mapping[str, object]) -> int | None:
+    """Return the pixels of a latent pixel on a side."""
+    if vae.get("_class_name") == "AutoencoderKLWan":
+        stride = vae.get("scale_factor_spatial", 8)
+        return stride if isinstance(stride, int) else None
+    blocks, halvings = vae.get("block_out_channels"), vae.get("temperal_downsample")
+    if isinstance(blocks, list):
+        return 2 ** (len(blocks) - 1)
+    return 2 ** len(halvings) if isinstance(halvings, list) else None

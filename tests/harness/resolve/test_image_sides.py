@@ -1,0 +1,47 @@
+"""The sides of images are refused before ranks start as the ranks would refuse them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.baselines.build import native_components
+from harness.build.common import source_of
+from harness.resolve.compose import ConfigError, compose_run
+from models.configs.image_sizes import token_side
+from models.files import read_json
+from models.registry import PUBLISHED
+
+MODELS = sorted(folder.name for folder in PUBLISHED.iterdir() if (folder / "model_index.json").is_file())
+
+
+def config(folder: Path) -> dict[str, object]:
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_files_say_what_the_components_have(model: str) -> None:
+    run = compose_run([f"model={model}", "model.load=dummy"])
+    folders = [run.checkpoint.config_folder(name) for name in (run.denoiser, "vae")]
+    network, vae = (config(folder) for folder in folders)
+    parts = native_components(run.config.model.architecture, source_of(run, torch.device("cpu")))
+    side = token_side(run.config.model.architecture, network, vae)
+    assert side == parts.size_multiple
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["model=flux", "model.size_multiple=8"],
+            "model.size_multiple=8, but this checkpoint generates multiples of 16",
+        ),
+        (["model=wan_1_3b", "model.size_multiple=4"], "model.size_multiple=4, but this checkpoint generates multiples"),
+        (["model.size_multiple=1"], "model.size_multiple=1, but this checkpoint generates multiples of 8 pixels"),
+    ],
+)
+def test_a_wrong_side_is_refused(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["model.load=dummy", *overrides])
+    assert str(caught.value).startswith(line)
