@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from harness.config.schema import Load, ModelConfig, RunConfig
+from harness.config.schema import Load, RunConfig
 from harness.config.tasks import TRAITS
 from harness.device.device import torch_dtype
 from harness.messages import GenerationRequest
@@ -122,20 +122,3 @@ def cache_mib(config: RunConfig) -> float:
     if text.cache_mib is not None:
         return text.cache_mib
     return 0.0 if TRAITS[config.task.name].measures and text.keep_loaded else DEFAULT_CACHE_MIB
-
-
-def check_size_multiple(model: ModelConfig, components: Components) -> None:
-    """Refuse a multiple of image sizes that the checkpoint's tokens do not divide.
-
-    Args:
-        model: the model's configuration.
-        components: the loaded components.
-
-    Raises:
-        ValueError: with the multiple to set.
-    """
-    if model.size_multiple % components.size_multiple:
-        raise ValueError(
-            f"model.size_multiple={model.size_multiple}, but this checkpoint generates multiples of "
-            f"{components.size_multiple} pixels; set model.size_multiple={components.size_multiple}"
-        )

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from harness.build.common import cache_mib, check_size_multiple, limits_of, noise_scheduler_of
+from harness.build.common import cache_mib, limits_of, noise_scheduler_of
 from harness.caching.policies import cached_network, guidance_schedule
 from harness.config.cache import BLOCK_CACHES
 from harness.config.schema import ParallelConfig, Quantize, RunConfig
@@ -35,6 +35,7 @@ from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.engines_table import DIFFUSERS, SGLANG
+from harness.resolve.image_sides import check_size_multiple
 from harness.resolve.layout_rules import patches_of
 from harness.resolve.run import ResolvedRun
 from models.attention import attention_kernel, resolved_name
@@ -130,7 +131,7 @@ def native_pipeline(
         sharder = partial(drop_blocks, group=groups.ring)
     devices = dict.fromkeys(components_on_cpu(config, source), torch.device("cpu"))
     components = load(replace(source, shard_network=sharder, devices=devices), attention_kernel(backend))
-    check_size_multiple(model, components)
+    check_size_multiple(model.size_multiple, components.size_multiple)
     if model.quantize is not Quantize.none:
         quantize(components.network, components.plan, model.quantize.name, source)
     dtype = source.dtype_of(source.denoiser)

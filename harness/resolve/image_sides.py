@@ -22,14 +22,25 @@ def check_image_sides(config: RunConfig, layout: CheckpointLayout, denoiser: str
     Raises:
         ValueError: One line says what to set.
     """
-    model = config.model
     network, vae = _config(layout.config_folder(denoiser)), _config(layout.config_folder("vae"))
-    side = token_side(model.architecture, network, vae)
-    if side is None:
-        return
-    if model.size_multiple % side:
+    side = token_side(config.model.architecture, network, vae)
+    if side is not None:
+        check_size_multiple(config.model.size_multiple, side)
+
+
+def check_size_multiple(multiple: int, side: int) -> None:
+    """Refuse a multiple of image sizes that the tokens do not divide.
+
+    Args:
+        multiple: The key model.size_multiple.
+        side: The pixels of a token on a side.
+
+    Raises:
+        ValueError: One line says what to set.
+    """
+    if multiple % side:
         raise ValueError(
-            f"model.size_multiple={model.size_multiple}, but this checkpoint generates multiples of {side} pixels; set "
+            f"model.size_multiple={multiple}, but this checkpoint generates multiples of {side} pixels; set "
             f"model.size_multiple={side}"
         )
 

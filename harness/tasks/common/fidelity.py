@@ -155,7 +155,6 @@ def measure_fidelity(
             subject.not_held.append(name)
             subject.notes.append(f"fidelity: {name} is not held: {failure_line(error)}")
     claimed, names = method_class(config, methods)
-    worst = max(measured.outputs, key=lambda output: sum(output_errors(reference, output)))
     return Fidelity(
         method_class=claimed,
         methods=names,
@@ -165,7 +164,7 @@ def measure_fidelity(
         floor_pixel=floor.pixel,
         verdict=verdict(claimed, latent, pixel, floor.latent, floor.pixel, checks),
         reference=references.key(exact),
-        steps_rel_l2=rel_l2_by_step(reference, worst) if config.task.fidelity_per_step else None,
+        steps_rel_l2=rel_l2_by_step(reference, measured.outputs) if config.task.fidelity_per_step else None,
         checks=checks,
         not_held=subject.not_held,
         detectable=_detectable(subject, claimed, checks),
@@ -364,8 +363,9 @@ def output_errors(reference: GeneratedOutput, output: GeneratedOutput) -> Errors
     )
 
 
-def rel_l2_by_step(reference: GeneratedOutput, output: GeneratedOutput) -> list[float]:
-    """Return the relative L2 error of the state after every solver step, over all images."""
+def rel_l2_by_step(reference: GeneratedOutput, outputs: Sequence[GeneratedOutput]) -> list[float]:
+    """Return the relative L2 error of the state after every solver step, over all images of the worst output."""
+    output = max(outputs, key=lambda one: sum(output_errors(reference, one)))
     steps = range(len(reference.latents[0]))
     return [difference([x[i] for x in reference.latents], [x[i] for x in output.latents]).rel_l2 for i in steps]
 
