@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from harness.messages import GenerationRequest
 from harness.pipeline.state import RunContext, Sample
 from harness.pipeline.timesteps import image_tokens
-from harness.resolve.limits import check_frames, check_request, check_size
+from harness.resolve.limits import check_frames, check_largest_side, check_request, check_size
 from harness.resolve.prompts import check_guidance
 from schedulers.noise_scheduler import NoiseScheduler
 
@@ -71,11 +71,7 @@ class InputValidation:
         limits = self.limits
         check_request(request)
         check_size(request.height, request.width, limits.size_multiple, limits.max_pixels)
-        if limits.max_side is not None and max(request.height, request.width) > limits.max_side:
-            raise ValueError(
-                f"the request has {request.height} x {request.width} pixels; this checkpoint has positions for "
-                f"{limits.max_side} per side"
-            )
+        check_largest_side(request, limits.max_side)
         check_frames(request.frames, limits.frame_multiple, limits.max_frames)
         check_guidance(request, limits.has_guidance)
         limits.check_layout(request)

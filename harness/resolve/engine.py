@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 from harness.config.schema import BlockCacheConfig, RunConfig
 from harness.resolve.engines_table import (
@@ -11,6 +12,8 @@ from harness.resolve.engines_table import (
     NATIVE,
     baseline_attention,
 )
+from models.files import read_json
+from models.registry import ARCHITECTURES
 from schedulers.compatibility import scales_state
 from schedulers.settings import NoiseSchedulerSettings
 
@@ -40,6 +43,26 @@ def _check_noise_scheduler(config: RunConfig) -> None:
         raise ValueError(
             f"scheduler={family} does not fit diffusers' pipeline of model={name}, which does not scale what it feeds "
             f"its network; choose scheduler={' or scheduler='.join(fitting)}, or engine=native"
+        )
+
+
+def check_first_blocks(config: RunConfig, denoiser: Path) -> None:
+    """Refuse a block cache that computes all blocks of the network.
+
+    Args:
+        config: The configuration, whose engine is cache_dit.
+        denoiser: The folder of the denoiser's config.json.
+
+    Raises:
+        ValueError: One line says how many blocks it may compute.
+    """
+    network, first = read_json(denoiser / "config.json"), config.engine.cache.first_blocks
+    keys = (ARCHITECTURES[config.model.architecture].depth, "num_single_layers")
+    depth = sum(count for count in map(network.get, keys) if isinstance(count, int))
+    if first >= depth > 0:
+        raise ValueError(
+            f"engine.cache.first_blocks={first} leaves nothing to skip in a network of {depth} blocks; give at most "
+            f"{depth - 1}"
         )
 
 

@@ -92,3 +92,20 @@ def check_size(height: int, width: int, multiple: int, max_pixels: int) -> None:
             )
     if height * width > max_pixels:
         raise ValueError(f"the request asks for {height} x {width} pixels; height * width may be at most {max_pixels}")
+
+
+def check_largest_side(request: GenerationRequest, largest: int | None) -> None:
+    """Refuse a size at which the network has no positions any more.
+
+    Args:
+        request: The request.
+        largest: The largest side in pixels; None for no limit.
+
+    Raises:
+        ValueError: A side is longer.
+    """
+    if largest is not None and max(request.height, request.width) > largest:
+        raise ValueError(
+            f"the request has {request.height} x {request.width} pixels; this checkpoint has positions for {largest} "
+            "per side"
+        )

@@ -1,4 +1,4 @@
-"""Whether the request's prompts and guidance are what the network takes; checked without torch."""
+"""Whether prompts, their number of tokens and guidance are what the networks take; checked without torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from harness.messages import GenerationRequest
 from harness.resolve.checkpoint import CheckpointLayout
 from models.files import read_json
 from models.prompt_rules import check_no_prompt, class_number, read_names
+from models.registry import ARCHITECTURES
+
+CLIP_POSITIONS = 77  # transformers' default
 
 
 def check_prompts(model: ModelConfig, layout: CheckpointLayout, denoiser: str, request: GenerationRequest) -> None:
@@ -33,6 +36,25 @@ def check_prompts(model: ModelConfig, layout: CheckpointLayout, denoiser: str, r
         if isinstance(classes, int):
             for prompt in prompts:
                 class_number(prompt, names, classes)
+
+
+def check_text_tokens(model: ModelConfig, layout: CheckpointLayout) -> None:
+    """Refuse more tokens than a CLIP encoder has positions for, where model.text.tokens is its number.
+
+    Args:
+        model: The `model` group.
+        layout: The checkpoint's layout on disk.
+
+    Raises:
+        ValueError: One line says how many it takes.
+    """
+    if model.architecture not in ("sd", "sdxl"):
+        return
+    for encoder in set(ARCHITECTURES[model.architecture].weights) - {"vae"}:
+        file = layout.config_folder(encoder) / "config.json"
+        limit = read_json(file).get("max_position_embeddings", CLIP_POSITIONS) if file.is_file() else CLIP_POSITIONS
+        if isinstance(limit, int) and model.text.tokens > limit:
+            raise ValueError(f"model.text.tokens={model.text.tokens}; {file.parent} takes {limit} at most")
 
 
 def check_guidance(request: GenerationRequest, has_guidance: bool) -> None:

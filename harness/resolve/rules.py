@@ -17,14 +17,14 @@ from harness.records.media import ffmpeg
 from harness.resolve.checkpoint import check_checkpoint
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, check_learned_variance
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
-from harness.resolve.engine import check_baseline_settings, check_engine
-from harness.resolve.engines_table import NATIVE, refuse_missing_engine
+from harness.resolve.engine import check_baseline_settings, check_engine, check_first_blocks
+from harness.resolve.engines_table import CACHE_DIT, NATIVE, refuse_missing_engine
 from harness.resolve.image_sides import check_image_sides
 from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.options import check_options
-from harness.resolve.prompts import check_prompts
+from harness.resolve.prompts import check_prompts, check_text_tokens
 from harness.resolve.published_scheduler import check_published_scheduler
 from harness.resolve.request import to_message
 from harness.resolve.run import ResolvedRun
@@ -153,6 +153,9 @@ def _check_model(run: ResolvedRun) -> None:
     check_checkpoint(config.model, run.checkpoint, run.denoiser)
     check_learned_variance(config, run.checkpoint.config_folder(run.denoiser))
     check_image_sides(config, run.checkpoint, run.denoiser)
+    check_text_tokens(config.model, run.checkpoint)
+    if config.engine.name == CACHE_DIT:
+        check_first_blocks(config, run.checkpoint.config_folder(run.denoiser))
     check_prompts(config.model, run.checkpoint, run.denoiser, to_message(config.request))
     if config.scheduler.family == PUBLISHED_FAMILY:
         check_published_scheduler(config.scheduler, run.checkpoint.folder, config.request.steps)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from models.configs import sd3, wan
+
 PATCHES: Mapping[str, str | int] = {
     "pixart": "patch_size",
     "dit": "patch_size",
@@ -33,6 +35,22 @@ def token_side(architecture: str, denoiser: Mapping[str, object], vae: Mapping[s
         patch = patch[-1]
     stride = _stride(vae)
     return stride * patch if isinstance(patch, int) and stride is not None else None
+
+
+def largest_side(architecture: str, denoiser: Mapping[str, object], token: int) -> int | None:
+    """Return the pixels on a side at which the network's positions end; None if they do not end.
+
+    Args:
+        architecture: The name of the architecture.
+        denoiser: The content of the denoiser's config.json.
+        token: The pixels of a token on a side.
+    """
+    ends = {"sd3": ("pos_embed_max_size", sd3.DEFAULTS), "wan": ("rope_max_seq_len", wan.DEFAULTS)}
+    if architecture not in ends:
+        return None
+    key, defaults = ends[architecture]
+    positions = denoiser.get(key, defaults[key])
+    return token * positions if isinstance(positions, int) else None
 
 
 def _stride(vae: Mapping[str, object]) -> int | None:

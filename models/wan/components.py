@@ -51,6 +51,7 @@ def load(source: CheckpointSource, kernel: AttentionKernel) -> Components:
             f"{source.folder}: the network outputs {network.config.channels} latent channels, the VAE decodes "
             f"{decoder.space.channels}"
         )
+    token = decoder.space.stride * network.config.patch
     return Components(
         network=network,
         load_prompts=partial(load_umt5_prompts, source),
@@ -58,5 +59,6 @@ def load(source: CheckpointSource, kernel: AttentionKernel) -> Components:
         plan=PLAN,
         precompute=PRECOMPUTE,
         latent=decoder.space,
-        size_multiple=decoder.space.stride * network.config.patch,
+        size_multiple=token,
+        max_side=token * network.config.max_positions,
     )

@@ -30,6 +30,14 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
     ("overrides", "message"),
     [
         (["model=sd15", "model.load=dummy"], "does not go with model=sd15: .* is a U-Net; use engine=diffusers"),
+        (
+            ["engine.cache.first_blocks=6"],
+            "first_blocks=6 leaves nothing to skip in a network of 6 blocks; give at most 5",
+        ),
+        (
+            ["model=flux", "model.load=dummy", "engine.cache.first_blocks=57"],
+            "first_blocks=57 leaves nothing to skip in a network of 57 blocks; give at most 56",
+        ),
         (["engine.cache.first_blocks=0"], "first_blocks=0; give 1 to 1000"),
         (["engine.cache.warmup=0"], "warmup=0; give 1 to 10000"),
         (["engine.cache.threshold=0"], "threshold=0.0; give more than 0"),
@@ -118,13 +126,9 @@ def test_its_images_are_diffusers_except_for_what_it_skips(tmp_path: Path, name:
     depth, cut, evaluations = map(int, re.findall(r"of (\d+) blocks in (\d+) of (\d+)", note)[0])
     assert cut == 5, "2 to warm up, 3 in a row cut short, one whole, 2 cut short"
     assert less.record.summary.nfe == evaluations - cut
+    with pytest.raises(ConfigError, match=f"leaves nothing to skip in a network of {depth} blocks"):
+        compose_run([*own, "engine=cache_dit", f"engine.cache.first_blocks={depth}"])
+    compose_run([*own, "engine=cache_dit", f"engine.cache.first_blocks={depth - 1}"])
     most = (depth - 1) * cut * whole.flops / (depth * evaluations)
     assert 0.5 * most < whole.flops - less.flops <= most
     assert 0 < np.abs(whole.pixels - less.pixels).mean() < 0.1
-
-
-@pytest.mark.slow
-def test_a_network_without_blocks_to_skip_is_refused() -> None:
-    pytest.importorskip("cache_dit")
-    with pytest.raises(ValueError, match=r"first_blocks=6 leaves nothing to skip.* give at most 5"):
-        generate("model=emoji", "engine=cache_dit", "engine.cache.first_blocks=6", prompt="castle")

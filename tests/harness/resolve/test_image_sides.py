@@ -8,7 +8,7 @@ import torch
 from harness.baselines.build import native_components
 from harness.build.common import source_of
 from harness.resolve.compose import ConfigError, compose_run
-from models.configs.image_sizes import token_side
+from models.configs.image_sizes import largest_side, token_side
 from models.files import read_json
 from models.registry import PUBLISHED
 
@@ -28,6 +28,7 @@ def test_the_files_say_what_the_components_have(model: str) -> None:
     parts = native_components(run.config.model.architecture, source_of(run, torch.device("cpu")))
     side = token_side(run.config.model.architecture, network, vae)
     assert side == parts.size_multiple
+    assert largest_side(run.config.model.architecture, network, side) == parts.max_side
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,14 @@ def test_the_files_say_what_the_components_have(model: str) -> None:
             "model.size_multiple=8, but this checkpoint generates multiples of 16",
         ),
         (["model=wan_1_3b", "model.size_multiple=4"], "model.size_multiple=4, but this checkpoint generates multiples"),
+        (
+            ["model=sd3", "model.max_pixels=16000000", "request.height=64", "request.width=3088"],
+            "the request has 64 x 3088 pixels; this checkpoint has positions for 3072 per side",
+        ),
+        (
+            ["model=wan_1_3b", "model.max_pixels=16000000", "request.height=16", "request.width=16400"],
+            "the request has 16 x 16400 pixels; this checkpoint has positions for 16384 per side",
+        ),
         (["model.size_multiple=1"], "model.size_multiple=1, but this checkpoint generates multiples of 8 pixels"),
     ],
 )

@@ -12,6 +12,8 @@ FLUX = ["model=flux", "scheduler=rectified_flow", "model.load=dummy"]
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
+        (["model=sdxl", "model.text.tokens=78", "model.load=dummy"], "model.text.tokens=78; "),
+        (["model=sd15", "model.text.tokens=100", "model.load=dummy"], "model.text.tokens=100; "),
         (["scheduler.state_dtype=bf16"], "scheduler.state_dtype=bf16 is not one of float32, float16, bfloat16; did"),
         (["scheduler.solver.kind=huen"], "scheduler.solver.kind=huen is not one of midpoint, heun; did you mean heun?"),
         (["scheduler.solver.b=bh9"], "scheduler.solver.b=bh9 is not one of bh1, bh2; did you mean bh"),
