@@ -162,6 +162,7 @@ class RankReport(msgspec.Struct, frozen=True):
             it is not reported or another rank reports it.
         cpu_s: the CPU time of the rank's process, s; None in answers of other engines.
         involuntary_switches: how often another process took the rank's processor.
+        operator_errors: the operators that were compared with float64 so far, if fidelity is measured.
     """
 
     rank: int
@@ -179,6 +180,7 @@ class RankReport(msgspec.Struct, frozen=True):
     energy_j: float | None = None
     cpu_s: float | None = None
     involuntary_switches: int = 0
+    operator_errors: list[OperatorError] = []
 
 
 class SampleResult(msgspec.Struct, frozen=True):
@@ -309,7 +311,6 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
         threads: the CPU threads of each rank.
         loaded: rank 0's components, each with the loading time of the slowest rank.
         ceiling_tflops: the rate of a matrix product in the denoiser's dtype by rank, TFLOP/s, if it was measured.
-        operators: the operators in the run's dtype, each with its largest error of any rank, if fidelity is measured.
         hosts: the machine's name by node (a torchrun agent).
         running: the number of requests in progress.
         evaluations: the forwards of the denoiser since the ranks were ready, on the first rank of each replica.
@@ -328,7 +329,6 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     threads: int = 0
     loaded: list[LoadedComponent] = []
     ceiling_tflops: list[float] = []
-    operators: list[OperatorError] = []
     hosts: list[str] = []
     running: int = 0
     evaluations: int = 0

@@ -14,7 +14,7 @@ from harness.caching.policies import cached_network, guidance_schedule
 from harness.config.cache import BLOCK_CACHES
 from harness.config.schema import ParallelConfig, Quantize, RunConfig
 from harness.optimize.apply import ReplaySupport, optimize
-from harness.optimize.precision import OperatorCheck
+from harness.optimize.operator_check import OperatorCheck
 from harness.parallel.attention import SequenceState
 from harness.parallel.displaced import DisplacedPatches
 from harness.parallel.fsdp import apply_fsdp
@@ -150,13 +150,14 @@ def native_pipeline(
         apply_fsdp(components.network, components.plan, groups.weights, source.device)
     noise_scheduler = noise_scheduler_of(run, source, components)
     text = TextEncoding(
-        optimized.load_prompts, components.guidance, PromptCache(cache_mib(config)), model.text.keep_loaded
+        operators.compare_loaded(optimized.load_prompts),
+        components.guidance,
+        PromptCache(cache_mib(config)),
+        model.text.keep_loaded,
     )
-    operators.compare_operators()  # of the text encoders
     network = optimized.network if cached is None else cached
-    notes = (*optimized.notes, *operators.notes())
     options = DenoisingOptions(
-        optimized.precompute, guidance_schedule(config.cache), cached is not None, stale_kv, notes
+        optimized.precompute, guidance_schedule(config.cache), cached is not None, stale_kv, optimized.notes
     )
     denoising = Denoising(network, dtype, noise_scheduler, components.guidance, groups.cfg, options)
     decoding = Decoding(decoder_of(optimized.decoder, groups, config.parallel))

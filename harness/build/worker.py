@@ -17,7 +17,7 @@ from harness.device.energy import EnergyMeter, NoEnergy, PackageEnergy
 from harness.device.flops import ceiling_tflops
 from harness.device.memory import MemoryMeter, ResidentMemory
 from harness.messages import LoadedComponent
-from harness.optimize.precision import OperatorCheck
+from harness.optimize.operator_check import OperatorCheck
 from harness.optimize.upcast import should_upcast
 from harness.parallel.mesh import RankPosition
 from harness.parallel.process_groups import single_rank_groups

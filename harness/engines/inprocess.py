@@ -91,7 +91,6 @@ class InprocessEngine:
             threads=threads,
             loaded=worker.loaded,
             ceiling_tflops=[measure_ceiling(self._config, device)],
-            operators=worker.operators.errors,
             hosts=[socket.gethostname()],
             cpu_capability=torch.backends.cpu.get_cpu_capability(),
         )

@@ -25,7 +25,7 @@ from harness.engines.environment import OWNER, SOCKETS, threads_per_rank
 from harness.engines.preimport import import_required
 from harness.engines.processes import is_alive
 from harness.engines.torchrun import RankError
-from harness.messages import EngineInfo, LoadedComponent, OperatorError
+from harness.messages import EngineInfo, LoadedComponent
 from harness.parallel.mesh import RankPosition
 from harness.records.record import write_atomically
 from harness.resolve.run import ResolvedRun
@@ -49,7 +49,6 @@ class RankInfo(msgspec.Struct, frozen=True):
     ceiling_tflops: float = 0.0
     node: int = 0
     host: str = ""
-    operators: list[OperatorError] = []
 
 
 class StoreCancelFlags:
@@ -142,7 +141,6 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
     from harness.build.native import attention_name
     from harness.build.worker import build_worker, measure_ceiling
     from harness.device.device import pick_device, prepare_cpu
-    from harness.optimize.precision import worst_errors
     from harness.parallel.collectives import Collectives, GlooCollectives, LocalCollectives
     from harness.serving.continuous_batching import ContinuousBatchScheduler
     from harness.serving.control import ControlThread, shutdown_listener
@@ -171,8 +169,7 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
         load_ms = (time.perf_counter() - start) * 1e3 - worker.operators.duration_ms
         collectives.gather([])  # all ranks have loaded, so that all measure at the same time
         node, host = int(os.environ["GROUP_RANK"]), socket.gethostname()
-        ceiling, errors = measure_ceiling(config, device), worker.operators.errors
-        own_info = RankInfo(os.getpid(), load_ms, worker.loaded, ceiling, node, host, errors)
+        own_info = RankInfo(os.getpid(), load_ms, worker.loaded, measure_ceiling(config, device), node, host)
         gathered = collectives.gather([msgspec.msgpack.encode(own_info)])
         infos = [msgspec.msgpack.decode(frames[0], type=RankInfo) for frames in gathered]
         serves = TRAITS[config.task.name].serves
@@ -189,8 +186,7 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
         loaded, ceilings = slowest_load_times([f.loaded for f in infos]), [f.ceiling_tflops for f in infos]
         hosts = list({f.node: f.host for f in infos}.values())
         loaded_info = msgspec.structs.replace(info, pids=pids, load_ms=load_ms, loaded=loaded, hosts=hosts)
-        operators = worst_errors(f.operators for f in infos)
-        control.set_info(msgspec.structs.replace(loaded_info, ceiling_tflops=ceilings, operators=operators))
+        control.set_info(msgspec.structs.replace(loaded_info, ceiling_tflops=ceilings))
         requests, wake = router(context, addresses.requests), shutdown_listener(context)
         if serves:
             check = check_with_limits(worker.pipeline.check, config.serve)

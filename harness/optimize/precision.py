@@ -16,31 +16,18 @@ from __future__ import annotations
 import copy
 import math
 import re
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from harness.messages import OperatorError
-from harness.optimize.attention_precision import (
-    AttentionInputs,
-    attention_sizes,
-    lse_errors,
-    output_error,
-    random_inputs,
-    takes_mask,
-)
 from harness.optimize.precompute import OutputSlice, Passthrough
 from harness.optimize.winograd import WinogradConv2d
 from harness.parallel.parallelize import ColumnParallelLinear, RowParallelLinear
-from models.attention import attention_kernel, lse_kernel, resolved_name
-from models.components import Components, PromptEncoder, networks_in
 from models.layers import QKVProjection
-from models.plan import ParallelPlan
 
 LINEARS = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -54,10 +41,6 @@ OUTPUT_STD = 3.0
 """The size of random outputs, so that a GELU after them gets its whole range."""
 GELU_TAIL = (-3.5, -2.5)
 ROUNDINGS = 3.0
-UNUSED_IN_DECODING = ("encoder", "quant_conv")
-"""The modules of an autoencoder that no request runs."""
-SLOW_MS = 1000.0
-"""A check that takes longer gets a note in the record."""
 
 
 @dataclass(frozen=True)
@@ -98,140 +81,6 @@ class ReplacedOperator:
     name: str
     forward: Callable[[Tensor], Tensor]
     activation: nn.Module | None
-
-
-class OperatorCheck:
-    """Watches networks before they are optimized, and compares their replaced operators afterwards.
-
-    Args:
-        device: the device that computes.
-        enabled: whether to compare anything.
-        seed: the seed of the random inputs.
-
-    Attributes:
-        errors: one row for each distinct operator that was compared.
-        not_compared: what was left out, and why.
-        duration_ms: the time that it took, ms.
-    """
-
-    def __init__(self, device: torch.device, enabled: bool = True, seed: int = 0) -> None:
-        self.errors: list[OperatorError] = []
-        self.not_compared: list[str] = []
-        self.duration_ms = 0.0
-        self._device = device
-        self._enabled = enabled
-        self._generator = torch.Generator().manual_seed(seed)
-        self._seed = seed
-        self._watched: list[tuple[nn.Module, list[PlainOperator]]] = []
-        self._sizes: list[tuple[int, int]] = []
-        self._compared: set[tuple[str, torch.dtype]] = set()
-
-    def watch(self, components: Components) -> Components:
-        """Remember the operators of loaded components as they are now, and of prompt encoders once they are loaded.
-
-        Args:
-            components: the components, before harness.optimize.apply changes them.
-
-        Returns:
-            The components to optimize.
-        """
-        if not self._enabled:
-            return components
-        self._sizes = attention_sizes(components.network)
-        self._watch_network(components.network)
-        for network in networks_in(components.decoder):
-            self._watch_network(network, UNUSED_IN_DECODING)
-        load, loaded = components.load_prompts, False
-
-        def load_prompts() -> PromptEncoder:
-            nonlocal loaded
-            encoder = load()
-            for network in () if loaded else networks_in(encoder):
-                self._watch_network(network)
-            loaded = True
-            return encoder
-
-        return replace(components, load_prompts=load_prompts)
-
-    def compare_operators(self) -> None:
-        """Compare the replaced operators of every network that was watched since the last call."""
-        started = time.perf_counter()
-        with torch.inference_mode():
-            for network, operators in self._watched:
-                compiled = _compiled_modules(network)
-                if compiled:
-                    self._leave_out("compiled blocks")
-                for operator in operators:
-                    if not any(operator.path == name or operator.path.startswith(f"{name}.") for name in compiled):
-                        self._compare(network, operator)
-        self._watched = []
-        self.duration_ms += (time.perf_counter() - started) * 1e3
-
-    def compare_attention(self, backend: str, with_lse: bool, plan: ParallelPlan, dtype: torch.dtype) -> None:
-        """Compare the attention kernels of the run, with the heads of the watched network.
-
-        Args:
-            backend: the name of the attention backend.
-            with_lse: whether a ring calls the kernel that also returns the log-sum-exp.
-            plan: the network's plan, which says whether there is a mask, and which attention stays out of a ring.
-            dtype: the dtype of the network.
-        """
-        if not self._enabled:
-            return
-        started = time.perf_counter()
-        with torch.inference_mode():
-            for heads, channels in self._sizes:
-                for masked in (False, True) if takes_mask(plan) else (False,):
-                    inputs = random_inputs(heads, channels, dtype, self._device, masked, self._seed)
-                    try:
-                        self._compare_kernels(backend, with_lse, bool(plan.local_attention), inputs)
-                    except NotImplementedError as error:  # the first request will fail with it
-                        self._leave_out(f"attention ({error})")
-        self.duration_ms += (time.perf_counter() - started) * 1e3
-
-    def notes(self) -> tuple[str, ...]:
-        """Return what the record should say of the comparison: what was left out, and a time of over a second."""
-        left_out = (f"not compared with float64: {', '.join(self.not_compared)}",) if self.not_compared else ()
-        if self.duration_ms <= SLOW_MS:
-            return left_out
-        took = f"operators were compared with float64 in {self.duration_ms / 1e3:.1f} s while the engine loaded"
-        return (*left_out, took)
-
-    def _watch_network(self, network: nn.Module, unused: Sequence[str] = ()) -> None:
-        started = time.perf_counter()
-        operators, quantized = plain_operators(network, unused)
-        self._watched.append((network, operators))
-        if quantized:
-            self._leave_out("8-bit linears")
-        self.duration_ms += (time.perf_counter() - started) * 1e3
-
-    def _leave_out(self, what: str) -> None:
-        if what not in self.not_compared:
-            self.not_compared.append(what)
-
-    def _compare_kernels(self, backend: str, with_lse: bool, local: bool, inputs: AttentionInputs) -> None:
-        name = resolved_name(backend, self._device.type, with_lse)
-        if backend == "sage":
-            self._leave_out(f"8-bit attention ({name})")
-            return
-        if with_lse:
-            self.errors += lse_errors(name, lse_kernel(backend), inputs)
-        if local or not with_lse:
-            name = resolved_name(backend, self._device.type)
-            self.errors.append(output_error(name, attention_kernel(backend), inputs))
-
-    def _compare(self, network: nn.Module, operator: PlainOperator) -> None:
-        replaced = replaced_operator(network, operator)
-        weight = next(operator.plain.parameters())
-        if replaced is None or (replaced.name, weight.dtype) in self._compared:
-            return
-        self._compared.add((replaced.name, weight.dtype))
-        if weight.device.type != self._device.type:
-            self._leave_out("weights that are not on the device yet")
-            return
-        rel_l2, bound = operator_error(operator, replaced, self._generator)
-        dtype = str(weight.dtype).removeprefix("torch.")
-        self.errors.append(OperatorError(f"{replaced.name}, {pattern_of(operator.path)}", dtype, rel_l2, bound))
 
 
 def plain_operators(network: nn.Module, unused: Sequence[str] = ()) -> tuple[list[PlainOperator], bool]:
@@ -277,7 +126,8 @@ def _plain_operator(network: nn.Module, path: str, module: nn.Module, weights: S
     chosen = chosen.to(weights[0].device)
     if isinstance(module, QKVProjection):
         parts = [
-            _copy(linear, lambda x: x.index_select(0, chosen)) for linear in (module.to_q, module.to_k, module.to_v)
+            copy_module(linear, lambda x: x.index_select(0, chosen))
+            for linear in (module.to_q, module.to_k, module.to_v)
         ]
         plain, bias = parts[0], parts[0].bias
         plain.weight = nn.Parameter(torch.cat([part.get_parameter("weight") for part in parts]), requires_grad=False)
@@ -285,7 +135,7 @@ def _plain_operator(network: nn.Module, path: str, module: nn.Module, weights: S
             plain.bias = nn.Parameter(torch.cat([part.get_parameter("bias") for part in parts]), requires_grad=False)
         features = torch.cat([chosen + len(weight) * n for n, weight in enumerate(weights)])
     else:
-        plain, features = _copy(module, lambda x: x.index_select(0, chosen)), chosen
+        plain, features = copy_module(module, lambda x: x.index_select(0, chosen)), chosen
     parent, _, leaf = path.rpartition(".")
     activation = network.get_submodule(parent)._modules.get("activation") if leaf == "up" else None
     linear = len(inner) == 1
@@ -303,7 +153,7 @@ def _plain_operator(network: nn.Module, path: str, module: nn.Module, weights: S
     )
 
 
-def _copy(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
+def copy_module(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
     """Return a module of the same class with changed parameters; it shares everything else."""
     copied = copy.copy(module)
     copied._parameters = {
@@ -311,7 +161,7 @@ def _copy(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
         for name, x in module._parameters.items()
     }
     copied._buffers = dict(module._buffers)
-    copied._modules = {name: None if x is None else _copy(x, change) for name, x in module._modules.items()}
+    copied._modules = {name: None if x is None else copy_module(x, change) for name, x in module._modules.items()}
     return copied
 
 
@@ -372,11 +222,6 @@ def _precomputed(module: nn.Module) -> nn.Module:
     return module.source if isinstance(module, OutputSlice | Passthrough) else module
 
 
-def _compiled_modules(network: nn.Module) -> list[str]:
-    """Return the names of the modules whose forward is compiled; what runs in them is no module any more."""
-    return [name for name, module in network.named_modules() if "forward" in vars(module)]
-
-
 def pattern_of(path: str) -> str:
     """Return a module's name with * for numbers, or `network` for a network that is one operator."""
     return re.sub(r"\b\d+\b", "*", path) or "network"
@@ -396,7 +241,7 @@ def operator_error(
         The error and the bound.
     """
     weight = next(operator.plain.parameters())
-    plain = _copy(operator.plain, lambda x: x.double())
+    plain = copy_module(operator.plain, lambda x: x.double())
     exact_forward = plain.partial_product if isinstance(plain, RowParallelLinear) else plain
     x = torch.randn(operator.input_shape, generator=generator, dtype=torch.float64).to(weight.device)
     x[1] = 0
@@ -423,12 +268,3 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
         return 1.0
     error, size = float((found.double() - exact).norm()), float(exact.norm())
     return error / size if size > 0 else float(error > 0)
-
-
-def worst_errors(ranks: Iterable[Sequence[OperatorError]]) -> list[OperatorError]:
-    """Return one row for each operator of any rank: the one whose error is largest for its bound."""
-    found: dict[tuple[str, str], OperatorError] = {}
-    for row in (row for rows in ranks for row in rows):
-        worst = found.get((row.operator, row.dtype), row)
-        found[row.operator, row.dtype] = max(row, worst, key=lambda each: each.rel_l2 / each.bound)
-    return list(found.values())

@@ -27,7 +27,7 @@ from harness.messages import (
     SampleResult,
     encode,
 )
-from harness.optimize.precision import OperatorCheck
+from harness.optimize.operator_check import OperatorCheck
 from harness.parallel.mesh import RankPosition
 from harness.parallel.process_groups import ProcessGroups, single_rank_groups
 from harness.pipeline.composed import ComposedPipeline
@@ -191,10 +191,11 @@ class Worker:
             network_evaluations=run.clock.evaluations,
             peak_memory_mib=self.memory.peak_mib(),
             memory_checkpoints=points,
-            notes=run.notes,
+            notes=[*run.notes, *self.operators.notes()],
             comm=run.comm,
             flops=run.clock.flops,
             operators=run.clock.operators,
+            operator_errors=self.operators.errors,
             skips=run.skips,
             energy_j=run.energy.used_j(),
             cpu_s=used.cpu_s,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
-from harness.messages import EngineInfo
+from harness.messages import EngineInfo, OperatorError
 from harness.metrics.difference import Difference, difference
 from harness.metrics.fidelity import (
     APPROXIMATE,
@@ -52,7 +52,7 @@ REFERENCE, PEER = "the float32 reference", "engine=diffusers in float32"
 
 
 class MeasuredOutputs:
-    """The outputs of a run's repeats, each different one once, and the state of the engine that made them.
+    """The outputs of a run's repeats, each different one once, and the engine that made them.
 
     Args:
         info: State of the engine.
@@ -61,12 +61,14 @@ class MeasuredOutputs:
         outputs: Outputs that differ in some bit, in the order in which they appeared.
         repeats: Numbers of the repeats that made each of them, from 1.
         info: State of the engine.
+        operators: Operators that its ranks have compared with float64.
     """
 
     def __init__(self, info: EngineInfo) -> None:
         self.outputs: list[GeneratedOutput] = []
         self.repeats: list[list[int]] = []
         self.info = info
+        self.operators: list[OperatorError] = []
 
     def add(self, output: GeneratedOutput) -> None:
         """Add the output of the next repeat."""
@@ -306,8 +308,8 @@ def _steps_and_tokens(config: RunConfig) -> tuple[int, int]:
 
 
 def hold_operators(subject: Subject) -> list[Check]:
-    """Hold code that exists in one dtype only to float64; the ranks have measured it as they loaded."""
-    operators = subject.measured.info.operators
+    """Hold code that exists in one dtype only to float64; the ranks have measured it."""
+    operators = subject.measured.operators
     rows = [check("operators", row.rel_l2, row.bound, f"{row.operator} in float64") for row in operators]
     return sorted(rows, key=lambda row: row.error / row.bound)[-1:]
 

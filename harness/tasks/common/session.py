@@ -110,6 +110,7 @@ class MeasurementSession:
         self._results.append(generation.result)
         if self.outputs is not None and self._latents != "none":
             self.outputs.add(GeneratedOutput(generation.latents, generation.pixels))
+            self.outputs.operators = [row for rank in generation.result.ranks for row in rank.operator_errors]
 
     @property
     def last(self) -> Generation:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harness.messages import OperatorError
 from harness.optimize.attention_precision import attention_sizes, lse_errors, output_error, random_inputs, takes_mask
-from harness.optimize.precision import OperatorCheck
+from harness.optimize.operator_check import OperatorCheck
 from models.attention import BACKENDS, AttentionKernel, lse_kernel, math_attention, resolved_name, table
 from models.attention.backend import Backend
 from models.attention.lse import WITH_LSE

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from harness.build.worker import build_worker
 from harness.engines.inprocess import InprocessEngine
-from harness.messages import EngineInfo, GenerationRequest, OperatorError, RankOutcome, decode
+from harness.messages import GenerationRequest, OperatorError, RankOutcome, RankReport, decode
 from harness.optimize import apply, decoder
 from harness.optimize.compile_blocks import blocks_of
 from harness.optimize.decoder import apply_winograd
 from harness.optimize.fuse import fuse_projections
-from harness.optimize.precision import OperatorCheck, worst_errors
+from harness.optimize.operator_check import OperatorCheck
 from harness.optimize.prepack import PackedLinear, prepack
 from harness.optimize.upcast import UpcastLinear, upcast
 from harness.optimize.winograd import WinogradConv2d
@@ -253,7 +253,7 @@ def test_a_planted_fault_of_winograd_convolutions_is_seen() -> None:
 
 
 def test_what_is_not_compared_is_said() -> None:
-    """Compiled blocks, whose modules run no more, and quantized linears."""
+    """Quantized linears; compiled blocks, whose modules run no more, are compared when they are first called."""
 
     class Quantized(Tensor):
         pass
@@ -270,8 +270,7 @@ def test_what_is_not_compared_is_said() -> None:
     parts = check.watch(parts)
     change(parts)
     check.compare_operators()
-    assert check.not_compared == ["8-bit linears", "compiled blocks"]
-    assert check.notes() == ("not compared with float64: 8-bit linears, compiled blocks",)
+    assert check.notes() == ("not compared with float64: 8-bit linears",)
     assert {row.operator.split(", ")[1] for row in check.errors} == {"patch_embed", "head_modulation"}
 
 
@@ -294,27 +293,26 @@ def test_nothing_is_compared_unless_it_is_enabled() -> None:
     assert (check.errors, check.notes()) == ([], ())
 
 
-def test_the_worst_of_all_ranks_is_reported() -> None:
-    rows = [OperatorError("a", "bfloat16", 0.1, 0.2), OperatorError("b", "bfloat16", 0.1, 0.2)]
-    worse = [OperatorError("a", "bfloat16", 0.1, 0.05), OperatorError("c", "float32", 0.0, 0.1)]
-    assert worst_errors([rows, worse]) == [worse[0], rows[1], worse[1]]
+def report_of(*overrides: str) -> RankReport:
+    """Return what a rank reports of its first request."""
+    config = compose_run(["model=emoji", *overrides]).config
+    worker = build_worker(ResolvedRun(config), RankPosition(0, degrees(config.parallel)), CPU)
+    request = GenerationRequest("a", ["rocket"], steps=1, guidance=1.0, height=32, width=32)
+    outcome = decode(worker.generate(request, lambda *progress: None, lambda: False))
+    assert isinstance(outcome, RankOutcome)
+    assert outcome.report is not None
+    return outcome.report
 
 
-def engine_info(*overrides: str) -> EngineInfo:
-    config = compose_run(["model=emoji", "launch.mode=inprocess", "launch.threads_per_rank=1", *overrides]).config
-    engine = InprocessEngine(config)
-    try:
-        return engine.start(lambda info: None)
-    finally:
-        engine.stop()
-
-
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("slow", [True, pytest.param(False, marks=NEEDS_BFLOAT16)])
-def test_an_engine_that_measures_fidelity_compares_its_operators(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the text encoder too, on a processor with and without instructions for bfloat16."""
+def test_a_rank_that_measures_fidelity_compares_its_operators(
+    slow: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the text encoder too, whenever it is loaded, with and without instructions for bfloat16."""
     monkeypatch.setattr(apply, "should_upcast", lambda device, dtype: slow)
     monkeypatch.setattr(apply, "should_prepack", lambda device, dtype: not slow)
-    rows = engine_info("task=bench", "model.dtype=bfloat16").operators
+    rows = report_of("task=bench", "model.dtype=bfloat16", f"model.text.keep_loaded={kept}").operator_errors
     kinds = {row.operator.split(" ")[0] for row in rows}
     assert kinds == ({"UpcastLinear", "UpcastConv2d", "attention"} if slow else {"PackedLinear", "attention"})
     assert any("encoder" in row.operator for row in rows) == slow
@@ -326,16 +324,15 @@ def test_the_time_is_not_part_of_loading_and_is_noted_if_it_is_long(monkeypatch:
         check.duration_ms += 1e9
 
     monkeypatch.setattr(OperatorCheck, "compare_attention", take_long)
-    assert engine_info("task=bench").load_ms < 0
-    config = compose_run(["model=emoji", "task=bench"]).config
-    worker = build_worker(ResolvedRun(config), RankPosition(0, degrees(config.parallel)), CPU)
-    request = GenerationRequest("a", ["rocket"], steps=1, guidance=1.0, height=32, width=32)
-    outcome = decode(worker.generate(request, lambda *progress: None, lambda: False))
-    assert isinstance(outcome, RankOutcome)
-    assert outcome.report is not None
-    assert any(note.startswith("operators were compared with float64 in 10") for note in outcome.report.notes)
+    config = compose_run(["model=emoji", "launch.mode=inprocess", "launch.threads_per_rank=1", "task=bench"]).config
+    engine = InprocessEngine(config)
+    try:
+        assert engine.start(lambda info: None).load_ms < 0
+    finally:
+        engine.stop()
+    assert any(note.startswith("operators were compared with float64 in 10") for note in report_of("task=bench").notes)
 
 
 @pytest.mark.parametrize("overrides", [["task=generate"], ["task=bench", "task.fidelity=false"]])
-def test_an_engine_that_measures_no_fidelity_compares_nothing(overrides: list[str]) -> None:
-    assert engine_info("model.dtype=bfloat16", *overrides).operators == []
+def test_a_rank_that_measures_no_fidelity_compares_nothing(overrides: list[str]) -> None:
+    assert report_of("model.dtype=bfloat16", *overrides).operator_errors == []
