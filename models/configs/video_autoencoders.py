@@ -45,8 +45,9 @@ BOTH: Mapping[str, Rule] = {
         NUMBERS,
     ),
 }  # fmt: skip
-QWEN_IMAGE_RULES: Mapping[str, Rule] = BOTH | {"input_channels": (3, SIZE)}
-WAN_RULES: Mapping[str, Rule] = BOTH | {
+QWEN_IMAGE_RULES: Mapping[str, Rule] = {**BOTH, "input_channels": (3, SIZE)}
+WAN_RULES: Mapping[str, Rule] = {
+    **BOTH,
     "decoder_base_dim": (None, OPTIONAL_SIZE),
     "in_channels": (3, SIZE),
     "out_channels": (3, SIZE),
