@@ -14,7 +14,7 @@ import yaml
 
 from harness.config.schema import ComponentConfig, DType, Load, ModelConfig
 from models import hub
-from models.configs.libraries import PROJECTED, check_weights_of_library
+from models.configs.libraries import PROJECTED, check_weights_of_library, expected_of_library
 from models.configs.table import expected_tensors
 from models.detect import class_name, denoiser_class, is_component, matching_architectures, pipeline_name
 from models.files import (
@@ -215,14 +215,17 @@ def _check_network(model: ModelConfig, layout: CheckpointLayout, name: str, deno
         classes = (row.vae,)
     stored = check_component(folder, None if model.load is Load.dummy else weights, classes)
     expected = expected_tensors(model.architecture, folder) if name == denoiser else None
+    projected = name in PROJECTED.get(model.architecture, ())
     if model.load is Load.dummy:
+        if expected is None:
+            expected_of_library(folder, projected)
         return
     check_layout_of_weights(stored, str(read_json(folder / "config.json").get("_class_name")), weights)
     if expected is not None:
         found = {name: tensor.shape for name, tensor in stored.items()}
         check_names_and_shapes(expected, found, f"{weights} (sizes of {folder / 'config.json'})")
     else:
-        check_weights_of_library(folder, stored, weights, name in PROJECTED.get(model.architecture, ()))
+        check_weights_of_library(folder, stored, weights, projected)
 
 
 def _present(row: Architecture, layout: CheckpointLayout, denoiser: str) -> list[str]:

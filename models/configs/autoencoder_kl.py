@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from models.configs.options import Rule, is_flag, is_size, known_options, list_of, one_of, per_level
+from models.configs.options import SIZE, SIZES, Rule, is_flag, known_options, list_of, one_of, per_level
 from models.configs.shapes import TensorShapes
 from models.configs.unet_blocks import BlockShapes, down_channels
 
 DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 RULES: Mapping[str, Rule] = {
-    "in_channels": (3, is_size),
-    "out_channels": (3, is_size),
+    "in_channels": (3, SIZE),
+    "out_channels": (3, SIZE),
     "down_block_types": ([DOWN[0]], list_of(one_of(*DOWN))),
     "up_block_types": ([UP[0]], list_of(one_of(*UP))),
-    "block_out_channels": ([64], list_of(is_size)),
-    "layers_per_block": (1, is_size),
-    "latent_channels": (4, is_size),
+    "block_out_channels": ([64], SIZES),
+    "layers_per_block": (1, SIZE),
+    "latent_channels": (4, SIZE),
     "use_quant_conv": (True, is_flag),
     "use_post_quant_conv": (True, is_flag),
     "mid_block_add_attention": (True, is_flag),
@@ -47,6 +47,9 @@ def tensor_shapes(raw: Mapping[str, object]) -> TensorShapes | None:
 
     Returns:
         The shapes; None if there is no table for an option.
+
+    Raises:
+        RefusedOption: A size that the autoencoder cannot have.
     """
     options = known_options(raw, RULES, WITHOUT_EFFECT)
     if options is None:

@@ -1,8 +1,8 @@
 """The tensors of the networks that diffusers and transformers build, by their config.json; without torch.
 
 They tell whether weights and config.json belong together before a process starts. Where there is no table of all
-tensors, a few sizes are compared: for Qwen's language models, other autoencoders than AutoencoderKL, and a config.json
-with an option that its table does not know. The ranks compare the rest.
+tensors, a few sizes are compared: for a config.json with an option that its table does not know. The ranks compare the
+rest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.configs import autoencoder_kl, text_encoders, unet_conditional, unet_unconditional
+from models.configs import autoencoder_kl, text_encoders, unet_conditional, unet_unconditional, video_autoencoders
+from models.configs.options import RefusedOption
 from models.configs.shapes import TensorShapes
 from models.files import CheckpointError, StoredTensor, check_names_and_shapes, read_json
 from models.names import LEGACY_NAMES
@@ -34,10 +35,33 @@ TABLES: Mapping[str, Callable[[Mapping[str, object]], TensorShapes | None]] = {
     "UNet2DConditionModel": unet_conditional.tensor_shapes,
     "UNet2DModel": unet_unconditional.tensor_shapes,
     "AutoencoderKL": autoencoder_kl.tensor_shapes,
+    "AutoencoderKLWan": video_autoencoders.wan_shapes,
+    "AutoencoderKLQwenImage": video_autoencoders.qwen_image_shapes,
 }
 """The tensors of diffusers' networks, by _class_name."""
 PROJECTED = {"sd3": ("text_encoder", "text_encoder_2"), "sdxl": ("text_encoder_2",)}
 """The CLIP text models whose pooled vector goes through a projection, by architecture."""
+
+
+def expected_of_library(folder: Path, projected: bool = False) -> TensorShapes | None:
+    """Check the config.json of a library's network, and return the shapes of its tensors by published name.
+
+    Args:
+        folder: The folder with config.json.
+        projected: Whether the pooled vector of a CLIP text model goes through a projection.
+
+    Returns:
+        The shapes; None if there is no table for it.
+
+    Raises:
+        CheckpointError: A value from which the library can build no network, in one line.
+    """
+    raw = read_json(folder / "config.json")
+    table = TABLES.get(str(raw.get("_class_name")))
+    try:
+        return text_encoders.tensor_shapes(raw, projected) if table is None else table(raw)
+    except RefusedOption as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
 
 
 def check_weights_of_library(
@@ -52,18 +76,18 @@ def check_weights_of_library(
         projected: Whether the pooled vector of a CLIP text model goes through a projection.
 
     Raises:
-        CheckpointError: The tensors, in one line.
+        CheckpointError: The tensors, or a value in config.json, in one line.
     """
+    expected = expected_of_library(folder, projected)
     check_sizes_of_weights(folder, stored, weights)
+    if expected is None:
+        return
     raw, found = read_json(folder / "config.json"), {name: tensor.shape for name, tensor in stored.items()}
-    if table := TABLES.get(str(raw.get("_class_name"))):
-        expected = table(raw)
+    if raw.get("_class_name") in TABLES:
         found = {LEGACY_NAMES.to_native(name): shape for name, shape in found.items()}
     else:
-        expected = text_encoders.tensor_shapes(raw, projected)
-        found = found if expected is None else text_encoders.as_published(found, expected, raw["model_type"], projected)
-    if expected is not None:
-        check_names_and_shapes(expected, found, f"{weights} (sizes of {folder / 'config.json'})")
+        found = text_encoders.as_published(found, expected, raw, projected)
+    check_names_and_shapes(expected, found, f"{weights} (sizes of {folder / 'config.json'})")
 
 
 def check_sizes_of_weights(folder: Path, stored: Mapping[str, StoredTensor], weights: Path) -> None:

@@ -1,7 +1,7 @@
-"""The tensors of transformers' CLIP text models and T5 encoders, and the names that their loader accepts; no torch.
+"""The tensors of transformers' text encoders, and the names that their loader accepts; without torch.
 
-Source: transformers 5, models/clip, models/t5 and models/umt5. There is no table for a config.json that gives a size
-under another name of it (OTHER_NAMES), nor for another model_type.
+Source: transformers 5, models/clip, models/t5 and models/umt5; Qwen's are in `models.configs.qwen`. There is no table
+for a config.json that gives a size under another name of it (OTHER_NAMES), nor for another model_type.
 """
 
 from __future__ import annotations
@@ -10,36 +10,40 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from models.configs.options import Rule, is_flag, is_size, optional
+from models.configs import qwen
+from models.configs.options import FLAG, SIZE, RefusedOption, RequiredRule, Values, checked_options, optional
 from models.configs.shapes import TensorShapes
 from models.files import Shape
 
-CLIP_RULES: Mapping[str, Rule] = {
-    "vocab_size": (49408, is_size),
-    "hidden_size": (512, is_size),
-    "intermediate_size": (2048, is_size),
-    "projection_dim": (512, is_size),
-    "num_hidden_layers": (12, is_size),
-    "max_position_embeddings": (77, is_size),
+NAME = Values("a name", lambda value: isinstance(value, str))
+OPTIONAL_FLAG = Values("true, false or null", optional(FLAG))
+CLIP_RULES: Mapping[str, RequiredRule] = {
+    "vocab_size": (49408, SIZE),
+    "hidden_size": (512, SIZE),
+    "intermediate_size": (2048, SIZE),
+    "projection_dim": (512, SIZE),
+    "num_hidden_layers": (12, SIZE),
+    "max_position_embeddings": (77, SIZE),
+    "num_attention_heads": (8, SIZE),
 }
-T5_RULES: Mapping[str, Rule] = {
-    "vocab_size": (32128, is_size),
-    "d_model": (512, is_size),
-    "d_kv": (64, is_size),
-    "d_ff": (2048, is_size),
-    "num_layers": (6, is_size),
-    "num_heads": (8, is_size),
-    "relative_attention_num_buckets": (32, is_size),
-    "feed_forward_proj": ("relu", lambda value: isinstance(value, str)),
-    "is_gated_act": (None, optional(is_flag)),  # without it, feed_forward_proj decides
+T5_RULES: Mapping[str, RequiredRule] = {
+    "vocab_size": (32128, SIZE),
+    "d_model": (512, SIZE),
+    "d_kv": (64, SIZE),
+    "d_ff": (2048, SIZE),
+    "num_layers": (6, SIZE),
+    "num_heads": (8, SIZE),
+    "relative_attention_num_buckets": (32, SIZE),
+    "feed_forward_proj": ("relu", NAME),
+    "is_gated_act": (None, OPTIONAL_FLAG),  # without it, feed_forward_proj decides
 }
-UMT5_RULES: Mapping[str, Rule] = {
+UMT5_RULES: Mapping[str, RequiredRule] = {
     **T5_RULES,
-    "vocab_size": (250112, is_size),
-    "d_ff": (1024, is_size),
-    "num_layers": (8, is_size),
-    "num_heads": (6, is_size),
-    "feed_forward_proj": ("gated-gelu", lambda value: isinstance(value, str)),
+    "vocab_size": (250112, SIZE),
+    "d_ff": (1024, SIZE),
+    "num_layers": (8, SIZE),
+    "num_heads": (6, SIZE),
+    "feed_forward_proj": ("gated-gelu", NAME),
 }
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "clip_text_model": (),
@@ -108,15 +112,24 @@ def tensor_shapes(raw: Mapping[str, object], projected: bool = False) -> TensorS
 
     Returns:
         The shapes; None if there is no table for it.
+
+    Raises:
+        RefusedOption: A value that the encoder cannot have.
     """
     kind = str(raw.get("model_type"))
-    rules = {"clip_text_model": CLIP_RULES, "t5": T5_RULES, "umt5": UMT5_RULES}.get(kind)
-    if rules is None or any(name in raw for name in OTHER_NAMES[kind]):
+    if kind == "qwen3":
+        return qwen.qwen3_shapes(raw)
+    if kind == "qwen2_5_vl":
+        return qwen.qwen2_5_vl_shapes(raw)
+    if kind not in OTHER_NAMES or any(name in raw for name in OTHER_NAMES[kind]):
         return None
-    options = {name: raw.get(name, default) for name, (default, _) in rules.items()}
-    if not all(test(options[name]) for name, (_, test) in rules.items()):
-        return None
-    return clip_shapes(options, projected) if kind == "clip_text_model" else t5_shapes(options, kind == "umt5")
+    options = checked_options(raw, {"clip_text_model": CLIP_RULES, "t5": T5_RULES, "umt5": UMT5_RULES}[kind])
+    if kind != "clip_text_model":
+        return t5_shapes(options, every_layer=kind == "umt5")
+    width, heads = options["hidden_size"], options["num_attention_heads"]
+    if width % heads:
+        raise RefusedOption("hidden_size", width, f"a multiple of num_attention_heads={heads}")
+    return clip_shapes(options, projected)
 
 
 def clip_as_published(found: Mapping[str, Shape], expected: TensorShapes, projected: bool) -> dict[str, Shape]:
@@ -160,16 +173,21 @@ def t5_as_published(found: Mapping[str, Shape], expected: TensorShapes, decoder:
 
 
 def as_published(
-    found: Mapping[str, Shape], expected: TensorShapes, model_type: object, projected: bool = False
+    found: Mapping[str, Shape], expected: TensorShapes, raw: Mapping[str, object], projected: bool = False
 ) -> dict[str, Shape]:
     """Return the stored tensors of a text encoder by their published names, without those that are ignored.
 
     Args:
         found: The stored shapes.
         expected: The shapes of the encoder's tensors.
-        model_type: The model_type of its config.json.
+        raw: The content of its config.json.
         projected: Whether CLIP's pooled vector goes through a projection.
     """
-    if model_type == "clip_text_model":
+    kind = raw.get("model_type")
+    if kind == "clip_text_model":
         return clip_as_published(found, expected, projected)
-    return t5_as_published(found, expected, model_type == "t5")
+    if kind == "qwen3":
+        return qwen.qwen3_as_published(found, expected)
+    if kind == "qwen2_5_vl":
+        return qwen.qwen2_5_vl_as_published(found, expected, qwen.is_tied(raw))
+    return t5_as_published(found, expected, decoder=kind == "t5")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.configs.options import (
+    SIZE,
+    SIZES,
     Rule,
     is_flag,
     is_size,
@@ -26,13 +28,13 @@ PLAIN_DOWN, TEXT_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
 PLAIN_UP, TEXT_UP = "UpBlock2D", "CrossAttnUpBlock2D"
 PLAIN_MID, TEXT_MID = "UNetMidBlock2D", "UNetMidBlock2DCrossAttn"
 RULES: Mapping[str, Rule] = {
-    "in_channels": (4, is_size),
-    "out_channels": (4, is_size),
+    "in_channels": (4, SIZE),
+    "out_channels": (4, SIZE),
     "down_block_types": ([TEXT_DOWN, TEXT_DOWN, TEXT_DOWN, PLAIN_DOWN], list_of(one_of(PLAIN_DOWN, TEXT_DOWN))),
     "mid_block_type": (TEXT_MID, one_of(TEXT_MID, PLAIN_MID, None)),
     "up_block_types": ([PLAIN_UP, TEXT_UP, TEXT_UP, TEXT_UP], list_of(one_of(PLAIN_UP, TEXT_UP))),
     "only_cross_attention": (False, one_or_list_of(is_flag)),
-    "block_out_channels": ([320, 640, 1280, 1280], list_of(is_size)),
+    "block_out_channels": ([320, 640, 1280, 1280], SIZES),
     "layers_per_block": (2, one_or_list_of(is_size)),
     "norm_num_groups": (32, optional(is_size)),
     "cross_attention_dim": (1280, one_or_list_of(is_size)),
@@ -51,8 +53,8 @@ RULES: Mapping[str, Rule] = {
     "time_embedding_type": ("positional", one_of("positional", "fourier")),
     "time_embedding_dim": (None, optional(is_size)),
     "time_cond_proj_dim": (None, one_of(None)),
-    "conv_in_kernel": (3, is_size),
-    "conv_out_kernel": (3, is_size),
+    "conv_in_kernel": (3, SIZE),
+    "conv_out_kernel": (3, SIZE),
     "projection_class_embeddings_input_dim": (None, optional(is_size)),
     "attention_type": ("default", one_of("default")),
     "class_embeddings_concat": (False, one_of(False)),
@@ -98,6 +100,9 @@ def tensor_shapes(raw: Mapping[str, object]) -> TensorShapes | None:
 
     Returns:
         The shapes; None if there is no table for an option.
+
+    Raises:
+        RefusedOption: A size that the network cannot have.
     """
     options = known_options(raw, RULES, WITHOUT_EFFECT)
     lists = None if options is None else per_level(options, len(options["block_out_channels"]), PER_LEVEL)

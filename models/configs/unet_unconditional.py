@@ -8,22 +8,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.configs.options import Rule, is_flag, is_size, known_options, list_of, one_of, optional, per_level
+from models.configs.options import (
+    SIZE,
+    SIZES,
+    Rule,
+    is_flag,
+    is_size,
+    known_options,
+    list_of,
+    one_of,
+    optional,
+    per_level,
+)
 from models.configs.shapes import TensorShapes
 from models.configs.unet_blocks import BlockShapes, down_channels, up_channels
 
 DOWN = ("DownBlock2D", "AttnDownBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D")
 UP = ("UpBlock2D", "AttnUpBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D")
 RULES: Mapping[str, Rule] = {
-    "in_channels": (3, is_size),
-    "out_channels": (3, is_size),
+    "in_channels": (3, SIZE),
+    "out_channels": (3, SIZE),
     "time_embedding_type": ("positional", one_of("positional", "fourier")),
     "time_embedding_dim": (None, optional(is_size)),
     "down_block_types": ([DOWN[0], DOWN[1], DOWN[1], DOWN[1]], list_of(one_of(*DOWN))),
     "mid_block_type": ("UNetMidBlock2D", one_of("UNetMidBlock2D", None)),
     "up_block_types": ([UP[1], UP[1], UP[1], UP[0]], list_of(one_of(*UP))),
-    "block_out_channels": ([224, 448, 672, 896], list_of(is_size)),
-    "layers_per_block": (2, is_size),
+    "block_out_channels": ([224, 448, 672, 896], SIZES),
+    "layers_per_block": (2, SIZE),
     "downsample_type": ("conv", one_of("conv", "resnet")),
     "upsample_type": ("conv", one_of("conv", "resnet")),
     "attention_head_dim": (8, optional(is_size)),
@@ -58,6 +69,9 @@ def tensor_shapes(raw: Mapping[str, object]) -> TensorShapes | None:
 
     Returns:
         The shapes; None if there is no table for an option.
+
+    Raises:
+        RefusedOption: A size that the network cannot have.
     """
     options = known_options(raw, RULES, WITHOUT_EFFECT)
     if options is None:

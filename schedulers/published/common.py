@@ -33,17 +33,24 @@ LEVELS = {"use_karras_sigmas": Karras, "use_exponential_sigmas": Exponential, "u
 
 def trained_betas(o: Options) -> Tensor:
     """Return the trained noise increments, float64 of shape (N,), rescaled if the file wants a zero terminal SNR."""
-    given, steps = o.numbers("trained_betas"), o.count("num_train_timesteps")
-    schedule, start, end = o.text("beta_schedule"), o.number("beta_start"), o.number("beta_end")
-    if given is not None:
+    if (given := o.numbers("trained_betas")) is not None:
         value = torch.tensor(given, dtype=torch.float64)
-    elif schedule in BETA_SCHEDULES:
-        value = betas(BETA_SCHEDULES[schedule], start, end, steps)
-    elif schedule == "exp":
-        value = torch.full((steps,), -math.expm1(-12 / steps), dtype=torch.float64)
     else:
-        value = torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
+        value = _scheduled_betas(o, o.count("num_train_timesteps"))
     return zero_terminal_snr(value) if o.values.get("rescale_betas_zero_snr") else value
+
+
+def _scheduled_betas(o: Options, steps: int) -> Tensor:
+    """Return the betas of the schedule that the file names, float64 of shape (steps,)."""
+    schedule = o.text("beta_schedule")
+    if schedule == "squaredcos_cap_v2":
+        return betas("squaredcos", steps=steps)
+    if schedule == "exp":
+        return torch.full((steps,), -math.expm1(-12 / steps), dtype=torch.float64)
+    start, end = o.number("beta_start"), o.number("beta_end")
+    if schedule in BETA_SCHEDULES:
+        return betas(BETA_SCHEDULES[schedule], start, end, steps)
+    return torch.linspace(-6, 6, steps, dtype=torch.float64).sigmoid() * (end - start) + start
 
 
 def discrete_path(o: Options, divides_by_alpha: bool = True) -> DiscreteVPPath:

@@ -37,7 +37,7 @@ def _dpm_path_and_spacing(o: Options) -> tuple[NoisePath, Spacing]:
         first = 1 - 1 / o.count("num_train_timesteps")
         return common.flow_path_and_spacing(o, FlowLinspace(o.number("flow_shift"), 0.0, first, spare_row=True))
     path, spacing = common.trained_path_and_spacing(
-        o, last, last, rounded=o.text("beta_schedule") != "squaredcos_cap_v2"
+        o, last, last, rounded=o.values["beta_schedule"] != "squaredcos_cap_v2"
     )
     lowest = o.number("lambda_min_clipped")
     if lowest > -float("inf") and isinstance(path, DiscreteVPPath) and not isinstance(spacing, TimestepMap):

@@ -5,12 +5,15 @@ the class that it names ignores. Both work here as in diffusers.
 """
 
 import difflib
+import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 Table = dict[str, object]
+LARGEST = int(sys.float_info.max)
 
 BETAS: Table = {
     "num_train_timesteps": 1000,
@@ -188,6 +191,13 @@ UNSUPPORTED = {
 """Every other scheduler class of diffusers, with the reason why it is not supported."""
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a number, perhaps infinite."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < LARGEST
+    return isinstance(value, float) and not math.isnan(value)
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of one class, read by type; each reader raises ValueError with the option's name for another type.
@@ -207,7 +217,7 @@ class Options:
     def number(self, key: str) -> float:
         """Return a float."""
         value = self.values[key]
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_number(value):
             self.refuse(key, "give a number")
         return float(value)
 
@@ -217,7 +227,7 @@ class Options:
 
     def count(self, key: str) -> int:
         """Return a whole number."""
-        if self.number(key) != int(self.number(key)):
+        if not self.number(key).is_integer():
             self.refuse(key, "give a whole number")
         return int(self.number(key))
 
@@ -240,7 +250,7 @@ class Options:
         value = self.values[key]
         if value is None:
             return None
-        if not isinstance(value, list | tuple) or not all(isinstance(v, int | float) for v in value):
+        if not isinstance(value, list | tuple) or not all(is_number(v) and math.isfinite(v) for v in value):
             self.refuse(key, "give a list of numbers")
         return [float(v) for v in value]
 

@@ -1,11 +1,12 @@
 """Which options of a published configuration are not supported, with the reason. Nothing here imports torch."""
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Literal
 
+from schedulers.published.betas import LEVEL_FLAGS, path_betas
 from schedulers.published.options import Options
+from schedulers.published.values import check_values
 
 BetaWord = Literal["linear", "scaled_linear", "squaredcos"]
 BETA_SCHEDULES: dict[str, BetaWord] = {
@@ -13,7 +14,6 @@ BETA_SCHEDULES: dict[str, BetaWord] = {
     "scaled_linear": "scaled_linear",
     "squaredcos_cap_v2": "squaredcos",
 }
-LEVEL_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 LEARNED = ("learned", "learned_range")
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", *LEARNED)
 OTHER_SOLVER_TYPES = ("logrho", "bh1", "bh2")  # another sampler's, which diffusers replaces by its own default
@@ -42,7 +42,7 @@ def check_options(o: Options) -> None:
     Raises:
         ValueError: One line with the class, the option and the reason.
     """
-    for check in (*CHECKS.get(o.name, ()), _check_words, _check_betas, _check_prediction, _check_levels):
+    for check in (*CHECKS.get(o.name, ()), _check_words, _check_betas, _check_prediction, check_values, _check_levels):
         check(o)
 
 
@@ -113,23 +113,7 @@ def _check_levels(o: Options) -> None:
 
 def trained_range(o: Options) -> tuple[float, float]:
     """Return sigma / alpha at the first and the last trained timestep."""
-    given, count = o.numbers("trained_betas"), o.count("num_train_timesteps")
-    start, end = o.number("beta_start"), o.number("beta_end")
-    ramp = [i / max(count - 1, 1) for i in range(count)]
-    match o.text("beta_schedule"):
-        case _ if given is not None:
-            betas = given
-        case "linear":
-            betas = [start + r * (end - start) for r in ramp]
-        case "scaled_linear":
-            betas = [(math.sqrt(start) + r * (math.sqrt(end) - math.sqrt(start))) ** 2 for r in ramp]
-        case "squaredcos_cap_v2":
-            bars = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
-            betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(bars)]
-        case "exp":
-            betas = [-math.expm1(-12 / count)] * count
-        case _:
-            betas = [(end - start) / (1 + math.exp(6 - 12 * r)) + start for r in ramp]
+    betas = path_betas(o, rescaled=False)
     first, last = math.log1p(-betas[0]), math.fsum(math.log1p(-beta) for beta in betas)
     high = math.sqrt(math.expm1(-last))
     return math.sqrt(math.expm1(-first)), 4096.0 if o.values.get("rescale_betas_zero_snr") else high

@@ -2,12 +2,14 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
@@ -22,6 +24,7 @@ from transformers import (
 from harness.resolve.compose import ConfigError, compose_run
 from models.checkpoint import check_loading_info
 from models.configs import autoencoder_kl, text_encoders, unet_conditional, unet_unconditional
+from models.configs.options import Values
 from models.files import CheckpointError, check_names_and_shapes
 from models.names import LEGACY_NAMES
 from models.registry import PUBLISHED, REFERENCE, SIZED
@@ -95,9 +98,12 @@ def raw_encoder(kind: str) -> dict[str, Any]:
     return TINY_CLIP if kind.startswith("clip") else TINY_T5
 
 
+def typed(kind: str) -> dict[str, Any]:
+    return {"model_type": "clip_text_model" if kind.startswith("clip") else kind}
+
+
 def expected_of_encoder(kind: str, raw: dict[str, Any]) -> Any:
-    model_type = "clip_text_model" if kind.startswith("clip") else kind
-    return text_encoders.tensor_shapes(raw | {"model_type": model_type}, kind == "clip-projected")
+    return text_encoders.tensor_shapes(raw | typed(kind), kind == "clip-projected")
 
 
 # ---------------------------------------------------------------- the tables
@@ -121,7 +127,7 @@ def test_every_shipped_configuration_expects_the_tensors_that_are_built(name: st
     found = shapes(encoder("clip-projected" if projected else kind, raw))
     expected = text_encoders.tensor_shapes(raw, projected)
     assert expected is not None
-    assert text_encoders.as_published(found, expected, raw["model_type"], projected) == expected
+    assert text_encoders.as_published(found, expected, raw, projected) == expected
 
 
 @pytest.mark.parametrize(
@@ -206,9 +212,8 @@ def test_every_size_of_a_text_encoder_counts(kind: str) -> None:
     ]
     for options in [{}] if kind.startswith("clip") else activations:
         expected = expected_of_encoder(kind, raw | options)
-        model_type = "clip_text_model" if kind.startswith("clip") else kind
         found = shapes(encoder(kind, raw | options))
-        assert text_encoders.as_published(found, expected, model_type, kind == "clip-projected") == expected
+        assert text_encoders.as_published(found, expected, typed(kind), kind == "clip-projected") == expected
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -228,8 +233,7 @@ def test_every_size_of_transformers_has_its_default_here(kind: str) -> None:
     config = ENCODERS[kind][1]()
     rules = {name: default for name, (default, _) in RULES[kind].items() if name != "is_gated_act"}
     assert rules == {name: getattr(config, name) for name in rules}
-    model_type = "clip_text_model" if kind == "clip" else kind
-    assert set(text_encoders.OTHER_NAMES[model_type]) == set(config.attribute_map)
+    assert set(text_encoders.OTHER_NAMES[typed(kind)["model_type"]]) == set(config.attribute_map)
 
 
 @pytest.mark.parametrize(
@@ -329,8 +333,18 @@ def test_an_option_that_no_table_knows_is_left_to_the_ranks(
 
 def test_another_name_of_a_size_is_left_to_the_ranks() -> None:
     assert expected_of_encoder("t5", TINY_T5 | {"num_hidden_layers": 1}) is None
-    assert expected_of_encoder("t5", TINY_T5 | {"d_ff": "wide"}) is None
-    assert text_encoders.tensor_shapes({"model_type": "qwen3"}) is None
+    assert text_encoders.tensor_shapes({"model_type": "gemma2"}) is None
+
+
+def test_a_value_that_no_text_encoder_has_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"^d_ff='wide' does not fit; give a whole number above 0$"):
+        expected_of_encoder("t5", TINY_T5 | {"d_ff": "wide"})
+    with pytest.raises(
+        CheckpointError, match=r"^hidden_size=8 does not fit; give a multiple of num_attention_heads=3$"
+    ):
+        expected_of_encoder("clip", TINY_CLIP | {"num_attention_heads": 3})
+    with pytest.raises(StrictDataclassClassValidationError, match="not a multiple"):  # as transformers does
+        encoder("clip", TINY_CLIP | {"num_attention_heads": 3})
 
 
 @pytest.mark.parametrize(
@@ -343,7 +357,7 @@ def test_another_name_of_a_size_is_left_to_the_ranks() -> None:
     ],
     ids=["small", "sized", "ncsnpp", "vae"],
 )
-def test_any_value_of_an_option_is_read_or_left_to_the_ranks(kind: str, base: dict[str, Any]) -> None:
+def test_any_value_of_an_option_is_read_or_refused_or_left_to_the_ranks(kind: str, base: dict[str, Any]) -> None:
     table, left = TABLES[kind][0], 0
     values: list[Any] = [
         None,
@@ -361,10 +375,14 @@ def test_any_value_of_an_option_is_read_or_left_to_the_ranks(kind: str, base: di
         [2, 3, 4, 5],
         float("nan"),
     ]
-    for key in table.RULES:
+    for key, (_, accepts) in table.RULES.items():
         for value in values:
-            left += table.tensor_shapes(base | {key: value}) is None
-    assert left > 5 * len(table.RULES)
+            if isinstance(accepts, Values) and not accepts(value):
+                with pytest.raises(CheckpointError, match=rf"^{key}=.* does not fit; give {re.escape(accepts.words)}$"):
+                    table.tensor_shapes(base | {key: value})
+            else:
+                left += table.tensor_shapes(base | {key: value}) is None
+    assert left > 3 * len(table.RULES)
 
 
 # ---------------------------------------------------------------- names that loaders accept
@@ -420,12 +438,11 @@ def loads(kind: str, tensors: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_a_text_encoders_names_pass_as_its_loader_accepts_them(kind: str) -> None:
     tensors = {n: t.clone() for n, t in encoder(kind, raw_encoder(kind), "cpu").state_dict().items()}
-    model_type = "clip_text_model" if kind.startswith("clip") else kind
     accepted = 0
     for what, stored in stored_variants(kind, tensors).items():
         expected = expected_of_encoder(kind, raw_encoder(kind))
         sizes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-        named = text_encoders.as_published(sizes, expected, model_type, kind == "clip-projected")
+        named = text_encoders.as_published(sizes, expected, typed(kind), kind == "clip-projected")
         accepted += (passes := loads(kind, stored))
         if passes:
             check_names_and_shapes(expected, named, what)

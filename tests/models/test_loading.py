@@ -18,8 +18,7 @@ from harness.messages import LoadedComponent
 from harness.resolve.checkpoint import locate, models_of
 from harness.resolve.compose import ConfigError, compose_run
 from models.components import Components
-from models.configs import text_encoders
-from models.configs.libraries import TABLES, TEXT_ENCODERS
+from models.configs.libraries import expected_of_library
 from models.configs.table import TRANSFORMERS
 from models.detect import matching_architectures
 from models.files import read_header
@@ -62,23 +61,16 @@ def sparse(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
 
 
 def shapes_of(config: Path) -> dict[str, tuple[int, ...]]:
-    """Return the tensors by which a launcher knows that weights belong to a config.json."""
+    """Return the tensors of a published network, by its config.json."""
     folder, raw = config.parent, json.loads(config.read_text())
     architecture = next((name for name, row in ARCHITECTURES.items() if raw.get("_class_name") in row.classes), None)
     if architecture in TRANSFORMERS:
         pixart = raw.get("norm_type") == "ada_norm_single"
         return TRANSFORMERS["pixart" if pixart else architecture](folder)
-    if "_class_name" in raw:
-        table = TABLES.get(raw["_class_name"])
-        return {"one": (1,)} if table is None else dict(table(raw) or {})
     projected = raw.get("architectures") == ["CLIPTextModelWithProjection"]
-    if (expected := text_encoders.tensor_shapes(raw, projected)) is not None:
-        return dict(expected)
-    if raw["model_type"] not in TEXT_ENCODERS:
-        return {"one": (1,)}
-    _, depth, sizes = TEXT_ENCODERS[raw["model_type"]]
-    layers = (f"layers.{n}.a" for n in range(raw[depth]))
-    return {"a.embed_tokens.weight": tuple(raw[key] for key in sizes)} | dict.fromkeys(layers, (1,))
+    expected = expected_of_library(folder, projected)
+    assert expected is not None
+    return dict(expected)
 
 
 def lookalike(name: str, folder: Path) -> Path:
