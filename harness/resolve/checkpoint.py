@@ -14,6 +14,7 @@ import yaml
 
 from harness.config.schema import ComponentConfig, DType, Load, ModelConfig
 from models import hub
+from models.component_rules import check_components
 from models.configs.libraries import PROJECTED, check_weights_of_library, expected_of_library
 from models.configs.table import expected_tensors
 from models.detect import class_name, denoiser_class, is_component, matching_architectures, pipeline_name
@@ -204,6 +205,7 @@ def check_checkpoint(model: ModelConfig, layout: CheckpointLayout, denoiser: str
             check_tokenizer(layout.weights(name))
         elif layout.weights(name).exists():
             raise CheckpointError(f"model.{name}.path={layout.weights(name)}: give the folder of a tokenizer")
+    check_components(model.architecture, layout, denoiser)
     _check_loras(model, layout, denoiser)
 
 

@@ -52,7 +52,7 @@ class RefusedOption(CheckpointError):
 
     Args:
         name: The option's name.
-        value: Its value.
+        value: The value that was given.
         fits: The values that it may have, in words.
     """
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.checkpoint_source import CheckpointSource
+from models.component_rules import has_third_encoder
 from models.components import Conditioning
-from models.files import CheckpointError
 from models.text.clip import ClipEncoder, load_clip
 from models.text.t5 import T5Encoder, load_t5
 
@@ -76,17 +76,5 @@ def load_sd3_prompts(source: CheckpointSource, text_channels: int) -> SD3Prompts
         load_clip(source, "text_encoder", "tokenizer", projected=True),
         load_clip(source, "text_encoder_2", "tokenizer_2", projected=True),
     )
-    t5 = load_t5(source, "text_encoder_3", "tokenizer_3") if _has_t5(source) else None
+    t5 = load_t5(source, "text_encoder_3", "tokenizer_3") if has_third_encoder(source) else None
     return SD3Prompts(clips, t5, source.text_tokens, text_channels)
-
-
-def _has_t5(source: CheckpointSource) -> bool:
-    if source.has("text_encoder_3"):
-        return True
-    named = source.index().get("text_encoder_3")
-    if isinstance(named, list) and any(named):
-        raise CheckpointError(
-            f"{source.folder}: model_index.json names text_encoder_3, which is not here; copy it with tokenizer_3, or "
-            'write "text_encoder_3": [null, null] there to run without T5'
-        )
-    return False

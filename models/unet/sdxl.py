@@ -6,6 +6,7 @@ from functools import partial
 
 from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint_source import CheckpointSource
+from models.component_rules import check_size_numbers
 from models.components import Components, LatentSpace
 from models.decoders import load_kl_decoder
 from models.files import CheckpointError
@@ -38,8 +39,8 @@ def load(source: CheckpointSource, kernel: AttentionKernel) -> Components:
     Raises:
         CheckpointError: A component that is missing, unreadable or does not fit; a refiner.
     """
+    check_size_numbers(source, "unet")
     network = load_denoiser(source, kernel)
-    _check_sizes(source, network)
     decoder = load_kl_decoder(source)
     return Components(
         network=network,
@@ -48,14 +49,3 @@ def load(source: CheckpointSource, kernel: AttentionKernel) -> Components:
         latent=LatentSpace(decoder.latent_channels, decoder.stride),
         size_multiple=decoder.stride,
     )
-
-
-def _check_sizes(source: CheckpointSource, network: SizeConditionedUNet) -> None:
-    """Raise an error unless the network takes six size numbers; the refiner takes others (aesthetic scores)."""
-    config, pooled = network.unet.config, source.config("text_encoder_2").get("projection_dim")
-    expected, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
-    if not isinstance(pooled, int) or expected != 6 * each + pooled:
-        raise CheckpointError(
-            f"{source.folder}: the network takes {expected} conditioning channels, but six size numbers of {each} "
-            f"channels each and a pooled vector of {pooled} are available; the refiner is not supported"
-        )

@@ -7,9 +7,9 @@ from functools import partial
 from models.attention import AttentionKernel, sdpa_attention
 from models.checkpoint import load_network
 from models.checkpoint_source import CheckpointSource
+from models.component_rules import check_latent_channels, check_wan_pipeline
 from models.components import Components
 from models.configs.wan import read_config
-from models.files import CheckpointError
 from models.wan.decoder import load_wan_decoder
 from models.wan.network import Wan
 from models.wan.prompts import load_umt5_prompts
@@ -39,18 +39,9 @@ def load(source: CheckpointSource, kernel: AttentionKernel) -> Components:
         CheckpointError: A component that is missing, unreadable or does not fit, or a Wan 2.2 pipeline with two
             networks or one timestep per token.
     """
-    index = source.index()
-    if index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
-        raise CheckpointError(
-            f"{source.folder}: model_index.json asks for two networks (boundary_ratio) or one timestep per token "
-            "(expand_timesteps), as Wan 2.2 has them; only Wan 2.1's text-to-video checkpoints load here"
-        )
+    check_wan_pipeline(source)
+    check_latent_channels("wan", source, "transformer")
     network, decoder = load_denoiser(source, kernel), load_wan_decoder(source)
-    if network.config.channels != decoder.space.channels:
-        raise CheckpointError(
-            f"{source.folder}: the network outputs {network.config.channels} latent channels, the VAE decodes "
-            f"{decoder.space.channels}"
-        )
     token = decoder.space.stride * network.config.patch
     return Components(
         network=network,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from models.checkpoint_source import CheckpointSource
+from models.component_rules import check_chat_template
 from models.components import Conditioning
-from models.files import CheckpointError
 from models.text.load import load_encoder, load_tokenizer
 from models.text.qwen import QWEN_DUMMY_TOKENIZER
 
@@ -57,8 +57,7 @@ def load_z_image_prompts(source: CheckpointSource) -> ZImagePrompts:
     Raises:
         CheckpointError: Files that transformers cannot read, or a tokenizer without a chat template.
     """
+    if source.has("tokenizer"):
+        check_chat_template(source.config_folder("tokenizer"))
     tokenizer = load_tokenizer(source, "tokenizer", QWEN_DUMMY_TOKENIZER)
-    if tokenizer.chat_template is None:
-        folder = source.config_folder("tokenizer")
-        raise CheckpointError(f"{folder}: no chat template here; copy all of the checkpoint's tokenizer files")
     return ZImagePrompts(load_encoder(source, "text_encoder", Qwen3Model, Qwen3Config), tokenizer, source.text_tokens)

@@ -83,6 +83,7 @@ def lookalike(name: str, folder: Path) -> Path:
     for part in (part for part in index if part.startswith("tokenizer") and index[part] != [None, None]):
         (folder / part).mkdir()
         (folder / part / "tokenizer.json").write_text("{}")
+        (folder / part / "chat_template.jinja").touch()
     return folder
 
 

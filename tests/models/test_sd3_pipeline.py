@@ -41,7 +41,8 @@ class Case:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     folder, medium = tmp_path_factory.mktemp("sd3"), request.param == "3.5 medium"
     peer = checkpoint(folder, medium)
-    with engine("sd35_medium" if medium else "sd3", folder) as generator:
+    sides = (f"model.height={HEIGHT}", f"model.width={WIDTH}")  # it has no positions for its usual ones
+    with engine("sd35_medium" if medium else "sd3", folder, *sides) as generator:
         yield Case(peer, generator, folder)
 
 

@@ -257,7 +257,7 @@ def test_the_decoder_is_diffusers_own(tmp_path: Path) -> None:
 def test_a_vae_of_other_channels_is_refused(tmp_path: Path) -> None:
     their(SMALL | {"in_channels": 4, "out_channels": 4}, tmp_path)
     AutoencoderKLWan(**VAE).save_pretrained(tmp_path / "vae")
-    with pytest.raises(CheckpointError, match="outputs 4 latent channels, the VAE decodes 5"):
+    with pytest.raises(CheckpointError, match="the network has 4 latent channels, the VAE decodes 5"):
         load(CheckpointSource(tmp_path), BACKENDS["sdpa"])
 
 
