@@ -289,7 +289,9 @@ def file_response(service: GenerationService, handle: RequestHandle, index: int,
         raise Problem("not_found", removal(handle, index)) from None
     if not stat.S_ISREG(found.st_mode):
         raise Problem("not_found", removal(handle, index))
-    start = http.headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")[0]
+    start, _, end = http.headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")
+    if start and end and int(end) < int(start):
+        raise Problem("rejected", f"Range: bytes={start}-{end} ends before it begins; turn it round")
     if start and int(start) >= found.st_size:
         raise Problem("no_such_range", f"the file has {found.st_size} bytes; use a range that begins before its end")
     media_type = "image/png" if files[index].suffix == ".png" else "video/mp4"

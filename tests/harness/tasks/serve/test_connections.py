@@ -27,8 +27,8 @@ from harness.tasks.serve.connections import (
 )
 from harness.tasks.serve.log_limit import MAX_CHARS, MAX_LINES, WINDOW_S, LogLimit
 from tests.fixtures.serving.http_server import Live, live
+from tests.fixtures.serving.raw_connections import LIMIT_S, connect, wait_gone
 
-LIMIT_S = 20.0
 HEAD = b"POST /v1/requests HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 GOOD = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
 SHORT = ["serve.head_timeout_s=0.5", "serve.body_timeout_s=0.5", "serve.reader_timeout_s=1", "serve.max_body_kib=32"]
@@ -42,16 +42,6 @@ def server_config(*overrides: str) -> RunConfig:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     with live(server_config(), tmp_path_factory.mktemp("site")) as found:
         yield found
-
-
-def connect(site: Live, receive_bytes: int | None = None) -> socket.socket:
-    """Open a connection, with a small receive buffer if wanted."""
-    opened = socket.socket()
-    if receive_bytes is not None:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-    opened.settimeout(LIMIT_S)
-    opened.connect(("127.0.0.1", site.port))
-    return opened
 
 
 def read_all(opened: socket.socket) -> bytes:
@@ -79,12 +69,12 @@ def read_answer(opened: socket.socket) -> bytes:
 def reason(answer: bytes) -> tuple[int, str]:
     """Return the status and the code of an error."""
     head, _, body = answer.partition(b"\r\n\r\n")
-    assert b"connection: close" in head
+    assert b"connection: close" in head.lower()
     return int(head.split()[1]), json.loads(body)["error"]["code"]
 
 
 def exchange(site: Live, *parts: bytes) -> bytes:
-    with connect(site) as opened:
+    with connect(site.port) as opened:
         for part in parts:
             opened.sendall(part)
         return read_all(opened)
@@ -101,7 +91,7 @@ def test_a_connection_that_says_nothing_or_half_a_head_ends(site: Live) -> None:
 
 
 def test_a_slow_head_ends_though_its_bytes_keep_coming(site: Live) -> None:
-    with connect(site) as opened:
+    with connect(site.port) as opened:
         opened.settimeout(0.05)
         answer = b""
         for byte in GOOD[:-1] * 3:
@@ -122,7 +112,7 @@ def test_the_second_head_of_a_connection_has_its_time_too(site: Live) -> None:
 
 
 def test_an_idle_connection_between_requests_is_not_a_slow_head(site: Live) -> None:
-    with connect(site) as opened:
+    with connect(site.port) as opened:
         for _ in range(2):
             opened.sendall(GOOD)
             assert b" 200 " in read_answer(opened)
@@ -151,7 +141,7 @@ def test_a_head_that_is_wrong_or_too_long_is_answered(site: Live, head: bytes, s
 
 
 def test_a_head_within_its_bound_is_read(site: Live) -> None:
-    with connect(site) as opened:
+    with connect(site.port) as opened:
         opened.sendall(GOOD[:-2] + b"x: " + b"y" * 15_000 + b"\r\n\r\n")
         assert b" 200 " in opened.recv(65_536)
 
@@ -164,7 +154,7 @@ def test_a_long_head_behind_another_request_is_refused_too(site: Live) -> None:
 
 def test_a_refused_body_is_not_read_on_and_its_answer_arrives(site: Live) -> None:
     """The client sends on: it gets the answer, and then it cannot send without end."""
-    with connect(site) as opened:
+    with connect(site.port) as opened:
         opened.sendall(HEAD + b"content-length: 1000000000\r\n\r\n")
         with pytest.raises(ConnectionError):
             opened.sendall(b"x" * 100 * LINGER_BYTES)
@@ -175,28 +165,16 @@ def test_a_refused_body_is_not_read_on_and_its_answer_arrives(site: Live) -> Non
 def test_no_body_is_wanted_before_its_length_is_known_to_fit(site: Live) -> None:
     expect = b"expect: 100-continue\r\ncontent-length: "
     assert reason(exchange(site, HEAD + expect + b"1000000000\r\n\r\n")) == (413, "too_large")
-    with connect(site) as opened:
+    with connect(site.port) as opened:
         opened.sendall(HEAD + expect + b"2\r\n\r\n")
         assert opened.recv(4_096).startswith(b"HTTP/1.1 100 ")
-
-
-def wait_gone(opened: socket.socket) -> None:
-    """Wait until the server closes a connection whose client reads nothing, without reading."""
-    deadline = time.monotonic() + LIMIT_S
-    while time.monotonic() < deadline:
-        try:
-            opened.send(b"\r\n")
-        except (BrokenPipeError, ConnectionResetError):
-            return
-        time.sleep(0.05)
-    pytest.fail("the connection is still open")
 
 
 def test_a_client_that_does_not_read_is_closed(site: Live) -> None:
     body = {"prompt": "x" * 8_000, "triptych": {"steps": 1}}
     for _ in range(40):
         httpx.post(f"{site.url}/v1/images/generations", json=body, timeout=LIMIT_S)
-    with connect(site, 4_096) as opened:
+    with connect(site.port, 4_096) as opened:
         opened.sendall(b"GET /v1/requests?limit=1000 HTTP/1.1\r\nhost: localhost\r\n\r\n" * 10)
         wait_gone(opened)
     assert is_served(site)
@@ -207,7 +185,7 @@ def test_an_event_stream_that_nobody_reads_ends_before_its_request(tmp_path: Pat
     with live(config, tmp_path, step_s=0.002) as site:
         body = {"prompt": "\u00e9" * 8_000, "triptych": {"steps": 10_000}}
         made = httpx.post(f"{site.url}/v1/requests", json=body, timeout=LIMIT_S).json()
-        with connect(site, 4_096) as opened:
+        with connect(site.port, 4_096) as opened:
             opened.sendall(f"GET /v1/requests/{made['id']}/events HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
             wait_gone(opened)
         found = httpx.get(f"{site.url}/v1/requests/{made['id']}", timeout=LIMIT_S).json()
@@ -218,11 +196,11 @@ def test_an_event_stream_that_nobody_reads_ends_before_its_request(tmp_path: Pat
 def test_idle_connections_make_room_for_new_ones(tmp_path: Path) -> None:
     config = server_config("serve.max_connections=8", "serve.head_timeout_s=60")
     with live(config, tmp_path, step_s=0.05) as site:
-        busy = connect(site)
+        busy = connect(site.port)
         body = json.dumps({"prompt": "x", "triptych": {"steps": 60}}).encode()
         head = HEAD.replace(b"/v1/requests", b"/v1/images/generations")
         busy.sendall(head + f"content-length: {len(body)}\r\n\r\n".encode() + body)
-        idle = [connect(site) for _ in range(40)]
+        idle = [connect(site.port) for _ in range(40)]
         assert is_served(site)
         assert read_all(idle[0]) == b""
         idle[-1].sendall(GOOD)
@@ -235,11 +213,11 @@ def test_idle_connections_make_room_for_new_ones(tmp_path: Path) -> None:
 def test_a_connection_beyond_those_that_all_work_is_refused(tmp_path: Path) -> None:
     config = server_config("serve.max_connections=8", "serve.body_timeout_s=60")
     with live(config, tmp_path, step_s=0.05) as site:
-        working = [connect(site) for _ in range(8)]
+        working = [connect(site.port) for _ in range(8)]
         for opened in working:
             opened.sendall(HEAD + b"content-length: 100\r\n\r\n{")
         time.sleep(0.3)
-        with connect(site) as refused:
+        with connect(site.port) as refused:
             assert reason(read_all(refused)) == (429, "busy")
         working[0].close()
         time.sleep(0.3)
@@ -260,7 +238,7 @@ def test_the_server_ends_with_connections_in_every_condition(tmp_path: Path) -> 
             HEAD + b"content-length: 99999999\r\n\r\n",
             b"\0\r\n\r\n",
         ):
-            opened.append(connect(site))
+            opened.append(connect(site.port))
             opened[-1].sendall(part)
         time.sleep(0.3)
         began = time.monotonic()
