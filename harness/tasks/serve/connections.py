@@ -140,6 +140,10 @@ class ConnectionTable:
         """
         for protocol in list(self._open):
             protocol.check(now)
+        self.limit_unsent()
+
+    def limit_unsent(self) -> None:
+        """Close the slowest readers while more than `serve.max_unsent_mib` waits for all of them."""
         unread = sorted((p for p in self._open if p.unsent), key=lambda p: p.unread_since)
         excess = sum(protocol.unsent for protocol in unread) - self.serve.max_unsent_mib * 2**20
         for protocol in unread:
@@ -234,6 +238,11 @@ class BoundedProtocol(H11Protocol):
         """Wait for the next request of the connection."""
         super().on_response_complete()
         self._update()
+
+    def pause_writing(self) -> None:
+        """Wait with the rest of an answer until the client reads; others may have to go for it."""
+        super().pause_writing()
+        self.table.limit_unsent()
 
     def _update(self) -> None:
         """Record in which condition the connection is."""
@@ -337,9 +346,10 @@ class BoundedServer(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, serve: ServeConfig, descriptors: int) -> None:
         self.table = ConnectionTable(serve, connection_bound(serve, descriptors))
+        self._protocol = protocol_of(self.table)
         settings = uvicorn.Config(
             app,
-            http=protocol_of(self.table),
+            http=self._protocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -393,10 +403,7 @@ class BoundedServer(uvicorn.Server):
                 accepted.close()
 
     def _make_protocol(self) -> asyncio.Protocol:
-        made: asyncio.Protocol = self.config.http_protocol_class(
-            config=self.config, server_state=self.server_state, app_state={}
-        )
-        return made
+        return self._protocol(self.config, self.server_state, {})
 
     async def on_tick(self, counter: int) -> bool:
         """Close the connections whose time is over, twice a second."""

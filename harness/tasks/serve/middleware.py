@@ -151,7 +151,7 @@ def check_origin(method: str, headers: Headers) -> None:
 
     Args:
         method: The method of the request.
-        headers: Its headers.
+        headers: The headers of the request.
 
     Raises:
         Problem: The request comes from another site.

@@ -309,7 +309,7 @@ def read_base64(handle: RequestHandle, files: Sequence[Path]) -> list[str]:
 
     Args:
         handle: The handle of the request.
-        files: Its files.
+        files: The files of the request.
 
     Returns:
         One text per file.
