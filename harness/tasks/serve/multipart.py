@@ -47,15 +47,15 @@ def form_to_json(body: bytes, boundary: bytes) -> bytes:
         raise Problem("rejected", "Content-Type has no boundary; send a form with one, or JSON with application/json")
     fields: FormFields = {}
     ends: list[bool] = []
-    parser = FormParser(
-        "multipart/form-data",
-        lambda field: _add_field(fields, field),
-        _refuse_file,
-        lambda: ends.append(True),
-        boundary=boundary,
-        config={"MAX_MEMORY_FILE_SIZE": math.inf, "UPLOAD_ERROR_ON_BAD_CTE": True},  # the body is bounded
-    )
     try:
+        parser = FormParser(
+            "multipart/form-data",
+            lambda field: _add_field(fields, field),
+            _refuse_file,
+            lambda: ends.append(True),
+            boundary=boundary,
+            config={"MAX_MEMORY_FILE_SIZE": math.inf, "UPLOAD_ERROR_ON_BAD_CTE": True},  # the body is bounded
+        )
         parser.write(body)
         parser.finalize()
     except FormParserError as error:

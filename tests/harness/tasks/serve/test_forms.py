@@ -72,6 +72,11 @@ def test_what_is_no_form_is_refused(body: bytes, words: str) -> None:
     assert raised.value.code == "rejected"
 
 
+def test_a_long_boundary_is_refused() -> None:
+    with pytest.raises(Problem, match="exceeds maximum of 256"):
+        form_to_json(b"x", b"b" * 300)
+
+
 def test_a_long_content_type_takes_the_time_of_its_length() -> None:
     """The time grows with the length, not with its square: eight times the length, far less than 64 times the time."""
 
