@@ -2,7 +2,8 @@
 
 A connection is in one of these conditions; each has its end:
 
-    idle       no request in flight: closed by uvicorn after KEEP_ALIVE_S, or for a new connection if there are too many
+    idle       no whole request in flight: closed by uvicorn after KEEP_ALIVE_S, or for a new connection when there are
+               too many; after the idle ones those go whose answer has begun, such as event streams
     head       a part of a request's line and headers has come, or nothing since the start: serve.head_timeout_s
     in flight  the application works; it bounds the time of the body and of the answer itself
     unread     the client does not read its answer: serve.reader_timeout_s, serve.max_unsent_mib over all connections
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
 import resource
 import socket
@@ -98,7 +100,7 @@ class ConnectionTable:
         """
         group = address_group(address)
         crowded = self._by_address[group] >= self.serve.max_connections_per_address and not is_loopback(address)
-        if (crowded and not self._close_idle(group)) or (len(self) >= self.bound and not self._close_idle()):
+        if (crowded and not self.make_room(group)) or (len(self) >= self.bound and not self.make_room()):
             return False
         self._open[protocol] = group
         self._by_address[group] += 1
@@ -114,23 +116,29 @@ class ConnectionTable:
             self._by_address += Counter()  # drops addresses without connections
 
     def set_idle(self, protocol: BoundedProtocol, idle: bool) -> None:
-        """Record whether a connection has no request in flight; the latest to become idle is the last to be closed."""
+        """Record whether a connection has no whole request in flight; the latest to become idle is closed last."""
         if not idle:
             self._idle.pop(protocol, None)
         elif protocol in self._open and protocol not in self._idle:
             self._idle[protocol] = None
 
-    def _close_idle(self, group: str | None = None) -> bool:
-        """Close the connection that is idle for the longest time, of one address or of all, if there is one."""
-        found = next((p for p in self._idle if group in (None, self._open[p])), None)
-        if found is None:
-            return False
-        found.abort("more connections than serve.max_connections: the oldest idle one is closed")
-        return True
+    def make_room(self, group: str | None = None) -> bool:
+        """Close one connection, of one address or of all.
 
-    def make_room(self) -> None:
-        """Close an idle connection because no file can be opened."""
-        self._close_idle()
+        It is the one that is idle for the longest time, or else the oldest whose answer has begun. A client that waits
+        for its answer keeps its connection.
+
+        Args:
+            group: The address, as `address_group` returns it; None for any.
+
+        Returns:
+            Whether there was one to close.
+        """
+        dispensable = itertools.chain(self._idle, (p for p in self._open if p.answering))
+        found = next((p for p in dispensable if group in (None, self._open[p])), None)
+        if found is not None:
+            found.abort("there were too many, and this one was idle or in the middle of its answer")
+        return found is not None
 
     def sweep(self, now: float) -> None:
         """Close the connections whose time is over.
@@ -209,7 +217,7 @@ class BoundedProtocol(H11Protocol):
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if not self.table.add(self, self.client[0] if self.client else ""):
-            log.warning("a connection was refused: all that may be open have a request in flight")
+            log.warning("a connection was refused: the clients of all that may be open wait for an answer")
             self._answer(Problem("busy", "too many connections; close some, or try again later"))
             plain.close()
 
@@ -247,11 +255,16 @@ class BoundedProtocol(H11Protocol):
     def _update(self) -> None:
         """Record in which condition the connection is."""
         idle = self.cycle is None or self.cycle.response_complete
-        self.table.set_idle(self, idle)
+        self.table.set_idle(self, idle or self.conn.their_state is h11.SEND_BODY)
         begun = idle and bool(self.conn.trailing_data[0])
         if begun and not self._receiving_head:
             self._head_since = self.loop.time()
         self._receiving_head = begun or (idle and self.cycle is None)
+
+    @property
+    def answering(self) -> bool:
+        """Whether an answer has begun and not ended."""
+        return self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
 
     @property
     def unsent(self) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -120,10 +121,11 @@ def test_a_key_file_that_is_none_is_refused(config: RunConfig, path: str) -> Non
 
 
 def test_a_host_that_others_reach_needs_a_key_before_anything_starts(config: RunConfig, tmp_path: Path) -> None:
-    for host in ("0.0.0.0", "::", "192.0.2.1", "gpu.example"):
-        serve = replace(config.serve, host=host, port=0)
-        with pytest.raises(ConfigError, match=rf"serve\.host={host} lets other machines in"):
-            run_one(ResolvedRun(replace(config, serve=serve), [], tmp_path / "run", []), new_engine)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for host in ("0.0.0.0", "::", "192.0.2.1", "gpu.example"):
+            serve = replace(config.serve, host=host, port=taken.getsockname()[1])
+            with pytest.raises(ConfigError, match=rf"serve\.host={host} lets other machines in"):
+                run_one(ResolvedRun(replace(config, serve=serve), [], tmp_path / "run", []), new_engine)
     assert not (tmp_path / "run").exists()
     for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8"):
         assert read_keys(replace(config.serve, host=host)) is None

@@ -210,20 +210,35 @@ def test_idle_connections_make_room_for_new_ones(tmp_path: Path) -> None:
             opened.close()
 
 
-def test_a_connection_beyond_those_that_all_work_is_refused(tmp_path: Path) -> None:
-    config = server_config("serve.max_connections=8", "serve.body_timeout_s=60")
+def test_half_a_body_or_an_event_stream_makes_room_and_a_client_that_waits_does_not(tmp_path: Path) -> None:
+    config = server_config("serve.max_connections=8", "serve.body_timeout_s=60", "serve.max_queue=100")
+    body = json.dumps({"prompt": "x", "triptych": {"steps": 250}}).encode()
+    whole = (
+        HEAD.replace(b"/v1/requests", b"/v1/images/generations")
+        + f"content-length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
     with live(config, tmp_path, step_s=0.05) as site:
-        working = [connect(site.port) for _ in range(8)]
-        for opened in working:
-            opened.sendall(HEAD + b"content-length: 100\r\n\r\n{")
+        request_id = httpx.post(
+            f"{site.url}/v1/requests", content=body, headers={"content-type": "application/json"}
+        ).json()["id"]
+        stream = f"GET /v1/requests/{request_id}/events HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
+        opened: list[socket.socket] = []
+        for sent in (HEAD + b"content-length: 100\r\n\r\n{", stream, whole):
+            for _ in range(8):
+                opened.append(connect(site.port))
+                opened[-1].sendall(sent)
+                if sent is stream:
+                    assert b" 200 " in opened[-1].recv(65_536)
+        assert all(read_all(each) == b"" for each in opened[:8])
         time.sleep(0.3)
         with connect(site.port) as refused:
             assert reason(read_all(refused)) == (429, "busy")
-        working[0].close()
+        opened[-1].close()
         time.sleep(0.3)
         assert is_served(site)
-        for opened in working:
-            opened.close()
+        for each in opened:
+            each.close()
 
 
 def test_the_server_ends_with_connections_in_every_condition(tmp_path: Path) -> None:
@@ -250,8 +265,8 @@ def test_the_server_ends_with_connections_in_every_condition(tmp_path: Path) -> 
 class FakeConnection:
     """A connection as the table sees it."""
 
-    def __init__(self, unsent: int = 0, unread_since: float = 0.0) -> None:
-        self.unsent, self.unread_since = unsent, unread_since
+    def __init__(self, unsent: int = 0, unread_since: float = 0.0, answering: bool = False) -> None:
+        self.unsent, self.unread_since, self.answering = unsent, unread_since, answering
         self.reasons: list[str] = []
         self.table: ConnectionTable | None = None
 
