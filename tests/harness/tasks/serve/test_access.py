@@ -284,6 +284,19 @@ def test_a_post_of_another_site_makes_nothing(
     talk(config, tmp_path, with_client)
 
 
+def test_a_form_of_another_site_makes_no_video(config: RunConfig, tmp_path: Path) -> None:
+    """OpenAI's clients send forms, and so can a page; a browser that sends no Origin sends a Referer."""
+    videos = replace(config, model=replace(config.model, max_frames=17, frame_multiple=4, fps=8))
+    fields = {"prompt": (None, "x"), "seconds": (None, "1"), "triptych[steps]": (None, "1")}
+
+    async def with_client(client: httpx.AsyncClient) -> None:
+        for site, status in ((None, 200), ("http://127.0.0.1:8000/", 200), ("https://evil.example/", 403)):
+            headers = {} if site is None else {"referer": site}
+            assert (await client.post("/v1/videos", files=fields, headers=headers)).status_code == status
+
+    talk(videos, tmp_path, with_client)
+
+
 def test_no_other_site_reads_an_image_or_a_list(config: RunConfig, tmp_path: Path) -> None:
     async def with_client(client: httpx.AsyncClient) -> None:
         body = {"prompt": "x", "response_format": "url"}
