@@ -324,6 +324,9 @@ class BoundedProtocol(H11Protocol):
 
     def shutdown(self) -> None:
         """Close the connection after its answer, or at once if there is none to come."""
+        if self.lingering:
+            self._plain.abort()
+            return
         try:
             super().shutdown()
         except h11.LocalProtocolError:
