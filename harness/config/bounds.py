@@ -12,4 +12,5 @@ MAX_REPEATS = 100_000
 MAX_WAIT_S = 604_800  # a week
 MAX_WIDTH = 65_536
 MAX_DEPTH = 1_000
+MAX_CONNECTIONS = 100_000
 MAX_NUMBER = 10_000_000_000  # of samples, words or training steps

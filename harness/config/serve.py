@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from harness.config.bounds import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MAX_TRAINING_SEED, MAX_WAIT_S
+from harness.config.bounds import MAX_CONNECTIONS, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MAX_TRAINING_SEED, MAX_WAIT_S
 from schedulers.options import option
 
 
@@ -52,6 +52,33 @@ class ServeConfig:
     )
     restart_window_s: float = option(
         600.0, "Time in which restarts are counted.", unit="s", low=1, high=MAX_WAIT_S, infinite=True
+    )
+    api_key_file: str | None = option(
+        None,
+        "File of API keys, one a line, as KEY or NAME:KEY, which others may not read. The variable TRIPTYCH_API_KEY "
+        "holds one more. A host other than loopback needs a key.",
+    )
+    allowed_hosts: list[str] = option(
+        [], "Names by which clients reach the server, besides its own address: others in the Host header are refused."
+    )
+    max_connections: int = option(
+        1_000, "Open connections; fewer if the limit of open files is too low for them.", low=1, high=MAX_CONNECTIONS
+    )
+    max_connections_per_address: int = option(
+        100, "Open connections of one address (of one /64 in IPv6); loopback is exempt.", low=1, high=MAX_CONNECTIONS
+    )
+    max_head_kib: int = option(
+        16, "Largest size of a request's line and headers together.", unit="KiB", low=1, high=256
+    )
+    head_timeout_s: float = option(
+        10.0, "Longest time for a request's line and headers.", unit="s", low=0.1, high=MAX_WAIT_S
+    )
+    body_timeout_s: float = option(30.0, "Longest time for a request's body.", unit="s", low=0.1, high=MAX_WAIT_S)
+    reader_timeout_s: float = option(
+        20.0, "Longest time in which a client reads nothing of its answer.", unit="s", low=0.1, high=MAX_WAIT_S
+    )
+    max_unsent_mib: int = option(
+        64, "Bytes of answers that wait for slow readers, over all connections.", unit="MiB", low=1, high=65_536
     )
 
 

@@ -23,6 +23,7 @@ from harness.engines.pool import new_engine
 from harness.records.media import ffmpeg
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run
 from harness.tasks.serve import storage
+from harness.tasks.serve.access import KEY_VARIABLE
 from harness.tasks.serve.app import make_app
 from harness.tasks.serve.multipart import form_to_json, multipart_boundary
 from harness.tasks.serve.problem import STATUS, Problem
@@ -162,10 +163,15 @@ def test_links_lead_to_the_same_images_and_seeds_are_random(run: Talk) -> None:
         (IMAGES, {"prompt": "x", "model": "dall-e-3"}, "model_not_found", "use model=emoji"),
         (IMAGES, {"prompt": "x", "quality": "hd"}, "rejected", "quality: Input should be 'auto' or 'standard'"),
         (IMAGES, {"prompt": "x", "stream": True}, "rejected", "stream"),
-        (IMAGES, {"prompt": "x", "triptych": {"steps": 251}}, "rejected", "takes 250 at most"),
-        (IMAGES, {"prompt": "x", "triptych": {"seed": -1}}, "rejected", "seed=-1; give 0 to"),
+        (IMAGES, {"prompt": "x", "triptych": {"steps": 251}}, "rejected", "steps=251; this server takes 1 to 250"),
+        (IMAGES, {"prompt": "x", "triptych": {"seed": -1}}, "rejected", "seed=-1; this server takes 0 to"),
         (IMAGES, {"prompt": "x", "triptych": {"guidance": -1}}, "rejected", "guidance=-1.0"),
-        (IMAGES, {"prompt": "x", "triptych": {"timeout_s": 601}}, "rejected", "at most 600 seconds"),
+        (
+            IMAGES,
+            {"prompt": "x", "triptych": {"timeout_s": 601}},
+            "rejected",
+            "timeout_s=601.0; this server takes more than 0 and at most 600",
+        ),
         (IMAGES, {"prompt": "x", "triptych": {"timeout_s": 0}}, "rejected", "more than 0"),
         (IMAGES, {"prompt": "x", "triptych": {"scheduler": "ddpm"}}, "rejected", "noise scheduler is rectified_flow"),
         (IMAGES, {"prompt": "x", "triptych": {"frames": 5}}, "rejected", "post to /v1/videos"),
@@ -243,8 +249,8 @@ def test_a_body_that_states_too_much_is_refused_unread(run: Talk) -> None:
         ("rejected", 400, None),
         ("unsupported", 400, None),
         ("expired", 408, None),
-        ("busy", 429, None),
-        ("failed", 503, "1"),
+        ("busy", 429, "1"),
+        ("failed", 503, None),
         ("oom", 507, None),
     ],
 )
@@ -276,7 +282,7 @@ def test_a_full_queue_and_a_server_that_has_stopped_say_when_to_come_again(run: 
         at.engine.state, at.engine.reason = "failed", "rank 1 died with SIGKILL"
         answer = await at.client.post(IMAGES, json={"prompt": "x"})
         assert error(answer, 503, "not_serving") == "rank 1 died with SIGKILL"
-        assert answer.headers["retry-after"] == "60"
+        assert (answer.headers["retry-after"], answer.headers["x-should-retry"]) == ("60", "true")
 
     run(talk, step_s=0.1)
 
@@ -291,6 +297,9 @@ def test_health_is_honest(run: Talk) -> None:
         assert health.status_code == 200
         assert (health.json()["state"], health.json()["ranks"]) == ("restarting", 0)
         assert "triptych_ready 0.0" in (await at.client.get("/metrics")).text
+        for state in ("failed", "stopping"):
+            at.engine.state = state
+            assert state in error(await at.client.get("/health"), 503, "not_serving")
 
     run(talk)
 
@@ -479,7 +488,10 @@ def test_the_page_needs_nothing_from_elsewhere(run: Talk) -> None:
     run(talk)
 
 
-def test_what_cannot_be_served_is_refused_before_a_folder_is_claimed(config: RunConfig, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_refused_before_a_folder_is_claimed(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "of-a-test")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for serve, words in (

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.resolve.compose import compose_run
+from harness.tasks.serve.access import AccessKeys
 from tests.fixtures.chromium import MARKS, emulate, headless, widths
 from tests.fixtures.serving.http_server import Live, live
 
@@ -113,6 +115,29 @@ def test_refusals_and_faults_are_reported(page: Any, site: Live) -> None:
     site.engine.state, site.engine.reason = "restarting", "rank 1 died with SIGKILL"
     until(lambda: find(page, "#state").text == "restarting: rank 1 died with SIGKILL", "the state")
     site.engine.state = "ready"
+
+
+def test_the_page_asks_for_a_key_and_shows_what_it_opens(browser: Any, tmp_path: Path) -> None:
+    config = compose_run(["task=serve", "serve.port=0"]).config
+    with live(config, tmp_path, keys=AccessKeys({"of-ann": "ann"})) as guarded:
+        browser.get(guarded.url)
+        until(lambda: find(browser, "#key").is_displayed(), "the question")
+        assert not find(browser, "#generate").is_displayed()
+        for key in ("wrong", "of-ann"):
+            find(browser, "#key").send_keys(key)
+            find(browser, "#access button").click()
+            if key == "wrong":
+                until(lambda: "not one of" in find(browser, "#key-error").text, "the refusal")
+        until(lambda: find(browser, "#generate").is_displayed(), "the form")
+        submit(browser, prompt="x", steps="2")
+        until(lambda: browser.execute_script(LOADED) == 1, "the image")
+        assert browser.execute_script("return document.querySelector('#results img').src").startswith("blob:")
+        assert not find(browser, "#access").is_displayed()
+        stored = "return JSON.stringify([localStorage, sessionStorage, document.cookie, location.href])"
+        assert "of-ann" not in browser.execute_script(stored)
+        guarded.engine.state, guarded.engine.reason = "failed", "rank 1 died"
+        until(lambda: find(browser, "#state").text == "failed: rank 1 died", "the state")
+    browser.get_log("browser")  # the refusals
 
 
 @pytest.mark.parametrize("width", [400, 1400])

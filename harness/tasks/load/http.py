@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 
@@ -14,6 +15,7 @@ from harness.metrics.load import LOST, OK
 from harness.tasks.load.arrivals import ArrivalSchedule
 from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import BACKOFF_S
+from harness.tasks.serve.access import KEY_VARIABLE
 
 ROUTE = "/v1/images/generations"
 EVALUATIONS = re.compile(r"^triptych_evaluations_total (\S+)$", re.MULTILINE)
@@ -37,6 +39,12 @@ class ResponsePayload(msgspec.Struct):
 
     triptych: TimingPayload = msgspec.field(default_factory=TimingPayload)
     error: ErrorPayload = msgspec.field(default_factory=ErrorPayload)
+
+
+def key_header() -> dict[str, str]:
+    """Return the header with the API key in TRIPTYCH_API_KEY, or none if it is not set."""
+    key = os.environ.get(KEY_VARIABLE)
+    return {} if key is None else {"authorization": f"Bearer {key}"}
 
 
 def request_body(request: GenerationRequest) -> dict[str, object]:

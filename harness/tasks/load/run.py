@@ -219,7 +219,7 @@ async def load_server(config: RunConfig, url: str, bars: Progress) -> LoadMeasur
     load = config.load
     patience = httpx.Timeout(config.serve.timeout_s + GRACE_S)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=patience, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=patience, limits=limits, headers=http.key_header()) as client:
         if load.warmup_s:
             with phase_bar(bars, "warming up") as update:
                 await http.drive(client, arrival_schedule(load, load.warmup_s, 0), generate_requests(config, 0), update)

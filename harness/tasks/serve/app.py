@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
@@ -12,26 +13,40 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from harness.config.schema import RunConfig
 from harness.records.provenance import version
 from harness.tasks.serve import openai
-from harness.tasks.serve.middleware import RequestGuard, is_local
+from harness.tasks.serve.access import AccessKeys
+from harness.tasks.serve.bounds import add_bounds
+from harness.tasks.serve.middleware import RequestGuard
 from harness.tasks.serve.problem import STATUS, ErrorBody, Problem, install_error_handlers
 from harness.tasks.serve.routes import ServiceDep, image_routes, model_routes, request_routes, video_routes
 from harness.tasks.serve.service import GenerationService
 from harness.tasks.serve.supervisor import Supervisor
 
 PAGE_FILES = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+UNHEALTHY = ("failed", "stopping")
 CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
-def make_app(config: RunConfig, supervisor: Supervisor, folder: Path) -> FastAPI:
+class DocumentedApp(FastAPI):
+    """A FastAPI application whose OpenAPI document has the bounds of its server."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document."""
+        if self.openapi_schema is None:
+            add_bounds(super().openapi(), self.state.service.config)
+        return super().openapi()
+
+
+def make_app(config: RunConfig, supervisor: Supervisor, folder: Path, keys: AccessKeys | None = None) -> FastAPI:
     """Make the application of one server.
 
     Args:
         config: The resolved configuration of the server.
         supervisor: The supervisor of the ranks; the caller starts and stops it.
         folder: The run's folder, where images and videos are written.
+        keys: The server's keys; None if everybody on loopback may use it.
 
     Returns:
         The application; its generation service is `app.state.service`.
@@ -39,16 +54,14 @@ def make_app(config: RunConfig, supervisor: Supervisor, folder: Path) -> FastAPI
     responses: dict[int | str, dict[str, object]] = {
         status: {"model": ErrorBody} for status in sorted(set(STATUS.values()))
     }
-    app = FastAPI(
+    app = DocumentedApp(
         title="Triptych", version=version("triptych") or "", docs_url=None, redoc_url=None, responses=responses
     )
     app.state.service = GenerationService(config, supervisor, folder)
     install_error_handlers(app)
     for routes in (model_routes(), image_routes(), video_routes(), request_routes(), state_routes(), page_routes()):
         app.include_router(routes)
-    host = config.serve.host
-    loopback = is_local(f"[{host}]" if ":" in host else host)
-    app.add_middleware(RequestGuard, max_bytes=1024 * config.serve.max_body_kib, loopback=loopback)
+    app.add_middleware(RequestGuard, serve=config.serve, keys=keys)
     return app
 
 
@@ -58,14 +71,16 @@ def state_routes() -> APIRouter:
 
     @router.get("/health")
     async def health(service: ServiceDep) -> openai.Health:
-        """Answer 200 while the server process is alive, in any state of its ranks."""
+        """Answer 200 in starting, ready and restarting; 503 in failed and stopping, as nothing can be generated."""
+        if service.supervisor.state in UNHEALTHY:
+            raise Problem("not_serving", state_line(service), retry_after_s=1.0)
         return health_of(service)
 
     @router.get("/ready")
     async def ready(service: ServiceDep) -> openai.Health:
         """Answer 200 only while the ranks are ready; otherwise 503 with the reason."""
         if service.supervisor.state != "ready":
-            raise Problem("not_serving", f"{service.supervisor.state}: {service.supervisor.reason}", retry_after_s=1.0)
+            raise Problem("not_serving", state_line(service), retry_after_s=1.0)
         return health_of(service)
 
     @router.get("/metrics", response_class=Response)
@@ -74,6 +89,11 @@ def state_routes() -> APIRouter:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router
+
+
+def state_line(service: GenerationService) -> str:
+    """Return in which state the server is, and why."""
+    return f"{service.supervisor.state}: {service.supervisor.reason}"
 
 
 def health_of(service: GenerationService) -> openai.Health:
@@ -99,11 +119,7 @@ def page_routes() -> APIRouter:
 
         @router.get(f"/{name}")
         async def page() -> Response:
-            headers = {
-                "content-security-policy": CONTENT_SECURITY_POLICY,
-                "x-content-type-options": "nosniff",
-                "cache-control": "no-cache",
-            }
+            headers = {"content-security-policy": CONTENT_SECURITY_POLICY, "cache-control": "no-cache"}
             return Response(text, media_type=f"{media_type}; charset=utf-8", headers=headers)
 
     for name, media_type in PAGE_FILES.items():

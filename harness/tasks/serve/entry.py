@@ -11,7 +11,10 @@ from harness.tasks.common.lifecycle import guarded
 
 
 def check(run: ResolvedRun) -> None:
-    """Accept the run: all of it was checked as it was composed."""
+    """Refuse a server that other machines would reach without a key; the rest was checked as it was composed."""
+    from harness.tasks.serve.access import read_keys
+
+    read_keys(run.config.serve)
 
 
 def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine) -> Status:
@@ -29,12 +32,14 @@ def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine
 
     Raises:
         RunFolderError: Another run is in the folder.
-        ConfigError: The address is taken, or does not belong to this machine.
+        ConfigError: The address is taken, does not belong to this machine, or needs a key.
     """
+    from harness.tasks.serve.access import read_keys
     from harness.tasks.serve.serve import listen, serve
 
+    keys = read_keys(run.config.serve)
     with listen(run.config.serve) as listening:
         folder = RunFolder.claim(run.folder, run.retry)
         with guarded(run, folder) as outcome:
-            outcome.status = serve(run, folder, listening)
+            outcome.status = serve(run, folder, listening, keys=keys)
     return outcome.status

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from email.message import Message
 from typing import TypeAlias
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import Field, File, FormParser, parse_options_header
 
 from harness.tasks.serve.problem import Problem
 
-NAME = re.compile(rb'content-disposition:\s*form-data;(?:.*;)?\s*name="([^"\r\n]*)"([^\r\n]*)', re.IGNORECASE)
-FIELD = re.compile(r"(\w+)(?:\[(\w+)\])?")
+FIELD = re.compile(r"(\w{1,64})(?:\[(\w{1,64})\])?", re.ASCII)
+MAX_FIELDS = 64
 FormFields: TypeAlias = dict[str, "str | dict[str, str]"]
 
 
@@ -23,11 +26,8 @@ def multipart_boundary(content_type: str) -> bytes | None:
     Returns:
         The boundary, empty if the header has none; None if the header does not declare a form.
     """
-    header = Message()
-    header["content-type"] = content_type
-    if header.get_content_type() != "multipart/form-data":
-        return None
-    return str(header.get_boundary("")).encode()
+    kind, parameters = parse_options_header(content_type)
+    return parameters.get(b"boundary", b"") if kind == b"multipart/form-data" else None
 
 
 def form_to_json(body: bytes, boundary: bytes) -> bytes:
@@ -46,28 +46,41 @@ def form_to_json(body: bytes, boundary: bytes) -> bytes:
     if not boundary:
         raise Problem("rejected", "Content-Type has no boundary; send a form with one, or JSON with application/json")
     fields: FormFields = {}
-    for part in (b"\r\n" + body).split(b"\r\n--" + boundary)[1:-1]:
-        head, _, value = part.partition(b"\r\n\r\n")
-        _add_field(fields, head, value)
+    ends: list[bool] = []
+    try:
+        parser = FormParser(
+            "multipart/form-data",
+            lambda field: _add_field(fields, field),
+            _refuse_file,
+            lambda: ends.append(True),
+            boundary=boundary,
+            config={"MAX_MEMORY_FILE_SIZE": math.inf, "UPLOAD_ERROR_ON_BAD_CTE": True},  # the body is bounded
+        )
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise Problem("rejected", f"the body is not a form ({error}); send a form, or application/json") from error
+    if not ends:
+        raise Problem("rejected", "the form has no last boundary; send the whole form")
     return json.dumps(fields).encode()
 
 
-def _add_field(fields: FormFields, head: bytes, value: bytes) -> None:
-    found = NAME.search(head)
-    if found is None:
-        raise Problem("rejected", 'a part of the form has no Content-Disposition: form-data; name="..."')
-    name, rest = found[1].decode(errors="replace"), found[2]
+def _refuse_file(file: File) -> None:
+    name = (file.field_name or b"a part").decode(errors="replace")
+    raise Problem("rejected", f"{name} is a file, and files are not read; leave it out", name)
+
+
+def _add_field(fields: FormFields, field: Field) -> None:
+    name = (field.field_name or b"").decode(errors="replace")
     path = FIELD.fullmatch(name)
-    if path is None or b"filename" in rest:
-        raise Problem("rejected", f"{name}: there is no such field, and files are not read; leave it out", name)
+    if path is None or len(fields) > MAX_FIELDS:
+        raise Problem("rejected", f"{name}: there is no such field; leave it out", name)
     try:
-        text = value.decode()
+        text = (field.value or b"").decode()
     except UnicodeDecodeError:
         raise Problem("rejected", f"{name} is not UTF-8; send UTF-8 text", name) from None
-    if path[2] is None:
-        fields[path[1]] = text
-        return
-    inner = fields.setdefault(path[1], {})
-    if isinstance(inner, str):
-        raise Problem("rejected", f"{path[1]} is given both as text and as an object; give one of them", path[1])
-    inner[path[2]] = text
+    inner = fields if path[2] is None else fields.setdefault(path[1], {})
+    key = path[2] or path[1]
+    if isinstance(inner, str) or key in inner:
+        raise Problem("rejected", f"{name} is given twice; give it once", name)
+    inner[key] = text

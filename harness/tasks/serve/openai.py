@@ -1,13 +1,16 @@
 """The bodies of OpenAI's API for images and videos, with this project's own fields in one object, `triptych`.
 
-Fields of OpenAI's API that have no effect here are accepted only with the value that means so.
+Fields of OpenAI's API that have no effect here are accepted only with the value that means so. `bounds.py` has the
+bounds of the numbers.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, AllowInfNan, BaseModel
+from pydantic import AfterValidator, AllowInfNan, BaseModel, Field
+
+from harness.resolve.limits import MAX_PROMPT_CHARS
 
 
 def check_unicode(text: str) -> str:
@@ -29,7 +32,9 @@ def check_unicode(text: str) -> str:
     return text
 
 
-UnicodeText = Annotated[str, AfterValidator(check_unicode)]
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(check_unicode)]
+Label = Annotated[str, Field(max_length=256), AfterValidator(check_unicode)]
+Size = Annotated[str, Field(max_length=16), AfterValidator(check_unicode)]
 FiniteFloat = Annotated[float, AllowInfNan(False)]
 RequestStatus: TypeAlias = Literal["queued", "running", "done", "failed"]
 
@@ -51,10 +56,10 @@ class GenerationOptions(BaseModel, extra="forbid"):
     steps: int | None = None
     seed: int | None = None
     guidance: FiniteFloat | None = None
-    negative_prompt: UnicodeText | None = None
+    negative_prompt: Prompt | None = None
     timeout_s: FiniteFloat | None = None
     frames: int | None = None
-    scheduler: UnicodeText | None = None
+    scheduler: Label | None = None
 
 
 class ParsedRequest(BaseModel, extra="forbid"):
@@ -68,10 +73,10 @@ class ParsedRequest(BaseModel, extra="forbid"):
         triptych: This project's own options.
     """
 
-    prompt: UnicodeText
-    model: UnicodeText | None = None
-    size: UnicodeText | None = None
-    user: UnicodeText | None = None
+    prompt: Prompt
+    model: Label | None = None
+    size: Size | None = None
+    user: Label | None = None
     triptych: GenerationOptions = GenerationOptions()
 
 
@@ -90,7 +95,7 @@ class ImageRequest(JobRequest):
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
     stream: Literal[False] | None = None
-    safety_identifier: UnicodeText | None = None
+    safety_identifier: Label | None = None
 
 
 class VideoRequest(ParsedRequest):

@@ -1,16 +1,37 @@
 // The built-in page: sends requests, and shows every request of this server. It polls one list; an event stream for
-// each request would soon use up the six connections that browsers allow to one server.
+// each request would soon use up the six connections that browsers allow to one server. The API key, if the server has
+// one, stays in this page's memory: images come through fetch, because an img element sends no header.
 
 const FAST_MS = 300, SLOW_MS = 2000;
 const byId = id => document.getElementById(id);
 const items = new Map(); // by request id: its list item
-let timer = 0;
+let timer = 0, key = "";
+
+async function send(path, options = {}) {
+  const headers = { ...options.headers, ...(key && { authorization: `Bearer ${key}` }) };
+  const response = await fetch(path, { ...options, headers });
+  if (response.ok) return response;
+  if (response.status === 401) askForKey();
+  throw new Error((await response.json()).error.message);
+}
 
 async function call(path, options) {
-  const response = await fetch(path, options);
-  const body = await response.json();
-  if (!response.ok) throw new Error(body.error.message);
-  return body;
+  return (await send(path, options)).json();
+}
+
+function askForKey() {
+  byId("key-error").textContent = key && "This key is not one of the server's.";
+  key = "";
+  byId("access").hidden = false;
+  byId("generate").hidden = byId("lists").hidden = true;
+  clearTimeout(timer);
+}
+
+function useKey(event) {
+  event.preventDefault();
+  key = byId("key").value.trim();
+  byId("key").value = "";
+  begin();
 }
 
 function formBody() {
@@ -58,8 +79,22 @@ function media(url, request) {
   if (request.frames > 1) Object.assign(element, { controls: true, loop: true, muted: true, preload: "metadata" });
   else element.alt = request.prompt;
   [element.width, element.height] = request.size.split("x").map(Number);
-  element.src = new URL(url).pathname;
+  loadMedia(element, new URL(url).pathname);
   return element;
+}
+
+async function loadMedia(element, path) {
+  if (!key) {
+    element.src = path;
+    return;
+  }
+  try {
+    const source = URL.createObjectURL(await (await send(path)).blob());
+    element.onload = () => URL.revokeObjectURL(source);
+    element.src = source;
+  } catch {
+    element.alt = "the image could not be loaded";
+  }
 }
 
 function stageText(request) {
@@ -97,34 +132,58 @@ function showHealth(health) {
   byId("state").className = health.state;
 }
 
+async function health() {
+  try {
+    return await call("/health");
+  } catch (error) {
+    const [state, ...reason] = error.message.split(": "); // of a server that answers: failed or stopping
+    if (!["failed", "stopping"].includes(state)) throw error;
+    return { state, reason: reason.join(": "), running: 0, queued: 0 };
+  }
+}
+
 async function refresh() {
   clearTimeout(timer);
   let outstanding = 0;
   try {
-    const [requests, health] = await Promise.all([call("/v1/requests"), call("/health")]);
+    const [requests, found] = await Promise.all([call("/v1/requests"), health()]);
     const rendered = requests.data.map(render);
     const itemsIn = list => rendered.filter(([target]) => target === list).map(([, item]) => item);
     arrange(byId("queue"), itemsIn(byId("queue")).reverse()); // the next request on top
     arrange(byId("results"), itemsIn(byId("results"))); // the newest on top
     for (const id of items.keys()) if (!requests.data.some(request => request.id === id)) items.delete(id);
-    outstanding = health.running + health.queued;
-    showHealth(health);
+    outstanding = found.running + found.queued;
+    showHealth(found);
   } catch {
+    if (!byId("access").hidden) return;
     showHealth({ state: "failed", reason: "the server does not answer", running: 0, queued: 0 });
   }
   clearTimeout(timer);
   timer = setTimeout(refresh, outstanding ? FAST_MS : SLOW_MS);
 }
 
-async function start() {
+function start() {
   byId("generate").addEventListener("submit", submit);
+  byId("access").addEventListener("submit", useKey);
   byId("prompt").addEventListener("keydown", event => {
     if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
       byId("generate").requestSubmit();
     }
   });
-  const [model] = (await call("/v1/models")).data, defaults = model.triptych;
+  begin();
+}
+
+async function begin() {
+  let model;
+  try {
+    [model] = (await call("/v1/models")).data;
+  } catch {
+    return byId("access").hidden && showHealth({ state: "failed", reason: "the server does not answer" });
+  }
+  byId("access").hidden = true;
+  byId("generate").hidden = byId("lists").hidden = false;
+  const defaults = model.triptych;
   byId("about").textContent = `${model.id} · ${defaults.scheduler} · ${defaults.solver}`;
   for (const name of ["steps", "guidance", "size", "frames"]) byId(name).value = defaults[name];
   byId("steps").max = defaults.max_steps;

@@ -10,6 +10,7 @@ from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest
 from harness.resolve.limits import check_frames, check_request, check_server_limits, check_size
 from harness.resolve.request import to_message
+from harness.tasks.serve.bounds import check_numbers
 from harness.tasks.serve.openai import GenerationOptions, ParsedRequest, VideoRequest
 from harness.tasks.serve.problem import Problem
 
@@ -34,6 +35,7 @@ def to_request(body: ParsedRequest, n: int, frames: int | None, config: RunConfi
     """
     own, options = to_message(config.request), body.triptych
     _check_model_and_scheduler(body, options, config)
+    check_numbers(body, config)
     width, height = _parse_size(body.size, own)
     request = GenerationRequest(
         request_id=uuid.uuid4().hex,
@@ -107,12 +109,6 @@ def _parse_size(size: str | None, own: GenerationRequest) -> tuple[int, int]:
 
 def _check_bounds(request: GenerationRequest, config: RunConfig) -> None:
     serve, model = config.serve, config.model
-    if not 1 <= request.samples_per_prompt <= serve.max_images:
-        message = f"n={request.samples_per_prompt}; this server takes 1 to {serve.max_images}"
-        raise Problem("rejected", message, "n")
-    if request.timeout_s is None or not 0 < request.timeout_s <= serve.timeout_s:
-        message = f"timeout_s={request.timeout_s}; give more than 0 and at most {serve.timeout_s:g} seconds"
-        raise Problem("rejected", message, "triptych.timeout_s")
     try:
         check_request(request)
         check_server_limits(request, serve)

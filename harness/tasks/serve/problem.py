@@ -19,6 +19,7 @@ STATUS: Mapping[str, int] = MappingProxyType(
     {
         "rejected": 400,
         "unsupported": 400,
+        "unauthorized": 401,
         "forbidden": 403,
         "not_found": 404,
         "model_not_found": 404,
@@ -27,7 +28,9 @@ STATUS: Mapping[str, int] = MappingProxyType(
         "cancelled": 409,
         "not_done": 409,
         "too_large": 413,
+        "no_such_range": 416,
         "busy": 429,
+        "head_too_large": 431,
         "internal": 500,
         "failed": 503,
         "not_serving": 503,
@@ -35,7 +38,9 @@ STATUS: Mapping[str, int] = MappingProxyType(
         "not_saved": 507,
     }
 )
-RETRYABLE = ("busy", "not_serving", "not_done")  # the same request may succeed later; with other codes it will not
+PASSING = ("busy", "not_done")  # these pass by themselves, so a client may always try again
+RETRY_S = 1.0
+MAX_RETRY_S = 3600.0
 
 
 class ErrorDetail(BaseModel):
@@ -67,7 +72,7 @@ class Problem(Exception):
         code: A key of STATUS.
         message: One line that says what to change.
         param: The field to change, if it is one field.
-        retry_after_s: The time after which the client may try again, seconds.
+        retry_after_s: The time after which the client may try again, seconds; None if the cause does not pass.
     """
 
     def __init__(self, code: str, message: str, param: str | None = None, retry_after_s: float | None = None) -> None:
@@ -75,11 +80,11 @@ class Problem(Exception):
         self.code = code
         self.message = " ".join(message.encode(errors="replace").decode().split())[:MAX_MESSAGE_CHARS]
         self.param = None if param is None else param.encode(errors="replace").decode()[:MAX_MESSAGE_CHARS]
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = RETRY_S if retry_after_s is None and code in PASSING else retry_after_s
 
     @classmethod
     def from_failure(cls, failure: Failure) -> Problem:
-        """Convert an engine's failure; after a rank died, the client may retry in a second.
+        """Convert an engine's failure.
 
         Args:
             failure: The engine's typed answer.
@@ -88,9 +93,8 @@ class Problem(Exception):
             The error for the client.
         """
         where = "" if failure.rank is None else f"rank {failure.rank}: "
-        retry_after_s = 1.0 if failure.kind == "failed" and failure.retry_after_s is None else failure.retry_after_s
         code = failure.kind if failure.kind in STATUS else "failed"
-        return cls(code, f"{where}{failure.message}", retry_after_s=retry_after_s)
+        return cls(code, f"{where}{failure.message}", retry_after_s=failure.retry_after_s)
 
     def body(self) -> ErrorBody:
         """Return the JSON body of the answer."""
@@ -98,15 +102,34 @@ class Problem(Exception):
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
         return ErrorBody(error=ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code))
 
-    def response(self) -> JSONResponse:
+    def response(self, close: bool = False) -> JSONResponse:
         """Return the whole answer.
 
-        OpenAI's clients retry after 408, 409, 429 and 5xx, unless the header x-should-retry says false.
+        Args:
+            close: Whether the connection is closed after it, with a part of the request unread.
         """
-        headers = {"x-should-retry": str(self.code in RETRYABLE).lower()}
-        if self.retry_after_s is not None:
-            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+        headers = retry_headers(self.retry_after_s)
+        if self.code == "unauthorized":
+            headers["www-authenticate"] = "Bearer"
+        if close:
+            headers["connection"] = "close"
         return JSONResponse(self.body().model_dump(), STATUS[self.code], headers)
+
+
+def retry_headers(retry_after_s: float | None) -> dict[str, str]:
+    """Return the headers that say whether and when the same request may succeed.
+
+    OpenAI's clients retry after 408, 409, 429 and 5xx, unless the header x-should-retry says false.
+
+    Args:
+        retry_after_s: The time after which the client may try again, seconds; None if the cause does not pass.
+
+    Returns:
+        `x-should-retry`, and `retry-after` in whole seconds if it is true.
+    """
+    if retry_after_s is None:
+        return {"x-should-retry": "false"}
+    return {"x-should-retry": "true", "retry-after": str(math.ceil(min(max(RETRY_S, retry_after_s), MAX_RETRY_S)))}
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -142,4 +165,6 @@ def _from_validation_error(error: RequestValidationError) -> Problem:
     if not field and first["type"] != "string_unicode":
         return Problem("rejected", "the body must be a JSON object, with Content-Type: application/json")
     message = "there is no such field; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+    if first["type"] == "string_too_long":
+        message = f"{len(first['input'])} characters; shorten it to {first['ctx']['max_length']} or fewer"
     return Problem("rejected", f"{field or 'a key'}: {message.removeprefix('Value error, ')}", field or None)

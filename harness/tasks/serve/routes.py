@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import stat
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse
 
+from harness.config.bounds import MAX_IMAGES
 from harness.config.schema import RunConfig
 from harness.tasks.serve import openai
+from harness.tasks.serve.access import KEY_CLIENT
 from harness.tasks.serve.parse import to_request, video_frames
 from harness.tasks.serve.problem import Problem
 from harness.tasks.serve.responses import (
@@ -27,6 +31,7 @@ from harness.tasks.serve.responses import (
 )
 from harness.tasks.serve.service import GenerationService, RequestHandle
 
+Id = Annotated[str, PathParameter(max_length=128)]
 FORM = {"requestBody": {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/VideoRequest"}}}}}
 
 
@@ -36,12 +41,34 @@ def service_of(http: Request) -> GenerationService:
     return service
 
 
-def request_handle(request_id: str, http: Request) -> RequestHandle:
-    """Return the request that a path names."""
-    return service_of(http).find(request_id)
+def client_of(http: Request) -> str:
+    """Return whose HTTP request it is, as the middleware found it."""
+    client: str = http.state.client
+    return client
 
 
-def video_handle(video_id: str, http: Request) -> RequestHandle:
+def is_visible(handle: RequestHandle, client: str) -> bool:
+    """Return whether a client may see a request: on a server with keys it sees its own alone."""
+    return not client.startswith(KEY_CLIENT) or handle.job.request.client == client
+
+
+def request_handle(request_id: Id, http: Request) -> RequestHandle:
+    """Return the request that a path names.
+
+    Args:
+        request_id: The id in the path.
+        http: The HTTP request.
+
+    Raises:
+        Problem: The client has no such request.
+    """
+    handle = service_of(http).find(request_id)
+    if not is_visible(handle, client_of(http)):
+        raise Problem("not_found", f"there is no request {request_id}; /v1/requests lists those that are stored")
+    return handle
+
+
+def video_handle(video_id: Id, http: Request) -> RequestHandle:
     """Return the video that a path names.
 
     Args:
@@ -51,13 +78,21 @@ def video_handle(video_id: str, http: Request) -> RequestHandle:
     Raises:
         Problem: There is no such request, or it is not a video.
     """
-    handle = service_of(http).find(video_id)
+    handle = request_handle(video_id, http)
     if not handle.is_video:
         raise Problem("not_found", f"{video_id} is not a video; see /v1/requests/{video_id}")
     return handle
 
 
+def visible_handles(http: Request) -> list[RequestHandle]:
+    """Return the requests that the client may see, the newest first."""
+    client = client_of(http)
+    return [handle for handle in service_of(http).handles() if is_visible(handle, client)]
+
+
 ServiceDep = Annotated[GenerationService, Depends(service_of)]
+ClientDep = Annotated[str, Depends(client_of)]
+HandlesDep = Annotated[list[RequestHandle], Depends(visible_handles)]
 RequestDep = Annotated[RequestHandle, Depends(request_handle)]
 VideoDep = Annotated[RequestHandle, Depends(video_handle)]
 
@@ -92,18 +127,21 @@ def image_routes() -> APIRouter:
     router = APIRouter(prefix="/v1/images", tags=["images"])
 
     @router.post("/generations")
-    async def images(body: openai.ImageRequest, service: ServiceDep, http: Request) -> openai.ImagesResponse:
+    async def images(
+        body: openai.ImageRequest, service: ServiceDep, client: ClientDep, http: Request
+    ) -> openai.ImagesResponse:
         """Generate images and answer when they are done; a client that disconnects cancels them."""
         if body.triptych.frames not in (None, 1):
             raise Problem("rejected", "triptych.frames makes a video; post to /v1/videos", "triptych.frames")
         request = to_request(body, 1 if body.n is None else body.n, 1, service.config)
-        handle = service.submit(request, body.user)
+        handle = service.submit(request, body.user, client)
         await wait_settled(service, handle, http)
         files = service.files(handle)
         if body.response_format == "url":
             data = [openai.ImageData(url=content_url(http, handle, k)) for k in range(len(files))]
         else:
-            data = [openai.ImageData(b64_json=text) for text in await asyncio.to_thread(read_base64, files)]
+            texts = await asyncio.to_thread(read_base64, handle, files)
+            data = [openai.ImageData(b64_json=text) for text in texts]
         return openai.ImagesResponse(
             created=int(time.time()), data=data, size=size_text(handle), triptych=generation_info(handle)
         )
@@ -116,15 +154,15 @@ def video_routes() -> APIRouter:
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
     @router.post("", openapi_extra=FORM)
-    async def create(body: openai.VideoRequest, service: ServiceDep) -> openai.Video:
+    async def create(body: openai.VideoRequest, service: ServiceDep, client: ClientDep) -> openai.Video:
         """Queue a video and answer at once."""
         request = to_request(body, 1, video_frames(body, service.config), service.config)
-        return video_object(service.submit(request, body.user), service.config)
+        return video_object(service.submit(request, body.user, client), service.config)
 
     @router.get("")
-    async def videos(service: ServiceDep) -> openai.Videos:
+    async def videos(service: ServiceDep, handles: HandlesDep) -> openai.Videos:
         """List the videos that are outstanding or stored, the newest first."""
-        found = [video_object(handle, service.config) for handle in service.handles() if handle.is_video]
+        found = [video_object(handle, service.config) for handle in handles if handle.is_video]
         return openai.Videos(
             data=found, first_id=found[0].id if found else None, last_id=found[-1].id if found else None
         )
@@ -135,9 +173,9 @@ def video_routes() -> APIRouter:
         return video_object(handle, service.config)
 
     @router.get("/{video_id}/content", response_class=FileResponse)
-    async def content(handle: VideoDep, service: ServiceDep) -> FileResponse:
+    async def content(handle: VideoDep, service: ServiceDep, http: Request) -> FileResponse:
         """Return the MP4 file of a completed video."""
-        return file_response(service, handle, 0)
+        return file_response(service, handle, 0, http)
 
     @router.delete("/{video_id}")
     async def delete(handle: VideoDep, service: ServiceDep) -> openai.VideoDeleted:
@@ -153,17 +191,18 @@ def request_routes() -> APIRouter:
     router = APIRouter(prefix="/v1/requests", tags=["requests"])
 
     @router.post("", status_code=202)
-    async def create(body: openai.JobRequest, service: ServiceDep, http: Request) -> openai.RequestObject:
+    async def create(
+        body: openai.JobRequest, service: ServiceDep, client: ClientDep, http: Request
+    ) -> openai.RequestObject:
         """Queue images or videos and answer at once."""
         request = to_request(body, 1 if body.n is None else body.n, body.triptych.frames, service.config)
-        return request_object(service.submit(request, body.user), http)
+        return request_object(service.submit(request, body.user, client), http)
 
     @router.get("")
     async def requests(
-        service: ServiceDep, http: Request, limit: Annotated[int, Query(ge=0, le=1000)] = 50
+        handles: HandlesDep, http: Request, limit: Annotated[int, Query(ge=0, le=1000)] = 50
     ) -> openai.Requests:
         """List all outstanding requests and the last `limit` answered ones, the newest first."""
-        handles = service.handles()
         recent = {handle.id for handle in [handle for handle in handles if handle.settled.is_set()][:limit]}
         listed = [handle for handle in handles if handle.id in recent or not handle.settled.is_set()]
         return openai.Requests(data=[request_object(handle, http) for handle in listed])
@@ -182,9 +221,14 @@ def request_routes() -> APIRouter:
         yield request_object(handle, http)
 
     @router.get("/{request_id}/content/{index}", response_class=FileResponse)
-    async def content(handle: RequestDep, index: int, service: ServiceDep) -> FileResponse:
+    async def content(
+        handle: RequestDep,
+        index: Annotated[int, PathParameter(ge=0, lt=MAX_IMAGES)],
+        service: ServiceDep,
+        http: Request,
+    ) -> FileResponse:
         """Return one image or video of a request that is done."""
-        return file_response(service, handle, index)
+        return file_response(service, handle, index, http)
 
     @router.delete("/{request_id}", status_code=202)
     async def cancel(handle: RequestDep, service: ServiceDep, http: Request) -> openai.RequestObject:
@@ -224,27 +268,59 @@ async def wait_disconnected(http: Request) -> None:
         pass
 
 
-def file_response(service: GenerationService, handle: RequestHandle, index: int) -> FileResponse:
-    """Return one file of a request.
+def file_response(service: GenerationService, handle: RequestHandle, index: int, http: Request) -> FileResponse:
+    """Return one file of a request, or the range of it that the client wants.
 
     Args:
         service: The generation service.
         handle: The handle of the request.
         index: The index of the image or video within the request.
+        http: The HTTP request.
 
     Raises:
-        Problem: The request has no such file, is not done, or its file was removed.
+        Problem: The request has no such file, is not done, its file was removed, or the range is past its end.
     """
     files = service.files(handle)
     if not 0 <= index < len(files):
         raise Problem("not_found", f"request {handle.id} has samples 0 to {len(files) - 1}; use one of these")
-    if not files[index].is_file():
-        raise Problem("not_found", f"sample {index} of request {handle.id} was removed from the server's folder")
+    try:
+        found = files[index].stat()
+    except OSError:
+        raise Problem("not_found", removal(handle, index)) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise Problem("not_found", removal(handle, index))
+    start, _, end = http.headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")
+    if start and end and int(end) < int(start):
+        raise Problem("rejected", f"Range: bytes={start}-{end} ends before it begins; turn it round")
+    if start and int(start) >= found.st_size:
+        raise Problem("no_such_range", f"the file has {found.st_size} bytes; use a range that begins before its end")
     media_type = "image/png" if files[index].suffix == ".png" else "video/mp4"
     headers = {"cache-control": "private, max-age=86400, immutable"}
-    return FileResponse(files[index], media_type=media_type, headers=headers)
+    return FileResponse(files[index], media_type=media_type, headers=headers, stat_result=found)
 
 
-def read_base64(files: Sequence[Path]) -> list[str]:
-    """Read files and encode each in base64."""
-    return [base64.b64encode(file.read_bytes()).decode() for file in files]
+def removal(handle: RequestHandle, index: int) -> str:
+    """Return the message about a file that is no longer there."""
+    return f"sample {index} of request {handle.id} was removed from the server's folder"
+
+
+def read_base64(handle: RequestHandle, files: Sequence[Path]) -> list[str]:
+    """Read the files of a request and encode each in base64.
+
+    Args:
+        handle: The handle of the request.
+        files: The files of the request.
+
+    Returns:
+        One text per file.
+
+    Raises:
+        Problem: A file was removed.
+    """
+    texts: list[str] = []
+    for index, file in enumerate(files):
+        try:
+            texts.append(base64.b64encode(file.read_bytes()).decode())
+        except OSError:
+            raise Problem("not_found", removal(handle, index)) from None
+    return texts

@@ -11,10 +11,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import uvicorn
 from rich.console import Console
 from rich.markup import escape
 
@@ -27,22 +24,14 @@ from harness.engines.torchrun import TorchrunEngine
 from harness.records.record import RunFolder, Status
 from harness.resolve.compose import ConfigError, ResolvedRun, to_yaml
 from harness.serving.transport import EngineGone
+from harness.tasks.serve.access import AccessKeys
 from harness.tasks.serve.app import make_app
+from harness.tasks.serve.connections import BoundedServer, raise_descriptor_limit
+from harness.tasks.serve.log_limit import limit_logs
 from harness.tasks.serve.supervisor import MakeSupervisedEngine, Supervisor
 
 LOG = "server.log"
 BACKLOG = 512
-KEEP_ALIVE_S = 75  # longer than clients keep an idle connection (httpx 5 s): the side that closes first loses nothing
-CLOSE_S = 5  # the time for connections to close, once every request has its answer
-
-
-class UvicornServer(uvicorn.Server):
-    """uvicorn without its own signal handlers, which would close connections before their requests are answered."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signal handlers of this process unchanged."""
-        yield
 
 
 def listen(serve: ServeConfig) -> socket.socket:
@@ -81,6 +70,7 @@ def serve(
     folder: RunFolder,
     listening: socket.socket,
     make_engine: MakeSupervisedEngine = TorchrunEngine,
+    keys: AccessKeys | None = None,
 ) -> Status:
     """Serve in a claimed folder until SIGTERM or Ctrl-C; every process has ended on return.
 
@@ -89,6 +79,7 @@ def serve(
         folder: The claimed run folder.
         listening: The socket of `listen`; it is closed at the end.
         make_engine: The function that starts a set of ranks.
+        keys: The server's keys, as `read_keys` returns them.
 
     Returns:
         The status of the run.
@@ -98,24 +89,23 @@ def serve(
     """
     folder.write_config(to_yaml(run.config))
     logging.basicConfig(level=logging.INFO, filename=folder.path / "logs" / LOG, format=LOG_FORMAT)
+    limit_logs()
     supervisor = Supervisor(run.config, folder.path, make_engine)
     with listening:
-        asyncio.run(_serve(run.config, folder, listening, supervisor))
+        asyncio.run(_serve(run.config, folder, listening, supervisor, keys))
     failed = supervisor.state == "failed"
     return Status("failed", supervisor.reason) if failed else Status("ok")
 
 
-async def _serve(config: RunConfig, folder: RunFolder, listening: socket.socket, supervisor: Supervisor) -> None:
-    app, console, stop = make_app(config, supervisor, folder.path), Console(), asyncio.Event()
-    settings = uvicorn.Config(
-        app,
-        lifespan="off",
-        log_config=None,
-        log_level="warning",
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=CLOSE_S,
-    )
-    server = UvicornServer(settings)
+async def _serve(
+    config: RunConfig,
+    folder: RunFolder,
+    listening: socket.socket,
+    supervisor: Supervisor,
+    keys: AccessKeys | None,
+) -> None:
+    app, console, stop = make_app(config, supervisor, folder.path, keys), Console(), asyncio.Event()
+    server = BoundedServer(app, config.serve, raise_descriptor_limit())
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     http = asyncio.create_task(server.serve([listening]))

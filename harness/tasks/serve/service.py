@@ -7,6 +7,8 @@ import logging
 from collections.abc import Coroutine
 from pathlib import Path
 
+import msgspec
+
 from harness.config.schema import RunConfig
 from harness.messages import GenerationRequest
 from harness.records.record import SampleRow, fingerprint
@@ -83,12 +85,13 @@ class GenerationService:
         self._handles: dict[str, RequestHandle] = {}
         self._background: set[asyncio.Task[None]] = set()
 
-    def submit(self, request: GenerationRequest, user: str | None) -> RequestHandle:
+    def submit(self, request: GenerationRequest, user: str | None, client: str = "") -> RequestHandle:
         """Queue a request.
 
         Args:
             request: The request for the engine.
             user: The client's name for its user.
+            client: The name of the client, for turns between clients.
 
         Returns:
             The handle of the request.
@@ -97,7 +100,7 @@ class GenerationService:
             Problem: The queue is full, or the server generates nothing any more.
         """
         try:
-            job = self.supervisor.submit(request)
+            job = self.supervisor.submit(msgspec.structs.replace(request, client=client))
         except (QueueFull, NotServing) as error:
             code = "busy" if isinstance(error, QueueFull) else "not_serving"
             self.metrics.count(code)
