@@ -123,6 +123,7 @@ class ForkServerProcess:
             server = os.getpid()
             pid = os.fork()
             if pid == 0:
+                reply.close()
                 self._be_agent(order, server)
             self._agents[pid] = Path(order.sockets)
             descriptor = os.pidfd_open(pid)

@@ -90,12 +90,15 @@ class Agent:
         self.send(signal.SIGTERM)
 
     def close(self) -> None:
-        """Forget the agent; one that is not forked yet is killed as it starts."""
-        if not self._closed:
-            self._reply.close()
-            if self._process is not None:
-                self._process.close()
+        """Kill the agent if it still runs, and forget it; the fork server kills one that it has not forked yet."""
+        if self._closed:
+            return
+        self._reply.shutdown(socket.SHUT_RDWR)  # an answer that comes later fails
+        self.send(signal.SIGKILL)
         self._closed = True
+        self._reply.close()
+        if self._process is not None:
+            self._process.close()
 
     def _receive(self) -> None:
         """Take the fork server's answer, if it is there."""

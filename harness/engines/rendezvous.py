@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, HashStore
 from torch.distributed import run
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
@@ -44,7 +45,7 @@ class PrivateRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Return a group of one agent. No rank uses its address, because ranks meet in a file."""
-        return RendezvousInfo(dist.HashStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
+        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
 
     def is_closed(self) -> bool:
         """Return False: the rendezvous lives as long as its agent."""
@@ -91,7 +92,7 @@ def join_ranks(folder: Path, backend: str = "gloo") -> None:
         backend: the backends of the group.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(str(folder / STORE), ranks)
+    store = FileStore(str(folder / STORE), ranks)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
 
 
