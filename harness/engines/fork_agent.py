@@ -140,8 +140,9 @@ class ForkServerProcess:
         try:
             end_with_parent(server)
             self._orders.close()
-            os.chdir(order.working_folder)
             redirect_output(Path(order.log))
+            if order.working_folder:
+                os.chdir(order.working_folder)
             os.environ.update(order.variables)
             os.environ[OWNER] = str(os.getpid())
             from harness.engines.rendezvous import run_torchrun

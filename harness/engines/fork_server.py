@@ -20,6 +20,7 @@ from harness.engines.processes import ProcessHandle
 from harness.serving.transport import EngineGone
 
 MAX_ORDER_BYTES = 1 << 16
+OTHERS_VARIABLES = ("WANDB_",)  # wandb sets some as it starts, and ranks read none
 KILL_S = 10.0  # the longest wait for a process that has been sent SIGKILL
 
 
@@ -32,7 +33,7 @@ class AgentOrder(msgspec.Struct, frozen=True):
         options: Options for torchrun.
         variables: Environment variables of these ranks alone.
         log: The file for the agent's output.
-        working_folder: The working folder.
+        working_folder: The working folder; empty if the owner's does not exist any more.
     """
 
     folder: str
@@ -111,7 +112,7 @@ class Agent:
 
 
 @dataclass
-class ServerProcess:
+class RunningForkServer:
     """One process of the fork server.
 
     Attributes:
@@ -125,7 +126,7 @@ class ServerProcess:
     agents: list[Agent] = field(default_factory=list)
 
     @classmethod
-    def start(cls, order: AgentOrder, environment: Mapping[str, str]) -> ServerProcess:
+    def start(cls, order: AgentOrder, environment: Mapping[str, str]) -> RunningForkServer:
         """Start a process that imports what the ranks of its first order need."""
         own, others = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         variables = {**environment, **import_environment(), OWNER: str(os.getpid()), SOCKETS: order.sockets}
@@ -163,7 +164,7 @@ class ForkServer:
     """
 
     def __init__(self) -> None:
-        self._servers: dict[tuple[tuple[str, str], ...], ServerProcess] = {}
+        self._servers: dict[tuple[tuple[str, str], ...], RunningForkServer] = {}
 
     def start_agent(self, order: AgentOrder, environment: Mapping[str, str]) -> Agent:
         """Order an agent; return at once.
@@ -181,6 +182,7 @@ class ForkServer:
         if sys.platform != "linux":
             raise EngineGone("ranks of their own need Linux; use launch.mode=inprocess")
         server = self._server(order, environment)
+        server.process.send_signal(signal.SIGCONT)  # one that somebody has stopped would keep ranks waiting
         own, others = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         own.setblocking(False)
         with others, suppress(OSError):  # a server that has just died: the agent counts as ended
@@ -205,12 +207,12 @@ class ForkServer:
         """End every process."""
         self.close()
 
-    def _server(self, order: AgentOrder, environment: Mapping[str, str]) -> ServerProcess:
+    def _server(self, order: AgentOrder, environment: Mapping[str, str]) -> RunningForkServer:
         """Return a running server with this environment, the only one that has nothing to do."""
-        key = tuple(sorted(environment.items()))
+        key = tuple(sorted(item for item in environment.items() if not item[0].startswith(OTHERS_VARIABLES)))
         for other, server in list(self._servers.items()):
             if server.process.poll() is not None or (other != key and server.is_idle):
                 self._servers.pop(other).end()
         if key not in self._servers:
-            self._servers[key] = ServerProcess.start(order, environment)
+            self._servers[key] = RunningForkServer.start(order, environment)
         return self._servers[key]

@@ -73,7 +73,7 @@ class ProcessHandle:
 
     Args:
         pid: the id of the process.
-        descriptor: its descriptor (pidfd_open(2)), which this handle owns.
+        descriptor: a descriptor of it (pidfd_open(2)), which this handle owns.
     """
 
     def __init__(self, pid: int, descriptor: int) -> None:

@@ -78,7 +78,7 @@ class TorchrunEngine:
         log.write_bytes(b"")
         options = ["--nproc-per-node", str(self._world_size), "--log-dir", str(sockets / "torchrun")]
         folder, own = str(self._folder.resolve()), {SOCKETS: str(sockets)}
-        order = AgentOrder(folder, str(sockets), options, own, str(log.resolve()), os.getcwd())
+        order = AgentOrder(folder, str(sockets), options, own, str(log.resolve()), working_folder())
         self._agent = self._fork_server.start_agent(order, self.environment)
         self._connection = Connection(self._addresses, self.check_alive)
         info = self._connection.wait_ready(self._config.launch.start_timeout_s, on_wait)
@@ -177,6 +177,14 @@ class TorchrunEngine:
     @property
     def _logs(self) -> Path:
         return self._folder / "logs"
+
+
+def working_folder() -> str:
+    """Return the working folder, or an empty text if it was deleted."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
 
 
 def _terminate(agent: Agent, timeout_s: float, orderly: bool) -> None:
