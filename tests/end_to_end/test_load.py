@@ -92,7 +92,13 @@ def test_over_http_every_request_is_answered_though_ranks_are_killed(tmp_path: P
 def test_a_busy_neighbour_slows_a_server_down_but_does_not_stop_it(tmp_path: Path) -> None:
     """Threads that spin while one of them waits for its core make an answer ten and more times slower."""
     folder = tmp_path / "run"
-    overrides = ["experiment=neighbour", "load.neighbours=[0,1]", "load.duration_s=6", "task.repeats=2", "logger=json"]
+    overrides = [
+        "experiment=neighbour",
+        "load.neighbours=[0,1]",
+        "load.duration_s=6",
+        "task.repeats=2",
+        "logger.wandb.mode=disabled",
+    ]
     variables = {name: value for name, value in environment().items() if name not in USERS_OWN}
     arguments = [sys.executable, "-m", "harness", "task=load", *overrides, f"hydra.run.dir={folder}"]
     done = subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=LIMIT_S)
@@ -101,4 +107,5 @@ def test_a_busy_neighbour_slows_a_server_down_but_does_not_stop_it(tmp_path: Pat
     assert record.load is not None
     assert [row.neighbours for row in record.load.neighbours] == [0, 1]
     assert record.load.neighbours[1].slowdown < 4  # 2.5 on an otherwise idle machine
+    assert record.provenance.environment["GOMP_SPINCOUNT"] == "2000"
     assert "median latency beside busy processes" in " ".join(done.stdout.split())

@@ -19,7 +19,7 @@ from harness.client.build_record import base_record, waiting_notes
 from harness.config.schema import RunConfig
 from harness.config.serve import Transport
 from harness.device.usage import ProcessUsage, waited_share
-from harness.engines.environment import threads_per_rank
+from harness.engines.environment import loopback_environment, rank_environment, threads_per_rank
 from harness.engines.pool import MakeEngine
 from harness.engines.protocol import Engine
 from harness.loggers.wandb import mode_notes
@@ -158,6 +158,7 @@ def run_over_http(run: ResolvedRun, folder: RunFolder, console: Console) -> tupl
     summary = msgspec.structs.replace(measurement.summary, memory=server.memory, chaos=server.chaos)
     threads = threads_per_rank(config.launch, run.world_size)
     info = EngineInfo("ready", run.world_size, [], threads=threads)
+    environment |= rank_environment(config, run.world_size) | loopback_environment()  # as the server has set them
     noted = replace(run, notes=[*run.notes, *notes])
     record = base_record(noted, info, environment, FirstCall(launch_ms, 0.0, []), beginning)
     return msgspec.structs.replace(record, load=summary), measurement

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,10 @@ RUN = compose_run(OVERRIDES)
 
 @pytest.fixture(scope="module")
 def fork_server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
+    """Return a fork server in an environment that names a network for gloo, as for ranks on several machines."""
+    networks = [name for _, name in socket.if_nameindex() if not name.startswith("lo")]
+    with pytest.MonkeyPatch.context() as variables, ForkServer() as server:
+        variables.setenv("GLOO_SOCKET_IFNAME", networks[0] if networks else "none")
         yield server
 
 
