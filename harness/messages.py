@@ -164,6 +164,7 @@ class RankReport(msgspec.Struct, frozen=True):
             it is not reported or another rank reports it.
         cpu_s: the CPU time of the rank's process, s; None in answers of other engines.
         involuntary_switches: how often another process took the rank's processor.
+        waited_s: the time that its threads waited for a processor, s; None where the kernel does not say.
         operator_errors: the operators that were compared with float64 so far, if fidelity is measured.
     """
 
@@ -182,6 +183,7 @@ class RankReport(msgspec.Struct, frozen=True):
     energy_j: float | None = None
     cpu_s: float | None = None
     involuntary_switches: int = 0
+    waited_s: float | None = None
     operator_errors: list[OperatorError] = []
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from harness.config.cache import IDENTITY, NONE, CacheConfig
 from harness.config.schema import ModelConfig, QualityConfig, RequestConfig
-from harness.device.usage import MachineUsage, load_average
+from harness.device.usage import MachineUsage, load_average, waited_share
 from harness.messages import Array, CacheSkips, EngineInfo, GenerationResult, OperatorTime, RankReport, total_sent_bytes
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
@@ -43,6 +43,7 @@ from models import hub
 BUSY_CORES, BUSY_SHARE = 0.25, 0.05  # processors, and share of all, that other processes may use without a note
 PLANNED = "hardware"  # the group that describes the machine of task=plan, not the one of a run
 STEAL_SHARE = 0.01  # share of steal time without a note
+WAITED_SHARE = 0.1  # share of the ranks' time without a processor, without a note
 OPERATORS = 20  # the number of operators that a profile lists by name
 
 
@@ -86,6 +87,7 @@ def machine_load(ranks: Sequence[RankReport], watched: MachineUsage, hosts: int)
         other_cores=other_cores,
         steal_share=steal_share,
         load_average=load_average(),
+        waited_share=waited_share([(report.cpu_s or 0.0, report.waited_s) for report in ranks]),
     )
 
 
@@ -111,7 +113,22 @@ def machine_notes(repeats: Sequence[Repeat]) -> list[str]:
         notes.append(
             f"the hypervisor gave {share:.1%} of the processors' time to others during the repeats; measure again later"
         )
-    return notes
+    waits = [(load.waited_share, ms) for load, ms in loads if load.waited_share is not None]
+    return notes + waiting_notes(sum(part * ms for part, ms in waits) / total_ms if waits else None)
+
+
+def waiting_notes(share: float | None) -> list[str]:
+    """Return a note that says so if ranks had no processor for a part of their time.
+
+    Args:
+        share: the share of the time in which their threads could have run; None if it is not known.
+    """
+    if share is None or share <= WAITED_SHARE:
+        return []
+    return [
+        f"the ranks' threads had no processor in {share:.0%} of the time in which they could have run: "
+        "other processes, or more threads than processors, share them"
+    ]
 
 
 def overhead_share(repeat: Repeat) -> float:

@@ -55,6 +55,15 @@ class LaunchMode(Enum):
     inprocess = "inprocess"
 
 
+class WaitPolicy(Enum):
+    """How OpenMP's threads wait for one another: at a barrier, some compute until others have a core again."""
+
+    auto = "auto"
+    default = "default"
+    brief = "brief"
+    passive = "passive"
+
+
 class WandbMode(Enum):
     """When results go to Weights & Biases; `auto` is online if the user is logged in, and offline otherwise.
 
@@ -408,6 +417,11 @@ class LaunchConfig:
         high=1_000,
     )
     reproducible: bool = option(True, "Equal float32 results at 1, 2, 4 ... threads (strict MKL, no oneDNN).")
+    wait_policy: WaitPolicy = option(
+        WaitPolicy.auto,
+        "How OpenMP's threads wait: default spins for long, brief for 2000 turns, passive sleeps. "
+        "auto = brief for task=serve and load, else default. Variables of yours (OMP_WAIT_POLICY) win.",
+    )
 
 
 @dataclass

@@ -128,6 +128,12 @@ class LoadConfig:
         low=0.001,
         high=MAX_WAIT_S,
     )
+    neighbours: list[int] = option(
+        [],
+        "Busy processes beside the ranks, such as [0,1,2]: a load beside each number of them, in task.repeats rounds.",
+        low=0,
+        high=MAX_IMAGES,
+    )
 
 
 def check_load(load: LoadConfig) -> None:
@@ -142,3 +148,5 @@ def check_load(load: LoadConfig) -> None:
         raise ValueError("load.kill_every_s kills ranks of a server, which starts them again; add load.transport=http")
     if load.kill_every_s is not None and load.url is not None:
         raise ValueError("load.kill_every_s kills ranks of a server that it has started; drop load.url")
+    if load.neighbours and load.url is not None:
+        raise ValueError("load.neighbours are processes beside ranks that it has started; drop load.url")

@@ -1,10 +1,11 @@
-"""How busy processors were: the CPU time of this process, and of everything on this machine (Linux's /proc/stat)."""
+"""How busy processors were: the CPU time of a process, how long it waited for one, and the use of the whole machine."""
 
 from __future__ import annotations
 
 import os
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,20 +13,73 @@ STAT = Path("/proc/stat")
 
 
 class ProcessUsage(NamedTuple):
-    """What this process used since it began: CPU time, s, and how often another process took its processor."""
+    """What a process used since it began.
+
+    CPU time and wall time part when others use its processors, but also when its threads sleep. The kernel counts the
+    two apart: a thread that waits could run, and has no processor.
+
+    Attributes:
+        cpu_s: CPU time, s.
+        involuntary_switches: How often another process took its processor; 0 of another process than this one.
+        waited_s: Time that its threads waited for a processor, summed over threads, s; None where the kernel does not
+            say.
+    """
 
     cpu_s: float
     involuntary_switches: int
+    waited_s: float | None = None
 
     @classmethod
     def now(cls) -> ProcessUsage:
-        """Return the use so far, of all threads."""
+        """Return the use of this process so far, of all threads."""
         used = resource.getrusage(resource.RUSAGE_SELF)
-        return cls(used.ru_utime + used.ru_stime, used.ru_nivcsw)
+        times = thread_times("self")
+        return cls(used.ru_utime + used.ru_stime, used.ru_nivcsw, None if times is None else times[1])
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessUsage | None:
+        """Return the use of another process so far, of its living threads, or None if the kernel does not say."""
+        times = thread_times(pid)
+        return None if times is None else cls(times[0], 0, times[1])
 
     def since(self, before: ProcessUsage) -> ProcessUsage:
         """Return the use between two moments."""
-        return ProcessUsage(self.cpu_s - before.cpu_s, self.involuntary_switches - before.involuntary_switches)
+        both = self.waited_s is not None and before.waited_s is not None
+        waited_s = max(0.0, (self.waited_s or 0.0) - (before.waited_s or 0.0)) if both else None
+        switches = self.involuntary_switches - before.involuntary_switches
+        return ProcessUsage(self.cpu_s - before.cpu_s, switches, waited_s)
+
+
+def thread_times(pid: int | str) -> tuple[float, float] | None:
+    """Return the times that the living threads of a process ran, and waited for a processor, s.
+
+    Args:
+        pid: Id of the process, or `self`.
+
+    Returns:
+        The two sums (Linux's schedstat); None where the kernel does not say, or the process has ended.
+    """
+    try:
+        files = [task / "schedstat" for task in Path(f"/proc/{pid}/task").iterdir()]
+        rows = [[int(word) for word in file.read_text().split()] for file in files]
+    except OSError:
+        return None
+    return sum(row[0] for row in rows) / 1e9, sum(row[1] for row in rows) / 1e9
+
+
+def waited_share(parts: Sequence[tuple[float, float | None]]) -> float | None:
+    """Return the share of the time that threads could have run in which they waited for a processor.
+
+    Args:
+        parts: CPU time and waiting time of each process, s.
+
+    Returns:
+        The share, or None if one of them is unknown.
+    """
+    if not parts or any(waited_s is None for _, waited_s in parts):
+        return None
+    waited_s = sum(waited_s or 0.0 for _, waited_s in parts)
+    return waited_s / max(1e-9, waited_s + sum(cpu_s for cpu_s, _ in parts))
 
 
 class MachineUsage(NamedTuple):

@@ -1,19 +1,22 @@
 """The environment of a rank, set before torch is imported.
 
-It sets the number of threads, and arithmetic that does not depend on that number.
+It sets the number of threads and how they wait for one another, arithmetic that does not depend on their number, and
+the network interface of ranks that share a machine.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import harness
-from harness.config.schema import LaunchConfig
+from harness.config.schema import LaunchConfig, RunConfig
 from harness.records.provenance import usable_cores
+from harness.resolve.wait_policy import wait_environment
 
 SOCKETS = "TRIPTYCH_SOCKETS"  # the folder of the engine's ipc:// sockets
-OWNER = "TRIPTYCH_OWNER"  # the id of the process whose death ends the ranks
+OWNER = "TRIPTYCH_OWNER"  # the id of the process whose death ends this one
 
 
 def threads_per_rank(launch: LaunchConfig, local_ranks: int) -> int:
@@ -38,6 +41,20 @@ def arithmetic_environment(launch: LaunchConfig, local_ranks: int) -> dict[str, 
     if launch.reproducible:
         variables["MKL_CBWR"] = "AUTO,STRICT"
     return variables
+
+
+def rank_environment(config: RunConfig, local_ranks: int) -> dict[str, str]:
+    """Return the environment variables that a launch sets for the arithmetic and the threads of a rank."""
+    return arithmetic_environment(config.launch, local_ranks) | wait_environment(config)
+
+
+def loopback_environment() -> dict[str, str]:
+    """Return the environment variables with which gloo and NCCL listen on the loopback interface alone.
+
+    They replace the user's: those are for ranks on several machines.
+    """
+    name = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
 
 
 def import_environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias, TypeVar
@@ -12,6 +13,7 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from harness.config.schema import LaunchMode, RunConfig
+from harness.engines.fork_server import ForkServer
 from harness.engines.inprocess import InprocessEngine
 from harness.engines.protocol import Answer, Engine, OnProgress, RequestFailed
 from harness.engines.torchrun import TorchrunEngine
@@ -26,10 +28,16 @@ T = TypeVar("T")
 MakeEngine: TypeAlias = Callable[[RunConfig, Path], Engine]
 
 
-def new_engine(config: RunConfig, folder: Path) -> Engine:
-    """Return an engine with fresh ranks, as launch.mode says; their logs go to `folder`."""
+def new_engine(config: RunConfig, folder: Path, fork_server: ForkServer | None = None) -> Engine:
+    """Return an engine with fresh ranks, as launch.mode says; their logs go to `folder`.
+
+    Args:
+        config: the resolved configuration.
+        folder: the run's folder.
+        fork_server: what starts the ranks; None for one of the engine's own.
+    """
     inprocess = config.launch.mode is LaunchMode.inprocess
-    return InprocessEngine(config) if inprocess else TorchrunEngine(config, folder)
+    return InprocessEngine(config) if inprocess else TorchrunEngine(config, folder, fork_server)
 
 
 def engine_key(config: RunConfig) -> str:
@@ -43,17 +51,18 @@ class EnginePool:
     """A pool of at most launch.reuse warm engines; the least recently used one ends first.
 
     Use it as a context manager: on exit, every process that it started has ended. An engine in the calling process is
-    always the only one.
+    always the only one. Fresh ranks are forked from one server, so that only the first ones wait for imports.
 
     Args:
-        make: a function that makes fresh engines.
+        make: a function that makes fresh engines; None for `new_engine`.
     """
 
-    def __init__(self, make: MakeEngine = new_engine) -> None:
+    def __init__(self, make: MakeEngine | None = None) -> None:
+        self._fork_server = ForkServer()
         self.saved_ms = 0.0
         self.starts = 0
         self.reuses = 0
-        self._make = make
+        self._make = make or partial(new_engine, fork_server=self._fork_server)
         self._warm: dict[str, PooledEngine] = {}  # in order of use, the most recent last
 
     def engine(self, config: RunConfig, folder: Path) -> Engine:
@@ -83,6 +92,7 @@ class EnginePool:
     def close(self) -> None:
         """End every engine. A second call does nothing."""
         self._make_room(0)
+        self._fork_server.close()
 
     def __enter__(self) -> EnginePool:
         return self

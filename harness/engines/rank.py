@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -23,7 +21,7 @@ from harness.config.tasks import TRAITS
 from harness.config.yaml import ConfigError, from_yaml
 from harness.engines.environment import OWNER, SOCKETS, threads_per_rank
 from harness.engines.preimport import import_required
-from harness.engines.processes import is_alive
+from harness.engines.processes import RANK_NAME, end_with_parent, set_process_name
 from harness.engines.torchrun import RankError
 from harness.messages import EngineInfo, LoadedComponent
 from harness.parallel.mesh import RankPosition
@@ -35,7 +33,6 @@ from harness.serving.transport import Addresses, router
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-WATCH_S = 0.5
 log = logging.getLogger(__name__)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -68,16 +65,21 @@ class StoreCancelFlags:
 
 def main() -> None:
     """Run one rank under the launcher's torchrun."""
+    if OWNER in os.environ:
+        end_with_parent(int(os.environ[OWNER]))
     reset_signals()
-    folder = Path(sys.argv[1])
+    folder, sockets = Path(sys.argv[1]), Path(os.environ[SOCKETS])
     rank = int(os.environ["RANK"])
+    set_process_name(RANK_NAME.format(rank=rank))
     redirect_output(folder / "logs" / f"rank{rank}.log")
-    exit_with_parents(int(os.environ.get(OWNER, "0")))
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     try:
         log.info("rank %d of %s, process %d", rank, os.environ["WORLD_SIZE"], os.getpid())
         run = ResolvedRun(from_yaml((folder / "config.yaml").read_text()))
-        serve(run, Addresses(Path(os.environ[SOCKETS])))
+        from harness.engines.rendezvous import join_ranks
+
+        join_ranks(sockets)
+        serve(run, Addresses(sockets))
     except Exception as error:
         write_error(folder / "logs", rank, error)
         sys.exit(1)
@@ -222,20 +224,6 @@ def redirect_output(log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-def exit_with_parents(owner: int) -> None:
-    """End this process once torchrun or the process that started it is gone, even after their SIGKILL."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent and (owner == 0 or is_alive(owner)):
-            time.sleep(WATCH_S)
-        if SOCKETS in os.environ:  # no other process is left to remove it
-            shutil.rmtree(os.environ[SOCKETS], ignore_errors=True)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch-parents", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def print_load(record: Record, load: LoadSummary, folder: Path, console: Console
     )
     good = "" if load.goodput_per_s is None else f", {load.goodput_per_s:.2f} within {load.slo_ms:g} ms"
     console.print(f"{load.throughput_per_s:.2f} answers/s{good}{describe_batching(load)}")
-    for line in (_describe_chaos(load), _describe_memory(load)):
+    for line in (_describe_neighbours(load), _describe_chaos(load), _describe_memory(load)):
         if line:
             console.print(line)
     for note in record.notes:
@@ -58,7 +58,17 @@ def _describe_chaos(load: LoadSummary) -> str:
     """Return what was killed, in words; empty if nothing was."""
     if load.chaos is None or not (load.chaos.kills or load.chaos.leaked):
         return ""
-    return f"{load.chaos.kills} ranks were killed; {load.chaos.leaked} processes outlived the server"
+    ranks = ", ".join(f"rank {kill.rank} after {kill.at_s:.0f} s" for kill in load.chaos.killed)
+    return (
+        f"{load.chaos.kills} ranks were killed{f' ({ranks})' if ranks else ''}; "
+        f"{load.chaos.leaked} processes outlived the server"
+    )
+
+
+def _describe_neighbours(load: LoadSummary) -> str:
+    """Return the median latency beside busy processes, in words; empty if there were none."""
+    parts = [f"{row.neighbours}: {row.latency_ms.p50:.0f} ms ({row.slowdown:.2f} times)" for row in load.neighbours]
+    return f"median latency beside busy processes, by their number: {', '.join(parts)}" if parts else ""
 
 
 def _describe_memory(load: LoadSummary) -> str:

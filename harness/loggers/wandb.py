@@ -158,6 +158,7 @@ def load_scalars(load: LoadSummary) -> dict[str, float]:
         row = load.latency_ms
         scalars |= {"latency_ms_p50": row.p50, "latency_ms_p90": row.p90, "latency_ms_p99": row.p99}
     scalars |= {f"outcome_{kind}": count for kind, count in load.outcomes.items()}
+    scalars |= {f"slowdown_beside_{row.neighbours}": row.slowdown for row in load.neighbours}
     return {name: value for name, value in scalars.items() if value is not None}
 
 

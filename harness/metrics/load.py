@@ -31,6 +31,7 @@ class RequestRow(msgspec.Struct):
         ended_s: Time of its answer; None if there was none.
         outcome: `ok`, the kind of the Failure, or `lost`.
         message: Message of the Failure.
+        neighbours: Busy processes that were beside the ranks.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class RequestRow(msgspec.Struct):
     ended_s: float | None = None
     outcome: str = LOST
     message: str = ""
+    neighbours: int = 0
 
     @property
     def latency_ms(self) -> float:
@@ -76,14 +78,43 @@ class MemoryGrowth(msgspec.Struct, frozen=True):
     slope_mib_per_min: float
 
 
+class RankKill(msgspec.Struct, frozen=True):
+    """One rank that was killed on purpose.
+
+    Attributes:
+        rank: Number of the rank.
+        pid: Id of its process.
+        at_s: Time since the server was ready, s.
+    """
+
+    rank: int
+    pid: int
+    at_s: float
+
+
 class Chaos(msgspec.Struct, frozen=True):
     """Faults that were injected into a loaded server, and their effect.
 
-    `kills` counts killed ranks, `leaked` the processes of the server that outlived it.
+    `kills` counts killed ranks, `leaked` the processes of the server that outlived it. `killed` lists the killed ranks.
     """
 
     kills: int
     leaked: int
+    killed: list[RankKill] = []
+
+
+class NeighbourLatency(msgspec.Struct, frozen=True):
+    """Latency beside some busy processes.
+
+    Attributes:
+        neighbours: Number of busy processes.
+        latency_ms: Latency of successful requests, ms.
+        slowdown: Their median over the median beside the fewest busy processes.
+    """
+
+    neighbours: int
+    latency_ms: Percentiles
+    slowdown: float
 
 
 class LoadSummary(msgspec.Struct, frozen=True):
@@ -109,6 +140,7 @@ class LoadSummary(msgspec.Struct, frozen=True):
             evaluation.
         memory: Growth of the server's memory.
         chaos: Injected faults.
+        neighbours: Latency by the number of busy processes beside the ranks; empty if there were none.
     """
 
     transport: str
@@ -129,6 +161,7 @@ class LoadSummary(msgspec.Struct, frozen=True):
     images_per_evaluation: float | None = None
     memory: MemoryGrowth | None = None
     chaos: Chaos | None = None
+    neighbours: list[NeighbourLatency] = []
 
 
 def percentiles(values: Sequence[float]) -> Percentiles | None:
@@ -185,4 +218,20 @@ def summarize_load(
         goodput_per_s=None if within is None else within / elapsed_s,
         evaluations=evaluations,
         images_per_evaluation=carried / evaluations if evaluations else None,
+        neighbours=latency_by_neighbours(good),
     )
+
+
+def latency_by_neighbours(good: Sequence[RequestRow]) -> list[NeighbourLatency]:
+    """Return the latency by the number of busy processes, the fewest first; empty for one number only.
+
+    Args:
+        good: The successful requests.
+    """
+    groups: dict[int, list[float]] = {}
+    for row in good:
+        groups.setdefault(row.neighbours, []).append(row.latency_ms)
+    found = [(count, latency) for count in sorted(groups) if (latency := percentiles(groups[count])) is not None]
+    if len(found) < 2:
+        return []
+    return [NeighbourLatency(count, latency, latency.p50 / found[0][1].p50) for count, latency in found]

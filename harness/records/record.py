@@ -86,6 +86,8 @@ class MachineLoad(msgspec.Struct, frozen=True):
             rank 0. It is counted in ticks of 10 ms. None if ranks run on several machines, or the kernel does not say.
         steal_share: Share of the processors' time that the hypervisor gave to others; None if the kernel does not say.
         load_average: Processes that ran or waited to run, the mean of about a minute; None if it is not known.
+        waited_share: Share of the time in which the ranks' threads could have run and had no processor; None if the
+            kernel does not say.
     """
 
     rank_cores: float
@@ -93,6 +95,7 @@ class MachineLoad(msgspec.Struct, frozen=True):
     other_cores: float | None = None
     steal_share: float | None = None
     load_average: float | None = None
+    waited_share: float | None = None
 
 
 class Repeat(msgspec.Struct, frozen=True):

@@ -29,6 +29,7 @@ from harness.resolve.published_scheduler import check_published_scheduler
 from harness.resolve.request import to_message
 from harness.resolve.run import ResolvedRun
 from harness.resolve.training import check_training
+from harness.resolve.wait_policy import check_wait_policy
 from models.registry import resolve_backend
 from schedulers.compatibility import resolve as resolve_settings
 from schedulers.limits import check_tokens
@@ -63,6 +64,7 @@ def resolve_config(config: RunConfig) -> None:
     if config.task.name is Task.train:
         check_training(config.train, run.noise_scheduler)
     check_engine(config)
+    check_wait_policy(config)
     _check_cache(config)
     pretrained.check(config.quality)
     if config.task.max_pixel_error is not None and not config.task.fidelity:

@@ -200,6 +200,7 @@ class Worker:
             energy_j=run.energy.used_j(),
             cpu_s=used.cpu_s,
             involuntary_switches=used.involuntary_switches,
+            waited_s=used.waited_s,
         )
         if self.position.rank % self.position.replica_size:
             return encode(RankOutcome([], report))  # the first rank of a replica sends its samples

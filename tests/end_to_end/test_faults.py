@@ -13,14 +13,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import harness
-from harness.config.yaml import to_yaml
-from harness.engines.environment import OWNER
-from harness.resolve.compose import compose_run
 from models.registry import REFERENCE
 from tests.fixtures.commands import (
     ENDLESS,
     LIMIT_S,
     command,
+    cpu_seconds,
+    parent,
     processes_about,
     ranks,
     run,
@@ -137,30 +136,20 @@ def test_an_interrupt_while_starting(tmp_path: Path) -> None:
     wait_for(lambda: not processes_about(folder), "every process to end", 10)
 
 
-ORPHAN = """
-import os, subprocess, sys
-agent = [sys.executable, "-m", "harness.engines.fork_agent", "--standalone", "--log-dir", sys.argv[2]]
-quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-command = [*agent, "-m", "harness.engines.rank", sys.argv[1]]
-subprocess.Popen(command, env=os.environ | {{"{owner}": str(os.getpid())}}, **quiet)
-"""
-
-
-def test_an_agent_that_nobody_knows_of_starts_no_ranks(tmp_path: Path) -> None:
-    """The parent of the agent ends while the agent imports."""
-    (tmp_path / "config.yaml").write_text(to_yaml(compose_run([]).config))
-    arguments = [str(tmp_path), str(tmp_path / "torchrun")]
-    subprocess.run([sys.executable, "-c", ORPHAN.format(owner=OWNER), *arguments], check=True, timeout=LIMIT_S)
-    assert processes_about(tmp_path)
-    wait_for(lambda: not processes_about(tmp_path), "the agent to end")
-    assert not (tmp_path / "torchrun").exists()
-
-
-def test_ranks_end_when_the_one_who_started_them_is_killed(tmp_path: Path) -> None:
+def test_ranks_outlive_a_stop_of_the_one_who_started_them_and_end_with_its_kill(tmp_path: Path) -> None:
+    """A stopped process runs no code of its own, so the kernel has to end it."""
     folder = tmp_path / "run"
     sockets = set(Path(tempfile.gettempdir()).glob("triptych-*"))
-    with started(command(ENDLESS, ONE, f"hydra.run.dir={folder}")) as process:
-        wait_generating(folder, 1)
+    overrides = [ENDLESS, "request.prompts=[a,b]", "parallel=dp2", f"hydra.run.dir={folder}"]
+    with started(command(*overrides)) as process:
+        wait_generating(folder, 2)
+        stopped_rank, rank = ranks(folder)
+        process.send_signal(signal.SIGSTOP)
+        used = cpu_seconds(rank)
+        wait_for(lambda: cpu_seconds(rank) > used + 1, "the ranks to go on")
+        agent = parent(stopped_rank) or 0
+        for pid in (stopped_rank, agent, parent(agent) or 0):
+            os.kill(pid, signal.SIGSTOP)
         process.kill()
         process.wait(timeout=10)
         wait_for(lambda: not processes_about(folder), "every process to end", 20)

@@ -14,7 +14,6 @@ import httpx
 import pytest
 import zmq
 
-from harness.engines.environment import SOCKETS
 from harness.messages import Cancel, GenerationRequest, encode
 from tests.fixtures.commands import LIMIT_S, command, processes_about, ranks, started, status_of, wait_for
 from tests.fixtures.serving.http_clients import keep_to_its_document, use_images
@@ -51,9 +50,10 @@ def rank(folder: Path) -> int:
 
 
 def sockets(folder: Path) -> Path:
-    """Return the addresses of the engine, from the environment of its process."""
-    variables = Path(f"/proc/{rank(folder)}/environ").read_text().split("\0")
-    return Path(dict(variable.split("=", 1) for variable in variables if "=" in variable)[SOCKETS])
+    """Return the folder of the engine's sockets: where rank 0 listens (unix(7), /proc/net/unix)."""
+    links = {os.readlink(link) for link in Path(f"/proc/{rank(folder)}/fd").iterdir() if link.is_symlink()}
+    rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    return next(Path(row[7]).parent for row in rows if len(row) > 7 and f"socket:[{row[6]}]" in links)
 
 
 def send_foreign_frames(folder: Path, number: int, seed: int) -> None:

@@ -1,6 +1,8 @@
 """Load clients on real ranks: every request is answered once, forwards are shared, and a sweep gives a curve."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -8,9 +10,10 @@ import pytest
 
 from harness.metrics.load import RequestRow
 from harness.records.record import load, read_status
+from harness.resolve.wait_policy import USERS_OWN
 from harness.tasks.load.run import REQUESTS_FILE
 from harness.tasks.report.rows import read_table
-from tests.fixtures.commands import command, inspect, processes_about, record_of, run
+from tests.fixtures.commands import LIMIT_S, command, environment, inspect, processes_about, record_of, run
 
 BRIEF = ["task=load", "load.duration_s=2", "load.warmup_s=0.5", "request.prompts=[rocket,pizza]"]
 
@@ -72,7 +75,9 @@ def test_over_http_every_request_is_answered_though_ranks_are_killed(tmp_path: P
     found = record_of(folder).load
     assert found is not None
     assert found.chaos is not None
-    assert found.chaos.kills >= 1
+    assert found.chaos.kills == len(found.chaos.killed) >= 1
+    assert {kill.rank for kill in found.chaos.killed} <= {0, 1}
+    assert [kill.at_s for kill in found.chaos.killed] == sorted(kill.at_s for kill in found.chaos.killed)
     assert found.chaos.leaked == 0
     assert set(found.outcomes) <= {"ok", "failed"}
     assert found.outcomes["ok"] > found.outcomes.get("failed", 0)
@@ -81,3 +86,26 @@ def test_over_http_every_request_is_answered_though_ranks_are_killed(tmp_path: P
     assert found.memory is not None
     assert found.memory.n > 20
     assert not processes_about(folder)
+
+
+@pytest.mark.slow
+def test_a_busy_neighbour_slows_a_server_down_but_does_not_stop_it(tmp_path: Path) -> None:
+    """Threads that spin while one of them waits for its core make an answer ten and more times slower."""
+    folder = tmp_path / "run"
+    overrides = [
+        "experiment=neighbour",
+        "load.neighbours=[0,1]",
+        "load.duration_s=6",
+        "task.repeats=2",
+        "logger.wandb.mode=disabled",
+    ]
+    variables = {name: value for name, value in environment().items() if name not in USERS_OWN}
+    arguments = [sys.executable, "-m", "harness", "task=load", *overrides, f"hydra.run.dir={folder}"]
+    done = subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    record = record_of(folder)
+    assert record.load is not None
+    assert [row.neighbours for row in record.load.neighbours] == [0, 1]
+    assert record.load.neighbours[1].slowdown < 4  # 2.5 on an otherwise idle machine
+    assert record.provenance.environment["GOMP_SPINCOUNT"] == "2000"
+    assert "median latency beside busy processes" in " ".join(done.stdout.split())

@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from harness.client.build_record import base_record
-from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.engines.protocol import Engine
 from harness.loggers.load import describe_outcomes
 from harness.messages import EngineInfo
-from harness.metrics.load import LoadSummary, RequestRow
+from harness.metrics.load import LoadSummary
 from harness.metrics.paired import ratio
 from harness.records.comparison import FILE, Comparison
 from harness.records.provenance import Beginning
@@ -26,14 +25,8 @@ from harness.records.record import FirstCall, RunFolder
 from harness.resolve.compose import ResolvedRun, to_yaml
 from harness.tasks.common.comparison import make_comparison
 from harness.tasks.common.session import progress_bars
-from harness.tasks.load.run import (
-    LoadMeasurement,
-    load_engine,
-    start_engine,
-    status_from_loads,
-    summarize,
-    write_rows,
-)
+from harness.tasks.load.measurement import LoadMeasurement, merge_rounds
+from harness.tasks.load.run import load_engine, start_engine, status_from_loads, write_rows
 
 
 def compare_loads(
@@ -180,38 +173,3 @@ def round_times(load: LoadSummary) -> dict[str, float]:
         )
     latency = load.latency_ms
     return {"answer": 1e3 / load.throughput_per_s, "latency_p50": latency.p50, "latency_p99": latency.p99}
-
-
-def merge_rounds(config: RunConfig, rounds: Sequence[LoadMeasurement]) -> LoadMeasurement:
-    """Merge all rounds into one load, in which each round begins at the end of the one before it.
-
-    Args:
-        config: The resolved configuration of the run.
-        rounds: The measurements, in order.
-
-    Returns:
-        One measurement with all requests.
-    """
-    rows, at_s = [], 0.0
-    for measurement in rounds:
-        rows += [shift_row(row, at_s) for row in measurement.rows]
-        at_s += measurement.summary.elapsed_s
-    counts = [each.summary.evaluations for each in rounds]
-    evaluations = sum(count or 0 for count in counts) if all(counts) else None
-    strays = sum(each.summary.strays for each in rounds)
-    return LoadMeasurement(summarize(config, rows, strays, evaluations, len(rounds)), rows)
-
-
-def shift_row(row: RequestRow, by_s: float) -> RequestRow:
-    """Return a copy of a request with all its times later by `by_s` seconds."""
-
-    def later(at_s: float | None) -> float | None:
-        return None if at_s is None else at_s + by_s
-
-    return msgspec.structs.replace(
-        row,
-        due_s=row.due_s + by_s,
-        sent_s=row.sent_s + by_s,
-        began_s=later(row.began_s),
-        ended_s=later(row.ended_s),
-    )

@@ -39,6 +39,8 @@ def check(run: ResolvedRun) -> None:
         raise ConfigError(str(error)) from error
     if config.compare.a is not None and config.load.transport is not Transport.zmq:
         raise ConfigError("task=load with a and b loads two engines, not servers; drop load.transport=http")
+    if config.compare.a is not None and config.load.neighbours:
+        raise ConfigError("load.neighbours and compare.a both take rounds in alternation; drop one of them")
 
 
 def check_requests(config: RunConfig) -> None:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -15,15 +15,16 @@ import msgspec
 from rich.console import Console
 from rich.progress import Progress
 
-from harness.client.build_record import base_record
+from harness.client.build_record import base_record, waiting_notes
 from harness.config.schema import RunConfig
 from harness.config.serve import Transport
-from harness.engines.environment import threads_per_rank
+from harness.device.usage import ProcessUsage, waited_share
+from harness.engines.environment import loopback_environment, rank_environment, threads_per_rank
 from harness.engines.pool import MakeEngine
 from harness.engines.protocol import Engine
 from harness.loggers.wandb import mode_notes
 from harness.messages import EngineInfo
-from harness.metrics.load import LOST, LoadSummary, RequestRow, summarize_load
+from harness.metrics.load import LOST, LoadSummary, RequestRow
 from harness.records.provenance import Beginning
 from harness.records.record import (
     FirstCall,
@@ -37,25 +38,14 @@ from harness.serving.transport import Connection
 from harness.tasks.common.session import progress_bars
 from harness.tasks.load import http
 from harness.tasks.load.arrivals import arrival_schedule, generate_requests
+from harness.tasks.load.measurement import LoadMeasurement, merge_rounds, summarize
+from harness.tasks.load.neighbours import beside, busy_processes, neighbour_rounds
 from harness.tasks.load.server import ServerProcess
 from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
 
 REQUESTS_FILE = "requests.jsonl"
 GRACE_S = 30.0  # the time beyond a request's own deadline after which a request without an answer is lost
-
-
-@dataclass(frozen=True)
-class LoadMeasurement:
-    """The measurement of one load.
-
-    Attributes:
-        summary: The summary of all requests.
-        rows: Every request, in the order of sending.
-    """
-
-    summary: LoadSummary
-    rows: list[RequestRow]
 
 
 def status_from_loads(loads: Sequence[LoadSummary]) -> Status:
@@ -126,11 +116,13 @@ def run_over_zmq(
     with progress_bars(console) as bars:
         try:
             info, launch_ms = start_engine(engine)
+            watch = RanksWatch(info.pids)
             measurement = load_engine(run.config, engine, bars)
+            notes = watch.notes()
         finally:
             engine.stop()
     first = FirstCall(launch_ms, info.load_ms, [], engine.reused)
-    record = base_record(run, info, engine.environment, first, beginning)
+    record = base_record(replace(run, notes=[*run.notes, *notes]), info, engine.environment, first, beginning)
     return msgspec.structs.replace(record, load=measurement.summary), measurement
 
 
@@ -162,11 +154,13 @@ def run_over_http(run: ResolvedRun, folder: RunFolder, console: Console) -> tupl
             return msgspec.structs.replace(record, load=measurement.summary), measurement
         overrides = server_overrides(run.overrides)
         with ServerProcess(overrides, folder.path / "server", config.launch.start_timeout_s) as server:
-            measurement, launch_ms = asyncio.run(load_own_server(config, server, bars))
+            measurement, launch_ms, notes = asyncio.run(load_own_server(config, server, bars))
     summary = msgspec.structs.replace(measurement.summary, memory=server.memory, chaos=server.chaos)
     threads = threads_per_rank(config.launch, run.world_size)
     info = EngineInfo("ready", run.world_size, [], threads=threads)
-    record = base_record(run, info, environment, FirstCall(launch_ms, 0.0, []), beginning)
+    environment |= rank_environment(config, run.world_size) | loopback_environment()  # as the server has set them
+    noted = replace(run, notes=[*run.notes, *notes])
+    record = base_record(noted, info, environment, FirstCall(launch_ms, 0.0, []), beginning)
     return msgspec.structs.replace(record, load=summary), measurement
 
 
@@ -176,7 +170,28 @@ def server_overrides(overrides: Sequence[str]) -> list[str]:
     return [each for each in overrides if each.partition("=")[0].lstrip("+").partition(".")[0] not in load_only]
 
 
-async def load_own_server(config: RunConfig, server: ServerProcess, bars: Progress) -> tuple[LoadMeasurement, float]:
+class RanksWatch:
+    """The use of processors by ranks during a load.
+
+    Args:
+        pids: Ids of their processes.
+    """
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._before = {pid: used for pid in pids if (used := ProcessUsage.of(pid)) is not None}
+
+    def notes(self) -> list[str]:
+        """Return a note that says so if they had to wait for processors; none if one of them has ended."""
+        after = {pid: ProcessUsage.of(pid) for pid in self._before}
+        used = [later.since(self._before[pid]) for pid, later in after.items() if later is not None]
+        return (
+            waiting_notes(waited_share([(part.cpu_s, part.waited_s) for part in used])) if all(after.values()) else []
+        )
+
+
+async def load_own_server(
+    config: RunConfig, server: ServerProcess, bars: Progress
+) -> tuple[LoadMeasurement, float, list[str]]:
     """Load a server that was started for this run.
 
     Args:
@@ -185,7 +200,7 @@ async def load_own_server(config: RunConfig, server: ServerProcess, bars: Progre
         bars: The progress bars.
 
     Returns:
-        The measurement, and the time until the server was ready, ms.
+        The measurement, the time until the server was ready, ms, and notes for the record.
 
     Raises:
         EngineGone: The server was not ready in time.
@@ -194,12 +209,12 @@ async def load_own_server(config: RunConfig, server: ServerProcess, bars: Progre
     url = await server.wait_ready()
     launch_ms = (time.perf_counter() - began) * 1e3
     watchers = [asyncio.create_task(server.watch_memory())]
-    load = config.load
+    load, watch = config.load, RanksWatch(list(server.ranks().values()))
     if load.kill_every_s is not None:
-        sending_s = load.warmup_s + load.duration_s
+        sending_s = load.warmup_s + load.duration_s * len(neighbour_rounds(config))
         watchers.append(asyncio.create_task(server.kill_ranks(url, load.kill_every_s, sending_s, load.seed)))
     try:
-        return await load_server(config, url, bars), launch_ms
+        return await load_server(config, url, bars), launch_ms, watch.notes()
     finally:
         for watcher in watchers:
             watcher.cancel()
@@ -223,14 +238,18 @@ async def load_server(config: RunConfig, url: str, bars: Progress) -> LoadMeasur
         if load.warmup_s:
             with phase_bar(bars, "warming up") as update:
                 await http.drive(client, arrival_schedule(load, load.warmup_s, 0), generate_requests(config, 0), update)
-        before = await http.read_evaluations(client)
-        with phase_bar(bars, "loading") as update:
-            schedule = arrival_schedule(load, load.duration_s, 1)
-            tracker = await http.drive(client, schedule, generate_requests(config, 1), update)
-        after = await http.read_evaluations(client)
-    # restarted ranks count from 0
-    difference = None if before is None or after is None or load.kill_every_s is not None else after - before
-    return LoadMeasurement(summarize(config, tracker.rows, tracker.strays, difference or None), tracker.rows)
+        rounds = []
+        for phase, count in enumerate(neighbour_rounds(config), start=1):
+            with busy_processes(count), phase_bar(bars, "loading") as update:
+                before = await http.read_evaluations(client)
+                schedule = arrival_schedule(load, load.duration_s, phase)
+                tracker = await http.drive(client, schedule, generate_requests(config, phase), update)
+                after = await http.read_evaluations(client)
+            # restarted ranks count from 0
+            counts = None if before is None or after is None or load.kill_every_s is not None else after - before
+            measured = LoadMeasurement(summarize(config, tracker.rows, tracker.strays, counts or None), tracker.rows)
+            rounds.append(beside(measured, count))
+    return merge_rounds(config, rounds)
 
 
 def start_engine(engine: Engine) -> tuple[EngineInfo, float]:
@@ -276,10 +295,15 @@ def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int =
 
         if load.warmup_s:
             run_phase(load.warmup_s, 2 * number, "warming up")
-        before = connection.ping()
-        tracker = run_phase(load.duration_s, 2 * number + 1, "loading")
-        evaluations = evaluations_between(before, connection.ping())
-        return LoadMeasurement(summarize(config, tracker.rows, tracker.strays, evaluations), tracker.rows)
+        rounds = []
+        for phase, count in enumerate(neighbour_rounds(config)):
+            with busy_processes(count):
+                before = connection.ping()
+                tracker = run_phase(load.duration_s, 2 * (number + phase) + 1, "loading")
+                evaluations = evaluations_between(before, connection.ping())
+            measured = LoadMeasurement(summarize(config, tracker.rows, tracker.strays, evaluations), tracker.rows)
+            rounds.append(beside(measured, count))
+        return merge_rounds(config, rounds)
 
     return engine.with_connection(clients)
 
@@ -309,34 +333,6 @@ def evaluations_between(before: EngineInfo | None, after: EngineInfo | None) -> 
     """Return the number of the denoiser's forwards between two pings, or None if the engine does not report it."""
     difference = None if before is None or after is None else after.evaluations - before.evaluations
     return difference or None
-
-
-def summarize(
-    config: RunConfig, rows: Sequence[RequestRow], strays: int, evaluations: int | None, rounds: int = 1
-) -> LoadSummary:
-    """Summarise one load, or several rounds of it in sequence.
-
-    Args:
-        config: The resolved configuration of the load.
-        rows: Every request.
-        strays: The number of answers to requests that were not outstanding.
-        evaluations: The number of the denoiser's forwards, if the engine reports it.
-        rounds: The number of rounds.
-
-    Returns:
-        The summary for the record.
-    """
-    load = config.load
-    return summarize_load(
-        rows,
-        load.transport.name,
-        load.rate,
-        load.clients,
-        load.duration_s * rounds,
-        load.slo_ms,
-        strays,
-        evaluations,
-    )
 
 
 def write_rows(folder: Path, rows: Sequence[RequestRow]) -> None:

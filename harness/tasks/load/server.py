@@ -18,10 +18,11 @@ import httpx
 import numpy as np
 
 from harness.engines.environment import OWNER, import_environment
-from harness.metrics.load import Chaos, MemoryGrowth
+from harness.engines.processes import RANK_NAME, process_name
+from harness.metrics.load import Chaos, MemoryGrowth, RankKill
 from harness.serving.transport import EngineGone
 
-RANK_MODULE = b"harness.engines.rank"  # part of the command line of every rank
+RANK = re.compile(RANK_NAME.format(rank=r"(\d+)"))  # the name of a rank's process
 URL = re.compile(r" on (http://\S+),")
 SAMPLE_S = 1.0
 POLL_S = 0.2
@@ -39,12 +40,12 @@ class ServerProcess:
 
     Attributes:
         leaked: The number of the server's processes that still ran after its end.
-        kills: The number of ranks that were killed on purpose.
+        killed: The ranks that were killed on purpose.
     """
 
     def __init__(self, overrides: Sequence[str], folder: Path, start_timeout_s: float) -> None:
         self.leaked = 0
-        self.kills = 0
+        self.killed: list[RankKill] = []
         self._samples: list[tuple[float, float]] = []
         self._log = folder.with_name("server.log")
         self._start_timeout_s = start_timeout_s
@@ -95,15 +96,20 @@ class ServerProcess:
             for_s: The time after which no rank is killed any more, seconds.
             seed: The seed for the choice of ranks.
         """
-        choices, until = random.Random(seed), time.monotonic() + for_s
+        choices, began = random.Random(seed), time.monotonic()
         async with httpx.AsyncClient(base_url=url, timeout=5.0) as client:
-            while time.monotonic() + every_s < until:
+            while time.monotonic() + every_s < began + for_s:
                 await asyncio.sleep(every_s)
                 while not await is_ready(client):
                     await asyncio.sleep(POLL_S)
-                ranks = sorted(pid for pid in descendants(self._process.pid) if RANK_MODULE in command_line(pid))
-                os.kill(choices.choice(ranks), signal.SIGKILL)
-                self.kills += 1
+                if ranks := sorted(self.ranks().items()):
+                    rank, pid = choices.choice(ranks)
+                    os.kill(pid, signal.SIGKILL)
+                    self.killed.append(RankKill(rank, pid, time.monotonic() - began))
+
+    def ranks(self) -> dict[int, int]:
+        """Return the process ids of the ranks, by rank."""
+        return rank_processes(self._process.pid)
 
     async def watch_memory(self) -> None:
         """Sample the server's resident memory every second, without end."""
@@ -130,8 +136,8 @@ class ServerProcess:
 
     @property
     def chaos(self) -> Chaos:
-        """The number of kills, and of the processes that outlived the server."""
-        return Chaos(self.kills, self.leaked)
+        """The kills, and the number of processes that outlived the server."""
+        return Chaos(len(self.killed), self.leaked, self.killed)
 
     @property
     def memory(self) -> MemoryGrowth | None:
@@ -171,6 +177,12 @@ def descendants(pid: int) -> set[int]:
         fresh = {child for child, parent in parents.items() if parent in fresh}
         found |= fresh
     return found
+
+
+def rank_processes(pid: int) -> dict[int, int]:
+    """Return the process ids of the ranks that a process has started, directly or indirectly, by rank."""
+    named = {found: RANK.fullmatch(process_name(found)) for found in descendants(pid)}
+    return {int(match[1]): found for found, match in named.items() if match is not None}
 
 
 def _parent(entry: Path) -> int | None:

@@ -27,7 +27,9 @@ from harness.config.schema import LaunchConfig
 from harness.device.cuda import synchronizer
 from harness.device.device import pick_device
 from harness.device.flops import ceiling_tflops
-from harness.engines.environment import arithmetic_environment, import_environment
+from harness.engines.environment import OWNER, arithmetic_environment, import_environment, loopback_environment
+from harness.engines.processes import end_with_parent
+from harness.engines.rendezvous import join_ranks
 from harness.parallel.mesh import RankPosition
 from harness.parallel.process_groups import make_process_groups
 from harness.records.provenance import usable_cores
@@ -111,10 +113,11 @@ def measure_rates(dtype: torch.dtype, launch: LaunchConfig) -> Rates:
     """
     if torch.cuda.is_available() and torch.cuda.device_count() < RANKS:
         raise ValueError(f"hardware=measured needs {RANKS} devices for its collective; give hardware.* by hand")
-    environment = os.environ | arithmetic_environment(launch, RANKS) | import_environment()
+    environment = os.environ | arithmetic_environment(launch, RANKS) | import_environment() | loopback_environment()
+    environment |= {OWNER: str(os.getpid())}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rates.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+        command = [sys.executable, "-m", "harness.engines.rendezvous", "--nproc-per-node", str(RANKS)]
         command += ["-m", "harness.tasks.plan.measure", str(out), str(dtype).removeprefix("torch.")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=launch.start_timeout_s)
         if not out.exists():
@@ -184,9 +187,10 @@ def slowest(rates: list[Rates]) -> Rates:
 
 def main() -> None:
     """Measure as one rank under torchrun; rank 0 writes the slowest rates to the file named on its command line."""
+    end_with_parent(int(os.environ[OWNER]))
     out, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    dist.init_process_group("gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl")
+    join_ranks(out.parent, "gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl")
     try:
         rank = dist.get_rank()
         own = torch.tensor(

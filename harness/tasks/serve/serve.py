@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+from functools import partial
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,8 +19,9 @@ from rich.markup import escape
 from harness.config.schema import RunConfig
 from harness.config.serve import ServeConfig
 from harness.engines.environment import OWNER
-from harness.engines.processes import is_alive
-from harness.engines.rank import LOG_FORMAT, WATCH_S
+from harness.engines.fork_server import ForkServer
+from harness.engines.processes import WATCH_S, is_alive
+from harness.engines.rank import LOG_FORMAT
 from harness.engines.torchrun import TorchrunEngine
 from harness.records.record import RunFolder, Status
 from harness.resolve.compose import ConfigError, ResolvedRun, to_yaml
@@ -69,7 +71,7 @@ def serve(
     run: ResolvedRun,
     folder: RunFolder,
     listening: socket.socket,
-    make_engine: MakeSupervisedEngine = TorchrunEngine,
+    make_engine: MakeSupervisedEngine | None = None,
     keys: AccessKeys | None = None,
 ) -> Status:
     """Serve in a claimed folder until SIGTERM or Ctrl-C; every process has ended on return.
@@ -78,7 +80,7 @@ def serve(
         run: The run to serve.
         folder: The claimed run folder.
         listening: The socket of `listen`; it is closed at the end.
-        make_engine: The function that starts a set of ranks.
+        make_engine: The function that starts a set of ranks; None for ranks that one fork server starts.
         keys: The server's keys, as `read_keys` returns them.
 
     Returns:
@@ -90,8 +92,9 @@ def serve(
     folder.write_config(to_yaml(run.config))
     logging.basicConfig(level=logging.INFO, filename=folder.path / "logs" / LOG, format=LOG_FORMAT)
     limit_logs()
-    supervisor = Supervisor(run.config, folder.path, make_engine)
-    with listening:
+    with listening, ForkServer() as fork_server:
+        make_engine = make_engine or partial(TorchrunEngine, fork_server=fork_server)
+        supervisor = Supervisor(run.config, folder.path, make_engine)
         asyncio.run(_serve(run.config, folder, listening, supervisor, keys))
     failed = supervisor.state == "failed"
     return Status("failed", supervisor.reason) if failed else Status("ok")

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.client.build_record import BUSY_CORES, BUSY_SHARE, machine_load, machine_notes
-from harness.device.usage import MachineUsage, ProcessUsage
+from harness.client.build_record import BUSY_CORES, BUSY_SHARE, WAITED_SHARE, machine_load, machine_notes, waiting_notes
+from harness.device.usage import MachineUsage, ProcessUsage, thread_times, waited_share
 from harness.messages import RankReport
 from harness.records.record import MachineLoad, Repeat
 from tests.fixtures.records import record
@@ -89,3 +89,46 @@ def test_a_busy_machine_is_noted_and_an_idle_one_is_not() -> None:
     (stolen,) = machine_notes([repeat(0.0, 0.02), repeat(0.0, 0.01)])
     assert "1.5%" in stolen
     assert machine_notes([repeat(0.0, 0.01)]) == []
+
+
+WAITER = """
+import os, sys
+os.sched_setaffinity(0, [int(sys.argv[1])])
+print(1, flush=True)
+while True:
+    pass
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads schedstat")
+def test_two_processes_on_one_processor_wait_half_of_their_time() -> None:
+    core = str(min(os.sched_getaffinity(0)))
+    command = [sys.executable, "-c", WAITER, core]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        assert all(process.stdout is not None and process.stdout.readline() for process in processes)
+        before = [ProcessUsage.of(process.pid) for process in processes]
+        time.sleep(1.0)
+        after = [ProcessUsage.of(process.pid) for process in processes]
+        used = [b.since(a) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    share = waited_share([(part.cpu_s, part.waited_s) for part in used])
+    assert share is not None
+    assert share > 0.4  # more beside the work of others
+    assert thread_times(processes[0].pid) is None  # it has ended
+
+
+def test_ranks_that_waited_for_processors_are_noted() -> None:
+    assert waited_share([(3.0, 1.0), (3.0, 1.0)]) == 0.25
+    assert waited_share([(3.0, None)]) is None
+    assert waiting_notes(WAITED_SHARE) == waiting_notes(None) == []
+    watched = MachineUsage(wall_s=2.0, busy_s=5.0, steal_s=0.0, client_s=0.5)
+    reports = [msgspec.structs.replace(report(rank, 1.0), waited_s=rank * 0.5) for rank in range(2)]
+    found = machine_load(reports, watched, hosts=1)
+    assert found is not None
+    assert found.waited_share == pytest.approx(0.2)
+    repeats = [msgspec.structs.replace(record().repeats[0], machine=MachineLoad(1.0, 0, waited_share=0.2))]
+    assert "had no processor in 20% of the time" in machine_notes(repeats)[0]

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from harness.config.schema import RunConfig
 from harness.config.serve import LoadConfig
+from harness.engines.processes import children
 from harness.engines.protocol import AttachedEngine
 from harness.messages import GenerationRequest, Message
 from harness.metrics.load import OK, Chaos, RequestRow, percentiles, summarize_load
@@ -28,11 +29,14 @@ from harness.serving.transport import Connection
 from harness.tasks.common.comparison import comparison_runs
 from harness.tasks.load import entry, http
 from harness.tasks.load.arrivals import ArrivalSchedule, arrival_schedule, generate_requests, poisson_arrivals
-from harness.tasks.load.compare import compare_loads, merge_rounds, round_times
-from harness.tasks.load.run import REQUESTS_FILE, LoadMeasurement, server_overrides, status_from_loads
-from harness.tasks.load.server import command_line, descendants, fit_memory_growth
+from harness.tasks.load.compare import compare_loads, round_times
+from harness.tasks.load.measurement import LoadMeasurement, merge_rounds
+from harness.tasks.load.neighbours import busy_processes, neighbour_rounds
+from harness.tasks.load.run import REQUESTS_FILE, server_overrides, status_from_loads
+from harness.tasks.load.server import command_line, descendants, fit_memory_growth, rank_processes
 from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
+from tests.fixtures.commands import cpu_seconds, record_of, wait_for
 from tests.fixtures.records import record
 from tests.fixtures.serving.fake_engine import Script, failure, fake_result, planted, progress
 
@@ -213,6 +217,8 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
         (["load.rate=0"], "load.rate=0.0; give 1e-06 to 10000"),
         (["serve.max_steps=3", "load.steps=[2,4]"], "asks for 4 steps; this server takes 3"),
         (["load.kill_every_s=5"], "add load.transport=http"),
+        (["load.neighbours=[0,1]", "load.transport=http", "load.url=http://x"], "drop load.url"),
+        (["load.neighbours=[0,1]", "compare.a=[]", "compare.b=[]"], "drop one of them"),
         (["compare.a=[]"], "give compare.a=.* and compare.b=.*, or neither"),
     ],
 )
@@ -264,6 +270,36 @@ def test_both_configurations_get_the_same_arrivals_in_alternation_and_their_rati
         assert found.load == summary
         assert summary.duration_s == pytest.approx(1.6)
         assert 0 < summary.throughput_per_s <= 2 / wait_s[name]
+
+
+def test_a_load_beside_busy_processes_alternates_and_says_how_much_slower_each_number_is(tmp_path: Path) -> None:
+    """The engine is slower by as many busy processes as this process has children."""
+    overrides = ["task=load", "load.neighbours=[0,2]", "task.repeats=2", "load.clients=1", "load.duration_s=0.4"]
+    composed = compose_run([*overrides, "load.warmup_s=0", "logger=json"])
+    assert neighbour_rounds(composed.config) == [0, 2, 2, 0]
+    before = len(children(os.getpid()))
+
+    def script(request: GenerationRequest, number: int) -> list[tuple[float, Message]]:
+        return [(0.05 * (1 + len(children(os.getpid())) - before), fake_result(request))]
+
+    run = replace(composed, folder=tmp_path / "run")
+    with planted(script) as (_, addresses):
+        status = entry.execute(run, Console(quiet=True), lambda config, path: AttachedEngine(addresses, 5.0, {}))
+    assert status.state == "ok", status.error
+    assert len(children(os.getpid())) == before
+    found = record_of(tmp_path / "run").load
+    assert found is not None
+    assert [row.neighbours for row in found.neighbours] == [0, 2]
+    assert found.neighbours[0].slowdown == 1.0
+    assert found.neighbours[1].slowdown == pytest.approx(3.0, rel=0.3)
+    assert sum(row.latency_ms.n for row in found.neighbours) == found.sent
+    assert found.duration_s == pytest.approx(4 * 0.4)
+
+
+def test_busy_processes_are_busy_and_end_with_the_block() -> None:
+    with busy_processes(1) as (pid,):
+        wait_for(lambda: cpu_seconds(pid) > 0.3, "the process to use a core")
+    assert command_line(pid) == b""
 
 
 def test_rounds_of_one_load_follow_one_another(config: RunConfig) -> None:
@@ -330,6 +366,21 @@ def test_growth_is_a_slope_and_descendants_are_found() -> None:
         assert b"time.sleep" in command_line(child.pid)
         child.kill()
     assert command_line(child.pid) == b""
+
+
+def test_ranks_are_told_from_the_processes_that_started_them_by_their_names() -> None:
+    """The command line of a forked rank is that of its fork server."""
+    code = "import sys, time; from harness.engines.processes import set_process_name as name; name(sys.argv[1])\n"
+    code += "print(1, flush=True); time.sleep(60)"
+    names = ["triptych-forks", "triptych-0", "triptych-12"]
+    processes = [subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.PIPE) for name in names]
+    try:
+        assert all(process.stdout is not None and process.stdout.readline() for process in processes)
+        assert rank_processes(os.getpid()) == {0: processes[1].pid, 12: processes[2].pid}
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def test_a_process_that_outlives_its_server_fails_the_load() -> None:
