@@ -147,7 +147,7 @@ async def test_ranks_that_are_stopped_are_found_and_replaced(tmp_path: Path) -> 
         for number, says in ((1, "rank 0 reported nothing about its requests for 3 s"), (0, "rank 0 answered no ping")):
             lost = await running(supervisor, number)
             waiting = submitted(supervisor, f"waits {number}", "pizza")
-            supervisor._config.launch.collective_timeout_s = WAITING_S if number else 600.0  # the pings reach rank 0
+            supervisor._hangs.patience_s = WAITING_S if number else 600.0  # the pings reach rank 0
             os.kill(rank(supervisor, number), signal.SIGSTOP)
             failures = [await failure_of(job) for job in lost]
             assert all(failure.kind == "failed" and says in failure.message for failure in failures)

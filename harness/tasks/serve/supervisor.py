@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -18,12 +18,13 @@ import msgspec
 
 from harness.config.schema import RunConfig
 from harness.engines.torchrun import TorchrunEngine
-from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Message, MessageError, Progress
+from harness.messages import EngineInfo, GenerationRequest, MessageError
 from harness.serving.faults import failure_line
-from harness.serving.policy import TrackedRequest, sort_key
 from harness.serving.transport import Addresses, EngineGone
 from harness.tasks.serve.engine_client import EngineClient
+from harness.tasks.serve.hangs import HangDetector
 from harness.tasks.serve.jobs import GenerationJob
+from harness.tasks.serve.open_requests import OpenRequests
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,6 @@ class Supervisor:
         reason: The reason why the server is not ready, in one line.
         info: The latest state of the ranks; None while there are none.
         restarts: The number of times that new ranks replaced dead ones.
-        jobs: The jobs by request id: all without an answer, and the last serve.max_stored_results with one.
     """
 
     PING_S = 1.0
@@ -100,23 +100,23 @@ class Supervisor:
         self.reason = "the ranks are loading"
         self.info: EngineInfo | None = None
         self.restarts = 0
-        self.jobs: dict[str, GenerationJob] = {}
         self._config = config
         self._folder = folder
         self._make_engine = make_engine
-        self._outstanding: dict[str, GenerationJob] = {}  # in the order of arrival
-        self._answered: deque[str] = deque()
+        self._open = OpenRequests(config.serve)
+        self._hangs = HangDetector(config.launch.collective_timeout_s)
         self._client: EngineClient | None = None
-        self._sent: dict[str, bool] = {}  # unanswered requests of these ranks: whether rank 0 has reported on each
-        self._suspects: Counter[str] = Counter()  # how often a request may have killed the ranks
-        self._last_message_at = 0.0
         self._load_s = 0.0
-        self._generation_s: deque[float] = deque(maxlen=20)
         self._deaths: deque[float] = deque()
         self._start_error: EngineGone | None = None
         self._first_start = asyncio.Event()  # the first ranks are ready, or will never be
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def jobs(self) -> dict[str, GenerationJob]:
+        """The jobs by request id: all without an answer, and the last serve.max_stored_results with one."""
+        return self._open.jobs
 
     async def start(self) -> None:
         """Start the first ranks and wait until they are ready.
@@ -136,9 +136,9 @@ class Supervisor:
         """
         if self.state != "failed":
             self._set_state("stopping", "the server is stopping")
-        for job in list(self._outstanding.values()):
+        for job in list(self._open.outstanding.values()):
             self._cancel_on_ranks(job)
-            self._fail(job, "cancelled", "the server was stopped")
+            self._open.fail(job, "cancelled", "the server was stopped")
         self._stopping.set()
         if self._task is not None:
             await self._task
@@ -159,15 +159,10 @@ class Supervisor:
         """
         if self.state in ("failed", "stopping"):
             raise NotServing(self.reason, self.RETRY_S)
-        if request.request_id in self.jobs:
-            raise ValueError(f"there is already a request {request.request_id}; give it another id")
-        waiting = len(self._queue())
+        waiting = len(self._open.queue())
         if waiting >= self._config.serve.max_queue:
             raise QueueFull(f"{waiting} requests are queued, which is serve.max_queue", self._retry_after_s())
-        timeout_s = min(self._config.serve.timeout_s, request.timeout_s or self._config.serve.timeout_s)
-        job = GenerationJob(request, expires=time.monotonic() + timeout_s)
-        self.jobs[request.request_id] = self._outstanding[request.request_id] = job
-        self._update_ahead()
+        job = self._open.add(request)
         self._send(job)
         return job
 
@@ -180,12 +175,12 @@ class Supervisor:
         Returns:
             Whether there was an outstanding request with this id.
         """
-        job = self._outstanding.get(request_id)
+        job = self._open.outstanding.get(request_id)
         if job is None:
             return False
         self._cancel_on_ranks(job)
         if job.state == "queued":
-            self._fail(job, "cancelled", "the request was cancelled")
+            self._open.fail(job, "cancelled", "the request was cancelled")
         return True
 
     async def _run(self) -> None:
@@ -199,8 +194,8 @@ class Supervisor:
             self._start_error = EngineGone(failure_line(error))
             self._set_state("failed", str(self._start_error))
         finally:
-            for job in list(self._outstanding.values()):
-                self._fail(job, "failed", self.reason, self.RETRY_S)
+            for job in list(self._open.outstanding.values()):
+                self._open.fail(job, "failed", self.reason, self.RETRY_S)
             if not self._first_start.is_set():
                 self._start_error = self._start_error or EngineGone(self.reason)
                 self._first_start.set()
@@ -257,8 +252,8 @@ class Supervisor:
             EngineGone: The ranks died, or do not answer any more.
         """
         client = self._client = EngineClient(engine.addresses)
-        self._last_message_at = time.monotonic()
-        for job in list(self._outstanding.values()):
+        self._hangs.on_message()
+        for job in list(self._open.outstanding.values()):
             self._send(job)
         duties = (self._receive(client), self._ping(client), self._watch(engine), self._stopping.wait())
         tasks = [asyncio.ensure_future(duty) for duty in duties]
@@ -277,13 +272,15 @@ class Supervisor:
         """Handle the answers that the ranks sent before their end."""
         try:
             while await client.has_unread():
-                self._handle_message(*await client.receive())
+                self._open.on_message(*await client.receive())
         finally:
             await client.close()
 
     async def _receive(self, client: EngineClient) -> None:
         while True:
-            self._handle_message(*await client.receive())
+            message, frames = await client.receive()
+            self._hangs.on_message()
+            self._open.on_message(message, frames)
 
     async def _ping(self, client: EngineClient) -> None:
         missed = 0
@@ -299,60 +296,17 @@ class Supervisor:
         while True:
             engine.check_alive()
             self._expire(self.GRACE_S)
-            patience_s = self._config.launch.collective_timeout_s
-            if self._sent and time.monotonic() - self._last_message_at > patience_s + self.GRACE_S:
-                raise EngineGone(
-                    f"rank 0 reported nothing about its requests for {patience_s:g} s: a rank has stopped, or is "
-                    "slower than launch.collective_timeout_s allows"
-                )
+            if self._open.sent:
+                self._hangs.check(self.GRACE_S)
             await asyncio.sleep(self.WATCH_S)
 
-    def _handle_message(self, message: Message, frames: list[bytes]) -> None:
-        """Apply a message of rank 0 to its job.
-
-        Messages about a job that was already answered (cancelled in the queue, or expired) are ignored.
-        """
-        if not isinstance(message, Progress | GenerationResult | Failure):
-            log.warning("the engine sent %s on the request socket", type(message).__name__)
-            return
-        self._last_message_at = time.monotonic()
-        if not isinstance(message, Progress):
-            self._sent.pop(message.request_id, None)
-        elif message.request_id in self._sent:
-            self._sent[message.request_id] = True
-        job = self._outstanding.get(message.request_id)
-        if job is None:
-            return
-        if isinstance(message, Progress):
-            job.on_progress(message)
-            self._update_ahead()
-        elif isinstance(message, Failure):
-            job.fail(message)
-            self._on_answered(job)
-        else:
-            job.finish(message, frames)
-            self._on_answered(job)
-
     def _on_engine_gone(self, error: EngineGone) -> None:
-        """Answer running requests after the ranks have died, and keep the queued ones.
-
-        Ranks accept requests in the order in which they were sent. So the first request on which they never reported
-        may have killed them. The first time this may be chance; the second time the request is answered.
-        """
+        """Answer running requests after the ranks have died, and keep the queued ones."""
         log.error("%s", error)
         self.info = None
-        suspects = [request_id for request_id, reported in self._sent.items() if not reported][:1]
-        self._suspects.update(suspects)
-        self._sent.clear()
         if not self._stopping.is_set():
             self._set_state("restarting" if self._first_start.is_set() else "starting", str(error))
-        for job in list(self._outstanding.values()):
-            if job.state == "running":
-                self._fail(job, error.kind, str(error), self._load_s)
-            elif job.request.request_id in suspects and self._suspects[job.request.request_id] > 1:
-                self._fail(
-                    job, "failed", f"the ranks died whenever they were given this request; the last time: {error}"
-                )
+        self._open.on_engine_gone(error, self._load_s)
 
     def _may_restart(self, error: EngineGone) -> bool:
         """Return whether to start new ranks; if not, the state becomes failed."""
@@ -382,9 +336,9 @@ class Supervisor:
     def _send(self, job: GenerationJob) -> None:
         if self._client is None:
             return
-        if not self._sent:
-            self._last_message_at = time.monotonic()
-        self._sent[job.request.request_id] = False
+        if not self._open.sent:
+            self._hangs.on_message()
+        self._open.sent[job.request.request_id] = False
         left_s = max(0.001, job.expires - time.monotonic())
         self._client.send(msgspec.structs.replace(job.request, timeout_s=left_s))
 
@@ -395,41 +349,14 @@ class Supervisor:
     def _expire(self, grace_s: float) -> None:
         """Answer requests whose deadline passed more than `grace_s` seconds ago and that no rank answered."""
         now = time.monotonic()
-        for job in [job for job in self._outstanding.values() if now > job.expires + grace_s]:
+        for job in [job for job in self._open.outstanding.values() if now > job.expires + grace_s]:
             self._cancel_on_ranks(job)
-            self._fail(job, "expired", "the deadline passed before the request was done")
-
-    def _fail(self, job: GenerationJob, kind: str, message: str, retry_after_s: float | None = None) -> None:
-        job.fail(Failure(job.request.request_id, kind, message, retry_after_s=retry_after_s))
-        self._on_answered(job)
-
-    def _on_answered(self, job: GenerationJob) -> None:
-        """Move an answered job to the stored ones, and drop the oldest of these."""
-        request_id = job.request.request_id
-        del self._outstanding[request_id]
-        del self._suspects[request_id]
-        self._answered.append(request_id)
-        while len(self._answered) > self._config.serve.max_stored_results:
-            del self.jobs[self._answered.popleft()]
-        if job.answer is not None and job.began is not None and job.ended is not None:
-            self._generation_s.append(job.ended - job.began)
-        self._update_ahead()
-
-    def _update_ahead(self) -> None:
-        queue = self._queue()
-        for ahead, job in enumerate(queue, start=len(self._outstanding) - len(queue)):
-            job.set_ahead(ahead)
-
-    def _queue(self) -> list[GenerationJob]:
-        """Return the queued jobs, in the order in which the ranks will run them."""
-        key = sort_key(self._config.serve.policy)
-        queued = [job for job in self._outstanding.values() if job.state == "queued"]
-        return sorted(queued, key=lambda job: key(TrackedRequest(b"", job.request, job.arrived, job.expires)))
+            self._open.fail(job, "expired", "the deadline passed before the request was done")
 
     def _retry_after_s(self) -> float:
         """Estimate when the queue has room: after the loading of ranks and one request of mean duration, seconds."""
         loading_s = self._load_s if self.state in ("starting", "restarting") else 0.0
-        return loading_s + (sum(self._generation_s) / len(self._generation_s) if self._generation_s else 1.0)
+        return loading_s + self._open.mean_generation_s()
 
     def _set_state(self, state: str, reason: str) -> None:
         self.state, self.reason = state, reason

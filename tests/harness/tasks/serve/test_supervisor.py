@@ -222,7 +222,7 @@ async def test_ranks_that_have_stopped_are_replaced(tmp_path: Path, prompt: str)
     fleet = Fleet()
     async with serving(tmp_path, fleet) as supervisor:
         supervisor.GRACE_S = supervisor.PING_S = 0.1
-        supervisor._config.launch.collective_timeout_s = 0.5 if prompt == "hang" else 600.0
+        supervisor._hangs.patience_s = 0.5 if prompt == "hang" else 600.0
         lost, waiting = supervisor.submit(make_request("lost", prompt)), supervisor.submit(make_request("a"))
         await lost.wait()
         await waiting.wait()
