@@ -50,6 +50,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
         profile: whether to time operators, which slows the request down.
         timeout_s: the time limit in seconds, counted from the request's arrival at rank 0. A request that exceeds it is
             answered with a Failure of kind expired.
+        client: whose request it is, for turns between clients; empty means the connection that it came over.
     """
 
     request_id: str
@@ -67,6 +68,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     count_flops: bool = False
     profile: bool = False
     timeout_s: float | None = None
+    client: str = ""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
