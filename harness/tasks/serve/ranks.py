@@ -86,6 +86,7 @@ class RankSession:
         self._missed_pings = 0
         self._stopped = StoppedRanks(watch.own_time.now)
         self._quiet_until = 0.0
+        self._lost_s = 0.0
 
     @property
     def connected(self) -> bool:
@@ -115,6 +116,7 @@ class RankSession:
         """
         client = self._client = await self._connect()
         self._watch.own_time.now()
+        self._lost_s = self._watch.own_time.lost_s
         on_connected()
         duties = [
             self._repeat("receiving", lambda: self._receive(client)),
@@ -199,9 +201,9 @@ class RankSession:
     async def _look(self) -> None:
         """Look for a death, a hang and passed deadlines. After this process was stopped, it first reads what came."""
         clock = self._watch.own_time
-        lost_s, now = clock.lost_s, clock.now()
-        if clock.lost_s > lost_s:
-            self._missed_pings, self._quiet_until = 0, now + self.GRACE_S
+        now = clock.now()
+        if clock.lost_s > self._lost_s:
+            self._lost_s, self._missed_pings, self._quiet_until = clock.lost_s, 0, now + self.GRACE_S
         self._engine.check_alive()
         if now >= self._quiet_until:
             self._watch.hangs.check()

@@ -12,12 +12,13 @@ import pytest
 
 from harness.config.schema import RunConfig
 from harness.config.serve import Policy
-from harness.messages import Failure, GenerationRequest, GenerationResult, Progress
+from harness.messages import Failure, GenerationResult, Progress
 from harness.serving.transport import EngineGone
 from harness.tasks.serve import restarts
 from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.ranks import RankSession
 from harness.tasks.serve.supervisor import NotServing, QueueFull, Supervisor
+from tests.fixtures.serving.fake_engine import make_request
 from tests.fixtures.serving.thread_engine import Fleet
 
 pytestmark = pytest.mark.anyio
@@ -28,10 +29,6 @@ LIMIT_S = 20.0
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-def make_request(name: str, prompt: str = "rocket", steps: int = STEPS, **changes: float) -> GenerationRequest:
-    return GenerationRequest(name, [prompt], steps, 1.0, 2, 2, **changes)  # type: ignore[arg-type]
 
 
 def configured(**serve: object) -> RunConfig:
