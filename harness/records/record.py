@@ -396,7 +396,7 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     Args:
         path: The file.
         data: The new content of the file.
-        mode: Who may use the file, before the umask.
+        mode: The permissions of the file, before the umask.
 
     Raises:
         OSError: The file cannot be written, such as on a full disk; the old content stays, and no other file is left.

@@ -104,7 +104,7 @@ class Housekeeping:
 
         Args:
             name: The request's id.
-            paths: Its files.
+            paths: The files of the request.
         """
         with self._lock:
             self._kept[name] = Kept(name, tuple(paths), self._clock(), sum(map(disk_bytes, paths)))

@@ -94,7 +94,7 @@ class GenerationService:
         Args:
             request: The request for the engine.
             user: The client's name for its user.
-            client: Whose request it is.
+            client: The name of the client, for turns between clients.
 
         Returns:
             The handle of the request.
