@@ -91,10 +91,10 @@ def serving(folder: Path, *overrides: str, variables: dict[str, str] | None = No
 
 @pytest.mark.parametrize(
     ("layout", "rank"),
-    [("single", 0), ("dp2", 0), ("cfg2", 1), ("tp2", 1), ("ulysses2", 1)],
+    [("single", 0), ("dp2", None), ("cfg2", 1), ("tp2", 1), ("ulysses2", 1)],
     ids=lambda value: str(value),
 )
-def test_no_request_ends_the_service(tmp_path: Path, layout: str, rank: int) -> None:
+def test_no_request_ends_the_service(tmp_path: Path, layout: str, rank: int | None) -> None:
     """A request that kills or hangs a rank is answered after its second death, and its neighbours are generated."""
     with serving(tmp_path / "run", f"parallel={layout}", variables=poisoned(tmp_path, rank)) as server:
         server.is_well("the start")  # the server learns how long a step takes

@@ -79,7 +79,7 @@ class Problem(Exception):
 
     @classmethod
     def from_failure(cls, failure: Failure) -> Problem:
-        """Convert an engine's failure; after a rank died, the client may retry in a second.
+        """Convert an engine's failure.
 
         Args:
             failure: The engine's typed answer.
@@ -88,9 +88,8 @@ class Problem(Exception):
             The error for the client.
         """
         where = "" if failure.rank is None else f"rank {failure.rank}: "
-        retry_after_s = 1.0 if failure.kind == "failed" and failure.retry_after_s is None else failure.retry_after_s
         code = failure.kind if failure.kind in STATUS else "failed"
-        return cls(code, f"{where}{failure.message}", retry_after_s=retry_after_s)
+        return cls(code, f"{where}{failure.message}", retry_after_s=failure.retry_after_s)
 
     def body(self) -> ErrorBody:
         """Return the JSON body of the answer."""
