@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from harness.config.optimize import Optimize
+from harness.config.schema import RunConfig
 from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Progress
 from harness.serving.transport import EngineGone
 
@@ -16,6 +18,7 @@ FACTOR = 20.0  # a step may take this many times the slowest of its kind so far
 FLOOR_S = 5.0  # no step counts as a hang before this: a busy machine stands still for seconds
 STOPPED_S = 5.0  # a rank in the state of SIGSTOP for longer hangs
 MAX_KINDS = 4096
+SIZED = ("denoising", "decoding")  # the stages whose time depends on the image
 
 
 class OwnTime:
@@ -61,16 +64,13 @@ class HangDetector:
 
     Args:
         hang_s: The longest silence while no step of a kind has been seen, seconds.
-        collective_timeout_s: The longest silence in any case, and while blocks compile, seconds.
-        compiles: Whether the first step of each kind compiles the network.
+        longest_s: The longest silence after that, seconds.
         clock: The clock, seconds.
     """
 
-    def __init__(
-        self, hang_s: float, collective_timeout_s: float, compiles: bool, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.hang_s = max(hang_s, collective_timeout_s) if compiles else hang_s
-        self._longest_s = collective_timeout_s
+    def __init__(self, hang_s: float, longest_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.hang_s = hang_s
+        self._longest_s = longest_s
         self._clock = clock
         self._given: dict[str, Given] = {}
         self._slowest_s: dict[Kind, float] = {}
@@ -135,7 +135,7 @@ class HangDetector:
         if kind in self._slowest_s:
             return max(FLOOR_S, min(self._longest_s, FACTOR * self._slowest_s[kind]))
         estimated = [
-            FACTOR * slowest_s * max(1.0, size(kind) / size(known)) ** 2  # attention is quadratic in the tokens
+            FACTOR * slowest_s * max(1.0, pixels(kind) / pixels(known)) ** 2  # attention is quadratic in the tokens
             for known, slowest_s in self._slowest_s.items()
             if known[0] == kind[0]
         ]
@@ -143,18 +143,33 @@ class HangDetector:
 
     def _work_s(self, request: GenerationRequest) -> float:
         """Return an upper estimate of a request's whole work alone, from the slowest step of any stage, seconds."""
-        slowest_s = [known_s for known, known_s in self._slowest_s.items() if known[1:] == kind_of(request, "")[1:]]
+        slowest_s = [
+            known_s for known, known_s in self._slowest_s.items() if known[1:] == kind_of(request, SIZED[0])[1:]
+        ]
         images = len(request.prompts) * request.samples_per_prompt
         return images * request.steps * max(slowest_s, default=self.hang_s)
 
 
+def first_step_s(config: RunConfig) -> float:
+    """Return how long a step may take while none of its kind has been seen, seconds.
+
+    It may compile the network, and a text encoder that is not kept is loaded in it.
+    """
+    launch = config.launch
+    compiling_s = launch.collective_timeout_s if config.engine.optimize is Optimize.compile else 0.0
+    loading_s = 0.0 if config.model.text.keep_loaded else launch.start_timeout_s
+    return max(config.serve.hang_s, compiling_s, loading_s)
+
+
 def kind_of(request: GenerationRequest, stage: str) -> Kind:
     """Return the kind of a request's steps in a stage."""
+    if stage not in SIZED:
+        return stage, 1, 1, 1, 1
     images = min(request.batch_size, len(request.prompts) * request.samples_per_prompt)
     return stage, request.height, request.width, request.frames, images
 
 
-def size(kind: Kind) -> int:
+def pixels(kind: Kind) -> int:
     """Return the pixels of a forward."""
     return kind[1] * kind[2] * kind[3] * kind[4]
 

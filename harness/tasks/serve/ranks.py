@@ -114,7 +114,7 @@ class RankSession:
         Raises:
             EngineGone: The ranks died, or do not answer any more.
         """
-        client = self._client = await self._connect()
+        client = self._client = await self._connect(stopping)
         self._watch.own_time.now()
         self._lost_s = self._watch.own_time.lost_s
         on_connected()
@@ -140,15 +140,17 @@ class RankSession:
             raise
         await client.close(linger_ms=500)  # cancellations of what was still running
 
-    async def _connect(self) -> EngineClient:
+    async def _connect(self, stopping: asyncio.Event) -> EngineClient:
         """Connect to ready ranks; they are not to blame if the system has no socket left."""
-        while True:
+        while not stopping.is_set():
             self._engine.check_alive()
+            self._on_tick()
             try:
                 return EngineClient(self._engine.addresses)
             except Exception as error:
                 self._watch.troubles.add("connecting to the ranks", error)
                 await asyncio.sleep(self.TROUBLE_S)
+        raise EngineGone("the server was stopped before it reached its ranks")
 
     async def _drain(self, client: EngineClient) -> None:
         """Handle the answers that the ranks sent before their end."""

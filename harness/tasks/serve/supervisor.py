@@ -13,13 +13,12 @@ from pathlib import Path
 
 import msgspec
 
-from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
 from harness.engines.torchrun import TorchrunEngine
 from harness.messages import EngineInfo, GenerationRequest, GenerationResult, Progress
 from harness.serving.faults import failure_line
 from harness.serving.transport import EngineGone
-from harness.tasks.serve.hangs import HangDetector, OwnTime
+from harness.tasks.serve.hangs import HangDetector, OwnTime, first_step_s
 from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.open_requests import OpenRequests
 from harness.tasks.serve.ranks import MakeSupervisedEngine, RankSession, Report, SupervisedEngine, Watch, end
@@ -78,8 +77,8 @@ class Supervisor:
         self._folder = folder
         self._make_engine = make_engine
         self._open = OpenRequests(config.serve)
-        own_time, compiles = OwnTime(), config.engine.optimize is Optimize.compile
-        hangs = HangDetector(config.serve.hang_s, config.launch.collective_timeout_s, compiles, own_time.now)
+        own_time = OwnTime()
+        hangs = HangDetector(first_step_s(config), config.launch.collective_timeout_s, own_time.now)
         self._watch = Watch(hangs, own_time, TroubleLog())
         self._deaths = Deaths(config.serve)
         self._engine: SupervisedEngine | None = None

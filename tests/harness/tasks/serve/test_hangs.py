@@ -7,9 +7,20 @@ import sys
 
 import pytest
 
+from harness.config.optimize import Optimize
+from harness.config.schema import RunConfig
 from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Progress
 from harness.serving.transport import EngineGone
-from harness.tasks.serve.hangs import FACTOR, FLOOR_S, STOPPED_S, HangDetector, OwnTime, StoppedRanks, is_stopped
+from harness.tasks.serve.hangs import (
+    FACTOR,
+    FLOOR_S,
+    STOPPED_S,
+    HangDetector,
+    OwnTime,
+    StoppedRanks,
+    first_step_s,
+    is_stopped,
+)
 from tests.fixtures.commands import wait_for
 from tests.fixtures.serving.virtual_time import VirtualTime
 
@@ -20,8 +31,8 @@ def request(name: str, side: int = 64, steps: int = 10, images: int = 1) -> Gene
     return GenerationRequest(name, ["x"], steps, 1.0, side, side, samples_per_prompt=images, batch_size=images)
 
 
-def detector(clock: VirtualTime, compiles: bool = False) -> HangDetector:
-    return HangDetector(HANG_S, COLLECTIVE_S, compiles, clock.now)
+def detector(clock: VirtualTime) -> HangDetector:
+    return HangDetector(HANG_S, COLLECTIVE_S, clock.now)
 
 
 def run(hangs: HangDetector, clock: VirtualTime, sent: GenerationRequest, step_s: float, answer: bool = True) -> None:
@@ -72,12 +83,26 @@ def test_a_kind_that_was_never_seen_has_the_configured_time_or_more_where_smalle
     assert silence(hangs, clock) == pytest.approx(16 * FACTOR, abs=0.2)  # 4 times the pixels, squared
 
 
-def test_while_blocks_compile_the_time_of_a_collective_counts() -> None:
+def test_while_blocks_compile_or_an_encoder_is_loaded_a_first_step_takes_longer() -> None:
+    config = RunConfig()
+    assert first_step_s(config) == config.serve.hang_s
+    config.model.text.keep_loaded = False
+    assert first_step_s(config) == config.launch.start_timeout_s
+    config.engine.optimize = Optimize.compile
+    assert first_step_s(config) == config.launch.collective_timeout_s
+
+
+def test_the_time_of_a_text_does_not_depend_on_the_image() -> None:
     clock = VirtualTime()
-    hangs = detector(clock, compiles=True)
+    hangs = detector(clock)
     hangs.on_sent(request("a"))
+    hangs.on_message(Progress("a", "text_encoding", 0, 0))
+    clock.time_s += 10.0
     hangs.on_message(Progress("a", "denoising", 0, 10))
-    assert silence(hangs, clock) == pytest.approx(COLLECTIVE_S, abs=0.2)
+    hangs.on_message(GenerationResult("a", [], [], 1.0))
+    hangs.on_sent(request("b", side=128))
+    hangs.on_message(Progress("b", "text_encoding", 0, 0))
+    assert silence(hangs, clock) == pytest.approx(10.0 * FACTOR, abs=0.2)
 
 
 def test_a_request_that_begins_never_is_found_and_one_that_waits_for_others_is_not() -> None:
@@ -136,7 +161,7 @@ def test_a_failure_is_no_step_and_dead_ranks_are_forgotten() -> None:
 def test_time_in_which_this_process_did_not_run_does_not_count() -> None:
     clock = VirtualTime()
     own = OwnTime(clock.now)
-    hangs = HangDetector(HANG_S, COLLECTIVE_S, False, own.now)
+    hangs = HangDetector(HANG_S, COLLECTIVE_S, own.now)
     hangs.on_sent(request("a"))
     hangs.on_message(Progress("a", "denoising", 0, 10))
     for _ in range(50):
