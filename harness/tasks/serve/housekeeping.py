@@ -124,7 +124,8 @@ class Housekeeping:
             total = other + sum(kept.size for kept in self._kept.values())
             gone = []
             for kept in list(self._kept.values()):
-                if total <= self._max_bytes and self._clock() - kept.since <= self._max_age_s:
+                is_too_much = total > self._max_bytes and len(self._kept) > 1  # somebody waits for the newest
+                if not is_too_much and self._clock() - kept.since <= self._max_age_s:
                     break
                 gone.append(self._kept.pop(kept.name))
                 total -= kept.size
@@ -143,8 +144,9 @@ class Housekeeping:
 
     def _shorten_logs(self) -> None:
         """Cut the older half of logs that are still being written; who writes them appends."""
-        limit = min(MAX_LOG_BYTES, self._max_bytes // 8)
-        for path in (self._folder / "logs").glob("*.log"):
+        paths = list((self._folder / "logs").glob("*.log"))
+        limit = min(MAX_LOG_BYTES, self._max_bytes // (4 * max(1, len(paths))))  # a quarter of the space for all
+        for path in paths:
             if path.stat().st_size > limit:
                 with path.open("rb+") as file:
                     file.seek(-limit // 2, os.SEEK_END)

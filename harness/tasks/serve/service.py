@@ -84,6 +84,7 @@ class GenerationService:
         self.metrics = RequestMetrics(supervisor)
         self.housekeeping = Housekeeping(config.serve, folder)
         self._folder = folder
+        self._max_log_bytes = min(storage.MAX_REQUESTS_BYTES, (config.serve.keep_mib << 20) // 16)
         self._fingerprint = fingerprint(to_dict(config))
         self._handles: dict[str, RequestHandle] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -223,7 +224,7 @@ class GenerationService:
         if handle.problem is not None and handle.job.failure is None:
             say(f"request {handle.id}: {handle.problem.message}")
         try:
-            storage.append_entry(self._folder, log_entry(handle))
+            storage.append_entry(self._folder, log_entry(handle), self._max_log_bytes)
         except OSError as error:
             say(
                 f"request {handle.id} has no line in {storage.REQUESTS_FILE} ({os_reason(error)}); free some disk space"

@@ -110,11 +110,10 @@ def append_entry(folder: Path, entry: RequestLogEntry, max_bytes: int = MAX_REQU
     line = msgspec.json.encode(entry) + b"\n"
     descriptor = _open_locked(folder / REQUESTS_FILE)
     try:
-        size = _whole_lines(descriptor)
-        if size and size + len(line) > max_bytes:
+        while (size := _whole_lines(descriptor)) and size + len(line) > max_bytes:
             (folder / REQUESTS_FILE).replace(folder / ROTATED_FILE)
             os.close(descriptor)
-            descriptor, size = _open_locked(folder / REQUESTS_FILE), 0
+            descriptor = _open_locked(folder / REQUESTS_FILE)
         try:
             left = memoryview(line)
             while left:
