@@ -112,8 +112,8 @@ def append_entry(folder: Path, entry: RequestLogEntry, max_bytes: int = MAX_REQU
     try:
         while (size := _whole_lines(descriptor)) and size + len(line) > max_bytes:
             (folder / REQUESTS_FILE).replace(folder / ROTATED_FILE)
-            os.close(descriptor)
-            descriptor = _open_locked(folder / REQUESTS_FILE)
+            rotated, descriptor = descriptor, _open_locked(folder / REQUESTS_FILE)
+            os.close(rotated)
         try:
             left = memoryview(line)
             while left:
