@@ -86,6 +86,7 @@ class Supervisor:
         self._load_s = 0.0
         self._next_try_at = 0.0
         self._died = 0
+        self._troubles_in_row = 0
         self._start_error: EngineGone | None = None
         self._first_start = asyncio.Event()  # the first ranks are ready, or will never be
         self._stopping = asyncio.Event()
@@ -183,29 +184,38 @@ class Supervisor:
             self._open.fail(job, "cancelled", "the request was cancelled")
         return True
 
+    @property
+    def _is_ending(self) -> bool:
+        """Whether no other ranks are to be started."""
+        is_over = self._start_error is not None or self.gave_up.is_set()
+        return is_over or self._stopping.is_set() or self.state == "stopping"
+
     async def _run(self) -> None:
-        """Run one set of ranks after another until the server stops."""
-        troubles = 0
-        while not self._stopping.is_set() and self.state != "stopping":
-            kills = oom_kills()
+        """Run one set of ranks after another until the server stops; no exception ends this."""
+        while not self._is_ending:
             try:
-                await self._run_ranks()
-                return
-            except EngineGone as error:
-                troubles, ready = 0, self._first_start.is_set()
-                pause_s = self._on_engine_gone(name_memory(error, kills))
+                await self._run_next()
             except Exception as error:
-                troubles, ready = troubles + 1, self._first_start.is_set()
-                pause_s = self._on_trouble(error, troubles)
-            if not ready or self.gave_up.is_set():
-                break
-            await self._wait(pause_s)
+                self._watch.troubles.add("supervising the ranks", error)
+                await asyncio.sleep(RankSession.TROUBLE_S)
         self._first_start.set()
+
+    async def _run_next(self) -> None:
+        """Run one set of ranks, and wait as long as its end says."""
+        kills = oom_kills()
+        try:
+            await self._run_ranks()
+        except EngineGone as error:
+            self._troubles_in_row = 0
+            await self._wait(self._on_engine_gone(name_memory(error, kills)))
+        except Exception as error:
+            self._troubles_in_row += 1
+            await self._wait(self._on_trouble(error))
 
     async def _wait(self, duration_s: float) -> None:
         """Wait before the next ranks; deadlines go on meanwhile."""
         self._next_try_at = time.monotonic() + duration_s
-        while time.monotonic() < self._next_try_at and not self._stopping.is_set() and self.state != "stopping":
+        while time.monotonic() < self._next_try_at and not self._is_ending:
             self._expire()
             await asyncio.sleep(self.WATCH_S)
 
@@ -286,12 +296,11 @@ class Supervisor:
                 self._give_up()
         return pause_s
 
-    def _on_trouble(self, error: Exception, times: int) -> float:
+    def _on_trouble(self, error: Exception) -> float:
         """Apply a trouble of the server itself: it could not start ranks.
 
         Args:
             error: The trouble.
-            times: The number of troubles in a row.
 
         Returns:
             The pause before the next try, seconds.
@@ -303,7 +312,7 @@ class Supervisor:
             self._fail_for_good(EngineGone(failure_line(error)))
             return 0.0
         self._set_state("restarting", f"the ranks cannot be started ({failure_line(error)}); they are tried again")
-        return pause_after(times)
+        return pause_after(self._troubles_in_row)
 
     def _fail_for_good(self, error: EngineGone) -> None:
         """End a first start that failed: its reason is wrong input, and another try would find it again."""
