@@ -64,10 +64,10 @@ def state_routes() -> APIRouter:
     @router.get("/ready")
     async def ready(service: ServiceDep) -> openai.Health:
         """Answer 200 only while the ranks are ready; otherwise 503 with the reason."""
-        if service.supervisor.state != "ready":
-            raise Problem("not_serving", f"{service.supervisor.state}: {service.supervisor.reason}", retry_after_s=1.0)
         if service.housekeeping.trouble:
             raise Problem("not_serving", service.housekeeping.trouble, retry_after_s=1.0)
+        if service.supervisor.state != "ready":
+            raise Problem("not_serving", f"{service.supervisor.state}: {service.supervisor.reason}", retry_after_s=1.0)
         return health_of(service)
 
     @router.get("/metrics", response_class=Response)
