@@ -70,6 +70,7 @@ class Housekeeping:
         self._folder = folder
         self._clock = clock
         self._kept: dict[str, Kept] = {}  # the oldest first
+        self._kept_bytes = 0
         self._lock = threading.Lock()
         self._troubles = TroubleLog()
 
@@ -106,38 +107,46 @@ class Housekeeping:
             name: The request's id.
             paths: The files of the request.
         """
-        with self._lock:
-            self._kept[name] = Kept(name, tuple(paths), self._clock(), sum(map(disk_bytes, paths)))
+        self._add(Kept(name, tuple(paths), self._clock(), sum(map(disk_bytes, paths))))
         self.trim()
 
     def drop(self, name: str) -> None:
         """Remove files that are kept; nothing happens if there are none."""
         with self._lock:
-            kept = self._kept.pop(name, None)
+            kept = self._pop(name)
         if kept is not None:
             remove(kept.paths)
 
     def trim(self) -> None:
         """Remove the oldest files until the rest is small enough and young enough."""
         with self._lock:
-            other = sum(disk_bytes(path) for path in self._live_logs())
-            total = other + sum(kept.size for kept in self._kept.values())
-            gone = []
-            for kept in list(self._kept.values()):
-                is_too_much = total > self._max_bytes and len(self._kept) > 1  # somebody waits for the newest
-                if not is_too_much and self._clock() - kept.since <= self._max_age_s:
+            room = self._max_bytes - sum(disk_bytes(path) for path in self._live_logs())
+            gone: list[Kept] = []
+            while self._kept:
+                oldest = next(iter(self._kept.values()))
+                is_too_much = self._kept_bytes > room and len(self._kept) > 1  # somebody waits for the newest
+                if not is_too_much and self._clock() - oldest.since <= self._max_age_s:
                     break
-                gone.append(self._kept.pop(kept.name))
-                total -= kept.size
+                self._pop(oldest.name)
+                gone.append(oldest)
         for kept in gone:
             remove(kept.paths)
+
+    def _add(self, kept: Kept) -> None:
+        with self._lock:
+            self._kept[kept.name] = kept
+            self._kept_bytes += kept.size
+
+    def _pop(self, name: str) -> Kept | None:
+        """Take files out of the books; the caller holds the lock."""
+        kept = self._kept.pop(name, None)
+        self._kept_bytes -= 0 if kept is None else kept.size
+        return kept
 
     def _add_dead_logs(self) -> None:
         for folder in sorted((self._folder / "logs").glob("died*"), key=lambda path: path.stat().st_mtime):
             if folder.name not in self._kept:
-                size = sum(map(disk_bytes, folder.rglob("*")))
-                with self._lock:
-                    self._kept[folder.name] = Kept(folder.name, (folder,), self._clock(), size)
+                self._add(Kept(folder.name, (folder,), self._clock(), sum(map(disk_bytes, folder.rglob("*")))))
 
     def _live_logs(self) -> list[Path]:
         return [path for path in (*self._folder.glob("requests*.jsonl"), *(self._folder / "logs").glob("*.log"))]
