@@ -190,4 +190,7 @@ def remove(paths: Sequence[Path]) -> None:
     """Remove files and folders; a missing one is no error."""
     for path in paths:
         with suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
