@@ -1,6 +1,7 @@
 """What a server keeps: sizes and ages hold, the oldest goes first, and a disk that takes nothing is said and heals."""
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -115,6 +116,18 @@ def test_lines_are_whole_and_the_file_rotates(folder: Path) -> None:
     assert all(0 < file.stat().st_size <= 4000 for file in files)
     assert all(ids(file) for file in files)
     assert [file.stat().st_mode & 0o777 for file in files] == [0o600, 0o600]
+
+
+def test_one_line_waits_for_another(folder: Path) -> None:
+    file = folder / storage.REQUESTS_FILE
+    with file.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=storage.append_entry, args=(folder, entry("a")))
+        thread.start()
+        thread.join(0.2)
+        assert file.read_bytes() == b""
+    thread.join()
+    assert ids(file) == ["a"]
 
 
 def test_a_torn_line_is_cut_off_at_the_next_one(folder: Path) -> None:

@@ -83,8 +83,10 @@ async def test_a_request_is_settled_whatever_fails_after_its_answer(
 
     monkeypatch.setattr(f"{module.__name__}.storage.append_entry", fail)
     monkeypatch.setattr(f"{module.__name__}.{broken}", fail)
-    async with site(config, tmp_path) as (client, _):
+    async with site(config, tmp_path) as (client, service):
         assert (await client.post(IMAGES, json=BODY)).status_code == 200
+        counted = b'triptych_requests_total{outcome="ok"} 1.0' in service.metrics.text()
+        assert counted == (broken != "log_entry")
 
 
 async def test_the_client_of_a_request_goes_to_the_ranks(config: RunConfig, tmp_path: Path) -> None:
