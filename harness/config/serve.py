@@ -44,9 +44,33 @@ class ServeConfig:
     max_steps: int = option(250, "Solver steps per request.", low=1, high=MAX_STEPS)
     max_body_kib: int = option(256, "Largest size of an HTTP request.", unit="KiB", low=1, high=1_048_576)
     max_stored_results: int = option(256, "Answered requests whose images can still be fetched.", low=1, high=1_000_000)
+    exit_when_failed: bool = option(
+        False, "Whether a server whose ranks die more often than `restarts` ends with status 1, for who supervises it."
+    )
+    hang_s: float = option(
+        30.0,
+        "Longest silence of ranks in a step unlike all that were seen; later steps are measured against the earlier.",
+        unit="s",
+        low=1,
+        high=MAX_WAIT_S,
+    )
+    drain_s: float = option(
+        30.0,
+        "Time for what runs when the server is stopped; what waits is refused at once.",
+        unit="s",
+        low=0,
+        high=MAX_WAIT_S,
+    )
+    keep_mib: int = option(
+        1024, "Size of the images, videos and logs that are kept; the oldest go first.", unit="MiB", low=1, high=2**30
+    )
+    keep_hours: float = option(
+        24.0, "Time for which images, videos and the logs of dead ranks are kept.", unit="h", above=0, infinite=True
+    )
     restarts: int = option(
         5,
-        "Restarts of dead ranks within restart_window_s, after which the server reports not ready.",
+        "Restarts of dead ranks within restart_window_s. After more, the server has failed until new ranks are ready, "
+        "with pauses of 1, 2, 4 ... 60 s.",
         low=0,
         high=1_000,
     )

@@ -220,7 +220,7 @@ def write_error(logs: Path, rank: int, error: Exception) -> None:
 
 def redirect_output(log: Path) -> None:
     """Send this process's standard output and error to its log, including those of C libraries."""
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)

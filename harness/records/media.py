@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,13 @@ def save_png(path: Path, image: NDArray[np.uint8], text: dict[str, str]) -> None
     chunks = PngInfo()
     for key, value in text.items():
         chunks.add_itxt(key, value)
-    Image.fromarray(image).save(path, pnginfo=chunks)
+    with open(path, "wb", opener=open_private) as file:
+        Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open a file that others cannot read, as an opener of `open`."""
+    return os.open(path, flags, 0o600)
 
 
 def save_mp4(path: Path, video: NDArray[np.uint8], fps: int, text: dict[str, str]) -> None:
@@ -72,6 +79,7 @@ def save_mp4(path: Path, video: NDArray[np.uint8], fps: int, text: dict[str, str
     codec = ("-vf", COLOUR, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF))
     tags = [part for key, value in text.items() for part in ("-metadata", f"{key}={value}".replace("\0", " "))]
     container = ("-movflags", "+use_metadata_tags+faststart", "-f", "mp4", str(path))
+    open(path, "wb", opener=open_private).close()  # ffmpeg keeps the mode of a file that exists
     command = [ffmpeg(), "-y", "-v", "error", *source, *codec, *tags, *container]
     done = subprocess.run(command, input=even.tobytes(), capture_output=True, check=False)
     if done.returncode:

@@ -285,18 +285,21 @@ class RunFolder:
         """
         folder = cls(path)
         try:
-            (path / "logs").mkdir(parents=True, exist_ok=True)
+            path.mkdir(0o700, parents=True, exist_ok=True)
+            (path / "logs").mkdir(0o700, exist_ok=True)
             folder._owned = lock_file(path / ".owner")
             if again and (path / "status.json").exists() and read_status(path).state != "ok":
                 folder._clear()
             if any((path / name).exists() for name in RESULTS):
                 raise RunFolderError(_holds_a_run(path))
-            descriptor = os.open(path / "status.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            descriptor = os.open(path / "status.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         except (FileExistsError, BlockingIOError) as error:
             raise RunFolderError(_holds_a_run(path)) from error
         except OSError as error:
             raise RunFolderError(cannot_be_written(path, error)) from error
         os.close(descriptor)
+        with suppress(OSError):  # a folder that another user made and lets us write
+            path.chmod(0o700)
         try:
             folder.finish(INTERRUPTED)
         except RunFolderError:
@@ -311,7 +314,24 @@ class RunFolder:
                 shutil.rmtree(left)
             elif left.name not in KEPT:
                 left.unlink()
-        (self.path / "logs").mkdir()
+        (self.path / "logs").mkdir(0o700)
+
+    def restore(self, config: str) -> None:
+        """Make the folder again if somebody has removed it, or its configuration, while the run goes on.
+
+        Args:
+            config: The text of `config.yaml`.
+
+        Raises:
+            OSError: The folder cannot be made.
+            RunFolderError: A file cannot be written.
+        """
+        self.path.mkdir(0o700, parents=True, exist_ok=True)
+        (self.path / "logs").mkdir(0o700, exist_ok=True)
+        if not (self.path / "config.yaml").exists():
+            self.write_config(config)
+        if not (self.path / "status.json").exists():
+            self.finish(INTERRUPTED)
 
     def finish(self, status: Status) -> None:
         """Write `status.json`.
@@ -343,7 +363,7 @@ class RunFolder:
 
     def _write(self, name: str, data: bytes) -> None:
         try:
-            write_atomically(self.path / name, data)
+            write_atomically(self.path / name, data, 0o600)
         except OSError as error:
             raise RunFolderError(cannot_be_written(self.path / name, error)) from error
 
@@ -373,19 +393,20 @@ def lock_file(path: Path) -> BinaryIO:
     return file
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part.
 
     Args:
         path: The file.
         data: The new content of the file.
+        mode: The permissions of the file, before the umask.
 
     Raises:
         OSError: The file cannot be written, such as on a full disk; the old content stays, and no other file is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         try:
             left = memoryview(data)
             while left:

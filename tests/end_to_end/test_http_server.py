@@ -102,22 +102,20 @@ def test_a_rank_that_is_killed_is_reported_and_replaced(serving: Serving) -> Non
     where = f"{serving.url}/v1/requests"
     wait_for(lambda: httpx.get(f"{where}/{running['id']}").json()["done"] > 0, "its first step")
     os.kill(rank(serving.folder), signal.SIGKILL)
-    wait_for(lambda: httpx.get(f"{where}/{running['id']}").json()["status"] == "failed", "the word of it")
-    statuses = httpx.get(f"{where}/{running['id']}").json()["error"]
-    assert statuses["code"] == "failed"
-    assert "SIGKILL" in statuses["message"]
+    wait_for(lambda: httpx.get(f"{where}/{running['id']}").json()["status"] == "queued", "its return to the queue")
     ready = httpx.get(f"{serving.url}/ready")
     assert (ready.status_code, ready.headers["retry-after"]) == (503, "1")
+    assert "SIGKILL" in ready.json()["error"]["message"]
     assert httpx.get(f"{serving.url}/health").json()["state"] == "restarting"
     wait_for(lambda: httpx.get(f"{serving.url}/ready").status_code == 200, "new ranks", LIMIT_S)
     assert httpx.get(f"{serving.url}/ready").json()["restarts"] == 1
-    ends = ("done", "failed")
-    wait_for(lambda: httpx.get(f"{where}/{waiting['id']}").json()["status"] in ends, "an answer to the other", LIMIT_S)
+    for request in (running, waiting):
+        wait_for(lambda: httpx.get(f"{where}/{request['id']}").json()["status"] == "done", "an image", LIMIT_S)  # noqa: B023
 
 
 def test_it_ends_in_order(serving: Serving) -> None:
-    """This is the last test of this server: open requests are answered, the status is ok, and no process is left."""
-    requested = {"prompt": "x", "n": 8, "triptych": {"steps": 60}}
+    """This is the last test of this server: what runs ends, the status is ok, and no process is left."""
+    requested = {"prompt": "x", "triptych": {"steps": 60}}
     request = httpx.post(f"{serving.url}/v1/requests", json=requested).json()
     where = f"{serving.url}/v1/requests/{request['id']}"
     wait_for(lambda: httpx.get(where).json()["status"] == "running", "its start")
@@ -128,4 +126,4 @@ def test_it_ends_in_order(serving: Serving) -> None:
     assert processes_about(serving.folder) == {}
     lines = [json.loads(line) for line in (serving.folder / "requests.jsonl").read_text().splitlines()]
     assert lines[-1]["request"]["request_id"] == request["id"]
-    assert lines[-1]["outcome"] == "cancelled"
+    assert lines[-1]["outcome"] == "ok"

@@ -79,6 +79,8 @@ def state_routes() -> APIRouter:
     @router.get("/ready")
     async def ready(service: ServiceDep) -> openai.Health:
         """Answer 200 only while the ranks are ready; otherwise 503 with the reason."""
+        if service.housekeeping.trouble:
+            raise Problem("not_serving", service.housekeeping.trouble, retry_after_s=1.0)
         if service.supervisor.state != "ready":
             raise Problem("not_serving", state_line(service), retry_after_s=1.0)
         return health_of(service)

@@ -9,7 +9,7 @@ import zmq.asyncio
 from harness.messages import Cancel, EngineInfo, GenerationRequest, Message, Ping, decode, encode
 from harness.serving.transport import Addresses, dealer
 
-DRAIN_MS = 200  # how long to wait for messages that a dead process had already sent
+DRAIN_MS = 50  # how long to wait for messages that a dead process had already sent
 
 
 class EngineClient:
@@ -63,8 +63,12 @@ class EngineClient:
         answer = decode(await self._control.recv_multipart())
         return answer if isinstance(answer, EngineInfo) else None
 
-    async def close(self) -> None:
-        """Close both sockets; a cancellation that is still being sent has half a second."""
+    async def close(self, linger_ms: int = 0) -> None:
+        """Close both sockets.
+
+        Args:
+            linger_ms: The time for a cancellation that is still being sent, ms.
+        """
         self._requests.close(linger=0)
-        self._control.close(linger=500)
+        self._control.close(linger=linger_ms)
         await asyncio.to_thread(self._context.term)

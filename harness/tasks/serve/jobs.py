@@ -24,9 +24,11 @@ class GenerationJob:
         done: The number of finished solver steps.
         total: The number of all solver steps, 0 until the first report of steps.
         stage: The stage that rank 0 reported last.
-        arrived: The time of arrival, a value of `time.time()`.
-        began: The time at which the first stage began, a value of `time.time()`.
-        ended: The time of the answer, a value of `time.time()`.
+        arrived: The time of arrival, a value of `time.monotonic()`, as all times that durations are taken from.
+        began: The time at which the first stage began.
+        ended: The time of the answer.
+        arrived_at: The time of arrival on the wall clock, for showing.
+        cancelling: Whether the client has cancelled it.
         answer: The result of the ranks.
         pixels: The samples in the request's order, (3, height, width) or (frames, 3, height, width), in [0, 1].
         failure: The reason why there is no result.
@@ -39,9 +41,11 @@ class GenerationJob:
     done: int = 0
     total: int = 0
     stage: str = QUEUED
-    arrived: float = field(default_factory=time.time)
+    arrived: float = field(default_factory=time.monotonic)
     began: float | None = None
     ended: float | None = None
+    arrived_at: float = field(default_factory=time.time)
+    cancelling: bool = False
     answer: GenerationResult | None = None
     pixels: list[Array] = field(default_factory=list)
     failure: Failure | None = None
@@ -51,6 +55,16 @@ class GenerationJob:
     def answered(self) -> bool:
         """Whether the job is done or failed."""
         return self.ended is not None
+
+    @property
+    def began_at(self) -> float | None:
+        """The time at which the first stage began, seconds since 1970; None if it has not."""
+        return None if self.began is None else self.arrived_at + self.began - self.arrived
+
+    @property
+    def ended_at(self) -> float | None:
+        """The time of the answer, seconds since 1970; None if there is none."""
+        return None if self.ended is None else self.arrived_at + self.ended - self.arrived
 
     async def wait(self) -> None:
         """Wait until the job is answered."""
@@ -82,10 +96,15 @@ class GenerationJob:
         if progress.stage == QUEUED:
             return
         if self.began is None:
-            self.began, self.state, self.ahead = time.time(), "running", 0
+            self.began, self.state, self.ahead = time.monotonic(), "running", 0
         self.stage = progress.stage
         if progress.total:
             self.done, self.total = progress.done, progress.total
+        self._notify()
+
+    def queue_again(self) -> None:
+        """Put the job back into the queue: the ranks that ran it have died."""
+        self.state, self.stage, self.began, self.done, self.total = "queued", QUEUED, None, 0, 0
         self._notify()
 
     def finish(self, answer: GenerationResult, frames: Sequence[bytes]) -> None:
@@ -118,7 +137,7 @@ class GenerationJob:
     def _end(self, state: str) -> None:
         if self.answered:
             raise RuntimeError(f"request {self.request.request_id} has already been answered")
-        self.state, self.ahead, self.ended = state, 0, time.time()
+        self.state, self.ahead, self.ended = state, 0, time.monotonic()
         self._notify()
 
     def _notify(self) -> None:

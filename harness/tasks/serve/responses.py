@@ -34,9 +34,9 @@ def request_object(handle: RequestHandle, http: Request) -> openai.RequestObject
         guidance=request.guidance,
         size=size_text(handle),
         frames=request.frames,
-        created_at=job.arrived,
-        began_at=job.began,
-        completed_at=job.ended if handle.settled.is_set() else None,
+        created_at=job.arrived_at,
+        began_at=job.began_at,
+        completed_at=job.ended_at if handle.settled.is_set() else None,
         urls=[content_url(http, handle, k) for k in range(len(handle.rows))] if handle.settled.is_set() else [],
         error=job_error(handle),
     )
@@ -62,8 +62,8 @@ def video_object(handle: RequestHandle, config: RunConfig) -> openai.Video:
         model=config.model.name,
         status=names[handle.status],
         progress=100 if done else 100 * job.done // (job.total + 1),  # decoding and saving come after the last step
-        created_at=int(job.arrived),
-        completed_at=int(job.ended) if done and job.ended is not None else None,
+        created_at=int(job.arrived_at),
+        completed_at=int(job.ended_at) if done and job.ended_at is not None else None,
         prompt=request.prompts[0],
         seconds=f"{request.frames / config.model.fps:g}",
         size=size_text(handle),

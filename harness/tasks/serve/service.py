@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from harness.records.record import SampleRow, fingerprint
 from harness.resolve.compose import to_dict
 from harness.tasks.common.terminal import print_error
 from harness.tasks.serve import storage
+from harness.tasks.serve.housekeeping import Housekeeping
 from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.metrics import RequestMetrics
 from harness.tasks.serve.openai import RequestStatus
@@ -80,7 +82,9 @@ class GenerationService:
         self.config = config
         self.supervisor = supervisor
         self.metrics = RequestMetrics(supervisor)
+        self.housekeeping = Housekeeping(config.serve, folder)
         self._folder = folder
+        self._max_log_bytes = min(storage.MAX_REQUESTS_BYTES, (config.serve.keep_mib << 20) // 16)
         self._fingerprint = fingerprint(to_dict(config))
         self._handles: dict[str, RequestHandle] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -97,8 +101,11 @@ class GenerationService:
             The handle of the request.
 
         Raises:
-            Problem: The queue is full, or the server generates nothing any more.
+            Problem: The queue is full, the server generates nothing now, or its disk takes no image.
         """
+        if self.housekeeping.trouble:
+            self.metrics.count("not_saved")
+            raise Problem("not_saved", self.housekeeping.trouble)
         try:
             job = self.supervisor.submit(msgspec.structs.replace(request, client=client))
         except (QueueFull, NotServing) as error:
@@ -173,11 +180,24 @@ class GenerationService:
 
     async def _remove_files(self, handle: RequestHandle) -> None:
         await handle.settled.wait()
-        await asyncio.to_thread(storage.remove_samples, self._folder, handle.rows)
+        await asyncio.to_thread(self.housekeeping.drop, handle.id)
 
     async def _settle(self, handle: RequestHandle) -> None:
         """Wait for the answer and save it; the request is settled afterwards, whatever happens."""
-        await handle.job.wait()
+        try:
+            await handle.job.wait()
+            await self._save_answer(handle)
+            handle.job.pixels.clear()  # they are on disk, and a server keeps many jobs in memory
+            await asyncio.to_thread(self._write_log_entry, handle)
+            self.metrics.count(outcome(handle))
+            if handle.problem is None:
+                self.metrics.observe_times(handle.job)
+        except Exception:
+            log.exception("request %s", handle.id)
+        finally:
+            handle.settled.set()
+
+    async def _save_answer(self, handle: RequestHandle) -> None:
         try:
             await asyncio.to_thread(self._save, handle)
         except OSError as error:
@@ -187,13 +207,6 @@ class GenerationService:
         except Exception as error:
             log.exception("request %s", handle.id)
             handle.problem = as_problem(error)
-        finally:
-            handle.job.pixels.clear()  # they are on disk, and a server keeps many jobs in memory
-            await asyncio.to_thread(self._write_log_entry, handle)
-            self.metrics.count(outcome(handle))
-            if handle.problem is None:
-                self.metrics.observe_times(handle.job)
-            handle.settled.set()
 
     def _save(self, handle: RequestHandle) -> None:
         """Save the samples of an answered request; runs in a thread."""
@@ -204,17 +217,24 @@ class GenerationService:
             handle.rows = storage.save_samples(
                 self._folder, job.request, job.answer.samples, job.pixels, fps, self._fingerprint
             )
+            self.housekeeping.keep(handle.id, [self._folder / row.path for row in handle.rows])
 
     def _write_log_entry(self, handle: RequestHandle) -> None:
         """Append the request's line to requests.jsonl."""
         if handle.problem is not None and handle.job.failure is None:
-            print_error(f"request {handle.id}: {handle.problem.message}")
+            say(f"request {handle.id}: {handle.problem.message}")
         try:
-            storage.append_entry(self._folder, log_entry(handle))
+            storage.append_entry(self._folder, log_entry(handle), self._max_log_bytes)
         except OSError as error:
-            print_error(
+            say(
                 f"request {handle.id} has no line in {storage.REQUESTS_FILE} ({os_reason(error)}); free some disk space"
             )
+
+
+def say(line: str) -> None:
+    """Print a line on the terminal, which may have been closed."""
+    with suppress(OSError):
+        print_error(line)
 
 
 def outcome(handle: RequestHandle) -> str:
@@ -233,9 +253,9 @@ def log_entry(handle: RequestHandle) -> storage.RequestLogEntry:
     return storage.RequestLogEntry(
         request=job.request,
         outcome=outcome(handle),
-        arrived=job.arrived,
-        began=job.began,
-        ended=job.ended,
+        arrived=job.arrived_at,
+        began=job.began_at,
+        ended=job.ended_at,
         total_ms=None if job.answer is None else job.answer.total_duration_ms,
         user=handle.user,
         error=None if handle.problem is None else handle.problem.message,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +15,8 @@ from harness.records.media import pixel_hash, save_mp4, save_png, to_uint8
 from harness.records.record import SampleRow
 
 REQUESTS_FILE = "requests.jsonl"
+ROTATED_FILE = "requests.1.jsonl"
+MAX_REQUESTS_BYTES = 16 << 20  # then the file becomes ROTATED_FILE, in place of the one before
 
 
 class RequestLogEntry(msgspec.Struct, frozen=True):
@@ -66,7 +69,7 @@ def save_samples(
     Raises:
         OSError: The disk is full, or the folder is gone.
     """
-    (folder / "samples").mkdir(exist_ok=True)
+    (folder / "samples").mkdir(mode=0o700, exist_ok=True)
     rows: list[SampleRow] = []
     try:
         for sample, array in zip(samples, (to_uint8(p) for p in pixels), strict=True):
@@ -91,18 +94,57 @@ def remove_samples(folder: Path, rows: Sequence[SampleRow]) -> None:
             (folder / row.path).unlink()
 
 
-def append_entry(folder: Path, entry: RequestLogEntry) -> None:
-    """Append a line to requests.jsonl in one write, so that lines of different threads never mix.
+def append_entry(folder: Path, entry: RequestLogEntry, max_bytes: int = MAX_REQUESTS_BYTES) -> None:
+    """Append a line to requests.jsonl: the whole line or nothing of it, and never amid another one.
+
+    A torn line, which a killed server leaves, is cut off first. A file that is too large is rotated.
 
     Args:
         folder: The run's folder.
         entry: The line to write.
+        max_bytes: The size above which the file is rotated, bytes.
 
     Raises:
         OSError: The disk is full, or the folder is gone.
     """
-    descriptor = os.open(folder / REQUESTS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    line = msgspec.json.encode(entry) + b"\n"
+    descriptor = _open_locked(folder / REQUESTS_FILE)
     try:
-        os.write(descriptor, msgspec.json.encode(entry) + b"\n")
+        while (size := _whole_lines(descriptor)) and size + len(line) > max_bytes:
+            (folder / REQUESTS_FILE).replace(folder / ROTATED_FILE)
+            rotated, descriptor = descriptor, _open_locked(folder / REQUESTS_FILE)
+            os.close(rotated)
+        try:
+            left = memoryview(line)
+            while left:
+                left = left[os.write(descriptor, left) :]
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
     finally:
         os.close(descriptor)
+
+
+def _open_locked(path: Path) -> int:
+    """Open a file to append to it, alone among all threads; another one may have rotated it meanwhile."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)
+
+
+def _whole_lines(descriptor: int) -> int:
+    """Cut a torn line off the end of a file, and return the size of the rest, bytes."""
+    size = end = os.fstat(descriptor).st_size
+    while end:
+        begin = max(0, end - (1 << 16))
+        found = os.pread(descriptor, end - begin, begin).rfind(b"\n")
+        end = begin + found + 1 if found >= 0 else begin
+        if found >= 0:
+            break
+    if end < size:
+        os.ftruncate(descriptor, end)
+    return end

@@ -1,7 +1,7 @@
 """The supervisor starts a server's ranks, watches them, replaces them when they die, and answers every request once.
 
-When ranks die, each running request is answered with a Failure that gives the reason. Queued requests are kept for the
-next ranks.
+When ranks die, the next ones generate what they had again. Only a request that killed ranks twice is answered with a
+Failure. A trouble of the server itself, such as a full disk, is logged and tried again; it is nobody's death.
 """
 
 from __future__ import annotations
@@ -9,46 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeAlias
 
 import msgspec
 
 from harness.config.schema import RunConfig
 from harness.engines.torchrun import TorchrunEngine
-from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Message, MessageError, Progress
+from harness.messages import EngineInfo, GenerationRequest, GenerationResult, Progress
 from harness.serving.faults import failure_line
-from harness.serving.policy import TrackedRequest, sort_key
-from harness.serving.transport import Addresses, EngineGone
-from harness.tasks.serve.engine_client import EngineClient
+from harness.serving.transport import EngineGone
+from harness.tasks.serve.hangs import HangDetector, OwnTime, first_step_s
 from harness.tasks.serve.jobs import GenerationJob
+from harness.tasks.serve.open_requests import OpenRequests
+from harness.tasks.serve.ranks import MakeSupervisedEngine, RankSession, Report, SupervisedEngine, Watch, end
+from harness.tasks.serve.restarts import Deaths, TroubleLog, oom_kills, pause_after
 
 log = logging.getLogger(__name__)
-
-
-class SupervisedEngine(Protocol):
-    """The part of an engine that the supervisor uses."""
-
-    @property
-    def addresses(self) -> Addresses:
-        """The addresses of the engine's sockets; valid once it is started."""
-
-    def start(self, on_wait: Callable[[EngineInfo | None], None]) -> EngineInfo:
-        """Start as harness.engines.protocol.Engine does; an exception of `on_wait` ends the wait."""
-
-    def check_alive(self) -> None:
-        """Raise EngineGone with the reason if the engine is known to be dead."""
-
-    def stop(self) -> None:
-        """End the engine in order and leave no process; a second call does nothing."""
-
-    def kill(self) -> None:
-        """End the engine at once, in any state, and leave no process; a second call does nothing."""
-
-
-MakeSupervisedEngine: TypeAlias = Callable[[RunConfig, Path], SupervisedEngine]
 
 
 class RequestRefused(RuntimeError):
@@ -69,7 +45,7 @@ class QueueFull(RequestRefused):
 
 
 class NotServing(RequestRefused):
-    """The ranks have failed for good, or the server is stopping."""
+    """The ranks have died too often, or the server is stopping."""
 
 
 class Supervisor:
@@ -82,41 +58,50 @@ class Supervisor:
         make_engine: The function that starts a set of ranks.
 
     Attributes:
-        state: starting, ready, restarting, failed or stopping.
+        state: starting, ready, restarting, failed (the ranks died too often, and are tried again) or stopping.
         reason: The reason why the server is not ready, in one line.
-        info: The latest state of the ranks; None while there are none.
         restarts: The number of times that new ranks replaced dead ones.
-        jobs: The jobs by request id: all without an answer, and the last serve.max_stored_results with one.
+        gave_up: The event that is set when the ranks have failed and serve.exit_when_failed says to end.
     """
 
-    PING_S = 1.0
-    PINGS = 10  # after this many unanswered pings in a row, rank 0 counts as stopped
-    WATCH_S = 0.1
-    GRACE_S = 3.0  # the engine itself reports missed deadlines and ranks that do not answer; it has this long to do so
-    RETRY_S = 60.0
+    WATCH_S = 0.05
+    GRACE_S = 3.0  # the engine itself reports missed deadlines; it has this long to do so
+    STOPPING_RETRY_S = 1.0
 
     def __init__(self, config: RunConfig, folder: Path, make_engine: MakeSupervisedEngine = TorchrunEngine) -> None:
         self.state = "starting"
         self.reason = "the ranks are loading"
-        self.info: EngineInfo | None = None
         self.restarts = 0
-        self.jobs: dict[str, GenerationJob] = {}
+        self.gave_up = asyncio.Event()
         self._config = config
         self._folder = folder
         self._make_engine = make_engine
-        self._outstanding: dict[str, GenerationJob] = {}  # in the order of arrival
-        self._answered: deque[str] = deque()
-        self._client: EngineClient | None = None
-        self._sent: dict[str, bool] = {}  # unanswered requests of these ranks: whether rank 0 has reported on each
-        self._suspects: Counter[str] = Counter()  # how often a request may have killed the ranks
-        self._last_message_at = 0.0
+        self._open = OpenRequests(config.serve)
+        own_time = OwnTime()
+        hangs = HangDetector(first_step_s(config), config.launch.collective_timeout_s, own_time.now)
+        self._watch = Watch(hangs, own_time, TroubleLog())
+        self._deaths = Deaths(config.serve)
+        self._engine: SupervisedEngine | None = None
+        self._session: RankSession | None = None
         self._load_s = 0.0
-        self._generation_s: deque[float] = deque(maxlen=20)
-        self._deaths: deque[float] = deque()
+        self._next_try_at = 0.0
+        self._died = 0
+        self._troubles_in_row = 0
         self._start_error: EngineGone | None = None
         self._first_start = asyncio.Event()  # the first ranks are ready, or will never be
         self._stopping = asyncio.Event()
+        self._at_once = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """The latest state of the ranks; None while there are none."""
+        return None if self._session is None else self._session.info
+
+    @property
+    def jobs(self) -> dict[str, GenerationJob]:
+        """The jobs by request id: all without an answer, and the last serve.max_stored_results with one."""
+        return self._open.jobs
 
     async def start(self) -> None:
         """Start the first ranks and wait until they are ready.
@@ -129,19 +114,32 @@ class Supervisor:
         if self._start_error is not None:
             raise self._start_error
 
-    async def stop(self) -> None:
-        """Answer outstanding requests with a Failure of kind cancelled, and end every process.
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Take no more requests, let what runs end, answer the rest with a Failure of kind not_serving, and end all.
 
-        A second call does nothing.
+        A second call does nothing more.
+
+        Args:
+            drain_s: The longest time for what runs, seconds.
         """
-        if self.state != "failed":
-            self._set_state("stopping", "the server is stopping")
-        for job in list(self._outstanding.values()):
-            self._cancel_on_ranks(job)
-            self._fail(job, "cancelled", "the server was stopped")
+        self._set_state("stopping", "the server is stopping")
+        deadline = time.monotonic() + drain_s
+        while self._open.outstanding and not self._at_once.is_set():
+            self._answer_all("queued")
+            if time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(self.WATCH_S)
+        self._answer_all("queued", "running")
         self._stopping.set()
         if self._task is not None:
             await self._task
+
+    def abort(self) -> None:
+        """Make `stop` wait for nothing: what runs is answered now, and the ranks are killed."""
+        self._at_once.set()
+        self._stopping.set()
+        if self._engine is not None:
+            asyncio.get_running_loop().run_in_executor(None, self._engine.kill)
 
     def submit(self, request: GenerationRequest) -> GenerationJob:
         """Accept a request; while ranks restart, it waits for the new ones.
@@ -154,21 +152,18 @@ class Supervisor:
 
         Raises:
             QueueFull: The queue holds serve.max_queue requests.
-            NotServing: No ranks will ever run the request.
+            NotServing: The ranks have died too often, or the server is stopping.
             ValueError: There is already a request with this id.
         """
-        if self.state in ("failed", "stopping"):
-            raise NotServing(self.reason, self.RETRY_S)
-        if request.request_id in self.jobs:
-            raise ValueError(f"there is already a request {request.request_id}; give it another id")
-        waiting = len(self._queue())
+        if self.state == "stopping":
+            raise NotServing(self.reason, self.STOPPING_RETRY_S)
+        if self.state == "failed":
+            raise NotServing(self.reason, max(0.0, self._next_try_at - time.monotonic()) + self._load_s)
+        waiting = len(self._open.queue())
         if waiting >= self._config.serve.max_queue:
             raise QueueFull(f"{waiting} requests are queued, which is serve.max_queue", self._retry_after_s())
-        timeout_s = min(self._config.serve.timeout_s, request.timeout_s or self._config.serve.timeout_s)
-        job = GenerationJob(request, expires=time.monotonic() + timeout_s)
-        self.jobs[request.request_id] = self._outstanding[request.request_id] = job
-        self._update_ahead()
-        self._send(job)
+        job = self._open.add(request)
+        self._send_waiting()
         return job
 
     def cancel(self, request_id: str) -> bool:
@@ -180,53 +175,70 @@ class Supervisor:
         Returns:
             Whether there was an outstanding request with this id.
         """
-        job = self._outstanding.get(request_id)
+        job = self._open.outstanding.get(request_id)
         if job is None:
             return False
+        job.cancelling = True
         self._cancel_on_ranks(job)
         if job.state == "queued":
-            self._fail(job, "cancelled", "the request was cancelled")
+            self._open.fail(job, "cancelled", "the request was cancelled")
         return True
 
-    async def _run(self) -> None:
-        """Run one set of ranks after another until the server stops or too many have died."""
-        try:
-            while (error := await self._run_ranks()) is not None:
-                if not self._may_restart(error):
-                    return
-        except Exception as error:  # no caller may wait for a supervisor that has ended
-            log.exception("the supervisor failed")
-            self._start_error = EngineGone(failure_line(error))
-            self._set_state("failed", str(self._start_error))
-        finally:
-            for job in list(self._outstanding.values()):
-                self._fail(job, "failed", self.reason, self.RETRY_S)
-            if not self._first_start.is_set():
-                self._start_error = self._start_error or EngineGone(self.reason)
-                self._first_start.set()
+    @property
+    def _is_ending(self) -> bool:
+        """Whether no other ranks are to be started."""
+        is_over = self._start_error is not None or self.gave_up.is_set()
+        return is_over or self._stopping.is_set() or self.state == "stopping"
 
-    async def _run_ranks(self) -> EngineGone | None:
+    async def _run(self) -> None:
+        """Run one set of ranks after another until the server stops; no exception ends this."""
+        while not self._is_ending:
+            try:
+                await self._run_next()
+            except Exception as error:
+                self._watch.troubles.add("supervising the ranks", error)
+                await asyncio.sleep(RankSession.TROUBLE_S)
+        self._first_start.set()
+
+    async def _run_next(self) -> None:
+        """Run one set of ranks, and wait as long as its end says."""
+        kills = oom_kills()
+        try:
+            await self._run_ranks()
+        except EngineGone as error:
+            self._troubles_in_row = 0
+            await self._wait(self._on_engine_gone(name_memory(error, kills)))
+        except Exception as error:
+            self._troubles_in_row += 1
+            await self._wait(self._on_trouble(error))
+
+    async def _wait(self, duration_s: float) -> None:
+        """Wait before the next ranks; deadlines go on meanwhile."""
+        self._next_try_at = time.monotonic() + duration_s
+        while time.monotonic() < self._next_try_at and not self._is_ending:
+            self._expire()
+            await asyncio.sleep(self.WATCH_S)
+
+    async def _run_ranks(self) -> None:
         """Run one set of ranks from its start to its end.
 
-        Returns:
-            The reason why the ranks died, or None if the server stops.
+        Raises:
+            EngineGone: The ranks died.
         """
-        engine = self._make_engine(self._config, self._folder)
-        end = engine.kill
+        engine = self._engine = self._make_engine(self._config, self._folder)
+        orderly = False
         try:
             began = time.monotonic()
-            self.info = await self._load(engine)
+            info = await self._load(engine)
             self._load_s = time.monotonic() - began
+            self._session = RankSession(engine, info, self._watch, self._on_report, self._expire)
             self._on_ready()
-            await self._serve(engine)
-            end = engine.stop
-            return None
-        except (EngineGone, MessageError, OSError) as error:
-            gone = error if isinstance(error, EngineGone) else EngineGone(failure_line(error))
-            self._on_engine_gone(gone)
-            return None if self._stopping.is_set() else gone
+            await self._session.run(self._send_waiting, self._stopping)
+            orderly = not self._at_once.is_set()
         finally:
-            await asyncio.to_thread(end)
+            self._session = None
+            await end(engine.stop if orderly else engine.kill, self._watch.troubles)
+            self._engine = None
 
     async def _load(self, engine: SupervisedEngine) -> EngineInfo:
         def stop_waiting(info: EngineInfo | None) -> None:
@@ -236,7 +248,7 @@ class Supervisor:
         loading = asyncio.ensure_future(asyncio.to_thread(engine.start, stop_waiting))
         while not loading.done():
             await asyncio.wait([loading], timeout=self.WATCH_S)
-            self._expire(0.0)
+            self._expire()
         return loading.result()
 
     def _on_ready(self) -> None:
@@ -244,192 +256,132 @@ class Supervisor:
         if self._first_start.is_set():
             self.restarts += 1
         self._first_start.set()
-        if not self._stopping.is_set():
-            self._set_state("ready", "")
+        self._set_state("ready", "")
 
-    async def _serve(self, engine: SupervisedEngine) -> None:
-        """Exchange messages with the ranks until the server stops.
+    def _on_report(self, report: Report, frames: list[bytes]) -> None:
+        """Apply a report of rank 0 about a request."""
+        self._open.on_message(report, frames)
+        if isinstance(report, GenerationResult):
+            self._deaths.on_image()
+        if not isinstance(report, Progress):
+            self._send_waiting()
+
+    def _on_engine_gone(self, error: EngineGone) -> float:
+        """Apply the death of the ranks.
 
         Args:
-            engine: The started ranks.
+            error: The reason why they died.
 
-        Raises:
-            EngineGone: The ranks died, or do not answer any more.
-        """
-        client = self._client = EngineClient(engine.addresses)
-        self._last_message_at = time.monotonic()
-        for job in list(self._outstanding.values()):
-            self._send(job)
-        duties = (self._receive(client), self._ping(client), self._watch(engine), self._stopping.wait())
-        tasks = [asyncio.ensure_future(duty) for duty in duties]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._client = None
-            await self._drain(client)
-        for task in done:
-            task.result()
-
-    async def _drain(self, client: EngineClient) -> None:
-        """Handle the answers that the ranks sent before their end."""
-        try:
-            while await client.has_unread():
-                self._handle_message(*await client.receive())
-        finally:
-            await client.close()
-
-    async def _receive(self, client: EngineClient) -> None:
-        while True:
-            self._handle_message(*await client.receive())
-
-    async def _ping(self, client: EngineClient) -> None:
-        missed = 0
-        while missed < self.PINGS:
-            info = await client.ping(self.PING_S)
-            missed = missed + 1 if info is None else 0
-            if info is not None:
-                self.info = info
-                await asyncio.sleep(self.PING_S)
-        raise EngineGone(f"rank 0 answered no ping for {self.PINGS * self.PING_S:g} s: it has stopped")
-
-    async def _watch(self, engine: SupervisedEngine) -> None:
-        while True:
-            engine.check_alive()
-            self._expire(self.GRACE_S)
-            patience_s = self._config.launch.collective_timeout_s
-            if self._sent and time.monotonic() - self._last_message_at > patience_s + self.GRACE_S:
-                raise EngineGone(
-                    f"rank 0 reported nothing about its requests for {patience_s:g} s: a rank has stopped, or is "
-                    "slower than launch.collective_timeout_s allows"
-                )
-            await asyncio.sleep(self.WATCH_S)
-
-    def _handle_message(self, message: Message, frames: list[bytes]) -> None:
-        """Apply a message of rank 0 to its job.
-
-        Messages about a job that was already answered (cancelled in the queue, or expired) are ignored.
-        """
-        if not isinstance(message, Progress | GenerationResult | Failure):
-            log.warning("the engine sent %s on the request socket", type(message).__name__)
-            return
-        self._last_message_at = time.monotonic()
-        if not isinstance(message, Progress):
-            self._sent.pop(message.request_id, None)
-        elif message.request_id in self._sent:
-            self._sent[message.request_id] = True
-        job = self._outstanding.get(message.request_id)
-        if job is None:
-            return
-        if isinstance(message, Progress):
-            job.on_progress(message)
-            self._update_ahead()
-        elif isinstance(message, Failure):
-            job.fail(message)
-            self._on_answered(job)
-        else:
-            job.finish(message, frames)
-            self._on_answered(job)
-
-    def _on_engine_gone(self, error: EngineGone) -> None:
-        """Answer running requests after the ranks have died, and keep the queued ones.
-
-        Ranks accept requests in the order in which they were sent. So the first request on which they never reported
-        may have killed them. The first time this may be chance; the second time the request is answered.
+        Returns:
+            The pause before the next ranks, seconds.
         """
         log.error("%s", error)
-        self.info = None
-        suspects = [request_id for request_id, reported in self._sent.items() if not reported][:1]
-        self._suspects.update(suspects)
-        self._sent.clear()
-        if not self._stopping.is_set():
-            self._set_state("restarting" if self._first_start.is_set() else "starting", str(error))
-        for job in list(self._outstanding.values()):
-            if job.state == "running":
-                self._fail(job, error.kind, str(error), self._load_s)
-            elif job.request.request_id in suspects and self._suspects[job.request.request_id] > 1:
-                self._fail(
-                    job, "failed", f"the ranks died whenever they were given this request; the last time: {error}"
-                )
-
-    def _may_restart(self, error: EngineGone) -> bool:
-        """Return whether to start new ranks; if not, the state becomes failed."""
-        serve, now = self._config.serve, time.monotonic()
+        self._watch.hangs.on_engine_gone()
         if not self._first_start.is_set():
-            self._start_error = error
-            self._set_state("failed", str(error))
-            return False
-        while self._deaths and now - self._deaths[0] > serve.restart_window_s:
-            self._deaths.popleft()
-        self._deaths.append(now)
-        if len(self._deaths) > serve.restarts:
-            allowed = f"serve.restarts={serve.restarts} allows in {serve.restart_window_s:g} s"
-            self._set_state("failed", f"the ranks died more often than {allowed}; the last time: {error}")
-            return False
+            self._fail_for_good(error)
+            return 0.0
+        self._deaths.add()
+        if self._open.on_engine_gone(error):
+            self._deaths.explain()
         self._archive_logs()
-        return True
+        pause_s, serve = self._deaths.pause_s, self._config.serve
+        self._set_state("restarting", str(error))
+        if pause_s:
+            allowed = f"serve.restarts={serve.restarts} allows in {serve.restart_window_s:g} s"
+            self._set_state(
+                "failed",
+                f"the ranks died more often than {allowed}; new ones start in {pause_s:g} s; the last: {error}",
+            )
+            if serve.exit_when_failed:
+                self._give_up()
+        return pause_s
+
+    def _on_trouble(self, error: Exception) -> float:
+        """Apply a trouble of the server itself: it could not start ranks.
+
+        Args:
+            error: The trouble.
+
+        Returns:
+            The pause before the next try, seconds.
+        """
+        self._watch.troubles.add("starting the ranks", error)
+        self._watch.hangs.on_engine_gone()
+        self._open.forget_sent()
+        if not self._first_start.is_set():
+            self._fail_for_good(EngineGone(failure_line(error)))
+            return 0.0
+        self._set_state("restarting", f"the ranks cannot be started ({failure_line(error)}); they are tried again")
+        return pause_after(self._troubles_in_row)
+
+    def _fail_for_good(self, error: EngineGone) -> None:
+        """End a first start that failed: its reason is wrong input, and another try would find it again."""
+        self._start_error = error
+        self._set_state("failed", str(error))
+        self._answer_all("queued", "running")
+
+    def _give_up(self) -> None:
+        self.gave_up.set()
+        self._answer_all("queued", "running")
 
     def _archive_logs(self) -> None:
         """Move the dead ranks' logs to a folder, so that their errors are not read as those of the next ranks."""
         logs = self._folder / "logs"
-        archive = logs / f"died{len(list(logs.glob('died*'))) + 1}"
-        archive.mkdir(parents=True)
-        for file in (*logs.glob("rank*"), *logs.glob("launch.log")):
-            file.rename(archive / file.name)
+        self._died += 1
+        try:
+            archive = logs / f"died{self._died}"
+            archive.mkdir(parents=True, exist_ok=True)
+            for file in (*logs.glob("rank*"), *logs.glob("launch.log")):
+                file.rename(archive / file.name)
+        except OSError as error:
+            self._watch.troubles.add("keeping the logs of dead ranks", error)
 
-    def _send(self, job: GenerationJob) -> None:
-        if self._client is None:
+    def _send_waiting(self) -> None:
+        """Give the ranks what they may have now."""
+        session = self._session
+        if session is None or not session.connected:
             return
-        if not self._sent:
-            self._last_message_at = time.monotonic()
-        self._sent[job.request.request_id] = False
-        left_s = max(0.001, job.expires - time.monotonic())
-        self._client.send(msgspec.structs.replace(job.request, timeout_s=left_s))
+        for job in self._open.to_send():
+            left_s = max(0.001, job.expires - time.monotonic())
+            self._open.on_sent(job)
+            session.send(msgspec.structs.replace(job.request, timeout_s=left_s))
 
     def _cancel_on_ranks(self, job: GenerationJob) -> None:
-        if self._client is not None:
-            self._client.cancel(job.request.request_id)
+        if self._session is not None:
+            self._session.cancel(job.request.request_id)
 
-    def _expire(self, grace_s: float) -> None:
-        """Answer requests whose deadline passed more than `grace_s` seconds ago and that no rank answered."""
-        now = time.monotonic()
-        for job in [job for job in self._outstanding.values() if now > job.expires + grace_s]:
+    def _answer_all(self, *states: str) -> None:
+        """Answer the requests in some states: the server generates nothing any more."""
+        for job in [job for job in self._open.outstanding.values() if job.state in states]:
             self._cancel_on_ranks(job)
-            self._fail(job, "expired", "the deadline passed before the request was done")
+            self._open.fail(job, "not_serving", self.reason, self.STOPPING_RETRY_S)
 
-    def _fail(self, job: GenerationJob, kind: str, message: str, retry_after_s: float | None = None) -> None:
-        job.fail(Failure(job.request.request_id, kind, message, retry_after_s=retry_after_s))
-        self._on_answered(job)
-
-    def _on_answered(self, job: GenerationJob) -> None:
-        """Move an answered job to the stored ones, and drop the oldest of these."""
-        request_id = job.request.request_id
-        del self._outstanding[request_id]
-        del self._suspects[request_id]
-        self._answered.append(request_id)
-        while len(self._answered) > self._config.serve.max_stored_results:
-            del self.jobs[self._answered.popleft()]
-        if job.answer is not None and job.began is not None and job.ended is not None:
-            self._generation_s.append(job.ended - job.began)
-        self._update_ahead()
-
-    def _update_ahead(self) -> None:
-        queue = self._queue()
-        for ahead, job in enumerate(queue, start=len(self._outstanding) - len(queue)):
-            job.set_ahead(ahead)
-
-    def _queue(self) -> list[GenerationJob]:
-        """Return the queued jobs, in the order in which the ranks will run them."""
-        key = sort_key(self._config.serve.policy)
-        queued = [job for job in self._outstanding.values() if job.state == "queued"]
-        return sorted(queued, key=lambda job: key(TrackedRequest(b"", job.request, job.arrived, job.expires)))
+    def _expire(self) -> None:
+        """Answer requests whose deadline has passed; the ranks have GRACE_S to answer for those that they have."""
+        now, sent = time.monotonic(), self._open.sent
+        for job in list(self._open.outstanding.values()):
+            if now > job.expires + (self.GRACE_S if job.request.request_id in sent else 0.0):
+                self._cancel_on_ranks(job)
+                self._open.fail(job, "expired", "the deadline passed before the request was done")
 
     def _retry_after_s(self) -> float:
         """Estimate when the queue has room: after the loading of ranks and one request of mean duration, seconds."""
         loading_s = self._load_s if self.state in ("starting", "restarting") else 0.0
-        return loading_s + (sum(self._generation_s) / len(self._generation_s) if self._generation_s else 1.0)
+        return loading_s + self._open.mean_generation_s()
 
     def _set_state(self, state: str, reason: str) -> None:
-        self.state, self.reason = state, reason
+        """Set the state; a server that is stopping has no other any more."""
+        if self.state != "stopping":
+            self.state, self.reason = state, reason
+
+
+def name_memory(error: EngineGone, before: tuple[int, ...]) -> EngineGone:
+    """Return why ranks died, with the kind oom if the kernel has killed processes for memory meanwhile.
+
+    Args:
+        error: The reason that the engine gives.
+        before: The value of `oom_kills` at their start.
+    """
+    if error.kind != "failed" or not any(now > then for now, then in zip(oom_kills(), before, strict=False)):
+        return error
+    return EngineGone(f"{error}; the kernel killed a process because memory ran out", "oom")
