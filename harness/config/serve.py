@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,7 +11,7 @@ from schedulers.options import option
 
 
 class Policy(Enum):
-    """Which waiting request is next: the first that came, the one with the least work, or the nearest deadline."""
+    """Which request of a client is next: the first that came, the one with the least work, or the nearest deadline."""
 
     fifo = "fifo"
     shortest = "shortest"
@@ -25,9 +26,12 @@ class ServeConfig:
     port: int = option(
         8000, "Port that the server listens on; 0 = any free port. The address is printed.", low=0, high=65_535
     )
-    policy: Policy = option(Policy.fifo, "Which waiting request is next.")
+    policy: Policy = option(Policy.fifo, "Which waiting request of a client is next; clients take turns by work.")
     max_batch: int = option(
-        8, "Images whose network evaluations share forwards; 1 = one request after another.", low=1, high=MAX_IMAGES
+        8,
+        "Images of the default size whose network evaluations share a forward; 1 = one request after another.",
+        low=1,
+        high=MAX_IMAGES,
     )
     max_queue: int = option(
         64, "Requests that may wait; one more is answered with 429 and may try again.", low=1, high=1_000_000
@@ -52,6 +56,14 @@ class ServeConfig:
     )
     restart_window_s: float = option(
         600.0, "Time in which restarts are counted.", unit="s", low=1, high=MAX_WAIT_S, infinite=True
+    )
+    max_evaluation_s: float = option(
+        math.inf,
+        "Longest evaluation of one image, by the speed of late, for which all others wait; a larger image is refused.",
+        unit="s",
+        above=0,
+        high=MAX_WAIT_S,
+        infinite=True,
     )
 
 
