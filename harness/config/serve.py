@@ -106,6 +106,12 @@ class LoadConfig:
         high=MAX_SIDE,
     )
     seed: int = option(0, "Seed of the arrivals and of the sampled steps and sizes.", low=0, high=MAX_TRAINING_SEED)
+    background: int = option(
+        0,
+        "Requests of a second client without an answer at any time, each as large as the engine takes; 0 = no client.",
+        low=0,
+        high=10_000,
+    )
     kill_every_s: float | None = option(
         None,
         "Time between kills of a ready rank, in a server that task=load started. null = none is killed.",
@@ -123,6 +129,8 @@ def check_load(load: LoadConfig) -> None:
     """
     if load.url is not None and load.transport is not Transport.http:
         raise ValueError("load.url names an HTTP server; add load.transport=http")
+    if load.background and load.transport is not Transport.zmq:
+        raise ValueError("load.background is a second client over ZeroMQ; use load.transport=zmq")
     if load.kill_every_s is not None and load.transport is not Transport.http:
         raise ValueError("load.kill_every_s kills ranks of a server, which starts them again; add load.transport=http")
     if load.kill_every_s is not None and load.url is not None:

@@ -50,6 +50,8 @@ class Dispatcher:
         self._reachable: set[int] = set()
         self._counts = [(0, 0)] * replicas
         self._served = 0
+        self._seen = 0  # the number of accepted requests at the last assignment
+        self._may_assign = False  # whether there may be more room than at the last assignment
         self._error: Exception | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
@@ -71,7 +73,7 @@ class Dispatcher:
             raise RuntimeError(f"the dispatcher failed: {self._error}") from self._error
 
     def close(self) -> None:
-        """End the thread, in order if it has already said so to the replicas."""
+        """End the thread. What waits is not answered, unless a client has asked the engine to end."""
         self._stop.set()
         self._thread.join()
 
@@ -81,8 +83,11 @@ class Dispatcher:
                 self._queue.poll(len(self._open), OPEN_WAIT_MS if self._open or self._queue.queue else IDLE_WAIT_MS)
                 self._receive_reports()
                 self._stop_parts()
-                self._assign_parts()
+                if self._may_assign or self._queue.accepted != self._seen:
+                    self._assign_parts()
                 self._answer()
+            if self._stop.is_set():  # this rank has failed; other ranks may yet serve what waits
+                return
             self._control.update("stopping", len(self._queue.queue), self._served)
             self._queue.close()
             for replica in self._reachable:
@@ -99,6 +104,7 @@ class Dispatcher:
         while self._socket.poll(0):
             identity, header, *frames = self._socket.recv_multipart()
             replica, report = int(identity), msgspec.msgpack.decode(header, type=ReplicaReport)
+            self._may_assign |= replica not in self._reachable or any(report.ended)
             self._reachable.add(replica)
             self._counts[replica] = report.evaluations, report.rows
             if report.forward is not None:
@@ -127,6 +133,7 @@ class Dispatcher:
 
     def _assign_parts(self) -> None:
         """Give parts to replicas by turns. A client that has no room does not keep another one from its first part."""
+        self._may_assign, self._seen = False, self._queue.accepted
         blocked: set[str] = set()
         while (tracked := self._next(blocked)) is not None:
             replica = self._room_for(tracked, first_only=bool(blocked))

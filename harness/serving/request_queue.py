@@ -29,6 +29,7 @@ from harness.serving.transport import MAX_FRAMES, decode_message, receive_bounde
 from harness.serving.turns import Turns
 
 RETRY_WINDOW = 16  # the number of latest answers over which the interval is averaged
+CHECK_S = 0.01  # the shortest interval between two looks at the waiting requests while others run
 PROGRESS_INTERVAL_S = 0.1  # the shortest interval between two messages, so that fast steps are not slowed by reporting
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class RequestQueue:
 
     Attributes:
         queue: the waiting requests, in the order of arrival.
+        accepted: the number of requests that were queued so far.
         shutting_down: whether a client has asked the engine to end.
         turns: what each client has had.
         key: the sort key within a client.
@@ -99,6 +101,7 @@ class RequestQueue:
         capacity: Capacity | None = None,
     ) -> None:
         self.queue: list[TrackedRequest] = []
+        self.accepted = 0
         self.shutting_down = False
         self.turns: Turns[str] = Turns()
         self.key = key
@@ -112,6 +115,7 @@ class RequestQueue:
         self._disconnected: set[bytes] = set()
         self._progress_sent: dict[str, float] = {}  # the time of the last message, for every open request
         self._answers: deque[float] = deque(maxlen=RETRY_WINDOW)
+        self._checked = 0.0
         self._poller = zmq.Poller()
         self._poller.register(requests, zmq.POLLIN)
         self._poller.register(wake, zmq.POLLIN)
@@ -135,6 +139,9 @@ class RequestQueue:
             self._disconnected.clear()
             self.turns.settle()
         self._cancellations.expire(lambda request_id: request_id in self._progress_sent)
+        if running and time.monotonic() - self._checked < CHECK_S:
+            return
+        self._checked = time.monotonic()
         for tracked in list(self.queue):
             if (failure := self.stop_reason(tracked)) is not None:
                 self.queue.remove(tracked)
@@ -219,6 +226,7 @@ class RequestQueue:
         now = time.monotonic()
         tracked = TrackedRequest(client, message, now, now + timeout_s)
         self.queue.append(tracked)
+        self.accepted += 1
         self._progress_sent[message.request_id] = now
         position = running + serving_order(self.queue, self.turns, self.key).index(tracked)
         self.send_progress(tracked, QUEUED, position, 0)

@@ -37,6 +37,7 @@ from harness.serving.transport import Connection
 from harness.tasks.common.session import progress_bars
 from harness.tasks.load import http
 from harness.tasks.load.arrivals import arrival_schedule, generate_requests
+from harness.tasks.load.background import background_client
 from harness.tasks.load.server import ServerProcess
 from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
@@ -281,7 +282,13 @@ def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int =
         evaluations = evaluations_between(before, connection.ping())
         return LoadMeasurement(summarize(config, tracker.rows, tracker.strays, evaluations), tracker.rows)
 
-    return engine.with_connection(clients)
+    with background_client(config, engine):
+        measurement = engine.with_connection(clients)
+    if not load.background:
+        return measurement
+    # the forwards are those of both clients
+    own = msgspec.structs.replace(measurement.summary, evaluations=None, images_per_evaluation=None)
+    return replace(measurement, summary=own)
 
 
 @contextmanager

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import zmq
 from torch import Tensor
 
 from harness.config.serve import Policy
-from harness.messages import QUEUED, Array, Failure, GenerationResult, Progress, array
+from harness.messages import QUEUED, Array, Failure, GenerationResult, Progress, array, decode, encode
 from harness.serving.replica import SIDE_S
-from harness.serving.transport import Connection
+from harness.serving.transport import Connection, dealer
 from tests.fixtures.commands import wait_for
 from tests.fixtures.serving.toy_replicas import ToyEngine, toy_answers, toy_engine, toy_progress, toy_request
 
@@ -281,5 +283,31 @@ def test_a_fault_of_the_dispatcher_ends_the_engine(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("harness.serving.dispatcher.Dispatcher._assign_parts", fail)
     monkeypatch.setattr("harness.serving.replica.WATCH_MS", 10)
-    with pytest.raises(AssertionError, match="the dispatcher failed: planted fault"), toy_engine() as engine:
+    with toy_engine(may_fail=True) as engine:
         wait_for(lambda: bool(engine.errors), "the engine to end", 10)
+    assert str(engine.errors[0]) == "the dispatcher failed: planted fault"
+
+
+def test_a_replica_that_fails_leaves_what_waits_to_the_next_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is answered by ranks that end is lost to whoever starts them again."""
+
+    def fail(*args: object) -> None:
+        raise ValueError("planted fault")
+
+    monkeypatch.setattr("harness.serving.rank_batch.RankBatch.tick", fail)
+    found = []
+    with toy_engine(max_batch=1, may_fail=True) as engine, zmq_client(engine) as raw:
+        for name in ("runs", "waits"):
+            raw.send_multipart(encode(toy_request(name)))
+        wait_for(lambda: bool(engine.errors), "the engine to end", 10)
+        while raw.poll(500):
+            found.append(decode(raw.recv_multipart()))
+    assert found
+    assert all(isinstance(message, Progress) for message in found), found
+
+
+@contextmanager
+def zmq_client(engine: ToyEngine) -> Iterator[zmq.Socket[bytes]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield dealer(context, engine.addresses.requests)
+    context.destroy(linger=0)
