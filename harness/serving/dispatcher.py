@@ -50,7 +50,7 @@ class Dispatcher:
         self._reachable: set[int] = set()
         self._counts = [(0, 0)] * replicas
         self._served = 0
-        self._seen = 0  # the number of accepted requests at the last assignment
+        self._seen = (0, 0)  # the requests accepted and waiting after the last assignment
         self._may_assign = False  # whether there may be more room than at the last assignment
         self._error: Exception | None = None
         self._stop = threading.Event()
@@ -83,7 +83,7 @@ class Dispatcher:
                 self._queue.poll(len(self._open), OPEN_WAIT_MS if self._open or self._queue.queue else IDLE_WAIT_MS)
                 self._receive_reports()
                 self._stop_parts()
-                if self._may_assign or self._queue.accepted != self._seen:
+                if self._may_assign or (self._queue.accepted, len(self._queue.queue)) != self._seen:
                     self._assign_parts()
                 self._answer()
             if self._stop.is_set():  # this rank has failed; other ranks may yet serve what waits
@@ -133,7 +133,7 @@ class Dispatcher:
 
     def _assign_parts(self) -> None:
         """Give parts to replicas by turns. A client that has no room does not keep another one from its first part."""
-        self._may_assign, self._seen = False, self._queue.accepted
+        self._may_assign = False
         blocked: set[str] = set()
         while (tracked := self._next(blocked)) is not None:
             replica = self._room_for(tracked, first_only=bool(blocked))
@@ -147,6 +147,7 @@ class Dispatcher:
             part = self._open[request_id].take(replica)
             self._queue.charge(tracked, part.work * part.request.steps)
             self._send(replica, Orders([part]))
+        self._seen = self._queue.accepted, len(self._queue.queue)
         self._publish_state()
 
     def _next(self, blocked: set[str]) -> TrackedRequest | None:

@@ -46,7 +46,7 @@ class ReplicaReport(msgspec.Struct, frozen=True):
 
     Args:
         progress: the progress of parts.
-        ended: for each rank, the parts that ended and the number of frames of their outcomes.
+        ended: the parts that ended and the numbers of frames of their outcomes, rank by rank.
         evaluations: the number of forwards so far.
         rows: the batch rows of those forwards.
         forward: the size, the work and the seconds of the last forward, if there was one.
@@ -205,7 +205,8 @@ class ReplicaLoop:
 
     def _within(self, parts: list[Part], speed: SpeedEstimate) -> list[Part]:
         """Return the first of some parts, as many as take about SIDE_S; at least one."""
-        seconds, found = 0.0, []
+        seconds = 0.0
+        found: list[Part] = []
         for part in parts:
             expected_s = speed.expected_s(part.work, part.work)
             seconds += SIDE_S if expected_s is None else expected_s

@@ -47,7 +47,7 @@ class SpeedEstimate:
         Args:
             size: the work of one evaluation of one image in it.
             work: the work of the whole forward.
-            seconds: its time, s.
+            seconds: the time of the forward, s.
         """
         new, now = seconds / work, time.monotonic()
         known = self._sizes.pop(size, SizeSpeed(new, new, 0, now))
