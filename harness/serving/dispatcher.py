@@ -13,7 +13,7 @@ import msgspec
 import zmq
 
 from harness.serving.control import ControlThread
-from harness.serving.parts import OpenRequest, PartKey
+from harness.serving.parts import OpenRequest, Part, PartKey
 from harness.serving.policy import TrackedRequest, evaluation_work, next_request
 from harness.serving.replica import BatchLimits, Orders, PartProgress, ReplicaReport
 from harness.serving.request_queue import RequestQueue
@@ -117,6 +117,7 @@ class Dispatcher:
     def _send_progress(self, progress: PartProgress) -> None:
         request = self._open[progress.key[0]]
         found = request.on_progress(progress.key[1], progress.stage, progress.done, progress.total)
+        self._may_assign |= progress.key[1] in request.denoised
         if found is not None:
             self._queue.send_progress(request.tracked, *found)
 
@@ -135,6 +136,7 @@ class Dispatcher:
         """Give parts to replicas by turns. A client that has no room does not keep another one from its first part."""
         self._may_assign = False
         blocked: set[str] = set()
+        begin: dict[int, list[Part]] = {}
         while (tracked := self._next(blocked)) is not None:
             replica = self._room_for(tracked, first_only=bool(blocked))
             if replica is None:
@@ -146,7 +148,9 @@ class Dispatcher:
                 self._open[request_id] = OpenRequest(tracked)
             part = self._open[request_id].take(replica)
             self._queue.charge(tracked, part.work * part.request.steps)
-            self._send(replica, Orders([part]))
+            begin.setdefault(replica, []).append(part)
+        for replica, parts in begin.items():  # in one message, so that they begin together
+            self._send(replica, Orders(parts))
         self._seen = self._queue.accepted, len(self._queue.queue)
         self._publish_state()
 
@@ -167,9 +171,10 @@ class Dispatcher:
         load = dict.fromkeys(sorted(self._reachable), 0.0)
         requests: dict[int, list[str]] = {replica: [] for replica in load}
         for request_id, request in self._open.items():
-            for replica in request.replicas.values():
-                load[replica] += evaluation_work(request.tracked.request)
+            for index, replica in request.replicas.items():
                 requests[replica].append(request_id)
+                if index not in request.denoised:  # another one begins while it decodes, and has the next forward
+                    load[replica] += evaluation_work(request.tracked.request)
         with_place = [replica for replica in load if len(requests[replica]) < self._limits.max_parts]
         if not with_place:
             return None

@@ -68,6 +68,7 @@ class OpenRequest:
     Attributes:
         tracked: the request and its client.
         replicas: the replica of every part in progress, by its index.
+        denoised: the parts in progress that have had all their evaluations.
         failed: whether a part has failed, so that no other one begins.
         stopped: whether its parts were stopped.
     """
@@ -75,6 +76,7 @@ class OpenRequest:
     def __init__(self, tracked: TrackedRequest) -> None:
         self.tracked = tracked
         self.replicas: dict[int, int] = {}
+        self.denoised: set[int] = set()
         self.failed = False
         self.stopped = False
         self._images = len(tracked.request.prompts) * tracked.request.samples_per_prompt
@@ -119,6 +121,8 @@ class OpenRequest:
         """
         if total:
             self._steps_done[index], self._steps = done, total
+            if done == total:
+                self.denoised.add(index)
             return stage, sum(self._steps_done.values()), total * self._images
         is_denoising = bool(self._steps) and sum(self._steps_done.values()) < self._steps * self._images
         if is_denoising or stage in self._stages:
@@ -134,6 +138,7 @@ class OpenRequest:
             of_ranks: the frames of a RankOutcome of every rank of its replica.
         """
         del self.replicas[index]
+        self.denoised.discard(index)
         self._steps_done[index] = self._steps
         self._answered_parts += 1
         failures = [frames for frames in of_ranks if _is_failure(frames)]

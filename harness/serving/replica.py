@@ -162,7 +162,7 @@ class ReplicaLoop:
         self._batch = RankBatch(worker, lambda key, stage: self._send(ReplicaReport([PartProgress(key, stage)])))
         self._arrived: dict[PartKey, Part] = {}
         self._stops: list[PartKey] = []
-        self._had_side_work = False
+        self._side_s = 0.0  # the time of side work since the last forward
         self._last = False
 
     def run(self) -> None:
@@ -184,7 +184,7 @@ class ReplicaLoop:
             self._last |= orders.last
 
     def _plan(self) -> Tick:
-        """Return the next tick: side work and forwards alternate while there is both."""
+        """Return the next tick: while parts wait for a forward, at most SIDE_S of side work comes before it."""
         stops, self._stops = self._stops, []
         if any(key in self._arrived for key in stops):
             begin = [self._arrived.pop(key) for key in stops if key in self._arrived]
@@ -193,19 +193,19 @@ class ReplicaLoop:
         # parts that have just begun wait for those that begin with them, so that they share all forwards
         waiting = [each for each in going if each.fiber.call is not None and (each.evaluations or not self._arrived)]
         paused = [each.part for each in going if each.fiber.paused]
-        if (paused or self._arrived) and not (self._had_side_work and waiting):
-            self._had_side_work = True
-            decode = self._within(paused, self._decode_speed)
-            begin = [] if decode and waiting else self._within(list(self._arrived.values()), self._begin_speed)
+        if (paused or self._arrived) and not (waiting and self._side_s >= SIDE_S):
+            if paused:
+                return Tick(stops=stops, decode=[part.key for part in self._within(paused, self._decode_speed)])
+            begin = self._within(list(self._arrived.values()), self._begin_speed)
             for part in begin:
                 del self._arrived[part.key]
-            return Tick(begin, stops, [part.key for part in decode])
-        self._had_side_work = False
+            return Tick(begin, stops)
+        self._side_s = 0.0
         return msgspec.structs.replace(self._planner.plan(waiting) if waiting else Tick(), stops=stops)
 
     def _within(self, parts: list[Part], speed: SpeedEstimate) -> list[Part]:
-        """Return the first of some parts, as many as take about SIDE_S; at least one."""
-        seconds = 0.0
+        """Return the first of some parts, as many as take the rest of SIDE_S; at least one."""
+        seconds = self._side_s
         found: list[Part] = []
         for part in parts:
             expected_s = speed.expected_s(part.work, part.work)
@@ -226,6 +226,7 @@ class ReplicaLoop:
         ):
             for key, work in parts.items():
                 speed.observe(work, work, self._batch.durations[key])
+                self._side_s += self._batch.durations[key]
         forward = None
         if tick.forward:
             first = tick.forward[0]
