@@ -33,6 +33,14 @@ class ServeConfig:
         low=1,
         high=MAX_IMAGES,
     )
+    max_evaluation_s: float = option(
+        math.inf,
+        "Longest evaluation of one image, by the speed of late, for which all others wait; a larger image is refused.",
+        unit="s",
+        above=0,
+        high=MAX_WAIT_S,
+        infinite=True,
+    )
     max_queue: int = option(
         64, "Requests that may wait; one more is answered with 429 and may try again.", low=1, high=1_000_000
     )
@@ -56,14 +64,6 @@ class ServeConfig:
     )
     restart_window_s: float = option(
         600.0, "Time in which restarts are counted.", unit="s", low=1, high=MAX_WAIT_S, infinite=True
-    )
-    max_evaluation_s: float = option(
-        math.inf,
-        "Longest evaluation of one image, by the speed of late, for which all others wait; a larger image is refused.",
-        unit="s",
-        above=0,
-        high=MAX_WAIT_S,
-        infinite=True,
     )
 
 

@@ -35,9 +35,8 @@ from harness.records.record import (
 from harness.resolve.compose import ResolvedRun, to_yaml
 from harness.serving.transport import Connection
 from harness.tasks.common.session import progress_bars
-from harness.tasks.load import http
+from harness.tasks.load import background, http
 from harness.tasks.load.arrivals import arrival_schedule, generate_requests
-from harness.tasks.load.background import background_client
 from harness.tasks.load.server import ServerProcess
 from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
@@ -282,7 +281,7 @@ def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int =
         evaluations = evaluations_between(before, connection.ping())
         return LoadMeasurement(summarize(config, tracker.rows, tracker.strays, evaluations), tracker.rows)
 
-    with background_client(config, engine):
+    with background.background_client(config, engine):
         measurement = engine.with_connection(clients)
     if not load.background:
         return measurement
