@@ -50,7 +50,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
         profile: whether to time operators, which slows the request down.
         timeout_s: the time limit in seconds, counted from the request's arrival at rank 0. A request that exceeds it is
             answered with a Failure of kind expired.
-        client: the name of the client, for turns between clients; empty means the sending socket.
+        client: the client that the request counts for when clients take turns; empty for the socket that sent it.
     """
 
     request_id: str
