@@ -290,20 +290,25 @@ def test_a_fault_of_the_dispatcher_ends_the_engine(monkeypatch: pytest.MonkeyPat
 
 def test_a_replica_that_fails_leaves_what_waits_to_the_next_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that is answered by ranks that end is lost to whoever starts them again."""
+    queued = threading.Event()
 
     def fail(*args: object) -> None:
+        queued.wait(10)
         raise ValueError("planted fault")
 
     monkeypatch.setattr("harness.serving.rank_batch.RankBatch.tick", fail)
     found = []
     with toy_engine(max_batch=1, may_fail=True) as engine, zmq_client(engine) as raw:
-        for name in ("runs", "waits"):
+        for name in ("runs", "runs beside", "waits"):
             raw.send_multipart(encode(toy_request(name)))
+            assert raw.poll(10_000)
+            found.append(decode(raw.recv_multipart()))
+        queued.set()
         wait_for(lambda: bool(engine.errors), "the engine to end", 10)
         while raw.poll(500):
             found.append(decode(raw.recv_multipart()))
-    assert found
-    assert all(isinstance(message, Progress) for message in found), found
+    assert [message.stage for message in found if isinstance(message, Progress)] == [QUEUED] * 3
+    assert len(found) == 3, found
 
 
 @contextmanager
