@@ -55,5 +55,6 @@ def test_flows_behind_the_virtual_time_are_forgotten() -> None:
 def test_a_copy_changes_on_its_own() -> None:
     turns: Turns[str] = Turns()
     turns.charge("a", 5.0)
+    turns.copy().charge("b", 3.0)
     serve(turns.copy(), {"a": 1.0, "b": 1.0}, 10)
     assert (turns.start("a"), turns.start("b")) == (5.0, 0.0)
