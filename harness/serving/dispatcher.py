@@ -133,16 +133,20 @@ class Dispatcher:
                     self._send(replica, Orders(stops=[(request_id, index)]))
 
     def _assign_parts(self) -> None:
-        """Give parts to replicas by turns. A client that has no room does not keep another one from its first part."""
+        """Give parts to replicas by turns. A request that has no room does not keep others from their first part."""
         self._may_assign = False
-        blocked: set[str] = set()
+        blocked_clients: set[str] = set()
+        blocked_requests: set[str] = set()
         begin: dict[int, list[Part]] = {}
-        while (tracked := self._next(blocked)) is not None:
-            replica = self._room_for(tracked, first_only=bool(blocked))
-            if replica is None:
-                blocked.add(tracked.turn)
-                continue
+        while (tracked := self._next(blocked_clients, blocked_requests)) is not None:
+            replica = self._room_for(tracked, first_only=bool(blocked_clients or blocked_requests))
             request_id = tracked.request.request_id
+            if replica is None and request_id in self._open:
+                blocked_requests.add(request_id)
+                continue
+            if replica is None:
+                blocked_clients.add(tracked.turn)
+                continue
             if request_id not in self._open:
                 self._queue.queue.remove(tracked)
                 self._open[request_id] = OpenRequest(tracked)
@@ -154,12 +158,13 @@ class Dispatcher:
         self._seen = self._queue.accepted, len(self._queue.queue)
         self._publish_state()
 
-    def _next(self, blocked: set[str]) -> TrackedRequest | None:
-        """Return the request whose part is next: one with parts left, or the first of the queue."""
-        waiting = [request.tracked for request in self._open.values() if request.has_left]
+    def _next(self, blocked_clients: set[str], blocked_requests: set[str]) -> TrackedRequest | None:
+        """Return the request whose part is next: one with parts left, or one of the queue."""
+        with_left = {request_id: request for request_id, request in self._open.items() if request.has_left}
+        waiting = [request.tracked for name, request in with_left.items() if name not in blocked_requests]
         if not self._queue.shutting_down:
             waiting += self._queue.queue
-        waiting = [tracked for tracked in waiting if tracked.turn not in blocked]
+        waiting = [tracked for tracked in waiting if tracked.turn not in blocked_clients]
         return next_request(waiting, self._queue.turns, self._queue.key)
 
     def _room_for(self, tracked: TrackedRequest, first_only: bool) -> int | None:
@@ -187,7 +192,7 @@ class Dispatcher:
         each_has_one = all(len(set(on_replica)) == 1 for on_replica in requests.values())
         open_request = self._open.get(request_id)
         is_first = open_request is None or not open_request.replicas
-        return best if each_has_one and is_first and not first_only else None
+        return best if each_has_one and is_first else None
 
     def _answer(self) -> None:
         """Answer the requests that have ended."""

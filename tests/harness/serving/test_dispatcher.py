@@ -99,13 +99,14 @@ def test_an_image_larger_than_a_forward_is_computed_branch_by_branch_and_stays_t
     np.testing.assert_allclose(whole[0], divided[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [{}, LARGE], ids=["default", "large"])
 @pytest.mark.parametrize("one_client", [True, False])
-def test_a_small_request_does_not_wait_for_one_of_many_images(one_client: bool) -> None:
-    """The forwards are all taken by one request when the small one arrives."""
+def test_a_small_request_does_not_wait_for_one_of_many_images(one_client: bool, size: dict[str, int]) -> None:
+    """The forwards are all taken by one request when the small one arrives; its large images wait for one another."""
     with toy_engine(max_batch=8) as engine, engine.connected() as first, engine.connected() as second:
         small = first if one_client else second
         event = held(engine)
-        first.send(toy_request("many", images=8, steps=200))
+        first.send(toy_request("many", images=8, steps=200, **size))
         wait_for(lambda: len(engine.networks[0].forwards) > 1, "the large request to run")
         small.send(toy_request("small", steps=4, height=8, width=8))
         assert toy_progress(small, "small").stage == QUEUED
@@ -180,7 +181,7 @@ def test_decoding_many_images_lets_others_have_forwards_between() -> None:
 def test_progress_counts_the_steps_of_all_images() -> None:
     seen: list[Progress] = []
     with toy_engine(max_batch=2) as engine, engine.connected() as connection:
-        engine.networks[0].on_forward = slow(0.03)
+        engine.networks[0].on_forward = slow(0.06)
         connection.send(toy_request("all", images=3, steps=5))
         while not isinstance(message := connection.receive()[0], GenerationResult):
             assert isinstance(message, Progress)
@@ -252,14 +253,16 @@ def test_a_deadline_ends_what_runs_what_decodes_and_what_waits() -> None:
 def test_the_shortest_waiting_request_of_a_client_is_next() -> None:
     with toy_engine(max_batch=1, policy=Policy.shortest) as engine, engine.connected() as connection:
         event = held(engine)
-        connection.send(toy_request("first", images=2, steps=5))
+        connection.send(toy_request("first", steps=5))
         wait_for(lambda: len(engine.networks[0].forwards) > 1, "the first to run")
+        connection.send(toy_request("beside", steps=5))
+        assert toy_progress(connection, "beside").stage == QUEUED
         for name, steps in (("longer", 40), ("long", 30), ("short", 20)):
             connection.send(toy_request(name, steps=steps))
             assert toy_progress(connection, name).stage == QUEUED
         event.set()
-        order = list(toy_answers(connection, 4))
-    assert [name for name in order if name != "first"] == ["short", "long", "longer"]
+        order = list(toy_answers(connection, 5))
+    assert order[2:] == ["short", "long", "longer"]
 
 
 def test_what_cannot_be_finished_in_time_is_refused_at_once() -> None:
