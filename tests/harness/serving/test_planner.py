@@ -37,7 +37,7 @@ def planner(max_batch: int = 4, speed: SpeedEstimate | None = None) -> ForwardPl
     return ForwardPlanner(BatchLimits(max_batch, DEFAULT), speed or SpeedEstimate())
 
 
-def had(plan: ForwardPlanner, waiting: list[RunningPart], forwards: int) -> Counter[str]:
+def work_by_request(plan: ForwardPlanner, waiting: list[RunningPart], forwards: int) -> Counter[str]:
     """Return the work that each request gets in some forwards."""
     found: Counter[str] = Counter()
     by_key = {each.part.key: each for each in waiting}
@@ -57,27 +57,27 @@ def test_a_forward_has_the_work_of_max_batch_default_images(side: int, guidance:
 
 def test_all_images_of_a_request_get_as_many_evaluations() -> None:
     waiting = [running("a", "many", k) for k in range(7)]
-    assert had(planner(), waiting, 70).total() == 70 * 4 * DEFAULT
+    assert work_by_request(planner(), waiting, 70).total() == 70 * 4 * DEFAULT
     assert {each.evaluations for each in waiting} == {40}
 
 
 def test_clients_get_equal_work_whatever_their_number_of_requests() -> None:
     waiting = [running("greedy", f"greedy {k}", 0, side=32) for k in range(5)] + [running("modest", "modest")]
-    found = had(planner(), waiting, 500)
+    found = work_by_request(planner(), waiting, 500)
     greedy = sum(work for name, work in found.items() if name != "modest")
     assert found["modest"] == pytest.approx(greedy, rel=0.02)
 
 
 def test_requests_of_a_client_get_equal_work_whatever_their_images() -> None:
     waiting = [running("a", "many", k, side=32) for k in range(6)] + [running("a", "one", side=16)]
-    found = had(planner(), waiting, 500)
+    found = work_by_request(planner(), waiting, 500)
     assert found["one"] == pytest.approx(found["many"], rel=0.02)
 
 
 def test_an_image_that_is_very_small_does_not_pass_for_free() -> None:
     """Its forward takes as long as that of a larger one, so it counts like it."""
     waiting = [running("tiny", "tiny", side=2), running("a", "normal", side=16)]
-    had(planner(1), waiting, 500)
+    work_by_request(planner(1), waiting, 500)
     assert waiting[0].evaluations == pytest.approx(4 * waiting[1].evaluations, rel=0.02)
 
 
