@@ -166,16 +166,22 @@ def test_the_images_of_a_request_run_on_all_replicas() -> None:
 
 
 def test_decoding_many_images_lets_others_have_forwards_between() -> None:
+    forwards: list[int] = []
     with toy_engine(max_batch=8) as engine, engine.connected() as connection:
+
+        def on_decode(latent: Tensor) -> None:
+            forwards.append(len(engine.networks[0].forwards))
+            time.sleep(SIDE_S)
+
+        engine.decoders[0].on_decode = on_decode
         connection.send(toy_request("learns", images=1, steps=1))
-        engine.decoders[0].on_decode = slow(SIDE_S)
         toy_answers(connection, 1)
+        forwards.clear()
         connection.send(toy_request("many", images=7, steps=2))
         connection.send(toy_request("beside", steps=30))
-        order = list(toy_answers(connection, 2))
-        assert order == ["many", "beside"]
-        lone = [rows for rows, _ in engine.networks[0].forwards].count(2)
-    assert lone >= 1 + 6  # at least one forward of the other between two decodings
+        assert list(toy_answers(connection, 2)) == ["many", "beside"]
+    assert len(forwards) == 8
+    assert len(set(forwards)) == 8, "two images were decoded without a forward between them"
 
 
 def test_progress_counts_the_steps_of_all_images() -> None:
