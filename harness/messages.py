@@ -72,7 +72,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0 is in `stage` and has finished `done` of `total` solver steps of its share (0 of 0 in other stages).
+    """A request is in `stage` and has finished `done` of `total` solver steps (0 of 0 in other stages).
+
+    With step batching the steps of all images count, otherwise those of rank 0's share.
 
     The first message has stage QUEUED and is sent when the request is accepted; `done` is then the number of requests
     before it.
@@ -320,6 +322,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
         evaluations: the forwards of the denoiser since the ranks were ready, on the first rank of each replica.
         rows: the batch rows of those forwards: two for a guided image, one for a guided image with cfg=2.
         cpu_capability: the instruction set of PyTorch's CPU kernels on rank 0; empty if no rank said so.
+        max_request_bytes: the largest frame that the request socket takes; 0 if it is not known.
     """
 
     state: str
@@ -338,6 +341,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     evaluations: int = 0
     rows: int = 0
     cpu_capability: str = ""
+    max_request_bytes: int = 0
 
 
 Message: TypeAlias = (

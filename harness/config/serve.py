@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,7 +11,7 @@ from schedulers.options import option
 
 
 class Policy(Enum):
-    """Which waiting request is next: the first that came, the one with the least work, or the nearest deadline."""
+    """Which request of a client is next: the first that came, the one with the least work, or the nearest deadline."""
 
     fifo = "fifo"
     shortest = "shortest"
@@ -25,9 +26,20 @@ class ServeConfig:
     port: int = option(
         8000, "Port that the server listens on; 0 = any free port. The address is printed.", low=0, high=65_535
     )
-    policy: Policy = option(Policy.fifo, "Which waiting request is next.")
+    policy: Policy = option(Policy.fifo, "Which waiting request of a client is next; clients take turns by work.")
     max_batch: int = option(
-        8, "Images whose network evaluations share forwards; 1 = one request after another.", low=1, high=MAX_IMAGES
+        8,
+        "Images of the default size whose network evaluations share a forward; 1 = one request after another.",
+        low=1,
+        high=MAX_IMAGES,
+    )
+    max_evaluation_s: float = option(
+        math.inf,
+        "Longest evaluation of one image, by the speed of late, for which all others wait; a larger image is refused.",
+        unit="s",
+        above=0,
+        high=MAX_WAIT_S,
+        infinite=True,
     )
     max_queue: int = option(
         64, "Requests that may wait; one more is answered with 429 and may try again.", low=1, high=1_000_000
@@ -145,6 +157,12 @@ class LoadConfig:
         high=MAX_SIDE,
     )
     seed: int = option(0, "Seed of the arrivals and of the sampled steps and sizes.", low=0, high=MAX_TRAINING_SEED)
+    background: int = option(
+        0,
+        "Requests of a second client without an answer at any time, each as large as the engine takes; 0 = no client.",
+        low=0,
+        high=10_000,
+    )
     kill_every_s: float | None = option(
         None,
         "Time between kills of a ready rank, in a server that task=load started. null = none is killed.",
@@ -168,6 +186,8 @@ def check_load(load: LoadConfig) -> None:
     """
     if load.url is not None and load.transport is not Transport.http:
         raise ValueError("load.url names an HTTP server; add load.transport=http")
+    if load.background and load.transport is not Transport.zmq:
+        raise ValueError("load.background is a second client over ZeroMQ; use load.transport=zmq")
     if load.kill_every_s is not None and load.transport is not Transport.http:
         raise ValueError("load.kill_every_s kills ranks of a server, which starts them again; add load.transport=http")
     if load.kill_every_s is not None and load.url is not None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from harness.config.bounds import MAX_IMAGES
 from harness.config.tasks import TRAITS
 from harness.config.yaml import ConfigError, from_yaml
 from harness.engines.environment import OWNER, SOCKETS, threads_per_rank
@@ -143,12 +144,16 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
     from harness.build.native import attention_name
     from harness.build.worker import build_worker, measure_ceiling
     from harness.device.device import pick_device, prepare_cpu
-    from harness.parallel.collectives import Collectives, GlooCollectives, LocalCollectives
+    from harness.parallel.collectives import Collectives, GlooCollectives, LocalCollectives, replica_collectives
+    from harness.resolve.request import to_message
     from harness.serving.continuous_batching import ContinuousBatchScheduler
     from harness.serving.control import ControlThread, shutdown_listener
-    from harness.serving.policy import sort_key
+    from harness.serving.policy import estimated_work, evaluation_work, sort_key
+    from harness.serving.replica import BatchLimits
     from harness.serving.request_queue import RequestQueue, check_with_limits
     from harness.serving.request_scheduler import RequestScheduler
+    from harness.serving.speed import Capacity
+    from harness.serving.transport import max_request_bytes
 
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = pick_device(local_rank)
@@ -177,7 +182,10 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
         serves = TRAITS[config.task.name].serves
         request_scheduler: RequestScheduler | ContinuousBatchScheduler
         if serves and config.serve.max_batch > 1:
-            request_scheduler = ContinuousBatchScheduler(worker, collectives, config.serve.max_batch)
+            limits = BatchLimits(config.serve.max_batch, evaluation_work(to_message(config.request)))
+            request_scheduler = ContinuousBatchScheduler(
+                worker, replica_collectives(position, collectives), context, addresses, limits
+            )
         else:
             cancel_flags = StoreCancelFlags(dist.distributed_c10d._get_default_store())
             request_scheduler = RequestScheduler(worker, collectives, cancel_flags)
@@ -188,12 +196,18 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
         loaded, ceilings = slowest_load_times([f.loaded for f in infos]), [f.ceiling_tflops for f in infos]
         hosts = list({f.node: f.host for f in infos}.values())
         loaded_info = msgspec.structs.replace(info, pids=pids, load_ms=load_ms, loaded=loaded, hosts=hosts)
-        control.set_info(msgspec.structs.replace(loaded_info, ceiling_tflops=ceilings))
-        requests, wake = router(context, addresses.requests), shutdown_listener(context)
+        max_bytes = max_request_bytes(config.serve.max_images if serves else MAX_IMAGES)
+        control.set_info(msgspec.structs.replace(loaded_info, ceiling_tflops=ceilings, max_request_bytes=max_bytes))
+        requests, wake = router(context, addresses.requests, max_bytes), shutdown_listener(context)
         if serves:
-            check = check_with_limits(worker.pipeline.check, config.serve)
-            key, limit, timeout_s = sort_key(config.serve.policy), config.serve.max_queue, config.serve.timeout_s
-            request_queue = RequestQueue(requests, wake, check, control, key, limit, timeout_s)
+            serve = config.serve
+            check = check_with_limits(worker.pipeline.check, serve)
+            key = sort_key(serve.policy, estimated_work(to_message(config.request)))
+            replicas = position.degrees[0]
+            capacity = Capacity(worker.pipeline.validation.evaluations, replicas, serve.max_evaluation_s)
+            request_queue = RequestQueue(
+                requests, wake, check, control, key, serve.max_queue, serve.timeout_s, capacity
+            )
         else:
             request_queue = RequestQueue(requests, wake, worker.pipeline.check, control)
         request_scheduler.lead(request_queue, control)

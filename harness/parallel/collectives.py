@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from harness.messages import pack_frames, unpack_frames
+from harness.parallel.mesh import RankPosition
+from harness.parallel.process_groups import new_replica_group
 
 IDLE_TIMEOUT = timedelta(days=30)
 
@@ -21,10 +23,10 @@ class Collectives(Protocol):
     """What the request scheduler and the worker need from the other ranks."""
 
     def broadcast(self, data: bytes | None) -> bytes:
-        """Return rank 0's bytes on every rank; the others pass None."""
+        """Return the first rank's bytes on every rank; the others pass None."""
 
     def gather(self, frames: list[bytes]) -> list[list[bytes]]:
-        """Return every rank's frames on rank 0, in rank order; an empty list on the others."""
+        """Return every rank's frames on the first rank, in rank order; an empty list on the others."""
 
 
 class LocalCollectives:
@@ -52,35 +54,55 @@ class LocalCollectives:
 
 
 class GlooCollectives:
-    """Collectives over a gloo group of all ranks; the process group must be initialised."""
+    """Collectives over a gloo group of some ranks; the process group must be initialised.
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
-        self._rank = dist.get_rank()
-        self._size = dist.get_world_size()
+    Args:
+        group: the group; None makes one of all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT) if group is None else group
+        self._ranks = dist.get_process_group_ranks(self._group)
 
     def broadcast(self, data: bytes | None) -> bytes:
-        """Send the length, then the bytes of rank 0."""
+        """Send the length, then the bytes of the group's first rank."""
         length = torch.tensor([len(data) if data is not None else 0])
-        dist.broadcast(length, src=0, group=self._group)
+        dist.broadcast(length, src=self._ranks[0], group=self._group)
         payload = _to_tensor(data) if data is not None else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(payload, src=0, group=self._group)
+        dist.broadcast(payload, src=self._ranks[0], group=self._group)
         return data if data is not None else payload.numpy().tobytes()
 
     def gather(self, frames: list[bytes]) -> list[list[bytes]]:
-        """Send every rank's frames to rank 0, one rank after another."""
+        """Send every rank's frames to the group's first rank, one rank after another."""
         data = pack_frames(frames)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self._size)]
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in self._ranks]
         dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
-        if self._rank != 0:
-            dist.send(_to_tensor(data), dst=0, group=self._group)
+        if dist.get_rank() != self._ranks[0]:
+            dist.send(_to_tensor(data), dst=self._ranks[0], group=self._group)
             return []
         received = [frames]
-        for rank in range(1, self._size):
-            payload = torch.empty(int(lengths[rank]), dtype=torch.uint8)
+        for rank, length in zip(self._ranks[1:], lengths[1:], strict=True):
+            payload = torch.empty(int(length), dtype=torch.uint8)
             dist.recv(payload, src=rank, group=self._group)
             received.append(unpack_frames(payload.numpy().tobytes()))
         return received
+
+
+def replica_collectives(position: RankPosition, world: Collectives) -> Collectives:
+    """Return the collectives of this rank's replica; all ranks of the world call it at the same time.
+
+    Args:
+        position: this rank's position on the mesh.
+        world: the collectives over all ranks.
+
+    Returns:
+        The collectives, those of the world if there is one replica.
+    """
+    if position.degrees[0] == 1:
+        return world
+    if position.replica_size == 1:
+        return LocalCollectives()
+    return GlooCollectives(new_replica_group(position, IDLE_TIMEOUT))
 
 
 def _to_tensor(data: bytes) -> torch.Tensor:

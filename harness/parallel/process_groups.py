@@ -15,6 +15,9 @@ from harness.device.cuda import synchronizer
 from harness.parallel.group import Group, TrafficCounter, single_process_group
 from harness.parallel.mesh import AXES, RankPosition
 
+AGREE = timedelta(seconds=5)
+"""The longest wait for the other ranks of a replica to raise, too; those that do are milliseconds apart."""
+
 
 @dataclass(frozen=True)
 class ProcessGroups:
@@ -30,6 +33,8 @@ class ProcessGroups:
         replica: all ranks that compute one image together: cfg x tp x ring x ulysses.
         traffic: the count of what this rank has sent in any of the groups.
         any_in_replica: a collective that returns whether a flag is set on any rank of `replica`.
+        all_raise: a function that a rank calls when it has raised an exception. It returns whether every rank of
+            `replica` called it within AGREE, so that no rank waits for another one in a collective.
     """
 
     cfg: Group
@@ -41,6 +46,7 @@ class ProcessGroups:
     replica: Group
     traffic: TrafficCounter
     any_in_replica: Callable[[bool], bool]
+    all_raise: Callable[[], bool] = lambda: True
 
 
 def single_rank_groups() -> ProcessGroups:
@@ -85,6 +91,7 @@ def make_process_groups(position: RankPosition, device: torch.device, timeout: t
         replica,
         traffic,
         _make_any_in_replica(position, timeout),
+        _make_all_raise(position, timeout),
     )
 
 
@@ -99,19 +106,46 @@ def _backend(device: torch.device, timeout: timedelta) -> tuple[str, Backend.Opt
     return "gloo", Backend.Options("gloo", timeout)
 
 
+def new_replica_group(position: RankPosition, timeout: timedelta) -> dist.ProcessGroup:
+    """Create a gloo group for every replica; all ranks of the world call it at the same time.
+
+    Args:
+        position: this rank's position on the mesh.
+        timeout: the longest wait for another rank.
+
+    Returns:
+        The group of this rank's replica.
+    """
+    firsts = range(0, position.world_size, position.replica_size)
+    ranks = [list(range(first, first + position.replica_size)) for first in firsts]
+    return [dist.new_group(each, backend="gloo", timeout=timeout) for each in ranks][position.replica]
+
+
 def _make_any_in_replica(position: RankPosition, timeout: timedelta) -> Callable[[bool], bool]:
     """Create the agreement on a flag: over gloo on the CPU, one byte per rank, outside of the counted traffic."""
-    own_group = None
-    for first in range(0, position.world_size, position.replica_size):
-        ranks = list(range(first, first + position.replica_size))
-        handle = dist.new_group(ranks, backend="gloo", timeout=timeout)
-        own_group = handle if position.rank in ranks else own_group
+    group = new_replica_group(position, timeout)
 
     def any_in_replica(flag: bool) -> bool:
         if position.replica_size == 1:
             return flag
         reduced = torch.tensor([flag], dtype=torch.uint8)
-        dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=own_group)
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=group)
         return bool(reduced)
 
     return any_in_replica
+
+
+def _make_all_raise(position: RankPosition, timeout: timedelta) -> Callable[[], bool]:
+    """Create the agreement of ranks that have raised an exception, over a gloo group that nothing else uses."""
+    group = new_replica_group(position, timeout)
+
+    def all_raise() -> bool:
+        if position.replica_size == 1:
+            return True
+        try:
+            work = dist.all_reduce(torch.zeros(1), group=group, async_op=True)
+            return work is not None and bool(work.wait(AGREE))
+        except RuntimeError:  # no answer in time, or a rank has ended
+            return False
+
+    return all_raise

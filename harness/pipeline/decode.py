@@ -31,3 +31,4 @@ class Decoding:
                 pixels = self.decoder(latent)
             for sample, image in zip(batch, pixels, strict=True):
                 sample.pixels = image[0] if image.ndim == 4 and sample.spec.frames == 1 else image
+        run.require_finite(require(sample.pixels) for sample in samples)

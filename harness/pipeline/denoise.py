@@ -108,6 +108,7 @@ class Denoising:
                 run.skips += call.skips()
             if options.stale_kv is not None:
                 run.notes.append(options.stale_kv.end())
+        run.require_finite(require(sample.latent) for sample in samples)
 
     def condition_at(self, condition: Conditioning, grid: Grid) -> ConditionAt:
         """Return what gives each evaluation its conditioning, precomputed as far as the options say."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TypeAlias, TypeVar
 
@@ -60,6 +60,18 @@ class Evaluation:
         """What evaluations in one forward have in common: network, shape of a row, and fields of the conditioning."""
         absent = tuple(getattr(self.condition, f.name) is None for f in fields(Conditioning) if f.name != "mask")
         return id(self.network), tuple(self.latent.shape[1:]), absent
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether its rows may be computed in different forwards: a block cache looks at both rows of an image."""
+        return len(self.latent) > 1 and not self.state
+
+    def row(self, index: int) -> Evaluation:
+        """Return the evaluation of one row."""
+        one = slice(index, index + 1)
+        columns = {f.name: getattr(self.condition, f.name) for f in fields(Conditioning)}
+        condition = Conditioning(**{name: None if column is None else column[one] for name, column in columns.items()})
+        return Evaluation(self.network, self.latent[one], self.tau_B[one], condition)
 
     @staticmethod
     def stack(parts: Sequence[Evaluation]) -> Evaluation:
@@ -160,6 +172,7 @@ class RunContext:
         evaluate: evaluates the denoiser.
         counter: the count of evaluations.
         skips: what caches skipped for each image; written by denoising.
+        any_in_replica: returns whether a flag is set on any rank that computes these images; a collective.
     """
 
     device: torch.device
@@ -176,6 +189,19 @@ class RunContext:
     evaluate: Evaluate = evaluate_directly
     counter: EvaluationCounter = field(default_factory=EvaluationCounter)
     skips: list[messages.CacheSkips] = field(default_factory=list)
+    any_in_replica: Callable[[bool], bool] = lambda flag: flag
+
+    def require_finite(self, tensors: Iterable[Tensor]) -> None:
+        """Refuse values that are not finite, on every rank of the replica alike.
+
+        Args:
+            tensors: what a stage has written on this rank.
+
+        Raises:
+            ValueError: if a rank of the replica has a value that is not finite.
+        """
+        if self.any_in_replica(not all(bool(x.isfinite().all()) for x in tensors)):
+            raise ValueError("the image has values that are not finite; try model.dtype=float32 or another solver")
 
 
 def image_specs(request: GenerationRequest) -> list[ImageSpec]:

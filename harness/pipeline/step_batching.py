@@ -3,6 +3,7 @@
 Each request runs through the stages on a stack of its own (a greenlet), and pauses at every evaluation of the denoiser.
 A driver computes the pending evaluations together, and resumes each request with its own rows. So solver, guidance and
 state belong to one request, whatever its number of steps, and a request joins or leaves between any two evaluations.
+A fiber may also pause elsewhere, so that other requests have their turn before a long stage.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class RequestFiber(Generic[T]):
         work: runs the stages, with the given function to evaluate the denoiser; its result is that of the fiber.
 
     Attributes:
-        call: the evaluation that the request waits for; None once it has ended.
+        call: the evaluation that the request waits for; None once it has ended, and while it is paused.
     """
 
     def __init__(self, work: Callable[[Evaluate], T]) -> None:
@@ -55,6 +56,11 @@ class RequestFiber(Generic[T]):
         return bool(self._fiber.dead)
 
     @property
+    def paused(self) -> bool:
+        """Whether it waits between two stages, not for an evaluation."""
+        return self.call is None and not self.finished
+
+    @property
     def result(self) -> T:
         """The result of the work.
 
@@ -63,11 +69,11 @@ class RequestFiber(Generic[T]):
         """
         return self._result[0]
 
-    def advance(self, output: Tensor | Exception) -> None:
-        """Resume until the next evaluation or the end.
+    def advance(self, output: Tensor | Exception | None) -> None:
+        """Resume until the next evaluation, the next pause or the end.
 
         Args:
-            output: the output of the pending evaluation, or the exception to raise instead.
+            output: the output of the pending evaluation (None for a pause), or the exception to raise instead.
 
         Raises:
             Exception: whatever the work raises.
@@ -92,13 +98,31 @@ class RequestFiber(Generic[T]):
         return output
 
 
-def evaluate(calls: Sequence[Evaluation], retry_alone: bool, count: Callable[[int], None]) -> list[Tensor | Exception]:
+def pause() -> None:
+    """Pause the fiber that calls this until its driver advances it.
+
+    Raises:
+        Exception: whatever the driver passes in place of None.
+    """
+    driver = greenlet.getcurrent().parent
+    assert driver is not None, "only a fiber can pause"
+    with preserve_inference_mode():
+        error: Exception | None = driver.switch()
+    if error is not None:
+        raise error
+
+
+def evaluate(
+    calls: Sequence[Evaluation], may_answer: Callable[[Exception], bool], count: Callable[[int], None]
+) -> list[Tensor | Exception]:
     """Compute pending evaluations; those with the same batch key share a forward.
+
+    If a shared forward fails, its evaluations are computed one by one, so that only the bad ones fail.
 
     Args:
         calls: the evaluations, of different requests.
-        retry_alone: whether to compute the evaluations one by one if a shared forward fails, so that only the bad ones
-            fail. Ranks that compute an image together cannot do so; then the exception is raised.
+        may_answer: returns whether the requests may be answered after an exception. It is false if other ranks, which
+            compute the same images, did not raise it; then the exception is raised.
         count: called with the rows of each forward.
 
     Returns:
@@ -109,20 +133,20 @@ def evaluate(calls: Sequence[Evaluation], retry_alone: bool, count: Callable[[in
         groups.setdefault(call.batch_key, []).append(index)
     outputs: dict[int, Tensor | Exception] = {}
     for members in groups.values():
-        outputs |= zip(members, _evaluate_shared([calls[i] for i in members], retry_alone, count), strict=True)
+        outputs |= zip(members, _evaluate_shared([calls[i] for i in members], may_answer, count), strict=True)
     return [outputs[index] for index in range(len(calls))]
 
 
 def _evaluate_shared(
-    calls: list[Evaluation], retry_alone: bool, count: Callable[[int], None]
+    calls: list[Evaluation], may_answer: Callable[[Exception], bool], count: Callable[[int], None]
 ) -> list[Tensor | Exception]:
     count(sum(len(call.latent) for call in calls))
     try:
         output = evaluate_directly(Evaluation.stack(calls))
         return list(output.split([len(call.latent) for call in calls]))
     except Exception as error:
-        if not retry_alone:
+        if not may_answer(error):
             raise
         if len(calls) == 1:
             return [error]
-    return [result for call in calls for result in _evaluate_shared([call], retry_alone, count)]
+    return [result for call in calls for result in _evaluate_shared([call], may_answer, count)]

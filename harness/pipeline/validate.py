@@ -59,6 +59,12 @@ class InputValidation:
         for sample in samples:
             check_size(sample.spec.height, sample.spec.width, self.limits.size_multiple, self.limits.max_pixels)
 
+    def evaluations(self, request: GenerationRequest) -> int:
+        """Return the network evaluations of one image, guidance not counted; its steps if the sample decides."""
+        tokens = image_tokens(request.height, request.width, self.limits.size_multiple)
+        grid = self.noise_scheduler.grid(request.steps, tokens)
+        return self.noise_scheduler.solver.evaluations(grid) or request.steps
+
     def check(self, request: GenerationRequest) -> None:
         """Refuse a whole request, before any rank has received it.
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import msgspec
 import zmq
 
-from harness.messages import Cancel, EngineInfo, MessageError, Ping, Shutdown, decode, encode
-from harness.serving.transport import Addresses, rejection, reply, router
+from harness.messages import Cancel, EngineInfo, MessageError, Ping, Shutdown, encode
+from harness.serving.transport import MAX_FRAMES, Addresses, decode_message, receive_bounded, rejection, reply, router
 
 SHUTDOWN_ADDRESS = "inproc://wake"
-MAX_CANCELLED = 10_000  # a limit, since ids of requests that never arrive would pile up
+MAX_CANCELLED = 10_000  # limits, since ids of requests that never arrive would pile up
+CANCELLED_S = 60.0
 log = logging.getLogger(__name__)
 
 
@@ -37,7 +39,7 @@ class ControlThread:
         self._context = context
         self._info = info
         self._read_counter: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        self._cancelled: set[str] = set()
+        self._cancelled: dict[str, float] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._socket = router(context, addresses.control)
@@ -67,7 +69,19 @@ class ControlThread:
     def forget(self, request_id: str) -> None:
         """Drop the cancellation of an answered request."""
         with self._lock:
-            self._cancelled.discard(request_id)
+            self._cancelled.pop(request_id, None)
+
+    def expire(self, is_open: Callable[[str], bool]) -> None:
+        """Drop the cancellations of requests that have not come within CANCELLED_S.
+
+        Args:
+            is_open: returns whether a request has arrived and has no answer.
+        """
+        oldest = time.monotonic() - CANCELLED_S
+        with self._lock:
+            old = [name for name, at in self._cancelled.items() if at < oldest and not is_open(name)]
+            for name in old:
+                del self._cancelled[name]
 
     def close(self) -> None:
         """Stop the thread."""
@@ -80,9 +94,9 @@ class ControlThread:
         while not self._stop.is_set():
             if not self._socket.poll(100):
                 continue
-            client, *frames = self._socket.recv_multipart()
+            client, *frames = receive_bounded(self._socket, MAX_FRAMES)
             try:
-                message = decode(frames)
+                message = decode_message(frames)
             except MessageError as error:
                 log.warning("control: %s", error)
                 reply(self._socket, client, encode(rejection(error)))
@@ -95,7 +109,7 @@ class ControlThread:
             elif isinstance(message, Cancel):
                 with self._lock:
                     if len(self._cancelled) < MAX_CANCELLED:
-                        self._cancelled.add(message.request_id)
+                        self._cancelled[message.request_id] = time.monotonic()
             elif isinstance(message, Shutdown):
                 shutdown_socket.send(b"shutdown")
         shutdown_socket.close(linger=0)

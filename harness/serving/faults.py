@@ -36,3 +36,9 @@ def failure_line(error: BaseException) -> str:
 def is_peer_lost(error: BaseException) -> bool:
     """Return whether a rank failed only because another rank died first, not because it waited in vain for one."""
     return not TIMED_OUT.search(str(error)) and any(words in str(error) for words in PEER_LOST)
+
+
+def is_in_collective(error: BaseException) -> bool:
+    """Return whether an error comes from a collective, after which the groups of the ranks cannot be used."""
+    texts = f"{type(error).__name__}: {error}"
+    return bool(TIMED_OUT.search(texts)) or "DistBackendError" in texts or any(words in texts for words in PEER_LOST)

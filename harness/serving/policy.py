@@ -1,13 +1,18 @@
-"""The order of waiting requests: a sort key for each policy."""
+"""The order of waiting requests: turns between clients, and a sort key for each policy within a client."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
 from typing import TypeAlias
 
 from harness.config.serve import Policy
 from harness.messages import GenerationRequest
+from harness.serving.turns import Turns
+
+AGEING_S = 30.0
+DEFAULT_WORK = 20 * 2 * 64 * 64.0  # of the built-in model's default request
 
 
 @dataclass(frozen=True)
@@ -19,22 +24,75 @@ class TrackedRequest:
     arrived: float
     deadline: float
 
+    @property
+    def turn(self) -> str:
+        """The name of the client that it counts for: the request's, or the socket's."""
+        return self.request.client or f"socket {self.client.hex()}"
+
 
 SortKey: TypeAlias = Callable[[TrackedRequest], float]
 
 
+def evaluation_work(request: GenerationRequest) -> float:
+    """Return the work of one evaluation of one image: pixels of all frames, counted twice if guided."""
+    return (1 if request.guidance == 1 else 2) * float(request.frames * request.height * request.width)
+
+
 def estimated_work(request: GenerationRequest) -> float:
     """Return what a request costs up to a factor of the model: pixels times evaluations, guided ones counted twice."""
-    samples = len(request.prompts) * request.samples_per_prompt
-    branches = 1 if request.guidance == 1 else 2
-    return request.steps * branches * samples * request.frames * request.height * request.width
+    return request.steps * len(request.prompts) * request.samples_per_prompt * evaluation_work(request)
 
 
-def sort_key(policy: Policy) -> SortKey:
-    """Return a policy's sort key: the lowest is next; among equals the first to arrive, since sorting is stable."""
+def sort_key(policy: Policy, default_work: float = DEFAULT_WORK) -> SortKey:
+    """Return a policy's sort key within a client: the lowest is next, among equals the first to arrive.
+
+    `shortest` ages. A request counts as if it had come AGEING_S later for each `default_work` that it has. So only
+    requests that arrive within AGEING_S * work / default_work seconds after it can pass it, and none waits for ever.
+
+    Args:
+        policy: the policy.
+        default_work: the work of the model's default request.
+
+    Returns:
+        The key, which does not change while a request waits.
+    """
     keys: dict[Policy, SortKey] = {
         Policy.fifo: lambda tracked: tracked.arrived,
-        Policy.shortest: lambda tracked: estimated_work(tracked.request),
+        Policy.shortest: lambda tracked: tracked.arrived + AGEING_S * estimated_work(tracked.request) / default_work,
         Policy.deadline: lambda tracked: tracked.deadline,
     }
     return keys[policy]
+
+
+def next_request(waiting: Sequence[TrackedRequest], turns: Turns[str], key: SortKey) -> TrackedRequest | None:
+    """Return the request whose turn it is: the client with the least service, and its request with the lowest key."""
+    return min(waiting, key=lambda tracked: (turns.start(tracked.turn), key(tracked)), default=None)
+
+
+def serving_order(waiting: Sequence[TrackedRequest], turns: Turns[str], key: SortKey) -> list[TrackedRequest]:
+    """Return waiting requests in the order in which they will begin if nothing else arrives.
+
+    Args:
+        waiting: the requests, in the order of arrival.
+        turns: what each client has had; it is not changed. `Turns()` if nothing is known.
+        key: the sort key within a client.
+
+    Returns:
+        The same requests in order.
+    """
+    by_client: dict[str, list[TrackedRequest]] = {}
+    for tracked in sorted(waiting, key=key)[::-1]:
+        by_client.setdefault(tracked.turn, []).append(tracked)
+    # the tag of a flow that waits changes only when it is served, so a heap holds them
+    heads = [(turns.start(client), key(own[-1]), client) for client, own in by_client.items()]
+    heapify(heads)
+    order = []
+    while heads:
+        start, _, client = heads[0]
+        own = by_client[client]
+        order.append(own.pop())
+        if own:
+            heapreplace(heads, (start + estimated_work(order[-1].request), key(own[-1]), client))
+        else:
+            heappop(heads)
+    return order

@@ -23,10 +23,13 @@ from harness.messages import (
     encode,
 )
 from harness.resolve.limits import check_server_limits
-from harness.serving.policy import SortKey, TrackedRequest
-from harness.serving.transport import rejection, reply
+from harness.serving.policy import SortKey, TrackedRequest, estimated_work, next_request, serving_order
+from harness.serving.speed import Capacity
+from harness.serving.transport import MAX_FRAMES, decode_message, receive_bounded, rejection, reply
+from harness.serving.turns import Turns
 
 RETRY_WINDOW = 16  # the number of latest answers over which the interval is averaged
+CHECK_S = 0.01  # the shortest interval between two looks at the waiting requests while others run
 PROGRESS_INTERVAL_S = 0.1  # the shortest interval between two messages, so that fast steps are not slowed by reporting
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,9 @@ class Cancellations(Protocol):
     def forget(self, request_id: str) -> None:
         """Drop the cancellation of an answered request."""
 
+    def expire(self, is_open: Callable[[str], bool]) -> None:
+        """Drop old cancellations of requests that are not open."""
+
 
 class RequestQueue:
     """The waiting requests, and the answers to their clients.
@@ -69,9 +75,18 @@ class RequestQueue:
         wake: the PULL socket on which the control thread asks the engine to end.
         check: a function that raises ValueError for a request that this engine cannot serve.
         cancellations: the cancellations of waiting and running requests.
-        key: the sort key; the request with the lowest key is next.
+        key: the sort key within a client; its request with the lowest key is next.
         limit: the largest number of waiting requests; None for no limit.
         timeout_s: the time limit of a request that names none, s; also the largest one that a request may name.
+        capacity: refuses what the machine cannot finish in time; None refuses nothing.
+
+    Attributes:
+        queue: the waiting requests, in the order of arrival.
+        accepted: the number of requests that were queued so far.
+        shutting_down: whether a client has asked the engine to end.
+        turns: what each client has had.
+        key: the sort key within a client.
+        capacity: what refuses requests that take too long.
     """
 
     def __init__(
@@ -83,53 +98,69 @@ class RequestQueue:
         key: SortKey = lambda tracked: tracked.arrived,
         limit: int | None = None,
         timeout_s: float = math.inf,
+        capacity: Capacity | None = None,
     ) -> None:
         self.queue: list[TrackedRequest] = []
+        self.accepted = 0
         self.shutting_down = False
+        self.turns: Turns[str] = Turns()
+        self.key = key
+        self.capacity = Capacity(lambda request: request.steps) if capacity is None else capacity
         self._requests = requests
         self._wake = wake
         self._check = check
         self._cancellations = cancellations
-        self._key = key
         self._limit = limit
         self._timeout_s = timeout_s
         self._disconnected: set[bytes] = set()
         self._progress_sent: dict[str, float] = {}  # the time of the last message, for every open request
         self._answers: deque[float] = deque(maxlen=RETRY_WINDOW)
+        self._checked = 0.0
         self._poller = zmq.Poller()
         self._poller.register(requests, zmq.POLLIN)
         self._poller.register(wake, zmq.POLLIN)
 
-    def poll(self, running: int = 0, wait: bool = False) -> None:
+    def watch(self, socket: zmq.Socket[bytes]) -> None:
+        """Let `poll` return when something arrives on another socket, too."""
+        self._poller.register(socket, zmq.POLLIN)
+
+    def poll(self, running: int = 0, wait_ms: int | None = 0) -> None:
         """Accept or refuse what has arrived, and answer waiting requests that were cancelled or have expired.
 
         Args:
             running: the number of running requests, which come before the waiting ones.
-            wait: whether to sleep until something has arrived.
+            wait_ms: the longest time to sleep until something arrives, ms; None for no limit.
         """
-        ready = dict(self._poller.poll(None if wait and not self.queue else 0))
+        ready = dict(self._poller.poll(wait_ms))
         while self._requests.poll(0):
-            self._accept(self._requests.recv_multipart(), running)
+            self._accept(receive_bounded(self._requests, MAX_FRAMES), running)
         self.shutting_down |= self._wake in ready
         if not self.queue and not running:
             self._disconnected.clear()
+            self.turns.settle()
+        self._cancellations.expire(lambda request_id: request_id in self._progress_sent)
+        if running and time.monotonic() - self._checked < CHECK_S:
+            return
+        self._checked = time.monotonic()
         for tracked in list(self.queue):
             if (failure := self.stop_reason(tracked)) is not None:
                 self.queue.remove(tracked)
                 self.respond(tracked, encode(failure))
 
-    def peek(self) -> TrackedRequest | None:
-        """Return the next request and leave it in the queue."""
-        return min(self.queue, key=self._key, default=None)
-
     def wait_next(self) -> TrackedRequest | None:
         """Wait for the next request and take it from the queue; return None once the engine has to end."""
         while not self.shutting_down:
-            self.poll(wait=True)
-            if not self.shutting_down and (tracked := self.peek()) is not None:
+            self.poll(wait_ms=0 if self.queue else None)
+            if not self.shutting_down and (tracked := next_request(self.queue, self.turns, self.key)) is not None:
                 self.queue.remove(tracked)
+                self.charge(tracked, estimated_work(tracked.request))
                 return tracked
         return None
+
+    def charge(self, tracked: TrackedRequest, work: float) -> None:
+        """Count work that begins now for the request's client."""
+        self.turns.begin(tracked.turn)
+        self.turns.charge(tracked.turn, work)
 
     def stop_reason(self, tracked: TrackedRequest) -> Failure | None:
         """Return why a request has to stop, or None if it may go on."""
@@ -177,7 +208,7 @@ class RequestQueue:
         client, *body = frames
         self._disconnected.discard(client)
         try:
-            message: Message = decode(body)
+            message: Message = decode_message(body)
         except MessageError as error:
             log.warning("requests: %s", error)
             self._send(client, encode(rejection(error)))
@@ -188,24 +219,29 @@ class RequestQueue:
             )
             self._send(client, encode(failure))
             return
-        if (refusal := self._refusal(message)) is not None:
+        timeout_s = self._timeout_s if message.timeout_s is None else min(message.timeout_s, self._timeout_s)
+        if (refusal := self._refusal(message, timeout_s)) is not None:
             self._send(client, encode(refusal))
             return
         now = time.monotonic()
-        timeout_s = self._timeout_s if message.timeout_s is None else min(message.timeout_s, self._timeout_s)
         tracked = TrackedRequest(client, message, now, now + timeout_s)
-        position = running + sum(self._key(other) <= self._key(tracked) for other in self.queue)
         self.queue.append(tracked)
+        self.accepted += 1
         self._progress_sent[message.request_id] = now
+        position = running + serving_order(self.queue, self.turns, self.key).index(tracked)
         self.send_progress(tracked, QUEUED, position, 0)
 
-    def _refusal(self, request: GenerationRequest) -> Failure | None:
+    def _refusal(self, request: GenerationRequest, timeout_s: float) -> Failure | None:
         try:
             self._check(request)
+            if request.request_id in self._progress_sent:
+                raise ValueError(
+                    f"a request with the id {request.request_id[:80]!r} is still open; the new one is refused and the "
+                    "first goes on: use another id"
+                )
+            self.capacity.check(request, timeout_s)
         except ValueError as error:
             return Failure(request.request_id, "rejected", str(error))
-        if request.request_id in self._progress_sent:
-            return Failure(request.request_id, "rejected", "a request with this id is still open; use another id")
         if self._limit is None or len(self.queue) < self._limit:
             return None
         hint = self._retry_after_s()

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from harness.messages import GenerationRequest, Shutdown, decode, encode
+from harness.messages import GenerationRequest, GenerationResult, Shutdown, decode, encode
 from harness.parallel.collectives import Collectives
 from harness.pipeline.state import OnProgress
 from harness.serving.control import ControlThread
 from harness.serving.outcomes import merge_outcomes
+from harness.serving.policy import evaluation_work
 from harness.serving.request_queue import RequestQueue
+from harness.serving.speed import SpeedEstimate
 from harness.serving.worker import Worker
 
 
@@ -71,11 +73,24 @@ class RequestScheduler:
                 lambda: request_queue.stop_reason(tracked) is not None,
             )
             served += 1
+            self._learn_speed(tracked.request, frames, request_queue.capacity.speed)
             control.update("ready", len(request_queue.queue), served)  # before the client has its answer and can ask
             request_queue.respond(tracked, request_queue.with_stop_reason(tracked, frames))
         control.update("stopping", len(request_queue.queue), served)
         request_queue.close()
         self.stop()
+
+    def _learn_speed(self, request: GenerationRequest, frames: list[bytes], speed: SpeedEstimate) -> None:
+        """Learn the time of an evaluation from an answer."""
+        answer = decode(frames)
+        if not isinstance(answer, GenerationResult):
+            return
+        size = evaluation_work(request)
+        for report in answer.ranks[:: self.worker.position.replica_size]:
+            evaluations = report.network_evaluations.get("denoiser", 0)
+            if evaluations:
+                images = min(request.batch_size, len(request.prompts) * request.samples_per_prompt)
+                speed.observe(size, size * images * evaluations, report.networks_ms["denoiser"] / 1e3)
 
     def stop(self) -> None:
         """Make the other ranks leave their loop."""

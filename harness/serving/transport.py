@@ -20,8 +20,12 @@ from typing import Any, TypeVar
 import zmq
 
 from harness.messages import Cancel, EngineInfo, Failure, Message, MessageError, Ping, Shutdown, decode, encode
+from harness.resolve.limits import MAX_PROMPT_CHARS
 
-MAX_FRAME_BYTES = 1 << 31
+MAX_FRAMES = 2  # a client's message is its identity and one header, until requests have input images
+HEADER_BYTES = 1 << 16  # all of a request apart from its prompts
+CONTROL_BYTES = 1 << 16
+MAX_CLIENT_MESSAGES = 100  # a client's unread messages beyond this wait in its own process
 DealerT = TypeVar("DealerT", bound=zmq.Socket[Any])  # a thread's socket or asyncio's
 MAX_QUEUED = 1000
 MAX_SOCKET_PATH_BYTES = 103  # sun_path has 108 with its final zero on Linux, 104 on macOS and the BSDs
@@ -46,6 +50,11 @@ class Addresses:
     def control(self) -> str:
         """The ROUTER for Ping, Cancel and Shutdown."""
         return f"ipc://{self.folder}/control"
+
+    @property
+    def replicas(self) -> str:
+        """The ROUTER of the dispatcher for the first rank of every replica."""
+        return f"ipc://{self.folder}/replicas"
 
     @classmethod
     def private(cls) -> Addresses:
@@ -76,19 +85,66 @@ class Addresses:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
-    """Return a bound ROUTER.
+def max_request_bytes(max_images: int) -> int:
+    """Return the largest header of a legal request: a prompt for each image and a negative one, in UTF-8."""
+    return HEADER_BYTES + 4 * MAX_PROMPT_CHARS * (max_images + 1)
 
-    It raises EHOSTUNREACH for a client that it cannot reach, and queues any number of messages for a slow client. A
-    client that sends a frame larger than 2 GiB is disconnected.
+
+def router(
+    context: zmq.Context[zmq.Socket[bytes]], address: str, max_frame_bytes: int = CONTROL_BYTES
+) -> zmq.Socket[bytes]:
+    """Return a bound ROUTER for clients.
+
+    It raises EHOSTUNREACH for a client that it cannot reach, and queues any number of messages for a slow client.
+    ZeroMQ disconnects a client that sends a larger frame. It ignores a client whose identity another one has.
+
+    Args:
+        context: the ZeroMQ context.
+        address: the address to bind.
+        max_frame_bytes: the largest frame that it receives.
     """
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, MAX_CLIENT_MESSAGES)
     socket.setsockopt(zmq.LINGER, 2000)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
     socket.bind(address)
     return socket
+
+
+def replica_router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    """Return a bound ROUTER for the replicas of the same engine, whose frames hold images of any size."""
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.set_hwm(0)
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.bind(address)
+    return socket
+
+
+def receive_bounded(socket: zmq.Socket[bytes], max_frames: int) -> list[bytes]:
+    """Receive one message of a client; of a longer one, one frame more than allowed is kept and the rest is dropped."""
+    frames = [socket.recv()]
+    while socket.getsockopt(zmq.RCVMORE):
+        frame = socket.recv()
+        if len(frames) <= max_frames:
+            frames.append(frame)
+    return frames
+
+
+def decode_message(frames: list[bytes]) -> Message:
+    """Return the message in the frames that a client sent after its identity.
+
+    Args:
+        frames: what `receive_bounded` has kept.
+
+    Raises:
+        MessageError: the frames are no message, or there are too many.
+    """
+    if len(frames) >= MAX_FRAMES:
+        raise MessageError(f"a message of more than {MAX_FRAMES - 1} frame; an engine takes a header alone")
+    return decode(frames)
 
 
 def reply(socket: zmq.Socket[bytes], client: bytes, frames: list[bytes]) -> bool:
@@ -102,15 +158,18 @@ def reply(socket: zmq.Socket[bytes], client: bytes, frames: list[bytes]) -> bool
     return True
 
 
-def dealer(context: zmq.Context[DealerT], address: str, max_queued: int = MAX_QUEUED) -> DealerT:
+def dealer(context: zmq.Context[DealerT], address: str, max_queued: int = MAX_QUEUED, identity: bytes = b"") -> DealerT:
     """Return a connected DEALER; messages sent before the engine listens wait in its queue.
 
     Args:
         context: the ZeroMQ context.
         address: the engine's address.
         max_queued: the largest number of queued messages; 0 for no limit, so that sending never waits.
+        identity: the name by which the ROUTER knows it; empty for one that no other client has.
     """
     socket = context.socket(zmq.DEALER)
+    if identity:
+        socket.setsockopt(zmq.IDENTITY, identity)
     socket.set_hwm(max_queued)
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(address)
@@ -141,10 +200,20 @@ class Connection:
         self._requests: zmq.Socket[bytes] | None = None
         self._control = dealer(self._context, addresses.control)
         self._check_alive = check_alive
+        self._max_request_bytes = 0
 
     def send(self, message: Message) -> None:
-        """Queue a message on the request socket."""
-        self._request_socket().send_multipart(encode(message))
+        """Queue a message on the request socket.
+
+        Raises:
+            MessageError: the engine takes no message of this size.
+        """
+        frames = encode(message)
+        if 0 < self._max_request_bytes < len(frames[0]):
+            raise MessageError(
+                f"a request of {len(frames[0])} bytes, this engine takes {self._max_request_bytes}; shorten the prompts"
+            )
+        self._request_socket().send_multipart(frames)
 
     def receive(self) -> tuple[Message, list[bytes]]:
         """Return the next message of the request socket, with its frames.
@@ -182,6 +251,7 @@ class Connection:
         while self._control.poll(max(0, int((deadline - time.monotonic()) * 1000))):
             answer = decode(self._control.recv_multipart())
             if isinstance(answer, EngineInfo):
+                self._max_request_bytes = answer.max_request_bytes
                 return answer
         return None
 

@@ -31,6 +31,7 @@ from harness.optimize.operator_check import OperatorCheck
 from harness.parallel.mesh import RankPosition
 from harness.parallel.process_groups import ProcessGroups, single_rank_groups
 from harness.pipeline.composed import ComposedPipeline
+from harness.pipeline.decode import Decoding
 from harness.pipeline.state import (
     Cancelled,
     Evaluate,
@@ -42,8 +43,9 @@ from harness.pipeline.state import (
     micro_batches,
     require,
 )
-from harness.pipeline.step_batching import RequestFiber
-from harness.serving.faults import failure_kind, failure_line
+from harness.pipeline.step_batching import RequestFiber, pause
+from harness.serving.faults import failure_kind, failure_line, is_in_collective
+from harness.serving.parts import Part
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +104,8 @@ class Worker:
     ) -> list[bytes]:
         """Run one request on this rank and return the frames of a RankOutcome: samples and report, or the failure.
 
-        An exception becomes a failure only if each rank computes its images alone. If several ranks compute an image
-        together, the others would wait in a collective, so the exception ends the rank and with it the engine.
+        An exception becomes a failure if each rank computes its images alone, or if all ranks of the replica raise it
+        at the same point. Otherwise the others would wait in a collective, so it ends the rank and with it the engine.
 
         Args:
             request: the request.
@@ -130,31 +132,48 @@ class Worker:
             answer.frames = self._outcome(request, samples, run, points)
         return answer.frames
 
-    def fiber(self, request: GenerationRequest, on_progress: OnProgress) -> RequestFiber[list[bytes]]:
-        """Return a fiber that runs a whole request and pauses at every evaluation.
+    def fiber(self, part: Part, on_progress: OnProgress, notes: list[str]) -> RequestFiber[list[bytes]]:
+        """Return a fiber that runs one image of a request and pauses at every evaluation, and before decoding.
 
         It has its own stack. Passing `Cancelled` in place of an output ends it. Its traffic cannot be separated from
         that of other requests, so its report leaves it out.
 
         Args:
-            request: the request.
+            part: the image.
             on_progress: a callback for each stage and solver step.
+            notes: notes for the record; what is added until the end counts.
 
         Returns:
             The fiber, whose result is the frames of a RankOutcome.
         """
 
+        def report_progress(stage: str, done: int, total: int) -> None:
+            if stage == Decoding.name and not total:
+                pause()
+            on_progress(stage, done, total)
+
         def work(evaluate: Evaluate) -> list[bytes]:
-            samples = [Sample(spec) for spec in image_specs(request)]
-            run = self._context(request, on_progress, lambda: None)
-            run.evaluate = evaluate
+            samples = [Sample(part.spec)]
+            run = self._context(part.request, report_progress, lambda: None)
+            run.evaluate, run.notes = evaluate, notes
             run.notes.append("its network forwards were shared with other requests, and its times include theirs")
-            with self._failure_as_answer(request) as answer:
+            with self._failure_as_answer(part.request) as answer:
                 points = self.pipeline.executor.execute(self.pipeline.stages, samples, run)
-                answer.frames = self._outcome(request, samples, run, points)
+                answer.frames = self._outcome(part.request, samples, run, points)
             return answer.frames
 
         return RequestFiber(work)
+
+    def may_answer(self, error: Exception) -> bool:
+        """Return whether an exception can be answered, so that the engine goes on.
+
+        It can if this rank computes its images alone, or if every rank of the replica has raised one too, outside of a
+        collective: then no rank waits for another one.
+
+        Args:
+            error: the exception.
+        """
+        return self.position.replica_size == 1 or (not is_in_collective(error) and self.groups.all_raise())
 
     def _context(
         self, request: GenerationRequest, on_progress: OnProgress, check_cancelled: Callable[[], None]
@@ -162,18 +181,19 @@ class Worker:
         clock = Clock(synchronizer(self.device), request.count_flops, request.profile)
         run = RunContext(self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled)
         run.keep_states = request.latents == "steps"
+        run.any_in_replica = self.groups.any_in_replica
         return run
 
     @contextmanager
     def _failure_as_answer(self, request: GenerationRequest) -> Iterator[Answer]:
-        """Turn an exception of the block into the answer, unless other ranks compute the same images."""
+        """Turn an exception of the block into the answer, if the ranks that compute the same images agree."""
         answer = Answer()
         try:
             yield answer
         except Cancelled:
             answer.frames = _failure(request, "cancelled", "the request was cancelled", self.position.rank)
         except Exception as error:
-            if self.position.replica_size > 1:
+            if not self.may_answer(error):
                 raise
             log.exception("request %s failed", request.request_id)
             answer.frames = _failure(request, failure_kind(error), failure_line(error), self.position.rank)

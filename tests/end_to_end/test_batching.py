@@ -78,17 +78,24 @@ def test_a_cancelled_request_stops_computing_within_one_step(engine: DiffusionGe
         assert info(connection).evaluations == stopped.evaluations < LONG + 200
 
 
-def test_a_deadline_ends_what_runs_and_what_waits(engine: DiffusionGenerator) -> None:
-    with connected(engine) as connection:
-        connection.send(request(engine, "slow", steps=LONG, timeout_s=0.5, prompts=["a", "b"], batch_size=2))
-        connection.send(request(engine, "beside", steps=LONG, prompts=["a", "b"], batch_size=2, timeout_s=1.0))
-        connection.send(request(engine, "waits", steps=LONG + 1, timeout_s=0.2))
-        answered = answers(connection, 3)
-    assert kinds(answered) == dict.fromkeys(("waits", "slow", "beside"), "expired")
-    assert list(answered) == ["waits", "slow", "beside"]
-    failure = answered["waits"][0]
-    assert isinstance(failure, Failure)
-    assert "0.2 s" in failure.message
+@pytest.mark.slow
+def test_a_deadline_ends_what_runs_and_what_waits() -> None:
+    """On an engine that knows nothing of its speed yet, so that it refuses nothing."""
+    with serving("serve.max_batch=4", "serve.policy=shortest", "serve.max_images=2") as made, connected(made) as client:
+        client.send(request(made, "slow", steps=LONG, timeout_s=0.5, prompts=["a", "b"]))
+        client.send(request(made, "beside", steps=LONG, prompts=["a", "b"], timeout_s=1.0))
+        client.send(request(made, "waits", steps=LONG + 1, timeout_s=0.2))
+        answered = answers(client, 3)
+        assert kinds(answered) == dict.fromkeys(("waits", "slow", "beside"), "expired")
+        assert list(answered) == ["waits", "slow", "beside"]
+        failure = answered["waits"][0]
+        assert isinstance(failure, Failure)
+        assert "0.2 s" in failure.message
+        client.send(request(made, "impossible", steps=LONG, timeout_s=0.5))
+        refused = answers(client, 1)["impossible"][0]
+    assert isinstance(refused, Failure)
+    assert refused.kind == "rejected"
+    assert "here, its timeout is 0.5 s; lower steps, size or n" in refused.message
 
 
 def test_a_full_queue_says_when_to_come_again_and_the_shortest_is_next(engine: DiffusionGenerator) -> None:

@@ -36,7 +36,7 @@ from harness.records.record import (
 from harness.resolve.compose import ResolvedRun, to_yaml
 from harness.serving.transport import Connection
 from harness.tasks.common.session import progress_bars
-from harness.tasks.load import http
+from harness.tasks.load import background, http
 from harness.tasks.load.arrivals import arrival_schedule, generate_requests
 from harness.tasks.load.measurement import LoadMeasurement, merge_rounds, summarize
 from harness.tasks.load.neighbours import beside, busy_processes, neighbour_rounds
@@ -305,7 +305,13 @@ def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int =
             rounds.append(beside(measured, count))
         return merge_rounds(config, rounds)
 
-    return engine.with_connection(clients)
+    with background.background_client(config, engine):
+        measurement = engine.with_connection(clients)
+    if not load.background:
+        return measurement
+    # the forwards are those of both clients
+    own = msgspec.structs.replace(measurement.summary, evaluations=None, images_per_evaluation=None)
+    return replace(measurement, summary=own)
 
 
 @contextmanager

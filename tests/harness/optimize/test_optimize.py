@@ -24,6 +24,7 @@ from harness.pipeline.step_batching import evaluate
 from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.resolve.run import ResolvedRun
+from harness.serving.parts import Part
 from harness.tasks.common.methods import method_class
 from harness.tasks.common.references import reference_config
 from models.attention import math_attention
@@ -186,11 +187,13 @@ def test_requests_at_other_steps_are_generated_as_if_alone() -> None:
     alone = [latent_of(worker.generate(request, lambda *precomputed: None, lambda: False)) for request in requested]
     rows: list[int] = []
     with torch.inference_mode():
-        courses = [worker.fiber(request, lambda *precomputed: None) for request in requested]
+        courses = [worker.fiber(Part(request, 0, "client"), lambda *precomputed: None, []) for request in requested]
         while waiting := [(fiber, fiber.call) for fiber in courses if fiber.call is not None]:
-            outputs = evaluate([call for _, call in waiting], retry_alone=False, count=rows.append)
+            outputs = evaluate([call for _, call in waiting], may_answer=lambda error: False, count=rows.append)
             for (fiber, _), output in zip(waiting, outputs, strict=True):
                 fiber.advance(output)
+        for fiber in courses:
+            fiber.advance(None)  # decode
     assert rows == [5, 5, 4, 2]
     for fiber, wanted in zip(courses, alone, strict=True):
         assert rel_l2(latent_of(fiber.result), wanted) < BOUND

@@ -376,6 +376,7 @@ def test_one_bad_value_in_one_image_is_enough() -> None:
 def test_an_exception_ends_a_rank_that_others_wait_for() -> None:
     one = worker(Broken(RuntimeError("broken")))
     one.position = RankPosition(0, (1, 1, 1, 1, 2))
+    one.groups = dataclasses.replace(one.groups, all_raise=lambda: False)
     with pytest.raises(RuntimeError, match="broken"):
         one.generate(request(), lambda stage, done, total: None, lambda: False)
 

@@ -38,10 +38,20 @@ def ignore(rows: int) -> None:
     return None
 
 
+def alike(error: Exception) -> bool:
+    """Every rank of the replica has raised it."""
+    return True
+
+
+def not_alike(error: Exception) -> bool:
+    """Another rank waits in a collective."""
+    return False
+
+
 def test_calls_of_a_kind_share_a_forward_and_get_their_own_rows() -> None:
     network, counted = Doubling(), []
     calls = [call(network, 2, 1.0), call(network, 1, 2.0, width=4), call(network, 3, 3.0)]
-    outputs = evaluate(calls, retry_alone=True, count=counted.append)
+    outputs = evaluate(calls, may_answer=alike, count=counted.append)
     assert network.batches == counted == [5, 1]
     for made, output in zip(calls, outputs, strict=True):
         assert isinstance(output, Tensor)
@@ -51,27 +61,27 @@ def test_calls_of_a_kind_share_a_forward_and_get_their_own_rows() -> None:
 def test_calls_with_other_inputs_do_not_share() -> None:
     network = Doubling()
     other = Evaluation(network, torch.ones(1, 3), torch.zeros(1), Conditioning(pooled=torch.ones(1, 3)))
-    evaluate([call(network, 1), other], retry_alone=True, count=ignore)
+    evaluate([call(network, 1), other], may_answer=alike, count=ignore)
     assert network.batches == [1, 1]
 
 
 def test_only_the_call_that_cannot_be_made_fails() -> None:
     network = Doubling()
-    outputs = evaluate([call(network, 1), call(network, 1, -1.0), call(network, 2)], retry_alone=True, count=ignore)
+    outputs = evaluate([call(network, 1), call(network, 1, -1.0), call(network, 2)], may_answer=alike, count=ignore)
     assert [isinstance(output, Tensor) for output in outputs] == [True, False, True]
     assert str(outputs[1]) == "negative"
 
 
 def test_a_batch_that_does_not_fit_is_made_one_by_one() -> None:
     network = Doubling(most=2)
-    outputs = evaluate([call(network, 2), call(network, 2)], retry_alone=True, count=ignore)
+    outputs = evaluate([call(network, 2), call(network, 2)], may_answer=alike, count=ignore)
     assert all(isinstance(output, Tensor) for output in outputs)
     assert network.batches == [4, 2, 2]
 
 
 def test_ranks_that_compute_together_do_not_try_again() -> None:
     with pytest.raises(ValueError, match="negative"):
-        evaluate([call(Doubling(), 1), call(Doubling(), 1, -1.0)], retry_alone=False, count=ignore)
+        evaluate([call(Doubling(), 1), call(Doubling(), 1, -1.0)], may_answer=not_alike, count=ignore)
 
 
 def doubled(times: int, network: nn.Module) -> RequestFiber[float]:
@@ -87,7 +97,7 @@ def doubled(times: int, network: nn.Module) -> RequestFiber[float]:
 
 def drive(courses: list[RequestFiber[float]]) -> None:
     while waiting := [(fiber, fiber.call) for fiber in courses if fiber.call is not None]:
-        outputs = evaluate([c for _, c in waiting], retry_alone=True, count=ignore)
+        outputs = evaluate([c for _, c in waiting], may_answer=alike, count=ignore)
         for (fiber, _), output in zip(waiting, outputs, strict=True):
             fiber.advance(output)
 
