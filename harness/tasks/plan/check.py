@@ -12,7 +12,8 @@ import torch
 from harness.config.cache import NONE
 from harness.config.optimize import Optimize
 from harness.config.plan import HardwareConfig
-from harness.config.schema import Load, ParallelConfig, RunConfig
+from harness.config.schema import Load, ParallelConfig
+from harness.config.yaml import from_dict
 from harness.costs.plan_file import PredictionCheck
 from harness.costs.request_trace import RequestTrace, decode_traffic, trace_request
 from harness.costs.roofline import device_rates, predict, traffic
@@ -71,7 +72,7 @@ def check(folder: Path, record: Record, hardware: Callable[[torch.dtype], Hardwa
 def _with_prediction(
     found: PredictionCheck, record: Record, hardware: Callable[[torch.dtype], HardwareConfig]
 ) -> PredictionCheck:
-    config = msgspec.convert(record.config, RunConfig)
+    config = from_dict(record.config)
     config.model.load = Load.dummy
     if config.cache.name != NONE:
         raise ValueError(f"cache={config.cache.name} computes fewer evaluations, which is not predicted")

@@ -11,6 +11,7 @@ import yaml
 
 import conf
 from harness.config.schema import DType, LoraConfig, RunConfig
+from harness.config.yaml import from_dict, to_dict
 from harness.records.provenance import version
 from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, from_yaml, to_yaml
@@ -488,3 +489,11 @@ def test_padding_is_reported() -> None:
         "64 image tokens over 3 ranks: 2 are padding",
         "8 attention heads over 3 ulysses ranks: 1 are padding",
     ]
+
+
+def test_infinite_numbers_survive_a_record() -> None:
+    """JSON has no infinity: a record with one was read as null, and refused."""
+    config = compose_run(["serve.timeout_s=inf", "serve.keep_hours=inf"]).config
+    plain = json.loads(json.dumps(to_dict(config), allow_nan=False))
+    assert plain == to_dict(config)
+    assert from_dict(plain) == from_yaml(to_yaml(config)) == config
