@@ -134,6 +134,12 @@ class LoadConfig:
     rate: float | None = option(
         None, "Poisson arrivals. null = `clients` in a closed loop.", unit="requests/s", low=1e-6, high=10_000
     )
+    rate_share: float | None = option(
+        None,
+        "Poisson arrivals, as a share of the answers per second that `clients` get in the warm-up.",
+        low=0.01,
+        high=10,
+    )
     clients: int = option(
         4, "Clients of the closed loop; each sends its next request after its last answer.", low=1, high=10_000
     )
@@ -186,6 +192,8 @@ def check_load(load: LoadConfig) -> None:
     """
     if load.url is not None and load.transport is not Transport.http:
         raise ValueError("load.url names an HTTP server; add load.transport=http")
+    if load.rate_share is not None and (load.rate is not None or not load.warmup_s):
+        raise ValueError("load.rate_share sets the rate by the warm-up; give load.warmup_s, and no load.rate")
     if load.background and load.transport is not Transport.zmq:
         raise ValueError("load.background is a second client over ZeroMQ; use load.transport=zmq")
     if load.kill_every_s is not None and load.transport is not Transport.http:

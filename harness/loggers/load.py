@@ -31,6 +31,8 @@ def print_load(record: Record, load: LoadSummary, folder: Path, console: Console
     )
     good = "" if load.goodput_per_s is None else f", {load.goodput_per_s:.2f} within {load.slo_ms:g} ms"
     console.print(f"{load.throughput_per_s:.2f} answers/s{good}{describe_batching(load)}")
+    if load.longest_gap_s is not None:
+        console.print(f"longest time without an answer {load.longest_gap_s:.2f} s")
     for line in (_describe_neighbours(load), _describe_chaos(load), _describe_memory(load)):
         if line:
             console.print(line)
@@ -76,9 +78,10 @@ def _describe_memory(load: LoadSummary) -> str:
     if load.memory is None:
         return ""
     row = load.memory
+    late = "" if row.late_slope_mib_per_min is None else f", {row.late_slope_mib_per_min:+.2f} in the last two thirds"
     return (
         f"server's resident memory {row.start_mib:.0f} MiB at the start, {row.end_mib:.0f} at the end, "
-        f"{row.slope_mib_per_min:+.2f} per minute"
+        f"{row.slope_mib_per_min:+.2f} per minute{late}"
     )
 
 

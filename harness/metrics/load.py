@@ -69,13 +69,14 @@ class Percentiles(msgspec.Struct, frozen=True):
 class MemoryGrowth(msgspec.Struct, frozen=True):
     """Resident memory of a server's own process under load, MiB, sampled `n` times.
 
-    The slope is that of a least-squares line.
+    Slopes are those of least-squares lines: over all samples, and over the last two thirds of the time.
     """
 
     n: int
     start_mib: float
     end_mib: float
     slope_mib_per_min: float
+    late_slope_mib_per_min: float | None = None
 
 
 class RankKill(msgspec.Struct, frozen=True):
@@ -133,6 +134,7 @@ class LoadSummary(msgspec.Struct, frozen=True):
         queue_ms: Time in the queue of the requests that left it, ms.
         late_ms: Delay by which the client itself sent late, ms.
         throughput_per_s: Successful requests per second.
+        longest_gap_s: Longest time of sending without a successful answer, s.
         slo_ms: Latency objective, ms.
         goodput_per_s: Successful requests within `slo_ms` per second.
         evaluations: Forwards of the denoiser on rank 0.
@@ -162,6 +164,7 @@ class LoadSummary(msgspec.Struct, frozen=True):
     memory: MemoryGrowth | None = None
     chaos: Chaos | None = None
     neighbours: list[NeighbourLatency] = []
+    longest_gap_s: float | None = None
 
 
 def percentiles(values: Sequence[float]) -> Percentiles | None:
@@ -219,7 +222,19 @@ def summarize_load(
         evaluations=evaluations,
         images_per_evaluation=carried / evaluations if evaluations else None,
         neighbours=latency_by_neighbours(good),
+        longest_gap_s=longest_gap_s([row.ended_s for row in good if row.ended_s is not None], duration_s),
     )
+
+
+def longest_gap_s(answers_s: Sequence[float], duration_s: float) -> float:
+    """Return the longest time without an answer, from the start of sending to its end, s.
+
+    Args:
+        answers_s: The times of the answers, s.
+        duration_s: The time of sending, s.
+    """
+    times = np.sort([0.0, *(at_s for at_s in answers_s if at_s < duration_s), duration_s])
+    return float(np.diff(times).max())
 
 
 def latency_by_neighbours(good: Sequence[RequestRow]) -> list[NeighbourLatency]:

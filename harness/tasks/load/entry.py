@@ -37,6 +37,8 @@ def check(run: ResolvedRun) -> None:
         check_requests(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.compare.a is not None and config.load.rate_share is not None:
+        raise ConfigError("task=load gives a and b the same arrivals; give load.rate in place of load.rate_share")
     if config.compare.a is not None and config.load.transport is not Transport.zmq:
         raise ConfigError("task=load with a and b loads two engines, not servers; drop load.transport=http")
     if config.compare.a is not None and config.load.neighbours:

@@ -24,7 +24,7 @@ from harness.engines.pool import MakeEngine
 from harness.engines.protocol import Engine
 from harness.loggers.wandb import mode_notes
 from harness.messages import EngineInfo
-from harness.metrics.load import LOST, LoadSummary, RequestRow
+from harness.metrics.load import LOST, OK, LoadSummary, RequestRow
 from harness.records.provenance import Beginning
 from harness.records.record import (
     FirstCall,
@@ -237,7 +237,10 @@ async def load_server(config: RunConfig, url: str, bars: Progress) -> LoadMeasur
     async with httpx.AsyncClient(base_url=url, timeout=patience, limits=limits, headers=http.key_header()) as client:
         if load.warmup_s:
             with phase_bar(bars, "warming up") as update:
-                await http.drive(client, arrival_schedule(load, load.warmup_s, 0), generate_requests(config, 0), update)
+                schedule = arrival_schedule(load, load.warmup_s, 0)
+                warm = await http.drive(client, schedule, generate_requests(config, 0), update)
+            config = with_rate(config, warm)
+            load = config.load
         rounds = []
         for phase, count in enumerate(neighbour_rounds(config), start=1):
             with busy_processes(count), phase_bar(bars, "loading") as update:
@@ -287,23 +290,24 @@ def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int =
     load = config.load
 
     def clients(connection: Connection) -> LoadMeasurement:
-        def run_phase(length_s: float, phase: int, label: str) -> RequestTracker:
+        def run_phase(config: RunConfig, length_s: float, phase: int, label: str) -> RequestTracker:
             with phase_bar(bars, label) as update:
                 patience_s = config.serve.timeout_s + GRACE_S
-                schedule = arrival_schedule(load, length_s, phase)
+                schedule = arrival_schedule(config.load, length_s, phase)
                 return drive(connection, schedule, generate_requests(config, phase), patience_s, update)
 
+        loaded = config
         if load.warmup_s:
-            run_phase(load.warmup_s, 2 * number, "warming up")
+            loaded = with_rate(config, run_phase(config, load.warmup_s, 2 * number, "warming up"))
         rounds = []
-        for phase, count in enumerate(neighbour_rounds(config)):
+        for phase, count in enumerate(neighbour_rounds(loaded)):
             with busy_processes(count):
                 before = connection.ping()
-                tracker = run_phase(load.duration_s, 2 * (number + phase) + 1, "loading")
+                tracker = run_phase(loaded, load.duration_s, 2 * (number + phase) + 1, "loading")
                 evaluations = evaluations_between(before, connection.ping())
-            measured = LoadMeasurement(summarize(config, tracker.rows, tracker.strays, evaluations), tracker.rows)
+            measured = LoadMeasurement(summarize(loaded, tracker.rows, tracker.strays, evaluations), tracker.rows)
             rounds.append(beside(measured, count))
-        return merge_rounds(config, rounds)
+        return merge_rounds(loaded, rounds)
 
     with background.background_client(config, engine):
         measurement = engine.with_connection(clients)
@@ -312,6 +316,26 @@ def load_engine(config: RunConfig, engine: Engine, bars: Progress, number: int =
     # the forwards are those of both clients
     own = msgspec.structs.replace(measurement.summary, evaluations=None, images_per_evaluation=None)
     return replace(measurement, summary=own)
+
+
+def with_rate(config: RunConfig, warm: RequestTracker) -> RunConfig:
+    """Return the configuration with the rate that load.rate_share means; the same one without that key.
+
+    Args:
+        config: The resolved configuration of the load.
+        warm: The requests of the warm-up.
+
+    Raises:
+        ValueError: No request of the warm-up succeeded.
+    """
+    share = config.load.rate_share
+    if share is None:
+        return config
+    ended = [row.ended_s for row in warm.rows if row.outcome == OK and row.ended_s is not None]
+    if not ended:
+        raise ValueError("no request of the warm-up succeeded, so there is no rate; raise load.warmup_s")
+    rate = share * len(ended) / max(*ended, config.load.warmup_s)
+    return replace(config, load=replace(config.load, rate=rate))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from numpy.typing import NDArray
 
 from harness.engines.environment import OWNER, import_environment
 from harness.engines.processes import RANK_NAME, process_name
@@ -159,13 +160,19 @@ def fit_memory_growth(samples: Sequence[tuple[float, float]]) -> MemoryGrowth | 
         samples: Pairs of a time in seconds and the resident memory in MiB.
 
     Returns:
-        The first and the last value and the slope, or None with fewer than two samples.
+        The first and the last value and the slopes, or None with fewer than two samples.
     """
     if len(samples) < 2:
         return None
     at_s, mib = np.asarray(samples).T
-    slope = float(np.polyfit(at_s - at_s[0], mib, 1)[0])
-    return MemoryGrowth(len(samples), float(mib[0]), float(mib[-1]), 60 * slope)
+    late = at_s >= at_s[0] + (at_s[-1] - at_s[0]) / 3
+    late_slope = 60 * slope(at_s[late], mib[late]) if late.sum() > 1 else None
+    return MemoryGrowth(len(samples), float(mib[0]), float(mib[-1]), 60 * slope(at_s, mib), late_slope)
+
+
+def slope(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Return the slope of a least-squares line."""
+    return float(np.polyfit(x - x[0], y, 1)[0])
 
 
 def descendants(pid: int) -> set[int]:

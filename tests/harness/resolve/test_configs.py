@@ -407,8 +407,11 @@ def test_keys_of_loading_are_refused_with_what_to_change(override: str, hint: st
     "file", sorted((Path(conf.__file__).parent / "experiment").glob("*.yaml")), ids=lambda file: file.stem
 )
 def test_an_experiment_sweeps_options_and_keys_that_exist(file: Path) -> None:
-    swept = yaml.safe_load(file.read_text())["hydra"]["sweeper"]["params"]
+    given = yaml.safe_load(file.read_text())
+    swept = given.get("hydra", {}).get("sweeper", {}).get("params", {})
     check_names([f"{key}={values}" for key, values in swept.items()], sweep=True)
+    if not swept:
+        assert compose_run([f"experiment={file.stem}"]).config.task.name.name == "load"
 
 
 @pytest.mark.parametrize("override", ["scheduler.solver.name=heun", "scheduler/solver=heun", "scheduler.shift=3"])

@@ -22,9 +22,10 @@ from harness.config.serve import LoadConfig
 from harness.engines.processes import children
 from harness.engines.protocol import AttachedEngine
 from harness.messages import GenerationRequest, Message
-from harness.metrics.load import OK, Chaos, RequestRow, percentiles, summarize_load
+from harness.metrics.load import OK, Chaos, RequestRow, longest_gap_s, percentiles, summarize_load
 from harness.records.record import RunFolder, Status, load, read_record
 from harness.resolve.compose import ConfigError, compose_run
+from harness.resolve.request import to_message
 from harness.serving.transport import Connection
 from harness.tasks.common.comparison import comparison_runs
 from harness.tasks.load import entry, http
@@ -32,7 +33,7 @@ from harness.tasks.load.arrivals import ArrivalSchedule, arrival_schedule, gener
 from harness.tasks.load.compare import compare_loads, round_times
 from harness.tasks.load.measurement import LoadMeasurement, merge_rounds
 from harness.tasks.load.neighbours import busy_processes, neighbour_rounds
-from harness.tasks.load.run import REQUESTS_FILE, server_overrides, status_from_loads
+from harness.tasks.load.run import REQUESTS_FILE, server_overrides, status_from_loads, with_rate
 from harness.tasks.load.server import command_line, descendants, fit_memory_growth, rank_processes
 from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
@@ -356,6 +357,11 @@ def test_growth_is_a_slope_and_descendants_are_found() -> None:
     assert found is not None
     assert (found.n, found.start_mib, found.end_mib) == (5, 100.0, 102.0)
     assert found.slope_mib_per_min == pytest.approx(30.0)
+    assert found.late_slope_mib_per_min == pytest.approx(30.0)
+    levelled = fit_memory_growth([(0.0, 0.0), (10.0, 90.0), (20.0, 100.0), (30.0, 100.0)])
+    assert levelled is not None
+    assert levelled.late_slope_mib_per_min == pytest.approx(30.0, abs=0.1)
+    assert levelled.slope_mib_per_min > 100
     assert fit_memory_growth([(0.0, 1.0)]) is None
     with subprocess.Popen(
         [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], stdout=-1
@@ -393,3 +399,36 @@ def test_a_record_of_another_task_has_no_load() -> None:
     assert status_from_loads([]).state == "ok"
     with pytest.raises(ValueError, match="no summary"):
         _ = msgspec.structs.replace(record(), summary=None).statistics
+
+
+def test_the_longest_gap_counts_the_start_and_the_end_of_sending() -> None:
+    assert longest_gap_s([1.0, 2.5, 4.0], 5.0) == 1.5
+    assert longest_gap_s([4.0], 5.0) == 4.0
+    assert longest_gap_s([1.0, 9.0], 5.0) == 4.0
+    assert longest_gap_s([], 5.0) == 5.0
+
+
+def test_a_rate_is_a_share_of_the_answers_in_the_warm_up() -> None:
+    config = compose_run(["task=load", "load.rate_share=0.5", "load.warmup_s=2"]).config
+    tracker = RequestTracker(lambda: 2.0)
+    for number in range(6):
+        request = msgspec.structs.replace(to_message(config.request), request_id=str(number))
+        tracker.record_sent(request, 0.0)
+        tracker.record_answer(str(number), OK if number < 4 else "busy")
+    assert with_rate(config, tracker).load.rate == pytest.approx(1.0)
+    with pytest.raises(ValueError, match=r"no request of the warm-up succeeded"):
+        with_rate(config, RequestTracker())
+    assert with_rate(compose_run(["task=load"]).config, tracker).load.rate is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["load.rate_share=0.8", "load.rate=2"], "load.rate_share sets the rate by the warm-up"),
+        (["load.rate_share=0.8", "load.warmup_s=0"], "load.rate_share sets the rate by the warm-up"),
+        (["load.rate_share=0.8", "compare.a=[]", "compare.b=[]"], "gives a and b the same arrivals"),
+    ],
+)
+def test_a_share_that_sets_no_rate_is_refused(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        entry.check(compose_run(["task=load", *overrides]))
