@@ -218,7 +218,8 @@ def post_mortem(logs: Path, codes: Mapping[int, int | None] = MappingProxyType({
         return EngineGone(f"the ranks ended unexpectedly; {_tail(logs / 'launch.log')}")
     rank, code = min(known.items(), key=lambda death: death[1] in VAGUE_CODES)
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return EngineGone(f"rank {rank} died with {name}; {_tail(logs / f'rank{rank}.log')}")
+    from_outside = code == -signal.SIGKILL
+    return EngineGone(f"rank {rank} died with {name}; {_tail(logs / f'rank{rank}.log')}", from_outside=from_outside)
 
 
 def exit_codes(logs: Path) -> dict[int, int]:

@@ -177,11 +177,18 @@ def dealer(context: zmq.Context[DealerT], address: str, max_queued: int = MAX_QU
 
 
 class EngineGone(RuntimeError):
-    """The engine stopped answering, or died. `kind` is failed, oom or unsupported."""
+    """The engine stopped answering, or died.
 
-    def __init__(self, message: str, kind: str = "failed") -> None:
+    Args:
+        message: the reason, in one line.
+        kind: failed, oom or unsupported.
+        from_outside: whether somebody else killed a rank: it ended by SIGKILL, and memory had not run out.
+    """
+
+    def __init__(self, message: str, kind: str = "failed", from_outside: bool = False) -> None:
         super().__init__(message)
         self.kind = kind
+        self.from_outside = from_outside
 
 
 class Connection:

@@ -19,6 +19,9 @@ class OpenRequests:
     generated again by the next ranks: one suspect at a time, alone, before everything else. A suspect that is answered
     is none any more. One that was alone with ranks that died is answered with a Failure, and no other request is.
 
+    A rank that somebody kills says nothing about its requests, so they are no suspects, and go on together. Those that
+    had ranks killed before are, whoever killed them.
+
     Args:
         serve: The server's configuration.
 
@@ -126,15 +129,20 @@ class OpenRequests:
         """
         found = [job for request_id, job in self.outstanding.items() if request_id in self.sent]
         guilty = found[0] if self._alone and found else None
+        self._deaths.update(job.request.request_id for job in found)
         if guilty is None:
-            self._suspects.update(job.request.request_id for job in self._likely(found))
+            suspects = [job for job in found if self._deaths[job.request.request_id] > 1]
+            suspects += [] if error.from_outside else self._likely(found)
+            self._suspects.update(job.request.request_id for job in suspects)
         self.forget_sent()
         for job in found:
             if job.cancelling:
                 self.fail(job, "cancelled", "the request was cancelled")
         if guilty is not None and not guilty.answered:
-            alone = "the ranks died twice with this request, the second time with no other; change the request"
-            self.fail(guilty, error.kind, f"{alone} ({error})")
+            deaths = self._deaths[guilty.request.request_id]
+            times = "twice" if deaths == 2 else f"{deaths} times"
+            line = f"the ranks died {times} with this request, the last time with no other; change the request"
+            self.fail(guilty, error.kind, f"{line} ({error})")
         return guilty is not None
 
     def forget_sent(self) -> None:
@@ -150,14 +158,12 @@ class OpenRequests:
         """Return the requests that may have killed the ranks.
 
         These are the ones that ran, or the next one if none did: the report of its beginning may be lost. Ranks accept
-        requests in the order in which they were sent, so the first one without a report may have killed them too. So
-        may a request that was there whenever ranks died.
+        requests in the order in which they were sent, so the first one without a report may have killed them too.
         """
-        self._deaths.update(job.request.request_id for job in found)
         ran = [job for job in found if job.state == "running"]
         first = ran or [job for job in self.queue() if job in found][:1]
         unreported = [job for job in found if not self.sent[job.request.request_id]][:1]
-        return [*first, *unreported, *(job for job in found if self._deaths[job.request.request_id] > 1)]
+        return [*first, *unreported]
 
     def _finish(self, job: GenerationJob, result: GenerationResult, frames: list[bytes]) -> None:
         try:

@@ -233,6 +233,21 @@ async def test_suspects_are_generated_alone_and_one_that_is_answered_is_none_any
         assert kinds([suspect, stranger, later]) == [None, None, None]
 
 
+async def test_a_rank_that_somebody_kills_makes_suspects_only_the_second_time(tmp_path: Path) -> None:
+    fleet = Fleet()
+    async with serving(tmp_path, fleet) as supervisor:
+        first = supervisor.submit(make_request("first", steps=40))
+        second = supervisor.submit(make_request("second"))
+        for number in (0, 1):
+            await until(lambda: first.done > 0)
+            fleet.lives[number].from_outside, fleet.lives[number].death = True, "rank 0 died with SIGKILL"
+            await until(lambda: len(fleet.lives) == number + 2 and first.state == "running")  # noqa: B023
+            assert [*supervisor._open.sent] == (["first", "second"] if number == 0 else ["first"])
+        await first.wait()
+        await second.wait()
+        assert kinds([first, second]) == [None, None]
+
+
 async def test_a_cancelled_request_is_answered_by_the_end_of_ranks_that_hang(tmp_path: Path) -> None:
     fleet = Fleet()
     async with serving(tmp_path, fleet) as supervisor:
