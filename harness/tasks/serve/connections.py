@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S = 75  # longer than clients keep an idle connection (httpx 5 s): the side that closes first loses nothing
 CLOSE_S = 5  # the time for connections to close, once every request has its answer
 HEAD_SLICE = 4096  # bytes of a head that are parsed at once, so that a long one is refused before it is parsed
+READ_BYTES = 2048  # read at once: chunks of one byte each take a millisecond for 60 of them, and others wait so long
 LINGER_S = 1.0
 LINGER_BYTES = 262_144
 MIN_READ_BYTES = 16_384  # a client that reads less than this in serve.reader_timeout_s counts as one that reads nothing
@@ -212,6 +213,7 @@ class BoundedProtocol(H11Protocol):
         self._receiving_head = True
         self._lingered = 0
         self._least_unsent = 0
+        cast(Any, plain).max_size = READ_BYTES  # of asyncio's transports, 256 KiB otherwise
         opened = plain.get_extra_info("socket")
         if opened is not None:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
