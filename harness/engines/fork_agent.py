@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
@@ -145,6 +146,7 @@ class ForkServerProcess:
                 os.chdir(order.working_folder)
             os.environ.update(order.variables)
             os.environ[OWNER] = str(os.getpid())
+            tempfile.tempdir = order.sockets  # PyTorch unpickles the errors of ranks from there: nobody else may write
             from harness.engines.rendezvous import run_torchrun
 
             run_torchrun([*order.options, *self._start, order.folder])

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -69,6 +70,7 @@ def main() -> None:
     if OWNER in os.environ:
         end_with_parent(int(os.environ[OWNER]))
     reset_signals()
+    tempfile.tempdir = None  # an agent's is the folder of sockets
     folder, sockets = Path(sys.argv[1]), Path(os.environ[SOCKETS])
     rank = int(os.environ["RANK"])
     set_process_name(RANK_NAME.format(rank=rank))

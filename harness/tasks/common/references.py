@@ -212,7 +212,7 @@ class References:
 
     def _keep(self, file: Path, content: bytes) -> None:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(0o700, parents=True, exist_ok=True)  # prompts and images are the user's alone
             write_atomically(file, content)
         except OSError as error:
             self.notes.append(f"fidelity: references are not kept for other runs: {failure_line(error)}")

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S = 75  # longer than clients keep an idle connection (httpx 5 s): the side that closes first loses nothing
 CLOSE_S = 5  # the time for connections to close, once every request has its answer
 HEAD_SLICE = 4096  # bytes of a head that are parsed at once, so that a long one is refused before it is parsed
+READ_BYTES = 2048  # read at once: chunks of one byte each take a millisecond for 60 of them, and others wait so long
+MAX_FRAMING_BYTES = 4096  # by which a chunked body may be longer than twice what is in its chunks
 LINGER_S = 1.0
 LINGER_BYTES = 262_144
 MIN_READ_BYTES = 16_384  # a client that reads less than this in serve.reader_timeout_s counts as one that reads nothing
@@ -210,8 +212,9 @@ class BoundedProtocol(H11Protocol):
         self.lingering = False
         self.unread_since = self._head_since = self.loop.time()
         self._receiving_head = True
-        self._lingered = 0
+        self._lingered = self._framing = 0
         self._least_unsent = 0
+        cast(Any, plain).max_size = READ_BYTES  # of asyncio's transports, 256 KiB otherwise
         opened = plain.get_extra_info("socket")
         if opened is not None:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
@@ -237,8 +240,13 @@ class BoundedProtocol(H11Protocol):
         self._unset_keepalive_if_required()
         while data and not self.transport.is_closing():
             size = HEAD_SLICE if self.conn.their_state is h11.IDLE else len(data)
+            in_body = self.conn.their_state is h11.SEND_BODY
+            before = len(self.cycle.body) if in_body else 0
             self.conn.receive_data(data[:size])
             self.handle_events()
+            self._framing += len(data[:size]) - 2 * (len(self.cycle.body) - before) if in_body else -self._framing
+            if self._framing > MAX_FRAMING_BYTES and self.conn.their_state is h11.SEND_BODY:
+                self._refuse(Problem("rejected", "the body comes in chunks that are too small; send it in larger ones"))
             data = data[size:]
         self._update()
 

@@ -110,6 +110,8 @@ class RequestGuard:
 
     def _check_length(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")
+        if "transfer-encoding" in headers and "content-length" in headers:  # a proxy may see another end of the body
+            raise Problem("rejected", "Content-Length and Transfer-Encoding exclude one another; send one of them")
         if not (length.isascii() and length.isdecimal()):
             raise Problem("rejected", "Content-Length is not a number; send the length of the body in bytes")
         if len(length) > 18 or int(length) > self._max_bytes:

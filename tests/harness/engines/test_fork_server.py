@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.engines.fork_server import ForkServer
+from harness.engines import rendezvous
+from harness.engines.fork_agent import ForkServerProcess
+from harness.engines.fork_server import AgentOrder, ForkServer
 from harness.engines.processes import ProcessHandle, children, process_name
 from harness.engines.torchrun import TorchrunEngine, post_mortem
 from harness.messages import EngineInfo
@@ -81,6 +84,21 @@ def test_no_process_of_an_engine_listens_beyond_this_machine(tmp_path: Path, for
         assert found, "gloo's ranks listen somewhere"
         assert all(address.is_loopback for address in found), found
         assert engine.addresses.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_an_agents_temporary_files_are_out_of_reach_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user of TMPDIR could plant a pickle: PyTorch reads the error of a forked rank from a temporary file."""
+    said = tmp_path / "said"
+    monkeypatch.setattr(rendezvous, "run_torchrun", lambda options: said.write_text(tempfile.gettempdir()))
+    order = AgentOrder(str(tmp_path), str(tmp_path / "sockets"), [], {}, str(tmp_path / "log"), "")
+    orders, owner = socket.socketpair()
+    with orders, owner:
+        server, parent_id = ForkServerProcess(orders, os.getpid()), os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            server._be_agent(order, parent_id)
+        assert os.waitpid(pid, 0)[1] == 0, (tmp_path / "log").read_text()
+    assert said.read_text() == order.sockets
 
 
 def test_ranks_that_follow_dead_ones_are_forked_from_the_same_imports(tmp_path: Path, fork_server: ForkServer) -> None:

@@ -156,6 +156,39 @@ def test_a_long_head_behind_another_request_is_refused_too(site: Live) -> None:
     assert answer.count(b"HTTP/1.1 431 ") == 1
 
 
+def test_a_body_in_two_framings_is_refused_and_nothing_behind_it_is_read(site: Live) -> None:
+    """A proxy that believes Content-Length would take the second request for a part of the first one."""
+    framings = b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+    answer = exchange(site, HEAD + framings + GOOD)
+    assert reason(answer) == (400, "rejected")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_body_of_tiny_chunks_is_read_in_small_parts_and_refused(site: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk is an event of the parser: all that came at once would hold up every other connection for seconds."""
+    sizes: list[int] = []
+    parse = connections.BoundedProtocol.data_received
+
+    def record(self: connections.BoundedProtocol, data: bytes) -> None:
+        sizes.append(len(data))
+        parse(self, data)
+
+    monkeypatch.setattr(connections.BoundedProtocol, "data_received", record)
+    chunks = b"1\r\n \r\n" * 20_000 + b"0\r\n\r\n"
+    answer = exchange(site, HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n" + chunks)
+    assert reason(answer) == (400, "rejected")
+    assert b"chunks" in answer
+    assert len(sizes) > 1
+    assert max(sizes) <= connections.READ_BYTES
+
+
+def test_a_body_of_usual_chunks_is_read(site: Live) -> None:
+    padding = b" " * 16
+    chunks = b'10\r\n{"prompt": "red"}\r\n'.replace(b"10", b"11") + (b"10\r\n" + padding + b"\r\n") * 1_000
+    answer = exchange(site, HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+    assert b"HTTP/1.1 202 " in answer
+
+
 def test_a_refused_body_is_not_read_on_and_its_answer_arrives(site: Live) -> None:
     """The client sends on: it gets the answer, and then it cannot send without end."""
     with connect(site.port) as opened:
