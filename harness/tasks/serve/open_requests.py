@@ -76,12 +76,19 @@ class OpenRequests:
         return sorted((job for job in self.outstanding.values() if job.state == "queued"), key=place)
 
     def to_send(self) -> list[GenerationJob]:
-        """Return the jobs that the ranks may be given now; the caller sends all of them and calls `on_sent`."""
+        """Return the jobs that the ranks may be given now; the caller sends all of them and calls `on_sent`.
+
+        The ranks' own queue has no room for more than serve.max_queue either, and would refuse the rest. It also has
+        requests that were answered here, such as cancelled ones, until the ranks know.
+        """
         waiting = [job for request_id, job in self.outstanding.items() if request_id not in self.sent]
+        if not waiting:
+            return []
         suspects = [job for job in waiting if job.request.request_id in self._suspects]
         if self._alone or (suspects and self.sent):
             return []
-        return suspects[:1] or waiting
+        running = sum(name in self.outstanding and self.outstanding[name].state == "running" for name in self.sent)
+        return suspects[:1] or waiting[: max(0, self._serve.max_queue - len(self.sent) + running)]
 
     def on_sent(self, job: GenerationJob) -> None:
         """Record that the ranks were given a request."""

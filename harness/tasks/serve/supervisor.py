@@ -263,8 +263,7 @@ class Supervisor:
         self._open.on_message(report, frames)
         if isinstance(report, GenerationResult):
             self._deaths.on_image()
-        if not isinstance(report, Progress):
-            self._send_waiting()
+        self._send_waiting()
 
     def _on_engine_gone(self, error: EngineGone) -> float:
         """Apply the death of the ranks.
