@@ -15,6 +15,7 @@ from harness.serving.transport import EngineGone
 
 Kind: TypeAlias = tuple[str, int, int, int, int]  # stage, height, width, frames, images in a forward
 FACTOR = 20.0  # a step may take this many times the slowest of its kind so far
+KEEP = 0.99  # of the slowest step at each later one of its kind: a stall of the machine is forgotten
 FLOOR_S = 5.0  # no step counts as a hang before this: a busy machine stands still for seconds
 STOPPED_S = 5.0  # a rank in the state of SIGSTOP for longer hangs
 MAX_KINDS = 4096
@@ -125,7 +126,7 @@ class HangDetector:
                 )
 
     def _learn(self, kind: Kind, duration_s: float) -> None:
-        self._slowest_s[kind] = max(duration_s, self._slowest_s.pop(kind, 0.0))  # the latest kind is the last
+        self._slowest_s[kind] = max(duration_s, KEEP * self._slowest_s.pop(kind, 0.0))  # the latest kind is the last
         if len(self._slowest_s) > MAX_KINDS:
             del self._slowest_s[next(iter(self._slowest_s))]
 

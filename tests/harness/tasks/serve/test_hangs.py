@@ -70,6 +70,15 @@ def test_a_step_may_take_a_multiple_of_the_slowest_of_its_kind(step_s: float, ex
     assert silence(hangs, clock) == pytest.approx(expected_s, abs=0.2)
 
 
+def test_a_stall_of_the_machine_is_forgotten() -> None:
+    clock = VirtualTime()
+    hangs = detector(clock)
+    run(hangs, clock, request("stalls", steps=1), 20.0)
+    run(hangs, clock, request("goes on", steps=1000), 0.1)
+    run(hangs, clock, request("hangs"), 0.1, answer=False)
+    assert silence(hangs, clock) == pytest.approx(FLOOR_S, abs=0.2)
+
+
 def test_a_kind_that_was_never_seen_has_the_configured_time_or_more_where_smaller_ones_are_slow() -> None:
     clock = VirtualTime()
     hangs = detector(clock)
