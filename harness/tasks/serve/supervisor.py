@@ -15,7 +15,7 @@ import msgspec
 
 from harness.config.schema import RunConfig
 from harness.engines.torchrun import TorchrunEngine
-from harness.messages import EngineInfo, GenerationRequest, GenerationResult, Progress
+from harness.messages import EngineInfo, GenerationRequest, GenerationResult
 from harness.serving.faults import failure_line
 from harness.serving.transport import EngineGone
 from harness.tasks.serve.hangs import HangDetector, OwnTime, first_step_s
