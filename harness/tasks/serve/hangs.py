@@ -15,7 +15,7 @@ from harness.serving.transport import EngineGone
 
 Kind: TypeAlias = tuple[str, int, int, int, int]  # stage, height, width, frames, images in a forward
 FACTOR = 20.0  # a step may take this many times the slowest of its kind so far
-KEEP = 0.99  # of the slowest step at each later one of its kind: a stall of the machine is forgotten
+KEEP = 0.99
 FLOOR_S = 5.0  # no step counts as a hang before this: a busy machine stands still for seconds
 STOPPED_S = 5.0  # a rank in the state of SIGSTOP for longer hangs
 MAX_KINDS = 4096
@@ -67,11 +67,15 @@ class HangDetector:
         hang_s: The longest silence while no step of a kind has been seen, seconds.
         longest_s: The longest silence after that, seconds.
         clock: The clock, seconds.
+        keep: The share of the slowest step that is remembered at each later one of its kind; see `remembered_share`.
     """
 
-    def __init__(self, hang_s: float, longest_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, hang_s: float, longest_s: float, clock: Callable[[], float] = time.monotonic, keep: float = KEEP
+    ) -> None:
         self.hang_s = hang_s
         self._longest_s = longest_s
+        self._keep = keep
         self._clock = clock
         self._given: dict[str, Given] = {}
         self._slowest_s: dict[Kind, float] = {}
@@ -126,7 +130,9 @@ class HangDetector:
                 )
 
     def _learn(self, kind: Kind, duration_s: float) -> None:
-        self._slowest_s[kind] = max(duration_s, KEEP * self._slowest_s.pop(kind, 0.0))  # the latest kind is the last
+        self._slowest_s[kind] = max(
+            duration_s, self._keep * self._slowest_s.pop(kind, 0.0)
+        )  # the latest kind is the last
         if len(self._slowest_s) > MAX_KINDS:
             del self._slowest_s[next(iter(self._slowest_s))]
 
@@ -160,6 +166,15 @@ def first_step_s(config: RunConfig) -> float:
     compiling_s = launch.collective_timeout_s if config.engine.optimize is Optimize.compile else 0.0
     loading_s = 0.0 if config.model.text.keep_loaded else launch.start_timeout_s
     return max(config.serve.hang_s, compiling_s, loading_s)
+
+
+def remembered_share(config: RunConfig) -> float:
+    """Return the share of the slowest step of a kind that is remembered at each later one.
+
+    A stall of the machine is forgotten. Where a network is compiled, or a text encoder is loaded for a prompt that is
+    not cached, any step may be as slow as the slowest one, and nothing is forgotten.
+    """
+    return KEEP if first_step_s(config) == config.serve.hang_s else 1.0
 
 
 def kind_of(request: GenerationRequest, stage: str) -> Kind:

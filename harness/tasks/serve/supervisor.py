@@ -18,7 +18,7 @@ from harness.engines.torchrun import TorchrunEngine
 from harness.messages import EngineInfo, GenerationRequest, GenerationResult
 from harness.serving.faults import failure_line
 from harness.serving.transport import EngineGone
-from harness.tasks.serve.hangs import HangDetector, OwnTime, first_step_s
+from harness.tasks.serve.hangs import HangDetector, OwnTime, first_step_s, remembered_share
 from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.open_requests import OpenRequests
 from harness.tasks.serve.ranks import MakeSupervisedEngine, RankSession, Report, SupervisedEngine, Watch, end
@@ -78,7 +78,9 @@ class Supervisor:
         self._make_engine = make_engine
         self._open = OpenRequests(config.serve)
         own_time = OwnTime()
-        hangs = HangDetector(first_step_s(config), config.launch.collective_timeout_s, own_time.now)
+        hangs = HangDetector(
+            first_step_s(config), config.launch.collective_timeout_s, own_time.now, remembered_share(config)
+        )
         self._watch = Watch(hangs, own_time, TroubleLog())
         self._deaths = Deaths(config.serve)
         self._engine: SupervisedEngine | None = None

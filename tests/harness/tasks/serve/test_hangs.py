@@ -20,6 +20,7 @@ from harness.tasks.serve.hangs import (
     StoppedRanks,
     first_step_s,
     is_stopped,
+    remembered_share,
 )
 from tests.fixtures.commands import wait_for
 from tests.fixtures.serving.virtual_time import VirtualTime
@@ -77,6 +78,11 @@ def test_a_stall_of_the_machine_is_forgotten() -> None:
     run(hangs, clock, request("goes on", steps=1000), 0.1)
     run(hangs, clock, request("hangs"), 0.1, answer=False)
     assert silence(hangs, clock) == pytest.approx(FLOOR_S, abs=0.2)
+    config = RunConfig()
+    config.engine.optimize = Optimize.none
+    assert remembered_share(config) < 1
+    config.model.text.keep_loaded = False
+    assert remembered_share(config) == 1
 
 
 def test_a_kind_that_was_never_seen_has_the_configured_time_or_more_where_smaller_ones_are_slow() -> None:
