@@ -60,6 +60,11 @@ class Agent:
         self._closed = False
 
     @property
+    def server_pid(self) -> int:
+        """The id of the fork server."""
+        return self._server.pid
+
+    @property
     def pid(self) -> int | None:
         """The id of the agent; None until it is forked."""
         self._receive()

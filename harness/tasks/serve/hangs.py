@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
+from harness.engines.processes import is_stopped
 from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Progress
 from harness.serving.transport import EngineGone
 
@@ -130,9 +130,8 @@ class HangDetector:
                 )
 
     def _learn(self, kind: Kind, duration_s: float) -> None:
-        self._slowest_s[kind] = max(
-            duration_s, self._keep * self._slowest_s.pop(kind, 0.0)
-        )  # the latest kind is the last
+        known_s = self._keep * self._slowest_s.pop(kind, 0.0)
+        self._slowest_s[kind] = max(duration_s, known_s)  # the latest kind is the last
         if len(self._slowest_s) > MAX_KINDS:
             del self._slowest_s[next(iter(self._slowest_s))]
 
@@ -215,11 +214,3 @@ class StoppedRanks:
                 self._since.pop(pid, None)
             elif self._clock() - self._since.setdefault(pid, self._clock()) > STOPPED_S:
                 raise EngineGone(f"rank {rank} (process {pid}) was stopped by a signal for {STOPPED_S:g} s")
-
-
-def is_stopped(pid: int) -> bool:
-    """Return whether a process is stopped by a signal; False if nobody can say."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
-    except (OSError, IndexError):
-        return False
