@@ -282,8 +282,8 @@ class Supervisor:
             self._fail_for_good(error)
             return 0.0
         self._deaths.add()
-        if self._open.on_engine_gone(error):
-            self._deaths.explain()
+        if explained := self._open.on_engine_gone(error):
+            self._deaths.explain(explained)
         self._archive_logs()
         pause_s, serve = self._deaths.pause_s, self._config.serve
         self._set_state("restarting", str(error))
