@@ -95,6 +95,12 @@ class Agent:
         """Ask the agent to end its ranks and then itself."""
         self.send(signal.SIGTERM)
 
+    def end_server(self) -> None:
+        """Kill a fork server that does not answer; the next agent starts another one."""
+        self._server.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self._server.wait(KILL_S)
+
     def close(self) -> None:
         """Kill the agent if it still runs, and forget it; the fork server kills one that it has not forked yet."""
         if self._closed:

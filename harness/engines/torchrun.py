@@ -84,7 +84,12 @@ class TorchrunEngine:
         order = AgentOrder(folder, str(sockets), options, own, str(log.resolve()), working_folder())
         self._agent = self._fork_server.start_agent(order, self.environment)
         self._connection = Connection(self._addresses, self.check_alive)
-        info = self._connection.wait_ready(self._config.launch.start_timeout_s, on_wait)
+        try:
+            info = self._connection.wait_ready(self._config.launch.start_timeout_s, on_wait)
+        except EngineGone:
+            if self._agent.pid is None:  # it would keep the next ranks waiting, too
+                self._agent.end_server()
+            raise
         self._ranks = [handle for pid in info.pids if (handle := ProcessHandle.open(pid)) is not None]
         if len(self._ranks) < len(info.pids):
             raise post_mortem(self._logs)

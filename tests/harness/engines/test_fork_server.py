@@ -138,6 +138,20 @@ def test_a_process_that_is_stopped_while_ranks_load_ends_the_wait(
     wait_for(lambda: process_name(stopped[0]) == "", "the stopped rank to end", 10)
 
 
+def test_a_fork_server_that_does_not_answer_in_time_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RUN.config.launch, "start_timeout_s", 0.3)  # it still imports
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "config.yaml").write_text(to_yaml(RUN.config))
+    with ForkServer() as fork_server:
+        engine = TorchrunEngine(RUN.config, tmp_path, fork_server)
+        with pytest.raises(EngineGone, match=r"not ready within 0.3 s"):
+            engine.start(lambda info: None)
+        engine.kill()
+        assert [server.process.poll() for server in fork_server._servers.values()] == [-signal.SIGKILL]
+
+
 OWNER = """
 import os, sys
 from pathlib import Path
