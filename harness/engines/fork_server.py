@@ -60,6 +60,11 @@ class Agent:
         self._closed = False
 
     @property
+    def server_pid(self) -> int:
+        """The id of the fork server."""
+        return self._server.pid
+
+    @property
     def pid(self) -> int | None:
         """The id of the agent; None until it is forked."""
         self._receive()
@@ -89,6 +94,12 @@ class Agent:
     def terminate(self) -> None:
         """Ask the agent to end its ranks and then itself."""
         self.send(signal.SIGTERM)
+
+    def end_server(self) -> None:
+        """Kill a fork server that does not answer; the next agent starts another one."""
+        self._server.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self._server.wait(KILL_S)
 
     def close(self) -> None:
         """Kill the agent if it still runs, and forget it; the fork server kills one that it has not forked yet."""

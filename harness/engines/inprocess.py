@@ -33,6 +33,9 @@ class NoCancelFlags:
         """Return False."""
         return False
 
+    def clear(self, request_id: str) -> None:
+        """Do nothing."""
+
 
 class InprocessEngine:
     """The same request scheduler and worker at world size 1.

@@ -68,6 +68,14 @@ def children(pid: int) -> list[int]:
         return []
 
 
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped by a signal; False if nobody can say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
+
+
 class ProcessHandle:
     """Another process, by a descriptor that never means a later process with the same id.
 

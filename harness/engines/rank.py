@@ -64,6 +64,10 @@ class StoreCancelFlags:
         """Return whether a request is marked as cancelled."""
         return bool(self._store.check([f"cancelled/{request_id}"]))
 
+    def clear(self, request_id: str) -> None:
+        """Remove the mark."""
+        self._store.delete_key(f"cancelled/{request_id}")
+
 
 def main() -> None:
     """Run one rank under the launcher's torchrun."""

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgspec
 from harness.config.schema import RunConfig
 from harness.engines.environment import SOCKETS, loopback_environment, rank_environment
 from harness.engines.fork_server import KILL_S, Agent, AgentOrder, ForkServer
-from harness.engines.processes import ProcessHandle, children
+from harness.engines.processes import ProcessHandle, children, is_stopped
 from harness.engines.protocol import Answer, OnProgress, send_and_wait
 from harness.messages import EngineInfo, GenerationRequest
 from harness.parallel.mesh import degrees, world_size
@@ -27,6 +28,7 @@ TAIL_LINES = 3
 FAILED = re.compile(r"failed \(exitcode: (-?\d+)\)\s+local_rank: (\d+)")  # a line of torchrun's agent
 VAGUE_CODES = (0, 1, -signal.SIGTERM)  # of ranks that have only lost another one
 REASON_S = 0.5
+STOPPED_LOOKS = 25  # about 5 s of Connection.POLL_MS; this process may have been stopped, too, so time says nothing
 T = TypeVar("T")
 
 
@@ -68,6 +70,7 @@ class TorchrunEngine:
         self._ranks: list[ProcessHandle] = []  # once they are ready
         self._codes: dict[int, int | None] = {}  # of ranks that have ended
         self._ended_at = float("inf")
+        self._stopped: Counter[int] = Counter()  # how often a process was seen stopped by a signal while ranks load
         self.reused: str | None = None
         self.environment = os.environ | rank_environment(config, self._world_size) | loopback_environment()
 
@@ -81,7 +84,12 @@ class TorchrunEngine:
         order = AgentOrder(folder, str(sockets), options, own, str(log.resolve()), working_folder())
         self._agent = self._fork_server.start_agent(order, self.environment)
         self._connection = Connection(self._addresses, self.check_alive)
-        info = self._connection.wait_ready(self._config.launch.start_timeout_s, on_wait)
+        try:
+            info = self._connection.wait_ready(self._config.launch.start_timeout_s, on_wait)
+        except EngineGone:
+            if self._agent.pid is None:  # it would keep the next ranks waiting, too
+                self._agent.end_server()
+            raise
         self._ranks = [handle for pid in info.pids if (handle := ProcessHandle.open(pid)) is not None]
         if len(self._ranks) < len(info.pids):
             raise post_mortem(self._logs)
@@ -164,6 +172,8 @@ class TorchrunEngine:
         """
         if self._agent is None:
             return
+        if not self._ranks:
+            self._check_stopped(self._agent)
         for number, rank in enumerate(self._ranks):
             if self._codes.get(number) is None and rank.has_ended():
                 self._codes[number] = rank.exit_code
@@ -173,6 +183,17 @@ class TorchrunEngine:
         waited = time.monotonic() - self._ended_at > REASON_S
         if known or waited or self._agent.has_ended() or rank_error(self._logs) is not None:
             raise post_mortem(self._logs, self._codes)
+
+    def _check_stopped(self, agent: Agent) -> None:
+        """Raise EngineGone if somebody has stopped a process with SIGSTOP while the ranks load.
+
+        Raises:
+            EngineGone: A process is stopped, and was at the last looks.
+        """
+        pids = [agent.server_pid] if agent.pid is None else [agent.server_pid, agent.pid, *children(agent.pid)]
+        self._stopped = Counter({pid: self._stopped[pid] + 1 for pid in pids if is_stopped(pid)})
+        if max(self._stopped.values(), default=0) > STOPPED_LOOKS:
+            raise EngineGone(f"process {max(self._stopped)} was stopped by a signal while the ranks were loading")
 
     @property
     def _logs(self) -> Path:

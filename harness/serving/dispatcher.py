@@ -7,6 +7,7 @@ private folder. All ranks of a server are on one machine.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 
 import msgspec
@@ -159,13 +160,20 @@ class Dispatcher:
         self._publish_state()
 
     def _next(self, blocked_clients: set[str], blocked_requests: set[str]) -> TrackedRequest | None:
-        """Return the request whose part is next: one with parts left, or one of the queue."""
+        """Return the request whose part is next: one with parts left, or one of the queue.
+
+        Within a client, what has begun goes first, whatever the policy: else it might wait for as long as others come.
+        """
         with_left = {request_id: request for request_id, request in self._open.items() if request.has_left}
         waiting = [request.tracked for name, request in with_left.items() if name not in blocked_requests]
         if not self._queue.shutting_down:
             waiting += self._queue.queue
         waiting = [tracked for tracked in waiting if tracked.turn not in blocked_clients]
-        return next_request(waiting, self._queue.turns, self._queue.key)
+
+        def key(tracked: TrackedRequest) -> float:
+            return -math.inf if tracked.request.request_id in self._open else self._queue.key(tracked)
+
+        return next_request(waiting, self._queue.turns, key)
 
     def _room_for(self, tracked: TrackedRequest, first_only: bool) -> int | None:
         """Return the replica for a part of a request, or None if it has to wait.
@@ -173,6 +181,8 @@ class Dispatcher:
         A replica has room up to the work of one forward. Beyond that, a client may have its first part in progress,
         and a request its first part if every replica has the parts of one single request. Forwards are made in turns.
         """
+        if len(self._reachable) < len(self._counts):  # the first request is for all replicas, too
+            return None
         load = dict.fromkeys(sorted(self._reachable), 0.0)
         requests: dict[int, list[str]] = {replica: [] for replica in load}
         for request_id, request in self._open.items():

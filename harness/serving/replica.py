@@ -179,8 +179,10 @@ class ReplicaLoop:
             self._check_dispatcher()
         while self._socket.poll(0):
             orders = msgspec.msgpack.decode(self._socket.recv(), type=Orders)
-            self._arrived |= {part.key: part for part in orders.begin}
-            self._stops += orders.stops
+            begin = {part.key: part for part in orders.begin}
+            self._arrived |= begin
+            # a stop that came before belongs to an ended part of an earlier request with the same id
+            self._stops = [key for key in self._stops if key not in begin] + orders.stops
             self._last |= orders.last
 
     def _plan(self) -> Tick:

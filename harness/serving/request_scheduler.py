@@ -30,6 +30,9 @@ class CancelFlags(Protocol):
     def is_set(self, request_id: str) -> bool:
         """Return whether a request is marked as cancelled."""
 
+    def clear(self, request_id: str) -> None:
+        """Remove the mark: a later request may have the same id."""
+
 
 class RequestScheduler:
     """The scheduler of one rank. Rank 0 owns the sockets; the other ranks sleep in a broadcast until there is work.
@@ -121,4 +124,6 @@ class RequestScheduler:
 
         start = time.perf_counter()
         outcomes = self.collectives.gather(self.worker.generate(request, on_progress, post_cancelled))
+        if posted:
+            self.cancel_flags.clear(request.request_id)
         return merge_outcomes(request, outcomes, (time.perf_counter() - start) * 1e3)

@@ -73,16 +73,14 @@ def state_routes() -> APIRouter:
     async def health(service: ServiceDep) -> openai.Health:
         """Answer 200 in starting, ready and restarting; 503 in failed and stopping, as nothing can be generated."""
         if service.supervisor.state in UNHEALTHY:
-            raise Problem("not_serving", state_line(service), retry_after_s=1.0)
+            raise Problem("not_serving", service.unready_reason, retry_after_s=1.0)
         return health_of(service)
 
     @router.get("/ready")
     async def ready(service: ServiceDep) -> openai.Health:
         """Answer 200 only while the ranks are ready; otherwise 503 with the reason."""
-        if service.housekeeping.trouble:
-            raise Problem("not_serving", service.housekeeping.trouble, retry_after_s=1.0)
-        if service.supervisor.state != "ready":
-            raise Problem("not_serving", state_line(service), retry_after_s=1.0)
+        if service.unready_reason:
+            raise Problem("not_serving", service.unready_reason, retry_after_s=1.0)
         return health_of(service)
 
     @router.get("/metrics", response_class=Response)
@@ -91,11 +89,6 @@ def state_routes() -> APIRouter:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router
-
-
-def state_line(service: GenerationService) -> str:
-    """Return in which state the server is, and why."""
-    return f"{service.supervisor.state}: {service.supervisor.reason}"
 
 
 def health_of(service: GenerationService) -> openai.Health:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
+from harness.engines.processes import is_stopped
 from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Progress
 from harness.serving.transport import EngineGone
 
 Kind: TypeAlias = tuple[str, int, int, int, int]  # stage, height, width, frames, images in a forward
 FACTOR = 20.0  # a step may take this many times the slowest of its kind so far
+KEEP = 0.99
 FLOOR_S = 5.0  # no step counts as a hang before this: a busy machine stands still for seconds
 STOPPED_S = 5.0  # a rank in the state of SIGSTOP for longer hangs
 MAX_KINDS = 4096
@@ -66,11 +67,15 @@ class HangDetector:
         hang_s: The longest silence while no step of a kind has been seen, seconds.
         longest_s: The longest silence after that, seconds.
         clock: The clock, seconds.
+        keep: The share of the slowest step that is remembered at each later one of its kind; see `remembered_share`.
     """
 
-    def __init__(self, hang_s: float, longest_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, hang_s: float, longest_s: float, clock: Callable[[], float] = time.monotonic, keep: float = KEEP
+    ) -> None:
         self.hang_s = hang_s
         self._longest_s = longest_s
+        self._keep = keep
         self._clock = clock
         self._given: dict[str, Given] = {}
         self._slowest_s: dict[Kind, float] = {}
@@ -125,7 +130,8 @@ class HangDetector:
                 )
 
     def _learn(self, kind: Kind, duration_s: float) -> None:
-        self._slowest_s[kind] = max(duration_s, self._slowest_s.pop(kind, 0.0))  # the latest kind is the last
+        known_s = self._keep * self._slowest_s.pop(kind, 0.0)
+        self._slowest_s[kind] = max(duration_s, known_s)  # the latest kind is the last
         if len(self._slowest_s) > MAX_KINDS:
             del self._slowest_s[next(iter(self._slowest_s))]
 
@@ -159,6 +165,15 @@ def first_step_s(config: RunConfig) -> float:
     compiling_s = launch.collective_timeout_s if config.engine.optimize is Optimize.compile else 0.0
     loading_s = 0.0 if config.model.text.keep_loaded else launch.start_timeout_s
     return max(config.serve.hang_s, compiling_s, loading_s)
+
+
+def remembered_share(config: RunConfig) -> float:
+    """Return the share of the slowest step of a kind that is remembered at each later one.
+
+    A stall of the machine is forgotten. Where a network is compiled, or a text encoder is loaded for a prompt that is
+    not cached, any step may be as slow as the slowest one, and nothing is forgotten.
+    """
+    return KEEP if first_step_s(config) == config.serve.hang_s else 1.0
 
 
 def kind_of(request: GenerationRequest, stage: str) -> Kind:
@@ -199,11 +214,3 @@ class StoppedRanks:
                 self._since.pop(pid, None)
             elif self._clock() - self._since.setdefault(pid, self._clock()) > STOPPED_S:
                 raise EngineGone(f"rank {rank} (process {pid}) was stopped by a signal for {STOPPED_S:g} s")
-
-
-def is_stopped(pid: int) -> bool:
-    """Return whether a process is stopped by a signal; False if nobody can say."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
-    except (OSError, IndexError):
-        return False

@@ -144,7 +144,7 @@ class Housekeeping:
         return kept
 
     def _add_dead_logs(self) -> None:
-        for folder in sorted((self._folder / "logs").glob("died*"), key=lambda path: path.stat().st_mtime):
+        for folder in sorted((self._folder / "logs").glob("died*"), key=modified_at):
             if folder.name not in self._kept:
                 self._add(Kept(folder.name, (folder,), self._clock(), sum(map(disk_bytes, folder.rglob("*")))))
 
@@ -156,8 +156,8 @@ class Housekeeping:
         paths = list((self._folder / "logs").glob("*.log"))
         limit = min(MAX_LOG_BYTES, self._max_bytes // (4 * max(1, len(paths))))  # a quarter of the space for all
         for path in paths:
-            if path.stat().st_size > limit:
-                with path.open("rb+") as file:
+            if disk_bytes(path) > limit:
+                with suppress(FileNotFoundError), path.open("rb+") as file:  # of ranks that have just died
                     file.seek(-limit // 2, os.SEEK_END)
                     end = file.read()
                     file.seek(0)
@@ -184,6 +184,14 @@ def disk_bytes(path: Path) -> int:
         return 512 * path.stat().st_blocks
     except OSError:
         return 0
+
+
+def modified_at(path: Path) -> float:
+    """Return the time of the last change, seconds since 1970; 0 if there is no such file any more."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def remove(paths: Sequence[Path]) -> None:

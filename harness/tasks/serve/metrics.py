@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,10 +20,12 @@ class SupervisorCollector(Collector):
 
     Args:
         supervisor: The supervisor of the ranks.
+        is_ready: The function that returns whether the server takes requests, as /ready does.
     """
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervisor, is_ready: Callable[[], bool]) -> None:
         self._supervisor = supervisor
+        self._is_ready = is_ready
 
     def collect(self) -> Iterator[Metric]:
         """Collect the gauges, and the engine's counters, which restart from 0 with the engine.
@@ -33,7 +35,7 @@ class SupervisorCollector(Collector):
         """
         supervisor = self._supervisor
         states = Counter(job.state for job in list(supervisor.jobs.values()))
-        yield GaugeMetricFamily("triptych_ready", "1 while the ranks are ready", float(supervisor.state == "ready"))
+        yield GaugeMetricFamily("triptych_ready", "1 while /ready answers 200", float(self._is_ready()))
         yield GaugeMetricFamily("triptych_queued", "requests in the queue", states["queued"])
         yield GaugeMetricFamily("triptych_running", "requests that are running", states["running"])
         yield CounterMetricFamily("triptych_restarts", "restarts of the ranks", supervisor.restarts)
@@ -48,9 +50,10 @@ class RequestMetrics:
 
     Args:
         supervisor: The supervisor whose state is read at every scrape.
+        is_ready: The function that returns whether the server takes requests.
     """
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Supervisor, is_ready: Callable[[], bool]) -> None:
         self._registry = prometheus.CollectorRegistry()
         self._outcomes = prometheus.Counter(
             "triptych_requests", "requests by outcome", ["outcome"], registry=self._registry
@@ -64,7 +67,7 @@ class RequestMetrics:
         self._queue_time = prometheus.Histogram(
             "triptych_queue_seconds", "time from arrival to the first stage", buckets=BUCKETS_S, registry=self._registry
         )
-        self._registry.register(SupervisorCollector(supervisor))
+        self._registry.register(SupervisorCollector(supervisor, is_ready))
 
     def count(self, outcome: str) -> None:
         """Count one more request with this outcome."""

@@ -76,12 +76,19 @@ class OpenRequests:
         return sorted((job for job in self.outstanding.values() if job.state == "queued"), key=place)
 
     def to_send(self) -> list[GenerationJob]:
-        """Return the jobs that the ranks may be given now; the caller sends all of them and calls `on_sent`."""
+        """Return the jobs that the ranks may be given now; the caller sends all of them and calls `on_sent`.
+
+        The ranks' own queue has no room for more than serve.max_queue either, and would refuse the rest. It also has
+        requests that were answered here, such as cancelled ones, until the ranks know.
+        """
         waiting = [job for request_id, job in self.outstanding.items() if request_id not in self.sent]
+        if not waiting:
+            return []
         suspects = [job for job in waiting if job.request.request_id in self._suspects]
         if self._alone or (suspects and self.sent):
             return []
-        return suspects[:1] or waiting
+        running = sum(name in self.outstanding and self.outstanding[name].state == "running" for name in self.sent)
+        return suspects[:1] or waiting[: max(0, self._serve.max_queue - len(self.sent) + running)]
 
     def on_sent(self, job: GenerationJob) -> None:
         """Record that the ranks were given a request."""
@@ -118,18 +125,19 @@ class OpenRequests:
         else:
             self._finish(job, message, frames)
 
-    def on_engine_gone(self, error: EngineGone) -> bool:
+    def on_engine_gone(self, error: EngineGone) -> int:
         """Put what the ranks had back into the queue after they have died, and answer the request that killed them.
 
         Args:
             error: The reason why the ranks died.
 
         Returns:
-            Whether a request was found that kills ranks.
+            The deaths that the request explains which was found to kill ranks; 0 if none was found.
         """
         found = [job for request_id, job in self.outstanding.items() if request_id in self.sent]
         guilty = found[0] if self._alone and found else None
         self._deaths.update(job.request.request_id for job in found)
+        explained = 0 if guilty is None else self._deaths[guilty.request.request_id]
         if guilty is None:
             suspects = [job for job in found if self._deaths[job.request.request_id] > 1]
             suspects += [] if error.from_outside else self._likely(found)
@@ -139,11 +147,10 @@ class OpenRequests:
             if job.cancelling:
                 self.fail(job, "cancelled", "the request was cancelled")
         if guilty is not None and not guilty.answered:
-            deaths = self._deaths[guilty.request.request_id]
-            times = "twice" if deaths == 2 else f"{deaths} times"
+            times = "twice" if explained == 2 else f"{explained} times"
             line = f"the ranks died {times} with this request, the last time with no other; change the request"
             self.fail(guilty, error.kind, f"{line} ({error})")
-        return guilty is not None
+        return explained
 
     def forget_sent(self) -> None:
         """Put what the ranks had back into the queue: there are no such ranks any more."""

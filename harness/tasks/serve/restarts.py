@@ -52,11 +52,15 @@ class Deaths:
         excess = len(self._times) - self._serve.restarts
         return pause_after(excess) if excess > 0 else 0.0
 
-    def explain(self) -> None:
-        """Take back the two latest deaths: a request was found that kills ranks."""
+    def explain(self, times: int) -> None:
+        """Take back the latest deaths: a request was found that kills ranks.
+
+        Args:
+            times: How many deaths the request explains.
+        """
         self._explained += 1
         if self._explained <= self._serve.restarts:
-            for _ in range(min(2, len(self._times))):
+            for _ in range(min(times, len(self._times))):
                 self._times.pop()
 
     def on_image(self) -> None:

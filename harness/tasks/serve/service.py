@@ -81,13 +81,20 @@ class GenerationService:
     def __init__(self, config: RunConfig, supervisor: Supervisor, folder: Path) -> None:
         self.config = config
         self.supervisor = supervisor
-        self.metrics = RequestMetrics(supervisor)
+        self.metrics = RequestMetrics(supervisor, lambda: not self.unready_reason)
         self.housekeeping = Housekeeping(config.serve, folder)
         self._folder = folder
         self._max_log_bytes = min(storage.MAX_REQUESTS_BYTES, (config.serve.keep_mib << 20) // 16)
         self._fingerprint = fingerprint(to_dict(config))
         self._handles: dict[str, RequestHandle] = {}
         self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def unready_reason(self) -> str:
+        """Why the server generates nothing now, in one line; empty if it does."""
+        supervisor = self.supervisor
+        state = "" if supervisor.state == "ready" else f"{supervisor.state}: {supervisor.reason}"
+        return self.housekeeping.trouble or state
 
     def submit(self, request: GenerationRequest, user: str | None, client: str = "") -> RequestHandle:
         """Queue a request.

@@ -15,10 +15,10 @@ import msgspec
 
 from harness.config.schema import RunConfig
 from harness.engines.torchrun import TorchrunEngine
-from harness.messages import EngineInfo, GenerationRequest, GenerationResult, Progress
+from harness.messages import EngineInfo, GenerationRequest, GenerationResult
 from harness.serving.faults import failure_line
 from harness.serving.transport import EngineGone
-from harness.tasks.serve.hangs import HangDetector, OwnTime, first_step_s
+from harness.tasks.serve.hangs import HangDetector, OwnTime, first_step_s, remembered_share
 from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.open_requests import OpenRequests
 from harness.tasks.serve.ranks import MakeSupervisedEngine, RankSession, Report, SupervisedEngine, Watch, end
@@ -78,7 +78,9 @@ class Supervisor:
         self._make_engine = make_engine
         self._open = OpenRequests(config.serve)
         own_time = OwnTime()
-        hangs = HangDetector(first_step_s(config), config.launch.collective_timeout_s, own_time.now)
+        hangs = HangDetector(
+            first_step_s(config), config.launch.collective_timeout_s, own_time.now, remembered_share(config)
+        )
         self._watch = Watch(hangs, own_time, TroubleLog())
         self._deaths = Deaths(config.serve)
         self._engine: SupervisedEngine | None = None
@@ -263,8 +265,7 @@ class Supervisor:
         self._open.on_message(report, frames)
         if isinstance(report, GenerationResult):
             self._deaths.on_image()
-        if not isinstance(report, Progress):
-            self._send_waiting()
+        self._send_waiting()
 
     def _on_engine_gone(self, error: EngineGone) -> float:
         """Apply the death of the ranks.
@@ -281,8 +282,8 @@ class Supervisor:
             self._fail_for_good(error)
             return 0.0
         self._deaths.add()
-        if self._open.on_engine_gone(error):
-            self._deaths.explain()
+        if explained := self._open.on_engine_gone(error):
+            self._deaths.explain(explained)
         self._archive_logs()
         pause_s, serve = self._deaths.pause_s, self._config.serve
         self._set_state("restarting", str(error))

@@ -17,7 +17,7 @@ import pytest
 from harness.engines import rendezvous
 from harness.engines.fork_agent import ForkServerProcess
 from harness.engines.fork_server import AgentOrder, ForkServer
-from harness.engines.processes import ProcessHandle, children, process_name
+from harness.engines.processes import RANK_NAME, ProcessHandle, children, process_name
 from harness.engines.torchrun import TorchrunEngine, post_mortem
 from harness.messages import EngineInfo
 from harness.resolve.compose import compose_run, to_yaml
@@ -132,6 +132,42 @@ def test_stopped_ranks_end_with_their_server_and_the_next_ranks_get_a_new_one(
     with started(tmp_path / "b", fork_server) as (engine, info):
         assert parent(parent(info.pids[0]) or 0) != server
         generate(engine)
+
+
+def test_a_process_that_is_stopped_while_ranks_load_ends_the_wait(
+    tmp_path: Path, fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.engines.torchrun.STOPPED_LOOKS", 3)
+    stopped: list[int] = []
+
+    def stop_a_rank(info: EngineInfo | None) -> None:
+        ranks = [pid for pid in descendants(os.getpid()) if process_name(pid) == RANK_NAME.format(rank=1)]
+        if not stopped and ranks:
+            os.kill(ranks[0], signal.SIGSTOP)
+            stopped.append(ranks[0])
+
+    monkeypatch.setattr(RUN.config.launch, "start_timeout_s", 30.0)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "config.yaml").write_text(to_yaml(RUN.config))
+    engine = TorchrunEngine(RUN.config, tmp_path, fork_server)
+    with pytest.raises(EngineGone, match=r"process \d+ was stopped by a signal while the ranks were loading"):
+        engine.start(stop_a_rank)
+    engine.kill()
+    wait_for(lambda: process_name(stopped[0]) == "", "the stopped rank to end", 10)
+
+
+def test_a_fork_server_that_does_not_answer_in_time_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RUN.config.launch, "start_timeout_s", 0.3)  # it still imports
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "config.yaml").write_text(to_yaml(RUN.config))
+    with ForkServer() as fork_server:
+        engine = TorchrunEngine(RUN.config, tmp_path, fork_server)
+        with pytest.raises(EngineGone, match=r"not ready within 0.3 s"):
+            engine.start(lambda info: None)
+        engine.kill()
+        assert [server.process.poll() for server in fork_server._servers.values()] == [-signal.SIGKILL]
 
 
 OWNER = """

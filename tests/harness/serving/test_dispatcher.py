@@ -273,6 +273,20 @@ def test_the_shortest_waiting_request_of_a_client_is_next() -> None:
     assert order[2:] == ["short", "long", "longer"]
 
 
+@pytest.mark.parametrize("policy", list(Policy))
+def test_what_has_begun_is_not_passed_for_ever_by_what_comes_later(policy: Policy) -> None:
+    with toy_engine(max_batch=1, policy=policy) as engine, engine.connected() as connection:
+        event = held(engine)
+        connection.send(toy_request("begun", images=4, steps=20, timeout_s=1000.0))
+        wait_for(lambda: len(engine.networks[0].forwards) > 1, "the first image to run")
+        for k in range(8):
+            connection.send(toy_request(f"later {k}", steps=20, timeout_s=100.0))
+            assert toy_progress(connection, f"later {k}").stage == QUEUED
+        event.set()
+        order = list(toy_answers(connection, 9))
+    assert order.index("begun") <= 4
+
+
 def test_what_cannot_be_finished_in_time_is_refused_at_once() -> None:
     with toy_engine() as engine, engine.connected() as connection:
         engine.networks[0].on_forward = slow(0.02)

@@ -20,6 +20,7 @@ from harness.tasks.serve.hangs import (
     StoppedRanks,
     first_step_s,
     is_stopped,
+    remembered_share,
 )
 from tests.fixtures.commands import wait_for
 from tests.fixtures.serving.virtual_time import VirtualTime
@@ -68,6 +69,20 @@ def test_a_step_may_take_a_multiple_of_the_slowest_of_its_kind(step_s: float, ex
     run(hangs, clock, request("a"), step_s)
     run(hangs, clock, request("b"), step_s, answer=False)
     assert silence(hangs, clock) == pytest.approx(expected_s, abs=0.2)
+
+
+def test_a_stall_of_the_machine_is_forgotten() -> None:
+    clock = VirtualTime()
+    hangs = detector(clock)
+    run(hangs, clock, request("stalls", steps=1), 20.0)
+    run(hangs, clock, request("goes on", steps=1000), 0.1)
+    run(hangs, clock, request("hangs"), 0.1, answer=False)
+    assert silence(hangs, clock) == pytest.approx(FLOOR_S, abs=0.2)
+    config = RunConfig()
+    config.engine.optimize = Optimize.none
+    assert remembered_share(config) < 1
+    config.model.text.keep_loaded = False
+    assert remembered_share(config) == 1
 
 
 def test_a_kind_that_was_never_seen_has_the_configured_time_or_more_where_smaller_ones_are_slow() -> None:

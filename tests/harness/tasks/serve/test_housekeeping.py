@@ -103,6 +103,15 @@ def test_a_log_that_is_being_written_loses_its_older_half(folder: Path) -> None:
     assert log.read_text().endswith("line 39999\nthe last\n")
 
 
+def test_logs_that_go_away_while_they_are_looked_at_are_no_trouble(folder: Path) -> None:
+    for name in ("rank0.log", "died1"):  # the next ranks begin, and old logs are removed
+        (folder / "logs" / name).unlink(missing_ok=True)
+        (folder / "logs" / name).symlink_to(folder / "gone")
+    kept = keeper(folder)
+    kept.check()
+    assert kept.trouble == ""
+
+
 def test_lines_are_whole_and_the_file_rotates(folder: Path) -> None:
     threads = [
         threading.Thread(target=lambda k=k: [storage.append_entry(folder, entry(f"{k}-{n}"), 4000) for n in range(20)])

@@ -9,8 +9,10 @@ import pytest
 from harness.config.serve import ServeConfig
 from harness.serving.transport import EngineGone
 from harness.tasks.serve import restarts
+from harness.tasks.serve.open_requests import OpenRequests
 from harness.tasks.serve.restarts import Deaths, TroubleLog, oom_kills
 from harness.tasks.serve.supervisor import name_memory
+from tests.fixtures.serving.fake_engine import make_request
 from tests.fixtures.serving.virtual_time import VirtualTime
 
 
@@ -26,18 +28,24 @@ def test_pauses_grow_to_a_minute_and_end_with_the_window() -> None:
     assert deaths.pause_s == 0
 
 
-def test_a_death_that_a_request_explains_is_not_counted_unless_every_request_is_one() -> None:
-    deaths = Deaths(ServeConfig(restarts=2), VirtualTime().now)
-    for _ in range(20):
+@pytest.mark.parametrize("from_outside", [False, True])
+def test_a_death_that_a_request_explains_is_not_counted_unless_every_request_is_one(from_outside: bool) -> None:
+    """One that ends its rank by SIGKILL is no suspect at first, and dies once more."""
+    deaths, requests = Deaths(ServeConfig(restarts=2), VirtualTime().now), OpenRequests(ServeConfig())
+    for number in range(20):
         deaths.on_image()
-        deaths.add()
-        deaths.add()
-        deaths.explain()
+        job, explained = requests.add(make_request(f"{number}")), 0
+        while not job.answered:
+            requests.on_sent(job)
+            deaths.add()
+            explained = requests.on_engine_gone(EngineGone("rank 0 died", from_outside=from_outside))
+        deaths.explain(explained)
+        assert explained == (3 if from_outside else 2)
         assert deaths.pause_s == 0
     for _ in range(4):  # no image between them any more
         deaths.add()
         deaths.add()
-        deaths.explain()
+        deaths.explain(2)
     assert deaths.pause_s > 0
 
 

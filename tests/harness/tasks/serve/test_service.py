@@ -54,6 +54,7 @@ async def test_a_disk_that_takes_nothing_is_said_before_a_request_finds_it(confi
         ready = await client.get("/ready")
         assert (ready.status_code, ready.headers["retry-after"]) == (503, "1")
         assert "free some disk space" in ready.json()["error"]["message"]
+        assert b"triptych_ready 0.0" in service.metrics.text()
         service.housekeeping.trouble = ""
         assert (await client.get("/ready")).status_code == 200
         assert (await client.post(IMAGES, json=BODY)).status_code == 200

@@ -116,6 +116,26 @@ async def test_one_request_more_than_may_wait_gets_a_retry_time(tmp_path: Path) 
         await supervisor.submit(make_request("c")).wait()
 
 
+async def test_ranks_are_given_no_more_than_their_queue_holds(tmp_path: Path) -> None:
+    """They would refuse the rest, which the server has accepted."""
+    fleet = Fleet()
+    async with serving(tmp_path, fleet, max_queue=2) as supervisor:
+        first = supervisor.submit(make_request("first", steps=10_000))
+        await until(lambda: first.state == "running")
+        for name in "ab":
+            supervisor.submit(make_request(name))
+        supervisor.cancel("a")  # the ranks do not know it yet
+        late = supervisor.submit(make_request("c"))
+        assert list(supervisor._open.sent) == ["first", "a", "b"]
+        fleet.lives[0].from_outside, fleet.lives[0].death = True, "rank 1 died with SIGKILL"
+        await until(lambda: len(fleet.lives) == 2 and bool(supervisor._open.sent))
+        assert list(supervisor._open.sent) == ["first", "b"]
+        await until(lambda: len(supervisor._open.sent) == 3)
+        supervisor.cancel("first")
+        await late.wait()
+        assert late.state == "done"
+
+
 async def test_the_place_in_the_queue_is_that_of_the_policy(tmp_path: Path) -> None:
     async with serving(tmp_path, Fleet(), policy=Policy.shortest) as supervisor:
         first = supervisor.submit(make_request("first", steps=10_000))
