@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.schema import Load, RunConfig
+from harness.config.yaml import from_dict
 from harness.resolve.compose import check_composed, compose_run, register_schema, to_dict
 from harness.resolve.names import one_line
 from harness.resolve.options import options
@@ -75,7 +76,7 @@ def refusal(config: RunConfig) -> str | None:
             resolve_config(config)
         except ValueError as error:
             return str(error)
-    assert msgspec.convert(msgspec.msgpack.decode(msgspec.msgpack.encode(to_dict(config))), RunConfig) == config
+    assert from_dict(msgspec.msgpack.decode(msgspec.msgpack.encode(to_dict(config)))) == config
     return None
 
 
