@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -13,12 +12,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import harness
+from harness.engines.environment import SOCKETS
 from models.registry import REFERENCE
 from tests.fixtures.commands import (
     ENDLESS,
     LIMIT_S,
     command,
     cpu_seconds,
+    environment_of,
     parent,
     processes_about,
     ranks,
@@ -139,21 +140,25 @@ def test_an_interrupt_while_starting(tmp_path: Path) -> None:
 def test_ranks_outlive_a_stop_of_the_one_who_started_them_and_end_with_its_kill(tmp_path: Path) -> None:
     """A stopped process runs no code of its own, so the kernel has to end it."""
     folder = tmp_path / "run"
-    sockets = set(Path(tempfile.gettempdir()).glob("triptych-*"))
     overrides = [ENDLESS, "request.prompts=[a,b]", "parallel=dp2", f"hydra.run.dir={folder}"]
     with started(command(*overrides)) as process:
         wait_generating(folder, 2)
         stopped_rank, rank = ranks(folder)
+        sockets = Path(environment_of(rank)[SOCKETS])
+        assert sockets.is_dir()
         process.send_signal(signal.SIGSTOP)
         used = cpu_seconds(rank)
         wait_for(lambda: cpu_seconds(rank) > used + 1, "the ranks to go on")
-        agent = parent(stopped_rank) or 0
-        for pid in (stopped_rank, agent, parent(agent) or 0):
+        agent = parent(stopped_rank)
+        server = None if agent is None else parent(agent)
+        assert agent is not None
+        assert server is not None
+        for pid in (stopped_rank, agent, server):
             os.kill(pid, signal.SIGSTOP)
         process.kill()
         process.wait(timeout=10)
         wait_for(lambda: not processes_about(folder), "every process to end", 20)
-    assert set(Path(tempfile.gettempdir()).glob("triptych-*")) <= sockets
+    assert not sockets.exists()
     assert status_of(folder).state == "failed"
 
 
