@@ -60,6 +60,7 @@ class WaitPolicy(Enum):
 
     auto = "auto"
     default = "default"
+    adaptive = "adaptive"
     brief = "brief"
     passive = "passive"
 
@@ -419,8 +420,9 @@ class LaunchConfig:
     reproducible: bool = option(True, "Equal float32 results at 1, 2, 4 ... threads (strict MKL, no oneDNN).")
     wait_policy: WaitPolicy = option(
         WaitPolicy.auto,
-        "How OpenMP's threads wait: default spins for long, brief for 2000 turns, passive sleeps. "
-        "auto = brief for task=serve and load, else default. Variables of yours (OMP_WAIT_POLICY) win.",
+        "How OpenMP's threads wait: default spins for long, adaptive only while no other process uses their "
+        "processors, brief for 2000 turns, passive sleeps. auto = adaptive for task=serve and load, else default. "
+        "Variables of yours (OMP_WAIT_POLICY) win.",
     )
 
 

@@ -50,21 +50,31 @@ class ProcessUsage(NamedTuple):
         return ProcessUsage(self.cpu_s - before.cpu_s, switches, waited_s)
 
 
-def thread_times(pid: int | str) -> tuple[float, float] | None:
-    """Return the times that the living threads of a process ran, and waited for a processor, s.
+def times_by_thread(pid: int | str) -> dict[str, tuple[float, float]] | None:
+    """Return the times that each living thread of a process ran, and waited for a processor, s.
 
     Args:
         pid: Id of the process, or `self`.
 
     Returns:
-        The two sums (Linux's schedstat); None where the kernel does not say, or the process has ended.
+        The two times by the id of the thread (Linux's schedstat); None where the kernel does not say, or the process
+        has ended.
     """
+    found = {}
     try:
-        files = [task / "schedstat" for task in Path(f"/proc/{pid}/task").iterdir()]
-        rows = [[int(word) for word in file.read_text().split()] for file in files]
+        for name in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{name}/schedstat") as file:
+                ran, waited, _ = file.read().split()
+            found[name] = int(ran) / 1e9, int(waited) / 1e9
     except OSError:
         return None
-    return sum(row[0] for row in rows) / 1e9, sum(row[1] for row in rows) / 1e9
+    return found
+
+
+def thread_times(pid: int | str) -> tuple[float, float] | None:
+    """Return the two times of `times_by_thread`, summed over the threads."""
+    times = times_by_thread(pid)
+    return None if times is None else (sum(ran for ran, _ in times.values()), sum(w for _, w in times.values()))
 
 
 def waited_share(parts: Sequence[tuple[float, float | None]]) -> float | None:

@@ -29,6 +29,7 @@ from harness.messages import EngineInfo, LoadedComponent
 from harness.parallel.mesh import RankPosition
 from harness.records.record import write_atomically
 from harness.resolve.run import ResolvedRun
+from harness.resolve.wait_policy import is_adaptive
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Addresses, router
 
@@ -150,6 +151,7 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
     from harness.build.native import attention_name
     from harness.build.worker import build_worker, measure_ceiling
     from harness.device.device import pick_device, prepare_cpu
+    from harness.device.spinning import adaptive_waits
     from harness.parallel.collectives import Collectives, GlooCollectives, LocalCollectives, replica_collectives
     from harness.resolve.request import to_message
     from harness.serving.continuous_batching import ContinuousBatchScheduler
@@ -178,6 +180,8 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
         collectives: Collectives = GlooCollectives() if position.world_size > 1 else LocalCollectives()
         start = time.perf_counter()
         prepare_cpu(config, info.threads)
+        if is_adaptive(config) and adaptive_waits(info.threads) is None and info.threads > 1:
+            log.warning("this OpenMP library's waits cannot be changed: threads always spin for long")
         worker = build_worker(run, position, device)
         load_ms = (time.perf_counter() - start) * 1e3 - worker.operators.duration_ms
         collectives.gather([])  # all ranks have loaded, so that all measure at the same time

@@ -19,7 +19,7 @@ from harness.serving.policy import TrackedRequest, evaluation_work, next_request
 from harness.serving.replica import BatchLimits, Orders, PartProgress, ReplicaReport
 from harness.serving.request_queue import RequestQueue
 
-OPEN_WAIT_MS = 20  # how often cancellations and deadlines are looked at
+OPEN_WAIT_MS = 50  # how often cancellations and deadlines are looked at
 IDLE_WAIT_MS = 200
 log = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ class Dispatcher:
             self._may_assign |= replica not in self._reachable or any(report.ended)
             self._reachable.add(replica)
             self._counts[replica] = report.evaluations, report.rows
-            if report.forward is not None:
-                self._queue.capacity.speed.observe(*report.forward)
+            for forward in report.forwards:
+                self._queue.capacity.speed.observe(*forward)
             for progress in report.progress:
                 self._send_progress(progress)
             for key, outcomes in split_outcomes(report, frames).items():

@@ -5,8 +5,10 @@ Replicas do not wait for one another. The other ranks of a replica follow the ti
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import msgspec
 import zmq
@@ -22,6 +24,11 @@ FORWARD_S = 0.5  # the longest forward, where dividing it can do it
 SIDE_S = 0.1  # the longest side work between two forwards, apart from a single part's
 SMALLEST = 4.0  # a forward of an image smaller than the default one over this costs as much as of one of that size
 WATCH_MS = 1000
+REPORT_S = 0.05  # the shortest interval between two reports of progress alone: each one wakes the dispatcher
+
+
+Forward: TypeAlias = tuple[float, float, float]
+"""The size and the work of a forward, and its time, s."""
 
 
 class Orders(msgspec.Struct, frozen=True):
@@ -49,14 +56,14 @@ class ReplicaReport(msgspec.Struct, frozen=True):
         ended: the parts that ended and the numbers of frames of their outcomes, rank by rank.
         evaluations: the number of forwards so far.
         rows: the batch rows of those forwards.
-        forward: the size, the work and the seconds of the last forward, if there was one.
+        forwards: the size, the work and the seconds of each forward since the last report.
     """
 
     progress: list[PartProgress] = []
     ended: list[list[tuple[PartKey, int]]] = []
     evaluations: int = 0
     rows: int = 0
-    forward: tuple[float, float, float] | None = None
+    forwards: list[Forward] = []
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,10 @@ class ReplicaLoop:
         self._check_dispatcher = check_dispatcher
         self._speed, self._begin_speed, self._decode_speed = SpeedEstimate(), SpeedEstimate(), SpeedEstimate()
         self._planner = ForwardPlanner(limits, self._speed)
-        self._batch = RankBatch(worker, lambda key, stage: self._send(ReplicaReport([PartProgress(key, stage)])))
+        self._batch = RankBatch(worker, self._on_stage)
+        self._progress: dict[tuple[PartKey, str], PartProgress] = {}  # not reported yet, as the forwards
+        self._forwards: list[Forward] = []
+        self._reported = 0.0
         self._arrived: dict[PartKey, Part] = {}
         self._stops: list[PartKey] = []
         self._side_s = 0.0  # the time of side work since the last forward
@@ -167,7 +177,7 @@ class ReplicaLoop:
 
     def run(self) -> None:
         """Run until the dispatcher says that it is the end."""
-        self._send(ReplicaReport())  # the dispatcher can reach this replica from now on
+        self._report([])  # the dispatcher can reach this replica from now on
         while not self._last or self._batch.parts or self._arrived:
             self._receive(wait=not self._batch.parts and not self._arrived)
             if self._batch.parts or self._arrived:
@@ -229,23 +239,41 @@ class ReplicaLoop:
             for key, work in parts.items():
                 speed.observe(work, work, self._batch.durations[key])
                 self._side_s += self._batch.durations[key]
-        forward = None
         if tick.forward:
             first = tick.forward[0]
             work = works[first] / rows[first] if tick.by_row else sum(works[key] for key in tick.forward)
             forward = works[first], work, self._batch.durations[first]
             self._speed.observe(*forward)
-        self._report(gathered, forward)
+            self._forwards.append(forward)
+        self._progress |= {(key, step[0]): PartProgress(key, *step) for key, step in self._batch.steps.items()}
+        has_news = any(len(frames) > 1 for frames in gathered) or any(d == t for _, d, t in self._batch.steps.values())
+        if has_news or self._is_due():
+            self._report(gathered)
 
-    def _report(self, gathered: list[list[bytes]], forward: tuple[float, float, float] | None) -> None:
-        progress = [PartProgress(key, *step) for key, step in self._batch.steps.items()]
+    def _on_stage(self, key: PartKey, stage: str) -> None:
+        self._progress[key, stage] = PartProgress(key, stage)
+        if self._is_due():
+            self._report([])
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._reported >= REPORT_S
+
+    def _report(self, gathered: list[list[bytes]]) -> None:
+        """Send what has ended in a tick, and the progress and the forwards since the last report.
+
+        Args:
+            gathered: what the ranks have returned from a tick.
+        """
         ended = [msgspec.msgpack.decode(frames[0], type=TickReport).ended for frames in gathered]
         counter = self._worker.counter
-        report = ReplicaReport(progress, ended, counter.evaluations, counter.rows, forward)
-        self._send(report, [frame for frames in gathered for frame in frames[1:]])
-
-    def _send(self, report: ReplicaReport, frames: list[bytes] | None = None) -> None:
-        self._socket.send_multipart([msgspec.msgpack.encode(report), *(frames or [])])
+        report = ReplicaReport(
+            list(self._progress.values()), ended, counter.evaluations, counter.rows, list(self._forwards)
+        )
+        self._progress.clear()
+        self._forwards.clear()
+        self._reported = time.monotonic()
+        frames = [frame for of_rank in gathered for frame in of_rank[1:]]
+        self._socket.send_multipart([msgspec.msgpack.encode(report), *frames])
 
 
 def follow_replica(worker: Worker, collectives: Collectives) -> None:
