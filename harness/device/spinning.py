@@ -10,14 +10,15 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+from collections import deque
 from pathlib import Path
 
 from harness.device.usage import times_by_thread
 
 SAMPLE_S = 0.1
-CROWDED = 0.2  # the share of a thread's time without a processor from which the waits are short
-FREE = 0.1
-FREE_SAMPLES = 10  # as many in a row, before the waits are long again
+CROWDED = 0.2  # the share of a thread's time without a processor, in two samples, from which the waits are brief
+FREE = 0.1  # the mean share of FREE_SAMPLES, under which they are long again
+FREE_SAMPLES = 10
 BUSY = 0.3  # the share of the interval in which a thread must have wanted to run, to count
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,9 @@ def largest_wait(before: dict[str, tuple[float, float]], now: dict[str, tuple[fl
         wall_s: the length of the interval, s.
 
     Returns:
-        The share; -1 if no thread was busy.
+        The share; 0 if no thread was busy.
     """
-    largest = -1.0
+    largest = 0.0
     for name, (ran, waited) in now.items():
         ran_before, waited_before = before.get(name, (ran, waited))
         wanted = ran - ran_before + waited - waited_before
@@ -102,7 +103,7 @@ class AdaptiveWaits:
         self._library = library
         self._threads = threads
         self._brief: BriefWaits | None = None
-        self._free_samples = 0
+        self._samples = deque([0.0] * FREE_SAMPLES, maxlen=FREE_SAMPLES)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="adaptive waits", daemon=True)
 
@@ -127,13 +128,11 @@ class AdaptiveWaits:
         Args:
             waited: what `largest_wait` has returned.
         """
-        if waited > CROWDED:
-            self._free_samples = 0
+        self._samples.append(waited)
+        if min([*self._samples][-2:]) > CROWDED:
             self._set_brief(True)
-        elif waited >= 0:
-            self._free_samples = self._free_samples + 1 if waited < FREE else 0
-            if self._free_samples >= FREE_SAMPLES:
-                self._set_brief(False)
+        elif sum(self._samples) < FREE * FREE_SAMPLES:
+            self._set_brief(False)
 
     def _set_brief(self, brief: bool) -> None:
         if brief and self._brief is None:

@@ -6,7 +6,7 @@ Replicas do not wait for one another. The other ranks of a replica follow the ti
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -165,6 +165,7 @@ class ReplicaLoop:
         self._socket = socket
         self._check_dispatcher = check_dispatcher
         self._speed, self._begin_speed, self._decode_speed = SpeedEstimate(), SpeedEstimate(), SpeedEstimate()
+        self._limits = limits
         self._planner = ForwardPlanner(limits, self._speed)
         self._batch = RankBatch(worker, self._on_stage)
         self._progress: dict[tuple[PartKey, str], PartProgress] = {}  # not reported yet, as the forwards
@@ -246,9 +247,14 @@ class ReplicaLoop:
             self._speed.observe(*forward)
             self._forwards.append(forward)
         self._progress |= {(key, step[0]): PartProgress(key, *step) for key, step in self._batch.steps.items()}
-        has_news = any(len(frames) > 1 for frames in gathered) or any(d == t for _, d, t in self._batch.steps.values())
-        if has_news or self._is_due():
+        has_ended = any(len(frames) > 1 for frames in gathered)
+        makes_room = any(done == total for _, done, total in self._batch.steps.values())
+        if has_ended or (makes_room and self._is_full(works)) or self._is_due():
             self._report(gathered)
+
+    def _is_full(self, works: Mapping[PartKey, float]) -> bool:
+        """Return whether the dispatcher may wait for room: one more default image would not fit."""
+        return sum(works.values()) + self._limits.default_work > self._limits.forward_work
 
     def _on_stage(self, key: PartKey, stage: str) -> None:
         self._progress[key, stage] = PartProgress(key, stage)
