@@ -18,6 +18,7 @@ from harness.serving.parts import OpenRequest, Part, PartKey
 from harness.serving.policy import TrackedRequest, evaluation_work, next_request
 from harness.serving.replica import BatchLimits, Orders, PartProgress, ReplicaReport
 from harness.serving.request_queue import RequestQueue
+from harness.serving.transport import has_message
 
 OPEN_WAIT_MS = 50  # how often cancellations and deadlines are looked at
 IDLE_WAIT_MS = 200
@@ -102,7 +103,7 @@ class Dispatcher:
         self._control.update("busy" if running else "ready", len(self._queue.queue), self._served, running)
 
     def _receive_reports(self) -> None:
-        while self._socket.poll(0):
+        while has_message(self._socket):
             identity, header, *frames = self._socket.recv_multipart()
             replica, report = int(identity), msgspec.msgpack.decode(header, type=ReplicaReport)
             self._may_assign |= replica not in self._reachable or any(report.ended)

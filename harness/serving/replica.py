@@ -17,6 +17,7 @@ from harness.parallel.collectives import Collectives
 from harness.serving.parts import Part, PartKey
 from harness.serving.rank_batch import RankBatch, RunningPart, Tick, TickReport
 from harness.serving.speed import SpeedEstimate
+from harness.serving.transport import has_message
 from harness.serving.turns import Turns
 from harness.serving.worker import Worker
 
@@ -188,7 +189,7 @@ class ReplicaLoop:
     def _receive(self, wait: bool) -> None:
         while wait and not self._last and not self._socket.poll(WATCH_MS):
             self._check_dispatcher()
-        while self._socket.poll(0):
+        while has_message(self._socket):
             orders = msgspec.msgpack.decode(self._socket.recv(), type=Orders)
             begin = {part.key: part for part in orders.begin}
             self._arrived |= begin

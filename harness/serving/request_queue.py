@@ -25,7 +25,7 @@ from harness.messages import (
 from harness.resolve.limits import check_server_limits
 from harness.serving.policy import SortKey, TrackedRequest, estimated_work, next_request, serving_order
 from harness.serving.speed import Capacity
-from harness.serving.transport import MAX_FRAMES, decode_message, receive_bounded, rejection, reply
+from harness.serving.transport import MAX_FRAMES, decode_message, has_message, receive_bounded, rejection, reply
 from harness.serving.turns import Turns
 
 RETRY_WINDOW = 16  # the number of latest answers over which the interval is averaged
@@ -132,7 +132,7 @@ class RequestQueue:
             wait_ms: the longest time to sleep until something arrives, ms; None for no limit.
         """
         ready = dict(self._poller.poll(wait_ms))
-        while self._requests.poll(0):
+        while has_message(self._requests):
             self._accept(receive_bounded(self._requests, MAX_FRAMES), running)
         self.shutting_down |= self._wake in ready
         if not self.queue and not running:

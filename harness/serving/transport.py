@@ -123,6 +123,11 @@ def replica_router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq
     return socket
 
 
+def has_message(socket: zmq.Socket[bytes]) -> bool:
+    """Return whether a message can be received at once; `Socket.poll(0)` makes a poller each time."""
+    return bool(socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+
+
 def receive_bounded(socket: zmq.Socket[bytes], max_frames: int) -> list[bytes]:
     """Receive one message of a client; of a longer one, one frame more than allowed is kept and the rest is dropped."""
     frames = [socket.recv()]
