@@ -12,7 +12,6 @@ from harness.resolve.compose import compose_run
 from harness.resolve.wait_policy import USERS_OWN, is_adaptive, wait_environment, wait_policy
 from tests.fixtures.commands import environment
 
-
 ADAPTIVE = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000"}
 
 
@@ -49,7 +48,8 @@ def test_a_kernel_that_does_not_count_gives_brief_waits_and_a_choice_says_so(
     monkeypatch.setattr("harness.resolve.wait_policy.SCHEDSTAT", tmp_path / "schedstat")
     assert wait_policy(compose_run(["task=serve"]).config) is WaitPolicy.brief
     notes = compose_run(["task=serve", "launch.wait_policy=adaptive"]).notes
-    assert len(notes) == 1 and notes[0].endswith("so threads always spin")
+    assert len(notes) == 1
+    assert notes[0].endswith("so threads always spin")
 
 
 def test_ranks_adapt_only_with_the_variables_of_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
