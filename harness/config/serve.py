@@ -34,8 +34,9 @@ class ServeConfig:
         high=MAX_IMAGES,
     )
     max_evaluation_s: float = option(
-        math.inf,
-        "Longest evaluation of one image, by the speed of late, for which all others wait; a larger image is refused.",
+        0.5,
+        "Longest evaluation of one image, by the speed of late, for which all others wait; a larger image is refused. "
+        "Images of up to 16 times the work of the default request are always taken.",
         unit="s",
         above=0,
         high=MAX_WAIT_S,

@@ -190,9 +190,10 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
         gathered = collectives.gather([msgspec.msgpack.encode(own_info)])
         infos = [msgspec.msgpack.decode(frames[0], type=RankInfo) for frames in gathered]
         serves = TRAITS[config.task.name].serves
+        default_work = evaluation_work(to_message(config.request))
         request_scheduler: RequestScheduler | ContinuousBatchScheduler
         if serves and config.serve.max_batch > 1:
-            limits = BatchLimits(config.serve.max_batch, evaluation_work(to_message(config.request)))
+            limits = BatchLimits(config.serve.max_batch, default_work)
             request_scheduler = ContinuousBatchScheduler(
                 worker, replica_collectives(position, collectives), context, addresses, limits
             )
@@ -214,7 +215,8 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
             check = check_with_limits(worker.pipeline.check, serve)
             key = sort_key(serve.policy, estimated_work(to_message(config.request)))
             replicas = position.degrees[0]
-            capacity = Capacity(worker.pipeline.validation.evaluations, replicas, serve.max_evaluation_s)
+            evaluations = worker.pipeline.validation.evaluations
+            capacity = Capacity(evaluations, replicas, serve.max_evaluation_s, default_work)
             request_queue = RequestQueue(
                 requests, wake, check, control, key, serve.max_queue, serve.timeout_s, capacity
             )

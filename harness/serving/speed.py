@@ -15,6 +15,7 @@ KEEP = 0.8  # the weight of what was known, in the moving average
 SLACKEN = 1.02  # the fastest time is forgotten by this factor at each forward
 MOST_SIZES = 64
 FORGET_S = 300.0  # a size that was not seen for so long refuses nothing: the machine may have been busy then
+ALWAYS_TAKEN = 16  # an image with this many times the work of the default one is taken, however slow the machine is
 CERTAIN = 3  # forwards of a size after which its time refuses something; a first one may compile
 
 
@@ -81,18 +82,24 @@ class Capacity:
         replicas: the number of replicas, which generate the images of a request at the same time.
         max_evaluation_s: the longest time of one evaluation of one image that is accepted, s. Nothing else that the
             replica generates advances in that time.
+        default_work: the work of one evaluation of an image of the model's default request.
 
     Attributes:
         speed: what is known of the machine.
     """
 
     def __init__(
-        self, evaluations: Callable[[GenerationRequest], int], replicas: int = 1, max_evaluation_s: float = math.inf
+        self,
+        evaluations: Callable[[GenerationRequest], int],
+        replicas: int = 1,
+        max_evaluation_s: float = math.inf,
+        default_work: float = 0.0,
     ) -> None:
         self.speed = SpeedEstimate()
         self._evaluations = evaluations
         self._replicas = replicas
         self._max_evaluation_s = max_evaluation_s
+        self._always_taken = ALWAYS_TAKEN * default_work
 
     def check(self, request: GenerationRequest, timeout_s: float) -> None:
         """Refuse a request that cannot be finished.
@@ -108,7 +115,7 @@ class Capacity:
         evaluation_s = self.speed.least_s(size, size)
         if evaluation_s is None:
             return
-        if evaluation_s > self._max_evaluation_s:
+        if evaluation_s > self._max_evaluation_s and size > self._always_taken:
             raise ValueError(
                 f"one evaluation of such an image takes about {evaluation_s:.2g} s here, this server's limit is "
                 f"serve.max_evaluation_s={self._max_evaluation_s:g}; lower the size"

@@ -73,7 +73,7 @@ def test_small_images_do_not_wait_for_a_large_one_on_another_replica() -> None:
 
 @pytest.mark.slow
 def test_a_client_keeps_its_share_beside_one_that_takes_all_it_can_get() -> None:
-    with serving("serve.max_evaluation_s=0.3", "load.background=2") as engine, connected(engine) as connection:
+    with serving("load.background=2") as engine, connected(engine) as connection:
         alone_s = [seconds(engine, connection, f"alone {k}") for k in range(12)]
         stop, began = threading.Event(), threading.Event()
         with connected(engine) as greedy:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 
 import msgspec
 import pytest
@@ -76,6 +77,13 @@ def test_an_image_for_which_all_others_would_wait_is_refused_if_the_server_says_
     capacity(0.5, max_evaluation_s=0.6).check(REQUEST, math.inf)
     with pytest.raises(ValueError, match=r"about 0.5 s here, this server's limit is serve.max_evaluation_s=0.4"):
         capacity(0.5, max_evaluation_s=0.4).check(REQUEST, math.inf)
+
+
+def test_images_near_the_default_size_are_taken_on_a_slow_machine() -> None:
+    slow = partial(capacity, 100.0, max_evaluation_s=0.5)
+    slow(default_work=SIZE / speed.ALWAYS_TAKEN).check(REQUEST, math.inf)
+    with pytest.raises(ValueError, match="max_evaluation_s"):
+        slow(default_work=0.9 * SIZE / speed.ALWAYS_TAKEN).check(REQUEST, math.inf)
 
 
 def test_the_number_of_sizes_is_bounded() -> None:
