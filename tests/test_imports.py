@@ -19,9 +19,12 @@ from models.registry import ARCHITECTURES
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("harness", "models", "schedulers")
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("schedulers.options",),
+    ("schedulers.registry",),
     ("models", "schedulers", "harness.messages"),
     ("harness.config",),
     ("harness.device", "harness.metrics"),
+    ("harness.plugins",),
     ("harness.parallel", "harness.records"),
     ("harness.loggers", "harness.optimize", "harness.resolve"),
     ("harness.pipeline",),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from harness.config.bounds import (
     MAX_DEGREE,
@@ -26,7 +27,9 @@ from harness.config.serve import LoadConfig, ServeConfig
 from harness.config.train import TrainConfig
 from models.registry import ARCHITECTURES, ATTENTION_BACKENDS
 from schedulers.options import group, option
-from schedulers.settings import FAMILIES, SOLVERS, SamplingDefaults, SchedulerOptions, SolverOptions, TrainingSettings
+from schedulers.registry import Names
+from schedulers.settings import SamplingDefaults, SchedulerOptions, SolverOptions, TrainingSettings
+from schedulers.tables import FAMILIES, SOLVERS
 
 ENGINES = ("native", "diffusers", "cache_dit", "sglang")
 SERVING = ("task=serve", "task=load")
@@ -254,7 +257,7 @@ class ModelConfig:
 class SolverConfig(SolverOptions):
     """Group `scheduler/solver`. null means the solver's own default."""
 
-    name: str = option("euler", "Name of the solver.", words=tuple(SOLVERS))
+    name: str = option("euler", "Name of the solver.", words=Names(SOLVERS))
 
 
 @dataclass
@@ -481,8 +484,23 @@ class ReportConfig:
 
 
 @dataclass
+class PluginSource:
+    """`plugin_sources.<plug-in>`: the code of one plug-in; the run writes it."""
+
+    version: str = option("", "Version of its package. Empty if it has none.")
+    sha256: str = option("", "Hash of its source files.")
+    folder: str = option("", "Folder from which it is imported.")
+
+
+@dataclass
 class RunConfig:
     """The whole configuration of one run."""
+
+    plugins: list[str] = option(
+        [], "Your plug-ins: modules or Python files with a function register(). Installed ones are added."
+    )
+    plugin: dict[str, Any] = option({}, "Options of what plug-ins registered, by its name.")
+    plugin_sources: dict[str, PluginSource] = option({}, "Code of the plug-ins, written by the run.")
 
     task: TaskConfig = group(TaskConfig, "What the run does, and how often it is measured.")
     engine: EngineConfig = group(EngineConfig, "Which implementation generates.", reads=GENERATING)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
 from harness.config.schema import CheckpointDefaults, ModelConfig, RunConfig
@@ -18,7 +18,8 @@ from harness.config.yaml import ConfigError as ConfigError
 from harness.records.provenance import version
 from harness.resolve.quoting import shell_quoted
 from models.registry import did_you_mean
-from schedulers.settings import FAMILIES
+from schedulers.registry import OURS, REGISTRIES, plugin_options
+from schedulers.tables import FAMILIES
 
 PLUGINS = {  # Hydra's own packages: which option needs which package, and the extra that installs it
     ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),
@@ -148,7 +149,8 @@ def _refuse_unknown(key: str, option: str | None) -> None:
             )
         return
     defaults = {family: CheckpointDefaults() for family in FAMILIES}
-    keys = set(_keys(RunConfig(model=ModelConfig(checkpoint_defaults=defaults))))
+    plugin = {name: options() for name, options in plugin_options().items()}
+    keys = set(_keys(RunConfig(model=ModelConfig(checkpoint_defaults=defaults), plugin=plugin)))
     if key not in keys:
         known = keys | set(groups)
         raise ConfigError(f"unknown key {key!r}{_hint(key, known)}")
@@ -169,6 +171,31 @@ def _options(override: Override) -> list[str | None]:
     return [None if value is None else str(value)]
 
 
+def chosen_plugins(overrides: Sequence[str]) -> list[str]:
+    """Return the plug-ins that overrides name by the key `plugins`; those of every job of a sweep."""
+    names: list[str] = []
+    for override in [_parsed(text) for text in overrides if text.partition("=")[0].lstrip("+") == "plugins"]:
+        value = override.value()
+        choices = value.list if isinstance(value, ChoiceSweep) else [value]
+        for choice in choices:
+            names += [str(name) for name in (choice if isinstance(choice, list) else [choice]) if name is not None]
+    return names
+
+
+def chosen_files(overrides: Sequence[str]) -> list[str]:
+    """Return the GROUP=OPTION of overrides that choose files of the user's, not of conf/; those of every job."""
+    root = Path(str(importlib.resources.files("conf")))
+    found = []
+    for override in [_parsed(text) for text in overrides]:
+        group = override.key_or_group
+        if "." in group or group == "plugins" or override.value_type is None:
+            continue
+        options = [option for option in _options(override) if option is not None]
+        if (root / group).is_dir() or "/" in group:
+            found += [f"{group}={option}" for option in options if not (root / group / f"{option}.yaml").exists()]
+    return found
+
+
 def config_groups() -> dict[str, list[str]]:
     """Return every group of conf/ with its options; a nested group is given by its path."""
     root = Path(str(importlib.resources.files("conf")))
@@ -177,7 +204,10 @@ def config_groups() -> dict[str, list[str]]:
         group = file.parent.relative_to(root).as_posix()
         if group != ".":
             groups.setdefault(group, []).append(file.stem)
-    return groups
+    for registry in REGISTRIES:
+        added = [row.name for row in registry.registrations() if row.owner != OURS]
+        groups.setdefault(registry.group, []).extend(added if registry.group else [])
+    return {group: options for group, options in groups.items() if options}
 
 
 def _keys(node: Any, prefix: str = "") -> Iterable[str]:

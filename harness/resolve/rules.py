@@ -24,6 +24,7 @@ from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.options import check_options
+from harness.resolve.plugins import check_plugins, resolve_plugins
 from harness.resolve.prompts import check_prompts, check_text_tokens
 from harness.resolve.published_scheduler import check_published_scheduler
 from harness.resolve.request import to_message
@@ -40,6 +41,7 @@ QUANTIZE_PACKAGE = "torchao"
 
 def resolve_config(config: RunConfig) -> None:
     """Fill null keys from the model, in place, and refuse what cannot run."""
+    resolve_plugins(config)
     check_options(config)
     check_keys_of_tasks(config)
     task = TRAITS[config.task.name]
@@ -53,6 +55,7 @@ def resolve_config(config: RunConfig) -> None:
     _resolve_request(config)
     _check_packages(config)
     resolve_optimize(config)
+    check_plugins(config)
     check_conflicts(config, CONFLICTS if task.uses_checkpoint else OTHER_CONFLICTS)
     run = ResolvedRun(config, fetch=True)
     if task.uses_checkpoint:

@@ -76,7 +76,7 @@ class ResolvedRun:
     def noise_scheduler(self) -> NoiseSchedulerSettings | None:
         """The settings of the noise scheduler; None for the checkpoint's own."""
         scheduler = self.config.scheduler
-        return None if scheduler.family == PUBLISHED_FAMILY else noise_scheduler_settings(scheduler)
+        return None if scheduler.family == PUBLISHED_FAMILY else noise_scheduler_settings(scheduler, self.config.plugin)
 
     @cached_property
     def attention(self) -> AttentionChoice:
