@@ -21,6 +21,8 @@ from harness.config.bounds import (
     MAX_WAIT_S,
 )
 from harness.config.cache import CacheConfig
+from harness.config.engines import ENGINES
+from harness.config.kinds import CLASSIFIER_FREE, GUIDANCE_RULES, METRICS, STAGES
 from harness.config.optimize import CompileConfig, EagerConfig, Optimize
 from harness.config.plan import HardwareConfig, PlanConfig
 from harness.config.serve import LoadConfig, ServeConfig
@@ -31,7 +33,6 @@ from schedulers.registry import Names
 from schedulers.settings import SamplingDefaults, SchedulerOptions, SolverOptions, TrainingSettings
 from schedulers.tables import FAMILIES, SOLVERS
 
-ENGINES = ("native", "diffusers", "cache_dit", "sglang")
 SERVING = ("task=serve", "task=load")
 GENERATING = ("task=generate", "task=bench", "task=compare", *SERVING)
 LOGGING = ("task=generate", "task=bench", "task=compare", "task=load", "task=plan", "task=train")
@@ -212,7 +213,7 @@ class ModelConfig:
     """Group `model`: one checkpoint, with the defaults it was published with."""
 
     name: str = option("emoji", "Name of the model.")
-    architecture: str = option("pixart", "Architecture of the denoising network.", words=tuple(ARCHITECTURES))
+    architecture: str = option("pixart", "Architecture of the denoising network.", words=Names(ARCHITECTURES))
     path: str | None = option(
         None, "Checkpoint folder in the diffusers layout, denoiser file, or hub name. null = shipped."
     )
@@ -251,6 +252,11 @@ class ModelConfig:
         1_048_576, "Largest height * width accepted.", unit="pixels", low=1, high=MAX_SIDE * MAX_SIDE
     )
     examples: list[str] = option([], "Prompts if the request gives none.")
+    guidance_rule: str = option(
+        CLASSIFIER_FREE,
+        "How the outputs of the two branches of guidance are combined.",
+        words=Names(GUIDANCE_RULES),
+    )
 
 
 @dataclass
@@ -329,7 +335,7 @@ class AttentionConfig:
     """Group `attention`: the attention kernel."""
 
     backend: str = option(
-        "auto", "Attention kernel; auto picks one for the device.", words=("auto", *ATTENTION_BACKENDS)
+        "auto", "Attention kernel; auto picks one for the device.", words=Names("auto", ATTENTION_BACKENDS)
     )
 
 
@@ -364,7 +370,7 @@ class EngineConfig:
     name: str = option(
         "native",
         "Engine: this project's, diffusers on one rank, cache_dit (diffusers with cached blocks), or sglang.",
-        words=ENGINES,
+        words=Names(ENGINES),
     )
     optimize: Optimize = option(
         Optimize.auto, "How far the network is optimised. auto = eager if it works. diffusers has none and compile."
@@ -458,13 +464,14 @@ class RequestConfig:
 
 @dataclass
 class QualityConfig:
-    """`quality`: scores besides the gallery's, on pretrained weights of yours (folders of transformers models)."""
+    """`quality`: scores besides the gallery's, on weights (folders of transformers models) or of plug-ins."""
 
     clip: str | None = option(None, "Folder of a CLIP model for the CLIP score. null = no score.")
     features: str | None = option(
         None, "Folder of a vision model (DINOv2, ViT) for a Frechet distance. null = no distance."
     )
     reference: str | None = option(None, "Folder of the real images for the Frechet distance.")
+    metrics: list[str] = option([], "Metrics of plug-ins to measure on the images.", words=Names(METRICS))
 
 
 @dataclass
@@ -513,7 +520,7 @@ class RunConfig:
     launch: LaunchConfig = group(LaunchConfig, "How ranks are started.", reads=PREDICTING)
     request: RequestConfig = group(RequestConfig, "What to generate.", reads=PREDICTING)
     quality: QualityConfig = group(
-        QualityConfig, "Scores on pretrained weights.", reads=("task=generate", "task=bench")
+        QualityConfig, "Scores on pretrained weights, and metrics.", reads=("task=generate", "task=bench")
     )
     compare: CompareConfig = group(
         CompareConfig, "The two configurations of a comparison.", reads=("task=compare", "task=load")
@@ -521,6 +528,9 @@ class RunConfig:
     train: TrainConfig = group(TrainConfig, "Parts and settings of the training.", reads=("task=train",))
     plan: PlanConfig = group(PlanConfig, "What is predicted.", reads=("task=plan",))
     hardware: HardwareConfig = group(HardwareConfig, "Machine that is predicted for.", reads=("task=plan",))
+    stages: list[str] = option(
+        [], "Stages of plug-ins that are added to the pipeline.", words=Names(STAGES), reads=GENERATING
+    )
     report: ReportConfig = group(ReportConfig, "Page of the report.", reads=("task=report",))
     serve: ServeConfig = group(ServeConfig, "The server, and how its engine takes requests.", reads=SERVING)
     load: LoadConfig = group(LoadConfig, "Clients that measure a server.", reads=("task=load",))

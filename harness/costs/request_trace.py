@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.build.common import source_of
+from harness.config.kinds import own_options
 from harness.config.schema import Decode, RunConfig
 from harness.costs.frames_traffic import frames_bytes, trace_frames
 from harness.costs.memory import WeightBytes, decode_elements, network_weights
@@ -159,7 +160,9 @@ def resident_components(config: RunConfig) -> list[str]:
 
 def _components(config: RunConfig, source: CheckpointSource) -> Components:
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[config.model.architecture].module).load
-    return load(source, attention_kernel("math"))
+    return load(
+        source, attention_kernel("math"), **own_options(ARCHITECTURES, config.model.architecture, config.plugin)
+    )
 
 
 def _first_prompts(config: RunConfig) -> list[str]:

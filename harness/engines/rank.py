@@ -212,7 +212,7 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
         if serves:
             serve = config.serve
             check = check_with_limits(worker.pipeline.check, serve)
-            key = sort_key(serve.policy, estimated_work(to_message(config.request)))
+            key = sort_key(serve.policy, estimated_work(to_message(config.request)), config.plugin)
             replicas = position.degrees[0]
             capacity = Capacity(worker.pipeline.validation.evaluations, replicas, serve.max_evaluation_s)
             request_queue = RequestQueue(

@@ -209,6 +209,7 @@ class Record(msgspec.Struct, frozen=True):
         notes: Notes for the reader.
         quality: Scores in the gallery; None if nothing could be scored, and a note says why.
         pretrained: Scores on pretrained weights; None if none were given.
+        metrics: Metrics of plug-ins, by name.
         loaded: Components in memory when the ranks were ready.
         fidelity: Error against the reference; None if it was not requested, or if a note says why not.
         engine: The engine; a record without one is a native run's.
@@ -230,6 +231,7 @@ class Record(msgspec.Struct, frozen=True):
     notes: list[str]
     quality: Quality | None = None
     pretrained: PretrainedScores | None = None
+    metrics: dict[str, float] = {}
     loaded: list[LoadedComponent] = []
     fidelity: Fidelity | None = None
     engine: EngineRow = EngineRow("native", "")
@@ -513,6 +515,7 @@ def load(path: str | Path) -> pandas.DataFrame:
                 "summary",
                 "quality",
                 "pretrained",
+                "metrics",
                 "fidelity",
                 "load",
             )

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from harness.config.cache import CACHE_KEYS
+from harness.config.cache import CACHES, cache_keys
 from harness.config.schema import CheckpointDefaults, LoraConfig, PluginSource, RunConfig, Task
 from harness.resolve.engines_table import NATIVE, engine_version
 from harness.resolve.names import config_groups, refuse_unknown
@@ -102,7 +102,7 @@ def _choices(name: str) -> Iterator[str]:
     group, _, key = name.rpartition(".")
     tables: list[tuple[str, dict[str, tuple[str, ...]]]] = []
     if group == "cache" and key != "name":
-        tables = [("cache", dict(CACHE_KEYS))]
+        tables = [("cache", {cache: cache_keys(cache) for cache in CACHES})]
     if group == "scheduler.solver":
         tables = [("scheduler/solver", _takes(SOLVERS))]
     if group == "scheduler":

@@ -18,8 +18,9 @@ from harness.resolve.checkpoint import check_checkpoint
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, check_learned_variance
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
 from harness.resolve.engine import check_baseline_settings, check_engine, check_first_blocks
-from harness.resolve.engines_table import CACHE_DIT, NATIVE, refuse_missing_engine
+from harness.resolve.engines_table import CACHE_DIT, ON_DIFFUSERS, refuse_missing_engine
 from harness.resolve.image_sides import check_image_sides
+from harness.resolve.kinds import check_attention, check_guidance_rule, check_stages
 from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
@@ -62,6 +63,9 @@ def resolve_config(config: RunConfig) -> None:
         _check_model(run)
         for note in check_layout(config.parallel, run.shape):
             warnings.warn(note, stacklevel=2)
+        check_attention(config)
+        check_guidance_rule(config, run.shape)
+        check_stages(config)
     if run.noise_scheduler is not None:
         _check_noise_scheduler(config, resolve_settings(run.noise_scheduler, config.request.steps))
     if config.task.name is Task.train:
@@ -85,7 +89,7 @@ def _check_noise_scheduler(config: RunConfig, settings: NoiseSchedulerSettings) 
     """
     request, side = to_message(config.request), config.model.size_multiple
     check_tokens(settings, (request.height // side) * (request.width // side))
-    if config.engine.name != NATIVE:
+    if config.engine.name in ON_DIFFUSERS:
         check_baseline_settings(config, settings)
 
 

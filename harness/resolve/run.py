@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from harness.config.kinds import own_options
 from harness.config.schema import RunConfig
 from harness.parallel.mesh import degrees, world_size
 from harness.resolve.checkpoint import CheckpointLayout, locate
@@ -17,7 +19,7 @@ from harness.resolve.engines_table import NATIVE, baseline_attention
 from harness.resolve.layout import model_shape
 from harness.resolve.layout_rules import ModelShape, needs_lse
 from harness.resolve.scheduler import noise_scheduler_settings
-from models.registry import resolve_backend
+from models.registry import ATTENTION_BACKENDS, resolve_backend
 from schedulers.settings import NoiseSchedulerSettings
 
 
@@ -29,11 +31,13 @@ class AttentionChoice:
         requested: Backend in the configuration, which may be auto.
         with_lse: Whether the kernel has to return the log-sum-exp of its scores.
         in_baseline: Name of the backend in a baseline engine; None in the native one.
+        options: Options of the backend, by name.
     """
 
     requested: str
     with_lse: bool
     in_baseline: str | None
+    options: dict[str, Any]
 
     def backend(self, device_type: str) -> str:
         """Return the name of the native backend on a type of device, such as cuda."""
@@ -83,7 +87,9 @@ class ResolvedRun:
         """The attention kernel."""
         config = self.config
         other = None if config.engine.name == NATIVE else baseline_attention(config)
-        return AttentionChoice(config.attention.backend, needs_lse(config.parallel), other)
+        backend = config.attention.backend
+        options = own_options(ATTENTION_BACKENDS, backend, config.plugin) if backend in ATTENTION_BACKENDS else {}
+        return AttentionChoice(backend, needs_lse(config.parallel), other, options)
 
     @cached_property
     def shape(self) -> ModelShape:
