@@ -27,6 +27,10 @@ class Architecture:
         depth: The key that counts its transformer blocks, of the first kind if there are several.
         vae: The `_class_name` of its autoencoder.
         masks: Whether its network masks keys, of text that is padded.
+        patch: The latent pixels of a token on a side: a number, or a key of its denoiser's config.json. None if the
+            files do not say.
+        tensors: The function that checks the denoiser's config.json in a folder and returns the shapes of its tensors
+            (models.configs.shapes), or None if a library builds it. It may not import torch. None = not checked.
     """
 
     module: str
@@ -38,17 +42,15 @@ class Architecture:
     depth: str = "num_layers"
     vae: str = "AutoencoderKL"
     masks: bool = False
+    patch: str | int | None = None
+    tensors: Target | None = None
 
 
 ARCHITECTURES: Registry[Architecture] = Registry("architecture", "model.architecture")
 """Architectures by name."""
 
 
-def register_architecture(
-    name: str,
-    entry: Architecture,
-    **common: Unpack[Common],
-) -> None:
+def register_architecture(name: str, entry: Architecture, **common: Unpack[Common]) -> None:
     """Register an architecture, for model.architecture.
 
     Args:
@@ -60,7 +62,14 @@ def register_architecture(
 
 
 register_architecture(
-    "dit", Architecture("models.dit.components", ("DiTTransformer2DModel", "Transformer2DModel"), ("vae",))
+    "dit",
+    Architecture(
+        "models.dit.components",
+        ("DiTTransformer2DModel", "Transformer2DModel"),
+        ("vae",),
+        patch="patch_size",
+        tensors="models.configs.dit:expected",
+    ),
 )
 register_architecture(
     "pixart",
@@ -70,6 +79,8 @@ register_architecture(
         ("vae", "text_encoder"),
         ("tokenizer",),
         masks=True,
+        patch="patch_size",
+        tensors="models.configs.pixart:expected",
     ),
 )
 register_architecture(
@@ -80,6 +91,8 @@ register_architecture(
         ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
         ("tokenizer", "tokenizer_2", "tokenizer_3"),
         optional=("text_encoder_3", "tokenizer_3"),
+        patch="patch_size",
+        tensors="models.configs.sd3:expected",
     ),
 )
 register_architecture(
@@ -89,6 +102,8 @@ register_architecture(
         ("FluxTransformer2DModel",),
         ("vae", "text_encoder", "text_encoder_2"),
         ("tokenizer", "tokenizer_2"),
+        patch=2,
+        tensors="models.configs.flux:expected",
     ),
 )
 register_architecture(
@@ -100,6 +115,8 @@ register_architecture(
         ("tokenizer",),
         vae="AutoencoderKLQwenImage",
         masks=True,
+        patch=2,
+        tensors="models.configs.qwen_image:expected",
     ),
 )
 register_architecture(
@@ -112,6 +129,8 @@ register_architecture(
         heads="n_heads",
         depth="n_layers",
         masks=True,
+        patch=2,
+        tensors="models.configs.z_image:expected",
     ),
 )
 register_architecture(
@@ -122,10 +141,21 @@ register_architecture(
         ("vae", "text_encoder"),
         ("tokenizer",),
         vae="AutoencoderKLWan",
+        patch="patch_size",
+        tensors="models.configs.wan:expected",
     ),
 )
 register_architecture(
-    "sd", Architecture("models.unet.sd", ("UNet2DConditionModel",), ("vae", "text_encoder"), ("tokenizer",), heads=None)
+    "sd",
+    Architecture(
+        "models.unet.sd",
+        ("UNet2DConditionModel",),
+        ("vae", "text_encoder"),
+        ("tokenizer",),
+        heads=None,
+        patch=1,
+        tensors="models.configs.unet:check_sd",
+    ),
 )
 register_architecture(
     "sdxl",
@@ -135,9 +165,16 @@ register_architecture(
         ("vae", "text_encoder", "text_encoder_2"),
         ("tokenizer", "tokenizer_2"),
         heads=None,
+        patch=1,
+        tensors="models.configs.unet:check_sdxl",
     ),
 )
-register_architecture("unet", Architecture("models.unet.unconditional", ("UNet2DModel",), (), heads=None))
+register_architecture(
+    "unet",
+    Architecture(
+        "models.unet.unconditional", ("UNet2DModel",), (), heads=None, tensors="models.configs.unet:check_unconditional"
+    ),
+)
 
 
 @dataclass(frozen=True)

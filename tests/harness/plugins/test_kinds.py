@@ -1,0 +1,164 @@
+"""The kinds of models/ and harness/ that a plug-in adds: what repeats ours makes the same bits, what cannot run is said."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from harness.client.generator import DiffusionGenerator, Generation
+from harness.config.kinds import METRICS, register_stage
+from harness.loggers.table import print_record
+from harness.plugins import load
+from harness.resolve.compose import ConfigError, compose_run
+from harness.serving.policy import TrackedRequest, serving_order, sort_key
+from harness.serving.turns import Turns
+from schedulers.registry import REGISTRIES
+from tests.fixtures.toy_pipeline import request
+
+EXAMPLE = Path(__file__).parents[2] / "fixtures" / "example_plugin"
+PLUGIN = "example_kinds"
+LOADED = f"plugins=[{PLUGIN}]"
+SMALL = (
+    LOADED,
+    "launch.mode=inprocess",
+    "launch.threads_per_rank=1",
+    "request.prompts=[rocket,sun]",
+    "request.steps=4",
+    "request.height=32",
+    "request.width=32",
+)
+
+
+@pytest.fixture(autouse=True)
+def _example(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make the example importable, and forget it after the test."""
+    monkeypatch.syspath_prepend(EXAMPLE)
+    yield
+    load._loaded.pop(PLUGIN, None)
+    for registry in REGISTRIES:
+        registry.withdraw(PLUGIN)
+
+
+def generate(*overrides: str) -> Generation:
+    with DiffusionGenerator.from_config(*SMALL, *overrides) as generator:
+        return generator.generate()
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        compose_run([LOADED, *overrides])
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+PAIRS = {
+    "attention": (["attention=example"], ["attention=math"]),
+    "architecture": (["model.architecture=example"], []),
+    "cache": (
+        ["cache=example", "cache.order=1", "cache.warmup=2", "cache.interval=2"],
+        ["cache=taylorseer", "cache.warmup=2", "cache.interval=2"],
+    ),
+    "guidance": (["model.guidance_rule=example"], []),
+}
+
+
+@pytest.mark.parametrize("kind", list(PAIRS))
+def test_what_repeats_ours_makes_the_same_bits(kind: str) -> None:
+    own, ours = (generate(*overrides) for overrides in PAIRS[kind])
+    for one, other in zip(own.pixels, ours.pixels, strict=True):
+        assert np.array_equal(one, other)
+    if kind == "attention":
+        assert own.record.attention.resolved == "example"
+    if kind == "cache":
+        assert own.record.statistics.cache == ours.record.statistics.cache
+        assert own.record.statistics.cache is not None
+
+
+def test_a_stage_is_seen_in_the_image_and_in_the_record(tmp_path: Path) -> None:
+    plain = generate("quality.metrics=[brightness]")
+    dark = generate("stages=[invert]", "plugin.invert.share=0.75", "quality.metrics=[brightness]")
+    for one, other in zip(dark.pixels, plain.pixels, strict=True):
+        np.testing.assert_allclose(one, other + 0.75 * (1 - 2 * other), atol=1e-6)
+    stages = [stage.name for stage in dark.result.ranks[0].stages]
+    assert stages[-2:] == ["decoding", "invert"]
+    times = dark.record.statistics.stage_ms
+    assert times["invert"].median > 0
+    assert "invert" not in plain.record.statistics.stage_ms
+    found = dark.record.metrics
+    assert found == {"brightness": np.mean([np.asarray(image).mean() for image in dark.images])}
+    assert found["brightness"] != plain.record.metrics["brightness"]
+    console = Console(record=True, width=120)
+    print_record(dark.record, tmp_path, console)
+    assert f"brightness {found['brightness']:.4g}" in console.export_text()
+
+
+def test_an_engine_of_a_plug_in_generates() -> None:
+    found = generate("engine=example")
+    assert all(np.all(image == 0.5) for image in found.pixels)
+    assert found.record.engine.name == "example"
+
+
+def fail(images: object, prompts: object) -> float:
+    raise KeyError("no such weights")
+
+
+@pytest.mark.parametrize(
+    ("metric", "note"),
+    [(fail, "KeyError: 'no such weights'"), (lambda images, prompts: float("nan"), "it returned nan")],
+)
+def test_a_metric_that_fails_is_a_note(metric: object, note: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compose_run([LOADED])
+    with monkeypatch.context() as patch:
+        patch.setitem(METRICS._entries, "brightness", metric)
+        record = generate("quality.metrics=[brightness]").record
+    assert record.metrics == {}
+    assert any(note in line for line in record.notes)
+
+
+def accepted(name: str, arrived: float) -> TrackedRequest:
+    return TrackedRequest(b"", request(request_id=name), arrived, 1e9)
+
+
+def test_a_request_policy_orders_requests() -> None:
+    compose_run([LOADED, "task=serve", "serve.policy=last"])
+    waiting = [accepted("a", 1.0), accepted("b", 2.0), accepted("c", 3.0)]
+
+    def order(policy: str) -> list[str]:
+        return [tracked.request.request_id for tracked in serving_order(waiting, Turns(), sort_key(policy))]
+
+    assert order("last") == order("fifo")[::-1] == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["stages=[invert,invert]"], "stages names invert twice"),
+        (["stages=[invrt]"], "stages=invrt is not one of invert; did you mean invert?"),
+        (["quality.metrics=[brightnes]"], "did you mean brightness?"),
+        (["stages=[invert]", "plugin.invert.share=2"], "plugin.invert.share=2.0; give 0 to 1"),
+        (["cache=example", "parallel=cfg2"], "cache.name=example does not go with parallel.cfg=2"),
+        (["model.guidance_rule=example", "engine=diffusers"], "which guides by itself; use engine=native"),
+        (["engine=example", "parallel=dp2"], "parallel"),
+        (["engine=example", "task=serve"], "set serve.max_batch=1"),
+        (["engine=example", "attention=math"], "attention=math does not run in engine=example; choose auto"),
+        (["engine=example", "engine.optimize=compile"], "use engine.optimize=none"),
+        (["serve.policy=lst", "task=serve"], "did you mean last?"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line(overrides: list[str], line: str) -> None:
+    assert line in refused(*overrides)
+
+
+def test_a_rule_without_effect_is_said() -> None:
+    notes = compose_run([LOADED, "model.guidance_rule=example", "request.guidance=1"]).notes
+    assert any("model.guidance_rule=example has no effect" in note for note in notes)
+
+
+def test_a_stage_has_one_place() -> None:
+    with pytest.raises(ValueError, match="give before=STAGE or after=STAGE"):
+        register_stage("nowhere", "example_parts:Invert")
+    with pytest.raises(ValueError, match="has the name of a stage of every pipeline"):
+        register_stage("decoding", "example_parts:Invert", before="denoising")
