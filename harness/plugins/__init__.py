@@ -5,17 +5,20 @@ entry point of group `triptych.plugins`, or named by the key `plugins`. README.m
 """
 
 from harness.plugins.load import Plugin, full_name, load_plugins, load_sources, loaded
+from harness.plugins.options import arguments_of, options_of
 from schedulers.options import group, option
 from schedulers.tables import register_path, register_solver, register_spacing
 
 __all__ = [
     "Plugin",
+    "arguments_of",
     "full_name",
     "group",
     "load_plugins",
     "load_sources",
     "loaded",
     "option",
+    "options_of",
     "register_path",
     "register_solver",
     "register_spacing",
