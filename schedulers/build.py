@@ -147,7 +147,7 @@ def flow_linspace(
     flow = spacing.FlowLinspace(shift=fixed, terminal=shift_terminal, **options)
     if base_shift is None or max_shift is None:
         return flow
-    tokens = {"base_tokens": base_tokens, "max_tokens": max_tokens}
+    tokens: dict[str, Any] = {"base_tokens": base_tokens, "max_tokens": max_tokens}
     given = {name: count for name, count in tokens.items() if count is not None}
     return spacing.ResolutionShift(base_shift=base_shift, max_shift=max_shift, flow=flow, **given)
 

@@ -227,7 +227,8 @@ def _check_options(what: str, name: str, options: type[Any]) -> None:
     for declared in fields(options):
         if KEY not in declared.metadata or (declared.default is MISSING and declared.default_factory is MISSING):
             raise ValueError(
-                f"{what}: option {declared.name!r} is not declared; write {declared.name}: ... = option(DEFAULT, MEANING)"
+                f"{what}: option {declared.name!r} is not declared; write "
+                f"{declared.name}: TYPE = option(DEFAULT, MEANING)"
             )
     if name in plugin_options():
         raise ValueError(f"{what}: the keys plugin.{name} belong to another kind with options; rename one")

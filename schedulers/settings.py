@@ -180,7 +180,7 @@ class SchedulerOptions(SamplingDefaults, TrainingSettings):
 
 @dataclass(kw_only=True)
 class SolverOptions:
-    """The options of the solvers. None means the solver's own default; schedulers.tables has those that each one uses."""
+    """The options of the solvers. None means the solver's own default; `schedulers.tables` says which each takes."""
 
     eta: float | None = option(None, "Amount of noise; 0 = deterministic, 1 = ancestral. null = 0.", low=0, high=1)
     variance: str | None = option(

@@ -13,7 +13,6 @@ from harness.baselines.cache_dit import DBCache
 from harness.baselines.denoise import BaselineDenoising, NoisePreparation
 from harness.baselines.model import BaselineLoader, BaselineModel
 from harness.baselines.noise_scheduler import MakeScheduler, native_scheduler, published_scheduler
-from harness.config.kinds import own_options
 from harness.config.optimize import Optimize
 from harness.optimize.compile_blocks import compile_forwards
 from harness.pipeline.composed import EngineStages
@@ -21,6 +20,7 @@ from harness.pipeline.decode import Decoding
 from harness.pipeline.state import require
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
+from harness.plugins.options import own_options
 from harness.resolve.engines_table import BASELINES, CACHE_DIT, SGLANG, SglangRow, engine_version
 from harness.resolve.run import ResolvedRun
 from models.attention import sdpa_attention

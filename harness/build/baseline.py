@@ -5,10 +5,10 @@ from __future__ import annotations
 from harness.baselines.build import native_components
 from harness.build.common import cache_mib, limits_of, noise_scheduler_of
 from harness.config.engines import ENGINES
-from harness.config.kinds import own_options
 from harness.pipeline.composed import ComposedPipeline, EngineValidation, MakeStages, with_own_stages
 from harness.pipeline.executor import SyncExecutor
 from harness.pipeline.text import PromptCache
+from harness.plugins.options import own_options
 from harness.resolve.image_sides import check_size_multiple
 from harness.resolve.run import ResolvedRun
 from models.checkpoint_source import CheckpointSource

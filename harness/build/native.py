@@ -13,7 +13,7 @@ from harness.build.common import cache_mib, limits_of, noise_scheduler_of
 from harness.caching.policies import cached_network, guidance_schedule
 from harness.config.cache import is_block_cache
 from harness.config.engines import CACHE_DIT, DIFFUSERS
-from harness.config.kinds import GUIDANCE_RULES, own_options
+from harness.config.kinds import GUIDANCE_RULES
 from harness.config.schema import ParallelConfig, Quantize, RunConfig
 from harness.optimize.apply import ReplaySupport, optimize
 from harness.optimize.operator_check import OperatorCheck
@@ -36,6 +36,7 @@ from harness.pipeline.stage import Stage
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation
+from harness.plugins.options import own_options
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.image_sides import check_size_multiple
 from harness.resolve.layout_rules import patches_of

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from harness.caching.blocks import BlockCache, CachedForward, SkipPolicy, SkipSignal
 from harness.config.cache import CACHES, CacheConfig, is_block_cache, is_guidance_cache
-from harness.config.kinds import own_options
 from harness.parallel.attention import SequenceState
 from harness.parallel.group import Group
 from harness.pipeline.cache_state import CacheState
 from harness.pipeline.guidance import GuidanceInterval, GuidanceReuse, GuidanceSchedule, always_guided
+from harness.plugins.options import own_options
 from models.blocks import Runner
 from models.components import Conditioning
 from models.plan import ParallelPlan, Stack

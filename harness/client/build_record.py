@@ -332,7 +332,7 @@ def base_record(
         fingerprint=fingerprint(declared),
         overrides=run.overrides,
         config={key: value for key, value in declared.items() if key != PLANNED},
-        provenance=provenance(info, environment, beginning),
+        provenance=provenance(info, environment, beginning, config.plugin_sources),
         attention=AttentionRow(config.attention.backend, info.attention),
         first_call=first,
         repeats=[],

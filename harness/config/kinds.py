@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Unpack
-
-import msgspec
+from typing import Unpack
 
 from schedulers.registry import Common, Registry, Target
 
@@ -20,23 +17,6 @@ OUR_STAGES = (
 )
 """The stages of every pipeline, in order."""
 CLASSIFIER_FREE = "classifier_free"
-
-
-def own_options(registry: Registry[Any], name: str, plugin: Mapping[str, object]) -> dict[str, Any]:
-    """Return the options that a plug-in declared for a name, as arguments.
-
-    Args:
-        registry: The registry of the name.
-        name: The name.
-        plugin: The `plugin` group of the configuration.
-
-    Returns:
-        The options by their names; none if the name has none.
-    """
-    if registry.registration(name).options is None:
-        return {}
-    found: dict[str, Any] = msgspec.to_builtins(plugin.get(name, {}))
-    return found
 
 
 @dataclass(frozen=True)

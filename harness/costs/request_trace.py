@@ -15,7 +15,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.build.common import source_of
-from harness.config.kinds import own_options
 from harness.config.schema import Decode, RunConfig
 from harness.costs.frames_traffic import frames_bytes, trace_frames
 from harness.costs.memory import WeightBytes, decode_elements, network_weights
@@ -23,6 +22,7 @@ from harness.costs.traffic import GatheredWeights, NetworkTrace, gathered_weight
 from harness.costs.vae_traffic import decode_bytes, trace_decode
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.parallel.vae import RowShardableDecoder
+from harness.plugins.options import own_options
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.request import to_message
 from harness.resolve.run import ResolvedRun

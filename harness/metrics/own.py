@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.config.kinds import METRICS, own_options
+from harness.config.kinds import METRICS
+from harness.plugins.options import own_options
 from schedulers.registry import imported
 
 

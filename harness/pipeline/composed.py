@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from harness.config.kinds import STAGES, own_options
+from harness.config.kinds import STAGES
 from harness.messages import GenerationRequest
 from harness.pipeline.executor import PipelineExecutor
 from harness.pipeline.stage import Stage, check_wiring
 from harness.pipeline.state import ImageSpec, image_specs
 from harness.pipeline.text import PromptCache
 from harness.pipeline.validate import InputValidation, Limits
+from harness.plugins.options import own_options
 from harness.resolve.run import ResolvedRun
 from models.checkpoint_source import CheckpointSource
 from models.components import Components

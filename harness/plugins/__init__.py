@@ -9,6 +9,7 @@ from harness.config.engines import register_engine
 from harness.config.kinds import register_guidance, register_metric, register_stage
 from harness.config.serve import register_request_policy
 from harness.plugins.load import Plugin, full_name, load_plugins, load_sources, loaded
+from harness.plugins.options import arguments_of, options_of, own_options
 from models.registry import Architecture, register_architecture, register_attention_backend
 from schedulers.options import group, option
 from schedulers.tables import register_path, register_solver, register_spacing
@@ -16,12 +17,15 @@ from schedulers.tables import register_path, register_solver, register_spacing
 __all__ = [
     "Architecture",
     "Plugin",
+    "arguments_of",
     "full_name",
     "group",
     "load_plugins",
     "load_sources",
     "loaded",
     "option",
+    "options_of",
+    "own_options",
     "register_architecture",
     "register_attention_backend",
     "register_cache_policy",

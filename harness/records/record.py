@@ -255,7 +255,12 @@ def fingerprint(config: dict[str, Any]) -> str:
     apart: tuple[str, ...] = ("logger", "train", "quality", "plan", "hardware", "compare", "report")
     if config["task"]["name"] not in ("serve", "load"):
         apart += ("serve", "load")
+    if not config.get("plugins"):
+        apart += ("plugins", "plugin", "plugin_sources")
     declared = {key: value for key, value in config.items() if key not in apart}
+    if "plugin_sources" in declared:
+        sources = declared["plugin_sources"].items()
+        declared["plugin_sources"] = {name: {**source, "folder": ""} for name, source in sources}
     launch = config["launch"].items()
     declared["launch"] = {key: value for key, value in launch if key != "reuse" and not key.endswith("_timeout_s")}
     return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()[:16]

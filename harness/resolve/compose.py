@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from harness.config.yaml import ConfigError as ConfigError
 from harness.config.yaml import from_yaml as from_yaml
 from harness.config.yaml import to_dict as to_dict
 from harness.config.yaml import to_yaml as to_yaml
-from harness.plugins import load_plugins, loaded
+from harness.plugins import load_plugins
 from harness.resolve.comparison import quote_overrides
 from harness.resolve.folder_name import folder_name
-from harness.resolve.names import check_names, chosen_files, chosen_plugins, one_line
-from harness.resolve.plugins import store_plugins
+from harness.resolve.names import check_names, one_line
+from harness.resolve.plugins import load_named_plugins, store_plugins
 from harness.resolve.rules import resolve_config
 from harness.resolve.run import ResolvedRun as ResolvedRun
 
@@ -38,8 +38,7 @@ def register_schema() -> None:
     if not OmegaConf.has_resolver("folder_name"):
         OmegaConf.register_new_resolver("folder_name", _job_folder_name)
         ConfigStore.instance().store(name="schema", node=RunConfig)
-    if loaded():
-        store_plugins()
+    store_plugins()
 
 
 def compose_run(overrides: Sequence[str]) -> ResolvedRun:
@@ -55,18 +54,17 @@ def compose_run(overrides: Sequence[str]) -> ResolvedRun:
         ConfigError: A group, option or key is unknown, a type is wrong, or the combination cannot run.
     """
     overrides = [quote_overrides(override) for override in overrides]
-    load_named_plugins(overrides)
+    load_plugins_of(overrides)
     check_names(overrides)
-    register_schema()
     composed = _composed(overrides)
     if load_plugins(composed.plugins):  # a file names them
-        register_schema()
         composed = _composed(overrides)
     config, notes = check_composed(composed)
     return ResolvedRun(config, list(overrides), Path(str(composed.hydra.run.dir)), notes)
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:
+    register_schema()
     try:
         with _hydra():
             composed = compose("config", list(overrides), return_hydra_config=True)
@@ -76,22 +74,9 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(one_line(error)) from error
 
 
-def load_named_plugins(overrides: Sequence[str]) -> None:
-    """Load installed plug-ins, those of plugins=[...], and those that a file of the user's names.
-
-    They may add what the other overrides name, so this is done before any name is checked.
-
-    Args:
-        overrides: Overrides as on the command line, of a run or of a sweep.
-
-    Raises:
-        ConfigError: A plug-in cannot be loaded.
-    """
-    load_plugins(chosen_plugins(overrides))
-    for choice in chosen_files(overrides):
-        register_schema()
-        with suppress(ConfigError):  # composed by itself; what is wrong is reported with the other overrides
-            load_plugins(_composed([choice]).plugins)
+def load_plugins_of(overrides: Sequence[str]) -> None:
+    """Load the plug-ins that a command line or a file that it chooses names, as `load_named_plugins`."""
+    load_named_plugins(overrides, _composed)
 
 
 @contextmanager

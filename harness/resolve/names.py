@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from harness.config.schema import CheckpointDefaults, ModelConfig, RunConfig
@@ -169,31 +169,6 @@ def _options(override: Override) -> list[str | None]:
     if override.is_sweep_override():
         return []  # a glob or a range; Hydra resolves it
     return [None if value is None else str(value)]
-
-
-def chosen_plugins(overrides: Sequence[str]) -> list[str]:
-    """Return the plug-ins that overrides name by the key `plugins`; those of every job of a sweep."""
-    names: list[str] = []
-    for override in [_parsed(text) for text in overrides if text.partition("=")[0].lstrip("+") == "plugins"]:
-        value = override.value()
-        choices = value.list if isinstance(value, ChoiceSweep) else [value]
-        for choice in choices:
-            names += [str(name) for name in (choice if isinstance(choice, list) else [choice]) if name is not None]
-    return names
-
-
-def chosen_files(overrides: Sequence[str]) -> list[str]:
-    """Return the GROUP=OPTION of overrides that choose files of the user's, not of conf/; those of every job."""
-    root = Path(str(importlib.resources.files("conf")))
-    found = []
-    for override in [_parsed(text) for text in overrides]:
-        group = override.key_or_group
-        if "." in group or group == "plugins" or override.value_type is None:
-            continue
-        options = [option for option in _options(override) if option is not None]
-        if (root / group).is_dir() or "/" in group:
-            found += [f"{group}={option}" for option in options if not (root / group / f"{option}.yaml").exists()]
-    return found
 
 
 def config_groups() -> dict[str, list[str]]:

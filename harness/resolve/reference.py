@@ -182,7 +182,8 @@ def page(compatibility: str = "\n") -> str:
         if "." not in key.name:
             lines += ["", f"### {key.name}", "", f"{key.option.meaning} {_read_by(key)}", ""]
             lines += ["| key | type | default | unit | values | meaning | only with |", "|---|---|---|---|---|---|---|"]
-            continue
+            if key.type == "group":
+                continue
         name = f"`{key.name}.*`" if key.type == "group" else f"`{key.name}`"
         default = f"`{key.default}`" if key.default else ""
         cells = (name, key.type, default, key.option.unit, key.allowed, key.option.meaning, ", ".join(key.only))

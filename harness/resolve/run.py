@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.config.kinds import own_options
 from harness.config.schema import RunConfig
 from harness.parallel.mesh import degrees, world_size
+from harness.plugins.options import own_options
 from harness.resolve.checkpoint import CheckpointLayout, locate
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, denoiser_defaults
 from harness.resolve.engines_table import NATIVE, baseline_attention

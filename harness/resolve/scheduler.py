@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import msgspec
-
 from harness.config.schema import SchedulerConfig, SolverConfig
+from harness.plugins import arguments_of
+from schedulers.registry import plugin_options
 from schedulers.settings import NoiseSchedulerSettings
 
 
@@ -23,5 +23,5 @@ def noise_scheduler_settings(
     """
     plain: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(SchedulerConfig) if f.name != "solver"}
     options: dict[str, Any] = {f.name: getattr(config.solver, f.name) for f in fields(SolverConfig) if f.name != "name"}
-    own = {name: msgspec.to_builtins(given) for name, given in (plugin or {}).items()}
+    own = {name: arguments_of(plugin or {}, name) for name in plugin_options()}
     return NoiseSchedulerSettings(solver=config.solver.name, plugin=own, **options, **plain)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from typing import Any, Protocol, TypeAlias
 
-from harness.config.kinds import own_options
 from harness.config.serve import POLICIES
 from harness.messages import GenerationRequest
+from harness.plugins.options import own_options
 from harness.serving.turns import Turns
 from schedulers.registry import imported
 

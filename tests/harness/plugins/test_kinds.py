@@ -1,4 +1,4 @@
-"""The kinds of models/ and harness/ that a plug-in adds: what repeats ours makes the same bits, what cannot run is said."""
+"""The kinds of models/ and harness/ that a plug-in adds: what repeats ours makes the same bits."""
 
 from collections.abc import Iterator
 from pathlib import Path
