@@ -183,12 +183,12 @@ class AttentionEntry:
 
     Args:
         backend: The Backend (models.attention.backend).
-        with_lse: Whether it returns the log-sum-exp of its scores, as a ring needs.
-        masks: Whether it takes a mask over the keys.
-        devices: The device types that it runs on; empty if it decides by itself.
-        dtypes: The dtypes of tensors that it takes; empty for all.
-        package: The package that it needs on every device; empty for none.
-        approximate: Whether it rounds more than its tensors' dtype.
+        with_lse: Whether the log-sum-exp of the scores is returned too, as a ring needs.
+        masks: Whether a mask over the keys is used.
+        devices: The device types with a kernel; empty if the backend decides by itself.
+        dtypes: The dtypes of model.dtype with a kernel; empty for all.
+        package: The package needed on every device; empty for none.
+        approximate: Whether more is rounded than by the tensors' dtype.
     """
 
     backend: Target
@@ -221,12 +221,12 @@ def register_attention_backend(
     Args:
         name: The backend's name.
         backend: The Backend (models.attention.backend), or a function of the options that returns it.
-        with_lse: Whether it returns the log-sum-exp of its scores, as a ring needs.
-        masks: Whether it takes a mask over the keys.
-        devices: The device types that it runs on; empty if it decides by itself.
-        dtypes: The dtypes of tensors that it takes; empty for all.
-        package: The package that it needs on every device; empty for none.
-        approximate: Whether it rounds more than its tensors' dtype.
+        with_lse: Whether the log-sum-exp of the scores is returned too, as a ring needs.
+        masks: Whether a mask over the keys is used.
+        devices: The device types with a kernel; empty if the backend decides by itself.
+        dtypes: The dtypes of model.dtype with a kernel; empty for all.
+        package: The package needed on every device; empty for none.
+        approximate: Whether more is rounded than by the tensors' dtype.
         **common: Options of its own, its layouts, and whether requests may share its forwards.
     """
     entry = AttentionEntry(backend, with_lse, masks, devices, dtypes, package, approximate)

@@ -155,8 +155,16 @@ def summarize_repeats(
         flops_result: an answer whose operations were counted.
         ceilings: the measured matrix product rate of every rank, TFLOP/s.
         even: whether every step does the same operations, so that the median step is typical.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ValueError: no rank timed a solver step, as an engine of a plug-in may not.
     """
     last = results[-1]
+    if not any(repeat.denoise_steps_ms for repeat in repeats):
+        raise ValueError("the engine timed no solver step; its denoising has to enter run.clock.step() for each")
     peaks = [max(peak) for peak in zip(*([rank.peak_memory_mib for rank in r.ranks] for r in results), strict=True)]
     stages = [stage.name for stage in repeats[0].steps]
     durations = {

@@ -27,7 +27,7 @@ class CacheEntry:
         make: Function of the `cache` group to a SkipPolicy (harness.caching.blocks) or, for a cache of guidance
             branches, a GuidanceSchedule (harness.pipeline.guidance).
         keys: Keys of the group that it uses.
-        guidance: Whether it skips guidance branches; else it skips blocks.
+        guidance: Whether branches of guidance are skipped, and not blocks.
     """
 
     make: Target
@@ -54,7 +54,7 @@ def register_cache_policy(
         make: Function of the `cache` group to a SkipPolicy (harness.caching.blocks) or, for a cache of guidance
             branches, a GuidanceSchedule (harness.pipeline.guidance).
         keys: Keys of the `cache` group that it uses, besides order, warmup and final of every cache of blocks.
-        guidance: Whether it skips guidance branches; else it skips blocks.
+        guidance: Whether branches of guidance are skipped, and not blocks.
         **common: Options of its own, its layouts, and whether requests may share its forwards.
     """
     entry = CacheEntry(make, keys if guidance else (*keys, *BLOCK_KEYS), guidance)

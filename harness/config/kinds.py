@@ -39,7 +39,7 @@ STAGES: Registry[StageEntry] = Registry("stage", "stages")
 GUIDANCE_RULES: Registry[Target] = Registry("guidance rule", "model.guidance_rule")
 """Guidance rules by name: Combine (harness.pipeline.guidance)."""
 METRICS: Registry[Target] = Registry("metric", "quality.metrics")
-"""Metrics by name: Metric (harness.metrics.own)."""
+"""Metrics by name: ImageMetric (harness.metrics.own)."""
 
 
 def register_stage(
@@ -90,7 +90,7 @@ def register_metric(name: str, measure: Target, **common: Unpack[Common]) -> Non
 
     Args:
         name: The metric's name, also in the record.
-        measure: Metric (harness.metrics.own): the function of images and prompts that returns a number.
+        measure: ImageMetric (harness.metrics.own): the function of images and prompts that returns a number.
         **common: Options of its own.
     """
     METRICS.register(name, measure, **common)

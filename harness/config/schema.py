@@ -516,6 +516,9 @@ class RunConfig:
     parallel: ParallelConfig = group(ParallelConfig, "Degrees of the mesh.", reads=GENERATING)
     attention: AttentionConfig = group(AttentionConfig, "Attention kernel.", reads=PREDICTING)
     cache: CacheConfig = group(CacheConfig, "Which evaluations or branches are skipped.", reads=GENERATING)
+    stages: list[str] = option(
+        [], "Stages of plug-ins that are added to the pipeline.", words=Names(STAGES), reads=GENERATING
+    )
     logger: LoggerConfig = group(LoggerConfig, "Where results go besides the record.", reads=LOGGING)
     launch: LaunchConfig = group(LaunchConfig, "How ranks are started.", reads=PREDICTING)
     request: RequestConfig = group(RequestConfig, "What to generate.", reads=PREDICTING)
@@ -528,9 +531,6 @@ class RunConfig:
     train: TrainConfig = group(TrainConfig, "Parts and settings of the training.", reads=("task=train",))
     plan: PlanConfig = group(PlanConfig, "What is predicted.", reads=("task=plan",))
     hardware: HardwareConfig = group(HardwareConfig, "Machine that is predicted for.", reads=("task=plan",))
-    stages: list[str] = option(
-        [], "Stages of plug-ins that are added to the pipeline.", words=Names(STAGES), reads=GENERATING
-    )
     report: ReportConfig = group(ReportConfig, "Page of the report.", reads=("task=report",))
     serve: ServeConfig = group(ServeConfig, "The server, and how its engine takes requests.", reads=SERVING)
     load: LoadConfig = group(LoadConfig, "Clients that measure a server.", reads=("task=load",))

@@ -15,7 +15,7 @@ from harness.plugins.options import own_options
 from schedulers.registry import imported
 
 
-class Metric(Protocol):
+class ImageMetric(Protocol):
     """A metric that a plug-in registers."""
 
     def __call__(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str], **options: Any) -> float:
@@ -52,7 +52,7 @@ def measure(
     failed = []
     for name in names:
         try:
-            metric: Metric = imported(METRICS[name])
+            metric: ImageMetric = imported(METRICS[name])
             value: object = metric(images, prompts, **own_options(METRICS, name, plugin))
         except Exception as error:
             failed.append(f"metric {name} is missing: {type(error).__name__}: {' '.join(str(error).split())}")

@@ -11,6 +11,7 @@ from harness.client.generator import DiffusionGenerator, Generation
 from harness.config.kinds import METRICS, register_stage
 from harness.loggers.table import print_record
 from harness.plugins import load
+from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.serving.policy import TrackedRequest, serving_order, sort_key
 from harness.serving.turns import Turns
@@ -41,9 +42,10 @@ def _example(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         registry.withdraw(PLUGIN)
 
 
-def generate(*overrides: str) -> Generation:
+def generate(*overrides: str) -> tuple[Generation, Record]:
     with DiffusionGenerator.from_config(*SMALL, *overrides) as generator:
-        return generator.generate()
+        generation = generator.generate()
+        return generation, generation.record
 
 
 def refused(*overrides: str) -> str:
@@ -67,38 +69,35 @@ PAIRS = {
 
 @pytest.mark.parametrize("kind", list(PAIRS))
 def test_what_repeats_ours_makes_the_same_bits(kind: str) -> None:
-    own, ours = (generate(*overrides) for overrides in PAIRS[kind])
+    (own, record), (ours, expected) = (generate(*overrides) for overrides in PAIRS[kind])
     for one, other in zip(own.pixels, ours.pixels, strict=True):
         assert np.array_equal(one, other)
-    if kind == "attention":
-        assert own.record.attention.resolved == "example"
-    if kind == "cache":
-        assert own.record.statistics.cache == ours.record.statistics.cache
-        assert own.record.statistics.cache is not None
+    assert (record.attention.resolved == "example") == (kind == "attention")
+    assert (record.statistics.cache is not None) == (kind == "cache")
+    assert record.statistics.cache == expected.statistics.cache
 
 
 def test_a_stage_is_seen_in_the_image_and_in_the_record(tmp_path: Path) -> None:
-    plain = generate("quality.metrics=[brightness]")
-    dark = generate("stages=[invert]", "plugin.invert.share=0.75", "quality.metrics=[brightness]")
+    plain, plain_record = generate("quality.metrics=[brightness]")
+    dark, record = generate("stages=[invert]", "plugin.invert.share=0.75", "quality.metrics=[brightness]")
     for one, other in zip(dark.pixels, plain.pixels, strict=True):
         np.testing.assert_allclose(one, other + 0.75 * (1 - 2 * other), atol=1e-6)
     stages = [stage.name for stage in dark.result.ranks[0].stages]
     assert stages[-2:] == ["decoding", "invert"]
-    times = dark.record.statistics.stage_ms
-    assert times["invert"].median > 0
-    assert "invert" not in plain.record.statistics.stage_ms
-    found = dark.record.metrics
+    assert record.statistics.stage_ms["invert"].median > 0
+    assert "invert" not in plain_record.statistics.stage_ms
+    found = record.metrics
     assert found == {"brightness": np.mean([np.asarray(image).mean() for image in dark.images])}
-    assert found["brightness"] != plain.record.metrics["brightness"]
+    assert found["brightness"] != plain_record.metrics["brightness"]
     console = Console(record=True, width=120)
-    print_record(dark.record, tmp_path, console)
+    print_record(record, tmp_path, console)
     assert f"brightness {found['brightness']:.4g}" in console.export_text()
 
 
 def test_an_engine_of_a_plug_in_generates() -> None:
-    found = generate("engine=example")
+    found, record = generate("engine=example")
     assert all(np.all(image == 0.5) for image in found.pixels)
-    assert found.record.engine.name == "example"
+    assert record.engine.name == "example"
 
 
 def fail(images: object, prompts: object) -> float:
@@ -113,7 +112,7 @@ def test_a_metric_that_fails_is_a_note(metric: object, note: str, monkeypatch: p
     compose_run([LOADED])
     with monkeypatch.context() as patch:
         patch.setitem(METRICS._entries, "brightness", metric)
-        record = generate("quality.metrics=[brightness]").record
+        _, record = generate("quality.metrics=[brightness]")
     assert record.metrics == {}
     assert any(note in line for line in record.notes)
 
