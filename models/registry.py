@@ -283,7 +283,7 @@ def returns_lse(name: str) -> bool:
 
 def missing_package(backend: str) -> str:
     """Return one line about the package that an attention backend lacks on this machine, or an empty string."""
-    package = ATTENTION_BACKENDS[backend].package
+    package = ATTENTION_BACKENDS[backend].package if backend in ATTENTION_BACKENDS else ""
     if not package or importlib.util.find_spec(package) is not None:
         return ""
     return (
