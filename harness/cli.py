@@ -129,6 +129,7 @@ def print_help(arguments: Sequence[str]) -> int:
     names = [argument for argument in arguments if not argument.startswith("-")]
     try:
         load_plugins_of(names)
+        names = [name for name in names if not name.startswith("plugins=")]
         print("\n\n".join(describe(name) for name in names) or help_text())
     except ConfigError as error:
         print_error(error)

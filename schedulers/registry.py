@@ -195,11 +195,16 @@ def owned_by(owner: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for registry in REGISTRIES:
-            registry.withdraw(owner)
+        withdraw(owner)
         raise
     finally:
         _owner.reset(token)
+
+
+def withdraw(owner: str) -> None:
+    """Remove what an owner registered in any registry."""
+    for registry in REGISTRIES:
+        registry.withdraw(owner)
 
 
 def imported(target: Target) -> Any:

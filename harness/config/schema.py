@@ -504,10 +504,16 @@ class RunConfig:
     """The whole configuration of one run."""
 
     plugins: list[str] = option(
-        [], "Your plug-ins: modules or Python files with a function register(). Installed ones are added."
+        [],
+        "Your plug-ins: modules or Python files with a function register(). Installed ones are added.",
+        reads=(*PREDICTING, "task=train"),
     )
-    plugin: dict[str, Any] = option({}, "Options of what plug-ins registered, by its name.")
-    plugin_sources: dict[str, PluginSource] = option({}, "Code of the plug-ins, written by the run.")
+    plugin: dict[str, Any] = option(
+        {}, "Options of what plug-ins registered, by its name.", reads=(*PREDICTING, "task=train")
+    )
+    plugin_sources: dict[str, PluginSource] = option(
+        {}, "Code of the plug-ins, written by the run.", reads=(*PREDICTING, "task=train")
+    )
 
     task: TaskConfig = group(TaskConfig, "What the run does, and how often it is measured.")
     engine: EngineConfig = group(EngineConfig, "Which implementation generates.", reads=GENERATING)

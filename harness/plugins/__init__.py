@@ -8,7 +8,7 @@ from harness.config.cache import register_cache_policy
 from harness.config.engines import register_engine
 from harness.config.kinds import register_guidance, register_metric, register_stage
 from harness.config.serve import register_request_policy
-from harness.plugins.load import Plugin, full_name, load_plugins, load_sources, loaded
+from harness.plugins.load import Plugin, full_name, load_plugins, load_sources, loaded, unload_plugin
 from harness.plugins.options import arguments_of, options_of, own_options
 from models.registry import Architecture, register_architecture, register_attention_backend
 from schedulers.options import group, option
@@ -37,4 +37,5 @@ __all__ = [
     "register_solver",
     "register_spacing",
     "register_stage",
+    "unload_plugin",
 ]

@@ -19,7 +19,7 @@ from types import ModuleType
 
 from harness.config.schema import PluginSource
 from harness.config.yaml import ConfigError
-from schedulers.registry import OURS, owned_by
+from schedulers.registry import OURS, owned_by, withdraw
 
 GROUP = "triptych.plugins"
 REGISTER = "register"
@@ -37,6 +37,7 @@ class Plugin:
         sha256: A hash of its source files, 16 hexadecimal digits.
         folder: The folder from which it is imported.
         installed: Whether an entry point names it.
+        module: Its module.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Plugin:
     sha256: str
     folder: str
     installed: bool
+    module: str
 
     @property
     def source(self) -> PluginSource:
@@ -105,6 +107,7 @@ def full_name(name: str) -> str:
 
 def _load(name: str, version: str = "", installed: bool = False) -> None:
     if name in _loaded:
+        _check_unchanged(_loaded[name])
         return
     path = Path(name) if name.endswith(".py") else None
     module_name, _, function = (path.stem, "", "") if path else name.partition(":")
@@ -121,16 +124,43 @@ def _load(name: str, version: str = "", installed: bool = False) -> None:
                 )
             register()
     except (Exception, SystemExit) as error:
-        for new in set(sys.modules) - known:
-            if f"{new}.".startswith(f"{module_name}."):
-                del sys.modules[new]  # so that a notebook loads the code again once it is mended
+        _forget(module_name, known)  # so that a notebook loads the code again once it is mended
         if isinstance(error, ConfigError):
             raise
         remedy = "mend it, or uninstall its package" if installed else "mend it, or drop it from plugins"
         raise ConfigError(f"plug-in {name}: {_line(error)}; {remedy}") from error
     folder, files = _files(module)
     version = version or _version(module, module_name)
-    _loaded[name] = Plugin(name, version, _hash(folder, files), str(folder), installed)
+    _loaded[name] = Plugin(name, version, _hash(folder, files), str(folder), installed, module.__name__)
+
+
+def unload_plugin(name: str) -> None:
+    """Forget a plug-in and its module, for a notebook that loads it anew after an edit.
+
+    Args:
+        name: Its name; nothing is done if it is not loaded.
+    """
+    plugin = _loaded.pop(full_name(name), None)
+    if plugin is not None:
+        withdraw(plugin.name)
+        _forget(plugin.module, set())
+
+
+def _forget(module: str, known: set[str]) -> None:
+    """Remove a module and those below it from the imported ones, except known ones."""
+    for name in set(sys.modules) - known:
+        if f"{name}.".startswith(f"{module}."):
+            del sys.modules[name]
+
+
+def _check_unchanged(plugin: Plugin) -> None:
+    """Refuse code that was edited since it was imported: ranks would import other code than the launcher has."""
+    module = sys.modules.get(plugin.module)
+    if module is None or _hash(*_files(module)) != plugin.sha256:
+        raise ConfigError(
+            f"plug-in {plugin.name}: its files changed since it was loaded; start Python again, or call "
+            f"harness.plugins.unload_plugin({plugin.name!r}) first"
+        )
 
 
 def _import(name: str) -> ModuleType:

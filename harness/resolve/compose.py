@@ -24,7 +24,7 @@ from harness.config.yaml import ConfigError as ConfigError
 from harness.config.yaml import from_yaml as from_yaml
 from harness.config.yaml import to_dict as to_dict
 from harness.config.yaml import to_yaml as to_yaml
-from harness.plugins import load_plugins
+from harness.plugins import load_plugins, loaded
 from harness.resolve.comparison import quote_overrides
 from harness.resolve.folder_name import folder_name
 from harness.resolve.names import check_names, one_line
@@ -38,7 +38,8 @@ def register_schema() -> None:
     if not OmegaConf.has_resolver("folder_name"):
         OmegaConf.register_new_resolver("folder_name", _job_folder_name)
         ConfigStore.instance().store(name="schema", node=RunConfig)
-    store_plugins()
+    if loaded() or ConfigStore.instance().load("schema.yaml").node.plugin:
+        store_plugins()
 
 
 def compose_run(overrides: Sequence[str]) -> ResolvedRun:

@@ -24,6 +24,8 @@ from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
 from models.registry import did_you_mean
 from schedulers.registry import AXES, OURS, REGISTRIES, Registration, plugin_options, registrations
 
+PROVIDER = "plug-in"  # of options in Hydra's store
+
 
 def load_named_plugins(overrides: Sequence[str], compose: Callable[[list[str]], DictConfig]) -> None:
     """Load installed plug-ins, those of plugins=[...], and those that a file of the user's names.
@@ -65,19 +67,27 @@ def _parsed(overrides: Sequence[str]) -> Iterator[Override]:
 
 
 def store_plugins() -> None:
-    """Tell Hydra the keys of the loaded plug-ins, and the options that they add to groups."""
-    if not loaded():
-        return
+    """Tell Hydra the keys of the loaded plug-ins and the options that they add to groups, and forget earlier ones."""
+    store = ConfigStore.instance()
+    _remove(store.repo)
     schema = OmegaConf.structured(RunConfig)
     for name, options in plugin_options().items():
         schema.plugin[name] = OmegaConf.structured(options)
-    store = ConfigStore.instance()
     store.store(name="schema", node=schema)
     for registry in REGISTRIES:
         for row in registry.registrations():
             if registry.group and row.owner != OURS:
                 field = registry.key.rpartition(".")[2]
-                store.store(group=registry.group, name=row.name, node={field: row.name}, provider=row.owner)
+                store.store(group=registry.group, name=row.name, node={field: row.name}, provider=PROVIDER)
+
+
+def _remove(nodes: dict[str, Any]) -> None:
+    """Remove the options that plug-ins added, also below the groups of a group."""
+    for name, node in list(nodes.items()):
+        if isinstance(node, dict):
+            _remove(node)
+        elif node.provider == PROVIDER:
+            del nodes[name]
 
 
 def resolve_plugins(config: RunConfig) -> None:
