@@ -35,6 +35,7 @@ from harness.engines.launcher import is_under_torchrun
 from harness.engines.pool import EnginePool, MakeEngine, new_engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
+from harness.plugins import load_plugins, loaded
 from harness.records.job import JobResult, read_jobs, write_job
 from harness.records.record import RunFolderError, Status, is_done, read_status
 from harness.resolve.comparison import quote_overrides
@@ -44,6 +45,7 @@ from harness.resolve.compose import (
     check_composed,
     compose_run,
     from_yaml,
+    load_plugins_of,
     register_schema,
     sweep_folder,
     to_dict,
@@ -89,6 +91,7 @@ def dispatch(arguments: Sequence[str]) -> int:
         if any(argument.startswith("-") for argument in arguments):
             arguments = multirun_flag_first([quote_overrides(argument) for argument in arguments])
             flags = get_args_parser().parse_args(list(arguments))
+            load_plugins_of(flags.overrides)
             check_names(flags.overrides, sweep=flags.multirun)
             if flags.multirun:
                 check_multirun(arguments, bool(flags.cfg))
@@ -125,6 +128,8 @@ def print_help(arguments: Sequence[str]) -> int:
         return 0
     names = [argument for argument in arguments if not argument.startswith("-")]
     try:
+        load_plugins_of(names)
+        names = [name for name in names if not name.startswith("plugins=")]
         print("\n\n".join(describe(name) for name in names) or help_text())
     except ConfigError as error:
         print_error(error)
@@ -191,18 +196,20 @@ class HydraSession:
     Args:
         outcomes: The folder of the outcomes of jobs in other processes; None if there are no such jobs.
         is_copy: Whether this session is that of a job's own process.
+        plugins: The plug-ins of the jobs.
     """
 
-    def __init__(self, outcomes: Path | None = None, is_copy: bool = False) -> None:
+    def __init__(self, outcomes: Path | None = None, is_copy: bool = False, plugins: Sequence[str] = ()) -> None:
         self.jobs: list[JobResult] = []
         self.pool = EnginePool()
         self._outcomes = outcomes
         self._is_copy = is_copy
         atexit.register(self.pool.close)
+        load_plugins(plugins)
         register_schema()
 
-    def __reduce__(self) -> tuple[type[HydraSession], tuple[Path | None, bool]]:
-        return HydraSession, (self._outcomes, True)
+    def __reduce__(self) -> tuple[type[HydraSession], tuple[Path | None, bool, list[str]]]:
+        return HydraSession, (self._outcomes, True, [*loaded()])
 
     def add(self, job: JobResult, number: int) -> None:
         """Add a finished job.

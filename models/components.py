@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -256,8 +256,8 @@ class Decoder(Protocol):
 class ComponentLoader(Protocol):
     """The signature of `load` in an architecture's module."""
 
-    def __call__(self, source: CheckpointSource, kernel: AttentionKernel) -> Components:
-        """Load the components of a checkpoint with an attention kernel."""
+    def __call__(self, source: CheckpointSource, kernel: AttentionKernel, **options: Any) -> Components:
+        """Load the components of a checkpoint with an attention kernel, and the options that its plug-in declared."""
 
 
 def networks_in(part: object) -> list[nn.Module]:

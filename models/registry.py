@@ -7,6 +7,9 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
+
+from schedulers.registry import Common, Registry, Target
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class Architecture:
             counts.
         depth: The key that counts its transformer blocks, of the first kind if there are several.
         vae: The `_class_name` of its autoencoder.
+        masks: Whether its network masks keys, of text that is padded.
+        patch: The latent pixels of a token on a side: a number, or a key of its denoiser's config.json. None if the
+            files do not say.
+        tensors: The function that checks the denoiser's config.json in a folder and returns the shapes of its tensors
+            (models.configs.shapes), or None if a library builds it. It may not import torch. None = not checked.
     """
 
     module: str
@@ -33,67 +41,205 @@ class Architecture:
     heads: str | None = "num_attention_heads"
     depth: str = "num_layers"
     vae: str = "AutoencoderKL"
+    masks: bool = False
+    patch: str | int | None = None
+    tensors: Target | None = None
 
 
-ARCHITECTURES = {
-    "dit": Architecture("models.dit.components", ("DiTTransformer2DModel", "Transformer2DModel"), ("vae",)),
-    "pixart": Architecture(
+ARCHITECTURES: Registry[Architecture] = Registry("architecture", "model.architecture")
+"""Architectures by name."""
+
+
+def register_architecture(name: str, entry: Architecture, **common: Unpack[Common]) -> None:
+    """Register an architecture, for model.architecture.
+
+    Args:
+        name: The architecture's name.
+        entry: How its checkpoints are detected and loaded.
+        **common: Options of its own, its layouts, and whether requests may share its forwards.
+    """
+    ARCHITECTURES.register(name, entry, **common)
+
+
+register_architecture(
+    "dit",
+    Architecture(
+        "models.dit.components",
+        ("DiTTransformer2DModel", "Transformer2DModel"),
+        ("vae",),
+        patch="patch_size",
+        tensors="models.configs.dit:expected",
+    ),
+)
+register_architecture(
+    "pixart",
+    Architecture(
         "models.pixart.components",
         ("PixArtTransformer2DModel", "Transformer2DModel"),
         ("vae", "text_encoder"),
         ("tokenizer",),
+        masks=True,
+        patch="patch_size",
+        tensors="models.configs.pixart:expected",
     ),
-    "sd3": Architecture(
+)
+register_architecture(
+    "sd3",
+    Architecture(
         "models.sd3.components",
         ("SD3Transformer2DModel",),
         ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
         ("tokenizer", "tokenizer_2", "tokenizer_3"),
         optional=("text_encoder_3", "tokenizer_3"),
+        patch="patch_size",
+        tensors="models.configs.sd3:expected",
     ),
-    "flux": Architecture(
+)
+register_architecture(
+    "flux",
+    Architecture(
         "models.flux.components",
         ("FluxTransformer2DModel",),
         ("vae", "text_encoder", "text_encoder_2"),
         ("tokenizer", "tokenizer_2"),
+        patch=2,
+        tensors="models.configs.flux:expected",
     ),
-    "qwen_image": Architecture(
+)
+register_architecture(
+    "qwen_image",
+    Architecture(
         "models.qwen_image.components",
         ("QwenImageTransformer2DModel",),
         ("vae", "text_encoder"),
         ("tokenizer",),
         vae="AutoencoderKLQwenImage",
+        masks=True,
+        patch=2,
+        tensors="models.configs.qwen_image:expected",
     ),
-    "z_image": Architecture(
+)
+register_architecture(
+    "z_image",
+    Architecture(
         "models.z_image.components",
         ("ZImageTransformer2DModel",),
         ("vae", "text_encoder"),
         ("tokenizer",),
         heads="n_heads",
         depth="n_layers",
+        masks=True,
+        patch=2,
+        tensors="models.configs.z_image:expected",
     ),
-    "wan": Architecture(
+)
+register_architecture(
+    "wan",
+    Architecture(
         "models.wan.components",
         ("WanTransformer3DModel",),
         ("vae", "text_encoder"),
         ("tokenizer",),
         vae="AutoencoderKLWan",
+        patch="patch_size",
+        tensors="models.configs.wan:expected",
     ),
-    "sd": Architecture(
-        "models.unet.sd", ("UNet2DConditionModel",), ("vae", "text_encoder"), ("tokenizer",), heads=None
+)
+register_architecture(
+    "sd",
+    Architecture(
+        "models.unet.sd",
+        ("UNet2DConditionModel",),
+        ("vae", "text_encoder"),
+        ("tokenizer",),
+        heads=None,
+        patch=1,
+        tensors="models.configs.unet:check_sd",
     ),
-    "sdxl": Architecture(
+)
+register_architecture(
+    "sdxl",
+    Architecture(
         "models.unet.sdxl",
         ("UNet2DConditionModel",),
         ("vae", "text_encoder", "text_encoder_2"),
         ("tokenizer", "tokenizer_2"),
         heads=None,
+        patch=1,
+        tensors="models.configs.unet:check_sdxl",
     ),
-    "unet": Architecture("models.unet.unconditional", ("UNet2DModel",), (), heads=None),
-}
+)
+register_architecture(
+    "unet",
+    Architecture(
+        "models.unet.unconditional", ("UNet2DModel",), (), heads=None, tensors="models.configs.unet:check_unconditional"
+    ),
+)
 
-ATTENTION_BACKENDS = ("math", "sdpa", "flash", "flex", "sage")
-ATTENTION_PACKAGES = {"sage": "sageattention"}  # a backend runs on no device without its package
-WITH_LSE = ("math", "flash", "flex", "sage")  # backends that return the log-sum-exp of their scores
+
+@dataclass(frozen=True)
+class AttentionEntry:
+    """One row: what is known of an attention backend before torch is imported.
+
+    Args:
+        backend: The Backend (models.attention.backend).
+        with_lse: Whether the log-sum-exp of the scores is returned too, as a ring needs.
+        masks: Whether a mask over the keys is used.
+        devices: The device types with a kernel; empty if the backend decides by itself.
+        dtypes: The dtypes of model.dtype with a kernel; empty for all.
+        package: The package needed on every device; empty for none.
+        approximate: Whether more is rounded than by the tensors' dtype.
+    """
+
+    backend: Target
+    with_lse: bool = False
+    masks: bool = True
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    package: str = ""
+    approximate: bool = False
+
+
+ATTENTION_BACKENDS: Registry[AttentionEntry] = Registry("attention backend", "attention.backend", "attention")
+"""Attention backends by name, besides `auto`."""
+
+
+def register_attention_backend(
+    name: str,
+    backend: Target,
+    *,
+    with_lse: bool = False,
+    masks: bool = True,
+    devices: tuple[str, ...] = (),
+    dtypes: tuple[str, ...] = (),
+    package: str = "",
+    approximate: bool = False,
+    **common: Unpack[Common],
+) -> None:
+    """Register an attention backend, for attention.backend.
+
+    Args:
+        name: The backend's name.
+        backend: The Backend (models.attention.backend), or a function of the options that returns it.
+        with_lse: Whether the log-sum-exp of the scores is returned too, as a ring needs.
+        masks: Whether a mask over the keys is used.
+        devices: The device types with a kernel; empty if the backend decides by itself.
+        dtypes: The dtypes of model.dtype with a kernel; empty for all.
+        package: The package needed on every device; empty for none.
+        approximate: Whether more is rounded than by the tensors' dtype.
+        **common: Options of its own, its layouts, and whether requests may share its forwards.
+    """
+    entry = AttentionEntry(backend, with_lse, masks, devices, dtypes, package, approximate)
+    ATTENTION_BACKENDS.register(name, entry, **common)
+
+
+register_attention_backend("math", "models.attention.reference:MATH", with_lse=True)
+register_attention_backend("sdpa", "models.attention.sdpa:SDPA")
+register_attention_backend("flash", "models.attention.flash:FLASH", with_lse=True)
+register_attention_backend("flex", "models.attention.flex:FLEX", with_lse=True)
+register_attention_backend(
+    "sage", "models.attention.sage:SAGE", with_lse=True, package="sageattention", approximate=True
+)
 
 REFERENCE = Path(__file__).parent / "reference"
 PUBLISHED = Path(__file__).parent / "published"  # configurations of published checkpoints, without weights
@@ -130,10 +276,15 @@ def resolve_backend(requested: str, device_type: str = "cpu", with_lse: bool = F
     return requested
 
 
+def returns_lse(name: str) -> bool:
+    """Return whether an attention backend returns the log-sum-exp of its scores."""
+    return ATTENTION_BACKENDS[name].with_lse
+
+
 def missing_package(backend: str) -> str:
     """Return one line about the package that an attention backend lacks on this machine, or an empty string."""
-    package = ATTENTION_PACKAGES.get(backend)
-    if package is None or importlib.util.find_spec(package) is not None:
+    package = ATTENTION_BACKENDS[backend].package if backend in ATTENTION_BACKENDS else ""
+    if not package or importlib.util.find_spec(package) is not None:
         return ""
     return (
         f"attention={backend} needs the {package} package and a CUDA device: "

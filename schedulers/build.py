@@ -1,29 +1,29 @@
-"""From plain settings to a NoiseScheduler: the only place that branches on names."""
+"""From plain settings to a NoiseScheduler: what the tables name is imported here, and called with its options."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 
 from schedulers import paths, prediction, spacing
-from schedulers.compatibility import PATHS, resolve, spacing_options, used_settings
+from schedulers.compatibility import resolve, spacing_options, used_settings
 from schedulers.noise_scheduler import NoiseScheduler
-from schedulers.settings import SOLVERS, NoiseSchedulerSettings
-from schedulers.solvers.adams import DEIS, LMS, PNDM
+from schedulers.registry import Registry, imported
+from schedulers.settings import NoiseSchedulerSettings
+from schedulers.solvers.adams import PNDM
 from schedulers.solvers.base import Solver
-from schedulers.solvers.dpm import DPMSolver
-from schedulers.solvers.dpm_singlestep import DPMSolverSinglestep
-from schedulers.solvers.euler import DDIM, Euler
-from schedulers.solvers.heun import DPM2, Heun
-from schedulers.solvers.lcm import LCM, TCD
-from schedulers.solvers.posterior import DDPM
-from schedulers.solvers.rk45 import RK45
-from schedulers.solvers.sde import EDMChurn, EulerMaruyama, PredictorCorrector
-from schedulers.solvers.unipc import UniPC
+from schedulers.solvers.lcm import LCM
+from schedulers.solvers.sde import PredictorCorrector
+from schedulers.tables import PATHS, SOLVERS, SPACINGS
 
-Component = TypeVar("Component")
+NOT_OF_THE_PATH = (
+    "end",
+    "t_last",
+    "round_tau",
+    "learned_variance",
+)  # a path allows them; spacing and prediction take them
 
 
 def build(settings: NoiseSchedulerSettings) -> NoiseScheduler:
@@ -46,80 +46,35 @@ def build(settings: NoiseSchedulerSettings) -> NoiseScheduler:
     return NoiseScheduler(_path(s), _spacing(s), _prediction(s), _solver(s), state_dtype)
 
 
-def _from_settings(kind: type[Component], s: NoiseSchedulerSettings, names: Collection[str], **fixed: Any) -> Component:
-    """Return a `kind` whose fields take the named settings; a setting of None keeps the field's default."""
-    chosen = [f.name for f in fields(kind) if f.name in names and f.name not in fixed]  # type: ignore[arg-type]
-    return kind(**{name: value for name in chosen if (value := getattr(s, name)) is not None}, **fixed)
+def _make(
+    registry: Registry[Any], name: str, s: NoiseSchedulerSettings, names: Collection[str], fixed: Mapping[str, Any]
+) -> Any:
+    """Return what an entry makes of the named settings, of those that are not None, and of its plug-in's options."""
+    given = {key: value for key in names if (value := getattr(s, key)) is not None}
+    own = (s.plugin or {}).get(name, {}) if registry.registration(name).options is not None else {}
+    return imported(registry[name].make)(**given, **fixed, **own)
 
 
 def _path(s: NoiseSchedulerSettings) -> paths.NoisePath:
-    own = PATHS[s.path or ""].options
-    match s.path:
-        case "flow":
-            return paths.FlowPath()
-        case "edm":
-            ends = {"t_min": s.sigma_min, "t_max": s.sigma_max}
-            given = {name: value for name, value in ends.items() if value is not None}
-            return _from_settings(paths.EDMPath, s, own, **given)
-        case "ve":
-            return _from_settings(paths.GeometricVEPath, s, own, sigma_max=50.0 if s.sigma_max is None else s.sigma_max)
-        case "vp" | "sub_vp":
-            return _from_settings(paths.ContinuousVPPath, s, own, sub=s.path == "sub_vp")
-        case "discrete_vp":
-            betas = paths.betas(
-                cast(paths.BetaSchedule, s.beta_schedule or "linear"),
-                1e-4 if s.beta_start is None else s.beta_start,
-                0.02 if s.beta_end is None else s.beta_end,
-                1000 if s.train_steps is None else s.train_steps,
-            )
-            path = paths.DiscreteVPPath(paths.zero_terminal_snr(betas) if s.zero_terminal_snr else betas)
-            return paths.VECoordinates(path) if s.coordinates == "ve" else path
-    raise ValueError(f"path={s.path} is not implemented")
+    name = s.path or ""
+    options = [option for option in PATHS[name].options if option not in NOT_OF_THE_PATH]
+    if name == "edm":
+        options += ["sigma_min", "sigma_max"]  # they are its spacing's, which always needs them
+    path: paths.NoisePath = _make(PATHS, name, s, options, PATHS[name].fixed)
+    return path
 
 
 def _spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
-    base = _base_spacing(s)
+    name = s.spacing or ""
+    base: spacing.Spacing = _make(SPACINGS, name, s, (*spacing_options(s), *SPACINGS[name].given), {})
     return spacing.TimestepMap(base, cast(Literal["round", "floor"], s.round_tau)) if s.round_tau else base
 
 
-def _spacing_names(s: NoiseSchedulerSettings) -> tuple[str, ...]:
-    """Return the settings of a spacing; a solver has others of the same names, such as `kind` and `b`."""
-    return (*spacing_options(s), "end")
-
-
-def _base_spacing(s: NoiseSchedulerSettings) -> spacing.Spacing:
-    own = _spacing_names(s)
-    level_kind: spacing.LevelKind = "flow" if s.path == "flow" else "ratio"
-    match s.spacing:
-        case "linspace" if s.path == "flow":
-            return _flow_linspace(s)
-        case "leading":
-            return _from_settings(spacing.Leading, s, own)
-        case "trailing":
-            return _from_settings(spacing.Trailing, s, own)
-        case "linspace":
-            return _from_settings(spacing.Linspace, s, own, integer=s.integer_timesteps is not False)
-        case "uniform":
-            geometric = s.path == "ve" if s.geometric_sigma is None else s.geometric_sigma
-            return _from_settings(spacing.UniformTime, s, own, geometric_sigma=geometric)
-        case "karras":
-            return _from_settings(spacing.Karras, s, own, level_kind=level_kind)
-        case "exponential":
-            return _from_settings(spacing.Exponential, s, own, level_kind=level_kind)
-        case "beta":
-            return _from_settings(spacing.Beta, s, own, level_kind=level_kind)
-        case "custom":
-            return _from_settings(spacing.Custom, s, own, level_kind=level_kind, sigmas=tuple(s.sigmas or ()))
-        case "lcm":
-            return _from_settings(spacing.Distilled, s, own)
-    raise ValueError(f"spacing={s.spacing} is not implemented on path={s.path}")
-
-
-def _flow_linspace(s: NoiseSchedulerSettings) -> spacing.Spacing:
-    shift = math.exp(s.mu) if s.mu is not None else 1.0 if s.shift is None else s.shift
-    own = _spacing_names(s)
-    flow = _from_settings(spacing.FlowLinspace, s, own, shift=shift, terminal=s.shift_terminal)
-    return flow if s.base_shift is None else _from_settings(spacing.ResolutionShift, s, own, flow=flow)
+def _solver(s: NoiseSchedulerSettings) -> Solver:
+    name = s.solver or ""
+    entry = SOLVERS[name]
+    solver: Solver = _make(SOLVERS, name, s, (*entry.options, *entry.given), entry.fixed)
+    return solver
 
 
 def _prediction(s: NoiseSchedulerSettings) -> prediction.Prediction:
@@ -141,45 +96,98 @@ def _prediction(s: NoiseSchedulerSettings) -> prediction.Prediction:
     return kind
 
 
-def _solver(s: NoiseSchedulerSettings) -> Solver:
-    own = (*SOLVERS[s.solver or ""], "sigma_data")
-    match s.solver:
-        case "euler":
-            return Euler()
-        case "ddim":
-            return _from_settings(DDIM, s, own)
-        case "ancestral":
-            return DDIM(1.0)
-        case "ddpm":
-            return _from_settings(DDPM, s, own)
-        case "heun":
-            return Heun()
-        case "dpm2":
-            return _from_settings(DPM2, s, own)
-        case "dpmpp_1" | "dpmpp_2m" | "dpmpp_3m":
-            return _from_settings(DPMSolver, s, own, order=int(s.solver[6]))
-        case "dpmpp_2m_sde":
-            return _from_settings(DPMSolver, s, own, order=2, stochastic=True)
-        case "dpmpp_2s" | "dpmpp_3s":
-            return _from_settings(DPMSolverSinglestep, s, own, order=int(s.solver[6]))
-        case "unipc":
-            return _from_settings(UniPC, s, own)
-        case "deis":
-            return _from_settings(DEIS, s, own)
-        case "pndm":
-            return _from_settings(PNDM, s, own, whole_times=s.spacing in ("leading", "trailing"))
-        case "lms":
-            return _from_settings(LMS, s, own)
-        case "lcm":
-            return _from_settings(LCM, s, own, boundary=s.path == "discrete_vp" if s.boundary is None else s.boundary)
-        case "tcd":
-            return _from_settings(TCD, s, own)
-        case "edm_churn":
-            return _from_settings(EDMChurn, s, own)
-        case "euler_maruyama":
-            return EulerMaruyama()
-        case "predictor_corrector":
-            return _from_settings(PredictorCorrector, s, own, vp_scale=s.path in ("discrete_vp", "vp", "sub_vp"))
-        case "rk45":
-            return _from_settings(RK45, s, own)
-    raise ValueError(f"solver={s.solver} is not implemented")
+def edm_path(sigma_min: float = 0.002, sigma_max: float = 80.0, **options: Any) -> paths.EDMPath:
+    """Return the path of EDM, whose time is sigma."""
+    return paths.EDMPath(t_min=sigma_min, t_max=sigma_max, **options)
+
+
+def ve_path(sigma_max: float = 50.0, **options: Any) -> paths.GeometricVEPath:
+    """Return the variance-exploding path of the score SDE."""
+    return paths.GeometricVEPath(sigma_max=sigma_max, **options)
+
+
+def discrete_vp_path(
+    beta_schedule: paths.BetaSchedule = "linear",
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    train_steps: int = 1000,
+    zero_terminal_snr: bool = False,
+    coordinates: str = "native",
+) -> paths.NoisePath:
+    """Return the path of DDPM on its trained indices."""
+    betas = paths.betas(beta_schedule, beta_start, beta_end, train_steps)
+    path = paths.DiscreteVPPath(paths.zero_terminal_snr(betas) if zero_terminal_snr else betas)
+    return paths.VECoordinates(path) if coordinates == "ve" else path
+
+
+def level_kind(path: str) -> spacing.LevelKind:
+    """Return what a level of a spacing means on a path."""
+    return "flow" if path == "flow" else "ratio"
+
+
+def linspace(path: str, integer_timesteps: bool = True, **options: Any) -> spacing.Spacing:
+    """Return even timesteps, or the even sigmas of a flow."""
+    if path == "flow":
+        return flow_linspace(**options)
+    return spacing.Linspace(integer=integer_timesteps, **options)
+
+
+def flow_linspace(
+    shift: float = 1.0,
+    mu: float | None = None,
+    shift_terminal: float | None = None,
+    base_shift: float | None = None,
+    max_shift: float | None = None,
+    base_tokens: int | None = None,
+    max_tokens: int | None = None,
+    **options: Any,
+) -> spacing.Spacing:
+    """Return the even sigmas of a flow, shifted by a number or with the image."""
+    fixed = shift if mu is None else math.exp(mu)
+    flow = spacing.FlowLinspace(shift=fixed, terminal=shift_terminal, **options)
+    if base_shift is None or max_shift is None:
+        return flow
+    tokens: dict[str, Any] = {"base_tokens": base_tokens, "max_tokens": max_tokens}
+    given = {name: count for name, count in tokens.items() if count is not None}
+    return spacing.ResolutionShift(base_shift=base_shift, max_shift=max_shift, flow=flow, **given)
+
+
+def uniform(path: str, geometric_sigma: bool | None = None, **options: Any) -> spacing.UniformTime:
+    """Return even times; those of path=ve have geometric sigmas unless stated otherwise."""
+    geometric = path == "ve" if geometric_sigma is None else geometric_sigma
+    return spacing.UniformTime(geometric_sigma=geometric, **options)
+
+
+def karras(path: str, **options: Any) -> spacing.Karras:
+    """Return the levels of Karras et al. on a path."""
+    return spacing.Karras(level_kind=level_kind(path), **options)
+
+
+def exponential(path: str, **options: Any) -> spacing.Exponential:
+    """Return levels even in their logarithm on a path."""
+    return spacing.Exponential(level_kind=level_kind(path), **options)
+
+
+def beta(path: str, **options: Any) -> spacing.Beta:
+    """Return the levels of a beta distribution on a path."""
+    return spacing.Beta(level_kind=level_kind(path), **options)
+
+
+def custom(path: str, sigmas: Collection[float] = (), **options: Any) -> spacing.Custom:
+    """Return the user's levels on a path."""
+    return spacing.Custom(sigmas=tuple(sigmas), level_kind=level_kind(path), **options)
+
+
+def pndm(spacing: str, **options: Any) -> PNDM:
+    """Return PNDM, which knows whether the rows are whole timesteps."""
+    return PNDM(whole_times=spacing in ("leading", "trailing"), **options)
+
+
+def lcm(path: str, boundary: bool | None = None, **options: Any) -> LCM:
+    """Return LCM, with the boundary scalings of its checkpoints on discrete timesteps."""
+    return LCM(boundary=path == "discrete_vp" if boundary is None else boundary, **options)
+
+
+def predictor_corrector(path: str, **options: Any) -> PredictorCorrector:
+    """Return the predictor and corrector of the score SDE."""
+    return PredictorCorrector(vp_scale=path in ("discrete_vp", "vp", "sub_vp"), **options)

@@ -4,73 +4,16 @@ A configuration is checked here before any process starts; `schedulers.build` tu
 """
 
 import difflib
+import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from schedulers.limits import check_values
-from schedulers.settings import FAMILIES, LEVEL_SPACINGS, PREDICTIONS, SOLVERS, SPACINGS, NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings
+from schedulers.tables import FAMILIES, PATHS, PREDICTIONS, SOLVERS, SPACINGS, families, spacings_of
 
-
-@dataclass(frozen=True)
-class PathRules:
-    """What one path supports; the first of each tuple is the default.
-
-    Attributes:
-        predictions: The predictions that the path supports.
-        spacings: The spacings that the path supports.
-        options: The settings that the path uses.
-    """
-
-    predictions: tuple[str, ...]
-    spacings: tuple[str, ...]
-    options: tuple[str, ...]
-
-
-CONTINUOUS_VP = PathRules(
-    ("score", "eps", "x0", "v"),
-    ("uniform", *LEVEL_SPACINGS),
-    ("beta_min", "beta_max", "t_last", "end", "learned_variance"),
-)
-PATHS: dict[str, PathRules] = {
-    "flow": PathRules(("flow", "v", "x0"), ("linspace", *LEVEL_SPACINGS), ("round_tau", "learned_variance")),
-    "discrete_vp": PathRules(
-        ("eps", "v", "x0"),
-        ("leading", "trailing", "linspace", *LEVEL_SPACINGS, "lcm"),
-        (
-            "train_steps",
-            "beta_schedule",
-            "beta_start",
-            "beta_end",
-            "zero_terminal_snr",
-            "coordinates",
-            "round_tau",
-            "end",
-            "learned_variance",
-        ),
-    ),
-    "edm": PathRules(
-        ("edm", "score", "eps", "x0", "v", "flow"), LEVEL_SPACINGS, ("sigma_data", "tau_map", "end", "learned_variance")
-    ),
-    "ve": PathRules(
-        ("score", "eps", "x0", "v"), ("uniform", *LEVEL_SPACINGS), ("sigma_min", "sigma_max", "end", "learned_variance")
-    ),
-    "vp": CONTINUOUS_VP,
-    "sub_vp": CONTINUOUS_VP,
-}
-
-SPACING_OPTIONS: dict[str, tuple[str, ...]] = {
-    "linspace": ("integer_timesteps", "spare_row"),
-    "leading": ("steps_offset", "spare_row"),
-    "trailing": ("stride_target",),
-    "uniform": ("t_last", "geometric_sigma"),
-    "karras": ("rho", "sigma_min", "sigma_max"),
-    "exponential": ("sigma_min", "sigma_max"),
-    "beta": ("sigma_min", "sigma_max"),
-    "custom": ("sigmas",),
-    "lcm": ("original_steps",),
-}
 FLOW_SHIFT_OPTIONS = ("shift", "mu", "base_shift", "max_shift", "base_tokens", "max_tokens")
 FLOW_LINSPACE_OPTIONS = (*FLOW_SHIFT_OPTIONS, "sigma_last", "sigma_first", "spare_row", "sigma_cap", "shift_terminal")
 PREDICTION_OPTIONS: dict[str, tuple[str, ...]] = {"edm": ("sigma_data", "edm_sign")}
@@ -142,7 +85,7 @@ def _require_supported(
     if reason is not None or name not in supported:
         allowed = ", ".join(other for other in supported if (path, part, other) not in REASONS)
         why = reason or "no such combination"
-        where = f"family={settings.family}" + (f" with path={path}" if len(FAMILIES[settings.family]) > 1 else "")
+        where = f"family={settings.family}" + (f" with path={path}" if len(families()[settings.family]) > 1 else "")
         raise ValueError(f"{part}={name} cannot run on {where}: {why}. Use one of: {allowed}")
 
 
@@ -162,18 +105,18 @@ def resolve(settings: NoiseSchedulerSettings, steps: int | None = None) -> Noise
         ValueError: A name is unknown, a combination cannot run, or the number of steps is impossible. The message says
             what to change, with the nearest name or the reason.
     """
-    _require_known("family", settings.family, tuple(FAMILIES))
-    paths = FAMILIES[settings.family]
+    _require_known("family", settings.family, FAMILIES)
+    paths = families()[settings.family]
     path = settings.path or paths[0]
     if path not in paths:
         raise ValueError(f"path={path} does not belong to family={settings.family}. Use one of: {', '.join(paths)}")
-    rules = PATHS[path]
-    prediction = settings.prediction or rules.predictions[0]
-    spacing = settings.spacing or rules.spacings[0]
+    predictions, spacings = PATHS[path].predictions, spacings_of(path)
+    prediction = settings.prediction or predictions[0]
+    spacing = settings.spacing or spacings[0]
     solver = settings.solver or "euler"
-    _require_supported(settings, path, "prediction", prediction, rules.predictions, PREDICTIONS)
-    _require_supported(settings, path, "spacing", spacing, rules.spacings, SPACINGS)
-    _require_supported(settings, path, "solver", solver, tuple(SOLVERS), tuple(SOLVERS))
+    _require_supported(settings, path, "prediction", prediction, predictions, PREDICTIONS)
+    _require_supported(settings, path, "spacing", spacing, spacings, SPACINGS.names())
+    _require_supported(settings, path, "solver", solver, SOLVERS.names(), SOLVERS.names())
     full = replace(settings, path=path, prediction=prediction, solver=solver, spacing=spacing)
     _check_start(full)
     _check_steps(full, steps)
@@ -190,19 +133,21 @@ def starts_at_pure_noise(s: NoiseSchedulerSettings) -> bool:
             s.spacing or "", s.sigma_max
         )
         return min(1.0 if first is None else first, 1.0 if s.sigma_cap is None else s.sigma_cap) >= 1
+    if (levels := PATHS[s.path or ""].levels) is not None:
+        return math.isinf(levels[1])
     return bool(s.zero_terminal_snr) and s.spacing in ("trailing", "linspace")
 
 
 def spacing_options(s: NoiseSchedulerSettings) -> tuple[str, ...]:
     """Return the settings that the spacing of resolved settings uses, without those of its path."""
     flow = (s.path, s.spacing) == ("flow", "linspace")
-    return FLOW_LINSPACE_OPTIONS if flow else SPACING_OPTIONS[s.spacing or ""]
+    return FLOW_LINSPACE_OPTIONS if flow else SPACINGS[s.spacing or ""].options
 
 
 def used_settings(s: NoiseSchedulerSettings) -> set[str]:
     """Return the names of the settings that have an effect on resolved settings."""
-    used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
-    used |= {*PATHS[s.path or ""].options, *SOLVERS[s.solver or ""]}
+    used = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype", "plugin"}
+    used |= {*PATHS[s.path or ""].options, *SOLVERS[s.solver or ""].options}
     return used | {*PREDICTION_OPTIONS.get(s.prediction or "", ()), *spacing_options(s)}
 
 
@@ -210,7 +155,7 @@ def scales_state(s: NoiseSchedulerSettings) -> bool:
     """Return whether resolved settings scale the first noise or the network's input."""
     if s.path == "flow":
         return not starts_at_pure_noise(s)
-    return s.path in ("edm", "ve") or s.coordinates == "ve"
+    return s.path in ("edm", "ve") or s.coordinates == "ve" or PATHS[s.path or ""].scales_state
 
 
 def _check_start(s: NoiseSchedulerSettings) -> None:

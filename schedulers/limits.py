@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from schedulers.settings import MAX_MU, NoiseSchedulerSettings
+from schedulers.tables import PATHS
 
 MAX_ORDERS = {"unipc": 3, "deis": 3, "lms": 4}
 MAX_LOG_VARIANCE_LOST = 2 * 24 * math.log(2)
@@ -128,6 +129,8 @@ def _path_range(s: NoiseSchedulerSettings) -> tuple[float, float]:
     """Return the least and the largest sigma / alpha that the path has, or sigma of a flow."""
     if s.path == "flow":
         return 0.0, 1.0
+    if (levels := PATHS[s.path or ""].levels) is not None:
+        return levels
     if s.path == "discrete_vp":
         all_betas = betas(s)
         lost = -sum(math.log1p(-beta) for beta in all_betas)

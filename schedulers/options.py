@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ class Option:
 
     meaning: str
     unit: str = ""
-    words: tuple[str | int, ...] = ()
+    words: Sequence[str | int] = ()
     low: float | None = None
     high: float | None = None
     above: float | None = None
@@ -84,7 +84,7 @@ def option(
     meaning: str,
     *,
     unit: str = "",
-    words: tuple[str | int, ...] | type[Enum] = (),
+    words: Sequence[str | int] | type[Enum] = (),
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
@@ -98,7 +98,8 @@ def option(
         default: The field's default; a list or a dictionary is copied for each instance.
         meaning: One or two sentences for the user.
         unit: Unit of a number, such as ms.
-        words: Allowed values, or the enum whose names they are; the enum of an enum default is found by itself.
+        words: Allowed values, or the enum whose names they are; the enum of an enum default is found by itself. Names
+            (schedulers.registry) are read anew each time.
         low: Smallest allowed number.
         high: Largest allowed number.
         above: Number that the value has to exceed.
@@ -109,7 +110,7 @@ def option(
     Returns:
         The field, typed as its default.
     """
-    names = words if isinstance(words, tuple) else tuple(member.name for member in words)
+    names = tuple(member.name for member in words) if isinstance(words, type) else words
     if isinstance(default, Enum):
         names = tuple(member.name for member in type(default))
     declared = {KEY: Option(meaning, unit, names, low, high, above, below, infinite, reads)}

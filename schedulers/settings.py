@@ -4,49 +4,15 @@ A configuration takes these classes as they are. `schedulers.compatibility` says
 """
 
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 from schedulers.options import KEY, Option, option
-
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "rectified_flow": ("flow",),
-    "ddpm": ("discrete_vp",),
-    "sgm": ("edm", "ve", "vp", "sub_vp"),
-}
-"""The paths of each family; the first is the default."""
-
-PREDICTIONS = ("flow", "eps", "v", "x0", "score", "edm")
-LEVEL_SPACINGS = ("karras", "exponential", "beta", "custom")
-SPACINGS = ("linspace", "leading", "trailing", "uniform", *LEVEL_SPACINGS, "lcm")
+from schedulers.registry import Names
+from schedulers.tables import FAMILIES, PATHS, PREDICTIONS, SOLVERS, SPACINGS
 
 MAX_MU = 7.0  # a shift of 1097
 MAX_TOKENS = 100_000_000
 MIN_SIGMA, MAX_SIGMA = 1e-6, 1e6
-
-SOLVERS: dict[str, tuple[str, ...]] = {
-    "euler": (),
-    "ddim": ("eta",),
-    "ancestral": (),
-    "ddpm": ("variance", "final_noise"),
-    "heun": (),
-    "dpm2": ("eta",),
-    "dpmpp_1": (),
-    "dpmpp_2m": ("kind", "lower_order_final"),
-    "dpmpp_3m": ("lower_order_final",),
-    "dpmpp_2m_sde": ("kind", "lower_order_final"),
-    "dpmpp_2s": ("kind", "lower_order_final"),
-    "dpmpp_3s": ("kind", "lower_order_final"),
-    "unipc": ("order", "b", "corrector", "lower_order_final"),
-    "deis": ("order", "lower_order_final"),
-    "pndm": ("runge_kutta",),
-    "lms": ("order",),
-    "lcm": ("boundary", "timestep_scaling"),
-    "tcd": ("gamma",),
-    "edm_churn": ("s_churn", "s_tmin", "s_tmax", "s_noise"),
-    "euler_maruyama": (),
-    "predictor_corrector": ("corrections", "snr"),
-    "rk45": ("rtol", "atol"),
-}
-"""Each solver with the options that it uses."""
 
 
 @dataclass(kw_only=True)
@@ -59,7 +25,7 @@ class TrainingSettings:
     path: str | None = option(
         None,
         "Gaussian probability path. null = the first of the family's.",
-        words=tuple(path for paths in FAMILIES.values() for path in paths),
+        words=Names(PATHS),
     )
     prediction: str | None = option(
         None, "What the network predicts. null = the first prediction of the path.", words=PREDICTIONS
@@ -101,7 +67,7 @@ class SamplingDefaults:
     """
 
     spacing: str | None = option(
-        None, "How timesteps are spaced. null = the first spacing of the path.", words=SPACINGS
+        None, "How timesteps are spaced. null = the first spacing of the path.", words=Names(SPACINGS)
     )
     end: str | None = option(None, "Last row of the timesteps. null = clean.", words=("clean", "t_min"))
     steps_offset: int | None = option(
@@ -214,7 +180,7 @@ class SchedulerOptions(SamplingDefaults, TrainingSettings):
 
 @dataclass(kw_only=True)
 class SolverOptions:
-    """The options of the solvers. None means the solver's own default; SOLVERS has the options that each one uses."""
+    """The options of the solvers. None means the solver's own default; `schedulers.tables` says which each takes."""
 
     eta: float | None = option(None, "Amount of noise; 0 = deterministic, 1 = ancestral. null = 0.", low=0, high=1)
     variance: str | None = option(
@@ -258,6 +224,9 @@ class SolverOptions:
 class NoiseSchedulerSettings(SolverOptions, SchedulerOptions):
     """All settings of a noise scheduler. None means the default of the path or solver."""
 
-    family: str = field(metadata={KEY: Option("Family of the noise scheduler.", words=tuple(FAMILIES))})
+    family: str = field(metadata={KEY: Option("Family of the noise scheduler.", words=FAMILIES)})
     _: KW_ONLY
-    solver: str | None = option(None, "Rule for one step. null = euler.", words=tuple(SOLVERS))
+    solver: str | None = option(None, "Rule for one step. null = euler.", words=Names(SOLVERS))
+    plugin: dict[str, dict[str, Any]] | None = option(
+        None, "Options of registered solvers, paths and spacings, by name."
+    )

@@ -19,8 +19,11 @@ from models.registry import ARCHITECTURES
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("harness", "models", "schedulers")
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("schedulers.options",),
+    ("schedulers.registry",),
     ("models", "schedulers", "harness.messages"),
     ("harness.config",),
+    ("harness.plugins",),
     ("harness.device", "harness.metrics"),
     ("harness.parallel", "harness.records"),
     ("harness.loggers", "harness.optimize", "harness.resolve"),

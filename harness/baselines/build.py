@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -13,14 +14,13 @@ from harness.baselines.denoise import BaselineDenoising, NoisePreparation
 from harness.baselines.model import BaselineLoader, BaselineModel
 from harness.baselines.noise_scheduler import MakeScheduler, native_scheduler, published_scheduler
 from harness.config.optimize import Optimize
-from harness.messages import GenerationRequest
 from harness.optimize.compile_blocks import compile_forwards
+from harness.pipeline.composed import EngineStages
 from harness.pipeline.decode import Decoding
-from harness.pipeline.stage import Stage
-from harness.pipeline.state import image_specs, require
+from harness.pipeline.state import require
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
-from harness.pipeline.validate import InputValidation, Limits
+from harness.plugins.options import own_options
 from harness.resolve.engines_table import BASELINES, CACHE_DIT, SGLANG, SglangRow, engine_version
 from harness.resolve.run import ResolvedRun
 from models.attention import sdpa_attention
@@ -30,26 +30,9 @@ from models.registry import ARCHITECTURES
 from schedulers.noise_scheduler import NoiseScheduler
 
 
-class BaselineValidation(InputValidation):
-    """Stage 1, which also refuses what the pipeline cannot generate.
-
-    Args:
-        limits: the model's limits.
-        noise_scheduler: the noise scheduler, which refuses step counts that its path cannot be divided into.
-        model: the pipeline.
-    """
-
-    def __init__(self, limits: Limits, noise_scheduler: NoiseScheduler, model: BaselineModel) -> None:
-        super().__init__(limits, noise_scheduler)
-        self.model = model
-
-    def check(self, request: GenerationRequest) -> None:
-        """Refuse a request that cannot run. Raises ValueError."""
-        super().check(request)
-        self.model.check(image_specs(request)[0])
-
-
-def native_components(architecture: str, source: CheckpointSource) -> Components:
+def native_components(
+    architecture: str, source: CheckpointSource, plugin: Mapping[str, object] | None = None
+) -> Components:
     """Return the native components on the meta device, which takes no memory.
 
     They provide geometry, guidance and the order of parameters.
@@ -59,7 +42,7 @@ def native_components(architecture: str, source: CheckpointSource) -> Components
     """
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[architecture].module).load
     meta_source = replace(source, device=torch.device("meta"), dummy=True, loras=(), loaded={})
-    return load(meta_source, sdpa_attention)
+    return load(meta_source, sdpa_attention, **own_options(ARCHITECTURES, architecture, plugin or {}))
 
 
 def load_baseline(architecture: str, source: CheckpointSource, parts: Components) -> BaselineModel:
@@ -102,34 +85,24 @@ def load_sglang(
     return built
 
 
-@dataclass(frozen=True)
-class BaselineStages:
-    """Validation and the stages after it."""
-
-    validation: BaselineValidation
-    stages: list[Stage]
-
-
 def baseline_stages(
     run: ResolvedRun,
     source: CheckpointSource,
     parts: Components,
     noise_scheduler: NoiseScheduler,
-    limits: Limits,
-    cache_mib: float,
-) -> BaselineStages:
-    """Load the pipeline and build the stages around it, with the names that they have in a native run.
+    prompts: PromptCache,
+) -> EngineStages:
+    """Load diffusers' pipeline and build the stages around it, with the names that they have in a native run.
 
     Args:
         run: the resolved run.
         source: the checkpoint.
         parts: the native components on the meta device.
         noise_scheduler: the noise scheduler of a native run.
-        limits: the model's limits.
-        cache_mib: the size of the prompt cache, MiB.
+        prompts: the cache of encoded prompts.
 
     Returns:
-        The validation and the stages.
+        The stages.
 
     Raises:
         CheckpointError: weights that are missing, broken or do not fit.
@@ -155,10 +128,9 @@ def baseline_stages(
     if config.engine.optimize is Optimize.compile:
         compiled = compile_forwards([model.network], config.engine.compile, source.device)
         notes.append(f"engine.optimize=compile: diffusers' network {compiled}")
-    return BaselineStages(
-        BaselineValidation(limits, noise_scheduler, model),
+    return EngineStages(
         [
-            TextEncoding(lambda: model.prompts, parts.guidance, PromptCache(cache_mib)),
+            TextEncoding(lambda: model.prompts, parts.guidance, prompts),
             TimestepPreparation(noise_scheduler, parts.size_multiple),
             NoisePreparation(parts.latent),
             BaselineDenoising(
@@ -174,4 +146,5 @@ def baseline_stages(
             ),
             Decoding(model.decode),
         ],
+        model.check,
     )

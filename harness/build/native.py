@@ -11,7 +11,9 @@ import torch
 
 from harness.build.common import cache_mib, limits_of, noise_scheduler_of
 from harness.caching.policies import cached_network, guidance_schedule
-from harness.config.cache import BLOCK_CACHES
+from harness.config.cache import is_block_cache
+from harness.config.engines import CACHE_DIT, DIFFUSERS
+from harness.config.kinds import GUIDANCE_RULES
 from harness.config.schema import ParallelConfig, Quantize, RunConfig
 from harness.optimize.apply import ReplaySupport, optimize
 from harness.optimize.operator_check import OperatorCheck
@@ -23,18 +25,19 @@ from harness.parallel.parallelize import shard_linears, shard_tokens
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
 from harness.parallel.process_groups import ProcessGroups, make_process_groups
 from harness.parallel.stale_kv import StaleKVCache
-from harness.pipeline.composed import ComposedPipeline
+from harness.pipeline.composed import ComposedPipeline, with_own_stages
 from harness.pipeline.decode import Decoding
 from harness.pipeline.denoise import Denoising, DenoisingOptions
 from harness.pipeline.executor import SyncExecutor
+from harness.pipeline.guidance import Combine
 from harness.pipeline.latents import LatentPreparation
 from harness.pipeline.offload import OffloadedStage
 from harness.pipeline.stage import Stage
 from harness.pipeline.text import PromptCache, TextEncoding
 from harness.pipeline.timesteps import TimestepPreparation
 from harness.pipeline.validate import InputValidation
+from harness.plugins.options import own_options
 from harness.resolve.checkpoint import COMPONENTS
-from harness.resolve.engines_table import DIFFUSERS, SGLANG
 from harness.resolve.image_sides import check_size_multiple
 from harness.resolve.layout_rules import patches_of
 from harness.resolve.run import ResolvedRun
@@ -46,6 +49,7 @@ from models.components import ComponentLoader, Components, Decoder, networks_in
 from models.quantize import quantize
 from models.registry import ARCHITECTURES
 from models.tensor_slice import ShardWeights
+from schedulers.registry import imported
 
 
 def attention_name(run: ResolvedRun, device: torch.device) -> str:
@@ -63,8 +67,9 @@ def attention_name(run: ResolvedRun, device: torch.device) -> str:
     """
     attention = run.attention
     if attention.in_baseline is not None:
-        return f"{SGLANG if run.config.engine.name == SGLANG else DIFFUSERS} {attention.in_baseline}"
-    return resolved_name(attention.requested, device.type, attention.with_lse)
+        name = run.config.engine.name
+        return f"{DIFFUSERS if name == CACHE_DIT else name} {attention.in_baseline}"
+    return resolved_name(attention.requested, device.type, attention.with_lse, attention.options)
 
 
 def apply_layout(
@@ -89,13 +94,13 @@ def apply_layout(
     layout = run.config.parallel
     if layout.pipe > 1:
         pipeline = PipeFusion(groups.ring, patches_of(layout), layout.warmup)
-        pipeline.install(components.network, components.plan, attention_kernel(backend))
+        pipeline.install(components.network, components.plan, attention_kernel(backend, run.attention.options))
         return pipeline, pipeline
     if groups.tokens.size == 1:
         return None, None
     displaced = DisplacedPatches(groups.ring, layout.warmup) if layout.displaced else None
-    ring_kernel = lse_kernel(backend) if run.attention.with_lse else None
-    kernel = attention_kernel(backend)
+    ring_kernel = lse_kernel(backend, run.attention.options) if run.attention.with_lse else None
+    kernel = attention_kernel(backend, run.attention.options)
     sharding = shard_tokens(
         components.network, components.plan, kernel, ring_kernel, groups, state=state, displaced=displaced
     )
@@ -130,7 +135,11 @@ def native_pipeline(
     if config.parallel.pipe > 1:
         sharder = partial(drop_blocks, group=groups.ring)
     devices = dict.fromkeys(components_on_cpu(config, source), torch.device("cpu"))
-    components = load(replace(source, shard_network=sharder, devices=devices), attention_kernel(backend))
+    components = load(
+        replace(source, shard_network=sharder, devices=devices),
+        attention_kernel(backend, run.attention.options),
+        **own_options(ARCHITECTURES, model.architecture, config.plugin),
+    )
     check_size_multiple(model.size_multiple, components.size_multiple)
     if model.quantize is not Quantize.none:
         quantize(components.network, components.plan, model.quantize.name, source)
@@ -140,9 +149,9 @@ def native_pipeline(
         components, config.engine, source.device, dtype, groups.replica.size > 1, replay_support(config, groups)
     )
     operators.compare_operators()
-    operators.compare_attention(backend, run.attention.with_lse, components.plan, dtype)
+    operators.compare_attention(backend, run.attention.with_lse, components.plan, dtype, run.attention.options)
     state = SequenceState()
-    cached = cached_network(config.cache, components.network, components.plan, groups.replica, state)
+    cached = cached_network(config.cache, components.network, components.plan, groups.replica, state, config.plugin)
     layout, stale_kv = apply_layout(run, components, groups, backend, state)
     # from the blocks outwards: each gets its slice of the modulation, a cache skips them, a layout shards their tokens
     wrap_runners(components.network, components.plan, optimized.precompute, cached, layout)
@@ -157,7 +166,12 @@ def native_pipeline(
     )
     network = optimized.network if cached is None else cached
     options = DenoisingOptions(
-        optimized.precompute, guidance_schedule(config.cache), cached is not None, stale_kv, optimized.notes
+        optimized.precompute,
+        guidance_schedule(config.cache, config.plugin),
+        cached is not None,
+        stale_kv,
+        optimized.notes,
+        guidance_rule(config),
     )
     denoising = Denoising(network, dtype, noise_scheduler, components.guidance, groups.cfg, options)
     decoding = Decoding(decoder_of(optimized.decoder, groups, config.parallel))
@@ -172,15 +186,22 @@ def native_pipeline(
         with_offload(denoising, components.network),
         with_offload(decoding, components.decoder),
     ]
-    return ComposedPipeline(
-        InputValidation(limits_of(run, components), noise_scheduler), stages, SyncExecutor()
-    ), groups
+    validation = InputValidation(limits_of(run, components), noise_scheduler)
+    return ComposedPipeline(validation, with_own_stages(stages, run, components), SyncExecutor()), groups
+
+
+def guidance_rule(config: RunConfig) -> Combine:
+    """Return the configured guidance rule, with its options."""
+    name = config.model.guidance_rule
+    rule: Combine = imported(GUIDANCE_RULES[name])
+    options = own_options(GUIDANCE_RULES, name, config.plugin)
+    return partial(rule, **options) if options else rule
 
 
 def replay_support(config: RunConfig, groups: ProcessGroups) -> ReplaySupport:
     """Return what can be replayed: what is not sharded, moved to and from the CPU, or skipped by a block cache."""
     here = not (config.model.offload or config.parallel.shard_weights)
-    whole = groups.tp.size == groups.tokens.size == 1 and config.cache.name not in BLOCK_CACHES
+    whole = groups.tp.size == groups.tokens.size == 1 and not is_block_cache(config.cache.name)
     return ReplaySupport(network=here and whole, decoder=here and groups.replica.size == 1)
 
 

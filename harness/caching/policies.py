@@ -10,20 +10,22 @@ harness.caching.blocks skips the blocks; the three policies differ in the signal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from harness.caching.blocks import BlockCache, CachedForward, SkipPolicy, SkipSignal
-from harness.config.cache import BLOCK_CACHES, CacheConfig
+from harness.config.cache import CACHES, CacheConfig, is_block_cache, is_guidance_cache
 from harness.parallel.attention import SequenceState
 from harness.parallel.group import Group
 from harness.pipeline.cache_state import CacheState
 from harness.pipeline.guidance import GuidanceInterval, GuidanceReuse, GuidanceSchedule, always_guided
+from harness.plugins.options import own_options
 from models.blocks import Runner
 from models.components import Conditioning
 from models.plan import ParallelPlan, Stack
+from schedulers.registry import imported
 
 
 @dataclass(frozen=True)
@@ -122,20 +124,33 @@ class TaylorSeer(ForcedEvaluations):
         return not self.must_compute(state) and state.steps_since_computed < self.interval
 
 
-def skip_policy(cache: CacheConfig) -> SkipPolicy:
-    """Return the skip policy of a checked configuration with a block cache.
+def _forced(cache: CacheConfig) -> tuple[int, bool, int]:
+    return cache.warmup or 1, bool(cache.final), cache.order or 0
 
-    Raises:
-        ValueError: A block cache that has no policy here.
-    """
-    forced = (cache.warmup or 1, bool(cache.final), cache.order or 0)
-    if cache.name == "taylorseer":
-        return TaylorSeer(*forced, cache.interval or 1)
-    if cache.name == "first_block":
-        return FirstBlockCache(*forced, cache.threshold or 0.0)
-    if cache.name == "teacache":
-        return TeaCache(*forced, cache.threshold or 0.0, tuple(cache.coefficients or ()))
-    raise ValueError(f"cache={cache.name} has no skip policy; add one to harness/caching/policies.py")
+
+def teacache(cache: CacheConfig) -> TeaCache:
+    """Return the policy of cache=teacache."""
+    return TeaCache(*_forced(cache), cache.threshold or 0.0, tuple(cache.coefficients or ()))
+
+
+def first_block(cache: CacheConfig) -> FirstBlockCache:
+    """Return the policy of cache=first_block."""
+    return FirstBlockCache(*_forced(cache), cache.threshold or 0.0)
+
+
+def taylorseer(cache: CacheConfig) -> TaylorSeer:
+    """Return the policy of cache=taylorseer."""
+    return TaylorSeer(*_forced(cache), cache.interval or 1)
+
+
+def guidance_interval(cache: CacheConfig) -> GuidanceInterval:
+    """Return the schedule of cache=guidance_interval."""
+    return GuidanceInterval(cache.sigma_low or 0.0, math.inf if cache.sigma_high is None else cache.sigma_high)
+
+
+def guidance_skip(cache: CacheConfig) -> GuidanceReuse:
+    """Return the schedule of cache=guidance_skip."""
+    return GuidanceReuse(cache.warmup or 1, cache.interval or 1)
 
 
 class CachedNetwork(nn.Module):
@@ -181,7 +196,12 @@ class CachedNetwork(nn.Module):
 
 
 def cached_network(
-    cache: CacheConfig, network: nn.Module, plan: ParallelPlan, replica: Group, sequence: SequenceState
+    cache: CacheConfig,
+    network: nn.Module,
+    plan: ParallelPlan,
+    replica: Group,
+    sequence: SequenceState,
+    plugin: Mapping[str, object] | None = None,
 ) -> CachedNetwork | None:
     """Return the network with the configured block cache, which the runners of its blocks still have to get.
 
@@ -191,17 +211,29 @@ def cached_network(
         plan: the network's stacks of blocks.
         replica: the ranks that compute an image together.
         sequence: how tokens are sharded over them.
+        plugin: the options of plug-ins.
 
     Returns:
         The network with its cache; None if the configuration has no block cache.
     """
-    return CachedNetwork(network, plan, skip_policy(cache), replica, sequence) if cache.name in BLOCK_CACHES else None
+    if not is_block_cache(cache.name):
+        return None
+    make: Callable[..., SkipPolicy] = imported(CACHES[cache.name].make)
+    policy = make(cache, **own_options(CACHES, cache.name, plugin or {}))
+    return CachedNetwork(network, plan, policy, replica, sequence)
 
 
-def guidance_schedule(cache: CacheConfig) -> GuidanceSchedule:
-    """Return which evaluations compute both guidance branches."""
-    if cache.name == "guidance_interval":
-        return GuidanceInterval(cache.sigma_low or 0.0, math.inf if cache.sigma_high is None else cache.sigma_high)
-    if cache.name == "guidance_skip":
-        return GuidanceReuse(cache.warmup or 1, cache.interval or 1)
-    return always_guided
+def guidance_schedule(cache: CacheConfig, plugin: Mapping[str, object] | None = None) -> GuidanceSchedule:
+    """Return which evaluations compute both guidance branches.
+
+    Args:
+        cache: the checked configuration.
+        plugin: the options of plug-ins.
+
+    Returns:
+        The schedule.
+    """
+    if not is_guidance_cache(cache.name):
+        return always_guided
+    make: Callable[..., GuidanceSchedule] = imported(CACHES[cache.name].make)
+    return make(cache, **own_options(CACHES, cache.name, plugin or {}))

@@ -13,10 +13,10 @@ import msgspec
 from safetensors import SafetensorError
 
 from harness.config.cache import IDENTITY, NONE, CacheConfig
-from harness.config.schema import ModelConfig, QualityConfig, RequestConfig
+from harness.config.schema import ModelConfig, QualityConfig, RequestConfig, RunConfig
 from harness.device.usage import MachineUsage, load_average, waited_share
 from harness.messages import Array, CacheSkips, EngineInfo, GenerationResult, OperatorTime, RankReport, total_sent_bytes
-from harness.metrics import pretrained
+from harness.metrics import own, pretrained
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.quality import Quality, score
 from harness.metrics.summary import Summary, summarize
@@ -155,8 +155,16 @@ def summarize_repeats(
         flops_result: an answer whose operations were counted.
         ceilings: the measured matrix product rate of every rank, TFLOP/s.
         even: whether every step does the same operations, so that the median step is typical.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ValueError: no rank timed a solver step, as an engine of a plug-in may not.
     """
     last = results[-1]
+    if not any(repeat.denoise_steps_ms for repeat in repeats):
+        raise ValueError("the engine timed no solver step; its denoising has to enter run.clock.step() for each")
     peaks = [max(peak) for peak in zip(*([rank.peak_memory_mib for rank in r.ranks] for r in results), strict=True)]
     stages = [stage.name for stage in repeats[0].steps]
     durations = {
@@ -289,6 +297,18 @@ def score_pretrained(
         return None, [f"quality.clip and quality.features are not scored: {' '.join(str(error).split())}"]
 
 
+def measure_own(
+    config: RunConfig, pixels: Sequence[Array], prompts: Sequence[str]
+) -> tuple[dict[str, float], list[str]]:
+    """Return the metrics of plug-ins that were requested, and the reasons why metrics are missing."""
+    names = config.quality.metrics
+    if not names:
+        return {}, []
+    if pixels[0].ndim == 4:
+        return {}, ["quality.metrics are measured on images, and these are videos"]
+    return own.measure(names, [to_uint8(image) for image in pixels], prompts, config.plugin)
+
+
 def hub_commit_note(model: ModelConfig, folder: Path) -> list[str]:
     """Return a note that names the commit of a hub checkpoint, if it has one."""
     found = hub.commit(folder)
@@ -320,7 +340,7 @@ def base_record(
         fingerprint=fingerprint(declared),
         overrides=run.overrides,
         config={key: value for key, value in declared.items() if key != PLANNED},
-        provenance=provenance(info, environment, beginning),
+        provenance=provenance(info, environment, beginning, config.plugin_sources),
         attention=AttentionRow(config.attention.backend, info.attention),
         first_call=first,
         repeats=[],
@@ -351,6 +371,7 @@ def build_record(
     folder = run.checkpoint.folder
     scored, reasons = score_quality(folder, pixels, prompts)
     extra, more = score_pretrained(config.quality, pixels, prompts)
+    metrics, missing = measure_own(config, pixels, prompts)
     all_notes = dict.fromkeys(
         [
             *run.notes,
@@ -359,6 +380,7 @@ def build_record(
             *cache_notes(config.cache, config.model.name, [s for report in results[-1].ranks for s in report.skips]),
             *reasons,
             *more,
+            *missing,
             *machine_notes(repeats),
         ]
     )
@@ -377,6 +399,7 @@ def build_record(
         notes=list(all_notes),
         quality=scored,
         pretrained=extra,
+        metrics=metrics,
         profile={} if profile_result is None else operators(profile_result),
     )
 

@@ -8,29 +8,87 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Unpack
 
 from harness.config.bounds import MAX_STEPS
 from schedulers.options import option
+from schedulers.registry import Common, Names, Registry, Target
 
 NONE = "none"
 IDENTITY = (1.0, 0.0)  # the polynomial that leaves a change as it is measured
 BLOCK_KEYS = ("order", "warmup", "final")
-CACHE_KEYS: Mapping[str, tuple[str, ...]] = {
-    NONE: (),
-    "teacache": ("threshold", "coefficients", *BLOCK_KEYS),
-    "first_block": ("threshold", *BLOCK_KEYS),
-    "taylorseer": ("interval", *BLOCK_KEYS),
-    "guidance_interval": ("sigma_low", "sigma_high"),
-    "guidance_skip": ("interval", "warmup"),
-}
-"""The keys that each cache uses."""
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One cache policy.
+
+    Attributes:
+        make: Function of the `cache` group to a SkipPolicy (harness.caching.blocks) or, for a cache of guidance
+            branches, a GuidanceSchedule (harness.pipeline.guidance).
+        keys: Keys of the group that it uses.
+        guidance: Whether branches of guidance are skipped, and not blocks.
+    """
+
+    make: Target
+    keys: tuple[str, ...]
+    guidance: bool = False
+
+
+CACHES: Registry[CacheEntry] = Registry("cache policy", "cache.name", "cache")
+"""Cache policies by name, besides `none`."""
+
+
+def register_cache_policy(
+    name: str,
+    make: Target,
+    *,
+    keys: tuple[str, ...] = (),
+    guidance: bool = False,
+    **common: Unpack[Common],
+) -> None:
+    """Register a cache policy, for cache.name.
+
+    Args:
+        name: The policy's name.
+        make: Function of the `cache` group to a SkipPolicy (harness.caching.blocks) or, for a cache of guidance
+            branches, a GuidanceSchedule (harness.pipeline.guidance).
+        keys: Keys of the `cache` group that it uses, besides order, warmup and final of every cache of blocks.
+        guidance: Whether branches of guidance are skipped, and not blocks.
+        **common: Options of its own, its layouts, and whether requests may share its forwards.
+    """
+    entry = CacheEntry(make, keys if guidance else (*keys, *BLOCK_KEYS), guidance)
+    CACHES.register(name, entry, **common)
+
+
+def is_block_cache(name: str) -> bool:
+    """Return whether a cache skips blocks."""
+    return name in CACHES and not CACHES[name].guidance
+
+
+def is_guidance_cache(name: str) -> bool:
+    """Return whether a cache skips guidance branches."""
+    return name in CACHES and CACHES[name].guidance
+
+
+def cache_keys(name: str) -> tuple[str, ...]:
+    """Return the keys of the `cache` group that a cache uses; none for `none`, or for one that is not registered."""
+    return CACHES[name].keys if name in CACHES else ()
+
+
+HOME = "harness.caching.policies"
+register_cache_policy("teacache", f"{HOME}:teacache", keys=("threshold", "coefficients"))
+register_cache_policy("first_block", f"{HOME}:first_block", keys=("threshold",))
+register_cache_policy("taylorseer", f"{HOME}:taylorseer", keys=("interval",))
+register_cache_policy("guidance_interval", f"{HOME}:guidance_interval", keys=("sigma_low", "sigma_high"), guidance=True)
+register_cache_policy("guidance_skip", f"{HOME}:guidance_skip", keys=("interval", "warmup"), guidance=True)
 
 
 @dataclass
 class CacheConfig:
     """Group `cache`. null is the published value of the model if there is one, else the default given here."""
 
-    name: str = option(NONE, "Name of the cache.", words=tuple(CACHE_KEYS))
+    name: str = option(NONE, "Name of the cache.", words=Names(NONE, CACHES))
     threshold: float | None = option(None, "Change below which an evaluation is skipped. null = 0.1.", low=0)
     coefficients: list[float] | None = option(
         None, "Polynomial of the change, highest power first. null = the model's published one, or identity."
@@ -76,9 +134,6 @@ TEACACHE_DEFAULTS: Mapping[str, TeaCacheDefaults] = {
 }
 """TeaCache's settings by model; the polynomials were fitted to the published weights, resolution and guidance."""
 
-BLOCK_CACHES = tuple(name for name, keys in CACHE_KEYS.items() if "order" in keys)
-GUIDANCE_CACHES = tuple(name for name, keys in CACHE_KEYS.items() if keys and name not in BLOCK_CACHES)
-
 
 def check_cache(cache: CacheConfig, model: str, guidance: float) -> None:
     """Fill the keys that are null and refuse numbers that cannot run.
@@ -92,9 +147,9 @@ def check_cache(cache: CacheConfig, model: str, guidance: float) -> None:
         ValueError: A number is out of range; one line says what to change.
     """
     given = [f.name for f in fields(CacheConfig) if f.name != "name" and getattr(cache, f.name) is not None]
-    for unused in (key for key in given if key not in CACHE_KEYS[cache.name]):
+    for unused in (key for key in given if key not in cache_keys(cache.name)):
         warnings.warn(f"cache.{unused} has no effect with cache={cache.name}", stacklevel=2)
-    if cache.name in GUIDANCE_CACHES and guidance == 1:
+    if is_guidance_cache(cache.name) and guidance == 1:
         warnings.warn(f"cache={cache.name} has no effect with request.guidance=1, which has one branch", stacklevel=2)
     fill_defaults(cache, model)
     if cache.sigma_high is not None and cache.sigma_high <= (cache.sigma_low or 0.0):
@@ -117,6 +172,6 @@ def fill_defaults(cache: CacheConfig, model: str = "") -> None:
         "final": tea and known.final,
         "sigma_low": 0.0,
     }
-    for key in CACHE_KEYS[cache.name]:
+    for key in cache_keys(cache.name):
         if getattr(cache, key) is None:
             setattr(cache, key, defaults.get(key))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from harness.config.bounds import (
     MAX_DEGREE,
@@ -20,15 +21,18 @@ from harness.config.bounds import (
     MAX_WAIT_S,
 )
 from harness.config.cache import CacheConfig
+from harness.config.engines import ENGINES
+from harness.config.kinds import CLASSIFIER_FREE, GUIDANCE_RULES, METRICS, STAGES
 from harness.config.optimize import CompileConfig, EagerConfig, Optimize
 from harness.config.plan import HardwareConfig, PlanConfig
 from harness.config.serve import LoadConfig, ServeConfig
 from harness.config.train import TrainConfig
 from models.registry import ARCHITECTURES, ATTENTION_BACKENDS
 from schedulers.options import group, option
-from schedulers.settings import FAMILIES, SOLVERS, SamplingDefaults, SchedulerOptions, SolverOptions, TrainingSettings
+from schedulers.registry import Names
+from schedulers.settings import SamplingDefaults, SchedulerOptions, SolverOptions, TrainingSettings
+from schedulers.tables import FAMILIES, SOLVERS
 
-ENGINES = ("native", "diffusers", "cache_dit", "sglang")
 SERVING = ("task=serve", "task=load")
 GENERATING = ("task=generate", "task=bench", "task=compare", *SERVING)
 LOGGING = ("task=generate", "task=bench", "task=compare", "task=load", "task=plan", "task=train")
@@ -209,7 +213,7 @@ class ModelConfig:
     """Group `model`: one checkpoint, with the defaults it was published with."""
 
     name: str = option("emoji", "Name of the model.")
-    architecture: str = option("pixart", "Architecture of the denoising network.", words=tuple(ARCHITECTURES))
+    architecture: str = option("pixart", "Architecture of the denoising network.", words=Names(ARCHITECTURES))
     path: str | None = option(
         None, "Checkpoint folder in the diffusers layout, denoiser file, or hub name. null = shipped."
     )
@@ -248,13 +252,18 @@ class ModelConfig:
         1_048_576, "Largest height * width accepted.", unit="pixels", low=1, high=MAX_SIDE * MAX_SIDE
     )
     examples: list[str] = option([], "Prompts if the request gives none.")
+    guidance_rule: str = option(
+        CLASSIFIER_FREE,
+        "How the outputs of the two branches of guidance are combined.",
+        words=Names(GUIDANCE_RULES),
+    )
 
 
 @dataclass
 class SolverConfig(SolverOptions):
     """Group `scheduler/solver`. null means the solver's own default."""
 
-    name: str = option("euler", "Name of the solver.", words=tuple(SOLVERS))
+    name: str = option("euler", "Name of the solver.", words=Names(SOLVERS))
 
 
 @dataclass
@@ -326,7 +335,7 @@ class AttentionConfig:
     """Group `attention`: the attention kernel."""
 
     backend: str = option(
-        "auto", "Attention kernel; auto picks one for the device.", words=("auto", *ATTENTION_BACKENDS)
+        "auto", "Attention kernel; auto picks one for the device.", words=Names("auto", ATTENTION_BACKENDS)
     )
 
 
@@ -361,7 +370,7 @@ class EngineConfig:
     name: str = option(
         "native",
         "Engine: this project's, diffusers on one rank, cache_dit (diffusers with cached blocks), or sglang.",
-        words=ENGINES,
+        words=Names(ENGINES),
     )
     optimize: Optimize = option(
         Optimize.auto, "How far the network is optimised. auto = eager if it works. diffusers has none and compile."
@@ -455,13 +464,14 @@ class RequestConfig:
 
 @dataclass
 class QualityConfig:
-    """`quality`: scores besides the gallery's, on pretrained weights of yours (folders of transformers models)."""
+    """`quality`: scores besides the gallery's, on weights (folders of transformers models) or of plug-ins."""
 
     clip: str | None = option(None, "Folder of a CLIP model for the CLIP score. null = no score.")
     features: str | None = option(
         None, "Folder of a vision model (DINOv2, ViT) for a Frechet distance. null = no distance."
     )
     reference: str | None = option(None, "Folder of the real images for the Frechet distance.")
+    metrics: list[str] = option([], "Metrics of plug-ins to measure on the images.", words=Names(METRICS))
 
 
 @dataclass
@@ -481,8 +491,29 @@ class ReportConfig:
 
 
 @dataclass
+class PluginSource:
+    """`plugin_sources.<plug-in>`: the code of one plug-in; the run writes it."""
+
+    version: str = option("", "Version of its package. Empty if it has none.")
+    sha256: str = option("", "Hash of its source files.")
+    folder: str = option("", "Folder from which it is imported.")
+
+
+@dataclass
 class RunConfig:
     """The whole configuration of one run."""
+
+    plugins: list[str] = option(
+        [],
+        "Your plug-ins: modules or Python files with a function register(). Installed ones are added.",
+        reads=(*PREDICTING, "task=train"),
+    )
+    plugin: dict[str, Any] = option(
+        {}, "Options of what plug-ins registered, by its name.", reads=(*PREDICTING, "task=train")
+    )
+    plugin_sources: dict[str, PluginSource] = option(
+        {}, "Code of the plug-ins, written by the run.", reads=(*PREDICTING, "task=train")
+    )
 
     task: TaskConfig = group(TaskConfig, "What the run does, and how often it is measured.")
     engine: EngineConfig = group(EngineConfig, "Which implementation generates.", reads=GENERATING)
@@ -491,11 +522,14 @@ class RunConfig:
     parallel: ParallelConfig = group(ParallelConfig, "Degrees of the mesh.", reads=GENERATING)
     attention: AttentionConfig = group(AttentionConfig, "Attention kernel.", reads=PREDICTING)
     cache: CacheConfig = group(CacheConfig, "Which evaluations or branches are skipped.", reads=GENERATING)
+    stages: list[str] = option(
+        [], "Stages of plug-ins that are added to the pipeline.", words=Names(STAGES), reads=GENERATING
+    )
     logger: LoggerConfig = group(LoggerConfig, "Where results go besides the record.", reads=LOGGING)
     launch: LaunchConfig = group(LaunchConfig, "How ranks are started.", reads=PREDICTING)
     request: RequestConfig = group(RequestConfig, "What to generate.", reads=PREDICTING)
     quality: QualityConfig = group(
-        QualityConfig, "Scores on pretrained weights.", reads=("task=generate", "task=bench")
+        QualityConfig, "Scores on pretrained weights, and metrics.", reads=("task=generate", "task=bench")
     )
     compare: CompareConfig = group(
         CompareConfig, "The two configurations of a comparison.", reads=("task=compare", "task=load")

@@ -5,17 +5,30 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import Unpack
 
 from harness.config.bounds import MAX_CONNECTIONS, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MAX_TRAINING_SEED, MAX_WAIT_S
 from schedulers.options import option
+from schedulers.registry import Common, Names, Registry, Target
+
+POLICIES: Registry[Target] = Registry("request policy", "serve.policy")
+"""Request policies by name: RequestPolicy (harness.serving.policy)."""
 
 
-class Policy(Enum):
-    """Which request of a client is next: the first that came, the one with the least work, or the nearest deadline."""
+def register_request_policy(name: str, key: Target, **common: Unpack[Common]) -> None:
+    """Register a request policy, for serve.policy.
 
-    fifo = "fifo"
-    shortest = "shortest"
-    deadline = "deadline"
+    Args:
+        name: The policy's name.
+        key: RequestPolicy (harness.serving.policy): the function that gives a waiting request its sort key.
+        **common: Options of its own, its layouts, and whether requests may share its forwards.
+    """
+    POLICIES.register(name, key, **common)
+
+
+register_request_policy("fifo", "harness.serving.policy:first_come")
+register_request_policy("shortest", "harness.serving.policy:shortest_first")
+register_request_policy("deadline", "harness.serving.policy:nearest_deadline")
 
 
 @dataclass
@@ -26,7 +39,12 @@ class ServeConfig:
     port: int = option(
         8000, "Port that the server listens on; 0 = any free port. The address is printed.", low=0, high=65_535
     )
-    policy: Policy = option(Policy.fifo, "Which waiting request of a client is next; clients take turns by work.")
+    policy: str = option(
+        "fifo",
+        "Which waiting request of a client is next: the first, the one with the least work, or the nearest deadline; "
+        "clients take turns by work.",
+        words=Names(POLICIES),
+    )
     max_batch: int = option(
         8,
         "Images of the default size whose network evaluations share a forward; 1 = one request after another.",

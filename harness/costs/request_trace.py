@@ -22,6 +22,7 @@ from harness.costs.traffic import GatheredWeights, NetworkTrace, gathered_weight
 from harness.costs.vae_traffic import decode_bytes, trace_decode
 from harness.device.device import denoiser_dtype, torch_dtype
 from harness.parallel.vae import RowShardableDecoder
+from harness.plugins.options import own_options
 from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.request import to_message
 from harness.resolve.run import ResolvedRun
@@ -159,7 +160,9 @@ def resident_components(config: RunConfig) -> list[str]:
 
 def _components(config: RunConfig, source: CheckpointSource) -> Components:
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[config.model.architecture].module).load
-    return load(source, attention_kernel("math"))
+    return load(
+        source, attention_kernel("math"), **own_options(ARCHITECTURES, config.model.architecture, config.plugin)
+    )
 
 
 def _first_prompts(config: RunConfig) -> list[str]:

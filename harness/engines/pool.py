@@ -21,7 +21,10 @@ from harness.messages import EngineInfo, GenerationRequest
 from harness.resolve.compose import to_dict
 from harness.serving.transport import Connection
 
-BUILT_FROM = ("engine", "model", "scheduler", "parallel", "attention", "cache", "launch", "serve")
+BUILT_FROM = (
+    *("engine", "model", "scheduler", "parallel", "attention", "cache", "stages", "launch", "serve"),
+    *("plugin", "plugin_sources"),
+)
 HARMLESS_FAILURES = ("rejected",)  # kinds of failure that leave the ranks as they were
 
 T = TypeVar("T")

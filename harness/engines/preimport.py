@@ -9,9 +9,10 @@ from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from types import ModuleType
 
+from harness.config.engines import NATIVE, ON_DIFFUSERS
 from harness.config.schema import RunConfig
 from harness.parallel.mesh import degrees, world_size
-from harness.resolve.engines_table import BASELINES, NATIVE
+from harness.resolve.engines_table import BASELINES
 from models.registry import ARCHITECTURES
 
 EAGER_PACKAGES = ("diffusers.models.autoencoders", "diffusers.models.transformers", "diffusers.models.unets")
@@ -34,7 +35,9 @@ def required_modules(config: RunConfig) -> list[str]:
     architecture = config.model.architecture
     modules = ["harness.build.worker", "harness.serving.continuous_batching", ARCHITECTURES[architecture].module]
     if config.engine.name != NATIVE:
-        modules += ["harness.build.baseline", BASELINES[architecture].module]
+        modules += ["harness.build.baseline"]
+    if config.engine.name in ON_DIFFUSERS:
+        modules += [BASELINES[architecture].module]
     if world_size(degrees(config.parallel)) > 1:
         modules += ["harness.parallel.vae"]
     return modules

@@ -27,6 +27,7 @@ from harness.engines.processes import RANK_NAME, end_with_parent, set_process_na
 from harness.engines.torchrun import RankError
 from harness.messages import EngineInfo, LoadedComponent
 from harness.parallel.mesh import RankPosition
+from harness.plugins import load_sources
 from harness.records.record import write_atomically
 from harness.resolve.run import ResolvedRun
 from harness.resolve.wait_policy import is_adaptive
@@ -83,7 +84,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     try:
         log.info("rank %d of %s, process %d", rank, os.environ["WORLD_SIZE"], os.getpid())
-        run = ResolvedRun(from_yaml((folder / "config.yaml").read_text()))
+        config = from_yaml((folder / "config.yaml").read_text())
+        load_sources(config.plugin_sources)
+        run = ResolvedRun(config)
         from harness.engines.rendezvous import join_ranks
 
         join_ranks(sockets)
@@ -213,7 +216,7 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
         if serves:
             serve = config.serve
             check = check_with_limits(worker.pipeline.check, serve)
-            key = sort_key(serve.policy, estimated_work(to_message(config.request)))
+            key = sort_key(serve.policy, estimated_work(to_message(config.request)), config.plugin)
             replicas = position.degrees[0]
             evaluations = worker.pipeline.validation.evaluations
             capacity = Capacity(evaluations, replicas, serve.max_evaluation_s, default_work)

@@ -87,6 +87,8 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
         print_quality(record.quality, console)
     if record.pretrained is not None:
         print_pretrained(record.pretrained, console)
+    for name, value in record.metrics.items():
+        console.print(f"{escape(name.replace('_', ' '))} {value:.4g}")
     for note in record.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     for name, path in ((f"{kind}s", "samples"), ("grid", "grid.png"), ("record", "record.json"), ("logs", "logs")):

@@ -123,6 +123,7 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
             | fidelity_scalars(record.fidelity)
             | quality_scalars(record.quality)
             | pretrained_scalars(record.pretrained)
+            | {f"metric_{name}": value for name, value in record.metrics.items()}
         )
 
 

@@ -7,8 +7,9 @@ attention kernels, and compiled_precision those of compiled blocks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ from harness.optimize.precision import (
 from models.attention import attention_kernel, lse_kernel, resolved_name
 from models.components import Components, PromptEncoder, networks_in
 from models.plan import ParallelPlan
+from models.registry import ATTENTION_BACKENDS
 
 UNUSED_IN_DECODING = ("encoder", "quant_conv")
 """The modules of an autoencoder that no request runs."""
@@ -116,7 +118,14 @@ class OperatorCheck:
 
         return load
 
-    def compare_attention(self, backend: str, with_lse: bool, plan: ParallelPlan, dtype: torch.dtype) -> None:
+    def compare_attention(
+        self,
+        backend: str,
+        with_lse: bool,
+        plan: ParallelPlan,
+        dtype: torch.dtype,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         """Compare the attention kernels of the run, with the heads of the watched network.
 
         Args:
@@ -124,16 +133,17 @@ class OperatorCheck:
             with_lse: whether a ring calls the kernel that also returns the log-sum-exp.
             plan: the network's plan, which says whether there is a mask, and which attention stays out of a ring.
             dtype: the dtype of the network.
+            options: the options of the backend.
         """
         if not self._enabled:
             return
         started = time.perf_counter()
         with torch.inference_mode():
             for heads, channels in self._sizes:
-                for masked in (False, True) if takes_mask(plan) else (False,):
+                for masked in (False, True) if takes_mask(plan) and ATTENTION_BACKENDS[backend].masks else (False,):
                     inputs = random_inputs(heads, channels, dtype, self._device, masked, self._seed)
                     try:
-                        self._compare_kernels(backend, with_lse, bool(plan.local_attention), inputs)
+                        self._compare_kernels(backend, with_lse, bool(plan.local_attention), inputs, options)
                     except NotImplementedError as error:  # the first request will fail with it
                         self._leave_out(f"attention ({error})")
         self.duration_ms += (time.perf_counter() - started) * 1e3
@@ -165,16 +175,18 @@ class OperatorCheck:
         if what not in self.not_compared:
             self.not_compared.append(what)
 
-    def _compare_kernels(self, backend: str, with_lse: bool, local: bool, inputs: AttentionInputs) -> None:
-        name = resolved_name(backend, self._device.type, with_lse)
-        if backend == "sage":
-            self._leave_out(f"8-bit attention ({name})")
+    def _compare_kernels(
+        self, backend: str, with_lse: bool, local: bool, inputs: AttentionInputs, options: Mapping[str, Any] | None
+    ) -> None:
+        name = resolved_name(backend, self._device.type, with_lse, options)
+        if ATTENTION_BACKENDS[backend].approximate:
+            self._leave_out(f"approximate attention ({name})")
             return
         if with_lse:
-            self.errors += lse_errors(name, lse_kernel(backend), inputs)
+            self.errors += lse_errors(name, lse_kernel(backend, options), inputs)
         if local or not with_lse:
-            name = resolved_name(backend, self._device.type)
-            self.errors.append(output_error(name, attention_kernel(backend), inputs))
+            name = resolved_name(backend, self._device.type, options=options)
+            self.errors.append(output_error(name, attention_kernel(backend, options), inputs))
 
     def _compare(self, network: nn.Module, operator: PlainOperator) -> None:
         replaced = replaced_operator(network, operator)

@@ -14,7 +14,7 @@ from harness.optimize.precompute import PrecomputedModulation
 from harness.parallel.group import Group
 from harness.parallel.stale_kv import StaleKVCache
 from harness.pipeline.cache_state import CacheState
-from harness.pipeline.guidance import Branches, GuidanceMode, GuidanceSchedule, always_guided
+from harness.pipeline.guidance import Branches, Combine, GuidanceMode, GuidanceSchedule, always_guided, classifier_free
 from harness.pipeline.latents import step_noise
 from harness.pipeline.state import Evaluation, RunContext, Sample, micro_batches, require
 from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule
@@ -37,6 +37,7 @@ class DenoisingOptions:
         has_block_cache: whether the network has a block cache, and takes the cache state of each row.
         stale_kv: what the layout stores between the evaluations of a micro-batch; None if they are independent.
         notes: notes for the record of every request.
+        mix: the guidance rule.
     """
 
     precompute: PrecomputedModulation | None = None
@@ -44,6 +45,7 @@ class DenoisingOptions:
     has_block_cache: bool = False
     stale_kv: StaleKVCache | None = None
     notes: tuple[str, ...] = ()
+    mix: Combine = classifier_free
 
 
 NO_OPTIONS = DenoisingOptions()
@@ -122,7 +124,7 @@ class _NetworkCall:
 
     def __init__(self, stage: Denoising, batch: list[Sample], run: RunContext, grid: Grid) -> None:
         self._stage, self._batch, self._run = stage, batch, run
-        self._branches = Branches(batch, stage.rule, stage.cfg)
+        self._branches = Branches(batch, stage.rule, stage.cfg, stage.options.mix)
         self._conditions = {
             mode: stage.condition_at(self._branches.condition_for(mode).to(stage.dtype), grid) for mode in GuidanceMode
         }
@@ -147,7 +149,7 @@ class _NetworkCall:
         if stage.options.has_block_cache and not any(state.computed[-1] for state in self._kept):
             run.clock.discount("denoiser", 1)
         self._modes.append(mode)
-        return stage.noise_scheduler.prediction.estimate(branches.combine(output.float(), mode), x, point)
+        return stage.noise_scheduler.prediction.estimate(branches.combine(output.float(), point, mode), x, point)
 
     def skips(self) -> list[CacheSkips]:
         """Return what each image's evaluations skipped, after the last one."""

@@ -96,20 +96,50 @@ class GuidanceReuse:
         )
 
 
+class Combine(Protocol):
+    """A guidance rule: how the outputs of the two branches become one."""
+
+    def __call__(self, negative: Tensor, prompt: Tensor, scale: float, point: Point) -> Tensor:
+        """Return the guided output.
+
+        Args:
+            negative: the raw output for the negative prompts, (B, ...), float32.
+            prompt: the raw output for the prompts, (B, ...), float32.
+            scale: the guidance scale.
+            point: the evaluation's point on the path.
+
+        Returns:
+            The guided output, (B, ...).
+        """
+
+
+def classifier_free(negative: Tensor, prompt: Tensor, scale: float, point: Point) -> Tensor:
+    """Extrapolate from the negative branch to the prompt's: eq. 6 of Ho and Salimans 2022, in diffusers' convention."""
+    return negative + scale * (prompt - negative)
+
+
 class Branches:
     """The conditioning of a micro-batch: the prompts alone, or negative prompts and prompts in one batch of 2 B rows.
 
-    combine() is eq. 6 of Ho and Salimans 2022 in diffusers' convention, negative + guidance * (prompt - negative), on
-    the network's raw output. A checkpoint may have another rule: models.components.GuidanceRule. In an evaluation with
-    only the prompt's branch, both ranks of a split pair compute it.
+    combine() applies the guidance rule to the network's raw output, and then what the checkpoint adds to it
+    (models.components.GuidanceRule). In an evaluation with only the prompt's branch, both ranks of a split pair compute
+    it.
 
     Args:
         samples: the samples of the micro-batch.
         rule: how the checkpoint is guided.
         ranks: the ranks of the two branches; None for this rank alone.
+        mix: the guidance rule.
     """
 
-    def __init__(self, samples: list[Sample], rule: GuidanceRule = CLASSIFIER_FREE, ranks: Group | None = None) -> None:
+    def __init__(
+        self,
+        samples: list[Sample],
+        rule: GuidanceRule = CLASSIFIER_FREE,
+        ranks: Group | None = None,
+        mix: Combine = classifier_free,
+    ) -> None:
+        self.mix = mix
         self.scale = samples[0].spec.guidance
         self.rule = rule
         self.ranks = single_process_group() if ranks is None else ranks
@@ -143,8 +173,8 @@ class Branches:
         """Return the state for every branch of this rank: (B, ...) to (B, ...) or (2 B, ...)."""
         return torch.cat([x, x]) if self.guided and not self.is_split and mode is GuidanceMode.both else x
 
-    def combine(self, output: Tensor, mode: GuidanceMode = GuidanceMode.both) -> Tensor:
-        """Return the guided output: (B, ...) or (2 B, ...) to (B, ...)."""
+    def combine(self, output: Tensor, point: Point, mode: GuidanceMode = GuidanceMode.both) -> Tensor:
+        """Return the guided output at a point of the path: (B, ...) or (2 B, ...) to (B, ...)."""
         if not self.guided or mode is GuidanceMode.prompt_only:
             return output
         if mode is GuidanceMode.both:
@@ -152,7 +182,7 @@ class Branches:
             self._difference = prompt - negative
         else:
             negative, prompt = output - require(self._difference), output
-        mixed = negative + self.scale * (prompt - negative)
+        mixed = self.mix(negative, prompt, self.scale, point)
         if self.rule.token_norm is not None:
             mixed = mixed * token_norms(prompt, self.rule.token_norm) / token_norms(mixed, self.rule.token_norm)
         if self.rule.channels is not None:

@@ -7,12 +7,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 import msgspec
 
+from harness.config.schema import PluginSource
 from harness.messages import EngineInfo
 
 PACKAGES = (
@@ -92,6 +94,14 @@ class Beginning(msgspec.Struct, frozen=True):
         return cls(utc_now(), [without_secret(part) for part in sys.orig_argv], sources_hash())
 
 
+class PluginRow(msgspec.Struct, frozen=True):
+    """A plug-in of a run: its name, the version of its package, and a hash of its source files."""
+
+    name: str
+    version: str
+    sha256: str
+
+
 class Provenance(msgspec.Struct, frozen=True):
     """Where a record comes from.
 
@@ -111,6 +121,7 @@ class Provenance(msgspec.Struct, frozen=True):
         sources_sha256: Hash of the sources and configuration files when the run began: it differs from another run's
             after any edit, committed or not.
         cpu: The instruction set; None in a record from before it was written.
+        plugins: The plug-ins of the run.
     """
 
     git: Git | None
@@ -127,6 +138,7 @@ class Provenance(msgspec.Struct, frozen=True):
     command: list[str] = []
     sources_sha256: str = ""
     cpu: Cpu | None = None
+    plugins: list[PluginRow] = []
 
     @property
     def machine(self) -> tuple[str, str, str]:
@@ -134,13 +146,19 @@ class Provenance(msgspec.Struct, frozen=True):
         return self.hardware.cpu, "" if self.cpu is None else self.cpu.capability, self.hardware.device
 
 
-def provenance(engine: EngineInfo, environment: dict[str, str], beginning: Beginning | None = None) -> Provenance:
+def provenance(
+    engine: EngineInfo,
+    environment: dict[str, str],
+    beginning: Beginning | None = None,
+    plugins: Mapping[str, PluginSource] | None = None,
+) -> Provenance:
     """Collect the origin of a record.
 
     Args:
         engine: What the ranks report about themselves.
         environment: The ranks' environment variables.
         beginning: What was noted before the run; None notes it now.
+        plugins: The code of the run's plug-ins, by name.
 
     Returns:
         The provenance.
@@ -167,6 +185,7 @@ def provenance(engine: EngineInfo, environment: dict[str, str], beginning: Begin
         command=beginning.command,
         sources_sha256=beginning.sources_sha256,
         cpu=Cpu(engine.cpu_capability or cpu_capability(), vector_flags()),
+        plugins=[PluginRow(name, source.version, source.sha256) for name, source in (plugins or {}).items()],
     )
 
 

@@ -209,6 +209,7 @@ class Record(msgspec.Struct, frozen=True):
         notes: Notes for the reader.
         quality: Scores in the gallery; None if nothing could be scored, and a note says why.
         pretrained: Scores on pretrained weights; None if none were given.
+        metrics: Metrics of plug-ins, by name.
         loaded: Components in memory when the ranks were ready.
         fidelity: Error against the reference; None if it was not requested, or if a note says why not.
         engine: The engine; a record without one is a native run's.
@@ -230,6 +231,7 @@ class Record(msgspec.Struct, frozen=True):
     notes: list[str]
     quality: Quality | None = None
     pretrained: PretrainedScores | None = None
+    metrics: dict[str, float] = {}
     loaded: list[LoadedComponent] = []
     fidelity: Fidelity | None = None
     engine: EngineRow = EngineRow("native", "")
@@ -253,7 +255,12 @@ def fingerprint(config: dict[str, Any]) -> str:
     apart: tuple[str, ...] = ("logger", "train", "quality", "plan", "hardware", "compare", "report")
     if config["task"]["name"] not in ("serve", "load"):
         apart += ("serve", "load")
+    if not config.get("plugins"):
+        apart += ("plugins", "plugin", "plugin_sources")
     declared = {key: value for key, value in config.items() if key not in apart}
+    if "plugin_sources" in declared:
+        sources = declared["plugin_sources"].items()
+        declared["plugin_sources"] = {name: {**source, "folder": ""} for name, source in sources}
     launch = config["launch"].items()
     declared["launch"] = {key: value for key, value in launch if key != "reuse" and not key.endswith("_timeout_s")}
     return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()[:16]
@@ -513,6 +520,7 @@ def load(path: str | Path) -> pandas.DataFrame:
                 "summary",
                 "quality",
                 "pretrained",
+                "metrics",
                 "fidelity",
                 "load",
             )

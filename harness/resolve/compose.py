@@ -24,9 +24,11 @@ from harness.config.yaml import ConfigError as ConfigError
 from harness.config.yaml import from_yaml as from_yaml
 from harness.config.yaml import to_dict as to_dict
 from harness.config.yaml import to_yaml as to_yaml
+from harness.plugins import load_plugins, loaded
 from harness.resolve.comparison import quote_overrides
 from harness.resolve.folder_name import folder_name
 from harness.resolve.names import check_names, one_line
+from harness.resolve.plugins import load_named_plugins, store_plugins
 from harness.resolve.rules import resolve_config
 from harness.resolve.run import ResolvedRun as ResolvedRun
 
@@ -36,6 +38,8 @@ def register_schema() -> None:
     if not OmegaConf.has_resolver("folder_name"):
         OmegaConf.register_new_resolver("folder_name", _job_folder_name)
         ConfigStore.instance().store(name="schema", node=RunConfig)
+    if loaded() or ConfigStore.instance().load("schema.yaml").node.plugin:
+        store_plugins()
 
 
 def compose_run(overrides: Sequence[str]) -> ResolvedRun:
@@ -51,16 +55,29 @@ def compose_run(overrides: Sequence[str]) -> ResolvedRun:
         ConfigError: A group, option or key is unknown, a type is wrong, or the combination cannot run.
     """
     overrides = [quote_overrides(override) for override in overrides]
+    load_plugins_of(overrides)
     check_names(overrides)
+    composed = _composed(overrides)
+    if load_plugins(composed.plugins):  # a file names them
+        composed = _composed(overrides)
+    config, notes = check_composed(composed)
+    return ResolvedRun(config, list(overrides), Path(str(composed.hydra.run.dir)), notes)
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
     register_schema()
     try:
         with _hydra():
             composed = compose("config", list(overrides), return_hydra_config=True)
-            folder = Path(str(composed.hydra.run.dir))
+            str(composed.hydra.run.dir)  # interpolates the folder's name
+            return composed
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
-    config, notes = check_composed(composed)
-    return ResolvedRun(config, list(overrides), folder, notes)
+
+
+def load_plugins_of(overrides: Sequence[str]) -> None:
+    """Load the plug-ins that a command line or a file that it chooses names, as `load_named_plugins`."""
+    load_named_plugins(overrides, _composed)
 
 
 @contextmanager

@@ -11,14 +11,16 @@ from enum import Enum
 from functools import reduce
 from typing import Any
 
-from harness.config.cache import BLOCK_CACHES, GUIDANCE_CACHES
+from harness.config.cache import NONE as NO_CACHE
+from harness.config.cache import is_block_cache, is_guidance_cache
+from harness.config.engines import CACHE_DIT, NATIVE, ON_DIFFUSERS, SGLANG
 from harness.config.optimize import Optimize
 from harness.config.schema import LaunchMode, Quantize, RunConfig
 from harness.config.tasks import TRAITS
 from harness.parallel.mesh import degrees, world_size
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
-from harness.resolve.engines_table import BASELINES, CACHE_DIT, NATIVE, SGLANG
-from models.registry import ARCHITECTURES, WITH_LSE
+from harness.resolve.engines_table import BASELINES
+from models.registry import ARCHITECTURES, returns_lse
 
 OPTIMIZED = (Optimize.eager, Optimize.compile)
 LEARNED = ("learned", "learned_range")
@@ -89,12 +91,12 @@ FEATURES = (
         "an attention backend without log-sum-exp (sdpa)",
         "attention",
         "attention=sdpa",
-        lambda c: c.attention.backend not in ("auto", *WITH_LSE),
+        lambda c: c.attention.backend != "auto" and not returns_lse(c.attention.backend),
     ),
     _feature("unet", "U-Nets", "model", "model=sd15", lambda c: ARCHITECTURES[c.model.architecture].heads is None),
     _feature(
         "not_in_diffusers",
-        "models that no baseline engine runs",
+        "models that diffusers does not run here",
         "model",
         "model=ddpm_cifar10",
         lambda c: c.model.architecture not in BASELINES,
@@ -108,6 +110,13 @@ FEATURES = (
     ),
     _feature("native", "engine=native", "engine", "engine=native", lambda c: c.engine.name == NATIVE),
     _feature("baseline", "baseline engines", "engine", "engine=diffusers", lambda c: c.engine.name != NATIVE),
+    _feature(
+        "on_diffusers",
+        "engines on diffusers",
+        "engine",
+        "engine=diffusers",
+        lambda c: c.engine.name in ON_DIFFUSERS,
+    ),
     _feature("cache_dit", "engine=cache_dit", "engine", "engine=cache_dit", lambda c: c.engine.name == CACHE_DIT),
     _feature(
         "sglang", "engine=sglang", "engine", "engine=sglang model=z_image_110m", lambda c: c.engine.name == SGLANG
@@ -140,16 +149,14 @@ FEATURES = (
         "engine.optimize=compile engine.compile.cuda_graphs=true",
         lambda c: c.engine.compile.cuda_graphs,
     ),
-    _feature(
-        "cache", "caches", "cache", "cache=guidance_skip", lambda c: c.cache.name in (*BLOCK_CACHES, *GUIDANCE_CACHES)
-    ),
-    _feature("block_cache", "block caches", "cache", "cache=first_block", lambda c: c.cache.name in BLOCK_CACHES),
+    _feature("cache", "caches", "cache", "cache=guidance_skip", lambda c: c.cache.name != NO_CACHE),
+    _feature("block_cache", "block caches", "cache", "cache=first_block", lambda c: is_block_cache(c.cache.name)),
     _feature(
         "guidance_cache",
         "guidance caches",
         "cache",
         "cache=guidance_interval",
-        lambda c: c.cache.name in GUIDANCE_CACHES,
+        lambda c: is_guidance_cache(c.cache.name),
     ),
     _feature("teacache", "cache=teacache", "cache", "cache=teacache", lambda c: c.cache.name == "teacache"),
     _feature(
@@ -294,7 +301,7 @@ OTHER_CONFLICTS = (
         "use launch.mode=torchrun",
     ),
     Conflict("baseline", ("train",), "the native network is trained", "use engine=native"),
-    Conflict("baseline", ("not_in_diffusers",), f"it runs {', '.join(BASELINES)}", "use engine=native"),
+    Conflict("on_diffusers", ("not_in_diffusers",), f"it runs {', '.join(BASELINES)}", "use engine=native"),
     Conflict("sglang", ("not_in_sglang",), f"it runs {', '.join(ON_SGLANG)}", "use engine=native"),
     Conflict(
         "baseline", ("ranks",), "it runs one rank, the layout has {ranks}", "use parallel=single, or engine=native"
@@ -303,13 +310,13 @@ OTHER_CONFLICTS = (
         "baseline", ("fidelity_per_step",), "it does not provide the state after every step", "compare the last state"
     ),
     Conflict(
-        "baseline",
+        "on_diffusers",
         ("rk45",),
         "rk45 chooses its timesteps by the image, and diffusers needs them in advance",
         "choose another solver, or engine=native",
     ),
     Conflict(
-        "baseline",
+        "on_diffusers",
         ("learned_variance",),
         "diffusers' pipelines drop the learned variance",
         "choose small or large, or engine=native",

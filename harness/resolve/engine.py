@@ -5,13 +5,10 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from harness.config.engines import CACHE_DIT, ENGINES, NATIVE, ON_DIFFUSERS
+from harness.config.optimize import Optimize
 from harness.config.schema import BlockCacheConfig, RunConfig
-from harness.resolve.engines_table import (
-    BASELINES,
-    CACHE_DIT,
-    NATIVE,
-    baseline_attention,
-)
+from harness.resolve.engines_table import BASELINES, baseline_attention
 from models.files import read_json
 from models.registry import ARCHITECTURES
 from schedulers.compatibility import scales_state
@@ -30,10 +27,25 @@ def check_engine(config: RunConfig) -> None:
     if name == NATIVE:
         return
     baseline_attention(config)
-    _check_noise_scheduler(config)
-    _check_request(config)
     if not config.model.text.keep_loaded:
         warnings.warn(f"model.text.keep_loaded=false has no effect with engine={name}", stacklevel=2)
+    if name not in ON_DIFFUSERS:
+        _check_other(config)
+        return
+    _check_noise_scheduler(config)
+    _check_request(config)
+
+
+def _check_other(config: RunConfig) -> None:
+    """Refuse what an engine of a plug-in does not declare."""
+    name, known = config.engine.name, ENGINES[config.engine.name].architectures
+    if known is not None and config.model.architecture not in known:
+        raise ValueError(
+            f"engine={name} runs {', '.join(known)}, and model={config.model.name} is {config.model.architecture}; use "
+            "engine=native"
+        )
+    if config.engine.optimize is Optimize.compile:
+        raise ValueError(f"engine.optimize=compile has no effect on engine={name}; use engine.optimize=none")
 
 
 def _check_noise_scheduler(config: RunConfig) -> None:
@@ -70,7 +82,7 @@ def check_baseline_settings(config: RunConfig, settings: NoiseSchedulerSettings)
     """Refuse a noise scheduler that diffusers' pipeline cannot follow.
 
     Args:
-        config: The configuration, whose engine is not the native one.
+        config: The configuration, whose engine is diffusers or on it.
         settings: The complete settings of its noise scheduler.
 
     Raises:

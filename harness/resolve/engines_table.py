@@ -1,4 +1,4 @@
-"""The engines, what each baseline engine can run, and how it names its attention; readable without torch."""
+"""What the engines can run, and how each names its attention; readable without torch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 
+from harness.config.engines import CACHE_DIT as CACHE_DIT
+from harness.config.engines import DIFFUSERS as DIFFUSERS
+from harness.config.engines import ENGINES
+from harness.config.engines import NATIVE as NATIVE
+from harness.config.engines import ON_DIFFUSERS as ON_DIFFUSERS
+from harness.config.engines import SGLANG as SGLANG
 from harness.config.schema import RunConfig
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
 from models.registry import resolve_backend
-
-NATIVE, DIFFUSERS, CACHE_DIT, SGLANG = "native", "diffusers", "cache_dit", "sglang"
-INSTALL_HINTS = {
-    CACHE_DIT: "the package cache-dit: pip install 'triptych[cache_dit]'",
-    SGLANG: "the package sglang: pip install --no-deps sglang==0.5.23, and what it imports (the README lists it), "
-    "since its own requirements would replace torch and diffusers",
-}
-"""How to install what an engine needs, by the engine's name, which is also the name of its module."""
 
 PACKAGE = "triptych"
 
@@ -107,8 +105,9 @@ def refuse_missing_engine(name: str) -> None:
     Raises:
         ValueError: One line says what to install.
     """
-    if name in INSTALL_HINTS and importlib.util.find_spec(name) is None:
-        raise ValueError(f"engine={name} needs {INSTALL_HINTS[name]}; or use engine={DIFFUSERS}")
+    entry = ENGINES[name]
+    if entry.package and importlib.util.find_spec(entry.package) is None:
+        raise ValueError(f"engine={name} needs {entry.install or entry.package}; or use engine={DIFFUSERS}")
 
 
 def baseline_attention(config: RunConfig) -> str:
@@ -118,13 +117,19 @@ def baseline_attention(config: RunConfig) -> str:
         config: The configuration.
 
     Returns:
-        The backend's name in diffusers or SGLang-Diffusion.
+        The backend's name in diffusers or SGLang-Diffusion, or that of the configuration for another engine.
 
     Raises:
         ValueError: The backend is unknown, not installed, or not available in the baseline engine.
     """
     requested = config.attention.backend
-    backend = resolve_backend(requested)
+    backend, own = resolve_backend(requested), ENGINES[config.engine.name].attention
+    if own is not None:
+        if requested not in own:
+            raise ValueError(
+                f"attention={requested} does not run in engine={config.engine.name}; choose {', '.join(own)}"
+            )
+        return requested
     row, place = BASELINES[config.model.architecture], "diffusers' pipeline"
     names = row.attention
     if config.engine.name == SGLANG and row.sglang is not None:
@@ -140,6 +145,6 @@ def baseline_attention(config: RunConfig) -> str:
 def engine_version(name: str) -> str:
     """Return the version of an engine's package, empty if it is not installed."""
     try:
-        return metadata.version(PACKAGE if name == NATIVE else name)
+        return metadata.version(PACKAGE if name == NATIVE else ENGINES[name].package or name)
     except metadata.PackageNotFoundError:
         return ""

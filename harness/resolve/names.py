@@ -18,7 +18,8 @@ from harness.config.yaml import ConfigError as ConfigError
 from harness.records.provenance import version
 from harness.resolve.quoting import shell_quoted
 from models.registry import did_you_mean
-from schedulers.settings import FAMILIES
+from schedulers.registry import OURS, REGISTRIES, plugin_options
+from schedulers.tables import FAMILIES
 
 PLUGINS = {  # Hydra's own packages: which option needs which package, and the extra that installs it
     ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),
@@ -148,7 +149,8 @@ def _refuse_unknown(key: str, option: str | None) -> None:
             )
         return
     defaults = {family: CheckpointDefaults() for family in FAMILIES}
-    keys = set(_keys(RunConfig(model=ModelConfig(checkpoint_defaults=defaults))))
+    plugin = {name: options() for name, options in plugin_options().items()}
+    keys = set(_keys(RunConfig(model=ModelConfig(checkpoint_defaults=defaults), plugin=plugin)))
     if key not in keys:
         known = keys | set(groups)
         raise ConfigError(f"unknown key {key!r}{_hint(key, known)}")
@@ -177,7 +179,10 @@ def config_groups() -> dict[str, list[str]]:
         group = file.parent.relative_to(root).as_posix()
         if group != ".":
             groups.setdefault(group, []).append(file.stem)
-    return groups
+    for registry in REGISTRIES:
+        added = [row.name for row in registry.registrations() if row.owner != OURS]
+        groups.setdefault(registry.group, []).extend(added if registry.group else [])
+    return {group: options for group, options in groups.items() if options}
 
 
 def _keys(node: Any, prefix: str = "") -> Iterable[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from harness.config.schema import RunConfig
 from models.registry import did_you_mean
 from schedulers.options import Option, option_of
+from schedulers.registry import Names
 
 
 def check_options(config: RunConfig) -> None:
@@ -43,7 +44,7 @@ def options(node: Any, prefix: str = "") -> Iterator[tuple[str, Option, Any]]:
         key, value = prefix + declared.name, getattr(node, declared.name)
         if is_dataclass(value):
             yield from options(value, f"{key}.")
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and value:
             for name, entry in value.items():
                 yield from options(entry, f"{key}.{name}.")
         elif isinstance(value, list) and value and is_dataclass(value[0]):
@@ -58,8 +59,10 @@ def _check(key: str, declared: Option, value: Any) -> None:
         if one is None or isinstance(one, bool):
             continue
         word = one.name if isinstance(one, Enum) else one
-        if declared.words and word not in declared.words:
+        if (declared.words or isinstance(declared.words, Names)) and word not in declared.words:
             names = [str(name) for name in declared.words]
+            if not names:
+                raise ValueError(f"{key}={word}: no plug-in of this run has one; add plugins=[MODULE]")
             raise ValueError(f"{key}={word} is not one of {', '.join(names)}{did_you_mean(str(word), names)}")
         if isinstance(one, int | float) and not declared.words and not declared.fits(one):
             wanted = [] if math.isfinite(one) and declared.range else ["a finite number"]

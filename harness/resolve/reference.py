@@ -15,16 +15,18 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from harness.config.cache import CACHE_KEYS
-from harness.config.schema import CheckpointDefaults, LoraConfig, RunConfig, Task
+from harness.config.cache import CACHES, cache_keys
+from harness.config.schema import CheckpointDefaults, LoraConfig, PluginSource, RunConfig, Task
 from harness.resolve.engines_table import NATIVE, engine_version
 from harness.resolve.names import config_groups, refuse_unknown
-from schedulers.compatibility import FLOW_LINSPACE_OPTIONS, PATHS, PREDICTION_OPTIONS, SPACING_OPTIONS
+from schedulers.compatibility import FLOW_LINSPACE_OPTIONS, PREDICTION_OPTIONS
 from schedulers.options import Option, option_of
-from schedulers.settings import SOLVERS
+from schedulers.registry import Registry, plugin_options
+from schedulers.tables import PATHS, SOLVERS, SPACINGS
 
 TASKS = tuple(f"task={task.name}" for task in Task)
 FAMILY = "<family>"
+PLUGIN = "<plug-in>"
 START, END = "<!-- compatibility -->", "<!-- /compatibility -->"
 WIDTH = 100
 
@@ -88,6 +90,11 @@ def _keys(node: Any, prefix: str, tasks: tuple[str, ...], only: tuple[str, ...])
             yield from _keys(CheckpointDefaults(), f"{name}.{FAMILY}.", own_tasks, own_only)
         if name == "model.lora":
             yield from _keys(LoraConfig(), f"{name}[].", own_tasks, own_only)
+        if name == "plugin_sources":
+            yield from _keys(PluginSource(), f"{name}.{PLUGIN}.", own_tasks, own_only)
+        if name == "plugin":
+            for registered, options in plugin_options().items():
+                yield from _keys(options(), f"{name}.{registered}.", own_tasks, own_only)
 
 
 def _choices(name: str) -> Iterator[str]:
@@ -95,14 +102,14 @@ def _choices(name: str) -> Iterator[str]:
     group, _, key = name.rpartition(".")
     tables: list[tuple[str, dict[str, tuple[str, ...]]]] = []
     if group == "cache" and key != "name":
-        tables = [("cache", dict(CACHE_KEYS))]
+        tables = [("cache", {cache: cache_keys(cache) for cache in CACHES})]
     if group == "scheduler.solver":
-        tables = [("scheduler/solver", SOLVERS)]
+        tables = [("scheduler/solver", _takes(SOLVERS))]
     if group == "scheduler":
         tables = [
-            ("scheduler.path", {path: rules.options for path, rules in PATHS.items()}),
+            ("scheduler.path", _takes(PATHS)),
             ("scheduler.prediction", PREDICTION_OPTIONS),
-            ("scheduler.spacing", SPACING_OPTIONS),
+            ("scheduler.spacing", _takes(SPACINGS)),
         ]
     for choice, table in tables:
         names = [option for option, used in table.items() if key in used]
@@ -110,6 +117,11 @@ def _choices(name: str) -> Iterator[str]:
             yield f"{choice}={','.join(names)}"
     if group == "scheduler" and key in FLOW_LINSPACE_OPTIONS:
         yield "scheduler.spacing=linspace of a flow"
+
+
+def _takes(registry: Registry[Any]) -> dict[str, tuple[str, ...]]:
+    """Return the keys that each entry takes, plug-ins' too."""
+    return {name: entry.options for name, entry in registry.items()}
 
 
 def _type(hint: Any, declared: Option) -> str:
@@ -170,7 +182,8 @@ def page(compatibility: str = "\n") -> str:
         if "." not in key.name:
             lines += ["", f"### {key.name}", "", f"{key.option.meaning} {_read_by(key)}", ""]
             lines += ["| key | type | default | unit | values | meaning | only with |", "|---|---|---|---|---|---|---|"]
-            continue
+            if key.type == "group":
+                continue
         name = f"`{key.name}.*`" if key.type == "group" else f"`{key.name}`"
         default = f"`{key.default}`" if key.default else ""
         cells = (name, key.type, default, key.option.unit, key.allowed, key.option.meaning, ", ".join(key.only))

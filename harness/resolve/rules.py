@@ -18,12 +18,14 @@ from harness.resolve.checkpoint import check_checkpoint
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, check_learned_variance
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
 from harness.resolve.engine import check_baseline_settings, check_engine, check_first_blocks
-from harness.resolve.engines_table import CACHE_DIT, NATIVE, refuse_missing_engine
+from harness.resolve.engines_table import CACHE_DIT, ON_DIFFUSERS, refuse_missing_engine
 from harness.resolve.image_sides import check_image_sides
+from harness.resolve.kinds import check_attention, check_guidance_rule, check_stages
 from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.options import check_options
+from harness.resolve.plugins import check_plugins, resolve_plugins
 from harness.resolve.prompts import check_prompts, check_text_tokens
 from harness.resolve.published_scheduler import check_published_scheduler
 from harness.resolve.request import to_message
@@ -40,6 +42,7 @@ QUANTIZE_PACKAGE = "torchao"
 
 def resolve_config(config: RunConfig) -> None:
     """Fill null keys from the model, in place, and refuse what cannot run."""
+    resolve_plugins(config)
     check_options(config)
     check_keys_of_tasks(config)
     task = TRAITS[config.task.name]
@@ -53,12 +56,16 @@ def resolve_config(config: RunConfig) -> None:
     _resolve_request(config)
     _check_packages(config)
     resolve_optimize(config)
+    check_plugins(config)
     check_conflicts(config, CONFLICTS if task.uses_checkpoint else OTHER_CONFLICTS)
     run = ResolvedRun(config, fetch=True)
     if task.uses_checkpoint:
         _check_model(run)
         for note in check_layout(config.parallel, run.shape):
             warnings.warn(note, stacklevel=2)
+        check_attention(config)
+        check_guidance_rule(config, run.shape)
+        check_stages(config)
     if run.noise_scheduler is not None:
         _check_noise_scheduler(config, resolve_settings(run.noise_scheduler, config.request.steps))
     if config.task.name is Task.train:
@@ -82,7 +89,7 @@ def _check_noise_scheduler(config: RunConfig, settings: NoiseSchedulerSettings) 
     """
     request, side = to_message(config.request), config.model.size_multiple
     check_tokens(settings, (request.height // side) * (request.width // side))
-    if config.engine.name != NATIVE:
+    if config.engine.name in ON_DIFFUSERS:
         check_baseline_settings(config, settings)
 
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from harness.config.schema import RunConfig
 from harness.parallel.mesh import degrees, world_size
+from harness.plugins.options import own_options
 from harness.resolve.checkpoint import CheckpointLayout, locate
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, denoiser_defaults
 from harness.resolve.engines_table import NATIVE, baseline_attention
 from harness.resolve.layout import model_shape
 from harness.resolve.layout_rules import ModelShape, needs_lse
 from harness.resolve.scheduler import noise_scheduler_settings
-from models.registry import resolve_backend
+from models.registry import ATTENTION_BACKENDS, resolve_backend
 from schedulers.settings import NoiseSchedulerSettings
 
 
@@ -29,11 +31,13 @@ class AttentionChoice:
         requested: Backend in the configuration, which may be auto.
         with_lse: Whether the kernel has to return the log-sum-exp of its scores.
         in_baseline: Name of the backend in a baseline engine; None in the native one.
+        options: Options of the backend, by name.
     """
 
     requested: str
     with_lse: bool
     in_baseline: str | None
+    options: dict[str, Any]
 
     def backend(self, device_type: str) -> str:
         """Return the name of the native backend on a type of device, such as cuda."""
@@ -76,14 +80,16 @@ class ResolvedRun:
     def noise_scheduler(self) -> NoiseSchedulerSettings | None:
         """The settings of the noise scheduler; None for the checkpoint's own."""
         scheduler = self.config.scheduler
-        return None if scheduler.family == PUBLISHED_FAMILY else noise_scheduler_settings(scheduler)
+        return None if scheduler.family == PUBLISHED_FAMILY else noise_scheduler_settings(scheduler, self.config.plugin)
 
     @cached_property
     def attention(self) -> AttentionChoice:
         """The attention kernel."""
         config = self.config
         other = None if config.engine.name == NATIVE else baseline_attention(config)
-        return AttentionChoice(config.attention.backend, needs_lse(config.parallel), other)
+        backend = config.attention.backend
+        options = own_options(ATTENTION_BACKENDS, backend, config.plugin) if backend in ATTENTION_BACKENDS else {}
+        return AttentionChoice(backend, needs_lse(config.parallel), other, options)
 
     @cached_property
     def shape(self) -> ModelShape:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from harness.config.serve import Policy
+from harness.config.serve import POLICIES
 from harness.messages import GenerationRequest
+from harness.plugins.options import own_options
 from harness.serving.turns import Turns
+from schedulers.registry import imported
 
 AGEING_S = 30.0
 DEFAULT_WORK = 20 * 2 * 64 * 64.0  # of the built-in model's default request
@@ -33,6 +35,19 @@ class TrackedRequest:
 SortKey: TypeAlias = Callable[[TrackedRequest], float]
 
 
+class RequestPolicy(Protocol):
+    """A request policy: the order in which a client's waiting requests begin."""
+
+    def __call__(self, tracked: TrackedRequest, default_work: float, **options: Any) -> float:
+        """Return the sort key of a request, which may not change while it waits; the lowest is next.
+
+        Args:
+            tracked: the request.
+            default_work: the work of the model's default request.
+            **options: the options that the plug-in declared.
+        """
+
+
 def evaluation_work(request: GenerationRequest) -> float:
     """Return the work of one evaluation of one image: pixels of all frames, counted twice if guided."""
     return (1 if request.guidance == 1 else 2) * float(request.frames * request.height * request.width)
@@ -43,25 +58,46 @@ def estimated_work(request: GenerationRequest) -> float:
     return request.steps * len(request.prompts) * request.samples_per_prompt * evaluation_work(request)
 
 
-def sort_key(policy: Policy, default_work: float = DEFAULT_WORK) -> SortKey:
-    """Return a policy's sort key within a client: the lowest is next, among equals the first to arrive.
+def first_come(tracked: TrackedRequest, default_work: float) -> float:
+    """Order by arrival."""
+    return tracked.arrived
 
-    `shortest` ages. A request counts as if it had come AGEING_S later for each `default_work` that it has. So only
-    requests that arrive within AGEING_S * work / default_work seconds after it can pass it, and none waits for ever.
+
+def shortest_first(tracked: TrackedRequest, default_work: float) -> float:
+    """Order by arrival and work: a request counts as if it had come AGEING_S later for each `default_work` it has.
+
+    So only requests that arrive within AGEING_S * work / default_work seconds after it can pass it, and none waits for
+    ever.
 
     Args:
-        policy: the policy.
+        tracked: the request.
         default_work: the work of the model's default request.
+
+    Returns:
+        The sort key.
+    """
+    return tracked.arrived + AGEING_S * estimated_work(tracked.request) / default_work
+
+
+def nearest_deadline(tracked: TrackedRequest, default_work: float) -> float:
+    """Order by deadline."""
+    return tracked.deadline
+
+
+def sort_key(policy: str, default_work: float = DEFAULT_WORK, plugin: Mapping[str, object] | None = None) -> SortKey:
+    """Return a policy's sort key within a client: the lowest is next, among equals the first to arrive.
+
+    Args:
+        policy: the name of a registered policy.
+        default_work: the work of the model's default request.
+        plugin: the options of plug-ins.
 
     Returns:
         The key, which does not change while a request waits.
     """
-    keys: dict[Policy, SortKey] = {
-        Policy.fifo: lambda tracked: tracked.arrived,
-        Policy.shortest: lambda tracked: tracked.arrived + AGEING_S * estimated_work(tracked.request) / default_work,
-        Policy.deadline: lambda tracked: tracked.deadline,
-    }
-    return keys[policy]
+    rule: RequestPolicy = imported(POLICIES[policy])
+    options = own_options(POLICIES, policy, plugin or {})
+    return lambda tracked: rule(tracked, default_work, **options)
 
 
 def next_request(waiting: Sequence[TrackedRequest], turns: Turns[str], key: SortKey) -> TrackedRequest | None:

@@ -202,7 +202,6 @@ class FlashKernels:
         return self._package.name
 
 
-def flash() -> Backend:
-    """Return the backend; it looks for no package yet."""
-    kernels = FlashKernels()
-    return Backend(kernels.attend, kernels.attend_lse, kernels.kernel_name)
+_KERNELS = FlashKernels()
+FLASH = Backend(_KERNELS.attend, _KERNELS.attend_lse, _KERNELS.kernel_name)
+"""The backend; no package is looked for and nothing compiled yet."""

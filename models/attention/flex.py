@@ -130,7 +130,6 @@ def _missing_on_cuda() -> str:
     return "" if importlib.util.find_spec("triton") else "the triton package (pip install triton)"
 
 
-def flex() -> Backend:
-    """Return the backend; it compiles nothing yet."""
-    kernels = FlexKernels()
-    return Backend(kernels.attend, kernels.attend_lse, kernels.kernel_name)
+_KERNELS = FlexKernels()
+FLEX = Backend(_KERNELS.attend, _KERNELS.attend_lse, _KERNELS.kernel_name)
+"""The backend; no package is looked for and nothing compiled yet."""

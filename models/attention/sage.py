@@ -148,7 +148,6 @@ class SageKernels:
         return self._package.name
 
 
-def sage() -> Backend:
-    """Return the backend; it looks for no package yet."""
-    kernels = SageKernels()
-    return Backend(kernels.attend, kernels.attend_lse, kernels.kernel_name)
+_KERNELS = SageKernels()
+SAGE = Backend(_KERNELS.attend, _KERNELS.attend_lse, _KERNELS.kernel_name)
+"""The backend; no package is looked for and nothing compiled yet."""

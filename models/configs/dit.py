@@ -109,3 +109,8 @@ def tensor_shapes(config: DiTConfig) -> TensorShapes:
     found.linear("proj_out_1", width, 2 * width)
     found.linear("proj_out_2", width, config.patch**2 * config.out_channels)
     return found
+
+
+def expected(folder: Path) -> TensorShapes:
+    """Check the denoiser's config.json in a folder, and return the shapes of its tensors. Raises CheckpointError."""
+    return tensor_shapes(read_config(folder))

@@ -3,19 +3,7 @@
 from collections.abc import Mapping
 
 from models.configs import sd3, wan
-
-PATCHES: Mapping[str, str | int] = {
-    "pixart": "patch_size",
-    "dit": "patch_size",
-    "sd3": "patch_size",
-    "flux": 2,
-    "qwen_image": 2,
-    "z_image": 2,
-    "wan": "patch_size",
-    "sd": 1,
-    "sdxl": 1,
-}
-"""Latent pixels of a token on a side, by architecture: a number, or a key of the denoiser's config.json."""
+from models.registry import ARCHITECTURES
 
 
 def token_side(architecture: str, denoiser: Mapping[str, object], vae: Mapping[str, object]) -> int | None:
@@ -29,7 +17,7 @@ def token_side(architecture: str, denoiser: Mapping[str, object], vae: Mapping[s
     if architecture == "unet":
         blocks = denoiser.get("block_out_channels")
         return 2 ** (len(blocks) - 1) if isinstance(blocks, list) else None
-    known = PATCHES.get(architecture)
+    known = ARCHITECTURES[architecture].patch
     patch = denoiser.get(known) if isinstance(known, str) else known
     if isinstance(patch, list) and patch:  # frames, height and width
         patch = patch[-1]

@@ -156,3 +156,8 @@ def tensor_shapes(config: PixArtConfig) -> TensorShapes:
     found["scale_shift_table"] = (2, width)
     found.linear("proj_out", width, config.patch**2 * config.out_channels)
     return found
+
+
+def expected(folder: Path) -> TensorShapes:
+    """Check the denoiser's config.json in a folder, and return the shapes of its tensors. Raises CheckpointError."""
+    return tensor_shapes(read_config(folder))

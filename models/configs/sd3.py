@@ -132,3 +132,8 @@ def tensor_shapes(config: SD3Config) -> TensorShapes:
     found.linear("norm_out.linear", width, 2 * width)
     found.linear("proj_out", width, config.patch**2 * config.channels)
     return found
+
+
+def expected(folder: Path) -> TensorShapes:
+    """Check the denoiser's config.json in a folder, and return the shapes of its tensors. Raises CheckpointError."""
+    return tensor_shapes(read_config(folder))

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-from models.configs import dit, flux, pixart, qwen_image, sd3, unet, wan, z_image
 from models.configs.shapes import TensorShapes
-
-TRANSFORMERS: Mapping[str, Callable[[Path], TensorShapes]] = {
-    "dit": lambda folder: dit.tensor_shapes(dit.read_config(folder)),
-    "flux": lambda folder: flux.tensor_shapes(flux.read_config(folder)),
-    "pixart": lambda folder: pixart.tensor_shapes(pixart.read_config(folder)),
-    "qwen_image": lambda folder: qwen_image.tensor_shapes(qwen_image.read_config(folder)),
-    "sd3": lambda folder: sd3.tensor_shapes(sd3.read_config(folder)),
-    "wan": lambda folder: wan.tensor_shapes(wan.read_config(folder)),
-    "z_image": lambda folder: z_image.tensor_shapes(z_image.read_config(folder)),
-}
-UNETS: Mapping[str, Callable[[Path], None]] = {
-    "sd": lambda folder: unet.check_conditional(folder, None),
-    "sdxl": lambda folder: unet.check_conditional(folder, "text_time"),
-    "unet": unet.check_unconditional,
-}
+from models.registry import ARCHITECTURES
+from schedulers.registry import imported
 
 
 def expected_tensors(architecture: str, folder: Path) -> TensorShapes | None:
@@ -32,12 +18,13 @@ def expected_tensors(architecture: str, folder: Path) -> TensorShapes | None:
         folder: The denoiser's folder.
 
     Returns:
-        The shapes; None for a UNet, which diffusers builds.
+        The shapes; None for a UNet, which diffusers builds, and for a plug-in's network without a table.
 
     Raises:
         CheckpointError: An option that the network does not support.
     """
-    if architecture in UNETS:
-        UNETS[architecture](folder)
+    target = ARCHITECTURES[architecture].tensors
+    if target is None:
         return None
-    return TRANSFORMERS[architecture](folder)
+    expected: Callable[[Path], TensorShapes | None] = imported(target)
+    return expected(folder)

@@ -52,6 +52,16 @@ def check_unconditional(folder: Path) -> None:
     _check_inputs(read_json(path), path, "UNet2DModel")
 
 
+def check_sd(folder: Path) -> None:
+    """Raise an error for a UNet of Stable Diffusion that is not supported. Raises CheckpointError."""
+    check_conditional(folder, None)
+
+
+def check_sdxl(folder: Path) -> None:
+    """Raise an error for a UNet of SDXL that is not supported. Raises CheckpointError."""
+    check_conditional(folder, "text_time")
+
+
 def _check_inputs(raw: Mapping[str, object], path: Path, kind: str) -> None:
     if raw.get("_class_name") != kind:
         raise CheckpointError(f"{path}: _class_name is {raw.get('_class_name')!r}, this network loads {kind}")

@@ -137,3 +137,8 @@ def tensor_shapes(config: WanConfig) -> TensorShapes:
     found["scale_shift_table"] = (1, 2, width)
     found.linear("proj_out", width, config.patch**2 * config.channels)
     return found
+
+
+def expected(folder: Path) -> TensorShapes:
+    """Check the denoiser's config.json in a folder, and return the shapes of its tensors. Raises CheckpointError."""
+    return tensor_shapes(read_config(folder))

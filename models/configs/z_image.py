@@ -147,3 +147,8 @@ def tensor_shapes(config: ZImageConfig) -> TensorShapes:
     found.linear("all_final_layer.2-1.adaLN_modulation.1", config.time_width, width)
     found.linear("all_final_layer.2-1.linear", width, PATCH**2 * config.latent_channels)
     return found
+
+
+def expected(folder: Path) -> TensorShapes:
+    """Check the denoiser's config.json in a folder, and return the shapes of its tensors. Raises CheckpointError."""
+    return tensor_shapes(read_config(folder))

@@ -13,12 +13,13 @@ from torch import Tensor
 
 import conf
 from models.attention import BACKENDS, attention_kernel, math_attention, resolved_name, sdpa_attention
+from models.attention import backend as backend_of
 from models.attention.flash import FlashPackage, flash_package
 from models.attention.flash import run_package as flash_with
 from models.attention.sage import SagePackage
 from models.attention.sage import run_package as sage_with
-from models.attention.table import TABLE
-from models.registry import ATTENTION_BACKENDS, WITH_LSE, resolve_backend
+from models.registry import ATTENTION_BACKENDS, resolve_backend
+from schedulers.registry import OURS, imported
 from tests.fixtures.models.attention_cases import assert_within, exact, mask_of, tensors
 
 EVERY = (*BACKENDS, "flex")  # what a CPU runs; flex in float64, where it compiles nothing
@@ -56,7 +57,7 @@ def score_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
 def test_backends_agree_with_the_formula(backend: str, kind: str, queries: int, keys: int, width: int) -> None:
     q, k, v = tensors(queries, keys, width, torch.float64)
     mask = mask_of(kind, len(q), keys)
-    out = TABLE[backend].attend(q, k, v, mask)
+    out = backend_of(backend).attend(q, k, v, mask)
     assert out.dtype == torch.float64
     torch.testing.assert_close(out, by_hand(q, k, v, mask), rtol=1e-12, atol=1e-12)
 
@@ -94,7 +95,7 @@ def test_compiled_flex_agrees_with_the_reference(dtype: torch.dtype, width: int,
     for mask in (mask_of(kind, len(q), 517), mask_of("none" if kind == "none" else "tail", len(q), 517)):
         wanted = exact(q, k, v, mask)
         with torch.inference_mode():
-            out = TABLE["flex"].attend(q, k, v, mask)
+            out = backend_of("flex").attend(q, k, v, mask)
         assert out.dtype == dtype
         assert_within(out, wanted.out_BLHD, wanted.out_bound(dtype, torch.float32))
 
@@ -103,7 +104,7 @@ def test_compiled_flex_agrees_with_the_reference(dtype: torch.dtype, width: int,
 @pytest.mark.parametrize("scale", [1e3, 1e6])
 def test_extreme_logits_stay_finite(backend: str, scale: float) -> None:
     q, k, v = tensors(5, 7, 8, torch.float64, scale)
-    torch.testing.assert_close(TABLE[backend].attend(q, k, v, None), by_hand(q, k, v, None), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(backend_of(backend).attend(q, k, v, None), by_hand(q, k, v, None), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
@@ -120,8 +121,8 @@ def test_what_is_masked_has_no_influence(backend: str) -> None:
     q, k, v = tensors(5, 7, 8, torch.float64 if backend == "flex" else torch.float32)
     mask = torch.tensor([[True, False, True, True, False, False, True], [True] * 7, [True, True] + [False] * 5])
     hidden = ~mask[:, :, None, None]
-    wild = TABLE[backend].attend(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), mask)
-    assert torch.equal(wild, TABLE[backend].attend(q, k, v, mask))
+    wild = backend_of(backend).attend(q, k.masked_fill(hidden, 1e4), v.masked_fill(hidden, -1e4), mask)
+    assert torch.equal(wild, backend_of(backend).attend(q, k, v, mask))
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
@@ -131,7 +132,7 @@ def test_nothing_is_written_into_what_is_handed_in(backend: str) -> None:
     mask = mask_of("empty", len(q), 7)
     assert mask is not None
     before = [x.clone() for x in (q, k, v, mask)]
-    TABLE[backend].attend(q, k, v, mask)
+    backend_of(backend).attend(q, k, v, mask)
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v, mask), strict=True))
 
 
@@ -149,13 +150,13 @@ def test_bfloat16_softmax_is_wide() -> None:
 def test_names_stand_for_kernels() -> None:
     assert attention_kernel("auto") is sdpa_attention
     assert attention_kernel("math") is math_attention
-    assert set(TABLE) == set(ATTENTION_BACKENDS)
-    assert {name for name, one in TABLE.items() if one.attend_lse is not None} == set(WITH_LSE)
+    for entry in ATTENTION_BACKENDS.values():
+        assert (imported(entry.backend).attend_lse is not None) == entry.with_lse
     assert resolve_backend("auto") in BACKENDS
     with pytest.raises(ValueError, match="did you mean flash"):
         attention_kernel("flahs")
     files = {file.stem for file in (Path(conf.__file__).parent / "attention").glob("*.yaml")}
-    assert files == {"auto", *ATTENTION_BACKENDS}
+    assert files == {"auto", *(name for name in ATTENTION_BACKENDS if ATTENTION_BACKENDS.owner(name) == OURS)}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_sage_is_refused_without_its_package_and_on_the_cpu(monkeypatch: pytest.
         resolved_name("sage", "cpu")
     one_line(refused)
     with pytest.raises(NotImplementedError, match="not on cpu"):
-        TABLE["sage"].attend(*tensors(5, 7, 64, torch.bfloat16))
+        backend_of("sage").attend(*tensors(5, 7, 64, torch.bfloat16))
 
 
 def test_flash_is_refused_where_it_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,9 +400,9 @@ def test_backends_agree_with_the_reference_on_a_gpu(
     mask = None if mask is None else mask.cuda()
     scores = score_dtype(backend, dtype)
     with torch.inference_mode():
-        out = TABLE[backend].attend(q, k, v, mask).cpu()
+        out = backend_of(backend).attend(q, k, v, mask).cpu()
         assert_within(out, wanted.out_BLHD, wanted.out_bound(dtype, scores))
-        attend_lse = TABLE[backend].attend_lse
+        attend_lse = backend_of(backend).attend_lse
         if attend_lse is not None:
             out, lse = (x.cpu() for x in attend_lse(q, k, v, mask))
             assert_within(out, wanted.out_BLHD, wanted.out_bound(dtype, scores))
@@ -416,5 +417,5 @@ def test_sage_is_near_the_reference_on_a_gpu(width: int) -> None:
     """With eight bits a score the relative error is some percent; a wrong scale or layout would give some tens."""
     q, k, v = tensors(257, 513, width, torch.bfloat16)
     wanted = exact(q, k, v).out_BLHD
-    out = TABLE["sage"].attend(q.cuda(), k.cuda(), v.cuda()).cpu().double()
+    out = backend_of("sage").attend(q.cuda(), k.cuda(), v.cuda()).cpu().double()
     assert ((out - wanted).norm() / wanted.norm()).item() < 0.1

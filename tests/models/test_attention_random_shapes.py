@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from models.attention.table import TABLE
+from models.attention import backend as backend_of
 from tests.fixtures.models.attention_cases import assert_within, exact, mask_of, tensors
 
 FUSED = ("sdpa", "flash")  # keep their scores in float32 or better
@@ -55,10 +55,10 @@ def assert_agrees(backend: str, dtype: torch.dtype, shape: Shape) -> None:
     mask = mask_of(shape.mask, shape.batch, shape.keys)
     wanted = exact(q, k, v, mask)
     scores = torch.promote_types(dtype, torch.float32) if backend in FUSED else dtype
-    out = TABLE[backend].attend(q, k, v, mask)
+    out = backend_of(backend).attend(q, k, v, mask)
     assert out.dtype == dtype
     assert_within(out, wanted.out_BLHD, wanted.out_bound(dtype, scores))
-    attend_lse = TABLE[backend].attend_lse
+    attend_lse = backend_of(backend).attend_lse
     if attend_lse is not None:
         out, lse = attend_lse(q, k, v, mask)
         assert_within(out, wanted.out_BLHD, wanted.out_bound(dtype, scores))

@@ -19,7 +19,7 @@ from harness.resolve.checkpoint import locate, models_of
 from harness.resolve.compose import ConfigError, compose_run
 from models.components import Components
 from models.configs.libraries import expected_of_library
-from models.configs.table import TRANSFORMERS
+from models.configs.table import expected_tensors
 from models.detect import matching_architectures
 from models.files import read_header
 from models.meta_init import build_empty
@@ -64,9 +64,10 @@ def shapes_of(config: Path) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a published network, by its config.json."""
     folder, raw = config.parent, json.loads(config.read_text())
     architecture = next((name for name, row in ARCHITECTURES.items() if raw.get("_class_name") in row.classes), None)
-    if architecture in TRANSFORMERS:
-        pixart = raw.get("norm_type") == "ada_norm_single"
-        return TRANSFORMERS["pixart" if pixart else architecture](folder)
+    if architecture is not None and raw.get("norm_type") == "ada_norm_single":
+        architecture = "pixart"
+    if architecture is not None and (shapes := expected_tensors(architecture, folder)) is not None:
+        return shapes
     projected = raw.get("architectures") == ["CLIPTextModelWithProjection"]
     expected = expected_of_library(folder, projected)
     assert expected is not None

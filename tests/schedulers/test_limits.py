@@ -10,9 +10,8 @@ import torch
 
 from schedulers import NoiseSchedulerSettings, paths, resolve
 from schedulers.build import build
-from schedulers.compatibility import PATHS
 from schedulers.limits import MAX_ORDERS, betas, check_tokens, largest_sigma
-from schedulers.settings import FAMILIES
+from schedulers.tables import PATHS, families
 
 FLOW, DDPM = {"family": "rectified_flow"}, {"family": "ddpm"}
 KARRAS = {"family": "ddpm", "spacing": "karras"}
@@ -226,7 +225,7 @@ UNUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize("path", PATHS)
 def test_an_option_that_is_said_to_have_no_effect_has_none(path: str, gaussian: Any) -> None:
-    family = next(family for family, own in FAMILIES.items() if path in own)
+    family = next(family for family, own in families().items() if path in own)
     for spacing in PATHS[path].spacings:
         for solver in ("ddim", "unipc"):
             base = NoiseSchedulerSettings(family, path=path, spacing=spacing, solver=solver)

@@ -9,8 +9,9 @@ import torch
 
 from schedulers.build import build
 from schedulers.compatibility import resolve, starts_at_pure_noise
-from schedulers.settings import FAMILIES, SOLVERS, NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings
 from schedulers.solvers.base import SolverState
+from schedulers.tables import SOLVERS, families
 
 # Rows whose distance in log(sigma / alpha) shrinks everywhere as steps are added; the last step, to clean data, does
 # not, and is left out.
@@ -154,7 +155,7 @@ REFUSED = {
 @pytest.mark.parametrize("steps", [1, 6])
 @pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"rk45"}))
 def test_evaluations_are_counted_as_they_happen(solver: str, steps: int, gaussian: Any) -> None:
-    for family, paths in FAMILIES.items():
+    for family, paths in families().items():
         for path in paths:
             settings = NoiseSchedulerSettings(family, path=path, solver=solver)
             if solver in REFUSED.get(path, ()):

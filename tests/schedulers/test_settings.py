@@ -15,21 +15,19 @@ from schedulers import NoiseSchedulerSettings, resolve
 from schedulers.build import build
 from schedulers.compatibility import (
     FLOW_LINSPACE_OPTIONS,
-    PATHS,
     PREDICTION_OPTIONS,
     REASONS,
-    SPACING_OPTIONS,
     UNSUPPORTED_AT_PURE_NOISE,
     starts_at_pure_noise,
 )
 from schedulers.grid import Point
 from schedulers.prediction import Estimate, Prediction
-from schedulers.settings import FAMILIES, PREDICTIONS, SOLVERS, SPACINGS
 from schedulers.solvers.base import SolverState
+from schedulers.tables import FAMILIES, PATHS, PREDICTIONS, SOLVERS, SPACINGS, families
 
 EVERY = [
     (family, path, p, s, g)
-    for family, paths in FAMILIES.items()
+    for family, paths in families().items()
     for path in paths
     for p in PREDICTIONS
     for s in SOLVERS
@@ -82,10 +80,12 @@ def test_every_refusal_has_its_own_reason_and_refuses_nothing_legal() -> None:
 
 def test_every_option_belongs_somewhere() -> None:
     """An option that nothing reads would be dead; each also has a key of the same name on the command line."""
-    read = {name for row in PATHS.values() for name in row.options} | {n for names in SOLVERS.values() for n in names}
-    read |= {name for names in SPACING_OPTIONS.values() for name in names} | set(FLOW_LINSPACE_OPTIONS)
+    read = {name for row in PATHS.values() for name in row.options} | {
+        n for row in SOLVERS.values() for n in row.options
+    }
+    read |= {name for row in SPACINGS.values() for name in row.options} | set(FLOW_LINSPACE_OPTIONS)
     read |= {name for names in PREDICTION_OPTIONS.values() for name in names}
-    always = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype"}
+    always = {"family", "path", "prediction", "solver", "spacing", "clip", "threshold", "state_dtype", "plugin"}
     assert set(NoiseSchedulerSettings.__dataclass_fields__) == read | always
 
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from schedulers.build import build
-from schedulers.compatibility import PATHS, resolve, unused_options
+from schedulers.compatibility import resolve, unused_options
 from schedulers.options import option_of
-from schedulers.settings import FAMILIES, SOLVERS, NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings
+from schedulers.tables import PATHS, SOLVERS, families
 
 SHIFTS = {"base_shift": 0.5, "max_shift": 1.15}
 COMBINATIONS = [
     (family, path, spacing, solver)
-    for family, several in FAMILIES.items()
+    for family, several in families().items()
     for path in several
     for spacing in PATHS[path].spacings
     for solver in SOLVERS

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from harness.config.cache import NONE
+from harness.config.engines import CACHE_DIT, ENGINES, NATIVE
 from harness.config.optimize import Optimize
 from harness.config.schema import DType, Quantize, RunConfig
 from harness.config.tasks import TRAITS
 from harness.metrics.fidelity import APPROXIMATE, EQUIVALENT, EXACT
 from harness.parallel.mesh import degrees, world_size
 from harness.resolve.checkpoint import COMPONENTS
-from harness.resolve.engines_table import CACHE_DIT, NATIVE
 from harness.tasks.common.references import set_float32, single_request
+from models.registry import ATTENTION_BACKENDS
 
 STRENGTH = (APPROXIMATE, EQUIVALENT, EXACT)
 FLOAT32 = {DType.float32}
@@ -45,6 +46,11 @@ def _use_full_weights(config: RunConfig) -> None:
     config.model.quantize = Quantize.none
 
 
+def _is_approximate(backend: str) -> bool:
+    """Return whether an attention backend rounds more than its tensors' dtype."""
+    return backend in ATTENTION_BACKENDS and ATTENTION_BACKENDS[backend].approximate
+
+
 class Method(NamedTuple):
     """A feature that a configuration may use and the reference does not.
 
@@ -63,15 +69,20 @@ class Method(NamedTuple):
 
 DTYPE = Method("dtype", EQUIVALENT, lambda c: compute_dtypes(c) != FLOAT32, set_float32)
 METHODS = (
-    Method("8-bit attention", APPROXIMATE, lambda c: c.attention.backend == "sage", _use_math),
+    Method("approximate attention", APPROXIMATE, lambda c: _is_approximate(c.attention.backend), _use_math),
     Method("8-bit linears", APPROXIMATE, lambda c: c.model.quantize is not Quantize.none, _use_full_weights),
-    Method("attention kernel", EQUIVALENT, lambda c: c.attention.backend not in ("math", "sage")),
+    Method(
+        "attention kernel",
+        EQUIVALENT,
+        lambda c: c.attention.backend != "math" and not _is_approximate(c.attention.backend),
+    ),
     Method("displaced patches", APPROXIMATE, lambda c: c.parallel.displaced, _wait_for_every_rank),
     Method("PipeFusion", APPROXIMATE, lambda c: c.parallel.pipe > 1, _wait_for_every_rank),
     Method("one image over several ranks", EQUIVALENT, lambda c: world_size(degrees(c.parallel)[1:]) > 1),
     Method("batching", EQUIVALENT, lambda c: c.request.batch_size > 1),
     DTYPE,
-    Method("baseline engine", EQUIVALENT, lambda c: c.engine.name != NATIVE),
+    Method("baseline engine", EQUIVALENT, lambda c: c.engine.name != NATIVE and not ENGINES[c.engine.name].approximate),
+    Method("engine with images of its own", APPROXIMATE, lambda c: ENGINES[c.engine.name].approximate),
     Method(
         "baseline engine's own rounding of the state",
         APPROXIMATE,

@@ -48,6 +48,7 @@ CODE = (
     "harness/optimize",
     "harness/parallel",
     "harness/pipeline",
+    "harness/plugins",
     "harness/resolve",
     "harness/serving",
     "harness/tasks/common",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from harness.config.cache import CACHE_KEYS, CacheConfig, fill_defaults
+from harness.config.cache import CacheConfig, cache_keys, fill_defaults
 from harness.parallel.mesh import AXES
 from harness.tasks.report.sweep import flatten
 
@@ -53,12 +53,9 @@ def cache_name(cache: Mapping[str, object]) -> str:
     name = str(cache["name"])
     defaults = CacheConfig(name)
     fill_defaults(defaults)
-    keys = [key for key in CACHE_KEYS[name] if key != "coefficients" and cache[key] is not None]
-    values = [
-        f"{key}={_cell(cache[key])}"
-        for key in keys
-        if key == CACHE_KEYS[name][0] or cache[key] != getattr(defaults, key)
-    ]
+    used = cache_keys(name)
+    keys = [key for key in used if key != "coefficients" and cache[key] is not None]
+    values = [f"{key}={_cell(cache[key])}" for key in keys if key == used[0] or cache[key] != getattr(defaults, key)]
     return " ".join([name, *values])
 
 

@@ -80,6 +80,7 @@ const COLUMNS = [
   column("rel_l2", "pixel error, relative L2", (row) => row.pixel?.rel_l2, (value, row) => (row.pixel.identical ? "0, identical" : number(value, 2))),
   column("distance", "distance (0 = as requested)", (row) => row.distance?.value, measured((row) => row.distance)),
   column("top1", "top-1", (row) => row.top1?.value, (value, row) => [percent(value), spread(...row.top1.ci95, percent)]),
+  ...[...new Set(rows.flatMap((row) => Object.keys(row.metrics)))].map((name) => column(`metric:${name}`, words(name), (row) => row.metrics[name])),
   column("error", "error", (row) => row.error, (value) => value, "error"),
   column("folder", "folder", (row) => row.folder, (value) => value, "folder"),
 ].filter(({ of }) => rows.some((row) => known(of(row)) && of(row) !== 0));

@@ -53,6 +53,7 @@ class ReportRow(msgspec.Struct, frozen=True):
         pixel: Error of the pixels against the reference.
         distance: Distance to the requested image.
         top1: Share of images whose nearest training image has the prompt's name.
+        metrics: Metrics of plug-ins, by name.
         ranks: Number of ranks.
         threads: Threads per rank.
         scaling: Speed-up against the one-rank run with otherwise the same configuration.
@@ -85,6 +86,7 @@ class ReportRow(msgspec.Struct, frozen=True):
     pixel: Difference | None = None
     distance: IntervalEstimate | None = None
     top1: Share | None = None
+    metrics: dict[str, float] = {}
     ranks: int | None = None
     threads: int | None = None
     scaling: Scaling | None = None
@@ -212,6 +214,7 @@ def _with_record(plain: ReportRow, record: Record, scaling: Scaling | None) -> R
         pixel=None if fidelity is None else fidelity.pixel,
         distance=None if quality is None else quality.distance,
         top1=None if quality is None else quality.top1,
+        metrics=record.metrics,
         ranks=record.provenance.world_size,
         threads=record.provenance.threads_per_rank,
         scaling=scaling,

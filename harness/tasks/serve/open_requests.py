@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 
 from harness.config.serve import ServeConfig
 from harness.messages import Failure, GenerationRequest, GenerationResult, MessageError, Progress
@@ -24,6 +25,7 @@ class OpenRequests:
 
     Args:
         serve: The server's configuration.
+        plugin: The options of plug-ins.
 
     Attributes:
         jobs: The jobs by request id: all without an answer, and the last serve.max_stored_results with one.
@@ -31,11 +33,12 @@ class OpenRequests:
         sent: The requests that these ranks have not answered; the value says whether rank 0 has reported on each.
     """
 
-    def __init__(self, serve: ServeConfig) -> None:
+    def __init__(self, serve: ServeConfig, plugin: Mapping[str, object] | None = None) -> None:
         self.jobs: dict[str, GenerationJob] = {}
         self.outstanding: dict[str, GenerationJob] = {}
         self.sent: dict[str, bool] = {}
         self._serve = serve
+        self._key = sort_key(serve.policy, plugin=plugin)
         self._answered: deque[str] = deque()
         self._suspects: set[str] = set()
         self._alone = False  # the one request that was sent is a suspect
@@ -67,11 +70,10 @@ class OpenRequests:
 
     def queue(self) -> list[GenerationJob]:
         """Return the queued jobs, in the order in which the ranks will run them: suspects come first."""
-        key = sort_key(self._serve.policy)
 
         def place(job: GenerationJob) -> tuple[bool, float]:
             tracked = TrackedRequest(b"", job.request, job.arrived, job.expires)
-            return job.request.request_id not in self._suspects, key(tracked)
+            return job.request.request_id not in self._suspects, self._key(tracked)
 
         return sorted((job for job in self.outstanding.values() if job.state == "queued"), key=place)
 

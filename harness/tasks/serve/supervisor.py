@@ -76,7 +76,7 @@ class Supervisor:
         self._config = config
         self._folder = folder
         self._make_engine = make_engine
-        self._open = OpenRequests(config.serve)
+        self._open = OpenRequests(config.serve, config.plugin)
         own_time = OwnTime()
         hangs = HangDetector(
             first_step_s(config), config.launch.collective_timeout_s, own_time.now, remembered_share(config)

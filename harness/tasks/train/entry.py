@@ -55,7 +55,7 @@ def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine
 def _train(config: RunConfig, console: Console, curve: WandbCallback) -> None:
     from harness.tasks.train.run import run
 
-    settings = noise_scheduler_settings(config.scheduler)
+    settings = noise_scheduler_settings(config.scheduler, config.plugin)
     if console.is_terminal:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
         with ProgressCallback(console) as bars:

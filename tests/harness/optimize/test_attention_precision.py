@@ -154,8 +154,8 @@ def test_a_kernel_that_cannot_run_here_is_said(monkeypatch: pytest.MonkeyPatch) 
     def refuse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         raise NotImplementedError("it computes in 16 bit")
 
-    monkeypatch.setitem(table.TABLE, "sdpa", Backend(refuse, None, lambda device, with_lse: "refusing"))
+    monkeypatch.setattr("models.attention.sdpa.SDPA", Backend(refuse, None, lambda device, with_lse: "refusing"))
     assert errors_of("dit", "sdpa", False) == ([], ["attention (it computes in 16 bit)"])
-    monkeypatch.setitem(table.TABLE, "sage", Backend(refuse, None, lambda device, with_lse: "sageattention 2"))
+    monkeypatch.setattr("models.attention.sage.SAGE", Backend(refuse, None, lambda device, with_lse: "sageattention 2"))
     monkeypatch.setattr(table, "resolve_backend", lambda name, *rest: name)
-    assert errors_of("dit", "sage", False) == ([], ["8-bit attention (sageattention 2)"])
+    assert errors_of("dit", "sage", False) == ([], ["approximate attention (sageattention 2)"])

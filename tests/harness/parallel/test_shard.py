@@ -17,7 +17,7 @@ from harness.parallel.process_groups import ProcessGroups, make_process_groups
 from models.attention import math_attention
 from models.attention.lse import math_lse
 from models.blocks import wrap_runners
-from tests.fixtures.parallel.layouts import branches
+from tests.fixtures.parallel.layouts import POINT, branches
 from tests.fixtures.parallel.networks import TINY, Tiny
 from tests.fixtures.parallel.ranks import on_ranks
 
@@ -57,7 +57,8 @@ def both(tiny: Tiny, dtype: torch.dtype, groups: ProcessGroups) -> dict[str, Ten
     latent, tau_B, condition = tiny.inputs
 
     def output() -> Tensor:
-        return branches(tiny.inputs, groups.cfg).combine(network(latent.to(dtype), tau_B, condition.to(dtype)).float())
+        output = network(latent.to(dtype), tau_B, condition.to(dtype)).float()
+        return branches(tiny.inputs, groups.cfg).combine(output, POINT)
 
     def numbers() -> int:
         kept = [p for name in tiny.plan.called_outside for p in network.get_submodule(name).parameters()]

@@ -29,6 +29,7 @@ from schedulers.build import build
 from schedulers.grid import Point
 from schedulers.prediction import Estimate
 from schedulers.settings import NoiseSchedulerSettings
+from tests.fixtures.parallel.layouts import POINT
 from tests.fixtures.toy_pipeline import FAMILIES, ToyDecoder, ToyEncoder, ToyNetwork, context, request
 
 
@@ -148,7 +149,7 @@ def test_guidance_extrapolates_from_the_negative_to_the_prompt(guidance: float) 
     assert torch.equal(branches.duplicate(x), torch.cat([x, x]))
     output = torch.randn(4, 4, 8, 8, dtype=torch.float64)
     expected = (1 - guidance) * output[:2] + guidance * output[2:]
-    torch.testing.assert_close(branches.combine(output), expected)
+    torch.testing.assert_close(branches.combine(output, POINT), expected)
 
 
 def test_guidance_one_is_one_branch() -> None:
@@ -156,7 +157,7 @@ def test_guidance_one_is_one_branch() -> None:
     assert branches.condition.prompt_embeds.shape[0] == 1
     x = torch.randn(1, 4, 8, 8)
     assert branches.duplicate(x) is x
-    assert branches.combine(x) is x
+    assert branches.combine(x, POINT) is x
     network, encoder = ToyNetwork(), ToyEncoder()
     generate(request(guidance=1.0), network)
     assert set(network.batches) == {1}

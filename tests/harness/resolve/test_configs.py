@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 import conf
+from harness.config.engines import ENGINES
 from harness.config.schema import DType, LoraConfig, RunConfig
 from harness.config.yaml import from_dict, to_dict
 from harness.records.provenance import version
 from harness.resolve.checkpoint_defaults import denoiser_defaults
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, from_yaml, to_yaml
-from harness.resolve.engines_table import INSTALL_HINTS
 from harness.resolve.limits import check_frames
 from harness.resolve.names import REMOVED, check_names, config_groups
 from harness.tasks import task_entry
@@ -57,7 +57,7 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     if group == "attention" and missing_package(option):
         assert "pip install" in refused(f"attention={option}")
         return
-    if group == "engine" and option in INSTALL_HINTS and version(option) is None:
+    if group == "engine" and ENGINES[option].install and version(option) is None:
         assert "pip install" in refused(f"engine={option}")
         return
     if group == "hydra/launcher" and version("hydra-submitit-launcher") is None:

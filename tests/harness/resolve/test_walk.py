@@ -28,11 +28,11 @@ from harness.resolve.rules import resolve_config
 from harness.resolve.scheduler import noise_scheduler_settings
 from schedulers import NoiseSchedulerSettings, resolve
 from schedulers.build import build
-from schedulers.compatibility import FLOW_LINSPACE_OPTIONS, PATHS, PREDICTION_OPTIONS, SPACING_OPTIONS
+from schedulers.compatibility import FLOW_LINSPACE_OPTIONS, PREDICTION_OPTIONS
 from schedulers.grid import Point
 from schedulers.options import Option, option_of
 from schedulers.prediction import Estimate, Prediction
-from schedulers.settings import FAMILIES, SOLVERS
+from schedulers.tables import PATHS, SOLVERS, SPACINGS, families
 from tests.fixtures.options import ANNOTATIONS, KEYS, is_number, put
 
 NUMBERS = (-1.0, 0.0, 1e-30, math.nan, math.inf, -math.inf, 1e30)
@@ -140,16 +140,23 @@ def refused_word(composed: DictConfig, key: str) -> str | None:
 
 def readers(name: str) -> Iterator[tuple[str, str, str, str]]:
     """Yield every family, path, spacing and solver that uses a setting, one solver for all but solver options."""
-    for family, every_path in FAMILIES.items():
+    for family, every_path in families().items():
         for path, spacing in ((one, spacing) for one in every_path for spacing in PATHS[one].spacings):
             flow = (path, spacing) == ("flow", "linspace")
             used = {*PATHS[path].options, *PREDICTION_OPTIONS.get(PATHS[path].predictions[0], ())}
-            used |= {*(FLOW_LINSPACE_OPTIONS if flow else SPACING_OPTIONS[spacing]), "clip", "threshold", "state_dtype"}
-            for solver in [s for s, own in SOLVERS.items() if name in own] or ["dpmpp_3m"] * (name in used):
+            used |= {
+                *(FLOW_LINSPACE_OPTIONS if flow else SPACINGS[spacing].options),
+                "clip",
+                "threshold",
+                "state_dtype",
+            }
+            for solver in [s for s, own in SOLVERS.items() if name in own.options] or ["dpmpp_3m"] * (name in used):
                 yield family, path, spacing, solver
 
 
-SETTINGS = {f.name: option_of(f) for f in fields(NoiseSchedulerSettings) if f.name not in ("family", "solver")}
+SETTINGS = {
+    f.name: option_of(f) for f in fields(NoiseSchedulerSettings) if f.name not in ("family", "solver", "plugin")
+}
 SAMPLED = [name for name in SETTINGS if name not in ("path", "prediction", "spacing")]
 
 
@@ -170,7 +177,7 @@ def values_of(name: str) -> list[Any]:
     return [*NUMBERS, *map(float, (*near, *middle))]
 
 
-SOLVER_OPTIONS = {name for own in SOLVERS.values() for name in own}
+SOLVER_OPTIONS = {name for own in SOLVERS.values() for name in own.options}
 
 
 def settings_with(reader: tuple[str, str, str, str], name: str, value: Any) -> dict[str, Any]:

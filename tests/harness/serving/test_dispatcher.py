@@ -12,7 +12,7 @@ import pytest
 import zmq
 from torch import Tensor
 
-from harness.config.serve import Policy
+from harness.config.serve import POLICIES
 from harness.messages import QUEUED, Array, Failure, GenerationResult, Progress, array, decode, encode
 from harness.serving.replica import SIDE_S
 from harness.serving.transport import Connection, dealer
@@ -259,7 +259,7 @@ def test_a_deadline_ends_what_runs_what_decodes_and_what_waits() -> None:
 
 
 def test_the_shortest_waiting_request_of_a_client_is_next() -> None:
-    with toy_engine(max_batch=1, policy=Policy.shortest) as engine, engine.connected() as connection:
+    with toy_engine(max_batch=1, policy="shortest") as engine, engine.connected() as connection:
         event = held(engine)
         connection.send(toy_request("first", steps=5))
         wait_for(lambda: len(engine.networks[0].forwards) > 1, "the first to run")
@@ -273,8 +273,8 @@ def test_the_shortest_waiting_request_of_a_client_is_next() -> None:
     assert order[2:] == ["short", "long", "longer"]
 
 
-@pytest.mark.parametrize("policy", list(Policy))
-def test_what_has_begun_is_not_passed_for_ever_by_what_comes_later(policy: Policy) -> None:
+@pytest.mark.parametrize("policy", POLICIES.names())
+def test_what_has_begun_is_not_passed_for_ever_by_what_comes_later(policy: str) -> None:
     with toy_engine(max_batch=1, policy=policy) as engine, engine.connected() as connection:
         event = held(engine)
         connection.send(toy_request("begun", images=4, steps=20, timeout_s=1000.0))

@@ -19,7 +19,6 @@ from harness.tasks.common.measure import execute, status_from_fidelity
 from harness.tasks.common.methods import METHODS, Method, method_class
 from harness.tasks.common.references import GeneratedOutput, ReferenceRenderer, floor_config, reference_config
 from harness.tasks.common.session import progress_bars
-from models.attention import table
 from models.attention.backend import Backend
 from models.attention.sdpa import sdpa_attention
 
@@ -132,7 +131,7 @@ def test_bfloat16_is_rounding_and_a_wrong_scale_in_one_head_is_not(
         scale[0] = 4.0
         return sdpa_attention(q_BLHD * scale, k_BSHD, v_BSHD, mask_BS)
 
-    monkeypatch.setitem(table.TABLE, "sdpa", Backend(wrong, None, lambda device, with_lse: "torch sdpa"))
+    monkeypatch.setattr("models.attention.sdpa.SDPA", Backend(wrong, None, lambda device, with_lse: "torch sdpa"))
     for dtype in ("bfloat16", "float32"):
         composed = bench(tmp_path / dtype, references, f"model.dtype={dtype}")
         found = ran(composed)

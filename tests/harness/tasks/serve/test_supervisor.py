@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from harness.config.schema import RunConfig
-from harness.config.serve import Policy
 from harness.messages import Failure, GenerationResult, Progress
 from harness.serving.transport import EngineGone
 from harness.tasks.serve import restarts
@@ -137,7 +136,7 @@ async def test_ranks_are_given_no_more_than_their_queue_holds(tmp_path: Path) ->
 
 
 async def test_the_place_in_the_queue_is_that_of_the_policy(tmp_path: Path) -> None:
-    async with serving(tmp_path, Fleet(), policy=Policy.shortest) as supervisor:
+    async with serving(tmp_path, Fleet(), policy="shortest") as supervisor:
         first = supervisor.submit(make_request("first", steps=10_000))
         await until(lambda: first.state == "running")
         assert [supervisor.submit(make_request(f"{steps}", steps=steps)).ahead for steps in (300, 100, 200)] == [

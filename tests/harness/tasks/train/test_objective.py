@@ -16,9 +16,9 @@ from harness.resolve.scheduler import noise_scheduler_settings
 from harness.tasks.train.objective import Objective, objective
 from models.components import Conditioning
 from schedulers.build import build as build_noise_scheduler
-from schedulers.compatibility import PATHS
 from schedulers.grid import Point
-from schedulers.settings import FAMILIES, NoiseSchedulerSettings
+from schedulers.settings import NoiseSchedulerSettings
+from schedulers.tables import FAMILIES, PATHS, families
 
 # The inverse of the time embedding's input, for each family.
 TIMES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,7 +31,7 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 EVERY = [
     pytest.param(NoiseSchedulerSettings(family, prediction=prediction, path=path), id=f"{path}-{prediction}")
-    for family, paths in FAMILIES.items()
+    for family, paths in families().items()
     for path in paths
     for prediction in PATHS[path].predictions
     if prediction != "score"

@@ -1,0 +1,168 @@
+"""Plug-ins of a configuration: what they add to it, and what may not go with them."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from harness.config.schema import RunConfig
+from harness.config.tasks import TRAITS
+from harness.config.yaml import ConfigError
+from harness.plugins import full_name, load_plugins, loaded, options_of
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
+from models.registry import did_you_mean
+from schedulers.registry import AXES, OURS, REGISTRIES, Registration, plugin_options, registrations
+
+PROVIDER = "plug-in"  # of options in Hydra's store
+
+
+def load_named_plugins(overrides: Sequence[str], compose: Callable[[list[str]], DictConfig]) -> None:
+    """Load installed plug-ins, those of plugins=[...], and those that a file of the user's names.
+
+    They may add what other overrides name, so this is done before any name is checked.
+
+    Args:
+        overrides: Overrides as on the command line, of a run or of all jobs of a sweep.
+        compose: The function that composes one configuration.
+
+    Raises:
+        ConfigError: A plug-in cannot be loaded.
+    """
+    names: list[str] = []
+    files: list[str] = []
+    for override in _parsed(overrides):
+        value = override.value()
+        values = value.list if isinstance(value, ChoiceSweep) else [value]
+        if override.key_or_group == "plugins":
+            for one in values:
+                names += [str(name) for name in (one if isinstance(one, list) else [one]) if name is not None]
+        elif "." not in override.key_or_group and not override.is_range_sweep():
+            files += [f"{override.key_or_group}={one}" for one in values if isinstance(one, str | QuotedString)]
+    load_plugins(names)
+    root = importlib.resources.files("conf")
+    for choice in files:
+        if not root.joinpath(f"{choice.replace('=', '/')}.yaml").is_file():  # none of ours names a plug-in
+            with suppress(ConfigError):  # what is wrong with it is reported with the other overrides
+                load_plugins(compose([choice]).plugins)
+
+
+def _parsed(overrides: Sequence[str]) -> Iterator[Override]:
+    """Yield the overrides that have a value; a malformed one is refused later."""
+    for text in overrides:
+        with suppress(HydraException):
+            override = OverridesParser.create().parse_override(text)
+            if not override.is_delete():
+                yield override
+
+
+def store_plugins() -> None:
+    """Tell Hydra the keys of the loaded plug-ins and the options that they add to groups, and forget earlier ones."""
+    store = ConfigStore.instance()
+    _remove(store.repo)
+    schema = OmegaConf.structured(RunConfig)
+    for name, options in plugin_options().items():
+        schema.plugin[name] = OmegaConf.structured(options)
+    store.store(name="schema", node=schema)
+    for registry in REGISTRIES:
+        for row in registry.registrations():
+            if registry.group and row.owner != OURS:
+                field = registry.key.rpartition(".")[2]
+                store.store(group=registry.group, name=row.name, node={field: row.name}, provider=PROVIDER)
+
+
+def _remove(nodes: dict[str, Any]) -> None:
+    """Remove the options that plug-ins added, also below the groups of a group."""
+    for name, node in list(nodes.items()):
+        if isinstance(node, dict):
+            _remove(node)
+        elif node.provider == PROVIDER:
+            del nodes[name]
+
+
+def resolve_plugins(config: RunConfig) -> None:
+    """Write into a configuration the plug-ins that it runs with, in place: those that it names, and installed ones.
+
+    Options of other plug-ins, which earlier jobs of this process loaded, are left out.
+
+    Raises:
+        ValueError: The configuration uses what a plug-in registered that it does not name, or an option is unknown.
+    """
+    load_plugins(config.plugins)
+    named = {full_name(name) for name in config.plugins}
+    active = {name: plugin for name, plugin in loaded().items() if plugin.installed or name in named}
+    owners = {row.name: row.owner for row in registrations() if row.options is not None}
+    for key, row in in_use(config):
+        if row.owner not in (OURS, *active):
+            raise ValueError(f"{key or row.kind}={row.name} is of the plug-in {row.owner}; add plugins=[{row.owner}]")
+    for name, given in config.plugin.items():
+        if name not in owners:
+            raise ValueError(f"plugin.{name}: no plug-in has options of that name{did_you_mean(name, owners)}")
+        if owners[name] not in active and typed(name, given) != plugin_options()[name]():
+            raise ValueError(f"plugin.{name} is of the plug-in {owners[name]}; add plugins=[{owners[name]}]")
+    mine = [name for name, owner in owners.items() if owner in active]
+    config.plugins = list(active)
+    config.plugin = {name: typed(name, config.plugin.get(name, {})) for name in mine}
+    config.plugin_sources = {name: plugin.source for name, plugin in active.items()}
+
+
+def typed(name: str, given: Any) -> Any:
+    """Return the options of a registered name as its dataclass.
+
+    Args:
+        name: The name.
+        given: What a configuration has of them: the dataclass, or a dictionary of a file.
+
+    Raises:
+        ValueError: There is no such option, or a type is wrong.
+    """
+    known = [declared.name for declared in fields(plugin_options()[name])]
+    for key in given if isinstance(given, dict) else ():
+        if key not in known:
+            raise ValueError(f"unknown key 'plugin.{name}.{key}'{did_you_mean(str(key), known)}")
+    try:
+        return options_of({name: given}, name)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"plugin.{name}: {error}") from error
+
+
+def in_use(config: RunConfig) -> Iterator[tuple[str, Registration]]:
+    """Yield what a configuration uses of each registry, with the key that names it; all of a registry without a key."""
+    for registry in REGISTRIES:
+        if registry.key.startswith("scheduler.") and config.scheduler.family == PUBLISHED_FAMILY:
+            continue  # the checkpoint's own noise scheduler
+        chosen = attrgetter(registry.key)(config) if registry.key else registry.names()
+        for name in [chosen] if isinstance(chosen, str) else chosen or ():
+            if name in registry:
+                yield registry.key, registry.registration(name)
+
+
+def check_plugins(config: RunConfig) -> None:
+    """Refuse a layout, or step batching, that something in use is registered not to run with.
+
+    Raises:
+        ValueError: One line says what does not go together, and what to use instead.
+    """
+    batches = TRAITS[config.task.name].serves and config.serve.max_batch > 1
+    for key, row in in_use(config):
+        name = f"{key or row.kind}={row.name}"
+        for axis in AXES:
+            degree = getattr(config.parallel, axis)
+            if row.layouts is not None and axis not in row.layouts and degree > 1:
+                allowed = f"parallel.{', parallel.'.join(row.layouts)}" if row.layouts else "parallel=single"
+                raise ValueError(f"{name} does not go with parallel.{axis}={degree}; use {allowed}")
+        if batches and not row.step_batching:
+            raise ValueError(
+                f"{name} does not go with serve.max_batch={config.serve.max_batch}: requests cannot share its "
+                "forwards; set serve.max_batch=1"
+            )
