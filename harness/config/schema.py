@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from harness.config.bounds import (
     MAX_DEGREE,
@@ -32,6 +33,7 @@ ENGINES = ("native", "diffusers", "cache_dit", "sglang")
 SERVING = ("task=serve", "task=load")
 GENERATING = ("task=generate", "task=bench", "task=compare", *SERVING)
 LOGGING = ("task=generate", "task=bench", "task=compare", "task=load", "task=plan", "task=train")
+REPEATING = ("task=generate", "task=bench")
 PREDICTING = (*GENERATING, "task=plan")
 
 
@@ -506,3 +508,9 @@ class RunConfig:
     report: ReportConfig = group(ReportConfig, "Page of the report.", reads=("task=report",))
     serve: ServeConfig = group(ServeConfig, "The server, and how its engine takes requests.", reads=SERVING)
     load: LoadConfig = group(LoadConfig, "Clients that measure a server.", reads=("task=load",))
+    tags: list[str] = option([], "Words of yours, for the record and Weights & Biases.")
+    notes: str | None = option(None, "A text of yours, for the record and Weights & Biases.")
+    meta: dict[str, Any] = option({}, "Keys of yours, for the record: any name below meta, with any value.")
+    rerun_of: str | None = option(
+        None, "Folder of a run whose record this run is compared with; from=FOLDER sets it.", reads=REPEATING
+    )

@@ -15,6 +15,8 @@ from harness.config.schema import RunConfig
 from models.registry import did_you_mean
 from schedulers.options import Option, option_of
 
+OPEN = "dict[str, Any]"  # type of a key below which the names are the user's own
+
 
 def check_options(config: RunConfig) -> None:
     """Refuse a word that a key does not have, and a number that is not finite or out of range.
@@ -43,7 +45,7 @@ def options(node: Any, prefix: str = "") -> Iterator[tuple[str, Option, Any]]:
         key, value = prefix + declared.name, getattr(node, declared.name)
         if is_dataclass(value):
             yield from options(value, f"{key}.")
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and declared.type != OPEN:
             for name, entry in value.items():
                 yield from options(entry, f"{key}.{name}.")
         elif isinstance(value, list) and value and is_dataclass(value[0]):

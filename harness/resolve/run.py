@@ -17,6 +17,7 @@ from harness.resolve.engines_table import NATIVE, baseline_attention
 from harness.resolve.layout import model_shape
 from harness.resolve.layout_rules import ModelShape, needs_lse
 from harness.resolve.scheduler import noise_scheduler_settings
+from harness.resolve.search_path import SearchPath
 from models.registry import resolve_backend
 from schedulers.settings import NoiseSchedulerSettings
 
@@ -53,6 +54,7 @@ class ResolvedRun:
         notes: Warnings for the user.
         retry: Whether the folder of a run that did not end well may be used again.
         fetch: Whether files of a hub checkpoint that are not in the local cache are downloaded.
+        search: Where its configurations came from.
     """
 
     config: RunConfig
@@ -61,6 +63,7 @@ class ResolvedRun:
     notes: list[str] = field(default_factory=list)
     retry: bool = False
     fetch: bool = False
+    search: SearchPath = field(default_factory=SearchPath)
 
     @cached_property
     def denoiser(self) -> str:
