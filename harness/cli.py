@@ -181,7 +181,7 @@ class HydraSession:
     outcome in a folder.
 
     Args:
-        search: Where the jobs' configurations come from.
+        search: Search path of the configurations.
         outcomes: The folder of the outcomes of jobs in other processes; None if there are no such jobs.
         is_copy: Whether this session is that of a job's own process.
     """
@@ -365,7 +365,7 @@ def run_job(composed: DictConfig, make_engine: MakeEngine, search: SearchPath) -
     Args:
         composed: The configuration that Hydra composed, not yet checked.
         make_engine: Function that returns the job's engine, new or still warm from an earlier job.
-        search: Where the configuration came from.
+        search: Search path of the configurations.
 
     Returns:
         The folder and the status of the job.

@@ -38,7 +38,7 @@ def compare_records(folder: str, earlier: Record, record: Record) -> Rerun:
 
     Args:
         folder: Folder of the earlier run.
-        earlier: Its record.
+        earlier: Record of the earlier run.
         record: The record of the repetition.
 
     Returns:

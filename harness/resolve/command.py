@@ -28,7 +28,7 @@ class Command:
 
     Attributes:
         overrides: Overrides, those of a run that is repeated among them, in the form that Hydra takes.
-        search: Where configurations come from.
+        search: Search path of the configurations.
         flags: Hydra's flags, as parsed.
     """
 

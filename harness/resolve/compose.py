@@ -47,7 +47,7 @@ def compose_run(overrides: Sequence[str], search: SearchPath | None = None) -> R
 
     Args:
         overrides: Overrides as on the command line, without Hydra's own flags.
-        search: Where configurations come from. None is conf/ and the folders of TRIPTYCH_CONF.
+        search: Search path of the configurations. None is conf/ and the folders of TRIPTYCH_CONF.
 
     Returns:
         The resolved run.
@@ -114,7 +114,7 @@ def sweep_folder(overrides: Sequence[str], search: SearchPath) -> Path:
 
     Args:
         overrides: The overrides of the sweep.
-        search: Where configurations come from.
+        search: Search path of the configurations.
 
     Raises:
         ConfigError: A name is unknown, or Hydra cannot compose what was given.

@@ -69,7 +69,7 @@ def check_names(overrides: Sequence[str], sweep: bool = False, search: SearchPat
     Args:
         overrides: Overrides as on the command line.
         sweep: Whether a value may be a list of choices, each for one job.
-        search: Where configurations come from. None is conf/ and the folders of TRIPTYCH_CONF.
+        search: Search path of the configurations. None is conf/ and the folders of TRIPTYCH_CONF.
 
     Raises:
         ConfigError: A name is unknown; the message says what was probably meant.

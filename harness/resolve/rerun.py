@@ -23,7 +23,7 @@ def with_record(overrides: Sequence[str], search: SearchPath) -> tuple[list[str]
 
     Args:
         overrides: The command's overrides.
-        search: Where the command's configurations come from.
+        search: Search path of the configurations.
 
     Returns:
         The overrides without from=, and the search path with the earlier run's folders.

@@ -54,7 +54,7 @@ class ResolvedRun:
         notes: Warnings for the user.
         retry: Whether the folder of a run that did not end well may be used again.
         fetch: Whether files of a hub checkpoint that are not in the local cache are downloaded.
-        search: Where its configurations came from.
+        search: Search path of the configurations.
     """
 
     config: RunConfig
