@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import atexit
 import math
-import os
 import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from types import FrameType
 
-import hydra
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from harness.config.schema import LoggerConfig, RunConfig, Task
@@ -37,8 +34,9 @@ from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.plugins import load_plugins, loaded
 from harness.records.job import JobResult, read_jobs, write_job
-from harness.records.record import RunFolderError, Status, is_done, read_status
-from harness.resolve.comparison import quote_overrides
+from harness.records.record import OF_USER, RunFolderError, Status, is_done, read_status
+from harness.records.side_by_side import RUNNING, note_beside, running_job
+from harness.resolve.command import Command, parse_command, parse_flags
 from harness.resolve.compose import (
     ConfigError,
     ResolvedRun,
@@ -51,6 +49,8 @@ from harness.resolve.compose import (
     to_dict,
 )
 from harness.resolve.names import check_names, one_line
+from harness.resolve.own_files import FAILURES, NOT_COMPOSED, explain
+from harness.resolve.search_path import SearchPath
 from harness.tasks import task_entry
 from harness.tasks.common.comparison import is_compared
 from harness.tasks.common.lifecycle import mirror, refuse, refuse_command
@@ -88,16 +88,14 @@ def dispatch(arguments: Sequence[str]) -> int:
     if asks_for_help(arguments):
         return print_help(arguments)
     try:
-        if any(argument.startswith("-") for argument in arguments):
-            arguments = multirun_flag_first([quote_overrides(argument) for argument in arguments])
-            flags = get_args_parser().parse_args(list(arguments))
-            load_plugins_of(flags.overrides)
-            check_names(flags.overrides, sweep=flags.multirun)
-            if flags.multirun:
-                check_multirun(arguments, bool(flags.cfg))
-                return sweep(arguments, flags.overrides)
-            return run_with_flags(arguments)
-        return exit_status(run_one(compose_run(arguments), new_engine).status)
+        command = parse_command(arguments)
+        load_plugins_of(command.overrides, command.search)
+        if command.flags.multirun:
+            check_multirun(command)
+            return sweep(command)
+        if command.prints is not None:
+            return print_with_hydra(command)
+        return exit_status(run_one(compose_run(command.overrides, command.search), new_engine).status)
     except ConfigError as error:
         is_run = all(TRAITS[task].is_run for task in named_tasks(arguments))
         refuse_command(arguments if is_run else [], error)
@@ -126,30 +124,30 @@ def print_help(arguments: Sequence[str]) -> int:
     if "--version" in arguments:
         print(version_text())
         return 0
-    names = [argument for argument in arguments if not argument.startswith("-")]
     try:
-        load_plugins_of(names)
-        names = [name for name in names if not name.startswith("plugins=")]
-        print("\n\n".join(describe(name) for name in names) or help_text())
+        flags = parse_flags(arguments)
+        search = SearchPath.of_user([flags.config_dir] if flags.config_dir else (), flags.config_name)
+        load_plugins_of(flags.overrides, search)
+        names, roots = [name for name in flags.overrides if not name.startswith("plugins=")], search.roots()
+        print("\n\n".join(describe(name, roots) for name in names) or help_text(roots))
     except ConfigError as error:
         print_error(error)
         return EXIT_BAD_INPUT
     return 0
 
 
-def check_multirun(arguments: Sequence[str], prints_config: bool) -> None:
+def check_multirun(command: Command) -> None:
     """Refuse what cannot be swept with -m.
 
     Args:
-        arguments: The command line.
-        prints_config: Whether --cfg is among the flags.
+        command: The command line.
 
     Raises:
-        ConfigError: --cfg or a task that cannot be swept is combined with -m.
+        ConfigError: A flag that prints something, or a task that cannot be swept, is combined with -m.
     """
-    if prints_config:
-        raise ConfigError("-m runs jobs and --cfg prints one configuration; leave out one of them")
-    for task in named_tasks(arguments):
+    if command.prints is not None:
+        raise ConfigError(f"-m runs jobs and --{command.prints.replace('_', '-')} prints something; leave out one")
+    for task in named_tasks(command.overrides):
         if (reason := TRAITS[task].not_swept) is not None:
             raise ConfigError(f"task={task.name} {reason}; run it without -m")
 
@@ -157,12 +155,6 @@ def check_multirun(arguments: Sequence[str], prints_config: bool) -> None:
 def named_tasks(arguments: Sequence[str]) -> list[Task]:
     """Return the tasks that a command line names, known even if the rest of it cannot be composed."""
     return [task for task in Task if f"task={task.name}" in arguments]
-
-
-def multirun_flag_first(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with -m in front, where Hydra's parser accepts it whatever overrides follow."""
-    multirun = [argument for argument in arguments if argument in ("-m", "--multirun")]
-    return [*multirun[:1], *(argument for argument in arguments if argument not in multirun)]
 
 
 def run_one(run: ResolvedRun, engines: MakeEngine) -> JobResult:
@@ -194,22 +186,52 @@ class HydraSession:
     outcome in a folder.
 
     Args:
+        search: Search path of the configurations.
         outcomes: The folder of the outcomes of jobs in other processes; None if there are no such jobs.
         is_copy: Whether this session is that of a job's own process.
         plugins: The plug-ins of the jobs.
     """
 
-    def __init__(self, outcomes: Path | None = None, is_copy: bool = False, plugins: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        search: SearchPath,
+        outcomes: Path | None = None,
+        is_copy: bool = False,
+        plugins: Sequence[str] = (),
+    ) -> None:
         self.jobs: list[JobResult] = []
         self.pool = EnginePool()
+        self.search = search
         self._outcomes = outcomes
         self._is_copy = is_copy
         atexit.register(self.pool.close)
         load_plugins(plugins)
         register_schema()
 
-    def __reduce__(self) -> tuple[type[HydraSession], tuple[Path | None, bool, list[str]]]:
-        return HydraSession, (self._outcomes, True, [*loaded()])
+    def __reduce__(self) -> tuple[type[HydraSession], tuple[SearchPath, Path | None, bool, list[str]]]:
+        return HydraSession, (self.search, self._outcomes, True, [*loaded()])
+
+    def run(self, composed: DictConfig) -> float:
+        """Run a job, as Hydra's task function.
+
+        Args:
+            composed: The configuration that Hydra composed.
+
+        Returns:
+            The value that one of Hydra's sweepers minimises.
+
+        Raises:
+            KeyboardInterrupt: The job was interrupted, which ends the sweep.
+        """
+        try:
+            done = run_job(composed, self.pool.engine, self.search)
+        finally:
+            if self._is_copy:  # a process of the launcher may run more jobs, and has no end of its own
+                self.pool.close()
+        self.add(done, HydraConfig.get().job.num)
+        if done.status.state == "cancelled":
+            raise KeyboardInterrupt
+        return objective_value(done)
 
     def add(self, job: JobResult, number: int) -> None:
         """Add a finished job.
@@ -223,67 +245,62 @@ class HydraSession:
             write_job(self._outcomes / f"{number:06d}.json", job)
 
 
-def run_with_hydra(arguments: Sequence[str], session: HydraSession) -> None:
-    """Pass a command line with flags to Hydra.
+def complete(hydra: Hydra, command: Command) -> int:
+    """Print a shell's completion, or the script that installs it.
 
     Args:
-        arguments: The command line, flags included.
-        session: The session that receives the jobs.
+        hydra: Hydra on the command's configurations.
+        command: The command line.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ConfigError: The shell is not one of Hydra's.
+    """
+    try:
+        hydra.shell_completion(command.search.primary, command.overrides)
+    except ValueError as error:
+        raise ConfigError(f"--shell-completion: {one_line(error)}") from error
+    return 0
+
+
+def print_with_hydra(command: Command) -> int:
+    """Print what a flag of Hydra's asks for: a configuration, its own help, or what a shell completes.
+
+    Args:
+        command: The command line.
+
+    Returns:
+        The exit status.
 
     Raises:
         ConfigError: Hydra cannot compose what was given.
     """
-
-    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
-    def job(composed: DictConfig) -> float:
-        done = run_job(composed, session.pool.engine)
-        session.add(done, HydraConfig.get().job.num if HydraConfig.get().mode is RunMode.MULTIRUN else 0)
-        if done.status.state == "cancelled":
-            raise KeyboardInterrupt
-        return objective_value(done)
-
-    sys.argv = [sys.argv[0], *arguments]
-    with session.pool, variables({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises its errors and prints none
-        try:
-            job()
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(one_line(error)) from error
-
-
-@contextmanager
-def variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables inside the context, and restore them afterwards."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    flags, overrides, primary = command.flags, command.overrides, command.search.primary
+    register_schema()
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        with command.search.hydra() as hydra:
+            if command.prints == "shell_completion":
+                return complete(hydra, command)
+            if command.prints == "hydra_help":
+                hydra.hydra_help(primary, get_args_parser(), flags)
+                return 0
+            check_names(overrides, search=command.search)
+            if command.prints == "info":
+                hydra.show_info(flags.info, primary, overrides)
+            else:
+                hydra.show_cfg(primary, overrides, flags.cfg, flags.package, flags.resolve)
+    except FAILURES as error:
+        raise ConfigError(explain(error, command.search.roots())) from error
+    return 0
 
 
-def run_with_flags(arguments: Sequence[str]) -> int:
-    """Run one job with flags of Hydra's own.
-
-    Args:
-        arguments: The command line, flags included.
-
-    Returns:
-        The exit status.
-    """
-    session = HydraSession()
-    run_with_hydra(arguments, session)
-    return 1 if any(job.status.state != "ok" for job in session.jobs) else 0
-
-
-def sweep(arguments: Sequence[str], overrides: Sequence[str]) -> int:
+def sweep(command: Command) -> int:
     """Run Hydra's -m, whose launcher runs the jobs in this process or in its own processes.
 
     Args:
-        arguments: The command line, flags included.
-        overrides: The arguments that are not flags.
+        command: The command line.
 
     Returns:
         The exit status.
@@ -291,22 +308,25 @@ def sweep(arguments: Sequence[str], overrides: Sequence[str]) -> int:
     Raises:
         ConfigError: Hydra cannot compose what was given; no folder is left.
     """
-    folder, at = sweep_folder(overrides), arguments.index(overrides[0]) if overrides else len(arguments)
-    pinned = [] if any(o.startswith("hydra.sweep.dir=") for o in overrides) else [f"hydra.sweep.dir={folder}"]
+    folder = sweep_folder(command.overrides, command.search)
+    pinned = [o for o in command.overrides if not o.startswith("hydra.sweep.dir=")]
+    pinned += [f"hydra.sweep.dir={QuotedString(str(folder), Quote.double).with_quotes()}", "hydra.mode=MULTIRUN"]
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     outcomes = folder.resolve() / f".jobs-{secrets.token_hex(4)}"
-    session = HydraSession(outcomes)
+    session = HydraSession(command.search, outcomes)
     try:
-        run_with_hydra([*arguments[:at], *pinned, *arguments[at:]], session)
+        with session.pool, command.search.hydra() as hydra:
+            hydra.multirun(command.search.primary, session.run, pinned)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except ConfigError:
+    except NOT_COMPOSED as error:
         if folder in missing and [*folder.iterdir()] == [folder / "multirun.yaml"]:
             (folder / "multirun.yaml").unlink()
             remove_empty(missing)
-        raise
+        raise ConfigError(explain(error, command.search.roots(command.overrides))) from error
     jobs = session.jobs or read_jobs(outcomes)  # the launcher may run them in other processes
-    shutil.rmtree(outcomes, ignore_errors=True)
+    for left in (outcomes, folder / RUNNING):
+        shutil.rmtree(left, ignore_errors=True)
     if len(jobs) > 1:
         print_sweep(jobs, Console())
         print_savings(sum(job.already_done for job in jobs), session.pool, Console())
@@ -352,39 +372,36 @@ def objective_value(job: JobResult) -> float:
     return math.inf if record.load is None or record.load.latency_ms is None else record.load.latency_ms.p50
 
 
-def run_job(composed: DictConfig, make_engine: MakeEngine) -> JobResult:
+def run_job(composed: DictConfig, make_engine: MakeEngine, search: SearchPath) -> JobResult:
     """Run one job of a sweep; any failure becomes the job's status, so that the next job runs.
 
     Args:
         composed: The configuration that Hydra composed, not yet checked.
         make_engine: Function that returns the job's engine, new or still warm from an earlier job.
+        search: Search path of the configurations.
 
     Returns:
         The folder and the status of the job.
     """
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
-    is_sweep = hydra_config.mode is RunMode.MULTIRUN
+    given = HydraConfig.get().overrides
+    overrides = [*(override for override in given.hydra if override.startswith("hydra.searchpath=")), *given.task]
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         config, notes = check_composed(composed)
-        if is_sweep and is_already_done(folder, config):
+        if is_already_done(folder, config):
             return JobResult(folder, read_status(folder), already_done=True)
-        if is_sweep:
-            config.logger.table = False  # one table over all jobs is printed at the end
-            config.logger.wandb.group = config.logger.wandb.group or sweep_group(folder.parent)
-        run = ResolvedRun(config, list(hydra_config.overrides.task), folder, notes, retry=is_sweep)
-        return run_one(run, make_engine)
+        config.logger.table = False  # one table over all jobs is printed at the end
+        config.logger.wandb.group = config.logger.wandb.group or sweep_group(folder.parent)
+        with running_job(folder.parent, folder.name) as jobs_beside:
+            job = run_one(ResolvedRun(config, overrides, folder, notes, retry=True, search=search), make_engine)
+            note_beside(job, jobs_beside())
+        return job
     except ConfigError as error:
-        if not is_sweep:
-            remove_empty([folder, *folder.parents[:2]])  # Hydra has made it
-            refuse_command(hydra_config.overrides.hydra, error)
-            return JobResult(folder, Status("failed", str(error)), owns_folder=False)
         job = refuse(folder, error)
     except RunFolderError as error:
         print_error(error)
         job = JobResult(folder, Status("failed", str(error)), owns_folder=False)
-    if is_sweep:
-        mirror_refusal(composed, job)
+    mirror_refusal(composed, job)
     return job
 
 
@@ -401,7 +418,8 @@ def is_planned(folder: Path, config: RunConfig) -> bool:
     if read_status(folder).state != "ok" or not file.exists():
         return False
     planned, wanted = to_dict(from_yaml(file.read_text())), to_dict(config)
-    return planned | {"logger": None} == wanted | {"logger": None}
+    apart = dict.fromkeys((*OF_USER, "logger"))
+    return planned | apart == wanted | apart
 
 
 def mirror_refusal(composed: DictConfig, job: JobResult) -> None:
@@ -417,8 +435,10 @@ def mirror_refusal(composed: DictConfig, job: JobResult) -> None:
     sweep, task = job.folder.parent, composed.task.name.name
     logger.wandb.group = logger.wandb.group or sweep_group(sweep)
     declared = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["model", "scheduler", "parallel", "request"]))
+    remarks = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["tags", "notes", "meta"]))
     home = job.folder if job.owns_folder else sweep
-    mirror(lambda: log_failure(logger.wandb, {"declared": declared}, home, task, job.status, job.folder.name))
+    known = {"declared": declared, **(remarks if isinstance(remarks, dict) else {})}
+    mirror(lambda: log_failure(logger.wandb, known, home, task, job.status, job.folder.name))
 
 
 def sweep_group(folder: Path) -> str:

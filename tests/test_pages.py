@@ -12,6 +12,7 @@ import pytest
 from harness.resolve.comparison import quote_overrides
 from harness.resolve.compose import compose_run
 from harness.resolve.names import check_names
+from tests.fixtures.own import OWN
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = (".github", "conf", "harness", "models", "notebooks", "schedulers", "tests")
@@ -85,12 +86,14 @@ def overrides_of(words: list[str], folder: str) -> list[str] | None:
     found = []
     for word in words[words.index("harness") + 1 :]:
         key, _, value = word.partition("=")
-        if word in ("-m", "...") or word.startswith("--"):
+        if word in ("-m", "...", "DIR", "mine") or word.startswith("--") or key == "from":
             continue
         if key in ("model.path", "model.vae.path", "model.revision", "model.lora", "quality.clip", "quality.features"):
             found.append("model.load=dummy")
         elif key in ("quality.reference", "KEY"):
             continue
+        elif key == "hydra.searchpath":
+            found.append(f"{key}={value.replace('DIR', str(OWN))}")
         else:
             found.append(f"{key}={value.replace('DIR', folder).replace('DATE/TIME', 'date/time')}")
     return [quote_overrides(override) for override in dict.fromkeys(found)]
@@ -116,6 +119,7 @@ def test_every_command_is_one(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
             if "--help" in words or any(word.startswith("hydra/") for word in words) or "65" in line:
                 continue
             sweep = "-m" in words[words.index("harness") :]
+            monkeypatch.setenv("TRIPTYCH_CONF", str(OWN) if "--config-dir" in words else "")
             check_names(overrides, sweep=sweep)
             if not refused_on_purpose(line):
                 composes(overrides, line)

@@ -349,6 +349,8 @@ def base_record(
         notes=run.notes,
         loaded=info.loaded,
         engine=EngineRow(config.engine.name, engine_version(config.engine.name)),
+        search_path=list(run.search.folders),
+        primary=run.search.primary,
     )
 
 

@@ -26,6 +26,7 @@ from harness.messages import Array, EngineInfo, GenerationResult, Latents, array
 from harness.records.media import grid, pixel_hash, save_mp4, save_png, still, to_uint8
 from harness.records.provenance import Beginning
 from harness.records.record import FirstCall, Record, Repeat, SampleRow
+from harness.resolve.command import parse_command
 from harness.resolve.compose import ResolvedRun, compose_run, to_yaml
 from harness.resolve.request import to_message
 
@@ -124,18 +125,36 @@ class DiffusionGenerator:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
-    def from_config(cls, *overrides: str) -> DiffusionGenerator:
+    def from_config(cls, *overrides: str, config_dir: str | Path | None = None) -> DiffusionGenerator:
         """Return a generator for Hydra overrides, as on the command line.
 
             DiffusionGenerator.from_config("model=emoji", "request.steps=8")
 
+        Args:
+            *overrides: the overrides; from=FOLDER among them stands for those of the run in that folder.
+            config_dir: a folder of your own configurations, as after --config-dir.
+
         Raises:
             ConfigError: overrides that cannot run; nothing has been started.
         """
+        command = parse_command(overrides, config_dir).without_flags("DiffusionGenerator")
         scratch = tempfile.TemporaryDirectory(prefix="triptych-run-")
-        generator = cls.from_resolved(compose_run(overrides), Path(scratch.name))
+        generator = cls.from_resolved(compose_run(command.overrides, command.search), Path(scratch.name))
         generator._scratch = scratch
         return generator
+
+    @classmethod
+    def from_record(cls, folder: str | Path, *overrides: str) -> DiffusionGenerator:
+        """Return a generator with the configuration of an earlier run.
+
+        Args:
+            folder: the run's folder, with its record.
+            *overrides: overrides, which have the last word.
+
+        Raises:
+            ConfigError: the folder holds no record, or the overrides cannot run; nothing has been started.
+        """
+        return cls.from_config(f"from={folder}", *overrides)
 
     @classmethod
     def from_resolved(

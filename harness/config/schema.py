@@ -36,6 +36,7 @@ from schedulers.tables import FAMILIES, SOLVERS
 SERVING = ("task=serve", "task=load")
 GENERATING = ("task=generate", "task=bench", "task=compare", *SERVING)
 LOGGING = ("task=generate", "task=bench", "task=compare", "task=load", "task=plan", "task=train")
+REPEATING = ("task=generate", "task=bench")
 PREDICTING = (*GENERATING, "task=plan")
 
 
@@ -540,3 +541,9 @@ class RunConfig:
     report: ReportConfig = group(ReportConfig, "Page of the report.", reads=("task=report",))
     serve: ServeConfig = group(ServeConfig, "The server, and how its engine takes requests.", reads=SERVING)
     load: LoadConfig = group(LoadConfig, "Clients that measure a server.", reads=("task=load",))
+    tags: list[str] = option([], "Words of yours, for the record and Weights & Biases.")
+    notes: str | None = option(None, "A text of yours, for the record and Weights & Biases.")
+    meta: dict[str, Any] = option({}, "Keys of yours, for the record: any name below meta, with any value.")
+    rerun_of: str | None = option(
+        None, "Folder of a run whose record this run is compared with; from=FOLDER sets it.", reads=REPEATING
+    )

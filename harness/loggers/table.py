@@ -20,6 +20,7 @@ from harness.metrics.summary import Summary
 from harness.records.comparison import Comparison
 from harness.records.job import JobResult
 from harness.records.record import Record, read_record
+from harness.records.rerun import describe_rerun
 
 SWEPT = ("step", "request", "answer", "latency_p99")  # ratios that a sweep of comparisons shows, if they were timed
 SHOWN_OPERATORS = 8  # operators shown of a profile; the record has more
@@ -89,6 +90,8 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
         print_pretrained(record.pretrained, console)
     for name, value in record.metrics.items():
         console.print(f"{escape(name.replace('_', ' '))} {value:.4g}")
+    for line in describe_rerun(record.rerun) if record.rerun is not None else ():
+        console.print(escape(line), soft_wrap=True)
     for note in record.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     for name, path in ((f"{kind}s", "samples"), ("grid", "grid.png"), ("record", "record.json"), ("logs", "logs")):
@@ -222,11 +225,15 @@ def print_sweep(jobs: Sequence[JobResult], console: Console) -> None:
     for heading in ("request ms", "step ms", "evaluations", "top-1 %"):
         table.add_column(heading, justify="right")
     table.add_column("fidelity", overflow="fold")
+    records = [job.record() for job in jobs]
+    has_beside = any(record is not None and record.beside for record in records)
+    if has_beside:
+        table.add_column("beside", justify="right")
     names = [set(job.folder.name.split(",")) for job in jobs]
     shared = set.intersection(*names)
     errors: dict[str, int] = {}
-    for job in jobs:
-        folder, status, record = job.folder, job.status, job.record()
+    for job, record in zip(jobs, records, strict=True):
+        folder, status = job.folder, job.status
         numbers, held = ("", "", "", ""), ""
         if record is not None and record.summary is not None:
             row = record.summary
@@ -237,8 +244,11 @@ def print_sweep(jobs: Sequence[JobResult], console: Console) -> None:
         own = [part for part in folder.name.split(",") if part not in shared]
         number = f" {errors.setdefault(status.error, len(errors) + 1)}" if status.error else ""
         label, state = escape("\n".join(own) or folder.name), f"[{colour}]{status.state}{number}[/{colour}]"
-        table.add_row(label, state, *numbers, held)
+        beside = [str(len(record.beside))] if has_beside and record is not None else []
+        table.add_row(label, state, *numbers, held, *beside)
     console.print(table)
+    if has_beside:
+        console.print("beside: other jobs that ran at the same time on one machine, so that their times mix")
     for error, place in errors.items():
         console.print(f"{place}: {escape(error)}", soft_wrap=True)
     console.print(f"folders in {escape(str(jobs[0].folder.parent))}", soft_wrap=True)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlparse
 
@@ -163,14 +164,23 @@ def load_scalars(load: LoadSummary) -> dict[str, float]:
     return {name: value for name, value in scalars.items() if value is not None}
 
 
-def log_comparison(config: WandbConfig, comparison: Comparison, folder: Path) -> None:
-    """Write one finished comparison, after all timed work."""
+def log_comparison(
+    config: WandbConfig, comparison: Comparison, folder: Path, remarks: Mapping[str, object] = MappingProxyType({})
+) -> None:
+    """Write one finished comparison, after all timed work.
+
+    Args:
+        config: The `logger.wandb` group.
+        comparison: The comparison to mirror.
+        folder: The comparison's folder; it holds `wandb/`.
+        remarks: The user's own keys: tags, notes and meta.
+    """
     mode = connected_mode(config.mode)
     if mode == "disabled":
         return
     import wandb
 
-    declared = {"a": comparison.a, "b": comparison.b, "ranks": list(comparison.ranks)}
+    declared = {"a": comparison.a, "b": comparison.b, "ranks": list(comparison.ranks), **remarks}
     with open_run(config, mode, folder, "compare", declared) as run:
         table = wandb.Table(columns=["timed", "a_ms", "b_ms", "ratio", "low", "high", "detectable"])
         for name, row in comparison.ratios.items():
@@ -299,6 +309,12 @@ def open_run(
     return _init("offline", *arguments)
 
 
+def own_tags(declared: Mapping[str, object]) -> list[str]:
+    """Return the tags of a configuration; none if it is known in part."""
+    tags = declared.get("tags")
+    return [str(tag) for tag in tags] if isinstance(tags, list) else []
+
+
 def _init(
     mode: Literal["online", "offline"],
     config: WandbConfig,
@@ -318,6 +334,8 @@ def _init(
         id=run_id,
         resume="allow" if run_id is not None else None,
         job_type=job_type,
+        tags=own_tags(declared),
+        notes=str(declared["notes"]) if declared.get("notes") else None,
         dir=folder,
         config=dict(declared),
         settings=wandb.Settings(

@@ -46,6 +46,7 @@ class Status(msgspec.Struct, frozen=True):
 
 RESULTS = ("record.json", "comparison.json")  # a folder with any of them holds a run, even without a status
 KEPT = (".owner", "wandb")  # what another attempt at a run leaves of the one before
+OF_USER = ("tags", "notes", "meta", "rerun_of")  # keys that are remarks of the user, and change nothing
 INTERRUPTED = Status("failed", "the run was cut off before it ended")
 
 
@@ -192,6 +193,28 @@ class SampleRow(msgspec.Struct, frozen=True):
     sha256: str
 
 
+class Rerun(msgspec.Struct, frozen=True):
+    """How a run compares with the earlier one that it repeats.
+
+    Attributes:
+        folder: Folder of the earlier run.
+        changed: Keys of the configuration that differ, with the old and the new value.
+        same_code: Whether the sources and configuration files are the same.
+        packages: Packages whose versions differ.
+        same_machine: Whether processor, device and number of ranks are the same.
+        images: Number of images or videos of the run that has more.
+        equal_images: How many of them have the same pixels in both, by their hashes.
+    """
+
+    folder: str
+    changed: list[str]
+    same_code: bool
+    packages: list[str]
+    same_machine: bool
+    images: int
+    equal_images: int
+
+
 class Record(msgspec.Struct, frozen=True):
     """`record.json`: one run.
 
@@ -216,6 +239,10 @@ class Record(msgspec.Struct, frozen=True):
         load: What the clients of task=load measured.
         profile: The operators of each network in one more request with task.profile, on the slowest rank, slowest
             first.
+        search_path: Folders of the user's own configurations, besides conf/.
+        primary: Name of the primary configuration.
+        beside: Other jobs of the sweep that ran at the same time on the same machine, by the names of their folders.
+        rerun: Comparison with the run that this one repeats; None if it repeats none.
     """
 
     schema: int
@@ -237,6 +264,10 @@ class Record(msgspec.Struct, frozen=True):
     engine: EngineRow = EngineRow("native", "")
     load: LoadSummary | None = None
     profile: dict[str, list[OperatorTime]] = {}
+    search_path: list[str] = []
+    primary: str = "config"
+    beside: list[str] = []
+    rerun: Rerun | None = None
 
     @property
     def statistics(self) -> Statistics:
@@ -252,7 +283,7 @@ class Record(msgspec.Struct, frozen=True):
 
 def fingerprint(config: dict[str, Any]) -> str:
     """Return a hash of the configuration, without the keys that change neither an image nor a time."""
-    apart: tuple[str, ...] = ("logger", "train", "quality", "plan", "hardware", "compare", "report")
+    apart: tuple[str, ...] = (*OF_USER, "logger", "train", "quality", "plan", "hardware", "compare", "report")
     if config["task"]["name"] not in ("serve", "load"):
         apart += ("serve", "load")
     if not config.get("plugins"):
@@ -509,7 +540,7 @@ def load(path: str | Path) -> pandas.DataFrame:
             row["error"] = str(error)
         if record is not None:
             nested = msgspec.to_builtins(record)
-            row |= {key: nested[key] for key in ("overrides", "repeats", "samples", "notes", "loaded")}
+            row |= {key: nested[key] for key in ("overrides", "repeats", "samples", "notes", "loaded", "beside")}
             parts = (
                 "fingerprint",
                 "config",
@@ -523,6 +554,7 @@ def load(path: str | Path) -> pandas.DataFrame:
                 "metrics",
                 "fidelity",
                 "load",
+                "rerun",
             )
             flat = {key: nested[key] for key in parts if nested[key] is not None}
             row |= {str(key): value for key, value in pandas.json_normalize(flat, sep=".").iloc[0].items()}

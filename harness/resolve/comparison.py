@@ -77,7 +77,7 @@ def comparison_overrides(common: Sequence[str], own: Sequence[str], config: RunC
     Returns:
         The overrides of a bench or a load of its own.
     """
-    kept = [override for override in common if override.partition("=")[0] not in (*KEYS, "task")]
+    kept = [override for override in common if override.partition("=")[0] not in (*KEYS, "task", "rerun_of")]
     counts = [f"task.warmup={config.task.warmup}", f"task.repeats={config.task.repeats}"]
     task = TRAITS[config.task.name].compared_as or config.task.name
     fidelity = f"task.fidelity={str(config.task.fidelity).lower()}"

@@ -6,16 +6,16 @@ Everything here runs before a process starts and without importing torch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_module
+from hydra import compose
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,25 +28,28 @@ from harness.plugins import load_plugins, loaded
 from harness.resolve.comparison import quote_overrides
 from harness.resolve.folder_name import folder_name
 from harness.resolve.names import check_names, one_line
+from harness.resolve.own_files import FAILURES, explain
 from harness.resolve.plugins import load_named_plugins, store_plugins
 from harness.resolve.rules import resolve_config
 from harness.resolve.run import ResolvedRun as ResolvedRun
+from harness.resolve.search_path import SearchPath, conf_root
 
 
 def register_schema() -> None:
     """Tell Hydra the types of every key and how a sweep names a job's folder; safe to repeat."""
     if not OmegaConf.has_resolver("folder_name"):
         OmegaConf.register_new_resolver("folder_name", _job_folder_name)
-        ConfigStore.instance().store(name="schema", node=RunConfig)
-    if loaded() or ConfigStore.instance().load("schema.yaml").node.plugin:
+        store_plugins()
+    elif loaded() or ConfigStore.instance().load("schema.yaml").node.plugin:
         store_plugins()
 
 
-def compose_run(overrides: Sequence[str]) -> ResolvedRun:
+def compose_run(overrides: Sequence[str], search: SearchPath | None = None) -> ResolvedRun:
     """Compose one run, fill in the model's defaults and check it.
 
     Args:
         overrides: Overrides as on the command line, without Hydra's own flags.
+        search: Search path of the configurations. None is conf/ and the folders of TRIPTYCH_CONF.
 
     Returns:
         The resolved run.
@@ -54,41 +57,47 @@ def compose_run(overrides: Sequence[str]) -> ResolvedRun:
     Raises:
         ConfigError: A group, option or key is unknown, a type is wrong, or the combination cannot run.
     """
+    search = SearchPath.of_user() if search is None else search
     overrides = [quote_overrides(override) for override in overrides]
-    load_plugins_of(overrides)
-    check_names(overrides)
-    composed = _composed(overrides)
+    load_plugins_of(overrides, search)
+    composed, folder = _compose(overrides, search, RunMode.RUN)
     if load_plugins(composed.plugins):  # a file names them
-        composed = _composed(overrides)
+        composed, folder = _compose(overrides, search, RunMode.RUN)
+    if composed.hydra.mode is RunMode.MULTIRUN:
+        raise ConfigError("hydra.mode=MULTIRUN runs one job for each choice; leave it out and add -m")
     config, notes = check_composed(composed)
-    return ResolvedRun(config, list(overrides), Path(str(composed.hydra.run.dir)), notes)
+    return ResolvedRun(config, list(overrides), folder, notes, search=search)
 
 
-def _composed(overrides: Sequence[str]) -> DictConfig:
-    register_schema()
-    try:
-        with _hydra():
-            composed = compose("config", list(overrides), return_hydra_config=True)
-            str(composed.hydra.run.dir)  # interpolates the folder's name
-            return composed
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error)) from error
-
-
-def load_plugins_of(overrides: Sequence[str]) -> None:
+def load_plugins_of(overrides: Sequence[str], search: SearchPath) -> None:
     """Load the plug-ins that a command line or a file that it chooses names, as `load_named_plugins`."""
-    load_named_plugins(overrides, _composed)
+    load_named_plugins(overrides, lambda choice: _compose(choice, search, RunMode.RUN)[0])
 
 
-@contextmanager
-def _hydra() -> Iterator[None]:
-    """Run Hydra on conf/ inside the context; also inside a job of a sweep, whose state is restored at the end."""
-    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+def _compose(overrides: Sequence[str], search: SearchPath, mode: RunMode) -> tuple[DictConfig, Path]:
+    """Return what Hydra composes, with its own node, and the folder of the run or of the sweep.
+
+    Raises:
+        ConfigError: A name is unknown, or Hydra cannot compose what was given.
+    """
     try:
-        with initialize_config_module("conf", version_base="1.3"):
-            yield
-    finally:
-        GlobalHydra.instance().hydra = outer
+        check_names(overrides, mode is RunMode.MULTIRUN, search)
+        register_schema()
+        with search.hydra() as hydra:
+            composed: DictConfig = hydra.compose_config(
+                search.primary, list(overrides), mode, with_log_configuration=False, from_shell=False
+            )
+            folder = composed.hydra.run.dir if mode is RunMode.RUN else composed.hydra.sweep.dir
+            return composed, Path(str(folder))
+    except FAILURES as error:
+        raise ConfigError(explain(error, _known_roots(search, overrides))) from error
+
+
+def _known_roots(search: SearchPath, overrides: Sequence[str]) -> list[Path]:
+    """Return the folders of configurations; those of the command alone if the primary one cannot be read."""
+    with suppress(*FAILURES, ConfigError):
+        return search.roots(overrides)
+    return [conf_root(), *(Path(folder) for folder in search.folders)]
 
 
 def _job_folder_name(_root_: DictConfig) -> str:
@@ -99,26 +108,28 @@ def _job_folder_name(_root_: DictConfig) -> str:
 
 def named_folder(overrides: Sequence[str]) -> Path | None:
     """Return the run's folder that overrides name themselves, even if the rest of them cannot be composed."""
-    if not any(override.startswith("hydra.run.dir=") for override in overrides):
+    own = [override for override in overrides if override.startswith("hydra.run.dir=")]
+    if not own:
         return None
+    register_schema()
     try:
-        return Path(str(_hydra_settings(overrides).run.dir))
+        with SearchPath().hydra():
+            return Path(str(compose("config", own, return_hydra_config=True).hydra.run.dir))
     except (HydraException, OmegaConfBaseException):
         return None
 
 
-def sweep_folder(overrides: Sequence[str]) -> Path:
-    """Return the folder of a sweep with these overrides."""
-    return Path(str(_hydra_settings(overrides).sweep.dir))
+def sweep_folder(overrides: Sequence[str], search: SearchPath) -> Path:
+    """Return the folder of a sweep with these overrides.
 
+    Args:
+        overrides: The overrides of the sweep.
+        search: Search path of the configurations.
 
-def _hydra_settings(overrides: Sequence[str]) -> DictConfig:
-    """Return Hydra's own node, with the folders that these overrides give."""
-    register_schema()
-    own = [override for override in overrides if override.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
-    with _hydra():
-        settings: DictConfig = compose("config", own, return_hydra_config=True).hydra
-        return settings
+    Raises:
+        ConfigError: A name is unknown, or Hydra cannot compose what was given.
+    """
+    return _compose(overrides, search, RunMode.MULTIRUN)[1]
 
 
 def check_composed(composed: DictConfig) -> tuple[RunConfig, list[str]]:

@@ -40,7 +40,12 @@ def _dotted(override: str) -> str:
 
 
 def _is_ambiguous(override: str) -> bool:
-    """Return whether an override reads like the dotted name of a group, or ends like a name with a hash."""
+    """Return whether an override reads like the dotted name of a group, or ends like a name with a hash.
+
+    A nested group of the user's own is ambiguous itself.
+    """
     key, _, value = override.partition("=")
-    dotted = {group.replace("/", ".") for group in config_groups() if "/" in group}
-    return key.lstrip("+~") in dotted or re.search(r"~[0-9a-f]{12}$", value) is not None
+    nested = {group for group in config_groups() if "/" in group}
+    dotted = {group.replace("/", ".") for group in nested}
+    name = key.lstrip("+~")
+    return name in dotted or ("/" in name and name not in nested) or re.search(r"~[0-9a-f]{12}$", value) is not None

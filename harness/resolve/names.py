@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib.resources
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,16 +15,20 @@ from harness.config.schema import CheckpointDefaults, ModelConfig, RunConfig
 from harness.config.yaml import ConfigError as ConfigError
 from harness.records.provenance import version
 from harness.resolve.quoting import shell_quoted
+from harness.resolve.search_path import SearchPath, conf_root, groups_of
 from models.registry import did_you_mean
-from schedulers.registry import OURS, REGISTRIES, plugin_options
+from schedulers.registry import plugin_options
 from schedulers.tables import FAMILIES
 
 PLUGINS = {  # Hydra's own packages: which option needs which package, and the extra that installs it
     ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),
     ("hydra/launcher", "submitit_slurm"): ("hydra-submitit-launcher", "slurm"),
     ("hydra/launcher", "submitit_local"): ("hydra-submitit-launcher", "slurm"),
+    ("hydra/launcher", "joblib"): ("hydra-joblib-launcher", "joblib"),
     ("hydra/sweeper", "optuna"): ("hydra-optuna-sweeper", "optuna"),
 }
+
+FREE = "meta"  # the group whose keys are the user's own
 
 REMOVED = {
     "a": "compare.a",
@@ -62,20 +64,23 @@ def one_line(error: BaseException) -> str:
     return "; ".join(useful) or type(error).__name__
 
 
-def check_names(overrides: Sequence[str], sweep: bool = False) -> None:
+def check_names(overrides: Sequence[str], sweep: bool = False, search: SearchPath | None = None) -> None:
     """Refuse overrides whose group, option or key does not exist, and name the nearest one that does.
 
     Args:
         overrides: Overrides as on the command line.
         sweep: Whether a value may be a list of choices, each for one job.
+        search: Search path of the configurations. None is conf/ and the folders of TRIPTYCH_CONF.
 
     Raises:
         ConfigError: A name is unknown; the message says what was probably meant.
     """
     for text in overrides:
         _check_removed(text.partition("=")[0].lstrip("+~"))
-    for override in [_parsed(text) for text in overrides]:
-        _check_name(override)
+    parsed = [_parsed(text) for text in overrides]
+    groups = groups_of((search or SearchPath.of_user()).roots(overrides))
+    for override in parsed:
+        _check_name(override, groups)
         if override.is_sweep_override() and not sweep:
             key, _, value = (override.input_line or override.key_or_group).partition("=")
             raise ConfigError(
@@ -116,44 +121,54 @@ def _check_removed(key: str) -> None:
             raise ConfigError(f"{key} is now {new}{key.removeprefix(old)}; use that")
 
 
-def _check_name(override: Override) -> None:
+def _check_name(override: Override, groups: Mapping[str, list[str]]) -> None:
     key = override.key_or_group
     if key in ("hydra/launcher", "hydra/sweeper"):
         _check_plugin(key, str(override.value()))
     if key.split(".")[0] == "hydra" or key.startswith("hydra/"):
         return
-    for option in _options(override) if key in config_groups() else [None]:
-        _refuse_unknown(key, option)
+    for option in _options(override) if key in groups else [None]:
+        _refuse_unknown(key, option, groups)
 
 
-def refuse_unknown(name: str) -> None:
+def refuse_unknown(name: str, groups: Mapping[str, list[str]]) -> None:
     """Refuse a key, a group, or a GROUP=OPTION that does not exist.
 
     Args:
         name: The name; what follows the = of a key is not looked at.
+        groups: Every group with its options.
 
     Raises:
         ConfigError: There is no such name; the message says what was probably meant.
     """
     key, _, option = name.partition("=")
     _check_removed(key)
-    _refuse_unknown(key, option or None)
+    _refuse_unknown(key, option or None, groups)
 
 
-def _refuse_unknown(key: str, option: str | None) -> None:
-    groups = config_groups()
+def _refuse_unknown(key: str, option: str | None, groups: Mapping[str, list[str]]) -> None:
     if key in groups:
         if option is not None and option not in groups[key]:
-            raise ConfigError(
-                f"{key}={option}: no such option{_hint(option, groups[key])} (there are {', '.join(groups[key])})"
-            )
+            raise ConfigError(nearest_option(key, option, groups[key]))
         return
+    if key not in _all_keys() and not key.startswith(f"{FREE}."):
+        raise ConfigError(describe_unknown(key, groups))
+
+
+def nearest_option(group: str, option: str, known: Sequence[str]) -> str:
+    """Return that a group has no such option, with the nearest one and all others."""
+    return f"{group}={option}: no such option{_hint(option, known)} (there are {', '.join(known)})"
+
+
+def describe_unknown(key: str, groups: Iterable[str] = ()) -> str:
+    """Return that there is no such key, with the nearest key or group."""
+    return f"unknown key {key!r}{_hint(key, _all_keys() | set(groups))}"
+
+
+def _all_keys() -> set[str]:
     defaults = {family: CheckpointDefaults() for family in FAMILIES}
     plugin = {name: options() for name, options in plugin_options().items()}
-    keys = set(_keys(RunConfig(model=ModelConfig(checkpoint_defaults=defaults), plugin=plugin)))
-    if key not in keys:
-        known = keys | set(groups)
-        raise ConfigError(f"unknown key {key!r}{_hint(key, known)}")
+    return set(_keys(RunConfig(model=ModelConfig(checkpoint_defaults=defaults), plugin=plugin)))
 
 
 def _check_plugin(group: str, name: str) -> None:
@@ -173,16 +188,7 @@ def _options(override: Override) -> list[str | None]:
 
 def config_groups() -> dict[str, list[str]]:
     """Return every group of conf/ with its options; a nested group is given by its path."""
-    root = Path(str(importlib.resources.files("conf")))
-    groups: dict[str, list[str]] = {}
-    for file in sorted(root.rglob("*.yaml")):
-        group = file.parent.relative_to(root).as_posix()
-        if group != ".":
-            groups.setdefault(group, []).append(file.stem)
-    for registry in REGISTRIES:
-        added = [row.name for row in registry.registrations() if row.owner != OURS]
-        groups.setdefault(registry.group, []).extend(added if registry.group else [])
-    return {group: options for group, options in groups.items() if options}
+    return groups_of([conf_root()])
 
 
 def _keys(node: Any, prefix: str = "") -> Iterable[str]:

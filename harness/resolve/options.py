@@ -44,7 +44,7 @@ def options(node: Any, prefix: str = "") -> Iterator[tuple[str, Option, Any]]:
         key, value = prefix + declared.name, getattr(node, declared.name)
         if is_dataclass(value):
             yield from options(value, f"{key}.")
-        elif isinstance(value, dict) and value:
+        elif isinstance(value, dict) and any(is_dataclass(entry) for entry in value.values()):
             for name, entry in value.items():
                 yield from options(entry, f"{key}.{name}.")
         elif isinstance(value, list) and value and is_dataclass(value[0]):

@@ -21,6 +21,7 @@ from harness.config.tasks import TRAITS
 from harness.config.yaml import ConfigError
 from harness.plugins import full_name, load_plugins, loaded, options_of
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
+from harness.resolve.names import FREE
 from models.registry import did_you_mean
 from schedulers.registry import AXES, OURS, REGISTRIES, Registration, plugin_options, registrations
 
@@ -71,6 +72,7 @@ def store_plugins() -> None:
     store = ConfigStore.instance()
     _remove(store.repo)
     schema = OmegaConf.structured(RunConfig)
+    OmegaConf.set_struct(schema[FREE], False)  # Hydra closes every other dictionary
     for name, options in plugin_options().items():
         schema.plugin[name] = OmegaConf.structured(options)
     store.store(name="schema", node=schema)

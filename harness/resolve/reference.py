@@ -5,10 +5,9 @@ python -m harness.resolve.reference    # writes conf/README.md
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from harness.config.cache import CACHES, cache_keys
 from harness.config.schema import CheckpointDefaults, LoraConfig, PluginSource, RunConfig, Task
 from harness.resolve.engines_table import NATIVE, engine_version
-from harness.resolve.names import config_groups, refuse_unknown
+from harness.resolve.names import FREE, config_groups, refuse_unknown
+from harness.resolve.search_path import conf_root, groups_of, option_file
 from schedulers.compatibility import FLOW_LINSPACE_OPTIONS, PREDICTION_OPTIONS
 from schedulers.options import Option, option_of
 from schedulers.registry import Registry, plugin_options
@@ -29,6 +29,12 @@ FAMILY = "<family>"
 PLUGIN = "<plug-in>"
 START, END = "<!-- compatibility -->", "<!-- /compatibility -->"
 WIDTH = 100
+HEAD = "| key | type | default | unit | values | meaning | only with |"
+RULE = "|---|---|---|---|---|---|---|"
+FROM = "from"
+FROM_MEANING = (
+    "Run the record in a folder again, with the overrides beside it; what differs is printed and recorded in `rerun`."
+)
 
 ABOUT = (
     "Triptych generates images and videos with diffusion models, on one device or many, and measures speed, memory "
@@ -134,7 +140,7 @@ def _type_name(part: Any, declared: Option) -> str:
         (item,) = get_args(part)
         return f"list of {'groups' if is_dataclass(item) else _type_name(item, declared)}"
     if get_origin(part) is dict:
-        return "groups by name"
+        return "groups by name" if is_dataclass(get_args(part)[1]) else "values by name"
     if part is not int and declared.words:
         return "word"
     return {str: "text", bool: "bool"}.get(part, part.__name__)
@@ -178,17 +184,26 @@ def page(compatibility: str = "\n") -> str:
         "",
         "A value of null means that something else decides, which the meaning says. A word is one of the values given.",
     ]
-    for key in keys():
+    own = [key for key in keys() if "." not in key.name and key.type != "group"]
+    lines += ["", "### Keys without a group", "", HEAD, RULE, *map(_row, own)]
+    lines += [f"| `{FROM}` | folder |  |  |  | {FROM_MEANING} | the command line |"]
+    for key in [key for key in keys() if key not in own]:
         if "." not in key.name:
             lines += ["", f"### {key.name}", "", f"{key.option.meaning} {_read_by(key)}", ""]
-            lines += ["| key | type | default | unit | values | meaning | only with |", "|---|---|---|---|---|---|---|"]
+            lines += [HEAD, RULE]
             if key.type == "group":
                 continue
-        name = f"`{key.name}.*`" if key.type == "group" else f"`{key.name}`"
-        default = f"`{key.default}`" if key.default else ""
-        cells = (name, key.type, default, key.option.unit, key.allowed, key.option.meaning, ", ".join(key.only))
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        lines.append(_row(key))
     return "\n".join(lines) + "\n"
+
+
+def _row(key: Key) -> str:
+    """Return a key's row of the page's tables."""
+    name = f"`{key.name}.*`" if key.type == "group" else f"`{key.name}`"
+    default = f"`{key.default}`" if key.default else ""
+    only = ", ".join(key.only or ([task for task in key.tasks if key.tasks != TASKS] if "." not in key.name else ()))
+    cells = (name, key.type, default, key.option.unit, key.allowed, key.option.meaning, only)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _read_by(key: Key) -> str:
@@ -199,7 +214,7 @@ def _read_by(key: Key) -> str:
 
 def page_path() -> Path:
     """Return the path of the page."""
-    return Path(str(importlib.resources.files("conf"))) / "README.md"
+    return conf_root() / "README.md"
 
 
 def read_compatibility() -> str:
@@ -213,13 +228,17 @@ def version_text() -> str:
     return engine_version(NATIVE) or "unknown: the package triptych is not installed"
 
 
-def help_text() -> str:
-    """Return the text of --help."""
+def help_text(roots: Sequence[Path] = (conf_root(),)) -> str:
+    """Return the text of --help.
+
+    Args:
+        roots: Folders of the configurations.
+    """
     width = max(len(command) for command, _ in EXAMPLES)
     lines = [f"Triptych {version_text()}", "", *textwrap.wrap(ABOUT, WIDTH), "", "Examples:"]
     lines += [f"  {command:{width}}  {what}" for command, what in EXAMPLES]
     lines += ["", "Groups, chosen by GROUP=OPTION:"]
-    for group, options in config_groups().items():
+    for group, options in groups_of(roots).items():
         lines.append(f"  {group:16}  {textwrap.shorten(', '.join(options), WIDTH - 20, placeholder=' ...')}")
     lines += ["", "Keys, set by KEY=VALUE:"]
     lines += [f"  {key.name:16}  {key.option.meaning}" for key in keys() if "." not in key.name]
@@ -227,15 +246,17 @@ def help_text() -> str:
         "",
         "--help KEY describes a key, a group or an option: --help request.steps, --help cache, --help cache=teacache.",
         "conf/README.md lists every key. --version prints the version. --hydra-help lists Hydra's own flags.",
+        "--config-dir DIR adds a folder of your own configurations to all of these. from=FOLDER runs a record again.",
     ]
     return "\n".join(lines)
 
 
-def describe(name: str) -> str:
+def describe(name: str, roots: Sequence[Path] = (conf_root(),)) -> str:
     """Return what --help says about one name.
 
     Args:
         name: A key, a group of keys, a group of options, or GROUP=OPTION; the value of a KEY=VALUE is not looked at.
+        roots: Folders of the configurations.
 
     Returns:
         The text.
@@ -243,11 +264,14 @@ def describe(name: str) -> str:
     Raises:
         ConfigError: There is no such name; the message has the nearest one.
     """
-    refuse_unknown(name)
+    if name.partition("=")[0] == FROM:
+        return f"{FROM}=FOLDER\n  {FROM_MEANING}"
+    groups = groups_of(roots)
+    refuse_unknown(name, groups)
     name, _, option = name.partition("=")
-    groups = config_groups()
     if name in groups and option:
-        return _describe_option(name, option)
+        return _describe_option(name, option, roots)
+    name = FREE if name.startswith(f"{FREE}.") else name
     name = re.sub(r"^(model\.checkpoint_defaults)\.\w+", rf"\1.{FAMILY}", name)
     found = {key.name: key for key in keys()}
     lines = [f"{name}: {', '.join(groups[name])}"] if name in groups else []
@@ -278,11 +302,12 @@ def _describe_key(key: Key) -> list[str]:
     return [key.name, *(f"  {label + ':':10} {value}" for label, value in rows if value)]
 
 
-def _describe_option(group: str, option: str) -> str:
-    """Return the comment and the settings of one file of conf/, and the keys that its choice uses."""
-    text = (page_path().parent / group / f"{option}.yaml").read_text().rstrip()
+def _describe_option(group: str, option: str, roots: Sequence[Path]) -> str:
+    """Return the comment and the settings of an option's file, and the keys that its choice uses."""
     choice = [key for key in keys() if any(_names(only, group, option) for only in key.only) and key.type != "group"]
-    lines = [f"{group}={option}", textwrap.indent(text, "  ")]
+    file = option_file(roots, group, option)
+    place = "" if file.is_relative_to(roots[0]) else f" ({file})"
+    lines = [f"{group}={option}{place}", textwrap.indent(file.read_text().rstrip(), "  ")]
     if choice:
         lines.append("keys that it uses:")
         width = max(len(key.name) for key in choice)

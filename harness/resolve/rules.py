@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from operator import attrgetter
+from pathlib import Path
 
 import msgspec
 
@@ -14,6 +15,7 @@ from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, Quan
 from harness.config.tasks import KEYS_OF_TASKS, TRAITS
 from harness.metrics import pretrained
 from harness.records.media import ffmpeg
+from harness.records.record import read_record
 from harness.resolve.checkpoint import check_checkpoint
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, check_learned_variance
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
@@ -38,6 +40,7 @@ from schedulers.limits import check_tokens
 from schedulers.settings import NoiseSchedulerSettings
 
 QUANTIZE_PACKAGE = "torchao"
+MAX_TAG = 64  # characters; wandb takes no more
 
 
 def resolve_config(config: RunConfig) -> None:
@@ -79,6 +82,21 @@ def resolve_config(config: RunConfig) -> None:
             f"task.max_pixel_error={config.task.max_pixel_error} limits a measured error; add task.fidelity=true"
         )
     _check_reference(config)
+    _check_remarks(config)
+
+
+def _check_remarks(config: RunConfig) -> None:
+    """Refuse a tag that wandb would refuse, and a run to compare with that is not there."""
+    for tag in config.tags:
+        if not 0 < len(tag) <= MAX_TAG:
+            raise ValueError(f"tags: {tag!r} has {len(tag)} characters; give 1 to {MAX_TAG}")
+    if config.rerun_of is None:
+        return
+    if read_record(Path(config.rerun_of)) is None:
+        raise ValueError(f"rerun_of={config.rerun_of}: no record there; it is the folder of a run, runs/DATE/TIME")
+    if config.task.name not in (Task.generate, Task.bench):
+        name = config.task.name.name
+        warnings.warn(f"rerun_of has no effect with task={name}, which compares no images with it", stacklevel=2)
 
 
 def _check_noise_scheduler(config: RunConfig, settings: NoiseSchedulerSettings) -> None:

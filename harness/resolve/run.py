@@ -19,6 +19,7 @@ from harness.resolve.engines_table import NATIVE, baseline_attention
 from harness.resolve.layout import model_shape
 from harness.resolve.layout_rules import ModelShape, needs_lse
 from harness.resolve.scheduler import noise_scheduler_settings
+from harness.resolve.search_path import SearchPath
 from models.registry import ATTENTION_BACKENDS, resolve_backend
 from schedulers.settings import NoiseSchedulerSettings
 
@@ -57,6 +58,7 @@ class ResolvedRun:
         notes: Warnings for the user.
         retry: Whether the folder of a run that did not end well may be used again.
         fetch: Whether files of a hub checkpoint that are not in the local cache are downloaded.
+        search: Search path of the configurations.
     """
 
     config: RunConfig
@@ -65,6 +67,7 @@ class ResolvedRun:
     notes: list[str] = field(default_factory=list)
     retry: bool = False
     fetch: bool = False
+    search: SearchPath = field(default_factory=SearchPath)
 
     @cached_property
     def denoiser(self) -> str:

@@ -125,7 +125,7 @@ def replica_router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq
 
 def has_message(socket: zmq.Socket[bytes]) -> bool:
     """Return whether a message can be received at once; `Socket.poll(0)` makes a poller each time."""
-    return bool(socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def receive_bounded(socket: zmq.Socket[bytes], max_frames: int) -> list[bytes]:

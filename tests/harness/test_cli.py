@@ -14,6 +14,7 @@ from harness.metrics.fidelity import Fidelity
 from harness.records.job import JobResult, read_jobs
 from harness.records.record import RunFolder, Status, load, read_status
 from harness.resolve.folder_name import folder_name
+from harness.resolve.search_path import SearchPath
 from tests.fixtures.records import record
 
 ROW = Fidelity("fp_equivalent", [], Difference(0.01, 0.1), Difference(0.02, 0.2), 0.1, 0.1, "within_floor", "key")
@@ -142,7 +143,7 @@ def test_a_refused_job_leaves_nothing_of_the_attempt_before(place: Path) -> None
 
 def test_a_job_in_a_process_of_its_own_leaves_its_outcome_for_the_sweep(tmp_path: Path) -> None:
     """As submitit does it: the session travels with the job, and what else is in the sweep's folder is no job of it."""
-    session = HydraSession(tmp_path / "outcomes")
+    session = HydraSession(SearchPath(), tmp_path / "outcomes")
     jobs = [
         JobResult(tmp_path / "a", Status("ok"), True),
         JobResult(tmp_path / "b", Status("failed", "x"), False, False),

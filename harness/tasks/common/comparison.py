@@ -42,7 +42,7 @@ def comparison_runs(run: ResolvedRun) -> tuple[ResolvedRun, ResolvedRun]:
 def _comparison_run(comparison: ResolvedRun, name: str) -> ResolvedRun:
     own: list[str] = getattr(comparison.config.compare, name)
     try:
-        run = compose_run(comparison_overrides(comparison.overrides, own, comparison.config))
+        run = compose_run(comparison_overrides(comparison.overrides, own, comparison.config), comparison.search)
     except ConfigError as error:
         raise ConfigError(f"compare.{name}={own}: {error}") from error
     return replace(run, folder=comparison.folder / name)

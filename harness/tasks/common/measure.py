@@ -19,6 +19,7 @@ from harness.loggers.table import print_record
 from harness.loggers.wandb import log_run, mode_notes, resolve_mode
 from harness.metrics.fidelity import BROKEN
 from harness.records.record import Record, RunFolder, Status
+from harness.records.rerun import with_rerun
 from harness.resolve.compose import ResolvedRun
 from harness.tasks.common.fidelity import measure_fidelity
 from harness.tasks.common.lifecycle import guarded, mirror
@@ -69,6 +70,7 @@ def execute(
             generator.stop()
         folder.write_record(measured)  # whatever becomes of the references
         measured = add_fidelity(run, session, measured, ReferenceRenderer(folder.path, bars, engines))
+        measured = with_rerun(measured, config.rerun_of)
         folder.write_record(measured)
         record, outcome.status = measured, status_from_fidelity(measured)
     if record is not None:

@@ -25,6 +25,7 @@ from harness.engines.protocol import AttachedEngine, Engine
 from harness.engines.rank import LOG_FORMAT, check_world_size, redirect_output, serve, write_error
 from harness.engines.torchrun import rank_error
 from harness.records.record import RunFolder, RunFolderError, Status
+from harness.resolve.command import parse_command
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, to_yaml
 from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone, SocketFolderError
@@ -137,10 +138,8 @@ def _run_other_rank(run: ResolvedRun, folder: RunFolder | None, addresses: Addre
 
 
 def _compose(arguments: Sequence[str], ranks: int) -> ResolvedRun:
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if flags:
-        raise ConfigError(f"{flags[0]} does not go with torchrun; sweep outside: python -m harness -m ...")
-    run = compose_run(arguments)
+    command = parse_command(arguments).without_flags("torchrun")
+    run = compose_run(command.overrides, command.search)
     task = run.config.task.name
     if (reason := TRAITS[task].not_under_torchrun) is not None:
         raise ConfigError(f"task={task.name} {reason}; start it with python -m harness, not torchrun")

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from harness.config.schema import RunConfig
 from harness.config.serve import Transport, check_load
+from harness.config.yaml import remarks
 from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.load import describe_batching, describe_outcomes, print_load
 from harness.loggers.table import print_comparison
@@ -116,7 +117,7 @@ def execute_comparison(run: ResolvedRun, console: Console) -> Status:
         outcome.status = status_from_loads(done[1])
     if done is not None:
         comparison, loads = done
-        mirror(partial(log_comparison, config.logger.wandb, comparison, folder.path))
+        mirror(partial(log_comparison, config.logger.wandb, comparison, folder.path, remarks(config)))
         if config.logger.table:
             print_comparison(comparison, folder.path, console)
             for name, load in zip(COMPARED, loads, strict=True):
