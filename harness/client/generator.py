@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -124,17 +125,31 @@ class DiffusionGenerator:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
-    def from_config(cls, *overrides: str) -> DiffusionGenerator:
+    def from_config(cls, *overrides: str, engines: MakeEngine = new_engine) -> DiffusionGenerator:
         """Return a generator for Hydra overrides, as on the command line.
 
             DiffusionGenerator.from_config("model=emoji", "request.steps=8")
+
+        With a pool, the next generator changes the ranks of the last one in place of starting others:
+
+            with EnginePool() as pool:
+                for solver in ("euler", "heun"):
+                    with DiffusionGenerator.from_config(f"scheduler/solver={solver}", engines=pool.engine) as generator:
+                        ...
+
+        Args:
+            *overrides: the overrides.
+            engines: a function that makes the engine; `EnginePool.engine` returns a warm one.
 
         Raises:
             ConfigError: overrides that cannot run; nothing has been started.
         """
         scratch = tempfile.TemporaryDirectory(prefix="triptych-run-")
-        generator = cls.from_resolved(compose_run(overrides), Path(scratch.name))
-        generator._scratch = scratch
+        generator = cls.from_resolved(compose_run(overrides), Path(scratch.name), engines)
+        if engines is new_engine:
+            generator._scratch = scratch
+        else:  # ranks that stay warm write their logs there
+            weakref.finalize(generator._engine, scratch.cleanup)
         return generator
 
     @classmethod

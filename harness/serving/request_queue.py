@@ -14,6 +14,7 @@ import zmq
 from harness.config.serve import ServeConfig
 from harness.messages import (
     QUEUED,
+    Configure,
     Failure,
     GenerationRequest,
     Message,
@@ -79,6 +80,7 @@ class RequestQueue:
         limit: the largest number of waiting requests; None for no limit.
         timeout_s: the time limit of a request that names none, s; also the largest one that a request may name.
         capacity: refuses what the machine cannot finish in time; None refuses nothing.
+        configure: changes the configuration of all ranks, and returns the frames of the answer; None refuses.
 
     Attributes:
         queue: the waiting requests, in the order of arrival.
@@ -99,6 +101,7 @@ class RequestQueue:
         limit: int | None = None,
         timeout_s: float = math.inf,
         capacity: Capacity | None = None,
+        configure: Callable[[Configure], list[bytes]] | None = None,
     ) -> None:
         self.queue: list[TrackedRequest] = []
         self.accepted = 0
@@ -112,6 +115,7 @@ class RequestQueue:
         self._cancellations = cancellations
         self._limit = limit
         self._timeout_s = timeout_s
+        self._configure = configure
         self._disconnected: set[bytes] = set()
         self._progress_sent: dict[str, float] = {}  # the time of the last message, for every open request
         self._answers: deque[float] = deque(maxlen=RETRY_WINDOW)
@@ -212,6 +216,13 @@ class RequestQueue:
         except MessageError as error:
             log.warning("requests: %s", error)
             self._send(client, encode(rejection(error)))
+            return
+        if isinstance(message, Configure) and self._configure is not None:
+            if running or self.queue:
+                waiting = "requests wait or run; send another configuration after their answers"
+                self._send(client, encode(Failure("", "rejected", waiting)))
+            else:
+                self._send(client, self._configure(message))
             return
         if not isinstance(message, GenerationRequest):
             failure = Failure(
