@@ -1,6 +1,7 @@
 """Ranks that change to another run generate, bit for bit, what fresh ranks generate."""
 
 import gc
+import shutil
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -85,6 +86,21 @@ def test_a_run_after_another_one_generates_what_fresh_ranks_do_without_loading_a
     for name in order:
         assert digest(generated(loader, composed(*RUNS[name].split()))) == wanted[name], name
     assert loads == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_blocks_of_another_size_are_compiled_again() -> None:
+    compiled = ("engine.optimize=compile", "request.prompts=[rocket]")
+    runs = {name: composed(*RUNS[name].split(), *compiled) for name in list(RUNS)[:3]}
+    wanted = {}
+    for name, run in runs.items():
+        torch._dynamo.reset()
+        wanted[name] = digest(generated(new_loader(run), run))
+    torch._dynamo.reset()
+    loader = new_loader(runs["euler"])
+    for name in every_pair([*runs]):
+        assert digest(generated(loader, runs[name])) == wanted[name], name
 
 
 def test_other_weights_take_the_place_of_the_last_ones_which_are_freed() -> None:
