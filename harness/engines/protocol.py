@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import Protocol, TypeAlias, TypeVar
 
 from harness.config.schema import RunConfig
@@ -104,7 +105,9 @@ def configure_and_wait(connection: Connection, config: RunConfig) -> EngineInfo:
     """
     timeout_s = config.launch.start_timeout_s
     deadline = time.monotonic() + timeout_s
-    connection.send(Configure(to_yaml(config)))
+    no_prompts = [""] * len(config.request.prompts or [""])  # requests bring theirs, which may be long
+    request = replace(config.request, prompt=None, prompts=no_prompts, negative_prompt="")
+    connection.send(Configure(to_yaml(replace(config, request=request))))
     while time.monotonic() < deadline:
         message = connection.receive_within(deadline - time.monotonic())
         if isinstance(message, EngineInfo):

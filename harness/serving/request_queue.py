@@ -217,12 +217,8 @@ class RequestQueue:
             log.warning("requests: %s", error)
             self._send(client, encode(rejection(error)))
             return
-        if isinstance(message, Configure) and self._configure is not None:
-            if running or self.queue:
-                waiting = "requests wait or run; send another configuration after their answers"
-                self._send(client, encode(Failure("", "rejected", waiting)))
-            else:
-                self._send(client, self._configure(message))
+        if isinstance(message, Configure):
+            self._send(client, self._change(message, running))
             return
         if not isinstance(message, GenerationRequest):
             failure = Failure(
@@ -241,6 +237,14 @@ class RequestQueue:
         self._progress_sent[message.request_id] = now
         position = running + serving_order(self.queue, self.turns, self.key).index(tracked)
         self.send_progress(tracked, QUEUED, position, 0)
+
+    def _change(self, message: Configure, running: int) -> list[bytes]:
+        """Change the configuration of all ranks, unless requests were accepted by the old one."""
+        if self._configure is None:
+            return encode(Failure("", "rejected", "these ranks run one configuration; start others for another one"))
+        if running or self.queue:
+            return encode(Failure("", "rejected", "requests wait or run; send a configuration after their answers"))
+        return self._configure(message)
 
     def _refusal(self, request: GenerationRequest, timeout_s: float) -> Failure | None:
         try:
