@@ -19,6 +19,8 @@ from harness.resolve.engines_table import DIFFUSERS, NATIVE
 BUILT_FROM = ("engine", "model", "scheduler", "parallel", "attention", "cache", "launch", "serve")
 SWAPPED = ("scheduler", "cache")
 """Groups that a pipeline follows without loading again."""
+KEPT_FOR_LIFE = ("parallel", "serve")
+"""Groups that a process follows only as it starts, beside parts of `engine` and `launch`."""
 
 
 def pipeline_key(config: RunConfig) -> str:
@@ -44,8 +46,9 @@ def process_key(config: RunConfig) -> str:
     traits, declared = TRAITS[config.task.name], to_dict(config)
     launch = {key: value for key, value in declared["launch"].items() if key != "reuse"}
     engine = declared["engine"] | {"name": NATIVE if config.engine.name == DIFFUSERS else config.engine.name}
-    parts = [traits.measures, launch, engine, declared["parallel"], declared["serve"]]
-    return json.dumps([*parts, pipeline_key(config) if traits.serves else None], sort_keys=True)
+    kept = [declared[part] for part in KEPT_FOR_LIFE]
+    serves = pipeline_key(config) if traits.serves else None
+    return json.dumps([traits.measures, launch, engine, *kept, serves], sort_keys=True)
 
 
 def _text(config: RunConfig, parts: tuple[str, ...], *more: str) -> str:
