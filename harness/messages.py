@@ -235,6 +235,17 @@ class Failure(msgspec.Struct, frozen=True, tag=True):
     retry_after_s: float | None = None
 
 
+class Configure(msgspec.Struct, frozen=True, tag=True):
+    """A command to the ranks to run another configuration from now on; the answer is an EngineInfo.
+
+    Args:
+        config: the resolved configuration as YAML, checked by its sender. Its layout, launch settings and environment
+            are those of the ranks (harness.resolve.engine_key).
+    """
+
+    config: str
+
+
 class RankOutcome(msgspec.Struct, frozen=True, tag=True):
     """What a rank hands to rank 0 after a request: its samples and report, or its failure."""
 
@@ -345,7 +356,16 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
 
 
 Message: TypeAlias = (
-    GenerationRequest | Progress | GenerationResult | Failure | RankOutcome | Ping | Cancel | Shutdown | EngineInfo
+    GenerationRequest
+    | Progress
+    | GenerationResult
+    | Failure
+    | Configure
+    | RankOutcome
+    | Ping
+    | Cancel
+    | Shutdown
+    | EngineInfo
 )
 
 

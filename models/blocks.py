@@ -94,3 +94,9 @@ def wrap_runners(network: nn.Module, plan: ParallelPlan, *features: RunnerFeatur
         for feature in features:
             if feature is not None:
                 blocks.runner = feature.wrap(stack, blocks.runner)
+
+
+def unwrap_runners(network: nn.Module, plan: ParallelPlan) -> None:
+    """Take every feature off the runners of a network's stacks, in place."""
+    for stack in plan.stacks:
+        block_stack(network, stack).runner = run_blocks

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import replace
-from datetime import timedelta
+import importlib
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,15 +14,14 @@ from harness.config.cache import is_block_cache
 from harness.config.engines import CACHE_DIT, DIFFUSERS
 from harness.config.kinds import GUIDANCE_RULES
 from harness.config.schema import ParallelConfig, Quantize, RunConfig
-from harness.optimize.apply import ReplaySupport, optimize
+from harness.optimize.apply import OptimizedComponents, ReplaySupport, optimize
 from harness.optimize.operator_check import OperatorCheck
 from harness.parallel.attention import SequenceState
 from harness.parallel.displaced import DisplacedPatches
 from harness.parallel.fsdp import apply_fsdp
-from harness.parallel.mesh import RankPosition
 from harness.parallel.parallelize import shard_linears, shard_tokens
 from harness.parallel.pipefusion import PipeFusion, drop_blocks
-from harness.parallel.process_groups import ProcessGroups, make_process_groups
+from harness.parallel.process_groups import ProcessGroups
 from harness.parallel.stale_kv import StaleKVCache
 from harness.pipeline.composed import ComposedPipeline, with_own_stages
 from harness.pipeline.decode import Decoding
@@ -43,7 +41,7 @@ from harness.resolve.layout_rules import patches_of
 from harness.resolve.run import ResolvedRun
 from models.attention import attention_kernel, resolved_name
 from models.attention.lse import lse_kernel
-from models.blocks import RunnerFeature, wrap_runners
+from models.blocks import RunnerFeature, unwrap_runners, wrap_runners
 from models.checkpoint_source import CheckpointSource
 from models.components import ComponentLoader, Components, Decoder, networks_in
 from models.quantize import quantize
@@ -107,28 +105,52 @@ def apply_layout(
     return sharding, displaced
 
 
-def native_pipeline(
-    run: ResolvedRun, source: CheckpointSource, position: RankPosition, operators: OperatorCheck
-) -> tuple[ComposedPipeline, ProcessGroups]:
-    """Build the stages around the native network.
+@dataclass(frozen=True)
+class LoadedNetworks:
+    """What a rank loads, optimises and shards once; a pipeline of any noise scheduler and cache is built round it.
+
+    Attributes:
+        source: the checkpoint's files.
+        components: the loaded components.
+        optimized: the components to run.
+        groups: the groups of ranks that they are sharded over.
+        sequence: the record of how tokens are sharded.
+        layout: what shards the arguments of the blocks, or None.
+        stale_kv: what the layout stores between evaluations, or None if it is exact.
+        text: the stage that encodes prompts, with its encoder and its cache of prompts.
+        decoding: the stage that decodes.
+    """
+
+    source: CheckpointSource
+    components: Components
+    optimized: OptimizedComponents
+    groups: ProcessGroups
+    sequence: SequenceState
+    layout: RunnerFeature | None
+    stale_kv: StaleKVCache | None
+    text: Stage
+    decoding: Stage
+
+
+def load_networks(
+    run: ResolvedRun, source: CheckpointSource, groups: ProcessGroups, operators: OperatorCheck
+) -> LoadedNetworks:
+    """Load the native networks, optimise them, and shard them over this rank's groups.
 
     Args:
         run: the resolved run.
         source: the checkpoint's files.
-        position: this rank's position on the mesh.
+        groups: this rank's groups.
         operators: what compares the operators of this rank with float64, while they are whole and on the device.
 
     Returns:
-        The pipeline, and the groups of ranks that it is sharded over.
+        The networks.
 
     Raises:
         CheckpointError: if weights are missing, broken or do not fit.
         ValueError: if settings do not go together.
     """
     config, model = run.config, run.config.model
-    timeout = timedelta(seconds=config.launch.collective_timeout_s)
-    # before loading, whose time may differ between ranks
-    groups = make_process_groups(position, source.device, timeout)
     load: ComponentLoader = importlib.import_module(ARCHITECTURES[model.architecture].module).load
     backend = run.attention.backend(source.device.type)
     sharder: ShardWeights | None = partial(shard_linears, group=groups.tp) if groups.tp.size > 1 else None
@@ -151,43 +173,70 @@ def native_pipeline(
     operators.compare_operators()
     operators.compare_attention(backend, run.attention.with_lse, components.plan, dtype, run.attention.options)
     state = SequenceState()
-    cached = cached_network(config.cache, components.network, components.plan, groups.replica, state, config.plugin)
     layout, stale_kv = apply_layout(run, components, groups, backend, state)
-    # from the blocks outwards: each gets its slice of the modulation, a cache skips them, a layout shards their tokens
-    wrap_runners(components.network, components.plan, optimized.precompute, cached, layout)
     if config.parallel.shard_weights:
         apply_fsdp(components.network, components.plan, groups.weights, source.device)
-    noise_scheduler = noise_scheduler_of(run, source, components)
     text = TextEncoding(
         operators.compare_loaded(optimized.load_prompts),
         components.guidance,
         PromptCache(cache_mib(config)),
         model.text.keep_loaded,
     )
+    decoding = Decoding(decoder_of(optimized.decoder, groups, config.parallel))
+    return LoadedNetworks(
+        source,
+        components,
+        optimized,
+        groups,
+        state,
+        layout,
+        stale_kv,
+        offloaded(run, text, text.encoder, source.device),
+        offloaded(run, decoding, components.decoder, source.device),
+    )
+
+
+def native_pipeline(run: ResolvedRun, loaded: LoadedNetworks) -> ComposedPipeline:
+    """Build the stages round loaded networks, in place of those of an earlier run.
+
+    Args:
+        run: the resolved run.
+        loaded: the networks of a run with an equal `weights_key` (harness.resolve.engine_key).
+
+    Returns:
+        The pipeline. An earlier one of the same networks cannot run any more.
+
+    Raises:
+        ValueError: if settings do not go together.
+    """
+    config, source, components, optimized = run.config, loaded.source, loaded.components, loaded.optimized
+    cached = cached_network(
+        config.cache, components.network, components.plan, loaded.groups.replica, loaded.sequence, config.plugin
+    )
+    # from the blocks outwards: each gets its slice of the modulation, a cache skips them, a layout shards their tokens
+    unwrap_runners(components.network, components.plan)
+    wrap_runners(components.network, components.plan, optimized.precompute, cached, loaded.layout)
+    noise_scheduler = noise_scheduler_of(run, source, components)
     network = optimized.network if cached is None else cached
     options = DenoisingOptions(
         optimized.precompute,
         guidance_schedule(config.cache, config.plugin),
         cached is not None,
-        stale_kv,
+        loaded.stale_kv,
         optimized.notes,
         guidance_rule(config),
     )
-    denoising = Denoising(network, dtype, noise_scheduler, components.guidance, groups.cfg, options)
-    decoding = Decoding(decoder_of(optimized.decoder, groups, config.parallel))
-
-    def with_offload(stage: Stage, part: object) -> Stage:
-        return OffloadedStage(stage, networks_in(part), source.device) if model.offload else stage
-
+    dtype = source.dtype_of(source.denoiser)
+    denoising = Denoising(network, dtype, noise_scheduler, components.guidance, loaded.groups.cfg, options)
     stages = [
-        with_offload(text, text.encoder),
+        loaded.text,
         TimestepPreparation(noise_scheduler, components.size_multiple),
         LatentPreparation(components.latent, noise_scheduler),
-        with_offload(denoising, components.network),
-        with_offload(decoding, components.decoder),
+        offloaded(run, denoising, components.network, source.device),
+        loaded.decoding,
     ]
     validation = InputValidation(limits_of(run, components), noise_scheduler)
-    return ComposedPipeline(validation, with_own_stages(stages, run, components), SyncExecutor()), groups
+    return ComposedPipeline(validation, with_own_stages(stages, run, components), SyncExecutor())
 
 
 def guidance_rule(config: RunConfig) -> Combine:
@@ -196,6 +245,11 @@ def guidance_rule(config: RunConfig) -> Combine:
     rule: Combine = imported(GUIDANCE_RULES[name])
     options = own_options(GUIDANCE_RULES, name, config.plugin)
     return partial(rule, **options) if options else rule
+
+
+def offloaded(run: ResolvedRun, stage: Stage, part: object, device: torch.device) -> Stage:
+    """Return a stage whose networks are on the device only while it runs, if model.offload is set; else the stage."""
+    return OffloadedStage(stage, networks_in(part), device) if run.config.model.offload else stage
 
 
 def replay_support(config: RunConfig, groups: ProcessGroups) -> ReplaySupport:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -125,22 +126,35 @@ class DiffusionGenerator:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
-    def from_config(cls, *overrides: str, config_dir: str | Path | None = None) -> DiffusionGenerator:
+    def from_config(
+        cls, *overrides: str, config_dir: str | Path | None = None, engines: MakeEngine = new_engine
+    ) -> DiffusionGenerator:
         """Return a generator for Hydra overrides, as on the command line.
 
             DiffusionGenerator.from_config("model=emoji", "request.steps=8")
 
+        With a pool, the next generator changes the ranks of the last one in place of starting others:
+
+            with EnginePool() as pool:
+                for solver in ("euler", "heun"):
+                    with DiffusionGenerator.from_config(f"scheduler/solver={solver}", engines=pool.engine) as generator:
+                        ...
+
         Args:
             *overrides: the overrides; from=FOLDER among them stands for those of the run in that folder.
             config_dir: a folder of your own configurations, as after --config-dir.
+            engines: a function that makes the engine; `EnginePool.engine` returns a warm one.
 
         Raises:
             ConfigError: overrides that cannot run; nothing has been started.
         """
         command = parse_command(overrides, config_dir).without_flags("DiffusionGenerator")
         scratch = tempfile.TemporaryDirectory(prefix="triptych-run-")
-        generator = cls.from_resolved(compose_run(command.overrides, command.search), Path(scratch.name))
-        generator._scratch = scratch
+        generator = cls.from_resolved(compose_run(command.overrides, command.search), Path(scratch.name), engines)
+        if engines is new_engine:
+            generator._scratch = scratch
+        else:  # ranks that stay warm write their logs there
+            weakref.finalize(generator._engine, scratch.cleanup)
         return generator
 
     @classmethod

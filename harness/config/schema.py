@@ -421,9 +421,10 @@ class LaunchConfig:
     stop_timeout_s: float = option(
         10.0, "Time from an orderly shutdown to SIGTERM, and from SIGTERM to SIGKILL.", unit="s", low=0, high=MAX_WAIT_S
     )
-    reuse: int = option(
-        1,
-        "Engines kept running between the jobs of a sweep, with their weights; 0 starts fresh ranks for every job.",
+    reuse: int | None = option(
+        None,
+        "Engines kept running between the jobs of a sweep, with their weights; 0 starts fresh ranks for every job. "
+        "null = 1, but up to 4 while their weights are under 2 GiB: those of the references too.",
         low=0,
         high=1_000,
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,6 +14,7 @@ from harness.parallel.mesh import RankPosition
 from harness.resolve.run import ResolvedRun
 
 if TYPE_CHECKING:
+    from harness.engines.loader import RankLoader
     from harness.serving.request_scheduler import RequestScheduler
     from harness.serving.transport import Connection
 
@@ -51,6 +50,7 @@ class InprocessEngine:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._scheduler: RequestScheduler | None = None
+        self._loader: RankLoader | None = None
         self._restore: Callable[[], None] = lambda: None
         self.reused: str | None = None
         self.environment: dict[str, str] = dict(os.environ)
@@ -64,9 +64,8 @@ class InprocessEngine:
         self.environment = dict(os.environ)
         import torch
 
-        from harness.build.native import attention_name
-        from harness.build.worker import build_worker, measure_ceiling
-        from harness.device.device import pick_device, prepare_cpu
+        from harness.device.device import pick_device
+        from harness.engines.loader import RankLoader
         from harness.parallel.collectives import LocalCollectives
         from harness.serving.request_scheduler import RequestScheduler
 
@@ -78,25 +77,26 @@ class InprocessEngine:
             torch.set_flush_denormal(False)
 
         self._restore = restore
-        start, run = time.perf_counter(), ResolvedRun(self._config)
-        threads, device = threads_per_rank(self._config.launch, 1), pick_device(0)
-        prepare_cpu(self._config, threads)
-        worker = build_worker(run, RankPosition(0, run.degrees), device)
-        self._scheduler = RequestScheduler(worker, LocalCollectives(), NoCancelFlags())
-        load_ms = (time.perf_counter() - start) * 1e3 - worker.operators.duration_ms
-        return EngineInfo(
+        run, device, collectives = ResolvedRun(self._config), pick_device(0), LocalCollectives()
+        info = EngineInfo(
             "ready",
             1,
             [os.getpid()],
-            load_ms=load_ms,
             device=str(device),
-            attention=attention_name(run, device),
-            threads=threads,
-            loaded=worker.loaded,
-            ceiling_tflops=[measure_ceiling(self._config, device)],
-            hosts=[socket.gethostname()],
+            threads=threads_per_rank(self._config.launch, 1),
             cpu_capability=torch.backends.cpu.get_cpu_capability(),
         )
+        self._loader = RankLoader(RankPosition(0, run.degrees), device, collectives, info)
+        info = self._loader.load(run)
+        self._scheduler = RequestScheduler(self._loader.worker, collectives, NoCancelFlags(), self._loader)
+        return info
+
+    def configure(self, config: RunConfig) -> EngineInfo:
+        """Change the worker to another configuration."""
+        if self._loader is None:
+            raise RuntimeError("the engine is not running; call start() first")
+        self._config = config
+        return self._loader.load(ResolvedRun(config))
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:
         """Run one request in the calling thread.
@@ -136,6 +136,6 @@ class InprocessEngine:
 
     def stop(self) -> None:
         """Drop the worker and restore torch's settings."""
-        self._scheduler = None
+        self._scheduler = self._loader = None
         self._restore()
         self._restore = lambda: None

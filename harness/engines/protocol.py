@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import Protocol, TypeAlias, TypeVar
 
-from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Progress
-from harness.serving.transport import Addresses, Connection
+from harness.config.schema import RunConfig
+from harness.config.yaml import to_yaml
+from harness.messages import Configure, EngineInfo, Failure, GenerationRequest, GenerationResult, Progress
+from harness.serving.transport import Addresses, Connection, EngineGone
 
 OnProgress: TypeAlias = Callable[[Progress], None]
 Answer: TypeAlias = tuple[GenerationResult, list[bytes]]
@@ -68,6 +72,49 @@ class Engine(Protocol):
 
     def stop(self) -> None:
         """End the engine; no process of it is left. A second call does nothing."""
+
+
+class WarmEngine(Engine, Protocol):
+    """An engine whose ranks can change to another configuration between two requests."""
+
+    def configure(self, config: RunConfig) -> EngineInfo:
+        """Change to a configuration with an equal `process_key`, and wait until every rank is ready.
+
+        Args:
+            config: the resolved configuration.
+
+        Raises:
+            RequestFailed: the ranks refused it, and run what they ran.
+            EngineGone: a rank died, for instance of weights that cannot be loaded, or was not ready in time.
+        """
+
+
+def configure_and_wait(connection: Connection, config: RunConfig) -> EngineInfo:
+    """Send a configuration to the ranks of an engine and wait until every rank is ready.
+
+    Args:
+        connection: the connection to the engine.
+        config: the resolved configuration.
+
+    Returns:
+        The engine's state.
+
+    Raises:
+        RequestFailed: the ranks refused it.
+        EngineGone: the engine died first, or was not ready in time.
+    """
+    timeout_s = config.launch.start_timeout_s
+    deadline = time.monotonic() + timeout_s
+    no_prompts = [""] * len(config.request.prompts or [""])  # requests bring theirs, which may be long
+    request = replace(config.request, prompt=None, prompts=no_prompts, negative_prompt="")
+    connection.send(Configure(to_yaml(replace(config, request=request))))
+    while time.monotonic() < deadline:
+        message = connection.receive_within(deadline - time.monotonic())
+        if isinstance(message, EngineInfo):
+            return message
+        if isinstance(message, Failure) and not message.request_id:
+            raise RequestFailed(message)
+    raise EngineGone(f"the engine had not changed within {timeout_s:g} s; raise launch.start_timeout_s")
 
 
 def send_and_wait(connection: Connection, request: GenerationRequest, on_progress: OnProgress) -> Answer:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
-import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ from harness.engines.environment import OWNER, SOCKETS, threads_per_rank
 from harness.engines.preimport import import_required
 from harness.engines.processes import RANK_NAME, end_with_parent, set_process_name
 from harness.engines.torchrun import RankError
-from harness.messages import EngineInfo, LoadedComponent
+from harness.messages import EngineInfo
 from harness.parallel.mesh import RankPosition
 from harness.plugins import load_sources
 from harness.records.record import write_atomically
@@ -39,17 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
-
-class RankInfo(msgspec.Struct, frozen=True):
-    """What a rank reports once it has loaded."""
-
-    pid: int
-    load_ms: float
-    loaded: list[LoadedComponent] = []
-    ceiling_tflops: float = 0.0
-    node: int = 0
-    host: str = ""
 
 
 class StoreCancelFlags:
@@ -152,9 +140,9 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
     import zmq
 
     from harness.build.native import attention_name
-    from harness.build.worker import build_worker, measure_ceiling
-    from harness.device.device import pick_device, prepare_cpu
+    from harness.device.device import pick_device
     from harness.device.spinning import adaptive_waits
+    from harness.engines.loader import RankLoader
     from harness.parallel.collectives import Collectives, GlooCollectives, LocalCollectives, replica_collectives
     from harness.resolve.request import to_message
     from harness.serving.continuous_batching import ContinuousBatchScheduler
@@ -168,6 +156,8 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
 
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = pick_device(local_rank)
+    serves = TRAITS[config.task.name].serves
+    max_bytes = max_request_bytes(config.serve.max_images if serves else MAX_IMAGES)
     info = EngineInfo(
         "loading",
         position.world_size,
@@ -176,23 +166,16 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
         attention=attention_name(run, device),
         threads=threads_per_rank(config.launch, local_ranks),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        max_request_bytes=max_bytes,
     )
     context = zmq.Context()
     control = ControlThread(context, addresses, info) if position.rank == 0 else None
     try:
         collectives: Collectives = GlooCollectives() if position.world_size > 1 else LocalCollectives()
-        start = time.perf_counter()
-        prepare_cpu(config, info.threads)
         if is_adaptive(config) and adaptive_waits(info.threads) is None and info.threads > 1:
             log.warning("this OpenMP library's waits cannot be changed: threads always spin for long")
-        worker = build_worker(run, position, device)
-        load_ms = (time.perf_counter() - start) * 1e3 - worker.operators.duration_ms
-        collectives.gather([])  # all ranks have loaded, so that all measure at the same time
-        node, host = int(os.environ["GROUP_RANK"]), socket.gethostname()
-        own_info = RankInfo(os.getpid(), load_ms, worker.loaded, measure_ceiling(config, device), node, host)
-        gathered = collectives.gather([msgspec.msgpack.encode(own_info)])
-        infos = [msgspec.msgpack.decode(frames[0], type=RankInfo) for frames in gathered]
-        serves = TRAITS[config.task.name].serves
+        loader = RankLoader(position, device, collectives, info, int(os.environ["GROUP_RANK"]))
+        loaded_info, worker = loader.load(run), loader.worker
         default_work = evaluation_work(to_message(config.request))
         request_scheduler: RequestScheduler | ContinuousBatchScheduler
         if serves and config.serve.max_batch > 1:
@@ -202,16 +185,11 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
             )
         else:
             cancel_flags = StoreCancelFlags(dist.distributed_c10d._get_default_store())
-            request_scheduler = RequestScheduler(worker, collectives, cancel_flags)
+            request_scheduler = RequestScheduler(worker, collectives, cancel_flags, loader)
         if control is None:
             request_scheduler.follow()
             return
-        pids, load_ms = [f.pid for f in infos], max(f.load_ms for f in infos)
-        loaded, ceilings = slowest_load_times([f.loaded for f in infos]), [f.ceiling_tflops for f in infos]
-        hosts = list({f.node: f.host for f in infos}.values())
-        loaded_info = msgspec.structs.replace(info, pids=pids, load_ms=load_ms, loaded=loaded, hosts=hosts)
-        max_bytes = max_request_bytes(config.serve.max_images if serves else MAX_IMAGES)
-        control.set_info(msgspec.structs.replace(loaded_info, ceiling_tflops=ceilings, max_request_bytes=max_bytes))
+        control.set_info(loaded_info)
         requests, wake = router(context, addresses.requests, max_bytes), shutdown_listener(context)
         if serves:
             serve = config.serve
@@ -224,20 +202,16 @@ def _serve(run: ResolvedRun, addresses: Addresses, position: RankPosition) -> No
                 requests, wake, check, control, key, serve.max_queue, serve.timeout_s, capacity
             )
         else:
-            request_queue = RequestQueue(requests, wake, worker.pipeline.check, control)
+            assert isinstance(request_scheduler, RequestScheduler)
+            configure = partial(request_scheduler.configure, on_change=control.set_info)
+            request_queue = RequestQueue(
+                requests, wake, lambda request: worker.pipeline.check(request), control, configure=configure
+            )
         request_scheduler.lead(request_queue, control)
     finally:
         if control is not None:
             control.close()
         context.destroy(linger=1000)
-
-
-def slowest_load_times(ranks: list[list[LoadedComponent]]) -> list[LoadedComponent]:
-    """Return rank 0's components, each with the loading time of the slowest rank."""
-    times: dict[str, float] = {}
-    for part in (part for rank in ranks for part in rank):
-        times[part.component] = max(part.load_ms, times.get(part.component, 0.0))
-    return [msgspec.structs.replace(part, load_ms=times[part.component]) for part in ranks[0]]
 
 
 def write_error(logs: Path, rank: int, error: Exception) -> None:

@@ -19,7 +19,7 @@ from harness.config.schema import RunConfig
 from harness.engines.environment import SOCKETS, loopback_environment, rank_environment
 from harness.engines.fork_server import KILL_S, Agent, AgentOrder, ForkServer
 from harness.engines.processes import ProcessHandle, children, is_stopped
-from harness.engines.protocol import Answer, OnProgress, send_and_wait
+from harness.engines.protocol import Answer, OnProgress, configure_and_wait, send_and_wait
 from harness.messages import EngineInfo, GenerationRequest
 from harness.parallel.mesh import degrees, world_size
 from harness.serving.transport import Addresses, Connection, EngineGone
@@ -93,6 +93,13 @@ class TorchrunEngine:
         self._ranks = [handle for pid in info.pids if (handle := ProcessHandle.open(pid)) is not None]
         if len(self._ranks) < len(info.pids):
             raise post_mortem(self._logs)
+        return info
+
+    def configure(self, config: RunConfig) -> EngineInfo:
+        """Change the running ranks to another configuration."""
+        if self._connection is None:
+            raise RuntimeError("the engine is not running; call start() first")
+        info, self._config = configure_and_wait(self._connection, config), config
         return info
 
     def generate(self, request: GenerationRequest, on_progress: OnProgress) -> Answer:

@@ -14,6 +14,7 @@ import zmq
 from harness.config.serve import ServeConfig
 from harness.messages import (
     QUEUED,
+    Configure,
     Failure,
     GenerationRequest,
     Message,
@@ -79,6 +80,7 @@ class RequestQueue:
         limit: the largest number of waiting requests; None for no limit.
         timeout_s: the time limit of a request that names none, s; also the largest one that a request may name.
         capacity: refuses what the machine cannot finish in time; None refuses nothing.
+        configure: changes the configuration of all ranks, and returns the frames of the answer; None refuses.
 
     Attributes:
         queue: the waiting requests, in the order of arrival.
@@ -99,6 +101,7 @@ class RequestQueue:
         limit: int | None = None,
         timeout_s: float = math.inf,
         capacity: Capacity | None = None,
+        configure: Callable[[Configure], list[bytes]] | None = None,
     ) -> None:
         self.queue: list[TrackedRequest] = []
         self.accepted = 0
@@ -112,6 +115,7 @@ class RequestQueue:
         self._cancellations = cancellations
         self._limit = limit
         self._timeout_s = timeout_s
+        self._configure = configure
         self._disconnected: set[bytes] = set()
         self._progress_sent: dict[str, float] = {}  # the time of the last message, for every open request
         self._answers: deque[float] = deque(maxlen=RETRY_WINDOW)
@@ -213,6 +217,9 @@ class RequestQueue:
             log.warning("requests: %s", error)
             self._send(client, encode(rejection(error)))
             return
+        if isinstance(message, Configure):
+            self._send(client, self._change(message, running))
+            return
         if not isinstance(message, GenerationRequest):
             failure = Failure(
                 "", "rejected", f"{type(message).__name__} is not a request; send it to the control socket"
@@ -230,6 +237,14 @@ class RequestQueue:
         self._progress_sent[message.request_id] = now
         position = running + serving_order(self.queue, self.turns, self.key).index(tracked)
         self.send_progress(tracked, QUEUED, position, 0)
+
+    def _change(self, message: Configure, running: int) -> list[bytes]:
+        """Change the configuration of all ranks, unless requests were accepted by the old one."""
+        if self._configure is None:
+            return encode(Failure("", "rejected", "these ranks run one configuration; start others for another one"))
+        if running or self.queue:
+            return encode(Failure("", "rejected", "requests wait or run; send a configuration after their answers"))
+        return self._configure(message)
 
     def _refusal(self, request: GenerationRequest, timeout_s: float) -> Failure | None:
         try:

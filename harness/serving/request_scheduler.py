@@ -10,9 +10,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from harness.messages import GenerationRequest, GenerationResult, Shutdown, decode, encode
+import msgspec
+
+from harness.messages import (
+    Configure,
+    EngineInfo,
+    Failure,
+    GenerationRequest,
+    GenerationResult,
+    Shutdown,
+    decode,
+    encode,
+)
 from harness.parallel.collectives import Collectives
 from harness.pipeline.state import OnProgress
+from harness.resolve.run import ResolvedRun
 from harness.serving.control import ControlThread
 from harness.serving.outcomes import merge_outcomes
 from harness.serving.policy import evaluation_work
@@ -34,6 +46,16 @@ class CancelFlags(Protocol):
         """Remove the mark: a later request may have the same id."""
 
 
+class RunLoader(Protocol):
+    """Loads another run on this rank, into its worker."""
+
+    def read(self, text: str) -> ResolvedRun:
+        """Return the run of a configuration, or raise ValueError."""
+
+    def load(self, run: ResolvedRun) -> EngineInfo:
+        """Load a run in place of the last one; all ranks call it at the same time."""
+
+
 class RequestScheduler:
     """The scheduler of one rank. Rank 0 owns the sockets; the other ranks sleep in a broadcast until there is work.
 
@@ -41,10 +63,14 @@ class RequestScheduler:
         worker: this rank's worker.
         collectives: the collectives over all ranks.
         cancel_flags: the flags of cancelled requests.
+        loader: loads other runs into the worker; None if it runs one configuration for its life.
     """
 
-    def __init__(self, worker: Worker, collectives: Collectives, cancel_flags: CancelFlags) -> None:
+    def __init__(
+        self, worker: Worker, collectives: Collectives, cancel_flags: CancelFlags, loader: RunLoader | None = None
+    ) -> None:
         self.worker = worker
+        self.loader = loader
         self.collectives = collectives
         self.cancel_flags = cancel_flags
 
@@ -52,6 +78,9 @@ class RequestScheduler:
         """Run the loop of a rank other than 0, until rank 0 broadcasts Shutdown."""
         while True:
             message = decode([self.collectives.broadcast(None)])
+            if isinstance(message, Configure) and self.loader is not None:
+                self.loader.load(self.loader.read(message.config))
+                continue
             if not isinstance(message, GenerationRequest):
                 return
             is_cancelled = partial(self.cancel_flags.is_set, message.request_id)
@@ -94,6 +123,27 @@ class RequestScheduler:
             if evaluations:
                 images = min(request.batch_size, len(request.prompts) * request.samples_per_prompt)
                 speed.observe(size, size * images * evaluations, report.networks_ms["denoiser"] / 1e3)
+
+    def configure(self, message: Configure, on_change: Callable[[EngineInfo], None]) -> list[bytes]:
+        """Load another run on all ranks, between two requests; call it on rank 0.
+
+        Args:
+            message: the command.
+            on_change: a callback that receives the engine's new state.
+
+        Returns:
+            The frames of the answer: the engine's state, or a Failure of what was not even begun.
+        """
+        if self.loader is None:
+            return encode(Failure("", "rejected", "these ranks run one configuration; start others"))
+        try:
+            run = self.loader.read(message.config)
+        except ValueError as error:
+            return encode(Failure("", "rejected", str(error)))
+        self.collectives.broadcast(encode(message)[0])
+        info = msgspec.structs.replace(self.loader.load(run), state="ready")
+        on_change(info)
+        return encode(info)
 
     def stop(self) -> None:
         """Make the other ranks leave their loop."""

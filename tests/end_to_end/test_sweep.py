@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from harness.records.record import INTERRUPTED, load, read_status
-from tests.fixtures.commands import LIMIT_S, inspect, processes_about, record_of, run, started, wait_for
+from tests.fixtures.commands import LIMIT_S, hashes, inspect, processes_about, record_of, run, started, wait_for
 
 HERE = [
     "launch.mode=inprocess",
@@ -137,6 +137,28 @@ def test_a_sweep_starts_ranks_once_an_engine_and_again_only_what_is_not_done(tmp
     after = {job.name: (job / "status.json").stat().st_mtime_ns for job in jobs(folder)}
     assert {name for name in after if after[name] != before[name]} == {started.name, refused.name}
     assert read_status(started).state == "ok"
+
+
+@pytest.mark.slow
+def test_a_bench_over_families_and_solvers_starts_ranks_for_three_roles_only(tmp_path: Path) -> None:
+    """Those of the measured runs, references and floors change from job to job; images are those of fresh ones."""
+    measured = ["task=bench", "task.repeats=1", f"task.references={tmp_path / 'references'}", "logger=json"]
+    folder, where = tmp_path / "sweep", ["launch.mode=torchrun", "request.steps=2", *measured]
+    done = sweep(folder, "scheduler=rectified_flow,ddpm", "scheduler/solver=ddim,dpmpp_2m", *where)
+    assert done.returncode == 0, done.stderr
+    assert "ranks were started 3 times and reused 13 times" in done.stdout
+    records = {job: record_of(job) for job in jobs(folder)}
+    assert len({record.samples[0].sha256 for record in records.values()}) == 4
+    for job, record in records.items():
+        scheduler = record.config["scheduler"]
+        names = [f"scheduler={scheduler['family']}", f"scheduler/solver={scheduler['solver']['name']}"]
+        alone = tmp_path / "alone" / job.name
+        overrides = [*HERE, "launch.mode=torchrun", *where, *names, "task.fidelity=false", f"hydra.run.dir={alone}"]
+        assert run([sys.executable, "-m", "harness", *overrides]).returncode == 0
+        assert hashes(alone) == hashes(job)
+        assert record.fidelity is not None
+        assert record.fidelity.verdict in ("identical", "within_floor")
+    assert [record.first_call.reused for record in records.values()].count(None) == 1
 
 
 SWEEPS = (

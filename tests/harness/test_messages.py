@@ -10,6 +10,7 @@ import pytest
 from harness.messages import (
     ArrayRef,
     Cancel,
+    Configure,
     EngineInfo,
     Failure,
     GenerationRequest,
@@ -53,6 +54,7 @@ MESSAGES: list[Message] = [
     Ping(),
     Cancel("a"),
     Shutdown(),
+    Configure("task: {name: bench}"),
     EngineInfo("ready", 2, [10, 11], 1, 5, 123.0, "cpu", "sdpa", 1),
 ]
 

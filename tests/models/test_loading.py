@@ -13,7 +13,7 @@ from torch import nn
 
 from harness.build.common import source_of
 from harness.client.generator import DiffusionGenerator
-from harness.engines.rank import slowest_load_times
+from harness.engines.loader import slowest_load_times
 from harness.messages import LoadedComponent
 from harness.resolve.checkpoint import locate, models_of
 from harness.resolve.compose import ConfigError, compose_run

@@ -22,7 +22,7 @@ from harness.client.generator import DiffusionGenerator
 from harness.config.cache import CacheConfig
 from harness.config.optimize import Optimize
 from harness.config.schema import DType, EngineConfig, LaunchMode, ParallelConfig, Quantize, RunConfig, Task, TaskConfig
-from harness.engines.pool import BUILT_FROM, MakeEngine, new_engine
+from harness.engines.pool import MakeEngine, new_engine
 from harness.messages import Array
 from harness.metrics.fidelity import Check
 from harness.records.provenance import PACKAGES, arithmetic_environment, cpu_name, version
@@ -31,6 +31,7 @@ from harness.resolve.checkpoint import COMPONENTS
 from harness.resolve.compose import ResolvedRun, to_dict
 from harness.resolve.conflicts import check_conflicts
 from harness.resolve.engine import check_engine
+from harness.resolve.engine_key import BUILT_FROM
 from harness.resolve.engines_table import BASELINES, DIFFUSERS
 from harness.serving.faults import failure_line
 

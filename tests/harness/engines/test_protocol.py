@@ -5,9 +5,20 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from harness.engines.protocol import RequestFailed, send_and_wait
-from harness.messages import Failure, GenerationRequest, GenerationResult, Message, Progress, encode
+from harness.config.yaml import from_yaml
+from harness.engines.protocol import RequestFailed, configure_and_wait, send_and_wait
+from harness.messages import (
+    Configure,
+    EngineInfo,
+    Failure,
+    GenerationRequest,
+    GenerationResult,
+    Message,
+    Progress,
+    encode,
+)
 from harness.records.record import Status
+from harness.resolve.compose import compose_run
 from harness.serving.faults import failure_kind, failure_line, is_peer_lost
 from harness.serving.transport import Connection, EngineGone
 from harness.tasks.common.lifecycle import status_from_error
@@ -19,9 +30,14 @@ class Script(Connection):
     def __init__(self, said: Sequence[Message]) -> None:
         self.said = list(said)
         self.cancelled: list[str] = []
+        self.sent: list[Message] = []
 
     def send(self, message: Message) -> None:
-        assert isinstance(message, GenerationRequest)
+        assert isinstance(message, GenerationRequest | Configure)
+        self.sent.append(message)
+
+    def receive_within(self, timeout_s: float) -> Message | None:
+        return self.said.pop(0) if self.said else None
 
     def receive(self) -> tuple[Message, list[bytes]]:
         if not self.said:
@@ -55,6 +71,25 @@ def test_a_failure_of_this_request_is_raised_with_its_kind(request_id: str) -> N
     with pytest.raises(RequestFailed, match="rank 1: out") as caught:
         send_and_wait(Script([Failure(request_id, "oom", "out of memory", 1)]), REQUESTED, lambda progress: None)
     assert caught.value.kind == "oom"
+
+
+def test_a_configuration_is_sent_without_its_prompts_and_answered_with_the_state() -> None:
+    config, ready = compose_run(["request.prompts=[secret,other]"]).config, EngineInfo("ready", 1, [])
+    script = Script([Progress("old", "denoising", 1, 2), ready])
+    assert configure_and_wait(script, config) == ready
+    (sent,) = script.sent
+    assert isinstance(sent, Configure)
+    assert "secret" not in sent.config
+    assert len(from_yaml(sent.config).request.prompts or []) == 2
+    assert config.request.prompts == ["secret", "other"]
+
+
+def test_a_refused_configuration_and_a_silent_engine_end_the_wait() -> None:
+    config = compose_run(["launch.start_timeout_s=0.05"]).config
+    with pytest.raises(RequestFailed, match="another layout"):
+        configure_and_wait(Script([Failure("", "rejected", "another layout")]), config)
+    with pytest.raises(EngineGone, match=r"raise launch\.start_timeout_s"):
+        configure_and_wait(Script([]), config)
 
 
 def test_an_interrupt_cancels_the_request() -> None:

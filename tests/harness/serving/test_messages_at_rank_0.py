@@ -10,7 +10,17 @@ import pytest
 import zmq
 
 from harness.config.bounds import MAX_IMAGES
-from harness.messages import Cancel, EngineInfo, Failure, GenerationResult, MessageError, Ping, decode, encode
+from harness.messages import (
+    Cancel,
+    Configure,
+    EngineInfo,
+    Failure,
+    GenerationResult,
+    MessageError,
+    Ping,
+    decode,
+    encode,
+)
 from harness.resolve.limits import MAX_PROMPT_CHARS
 from harness.serving import control
 from harness.serving.control import ControlThread
@@ -64,6 +74,16 @@ def test_a_message_of_many_frames_is_answered_in_one_line(engine: ToyEngine) -> 
     assert "more than 1 frame" in answer.message
     assert raw.poll(10_000), "the next message is not heard"
     context.destroy(linger=0)
+
+
+def test_the_ranks_of_a_server_keep_their_configuration(engine: ToyEngine) -> None:
+    with engine.connected() as connection:
+        connection.send(Configure("task: {name: serve}"))
+        refused = toy_answers(connection, 1)[""]
+        assert isinstance(refused, Failure)
+        assert "these ranks run one configuration" in refused.message
+        connection.send(toy_request("next"))
+        assert isinstance(toy_answers(connection, 1)["next"], GenerationResult)
 
 
 def test_the_refusal_of_an_id_in_use_says_which_request_goes_on(engine: ToyEngine) -> None:
