@@ -21,7 +21,7 @@ PACKAGES = ("harness", "models", "schedulers")
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("models", "schedulers", "harness.messages"),
     ("harness.config",),
-    ("harness.device", "harness.metrics"),
+    ("harness.datasets", "harness.device", "harness.metrics"),
     ("harness.parallel", "harness.records"),
     ("harness.loggers", "harness.optimize", "harness.resolve"),
     ("harness.pipeline",),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from harness.client.build_record import build_record, make_repeat
+from harness.client.build_record import base_record, build_record, make_repeat
 from harness.config.schema import RequestConfig
 from harness.device.usage import MachineUsage
 from harness.engines.pool import MakeEngine, new_engine
@@ -92,17 +92,31 @@ class Generation:
         """
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         rows = []
-        for sample, pixels in zip(self.result.samples, (to_uint8(p) for p in self.pixels), strict=True):
-            name = f"samples/{sample.index:04d}.{'png' if pixels.ndim == 3 else 'mp4'}"
-            row = SampleRow(name, sample.prompt, sample.seed, pixel_hash(pixels))
-            text = {"prompt": sample.prompt, "seed": str(sample.seed), "fingerprint": fingerprint}
-            if pixels.ndim == 3:
-                save_png(folder / row.path, pixels, text)
-            else:
-                save_mp4(folder / row.path, pixels, self.fps, text)
-            rows.append(row)
+        for sample in self.result.samples:
+            rows.append(self.save_sample(sample.index, folder, fingerprint, f"{sample.index:04d}"))
         self.grid().save(folder / "grid.png")
         return rows
+
+    def save_sample(self, index: int, folder: Path, fingerprint: str, name: str) -> SampleRow:
+        """Write one image or video to `samples/`.
+
+        Args:
+            index: the number of the sample in the answer.
+            folder: the folder that has `samples/`.
+            fingerprint: the run's fingerprint, stored in the file.
+            name: the name of the file, without a suffix.
+
+        Returns:
+            Its row, with its path and hash.
+        """
+        sample, pixels = self.result.samples[index], to_uint8(self.pixels[index])
+        path = f"samples/{name}.{'png' if pixels.ndim == 3 else 'mp4'}"
+        text = {"prompt": sample.prompt, "seed": str(sample.seed), "fingerprint": fingerprint}
+        if pixels.ndim == 3:
+            save_png(folder / path, pixels, text)
+        else:
+            save_mp4(folder / path, pixels, self.fps, text)
+        return SampleRow(path, sample.prompt, sample.seed, pixel_hash(pixels))
 
 
 class DiffusionGenerator:
@@ -208,6 +222,7 @@ class DiffusionGenerator:
         height: int | None = None,
         width: int | None = None,
         frames: int | None = None,
+        seeds: list[int] | None = None,
         samples_per_prompt: int | None = None,
         batch_size: int | None = None,
         latents: Latents = "none",
@@ -227,6 +242,7 @@ class DiffusionGenerator:
             height: the height in pixels.
             width: the width in pixels.
             frames: the number of video frames.
+            seeds: the seed of each prompt's first sample, instead of `seed`.
             samples_per_prompt: the number of samples of each prompt.
             batch_size: the number of samples in one network forward.
             latents: the latents to return: "none", the final latent ("last"), or the state after every step ("steps").
@@ -261,7 +277,7 @@ class DiffusionGenerator:
         request = replace(self.config.request, **{key: value for key, value in given.items() if value is not None})
         before, start = MachineUsage.now(), time.perf_counter()
         message = msgspec.structs.replace(
-            to_message(request), latents=latents, count_flops=count_flops, profile=profile
+            to_message(request), latents=latents, count_flops=count_flops, profile=profile, seeds=seeds or []
         )
         result, parts = self._engine.generate(message, on_progress)
         client_ms = (time.perf_counter() - start) * 1e3
@@ -276,6 +292,17 @@ class DiffusionGenerator:
             return self.record(request, [repeat], [result], [], pixels)
 
         return Generation(pixels, result, client_ms, fps, make_record, repeat, latent_states)
+
+    def base_record(self) -> Record:
+        """Return the record of the running ranks before anything is measured.
+
+        Raises:
+            RuntimeError: the ranks are not running.
+        """
+        if self.info is None:
+            raise RuntimeError("the engine is not running")
+        first = FirstCall(self.launch_ms, self.info.load_ms, [], self._engine.reused)
+        return base_record(self._run, self.info, self._engine.environment, first, self._beginning)
 
     def record(
         self,

@@ -10,9 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 from harness.config.schema import RunConfig
+from harness.datasets.dataset import Dataset
 from harness.parallel.mesh import degrees, world_size
 from harness.resolve.checkpoint import CheckpointLayout, locate
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, denoiser_defaults
+from harness.resolve.dataset import streamed_dataset
 from harness.resolve.engines_table import NATIVE, baseline_attention
 from harness.resolve.layout import model_shape
 from harness.resolve.layout_rules import ModelShape, needs_lse
@@ -77,6 +79,11 @@ class ResolvedRun:
         """The settings of the noise scheduler; None for the checkpoint's own."""
         scheduler = self.config.scheduler
         return None if scheduler.family == PUBLISHED_FAMILY else noise_scheduler_settings(scheduler)
+
+    @cached_property
+    def dataset(self) -> Dataset | None:
+        """The data set that the run generates image by image; None if it makes one request."""
+        return streamed_dataset(self.config)
 
     @cached_property
     def attention(self) -> AttentionChoice:
