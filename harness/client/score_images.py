@@ -15,8 +15,8 @@ from harness.config.schema import QualityConfig
 from harness.metrics import pretrained
 from harness.metrics.gallery import FILE as GALLERY
 from harness.metrics.gallery import Gallery, GalleryError
-from harness.metrics.quality import Quality, parse_prompt, score, score_image
-from harness.records.images import ImageRow, grid_rows, read_images, rewrite_images
+from harness.metrics.quality import GalleryScore, Quality, parse_prompt, score, score_image
+from harness.records.images import ImageRow, read_images, rewrite_images
 
 MOST_SCORED = 1_000  # images of the gallery's scores over all images, whose distances are compared in pairs
 
@@ -25,14 +25,14 @@ class StoredImages(Sequence[NDArray[np.uint8]]):
     """Images on disk as a sequence, of which none stays in memory.
 
     Args:
-        files: Their files.
+        files: Files of the images.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
+        self.files = files
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     @overload
     def __getitem__(self, place: int) -> NDArray[np.uint8]: ...
@@ -44,8 +44,8 @@ class StoredImages(Sequence[NDArray[np.uint8]]):
         from PIL import Image
 
         if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self._files)))]
-        with Image.open(self._files[place]) as image:
+            return [self[number] for number in range(*place.indices(len(self.files)))]
+        with Image.open(self.files[place]) as image:
             return np.asarray(image.convert("RGB"))
 
 
@@ -62,57 +62,62 @@ def score_images(
     Returns:
         The scores over all images, and the reasons why requested ones are missing.
     """
-    rows = list(read_images(folder))
-    if any(row.path.endswith(".mp4") for row in rows):
+    files, prompts = _files_and_prompts(folder)
+    if any(file.suffix == ".mp4" for file in files):
         return None, None, ["quality is not scored: it is measured on images, and these are videos"]
-    found, quality = rows, None
-    reasons: list[str] = []
-    if (checkpoint / GALLERY).is_file():
-        try:
-            gallery = Gallery.load(checkpoint / GALLERY)
-            found, quality, reasons = _score_gallery(folder, found, gallery)
-        except GalleryError as error:
-            reasons = [f"quality is not scored: {error}"]
-    else:
-        reasons = [f"quality is not scored: the checkpoint has no {GALLERY}"]
-    extra = None
+    images = StoredImages(files)
+    reasons: list[str]
+    quality, of_gallery, extra, clip = None, None, None, None
     try:
-        found, extra = _score_pretrained(folder, found, config)
+        quality, of_gallery, reasons = _score_gallery(images, prompts, checkpoint / GALLERY)
+    except GalleryError as error:
+        reasons = [f"quality is not scored: {error}"]
+    try:
+        clip = None if config.clip is None else pretrained.clip_scores(Path(config.clip), images, prompts)
+        extra = pretrained.score(config, images, prompts, clip)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         reasons.append(f"quality.clip and quality.features are not scored: {' '.join(str(error).split())}")
-    if found is not rows:
-        rewrite_images(folder, found)
+    if of_gallery is not None or clip is not None:
+        rewrite_images(folder, _with_scores(folder, of_gallery, clip))
     return quality, extra, reasons
 
 
+def _files_and_prompts(folder: Path) -> tuple[list[Path], list[str]]:
+    files, prompts = [], []
+    for row in read_images(folder):
+        files.append(folder / row.path)
+        prompts.append(row.prompt)
+    return files, prompts
+
+
 def _score_gallery(
-    folder: Path, rows: list[ImageRow], gallery: Gallery
-) -> tuple[list[ImageRow], Quality | None, list[str]]:
-    """Return the rows with their scores in the gallery, those over an even part of them, and notes."""
-    known = [row for row in rows if parse_prompt(row.prompt, gallery) is not None]
+    images: StoredImages, prompts: Sequence[str], file: Path
+) -> tuple[Quality | None, Sequence[GalleryScore | None] | None, list[str]]:
+    """Return the scores over an even part of the images, the scores of each image, and notes."""
+    if not file.is_file():
+        return None, None, [f"quality is not scored: the checkpoint has no {file.name}"]
+    gallery = Gallery.load(file)
+    known = [number for number, prompt in enumerate(prompts) if parse_prompt(prompt, gallery) is not None]
     if not known:
-        return rows, None, [f"quality is not scored: no prompt is a name, or a name and a style, of {GALLERY}"]
-    images = StoredImages([folder / row.path for row in rows])
-    scored = list(_with_gallery_scores(rows, images, gallery))
-    part = grid_rows(known, len(known), MOST_SCORED)
-    quality = score(gallery, StoredImages([folder / row.path for row in part]), [row.prompt for row in part])
+        return None, None, [f"quality is not scored: no prompt is a name, or a name and a style, of {file.name}"]
+    scored: list[GalleryScore | None] = [None] * len(prompts)
+    for number in known:
+        scored[number] = score_image(gallery, images[number], prompts[number])
+    part = known[:: -(-len(known) // MOST_SCORED)]
+    chosen = StoredImages([images.files[number] for number in part])
+    quality = score(gallery, chosen, [prompts[number] for number in part])
     notes = [f"quality is that of {len(part)} of {len(known)} images, evenly chosen"] if len(part) < len(known) else []
-    return scored, quality, notes
+    return quality, scored, notes
 
 
-def _with_gallery_scores(rows: Sequence[ImageRow], images: StoredImages, gallery: Gallery) -> Iterator[ImageRow]:
-    for number, row in enumerate(rows):
-        found = None if parse_prompt(row.prompt, gallery) is None else score_image(gallery, images[number], row.prompt)
-        yield row if found is None else msgspec.structs.replace(row, top1=found.top1, distance=found.distance)
-
-
-def _score_pretrained(
-    folder: Path, rows: list[ImageRow], config: QualityConfig
-) -> tuple[list[ImageRow], pretrained.PretrainedScores | None]:
-    """Return the rows with their CLIP scores, and the scores over all images."""
-    images, prompts = StoredImages([folder / row.path for row in rows]), [row.prompt for row in rows]
-    if config.clip is None:
-        return rows, pretrained.score(config, images, prompts)
-    values = pretrained.clip_scores(Path(config.clip), images, prompts)
-    scored = [msgspec.structs.replace(row, clip_score=value) for row, value in zip(rows, values, strict=True)]
-    return scored, pretrained.score(config, images, prompts, values)
+def _with_scores(
+    folder: Path, of_gallery: Sequence[GalleryScore | None] | None, clip: Sequence[float] | None
+) -> Iterator[ImageRow]:
+    for number, row in enumerate(read_images(folder)):
+        found = None if of_gallery is None else of_gallery[number]
+        yield msgspec.structs.replace(
+            row,
+            top1=None if found is None else found.top1,
+            distance=None if found is None else found.distance,
+            clip_score=None if clip is None else clip[number],
+        )

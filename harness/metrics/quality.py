@@ -7,7 +7,7 @@ a model that memorizes its training images it says how well it does so. None of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -124,12 +124,7 @@ def score(gallery: Gallery, images: Sequence[NDArray[np.uint8]], prompts: Sequen
     wanted = [each for each in parsed if each is not None]
     if not wanted:
         return None
-    z = np.concatenate(
-        [
-            gallery.project(np.stack([images[number] for number in places[start : start + CHUNK]]))
-            for start in range(0, len(places), CHUNK)
-        ]
-    )
+    z = np.concatenate([gallery.project(np.stack(part)) for part in _parts(images[number] for number in places)])
     distance = gallery.distances(z)
     near = np.argsort(distance, axis=1)[:, :5]
     hit = np.array(gallery.names)[near] == np.array([each.name for each in wanted])[:, None]
@@ -152,3 +147,15 @@ def score(gallery: Gallery, images: Sequence[NDArray[np.uint8]], prompts: Sequen
         mmd2=mmd.paired(gallery, z, matches, group),
         mmd2_real=mmd.real_against_real(gallery, names),
     )
+
+
+def _parts(images: Iterable[NDArray[np.uint8]]) -> Iterator[list[NDArray[np.uint8]]]:
+    """Yield consecutive images of one size, at most CHUNK at once."""
+    part: list[NDArray[np.uint8]] = []
+    for image in images:
+        if part and (image.shape != part[0].shape or len(part) == CHUNK):
+            yield part
+            part = []
+        part.append(image)
+    if part:
+        yield part
