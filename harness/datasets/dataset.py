@@ -112,7 +112,10 @@ def dataset_file(config: DatasetConfig) -> Path:
         return Path(found.origin).parent / VBENCH_FILE
     if config.format != AUTO:
         raise DatasetError(f"dataset={config.format} needs its file; add dataset.file=PATH")
-    raise DatasetError("dataset.* has no effect without a file of prompts; add dataset.file=PATH")
+    plain = vars(DatasetConfig())
+    given = [f"dataset.{key}={value}" for key, value in vars(config).items() if value != plain[key]]
+    verb = "have" if len(given) > 1 else "has"
+    raise DatasetError(f"{', '.join(given)} {verb} no effect without a file of prompts; add dataset.file=PATH")
 
 
 def dataset_format(config: DatasetConfig, file: Path) -> str:
