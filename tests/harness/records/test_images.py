@@ -28,6 +28,7 @@ from harness.records.record import (
     load,
 )
 from harness.records.shards import merge_complete
+from harness.tasks.report.rows import read_table
 from tests.fixtures.records import record
 
 CONFIG = {
@@ -196,3 +197,12 @@ def test_shards_stay_apart_until_all_have_ended_well(two_shards: dict[Path, Reco
     shard(tmp_path / "job1", 1, "failed")
     assert len(load(tmp_path)) == 2
     assert merge_complete({folder: each for folder, each in two_shards.items() if folder.name == "job0"}) == []
+
+
+def test_a_report_has_one_row_for_all_shards(two_shards: dict[Path, Record], tmp_path: Path) -> None:
+    table = read_table(tmp_path)
+    (row,) = table.rows
+    assert (row.images, row.latency.n if row.latency else 0) == (20, 20)
+    assert [category.name for category in row.categories] == ["a"]
+    shard(tmp_path / "job1", 1, "failed")
+    assert [each.images for each in read_table(tmp_path).rows] == [10, 10]
