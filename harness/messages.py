@@ -51,6 +51,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
         timeout_s: the time limit in seconds, counted from the request's arrival at rank 0. A request that exceeds it is
             answered with a Failure of kind expired.
         client: the client that the request counts for when clients take turns; empty for the socket that sent it.
+        seeds: the seed of each prompt's first image, in place of seed + k; its other images have the next seeds.
     """
 
     request_id: str
@@ -69,6 +70,13 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     profile: bool = False
     timeout_s: float | None = None
     client: str = ""
+    seeds: list[int] = []
+
+    def seed_of(self, index: int) -> int:
+        """Return the seed of an image by its index in the request."""
+        if not self.seeds:
+            return self.seed + index
+        return self.seeds[index // self.samples_per_prompt] + index % self.samples_per_prompt
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

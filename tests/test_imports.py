@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models", "schedulers", "harness.messages"),
     ("harness.config",),
     ("harness.plugins",),
-    ("harness.device", "harness.metrics"),
+    ("harness.datasets", "harness.device", "harness.metrics"),
     ("harness.parallel", "harness.records"),
     ("harness.loggers", "harness.optimize", "harness.resolve"),
     ("harness.pipeline",),

@@ -94,9 +94,19 @@ def overrides_of(words: list[str], folder: str) -> list[str] | None:
             continue
         elif key == "hydra.searchpath":
             found.append(f"{key}={value.replace('DIR', str(OWN))}")
+        elif key in ("dataset.file", "request.prompts_file"):
+            found.append(f"{key}={prompt_file(value, folder)}")
         else:
             found.append(f"{key}={value.replace('DIR', folder).replace('DATE/TIME', 'date/time')}")
     return [quote_overrides(override) for override in dict.fromkeys(found)]
+
+
+def prompt_file(name: str, folder: str) -> Path:
+    """A file of prompts of this name, with the columns that a table of them has."""
+    file = Path(folder) / name
+    header = "Prompt\tCategory\n" if file.suffix == ".tsv" else ""
+    file.write_text(header + "a kite\ttoys\n" * 4)
+    return file
 
 
 def first_choice(override: str) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from harness.config.schema import Load, RunConfig
 from harness.config.tasks import TRAITS
+from harness.datasets.dataset import is_given
 from harness.device.device import torch_dtype
 from harness.messages import GenerationRequest
 from harness.pipeline.validate import Limits
@@ -24,6 +25,7 @@ from schedulers.prediction import LearnedVariance
 from schedulers.published import from_diffusers
 
 DEFAULT_CACHE_MIB = 64.0
+DATASET_CACHE_MIB = 8.0
 """MiB of encoded prompts that are cached by default."""
 
 
@@ -110,7 +112,8 @@ def limits_of(run: ResolvedRun, components: Components) -> Limits:
 def cache_mib(config: RunConfig) -> float:
     """Return the MiB of encoded prompts to cache.
 
-    A bench encodes every time, to measure it, unless the encoders are dropped.
+    A bench encodes every time, to measure it, unless the encoders are dropped. A data set has each prompt once, so that
+    little is kept, for the negative prompt.
 
     Args:
         config: the resolved configuration.
@@ -121,4 +124,7 @@ def cache_mib(config: RunConfig) -> float:
     text = config.model.text
     if text.cache_mib is not None:
         return text.cache_mib
-    return 0.0 if TRAITS[config.task.name].measures and text.keep_loaded else DEFAULT_CACHE_MIB
+    traits = TRAITS[config.task.name]
+    if traits.measures and text.keep_loaded:
+        return 0.0
+    return DATASET_CACHE_MIB if traits.streams_dataset and is_given(config.dataset) else DEFAULT_CACHE_MIB

@@ -21,6 +21,7 @@ from harness.config.bounds import (
     MAX_WAIT_S,
 )
 from harness.config.cache import CacheConfig
+from harness.config.dataset import DatasetConfig
 from harness.config.engines import ENGINES
 from harness.config.kinds import CLASSIFIER_FREE, GUIDANCE_RULES, METRICS, STAGES
 from harness.config.optimize import CompileConfig, EagerConfig, Optimize
@@ -35,6 +36,7 @@ from schedulers.tables import FAMILIES, SOLVERS
 
 SERVING = ("task=serve", "task=load")
 GENERATING = ("task=generate", "task=bench", "task=compare", *SERVING)
+PROMPTING = ("task=generate", "task=bench", "task=compare", "task=load")
 LOGGING = ("task=generate", "task=bench", "task=compare", "task=load", "task=plan", "task=train")
 REPEATING = ("task=generate", "task=bench")
 PREDICTING = (*GENERATING, "task=plan")
@@ -194,7 +196,8 @@ class PromptsConfig:
     )
     cache_mib: float | None = option(
         None,
-        "Size of the cache of encoded prompts; 0 disables it. null = 64, but 0 in task=bench with keep_loaded.",
+        "Size of the cache of encoded prompts; 0 disables it. null = 64; 0 in task=bench with keep_loaded; 8 for a "
+        "data set.",
         unit="MiB",
         low=0,
         infinite=True,
@@ -443,6 +446,9 @@ class RequestConfig:
 
     prompt: str | None = option(None, "One prompt.")
     prompts: list[str] | None = option(None, "Several prompts; null here and in prompt = the model's examples.")
+    prompts_file: str | None = option(
+        None, "File of prompts (.txt, .jsonl, .csv, .tsv); the same as dataset.file.", reads=PROMPTING
+    )
     negative_prompt: str | None = option(None, "Prompt that guidance moves away from. null = the model's default.")
     seed: int = option(
         0, "Seed of the first image; image k (over prompts, then samples) uses seed + k.", low=0, high=MAX_SEED
@@ -530,6 +536,7 @@ class RunConfig:
     logger: LoggerConfig = group(LoggerConfig, "Where results go besides the record.", reads=LOGGING)
     launch: LaunchConfig = group(LaunchConfig, "How ranks are started.", reads=PREDICTING)
     request: RequestConfig = group(RequestConfig, "What to generate.", reads=PREDICTING)
+    dataset: DatasetConfig = group(DatasetConfig, "Prompts from a file.", reads=PROMPTING)
     quality: QualityConfig = group(
         QualityConfig, "Scores on pretrained weights, and metrics.", reads=("task=generate", "task=bench")
     )

@@ -18,6 +18,8 @@ class TaskTraits:
         generates: True if it generates with the configured network, so that caches and quantization have an effect.
         uses_checkpoint: True if it uses a checkpoint and an engine.
         only_shapes: True if it uses only the shapes of the network, for every layout.
+        reads_dataset: True if its prompts may come from a data set.
+        streams_dataset: True if it generates a data set image by image, in place of one request.
         measures: Whether times are its result: operations are counted, the device's rate is measured, and prompts are
             encoded at every request.
         serves: Whether its ranks take many requests at once.
@@ -31,6 +33,8 @@ class TaskTraits:
     generates: bool = True
     uses_checkpoint: bool = True
     only_shapes: bool = False
+    reads_dataset: bool = False
+    streams_dataset: bool = False
     measures: bool = False
     serves: bool = False
     compared_as: Task | None = None
@@ -40,9 +44,9 @@ class TaskTraits:
 
 
 TRAITS = {
-    Task.generate: TaskTraits(not_under_torchrun=None),
-    Task.bench: TaskTraits(measures=True, not_under_torchrun=None),
-    Task.compare: TaskTraits(compared_as=Task.bench),
+    Task.generate: TaskTraits(reads_dataset=True, streams_dataset=True, not_under_torchrun=None),
+    Task.bench: TaskTraits(reads_dataset=True, measures=True, not_under_torchrun=None),
+    Task.compare: TaskTraits(reads_dataset=True, compared_as=Task.bench),
     Task.train: TaskTraits(generates=False, uses_checkpoint=False, folder="train.folder"),
     Task.plan: TaskTraits(generates=False, only_shapes=True),
     Task.report: TaskTraits(
@@ -53,7 +57,7 @@ TRAITS = {
         not_under_torchrun="generates nothing, so it has no ranks",
     ),
     Task.serve: TaskTraits(serves=True, not_swept="runs until it is stopped"),
-    Task.load: TaskTraits(serves=True, compared_as=Task.load),
+    Task.load: TaskTraits(reads_dataset=True, serves=True, compared_as=Task.load),
 }
 
 KEYS_OF_TASKS = {

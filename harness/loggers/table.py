@@ -19,8 +19,9 @@ from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
 from harness.records.comparison import Comparison
 from harness.records.job import JobResult
-from harness.records.record import Record, read_record
+from harness.records.record import DatasetRow, Record, read_record
 from harness.records.rerun import describe_rerun
+from harness.records.shards import merge_complete
 
 SWEPT = ("step", "request", "answer", "latency_p99")  # ratios that a sweep of comparisons shows, if they were timed
 SHOWN_OPERATORS = 8  # operators shown of a profile; the record has more
@@ -88,6 +89,8 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
         print_quality(record.quality, console)
     if record.pretrained is not None:
         print_pretrained(record.pretrained, console)
+    if record.dataset is not None:
+        print_dataset(record.dataset, console)
     for name, value in record.metrics.items():
         console.print(f"{escape(name.replace('_', ' '))} {value:.4g}")
     for line in describe_rerun(record.rerun) if record.rerun is not None else ():
@@ -162,6 +165,41 @@ def print_pretrained(scores: PretrainedScores, console: Console) -> None:
             f"Frechet distance ({escape(scores.extractor or '')}, {row.features} features) {row.value:.4g} for {row.n} "
             f"images against {row.references}; real against real, {row.real_n} each: {row.real:.4g}"
         )
+
+
+def print_dataset(row: DatasetRow, console: Console) -> None:
+    """Print what a run has of a data set, and its categories."""
+    jobs = "" if row.shards == 1 else f", shard {', '.join(map(str, row.shard))} of {row.shards}"
+    console.print(
+        f"{row.images} images of {row.prompts} prompts; {escape(row.file)} has {row.total}, of which {row.sample} were "
+        f"taken{jobs}"
+    )
+    if not row.categories:
+        return
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("category")
+    shown = {
+        "top-1": any(each.top1 is not None for each in row.categories),
+        "distance": any(each.distance is not None for each in row.categories),
+        "CLIP score": any(each.clip_score is not None for each in row.categories),
+    }
+    for heading in (
+        "images",
+        "ms per image",
+        "interval or range",
+        *(n for name in shown if shown[name] for n in (name, "")),
+    ):
+        table.add_column(heading, justify="right")
+    for each in row.categories:
+        low, high = each.duration_ms.spread
+        cells = [str(each.images), f"{each.duration_ms.median:.2f}", f"{low:.2f} .. {high:.2f}"]
+        if shown["top-1"]:
+            cells += _share(each.top1) if each.top1 is not None else ("", "")
+        for name, estimate in (("distance", each.distance), ("CLIP score", each.clip_score)):
+            if shown[name]:
+                cells += _estimate(estimate) if estimate is not None else ("", "")
+        table.add_row(escape(each.name), *cells)
+    console.print(table)
 
 
 def print_comparison(comparison: Comparison, folder: Path, console: Console) -> None:
@@ -252,6 +290,14 @@ def print_sweep(jobs: Sequence[JobResult], console: Console) -> None:
     for error, place in errors.items():
         console.print(f"{place}: {escape(error)}", soft_wrap=True)
     console.print(f"folders in {escape(str(jobs[0].folder.parent))}", soft_wrap=True)
+    records = {job.folder: record for job in jobs if job.status.state == "ok" and (record := job.record()) is not None}
+    for merged in merge_complete(records):
+        row, dataset = merged.record.statistics, merged.record.dataset
+        median, spread, level, *_ = _cells(row.latency_ms)
+        together = f"[bold]{len(merged.folders)} shards together[/bold]"
+        console.print(f"{together}: {median} ms per request ({spread}, {level}), n = {row.latency_ms.n}")
+        if dataset is not None:
+            print_dataset(dataset, console)
 
 
 def _print_comparisons(jobs: Sequence[JobResult], console: Console) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from harness.metrics.load import LoadSummary
 from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
 from harness.records.comparison import Comparison
-from harness.records.record import Record, Statistics, Status
+from harness.records.record import CategoryRow, Record, Statistics, Status
 
 if TYPE_CHECKING:
     import wandb
@@ -66,7 +66,7 @@ def logged_in() -> bool:
     return False
 
 
-def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) -> None:
+def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str, run_id: str | None = None) -> None:
     """Write one finished run, after all timed work.
 
     Args:
@@ -74,13 +74,14 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         record: The record to mirror.
         folder: The run's folder; it holds `wandb/`, `grid.png` and the videos.
         job_type: The task.
+        run_id: Id of the wandb run that has logged its images already.
     """
     mode = connected_mode(config.mode)
     if mode == "disabled":
         return
     import wandb
 
-    with open_run(config, mode, folder, job_type, record.config) as run:
+    with open_run(config, mode, folder, job_type, record.config, run_id=run_id) as run:
         for number, repeat in enumerate(record.repeats):
             networks = {f"networks_ms/{name}": value for name, value in repeat.networks_ms.items()}
             run.log({"repeat": number, "latency_ms": repeat.total_duration_ms, **networks})
@@ -102,7 +103,8 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
         images = {"grid": wandb.Image(str(folder / "grid.png"))} if (folder / "grid.png").exists() else {}
         rows = [row for row in record.samples if row.path.endswith(".mp4")][:MAX_VIDEOS]
         videos = {"videos": [wandb.Video(str(folder / row.path), caption=row.prompt) for row in rows]} if rows else {}
-        run.log({"stages": stages, "steps": steps, "ranks": ranks, "comm": traffic, **images, **videos})
+        categories = {} if record.dataset is None else {"categories": category_table(record.dataset.categories)}
+        run.log({"stages": stages, "steps": steps, "ranks": ranks, "comm": traffic, **images, **videos, **categories})
         run.summary.update(
             {
                 "state": "ok",
@@ -126,6 +128,17 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str) ->
             | pretrained_scalars(record.pretrained)
             | {f"metric_{name}": value for name, value in record.metrics.items()}
         )
+
+
+def category_table(categories: Sequence[CategoryRow]) -> wandb.Table:
+    """Return the categories of a data set as a table; what was not scored is empty."""
+    import wandb
+
+    table = wandb.Table(columns=["category", "images", "image_ms", "top1", "distance", "clip_score"])
+    for row in categories:
+        scores = (row.top1, row.distance, row.clip_score)
+        table.add_data(row.name, row.images, row.duration_ms.median, *(None if s is None else s.value for s in scores))
+    return table
 
 
 def log_load(config: WandbConfig, record: Record, load: LoadSummary, folder: Path) -> None:

@@ -6,7 +6,7 @@ A bootstrap of fewer than 4 groups is no interval: of one group it has no width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 
 import msgspec
@@ -73,6 +73,21 @@ def wilson(hits: int, n: int) -> Share:
 def resample(groups: int, count: int = RESAMPLES) -> NDArray[np.int64]:
     """Return how often each of `groups` groups is sampled, (count, groups): bootstrap samples as multiplicities."""
     return np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), size=count)
+
+
+def resample_blocks(groups: int, count: int = RESAMPLES) -> Iterator[NDArray[np.int64]]:
+    """Yield the rows of `resample` in blocks that stay small however many groups there are.
+
+    Args:
+        groups: Number of groups.
+        count: Number of bootstrap samples.
+
+    Yields:
+        Multiplicities (at most 50, groups).
+    """
+    random, shares = np.random.default_rng(0), np.full(groups, 1 / groups)
+    for start in range(0, count, 50):
+        yield random.multinomial(groups, shares, size=min(50, count - start))
 
 
 def interval(values: NDArray[np.floating], n: int) -> tuple[float, float] | None:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.config.schema import QualityConfig
-from harness.metrics.intervals import IntervalEstimate, interval, resample
+from harness.metrics.intervals import IntervalEstimate, interval, resample_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +90,10 @@ def check(config: QualityConfig) -> None:
 
 
 def score(
-    config: QualityConfig, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]
+    config: QualityConfig,
+    images: Sequence[NDArray[np.uint8]],
+    prompts: Sequence[str],
+    clip: Sequence[float] | None = None,
 ) -> PretrainedScores | None:
     """Score 8-bit images generated for these prompts.
 
@@ -98,6 +101,7 @@ def score(
         config: The `quality` group.
         images: Images (H, W, 3).
         prompts: The prompt of each image.
+        clip: The CLIP score of each image, if it is known.
 
     Returns:
         The scores, or None if no weights are given.
@@ -109,7 +113,7 @@ def score(
         return None
     found = PretrainedScores(None, None, None, None)
     if config.clip is not None:
-        value = clip_score(Path(config.clip), images, prompts)
+        value = clip_score(Path(config.clip), images, prompts) if clip is None else clip_estimate(clip, prompts)
         found = msgspec.structs.replace(found, clip=Path(config.clip).resolve().name, clip_score=value)
     if config.features is not None and config.reference is not None:
         distance = frechet(Path(config.features), images, _image_files(config.reference))
@@ -119,6 +123,11 @@ def score(
 
 def clip_score(folder: Path, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> IntervalEstimate:
     """Return the CLIP score of 8-bit images (H, W, 3) and their prompts, 0 to 100."""
+    return clip_estimate(clip_scores(folder, images, prompts), prompts)
+
+
+def clip_scores(folder: Path, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> list[float]:
+    """Return the CLIP score of each 8-bit image (H, W, 3) and its prompt, 0 to 100."""
     import torch
     from transformers import CLIPModel, CLIPProcessor
     from transformers.utils import logging
@@ -126,7 +135,8 @@ def clip_score(folder: Path, images: Sequence[NDArray[np.uint8]], prompts: Seque
     logging.disable_progress_bar()
     model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
     processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    longest, values = model.config.text_config.max_position_embeddings, []
+    longest = model.config.text_config.max_position_embeddings
+    values: list[float] = []
     with torch.inference_mode():
         for start in range(0, len(images), BATCH):
             batch, words = list(images[start : start + BATCH]), list(prompts[start : start + BATCH])
@@ -134,10 +144,24 @@ def clip_score(folder: Path, images: Sequence[NDArray[np.uint8]], prompts: Seque
             seen = model(**processor(images=batch, text=words, **options))
             cosine = torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds)
             values += (100.0 * cosine.clamp(min=0)).tolist()
-    group = np.unique(list(prompts), return_inverse=True)[1]
+    return values
+
+
+def clip_estimate(values: Sequence[float], prompts: Sequence[str]) -> IntervalEstimate:
+    """Return the mean of images' scores, with a bootstrap interval over prompts.
+
+    Args:
+        values: The score of each image.
+        prompts: The prompt of each image.
+
+    Returns:
+        The mean and its interval.
+    """
+    group, x = np.unique(list(prompts), return_inverse=True)[1], np.asarray(values)
     groups = int(group.max()) + 1
-    counts = resample(groups)[:, group]
-    means = (counts * values).sum(axis=1) / counts.sum(axis=1)
+    means = np.concatenate(
+        [(counts[:, group] @ x) / counts[:, group].sum(axis=1) for counts in resample_blocks(groups)]
+    )
     return IntervalEstimate(float(np.mean(values)), interval(means, groups), len(values))
 
 

@@ -7,7 +7,7 @@ a model that memorizes its training images it says how well it does so. None of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from harness.metrics import mmd
 from harness.metrics.gallery import Gallery
 from harness.metrics.intervals import IntervalEstimate, Share, median, wilson
+
+CHUNK = 256  # images that are in memory at once
 
 
 class Quality(msgspec.Struct, frozen=True):
@@ -52,6 +54,19 @@ class Quality(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
+class GalleryScore:
+    """The scores of one image.
+
+    Attributes:
+        top1: Whether the nearest training image has the requested name.
+        distance: Distance to the nearest requested training image, in units of the typical distance between names.
+    """
+
+    top1: bool
+    distance: float
+
+
+@dataclass(frozen=True)
 class GalleryPrompt:
     """A prompt as name and style of the gallery."""
 
@@ -68,6 +83,28 @@ def parse_prompt(prompt: str, gallery: Gallery) -> GalleryPrompt | None:
     return GalleryPrompt(name, style) if (name, style) in zip(gallery.names, gallery.styles, strict=True) else None
 
 
+def score_image(gallery: Gallery, image: NDArray[np.uint8], prompt: str) -> GalleryScore | None:
+    """Score one 8-bit image, as `score` does for many.
+
+    Args:
+        gallery: The training images.
+        image: Image (H, W, 3).
+        prompt: The prompt.
+
+    Returns:
+        The scores, or None if the prompt is none of the gallery's.
+
+    Raises:
+        GalleryError: The image has a side that is no multiple of 32 pixels.
+    """
+    wanted = parse_prompt(prompt, gallery)
+    if wanted is None:
+        return None
+    distance = gallery.distances(gallery.project(image[None]))[0]
+    own = distance[gallery.matches(wanted.name, wanted.style)].min() / gallery.spacing
+    return GalleryScore(gallery.names[int(distance.argmin())] == wanted.name, float(own))
+
+
 def score(gallery: Gallery, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> Quality | None:
     """Score 8-bit images generated for these prompts.
 
@@ -82,12 +119,12 @@ def score(gallery: Gallery, images: Sequence[NDArray[np.uint8]], prompts: Sequen
     Raises:
         GalleryError: Images have sides that are not multiples of 32 pixels.
     """
-    parsed = [(image, parse_prompt(prompt, gallery)) for image, prompt in zip(images, prompts, strict=True)]
-    scored = [(image, prompt) for image, prompt in parsed if prompt is not None]
-    if not scored:
+    parsed = [parse_prompt(prompt, gallery) for prompt in prompts]
+    places = [number for number, each in enumerate(parsed) if each is not None]
+    wanted = [each for each in parsed if each is not None]
+    if not wanted:
         return None
-    wanted = [each for _, each in scored]
-    z = gallery.project(np.stack([image for image, _ in scored]))
+    z = np.concatenate([gallery.project(np.stack(part)) for part in _parts(images[number] for number in places)])
     distance = gallery.distances(z)
     near = np.argsort(distance, axis=1)[:, :5]
     hit = np.array(gallery.names)[near] == np.array([each.name for each in wanted])[:, None]
@@ -99,8 +136,8 @@ def score(gallery: Gallery, images: Sequence[NDArray[np.uint8]], prompts: Sequen
     names = int(group.max()) + 1
     return Quality(
         gallery=gallery.digest,
-        scored=len(scored),
-        unscored=len(images) - len(scored),
+        scored=len(wanted),
+        unscored=len(parsed) - len(wanted),
         names=names,
         chance=1.0 / len(set(gallery.names)),
         top1=wilson(int(hit[:, 0].sum()), len(hit)),
@@ -110,3 +147,15 @@ def score(gallery: Gallery, images: Sequence[NDArray[np.uint8]], prompts: Sequen
         mmd2=mmd.paired(gallery, z, matches, group),
         mmd2_real=mmd.real_against_real(gallery, names),
     )
+
+
+def _parts(images: Iterable[NDArray[np.uint8]]) -> Iterator[list[NDArray[np.uint8]]]:
+    """Yield consecutive images of one size, at most CHUNK at once."""
+    part: list[NDArray[np.uint8]] = []
+    for image in images:
+        if part and (image.shape != part[0].shape or len(part) == CHUNK):
+            yield part
+            part = []
+        part.append(image)
+    if part:
+        yield part

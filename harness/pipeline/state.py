@@ -212,7 +212,7 @@ def image_specs(request: GenerationRequest) -> list[ImageSpec]:
             index,
             prompt,
             request.negative_prompt,
-            request.seed + index,
+            request.seed_of(index),
             request.steps,
             request.guidance,
             request.height,

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
+import yaml
 
 from harness.messages import CollectiveTraffic, LoadedComponent, MemoryPoint, OperatorTime, StageTime, StepTime
 from harness.metrics.fidelity import Fidelity
+from harness.metrics.intervals import IntervalEstimate, Share
 from harness.metrics.load import LoadSummary
 from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
@@ -215,6 +217,56 @@ class Rerun(msgspec.Struct, frozen=True):
     equal_images: int
 
 
+class CategoryRow(msgspec.Struct, frozen=True):
+    """The images of one category of a data set.
+
+    Attributes:
+        name: Name of the category.
+        images: Number of images.
+        duration_ms: Time of an image, which is its request's divided by the request's images, ms.
+        top1: Share whose nearest image of the gallery has the prompt's name; None if none was scored.
+        distance: Mean distance to the requested image of the gallery; None if none was scored.
+        clip_score: Mean CLIP score; None if none was scored.
+    """
+
+    name: str
+    images: int
+    duration_ms: Summary
+    top1: Share | None = None
+    distance: IntervalEstimate | None = None
+    clip_score: IntervalEstimate | None = None
+
+
+class DatasetRow(msgspec.Struct, frozen=True):
+    """The data set of a run, whose images are the lines of `images.jsonl`.
+
+    Attributes:
+        file: The file of prompts.
+        format: Format of the file.
+        sha256: Hash of its bytes.
+        total: Prompts in the file.
+        sample: Prompts that are generated, over all shards.
+        prompts: Prompts of this record.
+        images: Images of this record.
+        resumed: Images that earlier commands had generated.
+        shards: Jobs that share the prompts.
+        shard: Numbers of the jobs of this record.
+        categories: One row per category.
+    """
+
+    file: str
+    format: str
+    sha256: str
+    total: int
+    sample: int
+    prompts: int
+    images: int
+    resumed: int = 0
+    shards: int = 1
+    shard: tuple[int, ...] = (0,)
+    categories: list[CategoryRow] = []
+
+
 class Record(msgspec.Struct, frozen=True):
     """`record.json`: one run.
 
@@ -228,7 +280,7 @@ class Record(msgspec.Struct, frozen=True):
         first_call: Costs that are paid once.
         repeats: The measured requests; empty for task=load.
         summary: Statistics of the repeats; None for task=load.
-        samples: The images or videos; empty for task=load.
+        samples: The images or videos; empty for task=load. Of a data set, those of the grid.
         notes: Notes for the reader.
         quality: Scores in the gallery; None if nothing could be scored, and a note says why.
         pretrained: Scores on pretrained weights; None if none were given.
@@ -237,6 +289,7 @@ class Record(msgspec.Struct, frozen=True):
         fidelity: Error against the reference; None if it was not requested, or if a note says why not.
         engine: The engine; a record without one is a native run's.
         load: What the clients of task=load measured.
+        dataset: The data set, if the images are those of one.
         profile: The operators of each network in one more request with task.profile, on the slowest rank, slowest
             first.
         search_path: Folders of the user's own configurations, besides conf/.
@@ -264,6 +317,7 @@ class Record(msgspec.Struct, frozen=True):
     engine: EngineRow = EngineRow("native", "")
     load: LoadSummary | None = None
     profile: dict[str, list[OperatorTime]] = {}
+    dataset: DatasetRow | None = None
     search_path: list[str] = []
     primary: str = "config"
     beside: list[str] = []
@@ -308,12 +362,13 @@ class RunFolder:
         self._owned: BinaryIO | None = None
 
     @classmethod
-    def claim(cls, path: Path, again: bool = False) -> RunFolder:
+    def claim(cls, path: Path, again: bool = False, resumes: dict[str, Any] | None = None) -> RunFolder:
         """Claim a folder for one run; until `finish`, its status says that the run was cut off.
 
         Args:
             path: The folder.
             again: Whether a folder is taken too if it holds a failed run whose process is gone; its files are removed.
+            resumes: Configuration that goes on with the images of a run that did not end well, if it is the same.
 
         Returns:
             The claimed folder.
@@ -326,7 +381,9 @@ class RunFolder:
             path.mkdir(0o700, parents=True, exist_ok=True)
             (path / "logs").mkdir(0o700, exist_ok=True)
             folder._owned = lock_file(path / ".owner")
-            if again and (path / "status.json").exists() and read_status(path).state != "ok":
+            if resumes is not None and folder._can_resume(resumes):
+                folder._clear_for_resume()
+            elif again and (path / "status.json").exists() and read_status(path).state != "ok":
                 folder._clear()
             if any((path / name).exists() for name in RESULTS):
                 raise RunFolderError(_holds_a_run(path))
@@ -344,6 +401,25 @@ class RunFolder:
             (path / "status.json").unlink()  # it is empty, and would hold the folder for good
             raise
         return folder
+
+    def _can_resume(self, config: dict[str, Any]) -> bool:
+        """Return whether the folder holds images of this same configuration, from a run that did not end well."""
+        if not (self.path / "images.jsonl").exists() or not (self.path / "status.json").exists():
+            return False
+        if read_status(self.path).state == "ok":
+            return False
+        try:
+            earlier = yaml.safe_load((self.path / "config.yaml").read_text())
+            return fingerprint(earlier) == fingerprint(config)
+        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+            return False
+
+    def _clear_for_resume(self) -> None:
+        """Remove what an earlier run left, but its images: errors of its ranks would be taken for those of new ones."""
+        for name in (*RESULTS, "status.json"):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "logs", ignore_errors=True)
+        (self.path / "logs").mkdir(0o700)
 
     def _clear(self) -> None:
         """Remove what an earlier run left, so that nothing of it is shown beside this one's status."""
@@ -460,6 +536,11 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def _holds_a_run(path: Path) -> str:
+    if (path / "images.jsonl").exists() and read_status(path).state != "ok":
+        return (
+            f"{path} holds images of another configuration; go on with the overrides in its config.yaml, or choose "
+            "another folder with hydra.run.dir=..."
+        )
     return f"{path} already holds a run; choose another folder with hydra.run.dir=..."
 
 
@@ -520,6 +601,8 @@ def is_done(folder: Path, config: dict[str, Any]) -> bool:
 def load(path: str | Path) -> pandas.DataFrame:
     """Read a tree of runs as a table, one row per run, failed ones too; nested keys become dotted columns.
 
+    The shards of a data set are one row, once all of them have ended well.
+
     Args:
         path: A run's folder, a sweep's, or any folder above them.
 
@@ -528,16 +611,23 @@ def load(path: str | Path) -> pandas.DataFrame:
     """
     import pandas
 
-    rows = []
+    from harness.records.shards import merge_complete
+
+    rows, found = [], {}
     for status_file in sorted(Path(path).rglob("status.json")):
         folder = status_file.parent
         status = read_status(folder)
-        row: dict[str, Any] = {"folder": str(folder), "state": status.state, "error": status.error}
         try:
-            record = read_record(folder)
+            found[folder] = status, read_record(folder)
         except RunFolderError as error:
-            record = None
-            row["error"] = str(error)
+            found[folder] = Status(status.state, str(error)), None
+    ended_well = {folder: record for folder, (status, record) in found.items() if record and status.state == "ok"}
+    for merged in merge_complete(ended_well):
+        found[merged.folders[0]] = Status("ok"), merged.record
+        for folder in merged.folders[1:]:
+            del found[folder]
+    for folder, (status, record) in found.items():
+        row: dict[str, Any] = {"folder": str(folder), "state": status.state, "error": status.error}
         if record is not None:
             nested = msgspec.to_builtins(record)
             row |= {key: nested[key] for key in ("overrides", "repeats", "samples", "notes", "loaded", "beside")}
@@ -554,6 +644,7 @@ def load(path: str | Path) -> pandas.DataFrame:
                 "metrics",
                 "fidelity",
                 "load",
+                "dataset",
                 "rerun",
             )
             flat = {key: nested[key] for key in parts if nested[key] is not None}

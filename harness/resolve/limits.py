@@ -25,6 +25,10 @@ def check_request(request: GenerationRequest) -> None:
         raise ValueError(f"request.batch_size={request.batch_size}; give at least 1")
     if not 0 <= request.seed <= MAX_SEED:
         raise ValueError(f"request.seed={request.seed}; give 0 to {MAX_SEED}")
+    if request.seeds and (
+        len(request.seeds) != len(request.prompts) or not 0 <= min(request.seeds) <= max(request.seeds) <= MAX_SEED
+    ):
+        raise ValueError(f"seeds has {len(request.seeds)} numbers; give one from 0 to {MAX_SEED} for every prompt")
     if not 1 <= request.steps <= MAX_STEPS:
         raise ValueError(f"request.steps={request.steps}; give 1 to {MAX_STEPS}")
     if not 0 <= request.guidance <= MAX_GUIDANCE:

@@ -19,6 +19,7 @@ from harness.records.record import read_record
 from harness.resolve.checkpoint import check_checkpoint
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, check_learned_variance
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
+from harness.resolve.dataset import all_prompts, at_line, own_requests, resolve_dataset
 from harness.resolve.engine import check_baseline_settings, check_engine, check_first_blocks
 from harness.resolve.engines_table import CACHE_DIT, ON_DIFFUSERS, refuse_missing_engine
 from harness.resolve.image_sides import check_image_sides
@@ -69,6 +70,7 @@ def resolve_config(config: RunConfig) -> None:
         check_attention(config)
         check_guidance_rule(config, run.shape)
         check_stages(config)
+        _check_dataset(run)
     if run.noise_scheduler is not None:
         _check_noise_scheduler(config, resolve_settings(run.noise_scheduler, config.request.steps))
     if config.task.name is Task.train:
@@ -146,6 +148,7 @@ def check_keys_of_tasks(config: RunConfig) -> None:
 
 def _resolve_request(config: RunConfig) -> None:
     request, model = config.request, config.model
+    resolve_dataset(config)
     if request.prompt is not None and request.prompts is not None:
         raise ValueError("give request.prompt or request.prompts, not both")
     if request.prompt is not None:
@@ -186,6 +189,31 @@ def _check_model(run: ResolvedRun) -> None:
     check_prompts(config.model, run.checkpoint, run.denoiser, to_message(config.request))
     if config.scheduler.family == PUBLISHED_FAMILY:
         check_published_scheduler(config.scheduler, run.checkpoint.folder, config.request.steps)
+
+
+def _check_dataset(run: ResolvedRun) -> None:
+    """Refuse a prompt or a size of a streamed data set that the model cannot make.
+
+    Raises:
+        ValueError: One line has the line of the file.
+    """
+    dataset, config = run.dataset, run.config
+    if dataset is None:
+        return
+    message = msgspec.structs.replace(to_message(config.request), prompts=all_prompts(dataset))
+    check_prompts(config.model, run.checkpoint, run.denoiser, message)
+    for prompt, own in own_requests(config, dataset):
+        try:
+            check_size(*_sides(own), config.model.size_multiple, config.model.max_pixels)
+            check_image_sides(own, run.checkpoint, run.denoiser)
+            check_layout(own.parallel, ResolvedRun(own).shape)
+        except ValueError as error:
+            raise ValueError(f"{at_line(dataset, prompt)}: {str(error).replace('request.', '')}") from error
+
+
+def _sides(config: RunConfig) -> tuple[int, int]:
+    message = to_message(config.request)
+    return message.height, message.width
 
 
 def _check_cache(config: RunConfig) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.schema import RunConfig
+from harness.datasets.dataset import Dataset
 from harness.parallel.mesh import degrees, world_size
 from harness.plugins.options import own_options
 from harness.resolve.checkpoint import CheckpointLayout, locate
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, denoiser_defaults
+from harness.resolve.dataset import streamed_dataset
 from harness.resolve.engines_table import NATIVE, baseline_attention
 from harness.resolve.layout import model_shape
 from harness.resolve.layout_rules import ModelShape, needs_lse
@@ -84,6 +86,11 @@ class ResolvedRun:
         """The settings of the noise scheduler; None for the checkpoint's own."""
         scheduler = self.config.scheduler
         return None if scheduler.family == PUBLISHED_FAMILY else noise_scheduler_settings(scheduler, self.config.plugin)
+
+    @cached_property
+    def dataset(self) -> Dataset | None:
+        """The data set that the run generates image by image; None if it makes one request."""
+        return streamed_dataset(self.config)
 
     @cached_property
     def attention(self) -> AttentionChoice:

@@ -54,7 +54,8 @@ def part(tracked: TrackedRequest, index: int) -> Part:
         prompts=[request.prompts[index // request.samples_per_prompt]],
         samples_per_prompt=1,
         batch_size=1,
-        seed=request.seed + index,
+        seed=request.seed_of(index),
+        seeds=[],
     )
     return Part(one, index, tracked.turn)
 

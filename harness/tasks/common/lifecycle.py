@@ -17,6 +17,21 @@ from harness.serving.transport import EngineGone
 from harness.tasks.common.terminal import print_error
 
 
+def claim(run: ResolvedRun) -> RunFolder:
+    """Claim the folder of a run; one that generates a data set goes on with what an earlier command left there.
+
+    Args:
+        run: The resolved run.
+
+    Returns:
+        The claimed folder.
+
+    Raises:
+        RunFolderError: Another run is in the folder.
+    """
+    return RunFolder.claim(run.folder, run.retry, None if run.dataset is None else to_dict(run.config))
+
+
 @dataclass
 class Outcome:
     """How the work in a folder ended.

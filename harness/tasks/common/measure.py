@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -13,18 +9,19 @@ import msgspec
 from rich.console import Console
 
 from harness.client.generator import DiffusionGenerator
-from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.table import print_record
-from harness.loggers.wandb import log_run, mode_notes, resolve_mode
+from harness.loggers.wandb import log_run, mode_notes
 from harness.metrics.fidelity import BROKEN
 from harness.records.record import Record, RunFolder, Status
 from harness.records.rerun import with_rerun
 from harness.resolve.compose import ResolvedRun
 from harness.tasks.common.fidelity import measure_fidelity
-from harness.tasks.common.lifecycle import guarded, mirror
+from harness.tasks.common.imports import import_in_background, modules_for_saving
+from harness.tasks.common.lifecycle import claim, guarded, mirror
 from harness.tasks.common.references import ReferenceRenderer
 from harness.tasks.common.session import MeasurementSession, progress_bars
+from harness.tasks.common.stream import stream
 
 
 def check(run: ResolvedRun) -> None:
@@ -51,7 +48,9 @@ def execute(
         RunFolderError: Another run is in the folder.
     """
     config, record = run.config, None
-    folder = RunFolder.claim(run.folder, run.retry) if folder is None else folder
+    folder = claim(run) if folder is None else folder
+    if run.dataset is not None:
+        return stream(run, run.dataset, console, engines, folder)
     with guarded(run, folder) as outcome, progress_bars(console) as bars:
         run = replace(run, notes=[*run.notes, *mode_notes(config.logger.wandb.mode)])
         generator = DiffusionGenerator.from_resolved(run, folder.path, engines)
@@ -111,33 +110,3 @@ def add_fidelity(run: ResolvedRun, session: MeasurementSession, record: Record, 
         return record
     found, notes = measure_fidelity(run, session.outputs, renderer)
     return msgspec.structs.replace(record, fidelity=found, notes=[*record.notes, *notes])
-
-
-def modules_for_saving(config: RunConfig) -> list[str]:
-    """Return the modules that saving the images and logging the run will import."""
-    mirrored = resolve_mode(config.logger.wandb.mode) != "disabled"
-    return ["PIL.ImageDraw", "PIL.ImageFont", "PIL.PngImagePlugin", *(["wandb"] if mirrored else [])]
-
-
-@contextmanager
-def import_in_background(names: Sequence[str]) -> Iterator[None]:
-    """Import modules in a thread while the block waits for other processes, so that nothing waits for them later.
-
-    The thread has finished when the block is left, before anything is timed. A module that cannot be imported raises
-    its error where it is used.
-
-    Args:
-        names: Modules to import.
-    """
-
-    def work() -> None:
-        for name in names:
-            with suppress(ImportError):
-                importlib.import_module(name)
-
-    thread = threading.Thread(target=work, name="imports")
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()

@@ -30,7 +30,7 @@ from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, to_ya
 from harness.serving.faults import failure_line
 from harness.serving.transport import Addresses, EngineGone, SocketFolderError
 from harness.tasks import task_entry
-from harness.tasks.common.lifecycle import refuse_command
+from harness.tasks.common.lifecycle import claim, refuse_command
 from harness.tasks.common.measure import execute
 from harness.tasks.common.terminal import EXIT_BAD_INPUT, exit_status, print_error
 
@@ -150,7 +150,7 @@ def _compose(arguments: Sequence[str], ranks: int) -> ResolvedRun:
 
 def _claim(run: ResolvedRun) -> Assignment:
     try:
-        folder = RunFolder.claim(run.folder)
+        folder = claim(run)
         folder.write_config(to_yaml(run.config))
         return Assignment(str(folder.path.resolve()), str(Addresses.private().folder))
     except (RunFolderError, SocketFolderError) as error:

@@ -166,8 +166,13 @@ def run_over_http(run: ResolvedRun, folder: RunFolder, console: Console) -> tupl
 
 def server_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a load's run that also apply to its server."""
-    load_only = ("task", "load", "logger", "hydra", "compare")
-    return [each for each in overrides if each.partition("=")[0].lstrip("+").partition(".")[0] not in load_only]
+    load_only = ("task", "load", "logger", "hydra", "compare", "dataset")
+    keys = [each.partition("=")[0].lstrip("+") for each in overrides]
+    return [
+        each
+        for each, key in zip(overrides, keys, strict=True)
+        if key.partition(".")[0] not in load_only and key != "request.prompts_file"
+    ]
 
 
 class RanksWatch:

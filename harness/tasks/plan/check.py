@@ -76,6 +76,8 @@ def _with_prediction(
     config.model.load = Load.dummy
     if config.cache.name != NONE:
         raise ValueError(f"cache={config.cache.name} computes fewer evaluations, which is not predicted")
+    if record.dataset is not None:
+        raise ValueError("the requests of a data set may differ in size, and are not predicted")
     request, steps, layout = config.request, config.request.steps or 1, found.layout
     dtype = torch_dtype(denoiser_dtype(config.model))
     run = ResolvedRun(config)

@@ -71,6 +71,7 @@ const COLUMNS = [
   column("unanswered", "not ok", (row) => row.load && row.load.sent - (row.load.outcomes.ok ?? 0), (value, row) => [number(value),
     element("span", { class: "spread" }, Object.entries(row.load.outcomes).filter(([kind]) => kind !== "ok").map(([kind, count]) => `${count} ${kind}`).join(", "))]),
   column("speedup", "speed-up", speedup, (value, row) => [number(value, 3), speedupSpread(row) && spread(...speedupSpread(row), (x) => number(x, 3))]),
+  column("images", "images", (row) => row.images),
   column("memory", "peak memory, MiB", (row) => row.memory_mib),
   column("tflops", "TFLOP/s", (row) => row.tflops, (value) => number(value, 3)),
   column("ceiling", "of a matrix product", (row) => row.ceiling_share, percent),
@@ -371,6 +372,20 @@ function renderGrids(shown) {
   $("grids").replaceChildren(...(figures.length ? figures : [none("No run shown has images.")]));
 }
 
+function renderCategories(shown) {
+  const found = shown.flatMap((row) => row.categories.map((category) => ({ row, category })));
+  const cell = (value, show) => element("td", { class: "number" }, ...(known(value) ? show(value) : []));
+  const body = found.map(({ row, category }) => element("tr", {}, element("th", { scope: "row" }, row.label),
+    element("td", { class: "text" }, category.name), cell(category.images, (count) => [number(count)]),
+    cell(category.duration_ms, (times) => [number(times.median), ...measuredSpread(times)]),
+    cell(category.top1, (share) => [percent(share.value), spread(...share.ci95, percent)]),
+    cell(category.distance, (estimate) => [number(estimate.value), ...measuredSpread(estimate)]),
+    cell(category.clip_score, (estimate) => [number(estimate.value), ...measuredSpread(estimate)])));
+  const titles = ["run", "category", "images", "ms per image", "top-1", "distance", "CLIP score"];
+  $("categories").replaceChildren(...(found.length ? [heading(titles), element("tbody", {}, ...body)]
+    : [element("caption", { class: "none" }, "No run shown has a data set with categories.")]));
+}
+
 function renderNotes(shown) {
   const byNote = Map.groupBy(shown.flatMap((row) => row.notes.map((note) => ({ note, row }))), ({ note }) => note);
   const parts = [...byNote].flatMap(([note, by]) => [element("dt", {}, note),
@@ -397,7 +412,7 @@ function renderProvenance(shown) {
 
 function render() {
   const shown = ordered(rows.filter(matches));
-  for (const part of [renderTable, renderStages, renderScaling, renderBaselines, renderCurve, renderPareto, renderGrids, renderNotes, renderProvenance]) part(shown);
+  for (const part of [renderTable, renderStages, renderScaling, renderBaselines, renderCurve, renderPareto, renderGrids, renderCategories, renderNotes, renderProvenance]) part(shown);
 }
 
 function addPick(key) {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import yaml
@@ -16,7 +17,17 @@ from harness.metrics.intervals import IntervalEstimate, Share
 from harness.metrics.load import LoadSummary
 from harness.metrics.summary import Summary
 from harness.records.comparison import Comparison, read_comparison
-from harness.records.record import CacheUse, Record, RunFolderError, Statistics, Status, read_record, read_status
+from harness.records.record import (
+    CacheUse,
+    CategoryRow,
+    Record,
+    RunFolderError,
+    Statistics,
+    Status,
+    read_record,
+    read_status,
+)
+from harness.records.shards import merge_complete
 from harness.tasks.report.equal_latency import EqualLatencyBaseline, equal_latency_baselines
 from harness.tasks.report.keys import Cell, cells, run_labels, varying_keys
 from harness.tasks.report.scaling import Scaling, scalings
@@ -62,6 +73,8 @@ class ReportRow(msgspec.Struct, frozen=True):
         comparison: Result of task=compare.
         provenance: Versions, hardware and engine.
         prompts: Distinct prompts.
+        categories: Categories of its data set.
+        images: Number of images of its data set.
         grid: Thumbnail of the image grid as a data URI.
     """
 
@@ -96,6 +109,8 @@ class ReportRow(msgspec.Struct, frozen=True):
     provenance: dict[str, Cell] = {}
     prompts: list[str] = []
     grid: str | None = None
+    categories: list[CategoryRow] = []
+    images: int | None = None
 
 
 class ReportTable(msgspec.Struct, frozen=True):
@@ -139,7 +154,8 @@ def read_table(root: Path) -> ReportTable:
         The keys that differ, and one row per run.
     """
     folders = sorted({file.parent for name in FILES for file in root.rglob(name)})
-    runs = [read_run(folder) for folder in folders]
+    runs = merge_runs([read_run(folder) for folder in folders])
+    folders = [run.folder for run in runs]
     overridden = {o.partition("=")[0].lstrip("+") for run in runs if run.record for o in run.record.overrides}
     keys = varying_keys([run.config for run in runs if run.config], overridden)
     names = [folder.relative_to(root).as_posix() for folder in folders]
@@ -150,6 +166,35 @@ def read_table(root: Path) -> ReportTable:
     return ReportTable(
         keys, [msgspec.structs.replace(row, equal_latency=baselines.get(k)) for k, row in enumerate(rows)]
     )
+
+
+def merge_runs(runs: list[StoredRun]) -> list[StoredRun]:
+    """Return the runs with the shards of each data set as one, in the place of its first shard.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        The runs; shards of which one is missing or failed stay rows of their own.
+    """
+    ended_well = {run.folder: run.record for run in runs if run.record is not None and run.status.state == "ok"}
+    try:
+        merged = {each.folders[0]: each for each in merge_complete(ended_well)}
+    except RunFolderError:
+        return runs  # a row for every shard, whose files cannot be read together
+    others = {folder for each in merged.values() for folder in each.folders[1:]}
+    return [
+        replace(run, record=merged[run.folder].record, config=cells(without_shard(merged[run.folder].record.config)))
+        if run.folder in merged
+        else run
+        for run in runs
+        if run.folder not in others
+    ]
+
+
+def without_shard(config: dict[str, Any]) -> dict[str, object]:
+    """Return a configuration without the number of its shard, which merged shards do not share."""
+    return {**config, "dataset": {key: value for key, value in config["dataset"].items() if key != "shard"}}
 
 
 def read_run(folder: Path) -> StoredRun:
@@ -220,6 +265,8 @@ def _with_record(plain: ReportRow, record: Record, scaling: Scaling | None) -> R
         scaling=scaling,
         provenance={**cells(flatten(provenance)), "attention.resolved": record.attention.resolved},
         prompts=list(dict.fromkeys(sample.prompt for sample in record.samples)),
+        categories=[] if record.dataset is None else record.dataset.categories,
+        images=None if record.dataset is None else record.dataset.images,
     )
 
 

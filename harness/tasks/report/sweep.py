@@ -150,5 +150,6 @@ def _check_comparable(records: Sequence[Record], points: Sequence[SweepPoint]) -
         raise ValueError(
             "the runs were scored against different galleries, so they do not compare; give one sweep's folder"
         )
-    if len({tuple(record.config["request"]["prompts"]) for record in records}) > 1:
+    datasets = {None if row is None else (row.sha256, row.prompts, row.shard) for row in (r.dataset for r in records)}
+    if len(datasets) > 1 or len({tuple(record.config["request"]["prompts"]) for record in records}) > 1:
         raise ValueError("the runs have different prompts, so they do not compare; give one sweep's folder")

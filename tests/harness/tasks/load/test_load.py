@@ -349,6 +349,7 @@ def test_over_http_an_outcome_is_the_error_s_code_and_a_broken_connection_is_los
 def test_a_server_s_overrides_are_the_load_s_without_what_is_ours_alone() -> None:
     common = ["parallel=dp2", "request.steps=4", "serve.max_batch=2"]
     ours = ["task=load", "load.rate=4", "logger=json", "logger.table=true", "hydra.run.dir=x", "+load.seed=1"]
+    ours += ["dataset.file=a.txt", "request.prompts_file=a.txt"]
     assert server_overrides([*ours, *common]) == common
 
 
