@@ -68,6 +68,8 @@ class WaitPolicy(Enum):
 class WandbMode(Enum):
     """When results go to Weights & Biases; `auto` is online if the user is logged in, and offline otherwise.
 
+    `auto` is disabled if wandb is not installed, which a note in the record says.
+
     Where the server does not answer, runs are logged offline, and a note in the record says so.
     """
 
@@ -379,7 +381,8 @@ class WandbConfig:
 
     mode: WandbMode = option(
         WandbMode.auto,
-        "When results go there; auto is online if the user is logged in and the server answers.",
+        "When results go there; auto is online if the user is logged in and the server answers, and disabled without "
+        "the package wandb.",
     )
     project: str = option("triptych", "Name of the project.")
     group: str | None = option(None, "Name of the group. null = the sweep's folder name, or none for a single run.")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 
+from harness import __version__
 from harness.config.schema import RunConfig
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
 from models.registry import resolve_backend
@@ -18,8 +19,6 @@ INSTALL_HINTS = {
     "since its own requirements would replace torch and diffusers",
 }
 """How to install what an engine needs, by the engine's name, which is also the name of its module."""
-
-PACKAGE = "triptych"
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,9 @@ def baseline_attention(config: RunConfig) -> str:
 
 def engine_version(name: str) -> str:
     """Return the version of an engine's package, empty if it is not installed."""
+    if name == NATIVE:
+        return __version__
     try:
-        return metadata.version(PACKAGE if name == NATIVE else name)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""

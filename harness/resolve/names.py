@@ -21,6 +21,7 @@ from models.registry import did_you_mean
 from schedulers.settings import FAMILIES
 
 PLUGINS = {  # Hydra's own packages: which option needs which package, and the extra that installs it
+    ("hydra/launcher", "joblib"): ("hydra-joblib-launcher", "joblib"),
     ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),
     ("hydra/launcher", "submitit_slurm"): ("hydra-submitit-launcher", "slurm"),
     ("hydra/launcher", "submitit_local"): ("hydra-submitit-launcher", "slurm"),

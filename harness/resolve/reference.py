@@ -15,9 +15,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from harness import __version__
 from harness.config.cache import CACHE_KEYS
 from harness.config.schema import CheckpointDefaults, LoraConfig, RunConfig, Task
-from harness.resolve.engines_table import NATIVE, engine_version
 from harness.resolve.names import config_groups, refuse_unknown
 from schedulers.compatibility import FLOW_LINSPACE_OPTIONS, PATHS, PREDICTION_OPTIONS, SPACING_OPTIONS
 from schedulers.options import Option, option_of
@@ -196,8 +196,8 @@ def read_compatibility() -> str:
 
 
 def version_text() -> str:
-    """Return the version of Triptych, that of the installed package."""
-    return engine_version(NATIVE) or "unknown: the package triptych is not installed"
+    """Return the version of Triptych."""
+    return __version__
 
 
 def help_text() -> str:
