@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from types import FrameType
@@ -29,10 +30,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from harness.config.schema import LoggerConfig, RunConfig, Task
+from harness.config.schema import LoggerConfig, ProgressMode, RunConfig, Task
 from harness.config.tasks import TRAITS
 from harness.engines.launcher import is_under_torchrun
 from harness.engines.pool import EnginePool, MakeEngine, new_engine
+from harness.loggers.level import log_to_terminal
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.records.job import JobResult, read_jobs, write_job
@@ -52,11 +54,19 @@ from harness.resolve.names import check_names, one_line
 from harness.tasks import task_entry
 from harness.tasks.common.comparison import is_compared
 from harness.tasks.common.lifecycle import mirror, refuse, refuse_command
-from harness.tasks.common.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, exit_status, print_error
+from harness.tasks.common.progress import SweepProgress, print_line, shows_lines
+from harness.tasks.common.terminal import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    exit_status,
+    outlive_readers,
+    print_error,
+)
 
 
 def main() -> None:
     """Run the command line and exit with its status, which is 0 only if everything requested was done."""
+    outlive_readers()
     arguments = sys.argv[1:]
     try:
         is_rank = not asks_for_help(arguments) and is_under_torchrun()
@@ -177,6 +187,8 @@ def run_one(run: ResolvedRun, engines: MakeEngine) -> JobResult:
     task = run.config.task.name
     entry, own_folder = task_entry(task), TRAITS[task].folder
     entry.check(run)
+    if task is not Task.serve:  # which has a log file
+        log_to_terminal(run.config.logger)
     status = entry.execute(run, Console(), engines)
     return JobResult(run.folder if own_folder is None else Path(attrgetter(own_folder)(run.config)), status)
 
@@ -196,13 +208,14 @@ class HydraSession:
     def __init__(self, outcomes: Path | None = None, is_copy: bool = False) -> None:
         self.jobs: list[JobResult] = []
         self.pool = EnginePool()
+        self.progress: SweepProgress | None = None
         self._outcomes = outcomes
         self._is_copy = is_copy
         atexit.register(self.pool.close)
         register_schema()
 
-    def __reduce__(self) -> tuple[type[HydraSession], tuple[Path | None, bool]]:
-        return HydraSession, (self._outcomes, True)
+    def __reduce__(self) -> tuple[type[HydraSession], tuple[Path | None, bool], dict[str, object]]:
+        return HydraSession, (self._outcomes, True), {"progress": self.progress}
 
     def add(self, job: JobResult, number: int) -> None:
         """Add a finished job.
@@ -211,9 +224,16 @@ class HydraSession:
             job: The job.
             number: The number of the job in the sweep.
         """
+        job = replace(job, overrides=tuple(HydraConfig.get().overrides.task))
         self.jobs.append(job)
         if self._is_copy and self._outcomes is not None:
             write_job(self._outcomes / f"{number:06d}.json", job)
+
+    def report(self, composed: DictConfig) -> None:
+        """Print a line about the job that has ended, unless its progress was shown as bars."""
+        mode = OmegaConf.select(composed, "logger.progress", default=ProgressMode.auto)
+        if self.progress is not None and shows_lines(Console(), mode):
+            print_line(self.progress.line(self.jobs[-1], HydraConfig.get().job.num, len(self.jobs)))
 
 
 def run_with_hydra(arguments: Sequence[str], session: HydraSession) -> None:
@@ -231,6 +251,7 @@ def run_with_hydra(arguments: Sequence[str], session: HydraSession) -> None:
     def job(composed: DictConfig) -> float:
         done = run_job(composed, session.pool.engine)
         session.add(done, HydraConfig.get().job.num if HydraConfig.get().mode is RunMode.MULTIRUN else 0)
+        session.report(composed)
         if done.status.state == "cancelled":
             raise KeyboardInterrupt
         return objective_value(done)
@@ -289,6 +310,7 @@ def sweep(arguments: Sequence[str], overrides: Sequence[str]) -> int:
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     outcomes = folder.resolve() / f".jobs-{secrets.token_hex(4)}"
     session = HydraSession(outcomes)
+    session.progress = SweepProgress.of(overrides)
     try:
         run_with_hydra([*arguments[:at], *pinned, *arguments[at:]], session)
     except KeyboardInterrupt:

@@ -79,6 +79,23 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class ProgressMode(Enum):
+    """How progress is shown; `auto` is bars on a terminal and lines elsewhere."""
+
+    auto = "auto"
+    lines = "lines"
+    none = "none"
+
+
+class LogLevel(Enum):
+    """Level of the logs."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
 class Load(Enum):
     """Where weights come from: a checkpoint, or random numbers of the real architecture (for work on speed)."""
 
@@ -394,6 +411,17 @@ class LoggerConfig:
     """Group `logger`: where results go besides the record."""
 
     table: bool = option(True, "Print the summary table.")
+    progress: ProgressMode = option(
+        ProgressMode.auto,
+        "How progress is shown: lines are one per job of a sweep and one every 30 s, on standard error. auto = bars on "
+        "a terminal, lines elsewhere.",
+    )
+    level: LogLevel = option(
+        LogLevel.info,
+        "Level of the logs of ranks and servers. The command shows its own on standard error: warnings and errors, or "
+        "all with debug.",
+        reads=(*LOGGING, "task=serve"),
+    )
     wandb: WandbConfig = group(WandbConfig, "Weights & Biases.")
 
 

@@ -25,6 +25,7 @@ from harness.engines.environment import OWNER, SOCKETS, threads_per_rank
 from harness.engines.preimport import import_required
 from harness.engines.processes import RANK_NAME, end_with_parent, set_process_name
 from harness.engines.torchrun import RankError
+from harness.loggers.level import LOG_FORMAT, set_log_level
 from harness.messages import EngineInfo, LoadedComponent
 from harness.parallel.mesh import RankPosition
 from harness.records.record import write_atomically
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 log = logging.getLogger(__name__)
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class RankInfo(msgspec.Struct, frozen=True):
@@ -84,6 +84,7 @@ def main() -> None:
     try:
         log.info("rank %d of %s, process %d", rank, os.environ["WORLD_SIZE"], os.getpid())
         run = ResolvedRun(from_yaml((folder / "config.yaml").read_text()))
+        set_log_level(run.config.logger)
         from harness.engines.rendezvous import join_ranks
 
         join_ranks(sockets)

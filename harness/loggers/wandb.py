@@ -30,7 +30,9 @@ from harness.records.record import Record, Statistics, Status
 if TYPE_CHECKING:
     import wandb
 
-MISSING = "wandb is not installed, so nothing is mirrored: pip install 'triptych[wandb]', or use logger.wandb.mode=disabled"
+MISSING = (
+    "wandb is not installed, so nothing is mirrored: pip install 'triptych[wandb]', or use logger.wandb.mode=disabled"
+)
 INIT_TIMEOUT_S = 10.0  # after which wandb gives up opening a run, where the server answered a moment ago
 FINISH_TIMEOUT_S = 300.0  # after which wandb leaves the rest of an upload on disk
 MAX_VIDEOS = 16  # videos of one run that are mirrored; the rest are on disk

@@ -22,8 +22,9 @@ from harness.records.record import Record, RunFolder, Status
 from harness.resolve.compose import ResolvedRun
 from harness.tasks.common.fidelity import measure_fidelity
 from harness.tasks.common.lifecycle import guarded, mirror
+from harness.tasks.common.progress import progress_bars
 from harness.tasks.common.references import ReferenceRenderer
-from harness.tasks.common.session import MeasurementSession, progress_bars
+from harness.tasks.common.session import MeasurementSession
 
 
 def check(run: ResolvedRun) -> None:
@@ -51,7 +52,7 @@ def execute(
     """
     config, record = run.config, None
     folder = RunFolder.claim(run.folder, run.retry) if folder is None else folder
-    with guarded(run, folder) as outcome, progress_bars(console) as bars:
+    with guarded(run, folder) as outcome, progress_bars(console, config.logger.progress) as bars:
         run = replace(run, notes=[*run.notes, *mode_notes(config.logger.wandb.mode)])
         generator = DiffusionGenerator.from_resolved(run, folder.path, engines)
         session = MeasurementSession(generator, bars)

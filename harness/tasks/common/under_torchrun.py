@@ -22,8 +22,9 @@ from harness.config.schema import RunConfig
 from harness.config.tasks import TRAITS
 from harness.engines.environment import arithmetic_environment
 from harness.engines.protocol import AttachedEngine, Engine
-from harness.engines.rank import LOG_FORMAT, check_world_size, redirect_output, serve, write_error
+from harness.engines.rank import check_world_size, redirect_output, serve, write_error
 from harness.engines.torchrun import rank_error
+from harness.loggers.level import LOG_FORMAT, set_log_level
 from harness.records.record import RunFolder, RunFolderError, Status
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, to_yaml
 from harness.serving.faults import failure_line
@@ -94,7 +95,8 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
         return EXIT_BAD_INPUT
     folder, addresses = RunFolder(Path(assignment.folder)), Addresses(Path(assignment.sockets))
     if rank == 0:
-        logging.basicConfig(level=logging.INFO, filename=folder.log_file(0), format=LOG_FORMAT)
+        logging.basicConfig(filename=folder.log_file(0), format=LOG_FORMAT)
+        set_log_level(run.config.logger)
         return _run_rank_zero(run, folder, addresses)
     return _run_other_rank(run, folder if _node() == 0 else None, addresses, rank)
 
@@ -122,7 +124,8 @@ def _run_other_rank(run: ResolvedRun, folder: RunFolder | None, addresses: Addre
         The exit status of the rank.
     """
     if folder is None:
-        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+        logging.basicConfig(format=LOG_FORMAT)
+        set_log_level(run.config.logger)
     else:
         redirect_output(folder.log_file(rank))
     try:
