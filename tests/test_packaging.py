@@ -6,6 +6,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -26,8 +27,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FILES = sorted(path for package in OWN for path in (ROOT / package).rglob("*.py"))
 NOT_INSTALLED = {"ftfy": "ftfy", "resvg_py": "resvg_py", "torchao": "torchao"}
 """Packages of modules that an environment for tests does not have."""
-UNDECLARED = {"sglang"}
-"""A package whose own requirements would replace torch: the refusal says how it is installed."""
+UNDECLARED = {"sglang", "_typeshed"}
+"""A package whose own requirements would replace torch, so that the refusal says how to install it; mypy's types."""
 PLACES = {
     "harness/tasks/serve/": "serve",
     "harness/tasks/load/": "serve",
@@ -52,10 +53,13 @@ BASE = requirements(PROJECT["dependencies"])
 EXTRAS = {name: requirements(lines) for name, lines in PROJECT["optional-dependencies"].items()}
 
 
+installed_packages = cache(packages_distributions)
+
+
 def distributions(module: str) -> set[str]:
     """Return the packages that a module may come from."""
     top = module.partition(".")[0]
-    found = packages_distributions().get(top, []) or [NOT_INSTALLED.get(top, f"no package of {top}")]
+    found = installed_packages().get(top, []) or [NOT_INSTALLED.get(top, f"no package of {top}")]
     return {canonicalize_name(name) for name in found}
 
 

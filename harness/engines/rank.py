@@ -84,7 +84,6 @@ def main() -> None:
     try:
         log.info("rank %d of %s, process %d", rank, os.environ["WORLD_SIZE"], os.getpid())
         run = ResolvedRun(from_yaml((folder / "config.yaml").read_text()))
-        set_log_level(run.config.logger)
         from harness.engines.rendezvous import join_ranks
 
         join_ranks(sockets)
@@ -114,6 +113,7 @@ def serve(run: ResolvedRun, addresses: Addresses) -> None:
     """
     import torch.distributed as dist
 
+    set_log_level(run.config.logger)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     position = RankPosition(rank, run.degrees)
     check_world_size(position.world_size, ranks)

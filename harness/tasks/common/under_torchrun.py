@@ -24,7 +24,7 @@ from harness.engines.environment import arithmetic_environment
 from harness.engines.protocol import AttachedEngine, Engine
 from harness.engines.rank import check_world_size, redirect_output, serve, write_error
 from harness.engines.torchrun import rank_error
-from harness.loggers.level import LOG_FORMAT, set_log_level
+from harness.loggers.level import LOG_FORMAT
 from harness.records.record import RunFolder, RunFolderError, Status
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, to_yaml
 from harness.serving.faults import failure_line
@@ -96,7 +96,6 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
     folder, addresses = RunFolder(Path(assignment.folder)), Addresses(Path(assignment.sockets))
     if rank == 0:
         logging.basicConfig(filename=folder.log_file(0), format=LOG_FORMAT)
-        set_log_level(run.config.logger)
         return _run_rank_zero(run, folder, addresses)
     return _run_other_rank(run, folder if _node() == 0 else None, addresses, rank)
 
@@ -125,7 +124,6 @@ def _run_other_rank(run: ResolvedRun, folder: RunFolder | None, addresses: Addre
     """
     if folder is None:
         logging.basicConfig(format=LOG_FORMAT)
-        set_log_level(run.config.logger)
     else:
         redirect_output(folder.log_file(rank))
     try:
