@@ -60,6 +60,7 @@ from harness.tasks.common.terminal import (
     EXIT_INTERRUPTED,
     exit_status,
     outlive_readers,
+    output_console,
     print_error,
 )
 
@@ -189,7 +190,7 @@ def run_one(run: ResolvedRun, engines: MakeEngine) -> JobResult:
     entry.check(run)
     if task is not Task.serve:  # which has a log file
         log_to_terminal(run.config.logger)
-    status = entry.execute(run, Console(), engines)
+    status = entry.execute(run, output_console(), engines)
     return JobResult(run.folder if own_folder is None else Path(attrgetter(own_folder)(run.config)), status)
 
 
@@ -323,8 +324,8 @@ def sweep(arguments: Sequence[str], overrides: Sequence[str]) -> int:
     jobs = session.jobs or read_jobs(outcomes)  # the launcher may run them in other processes
     shutil.rmtree(outcomes, ignore_errors=True)
     if len(jobs) > 1:
-        print_sweep(jobs, Console())
-        print_savings(sum(job.already_done for job in jobs), session.pool, Console())
+        print_sweep(jobs, output_console())
+        print_savings(sum(job.already_done for job in jobs), session.pool, output_console())
     return 1 if any(job.status.state != "ok" for job in jobs) else 0
 
 

@@ -18,6 +18,11 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+def output_console() -> Console:
+    """Return the console of results: a terminal's width folds lines, a file or a pipe has them whole."""
+    return Console(soft_wrap=not Console().is_terminal)
+
+
 def print_error(error: object) -> None:
     """Print one clear line on standard error."""
     Console(stderr=True).print(f"[bold red]triptych:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)

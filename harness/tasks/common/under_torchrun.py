@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 
 import msgspec
-from rich.console import Console
 
 from harness.config.schema import RunConfig
 from harness.config.tasks import TRAITS
@@ -32,7 +31,7 @@ from harness.serving.transport import Addresses, EngineGone, SocketFolderError
 from harness.tasks import task_entry
 from harness.tasks.common.lifecycle import refuse_command
 from harness.tasks.common.measure import execute
-from harness.tasks.common.terminal import EXIT_BAD_INPUT, exit_status, print_error
+from harness.tasks.common.terminal import EXIT_BAD_INPUT, exit_status, output_console, print_error
 
 JOIN_S = 20.0
 log = logging.getLogger(__name__)
@@ -181,7 +180,7 @@ def _run_rank_zero(run: ResolvedRun, folder: RunFolder, addresses: Addresses) ->
 
     outcome: list[Status] = []
     client = threading.Thread(
-        target=lambda: outcome.append(execute(run, Console(), attach, folder)), name="client", daemon=True
+        target=lambda: outcome.append(execute(run, output_console(), attach, folder)), name="client", daemon=True
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise_rank_stopped)

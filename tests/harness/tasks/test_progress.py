@@ -17,6 +17,7 @@ from harness.records.job import JobResult
 from harness.records.record import Status
 from harness.tasks.common import progress
 from harness.tasks.common.progress import SweepProgress, progress_bars, shows_bars, shows_lines
+from harness.tasks.common.terminal import output_console
 from tests.fixtures.commands import environment
 
 TERMINAL, FILE, QUIET = Console(force_terminal=True), Console(file=io.StringIO()), Console(quiet=True)
@@ -108,3 +109,9 @@ def test_a_reader_that_leaves_is_no_error(arguments: list[str], status: int) -> 
         os.close(writing)
     assert done.returncode == status
     assert not done.stderr
+
+
+def test_a_line_of_results_is_whole_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "word " * 40
+    output_console().print(long)
+    assert capsys.readouterr().out.splitlines() == [long]
