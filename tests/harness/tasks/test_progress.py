@@ -60,7 +60,7 @@ def test_a_run_without_progress_prints_none(
     assert capsys.readouterr() == ("", "")
 
 
-def ended(*overrides: str, done: bool = False) -> JobResult:
+def finished_job(*overrides: str, done: bool = False) -> JobResult:
     return JobResult(Path("a"), Status("ok"), already_done=done, overrides=overrides)
 
 
@@ -69,10 +69,13 @@ def test_each_job_of_a_sweep_is_a_line_with_what_varies_and_what_is_left() -> No
     assert (sweep.keys, sweep.total) == (("scheduler/solver", "request.steps"), 6)
     own = ("logger=json", "request.steps=1", "scheduler/solver=heun")
     sweep = SweepProgress(sweep.keys, sweep.total, time.time() - 20)
-    assert sweep.line(ended(*own), 1, 2) == "job 2 of 6: ok, request.steps=1, scheduler/solver=heun; 4 left, about 40 s"
-    assert sweep.line(ended(*own, done=True), 5, 6).startswith("job 6 of 6: done before, request.steps=1")
-    assert "left" not in sweep.line(ended(*own), 5, 6)
-    assert "left" not in sweep.line(ended(*own), 3, 1)  # of a process that has not seen the others
+    assert (
+        sweep.line(finished_job(*own), 1, 2)
+        == "job 2 of 6: ok, request.steps=1, scheduler/solver=heun; 4 left, about 40 s"
+    )
+    assert sweep.line(finished_job(*own, done=True), 5, 6).startswith("job 6 of 6: done before, request.steps=1")
+    assert "left" not in sweep.line(finished_job(*own), 5, 6)
+    assert "left" not in sweep.line(finished_job(*own), 3, 1)  # of a process that has not seen the others
 
 
 @pytest.mark.parametrize("search", [["hydra/sweeper=optuna", "request.steps=choice(1,2)"], ["model=glob(*)"]])
