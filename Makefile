@@ -50,9 +50,11 @@ $(VENV)/.ready-%: pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "1 of 2: torch, the largest part"
+	@echo "1 of 3: torch, the largest part"
 	@$(PIP) torch
-	@echo "2 of 2: triptych[$(EXTRAS_$*)], with the versions of .ci/constraints.txt"
+	@echo "2 of 3: the other large libraries"
+	@$(PIP) diffusers pandas scipy transformers
+	@echo "3 of 3: triptych[$(EXTRAS_$*)]"
 	@$(PIP) --editable '.[$(EXTRAS_$*)]'
 	@touch $@
 

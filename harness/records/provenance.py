@@ -150,7 +150,7 @@ def provenance(engine: EngineInfo, environment: dict[str, str], beginning: Begin
     return Provenance(
         git=git_state(ROOT),
         python=platform.python_version(),
-        packages={"triptych": __version__} | {name: version(name) for name in PACKAGES},
+        packages={"triptych": __version__, **{name: version(name) for name in PACKAGES}},
         hardware=Hardware(
             platform=platform.platform(),
             cpu=cpu_name(),
