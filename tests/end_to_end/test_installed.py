@@ -27,8 +27,9 @@ OLDEST = "TRIPTYCH_OLDEST_PYTHON"
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the programs of a fresh environment with this project's wheel, and with the other packages of this one."""
     folder = tmp_path_factory.mktemp("installed")
-    left = shutil.ignore_patterns(".git", ".venv", "build", "runs", "sweeps", "wandb", "__pycache__", "*.egg-info")
+    left = shutil.ignore_patterns(".git", ".venv", "runs", "sweeps", "wandb", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, folder / "source", ignore=left)
+    shutil.rmtree(folder / "source" / "build", ignore_errors=True)  # of an earlier build, and not harness/build
     pip, fresh = [sys.executable, "-m", "pip"], folder / "fresh"
     build = [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(folder / "source")]
     subprocess.run(build, check=True, timeout=300)
