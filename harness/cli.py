@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from types import FrameType
@@ -26,10 +27,11 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness.config.schema import LoggerConfig, RunConfig, Task
+from harness.config.schema import LoggerConfig, ProgressMode, RunConfig, Task
 from harness.config.tasks import TRAITS
 from harness.engines.launcher import is_under_torchrun
 from harness.engines.pool import EnginePool, MakeEngine, new_engine
+from harness.loggers.level import log_to_terminal
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.plugins import load_plugins, loaded
@@ -54,11 +56,20 @@ from harness.resolve.search_path import SearchPath
 from harness.tasks import task_entry
 from harness.tasks.common.comparison import is_compared
 from harness.tasks.common.lifecycle import mirror, refuse, refuse_command
-from harness.tasks.common.terminal import EXIT_BAD_INPUT, EXIT_INTERRUPTED, exit_status, print_error
+from harness.tasks.common.progress import SweepProgress, print_line, shows_lines
+from harness.tasks.common.terminal import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    exit_status,
+    outlive_readers,
+    output_console,
+    print_error,
+)
 
 
 def main() -> None:
     """Run the command line and exit with its status, which is 0 only if everything requested was done."""
+    outlive_readers()
     arguments = sys.argv[1:]
     try:
         is_rank = not asks_for_help(arguments) and is_under_torchrun()
@@ -174,7 +185,9 @@ def run_one(run: ResolvedRun, engines: MakeEngine) -> JobResult:
     task = run.config.task.name
     entry, own_folder = task_entry(task), TRAITS[task].folder
     entry.check(run)
-    status = entry.execute(run, Console(), engines)
+    if task is not Task.serve:  # which has a log file
+        log_to_terminal(run.config.logger)
+    status = entry.execute(run, output_console(), engines)
     return JobResult(run.folder if own_folder is None else Path(attrgetter(own_folder)(run.config)), status)
 
 
@@ -202,14 +215,17 @@ class HydraSession:
         self.jobs: list[JobResult] = []
         self.pool = EnginePool()
         self.search = search
+        self.progress: SweepProgress | None = None
         self._outcomes = outcomes
         self._is_copy = is_copy
         atexit.register(self.pool.close)
         load_plugins(plugins)
         register_schema()
 
-    def __reduce__(self) -> tuple[type[HydraSession], tuple[SearchPath, Path | None, bool, list[str]]]:
-        return HydraSession, (self.search, self._outcomes, True, [*loaded()])
+    def __reduce__(
+        self,
+    ) -> tuple[type[HydraSession], tuple[SearchPath, Path | None, bool, list[str]], dict[str, object]]:
+        return HydraSession, (self.search, self._outcomes, True, [*loaded()]), {"progress": self.progress}
 
     def run(self, composed: DictConfig) -> float:
         """Run a job, as Hydra's task function.
@@ -229,6 +245,7 @@ class HydraSession:
             if self._is_copy:  # a process of the launcher may run more jobs, and has no end of its own
                 self.pool.close()
         self.add(done, HydraConfig.get().job.num)
+        self.report(composed)
         if done.status.state == "cancelled":
             raise KeyboardInterrupt
         return objective_value(done)
@@ -240,9 +257,16 @@ class HydraSession:
             job: The job.
             number: The number of the job in the sweep.
         """
+        job = replace(job, overrides=tuple(HydraConfig.get().overrides.task))
         self.jobs.append(job)
         if self._is_copy and self._outcomes is not None:
             write_job(self._outcomes / f"{number:06d}.json", job)
+
+    def report(self, composed: DictConfig) -> None:
+        """Print a line about the job that has ended, unless its progress was shown as bars."""
+        mode = OmegaConf.select(composed, "logger.progress", default=ProgressMode.auto)
+        if self.progress is not None and shows_lines(Console(), mode):
+            print_line(self.progress.line(self.jobs[-1], HydraConfig.get().job.num, len(self.jobs)))
 
 
 def complete(hydra: Hydra, command: Command) -> int:
@@ -314,6 +338,7 @@ def sweep(command: Command) -> int:
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     outcomes = folder.resolve() / f".jobs-{secrets.token_hex(4)}"
     session = HydraSession(command.search, outcomes)
+    session.progress = SweepProgress.of(command.overrides)
     try:
         with session.pool, command.search.hydra() as hydra:
             hydra.multirun(command.search.primary, session.run, pinned)
@@ -328,8 +353,8 @@ def sweep(command: Command) -> int:
     for left in (outcomes, folder / RUNNING):
         shutil.rmtree(left, ignore_errors=True)
     if len(jobs) > 1:
-        print_sweep(jobs, Console())
-        print_savings(sum(job.already_done for job in jobs), session.pool, Console())
+        print_sweep(jobs, output_console())
+        print_savings(sum(job.already_done for job in jobs), session.pool, output_console())
     return 1 if any(job.status.state != "ok" for job in jobs) else 0
 
 

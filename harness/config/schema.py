@@ -75,6 +75,8 @@ class WaitPolicy(Enum):
 class WandbMode(Enum):
     """When results go to Weights & Biases; `auto` is online if the user is logged in, and offline otherwise.
 
+    `auto` is disabled if wandb is not installed, which a note in the record says.
+
     Where the server does not answer, runs are logged offline, and a note in the record says so.
     """
 
@@ -82,6 +84,23 @@ class WandbMode(Enum):
     online = "online"
     offline = "offline"
     disabled = "disabled"
+
+
+class ProgressMode(Enum):
+    """How progress is shown; `auto` is bars on a terminal and lines elsewhere."""
+
+    auto = "auto"
+    lines = "lines"
+    none = "none"
+
+
+class LogLevel(Enum):
+    """Level of the logs."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
 
 
 class Load(Enum):
@@ -392,7 +411,8 @@ class WandbConfig:
 
     mode: WandbMode = option(
         WandbMode.auto,
-        "When results go there; auto is online if the user is logged in and the server answers.",
+        "When results go there; auto is online if the user is logged in and the server answers, and disabled without "
+        "the package wandb.",
     )
     project: str = option("triptych", "Name of the project.")
     group: str | None = option(None, "Name of the group. null = the sweep's folder name, or none for a single run.")
@@ -404,6 +424,17 @@ class LoggerConfig:
     """Group `logger`: where results go besides the record."""
 
     table: bool = option(True, "Print the summary table.")
+    progress: ProgressMode = option(
+        ProgressMode.auto,
+        "How progress is shown: lines are one per job of a sweep and one every 30 s, on standard error. auto = bars on "
+        "a terminal, lines elsewhere.",
+    )
+    level: LogLevel = option(
+        LogLevel.info,
+        "Level of the logs of ranks and servers. The command shows its own on standard error: warnings and errors, or "
+        "all with debug.",
+        reads=(*LOGGING, "task=serve"),
+    )
     wandb: WandbConfig = group(WandbConfig, "Weights & Biases.")
 
 

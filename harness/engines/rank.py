@@ -24,6 +24,7 @@ from harness.engines.environment import OWNER, SOCKETS, threads_per_rank
 from harness.engines.preimport import import_required
 from harness.engines.processes import RANK_NAME, end_with_parent, set_process_name
 from harness.engines.torchrun import RankError
+from harness.loggers.level import LOG_FORMAT, set_log_level
 from harness.messages import EngineInfo
 from harness.parallel.mesh import RankPosition
 from harness.plugins import load_sources
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 log = logging.getLogger(__name__)
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class StoreCancelFlags:
@@ -104,6 +104,7 @@ def serve(run: ResolvedRun, addresses: Addresses) -> None:
     """
     import torch.distributed as dist
 
+    set_log_level(run.config.logger)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     position = RankPosition(rank, run.degrees)
     check_world_size(position.world_size, ranks)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from harness.loggers.columns import add_job_columns, add_numbers, print_table
 from harness.metrics.load import OK, LoadSummary
 from harness.records.job import JobResult
 from harness.records.record import Record
@@ -94,20 +95,17 @@ def has_load_record(job: JobResult) -> bool:
 def print_loads(jobs: Sequence[JobResult], console: Console) -> None:
     """Print the loads of a sweep, one row each, and below them each error once."""
     table = Table(show_edge=False, pad_edge=False)
-    table.add_column("job", overflow="fold")
+    labels = add_job_columns(table, jobs)
     table.add_column("state", no_wrap=True)
-    for heading in ("offered/s", "answers/s", "p50 ms", "p99 ms", "good/s", "per forward", "not ok"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    shared = set.intersection(*(set(job.folder.name.split(",")) for job in jobs))
+    add_numbers(table, ["offered/s", "answers/s", "p50 ms", "p99 ms", "good/s", "per\nforward", "not ok"])
     errors: dict[str, None] = {}
-    for job in jobs:
-        folder, status, record = job.folder, job.status, job.record()
+    for job, label in zip(jobs, labels, strict=True):
+        status, record = job.status, job.record()
         cells = [""] * 7 if record is None or record.load is None else _cells(record.load)
-        own = [part for part in folder.name.split(",") if part not in shared]
         colour = "green" if status.state == "ok" else "red"
-        table.add_row(escape("\n".join(own) or folder.name), f"[{colour}]{status.state}[/{colour}]", *cells)
+        table.add_row(*label, f"[{colour}]{status.state}[/{colour}]", *cells)
         errors |= {status.error: None} if status.error else {}
-    console.print(table)
+    print_table(table, console, ["per\nforward", "good/s", "p50 ms"])
     for error in errors:
         console.print(escape(error), soft_wrap=True)
     console.print(f"folders in {escape(str(jobs[0].folder.parent))}", soft_wrap=True)

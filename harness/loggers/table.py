@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from harness.loggers.columns import add_job_columns, add_numbers, print_table
 from harness.loggers.load import has_load_record, print_loads
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import BROKEN, Check, Fidelity
@@ -24,6 +25,7 @@ from harness.records.rerun import describe_rerun
 from harness.records.shards import merge_complete
 
 SWEPT = ("step", "request", "answer", "latency_p99")  # ratios that a sweep of comparisons shows, if they were timed
+SWEEP_HEADINGS = ("request ms", "step ms", "evaluations", "top-1 %", "fidelity")
 SHOWN_OPERATORS = 8  # operators shown of a profile; the record has more
 SHOWN_SHARE = 0.005  # share of a request below which a stage is only in comparison.json
 
@@ -257,47 +259,50 @@ def print_sweep(jobs: Sequence[JobResult], console: Console) -> None:
     if any(has_load_record(job) for job in jobs):
         print_loads(jobs, console)
         return
-    table = Table(show_edge=False, pad_edge=False)
-    for heading in ("job", "state"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("request ms", "step ms", "evaluations", "top-1 %"):
-        table.add_column(heading, justify="right")
-    table.add_column("fidelity", overflow="fold")
     records = [job.record() for job in jobs]
+    cells = [_sweep_cells(record) for record in records]
+    shown = [name for column, name in enumerate(SWEEP_HEADINGS) if any(row[column] for row in cells)]
+    table = Table(show_edge=False, pad_edge=False)
     has_beside = any(record is not None and record.beside for record in records)
-    if has_beside:
-        table.add_column("beside", justify="right")
-    names = [set(job.folder.name.split(",")) for job in jobs]
-    shared = set.intersection(*names)
+    labels = add_job_columns(table, jobs)
+    table.add_column("state", no_wrap=True)
+    add_numbers(table, [*shown, "beside"] if has_beside else shown)
     errors: dict[str, int] = {}
-    for job, record in zip(jobs, records, strict=True):
-        folder, status = job.folder, job.status
-        numbers, held = ("", "", "", ""), ""
-        if record is not None and record.summary is not None:
-            row = record.summary
-            found = "" if record.quality is None else f"{100 * record.quality.top1.value:.1f}"
-            numbers = (f"{row.latency_ms.median:.1f}", f"{row.step_ms.median:.2f}", str(row.nfe), found)
-            held = "" if record.fidelity is None else verdict_markup(record.fidelity.verdict)
-        colour = "green" if status.state == "ok" else "red"
-        own = [part for part in folder.name.split(",") if part not in shared]
+    for job, label, row, record in zip(jobs, labels, cells, records, strict=True):
+        status, colour = job.status, "green" if job.status.state == "ok" else "red"
         number = f" {errors.setdefault(status.error, len(errors) + 1)}" if status.error else ""
-        label, state = escape("\n".join(own) or folder.name), f"[{colour}]{status.state}{number}[/{colour}]"
+        state = f"[{colour}]{status.state}{number}[/{colour}]"
+        numbers = [cell for name, cell in zip(SWEEP_HEADINGS, row, strict=True) if name in shown]
         beside = [str(len(record.beside))] if has_beside and record is not None else []
-        table.add_row(label, state, *numbers, held, *beside)
-    console.print(table)
+        table.add_row(*label, state, *numbers, *beside)
+    print_table(table, console, ["evaluations", "step ms", "top-1 %"])
     if has_beside:
         console.print("beside: other jobs that ran at the same time on one machine, so that their times mix")
     for error, place in errors.items():
         console.print(f"{place}: {escape(error)}", soft_wrap=True)
     console.print(f"folders in {escape(str(jobs[0].folder.parent))}", soft_wrap=True)
-    records = {job.folder: record for job in jobs if job.status.state == "ok" and (record := job.record()) is not None}
-    for merged in merge_complete(records):
-        row, dataset = merged.record.statistics, merged.record.dataset
-        median, spread, level, *_ = _cells(row.latency_ms)
+    ended_well = {
+        job.folder: record
+        for job, record in zip(jobs, records, strict=True)
+        if job.status.state == "ok" and record is not None
+    }
+    for merged in merge_complete(ended_well):
+        latency_ms, dataset = merged.record.statistics.latency_ms, merged.record.dataset
+        median, spread, level, *_ = _cells(latency_ms)
         together = f"[bold]{len(merged.folders)} shards together[/bold]"
-        console.print(f"{together}: {median} ms per request ({spread}, {level}), n = {row.latency_ms.n}")
+        console.print(f"{together}: {median} ms per request ({spread}, {level}), n = {latency_ms.n}")
         if dataset is not None:
             print_dataset(dataset, console)
+
+
+def _sweep_cells(record: Record | None) -> tuple[str, ...]:
+    """Return the cells of one job of a sweep; empty if it left no record."""
+    if record is None or record.summary is None:
+        return ("",) * 5
+    row = record.summary
+    found = "" if record.quality is None else f"{100 * record.quality.top1.value:.1f}"
+    held = "" if record.fidelity is None else verdict_markup(record.fidelity.verdict)
+    return f"{row.latency_ms.median:.1f}", f"{row.step_ms.median:.2f}", str(row.nfe), found, held
 
 
 def _print_comparisons(jobs: Sequence[JobResult], console: Console) -> None:
@@ -305,23 +310,25 @@ def _print_comparisons(jobs: Sequence[JobResult], console: Console) -> None:
     found = [job.comparison() for job in jobs]
     names = [name for name in SWEPT if any(each is not None and name in each.ratios for each in found)]
     table = Table(show_edge=False, pad_edge=False)
-    table.add_column("job", overflow="fold")
-    for heading in ("state", *(cell for name in names for cell in (f"{name.replace('_', ' ')}, a / b", "interval"))):
-        table.add_column(heading, justify="right")
-    for heading in ("efficiency", "difference"):
-        table.add_column(heading, justify="right")
-    for job, comparison in zip(jobs, found, strict=True):
-        status, label = job.status, escape(job.folder.name)
+    labels = add_job_columns(table, jobs)
+    ratios = [cell for name in names for cell in (f"{name.replace('_', ' ')},\na / b", "interval")]
+    add_numbers(table, ["state", *ratios, "efficiency", "difference"])
+    errors: dict[str, None] = {}
+    for job, label, comparison in zip(jobs, labels, found, strict=True):
+        status = job.status
         if comparison is None:
-            table.add_row(label, f"[red]{status.state}[/red]", escape(status.error or ""))
+            table.add_row(*label, f"[red]{status.state}[/red]")
+            errors |= {status.error: None} if status.error else {}
             continue
         rows = [comparison.ratios.get(name) for name in names]
         cells = [cell for row in rows for cell in (_ratio(row) if row is not None else ("", ""))]
         efficiency = comparison.efficiency
         shown = "" if efficiency is None else f"{100 * efficiency[next(n for n in names if n in efficiency)]:.0f} %"
         apart = "" if comparison.output is None else f"{comparison.output.rel_l2:.1g}"
-        table.add_row(label, status.state, *cells, shown, apart)
-    console.print(table)
+        table.add_row(*label, status.state, *cells, shown, apart)
+    print_table(table, console, ["efficiency", "difference"])
+    for error in errors:
+        console.print(escape(error), soft_wrap=True)
     console.print(f"folders in {escape(str(jobs[0].folder.parent))}", soft_wrap=True)
 
 

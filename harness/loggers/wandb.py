@@ -25,20 +25,29 @@ from harness.metrics.load import LoadSummary
 from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
 from harness.records.comparison import Comparison
+from harness.records.provenance import version
 from harness.records.record import CategoryRow, Record, Statistics, Status
 
 if TYPE_CHECKING:
     import wandb
 
+MISSING = (
+    "wandb is not installed, so nothing is mirrored: pip install 'triptych[wandb]', or use logger.wandb.mode=disabled"
+)
 INIT_TIMEOUT_S = 10.0  # after which wandb gives up opening a run, where the server answered a moment ago
 FINISH_TIMEOUT_S = 300.0  # after which wandb leaves the rest of an upload on disk
 MAX_VIDEOS = 16  # videos of one run that are mirrored; the rest are on disk
 
 
 def resolve_mode(mode: WandbMode) -> str:
-    """Return online, offline or disabled; `auto` is WANDB_MODE if set, else online only with an API key."""
+    """Return online, offline or disabled.
+
+    `auto` is disabled if wandb is not installed. Otherwise it is WANDB_MODE if set, else online only with an API key.
+    """
     if mode is not WandbMode.auto:
         return mode.name
+    if version("wandb") is None:
+        return "disabled"
     if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
         return os.environ["WANDB_MODE"]
     return "online" if logged_in() else "offline"
@@ -51,7 +60,9 @@ def connected_mode(mode: WandbMode) -> str:
 
 
 def mode_notes(mode: WandbMode) -> list[str]:
-    """Return what a record says of the mode: a note if runs that should be online are logged offline."""
+    """Return what a record says of the mode: a note if auto finds no wandb, or if the server does not answer."""
+    if mode is WandbMode.auto and version("wandb") is None:
+        return [MISSING]
     note = server(server_url()).offline_note() if resolve_mode(mode) == "online" else None
     return [] if note is None else [note]
 

@@ -21,12 +21,14 @@ class JobResult:
         status: How the run ended.
         already_done: Whether an earlier command had done this job, so that it was skipped.
         owns_folder: Whether what lies in the folder is this job's. It is not if the folder holds another run.
+        overrides: The job's overrides, as Hydra has them; empty if it is no job of a sweep.
     """
 
     folder: Path
     status: Status
     already_done: bool = False
     owns_folder: bool = True
+    overrides: tuple[str, ...] = ()
 
     def record(self) -> Record | None:
         """Return the record of this job, or None if it left none."""

@@ -101,7 +101,7 @@ def ffmpeg() -> str:
 
         found: str = get_ffmpeg_exe()
     except (ImportError, RuntimeError) as missing:
-        raise ValueError("videos are written by ffmpeg: pip install 'imageio-ffmpeg>=0.6'") from missing
+        raise ValueError("videos are written by ffmpeg, which is not there: pip install 'triptych[video]'") from missing
     return found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from harness import __version__
 from harness.config.schema import PluginSource
 from harness.messages import EngineInfo
 
@@ -108,7 +109,7 @@ class Provenance(msgspec.Struct, frozen=True):
     Attributes:
         git: The commit; None outside a checkout of this project.
         python: Version of Python.
-        packages: Versions of packages; None if one is not installed.
+        packages: Versions of packages, this one's first; None if one is not installed.
         hardware: The machine of rank 0.
         world_size: Number of ranks.
         threads_per_rank: CPU threads of each rank.
@@ -167,7 +168,7 @@ def provenance(
     return Provenance(
         git=git_state(ROOT),
         python=platform.python_version(),
-        packages={name: version(name) for name in PACKAGES},
+        packages={"triptych": __version__, **{name: version(name) for name in PACKAGES}},
         hardware=Hardware(
             platform=platform.platform(),
             cpu=cpu_name(),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 
+from harness import __version__
 from harness.config.engines import CACHE_DIT as CACHE_DIT
 from harness.config.engines import DIFFUSERS as DIFFUSERS
 from harness.config.engines import ENGINES
@@ -16,8 +17,6 @@ from harness.config.engines import SGLANG as SGLANG
 from harness.config.schema import RunConfig
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
 from models.registry import resolve_backend
-
-PACKAGE = "triptych"
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,9 @@ def baseline_attention(config: RunConfig) -> str:
 
 def engine_version(name: str) -> str:
     """Return the version of an engine's package, empty if it is not installed."""
+    if name == NATIVE:
+        return __version__
     try:
-        return metadata.version(PACKAGE if name == NATIVE else ENGINES[name].package or name)
+        return metadata.version(ENGINES[name].package or name)
     except metadata.PackageNotFoundError:
         return ""

@@ -21,10 +21,10 @@ from schedulers.registry import plugin_options
 from schedulers.tables import FAMILIES
 
 PLUGINS = {  # Hydra's own packages: which option needs which package, and the extra that installs it
+    ("hydra/launcher", "joblib"): ("hydra-joblib-launcher", "joblib"),
     ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),
     ("hydra/launcher", "submitit_slurm"): ("hydra-submitit-launcher", "slurm"),
     ("hydra/launcher", "submitit_local"): ("hydra-submitit-launcher", "slurm"),
-    ("hydra/launcher", "joblib"): ("hydra-joblib-launcher", "joblib"),
     ("hydra/sweeper", "optuna"): ("hydra-optuna-sweeper", "optuna"),
 }
 

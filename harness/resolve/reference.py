@@ -14,9 +14,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from harness import __version__
 from harness.config.cache import CACHES, cache_keys
 from harness.config.schema import CheckpointDefaults, LoraConfig, PluginSource, RunConfig, Task
-from harness.resolve.engines_table import NATIVE, engine_version
 from harness.resolve.names import FREE, config_groups, refuse_unknown
 from harness.resolve.search_path import conf_root, groups_of, option_file
 from schedulers.compatibility import FLOW_LINSPACE_OPTIONS, PREDICTION_OPTIONS
@@ -224,8 +224,8 @@ def read_compatibility() -> str:
 
 
 def version_text() -> str:
-    """Return the version of Triptych, that of the installed package."""
-    return engine_version(NATIVE) or "unknown: the package triptych is not installed"
+    """Return the version of Triptych."""
+    return __version__
 
 
 def help_text(roots: Sequence[Path] = (conf_root(),)) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from operator import attrgetter
 from pathlib import Path
@@ -11,7 +10,7 @@ import msgspec
 
 from harness.config.cache import NONE as NO_CACHE
 from harness.config.cache import check_cache
-from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, Quantize, RunConfig, Task
+from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, RunConfig, Task
 from harness.config.tasks import KEYS_OF_TASKS, TRAITS
 from harness.metrics import pretrained
 from harness.records.media import ffmpeg
@@ -28,6 +27,7 @@ from harness.resolve.layout_rules import check_layout
 from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.options import check_options
+from harness.resolve.packages import check_packages, require_extra
 from harness.resolve.plugins import check_plugins, resolve_plugins
 from harness.resolve.prompts import check_prompts, check_text_tokens
 from harness.resolve.published_scheduler import check_published_scheduler
@@ -40,7 +40,6 @@ from schedulers.compatibility import resolve as resolve_settings
 from schedulers.limits import check_tokens
 from schedulers.settings import NoiseSchedulerSettings
 
-QUANTIZE_PACKAGE = "torchao"
 MAX_TAG = 64  # characters; wandb takes no more
 
 
@@ -114,15 +113,10 @@ def _check_noise_scheduler(config: RunConfig, settings: NoiseSchedulerSettings) 
 
 
 def _check_packages(config: RunConfig) -> None:
-    """Refuse an engine, attention backend or quantization whose package is not installed."""
+    """Refuse a task, engine, attention backend or quantization whose package is not installed."""
+    check_packages(config)
     refuse_missing_engine(config.engine.name)
     resolve_backend(config.attention.backend)
-    quantize = config.model.quantize
-    if quantize is not Quantize.none and importlib.util.find_spec(QUANTIZE_PACKAGE) is None:
-        raise ValueError(
-            f"model.quantize={quantize.name} needs the package {QUANTIZE_PACKAGE}: pip install "
-            "'triptych[quantize]', or drop it"
-        )
 
 
 def check_keys_of_tasks(config: RunConfig) -> None:
@@ -168,6 +162,7 @@ def _resolve_request(config: RunConfig) -> None:
     check_size(message.height, message.width, model.size_multiple, model.max_pixels)
     check_frames(message.frames, model.frame_multiple, model.max_frames)
     if message.frames > 1:
+        require_extra(f"request.frames={message.frames}", "video")
         ffmpeg()
 
 

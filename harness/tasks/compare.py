@@ -24,8 +24,9 @@ from harness.resolve.compose import ConfigError, ResolvedRun, to_yaml
 from harness.tasks.common.comparison import comparison_runs, make_comparison
 from harness.tasks.common.lifecycle import guarded, mirror
 from harness.tasks.common.measure import add_fidelity, status_from_fidelity
+from harness.tasks.common.progress import progress_bars
 from harness.tasks.common.references import ReferenceRenderer
-from harness.tasks.common.session import MeasurementSession, progress_bars
+from harness.tasks.common.session import MeasurementSession
 
 
 def check(run: ResolvedRun) -> None:
@@ -90,7 +91,7 @@ def run_compare(
     folder.write_config(to_yaml(run.config))
     folders = [RunFolder.claim(each.folder) for each in pair]
     generators = [DiffusionGenerator.from_resolved(each, own.path) for each, own in zip(pair, folders, strict=True)]
-    with progress_bars(console) as bars:
+    with progress_bars(console, run.config.logger.progress) as bars:
         sessions = [
             MeasurementSession(generator, bars, name) for generator, name in zip(generators, COMPARED, strict=True)
         ]

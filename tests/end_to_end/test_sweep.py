@@ -36,6 +36,8 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = sweep(folder, "scheduler/solver=euler,heun", "request.steps=1,2", *measured, *mirrored)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ok") >= 4, done.stdout
+    assert "triptych: job 1 of 4: ok, scheduler/solver=euler, request.steps=1; 3 left, about " in done.stderr
+    assert "triptych: job 4 of 4: ok, scheduler/solver=heun, request.steps=2\n" in done.stderr
     return folder
 
 

@@ -19,8 +19,9 @@ from harness.resolve.compose import ResolvedRun
 from harness.tasks.common.fidelity import measure_fidelity
 from harness.tasks.common.imports import import_in_background, modules_for_saving
 from harness.tasks.common.lifecycle import claim, guarded, mirror
+from harness.tasks.common.progress import progress_bars
 from harness.tasks.common.references import ReferenceRenderer
-from harness.tasks.common.session import MeasurementSession, progress_bars
+from harness.tasks.common.session import MeasurementSession
 from harness.tasks.common.stream import stream
 
 
@@ -51,7 +52,7 @@ def execute(
     folder = claim(run) if folder is None else folder
     if run.dataset is not None:
         return stream(run, run.dataset, console, engines, folder)
-    with guarded(run, folder) as outcome, progress_bars(console) as bars:
+    with guarded(run, folder) as outcome, progress_bars(console, config.logger.progress) as bars:
         run = replace(run, notes=[*run.notes, *mode_notes(config.logger.wandb.mode)])
         generator = DiffusionGenerator.from_resolved(run, folder.path, engines)
         session = MeasurementSession(generator, bars)

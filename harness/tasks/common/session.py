@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from harness.client.generator import DiffusionGenerator, Generation
 from harness.config.optimize import Optimize
@@ -172,11 +171,3 @@ class MeasurementSession:
 
         yield on_progress
         self._bars.remove_task(task)
-
-
-@contextmanager
-def progress_bars(console: Console) -> Iterator[Progress]:
-    """Show progress bars while the block runs; if the console is no terminal, show none."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield bars

@@ -33,7 +33,8 @@ from harness.records.record import DatasetRow, Record, RunFolder, SampleRow, Sta
 from harness.resolve.compose import ResolvedRun
 from harness.tasks.common.imports import import_in_background, modules_for_saving
 from harness.tasks.common.lifecycle import guarded, mirror
-from harness.tasks.common.session import MeasurementSession, progress_bars
+from harness.tasks.common.progress import progress_bars
+from harness.tasks.common.session import MeasurementSession
 
 MOST_NOTES = 20  # distinct notes of requests that a record repeats
 
@@ -69,7 +70,7 @@ def stream(run: ResolvedRun, dataset: Dataset, console: Console, engines: MakeEn
         The status, which is on disk before the last results are logged to wandb.
     """
     config, record = run.config, None
-    with guarded(run, folder) as outcome, progress_bars(console) as bars:
+    with guarded(run, folder) as outcome, progress_bars(console, config.logger.progress) as bars:
         run = replace(run, notes=[*run.notes, *mode_notes(config.logger.wandb.mode)])
         generator = DiffusionGenerator.from_resolved(run, folder.path, engines)
         session = MeasurementSession(generator, bars)

@@ -16,14 +16,14 @@ from pathlib import Path
 from types import FrameType
 
 import msgspec
-from rich.console import Console
 
 from harness.config.schema import RunConfig
 from harness.config.tasks import TRAITS
 from harness.engines.environment import arithmetic_environment
 from harness.engines.protocol import AttachedEngine, Engine
-from harness.engines.rank import LOG_FORMAT, check_world_size, redirect_output, serve, write_error
+from harness.engines.rank import check_world_size, redirect_output, serve, write_error
 from harness.engines.torchrun import rank_error
+from harness.loggers.level import LOG_FORMAT
 from harness.records.record import RunFolder, RunFolderError, Status
 from harness.resolve.command import parse_command
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, to_yaml
@@ -32,7 +32,7 @@ from harness.serving.transport import Addresses, EngineGone, SocketFolderError
 from harness.tasks import task_entry
 from harness.tasks.common.lifecycle import claim, refuse_command
 from harness.tasks.common.measure import execute
-from harness.tasks.common.terminal import EXIT_BAD_INPUT, exit_status, print_error
+from harness.tasks.common.terminal import EXIT_BAD_INPUT, exit_status, output_console, print_error
 
 JOIN_S = 20.0
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def run_under_torchrun(arguments: Sequence[str]) -> int:
         return EXIT_BAD_INPUT
     folder, addresses = RunFolder(Path(assignment.folder)), Addresses(Path(assignment.sockets))
     if rank == 0:
-        logging.basicConfig(level=logging.INFO, filename=folder.log_file(0), format=LOG_FORMAT)
+        logging.basicConfig(filename=folder.log_file(0), format=LOG_FORMAT)
         return _run_rank_zero(run, folder, addresses)
     return _run_other_rank(run, folder if _node() == 0 else None, addresses, rank)
 
@@ -123,7 +123,7 @@ def _run_other_rank(run: ResolvedRun, folder: RunFolder | None, addresses: Addre
         The exit status of the rank.
     """
     if folder is None:
-        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+        logging.basicConfig(format=LOG_FORMAT)
     else:
         redirect_output(folder.log_file(rank))
     try:
@@ -179,7 +179,7 @@ def _run_rank_zero(run: ResolvedRun, folder: RunFolder, addresses: Addresses) ->
 
     outcome: list[Status] = []
     client = threading.Thread(
-        target=lambda: outcome.append(execute(run, Console(), attach, folder)), name="client", daemon=True
+        target=lambda: outcome.append(execute(run, output_console(), attach, folder)), name="client", daemon=True
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _raise_rank_stopped)

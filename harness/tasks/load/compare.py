@@ -24,7 +24,7 @@ from harness.records.provenance import Beginning
 from harness.records.record import FirstCall, RunFolder
 from harness.resolve.compose import ResolvedRun, to_yaml
 from harness.tasks.common.comparison import make_comparison
-from harness.tasks.common.session import progress_bars
+from harness.tasks.common.progress import progress_bars
 from harness.tasks.load.measurement import LoadMeasurement, merge_rounds
 from harness.tasks.load.run import load_engine, start_engine, status_from_loads, write_rows
 
@@ -54,7 +54,7 @@ def compare_loads(
     """
     folder.write_config(to_yaml(run.config))
     compared = [ComparedRun.create(each, make_engine) for each in pair]
-    with progress_bars(console) as bars:
+    with progress_bars(console, run.config.logger.progress) as bars:
         try:
             for each in compared:
                 each.start()

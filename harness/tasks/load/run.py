@@ -35,7 +35,7 @@ from harness.records.record import (
 )
 from harness.resolve.compose import ResolvedRun, to_yaml
 from harness.serving.transport import Connection
-from harness.tasks.common.session import progress_bars
+from harness.tasks.common.progress import progress_bars
 from harness.tasks.load import background, http
 from harness.tasks.load.arrivals import arrival_schedule, generate_requests
 from harness.tasks.load.measurement import LoadMeasurement, merge_rounds, summarize
@@ -113,7 +113,7 @@ def run_over_zmq(
         EngineGone: A rank died, or was not ready in time.
     """
     beginning, engine = Beginning.now(), make_engine(run.config, folder.path)
-    with progress_bars(console) as bars:
+    with progress_bars(console, run.config.logger.progress) as bars:
         try:
             info, launch_ms = start_engine(engine)
             watch = RanksWatch(info.pids)
@@ -141,7 +141,7 @@ def run_over_http(run: ResolvedRun, folder: RunFolder, console: Console) -> tupl
         EngineGone: The server that was started was not ready in time.
     """
     config, environment, beginning = run.config, dict(os.environ), Beginning.now()
-    with progress_bars(console) as bars:
+    with progress_bars(console, run.config.logger.progress) as bars:
         if config.load.url is not None:
             measurement = asyncio.run(load_server(config, config.load.url, bars))
             note = (

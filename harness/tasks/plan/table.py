@@ -10,7 +10,21 @@ from rich.table import Table
 
 from harness.config.schema import ParallelConfig
 from harness.costs.plan_file import LayoutPrediction, Plan, PredictionCheck
+from harness.loggers.columns import add_numbers, print_table
 from harness.parallel.mesh import AXES
+
+HEADINGS = (
+    "ranks",
+    "step\nms",
+    "compute\nms",
+    "memory\nms",
+    "exposed\nms",
+    "speed-up",
+    "GB per\nrank",
+    "MB\nsent",
+    "fits",
+)
+SPARE = ("memory\nms", "compute\nms", "MB\nsent", "exposed\nms")  # columns that a narrow terminal does not show
 
 
 def layout_label(layout: ParallelConfig) -> str:
@@ -31,23 +45,12 @@ def print_plan(plan: Plan, rows: int, folder: Path, console: Console) -> None:
     model = plan.config["model"]["name"]
     title = f"prediction, nothing of this was run: {model} on {plan.hardware.name}"
     table = Table(title=escape(title), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
-    table.add_column("layout")
-    for heading in (
-        "ranks",
-        "step ms",
-        "compute ms",
-        "memory ms",
-        "exposed ms",
-        "speed-up",
-        "GB per rank",
-        "MB sent",
-        "fits",
-    ):
-        table.add_column(heading, justify="right")
+    table.add_column("layout", no_wrap=True)
+    add_numbers(table, HEADINGS)
     single = next((row for row in plan.layouts if row.ranks == 1), None)
     for row in plan.layouts[:rows]:
         table.add_row(layout_label(row.layout), *_cells(row, single))
-    console.print(table)
+    print_table(table, console, SPARE)
     if len(plan.layouts) > rows:
         console.print(f"{len(plan.layouts) - rows} more in plan.json (plan.rows={len(plan.layouts)} shows them)")
     console.print("speed-up is of the request's denoising, over one rank; a step is one evaluation of the denoiser")
@@ -79,12 +82,15 @@ def print_checks(plan: Plan, folder: Path, console: Console) -> None:
     """
     title = f"predictions for {plan.hardware.name} against records"
     table = Table(title=escape(title), title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
-    table.add_column("run")
-    for heading in ("layout", "threads", "step ms", "predicted", "error", "bytes", "FLOPs"):
-        table.add_column(heading, justify="right")
+    table.add_column("run", overflow="fold")
+    table.add_column("layout", no_wrap=True)
+    table.add_column("threads", justify="right", no_wrap=True)
+    table.add_column("step ms", justify="right", no_wrap=True)
+    table.add_column("predicted", justify="right")
+    add_numbers(table, ["error", "bytes", "FLOPs"])
     for check in plan.checks:
         table.add_row(escape(check.folder), layout_label(check.layout), str(check.threads), *_check_cells(check))
-    console.print(table)
+    print_table(table, console, ["FLOPs", "bytes", "threads"])
     _print_origin(plan, folder, console)
 
 

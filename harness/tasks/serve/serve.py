@@ -23,8 +23,8 @@ from harness.config.serve import ServeConfig
 from harness.engines.environment import OWNER
 from harness.engines.fork_server import ForkServer
 from harness.engines.processes import WATCH_S, is_alive
-from harness.engines.rank import LOG_FORMAT
 from harness.engines.torchrun import TorchrunEngine
+from harness.loggers.level import LOG_FORMAT, set_log_level
 from harness.records.record import INTERRUPTED, RunFolder, Status
 from harness.resolve.compose import ConfigError, ResolvedRun, to_yaml
 from harness.tasks.common.terminal import EXIT_INTERRUPTED
@@ -108,7 +108,8 @@ def serve(
     """
     folder.write_config(to_yaml(run.config))
     os.umask(0o077)  # for this process and its ranks: nobody else reads logs, images and requests
-    logging.basicConfig(level=logging.INFO, handlers=[ServerLog(folder.path / "logs" / LOG)], format=LOG_FORMAT)
+    logging.basicConfig(handlers=[ServerLog(folder.path / "logs" / LOG)], format=LOG_FORMAT)
+    set_log_level(run.config.logger)
     limit_logs()
     with listening, ForkServer() as fork_server:
         make_engine = make_engine or partial(TorchrunEngine, fork_server=fork_server)

@@ -10,11 +10,13 @@ from rich.logging import RichHandler
 
 from harness.config.schema import RunConfig
 from harness.engines.pool import MakeEngine, new_engine
+from harness.loggers.level import set_log_level
 from harness.loggers.training import LogCallback, ProgressCallback, TrainingCallbacks, WandbCallback
 from harness.records.record import INTERRUPTED, RunFolder, Status
 from harness.resolve.compose import ResolvedRun, to_dict, to_yaml
 from harness.resolve.scheduler import noise_scheduler_settings
 from harness.tasks.common.lifecycle import mirror, status_from_error
+from harness.tasks.common.progress import shows_bars, shows_lines
 from harness.tasks.common.terminal import print_error
 
 
@@ -27,7 +29,7 @@ def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine
 
     Args:
         run: The resolved run, whose folder is not used: a training works in train.folder.
-        console: Console for the progress bars; if it is no terminal, there are log lines.
+        console: Console for the progress bars; without a terminal, or with logger.progress=lines, there are log lines.
         engines: Not used; a training has no ranks.
 
     Returns:
@@ -55,11 +57,14 @@ def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine
 def _train(config: RunConfig, console: Console, curve: WandbCallback) -> None:
     from harness.tasks.train.run import run
 
-    settings = noise_scheduler_settings(config.scheduler, config.plugin)
-    if console.is_terminal:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)])
+    settings, mode = noise_scheduler_settings(config.scheduler, config.plugin), config.logger.progress
+    if shows_bars(console, mode):
+        logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console)])
+        set_log_level(config.logger)
         with ProgressCallback(console) as bars:
             run(config.train, settings, TrainingCallbacks([bars, curve]))
     else:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        run(config.train, settings, TrainingCallbacks([LogCallback(), curve]))
+        logging.basicConfig(format="%(asctime)s %(message)s")
+        set_log_level(config.logger)
+        lines = [LogCallback()] if shows_lines(console, mode) else []
+        run(config.train, settings, TrainingCallbacks([*lines, curve]))

@@ -17,8 +17,8 @@ from harness.tasks.common import references as kept_references
 from harness.tasks.common.fidelity import MeasuredOutputs, measure_fidelity
 from harness.tasks.common.measure import execute, status_from_fidelity
 from harness.tasks.common.methods import METHODS, Method, method_class
+from harness.tasks.common.progress import progress_bars
 from harness.tasks.common.references import GeneratedOutput, ReferenceRenderer, floor_config, reference_config
-from harness.tasks.common.session import progress_bars
 from models.attention.backend import Backend
 from models.attention.sdpa import sdpa_attention
 

@@ -1,0 +1,3 @@
+"""The version of the installed distribution; the code is in the packages harness, models and schedulers."""
+
+from harness import __version__ as __version__
