@@ -6,10 +6,11 @@ with DiffusionGenerator.from_config("parallel=dp2") as generator:
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -124,16 +125,24 @@ class DiffusionGenerator:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
-    def from_config(cls, *overrides: str) -> DiffusionGenerator:
+    def from_config(cls, *overrides: str, plugins: Sequence[str] = ()) -> DiffusionGenerator:
         """Return a generator for Hydra overrides, as on the command line.
 
-            DiffusionGenerator.from_config("model=emoji", "request.steps=8")
+            DiffusionGenerator.from_config("model=emoji", "request.steps=8", plugins=["my_solver.py"])
+
+        Args:
+            *overrides: Hydra overrides.
+            plugins: modules or files of plug-ins, as the key `plugins` has them.
+
+        Returns:
+            The generator; nothing has been started.
 
         Raises:
             ConfigError: overrides that cannot run; nothing has been started.
         """
+        named = [f"plugins={json.dumps([*plugins], ensure_ascii=False)}"] if plugins else []
         scratch = tempfile.TemporaryDirectory(prefix="triptych-run-")
-        generator = cls.from_resolved(compose_run(overrides), Path(scratch.name))
+        generator = cls.from_resolved(compose_run([*named, *overrides]), Path(scratch.name))
         generator._scratch = scratch
         return generator
 
