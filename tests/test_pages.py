@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from harness.resolve.comparison import quote_overrides
-from harness.resolve.compose import compose_run
+from harness.resolve.compose import compose_run, load_plugins_of
 from harness.resolve.names import check_names
+from harness.resolve.search_path import SearchPath
 from tests.fixtures.own import OWN
+from tests.fixtures.plugins import no_plugins_left
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = (".github", "conf", "harness", "models", "notebooks", "schedulers", "tests")
@@ -96,6 +98,8 @@ def overrides_of(words: list[str], folder: str) -> list[str] | None:
             found.append(f"{key}={value.replace('DIR', str(OWN))}")
         elif key in ("dataset.file", "request.prompts_file"):
             found.append(f"{key}={prompt_file(value, folder)}")
+        elif key == "plugins":
+            found.append(f"plugins=[{folder}/{value.strip('[]')}]")
         else:
             found.append(f"{key}={value.replace('DIR', folder).replace('DATE/TIME', 'date/time')}")
     return [quote_overrides(override) for override in dict.fromkeys(found)]
@@ -122,14 +126,28 @@ def test_every_command_is_one(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     monkeypatch.chdir(ROOT)
+    with no_plugins_left():
+        write_files(page.read_text(), tmp_path)
+        check_commands(page, tmp_path, targets, extras)
+
+
+def write_files(text: str, folder: Path) -> None:
+    """Write the Python blocks of a page that begin with a file's name."""
+    for language, block in FENCE.findall(text):
+        if language == "python" and (named := re.match(r"# (\w+\.py)\n", block)):
+            (folder / named[1]).write_text(block)
+
+
+def check_commands(page: Path, folder: Path, targets: list[str], extras: dict[str, list[str]]) -> None:
     for words in commands(page.read_text()):
         line = " ".join(words)
-        overrides = overrides_of(words, str(tmp_path))
+        overrides = overrides_of(words, str(folder))
         if overrides is not None:
             if "--help" in words or any(word.startswith("hydra/") for word in words) or "65" in line:
                 continue
             sweep = "-m" in words[words.index("harness") :]
             monkeypatch.setenv("TRIPTYCH_CONF", str(OWN) if "--config-dir" in words else "")
+            load_plugins_of(overrides, SearchPath.of_user())
             check_names(overrides, sweep=sweep)
             if not refused_on_purpose(line):
                 composes(overrides, line)

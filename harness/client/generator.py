@@ -6,11 +6,12 @@ with DiffusionGenerator.from_config("parallel=dp2") as generator:
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -141,11 +142,15 @@ class DiffusionGenerator:
 
     @classmethod
     def from_config(
-        cls, *overrides: str, config_dir: str | Path | None = None, engines: MakeEngine = new_engine
+        cls,
+        *overrides: str,
+        config_dir: str | Path | None = None,
+        plugins: Sequence[str] = (),
+        engines: MakeEngine = new_engine,
     ) -> DiffusionGenerator:
         """Return a generator for Hydra overrides, as on the command line.
 
-            DiffusionGenerator.from_config("model=emoji", "request.steps=8")
+            DiffusionGenerator.from_config("model=emoji", "request.steps=8", plugins=["my_solver.py"])
 
         With a pool, the next generator changes the ranks of the last one in place of starting others:
 
@@ -157,12 +162,14 @@ class DiffusionGenerator:
         Args:
             *overrides: the overrides; from=FOLDER among them stands for those of the run in that folder.
             config_dir: a folder of your own configurations, as after --config-dir.
+            plugins: modules or files of plug-ins, as the key `plugins` has them.
             engines: a function that makes the engine; `EnginePool.engine` returns a warm one.
 
         Raises:
             ConfigError: overrides that cannot run; nothing has been started.
         """
-        command = parse_command(overrides, config_dir).without_flags("DiffusionGenerator")
+        named = [f"plugins={json.dumps([*plugins], ensure_ascii=False)}"] if plugins else []
+        command = parse_command([*named, *overrides], config_dir).without_flags("DiffusionGenerator")
         run = compose_run(command.overrides, command.search)
         if run.dataset is not None:
             raise ConfigError(

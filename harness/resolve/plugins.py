@@ -54,8 +54,11 @@ def load_named_plugins(overrides: Sequence[str], compose: Callable[[list[str]], 
     root = importlib.resources.files("conf")
     for choice in files:
         if not root.joinpath(f"{choice.replace('=', '/')}.yaml").is_file():  # none of ours names a plug-in
+            composed = None
             with suppress(ConfigError):  # what is wrong with it is reported with the other overrides
-                load_plugins(compose([choice]).plugins)
+                composed = compose([choice])
+            if composed is not None:
+                load_plugins(composed.plugins)
 
 
 def _parsed(overrides: Sequence[str]) -> Iterator[Override]:

@@ -88,7 +88,7 @@ def test_a_stage_is_seen_in_the_image_and_in_the_record(tmp_path: Path) -> None:
     assert found["example_brightness"] != plain_record.metrics["example_brightness"]
     console = Console(record=True, width=120)
     print_record(record, tmp_path, console)
-    assert f"example brightness {found['brightness']:.4g}" in console.export_text()
+    assert f"example brightness {found['example_brightness']:.4g}" in console.export_text()
 
 
 def test_an_engine_of_a_plug_in_generates() -> None:
