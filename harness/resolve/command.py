@@ -21,6 +21,8 @@ from models.registry import did_you_mean
 
 PRINTS = ("shell_completion", "hydra_help", "info", "cfg")  # flags that print something in place of a run
 
+CONFIG_DIR = ("--config-dir", "-cd")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -77,6 +79,10 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
         raise ConfigError(f"{message}{did_you_mean(unknown.split('=')[0], flags)}; --hydra-help lists the flags")
 
     parser.error = refuse  # type: ignore[method-assign]
+    if sum(argument.partition("=")[0] in CONFIG_DIR for argument in arguments) > 1:
+        raise ConfigError(
+            "--config-dir is given twice; for several folders: hydra.searchpath=[DIR,DIR] or TRIPTYCH_CONF"
+        )
     return parser.parse_intermixed_args(list(arguments))
 
 

@@ -66,7 +66,15 @@ def compose_run(overrides: Sequence[str], search: SearchPath | None = None) -> R
     if composed.hydra.mode is RunMode.MULTIRUN:
         raise ConfigError("hydra.mode=MULTIRUN runs one job for each choice; leave it out and add -m")
     config, notes = check_composed(composed)
-    return ResolvedRun(config, list(overrides), folder, notes, search=search)
+    return ResolvedRun(config, list(overrides), folder, [*notes, *_sweep_notes(composed)], search=search)
+
+
+def _sweep_notes(composed: DictConfig) -> list[str]:
+    """Return a note if Hydra's own node asks for what only a sweep does."""
+    settings = composed.hydra
+    asked = {"callbacks": settings.callbacks, "job.env_set": settings.job.env_set, "job.chdir": settings.job.chdir}
+    names = [f"hydra.{name}" for name, value in asked.items() if value]
+    return [f"{' and '.join(names)} has an effect in a sweep alone; add -m"] if names else []
 
 
 def load_plugins_of(overrides: Sequence[str], search: SearchPath) -> None:

@@ -180,6 +180,7 @@ def test_a_file_that_would_never_be_read_is_refused(tmp_path: Path) -> None:
         (["--experimental-rerun", "x"], "from=runs/DATE/TIME"),
         (["--confg-dir", "x"], "did you mean --config-dir?"),
         (["--config-dir"], "expected one argument"),
+        (["--config-dir", str(OWN), f"--config-dir={OWN}"], "given twice"),
         (["--resolve"], "add --cfg job"),
         (["hydra.mode=MULTIRUN"], "add -m"),
         (["-m", "--cfg", "job"], "leave out one"),
@@ -198,6 +199,13 @@ def test_a_wrong_door_is_refused_in_one_line(
     assert lines.count("\n") == 1
     assert said in lines
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_only_a_sweep_does_is_a_note() -> None:
+    assert compose("+hydra.job.env_set.A=b", "request.steps=2").notes == [
+        "hydra.job.env_set has an effect in a sweep alone; add -m"
+    ]
+    assert compose("request.steps=2").notes == []
 
 
 def test_a_folder_of_the_variable_has_to_exist(monkeypatch: pytest.MonkeyPatch) -> None:
