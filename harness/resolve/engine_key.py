@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 
-from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
 from harness.config.tasks import TRAITS
 from harness.config.yaml import to_dict
@@ -57,13 +56,4 @@ def process_key(config: RunConfig) -> str:
 def _text(config: RunConfig, parts: tuple[str, ...], *more: str) -> str:
     declared = to_dict(config)
     task = [config.task.name.name, config.task.fidelity]  # ranks compare their operators if fidelity is measured
-    sizes = _compiled_sizes(config) if config.engine.optimize is Optimize.compile else None
-    return json.dumps([*task, *(declared[part] for part in parts), sizes, *more], sort_keys=True)
-
-
-def _compiled_sizes(config: RunConfig) -> list[object]:
-    """Return what the sizes of compiled blocks follow from; a graph for several sizes rounds unlike one for each."""
-    request, cache = config.request, to_dict(config)["cache"]
-    images = len(request.prompts or [None]) * request.samples_per_prompt
-    size = [request.height, request.width, request.frames, request.batch_size, images % request.batch_size]
-    return [*size, request.guidance == 1, cache]
+    return json.dumps([*task, *(declared[part] for part in parts), *more], sort_keys=True)

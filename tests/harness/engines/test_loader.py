@@ -1,23 +1,22 @@
 """Ranks that change to another run generate, bit for bit, what fresh ranks generate."""
 
-import gc
 import shutil
 import weakref
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from harness.build import worker as building
+from harness.build.native import LoadedNetworks
 from harness.config.yaml import ConfigError, to_yaml
 from harness.engines.inprocess import NoCancelFlags
 from harness.messages import Configure, EngineInfo, Failure, decode
 from harness.parallel.collectives import LocalCollectives
-from harness.pipeline.denoise import Denoising
 from harness.serving.request_scheduler import RequestScheduler
-from harness.serving.worker import Worker
 from tests.fixtures.parallel.changed_runs import changed_and_fresh, composed, digest, generated, new_loader
 from tests.fixtures.parallel.ranks import on_worlds
 
@@ -48,13 +47,6 @@ def fresh_digest(overrides: str) -> str:
     """Return the hash of the images that a rank generates which has run nothing else."""
     run = composed(*overrides.split())
     return digest(generated(new_loader(run), run))
-
-
-def network_of(worker: Worker) -> nn.Module:
-    """Return the network that a worker denoises with."""
-    denoising = next(stage for stage in worker.pipeline.stages if stage.name == "denoising")
-    assert isinstance(denoising, Denoising)
-    return denoising.network
 
 
 def every_pair(names: Sequence[str]) -> list[str]:
@@ -90,9 +82,9 @@ def test_a_run_after_another_one_generates_what_fresh_ranks_do_without_loading_a
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_blocks_of_another_size_are_compiled_again() -> None:
+def test_compiled_blocks_generate_what_fresh_ones_do_after_other_sizes() -> None:
     compiled = ("engine.optimize=compile", "request.prompts=[rocket]")
-    runs = {name: composed(*RUNS[name].split(), *compiled) for name in list(RUNS)[:3]}
+    runs = {name: composed(*RUNS[name].split(), *compiled) for name in [*list(RUNS)[:3], "forecast"]}
     wanted = {}
     for name, run in runs.items():
         torch._dynamo.reset()
@@ -103,15 +95,23 @@ def test_compiled_blocks_of_another_size_are_compiled_again() -> None:
         assert digest(generated(loader, runs[name])) == wanted[name], name
 
 
-def test_other_weights_take_the_place_of_the_last_ones_which_are_freed() -> None:
+def test_other_weights_take_the_place_of_the_last_ones_which_are_freed_before(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {name: fresh_digest(overrides) for name, overrides in OTHER_WEIGHTS.items()}
     assert len({*wanted.values()}) >= 4  # diffusers may round as this project does
-    loader, last = new_loader(composed()), None
+    networks: list[weakref.ref[nn.Module]] = []
+    load_networks = building.load_networks
+
+    def load(*args: Any) -> LoadedNetworks:
+        assert [network for network in networks if network() is not None] == []
+        loaded = load_networks(*args)
+        networks.append(weakref.ref(loaded.components.network))
+        return loaded
+
+    monkeypatch.setattr(building, "load_networks", load)
+    loader = new_loader(composed())
     for name, overrides in OTHER_WEIGHTS.items():
         assert digest(generated(loader, composed(*overrides.split()))) == wanted[name], name
-        gc.collect()
-        assert last is None or last() is None, name
-        last = None if name == "diffusers" else weakref.ref(network_of(loader.worker))
+    assert len(networks) == len(OTHER_WEIGHTS) - 1  # diffusers has its own
 
 
 def test_the_engine_says_what_it_runs_now() -> None:
