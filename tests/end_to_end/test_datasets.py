@@ -118,6 +118,7 @@ def test_under_torchrun_a_data_set_is_shared_by_replicas_and_goes_on(tmp_path: P
 @pytest.mark.slow
 def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("red apple\nrocket\npizza\ncat\n")
+    (tmp_path / "prompts.csv").write_text("prompt,category\nred apple,fruit\nrocket,vehicle\n")
     (tmp_path / "PartiPrompts.tsv").write_text("Prompt\tCategory\tChallenge\tNote\nrocket\tVehicles\tBasic\t\n")
     found = [line for line in PAGE.read_text().splitlines() if line.startswith("python -m harness")]
     assert len(found) > 4
