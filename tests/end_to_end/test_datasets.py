@@ -125,6 +125,7 @@ def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
     for line in found:
         words = [word for word in shlex.split(line)[3:] if not word.startswith("request.steps")]
         quick = ["load.duration_s=2", "load.warmup_s=0", "load.rate=1"] if "task=load" in words else []
+        quick += [f"task.references={tmp_path / 'references'}"] if "task=bench" in words else []
         done = subprocess.run(
             command(*words, *SMALL, *quick),
             cwd=tmp_path,
