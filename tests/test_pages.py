@@ -108,8 +108,8 @@ def overrides_of(words: list[str], folder: str) -> list[str] | None:
 def prompt_file(name: str, folder: str) -> Path:
     """A file of prompts of this name, with the columns that a table of them has."""
     file = Path(folder) / name
-    header = "Prompt\tCategory\n" if file.suffix == ".tsv" else ""
-    file.write_text(header + "a kite\ttoys\n" * 4)
+    header = {".tsv": "Prompt\tCategory\n", ".csv": "prompt\n"}.get(file.suffix, "")
+    file.write_text(header + ("a kite\ttoys\n" if file.suffix == ".tsv" else "a kite\n") * 4)
     return file
 
 

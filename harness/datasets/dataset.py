@@ -78,6 +78,10 @@ def load_dataset(config: DatasetConfig) -> Dataset:
     except DatasetError as error:
         reason = str(error).replace("line ", "entry ", 1) if form in ENTRIES else str(error)
         raise DatasetError(f"dataset.file={file}: {reason}") from error
+    if config.per_category is not None and not any(prompt.categories for prompt in prompts):
+        raise DatasetError(
+            f"dataset.per_category={config.per_category}, but {file} has no categories; use dataset.limit"
+        )
     chosen = sample(prompts, config)
     own = chosen[config.shard :: config.shards]
     if not own:

@@ -118,12 +118,14 @@ def test_under_torchrun_a_data_set_is_shared_by_replicas_and_goes_on(tmp_path: P
 @pytest.mark.slow
 def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("red apple\nrocket\npizza\ncat\n")
+    (tmp_path / "prompts.csv").write_text("prompt,category\nred apple,fruit\nrocket,vehicle\n")
     (tmp_path / "PartiPrompts.tsv").write_text("Prompt\tCategory\tChallenge\tNote\nrocket\tVehicles\tBasic\t\n")
     found = [line for line in PAGE.read_text().splitlines() if line.startswith("python -m harness")]
     assert len(found) > 4
     for line in found:
         words = [word for word in shlex.split(line)[3:] if not word.startswith("request.steps")]
         quick = ["load.duration_s=2", "load.warmup_s=0", "load.rate=1"] if "task=load" in words else []
+        quick += [f"task.references={tmp_path / 'references'}"] if "task=bench" in words else []
         done = subprocess.run(
             command(*words, *SMALL, *quick),
             cwd=tmp_path,

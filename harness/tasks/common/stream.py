@@ -96,7 +96,9 @@ def stream(run: ResolvedRun, dataset: Dataset, console: Console, engines: MakeEn
         record = images.record(measured, reasons)
         record = msgspec.structs.replace(record, quality=quality, pretrained=pretrained)
         folder.write_record(record)
-    if record is not None:
+    if record is None:
+        console.print(f"the same command goes on after its images with hydra.run.dir={folder.path}", soft_wrap=True)
+    else:
         if config.logger.table:
             print_record(record, folder.path, console)
         run_id = wandb_id(folder.path) if mirrored.is_open else None

@@ -40,6 +40,13 @@ def test_a_sample_has_as_many_of_each_category(file: str) -> None:
     assert Counter(name for prompt in found for name in prompt.categories) == {"a": 4, "b": 4, "c": 4}
 
 
+def test_a_file_without_categories_has_none_to_sample_from(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a\nb\n")
+    with pytest.raises(DatasetError, match=r"has no categories; use dataset\.limit"):
+        load_dataset(DatasetConfig(file=str(path), per_category=1))
+
+
 @pytest.mark.parametrize("shards", [1, 2, 7, 30])
 def test_shards_have_every_prompt_once(file: str, shards: int) -> None:
     configs = [DatasetConfig(file=file, seed=1, limit=30, shards=shards, shard=k) for k in range(shards)]

@@ -1,5 +1,6 @@
 """A data set image by image: what is on disk and when, where a cut-off command goes on, and the same images anyway."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,9 +46,14 @@ def pool() -> Iterator[EnginePool]:
         yield made
 
 
-def run(pool: EnginePool, folder: Path, prompts: Path, *overrides: str) -> Status:
+def run(pool: EnginePool, folder: Path, prompts: Path, *overrides: str, console: Console | None = None) -> Status:
     resolved = compose_run([*TINY, f"dataset.file={prompts}", f"hydra.run.dir={folder}", *overrides])
-    return generate.execute(resolved, Console(quiet=True), pool.engine)
+    return generate.execute(resolved, console or Console(quiet=True), pool.engine)
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -149,12 +155,15 @@ def test_a_cut_off_command_goes_on_and_generates_nothing_twice(
     pool: EnginePool, whole: Path, prompts: Path, tmp_path: Path, calls: list[list[str]]
 ) -> None:
     folder = tmp_path / "run"
-    assert run(pool, folder, prompts).state == "cancelled"
+    said = Console(file=io.StringIO(), width=500)
+    assert run(pool, folder, prompts, console=said).state == "cancelled"
+    assert f"goes on after its images with hydra.run.dir={folder}" in text_of(said)
     assert [row.prompt for row in read_images(folder)] == [*NAMES[:3]], "each image is on disk before the next request"
     (folder / "samples/000001.png").unlink()
     with (folder / "images.jsonl").open("ab") as file:
         file.write(b'{"index": 3, "id"')
-    assert run(pool, folder, prompts) == Status("ok")
+    assert run(pool, folder, prompts, console=said) == Status("ok")
+    assert f"going on after 2 of 7 images that {folder} has" in text_of(said)
     assert calls[4:] == [["rocket"], *([name] for name in NAMES[3:])]
     assert hashes(folder) == hashes(whole)
     assert len([*read_images(folder)]) == len(NAMES)
