@@ -128,7 +128,7 @@ def test_every_command_is_one(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(ROOT)
     with no_plugins_left():
         write_files(page.read_text(), tmp_path)
-        check_commands(page, tmp_path, targets, extras)
+        check_commands(page, tmp_path, targets, extras, monkeypatch)
 
 
 def write_files(text: str, folder: Path) -> None:
@@ -138,7 +138,9 @@ def write_files(text: str, folder: Path) -> None:
             (folder / named[1]).write_text(block)
 
 
-def check_commands(page: Path, folder: Path, targets: list[str], extras: dict[str, list[str]]) -> None:
+def check_commands(
+    page: Path, folder: Path, targets: list[str], extras: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for words in commands(page.read_text()):
         line = " ".join(words)
         overrides = overrides_of(words, str(folder))

@@ -14,6 +14,7 @@ from harness.records.record import fingerprint
 from harness.resolve.compose import check_composed, compose_run, load_plugins_of, to_dict, to_yaml
 from harness.resolve.names import check_names
 from harness.resolve.reference import describe
+from harness.resolve.search_path import SearchPath
 from schedulers.build import build
 from schedulers.registry import REGISTRIES, Registry, registrations
 from schedulers.tables import SOLVERS
@@ -277,7 +278,7 @@ def test_a_sweep_loads_the_plugins_of_all_its_jobs(tmp_path: Path) -> None:
     one = write(tmp_path, "of_one", HALVES, SOLVER)
     two = write(tmp_path, "of_two", HALVES.replace("halves", "thirds"), SOLVER)
     overrides = [f"plugins=[{one}],[{two}]", "scheduler/solver=euler,halves,thirds"]
-    load_plugins_of(overrides)
+    load_plugins_of(overrides, SearchPath.of_user())
     assert [*loaded()] == [str(one), str(two)]
     check_names(overrides, sweep=True)
 
