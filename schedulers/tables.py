@@ -127,7 +127,7 @@ def register_path(
         takes: The settings of `scheduler` that it takes, besides options of its own; null ones are left out.
         fixed: Further arguments, with fixed values.
         levels: The least and the largest sigma / alpha that it has; an infinite largest one is pure noise.
-        scales_state: Whether it scales the first noise, or the network's input.
+        scales_state: Whether the first noise or the network's input is scaled.
         **common: Options of its own, its layouts, and whether requests may share its forwards.
 
     Raises:

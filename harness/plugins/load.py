@@ -32,12 +32,12 @@ class Plugin:
     """A plug-in that is loaded.
 
     Attributes:
-        name: Its module, `module:function` if its function is not register(), or the path of its file.
-        version: The version of its package; empty if it has none.
-        sha256: A hash of its source files, 16 hexadecimal digits.
-        folder: The folder from which it is imported.
+        name: Module, `module:function` if the function is not register(), or path of a file.
+        version: The version of the package; empty if there is none.
+        sha256: A hash of the source files, 16 hexadecimal digits.
+        folder: The folder of the import.
         installed: Whether an entry point names it.
-        module: Its module.
+        module: Name of the module in sys.modules.
     """
 
     name: str
@@ -138,7 +138,7 @@ def unload_plugin(name: str) -> None:
     """Forget a plug-in and its module, for a notebook that loads it anew after an edit.
 
     Args:
-        name: Its name; nothing is done if it is not loaded.
+        name: The plug-in's name; nothing is done if it is not loaded.
     """
     plugin = _loaded.pop(full_name(name), None)
     if plugin is not None:

@@ -106,16 +106,16 @@ def resolve_plugins(config: RunConfig) -> None:
     load_plugins(config.plugins)
     named = {full_name(name) for name in config.plugins}
     active = {name: plugin for name, plugin in loaded().items() if plugin.installed or name in named}
-    owners = {row.name: row.owner for row in registrations() if row.options is not None}
+    plugin_of = {row.name: row.owner for row in registrations() if row.options is not None}
     for key, row in in_use(config):
         if row.owner not in (OURS, *active):
             raise ValueError(f"{key or row.kind}={row.name} is of the plug-in {row.owner}; add plugins=[{row.owner}]")
     for name, given in config.plugin.items():
-        if name not in owners:
-            raise ValueError(f"plugin.{name}: no plug-in has options of that name{did_you_mean(name, owners)}")
-        if owners[name] not in active and typed(name, given) != plugin_options()[name]():
-            raise ValueError(f"plugin.{name} is of the plug-in {owners[name]}; add plugins=[{owners[name]}]")
-    mine = [name for name, owner in owners.items() if owner in active]
+        if name not in plugin_of:
+            raise ValueError(f"plugin.{name}: no plug-in has options of that name{did_you_mean(name, plugin_of)}")
+        if plugin_of[name] not in active and typed(name, given) != plugin_options()[name]():
+            raise ValueError(f"plugin.{name} is of the plug-in {plugin_of[name]}; add plugins=[{plugin_of[name]}]")
+    mine = [name for name, owner in plugin_of.items() if owner in active]
     config.plugins = list(active)
     config.plugin = {name: typed(name, config.plugin.get(name, {})) for name in mine}
     config.plugin_sources = {name: plugin.source for name, plugin in active.items()}

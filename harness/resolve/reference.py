@@ -21,7 +21,7 @@ from harness.resolve.names import FREE, config_groups, refuse_unknown
 from harness.resolve.search_path import conf_root, groups_of, option_file
 from schedulers.compatibility import FLOW_LINSPACE_OPTIONS, PREDICTION_OPTIONS
 from schedulers.options import Option, option_of
-from schedulers.registry import Registry, plugin_options
+from schedulers.registry import OURS, REGISTRIES, Registry, plugin_options
 from schedulers.tables import PATHS, SOLVERS, SPACINGS
 
 TASKS = tuple(f"task={task.name}" for task in Task)
@@ -270,7 +270,7 @@ def describe(name: str, roots: Sequence[Path] = (conf_root(),)) -> str:
     refuse_unknown(name, groups)
     name, _, option = name.partition("=")
     if name in groups and option:
-        return _describe_option(name, option, roots)
+        return _describe_registered(name, option) or _describe_option(name, option, roots)
     name = FREE if name.startswith(f"{FREE}.") else name
     name = re.sub(r"^(model\.checkpoint_defaults)\.\w+", rf"\1.{FAMILY}", name)
     found = {key.name: key for key in keys()}
@@ -300,6 +300,16 @@ def _describe_key(key: Key) -> list[str]:
         ("only with", ", ".join(key.only)),
     ]
     return [key.name, *(f"  {label + ':':10} {value}" for label, value in rows if value)]
+
+
+def _describe_registered(group: str, option: str) -> str | None:
+    """Return who registered an option that has no file, and its keys; None for an option of a file."""
+    for registry in REGISTRIES:
+        if registry.group == group and option in registry and registry.owner(option) != OURS:
+            lines = [f"{group}={option}", f"  {registry.kind} of the plug-in {registry.owner(option)}"]
+            lines += [f"  {key.name}  {key.option.meaning}" for key in keys() if f"plugin.{option}." in key.name]
+            return "\n".join(lines)
+    return None
 
 
 def _describe_option(group: str, option: str, roots: Sequence[Path]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from harness.client.generator import DiffusionGenerator, Generation
@@ -14,6 +15,10 @@ from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.serving.policy import TrackedRequest, serving_order, sort_key
 from harness.serving.turns import Turns
+from models.attention import backend, math_attention, resolved_name
+from models.attention.reference import MATH
+from models.registry import register_attention_backend
+from schedulers.registry import owned_by
 from tests.fixtures.plugins import EXAMPLE, no_plugins_left
 from tests.fixtures.toy_pipeline import request
 
@@ -58,7 +63,10 @@ PAIRS = {
         ["cache=example_cache", "cache.order=1", "cache.warmup=2", "cache.interval=2"],
         ["cache=taylorseer", "cache.warmup=2", "cache.interval=2"],
     ),
-    "guidance": (["model.guidance_rule=example_guidance"], []),
+    "guidance": (
+        ["model.guidance_rule=example_guidance", "plugin.example_guidance.factor=0.5", "request.guidance=3"],
+        ["request.guidance=1.5"],
+    ),
 }
 
 
@@ -112,6 +120,21 @@ def test_a_metric_that_fails_is_a_note(metric: object, note: str, monkeypatch: p
         _, record = generate("quality.metrics=[example_brightness]")
     assert record.metrics == {}
     assert any(note in line for line in record.notes)
+
+
+def test_an_attention_backend_says_what_it_takes() -> None:
+    compose_run([LOADED])
+    with owned_by("triptych_example"):
+        register_attention_backend("example_narrow", MATH, masks=False, dtypes=("bfloat16",))
+    assert "computes in bfloat16, and model.dtype=float32" in refused("attention.backend=example_narrow")
+    masked = refused("attention.backend=example_narrow", "model.dtype=bfloat16")
+    assert "takes no mask, and model=emoji masks padded text; use attention=sdpa" in masked
+    q, mask = torch.randn(1, 4, 2, 8), torch.ones(1, 4, dtype=torch.bool)
+    assert torch.equal(backend("example_narrow").attend(q, q, q), math_attention(q, q, q))
+    with pytest.raises(ValueError, match="takes no mask, and this network masks keys"):
+        backend("example_narrow").attend(q, q, q, mask)
+    with pytest.raises(NotImplementedError, match="example_math runs on cpu, not on cuda; use attention=sdpa"):
+        resolved_name("example_math", "cuda")
 
 
 def accepted(name: str, arrived: float) -> TrackedRequest:

@@ -106,6 +106,9 @@ def test_options_are_typed_checked_and_shown(example: str) -> None:
     load_plugins(["triptych_example"])
     assert "1 to 10" in describe("plugin.example_power.power")
     assert "example_euler" in describe("scheduler/solver")
+    assert "solver of the plug-in triptych_example\n  plugin.example_euler.factor" in describe(
+        "scheduler/solver=example_euler"
+    )
 
 
 def test_a_file_of_the_users_may_name_plugins(example: str, tmp_path: Path) -> None:
