@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
-from harness.client.build_record import cache_use, overhead_share
+from harness.client.build_record import cache_notes, cache_use, hub_commit_note, overhead_share
 from harness.client.generator import DiffusionGenerator, Generation
 from harness.client.score_images import score_images
 from harness.config.schema import RequestConfig
@@ -81,7 +81,6 @@ def stream(run: ResolvedRun, dataset: Dataset, console: Console, engines: MakeEn
             try:
                 with import_in_background(modules_for_saving(config)):
                     session.start()
-                session.warm_up()
                 with ImageMirror(config.logger.wandb, folder.path, run.config, images.total) as mirrored:
                     bar = bars.add_task("generating", total=images.total, completed=images.resumed)
                     for rows in images.generate(generator):
@@ -229,7 +228,12 @@ class ImageStream:
             shard=(self._run.config.dataset.shard,),
             categories=categories,
         )
-        more = [f"{self.resumed} of {self.total} images are those of earlier commands"] if self.resumed else []
+        config = self._run.config
+        more = [
+            *hub_commit_note(config.model, self._run.checkpoint.folder),
+            *cache_notes(config.cache, config.model.name, self._skips),
+        ]
+        more += [f"{self.resumed} of {self.total} images are those of earlier commands"] if self.resumed else []
         if self.total > len(shown):
             more.append(f"the grid has {len(shown)} of {self.total} images; images.jsonl lists all")
         return msgspec.structs.replace(
