@@ -69,7 +69,7 @@ def stream(run: ResolvedRun, dataset: Dataset, console: Console, engines: MakeEn
     Returns:
         The status, which is on disk before the last results are logged to wandb.
     """
-    config, record = run.config, None
+    config = run.config
     with guarded(run, folder) as outcome, progress_bars(console, config.logger.progress) as bars:
         run = replace(run, notes=[*run.notes, *mode_notes(config.logger.wandb.mode)])
         generator = DiffusionGenerator.from_resolved(run, folder.path, engines)
@@ -95,13 +95,13 @@ def stream(run: ResolvedRun, dataset: Dataset, console: Console, engines: MakeEn
         record = images.record(measured, reasons)
         record = msgspec.structs.replace(record, quality=quality, pretrained=pretrained)
         folder.write_record(record)
-    if record is None:
+    if outcome.status.state != "ok":
         console.print(f"the same command goes on after its images with hydra.run.dir={folder.path}", soft_wrap=True)
-    else:
-        if config.logger.table:
-            print_record(record, folder.path, console)
-        run_id = wandb_id(folder.path) if mirrored.is_open else None
-        mirror(partial(log_run, config.logger.wandb, record, folder.path, config.task.name.name, run_id))
+        return outcome.status
+    if config.logger.table:
+        print_record(record, folder.path, console)
+    run_id = wandb_id(folder.path) if mirrored.is_open else None
+    mirror(partial(log_run, config.logger.wandb, record, folder.path, config.task.name.name, run_id))
     return outcome.status
 
 
