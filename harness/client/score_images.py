@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from harness.config.schema import QualityConfig
-from harness.metrics import pretrained
+from harness.metrics import own, pretrained
 from harness.metrics.gallery import FILE as GALLERY
 from harness.metrics.gallery import Gallery, GalleryError
+from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import GalleryScore, Quality, parse_prompt, score, score_image
 from harness.records.images import ImageRow, read_images, rewrite_images
 
@@ -49,22 +51,38 @@ class StoredImages(Sequence[NDArray[np.uint8]]):
             return np.asarray(image.convert("RGB"))
 
 
-def score_images(
-    folder: Path, checkpoint: Path, config: QualityConfig
-) -> tuple[Quality | None, pretrained.PretrainedScores | None, list[str]]:
+@dataclass
+class ImageScores:
+    """The scores over all images of a folder.
+
+    Attributes:
+        quality: The scores in the gallery; None if it has no such images.
+        pretrained: The scores on pretrained weights; None if none was requested.
+        metrics: The metrics of plug-ins.
+        reasons: Why requested ones are missing.
+    """
+
+    quality: Quality | None = None
+    pretrained: PretrainedScores | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+
+def score_images(folder: Path, checkpoint: Path, config: QualityConfig, plugin: Mapping[str, object]) -> ImageScores:
     """Score the images of a run's folder, and write each image's own scores into its line.
 
     Args:
         folder: The run's folder.
         checkpoint: The checkpoint's folder, which may have a gallery.
         config: The `quality` group.
+        plugin: The options of plug-ins.
 
     Returns:
-        The scores over all images, and the reasons why requested ones are missing.
+        The scores over all images.
     """
     files, prompts = _files_and_prompts(folder)
     if any(file.suffix == ".mp4" for file in files):
-        return None, None, ["quality is not scored: it is measured on images, and these are videos"]
+        return ImageScores(reasons=["quality is not scored: it is measured on images, and these are videos"])
     images = StoredImages(files)
     reasons: list[str]
     quality, of_gallery, extra, clip = None, None, None, None
@@ -79,7 +97,8 @@ def score_images(
         reasons.append(f"quality.clip and quality.features are not scored: {' '.join(str(error).split())}")
     if of_gallery is not None or clip is not None:
         rewrite_images(folder, _with_scores(folder, of_gallery, clip))
-    return quality, extra, reasons
+    metrics, missing = own.measure(config.metrics, images, prompts, plugin)
+    return ImageScores(quality, extra, metrics, [*reasons, *missing])
 
 
 def _files_and_prompts(folder: Path) -> tuple[list[Path], list[str]]:

@@ -15,6 +15,7 @@ from harness.build.worker import WorkerBuilder, measure_ceiling
 from harness.config.schema import DType
 from harness.config.yaml import ConfigError, from_yaml
 from harness.device.device import denoiser_dtype, prepare_cpu
+from harness.loggers.level import set_log_level
 from harness.messages import EngineInfo, LoadedComponent
 from harness.parallel.collectives import Collectives
 from harness.parallel.mesh import RankPosition
@@ -108,6 +109,7 @@ class RankLoader:
         """
         config = run.config
         start = time.perf_counter()
+        set_log_level(config.logger)
         prepare_cpu(config, self._info.threads)
         worker = self._worker = self._builder.build(run)
         load_ms = (time.perf_counter() - start) * 1e3 - self._builder.checked_ms

@@ -89,11 +89,13 @@ def stream(run: ResolvedRun, dataset: Dataset, console: Console, engines: MakeEn
                 measured = generator.base_record()
             finally:
                 generator.stop()
-        quality, pretrained, reasons = score_images(folder.path, run.checkpoint.folder, config.quality)
+        scores = score_images(folder.path, run.checkpoint.folder, config.quality, config.plugin)
         if mirrored.error is not None:
-            reasons.append(f"wandb has not all images: {mirrored.error}")
-        record = images.record(measured, reasons)
-        record = msgspec.structs.replace(record, quality=quality, pretrained=pretrained)
+            scores.reasons.append(f"wandb has not all images: {mirrored.error}")
+        record = images.record(measured, scores.reasons)
+        record = msgspec.structs.replace(
+            record, quality=scores.quality, pretrained=scores.pretrained, metrics=scores.metrics
+        )
         folder.write_record(record)
     if outcome.status.state != "ok":
         console.print(f"the same command goes on after its images with hydra.run.dir={folder.path}", soft_wrap=True)

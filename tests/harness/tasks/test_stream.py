@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -17,6 +18,7 @@ from harness.records.record import Record, RunFolderError, Status, read_record, 
 from harness.resolve.compose import compose_run
 from harness.tasks import generate
 from harness.tasks.common.stream import prompt_groups
+from tests.fixtures.plugins import no_plugins_left
 
 NAMES = ("red apple", "rocket", "pizza", "strawberry", "bicycle", "cat", "dog")
 TINY = (
@@ -192,6 +194,21 @@ def test_several_images_of_a_prompt_have_seeds_of_their_own(pool: EnginePool, pr
     assert [row.seed for row in rows] == [0, 1, 2, 3, 40, 41, 6, 7]
     assert [row.request is not None for row in rows] == [True, False, False, False] * 2
     assert len({row.sha256 for row in rows}) == 8
+
+
+def test_a_metric_of_a_plugin_is_that_of_all_images(pool: EnginePool, prompts: Path, tmp_path: Path) -> None:
+    code = tmp_path / "brightness.py"
+    code.write_text(
+        "from harness.plugins import register_metric\n"
+        "def register():\n"
+        "    register_metric('brightness', lambda images, prompts: sum(x.mean() for x in images) / len(images))\n"
+    )
+    folder = tmp_path / "run"
+    with no_plugins_left():
+        own = (f"plugins=[{code}]", "quality.metrics=[brightness]", "dataset.limit=2")
+        assert run(pool, folder, prompts, *own) == Status("ok")
+    pixels = [np.asarray(Image.open(folder / row.path)) for row in read_images(folder)]
+    assert record_of(folder).metrics == {"brightness": pytest.approx(np.mean(pixels))}
 
 
 def test_from_python_a_data_set_is_not_taken_for_its_first_prompt(prompts: Path) -> None:
