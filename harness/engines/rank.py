@@ -71,7 +71,6 @@ def main() -> None:
     redirect_output(folder / "logs" / f"rank{rank}.log")
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     try:
-        log.info("rank %d of %s, process %d", rank, os.environ["WORLD_SIZE"], os.getpid())
         config = from_yaml((folder / "config.yaml").read_text())
         load_sources(config.plugin_sources)
         run = ResolvedRun(config)
@@ -106,6 +105,7 @@ def serve(run: ResolvedRun, addresses: Addresses) -> None:
 
     set_log_level(run.config.logger)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    log.info("rank %d of %d, process %d", rank, ranks, os.getpid())
     position = RankPosition(rank, run.degrees)
     check_world_size(position.world_size, ranks)
     if not dist.is_initialized():

@@ -109,13 +109,12 @@ def test_the_oldest_torch_generates_the_images_of_this_one(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_level_of_logs_is_that_of_the_ranks_too(tmp_path: Path) -> None:
-    """A rank's first line is written before it has read the configuration."""
     lines = {}
     for level in ("info", "warning"):
         folder = tmp_path / level
         run([sys.executable, "-m", "harness", *QUICK, f"logger.level={level}", f"hydra.run.dir={folder}"])
         lines[level] = [line for line in (folder / "logs" / "rank0.log").read_text().splitlines() if " INFO " in line]
-    assert len(lines["info"]) > len(lines["warning"]) == 1
+    assert len(lines["info"]) > len(lines["warning"]) == 0
 
 
 @pytest.mark.slow
