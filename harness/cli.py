@@ -244,7 +244,8 @@ class HydraSession:
         finally:
             if self._is_copy:  # a process of the launcher may run more jobs, and has no end of its own
                 self.pool.close()
-        self.add(done, HydraConfig.get().job.num)
+        hydra_config = HydraConfig.get()
+        self.add(replace(done, overrides=tuple(hydra_config.overrides.task)), hydra_config.job.num)
         self.report(composed)
         if done.status.state == "cancelled":
             raise KeyboardInterrupt
@@ -257,7 +258,6 @@ class HydraSession:
             job: The job.
             number: The number of the job in the sweep.
         """
-        job = replace(job, overrides=tuple(HydraConfig.get().overrides.task))
         self.jobs.append(job)
         if self._is_copy and self._outcomes is not None:
             write_job(self._outcomes / f"{number:06d}.json", job)

@@ -72,8 +72,8 @@ def compose_run(overrides: Sequence[str], search: SearchPath | None = None) -> R
 def _sweep_notes(composed: DictConfig) -> list[str]:
     """Return a note if Hydra's own node asks for what only a sweep does."""
     settings = composed.hydra
-    asked = {"callbacks": settings.callbacks, "job.env_set": settings.job.env_set, "job.chdir": settings.job.chdir}
-    names = [f"hydra.{name}" for name, value in asked.items() if value]
+    requested = {"callbacks": settings.callbacks, "job.env_set": settings.job.env_set, "job.chdir": settings.job.chdir}
+    names = [f"hydra.{name}" for name, value in requested.items() if value]
     return [f"{' and '.join(names)} has an effect in a sweep alone; add -m"] if names else []
 
 

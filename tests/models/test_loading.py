@@ -64,8 +64,10 @@ def shapes_of(config: Path) -> dict[str, tuple[int, ...]]:
     """Return the tensors of a published network, by its config.json."""
     folder, raw = config.parent, json.loads(config.read_text())
     architecture = next((name for name, row in ARCHITECTURES.items() if raw.get("_class_name") in row.classes), None)
-    if architecture is not None and raw.get("norm_type") == "ada_norm_single":
+    if raw.get("norm_type") == "ada_norm_single":
         architecture = "pixart"
+    if raw.get("addition_embed_type") == "text_time":
+        architecture = "sdxl"
     if architecture is not None and (shapes := expected_tensors(architecture, folder)) is not None:
         return shapes
     projected = raw.get("architectures") == ["CLIPTextModelWithProjection"]

@@ -189,8 +189,8 @@ def in_the_spacing(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_the_building(patch: pytest.MonkeyPatch) -> None:
-    make = building._flow_linspace
-    patch.setattr(building, "_flow_linspace", lambda s: make(replace(s, shift=s.shift * 1.01)))
+    make = building.flow_linspace
+    patch.setattr(building, "flow_linspace", lambda **given: make(**given | {"shift": 1.01 * given.get("shift", 1.0)}))
 
 
 def times(owner: Any, name: str, factor: float = 1.01) -> Callable[[pytest.MonkeyPatch], None]:

@@ -41,7 +41,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
         (["engine.cache.first_blocks=0"], "first_blocks=0; give 1 to 1000"),
         (["engine.cache.warmup=0"], "warmup=0; give 1 to 10000"),
         (["engine.cache.threshold=0"], "threshold=0.0; give more than 0"),
-        (["parallel=dp2"], "runs one rank, the layout has 2"),
+        (["parallel=dp2"], "does not go with parallel.dp=2; use parallel=single"),
     ],
     ids=str,
 )

@@ -214,7 +214,7 @@ def test_images_of_random_weights_are_the_native_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["engine=diffusers", "parallel=dp2"], "runs one rank, the layout has 2; use parallel=single"),
+        (["engine=diffusers", "parallel=dp2"], "does not go with parallel.dp=2; use parallel=single"),
         (
             ["engine=diffusers", "model=ddpm_cifar10", "model.load=dummy"],
             "with model=ddpm_cifar10: it runs dit, .*; use",

@@ -39,7 +39,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
     [
         (["model=wan_1_3b"], "does not go with model=wan_1_3b: it runs sd3, flux, z_image; use engine=native"),
         ([], "does not go with model=emoji: it runs sd3"),
-        (["model=flux", "parallel=dp2"], "runs one rank, the layout has 2"),
+        (["model=flux", "parallel=dp2"], "does not go with parallel.dp=2; use parallel=single"),
         (["model=flux", "engine.optimize=compile"], "engine.optimize=compile does not go with engine=sglang"),
         (
             ["model=z_image_turbo", "attention=flash"],

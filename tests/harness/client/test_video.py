@@ -101,7 +101,7 @@ def test_a_video_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 def test_a_video_is_refused_where_nothing_could_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    with pytest.raises(ConfigError, match=r"pip install 'imageio-ffmpeg>=0\.6'"):
+    with pytest.raises(ConfigError, match=r"pip install 'triptych\[video\]'"):
         compose_run(["model=wan_1_3b", "model.load=dummy"])
     assert compose_run(["model=wan_1_3b", "model.load=dummy", "request.frames=1"]).config.request.frames == 1
 
