@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from harness.messages import CollectiveTraffic
 from harness.metrics.intervals import RESAMPLES, IntervalEstimate, Share, interval, wilson
@@ -280,14 +281,21 @@ class _CategoryValues:
 
 
 def mean_estimate(values: Sequence[float]) -> IntervalEstimate:
-    """Return the mean of independent values, with a bootstrap interval.
+    """Return the mean of independent values, at least one, with a bootstrap interval."""
+    return bootstrap_estimate(values, np.mean)
+
+
+def bootstrap_estimate(values: Sequence[float], statistic: Callable[[NDArray[Any]], Any]) -> IntervalEstimate:
+    """Return a statistic of independent values, with a bootstrap interval.
 
     Args:
         values: The values, at least one.
+        statistic: Function of an array of values, such as np.median.
 
     Returns:
-        The mean and its interval.
+        The statistic and its interval.
     """
     x, random = np.asarray(values, dtype=float), np.random.default_rng(0)
-    means = [x[random.integers(0, len(x), len(x))].mean() for _ in range(RESAMPLES)]  # one sample in memory at a time
-    return IntervalEstimate(float(x.mean()), interval(np.array(means), len(x)), len(x))
+    # one sample in memory at a time
+    found = [float(statistic(x[random.integers(0, len(x), len(x))])) for _ in range(RESAMPLES)]
+    return IntervalEstimate(float(statistic(x)), interval(np.array(found), len(x)), len(x))

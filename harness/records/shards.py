@@ -16,10 +16,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from harness.metrics.intervals import RESAMPLES, IntervalEstimate, interval, wilson
+from harness.metrics.intervals import wilson
 from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
-from harness.records.images import FILE, ImageRow, grid_rows, image_statistics, mean_estimate, read_images
+from harness.records.images import (
+    FILE,
+    ImageRow,
+    bootstrap_estimate,
+    grid_rows,
+    image_statistics,
+    mean_estimate,
+    read_images,
+)
 from harness.records.record import Record, RunFolderError, SampleRow, fingerprint
 
 
@@ -130,7 +138,7 @@ def _quality(folders: Sequence[Path], parts: Sequence[Quality]) -> Quality | Non
         top1=wilson(sum(row.top1 is True for row in scored), len(scored)),
         top5=wilson(sum(part.top5.hits for part in parts), sum(part.top5.n for part in parts)),
         top1_style=wilson(sum(s.hits for s in styles), sum(s.n for s in styles)) if styles else None,
-        distance=median_estimate([row.distance or 0.0 for row in scored]),
+        distance=bootstrap_estimate([row.distance or 0.0 for row in scored], np.median),
         mmd2=None,
         mmd2_real=None,
     )
@@ -140,17 +148,3 @@ def _pretrained(folders: Sequence[Path], parts: Sequence[PretrainedScores]) -> P
     """Return the CLIP score over all images; a Frechet distance does not merge, and is left out."""
     values = [row.clip_score for row in _all_images(folders) if row.clip_score is not None]
     return PretrainedScores(parts[0].clip, mean_estimate(values), None, None) if values and parts else None
-
-
-def median_estimate(values: Sequence[float]) -> IntervalEstimate:
-    """Return the median of independent values, with a bootstrap interval.
-
-    Args:
-        values: The values, at least one.
-
-    Returns:
-        The median and its interval.
-    """
-    x, random = np.asarray(values, dtype=float), np.random.default_rng(0)
-    medians = [float(np.median(x[random.integers(0, len(x), len(x))])) for _ in range(RESAMPLES)]
-    return IntervalEstimate(float(np.median(x)), interval(np.array(medians), len(x)), len(x))
