@@ -60,6 +60,8 @@ class RunningPart:
         part: the part.
         fiber: the stack that it runs on.
         notes: the notes for its record.
+        steps_left: the number of solver steps that it still needs.
+        began: when it began, s, on the rank's monotonic clock.
         evaluations: the number of forwards that it has had.
         rows: the output of its pending evaluation, as far as it was computed row by row.
     """
@@ -67,6 +69,8 @@ class RunningPart:
     part: Part
     fiber: RequestFiber[list[bytes]]
     notes: list[str]
+    steps_left: int
+    began: float = field(default_factory=time.monotonic)
     evaluations: int = 0
     rows: list[Tensor] = field(default_factory=list)
 
@@ -129,11 +133,13 @@ class RankBatch:
         def on_progress(stage: str, done: int, total: int) -> None:
             if total:
                 self.steps[part.key] = stage, done, total
+                running.steps_left = total - done
             else:
                 self._on_stage(part.key, stage)
 
         notes: list[str] = []
-        self.parts[part.key] = RunningPart(part, self._worker.fiber(part, on_progress, notes), notes)
+        running = RunningPart(part, self._worker.fiber(part, on_progress, notes), notes, part.request.steps)
+        self.parts[part.key] = running
 
     def _evaluate(self, running: list[RunningPart]) -> None:
         calls = [each.fiber.call for each in running if each.fiber.call is not None]

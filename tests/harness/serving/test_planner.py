@@ -1,4 +1,4 @@
-"""Which images share the next forward: turns by work between clients and their requests, within a bound of work."""
+"""Which images share the next forward: turns by work between clients, and the shortest first within a client."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from harness.pipeline.state import Evaluate, Evaluation
 from harness.pipeline.step_batching import RequestFiber
 from harness.serving.parts import Part
 from harness.serving.rank_batch import RunningPart
-from harness.serving.replica import FORWARD_S, BatchLimits, ForwardPlanner
+from harness.serving.replica import FORWARD_S, PATIENCE, BatchLimits, ForwardPlanner
 from harness.serving.speed import SpeedEstimate
 from models.components import Conditioning
 from tests.fixtures.toy_pipeline import request
 
 NETWORK = nn.Identity()
 DEFAULT = 2.0 * 16 * 16
+DEFAULT_S = 0.1
+STEPS = 4
 
 
-def running(client: str, name: str, index: int = 0, side: int = 16, guidance: float = 3.0) -> RunningPart:
+def running(
+    client: str, name: str, index: int = 0, side: int = 16, guidance: float = 3.0, began: float = 0.0
+) -> RunningPart:
     """Return a part that waits for an evaluation."""
     rows = 1 if guidance == 1 else 2
 
@@ -29,12 +33,25 @@ def running(client: str, name: str, index: int = 0, side: int = 16, guidance: fl
         evaluate(Evaluation(NETWORK, torch.zeros(rows, 4, side, side), torch.zeros(rows), Conditioning()))
         return []
 
-    requested = request(request_id=name, prompts=["red"], height=side, width=side, guidance=guidance)
-    return RunningPart(Part(requested, index, client), RequestFiber(work), [])
+    requested = request(request_id=name, prompts=["red"], steps=STEPS, height=side, width=side, guidance=guidance)
+    return RunningPart(Part(requested, index, client), RequestFiber(work), [], STEPS, began)
 
 
 def planner(max_batch: int = 4, speed: SpeedEstimate | None = None) -> ForwardPlanner:
     return ForwardPlanner(BatchLimits(max_batch, DEFAULT), speed or SpeedEstimate())
+
+
+def known_speed() -> SpeedEstimate:
+    """Return what is known after a forward of a default image that took DEFAULT_S."""
+    speed = SpeedEstimate()
+    speed.observe(DEFAULT, DEFAULT, DEFAULT_S)
+    return speed
+
+
+def lead(plan: ForwardPlanner, waiting: list[RunningPart]) -> str:
+    """Return the request of the only image in the next forward."""
+    (key,) = plan.plan(waiting).forward
+    return key[0]
 
 
 def work_by_request(plan: ForwardPlanner, waiting: list[RunningPart], forwards: int) -> Counter[str]:
@@ -55,12 +72,6 @@ def test_a_forward_has_the_work_of_max_batch_default_images(side: int, guidance:
     assert len(planner().plan(waiting).forward) == images
 
 
-def test_all_images_of_a_request_get_as_many_evaluations() -> None:
-    waiting = [running("a", "many", k) for k in range(7)]
-    assert work_by_request(planner(), waiting, 70).total() == 70 * 4 * DEFAULT
-    assert {each.evaluations for each in waiting} == {40}
-
-
 def test_clients_get_equal_work_whatever_their_number_of_requests() -> None:
     waiting = [running("greedy", f"greedy {k}", 0, side=32) for k in range(5)] + [running("modest", "modest")]
     found = work_by_request(planner(), waiting, 500)
@@ -68,10 +79,30 @@ def test_clients_get_equal_work_whatever_their_number_of_requests() -> None:
     assert found["modest"] == pytest.approx(greedy, rel=0.02)
 
 
-def test_requests_of_a_client_get_equal_work_whatever_their_images() -> None:
-    waiting = [running("a", "many", k, side=32) for k in range(6)] + [running("a", "one", side=16)]
-    found = work_by_request(planner(), waiting, 500)
-    assert found["one"] == pytest.approx(found["many"], rel=0.02)
+def test_equal_images_of_a_client_end_one_after_another() -> None:
+    """Those that are furthest go on, so that the first ones end early and the last ones no later."""
+    waiting = [running("a", "many", k, began=float(k)) for k in range(6)]
+    plan, ended = planner(2, known_speed()), []
+    for _ in range(6 * STEPS // 2):
+        forward = plan.plan(waiting).forward
+        for each in waiting:
+            each.steps_left -= each.part.key in forward
+        ended += [each.part.key[1] for each in waiting if not each.steps_left]
+        waiting = [each for each in waiting if each.steps_left]
+    assert (ended, waiting) == ([0, 1, 2, 3, 4, 5], [])
+
+
+@pytest.mark.parametrize(("later_s", "first"), [(0.9, "short"), (1.1, "long")])
+def test_a_short_image_passes_a_long_one_of_its_client_that_began_not_long_before(later_s: float, first: str) -> None:
+    long, short = running("a", "long", side=32), running("a", "short")
+    needs_less_s = STEPS * DEFAULT_S * (4 - 1)
+    short.began = later_s * PATIENCE * needs_less_s
+    assert lead(planner(1, known_speed()), [long, short]) == first
+
+
+def test_the_first_image_is_first_while_the_speed_is_not_known() -> None:
+    waiting = [running("a", "short", began=1.0), running("a", "long", side=32)]
+    assert lead(planner(1), waiting) == "long"
 
 
 def test_an_image_that_is_very_small_does_not_pass_for_free() -> None:
