@@ -29,7 +29,7 @@ from harness.config.yaml import from_yaml
 from harness.engines import rank
 from harness.engines.environment import OWNER
 from harness.engines.fork_server import MAX_ORDER_BYTES, AgentOrder
-from harness.engines.preimport import import_required
+from harness.engines.preimport import fill_tables, import_required
 from harness.engines.processes import (
     SERVER_NAME,
     adopt_orphans,
@@ -87,6 +87,7 @@ class ForkServerProcess:
         """Import what the ranks of a run need; a rank meets a failed import again, and reports it."""
         try:
             import_required(from_yaml((folder / "config.yaml").read_text()))
+            fill_tables()
         except Exception:
             traceback.print_exc()
         gc.freeze()  # so that no rank's garbage collector touches shared memory, which would copy it

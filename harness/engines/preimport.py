@@ -45,6 +45,17 @@ def required_modules(config: RunConfig) -> list[str]:
     return modules
 
 
+def fill_tables() -> None:
+    """Fill the tables that libraries make at their first use, so that forked ranks have them.
+
+    transformers compiles a thousand regular expressions to name the weights of its encoders: half of what loading the
+    built-in model takes.
+    """
+    from transformers import conversion_mapping
+
+    conversion_mapping.get_checkpoint_conversion_mapping("t5")
+
+
 @contextmanager
 def without_siblings() -> Iterator[None]:
     """Import a module of EAGER_PACKAGES without its siblings while this context is active.
