@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from harness.config.schema import LoggerConfig
+from harness.loggers.level import LOG_FORMAT, set_log_level
 
 WINDOW_S = 60.0
 MAX_LINES = 5  # of one cause in one window
@@ -33,7 +37,13 @@ class LogLimit(logging.Filter):
         self._causes: dict[tuple[object, ...], _Cause] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to write a line."""
+        """Return whether to write a line; every handler of a line gets the same answer."""
+        if not hasattr(record, "within_limit"):
+            record.within_limit = self._count(record)
+        return bool(record.within_limit)
+
+    def _count(self, record: logging.LogRecord) -> bool:
+        """Return whether to write a new line, shortened and with the number of those that were left out."""
         now, kind = self._clock(), record.exc_info[0] if record.exc_info else None
         cause = self._causes.setdefault((record.pathname, record.lineno, record.levelno, kind), _Cause(now))
         left_out = max(0, cause.lines - MAX_LINES)
@@ -51,8 +61,26 @@ class LogLimit(logging.Filter):
         return True
 
 
-def limit_logs() -> None:
-    """Bound the lines of every log of this process."""
-    limit = LogLimit()
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(limit)
+@contextmanager
+def limited_logs(handler: logging.Handler, logger: LoggerConfig) -> Iterator[None]:
+    """Write this process's logs with a handler, and bound the lines of every handler, while this context is active.
+
+    Args:
+        handler: The handler; it is closed at the end.
+        logger: The configuration of the logs.
+    """
+    root, limit = logging.getLogger(), LogLimit()
+    level, before = root.level, list(root.handlers)
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    root.addHandler(handler)
+    for each in root.handlers:
+        each.addFilter(limit)
+    set_log_level(logger)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+        for each in before:
+            each.removeFilter(limit)
+        handler.close()

@@ -24,14 +24,13 @@ from harness.engines.environment import OWNER
 from harness.engines.fork_server import ForkServer
 from harness.engines.processes import WATCH_S, is_alive
 from harness.engines.torchrun import TorchrunEngine
-from harness.loggers.level import LOG_FORMAT, set_log_level
 from harness.records.record import INTERRUPTED, RunFolder, Status
 from harness.resolve.compose import ConfigError, ResolvedRun, to_yaml
 from harness.tasks.common.terminal import EXIT_INTERRUPTED
 from harness.tasks.serve.access import AccessKeys
 from harness.tasks.serve.app import make_app
 from harness.tasks.serve.connections import BoundedServer, raise_descriptor_limit
-from harness.tasks.serve.log_limit import limit_logs
+from harness.tasks.serve.log_limit import limited_logs
 from harness.tasks.serve.ranks import MakeSupervisedEngine
 from harness.tasks.serve.service import GenerationService
 from harness.tasks.serve.supervisor import Supervisor
@@ -108,10 +107,8 @@ def serve(
     """
     folder.write_config(to_yaml(run.config))
     os.umask(0o077)  # for this process and its ranks: nobody else reads logs, images and requests
-    logging.basicConfig(handlers=[ServerLog(folder.path / "logs" / LOG)], format=LOG_FORMAT)
-    set_log_level(run.config.logger)
-    limit_logs()
-    with listening, ForkServer() as fork_server:
+    logs = limited_logs(ServerLog(folder.path / "logs" / LOG), run.config.logger)
+    with listening, logs, ForkServer() as fork_server:
         make_engine = make_engine or partial(TorchrunEngine, fork_server=fork_server)
         supervisor = Supervisor(run.config, folder.path, make_engine)
         return asyncio.run(_serve(run.config, folder, listening, supervisor, keys))

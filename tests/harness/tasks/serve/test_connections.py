@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from harness.config.schema import RunConfig
+from harness.config.schema import LoggerConfig, LogLevel, RunConfig
 from harness.config.serve import ServeConfig
 from harness.resolve.compose import compose_run
 from harness.tasks.serve import connections
@@ -25,7 +25,7 @@ from harness.tasks.serve.connections import (
     connection_bound,
     raise_descriptor_limit,
 )
-from harness.tasks.serve.log_limit import MAX_CHARS, MAX_LINES, WINDOW_S, LogLimit
+from harness.tasks.serve.log_limit import MAX_CHARS, MAX_LINES, WINDOW_S, LogLimit, limited_logs
 from tests.fixtures.serving.http_server import Live, live
 from tests.fixtures.serving.raw_connections import LIMIT_S, connect, wait_gone
 
@@ -429,6 +429,24 @@ def test_a_log_has_few_lines_of_one_cause() -> None:
     long = record(3, "%s", "y" * 10**6)
     assert limit.filter(long)
     assert len(long.getMessage()) < MAX_CHARS + 10
+
+
+def test_the_logs_of_a_server_are_limited_while_it_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every handler has the same lines, a second server in this process its own file, and nothing is left behind."""
+    log = logging.getLogger("test")
+    state = logging.getLogger().level, list(logging.getLogger().handlers)
+    for name in ("first", "second"):
+        caplog.clear()
+        with limited_logs(logging.FileHandler(tmp_path / name), LoggerConfig(level=LogLevel.warning)):
+            for k in range(100):
+                log.warning("line %d", k)
+            log.info("not shown")
+        assert len(caplog.records) == len((tmp_path / name).read_text().splitlines()) == MAX_LINES
+    assert (logging.getLogger().level, logging.getLogger().handlers) == state
+    caplog.clear()
+    for k in range(100):
+        log.warning("line %d", k)
+    assert len(caplog.records) == 100
 
 
 def test_a_wrong_bound_is_refused() -> None:
