@@ -38,6 +38,7 @@ from harness.serving.transport import Connection
 from harness.tasks.common.progress import progress_bars
 from harness.tasks.load import background, http
 from harness.tasks.load.arrivals import arrival_schedule, generate_requests
+from harness.tasks.load.connections import ConnectionStack
 from harness.tasks.load.measurement import LoadMeasurement, merge_rounds, summarize
 from harness.tasks.load.neighbours import beside, busy_processes, neighbour_rounds
 from harness.tasks.load.server import ServerProcess
@@ -238,8 +239,8 @@ async def load_server(config: RunConfig, url: str, bars: Progress) -> LoadMeasur
     """
     load = config.load
     patience = httpx.Timeout(config.serve.timeout_s + GRACE_S)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=patience, limits=limits, headers=http.key_header()) as client:
+    connections, key = ConnectionStack(), http.key_header()
+    async with httpx.AsyncClient(base_url=url, timeout=patience, transport=connections, headers=key) as client:
         if load.warmup_s:
             with phase_bar(bars, "warming up") as update:
                 schedule = arrival_schedule(load, load.warmup_s, 0)
