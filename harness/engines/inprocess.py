@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -70,11 +71,14 @@ class InprocessEngine:
         from harness.serving.request_scheduler import RequestScheduler
 
         previous_threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+        root = logging.getLogger()
+        level = root.level
 
         def restore() -> None:
             torch.set_num_threads(previous_threads)
             torch.backends.mkldnn.set_flags(onednn)
             torch.set_flush_denormal(False)
+            root.setLevel(level)
 
         self._restore = restore
         run, device, collectives = ResolvedRun(self._config), pick_device(0), LocalCollectives()

@@ -33,7 +33,7 @@ def import_required(config: RunConfig) -> None:
 def required_modules(config: RunConfig) -> list[str]:
     """Return the modules whose imports bring in everything else."""
     architecture = config.model.architecture
-    modules = ["harness.build.worker", "harness.serving.continuous_batching"]
+    modules = ["harness.engines.loader", "harness.serving.continuous_batching", "harness.serving.request_scheduler"]
     if architecture in ARCHITECTURES:  # an agent does not know one of a plug-in, which its ranks load
         modules += [ARCHITECTURES[architecture].module]
     if config.engine.name != NATIVE:

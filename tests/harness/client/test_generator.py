@@ -1,6 +1,7 @@
 """A loop over configurations in Python, whose generators share the ranks of a pool."""
 
 import gc
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ SOLVERS = ("euler", "heun", "euler")
 def test_generators_of_a_pool_change_the_ranks_of_the_last_one() -> None:
     images: list[Array] = []
     started_by: list[str] = []
+    level = logging.getLogger().level
     with EnginePool() as pool:
         for solver in SOLVERS:
             overrides = (*SMALL, "request.steps=2", f"scheduler/solver={solver}")
@@ -28,6 +30,7 @@ def test_generators_of_a_pool_change_the_ranks_of_the_last_one() -> None:
                 started_by.append(record.first_call.reused)
         assert (pool.starts, pool.reuses) == (1, 2)
         assert [Path(folder).is_dir() for folder in started_by] == [True, True]  # ranks that run write their logs there
+    assert logging.getLogger().level == level  # the process is the user's own
     del generator, generation
     gc.collect()
     assert not Path(started_by[0]).exists()
