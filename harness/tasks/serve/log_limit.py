@@ -38,9 +38,10 @@ class LogLimit(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to write a line; every handler of a line gets the same answer."""
-        if not hasattr(record, "within_limit"):
-            record.within_limit = self._count(record)
-        return bool(record.within_limit)
+        known = vars(record)
+        if "within_limit" not in known:
+            known["within_limit"] = self._count(record)
+        return bool(known["within_limit"])
 
     def _count(self, record: logging.LogRecord) -> bool:
         """Return whether to write a new line, shortened and with the number of those that were left out."""
