@@ -24,9 +24,10 @@ from harness.config.cache import CacheConfig
 from harness.config.dataset import DatasetConfig
 from harness.config.engines import ENGINES
 from harness.config.kinds import CLASSIFIER_FREE, GUIDANCE_RULES, METRICS, STAGES
+from harness.config.load import LoadConfig
 from harness.config.optimize import CompileConfig, EagerConfig, Optimize
 from harness.config.plan import HardwareConfig, PlanConfig
-from harness.config.serve import LoadConfig, ServeConfig
+from harness.config.serve import ServeConfig
 from harness.config.train import TrainConfig
 from models.registry import ARCHITECTURES, ATTENTION_BACKENDS
 from schedulers.options import group, option
@@ -579,7 +580,7 @@ class RunConfig:
     hardware: HardwareConfig = group(HardwareConfig, "Machine that is predicted for.", reads=("task=plan",))
     report: ReportConfig = group(ReportConfig, "Page of the report.", reads=("task=report",))
     serve: ServeConfig = group(ServeConfig, "The server, and how its engine takes requests.", reads=SERVING)
-    load: LoadConfig = group(LoadConfig, "Clients that measure a server.", reads=("task=load",))
+    load: LoadConfig = group(LoadConfig, "Clients that measure a server, and when they send.", reads=("task=load",))
     tags: list[str] = option([], "Words of yours, for the record and Weights & Biases.")
     notes: str | None = option(None, "A text of yours, for the record and Weights & Biases.")
     meta: dict[str, Any] = option({}, "Keys of yours, for the record: any name below meta, with any value.")

@@ -1,12 +1,11 @@
-"""Groups `serve` and `load`: the server, how its engine takes requests, and the clients that measure it."""
+"""Group `serve`: the server, and how its engine takes requests."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Unpack
 
-from harness.config.bounds import MAX_CONNECTIONS, MAX_IMAGES, MAX_SIDE, MAX_STEPS, MAX_TRAINING_SEED, MAX_WAIT_S
+from harness.config.bounds import MAX_CONNECTIONS, MAX_IMAGES, MAX_STEPS, MAX_WAIT_S
 from schedulers.options import option
 from schedulers.registry import Common, Names, Registry, Target
 
@@ -134,89 +133,3 @@ class ServeConfig:
     max_unsent_mib: int = option(
         64, "Bytes of answers that wait for slow readers, over all connections.", unit="MiB", low=1, high=65_536
     )
-
-
-class Transport(Enum):
-    """How the clients of task=load reach the engine."""
-
-    zmq = "zmq"
-    http = "http"
-
-
-@dataclass
-class LoadConfig:
-    """`load`: the clients of task=load."""
-
-    transport: Transport = option(Transport.zmq, "How the clients reach the engine.")
-    url: str | None = option(None, "Address of a running server, with load.transport=http. null = one is started.")
-    rate: float | None = option(
-        None, "Poisson arrivals. null = `clients` in a closed loop.", unit="requests/s", low=1e-6, high=10_000
-    )
-    rate_share: float | None = option(
-        None,
-        "Poisson arrivals, as a share of the answers per second that `clients` get in the warm-up.",
-        low=0.01,
-        high=10,
-    )
-    clients: int = option(
-        4, "Clients of the closed loop; each sends its next request after its last answer.", low=1, high=10_000
-    )
-    duration_s: float = option(
-        30.0, "Time of sending; the answers to what was sent are waited for.", unit="s", above=0, high=MAX_WAIT_S
-    )
-    warmup_s: float = option(
-        2.0, "Time of sending before that, which is not counted.", unit="s", low=0, high=MAX_WAIT_S
-    )
-    slo_ms: float | None = option(
-        None, "Latency objective; goodput counts the answers within it.", unit="ms", above=0, infinite=True
-    )
-    steps: list[int] = option(
-        [], "Solver steps, sampled for each request; empty = request.steps.", low=1, high=MAX_STEPS
-    )
-    sizes: list[int] = option(
-        [],
-        "Sides of an image, sampled for each request; empty = the request's size.",
-        unit="pixels",
-        low=1,
-        high=MAX_SIDE,
-    )
-    seed: int = option(0, "Seed of the arrivals and of the sampled steps and sizes.", low=0, high=MAX_TRAINING_SEED)
-    background: int = option(
-        0,
-        "Requests of a second client without an answer at any time, each as large as the engine takes; 0 = no client.",
-        low=0,
-        high=10_000,
-    )
-    kill_every_s: float | None = option(
-        None,
-        "Time between kills of a ready rank, in a server that task=load started. null = none is killed.",
-        unit="s",
-        low=0.001,
-        high=MAX_WAIT_S,
-    )
-    neighbours: list[int] = option(
-        [],
-        "Busy processes beside the ranks, such as [0,1,2]: a load beside each number of them, in task.repeats rounds.",
-        low=0,
-        high=MAX_IMAGES,
-    )
-
-
-def check_load(load: LoadConfig) -> None:
-    """Refuse clients that cannot be made.
-
-    Raises:
-        ValueError: A setting is wrong; the message has the key, its value and what to give instead.
-    """
-    if load.url is not None and load.transport is not Transport.http:
-        raise ValueError("load.url names an HTTP server; add load.transport=http")
-    if load.rate_share is not None and (load.rate is not None or not load.warmup_s):
-        raise ValueError("load.rate_share sets the rate by the warm-up; give load.warmup_s, and no load.rate")
-    if load.background and load.transport is not Transport.zmq:
-        raise ValueError("load.background is a second client over ZeroMQ; use load.transport=zmq")
-    if load.kill_every_s is not None and load.transport is not Transport.http:
-        raise ValueError("load.kill_every_s kills ranks of a server, which starts them again; add load.transport=http")
-    if load.kill_every_s is not None and load.url is not None:
-        raise ValueError("load.kill_every_s kills ranks of a server that it has started; drop load.url")
-    if load.neighbours and load.url is not None:
-        raise ValueError("load.neighbours are processes beside ranks that it has started; drop load.url")

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness.loggers.columns import add_job_columns, add_numbers, print_table
-from harness.metrics.load import OK, LoadSummary
+from harness.metrics.load import OK, LoadSummary, ServerRow
 from harness.records.job import JobResult
 from harness.records.record import Record
 
@@ -25,13 +25,16 @@ def print_load(record: Record, load: LoadSummary, folder: Path, console: Console
         if row is not None:
             table.add_row(name, *(f"{value:.1f}" for value in (row.p50, row.p90, row.p99, row.mean)), str(row.n))
     console.print(table)
-    offered = f"{load.clients} clients" if load.offered_per_s is None else f"{load.offered_per_s:g} requests/s offered"
+    if load.server is not None:
+        console.print(escape(describe_server(load.server)), soft_wrap=True)
     console.print(
-        f"{offered} over {load.transport} for {load.duration_s:g} s, all answered after {load.elapsed_s:.1f} s; "
-        f"of {load.sent}: {describe_outcomes(load)}"
+        f"{describe_arrivals(load)} over {load.transport} for {load.duration_s:g} s, all answered after "
+        f"{load.elapsed_s:.1f} s; of {load.sent}: {describe_outcomes(load)}"
     )
     good = "" if load.goodput_per_s is None else f", {load.goodput_per_s:.2f} within {load.slo_ms:g} ms"
     console.print(f"{load.throughput_per_s:.2f} answers/s{good}{describe_batching(load)}")
+    for line in describe_rules(load):
+        console.print(line)
     if load.longest_gap_s is not None:
         console.print(f"longest time without an answer {load.longest_gap_s:.2f} s")
     for line in (_describe_neighbours(load), _describe_chaos(load), _describe_memory(load)):
@@ -40,7 +43,39 @@ def print_load(record: Record, load: LoadSummary, folder: Path, console: Console
     for note in record.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
     for name, path in (("record", "record.json"), ("requests", "requests.jsonl"), ("logs", "logs")):
-        console.print(f"{name:8} {escape(str(folder / path))}", soft_wrap=True)
+        if (folder / path).exists():
+            console.print(f"{name:8} {escape(str(folder / path))}", soft_wrap=True)
+
+
+def describe_server(server: ServerRow) -> str:
+    """Return which server was measured, and in which dialect."""
+    models = ", ".join(server.models) or "it names no model"
+    owner = f" of {server.owner}" if server.owner else ""
+    return f"engine external: {server.url}{owner} in the dialect {server.dialect}, with {models}"
+
+
+def describe_arrivals(load: LoadSummary) -> str:
+    """Return when requests were sent, in words."""
+    if load.arrivals == "at once":
+        return f"{load.sent} requests at once"
+    if load.offered_per_s is None:
+        return f"{load.clients} clients" if load.clients is not None else f"{load.sent} requests of a trace"
+    kind = "" if load.arrivals in ("", "Poisson") else f" ({load.arrivals})"
+    return f"{load.offered_per_s:g} requests/s offered{kind}"
+
+
+def describe_rules(load: LoadSummary) -> list[str]:
+    """Return whether the minimums and the share of the objective were reached, a line each; empty without them."""
+    lines = []
+    if load.minimums is not None:
+        name = f"of {load.scenario} " if load.scenario else ""
+        least = f"{load.minimums.duration_s:g} s and {load.minimums.queries} answers"
+        reached = f"{load.elapsed_s:.0f} s and {load.outcomes.get(OK, 0)}"
+        verdict = "met" if load.minimums.met else "not met, so this run does not count"
+        lines.append(f"minimums {name}({least}): {verdict} ({reached})")
+    if load.slo_met is not None:
+        lines.append(f"objective of {load.slo_ms:g} ms: {'met' if load.slo_met else 'not met'}")
+    return lines
 
 
 def describe_outcomes(load: LoadSummary) -> str:
@@ -115,7 +150,7 @@ def _cells(load: LoadSummary) -> list[str]:
     def number(value: float | None, digits: int = 2) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
-    offered = f"{load.clients} clients" if load.offered_per_s is None else f"{load.offered_per_s:g}"
+    offered = describe_arrivals(load) if load.offered_per_s is None else f"{load.offered_per_s:g}"
     latency = load.latency_ms
     return [
         offered,

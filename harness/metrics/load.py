@@ -14,6 +14,7 @@ import numpy as np
 
 OK = "ok"
 LOST = "lost"  # no answer came
+INVALID = "invalid"  # the answer was not the images that were requested
 
 
 class RequestRow(msgspec.Struct):
@@ -23,29 +24,31 @@ class RequestRow(msgspec.Struct):
         request_id: Id of the request.
         due_s: Time at which it should have been sent.
         sent_s: Time at which it was sent.
-        steps: Solver steps.
+        steps: Solver steps; None if the server chose, as for the next two.
         height: Height in pixels.
         width: Width in pixels.
         images: Number of images.
         began_s: Time at which it left the queue; None if the transport does not say.
         ended_s: Time of its answer; None if there was none.
-        outcome: `ok`, the kind of the Failure, or `lost`.
+        outcome: `ok`, the kind of the Failure, `invalid` for images that were not requested so, or `lost`.
         message: Message of the Failure.
         neighbours: Busy processes that were beside the ranks.
+        size: Size of the decoded images, such as `512x768`, width first; empty if they were not decoded.
     """
 
     request_id: str
     due_s: float
     sent_s: float
-    steps: int
-    height: int
-    width: int
+    steps: int | None
+    height: int | None
+    width: int | None
     images: int
     began_s: float | None = None
     ended_s: float | None = None
     outcome: str = LOST
     message: str = ""
     neighbours: int = 0
+    size: str = ""
 
     @property
     def latency_ms(self) -> float:
@@ -118,13 +121,47 @@ class NeighbourLatency(msgspec.Struct, frozen=True):
     slowdown: float
 
 
+class ServerRow(msgspec.Struct, frozen=True):
+    """A server that was not started by the run, and what was said to it.
+
+    Attributes:
+        url: Root of the server.
+        dialect: API in which requests were written.
+        models: What its /v1/models answered; empty if it has no such route.
+        owner: `owned_by` of the first of them; empty if it is not said.
+        model: Model that requests named; None if they named none.
+        fields: Fields of every request, at the top and in the object `triptych`.
+    """
+
+    url: str
+    dialect: str
+    models: list[str]
+    owner: str
+    model: str | None
+    fields: list[str]
+
+
+class Minimums(msgspec.Struct, frozen=True):
+    """What a run must reach to count, as by the rules of a scenario.
+
+    Attributes:
+        duration_s: Shortest time, s.
+        queries: Fewest answered requests.
+        met: Whether the run reached both.
+    """
+
+    duration_s: float
+    queries: int
+    met: bool
+
+
 class LoadSummary(msgspec.Struct, frozen=True):
     """What clients measured.
 
     Attributes:
         transport: How requests reached the engine: zmq or http.
-        offered_per_s: Rate of Poisson arrivals, per second; None in a closed loop.
-        clients: Clients of the closed loop; None for Poisson arrivals.
+        offered_per_s: Mean rate of arrivals, per second; None in a closed loop, or if all were sent at once.
+        clients: Clients of the closed loop; None for other arrivals.
         duration_s: Time of sending, s.
         elapsed_s: Time from the start of sending to the last answer, at least `duration_s`, s.
         sent: Number of requests sent.
@@ -143,6 +180,13 @@ class LoadSummary(msgspec.Struct, frozen=True):
         memory: Growth of the server's memory.
         chaos: Injected faults.
         neighbours: Latency by the number of busy processes beside the ranks; empty if there were none.
+        arrivals: Kind of the arrivals: closed loop, Poisson, gamma, trace or at once; ramps are in the configuration.
+        scenario: Scenario of MLPerf; None without one.
+        minimums: What the run had to reach; None if nothing.
+        slo_met: Whether load.slo_percentile of the requests were within `slo_ms`; None if that is not given.
+        sizes: Number of answers by the size of their decoded images; empty if they were not decoded.
+        invalid: Message of the first answer that was not the images that were requested; empty if there was none.
+        server: The server, if the run did not start it.
     """
 
     transport: str
@@ -165,6 +209,13 @@ class LoadSummary(msgspec.Struct, frozen=True):
     chaos: Chaos | None = None
     neighbours: list[NeighbourLatency] = []
     longest_gap_s: float | None = None
+    arrivals: str = ""
+    scenario: str | None = None
+    minimums: Minimums | None = None
+    slo_met: bool | None = None
+    sizes: dict[str, int] = {}
+    invalid: str = ""
+    server: ServerRow | None = None
 
 
 def percentiles(values: Sequence[float]) -> Percentiles | None:
@@ -179,7 +230,7 @@ def summarize_load(
     rows: Sequence[RequestRow],
     transport: str,
     rate: float | None,
-    clients: int,
+    clients: int | None,
     duration_s: float,
     slo_ms: float | None = None,
     strays: int = 0,
@@ -191,7 +242,7 @@ def summarize_load(
         rows: Every request that was sent.
         transport: How requests reached the engine: zmq or http.
         rate: Rate of arrivals per second; None in a closed loop.
-        clients: Clients of the closed loop.
+        clients: Clients of the closed loop; None if there is none.
         duration_s: Time of sending, s.
         slo_ms: Latency objective, ms.
         strays: Answers to no outstanding request.
@@ -203,7 +254,7 @@ def summarize_load(
     good = [row for row in rows if row.outcome == OK]
     elapsed_s = max([duration_s, *(row.ended_s for row in rows if row.ended_s is not None)])
     within = None if slo_ms is None else sum(row.latency_ms <= slo_ms for row in good)
-    carried = sum(row.steps * row.images for row in good)
+    carried = sum((row.steps or 0) * row.images for row in good)
     return LoadSummary(
         transport=transport,
         offered_per_s=rate,
@@ -220,9 +271,11 @@ def summarize_load(
         slo_ms=slo_ms,
         goodput_per_s=None if within is None else within / elapsed_s,
         evaluations=evaluations,
-        images_per_evaluation=carried / evaluations if evaluations else None,
+        images_per_evaluation=carried / evaluations if evaluations and all(row.steps for row in good) else None,
         neighbours=latency_by_neighbours(good),
         longest_gap_s=longest_gap_s([row.ended_s for row in good if row.ended_s is not None], duration_s),
+        sizes=dict(Counter(row.size for row in good if row.size)),
+        invalid=next((row.message for row in rows if row.outcome == INVALID), ""),
     )
 
 
@@ -250,3 +303,15 @@ def latency_by_neighbours(good: Sequence[RequestRow]) -> list[NeighbourLatency]:
     if len(found) < 2:
         return []
     return [NeighbourLatency(count, latency, latency.p50 / found[0][1].p50) for count, latency in found]
+
+
+def is_within_slo(rows: Sequence[RequestRow], slo_ms: float, percentile: float) -> bool:
+    """Return whether enough of all requests succeeded within the objective; one that failed was not within it.
+
+    Args:
+        rows: Every request that was sent.
+        slo_ms: Latency objective, ms.
+        percentile: Percentage of the requests.
+    """
+    within = sum(row.outcome == OK and row.latency_ms <= slo_ms for row in rows)
+    return bool(rows) and 100 * within >= percentile * len(rows)

@@ -11,6 +11,7 @@ from harness.config.schema import RunConfig, Task
 from harness.config.tasks import TRAITS
 from harness.datasets.dataset import ENTRIES, Dataset, is_given, load_dataset
 from harness.datasets.prompts import DatasetPrompt
+from harness.datasets.trace import read_trace, trace_sha256
 from harness.resolve.limits import MAX_PROMPT_CHARS
 
 SINGLE = ("fidelity", "profile")  # keys of task that belong to one request
@@ -19,8 +20,8 @@ SINGLE = ("fidelity", "profile")  # keys of task that belong to one request
 def resolve_dataset(config: RunConfig) -> None:
     """Read the data set that a configuration names, and take its prompts into the request, in place.
 
-    A task that streams the data set has the first prompt in its request, for the checks of every request. Another task
-    has all of them.
+    A task that makes a request of each prompt has the first one in its request, for the checks of every request.
+    Another task has all of them.
 
     Args:
         config: The configuration.
@@ -54,6 +55,8 @@ def resolve_dataset(config: RunConfig) -> None:
     if traits.streams_dataset:
         check_stream(config, found)
         request.prompts = [found.sample[0].prompt]
+    elif traits.serves:
+        request.prompts = [found.prompts[0].prompt]
     else:
         check_one_request(config, found)
         request.prompts = [prompt.prompt for prompt in found.prompts]
@@ -63,6 +66,33 @@ def streamed_dataset(config: RunConfig) -> Dataset | None:
     """Return the data set that a run generates image by image; None if it has none."""
     streams = TRAITS[config.task.name].streams_dataset and is_given(config.dataset)
     return load_dataset(config.dataset) if streams else None
+
+
+def resolve_trace(config: RunConfig) -> None:
+    """Read the trace that task=load replays, and write the hash of its file into the configuration, in place.
+
+    Args:
+        config: The configuration.
+
+    Raises:
+        ValueError: The file cannot be used, or is another one; one line says what to change.
+    """
+    load = config.load
+    if load.trace is None or config.task.name is not Task.load:
+        return
+    read_trace(load.trace)
+    digest = trace_sha256(load.trace)
+    if load.trace_sha256 not in (None, digest):
+        raise ValueError(
+            f"load.trace={load.trace} has the sha256 {digest}, and load.trace_sha256 is {load.trace_sha256}"
+        )
+    load.trace_sha256 = digest
+
+
+def loaded_dataset(config: RunConfig) -> Dataset | None:
+    """Return the data set whose prompts the clients of task=load send in turn; None if there is none."""
+    is_sent = TRAITS[config.task.name].serves and is_given(config.dataset)
+    return load_dataset(config.dataset) if is_sent else None
 
 
 def at_line(dataset: Dataset, prompt: DatasetPrompt) -> str:

@@ -28,7 +28,7 @@ PLUGINS = {  # Hydra's own packages: which option needs which package, and the e
     ("hydra/sweeper", "optuna"): ("hydra-optuna-sweeper", "optuna"),
 }
 
-FREE = "meta"  # the group whose keys are the user's own
+FREE = ("meta", "load.extra_body")  # dictionaries whose keys are the user's own
 
 REMOVED = {
     "a": "compare.a",
@@ -151,7 +151,7 @@ def _refuse_unknown(key: str, option: str | None, groups: Mapping[str, list[str]
         if option is not None and option not in groups[key]:
             raise ConfigError(nearest_option(key, option, groups[key]))
         return
-    if key not in _all_keys() and not key.startswith(f"{FREE}."):
+    if key not in _all_keys() and not key.startswith(tuple(f"{name}." for name in FREE)):
         raise ConfigError(describe_unknown(key, groups))
 
 

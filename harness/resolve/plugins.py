@@ -75,7 +75,8 @@ def store_plugins() -> None:
     store = ConfigStore.instance()
     _remove(store.repo)
     schema = OmegaConf.structured(RunConfig)
-    OmegaConf.set_struct(schema[FREE], False)  # Hydra closes every other dictionary
+    for name in FREE:  # Hydra closes every other dictionary
+        OmegaConf.set_struct(OmegaConf.select(schema, name), False)
     for name, options in plugin_options().items():
         schema.plugin[name] = OmegaConf.structured(options)
     store.store(name="schema", node=schema)

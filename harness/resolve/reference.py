@@ -271,7 +271,7 @@ def describe(name: str, roots: Sequence[Path] = (conf_root(),)) -> str:
     name, _, option = name.partition("=")
     if name in groups and option:
         return _describe_registered(name, option) or _describe_option(name, option, roots)
-    name = FREE if name.startswith(f"{FREE}.") else name
+    name = next((free for free in FREE if name.startswith(f"{free}.")), name)
     name = re.sub(r"^(model\.checkpoint_defaults)\.\w+", rf"\1.{FAMILY}", name)
     found = {key.name: key for key in keys()}
     lines = [f"{name}: {', '.join(groups[name])}"] if name in groups else []

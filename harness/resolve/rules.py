@@ -18,7 +18,7 @@ from harness.records.record import read_record
 from harness.resolve.checkpoint import check_checkpoint
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY, apply_training_facts, check_learned_variance
 from harness.resolve.conflicts import CONFLICTS, OTHER_CONFLICTS, check_conflicts
-from harness.resolve.dataset import all_prompts, at_line, own_requests, resolve_dataset
+from harness.resolve.dataset import all_prompts, at_line, loaded_dataset, own_requests, resolve_dataset, resolve_trace
 from harness.resolve.engine import check_baseline_settings, check_engine, check_first_blocks
 from harness.resolve.engines_table import CACHE_DIT, ON_DIFFUSERS, refuse_missing_engine
 from harness.resolve.image_sides import check_image_sides
@@ -56,6 +56,9 @@ def resolve_config(config: RunConfig) -> None:
         if config.parallel != ParallelConfig():
             name = config.task.name.name
             warnings.warn(f"parallel has no effect with task={name}, which lists every layout", stacklevel=2)
+    if config.task.name is Task.load and config.load.url is not None:
+        _resolve_external(config)
+        return  # the server has its own model, so the rest is not checked
     _resolve_request(config)
     _check_packages(config)
     resolve_optimize(config)
@@ -140,13 +143,26 @@ def check_keys_of_tasks(config: RunConfig) -> None:
         )
 
 
-def _resolve_request(config: RunConfig) -> None:
-    request, model = config.request, config.model
+def _resolve_external(config: RunConfig) -> None:
+    """Refuse what concerns neither this project's model nor its ranks; what the request leaves open stays so."""
+    _resolve_prompts(config)
+    check_packages(config)
+    _check_remarks(config)
+
+
+def _resolve_prompts(config: RunConfig) -> None:
+    request = config.request
+    resolve_trace(config)
     resolve_dataset(config)
     if request.prompt is not None and request.prompts is not None:
         raise ValueError("give request.prompt or request.prompts, not both")
     if request.prompt is not None:
         request.prompts, request.prompt = [request.prompt], None
+
+
+def _resolve_request(config: RunConfig) -> None:
+    request, model = config.request, config.model
+    _resolve_prompts(config)
     if request.prompts is None:
         request.prompts = list(model.examples)
     own = model.checkpoint_defaults.get(config.scheduler.family, CheckpointDefaults())
@@ -187,12 +203,13 @@ def _check_model(run: ResolvedRun) -> None:
 
 
 def _check_dataset(run: ResolvedRun) -> None:
-    """Refuse a prompt or a size of a streamed data set that the model cannot make.
+    """Refuse a prompt or a size of a data set that the model cannot make, if each prompt is a request.
 
     Raises:
         ValueError: One line has the line of the file.
     """
-    dataset, config = run.dataset, run.config
+    config = run.config
+    dataset = loaded_dataset(config) if run.dataset is None else run.dataset
     if dataset is None:
         return
     message = msgspec.structs.replace(to_message(config.request), prompts=all_prompts(dataset))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from functools import partial
 
 import msgspec
 from rich.console import Console
 
+from harness.config.load import LoadConfig, Transport, check_load
 from harness.config.schema import RunConfig
-from harness.config.serve import Transport, check_load
 from harness.config.yaml import remarks
 from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.load import describe_batching, describe_outcomes, print_load
@@ -21,6 +22,10 @@ from harness.resolve.limits import check_request, check_server_limits, check_siz
 from harness.resolve.request import to_message
 from harness.tasks.common.comparison import comparison_runs
 from harness.tasks.common.lifecycle import guarded, mirror
+from harness.tasks.load.arrivals import traced_requests
+from harness.tasks.load.dialects import check_foreign
+
+OWN_FILES = 100  # that the client itself may have open
 
 
 def check(run: ResolvedRun) -> None:
@@ -35,7 +40,11 @@ def check(run: ResolvedRun) -> None:
         raise ConfigError("task=load compares two configurations; give compare.a=[...] and compare.b=[...], or neither")
     try:
         check_load(config.load)
-        check_requests(config)
+        check_connections(config.load)
+        if config.load.url is not None:
+            check_foreign(config)
+        else:
+            check_requests(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.compare.a is not None and config.load.rate_share is not None:
@@ -59,6 +68,41 @@ def check_requests(config: RunConfig) -> None:
         check_server_limits(sampled, config.serve)
     for side in config.load.sizes:
         check_size(side, side, config.model.size_multiple, config.model.max_pixels)
+    for each in traced_requests(config.load):
+        try:
+            check_size(
+                each.height or message.height,
+                each.width or message.width,
+                config.model.size_multiple,
+                config.model.max_pixels,
+            )
+            steps = each.steps or message.steps
+            check_server_limits(msgspec.structs.replace(message, prompts=[""], steps=steps), config.serve)
+        except ValueError as error:
+            raise ValueError(f"load.trace={config.load.trace}: line {each.line}: {error}") from error
+    if config.load.at_once and (config.load.requests or 0) > config.serve.max_queue:
+        raise ValueError(
+            f"load.at_once sends {config.load.requests} requests, and serve.max_queue={config.serve.max_queue} of them "
+            f"may wait; add serve.max_queue={config.load.requests}"
+        )
+
+
+def check_connections(load: LoadConfig) -> None:
+    """Refuse more connections at a time than this process may have files open.
+
+    Args:
+        load: The configuration of the clients.
+
+    Raises:
+        ValueError: There are too many; the message has the command that allows them.
+    """
+    wanted = load.requests or 0 if load.at_once else load.clients
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if load.transport is Transport.http and wanted + OWN_FILES > allowed != resource.RLIM_INFINITY:
+        raise ValueError(
+            f"{wanted} requests at a time over HTTP are as many connections, and this process may have {allowed} files "
+            f"open; run `ulimit -n {wanted + OWN_FILES}` first"
+        )
 
 
 def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine) -> Status:

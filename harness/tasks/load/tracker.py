@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from harness.messages import GenerationRequest
-from harness.metrics.load import RequestRow
+from harness.metrics.load import INVALID, RequestRow
+from harness.tasks.load.arrivals import LoadRequest
 
 
 class RequestTracker:
@@ -36,7 +36,7 @@ class RequestTracker:
         """The ids of the requests without an answer."""
         return frozenset(self._outstanding)
 
-    def record_sent(self, request: GenerationRequest, due_s: float) -> None:
+    def record_sent(self, request: LoadRequest, due_s: float) -> None:
         """Record that a request is sent now.
 
         Args:
@@ -77,3 +77,22 @@ class RequestTracker:
         row = self._rows[request_id]
         row.ended_s, row.outcome, row.message = self.clock(), outcome, message
         return True
+
+    def record_size(self, request_id: str, size: str) -> None:
+        """Record the size of an answer's images, after all of them were decoded.
+
+        Args:
+            request_id: The request's id.
+            size: The size, such as `512x768`, width first.
+        """
+        self._rows[request_id].size = size
+
+    def record_invalid(self, request_id: str, message: str) -> None:
+        """Record that an answer, whose time is recorded, is not the images that were requested.
+
+        Args:
+            request_id: The request's id.
+            message: What it is instead.
+        """
+        row = self._rows[request_id]
+        row.outcome, row.message = INVALID, message

@@ -1,6 +1,7 @@
 """Clients of task=load: arrivals by rate and seed, percentiles, and one outcome for every request."""
 
 import asyncio
+import base64
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import httpx
@@ -17,8 +18,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from harness.config.load import LoadConfig
 from harness.config.schema import RunConfig
-from harness.config.serve import LoadConfig
 from harness.engines.processes import children
 from harness.engines.protocol import AttachedEngine
 from harness.messages import GenerationRequest, Message
@@ -29,15 +30,24 @@ from harness.resolve.request import to_message
 from harness.serving.transport import Connection
 from harness.tasks.common.comparison import comparison_runs
 from harness.tasks.load import entry, http
-from harness.tasks.load.arrivals import ArrivalSchedule, arrival_schedule, generate_requests, poisson_arrivals
+from harness.tasks.load.arrivals import (
+    ArrivalRate,
+    ArrivalSchedule,
+    arrival_schedule,
+    generate_requests,
+    random_arrivals,
+)
 from harness.tasks.load.compare import compare_loads, round_times
 from harness.tasks.load.measurement import LoadMeasurement, merge_rounds
 from harness.tasks.load.neighbours import busy_processes, neighbour_rounds
-from harness.tasks.load.run import REQUESTS_FILE, server_overrides, status_from_loads, with_rate
+from harness.tasks.load.over_http import server_overrides
+from harness.tasks.load.phases import with_rate
+from harness.tasks.load.run import REQUESTS_FILE, status_from_loads
 from harness.tasks.load.server import command_line, descendants, fit_memory_growth, rank_processes
 from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
 from tests.fixtures.commands import cpu_seconds, record_of, wait_for
+from tests.fixtures.foreign_server import png
 from tests.fixtures.records import record
 from tests.fixtures.serving.fake_engine import Script, failure, fake_result, planted, progress
 
@@ -48,7 +58,8 @@ def config() -> RunConfig:
 
 
 def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
-    times = np.asarray(poisson_arrivals(50.0, 400.0, np.random.default_rng(0)))
+    arrivals = random_arrivals(ArrivalRate(50.0, 50.0, 400.0), 1.0, np.random.default_rng(0))
+    times = np.asarray(list(takewhile(lambda time_s: time_s < 400.0, arrivals)))
     assert len(times) == pytest.approx(20_000, abs=4 * math.sqrt(20_000))
     gaps = np.diff(times)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.03)  # of an exponential distribution they are equal
@@ -324,7 +335,8 @@ def answer_of(request: httpx.Request) -> httpx.Response:
     requested = json.loads(request.content)
     seed = requested["triptych"]["seed"]
     if seed == 0:
-        return httpx.Response(200, json={"data": [], "triptych": {"queued_ms": 250.0, "seed": 0}})
+        image = {"b64_json": base64.b64encode(png("64x64")).decode()}
+        return httpx.Response(200, json={"data": [image], "triptych": {"queued_ms": 250.0, "seed": 0}})
     if seed == 1:
         return httpx.Response(429, json={"error": {"code": "busy", "message": "m"}}, headers={"retry-after": "3"})
     if seed == 2:
@@ -341,9 +353,10 @@ def test_over_http_an_outcome_is_the_error_s_code_and_a_broken_connection_is_los
     assert [each.outcome for each in rows] == ["ok", "busy", "lost", "expired"]
     assert rows[0].began_s == pytest.approx(rows[0].sent_s + 0.25, abs=0.05)
     assert rows[2].message == "ReadError: the connection broke off"
-    sent = http.request_body(next(generate_requests(config, 0)))
+    sent = http.OWN.body(next(generate_requests(config, 0)))
     assert (sent["prompt"], sent["size"], sent["n"]) == ("red apple", "64x64", 1)
     assert http.retry_wait_s({"retry-after": "3"}) == 3.0
+    assert http.retry_wait_s({"retry-after": "Mon, 30 Nov 2026 10:00:00 GMT"}) == http.BACKOFF_S
 
 
 def test_a_server_s_overrides_are_the_load_s_without_what_is_ours_alone() -> None:
