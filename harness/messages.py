@@ -19,6 +19,7 @@ AnyArray: TypeAlias = NDArray[Any]
 Latents: TypeAlias = Literal["none", "last", "steps"]
 DTYPES = ("float32",)
 QUEUED = "queued"  # the stage of a request in the queue
+DENOISING = "denoising"  # the stage whose solver steps are counted
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # raised for bytes that are no message
 
 
@@ -52,6 +53,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
             answered with a Failure of kind expired.
         client: the client that the request counts for when clients take turns; empty for the socket that sent it.
         seeds: the seed of each prompt's first image, in place of seed + k; its other images have the next seeds.
+        previews: the number of previews of the first image, evenly spread over its steps; none after the last step.
     """
 
     request_id: str
@@ -71,6 +73,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float | None = None
     client: str = ""
     seeds: list[int] = []
+    previews: int = 0
 
     def seed_of(self, index: int) -> int:
         """Return the seed of an image by its index in the request."""
@@ -86,12 +89,20 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
     The first message has stage QUEUED and is sent when the request is accepted; `done` is then the number of requests
     before it.
+
+    Args:
+        request_id: the request.
+        stage: the stage.
+        done: the number of finished solver steps.
+        total: the number of all solver steps.
+        preview: a PNG of the first image's x0 estimate after its latest step; empty if the message brings none.
     """
 
     request_id: str
     stage: str
     done: int
     total: int
+    preview: bytes = b""
 
 
 class StageTime(msgspec.Struct, frozen=True):
@@ -155,7 +166,7 @@ class OperatorTime(msgspec.Struct, frozen=True):
 
 
 class RankReport(msgspec.Struct, frozen=True):
-    """What one rank did for one request; the networks are text_encoder, denoiser and decoder.
+    """What one rank did for one request; the networks are text_encoder, denoiser and decoder, or preview for previews.
 
     Args:
         rank: the rank's number in the world.

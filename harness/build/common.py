@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from harness.config.engines import NATIVE
 from harness.config.schema import Load, RunConfig
 from harness.config.tasks import TRAITS
 from harness.datasets.dataset import is_given
@@ -106,7 +107,15 @@ def limits_of(run: ResolvedRun, components: Components) -> Limits:
         components.guidance.possible,
         components.check_prompt,
         check,
+        no_previews(run.config),
     )
+
+
+def no_previews(config: RunConfig) -> str:
+    """Return why no previews can be made; empty if they can."""
+    if config.engine.name != NATIVE:
+        return f"engine={config.engine.name} shows no x0 estimate"
+    return "model.offload=true takes the decoder out of memory while an image denoises" if config.model.offload else ""
 
 
 def cache_mib(config: RunConfig) -> float:

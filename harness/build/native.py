@@ -119,6 +119,7 @@ class LoadedNetworks:
         stale_kv: what the layout stores between evaluations, or None if it is exact.
         text: the stage that encodes prompts, with its encoder and its cache of prompts.
         decoding: the stage that decodes.
+        decoder: the decoder of that stage.
     """
 
     source: CheckpointSource
@@ -130,6 +131,7 @@ class LoadedNetworks:
     stale_kv: StaleKVCache | None
     text: Stage
     decoding: Stage
+    decoder: Decoder
 
 
 def load_networks(
@@ -193,6 +195,7 @@ def load_networks(
         stale_kv,
         offloaded(run, text, text.encoder, source.device),
         offloaded(run, decoding, components.decoder, source.device),
+        decoding.decoder,
     )
 
 
@@ -225,6 +228,7 @@ def native_pipeline(run: ResolvedRun, loaded: LoadedNetworks) -> ComposedPipelin
         loaded.stale_kv,
         optimized.notes,
         guidance_rule(config),
+        loaded.decoder,
     )
     dtype = source.dtype_of(source.denoiser)
     denoising = Denoising(network, dtype, noise_scheduler, components.guidance, loaded.groups.cfg, options)

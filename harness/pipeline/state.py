@@ -22,6 +22,8 @@ from schedulers.grid import Grid
 T = TypeVar("T")
 OnProgress: TypeAlias = Callable[[str, int, int], None]
 """Called with (stage, 0, 0) at the start of a stage, and with (stage, done, total) after each solver step."""
+OnPreview: TypeAlias = Callable[[int, int, bytes], None]
+"""Called with the finished and all solver steps, and a PNG of the first image's x0 estimate."""
 
 
 @dataclass
@@ -173,6 +175,9 @@ class RunContext:
         counter: the count of evaluations.
         skips: what caches skipped for each image; written by denoising.
         any_in_replica: returns whether a flag is set on any rank that computes these images; a collective.
+        previews: the number of previews of the request's first image.
+        on_preview: called with (done, total) solver steps and a PNG; None on ranks that only compute previews.
+        pause: lets other requests have their turn before a long piece of work.
     """
 
     device: torch.device
@@ -190,6 +195,9 @@ class RunContext:
     counter: EvaluationCounter = field(default_factory=EvaluationCounter)
     skips: list[messages.CacheSkips] = field(default_factory=list)
     any_in_replica: Callable[[bool], bool] = lambda flag: flag
+    previews: int = 0
+    on_preview: OnPreview | None = None
+    pause: Callable[[], None] = lambda: None
 
     def require_finite(self, tensors: Iterable[Tensor]) -> None:
         """Refuse values that are not finite, on every rank of the replica alike.

@@ -26,6 +26,7 @@ class Limits:
         has_guidance: whether the model has guidance.
         check_prompt: raises ValueError for a prompt that the model cannot take.
         check_layout: raises ValueError for a request that the ranks cannot share.
+        no_previews: why no previews can be made; empty if they can.
     """
 
     size_multiple: int
@@ -36,6 +37,7 @@ class Limits:
     has_guidance: bool = True
     check_prompt: Callable[[str], None] = lambda prompt: None
     check_layout: Callable[[GenerationRequest], None] = lambda request: None
+    no_previews: str = ""
 
 
 class InputValidation:
@@ -80,6 +82,8 @@ class InputValidation:
         check_largest_side(request, limits.max_side)
         check_frames(request.frames, limits.frame_multiple, limits.max_frames)
         check_guidance(request, limits.has_guidance)
+        if request.previews and limits.no_previews:
+            raise ValueError(f"{limits.no_previews}; ask for no previews (partial_images=0)")
         limits.check_layout(request)
         for prompt in (*request.prompts, request.negative_prompt):
             limits.check_prompt(prompt)

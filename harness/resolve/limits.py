@@ -1,6 +1,6 @@
 """Limits of one request: the same for the command line, the client and the server, each refusal in one line."""
 
-from harness.config.bounds import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS
+from harness.config.bounds import MAX_GUIDANCE, MAX_IMAGES, MAX_PREVIEWS, MAX_SEED, MAX_STEPS
 from harness.config.serve import ServeConfig
 from harness.messages import GenerationRequest
 
@@ -33,6 +33,8 @@ def check_request(request: GenerationRequest) -> None:
         raise ValueError(f"request.steps={request.steps}; give 1 to {MAX_STEPS}")
     if not 0 <= request.guidance <= MAX_GUIDANCE:
         raise ValueError(f"request.guidance={request.guidance}; give 0 to {MAX_GUIDANCE} (1 is no guidance)")
+    if not 0 <= request.previews <= MAX_PREVIEWS:
+        raise ValueError(f"previews={request.previews}; give 0 to {MAX_PREVIEWS}")
     if request.timeout_s is not None and not request.timeout_s > 0:
         raise ValueError(f"timeout_s={request.timeout_s}; give more than 0 seconds")
 

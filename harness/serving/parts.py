@@ -56,6 +56,7 @@ def part(tracked: TrackedRequest, index: int) -> Part:
         batch_size=1,
         seed=request.seed_of(index),
         seeds=[],
+        previews=0 if index else request.previews,
     )
     return Part(one, index, tracked.turn)
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
 from harness.engines.processes import is_stopped
-from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Progress
+from harness.messages import DENOISING, QUEUED, Failure, GenerationRequest, GenerationResult, Progress
 from harness.serving.transport import EngineGone
 
 Kind: TypeAlias = tuple[str, int, int, int, int]  # stage, height, width, frames, images in a forward
@@ -19,7 +19,8 @@ KEEP = 0.99
 FLOOR_S = 5.0  # no step counts as a hang before this: a busy machine stands still for seconds
 STOPPED_S = 5.0  # a rank in the state of SIGSTOP for longer hangs
 MAX_KINDS = 4096
-SIZED = ("denoising", "decoding")  # the stages whose time depends on the image
+DECODING = "decoding"
+SIZED = (DENOISING, DECODING)  # the stages whose time depends on the image
 
 
 class OwnTime:
@@ -137,7 +138,12 @@ class HangDetector:
 
     def _limit_s(self, given: Given) -> float:
         """Return the longest silence of a request in its stage, seconds."""
-        kind = kind_of(given.request, given.stage)
+        kinds = {kind_of(given.request, given.stage)}
+        if given.request.previews and given.stage == DENOISING:  # a step may end with the decoding of a preview
+            kinds.add(kind_of(given.request, DECODING))
+        return max(self._limit_of_kind_s(kind) for kind in kinds)
+
+    def _limit_of_kind_s(self, kind: Kind) -> float:
         if kind in self._slowest_s:
             return max(FLOOR_S, min(self._longest_s, FACTOR * self._slowest_s[kind]))
         estimated = [
