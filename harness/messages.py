@@ -20,6 +20,7 @@ Latents: TypeAlias = Literal["none", "last", "steps"]
 DTYPES = ("float32",)
 QUEUED = "queued"  # the stage of a request in the queue
 DENOISING = "denoising"  # the stage whose solver steps are counted
+DECODING = "decoding"  # the stage whose images are counted
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # raised for bytes that are no message
 
 
@@ -53,6 +54,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
             answered with a Failure of kind expired.
         client: the client that the request counts for when clients take turns; empty for the socket that sent it.
         seeds: the seed of each prompt's first image, in place of seed + k; its other images have the next seeds.
+        solver: the solver, in place of the configuration's; its options have their defaults.
         previews: the number of previews of the first image, evenly spread over its steps; none after the last step.
     """
 
@@ -73,6 +75,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float | None = None
     client: str = ""
     seeds: list[int] = []
+    solver: str = ""
     previews: int = 0
 
     def seed_of(self, index: int) -> int:
@@ -83,9 +86,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """A request is in `stage` and has finished `done` of `total` solver steps (0 of 0 in other stages).
+    """A request is in `stage` and has finished `done` of `total` of its parts.
 
-    With step batching the steps of all images count, otherwise those of rank 0's share.
+    These are solver steps while it denoises, and images while it decodes more than one batch of them; other stages
+    have 0 of 0, and so has the beginning of each. With step batching those of all images count, otherwise those of
+    rank 0's share.
 
     The first message has stage QUEUED and is sent when the request is accepted; `done` is then the number of requests
     before it.
@@ -93,8 +98,8 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     Args:
         request_id: the request.
         stage: the stage.
-        done: the number of finished solver steps.
-        total: the number of all solver steps.
+        done: the number of finished solver steps or images.
+        total: the number of all of them.
         preview: a PNG of the first image's x0 estimate after its latest step; empty if the message brings none.
     """
 

@@ -17,7 +17,7 @@ from harness.pipeline.cache_state import CacheState
 from harness.pipeline.guidance import Branches, Combine, GuidanceMode, GuidanceSchedule, always_guided, classifier_free
 from harness.pipeline.latents import step_noise
 from harness.pipeline.preview import decode_preview, preview_steps, to_png
-from harness.pipeline.state import Evaluation, RunContext, Sample, micro_batches, require
+from harness.pipeline.state import Evaluation, RunContext, Sample, WithSolver, micro_batches, require
 from models.components import CLASSIFIER_FREE, Conditioning, Decoder, GuidanceRule
 from schedulers.grid import Grid, Point
 from schedulers.noise_scheduler import NoiseScheduler
@@ -40,6 +40,7 @@ class DenoisingOptions:
         notes: notes for the record of every request.
         mix: the guidance rule.
         decoder: decodes previews; None if there are none.
+        with_solver: returns the noise scheduler with the solver that a request names.
     """
 
     precompute: PrecomputedModulation | None = None
@@ -49,6 +50,7 @@ class DenoisingOptions:
     notes: tuple[str, ...] = ()
     mix: Combine = classifier_free
     decoder: Decoder | None = None
+    with_solver: WithSolver | None = None
 
 
 PREVIEW = "preview"
@@ -91,7 +93,9 @@ class Denoising:
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         """Denoise the start of every sample: for each micro-batch, the solver's steps along its grid."""
-        options = self.options
+        options, noise_scheduler = self.options, self.noise_scheduler
+        if run.solver:
+            noise_scheduler = require(options.with_solver)(run.solver)
         run.notes.extend(options.notes)
         batches = micro_batches(samples, run.batch_size)
         total = sum(require(batch[0].grid).steps for batch in batches)
@@ -105,7 +109,7 @@ class Denoising:
                 run.check_cancelled()
                 call.begin_step(is_last_step=i == grid.steps - 1)
                 with run.clock.step():
-                    x = self.noise_scheduler.step(x, i, grid, call, solver_state, noise)
+                    x = noise_scheduler.step(x, i, grid, call, solver_state, noise)
                 if run.keep_states:
                     for sample, state in zip(batch, x, strict=True):
                         sample.states.append(state)

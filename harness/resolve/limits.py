@@ -1,6 +1,8 @@
 """Limits of one request: the same for the command line, the client and the server, each refusal in one line."""
 
 from harness.config.bounds import MAX_GUIDANCE, MAX_IMAGES, MAX_PREVIEWS, MAX_SEED, MAX_STEPS
+from harness.config.engines import NATIVE
+from harness.config.schema import RunConfig
 from harness.config.serve import ServeConfig
 from harness.messages import GenerationRequest
 
@@ -115,3 +117,24 @@ def check_largest_side(request: GenerationRequest, largest: int | None) -> None:
             f"the request has {request.height} x {request.width} pixels; this checkpoint has positions for {largest} "
             "per side"
         )
+
+
+def no_previews(config: RunConfig) -> str:
+    """Return why no previews can be made; empty if they can."""
+    if config.engine.name != NATIVE:
+        return f"engine={config.engine.name} shows no x0 estimate"
+    return "model.offload=true takes the decoder out of memory while an image denoises" if config.model.offload else ""
+
+
+def check_previews(request: GenerationRequest, reason: str) -> None:
+    """Refuse previews where none can be made.
+
+    Args:
+        request: The request.
+        reason: Why none can be made; empty if they can.
+
+    Raises:
+        ValueError: The request asks for previews.
+    """
+    if request.previews and reason:
+        raise ValueError(f"{reason}; ask for no previews (partial_images=0)")

@@ -13,6 +13,7 @@ import threading
 import msgspec
 import zmq
 
+from harness.messages import DECODING
 from harness.serving.control import ControlThread
 from harness.serving.parts import OpenRequest, Part, PartKey
 from harness.serving.policy import TrackedRequest, estimated_work, evaluation_work, next_request
@@ -114,7 +115,10 @@ class Dispatcher:
             for progress in report.progress:
                 self._send_progress(progress)
             for key, outcomes in split_outcomes(report, frames).items():
-                self._open[key[0]].on_outcome(key[1], outcomes)
+                request = self._open[key[0]]
+                request.on_outcome(key[1], outcomes)
+                if request.images_done:
+                    self._queue.send_progress(request.tracked, DECODING, *request.images_done)
 
     def _send_progress(self, progress: PartProgress) -> None:
         request = self._open[progress.key[0]]

@@ -243,7 +243,8 @@ class ReplicaLoop:
         return found
 
     def _run_tick(self, tick: Tick) -> None:
-        works = {key: running.part.work for key, running in self._batch.parts.items()}
+        by_key = {key: running.part for key, running in self._batch.parts.items()}
+        works = {key: part.work for key, part in by_key.items()}
         rows = {key: _rows(self._batch.parts[key]) for key in tick.forward}
         self._collectives.broadcast(msgspec.msgpack.encode(tick))
         gathered = self._collectives.gather(self._batch.tick(tick))
@@ -263,7 +264,7 @@ class ReplicaLoop:
         self._progress |= {(key, step[0]): PartProgress(key, *step) for key, step in self._batch.steps.items()}
         with_preview = [key for key, step in self._batch.steps.items() if step[3]]
         for key in with_preview:
-            self._planner.charge_preview(self._batch.parts[key].part, self._batch.durations[key])
+            self._planner.charge_preview(by_key[key], self._batch.durations[key])
         has_ended = any(len(frames) > 1 for frames in gathered)
         makes_room = any(done == total for _, done, total, _ in self._batch.steps.values())
         if has_ended or with_preview or (makes_room and self._is_full(works)) or self._is_due():

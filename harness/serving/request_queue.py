@@ -194,9 +194,7 @@ class RequestQueue:
         self._answers.append(time.monotonic())
         self._send(tracked.client, frames)
 
-    def send_progress(
-        self, tracked: TrackedRequest, stage: str, done: int, total: int, preview: bytes = b""
-    ) -> None:
+    def send_progress(self, tracked: TrackedRequest, stage: str, done: int, total: int, preview: bytes = b"") -> None:
         """Send progress to the client, while steps run every PROGRESS_INTERVAL_S at most, and every preview."""
         now, request_id = time.monotonic(), tracked.request.request_id
         if not preview and 0 < done < total and now - self._progress_sent[request_id] < PROGRESS_INTERVAL_S:

@@ -189,7 +189,7 @@ class Worker:
         clock = Clock(synchronizer(self.device), request.count_flops, request.profile)
         run = RunContext(self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled)
         run.keep_states, run.previews = request.latents == "steps", request.previews
-        run.any_in_replica = self.groups.any_in_replica
+        run.any_in_replica, run.solver = self.groups.any_in_replica, request.solver
         return run
 
     @contextmanager
