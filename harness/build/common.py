@@ -98,7 +98,7 @@ def solver_choice(run: ResolvedRun, own: NoiseScheduler) -> WithSolver:
 
     Args:
         run: the resolved run.
-        own: its noise scheduler.
+        own: the noise scheduler of the run.
 
     Returns:
         A function of the solver's name; it raises ValueError for one that cannot run.
@@ -107,9 +107,11 @@ def solver_choice(run: ResolvedRun, own: NoiseScheduler) -> WithSolver:
 
     def with_solver(solver: str) -> NoiseScheduler:
         if solver not in made:
-            other = run_with_solver(run, solver)
-            same = other is run or other.noise_scheduler is None
-            made[solver] = own if same else replace(own, solver=build_noise_scheduler(other.noise_scheduler).solver)
+            settings = run_with_solver(run, solver).noise_scheduler
+            if settings is None or settings == run.noise_scheduler:
+                made[solver] = own
+            else:
+                made[solver] = replace(own, solver=build_noise_scheduler(settings).solver)
         return made[solver]
 
     return with_solver

@@ -9,7 +9,7 @@ from harness.config.schema import SolverConfig
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
 from harness.resolve.conflicts import check_conflicts
 from harness.resolve.engines_table import NATIVE
-from harness.resolve.plugins import check_plugins
+from harness.resolve.plugin_rules import check_plugins
 from harness.resolve.run import ResolvedRun
 from schedulers.compatibility import resolve
 from schedulers.tables import SOLVERS

@@ -46,18 +46,18 @@ def aiperf(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     folder = tmp_path_factory.mktemp("serving") / "run"
     with started(command("task=serve", "serve.port=0", f"hydra.run.dir={folder}")) as process:
         assert process.stdout is not None
         found = re.search(r"http://127.0.0.1:\d+", process.stdout.readline())
         assert found is not None
         wait_for(lambda: httpx.get(f"{found[0]}/ready").status_code == 200, "the ranks", LIMIT_S)
-        yield found[0]
+        yield found[0], folder
 
 
-def profile(aiperf: str, url: str, folder: Path, *arguments: str) -> tuple[list[float], float, dict[str, int]]:
-    """Run AIPerf; return the latency of each request in ms, requests a second, and the numbers of good and bad ones."""
+def profile(aiperf: str, url: str, folder: Path, *arguments: str) -> tuple[list[float], float, list[str]]:
+    """Run AIPerf; return the latency of each request in ms, requests a second, and the id of each request."""
     folder.mkdir()
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in PROMPTS))
@@ -75,9 +75,11 @@ def profile(aiperf: str, url: str, folder: Path, *arguments: str) -> tuple[list[
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     whole = json.loads((folder / "out/profile_export_aiperf.json").read_text())
     lines = [json.loads(line) for line in (folder / "out/profile_export.jsonl").read_text().splitlines()]
-    good = [line for line in lines if not line.get("error") and line["metadata"]["benchmark_phase"] == "profiling"]
-    latencies = [line["metrics"]["request_latency"]["value"] for line in good]
-    return latencies, whole["request_throughput"]["avg"], {"good": len(good), "bad": len(lines) - len(good)}
+    lines = [line for line in lines if line["metadata"]["benchmark_phase"] == "profiling"]
+    assert not [line for line in lines if line.get("error")]
+    latencies = [line["metrics"]["request_latency"]["value"] for line in lines]
+    ids = [line["metadata"]["x_request_id"] for line in lines]
+    return latencies, whole["request_throughput"]["avg"], ids
 
 
 def load(url: str, folder: Path) -> tuple[list[float], float]:
@@ -92,14 +94,12 @@ def load(url: str, folder: Path) -> tuple[list[float], float]:
     return [row.latency_ms for row in rows if row.outcome == "ok"], found.throughput_per_s
 
 
-def test_throughput_and_percentiles_agree_with_task_load(aiperf: str, url: str, tmp_path: Path) -> None:
+def test_throughput_and_percentiles_agree_with_task_load(aiperf: str, server: tuple[str, Path], tmp_path: Path) -> None:
+    url, _ = server
     theirs: dict[str, list[float]] = {"p50": [], "p90": [], "seconds a request": []}
     ours: dict[str, list[float]] = {name: [] for name in theirs}
     for number in range(min_rounds(LEVEL)):
-        latencies, rate, outcomes = profile(
-            aiperf, url, tmp_path / f"aiperf{number}", "--benchmark-duration", str(SECONDS)
-        )
-        assert outcomes["bad"] == 0
+        latencies, rate, _ = profile(aiperf, url, tmp_path / f"aiperf{number}", "--benchmark-duration", str(SECONDS))
         for found, (each, per_s) in ((theirs, (latencies, rate)), (ours, load(url, tmp_path / f"load{number}"))):
             assert len(each) > 3 * CLIENTS
             found["p50"].append(float(np.quantile(each, 0.5)))
@@ -113,7 +113,14 @@ def test_throughput_and_percentiles_agree_with_task_load(aiperf: str, url: str, 
         assert high >= 1 - TOLERANCE, (name, values, ours[name])
 
 
-def test_streams_are_read_and_the_request_ids_are_those_of_aiperf(aiperf: str, url: str, tmp_path: Path) -> None:
+def test_streams_are_read_and_requests_keep_the_ids_that_aiperf_gave_them(
+    aiperf: str, server: tuple[str, Path], tmp_path: Path
+) -> None:
+    url, folder = server
     inputs = ("--extra-inputs", "partial_images:2", "--extra-inputs", "output_format:jpeg")
-    _, _, outcomes = profile(aiperf, url, tmp_path / "stream", "--streaming", *inputs, "--request-count", "12")
-    assert outcomes == {"good": 12, "bad": 0}
+    _, _, ids = profile(aiperf, url, tmp_path / "stream", "--streaming", *inputs, "--request-count", "12")
+    served = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    streamed = [entry for entry in served if entry["http_id"] in ids]
+    assert len(ids) == len(set(ids)) == len(streamed) == 12
+    assert {entry["request"]["previews"] for entry in streamed} == {2}
+    assert all(sample["path"].endswith(".jpeg") for entry in streamed for sample in entry["samples"])

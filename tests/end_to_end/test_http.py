@@ -94,7 +94,8 @@ def error(answer: httpx.Response, status: int, code: str) -> str:
     """Return the message of an error that has OpenAI's shape."""
     assert answer.status_code == status, answer.text
     reason = answer.json()["error"]
-    assert set(reason) == {"message", "type", "param", "code"}
+    assert set(reason) == {"message", "type", "param", "code", "request_id"}
+    assert reason["request_id"] == answer.headers["x-request-id"]
     assert reason["code"] == code
     assert reason["message"]
     assert "\n" not in reason["message"]
@@ -161,8 +162,8 @@ def test_links_lead_to_the_same_images_and_seeds_are_random(run: Talk) -> None:
         (IMAGES, {"prompt": "x", "size": "large"}, "rejected", "such as 64x64"),
         (IMAGES, {"prompt": "x", "size": "4096x4096"}, "rejected", "may be at most 262144"),
         (IMAGES, {"prompt": "x", "model": "dall-e-3"}, "model_not_found", "use model=emoji"),
-        (IMAGES, {"prompt": "x", "quality": "hd"}, "rejected", "quality: Input should be 'auto' or 'standard'"),
-        (IMAGES, {"prompt": "x", "stream": True}, "rejected", "stream"),
+        (IMAGES, {"prompt": "x", "quality": "best"}, "rejected", "quality"),
+        (IMAGES, {"prompt": "x", "stream": "often"}, "rejected", "stream"),
         (IMAGES, {"prompt": "x", "triptych": {"steps": 251}}, "rejected", "steps=251; this server takes 1 to 250"),
         (IMAGES, {"prompt": "x", "triptych": {"seed": -1}}, "rejected", "seed=-1; this server takes 0 to"),
         (IMAGES, {"prompt": "x", "triptych": {"guidance": -1}}, "rejected", "guidance=-1.0"),

@@ -216,7 +216,7 @@ def with_own_headers(send: Send, http_id: str) -> Send:
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
-            for name, value in (SAFE_HEADERS | {HTTP_ID: http_id}).items():
+            for name, value in {**SAFE_HEADERS, HTTP_ID: http_id}.items():
                 headers.setdefault(name, value)
         await send(message)
 

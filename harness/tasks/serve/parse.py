@@ -146,12 +146,12 @@ def _steps_of_quality(body: ParsedRequest, config: RunConfig) -> int | None:
 
 def _previews(body: ParsedRequest, options: GenerationOptions) -> int:
     """Return the number of previews that a body asks for."""
-    asked = DEFAULT_PREVIEWS if options.previews is True else int(options.previews or 0)
+    previews = DEFAULT_PREVIEWS if options.previews is True else int(options.previews or 0)
     partial = body.partial_images if isinstance(body, ImageRequest) else None
-    if partial is not None and options.previews is not None and partial != asked:
+    if partial is not None and options.previews is not None and partial != previews:
         line = _contradiction("partial_images", partial, "triptych.previews", options.previews)
         raise Problem("rejected", line, "partial_images")
-    return asked if partial is None else partial
+    return previews if partial is None else partial
 
 
 def parse_encoding(body: ImageRequest) -> ImageEncoding:
