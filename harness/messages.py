@@ -19,6 +19,8 @@ AnyArray: TypeAlias = NDArray[Any]
 Latents: TypeAlias = Literal["none", "last", "steps"]
 DTYPES = ("float32",)
 QUEUED = "queued"  # the stage of a request in the queue
+DENOISING = "denoising"  # the stage whose solver steps are counted
+DECODING = "decoding"  # the stage whose images are counted
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # raised for bytes that are no message
 
 
@@ -52,6 +54,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
             answered with a Failure of kind expired.
         client: the client that the request counts for when clients take turns; empty for the socket that sent it.
         seeds: the seed of each prompt's first image, in place of seed + k; its other images have the next seeds.
+        solver: the solver, in place of the configuration's; its options have their defaults.
+        previews: the number of previews of the first image, evenly spread over its steps; none after the last step.
     """
 
     request_id: str
@@ -71,6 +75,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float | None = None
     client: str = ""
     seeds: list[int] = []
+    solver: str = ""
+    previews: int = 0
 
     def seed_of(self, index: int) -> int:
         """Return the seed of an image by its index in the request."""
@@ -80,18 +86,28 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """A request is in `stage` and has finished `done` of `total` solver steps (0 of 0 in other stages).
+    """A request is in `stage` and has finished `done` of `total` of its parts.
 
-    With step batching the steps of all images count, otherwise those of rank 0's share.
+    These are solver steps while it denoises, and images while it decodes more than one batch of them; other stages
+    have 0 of 0, and so has the beginning of each. With step batching those of all images count, otherwise those of
+    rank 0's share.
 
     The first message has stage QUEUED and is sent when the request is accepted; `done` is then the number of requests
     before it.
+
+    Args:
+        request_id: the request.
+        stage: the stage.
+        done: the number of finished solver steps or images.
+        total: the number of all of them.
+        preview: a PNG of the first image's x0 estimate after its latest step; empty if the message brings none.
     """
 
     request_id: str
     stage: str
     done: int
     total: int
+    preview: bytes = b""
 
 
 class StageTime(msgspec.Struct, frozen=True):
@@ -155,7 +171,7 @@ class OperatorTime(msgspec.Struct, frozen=True):
 
 
 class RankReport(msgspec.Struct, frozen=True):
-    """What one rank did for one request; the networks are text_encoder, denoiser and decoder.
+    """What one rank did for one request; the networks are text_encoder, denoiser and decoder, or preview for previews.
 
     Args:
         rank: the rank's number in the world.

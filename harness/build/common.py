@@ -12,11 +12,14 @@ from harness.config.tasks import TRAITS
 from harness.datasets.dataset import is_given
 from harness.device.device import torch_dtype
 from harness.messages import GenerationRequest
+from harness.pipeline.state import WithSolver
 from harness.pipeline.validate import Limits
 from harness.resolve.layout import shape_for_request
 from harness.resolve.layout_rules import check_layout
+from harness.resolve.limits import no_previews
 from harness.resolve.published_scheduler import scheduler_file
 from harness.resolve.run import ResolvedRun
+from harness.resolve.solvers import run_with_solver
 from models.checkpoint_source import CheckpointSource, LoraFile
 from models.components import Components
 from schedulers.build import build as build_noise_scheduler
@@ -90,6 +93,30 @@ def noise_scheduler_of(run: ResolvedRun, source: CheckpointSource, components: C
     return noise_scheduler
 
 
+def solver_choice(run: ResolvedRun, own: NoiseScheduler) -> WithSolver:
+    """Return what gives a run's noise scheduler the solver that a request names, built when it is first asked for.
+
+    Args:
+        run: the resolved run.
+        own: the noise scheduler of the run.
+
+    Returns:
+        A function of the solver's name; it raises ValueError for one that cannot run.
+    """
+    made: dict[str, NoiseScheduler] = {}
+
+    def with_solver(solver: str) -> NoiseScheduler:
+        if solver not in made:
+            settings = run_with_solver(run, solver).noise_scheduler
+            if settings is None or settings == run.noise_scheduler:
+                made[solver] = own
+            else:
+                made[solver] = replace(own, solver=build_noise_scheduler(settings).solver)
+        return made[solver]
+
+    return with_solver
+
+
 def limits_of(run: ResolvedRun, components: Components) -> Limits:
     """Return what the configuration, its layout and the checkpoint allow a request to have."""
     model, layout, shape = run.config.model, run.config.parallel, run.shape
@@ -106,6 +133,7 @@ def limits_of(run: ResolvedRun, components: Components) -> Limits:
         components.guidance.possible,
         components.check_prompt,
         check,
+        no_previews(run.config),
     )
 
 

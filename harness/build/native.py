@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from harness.build.common import cache_mib, limits_of, noise_scheduler_of
+from harness.build.common import cache_mib, limits_of, noise_scheduler_of, solver_choice
 from harness.caching.policies import cached_network, guidance_schedule
 from harness.config.cache import is_block_cache
 from harness.config.engines import CACHE_DIT, DIFFUSERS
@@ -119,6 +119,7 @@ class LoadedNetworks:
         stale_kv: what the layout stores between evaluations, or None if it is exact.
         text: the stage that encodes prompts, with its encoder and its cache of prompts.
         decoding: the stage that decodes.
+        decoder: the decoder of that stage.
     """
 
     source: CheckpointSource
@@ -130,6 +131,7 @@ class LoadedNetworks:
     stale_kv: StaleKVCache | None
     text: Stage
     decoding: Stage
+    decoder: Decoder
 
 
 def load_networks(
@@ -193,6 +195,7 @@ def load_networks(
         stale_kv,
         offloaded(run, text, text.encoder, source.device),
         offloaded(run, decoding, components.decoder, source.device),
+        decoding.decoder,
     )
 
 
@@ -217,6 +220,7 @@ def native_pipeline(run: ResolvedRun, loaded: LoadedNetworks) -> ComposedPipelin
     unwrap_runners(components.network, components.plan)
     wrap_runners(components.network, components.plan, optimized.precompute, cached, loaded.layout)
     noise_scheduler = noise_scheduler_of(run, source, components)
+    with_solver = solver_choice(run, noise_scheduler)
     network = optimized.network if cached is None else cached
     options = DenoisingOptions(
         optimized.precompute,
@@ -225,6 +229,8 @@ def native_pipeline(run: ResolvedRun, loaded: LoadedNetworks) -> ComposedPipelin
         loaded.stale_kv,
         optimized.notes,
         guidance_rule(config),
+        loaded.decoder,
+        with_solver,
     )
     dtype = source.dtype_of(source.denoiser)
     denoising = Denoising(network, dtype, noise_scheduler, components.guidance, loaded.groups.cfg, options)
@@ -235,7 +241,7 @@ def native_pipeline(run: ResolvedRun, loaded: LoadedNetworks) -> ComposedPipelin
         offloaded(run, denoising, components.network, source.device),
         loaded.decoding,
     ]
-    validation = InputValidation(limits_of(run, components), noise_scheduler)
+    validation = InputValidation(limits_of(run, components), noise_scheduler, with_solver)
     return ComposedPipeline(validation, with_own_stages(stages, run, components), SyncExecutor())
 
 

@@ -2,6 +2,7 @@
 
 MAX_STEPS = 10_000
 MAX_IMAGES = 4_096
+MAX_PREVIEWS = 16
 MAX_SEED = 2**63 - MAX_IMAGES - 1  # image k has seed + k
 MAX_TRAINING_SEED = 2**31 - 1  # shifted by 32 bits and added to a step
 MAX_GUIDANCE = 1_000

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from harness.config.schema import RunConfig
 from harness.engines.environment import arithmetic_environment, threads_per_rank
 from harness.engines.protocol import Answer, OnProgress, RequestFailed
-from harness.messages import EngineInfo, Failure, GenerationRequest, GenerationResult, Progress, decode
+from harness.messages import DENOISING, EngineInfo, Failure, GenerationRequest, GenerationResult, Progress, decode
 from harness.parallel.mesh import RankPosition
 from harness.resolve.run import ResolvedRun
 
@@ -126,7 +126,10 @@ class InprocessEngine:
         def report_progress(stage: str, done: int, total: int) -> None:
             on_progress(Progress(request.request_id, stage, done, total))
 
-        frames = self._scheduler.run_request(request, report_progress, lambda: False)
+        def report_preview(done: int, total: int, preview: bytes) -> None:
+            on_progress(Progress(request.request_id, DENOISING, done, total, preview))
+
+        frames = self._scheduler.run_request(request, report_progress, lambda: False, report_preview)
         message = decode(frames)
         if isinstance(message, GenerationResult):
             return message, frames

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from harness.messages import DECODING
 from harness.pipeline.state import RunContext, Sample, micro_batches, require
 from models.components import Decoder
 
@@ -15,7 +16,7 @@ class Decoding:
         decoder: latents to pixels.
     """
 
-    name = "decoding"
+    name = DECODING
     reads = frozenset({"latent"})
     writes = frozenset({"pixels"})
 
@@ -24,8 +25,12 @@ class Decoding:
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         """Decode the latent of every sample."""
+        done = 0
         for batch in micro_batches(samples, run.batch_size):
             run.check_cancelled()
+            if len(batch) < len(samples):
+                run.on_progress(self.name, done, len(samples))
+            done += len(batch)
             latent = torch.stack([require(sample.latent) for sample in batch])
             with run.clock.network("decoder"):
                 pixels = self.decoder(latent)

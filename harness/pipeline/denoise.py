@@ -9,15 +9,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from harness.messages import CacheSkips
+from harness.messages import DENOISING, CacheSkips
 from harness.optimize.precompute import PrecomputedModulation
 from harness.parallel.group import Group
 from harness.parallel.stale_kv import StaleKVCache
 from harness.pipeline.cache_state import CacheState
 from harness.pipeline.guidance import Branches, Combine, GuidanceMode, GuidanceSchedule, always_guided, classifier_free
 from harness.pipeline.latents import step_noise
-from harness.pipeline.state import Evaluation, RunContext, Sample, micro_batches, require
-from models.components import CLASSIFIER_FREE, Conditioning, GuidanceRule
+from harness.pipeline.preview import decode_preview, preview_steps, to_png
+from harness.pipeline.state import Evaluation, RunContext, Sample, WithSolver, micro_batches, require
+from models.components import CLASSIFIER_FREE, Conditioning, Decoder, GuidanceRule
 from schedulers.grid import Grid, Point
 from schedulers.noise_scheduler import NoiseScheduler
 from schedulers.prediction import Estimate
@@ -38,6 +39,8 @@ class DenoisingOptions:
         stale_kv: what the layout stores between the evaluations of a micro-batch; None if they are independent.
         notes: notes for the record of every request.
         mix: the guidance rule.
+        decoder: decodes previews; None if there are none.
+        with_solver: returns the noise scheduler with the solver that a request names.
     """
 
     precompute: PrecomputedModulation | None = None
@@ -46,8 +49,12 @@ class DenoisingOptions:
     stale_kv: StaleKVCache | None = None
     notes: tuple[str, ...] = ()
     mix: Combine = classifier_free
+    decoder: Decoder | None = None
+    with_solver: WithSolver | None = None
 
 
+PREVIEW = "preview"
+"""The name of a preview's decoding among the times of networks."""
 NO_OPTIONS = DenoisingOptions()
 """Every evaluation computes everything."""
 
@@ -64,7 +71,7 @@ class Denoising:
         options: what evaluations do not compute.
     """
 
-    name = "denoising"
+    name = DENOISING
     reads = frozenset({"spec", "text", "negative", "grid", "start"})
     writes = frozenset({"latent", "states"})
 
@@ -86,7 +93,9 @@ class Denoising:
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         """Denoise the start of every sample: for each micro-batch, the solver's steps along its grid."""
-        options = self.options
+        options, noise_scheduler = self.options, self.noise_scheduler
+        if run.solver:
+            noise_scheduler = require(options.with_solver)(run.solver)
         run.notes.extend(options.notes)
         batches = micro_batches(samples, run.batch_size)
         total = sum(require(batch[0].grid).steps for batch in batches)
@@ -95,22 +104,36 @@ class Denoising:
                 options.stale_kv.begin()
             grid, x = require(batch[0].grid), torch.stack([require(sample.start) for sample in batch])
             call, solver_state, noise = _NetworkCall(self, batch, run, grid), SolverState(), _noise(batch, x)
+            shown = preview_steps(grid.steps, run.previews) if batch[0].spec.index == 0 else frozenset()
             for i in range(grid.steps):
                 run.check_cancelled()
                 call.begin_step(is_last_step=i == grid.steps - 1)
                 with run.clock.step():
-                    x = self.noise_scheduler.step(x, i, grid, call, solver_state, noise)
+                    x = noise_scheduler.step(x, i, grid, call, solver_state, noise)
                 if run.keep_states:
                     for sample, state in zip(batch, x, strict=True):
                         sample.states.append(state)
                 run.on_progress(self.name, len(run.clock.steps), total)
+                if i + 1 in shown:
+                    self._preview(require(call.x0), total, run)
             for sample, latent in zip(batch, x, strict=True):
                 sample.latent = latent
             if options.has_block_cache or options.guidance_schedule is not always_guided:
                 run.skips += call.skips()
             if options.stale_kv is not None:
                 run.notes.append(options.stale_kv.end())
+        if made := run.clock.evaluations.get(PREVIEW, 0):
+            took_ms = run.clock.networks_ms[PREVIEW]
+            run.notes.append(f"{made} previews of the first image took {took_ms:.0f} ms of denoising")
         run.require_finite(require(sample.latent) for sample in samples)
+
+    def _preview(self, x0: Tensor, total: int, run: RunContext) -> None:
+        """Decode the first row of an x0 estimate, on every rank of the replica, and report it."""
+        run.pause()
+        with run.clock.network(PREVIEW):
+            pixels = decode_preview(require(self.options.decoder), x0)
+        if run.on_preview is not None:
+            run.on_preview(len(run.clock.steps), total, to_png(pixels))
 
     def condition_at(self, condition: Conditioning, grid: Grid) -> ConditionAt:
         """Return what gives each evaluation its conditioning, precomputed as far as the options say."""
@@ -130,6 +153,7 @@ class _NetworkCall:
         }
         self._kept = tuple(CacheState() for _ in batch)
         self._modes: list[GuidanceMode] = []
+        self.x0: Tensor | None = None  # of the latest evaluation, for previews
 
     def begin_step(self, is_last_step: bool) -> None:
         """Start another solver step."""
@@ -149,7 +173,10 @@ class _NetworkCall:
         if stage.options.has_block_cache and not any(state.computed[-1] for state in self._kept):
             run.clock.discount("denoiser", 1)
         self._modes.append(mode)
-        return stage.noise_scheduler.prediction.estimate(branches.combine(output.float(), point, mode), x, point)
+        estimate = stage.noise_scheduler.prediction.estimate(branches.combine(output.float(), point, mode), x, point)
+        if run.previews:
+            self.x0 = estimate.x0
+        return estimate
 
     def skips(self) -> list[CacheSkips]:
         """Return what each image's evaluations skipped, after the last one."""

@@ -18,10 +18,17 @@ from harness.parallel.group import TrafficCounter
 from harness.pipeline.cache_state import CacheState
 from models.components import Conditioning
 from schedulers.grid import Grid
+from schedulers.noise_scheduler import NoiseScheduler
 
 T = TypeVar("T")
 OnProgress: TypeAlias = Callable[[str, int, int], None]
-"""Called with (stage, 0, 0) at the start of a stage, and with (stage, done, total) after each solver step."""
+"""Called with (stage, 0, 0) at the start of a stage, and with (stage, done, total) after each step of it.
+
+Those are solver steps while an image denoises, and images while they decode."""
+WithSolver: TypeAlias = Callable[[str], NoiseScheduler]
+"""Returns the noise scheduler with a solver by name, or raises ValueError."""
+OnPreview: TypeAlias = Callable[[int, int, bytes], None]
+"""Called with the finished and all solver steps, and a PNG of the first image's x0 estimate."""
 
 
 @dataclass
@@ -173,6 +180,10 @@ class RunContext:
         counter: the count of evaluations.
         skips: what caches skipped for each image; written by denoising.
         any_in_replica: returns whether a flag is set on any rank that computes these images; a collective.
+        solver: the solver of the request; empty for the configuration's.
+        previews: the number of previews of the request's first image.
+        on_preview: called with (done, total) solver steps and a PNG; None on ranks that only compute previews.
+        pause: lets other requests have their turn before a long piece of work.
     """
 
     device: torch.device
@@ -190,6 +201,10 @@ class RunContext:
     counter: EvaluationCounter = field(default_factory=EvaluationCounter)
     skips: list[messages.CacheSkips] = field(default_factory=list)
     any_in_replica: Callable[[bool], bool] = lambda flag: flag
+    solver: str = ""
+    previews: int = 0
+    on_preview: OnPreview | None = None
+    pause: Callable[[], None] = lambda: None
 
     def require_finite(self, tensors: Iterable[Tensor]) -> None:
         """Refuse values that are not finite, on every rank of the replica alike.

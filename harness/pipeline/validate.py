@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.messages import GenerationRequest
-from harness.pipeline.state import RunContext, Sample
+from harness.pipeline.state import RunContext, Sample, WithSolver
 from harness.pipeline.timesteps import image_tokens
-from harness.resolve.limits import check_frames, check_largest_side, check_request, check_size
+from harness.resolve.limits import check_frames, check_largest_side, check_previews, check_request, check_size
 from harness.resolve.prompts import check_guidance
 from schedulers.noise_scheduler import NoiseScheduler
 
@@ -26,6 +26,7 @@ class Limits:
         has_guidance: whether the model has guidance.
         check_prompt: raises ValueError for a prompt that the model cannot take.
         check_layout: raises ValueError for a request that the ranks cannot share.
+        no_previews: why no previews can be made; empty if they can.
     """
 
     size_multiple: int
@@ -36,6 +37,7 @@ class Limits:
     has_guidance: bool = True
     check_prompt: Callable[[str], None] = lambda prompt: None
     check_layout: Callable[[GenerationRequest], None] = lambda request: None
+    no_previews: str = ""
 
 
 class InputValidation:
@@ -44,15 +46,32 @@ class InputValidation:
     Args:
         limits: what the model can generate.
         noise_scheduler: refuses step counts that its path cannot be divided into.
+        with_solver: returns it with the solver that a request names, or raises ValueError; None if it has one solver.
     """
 
     name = "input_validation"
     reads = frozenset({"spec"})
     writes: frozenset[str] = frozenset()
 
-    def __init__(self, limits: Limits, noise_scheduler: NoiseScheduler) -> None:
+    def __init__(self, limits: Limits, noise_scheduler: NoiseScheduler, with_solver: WithSolver | None = None) -> None:
         self.limits = limits
         self.noise_scheduler = noise_scheduler
+        self._with_solver = with_solver
+
+    def noise_scheduler_of(self, request: GenerationRequest) -> NoiseScheduler:
+        """Return the noise scheduler with the request's solver.
+
+        Args:
+            request: the request.
+
+        Raises:
+            ValueError: if the solver cannot run.
+        """
+        if not request.solver:
+            return self.noise_scheduler
+        if self._with_solver is None:
+            raise ValueError(f"solver={request.solver}: this engine has the one of its configuration; drop solver")
+        return self._with_solver(request.solver)
 
     def forward(self, samples: list[Sample], run: RunContext) -> None:
         """Check the sizes of every sample."""
@@ -62,8 +81,8 @@ class InputValidation:
     def evaluations(self, request: GenerationRequest) -> int:
         """Return the network evaluations of one image, guidance not counted; its steps if the sample decides."""
         tokens = image_tokens(request.height, request.width, self.limits.size_multiple)
-        grid = self.noise_scheduler.grid(request.steps, tokens)
-        return self.noise_scheduler.solver.evaluations(grid) or request.steps
+        noise_scheduler = self.noise_scheduler_of(request)
+        return noise_scheduler.solver.evaluations(noise_scheduler.grid(request.steps, tokens)) or request.steps
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse a whole request, before any rank has received it.
@@ -80,7 +99,9 @@ class InputValidation:
         check_largest_side(request, limits.max_side)
         check_frames(request.frames, limits.frame_multiple, limits.max_frames)
         check_guidance(request, limits.has_guidance)
+        check_previews(request, limits.no_previews)
         limits.check_layout(request)
         for prompt in (*request.prompts, request.negative_prompt):
             limits.check_prompt(prompt)
-        self.noise_scheduler.grid(request.steps, image_tokens(request.height, request.width, limits.size_multiple))
+        tokens = image_tokens(request.height, request.width, limits.size_multiple)
+        self.noise_scheduler_of(request).grid(request.steps, tokens)

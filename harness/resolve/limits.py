@@ -1,6 +1,8 @@
 """Limits of one request: the same for the command line, the client and the server, each refusal in one line."""
 
-from harness.config.bounds import MAX_GUIDANCE, MAX_IMAGES, MAX_SEED, MAX_STEPS
+from harness.config.bounds import MAX_GUIDANCE, MAX_IMAGES, MAX_PREVIEWS, MAX_SEED, MAX_STEPS
+from harness.config.engines import NATIVE
+from harness.config.schema import RunConfig
 from harness.config.serve import ServeConfig
 from harness.messages import GenerationRequest
 
@@ -33,6 +35,8 @@ def check_request(request: GenerationRequest) -> None:
         raise ValueError(f"request.steps={request.steps}; give 1 to {MAX_STEPS}")
     if not 0 <= request.guidance <= MAX_GUIDANCE:
         raise ValueError(f"request.guidance={request.guidance}; give 0 to {MAX_GUIDANCE} (1 is no guidance)")
+    if not 0 <= request.previews <= MAX_PREVIEWS:
+        raise ValueError(f"previews={request.previews}; give 0 to {MAX_PREVIEWS}")
     if request.timeout_s is not None and not request.timeout_s > 0:
         raise ValueError(f"timeout_s={request.timeout_s}; give more than 0 seconds")
 
@@ -113,3 +117,24 @@ def check_largest_side(request: GenerationRequest, largest: int | None) -> None:
             f"the request has {request.height} x {request.width} pixels; this checkpoint has positions for {largest} "
             "per side"
         )
+
+
+def no_previews(config: RunConfig) -> str:
+    """Return why no previews can be made; empty if they can."""
+    if config.engine.name != NATIVE:
+        return f"engine={config.engine.name} shows no x0 estimate"
+    return "model.offload=true takes the decoder out of memory while an image denoises" if config.model.offload else ""
+
+
+def check_previews(request: GenerationRequest, reason: str) -> None:
+    """Refuse previews where none can be made.
+
+    Args:
+        request: The request.
+        reason: Why none can be made; empty if they can.
+
+    Raises:
+        ValueError: The request asks for previews.
+    """
+    if request.previews and reason:
+        raise ValueError(f"{reason}; ask for no previews (partial_images=0)")

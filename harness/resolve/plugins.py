@@ -6,7 +6,6 @@ import importlib.resources
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -17,13 +16,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from harness.config.schema import RunConfig
-from harness.config.tasks import TRAITS
 from harness.config.yaml import ConfigError
 from harness.plugins import full_name, load_plugins, loaded, options_of
-from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
 from harness.resolve.names import FREE
+from harness.resolve.plugin_rules import in_use
 from models.registry import did_you_mean
-from schedulers.registry import AXES, OURS, REGISTRIES, Registration, plugin_options, registrations
+from schedulers.registry import OURS, REGISTRIES, plugin_options, registrations
 
 PROVIDER = "plug-in"  # of options in Hydra's store
 
@@ -140,35 +138,3 @@ def typed(name: str, given: Any) -> Any:
         return options_of({name: given}, name)
     except msgspec.ValidationError as error:
         raise ValueError(f"plugin.{name}: {error}") from error
-
-
-def in_use(config: RunConfig) -> Iterator[tuple[str, Registration]]:
-    """Yield what a configuration uses of each registry, with the key that names it; all of a registry without a key."""
-    for registry in REGISTRIES:
-        if registry.key.startswith("scheduler.") and config.scheduler.family == PUBLISHED_FAMILY:
-            continue  # the checkpoint's own noise scheduler
-        chosen = attrgetter(registry.key)(config) if registry.key else registry.names()
-        for name in [chosen] if isinstance(chosen, str) else chosen or ():
-            if name in registry:
-                yield registry.key, registry.registration(name)
-
-
-def check_plugins(config: RunConfig) -> None:
-    """Refuse a layout, or step batching, that something in use is registered not to run with.
-
-    Raises:
-        ValueError: One line says what does not go together, and what to use instead.
-    """
-    batches = TRAITS[config.task.name].serves and config.serve.max_batch > 1
-    for key, row in in_use(config):
-        name = f"{key or row.kind}={row.name}"
-        for axis in AXES:
-            degree = getattr(config.parallel, axis)
-            if row.layouts is not None and axis not in row.layouts and degree > 1:
-                allowed = f"parallel.{', parallel.'.join(row.layouts)}" if row.layouts else "parallel=single"
-                raise ValueError(f"{name} does not go with parallel.{axis}={degree}; use {allowed}")
-        if batches and not row.step_batching:
-            raise ValueError(
-                f"{name} does not go with serve.max_batch={config.serve.max_batch}: requests cannot share its "
-                "forwards; set serve.max_batch=1"
-            )

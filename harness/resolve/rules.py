@@ -28,7 +28,8 @@ from harness.resolve.limits import check_frames, check_request, check_size
 from harness.resolve.optimize import resolve_optimize
 from harness.resolve.options import check_options
 from harness.resolve.packages import check_packages, require_extra
-from harness.resolve.plugins import check_plugins, resolve_plugins
+from harness.resolve.plugin_rules import check_plugins
+from harness.resolve.plugins import resolve_plugins
 from harness.resolve.prompts import check_prompts, check_text_tokens
 from harness.resolve.published_scheduler import check_published_scheduler
 from harness.resolve.request import to_message

@@ -13,9 +13,10 @@ import threading
 import msgspec
 import zmq
 
+from harness.messages import DECODING
 from harness.serving.control import ControlThread
 from harness.serving.parts import OpenRequest, Part, PartKey
-from harness.serving.policy import TrackedRequest, evaluation_work, next_request
+from harness.serving.policy import TrackedRequest, estimated_work, evaluation_work, next_request
 from harness.serving.replica import BatchLimits, Orders, PartProgress, ReplicaReport
 from harness.serving.request_queue import RequestQueue
 from harness.serving.transport import has_message
@@ -114,14 +115,17 @@ class Dispatcher:
             for progress in report.progress:
                 self._send_progress(progress)
             for key, outcomes in split_outcomes(report, frames).items():
-                self._open[key[0]].on_outcome(key[1], outcomes)
+                request = self._open[key[0]]
+                request.on_outcome(key[1], outcomes)
+                if request.images_done:
+                    self._queue.send_progress(request.tracked, DECODING, *request.images_done)
 
     def _send_progress(self, progress: PartProgress) -> None:
         request = self._open[progress.key[0]]
         found = request.on_progress(progress.key[1], progress.stage, progress.done, progress.total)
         self._may_assign |= progress.key[1] in request.denoised
         if found is not None:
-            self._queue.send_progress(request.tracked, *found)
+            self._queue.send_progress(request.tracked, *found, progress.preview)
 
     def _stop_parts(self) -> None:
         """Stop the parts of requests that were cancelled, have expired or have failed in another part."""
@@ -153,7 +157,7 @@ class Dispatcher:
                 self._queue.queue.remove(tracked)
                 self._open[request_id] = OpenRequest(tracked)
             part = self._open[request_id].take(replica)
-            self._queue.charge(tracked, part.work * part.request.steps)
+            self._queue.charge(tracked, estimated_work(part.request))
             begin.setdefault(replica, []).append(part)
         for replica, parts in begin.items():  # in one message, so that they begin together
             self._send(replica, Orders(parts))

@@ -56,6 +56,7 @@ def part(tracked: TrackedRequest, index: int) -> Part:
         batch_size=1,
         seed=request.seed_of(index),
         seeds=[],
+        previews=0 if index else request.previews,
     )
     return Part(one, index, tracked.turn)
 
@@ -96,6 +97,17 @@ class OpenRequest:
         return not (self.failed or self.stopped) and self._taken < self._images
 
     @property
+    def images_done(self) -> tuple[int, int] | None:
+        """The finished images and all images; None while an image denoises, after a failure, and at the end."""
+        if self.failed or self.stopped or self._steps_left or self._answered_parts == self._images:
+            return None
+        return self._answered_parts, self._images
+
+    @property
+    def _steps_left(self) -> bool:
+        return sum(self._steps_done.values()) < self._steps * self._images
+
+    @property
     def is_done(self) -> bool:
         """Whether no part is in progress and none waits."""
         return not self.replicas and not self.has_left
@@ -125,8 +137,7 @@ class OpenRequest:
             if done == total:
                 self.denoised.add(index)
             return stage, sum(self._steps_done.values()), total * self._images
-        is_denoising = bool(self._steps) and sum(self._steps_done.values()) < self._steps * self._images
-        if is_denoising or stage in self._stages:
+        if self._steps_left or stage in self._stages:
             return None
         self._stages.add(stage)
         return stage, 0, 0

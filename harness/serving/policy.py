@@ -54,8 +54,12 @@ def evaluation_work(request: GenerationRequest) -> float:
 
 
 def estimated_work(request: GenerationRequest) -> float:
-    """Return what a request costs up to a factor of the model: pixels times evaluations, guided ones counted twice."""
-    return request.steps * len(request.prompts) * request.samples_per_prompt * evaluation_work(request)
+    """Return what a request costs up to a factor of the model: pixels times evaluations, guided ones counted twice.
+
+    A preview counts as one evaluation.
+    """
+    evaluations = request.steps * len(request.prompts) * request.samples_per_prompt + request.previews
+    return evaluations * evaluation_work(request)
 
 
 def first_come(tracked: TrackedRequest, default_work: float) -> float:

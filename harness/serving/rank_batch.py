@@ -15,6 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from harness.messages import DENOISING
 from harness.pipeline.state import Cancelled, Evaluation
 from harness.pipeline.step_batching import RequestFiber, evaluate
 from harness.serving.parts import Part, PartKey
@@ -84,13 +85,14 @@ class RankBatch:
 
     Attributes:
         parts: the parts in progress, in the order in which they began.
-        steps: the solver steps that parts have finished in the last tick: the number, and that of all.
+        steps: the progress of parts in the last tick: the stage, the finished solver steps, all steps, and the PNG of a
+            preview.
         durations: the times of the last tick by part, s: of beginning or decoding it, or of the forward.
     """
 
     def __init__(self, worker: Worker, on_stage: OnPartProgress = lambda key, stage: None) -> None:
         self.parts: dict[PartKey, RunningPart] = {}
-        self.steps: dict[PartKey, tuple[str, int, int]] = {}
+        self.steps: dict[PartKey, tuple[str, int, int, bytes]] = {}
         self.durations: dict[PartKey, float] = {}
         self._worker = worker
         self._on_stage = on_stage
@@ -132,14 +134,17 @@ class RankBatch:
     def _begin(self, part: Part) -> None:
         def on_progress(stage: str, done: int, total: int) -> None:
             if total:
-                self.steps[part.key] = stage, done, total
+                self.steps[part.key] = stage, done, total, b""
                 running.steps_left = total - done
             else:
                 self._on_stage(part.key, stage)
 
+        def on_preview(done: int, total: int, preview: bytes) -> None:
+            self.steps[part.key] = DENOISING, done, total, preview
+
         notes: list[str] = []
-        running = RunningPart(part, self._worker.fiber(part, on_progress, notes), notes, part.request.steps)
-        self.parts[part.key] = running
+        fiber = self._worker.fiber(part, on_progress, on_preview, notes)
+        running = self.parts[part.key] = RunningPart(part, fiber, notes, part.request.steps)
 
     def _evaluate(self, running: list[RunningPart]) -> None:
         calls = [each.fiber.call for each in running if each.fiber.call is not None]

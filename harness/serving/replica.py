@@ -42,12 +42,13 @@ class Orders(msgspec.Struct, frozen=True):
 
 
 class PartProgress(msgspec.Struct, frozen=True):
-    """The progress of a part; 0 of 0 at the start of a stage."""
+    """The progress of a part; 0 of 0 at the start of a stage. A preview is a PNG of its x0 estimate."""
 
     key: PartKey
     stage: str
     done: int = 0
     total: int = 0
+    preview: bytes = b""
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):
@@ -131,6 +132,16 @@ class ForwardPlanner:
             cost = max(each.part.work / (len(call.latent) if by_row else 1), self._limits.default_work / SMALLEST)
             self._clients.charge(each.part.client, cost)
         return Tick(forward=[each.part.key for each in chosen], by_row=by_row)
+
+    def charge_preview(self, part: Part, seconds: float) -> None:
+        """Count the time of a preview as work of its client.
+
+        Args:
+            part: the part that had the preview.
+            seconds: the time that the preview took, s.
+        """
+        second = self._speed.expected_s(part.work, 1.0)
+        self._clients.charge(part.client, part.work if second is None else seconds / second)
 
     def _turn(self, running: RunningPart) -> tuple[float, float]:
         work = running.part.work
@@ -231,7 +242,8 @@ class ReplicaLoop:
         return found
 
     def _run_tick(self, tick: Tick) -> None:
-        works = {key: running.part.work for key, running in self._batch.parts.items()}
+        by_key = {key: running.part for key, running in self._batch.parts.items()}
+        works = {key: part.work for key, part in by_key.items()}
         rows = {key: _rows(self._batch.parts[key]) for key in tick.forward}
         self._collectives.broadcast(msgspec.msgpack.encode(tick))
         gathered = self._collectives.gather(self._batch.tick(tick))
@@ -249,9 +261,12 @@ class ReplicaLoop:
             self._speed.observe(*forward)
             self._forwards.append(forward)
         self._progress |= {(key, step[0]): PartProgress(key, *step) for key, step in self._batch.steps.items()}
+        with_preview = [key for key, step in self._batch.steps.items() if step[3]]
+        for key in with_preview:
+            self._planner.charge_preview(by_key[key], self._batch.durations[key])
         has_ended = any(len(frames) > 1 for frames in gathered)
-        makes_room = any(done == total for _, done, total in self._batch.steps.values())
-        if has_ended or (makes_room and self._is_full(works)) or self._is_due():
+        makes_room = any(done == total for _, done, total, _ in self._batch.steps.values())
+        if has_ended or with_preview or (makes_room and self._is_full(works)) or self._is_due():
             self._report(gathered)
 
     def _is_full(self, works: Mapping[PartKey, float]) -> bool:

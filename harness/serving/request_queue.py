@@ -194,13 +194,13 @@ class RequestQueue:
         self._answers.append(time.monotonic())
         self._send(tracked.client, frames)
 
-    def send_progress(self, tracked: TrackedRequest, stage: str, done: int, total: int) -> None:
-        """Send progress to the client, at most every PROGRESS_INTERVAL_S while steps run."""
+    def send_progress(self, tracked: TrackedRequest, stage: str, done: int, total: int, preview: bytes = b"") -> None:
+        """Send progress to the client, while steps run every PROGRESS_INTERVAL_S at most, and every preview."""
         now, request_id = time.monotonic(), tracked.request.request_id
-        if 0 < done < total and now - self._progress_sent[request_id] < PROGRESS_INTERVAL_S:
+        if not preview and 0 < done < total and now - self._progress_sent[request_id] < PROGRESS_INTERVAL_S:
             return
         self._progress_sent[request_id] = now
-        self._send(tracked.client, encode(Progress(request_id, stage, done, total)))
+        self._send(tracked.client, encode(Progress(request_id, stage, done, total, preview)))
 
     def close(self) -> None:
         """Answer all waiting requests: the engine ends."""

@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from harness.messages import (
+    DENOISING,
     Configure,
     EngineInfo,
     Failure,
@@ -23,7 +24,7 @@ from harness.messages import (
     encode,
 )
 from harness.parallel.collectives import Collectives
-from harness.pipeline.state import OnProgress
+from harness.pipeline.state import OnPreview, OnProgress
 from harness.resolve.run import ResolvedRun
 from harness.serving.control import ControlThread
 from harness.serving.outcomes import merge_outcomes
@@ -103,6 +104,7 @@ class RequestScheduler:
                 tracked.request,
                 partial(request_queue.send_progress, tracked),
                 lambda: request_queue.stop_reason(tracked) is not None,
+                partial(request_queue.send_progress, tracked, DENOISING),
             )
             served += 1
             self._learn_speed(tracked.request, frames, request_queue.capacity.speed)
@@ -150,7 +152,11 @@ class RequestScheduler:
         self.collectives.broadcast(encode(Shutdown())[0])
 
     def run_request(
-        self, request: GenerationRequest, on_progress: OnProgress, is_cancelled: Callable[[], bool]
+        self,
+        request: GenerationRequest,
+        on_progress: OnProgress,
+        is_cancelled: Callable[[], bool],
+        on_preview: OnPreview | None = None,
     ) -> list[bytes]:
         """Run one accepted request on all ranks.
 
@@ -158,6 +164,7 @@ class RequestScheduler:
             request: a request that the pipeline has checked.
             on_progress: a callback for each stage and solver step of this rank.
             is_cancelled: a function called between two steps; once it returns True, the other ranks are told to stop.
+            on_preview: a callback for each preview of the first image, which this rank's replica generates.
 
         Returns:
             The frames of the answer.
@@ -173,7 +180,7 @@ class RequestScheduler:
             return posted
 
         start = time.perf_counter()
-        outcomes = self.collectives.gather(self.worker.generate(request, on_progress, post_cancelled))
+        outcomes = self.collectives.gather(self.worker.generate(request, on_progress, post_cancelled, on_preview))
         if posted:
             self.cancel_flags.clear(request.request_id)
         return merge_outcomes(request, outcomes, (time.perf_counter() - start) * 1e3)

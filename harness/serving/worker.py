@@ -36,6 +36,7 @@ from harness.pipeline.state import (
     Cancelled,
     Evaluate,
     EvaluationCounter,
+    OnPreview,
     OnProgress,
     RunContext,
     Sample,
@@ -101,6 +102,7 @@ class Worker:
         request: GenerationRequest,
         on_progress: OnProgress,
         is_cancelled: Callable[[], bool],
+        on_preview: OnPreview | None = None,
     ) -> list[bytes]:
         """Run one request on this rank and return the frames of a RankOutcome: samples and report, or the failure.
 
@@ -111,6 +113,7 @@ class Worker:
             request: the request.
             on_progress: a callback for each stage and solver step.
             is_cancelled: a function called between steps that returns whether to stop.
+            on_preview: a callback for each preview; None on ranks that report none.
 
         Returns:
             The frames of a RankOutcome.
@@ -127,13 +130,16 @@ class Worker:
 
         run = self._context(request, on_progress, check_cancelled)
         run.traffic, run.energy, run.counter = self.groups.traffic, self.energy, self.counter
+        run.on_preview = on_preview
         with self._failure_as_answer(request) as answer:
             points = self.pipeline.executor.execute(self.pipeline.stages, samples, run)
             answer.frames = self._outcome(request, samples, run, points)
         return answer.frames
 
-    def fiber(self, part: Part, on_progress: OnProgress, notes: list[str]) -> RequestFiber[list[bytes]]:
-        """Return a fiber that runs one image of a request and pauses at every evaluation, and before decoding.
+    def fiber(
+        self, part: Part, on_progress: OnProgress, on_preview: OnPreview, notes: list[str]
+    ) -> RequestFiber[list[bytes]]:
+        """Return a fiber that runs one image of a request and pauses at every evaluation, and before it decodes.
 
         It has its own stack. Passing `Cancelled` in place of an output ends it. Its traffic cannot be separated from
         that of other requests, so its report leaves it out.
@@ -141,6 +147,7 @@ class Worker:
         Args:
             part: the image.
             on_progress: a callback for each stage and solver step.
+            on_preview: a callback for each preview, on the first rank of the replica.
             notes: notes for the record; what is added until the end counts.
 
         Returns:
@@ -155,7 +162,8 @@ class Worker:
         def work(evaluate: Evaluate) -> list[bytes]:
             samples = [Sample(part.spec)]
             run = self._context(part.request, report_progress, lambda: None)
-            run.evaluate, run.notes = evaluate, notes
+            run.evaluate, run.notes, run.pause = evaluate, notes, pause
+            run.on_preview = None if self.position.rank % self.position.replica_size else on_preview
             run.notes.append("its network forwards were shared with other requests, and its times include theirs")
             with self._failure_as_answer(part.request) as answer:
                 points = self.pipeline.executor.execute(self.pipeline.stages, samples, run)
@@ -180,8 +188,8 @@ class Worker:
     ) -> RunContext:
         clock = Clock(synchronizer(self.device), request.count_flops, request.profile)
         run = RunContext(self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled)
-        run.keep_states = request.latents == "steps"
-        run.any_in_replica = self.groups.any_in_replica
+        run.keep_states, run.previews = request.latents == "steps", request.previews
+        run.any_in_replica, run.solver = self.groups.any_in_replica, request.solver
         return run
 
     @contextmanager

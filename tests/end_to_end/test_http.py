@@ -25,6 +25,7 @@ from harness.resolve.compose import ConfigError, ResolvedRun, compose_run
 from harness.tasks.serve import storage
 from harness.tasks.serve.access import KEY_VARIABLE
 from harness.tasks.serve.app import make_app
+from harness.tasks.serve.image_files import ImageEncoding
 from harness.tasks.serve.multipart import form_to_json, multipart_boundary
 from harness.tasks.serve.problem import STATUS, Problem
 from harness.tasks.serve.service import GenerationService
@@ -94,7 +95,8 @@ def error(answer: httpx.Response, status: int, code: str) -> str:
     """Return the message of an error that has OpenAI's shape."""
     assert answer.status_code == status, answer.text
     reason = answer.json()["error"]
-    assert set(reason) == {"message", "type", "param", "code"}
+    assert set(reason) == {"message", "type", "param", "code", "request_id"}
+    assert reason["request_id"] == answer.headers["x-request-id"]
     assert reason["code"] == code
     assert reason["message"]
     assert "\n" not in reason["message"]
@@ -161,8 +163,8 @@ def test_links_lead_to_the_same_images_and_seeds_are_random(run: Talk) -> None:
         (IMAGES, {"prompt": "x", "size": "large"}, "rejected", "such as 64x64"),
         (IMAGES, {"prompt": "x", "size": "4096x4096"}, "rejected", "may be at most 262144"),
         (IMAGES, {"prompt": "x", "model": "dall-e-3"}, "model_not_found", "use model=emoji"),
-        (IMAGES, {"prompt": "x", "quality": "hd"}, "rejected", "quality: Input should be 'auto' or 'standard'"),
-        (IMAGES, {"prompt": "x", "stream": True}, "rejected", "stream"),
+        (IMAGES, {"prompt": "x", "quality": "best"}, "rejected", "quality"),
+        (IMAGES, {"prompt": "x", "stream": "often"}, "rejected", "stream"),
         (IMAGES, {"prompt": "x", "triptych": {"steps": 251}}, "rejected", "steps=251; this server takes 1 to 250"),
         (IMAGES, {"prompt": "x", "triptych": {"seed": -1}}, "rejected", "seed=-1; this server takes 0 to"),
         (IMAGES, {"prompt": "x", "triptych": {"guidance": -1}}, "rejected", "guidance=-1.0"),
@@ -427,20 +429,20 @@ def test_a_form_is_the_object_that_it_stands_for() -> None:
 def test_what_cannot_be_saved_is_an_answer_too(
     run: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, status: int, code: str, words: str
 ) -> None:
-    whole = storage.save_png
+    whole = storage.save_image
 
-    def fail_at_the_second(path: Path, image: Any, text: dict[str, str]) -> None:
+    def fail_at_the_second(path: Path, image: Any, text: dict[str, str], encoding: ImageEncoding) -> None:
         if path.name.endswith("-01.png"):
             path.write_bytes(b"half")
             raise raised
-        whole(path, image, text)
+        whole(path, image, text, encoding)
 
     async def talk(at: Site) -> None:
-        monkeypatch.setattr(storage, "save_png", fail_at_the_second)
+        monkeypatch.setattr(storage, "save_image", fail_at_the_second)
         answer = await at.client.post(IMAGES, json={"prompt": "x", "n": 2})
         assert words in error(answer, status, code)
         assert list((tmp_path / "samples").iterdir()) == []
-        monkeypatch.setattr(storage, "save_png", whole)
+        monkeypatch.setattr(storage, "save_image", whole)
         assert (await at.client.post(IMAGES, json={"prompt": "x", "n": 2})).status_code == 200
 
     lines = run(talk)

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
 
 from harness.config.schema import RunConfig
 from harness.resolve.compose import compose_run
-from tests.fixtures.serving.http_clients import keep_to_its_document, use_images
+from tests.fixtures.commands import wait_for
+from tests.fixtures.serving.http_clients import keep_to_its_document, stream_images, use_images
 from tests.fixtures.serving.http_server import Live, live
 from tests.fixtures.serving.malformed_requests import MAKERS, Make, abuse, torn
 
@@ -31,6 +33,13 @@ def test_openais_client_generates_images_and_videos(site: Live) -> None:
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=f"{site.url}/v1", api_key="none") as client:
         use_images(client)
+        stream_images(client)
+        with pytest.raises(openai.APIError, match="rank 1: planted") as broken:
+            list(client.images.generate(prompt="oom", stream=True))
+        assert broken.value.code == "oom"
+        with pytest.raises(openai.BadRequestError, match="transparent") as refused:
+            client.images.generate(prompt="x", background="transparent")
+        assert refused.value.request_id == refused.value.body["request_id"]
         video = client.videos.create_and_poll(
             prompt="a fox", seconds="1", poll_interval_ms=20, extra_body={"triptych": {"steps": 2}}
         )
@@ -88,3 +97,11 @@ def test_ranges_of_an_image(site: Live, range_: str, status: int, length: int | 
     assert answer.status_code == status
     assert length is None or len(answer.content) == length
     assert status < 400 or answer.json()["error"]["code"] in ("no_such_range", "rejected")
+
+
+def test_a_stream_whose_client_goes_cancels_its_request(config: RunConfig, tmp_path: Path) -> None:
+    with live(config, tmp_path, step_s=0.05) as site:
+        body = {"prompt": "x", "stream": True, "partial_images": 3, "num_inference_steps": 200}
+        with httpx.stream("POST", f"{site.url}/v1/images/generations", json=body) as answer:
+            assert next(answer.iter_lines()).startswith("event: image_generation.partial_image")
+        wait_for(lambda: site.engine._cancelled == set(site.engine.jobs), "the cancellation", 10)

@@ -6,7 +6,7 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -15,13 +15,14 @@ from harness.records.provenance import version
 from harness.tasks.serve import openai
 from harness.tasks.serve.access import AccessKeys
 from harness.tasks.serve.bounds import add_bounds
+from harness.tasks.serve.docs import docs_page
 from harness.tasks.serve.middleware import RequestGuard
 from harness.tasks.serve.problem import STATUS, ErrorBody, Problem, install_error_handlers
 from harness.tasks.serve.routes import ServiceDep, image_routes, model_routes, request_routes, video_routes
 from harness.tasks.serve.service import GenerationService
 from harness.tasks.serve.supervisor import Supervisor
 
-PAGE_FILES = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+PAGE_FILES = {"": "text/html", "page.css": "text/css", "docs.css": "text/css", "page.js": "text/javascript"}
 UNHEALTHY = ("failed", "stopping")
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
@@ -106,7 +107,7 @@ def health_of(service: GenerationService) -> openai.Health:
 
 
 def page_routes() -> APIRouter:
-    """Return the routes of the built-in page, which loads nothing from other sites."""
+    """Return the routes of the built-in page and of the page of routes, which load nothing from other sites."""
     router, files = APIRouter(include_in_schema=False), importlib.resources.files(__package__)
 
     def add_file(name: str, media_type: str) -> None:
@@ -119,4 +120,10 @@ def page_routes() -> APIRouter:
 
     for name, media_type in PAGE_FILES.items():
         add_file(name, media_type)
+
+    @router.get("/docs")
+    async def docs(http: Request) -> Response:
+        headers = {"content-security-policy": CONTENT_SECURITY_POLICY, "cache-control": "no-cache"}
+        return Response(docs_page(http.app.openapi()), media_type="text/html; charset=utf-8", headers=headers)
+
     return router

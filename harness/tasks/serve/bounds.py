@@ -13,13 +13,21 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from harness.config.bounds import MAX_GUIDANCE, MAX_SEED, MAX_WAIT_S
+from harness.config.bounds import MAX_GUIDANCE, MAX_PREVIEWS, MAX_SEED, MAX_SIDE, MAX_WAIT_S
 from harness.config.schema import RunConfig
 from harness.tasks.serve.openai import GenerationOptions, ImageRequest, JobRequest, ParsedRequest, VideoRequest
 from harness.tasks.serve.problem import Problem
 
+ANY_REQUEST = (JobRequest, ImageRequest, VideoRequest)
+MAX_PARTIAL_IMAGES = 3  # OpenAI's
 SCHEMAS: Mapping[str, tuple[type[BaseModel], ...]] = MappingProxyType(
-    {"n": (JobRequest, ImageRequest), "seconds": (VideoRequest,), "triptych": (GenerationOptions,)}
+    {
+        **dict.fromkeys(("seed", "num_inference_steps", "guidance_scale", "true_cfg_scale"), ANY_REQUEST),
+        "n": (JobRequest, ImageRequest),
+        **dict.fromkeys(("output_compression", "partial_images"), (ImageRequest,)),
+        **dict.fromkeys(("seconds", "num_frames", "fps", "width", "height"), (VideoRequest,)),
+        "triptych": (GenerationOptions,),
+    }
 )
 """The schemas that have a number, by the first word of its path."""
 
@@ -44,6 +52,8 @@ class NumberBound:
 
     def __str__(self) -> str:
         """Return the bounds in words."""
+        if self.low == self.high:
+            return f"{self.low}"
         return f"more than {self.low:g} and at most {self.high:g}" if self.above else f"{self.low} to {self.high}"
 
     def as_schema(self) -> dict[str, float]:
@@ -58,14 +68,27 @@ def number_bounds(config: RunConfig) -> dict[str, NumberBound]:
         config: The resolved configuration of the server.
     """
     serve, model = config.serve, config.model
+    steps, seed, guidance = NumberBound(1, serve.max_steps), NumberBound(0, MAX_SEED), NumberBound(0, MAX_GUIDANCE)
+    frames = NumberBound(1, model.max_frames)
     return {
         "n": NumberBound(1, serve.max_images),
+        "seed": seed,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "true_cfg_scale": guidance,
+        "output_compression": NumberBound(0, 100),
+        "partial_images": NumberBound(0, MAX_PARTIAL_IMAGES),
         "seconds": NumberBound(0, model.max_frames / model.fps, above=True),
-        "triptych.steps": NumberBound(1, serve.max_steps),
-        "triptych.seed": NumberBound(0, MAX_SEED),
-        "triptych.guidance": NumberBound(0, MAX_GUIDANCE),
+        "num_frames": frames,
+        "fps": NumberBound(model.fps, model.fps),
+        "width": NumberBound(1, MAX_SIDE),
+        "height": NumberBound(1, MAX_SIDE),
+        "triptych.steps": steps,
+        "triptych.seed": seed,
+        "triptych.guidance": guidance,
         "triptych.timeout_s": NumberBound(0, min(serve.timeout_s, MAX_WAIT_S), above=True),
-        "triptych.frames": NumberBound(1, model.max_frames),
+        "triptych.frames": frames,
+        "triptych.previews": NumberBound(0, MAX_PREVIEWS),
     }
 
 
@@ -86,7 +109,7 @@ def check_numbers(body: ParsedRequest, config: RunConfig) -> None:
         value = sent.get(path)
         if value is None or bound.fits(value):
             continue
-        if path == "triptych.frames" and config.model.max_frames == 1:
+        if path in ("triptych.frames", "num_frames") and config.model.max_frames == 1:
             continue  # this model makes images, and its refusal says so
         raise Problem("rejected", f"{path.rpartition('.')[2]}={value}; this server takes {bound}", path)
 
@@ -102,5 +125,5 @@ def add_bounds(document: Mapping[str, Any], config: RunConfig) -> None:
         group, _, name = path.rpartition(".")
         for schema in SCHEMAS[group or name]:
             for kind in document["components"]["schemas"][schema.__name__]["properties"][name]["anyOf"]:
-                if kind["type"] != "null":
+                if kind["type"] in ("integer", "number"):
                     kind.update(bound.as_schema())

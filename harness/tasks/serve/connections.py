@@ -19,6 +19,7 @@ import itertools
 import logging
 import resource
 import socket
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
@@ -318,7 +319,7 @@ class BoundedProtocol(H11Protocol):
         self.transport.close()
 
     def _answer(self, problem: Problem) -> None:
-        response = problem.response(close=True)
+        response = problem.response(uuid.uuid4().hex, close=True)
         lines = [f"HTTP/1.1 {STATUS[problem.code]} ".encode(), *(b"%s: %s" % item for item in response.raw_headers)]
         self._plain.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
 

@@ -10,16 +10,16 @@ from typing import TypeAlias
 from harness.config.optimize import Optimize
 from harness.config.schema import RunConfig
 from harness.engines.processes import is_stopped
-from harness.messages import QUEUED, Failure, GenerationRequest, GenerationResult, Progress
+from harness.messages import DECODING, DENOISING, QUEUED, Failure, GenerationRequest, GenerationResult, Progress
 from harness.serving.transport import EngineGone
 
-Kind: TypeAlias = tuple[str, int, int, int, int]  # stage, height, width, frames, images in a forward
+Kind: TypeAlias = tuple[str, int, int, int, int, str]  # stage, height, width, frames, images in a forward, solver
 FACTOR = 20.0  # a step may take this many times the slowest of its kind so far
 KEEP = 0.99
 FLOOR_S = 5.0  # no step counts as a hang before this: a busy machine stands still for seconds
 STOPPED_S = 5.0  # a rank in the state of SIGSTOP for longer hangs
 MAX_KINDS = 4096
-SIZED = ("denoising", "decoding")  # the stages whose time depends on the image
+SIZED = (DENOISING, DECODING)  # the stages whose time depends on the image
 
 
 class OwnTime:
@@ -137,7 +137,12 @@ class HangDetector:
 
     def _limit_s(self, given: Given) -> float:
         """Return the longest silence of a request in its stage, seconds."""
-        kind = kind_of(given.request, given.stage)
+        kinds = {kind_of(given.request, given.stage)}
+        if given.request.previews and given.stage == DENOISING:  # a step may end with the decoding of a preview
+            kinds.add(kind_of(given.request, DECODING))
+        return max(self._limit_of_kind_s(kind) for kind in kinds)
+
+    def _limit_of_kind_s(self, kind: Kind) -> float:
         if kind in self._slowest_s:
             return max(FLOOR_S, min(self._longest_s, FACTOR * self._slowest_s[kind]))
         estimated = [
@@ -179,9 +184,9 @@ def remembered_share(config: RunConfig) -> float:
 def kind_of(request: GenerationRequest, stage: str) -> Kind:
     """Return the kind of a request's steps in a stage."""
     if stage not in SIZED:
-        return stage, 1, 1, 1, 1
+        return stage, 1, 1, 1, 1, ""
     images = min(request.batch_size, len(request.prompts) * request.samples_per_prompt)
-    return stage, request.height, request.width, request.frames, images
+    return stage, request.height, request.width, request.frames, images, request.solver
 
 
 def pixels(kind: Kind) -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from harness.messages import QUEUED, Array, Failure, GenerationRequest, GenerationResult, Progress, array
+from harness.messages import DENOISING, QUEUED, Array, Failure, GenerationRequest, GenerationResult, Progress, array
 
 
 @dataclass(eq=False)
@@ -24,6 +24,9 @@ class GenerationJob:
         done: The number of finished solver steps.
         total: The number of all solver steps, 0 until the first report of steps.
         stage: The stage that rank 0 reported last.
+        stage_done: The number of finished parts of that stage: solver steps, or images while they decode.
+        stage_total: The number of all its parts; 0 if they are not counted.
+        previews: The previews so far, PNGs of the first image.
         arrived: The time of arrival, a value of `time.monotonic()`, as all times that durations are taken from.
         began: The time at which the first stage began.
         ended: The time of the answer.
@@ -41,6 +44,9 @@ class GenerationJob:
     done: int = 0
     total: int = 0
     stage: str = QUEUED
+    stage_done: int = 0
+    stage_total: int = 0
+    previews: list[bytes] = field(default_factory=list)
     arrived: float = field(default_factory=time.monotonic)
     began: float | None = None
     ended: float | None = None
@@ -55,6 +61,11 @@ class GenerationJob:
     def answered(self) -> bool:
         """Whether the job is done or failed."""
         return self.ended is not None
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """The event of the next change."""
+        return self._changed
 
     @property
     def began_at(self) -> float | None:
@@ -97,14 +108,18 @@ class GenerationJob:
             return
         if self.began is None:
             self.began, self.state, self.ahead = time.monotonic(), "running", 0
-        self.stage = progress.stage
-        if progress.total:
+        self.stage, self.stage_done, self.stage_total = progress.stage, progress.done, progress.total
+        if progress.total and progress.stage == DENOISING:
             self.done, self.total = progress.done, progress.total
+        if progress.preview:
+            self.previews.append(progress.preview)
         self._notify()
 
     def queue_again(self) -> None:
         """Put the job back into the queue: the ranks that ran it have died."""
-        self.state, self.stage, self.began, self.done, self.total = "queued", QUEUED, None, 0, 0
+        self.state, self.stage, self.began = "queued", QUEUED, None
+        self.done = self.total = self.stage_done = self.stage_total = 0
+        self.previews.clear()
         self._notify()
 
     def finish(self, answer: GenerationResult, frames: Sequence[bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from types import MappingProxyType
@@ -15,13 +16,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from harness.config.serve import ServeConfig
 from harness.tasks.serve.access import AccessKeys, host_name, is_allowed_host, is_loopback
 from harness.tasks.serve.multipart import form_to_json, multipart_boundary
-from harness.tasks.serve.problem import Problem
+from harness.tasks.serve.problem import HTTP_ID, Problem
 
 JSON_HEADER = (b"content-type", b"application/json")
-OPEN_PATHS = ("/", "/page.css", "/page.js", "/health", "/ready")  # the page has no data; it asks for the key itself
+OPEN_PATHS = (
+    "/",
+    "/docs",
+    "/page.css",
+    "/docs.css",
+    "/page.js",
+    "/health",
+    "/ready",
+)  # the pages have no data; the first asks for the key
 READING = ("GET", "HEAD", "OPTIONS")
 FORM_TYPES = ("", "application/x-www-form-urlencoded", "multipart/form-data", "text/plain")  # of a page's plain form
 RANGE = re.compile(r"bytes=(?:[0-9]{1,15}-[0-9]{0,15}|-[0-9]{1,15})")
+HTTP_ID_FORM = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 SAFE_HEADERS: Mapping[str, str] = MappingProxyType(
     {
         "x-content-type-options": "nosniff",
@@ -55,13 +65,16 @@ class RequestGuard:
         """Check one request and pass it to the application, or answer it with an error."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        send, headers = with_safe_headers(send), Headers(scope=scope)
+        headers = Headers(scope=scope)
+        http_id = choose_http_id(headers)
+        send = with_own_headers(send, http_id)
+        scope.setdefault("state", {})["http_id"] = http_id
         unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         try:
             self._check_head(scope)
             self._check_host(scope, headers)
             check_origin(scope["method"], headers)
-            scope.setdefault("state", {})["client"] = self._client(scope, headers)
+            scope["state"]["client"] = self._client(scope, headers)
             self._check_length(headers)
             body = await self._read_body(receive)
             if body is None:
@@ -73,7 +86,7 @@ class RequestGuard:
                 body = await asyncio.to_thread(form_to_json, body, boundary)
                 scope["headers"] = [*((k, v) for k, v in scope["headers"] if k != b"content-type"), JSON_HEADER]
         except Problem as problem:
-            return await problem.response(close=unread)(scope, receive, send)
+            return await problem.response(http_id, close=unread)(scope, receive, send)
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
@@ -186,14 +199,25 @@ def is_useful(header: tuple[bytes, bytes]) -> bool:
     return name != b"range" or RANGE.fullmatch(value.decode("latin-1")) is not None
 
 
-def with_safe_headers(send: Send) -> Send:
-    """Return a `send` that adds the headers that keep other sites from reading or framing an answer."""
+def choose_http_id(headers: Headers) -> str:
+    """Return the x-request-id of a client, if it is legal, or a new one."""
+    given = headers.get(HTTP_ID, "")
+    return given if HTTP_ID_FORM.fullmatch(given) else uuid.uuid4().hex
 
-    async def send_safe(message: Message) -> None:
+
+def with_own_headers(send: Send, http_id: str) -> Send:
+    """Return a `send` that adds the request's id, and what keeps other sites from reading or framing an answer.
+
+    Args:
+        send: The server's own.
+        http_id: The id of the HTTP request.
+    """
+
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
-            for name, value in SAFE_HEADERS.items():
+            for name, value in {**SAFE_HEADERS, HTTP_ID: http_id}.items():
                 headers.setdefault(name, value)
         await send(message)
 
-    return send_safe
+    return send_with_headers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 from harness.messages import Failure
 
 MAX_MESSAGE_CHARS = 500
+log = logging.getLogger(__name__)
 STATUS: Mapping[str, int] = MappingProxyType(
     {
         "rejected": 400,
@@ -39,6 +41,7 @@ STATUS: Mapping[str, int] = MappingProxyType(
     }
 )
 PASSING = ("busy", "not_done")  # these pass by themselves, so a client may always try again
+HTTP_ID = "x-request-id"
 RETRY_S = 1.0
 MAX_RETRY_S = 3600.0
 
@@ -51,12 +54,14 @@ class ErrorDetail(BaseModel):
         type: The type of the error in OpenAI's API.
         param: The field to change, if it is one field.
         code: A key of STATUS.
+        request_id: The id of the HTTP request, as in the header x-request-id.
     """
 
     message: str
     type: str
     param: str | None
     code: str
+    request_id: str | None = None
 
 
 class ErrorBody(BaseModel):
@@ -96,16 +101,23 @@ class Problem(Exception):
         code = failure.kind if failure.kind in STATUS else "failed"
         return cls(code, f"{where}{failure.message}", retry_after_s=failure.retry_after_s)
 
-    def body(self) -> ErrorBody:
-        """Return the JSON body of the answer."""
+    def body(self, http_id: str | None = None) -> ErrorBody:
+        """Return the JSON body of the answer.
+
+        Args:
+            http_id: The id of the HTTP request.
+        """
         status = STATUS[self.code]
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-        return ErrorBody(error=ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code))
+        return ErrorBody(
+            error=ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code, request_id=http_id)
+        )
 
-    def response(self, close: bool = False) -> JSONResponse:
+    def response(self, http_id: str | None = None, close: bool = False) -> JSONResponse:
         """Return the whole answer.
 
         Args:
+            http_id: The id of the HTTP request.
             close: Whether the connection is closed after it, with a part of the request unread.
         """
         headers = retry_headers(self.retry_after_s)
@@ -113,7 +125,9 @@ class Problem(Exception):
             headers["www-authenticate"] = "Bearer"
         if close:
             headers["connection"] = "close"
-        return JSONResponse(self.body().model_dump(), STATUS[self.code], headers)
+        if http_id is not None:
+            headers[HTTP_ID] = http_id
+        return JSONResponse(self.body(http_id).model_dump(), STATUS[self.code], headers)
 
 
 def retry_headers(retry_after_s: float | None) -> dict[str, str]:
@@ -136,10 +150,19 @@ def install_error_handlers(app: FastAPI) -> None:
     """Make an application answer every exception in the form of OpenAI's errors."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        return as_problem(error).response()
+        problem = as_problem(error)
+        if problem.code == "internal":
+            log.error("the HTTP request %s ended with %s", http_id_of(request), type(error).__name__)
+        return problem.response(http_id_of(request))
 
     for kind in (Problem, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
+
+
+def http_id_of(request: Request) -> str:
+    """Return the id of an HTTP request, as the middleware chose it."""
+    http_id: str = request.state.http_id
+    return http_id
 
 
 def as_problem(error: Exception) -> Problem:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from fastapi import Request
 
 from harness.config.schema import RunConfig
+from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
 from harness.resolve.request import to_message
+from harness.resolve.run import ResolvedRun
+from harness.resolve.solvers import other_solvers
 from harness.tasks.serve import openai
+from harness.tasks.serve.problem import Problem
 from harness.tasks.serve.service import RequestHandle
 
 
-def request_object(handle: RequestHandle, http: Request) -> openai.RequestObject:
+def request_object(handle: RequestHandle, http: Request, preview: bytes | None = None) -> openai.RequestObject:
     """Return the current state of a request.
 
     Args:
         handle: The handle of the request.
         http: The HTTP request that is being answered; URLs start with its base URL.
+        preview: The preview to show, a PNG.
     """
     job, request = handle.job, handle.job.request
     return openai.RequestObject(
@@ -27,6 +35,8 @@ def request_object(handle: RequestHandle, http: Request) -> openai.RequestObject
         ahead=job.ahead,
         done=job.done,
         total=job.total or request.steps,
+        stage_done=job.stage_done,
+        stage_total=job.stage_total,
         prompt=request.prompts[0],
         n=request.samples_per_prompt,
         steps=request.steps,
@@ -38,6 +48,7 @@ def request_object(handle: RequestHandle, http: Request) -> openai.RequestObject
         began_at=job.began_at,
         completed_at=job.ended_at if handle.settled.is_set() else None,
         urls=[content_url(http, handle, k) for k in range(len(handle.rows))] if handle.settled.is_set() else [],
+        preview=None if preview is None else base64.b64encode(preview).decode(),
         error=job_error(handle),
     )
 
@@ -76,7 +87,8 @@ def defaults(config: RunConfig) -> openai.Defaults:
     own, model, serve = to_message(config.request), config.model, config.serve
     return openai.Defaults(
         scheduler=config.scheduler.family,
-        solver=config.scheduler.solver.name,
+        solver=own_solver(config),
+        solvers=other_solvers(ResolvedRun(config)),
         steps=own.steps,
         guidance=own.guidance,
         size=f"{own.width}x{own.height}",
@@ -91,13 +103,19 @@ def defaults(config: RunConfig) -> openai.Defaults:
     )
 
 
-def generation_info(handle: RequestHandle) -> openai.GenerationInfo:
+def own_solver(config: RunConfig) -> str:
+    """Return the name of the configuration's solver, or `published` if the checkpoint's own files choose it."""
+    return PUBLISHED_FAMILY if config.scheduler.family == PUBLISHED_FAMILY else config.scheduler.solver.name
+
+
+def generation_info(handle: RequestHandle, config: RunConfig) -> openai.GenerationInfo:
     """Return the settings and the times of an answered request."""
     job, request = handle.job, handle.job.request
     began, ended = job.began or job.arrived, job.ended or job.arrived
     return openai.GenerationInfo(
         request_id=handle.id,
         seed=request.seed,
+        solver=request.solver or own_solver(config),
         steps=request.steps,
         guidance=request.guidance,
         queued_ms=1e3 * (began - job.arrived),
@@ -119,3 +137,30 @@ def job_error(handle: RequestHandle) -> openai.JobError | None:
 def content_url(http: Request, handle: RequestHandle, index: int) -> str:
     """Return the URL of one image or video of a request."""
     return f"{str(http.base_url).rstrip('/')}/v1/requests/{handle.id}/content/{index}"
+
+
+def removal(handle: RequestHandle, index: int) -> str:
+    """Return the message about a file that is no longer there."""
+    return f"sample {index} of request {handle.id} was removed from the server's folder"
+
+
+def read_base64(handle: RequestHandle, files: Sequence[Path]) -> list[str]:
+    """Read the files of a request and encode each in base64.
+
+    Args:
+        handle: The handle of the request.
+        files: The files of the request.
+
+    Returns:
+        One text per file.
+
+    Raises:
+        Problem: A file was removed.
+    """
+    texts: list[str] = []
+    for index, file in enumerate(files):
+        try:
+            texts.append(base64.b64encode(file.read_bytes()).decode())
+        except OSError:
+            raise Problem("not_found", removal(handle, index)) from None
+    return texts

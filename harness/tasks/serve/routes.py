@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import stat
 import time
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi import Path as PathParameter
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 from fastapi.sse import EventSourceResponse
 
 from harness.config.bounds import MAX_IMAGES
 from harness.config.schema import RunConfig
 from harness.tasks.serve import openai
 from harness.tasks.serve.access import KEY_CLIENT
-from harness.tasks.serve.parse import to_request, video_frames
-from harness.tasks.serve.problem import Problem
+from harness.tasks.serve.image_files import MEDIA_TYPES
+from harness.tasks.serve.parse import parse_encoding, quality_of, to_request, video_frames
+from harness.tasks.serve.problem import Problem, http_id_of
 from harness.tasks.serve.responses import (
     content_url,
     defaults,
     generation_info,
+    read_base64,
+    removal,
     request_object,
     size_text,
     video_object,
 )
 from harness.tasks.serve.service import GenerationService, RequestHandle
+from harness.tasks.serve.stream import MEDIA_TYPE, image_events
 
 Id = Annotated[str, PathParameter(max_length=128)]
+STREAM = {MEDIA_TYPE: {"schema": {"type": "string"}}}
+NO_BUFFER = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 FORM = {"requestBody": {"content": {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/VideoRequest"}}}}}
 
 
@@ -126,15 +130,20 @@ def image_routes() -> APIRouter:
     """Return the route that generates images while the client waits."""
     router = APIRouter(prefix="/v1/images", tags=["images"])
 
-    @router.post("/generations")
+    @router.post("/generations", response_model=openai.ImagesResponse, responses={200: {"content": STREAM}})
     async def images(
         body: openai.ImageRequest, service: ServiceDep, client: ClientDep, http: Request
-    ) -> openai.ImagesResponse:
-        """Generate images and answer when they are done; a client that disconnects cancels them."""
+    ) -> openai.ImagesResponse | Response:
+        """Generate images and answer when they are done, or stream them; a client that disconnects cancels them."""
         if body.triptych.frames not in (None, 1):
             raise Problem("rejected", "triptych.frames makes a video; post to /v1/videos", "triptych.frames")
+        encoding, quality = parse_encoding(body), quality_of(body)
         request = to_request(body, 1 if body.n is None else body.n, 1, service.config)
-        handle = service.submit(request, body.user, client)
+        handle = service.submit(request, body.safety_identifier or body.user, client, encoding, http_id_of(http))
+        if body.stream:
+            return StreamingResponse(
+                image_events(service, handle, quality, http_id_of(http)), media_type=MEDIA_TYPE, headers=NO_BUFFER
+            )
         await wait_settled(service, handle, http)
         files = service.files(handle)
         if body.response_format == "url":
@@ -143,7 +152,12 @@ def image_routes() -> APIRouter:
             texts = await asyncio.to_thread(read_base64, handle, files)
             data = [openai.ImageData(b64_json=text) for text in texts]
         return openai.ImagesResponse(
-            created=int(time.time()), data=data, size=size_text(handle), triptych=generation_info(handle)
+            created=int(time.time()),
+            data=data,
+            output_format=encoding.format,
+            quality=quality,
+            size=size_text(handle),
+            triptych=generation_info(handle, service.config),
         )
 
     return router
@@ -154,10 +168,11 @@ def video_routes() -> APIRouter:
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
     @router.post("", openapi_extra=FORM)
-    async def create(body: openai.VideoRequest, service: ServiceDep, client: ClientDep) -> openai.Video:
+    async def create(body: openai.VideoRequest, service: ServiceDep, client: ClientDep, http: Request) -> openai.Video:
         """Queue a video and answer at once."""
         request = to_request(body, 1, video_frames(body, service.config), service.config)
-        return video_object(service.submit(request, body.user, client), service.config)
+        handle = service.submit(request, body.user, client, http_id=http_id_of(http))
+        return video_object(handle, service.config)
 
     @router.get("")
     async def videos(service: ServiceDep, handles: HandlesDep) -> openai.Videos:
@@ -195,8 +210,8 @@ def request_routes() -> APIRouter:
         body: openai.JobRequest, service: ServiceDep, client: ClientDep, http: Request
     ) -> openai.RequestObject:
         """Queue images or videos and answer at once."""
-        request = to_request(body, 1 if body.n is None else body.n, body.triptych.frames, service.config)
-        return request_object(service.submit(request, body.user, client), http)
+        request = to_request(body, 1 if body.n is None else body.n, None, service.config)
+        return request_object(service.submit(request, body.user, client, http_id=http_id_of(http)), http)
 
     @router.get("")
     async def requests(
@@ -210,13 +225,15 @@ def request_routes() -> APIRouter:
     @router.get("/{request_id}")
     async def request(handle: RequestDep, http: Request) -> openai.RequestObject:
         """Return the progress of a request."""
-        return request_object(handle, http)
+        return request_object(handle, http, handle.job.previews[-1] if handle.job.previews else None)
 
     @router.get("/{request_id}/events", response_class=EventSourceResponse)
     async def events(handle: RequestDep, http: Request) -> AsyncIterator[openai.RequestObject]:
-        """Stream the progress of a request after each change, until it is done or failed."""
-        async for _ in handle.job.events():
-            yield request_object(handle, http)
+        """Stream the progress of a request after each change, until it is done or failed; a preview comes once."""
+        seen = 0
+        async for job in handle.job.events():
+            new, seen = job.previews[seen:], max(seen, len(job.previews))
+            yield request_object(handle, http, new[-1] if new else None)
         await handle.settled.wait()
         yield request_object(handle, http)
 
@@ -294,33 +311,6 @@ def file_response(service: GenerationService, handle: RequestHandle, index: int,
         raise Problem("rejected", f"Range: bytes={start}-{end} ends before it begins; turn it round")
     if start and int(start) >= found.st_size:
         raise Problem("no_such_range", f"the file has {found.st_size} bytes; use a range that begins before its end")
-    media_type = "image/png" if files[index].suffix == ".png" else "video/mp4"
+    media_type = MEDIA_TYPES[files[index].suffix]
     headers = {"cache-control": "private, max-age=86400, immutable"}
     return FileResponse(files[index], media_type=media_type, headers=headers, stat_result=found)
-
-
-def removal(handle: RequestHandle, index: int) -> str:
-    """Return the message about a file that is no longer there."""
-    return f"sample {index} of request {handle.id} was removed from the server's folder"
-
-
-def read_base64(handle: RequestHandle, files: Sequence[Path]) -> list[str]:
-    """Read the files of a request and encode each in base64.
-
-    Args:
-        handle: The handle of the request.
-        files: The files of the request.
-
-    Returns:
-        One text per file.
-
-    Raises:
-        Problem: A file was removed.
-    """
-    texts: list[str] = []
-    for index, file in enumerate(files):
-        try:
-            texts.append(base64.b64encode(file.read_bytes()).decode())
-        except OSError:
-            raise Problem("not_found", removal(handle, index)) from None
-    return texts

@@ -17,6 +17,7 @@ from harness.resolve.compose import to_dict
 from harness.tasks.common.terminal import print_error
 from harness.tasks.serve import storage
 from harness.tasks.serve.housekeeping import Housekeeping
+from harness.tasks.serve.image_files import PNG, ImageEncoding
 from harness.tasks.serve.jobs import GenerationJob
 from harness.tasks.serve.metrics import RequestMetrics
 from harness.tasks.serve.openai import RequestStatus
@@ -32,6 +33,8 @@ class RequestHandle:
     Args:
         job: The request's job at the supervisor.
         user: The client's name for its user, if it gave one.
+        encoding: How its images are written.
+        http_id: The id of the HTTP request that it came in.
 
     Attributes:
         rows: The saved samples, empty until the request is settled.
@@ -39,9 +42,13 @@ class RequestHandle:
         settled: The event that is set once the request is settled.
     """
 
-    def __init__(self, job: GenerationJob, user: str | None) -> None:
+    def __init__(
+        self, job: GenerationJob, user: str | None, encoding: ImageEncoding = PNG, http_id: str | None = None
+    ) -> None:
         self.job = job
         self.user = user
+        self.http_id = http_id
+        self.encoding = encoding
         self.rows: list[SampleRow] = []
         self.problem: Problem | None = None
         self.settled = asyncio.Event()
@@ -96,13 +103,22 @@ class GenerationService:
         state = "" if supervisor.state == "ready" else f"{supervisor.state}: {supervisor.reason}"
         return self.housekeeping.trouble or state
 
-    def submit(self, request: GenerationRequest, user: str | None, client: str = "") -> RequestHandle:
+    def submit(
+        self,
+        request: GenerationRequest,
+        user: str | None,
+        client: str = "",
+        encoding: ImageEncoding = PNG,
+        http_id: str | None = None,
+    ) -> RequestHandle:
         """Queue a request.
 
         Args:
             request: The request for the engine.
             user: The client's name for its user.
             client: The name of the client, for turns between clients.
+            encoding: How its images are written.
+            http_id: The id of the HTTP request that it came in.
 
         Returns:
             The handle of the request.
@@ -119,7 +135,7 @@ class GenerationService:
             code = "busy" if isinstance(error, QueueFull) else "not_serving"
             self.metrics.count(code)
             raise Problem(code, str(error), retry_after_s=error.retry_after_s) from error
-        handle = RequestHandle(job, user)
+        handle = RequestHandle(job, user, encoding, http_id)
         known = self.supervisor.jobs
         self._handles = {id: h for id, h in self._handles.items() if id in known or not h.settled.is_set()}
         self._handles[handle.id] = handle
@@ -200,9 +216,10 @@ class GenerationService:
             if handle.problem is None:
                 self.metrics.observe_times(handle.job)
         except Exception:
-            log.exception("request %s", handle.id)
+            log.exception("request %s (%s)", handle.id, handle.http_id)
         finally:
             handle.settled.set()
+            handle.job.previews.clear()
 
     async def _save_answer(self, handle: RequestHandle) -> None:
         try:
@@ -212,7 +229,7 @@ class GenerationService:
                 "not_saved", f"the samples could not be saved ({os_reason(error)}); free some disk space"
             )
         except Exception as error:
-            log.exception("request %s", handle.id)
+            log.exception("request %s (%s)", handle.id, handle.http_id)
             handle.problem = as_problem(error)
 
     def _save(self, handle: RequestHandle) -> None:
@@ -222,7 +239,13 @@ class GenerationService:
             handle.problem = Problem.from_failure(job.failure)
         elif job.answer is not None:
             handle.rows = storage.save_samples(
-                self._folder, job.request, job.answer.samples, job.pixels, fps, self._fingerprint
+                self._folder,
+                job.request,
+                job.answer.samples,
+                job.pixels,
+                fps,
+                self._fingerprint,
+                handle.encoding,
             )
             self.housekeeping.keep(handle.id, [self._folder / row.path for row in handle.rows])
 
@@ -265,6 +288,7 @@ def log_entry(handle: RequestHandle) -> storage.RequestLogEntry:
         ended=job.ended_at,
         total_ms=None if job.answer is None else job.answer.total_duration_ms,
         user=handle.user,
+        http_id=handle.http_id,
         error=None if handle.problem is None else handle.problem.message,
         samples=handle.rows,
     )

@@ -9,10 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from harness.messages import Array, GenerationRequest, SampleResult
-from harness.records.media import pixel_hash, save_mp4, save_png, to_uint8
+from harness.records.media import open_private, pixel_hash, save_mp4, to_uint8
 from harness.records.record import SampleRow
+from harness.tasks.serve.image_files import PNG, ImageEncoding
 
 REQUESTS_FILE = "requests.jsonl"
 ROTATED_FILE = "requests.1.jsonl"
@@ -30,6 +33,7 @@ class RequestLogEntry(msgspec.Struct, frozen=True):
         ended: The time of the answer, seconds since 1970.
         total_ms: The engine's own time, from its start on the request to the end of the last rank, ms.
         user: The client's name for its user.
+        http_id: The id of the HTTP request, its x-request-id.
         error: The message of the error.
         samples: The saved images or videos.
     """
@@ -41,6 +45,7 @@ class RequestLogEntry(msgspec.Struct, frozen=True):
     ended: float | None
     total_ms: float | None = None
     user: str | None = None
+    http_id: str | None = None
     error: str | None = None
     samples: list[SampleRow] = []
 
@@ -52,6 +57,7 @@ def save_samples(
     pixels: Sequence[Array],
     fps: int,
     fingerprint: str,
+    encoding: ImageEncoding = PNG,
 ) -> list[SampleRow]:
     """Write the images or videos of one request to `samples/`. After an error, no file of the request is left.
 
@@ -62,6 +68,7 @@ def save_samples(
         pixels: The pixels of each sample, (3, height, width) or (frames, 3, height, width), float32 in [0, 1].
         fps: The frame rate of videos, frames per second.
         fingerprint: The fingerprint of the server's configuration.
+        encoding: How images are written.
 
     Returns:
         One row per file, with its path relative to the folder.
@@ -73,18 +80,24 @@ def save_samples(
     rows: list[SampleRow] = []
     try:
         for sample, array in zip(samples, (to_uint8(p) for p in pixels), strict=True):
-            suffix = "png" if array.ndim == 3 else "mp4"
+            suffix = encoding.format if array.ndim == 3 else "mp4"
             name = f"samples/{request.request_id}-{sample.index:02d}.{suffix}"
             rows.append(SampleRow(name, sample.prompt, sample.seed, pixel_hash(array)))
             text = {"prompt": sample.prompt, "seed": str(sample.seed), "fingerprint": fingerprint}
-            if suffix == "png":
-                save_png(folder / name, array, text)
-            else:
+            if suffix == "mp4":
                 save_mp4(folder / name, array, fps, text)
+            else:
+                save_image(folder / name, array, text, encoding)
     except Exception:
         remove_samples(folder, rows)
         raise
     return rows
+
+
+def save_image(path: Path, image: NDArray[np.uint8], text: dict[str, str], encoding: ImageEncoding) -> None:
+    """Write 8-bit pixels (H, W, 3), with `text` in the file, for its owner alone."""
+    with open(path, "wb", opener=open_private) as file:
+        file.write(encoding.encode(image, text))
 
 
 def remove_samples(folder: Path, rows: Sequence[SampleRow]) -> None:
