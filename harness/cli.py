@@ -13,7 +13,7 @@ import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
@@ -27,13 +27,14 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness.config.schema import LoggerConfig, ProgressMode, RunConfig, Task
+from harness.config.schema import LoggerConfig, ProgressMode, RunConfig, Task, WandbConfig
 from harness.config.tasks import TRAITS
 from harness.engines.launcher import is_under_torchrun
 from harness.engines.pool import EnginePool, MakeEngine, new_engine
 from harness.loggers.level import log_to_terminal
+from harness.loggers.run_names import job_title, shorten, sweep_group
 from harness.loggers.table import print_sweep
-from harness.loggers.wandb import log_failure
+from harness.loggers.wandb import check_connection, log_failure
 from harness.plugins import load_plugins, loaded
 from harness.records.job import JobResult, read_jobs, write_job
 from harness.records.record import OF_USER, RunFolderError, Status, is_done, read_status
@@ -180,11 +181,13 @@ def run_one(run: ResolvedRun, engines: MakeEngine) -> JobResult:
 
     Raises:
         RunFolderError: Another run is in the folder.
-        ConfigError: The task refuses the run.
+        ConfigError: The task refuses the run, or the wandb server does.
     """
     task = run.config.task.name
     entry, own_folder = task_entry(task), TRAITS[task].folder
     entry.check(run)
+    if TRAITS[task].mirrored:
+        check_connection(run.config.logger.wandb)
     if task is not Task.serve:  # which has a log file
         log_to_terminal(run.config.logger)
     status = entry.execute(run, output_console(), engines)
@@ -240,7 +243,7 @@ class HydraSession:
             KeyboardInterrupt: The job was interrupted, which ends the sweep.
         """
         try:
-            done = run_job(composed, self.pool.engine, self.search)
+            done = run_job(composed, self.pool.engine, self.search, self.varying())
         finally:
             if self._is_copy:  # a process of the launcher may run more jobs, and has no end of its own
                 self.pool.close()
@@ -250,6 +253,11 @@ class HydraSession:
         if done.status.state == "cancelled":
             raise KeyboardInterrupt
         return objective_value(done)
+
+    def varying(self) -> set[str]:
+        """Return the keys that vary in the sweep: those of the command line, and those of a sweeper's own."""
+        params = OmegaConf.select(HydraConfig.get(), "sweeper.params") or {}
+        return {*params, *(() if self.progress is None else self.progress.keys)}
 
     def add(self, job: JobResult, number: int) -> None:
         """Add a finished job.
@@ -397,13 +405,16 @@ def objective_value(job: JobResult) -> float:
     return math.inf if record.load is None or record.load.latency_ms is None else record.load.latency_ms.p50
 
 
-def run_job(composed: DictConfig, make_engine: MakeEngine, search: SearchPath) -> JobResult:
+def run_job(
+    composed: DictConfig, make_engine: MakeEngine, search: SearchPath, varying: Collection[str] = ()
+) -> JobResult:
     """Run one job of a sweep; any failure becomes the job's status, so that the next job runs.
 
     Args:
         composed: The configuration that Hydra composed, not yet checked.
         make_engine: Function that returns the job's engine, new or still warm from an earlier job.
         search: Search path of the configurations.
+        varying: The keys that vary in the sweep; they name the job in wandb.
 
     Returns:
         The folder and the status of the job.
@@ -416,7 +427,7 @@ def run_job(composed: DictConfig, make_engine: MakeEngine, search: SearchPath) -
         if is_already_done(folder, config):
             return JobResult(folder, read_status(folder), already_done=True)
         config.logger.table = False  # one table over all jobs is printed at the end
-        config.logger.wandb.group = config.logger.wandb.group or sweep_group(folder.parent)
+        name_in_wandb(config.logger.wandb, folder, varying)
         with running_job(folder.parent, folder.name) as jobs_beside:
             job = run_one(ResolvedRun(config, overrides, folder, notes, retry=True, search=search), make_engine)
             note_beside(job, jobs_beside())
@@ -426,7 +437,7 @@ def run_job(composed: DictConfig, make_engine: MakeEngine, search: SearchPath) -
     except RunFolderError as error:
         print_error(error)
         job = JobResult(folder, Status("failed", str(error)), owns_folder=False)
-    mirror_refusal(composed, job)
+    mirror_refusal(composed, job, varying)
     return job
 
 
@@ -447,28 +458,36 @@ def is_planned(folder: Path, config: RunConfig) -> bool:
     return planned | apart == wanted | apart
 
 
-def mirror_refusal(composed: DictConfig, job: JobResult) -> None:
+def mirror_refusal(composed: DictConfig, job: JobResult, varying: Collection[str]) -> None:
     """Log a refused job of a sweep to wandb, in the sweep's group.
 
     Args:
         composed: The configuration that Hydra composed; it is logged as declared, valid or not.
         job: The job. If another run is in its folder, its wandb run is in the sweep's.
+        varying: The keys that vary in the sweep.
     """
     logger = OmegaConf.to_object(composed.logger)
     if not isinstance(logger, LoggerConfig):
         return
     sweep, task = job.folder.parent, composed.task.name.name
-    logger.wandb.group = logger.wandb.group or sweep_group(sweep)
+    name_in_wandb(logger.wandb, job.folder, varying)
     declared = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["model", "scheduler", "parallel", "request"]))
     remarks = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["tags", "notes", "meta"]))
     home = job.folder if job.owns_folder else sweep
     known = {"declared": declared, **(remarks if isinstance(remarks, dict) else {})}
-    mirror(lambda: log_failure(logger.wandb, known, home, task, job.status, job.folder.name))
+    mirror(lambda: log_failure(logger.wandb, known, home, task, job.status, job.owns_folder))
 
 
-def sweep_group(folder: Path) -> str:
-    """Return the wandb group of a sweep: the last two parts of its folder, such as 2026-01-31-12-00-00."""
-    return "-".join(folder.parts[-2:])
+def name_in_wandb(config: WandbConfig, folder: Path, varying: Collection[str]) -> None:
+    """Fill in the name and the group that a job of a sweep has in wandb.
+
+    Args:
+        config: The job's `logger.wandb` group.
+        folder: The job's folder.
+        varying: The keys that vary in the sweep.
+    """
+    config.group = sweep_group(config.group, folder.parent)
+    config.name = job_title(config.name, HydraConfig.get().overrides.task, varying) or shorten(folder.name)
 
 
 class Terminated(KeyboardInterrupt):

@@ -39,6 +39,7 @@ SERVING = ("task=serve", "task=load")
 GENERATING = ("task=generate", "task=bench", "task=compare", *SERVING)
 PROMPTING = ("task=generate", "task=bench", "task=compare", "task=load")
 LOGGING = ("task=generate", "task=bench", "task=compare", "task=load", "task=plan", "task=train")
+MIRRORED = ("task=generate", "task=bench", "task=compare", "task=load", "task=train")
 REPEATING = ("task=generate", "task=bench")
 PREDICTING = (*GENERATING, "task=plan")
 
@@ -415,9 +416,16 @@ class WandbConfig:
         "When results go there; auto is online if the user is logged in and the server answers, and disabled without "
         "the package wandb.",
     )
-    project: str = option("triptych", "Name of the project.")
-    group: str | None = option(None, "Name of the group. null = the sweep's folder name, or none for a single run.")
-    name: str | None = option(None, "Name of the run. null = the run folder's name.")
+    project: str | None = option(None, "Name of the project. null = WANDB_PROJECT, or triptych.")
+    entity: str | None = option(None, "User or team of the project. null = WANDB_ENTITY, or your default one.")
+    group: str | None = option(
+        None, "Name of the group. null = WANDB_RUN_GROUP, or the sweep's folder, or none for a single run."
+    )
+    name: str | None = option(
+        None,
+        "Name of the run; in a sweep the values of the varying keys follow it. null = WANDB_NAME, or those values, or "
+        "the run's folder.",
+    )
 
 
 @dataclass
@@ -436,7 +444,7 @@ class LoggerConfig:
         "all with debug.",
         reads=(*LOGGING, "task=serve"),
     )
-    wandb: WandbConfig = group(WandbConfig, "Weights & Biases.")
+    wandb: WandbConfig = group(WandbConfig, "Weights & Biases.", reads=(*MIRRORED, "task=report"))
 
 
 @dataclass

@@ -23,6 +23,7 @@ class TaskTraits:
         measures: Whether times are its result: operations are counted, the device's rate is measured, and prompts are
             encoded at every request.
         serves: Whether its ranks take many requests at once.
+        mirrored: Whether its results go to wandb.
         compared_as: Task of each of the two configurations that it compares; None if it compares nothing.
         folder: Key of the folder that it works in, in place of a run's folder.
         not_swept: Reason why it cannot be swept.
@@ -37,6 +38,7 @@ class TaskTraits:
     streams_dataset: bool = False
     measures: bool = False
     serves: bool = False
+    mirrored: bool = True
     compared_as: Task | None = None
     folder: str | None = None
     not_swept: str | None = None
@@ -48,7 +50,7 @@ TRAITS = {
     Task.bench: TaskTraits(reads_dataset=True, measures=True, not_under_torchrun=None),
     Task.compare: TaskTraits(reads_dataset=True, compared_as=Task.bench),
     Task.train: TaskTraits(generates=False, uses_checkpoint=False, folder="train.folder"),
-    Task.plan: TaskTraits(generates=False, only_shapes=True),
+    Task.plan: TaskTraits(generates=False, only_shapes=True, mirrored=False),
     Task.report: TaskTraits(
         is_run=False,
         generates=False,
@@ -56,7 +58,7 @@ TRAITS = {
         not_swept="makes one page over all runs",
         not_under_torchrun="generates nothing, so it has no ranks",
     ),
-    Task.serve: TaskTraits(serves=True, not_swept="runs until it is stopped"),
+    Task.serve: TaskTraits(serves=True, mirrored=False, not_swept="runs until it is stopped"),
     Task.load: TaskTraits(reads_dataset=True, serves=True, compared_as=Task.load),
 }
 

@@ -29,11 +29,6 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
-def remarks(config: RunConfig) -> dict[str, Any]:
-    """Return the user's own keys of a configuration."""
-    return {"tags": config.tags, "notes": config.notes, "meta": config.meta}
-
-
 def from_dict(plain: object) -> RunConfig:
     """Return the configuration of plain data that `to_dict` returned."""
     return msgspec.convert(plain, RunConfig, strict=False)

@@ -28,7 +28,7 @@ def varying_values(jobs: Sequence[JobResult]) -> dict[str, list[str]]:
     Returns:
         The value of each job by key; empty for a job that leaves the key as it is.
     """
-    rows = [dict(_split(override) for override in job.overrides) for job in jobs]
+    rows = [dict(split_override(override) for override in job.overrides) for job in jobs]
     keys = dict.fromkeys(key for row in rows for key in row)
     columns = {key: [row.get(key, "") for row in rows] for key in keys}
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
@@ -45,7 +45,7 @@ def add_job_columns(table: Table, jobs: Sequence[JobResult]) -> list[list[str]]:
         The cells of each job, as markup.
     """
     columns = varying_values(jobs)
-    heads = _short_names(columns)
+    heads = short_names(columns)
     if not columns:
         heads, columns = {"job": "job"}, {"job": [job.folder.name for job in jobs]}
     for key, values in columns.items():
@@ -92,14 +92,14 @@ def _measure(table: Table, console: Console) -> Measurement:
     return Measurement.get(console, console.options.update(max_width=MOST), table)
 
 
-def _split(override: str) -> tuple[str, str]:
+def split_override(override: str) -> tuple[str, str]:
     """Return the key and the value of an override; the key has no sign, and a text no quotes."""
     key, _, value = override.partition("=")
     quoted = re.fullmatch(r"""(["'])(.*)\1""", value, re.DOTALL)
     return key.lstrip("+"), quoted.group(2) if quoted else value
 
 
-def _short_names(keys: Sequence[str] | dict[str, list[str]]) -> dict[str, str]:
+def short_names(keys: Sequence[str] | dict[str, list[str]]) -> dict[str, str]:
     """Return the last part of each key, or the whole key if two of them have the same last part."""
     last = {key: re.split(r"[./]", key)[-1] for key in keys}
     counts = Counter(last.values())

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 SERVER = "https://api.wandb.ai"
+SERVERS = (SERVER, "https://api.forge.coreweave.com")  # one server; `wandb login` keeps a key under either name
 ANSWER_S = 6.0  # longest wait for an answer: looking up the name, connecting and reading
 QUERY = {"query": "query { serverInfo { cliVersionInfo } }"}
 
@@ -56,7 +57,7 @@ class Server:
     def give_up(self, reason: str) -> None:
         """Log offline from now on, and print a note that says why."""
         self._is_checked = True
-        self._note = f"wandb: {self.url} cannot be reached ({reason}); logged offline, to be uploaded with `wandb sync`"
+        self._note = f"wandb: {self.url} takes no run ({reason}); logged offline, to be uploaded with `wandb sync`"
         Console(stderr=True).print(f"[yellow]note:[/yellow] {escape(self._note)}", highlight=False, soft_wrap=True)
 
 

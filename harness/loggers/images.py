@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import TYPE_CHECKING
 
 from harness.config.schema import RunConfig, WandbConfig
 from harness.config.yaml import to_dict
+from harness.loggers.declared import used_config
+from harness.loggers.run_names import wandb_id
+from harness.loggers.series import define_axis
 from harness.loggers.wandb import connected_mode, open_run
 from harness.records.images import ImageRow
 
@@ -40,18 +42,13 @@ class ImageMirror:
         self.error: str | None = None
         self._config = config
         self._folder = folder
-        self._declared = to_dict(run)
+        self._declared = used_config(to_dict(run))
         self._total = total
         self._run: wandb.Run | None = None
         self._batch: list[ImageRow] = []
         self._logged = 0
         self._began = time.perf_counter()
         self._off = total <= BATCH
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it has begun a wandb run."""
-        return self._run is not None
 
     def __enter__(self) -> ImageMirror:
         return self
@@ -89,6 +86,7 @@ class ImageMirror:
                 return
             run_id = wandb_id(self._folder)
             self._run = open_run(self._config, mode, self._folder, "generate", self._declared, run_id=run_id)
+            define_axis(self._run, "images", ["share", "images_per_s", "image_ms", "batch"])
         import wandb
 
         self._logged += len(self._batch)
@@ -103,15 +101,6 @@ class ImageMirror:
                 **({"batch": images} if images else {}),
             }
         )
-
-
-def wandb_id(folder: Path) -> str:
-    """Return the id of the wandb run of a folder, so that every command in it goes on with the same one."""
-    file = folder / "wandb" / "run_id"
-    if not file.is_file():
-        file.parent.mkdir(0o700, exist_ok=True)
-        file.write_text(secrets.token_hex(4))
-    return file.read_text().strip()
 
 
 def _is_image(row: ImageRow) -> bool:

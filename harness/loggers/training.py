@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from harness.config.schema import WandbConfig
+from harness.loggers.declared import used_config
 from harness.loggers.wandb import connected_mode, open_run
 from harness.records.record import Status, write_atomically
 
@@ -192,7 +193,7 @@ class WandbCallback(TrainingCallback):
         if not id_file.exists():
             write_atomically(id_file, secrets.token_hex(4).encode())
         title = f"{folder.name}-{name}"
-        self.run = open_run(config, mode, folder, "train", declared, title, run_id=id_file.read_text())
+        self.run = open_run(config, mode, folder, "train", used_config(declared), title, run_id=id_file.read_text())
 
     def _with_run(self, call: Callable[[wandb.Run], None]) -> None:
         run = self.run

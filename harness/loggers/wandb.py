@@ -1,32 +1,38 @@
-"""Weights & Biases as a mirror of the record.
+"""Weights & Biases as a mirror of the record, written when a run has ended: README.md in this folder has what it gets.
 
-It gets the nested configuration, summary scalars, tables of stages and steps, memory, the grid and videos.
+Nothing here is called in a timed region.
 """
 
 from __future__ import annotations
 
-import netrc
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import urlparse
 
 import msgspec
+from rich.console import Console
 
 from harness.config.schema import WandbConfig, WandbMode
+from harness.loggers.artifacts import log_record_files, log_samples
 from harness.loggers.connection import server, server_url
-from harness.messages import total_sent_bytes
-from harness.metrics.fidelity import Fidelity
-from harness.metrics.intervals import IntervalEstimate, Share
+from harness.loggers.declared import own_tags, record_config, used_config
+from harness.loggers.project import api_key, check_project
+from harness.loggers.run_names import folder_title, project_name, shorten, wandb_id
+from harness.loggers.scalars import end_timestamp, load_scalars, record_scalars, time_scalars
+from harness.loggers.series import (
+    load_series,
+    log_series,
+    pair_series,
+    read_requests,
+    repeat_series,
+    step_series,
+)
 from harness.metrics.load import LoadSummary
-from harness.metrics.pretrained import PretrainedScores
-from harness.metrics.quality import Quality
 from harness.records.comparison import Comparison
 from harness.records.provenance import version
-from harness.records.record import CategoryRow, Record, Statistics, Status
+from harness.records.record import CategoryRow, Record, Status, read_record
 
 if TYPE_CHECKING:
     import wandb
@@ -68,77 +74,79 @@ def mode_notes(mode: WandbMode) -> list[str]:
 
 
 def logged_in() -> bool:
-    """Return whether there is an API key, in the environment or in ~/.netrc, where `wandb login` puts it."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(server_url()).hostname or ""
-    with suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc().authenticators(host) is not None
-    return False
+    """Return whether there is an API key."""
+    return api_key() is not None
 
 
-def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str, run_id: str | None = None) -> None:
+def check_connection(config: WandbConfig) -> None:
+    """Refuse a run that is logged online to somebody whom the server does not know, before a process starts.
+
+    Raises:
+        ConfigError: One line says what to change.
+    """
+    if connected_mode(config.mode) == "online":
+        check_project(config, project_name(config))
+
+
+def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str, status: Status) -> None:
     """Write one finished run, after all timed work.
 
     Args:
         config: The `logger.wandb` group.
         record: The record to mirror.
-        folder: The run's folder; it holds `wandb/`, `grid.png` and the videos.
+        folder: The run's folder; it holds `wandb/`, `grid.png` and the samples.
         job_type: The task.
-        run_id: Id of the wandb run that has logged its images already.
+        status: How the run ended: it may have failed with a record.
     """
     mode = connected_mode(config.mode)
     if mode == "disabled":
         return
+    with _opened(config, mode, folder, job_type, record_config(record), status) as run:
+        for series in (repeat_series(record), step_series(record)):
+            log_series(run, series, end_timestamp(record.provenance))
+        run.log(_tables(record) | _media(record, folder))
+        log_record_files(run, folder, {"fingerprint": record.fingerprint})
+        log_samples(run, folder, record.samples)
+        run.summary.update(_ended(status, record) | record_scalars(record))
+
+
+def _ended(status: Status, record: Record | None = None) -> dict[str, object]:
+    """Return the summary of how a run ended; it replaces that of an earlier attempt in the same folder."""
+    ended: dict[str, object] = {"state": status.state, "error": status.error}
+    return ended if record is None else ended | {"fingerprint": record.fingerprint} | time_scalars(record.provenance)
+
+
+def _tables(record: Record) -> dict[str, wandb.Table]:
+    """Return stages, steps, ranks, traffic and categories as tables."""
     import wandb
 
-    with open_run(config, mode, folder, job_type, record.config, run_id=run_id) as run:
-        for number, repeat in enumerate(record.repeats):
-            networks = {f"networks_ms/{name}": value for name, value in repeat.networks_ms.items()}
-            run.log({"repeat": number, "latency_ms": repeat.total_duration_ms, **networks})
-        summary = record.statistics
-        stages = wandb.Table(columns=["stage", "median_ms", "low_ms", "high_ms", "interval"])
-        for name, row in summary.stage_ms.items():
-            stages.add_data(name, row.median, *row.spread, row.spread_name)
-        steps = wandb.Table(columns=["repeat", "step", "duration_ms"])
-        for number, repeat in enumerate(record.repeats):
-            for step in repeat.denoise_steps_ms:
-                steps.add_data(number, step.step, step.duration_ms)
-        ranks = wandb.Table(columns=["rank", "peak_memory_mib"])
-        for rank, peak in enumerate(summary.peak_memory_mib):
-            ranks.add_data(rank, peak)
-        traffic = wandb.Table(columns=["stage", "kind", "bytes", "calls", "exposed_ms"])
-        for name, kinds in summary.comm.items():
-            for kind, sent in kinds.items():
-                traffic.add_data(name, kind, sent.bytes, sent.calls, sent.exposed_ms)
-        images = {"grid": wandb.Image(str(folder / "grid.png"))} if (folder / "grid.png").exists() else {}
-        rows = [row for row in record.samples if row.path.endswith(".mp4")][:MAX_VIDEOS]
-        videos = {"videos": [wandb.Video(str(folder / row.path), caption=row.prompt) for row in rows]} if rows else {}
-        categories = {} if record.dataset is None else {"categories": category_table(record.dataset.categories)}
-        run.log({"stages": stages, "steps": steps, "ranks": ranks, "comm": traffic, **images, **videos, **categories})
-        run.summary.update(
-            {
-                "state": "ok",
-                "fingerprint": record.fingerprint,
-                "latency_ms_median": summary.latency_ms.median,
-                "step_ms_median": summary.step_ms.median,
-                "throughput_per_s": summary.throughput_per_s,
-                "overhead_share_median": summary.overhead_share.median,
-                "nfe": summary.nfe,
-                "peak_memory_mib_max": summary.peak_memory_mib_max,
-                "attention_resolved": record.attention.resolved,
-                "engine": record.engine.name,
-                "load_ms": record.first_call.load_ms,
-                "comm_bytes": total_sent_bytes(summary.comm),
-                "comm_exposed_ms": sum(sent.exposed_ms for kinds in summary.comm.values() for sent in kinds.values()),
-            }
-            | interval_scalars("latency_ms", summary.latency_ms.ci95)
-            | flops_scalars(summary)
-            | fidelity_scalars(record.fidelity)
-            | quality_scalars(record.quality)
-            | pretrained_scalars(record.pretrained)
-            | {f"metric_{name}": value for name, value in record.metrics.items()}
-        )
+    summary = record.statistics
+    stages = wandb.Table(columns=["stage", "median_ms", "low_ms", "high_ms", "interval"])
+    for name, row in summary.stage_ms.items():
+        stages.add_data(name, row.median, *row.spread, row.spread_name)
+    steps = wandb.Table(columns=["repeat", "step", "duration_ms"])
+    for number, repeat in enumerate(record.repeats):
+        for step in repeat.denoise_steps_ms:
+            steps.add_data(number, step.step, step.duration_ms)
+    ranks = wandb.Table(columns=["rank", "peak_memory_mib"])
+    for rank, peak in enumerate(summary.peak_memory_mib):
+        ranks.add_data(rank, peak)
+    traffic = wandb.Table(columns=["stage", "kind", "bytes", "calls", "exposed_ms"])
+    for name, kinds in summary.comm.items():
+        for kind, sent in kinds.items():
+            traffic.add_data(name, kind, sent.bytes, sent.calls, sent.exposed_ms)
+    categories = {} if record.dataset is None else {"categories": category_table(record.dataset.categories)}
+    return {"stages": stages, "steps": steps, "ranks": ranks, "comm": traffic, **categories}
+
+
+def _media(record: Record, folder: Path) -> dict[str, object]:
+    """Return the grid and the first videos."""
+    import wandb
+
+    images = {"grid": wandb.Image(str(folder / "grid.png"))} if (folder / "grid.png").exists() else {}
+    rows = [row for row in record.samples if row.path.endswith(".mp4")][:MAX_VIDEOS]
+    videos = {"videos": [wandb.Video(str(folder / row.path), caption=row.prompt) for row in rows]} if rows else {}
+    return {**images, **videos}
 
 
 def category_table(categories: Sequence[CategoryRow]) -> wandb.Table:
@@ -152,125 +160,67 @@ def category_table(categories: Sequence[CategoryRow]) -> wandb.Table:
     return table
 
 
-def log_load(config: WandbConfig, record: Record, load: LoadSummary, folder: Path) -> None:
-    """Write one finished load."""
-    mode = connected_mode(config.mode)
-    if mode == "disabled":
-        return
-    import wandb
-
-    with open_run(config, mode, folder, "load", record.config) as run:
-        table = wandb.Table(columns=["measured", "p50_ms", "p90_ms", "p99_ms", "mean_ms", "n"])
-        for name, row in (("latency", load.latency_ms), ("queue", load.queue_ms), ("late", load.late_ms)):
-            if row is not None:
-                table.add_data(name, row.p50, row.p90, row.p99, row.mean, row.n)
-        run.log({"percentiles": table})
-        run.summary.update({"state": "ok", "fingerprint": record.fingerprint} | load_scalars(load))
-
-
-def load_scalars(load: LoadSummary) -> dict[str, float]:
-    """Return what clients measured as flat summary keys: `throughput_per_s`, `latency_ms_p99`, `outcome_busy` ..."""
-    scalars = {
-        "offered_per_s": load.offered_per_s,
-        "clients": load.clients,
-        "sent": load.sent,
-        "strays": load.strays,
-        "throughput_per_s": load.throughput_per_s,
-        "goodput_per_s": load.goodput_per_s,
-        "evaluations": load.evaluations,
-        "images_per_evaluation": load.images_per_evaluation,
-    }
-    if load.latency_ms is not None:
-        row = load.latency_ms
-        scalars |= {"latency_ms_p50": row.p50, "latency_ms_p90": row.p90, "latency_ms_p99": row.p99}
-    scalars |= {f"outcome_{kind}": count for kind, count in load.outcomes.items()}
-    scalars |= {f"slowdown_beside_{row.neighbours}": row.slowdown for row in load.neighbours}
-    return {name: value for name, value in scalars.items() if value is not None}
-
-
-def log_comparison(
-    config: WandbConfig, comparison: Comparison, folder: Path, remarks: Mapping[str, object] = MappingProxyType({})
-) -> None:
-    """Write one finished comparison, after all timed work.
+def log_load(config: WandbConfig, record: Record, load: LoadSummary, folder: Path, status: Status) -> None:
+    """Write one finished load.
 
     Args:
         config: The `logger.wandb` group.
-        comparison: The comparison to mirror.
-        folder: The comparison's folder; it holds `wandb/`.
-        remarks: The user's own keys: tags, notes and meta.
+        record: The record to mirror.
+        load: What its clients measured.
+        folder: The run's folder; it holds `wandb/` and the requests.
+        status: How the run ended: requests may have no answer.
     """
     mode = connected_mode(config.mode)
     if mode == "disabled":
         return
     import wandb
 
-    declared = {"a": comparison.a, "b": comparison.b, "ranks": list(comparison.ranks), **remarks}
-    with open_run(config, mode, folder, "compare", declared) as run:
+    with _opened(config, mode, folder, "load", record_config(record), status) as run:
+        series = load_series(read_requests(folder), load.elapsed_s)
+        log_series(run, series, end_timestamp(record.provenance))
+        table = wandb.Table(columns=["measured", "p50_ms", "p90_ms", "p99_ms", "mean_ms", "n"])
+        for name, row in (("latency", load.latency_ms), ("queue", load.queue_ms), ("late", load.late_ms)):
+            if row is not None:
+                table.add_data(name, row.p50, row.p90, row.p99, row.mean, row.n)
+        run.log({"percentiles": table})
+        log_record_files(run, folder, {"fingerprint": record.fingerprint})
+        run.summary.update(_ended(status, record) | load_scalars(load))
+
+
+def log_comparison(
+    config: WandbConfig, comparison: Comparison, folder: Path, declared: Mapping[str, object], status: Status
+) -> None:
+    """Write one finished comparison, after all timed work.
+
+    Args:
+        config: The `logger.wandb` group.
+        comparison: The comparison to mirror.
+        folder: The comparison's folder; it holds `wandb/`, and the two runs in `a` and `b`.
+        declared: The configuration that both runs share.
+        status: How the comparison ended.
+    """
+    mode = connected_mode(config.mode)
+    if mode == "disabled":
+        return
+    import wandb
+
+    found = {name: read_record(folder / name) for name in ("a", "b")}
+    records = {name: record for name, record in found.items() if record is not None}
+    baseline = records.get("a")
+    origin = {} if baseline is None else {"provenance": msgspec.to_builtins(baseline.provenance)}
+    sides = {"a": comparison.a, "b": comparison.b, "ranks": list(comparison.ranks)}
+    declared = {**used_config(declared), **sides, **origin}
+    with _opened(config, mode, folder, "compare", declared, status) as run:
+        log_series(run, pair_series(records), None if baseline is None else end_timestamp(baseline.provenance))
         table = wandb.Table(columns=["timed", "a_ms", "b_ms", "ratio", "low", "high", "detectable"])
         for name, row in comparison.ratios.items():
             table.add_data(name, row.a_ms, row.b_ms, row.ratio, *row.interval, row.detectable)
             run.summary.update({f"ratio_{name}": row.ratio, f"differs_{name}": row.differs})
         run.log({"ratios": table})
-        run.summary.update({"state": "ok"})
+        log_record_files(run, folder)
+        run.summary.update(_ended(status, baseline))
         if comparison.output is not None:
             run.summary.update({"rel_l2": comparison.output.rel_l2, "identical": comparison.output.identical})
-
-
-def interval_scalars(name: str, interval: tuple[float, float] | None) -> dict[str, float]:
-    """Return the ends of an interval as flat summary keys; none if there were too few measurements for one."""
-    return {} if interval is None else {f"{name}_ci95_low": interval[0], f"{name}_ci95_high": interval[1]}
-
-
-def flops_scalars(summary: Statistics) -> dict[str, float]:
-    """Return operations and rates as flat summary keys; none if they were not counted."""
-    scalars = {name: getattr(summary, name) for name in ("flops_per_step", "achieved_tflops", "ceiling_tflops")}
-    return {name: value for name, value in scalars.items() if value is not None}
-
-
-def fidelity_scalars(row: Fidelity | None) -> dict[str, float | str | bool]:
-    """Return the error against the reference as flat summary keys: `fidelity_verdict`, `fidelity_latent_rel_l2` ..."""
-    if row is None:
-        return {}
-    scalars: dict[str, float | str | bool] = {
-        "fidelity_verdict": row.verdict,
-        "fidelity_method_class": row.method_class,
-        "fidelity_floor_latent": row.floor_latent,
-        "fidelity_floor_pixel": row.floor_pixel,
-    }
-    for name, error in (("latent", row.latent), ("pixel", row.pixel)):
-        measured = msgspec.to_builtins(error).items()
-        scalars |= {f"fidelity_{name}_{key}": value for key, value in measured if value is not None}
-    return scalars
-
-
-def quality_scalars(quality: Quality | None) -> dict[str, float]:
-    """Return the scores as flat summary keys: `quality_top1`, `quality_top1_ci95_low`, ...; none if there are none."""
-    if quality is None:
-        return {}
-    scalars: dict[str, float] = {"quality_scored": quality.scored, "quality_unscored": quality.unscored}
-    parts: dict[str, Share | IntervalEstimate | None] = {
-        "top1": quality.top1,
-        "top5": quality.top5,
-        "top1_style": quality.top1_style,
-        "distance": quality.distance,
-        "mmd2": quality.mmd2,
-    }
-    for name, measured in parts.items():
-        if measured is not None:
-            scalars[f"quality_{name}"] = measured.value
-            scalars |= interval_scalars(f"quality_{name}", measured.ci95)
-    return scalars
-
-
-def pretrained_scalars(scores: PretrainedScores | None) -> dict[str, float]:
-    """Return the scores on the user's weights as flat summary keys."""
-    scalars: dict[str, float] = {}
-    if scores is not None and scores.clip_score is not None:
-        scalars["clip_score"] = scores.clip_score.value
-        scalars |= interval_scalars("clip_score", scores.clip_score.ci95)
-    if scores is not None and scores.frechet is not None:
-        scalars |= {"frechet": scores.frechet.value, "frechet_real": scores.frechet.real}
-    return scalars
 
 
 def log_failure(
@@ -279,7 +229,7 @@ def log_failure(
     folder: Path,
     job_type: str,
     status: Status,
-    name: str | None = None,
+    owns_folder: bool = True,
 ) -> None:
     """Write a run that failed, so that a sweep's group shows it too.
 
@@ -289,14 +239,35 @@ def log_failure(
         folder: The folder that holds `wandb/`.
         job_type: The task.
         status: The status that names the error.
-        name: The run's name, if it is not the folder's.
+        owns_folder: Whether the folder is this run's, so that a later attempt there goes on with the same wandb run.
     """
     mode = connected_mode(config.mode)
     if mode == "disabled":
         return
-    run = open_run(config, mode, folder, job_type, declared, name)
-    run.summary.update({"state": status.state, "error": status.error})
-    run.finish(exit_code=1)
+    with _opened(config, mode, folder, job_type, used_config(declared), status, owns_folder) as run:
+        run.summary.update(_ended(status))
+        if owns_folder:
+            log_record_files(run, folder)
+
+
+@contextmanager
+def _opened(
+    config: WandbConfig,
+    mode: str,
+    folder: Path,
+    job_type: str,
+    declared: Mapping[str, object],
+    status: Status,
+    owns_folder: bool = True,
+) -> Iterator[wandb.Run]:
+    """Open the wandb run of a folder, and end it as the run ended; an error of wandb in the block fails it too."""
+    run = open_run(config, mode, folder, job_type, declared, run_id=wandb_id(folder) if owns_folder else None)
+    exit_code = 1
+    try:
+        yield run
+        exit_code = 0 if status.state == "ok" else 1
+    finally:
+        run.finish(exit_code=exit_code)
 
 
 def open_run(
@@ -315,7 +286,7 @@ def open_run(
         mode: The mode, online or offline.
         folder: The folder that holds `wandb/`.
         job_type: The task.
-        declared: The configuration.
+        declared: What wandb shows as the configuration.
         name: The run's name; None is the folder's.
         run_id: The id of a run that is resumed if it exists.
 
@@ -327,16 +298,14 @@ def open_run(
     arguments = (config, folder, job_type, declared, name, run_id)
     if mode == "online":
         try:
-            return _init("online", *arguments)
+            run = _init("online", *arguments)
         except wandb.errors.CommError as error:
             server(server_url()).give_up(" ".join(str(error).split()) or type(error).__name__)
+        else:
+            if config.group is None and run.url is not None:
+                Console(stderr=True).print(f"wandb: {run.url}", highlight=False, markup=False, soft_wrap=True)
+            return run
     return _init("offline", *arguments)
-
-
-def own_tags(declared: Mapping[str, object]) -> list[str]:
-    """Return the tags of a configuration; none if it is known in part."""
-    tags = declared.get("tags")
-    return [str(tag) for tag in tags] if isinstance(tags, list) else []
 
 
 def _init(
@@ -348,17 +317,22 @@ def _init(
     name: str | None,
     run_id: str | None,
 ) -> wandb.Run:
+    """Open a run. A set variable of wandb's wins over a default; `wandb agent` gives id, project and entity itself."""
     import wandb
 
+    given = os.environ.get
+    by_agent = given("WANDB_SWEEP_ID") is not None
+    own_id = None if by_agent or given("WANDB_RUN_ID") else run_id
     return wandb.init(
         mode=mode,
-        project=config.project,
+        entity=None if by_agent else config.entity,
+        project=None if by_agent else project_name(config),
         group=config.group,
-        name=config.name or name or folder.name,
-        id=run_id,
-        resume="allow" if run_id is not None else None,
-        job_type=job_type,
-        tags=own_tags(declared),
+        name=config.name or given("WANDB_NAME") or shorten(name or folder_title(folder)),
+        id=own_id,
+        resume="allow" if own_id is not None else None,
+        job_type=given("WANDB_JOB_TYPE") or job_type,
+        tags=own_tags(declared) or None,
         notes=str(declared["notes"]) if declared.get("notes") else None,
         dir=folder,
         config=dict(declared),
@@ -366,9 +340,17 @@ def _init(
             silent=True,
             console="off",
             disable_git=True,
+            git_commit=_commit(declared),
             x_disable_stats=True,
             init_timeout=INIT_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,
         ),
         reinit="finish_previous",
     )
+
+
+def _commit(declared: Mapping[str, object]) -> str | None:
+    """Return the commit that a configuration's provenance names."""
+    origin = declared.get("provenance")
+    git = origin.get("git") if isinstance(origin, Mapping) else None
+    return None if git is None else str(git["commit"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from operator import attrgetter
 from pathlib import Path
@@ -10,7 +11,7 @@ import msgspec
 
 from harness.config.cache import NONE as NO_CACHE
 from harness.config.cache import check_cache
-from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, RunConfig, Task
+from harness.config.schema import CheckpointDefaults, Load, ParallelConfig, RunConfig, Task, WandbConfig
 from harness.config.tasks import KEYS_OF_TASKS, TRAITS
 from harness.metrics import pretrained
 from harness.records.media import ffmpeg
@@ -42,6 +43,8 @@ from schedulers.limits import check_tokens
 from schedulers.settings import NoiseSchedulerSettings
 
 MAX_TAG = 64  # characters; wandb takes no more
+MAX_WANDB_NAME = 127  # characters of a project, entity, group or run there
+NOT_IN_PROJECT = "/\\#?%:"  # characters that wandb takes in no project's name
 
 
 def resolve_config(config: RunConfig) -> None:
@@ -49,6 +52,7 @@ def resolve_config(config: RunConfig) -> None:
     resolve_plugins(config)
     check_options(config)
     check_keys_of_tasks(config)
+    check_wandb_names(config.logger.wandb)
     task = TRAITS[config.task.name]
     if not task.is_run:
         return  # generates nothing, so the rest is not checked
@@ -102,6 +106,21 @@ def _check_remarks(config: RunConfig) -> None:
     if config.task.name not in (Task.generate, Task.bench):
         name = config.task.name.name
         warnings.warn(f"rerun_of has no effect with task={name}, which compares no images with it", stacklevel=2)
+
+
+def check_wandb_names(config: WandbConfig) -> None:
+    """Refuse names that wandb would refuse after the run.
+
+    Raises:
+        ValueError: One line says what to change.
+    """
+    given = {f"logger.wandb.{name}": getattr(config, name) for name in ("project", "entity", "group", "name")}
+    given["WANDB_PROJECT"] = os.environ.get("WANDB_PROJECT") or None
+    for key, value in given.items():
+        if value is not None and not 0 < len(value) <= MAX_WANDB_NAME:
+            raise ValueError(f"{key} has {len(value)} characters; give 1 to {MAX_WANDB_NAME}")
+        if key.lower().endswith("project") and value is not None and (found := set(value) & set(NOT_IN_PROJECT)):
+            raise ValueError(f"{key}={value}: the name of a wandb project has no {' or '.join(sorted(found))}")
 
 
 def _check_noise_scheduler(config: RunConfig, settings: NoiseSchedulerSettings) -> None:

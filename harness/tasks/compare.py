@@ -12,7 +12,7 @@ from rich.console import Console
 
 from harness.client.build_record import machine_notes
 from harness.client.generator import DiffusionGenerator
-from harness.config.yaml import remarks
+from harness.config.yaml import to_dict
 from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.table import print_comparison
 from harness.loggers.wandb import log_comparison
@@ -64,7 +64,7 @@ def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine
     with guarded(run, folder) as outcome:
         comparison, outcome.status = run_compare(run, pair, folder, console)
     if comparison is not None:
-        mirror(partial(log_comparison, config.logger.wandb, comparison, folder.path, remarks(config)))
+        mirror(partial(log_comparison, config.logger.wandb, comparison, folder.path, to_dict(config), outcome.status))
         if config.logger.table:
             print_comparison(comparison, folder.path, console)
     return outcome.status

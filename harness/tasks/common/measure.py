@@ -76,7 +76,7 @@ def execute(
     if record is not None:
         if config.logger.table:
             print_record(record, folder.path, console)
-        mirror(partial(log_run, config.logger.wandb, record, folder.path, config.task.name.name))
+        mirror(partial(log_run, config.logger.wandb, record, folder.path, config.task.name.name, outcome.status))
     return outcome.status
 
 

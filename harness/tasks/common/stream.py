@@ -23,7 +23,7 @@ from harness.config.yaml import to_dict
 from harness.datasets.dataset import Dataset
 from harness.datasets.prompts import DatasetPrompt
 from harness.engines.pool import MakeEngine
-from harness.loggers.images import ImageMirror, wandb_id
+from harness.loggers.images import ImageMirror
 from harness.loggers.table import print_record
 from harness.loggers.wandb import log_run, mode_notes
 from harness.messages import CacheSkips, CollectiveTraffic, total_sent_bytes
@@ -102,8 +102,7 @@ def stream(run: ResolvedRun, dataset: Dataset, console: Console, engines: MakeEn
         return outcome.status
     if config.logger.table:
         print_record(record, folder.path, console)
-    run_id = wandb_id(folder.path) if mirrored.is_open else None
-    mirror(partial(log_run, config.logger.wandb, record, folder.path, config.task.name.name, run_id))
+    mirror(partial(log_run, config.logger.wandb, record, folder.path, config.task.name.name, outcome.status))
     return outcome.status
 
 

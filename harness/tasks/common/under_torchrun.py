@@ -24,6 +24,7 @@ from harness.engines.protocol import AttachedEngine, Engine
 from harness.engines.rank import check_world_size, redirect_output, serve, write_error
 from harness.engines.torchrun import rank_error
 from harness.loggers.level import LOG_FORMAT
+from harness.loggers.wandb import check_connection
 from harness.records.record import RunFolder, RunFolderError, Status
 from harness.resolve.command import parse_command
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run, to_yaml
@@ -150,10 +151,11 @@ def _compose(arguments: Sequence[str], ranks: int) -> ResolvedRun:
 
 def _claim(run: ResolvedRun) -> Assignment:
     try:
+        check_connection(run.config.logger.wandb)
         folder = claim(run)
         folder.write_config(to_yaml(run.config))
         return Assignment(str(folder.path.resolve()), str(Addresses.private().folder))
-    except (RunFolderError, SocketFolderError) as error:
+    except (ConfigError, RunFolderError, SocketFolderError) as error:
         return Assignment(refusal=str(error))
 
 

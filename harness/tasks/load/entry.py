@@ -10,7 +10,7 @@ from rich.console import Console
 
 from harness.config.load import LoadConfig, Transport, check_load
 from harness.config.schema import RunConfig
-from harness.config.yaml import remarks
+from harness.config.yaml import remarks, to_dict
 from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.load import describe_batching, describe_outcomes, print_load
 from harness.loggers.table import print_comparison
@@ -130,7 +130,7 @@ def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine
         record = run_load(run, folder, console, engines)
         outcome.status = status_from_loads([record.load] if record.load else [])
     if record is not None and record.load is not None:
-        mirror(partial(log_load, config.logger.wandb, record, record.load, folder.path))
+        mirror(partial(log_load, config.logger.wandb, record, record.load, folder.path, outcome.status))
         if config.logger.table:
             print_load(record, record.load, folder.path, console)
     return outcome.status
@@ -161,7 +161,7 @@ def execute_comparison(run: ResolvedRun, console: Console) -> Status:
         outcome.status = status_from_loads(done[1])
     if done is not None:
         comparison, loads = done
-        mirror(partial(log_comparison, config.logger.wandb, comparison, folder.path, remarks(config)))
+        mirror(partial(log_comparison, config.logger.wandb, comparison, folder.path, to_dict(config), outcome.status))
         if config.logger.table:
             print_comparison(comparison, folder.path, console)
             for name, load in zip(COMPARED, loads, strict=True):

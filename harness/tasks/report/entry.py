@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 from rich.console import Console
 
+from harness.config.yaml import to_dict
 from harness.engines.pool import MakeEngine, new_engine
+from harness.loggers.report import log_report
 from harness.records.record import Status
 from harness.resolve.compose import ConfigError, ResolvedRun
-from harness.tasks.report.page import write_report
+from harness.tasks.common.lifecycle import mirror
+from harness.tasks.report.page import FILE, write_report
 
 
 def check(run: ResolvedRun) -> None:
@@ -21,7 +27,7 @@ def check(run: ResolvedRun) -> None:
 
 
 def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine) -> Status:
-    """Write the page.
+    """Write the page, and log it to wandb if the user is logged in there.
 
     Args:
         run: The resolved run, whose folder is not used.
@@ -34,4 +40,8 @@ def execute(run: ResolvedRun, console: Console, engines: MakeEngine = new_engine
     Raises:
         ConfigError: The page cannot be made or written.
     """
-    return write_report(run.config, console)
+    config = run.config
+    status = write_report(config, console)
+    page = Path(config.report.out or Path(config.report.runs or "") / FILE)
+    mirror(partial(log_report, config.logger.wandb, page, to_dict(config)))
+    return status

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from harness.config.schema import RunConfig, WandbConfig, WandbMode
 from harness.loggers import images
-from harness.loggers.images import BATCH, SHOWN, ImageMirror, wandb_id
+from harness.loggers.images import BATCH, SHOWN, ImageMirror
+from harness.loggers.run_names import wandb_id
 from harness.loggers.table import print_dataset
 from harness.metrics.intervals import wilson
 from harness.metrics.summary import summarize
@@ -24,6 +25,10 @@ class RecordedRun:
     def __init__(self) -> None:
         self.points: list[dict[str, object]] = []
         self.ended: list[int] = []
+        self.axes: dict[str, str | None] = {}
+
+    def define_metric(self, name: str, step_metric: str | None = None, **options: object) -> None:
+        self.axes[name] = step_metric
 
     def log(self, point: dict[str, object]) -> None:
         self.points.append(point)
@@ -58,6 +63,7 @@ def test_images_are_logged_in_batches(tmp_path: Path, opened: list[RecordedRun])
     (run,) = opened
     assert [point["images"] for point in run.points] == [BATCH, 2 * BATCH]
     assert run.points[0]["image_ms"] == 5.0
+    assert {run.axes[name] for name in run.points[0] if name != "images"} == {"images"}
     shown = run.points[0]["batch"]
     assert isinstance(shown, list)
     assert 1 <= len(shown) <= SHOWN
@@ -71,7 +77,6 @@ def test_nothing_is_opened_for_few_images_or_without_wandb(
     with ImageMirror(WandbConfig(mode), tmp_path, RunConfig(), count) as mirror:
         mirror.add(rows(tmp_path, count))
     assert opened == []
-    assert not mirror.is_open
 
 
 def test_a_fault_of_wandb_ends_the_mirror_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

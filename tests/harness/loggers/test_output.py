@@ -129,6 +129,8 @@ def test_wandb_is_online_only_for_who_is_logged_in(tmp_path: Path, monkeypatch: 
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert resolve_mode(WandbMode.auto) == "online"
+    (tmp_path / ".netrc").write_text("machine api.forge.coreweave.com\n  login user\n  password secret\n")
+    assert logged_in()
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert resolve_mode(WandbMode.auto) == "disabled"
     assert resolve_mode(WandbMode.offline) == "offline"

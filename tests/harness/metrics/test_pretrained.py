@@ -25,8 +25,8 @@ from transformers import (
 
 from harness.client.build_record import score_pretrained
 from harness.config.schema import QualityConfig
+from harness.loggers.scalars import pretrained_scalars
 from harness.loggers.table import print_pretrained
-from harness.loggers.wandb import pretrained_scalars
 from harness.metrics import pretrained
 from harness.metrics.pretrained import Frechet, PretrainedScores
 from harness.records.record import fingerprint

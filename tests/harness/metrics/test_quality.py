@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from harness.client.build_record import score_quality
+from harness.loggers.scalars import quality_scalars
 from harness.loggers.table import print_quality
-from harness.loggers.wandb import quality_scalars
 from harness.metrics import mmd
 from harness.metrics.gallery import FILE, Gallery, GalleryError
 from harness.metrics.intervals import median, wilson

@@ -6,7 +6,7 @@ import pytest
 
 from harness import cli
 from harness.config.yaml import from_yaml, to_dict, to_yaml
-from harness.loggers.wandb import own_tags
+from harness.loggers.declared import own_tags
 from harness.records.record import RunFolder, Status, fingerprint
 from harness.resolve.compose import ConfigError, compose_run
 

@@ -2,7 +2,10 @@
 
 import io
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -74,6 +77,45 @@ def whole(pool: EnginePool, prompts: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run(pool, folder, prompts) == Status("ok")
     return folder
+
+
+@pytest.mark.parametrize("task", ["generate", "bench"])
+def test_nothing_is_logged_to_wandb_while_a_request_is_timed(
+    pool: EnginePool, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """A data set is logged between its requests, and a bench after its last one, when its ranks are back."""
+    events: list[str] = []
+    generate_once, stop = DiffusionGenerator.generate, DiffusionGenerator.stop
+
+    def timed(*arguments: Any, **options: Any) -> Generation:
+        events.append("begin")
+        done = generate_once(*arguments, **options)
+        events.append("end")
+        return done
+
+    def stopped(generator: DiffusionGenerator) -> None:
+        stop(generator)
+        events.append("stop")
+
+    def open_run(*arguments: object, **options: object) -> MagicMock:
+        events.append("wandb")
+        made = MagicMock(id="a")
+        for name in ("log", "log_artifact", "define_metric", "finish"):
+            getattr(made, name).side_effect = lambda *arguments, **options: events.append("wandb")
+        return made
+
+    monkeypatch.setattr(DiffusionGenerator, "generate", timed)
+    monkeypatch.setattr(DiffusionGenerator, "stop", stopped)
+    monkeypatch.setattr("harness.loggers.wandb.open_run", open_run)
+    monkeypatch.setattr("harness.loggers.images.open_run", open_run)
+    monkeypatch.setattr("harness.loggers.images.BATCH", 2)
+    own = [f"dataset.file={prompts}"] if task == "generate" else ["task.warmup=0", "task.fidelity=false"]
+    measured = [f"task={task}", "logger.wandb.mode=offline", *own, f"hydra.run.dir={tmp_path / 'run'}"]
+    assert generate.execute(compose_run([*TINY, *measured]), Console(quiet=True), pool.engine) == Status("ok")
+    assert [*pairwise(events)].count(("begin", "end")) == events.count("begin") >= 5
+    assert events[-1] == "wandb"
+    during = events[: events.index("stop")]
+    assert ("wandb" in during) is (task == "generate")
 
 
 def test_every_prompt_has_its_image_its_seed_and_its_line(whole: Path) -> None:
