@@ -10,7 +10,7 @@ from rich.console import Console
 
 from harness.config.load import LoadConfig, Transport, check_load
 from harness.config.schema import RunConfig
-from harness.config.yaml import remarks, to_dict
+from harness.config.yaml import to_dict
 from harness.engines.pool import MakeEngine, new_engine
 from harness.loggers.load import describe_batching, describe_outcomes, print_load
 from harness.loggers.table import print_comparison
