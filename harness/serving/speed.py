@@ -120,7 +120,10 @@ class Capacity:
                 f"one evaluation of such an image takes about {evaluation_s:.2g} s here, this server's limit is "
                 f"serve.max_evaluation_s={self._max_evaluation_s:g}; lower the size"
             )
-        needed_s = evaluation_s * self._evaluations(request) * math.ceil(images / self._replicas)
+        rounds = math.ceil(images / self._replicas)
+        needed_s = evaluation_s * (
+            self._evaluations(request) * rounds + request.previews
+        )  # one counts as an evaluation
         if needed_s > timeout_s:
             raise ValueError(
                 f"needs about {needed_s:.3g} s here, its timeout is {timeout_s:.3g} s; lower steps, size or n"

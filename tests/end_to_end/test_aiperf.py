@@ -24,7 +24,7 @@ VERSION = "0.13"
 PROGRAM = "TRIPTYCH_AIPERF"  # the aiperf of an environment that is there already
 TOKENIZER = Path(__file__).parents[2] / "models/reference/emoji/tokenizer"
 PROMPTS = ("rocket", "red apple", "pizza", "panda")
-CLIENTS, STEPS, SECONDS = 4, 8, 10
+CLIENTS, STEPS, SECONDS = 4, 4, 15
 LEVEL = 0.9
 TOLERANCE = 0.1  # AIPerf is six processes that compute beside the ranks
 
@@ -101,7 +101,7 @@ def test_throughput_and_percentiles_agree_with_task_load(aiperf: str, server: tu
     for number in range(min_rounds(LEVEL)):
         latencies, rate, _ = profile(aiperf, url, tmp_path / f"aiperf{number}", "--benchmark-duration", str(SECONDS))
         for found, (each, per_s) in ((theirs, (latencies, rate)), (ours, load(url, tmp_path / f"load{number}"))):
-            assert len(each) > 3 * CLIENTS
+            assert len(each) > CLIENTS
             found["p50"].append(float(np.quantile(each, 0.5)))
             found["p90"].append(float(np.quantile(each, 0.9)))
             found["seconds a request"].append(1.0 / per_s)

@@ -25,6 +25,7 @@ from harness.resolve.compose import ConfigError, ResolvedRun, compose_run
 from harness.tasks.serve import storage
 from harness.tasks.serve.access import KEY_VARIABLE
 from harness.tasks.serve.app import make_app
+from harness.tasks.serve.image_files import ImageEncoding
 from harness.tasks.serve.multipart import form_to_json, multipart_boundary
 from harness.tasks.serve.problem import STATUS, Problem
 from harness.tasks.serve.service import GenerationService
@@ -436,20 +437,20 @@ def test_a_form_is_the_object_that_it_stands_for() -> None:
 def test_what_cannot_be_saved_is_an_answer_too(
     run: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, status: int, code: str, words: str
 ) -> None:
-    whole = storage.save_png
+    whole = storage.save_image
 
-    def fail_at_the_second(path: Path, image: Any, text: dict[str, str]) -> None:
+    def fail_at_the_second(path: Path, image: Any, text: dict[str, str], encoding: ImageEncoding) -> None:
         if path.name.endswith("-01.png"):
             path.write_bytes(b"half")
             raise raised
-        whole(path, image, text)
+        whole(path, image, text, encoding)
 
     async def talk(at: Site) -> None:
-        monkeypatch.setattr(storage, "save_png", fail_at_the_second)
+        monkeypatch.setattr(storage, "save_image", fail_at_the_second)
         answer = await at.client.post(IMAGES, json={"prompt": "x", "n": 2})
         assert words in error(answer, status, code)
         assert list((tmp_path / "samples").iterdir()) == []
-        monkeypatch.setattr(storage, "save_png", whole)
+        monkeypatch.setattr(storage, "save_image", whole)
         assert (await at.client.post(IMAGES, json={"prompt": "x", "n": 2})).status_code == 200
 
     lines = run(talk)

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from harness.messages import Array, GenerationRequest, SampleResult
 from harness.records.media import open_private, pixel_hash, save_mp4, to_uint8
@@ -84,13 +86,18 @@ def save_samples(
             text = {"prompt": sample.prompt, "seed": str(sample.seed), "fingerprint": fingerprint}
             if suffix == "mp4":
                 save_mp4(folder / name, array, fps, text)
-                continue
-            with open(folder / name, "wb", opener=open_private) as file:
-                file.write(encoding.encode(array, text))
+            else:
+                save_image(folder / name, array, text, encoding)
     except Exception:
         remove_samples(folder, rows)
         raise
     return rows
+
+
+def save_image(path: Path, image: NDArray[np.uint8], text: dict[str, str], encoding: ImageEncoding) -> None:
+    """Write 8-bit pixels (H, W, 3), with `text` in the file, for its owner alone."""
+    with open(path, "wb", opener=open_private) as file:
+        file.write(encoding.encode(image, text))
 
 
 def remove_samples(folder: Path, rows: Sequence[SampleRow]) -> None:

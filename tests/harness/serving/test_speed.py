@@ -36,6 +36,7 @@ def test_what_takes_longer_than_its_timeout_is_refused_in_one_line() -> None:
     ("changes", "seconds"),
     [
         ({"steps": 20}, 10.0),
+        ({"previews": 4}, 7.0),
         ({"samples_per_prompt": 3}, 15.0),
         ({"guidance": 1.0}, 2.5),
         ({"height": 128, "width": 128}, 20.0),
