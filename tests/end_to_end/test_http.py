@@ -144,6 +144,8 @@ def test_links_lead_to_the_same_images_and_seeds_are_random(run: Talk) -> None:
         assert answers[0]["triptych"]["seed"] != answers[1]["triptych"]["seed"]
         image = await at.client.get(answers[0]["data"][0]["url"])
         assert image.headers["content-type"] == "image/png"
+        name = f"x-seed{answers[0]['triptych']['seed']}-steps20.png"
+        assert image.headers["content-disposition"] == f'inline; filename="{name}"'
         assert opened(image.content).size == (64, 64)
         assert (await at.client.get(answers[0]["data"][0]["url"][:-1] + "1")).status_code == 404
 
@@ -355,13 +357,19 @@ def test_requests_are_cancelled_where_they_are(run: Talk) -> None:
 
 
 def test_progress_streams_until_the_image_is_there(run: Talk) -> None:
+    settings = {"steps": 4, "negative_prompt": "blue"}
+
     async def talk(at: Site) -> None:
-        requested = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": {"steps": 4}})).json()
+        requested = (await at.client.post(REQUESTS, json={"prompt": "x", "triptych": settings})).json()
         stream = await at.client.get(f"{REQUESTS}/{requested['id']}/events")
         assert stream.headers["content-type"].startswith("text/event-stream")
         reason = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: ")]
         assert [one["done"] for one in reason] == sorted(one["done"] for one in reason)
         assert {one["done"] for one in reason} >= {1, 2, 3}
+        elapsed = [one["elapsed_s"] for one in reason]
+        assert elapsed == sorted(elapsed)
+        assert elapsed[-1] == pytest.approx(reason[-1]["completed_at"] - reason[-1]["created_at"], abs=1e-3)
+        assert {one["negative_prompt"] for one in reason} == {"blue"}
         assert (reason[-1]["status"], len(reason[-1]["urls"])) == ("done", 1)
         assert all(one["urls"] == [] for one in reason[:-1])
 

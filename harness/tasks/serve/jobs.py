@@ -77,6 +77,11 @@ class GenerationJob:
         """The time of the answer, seconds since 1970; None if there is none."""
         return None if self.ended is None else self.arrived_at + self.ended - self.arrived
 
+    @property
+    def elapsed_s(self) -> float:
+        """The seconds from its arrival until now, or until its answer."""
+        return (time.monotonic() if self.ended is None else self.ended) - self.arrived
+
     async def wait(self) -> None:
         """Wait until the job is answered."""
         async for _ in self.events():

@@ -284,6 +284,7 @@ class Defaults(BaseModel):
     solvers: list[str]
     steps: int
     guidance: float
+    negative_prompt: str
     size: str
     frames: int
     fps: int
@@ -292,6 +293,7 @@ class Defaults(BaseModel):
     max_steps: int
     max_images: int
     max_frames: int
+    max_previews: int
     timeout_s: float
 
 
@@ -321,6 +323,8 @@ class RequestObject(BaseModel):
         done: The number of finished solver steps, out of `total`.
         stage_done: The number of finished parts of the stage, out of `stage_total`: solver steps while it denoises,
             images while it decodes several batches of them. Both are 0 in other stages.
+        elapsed_s: The seconds from its arrival until now, or until it was answered.
+        previews: The number of previews that it asked for.
         began_at: The time at which the request left the queue.
         urls: The URLs of its images or videos, once it is done.
         preview: A PNG in base64 of the first image on the way, if previews were asked for. A stream of events has each
@@ -336,11 +340,15 @@ class RequestObject(BaseModel):
     total: int
     stage_done: int
     stage_total: int
+    elapsed_s: float
     prompt: str
+    negative_prompt: str
     n: int
     steps: int
     seed: int
     guidance: float
+    solver: str
+    previews: int
     size: str
     frames: int
     created_at: float

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from fastapi import Request
 
+from harness.config.bounds import MAX_PREVIEWS
 from harness.config.schema import RunConfig
 from harness.resolve.checkpoint_defaults import PUBLISHED_FAMILY
+from harness.resolve.limits import no_previews
 from harness.resolve.request import to_message
 from harness.resolve.run import ResolvedRun
 from harness.resolve.solvers import other_solvers
 from harness.tasks.serve import openai
 from harness.tasks.serve.problem import Problem
 from harness.tasks.serve.service import RequestHandle
+
+WORD = re.compile(r"[^\W_]+")
+MAX_NAME_CHARS = 40
 
 
 def request_object(handle: RequestHandle, http: Request, preview: bytes | None = None) -> openai.RequestObject:
@@ -37,11 +43,15 @@ def request_object(handle: RequestHandle, http: Request, preview: bytes | None =
         total=job.total or request.steps,
         stage_done=job.stage_done,
         stage_total=job.stage_total,
+        elapsed_s=job.elapsed_s,
         prompt=request.prompts[0],
+        negative_prompt=request.negative_prompt,
         n=request.samples_per_prompt,
         steps=request.steps,
         seed=request.seed,
         guidance=request.guidance,
+        solver=request.solver or own_solver(http.app.state.service.config),
+        previews=request.previews,
         size=size_text(handle),
         frames=request.frames,
         created_at=job.arrived_at,
@@ -91,6 +101,7 @@ def defaults(config: RunConfig) -> openai.Defaults:
         solvers=other_solvers(ResolvedRun(config)),
         steps=own.steps,
         guidance=own.guidance,
+        negative_prompt=own.negative_prompt,
         size=f"{own.width}x{own.height}",
         frames=own.frames,
         fps=model.fps,
@@ -99,6 +110,7 @@ def defaults(config: RunConfig) -> openai.Defaults:
         max_steps=serve.max_steps,
         max_images=serve.max_images,
         max_frames=model.max_frames,
+        max_previews=0 if no_previews(config) else MAX_PREVIEWS,
         timeout_s=serve.timeout_s,
     )
 
@@ -164,3 +176,16 @@ def read_base64(handle: RequestHandle, files: Sequence[Path]) -> list[str]:
         except OSError:
             raise Problem("not_found", removal(handle, index)) from None
     return texts
+
+
+def file_name(handle: RequestHandle, index: int, suffix: str) -> str:
+    """Return the name under which a client saves a file: the words of the prompt, the seed and the steps.
+
+    Args:
+        handle: The handle of the request.
+        index: The index of the image or video within the request.
+        suffix: The suffix of the file, with its dot.
+    """
+    request = handle.job.request
+    words = "-".join(WORD.findall(request.prompts[0].lower()))[:MAX_NAME_CHARS].strip("-")
+    return f"{words or 'image'}-seed{request.seed_of(index)}-steps{request.steps}{suffix}"

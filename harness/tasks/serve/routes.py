@@ -23,6 +23,7 @@ from harness.tasks.serve.problem import Problem, http_id_of
 from harness.tasks.serve.responses import (
     content_url,
     defaults,
+    file_name,
     generation_info,
     read_base64,
     removal,
@@ -313,4 +314,11 @@ def file_response(service: GenerationService, handle: RequestHandle, index: int,
         raise Problem("no_such_range", f"the file has {found.st_size} bytes; use a range that begins before its end")
     media_type = MEDIA_TYPES[files[index].suffix]
     headers = {"cache-control": "private, max-age=86400, immutable"}
-    return FileResponse(files[index], media_type=media_type, headers=headers, stat_result=found)
+    return FileResponse(
+        files[index],
+        media_type=media_type,
+        headers=headers,
+        stat_result=found,
+        filename=file_name(handle, index, files[index].suffix),
+        content_disposition_type="inline",
+    )

@@ -106,5 +106,6 @@ async def test_a_step_of_the_wall_clock_changes_no_duration(monkeypatch: pytest.
     assert 0 <= job.began - job.arrived < 60
     assert job.began_at is not None
     assert 0 <= job.began_at - shown < 60
+    assert 0 <= job.elapsed_s < 60
     job.queue_again()
     assert (job.state, job.began, job.began_at, job.done) == ("queued", None, None, 0)
