@@ -35,7 +35,7 @@ from harness.loggers.level import log_to_terminal
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import log_failure
 from harness.plugins import load_plugins, loaded
-from harness.records.job import JobResult, read_jobs, write_job
+from harness.records.job import JobResult, read_jobs, sweep_group, write_job, write_sweep_job
 from harness.records.record import OF_USER, RunFolderError, Status, is_done, read_status
 from harness.records.side_by_side import RUNNING, note_beside, running_job
 from harness.resolve.command import Command, parse_command, parse_flags
@@ -245,7 +245,10 @@ class HydraSession:
             if self._is_copy:  # a process of the launcher may run more jobs, and has no end of its own
                 self.pool.close()
         hydra_config = HydraConfig.get()
-        self.add(replace(done, overrides=tuple(hydra_config.overrides.task)), hydra_config.job.num)
+        done = replace(done, overrides=tuple(hydra_config.overrides.task))
+        with suppress(RunFolderError):  # a disk that is full has failed the job already
+            write_sweep_job(done, Path(hydra_config.runtime.output_dir).parent, hydra_config.job.num)
+        self.add(done, hydra_config.job.num)
         self.report(composed)
         if done.status.state == "cancelled":
             raise KeyboardInterrupt
@@ -464,11 +467,6 @@ def mirror_refusal(composed: DictConfig, job: JobResult) -> None:
     home = job.folder if job.owns_folder else sweep
     known = {"declared": declared, **(remarks if isinstance(remarks, dict) else {})}
     mirror(lambda: log_failure(logger.wandb, known, home, task, job.status, job.folder.name))
-
-
-def sweep_group(folder: Path) -> str:
-    """Return the wandb group of a sweep: the last two parts of its folder, such as 2026-01-31-12-00-00."""
-    return "-".join(folder.parts[-2:])
 
 
 class Terminated(KeyboardInterrupt):
