@@ -41,6 +41,7 @@ models: $(VENV)/.ready-test
 pages: $(VENV)/.ready-run
 	$(BIN)/python -m harness.resolve.reference
 	$(BIN)/python -m harness.resolve.compatibility_table
+	$(BIN)/python -m harness.records.schema
 
 install: $(VENV)/.ready-run
 

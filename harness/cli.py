@@ -32,11 +32,11 @@ from harness.config.tasks import TRAITS
 from harness.engines.launcher import is_under_torchrun
 from harness.engines.pool import EnginePool, MakeEngine, new_engine
 from harness.loggers.level import log_to_terminal
-from harness.loggers.run_names import job_title, shorten, sweep_group
+from harness.loggers.run_names import job_title, shorten, wandb_group
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import check_connection, log_failure
 from harness.plugins import load_plugins, loaded
-from harness.records.job import JobResult, read_jobs, write_job
+from harness.records.job import JobResult, read_jobs, write_job, write_sweep_job
 from harness.records.record import OF_USER, RunFolderError, Status, is_done, read_status
 from harness.records.side_by_side import RUNNING, note_beside, running_job
 from harness.resolve.command import Command, parse_command, parse_flags
@@ -248,7 +248,10 @@ class HydraSession:
             if self._is_copy:  # a process of the launcher may run more jobs, and has no end of its own
                 self.pool.close()
         hydra_config = HydraConfig.get()
-        self.add(replace(done, overrides=tuple(hydra_config.overrides.task)), hydra_config.job.num)
+        done = replace(done, overrides=tuple(hydra_config.overrides.task))
+        with suppress(RunFolderError):  # a disk that is full has failed the job already
+            write_sweep_job(done, Path(hydra_config.runtime.output_dir).parent, hydra_config.job.num)
+        self.add(done, hydra_config.job.num)
         self.report(composed)
         if done.status.state == "cancelled":
             raise KeyboardInterrupt
@@ -486,7 +489,7 @@ def name_in_wandb(config: WandbConfig, folder: Path, varying: Collection[str]) -
         folder: The job's folder.
         varying: The keys that vary in the sweep.
     """
-    config.group = sweep_group(config.group, folder.parent)
+    config.group = wandb_group(config.group, folder.parent)
     config.name = job_title(config.name, HydraConfig.get().overrides.task, varying) or shorten(folder.name)
 
 

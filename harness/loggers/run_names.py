@@ -11,6 +11,7 @@ from pathlib import Path
 
 from harness.config.schema import WandbConfig
 from harness.loggers.columns import short_names, split_override
+from harness.records.job import sweep_group
 
 PROJECT = "triptych"
 MOST = 127  # characters of a name or group; wandb takes 128
@@ -53,7 +54,7 @@ def job_title(given: str | None, overrides: Sequence[str], varying: Collection[s
     return shorten(",".join(filter(None, (given, values)))) or None
 
 
-def sweep_group(given: str | None, folder: Path) -> str:
+def wandb_group(given: str | None, folder: Path) -> str:
     """Return the group of a sweep's runs.
 
     Args:
@@ -63,7 +64,7 @@ def sweep_group(given: str | None, folder: Path) -> str:
     Returns:
         The user's group, or the last two parts of the folder, such as 2026-01-31-12-00-00.
     """
-    return given or os.environ.get("WANDB_RUN_GROUP") or shorten("-".join(folder.parts[-2:]))
+    return given or os.environ.get("WANDB_RUN_GROUP") or shorten(sweep_group(folder))
 
 
 def wandb_id(folder: Path, name: str = "run_id") -> str:

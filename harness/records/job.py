@@ -1,4 +1,4 @@
-"""The outcome of one job of a sweep: what a table, a mirror or a sweeper shows of it, and nothing else."""
+"""One job of a sweep: its outcome, for what shows or mirrors it, and `job.json`, the number of the job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import msgspec
 
 from harness.records.comparison import Comparison, read_comparison
-from harness.records.record import Record, Status, read_record, write_atomically
+from harness.records.record import Record, RunFolder, Status, read_record, write_atomically
+
+FILE = "job.json"
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,45 @@ def read_jobs(folder: Path) -> list[JobResult]:
         msgspec.json.decode(file.read_bytes(), type=JobResult, dec_hook=lambda kind, value: kind(value))
         for file in files
     ]
+
+
+class SweepJob(msgspec.Struct, frozen=True):
+    """`job.json`: which job of which sweep a folder is of, whether the job went well or not.
+
+    Attributes:
+        sweep: Name of the sweep, which is its group in wandb.
+        job: Number of the job, as Hydra counts them from 0.
+        overrides: The job's overrides.
+    """
+
+    sweep: str
+    job: int
+    overrides: list[str]
+
+
+def sweep_group(folder: Path) -> str:
+    """Return the name of a sweep: the last two parts of its folder, such as 2026-01-31-12-00-00."""
+    return "-".join(folder.parts[-2:])
+
+
+def write_sweep_job(job: JobResult, sweep: Path, number: int) -> None:
+    """Write which job a folder is of, unless the folder is another job's or an earlier command did the job.
+
+    Args:
+        job: A finished job.
+        sweep: Folder of the sweep.
+        number: Number of the job in the sweep.
+
+    Raises:
+        RunFolderError: The file cannot be written.
+    """
+    if job.owns_folder and not job.already_done:
+        RunFolder(job.folder).write_json(FILE, SweepJob(sweep_group(sweep), number, list(job.overrides)))
+
+
+def read_sweep_job(folder: Path) -> SweepJob | None:
+    """Return which job a folder is of, or None if it does not say."""
+    try:
+        return msgspec.json.decode((folder / FILE).read_bytes(), type=SweepJob)
+    except (OSError, msgspec.MsgspecError):
+        return None

@@ -1,4 +1,4 @@
-"""The folder of a run and its record: claimed by one owner, written atomically, read back as a table.
+"""The folder of a run and its record: claimed by one owner, written atomically, read back.
 
 `record.json` is the source of truth; everything else (table, wandb) mirrors it. Its keys are stable and versioned.
 """
@@ -13,7 +13,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 import yaml
@@ -25,10 +25,7 @@ from harness.metrics.load import LoadSummary
 from harness.metrics.pretrained import PretrainedScores
 from harness.metrics.quality import Quality
 from harness.metrics.summary import Summary
-from harness.records.provenance import Provenance
-
-if TYPE_CHECKING:
-    import pandas
+from harness.records.provenance import Provenance, utc_now
 
 SCHEMA = 2
 BETWEEN_STAGES = "between_stages"  # the part of a request that no stage has
@@ -44,6 +41,16 @@ class Status(msgspec.Struct, frozen=True):
 
     state: str
     error: str | None = None
+
+
+class StatusFile(Status, frozen=True):
+    """`status.json` as it is written: the status, and when the folder was claimed and finished, UTC, ISO 8601.
+
+    A time is empty if it is not known: of a run that was cut off, and in a file from before it was written.
+    """
+
+    started: str = ""
+    finished: str = ""
 
 
 RESULTS = ("record.json", "comparison.json")  # a folder with any of them holds a run, even without a status
@@ -337,18 +344,24 @@ class Record(msgspec.Struct, frozen=True):
 
 def fingerprint(config: dict[str, Any]) -> str:
     """Return a hash of the configuration, without the keys that change neither an image nor a time."""
+    return hashlib.sha256(json.dumps(declared(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def declared(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration without the keys that change neither an image nor a time."""
     apart: tuple[str, ...] = (*OF_USER, "logger", "train", "quality", "plan", "hardware", "compare", "report")
-    if config["task"]["name"] not in ("serve", "load"):
+    if config.get("task", {}).get("name") not in ("serve", "load"):
         apart += ("serve", "load")
     if not config.get("plugins"):
         apart += ("plugins", "plugin", "plugin_sources")
-    declared = {key: value for key, value in config.items() if key not in apart}
-    if "plugin_sources" in declared:
-        sources = declared["plugin_sources"].items()
-        declared["plugin_sources"] = {name: {**source, "folder": ""} for name, source in sources}
-    launch = config["launch"].items()
-    declared["launch"] = {key: value for key, value in launch if key != "reuse" and not key.endswith("_timeout_s")}
-    return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()[:16]
+    found = {key: value for key, value in config.items() if key not in apart}
+    if "plugin_sources" in found:
+        sources = found["plugin_sources"].items()
+        found["plugin_sources"] = {name: {**source, "folder": ""} for name, source in sources}
+    if "launch" in found:
+        launch = found["launch"].items()
+        found["launch"] = {key: value for key, value in launch if key != "reuse" and not key.endswith("_timeout_s")}
+    return found
 
 
 class RunFolder:
@@ -360,6 +373,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._owned: BinaryIO | None = None
+        self._started = ""
 
     @classmethod
     def claim(cls, path: Path, again: bool = False, resumes: dict[str, Any] | None = None) -> RunFolder:
@@ -380,7 +394,7 @@ class RunFolder:
         try:
             path.mkdir(0o700, parents=True, exist_ok=True)
             (path / "logs").mkdir(0o700, exist_ok=True)
-            folder._owned = lock_file(path / ".owner")
+            folder._owned, folder._started = lock_file(path / ".owner"), utc_now()
             if resumes is not None and folder._can_resume(resumes):
                 folder._clear_for_resume()
             elif again and (path / "status.json").exists() and read_status(path).state != "ok":
@@ -448,12 +462,14 @@ class RunFolder:
             self.finish(INTERRUPTED)
 
     def finish(self, status: Status) -> None:
-        """Write `status.json`.
+        """Write `status.json`, with the times at which the folder was claimed and finished.
 
         Raises:
             RunFolderError: It cannot be written.
         """
-        self._write("status.json", msgspec.json.encode(status))
+        finished = "" if status == INTERRUPTED else utc_now()
+        file = StatusFile(status.state, status.error, self._started, finished)
+        self._write("status.json", msgspec.json.encode(file))
 
     def write_record(self, record: Record) -> None:
         """Write `record.json`."""
@@ -563,6 +579,14 @@ def read_status(folder: Path) -> Status:
         return Status("failed", "no readable status.json")
 
 
+def read_started(folder: Path) -> str:
+    """Return the time at which a run's folder was claimed, UTC, ISO 8601; empty if its status does not say."""
+    try:
+        return msgspec.json.decode((folder / "status.json").read_bytes(), type=StatusFile).started
+    except (OSError, msgspec.MsgspecError):
+        return ""
+
+
 def read_record(folder: Path) -> Record | None:
     """Read the record of a run's folder.
 
@@ -596,58 +620,3 @@ def is_done(folder: Path, config: dict[str, Any]) -> bool:
     if record is None or record.fingerprint != fingerprint(config) or read_status(folder) == INTERRUPTED:
         return False
     return bool(record.config.get("quality", config["quality"]) == config["quality"])
-
-
-def load(path: str | Path) -> pandas.DataFrame:
-    """Read a tree of runs as a table, one row per run, failed ones too; nested keys become dotted columns.
-
-    The shards of a data set are one row, once all of them have ended well.
-
-    Args:
-        path: A run's folder, a sweep's, or any folder above them.
-
-    Returns:
-        The table.
-    """
-    import pandas
-
-    from harness.records.shards import merge_complete
-
-    rows, found = [], {}
-    for status_file in sorted(Path(path).rglob("status.json")):
-        folder = status_file.parent
-        status = read_status(folder)
-        try:
-            found[folder] = status, read_record(folder)
-        except RunFolderError as error:
-            found[folder] = Status(status.state, str(error)), None
-    ended_well = {folder: record for folder, (status, record) in found.items() if record and status.state == "ok"}
-    for merged in merge_complete(ended_well):
-        found[merged.folders[0]] = Status("ok"), merged.record
-        for folder in merged.folders[1:]:
-            del found[folder]
-    for folder, (status, record) in found.items():
-        row: dict[str, Any] = {"folder": str(folder), "state": status.state, "error": status.error}
-        if record is not None:
-            nested = msgspec.to_builtins(record)
-            row |= {key: nested[key] for key in ("overrides", "repeats", "samples", "notes", "loaded", "beside")}
-            parts = (
-                "fingerprint",
-                "config",
-                "provenance",
-                "engine",
-                "attention",
-                "first_call",
-                "summary",
-                "quality",
-                "pretrained",
-                "metrics",
-                "fidelity",
-                "load",
-                "dataset",
-                "rerun",
-            )
-            flat = {key: nested[key] for key in parts if nested[key] is not None}
-            row |= {str(key): value for key, value in pandas.json_normalize(flat, sep=".").iloc[0].items()}
-        rows.append(row)
-    return pandas.DataFrame(rows)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.records import load
 from harness.records.comparison import read_comparison
-from harness.records.record import load
 from tests.fixtures.commands import command, record_of, run, status_of
 
 pytestmark = pytest.mark.slow

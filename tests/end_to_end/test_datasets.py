@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.records import load
 from harness.records.images import FILE, read_images
-from harness.records.record import load, read_status
+from harness.records.record import read_status
 from tests.fixtures.commands import command, environment, record_of, run, torchrun
 
 PAGE = Path(__file__).parent.parent.parent / "harness/datasets/README.md"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import harness
+from harness.records import load
 from harness.records.provenance import sources_hash
-from harness.records.record import load
 from harness.resolve.packages import VERSIONS
 from tests.fixtures.commands import LIMIT_S, QUICK, difference, environment, record_of, run
 

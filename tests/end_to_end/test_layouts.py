@@ -13,8 +13,9 @@ from PIL import Image
 from harness.costs.plan_file import PredictionCheck
 from harness.costs.traffic import sent_bytes, trace_network, weight_bytes
 from harness.costs.vae_traffic import decode_bytes, trace_decode
+from harness.records import load
 from harness.records.media import pixel_hash
-from harness.records.record import Record, load
+from harness.records.record import Record
 from harness.resolve.compose import compose_run
 from harness.tasks.plan.check import check
 from models.components import Conditioning

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from harness.metrics.load import RequestRow
-from harness.records.record import load, read_status
+from harness.records import load
+from harness.records.record import read_status
 from harness.resolve.wait_policy import USERS_OWN
 from harness.tasks.load.run import REQUESTS_FILE
 from harness.tasks.report.rows import read_table

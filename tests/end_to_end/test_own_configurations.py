@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from harness.client import DiffusionGenerator
-from harness.records.record import load, read_status
+from harness.records import load
+from harness.records.record import read_status
 from tests.fixtures.commands import LIMIT_S, command, environment, hashes, inspect, record_of, run, torchrun
 from tests.fixtures.own import OWN
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.records.record import INTERRUPTED, load, read_status
+from harness.records import load
+from harness.records.record import INTERRUPTED, read_status
 from tests.fixtures.commands import LIMIT_S, hashes, inspect, processes_about, record_of, run, started, wait_for
+from tests.fixtures.records import assert_valid
 
 HERE = [
     "launch.mode=inprocess",
@@ -57,6 +59,12 @@ def test_every_job_has_its_folder_record_and_status(four: Path) -> None:
     table = load(four)
     assert sorted(table["config.request.steps"]) == [1, 1, 2, 2]
     assert set(table["state"]) == {"ok"}
+    assert sorted(table["job"]) == [0, 1, 2, 3]
+    assert set(table["sweep"]) == {"-".join(four.parts[-2:])}
+    assert table["wandb_id"].nunique() == 4
+    assert table["started_at"].is_monotonic_increasing
+    for job in jobs(four):
+        assert_valid(job)
 
 
 def test_every_job_is_a_finished_wandb_run_of_one_group(four: Path) -> None:

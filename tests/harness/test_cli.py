@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 import msgspec
+import pandas
 import pytest
 
 from harness.cli import HydraSession, dispatch, objective_value
 from harness.metrics.difference import Difference
 from harness.metrics.fidelity import Fidelity
+from harness.records import load
 from harness.records.job import JobResult, read_jobs
-from harness.records.record import RunFolder, Status, load, read_status
+from harness.records.record import RunFolder, Status, read_status
 from harness.resolve.folder_name import folder_name
 from harness.resolve.search_path import SearchPath
 from tests.fixtures.records import record
@@ -121,6 +123,10 @@ def test_a_job_whose_folder_holds_another_run_is_a_failed_row(place: Path, capsy
     assert said.out.count("failed") == 2
     assert "already holds a run" in said.out
     assert read_status(run.path) == Status("ok")
+    table = load(place / "sweep").set_index("state")
+    assert set(table["sweep"].dropna()) == {f"{place.name}-sweep"}
+    assert table["job"]["failed"] == 1
+    assert pandas.isna(table["job"]["ok"])  # which is another run's
 
 
 def test_a_refused_job_leaves_nothing_of_the_attempt_before(place: Path) -> None:
@@ -135,9 +141,12 @@ def test_a_refused_job_leaves_nothing_of_the_attempt_before(place: Path) -> None
     run.finish(Status("failed", "broken"))
     run._owned.close()  # type: ignore[union-attr]
     assert sweep(place, "request.steps=0,-1") == 1
-    assert {file.name for file in run.path.iterdir()} == {".owner", "logs", "status.json"}
+    assert {file.name for file in run.path.iterdir()} == {".owner", "logs", "status.json", "job.json"}
     table = load(place / "sweep")
     assert list(table["state"]) == ["failed", "failed"]
+    assert sorted(table["job"]) == [0, 1]
+    assert sorted(table["overrides"]) == [["logger=json", "request.steps=-1"], ["logger=json", "request.steps=0"]]
+    assert table["started_at"].notna().all()
     assert "summary.latency_ms.median" not in table
 
 

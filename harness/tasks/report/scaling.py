@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
-from harness.metrics.intervals import RESAMPLES, IntervalEstimate, interval
+from harness.metrics.intervals import IntervalEstimate
+from harness.metrics.unpaired import ratio_of_medians
 from harness.records.record import Record, fingerprint
 
 
@@ -57,14 +57,6 @@ def scalings(folders: Sequence[Path], records: Mapping[int, Record]) -> dict[int
                 speedup = ratio_of_medians(_latencies(records[base]), _latencies(records[index]))
                 found[index] = Scaling(base, ranks, speedup, speedup.value / ranks)
     return found
-
-
-def ratio_of_medians(a: Sequence[float], b: Sequence[float]) -> IntervalEstimate:
-    """Return median(a) / median(b) of two independent samples, with the bootstrap interval from 4 on."""
-    random = np.random.default_rng(0)
-    medians = [np.median(random.choice(x, size=(RESAMPLES, len(x))), axis=1) for x in (np.array(a), np.array(b))]
-    n = min(len(a), len(b))
-    return IntervalEstimate(float(np.median(a) / np.median(b)), interval(medians[0] / medians[1], n), n)
 
 
 def _latencies(record: Record) -> list[float]:

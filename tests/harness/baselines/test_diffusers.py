@@ -22,7 +22,8 @@ from harness.client.generator import DiffusionGenerator
 from harness.engines.protocol import RequestFailed
 from harness.messages import GenerationRequest, RankOutcome, decode
 from harness.parallel.mesh import RankPosition
-from harness.records.record import Record, load
+from harness.records import load
+from harness.records.record import Record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.resolve.run import ResolvedRun
 from models.files import read_json

@@ -10,6 +10,7 @@ from harness.messages import GenerationResult, OperatorTime, RankReport, StageTi
 from harness.records.record import Record, read_record
 from harness.resolve.compose import compose_run
 from harness.tasks import bench
+from tests.fixtures.records import assert_valid
 
 BENCH = ["task=bench", "task.repeats=1", "task.fidelity=false", "launch.mode=inprocess", "launch.threads_per_rank=1"]
 REQUESTED = ["request.prompt=rocket", "request.steps=2", "logger=json", "logger.table=false"]
@@ -33,6 +34,7 @@ def test_linears_and_convolutions_are_where_the_time_goes(engine: str, tmp_path:
     blocks = 6
     assert next(row.calls for row in record.profile["denoiser"] if row.name == "aten::addmm") >= 2 * 4 * blocks
     assert len(record.repeats) == 1  # the profiled repeat is not among the measured ones
+    assert_valid(tmp_path)
 
 
 def test_nothing_is_profiled_by_default(tmp_path: Path) -> None:

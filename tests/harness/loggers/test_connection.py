@@ -12,7 +12,8 @@ import pytest
 from harness.config.schema import WandbConfig, WandbMode
 from harness.loggers import connection
 from harness.loggers.wandb import connected_mode, log_failure, mode_notes
-from harness.records.record import Status, load
+from harness.records import load
+from harness.records.record import Status
 from tests.fixtures.commands import record_of, run, status_of
 
 

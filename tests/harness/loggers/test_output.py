@@ -13,9 +13,10 @@ from harness.config.schema import RunConfig, WandbMode
 from harness.engines.protocol import Engine
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import logged_in, resolve_mode
+from harness.records import load
 from harness.records.job import JobResult
 from harness.records.media import GRID_CELL, grid, to_uint8
-from harness.records.record import RunFolder, Status, load, read_status
+from harness.records.record import RunFolder, Status, read_status
 from harness.resolve.compose import compose_run, from_yaml, to_yaml
 from harness.tasks import generate
 from tests.fixtures.records import record

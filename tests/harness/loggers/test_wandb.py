@@ -16,7 +16,7 @@ from harness.config.schema import RunConfig, WandbConfig, WandbMode
 from harness.config.yaml import to_dict
 from harness.loggers.declared import used_config
 from harness.loggers.report import log_report
-from harness.loggers.run_names import MOST, folder_title, job_title, shorten, sweep_group, wandb_id
+from harness.loggers.run_names import MOST, folder_title, job_title, shorten, wandb_group, wandb_id
 from harness.loggers.scalars import record_scalars
 from harness.loggers.series import load_series
 from harness.loggers.wandb import log_failure, log_load, log_run
@@ -214,10 +214,10 @@ def test_long_names_are_shortened_and_differ() -> None:
 def test_a_group_and_a_title_come_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert folder_title(tmp_path / "2026-11-30" / "10-00-00") == "2026-11-30-10-00-00"
     assert folder_title(tmp_path / "mine") == "mine"
-    assert sweep_group(None, Path("sweeps/2026-11-30/10-00-00")) == "2026-11-30-10-00-00"
+    assert wandb_group(None, Path("sweeps/2026-11-30/10-00-00")) == "2026-11-30-10-00-00"
     monkeypatch.setenv("WANDB_RUN_GROUP", "ours")
-    assert sweep_group(None, Path("sweeps/a")) == "ours"
-    assert sweep_group("mine", Path("sweeps/a")) == "mine"
+    assert wandb_group(None, Path("sweeps/a")) == "ours"
+    assert wandb_group("mine", Path("sweeps/a")) == "mine"
 
 
 def test_a_folder_may_have_several_runs(tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ from harness.client.generator import DiffusionGenerator, Generation
 from harness.config.schema import RequestConfig
 from harness.datasets.prompts import DatasetPrompt
 from harness.engines.pool import EnginePool
+from harness.records import load
 from harness.records.images import ImageRow, read_images
 from harness.records.record import Record, RunFolderError, Status, read_record, read_status
 from harness.resolve.compose import compose_run
 from harness.tasks import generate
 from harness.tasks.common.stream import prompt_groups
 from tests.fixtures.plugins import no_plugins_left
+from tests.fixtures.records import assert_valid
 
 NAMES = ("red apple", "rocket", "pizza", "strawberry", "bicycle", "cat", "dog")
 TINY = (
@@ -138,6 +140,11 @@ def test_the_record_is_that_of_all_images(whole: Path) -> None:
     assert record.repeats == []
     assert {sample.path for sample in record.samples} == {row.path for row in read_images(whole)}
     assert (whole / "grid.png").is_file()
+    assert_valid(whole)
+    images = load(whole, long="images")
+    assert list(images["sha256"]) == [row.sha256 for row in read_images(whole)]
+    assert list(images["categories"].iloc[0]) == list(next(read_images(whole)).categories)
+    assert load(whole, long="repeats")["total_duration_ms"].median() == record.statistics.latency_ms.median
 
 
 def test_an_image_is_scored_in_its_line_as_in_its_category(whole: Path) -> None:

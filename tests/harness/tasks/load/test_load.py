@@ -24,7 +24,8 @@ from harness.engines.processes import children
 from harness.engines.protocol import AttachedEngine
 from harness.messages import GenerationRequest, Message
 from harness.metrics.load import OK, Chaos, RequestRow, longest_gap_s, percentiles, summarize_load
-from harness.records.record import RunFolder, Status, load, read_record
+from harness.records import load
+from harness.records.record import RunFolder, Status, read_record
 from harness.resolve.compose import ConfigError, compose_run
 from harness.resolve.request import to_message
 from harness.serving.transport import Connection
@@ -48,7 +49,7 @@ from harness.tasks.load.tracker import RequestTracker
 from harness.tasks.load.zeromq import drive
 from tests.fixtures.commands import cpu_seconds, record_of, wait_for
 from tests.fixtures.foreign_server import png
-from tests.fixtures.records import record
+from tests.fixtures.records import assert_valid, record
 from tests.fixtures.serving.fake_engine import Script, failure, fake_result, planted, progress
 
 
@@ -214,6 +215,7 @@ def test_a_run_leaves_a_record_and_a_line_a_request_and_fails_where_an_answer_ca
     assert len(rows) == found.load.sent == found.load.outcomes["ok"] > 5
     assert found.load.images_per_evaluation == 1.0  # warm-up is not among them
     assert load(tmp_path)["load.sent"][0] == found.load.sent
+    assert_valid(tmp_path / "good")
     twice = run("twice", lambda request, number: [(0.0, fake_result(request)), (0.01, fake_result(request))])
     assert twice.state == "failed"
     assert "unexpected answers arrived" in (twice.error or "")

@@ -8,11 +8,12 @@ import msgspec
 import pytest
 
 from harness.cli import dispatch
+from harness.metrics.unpaired import ratio_of_medians
 from harness.records.provenance import Cpu
 from harness.tasks.report.keys import layout_name, run_labels, varying_keys
 from harness.tasks.report.page import Page, as_script, render
 from harness.tasks.report.rows import ReportRow, read_table
-from harness.tasks.report.scaling import ratio_of_medians, scalings
+from harness.tasks.report.scaling import scalings
 from tests.fixtures.report_tree import HOSTILE, Maker, make_loads, make_tree, page_image
 
 
