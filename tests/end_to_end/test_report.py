@@ -1,25 +1,37 @@
 """The page of task=report in a browser: what a reader types and clicks changes the table, the charts and the front."""
 
+import csv
+import io
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from harness.cli import dispatch
-from tests.fixtures.chromium import MARKS, emulate, headless, widths
-from tests.fixtures.report_tree import HOSTILE, make_caches, make_loads, make_tree
+from tests.fixtures.chromium import MARKS, VIOLATIONS, accessibility_script, emulate, headless, widths
+from tests.fixtures.report_tree import HOSTILE, copy_perturbed, make_caches, make_loads, make_sweep, make_tree
 
 BARS = "return document.getElementById('stages').data.map(t => t.x.length)"
 FRONT = "return [...document.querySelectorAll('#front li')].map(e => e.textContent.split(': ')[0])"
-PLOTTED = (
-    "return document.getElementById('pareto').data.filter(t => t.mode === 'markers').map(t => [t.name, t.x.length])"
-)
+PLOTTED = """const symbols = document.getElementById('pareto').data.filter(t => t.customdata)
+    .flatMap(t => t.marker.symbol.filter((_, k) => t.customdata[k] !== null));
+return [symbols.filter(s => s !== 'x' && !s.endsWith('-open')).length, symbols.filter(s => s.endsWith('-open')).length,
+    symbols.filter(s => s === 'x').length]"""
 ROWS = "return [...document.querySelectorAll('#table tbody td.folder')].map(e => e.textContent)"
 FETCHED = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith('data:'))"
 FITTED = (
     "return [...document.querySelectorAll('.chart:has(.main-svg)')].every(c => c._fullLayout.width === c.clientWidth)"
 )
+SECTIONS = "return [...document.querySelectorAll('main > section:not([hidden])')].map(s => s.id)"
+POINTS = """return document.getElementById('pareto').data.filter(t => t.customdata).flatMap(t => t.x.map(
+    (x, k) => ({x: x, y: t.y[k], id: t.customdata[k], name: t.name, panel: t.xaxis})).filter(p => p.id !== null))"""
+SAVED = """const kept = []; const make = URL.createObjectURL;
+URL.createObjectURL = (blob) => { kept.push(blob); return 'about:blank'; };
+document.getElementById(arguments[0]).click(); URL.createObjectURL = make;
+kept[0].text().then(arguments[1]);"""
 ROOM = """return [...document.querySelectorAll('.chart:has(.main-svg)')].map(
     c => c.getBoundingClientRect().bottom - c.querySelector('.main-svg').getBoundingClientRect().bottom)"""
 
@@ -49,11 +61,16 @@ def find(browser: Any, selector: str) -> Any:
     return browser.find_element("css selector", selector)
 
 
+def choose(browser: Any, selector: str, value: str) -> None:
+    """Choose an option of a drop-down list."""
+    find(browser, f"{selector} option[value='{value}']").click()
+
+
 def test_it_opens_with_every_run_and_fetches_nothing(fresh: Any) -> None:
     assert len(fresh.execute_script(ROWS)) == 15
     assert find(fresh, "#count").text == "15 of 15 runs"
     assert fresh.execute_script(BARS) == [11, 11, 11]
-    assert fresh.execute_script(PLOTTED) == [["on the Pareto front", 4], ["dominated", 1], ["failed", 1]]
+    assert fresh.execute_script(PLOTTED) == [4, 1, 1]  # on the front, beaten, failed
     assert len(fresh.find_elements("css selector", "#grids img")) == 11
     assert fresh.get_log("browser") == []
     assert fresh.execute_script(FETCHED) == []
@@ -74,7 +91,8 @@ def test_words_filter_table_charts_and_front(fresh: Any) -> None:
     assert fresh.execute_script(FRONT) == ["heun steps=8"]
     find(fresh, "#words").send_keys(" nothing")
     assert fresh.execute_script(ROWS) == []
-    assert "No run shown" in find(fresh, "#stages").text
+    assert fresh.execute_script(SECTIONS) == ["runs", "absent"]
+    assert "Latency by stage\nNo run shown" in find(fresh, "#absent-list").text
     find(fresh, "button[type=reset]").click()
     assert len(fresh.execute_script(ROWS)) == 15
     assert fresh.execute_script(BARS) == [11, 11, 11]
@@ -108,9 +126,10 @@ def test_a_heading_sorts_table_and_charts_by_mouse_and_by_key(fresh: Any) -> Non
 
 def test_the_front_is_of_the_metric_that_is_chosen(fresh: Any) -> None:
     ids = "return document.getElementById('pareto').layout.yaxis.title.text"
+    choose(fresh, "#cost", "latency")
     fronts = {}
     for metric in ("rel_l2", "psnr_db", "distance", "top1"):
-        find(fresh, f"[name=metric][value={metric}]").click()
+        choose(fresh, "#metric", metric)
         fronts[metric] = (fresh.execute_script(ids).split(",")[0], fresh.execute_script(FRONT))
     assert fronts["rel_l2"][0] == "pixel error"
     assert fronts["psnr_db"][0] == "PSNR"
@@ -205,5 +224,159 @@ def test_a_cached_run_stands_beside_a_plain_one_of_fewer_steps(caches: Any) -> N
     assert "16 of 40 branches" in find(caches, "#table tbody").text
     find(caches, "#words").send_keys("steps=5")
     assert caches.execute_script(cells) == []
-    assert "No run shown has a cache" in find(caches, "#baselines").text
+    assert "No run shown has a cache" in find(caches, "#absent-list").text
     assert caches.get_log("browser") == []
+
+
+@pytest.fixture
+def sweep(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """Open the page of `make_sweep`; go back to the earlier page afterwards."""
+    yield from opened(browser, make_sweep, tmp_path)
+
+
+def test_the_first_figure_of_a_sweep_of_solvers_is_quality_against_evaluations(sweep: Any) -> None:
+    assert sweep.execute_script(SECTIONS)[:2] == ["runs", "tradeoff"]
+    chosen = {name: find(sweep, f"#{name}").get_property("value") for name in ("metric", "cost", "colour", "facet")}
+    assert chosen == {
+        "metric": "distance",
+        "cost": "nfe",
+        "colour": "scheduler.solver.name",
+        "facet": "scheduler.family",
+    }
+    points = sweep.execute_script(POINTS)
+    assert len(points) == 24
+    assert {point["panel"] for point in points} == {"x", "x2"}
+    assert {point["name"] for point in points} == {"euler", "heun"}
+    assert sweep.execute_script("return document.getElementById('pareto')._fullLayout.xaxis.type") == "log"
+    choose(sweep, "#facet", "")
+    choose(sweep, "#colour", "scheduler.family")
+    points = sweep.execute_script(POINTS)
+    assert {point["panel"] for point in points} == {"x"}
+    assert {point["name"] for point in points} == {"ddpm", "rectified_flow"}
+    assert sweep.get_log("browser") == []
+
+
+def test_errors_within_rounding_are_one_level_and_no_front(sweep: Any) -> None:
+    choose(sweep, "#metric", "rel_l2")
+    choose(sweep, "#cost", "latency")
+    heights: dict[str, set[float]] = {"euler": set(), "heun": set()}
+    for point in sweep.execute_script(POINTS):
+        heights[point["name"]].add(point["y"])
+    assert len(heights["heun"]) == 1
+    assert len(heights["euler"]) == 3
+    assert max(heights["heun"]) < min(heights["euler"])
+    assert sweep.execute_script("return document.getElementById('pareto')._fullLayout.xaxis.type") == "log"
+    find(sweep, "#words").send_keys("solver.name=heun ")
+    assert sweep.execute_script(FRONT) == []
+    assert sweep.execute_script(PLOTTED) == [0, 12, 0]
+    assert "rounding alone would make these errors" in find(sweep, "#unscored").text
+
+
+def test_a_baseline_adds_a_ratio_with_its_interval(sweep: Any) -> None:
+    assert sweep.find_elements("css selector", "[data-sort=ratio]") == []
+    choose(sweep, "#baseline", "key:scheduler.solver.name=euler")
+    find(sweep, "[data-sort=ratio]").click()
+    cells = "return rows.map(r => [r.values['scheduler.solver.name'], baselineRatio(r).value, baselineRatio(r).ci95])"
+    for solver, ratio, (low, high) in sweep.execute_script(cells):
+        assert ratio == pytest.approx(1.0 if solver == "euler" else 0.5)
+        assert 0.9 * ratio < low <= ratio <= high < 1.1 * ratio
+    column = [text for text in find(sweep, "#table tbody").text.splitlines() if "baseline" in text]
+    assert len(column) == 12  # a run is its own baseline
+    choose(sweep, "#baseline", "run:0")
+    assert sweep.execute_script("return baselineRatio(rows[12]).value") == pytest.approx(1.25)
+
+
+def test_the_interval_of_a_baseline_is_that_of_python(fresh: Any) -> None:
+    found = "const row = rows.find(r => r.scaling); return [latencyRatio(rows[row.scaling.base], row), row.scaling.speedup]"
+    ours, theirs = fresh.execute_script(found)
+    assert ours["value"] == pytest.approx(theirs["value"])
+    assert ours["ci95"] == pytest.approx(theirs["ci95"], rel=0.01)
+
+
+def test_the_table_shows_quality_before_it_scrolls_in_rows_of_32_pixels(sweep: Any) -> None:
+    emulate(sweep, 1400, "light")
+    heights = "return [...document.querySelectorAll('#table tbody tr')].map(r => r.getBoundingClientRect().height)"
+    assert set(sweep.execute_script(heights)) == {32}
+    edges = """const region = document.querySelector('#table').parentElement.getBoundingClientRect();
+    return ['latency', 'nfe', 'rel_l2', 'distance'].map(key => region.right
+        - document.querySelector(`th:has([data-sort=${key}])`).getBoundingClientRect().right)"""
+    assert min(sweep.execute_script(edges)) >= 0
+
+
+def test_the_runs_shown_are_saved_as_csv_and_json(fresh: Any) -> None:
+    find(fresh, "#words").send_keys("steps=8")
+    rows = list(csv.DictReader(io.StringIO(fresh.execute_async_script(SAVED, "csv"))))
+    assert [row["folder"] for row in rows] == fresh.execute_script(ROWS)
+    heun = next(row for row in rows if row["folder"] == "heun8")
+    assert (heun["latency, ms"], heun["latency, ms low"], heun["request.steps"]) == ("400", "392", "8")
+    saved = json.loads(fresh.execute_async_script(SAVED, "json"))
+    assert [row["folder"] for row in saved["rows"]] == [row["folder"] for row in rows]
+    assert "grid" not in saved["rows"][0]
+    find(fresh, "button[type=reset]").click()
+    prompts = [row["request.prompts"] for row in csv.DictReader(io.StringIO(fresh.execute_async_script(SAVED, "csv")))]
+    assert HOSTILE in prompts
+    assert fresh.get_log("browser") == []
+
+
+def test_a_run_leads_to_its_folder(fresh: Any) -> None:
+    links = fresh.execute_script("return [...document.querySelectorAll('#table tbody th a')].map(a => [a.href, a.title])")
+    assert len(links) == 15
+    for address, folder in links:
+        place = Path(unquote(urlsplit(address).path))
+        assert (place / "status.json").is_file()
+        assert place.as_posix().endswith(folder)
+
+
+def test_two_sweeps_stand_side_by_side(sweep: Any) -> None:
+    assert [find(sweep, f"#{name}").get_property("value") for name in ("first", "second")] == ["sweep0", "sweep1"]
+    cells = "return [...document.querySelectorAll('#pairs tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    pairs = sweep.execute_script(cells)
+    assert len(pairs) == 12
+    assert {pair[3].partition("1.")[0] + pair[3][:4] for pair in pairs} == {"1.25"}
+    choose(sweep, "#second", "sweep0")
+    assert sweep.execute_script(cells) == []
+    assert not find(sweep, "#ratios").is_displayed()
+
+
+def test_history_shows_one_command_at_several_times(sweep: Any) -> None:
+    lines = "return document.getElementById('trend').data.map(t => [t.x.length, t.y[1] / t.y[0]])"
+    assert sweep.execute_script(lines) == [[2, pytest.approx(0.8)]] * 8
+    find(sweep, "#history-pages button:last-child").click()
+    assert len(sweep.execute_script(lines)) == 4
+    assert "9 to 12 of 12" in find(sweep, "#history-pages").text
+    assert "2026-11-29 10:16" in find(sweep, "#dates").text
+
+
+@pytest.fixture
+def many(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """Open the page of 500 runs; go back to the earlier page afterwards."""
+    make_sweep(tmp_path / "sweep")
+    yield from opened(browser, lambda folder: copy_perturbed(tmp_path / "sweep", folder, 500), tmp_path / "many")
+
+
+def test_five_hundred_runs_are_shown_in_pages(many: Any) -> None:
+    assert find(many, "#count").text == "500 of 500 runs"
+    assert many.execute_script(BARS) == [25, 25, 25]
+    assert len(many.execute_script(ROWS)) == 100
+    assert len(many.execute_script(POINTS)) == 500
+    height = "return document.getElementById('stages').getBoundingClientRect().height"
+    assert many.execute_script(height) < 900
+    first = many.execute_script(ROWS)
+    find(many, "#table-pages button:last-child").click()
+    second = many.execute_script(ROWS)
+    assert len(second) == 100
+    assert not set(first) & set(second)
+    assert many.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    script = accessibility_script()  # skips where it is missing
+    for make in (make_sweep, make_loads, make_caches, make_tree):
+        page = opened(browser, make, tmp_path / make.__name__)
+        found = next(page)
+        emulate(found, width, scheme)
+        found.execute_script(script)
+        assert found.execute_async_script(VIOLATIONS) == []
+        next(page, None)

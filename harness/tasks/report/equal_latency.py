@@ -6,7 +6,6 @@ reference, that of the full number of steps (task.reference_steps), so their err
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -62,6 +61,8 @@ def equal_latency_baselines(records: Mapping[int, Record]) -> dict[int, EqualLat
     Returns:
         The baselines by the index of the cached run.
     """
+    if not any(record.summary is not None and record.summary.cache for record in records.values()):
+        return {}
     plain: defaultdict[tuple[str, ...], list[LatencyPoint]] = defaultdict(list)
     cached: list[tuple[tuple[str, ...], LatencyPoint]] = []
     for index, record in records.items():
@@ -106,8 +107,8 @@ def cache_name(record: Record) -> str:
 
 def _comparison_key(record: Record) -> tuple[str, ...]:
     """Return what comparable runs share: reference, machine, threads, and the configuration except cache and steps."""
-    rest = copy.deepcopy({**record.config, "cache": None})
-    rest["request"]["steps"], rest["task"] = None, {"name": "bench"}
+    request = {**record.config["request"], "steps": None}
+    rest = {**record.config, "cache": None, "request": request, "task": {"name": "bench"}}
     origin = record.provenance
     reference = "" if record.fidelity is None else record.fidelity.reference
     return reference, *origin.machine, str(origin.threads_per_rank), fingerprint(rest)

@@ -255,6 +255,25 @@ def _top(group: Sequence[float], gap: float) -> float:
     return _bottom(group, gap) + gap * (len(group) - 1)
 
 
+def read_scored(folder: Path) -> Sweep:
+    """Read a sweep that has at least one scored run.
+
+    Args:
+        folder: Folder with run folders at any depth.
+
+    Returns:
+        The sweep.
+
+    Raises:
+        ValueError: No run is scored, or the runs do not compare.
+    """
+    sweep = read_sweep(folder)
+    if not sweep.points:
+        reasons = "; ".join(sorted(set(sweep.left_out.values()))) or "no records"
+        raise ValueError(f"{folder} holds no scored run ({reasons})")
+    return sweep
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -274,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, help="a file whose text between the markers becomes the table")
     options = parser.parse_args(arguments)
     try:
-        sweep = _read_scored(options.sweep)
+        sweep = read_scored(options.sweep)
         options.out.mkdir(parents=True, exist_ok=True)
         rows = table(sweep, sorted(options.budget))
         (options.out / "families.md").write_text(rows, encoding="utf-8")
@@ -292,25 +311,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(f"{count} runs left out: {reason}")
     print(f"{len(sweep.points)} points: {options.out / 'families.png'}")
     return 0
-
-
-def _read_scored(folder: Path) -> Sweep:
-    """Read a sweep that has at least one scored run.
-
-    Args:
-        folder: Folder with run folders at any depth.
-
-    Returns:
-        The sweep.
-
-    Raises:
-        ValueError: No run is scored, or the runs do not compare.
-    """
-    sweep = read_sweep(folder)
-    if not sweep.points:
-        reasons = "; ".join(sorted(set(sweep.left_out.values()))) or "no records"
-        raise ValueError(f"{folder} holds no scored run ({reasons})")
-    return sweep
 
 
 if __name__ == "__main__":

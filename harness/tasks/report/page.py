@@ -7,6 +7,7 @@ text, never as markup. A content security policy enforces both, and that nothing
 from __future__ import annotations
 
 import importlib.resources
+import os
 import re
 from collections import Counter
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from harness.resolve.compose import ConfigError
 from harness.tasks.report.rows import ReportRow, read_table
 
 FILE = "report.html"
+SCRIPTS = ("page.base.js", "page.table.js", "page.figures.js", "page.sections.js", "page.js")
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
@@ -31,12 +33,14 @@ class Page(msgspec.Struct, frozen=True):
     Attributes:
         root: The folder whose runs the page shows.
         made: The time at which the page was made.
+        base: The folder relative to the page, for links.
         keys: The configuration keys that differ between the runs.
         rows: One row per run.
     """
 
     root: str
     made: str
+    base: str
     keys: list[str]
     rows: list[ReportRow]
 
@@ -62,7 +66,8 @@ def write_report(config: RunConfig, console: Console) -> Status:
     if not table.rows:
         raise ConfigError(f"report.runs={root} holds no run (a folder with a status.json); give one that does")
     out = Path(config.report.out) if config.report.out is not None else root / FILE
-    page = Page(str(root), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", table.keys, table.rows)
+    base = Path(os.path.relpath(root.resolve(), out.parent.resolve())).as_posix()
+    page = Page(str(root), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", base, table.keys, table.rows)
     text = render(page, script)
     try:
         write_atomically(out, text.encode())
@@ -83,7 +88,7 @@ def render(page: Page, plotly: str) -> str:
         "style": files.joinpath("page.css").read_text(),
         "plotly": plotly,
         "data": as_script(page),
-        "script": files.joinpath("page.js").read_text(),
+        "script": "\n".join(files.joinpath(name).read_text() for name in SCRIPTS),
     }
     # in one pass, so that a placeholder inside an inserted part is not replaced
     return re.sub(r"/\*(\w+)\*/", lambda match: parts[match[1]], files.joinpath("page.html").read_text())

@@ -13,11 +13,13 @@ import yaml
 
 from harness.messages import total_sent_bytes
 from harness.metrics.difference import Difference
+from harness.metrics.fidelity import rounding_bound
 from harness.metrics.intervals import IntervalEstimate, Share
 from harness.metrics.load import LoadSummary
 from harness.metrics.summary import Summary
 from harness.records.comparison import Comparison, read_comparison
 from harness.records.record import (
+    OF_USER,
     CacheUse,
     CategoryRow,
     Record,
@@ -36,7 +38,10 @@ from harness.tasks.report.sweep import flatten
 FILES = ("status.json", "record.json", "comparison.json")  # a folder with any of them is a run
 OF_ONE_RUN = ("started", "ended", "command")  # parts of the provenance that differ in every run
 THUMBNAIL = (600, 900)  # largest width and height, pixels
+SMALL_THUMBNAIL = (300, 450)
+MANY = 100  # runs from which on thumbnails are small
 WEBP_QUALITY = 82
+NOT_MEASURED = (*OF_USER, "logger", "hydra", "task.references", "launch.reuse")  # overrides that change no number
 
 
 class ReportRow(msgspec.Struct, frozen=True):
@@ -50,6 +55,7 @@ class ReportRow(msgspec.Struct, frozen=True):
         values: Values of the configuration keys that differ between runs.
         notes: Notes of the record or the comparison.
         latency: Latency of one request, ms.
+        repeats_ms: Latency of every repeat, ms.
         step: Duration of one solver step after the first, ms.
         first_step: Duration of the first solver step, ms.
         stages: Median duration of each stage, ms.
@@ -62,8 +68,12 @@ class ReportRow(msgspec.Struct, frozen=True):
         verdict: Result of the comparison with the reference.
         declared: Class that the run's methods claim.
         pixel: Error of the pixels against the reference.
+        rounding: Largest relative L2 error of the pixels that counts as rounding.
+        reference: Key of the reference; errors compare if they share it.
         distance: Distance to the requested image.
         top1: Share of images whose nearest training image has the prompt's name.
+        clip_score: CLIP score on the user's weights.
+        frechet: Frechet distance to the user's images.
         metrics: Metrics of plug-ins, by name.
         ranks: Number of ranks.
         threads: Threads per rank.
@@ -72,6 +82,10 @@ class ReportRow(msgspec.Struct, frozen=True):
         equal_latency: Run without a cache, in fewer steps, that takes no longer.
         comparison: Result of task=compare.
         provenance: Versions, hardware and engine.
+        started: Time at which the run began, UTC, ISO 8601.
+        commit: First digits of the commit, with a plus if the working tree differed from it.
+        machine: Processor, instruction set and device.
+        command: Overrides that may change a number, in alphabetical order.
         prompts: Distinct prompts.
         categories: Categories of its data set.
         images: Number of images of its data set.
@@ -85,6 +99,7 @@ class ReportRow(msgspec.Struct, frozen=True):
     values: dict[str, Cell]
     notes: list[str]
     latency: Summary | None = None
+    repeats_ms: list[float] = []
     step: Summary | None = None
     first_step: Summary | None = None
     stages: dict[str, float] = {}
@@ -97,8 +112,12 @@ class ReportRow(msgspec.Struct, frozen=True):
     verdict: str | None = None
     declared: str | None = None
     pixel: Difference | None = None
+    rounding: float | None = None
+    reference: str | None = None
     distance: IntervalEstimate | None = None
     top1: Share | None = None
+    clip_score: IntervalEstimate | None = None
+    frechet: float | None = None
     metrics: dict[str, float] = {}
     ranks: int | None = None
     threads: int | None = None
@@ -107,6 +126,10 @@ class ReportRow(msgspec.Struct, frozen=True):
     equal_latency: EqualLatencyBaseline | None = None
     comparison: Comparison | None = None
     provenance: dict[str, Cell] = {}
+    started: str | None = None
+    commit: str | None = None
+    machine: str | None = None
+    command: str | None = None
     prompts: list[str] = []
     grid: str | None = None
     categories: list[CategoryRow] = []
@@ -162,7 +185,8 @@ def read_table(root: Path) -> ReportTable:
     records = {index: run.record for index, run in enumerate(runs) if run.record is not None and run.record.repeats}
     scaling, baselines = scalings(folders, records), equal_latency_baselines(records)
     named = run_labels([run.config for run in runs], keys, names)
-    rows = [_row(run, keys, named[k], names[k], scaling.get(k)) for k, run in enumerate(runs)]
+    size = SMALL_THUMBNAIL if len(runs) >= MANY else THUMBNAIL
+    rows = [_row(run, keys, named[k], names[k], scaling.get(k), size) for k, run in enumerate(runs)]
     return ReportTable(
         keys, [msgspec.structs.replace(row, equal_latency=baselines.get(k)) for k, row in enumerate(rows)]
     )
@@ -231,9 +255,11 @@ def _declared(folder: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-def _row(run: StoredRun, keys: list[str], label: str, folder: str, scaling: Scaling | None) -> ReportRow:
+def _row(
+    run: StoredRun, keys: list[str], label: str, folder: str, scaling: Scaling | None, size: tuple[int, int]
+) -> ReportRow:
     values = {key: run.config[key] for key in keys if key in run.config}
-    grid, notes = thumbnail(run.folder / "grid.png")
+    grid, notes = thumbnail(run.folder / "grid.png", size)
     if run.comparison is not None:
         notes = [*run.comparison.notes, *notes]
     plain = ReportRow(
@@ -244,7 +270,8 @@ def _row(run: StoredRun, keys: list[str], label: str, folder: str, scaling: Scal
 
 def _with_record(plain: ReportRow, record: Record, scaling: Scaling | None) -> ReportRow:
     """Add the numbers of a record to a row."""
-    fidelity, quality = record.fidelity, record.quality
+    fidelity, quality, pretrained = record.fidelity, record.quality, record.pretrained
+    git = record.provenance.git
     own = msgspec.to_builtins(record.provenance).items()
     provenance = {
         **{key: value for key, value in own if key not in OF_ONE_RUN},
@@ -252,18 +279,27 @@ def _with_record(plain: ReportRow, record: Record, scaling: Scaling | None) -> R
     }
     return msgspec.structs.replace(
         plain if record.summary is None else _with_times(plain, record.summary),
+        repeats_ms=[repeat.total_duration_ms for repeat in record.repeats],
         notes=[*record.notes, *plain.notes],
         load=record.load,
         verdict=None if fidelity is None else fidelity.verdict,
         declared=None if fidelity is None else fidelity.method_class,
         pixel=None if fidelity is None else fidelity.pixel,
+        rounding=None if fidelity is None else rounding_bound(fidelity.floor_pixel),
+        reference=None if fidelity is None else fidelity.reference,
         distance=None if quality is None else quality.distance,
         top1=None if quality is None else quality.top1,
+        clip_score=None if pretrained is None else pretrained.clip_score,
+        frechet=None if pretrained is None or pretrained.frechet is None else pretrained.frechet.value,
         metrics=record.metrics,
         ranks=record.provenance.world_size,
         threads=record.provenance.threads_per_rank,
         scaling=scaling,
         provenance={**cells(flatten(provenance)), "attention.resolved": record.attention.resolved},
+        started=record.provenance.started or None,
+        commit=None if git is None else git.commit[:12] + "+" * git.dirty,
+        machine=" ".join(part for part in record.provenance.machine if part),
+        command=" ".join(sorted(o for o in record.overrides if not o.lstrip("+").startswith(NOT_MEASURED))),
         prompts=list(dict.fromkeys(sample.prompt for sample in record.samples)),
         categories=[] if record.dataset is None else record.dataset.categories,
         images=None if record.dataset is None else record.dataset.images,
@@ -288,11 +324,12 @@ def _with_times(plain: ReportRow, summary: Statistics) -> ReportRow:
     )
 
 
-def thumbnail(path: Path) -> tuple[str | None, list[str]]:
+def thumbnail(path: Path, size: tuple[int, int] = THUMBNAIL) -> tuple[str | None, list[str]]:
     """Shrink an image to a data URI.
 
     Args:
         path: Image file.
+        size: Largest width and height, pixels.
 
     Returns:
         The data URI, or None if there is no readable file; and a note if the file cannot be read.
@@ -306,7 +343,7 @@ def thumbnail(path: Path) -> tuple[str | None, list[str]]:
             small = image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         return None, [f"{path.name} cannot be shown: {type(error).__name__}"]
-    small.thumbnail(THUMBNAIL)
+    small.thumbnail(size)
     file = io.BytesIO()
     small.save(file, "WEBP", quality=WEBP_QUALITY)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}", []

@@ -44,6 +44,8 @@ def scalings(folders: Sequence[Path], records: Mapping[int, Record]) -> dict[int
     Returns:
         The speed-ups by the run's index in `folders`.
     """
+    if all(record.provenance.world_size == 1 for record in records.values()):
+        return {}
     groups: defaultdict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
     for index, record in records.items():
         groups[fingerprint({**record.config, "parallel": None}), record.provenance.machine].append(index)

@@ -10,11 +10,21 @@ import pytest
 from harness.cli import dispatch
 from harness.metrics.unpaired import ratio_of_medians
 from harness.records.provenance import Cpu
+from harness.tasks import report
 from harness.tasks.report.keys import layout_name, run_labels, varying_keys
 from harness.tasks.report.page import Page, as_script, render
 from harness.tasks.report.rows import ReportRow, read_table
 from harness.tasks.report.scaling import scalings
-from tests.fixtures.report_tree import HOSTILE, Maker, make_loads, make_tree, page_image
+from tests.fixtures.report_tree import (
+    HOSTILE,
+    Maker,
+    copy_perturbed,
+    make_loads,
+    make_sweep,
+    make_tree,
+    page_image,
+    write,
+)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +169,69 @@ def test_loads_are_rows_without_times_of_one_request(tmp_path: Path) -> None:
     assert compared.headline == compared.ratios["answer"]
 
 
+def test_a_row_has_what_baseline_history_and_rounding_need(rows: dict[str, ReportRow]) -> None:
+    row = rows["heun4"]
+    assert row.repeats_ms == pytest.approx([205.8, 214.2, 210.0, 212.1, 210.0])
+    assert (row.started, row.command) == (
+        "2026-11-30T00:00:00+00:00",
+        "request.steps=4 scheduler.solver.name=heun",
+    )
+    assert row.rounding == 1e-5
+    assert row.commit is None or re.fullmatch(r"[0-9a-f]{12}\+?", row.commit)
+    assert rows["refused"].command is None
+
+
+def test_overrides_that_change_no_number_are_not_part_of_a_command(tmp_path: Path) -> None:
+    make = Maker()
+    made = make.record({"request.steps": 4}, 100.0)
+    others = ["task=bench", "logger=json", "notes=again", "+hydra.sweep.dir=x", "task.references=y", *made.overrides]
+    write(tmp_path / "a", msgspec.structs.replace(made, overrides=others))
+    (row,) = read_table(tmp_path).rows
+    assert row.command == "request.steps=4 task=bench"
+
+
+def test_thumbnails_of_many_runs_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Maker()
+    for steps in (4, 8):
+        write(tmp_path / f"{steps}", make.record({"request.steps": steps}, 100.0))
+    monkeypatch.setattr("harness.tasks.report.rows.MANY", 2)
+    grids = [row.grid for row in read_table(tmp_path).rows]
+    assert [page_image(grid or "").size for grid in grids] == [(300, 233)] * 2
+
+
+def test_copies_for_a_large_report_are_runs_of_their_own(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "sweep")
+    copy_perturbed(tmp_path / "sweep", tmp_path / "copies", 30)
+    table = read_table(tmp_path / "copies")
+    assert {row.state for row in table.rows} == {"ok"}
+    assert len({(row.values["request.seed"], row.label) for row in table.rows}) == 30
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of a colour `#rrggbb` (WCAG 2.2)."""
+    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast ratio of two colours, from 1 to 21 (WCAG 2.2)."""
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_markers_and_text_contrast_with_their_background(scheme: int) -> None:
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    style = Path(report.__file__).with_name("page.css").read_text()
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", style.split("@media")[scheme]))
+    series = {name: value for name, value in colours.items() if name.startswith("series-")}
+    assert len(series) == 8
+    assert {name for name, value in series.items() if contrast(value, colours["card"]) < 3} == set()
+    text = ("ink", "faint", "accent", "good", "fair", "bad")
+    assert {name for name in text for on in ("card", "page") if contrast(colours[name], colours[on]) < 4.5} == set()
+
+
 def test_grids_are_shrunk_and_embedded(rows: dict[str, ReportRow]) -> None:
     grid = rows["heun8"].grid
     assert grid is not None
@@ -168,7 +241,7 @@ def test_grids_are_shrunk_and_embedded(rows: dict[str, ReportRow]) -> None:
 
 def test_no_text_of_a_record_is_markup(tree: Path) -> None:
     table = read_table(tree)
-    page = Page(f"runs {HOSTILE}", "today", table.keys, table.rows)
+    page = Page(f"runs {HOSTILE}", "today", ".", table.keys, table.rows)
     html = render(page, "/* plotly */")
     assert html.count("</script>") == html.count("<script") == 3
     assert "example.com" in html
@@ -180,7 +253,7 @@ def test_no_text_of_a_record_is_markup(tree: Path) -> None:
 
 
 def test_the_page_may_fetch_nothing() -> None:
-    html = render(Page("runs", "today", [], []), "")
+    html = render(Page("runs", "today", ".", [], []), "")
     assert "default-src 'none'" in html
     assert not re.findall(r"""(?:src|href)=["'](?!#)""", html)
     assert "http" not in html.replace('http-equiv="Content-Security-Policy"', "")
@@ -228,3 +301,7 @@ def test_the_page_is_written_beside_the_runs_or_to_a_given_path(
     assert list(tmp_path.iterdir()) == [out]
     assert dispatch(["task=report", f"report.runs={tree}"]) == 0
     assert (tree / "report.html").stat().st_size == pytest.approx(out.stat().st_size, abs=99)
+    found = [re.search(r'"base":"([^"]*)"', path.read_text()) for path in (out, tree / "report.html")]
+    bases = [match and match[1] for match in found]
+    assert bases[1] == "."
+    assert (tmp_path / (bases[0] or "") / "euler4" / "record.json").samefile(tree / "euler4" / "record.json")
