@@ -259,7 +259,7 @@ class HydraSession:
 
     def varying(self) -> set[str]:
         """Return the keys that vary in the sweep: those of the command line, and those of a sweeper's own."""
-        params = OmegaConf.select(HydraConfig.get(), "sweeper.params") or {}
+        params = HydraConfig.get().sweeper.get("params") or {}
         return {*params, *(() if self.progress is None else self.progress.keys)}
 
     def add(self, job: JobResult, number: int) -> None:

@@ -19,27 +19,26 @@ from harness.records.record import Record, Statistics
 def record_scalars(record: Record) -> dict[str, float | str | bool]:
     """Return the statistics, errors and scores of a record."""
     summary = record.statistics
-    return (
-        {
-            "latency_ms_median": summary.latency_ms.median,
-            "step_ms_median": summary.step_ms.median,
-            "throughput_per_s": summary.throughput_per_s,
-            "overhead_share_median": summary.overhead_share.median,
-            "nfe": summary.nfe,
-            "peak_memory_mib_max": summary.peak_memory_mib_max,
-            "attention_resolved": record.attention.resolved,
-            "engine": record.engine.name,
-            "load_ms": record.first_call.load_ms,
-            "comm_bytes": total_sent_bytes(summary.comm),
-            "comm_exposed_ms": sum(sent.exposed_ms for kinds in summary.comm.values() for sent in kinds.values()),
-        }
-        | interval_scalars("latency_ms", summary.latency_ms.ci95)
-        | flops_scalars(summary)
-        | fidelity_scalars(record.fidelity)
-        | quality_scalars(record.quality)
-        | pretrained_scalars(record.pretrained)
-        | {f"metric_{name}": value for name, value in record.metrics.items()}
-    )
+    return {
+        "latency_ms_median": summary.latency_ms.median,
+        "step_ms_median": summary.step_ms.median,
+        "throughput_per_s": summary.throughput_per_s,
+        "overhead_share_median": summary.overhead_share.median,
+        "nfe": summary.nfe,
+        "peak_memory_mib_max": summary.peak_memory_mib_max,
+        "attention_resolved": record.attention.resolved,
+        "engine": record.engine.name,
+        "load_ms": record.first_call.load_ms,
+        "comm_bytes": total_sent_bytes(summary.comm),
+        "comm_exposed_ms": sum(sent.exposed_ms for kinds in summary.comm.values() for sent in kinds.values()),
+        **{f"stage_ms_median/{name}": row.median for name, row in summary.stage_ms.items()},
+        **interval_scalars("latency_ms", summary.latency_ms.ci95),
+        **flops_scalars(summary),
+        **fidelity_scalars(record.fidelity),
+        **quality_scalars(record.quality),
+        **pretrained_scalars(record.pretrained),
+        **{f"metric_{name}": value for name, value in record.metrics.items()},
+    }
 
 
 def time_scalars(provenance: Provenance) -> dict[str, float | str]:

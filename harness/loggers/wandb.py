@@ -301,6 +301,7 @@ def open_run(
             run = _init("online", *arguments)
         except wandb.errors.CommError as error:
             server(server_url()).give_up(" ".join(str(error).split()) or type(error).__name__)
+            wandb.teardown()  # the run that was not opened would keep its id
         else:
             if config.group is None and run.url is not None:
                 Console(stderr=True).print(f"wandb: {run.url}", highlight=False, markup=False, soft_wrap=True)

@@ -179,9 +179,9 @@ def test_only_keys_that_have_an_effect_are_mirrored() -> None:
     assert "cache" not in used_config(config)["engine"]
     config["engine"]["name"] = "cache_dit"
     assert used_config(config)["engine"]["cache"] == config["engine"]["cache"]
-    assert ("references" in used_config(config)["task"]) is config["task"]["fidelity"]
+    assert ("fidelity_per_step" in used_config(config)["task"]) is config["task"]["fidelity"]
     config["task"]["fidelity"] = not config["task"]["fidelity"]
-    assert ("references" in used_config(config)["task"]) is config["task"]["fidelity"]
+    assert ("fidelity_per_step" in used_config(config)["task"]) is config["task"]["fidelity"]
     assert used_config({"declared": 1}) == {"declared": 1}
 
 
