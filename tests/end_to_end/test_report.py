@@ -289,7 +289,9 @@ def test_a_baseline_adds_a_ratio_with_its_interval(sweep: Any) -> None:
 
 
 def test_the_interval_of_a_baseline_is_that_of_python(fresh: Any) -> None:
-    found = "const row = rows.find(r => r.scaling); return [latencyRatio(rows[row.scaling.base], row), row.scaling.speedup]"
+    found = (
+        "const row = rows.find(r => r.scaling); return [latencyRatio(rows[row.scaling.base], row), row.scaling.speedup]"
+    )
     ours, theirs = fresh.execute_script(found)
     assert ours["value"] == pytest.approx(theirs["value"])
     assert ours["ci95"] == pytest.approx(theirs["ci95"], rel=0.01)
@@ -321,7 +323,9 @@ def test_the_runs_shown_are_saved_as_csv_and_json(fresh: Any) -> None:
 
 
 def test_a_run_leads_to_its_folder(fresh: Any) -> None:
-    links = fresh.execute_script("return [...document.querySelectorAll('#table tbody th a')].map(a => [a.href, a.title])")
+    links = fresh.execute_script(
+        "return [...document.querySelectorAll('#table tbody th a')].map(a => [a.href, a.title])"
+    )
     assert len(links) == 15
     for address, folder in links:
         place = Path(unquote(urlsplit(address).path))
