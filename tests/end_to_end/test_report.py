@@ -28,9 +28,11 @@ FITTED = (
 SECTIONS = "return [...document.querySelectorAll('main > section:not([hidden])')].map(s => s.id)"
 POINTS = """return document.getElementById('pareto').data.filter(t => t.customdata).flatMap(t => t.x.map(
     (x, k) => ({x: x, y: t.y[k], id: t.customdata[k], name: t.name, panel: t.xaxis})).filter(p => p.id !== null))"""
-SAVED = """const kept = []; const make = URL.createObjectURL;
-URL.createObjectURL = (blob) => { kept.push(blob); return 'about:blank'; };
-document.getElementById(arguments[0]).click(); URL.createObjectURL = make;
+SAVED = """const kept = [], make = URL.createObjectURL, click = HTMLAnchorElement.prototype.click;
+URL.createObjectURL = (blob) => { kept.push(blob); return ''; };
+HTMLAnchorElement.prototype.click = () => {};
+document.getElementById(arguments[0]).click();
+URL.createObjectURL = make; HTMLAnchorElement.prototype.click = click;
 kept[0].text().then(arguments[1]);"""
 ROOM = """return [...document.querySelectorAll('.chart:has(.main-svg)')].map(
     c => c.getBoundingClientRect().bottom - c.querySelector('.main-svg').getBoundingClientRect().bottom)"""
@@ -85,10 +87,10 @@ def test_hostile_text_is_text(fresh: Any) -> None:
 
 
 def test_words_filter_table_charts_and_front(fresh: Any) -> None:
-    find(fresh, "#words").send_keys("steps=8 HEUN")
-    assert fresh.execute_script(ROWS) == ["heun8"]
+    find(fresh, "#words").send_keys("steps=8 EULER")
+    assert fresh.execute_script(ROWS) == ["euler8"]
     assert fresh.execute_script(BARS) == [1, 1, 1]
-    assert fresh.execute_script(FRONT) == ["heun steps=8"]
+    assert fresh.execute_script(FRONT) == ["steps=8"]
     find(fresh, "#words").send_keys(" nothing")
     assert fresh.execute_script(ROWS) == []
     assert fresh.execute_script(SECTIONS) == ["runs", "absent"]
@@ -287,7 +289,9 @@ def test_a_baseline_adds_a_ratio_with_its_interval(sweep: Any) -> None:
 
 
 def test_the_interval_of_a_baseline_is_that_of_python(fresh: Any) -> None:
-    found = "const row = rows.find(r => r.scaling); return [latencyRatio(rows[row.scaling.base], row), row.scaling.speedup]"
+    found = (
+        "const row = rows.find(r => r.scaling); return [latencyRatio(rows[row.scaling.base], row), row.scaling.speedup]"
+    )
     ours, theirs = fresh.execute_script(found)
     assert ours["value"] == pytest.approx(theirs["value"])
     assert ours["ci95"] == pytest.approx(theirs["ci95"], rel=0.01)
@@ -319,7 +323,9 @@ def test_the_runs_shown_are_saved_as_csv_and_json(fresh: Any) -> None:
 
 
 def test_a_run_leads_to_its_folder(fresh: Any) -> None:
-    links = fresh.execute_script("return [...document.querySelectorAll('#table tbody th a')].map(a => [a.href, a.title])")
+    links = fresh.execute_script(
+        "return [...document.querySelectorAll('#table tbody th a')].map(a => [a.href, a.title])"
+    )
     assert len(links) == 15
     for address, folder in links:
         place = Path(unquote(urlsplit(address).path))
@@ -332,7 +338,7 @@ def test_two_sweeps_stand_side_by_side(sweep: Any) -> None:
     cells = "return [...document.querySelectorAll('#pairs tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
     pairs = sweep.execute_script(cells)
     assert len(pairs) == 12
-    assert {pair[3].partition("1.")[0] + pair[3][:4] for pair in pairs} == {"1.25"}
+    assert {pair[3][:4] for pair in pairs} == {"1.25"}
     choose(sweep, "#second", "sweep0")
     assert sweep.execute_script(cells) == []
     assert not find(sweep, "#ratios").is_displayed()

@@ -93,7 +93,9 @@ def fidelity(table: ReportTable) -> Figure:
     axes.set_ylim(least / 12, 3 * max(heights))
     if any(within_rounding(row) for row in rows):
         axes.axhline(least / 5, color=FAINT, linewidth=1, zorder=0)
-        axes.annotate("within rounding", (0.01, least / 5), (0, 4), ("axes fraction", "data"), "offset points", fontsize=8)
+        axes.annotate(
+            "within rounding", (0.01, least / 5), (0, 4), ("axes fraction", "data"), "offset points", fontsize=8
+        )
     axes.set_ylabel("relative L2 of the pixels from the float32 reference")
     axes.set_xlabel("latency of a request, ms, with its interval, or its range under 4 repeats")
     _label_points(axes, list(zip(map(latency, rows), heights, [row.label for row in rows], strict=True)))
@@ -225,7 +227,7 @@ def _latency(row: ReportRow) -> Summary:
 
 
 def _label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write the name of every point (x, y, name) right of the panel, apart from the others, with a line that leads to it."""
+    """Write the name of every point (x, y, name) right of the panel, apart from the others, with a leader line."""
     to_axes = axes.transData + axes.transAxes.inverted()
     order = sorted(points, key=lambda point: (point[1], point[0]))
     ends = [tuple(map(float, to_axes.transform((x, y)))) for x, y, _ in order]

@@ -255,7 +255,7 @@ function sweepPairs(shown) {
 }
 
 function renderSweeps(shown) {
-  if (SWEEPS.length < 2) return "All runs with times are of one folder.";
+  if (new Set(shown.filter((row) => row.latency).map(parent)).size < 2) return "No two folders have runs with times.";
   const pairs = view.first === view.second ? [] : sweepPairs(shown);
   const found = paged("sweeps", pairs, BARS, () => renderSweeps(shown)).map((pair) => ({ ...pair, ratio: latencyRatio(pair.first, pair.second) }));
   $("sweep-count").textContent = `${pairs.length} runs of each are shown with the same values of the keys that vary inside a sweep.`;

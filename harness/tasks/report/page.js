@@ -15,11 +15,17 @@ function render() {
     section.hidden = false; // a chart takes its width from its section
     const reason = part(shown);
     section.hidden = link.hidden = reason !== null;
-    if (reason !== null) section.querySelectorAll(".chart").forEach((chart) => Plotly.purge(chart));
+    if (reason !== null) clear(section);
     return section.hidden ? [element("dt", {}, section.querySelector("h2").textContent), element("dd", {}, reason)] : [];
   });
   $("absent").hidden = !absent.length;
   $("absent-list").replaceChildren(...absent);
+}
+
+/** Take the content of a hidden section away. */
+function clear(section) {
+  section.querySelectorAll(".chart").forEach((chart) => Plotly.purge(chart));
+  section.querySelectorAll("table").forEach((table) => table.replaceChildren());
 }
 
 function addPick(key) {

@@ -150,7 +150,7 @@ function renderTable(shown) {
     const button = element("button", { type: "button", "data-sort": key }, ...breakable(title), arrow);
     return element("th", { scope: "col", "aria-sort": sorted }, button);
   });
-  const body = shown.map((row) => element("tr", {}, element("th", { scope: "row" }, ...RUN.show(row)),
+  const body = paged("table", shown, 100, () => renderTable(shown)).map((row) => element("tr", {}, element("th", { scope: "row" }, ...RUN.show(row)),
     ...columns().map((each) => element("td", { class: each.kind }, ...each.show(row)))));
   const focused = document.activeElement?.dataset?.sort;
   $("table").replaceChildren(element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...body));
