@@ -13,7 +13,7 @@ from harness.datasets.dataset import ENTRIES, Dataset, is_given, load_dataset
 from harness.datasets.prompts import DatasetPrompt
 from harness.resolve.limits import MAX_PROMPT_CHARS
 
-SINGLE = ("fidelity", "profile")  # keys of task that belong to one request
+SINGLE = ("fidelity", "profile", "trace")  # keys of task that belong to one request
 
 
 def resolve_dataset(config: RunConfig) -> None:
