@@ -82,6 +82,7 @@ const COLUMNS = [
   column("distance", "distance (0 = as requested)", (row) => row.distance?.value, measured((row) => row.distance)),
   column("top1", "top-1", (row) => row.top1?.value, (value, row) => [percent(value), spread(...row.top1.ci95, percent)]),
   ...[...new Set(rows.flatMap((row) => Object.keys(row.metrics)))].map((name) => column(`metric:${name}`, words(name), (row) => row.metrics[name])),
+  column("front", "best of its search", (row) => row.front, (value) => value, "text"),
   column("error", "error", (row) => row.error, (value) => value, "error"),
   column("folder", "folder", (row) => row.folder, (value) => value, "folder"),
 ].filter(({ of }) => rows.some((row) => known(of(row)) && of(row) !== 0));
