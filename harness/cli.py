@@ -16,6 +16,7 @@ import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from types import FrameType
@@ -33,11 +34,13 @@ from harness.engines.launcher import is_under_torchrun
 from harness.engines.pool import EnginePool, MakeEngine, new_engine
 from harness.loggers.level import log_to_terminal
 from harness.loggers.run_names import job_title, shorten, wandb_group
+from harness.loggers.search import print_search
 from harness.loggers.table import print_sweep
 from harness.loggers.wandb import check_connection, log_failure
 from harness.plugins import load_plugins, loaded
 from harness.records.job import JobResult, read_jobs, write_job, write_sweep_job
 from harness.records.record import OF_USER, RunFolderError, Status, is_done, read_status
+from harness.records.search import Measured, Search
 from harness.records.side_by_side import RUNNING, note_beside, running_job
 from harness.resolve.command import Command, parse_command, parse_flags
 from harness.resolve.compose import (
@@ -45,15 +48,17 @@ from harness.resolve.compose import (
     ResolvedRun,
     check_composed,
     compose_run,
+    compose_sweep,
     from_yaml,
     load_plugins_of,
     register_schema,
-    sweep_folder,
     to_dict,
 )
 from harness.resolve.names import check_names, one_line
 from harness.resolve.own_files import FAILURES, NOT_COMPOSED, explain
 from harness.resolve.search_path import SearchPath
+from harness.search.multirun import TARGET, search
+from harness.search.objectives import measure
 from harness.tasks import task_entry
 from harness.tasks.common.comparison import is_compared
 from harness.tasks.common.lifecycle import mirror, refuse, refuse_command
@@ -230,14 +235,14 @@ class HydraSession:
     ) -> tuple[type[HydraSession], tuple[SearchPath, Path | None, bool, list[str]], dict[str, object]]:
         return HydraSession, (self.search, self._outcomes, True, [*loaded()]), {"progress": self.progress}
 
-    def run(self, composed: DictConfig) -> float:
+    def run(self, composed: DictConfig) -> float | Measured:
         """Run a job, as Hydra's task function.
 
         Args:
             composed: The configuration that Hydra composed.
 
         Returns:
-            The value that one of Hydra's sweepers minimises.
+            What the sweeper is told: the objectives of a search, or the value that a plug-in of Hydra's minimises.
 
         Raises:
             KeyboardInterrupt: The job was interrupted, which ends the sweep.
@@ -255,7 +260,8 @@ class HydraSession:
         self.report(composed)
         if done.status.state == "cancelled":
             raise KeyboardInterrupt
-        return objective_value(done)
+        objectives = OmegaConf.select(hydra_config, "sweeper.objectives")
+        return objective_value(done) if objectives is None else measure(done, objectives)
 
     def varying(self) -> set[str]:
         """Return the keys that vary in the sweep: those of the command line, and those of a sweeper's own."""
@@ -343,7 +349,7 @@ def sweep(command: Command) -> int:
     Raises:
         ConfigError: Hydra cannot compose what was given; no folder is left.
     """
-    folder = sweep_folder(command.overrides, command.search)
+    folder, sweeper = compose_sweep(command.overrides, command.search)
     pinned = [o for o in command.overrides if not o.startswith("hydra.sweep.dir=")]
     pinned += [f"hydra.sweep.dir={QuotedString(str(folder), Quote.double).with_quotes()}", "hydra.mode=MULTIRUN"]
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -352,7 +358,8 @@ def sweep(command: Command) -> int:
     session.progress = SweepProgress.of(command.overrides)
     try:
         with session.pool, command.search.hydra() as hydra:
-            hydra.multirun(command.search.primary, session.run, pinned)
+            run = partial(search, hydra) if sweeper == TARGET else hydra.multirun
+            found = run(command.search.primary, session.run, pinned)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except NOT_COMPOSED as error:
@@ -366,6 +373,9 @@ def sweep(command: Command) -> int:
     if len(jobs) > 1:
         print_sweep(jobs, output_console())
         print_savings(sum(job.already_done for job in jobs), session.pool, output_console())
+    if isinstance(found, Search):
+        print_search(found, folder, output_console())
+        return 0 if found.front else 1
     return 1 if any(job.status.state != "ok" for job in jobs) else 0
 
 

@@ -50,6 +50,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
         latents: the latents to return beside the pixels: none, the last one, or the state after every solver step.
         count_flops: whether to count operations, which slows the request down.
         profile: whether to time operators, which slows the request down.
+        trace_from_ns: the moment from which a trace of the request counts its times, ns since 1970; None = no trace.
         timeout_s: the time limit in seconds, counted from the request's arrival at rank 0. A request that exceeds it is
             answered with a Failure of kind expired.
         client: the client that the request counts for when clients take turns; empty for the socket that sent it.
@@ -72,6 +73,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, tag=True):
     latents: Latents = "none"
     count_flops: bool = False
     profile: bool = False
+    trace_from_ns: int | None = None
     timeout_s: float | None = None
     client: str = ""
     seeds: list[int] = []
@@ -192,6 +194,8 @@ class RankReport(msgspec.Struct, frozen=True):
         involuntary_switches: how often another process took the rank's processor.
         waited_s: the time that its threads waited for a processor, s; None where the kernel does not say.
         operator_errors: the operators that were compared with float64 so far, if fidelity is measured.
+        trace: the events of the request's trace, compressed (harness.device.trace); empty if it was not traced.
+        memory_snapshot: the history of GPU memory in a traced request; empty on the CPU.
     """
 
     rank: int
@@ -211,6 +215,8 @@ class RankReport(msgspec.Struct, frozen=True):
     involuntary_switches: int = 0
     waited_s: float | None = None
     operator_errors: list[OperatorError] = []
+    trace: bytes = b""
+    memory_snapshot: bytes = b""
 
 
 class SampleResult(msgspec.Struct, frozen=True):

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("harness.plugins",),
     ("harness.datasets", "harness.device", "harness.metrics"),
     ("harness.parallel", "harness.records"),
-    ("harness.loggers", "harness.optimize", "harness.resolve"),
+    ("harness.loggers", "harness.optimize", "harness.resolve", "harness.search"),
     ("harness.pipeline",),
     ("harness.baselines", "harness.caching", "harness.serving"),
     ("harness.build",),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import msgspec
 from safetensors import SafetensorError
@@ -33,6 +33,7 @@ from harness.records.record import (
     Record,
     Repeat,
     Statistics,
+    TraceRow,
     fingerprint,
 )
 from harness.resolve.compose import to_dict
@@ -69,6 +70,23 @@ def make_repeat(
         memory_checkpoints=largest.memory_checkpoints,
         machine=None if watched is None else machine_load(result.ranks, watched, hosts),
     )
+
+
+def trace_row(
+    path: str, request: Repeat, ranks: Sequence[RankReport], repeats: Sequence[Repeat], snapshots: list[str]
+) -> TraceRow:
+    """Return what the record has of a traced request.
+
+    Args:
+        path: the name of the trace's file.
+        request: the times of the traced request.
+        ranks: the reports of its ranks.
+        repeats: the repeats that were not traced, at least one.
+        snapshots: the names of the files with histories of GPU memory.
+    """
+    traced_ms = sum(stage.duration_ms for stage in request.steps)
+    plain_ms = median(sum(stage.duration_ms for stage in repeat.steps) for repeat in repeats)
+    return TraceRow(path, request, max(ranks, key=_total_ms).rank, traced_ms / plain_ms - 1, snapshots)
 
 
 def machine_load(ranks: Sequence[RankReport], watched: MachineUsage, hosts: int) -> MachineLoad | None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from harness.client.build_record import base_record, build_record, make_repeat
+from harness.client.trace import merge_traces
 from harness.config.schema import RequestConfig
 from harness.device.usage import MachineUsage
 from harness.engines.pool import MakeEngine, new_engine
@@ -82,6 +83,14 @@ class Generation:
         """Return one sheet of all images, or of three frames of each video, with their prompts."""
         stills = [still(to_uint8(sample)) for sample in self.pixels]
         return grid(stills, [sample.prompt for sample in self.result.samples])
+
+    def trace(self) -> bytes:
+        """Return the trace of all ranks as a Chrome trace, compressed with gzip: the content of `trace.json.gz`.
+
+        Raises:
+            ValueError: the request was not traced.
+        """
+        return merge_traces(self.result.ranks)
 
     def save(self, folder: Path, fingerprint: str) -> list[SampleRow]:
         """Write `samples/*.png` or `samples/*.mp4`, and `grid.png`.
@@ -269,6 +278,7 @@ class DiffusionGenerator:
         latents: Latents = "none",
         count_flops: bool = False,
         profile: bool = False,
+        trace: bool = False,
         on_progress: OnProgress = lambda progress: None,
     ) -> Generation:
         """Generate images or videos; an argument that is not given is taken from the configuration's `request`.
@@ -289,6 +299,7 @@ class DiffusionGenerator:
             latents: the latents to return: "none", the final latent ("last"), or the state after every step ("steps").
             count_flops: whether to count the networks' operations, which slows the request down.
             profile: whether to time the networks' operators, which slows the request down.
+            trace: whether to trace the request on every rank (`Generation.trace`), which slows it down.
             on_progress: a callback that receives the progress of rank 0.
 
         Returns:
@@ -324,7 +335,12 @@ class DiffusionGenerator:
         request = replace(self.config.request, **{key: value for key, value in given.items() if value is not None})
         before, start = MachineUsage.now(), time.perf_counter()
         message = msgspec.structs.replace(
-            to_message(request), latents=latents, count_flops=count_flops, profile=profile, seeds=seeds or []
+            to_message(request),
+            latents=latents,
+            count_flops=count_flops,
+            profile=profile,
+            trace_from_ns=time.time_ns() if trace else None,
+            seeds=seeds or [],
         )
         result, parts = self._engine.generate(message, on_progress)
         client_ms = (time.perf_counter() - start) * 1e3

@@ -155,6 +155,11 @@ class TaskConfig:
     profile: bool = option(
         False, "Generate once more and time the operators of every network.", reads=("task=bench", "task=generate")
     )
+    trace: bool = option(
+        False,
+        "Generate once more and write trace.json.gz, a Chrome trace of all ranks for ui.perfetto.dev.",
+        reads=("task=bench", "task=generate"),
+    )
     fidelity_per_step: bool = option(
         False, "Compare the state after every solver step with the reference's too.", reads=("task.fidelity=true",)
     )

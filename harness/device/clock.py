@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from harness.device.trace import NoTrace
 from harness.device.usage import ProcessUsage
 from harness.messages import OperatorTime, StageTime, StepTime
 
@@ -18,12 +19,20 @@ class Clock:
             is nothing to wait for.
         count_flops: Whether the networks' operations are counted too; the times are then not meaningful.
         profile: Whether the networks' operators are timed too, with the same effect.
+        trace: The trace of the request; None if it is not traced.
     """
 
-    def __init__(self, synchronize: Callable[[], None], count_flops: bool = False, profile: bool = False) -> None:
+    def __init__(
+        self,
+        synchronize: Callable[[], None],
+        count_flops: bool = False,
+        profile: bool = False,
+        trace: NoTrace | None = None,
+    ) -> None:
         self._synchronize = synchronize
         self._count_flops = count_flops
         self._profile = profile
+        self.trace = NoTrace() if trace is None else trace
         self._used_before = ProcessUsage.now()
         self.stages: list[StageTime] = []
         self.steps: list[StepTime] = []
@@ -35,16 +44,23 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage."""
-        start = self._now()
-        yield
-        self.stages.append(StageTime(name, self._now() - start))
+        with self.trace.nvtx(name):
+            start = self._now()
+            yield
+            took = self._now() - start
+        self.stages.append(StageTime(name, took))
+        self.trace.add("stage", name, start, took)
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Time one solver step."""
-        start = self._now()
-        yield
-        self.steps.append(StepTime(len(self.steps), self._now() - start))
+        number = len(self.steps)
+        with self.trace.nvtx(f"step {number}"):
+            start = self._now()
+            yield
+            took = self._now() - start
+        self.steps.append(StepTime(number, took))
+        self.trace.add("step", f"step {number}", start, took)
 
     @contextmanager
     def network(self, name: str, counted: bool = True) -> Iterator[None]:
@@ -57,11 +73,14 @@ class Clock:
         Yields:
             None, while the forward runs.
         """
-        start = self._now()
-        with ExitStack() as watchers:
-            self._watch(name, watchers)
-            yield
-        self.networks_ms[name] = self.networks_ms.get(name, 0.0) + self._now() - start
+        with self.trace.nvtx(name):
+            start = self._now()
+            with ExitStack() as watchers:
+                self._watch(name, watchers)
+                yield
+            took = self._now() - start
+        self.networks_ms[name] = self.networks_ms.get(name, 0.0) + took
+        self.trace.add("network", name, start, took)
         self.evaluations[name] = self.evaluations.get(name, 0) + counted
 
     def discount(self, name: str, evaluations: int) -> None:

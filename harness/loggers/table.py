@@ -85,6 +85,9 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
         total = sum(row.self_ms for row in rows)
         shares = ", ".join(f"{row.name} {row.self_ms / total:.0%}" for row in rows[:SHOWN_OPERATORS])
         console.print(f"{network.replace('_', ' ')}, time by operator: {escape(shares)}")
+    if record.trace is not None:
+        longer = f"{100 * abs(record.trace.overhead):.0f} % {'longer' if record.trace.overhead >= 0 else 'less'}"
+        console.print(f"traced request: its stages took {longer} than the median repeat's")
     if record.fidelity is not None:
         print_fidelity(record.fidelity, console)
     if record.quality is not None:
@@ -99,7 +102,10 @@ def print_record(record: Record, folder: Path, console: Console) -> None:
         console.print(escape(line), soft_wrap=True)
     for note in record.notes:
         console.print(f"[yellow]note:[/yellow] {escape(note)}")
-    for name, path in ((f"{kind}s", "samples"), ("grid", "grid.png"), ("record", "record.json"), ("logs", "logs")):
+    paths = [(f"{kind}s", "samples"), ("grid", "grid.png"), ("record", "record.json"), ("logs", "logs")]
+    if record.trace is not None:
+        paths.append(("trace", record.trace.path))
+    for name, path in paths:
         console.print(f"{name:8} {escape(str(folder / path))}", soft_wrap=True)
 
 

@@ -70,5 +70,5 @@ class _CountedAllGather(AllGather):
         start = time.perf_counter()
         work = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
         sent = input_tensor.numel() * input_tensor.element_size() * (group.size() - 1)
-        self.traffic.add(TRAFFIC_KIND, sent, (time.perf_counter() - start) * 1e3)
+        self.traffic.add(TRAFFIC_KIND, sent, start, time.perf_counter())
         return work

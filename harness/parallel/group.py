@@ -21,21 +21,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness import messages
+from harness.device.trace import NoTrace
 
 
 @dataclass
 class TrafficCounter:
-    """What this rank has sent since the last reset: bytes, calls and exposed time in ms, by kind of collective."""
+    """What this rank has sent since the last reset: bytes, calls and exposed time in ms, by kind of collective.
+
+    `trace` is that of the running request.
+    """
 
     sent_bytes: dict[str, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     exposed_ms: dict[str, float] = field(default_factory=dict)
+    trace: NoTrace = field(default_factory=NoTrace)
 
-    def add(self, kind: str, sent: int, ms: float) -> None:
-        """Count one call."""
+    def add(self, kind: str, sent: int, start_s: float, end_s: float) -> None:
+        """Count one call; its begin and end are those of Python's performance counter."""
+        ms = (end_s - start_s) * 1e3
         self.sent_bytes[kind] = self.sent_bytes.get(kind, 0) + sent
         self.calls[kind] = self.calls.get(kind, 0) + 1
         self.exposed_ms[kind] = self.exposed_ms.get(kind, 0.0) + ms
+        self.trace.add("collective", kind, start_s * 1e3, ms, bytes=sent)
 
     def take(self) -> dict[str, messages.CollectiveTraffic]:
         """Return the counts by kind, and reset them."""
@@ -237,11 +244,13 @@ class Group:
         self._run_timed("neighbours", sum(_bytes(x) for _, x in sent), exchange)
 
     def _run_timed(self, kind: str, sent: int, call: Callable[[], object]) -> None:
-        self.synchronize()
-        start = time.perf_counter()
-        call()
-        self.synchronize()
-        self.traffic.add(kind, sent, (time.perf_counter() - start) * 1e3)
+        with self.traffic.trace.nvtx(kind):
+            self.synchronize()
+            start = time.perf_counter()
+            call()
+            self.synchronize()
+            end = time.perf_counter()
+        self.traffic.add(kind, sent, start, end)
 
 
 def single_process_group(rank: int = 0) -> Group:

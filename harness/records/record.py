@@ -193,6 +193,24 @@ class Statistics(msgspec.Struct, frozen=True):
     first_step_ms: Summary | None = None
 
 
+class TraceRow(msgspec.Struct, frozen=True):
+    """The request that was traced, which is not among the repeats.
+
+    Attributes:
+        path: The Chrome trace of all ranks.
+        request: Its times. The stages are those of its slowest rank, and the trace has the same.
+        rank: The slowest rank.
+        overhead: How much longer its stages took than those of the median repeat, as a share of these.
+        memory_snapshots: Histories of GPU memory by rank, for pytorch.org/memory_viz; empty on the CPU.
+    """
+
+    path: str
+    request: Repeat
+    rank: int
+    overhead: float
+    memory_snapshots: list[str] = []
+
+
 class SampleRow(msgspec.Struct, frozen=True):
     """One image or video on disk; `sha256` is the hash of its 8-bit pixels."""
 
@@ -303,6 +321,7 @@ class Record(msgspec.Struct, frozen=True):
         primary: Name of the primary configuration.
         beside: Other jobs of the sweep that ran at the same time on the same machine, by the names of their folders.
         rerun: Comparison with the run that this one repeats; None if it repeats none.
+        trace: The traced request with task.trace; None without.
     """
 
     schema: int
@@ -329,6 +348,7 @@ class Record(msgspec.Struct, frozen=True):
     primary: str = "config"
     beside: list[str] = []
     rerun: Rerun | None = None
+    trace: TraceRow | None = None
 
     @property
     def statistics(self) -> Statistics:
@@ -482,6 +502,14 @@ class RunFolder:
             RunFolderError: It cannot be written.
         """
         self._write(name, msgspec.json.format(msgspec.json.encode(data), indent=1))
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a file of a few megabytes.
+
+        Raises:
+            RunFolderError: It cannot be written; no part of it is left.
+        """
+        self._write(name, data)
 
     def write_config(self, text: str) -> None:
         """Write `config.yaml`, the resolved configuration.

@@ -127,8 +127,8 @@ def named_folder(overrides: Sequence[str]) -> Path | None:
         return None
 
 
-def sweep_folder(overrides: Sequence[str], search: SearchPath) -> Path:
-    """Return the folder of a sweep with these overrides.
+def compose_sweep(overrides: Sequence[str], search: SearchPath) -> tuple[Path, str]:
+    """Return the folder of a sweep with these overrides, and the class of its sweeper.
 
     Args:
         overrides: The overrides of the sweep.
@@ -137,7 +137,8 @@ def sweep_folder(overrides: Sequence[str], search: SearchPath) -> Path:
     Raises:
         ConfigError: A name is unknown, or Hydra cannot compose what was given.
     """
-    return _compose(overrides, search, RunMode.MULTIRUN)[1]
+    composed, folder = _compose(overrides, search, RunMode.MULTIRUN)
+    return folder, str(composed.hydra.sweeper._target_)
 
 
 def check_composed(composed: DictConfig) -> tuple[RunConfig, list[str]]:

@@ -14,7 +14,7 @@ from harness.datasets.prompts import DatasetPrompt
 from harness.datasets.trace import read_trace, trace_sha256
 from harness.resolve.limits import MAX_PROMPT_CHARS
 
-SINGLE = ("fidelity", "profile")  # keys of task that belong to one request
+SINGLE = ("fidelity", "profile", "trace")  # keys of task that belong to one request
 
 
 def resolve_dataset(config: RunConfig) -> None:

@@ -52,8 +52,10 @@ def check_server_limits(request: GenerationRequest, serve: ServeConfig) -> None:
         raise ValueError(f"the request asks for {images} images; this server takes {serve.max_images} per request")
     if request.steps > serve.max_steps:
         raise ValueError(f"the request asks for {request.steps} steps; this server takes {serve.max_steps} at most")
-    if (request.count_flops or request.profile) and serve.max_batch > 1:
-        what = "count_flops counts" if request.count_flops else "profile times"
+    apart = {"count_flops counts": request.count_flops, "profile times": request.profile}
+    apart["a trace shows"] = request.trace_from_ns is not None
+    if any(apart.values()) and serve.max_batch > 1:
+        what = next(words for words, is_requested in apart.items() if is_requested)
         raise ValueError(f"{what} what a request does alone; set serve.max_batch=1")
 
 

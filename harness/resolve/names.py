@@ -20,12 +20,13 @@ from models.registry import did_you_mean
 from schedulers.registry import plugin_options
 from schedulers.tables import FAMILIES
 
-PLUGINS = {  # Hydra's own packages: which option needs which package, and the extra that installs it
-    ("hydra/launcher", "joblib"): ("hydra-joblib-launcher", "joblib"),
-    ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "slurm"),
-    ("hydra/launcher", "submitit_slurm"): ("hydra-submitit-launcher", "slurm"),
-    ("hydra/launcher", "submitit_local"): ("hydra-submitit-launcher", "slurm"),
-    ("hydra/sweeper", "optuna"): ("hydra-optuna-sweeper", "optuna"),
+PLUGINS = {  # which option of Hydra's groups needs which package, and what installs it
+    ("hydra/launcher", "joblib"): ("hydra-joblib-launcher", "'triptych[joblib]'"),
+    ("hydra/launcher", "slurm"): ("hydra-submitit-launcher", "'triptych[slurm]'"),
+    ("hydra/launcher", "submitit_slurm"): ("hydra-submitit-launcher", "'triptych[slurm]'"),
+    ("hydra/launcher", "submitit_local"): ("hydra-submitit-launcher", "'triptych[slurm]'"),
+    ("hydra/sweeper", "optuna"): ("hydra-optuna-sweeper", "hydra-optuna-sweeper (or use optuna_search)"),
+    ("hydra/sweeper", "optuna_search"): ("optuna", "'triptych[optuna]'"),
 }
 
 FREE = ("meta", "load.extra_body")  # dictionaries whose keys are the user's own
@@ -172,9 +173,9 @@ def _all_keys() -> set[str]:
 
 
 def _check_plugin(group: str, name: str) -> None:
-    package, extra = PLUGINS.get((group, name), (None, None))
+    package, installed = PLUGINS.get((group, name), (None, None))
     if package is not None and version(package) is None:
-        raise ConfigError(f"{group}={name} needs the package {package}: pip install 'triptych[{extra}]'")
+        raise ConfigError(f"{group}={name} needs the package {package}: pip install {installed}")
 
 
 def _options(override: Override) -> list[str | None]:

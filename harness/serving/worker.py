@@ -14,6 +14,7 @@ from harness.device.clock import Clock
 from harness.device.cuda import synchronizer
 from harness.device.energy import EnergyMeter, NoEnergy
 from harness.device.memory import MemoryMeter
+from harness.device.trace import NoTrace, RequestTrace
 from harness.messages import (
     Array,
     ArrayRef,
@@ -131,8 +132,10 @@ class Worker:
         run = self._context(request, on_progress, check_cancelled)
         run.traffic, run.energy, run.counter = self.groups.traffic, self.energy, self.counter
         run.on_preview = on_preview
+        run.traffic.trace = run.clock.trace
         with self._failure_as_answer(request) as answer:
-            points = self.pipeline.executor.execute(self.pipeline.stages, samples, run)
+            with run.clock.trace.recording(lambda: self.groups.any_in_replica(False)):
+                points = self.pipeline.executor.execute(self.pipeline.stages, samples, run)
             answer.frames = self._outcome(request, samples, run, points)
         return answer.frames
 
@@ -186,11 +189,16 @@ class Worker:
     def _context(
         self, request: GenerationRequest, on_progress: OnProgress, check_cancelled: Callable[[], None]
     ) -> RunContext:
-        clock = Clock(synchronizer(self.device), request.count_flops, request.profile)
+        clock = Clock(synchronizer(self.device), request.count_flops, request.profile, self._trace(request))
         run = RunContext(self.device, request.batch_size, clock, self.memory, on_progress, check_cancelled)
         run.keep_states, run.previews = request.latents == "steps", request.previews
         run.any_in_replica, run.solver = self.groups.any_in_replica, request.solver
         return run
+
+    def _trace(self, request: GenerationRequest) -> NoTrace:
+        if request.trace_from_ns is None:
+            return NoTrace()
+        return RequestTrace(self.position.rank, self.position.world_size, self.device, request.trace_from_ns)
 
     @contextmanager
     def _failure_as_answer(self, request: GenerationRequest) -> Iterator[Answer]:
@@ -229,6 +237,8 @@ class Worker:
             cpu_s=used.cpu_s,
             involuntary_switches=used.involuntary_switches,
             waited_s=used.waited_s,
+            trace=run.clock.trace.encode(),
+            memory_snapshot=run.clock.trace.memory_snapshot,
         )
         if self.position.rank % self.position.replica_size:
             return encode(RankOutcome([], report))  # the first rank of a replica sends its samples

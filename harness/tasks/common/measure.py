@@ -64,11 +64,14 @@ def execute(
                 session.repeat()
             if config.task.profile:
                 session.profile()
+            if config.task.trace:
+                session.trace()
             images = session.save_images(folder)  # first what the user requested; all else can wait
             measured = msgspec.structs.replace(session.record(), samples=images)
         finally:
             generator.stop()
-        folder.write_record(measured)  # whatever becomes of the references
+        folder.write_record(measured)  # whatever becomes of the trace and the references
+        measured = session.save_trace(measured, folder)
         measured = add_fidelity(run, session, measured, ReferenceRenderer(folder.path, bars, engines))
         measured = with_rerun(measured, config.rerun_of)
         folder.write_record(measured)

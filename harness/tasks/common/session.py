@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import msgspec
 from rich.progress import Progress
 
+from harness.client.build_record import trace_row
 from harness.client.generator import DiffusionGenerator, Generation
 from harness.config.optimize import Optimize
 from harness.config.tasks import TRAITS
@@ -19,6 +20,9 @@ from harness.records.record import Record, Repeat, RunFolder, SampleRow, fingerp
 from harness.resolve.engines_table import NATIVE
 from harness.tasks.common.fidelity import MeasuredOutputs
 from harness.tasks.common.references import GeneratedOutput
+
+TRACE = "trace.json.gz"
+NO_GRAPHS = "the traced request ran its kernels one by one: a replayed CUDA graph shows no operators"
 
 
 class MeasurementSession:
@@ -46,6 +50,7 @@ class MeasurementSession:
         self._warmup_ms: list[float] = []
         self._flops_result: GenerationResult | None = None
         self._profile_result: GenerationResult | None = None
+        self._traced: Generation | None = None
 
     def start(self) -> None:
         """Start the ranks.
@@ -86,14 +91,19 @@ class MeasurementSession:
         One is plain, because the counted one takes another path than the repeats. Those before it compile blocks, or
         run what is captured next as CUDA graphs (harness.optimize.graphs).
         """
-        config, engine = self.generator.config, self.generator.config.engine
+        config = self.generator.config
         if config.task.warmup == 0 or not TRAITS[config.task.name].measures:
             return 0
-        device = self.generator.info.device if self.generator.info else ""
-        records_graphs = engine.name == NATIVE and engine.optimize is not Optimize.none and engine.eager.cuda_graphs
-        if records_graphs and device.startswith("cuda"):
+        if self._records_graphs:
             return 3
-        return 2 if engine.optimize is Optimize.compile else 1
+        return 2 if config.engine.optimize is Optimize.compile else 1
+
+    @property
+    def _records_graphs(self) -> bool:
+        """Whether networks are recorded as CUDA graphs."""
+        engine, device = self.generator.config.engine, self.generator.info.device if self.generator.info else ""
+        records = engine.name == NATIVE and engine.optimize is not Optimize.none and engine.eager.cuda_graphs
+        return records and device.startswith("cuda")
 
     def repeat(self) -> None:
         """Generate once and record the times.
@@ -133,6 +143,41 @@ class MeasurementSession:
         with self._progress("profiling") as on_progress:
             generation = self.generator.generate(latents=self._latents, profile=True, on_progress=on_progress)
         self._profile_result = generation.result
+
+    def trace(self) -> None:
+        """Generate once and trace every rank.
+
+        Raises:
+            RequestFailed: The engine answered with a typed error.
+            EngineGone: A rank died.
+        """
+        with self._progress("tracing") as on_progress:
+            self._traced = self.generator.generate(latents=self._latents, trace=True, on_progress=on_progress)
+
+    def save_trace(self, record: Record, folder: RunFolder) -> Record:
+        """Write the trace, if there is one, and return the record with its row.
+
+        Args:
+            record: The session's record.
+            folder: The run's folder.
+
+        Returns:
+            The record.
+
+        Raises:
+            RunFolderError: The trace cannot be written.
+        """
+        if self._traced is None:
+            return record
+        folder.write_file(TRACE, self._traced.trace())
+        ranks, snapshots = self._traced.result.ranks, []
+        for report in ranks:
+            if report.memory_snapshot:
+                snapshots.append(f"memory_rank{report.rank}.pickle")
+                folder.write_file(snapshots[-1], report.memory_snapshot)
+        row = trace_row(TRACE, self._traced.repeat, ranks, self.repeats, snapshots)
+        notes = [*record.notes, NO_GRAPHS] if self._records_graphs else record.notes
+        return msgspec.structs.replace(record, trace=row, notes=notes)
 
     def record(self) -> Record:
         """Return the record of all repeats so far, without the image files."""

@@ -48,6 +48,7 @@ const COLUMNS = [
   ...[...new Set(rows.flatMap((row) => Object.keys(row.metrics)))].map((name) => column(`metric:${name}`, words(name), (row) => row.metrics[name])),
   column("started", "date, UTC", (row) => row.started, (value) => value.slice(0, 16).replace("T", " "), "text"),
   column("commit", "commit", (row) => row.commit, (value) => value, "text"),
+  column("front", "best of its search", (row) => row.front, (value) => value, "text"),
   column("error", "error", (row) => row.error, (value) => element("span", { title: value }, value), "error"),
   column("folder", "folder", (row) => row.folder, (value, row) => folderLink(row, value), "folder"),
 ].filter((each) => each === RATIO || rows.some((row) => known(each.of(row)) && each.of(row) !== 0));

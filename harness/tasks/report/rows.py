@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from harness.records.record import (
     read_record,
     read_status,
 )
+from harness.records.search import read_search
 from harness.records.shards import merge_complete
 from harness.tasks.report.equal_latency import EqualLatencyBaseline, equal_latency_baselines
 from harness.tasks.report.keys import Cell, cells, run_labels, varying_keys
@@ -90,6 +92,7 @@ class ReportRow(msgspec.Struct, frozen=True):
         categories: Categories of its data set.
         images: Number of images of its data set.
         grid: Thumbnail of the image grid as a data URI.
+        front: Objectives of a search in which no other trial beats this run, with their values.
     """
 
     label: str
@@ -134,6 +137,7 @@ class ReportRow(msgspec.Struct, frozen=True):
     grid: str | None = None
     categories: list[CategoryRow] = []
     images: int | None = None
+    front: str | None = None
 
 
 class ReportTable(msgspec.Struct, frozen=True):
@@ -187,9 +191,33 @@ def read_table(root: Path) -> ReportTable:
     named = run_labels([run.config for run in runs], keys, names)
     size = SMALL_THUMBNAIL if len(runs) >= MANY else THUMBNAIL
     rows = [_row(run, keys, named[k], names[k], scaling.get(k), size) for k, run in enumerate(runs)]
+    best = search_fronts(folders)
     return ReportTable(
-        keys, [msgspec.structs.replace(row, equal_latency=baselines.get(k)) for k, row in enumerate(rows)]
+        keys,
+        [
+            msgspec.structs.replace(row, equal_latency=baselines.get(k), front=best.get(folders[k]))
+            for k, row in enumerate(rows)
+        ],
     )
+
+
+def search_fronts(folders: Sequence[Path]) -> dict[Path, str]:
+    """Return the objectives of each run that is on the front of the search which started it.
+
+    Args:
+        folders: The runs' folders.
+
+    Returns:
+        Names and values, such as `latency_ms 12.5, error 0.02`.
+    """
+    found = {}
+    for sweep in {folder.parent for folder in folders}:
+        search = read_search(sweep)
+        if search is not None:
+            for trial in search.best:
+                values = zip(search.objectives, trial.measured.values or [], strict=True)
+                found[sweep / trial.measured.folder] = ", ".join(f"{name} {value:.4g}" for name, value in values)
+    return found
 
 
 def merge_runs(runs: list[StoredRun]) -> list[StoredRun]:
