@@ -307,7 +307,7 @@ async function begin() {
 
 function offerSolvers(defaults) {
   byId("solver-choice").hidden = defaults.solvers.length < 2;
-  if (!byId("solver").length) byId("solver").append(...defaults.solvers.map(name => new Option(name)));
+  if (!byId("solver").length) byId("solver").append(...defaults.solvers.map(name => new Option(name, name)));
   byId("solver").value ||= defaults.solver;
 }
 
