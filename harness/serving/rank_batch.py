@@ -62,7 +62,7 @@ class RunningPart:
         fiber: the stack that it runs on.
         notes: the notes for its record.
         steps_left: the number of solver steps that it still needs.
-        began: when it began, s, on the rank's monotonic clock.
+        began: the time at which it began, s, on the rank's monotonic clock.
         evaluations: the number of forwards that it has had.
         rows: the output of its pending evaluation, as far as it was computed row by row.
     """
