@@ -34,7 +34,8 @@ def save(table: pandas.DataFrame, path: str | Path) -> None:
     if suffix == ".json":
         table.to_json(path, orient="records", date_format="iso", indent=1, force_ascii=False)
         return
-    plain = table.assign(**{name: table[name].map(_cell) for name in table if _is_nested(table[name])})
+    nested = {str(name): table[name].map(_cell) for name in table if _is_nested(table[name])}
+    plain = table.assign(**nested)
     if suffix == ".csv":
         plain.to_csv(path, index=False)
     else:

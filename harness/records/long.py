@@ -72,9 +72,9 @@ def step_rows(run: TreeRun) -> Rows:
     Yields:
         The repeat, the step and its time in ms.
     """
-    repeats = run.record.repeats if run.record is not None else [] if run.dump is None else [run.dump]
-    for number, repeat in enumerate(repeats):
-        for step in repeat.denoise_steps_ms:
+    repeats = [] if run.record is None else [repeat.denoise_steps_ms for repeat in run.record.repeats]
+    for number, steps in enumerate(repeats if run.dump is None else [run.dump.denoise_steps_ms]):
+        for step in steps:
             yield {"repeat": number, "step": step.step, "duration_ms": step.duration_ms}
 
 

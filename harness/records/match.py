@@ -110,7 +110,7 @@ def _rows(table: pandas.DataFrame) -> list[dict[str, Any]]:
     """Return the rows of a table, without what is missing in each."""
     import pandas
 
-    def is_known(value: object) -> bool:
+    def is_known(value: Any) -> bool:
         return isinstance(value, list | tuple | dict | str) or not pandas.isna(value)
 
     rows = table.astype(object).to_dict("records")
