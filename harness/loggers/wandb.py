@@ -107,13 +107,13 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str, st
         run.log(_tables(record) | _media(record, folder))
         log_record_files(run, folder, {"fingerprint": record.fingerprint})
         log_samples(run, folder, record.samples)
-        run.summary.update(_ended(status, record) | record_scalars(record))
+        run.summary.update(_outcome(status, record) | record_scalars(record))
 
 
-def _ended(status: Status, record: Record | None = None) -> dict[str, object]:
+def _outcome(status: Status, record: Record | None = None) -> dict[str, object]:
     """Return the summary of how a run ended; it replaces that of an earlier attempt in the same folder."""
-    ended: dict[str, object] = {"state": status.state, "error": status.error}
-    return ended if record is None else ended | {"fingerprint": record.fingerprint} | time_scalars(record.provenance)
+    outcome: dict[str, object] = {"state": status.state, "error": status.error}
+    return outcome if record is None else outcome | {"fingerprint": record.fingerprint} | time_scalars(record.provenance)
 
 
 def _tables(record: Record) -> dict[str, wandb.Table]:
@@ -184,7 +184,7 @@ def log_load(config: WandbConfig, record: Record, load: LoadSummary, folder: Pat
                 table.add_data(name, row.p50, row.p90, row.p99, row.mean, row.n)
         run.log({"percentiles": table})
         log_record_files(run, folder, {"fingerprint": record.fingerprint})
-        run.summary.update(_ended(status, record) | load_scalars(load))
+        run.summary.update(_outcome(status, record) | load_scalars(load))
 
 
 def log_comparison(
@@ -218,7 +218,7 @@ def log_comparison(
             run.summary.update({f"ratio_{name}": row.ratio, f"differs_{name}": row.differs})
         run.log({"ratios": table})
         log_record_files(run, folder)
-        run.summary.update(_ended(status, baseline))
+        run.summary.update(_outcome(status, baseline))
         if comparison.output is not None:
             run.summary.update({"rel_l2": comparison.output.rel_l2, "identical": comparison.output.identical})
 
@@ -245,7 +245,7 @@ def log_failure(
     if mode == "disabled":
         return
     with _opened(config, mode, folder, job_type, used_config(declared), status, owns_folder) as run:
-        run.summary.update(_ended(status))
+        run.summary.update(_outcome(status))
         if owns_folder:
             log_record_files(run, folder)
 

@@ -22,12 +22,12 @@ class Server(BaseHTTPRequestHandler):
     """Answers as wandb's server does, for one key, one user and one team."""
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        given = asked.get("variables", {})
+        requested = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        given = requested.get("variables", {})
         data: dict[str, Any] = {"serverInfo": {}}
-        if "viewer" in asked["query"]:
+        if "viewer" in requested["query"]:
             data = {"viewer": {"entity": "me"} if "Onll" in self.headers["Authorization"] else None}
-        if "project" in asked["query"]:
+        if "project" in requested["query"]:
             entity = given["entity"]
             found = given["project"] in KNOWN.get(entity, [])
             data = {
