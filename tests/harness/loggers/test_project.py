@@ -22,12 +22,12 @@ class Server(BaseHTTPRequestHandler):
     """Answers as wandb's server does, for one key, one user and one team."""
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        given = body.get("variables", {})
+        requested = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        given = requested.get("variables", {})
         data: dict[str, Any] = {"serverInfo": {}}
-        if "viewer" in body["query"]:
+        if "viewer" in requested["query"]:
             data = {"viewer": {"entity": "me"} if "Onll" in self.headers["Authorization"] else None}
-        if "project" in body["query"]:
+        if "project" in requested["query"]:
             entity = given["entity"]
             found = given["project"] in KNOWN.get(entity, [])
             data = {
