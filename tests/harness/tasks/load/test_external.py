@@ -26,7 +26,7 @@ from tests.fixtures.commands import record_of
 from tests.fixtures.foreign_server import SIZE, Answer, ForeignServer, as_json, foreign_server, images, png
 
 QUICK = ["task=load", "load.transport=http", "load.warmup_s=0", "load.requests=3", "load.clients=1", "logger=json"]
-ASKED = ["request.steps=7", "request.guidance=2.5", "request.negative_prompt=blur", "request.seed=40"]
+REQUESTED = ["request.steps=7", "request.guidance=2.5", "request.negative_prompt=blur", "request.seed=40"]
 SIZED = ["request.height=64", "request.width=96", "request.samples_per_prompt=2"]
 
 
@@ -64,7 +64,7 @@ def expected_bodies(dialect: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("dialect", ["triptych", "openai", "sglang", "vllm_omni"])
 def test_each_dialect_sends_every_field_where_its_server_reads_it(tmp_path: Path, dialect: str) -> None:
     with foreign_server(ForeignServer(dialect)) as server:
-        status = run_load(tmp_path, server, *SIZED, *([] if dialect == "openai" else ASKED))
+        status = run_load(tmp_path, server, *SIZED, *([] if dialect == "openai" else REQUESTED))
     assert status.state == "ok", status.error
     assert server.bodies == expected_bodies(dialect)
     record = record_of(tmp_path / "run")
