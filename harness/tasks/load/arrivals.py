@@ -300,8 +300,8 @@ def generate(
         default = TracedRequest(
             0.0, "", template.negative_prompt, seed, steps, side or template.height, side or template.width
         )
-        own = [prompts[number % len(prompts)]] if prompts else []
-        found = merge(default, *own, *traced[number : number + 1])
+        listed = [prompts[number % len(prompts)]] if prompts else []
+        found = merge(default, *listed, *traced[number : number + 1])
         yield msgspec.structs.replace(
             template,
             request_id=uuid.uuid4().hex,
