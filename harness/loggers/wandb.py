@@ -113,7 +113,9 @@ def log_run(config: WandbConfig, record: Record, folder: Path, job_type: str, st
 def _outcome(status: Status, record: Record | None = None) -> dict[str, object]:
     """Return the summary of how a run ended; it replaces that of an earlier attempt in the same folder."""
     outcome: dict[str, object] = {"state": status.state, "error": status.error}
-    return outcome if record is None else outcome | {"fingerprint": record.fingerprint} | time_scalars(record.provenance)
+    if record is None:
+        return outcome
+    return outcome | {"fingerprint": record.fingerprint} | time_scalars(record.provenance)
 
 
 def _tables(record: Record) -> dict[str, wandb.Table]:

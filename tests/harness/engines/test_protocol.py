@@ -85,9 +85,9 @@ def test_a_configuration_is_sent_without_its_prompts_and_answered_with_the_state
 
 
 def test_a_refused_configuration_and_a_silent_engine_end_the_wait() -> None:
-    config = compose_run(["launch.start_timeout_s=0.05"]).config
     with pytest.raises(RequestFailed, match="another layout"):
-        configure_and_wait(Script([Failure("", "rejected", "another layout")]), config)
+        configure_and_wait(Script([Failure("", "rejected", "another layout")]), compose_run([]).config)
+    config = compose_run(["launch.start_timeout_s=0.05"]).config
     with pytest.raises(EngineGone, match=r"raise launch\.start_timeout_s"):
         configure_and_wait(Script([]), config)
 

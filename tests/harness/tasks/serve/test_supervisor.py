@@ -128,7 +128,7 @@ async def test_ranks_are_given_no_more_than_their_queue_holds(tmp_path: Path) ->
         assert list(supervisor._open.sent) == ["first", "a", "b"]
         fleet.lives[0].from_outside, fleet.lives[0].death = True, "rank 1 died with SIGKILL"
         await until(lambda: len(fleet.lives) == 2 and bool(supervisor._open.sent))
-        assert list(supervisor._open.sent) == ["first", "b"]
+        assert list(supervisor._open.sent)[:2] == ["first", "b"]  # a third one as soon as the first one runs
         await until(lambda: len(supervisor._open.sent) == 3)
         supervisor.cancel("first")
         await late.wait()
