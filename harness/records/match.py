@@ -66,9 +66,11 @@ def compare(a: Runs, b: Runs, on: Sequence[str] | None = None, ignore: Sequence[
     """Match the runs of two trees by their configuration, and return the ratios of their latencies.
 
     Two runs match if all keys that can change an image or a time are equal: those that the fingerprint is of. `ratio`
-    is the median latency of A over that of B, as in task=compare: above 1, B is faster. Its interval is the bootstrap
-    over the repeats of both, at a level that allows for the number of matches (Bonferroni): of two equal sweeps, one
-    pair or more `differs` in one of twenty. Several runs of one configuration on a side count as one sample of runs.
+    is the median latency of A over that of B, as in task=compare: above 1, B is faster.
+
+    Its interval is the bootstrap over the repeats of both. Its level allows for the number of matches (Bonferroni), so
+    that two equal sweeps have a row that `differs` once in twenty times. Several runs of one configuration on a side
+    are sampled as runs. Of one run, the interval does not hold what changes from run to run.
 
     Args:
         a: The baseline: a folder, or a table of `load` (with its lists, so not a varying one), perhaps of some rows.
