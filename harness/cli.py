@@ -254,7 +254,7 @@ class HydraSession:
         self.report(composed)
         if done.status.state == "cancelled":
             raise KeyboardInterrupt
-        objectives = OmegaConf.select(hydra_config, "sweeper.objectives")
+        objectives = OmegaConf.select(hydra_config.sweeper, "objectives")
         return objective_value(done) if objectives is None else measure(done, objectives)
 
     def add(self, job: JobResult, number: int) -> None:
