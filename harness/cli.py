@@ -260,7 +260,7 @@ class HydraSession:
         self.report(composed)
         if done.status.state == "cancelled":
             raise KeyboardInterrupt
-        objectives = OmegaConf.select(hydra_config, "sweeper.objectives")
+        objectives = OmegaConf.select(hydra_config.sweeper, "objectives")
         return objective_value(done) if objectives is None else measure(done, objectives)
 
     def varying(self) -> set[str]:

@@ -49,6 +49,7 @@ ALLOWED = {
     ("ahead", "tests/end_to_end/test_supervisor.py"): "the same",
     ("ahead", "tests/fixtures/serving/"): "the same",
     ("gate", "models/"): "adaLN's gate, SwiGLU's gate, up and down",
+    ("tell", "harness/search/study.py"): "Optuna's own name",
     ("pictures", "harness/resolve/names.py"): "the table of removed keys",
 }
 """Where a word is the right one: part of the path, and the reason."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ class NoTrace:
         Args:
             kind: stage, step, network or collective.
             name: the range's name.
-            start_ms: its begin on Python's performance counter, ms.
-            duration_ms: its duration, ms.
+            start_ms: begin of the range on Python's performance counter, ms.
+            duration_ms: duration of the range, ms.
             **details: what a viewer shows of it.
         """
 
@@ -75,7 +75,7 @@ class NoTrace:
         return b""
 
 
-class RequestTrace(NoTrace):
+class RankTrace(NoTrace):
     """Records one request.
 
     Args:
@@ -165,15 +165,18 @@ class RequestTrace(NoTrace):
 
     def encode(self) -> bytes:
         """Return the events of this rank."""
-        process = {"process_name": {"name": f"rank {self._rank}"}, "process_labels": {"labels": str(self._device)}}
-        process["process_sort_index"] = {"sort_index": self._rank}
+        process: dict[str, dict[str, object]] = {
+            "process_name": {"name": f"rank {self._rank}"},
+            "process_labels": {"labels": str(self._device)},
+            "process_sort_index": {"sort_index": self._rank},
+        }
         events = [self._name(name, 0, value) for name, value in process.items()]
         for number, name in self._tracks.items():
             events.append(self._name("thread_name", number, {"name": name}))
             events.append(self._name("thread_sort_index", number, {"sort_index": number}))
         return gzip.compress(b",\n".join(map(msgspec.json.encode, events + self._events)), compresslevel=1)
 
-    def _name(self, kind: str, track: int, value: dict[str, object]) -> dict[str, Any]:
+    def _name(self, kind: str, track: int, value: Mapping[str, object]) -> dict[str, Any]:
         return {"ph": "M", "name": kind, "pid": self._rank, "tid": track, "args": value}
 
     @property

@@ -198,7 +198,7 @@ class TraceRow(msgspec.Struct, frozen=True):
 
     Attributes:
         path: The Chrome trace of all ranks.
-        request: Its times. The stages are those of its slowest rank, and the trace has the same.
+        request: Times of the request. The stages are those of its slowest rank, as in the trace.
         rank: The slowest rank.
         overhead: How much longer its stages took than those of the median repeat, as a share of these.
         memory_snapshots: Histories of GPU memory by rank, for pytorch.org/memory_viz; empty on the CPU.

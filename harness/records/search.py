@@ -15,9 +15,9 @@ class Measured(msgspec.Struct, frozen=True):
     """What one trial measured.
 
     Attributes:
-        folder: Name of its run's folder.
+        folder: Name of the run's folder.
         values: One value for each objective; None if it has none.
-        error: Why it has none, in one line.
+        error: Reason why it has none, in one line.
     """
 
     folder: str
@@ -29,9 +29,9 @@ class Trial(msgspec.Struct, frozen=True):
     """One trial.
 
     Attributes:
-        number: Its number, from 0.
-        params: The values that were chosen, by key.
-        measured: What it measured. Trials with the same values have the same run.
+        number: Number of the trial, from 0.
+        params: Values that were chosen, by key.
+        measured: Measurements of its run. Trials with the same values have the same run.
     """
 
     number: int
@@ -44,9 +44,9 @@ class Search(msgspec.Struct, frozen=True):
 
     Attributes:
         objectives: Names of the objectives.
-        directions: For each of them, minimize or maximize.
-        sampler: What chose the trials.
-        seed: Its seed.
+        directions: Words minimize or maximize, one for each objective.
+        sampler: Name of Optuna's sampler.
+        seed: Seed of the sampler.
         space: The values of each key, as they were given.
         trials: The trials in their order.
         front: Numbers of the best trials: no other one is better in an objective and as good in all others.

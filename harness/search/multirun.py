@@ -9,6 +9,7 @@ from hydra._internal.hydra import Hydra
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import OmegaConf
 
+from harness.config.yaml import ConfigError
 from harness.records.search import Search
 from harness.search.sweeper import OptunaSearch
 
@@ -26,12 +27,18 @@ def search(hydra: Hydra, primary: str, task: TaskFunction, overrides: Sequence[s
 
     Returns:
         The search.
+
+    Raises:
+        ConfigError: A setting of the sweeper is missing, or there is no such setting.
     """
     config = hydra.compose_config(primary, [*overrides], RunMode.MULTIRUN, with_log_configuration=True)
+    settings = {str(key): value for key, value in config.hydra.sweeper.items() if key != "_target_"}
+    try:
+        sweeper = OptunaSearch(**settings)
+    except TypeError as error:
+        raise ConfigError(f"hydra.sweeper: {error}") from error
     callbacks = Callbacks(config)
     callbacks.on_multirun_start(config=config, config_name=primary)
-    settings = {str(key): value for key, value in config.hydra.sweeper.items() if key != "_target_"}
-    sweeper = OptunaSearch(**settings)
     context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
     sweeper.setup(hydra_context=context, task_function=task, config=config)
     given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)

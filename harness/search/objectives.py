@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.config.yaml import ConfigError
 from harness.records.job import JobResult
@@ -16,56 +17,52 @@ METRIC = "metrics."  # the prefix of a plug-in's metric
 
 
 @dataclass(frozen=True)
-class Objective:
+class SearchObjective:
     """A value of the record.
 
     Attributes:
-        direction: minimize or maximize.
-        value: Function that returns it; None if the record does not have it.
-        key: Configuration key without which no record has it; empty if there is none.
+        direction: Word minimize or maximize; empty if it is not known which is better.
+        paths: Attributes of the record, with dots; the first that is there counts.
+        key: Configuration key without which no record has the value; empty if there is none.
     """
 
     direction: str
-    value: Callable[[Record], float | None]
+    paths: tuple[str, ...]
     key: str = ""
 
-
-def latency_ms(record: Record) -> float | None:
-    """Return the median latency of a request, ms."""
-    if record.summary is not None:
-        return record.summary.latency_ms.median
-    return None if record.load is None or record.load.latency_ms is None else record.load.latency_ms.p50
+    def value(self, record: Record) -> float | None:
+        """Return the value in a record, or None if the record does not have it."""
+        found = (_value_at(record, path) for path in self.paths)
+        return next((value for value in found if value is not None), None)
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "latency_ms": Objective(MINIMIZE, latency_ms),
-    "step_ms": Objective(MINIMIZE, lambda row: row.summary and row.summary.step_ms.median),
-    "peak_memory_mib": Objective(MINIMIZE, lambda row: row.summary and row.summary.peak_memory_mib_max),
-    "energy_j": Objective(
-        MINIMIZE, lambda row: None if not row.summary or not row.summary.energy_j else row.summary.energy_j.median
-    ),
-    "error": Objective(MINIMIZE, lambda row: row.fidelity and row.fidelity.pixel.rel_l2, "task.fidelity"),
-    "latent_error": Objective(MINIMIZE, lambda row: row.fidelity and row.fidelity.latent.rel_l2, "task.fidelity"),
-    "top1": Objective(MAXIMIZE, lambda row: row.quality and row.quality.top1.value),
-    "distance": Objective(MINIMIZE, lambda row: row.quality and row.quality.distance.value),
-    "clip_score": Objective(
-        MAXIMIZE,
-        lambda row: None if not row.pretrained or not row.pretrained.clip_score else row.pretrained.clip_score.value,
-        "quality.clip",
-    ),
-    "frechet": Objective(
-        MINIMIZE,
-        lambda row: None if not row.pretrained or not row.pretrained.frechet else row.pretrained.frechet.value,
-        "quality.features",
-    ),
+def _value_at(record: Record, path: str) -> float | None:
+    """Return the value at a dotted path, or None if a part of the path is missing in this record."""
+    value: Any = record
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else getattr(value, part)
+        if value is None:
+            return None
+    return float(value)
+
+
+OBJECTIVES = {
+    "latency_ms": SearchObjective(MINIMIZE, ("summary.latency_ms.median", "load.latency_ms.p50")),
+    "step_ms": SearchObjective(MINIMIZE, ("summary.step_ms.median",)),
+    "peak_memory_mib": SearchObjective(MINIMIZE, ("summary.peak_memory_mib_max",)),
+    "energy_j": SearchObjective(MINIMIZE, ("summary.energy_j.median",)),
+    "error": SearchObjective(MINIMIZE, ("fidelity.pixel.rel_l2",), "task.fidelity"),
+    "latent_error": SearchObjective(MINIMIZE, ("fidelity.latent.rel_l2",), "task.fidelity"),
+    "top1": SearchObjective(MAXIMIZE, ("quality.top1.value",)),
+    "distance": SearchObjective(MINIMIZE, ("quality.distance.value",)),
+    "clip_score": SearchObjective(MAXIMIZE, ("pretrained.clip_score.value",), "quality.clip"),
+    "frechet": SearchObjective(MINIMIZE, ("pretrained.frechet.value",), "quality.features"),
 }
 
 
-def objective(name: str) -> Objective | None:
+def objective(name: str) -> SearchObjective | None:
     """Return an objective by its name, or None if there is none; a plug-in's metric has no direction of its own."""
-    if name.startswith(METRIC):
-        return Objective("", lambda row: row.metrics.get(name.removeprefix(METRIC)), "quality.metrics")
-    return OBJECTIVES.get(name)
+    return SearchObjective("", (name,), "quality.metrics") if name.startswith(METRIC) else OBJECTIVES.get(name)
 
 
 def resolve_directions(names: Sequence[str], directions: Sequence[str] | None) -> list[str]:
@@ -81,6 +78,9 @@ def resolve_directions(names: Sequence[str], directions: Sequence[str] | None) -
     Raises:
         ConfigError: An objective is unknown, or a direction is missing or wrong.
     """
+    for key, value in (("objectives", names), ("directions", directions or [])):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ConfigError(f"hydra.sweeper.{key}={value}; give a list, such as hydra.sweeper.{key}=[{value}]")
     found = [objective(name) for name in names]
     for name, each in zip(names, found, strict=True):
         if each is None:
@@ -116,4 +116,4 @@ def measure(job: JobResult, names: Sequence[str]) -> Measured:
     for name, value in zip(names, values, strict=True):
         if value is None or not math.isfinite(value):
             return Measured(folder, None, f"its record has no finite {name}")
-    return Measured(folder, [float(value) for value in values if value is not None])
+    return Measured(folder, [value for value in values if value is not None])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
@@ -49,6 +49,16 @@ def check_counts(**counts: object) -> None:
             raise ConfigError(f"hydra.sweeper.{name}={count}; give a whole number, 1 or more")
 
 
+def check_params(params: object) -> None:
+    """Refuse swept keys of a file that are not written as KEY: VALUES.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"hydra.sweeper.params={params}; give KEY: VALUES, such as {{request.steps: 4,8}}")
+
+
 def new_study(directions: Sequence[str], sampler: str, seed: int) -> Study:
     """Return a study in memory.
 
@@ -78,7 +88,7 @@ def new_study(directions: Sequence[str], sampler: str, seed: int) -> Study:
     return optuna.create_study(directions=[*directions], sampler=chosen)
 
 
-def tell(study: Study, trial: Trial) -> None:
+def add_trial(study: Study, trial: Trial) -> None:
     """Tell a study what a trial measured; one without values has failed and is never among the best."""
     from optuna.trial import TrialState
 

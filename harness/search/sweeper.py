@@ -19,7 +19,7 @@ from harness.config.yaml import ConfigError
 from harness.records.search import Measured, Search, Trial, write_search
 from harness.search.objectives import resolve_directions
 from harness.search.space import distribution
-from harness.search.study import check_counts, check_task, front, new_study, tell
+from harness.search.study import add_trial, check_counts, check_params, check_task, front, new_study
 
 
 class OptunaSearch(Sweeper):
@@ -35,9 +35,9 @@ class OptunaSearch(Sweeper):
         seed: int,
         params: Mapping[str, str] | None,
     ) -> None:
-        self._objectives, self._given_directions = list(objectives), directions
+        self._objectives, self._given_directions = objectives, directions
         self._n_trials, self._n_jobs, self._sampler, self._seed = n_trials, n_jobs, sampler, seed
-        self._params = params or {}
+        self._params: Mapping[str, str] = {} if params is None else params
         self._measured: dict[tuple[str, ...], Measured] = {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -45,9 +45,10 @@ class OptunaSearch(Sweeper):
         self._directions = resolve_directions(self._objectives, self._given_directions)
         check_task(config, self._objectives)
         check_counts(n_trials=self._n_trials, n_jobs=self._n_jobs)
+        check_params(self._params)
         self._study = new_study(self._directions, self._sampler, self._seed)
-        self.config, self.hydra_context = config, hydra_context
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self._folder, self._loader = Path(str(config.hydra.sweep.dir)), hydra_context.config_loader
+        self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -64,7 +65,7 @@ class OptunaSearch(Sweeper):
             ConfigError: No key has several values.
         """
         given = [*(f"{key}={values}" for key, values in self._params.items()), *arguments]
-        parsed = OverridesParser.create(self.hydra_context.config_loader).parse_overrides(given)
+        parsed = OverridesParser.create(self._loader).parse_overrides(given)
         keys = {override.get_key_element(): override for override in parsed}
         swept = {key: override for key, override in keys.items() if override.is_sweep_override()}
         if not swept:
@@ -72,22 +73,22 @@ class OptunaSearch(Sweeper):
         space = {key: distribution(override) for key, override in swept.items()}
         fixed = [f"{key}={each.get_value_element_as_str()}" for key, each in keys.items() if key not in swept]
         texts = {key: str(override.input_line).partition("=")[2] for key, override in swept.items()}
-        search = Search(self._objectives, self._directions, self._sampler, self._seed, texts, [], [])
+        search = Search([*self._objectives], self._directions, self._sampler, self._seed, texts, [], [])
         while len(search.trials) < self._n_trials:
-            asked = [self._study.ask(space) for _ in range(min(self._n_jobs, self._n_trials - len(search.trials)))]
-            jobs = [(*fixed, *(f"{key}={value}" for key, value in trial.params.items())) for trial in asked]
+            chosen = [self._study.ask(space) for _ in range(min(self._n_jobs, self._n_trials - len(search.trials)))]
+            jobs = [(*fixed, *(f"{key}={value}" for key, value in trial.params.items())) for trial in chosen]
             self._run(jobs)
-            for trial, job in zip(asked, jobs, strict=True):
+            for trial, job in zip(chosen, jobs, strict=True):
                 params = {key: str(value) for key, value in trial.params.items()}
                 search.trials.append(Trial(trial.number, params, self._measured[job]))
-                tell(self._study, search.trials[-1])
+                add_trial(self._study, search.trials[-1])
             search.front[:] = front(self._study, search.trials)
-            write_search(Path(str(self.config.hydra.sweep.dir)), search)
+            write_search(self._folder, search)
         return search
 
     def _run(self, jobs: Sequence[tuple[str, ...]]) -> None:
         """Run those of some jobs that have not run; a job that raises ends the search."""
         new = [job for job in dict.fromkeys(jobs) if job not in self._measured]
         if new:
-            done = self.launcher.launch([[*job] for job in new], initial_job_idx=len(self._measured))
+            done = self._launcher.launch([[*job] for job in new], initial_job_idx=len(self._measured))
             self._measured |= {job: each.return_value for job, each in zip(new, done, strict=True)}

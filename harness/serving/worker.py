@@ -14,7 +14,7 @@ from harness.device.clock import Clock
 from harness.device.cuda import synchronizer
 from harness.device.energy import EnergyMeter, NoEnergy
 from harness.device.memory import MemoryMeter
-from harness.device.trace import NoTrace, RequestTrace
+from harness.device.trace import NoTrace, RankTrace
 from harness.messages import (
     Array,
     ArrayRef,
@@ -198,7 +198,7 @@ class Worker:
     def _trace(self, request: GenerationRequest) -> NoTrace:
         if request.trace_from_ns is None:
             return NoTrace()
-        return RequestTrace(self.position.rank, self.position.world_size, self.device, request.trace_from_ns)
+        return RankTrace(self.position.rank, self.position.world_size, self.device, request.trace_from_ns)
 
     @contextmanager
     def _failure_as_answer(self, request: GenerationRequest) -> Iterator[Answer]:

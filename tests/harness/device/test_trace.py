@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from harness.client.generator import Generation
 from harness.client.trace import merge_traces
-from harness.device.trace import NoTrace, RequestTrace
+from harness.device.trace import NoTrace, RankTrace
 from harness.messages import GenerationResult, RankReport, StageTime
 from harness.records.record import Record, RunFolder, RunFolderError, read_record
 from harness.resolve.compose import compose_run
@@ -112,7 +112,7 @@ def test_a_request_without_a_trace_has_none() -> None:
 def report(rank: int, trace: bytes | None = None, ms: float = 1.0) -> RankReport:
     """Return the report of a rank whose trace has one range of a stage."""
     if trace is None:
-        made = RequestTrace(rank, 2, CPU, 0)
+        made = RankTrace(rank, 2, CPU, 0)
         made.add("stage", "denoising", 1e3 + rank, ms)
         trace = made.encode()
     return RankReport(rank, [StageTime("denoising", ms)], [], {}, {}, 0.0, [], [], trace=trace)
@@ -145,7 +145,7 @@ def test_kernels_are_on_tracks_of_their_rank(tmp_path: Path) -> None:
     (tmp_path / "operators.json").write_text(json.dumps(KERNELS))
     reports = []
     for rank in range(2):
-        made = RequestTrace(rank, 2, CPU, 1_000_000_000)
+        made = RankTrace(rank, 2, CPU, 1_000_000_000)
         made._add_operators(tmp_path / "operators.json")
         reports.append(report(rank, made.encode()))
     found = events(merge_traces(reports))
@@ -163,7 +163,7 @@ def test_kernels_are_on_tracks_of_their_rank(tmp_path: Path) -> None:
 def test_a_profiler_that_cannot_write_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "operators.json").write_text('{"traceEvents": [')  # what a full disk leaves
     with pytest.raises(ValueError, match="free some space there, or set TMPDIR"):
-        RequestTrace(0, 1, CPU, 0)._add_operators(tmp_path / "operators.json")
+        RankTrace(0, 1, CPU, 0)._add_operators(tmp_path / "operators.json")
 
 
 @contextmanager
@@ -206,7 +206,7 @@ class _Generator:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_shows_kernels_and_its_memory() -> None:
     device = torch.device("cuda")
-    made = RequestTrace(0, 1, device, 0)
+    made = RankTrace(0, 1, device, 0)
     with made.recording(lambda: None), made.nvtx("product"):
         x = torch.randn(512, 512, device=device)
         (x @ x).sum().item()

@@ -22,7 +22,7 @@ from harness.records.search import Measured, Search, read_search
 from harness.resolve.compose import ResolvedRun
 from harness.search.objectives import measure, resolve_directions
 from harness.search.space import distribution
-from harness.search.study import check_counts, check_task, new_study
+from harness.search.study import check_counts, check_params, check_task, new_study
 from harness.tasks.report.rows import read_table
 from tests.fixtures.records import record
 
@@ -143,7 +143,7 @@ def test_a_search_without_any_value_has_no_best_trial(runs: list[str], capsys: p
     [
         (["request.steps=4"], "a search needs a key with several values"),
         (["hydra.sweeper.objectives=[error]", "task.fidelity=false", *SPACE], "only with task.fidelity; set it"),
-        (["hydra.sweeper.trials=3", *SPACE], "Key 'trials' is not in struct"),
+        (["+hydra.sweeper.trials=3", *SPACE], "hydra.sweeper: "),
     ],
 )
 def test_bad_input_is_one_line_before_any_run(
@@ -163,6 +163,8 @@ def test_bad_input_is_one_line_before_any_run(
         (lambda: resolve_directions(["latency"], None), "has 'latency'; there are latency_ms, "),
         (lambda: resolve_directions([], None), "names one objective or several"),
         (lambda: resolve_directions(["error", "error"], None), "each once"),
+        (lambda: resolve_directions("error", None), r"give a list, such as hydra.sweeper.objectives=\[error\]"),
+        (lambda: check_params("steps"), "hydra.sweeper.params=steps; give KEY: VALUES"),
         (lambda: resolve_directions(["metrics.mine"], None), "add hydra.sweeper.directions"),
         (lambda: resolve_directions(["latency_ms"], ["up"]), "one of minimize and maximize for each"),
         (lambda: resolve_directions(["latency_ms"], ["minimize"] * 2), "one of minimize and maximize for each"),
