@@ -271,7 +271,7 @@ def test_errors_within_rounding_are_one_level_and_no_front(sweep: Any) -> None:
     find(sweep, "#words").send_keys("solver.name=heun ")
     assert sweep.execute_script(FRONT) == []
     assert sweep.execute_script(PLOTTED) == [0, 12, 0]
-    assert "rounding alone would make these errors" in find(sweep, "#unscored").text
+    assert "No front: the runs are equally good." in find(sweep, "#unscored").text
 
 
 def test_a_baseline_adds_a_ratio_with_its_interval(sweep: Any) -> None:
@@ -351,6 +351,15 @@ def test_history_shows_one_command_at_several_times(sweep: Any) -> None:
     assert len(sweep.execute_script(lines)) == 4
     assert "9 to 12 of 12" in find(sweep, "#history-pages").text
     assert "2026-11-29 10:16" in find(sweep, "#dates").text
+
+
+def test_differences_that_are_not_shown_make_no_front(sweep: Any) -> None:
+    noise = "for (const row of rows) if (row.distance) row.distance.value = 0.1595 + 1e-8 * row.id; render();"
+    sweep.execute_script(noise)
+    choose(sweep, "#metric", "distance")
+    assert sweep.execute_script("return separates(METRICS.distance)") is False
+    assert sweep.execute_script(FRONT) == []
+    assert sweep.execute_script(PLOTTED) == [0, 24, 0]
 
 
 @pytest.fixture

@@ -25,14 +25,16 @@ const COSTS = {
 const STEPS = "request.steps";
 const onLevel = (row, metric) => Boolean(metric.level?.(row));
 const scored = (row, metric) => onLevel(row, metric) || known(metric.of(row));
-const metricValue = (row, metric) => (onLevel(row, metric) ? metric.sign * Infinity : metric.of(row));
+/** A value to three digits, so that no order is made of less than is shown. */
+const metricValue = (row, metric) => (onLevel(row, metric) ? metric.sign * Infinity : Number(metric.of(row).toPrecision(3)));
 const varies = (of) => new Set(rows.map(of).filter(known)).size > 1;
 const separates = (metric) => varies((row) => (scored(row, metric) ? metricValue(row, metric) : null));
 
 /** The Pareto front of the runs that ended well: no other run is at least as cheap and as good, and better in one.
- * Runs within rounding are equally good; if all are, there is no front. */
+ * Runs within rounding are equally good; if all are equally good, there is no front. */
 function paretoFront(points, sign) {
   if (!sign || points.every(({ value }) => !Number.isFinite(value))) return [];
+  if (points.length > 1 && new Set(points.map(({ value }) => value)).size === 1) return [];
   const front = [];
   const sorted = points.filter(({ row }) => row.state === "ok").toSorted((a, b) => a.x - b.x || sign * (b.value - a.value));
   for (const point of sorted) {
@@ -92,6 +94,7 @@ function seriesTrace(points, { name, c, k, count, front, metric, cost }) {
   const lines = [...Map.groupBy(points, ({ row }) => valuesApart(row, [STEPS])).values()].map((line) => line.toSorted((a, b) => a.x - b.x));
   const gap = { row: null, x: null, y: null };
   const along = lines.flatMap((line, n) => (n ? [gap, ...line] : line));
+  const dense = along.length > 100; // intervals would cover one another
   const base = SYMBOLS[Math.floor(c / 8 + c) % SYMBOLS.length];
   const symbol = ({ row }) => (!row ? base : row.state !== "ok" ? "x" : front.has(row) ? base : `${base}-open`);
   const aside = cost === COSTS.nfe && count > 1 ? 1 + 0.03 * ((2 * c) / (count - 1) - 1) : 1; // bars side by side
@@ -101,8 +104,8 @@ function seriesTrace(points, { name, c, k, count, front, metric, cost }) {
   return {
     type: "scatter", mode: lines.some((line) => line.length > 1) ? "lines+markers" : "markers", name: plain(short(name, 50)), legendgroup: name || "runs",
     x, y, hoverinfo: "text", connectgaps: false, text: along.map((point) => (point.row ? plain(describePoint(point, metric, cost)) : "")),
-    line: { color: series(c), width: 1.5 }, marker: { color: series(c), size: 9, line: { width: 1.5, color: series(c) }, symbol: along.map(symbol) },
-    ...(cost.interval && { error_x: interval(cost.interval, x, "x") }), ...(metric.interval && { error_y: interval(metric.interval, y, "y") }),
+    line: { color: series(c), width: 1.5 }, opacity: dense ? 0.6 : 1, marker: { color: series(c), size: dense ? 6 : 9, line: { width: 1.5, color: series(c) }, symbol: along.map(symbol) },
+    ...(cost.interval && !dense && { error_x: interval(cost.interval, x, "x") }), ...(metric.interval && !dense && { error_y: interval(metric.interval, y, "y") }),
     xaxis: `x${k + 1}`, yaxis: `y${k + 1}`, customdata: along.map(({ row }) => row?.id ?? null),
   };
 }
@@ -139,7 +142,7 @@ function describeTradeoff(shown, points, front, metric, cost) {
     missing ? `${missing} of the ${shown.length} runs shown have no ${metric.name} or no ${cost.name}.` : "",
     level ? `${level} of the runs plotted are within rounding of their reference: equally good.` : "",
     metric.sign ? "" : "No front: the page does not know which way of this metric is better.",
-    metric.sign && points.length && !front.length ? "No front: rounding alone would make these errors." : "",
+    metric.sign && points.length && !front.length ? "No front: the runs are equally good." : "",
   ].filter(Boolean).join(" ");
   $("front-title").hidden = !front.length;
   const first = front.slice(0, 20).map((point) => element("li", {}, describePoint(point, metric, cost)));
