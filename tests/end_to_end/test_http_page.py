@@ -314,6 +314,11 @@ def test_axe_finds_nothing(page: Any, width: int, scheme: str) -> None:
     page.execute_script(script)
     assert page.execute_async_script(VIOLATIONS) == []
     find(page, "#queue .cancel").click()
+    page.get(f"{page.current_url}docs")
+    page.execute_script(script)
+    assert page.execute_async_script(VIOLATIONS) == []
+    whole, inner = widths(page)
+    assert whole <= inner <= width
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

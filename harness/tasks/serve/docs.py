@@ -30,7 +30,7 @@ def docs_page(document: Mapping[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<title>{escape(title)}: routes</title>\n<link rel="icon" href="data:,">',
         '<link rel="stylesheet" href="/page.css">\n<link rel="stylesheet" href="/docs.css">',
-        "</head>\n<body>\n<article>",
+        '</head>\n<body>\n<article role="main">',
         f'<h1>{escape(title)}</h1>\n<p><a href="/openapi.json">openapi.json</a></p>\n<h2>Routes</h2>',
         _table(("route", "does", "body"), (_route(*route) for route in routes)),
         *(_schema(name, schema) for name, schema in schemas.items()),

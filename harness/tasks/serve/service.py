@@ -73,7 +73,7 @@ class RequestHandle:
     @property
     def stage(self) -> str:
         """The stage of the pipeline, and after its end `saving`."""
-        return "saving" if self.job.answer is not None and not self.settled.is_set() else self.job.stage
+        return self.job.stage if self.job.answer is None else "saving"
 
 
 class GenerationService:
