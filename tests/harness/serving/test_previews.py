@@ -1,19 +1,22 @@
 """Previews with step batching: side work between forwards, of the first image alone, charged to its client."""
 
-import time
+import math
 
 import numpy as np
 import pytest
-from torch import Tensor
+import torch
 
 from harness.config.serve import ServeConfig
 from harness.messages import DENOISING, GenerationResult, Progress, array
 from harness.pipeline.denoise import PREVIEW
-from harness.serving.policy import estimated_work
+from harness.pipeline.state import evaluate_directly
+from harness.serving.parts import part
+from harness.serving.policy import TrackedRequest, estimated_work
 from harness.serving.transport import Connection
 from harness.tasks.serve.hangs import FLOOR_S, HangDetector
 from harness.tasks.serve.open_requests import OpenRequests
-from tests.fixtures.serving.toy_replicas import toy_answers, toy_engine, toy_request
+from tests.fixtures.serving.toy_replicas import RecordingDecoder, toy_engine, toy_request, toy_worker
+from tests.fixtures.toy_pipeline import ToyEncoder, ToyNetwork
 
 
 def messages_of(connection: Connection, name: str) -> tuple[list[Progress], GenerationResult, list[np.ndarray]]:
@@ -46,26 +49,27 @@ def test_every_preview_reaches_the_client_and_the_images_stay_the_same(replicas:
     assert not any(PREVIEW in rank.network_evaluations for rank in plain.ranks)
 
 
-def test_a_preview_waits_for_its_turn_and_others_have_forwards_meanwhile() -> None:
+def test_a_preview_waits_for_its_turn_as_a_decoding_does() -> None:
+    decoder, pauses = RecordingDecoder(), list[int]()
     decoded: list[int] = []
-    with toy_engine(max_batch=4) as engine, engine.connected() as connection:
-        network = engine.networks[0]
-
-        def slow_decode(latent: Tensor) -> None:
-            time.sleep(0.12)  # more than all side work between two forwards may take
-            decoded.append(len(network.forwards))
-
-        engine.decoders[0].on_decode = slow_decode
-        for name in ("a", "b", "c"):
-            connection.send(toy_request(name, steps=8, previews=2))
-        toy_answers(connection, 3)
-    assert len(decoded) == 9
-    assert len(set(decoded[:6])) > 1, "all previews were decoded without a forward between them"
+    decoder.on_decode = lambda latent: decoded.append(len(latent))
+    worker = toy_worker(0, 1, ToyNetwork(), decoder, ToyEncoder())
+    one = part(TrackedRequest(b"", toy_request("a", images=2, steps=8, previews=2), 0.0, math.inf), 0)
+    with torch.inference_mode():
+        fiber = worker.fiber(one, lambda stage, done, total: None, lambda done, total, preview: None, [])
+        while not fiber.finished:
+            if fiber.paused:
+                pauses.append(len(decoded))
+            fiber.advance(None if fiber.call is None else evaluate_directly(fiber.call))
+    assert pauses == [0, 1, 2]  # before each of two previews, and before the image
+    assert len(decoded) == 3
 
 
 def test_previews_count_as_work() -> None:
     plain, shown = (toy_request("a", images=2, steps=10, previews=count) for count in (0, 5))
     assert estimated_work(shown) == estimated_work(plain) * 25 / 20
+    parts = [part(TrackedRequest(b"", shown, 0.0, math.inf), index).request for index in range(2)]
+    assert sum(map(estimated_work, parts)) == estimated_work(shown)
 
 
 def test_a_step_with_a_preview_may_take_as_long_as_a_decoding() -> None:
