@@ -121,8 +121,8 @@ def under_load(table: ReportTable) -> Figure:
     for row in rows:
         values = (f"{key.rpartition('.')[2]}={value}" for key, value in row.values.items() if key not in LOAD_KEYS)
         assert row.load is not None
-        offered = row.load.clients if row.load.offered_per_s is None else row.load.offered_per_s
-        lines[" ".join(values)].append((float(offered or 0), row.load))
+        rate = row.load.clients if row.load.offered_per_s is None else row.load.offered_per_s
+        lines[" ".join(values)].append((float(rate or 0), row.load))
     figure, (left, right) = _panels(2, 4.6)
     for number, (name, points) in enumerate(sorted(lines.items())):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -231,7 +231,9 @@ def _label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
     to_axes = axes.transData + axes.transAxes.inverted()
     order = sorted(points, key=lambda point: (point[1], point[0]))
     ends = [tuple(map(float, to_axes.transform((x, y)))) for x, y, _ in order]
-    gap = LABEL_INCHES / (axes.get_figure(root=True).get_size_inches()[1] - 1.2)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    gap = LABEL_INCHES / (figure.get_size_inches()[1] - 1.2)
     heights = separate_labels([end[1] for end in ends], min(gap, 1 / max(1, len(order) - 1)))
     for (x, y), height, (_, _, name) in zip(ends, heights, order, strict=True):
         axes.plot([x, 1.01], [y, height], color=FAINT, linewidth=0.6, transform=axes.transAxes, clip_on=False, zorder=0)
