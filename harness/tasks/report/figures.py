@@ -78,7 +78,8 @@ def fidelity(table: ReportTable) -> Figure:
     rows = [row for row in table.rows if row.pixel is not None and row.latency is not None]
     if not rows:
         raise ValueError("no run was compared with a reference; sweep with task=bench or task.fidelity=true")
-    figure, (axes,) = _panels(1, max(4.6, LABEL_INCHES * len(rows) + 1.4))
+    inches = max(4.6, LABEL_INCHES * len(rows) + 1.4)
+    figure, (axes,) = _panels(1, inches)
     least = min((error(row) for row in rows if not within_rounding(row)), default=ROUNDING)
     heights = [least / 5 if within_rounding(row) else error(row) for row in rows]
     for row, height in zip(rows, heights, strict=True):
@@ -98,7 +99,8 @@ def fidelity(table: ReportTable) -> Figure:
         )
     axes.set_ylabel("relative L2 of the pixels from the float32 reference")
     axes.set_xlabel("latency of a request, ms, with its interval, or its range under 4 repeats")
-    _label_points(axes, list(zip(map(latency, rows), heights, [row.label for row in rows], strict=True)))
+    points = list(zip(map(latency, rows), heights, [row.label for row in rows], strict=True))
+    _label_points(axes, points, LABEL_INCHES / (inches - 1.2))
     return figure
 
 
@@ -127,13 +129,13 @@ def under_load(table: ReportTable) -> Figure:
     for number, (name, points) in enumerate(sorted(lines.items())):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         along = sorted(points, key=lambda point: point[0])
-        offered = [rate for rate, _ in along]
+        offered = [point[0] for point in along]
         times = [load.latency_ms for _, load in along if load.latency_ms is not None]
         left.plot(offered, [time.p50 for time in times], color=colour, marker=marker, label=f"{name} p50".strip())
         left.plot(offered, [time.p99 for time in times], ":", color=colour, marker=marker, label=f"{name} p99".strip())
         right.plot(offered, [load.throughput_per_s for _, load in along], color=colour, marker=marker)
-        good = [(rate, load.goodput_per_s) for rate, load in along if load.goodput_per_s is not None]
-        right.plot([rate for rate, _ in good], [count for _, count in good], "--", color=colour, marker=marker)
+        good = [(at, load.goodput_per_s) for at, load in along if load.goodput_per_s is not None]
+        right.plot([at for at, _ in good], [count for _, count in good], "--", color=colour, marker=marker)
     left.set_yscale("log")
     left.set_ylabel("latency from the intended arrival, ms")
     left.legend(fontsize=8, frameon=False)
@@ -226,14 +228,11 @@ def _latency(row: ReportRow) -> Summary:
     return row.latency
 
 
-def _label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+def _label_points(axes: Axes, points: Sequence[tuple[float, float, str]], gap: float) -> None:
     """Write the name of every point (x, y, name) right of the panel, apart from the others, with a leader line."""
     to_axes = axes.transData + axes.transAxes.inverted()
     order = sorted(points, key=lambda point: (point[1], point[0]))
     ends = [tuple(map(float, to_axes.transform((x, y)))) for x, y, _ in order]
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    gap = LABEL_INCHES / (figure.get_size_inches()[1] - 1.2)
     heights = separate_labels([end[1] for end in ends], min(gap, 1 / max(1, len(order) - 1)))
     for (x, y), height, (_, _, name) in zip(ends, heights, order, strict=True):
         axes.plot([x, 1.01], [y, height], color=FAINT, linewidth=0.6, transform=axes.transAxes, clip_on=False, zorder=0)
