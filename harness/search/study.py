@@ -38,25 +38,21 @@ def check_task(config: DictConfig, objectives: Sequence[str]) -> None:
             raise ConfigError(f"hydra.sweeper.objectives has {name}, which is measured only with {found.key}; set it")
 
 
-def check_counts(**counts: object) -> None:
-    """Refuse settings of the sweeper that are no whole numbers of 1 or more.
+def check_settings(params: object, **counts: object) -> None:
+    """Refuse settings of the sweeper that have the wrong type.
+
+    Args:
+        params: Swept keys of a file, KEY: VALUES.
+        **counts: Whole numbers, 1 or more.
 
     Raises:
-        ConfigError: One of them is not.
-    """
-    for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
-            raise ConfigError(f"hydra.sweeper.{name}={count}; give a whole number, 1 or more")
-
-
-def check_params(params: object) -> None:
-    """Refuse swept keys of a file that are not written as KEY: VALUES.
-
-    Raises:
-        ConfigError: They are not.
+        ConfigError: One of them is something else.
     """
     if not isinstance(params, Mapping):
         raise ConfigError(f"hydra.sweeper.params={params}; give KEY: VALUES, such as {{request.steps: 4,8}}")
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ConfigError(f"hydra.sweeper.{name}={count}; give a whole number, 1 or more")
 
 
 def new_study(directions: Sequence[str], sampler: str, seed: int) -> Study:

@@ -19,7 +19,7 @@ from harness.config.yaml import ConfigError
 from harness.records.search import Measured, Search, Trial, write_search
 from harness.search.objectives import resolve_directions
 from harness.search.space import distribution
-from harness.search.study import add_trial, check_counts, check_params, check_task, front, new_study
+from harness.search.study import add_trial, check_settings, check_task, front, new_study
 
 
 class OptunaSearch(Sweeper):
@@ -44,8 +44,7 @@ class OptunaSearch(Sweeper):
         """Check the settings, before any job runs."""
         self._directions = resolve_directions(self._objectives, self._given_directions)
         check_task(config, self._objectives)
-        check_counts(n_trials=self._n_trials, n_jobs=self._n_jobs)
-        check_params(self._params)
+        check_settings(self._params, n_trials=self._n_trials, n_jobs=self._n_jobs)
         self._study = new_study(self._directions, self._sampler, self._seed)
         self._folder, self._loader = Path(str(config.hydra.sweep.dir)), hydra_context.config_loader
         self._launcher = Plugins.instance().instantiate_launcher(

@@ -22,7 +22,7 @@ from harness.records.search import Measured, Search, read_search
 from harness.resolve.compose import ResolvedRun
 from harness.search.objectives import measure, resolve_directions
 from harness.search.space import distribution
-from harness.search.study import check_counts, check_params, check_task, new_study
+from harness.search.study import check_settings, check_task, new_study
 from harness.tasks.report.rows import read_table
 from tests.fixtures.records import record
 
@@ -121,10 +121,11 @@ def test_a_search_in_the_folder_of_an_earlier_one_goes_on_with_its_runs(runs: li
     assert {*runs} - refused == {trial.measured.folder for trial in found().trials[6:]}
 
 
-def test_trials_with_the_same_values_share_a_run(runs: list[str]) -> None:
+def test_trials_with_the_same_values_share_a_run(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     search = ["hydra.sweeper.n_trials=7", "hydra.sweeper.n_jobs=3", "hydra.sweeper.sampler=random"]
     assert dispatch([*SEARCH, *search, "request.steps=choice(3,4)", "task.max_pixel_error=0.3"]) == 0
     assert len(runs) == 2
+    assert "already done" not in capsys.readouterr().out
     assert len(found().trials) == 7
     assert [trial.params for trial in found().best] == [{"request.steps": "4"}]  # 3 steps have an error of 1/3
     too_far = {trial.measured.error for trial in found().trials if trial.params == {"request.steps": "3"}}
@@ -143,6 +144,7 @@ def test_a_search_without_any_value_has_no_best_trial(runs: list[str], capsys: p
     [
         (["request.steps=4"], "a search needs a key with several values"),
         (["hydra.sweeper.objectives=[error]", "task.fidelity=false", *SPACE], "only with task.fidelity; set it"),
+        (["hydra.sweeper.n_trials=0", *SPACE], "hydra.sweeper.n_trials=0; give a whole number"),
         (["+hydra.sweeper.trials=3", *SPACE], "hydra.sweeper: "),
     ],
 )
@@ -164,14 +166,13 @@ def test_bad_input_is_one_line_before_any_run(
         (lambda: resolve_directions([], None), "names one objective or several"),
         (lambda: resolve_directions(["error", "error"], None), "each once"),
         (lambda: resolve_directions("error", None), r"give a list, such as hydra.sweeper.objectives=\[error\]"),
-        (lambda: check_params("steps"), "hydra.sweeper.params=steps; give KEY: VALUES"),
+        (lambda: check_settings("steps"), "hydra.sweeper.params=steps; give KEY: VALUES"),
         (lambda: resolve_directions(["metrics.mine"], None), "add hydra.sweeper.directions"),
         (lambda: resolve_directions(["latency_ms"], ["up"]), "one of minimize and maximize for each"),
         (lambda: resolve_directions(["latency_ms"], ["minimize"] * 2), "one of minimize and maximize for each"),
         (lambda: check_task(configuration(Task.plan), ["latency_ms"]), "task=plan measures no objective"),
         (lambda: check_task(configuration(Task.bench), ["error"]), "only with task.fidelity"),
-        (lambda: check_counts(n_trials=0), "hydra.sweeper.n_trials=0; give a whole number"),
-        (lambda: check_counts(n_jobs="many"), "hydra.sweeper.n_jobs=many; give a whole number"),
+        (lambda: check_settings({}, n_jobs="many"), "hydra.sweeper.n_jobs=many; give a whole number"),
         (lambda: new_study(["minimize"], "tpe", -1), "hydra.sweeper.seed=-1; give a whole number"),
         (lambda: new_study(["minimize"], "best", 0), "there are tpe, nsga2, random"),
         (lambda: parsed("range(5,5)"), r"key=range\(5,5\): no values to search"),
