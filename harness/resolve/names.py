@@ -200,7 +200,7 @@ def _keys(node: Any, prefix: str = "") -> Iterable[str]:
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    names = sorted(known, key=lambda n: (not n.startswith("request."), n.startswith("model.checkpoint_defaults."), n))
+    names = sorted(known, key=lambda n: (not n.startswith("request."), n.count("."), n))
     if "." in name and (near := did_you_mean(name, names)):
         return near
     leaves = [other.rsplit(".", 1)[-1] for other in names]

@@ -187,7 +187,10 @@ def test_requests_at_other_steps_are_generated_as_if_alone() -> None:
     alone = [latent_of(worker.generate(request, lambda *precomputed: None, lambda: False)) for request in requested]
     rows: list[int] = []
     with torch.inference_mode():
-        courses = [worker.fiber(Part(request, 0, "client"), lambda *precomputed: None, []) for request in requested]
+        courses = [
+            worker.fiber(Part(request, 0, "client"), lambda *step: None, lambda *preview: None, [])
+            for request in requested
+        ]
         while waiting := [(fiber, fiber.call) for fiber in courses if fiber.call is not None]:
             outputs = evaluate([call for _, call in waiting], may_answer=lambda error: False, count=rows.append)
             for (fiber, _), output in zip(waiting, outputs, strict=True):

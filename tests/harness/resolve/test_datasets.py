@@ -53,7 +53,7 @@ def test_a_changed_file_is_another_configuration(prompts: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("task", [["task=bench"], ["task=compare", "compare.a=[]", "compare.b=[]"], ["task=load"]])
+@pytest.mark.parametrize("task", [["task=bench"], ["task=compare", "compare.a=[]", "compare.b=[]"]])
 def test_other_tasks_take_the_prompts_into_their_request(prompts: Path, task: list[str]) -> None:
     run = compose_run([f"request.prompts_file={prompts}", "dataset.limit=2", *task])
     assert run.config.request.prompts == ["rocket", "red apple"]

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from harness.config.load import Dialect, Transport
 from harness.metrics.load import RequestRow
-from harness.records.record import Record, Status, load
+from harness.records import load
+from harness.records.record import Record, Status
 from harness.resolve.compose import ConfigError, ResolvedRun, compose_run
 from harness.tasks.load import entry, http
 from harness.tasks.load.answers import read_refusal
