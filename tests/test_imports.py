@@ -186,6 +186,7 @@ def test_ranks_start_without_what_clients_need() -> None:
     assert {"harness.build.worker", "models.flux.network", "harness.baselines.families.sd"} <= seen
 
 
+@pytest.mark.slow
 def test_native_ranks_import_the_modules_of_diffusers_that_they_need() -> None:
     """Code that needs the packages later gets them, with the same classes in them."""
     code = """

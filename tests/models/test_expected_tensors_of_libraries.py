@@ -467,6 +467,7 @@ def compose(folder: Path, engine: str) -> None:
     compose_run(["model=sd15", f"model.path={folder}", f"engine={engine}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["native", "diffusers"])
 @pytest.mark.parametrize(
     ("component", "tensor"),

@@ -157,6 +157,7 @@ def test_a_file_of_another_format_is_not_opened(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- components by name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_file", [False, True], ids=["folder", "file"])
 @pytest.mark.parametrize("name", ["vae", "denoiser", "text_encoder"])
 def test_a_component_is_replaced(name: str, as_file: bool, tmp_path: Path) -> None:
@@ -342,6 +343,7 @@ def shards(folder: Path, count: int = 3) -> list[Path]:
     return files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
 def test_shards_are_whole_or_refused(copy: Path, part: str) -> None:
     files = shards(copy / part)

@@ -80,6 +80,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield Pair(case, native, peer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [slowly(1), 2])
 def test_guided_images_are_the_native_ones(pair: Pair, batch_size: int) -> None:
     apart, ours, theirs = pair.generate(guidance=3.5, batch_size=batch_size)

@@ -52,6 +52,7 @@ def refused(*overrides: str) -> str:
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     if group == "attention" and missing_package(option):

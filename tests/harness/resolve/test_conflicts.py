@@ -51,6 +51,7 @@ def resolves(settings: tuple[str, ...]) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_pair_is_refused_if_and_only_if_a_conflict_says_so() -> None:
     wrong = []
@@ -64,6 +65,7 @@ def test_a_pair_is_refused_if_and_only_if_a_conflict_says_so() -> None:
     assert wrong == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), DECLARED)
 def test_every_declared_pair_is_refused_on_the_command_line(first: str, second: str) -> None:
     settings = pair(first, second)
@@ -75,6 +77,7 @@ def test_every_declared_pair_is_refused_on_the_command_line(first: str, second: 
     assert "{" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
 def test_every_feature_runs_alone(feature: Feature) -> None:
     engine = ["engine=diffusers"] if feature.name == "compiled_graphs" else []

@@ -100,6 +100,7 @@ def test_the_walk_has_every_key(plain: RunConfig) -> None:
     assert sum(bool(bad_numbers(key, declared)) for key, declared in KEYS) > 180
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [f.name for f in fields(RunConfig)])
 def test_a_bad_number_is_refused_by_its_key_or_resolves(plain: RunConfig, group: str) -> None:
     refused = 0
@@ -224,6 +225,7 @@ def accepted(settings: NoiseSchedulerSettings) -> bool:
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLED)
 def test_what_the_noise_scheduler_accepts_gives_a_finite_sample(plain: RunConfig, name: str) -> None:
     """Each value is composed as the command does, for the first path, spacing and solver that use the setting."""
