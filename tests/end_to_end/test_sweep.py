@@ -156,16 +156,16 @@ def test_a_sweep_starts_ranks_once_an_engine_and_again_only_what_is_not_done(tmp
 def test_a_bench_over_families_and_solvers_starts_ranks_for_three_roles_only(tmp_path: Path) -> None:
     """Those of the measured runs, references and floors change from job to job; images are those of fresh ones."""
     measured = ["task=bench", "task.repeats=1", f"task.references={tmp_path / 'references'}", "logger=json"]
-    folder, where = tmp_path / "sweep", ["launch.mode=torchrun", "request.steps=2", *measured]
+    folder, where = tmp_path / "sweep", ["launch.mode=torchrun", "request.steps=4", *measured]
     done = sweep(folder, "scheduler=rectified_flow,ddpm", "scheduler/solver=ddim,dpmpp_2m", *where)
     assert done.returncode == 0, done.stderr
     assert "ranks were started 3 times and reused 13 times" in done.stdout
     records = {job: record_of(job) for job in jobs(folder)}
     assert len({record.samples[0].sha256 for record in records.values()}) == 4
-    for job, record in records.items():
+    for number, (job, record) in enumerate(records.items()):
         scheduler = record.config["scheduler"]
         names = [f"scheduler={scheduler['family']}", f"scheduler/solver={scheduler['solver']['name']}"]
-        alone = tmp_path / "alone" / job.name
+        alone = tmp_path / f"alone{number}"
         overrides = [*HERE, "launch.mode=torchrun", *where, *names, "task.fidelity=false", f"hydra.run.dir={alone}"]
         assert run([sys.executable, "-m", "harness", *overrides]).returncode == 0
         assert hashes(alone) == hashes(job)
