@@ -242,7 +242,7 @@ class HydraSession:
             composed: The configuration that Hydra composed.
 
         Returns:
-            What the sweeper is told: the objectives of a search, or the value that a plug-in of Hydra's minimises.
+            What the sweeper gets: the objectives of a search, or the value that a plug-in of Hydra's minimises.
 
         Raises:
             KeyboardInterrupt: The job was interrupted, which ends the sweep.

@@ -2,9 +2,6 @@
 
 import gzip
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from harness.records.record import Record, RunFolder, RunFolderError, read_recor
 from harness.resolve.compose import compose_run
 from harness.tasks import bench
 from harness.tasks.common.session import TRACE, MeasurementSession
+from tests.fixtures.faults import largest_file
 from tests.fixtures.records import record
 
 BENCH = ["task=bench", "task.warmup=0", "task.repeats=2", "task.fidelity=false", "task.trace=true"]
@@ -164,17 +162,6 @@ def test_a_profiler_that_cannot_write_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "operators.json").write_text('{"traceEvents": [')  # what a full disk leaves
     with pytest.raises(ValueError, match="free some space there, or set TMPDIR"):
         RankTrace(0, 1, CPU, 0)._add_operators(tmp_path / "operators.json")
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let this process write no file of more bytes inside the block, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_trace_that_does_not_fit_on_the_disk_leaves_no_part(tmp_path: Path) -> None:

@@ -5,14 +5,12 @@ import fcntl
 import json
 import logging
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from harness.records.record import RunFolder, read_status
 from harness.tasks.serve import housekeeping, storage
 from harness.tasks.serve.housekeeping import Housekeeping
 from harness.tasks.serve.serve import ServerLog
+from tests.fixtures.faults import largest_file
 from tests.fixtures.serving.virtual_time import VirtualTime
 
 
@@ -145,17 +144,6 @@ def test_a_torn_line_is_cut_off_at_the_next_one(folder: Path) -> None:
         file.write_bytes(b"" if not torn else file.read_bytes() + torn)
         storage.append_entry(folder, entry(f"after {len(torn)}"))
     assert ids(file) == ["after 0", "after 17", "after 200000"]
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond a size, as on a disk that is full in the middle of a write."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_short_write_leaves_no_part_of_a_line(folder: Path) -> None:
